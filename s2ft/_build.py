@@ -1,0 +1,98 @@
+"""What was built, and loading it. Importing :mod:`s2ft` never fails for want of compiled kernels."""
+import importlib
+import json
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Dict, List, Optional
+
+import torch
+
+__version__ = "0.1.0"   # the only place; packaging reads it from here
+
+TORCH_FLOOR = (2, 11)
+RECORD = Path(__file__).with_name("_build.json")   # written by setup.py: what it did and why
+DEVICES = ("CPU", "CUDA")
+
+_module: Optional[ModuleType] = None
+_reason: Optional[str] = None   # None until load() ran
+
+
+def _read_record() -> Dict[str, Any]:
+    """setup.py's record; empty where none was written or it cannot be read."""
+    try:
+        record = json.loads(RECORD.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _torch_version() -> tuple:
+    parts = torch.__version__.split("+")[0].split(".")[:2]
+    return tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in parts)
+
+
+def _import_module() -> ModuleType:
+    if _torch_version() < TORCH_FLOOR:
+        raise ImportError(f"the compiled kernels need PyTorch {TORCH_FLOOR[0]}.{TORCH_FLOOR[1]} or later, "
+                          f"this is {torch.__version__}")
+    return importlib.import_module("s2ft._C")
+
+
+def _extension_files() -> List[str]:
+    return sorted(p.name for p in RECORD.parent.glob("_C.*") if p.suffix in (".so", ".pyd"))
+
+
+def load() -> Optional[ModuleType]:
+    """Load the compiled kernels once; None where there are none, with a warning if there should be."""
+    global _module, _reason
+    if _reason is not None:
+        return _module
+    record, files = _read_record(), _extension_files()
+    wanted = record.get("mode") != "none"
+    if record and not record.get("compiled"):
+        _reason = str(record.get("reason", "the compiled kernels were not built"))
+    elif not files:
+        wanted = bool(record)   # a source tree that nobody built is no fault
+        _reason = ("the compiled kernels were built, but the module s2ft._C is missing" if record else
+                   "this source tree was not built; run: pip install --no-build-isolation -e .")
+    else:
+        try:
+            _module = _import_module()
+            _reason = str(record.get("reason") or "the compiled kernels are loaded")
+        except Exception as error:   # a wrong ABI shows as ImportError, OSError or RuntimeError
+            found = f" (found {', '.join(files)})" if isinstance(error, ModuleNotFoundError) else ""
+            _reason = f"the compiled kernels failed to load: {error}{found}"
+    if _module is None and wanted:
+        warnings.warn(f"s2ft: {_reason}. The slower PyTorch implementations are used. Set S2FT_BUILD=cpu "
+                      "when installing to see why a build fails, or S2FT_BUILD=none to do without.",
+                      RuntimeWarning, stacklevel=3)
+    return _module
+
+
+def _kernels() -> Dict[str, List[str]]:
+    """For every op, the devices that have a compiled kernel, as the dispatcher tells."""
+    names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("s2ft::"))
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return {name.partition("::")[2]: [d for d in DEVICES if has(name, d)] for name in sorted(names)}
+
+
+def build_info() -> Dict[str, Any]:
+    """What runs here, and why.
+
+    Keys: ``compiled`` (the compiled kernels are loaded), ``reason`` (a sentence), ``version``, ``torch``,
+    ``compiler``, ``cuda`` (built with CUDA kernels), ``archs`` (of them), and ``ops``: for every op the
+    devices with a compiled kernel; the others run its PyTorch implementation.
+    """
+    module = load()
+    built: Dict[str, Any] = module.build_info() if module is not None else {}
+    return {
+        "compiled": module is not None,
+        "reason": _reason,
+        "version": __version__,
+        "torch": torch.__version__,
+        "compiler": built.get("compiler"),
+        "cuda": built.get("with_cuda", False),
+        "archs": [a for a in built.get("cuda_archs", "").split(";") if a],
+        "ops": _kernels(),
+    }

@@ -1,0 +1,57 @@
+"""An adapter: named deltas in original coordinates, with what is needed to put them on the right model."""
+from dataclasses import dataclass, field
+from typing import Any, Dict
+
+import torch
+from torch import nn
+
+from s2ft.config import S2FTConfig
+from s2ft.convert import Attachment
+from s2ft.coupling import projections_of
+from s2ft.delta import Delta
+from s2ft.fingerprint import difference
+from s2ft.selection import Selection
+
+
+@dataclass
+class Adapter:
+    """deltas: by module path. fingerprint: of the base. selection: in units. info: free metadata."""
+
+    name: str
+    config: S2FTConfig
+    selection: Selection
+    fingerprint: Dict[str, str]
+    deltas: Dict[str, Delta]
+    info: Dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        return sum(delta.values.numel() for delta in self.deltas.values())
+
+
+def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:
+    """Raises: ValueError naming what does not fit, where `adapter` is not one of this model's."""
+    known = {projection.path: projection for projection in projections_of(record.couplings)}
+    for path, delta in adapter.deltas.items():
+        if path not in known:
+            raise ValueError(f"adapter {adapter.name!r} is for another model: this one has no projection {path}")
+        shape = model.get_submodule(path).weight.shape
+        size, other = shape[delta.dim], delta.values.shape[1 - delta.dim]
+        if delta.dim != known[path].dim or other != shape[1 - delta.dim]:
+            raise ValueError(f"adapter {adapter.name!r} is for another model: {path}.delta has shape "
+                             f"{tuple(delta.values.shape)} for dim {delta.dim}, the weight is {tuple(shape)}")
+        if int(delta.index.max()) >= size:
+            raise ValueError(f"adapter {adapter.name!r}: {path}.index has {int(delta.index.max())}, "
+                             f"outside the weight's 0..{size - 1}")
+        _check_whole_units(adapter, known[path], delta)
+    other_base = difference(record.fingerprint, adapter.fingerprint)
+    if other_base:
+        raise ValueError(f"adapter {adapter.name!r} was trained on another base: {other_base}")
+
+
+def _check_whole_units(adapter: Adapter, projection, delta: Delta) -> None:
+    units = adapter.selection[projection.path]
+    elements = (units[:, None] * projection.unit + torch.arange(projection.unit)).reshape(-1)
+    if not torch.equal(elements, delta.index):
+        raise ValueError(f"adapter {adapter.name!r}: {projection.path}.index does not name the selected units, "
+                         f"each of {projection.unit} elements")

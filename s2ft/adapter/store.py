@@ -1,0 +1,84 @@
+"""Between a model and adapter folders."""
+from typing import Any, Dict, Optional
+
+from torch import nn
+
+from s2ft.adapter.adapter import Adapter, check_fits
+from s2ft.adapter.formats import native
+from s2ft.adapter.switch import set_adapter
+from s2ft.convert import (RECORD, Attachment, attachment_of, check_name, mount, mounted_deltas, new_attachment,
+                          set_mounted_deltas)
+
+
+def save_adapter(model: nn.Module, directory, name: Optional[str] = None,
+                 info: Optional[Dict[str, Any]] = None) -> None:
+    """Save one adapter of `model` as safetensors and s2ft_config.json, in original coordinates.
+
+    Args:
+        directory: made if need be; an adapter in it is replaced.
+        name: which adapter; default: the trainable one, or the only one loaded.
+        info: JSON values to keep with it, e.g. the base model's name.
+    Raises: ValueError for an unknown name or a delta that is empty or not finite, nothing written.
+    """
+    record = attachment_of(model)
+    if name is None:
+        name = record.name if record.name is not None else record.active or record.names[0]
+    if name not in record.names:
+        raise ValueError(f"no adapter is called {name!r}; there are {', '.join(record.names)}")
+    if name == record.name:
+        adapter = Adapter(name, record.config, record.selection, record.fingerprint, mounted_deltas(record))
+    else:
+        adapter = record.others[name]
+    adapter.info = {**_model_info(model), **adapter.info, **(info or {})}
+    native.write(adapter, directory)
+
+
+def _model_info(model: nn.Module) -> Dict[str, Any]:
+    config = getattr(model, "config", None)
+    return {"base_model": getattr(config, "_name_or_path", None) or None,
+            "model_type": getattr(config, "model_type", None)}
+
+
+def load_adapter(model: nn.Module, directory, name: Optional[str] = None, trainable: bool = False) -> None:
+    """Load a saved adapter under `name` (default: the name it was saved with) and make it active.
+
+    On a model without adapters this attaches first. With ``trainable=False`` the deltas are written
+    into the weights (the base they replace is kept), all parameters are frozen, and the adapter can be
+    switched off or exchanged for another. With ``trainable=True`` the layers, the selection and the
+    layout it was trained with are set up again, so that training can go on; one adapter a model can be.
+
+    Raises: FileNotFoundError or ValueError that names what is wrong (another base, a missing or
+    foreign key, a shape, an index out of range); the model is then as it was.
+    """
+    adapter = native.read(directory)
+    adapter.name = adapter.name if name is None else name
+    check_name(adapter.name)
+    fresh = RECORD not in model.__dict__
+    record = new_attachment(model) if fresh else attachment_of(model)
+    check_fits(adapter, model, record)
+    if adapter.name in record.names:
+        raise ValueError(f"there is an adapter called {adapter.name!r} already: load it under another name")
+    if trainable:
+        if not fresh:
+            raise ValueError("a trainable adapter can be loaded on a model without adapters only: detach first")
+        mount(model, record, adapter.config, adapter.selection, adapter.name)
+        set_mounted_deltas(record, adapter.deltas)
+        return
+    if fresh:
+        model.requires_grad_(False)
+        setattr(model, RECORD, record)
+    record.others[adapter.name] = adapter
+    set_adapter(model, adapter.name)
+
+
+def restore_adapter(model: nn.Module, directory) -> None:
+    """Copy a saved adapter's deltas into the trainable layers of `model`: how a run is resumed.
+
+    Raises: ValueError when the saved selection is not the attached one, or as :func:`load_adapter`.
+    """
+    record: Attachment = attachment_of(model)
+    adapter = native.read(directory)
+    check_fits(adapter, model, record)
+    if record.selection is None or adapter.selection != record.selection:
+        raise ValueError(f"{directory} holds another selection than the one this model trains")
+    set_mounted_deltas(record, adapter.deltas)

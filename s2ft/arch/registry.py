@@ -1,0 +1,52 @@
+"""model_type → the function that lists a model's couplings."""
+from typing import Callable, Dict, List
+
+from torch import nn
+
+from s2ft.coupling import Coupling, projections_of
+
+Declaration = Callable[[nn.Module], List[Coupling]]
+_DECLARATIONS: Dict[str, Declaration] = {}
+
+
+def register_architecture(*model_types: str) -> Callable[[Declaration], Declaration]:
+    """Decorator: the function below lists the couplings of models whose config has this model_type."""
+    def register(declaration: Declaration) -> Declaration:
+        for model_type in model_types:
+            _DECLARATIONS[model_type] = declaration
+        return declaration
+    return register
+
+
+def known_architectures() -> List[str]:
+    return sorted(_DECLARATIONS)
+
+
+def couplings_of(model: nn.Module) -> List[Coupling]:
+    """The couplings of `model`, checked against its weights.
+
+    Raises: ValueError for a model type that is not known, or a weight whose shape contradicts the
+    declaration; the message names the known types or the module.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type not in _DECLARATIONS:
+        raise ValueError(f"{type(model).__name__} (model type {model_type!r}) is not a model family that s2ft "
+                         f"knows; known are {', '.join(known_architectures())}. Others can be added with "
+                         "s2ft.arch.register_architecture")
+    couplings = _DECLARATIONS[model_type](model)
+    for projection in projections_of(couplings):
+        check_shape(model, projection)
+    return couplings
+
+
+def check_shape(model: nn.Module, projection) -> None:
+    try:
+        module = model.get_submodule(projection.path)
+    except AttributeError:
+        raise ValueError(f"{type(model).__name__} has no module {projection.path}") from None
+    weight = getattr(module, "weight", None)
+    expected = projection.count * projection.unit
+    if weight is None or weight.dim() != 2 or weight.shape[projection.dim] != expected:
+        shape = None if weight is None else tuple(weight.shape)
+        raise ValueError(f"{projection.path}: expected a weight with {expected} = {projection.count} units of "
+                         f"{projection.unit} in dim {projection.dim}, got shape {shape}")

@@ -1,0 +1,341 @@
+"""attach, detach, merge: turn a model into one that trains its selected units, and back."""
+from dataclasses import dataclass, field
+from typing import Dict, List, Optional, Tuple
+
+import torch
+from torch import Tensor, nn
+
+from s2ft.arch import couplings_of
+from s2ft.config import S2FTConfig
+from s2ft.coupling import Coupling, Projection, projections_of, unit_name
+from s2ft.delta import Delta
+from s2ft.fingerprint import fingerprint
+from s2ft.layers import S2ColumnLinear, S2Linear, S2RowLinear
+from s2ft.ops import effective_units, swap_
+from s2ft.permutation import contiguous_range, coupling_order, expand, inverse, permute_linear
+from s2ft.selection import Selection, select
+
+RECORD = "_s2ft"   # the attribute of the model that holds its Attachment
+
+
+@dataclass
+class Mount:
+    """One projection's trainable layer and what it stands for."""
+
+    projection: Projection
+    linear: nn.Linear    # the module it replaced; both hold the same weight and bias
+    layer: S2Linear
+    elements: Tensor     # [n] int64: the original element of every unit of layer.s2
+
+
+@dataclass
+class Attachment:
+    """Everything s2ft knows about a model it has changed."""
+
+    couplings: List[Coupling]
+    fingerprint: Dict[str, str]
+    required_grad: Dict[str, bool]                 # of every parameter, before
+    name: Optional[str] = None                     # the trainable adapter
+    config: Optional[S2FTConfig] = None
+    selection: Optional[Selection] = None
+    orders: List[Tuple[Coupling, Tensor]] = field(default_factory=list)   # couplings whose units moved
+    mounts: Dict[str, Mount] = field(default_factory=dict)                # by module path
+    others: Dict[str, object] = field(default_factory=dict)               # loaded adapters by name
+    active: Optional[str] = None
+    applied: List[Tuple[str, Tensor, Tensor, int]] = field(default_factory=list)   # path, index, base, dim
+
+    @property
+    def names(self) -> List[str]:
+        return ([] if self.name is None else [self.name]) + list(self.others)
+
+
+def attachment_of(model: nn.Module) -> Attachment:
+    """The model's record. Raises: ValueError when nothing is attached."""
+    record = model.__dict__.get(RECORD)
+    if record is None:
+        raise ValueError(f"{type(model).__name__} has no S²FT adapter: call s2ft.attach or s2ft.load_adapter first")
+    return record
+
+
+# ---- attach ----------------------------------------------------------------------------------------
+
+def attach(model: nn.Module, config: S2FTConfig, name: str = "default", calibration=None) -> "Report":
+    """Make the units that `config` selects the only trainable weights of `model`, in place.
+
+    Everything is checked before a weight moves. The model computes what it did before: in layout
+    ``permuted`` the coupled weights and biases are put in a common new order, in ``indexed`` nothing
+    moves. All other parameters are frozen.
+
+    Args:
+        model: a model of a known family, floating-point weights, nothing attached.
+        config: what to train. name: of the new adapter. calibration: for selections that need data.
+    Returns: a report that prints as a table of what is trained.
+    Raises: ValueError, with the model as it was; TypeError for a config that is none.
+    """
+    if not isinstance(config, S2FTConfig):
+        raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
+    if calibration is not None:
+        raise ValueError(f"selection={config.selection!r} takes no calibration data")
+    check_name(name)
+    record = new_attachment(model)
+    selection = select(record.couplings, config)
+    mount(model, record, config, selection, name)
+    return Report.of(model)
+
+
+def new_attachment(model: nn.Module) -> Attachment:
+    """A record of the untouched model. Raises: ValueError when there is one already."""
+    if RECORD in model.__dict__:
+        raise ValueError(f"{type(model).__name__} has an S²FT adapter already "
+                         f"({', '.join(model.__dict__[RECORD].names)}): detach or merge it first")
+    couplings = couplings_of(model)
+    for projection in projections_of(couplings):
+        _check_linear(model, projection)
+    return Attachment(couplings, fingerprint(model, couplings),
+                      {key: parameter.requires_grad for key, parameter in model.named_parameters()})
+
+
+def check_name(name: str) -> None:
+    if not isinstance(name, str) or not name or any(c in name for c in "/\\\0") or name.startswith("."):
+        raise ValueError(f"an adapter's name must be a word without slashes, got {name!r}")
+
+
+def _check_linear(model: nn.Module, projection: Projection) -> None:
+    module = model.get_submodule(projection.path)
+    if type(module) is not nn.Linear:
+        raise ValueError(f"{projection.path} is a {type(module).__name__}, not a plain nn.Linear: "
+                         "S²FT can't train it or move its units")
+    if not module.weight.is_floating_point():
+        raise ValueError(f"{projection.path} has {module.weight.dtype} weights; S²FT needs floating point")
+
+
+def _check_untied(model: nn.Module, couplings: List[Coupling]) -> None:
+    owners: Dict[int, List[str]] = {}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(key)
+    for projection in projections_of(couplings):
+        shared = owners[id(model.get_submodule(projection.path).weight)]
+        if len(shared) > 1:
+            raise ValueError(f"{' and '.join(shared)} are one tied weight, whose units can't change place: "
+                             "use layout='indexed'")
+
+
+def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: Selection, name: str) -> None:
+    """Freeze the model, move units (layout permuted) and put trainable layers in. Checks come first."""
+    touched = [coupling for coupling in record.couplings
+               if any(projection.path in selection for projection in coupling.projections)]
+    orders = {}
+    if config.layout == "permuted":
+        movable = [coupling for coupling in touched if coupling.movable]
+        _check_untied(model, movable)
+        orders = {coupling: _order(coupling, selection) for coupling in movable}
+    record.name, record.config, record.selection, record.active = name, config, selection, name
+    try:
+        _mount_all(model, record, touched, orders)
+    except BaseException:   # out of memory, an interrupt: leave no half-converted model
+        _restore(model, record)
+        raise
+
+
+def _mount_all(model: nn.Module, record: Attachment, touched: List[Coupling],
+               orders: Dict[Coupling, Tensor]) -> None:
+    setattr(model, RECORD, record)
+    model.requires_grad_(False)
+    for coupling in touched:
+        order = orders.get(coupling)
+        if order is not None:
+            _permute(model, coupling, order)
+            record.orders.append((coupling, order))
+        for projection in coupling.projections:
+            if projection.path in record.selection:
+                units = record.selection[projection.path]
+                record.mounts[projection.path] = _mount(model, projection, units, order, record.config)
+
+
+def _order(coupling: Coupling, selection: Selection) -> Tensor:
+    producers = [selection[p.path] for p in coupling.producers if p.path in selection]
+    consumer = selection[coupling.consumer.path] if coupling.consumer.path in selection else None
+    return coupling_order(coupling.consumer.count, producers, consumer)
+
+
+def _permute(model: nn.Module, coupling: Coupling, order: Tensor) -> None:
+    for projection in coupling.projections:
+        permute_linear(model.get_submodule(projection.path), order, projection.unit, projection.dim)
+
+
+def _mount(model: nn.Module, projection: Projection, units: Tensor, order: Optional[Tensor],
+           config: S2FTConfig) -> Mount:
+    linear = model.get_submodule(projection.path)
+    positions = units if order is None else inverse(order)[units]
+    found = contiguous_range(positions)
+    where = {}
+    if found is not None:
+        start, end = found
+        where = {"start": start * projection.unit, "end": end * projection.unit}
+        units = torch.arange(start, end) if order is None else order[start:end]
+    else:
+        where = {"index": expand(positions, projection.unit)}
+    kind = S2ColumnLinear if projection.dim == 0 else S2RowLinear
+    layer = kind.from_linear(linear, **where, delta_dtype=config.delta_dtype_for(linear.weight.dtype))
+    model.set_submodule(projection.path, layer)
+    return Mount(projection, linear, layer, expand(units, projection.unit))
+
+
+# ---- back ------------------------------------------------------------------------------------------
+
+def detach(model: nn.Module) -> nn.Module:
+    """Take every adapter off and give back the base model, bit for bit, as it was before attach."""
+    record = attachment_of(model)
+    take_off(model, record)
+    return _restore(model, record)
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """Write the active adapter into the weights and give back the plain model, in original order.
+
+    The weights are, bit for bit, those the adapter was trained with.
+    Raises: ValueError when no adapter is active.
+    """
+    record = attachment_of(model)
+    if record.active is None:
+        raise ValueError("no adapter is active, so there is nothing to merge: set_adapter first, or detach")
+    if record.active == record.name:
+        for mount in record.mounts.values():
+            mount.layer.fuse()
+    return _restore(model, record)   # an adapter that is applied stands in the weights already
+
+
+def _restore(model: nn.Module, record: Attachment) -> nn.Module:
+    for path, mount in record.mounts.items():
+        mount.linear.weight, mount.linear.bias = mount.layer.weight, mount.layer.bias
+        mount.linear.train(mount.layer.training)
+        model.set_submodule(path, mount.linear)
+    for coupling, order in record.orders:
+        _permute(model, coupling, inverse(order))
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(record.required_grad.get(key, parameter.requires_grad))
+    delattr(model, RECORD)
+    return model
+
+
+# ---- putting adapters on and taking them off -----------------------------------------------------------
+
+def take_off(model: nn.Module, record: Attachment) -> None:
+    """Make no adapter active; the weights hold the base, bit for bit."""
+    for mount in record.mounts.values():
+        mount.layer.unfuse()
+        mount.layer.enabled = False
+    for path, index, base, dim in reversed(record.applied):
+        swap_(model.get_submodule(path).weight.data, index, base, dim)
+    record.applied.clear()
+    record.active = None
+
+
+def put_on(model: nn.Module, record: Attachment, name: str, deltas: Dict[str, Delta]) -> None:
+    """Make adapter `name` active; nothing else may be. The trainable one is added during the forward,
+    the weights of any other are written into the model and the base they replace is kept."""
+    if name == record.name:
+        for mount in record.mounts.values():
+            mount.layer.enabled = True
+    else:
+        for path, delta in deltas.items():
+            weight = model.get_submodule(path).weight.data
+            index = _current_index(record, path, delta).to(weight.device)
+            values = effective_units(weight.index_select(delta.dim, index), delta.values.to(weight.device))
+            swap_(weight, index, values, delta.dim)
+            record.applied.append((path, index, values, delta.dim))
+    record.active = name
+
+
+def _current_index(record: Attachment, path: str, delta: Delta) -> Tensor:
+    """Where the delta's elements lie now that units may have moved."""
+    for coupling, order in record.orders:
+        for projection in coupling.projections:
+            if projection.path == path:
+                return expand(inverse(order), projection.unit)[delta.index]
+    return delta.index
+
+
+def fuse(model: nn.Module) -> None:
+    """Write the active adapter into the weights until :func:`unfuse`: plain linears, for generation."""
+    record = attachment_of(model)
+    if record.active is not None and record.active == record.name:
+        for mount in record.mounts.values():
+            mount.layer.fuse()
+
+
+def unfuse(model: nn.Module) -> None:
+    """Copy the base back, bit for bit, so that training can go on."""
+    for mount in attachment_of(model).mounts.values():
+        mount.layer.unfuse()
+
+
+@torch.no_grad()
+def mounted_deltas(record: Attachment) -> Dict[str, Delta]:
+    """The trainable adapter's deltas in original coordinates, copied."""
+    deltas = {}
+    for path, mount in record.mounts.items():
+        index, by_index = mount.elements.sort()
+        values = mount.layer.s2.detach().index_select(mount.layer.dim, by_index.to(mount.layer.s2.device))
+        deltas[path] = Delta(mount.layer.dim, index, values)
+    return deltas
+
+
+@torch.no_grad()
+def set_mounted_deltas(record: Attachment, deltas: Dict[str, Delta]) -> None:
+    """Copy deltas of the same selection into the trainable layers."""
+    for path, delta in deltas.items():
+        mount = record.mounts[path]
+        position = inverse(mount.elements.argsort()).to(mount.layer.s2.device)
+        mount.layer.s2.copy_(delta.values.to(mount.layer.s2.device).index_select(delta.dim, position))
+
+
+# ---- report ----------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Row:
+    """What is trained of one projection over all layers."""
+
+    projection: str
+    layers: int
+    units: str        # e.g. "46 of 1536 channels"
+    parameters: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Report:
+    """What attach did; prints as a table."""
+
+    name: str
+    layout: str
+    rows: List[Row]
+    trainable: int
+    total: int        # parameters of the base model
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Report":
+        record = attachment_of(model)
+        groups: Dict[str, List[Mount]] = {}
+        for mount in record.mounts.values():
+            groups.setdefault(mount.projection.path.rpartition(".")[2], []).append(mount)
+        rows = []
+        for key, mounts in groups.items():
+            first = mounts[0]
+            units = first.elements.numel() // first.projection.unit
+            rows.append(Row(key, len(mounts), f"{units} of {first.projection.count} {unit_name(first.projection)}",
+                            sum(mount.layer.s2.numel() for mount in mounts), first.layer.s2.dtype))
+        trainable = sum(row.parameters for row in rows)
+        total = sum(parameter.numel() for parameter in model.parameters()) - trainable
+        return cls(record.name, record.config.layout, rows, trainable, total)
+
+    @property
+    def share(self) -> float:
+        return self.trainable / self.total
+
+    def __str__(self) -> str:
+        lines = [f"{'projection':<12}{'layers':>7}  {'units a layer':<24}{'parameters':>14}  dtype"]
+        lines += [f"{row.projection:<12}{row.layers:>7}  {row.units:<24}{row.parameters:>14,}  "
+                  f"{str(row.dtype).removeprefix('torch.')}" for row in self.rows]
+        return "\n".join(lines + [f"adapter {self.name!r}, layout {self.layout}: {self.trainable:,} of "
+                                  f"{self.total:,} parameters are trained ({self.share:.2%})"])

@@ -1,0 +1,56 @@
+"""What a coupled structure is (paper, section 3.2).
+
+The units of a coupling pass from its producers to its consumer: unit i of a producer's outputs meets
+unit i of the consumer's inputs. So both sides may be put in a new order together and the model
+computes what it did before.
+"""
+from dataclasses import dataclass
+from typing import Iterator, List, Tuple
+
+PROJECTIONS = ("q", "k", "v", "o", "u", "g", "d")   # u, g, d: up, gate, down
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One side of a coupling: a linear layer whose dim `dim` is made of `count` units of `unit` elements."""
+
+    key: str     # one of PROJECTIONS
+    path: str    # the module's name in the model
+    count: int   # units
+    unit: int    # elements a unit spans
+    dim: int     # of the weight: 0 for producers (outputs), 1 for the consumer (inputs)
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """Producers and the consumer of one coupled structure of one layer."""
+
+    kind: str    # "ffn" or "attention"
+    layer: int
+    producers: Tuple[Projection, ...]
+    consumer: Projection
+
+    @property
+    def projections(self) -> Iterator[Projection]:
+        yield from self.producers
+        yield self.consumer
+
+    @property
+    def movable(self) -> bool:
+        """Whether single units can change place.
+
+        Grouped-query attention's cannot: several query heads share a key/value head, and one of them
+        outside its group would meet another's keys. Its heads are trained where they lie, which
+        costs nothing, for a head's rows and columns are contiguous as they are.
+        """
+        return len({projection.count for projection in self.projections}) == 1
+
+
+def unit_name(projection: Projection) -> str:
+    """The word for a projection's units."""
+    return "channels" if projection.key in "ugd" else "heads"
+
+
+def projections_of(couplings: List[Coupling]) -> Iterator[Projection]:
+    for coupling in couplings:
+        yield from coupling.projections
