@@ -52,10 +52,7 @@ def effective_weight(weight: Tensor,   # [O, I], as it was when the block ends
                      units: Units, dim: int, dtype: torch.dtype) -> Iterator[Tensor]:
     """Yield weight with ``weight[units] += delta`` in `dtype`, valid inside the block only."""
     if weight.dtype != dtype or _overlaps(weight):
-        copy = weight.to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
-        base = _read(weight, units, delta.shape[dim], dim)
-        _write(copy, units, effective_units(base, delta).to(dtype), dim)
-        yield copy
+        yield _effective_copy(weight, delta, units, dim, dtype)
         return
     memory = weight.data   # shares memory, not the version counter: the weight counts as unchanged
     with _lock:
@@ -65,3 +62,12 @@ def effective_weight(weight: Tensor,   # [O, I], as it was when the block ends
             yield memory
         finally:
             _write(memory, units, base, dim)
+
+
+def _effective_copy(weight: Tensor, delta: Tensor, units: Units, dim: int, dtype: torch.dtype) -> Tensor:
+    """The effective weight, rounded to the weight's own dtype, as a matrix of its own in `dtype`."""
+    with _lock:
+        copy = weight.to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+        base = _read(weight, units, delta.shape[dim], dim)
+    _write(copy, units, effective_units(base, delta).to(dtype), dim)
+    return copy

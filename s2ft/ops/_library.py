@@ -38,7 +38,7 @@ def autocast_input(op: str, x: Tensor, weight: Tensor) -> Tensor:
     inside the op: casting both first would lose every update smaller than the low dtype's step.
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
     if x.dtype != weight.dtype:
         raise TypeError(f"{op}: x is {x.dtype} and weight is {weight.dtype}; "

@@ -1,0 +1,136 @@
+"""One training step of S²FT against LoRA, full fine-tuning and the floor, in one process, steps in turn.
+
+    python bench/train_step.py [--dtype float32|bfloat16|both] [--rounds 12] [--model FOLDER_OR_GGUF]
+
+The floor, "frozen", runs the forward and the gradient of the inputs all the way down and trains nothing.
+Bytes kept for backward: every storage that autograd saves during a forward, once, parameters left out.
+"""
+import argparse
+import copy
+import statistics
+from pathlib import Path
+from typing import Any, Callable, Dict
+
+import torch
+from harness import interleaved, median_ratio, save
+from torch import nn
+
+import s2ft
+from s2ft.train.models import demo_model_path, load_model
+
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+RESULTS = Path(__file__).parent / "results" / "train_step.json"
+
+
+class Method:
+    """A model prepared for training and its optimizer; calling it runs one step."""
+
+    def __init__(self, model: nn.Module, batch: torch.Tensor, inputs_need_grad: bool = False) -> None:
+        self.model, self.batch, self.inputs_need_grad = model.train(), batch, inputs_need_grad
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5) if self.trained else None
+
+    def loss(self) -> torch.Tensor:
+        embedded = self.model.get_input_embeddings()(self.batch)
+        if self.inputs_need_grad:
+            embedded = embedded.detach().requires_grad_()
+        return self.model(inputs_embeds=embedded, labels=self.batch).loss
+
+    def __call__(self) -> None:
+        self.loss().backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def bytes_kept(self) -> int:
+        own = {t.untyped_storage().data_ptr() for t in [*self.model.parameters(), *self.model.buffers()]}
+        kept: Dict[int, int] = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = self.loss()
+        total = sum(kept.values())
+        del loss
+        return total
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.trained)
+
+
+def s2ft_model(base: nn.Module, d_ratio: float) -> nn.Module:
+    model = copy.deepcopy(base)
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=d_ratio))
+    return model
+
+
+def lora_model(base: nn.Module, rank: int, targets) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
+    return get_peft_model(copy.deepcopy(base), config)
+
+
+def lora_of_equal_size(base: nn.Module, parameters: int) -> nn.Module:
+    """LoRA on the same projections as the 16-rank one, its rank chosen for `parameters`."""
+    per_rank = sum(sum(module.weight.shape) for name, module in base.named_modules()
+                   if name.rpartition(".")[2] in LORA_TARGETS)
+    return lora_model(base, max(1, round(parameters / per_rank)), LORA_TARGETS)
+
+
+def methods(base: nn.Module, batch: torch.Tensor, d_ratio: float) -> Dict[str, Method]:
+    tuned = Method(s2ft_model(base, d_ratio), batch)
+    return {
+        "LoRA r=16": Method(lora_model(base, 16, LORA_TARGETS), batch),
+        "S²FT": tuned,
+        "LoRA, as many parameters": Method(lora_of_equal_size(base, tuned.parameters), batch),
+        "full": Method(copy.deepcopy(base).requires_grad_(True), batch),
+        "frozen": Method(copy.deepcopy(base).requires_grad_(False), batch, inputs_need_grad=True),
+    }
+
+
+def run(base: nn.Module, args: argparse.Namespace) -> Dict[str, Any]:
+    batch = torch.randint(base.config.vocab_size, (args.batch, args.length),
+                          generator=torch.Generator().manual_seed(0)).to(base.device)
+    steps = methods(base, batch, args.d_ratio)
+    kept = {name: method.bytes_kept() for name, method in steps.items()}
+    times = interleaved(steps, args.rounds)
+    return {name: {"seconds": statistics.median(times[name]),
+                   "ratio to LoRA r=16": median_ratio(times, name, "LoRA r=16"),
+                   "ratio to frozen": median_ratio(times, name, "frozen"),
+                   "MiB kept": kept[name] / 2**20, "trained parameters": steps[name].parameters,
+                   "all seconds": times[name]} for name in steps}
+
+
+def table(title: str, rows: Dict[str, Any]) -> str:
+    lines = [title, f"{'':<26}{'ms a step':>10}{'to LoRA':>9}{'to frozen':>11}{'MiB kept':>10}{'trained':>13}"]
+    lines += [f"{name:<26}{1000 * row['seconds']:>10.0f}{row['ratio to LoRA r=16']:>9.3f}{row['ratio to frozen']:>11.3f}"
+              f"{row['MiB kept']:>10.0f}{row['trained parameters']:>13,}" for name, row in rows.items()]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default=None, help="folder or GGUF file; default: SmolLM2-135M-Instruct")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "both"), default="both")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--d-ratio", type=float, default=0.03)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results = {}
+    for dtype in ("float32", "bfloat16") if args.dtype == "both" else (args.dtype,):
+        base = load_model(args.model or demo_model_path(), dtype=dtype).to(device)
+        results[dtype] = run(base, args)
+        print(table(f"{dtype}, {args.batch} × {args.length} tokens", results[dtype]), flush=True)
+    save(args.output, {"batch": args.batch, "length": args.length, "d_ratio": args.d_ratio, "results": results})
+
+
+if __name__ == "__main__":
+    main()

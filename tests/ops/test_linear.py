@@ -1,0 +1,278 @@
+"""sliced_linear and indexed_linear: the definition, the gradient, every path that runs them."""
+import itertools
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.tolerances import GEMM
+
+from s2ft.ops import indexed_linear, sliced_linear
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LEADING = ((), (1,), (5,), (2, 3), (2, 1, 3), (0,), (2, 0))
+DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.cuda))
+# outputs, inputs, first unit, units: odd, one unit, all units, the last unit
+SHAPES = ((7, 11, 2, 3), (16, 32, 0, 1), (8, 8, 0, 8), (33, 17, 16, 1))
+
+
+class Case:
+    """Inputs of one call, for a slice or for scattered units of the same number."""
+
+    def __init__(self, op, shape, dim, dtype=torch.float64, leading=(3,), bias=True, device="cpu", delta_dtype=None):
+        outputs, inputs, start, units = shape
+        size = (outputs, inputs)[dim]
+        self.op, self.dim, self.dtype = op, dim, dtype
+        start = min(start, size - units)
+        self.units = (start if op is sliced_linear
+                      else torch.randperm(size, device=device)[:units])
+        self.index = torch.arange(start, start + units, device=device) if op is sliced_linear else self.units
+        self.x = torch.randn(*leading, inputs, device=device).to(dtype).requires_grad_()
+        self.weight = torch.randn(outputs, inputs, device=device).to(dtype)
+        delta = torch.randn((units, inputs) if dim == 0 else (outputs, units), device=device)
+        self.delta = delta.to(delta_dtype or dtype).requires_grad_()
+        self.bias = torch.randn(outputs, device=device).to(dtype).requires_grad_() if bias else None
+
+    def call(self, x=None, delta=None, bias=None):
+        return self.op(self.x if x is None else x, self.weight, self.delta if delta is None else delta,
+                       self.units, self.dim, self.bias if bias is None else bias)
+
+    def effective(self):
+        """The definition: a clone of the weight with the delta added to its units, differentiable in delta."""
+        base = self.weight.index_select(self.dim, self.index)
+        values = (base + self.delta).to(self.weight.dtype)
+        return self.weight.clone().index_copy(self.dim, self.index, values)
+
+
+OPS = (sliced_linear, indexed_linear)
+OPS_AND_DIMS = list(itertools.product(OPS, (0, 1)))
+CASES = list(itertools.product(OPS, SHAPES, (0, 1)))
+
+
+def name(value):
+    return value.__name__ if callable(value) else str(value).replace("torch.", "")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("op,shape,dim", CASES, ids=name)
+def test_equals_linear_on_the_merged_weight_bit_for_bit(op, shape, dim, dtype, device):
+    for leading, bias in itertools.product(LEADING, (True, False)):
+        case = Case(op, shape, dim, dtype, leading, bias, device)
+        before = case.weight.clone()
+        assert torch.equal(case.call(), F.linear(case.x, case.effective(), case.bias))
+        assert torch.equal(case.weight, before)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("op,shape,dim", CASES, ids=name)
+def test_gradients_equal_autograd_through_the_definition(op, shape, dim, dtype, device):
+    case = Case(op, shape, dim, dtype, (4, 3), device=device)
+    upstream = torch.randn_like(case.call())
+    leaves = (case.x, case.delta, case.bias)
+    got = torch.autograd.grad(case.call(), leaves, upstream)
+    expected = torch.autograd.grad(F.linear(case.x, case.effective(), case.bias), leaves, upstream)
+    for ours, theirs in zip(got, expected):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        rtol, atol = GEMM[dtype]
+        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize("op,shape,dim", CASES, ids=name)
+def test_gradcheck_float64(op, shape, dim):
+    case = Case(op, shape, dim)
+    assert torch.autograd.gradcheck(case.call, (case.x, case.delta, case.bias))
+
+
+@pytest.mark.parametrize("op,dim", OPS_AND_DIMS, ids=name)
+def test_opcheck(op, dim):
+    case = Case(op, SHAPES[0], dim, torch.float32)
+    ops = getattr(torch.ops.s2ft, op.__name__).default, getattr(torch.ops.s2ft, op.__name__ + "_grad_x").default
+    for bias in (case.bias, None):
+        torch.library.opcheck(ops[0], (case.x, case.weight, case.delta, case.units, dim, bias))
+    torch.library.opcheck(ops[1], (torch.randn(3, 7), case.weight, case.delta.detach(), case.units, dim))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("op,shape,dim", CASES, ids=name)
+def test_compiled_kernel_equals_reference(op, shape, dim, dtype, device):
+    """The compiled kernel (where one is loaded) against the PyTorch definition of the same op, bit for bit."""
+    module = __import__(f"s2ft.ops.{op.__name__}", fromlist=["reference"])
+    for delta_dtype in DTYPES:
+        case = Case(op, shape, dim, dtype, (5,), device=device, delta_dtype=delta_dtype)
+        args = (case.weight, case.delta.detach(), case.units, dim)
+        x, bias, grad = case.x.detach(), case.bias.detach(), torch.randn(5, shape[0], device=device).to(dtype)
+        dispatched = getattr(torch.ops.s2ft, op.__name__)(x, *args, bias)
+        assert torch.equal(dispatched, module.reference(x, *args, bias))
+        dispatched = getattr(torch.ops.s2ft, op.__name__ + "_grad_x")(grad, *args)
+        assert torch.equal(dispatched, module.reference_grad_x(grad, *args))
+
+
+@pytest.mark.parametrize("op,dim", OPS_AND_DIMS, ids=name)
+@pytest.mark.parametrize("layout", ("transposed", "strided", "offset", "expanded"))
+def test_layouts_of_x_and_weight(op, dim, layout):
+    case = Case(op, SHAPES[0], dim, torch.float32, (4, 5))
+    outputs, inputs = case.weight.shape
+    make = {"transposed": lambda: torch.randn(inputs, outputs).t(),
+            "strided": lambda: torch.randn(outputs * 2, inputs * 3)[::2, ::3],
+            "offset": lambda: torch.randn(outputs * inputs + 1)[1:].view(outputs, inputs),
+            "expanded": lambda: torch.randn(1, inputs).expand(outputs, inputs)}
+    case.weight = make[layout]()
+    case.x = torch.randn(5, 4, inputs * 2)[:, :, ::2].transpose(0, 1).requires_grad_()
+    before = case.weight.clone()
+    expected = F.linear(case.x, case.effective(), case.bias)
+    torch.testing.assert_close(case.call(), expected, rtol=1e-5, atol=1e-5)
+    got = torch.autograd.grad(case.call().sum(), (case.x, case.delta))
+    for ours, theirs in zip(got, torch.autograd.grad(expected.sum(), (case.x, case.delta))):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert torch.equal(case.weight, before)
+
+
+@pytest.mark.parametrize("op,dim", OPS_AND_DIMS, ids=name)
+@pytest.mark.parametrize("compiled", (False, True), ids=("eager", "compiled"))
+@pytest.mark.parametrize("low", (torch.bfloat16, torch.float16), ids=name)
+def test_autocast(op, dim, low, compiled):
+    """base + delta is summed in float32 and rounded once; the delta's gradient stays float32."""
+    case = Case(op, SHAPES[0], dim, torch.float32, (4,))
+    call = torch.compile(case.call, fullgraph=True, backend="aot_eager") if compiled else case.call
+    with torch.autocast("cpu", low):
+        y = call()
+    assert y.dtype is low
+    expected = F.linear(case.x.to(low), case.effective().to(low), case.bias.to(low))
+    assert torch.equal(y, expected)
+    y.float().sum().backward()
+    assert case.delta.grad.dtype is torch.float32 and case.x.grad.dtype is torch.float32
+
+
+@pytest.mark.parametrize("op,dim", OPS_AND_DIMS, ids=name)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name)
+def test_torch_compile_fullgraph(op, dim, dtype):
+    case = Case(op, SHAPES[0], dim, dtype, (4, 3), delta_dtype=torch.float32)
+    call = torch.compile(lambda x, delta: op(x, case.weight, delta, case.units, dim, case.bias) * 2,
+                         fullgraph=True, backend="aot_eager")
+    eager = (op(case.x, case.weight, case.delta, case.units, dim, case.bias) * 2)
+    got = call(case.x, case.delta)
+    assert torch.equal(got, eager)
+    upstream = torch.randn_like(eager)
+    for ours, theirs in zip(torch.autograd.grad(got, (case.x, case.delta), upstream),
+                            torch.autograd.grad(eager, (case.x, case.delta), upstream)):
+        assert torch.equal(ours, theirs)
+
+
+def test_float32_delta_on_bfloat16_weight_is_not_lost():
+    """An update far below a bfloat16 step moves nothing by itself and adds up over the steps."""
+    weight, x = torch.ones(4, 4, dtype=torch.bfloat16), torch.eye(4, dtype=torch.bfloat16)
+    tiny = torch.full((1, 4), 1e-4)
+    assert torch.equal(sliced_linear(x, weight, tiny, 0, 0), F.linear(x, weight))
+    assert not torch.equal(sliced_linear(x, weight, 100 * tiny, 0, 0), F.linear(x, weight))
+
+
+@pytest.mark.parametrize("op", OPS, ids=name)
+def test_backward_keeps_the_slice_of_x_only(op):
+    """dim 1 keeps n of I columns (a view would pin all of x); without a trained delta it keeps none."""
+    case = Case(op, (8, 64, 3, 2), 1, torch.float32, (100,))
+    for trains, expected in ((True, 100 * 2 * 4), (False, 0)):
+        kept = []
+        own = {t.untyped_storage().data_ptr() for t in (case.weight, case.delta, case.bias, case.index)}
+        delta = case.delta if trains else case.delta.detach()
+
+        def pack(tensor):
+            if tensor.untyped_storage().data_ptr() not in own:
+                kept.append(tensor.untyped_storage().nbytes())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            op(case.x, case.weight, delta, case.units, 1)
+        assert sum(kept) == expected
+
+
+@pytest.mark.parametrize("op,dim", OPS_AND_DIMS, ids=name)
+def test_two_forwards_before_backward(op, dim):
+    """A call leaves the weight's version as it was, so an earlier call's backward still runs."""
+    case = Case(op, SHAPES[0], dim, torch.float32)
+    first, second = case.call(), case.call(x=case.x * 2)
+    (first + second).sum().backward()
+    assert case.delta.grad is not None
+
+
+def test_delta_changed_between_forward_and_backward_raises():
+    case = Case(sliced_linear, SHAPES[0], 1, torch.float32)
+    y = case.call()
+    with torch.no_grad():
+        case.delta.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("op", OPS, ids=name)
+def test_threads_that_share_a_weight(op):
+    """Calls with different deltas on one weight lock each other out and leave the base."""
+    case = Case(op, (64, 64, 5, 20), 1, torch.float32, (50,), bias=False)
+    before = case.weight.clone()
+    deltas = [torch.randn_like(case.delta) for _ in range(4)]
+    expected = [op(case.x, case.weight, delta, case.units, 1) for delta in deltas]
+    wrong = []
+
+    def work(delta, result):
+        for _ in range(100):
+            if not torch.equal(op(case.x, case.weight, delta, case.units, 1), result):
+                wrong.append(True)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(deltas, expected)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and torch.equal(case.weight, before)
+
+
+def test_a_failed_product_leaves_the_base(monkeypatch):
+    module = __import__("s2ft.ops.sliced_linear", fromlist=["reference"])
+    case = Case(sliced_linear, SHAPES[0], 1, torch.float32)
+    before = case.weight.clone()
+
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(module.F, "linear", fail)
+    with pytest.raises(MemoryError):
+        module.reference(case.x, case.weight, case.delta, 2, 1)
+    assert torch.equal(case.weight, before)
+
+
+def test_repeated_index_restores_the_base():
+    """The op's contract forbids it, but the base must survive it all the same."""
+    weight, before = (w := torch.randn(6, 6)), w.clone()
+    for dim in (0, 1):
+        indexed_linear(torch.randn(2, 6), weight, torch.randn(6, 6).narrow(dim, 0, 3), torch.tensor([4, 1, 4]), dim)
+        assert torch.equal(weight, before)
+
+
+BAD = {
+    "dim": (lambda w: sliced_linear(torch.ones(2, 6), w, torch.ones(2, 6), 0, 2), "dim must be 0"),
+    "reversed": (lambda w: sliced_linear(torch.ones(2, 6), w, torch.ones(2, 6), -1, 0), "slice -1:1"),
+    "outside": (lambda w: sliced_linear(torch.ones(2, 6), w, torch.ones(2, 6), 3, 0), "slice 3:5 outside"),
+    "x": (lambda w: sliced_linear(torch.ones(2, 5), w, torch.ones(2, 6), 0, 0), "x of shape"),
+    "delta": (lambda w: sliced_linear(torch.ones(2, 6), w, torch.ones(2, 5), 0, 0), "delta of shape"),
+    "bias": (lambda w: sliced_linear(torch.ones(2, 6), w, torch.ones(2, 6), 0, 0, torch.ones(6)), "bias must"),
+    "index dtype": (lambda w: indexed_linear(torch.ones(2, 6), w, torch.ones(2, 6), torch.ones(2), 0), "int64"),
+    "index length": (lambda w: indexed_linear(torch.ones(2, 6), w, torch.ones(2, 6), torch.arange(3), 0), "shape"),
+    "index high": (lambda w: indexed_linear(torch.ones(2, 6), w, torch.ones(2, 6), torch.tensor([0, 4]), 0), "index 4"),
+    "index low": (lambda w: indexed_linear(torch.ones(2, 6), w, torch.ones(2, 6), torch.tensor([0, -1]), 0), "index -1"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_arguments_raise_and_leave_the_weight(bad):
+    call, message = BAD[bad]
+    weight = torch.ones(4, 6)
+    with pytest.raises(ValueError, match=message):
+        call(weight)
+    assert torch.equal(weight, torch.ones(4, 6))
+
+
+def test_mixed_dtypes_outside_autocast_raise():
+    with pytest.raises(TypeError, match="x is torch.float32 and weight is torch.bfloat16"):
+        sliced_linear(torch.ones(2, 6), torch.ones(4, 6, dtype=torch.bfloat16), torch.ones(2, 6), 0, 0)

@@ -1,0 +1,14 @@
+"""The one table of tolerances: (rtol, atol) of a GEMM's result by dtype."""
+import torch
+
+GEMM = {
+    torch.float64: (1e-12, 1e-12),
+    torch.float32: (1e-5, 1e-5),
+    torch.float16: (4e-3, 4e-3),
+    torch.bfloat16: (3e-2, 3e-2),
+}
+LOGITS = 1e-5   # of the largest logit, float32: attach, merge, export
+
+
+def relative_difference(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got - expected).abs().max() / expected.abs().max())
