@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional
 
 import torch
 
-__version__ = "0.1.0"   # the only place; packaging reads it from here
+from s2ft.version import __version__
 
 TORCH_FLOOR = (2, 11)
 RECORD = Path(__file__).with_name("_build.json")   # written by setup.py: what it did and why
@@ -96,3 +96,6 @@ def build_info() -> Dict[str, Any]:
         "archs": [a for a in built.get("cuda_archs", "").split(";") if a],
         "ops": _kernels(),
     }
+
+
+load()

@@ -1,6 +1,6 @@
 """attach, detach, merge: turn a model into one that trains its selected units, and back."""
 from dataclasses import dataclass, field
-from typing import Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class Attachment:
     """Everything s2ft knows about a model it has changed."""
 
     couplings: List[Coupling]
-    fingerprint: Dict[str, str]
+    fingerprint: Dict[str, Any]
     required_grad: Dict[str, bool]                 # of every parameter, before
     name: Optional[str] = None                     # the trainable adapter
     config: Optional[S2FTConfig] = None

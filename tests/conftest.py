@@ -7,6 +7,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+torch.set_num_threads(1)   # the models are tiny and the test runner uses the cores
+
 
 def pytest_collection_modifyitems(items):
     for item in items:

@@ -10,6 +10,7 @@ from s2ft.convert import Attachment
 from s2ft.coupling import projections_of
 from s2ft.delta import Delta
 from s2ft.fingerprint import difference
+from s2ft.permutation import expand
 from s2ft.selection import Selection
 
 
@@ -20,7 +21,7 @@ class Adapter:
     name: str
     config: S2FTConfig
     selection: Selection
-    fingerprint: Dict[str, str]
+    fingerprint: Dict[str, Any]
     deltas: Dict[str, Delta]
     info: Dict[str, Any] = field(default_factory=dict)
 
@@ -43,15 +44,15 @@ def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:
         if int(delta.index.max()) >= size:
             raise ValueError(f"adapter {adapter.name!r}: {path}.index has {int(delta.index.max())}, "
                              f"outside the weight's 0..{size - 1}")
-        _check_whole_units(adapter, known[path], delta)
     other_base = difference(record.fingerprint, adapter.fingerprint)
     if other_base:
         raise ValueError(f"adapter {adapter.name!r} was trained on another base: {other_base}")
+    for path, delta in adapter.deltas.items():
+        _check_whole_units(adapter, known[path], delta)
 
 
 def _check_whole_units(adapter: Adapter, projection, delta: Delta) -> None:
     units = adapter.selection[projection.path]
-    elements = (units[:, None] * projection.unit + torch.arange(projection.unit)).reshape(-1)
-    if not torch.equal(elements, delta.index):
+    if not torch.equal(expand(units, projection.unit), delta.index):
         raise ValueError(f"adapter {adapter.name!r}: {projection.path}.index does not name the selected units, "
                          f"each of {projection.unit} elements")

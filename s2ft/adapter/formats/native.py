@@ -91,8 +91,11 @@ def read(directory) -> Adapter:
     selection = Selection({path: torch.tensor(entry["units"]) for path, entry in projections.items()})
     if selection.digest != header.get("selection_digest"):
         raise ValueError(f"{directory / CONFIG}: the units listed are not those that were saved")
+    base = _field(header, "base_fingerprint", dict, directory / CONFIG)
+    if not isinstance(base.get("dtype"), str) or not isinstance(base.get("layers"), dict):
+        raise ValueError(f"{directory / CONFIG}: base_fingerprint must have dtype and layers")
     return Adapter(_field(header, "name", str, directory / CONFIG), _config(header, directory / CONFIG), selection,
-                   _field(header, "base_fingerprint", dict, directory / CONFIG), deltas, header.get("info", {}))
+                   base, deltas, header.get("info", {}))
 
 
 def _read_header(path: Path) -> Dict[str, Any]:

@@ -1,0 +1,338 @@
+"""Adapters: what is saved comes back bit for bit, what is wrong is refused and named."""
+import copy
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from support.models import ALL_RATIOS, CASES, model_of, token_batch, train
+
+import s2ft
+from s2ft import S2FTConfig
+from s2ft.adapter import read_adapter, restore_adapter
+from s2ft.adapter.formats.native import CONFIG, TENSORS
+from s2ft.convert import attachment_of
+
+LAYOUTS = ("permuted", "indexed")
+RATIOS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}
+
+
+def equal(ours, theirs):
+    ours, theirs = ours.state_dict(), theirs.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def trained(case="llama", dtype=torch.float32, layout="permuted", seed=0, name="default", steps=3):
+    model = model_of(case, dtype)
+    s2ft.attach(model, S2FTConfig(**RATIOS, layout=layout, seed=seed), name=name)
+    train(model, steps)
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """One adapter on disk; tests that spoil it copy it first."""
+    folder = tmp_path_factory.mktemp("saved")
+    s2ft.save_adapter(trained(), folder)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES)
+def test_saved_and_loaded_on_a_fresh_base_gives_the_effective_weights(case, layout, dtype, tmp_path):
+    model = trained(case, dtype, layout)
+    s2ft.save_adapter(model, tmp_path)
+    expected = s2ft.merge(model)
+    for trainable in (False, True):
+        other = model_of(case, dtype)
+        s2ft.load_adapter(other, tmp_path, trainable=trainable)
+        if not trainable:
+            assert all(torch.equal(w, expected.state_dict()[key]) for key, w in other.state_dict().items())
+        assert equal(s2ft.merge(other), expected)
+
+
+def test_files_are_small_and_named(saved):
+    assert {path.name for path in saved.iterdir()} == {CONFIG, TENSORS}
+    adapter = read_adapter(saved)
+    bytes_of_deltas = sum(d.values.numel() * d.values.element_size() for d in adapter.deltas.values())
+    assert (saved / TENSORS).stat().st_size < 1.2 * bytes_of_deltas + 200 * len(adapter.deltas)
+    assert adapter.info["model_type"] == "llama"
+
+
+def test_loaded_trainable_trains_on_like_the_original(tmp_path):
+    model = trained()
+    s2ft.save_adapter(model, tmp_path)
+    other = model_of("llama")
+    s2ft.load_adapter(other, tmp_path, trainable=True)
+    assert train(model) == train(other)
+
+
+def test_restore_copies_into_the_attached_model(tmp_path):
+    model = trained()
+    s2ft.save_adapter(model, tmp_path)
+    other = model_of("llama")
+    s2ft.attach(other, S2FTConfig(**RATIOS))
+    restore_adapter(other, tmp_path)
+    assert equal(s2ft.merge(model), s2ft.merge(other))
+    another = model_of("llama")
+    s2ft.attach(another, S2FTConfig(**RATIOS, seed=1))
+    with pytest.raises(ValueError, match="another selection"):
+        restore_adapter(another, tmp_path)
+
+
+def test_an_adapter_crosses_layouts_and_dtypes(tmp_path):
+    """Trained permuted in float32, put on an indexed bfloat16 model: base + delta, rounded once."""
+    s2ft.save_adapter(trained(), tmp_path)
+    base, other = model_of("llama", torch.bfloat16), model_of("llama", torch.bfloat16)
+    s2ft.attach(other, S2FTConfig(d_ratio=0.1, layout="indexed", seed=5), name="own")
+    s2ft.load_adapter(other, tmp_path, "other")
+    merged = s2ft.merge(other)
+    for path, delta in read_adapter(tmp_path).deltas.items():
+        weight = base.get_submodule(path).weight
+        expected = weight.index_copy(delta.dim, delta.index,
+                                     (weight.index_select(delta.dim, delta.index) + delta.values).bfloat16())
+        assert torch.equal(merged.get_submodule(path).weight, expected)
+
+
+# ---- switching -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_thousand_switches_restore_the_base_exactly(layout, dtype, tmp_path):
+    base = model_of("llama", dtype)
+    s2ft.save_adapter(trained(seed=3, name="b"), tmp_path)
+    model = copy.deepcopy(base)
+    s2ft.attach(model, S2FTConfig(d_ratio=0.1, layout=layout), name="a")
+    if dtype is not torch.float16:   # no float16 optimizer is needed to test switching
+        train(model)
+    s2ft.load_adapter(model, tmp_path, "b")
+    for i in range(1000):
+        s2ft.set_adapter(model, ("a", "b", None)[i % 3])
+    assert equal(s2ft.detach(model), base)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.sampled_from(["a", "b", "c", None, "fuse", "unfuse", "forward"]), max_size=12))
+def test_any_sequence_of_operations(tmp_path_factory, operations):
+    """Whatever was done before, an active adapter gives its own weights and none gives the base."""
+    folders, base = three_adapters(tmp_path_factory)
+    model = model_of("llama")
+    s2ft.load_adapter(model, folders["a"], trainable=True)
+    s2ft.load_adapter(model, folders["b"])
+    s2ft.load_adapter(model, folders["c"])
+    active = "c"
+    for operation in operations:
+        if operation == "fuse":
+            s2ft.fuse(model)
+        elif operation == "unfuse":
+            s2ft.unfuse(model)
+        elif operation == "forward":
+            model(token_batch(model))
+        else:
+            s2ft.set_adapter(model, operation)
+            active = operation
+        assert s2ft.status(model).active == active
+    if active is None:
+        assert equal(s2ft.detach(model), base)
+        return
+    other = model_of("llama")
+    s2ft.load_adapter(other, folders[active])
+    assert equal(s2ft.merge(model), s2ft.merge(other))
+
+
+_three = {}
+
+
+def three_adapters(tmp_path_factory):
+    if not _three:
+        for seed, name in enumerate("abc"):
+            folder = tmp_path_factory.mktemp(name)
+            s2ft.save_adapter(trained(seed=seed, name=name), folder)
+            _three[name] = folder
+    return _three, model_of("llama")
+
+
+def test_none_is_the_base_and_the_name_brings_it_back(tmp_path):
+    base, model = model_of("llama"), trained()
+    batch = token_batch(model)
+    tuned = model(batch).logits
+    s2ft.set_adapter(model, None)
+    torch.testing.assert_close(model(batch).logits, base(batch).logits)
+    s2ft.set_adapter(model, "default")
+    assert torch.equal(model(batch).logits, tuned)
+
+
+def test_training_one_adapter_leaves_the_others(tmp_path):
+    s2ft.save_adapter(trained(seed=3), tmp_path)
+    model = trained(name="mine", steps=1)
+    s2ft.load_adapter(model, tmp_path, "other")
+    held = {path: delta.values.clone() for path, delta in attachment_of(model).others["other"].deltas.items()}
+    s2ft.set_adapter(model, "mine")
+    train(model)
+    assert all(torch.equal(held[path], delta.values)
+               for path, delta in attachment_of(model).others["other"].deltas.items())
+
+
+def test_merging_with_no_adapter_active_raises():
+    model = trained()
+    s2ft.set_adapter(model, None)
+    with pytest.raises(ValueError, match="no adapter is active"):
+        s2ft.merge(model)
+
+
+def test_names(tmp_path, saved):
+    model = trained(name="mine", steps=1)
+    with pytest.raises(ValueError, match="no adapter is called 'yours'; there are mine"):
+        s2ft.set_adapter(model, "yours")
+    with pytest.raises(ValueError, match="already: load it under another name"):
+        s2ft.load_adapter(model, saved, "mine")
+    with pytest.raises(ValueError, match="word without slashes"):
+        s2ft.load_adapter(model, saved, "../up")
+    with pytest.raises(ValueError, match="no adapter is called"):
+        s2ft.save_adapter(model, tmp_path, "yours")
+    with pytest.raises(ValueError, match="detach first"):
+        s2ft.load_adapter(model, saved, "second", trainable=True)
+
+
+def test_status_shows_active_and_trainable_apart(saved):
+    model = trained(name="mine", steps=1)
+    s2ft.load_adapter(model, saved, "other")
+    status = s2ft.status(model)
+    assert (status.adapters, status.active, status.trainable) == (["mine", "other"], "other", "mine")
+    rows = {(row.path, row.adapter): row for row in status.rows}
+    mine = rows["model.layers.0.mlp.down_proj", "mine"]
+    other = rows["model.layers.0.mlp.down_proj", "other"]
+    assert (mine.active, mine.trainable, other.active, other.trainable) == (False, True, True, False)
+    assert "active: other; trainable: mine" in str(status)
+    assert s2ft.status(model_of("llama")).adapters == []
+
+
+# ---- files that are wrong ---------------------------------------------------------------------------------
+
+def spoil_tensors(change):
+    def spoil(folder):
+        tensors = load_file(folder / TENSORS)
+        change(tensors)
+        save_file(tensors, folder / TENSORS)
+    return spoil
+
+
+def spoil_config(change):
+    def spoil(folder):
+        config = json.loads((folder / CONFIG).read_text())
+        change(config)
+        (folder / CONFIG).write_text(json.dumps(config))
+    return spoil
+
+
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+def cut(folder):
+    (folder / TENSORS).write_bytes((folder / TENSORS).read_bytes()[:-100])
+
+
+def flip(folder):
+    content = bytearray((folder / TENSORS).read_bytes())
+    content[-3] ^= 1
+    (folder / TENSORS).write_bytes(content)
+
+
+WRONG = {
+    "truncated": (cut, ValueError, "truncated or damaged"),
+    "empty": (lambda f: (f / TENSORS).write_bytes(b""), ValueError, "truncated or damaged"),
+    "one bit": (flip, ValueError, "sha256 differs"),
+    "no tensors": (lambda f: (f / TENSORS).unlink(), FileNotFoundError, f"no {TENSORS}"),
+    "no config": (lambda f: (f / CONFIG).unlink(), FileNotFoundError, f"no {CONFIG}"),
+    "config no JSON": (lambda f: (f / CONFIG).write_text("{"), ValueError, "not JSON"),
+    "config no object": (lambda f: (f / CONFIG).write_text("[]"), ValueError, "no schema"),
+    "newer schema": (spoil_config(lambda c: c.update(schema=99)), ValueError, "schema 99"),
+    "foreign key": (spoil_tensors(lambda t: t.update(extra=torch.ones(1))), ValueError, r"foreign keys \['extra'\]"),
+    "missing key": (spoil_tensors(lambda t: t.pop(f"{DOWN}.delta")), ValueError, "missing keys.*down_proj.delta"),
+    "misshapen": (spoil_tensors(lambda t: t.update({f"{DOWN}.delta": torch.ones(2, 3)})), ValueError, "do not fit"),
+    "index high": (spoil_tensors(lambda t: t[f"{DOWN}.index"].__setitem__(-1, 52)), ValueError, "sha256|outside"),
+    "index low": (spoil_tensors(lambda t: t[f"{DOWN}.index"].__setitem__(0, -1)), ValueError, "not negative"),
+    "index twice": (spoil_tensors(lambda t: t[f"{DOWN}.index"].__setitem__(1, int(t[f"{DOWN}.index"][0]))),
+                    ValueError, "ascending"),
+    "other projection": (spoil_config(lambda c: c["projections"].pop(DOWN)), ValueError, "foreign keys"),
+    "unknown option": (spoil_config(lambda c: c["config"].update(z_ratio=1)), ValueError, "z_ratio"),
+    "no fingerprint": (spoil_config(lambda c: c.pop("base_fingerprint")), ValueError, "base_fingerprint is missing"),
+    "other units": (spoil_config(lambda c: c["projections"][DOWN].update(units=[0])), ValueError, "units listed"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("attached", (False, True), ids=("plain", "attached"))
+def test_wrong_files_are_named_and_leave_the_model(wrong, attached, saved, tmp_path):
+    spoil, error, message = WRONG[wrong]
+    for path in saved.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    spoil(tmp_path)
+    model = trained(name="mine", steps=1) if attached else model_of("llama")
+    before = copy.deepcopy(model.state_dict())
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(error, match=message):
+        s2ft.load_adapter(model, tmp_path, "other")
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert flags == [p.requires_grad for p in model.parameters()]
+    assert s2ft.status(model).adapters == (["mine"] if attached else [])
+
+
+def rewrite_index(folder, value):
+    """An out-of-range index in a file that is whole otherwise."""
+    import hashlib
+    spoil_tensors(lambda t: t[f"{DOWN}.index"].__setitem__(-1, value))(folder)
+    digest = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
+    spoil_config(lambda c: c.update(tensors_sha256=digest))(folder)
+
+
+def test_index_out_of_range_in_a_whole_file(saved, tmp_path):
+    for path in saved.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    rewrite_index(tmp_path, 52)
+    with pytest.raises(ValueError, match=f"{DOWN}.index has 52, outside the weight's 0..51"):
+        s2ft.load_adapter(model_of("llama"), tmp_path)
+
+
+def test_another_base_is_refused(saved):
+    other = model_of("llama")
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight[3, 4] += 0.5
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match="trained on another base: 1 of 3 layers differ, the first is layer 1"):
+        s2ft.load_adapter(other, saved)
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+
+
+@pytest.mark.parametrize("case,message", [("qwen3", "another model|another base"), ("llama-odd", "another model")])
+def test_another_model_is_refused(case, message, saved):
+    with pytest.raises(ValueError, match=message):
+        s2ft.load_adapter(model_of(case), saved)
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+def test_a_delta_that_is_not_finite_is_not_saved(value, tmp_path):
+    model = trained(steps=1)
+    with torch.no_grad():
+        attachment_of(model).mounts[DOWN].layer.s2[0, 0] = value
+    with pytest.raises(ValueError, match=f"{DOWN}: the delta is empty or not finite"):
+        s2ft.save_adapter(model, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_interrupted_save_leaves_the_old_adapter(saved, tmp_path, monkeypatch):
+    model = trained()
+    s2ft.save_adapter(model, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    train(model)
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError):
+        s2ft.save_adapter(model, tmp_path)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}

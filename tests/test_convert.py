@@ -1,0 +1,283 @@
+"""attach, detach, merge over every model family, both layouts."""
+import copy
+
+import pytest
+import torch
+from support.models import ALL_RATIOS, CASES, model_of, token_batch, train
+from support.tolerances import LOGITS, relative_difference
+from torch import nn
+
+import s2ft
+from s2ft import S2FTConfig
+from s2ft.convert import attachment_of
+from s2ft.coupling import projections_of
+
+LAYOUTS = ("permuted", "indexed")
+# every projection alone, all together, and the asymmetric pairs of the paper
+REQUESTS = {
+    **{key: {key: 0.5} for key in ("q_ratio", "k_ratio", "v_ratio", "o_ratio", "u_ratio", "g_ratio", "d_ratio")},
+    "all": ALL_RATIOS,
+    "up-down": dict(u_ratio=0.1, d_ratio=0.3),
+    "v-o": dict(v_ratio=0.5, o_ratio=0.75),
+}
+
+
+def config_for(case, request, **more):
+    ratios = dict(REQUESTS[request])
+    if "multi-query" in case:   # one KV head: it is trained whole or not at all
+        ratios.update({key: 1.0 for key in ("k_ratio", "v_ratio") if key in ratios})
+    return S2FTConfig(**ratios, **more)
+
+
+def states_equal(ours, theirs):
+    ours, theirs = ours.state_dict(), theirs.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("request_", REQUESTS)
+@pytest.mark.parametrize("case", CASES)
+def test_attach_leaves_the_logits(case, request_, layout):
+    model = model_of(case)
+    batch = token_batch(model)
+    with torch.no_grad():
+        before = model(batch).logits
+        s2ft.attach(model, config_for(case, request_, layout=layout))
+        assert relative_difference(model(batch).logits, before) <= LOGITS
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", CASES)
+def test_train_detach_merge(case, layout, dtype):
+    """Only the selected units move; detach is the base; merge is the weight trained with."""
+    base = model_of(case, dtype)
+    model = copy.deepcopy(base)
+    s2ft.attach(model, config_for(case, "all", layout=layout))
+    train(model)
+    batch = token_batch(model)
+    logits = model(batch).logits
+
+    detached = s2ft.detach(copy.deepcopy(model))
+    assert states_equal(detached, base) and type(detached.model.layers[0].mlp.up_proj) is nn.Linear
+
+    selection = attachment_of(model).selection
+    projections = {p.path: p for p in projections_of(attachment_of(model).couplings)}
+    merged = s2ft.merge(model)
+    if dtype is torch.float32:
+        assert relative_difference(merged(batch).logits, logits) <= LOGITS
+    for key, weight in merged.state_dict().items():
+        original, path = base.state_dict()[key], key.removesuffix(".weight")
+        if path in selection and key.endswith("weight"):
+            p = projections[path]
+            whole = weight.unflatten(p.dim, (p.count, p.unit)) != original.unflatten(p.dim, (p.count, p.unit))
+            moved = whole.movedim(p.dim, 0).flatten(1).any(1).nonzero().squeeze(1)
+            assert torch.equal(moved, selection[path]), key
+        else:
+            assert torch.equal(weight, original), key
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_layouts_train_alike_and_like_masked_full_training(case):
+    """Ten steps: the same losses from both layouts and from a full model whose gradient is masked."""
+    losses = {}
+    for layout in LAYOUTS:
+        model = model_of(case)
+        s2ft.attach(model, config_for(case, "all", layout=layout))
+        losses[layout] = train(model, steps=10, weight_decay=0.0)
+        record = attachment_of(model)
+    full = model_of(case).requires_grad_(False)
+    for projection in projections_of(record.couplings):
+        if projection.path in record.selection:
+            weight = full.get_submodule(projection.path).weight.requires_grad_(True)
+            mask = torch.zeros(projection.count).index_fill_(0, record.selection[projection.path], 1)
+            mask = mask.repeat_interleave(projection.unit).view((-1, 1) if projection.dim == 0 else (1, -1))
+            weight.register_hook(lambda grad, mask=mask: grad * mask)
+    masked = train(full, steps=10, weight_decay=0.0)
+    assert losses["permuted"] == pytest.approx(losses["indexed"], rel=1e-5)
+    assert losses["permuted"] == pytest.approx(masked, rel=1e-5)
+
+
+def test_selections_of_both_layouts_are_the_same():
+    chosen = []
+    for layout in LAYOUTS:
+        model = model_of("llama")
+        s2ft.attach(model, S2FTConfig(**ALL_RATIOS, layout=layout))
+        chosen.append(attachment_of(model).selection)
+    assert chosen[0] == chosen[1] and chosen[0].digest == chosen[1].digest
+
+
+def test_permuted_layout_is_one_dense_slice_where_units_can_move():
+    model = model_of("llama")
+    s2ft.attach(model, S2FTConfig(**ALL_RATIOS))
+    assert all(mount.layer.index is None for mount in attachment_of(model).mounts.values())
+
+
+def test_grouped_query_heads_stay_in_their_groups():
+    model = model_of("llama-grouped")
+    before = model.model.layers[0].self_attn.q_proj.weight.clone()
+    s2ft.attach(model, S2FTConfig(q_ratio=0.25, o_ratio=0.25, v_ratio=0.5))
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, before)
+    assert model.model.layers[0].self_attn.o_proj.s2.shape[1] == 6   # one query head of four, 24 / 4 wide
+
+
+def test_report_and_frozen_rest():
+    model = model_of("llama")
+    total = sum(p.numel() for p in model.parameters())
+    report = s2ft.attach(model, S2FTConfig(d_ratio=0.1, v_ratio=0.5))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all(name.endswith(".s2") for name in trained) and len(trained) == 6
+    assert report.total == total and report.trainable == sum(p.numel() for p in trained.values())
+    assert "5 of 52 channels" in str(report) and "2 of 4 heads" in str(report)
+
+
+def test_layers_restricts_and_keeps_the_other_layers_draws():
+    model, whole = model_of("llama"), model_of("llama")
+    s2ft.attach(model, S2FTConfig(d_ratio=0.1, layers=[1]))
+    s2ft.attach(whole, S2FTConfig(d_ratio=0.1))
+    path = "model.layers.1.mlp.down_proj"
+    assert list(attachment_of(model).mounts) == [path]
+    assert torch.equal(attachment_of(model).selection[path], attachment_of(whole).selection[path])
+
+
+@pytest.mark.parametrize("dtype,option,expected", [
+    (torch.float32, None, torch.float32), (torch.bfloat16, None, torch.float32),
+    (torch.bfloat16, "bfloat16", torch.bfloat16), (torch.float64, None, torch.float64)])
+def test_delta_dtype(dtype, option, expected):
+    model = model_of("llama", dtype)
+    report = s2ft.attach(model, S2FTConfig(d_ratio=0.1, delta_dtype=option))
+    assert report.rows[0].dtype is expected
+    assert model(token_batch(model)).logits.dtype is dtype
+
+
+def test_base_model_without_a_head():
+    model = model_of("llama").model
+    s2ft.attach(model, S2FTConfig(d_ratio=0.1))
+    assert len(attachment_of(model).mounts) == 3
+
+
+def test_requires_grad_comes_back():
+    model = model_of("llama")
+    model.model.embed_tokens.requires_grad_(False)
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    s2ft.attach(model, S2FTConfig(d_ratio=0.1))
+    assert not model.lm_head.weight.requires_grad
+    s2ft.detach(model)
+    assert flags == {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def test_model_level_fuse_is_exact():
+    model = model_of("llama", torch.bfloat16)
+    s2ft.attach(model, S2FTConfig(**ALL_RATIOS))
+    train(model)
+    logits, state = model(token_batch(model)).logits, copy.deepcopy(model.state_dict())
+    s2ft.fuse(model)
+    assert torch.equal(model(token_batch(model)).logits, logits)
+    s2ft.unfuse(model)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_merging_while_fused():
+    base = model_of("llama")
+    model = copy.deepcopy(base)
+    s2ft.attach(model, S2FTConfig(**ALL_RATIOS))
+    train(model)
+    other = s2ft.merge(copy.deepcopy(model))
+    s2ft.fuse(model)
+    assert states_equal(s2ft.merge(copy.deepcopy(model)), other)
+    assert states_equal(s2ft.detach(model), base)
+
+
+def test_tied_projections_train_in_place_only():
+    model = model_of("llama")
+    model.model.layers[1].mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="tied weight.*layout='indexed'"):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.1))
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    s2ft.attach(model, S2FTConfig(d_ratio=0.1, layout="indexed"))
+    train(model)
+    s2ft.detach(model)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+class Unknown(nn.Module):
+    class config:
+        model_type = "never-heard-of"
+
+
+BAD = {
+    "ratio above 1": (lambda: S2FTConfig(d_ratio=1.5), ValueError, "d_ratio must be a number from 0 to 1, got 1.5"),
+    "ratio below 0": (lambda: S2FTConfig(o_ratio=-0.1), ValueError, "o_ratio must"),
+    "ratio no number": (lambda: S2FTConfig(u_ratio="much"), ValueError, "u_ratio must"),
+    "ratio nan": (lambda: S2FTConfig(u_ratio=float("nan")), ValueError, "u_ratio must"),
+    "layout": (lambda: S2FTConfig(d_ratio=0.1, layout="dense"), ValueError, "layout must be one of permuted, indexed"),
+    "selection": (lambda: S2FTConfig(d_ratio=0.1, selection="best"), ValueError, "selection must be one of random"),
+    "seed": (lambda: S2FTConfig(seed=-1), ValueError, "seed"),
+    "delta dtype": (lambda: S2FTConfig(delta_dtype="int8"), ValueError, "delta_dtype"),
+    "layers": (lambda: S2FTConfig(layers=[0, 0]), ValueError, "twice"),
+    "no config": ({"d_ratio": 0.1}, TypeError, "S2FTConfig"),
+    "nothing": (S2FTConfig(), ValueError, "nothing is selected"),
+    "no unit": (S2FTConfig(o_ratio=0.01), ValueError, "selects none of the 4 heads"),
+    "layer outside": (S2FTConfig(d_ratio=0.1, layers=[7]), ValueError, r"names \[7\]"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_bad_requests_leave_the_model(bad):
+    config, error, message = BAD[bad]
+    model = model_of("llama")
+    state, modules = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]
+    with pytest.raises(error, match=message):
+        s2ft.attach(model, config() if callable(config) else config)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert modules == [type(m) for m in model.modules()]
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_unknown_family_names_the_known_ones():
+    with pytest.raises(ValueError, match="never-heard-of.*llama, mistral, qwen2, qwen3"):
+        s2ft.attach(Unknown(), S2FTConfig(d_ratio=0.1))
+
+
+def test_attaching_twice_and_detaching_nothing_raise():
+    model = model_of("llama")
+    with pytest.raises(ValueError, match="no S²FT adapter"):
+        s2ft.detach(model)
+    s2ft.attach(model, S2FTConfig(d_ratio=0.1))
+    with pytest.raises(ValueError, match="already"):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.1))
+
+
+def test_foreign_linear_is_refused():
+    class Wrapped(nn.Linear):
+        pass
+
+    model = model_of("llama")
+    model.model.layers[2].mlp.up_proj = Wrapped(24, 52, bias=False)
+    with pytest.raises(ValueError, match="layers.2.mlp.up_proj is a Wrapped"):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.1))
+
+
+def test_calibration_without_a_use_is_refused():
+    with pytest.raises(ValueError, match="takes no calibration"):
+        s2ft.attach(model_of("llama"), S2FTConfig(d_ratio=0.1), calibration=[torch.ones(1)])
+
+
+def test_a_failure_in_the_middle_leaves_the_base(monkeypatch):
+    import s2ft.convert as convert
+    base = model_of("llama")
+    model, real, calls = copy.deepcopy(base), convert._mount, []
+
+    def fails_late(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError
+        return real(*args)
+
+    monkeypatch.setattr(convert, "_mount", fails_late)
+    with pytest.raises(MemoryError):
+        s2ft.attach(model, S2FTConfig(**ALL_RATIOS))
+    assert states_equal(model, base) and all(p.requires_grad for p in model.parameters())
+    monkeypatch.undo()
+    s2ft.attach(model, S2FTConfig(**ALL_RATIOS))
