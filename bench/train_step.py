@@ -16,7 +16,8 @@ from harness import interleaved, median_ratio, save
 from torch import nn
 
 import s2ft
-from s2ft.train.models import demo_model_path, load_model
+from s2ft.train.demo import default_model
+from s2ft.train.models import load_model
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
@@ -126,7 +127,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results = {}
     for dtype in ("float32", "bfloat16") if args.dtype == "both" else (args.dtype,):
-        base = load_model(args.model or demo_model_path(), dtype=dtype).to(device)
+        base = load_model(args.model or default_model(), dtype)[0].to(device)
         results[dtype] = run(base, args)
         print(table(f"{dtype}, {args.batch} × {args.length} tokens", results[dtype]), flush=True)
     save(args.output, {"batch": args.batch, "length": args.length, "d_ratio": args.d_ratio, "results": results})

