@@ -1,0 +1,43 @@
+// PyTorch's own operators, through the dispatcher. The matrix products run whatever library this
+// PyTorch runs for F.linear, so results are equal bit for bit.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <optional>
+
+namespace s2ft::aten {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Args>
+Tensor call(const char* name, const char* overload, const Args&... args) {
+  std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+inline Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  return call("aten::linear", "", x, weight, bias);
+}
+
+inline Tensor matmul(const Tensor& a, const Tensor& b) { return call("aten::matmul", "", a, b); }
+
+// Shares memory but is no leaf: autocast caches casts of leaf weights, and must not keep one that
+// was made of a weight in its effective state.
+inline Tensor detach(const Tensor& t) { return call("aten::detach", "", t); }
+
+inline Tensor in_dtype(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
+
+inline Tensor dense_copy(const Tensor& t, ScalarType dtype) {
+  Tensor copy = torch::stable::new_empty(t, t.sizes(), dtype);
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+}  // namespace s2ft::aten

@@ -1,0 +1,93 @@
+// Argument checks. Each message names the op and the argument; std::invalid_argument reaches
+// Python as ValueError.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+#include "core/numeric.h"
+
+namespace s2ft {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class... Parts>
+void require(bool holds, const char* op, const Parts&... parts) {
+  if (holds) return;
+  std::ostringstream message;
+  message << "s2ft::" << op << ": ";
+  (message << ... << parts);
+  throw std::invalid_argument(message.str());
+}
+
+inline std::string shape_of(const Tensor& t) {
+  std::ostringstream text;
+  text << '(';
+  for (int64_t d = 0; d < t.dim(); ++d) text << (d ? ", " : "") << t.size(d);
+  text << (t.dim() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+inline DType dtype_of(const Tensor& t, const char* op, const char* argument) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::Half:
+      return DType::f16;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    default:
+      require(false, op, argument, " must be float32, float64, float16 or bfloat16, got ",
+              torch::headeronly::toString(t.scalar_type()));
+      return DType::f32;
+  }
+}
+
+inline void check_same_device(const Tensor& t, const Tensor& weight, const char* op, const char* argument) {
+  const bool same = t.is_cpu() == weight.is_cpu() && t.get_device_index() == weight.get_device_index();
+  require(same, op, argument, " must be on the device of weight");
+}
+
+inline void check_index_tensor(const Tensor& index, int64_t length, const Tensor& weight, const char* op,
+                               const char* argument) {
+  require(index.scalar_type() == ScalarType::Long && index.dim() == 1, op, argument,
+          " must be int64 with one dimension, got ", torch::headeronly::toString(index.scalar_type()),
+          " of shape ", shape_of(index));
+  require(index.size(0) == length, op, argument, " must have ", length, " entries, got ", index.size(0));
+  check_same_device(index, weight, op, argument);
+}
+
+// Looks at the entries; for indices in host memory only.
+inline void check_index_range(const int64_t* index, int64_t length, int64_t limit, const char* op,
+                              const char* argument) {
+  for (int64_t k = 0; k < length; ++k)
+    require(index[k] >= 0 && index[k] < limit, op, argument, " entry ", index[k], " is outside 0..", limit - 1);
+}
+
+// True when two elements may share memory, by sizes and strides. Errs to true.
+inline bool may_overlap(const Tensor& t) {
+  if (t.numel() <= 1) return false;
+  // Sorted by stride, each dimension must step over all that the smaller ones span.
+  int64_t spanned = 0;
+  bool used[8] = {};
+  if (t.dim() > 8) return true;
+  for (int64_t round = 0; round < t.dim(); ++round) {
+    int64_t next = -1;
+    for (int64_t d = 0; d < t.dim(); ++d)
+      if (!used[d] && (next < 0 || t.stride(d) < t.stride(next))) next = d;
+    used[next] = true;
+    if (t.size(next) == 1) continue;
+    if (t.stride(next) <= spanned) return true;
+    spanned += (t.size(next) - 1) * t.stride(next);
+  }
+  return false;
+}
+
+}  // namespace s2ft

@@ -1,0 +1,127 @@
+// A "line" runs along one unit for rows (a column of the matrix crosses all units) and across all
+// units for columns. Threads share out the dimension that is not selected, so one thread holds every
+// unit of its lines: a unit named twice is stashed before its first write, and the last write wins.
+#include "units.h"
+
+#include <algorithm>
+
+#include "parallel.h"
+
+namespace s2ft {
+namespace {
+
+// Elements a thread handles before it goes on, so that stash and write meet in the L1 cache.
+constexpr int64_t kBlock = 4096;
+
+// Calls f(element, dense, count, stride): `count` elements of the weight from `element` on, `stride`
+// apart, whose places in the dense buffer are `dense`, dense + 1, ...
+template <class F>
+void for_spans(const Units& u, int64_t begin, int64_t end, const F& f) {
+  if (u.rows) {
+    for (int64_t k = 0; k < u.outer; ++k)
+      f(u.offset(k, begin), k * u.inner + begin, end - begin, u.inner_stride);
+    return;
+  }
+  for (int64_t line = begin; line < end; ++line) {
+    if (!u.index) {
+      f(u.offset(line, 0), line * u.inner, u.inner, u.inner_stride);
+    } else {
+      for (int64_t k = 0; k < u.inner; ++k) f(u.offset(line, k), line * u.inner + k, int64_t{1}, int64_t{0});
+    }
+  }
+}
+
+// Two passes over each block of lines: `first` over all its units, then `second`.
+template <class First, class Second>
+void for_blocks(const Units& u, const First& first, const Second& second) {
+  const int64_t lines = u.rows ? u.inner : u.outer, units = u.rows ? u.outer : u.inner;
+  if (units == 0) return;
+  // Short spans of rows waste cache lines; single lines of columns do not.
+  const int64_t block = std::max<int64_t>(kBlock / units, u.rows ? 64 : 1);
+  parallel_lines(lines, units, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; b += block) {
+      const int64_t e = std::min(end, b + block);
+      for_spans(u, b, e, first);
+      for_spans(u, b, e, second);
+    }
+  });
+}
+
+template <class T>
+void take(const T* weight, int64_t stride, T* dense, int64_t n) {
+  if (stride == 1)
+    std::copy(weight, weight + n, dense);
+  else
+    for (int64_t i = 0; i < n; ++i) dense[i] = weight[i * stride];
+}
+
+template <class T>
+void put(T* weight, int64_t stride, const T* dense, int64_t n) {
+  if (stride == 1)
+    std::copy(dense, dense + n, weight);
+  else
+    for (int64_t i = 0; i < n; ++i) weight[i * stride] = dense[i];
+}
+
+template <class W, class D>
+void add_into(W* target, int64_t target_stride, const W* base, int64_t base_stride, const D* delta, int64_t n) {
+  if (target_stride == 1 && base_stride == 1)
+    for (int64_t i = 0; i < n; ++i) target[i] = add(base[i], delta[i]);
+  else
+    for (int64_t i = 0; i < n; ++i) target[i * target_stride] = add(base[i * base_stride], delta[i]);
+}
+
+const auto nothing = [](int64_t, int64_t, int64_t, int64_t) {};
+
+template <class F>
+void visit_both(const UnitsData& data, const F& f) {
+  visit(data.weight_type, [&](auto w) { visit(data.delta_type, [&](auto d) { f(w, d); }); });
+}
+
+}  // namespace
+
+void Cpu::write(const Units& units, const UnitsData& data) const {
+  visit_both(data, [&](auto w, auto d) {
+    using W = typename decltype(w)::type;
+    using D = typename decltype(d)::type;
+    W* weight = static_cast<W*>(data.weight);
+    W* dense = static_cast<W*>(data.dense);
+    const D* delta = static_cast<const D*>(data.delta);
+    for_blocks(
+        units,
+        [&](int64_t at, int64_t i, int64_t n, int64_t stride) { take(weight + at, stride, dense + i, n); },
+        [&](int64_t at, int64_t i, int64_t n, int64_t stride) {
+          add_into(weight + at, stride, dense + i, 1, delta + i, n);
+        });
+  });
+}
+
+void Cpu::sum(const Units& units, const UnitsData& data) const {
+  visit_both(data, [&](auto w, auto d) {
+    using W = typename decltype(w)::type;
+    using D = typename decltype(d)::type;
+    const W* weight = static_cast<const W*>(data.weight);
+    W* dense = static_cast<W*>(data.dense);
+    const D* delta = static_cast<const D*>(data.delta);
+    for_blocks(
+        units,
+        [&](int64_t at, int64_t i, int64_t n, int64_t stride) {
+          add_into(dense + i, 1, weight + at, stride, delta + i, n);
+        },
+        nothing);
+  });
+}
+
+void Cpu::restore(const Units& units, const UnitsData& data) const {
+  visit_bits(size_of(data.weight_type), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    T* weight = static_cast<T*>(data.weight);
+    const T* dense = static_cast<const T*>(data.dense);
+    for_blocks(
+        units,
+        [&](int64_t at, int64_t i, int64_t n, int64_t stride) { put(weight + at, stride, dense + i, n); },
+        nothing);
+  });
+}
+
+}  // namespace s2ft

@@ -1,0 +1,18 @@
+// Kernels over the units of a weight, on the CPU. linear.h says what each does.
+#pragma once
+
+#include "../checks.h"
+#include "../core/units.h"
+
+namespace s2ft {
+
+struct Cpu {
+  explicit Cpu(const Tensor&) {}
+  void begin() const {}
+  void end() const {}
+  void write(const Units& units, const UnitsData& data) const;
+  void sum(const Units& units, const UnitsData& data) const;
+  void restore(const Units& units, const UnitsData& data) const;
+};
+
+}  // namespace s2ft

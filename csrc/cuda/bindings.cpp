@@ -1,0 +1,72 @@
+// Registers the ops for CUDA: the bodies of linear.h and swap.h with the kernels of launch.h. No CUDA
+// header and no CUDA library of PyTorch, so this builds and loads with a CPU-only PyTorch too.
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "../linear.h"
+#include "../swap.h"
+#include "launch.h"
+
+namespace s2ft {
+namespace {
+
+using GetStream = AOTITorchError (*)(int32_t device, void** stream);
+
+// The stable ABI hands out native streams from PyTorch 2.13 on. Before, the function exists in
+// libtorch_cuda only, which this module does not link: find it where it is loaded already.
+GetStream find_get_stream() {
+  void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
+  void* symbol = dlsym(library ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream");
+  return reinterpret_cast<GetStream>(symbol);
+}
+
+void* current_stream(int32_t device) {
+  static const GetStream get = find_get_stream();
+  if (!get) throw std::runtime_error("s2ft: this PyTorch has no CUDA library to ask for the current stream");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  return stream;
+}
+
+void check(int error) {
+  if (error) throw std::runtime_error(std::string("s2ft: CUDA error: ") + cuda::error_text(error));
+}
+
+class Cuda {
+ public:
+  explicit Cuda(const Tensor& t)
+      : device_(t.get_device_index()), guard_(device_), stream_(current_stream(device_)) {}
+
+  void begin() const { check(cuda::ordered_begin(device_, stream_)); }
+  void end() const { check(cuda::ordered_end(device_, stream_)); }
+
+  void write(const Units& units, const UnitsData& data) const { check(cuda::write_units(units, data, stream_)); }
+  void sum(const Units& units, const UnitsData& data) const { check(cuda::sum_units(units, data, stream_)); }
+  void restore(const Units& units, const UnitsData& data) const {
+    check(cuda::restore_units(units, data, stream_));
+  }
+
+  void exchange(const Exchange& e, int64_t element_size, void* weight, void* values) const {
+    check(cuda::exchange_units(e, element_size, weight, values, stream_));
+  }
+
+ private:
+  int32_t device_;
+  torch::stable::accelerator::DeviceGuard guard_;
+  void* stream_;
+};
+
+}  // namespace
+}  // namespace s2ft
+
+STABLE_TORCH_LIBRARY_IMPL(s2ft, CUDA, m) {
+  m.impl("sliced_linear", TORCH_BOX(&s2ft::sliced_linear<s2ft::Cuda>));
+  m.impl("sliced_linear_grad_x", TORCH_BOX(&s2ft::sliced_linear_grad_x<s2ft::Cuda>));
+  m.impl("indexed_linear", TORCH_BOX(&s2ft::indexed_linear<s2ft::Cuda>));
+  m.impl("indexed_linear_grad_x", TORCH_BOX(&s2ft::indexed_linear_grad_x<s2ft::Cuda>));
+  m.impl("swap_", TORCH_BOX(&s2ft::swap<s2ft::Cuda>));
+}

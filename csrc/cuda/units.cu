@@ -1,0 +1,104 @@
+// Kernels over the units of a weight: what sliced_linear and indexed_linear do around their product.
+//
+// One work item is one element of the set of units, or kWidth neighbours where both the weight and
+// the dense buffers hold them side by side and aligned to 16 bytes. Items are numbered in the order
+// of the dense buffer, so its accesses are coalesced always, and the weight's as far as its units
+// are neighbours.
+#include "launch.h"
+#include "platform.h"
+
+namespace s2ft::cuda {
+namespace {
+
+enum class Step : int { take, write, add, sum, put };
+
+template <class T, int Width>
+struct alignas(sizeof(T) * Width < 16 ? sizeof(T) * Width : 16) Pack {
+  T at[Width];
+};
+
+template <class W, class D, int Width>
+__global__ void for_units(Units units, Step step, Pack<W, Width>* dense, const Pack<D, Width>* delta, W* weight,
+                          int64_t items) {
+  const int64_t inner_items = units.inner / Width;
+  for (int64_t t = first_item(); t < items; t += item_step()) {
+    int64_t outer, inner;
+    split(t, inner_items, &outer, &inner);
+    const int64_t offset = units.offset(outer, inner * Width);
+    if (offset < 0) continue;
+    auto* at = reinterpret_cast<Pack<W, Width>*>(weight + offset);
+    if (step == Step::put) {
+      *at = dense[t];
+      continue;
+    }
+    // `add` starts from the stash: of a unit named twice, the weight may hold a sum already.
+    const Pack<W, Width> base = step == Step::add ? dense[t] : *at;
+    if (step == Step::take || step == Step::write) dense[t] = base;
+    if (step == Step::take) continue;
+    const Pack<D, Width> change = delta[t];
+    Pack<W, Width> total;
+#pragma unroll
+    for (int i = 0; i < Width; ++i) total.at[i] = add(base.at[i], change.at[i]);
+    if (step == Step::sum)
+      dense[t] = total;
+    else
+      *at = total;
+  }
+}
+
+template <class W, class D, int Width>
+int launch(const Units& units, Step step, const UnitsData& data, void* stream) {
+  const int64_t items = units.total() / Width;
+  if (items == 0) return 0;
+  auto* dense = static_cast<Pack<W, Width>*>(data.dense);
+  auto* delta = static_cast<const Pack<D, Width>*>(data.delta);
+  auto* weight = static_cast<W*>(data.weight);
+  S2FT_LAUNCH((for_units<W, D, Width>), blocks_for(items), kThreads, static_cast<cudaStream_t>(stream), units, step,
+              dense, delta, weight, items);
+  return static_cast<int>(cudaGetLastError());
+}
+
+// Whether `width` elements that follow each other in the set do so in the weight, aligned, and are
+// in range together.
+bool wide(const Units& units, const UnitsData& data, int64_t element_size, int64_t width) {
+  if (units.inner_stride != 1 || units.inner % width != 0) return false;
+  if (!units.rows && (units.index || units.start < 0 || units.start + units.inner > units.limit)) return false;
+  const int64_t first = units.rows ? 0 : units.start;
+  return aligned16(data.weight) && aligned16(data.dense) && aligned16(data.delta) &&
+         aligned16(first * element_size) && aligned16(units.outer_stride * element_size);
+}
+
+template <class W, class D>
+int run(const Units& units, Step step, const UnitsData& data, void* stream) {
+  constexpr int width = 16 / sizeof(W);
+  if (wide(units, data, sizeof(W), width)) return launch<W, D, width>(units, step, data, stream);
+  return launch<W, D, 1>(units, step, data, stream);
+}
+
+int run(const Units& units, Step step, const UnitsData& data, void* stream) {
+  int error = 0;
+  visit(data.weight_type, [&](auto w) {
+    visit(data.delta_type, [&](auto d) {
+      error = run<typename decltype(w)::type, typename decltype(d)::type>(units, step, data, stream);
+    });
+  });
+  return error;
+}
+
+}  // namespace
+
+int write_units(const Units& units, const UnitsData& data, void* stream) {
+  if (!units.index) return run(units, Step::write, data, stream);
+  const int error = run(units, Step::take, data, stream);
+  return error ? error : run(units, Step::add, data, stream);
+}
+
+int sum_units(const Units& units, const UnitsData& data, void* stream) {
+  return run(units, Step::sum, data, stream);
+}
+
+int restore_units(const Units& units, const UnitsData& data, void* stream) {
+  return run(units, Step::put, data, stream);
+}
+
+}  // namespace s2ft::cuda

@@ -1,0 +1,45 @@
+// The Python module s2ft._C. Importing it registers the kernels; it offers only what the build was.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+namespace {
+
+std::string compiler() {
+#if defined(__clang__)
+  return "clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "gcc " __VERSION__;
+#elif defined(_MSC_VER)
+  return "msvc " + std::to_string(_MSC_VER);
+#else
+  return "unknown";
+#endif
+}
+
+std::string torch_target() {
+  constexpr unsigned long long version = TORCH_TARGET_VERSION;
+  return std::to_string(version >> 56) + "." + std::to_string((version >> 48) & 0xff);
+}
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["compiler"] = compiler();
+  info["cxx_standard"] = static_cast<long>(__cplusplus);
+  info["torch_target"] = torch_target();
+#ifdef S2FT_WITH_CUDA
+  info["with_cuda"] = true;
+  info["cuda_archs"] = S2FT_CUDA_ARCHS;
+#else
+  info["with_cuda"] = false;
+  info["cuda_archs"] = "";
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of s2ft.";
+  m.def("build_info", &build_info, "How this module was compiled.");
+}

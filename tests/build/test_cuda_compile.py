@@ -1,0 +1,53 @@
+"""nvcc takes every kernel for every architecture, and the module with them loads without a GPU."""
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+HOMES = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
+NVCC = next((path for home in HOMES if home and (path := Path(home, "bin", "nvcc")).exists()), shutil.which("nvcc"))
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_no_torch_header(source):
+    """Directly or through the headers of csrc: they would tie the kernels to one PyTorch."""
+    seen, queue = set(), [source]
+    while queue:
+        path = queue.pop()
+        if path in seen or not path.exists():   # cuda_on_cpu.h is the tests' own
+            continue
+        seen.add(path)
+        included = re.findall(r'#include\s*[<"]([^>"]+)[>"]', path.read_text())
+        assert not [name for name in included if re.match(r"torch/|c10/|ATen/|pybind11/", name)], path
+        queue += [(path.parent / name).resolve() for name in included]
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", (80, 90, 100))
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
+def test_compiles_without_warnings_and_spills(source, arch, tmp_path):
+    command = [str(NVCC), "-std=c++20", "-O3", f"-arch=sm_{arch}", "-cubin", "-Werror", "all-warnings",
+               "-Xptxas", "-v,-warn-spills,-warn-lmem-usage", str(source), "-o", str(tmp_path / "kernels.cubin")]
+    result = subprocess.run(command, capture_output=True, text=True,
+                            env={**os.environ, "CUDA_HOME": str(Path(NVCC).parent.parent)})
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert not re.search(r"[1-9]\d* bytes (spill|stack)", result.stderr), result.stderr[-3000:]
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_the_cuda_build_loads_and_registers_its_kernels(run, source):
+    run(["setup.py", "-q", "build", "--build-lib", "built"], cwd=source, S2FT_BUILD="cuda",
+        CUDA_HOME=Path(NVCC).parent.parent, TORCH_CUDA_ARCH_LIST="9.0")
+    result = run(["-c", "import json, s2ft; print(json.dumps(s2ft.build_info()))"], PYTHONPATH=source / "built")
+    info = json.loads(result.stdout.splitlines()[-1])
+    assert info["cuda"] is True and info["archs"] == ["9.0"]
+    for op in ("sliced_linear", "sliced_linear_grad_x", "indexed_linear", "indexed_linear_grad_x", "swap_"):
+        assert info["ops"][op] == ["CPU", "CUDA"]

@@ -1,0 +1,90 @@
+"""Compiles csrc/cuda for the CPU, once a session, and wraps it for tensors."""
+import ctypes
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
+CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+
+
+def pointer(tensor):
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def three(values):
+    return (ctypes.c_int64 * 3)(*values)
+
+
+class Runner:
+    """The kernels as functions of tensors. Tensors may be any strided views."""
+
+    def __init__(self, library):
+        self.library = ctypes.CDLL(str(library))
+        self.library.calls.restype = self.library.last_error.restype = ctypes.c_char_p
+
+    def configure(self, seed=0, max_blocks=0, capturing=False):
+        self.library.configure(seed, max_blocks, int(capturing))
+
+    def units(self, step, weight, delta, dense, units, dim):
+        """units is the start of a slice or an index tensor; dense has the shape of the set of units."""
+        index = units if isinstance(units, torch.Tensor) else None
+        numbers = [0 if index is not None else units, weight.shape[dim], *dense.shape, *weight.stride()]
+        delta_code = CODES[weight.dtype if delta is None else delta.dtype]
+        error = self.library.units(step.encode(), CODES[weight.dtype], delta_code, pointer(weight), pointer(delta),
+                                   pointer(dense), pointer(index), *map(ctypes.c_int64, numbers), int(dim == 0))
+        assert error == 0, self.library.last_error().decode()
+
+    def exchange(self, weight, index, values, dim):
+        pad = 3 - weight.dim()
+        error = self.library.exchange(
+            ctypes.c_int64(weight.element_size()), pointer(weight), pointer(values), pointer(index),
+            ctypes.c_int64(weight.shape[dim]), three([1] * pad + list(values.shape)),
+            three([0] * pad + list(weight.stride())), three([0] * pad + list(values.stride())), dim + pad)
+        assert error == 0, self.library.last_error().decode()
+
+    def order(self, which, device, stream):
+        return getattr(self.library, f"ordered_{which}")(device, ctypes.c_void_p(stream))
+
+    def calls(self):
+        return self.library.calls().decode().split("\n")[:-1]
+
+
+def compile_runner(folder, extra_flags=()):
+    """The shared library of csrc/cuda and the simulator."""
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    library = folder / "cuda_on_cpu.so"
+    sources = [*sorted((CSRC / "cuda").glob("*.cu")), HERE / "self_test.cu", HERE / "runner.cpp"]
+    command = [compiler, "-std=c++20", "-O1", "-g0", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC",
+               "-shared", "-DS2FT_CUDA_ON_CPU", f"-I{HERE}", f"-I{CSRC}", *extra_flags, "-x", "c++",
+               *map(str, sources), "-o", str(library)]
+    subprocess.run(command, check=True)
+    return library
+
+
+@pytest.fixture(scope="session")
+def sanitized_library(tmp_path_factory):
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer",
+             "-Wno-maybe-uninitialized", "-Wno-clobbered")   # the sanitizers' own code sets these off
+    return compile_runner(tmp_path_factory.mktemp("sanitized"), flags)
+
+
+@pytest.fixture(scope="session")
+def built_library(tmp_path_factory):
+    given = os.environ.get("S2FT_TEST_CUDA_ON_CPU")   # set by test_cuda_sanitized.py
+    return given or compile_runner(tmp_path_factory.mktemp("cuda_on_cpu"))
+
+
+@pytest.fixture
+def runner(built_library):
+    run = Runner(built_library)
+    run.configure()
+    run.calls()
+    return run

@@ -1,0 +1,37 @@
+"""The simulator shows the faults it is there to show."""
+import ctypes
+
+import pytest
+import torch
+
+FAULT_FREE, MISSING_BARRIER, DIVERGENT_BARRIER = 0, 1, 2
+
+
+def block_sum(runner, values, fault):
+    out = torch.zeros(1)
+    error = runner.library.block_sum(ctypes.c_void_p(values.data_ptr()), ctypes.c_void_p(out.data_ptr()),
+                                     values.numel(), fault)
+    return error, out.item()
+
+
+@pytest.mark.parametrize("n", (1, 33, 255, 256))
+def test_a_right_kernel_gives_the_sum_under_every_schedule(runner, n):
+    values = torch.arange(1.0, n + 1)
+    for seed in range(5):
+        runner.configure(seed)
+        assert block_sum(runner, values, FAULT_FREE) == (0, values.sum().item())
+
+
+def test_a_missing_barrier_gives_wrong_numbers(runner):
+    values = torch.ones(256)
+    results = []
+    for seed in range(10):
+        runner.configure(seed)
+        results.append(block_sum(runner, values, MISSING_BARRIER)[1])
+    assert any(result != 256 for result in results)
+
+
+def test_a_barrier_that_part_of_a_block_reaches_is_an_error(runner):
+    error, _ = block_sum(runner, torch.ones(256), DIVERGENT_BARRIER)
+    assert error != 0
+    assert b"barrier" in runner.library.last_error()

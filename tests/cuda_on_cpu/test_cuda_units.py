@@ -1,0 +1,167 @@
+"""The kernels of sliced_linear and indexed_linear: write, sum and restore, against PyTorch."""
+import pytest
+import torch
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# Rows and columns: one, odd, a multiple of the 16-byte width in every dtype, and beyond one block.
+SHAPES = ((1, 1), (5, 7), (3, 16), (24, 40), (33, 129))
+LAYOUTS = ("dense", "transposed", "strided", "off by one")
+UNTOUCHED = 42.0
+
+
+def place(values, layout):
+    """values in memory of the given layout, and that memory as a whole."""
+    rows, columns = values.shape
+    if layout == "transposed":
+        memory = torch.empty(columns, rows, dtype=values.dtype)
+        view = memory.t()
+    elif layout == "strided":
+        memory = torch.full((2 * rows, 3 * columns), UNTOUCHED, dtype=values.dtype)
+        view = memory[::2, ::3]
+    elif layout == "off by one":   # no element is aligned to 16 bytes where it would help
+        memory = torch.full((rows, columns + 1), UNTOUCHED, dtype=values.dtype)
+        view = memory[:, 1:]
+    else:
+        memory = torch.empty(rows, columns, dtype=values.dtype)
+        view = memory
+    view.copy_(values)
+    return view, memory
+
+
+def random(shape, dtype):
+    return torch.randn(shape, dtype=torch.float64).to(dtype)
+
+
+def delta_shape(weight, n, dim):
+    return (n, weight.shape[1]) if dim == 0 else (weight.shape[0], n)
+
+
+def unit_choices(size):
+    """Slices and indices: empty, one, aligned, misaligned, all, and scattered."""
+    yield 0, 0
+    yield 0, size
+    if size > 2:
+        yield 1, size - 2
+        yield torch.randperm(size)[:size // 2], size // 2
+    if size >= 16:
+        yield 8, 8
+    yield torch.randperm(size), size
+
+
+def effective(base, delta):
+    return (base + delta).to(base.dtype)
+
+
+def check(runner, values, layout, delta, units, n, dim):
+    index = units if isinstance(units, torch.Tensor) else torch.arange(units, units + n)
+    weight, memory = place(values, layout)
+    before = memory.clone()
+    base = values.index_select(dim, index)
+
+    dense = torch.empty_like(base)
+    runner.units("sum", weight, delta, dense, units, dim)
+    assert torch.equal(dense, effective(base, delta))
+    assert torch.equal(memory, before)
+
+    dense.fill_(float("nan"))
+    runner.units("write", weight, delta, dense, units, dim)
+    assert torch.equal(dense, base)
+    assert torch.equal(weight, values.index_copy(dim, index, effective(base, delta)))
+
+    runner.units("restore", weight, None, dense, units, dim)
+    assert torch.equal(memory, before)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dim", (0, 1))
+def test_every_layout_and_choice_of_units(runner, layout, shape, dim):
+    torch.manual_seed(0)
+    for dtype in DTYPES:
+        values = random(shape, dtype)
+        for seed, (units, n) in enumerate(unit_choices(shape[dim])):
+            runner.configure(seed, max_blocks=2)
+            check(runner, values, layout, random(delta_shape(values, n, dim), dtype), units, n, dim)
+
+
+@pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("delta_dtype", DTYPES, ids=str)
+def test_every_pair_of_dtypes_rounds_as_pytorch(runner, weight_dtype, delta_dtype):
+    torch.manual_seed(0)
+    for scale in (1e-8, 1e-3, 1.0, 3e4):
+        values, delta = random((16, 64), weight_dtype), random((16, 64), torch.float64).mul(scale).to(delta_dtype)
+        check(runner, values, "dense", delta, 0, 16, 0)
+        check(runner, values, "off by one", delta, 0, 16, 0)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+def test_every_16_bit_pattern_comes_back(runner, dtype):
+    bits = torch.arange(-2**15, 2**15, dtype=torch.int32).to(torch.int16).reshape(256, 256)
+    weight = bits.clone().view(dtype)
+    delta, dense = torch.ones(256, 256), torch.empty(256, 256, dtype=dtype)
+    runner.units("write", weight, delta, dense, 0, 0)
+    expected = effective(bits.clone().view(dtype), delta)
+    assert torch.equal(weight.isnan(), expected.isnan())
+    assert torch.equal(weight.nan_to_num(1, 2, 3), expected.nan_to_num(1, 2, 3))
+    runner.units("restore", weight, None, dense, 0, 0)
+    assert torch.equal(weight.view(torch.int16), bits)   # NaN payloads too
+
+
+@pytest.mark.parametrize("dim", (0, 1))
+@pytest.mark.parametrize("offset", (0, 1))
+def test_misaligned_buffers(runner, dim, offset):
+    """Whether the fast path is taken depends on every pointer, not on the weight's alone."""
+    for which in ("delta", "dense"):
+        values = random((16, 32), torch.bfloat16)
+        shape = delta_shape(values, 16, dim)
+        count = shape[0] * shape[1]
+        delta_memory = random((count + offset,), torch.float32)
+        delta = delta_memory[offset if which == "delta" else 0:][:count].view(shape)
+        dense_memory = torch.empty(count + offset, dtype=torch.bfloat16)
+        dense = dense_memory[offset if which == "dense" else 0:][:count].view(shape)
+        weight = values.clone()
+        runner.units("write", weight, delta, dense, 0, dim)
+        base = values.narrow(dim, 0, 16)
+        assert torch.equal(weight.narrow(dim, 0, 16), effective(base, delta))
+        assert torch.equal(dense, base)
+
+
+@pytest.mark.parametrize("dim", (0, 1))
+def test_units_out_of_range_are_skipped(runner, dim):
+    values = random((8, 8), torch.float32)
+    weight, memory = place(values, "strided")
+    before = memory.clone()
+    index = torch.tensor([3, 8, -1, 2**40, 5])
+    delta = random(delta_shape(values, 5, dim), torch.float32)
+    dense = torch.full(delta.shape, UNTOUCHED)
+    runner.units("write", weight, delta, dense, index, dim)
+    kept = torch.tensor([3, 5])
+    expected = values.clone()
+    expected.index_add_(dim, kept, delta.index_select(dim, torch.tensor([0, 4])))
+    assert torch.equal(weight, expected)
+    runner.units("restore", weight, None, dense, index, dim)
+    assert torch.equal(memory, before)
+
+
+@pytest.mark.parametrize("dim", (0, 1))
+def test_a_slice_that_leaves_the_weight_is_cut_there(runner, dim):
+    values = random((8, 8), torch.float32)
+    weight = values.clone()
+    delta, dense = random(delta_shape(values, 4, dim), torch.float32), torch.zeros(delta_shape(values, 4, dim))
+    runner.units("write", weight.narrow(dim, 0, 6), delta, dense, 4, dim)
+    assert torch.equal(weight.narrow(dim, 6, 2), values.narrow(dim, 6, 2))
+
+
+@pytest.mark.parametrize("dim", (0, 1))
+def test_a_unit_named_twice_is_restored(runner, dim):
+    values = random((40, 40), torch.float32)
+    index = torch.tensor([7, 7, 7, 39, 0, 7])
+    delta = random(delta_shape(values, 6, dim), torch.float32)
+    sums = values.select(dim, 7).unsqueeze(dim) + delta.index_select(dim, torch.tensor([0, 1, 2, 5]))
+    for seed in range(10):
+        runner.configure(seed)
+        weight, dense = values.clone(), torch.empty_like(delta)
+        runner.units("write", weight, delta, dense, index, dim)
+        assert (weight.select(dim, 7).unsqueeze(dim) == sums).any(dim).all()   # one of them, not two
+        runner.units("restore", weight, None, dense, index, dim)
+        assert torch.equal(weight, values)
