@@ -1,0 +1,55 @@
+"""Choose the command, run it, and turn a user's mistakes into one line."""
+import importlib
+import logging
+import os
+import sys
+
+COMMANDS = {
+    "finetune": "train an adapter on your data",
+    "eval": "score a model, with or without an adapter, by generation",
+    "merge": "write model and adapter as a stock checkpoint",
+    "info": "say what an adapter folder holds",
+    "demo": "fine-tune a small model from start to finish, no arguments needed",
+}
+MISTAKES = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+TRACEBACK = "S2FT_TRACEBACK"
+
+
+def usage() -> str:
+    lines = ["usage: s2ft [--version] [--help] [--traceback] COMMAND …", "",
+             "Structured sparse fine-tuning of large language models.", "", "commands:"]
+    lines += [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
+    return "\n".join([*lines, "", "s2ft COMMAND --help lists the options of a command. --traceback, or "
+                                  f"{TRACEBACK}=1, shows where an error comes from."])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Exit status: 0 done, 2 a mistake in what was asked for, 130 interrupted. Other errors are raised."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    traceback = "--traceback" in arguments or os.environ.get(TRACEBACK, "") not in ("", "0")
+    arguments = [argument for argument in arguments if argument != "--traceback"]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from s2ft.version import __version__
+        print(f"s2ft {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"s2ft: there is no command {name!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for chatty in ("httpx", "transformers", "accelerate", "torch"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        importlib.import_module(f"s2ft.cli.{name}").run(rest)   # here, so that no command waits for another's imports
+    except MISTAKES as error:
+        if traceback:
+            raise
+        print(f"s2ft {name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"s2ft {name}: interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,45 @@
+"""What is shown and written while training: a progress bar and log.jsonl."""
+import json
+import time
+from pathlib import Path
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+from s2ft.train.output import read_log
+
+
+class LossBar(ProgressCallback):
+    """A progress bar that shows loss and learning rate behind it instead of printing a line a step."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4f}, lr {logs['learning_rate']:.2e}")
+
+
+class JsonlLog(TrainerCallback):
+    """One line a logged step: step, epoch, loss, learning_rate, grad_norm, tokens_per_second. First rank only.
+
+    A resumed run keeps the lines up to its checkpoint: those after it are written again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seen, self.clock = 0, 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.seen, self.clock = state.num_input_tokens_seen, time.perf_counter()
+        if state.is_world_process_zero:
+            kept = [line for line in read_log(self.path) if line["step"] <= state.global_step]
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not logs or "loss" not in logs or not state.is_world_process_zero:
+            return
+        now, seen = time.perf_counter(), state.num_input_tokens_seen
+        line = {"step": state.global_step, "epoch": state.epoch, "loss": logs["loss"],
+                "learning_rate": logs["learning_rate"], "grad_norm": logs.get("grad_norm"),
+                "tokens_per_second": round((seen - self.seen) / (now - self.clock), 1)}
+        self.seen, self.clock = seen, now
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")

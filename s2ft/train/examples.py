@@ -1,0 +1,128 @@
+"""Read training and test data: JSON or JSONL of instructions, prompts, or chats."""
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+SHAPES = "'instruction' and 'output' (and 'input'), 'prompt' and 'completion', or 'messages'"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A conversation up to the answer, the answer, and what it is scored against."""
+
+    conversation: tuple[dict[str, str], ...]   # {"role", "content"} each; the last is not the assistant's
+    output: str                                # the target text
+    answer: str | None = None                  # what is scored; None: derive it from the output
+
+    @property
+    def question(self) -> str:
+        return self.conversation[-1]["content"]
+
+
+def read_examples(files: str | Path | Iterable[str | Path]) -> list[Example]:
+    """All examples of one or several files, in order.
+
+    Raises: FileNotFoundError for a missing file; ValueError naming file, row or line, and what is wrong.
+    """
+    if isinstance(files, (str, Path)):
+        files = [files]
+    examples = []
+    for file in map(Path, files):
+        rows = read_rows(file)
+        examples += [example_from(row, f"{file}, {place}") for place, row in rows]
+    if not examples:
+        raise ValueError("no data file was given")
+    return examples
+
+
+def read_rows(file: Path) -> list[tuple[str, object]]:
+    """The rows of a .json list or of JSON lines, each with its place ("line 3") for messages."""
+    if not file.exists():
+        raise FileNotFoundError(f"data file {file} doesn't exist")
+    if not file.is_file():
+        raise ValueError(f"data file {file} is not a file")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: {error}") from None
+    if not text.strip():
+        raise ValueError(f"{file} is empty")
+    rows = _json_list(file, text) if text.lstrip().startswith("[") else _json_lines(file, text)
+    if not rows:
+        raise ValueError(f"{file} has no rows")
+    return rows
+
+
+def _json_list(file: Path, text: str) -> list[tuple[str, object]]:
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}, line {error.lineno}: not JSON: {error.msg}") from None
+    return [(f"row {number}", row) for number, row in enumerate(rows, 1)]
+
+
+def _json_lines(file: Path, text: str) -> list[tuple[str, object]]:
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):   # not splitlines: U+2028 may stand in a JSON string
+        if line.strip():
+            try:
+                rows.append((f"line {number}", json.loads(line)))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{file}, line {number}: not JSON: {error.msg}") from None
+    return rows
+
+
+def example_from(row: object, place: str) -> Example:
+    """One row as an Example. Raises: ValueError that begins with `place`."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: expected an object with {SHAPES}, got {type(row).__name__}")
+    answer = _answer(row, place)
+    if "messages" in row:
+        *conversation, last = _messages(row["messages"], place)
+        return Example(tuple(conversation), last["content"], answer)
+    prompt, target = ("prompt", "completion") if "prompt" in row else ("instruction", "output")
+    missing = [name for name in (prompt, target) if name not in row]
+    if len(missing) == 2:
+        raise ValueError(f"{place}: needs {SHAPES}; it has {', '.join(map(repr, row)) or 'nothing'}")
+    if missing:
+        raise ValueError(f"{place}: field {missing[0]!r} is missing")
+    question, output = _text(row, prompt, place), _text(row, target, place)
+    if prompt == "instruction" and row.get("input") is not None and _text(row, "input", place, may_be_empty=True):
+        question = f"{question}\n\n{row['input']}"
+    return Example(({"role": "user", "content": question},), output, answer)
+
+
+def _text(row: dict, name: str, place: str, may_be_empty: bool = False) -> str:
+    value = row[name]
+    if not isinstance(value, str):
+        raise ValueError(f"{place}: field {name!r} must be text, got {type(value).__name__}")
+    if not value.strip() and not may_be_empty:
+        raise ValueError(f"{place}: field {name!r} is empty")
+    return value
+
+
+def _answer(row: dict, place: str) -> str | None:
+    value = row.get("answer")
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return str(value)
+    raise ValueError(f"{place}: field 'answer' must be text or a number, got {type(value).__name__}")
+
+
+def _messages(messages: object, place: str) -> list[dict[str, str]]:
+    if not isinstance(messages, list) or len(messages) < 2:
+        raise ValueError(f"{place}: field 'messages' must be a list of at least two messages")
+    for message in messages:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise ValueError(f"{place}: every message needs the fields 'role' and 'content'")
+        for name in ("role", "content"):
+            _text(message, name, place)
+    if messages[-1]["role"] != "assistant":
+        raise ValueError(f"{place}: the last message must be the assistant's, it is the {messages[-1]['role']}'s")
+    if messages[-2]["role"] == "assistant":
+        raise ValueError(f"{place}: the message before the last must not be the assistant's")
+    return [{"role": message["role"], "content": message["content"]} for message in messages]

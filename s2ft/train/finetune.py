@@ -1,0 +1,117 @@
+"""One training run of an attached model, from token rows to a saved adapter."""
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import s2ft
+from s2ft.train.encoding import AnswerCollator, TokenRow
+from s2ft.train.options import TrainOptions
+from s2ft.train.output import RunFolder, read_log, write_json
+from s2ft.train.prompts import pad_id
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """What a run gave; the adapter is also in the model."""
+
+    steps: int
+    loss: float        # mean of the last tenth of the logged steps
+    seconds: float
+    adapter: Path
+
+    def to_dict(self) -> dict:
+        return {"steps": self.steps, "loss": self.loss, "seconds": round(self.seconds, 2)}
+
+
+def finetune(model, tokenizer, rows: Sequence[TokenRow], options: TrainOptions, folder: RunFolder,
+             resume: bool = False) -> Finetuned:
+    """Train the attached adapter of `model` on `rows` and save it to `folder.adapter`.
+
+    `resume` goes on from the newest complete checkpoint, or from the start where there is none yet.
+    Under torchrun or accelerate every rank calls this with the same arguments; the first one writes.
+    """
+    from transformers.trainer_callback import PrinterCallback
+
+    from s2ft.train.callbacks import JsonlLog, LossBar
+    from s2ft.train.plot import plot_loss
+    from s2ft.train.trainer import S2FTTrainer
+
+    checkpoints = folder.checkpoints() if resume else []
+    arguments = training_arguments(model, options, len(rows), folder)
+    trainer = S2FTTrainer(model=model, args=arguments, train_dataset=list(rows),
+                          data_collator=AnswerCollator(pad_id(tokenizer)), callbacks=[LossBar(), JsonlLog(folder.log)])
+    trainer.remove_callback(PrinterCallback)   # LossBar shows the same
+    start = time.perf_counter()
+    with checkpointing(model) if options.gradient_checkpointing else contextlib.nullcontext():
+        trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
+    seconds = time.perf_counter() - start
+    losses = [line["loss"] for line in read_log(folder.log)]
+    last = losses[-max(1, len(losses) // 10):]
+    result = Finetuned(trainer.state.global_step, sum(last) / max(1, len(last)), seconds, folder.adapter)
+    if trainer.is_world_process_zero():
+        s2ft.save_adapter(model, folder.adapter)
+        plot_loss(folder.log, folder.plot)
+        write_json(folder.report, result.to_dict())
+    trainer.accelerator.wait_for_everyone()
+    return result
+
+
+def this_rank():
+    """accelerate's state: which of the launched processes this is. It joins them, also on CPUs alone, where
+    accelerate must be told; else each would take itself for the only one and write to the same folder."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+@contextlib.contextmanager
+def checkpointing(model) -> Iterator[None]:
+    """Blocks keep their inputs only and compute the rest again in backward."""
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"   # transformers 5.2x
+    getattr(model, f"{kind}_checkpointing_enable")(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
+    model.enable_input_require_grads()   # embeddings are frozen, and a checkpointed block needs a gradient to pass on
+    try:
+        yield
+    finally:
+        model.disable_input_require_grads()
+        getattr(model, f"{kind}_checkpointing_disable")()
+
+
+def training_arguments(model, options: TrainOptions, rows: int, folder: RunFolder):
+    """Our options in transformers' words. Raises: ValueError for sizes or a dtype that don't work here."""
+    from transformers import TrainingArguments
+
+    half = next(model.parameters()).dtype == torch.float16
+    if half and not torch.cuda.is_available():
+        raise ValueError("training with float16 weights needs a GPU: take dtype bfloat16 or float32")
+    steps = options.steps(rows)
+    arguments = TrainingArguments(
+        output_dir=str(folder.path), per_device_train_batch_size=options.micro_batch_size,
+        learning_rate=options.learning_rate, lr_scheduler_type=options.schedule,
+        warmup_steps=warmup_steps(options, steps), weight_decay=options.weight_decay,
+        max_grad_norm=options.max_grad_norm, num_train_epochs=options.epochs, max_steps=options.max_steps,
+        use_cpu=not torch.accelerator.is_available(), seed=options.data_seed, data_seed=options.data_seed, fp16=half, bf16=False,
+        logging_steps=options.log_steps, include_num_input_tokens_seen="non_padding",
+        save_strategy="steps" if options.save_steps else "no", save_steps=options.save_steps or 500,
+        save_total_limit=options.keep_checkpoints or None, disable_tqdm=True, report_to="none", remove_unused_columns=False,
+        ddp_find_unused_parameters=False, dataloader_pin_memory=torch.cuda.is_available())
+    # One process trains on one device; several are launched by torchrun or accelerate. nn.DataParallel,
+    # which Trainer would choose for several visible devices, copies modules and loses the adapter's state.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    arguments.gradient_accumulation_steps = options.accumulation(arguments.world_size)
+    return arguments
+
+
+def warmup_steps(options: TrainOptions, steps: int) -> int:
+    """At most a tenth of the run: a short run would else end before it reaches its learning rate."""
+    most = max(1, steps // 10)
+    if options.warmup_steps > most:
+        logger.info("warm-up is %d steps instead of %d: a tenth of %d", most, options.warmup_steps, steps)
+    return min(options.warmup_steps, most)

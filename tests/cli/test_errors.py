@@ -1,0 +1,185 @@
+"""A user's mistakes: one clear line on stderr, exit 2, nothing written."""
+import json
+import subprocess
+import sys
+
+import pytest
+from train.tiny import save_tiny, sums, write_jsonl
+
+from s2ft.cli.main import COMMANDS, main
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_jsonl(tmp_path / "data.jsonl", sums(4))
+
+
+def fails(capsys, *arguments):
+    """The one line a mistake gives."""
+    assert main([str(argument) for argument in arguments]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(error) == 1
+    return error[0]
+
+
+def finetune(capsys, tiny, data, output, *more):
+    return fails(capsys, "finetune", "--model", tiny, "--data", data, "--output", output, *more)
+
+
+def test_missing_data_file(capsys, tiny, tmp_path):
+    assert "nowhere.json doesn't exist" in finetune(capsys, tiny, tmp_path / "nowhere.json", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_empty_data_file(capsys, tiny, tmp_path):
+    (tmp_path / "a.jsonl").touch()
+    assert "a.jsonl is empty" in finetune(capsys, tiny, tmp_path / "a.jsonl", tmp_path / "out")
+
+
+def test_data_that_is_not_json_names_the_line(capsys, tiny, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"instruction": "a", "output": "b"}\noops\n')
+    assert "a.jsonl, line 2: not JSON" in finetune(capsys, tiny, tmp_path / "a.jsonl", tmp_path / "out")
+
+
+def test_data_without_the_fields_names_them(capsys, tiny, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"question": "a"}])
+    assert "'instruction' and 'output'" in finetune(capsys, tiny, path, tmp_path / "out")
+
+
+def test_ratio_outside_its_range(capsys, tiny, data, tmp_path):
+    assert "d_ratio must be a number from 0 to 1" in finetune(capsys, tiny, data, tmp_path / "out", "--d-ratio", "1.5")
+
+
+def test_ratio_that_selects_nothing(capsys, tiny, data, tmp_path):
+    finetune(capsys, tiny, data, tmp_path / "out", "--layers", "7")
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_that_holds_another_run(capsys, tiny, data, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/run.json").write_text("{}")
+    assert "holds another run" in finetune(capsys, tiny, data, tmp_path / "out")
+
+
+def test_nothing_to_resume(capsys, tiny, data, tmp_path):
+    assert "holds no run to resume" in finetune(capsys, tiny, data, tmp_path / "out", "--resume")
+
+
+def test_every_prompt_longer_than_the_context(capsys, tiny, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "x" * 400, "output": "y"}])
+    assert "none of 1 rows fits" in finetune(capsys, tiny, path, tmp_path / "out")
+    assert "none of 1 prompts fits" in fails(
+        capsys, "eval", "--model", tiny, "--data", write_jsonl(path, [{"instruction": "x" * 400, "output": "5"}]),
+        "--task", "arithmetic", "--max-new-tokens", 4)
+
+
+def test_model_of_an_unknown_family_lists_the_known_ones(capsys, data, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from train.tiny import tiny_tokenizer
+    GPT2LMHeadModel(GPT2Config(vocab_size=259, n_positions=256, n_embd=8, n_layer=1, n_head=2)).save_pretrained(
+        tmp_path / "gpt2")
+    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    message = finetune(capsys, tmp_path / "gpt2", data, tmp_path / "out")
+    assert "gpt2" in message and "llama" in message and not (tmp_path / "out").exists()
+
+
+def test_model_that_does_not_exist(capsys, data, tmp_path):
+    assert "model ./nowhere doesn't exist" in finetune(capsys, "./nowhere", data, tmp_path / "out")
+
+
+@pytest.mark.parametrize("command", ["eval", "merge"])
+def test_adapter_that_does_not_exist(capsys, tiny, data, tmp_path, command):
+    rest = {"eval": ["--data", data, "--task", "arithmetic"], "merge": ["--output", tmp_path / "out"]}[command]
+    message = fails(capsys, command, "--model", tiny, "--adapter", tmp_path / "nowhere", *rest)
+    assert "nowhere" in message and not (tmp_path / "out").exists()
+
+
+def test_info_on_a_folder_without_adapter(capsys, tmp_path):
+    assert str(tmp_path) in fails(capsys, "info", tmp_path)
+
+
+def test_merge_into_an_existing_folder(capsys, tiny, tmp_path):
+    message = fails(capsys, "merge", "--model", tiny, "--adapter", "x", "--output", tmp_path)
+    assert f"output {tmp_path} exists" in message
+
+
+def test_eval_with_an_unknown_task(capsys, tiny, data):
+    assert "task must be one of" in fails(capsys, "eval", "--model", tiny, "--data", data, "--task", "poetry")
+
+
+def test_eval_on_data_that_can_not_be_scored(capsys, tiny, tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "a", "output": "b"}])
+    assert "has no number" in fails(capsys, "eval", "--model", tiny, "--data", path, "--task", "arithmetic")
+
+
+def test_eval_does_not_overwrite(capsys, tiny, data, tmp_path):
+    (tmp_path / "r.json").touch()
+    assert "r.json exists" in fails(capsys, "eval", "--model", tiny, "--data", data, "--task", "arithmetic",
+                                    "--output", tmp_path / "r.json")
+
+
+def test_traceback_on_demand(tiny, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError):
+        main(["info", str(tmp_path), "--traceback"])
+    monkeypatch.setenv("S2FT_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError):
+        main(["info", str(tmp_path)])
+
+
+def test_unknown_command(capsys):
+    assert main(["trian"]) == 2
+    assert "there is no command 'trian'" in capsys.readouterr().err
+
+
+def test_unknown_option(capsys, tiny):
+    with pytest.raises((SystemExit, ValueError)) as error:
+        main(["eval", "--model", str(tiny), "--data", "x", "--task", "arithmetic", "--colour", "red", "--traceback"])
+    assert "--colour" in str(error.value) or error.value.code == 2
+
+
+def test_help_lists_every_command(capsys):
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(command in printed for command in COMMANDS)
+
+
+def test_version(capsys):
+    import s2ft
+    assert main(["--version"]) == 0 and capsys.readouterr().out.strip() == f"s2ft {s2ft.__version__}"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_every_command(capsys, command):
+    with pytest.raises(SystemExit) as leave:
+        main([command, "--help"])
+    assert leave.value.code == 0 and f"s2ft {command}" in capsys.readouterr().out
+
+
+def test_every_field_of_the_config_is_an_option_in_both_spellings(capsys):
+    from dataclasses import fields
+
+    from s2ft import S2FTConfig
+    with pytest.raises(SystemExit):
+        main(["finetune", "--help"])
+    printed = capsys.readouterr().out
+    for field in fields(S2FTConfig):
+        assert f"--{field.name}" in printed and f"--{field.name.replace('_', '-')}" in printed
+
+
+def test_help_and_info_do_without_transformers():
+    code = ("import sys; from s2ft.cli.main import main; main(['--help']); import s2ft.cli.info; "
+            "print([m for m in ('transformers', 'matplotlib', 'accelerate') if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.rstrip().endswith("[]")
+
+
+def test_error_of_a_process_is_one_line_and_exit_2(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "s2ft.cli", "info", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
+    assert json.dumps(str(tmp_path))[1:-1] in done.stderr

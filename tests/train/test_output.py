@@ -1,0 +1,70 @@
+"""The output folder: nothing of another run is lost or mixed in."""
+import pytest
+
+from s2ft.train.output import RunFolder, read_log, write_json
+
+
+def test_new_and_empty_folders_are_fine(tmp_path):
+    RunFolder(tmp_path / "new").check()
+    RunFolder(tmp_path).check()
+    assert not (tmp_path / "new").exists()
+
+
+def test_folder_with_another_run(tmp_path):
+    RunFolder(tmp_path).begin({})
+    with pytest.raises(FileExistsError, match="holds another run: resume it, overwrite it, or choose another"):
+        RunFolder(tmp_path).check()
+    RunFolder(tmp_path).check(resume=True)
+    RunFolder(tmp_path).check(overwrite=True)
+
+
+def test_folder_with_foreign_files_is_never_overwritten(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match="isn't empty and holds no run"):
+            RunFolder(tmp_path).check(overwrite=overwrite)
+
+
+def test_overwriting_clears_the_earlier_run_alone(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.begin({"a": 1})
+    folder.log.write_text("{}\n"), (tmp_path / "checkpoint-3").mkdir(), (tmp_path / "notes.txt").touch()
+    folder.begin({"a": 2})
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "notes.txt"}
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no run to resume"):
+        RunFolder(tmp_path / "new").check(resume=True)
+
+
+def test_resume_and_overwrite_exclude_each_other(tmp_path):
+    with pytest.raises(ValueError, match="exclude"):
+        RunFolder(tmp_path).check(resume=True, overwrite=True)
+
+
+def test_output_that_is_a_file(tmp_path):
+    (tmp_path / "x").touch()
+    with pytest.raises(FileExistsError, match="is a file"):
+        RunFolder(tmp_path / "x").check()
+
+
+def test_a_resumed_run_may_save_more_often(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.begin({"training.save_steps": 5, "model": "a"})
+    folder.begin({"training.save_steps": 9, "model": "a"}, resume=True)
+    with pytest.raises(ValueError, match="model was 'a', is 'b'"):
+        folder.begin({"training.save_steps": 9, "model": "b"}, resume=True)
+
+
+def test_half_written_checkpoints_are_not_resumed_from(tmp_path):
+    for name, complete in (("checkpoint-10", True), ("checkpoint-9", True), ("checkpoint-20", False)):
+        (tmp_path / name).mkdir()
+        if complete:
+            write_json(tmp_path / name / "trainer_state.json", {})
+    assert [path.name for path in RunFolder(tmp_path).checkpoints()] == ["checkpoint-9", "checkpoint-10"]
+
+
+def test_log_cut_short_is_read_up_to_there(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"ste')
+    assert read_log(tmp_path / "log.jsonl") == [{"step": 1}] and read_log(tmp_path / "none") == []

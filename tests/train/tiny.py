@@ -1,0 +1,51 @@
+"""A random Llama of a few thousand weights and a byte-level tokenizer, made in milliseconds without a network."""
+import json
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHAT = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def tiny_tokenizer(chat_template: str | None = CHAT) -> PreTrainedTokenizerFast:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(SPECIAL + letters)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=SPECIAL[1], eos_token=SPECIAL[2],
+                                   unk_token=SPECIAL[0])
+    fast.chat_template = chat_template
+    return fast
+
+
+def tiny_config(**changes) -> LlamaConfig:
+    return LlamaConfig(**{**dict(vocab_size=len(SPECIAL) + 256, hidden_size=32, intermediate_size=64,
+                                 num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                                 max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=None,
+                                 tie_word_embeddings=True), **changes})
+
+
+def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(tiny_config(**changes)).to(dtype).eval()
+
+
+def save_tiny(folder, **changes):
+    """A checkpoint folder like one from the hub."""
+    tiny_model(**changes).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def sums(count: int) -> list[dict]:
+    return [{"instruction": f"{a}+{a % 3}=", "output": f"The answer is {a + a % 3}.", "answer": str(a + a % 3)}
+            for a in range(count)]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
