@@ -226,7 +226,7 @@ def take_off(model: nn.Module, record: Attachment) -> None:
         mount.layer.unfuse()
         mount.layer.enabled = False
     for path, index, base, dim in reversed(record.applied):
-        swap_(model.get_submodule(path).weight.data, index, base, dim)
+        swap_(model.get_submodule(path).weight.detach(), index, base, dim)
     record.applied.clear()
     record.active = None
 
@@ -239,7 +239,7 @@ def put_on(model: nn.Module, record: Attachment, name: str, deltas: Dict[str, De
             mount.layer.enabled = True
     else:
         for path, delta in deltas.items():
-            weight = model.get_submodule(path).weight.data
+            weight = model.get_submodule(path).weight.detach()
             index = _current_index(record, path, delta).to(weight.device)
             values = effective_units(weight.index_select(delta.dim, index), delta.values.to(weight.device))
             swap_(weight, index, values, delta.dim)

@@ -69,6 +69,6 @@ def expand(units: Tensor, unit: int) -> Tensor:
 def permute_linear(linear: nn.Module, order: Tensor, unit: int, dim: int) -> None:
     """Put the units of a linear's outputs (dim 0, bias too) or inputs (dim 1) in a new order, in place."""
     elements = expand(order, unit).to(linear.weight.device)
-    permute_(linear.weight.data, elements, dim)
+    permute_(linear.weight.detach(), elements, dim)
     if dim == 0 and linear.bias is not None:
-        permute_(linear.bias.data, elements, 0)
+        permute_(linear.bias.detach(), elements, 0)

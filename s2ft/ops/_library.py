@@ -75,3 +75,9 @@ def check_index(op: str, index: Tensor, length: int, size: int) -> None:
     low, high = torch.aminmax(index)
     if low < 0 or high >= size:
         raise ValueError(f"{op}: index {int(low if low < 0 else high)} is outside 0..{size - 1}")
+
+
+def count_change(weight: Tensor) -> None:
+    """Tell autograd that an op of ours wrote to `weight`: a backward that kept it must raise, not go wrong."""
+    if not torch.compiler.is_compiling() and not weight.is_inference():
+        torch.autograd.graph.increment_version(weight)

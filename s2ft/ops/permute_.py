@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor
 
-from s2ft.ops._library import define
+from s2ft.ops._library import count_change, define
 
 
 def reference(weight: Tensor, order: Tensor, dim: int) -> None:
@@ -32,3 +32,4 @@ def permute_(weight: Tensor,   # 1-D to 3-D, changed in place
     if not torch.compiler.is_compiling() and not torch.equal(order.sort().values, torch.arange(size, device=order.device)):
         raise ValueError(f"permute_: order is no permutation of 0..{size - 1}")
     _op(weight, order, dim)
+    count_change(weight)

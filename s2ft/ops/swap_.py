@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor
 
-from s2ft.ops._library import check_index, define
+from s2ft.ops._library import check_index, count_change, define
 
 
 def reference(weight: Tensor, index: Tensor, values: Tensor, dim: int) -> None:
@@ -36,3 +36,5 @@ def swap_(weight: Tensor,   # 1-D to 3-D, changed in place
     if index.device.type == "cpu" and not torch.compiler.is_compiling() and index.unique().numel() != index.numel():
         raise ValueError("swap_: index names a unit twice")
     _op(weight, index, values, dim)
+    count_change(weight)
+    count_change(values)

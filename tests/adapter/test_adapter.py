@@ -165,6 +165,16 @@ def test_none_is_the_base_and_the_name_brings_it_back(tmp_path):
     assert torch.equal(model(batch).logits, tuned)
 
 
+def test_switching_between_forward_and_backward_raises(saved):
+    model = trained(name="mine", steps=1)
+    s2ft.load_adapter(model, saved, "other")
+    s2ft.set_adapter(model, "mine")
+    loss = model(batch := token_batch(model), labels=batch).loss
+    s2ft.set_adapter(model, "other")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_training_one_adapter_leaves_the_others(tmp_path):
     s2ft.save_adapter(trained(seed=3), tmp_path)
     model = trained(name="mine", steps=1)

@@ -80,6 +80,18 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.s2ft.permute_.default, (torch.randn(5, 6), torch.randperm(5), 0))
 
 
+@pytest.mark.parametrize("op", (swap_, permute_), ids=lambda op: op.__name__)
+def test_a_backward_that_kept_the_weight_raises(op):
+    weight, x = torch.randn(4, 6), torch.randn(3, 6, requires_grad=True)
+    y = torch.nn.functional.linear(x, weight)
+    if op is swap_:
+        swap_(weight, torch.tensor([1]), torch.randn(1, 6), 0)
+    else:
+        permute_(weight, torch.tensor([1, 0, 2, 3]), 0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 BAD = {
     "swap dim": (lambda w: swap_(w, torch.arange(2), torch.ones(2, 6), 2), "dim"),
     "swap high": (lambda w: swap_(w, torch.tensor([0, 4]), torch.ones(2, 6), 0), "index 4"),
