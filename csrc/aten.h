@@ -26,6 +26,12 @@ inline Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<
 
 inline Tensor matmul(const Tensor& a, const Tensor& b) { return call("aten::matmul", "", a, b); }
 
+inline Tensor mul(const Tensor& a, const Tensor& b) { return call("aten::mul", "Tensor", a, b); }
+
+inline Tensor silu(const Tensor& x) { return call("aten::silu", "", x); }
+
+inline Tensor silu_backward(const Tensor& grad, const Tensor& x) { return call("aten::silu_backward", "", grad, x); }
+
 // Shares memory but is no leaf: autocast caches casts of leaf weights, and must not keep one that
 // was made of a weight in its effective state.
 inline Tensor detach(const Tensor& t) { return call("aten::detach", "", t); }

@@ -45,6 +45,7 @@ class S2FTConfig:
     layers: Optional[List[int]] = field(default=None, metadata={"help": "layers to train; default: all"})
     delta_dtype: Optional[str] = field(default=None, metadata={
         "help": "dtype of the trained deltas; default: the weight's, but at least float32"})
+    fuse_ffn: bool = field(default=True, metadata={"help": "compute silu(gate) * up in one pass each way"})
 
     def __post_init__(self) -> None:
         for key in PROJECTIONS:
@@ -53,6 +54,8 @@ class S2FTConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
+        if not isinstance(self.fuse_ffn, bool):
+            raise ValueError(f"fuse_ffn must be True or False, got {self.fuse_ffn!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
         if self.layers is not None:

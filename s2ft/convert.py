@@ -1,5 +1,6 @@
 """attach, detach, merge: turn a model into one that trains its selected units, and back."""
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
@@ -11,7 +12,7 @@ from s2ft.coupling import Coupling, Projection, projections_of, unit_name
 from s2ft.delta import Delta
 from s2ft.fingerprint import fingerprint
 from s2ft.layers import S2ColumnLinear, S2Linear, S2RowLinear
-from s2ft.ops import effective_units, swap_
+from s2ft.ops import effective_units, silu_mul, swap_
 from s2ft.permutation import contiguous_range, coupling_order, expand, inverse, permute_linear
 from s2ft.selection import Selection, select
 
@@ -40,6 +41,7 @@ class Attachment:
     selection: Optional[Selection] = None
     orders: List[Tuple[Coupling, Tensor]] = field(default_factory=list)   # couplings whose units moved
     mounts: Dict[str, Mount] = field(default_factory=dict)                # by module path
+    fused_blocks: List[str] = field(default_factory=list)                 # modules with gated_forward
     others: Dict[str, object] = field(default_factory=dict)               # loaded adapters by name
     active: Optional[str] = None
     applied: List[Tuple[str, Tensor, Tensor, int]] = field(default_factory=list)   # path, index, base, dim
@@ -150,6 +152,22 @@ def _mount_all(model: nn.Module, record: Attachment, touched: List[Coupling],
             if projection.path in record.selection:
                 units = record.selection[projection.path]
                 record.mounts[projection.path] = _mount(model, projection, units, order, record.config)
+        if record.config.fuse_ffn:
+            _fuse_block(model, coupling, record)
+
+
+def gated_forward(self: nn.Module, x: Tensor) -> Tensor:
+    """The forward of a gated FFN, x [..., width] → [..., width], that keeps gate and up for the backward
+    and of their product only what the down projection keeps."""
+    return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
+
+
+def _fuse_block(model: nn.Module, coupling: Coupling, record: Attachment) -> None:
+    """Give the coupling's block :func:`gated_forward`, unless someone has replaced its forward already."""
+    if coupling.block is not None and "forward" not in model.get_submodule(coupling.block).__dict__:
+        block = model.get_submodule(coupling.block)
+        block.forward = MethodType(gated_forward, block)
+        record.fused_blocks.append(coupling.block)
 
 
 def _order(coupling: Coupling, selection: Selection) -> Tensor:
@@ -206,6 +224,8 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 def _restore(model: nn.Module, record: Attachment) -> nn.Module:
+    for path in record.fused_blocks:
+        del model.get_submodule(path).forward
     for path, mount in record.mounts.items():
         mount.linear.weight, mount.linear.bias = mount.layer.weight, mount.layer.bias
         mount.linear.train(mount.layer.training)

@@ -5,7 +5,7 @@ unit i of the consumer's inputs. So both sides may be put in a new order togethe
 computes what it did before.
 """
 from dataclasses import dataclass
-from typing import Iterator, List, Tuple
+from typing import Iterator, List, Optional, Tuple
 
 PROJECTIONS = ("q", "k", "v", "o", "u", "g", "d")   # u, g, d: up, gate, down
 
@@ -29,6 +29,7 @@ class Coupling:
     layer: int
     producers: Tuple[Projection, ...]
     consumer: Projection
+    block: Optional[str] = None   # the module that computes consumer(silu(gate) * up) and nothing else, if any
 
     @property
     def projections(self) -> Iterator[Projection]:

