@@ -169,12 +169,14 @@ class EffectiveWeight {
   bool in_place_ = false;
 };
 
+// The products take x and grad contiguous: of a view with gaps PyTorch makes a batched product, for which
+// it copies a frozen weight once for every row of the batch.
 template <class Device>
 Tensor multiply(const LinearArgs& a, const Units& units, const Tensor& x, const std::optional<Tensor>& bias) {
   std::optional<Tensor> cast_bias;
   if (bias) cast_bias = aten::in_dtype(*bias, x.scalar_type());
   EffectiveWeight<Device> effective(a, units, x.scalar_type());
-  Tensor y = aten::linear(x, effective.tensor(), cast_bias);
+  Tensor y = aten::linear(torch::stable::contiguous(x), effective.tensor(), cast_bias);
   effective.restore();
   return y;
 }
@@ -182,7 +184,7 @@ Tensor multiply(const LinearArgs& a, const Units& units, const Tensor& x, const 
 template <class Device>
 Tensor multiply_grad(const LinearArgs& a, const Units& units, const Tensor& grad) {
   EffectiveWeight<Device> effective(a, units, grad.scalar_type());
-  Tensor grad_x = aten::matmul(grad, effective.tensor());
+  Tensor grad_x = aten::matmul(torch::stable::contiguous(grad), effective.tensor());
   effective.restore();
   return grad_x;
 }

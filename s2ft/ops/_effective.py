@@ -46,6 +46,8 @@ def _overlaps(weight: Tensor) -> bool:
     return any(stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape))
 
 
+# Callers make what they multiply contiguous: of a view with gaps PyTorch makes a batched product, for
+# which it copies a frozen weight once for every row of the batch.
 @contextmanager
 def effective_weight(weight: Tensor,   # [O, I], as it was when the block ends
                      delta: Tensor,    # [n, I] if dim == 0 else [O, n]

@@ -13,12 +13,12 @@ from s2ft.ops.sliced_linear import outer_product
 def reference(x: Tensor, weight: Tensor, delta: Tensor, index: Tensor, dim: int,
               bias: Optional[Tensor] = None) -> Tensor:
     with torch.no_grad(), effective_weight(weight, delta, index, dim, x.dtype) as effective:
-        return F.linear(x, effective, None if bias is None else bias.to(x.dtype))
+        return F.linear(x.contiguous(), effective, None if bias is None else bias.to(x.dtype))
 
 
 def reference_grad_x(grad: Tensor, weight: Tensor, delta: Tensor, index: Tensor, dim: int) -> Tensor:
     with torch.no_grad(), effective_weight(weight, delta, index, dim, grad.dtype) as effective:
-        return grad @ effective
+        return grad.contiguous() @ effective
 
 
 def fake(x, weight, delta, index, dim, bias=None):

@@ -12,12 +12,12 @@ from s2ft.ops._library import autocast_input, check_linear, define
 def reference(x: Tensor, weight: Tensor, delta: Tensor, start: int, dim: int,
               bias: Optional[Tensor] = None) -> Tensor:
     with torch.no_grad(), effective_weight(weight, delta, start, dim, x.dtype) as effective:
-        return F.linear(x, effective, None if bias is None else bias.to(x.dtype))
+        return F.linear(x.contiguous(), effective, None if bias is None else bias.to(x.dtype))
 
 
 def reference_grad_x(grad: Tensor, weight: Tensor, delta: Tensor, start: int, dim: int) -> Tensor:
     with torch.no_grad(), effective_weight(weight, delta, start, dim, grad.dtype) as effective:
-        return grad @ effective
+        return grad.contiguous() @ effective
 
 
 def fake(x, weight, delta, start, dim, bias=None):

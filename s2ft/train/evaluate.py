@@ -9,6 +9,7 @@ import torch
 import s2ft
 from s2ft.train.encoding import context_length, encode_prompts, left_pad
 from s2ft.train.examples import Example
+from s2ft.train.head import packed_head
 from s2ft.train.prompts import end_ids, pad_id
 from s2ft.train.scoring import is_right, right_answer
 
@@ -107,7 +108,7 @@ def for_generation(model) -> Iterator[None]:
     if fuse:
         s2ft.fuse(model)
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), packed_head(model):
             yield
     finally:
         if fuse:

@@ -10,6 +10,7 @@ import torch
 
 import s2ft
 from s2ft.train.encoding import AnswerCollator, TokenRow
+from s2ft.train.head import packed_head
 from s2ft.train.options import TrainOptions
 from s2ft.train.output import RunFolder, read_log, write_json
 from s2ft.train.prompts import pad_id
@@ -49,7 +50,7 @@ def finetune(model, tokenizer, rows: Sequence[TokenRow], options: TrainOptions, 
                           data_collator=AnswerCollator(pad_id(tokenizer)), callbacks=[LossBar(), JsonlLog(folder.log)])
     trainer.remove_callback(PrinterCallback)   # LossBar shows the same
     start = time.perf_counter()
-    with checkpointing(model) if options.gradient_checkpointing else contextlib.nullcontext():
+    with packed_head(model), checkpointing(model) if options.gradient_checkpointing else contextlib.nullcontext():
         trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
     seconds = time.perf_counter() - start
     losses = [line["loss"] for line in read_log(folder.log)]
