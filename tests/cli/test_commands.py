@@ -148,7 +148,7 @@ def test_info(work, capsys):
 def test_demo_on_a_tiny_model(work, tmp_path, capsys):
     save_tiny(tmp_path / "model", max_position_embeddings=1024)
     arguments = ["demo", "--model", tmp_path / "model", "--output", tmp_path / "demo", "--steps", 2, "--batch-size", 2,
-                 "--held-out", 4, "--max-new-tokens", 4, "--d-ratio", "0.1"]
+                 "--held-out", 4, "--max-new-tokens", 4, "--d-ratio", "0.1", "--o-ratio", "0.25"]
     s2ft_command(*arguments)
     printed = capsys.readouterr().out
     for words in ("held-out problems:", "peak memory:", "trained:", "adapter:", "seconds:"):
