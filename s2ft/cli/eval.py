@@ -14,7 +14,8 @@ class EvalArguments:
     batch_size: int = field(default=32, metadata={"help": "prompts generated at once"})
     max_new_tokens: int = field(default=256, metadata={"help": "longest answer in tokens"})
     limit: int | None = field(default=None, metadata={"help": "take the first rows only"})
-    dtype: str = field(default="auto", metadata={"help": "auto (the checkpoint's), float32, bfloat16, float16"})
+    dtype: str = field(default="auto", metadata={"help": "auto (with an adapter that of its training, else the "
+                                                         "checkpoint's), float32, bfloat16, float16"})
     output: str | None = field(default=None, metadata={"help": "write accuracy and every answer to this JSON file"})
 
 
@@ -32,7 +33,7 @@ def score(job: EvalArguments) -> None:
     import s2ft
     from s2ft.train.evaluate import evaluate
     from s2ft.train.examples import read_examples
-    from s2ft.train.models import load_model
+    from s2ft.train.models import dtype_of_base, load_model
     from s2ft.train.output import write_json
     from s2ft.train.scoring import right_answer
 
@@ -44,7 +45,8 @@ def score(job: EvalArguments) -> None:
     examples = read_examples(job.data)[:job.limit]
     for example in examples:   # before a minute goes into loading the model
         right_answer(example, job.task)
-    model, tokenizer = load_model(job.model, job.dtype)
+    dtype = dtype_of_base(s2ft.adapter.read_adapter(job.adapter), job.dtype) if job.adapter else job.dtype
+    model, tokenizer = load_model(job.model, dtype)
     if job.adapter:
         s2ft.load_adapter(model, job.adapter)
     model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -9,8 +9,7 @@ class MergeArguments:
     model: str = field(metadata={"help": "the adapter's base: a checkpoint folder, a name on the hub, or a .gguf file"})
     adapter: str = field(metadata={"help": "an adapter folder"})
     output: str = field(metadata={"help": "folder for the checkpoint; it must not exist"})
-    dtype: str = field(default="auto", metadata={"help": "dtype that the adapter was trained with: auto (the "
-                                                         "checkpoint's), float32, bfloat16, float16"})
+    dtype: str = field(default="auto", metadata={"help": "auto (that of training), float32, bfloat16, float16"})
 
 
 def run(arguments: list[str]) -> None:

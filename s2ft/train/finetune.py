@@ -11,6 +11,7 @@ import torch
 import s2ft
 from s2ft.train.encoding import AnswerCollator, TokenRow
 from s2ft.train.head import packed_head
+from s2ft.train.models import base_info
 from s2ft.train.options import TrainOptions
 from s2ft.train.output import RunFolder, read_log, write_json
 from s2ft.train.prompts import pad_id
@@ -57,7 +58,7 @@ def finetune(model, tokenizer, rows: Sequence[TokenRow], options: TrainOptions, 
     last = losses[-max(1, len(losses) // 10):]
     result = Finetuned(trainer.state.global_step, sum(last) / max(1, len(last)), seconds, folder.adapter)
     if trainer.is_world_process_zero():
-        s2ft.save_adapter(model, folder.adapter)
+        s2ft.save_adapter(model, folder.adapter, info=base_info(model))
         plot_loss(folder.log, folder.plot)
         write_json(folder.report, result.to_dict())
     trainer.accelerator.wait_for_everyone()
@@ -98,10 +99,11 @@ def training_arguments(model, options: TrainOptions, rows: int, folder: RunFolde
         learning_rate=options.learning_rate, lr_scheduler_type=options.schedule,
         warmup_steps=warmup_steps(options, steps), weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm, num_train_epochs=options.epochs, max_steps=options.max_steps,
-        use_cpu=not torch.accelerator.is_available(), seed=options.data_seed, data_seed=options.data_seed, fp16=half, bf16=False,
+        use_cpu=not torch.accelerator.is_available(), seed=options.data_seed, data_seed=options.data_seed,
+        fp16=half, bf16=False, disable_tqdm=True, report_to="none", remove_unused_columns=False,
         logging_steps=options.log_steps, include_num_input_tokens_seen="non_padding",
         save_strategy="steps" if options.save_steps else "no", save_steps=options.save_steps or 500,
-        save_total_limit=options.keep_checkpoints or None, disable_tqdm=True, report_to="none", remove_unused_columns=False,
+        save_total_limit=options.keep_checkpoints or None,
         ddp_find_unused_parameters=False, dataloader_pin_memory=torch.cuda.is_available())
     # One process trains on one device; several are launched by torchrun or accelerate. nn.DataParallel,
     # which Trainer would choose for several visible devices, copies modules and loses the adapter's state.

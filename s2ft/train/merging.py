@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 import s2ft
-from s2ft.train.models import load_model
+from s2ft.train.models import dtype_of_base, load_model
 
 
 def merge_checkpoint(model_name: str, adapter: str | Path, output: str | Path, dtype: str = "auto") -> None:
@@ -22,8 +22,8 @@ def merge_checkpoint(model_name: str, adapter: str | Path, output: str | Path, d
         raise FileExistsError(f"output {output} exists")
     if not output.absolute().parent.is_dir():
         raise FileNotFoundError(f"output {output} is in a folder that doesn't exist")
-    s2ft.adapter.read_adapter(adapter)   # a broken adapter is found before a model is loaded
-    model, tokenizer = load_model(model_name, dtype)
+    saved = s2ft.adapter.read_adapter(adapter)   # a broken adapter is found before a model is loaded
+    model, tokenizer = load_model(model_name, dtype_of_base(saved, dtype))
     s2ft.load_adapter(model, adapter)
     model = s2ft.merge(model)
     beside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.absolute().parent))

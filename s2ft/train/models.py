@@ -1,5 +1,4 @@
 """Load a causal language model and its tokenizer from a folder, the hub, or a GGUF file."""
-import inspect
 from pathlib import Path
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -29,6 +28,17 @@ def load_model(name: str, dtype: str = "auto"):
         _forget_packing(model)
         model.config._name_or_path = model.name_or_path = name
     return model.eval(), tokenizer
+
+
+def base_info(model) -> dict[str, str]:
+    """What an adapter keeps about the weights it was trained on, for :func:`dtype_of_base`."""
+    return {"base_dtype": str(model.dtype).removeprefix("torch.")}
+
+
+def dtype_of_base(adapter, dtype: str = "auto") -> str:
+    """The dtype to load an adapter's base in: "auto" is that of training. In another one the sums base + delta
+    round differently, and the model is not the trained one bit for bit."""
+    return adapter.info.get("base_dtype", "auto") if dtype == "auto" else dtype
 
 
 def load_tokenizer(name: str):
@@ -87,8 +97,3 @@ def _forget_packing(model) -> None:
         model.__dict__.pop(attribute, None)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-
-
-def takes(model, argument: str) -> bool:
-    """Whether the model's forward has a parameter of this name."""
-    return argument in inspect.signature(model.forward).parameters

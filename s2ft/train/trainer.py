@@ -3,6 +3,7 @@ import os
 
 import s2ft
 from s2ft.adapter import restore_adapter
+from s2ft.train.models import base_info
 from s2ft.train.output import ADAPTER
 from transformers import Trainer
 
@@ -13,7 +14,8 @@ class S2FTTrainer(Trainer):
     def _save(self, output_dir=None, state_dict=None):
         if self.args.should_save:   # the first rank
             directory = os.path.join(output_dir or self.args.output_dir, ADAPTER)
-            s2ft.save_adapter(self.accelerator.unwrap_model(self.model), directory)
+            model = self.accelerator.unwrap_model(self.model)
+            s2ft.save_adapter(model, directory, info=base_info(model))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         model = self.accelerator.unwrap_model(self.model if model is None else model)

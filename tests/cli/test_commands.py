@@ -110,6 +110,18 @@ def test_merged_checkpoint_in_a_process_without_s2ft(work, tmp_path):
     assert changed and all(key.endswith(("down_proj.weight", "o_proj.weight")) for key in changed)
 
 
+def test_merge_and_eval_take_the_dtype_of_training(work, tmp_path):
+    """A float32 checkpoint trained in bfloat16: the merged weights are those that were trained, bit for bit."""
+    s2ft_command("finetune", "--model", work / "model", "--data", work / "data.jsonl", "--output", tmp_path / "out",
+                 *TRAINING, "--dtype", "bfloat16")
+    s2ft_command("merge", "--model", work / "model", "--adapter", tmp_path / "out/adapter", "--output",
+                 tmp_path / "merged")
+    trained, _ = load_model(str(work / "model"), "bfloat16")
+    s2ft.load_adapter(trained, tmp_path / "out/adapter", trainable=True)
+    merged, expected = load_model(str(tmp_path / "merged"))[0].state_dict(), s2ft.merge(trained).state_dict()
+    assert all(weight.dtype == torch.bfloat16 and torch.equal(merged[key], weight) for key, weight in expected.items())
+
+
 def test_merged_folder_is_complete_and_nothing_else_is_left(work, tmp_path):
     s2ft_command("merge", "--model", work / "model", "--adapter", work / "out/adapter", "--output", tmp_path / "merged")
     assert {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors"} <= {

@@ -18,7 +18,7 @@ def test_the_sdist_has_sources_and_tests_and_nothing_built(run, source, tmp_path
     (archive,) = tmp_path.glob("s2ft-*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
-    for path in (*source.glob("csrc/**/*.*"), *source.glob("tests/build/*.py"), *source.glob("tests/cuda_on_cpu/*")):
+    for path in (*source.glob("csrc/**/*.*"), *source.glob("tests/packaging/*.py"), *source.glob("tests/cuda_on_cpu/*")):
         if path.is_file():
             assert path.relative_to(source).as_posix() in names
     assert {"setup.py", "pyproject.toml", "MANIFEST.in", "s2ft/ops/sliced_linear.py"} <= names
