@@ -28,7 +28,7 @@ void* current_stream(int32_t device) {
   static const GetStream get = find_get_stream();
   if (!get) throw std::runtime_error("s2ft: this PyTorch has no CUDA library to ask for the current stream");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(get(device, &stream));
+  TORCH_ERROR_CODE_CHECK(get(device, &stream));
   return stream;
 }
 
