@@ -1,4 +1,6 @@
 // The Python module s2ft._C. Importing it registers the kernels; it offers only what the build was.
+constexpr unsigned long long kTorchTarget = TORCH_TARGET_VERSION;
+#undef TORCH_TARGET_VERSION  // where it is defined, the pybind11 in PyTorch 2.11's headers refuses to be included
 #include <pybind11/pybind11.h>
 
 #include <string>
@@ -18,8 +20,7 @@ std::string compiler() {
 }
 
 std::string torch_target() {
-  constexpr unsigned long long version = TORCH_TARGET_VERSION;
-  return std::to_string(version >> 56) + "." + std::to_string((version >> 48) & 0xff);
+  return std::to_string(kTorchTarget >> 56) + "." + std::to_string((kTorchTarget >> 48) & 0xff);
 }
 
 pybind11::dict build_info() {
