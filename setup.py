@@ -6,10 +6,11 @@ S2FT_BUILD chooses:
   cuda  C++ and CUDA kernels, also with a CPU-only PyTorch; an error if that fails
   cpu   C++ kernels only; an error if that fails
   none  no compiled kernels
-Also read: CUDA_HOME, TORCH_CUDA_ARCH_LIST (default 8.0;9.0;10.0+PTX), MAX_JOBS, CXX.
+Also read: CUDA_HOME, TORCH_CUDA_ARCH_LIST (default 8.0;9.0;10.0+PTX), MAX_JOBS, CXX, CXXFLAGS, LDFLAGS.
 """
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -171,7 +172,9 @@ def cuda_link_flags():
 
 def extension():
     from torch.utils.cpp_extension import CppExtension
-    flags = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+    # Without contraction alpha * delta is rounded before it is added, as PyTorch rounds it.
+    flags = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+    flags += shlex.split(os.environ.get("CXXFLAGS", ""))   # last, so that they win; setuptools reads LDFLAGS itself
     return CppExtension("s2ft._C", ["csrc/module.cpp", *relative("cpu/*.cpp")],
                         depends=relative("**/*.h"), extra_compile_args={"cxx": flags}, extra_link_args=[])
 

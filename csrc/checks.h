@@ -68,7 +68,7 @@ inline void check_index_tensor(const Tensor& index, int64_t length, const Tensor
 inline void check_index_range(const int64_t* index, int64_t length, int64_t limit, const char* op,
                               const char* argument) {
   for (int64_t k = 0; k < length; ++k)
-    require(index[k] >= 0 && index[k] < limit, op, argument, " entry ", index[k], " is outside 0..", limit - 1);
+    require(index[k] >= 0 && index[k] < limit, op, argument, " has ", index[k], ", outside 0..", limit - 1);
 }
 
 // True when two elements may share memory, by sizes and strides. Errs to true.

@@ -15,15 +15,9 @@
 #include "aten.h"
 #include "checks.h"
 #include "core/units.h"
+#include "effective_lock.h"
 
 namespace s2ft {
-
-// While one thread has a weight in its effective state no other may read or change it. Two tensors
-// can share memory, so one lock serves all weights of the process.
-inline std::mutex& effective_lock() {
-  static std::mutex lock;
-  return lock;
-}
 
 struct LinearArgs {
   const char* op;

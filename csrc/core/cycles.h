@@ -13,25 +13,22 @@ struct Cycles {
   std::vector<int64_t> positions;
   std::vector<int64_t> ends;  // where in `positions` each cycle ends
 
-  bool empty() const { return positions.empty(); }
+  int64_t moved() const { return static_cast<int64_t>(positions.size()); }
 };
 
-// False when `order` is no permutation of 0..size-1.
-inline bool cycles_of(const int64_t* order, int64_t size, Cycles* cycles) {
-  std::vector<bool> seen(static_cast<size_t>(size));
+// `order` must be a permutation of 0..size-1.
+inline Cycles cycles_of(const int64_t* order, int64_t size) {
+  Cycles cycles;
+  std::vector<bool> done(static_cast<size_t>(size));
   for (int64_t p = 0; p < size; ++p) {
-    if (order[p] < 0 || order[p] >= size || seen[order[p]]) return false;
-    seen[order[p]] = true;
-  }
-  for (int64_t p = 0; p < size; ++p) {
-    if (!seen[p] || order[p] == p) continue;
-    for (int64_t q = p; seen[q]; q = order[q]) {
-      seen[q] = false;
-      cycles->positions.push_back(q);
+    if (done[p] || order[p] == p) continue;
+    for (int64_t q = p; !done[q]; q = order[q]) {
+      done[q] = true;
+      cycles.positions.push_back(q);
     }
-    cycles->ends.push_back(static_cast<int64_t>(cycles->positions.size()));
+    cycles.ends.push_back(static_cast<int64_t>(cycles.positions.size()));
   }
-  return true;
+  return cycles;
 }
 
 }  // namespace s2ft

@@ -87,14 +87,38 @@ struct Narrow<BFloat16> {
   }
 };
 
-// base + delta in the wider of the two types (16-bit types count as float), rounded once to
-// the type of the base.
+// The type a sum is formed in: double where one of the two is, else float, 16-bit types too.
+template <class W, class D>
+using Wide = std::conditional_t<std::is_same_v<W, double> || std::is_same_v<D, double>, double, float>;
+
+// A sum, rounded once to the type of the weight.
+template <class W, class A>
+S2FT_HD W narrow(A sum) {
+  return Narrow<W>::from(static_cast<std::conditional_t<sizeof(W) == 2, float, A>>(sum));
+}
+
+// sum + alpha * value with the product rounded, as PyTorch does it. Hosts compile with
+// -ffp-contract=off; nvcc would fuse the two operations unless told so here.
+S2FT_HD float plus_product(float sum, float alpha, float value) {
+#if defined(__CUDA_ARCH__)
+  return __fadd_rn(sum, __fmul_rn(alpha, value));
+#else
+  return sum + alpha * value;
+#endif
+}
+S2FT_HD double plus_product(double sum, double alpha, double value) {
+#if defined(__CUDA_ARCH__)
+  return __dadd_rn(sum, __dmul_rn(alpha, value));
+#else
+  return sum + alpha * value;
+#endif
+}
+
+// base + delta, rounded once to the type of the base.
 template <class W, class D>
 S2FT_HD W add(W base, D delta) {
-  constexpr bool wide = std::is_same_v<W, double> || std::is_same_v<D, double>;
-  using A = std::conditional_t<wide, double, float>;
-  const A sum = static_cast<A>(widen(base)) + static_cast<A>(widen(delta));
-  return Narrow<W>::from(static_cast<std::conditional_t<sizeof(W) == 2, float, A>>(sum));
+  using A = Wide<W, D>;
+  return narrow<W>(static_cast<A>(widen(base)) + static_cast<A>(widen(delta)));
 }
 
 // An integer of a given size: moving bits through it keeps NaN payloads as they are.

@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "parallel.h"
@@ -17,29 +18,42 @@ void swap_spans(T* weight, int64_t weight_stride, T* values, int64_t values_stri
     for (int64_t i = 0; i < n; ++i) std::swap(weight[i * weight_stride], values[i * values_stride]);
 }
 
-// One row of the last dimension. Its elements are evenly spaced unless they are the units.
+// A span of neighbouring lines of one unit.
 template <class T>
-void swap_row(const Exchange& e, int64_t a, int64_t b, T* weight, T* values) {
-  int64_t w, v;
-  if (e.dim != 2) {
-    if (e.offsets(a, b, 0, &w, &v)) swap_spans(weight + w, e.weight_stride[2], values + v, e.values_stride[2], e.size[2]);
-    return;
-  }
-  for (int64_t c = 0; c < e.size[2]; ++c)
-    if (e.offsets(a, b, c, &w, &v)) std::swap(weight[w], values[v]);
+void swap_rows(const Exchange& e, T* weight, T* values) {
+  const Along &w = e.weight, &v = e.values;
+  parallel_spans(v.units * v.outer, v.inner, [&](int64_t item, int64_t first, int64_t n) {
+    const int64_t k = item / v.outer, o = item % v.outer;
+    swap_spans(weight + w.offset(o, first, e.index[k]), w.inner_stride, values + v.offset(o, first, k),
+               v.inner_stride, n);
+  });
+}
+
+template <class T>
+void swap_columns(const Exchange& e, T* weight, T* values) {
+  const Along &w = e.weight, &v = e.values;
+  parallel_lines(v.lines(), v.units * kScattered, [&](int64_t begin, int64_t end) {
+    for (int64_t line = begin; line < end; ++line) {
+      const int64_t ahead = std::min(line + kLinesAhead, end - 1);
+      prefetch_units(weight + w.line_offset(ahead), e.index, v.units, w.unit_stride);
+      T *to = weight + w.line_offset(line), *from = values + v.line_offset(line);
+      for (int64_t k = 0; k < v.units; ++k) std::swap(to[e.index[k] * w.unit_stride], from[k * v.unit_stride]);
+    }
+  });
 }
 
 struct CpuSwap {
   explicit CpuSwap(const Tensor&) {}
+  void begin() const {}
+  void end() const {}
 
   void exchange(const Exchange& e, int64_t element_size, void* weight, void* values) const {
-    if (e.total() == 0) return;
     visit_bits(element_size, [&](auto tag) {
       using T = typename decltype(tag)::type;
-      parallel_lines(e.size[0] * e.size[1], e.size[2], [&](int64_t begin, int64_t end) {
-        for (int64_t row = begin; row < end; ++row)
-          swap_row(e, row / e.size[1], row % e.size[1], static_cast<T*>(weight), static_cast<T*>(values));
-      });
+      if (e.values.units_last)
+        swap_columns(e, static_cast<T*>(weight), static_cast<T*>(values));
+      else
+        swap_rows(e, static_cast<T*>(weight), static_cast<T*>(values));
     });
   }
 };

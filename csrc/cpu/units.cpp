@@ -4,8 +4,10 @@
 #include "units.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "parallel.h"
+#include "spans.h"
 
 namespace s2ft {
 namespace {
@@ -13,22 +15,36 @@ namespace {
 // Elements a thread handles before it goes on, so that stash and write meet in the L1 cache.
 constexpr int64_t kBlock = 4096;
 
+// Units that follow each other, so that a line crosses them in one span: one run for a slice, one for
+// each head of a set of heads.
+struct Run {
+  int64_t first, length;
+};
+
+std::vector<Run> runs_of(const Units& u) {
+  const int64_t units = u.rows ? u.outer : u.inner;
+  if (!u.index) return {{0, units}};
+  std::vector<Run> runs;
+  for (int64_t k = 0; k < units; ++k)
+    if (k > 0 && u.index[k] == u.index[k - 1] + 1)
+      ++runs.back().length;
+    else
+      runs.push_back({k, 1});
+  return runs;
+}
+
 // Calls f(element, dense, count, stride): `count` elements of the weight from `element` on, `stride`
 // apart, whose places in the dense buffer are `dense`, dense + 1, ...
 template <class F>
-void for_spans(const Units& u, int64_t begin, int64_t end, const F& f) {
+void for_spans(const Units& u, const std::vector<Run>& runs, int64_t begin, int64_t end, const F& f) {
   if (u.rows) {
     for (int64_t k = 0; k < u.outer; ++k)
       f(u.offset(k, begin), k * u.inner + begin, end - begin, u.inner_stride);
     return;
   }
-  for (int64_t line = begin; line < end; ++line) {
-    if (!u.index) {
-      f(u.offset(line, 0), line * u.inner, u.inner, u.inner_stride);
-    } else {
-      for (int64_t k = 0; k < u.inner; ++k) f(u.offset(line, k), line * u.inner + k, int64_t{1}, int64_t{0});
-    }
-  }
+  for (int64_t line = begin; line < end; ++line)
+    for (const Run& run : runs)
+      f(u.offset(line, run.first), line * u.inner + run.first, run.length, u.inner_stride);
 }
 
 // Two passes over each block of lines: `first` over all its units, then `second`.
@@ -38,11 +54,12 @@ void for_blocks(const Units& u, const First& first, const Second& second) {
   if (units == 0) return;
   // Short spans of rows waste cache lines; single lines of columns do not.
   const int64_t block = std::max<int64_t>(kBlock / units, u.rows ? 64 : 1);
+  const std::vector<Run> runs = runs_of(u);
   parallel_lines(lines, units, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; b += block) {
       const int64_t e = std::min(end, b + block);
-      for_spans(u, b, e, first);
-      for_spans(u, b, e, second);
+      for_spans(u, runs, b, e, first);
+      for_spans(u, runs, b, e, second);
     }
   });
 }
@@ -65,8 +82,9 @@ void put(T* weight, int64_t stride, const T* dense, int64_t n) {
 
 template <class W, class D>
 void add_into(W* target, int64_t target_stride, const W* base, int64_t base_stride, const D* delta, int64_t n) {
-  if (target_stride == 1 && base_stride == 1)
-    for (int64_t i = 0; i < n; ++i) target[i] = add(base[i], delta[i]);
+  // A call for a few elements costs more than it saves.
+  if (target_stride == 1 && base_stride == 1 && n >= 16)
+    add_span(base, delta, 1, target, n);
   else
     for (int64_t i = 0; i < n; ++i) target[i * target_stride] = add(base[i * base_stride], delta[i]);
 }

@@ -1,4 +1,4 @@
-// Registers the ops for CUDA: the bodies of linear.h and swap.h with the kernels of launch.h. No CUDA
+// Registers the ops for CUDA: their bodies in csrc/ with the kernels of launch.h. No CUDA
 // header and no CUDA library of PyTorch, so this builds and loads with a CPU-only PyTorch too.
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -8,6 +8,8 @@
 #include <string>
 
 #include "../linear.h"
+#include "../permute.h"
+#include "../scatter_add.h"
 #include "../swap.h"
 #include "launch.h"
 
@@ -50,6 +52,22 @@ class Cuda {
     check(cuda::restore_units(units, data, stream_));
   }
 
+  void permute(const Along& a, const int64_t* order, int64_t element_size, const Tensor& weight) const {
+    const int64_t bytes = cuda::permute_scratch_bytes(a, element_size);
+    const Tensor scratch = torch::stable::new_empty(weight, {bytes}, ScalarType::Byte);
+    check(cuda::permute_units(a, order, element_size, weight.mutable_data_ptr(), scratch.mutable_data_ptr(), bytes,
+                              stream_));
+  }
+
+  void scatter_add(const Scatter& s, const Tensor& weight) const {
+    require(s.count <= cuda::kMaxParts, "scatter_add_", "at most ", cuda::kMaxParts,
+            " deltas can be added in one pass on CUDA, got ", s.count);
+    int64_t units = 0;
+    for (int64_t j = 0; j < s.count; ++j) units += s.parts[j].delta.units;
+    const Tensor link = torch::stable::new_empty(weight, {2 * units}, ScalarType::Long);
+    check(cuda::scatter_add_units(s, link.mutable_data_ptr<int64_t>(), stream_));
+  }
+
   void exchange(const Exchange& e, int64_t element_size, void* weight, void* values) const {
     check(cuda::exchange_units(e, element_size, weight, values, stream_));
   }
@@ -68,5 +86,7 @@ STABLE_TORCH_LIBRARY_IMPL(s2ft, CUDA, m) {
   m.impl("sliced_linear_grad_x", TORCH_BOX(&s2ft::sliced_linear_grad_x<s2ft::Cuda>));
   m.impl("indexed_linear", TORCH_BOX(&s2ft::indexed_linear<s2ft::Cuda>));
   m.impl("indexed_linear_grad_x", TORCH_BOX(&s2ft::indexed_linear_grad_x<s2ft::Cuda>));
+  m.impl("permute_", TORCH_BOX(&s2ft::permute<s2ft::Cuda>));
+  m.impl("scatter_add_", TORCH_BOX(&s2ft::scatter_add<s2ft::Cuda>));
   m.impl("swap_", TORCH_BOX(&s2ft::swap<s2ft::Cuda>));
 }

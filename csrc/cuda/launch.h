@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "../core/exchange.h"
+#include "../core/scatter.h"
 #include "../core/units.h"
 
 namespace s2ft::cuda {
@@ -18,6 +19,16 @@ int write_units(const Units& units, const UnitsData& data, void* stream);
 int sum_units(const Units& units, const UnitsData& data, void* stream);
 // weight := dense.
 int restore_units(const Units& units, const UnitsData& data, void* stream);
+
+// Puts the units of `weight` in a new order, by way of a scratch buffer of permute_scratch_bytes().
+int64_t permute_scratch_bytes(const Along& weight, int64_t element_size);
+int permute_units(const Along& along, const int64_t* order, int64_t element_size, void* weight, void* scratch,
+                  int64_t scratch_bytes, void* stream);
+
+// weight += alpha * delta, for at most kMaxParts deltas (they are a kernel's arguments). `link` has room for
+// two numbers a unit of all parts; unused where there is one part.
+constexpr int kMaxParts = 32;
+int scatter_add_units(const Scatter& scatter, int64_t* link, void* stream);
 
 // Exchanges the elements of `weight` that `exchange` names with `values`.
 int exchange_units(const Exchange& exchange, int64_t element_size, void* weight, void* values, void* stream);

@@ -27,6 +27,16 @@ __device__ __forceinline__ int64_t first_item() {
 }
 __device__ __forceinline__ int64_t item_step() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
 
+// What one thread moves at once.
+struct alignas(16) Bytes16 {
+  uint64_t part[2];
+};
+
+template <class T, int Width>
+struct alignas(sizeof(T) * Width < 16 ? sizeof(T) * Width : 16) Pack {
+  T at[Width];
+};
+
 inline bool aligned16(int64_t bytes) { return (bytes & 15) == 0; }
 inline bool aligned16(const void* pointer) { return aligned16(static_cast<int64_t>(reinterpret_cast<uintptr_t>(pointer))); }
 

@@ -12,11 +12,6 @@ namespace {
 
 enum class Step : int { take, write, add, sum, put };
 
-template <class T, int Width>
-struct alignas(sizeof(T) * Width < 16 ? sizeof(T) * Width : 16) Pack {
-  T at[Width];
-};
-
 template <class W, class D, int Width>
 __global__ void for_units(Units units, Step step, Pack<W, Width>* dense, const Pack<D, Width>* delta, W* weight,
                           int64_t items) {

@@ -74,7 +74,38 @@ def check_index(op: str, index: Tensor, length: int, size: int) -> None:
         return
     low, high = torch.aminmax(index)
     if low < 0 or high >= size:
-        raise ValueError(f"{op}: index {int(low if low < 0 else high)} is outside 0..{size - 1}")
+        raise ValueError(f"{op}: index has {int(low if low < 0 else high)}, outside 0..{size - 1}")
+
+
+def check_dim(op: str, weight: Tensor, dim: int) -> None:
+    if not (1 <= weight.dim() <= 3 and 0 <= dim < weight.dim()):
+        raise ValueError(f"{op}: weight must have 1 to 3 dimensions and dim be one of them, "
+                         f"got shape {tuple(weight.shape)} and dim {dim}")
+
+
+def check_movable(op: str, weight: Tensor, dim: int, index: Tensor, values: Tensor, name: str) -> None:
+    """values has weight's shape but for the units along dim, which index names one by one."""
+    check_dim(op, weight, dim)
+    if index.dtype != torch.int64 or index.dim() != 1:
+        raise ValueError(f"{op}: index must be int64 with one dimension, got {index.dtype} of shape {tuple(index.shape)}")
+    shape = (*weight.shape[:dim], index.numel(), *weight.shape[dim + 1:])
+    if values.shape != shape:
+        raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(values.shape)}")
+
+
+def check_distinct(op: str, index: Tensor, size: int, name: str = "index") -> None:
+    """Every entry of index in 0..size-1, none twice; ValueError otherwise. On a GPU this waits for it.
+
+    References and public functions call it; the compiled CPU kernels do the same themselves.
+    """
+    if torch.compiler.is_compiling() or index.numel() == 0:
+        return
+    ordered = index.sort().values
+    low, high, repeats = int(ordered[0]), int(ordered[-1]), ordered[1:] == ordered[:-1]
+    if low < 0 or high >= size:
+        raise ValueError(f"{op}: {name} has {low if low < 0 else high}, outside 0..{size - 1}")
+    if bool(repeats.any()):
+        raise ValueError(f"{op}: {name} names unit {int(ordered[1:][repeats][0])} twice")
 
 
 def count_change(weight: Tensor) -> None:

@@ -17,8 +17,13 @@ def pointer(tensor):
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
-def three(values):
-    return (ctypes.c_int64 * 3)(*values)
+def along(tensor, dim):
+    """csrc/core/along.h of a tensor: what csrc/move.h computes."""
+    last, rank = tensor.dim() - 1, tensor.dim()
+    others = [d for d in range(rank) if d != dim]
+    sizes, strides = [1] * (3 - rank), [0] * (3 - rank)
+    sizes, strides = sizes + [tensor.shape[d] for d in others], strides + [tensor.stride(d) for d in others]
+    return (ctypes.c_int64 * 7)(tensor.shape[dim], *sizes, tensor.stride(dim), *strides, dim == last)
 
 
 class Runner:
@@ -26,6 +31,7 @@ class Runner:
 
     def __init__(self, library):
         self.library = ctypes.CDLL(str(library))
+        self.library.permute_scratch_bytes.restype = ctypes.c_int64
         self.library.calls.restype = self.library.last_error.restype = ctypes.c_char_p
 
     def configure(self, seed=0, max_blocks=0, capturing=False):
@@ -41,11 +47,29 @@ class Runner:
         assert error == 0, self.library.last_error().decode()
 
     def exchange(self, weight, index, values, dim):
-        pad = 3 - weight.dim()
-        error = self.library.exchange(
-            ctypes.c_int64(weight.element_size()), pointer(weight), pointer(values), pointer(index),
-            ctypes.c_int64(weight.shape[dim]), three([1] * pad + list(values.shape)),
-            three([0] * pad + list(weight.stride())), three([0] * pad + list(values.stride())), dim + pad)
+        self.check(self.library.exchange(ctypes.c_int64(weight.element_size()), pointer(weight), along(weight, dim),
+                                         pointer(values), along(values, dim), pointer(index)))
+
+    def permute(self, weight, order, dim, lines_at_once=None):
+        """In the scratch that the op would take, or in room for a few lines."""
+        size = weight.element_size()
+        bytes_ = self.library.permute_scratch_bytes(ctypes.c_int64(size), along(weight, dim))
+        if lines_at_once is not None:
+            bytes_ = lines_at_once * weight.shape[dim] * 16
+        scratch = torch.empty(bytes_, dtype=torch.uint8)
+        self.check(self.library.permute(ctypes.c_int64(size), pointer(weight), along(weight, dim), pointer(order),
+                                        pointer(scratch), ctypes.c_int64(bytes_)))
+
+    def scatter_add(self, weight, index, delta, dim, alpha):
+        count = len(delta)
+        link = torch.zeros(2 * sum(len(i) for i in index), dtype=torch.int64)
+        alongs = [number for values in delta for number in along(values, dim)]
+        self.check(self.library.scatter_add(
+            CODES[weight.dtype], CODES[delta[0].dtype], pointer(weight), along(weight, dim), ctypes.c_int64(count),
+            (ctypes.c_void_p * count)(*map(pointer, delta)), (ctypes.c_int64 * len(alongs))(*alongs),
+            (ctypes.c_void_p * count)(*map(pointer, index)), (ctypes.c_double * count)(*alpha), pointer(link)))
+
+    def check(self, error):
         assert error == 0, self.library.last_error().decode()
 
     def order(self, which, device, stream):

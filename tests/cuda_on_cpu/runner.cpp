@@ -2,7 +2,13 @@
 #include "cuda/launch.h"
 #include "cuda_on_cpu.h"
 
+#include <vector>
+
 using namespace s2ft;
+
+// A tensor along one dimension, as tests/cuda_on_cpu/conftest.py lays it out: units, outer, inner, their
+// strides, and whether the units are the last dimension.
+static Along along(const int64_t* a) { return Along{a[0], a[1], a[2], a[3], a[4], a[5], a[6] != 0}; }
 
 extern "C" {
 
@@ -34,18 +40,29 @@ int units(const char* step, int weight_type, int delta_type, void* weight, const
   return -1;
 }
 
-int exchange(int64_t element_size, void* weight, void* values, const int64_t* index, int64_t limit,
-             const int64_t* size, const int64_t* weight_stride, const int64_t* values_stride, int dim) {
-  Exchange e{};
-  e.index = index;
-  e.limit = limit;
-  e.dim = dim;
-  for (int d = 0; d < 3; ++d) {
-    e.size[d] = size[d];
-    e.weight_stride[d] = weight_stride[d];
-    e.values_stride[d] = values_stride[d];
-  }
+int exchange(int64_t element_size, void* weight, const int64_t* weight_along, void* values,
+             const int64_t* values_along, const int64_t* index) {
+  const Exchange e{along(weight_along), along(values_along), index};
   return cuda::exchange_units(e, element_size, weight, values, nullptr);
+}
+
+int64_t permute_scratch_bytes(int64_t element_size, const int64_t* weight_along) {
+  return cuda::permute_scratch_bytes(along(weight_along), element_size);
+}
+
+int permute(int64_t element_size, void* weight, const int64_t* weight_along, const int64_t* order, void* scratch,
+            int64_t scratch_bytes) {
+  return cuda::permute_units(along(weight_along), order, element_size, weight, scratch, scratch_bytes, nullptr);
+}
+
+int scatter_add(int weight_type, int delta_type, void* weight, const int64_t* weight_along, int64_t count,
+                const void* const* deltas, const int64_t* delta_alongs, const int64_t* const* indices,
+                const double* alphas, int64_t* link) {
+  std::vector<Part> parts;
+  for (int64_t j = 0; j < count; ++j) parts.push_back({along(delta_alongs + 7 * j), deltas[j], indices[j], alphas[j]});
+  const Scatter s{along(weight_along), weight, static_cast<DType>(weight_type), static_cast<DType>(delta_type),
+                  parts.data(), count};
+  return cuda::scatter_add_units(s, link, nullptr);
 }
 
 int ordered_begin(int device, void* stream) { return cuda::ordered_begin(device, stream); }

@@ -110,6 +110,18 @@ def test_compiled_kernel_equals_reference(op, shape, dim, dtype, device):
         assert torch.equal(dispatched, module.reference_grad_x(grad, *args))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("dim", (0, 1))
+def test_several_segments(dim, dtype):
+    """Heads: runs of neighbouring units, long and short, side by side, in any order."""
+    case = Case(indexed_linear, (120, 120, 0, 91), dim, dtype)
+    runs = (range(80, 112), range(0, 16), range(16, 48), range(50, 59), (49,), (113,))
+    case.units = case.index = torch.tensor([unit for run in runs for unit in run])
+    before = case.weight.clone()
+    assert torch.equal(case.call(), F.linear(case.x, case.effective(), case.bias))
+    assert torch.equal(case.weight, before)
+
+
 @pytest.mark.parametrize("op,dim", OPS_AND_DIMS, ids=name)
 @pytest.mark.parametrize("layout", ("transposed", "strided", "offset", "expanded"))
 def test_layouts_of_x_and_weight(op, dim, layout):
@@ -259,8 +271,8 @@ BAD = {
     "bias": (lambda w: sliced_linear(torch.ones(2, 6), w, torch.ones(2, 6), 0, 0, torch.ones(6)), "bias must"),
     "index dtype": (lambda w: indexed_linear(torch.ones(2, 6), w, torch.ones(2, 6), torch.ones(2), 0), "int64"),
     "index length": (lambda w: indexed_linear(torch.ones(2, 6), w, torch.ones(2, 6), torch.arange(3), 0), "shape"),
-    "index high": (lambda w: indexed_linear(torch.ones(2, 6), w, torch.ones(2, 6), torch.tensor([0, 4]), 0), "index 4"),
-    "index low": (lambda w: indexed_linear(torch.ones(2, 6), w, torch.ones(2, 6), torch.tensor([0, -1]), 0), "index -1"),
+    "index high": (lambda w: indexed_linear(torch.ones(2, 6), w, torch.ones(2, 6), torch.tensor([0, 4]), 0), "index has 4"),
+    "index low": (lambda w: indexed_linear(torch.ones(2, 6), w, torch.ones(2, 6), torch.tensor([0, -1]), 0), "index has -1"),
 }
 
 

@@ -1,13 +1,13 @@
-"""swap_ and permute_: the ops that move rows and columns of a weight."""
+"""permute_, swap_ and scatter_add_: the ops that change rows and columns of a weight in place."""
 import itertools
 
 import pytest
 import torch
 
-from s2ft.ops import permute_, swap_
+from s2ft.ops import effective_units, permute_, scatter_add_, swap_
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-SHAPES = ((7,), (1, 1), (13, 9), (3, 5, 4))
+SHAPES = ((7,), (1, 1), (13, 9), (3, 5, 4), (0, 3), (70, 130), (3, 5000))
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.cuda))
 CASES = [(shape, dim) for shape in SHAPES for dim in range(len(shape))]
 
@@ -17,7 +17,7 @@ CASES = [(shape, dim) for shape in SHAPES for dim in range(len(shape))]
 @pytest.mark.parametrize("shape,dim", CASES)
 def test_swap_exchanges_and_comes_back(shape, dim, dtype, device):
     weight = torch.randn(shape, device=device).to(dtype)
-    for units in (0, 1, (shape[dim] + 1) // 2, shape[dim]):
+    for units in sorted({0, min(1, shape[dim]), (shape[dim] + 1) // 2, shape[dim]}):
         index = torch.randperm(shape[dim], device=device)[:units]
         values = torch.randn(*shape[:dim], units, *shape[dim + 1:], device=device).to(dtype)
         w, v = weight.clone(), values.clone()
@@ -33,7 +33,9 @@ def test_swap_exchanges_and_comes_back(shape, dim, dtype, device):
 @pytest.mark.parametrize("shape,dim", CASES)
 def test_permute_is_index_select_in_place(shape, dim, dtype, device):
     weight = torch.randn(shape, device=device).to(dtype)
-    for order in (torch.arange(shape[dim]), torch.randperm(shape[dim]), torch.arange(shape[dim]).flip(0)):
+    swapped = torch.arange(shape[dim])
+    swapped[[0, -1] if shape[dim] else []] = swapped[[-1, 0] if shape[dim] else []]   # two units trade places
+    for order in (torch.arange(shape[dim]), torch.randperm(shape[dim]), torch.arange(shape[dim]).flip(0), swapped):
         order = order.to(device)
         w = weight.clone()
         permute_(w, order, dim)
@@ -42,66 +44,136 @@ def test_permute_is_index_select_in_place(shape, dim, dtype, device):
         assert torch.equal(w, weight)
 
 
-@pytest.mark.parametrize("layout", ("transposed", "strided", "offset"))
+def parts_of(shape, dim, dtype, device, sizes):
+    """An index without repeats and a delta for each of `sizes` units; the parts share units."""
+    index = [torch.randperm(shape[dim], device=device)[:size] for size in sizes]
+    return index, [torch.randn(*shape[:dim], len(i), *shape[dim + 1:], device=device).to(dtype) for i in index]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("delta_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape,dim", CASES)
+def test_scatter_add_adds_in_the_wider_type_and_rounds_once(shape, dim, dtype, delta_dtype, device):
+    """Bit for bit, several deltas that meet in a unit included."""
+    n = shape[dim]
+    for sizes, alphas in ((((n + 1) // 2,), 1.0), ((n,), -0.3), ((n, n // 2, 0, n), (0.7, -1.1, 5.0, 1 / 3))):
+        weight = torch.randn(shape, device=device).to(dtype)
+        index, delta = parts_of(shape, dim, delta_dtype, device, sizes)
+        wide = torch.promote_types(torch.promote_types(dtype, delta_dtype), torch.float32)
+        expected = weight.to(wide)
+        for i, d, alpha in zip(index, delta, [alphas] * len(sizes) if isinstance(alphas, float) else alphas):
+            expected = expected.index_copy(dim, i, expected.index_select(dim, i) + alpha * d.to(wide))
+        scatter_add_(weight, index, delta, dim, alphas)
+        assert torch.equal(weight, expected.to(dtype))
+
+
+def test_scatter_add_of_one_delta_gives_the_effective_weight():
+    weight, index = torch.randn(40, 30).bfloat16(), torch.tensor([4, 29, 0])
+    delta = torch.randn(40, 3)
+    expected = weight.index_copy(1, index, effective_units(weight.index_select(1, index), delta))
+    scatter_add_(weight, index, delta, 1)
+    assert torch.equal(weight, expected)
+
+
+def test_scatter_add_takes_deltas_of_several_dtypes():
+    weight = torch.zeros(4, 2)
+    scatter_add_(weight, [torch.tensor([1]), torch.tensor([1, 3])],
+                 [torch.ones(1, 2, dtype=torch.bfloat16), torch.ones(2, 2, dtype=torch.float64)], 0, (1, 2))
+    assert weight.tolist() == [[0, 0], [3, 3], [0, 0], [2, 2]]
+
+
+LAYOUTS = {"transposed": lambda: torch.randn(8, 12).t(), "strided": lambda: torch.randn(24, 24)[::2, ::3],
+           "offset": lambda: torch.randn(97)[1:].view(12, 8)}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dim", (0, 1))
 def test_layouts(layout, dim):
-    make = {"transposed": lambda: torch.randn(8, 12).t(), "strided": lambda: torch.randn(24, 24)[::2, ::3],
-            "offset": lambda: torch.randn(97)[1:].view(12, 8)}
-    weight = make[layout]()
+    weight = LAYOUTS[layout]()
     whole, order, index = weight.clone(), torch.randperm(weight.shape[dim]), torch.tensor([5, 0, 3])
     permute_(weight, order, dim)
     assert torch.equal(weight, whole.index_select(dim, order))
-    values = torch.zeros_like(weight.index_select(dim, index))
     held = weight.index_select(dim, index)
+    delta = LAYOUTS[layout]().narrow(dim, 2, 3)
+    scatter_add_(weight, [index, index], [delta, delta.clone()], dim, (1.0, 1.0))
+    assert torch.equal(weight.index_select(dim, index), held + delta + delta)
+    values = torch.zeros_like(weight).narrow(dim, 1, 3)
     swap_(weight, index, values, dim)
-    assert torch.equal(values, held) and not weight.index_select(dim, index).any()
+    assert torch.equal(values, held + delta + delta) and not weight.index_select(dim, index).any()
 
 
-def test_compiled_kernels_equal_references():
-    for op, (shape, dim) in itertools.product((swap_, permute_), CASES):
-        reference = __import__(f"s2ft.ops.{op.__name__}", fromlist=["reference"]).reference
-        ours, theirs = (w := torch.randn(shape)), w.clone()
-        index = torch.randperm(shape[dim])
-        if op is swap_:
-            values = torch.randn(shape)
-            other = values.clone()
-            swap_(ours, index, values, dim)
-            reference(theirs, index, other, dim)
-            assert torch.equal(values, other)
-        else:
-            permute_(ours, index, dim)
-            reference(theirs, index, dim)
-        assert torch.equal(ours, theirs)
+@pytest.mark.parametrize("op", (permute_, scatter_add_, swap_), ids=lambda op: op.__name__)
+def test_compiled_kernel_equals_reference(op):
+    reference = __import__(f"s2ft.ops.{op.__name__}", fromlist=["reference"]).reference
+    for shape, dim in CASES:
+        weight, order, values = torch.randn(shape), torch.randperm(shape[dim]), torch.randn(shape)
+        index, delta = parts_of(shape, dim, torch.bfloat16, "cpu", (shape[dim], shape[dim] // 2))
+        results = []
+        for run in (op, reference):
+            w, v = weight.clone(), values.clone()
+            run(w, *{permute_: (order, dim), swap_: (order, v, dim),
+                     scatter_add_: (index, delta, dim, [0.3, -2.0])}[op])
+            results.append((w, v))
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results))
 
 
 def test_opcheck():
     torch.library.opcheck(torch.ops.s2ft.swap_.default,
                           (torch.randn(5, 6), torch.tensor([4, 0]), torch.randn(5, 2), 1))
     torch.library.opcheck(torch.ops.s2ft.permute_.default, (torch.randn(5, 6), torch.randperm(5), 0))
+    torch.library.opcheck(torch.ops.s2ft.scatter_add_.default,
+                          (torch.randn(5, 6), [torch.tensor([4, 0])], [torch.randn(5, 2)], 1, [0.5]))
 
 
-@pytest.mark.parametrize("op", (swap_, permute_), ids=lambda op: op.__name__)
-def test_a_backward_that_kept_the_weight_raises(op):
+CHANGES = {"swap": lambda w: swap_(w, torch.tensor([1]), torch.randn(1, 6), 0),
+           "permute": lambda w: permute_(w, torch.tensor([1, 0, 2, 3]), 0),
+           "scatter": lambda w: scatter_add_(w, torch.tensor([1]), torch.randn(1, 6), 0)}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_backward_that_kept_the_weight_raises(change):
     weight, x = torch.randn(4, 6), torch.randn(3, 6, requires_grad=True)
     y = torch.nn.functional.linear(x, weight)
-    if op is swap_:
-        swap_(weight, torch.tensor([1]), torch.randn(1, 6), 0)
-    else:
-        permute_(weight, torch.tensor([1, 0, 2, 3]), 0)
+    CHANGES[change](weight)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 
 
+@pytest.mark.parametrize("change", CHANGES)
+def test_torch_compile_fullgraph(change):
+    """The change is seen by what follows it in the graph."""
+    index, values, order = torch.tensor([1]), torch.randn(1, 6), torch.tensor([1, 0, 2, 3])
+
+    def run(w, v):
+        {"swap": lambda: swap_(w, index, v, 0), "permute": lambda: permute_(w, order, 0),
+         "scatter": lambda: scatter_add_(w, index, v, 0, 0.5)}[change]()
+        return w * 2
+
+    compiled, weight = torch.compile(run, fullgraph=True, backend="aot_eager"), torch.randn(4, 6)
+    (ours, values_of_ours), (theirs, values_of_theirs) = [(weight.clone(), values.clone()) for _ in range(2)]
+    assert torch.equal(compiled(ours, values_of_ours), run(theirs, values_of_theirs))
+    assert torch.equal(ours, theirs) and torch.equal(values_of_ours, values_of_theirs)
+
+
 BAD = {
     "swap dim": (lambda w: swap_(w, torch.arange(2), torch.ones(2, 6), 2), "dim"),
-    "swap high": (lambda w: swap_(w, torch.tensor([0, 4]), torch.ones(2, 6), 0), "index 4"),
-    "swap low": (lambda w: swap_(w, torch.tensor([-1, 0]), torch.ones(2, 6), 0), "index -1"),
+    "swap high": (lambda w: swap_(w, torch.tensor([0, 4]), torch.ones(2, 6), 0), "index has 4"),
+    "swap low": (lambda w: swap_(w, torch.tensor([-1, 0]), torch.ones(2, 6), 0), "index has -1"),
     "swap twice": (lambda w: swap_(w, torch.tensor([1, 1]), torch.ones(2, 6), 0), "twice"),
+    "scatter high": (lambda w: scatter_add_(w, torch.tensor([0, 4]), torch.ones(2, 6), 0), "index has 4"),
+    "scatter low in the second": (lambda w: scatter_add_(w, [torch.tensor([0]), torch.tensor([-1])],
+                                                         [torch.ones(1, 6), torch.ones(1, 6)], 0), "index has -1"),
+    "scatter twice": (lambda w: scatter_add_(w, torch.tensor([1, 1]), torch.ones(2, 6), 0), "twice"),
+    "scatter delta": (lambda w: scatter_add_(w, torch.tensor([1, 2]), torch.ones(6, 2), 0), "delta must"),
+    "scatter number": (lambda w: scatter_add_(w, [torch.tensor([1])], [], 0), "as many"),
+    "scatter alphas": (lambda w: scatter_add_(w, torch.tensor([1]), torch.ones(1, 6), 0, [1, 2]), "as many"),
+    "swap index": (lambda w: swap_(w, torch.tensor([1.0]), torch.ones(1, 6), 0), "int64"),
     "swap values": (lambda w: swap_(w, torch.tensor([1, 2]), torch.ones(6, 2), 0), "values must"),
     "swap dtype": (lambda w: swap_(w, torch.tensor([1]), torch.ones(1, 6).double(), 0), "values must"),
     "permute length": (lambda w: permute_(w, torch.arange(3), 0), "order must"),
-    "permute repeat": (lambda w: permute_(w, torch.tensor([0, 1, 1, 3]), 0), "no permutation"),
-    "permute outside": (lambda w: permute_(w, torch.tensor([0, 1, 2, 4]), 0), "no permutation"),
+    "permute repeat": (lambda w: permute_(w, torch.tensor([0, 1, 1, 3]), 0), "order names unit 1 twice"),
+    "permute outside": (lambda w: permute_(w, torch.tensor([0, 1, 2, 4]), 0), "order has 4"),
     "permute dim": (lambda w: permute_(w, torch.arange(4), -1), "dim"),
 }
 
@@ -113,3 +185,16 @@ def test_bad_arguments_raise_and_leave_the_weight(bad):
     with pytest.raises(ValueError, match=message):
         call(weight)
     assert torch.equal(weight, torch.arange(24.).view(4, 6))
+
+
+REFERENCES = {"swap": (lambda m: m("swap_")(torch.ones(4, 6), torch.tensor([0, 4]), torch.ones(2, 6), 0), "index has 4"),
+              "scatter": (lambda m: m("scatter_add_")(torch.ones(4, 6), [torch.tensor([1, 1])], [torch.ones(2, 6)], 0, [1.0]),
+                          "twice"),
+              "permute": (lambda m: m("permute_")(torch.ones(4, 6), torch.tensor([0, 1, 1, 3]), 0), "twice")}
+
+
+@pytest.mark.parametrize("bad", REFERENCES)
+def test_references_check_their_indices_too(bad):
+    call, message = REFERENCES[bad]
+    with pytest.raises(ValueError, match=message):
+        call(lambda op: __import__(f"s2ft.ops.{op}", fromlist=["reference"]).reference)

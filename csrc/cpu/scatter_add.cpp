@@ -1,0 +1,147 @@
+#include "../scatter_add.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "parallel.h"
+#include "spans.h"
+
+namespace s2ft {
+namespace {
+
+// The units that some part names, each once, so that a unit which several parts name is rounded once.
+struct Targets {
+  std::vector<int64_t> units;
+  std::vector<std::vector<int32_t>> of_part;  // for each part's units: which of `units`
+};
+
+Targets targets_of(const Scatter& s) {
+  Targets targets;
+  targets.of_part.resize(static_cast<size_t>(s.count));
+  std::vector<int32_t> place(static_cast<size_t>(s.weight.units), -1);
+  for (int64_t j = 0; j < s.count; ++j)
+    for (int64_t k = 0; k < s.parts[j].delta.units; ++k) {
+      int32_t& at = place[s.parts[j].index[k]];
+      if (at < 0) {
+        at = static_cast<int32_t>(targets.units.size());
+        targets.units.push_back(s.parts[j].index[k]);
+      }
+      targets.of_part[j].push_back(at);
+    }
+  return targets;
+}
+
+struct Source {
+  int64_t part, k;  // a unit of a part
+};
+
+// For each target, the units that are added to it, in the order of the parts.
+std::vector<std::vector<Source>> sources_of(const Scatter& s, const Targets& targets) {
+  std::vector<std::vector<Source>> sources(targets.units.size());
+  for (int64_t j = 0; j < s.count; ++j)
+    for (int64_t k = 0; k < s.parts[j].delta.units; ++k) sources[targets.of_part[j][k]].push_back({j, k});
+  return sources;
+}
+
+// Dense copies of strided spans, through which the kernels of spans.h reach them; dense ones pass as they are.
+template <class T>
+const T* gathered(const T* from, int64_t stride, int64_t n, T* scratch) {
+  if (stride == 1) return from;
+  for (int64_t i = 0; i < n; ++i) scratch[i] = from[i * stride];
+  return scratch;
+}
+
+template <class T>
+void put_back(const T* from, T* to, int64_t stride, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i * stride] = from[i];
+}
+
+// Adds its sources to one span of a target: in one pass where there is one source, else through a sum
+// that is rounded at the end.
+template <class W, class D>
+void add_sources(const Scatter& s, const std::vector<Source>& sources, int64_t o, int64_t first, int64_t n, W* weight) {
+  using A = Wide<W, D>;
+  A sum[kPiece];
+  D scratch[kPiece];
+  const bool one = sources.size() == 1;
+  if (!one) widen_span(weight, sum, n);
+  for (const Source& source : sources) {
+    const Part& part = s.parts[source.part];
+    const Along& d = part.delta;
+    const D* delta = gathered(static_cast<const D*>(part.data) + d.offset(o, first, source.k), d.inner_stride, n, scratch);
+    if (one)
+      add_span(weight, delta, static_cast<A>(part.alpha), weight, n);
+    else
+      accumulate_span(sum, delta, static_cast<A>(part.alpha), n);
+  }
+  if (!one) narrow_span(sum, weight, n);
+}
+
+template <class W, class D>
+void add_rows(const Scatter& s) {
+  const Targets targets = targets_of(s);
+  const auto sources = sources_of(s, targets);
+  const Along& w = s.weight;
+  parallel_spans(static_cast<int64_t>(sources.size()) * w.outer, w.inner, [&](int64_t item, int64_t first, int64_t n) {
+    W scratch[kPiece];
+    const int64_t t = item / w.outer, o = item % w.outer;
+    W* weight = static_cast<W*>(s.data) + w.offset(o, first, targets.units[t]);
+    if (w.inner_stride == 1) {
+      add_sources<W, D>(s, sources[t], o, first, n, weight);
+    } else {
+      gathered(weight, w.inner_stride, n, scratch);
+      add_sources<W, D>(s, sources[t], o, first, n, scratch);
+      put_back(scratch, weight, w.inner_stride, n);
+    }
+  });
+}
+
+template <class W, class D>
+void add_columns(const Scatter& s) {
+  using A = Wide<W, D>;
+  const Targets targets = targets_of(s);
+  const int64_t units = static_cast<int64_t>(targets.units.size());
+  const Along& w = s.weight;
+  parallel_lines(w.lines(), units * kScattered, [&](int64_t begin, int64_t end) {
+    std::vector<A> sum(static_cast<size_t>(units));
+    for (int64_t line = begin; line < end; ++line) {
+      W* weight = static_cast<W*>(s.data) + w.line_offset(line);
+      const int64_t ahead = std::min(line + kLinesAhead, end - 1);
+      prefetch_units(static_cast<W*>(s.data) + w.line_offset(ahead), targets.units.data(), units, w.unit_stride);
+      for (int64_t t = 0; t < units; ++t) sum[t] = static_cast<A>(widen(weight[targets.units[t] * w.unit_stride]));
+      for (int64_t j = 0; j < s.count; ++j) {
+        const Part& part = s.parts[j];
+        const D* delta = static_cast<const D*>(part.data) + part.delta.line_offset(line);
+        const A alpha = static_cast<A>(part.alpha);
+        for (int64_t k = 0; k < part.delta.units; ++k) {
+          A& at = sum[targets.of_part[j][k]];
+          at = plus_product(at, alpha, static_cast<A>(widen(delta[k * part.delta.unit_stride])));
+        }
+      }
+      for (int64_t t = 0; t < units; ++t) weight[targets.units[t] * w.unit_stride] = narrow<W>(sum[t]);
+    }
+  });
+}
+
+struct CpuScatterAdd {
+  explicit CpuScatterAdd(const Tensor&) {}
+  void begin() const {}
+  void end() const {}
+
+  void scatter_add(const Scatter& s, const Tensor&) const {
+    visit(s.weight_type, [&](auto w) {
+      visit(s.delta_type, [&](auto d) {
+        using W = typename decltype(w)::type;
+        using D = typename decltype(d)::type;
+        s.weight.units_last ? add_columns<W, D>(s) : add_rows<W, D>(s);
+      });
+    });
+  }
+};
+
+}  // namespace
+}  // namespace s2ft
+
+STABLE_TORCH_LIBRARY_IMPL(s2ft, CPU, m) { m.impl("scatter_add_", TORCH_BOX(&s2ft::scatter_add<s2ft::CpuScatterAdd>)); }

@@ -1,0 +1,24 @@
+// The body of permute_, once for every device. A Device has a constructor from a tensor on it, begin()
+// and end() (see linear.h), and permute(Along, order, element size, weight tensor).
+#pragma once
+
+#include "effective_lock.h"
+#include "move.h"
+
+namespace s2ft {
+
+template <class Device>
+void permute(Tensor weight, const Tensor& order, int64_t dim) {
+  const char* op = "permute_";
+  check_weight(weight, dim, op);
+  check_index_tensor(order, weight.size(dim), weight, op, "order");
+  const int64_t size = movable_size(weight, op);
+  const Tensor dense_order = torch::stable::contiguous(order);
+  // As many entries as units, all in range, none twice: a permutation.
+  if (weight.is_cpu()) check_distinct(dense_order, weight.size(dim), op, "order");
+  if (weight.numel() == 0) return;
+  const Device device(weight);
+  in_turn(device, [&] { device.permute(along(weight, dim), dense_order.const_data_ptr<int64_t>(), size, weight); });
+}
+
+}  // namespace s2ft

@@ -1,0 +1,61 @@
+"""Add deltas to rows or columns of a weight in place: how adapters are fused (paper, section 3.4)."""
+from typing import List, Sequence, Union
+
+import torch
+from torch import Tensor
+
+from s2ft.ops._library import check_distinct, check_movable, count_change, define
+
+
+def reference(weight: Tensor, index: List[Tensor], delta: List[Tensor], dim: int, alpha: List[float]) -> None:
+    for where in index:
+        check_distinct("scatter_add_", where, weight.shape[dim])
+    if not delta:
+        return
+    wide = torch.promote_types(torch.promote_types(weight.dtype, delta[0].dtype), torch.float32)
+    units = torch.cat(list(index)).unique()
+    total = weight.index_select(dim, units).to(wide)
+    for where, values, factor in zip(index, delta, alpha):
+        at = torch.searchsorted(units, where)
+        change = total.index_select(dim, at) + factor * values.to(wide)
+        total.transpose(0, dim)[at] = change.transpose(0, dim)
+    # On the transpose the index comes first, where torch writes whole rows at a time.
+    weight.transpose(0, dim)[units] = total.to(weight.dtype).transpose(0, dim)
+
+
+_op = define("scatter_add_(Tensor(a!) weight, Tensor[] index, Tensor[] delta, int dim, float[] alpha) -> ()",
+             reference, lambda weight, index, delta, dim, alpha: None)
+
+
+def scatter_add_(weight: Tensor,                            # 1-D to 3-D, changed in place
+                 index: Union[Tensor, Sequence[Tensor]],    # [n] int64, no unit twice; or one for each delta
+                 delta: Union[Tensor, Sequence[Tensor]],    # weight.shape with dim -> n; or several of any n
+                 dim: int,
+                 alpha: Union[float, Sequence[float]] = 1.0) -> None:
+    """``weight[index] += alpha * delta`` along dim; for lists, the sum of all of them in one pass.
+
+    Sums are formed in float32 (float64 where weight or delta is), products rounded before they are added,
+    and each touched element is rounded once to the weight's dtype, also where several deltas meet. So one
+    delta with alpha 1 gives :func:`effective_units` bit for bit. The change is not exactly undone by
+    subtracting it: keep the units, or use :func:`swap_`.
+
+    Raises: ValueError for a wrong dim, shape, dtype, number or index, before anything is written.
+    """
+    indices, deltas = _as_list(index), _as_list(delta)
+    alphas = [float(alpha)] * len(deltas) if isinstance(alpha, (int, float)) else [float(a) for a in alpha]
+    if not len(indices) == len(deltas) == len(alphas):
+        raise ValueError(f"scatter_add_: index, delta and alpha must be as many, got {len(indices)}, "
+                         f"{len(deltas)} and {len(alphas)}")
+    for where, values in zip(indices, deltas):
+        check_movable("scatter_add_", weight, dim, where, values, "delta")
+        if where.is_cuda:
+            check_distinct("scatter_add_", where, weight.shape[dim])
+    if len({values.dtype for values in deltas}) > 1:
+        wide = torch.float64 if any(values.dtype is torch.float64 for values in deltas) else torch.float32
+        deltas = [values.to(wide) for values in deltas]
+    _op(weight, indices, deltas, dim, alphas)
+    count_change(weight)
+
+
+def _as_list(value: Union[Tensor, Sequence[Tensor]]) -> List[Tensor]:
+    return [value] if isinstance(value, Tensor) else list(value)
