@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import sanitizers
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
@@ -95,9 +96,8 @@ def compile_runner(folder, extra_flags=()):
 
 @pytest.fixture(scope="session")
 def sanitized_library(tmp_path_factory):
-    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer",
-             "-Wno-maybe-uninitialized", "-Wno-clobbered")   # the sanitizers' own code sets these off
-    return compile_runner(tmp_path_factory.mktemp("sanitized"), flags)
+    flags = ("-Wno-maybe-uninitialized", "-Wno-clobbered")   # the sanitizers' own code sets these off
+    return compile_runner(tmp_path_factory.mktemp("sanitized"), (*sanitizers.FLAGS, *flags))
 
 
 @pytest.fixture(scope="session")

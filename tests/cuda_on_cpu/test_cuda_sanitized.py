@@ -1,34 +1,35 @@
 """The same tests once more with the address and undefined-behaviour sanitizers in the kernels."""
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from support import sanitizers
 
 HERE = Path(__file__).resolve().parent
+FILES = sorted(str(path) for path in HERE.glob("test_*.py") if path != Path(__file__).resolve())
 
 
-def sanitizer_library():
-    compiler = os.environ.get("CXX", "g++")
-    try:
-        path = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    except OSError:
-        pytest.skip("no C++ compiler")
-    if not os.path.isabs(path):
-        pytest.skip("no libasan")
-    return path
+# The simulator's own kernel sums `claimed` floats, of which there are 64.
+SUM = """
+import ctypes, sys, torch
+values, out = torch.ones(64), torch.zeros(1)
+library, claimed = ctypes.CDLL(sys.argv[1]), int(sys.argv[2])
+library.block_sum(ctypes.c_void_p(values.data_ptr()), ctypes.c_void_p(out.data_ptr()), claimed, 0)
+"""
 
 
-@pytest.mark.slow
+def python(library, *arguments):
+    environment = sanitizers.environment(S2FT_TEST_CUDA_ON_CPU=str(library))
+    return subprocess.run([sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True)
+
+
+def check_a_planted_overrun(library):
+    right, wrong = (python(library, "-c", SUM, library, claimed) for claimed in (64, 65))
+    assert right.returncode == 0, right.stderr[-3000:]
+    assert wrong.returncode != 0 and "heap-buffer-overflow" in wrong.stderr, wrong.stderr[-3000:]
+
+
 def test_no_overrun_and_no_undefined_behaviour(sanitized_library):
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": sanitizer_library(),
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
-        "S2FT_TEST_CUDA_ON_CPU": str(sanitized_library),
-    }
-    files = [HERE / name for name in ("test_cuda_simulator.py", "test_cuda_units.py", "test_cuda_swap.py", "test_cuda_order.py")]
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, files)],
-                         env=environment, capture_output=True, text=True)
+    check_a_planted_overrun(sanitized_library)
+    run = python(sanitized_library, "-m", "pytest", "-qs", "-p", "no:cacheprovider", *FILES)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-4000:]

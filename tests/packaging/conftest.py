@@ -1,26 +1,15 @@
 """Copies of the source tree to build in, away from the one under test."""
 import os
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-BUILT = ("_C.*", "_build.json", "__pycache__", "*.egg-info", "build", "dist")
+from support.sources import copy_sources
 
 
 @pytest.fixture
 def source(tmp_path):
-    """A fresh copy of what a build needs, with nothing built in it."""
-    copy = tmp_path / "source"
-    for folder in ("csrc", "s2ft", "tests"):
-        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns(*BUILT))
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, copy)
-    return copy
+    return copy_sources(tmp_path / "source")
 
 
 @pytest.fixture

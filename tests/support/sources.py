@@ -1,0 +1,16 @@
+"""Copies of the source tree, to build in."""
+import shutil
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILT = ("_C.*", "_build.json", "__pycache__", "*.egg-info", "build", "dist")
+
+
+def copy_sources(copy: Path) -> Path:
+    """A fresh copy of what a build needs, with nothing built in it."""
+    for folder in ("csrc", "s2ft", "tests"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns(*BUILT))
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, copy)
+    return copy
