@@ -26,8 +26,9 @@ namespace {
 S2FT_INLINE float exponential(float x) {
   x = x < -87.0f ? -87.0f : x;
   x = x > 89.0f ? 89.0f : x;  // where 2^n is infinity already, so that sigmoid(-x) is 0
-  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  const float n = (x * 1.44269504f + shift) - shift;
+  const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, and the low bits are that integer
+  const float shifted = x * 1.44269504f + shift;
+  const float n = shifted - shift;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
@@ -36,7 +37,8 @@ S2FT_INLINE float exponential(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   const float mantissa = p * r * r + r + 1.0f;
-  return mantissa * bits_as<float>((static_cast<int32_t>(n) + 127) << 23);
+  // Not a cast of n, which is undefined for NaN. For NaN the mantissa is one, whatever this power of two is.
+  return mantissa * bits_as<float>((bits_as<uint32_t>(shifted) + 127u) << 23);
 }
 
 S2FT_INLINE float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
