@@ -7,6 +7,7 @@
 
 #include <array>
 #include <optional>
+#include <string>
 
 namespace s2ft::aten {
 
@@ -31,6 +32,13 @@ inline Tensor mul(const Tensor& a, const Tensor& b) { return call("aten::mul", "
 inline Tensor silu(const Tensor& x) { return call("aten::silu", "", x); }
 
 inline Tensor silu_backward(const Tensor& grad, const Tensor& x) { return call("aten::silu_backward", "", grad, x); }
+
+// `approximate` is "none" or "tanh".
+inline Tensor gelu(const Tensor& x, const std::string& approximate) { return call("aten::gelu", "", x, approximate); }
+
+inline Tensor gelu_backward(const Tensor& grad, const Tensor& x, const std::string& approximate) {
+  return call("aten::gelu_backward", "", grad, x, approximate);
+}
 
 // Shares memory but is no leaf: autocast caches casts of leaf weights, and must not keep one that
 // was made of a weight in its effective state.

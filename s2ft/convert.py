@@ -12,7 +12,7 @@ from s2ft.coupling import Coupling, Projection, projections_of, unit_name
 from s2ft.delta import Delta
 from s2ft.fingerprint import fingerprint
 from s2ft.layers import S2ColumnLinear, S2Linear, S2RowLinear
-from s2ft.ops import effective_units, silu_mul, swap_
+from s2ft.ops import act_mul, effective_units, swap_
 from s2ft.permutation import contiguous_range, coupling_order, expand, inverse, permute_linear
 from s2ft.selection import Selection, select
 
@@ -159,7 +159,7 @@ def _mount_all(model: nn.Module, record: Attachment, touched: List[Coupling],
 def gated_forward(self: nn.Module, x: Tensor) -> Tensor:
     """The forward of a gated FFN, x [..., width] → [..., width], that keeps gate and up for the backward
     and of their product only what the down projection keeps."""
-    return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))
+    return self.down_proj(act_mul(self.gate_proj(x), self.up_proj(x), "silu"))
 
 
 def _fuse_block(model: nn.Module, coupling: Coupling, record: Attachment) -> None:

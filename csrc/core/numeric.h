@@ -11,6 +11,8 @@
 
 #if defined(__CUDACC__)
 #define S2FT_HD __host__ __device__ __forceinline__
+#elif defined(__GNUC__)  // always: a loop with a call in it is no vector code
+#define S2FT_HD inline __attribute__((always_inline))
 #else
 #define S2FT_HD inline
 #endif
@@ -35,6 +37,12 @@ S2FT_HD To bits_as(From from) {
   return to;
 }
 
+// first ? a : b, by masks. Of that expression compilers make branches, in loops that could be vector code.
+S2FT_HD uint32_t choose(bool first, uint32_t a, uint32_t b) {
+  const uint32_t mask = 0u - static_cast<uint32_t>(first);
+  return (a & mask) | (b & ~mask);
+}
+
 S2FT_HD float widen(Half h) {
   const uint32_t sign = static_cast<uint32_t>(h.bits & 0x8000u) << 16;
   const uint32_t magnitude = h.bits & 0x7fffu;
@@ -42,8 +50,8 @@ S2FT_HD float widen(Half h) {
   const uint32_t normal = (magnitude << 13) + (112u << 23);
   const uint32_t special = (magnitude << 13) | 0x7f800000u;
   const uint32_t subnormal = bits_as<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
-  const uint32_t finite = magnitude < 0x0400u ? subnormal : normal;
-  return bits_as<float>(sign | (magnitude >= 0x7c00u ? special : finite));
+  const uint32_t finite = choose(magnitude < 0x0400u, subnormal, normal);
+  return bits_as<float>(sign | choose(magnitude >= 0x7c00u, special, finite));
 }
 
 S2FT_HD float widen(BFloat16 b) { return bits_as<float>(static_cast<uint32_t>(b.bits) << 16); }
@@ -70,9 +78,9 @@ struct Narrow<Half> {
     // 0.5 makes the hardware round there, and the integer distance from 0.5 is the result.
     const uint32_t subnormal = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000u;
     const uint32_t normal = (magnitude - (112u << 23) + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
-    uint32_t result = magnitude < 0x38800000u ? subnormal : normal;
-    result = magnitude >= 0x477ff000u ? 0x7c00u : result;  // 65520 and above round to infinity
-    result = magnitude > 0x7f800000u ? 0x7e00u : result;   // NaN
+    uint32_t result = choose(magnitude < 0x38800000u, subnormal, normal);
+    result = choose(magnitude >= 0x477ff000u, 0x7c00u, result);  // 65520 and above round to infinity
+    result = choose(magnitude > 0x7f800000u, 0x7e00u, result);   // NaN
     return Half{static_cast<uint16_t>(sign | result)};
   }
 };

@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "../act_mul.h"
 #include "../linear.h"
 #include "../permute.h"
 #include "../scatter_add.h"
@@ -72,6 +73,12 @@ class Cuda {
     check(cuda::exchange_units(e, element_size, weight, values, stream_));
   }
 
+  static bool computes(Activation, DType) { return true; }
+  void act_mul(Activation act, const ActMulData& data) const { check(cuda::act_mul(act, data, stream_)); }
+  void act_mul_backward(Activation act, const ActMulData& data) const {
+    check(cuda::act_mul_backward(act, data, stream_));
+  }
+
  private:
   int32_t device_;
   torch::stable::accelerator::DeviceGuard guard_;
@@ -86,6 +93,8 @@ STABLE_TORCH_LIBRARY_IMPL(s2ft, CUDA, m) {
   m.impl("sliced_linear_grad_x", TORCH_BOX(&s2ft::sliced_linear_grad_x<s2ft::Cuda>));
   m.impl("indexed_linear", TORCH_BOX(&s2ft::indexed_linear<s2ft::Cuda>));
   m.impl("indexed_linear_grad_x", TORCH_BOX(&s2ft::indexed_linear_grad_x<s2ft::Cuda>));
+  m.impl("act_mul", TORCH_BOX(&s2ft::act_mul<s2ft::Cuda>));
+  m.impl("act_mul_backward", TORCH_BOX(&s2ft::act_mul_backward<s2ft::Cuda>));
   m.impl("permute_", TORCH_BOX(&s2ft::permute<s2ft::Cuda>));
   m.impl("scatter_add_", TORCH_BOX(&s2ft::scatter_add<s2ft::Cuda>));
   m.impl("swap_", TORCH_BOX(&s2ft::swap<s2ft::Cuda>));

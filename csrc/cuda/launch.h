@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "../core/activation.h"
 #include "../core/exchange.h"
 #include "../core/scatter.h"
 #include "../core/units.h"
@@ -32,6 +33,10 @@ int scatter_add_units(const Scatter& scatter, int64_t* link, void* stream);
 
 // Exchanges the elements of `weight` that `exchange` names with `values`.
 int exchange_units(const Exchange& exchange, int64_t element_size, void* weight, void* values, void* stream);
+
+// out := act(gate) * up, and its gradients; `data` names the tensors.
+int act_mul(Activation activation, const ActMulData& data, void* stream);
+int act_mul_backward(Activation activation, const ActMulData& data, void* stream);
 
 // Orders `stream` after everything that ordered_end() has covered on this device, whatever its stream;
 // then marks what `stream` holds now. Both under effective_lock(). During graph capture they do

@@ -1,10 +1,10 @@
 """The operators of s2ft. One file an op: schema, reference in PyTorch, fake, gradient, public function."""
 from s2ft.ops._effective import effective_units
+from s2ft.ops.act_mul import act_mul
 from s2ft.ops.indexed_linear import indexed_linear
 from s2ft.ops.permute_ import permute_
 from s2ft.ops.scatter_add_ import scatter_add_
-from s2ft.ops.silu_mul import silu_mul
 from s2ft.ops.sliced_linear import sliced_linear
 from s2ft.ops.swap_ import swap_
 
-__all__ = ["effective_units", "indexed_linear", "permute_", "scatter_add_", "silu_mul", "sliced_linear", "swap_"]
+__all__ = ["act_mul", "effective_units", "indexed_linear", "permute_", "scatter_add_", "sliced_linear", "swap_"]

@@ -12,6 +12,7 @@ from support import sanitizers
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 
 
 def pointer(tensor):
@@ -69,6 +70,19 @@ class Runner:
             CODES[weight.dtype], CODES[delta[0].dtype], pointer(weight), along(weight, dim), ctypes.c_int64(count),
             (ctypes.c_void_p * count)(*map(pointer, delta)), (ctypes.c_int64 * len(alongs))(*alongs),
             (ctypes.c_void_p * count)(*map(pointer, index)), (ctypes.c_double * count)(*alpha), pointer(link)))
+
+    def act_mul(self, gate, up, activation, out=None):
+        out = torch.empty_like(gate) if out is None else out
+        self.check(self.library.act_mul(ACTIVATIONS[activation], CODES[gate.dtype], ctypes.c_int64(gate.numel()),
+                                        *map(pointer, (gate, up, out))))
+        return out
+
+    def act_mul_backward(self, grad, gate, up, activation, outs=None):
+        outs = outs or [torch.empty_like(gate), torch.empty_like(gate)]
+        self.check(self.library.act_mul_backward(
+            ACTIVATIONS[activation], CODES[gate.dtype], ctypes.c_int64(gate.numel()),
+            *map(pointer, (grad, gate, up, *outs))))
+        return outs
 
     def check(self, error):
         assert error == 0, self.library.last_error().decode()

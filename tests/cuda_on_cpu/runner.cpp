@@ -65,6 +65,29 @@ int scatter_add(int weight_type, int delta_type, void* weight, const int64_t* we
   return cuda::scatter_add_units(s, link, nullptr);
 }
 
+int act_mul(int activation, int dtype, int64_t size, const void* gate, const void* up, void* out) {
+  ActMulData d{};
+  d.dtype = static_cast<DType>(dtype);
+  d.size = size;
+  d.gate = gate;
+  d.up = up;
+  d.out = out;
+  return cuda::act_mul(static_cast<Activation>(activation), d, nullptr);
+}
+
+int act_mul_backward(int activation, int dtype, int64_t size, const void* grad, const void* gate, const void* up,
+                     void* grad_gate, void* grad_up) {
+  ActMulData d{};
+  d.dtype = static_cast<DType>(dtype);
+  d.size = size;
+  d.grad = grad;
+  d.gate = gate;
+  d.up = up;
+  d.grad_gate = grad_gate;
+  d.grad_up = grad_up;
+  return cuda::act_mul_backward(static_cast<Activation>(activation), d, nullptr);
+}
+
 int ordered_begin(int device, void* stream) { return cuda::ordered_begin(device, stream); }
 int ordered_end(int device, void* stream) { return cuda::ordered_end(device, stream); }
 

@@ -49,5 +49,6 @@ def test_the_cuda_build_loads_and_registers_its_kernels(run, source):
     result = run(["-c", "import json, s2ft; print(json.dumps(s2ft.build_info()))"], PYTHONPATH=source / "built")
     info = json.loads(result.stdout.splitlines()[-1])
     assert info["cuda"] is True and info["archs"] == ["9.0"]
-    for op in ("sliced_linear", "sliced_linear_grad_x", "indexed_linear", "indexed_linear_grad_x", "swap_"):
+    for op in ("sliced_linear", "sliced_linear_grad_x", "indexed_linear", "indexed_linear_grad_x", "act_mul",
+               "act_mul_backward", "swap_"):
         assert info["ops"][op] == ["CPU", "CUDA"]

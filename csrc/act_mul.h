@@ -1,0 +1,99 @@
+// The body of act_mul and act_mul_backward, once for every device. A Device has computes(Activation,
+// DType), true for relu always, and where it is true act_mul and act_mul_backward(Activation, ActMulData).
+#pragma once
+
+#include <string>
+#include <tuple>
+
+#include "aten.h"
+#include "checks.h"
+#include "core/activation.h"
+
+namespace s2ft {
+
+// A string argument, which is ours to free. Declared as std::string it would be converted by the stable
+// ABI's header, which leaks one in every call (PyTorch 2.10 to 2.13).
+inline std::string take_string(StringHandle handle) {
+  const char* data = nullptr;
+  size_t length = 0;
+  TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &data));
+  std::string text(data, length);
+  TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  return text;
+}
+
+inline Activation activation_of(const std::string& name, const char* op) {
+  if (name == "silu") return Activation::silu;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  require(name == "relu", op, "activation must be one of silu, gelu, gelu_tanh, relu, got '", name, "'");
+  return Activation::relu;
+}
+
+inline void check_like_gate(const Tensor& other, const Tensor& gate, const char* op, const char* name) {
+  require(other.scalar_type() == gate.scalar_type(), op, name, " must have gate's dtype, ",
+          torch::headeronly::toString(gate.scalar_type()), ", got ",
+          torch::headeronly::toString(other.scalar_type()));
+  bool same = other.dim() == gate.dim();
+  for (int64_t d = 0; same && d < gate.dim(); ++d) same = other.size(d) == gate.size(d);
+  require(same, op, name, " must have gate's shape ", shape_of(gate), ", got ", shape_of(other));
+  const bool together = other.is_cpu() == gate.is_cpu() && other.get_device_index() == gate.get_device_index();
+  require(together, op, name, " must be on the device of gate");
+}
+
+// silu and gelu by PyTorch's operators, for the types that a device leaves to them.
+inline Tensor activate(Activation act, const Tensor& gate) {
+  if (act == Activation::silu) return aten::silu(gate);
+  return aten::gelu(gate, act == Activation::gelu_tanh ? "tanh" : "none");
+}
+
+inline Tensor activate_backward(Activation act, const Tensor& grad, const Tensor& gate) {
+  if (act == Activation::silu) return aten::silu_backward(grad, gate);
+  return aten::gelu_backward(grad, gate, act == Activation::gelu_tanh ? "tanh" : "none");
+}
+
+template <class Device>
+Tensor act_mul(const Tensor& gate, const Tensor& up, StringHandle activation) {
+  const char* op = "act_mul";
+  const Activation act = activation_of(take_string(activation), op);
+  ActMulData data{};
+  data.dtype = dtype_of(gate, op, "gate");
+  check_like_gate(up, gate, op, "up");
+  if (!Device::computes(act, data.dtype)) return torch::stable::contiguous(aten::mul(activate(act, gate), up));
+  const Tensor g = torch::stable::contiguous(gate), u = torch::stable::contiguous(up);
+  Tensor out = torch::stable::new_empty(g, g.sizes());
+  data.size = g.numel();
+  data.gate = g.const_data_ptr();
+  data.up = u.const_data_ptr();
+  data.out = out.mutable_data_ptr();
+  Device(g).act_mul(act, data);
+  return out;
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> act_mul_backward(const Tensor& grad, const Tensor& gate, const Tensor& up,
+                                            StringHandle activation) {
+  const char* op = "act_mul_backward";
+  const Activation act = activation_of(take_string(activation), op);
+  ActMulData data{};
+  data.dtype = dtype_of(gate, op, "gate");
+  check_like_gate(up, gate, op, "up");
+  check_like_gate(grad, gate, op, "grad");
+  if (!Device::computes(act, data.dtype))
+    return {torch::stable::contiguous(activate_backward(act, aten::mul(grad, up), gate)),
+            torch::stable::contiguous(aten::mul(grad, activate(act, gate)))};
+  const Tensor d = torch::stable::contiguous(grad), g = torch::stable::contiguous(gate),
+               u = torch::stable::contiguous(up);
+  Tensor grad_gate = torch::stable::new_empty(g, g.sizes()), grad_up = torch::stable::new_empty(g, g.sizes());
+  data.size = g.numel();
+  data.gate = g.const_data_ptr();
+  data.up = u.const_data_ptr();
+  data.grad = d.const_data_ptr();
+  data.grad_gate = grad_gate.mutable_data_ptr();
+  data.grad_up = grad_up.mutable_data_ptr();
+  Device(g).act_mul_backward(act, data);
+  return {grad_gate, grad_up};
+}
+
+}  // namespace s2ft

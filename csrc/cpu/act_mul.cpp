@@ -1,0 +1,108 @@
+#include "../act_mul.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "clones.h"
+#include "parallel.h"
+
+// The build forbids fused products and sums, since base + alpha * delta must be rounded as PyTorch rounds
+// it. Nothing here is that exact, and without them the polynomials take up to half as long again.
+#if defined(__GNUC__) && !defined(__clang__)
+#define S2FT_FUSED __attribute__((optimize("fp-contract=fast")))
+#else
+#define S2FT_FUSED
+#endif
+
+namespace s2ft {
+namespace {
+
+// target_clones wants plain functions, one for each type and activation.
+#define S2FT_SPANS(T, Act)                                                                                       \
+  S2FT_CLONES S2FT_FUSED void forward(Act, const T* gate, const T* up, T* out, int64_t n) {                      \
+    for (int64_t i = 0; i < n; ++i) out[i] = act_mul_of<Act>(gate[i], up[i]);                                    \
+  }                                                                                                              \
+  S2FT_CLONES S2FT_FUSED void backward(Act, const T* grad, const T* gate, const T* up, T* grad_gate, T* grad_up, \
+                                       int64_t n) {                                                              \
+    for (int64_t i = 0; i < n; ++i)                                                                              \
+      act_mul_gradients<Act>(grad[i], gate[i], up[i], grad_gate + i, grad_up + i);                               \
+  }
+S2FT_SPANS(float, Silu)
+S2FT_SPANS(float, Gelu)
+S2FT_SPANS(float, GeluTanh)
+S2FT_SPANS(float, Relu)
+S2FT_SPANS(BFloat16, Silu)
+S2FT_SPANS(BFloat16, Gelu)
+S2FT_SPANS(BFloat16, GeluTanh)
+S2FT_SPANS(BFloat16, Relu)
+S2FT_SPANS(Half, Relu)
+#undef S2FT_SPANS
+
+template <class Act>
+void forward(Act, const double* gate, const double* up, double* out, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] = act_mul_of<Act>(gate[i], up[i]);
+}
+
+template <class Act>
+void backward(Act, const double* grad, const double* gate, const double* up, double* grad_gate, double* grad_up,
+              int64_t n) {
+  for (int64_t i = 0; i < n; ++i) act_mul_gradients<Act>(grad[i], gate[i], up[i], grad_gate + i, grad_up + i);
+}
+
+// Calls f(Act{}, Tag<T>{}, first, n) for one share of the elements at a time, on PyTorch's threads.
+template <class F>
+void for_shares(Activation activation, const ActMulData& data, const F& f) {
+  constexpr int64_t line = 4096;
+  constexpr int64_t work = line * 8;  // elements are computed on, not just moved
+  visit(activation, [&](auto act) {
+    const auto shares = [&](auto tag) {
+      parallel_lines((data.size + line - 1) / line, work, [&](int64_t begin, int64_t end) {
+        f(act, tag, begin * line, std::min(data.size, end * line) - begin * line);
+      });
+    };
+    if (data.dtype == DType::f32) return shares(Tag<float>{});
+    if (data.dtype == DType::f64) return shares(Tag<double>{});
+    if (data.dtype == DType::bf16) return shares(Tag<BFloat16>{});
+    if constexpr (std::is_same_v<decltype(act), Relu>) shares(Tag<Half>{});
+  });
+}
+
+template <class T>
+const T* from(const void* pointer, int64_t first) {
+  return static_cast<const T*>(pointer) + first;
+}
+
+template <class T>
+T* from(void* pointer, int64_t first) {
+  return static_cast<T*>(pointer) + first;
+}
+
+struct CpuActMul {
+  explicit CpuActMul(const Tensor&) {}
+
+  // PyTorch converts float16 by instructions that gcc 12 doesn't use in a loop, and is faster. (Its relu
+  // backward takes a Scalar, for which the stable ABI has no type.)
+  static bool computes(Activation act, DType dtype) { return dtype != DType::f16 || act == Activation::relu; }
+
+  void act_mul(Activation activation, const ActMulData& data) const {
+    for_shares(activation, data, [&](auto act, auto tag, int64_t first, int64_t n) {
+      using T = typename decltype(tag)::type;
+      forward(act, from<T>(data.gate, first), from<T>(data.up, first), from<T>(data.out, first), n);
+    });
+  }
+
+  void act_mul_backward(Activation activation, const ActMulData& data) const {
+    for_shares(activation, data, [&](auto act, auto tag, int64_t first, int64_t n) {
+      using T = typename decltype(tag)::type;
+      backward(act, from<T>(data.grad, first), from<T>(data.gate, first), from<T>(data.up, first),
+               from<T>(data.grad_gate, first), from<T>(data.grad_up, first), n);
+    });
+  }
+};
+
+}  // namespace
+}  // namespace s2ft
+
+STABLE_TORCH_LIBRARY_IMPL(s2ft, CPU, m) {
+  m.impl("act_mul", TORCH_BOX(&s2ft::act_mul<s2ft::CpuActMul>));
+  m.impl("act_mul_backward", TORCH_BOX(&s2ft::act_mul_backward<s2ft::CpuActMul>));
+}

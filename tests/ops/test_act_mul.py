@@ -1,0 +1,164 @@
+"""act_mul: PyTorch's two operators in one."""
+import math
+
+import pytest
+import torch
+from support.tolerances import GEMM
+
+from s2ft.ops import act_mul
+from s2ft.ops.act_mul import ACTIVATIONS, reference, reference_backward
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SHAPES = ((), (0,), (1,), (17,), (3, 5, 7), (129, 257))   # the last is more than one thread's share
+DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.cuda))
+
+every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
+act_mul_backward = torch.ops.s2ft.act_mul_backward
+
+
+def inputs(shape, dtype, device="cpu"):
+    return [(torch.randn(shape, device=device) * scale).to(dtype) for scale in (5, 1, 1)]
+
+
+def all_bfloat16():
+    return torch.arange(-2**15, 2**15).to(torch.int16).view(torch.bfloat16)
+
+
+@every_activation
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients(shape, dtype, device, activation):
+    gate, up, grad = inputs(shape, dtype, device)
+    rtol, atol = GEMM[dtype]
+    theirs = reference(gate, up, activation)
+    torch.testing.assert_close(act_mul(gate, up, activation), theirs, rtol=rtol, atol=atol)
+    ours = act_mul_backward(grad, gate, up, activation)
+    gate.requires_grad_(), up.requires_grad_()
+    act, _ = ACTIVATIONS[activation]
+    for got, expected in zip(ours, torch.autograd.grad(act(gate) * up, (gate, up), grad)):
+        torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize("activation", ("silu", "relu"))
+def test_bfloat16_is_pytorchs_bit_for_bit(activation):
+    gates, (gate, up, grad) = all_bfloat16(), inputs((1000, 100), torch.bfloat16)
+    one = torch.ones_like(gates)
+    for g, u, d in ((gates, one, one), (gate, up, grad)):
+        for ours, theirs in zip((act_mul(g, u, activation), *act_mul_backward(d, g, u, activation)),
+                                (reference(g, u, activation), *reference_backward(d, g, u, activation))):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("activation", ("gelu", "gelu_tanh"))
+def test_bfloat16_gelu_is_pytorchs_but_for_its_cancellation(activation):
+    """Not bit for bit: PyTorch gets the lower tail as 1 + erf or 1 + tanh, whose digits cancel in float32.
+    That aside the two are one bfloat16 apart at most, before the products with up and grad."""
+    gate = all_bfloat16()
+    gate = gate[gate.abs() < 1e18]   # far beyond, PyTorch's gelu_tanh has NaN gradients; see test_extreme_values
+    one = torch.ones_like(gate)
+    for ours, theirs in zip((act_mul(gate, one, activation), *act_mul_backward(one, gate, one, activation)),
+                            (reference(gate, one, activation), *reference_backward(one, gate, one, activation))):
+        torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=2e-6)
+    torch.testing.assert_close(act_mul(gate, one, activation).double(), exact(gate.double(), activation),
+                               rtol=2**-7, atol=1e-36)
+
+
+def exact(gate, activation):
+    """In float64, without cancellation."""
+    if activation == "gelu":
+        return gate * 0.5 * torch.special.erfc(-gate / math.sqrt(2))
+    if activation == "gelu_tanh":
+        return gate * torch.sigmoid(math.sqrt(8 / math.pi) * (gate + 0.044715 * gate**3))
+    return reference(gate, torch.ones_like(gate), activation)
+
+
+@every_activation
+def test_float32_keeps_its_digits_in_the_lower_tail(activation):
+    gate = torch.linspace(-40, 40, 400_001)
+    expected = exact(gate.double(), activation)
+    rtol = 2e-5 if activation == "gelu_tanh" else 6e-7   # rounding u once moves e^2u by as much
+    ours = act_mul(gate, torch.ones_like(gate), activation).double()
+    torch.testing.assert_close(ours, expected, rtol=rtol, atol=1e-36)
+
+
+@every_activation
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
+def test_extreme_values(dtype, activation):
+    """One at a time: in a longer tensor PyTorch's own gelu overflows at 3e38 and is NaN at infinity."""
+    for value in (0.0, 1e-38, 80, 100, 2e19, 3e38, math.inf, math.nan):
+        for gate in (torch.tensor([value], dtype=dtype), torch.tensor([-value], dtype=dtype)):
+            up = torch.full_like(gate, 0.5)
+            for ours, theirs in zip((act_mul(gate, up, activation), *act_mul_backward(up, gate, up, activation)),
+                                    (reference(gate, up, activation), *reference_backward(up, gate, up, activation))):
+                torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=1e-5, atol=1e-30)
+
+
+@every_activation
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinite_gradients(dtype, activation):
+    gate = torch.tensor([-3.0, 0.0, 2.0], dtype=dtype)
+    up, grad = torch.ones_like(gate), torch.full_like(gate, math.inf)
+    for ours, theirs in zip(act_mul_backward(grad, gate, up, activation),
+                            reference_backward(grad, gate, up, activation)):
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+@every_activation
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layouts(dtype, activation):
+    gate, up = torch.randn(6, 4).to(dtype).t(), torch.randn(8, 12).to(dtype)[::2, ::2]
+    grad = torch.randn(()).to(dtype).expand(4, 6)
+    for ours, theirs in zip((act_mul(gate, up, activation), *act_mul_backward(grad, gate, up, activation)),
+                            (reference(gate, up, activation), *reference_backward(grad, gate, up, activation))):
+        assert ours.is_contiguous() and torch.allclose(ours, theirs, rtol=GEMM[dtype][0])
+
+
+@every_activation
+def test_gradcheck_opcheck_compile(activation):
+    gate, up = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(lambda a, b: act_mul(a, b, activation), (gate, up))
+    torch.library.opcheck(torch.ops.s2ft.act_mul.default, (gate, up, activation))
+    torch.library.opcheck(act_mul_backward.default, (gate.detach(), gate.detach(), up.detach(), activation))
+    compiled = torch.compile(lambda a, b: act_mul(a, b, activation) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(gate, up), act_mul(gate, up, activation) + 1)
+    compiled(gate, up).sum().backward()
+
+
+@every_activation
+def test_frozen_inputs_get_no_gradient(activation):
+    gate, up, grad = inputs((4, 6), torch.float32)
+    expected = act_mul_backward(grad, gate, up, activation)
+    for frozen in (0, 1):
+        pair = [gate.clone(), up.clone()]
+        pair[1 - frozen].requires_grad_()
+        act_mul(*pair, activation).backward(grad)
+        assert pair[frozen].grad is None and torch.equal(pair[1 - frozen].grad, expected[1 - frozen])
+
+
+@every_activation
+def test_keeps_gate_and_up_alone(activation):
+    gate, up, kept = torch.randn(8, requires_grad=True), torch.randn(8), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.data_ptr()), t)[1], lambda t: t):
+        act_mul(gate, up, activation)
+    assert sorted(kept) == sorted([gate.data_ptr(), up.data_ptr()])
+
+
+@pytest.mark.parametrize("up", (torch.ones(3), torch.ones(2, dtype=torch.float64)))
+def test_bad_arguments(up):
+    with pytest.raises(ValueError, match="one shape and dtype"):
+        act_mul(torch.ones(2), up, "silu")
+    with pytest.raises(ValueError, match="up must have gate's"):   # in C++
+        torch.ops.s2ft.act_mul(torch.ones(2), up, "silu")
+    with pytest.raises(ValueError, match="grad must have gate's"):
+        act_mul_backward(up, torch.ones(2), torch.ones(2), "silu")
+
+
+def test_an_unknown_activation_names_the_known_ones():
+    gate = torch.ones(2)
+    message = "activation must be one of silu, gelu, gelu_tanh, relu, got 'tanh'"
+    for call in (act_mul, torch.ops.s2ft.act_mul, reference):
+        with pytest.raises(ValueError, match=message):
+            call(gate, gate, "tanh")
+    with pytest.raises(ValueError, match=message):
+        act_mul_backward(gate, gate, gate, "tanh")
