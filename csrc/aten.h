@@ -44,6 +44,9 @@ inline Tensor gelu_backward(const Tensor& grad, const Tensor& x, const std::stri
 // was made of a weight in its effective state.
 inline Tensor detach(const Tensor& t) { return call("aten::detach", "", t); }
 
+// t itself where it is contiguous: asking costs nothing, calling the operator does.
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 inline Tensor in_dtype(const Tensor& t, ScalarType dtype) {
   return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
 }

@@ -79,7 +79,7 @@ inline Units index_units(const LinearArgs& a, const Tensor& index) {
 
 inline Units index_units_checked(const LinearArgs& a, const Tensor& index, Tensor* dense_index) {
   check_index_tensor(index, a.delta.size(a.dim), a.weight, a.op, "index");
-  *dense_index = torch::stable::contiguous(index);
+  *dense_index = aten::dense(index);
   return index_units(a, *dense_index);
 }
 
@@ -88,7 +88,7 @@ template <class Device>
 class EffectiveWeight {
  public:
   EffectiveWeight(const LinearArgs& a, const Units& units, ScalarType dtype)
-      : device_(a.weight), units_(units), delta_(torch::stable::contiguous(a.delta)), tensor_(a.weight) {
+      : device_(a.weight), units_(units), delta_(aten::dense(a.delta)), tensor_(a.weight) {
     dense_ = torch::stable::new_empty(a.delta, a.delta.sizes(), a.weight.scalar_type());
     data_.weight_type = dtype_of(a.weight, a.op, "weight");
     data_.delta_type = dtype_of(a.delta, a.op, "delta");
@@ -170,7 +170,7 @@ Tensor multiply(const LinearArgs& a, const Units& units, const Tensor& x, const 
   std::optional<Tensor> cast_bias;
   if (bias) cast_bias = aten::in_dtype(*bias, x.scalar_type());
   EffectiveWeight<Device> effective(a, units, x.scalar_type());
-  Tensor y = aten::linear(torch::stable::contiguous(x), effective.tensor(), cast_bias);
+  Tensor y = aten::linear(aten::dense(x), effective.tensor(), cast_bias);
   effective.restore();
   return y;
 }
@@ -178,7 +178,7 @@ Tensor multiply(const LinearArgs& a, const Units& units, const Tensor& x, const 
 template <class Device>
 Tensor multiply_grad(const LinearArgs& a, const Units& units, const Tensor& grad) {
   EffectiveWeight<Device> effective(a, units, grad.scalar_type());
-  Tensor grad_x = aten::matmul(torch::stable::contiguous(grad), effective.tensor());
+  Tensor grad_x = aten::matmul(aten::dense(grad), effective.tensor());
   effective.restore();
   return grad_x;
 }

@@ -13,7 +13,7 @@ void permute(Tensor weight, const Tensor& order, int64_t dim) {
   check_weight(weight, dim, op);
   check_index_tensor(order, weight.size(dim), weight, op, "order");
   const int64_t size = movable_size(weight, op);
-  const Tensor dense_order = torch::stable::contiguous(order);
+  const Tensor dense_order = aten::dense(order);
   // As many entries as units, all in range, none twice: a permutation.
   if (weight.is_cpu()) check_distinct(dense_order, weight.size(dim), op, "order");
   if (weight.numel() == 0) return;

@@ -32,7 +32,7 @@ void scatter_add(Tensor weight, std::vector<Tensor> index, std::vector<Tensor> d
   std::vector<Part> parts;
   for (size_t j = 0; j < delta.size(); ++j) {
     check_part(weight, index[j], delta[j], delta[0], dim);
-    index[j] = torch::stable::contiguous(index[j]);
+    index[j] = aten::dense(index[j]);
     if (weight.is_cpu()) check_distinct(index[j], weight.size(dim), op, "index");
     parts.push_back({along(delta[j], dim), delta[j].const_data_ptr(), index[j].const_data_ptr<int64_t>(), alpha[j]});
   }

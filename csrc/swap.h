@@ -23,7 +23,7 @@ template <class Device>
 void swap(Tensor weight, const Tensor& index, Tensor values, int64_t dim) {
   check_swap(weight, index, values, dim);
   const int64_t size = movable_size(weight, "swap_");
-  const Tensor dense_index = torch::stable::contiguous(index);
+  const Tensor dense_index = aten::dense(index);
   if (weight.is_cpu()) check_distinct(dense_index, weight.size(dim), "swap_", "index");
   if (values.numel() == 0) return;
   const Exchange exchange{along(weight, dim), along(values, dim), dense_index.const_data_ptr<int64_t>()};
