@@ -45,7 +45,7 @@ class S2FTConfig:
     layers: Optional[List[int]] = field(default=None, metadata={"help": "layers to train; default: all"})
     delta_dtype: Optional[str] = field(default=None, metadata={
         "help": "dtype of the trained deltas; default: the weight's, but at least float32"})
-    fuse_ffn: bool = field(default=True, metadata={"help": "compute silu(gate) * up in one pass each way"})
+    fuse_ffn: bool = field(default=True, metadata={"help": "compute act(gate) * up in one pass each way"})
 
     def __post_init__(self) -> None:
         for key in PROJECTIONS:

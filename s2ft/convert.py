@@ -1,7 +1,7 @@
 """attach, detach, merge: turn a model into one that trains its selected units, and back."""
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -156,17 +156,19 @@ def _mount_all(model: nn.Module, record: Attachment, touched: List[Coupling],
             _fuse_block(model, coupling, record)
 
 
-def gated_forward(self: nn.Module, x: Tensor) -> Tensor:
+def gated_forward(activation: str) -> Callable[[nn.Module, Tensor], Tensor]:
     """The forward of a gated FFN, x [..., width] → [..., width], that keeps gate and up for the backward
     and of their product only what the down projection keeps."""
-    return self.down_proj(act_mul(self.gate_proj(x), self.up_proj(x), "silu"))
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        return self.down_proj(act_mul(self.gate_proj(x), self.up_proj(x), activation))
+    return forward
 
 
 def _fuse_block(model: nn.Module, coupling: Coupling, record: Attachment) -> None:
     """Give the coupling's block :func:`gated_forward`, unless someone has replaced its forward already."""
-    if coupling.block is not None and "forward" not in model.get_submodule(coupling.block).__dict__:
+    if coupling.activation is not None and "forward" not in model.get_submodule(coupling.block).__dict__:
         block = model.get_submodule(coupling.block)
-        block.forward = MethodType(gated_forward, block)
+        block.forward = MethodType(gated_forward(coupling.activation), block)
         record.fused_blocks.append(coupling.block)
 
 

@@ -29,7 +29,8 @@ class Coupling:
     layer: int
     producers: Tuple[Projection, ...]
     consumer: Projection
-    block: Optional[str] = None   # the module that computes consumer(silu(gate) * up) and nothing else, if any
+    block: Optional[str] = None        # the module around them, if there is one
+    activation: Optional[str] = None   # of s2ft.ops.act_mul, if block is consumer(activation(gate) * up)
 
     @property
     def projections(self) -> Iterator[Projection]:

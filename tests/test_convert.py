@@ -7,11 +7,14 @@ from support.models import ALL_RATIOS, CASES, model_of, token_batch, train
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.activations import ACT2FN
 
 import s2ft
 from s2ft import S2FTConfig
+from s2ft.arch.llama import ACTIVATIONS
 from s2ft.convert import attachment_of
 from s2ft.coupling import projections_of
+from s2ft.ops.act_mul import ACTIVATIONS as FUNCTIONS
 
 LAYOUTS = ("permuted", "indexed")
 # every projection alone, all together, and the asymmetric pairs of the paper
@@ -213,6 +216,41 @@ def test_fused_ffn_gives_the_unfused_numbers(dtype):
     assert losses[0] == pytest.approx(losses[1], rel=1e-5 if dtype is torch.float32 else 1e-2)
 
 
+@pytest.mark.parametrize("case", ("llama", "llama-gelu", "llama-gelu-tanh", "llama-relu"))
+def test_every_activation_fuses_to_the_same_logits_and_gradients(case):
+    logits, gradients = [], []
+    for fuse in (True, False):
+        model = model_of(case)
+        s2ft.attach(model, S2FTConfig(**ALL_RATIOS, fuse_ffn=fuse))
+        assert len(attachment_of(model).fused_blocks) == (3 if fuse else 0)
+        batch = token_batch(model)
+        output = model(batch, labels=batch)
+        output.loss.backward()
+        logits.append(output.logits)
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert relative_difference(*logits) <= LOGITS
+    for name, gradient in gradients[0].items():
+        assert relative_difference(gradient, gradients[1][name]) <= 1e-4, name
+
+
+@pytest.mark.parametrize("case", ("llama", "llama-gelu", "llama-gelu-tanh", "llama-relu"))
+def test_fused_ffn_keeps_gate_up_and_the_slice(case):
+    """And the weights; but neither the activation of gate nor the product."""
+    model = model_of(case)
+    s2ft.attach(model, S2FTConfig(d_ratio=0.1))
+    mlp, kept = model.model.layers[0].mlp, []
+    weights = {p.data_ptr() for p in mlp.parameters()}
+
+    def keep(tensor):
+        if tensor.data_ptr() not in weights:
+            kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        mlp(torch.randn(7, 24, requires_grad=True))
+    assert sorted(kept) == [(7, 5), (7, 52), (7, 52)]
+
+
 def test_fused_ffn_comes_off_and_survives_a_copy():
     model = model_of("llama")
     s2ft.attach(model, S2FTConfig(d_ratio=0.1))
@@ -222,17 +260,34 @@ def test_fused_ffn_comes_off_and_survives_a_copy():
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
-def test_a_block_with_another_activation_or_a_forward_of_its_own_is_left():
+@pytest.mark.parametrize("activation", ("gelu_new", "gelu_fast", "gelu_python", "quick_gelu", "relu2"))
+def test_a_block_with_another_activation_is_left(activation):
     config = CASES["llama"]()
-    config.hidden_act = "gelu"
+    config.hidden_act = activation
     model = AutoModelForCausalLM.from_config(config)
     s2ft.attach(model, S2FTConfig(d_ratio=0.1))
     assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_a_block_whose_activation_or_forward_was_replaced_is_left():
     model = model_of("llama")
-    mine = model.model.layers[1].mlp.forward = lambda x: x
+    layers = model.model.layers
+    layers[0].mlp.act_fn = nn.GELU()
+    mine = layers[1].mlp.forward = lambda x: x
+    layers[2].mlp.act_fn.forward = torch.tanh
     s2ft.attach(model, S2FTConfig(d_ratio=0.1))
+    assert attachment_of(model).fused_blocks == []
     s2ft.detach(model)
-    assert model.model.layers[1].mlp.forward is mine
+    assert layers[1].mlp.forward is mine
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_that_fuse_are_pytorchs_own_functions(name):
+    """Bit for bit, in every dtype: a model must not change its numbers by more than the kernel's rounding."""
+    function, _ = FUNCTIONS[ACTIVATIONS[name]]
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        x = torch.linspace(-12, 12, 10_001).to(dtype)
+        assert torch.equal(ACT2FN[name](x), function(x))
 
 
 class Unknown(nn.Module):
