@@ -60,8 +60,8 @@ Tensor act_mul(const Tensor& gate, const Tensor& up, StringHandle activation) {
   ActMulData data{};
   data.dtype = dtype_of(gate, op, "gate");
   check_like_gate(up, gate, op, "up");
-  if (!Device::computes(act, data.dtype)) return torch::stable::contiguous(aten::mul(activate(act, gate), up));
-  const Tensor g = torch::stable::contiguous(gate), u = torch::stable::contiguous(up);
+  if (!Device::computes(act, data.dtype)) return aten::dense(aten::mul(activate(act, gate), up));
+  const Tensor g = aten::dense(gate), u = aten::dense(up);
   Tensor out = torch::stable::new_empty(g, g.sizes());
   data.size = g.numel();
   data.gate = g.const_data_ptr();
@@ -81,10 +81,9 @@ std::tuple<Tensor, Tensor> act_mul_backward(const Tensor& grad, const Tensor& ga
   check_like_gate(up, gate, op, "up");
   check_like_gate(grad, gate, op, "grad");
   if (!Device::computes(act, data.dtype))
-    return {torch::stable::contiguous(activate_backward(act, aten::mul(grad, up), gate)),
-            torch::stable::contiguous(aten::mul(grad, activate(act, gate)))};
-  const Tensor d = torch::stable::contiguous(grad), g = torch::stable::contiguous(gate),
-               u = torch::stable::contiguous(up);
+    return {aten::dense(activate_backward(act, aten::mul(grad, up), gate)),
+            aten::dense(aten::mul(grad, activate(act, gate)))};
+  const Tensor d = aten::dense(grad), g = aten::dense(gate), u = aten::dense(up);
   Tensor grad_gate = torch::stable::new_empty(g, g.sizes()), grad_up = torch::stable::new_empty(g, g.sizes());
   data.size = g.numel();
   data.gate = g.const_data_ptr();
