@@ -9,6 +9,7 @@
 
 #include "../act_mul.h"
 #include "../linear.h"
+#include "../multi_adapter_linear.h"
 #include "../permute.h"
 #include "../scatter_add.h"
 #include "../swap.h"
@@ -73,6 +74,10 @@ class Cuda {
     check(cuda::exchange_units(e, element_size, weight, values, stream_));
   }
 
+  void add(const Bank& bank, const Batch& batch, DType dtype, const Tensor&) const {
+    check(cuda::add_adapters(bank, batch, dtype, stream_));
+  }
+
   static bool computes(Activation, DType) { return true; }
   void act_mul(Activation act, const ActMulData& data) const { check(cuda::act_mul(act, data, stream_)); }
   void act_mul_backward(Activation act, const ActMulData& data) const {
@@ -95,6 +100,7 @@ STABLE_TORCH_LIBRARY_IMPL(s2ft, CUDA, m) {
   m.impl("indexed_linear_grad_x", TORCH_BOX(&s2ft::indexed_linear_grad_x<s2ft::Cuda>));
   m.impl("act_mul", TORCH_BOX(&s2ft::act_mul<s2ft::Cuda>));
   m.impl("act_mul_backward", TORCH_BOX(&s2ft::act_mul_backward<s2ft::Cuda>));
+  m.impl("multi_adapter_linear", TORCH_BOX(&s2ft::multi_adapter_linear<s2ft::Cuda>));
   m.impl("permute_", TORCH_BOX(&s2ft::permute<s2ft::Cuda>));
   m.impl("scatter_add_", TORCH_BOX(&s2ft::scatter_add<s2ft::Cuda>));
   m.impl("swap_", TORCH_BOX(&s2ft::swap<s2ft::Cuda>));

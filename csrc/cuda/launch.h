@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "../core/activation.h"
+#include "../core/bank.h"
 #include "../core/exchange.h"
 #include "../core/scatter.h"
 #include "../core/units.h"
@@ -33,6 +34,9 @@ int scatter_add_units(const Scatter& scatter, int64_t* link, void* stream);
 
 // Exchanges the elements of `weight` that `exchange` names with `values`.
 int exchange_units(const Exchange& exchange, int64_t element_size, void* weight, void* values, void* stream);
+
+// out := y plus what each sequence's adapter adds.
+int add_adapters(const Bank& bank, const Batch& batch, DType dtype, void* stream);
 
 // out := act(gate) * up, and its gradients; `data` names the tensors.
 int act_mul(Activation activation, const ActMulData& data, void* stream);

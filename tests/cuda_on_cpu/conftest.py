@@ -84,6 +84,15 @@ class Runner:
             *map(pointer, (grad, gate, up, *outs))))
         return outs
 
+    def add_adapters(self, x, y, values, index, offsets, adapter, dim):
+        """x and y are [sequences, tokens, width]."""
+        out = torch.full_like(y, float("nan"))
+        self.check(self.library.add_adapters(
+            CODES[values.dtype], pointer(x), pointer(y), pointer(out),
+            (ctypes.c_int64 * 4)(*x.shape, y.shape[-1]), pointer(values), pointer(index), pointer(offsets),
+            pointer(adapter), (ctypes.c_int64 * 3)(len(offsets) - 1, *values.shape), dim))
+        return out
+
     def check(self, error):
         assert error == 0, self.library.last_error().decode()
 

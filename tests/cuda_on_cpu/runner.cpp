@@ -88,6 +88,13 @@ int act_mul_backward(int activation, int dtype, int64_t size, const void* grad, 
   return cuda::act_mul_backward(static_cast<Activation>(activation), d, nullptr);
 }
 
+int add_adapters(int dtype, const void* x, const void* y, void* out, const int64_t* batch_sizes, const void* values,
+                 const int64_t* index, const int64_t* offsets, const int64_t* adapter, const int64_t* bank_sizes, int dim) {
+  const Bank bank{values, index, offsets, bank_sizes[0], bank_sizes[1], bank_sizes[2], dim == 0};
+  const Batch batch{x, y, out, adapter, batch_sizes[0], batch_sizes[1], batch_sizes[2], batch_sizes[3]};
+  return cuda::add_adapters(bank, batch, static_cast<DType>(dtype), nullptr);
+}
+
 int ordered_begin(int device, void* stream) { return cuda::ordered_begin(device, stream); }
 int ordered_end(int device, void* stream) { return cuda::ordered_end(device, stream); }
 

@@ -42,13 +42,11 @@ def test_compiles_without_warnings_and_spills(source, arch, tmp_path):
 
 
 @needs_nvcc
-@pytest.mark.slow
 def test_the_cuda_build_loads_and_registers_its_kernels(run, source):
     run(["setup.py", "-q", "build", "--build-lib", "built"], cwd=source, S2FT_BUILD="cuda",
         CUDA_HOME=Path(NVCC).parent.parent, TORCH_CUDA_ARCH_LIST="9.0")
     result = run(["-c", "import json, s2ft; print(json.dumps(s2ft.build_info()))"], PYTHONPATH=source / "built")
     info = json.loads(result.stdout.splitlines()[-1])
     assert info["cuda"] is True and info["archs"] == ["9.0"]
-    for op in ("sliced_linear", "sliced_linear_grad_x", "indexed_linear", "indexed_linear_grad_x", "act_mul",
-               "act_mul_backward", "swap_"):
-        assert info["ops"][op] == ["CPU", "CUDA"]
+    assert {"sliced_linear", "permute_", "multi_adapter_linear"} <= info["ops"].keys()
+    assert all(devices == ["CPU", "CUDA"] for devices in info["ops"].values()), info["ops"]
