@@ -1,6 +1,7 @@
 """What every benchmark shares: the machine's name, interleaved timing, results as JSON and a table."""
 import json
 import platform
+import random
 import statistics
 import time
 from pathlib import Path
@@ -28,23 +29,44 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def interleaved(steps: Dict[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> Dict[str, List[float]]:
-    """Seconds of every step, in turn A B C A B C …, so that a machine that drifts slows all alike."""
+def interleaved(steps: Dict[str, Callable[[], Any]], rounds: int, warmup: int = 2,
+                flush: bool = False) -> Dict[str, List[float]]:
+    """Seconds of every step. All run in each round, so that a machine that drifts slows all alike, in an order
+    drawn anew, so that none always finds in the cache what the one before it left there.
+
+    On a GPU device events take the time; with flush its second-level cache is emptied before each step.
+    """
+    timed = _device_seconds if torch.cuda.is_available() else _host_seconds
     times: Dict[str, List[float]] = {name: [] for name in steps}
+    order = random.Random(0)
     for i in range(warmup + rounds):
-        for name, step in steps.items():
-            _synchronize()
-            begin = time.perf_counter()
-            step()
-            _synchronize()
+        for name, step in order.sample(list(steps.items()), len(steps)):
+            if flush and torch.cuda.is_available():
+                _flush_cache()
+            seconds = timed(step)
             if i >= warmup:
-                times[name].append(time.perf_counter() - begin)
+                times[name].append(seconds)
     return times
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _host_seconds(step: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    step()
+    return time.perf_counter() - begin
+
+
+def _device_seconds(step: Callable[[], Any]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    step()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1000
+
+
+def _flush_cache() -> None:
+    torch.empty(256 << 20, dtype=torch.uint8, device="cuda").zero_()
 
 
 def median_ratio(times: Dict[str, List[float]], name: str, against: str) -> float:

@@ -20,25 +20,42 @@ inline void check_part(const Tensor& weight, const Tensor& index, const Tensor& 
   check_index_tensor(index, delta.size(dim), weight, op, "index");
 }
 
+inline void check_replaced(const Tensor& weight, const Tensor& delta, const Tensor& replaced, int64_t dim) {
+  const char* op = "scatter_add_";
+  require(replaced.scalar_type() == weight.scalar_type(), op, "replaced must have weight's dtype");
+  check_units(replaced, weight, dim, op, "replaced");
+  require(replaced.size(dim) == delta.size(dim), op, "replaced must have delta's shape ", shape_of(delta), ", got ",
+          shape_of(replaced));
+  require(!may_overlap(replaced), op, "replaced has elements that share memory");
+}
+
 template <class Device>
 void scatter_add(Tensor weight, std::vector<Tensor> index, std::vector<Tensor> delta, int64_t dim,
-                 std::vector<double> alpha) {
+                 std::vector<double> alpha, std::vector<Tensor> replaced) {
   const char* op = "scatter_add_";
   check_weight(weight, dim, op);
   const DType weight_type = dtype_of(weight, op, "weight");
-  require(index.size() == delta.size() && alpha.size() == delta.size(), op, "index, delta and alpha must be as many, got ",
-          index.size(), ", ", delta.size(), " and ", alpha.size());
+  const size_t count = delta.size();
+  require(index.size() == count && alpha.size() == count && (replaced.empty() || replaced.size() == count), op,
+          "index, delta, alpha and replaced must be as many, got ", index.size(), ", ", count, ", ", alpha.size(),
+          " and ", replaced.size());
   if (delta.empty()) return;
   std::vector<Part> parts;
-  for (size_t j = 0; j < delta.size(); ++j) {
+  for (size_t j = 0; j < count; ++j) {
     check_part(weight, index[j], delta[j], delta[0], dim);
     index[j] = aten::dense(index[j]);
     if (weight.is_cpu()) check_distinct(index[j], weight.size(dim), op, "index");
-    parts.push_back({along(delta[j], dim), delta[j].const_data_ptr(), index[j].const_data_ptr<int64_t>(), alpha[j]});
+    Part part{along(delta[j], dim), {}, delta[j].const_data_ptr(), nullptr, index[j].const_data_ptr<int64_t>(), alpha[j]};
+    if (!replaced.empty()) {
+      check_replaced(weight, delta[j], replaced[j], dim);
+      part.replaced = along(replaced[j], dim);
+      part.old = replaced[j].mutable_data_ptr();
+    }
+    parts.push_back(part);
   }
   if (weight.numel() == 0) return;
   const Scatter scatter{along(weight, dim), weight.mutable_data_ptr(), weight_type, dtype_of(delta[0], op, "delta"),
-                        parts.data(), static_cast<int64_t>(parts.size())};
+                        parts.data(), static_cast<int64_t>(count), !replaced.empty()};
   const Device device(weight);
   in_turn(device, [&] { device.scatter_add(scatter, weight); });
 }

@@ -12,7 +12,7 @@ from s2ft.coupling import Coupling, Projection, projections_of, unit_name
 from s2ft.delta import Delta
 from s2ft.fingerprint import fingerprint
 from s2ft.layers import S2ColumnLinear, S2Linear, S2RowLinear
-from s2ft.ops import act_mul, effective_units, swap_
+from s2ft.ops import act_mul, scatter_add_, swap_
 from s2ft.permutation import contiguous_range, coupling_order, expand, inverse, permute_linear
 from s2ft.selection import Selection, select
 
@@ -263,9 +263,10 @@ def put_on(model: nn.Module, record: Attachment, name: str, deltas: Dict[str, De
         for path, delta in deltas.items():
             weight = model.get_submodule(path).weight.detach()
             index = _current_index(record, path, delta).to(weight.device)
-            values = effective_units(weight.index_select(delta.dim, index), delta.values.to(weight.device))
-            swap_(weight, index, values, delta.dim)
-            record.applied.append((path, index, values, delta.dim))
+            values = delta.values.to(weight.device)
+            base = torch.empty_like(values, dtype=weight.dtype)
+            scatter_add_(weight, index, values, delta.dim, replaced=base)
+            record.applied.append((path, index, base, delta.dim))
     record.active = name
 
 

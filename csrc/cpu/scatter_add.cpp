@@ -58,6 +58,16 @@ void put_back(const T* from, T* to, int64_t stride, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i * stride] = from[i];
 }
 
+// Copies one span of a target to each source that keeps what it replaces.
+template <class W>
+void keep_sources(const Scatter& s, const std::vector<Source>& sources, int64_t o, int64_t first, int64_t n,
+                  const W* weight) {
+  for (const Source& source : sources) {
+    const Part& part = s.parts[source.part];
+    put_back(weight, static_cast<W*>(part.old) + part.replaced.offset(o, first, source.k), part.replaced.inner_stride, n);
+  }
+}
+
 // Adds its sources to one span of a target: in one pass where there is one source, else through a sum
 // that is rounded at the end.
 template <class W, class D>
@@ -88,14 +98,18 @@ void add_rows(const Scatter& s) {
     W scratch[kPiece];
     const int64_t t = item / w.outer, o = item % w.outer;
     W* weight = static_cast<W*>(s.data) + w.offset(o, first, targets.units[t]);
-    if (w.inner_stride == 1) {
-      add_sources<W, D>(s, sources[t], o, first, n, weight);
-    } else {
-      gathered(weight, w.inner_stride, n, scratch);
-      add_sources<W, D>(s, sources[t], o, first, n, scratch);
-      put_back(scratch, weight, w.inner_stride, n);
-    }
+    W* span = w.inner_stride == 1 ? weight : scratch;
+    gathered(weight, w.inner_stride, n, scratch);
+    if (s.keeps) keep_sources(s, sources[t], o, first, n, span);
+    add_sources<W, D>(s, sources[t], o, first, n, span);
+    if (span != weight) put_back(span, weight, w.inner_stride, n);
   });
+}
+
+template <class W>
+void keep_units(const Part& part, int64_t line, const W* weight, int64_t stride) {
+  W* old = static_cast<W*>(part.old) + part.replaced.line_offset(line);
+  for (int64_t k = 0; k < part.replaced.units; ++k) old[k * part.replaced.unit_stride] = weight[part.index[k] * stride];
 }
 
 template <class W, class D>
@@ -113,6 +127,7 @@ void add_columns(const Scatter& s) {
       for (int64_t t = 0; t < units; ++t) sum[t] = static_cast<A>(widen(weight[targets.units[t] * w.unit_stride]));
       for (int64_t j = 0; j < s.count; ++j) {
         const Part& part = s.parts[j];
+        if (s.keeps) keep_units(part, line, weight, w.unit_stride);
         const D* delta = static_cast<const D*>(part.data) + part.delta.line_offset(line);
         const A alpha = static_cast<A>(part.alpha);
         for (int64_t k = 0; k < part.delta.units; ++k) {

@@ -46,6 +46,19 @@ __global__ void link_units(Parts parts, int64_t* link) {
   }
 }
 
+// What a part replaces, before any part is added.
+template <class W, int Width>
+__global__ void keep_part(Along weight, Part part, const W* data, int64_t items) {
+  for (int64_t t = first_item(); t < items; t += item_step()) {
+    int64_t o, i, k;
+    part.replaced.place(t, &o, &i, &k);
+    const int64_t unit = part.index[k];
+    if (unit < 0 || unit >= weight.units) continue;
+    reinterpret_cast<Pack<W, Width>*>(part.old)[part.replaced.offset(o, i, k)] =
+        reinterpret_cast<const Pack<W, Width>*>(data)[weight.offset(o, i, unit)];
+  }
+}
+
 template <class W, class D, int Width>
 __global__ void add_parts(Along weight, Parts parts, int64_t part, const int64_t* link, W* data, int64_t items) {
   using A = Wide<W, D>;
@@ -79,10 +92,14 @@ __global__ void add_parts(Along weight, Parts parts, int64_t part, const int64_t
 }
 
 template <class W, class D, int Width>
-int launch(const Along& weight, const Parts& parts, void* data, int64_t* link, void* stream) {
+int launch(const Along& weight, const Parts& parts, void* data, bool keeps, int64_t* link, void* stream) {
   const int64_t total = parts.begin[parts.count];
   const auto queue = static_cast<cudaStream_t>(stream);
   if (parts.count == 1) link = nullptr;
+  for (int j = 0; keeps && j < parts.count; ++j)
+    if (const int64_t items = parts.at[j].replaced.total())
+      S2FT_LAUNCH((keep_part<W, Width>), blocks_for(items), kThreads, queue, weight, parts.at[j],
+                  static_cast<const W*>(data), items);
   if (link && total) S2FT_LAUNCH((link_units), blocks_for(total), kThreads, queue, parts, link);
   for (int64_t part = 0; part < parts.count; ++part) {
     const int64_t items = parts.at[part].delta.total();
@@ -111,9 +128,10 @@ int run(const Scatter& s, int64_t* link, void* stream) {
   Along weight = s.weight;
   bool packed = aligned16(s.data) && in_packs(&weight, width);
   for (int j = 0; packed && j < parts.count; ++j)
-    packed = aligned16(parts.at[j].data) && in_packs(&parts.at[j].delta, width);
-  if (packed) return launch<W, D, width>(weight, parts, s.data, link, stream);
-  return launch<W, D, 1>(s.weight, parts_of(s), s.data, link, stream);
+    packed = aligned16(parts.at[j].data) && in_packs(&parts.at[j].delta, width) &&
+             (!s.keeps || (aligned16(parts.at[j].old) && in_packs(&parts.at[j].replaced, width)));
+  if (packed) return launch<W, D, width>(weight, parts, s.data, s.keeps, link, stream);
+  return launch<W, D, 1>(s.weight, parts_of(s), s.data, s.keeps, link, stream);
 }
 
 }  // namespace

@@ -7,11 +7,14 @@ from torch import Tensor
 from s2ft.ops._library import check_distinct, check_movable, count_change, define
 
 
-def reference(weight: Tensor, index: List[Tensor], delta: List[Tensor], dim: int, alpha: List[float]) -> None:
+def reference(weight: Tensor, index: List[Tensor], delta: List[Tensor], dim: int, alpha: List[float],
+              replaced: List[Tensor]) -> None:
     for where in index:
         check_distinct("scatter_add_", where, weight.shape[dim])
     if not delta:
         return
+    for where, old in zip(index, replaced):
+        old.copy_(weight.index_select(dim, where))
     wide = torch.promote_types(torch.promote_types(weight.dtype, delta[0].dtype), torch.float32)
     units = torch.cat(list(index)).unique()
     total = weight.index_select(dim, units).to(wide)
@@ -23,38 +26,46 @@ def reference(weight: Tensor, index: List[Tensor], delta: List[Tensor], dim: int
     weight.transpose(0, dim)[units] = total.to(weight.dtype).transpose(0, dim)
 
 
-_op = define("scatter_add_(Tensor(a!) weight, Tensor[] index, Tensor[] delta, int dim, float[] alpha) -> ()",
-             reference, lambda weight, index, delta, dim, alpha: None)
+_op = define("scatter_add_(Tensor(a!) weight, Tensor[] index, Tensor[] delta, int dim, float[] alpha, "
+             "Tensor(b!)[] replaced) -> ()", reference, lambda weight, index, delta, dim, alpha, replaced: None)
 
 
 def scatter_add_(weight: Tensor,                            # 1-D to 3-D, changed in place
                  index: Union[Tensor, Sequence[Tensor]],    # [n] int64, no unit twice; or one for each delta
                  delta: Union[Tensor, Sequence[Tensor]],    # weight.shape with dim -> n; or several of any n
                  dim: int,
-                 alpha: Union[float, Sequence[float]] = 1.0) -> None:
+                 alpha: Union[float, Sequence[float]] = 1.0,
+                 replaced: Union[Tensor, Sequence[Tensor], None] = None   # as delta, in weight's dtype
+                 ) -> None:
     """``weight[index] += alpha * delta`` along dim; for lists, the sum of all of them in one pass.
 
     Sums are formed in float32 (float64 where weight or delta is), products rounded before they are added,
     and each touched element is rounded once to the weight's dtype, also where several deltas meet. So one
-    delta with alpha 1 gives :func:`effective_units` bit for bit. The change is not exactly undone by
-    subtracting it: keep the units, or use :func:`swap_`.
+    delta with alpha 1 gives :func:`effective_units` bit for bit. Subtracting does not undo the change exactly:
+    give `replaced`, which receives the units as they were before anything was added, and :func:`swap_` it back.
 
     Raises: ValueError for a wrong dim, shape, dtype, number or index, before anything is written.
     """
-    indices, deltas = _as_list(index), _as_list(delta)
+    indices, deltas, kept = _as_list(index), _as_list(delta), [] if replaced is None else _as_list(replaced)
     alphas = [float(alpha)] * len(deltas) if isinstance(alpha, (int, float)) else [float(a) for a in alpha]
-    if not len(indices) == len(deltas) == len(alphas):
-        raise ValueError(f"scatter_add_: index, delta and alpha must be as many, got {len(indices)}, "
-                         f"{len(deltas)} and {len(alphas)}")
+    if not len(indices) == len(deltas) == len(alphas) or len(kept) not in (0, len(deltas)):
+        raise ValueError(f"scatter_add_: index, delta, alpha and replaced must be as many, got {len(indices)}, "
+                         f"{len(deltas)}, {len(alphas)} and {len(kept)}")
     for where, values in zip(indices, deltas):
         check_movable("scatter_add_", weight, dim, where, values, "delta")
         if where.is_cuda:
             check_distinct("scatter_add_", where, weight.shape[dim])
+    for where, old in zip(indices, kept):
+        check_movable("scatter_add_", weight, dim, where, old, "replaced")
+        if old.dtype != weight.dtype:
+            raise ValueError(f"scatter_add_: replaced must be {weight.dtype} as weight is, got {old.dtype}")
     if len({values.dtype for values in deltas}) > 1:
         wide = torch.float64 if any(values.dtype is torch.float64 for values in deltas) else torch.float32
         deltas = [values.to(wide) for values in deltas]
-    _op(weight, indices, deltas, dim, alphas)
+    _op(weight, indices, deltas, dim, alphas, kept)
     count_change(weight)
+    for old in kept:
+        count_change(old)
 
 
 def _as_list(value: Union[Tensor, Sequence[Tensor]]) -> List[Tensor]:

@@ -62,14 +62,19 @@ class Runner:
         self.check(self.library.permute(ctypes.c_int64(size), pointer(weight), along(weight, dim), pointer(order),
                                         pointer(scratch), ctypes.c_int64(bytes_)))
 
-    def scatter_add(self, weight, index, delta, dim, alpha):
-        count = len(delta)
+    def scatter_add(self, weight, index, delta, dim, alpha, replaced=()):
+        def pointers(tensors):
+            return (ctypes.c_void_p * len(tensors))(*map(pointer, tensors)) if tensors else None
+
+        def alongs(tensors):
+            numbers = [number for values in tensors for number in along(values, dim)]
+            return (ctypes.c_int64 * len(numbers))(*numbers)
+
         link = torch.zeros(2 * sum(len(i) for i in index), dtype=torch.int64)
-        alongs = [number for values in delta for number in along(values, dim)]
         self.check(self.library.scatter_add(
-            CODES[weight.dtype], CODES[delta[0].dtype], pointer(weight), along(weight, dim), ctypes.c_int64(count),
-            (ctypes.c_void_p * count)(*map(pointer, delta)), (ctypes.c_int64 * len(alongs))(*alongs),
-            (ctypes.c_void_p * count)(*map(pointer, index)), (ctypes.c_double * count)(*alpha), pointer(link)))
+            CODES[weight.dtype], CODES[delta[0].dtype], pointer(weight), along(weight, dim), ctypes.c_int64(len(delta)),
+            pointers(delta), alongs(delta), pointers(index), (ctypes.c_double * len(alpha))(*alpha),
+            pointers(replaced), alongs(replaced), pointer(link)))
 
     def act_mul(self, gate, up, activation, out=None):
         out = torch.empty_like(gate) if out is None else out

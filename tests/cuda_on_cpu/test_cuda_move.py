@@ -91,8 +91,10 @@ def test_scatter_add(runner, shape, dim, dtypes):
             expected = expected.index_copy(dim, i, expected.index_select(dim, i) + a * d.to(wide))
         weight = strided(original, step)
         runner.configure(seed, max_blocks=2)
-        runner.scatter_add(weight, index, [strided(d, step) for d in delta], dim, alpha)
+        replaced = [strided(torch.zeros(d.shape, dtype=dtype), step) for d in delta] if seed else ()
+        runner.scatter_add(weight, index, [strided(d, step) for d in delta], dim, alpha, replaced)
         assert torch.equal(weight, expected.to(dtype))
+        assert all(torch.equal(old, original.index_select(dim, i)) for old, i in zip(replaced, index))
 
 
 @pytest.mark.parametrize("dim", (0, 1))

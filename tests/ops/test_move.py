@@ -64,7 +64,14 @@ def test_scatter_add_adds_in_the_wider_type_and_rounds_once(shape, dim, dtype, d
         expected = weight.to(wide)
         for i, d, alpha in zip(index, delta, [alphas] * len(sizes) if isinstance(alphas, float) else alphas):
             expected = expected.index_copy(dim, i, expected.index_select(dim, i) + alpha * d.to(wide))
-        scatter_add_(weight, index, delta, dim, alphas)
+        base, replaced = weight.clone(), [torch.empty_like(d, dtype=dtype) for d in delta]
+        scatter_add_(weight, index, delta, dim, alphas, replaced)
+        assert torch.equal(weight, expected.to(dtype))
+        assert all(torch.equal(old, base.index_select(dim, i)) for old, i in zip(replaced, index))
+        for i, old in zip(index, replaced):
+            weight.index_copy_(dim, i, old)
+        assert torch.equal(weight, base)
+        scatter_add_(weight, index, delta, dim, alphas)   # and without keeping anything
         assert torch.equal(weight, expected.to(dtype))
 
 
@@ -113,7 +120,7 @@ def test_compiled_kernel_equals_reference(op):
         for run in (op, reference):
             w, v = weight.clone(), values.clone()
             run(w, *{permute_: (order, dim), swap_: (order, v, dim),
-                     scatter_add_: (index, delta, dim, [0.3, -2.0])}[op])
+                     scatter_add_: (index, delta, dim, [0.3, -2.0], [])}[op])
             results.append((w, v))
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results))
 
@@ -123,7 +130,7 @@ def test_opcheck():
                           (torch.randn(5, 6), torch.tensor([4, 0]), torch.randn(5, 2), 1))
     torch.library.opcheck(torch.ops.s2ft.permute_.default, (torch.randn(5, 6), torch.randperm(5), 0))
     torch.library.opcheck(torch.ops.s2ft.scatter_add_.default,
-                          (torch.randn(5, 6), [torch.tensor([4, 0])], [torch.randn(5, 2)], 1, [0.5]))
+                          (torch.randn(5, 6), [torch.tensor([4, 0])], [torch.randn(5, 2)], 1, [0.5], [torch.empty(5, 2)]))
 
 
 CHANGES = {"swap": lambda w: swap_(w, torch.tensor([1]), torch.randn(1, 6), 0),
@@ -168,6 +175,9 @@ BAD = {
     "scatter delta": (lambda w: scatter_add_(w, torch.tensor([1, 2]), torch.ones(6, 2), 0), "delta must"),
     "scatter number": (lambda w: scatter_add_(w, [torch.tensor([1])], [], 0), "as many"),
     "scatter alphas": (lambda w: scatter_add_(w, torch.tensor([1]), torch.ones(1, 6), 0, [1, 2]), "as many"),
+    "scatter replaced": (lambda w: scatter_add_(w, torch.tensor([1]), torch.ones(1, 6), 0, 1, torch.ones(2, 6)), "replaced must"),
+    "scatter replaced dtype": (lambda w: scatter_add_(w, torch.tensor([1]), torch.ones(1, 6), 0, 1,
+                                                      torch.ones(1, 6).double()), "replaced must be torch.float32"),
     "swap index": (lambda w: swap_(w, torch.tensor([1.0]), torch.ones(1, 6), 0), "int64"),
     "swap values": (lambda w: swap_(w, torch.tensor([1, 2]), torch.ones(6, 2), 0), "values must"),
     "swap dtype": (lambda w: swap_(w, torch.tensor([1]), torch.ones(1, 6).double(), 0), "values must"),
@@ -188,7 +198,7 @@ def test_bad_arguments_raise_and_leave_the_weight(bad):
 
 
 REFERENCES = {"swap": (lambda m: m("swap_")(torch.ones(4, 6), torch.tensor([0, 4]), torch.ones(2, 6), 0), "index has 4"),
-              "scatter": (lambda m: m("scatter_add_")(torch.ones(4, 6), [torch.tensor([1, 1])], [torch.ones(2, 6)], 0, [1.0]),
+              "scatter": (lambda m: m("scatter_add_")(torch.ones(4, 6), [torch.tensor([1, 1])], [torch.ones(2, 6)], 0, [1.0], []),
                           "twice"),
               "permute": (lambda m: m("permute_")(torch.ones(4, 6), torch.tensor([0, 1, 1, 3]), 0), "twice")}
 

@@ -1,0 +1,55 @@
+"""What a benchmark of an op is, and how its numbers are taken."""
+import statistics
+import time
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, Optional
+
+import torch
+from harness import interleaved, median_ratio
+
+Step = Callable[[], Any]
+
+
+@dataclass
+class Case:
+    """One op at one size: `ours` against `rivals`, and the floor that neither can go below."""
+
+    op: str
+    name: str
+    ours: Step
+    rivals: Dict[str, Step] = field(default_factory=dict)
+    moved: int = 0                  # bytes that must be read and written; the floor is a copy that moves as many
+    product: Optional[Step] = None  # the matrix product that must be done; the floor instead of a copy
+    note: Dict[str, Any] = field(default_factory=dict)   # anything else to keep with the result
+
+
+def copy_of(moved: int, device: str) -> Step:
+    """A copy that reads and writes `moved` bytes in all."""
+    source = torch.zeros(max(1, moved // 2), dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    return lambda: target.copy_(source)
+
+
+def measure(case: Case, device: str, seconds: float) -> Dict[str, Any]:
+    """Medians and ratios of one case, all its steps in turn, for about `seconds`."""
+    steps = {"s2ft": case.ours, **case.rivals}
+    floor = case.product or (copy_of(case.moved, device) if case.moved else None)
+    if floor is not None:
+        steps["floor"] = floor
+    begin = time.perf_counter()
+    interleaved(steps, 1, warmup=1, flush=True)
+    rounds = int(min(500, max(9, seconds / max(1e-6, (time.perf_counter() - begin) / 2))))
+    times = interleaved(steps, rounds, flush=True)
+    return {"op": case.op, "case": case.name, "rounds": rounds,
+            "microseconds": {name: 1e6 * statistics.median(values) for name, values in times.items()},
+            "s2ft faster than": {name: median_ratio(times, name, "s2ft") for name in case.rivals},
+            "s2ft to floor": None if floor is None else median_ratio(times, "s2ft", "floor"), **case.note}
+
+
+def line_of(result: Dict[str, Any]) -> str:
+    """One row of the table."""
+    floor = result["s2ft to floor"]
+    rivals = "  ".join(f"{name} {result['microseconds'][name]:,.0f} µs, {ratio:.2f} ×"
+                       for name, ratio in result["s2ft faster than"].items())
+    return (f"{result['op']:<21}{result['case']:<44}{result['microseconds']['s2ft']:>11,.0f} µs"
+            f"{'' if floor is None else f'{floor:8.2f} × floor':>16}   {rivals}")

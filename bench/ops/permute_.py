@@ -1,0 +1,32 @@
+"""permute_ against indexing by torch, which makes a second matrix. Floor: a copy of the weight."""
+import torch
+from case import Case
+
+from s2ft.ops import permute_
+
+
+def order_of(size: int, moved: float) -> torch.Tensor:
+    """A permutation in which that fraction of the units changes place."""
+    order, chosen = torch.arange(size), torch.randperm(size)[: int(moved * size)]
+    order[chosen.sort().values] = chosen[torch.randperm(len(chosen))]
+    return order
+
+
+def cases(device: str):
+    for dtype, dim, moved in ((torch.bfloat16, 1, 1.0), (torch.bfloat16, 1, 0.06), (torch.bfloat16, 0, 1.0),
+                              (torch.float32, 1, 1.0)):
+        weight = torch.randn(4096, 14336, device=device).to(dtype)
+        order = order_of(weight.shape[dim], moved).to(device)
+
+        def ours(weight=weight, order=order, dim=dim):
+            permute_(weight, order, dim)
+
+        def indexing(weight=weight, order=order, dim=dim):
+            return weight.index_select(dim, order)
+
+        def in_place(weight=weight, order=order, dim=dim):
+            weight.copy_(weight.index_select(dim, order))
+
+        yield Case("permute_", f"{str(dtype)[6:]} 4096 × 14336, dim {dim}, {moved:.0%} moved", ours,
+                   {"index_select": indexing, "index_select, copy_": in_place},
+                   moved=2 * weight.numel() * weight.element_size())

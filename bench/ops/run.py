@@ -1,0 +1,46 @@
+"""Every op against torch's operators, against LoRA's, and against the floor, all in one run, steps in turn.
+
+    python bench/ops/run.py [op ...] [--seconds 1.0] [--output FILE]
+
+"× floor": s2ft's time over that of what must happen at least (a copy of as many bytes, or the matrix product).
+"2.00 ×" after a rival: s2ft is twice as fast. Medians; on a GPU by device events with the cache emptied.
+"""
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))   # for harness
+
+import torch  # noqa: E402
+from case import line_of, measure  # noqa: E402
+from harness import machine, save  # noqa: E402
+
+OPS = ("sliced_linear", "act_mul", "permute_", "scatter_add_", "swap_", "multi_adapter_linear")
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)}; default: all")
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each case")
+    parser.add_argument("--output", type=Path, default=None, help="default: bench/results/ops_{cpu,gpu}.json for all ops")
+    args = parser.parse_args()
+    unknown = set(args.ops) - set(OPS)
+    if unknown:
+        parser.error(f"no op is called {', '.join(sorted(unknown))}; there are {', '.join(OPS)}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    results = []
+    for op in args.ops or OPS:
+        for case in importlib.import_module(op).cases(device):
+            results.append(measure(case, device, args.seconds))
+            print(line_of(results[-1]), flush=True)
+    output = args.output or (None if args.ops else RESULTS / f"ops_{'gpu' if device == 'cuda' else 'cpu'}.json")
+    if output is not None:
+        save(output, {"results": results})
+    print({key: machine().get(key) for key in ("date", "processor", "gpu", "threads", "torch")})
+
+
+if __name__ == "__main__":
+    main()
