@@ -8,5 +8,5 @@ from s2ft.ops.scatter_add_ import scatter_add_
 from s2ft.ops.sliced_linear import sliced_linear
 from s2ft.ops.swap_ import swap_
 
-__all__ = ["effective_units", "indexed_linear", "multi_adapter_linear", "pack_adapters", "permute_", "scatter_add_",
-           "silu_mul", "sliced_linear", "swap_"]
+__all__ = ["act_mul", "effective_units", "indexed_linear", "multi_adapter_linear", "pack_adapters", "permute_",
+           "scatter_add_", "sliced_linear", "swap_"]
