@@ -27,8 +27,8 @@ inline void check_units(const Tensor& values, const Tensor& weight, int64_t dim,
   require(values.dim() == weight.dim(), op, name, " of shape ", shape_of(values),
           " must have as many dimensions as weight of shape ", shape_of(weight));
   for (int64_t d = 0; d < weight.dim(); ++d)
-    require(d == dim || values.size(d) == weight.size(d), op, name, " of shape ", shape_of(values),
-            " does not fit weight of shape ", shape_of(weight), " along dim ", d);
+    require(d == dim || values.size(d) == weight.size(d), op, name, " must fit weight of shape ", shape_of(weight),
+            " along dim ", d, ", got shape ", shape_of(values));
   check_same_device(values, weight, op, name);
 }
 

@@ -22,7 +22,9 @@ inline void check_part(const Tensor& weight, const Tensor& index, const Tensor& 
 
 inline void check_replaced(const Tensor& weight, const Tensor& delta, const Tensor& replaced, int64_t dim) {
   const char* op = "scatter_add_";
-  require(replaced.scalar_type() == weight.scalar_type(), op, "replaced must have weight's dtype");
+  require(replaced.scalar_type() == weight.scalar_type(), op, "replaced must have weight's dtype ",
+          torch::headeronly::toString(weight.scalar_type()), ", got ",
+          torch::headeronly::toString(replaced.scalar_type()));
   check_units(replaced, weight, dim, op, "replaced");
   require(replaced.size(dim) == delta.size(dim), op, "replaced must have delta's shape ", shape_of(delta), ", got ",
           shape_of(replaced));

@@ -11,7 +11,7 @@ namespace s2ft {
 inline void check_swap(const Tensor& weight, const Tensor& index, const Tensor& values, int64_t dim) {
   const char* op = "swap_";
   check_weight(weight, dim, op);
-  require(values.scalar_type() == weight.scalar_type(), op, "values must have the dtype of weight, ",
+  require(values.scalar_type() == weight.scalar_type(), op, "values must have weight's dtype ",
           torch::headeronly::toString(weight.scalar_type()), ", got ",
           torch::headeronly::toString(values.scalar_type()));
   check_units(values, weight, dim, op, "values");

@@ -36,6 +36,16 @@ void prefetch_units(const T* line, const int64_t* units, int64_t n, int64_t stri
 #endif
 }
 
+// Asks for a span that is worked on next, to be written (1) or only read (0): the processor foresees the rest
+// of a page at best.
+template <int Write, class T>
+void prefetch_span(const T* span, int64_t n) {
+#if defined(__GNUC__)
+  const char* bytes = reinterpret_cast<const char*>(span);
+  for (int64_t at = 0; at < n * static_cast<int64_t>(sizeof(T)); at += 64) __builtin_prefetch(bytes + at, Write, 3);
+#endif
+}
+
 constexpr int64_t kPiece = 2048;
 
 // Runs f(item, first, n) over pieces of at most kPiece of the `length` elements of every item: small

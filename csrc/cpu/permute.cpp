@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <limits>
 #include <vector>
@@ -56,22 +57,41 @@ template <class T>
 void permute_few_columns(const Along& a, const Cycles& cycles, T* weight) {
   parallel_lines(a.lines(), cycles.moved(), [&](int64_t begin, int64_t end) {
     T scratch;
-    for (int64_t line = begin; line < end; ++line)
+    for (int64_t line = begin; line < end; ++line) {
+      const T* ahead = weight + a.line_offset(std::min(line + 1, end - 1));
+      prefetch_units(ahead, cycles.positions.data(), cycles.moved(), a.unit_stride);
       rotate(cycles, weight + a.line_offset(line), a.unit_stride, 1, 1, &scratch);
+    }
   });
+}
+
+// What eight bytes of a row are to hold, gathered in a register: one store instead of several.
+template <class T, class Index>
+uint64_t gathered_word(const T* row, const Index* order) {
+  if constexpr (sizeof(T) == 8) {
+    return row[order[0]];
+  } else {
+    uint64_t word = 0;
+    for (size_t k = 0; k < 8 / sizeof(T); ++k) {
+      const size_t place = std::endian::native == std::endian::little ? k : 8 / sizeof(T) - 1 - k;
+      word |= static_cast<uint64_t>(row[order[k]]) << (8 * sizeof(T) * place);
+    }
+    return word;
+  }
 }
 
 // Many columns: a row is copied, which runs at the speed of memory, and gathered back from a copy that
 // lies in the first-level cache. The next row is fetched meanwhile.
 template <class T, class Index>
 void permute_row(const T* row, const T* next, const Index* order, int64_t n, T* out) {
-  constexpr int64_t kLine = 64 / sizeof(T);
+  constexpr int64_t kLine = 64 / sizeof(T), kWord = 8 / sizeof(T);
   int64_t i = 0;
   for (; i + kLine <= n; i += kLine) {
-#if defined(__GNUC__)
-    __builtin_prefetch(next + i, 0, 2);
-#endif
-    for (int64_t k = i; k < i + kLine; ++k) out[k] = row[order[k]];
+    prefetch_span<0>(next + i, kLine);
+    for (int64_t k = i; k < i + kLine; k += kWord) {
+      const uint64_t word = gathered_word(row, order + k);
+      std::memcpy(out + k, &word, sizeof(word));
+    }
   }
   for (; i < n; ++i) out[i] = row[order[i]];
 }

@@ -11,15 +11,39 @@
 namespace s2ft {
 namespace {
 
+struct Source {
+  int64_t part, k;  // a unit of a part
+};
+
 // The units that some part names, each once, so that a unit which several parts name is rounded once.
 struct Targets {
   std::vector<int64_t> units;
-  std::vector<std::vector<int32_t>> of_part;  // for each part's units: which of `units`
+  std::vector<int32_t> of;      // for each part's units, part after part: which of `units`
+  std::vector<int64_t> begin;   // where in `sources` those of each target begin, and the end
+  std::vector<Source> sources;  // what is added to each target, in the order of the parts
+
+  int64_t count() const { return static_cast<int64_t>(units.size()); }
+  const Source* first(int64_t t) const { return sources.data() + begin[t]; }
+  const Source* last(int64_t t) const { return sources.data() + begin[t + 1]; }
 };
 
-Targets targets_of(const Scatter& s) {
+// One part names no unit twice, so its units are the targets.
+Targets targets_of_one(const Part& part) {
   Targets targets;
-  targets.of_part.resize(static_cast<size_t>(s.count));
+  const int64_t n = part.delta.units;
+  targets.units.assign(part.index, part.index + n);
+  targets.begin.push_back(0);
+  for (int64_t k = 0; k < n; ++k) {
+    targets.of.push_back(static_cast<int32_t>(k));
+    targets.sources.push_back({0, k});
+    targets.begin.push_back(k + 1);
+  }
+  return targets;
+}
+
+Targets targets_of(const Scatter& s) {
+  if (s.count == 1) return targets_of_one(s.parts[0]);
+  Targets targets;
   std::vector<int32_t> place(static_cast<size_t>(s.weight.units), -1);
   for (int64_t j = 0; j < s.count; ++j)
     for (int64_t k = 0; k < s.parts[j].delta.units; ++k) {
@@ -28,21 +52,17 @@ Targets targets_of(const Scatter& s) {
         at = static_cast<int32_t>(targets.units.size());
         targets.units.push_back(s.parts[j].index[k]);
       }
-      targets.of_part[j].push_back(at);
+      targets.of.push_back(at);
     }
-  return targets;
-}
-
-struct Source {
-  int64_t part, k;  // a unit of a part
-};
-
-// For each target, the units that are added to it, in the order of the parts.
-std::vector<std::vector<Source>> sources_of(const Scatter& s, const Targets& targets) {
-  std::vector<std::vector<Source>> sources(targets.units.size());
+  targets.begin.resize(targets.units.size() + 1);
+  for (int32_t t : targets.of) ++targets.begin[t + 1];
+  for (size_t t = 0; t < targets.units.size(); ++t) targets.begin[t + 1] += targets.begin[t];
+  std::vector<int64_t> next = targets.begin;
+  targets.sources.resize(targets.of.size());
+  size_t f = 0;
   for (int64_t j = 0; j < s.count; ++j)
-    for (int64_t k = 0; k < s.parts[j].delta.units; ++k) sources[targets.of_part[j][k]].push_back({j, k});
-  return sources;
+    for (int64_t k = 0; k < s.parts[j].delta.units; ++k) targets.sources[next[targets.of[f++]]++] = {j, k};
+  return targets;
 }
 
 // Dense copies of strided spans, through which the kernels of spans.h reach them; dense ones pass as they are.
@@ -60,27 +80,28 @@ void put_back(const T* from, T* to, int64_t stride, int64_t n) {
 
 // Copies one span of a target to each source that keeps what it replaces.
 template <class W>
-void keep_sources(const Scatter& s, const std::vector<Source>& sources, int64_t o, int64_t first, int64_t n,
+void keep_sources(const Scatter& s, const Source* source, const Source* last, int64_t o, int64_t first, int64_t n,
                   const W* weight) {
-  for (const Source& source : sources) {
-    const Part& part = s.parts[source.part];
-    put_back(weight, static_cast<W*>(part.old) + part.replaced.offset(o, first, source.k), part.replaced.inner_stride, n);
+  for (; source != last; ++source) {
+    const Part& part = s.parts[source->part];
+    put_back(weight, static_cast<W*>(part.old) + part.replaced.offset(o, first, source->k), part.replaced.inner_stride, n);
   }
 }
 
 // Adds its sources to one span of a target: in one pass where there is one source, else through a sum
 // that is rounded at the end.
 template <class W, class D>
-void add_sources(const Scatter& s, const std::vector<Source>& sources, int64_t o, int64_t first, int64_t n, W* weight) {
+void add_sources(const Scatter& s, const Source* source, const Source* last, int64_t o, int64_t first, int64_t n,
+                 W* weight) {
   using A = Wide<W, D>;
   A sum[kPiece];
   D scratch[kPiece];
-  const bool one = sources.size() == 1;
+  const bool one = last - source == 1;
   if (!one) widen_span(weight, sum, n);
-  for (const Source& source : sources) {
-    const Part& part = s.parts[source.part];
+  for (; source != last; ++source) {
+    const Part& part = s.parts[source->part];
     const Along& d = part.delta;
-    const D* delta = gathered(static_cast<const D*>(part.data) + d.offset(o, first, source.k), d.inner_stride, n, scratch);
+    const D* delta = gathered(static_cast<const D*>(part.data) + d.offset(o, first, source->k), d.inner_stride, n, scratch);
     if (one)
       add_span(weight, delta, static_cast<A>(part.alpha), weight, n);
     else
@@ -89,19 +110,39 @@ void add_sources(const Scatter& s, const std::vector<Source>& sources, int64_t o
   if (!one) narrow_span(sum, weight, n);
 }
 
+// Asks for the span after this one and what is added to it.
+template <class W, class D>
+void prefetch_next(const Scatter& s, const Targets& targets, int64_t item, int64_t first, int64_t n) {
+  const Along& w = s.weight;
+  if (first + n < w.inner) {
+    first += n;
+  } else if (++item < targets.count() * w.outer) {
+    first = 0;
+  } else {
+    return;
+  }
+  const int64_t t = item / w.outer, o = item % w.outer;
+  n = std::min(kPiece, w.inner - first);
+  prefetch_span<1>(static_cast<const W*>(s.data) + w.offset(o, first, targets.units[t]), n);
+  for (const Source* source = targets.first(t); source != targets.last(t); ++source) {
+    const Part& part = s.parts[source->part];
+    prefetch_span<0>(static_cast<const D*>(part.data) + part.delta.offset(o, first, source->k), n);
+  }
+}
+
 template <class W, class D>
 void add_rows(const Scatter& s) {
   const Targets targets = targets_of(s);
-  const auto sources = sources_of(s, targets);
   const Along& w = s.weight;
-  parallel_spans(static_cast<int64_t>(sources.size()) * w.outer, w.inner, [&](int64_t item, int64_t first, int64_t n) {
+  parallel_spans(targets.count() * w.outer, w.inner, [&](int64_t item, int64_t first, int64_t n) {
+    if (w.inner_stride == 1) prefetch_next<W, D>(s, targets, item, first, n);
     W scratch[kPiece];
     const int64_t t = item / w.outer, o = item % w.outer;
     W* weight = static_cast<W*>(s.data) + w.offset(o, first, targets.units[t]);
     W* span = w.inner_stride == 1 ? weight : scratch;
     gathered(weight, w.inner_stride, n, scratch);
-    if (s.keeps) keep_sources(s, sources[t], o, first, n, span);
-    add_sources<W, D>(s, sources[t], o, first, n, span);
+    if (s.keeps) keep_sources(s, targets.first(t), targets.last(t), o, first, n, span);
+    add_sources<W, D>(s, targets.first(t), targets.last(t), o, first, n, span);
     if (span != weight) put_back(span, weight, w.inner_stride, n);
   });
 }
@@ -116,7 +157,7 @@ template <class W, class D>
 void add_columns(const Scatter& s) {
   using A = Wide<W, D>;
   const Targets targets = targets_of(s);
-  const int64_t units = static_cast<int64_t>(targets.units.size());
+  const int64_t units = targets.count();
   const Along& w = s.weight;
   parallel_lines(w.lines(), units * kScattered, [&](int64_t begin, int64_t end) {
     std::vector<A> sum(static_cast<size_t>(units));
@@ -125,13 +166,14 @@ void add_columns(const Scatter& s) {
       const int64_t ahead = std::min(line + kLinesAhead, end - 1);
       prefetch_units(static_cast<W*>(s.data) + w.line_offset(ahead), targets.units.data(), units, w.unit_stride);
       for (int64_t t = 0; t < units; ++t) sum[t] = static_cast<A>(widen(weight[targets.units[t] * w.unit_stride]));
+      const int32_t* of = targets.of.data();
       for (int64_t j = 0; j < s.count; ++j) {
         const Part& part = s.parts[j];
         if (s.keeps) keep_units(part, line, weight, w.unit_stride);
         const D* delta = static_cast<const D*>(part.data) + part.delta.line_offset(line);
         const A alpha = static_cast<A>(part.alpha);
         for (int64_t k = 0; k < part.delta.units; ++k) {
-          A& at = sum[targets.of_part[j][k]];
+          A& at = sum[*of++];
           at = plus_product(at, alpha, static_cast<A>(widen(delta[k * part.delta.unit_stride])));
         }
       }

@@ -96,7 +96,7 @@ def check_movable(op: str, weight: Tensor, dim: int, index: Tensor, values: Tens
 def check_distinct(op: str, index: Tensor, size: int, name: str = "index") -> None:
     """Every entry of index in 0..size-1, none twice; ValueError otherwise. On a GPU this waits for it.
 
-    References and public functions call it; the compiled CPU kernels do the same themselves.
+    References call it, and public functions for a GPU; the compiled CPU kernels do the same themselves.
     """
     if torch.compiler.is_compiling() or index.numel() == 0:
         return
@@ -108,7 +108,7 @@ def check_distinct(op: str, index: Tensor, size: int, name: str = "index") -> No
         raise ValueError(f"{op}: {name} names unit {int(ordered[1:][repeats][0])} twice")
 
 
-def count_change(weight: Tensor) -> None:
-    """Tell autograd that an op of ours wrote to `weight`: a backward that kept it must raise, not go wrong."""
-    if not torch.compiler.is_compiling() and not weight.is_inference():
-        torch.autograd.graph.increment_version(weight)
+def count_change(*weights: Tensor) -> None:
+    """Tell autograd that an op of ours wrote to them: a backward that kept one must raise, not go wrong."""
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version([weight for weight in weights if not weight.is_inference()])

@@ -7,10 +7,23 @@ from torch import Tensor
 from s2ft.ops._library import check_distinct, check_movable, count_change, define
 
 
+def check(op: str, weight: Tensor, index: List[Tensor], delta: List[Tensor], dim: int, alpha: List[float],
+          replaced: List[Tensor]) -> None:
+    if not len(index) == len(delta) == len(alpha) or len(replaced) not in (0, len(delta)):
+        raise ValueError(f"{op}: index, delta, alpha and replaced must be as many, got {len(index)}, {len(delta)}, "
+                         f"{len(alpha)} and {len(replaced)}")
+    for where, values in zip(index, delta):
+        check_movable(op, weight, dim, where, values, "delta")
+        check_distinct(op, where, weight.shape[dim])
+    for where, old in zip(index, replaced):
+        check_movable(op, weight, dim, where, old, "replaced")
+        if old.dtype != weight.dtype:
+            raise ValueError(f"{op}: replaced must have weight's dtype {weight.dtype}, got {old.dtype}")
+
+
 def reference(weight: Tensor, index: List[Tensor], delta: List[Tensor], dim: int, alpha: List[float],
               replaced: List[Tensor]) -> None:
-    for where in index:
-        check_distinct("scatter_add_", where, weight.shape[dim])
+    check("scatter_add_", weight, index, delta, dim, alpha, replaced)
     if not delta:
         return
     for where, old in zip(index, replaced):
@@ -48,24 +61,14 @@ def scatter_add_(weight: Tensor,                            # 1-D to 3-D, change
     """
     indices, deltas, kept = _as_list(index), _as_list(delta), [] if replaced is None else _as_list(replaced)
     alphas = [float(alpha)] * len(deltas) if isinstance(alpha, (int, float)) else [float(a) for a in alpha]
-    if not len(indices) == len(deltas) == len(alphas) or len(kept) not in (0, len(deltas)):
-        raise ValueError(f"scatter_add_: index, delta, alpha and replaced must be as many, got {len(indices)}, "
-                         f"{len(deltas)}, {len(alphas)} and {len(kept)}")
-    for where, values in zip(indices, deltas):
-        check_movable("scatter_add_", weight, dim, where, values, "delta")
-        if where.is_cuda:
+    if weight.is_cuda:
+        for where in indices:
             check_distinct("scatter_add_", where, weight.shape[dim])
-    for where, old in zip(indices, kept):
-        check_movable("scatter_add_", weight, dim, where, old, "replaced")
-        if old.dtype != weight.dtype:
-            raise ValueError(f"scatter_add_: replaced must be {weight.dtype} as weight is, got {old.dtype}")
     if len({values.dtype for values in deltas}) > 1:
         wide = torch.float64 if any(values.dtype is torch.float64 for values in deltas) else torch.float32
         deltas = [values.to(wide) for values in deltas]
     _op(weight, indices, deltas, dim, alphas, kept)
-    count_change(weight)
-    for old in kept:
-        count_change(old)
+    count_change(weight, *kept)
 
 
 def _as_list(value: Union[Tensor, Sequence[Tensor]]) -> List[Tensor]:

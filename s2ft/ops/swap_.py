@@ -6,6 +6,9 @@ from s2ft.ops._library import check_distinct, check_movable, count_change, defin
 
 
 def reference(weight: Tensor, index: Tensor, values: Tensor, dim: int) -> None:
+    check_movable("swap_", weight, dim, index, values, "values")
+    if values.dtype != weight.dtype:
+        raise ValueError(f"swap_: values must have weight's dtype {weight.dtype}, got {values.dtype}")
     check_distinct("swap_", index, weight.shape[dim])
     held = weight.index_select(dim, index)
     # On the transpose the index comes first, where torch writes whole rows at a time.
@@ -26,11 +29,7 @@ def swap_(weight: Tensor,   # 1-D to 3-D, changed in place
     A second call with the same arguments gives both back bit for bit, which adding and subtracting
     would not. Raises: ValueError for a wrong dim, shape, dtype, or index, before anything is written.
     """
-    check_movable("swap_", weight, dim, index, values, "values")
-    if values.dtype != weight.dtype:
-        raise ValueError(f"swap_: values must be {weight.dtype} as weight is, got {values.dtype}")
-    if index.is_cuda:
+    if weight.is_cuda:
         check_distinct("swap_", index, weight.shape[dim])
     _op(weight, index, values, dim)
-    count_change(weight)
-    count_change(values)
+    count_change(weight, values)
