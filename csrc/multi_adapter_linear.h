@@ -1,5 +1,5 @@
 // The body of multi_adapter_linear, once for every device. A Device has a constructor from a tensor on it
-// and add(Bank, Batch, DType, values): out := y plus what the adapters add.
+// and add(Bank, Batch, DType, x, values): out := y plus what the adapters add.
 #pragma once
 
 #include "aten.h"
@@ -58,7 +58,7 @@ Tensor multi_adapter_linear(const Tensor& x, const Tensor& y, const Tensor& valu
   Batch batch{in.const_data_ptr(), base.const_data_ptr(), out.mutable_data_ptr(), names.const_data_ptr<int64_t>(), in.size(0), 1, in.size(-1), y.size(-1)};
   for (int64_t d = 1; d + 1 < in.dim(); ++d) batch.tokens *= in.size(d);
   if (x.is_cpu()) check_entries(bank, batch);
-  if (out.numel() > 0) Device(x).add(bank, batch, dtype, rows);
+  if (out.numel() > 0) Device(x).add(bank, batch, dtype, in, rows);
   return out;
 }
 

@@ -18,7 +18,10 @@ namespace {
 constexpr int kTokens = 4;            // that share a read of the adapter
 constexpr int64_t kBlock = 4096;      // outputs summed at once: the sums of kTokens lie in the second-level cache
 constexpr int64_t kUnitBlock = 64;    // units of one task, for dim 0
-constexpr int64_t kProductRows = 16;  // tokens from which on a matrix product is faster
+
+// Tokens from which on PyTorch's product is faster: in 16-bit types it has instructions that compilers don't use.
+template <class T>
+constexpr int64_t kProductRows = sizeof(T) == 2 ? 16 : 48;
 
 // ---- kernels -----------------------------------------------------------------------------------------
 //
@@ -246,73 +249,101 @@ void run_tasks(const Bank& bank, const Batch& batch, const std::vector<Task>& ta
 
 // x of the group's tokens: all inputs (dim 0), or those that the adapter's units are (dim 1).
 template <class T>
-void gather(const Bank& bank, const Batch& batch, const Group& group, T* to) {
+Tensor gathered(const Bank& bank, const Batch& batch, const Group& group, const Tensor& x) {
   const int64_t begin = bank.offsets[group.adapter], units = bank.offsets[group.adapter + 1] - begin;
-  const int64_t columns = bank.outputs ? batch.inputs : units;
-  parallel_lines(static_cast<int64_t>(group.token.size()), columns, [&](int64_t first, int64_t last) {
+  const int64_t tokens = static_cast<int64_t>(group.token.size()), columns = bank.outputs ? batch.inputs : units;
+  if (bank.outputs && group.token.back() - group.token.front() + 1 == tokens) {   // neighbours: no copy
+    Tensor rows = torch::stable::view(x, {batch.sequences * batch.tokens, batch.inputs});
+    return torch::stable::narrow(rows, 0, group.token.front(), tokens);
+  }
+  Tensor taken = torch::stable::new_empty(x, {tokens, columns});
+  T* to = static_cast<T*>(taken.mutable_data_ptr());
+  parallel_lines(tokens, columns, [&](int64_t first, int64_t last) {
     for (int64_t m = first; m < last; ++m) {
-      const T* x = static_cast<const T*>(batch.x) + group.token[m] * batch.inputs;
+      const T* from = static_cast<const T*>(batch.x) + group.token[m] * batch.inputs;
       if (bank.outputs)
-        std::copy(x, x + columns, to + m * columns);
+        std::copy(from, from + columns, to + m * columns);
       else
-        for (int64_t k = 0; k < units; ++k) to[m * columns + k] = x[bank.index[begin + k]];
+        for (int64_t k = 0; k < units; ++k) to[m * columns + k] = from[bank.index[begin + k]];
     }
   });
+  return taken;
 }
 
-template <class T, class A>
+// out := y + product for the group's tokens.
+template <class T>
 void add_product(const Bank& bank, const Batch& batch, const Group& group, const T* product) {
   const int64_t begin = bank.offsets[group.adapter], units = bank.offsets[group.adapter + 1] - begin;
-  const int64_t columns = bank.outputs ? units : batch.outputs;
-  parallel_lines(static_cast<int64_t>(group.token.size()), columns, [&](int64_t first, int64_t last) {
+  parallel_lines(static_cast<int64_t>(group.token.size()), batch.outputs, [&](int64_t first, int64_t last) {
     for (int64_t m = first; m < last; ++m) {
+      const T* y = static_cast<const T*>(batch.y) + group.token[m] * batch.outputs;
       T* out = static_cast<T*>(batch.out) + group.token[m] * batch.outputs;
-      const T* add_to = product + m * columns;
-      if (!bank.outputs)
-        add_span(out, add_to, 1, out, columns);
-      else
-        for (int64_t k = 0; k < units; ++k) out[bank.index[begin + k]] = add(out[bank.index[begin + k]], add_to[k]);
+      if (!bank.outputs) {
+        add_span(y, product + m * batch.outputs, 1, out, batch.outputs);
+        continue;
+      }
+      std::copy(y, y + batch.outputs, out);
+      for (int64_t k = 0; k < units; ++k) {
+        T& at = out[bank.index[begin + k]];
+        at = add(at, product[m * units + k]);
+      }
     }
   });
 }
 
-template <class T, class A>
-void run_product(const Bank& bank, const Batch& batch, const Group& group, const Tensor& values) {
+template <class T>
+void run_product(const Bank& bank, const Batch& batch, const Group& group, const Tensor& x, const Tensor& values) {
   const int64_t begin = bank.offsets[group.adapter], units = bank.offsets[group.adapter + 1] - begin;
-  const Tensor x = torch::stable::new_empty(
-      values, {static_cast<int64_t>(group.token.size()), bank.outputs ? batch.inputs : units});
-  gather(bank, batch, group, static_cast<T*>(x.mutable_data_ptr()));
   Tensor all = values;
-  const Tensor rows = torch::stable::narrow(all, 0, begin, units);
-  const Tensor product = bank.outputs ? aten::linear(x, rows, std::nullopt) : aten::matmul(x, rows);
-  add_product<T, A>(bank, batch, group, static_cast<const T*>(product.const_data_ptr()));
+  const Tensor rows = torch::stable::narrow(all, 0, begin, units), taken = gathered<T>(bank, batch, group, x);
+  const Tensor product = bank.outputs ? aten::linear(taken, rows, std::nullopt) : aten::matmul(taken, rows);
+  add_product(bank, batch, group, static_cast<const T*>(product.const_data_ptr()));
 }
 
+// out := y for the tokens whose group needs no product, which write their own.
 template <class T>
-void copy_base(const Batch& batch) {
-  parallel_lines(batch.sequences * batch.tokens, batch.outputs, [&](int64_t begin, int64_t end) {
-    const T* y = static_cast<const T*>(batch.y);
-    std::copy(y + begin * batch.outputs, y + end * batch.outputs, static_cast<T*>(batch.out) + begin * batch.outputs);
+void copy_base(const Batch& batch, const std::vector<bool>& written) {
+  parallel_lines(batch.sequences, batch.tokens * batch.outputs, [&](int64_t begin, int64_t end) {
+    const int64_t size = batch.tokens * batch.outputs;
+    for (int64_t b = begin; b < end; ++b) {
+      if (written[b]) continue;
+      const T* y = static_cast<const T*>(batch.y) + b * size;
+      std::copy(y, y + size, static_cast<T*>(batch.out) + b * size);
+    }
   });
 }
 
+// Several groups are shared out among the threads, each with products of its own: one after another, threads
+// would meet at every one of many small products.
 template <class T>
-void add_all(const Bank& bank, const Batch& batch, const Tensor& values) {
-  using A = Wide<T, T>;
-  copy_base<T>(batch);
-  std::vector<Group> small;
-  for (Group& group : groups_of(bank, batch))
-    if (static_cast<int64_t>(group.token.size()) < kProductRows)
-      small.push_back(std::move(group));
-    else
-      run_product<T, A>(bank, batch, group, values);
-  run_tasks<T, A>(bank, batch, tasks_of(bank, small));
+void run_products(const Bank& bank, const Batch& batch, const std::vector<Group>& groups, const Tensor& x,
+                  const Tensor& values) {
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t g = begin; g < end; ++g) run_product<T>(bank, batch, groups[g], x, values);
+  };
+  const int64_t count = static_cast<int64_t>(groups.size());
+  count > 1 ? torch::stable::parallel_for(0, count, 1, run) : run(0, count);
+}
+
+template <class T>
+void add_all(const Bank& bank, const Batch& batch, const Tensor& x, const Tensor& values) {
+  std::vector<Group> small, large;
+  std::vector<bool> written(static_cast<size_t>(batch.sequences));
+  for (Group& group : groups_of(bank, batch)) {
+    const bool many = static_cast<int64_t>(group.token.size()) >= kProductRows<T>;
+    for (int64_t t = 0; many && t < static_cast<int64_t>(group.token.size()); t += batch.tokens)
+      written[group.token[t] / batch.tokens] = true;
+    (many ? large : small).push_back(std::move(group));
+  }
+  copy_base<T>(batch, written);
+  run_products<T>(bank, batch, large, x, values);
+  run_tasks<T, Wide<T, T>>(bank, batch, tasks_of(bank, small));
 }
 
 struct CpuMultiAdapter {
   explicit CpuMultiAdapter(const Tensor&) {}
-  void add(const Bank& bank, const Batch& batch, DType dtype, const Tensor& values) const {
-    visit(dtype, [&](auto tag) { add_all<typename decltype(tag)::type>(bank, batch, values); });
+  void add(const Bank& bank, const Batch& batch, DType dtype, const Tensor& x, const Tensor& values) const {
+    visit(dtype, [&](auto tag) { add_all<typename decltype(tag)::type>(bank, batch, x, values); });
   }
 };
 

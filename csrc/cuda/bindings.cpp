@@ -74,7 +74,7 @@ class Cuda {
     check(cuda::exchange_units(e, element_size, weight, values, stream_));
   }
 
-  void add(const Bank& bank, const Batch& batch, DType dtype, const Tensor&) const {
+  void add(const Bank& bank, const Batch& batch, DType dtype, const Tensor&, const Tensor&) const {
     check(cuda::add_adapters(bank, batch, dtype, stream_));
   }
 

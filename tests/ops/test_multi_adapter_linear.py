@@ -11,7 +11,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.cuda))
 SIZES = (3, 0, 1, 8, 17)   # units of each adapter
 # leading dimensions of x: decode, prefill, packed tokens, one adapter for many tokens, empty
-LEADING = ((7,), (7, 1), (5, 6), (2, 40), (90,), (3, 2, 2), (0, 4), (4, 0))
+LEADING = ((7,), (7, 1), (5, 6), (2, 70), (90,), (400,), (3, 2, 2), (0, 4), (4, 0))
 
 
 class Case:
