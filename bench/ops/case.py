@@ -43,7 +43,7 @@ def measure(case: Case, device: str, seconds: float) -> Dict[str, Any]:
     return {"op": case.op, "case": case.name, "rounds": rounds,
             "microseconds": {name: 1e6 * statistics.median(values) for name, values in times.items()},
             "s2ft faster than": {name: median_ratio(times, name, "s2ft") for name in case.rivals},
-            "s2ft to floor": None if floor is None else median_ratio(times, "s2ft", "floor"), **case.note}
+            "s2ft to floor": None if floor is None else median_ratio(times, "s2ft", "floor"), "note": case.note}
 
 
 def line_of(result: Dict[str, Any]) -> str:
@@ -52,4 +52,5 @@ def line_of(result: Dict[str, Any]) -> str:
     rivals = "  ".join(f"{name} {result['microseconds'][name]:,.0f} µs, {ratio:.2f} ×"
                        for name, ratio in result["s2ft faster than"].items())
     return (f"{result['op']:<21}{result['case']:<44}{result['microseconds']['s2ft']:>11,.0f} µs"
-            f"{'' if floor is None else f'{floor:8.2f} × floor':>16}   {rivals}")
+            f"{'' if floor is None else f'{floor:8.2f} × floor':>16}   {rivals}"
+            + "".join(f"  {name}: {value}" for name, value in result["note"].items()))

@@ -1,4 +1,7 @@
 """permute_ against indexing by torch, which makes a second matrix. Floor: a copy of the weight."""
+from pathlib import Path
+from typing import Optional
+
 import torch
 from case import Case
 
@@ -10,6 +13,22 @@ def order_of(size: int, moved: float) -> torch.Tensor:
     order, chosen = torch.arange(size), torch.randperm(size)[: int(moved * size)]
     order[chosen.sort().values] = chosen[torch.randperm(len(chosen))]
     return order
+
+
+def peak_growth(step) -> Optional[float]:
+    """MiB by which a step raises the process' peak memory above what it holds now; None where it can't be read."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")   # the peak starts from here
+        before = peak()
+        step()
+        return round(peak() - before, 1)
+    except (OSError, StopIteration):
+        return None
+
+
+def peak() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def cases(device: str):
@@ -29,4 +48,4 @@ def cases(device: str):
 
         yield Case("permute_", f"{str(dtype)[6:]} 4096 × 14336, dim {dim}, {moved:.0%} moved", ours,
                    {"index_select": indexing, "index_select, copy_": in_place},
-                   moved=2 * weight.numel() * weight.element_size())
+                   moved=2 * weight.numel() * weight.element_size(), note={"peak MiB more": peak_growth(ours)})

@@ -12,7 +12,7 @@ namespace s2ft {
 constexpr int64_t kElementsPerThread = int64_t{256} << 10;
 
 // An element that has a cache line to itself takes about as long as this many neighbours.
-constexpr int64_t kScattered = 8;
+constexpr int64_t kScattered = 16;
 
 // Runs f(begin, end) over 0..lines, on PyTorch's threads if there is enough to do. `f` must not throw.
 template <class F>

@@ -1,9 +1,11 @@
 """permute_, swap_ and scatter_add_: the ops that change rows and columns of a weight in place."""
+import subprocess
 import sys
 
 import pytest
 import torch
 
+from s2ft import build_info
 from s2ft.ops import effective_units, permute_, scatter_add_, swap_
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -123,6 +125,25 @@ def test_compiled_kernel_equals_reference(op):
                      scatter_add_: (index, delta, dim, [0.3, -2.0], [])}[op])
             results.append((w, v))
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results))
+
+
+GROWTH = """
+import resource, torch
+from s2ft.ops import permute_
+weight = torch.zeros(4096, 8192, dtype=torch.bfloat16)   # 64 MiB
+order = torch.randperm(8192)
+permute_(weight[:2], order, 1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for dim in (0, 1):
+    permute_(weight, order[: weight.shape[dim]].argsort(), dim)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.skipif(not build_info()["ops"]["permute_"], reason="the reference takes what moves out of the weight")
+def test_permute_makes_no_second_matrix():
+    run = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True)
+    assert float(run.stdout.splitlines()[-1]) < 4   # MiB
 
 
 def test_opcheck():
