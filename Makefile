@@ -18,6 +18,8 @@ test-all: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(BIN)/python bench/train_step.py
 	$(BIN)/python bench/convert.py
+	$(BIN)/python bench/switch.py
+	$(BIN)/python bench/ops/run.py
 
 # The build runs without isolation, so that the kernels are compiled against the torch they will run with.
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)

@@ -5,14 +5,6 @@
 #include "clones.h"
 #include "parallel.h"
 
-// The build forbids fused products and sums, since base + alpha * delta must be rounded as PyTorch rounds
-// it. Nothing here is that exact, and without them the polynomials take up to half as long again.
-#if defined(__GNUC__) && !defined(__clang__)
-#define S2FT_FUSED __attribute__((optimize("fp-contract=fast")))
-#else
-#define S2FT_FUSED
-#endif
-
 namespace s2ft {
 namespace {
 

@@ -127,12 +127,12 @@ S2FT_INLINE void dot_tile(const T* rows, int64_t units, int64_t stride, const A*
 }
 
 #define S2FT_DEFINE_TILES(T, A)                                                                               \
-  S2FT_CLONES void add_rows_of(const T* rows, int64_t units, int64_t stride, const A* factor, A* const* sum,  \
-                               int tokens, int64_t width) {                                                   \
+  S2FT_CLONES S2FT_FUSED void add_rows_of(const T* rows, int64_t units, int64_t stride, const A* factor,      \
+                                          A* const* sum, int tokens, int64_t width) {                         \
     add_tile(rows, units, stride, factor, sum, tokens, width);                                                \
   }                                                                                                           \
-  S2FT_CLONES void dot_rows_of(const T* rows, int64_t units, int64_t stride, const A* const* x, A* dot,       \
-                               int tokens, int64_t width) {                                                   \
+  S2FT_CLONES S2FT_FUSED void dot_rows_of(const T* rows, int64_t units, int64_t stride, const A* const* x,    \
+                                          A* dot, int tokens, int64_t width) {                                \
     dot_tile(rows, units, stride, x, dot, tokens, width);                                                     \
   }
 S2FT_DEFINE_TILES(float, float)
