@@ -111,8 +111,8 @@ void permute_all_columns(const Along& a, const int64_t* order, T* weight) {
 
 template <class T>
 void permute_columns(const Along& a, const int64_t* order, const Cycles& cycles, T* weight) {
-  // Where an eighth moves, nearly every cache line is touched either way.
-  if (a.unit_stride != 1 || cycles.moved() < a.units / 8)
+  // Where a twentieth moves, nearly every cache line is touched either way.
+  if (a.unit_stride != 1 || cycles.moved() < a.units / 20)
     permute_few_columns(a, cycles, weight);
   else if (a.units <= std::numeric_limits<uint16_t>::max())
     permute_all_columns<uint16_t>(a, order, weight);
