@@ -1,8 +1,6 @@
 """The native format: deltas and indices in safetensors, the rest in s2ft_config.json."""
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any, Dict
 
@@ -15,6 +13,7 @@ import s2ft.version
 from s2ft.adapter.adapter import Adapter
 from s2ft.config import S2FTConfig
 from s2ft.delta import Delta
+from s2ft.files import replace_file
 from s2ft.selection import Selection
 
 SCHEMA = 1
@@ -50,21 +49,6 @@ def write(adapter: Adapter, directory) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     replace_file(directory / TENSORS, blob)
     replace_file(directory / CONFIG, json.dumps(config, indent=1).encode())
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write beside and rename, so that no reader ever sees half a file."""
-    descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise
 
 
 def read(directory) -> Adapter:

@@ -1,0 +1,76 @@
+"""Selections as files and as tables."""
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.models import ALL_RATIOS, model_of
+
+import s2ft
+from s2ft.convert import attachment_of
+from s2ft.selection import Selection
+
+UNITS = st.dictionaries(st.text("abc.1é", min_size=1, max_size=9),
+                        st.sets(st.integers(0, 2**40), min_size=1, max_size=9), min_size=1, max_size=4)
+
+
+@settings(deadline=None, max_examples=30)
+@given(units=UNITS)
+def test_round_trip(units, tmp_path_factory):
+    selection = Selection({path: torch.tensor(sorted(numbers)) for path, numbers in units.items()})
+    path = tmp_path_factory.mktemp("selection") / "s.json"
+    selection.save(path)
+    assert Selection.load(path) == selection and [p.name for p in path.parent.iterdir()] == ["s.json"]
+
+
+def test_of_an_adapter_folder(tmp_path):
+    model = model_of("llama")
+    s2ft.attach(model, s2ft.S2FTConfig(**ALL_RATIOS))
+    s2ft.save_adapter(model, tmp_path)
+    assert Selection.load(tmp_path) == attachment_of(model).selection
+    config = json.loads((tmp_path / "s2ft_config.json").read_text())
+    config["projections"]["model.layers.0.mlp.down_proj"]["units"][0] = 3
+    (tmp_path / "s2ft_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="not those that were saved"):
+        Selection.load(tmp_path)
+
+
+def test_table():
+    selection = Selection({"0.mlp.up": torch.arange(3), "1.mlp.up": torch.arange(1205), "0.mlp.down": torch.arange(2)})
+    assert [line.split() for line in str(selection).splitlines()] == [
+        ["projection", "layers", "units", "a", "layer", "units"], ["up", "2", "3", "to", "1205", "1,208"],
+        ["down", "1", "2", "2"]]
+
+
+WRONG = {
+    "not JSON": ("{", "not JSON"),
+    "no object": ("[]", "holds a list"),
+    "another file": ({"a": 1}, "must have schema, units and digest"),
+    "more": ({"schema": 1, "units": {}, "digest": "", "x": 0}, "must have schema, units and digest"),
+    "newer": ({"schema": 2, "units": {"a": [0]}, "digest": ""}, "schema 2; this s2ft reads schema 1"),
+    "units a list": ({"schema": 1, "units": [0], "digest": ""}, "by module path"),
+    "no units": ({"schema": 1, "units": {}, "digest": ""}, "at least one"),
+    "empty": ({"schema": 1, "units": {"a": []}, "digest": ""}, "a must have a list of unit numbers"),
+    "text": ({"schema": 1, "units": {"a": ["1"]}, "digest": ""}, "a must have a list of unit numbers"),
+    "bool": ({"schema": 1, "units": {"a": [True]}, "digest": ""}, "a must have a list of unit numbers"),
+    "negative": ({"schema": 1, "units": {"a": [-1]}, "digest": ""}, "a must have a list of unit numbers"),
+    "twice": ({"schema": 1, "units": {"a": [1, 1]}, "digest": ""}, "names a unit twice"),
+    "digest": ({"schema": 1, "units": {"a": [1]}, "digest": "0"}, "not those that were saved"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_files(wrong, tmp_path):
+    content, message = WRONG[wrong]
+    path = tmp_path / "s.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(ValueError, match=message) as error:
+        Selection.load(path)
+    assert str(path) in str(error.value)
+
+
+def test_missing_file(tmp_path):
+    for path in (tmp_path / "nowhere.json", tmp_path):
+        with pytest.raises(FileNotFoundError):
+            Selection.load(path)
