@@ -13,8 +13,9 @@ from s2ft.delta import Delta
 from s2ft.fingerprint import fingerprint
 from s2ft.layers import S2ColumnLinear, S2Linear, S2RowLinear
 from s2ft.ops import act_mul, scatter_add_, swap_
-from s2ft.permutation import contiguous_range, coupling_order, expand, inverse, permute_linear
-from s2ft.selection import Selection, select
+from s2ft.permutation import contiguous_range, coupling_order, expand, inverse, permute_coupling
+from s2ft.selection import Selection
+from s2ft.selection import select as select_units
 
 RECORD = "_s2ft"   # the attribute of the model that holds its Attachment
 
@@ -70,17 +71,16 @@ def attach(model: nn.Module, config: S2FTConfig, name: str = "default", calibrat
 
     Args:
         model: a model of a known family, floating-point weights, nothing attached.
-        config: what to train. name: of the new adapter. calibration: for selections that need data.
+        config: what to train. name: of the new adapter.
+        calibration: for selections that need data, see :func:`select`.
     Returns: a report that prints as a table of what is trained.
     Raises: ValueError, with the model as it was; TypeError for a config that is none.
     """
     if not isinstance(config, S2FTConfig):
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
-    if calibration is not None:
-        raise ValueError(f"selection={config.selection!r} takes no calibration data")
     check_name(name)
     record = new_attachment(model)
-    selection = select(record.couplings, config)
+    selection = select_units(record.couplings, config, model, calibration)
     mount(model, record, config, selection, name)
     return Report.of(model)
 
@@ -146,7 +146,7 @@ def _mount_all(model: nn.Module, record: Attachment, touched: List[Coupling],
     for coupling in touched:
         order = orders.get(coupling)
         if order is not None:
-            _permute(model, coupling, order)
+            permute_coupling(model, coupling, order)
             record.orders.append((coupling, order))
         for projection in coupling.projections:
             if projection.path in record.selection:
@@ -176,11 +176,6 @@ def _order(coupling: Coupling, selection: Selection) -> Tensor:
     producers = [selection[p.path] for p in coupling.producers if p.path in selection]
     consumer = selection[coupling.consumer.path] if coupling.consumer.path in selection else None
     return coupling_order(coupling.consumer.count, producers, consumer)
-
-
-def _permute(model: nn.Module, coupling: Coupling, order: Tensor) -> None:
-    for projection in coupling.projections:
-        permute_linear(model.get_submodule(projection.path), order, projection.unit, projection.dim)
 
 
 def _mount(model: nn.Module, projection: Projection, units: Tensor, order: Optional[Tensor],
@@ -233,7 +228,7 @@ def _restore(model: nn.Module, record: Attachment) -> nn.Module:
         mount.linear.train(mount.layer.training)
         model.set_submodule(path, mount.linear)
     for coupling, order in record.orders:
-        _permute(model, coupling, inverse(order))
+        permute_coupling(model, coupling, inverse(order))
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(record.required_grad.get(key, parameter.requires_grad))
     delattr(model, RECORD)
@@ -339,14 +334,16 @@ class Report:
     @classmethod
     def of(cls, model: nn.Module) -> "Report":
         record = attachment_of(model)
-        groups: Dict[str, List[Mount]] = {}
+        groups: Dict[Tuple, List[Mount]] = {}
         for mount in record.mounts.values():
-            groups.setdefault(mount.projection.path.rpartition(".")[2], []).append(mount)
+            projection = mount.projection
+            alike = (_name_in_layer(projection.path), projection.key, projection.count, mount.elements.numel())
+            groups.setdefault(alike, []).append(mount)
         rows = []
-        for key, mounts in groups.items():
+        for (name, *_), mounts in groups.items():
             first = mounts[0]
             units = first.elements.numel() // first.projection.unit
-            rows.append(Row(key, len(mounts), f"{units} of {first.projection.count} {unit_name(first.projection)}",
+            rows.append(Row(name, len(mounts), f"{units} of {first.projection.count} {unit_name(first.projection)}",
                             sum(mount.layer.s2.numel() for mount in mounts), first.layer.s2.dtype))
         trainable = sum(row.parameters for row in rows)
         total = sum(parameter.numel() for parameter in model.parameters()) - trainable
@@ -357,8 +354,16 @@ class Report:
         return self.trainable / self.total
 
     def __str__(self) -> str:
-        lines = [f"{'projection':<12}{'layers':>7}  {'units a layer':<24}{'parameters':>14}  dtype"]
-        lines += [f"{row.projection:<12}{row.layers:>7}  {row.units:<24}{row.parameters:>14,}  "
+        width = max(12, *(len(row.projection) + 1 for row in self.rows))
+        lines = [f"{'projection':<{width}}{'layers':>7}  {'units a layer':<24}{'parameters':>14}  dtype"]
+        lines += [f"{row.projection:<{width}}{row.layers:>7}  {row.units:<24}{row.parameters:>14,}  "
                   f"{str(row.dtype).removeprefix('torch.')}" for row in self.rows]
         return "\n".join(lines + [f"adapter {self.name!r}, layout {self.layout}: {self.trainable:,} of "
                                   f"{self.total:,} parameters are trained ({self.share:.2%})"])
+
+
+def _name_in_layer(path: str) -> str:
+    """The part of a path that all layers have in common: what follows the last number, if anything does."""
+    names = path.split(".")
+    numbers = [i for i, name in enumerate(names[:-1]) if name.isdigit()]
+    return path if names[-1].isdigit() or not numbers else ".".join(names[numbers[-1] + 1:])

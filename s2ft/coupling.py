@@ -22,13 +22,30 @@ class Projection:
 
 
 @dataclass(frozen=True)
-class Coupling:
-    """Producers and the consumer of one coupled structure of one layer."""
+class Vector:
+    """A further parameter whose dim 0 is made of a coupling's units and moves along with the producers' outputs.
 
-    kind: str    # "ffn" or "attention"
+    For instance the weight of a norm over all heads (unit head_dim), or of one per head, [heads, head_dim] (unit 1).
+    """
+
+    path: str    # the parameter's name in the model
+    unit: int    # entries of dim 0 that a unit spans
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """Producers and the consumer of one coupled structure of one layer.
+
+    Layers are counted through the model: where there are several stacks, the second's come after the
+    first's (encoder, then decoder; text, then vision).
+    """
+
+    kind: str    # "ffn", "attention" or "cross-attention"
     layer: int
     producers: Tuple[Projection, ...]
     consumer: Projection
+    vectors: Tuple[Vector, ...] = ()   # what moves along with the producers, besides their biases
+    fixed: bool = False                # whether something outside numbers the units, so that none can move
     block: Optional[str] = None        # the module around them, if there is one
     activation: Optional[str] = None   # of s2ft.ops.act_mul, if block is consumer(activation(gate) * up)
 
@@ -43,9 +60,10 @@ class Coupling:
 
         Grouped-query attention's cannot: several query heads share a key/value head, and one of them
         outside its group would meet another's keys. Its heads are trained where they lie, which
-        costs nothing, for a head's rows and columns are contiguous as they are.
+        costs nothing, for a head's rows and columns are contiguous as they are. Nor can those of a
+        `fixed` coupling: T5's heads, say, are numbered by a table of position biases that layers share.
         """
-        return len({projection.count for projection in self.projections}) == 1
+        return not self.fixed and len({projection.count for projection in self.projections}) == 1
 
 
 def unit_name(projection: Projection) -> str:

@@ -4,6 +4,7 @@ from typing import Optional, Sequence, Tuple
 import torch
 from torch import Tensor, nn
 
+from s2ft.coupling import Coupling
 from s2ft.ops import permute_
 
 
@@ -72,3 +73,13 @@ def permute_linear(linear: nn.Module, order: Tensor, unit: int, dim: int) -> Non
     permute_(linear.weight.detach(), elements, dim)
     if dim == 0 and linear.bias is not None:
         permute_(linear.bias.detach(), elements, 0)
+
+
+@torch.no_grad()
+def permute_coupling(model: nn.Module, coupling: Coupling, order: Tensor) -> None:
+    """Put a coupling's units in a new order on both sides, in place."""
+    for projection in coupling.projections:
+        permute_linear(model.get_submodule(projection.path), order, projection.unit, projection.dim)
+    for vector in coupling.vectors:
+        parameter = model.get_parameter(vector.path).detach()
+        permute_(parameter, expand(order, vector.unit).to(parameter.device), 0)

@@ -3,7 +3,7 @@ import copy
 
 import pytest
 import torch
-from support.models import ALL_RATIOS, CASES, model_of, token_batch, train
+from support.models import ALL_RATIOS, CASES, model_of, ratios_for, token_batch, train
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -11,8 +11,8 @@ from transformers.activations import ACT2FN
 
 import s2ft
 from s2ft import S2FTConfig
-from s2ft.arch.llama import ACTIVATIONS
-from s2ft.convert import attachment_of
+from s2ft.arch.blocks import ACTIVATIONS
+from s2ft.convert import attachment_of, mounted_deltas
 from s2ft.coupling import projections_of
 from s2ft.ops.act_mul import ACTIVATIONS as FUNCTIONS
 
@@ -27,10 +27,7 @@ REQUESTS = {
 
 
 def config_for(case, request, **more):
-    ratios = dict(REQUESTS[request])
-    if "multi-query" in case:   # one KV head: it is trained whole or not at all
-        ratios.update({key: 1.0 for key in ("k_ratio", "v_ratio") if key in ratios})
-    return S2FTConfig(**ratios, **more)
+    return S2FTConfig(**ratios_for(case, REQUESTS[request]), **more)
 
 
 def states_equal(ours, theirs):
@@ -39,8 +36,8 @@ def states_equal(ours, theirs):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("request_", REQUESTS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case,request_", [(case, request) for case in CASES for request in REQUESTS
+                                           if ratios_for(case, REQUESTS[request])])
 def test_attach_leaves_the_logits(case, request_, layout):
     model = model_of(case)
     batch = token_batch(model)
@@ -50,11 +47,22 @@ def test_attach_leaves_the_logits(case, request_, layout):
         assert relative_difference(model(batch).logits, before) <= LOGITS
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_every_layer_is_reported_and_trained(case):
+    model = model_of(case)
+    layers = [module for stack in model.modules() if isinstance(stack, nn.ModuleList) for module in stack.modules()]
+    linears = {id(module) for module in layers if isinstance(module, nn.Linear)}
+    report = s2ft.attach(model, config_for(case, "all"))
+    assert {id(mount.linear) for mount in attachment_of(model).mounts.values()} == linears
+    assert sum(row.layers for row in report.rows) == len(linears)
+    assert len({row.projection for row in report.rows}) == len(report.rows)
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES)
-def test_train_detach_merge(case, layout, dtype):
-    """Only the selected units move; detach is the base; merge is the weight trained with."""
+def test_train_detach_merge(case, layout, dtype, tmp_path):
+    """Only the selected units move; detach is the base; merge is the weight trained with, in a stock checkpoint too."""
     base = model_of(case, dtype)
     model = copy.deepcopy(base)
     s2ft.attach(model, config_for(case, "all", layout=layout))
@@ -63,20 +71,25 @@ def test_train_detach_merge(case, layout, dtype):
     logits = model(batch).logits
 
     detached = s2ft.detach(copy.deepcopy(model))
-    assert states_equal(detached, base) and type(detached.model.layers[0].mlp.up_proj) is nn.Linear
+    assert states_equal(detached, base)
+    assert [type(module) for module in detached.modules()] == [type(module) for module in base.modules()]
 
-    selection = attachment_of(model).selection
+    selection, deltas = attachment_of(model).selection, mounted_deltas(attachment_of(model))
     projections = {p.path: p for p in projections_of(attachment_of(model).couplings)}
     merged = s2ft.merge(model)
     if dtype is torch.float32:
         assert relative_difference(merged(batch).logits, logits) <= LOGITS
+        merged.save_pretrained(tmp_path)
+        assert states_equal(type(base).from_pretrained(tmp_path, dtype=dtype), merged)
     for key, weight in merged.state_dict().items():
         original, path = base.state_dict()[key], key.removesuffix(".weight")
         if path in selection and key.endswith("weight"):
             p = projections[path]
             whole = weight.unflatten(p.dim, (p.count, p.unit)) != original.unflatten(p.dim, (p.count, p.unit))
             moved = whole.movedim(p.dim, 0).flatten(1).any(1).nonzero().squeeze(1)
-            assert torch.equal(moved, selection[path]), key
+            trained = deltas[path].values.movedim(p.dim, 0).reshape(selection[path].numel(), -1).any(1)
+            assert torch.equal(moved, selection[path][trained]), key
+            assert trained.float().mean() >= 0.5   # relu leaves the channels that were never active
         else:
             assert torch.equal(weight, original), key
 
@@ -326,7 +339,7 @@ def test_bad_requests_leave_the_model(bad):
 
 
 def test_unknown_family_names_the_known_ones():
-    with pytest.raises(ValueError, match="never-heard-of.*llama, mistral, qwen2, qwen3"):
+    with pytest.raises(ValueError, match="never-heard-of.*llama, mistral, olmo2.*couplings="):
         s2ft.attach(Unknown(), S2FTConfig(d_ratio=0.1))
 
 

@@ -1,5 +1,5 @@
 """Which couplings a model has: one small file a model family, registered by model_type."""
-from s2ft.arch import llama  # noqa: F401  (registers its model types)
+from s2ft.arch import cohere, llama, olmo2, opt, phi, stablelm, starcoder2  # noqa: F401  (register their model types)
 from s2ft.arch.registry import couplings_of, known_architectures, register_architecture
 
 __all__ = ["couplings_of", "known_architectures", "register_architecture"]

@@ -1,9 +1,9 @@
 """model_type → the function that lists a model's couplings."""
-from typing import Callable, Dict, List
+from typing import Callable, Dict, List, Set
 
 from torch import nn
 
-from s2ft.coupling import Coupling, projections_of
+from s2ft.coupling import Coupling, Projection, Vector
 
 Declaration = Callable[[nn.Module], List[Coupling]]
 _DECLARATIONS: Dict[str, Declaration] = {}
@@ -31,15 +31,27 @@ def couplings_of(model: nn.Module) -> List[Coupling]:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type not in _DECLARATIONS:
         raise ValueError(f"{type(model).__name__} (model type {model_type!r}) is not a model family that s2ft "
-                         f"knows; known are {', '.join(known_architectures())}. Others can be added with "
-                         "s2ft.arch.register_architecture")
+                         f"knows; known are {', '.join(known_architectures())}. The couplings of others are given by "
+                         "hand, attach(..., couplings=[s2ft.Coupling(...), ...]), or by family, "
+                         "s2ft.register_architecture")
     couplings = _DECLARATIONS[model_type](model)
-    for projection in projections_of(couplings):
-        check_shape(model, projection)
+    if not couplings:
+        raise ValueError(f"{type(model).__name__}: the layers of model type {model_type!r} are not where s2ft looks "
+                         "for them")
+    check_shapes(model, couplings)
     return couplings
 
 
-def check_shape(model: nn.Module, projection) -> None:
+def check_shapes(model: nn.Module, couplings: List[Coupling]) -> None:
+    """Raises: ValueError for a module or parameter that is missing or whose shape contradicts its coupling."""
+    for coupling in couplings:
+        for projection in coupling.projections:
+            _check_projection(model, projection)
+        for vector in coupling.vectors:
+            _check_vector(model, vector, {projection.count for projection in coupling.producers})
+
+
+def _check_projection(model: nn.Module, projection: Projection) -> None:
     try:
         module = model.get_submodule(projection.path)
     except AttributeError:
@@ -50,3 +62,13 @@ def check_shape(model: nn.Module, projection) -> None:
         shape = None if weight is None else tuple(weight.shape)
         raise ValueError(f"{projection.path}: expected a weight with {expected} = {projection.count} units of "
                          f"{projection.unit} in dim {projection.dim}, got shape {shape}")
+
+
+def _check_vector(model: nn.Module, vector: Vector, counts: Set[int]) -> None:
+    try:
+        parameter = model.get_parameter(vector.path)
+    except AttributeError:
+        raise ValueError(f"{type(model).__name__} has no parameter {vector.path}") from None
+    if parameter.dim() == 0 or parameter.shape[0] not in {count * vector.unit for count in counts}:
+        raise ValueError(f"{vector.path}: expected {' or '.join(map(str, sorted(counts)))} units of {vector.unit} "
+                         f"in dim 0, got shape {tuple(parameter.shape)}")

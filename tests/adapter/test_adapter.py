@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from support.models import ALL_RATIOS, CASES, model_of, token_batch, train
+from support.models import ALL_RATIOS, CASES, model_of, ratios_for, token_batch, train
 
 import s2ft
 from s2ft import S2FTConfig
@@ -26,7 +26,7 @@ def equal(ours, theirs):
 
 def trained(case="llama", dtype=torch.float32, layout="permuted", seed=0, name="default", steps=3):
     model = model_of(case, dtype)
-    s2ft.attach(model, S2FTConfig(**RATIOS, layout=layout, seed=seed), name=name)
+    s2ft.attach(model, S2FTConfig(**ratios_for(case, RATIOS), layout=layout, seed=seed), name=name)
     train(model, steps)
     return model
 

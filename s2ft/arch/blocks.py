@@ -1,0 +1,72 @@
+"""What model families are made of: attention, gated and two-layer FFNs of separate linear layers."""
+from typing import Iterator, Optional, Sequence, Tuple
+
+from torch import nn
+
+from s2ft.coupling import Coupling, Projection, Vector
+
+# hidden_act → activation of act_mul, for those of transformers' activations that are PyTorch's own function,
+# equal bit for bit. gelu_new, gelu_fast, gelu_accurate and the *_python ones follow the same formulas in
+# single operators and round after each: in bfloat16 that is far from gelu.
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+
+
+def attention(layer: int, paths: Sequence[str], heads: int, head_dim: int, kv_heads: Optional[int] = None,
+              kind: str = "attention", vectors: Tuple[Vector, ...] = (), fixed: bool = False) -> Coupling:
+    """Of the modules `paths`: q, k, v and o."""
+    counts = (heads, kv_heads or heads, kv_heads or heads)
+    producers = tuple(Projection(key, path, count, head_dim, 0) for key, path, count in zip("qkv", paths, counts))
+    return Coupling(kind, layer, producers, Projection("o", paths[3], heads, head_dim, 1), vectors, fixed)
+
+
+def ffn(layer: int, up: str, down: str, channels: int) -> Coupling:
+    """Two layers with an activation of single channels between them."""
+    return Coupling("ffn", layer, (Projection("u", up, channels, 1, 0),), Projection("d", down, channels, 1, 1))
+
+
+def gated_ffn(layer: int, up: str, gate: str, down: str, channels: int, **fused) -> Coupling:
+    """down(activation(gate) * up). fused: block and activation of the Coupling, where they can be one op."""
+    return Coupling("ffn", layer, (Projection("u", up, channels, 1, 0), Projection("g", gate, channels, 1, 0)),
+                    Projection("d", down, channels, 1, 1), **fused)
+
+
+def gated_mlp(model: nn.Module, layer: int, path: str) -> Coupling:
+    """The block of llama and its likes: down_proj(act_fn(gate_proj(x)) * up_proj(x))."""
+    return gated_ffn(layer, f"{path}.up_proj", f"{path}.gate_proj", f"{path}.down_proj",
+                     model.config.intermediate_size, block=path, activation=activation_of(model, path))
+
+
+def activation_of(model: nn.Module, mlp: str) -> Optional[str]:
+    """The activation of a block as its config has it, if its module is still the one that the name stands for."""
+    from transformers.activations import ACT2FN   # not at the top: `import s2ft` would load transformers
+
+    name = getattr(model.config, "hidden_activation", None) or model.config.hidden_act   # gemma's name comes first
+    try:
+        module = model.get_submodule(f"{mlp}.act_fn")
+    except AttributeError:
+        return None
+    untouched = name in ACTIVATIONS and type(module) is type(ACT2FN[name]) and "forward" not in module.__dict__
+    return ACTIVATIONS[name] if untouched else None
+
+
+def head_sizes(config) -> Tuple[int, int, int]:
+    """heads, key/value heads, head_dim of a decoder's config."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
+def under_base(model: nn.Module, name: str) -> str:
+    """The path of the base model's module `name`: under a head it stands behind the base model's own name."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return f"{prefix}.{name}" if prefix and hasattr(model, prefix) else name
+
+
+def layers_of(model: nn.Module, name: str) -> Iterator[Tuple[str, nn.Module]]:
+    """(path, module) of every layer of the base model's stack `name`; none where the model has no such stack."""
+    path = under_base(model, name)
+    try:
+        stack = model.get_submodule(path)
+    except AttributeError:
+        return
+    yield from ((f"{path}.{i}", module) for i, module in enumerate(stack))
