@@ -14,8 +14,7 @@ from s2ft.fingerprint import fingerprint
 from s2ft.layers import S2ColumnLinear, S2Linear, S2RowLinear
 from s2ft.ops import act_mul, scatter_add_, swap_
 from s2ft.permutation import contiguous_range, coupling_order, expand, inverse, permute_coupling
-from s2ft.selection import Selection
-from s2ft.selection import select as select_units
+from s2ft.selection import Selection, select
 
 RECORD = "_s2ft"   # the attribute of the model that holds its Attachment
 
@@ -71,16 +70,17 @@ def attach(model: nn.Module, config: S2FTConfig, name: str = "default", calibrat
 
     Args:
         model: a model of a known family, floating-point weights, nothing attached.
-        config: what to train. name: of the new adapter.
-        calibration: for selections that need data, see :func:`select`.
+        config: what to train. name: of the new adapter. calibration: for selections that need data.
     Returns: a report that prints as a table of what is trained.
     Raises: ValueError, with the model as it was; TypeError for a config that is none.
     """
     if not isinstance(config, S2FTConfig):
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
+    if calibration is not None:
+        raise ValueError(f"selection={config.selection!r} takes no calibration data")
     check_name(name)
     record = new_attachment(model)
-    selection = select_units(record.couplings, config, model, calibration)
+    selection = select(record.couplings, config)
     mount(model, record, config, selection, name)
     return Report.of(model)
 
