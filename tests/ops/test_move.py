@@ -112,12 +112,15 @@ def test_layouts(layout, dim):
     assert torch.equal(values, held + delta + delta) and not weight.index_select(dim, index).any()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("op", (permute_, scatter_add_, swap_), ids=lambda op: op.__name__)
-def test_compiled_kernel_equals_reference(op):
-    reference = __import__(f"s2ft.ops.{op.__name__}", fromlist=["reference"]).reference
+def test_compiled_kernel_equals_reference(op, dtype, device):
+    reference = sys.modules[f"s2ft.ops.{op.__name__}"].reference
     for shape, dim in CASES:
-        weight, order, values = torch.randn(shape), torch.randperm(shape[dim]), torch.randn(shape)
-        index, delta = parts_of(shape, dim, torch.bfloat16, "cpu", (shape[dim], shape[dim] // 2))
+        weight, values = torch.randn(2, *shape, device=device).to(dtype)
+        order = torch.randperm(shape[dim], device=device)
+        index, delta = parts_of(shape, dim, torch.bfloat16, device, (shape[dim], shape[dim] // 2))
         results = []
         for run in (op, reference):
             w, v = weight.clone(), values.clone()
