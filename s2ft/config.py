@@ -9,7 +9,7 @@ from s2ft.coupling import PROJECTIONS
 DELTA_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16,
                 "float16": torch.float16, "float64": torch.float64}
 CHOICES = {
-    "selection": ("random",),
+    "selection": ("random", "weight", "activation", "product", "gradient"),
     "order": ("largest", "smallest"),
     "allocation": ("uniform",),
     "layout": ("permuted", "indexed"),
@@ -35,7 +35,9 @@ class S2FTConfig:
     u_ratio: float = _ratio("FFN channels of up_proj")
     g_ratio: float = _ratio("FFN channels of gate_proj")
     d_ratio: float = _ratio("FFN channels of down_proj")
-    selection: str = field(default="random", metadata={"help": "how units are chosen"})
+    selection: str = field(default="random", metadata={
+        "help": "how units are chosen: random; or by weight norm, activation norm, their product, or gradient norm, the "
+                "last three on calibration data"})
     order: str = field(default="largest", metadata={"help": "which end of a metric's ranking is taken; "
                                                             "random selection has none"})
     allocation: str = field(default="uniform", metadata={"help": "uniform: the same number in every layer"})

@@ -14,7 +14,8 @@ from s2ft.fingerprint import fingerprint
 from s2ft.layers import S2ColumnLinear, S2Linear, S2RowLinear
 from s2ft.ops import act_mul, scatter_add_, swap_
 from s2ft.permutation import contiguous_range, coupling_order, expand, inverse, permute_coupling
-from s2ft.selection import Selection, select
+from s2ft.selection import Selection
+from s2ft.selection import select as select_units
 
 RECORD = "_s2ft"   # the attribute of the model that holds its Attachment
 
@@ -70,19 +71,34 @@ def attach(model: nn.Module, config: S2FTConfig, name: str = "default", calibrat
 
     Args:
         model: a model of a known family, floating-point weights, nothing attached.
-        config: what to train. name: of the new adapter. calibration: for selections that need data.
+        config: what to train. name: of the new adapter.
+        calibration: for selections that need data, see :func:`select`.
     Returns: a report that prints as a table of what is trained.
     Raises: ValueError, with the model as it was; TypeError for a config that is none.
     """
     if not isinstance(config, S2FTConfig):
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
-    if calibration is not None:
-        raise ValueError(f"selection={config.selection!r} takes no calibration data")
     check_name(name)
     record = new_attachment(model)
-    selection = select(record.couplings, config)
+    selection = select_units(record.couplings, config, model, calibration)
     mount(model, record, config, selection, name)
     return Report.of(model)
+
+
+def select(model: nn.Module, config: S2FTConfig, calibration=None) -> Selection:
+    """The units that :func:`attach` would train, without attaching anything: the model stays as it is.
+
+    Args:
+        calibration: for selections that need data (activation, product, gradient): a DataLoader or any iterable
+            of batches, each a dict of tensors as a tokenizer gives (input_ids [sequences, tokens], attention_mask,
+            labels) or a tensor of token ids. It is read once; labels are used for the gradient alone, which takes
+            the tokens themselves where there are none.
+    Returns: a selection; it prints as a table, and has save and load.
+    Raises: as :func:`attach`.
+    """
+    if not isinstance(config, S2FTConfig):
+        raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
+    return select_units(new_attachment(model).couplings, config, model, calibration)
 
 
 def new_attachment(model: nn.Module) -> Attachment:

@@ -1,27 +1,69 @@
-"""Which units are trained: one file a metric, plus the budget and the result."""
-from typing import Callable, Dict, List
+"""Which units are trained: one file a metric, plus calibration, the budget, the allocation and the result."""
+from typing import Dict, List, Optional
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from s2ft.config import S2FTConfig
 from s2ft.coupling import Coupling
-from s2ft.selection.budget import units_per_projection
-from s2ft.selection.random import random_rankings
+from s2ft.selection.activation import activation_scores
+from s2ft.selection.allocation import allocate
+from s2ft.selection.budget import requested_layers, units_per_projection
+from s2ft.selection.calibration import Calibration
+from s2ft.selection.gradient import gradient_scores
+from s2ft.selection.metric import Metric, Request, shared_by_producers
+from s2ft.selection.product import product_scores
+from s2ft.selection.random import random_scores
 from s2ft.selection.selection import Selection
+from s2ft.selection.weight import weight_scores
 
-# metric → rankings(couplings, config): for every projection's path its units [count], best first
-METRICS: Dict[str, Callable[[List[Coupling], S2FTConfig], Dict[str, Tensor]]] = {"random": random_rankings}
+METRICS: Dict[str, Metric] = {
+    "random": Metric(random_scores, calibrated=False, ordered=False),
+    "weight": Metric(weight_scores, calibrated=False),
+    "activation": Metric(activation_scores, calibrated=True),
+    "product": Metric(product_scores, calibrated=True),
+    "gradient": Metric(gradient_scores, calibrated=True),
+}
 
 __all__ = ["METRICS", "Selection", "select"]
 
 
-def select(couplings: List[Coupling], config: S2FTConfig) -> Selection:
+def select(couplings: List[Coupling], config: S2FTConfig, model: Optional[nn.Module] = None,
+           calibration=None) -> Selection:
     """The units that `config` asks for, by projection, in original order.
 
-    A function of the couplings and the config alone: the same on every rank and for every layout.
-    Raises: ValueError when nothing is asked for, a ratio selects no unit, or a projection or layer
-    that is asked for does not exist.
+    Depends on the couplings, the config and, for metrics, the model's weights and the calibration data: the
+    same on every rank and for every layout. Units of the same score are taken by number. The model is
+    afterwards as it was, whatever happens.
+
+    Args:
+        model: whose couplings they are; random selection by ratios needs none.
+        calibration: batches, see :class:`Calibration`; for the metrics that need data and only for them.
+    Raises: ValueError when nothing is asked for, a ratio selects no unit, a projection or layer
+        that is asked for does not exist, or calibration is missing, not needed or unusable.
     """
     budget = units_per_projection(couplings, config)
-    rankings = METRICS[config.selection](couplings, config)
-    return Selection({path: rankings[path][:units].sort().values for path, units in budget.items()})
+    metric = METRICS[config.selection]
+    _check_calibration(config, metric, calibration)
+    if metric.calibrated:
+        calibration = Calibration(calibration, next(model.parameters()).device)
+    layers = requested_layers(couplings, config)
+    request = Request([coupling for coupling in couplings if coupling.layer in layers], config, model, calibration)
+    scores = metric.score(request)
+    _check_finite(config, scores)
+    scores = shared_by_producers(request, scores)
+    return Selection(allocate(request, scores, budget, metric.ordered and config.order == "smallest"))
+
+
+def _check_calibration(config: S2FTConfig, metric: Metric, calibration) -> None:
+    if calibration is None and metric.calibrated:
+        raise ValueError(f"selection={config.selection!r} needs calibration data: pass calibration, an iterable of "
+                         "batches")
+    if calibration is not None and not metric.calibrated:
+        raise ValueError(f"selection={config.selection!r} takes no calibration data")
+
+
+def _check_finite(config: S2FTConfig, scores: Dict[str, Tensor]) -> None:
+    for path, values in scores.items():
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(f"selection={config.selection!r}: the statistics of {path} are NaN or infinite")

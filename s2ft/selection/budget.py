@@ -15,7 +15,7 @@ def units_per_projection(couplings: List[Coupling], config: S2FTConfig) -> Dict[
     if not config.ratios:
         raise ValueError("nothing is selected: set at least one of q_ratio, k_ratio, v_ratio, o_ratio, "
                          "u_ratio, g_ratio, d_ratio above 0")
-    layers = _layers(couplings, config)
+    layers = requested_layers(couplings, config)
     present = {projection.key for projection in projections_of(couplings)}
     for key in config.ratios:
         if key not in present:
@@ -29,7 +29,8 @@ def units_per_projection(couplings: List[Coupling], config: S2FTConfig) -> Dict[
     return budget
 
 
-def _layers(couplings: List[Coupling], config: S2FTConfig) -> set:
+def requested_layers(couplings: List[Coupling], config: S2FTConfig) -> set:
+    """Layers to train. Raises: ValueError for one outside the model."""
     known = {coupling.layer for coupling in couplings}
     if config.layers is None:
         return known

@@ -1,0 +1,56 @@
+"""Selection by gradient norm (paper, S²FT-G)."""
+from typing import Dict, List
+
+import torch
+from torch import Tensor, nn
+
+from s2ft.coupling import Projection
+from s2ft.selection.calibration import checkpointing_kept, hooks_removed, loss_of, sequences, undisturbed
+from s2ft.selection.metric import Request, squares_by_unit
+
+
+def gradient_scores(request: Request) -> Dict[str, Tensor]:
+    """The root mean square, over the calibration sequences, of the L2 norm of the gradient of a sequence's loss
+    with respect to a unit's weights in the projection.
+
+    Sequences are taken one by one, so that the score does not depend on how they are batched; squared norms are
+    added up, not gradients, whose sum would need a second copy of the weights. Of all weight gradients one is
+    alive at a time: it is reduced and dropped as soon as the backward has it. A model that checkpoints its
+    blocks does so here too.
+    """
+    sums: Dict[str, Tensor] = {}
+    count = 0
+    with undisturbed(request.model), hooks_removed() as hooks, torch.enable_grad():
+        request.model.requires_grad_(False)
+        for weight, projections in _weights(request):
+            weight.requires_grad_(True)
+            hooks.append(weight.register_post_accumulate_grad_hook(_collect(projections, sums)))
+        hooks += checkpointing_kept(request.model)
+        for batch in request.calibration.batches():
+            for sequence in sequences(batch):
+                loss_of(request.model, sequence).backward()
+                count += 1
+    if not count:
+        raise ValueError("no calibration sequence has a label to predict: its loss has no gradient")
+    for projection in request.projections:
+        if projection.path not in sums:
+            raise ValueError(f"selection='gradient': no gradient of the loss reaches {projection.path}")
+    return {path: (total / count).sqrt().cpu() for path, total in sums.items()}
+
+
+def _weights(request: Request) -> List[tuple]:
+    """Every weight with its projections: more than one where they are tied."""
+    found: Dict[int, tuple] = {}
+    for projection in request.projections:
+        weight = request.model.get_submodule(projection.path).weight
+        found.setdefault(id(weight), (weight, []))[1].append(projection)
+    return list(found.values())
+
+
+def _collect(projections: List[Projection], sums: Dict[str, Tensor]):
+    def hook(weight: nn.Parameter) -> None:
+        for projection in projections:
+            squares = squares_by_unit(weight.grad, projection.dim, projection.unit)
+            sums[projection.path] = sums[projection.path] + squares if projection.path in sums else squares
+        weight.grad = None
+    return hook

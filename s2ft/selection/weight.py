@@ -1,0 +1,16 @@
+"""Selection by weight norm (paper, S²FT-W)."""
+from typing import Dict
+
+from torch import Tensor
+
+from s2ft.selection.metric import Request, squares_by_unit
+
+
+def weight_scores(request: Request) -> Dict[str, Tensor]:
+    """The L2 norm of a unit's weights in the projection, over all elements that it spans: of its rows in a
+    producer's weight, of its columns in the consumer's. Biases don't count."""
+    scores = {}
+    for projection in request.projections:
+        weight = request.model.get_submodule(projection.path).weight.detach()
+        scores[projection.path] = squares_by_unit(weight, projection.dim, projection.unit).sqrt().cpu()
+    return scores

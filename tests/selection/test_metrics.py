@@ -1,0 +1,367 @@
+"""Every metric against the same numbers computed the long way, and the model as it was afterwards."""
+import weakref
+
+import pytest
+import torch
+from support.models import ALL_RATIOS, model_of
+from torch.utils.data import DataLoader
+
+import s2ft
+from s2ft import S2FTConfig
+from s2ft.arch import couplings_of
+from s2ft.convert import attachment_of
+from s2ft.coupling import projections_of
+from s2ft.selection import METRICS
+from s2ft.selection.calibration import Calibration
+from s2ft.selection.metric import Request, shared_by_producers
+
+CALIBRATED = [name for name, metric in METRICS.items() if metric.calibrated]
+SCORED = [name for name, metric in METRICS.items() if metric.ordered]
+CASES = ("llama", "llama-grouped", "llama-biased", "qwen3")
+RATIOS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}
+
+
+def batch_of(model, rows=3, length=8, padded=True):
+    """Token ids, with rows of different lengths where padded: two filled on the left, none on the right."""
+    ids = torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :3] = 0
+        mask[1, :1] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def calibration_for(metric, model):
+    return [batch_of(model)] if METRICS[metric].calibrated else None
+
+
+def scores_of(model, metric, data, **config):
+    config = S2FTConfig(**{**RATIOS, **config}, selection=metric)
+    calibration = None if data is None else Calibration(data, torch.device("cpu"))
+    return METRICS[metric].score(Request(couplings_of(model), config, model, calibration))
+
+
+def norms(matrix, projection):
+    """[units], by a loop over them."""
+    whole = matrix.double().movedim(projection.dim, 0)
+    return torch.stack([piece.norm() for piece in whole.split(projection.unit)])
+
+
+def reference(model, metric, batch):
+    """Scores by path: all activations stored, one full backward a sequence."""
+    if metric == "product":
+        weights, activations = (reference(model, name, batch) for name in ("weight", "activation"))
+        return {path: weights[path] * activations[path] for path in weights}
+    if metric == "gradient":
+        return reference_gradients(model, batch)
+    seen, hooks, scores = {}, [], {}
+    for p in projections_of(couplings_of(model)):
+        hooks.append(model.get_submodule(p.path).register_forward_hook(
+            lambda module, inputs, output, p=p: seen.update({p.path: inputs[0] if p.dim == 1 else output})))
+    if metric == "activation":
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    real = batch["attention_mask"].bool() if batch else None
+    for p in projections_of(couplings_of(model)):
+        if metric == "weight":
+            scores[p.path] = norms(model.get_submodule(p.path).weight.detach(), p)
+        else:
+            tokens = seen[p.path].detach()[real].double()   # [tokens, features]
+            scores[p.path] = tokens.unflatten(1, (p.count, p.unit)).square().sum((0, 2)).sqrt() / len(tokens) ** 0.5
+    return scores
+
+
+def reference_gradients(model, batch):
+    totals = {}
+    for ids, mask in zip(batch["input_ids"], batch["attention_mask"]):
+        model.zero_grad()
+        labels = torch.where(mask * mask.roll(1) == 1, ids, -100)   # neither padding nor what follows it
+        model(input_ids=ids[None], attention_mask=mask[None], labels=labels[None]).loss.backward()
+        for p in projections_of(couplings_of(model)):
+            totals.setdefault(p.path, []).append(norms(model.get_submodule(p.path).weight.grad, p))
+    model.zero_grad()
+    return {path: torch.stack(found).square().mean(0).sqrt() for path, found in totals.items()}
+
+
+# ---- scores ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("metric", SCORED)
+@pytest.mark.parametrize("case", CASES)
+def test_scores_are_those_computed_the_long_way(case, metric):
+    model = model_of(case)
+    found = scores_of(model, metric, calibration_for(metric, model))
+    expected = reference(model, metric, batch_of(model))
+    assert found.keys() == expected.keys()
+    for path, values in expected.items():
+        torch.testing.assert_close(found[path], values, rtol=1e-4, atol=1e-9)
+        assert found[path].dtype is torch.float64
+
+
+@pytest.mark.parametrize("order", ("largest", "smallest"))
+@pytest.mark.parametrize("metric", SCORED)
+def test_the_units_taken_are_the_best(metric, order):
+    model = model_of("llama")
+    data = calibration_for(metric, model)
+    selection = s2ft.select(model, S2FTConfig(**RATIOS, selection=metric, order=order), data)
+    scores = reference(model, metric, batch_of(model))
+    for coupling in couplings_of(model):
+        shared = sum(scores[p.path].square() for p in coupling.producers).sqrt()
+        for projection in coupling.projections:
+            values = scores[projection.path] if projection.dim == 1 else shared
+            units = selection[projection.path]
+            best = values.sort(descending=order == "largest").indices[:units.numel()]
+            assert torch.equal(units, best.sort().values), projection.path
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_both_layouts_select_alike_and_producers_are_nested(metric):
+    chosen = []
+    for layout in ("permuted", "indexed"):
+        model = model_of("llama")
+        s2ft.attach(model, S2FTConfig(**ALL_RATIOS, selection=metric, layout=layout),
+                    calibration=calibration_for(metric, model))
+        chosen.append(attachment_of(model).selection)
+        if layout == "permuted":
+            assert all(mount.layer.index is None for mount in attachment_of(model).mounts.values())
+    assert chosen[0] == chosen[1] == s2ft.select(model_of("llama"), S2FTConfig(**ALL_RATIOS, selection=metric),
+                                                 calibration_for(metric, model_of("llama")))
+
+
+def test_equal_scores_are_taken_by_number():
+    for order in ("largest", "smallest"):
+        model = model_of("llama")
+        for layer in model.model.layers:
+            torch.nn.init.ones_(layer.mlp.down_proj.weight)
+        units = s2ft.select(model, S2FTConfig(d_ratio=0.1, selection="weight", order=order))
+        assert units["model.layers.2.mlp.down_proj"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_producers_of_different_counts_rank_apart():
+    model = model_of("llama-grouped")
+    config = S2FTConfig(**RATIOS, selection="weight")
+    request = Request(couplings_of(model), config, model)
+    scores = METRICS["weight"].score(request)
+    shared, attention = shared_by_producers(request, scores), "model.layers.0.self_attn."
+    assert torch.equal(shared[attention + "k_proj"], shared[attention + "v_proj"])
+    assert torch.equal(shared[attention + "q_proj"], scores[attention + "q_proj"])
+    assert torch.equal(shared[attention + "o_proj"], scores[attention + "o_proj"])
+
+
+@pytest.mark.parametrize("metric", CALIBRATED)
+def test_one_batch_or_several_or_a_loader(metric):
+    model = model_of("llama")
+    whole = batch_of(model, rows=4)
+    rows = [{name: value[i] for name, value in whole.items()} for i in range(4)]
+    several = DataLoader(rows, batch_size=3)
+    generator = ({name: value[i:i + 1] for name, value in whole.items()} for i in range(4))
+    expected = scores_of(model, metric, [whole])
+    for data in (several, generator):
+        for path, values in scores_of(model, metric, data).items():
+            torch.testing.assert_close(values, expected[path], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("metric", CALIBRATED)
+def test_padding_does_not_count(metric):
+    model = model_of("llama")
+    ids = batch_of(model, rows=1, padded=False)["input_ids"]
+    expected = scores_of(model, metric, [ids])
+    for side in ("left", "right"):
+        filled, mask = torch.full((1, 11), 5), torch.zeros(1, 11, dtype=torch.int64)
+        where = slice(3, None) if side == "left" else slice(None, 8)
+        filled[:, where], mask[:, where] = ids, 1
+        batch = {"input_ids": filled, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+        for path, values in scores_of(model, metric, [batch]).items():
+            torch.testing.assert_close(values, expected[path], rtol=1e-3, atol=1e-8)
+
+
+def test_gradient_takes_the_labels_given():
+    model = model_of("llama")
+    batch = batch_of(model, padded=False)
+    own = scores_of(model, "gradient", [{**batch, "labels": batch["input_ids"]}])
+    plain = scores_of(model, "gradient", [batch])
+    other = scores_of(model, "gradient", [{**batch, "labels": batch["input_ids"].flip(0)}])
+    path = "model.layers.1.mlp.down_proj"
+    assert torch.equal(own[path], plain[path]) and not torch.allclose(own[path], other[path])
+
+
+@pytest.mark.parametrize("metric", SCORED)
+def test_bfloat16(metric):
+    model, exact = model_of("llama", torch.bfloat16), model_of("llama", torch.bfloat16).float()
+    data = calibration_for(metric, model)
+    found, expected = scores_of(model, metric, data), scores_of(exact, metric, data)
+    for path, values in found.items():
+        assert values.dtype is torch.float64
+        assert (values - expected[path]).norm() <= 0.1 * expected[path].norm(), path
+    s2ft.attach(model, S2FTConfig(d_ratio=0.1, selection=metric), calibration=data)
+
+
+@pytest.mark.parametrize("metric", CALIBRATED)
+def test_tied_weights(metric):
+    model = model_of("llama")
+    model.model.layers[1].mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight
+    scores = scores_of(model, metric, [batch_of(model)])
+    if metric == "gradient":
+        assert torch.equal(scores["model.layers.0.mlp.down_proj"], scores["model.layers.1.mlp.down_proj"])
+
+
+# ---- memory ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("checkpointing", (False, True))
+def test_one_weight_gradient_is_alive_at_a_time(checkpointing, monkeypatch):
+    """Counted at the moment each is reduced; and only those of the requested projections are computed."""
+    from s2ft.selection import gradient
+    model = model_of("llama")
+    expected = scores_of(model, "gradient", [batch_of(model)], u_ratio=0.0)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    alive, reduce = [], gradient.squares_by_unit
+
+    def count(*args):
+        alive.append([name for name, p in model.named_parameters() if p.grad is not None])
+        return reduce(*args)
+
+    monkeypatch.setattr(gradient, "squares_by_unit", count)
+    found = scores_of(model, "gradient", [batch_of(model)], u_ratio=0.0)
+    assert all(len(names) == 1 for names in alive) and len(alive) == 3 * 6 * 3   # sequences, projections, layers
+    assert not any("up_proj" in name or "embed" in name or "norm" in name for names in alive for name in names)
+    for path, values in found.items():
+        torch.testing.assert_close(values, expected[path])
+
+
+def test_gradient_checkpointing_is_used(monkeypatch):
+    model = model_of("llama")
+    model.gradient_checkpointing_enable()
+    calls = []
+    block = model.model.layers[0]
+    inner = block._gradient_checkpointing_func
+    block._gradient_checkpointing_func = lambda *args, **kwargs: (calls.append(1), inner(*args, **kwargs))[1]
+    scores_of(model, "gradient", [batch_of(model)])
+    assert len(calls) == 3 and not block.training
+
+
+@pytest.mark.parametrize("metric", ("activation", "product"))
+def test_no_activation_is_kept(metric):
+    """When a layer runs, the activations of those before it are gone."""
+    model = model_of("llama")
+    seen, alive = [], []
+
+    def watch(module, inputs, output):
+        alive.append(sum(reference() is not None for reference in seen))
+        seen.append(weakref.ref(output))
+
+    hooks = [layer.mlp.gate_proj.register_forward_hook(watch) for layer in model.model.layers]
+    s2ft.select(model, S2FTConfig(**ALL_RATIOS, selection=metric), [batch_of(model)] * 2)
+    assert alive == [0] * 6
+    for hook in hooks:
+        hook.remove()
+
+
+# ---- the model stays as it was ---------------------------------------------------------------------------
+
+def state(model):
+    return {"weights": {name: value.clone() for name, value in model.state_dict().items()},
+            "required": {name: p.requires_grad for name, p in model.named_parameters()},
+            "gradients": {name: p.grad for name, p in model.named_parameters()},
+            "modes": [module.training for module in model.modules()],
+            "hooks": [len(hooks) for module in model.modules() for hooks in (
+                module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)],
+            "tensor hooks": [len(p._post_accumulate_grad_hooks or ()) for p in model.parameters()]}
+
+
+def assert_untouched(model, before):
+    after = state(model)
+    assert all(torch.equal(value, after["weights"][name]) for name, value in before.pop("weights").items())
+    assert all(gradient is after["gradients"][name] for name, gradient in before.pop("gradients").items())
+    assert all(value == after[name] for name, value in before.items())
+
+
+def awkward(case="llama"):
+    """A model with modes, flags and a gradient of its own."""
+    model = model_of(case).train()
+    model.model.layers[1].eval()
+    model.model.embed_tokens.requires_grad_(False)
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+    model.model.layers[0].mlp.down_proj.weight.grad = torch.ones_like(model.model.layers[0].mlp.down_proj.weight)
+    return model
+
+
+@pytest.mark.parametrize("checkpointing", (False, True))
+@pytest.mark.parametrize("metric", METRICS)
+def test_selecting_leaves_the_model(metric, checkpointing):
+    model = awkward()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    before = state(model)
+    s2ft.select(model, S2FTConfig(**ALL_RATIOS, selection=metric), calibration_for(metric, model))
+    assert_untouched(model, before)
+    assert s2ft.status(model).adapters == []
+
+
+IDS = torch.arange(16).view(2, 8)
+WRONG = {
+    "empty": (lambda: [], ValueError, "calibration is empty"),
+    "all padding": (lambda: [{"input_ids": IDS, "attention_mask": IDS * 0}], ValueError, "gave no tokens"),
+    "one batch": (lambda: {"input_ids": IDS}, TypeError, "iterable of batches, got dict"),
+    "one tensor": (lambda: IDS, TypeError, "got Tensor"),
+    "a number": (lambda: 3, TypeError, "got int"),
+    "text": (lambda: [IDS, "text"], ValueError, "calibration batch 1 must be a dict .* got str"),
+    "no ids": (lambda: [{"attention_mask": IDS}], ValueError, "batch 0 needs input_ids.*got NoneType"),
+    "flat ids": (lambda: [IDS[0]], ValueError, r"got shape \(8,\)"),
+    "float ids": (lambda: [IDS.float()], ValueError, "torch.float32"),
+    "mask": (lambda: [{"input_ids": IDS, "attention_mask": IDS[:, 1:]}], ValueError, r"attention_mask must have shape"),
+    "labels": (lambda: [{"input_ids": IDS, "labels": IDS[:1]}], ValueError, r"labels must have shape \(2, 8\)"),
+    "unknown token": (lambda: [IDS, IDS + 1000], IndexError, "index out of range"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("metric", CALIBRATED)
+def test_bad_calibration_is_named_and_leaves_the_model(metric, wrong):
+    data, error, message = WRONG[wrong]
+    model = awkward()
+    before = state(model)
+    with pytest.raises(error, match=message):
+        s2ft.attach(model, S2FTConfig(**ALL_RATIOS, selection=metric), calibration=data())
+    assert_untouched(model, before)
+    assert s2ft.status(model).adapters == []
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_calibration_where_it_belongs(metric):
+    model = awkward()
+    before, calibrated = state(model), METRICS[metric].calibrated
+    with pytest.raises(ValueError, match="needs calibration data" if calibrated else "takes no calibration data"):
+        s2ft.attach(model, S2FTConfig(**ALL_RATIOS, selection=metric), calibration=None if calibrated else [IDS])
+    assert_untouched(model, before)
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+@pytest.mark.parametrize("metric", SCORED)
+def test_statistics_that_are_not_finite_name_the_projection(metric, value):
+    model = awkward()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 2] = value
+    config = S2FTConfig(u_ratio=0.1, d_ratio=0.1, selection=metric)
+    with pytest.raises(ValueError, match=f"selection='{metric}': the statistics of model.layers.* are NaN or infinite"):
+        s2ft.attach(model, config, calibration=calibration_for(metric, model))
+    assert [module.training for module in model.model.layers] == [True, False, True]
+
+
+def test_sequences_without_a_label():
+    model = model_of("llama")
+    config = S2FTConfig(d_ratio=0.1, selection="gradient")
+    path = "model.layers.1.mlp.down_proj"
+    labels = IDS.masked_fill(IDS > 7, -100)   # of the first sequence alone
+    assert s2ft.select(model, config, [{"input_ids": IDS, "labels": labels}])[path].tolist() == s2ft.select(
+        model, config, [IDS[:1]])[path].tolist()
+    with pytest.raises(ValueError, match="no calibration sequence has a label"):
+        s2ft.select(model, config, [{"input_ids": IDS, "labels": labels * 0 - 100}])
+
+
+def test_a_model_without_a_loss():
+    model = model_of("llama").model
+    with pytest.raises(ValueError, match="loss from labels; LlamaModel does not"):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.1, selection="gradient"), calibration=[IDS])
+    s2ft.attach(model, S2FTConfig(d_ratio=0.1, selection="activation"), calibration=[IDS])
