@@ -14,6 +14,9 @@ class FinetuneArguments:
     output: str = field(metadata={"help": "folder for the adapter, log.jsonl, loss.png and checkpoints"})
     limit: int | None = field(default=None, metadata={"help": "take the first rows only"})
     name: str = field(default="default", metadata={"help": "the adapter's name"})
+    calibration_examples: int | None = field(default=None, metadata={
+        "help": "rows of the data that a selection by activation, product or gradient looks at; default: one in a "
+                "hundred, but at least 16"})
     resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint in output"})
     overwrite: bool = field(default=False, metadata={"help": "replace the run that output holds"})
 
@@ -34,6 +37,7 @@ def run(arguments: list[str]) -> None:
 def train(job: FinetuneArguments, config, options) -> None:
     """Everything is checked before the output folder is touched."""
     import s2ft
+    from s2ft.train.calibration import calibration_for
     from s2ft.train.encoding import context_length, encode_examples
     from s2ft.train.examples import read_examples
     from s2ft.train.finetune import finetune, this_rank
@@ -49,7 +53,10 @@ def train(job: FinetuneArguments, config, options) -> None:
     model, tokenizer = load_model(job.model, options.dtype)
     room = min(options.max_length, context_length(model) or options.max_length)
     rows = encode_examples(tokenizer, examples, room)
-    report = s2ft.attach(model, config, job.name)
+    calibration = calibration_for(config, tokenizer, rows, job.calibration_examples, options.micro_batch_size)
+    if calibration is not None:
+        model.to(ranks.device)
+    report = s2ft.attach(model, config, job.name, calibration)
     if ranks.is_main_process:
         folder.begin(_run_options(job, config, options), job.resume)
         print(report, flush=True)
@@ -62,5 +69,6 @@ def train(job: FinetuneArguments, config, options) -> None:
 def _run_options(job: FinetuneArguments, config, options) -> dict:
     """What makes a run this run: --resume must find the same."""
     return {"model": job.model, "data": job.data, "limit": job.limit, "name": job.name,
+            "calibration_examples": job.calibration_examples,
             **{f"adapter.{key}": value for key, value in config.to_dict().items()},
             **{f"training.{key}": value for key, value in options.to_dict().items()}}

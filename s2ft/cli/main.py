@@ -6,6 +6,7 @@ import sys
 
 COMMANDS = {
     "finetune": "train an adapter on your data",
+    "select": "choose units and save them, without training",
     "eval": "score a model, with or without an adapter, by generation",
     "merge": "write model and adapter as a stock checkpoint",
     "info": "say what an adapter folder holds",

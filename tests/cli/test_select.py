@@ -1,0 +1,93 @@
+"""s2ft select, and the selection options of s2ft finetune."""
+import pytest
+from train.tiny import save_tiny, sums, write_jsonl
+
+import s2ft
+from s2ft.cli.main import main
+from s2ft.train.calibration import calibration_for
+from s2ft.train.encoding import TokenRow
+
+RUN = ["--max-steps", "1", "--batch-size", "2", "--micro-batch-size", "2"]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    work = tmp_path_factory.mktemp("work")
+    save_tiny(work / "model")
+    write_jsonl(work / "data.jsonl", sums(20))
+    return work
+
+
+def command(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("metric", ("activation", "product", "gradient"))
+def test_select_finds_what_finetune_trains(metric, work, tmp_path, capsys):
+    choice = ["--selection", metric, "--order", "smallest", "--d-ratio", "0.1", "--v_ratio", "0.5",
+              "--calibration-examples", "6"]
+    assert command("select", "--model", work / "model", "--data", work / "data.jsonl", "--output",
+                   tmp_path / "s.json", "--batch-size", 2, *choice) == 0
+    assert "down_proj" in capsys.readouterr().out
+    assert command("finetune", "--model", work / "model", "--data", work / "data.jsonl", "--output",
+                   tmp_path / "out", *choice, *RUN) == 0
+    selection = s2ft.Selection.load(tmp_path / "s.json")
+    assert selection == s2ft.Selection.load(tmp_path / "out/adapter")
+    assert selection["model.layers.0.mlp.down_proj"].numel() == 6
+    config = s2ft.adapter.read_adapter(tmp_path / "out/adapter").config
+    assert (config.selection, config.order) == (metric, "smallest")
+
+
+def test_a_calibrated_run_resumes(work, tmp_path):
+    arguments = ["finetune", "--model", work / "model", "--data", work / "data.jsonl", "--output", tmp_path / "out",
+                 "--selection", "activation", *RUN]
+    assert command(*arguments, "--save-steps", 1) == 0
+    assert command(*arguments, "--resume") == 0
+    assert command(*arguments, "--resume", "--calibration-examples", 2) == 2
+
+
+def test_select_without_data(work, tmp_path, capsys):
+    for metric in ("random", "weight"):
+        path = tmp_path / f"{metric}.json"
+        assert command("select", "--model", work / "model", "--output", path, "--selection", metric) == 0
+        assert s2ft.Selection.load(path)["model.layers.0.mlp.down_proj"].numel() == 2   # the paper's ratio
+
+
+@pytest.mark.parametrize("arguments,message", [
+    (["--selection", "activation"], "selection='activation' needs data"),
+    (["--data", "DATA"], "selection='random' takes no data"),
+    (["--selection", "gradient", "--data", "DATA", "--calibration-examples", "21"], "from 1 to the 20 rows"),
+    (["--selection", "gradient", "--data", "DATA", "--calibration-examples", "0"], "from 1 to the 20 rows"),
+    (["--output", "EXISTS"], "exists: choose another"),
+    (["--output", "no/folder/s.json"], "there is no folder"),
+    (["--batch-size", "0"], "batch_size must be at least 1"),
+    (["--selection", "best"], "selection must be one of random"),
+])
+def test_mistakes(arguments, message, work, tmp_path, capsys):
+    (tmp_path / "exists.json").touch()
+    names = {"DATA": work / "data.jsonl", "EXISTS": tmp_path / "exists.json"}
+    arguments = [names.get(argument, argument) for argument in arguments]
+    output = [] if "--output" in arguments else ["--output", tmp_path / "s.json"]
+    assert command("select", "--model", work / "model", *output, *arguments) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "s.json").exists()
+
+
+def test_calibration_without_a_use_is_a_mistake(work, tmp_path, capsys):
+    assert command("finetune", "--model", work / "model", "--data", work / "data.jsonl", "--output", tmp_path / "out",
+                   "--calibration-examples", 4, *RUN) == 2
+    assert "calibration_examples has no use here" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_rows_are_drawn_by_seed():
+    from train.tiny import tiny_tokenizer
+    rows = [TokenRow([1, i], [2, 3]) for i in range(2, 40)]
+
+    def drawn(seed, examples=None):
+        config = s2ft.S2FTConfig(d_ratio=0.1, selection="activation", seed=seed)
+        batches = list(calibration_for(config, tiny_tokenizer(), rows, examples, 5))
+        return [row[1] for batch in batches for row in batch["input_ids"].tolist()], batches
+
+    first, batches = drawn(0)
+    assert first == drawn(0)[0] != drawn(1)[0] and len(set(first)) == 16   # 1 % is less
+    assert [len(batch["input_ids"]) for batch in batches] == [5, 5, 5, 1] and batches[0]["labels"].shape == (5, 3)
+    assert sorted(drawn(0, 38)[0]) == list(range(2, 40))
