@@ -3,7 +3,7 @@ import copy
 
 import pytest
 import torch
-from support.models import ALL_RATIOS, CASES, model_of, ratios_for, token_batch, train
+from support.models import ALL_RATIOS, CASES, model_of, output_of, ratios_for, token_batch, train
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -40,11 +40,10 @@ def states_equal(ours, theirs):
                                            if ratios_for(case, REQUESTS[request])])
 def test_attach_leaves_the_logits(case, request_, layout):
     model = model_of(case)
-    batch = token_batch(model)
     with torch.no_grad():
-        before = model(batch).logits
+        before = output_of(model)
         s2ft.attach(model, config_for(case, request_, layout=layout))
-        assert relative_difference(model(batch).logits, before) <= LOGITS
+        assert relative_difference(output_of(model), before) <= LOGITS
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -55,7 +54,7 @@ def test_every_layer_is_reported_and_trained(case):
     report = s2ft.attach(model, config_for(case, "all"))
     assert {id(mount.linear) for mount in attachment_of(model).mounts.values()} == linears
     assert sum(row.layers for row in report.rows) == len(linears)
-    assert len({row.projection for row in report.rows}) == len(report.rows)
+    assert len({(row.projection, row.units) for row in report.rows}) == len(report.rows)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -67,8 +66,7 @@ def test_train_detach_merge(case, layout, dtype, tmp_path):
     model = copy.deepcopy(base)
     s2ft.attach(model, config_for(case, "all", layout=layout))
     train(model)
-    batch = token_batch(model)
-    logits = model(batch).logits
+    output = output_of(model)
 
     detached = s2ft.detach(copy.deepcopy(model))
     assert states_equal(detached, base)
@@ -78,7 +76,7 @@ def test_train_detach_merge(case, layout, dtype, tmp_path):
     projections = {p.path: p for p in projections_of(attachment_of(model).couplings)}
     merged = s2ft.merge(model)
     if dtype is torch.float32:
-        assert relative_difference(merged(batch).logits, logits) <= LOGITS
+        assert relative_difference(output_of(merged), output) <= LOGITS
         merged.save_pretrained(tmp_path)
         assert states_equal(type(base).from_pretrained(tmp_path, dtype=dtype), merged)
     for key, weight in merged.state_dict().items():
@@ -111,8 +109,9 @@ def test_layouts_train_alike_and_like_masked_full_training(case):
             mask = mask.repeat_interleave(projection.unit).view((-1, 1) if projection.dim == 0 else (1, -1))
             weight.register_hook(lambda grad, mask=mask: grad * mask)
     masked = train(full, steps=10, weight_decay=0.0)
-    assert losses["permuted"] == pytest.approx(losses["indexed"], rel=1e-5)
-    assert losses["permuted"] == pytest.approx(masked, rel=1e-5)
+    within = 1e-5 * masked[0]
+    assert losses["permuted"] == pytest.approx(losses["indexed"], rel=0, abs=within)
+    assert losses["permuted"] == pytest.approx(masked, rel=0, abs=within)
 
 
 def test_selections_of_both_layouts_are_the_same():

@@ -2,10 +2,12 @@
 from typing import Callable, Dict
 
 import torch
-from transformers import (AutoModelForCausalLM, Cohere2Config, CohereConfig, Gemma2Config, Gemma3TextConfig,
-                          GemmaConfig, GraniteConfig, LlamaConfig, MistralConfig, Olmo2Config, OPTConfig, PhiConfig,
-                          PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config, SmolLM3Config, StableLmConfig,
-                          Starcoder2Config)
+from transformers import (AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForMaskedLM,
+                          AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, BertConfig, CLIPConfig, CLIPTextConfig,
+                          CLIPVisionConfig, Cohere2Config, CohereConfig, Gemma2Config, Gemma3TextConfig, GemmaConfig,
+                          GraniteConfig, LlamaConfig, MistralConfig, Olmo2Config, OPTConfig, PhiConfig,
+                          PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config, RobertaConfig, SmolLM3Config,
+                          StableLmConfig, Starcoder2Config, T5Config, ViTConfig, WhisperConfig)
 
 from s2ft.arch import couplings_of
 from s2ft.coupling import projections_of
@@ -18,6 +20,18 @@ WINDOW = dict(sliding_window=4, layer_types=["sliding_attention", "full_attentio
 
 OPT = dict(hidden_size=24, ffn_dim=41, num_hidden_layers=3, num_attention_heads=4, vocab_size=67, dropout=0.0,
            max_position_embeddings=32)
+BERT = dict(**SHAPE, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=32)
+IMAGE = dict(image_size=12, patch_size=4)
+T5 = dict(d_model=24, d_kv=10, d_ff=41, num_layers=2, num_decoder_layers=3, num_heads=4, vocab_size=67,
+          dropout_rate=0.0, relative_attention_num_buckets=8, relative_attention_max_distance=6,
+          decoder_start_token_id=0)
+WHISPER = dict(d_model=24, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=41, decoder_layers=3,
+               decoder_attention_heads=3, decoder_ffn_dim=52, vocab_size=67, num_mel_bins=5, max_source_positions=7,
+               max_target_positions=16, decoder_start_token_id=1, suppress_tokens=None, begin_suppress_tokens=None)
+# text and vision of other widths, depths and numbers of heads
+TOWERS = dict(text_config=dict(**SHAPE, **IDS, max_position_embeddings=16, hidden_act="gelu"),
+              vision_config=dict(hidden_size=30, intermediate_size=41, num_hidden_layers=2, num_attention_heads=3,
+                                 **IMAGE))
 
 CASES: Dict[str, Callable[[], PretrainedConfig]] = {
     "llama": lambda: LlamaConfig(**SHAPE, num_key_value_heads=4),
@@ -63,7 +77,21 @@ CASES: Dict[str, Callable[[], PretrainedConfig]] = {
     "starcoder2-grouped": lambda: Starcoder2Config(**SHAPE, **IDS, num_key_value_heads=2, use_bias=False),
     "opt": lambda: OPTConfig(**OPT),
     "opt-post-norm": lambda: OPTConfig(**OPT, do_layer_norm_before=False, word_embed_proj_dim=16),
+    "bert": lambda: BertConfig(**BERT),
+    "bert-cross-attention": lambda: BertConfig(**BERT, is_decoder=True, add_cross_attention=True),
+    "roberta": lambda: RobertaConfig(**BERT, hidden_act="relu"),
+    "vit": lambda: ViTConfig(**ODD, **IMAGE, num_labels=5),
+    "vit-unbiased": lambda: ViTConfig(**SHAPE, **IMAGE, num_labels=5, qkv_bias=False),
+    "clip": lambda: CLIPConfig(**TOWERS, projection_dim=16),
+    "clip-text": lambda: CLIPTextConfig(**TOWERS["text_config"]),
+    "clip-vision": lambda: CLIPVisionConfig(**TOWERS["vision_config"]),
+    "t5": lambda: T5Config(**T5),
+    "t5-gated": lambda: T5Config(**T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+    "whisper": lambda: WhisperConfig(**WHISPER, **IDS),
 }
+AUTO = {BertConfig: AutoModelForMaskedLM, RobertaConfig: AutoModelForMaskedLM, CLIPConfig: AutoModel,
+        CLIPTextConfig: AutoModel, CLIPVisionConfig: AutoModel, ViTConfig: AutoModelForImageClassification,
+        T5Config: AutoModelForSeq2SeqLM, WhisperConfig: AutoModelForSpeechSeq2Seq}   # of all others: causal LM
 
 ALL_RATIOS = dict(q_ratio=0.5, k_ratio=0.5, v_ratio=0.7, o_ratio=0.5, u_ratio=0.2, g_ratio=0.1, d_ratio=0.15)
 
@@ -72,13 +100,15 @@ def model_of(case: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model in evaluation mode whose biases and norms are random too, so that they can't hide."""
     torch.manual_seed(0)
     config = CASES[case]()
-    model = AutoModelForCausalLM.from_config(config).eval()
+    decoder = getattr(config, "is_decoder", False)
+    auto = AutoModelForCausalLM if decoder else AUTO.get(type(config), AutoModelForCausalLM)
+    model = auto.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.normal_(mean=0.5, std=0.3)
-            else:
-                parameter.mul_(5)   # the initial 0.02 leaves every block a near identity
+            elif parameter.dim() > 1:
+                parameter.normal_(std=0.1)   # the usual initial 0.02 leaves every block a near identity
         for module in model.modules():
             if "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None:
                 module.weight.normal_(mean=0.5, std=0.3)   # norms of single heads are no vectors
@@ -96,15 +126,53 @@ def token_batch(model: PreTrainedModel, batch: int = 2, length: int = 9) -> torc
     return torch.randint(model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
+def inputs_of(model: PreTrainedModel) -> Dict[str, torch.Tensor]:
+    """A batch for any case, without labels."""
+    config, generator = model.config, torch.Generator().manual_seed(1)
+
+    def pixels(of):
+        return torch.randn(2, 3, of.image_size, of.image_size, generator=generator).to(model.dtype)
+
+    if isinstance(config, CLIPConfig):
+        tokens = torch.randint(config.text_config.vocab_size, (2, 9), generator=generator)
+        return {"input_ids": tokens, "pixel_values": pixels(config.vision_config)}
+    if model.main_input_name == "pixel_values":
+        return {"pixel_values": pixels(config)}
+    if model.main_input_name == "input_features":
+        sound = torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
+        return {"input_features": sound.to(model.dtype), "decoder_input_ids": token_batch(model)}
+    inputs = {"input_ids": token_batch(model)}
+    if getattr(config, "add_cross_attention", False):
+        inputs["encoder_hidden_states"] = torch.randn(2, 6, config.hidden_size, generator=generator).to(model.dtype)
+    if config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = token_batch(model, length=7)
+    return inputs
+
+
+def output_of(model: PreTrainedModel) -> torch.Tensor:
+    """What a case's model answers to :func:`inputs_of`: logits, or the last hidden state of one without a head."""
+    output = model(**inputs_of(model))
+    for name in ("logits", "logits_per_text", "last_hidden_state"):
+        if name in output:
+            return output[name]
+    raise KeyError(list(output))
+
+
+def loss_of(model: PreTrainedModel) -> torch.Tensor:
+    """Cross entropy with fixed random targets, over all positions of the output's last dim."""
+    output = output_of(model).float().flatten(0, -2)
+    targets = torch.randint(output.shape[-1], (output.shape[0],), generator=torch.Generator().manual_seed(2))
+    return torch.nn.functional.cross_entropy(output, targets)
+
+
 def train(model: PreTrainedModel, steps: int = 3, lr: float = 1e-2, weight_decay: float = 0.1) -> list:
     """A few AdamW steps; the losses. Leaves the model in evaluation mode."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
-    batch = token_batch(model)
     model.train()
     losses = []
     for _ in range(steps):
-        loss = model(batch, labels=batch).loss
+        loss = loss_of(model)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

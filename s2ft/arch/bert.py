@@ -1,0 +1,28 @@
+"""BERT and RoBERTa: biases everywhere, two-layer FFN, learned positions added to the embeddings.
+
+A decoder with cross-attention has those heads as a coupling of their own.
+"""
+from typing import List
+
+from torch import nn
+
+from s2ft.arch.blocks import attention, ffn, head_sizes, layers_of
+from s2ft.arch.registry import register_architecture
+from s2ft.coupling import Coupling
+
+
+@register_architecture("bert", "roberta")
+def couplings(model: nn.Module) -> List[Coupling]:
+    found = []
+    for i, (path, layer) in enumerate(layers_of(model, "encoder.layer")):
+        found.append(ffn(i, f"{path}.intermediate.dense", f"{path}.output.dense", model.config.intermediate_size))
+        found.append(_attention(model, i, f"{path}.attention", "attention"))
+        if hasattr(layer, "crossattention"):
+            found.append(_attention(model, i, f"{path}.crossattention", "cross-attention"))
+    return found
+
+
+def _attention(model: nn.Module, layer: int, path: str, kind: str) -> Coupling:
+    heads, _, head_dim = head_sizes(model.config)
+    names = ("self.query", "self.key", "self.value", "output.dense")
+    return attention(layer, [f"{path}.{name}" for name in names], heads, head_dim, kind=kind)

@@ -1,0 +1,27 @@
+"""CLIP: two towers built alike, or one of them alone. Layers count through the text tower, then the vision tower."""
+from typing import List
+
+from torch import nn
+
+from s2ft.arch.blocks import attention, ffn, head_sizes, layers_of
+from s2ft.arch.registry import register_architecture
+from s2ft.coupling import Coupling
+
+
+@register_architecture("clip", "clip_text_model", "clip_vision_model")
+def couplings(model: nn.Module) -> List[Coupling]:
+    if not hasattr(model.config, "text_config"):
+        return _tower(model, "encoder.layers", model.config, 0)
+    text = _tower(model, "text_model.encoder.layers", model.config.text_config, 0)
+    depth = len({coupling.layer for coupling in text})   # 0 where the model has the vision tower only
+    return text + _tower(model, "vision_model.encoder.layers", model.config.vision_config, depth)
+
+
+def _tower(model: nn.Module, stack: str, config, first: int) -> List[Coupling]:
+    heads, _, head_dim = head_sizes(config)
+    found = []
+    for i, (path, _) in enumerate(layers_of(model, stack), first):
+        names = ("q_proj", "k_proj", "v_proj", "out_proj")
+        found.append(ffn(i, f"{path}.mlp.fc1", f"{path}.mlp.fc2", config.intermediate_size))
+        found.append(attention(i, [f"{path}.self_attn.{name}" for name in names], heads, head_dim))
+    return found
