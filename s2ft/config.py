@@ -1,6 +1,9 @@
 """What to train: one validated dataclass. A new option is one new field; the command line follows."""
-from dataclasses import asdict, dataclass, field
-from typing import Any, Dict, List, Optional
+import os
+import re
+from dataclasses import asdict, dataclass, field, fields
+from fractions import Fraction
+from typing import Any, Dict, List, Optional, Union
 
 import torch
 
@@ -11,10 +14,43 @@ DELTA_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16,
 CHOICES = {
     "selection": ("random", "weight", "activation", "product", "gradient"),
     "order": ("largest", "smallest"),
-    "allocation": ("uniform",),
+    "allocation": ("uniform", "global"),
     "layout": ("permuted", "indexed"),
     "delta_dtype": (None, *DELTA_DTYPES),
 }
+CHOOSING = (*(f"{key}_ratio" for key in PROJECTIONS), "selection", "order", "allocation", "layers", "budget",
+            "match_lora_rank", "exclude")   # what has no use where the units are given
+SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+
+
+def _parameters(value: Any) -> int:
+    """9.2M → 9,200,000."""
+    if isinstance(value, str):
+        found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?([KMB]?)", value.strip().upper())
+        if not found:
+            raise ValueError(f"budget must be a number of parameters such as 9.2M or 9200000, got {value!r}")
+        value = int(Fraction(found[1]) * SUFFIXES[found[2]])
+    _check_positive("budget", value)
+    return value
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def _units(name: str, value: Any) -> Any:
+    """Lists by path, as JSON has them, or the path of a file as text."""
+    if value is None:
+        return None
+    if isinstance(value, (str, os.PathLike)):
+        return os.fspath(value)
+    if hasattr(value, "to_dict"):   # a Selection
+        return value.to_dict()
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be a selection, lists of unit numbers by module path, or the path of a file "
+                         f"that has them, got {type(value).__name__}")
+    return {path: numbers.tolist() if hasattr(numbers, "tolist") else numbers for path, numbers in value.items()}
 
 
 def _ratio(of: str) -> Any:
@@ -36,14 +72,27 @@ class S2FTConfig:
     g_ratio: float = _ratio("FFN channels of gate_proj")
     d_ratio: float = _ratio("FFN channels of down_proj")
     selection: str = field(default="random", metadata={
-        "help": "how units are chosen: random; or by weight norm, activation norm, their product, or gradient norm, the "
-                "last three on calibration data"})
+        "help": "how units are chosen: random; or by weight norm, activation norm, their product, or gradient norm, "
+                "the last three on calibration data"})
     order: str = field(default="largest", metadata={"help": "which end of a metric's ranking is taken; "
                                                             "random selection has none"})
-    allocation: str = field(default="uniform", metadata={"help": "uniform: the same number in every layer"})
+    allocation: str = field(default="uniform", metadata={
+        "help": "uniform: the same number in every layer; global: of each projection the best over all layers, by "
+                "plain scores, so that a layer may get none"})
+    budget: Union[int, str, None] = field(default=None, metadata={
+        "help": "trained parameters in all, e.g. 9.2M: the ratios give the proportions only, and are scaled to as "
+                "many units as fit"})
+    match_lora_rank: Optional[int] = field(default=None, metadata={
+        "help": "budget of LoRA with this rank on the same projections"})
+    exclude: Union[Dict[str, List[int]], str, None] = field(default=None, metadata={
+        "help": "never choose these units: a selection file, or an adapter's folder"})
+    units: Union[Dict[str, List[int]], str, None] = field(default=None, metadata={
+        "help": "train exactly these units: a selection file, or an adapter's folder; without ratios and all that "
+                "goes with them"})
     layout: str = field(default="permuted", metadata={"help": "permuted: the units become one dense slice; "
                                                               "indexed: they stay where they are"})
-    seed: int = field(default=0, metadata={"help": "seed of the random selection"})
+    seed: int = field(default=0, metadata={"help": "seed of the random selection, and of the command line's "
+                                                   "choice of calibration rows"})
     layers: Optional[List[int]] = field(default=None, metadata={"help": "layers to train; default: all"})
     delta_dtype: Optional[str] = field(default=None, metadata={
         "help": "dtype of the trained deltas; default: the weight's, but at least float32"})
@@ -62,6 +111,24 @@ class S2FTConfig:
             raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
         if self.layers is not None:
             self._check_layers()
+        if self.budget is not None:
+            self.budget = _parameters(self.budget)
+        if self.match_lora_rank is not None:
+            _check_positive("match_lora_rank", self.match_lora_rank)
+        self.exclude, self.units = _units("exclude", self.exclude), _units("units", self.units)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.budget is not None and self.match_lora_rank is not None:
+            raise ValueError("budget and match_lora_rank exclude each other: both say how much is trained")
+        if self.allocation == "global" and self.selection == "random":
+            raise ValueError("allocation='global' compares scores, and random selection has none: choose another "
+                             "selection, or allocation='uniform'")
+        if self.units is not None:
+            defaults = {f.name: f.default for f in fields(self)}
+            needless = [name for name in CHOOSING if getattr(self, name) != defaults[name]]
+            if needless:
+                raise ValueError(f"units says which units are trained, so nothing is left for {', '.join(needless)}")
 
     def _check_ratio(self, name: str) -> None:
         value = getattr(self, name)

@@ -29,7 +29,7 @@ def run(arguments: list[str]) -> None:
                                  "--nproc-per-node N -m s2ft.cli finetune …, or accelerate launch -m s2ft.cli …",
                                  [FinetuneArguments, S2FTConfig, TrainOptions], arguments)
     quiet_transformers()
-    if not config.ratios:
+    if not config.ratios and config.units is None:
         config = replace(config, d_ratio=DEFAULT_D_RATIO)
     train(job, config, options)
 

@@ -31,7 +31,7 @@ def run(arguments: list[str]) -> None:
     job, config = parse("select", "Choose the units that a config asks for, print a table of them, and save them.",
                         [SelectArguments, S2FTConfig], arguments)
     quiet_transformers()
-    if not config.ratios:
+    if not config.ratios and config.units is None:
         config = replace(config, d_ratio=DEFAULT_D_RATIO)
     if Path(job.output).exists():
         raise FileExistsError(f"output {job.output} exists: choose another")
@@ -46,10 +46,10 @@ def choose(job: SelectArguments, config):
     import torch
 
     import s2ft
-    from s2ft.selection import METRICS
+    from s2ft.train.calibration import needs_calibration
     from s2ft.train.models import load_model
 
-    calibrated = METRICS[config.selection].calibrated
+    calibrated = needs_calibration(config)
     if bool(job.data) != calibrated:
         raise ValueError(f"selection={config.selection!r} " + ("needs data" if calibrated else "takes no data"))
     model, tokenizer = load_model(job.model, job.dtype)

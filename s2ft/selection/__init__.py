@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from s2ft.config import S2FTConfig
 from s2ft.coupling import Coupling
 from s2ft.selection.activation import activation_scores
-from s2ft.selection.allocation import allocate
-from s2ft.selection.budget import requested_layers, units_per_projection
+from s2ft.selection.allocation import ALLOCATIONS
+from s2ft.selection.budget import requested_layers, requested_projections, units_per_projection
 from s2ft.selection.calibration import Calibration
+from s2ft.selection.disjoint import allowed_units, units_by_hand
 from s2ft.selection.gradient import gradient_scores
 from s2ft.selection.metric import Metric, Request, shared_by_producers
 from s2ft.selection.product import product_scores
@@ -37,22 +38,29 @@ def select(couplings: List[Coupling], config: S2FTConfig, model: Optional[nn.Mod
     afterwards as it was, whatever happens.
 
     Args:
-        model: whose couplings they are; random selection by ratios needs none.
+        model: whose couplings they are; needed but for random selection by ratios.
         calibration: batches, see :class:`Calibration`; for the metrics that need data and only for them.
-    Raises: ValueError when nothing is asked for, a ratio selects no unit, a projection or layer
-        that is asked for does not exist, or calibration is missing, not needed or unusable.
+    Raises: ValueError when nothing is asked for, a ratio or budget comes to no unit, a projection, layer or unit
+        that is named does not exist, exclude leaves too few, or calibration is missing, not needed or unusable.
     """
-    budget = units_per_projection(couplings, config)
+    if config.units is not None:
+        if calibration is not None:
+            raise ValueError("units are given by hand: there is nothing to calibrate")
+        return units_by_hand(couplings, config.units)
     metric = METRICS[config.selection]
     _check_calibration(config, metric, calibration)
+    allowed = allowed_units(couplings, requested_projections(couplings, config), config.exclude)
+    free = {path: int(units.sum()) for path, units in allowed.items()}
+    budget = units_per_projection(couplings, config, model, free)
     if metric.calibrated:
         calibration = Calibration(calibration, next(model.parameters()).device)
     layers = requested_layers(couplings, config)
     request = Request([coupling for coupling in couplings if coupling.layer in layers], config, model, calibration)
     scores = metric.score(request)
     _check_finite(config, scores)
-    scores = shared_by_producers(request, scores)
-    return Selection(allocate(request, scores, budget, metric.ordered and config.order == "smallest"))
+    smallest = metric.ordered and config.order == "smallest"
+    return Selection(ALLOCATIONS[config.allocation](request, shared_by_producers(request, scores), budget, allowed,
+                                                    smallest))
 
 
 def _check_calibration(config: S2FTConfig, metric: Metric, calibration) -> None:

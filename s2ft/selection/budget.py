@@ -1,17 +1,44 @@
-"""How many units of each projection are trained."""
+"""How many units of each projection are trained: by ratio, or as many as a number of parameters allows."""
 import math
-from typing import Dict, List
+from typing import Dict, List, Optional
+
+from torch import nn
 
 from s2ft.config import S2FTConfig
-from s2ft.coupling import Coupling, projections_of, unit_name
+from s2ft.coupling import Coupling, Projection, projections_of, unit_name
 
 
-def units_per_projection(couplings: List[Coupling], config: S2FTConfig) -> Dict[str, int]:
-    """Number of trainable units by module path, uniform over the layers (paper, section 3.2).
+def units_per_projection(couplings: List[Coupling], config: S2FTConfig, model: Optional[nn.Module] = None,
+                         free: Optional[Dict[str, int]] = None) -> Dict[str, int]:
+    """Number of trainable units by module path, the same in every layer (paper, section 3.2).
 
-    Raises: ValueError naming the option for an empty request, a ratio that comes to no unit, a
-    projection no coupling has, or a layer outside the model.
+    A ratio is the share of a projection's units. With a budget of parameters the ratios are scaled to it
+    together, as near as whole units allow and never above: layers then differ by one unit, where the budget
+    doesn't divide. Under allocation "global" only the sum over the layers of a projection counts.
+
+    Args:
+        model: for budgets. free: by path, the units that may be chosen, where not all may.
+    Raises: ValueError naming the option for an empty request, a ratio or a budget that comes to no unit, a
+        budget above all that may be chosen, a projection no coupling has, or a layer outside the model.
     """
+    requested = requested_projections(couplings, config)
+    if config.budget is None and config.match_lora_rank is None:
+        return {p.path: _units(p, config.ratios[p.key]) for p in requested}
+    free = {p.path: p.count if free is None else free.get(p.path, p.count) for p in requested}
+    costs = {p.path: unit_parameters(model, p) for p in requested}
+    shares = {p.path: config.ratios[p.key] * p.count for p in requested}
+    total, what = _budget(config, model, requested)
+    most = sum(free[path] * costs[path] for path in free)
+    if total > most:
+        raise ValueError(f"{what} is more than the {most:,} parameters that the projections asked for have to choose "
+                         "from: lower it, or name more projections")
+    units = share_out(total, shares, free, costs)
+    _check_none_is_empty(config, requested, units, costs, what)
+    return units
+
+
+def requested_projections(couplings: List[Coupling], config: S2FTConfig) -> List[Projection]:
+    """What the ratios and layers name. Raises: ValueError where nothing or something that is not there is named."""
     if not config.ratios:
         raise ValueError("nothing is selected: set at least one of q_ratio, k_ratio, v_ratio, o_ratio, "
                          "u_ratio, g_ratio, d_ratio above 0")
@@ -20,13 +47,8 @@ def units_per_projection(couplings: List[Coupling], config: S2FTConfig) -> Dict[
     for key in config.ratios:
         if key not in present:
             raise ValueError(f"{key}_ratio asks for a projection that this model does not have")
-    budget = {}
-    for coupling in couplings:
-        if coupling.layer in layers:
-            for projection in coupling.projections:
-                if projection.key in config.ratios:
-                    budget[projection.path] = _units(projection, config.ratios[projection.key])
-    return budget
+    return [projection for coupling in couplings if coupling.layer in layers
+            for projection in coupling.projections if projection.key in config.ratios]
 
 
 def requested_layers(couplings: List[Coupling], config: S2FTConfig) -> set:
@@ -40,10 +62,61 @@ def requested_layers(couplings: List[Coupling], config: S2FTConfig) -> set:
     return set(config.layers)
 
 
-def _units(projection, ratio: float) -> int:
+def _units(projection: Projection, ratio: float) -> int:
     units = int(ratio * projection.count + 0.5)
     if units == 0:
         raise ValueError(f"{projection.key}_ratio={ratio} selects none of the {projection.count} "
                          f"{unit_name(projection)} of {projection.path}; the smallest that selects one is "
                          f"{math.ceil(5000 / projection.count) / 10000:g}")
     return units
+
+
+def unit_parameters(model: nn.Module, projection: Projection) -> int:
+    """Trained parameters of one unit."""
+    return model.get_submodule(projection.path).weight.numel() // projection.count
+
+
+def _budget(config: S2FTConfig, model: nn.Module, requested: List[Projection]) -> tuple:
+    """(parameters, the option in words)."""
+    if config.budget is not None:
+        return config.budget, f"budget={config.budget:,}"
+    rank = config.match_lora_rank
+    total = sum(rank * sum(model.get_submodule(p.path).weight.shape) for p in requested)
+    return total, f"match_lora_rank={rank}, {total:,} parameters,"
+
+
+def share_out(total: int, shares: Dict[str, float], free: Dict[str, int], costs: Dict[str, int]) -> Dict[str, int]:
+    """Units by path whose costs add up to `total` or less, until no further unit fits, in the proportion of
+    `shares` and at most `free` of each. What the rounding down leaves goes first where it took most."""
+    scale = _scale(total, shares, free, costs)
+    exact = {path: min(free[path], scale * shares[path]) for path in shares}
+    units = {path: int(amount) for path, amount in exact.items()}
+    left = total - sum(units[path] * costs[path] for path in units)
+    order = sorted(units, key=lambda path: round(units[path] - exact[path], 9))   # stable: equal ones by layer
+    fits = True
+    while fits:
+        fits = False
+        for path in order:
+            if units[path] < free[path] and costs[path] <= left:
+                units[path], left, fits = units[path] + 1, left - costs[path], True
+    return units
+
+
+def _scale(total: int, shares: Dict[str, float], free: Dict[str, int], costs: Dict[str, int]) -> float:
+    """The factor of `shares` at which the cost, in fractions of units, is `total`: by halving, from below."""
+    low, high = 0.0, max(free[path] / shares[path] for path in shares)
+    for _ in range(100):
+        middle = (low + high) / 2
+        cost = sum(costs[path] * min(free[path], middle * shares[path]) for path in shares)
+        low, high = (middle, high) if cost <= total else (low, middle)
+    return low
+
+
+def _check_none_is_empty(config: S2FTConfig, requested: List[Projection], units: Dict[str, int],
+                         costs: Dict[str, int], what: str) -> None:
+    """Every projection of every layer gets a unit; under allocation "global", every projection."""
+    for p in requested:
+        alike = [p] if config.allocation == "uniform" else [other for other in requested if other.key == p.key]
+        if not any(units[other.path] for other in alike):
+            raise ValueError(f"{what} is too small: it leaves {p.path} no unit, which has {costs[p.path]:,} "
+                             f"parameters. Raise it or {p.key}_ratio, or train fewer layers or projections")

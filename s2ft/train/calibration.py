@@ -10,6 +10,10 @@ SHARE = 0.01   # of the data, as in the paper
 LEAST = 16     # rows, where the data is small
 
 
+def needs_calibration(config) -> bool:
+    return config.units is None and METRICS[config.selection].calibrated
+
+
 def calibration_for(config, tokenizer, rows: Sequence[TokenRow], examples: int | None,
                     batch_size: int) -> Iterator[dict] | None:
     """Batches as in training, of rows drawn with the config's seed; None where the selection needs none.
@@ -18,10 +22,10 @@ def calibration_for(config, tokenizer, rows: Sequence[TokenRow], examples: int |
         examples: rows to draw; None for 1 % of them, but at least 16.
     Raises: ValueError for a number of rows that can't be drawn, or one that would have no use.
     """
-    if not METRICS[config.selection].calibrated:
+    if not needs_calibration(config):
         if examples is not None:
-            raise ValueError("calibration_examples has no use here: the units are not chosen by a metric that needs "
-                             f"data (selection={config.selection!r})")
+            raise ValueError("calibration_examples has no use here: "
+                             f"{'units' if config.units else f'selection={config.selection!r}'} needs no data")
         return None
     if examples is None:
         examples = min(len(rows), max(LEAST, round(SHARE * len(rows))))

@@ -53,7 +53,30 @@ def test_select_without_data(work, tmp_path, capsys):
         assert s2ft.Selection.load(path)["model.layers.0.mlp.down_proj"].numel() == 2   # the paper's ratio
 
 
+def test_budget_exclude_and_units(work, tmp_path, capsys):
+    def select(name, *options):
+        assert command("select", "--model", work / "model", "--output", tmp_path / name, *options) == 0
+        return s2ft.Selection.load(tmp_path / name)
+
+    first = select("first.json", "--budget", "0.32k", "--d-ratio", "1")
+    assert [len(units) for units in first.units.values()] == [5, 5]   # of 32 parameters each
+    second = select("second.json", "--match-lora-rank", "2", "--exclude", tmp_path / "first.json", "--selection",
+                    "weight", "--allocation", "global")
+    assert sum(map(len, second.units.values())) == 2 * 2 * (32 + 64) // 32
+    assert not any(set(units.tolist()) & set(first[path].tolist()) for path, units in second.units.items())
+    assert command("finetune", "--model", work / "model", "--data", work / "data.jsonl", "--output",
+                   tmp_path / "out", "--units", tmp_path / "second.json", *RUN) == 0
+    assert "trained" in capsys.readouterr().out and s2ft.Selection.load(tmp_path / "out/adapter") == second
+    assert command("info", tmp_path / "out") == 0 and "units: given by hand" in capsys.readouterr().out
+    assert select("third.json", "--units", tmp_path / "out/adapter") == second
+
+
 @pytest.mark.parametrize("arguments,message", [
+    (["--budget", "lots"], "budget must be a number of parameters such as 9.2M"),
+    (["--budget", "1"], "budget=1 is too small"),
+    (["--units", "nowhere.json"], "nowhere.json"),
+    (["--units", "DATA"], "is no selection"),
+    (["--units", "x", "--d-ratio", "0.1"], "nothing is left for d_ratio"),
     (["--selection", "activation"], "selection='activation' needs data"),
     (["--data", "DATA"], "selection='random' takes no data"),
     (["--selection", "gradient", "--data", "DATA", "--calibration-examples", "21"], "from 1 to the 20 rows"),

@@ -205,6 +205,11 @@ def test_tied_weights(metric):
         assert torch.equal(scores["model.layers.0.mlp.down_proj"], scores["model.layers.1.mlp.down_proj"])
 
 
+def checkpoint_blocks(model):
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"   # transformers 5.2x
+    getattr(model, f"{kind}_checkpointing_enable")()
+
+
 # ---- memory ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("checkpointing", (False, True))
@@ -214,7 +219,7 @@ def test_one_weight_gradient_is_alive_at_a_time(checkpointing, monkeypatch):
     model = model_of("llama")
     expected = scores_of(model, "gradient", [batch_of(model)], u_ratio=0.0)
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        checkpoint_blocks(model)
     alive, reduce = [], gradient.squares_by_unit
 
     def count(*args):
@@ -231,7 +236,7 @@ def test_one_weight_gradient_is_alive_at_a_time(checkpointing, monkeypatch):
 
 def test_gradient_checkpointing_is_used(monkeypatch):
     model = model_of("llama")
-    model.gradient_checkpointing_enable()
+    checkpoint_blocks(model)
     calls = []
     block = model.model.layers[0]
     inner = block._gradient_checkpointing_func
@@ -292,7 +297,7 @@ def awkward(case="llama"):
 def test_selecting_leaves_the_model(metric, checkpointing):
     model = awkward()
     if checkpointing:
-        model.gradient_checkpointing_enable()
+        checkpoint_blocks(model)
     before = state(model)
     s2ft.select(model, S2FTConfig(**ALL_RATIOS, selection=metric), calibration_for(metric, model))
     assert_untouched(model, before)

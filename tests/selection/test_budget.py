@@ -1,0 +1,164 @@
+"""How many units: ratios, budgets, and over which layers."""
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.models import ALL_RATIOS, model_of
+
+import s2ft
+from s2ft import S2FTConfig
+from s2ft.arch import couplings_of
+from s2ft.convert import attachment_of
+from s2ft.coupling import projections_of
+from s2ft.selection.budget import share_out, unit_parameters
+
+MODEL = model_of("llama-grouped")
+PROJECTIONS = {p.path: p for p in projections_of(couplings_of(MODEL))}
+COSTS = {path: unit_parameters(MODEL, p) for path, p in PROJECTIONS.items()}
+RATIO = st.one_of(st.just(0.0), st.floats(0.05, 1))
+
+
+def parameters(selection):
+    return sum(COSTS[path] * units.numel() for path, units in selection.units.items())
+
+
+def per_layer(selection, name):
+    return [units.numel() for path, units in selection.units.items() if path.endswith(name)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(ratios=st.fixed_dictionaries({f"{key}_ratio": RATIO for key in "qvoud"}), budget=st.integers(1, 30000),
+       layers=st.sets(st.integers(0, 2), min_size=1), allocation=st.sampled_from(["uniform", "global"]))
+def test_never_above_and_within_a_unit(ratios, budget, layers, allocation):
+    config = S2FTConfig(**ratios, budget=budget, layers=sorted(layers), allocation=allocation, selection="weight")
+    try:
+        selection = s2ft.select(MODEL, config)
+    except ValueError as error:
+        assert any(words in str(error) for words in ("is too small", "is more than the", "nothing is selected"))
+        return
+    spent = parameters(selection)
+    asked = [p for p in PROJECTIONS.values() if p.key in config.ratios and int(p.path.split(".")[2]) in layers]
+    totals = {p.key: [0, 0] for p in asked}
+    for p in asked:
+        totals[p.key][0] += len(selection[p.path]) if p.path in selection else 0
+        totals[p.key][1] += p.count
+    room = [COSTS[p.path] for p in asked if totals[p.key][0] < totals[p.key][1]]
+    assert spent <= budget and (spent == budget or budget - spent < min(room))
+    if allocation == "uniform":
+        assert {p.path for p in asked} == set(selection.units)
+        for key in totals:
+            sizes = [len(selection[p.path]) for p in asked if p.key == key]
+            assert max(sizes) - min(sizes) <= 1
+
+
+@settings(deadline=None)
+@given(data=st.data(), count=st.integers(1, 6))
+def test_sharing_out(data, count):
+    names = [str(i) for i in range(count)]
+    free = {name: data.draw(st.integers(1, 50)) for name in names}
+    costs = {name: data.draw(st.integers(1, 9)) for name in names}
+    shares = {name: data.draw(st.floats(0.01, 50)) for name in names}
+    total = data.draw(st.integers(0, sum(free[name] * costs[name] for name in names)))
+    units = share_out(total, shares, free, costs)
+    spent = sum(units[name] * costs[name] for name in names)
+    assert spent <= total and all(0 <= units[name] <= free[name] for name in names)
+    room = [costs[name] for name in names if units[name] < free[name]]
+    assert spent == total or total - spent < min(room)
+
+
+def test_ratios_give_the_proportions():
+    selection = s2ft.select(MODEL, S2FTConfig(u_ratio=0.1, d_ratio=0.2, budget=24 * 3 * 30))
+    assert per_layer(selection, "up_proj") == [10] * 3 and per_layer(selection, "down_proj") == [20] * 3
+
+
+def test_a_full_projection_leaves_its_share_to_the_others():
+    selection = s2ft.select(MODEL, S2FTConfig(u_ratio=0.1, d_ratio=1.0, budget=24 * 3 * 80))
+    assert per_layer(selection, "up_proj") == [28] * 3 and per_layer(selection, "down_proj") == [52] * 3
+
+
+def test_a_budget_in_words_and_as_lora():
+    units = 3 * 10 * 24
+    for budget in (units, str(units), "0.72K", "0.00072 m"):
+        assert S2FTConfig(d_ratio=1, budget=budget).budget == units
+    assert S2FTConfig(d_ratio=1, budget="9.2M").budget == 9_200_000
+    model = model_of("llama-grouped")
+    report = s2ft.attach(model, S2FTConfig(u_ratio=0.1, d_ratio=0.1, match_lora_rank=4))
+    lora = 2 * 3 * 4 * (24 + 52)   # two projections in three layers
+    assert lora - 24 < report.trainable <= lora
+
+
+def test_the_report_counts_what_is_trained():
+    model = model_of("llama-grouped")
+    report = s2ft.attach(model, S2FTConfig(**ALL_RATIOS, budget=10_000))
+    assert report.trainable == parameters(attachment_of(model).selection) <= 10_000
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == report.trainable
+
+
+# ---- over the layers -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("order", ("largest", "smallest"))
+def test_global_takes_the_best_of_all_layers(order):
+    config = S2FTConfig(u_ratio=0.1, g_ratio=0.2, d_ratio=0.1, selection="weight", order=order, allocation="global")
+    selection = s2ft.select(MODEL, config)
+    norms = torch.cat([MODEL.get_submodule(f"model.layers.{i}.mlp.down_proj").weight.detach().double().norm(dim=0)
+                       for i in range(3)])
+    best = set(norms.sort(descending=order == "largest").indices[:15].tolist())   # 5 of 52 in each of 3 layers
+    assert best == {i * 52 + unit for i in range(3) for unit in
+                    selection.units.get(f"model.layers.{i}.mlp.down_proj", torch.tensor([])).tolist()}
+    for i in range(3):
+        up, gate = (set(selection.units.get(f"model.layers.{i}.mlp.{name}_proj", torch.tensor([])).tolist())
+                    for name in ("up", "gate"))
+        assert up <= gate
+
+
+def test_a_layer_may_get_nothing_and_the_model_trains_on():
+    model = model_of("llama")
+    with torch.no_grad():
+        for i in (0, 2):
+            model.model.layers[i].mlp.down_proj.weight.mul_(1e-3)
+    for layout in ("permuted", "indexed"):
+        report = s2ft.attach(model, S2FTConfig(d_ratio=0.1, selection="weight", allocation="global", layout=layout))
+        assert list(attachment_of(model).mounts) == ["model.layers.1.mlp.down_proj"]
+        assert report.trainable == 15 * 24
+        s2ft.detach(model)
+
+
+def test_equal_scores_go_by_layer():
+    model = model_of("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.fill_(1.0)
+    selection = s2ft.select(model, S2FTConfig(d_ratio=0.5, selection="weight", allocation="global"))
+    assert [units.tolist() for units in selection.units.values()] == [list(range(52)), list(range(26))]
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("options,message", [
+    (dict(budget="9.2X"), "budget must be a number of parameters such as 9.2M"),
+    (dict(budget="-3"), "budget must be a number of parameters"),
+    (dict(budget="0.1"), "budget must be a whole number of at least 1, got 0"),
+    (dict(budget=0), "budget must be a whole number of at least 1"),
+    (dict(budget=1.5), "budget must be a whole number of at least 1, got 1.5"),
+    (dict(budget=True), "budget must be a whole number"),
+    (dict(match_lora_rank=0), "match_lora_rank must be a whole number of at least 1"),
+    (dict(match_lora_rank="8"), "match_lora_rank must be a whole number"),
+    (dict(budget=9, match_lora_rank=1), "budget and match_lora_rank exclude each other"),
+    (dict(allocation="global"), "random selection has none"),
+    (dict(allocation="layered"), "allocation must be one of uniform, global"),
+])
+def test_options_that_can_not_be_meant(options, message):
+    with pytest.raises(ValueError, match=message):
+        S2FTConfig(d_ratio=0.1, **options)
+
+
+@pytest.mark.parametrize("options,message", [
+    (dict(d_ratio=0.1, budget=71), "budget=71 is too small: it leaves model.layers.2.mlp.down_proj no unit"),
+    (dict(d_ratio=0.001, u_ratio=1, budget=500), "leaves model.layers.0.mlp.down_proj no unit.*Raise it or d_ratio"),
+    (dict(d_ratio=0.1, budget=3 * 52 * 24 + 1), "budget=3,745 is more than the 3,744 parameters"),
+    (dict(o_ratio=0.1, match_lora_rank=1), "match_lora_rank=1, 144 parameters, is too small"),
+    (dict(budget=10), "nothing is selected"),
+])
+def test_budgets_that_do_not_fit(options, message):
+    with pytest.raises(ValueError, match=message):
+        s2ft.select(MODEL, S2FTConfig(**options))
