@@ -1,14 +1,14 @@
 """attach, detach, merge: turn a model into one that trains its selected units, and back."""
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from s2ft.arch import couplings_of
 from s2ft.config import S2FTConfig
-from s2ft.coupling import Coupling, Projection, projections_of, unit_name
+from s2ft.coupling import Coupling, Projection, unit_name
 from s2ft.delta import Delta
 from s2ft.fingerprint import fingerprint
 from s2ft.layers import S2ColumnLinear, S2Linear, S2RowLinear
@@ -16,6 +16,7 @@ from s2ft.ops import act_mul, scatter_add_, swap_
 from s2ft.permutation import contiguous_range, coupling_order, expand, inverse, permute_coupling
 from s2ft.selection import Selection
 from s2ft.selection import select as select_units
+from s2ft.verify import Trial
 
 RECORD = "_s2ft"   # the attribute of the model that holds its Attachment
 
@@ -37,6 +38,7 @@ class Attachment:
     couplings: List[Coupling]
     fingerprint: Dict[str, Any]
     required_grad: Dict[str, bool]                 # of every parameter, before
+    given: bool = False                            # whether the couplings were given by hand
     name: Optional[str] = None                     # the trainable adapter
     config: Optional[S2FTConfig] = None
     selection: Optional[Selection] = None
@@ -62,30 +64,62 @@ def attachment_of(model: nn.Module) -> Attachment:
 
 # ---- attach ----------------------------------------------------------------------------------------
 
-def attach(model: nn.Module, config: S2FTConfig, name: str = "default", calibration=None) -> "Report":
+def attach(model: nn.Module, config: S2FTConfig, name: str = "default", calibration=None, *,
+           couplings: Optional[Sequence[Coupling]] = None, verify: Optional[bool] = None, example=None) -> "Report":
     """Make the units that `config` selects the only trainable weights of `model`, in place.
 
     Everything is checked before a weight moves. The model computes what it did before: in layout
     ``permuted`` the coupled weights and biases are put in a common new order, in ``indexed`` nothing
     moves. All other parameters are frozen.
 
+    A model of no known family is attached by its couplings, for instance a perceptron ``net`` with layers
+    ``net.up`` and ``net.down`` of 64 hidden channels::
+
+        mlp = Coupling("ffn", 0, (Projection("u", "net.up", 64, 1, 0),), Projection("d", "net.down", 64, 1, 1))
+        attach(model, S2FTConfig(d_ratio=0.1), couplings=[mlp], example=torch.randn(2, 16))
+
+    They are saved in the adapter, so that loading needs none.
+
     Args:
-        model: a model of a known family, floating-point weights, nothing attached.
+        model: a model of a known family or with `couplings`, floating-point weights, nothing attached.
         config: what to train. name: of the new adapter.
         calibration: for selections that need data, see :func:`select`.
+        couplings: given by hand, of plain nn.Linear layers; a module can be in one of them.
+        verify: try the couplings out: put the units of each that can move in another order and run the model
+            (in evaluation mode), then run it attached; an output that moves by more than rounding is an error
+            that names the coupling. Default: where couplings are given by hand, or an example is.
+        example: what to run it on: a tensor, a tuple of arguments or a dict of them. For models of transformers
+            one is made from the config.
     Returns: a report that prints as a table of what is trained.
     Raises: ValueError, with the model as it was; TypeError for a config that is none.
     """
     if not isinstance(config, S2FTConfig):
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
     check_name(name)
-    record = new_attachment(model)
+    record = new_attachment(model, couplings)
     selection = select_units(record.couplings, config, model, calibration)
+    verify = couplings is not None or example is not None if verify is None else verify
+    trial = _try_out(model, record.couplings, example) if verify else None
     mount(model, record, config, selection, name)
+    if trial is not None:
+        try:
+            trial.check_unchanged()
+        except BaseException:
+            _restore(model, record)
+            raise
     return Report.of(model)
 
 
-def select(model: nn.Module, config: S2FTConfig, calibration=None) -> Selection:
+def _try_out(model: nn.Module, couplings: List[Coupling], example: Any) -> Trial:
+    trial = Trial(model, couplings, example)
+    for coupling in couplings:
+        if coupling.movable and not _tied(model, coupling):
+            trial.check(coupling)
+    return trial
+
+
+def select(model: nn.Module, config: S2FTConfig, calibration=None, *,
+           couplings: Optional[Sequence[Coupling]] = None) -> Selection:
     """The units that :func:`attach` would train, without attaching anything: the model stays as it is.
 
     Args:
@@ -93,24 +127,24 @@ def select(model: nn.Module, config: S2FTConfig, calibration=None) -> Selection:
             of batches, each a dict of tensors as a tokenizer gives (input_ids [sequences, tokens], attention_mask,
             labels) or a tensor of token ids. It is read once; labels are used for the gradient alone, which takes
             the tokens themselves where there are none.
+        couplings: as for :func:`attach`.
     Returns: a selection; it prints as a table, and has save and load.
     Raises: as :func:`attach`.
     """
     if not isinstance(config, S2FTConfig):
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
-    return select_units(new_attachment(model).couplings, config, model, calibration)
+    return select_units(new_attachment(model, couplings).couplings, config, model, calibration)
 
 
-def new_attachment(model: nn.Module) -> Attachment:
-    """A record of the untouched model. Raises: ValueError when there is one already."""
+def new_attachment(model: nn.Module, given: Optional[Sequence[Coupling]] = None) -> Attachment:
+    """A record of the untouched model. given: couplings by hand. Raises: ValueError when there is one already."""
     if RECORD in model.__dict__:
         raise ValueError(f"{type(model).__name__} has an S²FT adapter already "
                          f"({', '.join(model.__dict__[RECORD].names)}): detach or merge it first")
-    couplings = couplings_of(model)
-    for projection in projections_of(couplings):
-        _check_linear(model, projection)
+    couplings = couplings_of(model, given)
     return Attachment(couplings, fingerprint(model, couplings),
-                      {key: parameter.requires_grad for key, parameter in model.named_parameters()})
+                      {key: parameter.requires_grad for key, parameter in model.named_parameters()},
+                      given=given is not None)
 
 
 def check_name(name: str) -> None:
@@ -118,24 +152,24 @@ def check_name(name: str) -> None:
         raise ValueError(f"an adapter's name must be a word without slashes, got {name!r}")
 
 
-def _check_linear(model: nn.Module, projection: Projection) -> None:
-    module = model.get_submodule(projection.path)
-    if type(module) is not nn.Linear:
-        raise ValueError(f"{projection.path} is a {type(module).__name__}, not a plain nn.Linear: "
-                         "S²FT can't train it or move its units")
-    if not module.weight.is_floating_point():
-        raise ValueError(f"{projection.path} has {module.weight.dtype} weights; S²FT needs floating point")
-
-
 def _check_untied(model: nn.Module, couplings: List[Coupling]) -> None:
+    for coupling in couplings:
+        shared = _tied(model, coupling)
+        if shared:
+            raise ValueError(f"{' and '.join(shared)} are one tied weight, whose units can't change place: "
+                             "use layout='indexed'")
+
+
+def _tied(model: nn.Module, coupling: Coupling) -> List[str]:
+    """The names of a parameter that moves with the coupling and has several; empty where none has."""
     owners: Dict[int, List[str]] = {}
     for key, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(key)
-    for projection in projections_of(couplings):
-        shared = owners[id(model.get_submodule(projection.path).weight)]
-        if len(shared) > 1:
-            raise ValueError(f"{' and '.join(shared)} are one tied weight, whose units can't change place: "
-                             "use layout='indexed'")
+    moving = [model.get_parameter(vector.path) for vector in coupling.vectors]
+    for projection in coupling.projections:
+        module = model.get_submodule(projection.path)
+        moving += [module.weight] + [module.bias] * (projection.dim == 0 and module.bias is not None)
+    return next((owners[id(parameter)] for parameter in moving if len(owners[id(parameter)]) > 1), [])
 
 
 def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: Selection, name: str) -> None:

@@ -4,8 +4,8 @@ The units of a coupling pass from its producers to its consumer: unit i of a pro
 unit i of the consumer's inputs. So both sides may be put in a new order together and the model
 computes what it did before.
 """
-from dataclasses import dataclass
-from typing import Iterator, List, Optional, Tuple
+from dataclasses import asdict, dataclass
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 PROJECTIONS = ("q", "k", "v", "o", "u", "g", "d")   # u, g, d: up, gate, down
 
@@ -64,6 +64,17 @@ class Coupling:
         `fixed` coupling: T5's heads, say, are numbered by a table of position biases that layers share.
         """
         return not self.fixed and len({projection.count for projection in self.projections}) == 1
+
+    def to_dict(self) -> Dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Dict[str, Any]) -> "Coupling":
+        """Raises: TypeError or KeyError for other fields than :meth:`to_dict` writes."""
+        return cls(**{**values, "producers": tuple(Projection(**one) for one in values["producers"]),
+                      "consumer": Projection(**values["consumer"]),
+                      "vectors": tuple(Vector(**one) for one in values["vectors"])})
 
 
 def unit_name(projection: Projection) -> str:

@@ -4,7 +4,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "s2ft"
 RANK = {"version": 0, "_build": 1, "coupling": 0, "delta": 0, "files": 0, "ops": 1, "config": 1, "layers": 2, "arch": 2,
-        "permutation": 3, "selection": 3, "fingerprint": 3, "convert": 4, "adapter": 5, "train": 6, "cli": 7}
+        "permutation": 3, "selection": 3, "fingerprint": 3, "verify": 4, "convert": 5, "adapter": 6, "train": 7,
+        "cli": 8}
 
 
 def unit_of(path):

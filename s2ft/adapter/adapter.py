@@ -1,13 +1,13 @@
 """An adapter: named deltas in original coordinates, with what is needed to put them on the right model."""
 from dataclasses import dataclass, field
-from typing import Any, Dict
+from typing import Any, Dict, List, Optional
 
 import torch
 from torch import nn
 
 from s2ft.config import S2FTConfig
 from s2ft.convert import Attachment
-from s2ft.coupling import projections_of
+from s2ft.coupling import Coupling, projections_of
 from s2ft.delta import Delta
 from s2ft.fingerprint import difference
 from s2ft.permutation import expand
@@ -16,7 +16,8 @@ from s2ft.selection import Selection
 
 @dataclass
 class Adapter:
-    """deltas: by module path. fingerprint: of the base. selection: in units. info: free metadata."""
+    """deltas: by module path. fingerprint: of the base. selection: in units. info: free metadata.
+    couplings: where they were given by hand."""
 
     name: str
     config: S2FTConfig
@@ -24,6 +25,7 @@ class Adapter:
     fingerprint: Dict[str, Any]
     deltas: Dict[str, Delta]
     info: Dict[str, Any] = field(default_factory=dict)
+    couplings: Optional[List[Coupling]] = None
 
     @property
     def parameters(self) -> int:

@@ -26,7 +26,8 @@ def save_adapter(model: nn.Module, directory, name: Optional[str] = None,
     if name not in record.names:
         raise ValueError(f"no adapter is called {name!r}; there are {', '.join(record.names)}")
     if name == record.name:
-        adapter = Adapter(name, record.config, record.selection, record.fingerprint, mounted_deltas(record))
+        adapter = Adapter(name, record.config, record.selection, record.fingerprint, mounted_deltas(record),
+                          couplings=record.couplings if record.given else None)
     else:
         adapter = record.others[name]
     adapter.info = {**_model_info(model), **adapter.info, **(info or {})}
@@ -42,7 +43,8 @@ def _model_info(model: nn.Module) -> Dict[str, Any]:
 def load_adapter(model: nn.Module, directory, name: Optional[str] = None, trainable: bool = False) -> None:
     """Load a saved adapter under `name` (default: the name it was saved with) and make it active.
 
-    On a model without adapters this attaches first. With ``trainable=False`` the deltas are written
+    On a model without adapters this attaches first, by the couplings in the adapter where they were given by
+    hand. With ``trainable=False`` the deltas are written
     into the weights (the base they replace is kept), all parameters are frozen, and the adapter can be
     switched off or exchanged for another. With ``trainable=True`` the layers, the selection and the
     layout it was trained with are set up again, so that training can go on; one adapter a model can be.
@@ -54,7 +56,7 @@ def load_adapter(model: nn.Module, directory, name: Optional[str] = None, traina
     adapter.name = adapter.name if name is None else name
     check_name(adapter.name)
     fresh = RECORD not in model.__dict__
-    record = new_attachment(model) if fresh else attachment_of(model)
+    record = new_attachment(model, adapter.couplings) if fresh else attachment_of(model)
     check_fits(adapter, model, record)
     if adapter.name in record.names:
         raise ValueError(f"there is an adapter called {adapter.name!r} already: load it under another name")

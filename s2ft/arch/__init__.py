@@ -1,6 +1,7 @@
 """Which couplings a model has: one small file a model family, registered by model_type."""
 from s2ft.arch import (bert, clip, cohere, llama, olmo2, opt, phi, stablelm, starcoder2,  # noqa: F401
                        t5, vit, whisper)   # each registers its model types
+from s2ft.arch.given import given_couplings
 from s2ft.arch.registry import couplings_of, known_architectures, register_architecture
 
-__all__ = ["couplings_of", "known_architectures", "register_architecture"]
+__all__ = ["couplings_of", "given_couplings", "known_architectures", "register_architecture"]

@@ -1,8 +1,9 @@
 """model_type → the function that lists a model's couplings."""
-from typing import Callable, Dict, List, Set
+from typing import Callable, Dict, List, Optional, Sequence, Set
 
 from torch import nn
 
+from s2ft.arch.given import given_couplings
 from s2ft.coupling import Coupling, Projection, Vector
 
 Declaration = Callable[[nn.Module], List[Coupling]]
@@ -22,12 +23,18 @@ def known_architectures() -> List[str]:
     return sorted(_DECLARATIONS)
 
 
-def couplings_of(model: nn.Module) -> List[Coupling]:
-    """The couplings of `model`, checked against its weights.
+def couplings_of(model: nn.Module, given: Optional[Sequence[Coupling]] = None) -> List[Coupling]:
+    """The couplings of `model`, checked against its weights: those of its family, or the ones `given` by hand.
 
     Raises: ValueError for a model type that is not known, or a weight whose shape contradicts the
     declaration; the message names the known types or the module.
     """
+    couplings = _declared(model) if given is None else given_couplings(given)
+    check_shapes(model, couplings)
+    return couplings
+
+
+def _declared(model: nn.Module) -> List[Coupling]:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type not in _DECLARATIONS:
         raise ValueError(f"{type(model).__name__} (model type {model_type!r}) is not a model family that s2ft "
@@ -38,7 +45,6 @@ def couplings_of(model: nn.Module) -> List[Coupling]:
     if not couplings:
         raise ValueError(f"{type(model).__name__}: the layers of model type {model_type!r} are not where s2ft looks "
                          "for them")
-    check_shapes(model, couplings)
     return couplings
 
 
@@ -56,12 +62,15 @@ def _check_projection(model: nn.Module, projection: Projection) -> None:
         module = model.get_submodule(projection.path)
     except AttributeError:
         raise ValueError(f"{type(model).__name__} has no module {projection.path}") from None
-    weight = getattr(module, "weight", None)
+    if type(module) is not nn.Linear:
+        raise ValueError(f"{projection.path} is a {type(module).__name__}, not a plain nn.Linear: S²FT can't train it "
+                         "or move its units (convolutions, Conv2d among them, are not supported)")
+    if not module.weight.is_floating_point():
+        raise ValueError(f"{projection.path} has {module.weight.dtype} weights; S²FT needs floating point")
     expected = projection.count * projection.unit
-    if weight is None or weight.dim() != 2 or weight.shape[projection.dim] != expected:
-        shape = None if weight is None else tuple(weight.shape)
+    if module.weight.shape[projection.dim] != expected:
         raise ValueError(f"{projection.path}: expected a weight with {expected} = {projection.count} units of "
-                         f"{projection.unit} in dim {projection.dim}, got shape {shape}")
+                         f"{projection.unit} in dim {projection.dim}, got shape {tuple(module.weight.shape)}")
 
 
 def _check_vector(model: nn.Module, vector: Vector, counts: Set[int]) -> None:

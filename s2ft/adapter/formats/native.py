@@ -2,7 +2,7 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, List, Optional
 
 import torch
 from safetensors import SafetensorError
@@ -11,12 +11,14 @@ from torch import Tensor
 
 import s2ft.version
 from s2ft.adapter.adapter import Adapter
+from s2ft.arch import given_couplings
 from s2ft.config import S2FTConfig
+from s2ft.coupling import Coupling
 from s2ft.delta import Delta
 from s2ft.files import replace_file
 from s2ft.selection import Selection
 
-SCHEMA = 1
+SCHEMA = 2           # 2: couplings given by hand
 TENSORS = "s2ft_adapter.safetensors"
 CONFIG = "s2ft_config.json"   # not adapter_config.json, which PEFT and AutoModel would take for theirs
 
@@ -45,6 +47,8 @@ def write(adapter: Adapter, directory) -> None:
         "tensors_sha256": hashlib.sha256(blob).hexdigest(),
         "info": adapter.info,
     }
+    if adapter.couplings is not None:
+        config["couplings"] = [coupling.to_dict() for coupling in adapter.couplings]
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     replace_file(directory / TENSORS, blob)
@@ -79,7 +83,7 @@ def read(directory) -> Adapter:
     if not isinstance(base.get("dtype"), str) or not isinstance(base.get("layers"), dict):
         raise ValueError(f"{directory / CONFIG}: base_fingerprint must have dtype and layers")
     return Adapter(_field(header, "name", str, directory / CONFIG), _config(header, directory / CONFIG), selection,
-                   base, deltas, header.get("info", {}))
+                   base, deltas, header.get("info", {}), _couplings(header, directory / CONFIG))
 
 
 def _read_header(path: Path) -> Dict[str, Any]:
@@ -106,6 +110,15 @@ def _config(header: Dict[str, Any], path: Path) -> S2FTConfig:
         return S2FTConfig(**_field(header, "config", dict, path))
     except TypeError as error:
         raise ValueError(f"{path}: config does not fit this s2ft: {error}") from None
+
+
+def _couplings(header: Dict[str, Any], path: Path) -> Optional[List[Coupling]]:
+    if "couplings" not in header:
+        return None
+    try:
+        return given_couplings([Coupling.from_dict(entry) for entry in _field(header, "couplings", list, path)])
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: couplings can't be read: {error}") from None
 
 
 def _check_keys(found: set, expected: set, path: Path) -> None:

@@ -1,0 +1,292 @@
+"""Couplings given by hand, and trying them out before a weight moves."""
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from support.models import ALL_RATIOS, CASES, inputs_of, model_of, ratios_for
+from support.tolerances import relative_difference
+from torch import nn
+
+import s2ft
+from s2ft import Coupling, Projection, S2FTConfig, Vector
+from s2ft.adapter.formats.native import CONFIG
+from s2ft.convert import attachment_of
+
+LAYOUTS = ("permuted", "indexed")
+HEADS, WIDTH, CHANNELS = 4, 5, 30   # heads of five elements, in a model of twelve
+
+
+class Bias(nn.Module):
+    """A bias of its own after a linear layer."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.value = nn.Parameter(torch.randn(size))
+
+    def forward(self, x):
+        return x + self.value
+
+
+class Block(nn.Module):
+    """An MLP with a separate bias, and attention whose queries have a norm over all heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(12, CHANNELS), nn.Linear(CHANNELS, 12)
+        self.other = nn.Linear(12, CHANNELS)
+        self.shift, self.dropout = Bias(CHANNELS), nn.Dropout(0.5)
+        self.q, self.k, self.v = (nn.Linear(12, HEADS * WIDTH) for _ in range(3))
+        self.o, self.norm = nn.Linear(HEADS * WIDTH, 12), nn.LayerNorm(HEADS * WIDTH)
+        nn.init.normal_(self.norm.weight)
+        nn.init.normal_(self.norm.bias)
+
+    def forward(self, x):
+        q, k, v = (y.unflatten(-1, (HEADS, WIDTH)).transpose(1, 2) for y in (self.norm(self.q(x)), self.k(x), self.v(x)))
+        x = x + self.o(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.down(self.dropout(torch.relu(self.shift(self.up(x)))) + torch.tanh(self.other(x)))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def couplings():
+    found = []
+    for i in range(2):
+        path = f"blocks.{i}"
+        found.append(Coupling("ffn", i, (Projection("u", f"{path}.up", CHANNELS, 1, 0),
+                                         Projection("g", f"{path}.other", CHANNELS, 1, 0)),
+                              Projection("d", f"{path}.down", CHANNELS, 1, 1), (Vector(f"{path}.shift.value", 1),)))
+        producers = tuple(Projection(key, f"{path}.{key}", HEADS, WIDTH, 0) for key in "qkv")
+        found.append(Coupling("attention", i, producers, Projection("o", f"{path}.o", HEADS, WIDTH, 1),
+                              (Vector(f"{path}.norm.weight", WIDTH), Vector(f"{path}.norm.bias", WIDTH))))
+    return found
+
+
+def net(dtype=torch.float32):
+    torch.manual_seed(0)
+    return Net().to(dtype)   # in training mode, with dropout
+
+
+def example(dtype=torch.float32):
+    return torch.randn(3, 7, 12, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def fit(model, steps=3):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        model(example()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def states_equal(ours, theirs):
+    ours, theirs = ours.state_dict(), theirs.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_users_own_model_all_the_way(layout, tmp_path):
+    base = net().eval()
+    model = copy.deepcopy(base)
+    report = s2ft.attach(model, S2FTConfig(**ALL_RATIOS, layout=layout), couplings=couplings(), example=example())
+    assert sum(row.layers for row in report.rows) == 14 and len(attachment_of(model).mounts) == 14
+    assert relative_difference(model(example()), base(example())) <= 1e-5
+    fit(model)
+    s2ft.save_adapter(model, tmp_path)
+    assert states_equal(s2ft.detach(copy.deepcopy(model)), base)
+    output, merged = model(example()), s2ft.merge(model)
+    assert relative_difference(merged(example()), output) <= 1e-5
+    for trainable in (False, True):   # nothing but the folder is needed
+        other = copy.deepcopy(base)
+        s2ft.load_adapter(other, tmp_path, trainable=trainable)
+        s2ft.save_adapter(other, tmp_path / "again")
+        assert json.loads((tmp_path / "again" / CONFIG).read_text())["couplings"]
+        assert states_equal(s2ft.merge(other), merged)
+
+
+def test_both_layouts_train_alike_and_like_a_masked_model():
+    states = []
+    for layout in LAYOUTS:
+        model = net().eval()
+        s2ft.attach(model, S2FTConfig(**ALL_RATIOS, layout=layout), couplings=couplings(), example=example())
+        selection = attachment_of(model).selection
+        fit(model)
+        states.append(s2ft.merge(model).state_dict())
+    masked = net().eval().requires_grad_(False)
+    for coupling in couplings():
+        for p in coupling.projections:
+            mask = torch.zeros(p.count).index_fill_(0, selection[p.path], 1).repeat_interleave(p.unit)
+            weight = masked.get_submodule(p.path).weight.requires_grad_(True)
+            weight.register_hook(lambda grad, mask=mask.view((-1, 1) if p.dim == 0 else (1, -1)): grad * mask)
+    optimizer = torch.optim.AdamW([p for p in masked.parameters() if p.requires_grad], lr=1e-2, weight_decay=0)
+    for _ in range(3):
+        masked(example()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for key, weight in masked.state_dict().items():
+        for state in states:
+            torch.testing.assert_close(state[key], weight, rtol=0, atol=1e-3 if key.endswith("weight") else 0)
+
+
+def changed(index, **fields):
+    """The couplings with one of them changed."""
+    found = couplings()
+    found[index] = replace(found[index], **fields)
+    return found
+
+
+def with_heads(count, unit, index=1):
+    whole = couplings()[index]
+    return changed(index, producers=tuple(replace(p, count=count, unit=unit) for p in whole.producers),
+                   consumer=replace(whole.consumer, count=count, unit=unit), vectors=())
+
+
+def crossed():
+    """Each MLP's first layers with the other's last."""
+    first, _, second, _ = couplings()
+    return [replace(first, consumer=second.consumer), replace(second, consumer=first.consumer)]
+
+
+WRONG = {
+    "another's consumer": (crossed, "ffn coupling of layer 0 .*blocks.0.up.*blocks.1.down"),
+    "a producer missing": (lambda: changed(0, producers=couplings()[0].producers[:1]), "ffn coupling of layer 0"),
+    "unit of heads": (lambda: with_heads(5, 4), "attention coupling of layer 0.*5 units"),
+    "unit of later heads": (lambda: with_heads(10, 2, index=3), "attention coupling of layer 1.*10 units"),
+    "bias missed": (lambda: changed(2, vectors=()), "ffn coupling of layer 1.*norm or bias"),
+    "norm missed": (lambda: changed(1, vectors=()), "attention coupling of layer 0"),
+    "half of the norm": (lambda: changed(3, vectors=couplings()[3].vectors[:1]), "attention coupling of layer 1"),
+}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_coupling_is_refused_and_named(wrong, layout, dtype):
+    make, message = WRONG[wrong]
+    model = net(dtype)
+    base, modes = copy.deepcopy(model), [module.training for module in model.modules()]
+    with pytest.raises(ValueError, match=message):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.2, layout=layout), couplings=make(), example=example(dtype))
+    assert states_equal(model, base) and [module.training for module in model.modules()] == modes
+    assert all(p.requires_grad for p in model.parameters()) and not any(m._forward_hooks for m in model.modules())
+    s2ft.attach(model, S2FTConfig(d_ratio=0.2, layout=layout), couplings=couplings(), example=example(dtype))
+
+
+def test_without_verify_a_wrong_coupling_is_taken_at_its_word():
+    model = net()
+    s2ft.attach(model, S2FTConfig(d_ratio=0.2), couplings=crossed(), verify=False)
+    s2ft.detach(model)
+    assert states_equal(model, net())
+
+
+@pytest.mark.parametrize("wrap", (lambda x: x, lambda x: (x,), lambda x: {"x": x}), ids=("tensor", "tuple", "dict"))
+def test_examples_and_the_mode_come_back(wrap):
+    model = net()
+    model.blocks[1].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    s2ft.attach(model, S2FTConfig(d_ratio=0.2), couplings=couplings(), example=wrap(example()))
+    assert modes == {name: module.training for name, module in model.named_modules()}
+
+
+def test_what_attach_itself_changes_is_seen(monkeypatch):
+    """A fault after the couplings were tried out leaves the base too."""
+    import s2ft.convert as convert
+    model, real = net(), convert.S2ColumnLinear.forward
+    monkeypatch.setattr(convert.S2ColumnLinear, "forward", lambda self, x: real(self, x) * 1.5)
+    with pytest.raises(ValueError, match="attach would change what the model computes"):
+        s2ft.attach(model, S2FTConfig(u_ratio=0.2), couplings=couplings(), example=example())
+    assert states_equal(model, net()) and all(p.requires_grad for p in model.parameters())
+
+
+def test_an_example_is_needed_and_must_reach_the_couplings():
+    with pytest.raises(ValueError, match="pass example=.*verify=False"):
+        s2ft.attach(net(), S2FTConfig(d_ratio=0.2), couplings=couplings())
+    with pytest.raises(TypeError, match="example must be a tensor, a tuple or a dict"):
+        s2ft.attach(net(), S2FTConfig(d_ratio=0.2), couplings=couplings(), example="x")
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        s2ft.attach(net(), S2FTConfig(d_ratio=0.2), couplings=couplings(), example=example() * float("nan"))
+    model = net()
+    model.unused = Block()
+    apart = couplings()[0]
+    unused = replace(apart, layer=2, consumer=replace(apart.consumer, path="unused.down"), vectors=(),
+                     producers=tuple(replace(p, path=p.path.replace("blocks.0", "unused")) for p in apart.producers))
+    with pytest.raises(ValueError, match="does not reach unused.down"):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.2), couplings=[unused], example=example())
+
+
+def test_a_convolution_is_refused():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 3, 1))
+    coupling = Coupling("ffn", 0, (Projection("u", "0", 8, 1, 0),), Projection("d", "2", 8, 1, 1))
+    with pytest.raises(ValueError, match="0 is a Conv2d.*convolutions.*not supported"):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.5), couplings=[coupling], example=torch.randn(1, 3, 4, 4))
+
+
+UP, DOWN = couplings()[0].producers[0], couplings()[0].consumer
+BAD = {
+    "none": ([], TypeError, "at least one"),
+    "no list": (couplings()[0], TypeError, "must be a list"),
+    "no coupling": ([UP], TypeError, r"couplings\[0\] must be an s2ft.Coupling, got Projection"),
+    "no producer": (changed(1, producers=()), ValueError, r"couplings\[1\] has no producers"),
+    "key": (changed(0, producers=(replace(UP, key="x"),)), ValueError, "one of q, k, v, u, g on this side, got 'x'"),
+    "side": (changed(0, consumer=replace(DOWN, key="u")), ValueError, "one of o, d on this side"),
+    "dim": (changed(0, consumer=replace(DOWN, dim=0)), ValueError, "blocks.0.down must have dim 1"),
+    "count": (changed(0, consumer=replace(DOWN, count=0)), ValueError, "count of blocks.0.down"),
+    "other count": (changed(0, consumer=replace(DOWN, count=31)), ValueError, "31 = 31 units of 1 in dim 1"),
+    "layer": (changed(0, layer=-1), ValueError, "layer must be"),
+    "twice": (couplings() + couplings()[:1], ValueError, "name blocks.0.up twice"),
+    "missing module": (changed(0, consumer=replace(DOWN, path="blocks.0.dwon")), ValueError, "no module blocks.0.dwon"),
+    "missing vector": (changed(0, vectors=(Vector("blocks.0.shift", 1),)), ValueError, "no parameter blocks.0.shift"),
+    "misshapen vector": (changed(0, vectors=(Vector("blocks.0.shift.value", 2),)), ValueError, "30 units of 2"),
+    "block": (changed(0, block="blocks.0"), ValueError, "block and activation"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_couplings_that_cannot_be_meant(bad):
+    given, error, message = BAD[bad]
+    model = net()
+    with pytest.raises(error, match=message):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.2), couplings=given, example=example())
+    assert states_equal(model, net()) and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("spoil", (lambda c: c.update(couplings="x"), lambda c: c["couplings"][0].pop("layer"),
+                                   lambda c: c["couplings"][0]["consumer"].update(unit="1"),
+                                   lambda c: c["couplings"][0].update(colour="red"),
+                                   lambda c: c["couplings"].append(c["couplings"][0])))
+def test_stored_couplings_are_read_strictly(spoil, tmp_path):
+    model = net()
+    s2ft.attach(model, S2FTConfig(d_ratio=0.2), couplings=couplings(), example=example())
+    s2ft.save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    spoil(config)
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    model = net()
+    with pytest.raises(ValueError, match="couplings"):
+        s2ft.load_adapter(model, tmp_path)
+    assert states_equal(model, net()) and s2ft.status(model).adapters == []
+
+
+def test_selecting_by_couplings_leaves_the_model():
+    model = net()
+    selection = s2ft.select(model, S2FTConfig(d_ratio=0.2), couplings=couplings())
+    assert selection["blocks.0.down"].numel() == 6 and states_equal(model, net())
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_every_family_stands_the_trial(case, dtype):
+    """Every coupling that can move in a random order, on an input made from the config."""
+    model = model_of(case, dtype)
+    given = {"example": inputs_of(model)} if "cross-attention" in case else {}   # else the cross-attention has no use
+    s2ft.attach(model, S2FTConfig(**ratios_for(case, ALL_RATIOS)), verify=True, **given)
