@@ -40,7 +40,7 @@ def train(job: FinetuneArguments, config, options) -> None:
     from s2ft.train.calibration import calibration_for
     from s2ft.train.encoding import context_length, encode_examples
     from s2ft.train.examples import read_examples
-    from s2ft.train.finetune import finetune, this_rank
+    from s2ft.train.finetune import check_ranks_agree, finetune, this_rank
     from s2ft.train.models import load_model
     from s2ft.train.output import RunFolder
 
@@ -57,6 +57,7 @@ def train(job: FinetuneArguments, config, options) -> None:
     if calibration is not None:
         model.to(ranks.device)
     report = s2ft.attach(model, config, job.name, calibration)
+    check_ranks_agree(model)
     if ranks.is_main_process:
         folder.begin(_run_options(job, config, options), job.resume)
         print(report, flush=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 import s2ft
+from s2ft.convert import attachment_of
 from s2ft.train.encoding import AnswerCollator, TokenRow
 from s2ft.train.head import packed_head
 from s2ft.train.models import base_info
@@ -71,6 +72,19 @@ def this_rank():
     from accelerate import PartialState
 
     return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def check_ranks_agree(model) -> None:
+    """Every rank chooses its units itself; statistics could in principle round differently on different devices.
+
+    Raises: RuntimeError on every rank, if not all train the same units.
+    """
+    from accelerate.utils import gather_object
+
+    digests = gather_object([attachment_of(model).selection.digest])
+    if len(set(digests)) > 1:
+        raise RuntimeError(f"the ranks chose different units ({len(set(digests))} selections on {len(digests)} ranks): "
+                           "make a selection with s2ft select and give it as units")
 
 
 @contextlib.contextmanager
