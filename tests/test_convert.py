@@ -3,10 +3,12 @@ import copy
 
 import pytest
 import torch
-from support.models import ALL_RATIOS, CASES, model_of, output_of, ratios_for, token_batch, train
+from support.models import ALL_RATIOS, CASES, IDS, SHAPE, model_of, output_of, ratios_for, token_batch, train
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import (AutoModelForCausalLM, BertForSequenceClassification, BertModel, CLIPForImageClassification,
+                          CLIPTextModelWithProjection, GPT2Config, GPTNeoXConfig, MixtralConfig, OPTModel, Phi3Config,
+                          T5EncoderModel, T5Model, ViTModel, WhisperForAudioClassification, WhisperForCausalLM)
 from transformers.activations import ACT2FN
 
 import s2ft
@@ -340,6 +342,29 @@ def test_bad_requests_leave_the_model(bad):
 def test_unknown_family_names_the_known_ones():
     with pytest.raises(ValueError, match="never-heard-of.*llama, mistral, olmo2.*couplings="):
         s2ft.attach(Unknown(), S2FTConfig(d_ratio=0.1))
+
+
+@pytest.mark.parametrize("config", (GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=9),
+                                    GPTNeoXConfig(**SHAPE), Phi3Config(**SHAPE, **IDS),
+                                    MixtralConfig(**SHAPE, num_key_value_heads=2, num_local_experts=2)),
+                         ids=lambda config: config.model_type)
+def test_fused_weights_and_experts_are_refused(config):
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=f"'{config.model_type}'.*known are bert, .*whisper.*couplings=.*register"):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.5))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind,case,linears", [
+    (OPTModel, "opt", 18), (BertModel, "bert", 18), (BertForSequenceClassification, "bert", 18), (ViTModel, "vit", 18),
+    (T5EncoderModel, "t5", 12), (T5Model, "t5", 42), (WhisperForAudioClassification, "whisper", 12),
+    (WhisperForCausalLM, "whisper", 30), (CLIPForImageClassification, "clip", 12),
+    (CLIPTextModelWithProjection, "clip-text", 18)], ids=lambda value: getattr(value, "__name__", None))
+def test_other_heads_and_single_stacks(kind, case, linears):
+    """The couplings are found wherever the stacks lie, and what is not there is not asked for."""
+    model = kind(CASES[case]())
+    s2ft.attach(model, config_for(case, "all"))
+    assert len(attachment_of(model).mounts) == linears
 
 
 def test_attaching_twice_and_detaching_nothing_raise():

@@ -12,6 +12,7 @@ from torch import nn
 import s2ft
 from s2ft import Coupling, Projection, S2FTConfig, Vector
 from s2ft.adapter.formats.native import CONFIG
+from s2ft.arch import couplings_of
 from s2ft.convert import attachment_of
 
 LAYOUTS = ("permuted", "indexed")
@@ -290,3 +291,13 @@ def test_every_family_stands_the_trial(case, dtype):
     model = model_of(case, dtype)
     given = {"example": inputs_of(model)} if "cross-attention" in case else {}   # else the cross-attention has no use
     s2ft.attach(model, S2FTConfig(**ratios_for(case, ALL_RATIOS)), verify=True, **given)
+
+
+@pytest.mark.parametrize("case", ("olmo2", "cohere-normed", "stablelm-normed", "t5"))
+def test_norms_over_heads_and_numbered_heads_matter(case):
+    """What a family's declaration says beside its modules is needed: without it the trial refuses."""
+    model = model_of(case)
+    bare = [replace(coupling, vectors=(), fixed=False, block=None, activation=None) for coupling in couplings_of(model)]
+    with pytest.raises(ValueError, match="the attention coupling of layer 0 .* is not one"):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.2), couplings=bare)
+    assert states_equal(model, model_of(case))

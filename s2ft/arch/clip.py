@@ -1,4 +1,7 @@
-"""CLIP: two towers built alike, or one of them alone. Layers count through the text tower, then the vision tower."""
+"""CLIP: two towers built alike, or one of them alone. Layers count through the text tower, then the vision tower.
+
+A tower alone has the names of transformers 5; with those of transformers 4 it is refused.
+"""
 from typing import List
 
 from torch import nn

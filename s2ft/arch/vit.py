@@ -1,4 +1,7 @@
-"""ViT: two-layer FFN; q, k and v with or without biases. Positions are learned and added to the embeddings."""
+"""ViT: two-layer FFN; q, k and v with or without biases. Positions are learned and added to the embeddings.
+
+Modules have the names of transformers 5; a model with those of transformers 4 is refused.
+"""
 from typing import List
 
 from torch import nn
