@@ -120,9 +120,15 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 
 
 def _call(model: nn.Module, example: Any) -> Any:
+    """On copies, for a model may write into its inputs."""
     if isinstance(example, dict):
-        return model(**example)
-    return model(*example) if isinstance(example, (tuple, list)) else model(example)
+        return model(**{name: _copied(value) for name, value in example.items()})
+    values = example if isinstance(example, (tuple, list)) else (example,)
+    return model(*map(_copied, values))
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def _tensors(output: Any, name: str = "") -> Iterator[Tensor]:

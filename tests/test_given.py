@@ -199,6 +199,16 @@ def test_examples_and_the_mode_come_back(wrap):
     assert modes == {name: module.training for name, module in model.named_modules()}
 
 
+def test_a_model_that_writes_into_its_input():
+    class Writes(Net):
+        def forward(self, x):
+            return super().forward(x.add_(1.0))
+
+    given = example()
+    s2ft.attach(Writes(), S2FTConfig(d_ratio=0.2), couplings=couplings(), example=given)
+    assert torch.equal(given, example())
+
+
 def test_what_attach_itself_changes_is_seen(monkeypatch):
     """A fault after the couplings were tried out leaves the base too."""
     import s2ft.convert as convert
