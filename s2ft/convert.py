@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from s2ft.arch import couplings_of
 from s2ft.config import S2FTConfig
-from s2ft.coupling import Coupling, Projection, unit_name
+from s2ft.coupling import Coupling, Projection, projections_of, unit_name
 from s2ft.delta import Delta
 from s2ft.fingerprint import fingerprint
 from s2ft.layers import S2ColumnLinear, S2Linear, S2RowLinear
@@ -131,16 +131,36 @@ def select(model: nn.Module, config: S2FTConfig, calibration=None, *,
     Returns: a selection; it prints as a table, and has save and load.
     Raises: as :func:`attach`.
     """
+    return _chosen(model, config, calibration, couplings)[1]
+
+
+def plan(model: nn.Module, config: S2FTConfig, calibration=None, *,
+         couplings: Optional[Sequence[Coupling]] = None) -> "Report":
+    """The report that :func:`attach` would return, without attaching anything; arguments as for :func:`select`.
+
+    Selections that look at no weights (random, by hand) can be planned on a model on the meta device.
+    """
+    found, selection = _chosen(model, config, calibration, couplings)
+    return Report.planned(model, found, config, selection)
+
+
+def _chosen(model: nn.Module, config: S2FTConfig, calibration, given) -> Tuple[List[Coupling], Selection]:
     if not isinstance(config, S2FTConfig):
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
-    return select_units(new_attachment(model, couplings).couplings, config, model, calibration)
+    _check_unattached(model)
+    couplings = couplings_of(model, given)
+    return couplings, select_units(couplings, config, model, calibration)
+
+
+def _check_unattached(model: nn.Module) -> None:
+    if RECORD in model.__dict__:
+        raise ValueError(f"{type(model).__name__} has an S²FT adapter already "
+                         f"({', '.join(model.__dict__[RECORD].names)}): detach or merge it first")
 
 
 def new_attachment(model: nn.Module, given: Optional[Sequence[Coupling]] = None) -> Attachment:
     """A record of the untouched model. given: couplings by hand. Raises: ValueError when there is one already."""
-    if RECORD in model.__dict__:
-        raise ValueError(f"{type(model).__name__} has an S²FT adapter already "
-                         f"({', '.join(model.__dict__[RECORD].names)}): detach or merge it first")
+    _check_unattached(model)
     couplings = couplings_of(model, given)
     return Attachment(couplings, fingerprint(model, couplings),
                       {key: parameter.requires_grad for key, parameter in model.named_parameters()},
@@ -361,6 +381,16 @@ def set_mounted_deltas(record: Attachment, deltas: Dict[str, Delta]) -> None:
 # ---- report ----------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
+class Part:
+    """What is trained of one projection of one layer."""
+
+    projection: Projection
+    units: int
+    parameters: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class Row:
     """What is trained of one projection over all layers."""
 
@@ -373,7 +403,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What attach did; prints as a table."""
+    """What attach did, or would do; prints as a table."""
 
     name: str
     layout: str
@@ -383,21 +413,35 @@ class Report:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Report":
+        """What is trained of a model with an adapter attached, read from the layers themselves."""
         record = attachment_of(model)
-        groups: Dict[Tuple, List[Mount]] = {}
-        for mount in record.mounts.values():
-            projection = mount.projection
-            alike = (_name_in_layer(projection.path), projection.key, projection.count, mount.elements.numel())
-            groups.setdefault(alike, []).append(mount)
-        rows = []
-        for (name, *_), mounts in groups.items():
-            first = mounts[0]
-            units = first.elements.numel() // first.projection.unit
-            rows.append(Row(name, len(mounts), f"{units} of {first.projection.count} {unit_name(first.projection)}",
-                            sum(mount.layer.s2.numel() for mount in mounts), first.layer.s2.dtype))
-        trainable = sum(row.parameters for row in rows)
-        total = sum(parameter.numel() for parameter in model.parameters()) - trainable
-        return cls(record.name, record.config.layout, rows, trainable, total)
+        parts = [Part(mount.projection, mount.elements.numel() // mount.projection.unit, mount.layer.s2.numel(),
+                      mount.layer.s2.dtype) for mount in record.mounts.values()]
+        total = sum(parameter.numel() for parameter in model.parameters()) - sum(part.parameters for part in parts)
+        return cls._from(record.name, record.config, parts, total)
+
+    @classmethod
+    def planned(cls, model: nn.Module, couplings: List[Coupling], config: S2FTConfig, selection: Selection) -> "Report":
+        """What would be trained of the untouched model, whose weights are not looked at."""
+        parts = []
+        for projection in projections_of(couplings):
+            if projection.path in selection:
+                weight = model.get_submodule(projection.path).weight
+                units = selection[projection.path].numel()
+                parts.append(Part(projection, units, units * projection.unit * weight.shape[1 - projection.dim],
+                                  config.delta_dtype_for(weight.dtype)))
+        return cls._from("planned", config, parts, sum(parameter.numel() for parameter in model.parameters()))
+
+    @classmethod
+    def _from(cls, name: str, config: S2FTConfig, parts: List["Part"], total: int) -> "Report":
+        groups: Dict[Tuple, List[Part]] = {}
+        for part in parts:
+            alike = (_name_in_layer(part.projection.path), part.projection.key, part.projection.count, part.units)
+            groups.setdefault(alike, []).append(part)
+        rows = [Row(shown, len(group), f"{units} of {count} {unit_name(group[0].projection)}",
+                    sum(part.parameters for part in group), group[0].dtype)
+                for (shown, _, count, units), group in groups.items()]
+        return cls(name, config.layout, rows, sum(row.parameters for row in rows), total)
 
     @property
     def share(self) -> float:

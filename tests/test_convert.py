@@ -59,6 +59,24 @@ def test_every_layer_is_reported_and_trained(case):
     assert len({(row.projection, row.units) for row in report.rows}) == len(report.rows)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_plan_is_what_attach_reports(case):
+    """And no weight is looked at: what is planned on the meta device is the same."""
+    model, config = model_of(case), config_for(case, "all")
+    planned = s2ft.plan(model, config)
+    assert "planned" in str(planned)
+    report = s2ft.attach(model, config)
+    assert (planned.rows, planned.trainable, planned.total) == (report.rows, report.trainable, report.total)
+    assert s2ft.plan(model_of(case).to("meta"), config).rows == report.rows
+
+
+def test_plan_refuses_a_model_with_an_adapter():
+    model = model_of("llama")
+    s2ft.attach(model, S2FTConfig(d_ratio=0.1))
+    with pytest.raises(ValueError, match="has an S²FT adapter already"):
+        s2ft.plan(model, S2FTConfig(d_ratio=0.1))
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES)
