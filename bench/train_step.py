@@ -9,7 +9,7 @@ import argparse
 import copy
 import statistics
 from pathlib import Path
-from typing import Any, Callable, Dict
+from typing import Any, Dict
 
 import torch
 from harness import interleaved, median_ratio, save

@@ -44,10 +44,10 @@ def load_adapter(model: nn.Module, directory, name: Optional[str] = None, traina
     """Load a saved adapter under `name` (default: the name it was saved with) and make it active.
 
     On a model without adapters this attaches first, by the couplings in the adapter where they were given by
-    hand. With ``trainable=False`` the deltas are written
-    into the weights (the base they replace is kept), all parameters are frozen, and the adapter can be
-    switched off or exchanged for another. With ``trainable=True`` the layers, the selection and the
-    layout it was trained with are set up again, so that training can go on; one adapter a model can be.
+    hand. With ``trainable=False`` the deltas are written into the weights (the base they replace is kept), all
+    parameters are frozen, and the adapter can be switched off or exchanged for another. With ``trainable=True``
+    the layers, the selection and the layout it was trained with are set up again, so that training can go on;
+    one adapter a model can be.
 
     Raises: FileNotFoundError or ValueError that names what is wrong (another base, a missing or
     foreign key, a shape, an index out of range); the model is then as it was.

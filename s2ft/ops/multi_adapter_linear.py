@@ -81,7 +81,7 @@ _op = define(f"{OP}(Tensor x, Tensor y, Tensor values, Tensor index, Tensor offs
 def multi_adapter_linear(x: Tensor,         # [B, ..., I]
                          y: Tensor,         # [B, ..., O], the base's output for x
                          values: Tensor,    # [U, I] if dim == 0 else [U, O]: a row for every unit of every adapter
-                         index: Tensor,     # [U] int64: the output (dim 0) or input (dim 1) that each unit is
+                         index: Tensor,     # [U] int64: the output (dim 0) or input (dim 1) that each unit is; none twice in an adapter
                          offsets: Tensor,   # [A + 1] int64: adapter a has units offsets[a] to offsets[a + 1]
                          adapter: Tensor,   # [B] int64: each sequence's adapter, -1 for none
                          dim: int

@@ -1,5 +1,4 @@
 """Exchange rows or columns of a weight with a saved copy: how an adapter is put on and taken off."""
-import torch
 from torch import Tensor
 
 from s2ft.ops._library import check_distinct, check_movable, count_change, define

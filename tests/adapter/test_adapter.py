@@ -1,6 +1,7 @@
 """Adapters: what is saved comes back bit for bit, what is wrong is refused and named."""
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -37,6 +38,21 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     s2ft.save_adapter(trained(), folder)
     return folder
+
+
+def test_an_adapter_of_schema_1_loads(saved, tmp_path):
+    """Written before couplings could be given by hand and before there were budgets, exclusions and units."""
+    folder = tmp_path / "old"
+    shutil.copytree(saved, folder)
+    config = json.loads((folder / CONFIG).read_text())
+    config["schema"] = 1
+    for option in ("budget", "match_lora_rank", "exclude", "units"):
+        del config["config"][option]
+    (folder / CONFIG).write_text(json.dumps(config))
+    old, new = model_of("llama"), model_of("llama")
+    s2ft.load_adapter(old, folder)
+    s2ft.load_adapter(new, saved)
+    assert equal(old, new) and not equal(old, model_of("llama"))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
