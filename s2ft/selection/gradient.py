@@ -13,10 +13,10 @@ def gradient_scores(request: Request) -> Dict[str, Tensor]:
     """The root mean square, over the calibration sequences, of the L2 norm of the gradient of a sequence's loss
     with respect to a unit's weights in the projection.
 
-    Sequences are taken one by one, so that the score does not depend on how they are batched; squared norms are
-    added up, not gradients, whose sum would need a second copy of the weights. Of all weight gradients one is
-    alive at a time: it is reduced and dropped as soon as the backward has it. A model that checkpoints its
-    blocks does so here too.
+    Sequences (images, recordings) are taken one by one, so that the score does not depend on how they are batched;
+    squared norms are added up, not gradients, whose sum would need a second copy of the weights. Of all weight
+    gradients one is alive at a time: it is reduced and dropped as soon as the backward has it. A model that
+    checkpoints its blocks does so here too.
     """
     sums: Dict[str, Tensor] = {}
     count = 0
@@ -26,8 +26,8 @@ def gradient_scores(request: Request) -> Dict[str, Tensor]:
             weight.requires_grad_(True)
             hooks.append(weight.register_post_accumulate_grad_hook(_collect(projections, sums)))
         hooks += checkpointing_kept(request.model)
-        for batch in request.calibration.batches():
-            for sequence in sequences(batch):
+        for batch in request.calibration.batches(request.model):
+            for sequence in sequences(request.model, batch):
                 loss_of(request.model, sequence).backward()
                 count += 1
     if not count:
