@@ -7,28 +7,61 @@ computes what it did before.
 from dataclasses import asdict, dataclass
 from typing import Any, Dict, Iterator, List, Optional, Tuple
 
+import torch
+from torch import Tensor
+
 PROJECTIONS = ("q", "k", "v", "o", "u", "g", "d")   # u, g, d: up, gate, down
 
 
 @dataclass(frozen=True)
 class Projection:
-    """One side of a coupling: a linear layer whose dim `dim` is made of `count` units of `unit` elements."""
+    """One side of a coupling: a weight whose dim `dim` is made of `count` units of `unit` elements.
+
+    Often the units are all there is in that dim. Where the weight holds other projections too (queries, keys
+    and values in one), `size` says how many elements there are in all, `start` where the first unit begins, and
+    `stride` how far it is from one unit to the next. A weight is taken as outputs × inputs, however it is stored.
+    """
 
     key: str     # one of PROJECTIONS
-    path: str    # the module's name in the model
+    path: str    # the module's name in the model; of experts, the name of their stacked weights [experts, O, I]
     count: int   # units
     unit: int    # elements a unit spans
     dim: int     # of the weight: 0 for producers (outputs), 1 for the consumer (inputs)
+    start: int = 0                  # the first unit's first element
+    stride: Optional[int] = None    # from a unit's first element to the next one's; default: unit
+    size: Optional[int] = None      # elements of dim, where there are more than these units'
+    expert: Optional[int] = None    # which of the experts
+
+    @property
+    def name(self) -> str:
+        """What selections and adapters call it: its path, then [expert], then its key where it shares a weight."""
+        return (self.path + ("" if self.expert is None else f"[{self.expert}]")
+                + ("" if self.size is None else f".{self.key}"))
+
+    @property
+    def site(self) -> Tuple[str, Optional[int]]:
+        """The weight it is in; projections of one site are trained as one slice or index."""
+        return self.path, self.expert
+
+    @property
+    def extent(self) -> int:
+        """Elements of dim."""
+        return self.count * self.unit if self.size is None else self.size
+
+    def elements(self, units: Tensor) -> Tensor:
+        """Element indices [n * unit] int64 along dim of units [n]."""
+        first = self.start + units * (self.unit if self.stride is None else self.stride)
+        return (first[:, None] + torch.arange(self.unit)).reshape(-1)
 
 
 @dataclass(frozen=True)
 class Vector:
-    """A further parameter whose dim 0 is made of a coupling's units and moves along with the producers' outputs.
+    """A further parameter or buffer whose dim 0 is made of a coupling's units and moves along with the producers' outputs.
 
     For instance the weight of a norm over all heads (unit head_dim), or of one per head, [heads, head_dim] (unit 1).
     """
 
-    path: str    # the parameter's name in the model
+    path: str    # the tensor's name in the model
     unit: int    # entries of dim 0 that a unit spans
 
 
@@ -40,7 +73,7 @@ class Coupling:
     first's (encoder, then decoder; text, then vision).
     """
 
-    kind: str    # "ffn", "attention" or "cross-attention"
+    kind: str    # "ffn", "attention", "cross-attention", "experts" or "shared-expert"
     layer: int
     producers: Tuple[Projection, ...]
     consumer: Projection
@@ -64,6 +97,11 @@ class Coupling:
         `fixed` coupling: T5's heads, say, are numbered by a table of position biases that layers share.
         """
         return not self.fixed and len({projection.count for projection in self.projections}) == 1
+
+    def __str__(self) -> str:
+        expert = "" if self.consumer.expert is None else f", expert {self.consumer.expert}"
+        producers = ", ".join(projection.name for projection in self.producers)
+        return f"the {self.kind} coupling of layer {self.layer}{expert} ({producers} to {self.consumer.name})"
 
     def to_dict(self) -> Dict[str, Any]:
         """For JSON."""

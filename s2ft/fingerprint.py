@@ -1,14 +1,17 @@
 """A short description of the base model that an adapter belongs to."""
 import hashlib
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Set
 
 import torch
 from torch import Tensor, nn
 
-from s2ft.coupling import Coupling
+from s2ft.coupling import Coupling, Projection
+from s2ft.weights import bias_of, find, is_quantized, matrix_of, weight_of
 
 SAMPLES = 4          # values of each weight that are kept for comparing across dtypes
 TOLERANCE = 2**-6    # relative; bfloat16's rounding is 2**-9
+QUANTIZED = "quantized"
+QUANTIZATION = 0.3   # mean error to mean value; four bits make about 0.1 of it, and another model more than 1
 
 
 def fingerprint(model: nn.Module, couplings: List[Coupling]) -> Dict[str, Any]:
@@ -16,18 +19,20 @@ def fingerprint(model: nn.Module, couplings: List[Coupling]) -> Dict[str, Any]:
 
     ``{"dtype": …, "layers": {"0": {"digest": …, "samples": [floats]}, …}}``. The digest takes in every
     element (their sum as integers, and 64 of them by place) and is compared where the dtypes are the
-    same; the samples are compared, within rounding, where a base is loaded in another dtype. Costs one
-    read of the weights. Raises: ValueError for weights on the meta device.
+    same; the samples are compared, within rounding, where a base is loaded in another dtype, and roughly
+    where one side is quantized. Costs one read of the weights. Raises: ValueError for weights on the meta device.
     """
     layers: Dict[str, Dict[str, Any]] = {}
     digests: Dict[str, Any] = {}
+    seen: Set[str] = set()
     for coupling in couplings:
         layer = layers.setdefault(str(coupling.layer), {"digest": "", "samples": []})
         digest = digests.setdefault(str(coupling.layer), hashlib.sha256())
         for projection in coupling.projections:
-            module = model.get_submodule(projection.path)
-            for name in ("weight", "bias"):
-                tensor = getattr(module, name, None)
+            if projection.path in seen:   # several projections, or experts, in one weight
+                continue
+            seen.add(projection.path)
+            for name, tensor in (("weight", _weight(model, projection)), ("bias", bias_of(model, projection))):
                 if tensor is not None:
                     if tensor.is_meta:
                         raise ValueError(f"{projection.path} is on the meta device: load its weights first")
@@ -37,11 +42,22 @@ def fingerprint(model: nn.Module, couplings: List[Coupling]) -> Dict[str, Any]:
         layer["digest"] = digest.hexdigest()[:16]
     for layer in layers.values():
         layer["samples"] = [float(f"{value:.5g}") for value in layer["samples"]]
-    return {"dtype": str(weight_dtype(model, couplings)).removeprefix("torch."), "layers": layers}
+    return {"dtype": _dtype(model, couplings[0].consumer), "layers": layers}
 
 
-def weight_dtype(model: nn.Module, couplings: List[Coupling]) -> torch.dtype:
-    return model.get_submodule(couplings[0].consumer.path).weight.dtype
+def _weight(model: nn.Module, projection: Projection) -> Tensor:
+    """As it is stored, all experts of it; of a quantized layer dequantized."""
+    quantized = is_quantized(find(model, projection.path))
+    return matrix_of(model, projection) if quantized else weight_of(model, projection)
+
+
+def _dtype(model: nn.Module, projection: Projection) -> str:
+    """In words."""
+    found = find(model, projection.path)
+    if is_quantized(found):
+        kind = type(found.weight) if type(found) is nn.Linear else type(found)
+        return f"{QUANTIZED} {kind.__name__}"
+    return str(weight_of(model, projection).dtype).removeprefix("torch.")
 
 
 def _every(tensor: Tensor, samples: int) -> Tensor:
@@ -60,7 +76,11 @@ def difference(ours: Dict[str, Any], theirs: Dict[str, Any]) -> str:
     mine, other = ours["layers"], theirs["layers"]
     if mine.keys() != other.keys():
         return f"{len(other)} layers against this model's {len(mine)}"
-    same = _same_digest if ours["dtype"] == theirs["dtype"] else _same_samples
+    quantized = [fingerprint["dtype"].startswith(QUANTIZED) for fingerprint in (ours, theirs)]
+    if ours["dtype"] != theirs["dtype"]:
+        same = _close_samples if any(quantized) else _same_samples
+    else:   # quantized bits are packed differently from device to device
+        same = _same_samples if any(quantized) else _same_digest
     layers = [layer for layer in mine if not same(mine[layer], other[layer])]
     if not layers:
         return ""
@@ -74,3 +94,9 @@ def _same_digest(mine: Dict[str, Any], other: Dict[str, Any]) -> bool:
 def _same_samples(mine: Dict[str, Any], other: Dict[str, Any]) -> bool:
     a, b = torch.tensor(mine["samples"]), torch.tensor(other["samples"])
     return a.shape == b.shape and torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE * float(a.abs().mean()))
+
+
+def _close_samples(mine: Dict[str, Any], other: Dict[str, Any]) -> bool:
+    """Whether one can be the other quantized."""
+    a, b = torch.tensor(mine["samples"]), torch.tensor(other["samples"])
+    return a.shape == b.shape and float((a - b).abs().mean()) <= QUANTIZATION * float(a.abs().mean())

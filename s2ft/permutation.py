@@ -1,11 +1,12 @@
 """The order that makes selected units contiguous, and its application to weights and biases."""
-from typing import Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 
-from s2ft.coupling import Coupling
+from s2ft.coupling import Coupling, Projection
 from s2ft.ops import permute_
+from s2ft.weights import bias_of, find, matrix_of
 
 
 def coupling_order(count: int, producers: Sequence[Tensor], consumer: Optional[Tensor]) -> Tensor:
@@ -61,25 +62,27 @@ def contiguous_range(positions: Tensor) -> Optional[Tuple[int, int]]:
     return (start, end) if end - start == positions.numel() else None
 
 
-def expand(units: Tensor, unit: int) -> Tensor:
-    """Element indices [n * unit] of units [n] that span `unit` elements each."""
-    return (units[:, None] * unit + torch.arange(unit)).reshape(-1)
-
-
-@torch.no_grad()
-def permute_linear(linear: nn.Module, order: Tensor, unit: int, dim: int) -> None:
-    """Put the units of a linear's outputs (dim 0, bias too) or inputs (dim 1) in a new order, in place."""
-    elements = expand(order, unit).to(linear.weight.device)
-    permute_(linear.weight.detach(), elements, dim)
-    if dim == 0 and linear.bias is not None:
-        permute_(linear.bias.detach(), elements, 0)
+def element_order(projections: Sequence[Projection], order: Tensor) -> Tensor:
+    """The order [extent] of a weight's elements along dim when the units of these projections of it take `order`."""
+    elements = torch.arange(projections[0].extent)
+    for projection in projections:
+        elements[projection.elements(torch.arange(projection.count))] = projection.elements(order)
+    return elements
 
 
 @torch.no_grad()
 def permute_coupling(model: nn.Module, coupling: Coupling, order: Tensor) -> None:
-    """Put a coupling's units in a new order on both sides, in place."""
+    """Put a coupling's units in a new order on both sides, biases and vectors along, in place."""
+    sites: Dict[tuple, List[Projection]] = {}
     for projection in coupling.projections:
-        permute_linear(model.get_submodule(projection.path), order, projection.unit, projection.dim)
+        sites.setdefault((projection.site, projection.dim), []).append(projection)
+    for projections in sites.values():
+        matrix, bias = matrix_of(model, projections[0]), bias_of(model, projections[0])
+        elements = element_order(projections, order).to(matrix.device)
+        permute_(matrix, elements, projections[0].dim)
+        if projections[0].dim == 0 and bias is not None:
+            permute_(bias.detach(), elements, 0)
     for vector in coupling.vectors:
-        parameter = model.get_parameter(vector.path).detach()
-        permute_(parameter, expand(order, vector.unit).to(parameter.device), 0)
+        tensor = find(model, vector.path).detach()
+        moved = Projection("u", vector.path, order.numel(), vector.unit, 0)
+        permute_(tensor.view(tensor.shape[0], -1), element_order([moved], order).to(tensor.device), 0)

@@ -13,7 +13,7 @@ import s2ft
 from s2ft import Coupling, Projection, S2FTConfig, Vector
 from s2ft.adapter.formats.native import CONFIG
 from s2ft.arch import couplings_of
-from s2ft.convert import attachment_of
+from s2ft.mounting import attachment_of
 
 LAYOUTS = ("permuted", "indexed")
 HEADS, WIDTH, CHANNELS = 4, 5, 30   # heads of five elements, in a model of twelve
@@ -211,9 +211,9 @@ def test_a_model_that_writes_into_its_input():
 
 def test_what_attach_itself_changes_is_seen(monkeypatch):
     """A fault after the couplings were tried out leaves the base too."""
-    import s2ft.convert as convert
-    model, real = net(), convert.S2ColumnLinear.forward
-    monkeypatch.setattr(convert.S2ColumnLinear, "forward", lambda self, x: real(self, x) * 1.5)
+    from s2ft.layers import S2ColumnLinear
+    model, real = net(), S2ColumnLinear.forward
+    monkeypatch.setattr(S2ColumnLinear, "forward", lambda self, x: real(self, x) * 1.5)
     with pytest.raises(ValueError, match="attach would change what the model computes"):
         s2ft.attach(model, S2FTConfig(u_ratio=0.2), couplings=couplings(), example=example())
     assert states_equal(model, net()) and all(p.requires_grad for p in model.parameters())
@@ -235,11 +235,11 @@ def test_an_example_is_needed_and_must_reach_the_couplings():
         s2ft.attach(model, S2FTConfig(d_ratio=0.2), couplings=[unused], example=example())
 
 
-def test_a_convolution_is_refused():
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 3, 1))
+def test_a_convolution_of_groups_is_refused():
+    model = nn.Sequential(nn.Conv2d(4, 8, 1, groups=2), nn.ReLU(), nn.Conv2d(8, 3, 1))
     coupling = Coupling("ffn", 0, (Projection("u", "0", 8, 1, 0),), Projection("d", "2", 8, 1, 1))
-    with pytest.raises(ValueError, match="0 is a Conv2d.*convolutions.*not supported"):
-        s2ft.attach(model, S2FTConfig(d_ratio=0.5), couplings=[coupling], example=torch.randn(1, 3, 4, 4))
+    with pytest.raises(ValueError, match="0 is a Conv2d of 2 groups.*of one group"):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.5), couplings=[coupling], example=torch.randn(1, 4, 4, 4))
 
 
 UP, DOWN = couplings()[0].producers[0], couplings()[0].consumer
@@ -256,7 +256,7 @@ BAD = {
     "layer": (changed(0, layer=-1), ValueError, "layer must be"),
     "twice": (couplings() + couplings()[:1], ValueError, "name blocks.0.up twice"),
     "missing module": (changed(0, consumer=replace(DOWN, path="blocks.0.dwon")), ValueError, "no module blocks.0.dwon"),
-    "missing vector": (changed(0, vectors=(Vector("blocks.0.shift", 1),)), ValueError, "no parameter blocks.0.shift"),
+    "missing vector": (changed(0, vectors=(Vector("blocks.0.shift", 1),)), ValueError, "no parameter or buffer blocks.0.shift"),
     "misshapen vector": (changed(0, vectors=(Vector("blocks.0.shift.value", 2),)), ValueError, "30 units of 2"),
     "block": (changed(0, block="blocks.0"), ValueError, "block and activation"),
 }

@@ -371,7 +371,7 @@ def test_weight_replaced_after_training_started(kind):
 def test_hooks_of_the_linear_stay(kind):
     linear, seen = nn.Linear(11, 9), []
     handle = linear.register_forward_hook(lambda *args: seen.append(1))
-    layer = kind.from_linear(linear, 2, 5)
+    layer = kind.from_module(linear, 2, 5)
     layer(torch.randn(2, 11))
     handle.remove()
     layer(torch.randn(2, 11))

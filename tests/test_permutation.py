@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2ft.permutation import contiguous_range, coupling_order, expand, inverse
+from s2ft.coupling import Projection
+from s2ft.permutation import contiguous_range, coupling_order, element_order, inverse
 
 
 def draw(count, size, seed):
@@ -35,10 +36,22 @@ def test_the_sequence_is_producer_only_both_consumer_only():
     assert order[:3].tolist() == [1, 5, 6] and sorted(order.tolist()) == list(range(8))
 
 
-def test_inverse_and_expand():
+def test_inverse_and_elements():
     order = torch.randperm(50)
     assert torch.equal(order[inverse(order)], torch.arange(50))
-    assert expand(torch.tensor([2, 0]), 3).tolist() == [6, 7, 8, 0, 1, 2]
+    plain = Projection("q", "q", 3, 3, 0)
+    assert plain.elements(torch.tensor([2, 0])).tolist() == [6, 7, 8, 0, 1, 2]
+    assert element_order([plain], torch.tensor([2, 0, 1])).tolist() == [6, 7, 8, 0, 1, 2, 3, 4, 5]
+
+
+def test_elements_of_projections_that_share_a_weight():
+    """Two heads of q and k, of two elements each: side by side, and head by head."""
+    q, k = (Projection(key, "qk", 2, 2, 0, start=start, size=8) for key, start in (("q", 0), ("k", 4)))
+    assert k.elements(torch.tensor([1])).tolist() == [6, 7] and (q.name, k.name) == ("qk.q", "qk.k")
+    assert element_order([q, k], torch.tensor([1, 0])).tolist() == [2, 3, 0, 1, 6, 7, 4, 5]
+    q, k = (Projection(key, "qk", 2, 2, 0, start=start, stride=4, size=8) for key, start in (("q", 0), ("k", 2)))
+    assert k.elements(torch.tensor([0, 1])).tolist() == [2, 3, 6, 7]
+    assert element_order([q, k], torch.tensor([1, 0])).tolist() == [4, 5, 6, 7, 0, 1, 2, 3]
 
 
 def test_a_wide_layer_is_vectorised():

@@ -6,8 +6,8 @@ from torch import nn
 from s2ft.adapter.adapter import Adapter, check_fits
 from s2ft.adapter.formats import native
 from s2ft.adapter.switch import set_adapter
-from s2ft.convert import (RECORD, Attachment, attachment_of, check_name, mount, mounted_deltas, new_attachment,
-                          set_mounted_deltas)
+from s2ft.convert import check_name, new_attachment
+from s2ft.mounting import RECORD, Attachment, attachment_of, mount, mounted_deltas, set_mounted_deltas
 
 
 def save_adapter(model: nn.Module, directory, name: Optional[str] = None,

@@ -4,7 +4,7 @@ from typing import List, Optional
 
 from torch import nn
 
-from s2ft.convert import RECORD, attachment_of, put_on, take_off
+from s2ft.mounting import RECORD, attachment_of, put_on, take_off
 
 
 def set_adapter(model: nn.Module, name: Optional[str]) -> None:
@@ -59,11 +59,11 @@ def status(model: nn.Module) -> Status:
         return Status([], None, None, [])
     record = attachment_of(model)
     rows = []
-    for path, mount in record.mounts.items():
+    for path, (mount, part) in record.parts.items():
         layer = mount.layer
-        rows.append(StatusRow(path, record.name, mount.elements.numel(), layer.enabled,
+        rows.append(StatusRow(path, record.name, part.elements.numel(), layer.enabled,
                               layer.s2.requires_grad, layer.fused))
-    applied = {path for path, *_ in record.applied}
+    applied = {projection.name for projection, *_ in record.applied}
     for name, adapter in record.others.items():
         for path, delta in adapter.deltas.items():
             active = name == record.active and path in applied

@@ -1,5 +1,5 @@
 """What model families are made of: attention, gated and two-layer FFNs of separate linear layers."""
-from typing import Iterator, Optional, Sequence, Tuple
+from typing import Iterator, List, Optional, Sequence, Tuple
 
 from torch import nn
 
@@ -19,21 +19,48 @@ def attention(layer: int, paths: Sequence[str], heads: int, head_dim: int, kv_he
     return Coupling(kind, layer, producers, Projection("o", paths[3], heads, head_dim, 1), vectors, fixed)
 
 
+def fused_attention(layer: int, qkv: str, o: str, heads: int, head_dim: int, kv_heads: Optional[int] = None,
+                    interleaved: bool = False, kind: str = "attention") -> Coupling:
+    """With q, k and v in one module `qkv`: all of q, then k, then v, or q, k, v of each head in turn (interleaved)."""
+    counts = (heads, kv_heads or heads, kv_heads or heads)
+    size = sum(counts) * head_dim
+    starts = [head_dim * (i if interleaved else sum(counts[:i])) for i in range(3)]
+    producers = tuple(Projection(key, qkv, count, head_dim, 0, start=start, size=size,
+                                 stride=3 * head_dim if interleaved else None)
+                      for key, count, start in zip("qkv", counts, starts))
+    return Coupling(kind, layer, producers, Projection("o", o, heads, head_dim, 1))
+
+
 def ffn(layer: int, up: str, down: str, channels: int) -> Coupling:
     """Two layers with an activation of single channels between them."""
     return Coupling("ffn", layer, (Projection("u", up, channels, 1, 0),), Projection("d", down, channels, 1, 1))
 
 
-def gated_ffn(layer: int, up: str, gate: str, down: str, channels: int, **fused) -> Coupling:
+def gated_ffn(layer: int, up: str, gate: str, down: str, channels: int, kind: str = "ffn", **fused) -> Coupling:
     """down(activation(gate) * up). fused: block and activation of the Coupling, where they can be one op."""
-    return Coupling("ffn", layer, (Projection("u", up, channels, 1, 0), Projection("g", gate, channels, 1, 0)),
+    return Coupling(kind, layer, (Projection("u", up, channels, 1, 0), Projection("g", gate, channels, 1, 0)),
                     Projection("d", down, channels, 1, 1), **fused)
 
 
-def gated_mlp(model: nn.Module, layer: int, path: str) -> Coupling:
+def gate_up(path: str, channels: int, expert: Optional[int] = None) -> Tuple[Projection, Projection]:
+    """up and gate in one weight, gate first."""
+    return (Projection("u", path, channels, 1, 0, start=channels, size=2 * channels, expert=expert),
+            Projection("g", path, channels, 1, 0, size=2 * channels, expert=expert))
+
+
+def experts(model: nn.Module, layer: int, path: str) -> List[Coupling]:
+    """One coupling an expert, of a module with transformers' stacked weights [experts, O, I]."""
+    module = model.get_submodule(path)
+    count, _, channels = module.down_proj.shape
+    return [Coupling("experts", layer, gate_up(f"{path}.gate_up_proj", channels, expert),
+                     Projection("d", f"{path}.down_proj", channels, 1, 1, expert=expert)) for expert in range(count)]
+
+
+def gated_mlp(model: nn.Module, layer: int, path: str, channels: Optional[int] = None, kind: str = "ffn") -> Coupling:
     """The block of llama and its likes: down_proj(act_fn(gate_proj(x)) * up_proj(x))."""
     return gated_ffn(layer, f"{path}.up_proj", f"{path}.gate_proj", f"{path}.down_proj",
-                     model.config.intermediate_size, block=path, activation=activation_of(model, path))
+                     channels or model.config.intermediate_size, kind=kind, block=path,
+                     activation=activation_of(model, path))
 
 
 def activation_of(model: nn.Module, mlp: str) -> Optional[str]:

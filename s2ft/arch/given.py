@@ -2,6 +2,8 @@
 from dataclasses import replace
 from typing import Any, List, Sequence
 
+import torch
+
 from s2ft.coupling import PROJECTIONS, Coupling, Projection, Vector, projections_of
 
 
@@ -10,13 +12,26 @@ def given_couplings(couplings: Sequence[Coupling]) -> List[Coupling]:
     if not isinstance(couplings, (list, tuple)) or not couplings:
         raise TypeError(f"couplings must be a list of at least one s2ft.Coupling, got {couplings!r}")
     couplings = [_checked(coupling, f"couplings[{i}]") for i, coupling in enumerate(couplings)]
-    seen = set()
-    for projection in projections_of(couplings):
-        if projection.path in seen:
-            raise ValueError(f"couplings name {projection.path} twice: a module can be trained on one side only, so "
-                             "it can be in one coupling")
-        seen.add(projection.path)
+    _check_apart(couplings)
     return couplings
+
+
+def _check_apart(couplings: List[Coupling]) -> None:
+    """A weight has its units on one side, and no element in two projections; names are different."""
+    names, sites = set(), {}
+    for projection in projections_of(couplings):
+        if projection.name in names:
+            raise ValueError(f"couplings name {projection.name} twice: a module can be trained on one side only, so "
+                             "it can be in one coupling")
+        names.add(projection.name)
+        sites.setdefault(projection.site, []).append(projection)
+    for (path, _), projections in sites.items():
+        if len({(projection.dim, projection.size) for projection in projections}) > 1:
+            raise ValueError(f"couplings take {path} on two sides, or with and without size: projections that share a "
+                             "weight must have the same dim and size")
+        elements = torch.cat([projection.elements(torch.arange(projection.count)) for projection in projections])
+        if elements.unique().numel() < elements.numel():
+            raise ValueError(f"couplings have an element of {path} in two units: are start, stride, unit or size wrong?")
 
 
 def _checked(coupling: Any, where: str) -> Coupling:
@@ -49,8 +64,16 @@ def _check_projection(projection: Any, dim: int, where: str) -> None:
     if projection.dim != dim:
         raise ValueError(f"{where}: {projection.path} must have dim {dim} ({('producer', 'consumer')[dim]}), "
                          f"got {projection.dim!r}")
-    _check_number(projection.count, 1, f"{where}: count of {projection.path}")
-    _check_number(projection.unit, 1, f"{where}: unit of {projection.path}")
+    for name, least in (("count", 1), ("unit", 1), ("start", 0), ("stride", 1), ("size", 1), ("expert", 0)):
+        value = getattr(projection, name)
+        if value is not None or name in ("count", "unit", "start"):
+            _check_number(value, least, f"{where}: {name} of {projection.path}")
+    if projection.size is None and (projection.start or projection.stride is not None):
+        raise ValueError(f"{where}: {projection.path} has start or stride, which need size: all elements of dim {dim}")
+    last = int(projection.elements(torch.tensor([projection.count - 1])).max())
+    if last >= projection.extent:
+        raise ValueError(f"{where}: the last unit of {projection.path} ends at element {last}, outside size "
+                         f"{projection.size}")
 
 
 def _check_number(value: Any, least: int, what: str) -> None:

@@ -1,10 +1,12 @@
 """model_type → the function that lists a model's couplings."""
-from typing import Callable, Dict, List, Optional, Sequence, Set
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set
 
-from torch import nn
+from torch import Tensor, nn
 
 from s2ft.arch.given import given_couplings
 from s2ft.coupling import Coupling, Projection, Vector
+from s2ft.layers import layers_for
+from s2ft.weights import find, is_quantized, shape_of, weight_of
 
 Declaration = Callable[[nn.Module], List[Coupling]]
 _DECLARATIONS: Dict[str, Declaration] = {}
@@ -59,25 +61,38 @@ def check_shapes(model: nn.Module, couplings: List[Coupling]) -> None:
 
 def _check_projection(model: nn.Module, projection: Projection) -> None:
     try:
-        module = model.get_submodule(projection.path)
+        found = find(model, projection.path)
     except AttributeError:
         raise ValueError(f"{type(model).__name__} has no module {projection.path}") from None
-    if type(module) is not nn.Linear:
-        raise ValueError(f"{projection.path} is a {type(module).__name__}, not a plain nn.Linear: S²FT can't train it "
-                         "or move its units (convolutions, Conv2d among them, are not supported)")
-    if not module.weight.is_floating_point():
-        raise ValueError(f"{projection.path} has {module.weight.dtype} weights; S²FT needs floating point")
-    expected = projection.count * projection.unit
-    if module.weight.shape[projection.dim] != expected:
-        raise ValueError(f"{projection.path}: expected a weight with {expected} = {projection.count} units of "
-                         f"{projection.unit} in dim {projection.dim}, got shape {tuple(module.weight.shape)}")
+    if projection.expert is None:
+        _check_module(found, projection)
+    elif not isinstance(found, nn.Parameter) or found.dim() != 3 or projection.expert >= found.shape[0]:
+        raise ValueError(f"{projection.path} must be a parameter [experts, outputs, inputs] with more than "
+                         f"{projection.expert} experts")
+    if not is_quantized(found) and not weight_of(model, projection).is_floating_point():
+        raise ValueError(f"{projection.path} has {weight_of(model, projection).dtype} weights; S²FT needs floating point")
+    shape = tuple(shape_of(model, projection))
+    if shape[projection.dim] != projection.extent:
+        parts = "" if projection.size is not None else f" = {projection.count} units of {projection.unit}"
+        raise ValueError(f"{projection.path}: expected a weight with {projection.extent}{parts} in dim "
+                         f"{projection.dim}, got shape {shape}")
+
+
+def _check_module(found: Any, projection: Projection) -> None:
+    if not isinstance(found, nn.Module) or layers_for(found) is None:
+        groups = getattr(found, "groups", 1)
+        raise ValueError(f"{projection.path} is a {type(found).__name__}{f' of {groups} groups' * (groups != 1)}: S²FT "
+                         "trains and moves units of nn.Linear, transformers' Conv1D and nn.Conv1d to Conv3d of one "
+                         "group, and not of classes derived from them")
 
 
 def _check_vector(model: nn.Module, vector: Vector, counts: Set[int]) -> None:
     try:
-        parameter = model.get_parameter(vector.path)
+        parameter = find(model, vector.path)
     except AttributeError:
-        raise ValueError(f"{type(model).__name__} has no parameter {vector.path}") from None
+        parameter = None
+    if not isinstance(parameter, Tensor):
+        raise ValueError(f"{type(model).__name__} has no parameter or buffer {vector.path}")
     if parameter.dim() == 0 or parameter.shape[0] not in {count * vector.unit for count in counts}:
         raise ValueError(f"{vector.path}: expected {' or '.join(map(str, sorted(counts)))} units of {vector.unit} "
                          f"in dim 0, got shape {tuple(parameter.shape)}")

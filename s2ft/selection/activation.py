@@ -20,14 +20,14 @@ def activation_scores(request: Request) -> Dict[str, Tensor]:
     sums: Dict[str, Tensor] = {}
     counts: Dict[str, int] = {}   # of positions: those of an encoder are not those of its decoder
     calibration = request.calibration
-    stacks = {projection.path: stack_of(request.model, coupling, projection)
+    stacks = {projection.name: stack_of(request.model, coupling, projection)
               for coupling in request.couplings for projection in coupling.projections}
 
     def add(projection: Projection, x: Tensor) -> None:
-        x = calibration.counted(x.detach(), projection.path, stacks[projection.path])   # [positions, features]
-        counts[projection.path] = counts.get(projection.path, 0) + len(x)
-        squares = squares_by_unit(x, 1, projection.unit)
-        sums[projection.path] = sums[projection.path] + squares if projection.path in sums else squares
+        x = calibration.counted(x.detach(), projection.name, stacks[projection.name])   # [positions, features]
+        counts[projection.name] = counts.get(projection.name, 0) + len(x)
+        squares = squares_by_unit(x, 1, projection)
+        sums[projection.name] = sums[projection.name] + squares if projection.name in sums else squares
 
     with undisturbed(request.model), hooks_removed() as hooks, torch.no_grad():
         for projection in request.projections:
@@ -45,7 +45,7 @@ def _watch(linear, projection: Projection, add):
 
 def _all(request: Request, sums: Dict[str, Tensor], counts: Dict[str, int]) -> Dict[str, Tensor]:
     for projection in request.projections:
-        if not counts.get(projection.path):
-            passed = "passed" if projection.path not in sums else "has more than padding for"
-            raise ValueError(f"selection={request.config.selection!r}: no calibration batch {passed} {projection.path}")
+        if not counts.get(projection.name):
+            passed = "passed" if projection.name not in sums else "has more than padding for"
+            raise ValueError(f"selection={request.config.selection!r}: no calibration batch {passed} {projection.name}")
     return sums

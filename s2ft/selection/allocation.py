@@ -15,7 +15,7 @@ def uniform(request: Request, scores: Units, budget: Dict[str, int], allowed: Un
     """Of every projection the best units, as many as `budget` says."""
     chosen = {}
     for projection in request.projections:
-        path, units = projection.path, budget[projection.path]
+        path, units = projection.name, budget[projection.name]
         if units:
             ranking = best_first(scores[path], smallest)
             ranking = ranking[allowed[path][ranking]]
@@ -35,24 +35,24 @@ def over_layers(request: Request, scores: Units, budget: Dict[str, int], allowed
     for projection in request.projections:
         groups.setdefault(projection.key, []).append(projection)
     for projections in groups.values():
-        _check_enough(projections, sum(budget[p.path] for p in projections),
-                      sum(int(allowed[p.path].sum()) for p in projections))
+        _check_enough(projections, sum(budget[p.name] for p in projections),
+                      sum(int(allowed[p.name].sum()) for p in projections))
         taken = _best_over(request, projections, scores, budget, allowed, smallest)
         sizes = [p.count for p in projections]
         for projection, mask in zip(projections, taken.split(sizes)):
             if bool(mask.any()):
-                chosen[projection.path] = mask.nonzero().squeeze(1)
+                chosen[projection.name] = mask.nonzero().squeeze(1)
     return chosen
 
 
 def _best_over(request: Request, projections: List[Projection], scores: Units, budget: Dict[str, int],
                allowed: Units, smallest: bool) -> Tensor:
     """Which units of `projections`, one after the other [units], are taken."""
-    costs = {p.path: unit_parameters(request.model, p) for p in projections}
-    parameters = sum(costs[p.path] * budget[p.path] for p in projections)
-    ranking = best_first(torch.cat([scores[p.path] for p in projections]), smallest)
-    ranking = ranking[torch.cat([allowed[p.path] for p in projections])[ranking]]
-    cost = torch.cat([torch.full((p.count,), costs[p.path]) for p in projections])
+    costs = {p.name: unit_parameters(request.model, p) for p in projections}
+    parameters = sum(costs[p.name] * budget[p.name] for p in projections)
+    ranking = best_first(torch.cat([scores[p.name] for p in projections]), smallest)
+    ranking = ranking[torch.cat([allowed[p.name] for p in projections])[ranking]]
+    cost = torch.cat([torch.full((p.count,), costs[p.name]) for p in projections])
     taken = torch.zeros(cost.numel(), dtype=torch.bool)
     taken[ranking[cost[ranking].cumsum(0) <= parameters]] = True
     return taken

@@ -6,6 +6,7 @@ from torch import nn
 
 from s2ft.config import S2FTConfig
 from s2ft.coupling import Coupling, Projection, projections_of, unit_name
+from s2ft.weights import shape_of
 
 
 def units_per_projection(couplings: List[Coupling], config: S2FTConfig, model: Optional[nn.Module] = None,
@@ -23,10 +24,10 @@ def units_per_projection(couplings: List[Coupling], config: S2FTConfig, model: O
     """
     requested = requested_projections(couplings, config)
     if config.budget is None and config.match_lora_rank is None:
-        return {p.path: _units(p, config.ratios[p.key]) for p in requested}
-    free = {p.path: p.count if free is None else free.get(p.path, p.count) for p in requested}
-    costs = {p.path: unit_parameters(model, p) for p in requested}
-    shares = {p.path: config.ratios[p.key] * p.count for p in requested}
+        return {p.name: _units(p, config.ratios[p.key]) for p in requested}
+    free = {p.name: p.count if free is None else free.get(p.name, p.count) for p in requested}
+    costs = {p.name: unit_parameters(model, p) for p in requested}
+    shares = {p.name: config.ratios[p.key] * p.count for p in requested}
     total, what = _budget(config, model, requested)
     most = sum(free[path] * costs[path] for path in free)
     if total > most:
@@ -66,14 +67,15 @@ def _units(projection: Projection, ratio: float) -> int:
     units = int(ratio * projection.count + 0.5)
     if units == 0:
         raise ValueError(f"{projection.key}_ratio={ratio} selects none of the {projection.count} "
-                         f"{unit_name(projection)} of {projection.path}; the smallest that selects one is "
+                         f"{unit_name(projection)} of {projection.name}; the smallest that selects one is "
                          f"{math.ceil(5000 / projection.count) / 10000:g}")
     return units
 
 
 def unit_parameters(model: nn.Module, projection: Projection) -> int:
     """Trained parameters of one unit."""
-    return model.get_submodule(projection.path).weight.numel() // projection.count
+    shape = shape_of(model, projection)
+    return shape.numel() // shape[projection.dim] * projection.unit
 
 
 def _budget(config: S2FTConfig, model: nn.Module, requested: List[Projection]) -> tuple:
@@ -81,7 +83,8 @@ def _budget(config: S2FTConfig, model: nn.Module, requested: List[Projection]) -
     if config.budget is not None:
         return config.budget, f"budget={config.budget:,}"
     rank = config.match_lora_rank
-    total = sum(rank * sum(model.get_submodule(p.path).weight.shape) for p in requested)
+    shapes = {p.site: shape_of(model, p) for p in requested}   # one pair of factors for a weight
+    total = sum(rank * (shape[0] + shape[1:].numel()) for shape in shapes.values())
     return total, f"match_lora_rank={rank}, {total:,} parameters,"
 
 
@@ -117,6 +120,6 @@ def _check_none_is_empty(config: S2FTConfig, requested: List[Projection], units:
     """Every projection of every layer gets a unit; under allocation "global", every projection."""
     for p in requested:
         alike = [p] if config.allocation == "uniform" else [other for other in requested if other.key == p.key]
-        if not any(units[other.path] for other in alike):
-            raise ValueError(f"{what} is too small: it leaves {p.path} no unit, which has {costs[p.path]:,} "
+        if not any(units[other.name] for other in alike):
+            raise ValueError(f"{what} is too small: it leaves {p.name} no unit, which has {costs[p.name]:,} "
                              f"parameters. Raise it or {p.key}_ratio, or train fewer layers or projections")

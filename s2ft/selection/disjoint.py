@@ -22,17 +22,17 @@ def allowed_units(couplings: List[Coupling], requested: List[Projection], exclud
     Raises: as :func:`units_by_hand`.
     """
     excluded = {} if exclude is None else _read(couplings, exclude, "exclude")
-    paths = {projection.path for projection in requested}
+    paths = {projection.name for projection in requested}
     allowed = {}
     for coupling in couplings:
         for projection in coupling.projections:
-            if projection.path in paths:
-                alike = [projection.path] if projection.dim == 1 else [
-                    p.path for p in coupling.producers if p.count == projection.count and p.path in paths]
-                allowed[projection.path] = torch.ones(projection.count, dtype=torch.bool)
+            if projection.name in paths:
+                alike = [projection.name] if projection.dim == 1 else [
+                    p.name for p in coupling.producers if p.count == projection.count and p.name in paths]
+                allowed[projection.name] = torch.ones(projection.count, dtype=torch.bool)
                 for path in alike:
                     if path in excluded:
-                        allowed[projection.path][excluded[path]] = False
+                        allowed[projection.name][excluded[path]] = False
     return allowed
 
 
@@ -41,7 +41,7 @@ def _read(couplings: List[Coupling], units: Units, option: str) -> Dict[str, Ten
         found = Selection.load(units).units
     else:
         found = unit_tensors(units, option)
-    known = {projection.path: projection for projection in projections_of(couplings)}
+    known = {projection.name: projection for projection in projections_of(couplings)}
     for path, numbers in found.items():
         if path not in known:
             raise ValueError(f"{option} names {path}, which is no projection of this model")

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from s2ft.coupling import Projection
 from s2ft.selection.calibration import checkpointing_kept, hooks_removed, loss_of, sequences, undisturbed
 from s2ft.selection.metric import Request, squares_by_unit
+from s2ft.weights import find, is_quantized, like_matrix, weight_of
 
 
 def gradient_scores(request: Request) -> Dict[str, Tensor]:
@@ -24,7 +25,7 @@ def gradient_scores(request: Request) -> Dict[str, Tensor]:
         request.model.requires_grad_(False)
         for weight, projections in _weights(request):
             weight.requires_grad_(True)
-            hooks.append(weight.register_post_accumulate_grad_hook(_collect(projections, sums)))
+            hooks.append(weight.register_post_accumulate_grad_hook(_collect(request.model, projections, sums)))
         hooks += checkpointing_kept(request.model)
         for batch in request.calibration.batches(request.model):
             for sequence in sequences(request.model, batch):
@@ -33,8 +34,8 @@ def gradient_scores(request: Request) -> Dict[str, Tensor]:
     if not count:
         raise ValueError("no calibration sequence has a label to predict: its loss has no gradient")
     for projection in request.projections:
-        if projection.path not in sums:
-            raise ValueError(f"selection='gradient': no gradient of the loss reaches {projection.path}")
+        if projection.name not in sums:
+            raise ValueError(f"selection='gradient': no gradient of the loss reaches {projection.name}")
     return {path: (total / count).sqrt().cpu() for path, total in sums.items()}
 
 
@@ -42,15 +43,17 @@ def _weights(request: Request) -> List[tuple]:
     """Every weight with its projections: more than one where they are tied."""
     found: Dict[int, tuple] = {}
     for projection in request.projections:
-        weight = request.model.get_submodule(projection.path).weight
+        weight = weight_of(request.model, projection)
+        if not weight.is_floating_point() or is_quantized(find(request.model, projection.path)):
+            raise ValueError(f"selection='gradient' needs gradients of weights, and {projection.path} is quantized")
         found.setdefault(id(weight), (weight, []))[1].append(projection)
     return list(found.values())
 
 
-def _collect(projections: List[Projection], sums: Dict[str, Tensor]):
+def _collect(model: nn.Module, projections: List[Projection], sums: Dict[str, Tensor]):
     def hook(weight: nn.Parameter) -> None:
         for projection in projections:
-            squares = squares_by_unit(weight.grad, projection.dim, projection.unit)
-            sums[projection.path] = sums[projection.path] + squares if projection.path in sums else squares
+            squares = squares_by_unit(like_matrix(model, projection, weight.grad), projection.dim, projection)
+            sums[projection.name] = sums[projection.name] + squares if projection.name in sums else squares
         weight.grad = None
     return hook

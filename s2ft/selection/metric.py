@@ -37,18 +37,19 @@ class Metric:
 
 
 @torch.no_grad()
-def squares_by_unit(matrix: Tensor, dim: int, unit: int) -> Tensor:
-    """Sum of squares of every unit, [size / unit] float64 on the matrix's device, of matrix [O, I] with units of
-    `unit` elements along `dim`. Float32 within a piece of the matrix, float64 over the pieces."""
-    rows = max(1, PIECE // max(1, matrix.shape[1]))
+def squares_by_unit(matrix: Tensor, dim: int, projection: Projection) -> Tensor:
+    """Sum of squares of every unit of the projection, [count] float64 on the matrix's device, of matrix [O, I] or
+    [O, I, taps] with the units along `dim`. Float32 within a piece of the matrix, float64 over the pieces."""
+    rows = max(1, PIECE // max(1, matrix[:1].numel()))
     total = torch.zeros(matrix.shape[dim], dtype=torch.float64, device=matrix.device)
     for start in range(0, matrix.shape[0], rows):
         squares = matrix[start:start + rows].to(_wide(matrix.dtype)).square()
         if dim == 0:
-            total[start:start + rows] = squares.sum(1)
+            total[start:start + rows] = squares.flatten(1).sum(1)
         else:
-            total += squares.sum(0)
-    return total.view(-1, unit).sum(1)
+            total += squares.transpose(0, 1).flatten(1).sum(1) if matrix.dim() > 2 else squares.sum(0)
+    elements = projection.elements(torch.arange(projection.count)).to(total.device)
+    return total[elements].view(projection.count, projection.unit).sum(1)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -63,8 +64,8 @@ def shared_by_producers(request: Request, scores: Dict[str, Tensor]) -> Dict[str
     for coupling in request.couplings:
         groups: Dict[int, List[str]] = {}
         for producer in coupling.producers:
-            if producer.path in scores:
-                groups.setdefault(producer.count, []).append(producer.path)
+            if producer.name in scores:
+                groups.setdefault(producer.count, []).append(producer.name)
         for paths in groups.values():
             together = torch.stack([scores[path] for path in paths]).square().sum(0).sqrt()
             shared.update((path, together) for path in paths)

@@ -21,7 +21,8 @@ def random_scores(request: Request) -> Dict[str, Tensor]:
             if projection.key in request.config.ratios:
                 side = ("producers", "consumer")[projection.dim]
                 what = f"{request.config.seed}/{coupling.kind}/{coupling.layer}/{side}/{projection.count}"
-                scores[projection.path] = _ranks(what, projection.count)
+                what += "" if projection.expert is None else f"/{projection.expert}"
+                scores[projection.name] = _ranks(what, projection.count)
     return scores
 
 

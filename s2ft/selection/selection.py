@@ -1,6 +1,7 @@
 """The result of selecting: which units of which projection are trainable, in original order."""
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, List
@@ -8,6 +9,7 @@ from typing import Any, Dict, List
 import torch
 from torch import Tensor
 
+from s2ft.coupling import PROJECTIONS
 from s2ft.files import replace_file
 
 SCHEMA = 1
@@ -41,7 +43,7 @@ class Selection:
     def __str__(self) -> str:
         groups: Dict[str, List[int]] = {}
         for path, units in self.units.items():
-            groups.setdefault(path.rpartition(".")[2], []).append(units.numel())
+            groups.setdefault(_label(path), []).append(units.numel())
         lines = [f"{'projection':<12}{'layers':>7}{'units a layer':>16}{'units':>10}"]
         return "\n".join(lines + [f"{name:<12}{len(sizes):>7}{span(sizes):>16}{sum(sizes):>10,}"
                                   for name, sizes in groups.items()])
@@ -66,6 +68,13 @@ class Selection:
         if content["schema"] != SCHEMA or isinstance(content["schema"], bool):
             raise ValueError(f"{path} has schema {content['schema']!r}; this s2ft reads schema {SCHEMA}")
         return _checked(path, content["units"], content["digest"])
+
+
+def _label(name: str) -> str:
+    """What names of a projection in all layers have in common: their last word without the expert's number, two
+    words where several projections share a weight."""
+    *_, before, last = ["", *re.sub(r"\[\d+\]", "", name).split(".")]
+    return f"{before}.{last}" if last in PROJECTIONS and before else last
 
 
 def span(sizes: List[int]) -> str:

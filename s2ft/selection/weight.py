@@ -4,6 +4,7 @@ from typing import Dict
 from torch import Tensor
 
 from s2ft.selection.metric import Request, squares_by_unit
+from s2ft.weights import matrix_of
 
 
 def weight_scores(request: Request) -> Dict[str, Tensor]:
@@ -11,6 +12,6 @@ def weight_scores(request: Request) -> Dict[str, Tensor]:
     producer's weight, of its columns in the consumer's. Biases don't count."""
     scores = {}
     for projection in request.projections:
-        weight = request.model.get_submodule(projection.path).weight.detach()
-        scores[projection.path] = squares_by_unit(weight, projection.dim, projection.unit).sqrt().cpu()
+        matrix = matrix_of(request.model, projection)
+        scores[projection.name] = squares_by_unit(matrix, projection.dim, projection).sqrt().cpu()
     return scores

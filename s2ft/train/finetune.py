@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import s2ft
-from s2ft.convert import attachment_of
+from s2ft.mounting import attachment_of
 from s2ft.train.encoding import AnswerCollator, TokenRow
 from s2ft.train.head import packed_head
 from s2ft.train.models import base_info

@@ -79,14 +79,13 @@ def test_every_prompt_longer_than_the_context(capsys, tiny, tmp_path):
 
 
 def test_model_of_an_unknown_family_lists_the_known_ones(capsys, data, tmp_path):
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import BloomConfig, BloomForCausalLM
 
     from train.tiny import tiny_tokenizer
-    GPT2LMHeadModel(GPT2Config(vocab_size=259, n_positions=256, n_embd=8, n_layer=1, n_head=2)).save_pretrained(
-        tmp_path / "gpt2")
-    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
-    message = finetune(capsys, tmp_path / "gpt2", data, tmp_path / "out")
-    assert "gpt2" in message and "llama" in message and not (tmp_path / "out").exists()
+    BloomForCausalLM(BloomConfig(vocab_size=259, hidden_size=8, n_layer=1, n_head=2)).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    message = finetune(capsys, tmp_path / "model", data, tmp_path / "out")
+    assert "bloom" in message and "llama" in message and not (tmp_path / "out").exists()
 
 
 def test_model_that_does_not_exist(capsys, data, tmp_path):

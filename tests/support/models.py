@@ -4,10 +4,12 @@ from typing import Callable, Dict
 import torch
 from transformers import (AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForMaskedLM,
                           AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, BertConfig, CLIPConfig, CLIPTextConfig,
-                          CLIPVisionConfig, Cohere2Config, CohereConfig, Gemma2Config, Gemma3TextConfig, GemmaConfig,
-                          GraniteConfig, LlamaConfig, MistralConfig, Olmo2Config, OPTConfig, PhiConfig,
-                          PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen3Config, RobertaConfig, SmolLM3Config,
-                          StableLmConfig, Starcoder2Config, T5Config, ViTConfig, WhisperConfig)
+                          CLIPVisionConfig, Cohere2Config, CohereConfig, DeepseekV2Config, DeepseekV3Config,
+                          Gemma2Config, Gemma3TextConfig, GemmaConfig, GPT2Config, GPTNeoXConfig, GraniteConfig,
+                          LlamaConfig, MistralConfig, MixtralConfig, Olmo2Config, OPTConfig, Phi3Config, PhiConfig,
+                          PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig,
+                          RobertaConfig, SmolLM3Config, StableLmConfig, Starcoder2Config, T5Config, ViTConfig,
+                          WhisperConfig)
 
 from s2ft.arch import couplings_of
 from s2ft.coupling import projections_of
@@ -20,6 +22,13 @@ WINDOW = dict(sliding_window=4, layer_types=["sliding_attention", "full_attentio
 
 OPT = dict(hidden_size=24, ffn_dim=41, num_hidden_layers=3, num_attention_heads=4, vocab_size=67, dropout=0.0,
            max_position_embeddings=32)
+GPT2 = dict(n_embd=24, n_layer=3, n_head=4, vocab_size=67, n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0,
+            attn_pdrop=0.0, **IDS)
+NEOX = dict(**ROTARY, **IDS, hidden_dropout=0.0, attention_dropout=0.0)
+MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True)
+DEEPSEEK = dict(**IDS, num_key_value_heads=4, kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=7,
+                moe_intermediate_size=16, n_routed_experts=4, n_shared_experts=2, num_experts_per_tok=2, n_group=2,
+                topk_group=1, first_k_dense_replace=1, norm_topk_prob=True)
 BERT = dict(**SHAPE, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=32)
 IMAGE = dict(image_size=12, patch_size=4)
 T5 = dict(d_model=24, d_kv=10, d_ff=41, num_layers=2, num_decoder_layers=3, num_heads=4, vocab_size=67,
@@ -75,6 +84,24 @@ CASES: Dict[str, Callable[[], PretrainedConfig]] = {
     "phi-multi-query": lambda: PhiConfig(**ROTARY, num_key_value_heads=1),
     "starcoder2": lambda: Starcoder2Config(**SHAPE, **IDS, num_key_value_heads=4, sliding_window=4),
     "starcoder2-grouped": lambda: Starcoder2Config(**SHAPE, **IDS, num_key_value_heads=2, use_bias=False),
+    "phi3": lambda: Phi3Config(**ODD, **IDS, num_key_value_heads=3),
+    "phi3-grouped": lambda: Phi3Config(**SHAPE, **IDS, num_key_value_heads=2),
+    "phi3-multi-query": lambda: Phi3Config(**SHAPE, **IDS, num_key_value_heads=1),
+    "gpt2": lambda: GPT2Config(**GPT2),
+    "gpt2-odd": lambda: GPT2Config(**{**GPT2, "n_embd": 30, "n_head": 3}, n_inner=41, activation_function="relu"),
+    "gpt2-cross-attention": lambda: GPT2Config(**GPT2, add_cross_attention=True),
+    "gpt-neox": lambda: GPTNeoXConfig(**NEOX),
+    "gpt-neox-sequential": lambda: GPTNeoXConfig(**{**NEOX, "hidden_size": 36, "num_attention_heads": 3},
+                                                 use_parallel_residual=False, attention_bias=False),
+    "mixtral": lambda: MixtralConfig(**{**SHAPE, "intermediate_size": 56}, num_key_value_heads=4, num_local_experts=3,
+                                     num_experts_per_tok=2),
+    "mixtral-odd-multi-query": lambda: MixtralConfig(**ODD, num_key_value_heads=1, head_dim=8, num_local_experts=2,
+                                             num_experts_per_tok=1, hidden_act="gelu", experts_implementation="eager"),
+    "qwen2-moe": lambda: Qwen2MoeConfig(**SHAPE, **MOE, num_key_value_heads=4, shared_expert_intermediate_size=21,
+                                        decoder_sparse_step=2),
+    "qwen3-moe": lambda: Qwen3MoeConfig(**SHAPE, **MOE, num_key_value_heads=2, head_dim=10, mlp_only_layers=[1]),
+    "deepseek-v2": lambda: DeepseekV2Config(**SHAPE, **DEEPSEEK, q_lora_rank=None, topk_method="greedy"),
+    "deepseek-v3": lambda: DeepseekV3Config(**SHAPE, **DEEPSEEK, q_lora_rank=9),
     "opt": lambda: OPTConfig(**OPT),
     "opt-post-norm": lambda: OPTConfig(**OPT, do_layer_norm_before=False, word_embed_proj_dim=16),
     "bert": lambda: BertConfig(**BERT),

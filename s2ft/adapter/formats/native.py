@@ -131,7 +131,7 @@ def _delta(path: str, entry: Any, tensors: Dict[str, Tensor]) -> Delta:
     if not isinstance(entry, dict) or entry.get("dim") not in (0, 1) or not isinstance(entry.get("units"), list):
         raise ValueError(f"{path}: its entry in {CONFIG} must have dim 0 or 1 and a list of units")
     dim = entry["dim"]
-    if values.dim() != 2 or index.dim() != 1 or index.numel() == 0 or values.shape[dim] != index.numel():
+    if values.dim() not in (2, 3) or index.dim() != 1 or index.numel() == 0 or values.shape[dim] != index.numel():
         raise ValueError(f"{path}: delta of shape {tuple(values.shape)} and index of shape {tuple(index.shape)} "
                          f"do not fit along dim {dim}")
     if int(index.min()) < 0 or not bool((index[1:] > index[:-1]).all()):

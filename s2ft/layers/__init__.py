@@ -1,0 +1,29 @@
+"""Trainable layers: one file a kind of plain layer. KINDS says which takes the place of what."""
+from typing import Optional, Tuple, Type
+
+from torch import nn
+
+from s2ft.layers.base import S2Layer
+from s2ft.layers.conv import CONVOLUTIONS, S2ColumnConv, S2RowConv
+from s2ft.layers.experts import ObservedStack, S2ColumnStack, S2RowStack, S2Stack, experts_forward
+from s2ft.layers.linear import S2ColumnLinear, S2RowLinear
+from s2ft.layers.quantized import NO_FUSE, S2QuantizedColumn, S2QuantizedLinear, S2QuantizedRow
+from s2ft.weights import is_conv1d, is_quantized
+
+__all__ = ["NO_FUSE", "ObservedStack", "S2ColumnConv", "S2ColumnLinear", "S2ColumnStack", "S2Layer",
+           "S2QuantizedColumn", "S2QuantizedLinear", "S2QuantizedRow", "S2RowConv", "S2RowLinear", "S2RowStack",
+           "S2Stack", "experts_forward", "layers_for"]
+
+
+def layers_for(module: nn.Module) -> Optional[Tuple[Type[S2Layer], Type[S2Layer]]]:
+    """The layers that train outputs and inputs of a plain layer; None for a module that has none.
+
+    Subclasses are not taken: what they add to the forward would be lost.
+    """
+    if is_quantized(module):
+        return S2QuantizedColumn, S2QuantizedRow
+    if type(module) is nn.Linear or is_conv1d(module):
+        return S2ColumnLinear, S2RowLinear
+    if type(module) in CONVOLUTIONS and module.groups == 1:
+        return S2ColumnConv, S2RowConv
+    return None

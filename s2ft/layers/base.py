@@ -1,0 +1,146 @@
+"""What every layer with a trainable slice shares: the slice, fusing, and loading a state."""
+from typing import ClassVar, Optional
+
+import torch
+from torch import Tensor, nn
+
+from s2ft.ops import effective_units
+from s2ft.weights import as_matrix
+
+
+class S2Layer(nn.Module):
+    """A frozen weight with a trainable slice; `dim` is the dimension of the weight, as outputs × inputs, that is sliced.
+
+    Effective weight = weight, with s2 added to the selected units; the forward is that of the plain layer on the
+    effective weight at every moment. Unfused, `weight` holds the base and the op adds s2 for the length of one
+    product. Fused, `weight` holds the effective weight, the buffer `base` holds the slice it replaced, and the
+    forward is the plain one and cannot train.
+
+    Parameters: `weight` and `bias` are frozen; `s2` is trainable, of the slice's shape.
+    """
+
+    dim: ClassVar[int]
+    transposed = False   # whether the weight is stored as inputs × outputs
+
+    @classmethod
+    def from_module(cls, module: nn.Module, start: Optional[int] = None, end: Optional[int] = None, *,
+                    index: Optional[Tensor] = None, delta_dtype: Optional[torch.dtype] = None) -> "S2Layer":
+        """A layer on the very weight and bias of `module`: no copy, and both become frozen."""
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        # Hooks registered on the module keep working: both share the dicts they live in.
+        self.__dict__.update({key: value for key, value in module.__dict__.items() if "_hooks" in key})
+        self._take_over(module)
+        self.weight, self.bias = module.weight, module.bias
+        self._select(start, end, index, delta_dtype)
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        self.train(module.training)
+        return self
+
+    def _take_over(self, module: nn.Module) -> None:
+        """Set what the layer knows about the plain one besides weight and bias."""
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as outputs × inputs (× taps of a convolution), in its own memory."""
+        return as_matrix(self.weight, transposed=self.transposed)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of the weight as outputs × inputs (× taps)."""
+        return self.matrix.shape
+
+    def _select(self, start, end, index, delta_dtype) -> None:
+        """Set start, end, index and s2."""
+        shape = list(self.shape)
+        size = shape[self.dim]
+        side = f"the weight's {size} {('outputs', 'inputs')[self.dim]}"
+        if index is None:
+            start, end = 0 if start is None else int(start), size if end is None else int(end)
+            if not 0 <= start < end <= size:
+                raise ValueError(f"start and end must satisfy 0 <= start < end <= {size} ({side}), "
+                                 f"got start={start}, end={end}")
+            length = end - start
+        else:
+            if start is not None or end is not None:
+                raise ValueError("give start and end, or index, not both")
+            index = torch.as_tensor(index, dtype=torch.int64)
+            length = index.numel()
+            if index.dim() != 1 or length == 0:
+                raise ValueError(f"index must be a list of at least one unit, got shape {tuple(index.shape)}")
+            if int(index.min()) < 0 or int(index.max()) >= size:
+                raise ValueError(f"index must lie within {side}, got {int(index.min())} to {int(index.max())}")
+            if index.unique().numel() != length:
+                raise ValueError("index names a unit twice")
+            index = index.to(self.weight.device)
+        self.start, self.end = start, end
+        self.register_buffer("index", index)
+        shape[self.dim] = length
+        self.s2 = nn.Parameter(torch.zeros(shape, device=self.weight.device, dtype=delta_dtype or self.weight.dtype))
+        self.register_buffer("base", None)   # the replaced slice, while fused
+        self.enabled = True
+
+    # ---- fuse and unfuse -------------------------------------------------------------------------
+
+    @property
+    def fused(self) -> bool:
+        """Whether `weight` holds the effective weight now."""
+        return self.base is not None
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """Write base + s2 into `weight`, keeping the base slice; fused already: take s2 as it is now."""
+        if not self.enabled:
+            raise RuntimeError("this layer's adapter is off: set_adapter first")
+        base = self._units().clone() if self.base is None else self.base
+        self._write_units(effective_units(base, self.s2))
+        self.base = base
+        self._fused_version = self.s2._version
+
+    @torch.no_grad()
+    def unfuse(self) -> None:
+        """Copy the base slice back into `weight`, bit for bit."""
+        if self.base is not None:
+            self._write_units(self.base)
+            self.base = None
+
+    fuse_s2_weight, unfuse_s2_weight = fuse, unfuse   # the reference code's names
+
+    def _check_fused(self) -> None:
+        if torch.is_grad_enabled() and self.s2.requires_grad and self.training:
+            raise RuntimeError("this layer is fused and in training mode, where s2 would get no gradient: "
+                               "call unfuse() to train, or eval() / torch.no_grad() to run it")
+        if not torch.compiler.is_compiling() and self.s2._version != self._fused_version:
+            self.fuse()   # s2 was changed since: by an optimizer, an average of weights, a loaded state
+
+    def _units(self) -> Tensor:
+        if self.index is None:
+            return self.matrix.narrow(self.dim, self.start, self.end - self.start)
+        return self.matrix.index_select(self.dim, self.index)
+
+    def _write_units(self, values: Tensor) -> None:
+        if self.index is None:
+            self._units().copy_(values)
+        else:
+            self.matrix.transpose(0, self.dim)[self.index] = values.transpose(0, self.dim)
+
+    # ---- state -----------------------------------------------------------------------------------
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        """The state's own `base` entry says whether it was fused; the layer takes that state over."""
+        with torch.no_grad():
+            if prefix + "weight" not in state_dict:
+                self.unfuse()   # s2 alone comes in: it belongs to the base
+            if prefix + "base" in state_dict:
+                self.base = self._units().clone() if self.base is None else self.base
+            elif prefix + "weight" in state_dict:
+                self.base = None   # the weight that comes in is a base
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._fused_version = self.s2._version
+
+    def _selected(self) -> str:
+        """For extra_repr."""
+        units = f"start={self.start}, end={self.end}" if self.index is None else f"units={self.index.numel()}"
+        return units + (", fused" if self.fused else "") + ("" if self.enabled else ", off")

@@ -1,0 +1,96 @@
+"""Linear layers that train a few output rows or input columns of a frozen weight."""
+import math
+from typing import Optional, Union
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from s2ft.layers.base import S2Layer
+from s2ft.ops import indexed_linear, sliced_linear
+from s2ft.weights import as_matrix, is_conv1d
+
+
+class S2Linear(S2Layer):
+    """What S2ColumnLinear and S2RowLinear share: the forward is ``F.linear(x, effective weight, bias)``.
+
+    Parameters: `weight` (out, in) and `bias` (out) are frozen; `s2` is trainable, of the slice's shape. On a
+    Conv1D of transformers `weight` stays (in, out); `s2` has a linear layer's shape all the same.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: Union[bool, Tensor, None] = True,
+                 start: Optional[int] = None, end: Optional[int] = None, device=None, dtype=None, *,
+                 index: Optional[Tensor] = None, delta_dtype: Optional[torch.dtype] = None) -> None:
+        """Args:
+            in_features, out_features: as in nn.Linear.
+            bias: True or False as in nn.Linear, or the values [out_features] to start from.
+            start, end: the slice; default: from the first to the last unit.
+            index: [n] int64, the units where they are scattered, instead of start and end.
+            device, dtype: of the weight; `s2` follows both.
+            delta_dtype: dtype of `s2` where it shall differ, e.g. float32 on a bfloat16 weight, so that
+                small updates are not rounded away.
+        Raises: ValueError for an empty, reversed or repeated selection or one outside the weight.
+        """
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype),
+                                   requires_grad=False)
+        self._add_bias(bias)
+        self._select(start, end, index, delta_dtype)
+        self.reset_parameters()
+        if isinstance(bias, Tensor):
+            with torch.no_grad():
+                self.bias.copy_(bias)
+
+    def _take_over(self, module: nn.Module) -> None:
+        if is_conv1d(module):
+            self.transposed, self.in_features, self.out_features = True, module.nx, module.nf
+        else:
+            self.in_features, self.out_features = module.in_features, module.out_features
+
+    def _add_bias(self, bias) -> None:
+        if isinstance(bias, Tensor) and bias.shape != (self.out_features,):
+            raise ValueError(f"bias must have shape ({self.out_features},), got {tuple(bias.shape)}")
+        if bias is None or bias is False:
+            self.register_parameter("bias", None)
+        else:
+            self.bias = nn.Parameter(self.weight.new_empty(self.out_features), requires_grad=False)
+
+    def reset_parameters(self) -> None:
+        """Initialise weight and bias as nn.Linear does, s2 with zeros."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0
+            nn.init.uniform_(self.bias, -bound, bound)
+        nn.init.zeros_(self.s2)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., in_features] → [..., out_features]."""
+        weight = as_matrix(self.weight, transposed=self.transposed)
+        if self.fused:
+            self._check_fused()
+            return F.linear(input, weight, self.bias)
+        if not self.enabled:
+            return F.linear(input, weight, self.bias)
+        if self.index is None:
+            return sliced_linear(input, weight, self.s2, self.start, self.dim, self.bias)
+        return indexed_linear(input, weight, self.s2, self.index, self.dim, self.bias)
+
+    def extra_repr(self) -> str:
+        return (f"in_features={self.in_features}, out_features={self.out_features}, "
+                f"bias={self.bias is not None}, {self._selected()}")
+
+
+class S2ColumnLinear(S2Linear):
+    """Linear that trains outputs: s2 [end-start, in_features] on ``weight[start:end, :]`` (q, k, v, up, gate)."""
+
+    dim = 0
+
+
+class S2RowLinear(S2Linear):
+    """Linear that trains inputs: s2 [out_features, end-start] on ``weight[:, start:end]`` (o, down).
+
+    For the backward it keeps the slice of its input, not the input.
+    """
+
+    dim = 1

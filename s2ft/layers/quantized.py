@@ -1,0 +1,76 @@
+"""Linear layers that train a few outputs or inputs beside a quantized weight, which is left as it is."""
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from s2ft.layers.base import S2Layer
+
+NO_FUSE = ("a quantized weight can't take an adapter in without being quantized again: load the base unquantized, put "
+           "the adapter on that (s2ft.load_adapter) and merge there")
+
+
+class S2QuantizedLinear(S2Layer):
+    """What S2QuantizedColumn and S2QuantizedRow share: y = the quantized layer's output plus s2's part, two products.
+
+    The effective weight is the dequantized one, with s2 added to the selected units. `linear` is the layer as it was.
+    """
+
+    @classmethod
+    def from_module(cls, module: nn.Module, start=None, end=None, *, index=None, delta_dtype=None) -> "S2QuantizedLinear":
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.linear = module.requires_grad_(False)
+        self.in_features, self.out_features = module.in_features, module.out_features
+        self._select(start, end, index, delta_dtype)
+        self.train(module.training)
+        return self
+
+    @property
+    def weight(self) -> Tensor:
+        """The quantized weight."""
+        return self.linear.weight
+
+    @property
+    def bias(self) -> Tensor:
+        return self.linear.bias
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.out_features, self.in_features))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., in_features] → [..., out_features]."""
+        y = self.linear(input)
+        return self._add(y, input) if self.enabled else y
+
+    def _add(self, y: Tensor, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _where(self) -> Tensor:
+        """The selected units' numbers."""
+        return torch.arange(self.start, self.end, device=self.s2.device) if self.index is None else self.index
+
+    def fuse(self) -> None:
+        """Raises: RuntimeError, always."""
+        raise RuntimeError(NO_FUSE)
+
+    def extra_repr(self) -> str:
+        return self._selected()
+
+
+class S2QuantizedColumn(S2QuantizedLinear):
+    """Trains outputs."""
+
+    dim = 0
+
+    def _add(self, y: Tensor, x: Tensor) -> Tensor:
+        return y.index_add(-1, self._where(), F.linear(x, self.s2.to(x.dtype)).to(y.dtype))
+
+
+class S2QuantizedRow(S2QuantizedLinear):
+    """Trains inputs. For the backward of s2 it keeps those of its input, not the input."""
+
+    dim = 1
+
+    def _add(self, y: Tensor, x: Tensor) -> Tensor:
+        return y + F.linear(x.index_select(-1, self._where()), self.s2.to(x.dtype)).to(y.dtype)

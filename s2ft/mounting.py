@@ -1,0 +1,345 @@
+"""A model with trainable layers in place: what s2ft knows about it, how they come in and go out again, and adapters
+that are put on and taken off."""
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+
+import torch
+from torch import Tensor, nn
+
+from s2ft.config import S2FTConfig
+from s2ft.coupling import Coupling, Projection
+from s2ft.delta import Delta
+from s2ft.layers import NO_FUSE, S2ColumnStack, S2Layer, S2QuantizedLinear, S2RowStack, experts_forward, layers_for
+from s2ft.ops import act_mul, scatter_add_, swap_
+from s2ft.permutation import contiguous_range, coupling_order, element_order, inverse, permute_coupling
+from s2ft.selection import Selection
+from s2ft.weights import find, is_quantized, matrix_of, moving_tensors
+
+RECORD = "_s2ft"   # the attribute of the model that holds its Attachment
+
+
+@dataclass
+class Part:
+    """The share of one projection in a layer's s2."""
+
+    projection: Projection
+    positions: Tensor   # [n] int64, along s2's dim, of the elements below
+    elements: Tensor    # [n] int64, ascending: which of the weight's elements along dim they are in original order
+
+
+@dataclass
+class Mount:
+    """One trainable layer and what it stands for."""
+
+    original: Union[nn.Module, nn.Parameter]   # what it replaced; both hold the same weight and bias
+    layer: S2Layer
+    parts: List[Part]   # one for each projection that is trained in this weight
+    position: Optional[int] = None             # of a parameter among its module's
+
+
+@dataclass
+class Attachment:
+    """Everything s2ft knows about a model it has changed."""
+
+    couplings: List[Coupling]
+    fingerprint: Dict[str, Any]
+    required_grad: Dict[str, bool]                 # of every parameter, before
+    given: bool = False                            # whether the couplings were given by hand
+    name: Optional[str] = None                     # the trainable adapter
+    config: Optional[S2FTConfig] = None
+    selection: Optional[Selection] = None
+    orders: List[Tuple[Coupling, Tensor]] = field(default_factory=list)   # couplings whose units moved
+    mounts: Dict[str, Mount] = field(default_factory=dict)                # by path
+    forwards: List[str] = field(default_factory=list)                     # modules with a forward of ours
+    others: Dict[str, object] = field(default_factory=dict)               # loaded adapters by name
+    active: Optional[str] = None
+    applied: List[Tuple[Projection, Tensor, Tensor]] = field(default_factory=list)   # with index and base
+
+    @property
+    def names(self) -> List[str]:
+        return ([] if self.name is None else [self.name]) + list(self.others)
+
+    @property
+    def parts(self) -> Dict[str, Tuple[Mount, Part]]:
+        """By the projection's name."""
+        return {part.projection.name: (mount, part) for mount in self.mounts.values() for part in mount.parts}
+
+
+def attachment_of(model: nn.Module) -> Attachment:
+    """The model's record. Raises: ValueError when nothing is attached."""
+    record = model.__dict__.get(RECORD)
+    if record is None:
+        raise ValueError(f"{type(model).__name__} has no S²FT adapter: call s2ft.attach or s2ft.load_adapter first")
+    return record
+
+
+# ---- in ----------------------------------------------------------------------------------------------
+
+def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: Selection, name: str) -> None:
+    """Freeze the model, move units (layout permuted) and put trainable layers in. Checks come first."""
+    touched = [coupling for coupling in record.couplings
+               if any(projection.name in selection for projection in coupling.projections)]
+    orders = {}
+    if config.layout == "permuted":
+        movable = [coupling for coupling in touched if coupling.movable]
+        _check_can_move(model, movable)
+        orders = {coupling: _order(coupling, selection) for coupling in movable}
+    record.name, record.config, record.selection, record.active = name, config, selection, name
+    try:
+        _mount_all(model, record, touched, orders)
+    except BaseException:   # out of memory, an interrupt: leave no half-converted model
+        restore(model, record)
+        raise
+
+
+def _mount_all(model: nn.Module, record: Attachment, touched: List[Coupling],
+               orders: Dict[Coupling, Tensor]) -> None:
+    setattr(model, RECORD, record)
+    model.requires_grad_(False)
+    sites: Dict[str, List[Part]] = {}
+    for coupling in touched:
+        order = orders.get(coupling)
+        if order is not None:
+            permute_coupling(model, coupling, order)
+            record.orders.append((coupling, order))
+        for projection in coupling.projections:
+            if projection.name in record.selection:
+                sites.setdefault(projection.path, []).append(_part(projection, record.selection[projection.name], order))
+    for path, parts in sites.items():
+        record.mounts[path] = _mount(model, path, parts, record.config)
+    for coupling in touched:
+        _replace_forward(model, coupling, record)
+
+
+def _part(projection: Projection, units: Tensor, order: Optional[Tensor]) -> Part:
+    """With the elements' present places in the weight as positions."""
+    places = units if order is None else inverse(order)[units]
+    return Part(projection, projection.elements(places), projection.elements(units))
+
+
+def _mount(model: nn.Module, path: str, parts: List[Part], config: S2FTConfig) -> Mount:
+    original = find(model, path)
+    if isinstance(original, nn.Parameter):
+        made = Mount(original, _stack(original, parts, config), parts, _position(model, path))
+    else:
+        made = Mount(original, _layer(original, parts, config), parts)
+    put(model, path, made.layer)
+    return made
+
+
+def _layer(original: nn.Module, parts: List[Part], config: S2FTConfig) -> S2Layer:
+    """A slice where the parts fill one, else an index; the parts' positions become those in it."""
+    dim = parts[0].projection.dim
+    places = torch.cat([part.positions for part in parts])
+    found = contiguous_range(places)
+    if found is not None:
+        where = {"start": found[0], "end": found[1]}
+        for part in parts:
+            part.positions = part.positions - found[0]
+    else:
+        where = {"index": places}
+        _count_positions(parts)
+    return layers_for(original)[dim].from_module(original, **where,
+                                                 delta_dtype=config.delta_dtype_for(original.weight.dtype))
+
+
+def _stack(original: nn.Parameter, parts: List[Part], config: S2FTConfig) -> S2Layer:
+    parts.sort(key=lambda part: part.projection.expert)
+    index: Dict[int, List[Tensor]] = {}
+    for part in parts:
+        index.setdefault(part.projection.expert, []).append(part.positions)
+    _count_positions(parts)
+    kind = (S2ColumnStack, S2RowStack)[parts[0].projection.dim]
+    return kind(original, {expert: torch.cat(places) for expert, places in index.items()},
+                config.delta_dtype_for(original.dtype))
+
+
+def _count_positions(parts: List[Part]) -> None:
+    """Parts lie one after the other."""
+    first = 0
+    for part in parts:
+        part.positions = torch.arange(first, first + part.elements.numel())
+        first += part.elements.numel()
+
+
+def _order(coupling: Coupling, selection: Selection) -> Tensor:
+    producers = [selection[p.name] for p in coupling.producers if p.name in selection]
+    consumer = selection[coupling.consumer.name] if coupling.consumer.name in selection else None
+    return coupling_order(coupling.consumer.count, producers, consumer)
+
+
+def put(model: nn.Module, path: str, thing: Union[nn.Module, nn.Parameter], position: Optional[int] = None) -> None:
+    """Put a module or parameter in the place of what has this name; a parameter at `position` of its owner's."""
+    parent, _, name = path.rpartition(".")
+    owner = model.get_submodule(parent)
+    if isinstance(thing, nn.Module):
+        owner._parameters.pop(name, None)
+        owner.register_module(name, thing)
+        return
+    del owner._modules[name]
+    owner.register_parameter(name, thing)
+    for other in [other for other in owner._parameters if other != name][position:]:
+        owner._parameters[other] = owner._parameters.pop(other)
+
+
+def _position(model: nn.Module, path: str) -> int:
+    """Where a parameter stands among its owner's, so that it can come back there."""
+    parent, _, name = path.rpartition(".")
+    return list(model.get_submodule(parent)._parameters).index(name)
+
+
+def _check_can_move(model: nn.Module, couplings: List[Coupling]) -> None:
+    for coupling in couplings:
+        why = _why_not(model, coupling)
+        if why:
+            raise ValueError(f"{why}, whose units can't change place: use layout='indexed'")
+
+
+def can_move(model: nn.Module, coupling: Coupling) -> bool:
+    """Whether the weights as they are let the coupling's units change place."""
+    return not _why_not(model, coupling)
+
+
+def _why_not(model: nn.Module, coupling: Coupling) -> str:
+    for projection in coupling.projections:
+        found = find(model, projection.path)
+        if is_quantized(found):
+            return f"{projection.path} is a quantized weight ({type(found).__name__})"
+    shared = _tied(model, coupling)
+    return f"{' and '.join(shared)} are one tied weight" if shared else ""
+
+
+def check_can_merge(record: Attachment) -> None:
+    """Raises: ValueError for a quantized base."""
+    for path, mount in record.mounts.items():
+        if isinstance(mount.layer, S2QuantizedLinear):
+            raise ValueError(f"{path}: {NO_FUSE}")
+
+
+def _tied(model: nn.Module, coupling: Coupling) -> List[str]:
+    """The names of a parameter that moves with the coupling and has several; empty where none has."""
+    owners: Dict[int, List[str]] = {}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(key)
+    moving = (owners.get(id(tensor), []) for tensor in moving_tensors(model, coupling))
+    return next((names for names in moving if len(names) > 1), [])
+
+
+# ---- forwards of our own -------------------------------------------------------------------------------
+
+def gated_forward(activation: str) -> Callable[[nn.Module, Tensor], Tensor]:
+    """The forward of a gated FFN, x [..., width] → [..., width], that keeps gate and up for the backward
+    and of their product only what the down projection keeps."""
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        return self.down_proj(act_mul(self.gate_proj(x), self.up_proj(x), activation))
+    return forward
+
+
+def _replace_forward(model: nn.Module, coupling: Coupling, record: Attachment) -> None:
+    """Experts must have :func:`experts_forward`; the block of a gated FFN gets :func:`gated_forward`, unless
+    someone has replaced its forward already."""
+    if coupling.consumer.expert is not None:
+        path, forward = coupling.consumer.path.rpartition(".")[0], experts_forward
+    elif coupling.activation is not None and record.config.fuse_ffn:
+        path, forward = coupling.block, gated_forward(coupling.activation)
+    else:
+        return
+    block = model.get_submodule(path)
+    if "forward" not in block.__dict__:
+        block.forward = MethodType(forward, block)
+        record.forwards.append(path)
+
+
+# ---- out -----------------------------------------------------------------------------------------------
+
+def restore(model: nn.Module, record: Attachment) -> nn.Module:
+    """The plain model with the weights as they are, in original order."""
+    for path in record.forwards:
+        del model.get_submodule(path).forward
+    for path, mount in reversed(record.mounts.items()):
+        if isinstance(mount.original, nn.Parameter):
+            put(model, path, mount.layer.weight, mount.position)
+        else:
+            if not is_quantized(mount.original):
+                mount.original.weight, mount.original.bias = mount.layer.weight, mount.layer.bias
+            mount.original.train(mount.layer.training)
+            put(model, path, mount.original)
+    for coupling, order in record.orders:
+        permute_coupling(model, coupling, inverse(order))
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(record.required_grad.get(key, parameter.requires_grad))
+    delattr(model, RECORD)
+    return model
+
+
+# ---- putting adapters on and taking them off -----------------------------------------------------------
+
+def take_off(model: nn.Module, record: Attachment) -> None:
+    """Make no adapter active; the weights hold the base, bit for bit."""
+    for mount in record.mounts.values():
+        mount.layer.unfuse()
+        mount.layer.enabled = False
+    for projection, index, base in reversed(record.applied):
+        swap_(matrix_of(model, projection), index, base, projection.dim)
+    record.applied.clear()
+    record.active = None
+
+
+def put_on(model: nn.Module, record: Attachment, name: str, deltas: Dict[str, Delta]) -> None:
+    """Make adapter `name` active; nothing else may be. The trainable one is added during the forward,
+    the weights of any other are written into the model and the base they replace is kept."""
+    if name == record.name:
+        for mount in record.mounts.values():
+            mount.layer.enabled = True
+    else:
+        _check_can_write(model, record, deltas)
+        for projection, index in _current_places(record, deltas):
+            weight, values = matrix_of(model, projection), deltas[projection.name].values
+            index, values = index.to(weight.device), values.to(weight.device)
+            base = torch.empty_like(values, dtype=weight.dtype)
+            scatter_add_(weight, index, values, projection.dim, replaced=base)
+            record.applied.append((projection, index, base))
+    record.active = name
+
+
+def _check_can_write(model: nn.Module, record: Attachment, deltas: Dict[str, Delta]) -> None:
+    for coupling in record.couplings:
+        for projection in coupling.projections:
+            found = find(model, projection.path)
+            if projection.name in deltas and is_quantized(getattr(found, "linear", found)):
+                raise ValueError(f"{projection.path} is quantized, and an adapter can't be written into it: load it "
+                                 "with trainable=True, which adds it in the forward, or load the base unquantized")
+
+
+def _current_places(record: Attachment, deltas: Dict[str, Delta]) -> List[Tuple[Projection, Tensor]]:
+    """Where the deltas' elements lie now that units may have moved."""
+    orders = {id(coupling): order for coupling, order in record.orders}
+    found = []
+    for coupling in record.couplings:
+        order = orders.get(id(coupling))
+        for projection in coupling.projections:
+            if projection.name in deltas:
+                index = deltas[projection.name].index
+                found.append((projection, index if order is None
+                              else inverse(element_order([projection], order))[index]))
+    return found
+
+
+@torch.no_grad()
+def mounted_deltas(record: Attachment) -> Dict[str, Delta]:
+    """The trainable adapter's deltas in original coordinates, copied."""
+    deltas = {}
+    for name, (mount, part) in record.parts.items():
+        s2, dim = mount.layer.s2.detach(), mount.layer.dim
+        deltas[name] = Delta(dim, part.elements.clone(), s2.index_select(dim, part.positions.to(s2.device)))
+    return deltas
+
+
+@torch.no_grad()
+def set_mounted_deltas(record: Attachment, deltas: Dict[str, Delta]) -> None:
+    """Copy deltas of the same selection into the trainable layers."""
+    for name, delta in deltas.items():
+        mount, part = record.parts[name]
+        s2 = mount.layer.s2
+        s2.index_copy_(delta.dim, part.positions.to(s2.device), delta.values.to(s2))

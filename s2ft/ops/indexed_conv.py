@@ -1,0 +1,131 @@
+"""Convolution whose only trainable weights are those of a few output or input channels.
+
+No device has a kernel of its own: the product is PyTorch's convolution, on a copy of the weight that has
+base + delta in the selected channels. A convolution's weight is small beside its activations.
+"""
+from typing import List, Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from s2ft.ops._effective import effective_units
+from s2ft.ops._library import autocast_input, check_index, define
+
+
+def effective(weight: Tensor, delta: Tensor, index: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """The weight with delta added to its channels, rounded to its own dtype, as a copy in `dtype`."""
+    copy = weight.detach().clone()
+    taps = copy.view(*copy.shape[:2], -1)
+    units = effective_units(taps.index_select(dim, index), delta.detach())
+    taps.transpose(0, dim)[index] = units.transpose(0, dim)
+    return copy.to(dtype)
+
+
+def reference(x: Tensor, weight: Tensor, delta: Tensor, index: Tensor, dim: int, bias: Optional[Tensor],
+              stride: List[int], padding: List[int], dilation: List[int]) -> Tensor:
+    bias = None if bias is None else bias.detach().to(x.dtype)
+    return torch.ops.aten.convolution(x.detach(), effective(weight, delta, index, dim, x.dtype), bias, stride, padding,
+                                      dilation, False, [0] * len(stride), 1)
+
+
+def reference_grad_x(grad: Tensor, weight: Tensor, delta: Tensor, index: Tensor, dim: int, size: List[int],
+                     stride: List[int], padding: List[int], dilation: List[int]) -> Tensor:
+    return _gradients(grad, grad.new_empty(1).expand(size), effective(weight, delta, index, dim, grad.dtype),
+                      stride, padding, dilation, 0)
+
+
+def reference_grad_delta(grad: Tensor, x: Tensor, shape: List[int], stride: List[int], padding: List[int],
+                         dilation: List[int]) -> Tensor:
+    return _gradients(grad, x, grad.new_empty(1).expand(shape), stride, padding, dilation, 1)
+
+
+def _gradients(grad, x, weight, stride, padding, dilation, which: int) -> Tensor:
+    """Of a convolution, with respect to x (which = 0) or weight (1)."""
+    return torch.ops.aten.convolution_backward(grad, x, weight, None, stride, padding, dilation, False,
+                                               [0] * len(stride), 1, [which == 0, which == 1, False])[which]
+
+
+def fake(x, weight, delta, index, dim, bias, stride, padding, dilation):
+    return torch.ops.aten.convolution(x, weight.to(x.dtype), None, stride, padding, dilation, False,
+                                      [0] * len(stride), 1)
+
+
+def fake_grad_x(grad, weight, delta, index, dim, size, stride, padding, dilation):
+    return grad.new_empty(size)
+
+
+def fake_grad_delta(grad, x, shape, stride, padding, dilation):
+    return grad.new_empty(shape)
+
+
+def setup_context(ctx, inputs, output):
+    x, weight, delta, index, dim, bias, stride, padding, dilation = inputs
+    ctx.dim, ctx.geometry, ctx.size = dim, (stride, padding, dilation), list(x.shape)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    kept = None
+    if ctx.needs_input_grad[2]:
+        kept = x if dim == 0 else x.index_select(1, index)
+    ctx.save_for_backward(kept, weight, delta, index)
+
+
+def backward(ctx, grad):
+    kept, weight, delta, index = ctx.saved_tensors
+    grad_x = grad_delta = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.s2ft.indexed_conv_grad_x(grad, weight, delta, index, ctx.dim, ctx.size, *ctx.geometry)
+    if ctx.needs_input_grad[2]:
+        outputs = grad.index_select(1, index) if ctx.dim == 0 else grad
+        shape = [*delta.shape[:2], *weight.shape[2:]]
+        grad_delta = torch.ops.s2ft.indexed_conv_grad_delta(outputs, kept, shape, *ctx.geometry)
+        grad_delta = grad_delta.to(delta.dtype).reshape(delta.shape)
+    if ctx.needs_input_grad[5]:
+        grad_bias = grad.transpose(0, 1).flatten(1).sum(1).to(ctx.bias_dtype)
+    return grad_x, None, grad_delta, None, None, grad_bias, None, None, None
+
+
+_GEOMETRY = "int[] stride, int[] padding, int[] dilation"
+_op = define("indexed_conv(Tensor x, Tensor weight, Tensor delta, Tensor index, int dim, Tensor? bias, "
+             f"{_GEOMETRY}) -> Tensor", reference, fake, setup_context, backward)
+_grad_x = define("indexed_conv_grad_x(Tensor grad, Tensor weight, Tensor delta, Tensor index, int dim, SymInt[] size, "
+                 f"{_GEOMETRY}) -> Tensor", reference_grad_x, fake_grad_x)
+_grad_delta = define(f"indexed_conv_grad_delta(Tensor grad, Tensor x, SymInt[] shape, {_GEOMETRY}) -> Tensor",
+                     reference_grad_delta, fake_grad_delta)
+
+
+def indexed_conv(x: Tensor,        # [N, I, ...], one to three further dimensions
+                 weight: Tensor,   # [O, I, ...], frozen
+                 delta: Tensor,    # [n, I, taps] if dim == 0 else [O, n, taps]; taps: all positions of the kernel
+                 index: Tensor,    # [n] int64, no channel twice
+                 dim: int,
+                 bias: Optional[Tensor] = None,   # [O]
+                 stride: Sequence[int] = (1,), padding: Sequence[int] = (0,), dilation: Sequence[int] = (1,)
+                 ) -> Tensor:      # [N, O, ...]
+    """Convolution of x with W, where W = weight and ``W.index_select(dim, index) += delta``; one group.
+
+    base + delta is summed in the wider of the two dtypes and rounded once to the weight's. Gradients flow to x,
+    delta and bias, never to weight; for dim 1 only the selected channels of x are kept for them.
+    stride, padding and dilation have an entry for each further dimension, or one for all.
+    Raises: ValueError for a wrong shape, dim or index; TypeError for mixed dtypes outside autocast.
+    """
+    spatial = weight.dim() - 2
+    if spatial not in (1, 2, 3) or x.dim() != weight.dim() or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"indexed_conv: x of shape {tuple(x.shape)} does not fit weight of shape {tuple(weight.shape)}")
+    if dim not in (0, 1):
+        raise ValueError(f"indexed_conv: dim must be 0 (outputs) or 1 (inputs), got {dim}")
+    expected = [*weight.shape[:2], weight[0, 0].numel()]
+    expected[dim] = index.numel()
+    if list(delta.shape) != expected:
+        raise ValueError(f"indexed_conv: delta must have shape {tuple(expected)}, got {tuple(delta.shape)}")
+    if bias is not None and bias.shape != (weight.shape[0],):
+        raise ValueError(f"indexed_conv: bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    check_index("indexed_conv", index, delta.shape[dim], weight.shape[dim])
+    geometry = [_entries(name, given, spatial) for name, given in
+                (("stride", stride), ("padding", padding), ("dilation", dilation))]
+    return _op(autocast_input("indexed_conv", x, weight), weight, delta, index, dim, bias, *geometry)
+
+
+def _entries(name: str, given: Sequence[int], spatial: int) -> Tuple[int, ...]:
+    given = tuple(given)
+    if len(given) not in (1, spatial):
+        raise ValueError(f"indexed_conv: {name} must have {spatial} entries or one, got {given}")
+    return given * spatial if len(given) == 1 else given
