@@ -14,7 +14,7 @@ from s2ft.layers import NO_FUSE, S2ColumnStack, S2Layer, S2QuantizedLinear, S2Ro
 from s2ft.ops import act_mul, scatter_add_, swap_
 from s2ft.permutation import contiguous_range, coupling_order, element_order, inverse, permute_coupling
 from s2ft.selection import Selection
-from s2ft.weights import find, is_quantized, matrix_of, moving_tensors
+from s2ft.weights import find, is_quantized, matrix_of, moving_tensors, position, put
 
 RECORD = "_s2ft"   # the attribute of the model that holds its Attachment
 
@@ -121,7 +121,7 @@ def _part(projection: Projection, units: Tensor, order: Optional[Tensor]) -> Par
 def _mount(model: nn.Module, path: str, parts: List[Part], config: S2FTConfig) -> Mount:
     original = find(model, path)
     if isinstance(original, nn.Parameter):
-        made = Mount(original, _stack(original, parts, config), parts, _position(model, path))
+        made = Mount(original, _stack(original, parts, config), parts, position(model, path))
     else:
         made = Mount(original, _layer(original, parts, config), parts)
     put(model, path, made.layer)
@@ -167,26 +167,6 @@ def _order(coupling: Coupling, selection: Selection) -> Tensor:
     producers = [selection[p.name] for p in coupling.producers if p.name in selection]
     consumer = selection[coupling.consumer.name] if coupling.consumer.name in selection else None
     return coupling_order(coupling.consumer.count, producers, consumer)
-
-
-def put(model: nn.Module, path: str, thing: Union[nn.Module, nn.Parameter], position: Optional[int] = None) -> None:
-    """Put a module or parameter in the place of what has this name; a parameter at `position` of its owner's."""
-    parent, _, name = path.rpartition(".")
-    owner = model.get_submodule(parent)
-    if isinstance(thing, nn.Module):
-        owner._parameters.pop(name, None)
-        owner.register_module(name, thing)
-        return
-    del owner._modules[name]
-    owner.register_parameter(name, thing)
-    for other in [other for other in owner._parameters if other != name][position:]:
-        owner._parameters[other] = owner._parameters.pop(other)
-
-
-def _position(model: nn.Module, path: str) -> int:
-    """Where a parameter stands among its owner's, so that it can come back there."""
-    parent, _, name = path.rpartition(".")
-    return list(model.get_submodule(parent)._parameters).index(name)
 
 
 def _check_can_move(model: nn.Module, couplings: List[Coupling]) -> None:

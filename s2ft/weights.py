@@ -102,3 +102,23 @@ def moving_tensors(model: nn.Module, coupling: Coupling) -> List[Tensor]:
         bias = bias_of(model, projection) if projection.dim == 0 else None
         tensors += [weight_of(model, projection)] + ([] if bias is None else [bias])
     return tensors
+
+
+def put(model: nn.Module, path: str, thing: Union[nn.Module, nn.Parameter], position: Optional[int] = None) -> None:
+    """Put a module or parameter in the place of what has this name; a parameter at `position` of its owner's."""
+    parent, _, name = path.rpartition(".")
+    owner = model.get_submodule(parent)
+    if isinstance(thing, nn.Module):
+        owner._parameters.pop(name, None)
+        owner.register_module(name, thing)
+        return
+    del owner._modules[name]
+    owner.register_parameter(name, thing)
+    for other in [other for other in owner._parameters if other != name][position:]:
+        owner._parameters[other] = owner._parameters.pop(other)
+
+
+def position(model: nn.Module, path: str) -> int:
+    """Where a parameter stands among its owner's, so that it can come back there."""
+    parent, _, name = path.rpartition(".")
+    return list(model.get_submodule(parent)._parameters).index(name)

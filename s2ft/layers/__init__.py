@@ -1,4 +1,4 @@
-"""Trainable layers: one file a kind of plain layer. KINDS says which takes the place of what."""
+"""Trainable layers: one file a kind of plain layer; layers_for says which takes the place of what."""
 from typing import Optional, Tuple, Type
 
 from torch import nn
@@ -10,8 +10,8 @@ from s2ft.layers.linear import S2ColumnLinear, S2RowLinear
 from s2ft.layers.quantized import NO_FUSE, S2QuantizedColumn, S2QuantizedLinear, S2QuantizedRow
 from s2ft.weights import is_conv1d, is_quantized
 
-__all__ = ["NO_FUSE", "ObservedStack", "S2ColumnConv", "S2ColumnLinear", "S2ColumnStack", "S2Layer",
-           "S2QuantizedColumn", "S2QuantizedLinear", "S2QuantizedRow", "S2RowConv", "S2RowLinear", "S2RowStack",
+__all__ = ["CONVOLUTIONS", "NO_FUSE", "ObservedStack", "S2ColumnConv", "S2ColumnLinear", "S2ColumnStack",
+           "S2Layer", "S2QuantizedColumn", "S2QuantizedLinear", "S2QuantizedRow", "S2RowConv", "S2RowLinear", "S2RowStack",
            "S2Stack", "experts_forward", "layers_for"]
 
 

@@ -1,51 +1,132 @@
 """Selection by activation norm (paper, S²FT-A)."""
-from typing import Dict
+from contextlib import ExitStack, contextmanager
+from types import MethodType
+from typing import Callable, Dict, Iterator, List, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from s2ft.coupling import Projection
+from s2ft.layers import CONVOLUTIONS, ObservedStack, experts_forward
 from s2ft.selection.calibration import hooks_removed, run_forward, stack_of, undisturbed
 from s2ft.selection.metric import Request, squares_by_unit
+from s2ft.weights import find, position, put
 
 
 def activation_scores(request: Request) -> Dict[str, Tensor]:
     """The L2 norm of a unit's activation over the calibration tokens, divided by the root of their number. Where the
-    module sees other positions, such as image patches or sound frames, over those.
+    module sees other positions, such as image patches or sound frames, over those; of an expert the tokens that do
+    not come to it count as zeros.
 
     A unit's activation is what it passes on: for the consumer its part of the input, for a producer its part of
     the output (that of q, k, v, up, gate themselves, before anything follows). All elements that a unit spans
     count; padding doesn't. No activation is kept: each is reduced to a sum of squares where it appears.
     """
-    sums: Dict[str, Tensor] = {}
-    counts: Dict[str, int] = {}   # of positions: those of an encoder are not those of its decoder
-    calibration = request.calibration
-    stacks = {projection.name: stack_of(request.model, coupling, projection)
-              for coupling in request.couplings for projection in coupling.projections}
-
-    def add(projection: Projection, x: Tensor) -> None:
-        x = calibration.counted(x.detach(), projection.name, stacks[projection.name])   # [positions, features]
-        counts[projection.name] = counts.get(projection.name, 0) + len(x)
-        squares = squares_by_unit(x, 1, projection)
-        sums[projection.name] = sums[projection.name] + squares if projection.name in sums else squares
-
-    with undisturbed(request.model), hooks_removed() as hooks, torch.no_grad():
-        for projection in request.projections:
-            hooks.append(_watch(request.model.get_submodule(projection.path), projection, add))
-        for batch in calibration.batches(request.model):
+    sums = _Sums(request)
+    with undisturbed(request.model), _experts_observed(request), hooks_removed() as hooks, torch.no_grad():
+        for path, projections in _by_path(request).items():
+            hooks += sums.watch(path, projections)
+        for batch in request.calibration.batches(request.model):
             run_forward(request.model, batch)
-    return {path: (total / counts[path]).sqrt().cpu() for path, total in _all(request, sums, counts).items()}
+    return sums.scores()
 
 
-def _watch(linear, projection: Projection, add):
-    if projection.dim == 1:
-        return linear.register_forward_pre_hook(lambda module, inputs: add(projection, inputs[0]))
-    return linear.register_forward_hook(lambda module, inputs, output: add(projection, output))
+class _Sums:
+    """Sums of squares of every projection's units, and over how many positions."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.sums: Dict[str, Tensor] = {}
+        self.counts: Dict[str, int] = {}   # those of an encoder are not those of its decoder
+        self.stacks = {projection.name: stack_of(request.model, coupling, projection)
+                       for coupling in request.couplings for projection in coupling.projections}
+
+    def watch(self, path: str, projections: List[Projection]) -> list:
+        """Hooks that add up what passes; projections: of the weight `path`, all of one side."""
+        module = find(self.request.model, path)
+        if isinstance(module, ObservedStack):
+            owner = find(self.request.model, path.rpartition(".")[0])
+            return [owner.register_forward_hook(lambda _, inputs, output: self._count(projections, inputs[0])),
+                    module.register_forward_hook(lambda _, inputs, output: self._add_expert(projections, inputs, output))]
+        consumes = projections[0].dim == 1
+        return [module.register_forward_hook(lambda _, inputs, output: self._add(
+            projections, _features_last(module, inputs[0] if consumes else output)))]
+
+    def _positions(self, projections: List[Projection], x: Tensor) -> Tensor:
+        """x [..., features] without padding: [positions, features]."""
+        return self.request.calibration.counted(x.detach(), projections[0].name, self.stacks[projections[0].name])
+
+    def _count(self, projections: List[Projection], x: Tensor) -> None:
+        count = len(self._positions(projections, x))
+        for projection in projections:
+            self.counts[projection.name] = self.counts.get(projection.name, 0) + count
+
+    def _add(self, projections: List[Projection], x: Tensor) -> None:
+        self._count(projections, x)
+        x = self._positions(projections, x)
+        for projection in projections:
+            self._add_squares(projection, x)
+
+    def _add_expert(self, projections: List[Projection], inputs: tuple, output: Tensor) -> None:
+        x, expert, tokens = inputs
+        for projection in projections:
+            if projection.expert == expert:
+                passed = (output if projection.dim == 0 else x).detach()
+                stack = self.stacks[projection.name]
+                self._add_squares(projection, self.request.calibration.counted(passed, projection.name, stack, tokens))
+
+    def _add_squares(self, projection: Projection, x: Tensor) -> None:
+        squares = squares_by_unit(x, 1, projection)
+        before = self.sums.get(projection.name)
+        self.sums[projection.name] = squares if before is None else before + squares
+
+    def scores(self) -> Dict[str, Tensor]:
+        """By projection [count] float64. Raises: ValueError for one that saw nothing."""
+        scores = {}
+        for projection in self.request.projections:
+            name, count = projection.name, self.counts.get(projection.name)
+            if not count:
+                passed = "passed" if count is None else "has more than padding for"
+                raise ValueError(f"selection={self.request.config.selection!r}: no calibration batch {passed} {name}")
+            none = torch.zeros(projection.count, dtype=torch.float64)   # an expert that no token came to
+            scores[name] = (self.sums.get(name, none) / count).sqrt().cpu()
+        return scores
 
 
-def _all(request: Request, sums: Dict[str, Tensor], counts: Dict[str, int]) -> Dict[str, Tensor]:
+def _by_path(request: Request) -> Dict[str, List[Projection]]:
+    found: Dict[str, List[Projection]] = {}
     for projection in request.projections:
-        if not counts.get(projection.name):
-            passed = "passed" if projection.name not in sums else "has more than padding for"
-            raise ValueError(f"selection={request.config.selection!r}: no calibration batch {passed} {projection.name}")
-    return sums
+        found.setdefault(projection.path, []).append(projection)
+    return found
+
+
+def _features_last(module: nn.Module, x: Tensor) -> Tensor:
+    """The activations of a convolution, [N, channels, ...] or [channels, ...], with channels last."""
+    if not isinstance(module, CONVOLUTIONS):
+        return x
+    return x.movedim(1 if x.dim() == module.weight.dim() else 0, -1)
+
+
+@contextmanager
+def _experts_observed(request: Request) -> Iterator[None]:
+    """Inside, the requested stacks of experts are modules, run one expert after the other, so that hooks see what
+    passes each; afterwards everything is in its place again."""
+    paths = [path for path, projections in _by_path(request).items() if projections[0].expert is not None]
+    with ExitStack() as back:
+        for path in paths:
+            parameter, place = find(request.model, path), position(request.model, path)
+            put(request.model, path, ObservedStack(parameter))
+            back.callback(put, request.model, path, parameter, place)
+        for path in dict.fromkeys(path.rpartition(".")[0] for path in paths):
+            owner = find(request.model, path)
+            before = owner.__dict__.get("forward")
+            owner.forward = MethodType(experts_forward, owner)
+            back.callback(_set_forward, owner, before)
+        yield
+
+
+def _set_forward(module: nn.Module, forward: Optional[Callable]) -> None:
+    if forward is None:
+        del module.forward
+    else:
+        module.forward = forward

@@ -62,18 +62,19 @@ class Calibration:
         if empty:
             raise ValueError("calibration is empty: it gave no tokens")
 
-    def counted(self, x: Tensor, path: str, stack: str) -> Tensor:
+    def counted(self, x: Tensor, path: str, stack: str, rows: Optional[Tensor] = None) -> Tensor:
         """The activations x [..., features] of module `path` without the padding of its stack: [n, features].
 
         Where the stack's mask is over other positions (tokens, where x has one row a sequence, patches or frames)
-        all of them count. Raises: ValueError for x that is not by sequences at all, where some are padded.
+        all of them count. rows: where x [n, features] has some positions of the batch only, their numbers [n].
+        Raises: ValueError for x that is not by sequences at all, where some are padded.
         """
         mask = self._masks.get(stack)
-        if mask is not None:
-            if x.dim() > 2 and x.shape[:2] == mask.shape:
-                x = x[mask.to(x.device)]
-            elif x.dim() == 2 and len(x) == mask.numel():
-                x = x[mask.flatten().to(x.device)]
+        if mask is not None and rows is not None:
+            x = x[mask.flatten().to(x.device)[rows]]
+        elif mask is not None:
+            if x.shape[:-1].numel() == mask.numel() and len(x) in (len(mask), mask.numel()):
+                x = x.reshape(-1, x.shape[-1])[mask.flatten().to(x.device)]
             elif len(x) != len(mask):
                 raise ValueError(f"{path} has activations of shape {tuple(x.shape)}, which the mask of shape "
                                  f"{tuple(mask.shape)} does not fit: give calibration batches without padding")

@@ -1,5 +1,6 @@
 """Every metric against the same numbers computed the long way, and the model as it was afterwards."""
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from s2ft.coupling import projections_of
 from s2ft.selection import METRICS
 from s2ft.selection.calibration import Calibration
 from s2ft.selection.metric import Request, shared_by_producers
+from s2ft.weights import like_matrix, matrix_of, weight_of
 
 CALIBRATED = [name for name, metric in METRICS.items() if metric.calibrated]
 SCORED = [name for name, metric in METRICS.items() if metric.ordered]
-CASES = ("llama", "llama-grouped", "llama-biased", "qwen3")
+CASES = ("llama", "llama-grouped", "llama-biased", "qwen3", "phi3-grouped", "gpt2", "gpt-neox-sequential",
+         "mixtral", "deepseek-v3")
 RATIOS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}
 
 
@@ -44,32 +47,50 @@ def scores_of(model, metric, data, **config):
 def norms(matrix, projection):
     """[units], by a loop over them."""
     whole = matrix.double().movedim(projection.dim, 0)
-    return torch.stack([piece.norm() for piece in whole.split(projection.unit)])
+    return torch.stack([whole[projection.elements(torch.tensor([unit]))].norm() for unit in range(projection.count)])
 
 
 def reference(model, metric, batch):
-    """Scores by path: all activations stored, one full backward a sequence."""
+    """Scores by projection: all activations stored, one full backward a sequence."""
     if metric == "product":
         weights, activations = (reference(model, name, batch) for name in ("weight", "activation"))
-        return {path: weights[path] * activations[path] for path in weights}
+        return {name: weights[name] * activations[name] for name in weights}
     if metric == "gradient":
         return reference_gradients(model, batch)
-    seen, hooks, scores = {}, [], {}
-    for p in projections_of(couplings_of(model)):
-        hooks.append(model.get_submodule(p.path).register_forward_hook(
-            lambda module, inputs, output, p=p: seen.update({p.path: inputs[0] if p.dim == 1 else output})))
-    if metric == "activation":
-        model(**batch)
+    projections = list(projections_of(couplings_of(model)))
+    if metric == "weight":
+        return {p.name: norms(matrix_of(model, p), p) for p in projections}
+    seen, hooks = {}, []
+    real = batch["attention_mask"].bool()
+    for path in {p.path for p in projections if p.expert is None}:
+        hooks.append(model.get_submodule(path).register_forward_hook(
+            lambda module, inputs, output, path=path: seen.update(
+                {path: tuple(x.reshape(*real.shape, -1)[real] for x in (inputs[0], output))})))
+    for path in {p.path.rpartition(".")[0] for p in projections if p.expert is not None}:
+        hooks.append(model.get_submodule(path).register_forward_hook(
+            lambda module, inputs, output, path=path: seen.update(inside_experts(module, path, real.flatten(), *inputs))))
+    model(**batch)
     for hook in hooks:
         hook.remove()
-    real = batch["attention_mask"].bool() if batch else None
-    for p in projections_of(couplings_of(model)):
-        if metric == "weight":
-            scores[p.path] = norms(model.get_submodule(p.path).weight.detach(), p)
-        else:
-            tokens = seen[p.path].detach()[real].double()   # [tokens, features]
-            scores[p.path] = tokens.unflatten(1, (p.count, p.unit)).square().sum((0, 2)).sqrt() / len(tokens) ** 0.5
+    scores = {}
+    for p in projections:
+        where = p.path if p.expert is None else (p.path, p.expert)
+        passed = seen[where][1 - p.dim]   # [positions, features]
+        scores[p.name] = norms(passed, replace(p, dim=1)) / int(real.sum()) ** 0.5
     return scores
+
+
+def inside_experts(module, path, real, hidden, chosen, weights):
+    """(input, output) of both weights of every expert, of the tokens that it gets and that are no padding."""
+    found = {}
+    for expert in range(module.num_experts):
+        x = hidden[(chosen == expert).any(1) & real]
+        gate_up = x @ module.gate_up_proj[expert].t()
+        gate, up = gate_up.chunk(2, -1)
+        inner = module.act_fn(gate) * up
+        found[f"{path}.gate_up_proj", expert] = x, gate_up
+        found[f"{path}.down_proj", expert] = inner, inner @ module.down_proj[expert].t()
+    return found
 
 
 def reference_gradients(model, batch):
@@ -79,9 +100,9 @@ def reference_gradients(model, batch):
         labels = torch.where(mask * mask.roll(1) == 1, ids, -100)   # neither padding nor what follows it
         model(input_ids=ids[None], attention_mask=mask[None], labels=labels[None]).loss.backward()
         for p in projections_of(couplings_of(model)):
-            totals.setdefault(p.path, []).append(norms(model.get_submodule(p.path).weight.grad, p))
+            totals.setdefault(p.name, []).append(norms(like_matrix(model, p, weight_of(model, p).grad), p))
     model.zero_grad()
-    return {path: torch.stack(found).square().mean(0).sqrt() for path, found in totals.items()}
+    return {name: torch.stack(found).square().mean(0).sqrt() for name, found in totals.items()}
 
 
 # ---- scores ----------------------------------------------------------------------------------------------
@@ -266,6 +287,8 @@ def test_no_activation_is_kept(metric):
 
 def state(model):
     return {"weights": {name: value.clone() for name, value in model.state_dict().items()},
+            "order": list(model.state_dict()),
+            "forwards": [module.__dict__.get("forward") for module in model.modules()],
             "required": {name: p.requires_grad for name, p in model.named_parameters()},
             "gradients": {name: p.grad for name, p in model.named_parameters()},
             "modes": [module.training for module in model.modules()],
@@ -286,16 +309,18 @@ def awkward(case="llama"):
     model = model_of(case).train()
     model.model.layers[1].eval()
     model.model.embed_tokens.requires_grad_(False)
-    model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    next(model.model.layers[0].mlp.parameters()).requires_grad_(False)
     model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
-    model.model.layers[0].mlp.down_proj.weight.grad = torch.ones_like(model.model.layers[0].mlp.down_proj.weight)
+    attention = model.model.layers[0].self_attn
+    attention.o_proj.weight.grad = torch.ones_like(attention.o_proj.weight)
     return model
 
 
 @pytest.mark.parametrize("checkpointing", (False, True))
+@pytest.mark.parametrize("case", ("llama", "mixtral"))
 @pytest.mark.parametrize("metric", METRICS)
-def test_selecting_leaves_the_model(metric, checkpointing):
-    model = awkward()
+def test_selecting_leaves_the_model(metric, case, checkpointing):
+    model = awkward(case)
     if checkpointing:
         checkpoint_blocks(model)
     before = state(model)
