@@ -8,11 +8,13 @@ import torch
 from support.models import ALL_RATIOS, CASES, inputs_of, model_of, ratios_for
 from support.tolerances import relative_difference
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import s2ft
 from s2ft import Coupling, Projection, S2FTConfig, Vector
 from s2ft.adapter.formats.native import CONFIG
 from s2ft.arch import couplings_of
+from s2ft.coupling import projections_of
 from s2ft.mounting import attachment_of
 
 LAYOUTS = ("permuted", "indexed")
@@ -235,11 +237,199 @@ def test_an_example_is_needed_and_must_reach_the_couplings():
         s2ft.attach(model, S2FTConfig(d_ratio=0.2), couplings=[unused], example=example())
 
 
+# ---- a convolutional network ---------------------------------------------------------------------------------
+
+class ConvNet(nn.Module):
+    """Convolutions with a norm and a depthwise convolution between them, then linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.depth, self.second = nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Conv2d(16, 8, 3, stride=2, padding=1)
+        self.third, self.head, self.out = nn.Conv2d(8, 12, 1), nn.Linear(12 * 9, 20), nn.Linear(20, 5)
+        for tensor in (*self.norm.parameters(), self.norm.running_mean, self.norm.running_var):
+            nn.init.uniform_(tensor, 0.5, 1.5)
+
+    def forward(self, x):   # [N, 3, 6, 6]
+        x = self.second(self.depth(torch.relu(self.norm(self.first(x)))))
+        return self.out(torch.relu(self.head(torch.relu(self.third(torch.relu(x))).flatten(1))))
+
+
+def image():
+    return torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def conv_couplings():
+    between = [f"norm.{name}" for name in ("weight", "bias", "running_mean", "running_var")]
+    return [Coupling("ffn", 0, (Projection("u", "first", 16, 1, 0),), Projection("d", "second", 16, 1, 1),
+                     tuple(Vector(path, 1) for path in (*between, "depth.weight", "depth.bias"))),
+            Coupling("ffn", 1, (Projection("u", "third", 12, 1, 0),), Projection("d", "head", 12, 9, 1))]
+
+
+def conv_net():
+    torch.manual_seed(0)
+    return ConvNet().eval()
+
+
+@pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last), ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_convolutional_network_all_the_way(layout, memory_format, tmp_path):
+    base = conv_net().to(memory_format=memory_format)
+    model = copy.deepcopy(base)
+    report = s2ft.attach(model, S2FTConfig(u_ratio=0.25, d_ratio=0.5, layout=layout), couplings=conv_couplings(),
+                         example=image())
+    assert [(row.projection, row.units, row.parameters) for row in report.rows] == [
+        ("first", "4 of 16 channels", 4 * 27), ("second", "8 of 16 channels", 8 * 8 * 9),
+        ("third", "3 of 12 channels", 3 * 8), ("head", "6 of 12 channels", 20 * 6 * 9)]
+    assert report.total == sum(p.numel() for p in base.parameters())
+    assert relative_difference(model(image()), base(image())) <= 1e-5
+    moved = {coupling.consumer.path for coupling, _ in attachment_of(model).orders}
+    assert moved == ({"second", "head"} if layout == "permuted" else set())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        model(image()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    s2ft.save_adapter(model, tmp_path)
+    assert states_equal(s2ft.detach(copy.deepcopy(model)), base)
+    output, merged = model(image()), s2ft.merge(model)
+    assert relative_difference(merged(image()), output) <= 1e-5 and not states_equal(merged, base)
+    for trainable in (False, True):
+        other = copy.deepcopy(base)
+        s2ft.load_adapter(other, tmp_path, trainable=trainable)
+        assert states_equal(s2ft.merge(other), merged)
+
+
+def test_a_convolutional_network_trains_like_a_masked_one():
+    states = []
+    for layout in LAYOUTS:
+        model = conv_net()
+        s2ft.attach(model, S2FTConfig(u_ratio=0.25, d_ratio=0.5, layout=layout), couplings=conv_couplings(),
+                    example=image())
+        selection = attachment_of(model).selection
+        _steps(model)
+        states.append(s2ft.merge(model).state_dict())
+    masked = conv_net().requires_grad_(False)
+    for p in projections_of(conv_couplings()):
+        weight = masked.get_submodule(p.path).weight.requires_grad_(True)
+        mask = torch.zeros_like(weight)
+        mask.transpose(0, p.dim)[p.elements(selection[p.name])] = 1
+        weight.register_hook(lambda grad, mask=mask: grad * mask)
+    _steps(masked)
+    for key, weight in masked.state_dict().items():
+        for state in states:
+            torch.testing.assert_close(state[key], weight, rtol=0, atol=1e-5)
+
+
+def _steps(model):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        model(image()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("missing", range(6))
+def test_a_norm_or_depthwise_convolution_missed(missing):
+    first, second = conv_couplings()
+    first = replace(first, vectors=first.vectors[:missing] + first.vectors[missing + 1:])
+    model = conv_net()
+    with pytest.raises(ValueError, match="the ffn coupling of layer 0 .first to second. is not one"):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.5), couplings=[first, second], example=image())
+    assert states_equal(model, conv_net())
+
+
+@pytest.mark.parametrize("metric", ("weight", "activation", "product"))
+def test_selecting_in_a_convolutional_network(metric):
+    data = None if metric == "weight" else [image()]
+    config = S2FTConfig(u_ratio=0.25, d_ratio=0.5, selection=metric, match_lora_rank=None)
+    model = conv_net()
+    selection = s2ft.select(model, config, data, couplings=conv_couplings())
+    inner = torch.relu(model.norm(model.first(image())))
+    scores = {"weight": model.second.weight.square().sum((0, 2, 3)).sqrt(),
+              "activation": model.depth(inner).square().sum((0, 2, 3)).sqrt()}
+    scores["product"] = scores["weight"] * scores["activation"]
+    assert torch.equal(selection["second"], scores[metric].topk(8).indices.sort().values)
+    assert states_equal(model, conv_net())
+
+
+def test_budget_of_a_convolutional_network():
+    config = S2FTConfig(u_ratio=0.25, d_ratio=0.5, match_lora_rank=1)
+    report = s2ft.plan(conv_net(), config, couplings=conv_couplings())
+    lora = (16 + 27) + (8 + 16 * 9) + (12 + 8) + (20 + 12 * 9)
+    assert lora - 8 < report.trainable <= lora
+
+
 def test_a_convolution_of_groups_is_refused():
     model = nn.Sequential(nn.Conv2d(4, 8, 1, groups=2), nn.ReLU(), nn.Conv2d(8, 3, 1))
     coupling = Coupling("ffn", 0, (Projection("u", "0", 8, 1, 0),), Projection("d", "2", 8, 1, 1))
     with pytest.raises(ValueError, match="0 is a Conv2d of 2 groups.*of one group"):
         s2ft.attach(model, S2FTConfig(d_ratio=0.5), couplings=[coupling], example=torch.randn(1, 4, 4, 4))
+
+
+# ---- weights that hold several projections -------------------------------------------------------------------
+
+class Fused(nn.Module):
+    """Attention with q, k and v in one weight, head by head, as transformers' Conv1D has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.o = Conv1D(3 * HEADS * WIDTH, 12), nn.Linear(HEADS * WIDTH, 12)
+        nn.init.normal_(self.qkv.weight)
+        nn.init.normal_(self.qkv.bias)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (HEADS, 3, WIDTH)).permute(3, 0, 2, 1, 4)
+        return self.o(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def fused_coupling(**change):
+    producers = tuple(Projection(key, "qkv", HEADS, WIDTH, 0, start=i * WIDTH, stride=3 * WIDTH, size=3 * HEADS * WIDTH)
+                      for i, key in enumerate("qkv"))
+    producers = tuple(replace(p, **change) for p in producers)
+    return Coupling("attention", 0, producers, Projection("o", "o", HEADS, WIDTH, 1))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_projections_that_share_a_weight(layout, tmp_path):
+    torch.manual_seed(0)
+    base = Fused()
+    model = copy.deepcopy(base)
+    s2ft.attach(model, S2FTConfig(q_ratio=0.25, v_ratio=0.5, o_ratio=0.25, layout=layout), couplings=[fused_coupling()],
+                example=example())
+    assert model.qkv.s2.shape == (3 * WIDTH, 12) and len(s2ft.status(model).rows) == 3
+    fit(model)
+    s2ft.save_adapter(model, tmp_path)
+    merged = s2ft.merge(model)
+    moved = (merged.qkv.weight != base.qkv.weight).view(12, HEADS, 3, WIDTH).any(3).any(0)   # [heads, q k v]
+    assert moved.sum(0).tolist() == [1, 0, 2]
+    s2ft.load_adapter(base, tmp_path)
+    assert states_equal(s2ft.merge(base), merged)
+
+
+SHARED = {
+    "overlap": (dict(start=0), "an element of qkv in two units"),
+    "too long": (dict(stride=4 * WIDTH), "ends at element .* outside size 60"),
+    "size alone": (dict(size=61), "expected a weight with 61 in dim 0"),
+    "no size": (dict(size=None), "start or stride, which need size"),
+    "start": (dict(start=-1), "start of qkv must be an integer of at least 0"),
+    "stride": (dict(stride=0), "stride of qkv must be"),
+}
+
+
+@pytest.mark.parametrize("bad", SHARED)
+def test_shared_weights_that_cannot_be_meant(bad):
+    change, message = SHARED[bad]
+    with pytest.raises(ValueError, match=message):
+        s2ft.attach(Fused(), S2FTConfig(q_ratio=0.5), couplings=[fused_coupling(**change)], example=example())
+
+
+def test_a_wrong_stride_is_found_out():
+    parts = tuple(Projection(key, "qkv", HEADS, WIDTH, 0, start=i * HEADS * WIDTH, size=3 * HEADS * WIDTH)
+                  for i, key in enumerate("qkv"))   # all of q, then k, then v
+    with pytest.raises(ValueError, match=r"attention coupling of layer 0 \(qkv.q, qkv.k, qkv.v to o\) is not one"):
+        s2ft.attach(Fused(), S2FTConfig(q_ratio=0.5), couplings=[replace(fused_coupling(), producers=parts)],
+                    example=example())
 
 
 UP, DOWN = couplings()[0].producers[0], couplings()[0].consumer
