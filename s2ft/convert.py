@@ -32,10 +32,12 @@ def attach(model: nn.Module, config: S2FTConfig, name: str = "default", calibrat
     They are saved in the adapter, so that loading needs none.
 
     Args:
-        model: a model of a known family or with `couplings`, floating-point weights, nothing attached.
+        model: a model of a known family or with `couplings`, nothing attached; floating-point weights, or for layout
+            indexed quantized ones of bitsandbytes or torchao.
         config: what to train. name: of the new adapter.
         calibration: for selections that need data, see :func:`select`.
-        couplings: given by hand, of plain nn.Linear layers; a module can be in one of them.
+        couplings: given by hand, of nn.Linear, transformers' Conv1D, nn.Conv1d to Conv3d of one group, or experts
+            stacked in one parameter; a module can be in one of them.
         verify: try the couplings out: put the units of each that can move in another order and run the model
             (in evaluation mode), then run it attached; an output that moves by more than rounding is an error
             that names the coupling. Default: where couplings are given by hand, or an example is.
@@ -46,6 +48,8 @@ def attach(model: nn.Module, config: S2FTConfig, name: str = "default", calibrat
     """
     if not isinstance(config, S2FTConfig):
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
+    if verify not in (None, True, False):
+        raise TypeError(f"verify must be True, False or None, got {verify!r}")
     check_name(name)
     record = new_attachment(model, couplings)
     selection = select_units(record.couplings, config, model, calibration)
@@ -79,9 +83,11 @@ def select(model: nn.Module, config: S2FTConfig, calibration=None, *,
 
     Args:
         calibration: for selections that need data (activation, product, gradient): a DataLoader or any iterable
-            of batches, each a dict of tensors as a tokenizer gives (input_ids [sequences, tokens], attention_mask,
-            labels) or a tensor of token ids. It is read once; labels are used for the gradient alone, which takes
-            the tokens themselves where there are none.
+            of batches, each a dict of tensors as a tokenizer or processor gives (input_ids [sequences, tokens],
+            attention_mask, labels; pixel_values; input_features and decoder_input_ids) or a tensor of the model's
+            main input; for a module that is not of transformers tensors, tuples or dicts of what its forward takes.
+            It is read once. Labels are used for the gradient alone, for which causal models take the tokens
+            themselves where there are none and all others need them.
         couplings: as for :func:`attach`.
     Returns: a selection; it prints as a table, and has save and load.
     Raises: as :func:`attach`.
