@@ -109,15 +109,48 @@ void permute_all_columns(const Along& a, const int64_t* order, T* weight) {
   });
 }
 
-template <class T>
+// What of a row moves: the places that get another element, ascending, and where each comes from.
+template <class Index>
+struct Moves {
+  std::vector<Index> to, from;
+
+  Moves(const Cycles& cycles, const int64_t* order) {
+    std::vector<int64_t> places(cycles.positions);
+    std::sort(places.begin(), places.end());
+    to.assign(places.begin(), places.end());
+    for (int64_t place : places) from.push_back(static_cast<Index>(order[place]));
+  }
+};
+
+// A part of the columns: what moves is gathered into a buffer and written from there. A block of it at a
+// time, and with it its share of the next row is fetched.
+template <class T, class Index>
+void permute_some_columns(const Along& a, const int64_t* order, const Cycles& cycles, T* weight) {
+  constexpr int64_t kStep = 64;
+  const Moves<Index> moves(cycles, order);
+  const int64_t moved = cycles.moved(), share = a.units * kStep / moved + 1;
+  parallel_lines(a.lines(), moved, [&](int64_t begin, int64_t end) {
+    std::vector<T> buffer(static_cast<size_t>(moved));
+    for (int64_t line = begin; line < end; ++line) {
+      T* row = weight + a.line_offset(line);
+      const T* next = weight + a.line_offset(std::min(line + 1, end - 1));
+      for (int64_t i = 0, ahead = 0; i < moved; i += kStep, ahead += share) {
+        prefetch_span<0>(next + std::min(ahead, a.units), std::clamp<int64_t>(a.units - ahead, 0, share));
+        for (int64_t k = i; k < std::min(i + kStep, moved); ++k) buffer[k] = row[moves.from[k]];
+      }
+      for (int64_t k = 0; k < moved; ++k) row[moves.to[k]] = buffer[k];
+    }
+  });
+}
+
+template <class T, class Index>
 void permute_columns(const Along& a, const int64_t* order, const Cycles& cycles, T* weight) {
-  // Where a twentieth moves, nearly every cache line is touched either way.
   if (a.unit_stride != 1 || cycles.moved() < a.units / 20)
     permute_few_columns(a, cycles, weight);
-  else if (a.units <= std::numeric_limits<uint16_t>::max())
-    permute_all_columns<uint16_t>(a, order, weight);
+  else if (cycles.moved() < a.units / 4)   // nearly every cache line is touched from here on
+    permute_some_columns<T, Index>(a, order, cycles, weight);
   else
-    permute_all_columns<int64_t>(a, order, weight);
+    permute_all_columns<Index>(a, order, weight);
 }
 
 struct CpuPermute {
@@ -132,7 +165,9 @@ struct CpuPermute {
     visit_bits(element_size, [&](auto tag) {
       using T = typename decltype(tag)::type;
       if (a.units_last)
-        permute_columns(a, order, cycles, static_cast<T*>(data));
+        a.units <= std::numeric_limits<uint16_t>::max()
+            ? permute_columns<T, uint16_t>(a, order, cycles, static_cast<T*>(data))
+            : permute_columns<T, int64_t>(a, order, cycles, static_cast<T*>(data));
       else
         permute_rows(a, cycles, static_cast<T*>(data));
     });

@@ -46,6 +46,21 @@ def test_permute_is_index_select_in_place(shape, dim, dtype, device):
         assert torch.equal(w, weight)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape,dim", [((7, 200), 1), ((200, 7), 0), ((3, 200, 5), 1), ((2, 66_000), 1)])
+@pytest.mark.parametrize("share", (0.03, 0.06, 0.2, 0.3, 0.9))
+def test_permute_of_a_share_of_the_units(share, shape, dim, dtype, device):
+    """Kernels go different ways for few, some and nearly all."""
+    weight = torch.randn(shape).to(dtype)
+    moved = torch.randperm(shape[dim])[:int(share * shape[dim])]
+    order = torch.arange(shape[dim])
+    order[moved] = moved.roll(1)
+    w = weight.clone().to(device)
+    permute_(w, order.to(device), dim)
+    assert torch.equal(w.cpu(), weight.index_select(dim, order))
+
+
 def parts_of(shape, dim, dtype, device, sizes):
     """An index without repeats and a delta for each of `sizes` units; the parts share units."""
     index = [torch.randperm(shape[dim], device=device)[:size] for size in sizes]
