@@ -151,17 +151,21 @@ def merge(model: nn.Module) -> nn.Module:
     record = attachment_of(model)
     if record.active is None:
         raise ValueError("no adapter is active, so there is nothing to merge: set_adapter first, or detach")
-    check_can_merge(record)
     if record.active == record.name:
+        check_can_merge(record)
         for mount in record.mounts.values():
             mount.layer.fuse()
     return restore(model, record)   # an adapter that is applied stands in the weights already
 
 
 def fuse(model: nn.Module) -> None:
-    """Write the active adapter into the weights until :func:`unfuse`: plain linears, for generation."""
+    """Write the active adapter into the weights until :func:`unfuse`: plain linears, for generation.
+
+    Raises: ValueError when the base is quantized.
+    """
     record = attachment_of(model)
     if record.active is not None and record.active == record.name:
+        check_can_merge(record)   # before any layer is fused
         for mount in record.mounts.values():
             mount.layer.fuse()
 

@@ -5,13 +5,13 @@ from typing import Any, Dict, List, Set
 import torch
 from torch import Tensor, nn
 
-from s2ft.coupling import Coupling, Projection
+from s2ft.coupling import Coupling, Projection, projections_of
 from s2ft.weights import bias_of, find, is_quantized, matrix_of, weight_of
 
 SAMPLES = 4          # values of each weight that are kept for comparing across dtypes
 TOLERANCE = 2**-6    # relative; bfloat16's rounding is 2**-9
 QUANTIZED = "quantized"
-QUANTIZATION = 0.3   # mean error to mean value; four bits make about 0.1 of it, and another model more than 1
+QUANTIZATION = 0.5   # mean error to mean value; four bits make about 0.1, two bits 0.35, and another model more than 1
 
 
 def fingerprint(model: nn.Module, couplings: List[Coupling]) -> Dict[str, Any]:
@@ -20,7 +20,8 @@ def fingerprint(model: nn.Module, couplings: List[Coupling]) -> Dict[str, Any]:
     ``{"dtype": …, "layers": {"0": {"digest": …, "samples": [floats]}, …}}``. The digest takes in every
     element (their sum as integers, and 64 of them by place) and is compared where the dtypes are the
     same; the samples are compared, within rounding, where a base is loaded in another dtype, and roughly
-    where one side is quantized. Costs one read of the weights. Raises: ValueError for weights on the meta device.
+    where one side is quantized. Costs one read of the weights. Raises: ValueError for weights on the meta device
+    or sharded.
     """
     layers: Dict[str, Dict[str, Any]] = {}
     digests: Dict[str, Any] = {}
@@ -32,17 +33,23 @@ def fingerprint(model: nn.Module, couplings: List[Coupling]) -> Dict[str, Any]:
             if projection.path in seen:   # several projections, or experts, in one weight
                 continue
             seen.add(projection.path)
+            _check_is_here(projection.path, weight_of(model, projection))
             for name, tensor in (("weight", _weight(model, projection)), ("bias", bias_of(model, projection))):
                 if tensor is not None:
-                    if tensor.is_meta:
-                        raise ValueError(f"{projection.path} is on the meta device: load its weights first")
                     digest.update(f"{projection.key}.{name}{tuple(tensor.shape)}".encode())
                     digest.update(_content(tensor.detach()))
                     layer["samples"] += _every(tensor.detach(), SAMPLES).double().tolist()
         layer["digest"] = digest.hexdigest()[:16]
     for layer in layers.values():
         layer["samples"] = [float(f"{value:.5g}") for value in layer["samples"]]
-    return {"dtype": _dtype(model, couplings[0].consumer), "layers": layers}
+    return {"dtype": _dtype(model, couplings), "layers": layers}
+
+
+def _check_is_here(path: str, weight: Tensor) -> None:
+    if weight.is_meta:
+        raise ValueError(f"{path} is on the meta device: load its weights first")
+    if type(weight.data).__name__ == "DTensor":
+        raise ValueError(f"{path} is sharded (a DTensor): attach or load the adapter first, then shard the model")
 
 
 def _weight(model: nn.Module, projection: Projection) -> Tensor:
@@ -51,13 +58,14 @@ def _weight(model: nn.Module, projection: Projection) -> Tensor:
     return matrix_of(model, projection) if quantized else weight_of(model, projection)
 
 
-def _dtype(model: nn.Module, projection: Projection) -> str:
-    """In words."""
-    found = find(model, projection.path)
-    if is_quantized(found):
-        kind = type(found.weight) if type(found) is nn.Linear else type(found)
-        return f"{QUANTIZED} {kind.__name__}"
-    return str(weight_of(model, projection).dtype).removeprefix("torch.")
+def _dtype(model: nn.Module, couplings: List[Coupling]) -> str:
+    """In words: of the first quantized weight, where there is one, else of the first consumer."""
+    for projection in projections_of(couplings):
+        found = find(model, projection.path)
+        if is_quantized(found):
+            kind = type(found.weight) if type(found) is nn.Linear else type(found)
+            return f"{QUANTIZED} {kind.__name__}"
+    return str(weight_of(model, couplings[0].consumer).dtype).removeprefix("torch.")
 
 
 def _every(tensor: Tensor, samples: int) -> Tensor:
@@ -68,7 +76,8 @@ def _every(tensor: Tensor, samples: int) -> Tensor:
 def _content(tensor: Tensor) -> bytes:
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     total = int(tensor.contiguous().view(integers).sum(dtype=torch.int64))
-    return total.to_bytes(8, "little", signed=True) + _every(tensor, 64).contiguous().view(integers).cpu().numpy().tobytes()
+    some = _every(tensor, 64).contiguous().view(integers)
+    return total.to_bytes(8, "little", signed=True) + some.cpu().numpy().tobytes()
 
 
 def difference(ours: Dict[str, Any], theirs: Dict[str, Any]) -> str:
@@ -76,11 +85,10 @@ def difference(ours: Dict[str, Any], theirs: Dict[str, Any]) -> str:
     mine, other = ours["layers"], theirs["layers"]
     if mine.keys() != other.keys():
         return f"{len(other)} layers against this model's {len(mine)}"
-    quantized = [fingerprint["dtype"].startswith(QUANTIZED) for fingerprint in (ours, theirs)]
-    if ours["dtype"] != theirs["dtype"]:
-        same = _close_samples if any(quantized) else _same_samples
-    else:   # quantized bits are packed differently from device to device
-        same = _same_samples if any(quantized) else _same_digest
+    if any(fingerprint["dtype"].startswith(QUANTIZED) for fingerprint in (ours, theirs)):
+        same = _close_samples   # of the same kind too: devices round differently, and scales may be quantized or not
+    else:
+        same = _same_digest if ours["dtype"] == theirs["dtype"] else _same_samples
     layers = [layer for layer in mine if not same(mine[layer], other[layer])]
     if not layers:
         return ""

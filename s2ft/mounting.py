@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.config import S2FTConfig
-from s2ft.coupling import Coupling, Projection
+from s2ft.coupling import Coupling, Projection, projections_of
 from s2ft.delta import Delta
 from s2ft.layers import NO_FUSE, S2ColumnStack, S2Layer, S2QuantizedLinear, S2RowStack, experts_forward, layers_for
 from s2ft.ops import act_mul, scatter_add_, swap_
 from s2ft.permutation import contiguous_range, coupling_order, element_order, inverse, permute_coupling
 from s2ft.selection import Selection
-from s2ft.weights import find, is_quantized, matrix_of, moving_tensors, position, put
+from s2ft.weights import (find, is_quantized, matrix_of, moving_tensors, pack_again, pack_never, passes_gradient,
+                          position, put)
 
 RECORD = "_s2ft"   # the attribute of the model that holds its Attachment
 
@@ -54,6 +55,8 @@ class Attachment:
     forwards: List[str] = field(default_factory=list)                     # modules with a forward of ours
     others: Dict[str, object] = field(default_factory=dict)               # loaded adapters by name
     active: Optional[str] = None
+    taken_off: Optional[str] = None                # what was active before take_off
+    unpacked: List[str] = field(default_factory=list)                     # of pack_never
     applied: List[Tuple[Projection, Tensor, Tensor]] = field(default_factory=list)   # with index and base
 
     @property
@@ -85,6 +88,7 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
         movable = [coupling for coupling in touched if coupling.movable]
         _check_can_move(model, movable)
         orders = {coupling: _order(coupling, selection) for coupling in movable}
+    _check_gradients_pass(model)
     record.name, record.config, record.selection, record.active = name, config, selection, name
     try:
         _mount_all(model, record, touched, orders)
@@ -97,6 +101,7 @@ def _mount_all(model: nn.Module, record: Attachment, touched: List[Coupling],
                orders: Dict[Coupling, Tensor]) -> None:
     setattr(model, RECORD, record)
     model.requires_grad_(False)
+    record.unpacked = pack_never(model)
     sites: Dict[str, List[Part]] = {}
     for coupling in touched:
         order = orders.get(coupling)
@@ -190,6 +195,14 @@ def _why_not(model: nn.Module, coupling: Coupling) -> str:
     return f"{' and '.join(shared)} are one tied weight" if shared else ""
 
 
+def _check_gradients_pass(model: nn.Module) -> None:
+    """Anywhere in the model: layers that aren't trained stand between the loss and those that are."""
+    for path, module in model.named_modules():
+        if is_quantized(module) and not passes_gradient(module):
+            raise ValueError(f"{path} ({type(module.weight).__name__}) passes no gradient to its input, for it "
+                             "quantizes that too: use a configuration that quantizes weights only")
+
+
 def check_can_merge(record: Attachment) -> None:
     """Raises: ValueError for a quantized base."""
     for path, mount in record.mounts.items():
@@ -247,6 +260,7 @@ def restore(model: nn.Module, record: Attachment) -> nn.Module:
             put(model, path, mount.original)
     for coupling, order in record.orders:
         permute_coupling(model, coupling, inverse(order))
+    pack_again(model, record.unpacked)
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(record.required_grad.get(key, parameter.requires_grad))
     delattr(model, RECORD)
@@ -263,17 +277,22 @@ def take_off(model: nn.Module, record: Attachment) -> None:
     for projection, index, base in reversed(record.applied):
         swap_(matrix_of(model, projection), index, base, projection.dim)
     record.applied.clear()
-    record.active = None
+    record.taken_off, record.active = record.active, None
 
 
 def put_on(model: nn.Module, record: Attachment, name: str, deltas: Dict[str, Delta]) -> None:
     """Make adapter `name` active; nothing else may be. The trainable one is added during the forward,
-    the weights of any other are written into the model and the base they replace is kept."""
+    the weights of any other are written into the model and the base they replace is kept.
+    Raises: ValueError for a quantized weight; the adapter is no longer loaded then, and the one before is active."""
     if name == record.name:
         for mount in record.mounts.values():
             mount.layer.enabled = True
     else:
-        _check_can_write(model, record, deltas)
+        quantized = _quantized_of(model, record, deltas)
+        if quantized is not None:
+            _forget(model, record, name)
+            raise ValueError(f"{quantized} is quantized, and an adapter can't be written into it: load it with "
+                             "trainable=True, which adds it in the forward, or load the base unquantized")
         for projection, index in _current_places(record, deltas):
             weight, values = matrix_of(model, projection), deltas[projection.name].values
             index, values = index.to(weight.device), values.to(weight.device)
@@ -283,13 +302,23 @@ def put_on(model: nn.Module, record: Attachment, name: str, deltas: Dict[str, De
     record.active = name
 
 
-def _check_can_write(model: nn.Module, record: Attachment, deltas: Dict[str, Delta]) -> None:
-    for coupling in record.couplings:
-        for projection in coupling.projections:
-            found = find(model, projection.path)
-            if projection.name in deltas and is_quantized(getattr(found, "linear", found)):
-                raise ValueError(f"{projection.path} is quantized, and an adapter can't be written into it: load it "
-                                 "with trainable=True, which adds it in the forward, or load the base unquantized")
+def _quantized_of(model: nn.Module, record: Attachment, deltas: Dict[str, Delta]) -> Optional[str]:
+    """The path of a quantized weight that the deltas would change."""
+    for projection in projections_of(record.couplings):
+        found = find(model, projection.path)
+        if projection.name in deltas and is_quantized(getattr(found, "linear", found)):
+            return projection.path
+    return None
+
+
+def _forget(model: nn.Module, record: Attachment, name: str) -> None:
+    """Leave the model as it was before adapter `name`, which can't be put on, was loaded."""
+    del record.others[name]
+    last = record.taken_off
+    if not record.names:
+        restore(model, record)
+    elif last is not None:
+        put_on(model, record, last, {} if last == record.name else record.others[last].deltas)
 
 
 def _current_places(record: Attachment, deltas: Dict[str, Delta]) -> List[Tuple[Projection, Tensor]]:

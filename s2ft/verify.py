@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from s2ft.coupling import Coupling
 from s2ft.permutation import inverse, permute_coupling
-from s2ft.weights import weight_of
+from s2ft.weights import pack_again, pack_never, weight_of
 
 # how far outputs may move, of the largest: rounding, which a few layers add up
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -30,7 +30,9 @@ class Trial:
         Raises: ValueError without an example that can be run, or for one that does not reach every coupling.
         """
         self.model = model
-        self.tolerance = max(TOLERANCE[weight_of(model, coupling.consumer).dtype] for coupling in couplings)
+        # quantized weights are integers, whose layers may compute in half precision or on 8-bit activations
+        self.tolerance = max(TOLERANCE.get(weight_of(model, coupling.consumer).dtype, TOLERANCE[torch.bfloat16])
+                             for coupling in couplings)
         # in half precision a rounding may send a token to another expert, and then its numbers are others
         self.routed = self.tolerance > 1e-4 and any(c.consumer.expert is not None for c in couplings)
         built = example is None
@@ -102,11 +104,13 @@ class Trial:
         handles = [self.model.get_submodule(path).register_forward_hook(
             lambda module, inputs, output, path=path: found[path].append(output.double())) for path in found]
         cuda = sorted({p.device for p in self.model.parameters() if p.is_cuda}, key=str)
+        packing = pack_never(self.model)
         try:
             with torch.no_grad(), _evaluation(self.model), torch.random.fork_rng(cuda):
                 torch.manual_seed(0)
                 output = _call(self.model, self.example)
         finally:
+            pack_again(self.model, packing)
             for handle in handles:
                 handle.remove()
         return {**found, "": [tensor.double() for tensor in _tensors(output)]}
@@ -176,7 +180,7 @@ def example_of(model: nn.Module) -> Optional[Dict[str, Tensor]]:
         names.append("pixel_values")
     if "decoder_input_ids" in takes and getattr(config, "is_encoder_decoder", False):
         names.append("decoder_input_ids")
-    weight = next(model.parameters())
+    weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     values = {name: _value(name, config, torch.Generator().manual_seed(0)) for name in dict.fromkeys(names)}
     if any(value is None for value in values.values()):
         return None

@@ -3,6 +3,7 @@
 Linear layers and convolutions have (O, I, ...) weights; transformers' Conv1D has (I, O); experts are stacked,
 [experts, O, I], in a parameter of their own. Everything else asks here.
 """
+import copy
 from typing import List, Optional, Union
 
 import torch
@@ -33,7 +34,9 @@ def is_quantized(module) -> bool:
 
 def _bitsandbytes(module) -> Optional[str]:
     name = type(module).__name__
-    return name if type(module).__module__.startswith("bitsandbytes.") and name in ("Linear4bit", "Linear8bitLt") else None
+    if not type(module).__module__.startswith("bitsandbytes.") or name not in ("Linear4bit", "Linear8bitLt"):
+        return None
+    return None if name == "Linear8bitLt" and module.state.has_fp16_weights else name   # such weights train
 
 
 def dequantized(module: nn.Module) -> Tensor:
@@ -43,13 +46,63 @@ def dequantized(module: nn.Module) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit   # only where such a layer is
         if module.weight.quant_state is None:
             raise ValueError("a Linear4bit is not quantized yet: move the model to its device first")
-        return dequantize_4bit(weight, module.weight.quant_state)
+        return dequantize_4bit(*(_unpacked(module) if _is_packed(module) else (weight, module.weight.quant_state)))
     if kind == "Linear8bitLt":
         scale = module.state.SCB if module.weight.SCB is None else module.weight.SCB   # the first forward moves it
         if scale is None:
             raise ValueError("a Linear8bitLt is not quantized yet: move the model to its device first")
         return weight.float() * (scale.float() / 127)[:, None]
     return weight.dequantize()
+
+
+def passes_gradient(module: nn.Module) -> bool:
+    """Whether the gradient of a quantized linear layer's output comes to its input. With torchao's that quantize
+    their inputs too it does not, and nothing says so."""
+    if _bitsandbytes(module) is not None:
+        return True
+    x = torch.zeros(1, module.in_features, dtype=module.weight.dtype, device=module.weight.device, requires_grad=True)
+    with torch.enable_grad():
+        return nn.functional.linear(x, module.weight.detach()).requires_grad
+
+
+# ---- Linear4bit on CPUs with AVX512-BF16 -----------------------------------------------------------------
+# There the first forward in evaluation mode packs the weight in another way, for a product in bfloat16 that passes no
+# gradient, in training mode neither: one evaluation, and training goes wrong silently.
+
+def pack_never(model: nn.Module) -> List[str]:
+    """Unpack what is packed and have nothing packed from now on. Returns: the names of the layers, for
+    :func:`pack_again`."""
+    names = [name for name, module in model.named_modules()
+             if _bitsandbytes(module) == "Linear4bit" and getattr(module, "support_avx512bf16_for_cpu", False)]
+    for name in names:
+        module = model.get_submodule(name)
+        module.support_avx512bf16_for_cpu = False
+        if _is_packed(module):
+            module.weight.data, module.weight.quant_state = _unpacked(module)
+            module.quant_state = module.weight.quant_state
+    return names
+
+
+def pack_again(model: nn.Module, names: List[str]) -> None:
+    """Allow these layers to be packed, at their next forward."""
+    for name in names:
+        model.get_submodule(name).support_avx512bf16_for_cpu = True
+
+
+def _is_packed(module: nn.Module) -> bool:
+    return getattr(module.weight.quant_state, "packing_format_for_cpu", False)
+
+
+def _unpacked(module: nn.Module) -> tuple:
+    """The bytes and the quant_state of a packed Linear4bit as they were, but for scales rounded to bfloat16."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
+    state = copy.copy(module.weight.quant_state)
+    state.original_nested = False   # scales that were quantized stay plain: each further quantization would move them
+    state.state2 = state.offset = None
+    scales = state.absmax.t().reshape(-1).float()   # unpack leaves them as they are
+    data, state = unpack(module.weight.data, state)
+    state.absmax = scales
+    return data, state
 
 
 def shape_of(model: nn.Module, projection: Projection) -> torch.Size:

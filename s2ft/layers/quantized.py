@@ -16,12 +16,17 @@ class S2QuantizedLinear(S2Layer):
     """
 
     @classmethod
-    def from_module(cls, module: nn.Module, start=None, end=None, *, index=None, delta_dtype=None) -> "S2QuantizedLinear":
+    def from_module(cls, module: nn.Module, start=None, end=None, *, index=None,
+                    delta_dtype=None) -> "S2QuantizedLinear":
+        """A layer around `module` itself, which becomes frozen; delta_dtype: default float32."""
         self = cls.__new__(cls)
         nn.Module.__init__(self)
+        # hooks registered on the module see this layer's output: forward runs the module without them
+        self.__dict__.update({key: value for key, value in module.__dict__.items()
+                              if "_hook" in key and "state_dict" not in key})
         self.linear = module.requires_grad_(False)
         self.in_features, self.out_features = module.in_features, module.out_features
-        self._select(start, end, index, delta_dtype)
+        self._select(start, end, index, delta_dtype or torch.float32)   # bytes have no gradient
         self.train(module.training)
         return self
 
@@ -40,7 +45,7 @@ class S2QuantizedLinear(S2Layer):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., in_features] → [..., out_features]."""
-        y = self.linear(input)
+        y = self.linear.forward(input)
         return self._add(y, input) if self.enabled else y
 
     def _add(self, y: Tensor, x: Tensor) -> Tensor:

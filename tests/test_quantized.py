@@ -1,0 +1,572 @@
+"""Adapters on quantized weights, on the CPU: bitsandbytes' and torchao's linear layers."""
+import copy
+import io
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from support.models import model_of, output_of, token_batch, train
+from support.tolerances import LOGITS, relative_difference
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+
+import s2ft
+from s2ft import Coupling, Projection, S2FTConfig
+from s2ft.layers import NO_FUSE
+from s2ft.mounting import RECORD, attachment_of, mounted_deltas
+from s2ft.weights import dequantized, is_quantized
+
+bnb = pytest.importorskip("bitsandbytes")
+torchao = pytest.importorskip("torchao.quantization")
+
+RATIOS = dict(q_ratio=0.5, k_ratio=0.25, v_ratio=0.5, o_ratio=0.5, u_ratio=0.2, g_ratio=0.1, d_ratio=0.15)
+INDEXED = S2FTConfig(**RATIOS, layout="indexed")
+UNFUSED = S2FTConfig(**RATIOS, layout="indexed", fuse_ffn=False)   # the fused product of an FFN rounds otherwise
+
+
+# ---- models ---------------------------------------------------------------------------------------------
+
+def plain(dtype=torch.float32, seed=0):
+    """A llama, of sizes that all kinds take, with biases, in evaluation mode."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=67,
+        attention_bias=True)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(**(dict(mean=0.5, std=0.3) if parameter.dim() == 1 else dict(std=0.1)))
+    return model.to(dtype)
+
+
+def four_bits(quant_type, **options):
+    return lambda linear: bnb.nn.Linear4bit(linear.in_features, linear.out_features, linear.bias is not None,
+                                            quant_type=quant_type, **options)
+
+
+def eight_bits(linear):
+    return bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False)
+
+
+def by_bitsandbytes(make, linear):
+    made = make(linear)
+    made.load_state_dict(linear.state_dict())
+    return made.to("cpu")
+
+
+def by_torchao(config, linear):
+    holder = nn.Sequential(linear)
+    torchao.quantize_(holder, config)
+    return holder[0]
+
+
+KINDS = {
+    "nf4": lambda linear: by_bitsandbytes(four_bits("nf4"), linear),
+    "fp4": lambda linear: by_bitsandbytes(four_bits("fp4", compress_statistics=False), linear),
+    "nf4-bfloat16": lambda linear: by_bitsandbytes(four_bits("nf4", compute_dtype=torch.bfloat16), linear),
+    "8bit": lambda linear: by_bitsandbytes(eight_bits, linear),
+    "torchao-int8": lambda linear: by_torchao(torchao.Int8WeightOnlyConfig(), linear),
+    "torchao-float8": lambda linear: by_torchao(torchao.Float8WeightOnlyConfig(), linear),
+    "torchao-int4": lambda linear: by_torchao(torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4), linear),
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
+# of gradients, to those of the dequantized weights: one computes in bfloat16, one in half precision
+GRADIENT = {kind: {"nf4-bfloat16": 0.1, "8bit": 1e-2}.get(kind, 1e-4) for kind in KINDS}
+
+
+def is_wanted(path):
+    return path.endswith("_proj")
+
+
+def quantized(kind, dtype=torch.float32, seed=0, wanted=is_wanted):
+    """The model with the projections quantized; lm_head is not, as in transformers."""
+    model = plain(dtype, seed)
+    for path, module in list(model.named_modules()):
+        if type(module) is nn.Linear and wanted(path):
+            model.set_submodule(path, KINDS[kind](module))
+    return model.eval()
+
+
+def linears(model):
+    """The quantized layers by the projection's path, attached or not."""
+    return {path.removesuffix(".linear"): module for path, module in model.named_modules() if is_quantized(module)}
+
+
+def dense_reference(model):
+    """The plain model with the dequantized weights of `model`."""
+    reference = plain(model.lm_head.weight.dtype)
+    for path, module in linears(model).items():
+        reference.get_submodule(path).weight.data.copy_(dequantized(module))
+    return reference
+
+
+def contents(model):
+    """The bytes of every quantized weight with its scales, in bitsandbytes' and torchao's own terms."""
+    found = {}
+    for path, module in linears(model).items():
+        if type(module) is nn.Linear:
+            names, _ = module.weight.__tensor_flatten__()
+            found[path] = [getattr(module.weight, name).clone() for name in names
+                           if getattr(module.weight, name) is not None]
+        elif isinstance(module, bnb.nn.Linear4bit):
+            found[path] = [module.weight.data.clone(), module.weight.quant_state.absmax.clone()]
+        else:
+            scale = module.state.SCB if module.weight.SCB is None else module.weight.SCB
+            found[path] = [module.weight.data.clone(), scale.clone()]
+    return found
+
+
+def assert_same_contents(ours, theirs):
+    assert ours.keys() == theirs.keys() and len(ours) > 0
+    for path, tensors in ours.items():
+        assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(tensors, theirs[path], strict=True)), path
+
+
+def forward(model):
+    """Logits in training mode, where bitsandbytes packs no weights and quantizes no activations on the CPU."""
+    model.train()
+    with torch.no_grad():
+        logits = output_of(model)
+    model.eval()
+    return logits
+
+
+def trained(model, steps=3):
+    s2ft.attach(model, INDEXED)
+    train(model, steps)
+    return model
+
+
+def kept(model):
+    return contents(model), {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def assert_untouched(model, before):
+    assert RECORD not in model.__dict__ and not any("forward" in module.__dict__ for module in model.modules())
+    assert before[1] == {name: p.requires_grad for name, p in model.named_parameters()}
+    assert not any(module.training for module in model.modules())
+    assert_same_contents(contents(model), before[0])
+
+
+# ---- attach, train, detach ------------------------------------------------------------------------------
+
+@kinds
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_attach_train_detach(kind, dtype):
+    """The logits stay, training moves s2 and nothing else, detach gives the model back."""
+    model = quantized(kind, dtype)
+    types, before, logits = [type(m) for m in model.modules()], kept(model), forward(model)
+    report = s2ft.attach(model, UNFUSED)
+    assert sum(row.layers for row in report.rows) == 14 and all(row.dtype is torch.float32 for row in report.rows)
+    attached = forward(model)
+    assert attached.dtype is dtype and torch.equal(attached, logits)
+    losses = train(model, steps=5)
+    assert losses[-1] < losses[0]
+    assert all(mount.layer.s2.count_nonzero() for mount in attachment_of(model).mounts.values())
+    assert_same_contents(contents(model), before[0])
+    s2ft.detach(model)
+    assert types == [type(m) for m in model.modules()]
+    assert torch.equal(forward(model), logits)
+    assert_untouched(model, before)
+
+
+def gradients(model, training=True):
+    s2ft.attach(model, INDEXED)
+    generator = torch.Generator().manual_seed(3)
+    for mount in attachment_of(model).mounts.values():
+        mount.layer.s2.data.normal_(std=0.02, generator=generator)
+    model.train(training)
+    batch = token_batch(model)
+    embedded = model.get_input_embeddings()(batch).detach().requires_grad_(True)
+    model(inputs_embeds=embedded, labels=batch).loss.backward()
+    return {"embedded": embedded.grad, **{name.replace(".linear", ""): p.grad for name, p in model.named_parameters()
+                                          if p.requires_grad}}
+
+
+@kinds
+def test_gradients_are_those_of_the_dequantized_weights(kind):
+    model = quantized(kind)
+    reference = gradients(dense_reference(model))
+    ours = gradients(model)
+    assert ours.keys() == reference.keys() and len(ours) == 15
+    for name, gradient in ours.items():
+        assert relative_difference(gradient, reference[name]) <= GRADIENT[kind], name
+
+
+def test_gradients_with_eight_bit_activations():
+    """In evaluation mode bitsandbytes quantizes the inputs."""
+    model = quantized("8bit")
+    reference = gradients(dense_reference(model))
+    for name, gradient in gradients(model, training=False).items():
+        assert relative_difference(gradient, reference[name]) <= 0.1, name
+
+
+@kinds
+def test_evaluating_in_between_does_not_stop_the_gradient(kind):
+    """bitsandbytes packs 4-bit weights in evaluation on some CPUs, and no gradient passes those."""
+    model, never = quantized(kind), quantized(kind)
+    with torch.no_grad():
+        output_of(model)
+    s2ft.attach(model, INDEXED)
+    losses = train(model, 2)
+    with torch.no_grad():
+        output_of(model)
+    losses += train(model, 2)
+    s2ft.attach(never, INDEXED)
+    others = train(never, 2) + train(never, 2)
+    # packing rounds the scales to bfloat16, once
+    assert losses == pytest.approx(others, rel=2e-2)
+
+
+def test_packing_is_allowed_again_after_detach():
+    def allowed():
+        return [module.support_avx512bf16_for_cpu for module in linears(model).values()]
+
+    model = quantized("nf4")
+    before = allowed()
+    s2ft.attach(model, INDEXED, verify=True)
+    assert not any(allowed())
+    s2ft.detach(model)
+    assert allowed() == before
+
+
+def test_packed_weights_are_read_as_they_are():
+    model = quantized("nf4")
+    before = {path: dequantized(module) for path, module in linears(model).items()}
+    with torch.no_grad():
+        output_of(model)
+    for path, module in linears(model).items():
+        assert relative_difference(dequantized(module), before[path]) <= 2**-7
+
+
+@pytest.mark.parametrize("config", ("Int8DynamicActivationInt8WeightConfig", "Int8DynamicActivationIntxWeightConfig"))
+def test_weights_that_pass_no_gradient_are_refused(config):
+    """And it does not matter that the layer is not trained."""
+    model = plain()
+    torchao.quantize_(model, getattr(torchao, config)(), lambda module, path: path.endswith("1.self_attn.o_proj"))
+    with pytest.raises(ValueError, match="layers.1.self_attn.o_proj .* passes no gradient .* weights only"):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.1, layout="indexed"))
+    assert RECORD not in model.__dict__ and not any(m.training for m in model.modules())
+
+
+def test_eight_bit_layers_whose_weights_train_are_no_base():
+    model = plain()
+    model.model.layers[0].mlp.down_proj = bnb.nn.Linear8bitLt(128, 64, False, has_fp16_weights=True)
+    with pytest.raises(ValueError, match="down_proj is a Linear8bitLt"):
+        s2ft.attach(model, INDEXED)
+
+
+@kinds
+def test_hooks_see_what_the_layer_gives(kind):
+    model, seen = quantized(kind), []
+    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    trained(model, 1)
+    seen.clear()
+    layer = model.model.layers[0].mlp.down_proj
+    x = torch.randn(3, 128)
+    with torch.no_grad():
+        layer.s2.fill_(1.0)
+        expected = layer(x)
+    assert len(seen) == 1 and torch.equal(seen[0], expected)
+
+
+@kinds
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("autocast", (False, True), ids=("plain", "autocast"))
+def test_outputs_have_the_dtype_of_the_layers(kind, dtype, autocast):
+    model = quantized(kind, dtype)
+    for name, width in (("up_proj", 64), ("down_proj", 128)):
+        path = f"model.layers.0.mlp.{name}"
+        x = torch.randn(2, 3, width, dtype=dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            expected = model.get_submodule(path).train()(x).dtype
+            s2ft.attach(model, INDEXED)
+            y = model.get_submodule(path)(x)
+        assert y.dtype is expected
+        y.sum().backward()
+        assert model.get_submodule(path).s2.grad.any()
+        s2ft.detach(model)
+
+
+# ---- layouts --------------------------------------------------------------------------------------------
+
+@kinds
+def test_permuted_is_refused(kind):
+    model = quantized(kind)
+    before = kept(model)
+    with pytest.raises(ValueError, match="is a quantized weight .*layout='indexed'"):
+        s2ft.attach(model, S2FTConfig(**RATIOS))
+    assert_untouched(model, before)
+
+
+@kinds
+def test_quantized_couplings_that_are_not_trained_do_not_matter(kind):
+    model = quantized(kind, wanted=lambda path: "self_attn" in path)
+    before, logits = contents(model), forward(model)
+    s2ft.attach(model, S2FTConfig(d_ratio=0.1, u_ratio=0.1))
+    assert relative_difference(forward(model), logits) <= (3e-2 if kind == "nf4-bfloat16" else LOGITS)
+    assert all(mount.layer.index is None for mount in attachment_of(model).mounts.values())
+    train(model)
+    s2ft.merge(model)
+    assert_same_contents(contents(model), before)
+
+
+# ---- adapters -------------------------------------------------------------------------------------------
+
+@kinds
+def test_an_adapter_comes_back(kind, tmp_path):
+    model = trained(quantized(kind))
+    s2ft.save_adapter(model, tmp_path)
+    other = quantized(kind)
+    s2ft.load_adapter(other, tmp_path, trainable=True)
+    assert torch.equal(forward(other), forward(model))
+    assert train(other) == train(model)
+
+
+@kinds
+def test_an_adapter_goes_to_the_unquantized_base_and_back(kind, tmp_path):
+    model = trained(quantized(kind))
+    s2ft.save_adapter(model, tmp_path / "quantized")
+    dense = plain()
+    s2ft.load_adapter(dense, tmp_path / "quantized")
+    for p, delta in mounted_deltas(attachment_of(model)).items():
+        difference = dense.get_submodule(p).weight - plain().get_submodule(p).weight
+        torch.testing.assert_close(difference.index_select(delta.dim, delta.index), delta.values, rtol=0, atol=1e-6)
+    merged = s2ft.merge(dense)
+    assert type(merged.model.layers[0].mlp.down_proj) is nn.Linear
+
+    dense = trained(plain())
+    s2ft.save_adapter(dense, tmp_path / "dense")
+    again = quantized(kind)
+    s2ft.load_adapter(again, tmp_path / "dense", trainable=True)
+    for name, delta in mounted_deltas(attachment_of(again)).items():
+        assert torch.equal(delta.values, mounted_deltas(attachment_of(dense))[name].values)
+
+
+@kinds
+def test_another_base_is_refused(kind, tmp_path):
+    s2ft.save_adapter(trained(quantized(kind)), tmp_path)
+    for other in (quantized(kind, seed=1), plain(seed=1)):
+        with pytest.raises(ValueError, match="trained on another base: 2 of 2 layers differ"):
+            s2ft.load_adapter(other, tmp_path, trainable=True)
+        assert RECORD not in other.__dict__
+
+
+def test_adapters_go_from_kind_to_kind(tmp_path):
+    """A base is the same one however it is quantized; where the first consumer is not, too."""
+    s2ft.save_adapter(trained(quantized("nf4")), tmp_path)
+    for kind in KINDS:
+        s2ft.load_adapter(quantized(kind, wanted=lambda path: is_wanted(path) and ".0." not in path), tmp_path,
+                          trainable=True)
+
+
+@kinds
+def test_loading_for_inference_alone_is_refused(kind, tmp_path):
+    s2ft.save_adapter(trained(quantized(kind)), tmp_path)
+    model = quantized(kind)
+    model.lm_head.requires_grad_(False)
+    before = kept(model)
+    with pytest.raises(ValueError, match="is quantized, .*trainable=True"):
+        s2ft.load_adapter(model, tmp_path)
+    assert_untouched(model, before)
+    s2ft.load_adapter(model, tmp_path, trainable=True)
+
+    logits = forward(model)
+    with pytest.raises(ValueError, match="is quantized"):
+        s2ft.load_adapter(model, tmp_path, name="second")
+    assert s2ft.status(model).adapters == ["default"] == [s2ft.status(model).active]
+    assert torch.equal(forward(model), logits)
+
+
+@kinds
+def test_switching_and_refusing_to_fuse(kind):
+    model = quantized(kind)
+    base = forward(model)
+    trained(model)
+    logits = forward(model)
+    for change in (s2ft.merge, s2ft.fuse):
+        with pytest.raises(ValueError) as error:
+            change(model)
+        assert NO_FUSE in str(error.value)
+        assert torch.equal(forward(model), logits)
+    s2ft.set_adapter(model, None)
+    assert relative_difference(forward(model), base) <= LOGITS
+    assert not any(row.active for row in s2ft.status(model).rows)
+    s2ft.set_adapter(model, "default")
+    assert torch.equal(forward(model), logits)
+    status = s2ft.status(model)
+    assert status.trainable == "default" and len(status.rows) == 14 and "active, trainable" in str(status)
+    assert train(model)
+
+
+def test_fusing_a_model_that_is_quantized_in_part_changes_nothing():
+    model = trained(quantized("8bit", wanted=lambda path: path.endswith("1.mlp.down_proj")))
+    with pytest.raises(ValueError, match="1.mlp.down_proj: a quantized weight"):
+        s2ft.fuse(model)
+    assert not any(row.fused for row in s2ft.status(model).rows)
+
+
+# ---- selecting ------------------------------------------------------------------------------------------
+
+@kinds
+@pytest.mark.parametrize("selection", ("random", "weight", "activation", "product"))
+def test_selections(kind, selection):
+    """Those of the dequantized weights, and plan agrees with attach."""
+    config = S2FTConfig(**RATIOS, layout="indexed", selection=selection)
+    model = quantized(kind)
+    calibration = None if selection in ("random", "weight") else [token_batch(model)]
+    expected = s2ft.select(dense_reference(model), config, calibration)
+    selected = s2ft.select(model, config, calibration)
+    if selection in ("random", "weight"):
+        assert selected == expected
+    else:   # ranks of activations that are nearly equal may change
+        same = [len(set(ours.tolist()) & set(expected[path].tolist())) for path, ours in selected.units.items()]
+        assert sum(same) >= 0.9 * sum(units.numel() for units in selected.units.values())
+    planned = s2ft.plan(model, config, calibration)
+    report = s2ft.attach(model, config, calibration=calibration)
+    assert attachment_of(model).selection == selected
+    assert (planned.rows, planned.trainable, planned.total) == (report.rows, report.trainable, report.total)
+    train(model)
+
+
+@kinds
+def test_selecting_by_gradient_is_refused(kind):
+    model = quantized(kind)
+    before = kept(model)
+    with pytest.raises(ValueError, match="needs gradients of weights, and .* is quantized"):
+        s2ft.attach(model, S2FTConfig(**RATIOS, layout="indexed", selection="gradient"),
+                    calibration=[token_batch(model)])
+    assert_untouched(model, before)
+
+
+@kinds
+@pytest.mark.parametrize("amount", (dict(budget=5000), dict(match_lora_rank=8)), ids=str)
+def test_budgets_are_those_of_the_unquantized_model(kind, amount):
+    config = S2FTConfig(d_ratio=0.1, v_ratio=0.5, layout="indexed", **amount)
+    assert s2ft.attach(quantized(kind), config).rows == s2ft.attach(plain(), config).rows
+
+
+@kinds
+def test_verify(kind):
+    """Couplings that are quantized can't be tried out; the others are, and the model attached is compared."""
+    model = quantized(kind)
+    s2ft.attach(model, INDEXED, verify=True)
+    assert train(model)
+    mixed = quantized(kind, wanted=lambda path: "self_attn" in path)
+    s2ft.attach(mixed, INDEXED, verify=True)
+
+
+def test_verify_finds_a_wrong_coupling_beside_a_quantized_one():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.norm, self.down = nn.Linear(16, 8), nn.LayerNorm(8), nn.Linear(8, 16)
+            self.q_up, self.q_down = KINDS["nf4"](nn.Linear(16, 64)), KINDS["nf4"](nn.Linear(64, 16))
+
+        def forward(self, x):
+            return self.q_down(self.q_up(self.down(self.norm(self.up(x)))))
+
+    model = Network()
+    nn.init.normal_(model.norm.weight)
+    made = [Coupling("ffn", 0, (Projection("u", "q_up", 64, 1, 0),), Projection("d", "q_down", 64, 1, 1)),
+            Coupling("ffn", 1, (Projection("u", "up", 8, 1, 0),), Projection("d", "down", 8, 1, 1))]
+    with pytest.raises(ValueError, match="is not one: with its 8 units"):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.5, layout="indexed"), couplings=made, example=torch.randn(4, 16))
+    assert RECORD not in model.__dict__
+    s2ft.attach(model, S2FTConfig(d_ratio=0.5, layout="indexed"), couplings=made[:1], example=torch.randn(4, 16))
+
+
+# ---- copies, states, whole models -----------------------------------------------------------------------
+
+@kinds
+def test_copies_and_states(kind):
+    model = trained(quantized(kind))
+    logits = forward(model)
+    other = copy.deepcopy(model)
+    assert torch.equal(forward(other), logits)
+    train(other)
+    assert not torch.equal(forward(other), logits) and torch.equal(forward(model), logits)
+    s2ft.detach(other)
+    assert_same_contents(contents(other), contents(model))
+
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    fresh = quantized(kind)
+    s2ft.attach(fresh, INDEXED)
+    state = torch.load(file, weights_only=False)
+    if "4bit" in type(fresh.model.layers[0].mlp.down_proj.linear).__name__:   # it saves scales, but does not load them
+        state = {key: value for key, value in state.items() if ".linear.weight." not in key}
+    fresh.load_state_dict(state)
+    assert torch.equal(forward(fresh), logits)
+
+
+@pytest.mark.parametrize("compute", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("bits", (4, 8))
+def test_models_that_transformers_quantizes(bits, compute, tmp_path):
+    pytest.importorskip("accelerate")
+    plain(compute).save_pretrained(tmp_path / "base")
+    config = (BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
+              if bits == 4 else BitsAndBytesConfig(load_in_8bit=True))
+
+    def load():
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config, dtype=compute,
+                                                    device_map="cpu")
+
+    model = load()
+    assert len(linears(model)) == 14
+    logits = forward(model)
+    s2ft.attach(model, UNFUSED)
+    assert torch.equal(forward(model), logits) and logits.dtype is compute
+    losses = train(model, 5)
+    assert losses[-1] < losses[0]
+    s2ft.save_adapter(model, tmp_path / "adapter")
+    other = load()
+    s2ft.load_adapter(other, tmp_path / "adapter", trainable=True)
+    assert torch.equal(forward(other), forward(model))
+    base = plain(compute)
+    s2ft.load_adapter(base, tmp_path / "adapter")
+    s2ft.merge(base)
+
+
+# ---- weights that are not here --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("layout", ("permuted", "indexed"))
+def test_meta_weights_are_refused(layout):
+    model = model_of("llama").to("meta")
+    with pytest.raises(ValueError, match="is on the meta device: load its weights first"):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.1, layout=layout))
+    assert RECORD not in model.__dict__ and all(p.requires_grad for p in model.parameters())
+
+
+def test_four_bits_that_are_not_quantized_yet_are_refused():
+    model = plain()
+    linear = model.model.layers[0].mlp.down_proj
+    model.model.layers[0].mlp.down_proj = four_bits("nf4")(linear)
+    with pytest.raises(ValueError, match="not quantized yet: move the model"):
+        s2ft.attach(model, INDEXED)
+    with torch.device("meta"):
+        model.model.layers[0].mlp.down_proj = four_bits("nf4")(linear)
+    with pytest.raises(ValueError, match="down_proj is on the meta device"):
+        s2ft.attach(model, INDEXED)
+
+
+def attach_sharded(rank, port):
+    from torch.distributed.fsdp import fully_shard
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=1)
+    model = model_of("llama")
+    fully_shard(model)
+    for layout in ("permuted", "indexed"):
+        with pytest.raises(ValueError, match="is sharded .*attach .*first, then shard"):
+            s2ft.attach(model, S2FTConfig(d_ratio=0.1, layout=layout))
+        assert RECORD not in model.__dict__ and all(p.requires_grad for p in model.parameters())
+    dist.destroy_process_group()
+
+
+def test_sharded_weights_are_refused():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(attach_sharded, args=(port,), nprocs=1)
