@@ -42,7 +42,7 @@ def s2ft_switch(base: nn.Module, folders: Dict[str, str]):
         s2ft.load_adapter(model, folder, name)
 
     def step():
-        active = s2ft.status(model).active
+        active = next(iter(s2ft.status(model).active))
         s2ft.set_adapter(model, next(name for name in folders if name != active))
     return model, step
 
@@ -85,7 +85,7 @@ def run(base: nn.Module, channels: int, switches: int, rounds: int) -> Dict[str,
         times = interleaved({"s2ft": step, f"LoRA r={rank}": lora_step}, rounds)
         for _ in range(switches):
             step()
-        name = s2ft.status(model).active
+        name = next(iter(s2ft.status(model).active))
         fresh = copy.deepcopy(base)
         s2ft.load_adapter(fresh, folders[name])
         exact = same(model, fresh)

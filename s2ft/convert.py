@@ -1,5 +1,6 @@
 """attach, detach, merge: turn a model into one that trains its selected units, and back."""
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from torch import nn
 
@@ -7,7 +8,7 @@ from s2ft.arch import couplings_of
 from s2ft.config import S2FTConfig
 from s2ft.coupling import Coupling
 from s2ft.fingerprint import fingerprint
-from s2ft.mounting import RECORD, Attachment, attachment_of, can_move, check_can_merge, mount, restore, take_off
+from s2ft.mounting import RECORD, Attachment, attachment_of, can_move, check_can_merge, mount, put_on, restore, take_off
 from s2ft.report import Report
 from s2ft.selection import Selection
 from s2ft.selection import select as select_units
@@ -31,8 +32,10 @@ def attach(model: nn.Module, config: S2FTConfig, name: str = "default", calibrat
 
     They are saved in the adapter, so that loading needs none.
 
+    Adapters that are loaded come off and stay loaded; only one can be trainable.
+
     Args:
-        model: a model of a known family or with `couplings`, nothing attached; floating-point weights, or for layout
+        model: a model of a known family or with `couplings`, no trainable adapter attached; floating-point weights, or for layout
             indexed quantized ones of bitsandbytes or torchao.
         config: what to train. name: of the new adapter.
         calibration: for selections that need data, see :func:`select`.
@@ -51,18 +54,57 @@ def attach(model: nn.Module, config: S2FTConfig, name: str = "default", calibrat
     if verify not in (None, True, False):
         raise TypeError(f"verify must be True, False or None, got {verify!r}")
     check_name(name)
-    record = new_attachment(model, couplings)
-    selection = select_units(record.couplings, config, model, calibration)
+    record = _record_for(model, couplings, name)
     verify = couplings is not None or example is not None if verify is None else verify
-    trial = _try_out(model, record.couplings, example) if verify else None
-    mount(model, record, config, selection, name)
-    if trial is not None:
-        try:
-            trial.check_unchanged()
-        except BaseException:
-            restore(model, record)
-            raise
+    with _others_aside(model, record):
+        selection = select_units(record.couplings, config, model, calibration)
+        trial = _try_out(model, record.couplings, example) if verify else None
+        mount(model, record, config, selection, name)
+        if trial is not None:
+            try:
+                trial.check_unchanged()
+            except BaseException:
+                restore(model, record)
+                raise
     return Report.of(model)
+
+
+def _record_for(model: nn.Module, couplings: Optional[Sequence[Coupling]], name: str) -> Attachment:
+    """A new record, or that of a model with adapters loaded and none trainable."""
+    record = model.__dict__.get(RECORD)
+    if record is None:
+        return new_attachment(model, couplings)
+    if record.name is not None:
+        _check_unattached(model)
+    if couplings is not None and list(couplings) != record.couplings:
+        raise ValueError("couplings are those that the loaded adapters came with: leave them out")
+    if name in record.names:
+        raise ValueError(f"there is an adapter called {name!r} already: give the new one another name")
+    return record
+
+
+@contextmanager
+def _others_aside(model: nn.Module, record: Attachment) -> Iterator[None]:
+    """Loaded adapters come off; where what is done inside fails, what was active is so again."""
+    active = dict(record.active)
+    take_off(model, record)
+    try:
+        yield
+    except BaseException:
+        if record.others:
+            record.forget_mounts()
+            model.requires_grad_(False)
+            setattr(model, RECORD, record)
+            put_on(model, record, active, {name: record.others[name].deltas for name in active})
+        raise
+
+
+def mount_on(model: nn.Module, record: Attachment, config: S2FTConfig, selection: Selection, name: str) -> None:
+    """Put trainable layers in, also on a model with adapters loaded. Raises: ValueError where one is trainable."""
+    if record.name is not None:
+        raise ValueError(f"{record.name!r} is trainable, and only one adapter can be: detach or delete it first")
+    with _others_aside(model, record):
+        mount(model, record, config, selection, name)
 
 
 def _try_out(model: nn.Module, couplings: List[Coupling], example: Any) -> Trial:
@@ -149,9 +191,9 @@ def merge(model: nn.Module) -> nn.Module:
     Raises: ValueError when no adapter is active, or the base is quantized.
     """
     record = attachment_of(model)
-    if record.active is None:
+    if not record.active:
         raise ValueError("no adapter is active, so there is nothing to merge: set_adapter first, or detach")
-    if record.active == record.name:
+    if record.trains:
         check_can_merge(record)
         for mount in record.mounts.values():
             mount.layer.fuse()
@@ -164,7 +206,7 @@ def fuse(model: nn.Module) -> None:
     Raises: ValueError when the base is quantized.
     """
     record = attachment_of(model)
-    if record.active is not None and record.active == record.name:
+    if record.trains:
         check_can_merge(record)   # before any layer is fused
         for mount in record.mounts.values():
             mount.layer.fuse()

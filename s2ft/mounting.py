@@ -54,14 +54,26 @@ class Attachment:
     mounts: Dict[str, Mount] = field(default_factory=dict)                # by path
     forwards: List[str] = field(default_factory=list)                     # modules with a forward of ours
     others: Dict[str, object] = field(default_factory=dict)               # loaded adapters by name
-    active: Optional[str] = None
-    taken_off: Optional[str] = None                # what was active before take_off
+    active: Dict[str, float] = field(default_factory=dict)                # adapters with their weights
     unpacked: List[str] = field(default_factory=list)                     # of pack_never
     applied: List[Tuple[Projection, Tensor, Tensor]] = field(default_factory=list)   # with index and base
+    places: Dict[str, Tensor] = field(default_factory=dict)   # of projections that moved: element → its present place
 
     @property
     def names(self) -> List[str]:
         return ([] if self.name is None else [self.name]) + list(self.others)
+
+    def forget_mounts(self) -> None:
+        """Be the record of a model without trainable layers, whose units lie where they were."""
+        self.name = self.config = self.selection = None
+        self.active = {}
+        for done in (self.orders, self.mounts, self.forwards, self.applied, self.places, self.unpacked):
+            done.clear()
+
+    @property
+    def trains(self) -> bool:
+        """Whether the trainable adapter is added in the forward, where it gets gradients."""
+        return self.name is not None and self.active.get(self.name) == 1
 
     @property
     def parts(self) -> Dict[str, Tuple[Mount, Part]]:
@@ -89,7 +101,7 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
         _check_can_move(model, movable)
         orders = {coupling: _order(coupling, selection) for coupling in movable}
     _check_gradients_pass(model)
-    record.name, record.config, record.selection, record.active = name, config, selection, name
+    record.name, record.config, record.selection, record.active = name, config, selection, {name: 1.0}
     try:
         _mount_all(model, record, touched, orders)
     except BaseException:   # out of memory, an interrupt: leave no half-converted model
@@ -108,6 +120,8 @@ def _mount_all(model: nn.Module, record: Attachment, touched: List[Coupling],
         if order is not None:
             permute_coupling(model, coupling, order)
             record.orders.append((coupling, order))
+            record.places.update((projection.name, inverse(element_order([projection], order)))
+                                 for projection in coupling.projections)
         for projection in coupling.projections:
             if projection.name in record.selection:
                 sites.setdefault(projection.path, []).append(_part(projection, record.selection[projection.name], order))
@@ -277,62 +291,54 @@ def take_off(model: nn.Module, record: Attachment) -> None:
     for projection, index, base in reversed(record.applied):
         swap_(matrix_of(model, projection), index, base, projection.dim)
     record.applied.clear()
-    record.taken_off, record.active = record.active, None
+    record.active = {}
 
 
-def put_on(model: nn.Module, record: Attachment, name: str, deltas: Dict[str, Delta]) -> None:
-    """Make adapter `name` active; nothing else may be. The trainable one is added during the forward,
-    the weights of any other are written into the model and the base they replace is kept.
-    Raises: ValueError for a quantized weight; the adapter is no longer loaded then, and the one before is active."""
-    if name == record.name:
-        for mount in record.mounts.values():
-            mount.layer.enabled = True
-    else:
-        quantized = _quantized_of(model, record, deltas)
-        if quantized is not None:
-            _forget(model, record, name)
-            raise ValueError(f"{quantized} is quantized, and an adapter can't be written into it: load it with "
-                             "trainable=True, which adds it in the forward, or load the base unquantized")
-        for projection, index in _current_places(record, deltas):
-            weight, values = matrix_of(model, projection), deltas[projection.name].values
-            index, values = index.to(weight.device), values.to(weight.device)
-            base = torch.empty_like(values, dtype=weight.dtype)
-            scatter_add_(weight, index, values, projection.dim, replaced=base)
-            record.applied.append((projection, index, base))
-    record.active = name
+def put_on(model: nn.Module, record: Attachment, weights: Dict[str, float], deltas: Dict[str, Dict[str, Delta]]) -> None:
+    """Make these adapters active; nothing else may be. Their weighted sum is written into the model in one pass, and
+    the base that it replaces is kept. The trainable one, where its weight is 1, is added in the forward instead.
+
+    Args:
+        deltas: by adapter, of all that are written. Raises: whatever fails, with no adapter active.
+    """
+    trains = weights.get(record.name) == 1
+    written = {name: weight for name, weight in weights.items() if not (trains and name == record.name)}
+    try:
+        for projection in projections_of(record.couplings):
+            parts = [(deltas[name][projection.name], weight) for name, weight in written.items()
+                     if projection.name in deltas[name]]
+            if parts:
+                _write(model, record, projection, parts)
+    except BaseException:
+        take_off(model, record)
+        raise
+    for mount in record.mounts.values():
+        mount.layer.enabled = trains
+    record.active = dict(weights)
 
 
-def _quantized_of(model: nn.Module, record: Attachment, deltas: Dict[str, Delta]) -> Optional[str]:
-    """The path of a quantized weight that the deltas would change."""
+def _write(model: nn.Module, record: Attachment, projection: Projection, parts: List[Tuple[Delta, float]]) -> None:
+    weight = matrix_of(model, projection)
+    index = [_current_places(record, projection, delta.index).to(weight.device) for delta, _ in parts]
+    values = [delta.values.to(weight.device) for delta, _ in parts]
+    bases = [torch.empty_like(value, dtype=weight.dtype) for value in values]
+    scatter_add_(weight, index, values, projection.dim, [weight for _, weight in parts], replaced=bases)
+    record.applied += [(projection, *both) for both in zip(index, bases)]
+
+
+def check_can_write(model: nn.Module, record: Attachment, deltas: Dict[str, Delta]) -> None:
+    """Raises: ValueError where a weight that the deltas would change is quantized."""
     for projection in projections_of(record.couplings):
         found = find(model, projection.path)
         if projection.name in deltas and is_quantized(getattr(found, "linear", found)):
-            return projection.path
-    return None
+            raise ValueError(f"{projection.path} is quantized, and an adapter can't be written into it: load it with "
+                             "trainable=True, which adds it in the forward, or load the base unquantized")
 
 
-def _forget(model: nn.Module, record: Attachment, name: str) -> None:
-    """Leave the model as it was before adapter `name`, which can't be put on, was loaded."""
-    del record.others[name]
-    last = record.taken_off
-    if not record.names:
-        restore(model, record)
-    elif last is not None:
-        put_on(model, record, last, {} if last == record.name else record.others[last].deltas)
-
-
-def _current_places(record: Attachment, deltas: Dict[str, Delta]) -> List[Tuple[Projection, Tensor]]:
-    """Where the deltas' elements lie now that units may have moved."""
-    orders = {id(coupling): order for coupling, order in record.orders}
-    found = []
-    for coupling in record.couplings:
-        order = orders.get(id(coupling))
-        for projection in coupling.projections:
-            if projection.name in deltas:
-                index = deltas[projection.name].index
-                found.append((projection, index if order is None
-                              else inverse(element_order([projection], order))[index]))
-    return found
+def _current_places(record: Attachment, projection: Projection, index: Tensor) -> Tensor:
+    """Where a delta's elements lie now that units may have moved."""
+    places = record.places.get(projection.name)
+    return index if places is None else places[index]
 
 
 @torch.no_grad()

@@ -375,7 +375,7 @@ def test_loading_for_inference_alone_is_refused(kind, tmp_path):
     logits = forward(model)
     with pytest.raises(ValueError, match="is quantized"):
         s2ft.load_adapter(model, tmp_path, name="second")
-    assert s2ft.status(model).adapters == ["default"] == [s2ft.status(model).active]
+    assert s2ft.status(model).adapters == ["default"] == list(s2ft.status(model).active)
     assert torch.equal(forward(model), logits)
 
 

@@ -1,6 +1,7 @@
 """An adapter: named deltas in original coordinates, with what is needed to put them on the right model."""
-from dataclasses import dataclass, field
-from typing import Any, Dict, List, Optional
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
@@ -31,6 +32,79 @@ class Adapter:
     def parameters(self) -> int:
         return sum(delta.values.numel() for delta in self.deltas.values())
 
+    def to(self, device) -> "Adapter":
+        """With the deltas on `device`."""
+        return replace(self, deltas={path: Delta(delta.dim, delta.index, delta.values.to(device))
+                                     for path, delta in self.deltas.items()})
+
+    def __add__(self, other: "Adapter") -> "Adapter":
+        return weighted_sum([(self, 1.0), (other, 1.0)], f"{self.name}+{other.name}")
+
+    def __sub__(self, other: "Adapter") -> "Adapter":
+        return weighted_sum([(self, 1.0), (other, -1.0)], f"{self.name}-{other.name}")
+
+    def __mul__(self, weight: float) -> "Adapter":
+        return weighted_sum([(self, weight)], self.name)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "Adapter":
+        return self * -1.0
+
+
+# ---- weighted sums (paper, section 3.4) --------------------------------------------------------------------
+
+def weighted_sum(parts: Sequence[Tuple[Adapter, float]], name: str) -> Adapter:
+    """The adapter whose deltas are the sum of weight × delta, on the units that any of `parts` has.
+
+    Where selections are disjoint and the weights are 1 every number is one that was there before, so that nothing is
+    lost. Sums are formed in float32, or in float64 where a delta is. Its config names the units.
+
+    Raises: ValueError for adapters of different bases, or a weight that is not a finite number.
+    """
+    if not parts:
+        raise ValueError("there is nothing to add up: give at least one adapter")
+    first = parts[0][0]
+    for adapter, weight in parts:
+        check_weight(adapter.name, weight)
+        other_base = difference(first.fingerprint, adapter.fingerprint)
+        if other_base:
+            raise ValueError(f"adapters {first.name!r} and {adapter.name!r} are of different bases: {other_base}")
+    paths = dict.fromkeys(path for adapter, _ in parts for path in adapter.deltas)
+    deltas = {path: _sum([(adapter.deltas[path], float(weight)) for adapter, weight in parts if path in adapter.deltas])
+              for path in paths}
+    selection = Selection({path: torch.cat([adapter.selection[path] for adapter, _ in parts
+                                            if path in adapter.deltas]).unique() for path in paths})
+    config = S2FTConfig(units=selection, layout=first.config.layout, delta_dtype=first.config.delta_dtype,
+                        fuse_ffn=first.config.fuse_ffn)
+    info = {**first.info, "sum_of": [[adapter.name, float(weight)] for adapter, weight in parts]}
+    return Adapter(name, config, selection, first.fingerprint, deltas, info, first.couplings)
+
+
+def check_weight(name: str, weight: Any) -> None:
+    """Raises: ValueError for what is not a finite number."""
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        raise ValueError(f"the weight of adapter {name!r} must be a finite number, got {weight!r}")
+
+
+def _sum(parts: List[Tuple[Delta, float]]) -> Delta:
+    if len(parts) == 1 and parts[0][1] == 1:
+        delta = parts[0][0]
+        return Delta(delta.dim, delta.index.clone(), delta.values.clone())
+    dim, wide = parts[0][0].dim, torch.float32
+    for delta, _ in parts:
+        wide = torch.promote_types(wide, delta.values.dtype)
+    index = torch.cat([delta.index for delta, _ in parts]).unique()
+    shape = list(parts[0][0].values.shape)
+    shape[dim] = index.numel()
+    total = torch.zeros(shape, dtype=wide, device=parts[0][0].values.device)
+    for delta, weight in parts:
+        place = torch.searchsorted(index, delta.index).to(total.device)
+        total.index_add_(dim, place, delta.values.to(total) * weight)
+    return Delta(dim, index, total)
+
+
+# ---- does it fit a model -------------------------------------------------------------------------------------
 
 def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:
     """Raises: ValueError naming what does not fit, where `adapter` is not one of this model's."""

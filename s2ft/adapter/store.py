@@ -1,13 +1,15 @@
 """Between a model and adapter folders."""
-from typing import Any, Dict, Optional
+import os
+from dataclasses import replace
+from typing import Any, Dict, Optional, Union
 
 from torch import nn
 
 from s2ft.adapter.adapter import Adapter, check_fits
 from s2ft.adapter.formats import native
-from s2ft.adapter.switch import set_adapter
-from s2ft.convert import check_name, new_attachment
-from s2ft.mounting import RECORD, Attachment, attachment_of, mount, mounted_deltas, set_mounted_deltas
+from s2ft.adapter.switch import check_free, get_adapter, set_adapter
+from s2ft.convert import check_name, mount_on, new_attachment
+from s2ft.mounting import RECORD, Attachment, attachment_of, check_can_write, set_mounted_deltas
 
 
 def save_adapter(model: nn.Module, directory, name: Optional[str] = None,
@@ -22,14 +24,8 @@ def save_adapter(model: nn.Module, directory, name: Optional[str] = None,
     """
     record = attachment_of(model)
     if name is None:
-        name = record.name if record.name is not None else record.active or record.names[0]
-    if name not in record.names:
-        raise ValueError(f"no adapter is called {name!r}; there are {', '.join(record.names)}")
-    if name == record.name:
-        adapter = Adapter(name, record.config, record.selection, record.fingerprint, mounted_deltas(record),
-                          couplings=record.couplings if record.given else None)
-    else:
-        adapter = record.others[name]
+        name = record.name if record.name is not None else next(iter(record.active), record.names[0])
+    adapter = get_adapter(model, name)
     adapter.info = {**_model_info(model), **adapter.info, **(info or {})}
     native.write(adapter, directory)
 
@@ -40,37 +36,41 @@ def _model_info(model: nn.Module) -> Dict[str, Any]:
             "model_type": getattr(config, "model_type", None)}
 
 
-def load_adapter(model: nn.Module, directory, name: Optional[str] = None, trainable: bool = False) -> None:
-    """Load a saved adapter under `name` (default: the name it was saved with) and make it active.
+def load_adapter(model: nn.Module, adapter: Union[str, os.PathLike, Adapter], name: Optional[str] = None,
+                 trainable: bool = False, *, active: bool = True, device=None) -> None:
+    """Load a saved adapter under `name` (default: the name it was saved with) and make it the active one.
 
     On a model without adapters this attaches first, by the couplings in the adapter where they were given by
     hand. With ``trainable=False`` the deltas are written into the weights (the base they replace is kept), all
     parameters are frozen, and the adapter can be switched off or exchanged for another. With ``trainable=True``
     the layers, the selection and the layout it was trained with are set up again, so that training can go on;
-    one adapter a model can be.
+    one adapter a model can be, besides others that are loaded.
 
+    Args:
+        adapter: a folder, or an :class:`Adapter` as :func:`get_adapter` and arithmetic give it.
+        active: False leaves what is active as it is; a trainable one is always active.
+        device: where the deltas are kept; default: the CPU. On the model's device switching is fastest.
     Raises: FileNotFoundError or ValueError that names what is wrong (another base, a missing or
     foreign key, a shape, an index out of range); the model is then as it was.
     """
-    adapter = native.read(directory)
+    adapter = replace(adapter) if isinstance(adapter, Adapter) else native.read(adapter)
     adapter.name = adapter.name if name is None else name
     check_name(adapter.name)
     fresh = RECORD not in model.__dict__
     record = new_attachment(model, adapter.couplings) if fresh else attachment_of(model)
     check_fits(adapter, model, record)
-    if adapter.name in record.names:
-        raise ValueError(f"there is an adapter called {adapter.name!r} already: load it under another name")
+    check_free(record, adapter.name)
     if trainable:
-        if not fresh:
-            raise ValueError("a trainable adapter can be loaded on a model without adapters only: detach first")
-        mount(model, record, adapter.config, adapter.selection, adapter.name)
+        mount_on(model, record, adapter.config, adapter.selection, adapter.name)
         set_mounted_deltas(record, adapter.deltas)
         return
+    check_can_write(model, record, adapter.deltas)
     if fresh:
         model.requires_grad_(False)
         setattr(model, RECORD, record)
-    record.others[adapter.name] = adapter
-    set_adapter(model, adapter.name)
+    record.others[adapter.name] = adapter if device is None else adapter.to(device)
+    if active:
+        set_adapter(model, adapter.name)
 
 
 def restore_adapter(model: nn.Module, directory) -> None:

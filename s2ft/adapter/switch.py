@@ -1,26 +1,154 @@
-"""Which adapter a model runs with, and a table that says so."""
+"""Which adapters a model runs with, and a table that says so."""
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import List, Optional
+from typing import Dict, Iterator, List, Mapping, Optional, Union
 
 from torch import nn
 
-from s2ft.mounting import RECORD, attachment_of, put_on, take_off
+from s2ft.adapter.adapter import Adapter, check_weight, weighted_sum
+from s2ft.adapter.overlap import Overlap, overlap
+from s2ft.convert import check_name, fuse
+from s2ft.mounting import RECORD, Attachment, attachment_of, check_can_write, mounted_deltas, put_on, restore, take_off
+
+Weights = Union[str, Mapping[str, float], None]
 
 
-def set_adapter(model: nn.Module, name: Optional[str]) -> None:
-    """Make adapter `name` the active one, or none with None. The base comes back bit for bit.
+def set_adapter(model: nn.Module, adapters: Weights) -> None:
+    """Make an adapter active, or several in a weighted sum, or none. The base comes back bit for bit.
 
-    Raises: ValueError for a name that is not loaded; the model is then as it was.
+    The cost does not depend on how many are loaded. The trainable adapter gets gradients where its weight is 1:
+    it is added in the forward, on top of what else is active.
+
+    Args:
+        adapters: a name, weights by name such as ``{"a": 0.7, "b": 0.3}``, or None.
+    Raises: ValueError for a name that is not loaded or a weight that is no finite number; the model is then as it was.
     """
     record = attachment_of(model)
-    if name is not None and name not in record.names:
-        raise ValueError(f"no adapter is called {name!r}; there are {', '.join(record.names)}")
-    if name == record.active:
+    weights = _weights(record, adapters)
+    trainable_is_written = weights.get(record.name, 1) != 1
+    if weights == record.active and not trainable_is_written:   # else its numbers may have changed since
         return
+    deltas = {name: _deltas(record, name) for name in weights if name != record.name or trainable_is_written}
+    for written in deltas.values():
+        check_can_write(model, record, written)
     take_off(model, record)
-    if name is not None:
-        put_on(model, record, name, {} if name == record.name else record.others[name].deltas)
+    put_on(model, record, weights, deltas)
 
+
+def _weights(record: Attachment, adapters: Weights) -> Dict[str, float]:
+    if adapters is None:
+        return {}
+    weights = {adapters: 1.0} if isinstance(adapters, str) else adapters
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"adapters must be a name, weights by name, or None, got {type(adapters).__name__}")
+    for name, weight in weights.items():
+        _check_known(record, name)
+        check_weight(name, weight)
+    return {name: float(weight) for name, weight in weights.items()}
+
+
+def _check_known(record: Attachment, name: str) -> None:
+    if name not in record.names:
+        raise ValueError(f"no adapter is called {name!r}; there are {', '.join(record.names) or 'none'}")
+
+
+def _deltas(record: Attachment, name: str):
+    return mounted_deltas(record) if name == record.name else record.others[name].deltas
+
+
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is its base, bit for bit; afterwards what was active is so again, fused if it was."""
+    record = attachment_of(model)
+    before, fused = dict(record.active), any(mount.layer.fused for mount in record.mounts.values())
+    set_adapter(model, None)
+    try:
+        yield
+    finally:
+        set_adapter(model, before)
+        if fused:
+            fuse(model)
+
+
+def get_adapter(model: nn.Module, name: str) -> Adapter:
+    """A loaded adapter, or the trainable one as it is now, for arithmetic: ``a + b``, ``0.5 * a``, ``-a``.
+
+    Raises: ValueError for a name that is not loaded.
+    """
+    record = attachment_of(model)
+    _check_known(record, name)
+    if name != record.name:
+        return record.others[name]
+    return Adapter(name, record.config, record.selection, record.fingerprint, mounted_deltas(record),
+                   couplings=record.couplings if record.given else None)
+
+
+def fuse_adapters(model: nn.Module, weights: Mapping[str, float], name: str) -> Overlap:
+    """Load the weighted sum of adapters as a new one called `name`; nothing becomes active.
+
+    Returns: what they have in common; on disjoint units nothing is lost.
+    Raises: ValueError for unknown names, weights that are no finite numbers, or a name that is taken.
+    """
+    record = attachment_of(model)
+    if not isinstance(weights, Mapping) or not weights:
+        raise TypeError(f"weights must be numbers by adapter, at least one, got {weights!r}")
+    weights = _weights(record, weights)
+    check_free(record, name)
+    adapters = {part: get_adapter(model, part) for part in weights}
+    record.others[name] = weighted_sum([(adapters[part], weight) for part, weight in weights.items()], name)
+    return overlap(list(adapters.values()))
+
+
+def check_free(record: Attachment, name: str) -> None:
+    """Raises: ValueError for what can't be a name or is one already."""
+    check_name(name)
+    if name in record.names:
+        raise ValueError(f"there is an adapter called {name!r} already: load it under another name")
+
+
+def list_adapters(model: nn.Module) -> List[str]:
+    """Names of all that are loaded, the trainable one first."""
+    return status(model).adapters
+
+
+def delete_adapter(model: nn.Module, name: str) -> None:
+    """Forget an adapter; where it is active, all that is active comes off first. With the last one the model is the
+    plain base, as after :func:`s2ft.detach`.
+
+    Raises: ValueError for a name that is not loaded.
+    """
+    record = attachment_of(model)
+    _check_known(record, name)
+    if name in record.active:
+        take_off(model, record)
+    others = {other: adapter for other, adapter in record.others.items() if other != name}
+    if name != record.name and (others or record.name is not None):
+        record.others = others
+        return
+    active = dict(record.active)
+    take_off(model, record)
+    restore(model, record)
+    if others:   # the trainable one goes: its layers too
+        model.requires_grad_(False)
+        kept = Attachment(record.couplings, record.fingerprint, record.required_grad, record.given, others=others)
+        setattr(model, RECORD, kept)
+        put_on(model, kept, active, {other: others[other].deltas for other in active})
+
+
+def rename_adapter(model: nn.Module, name: str, new: str) -> None:
+    """Raises: ValueError for a name that is not loaded, or a new one that can't be or is taken."""
+    record = attachment_of(model)
+    _check_known(record, name)
+    check_free(record, new)
+    if name == record.name:
+        record.name = new
+    record.others = {new if other == name else other: adapter for other, adapter in record.others.items()}
+    if new in record.others:
+        record.others[new].name = new
+    record.active = {new if other == name else other: weight for other, weight in record.active.items()}
+
+
+# ---- status ------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class StatusRow:
@@ -29,9 +157,13 @@ class StatusRow:
     path: str
     adapter: str
     elements: int      # rows or columns of the weight
-    active: bool
+    weight: float      # in the sum of what is active; 0 where it is not
     trainable: bool
-    fused: bool
+    fused: bool        # written into the weights
+
+    @property
+    def active(self) -> bool:
+        return self.weight != 0
 
 
 @dataclass(frozen=True)
@@ -39,12 +171,13 @@ class Status:
     """What is loaded, what is active and what is trainable; prints as a table."""
 
     adapters: List[str]
-    active: Optional[str]
+    active: Dict[str, float]   # weights by name; empty where none is
     trainable: Optional[str]
     rows: List[StatusRow]
 
     def __str__(self) -> str:
-        lines = [f"adapters: {', '.join(self.adapters) or 'none'}; active: {self.active or 'none'}; "
+        active = ", ".join(name if weight == 1 else f"{weight:g} × {name}" for name, weight in self.active.items())
+        lines = [f"adapters: {', '.join(self.adapters) or 'none'}; active: {active or 'none'}; "
                  f"trainable: {self.trainable or 'none'}"]
         width = max((len(row.path) for row in self.rows), default=0)
         for row in self.rows:
@@ -56,17 +189,19 @@ class Status:
 def status(model: nn.Module) -> Status:
     """What s2ft has done to `model`, read from the layers themselves, layer by layer."""
     if RECORD not in model.__dict__:
-        return Status([], None, None, [])
+        return Status([], {}, None, [])
     record = attachment_of(model)
     rows = []
+    written = {projection.name for projection, *_ in record.applied}
     for path, (mount, part) in record.parts.items():
-        layer = mount.layer
-        rows.append(StatusRow(path, record.name, part.elements.numel(), layer.enabled,
-                              layer.s2.requires_grad, layer.fused))
-    applied = {projection.name for projection, *_ in record.applied}
+        layer, weight = mount.layer, record.active.get(record.name, 0.0)
+        by_layer = layer.enabled if weight in (0, 1) else path in written
+        rows.append(StatusRow(path, record.name, part.elements.numel(), (weight or 1.0) if by_layer else 0.0,
+                              layer.s2.requires_grad, layer.fused or (by_layer and not layer.enabled)))
     for name, adapter in record.others.items():
+        weight = record.active.get(name, 0.0)
         for path, delta in adapter.deltas.items():
-            active = name == record.active and path in applied
-            rows.append(StatusRow(path, name, delta.index.numel(), active, False, active))
+            rows.append(StatusRow(path, name, delta.index.numel(), weight if path in written else 0.0, False,
+                                  weight != 0 and path in written))
     trains = any(mount.layer.s2.requires_grad for mount in record.mounts.values())
-    return Status(record.names, record.active, record.name if trains else None, rows)
+    return Status(record.names, dict(record.active), record.name if trains else None, rows)

@@ -103,7 +103,7 @@ def for_generation(model) -> Iterator[None]:
     afterwards all is as it was, the weights bit for bit."""
     was_training = model.training
     state = s2ft.status(model)
-    fuse = state.active is not None and not any(row.fused for row in state.rows)
+    fuse = state.active and not any(row.fused for row in state.rows)
     model.eval()
     if fuse:
         s2ft.fuse(model)
