@@ -11,7 +11,7 @@ from s2ft.mounting import attachment_of
 from s2ft.selection import Selection
 from s2ft.selection.budget import unit_parameters
 from s2ft.selection.selection import span
-from s2ft.weights import weight_of
+from s2ft.weights import parameters_of, weight_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Report:
         parts = [Trained(part.projection, part.elements.numel() // part.projection.unit,
                          mount.layer.s2.numel() // mount.layer.s2.shape[mount.layer.dim] * part.elements.numel(),
                          mount.layer.s2.dtype) for mount, part in record.parts.values()]
-        total = sum(parameter.numel() for parameter in model.parameters()) - sum(part.parameters for part in parts)
+        total = parameters_of(model) - sum(part.parameters for part in parts)
         return cls._from(record.name, record.config, parts, total)
 
     @classmethod
@@ -64,7 +64,7 @@ class Report:
                 units = selection[projection.name].numel()
                 parts.append(Trained(projection, units, units * unit_parameters(model, projection),
                                      config.delta_dtype_for(weight_of(model, projection).dtype)))
-        return cls._from("planned", config, parts, sum(parameter.numel() for parameter in model.parameters()))
+        return cls._from("planned", config, parts, parameters_of(model))
 
     @classmethod
     def _from(cls, name: str, config: S2FTConfig, parts: List[Trained], total: int) -> "Report":

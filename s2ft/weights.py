@@ -113,6 +113,13 @@ def shape_of(model: nn.Module, projection: Projection) -> torch.Size:
     return matrix_of(model, projection).shape
 
 
+def parameters_of(model: nn.Module) -> int:
+    """How many there are; of a weight that is packed, what it stands for."""
+    packed = {id(module.weight): module for module in model.modules() if is_quantized(module)}
+    return sum(packed[id(p)].in_features * packed[id(p)].out_features if id(p) in packed else p.numel()
+               for p in model.parameters())
+
+
 def weight_of(model: nn.Module, projection: Projection) -> Tensor:
     """The parameter as it is stored, all experts of it."""
     found = find(model, projection.path)

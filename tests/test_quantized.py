@@ -570,3 +570,11 @@ def test_sharded_weights_are_refused():
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     mp.spawn(attach_sharded, args=(port,), nprocs=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_report_counts_parameters_not_packed_bytes(kind):
+    dense, model = plain(), quantized(kind)
+    config = S2FTConfig(d_ratio=0.1, layout="indexed")
+    expected = s2ft.plan(dense, config)
+    assert s2ft.plan(model, config).total == expected.total == s2ft.attach(model, config).total
