@@ -1,0 +1,157 @@
+"""Stacks of experts: the layer by itself, and what is particular about a mixture."""
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.models import ALL_RATIOS, inputs_of, model_of, output_of, ratios_for, train
+from support.tolerances import relative_difference
+from torch import nn
+
+import s2ft
+from s2ft import S2FTConfig
+from s2ft.layers import S2ColumnStack, S2RowStack
+from s2ft.mounting import attachment_of
+
+KINDS = {0: S2ColumnStack, 1: S2RowStack}
+INDEX = {0: torch.tensor([3, 1]), 2: torch.tensor([0, 4, 2])}   # expert 1 has no units
+
+
+def stack(dim, dtype=torch.float32):
+    torch.manual_seed(0)
+    layer = KINDS[dim](nn.Parameter(torch.randn(3, 6, 5).to(dtype)), INDEX, torch.float32)
+    nn.init.normal_(layer.s2)
+    return layer
+
+
+def effective(layer, dim):
+    weight = layer.weight.detach().clone()
+    parts = iter(layer.s2.detach().unbind(dim))
+    for expert, units in INDEX.items():
+        for unit in units.tolist():
+            weight[expert].select(dim, unit).copy_(weight[expert].select(dim, unit) + next(parts))
+    return weight
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("dim", (0, 1))
+def test_a_stack_is_its_effective_weight(dim, dtype):
+    layer = stack(dim, dtype)
+    x, expected = torch.randn(7, 5).to(dtype), effective(layer, dim)
+    before = layer.weight.clone()
+    for expert in range(3):
+        assert torch.equal(layer(x, expert), F.linear(x, expected[expert]))
+    assert torch.equal(layer.weight, before)
+    layer.eval()
+    layer.fuse()
+    assert torch.equal(layer.weight, expected) and torch.equal(layer(x, 2), F.linear(x, expected[2]))
+    layer.unfuse()
+    assert torch.equal(layer.weight, before)
+    layer.enabled = False
+    assert torch.equal(layer(x, 0), F.linear(x, before[0]))
+
+
+@pytest.mark.parametrize("dim", (0, 1))
+def test_gradients_of_a_stack(dim):
+    layer = stack(dim)
+    full = effective(layer, dim).requires_grad_()
+    inputs = [torch.randn(4, 5) for _ in range(3)]
+    layer.begin()
+    sum(layer(x, expert).square().sum() for expert, x in enumerate(inputs)).backward()
+    layer.end()
+    sum(F.linear(x, full[expert]).square().sum() for expert, x in enumerate(inputs)).backward()
+    expected = torch.cat([full.grad[expert].index_select(dim, units) for expert, units in INDEX.items()], dim)
+    assert relative_difference(layer.s2.grad, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("fused", (False, True))
+def test_a_stacks_state_comes_back(fused):
+    layer, other = stack(0).eval(), stack(0).eval()
+    nn.init.zeros_(other.s2)
+    if fused:
+        layer.fuse()
+    other.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 5)
+    assert other.fused == fused and torch.equal(other(x, 0), layer(x, 0))
+    layer.unfuse(), other.unfuse()
+    assert torch.equal(other.weight, layer.weight) and torch.equal(other(x, 2), layer(x, 2))
+
+
+@pytest.mark.parametrize("layout", ("permuted", "indexed"))
+def test_experts_move_each_for_itself(layout):
+    base = model_of("mixtral")
+    model = copy.deepcopy(base)
+    s2ft.attach(model, S2FTConfig(d_ratio=0.25, layout=layout))
+    experts, path = model.model.layers[0].mlp.experts, "model.layers.0.mlp.experts.down_proj"
+    chosen = [attachment_of(model).selection[f"{path}[{expert}]"].tolist() for expert in range(3)]
+    assert chosen[0] != chosen[1] != chosen[2]
+    moved = [not torch.equal(experts.gate_up_proj[e], base.model.layers[0].mlp.experts.gate_up_proj[e]) for e in range(3)]
+    assert moved == [layout == "permuted"] * 3
+    assert isinstance(experts.gate_up_proj, nn.Parameter) and isinstance(experts.down_proj, S2RowStack)
+    assert list(base.model.layers[0].mlp.experts.state_dict()) == list(
+        s2ft.detach(model).model.layers[0].mlp.experts.state_dict())
+
+
+def test_an_expert_that_no_token_comes_to():
+    """Its units get a gradient of zeros, the others' theirs; and no token at all gives nothing."""
+    model = model_of("mixtral")
+    s2ft.attach(model, S2FTConfig(d_ratio=0.25))
+    experts = model.model.layers[0].mlp.experts
+    experts(torch.randn(5, 24), torch.tensor([[0, 1]] * 5), torch.rand(5, 2)).sum().backward()
+    first, second, third = experts.down_proj.s2.grad.split(experts.down_proj.counts, 1)
+    assert first.abs().sum() > 0 and second.abs().sum() > 0 and torch.equal(third, torch.zeros_like(third))
+    assert experts(torch.randn(0, 24), torch.empty(0, 2, dtype=torch.int64), torch.rand(0, 2)).shape == (0, 24)
+
+
+def test_a_loss_on_the_router_still_reaches_what_comes_before():
+    """The weights of the mixture pass a gradient on, as in the plain model."""
+    model, plain = model_of("qwen3-moe"), model_of("qwen3-moe")
+    s2ft.attach(model, S2FTConfig(d_ratio=0.2))
+    for each in (model, plain):
+        each.requires_grad_(False)
+        embedded = each.get_input_embeddings()(inputs_of(each)["input_ids"]).requires_grad_()
+        each(inputs_embeds=embedded).logits.square().sum().backward()
+        each.gradient = embedded.grad
+    assert relative_difference(model.gradient, plain.gradient) <= 1e-5
+
+
+def test_every_implementation_of_experts_can_be_the_base():
+    for implementation in ("eager", "batched_mm", "grouped_mm"):
+        model = model_of("mixtral")
+        model.set_experts_implementation(implementation)
+        before = output_of(model).detach()
+        s2ft.attach(model, S2FTConfig(**ratios_for("mixtral", ALL_RATIOS)))
+        assert relative_difference(output_of(model), before) <= 1e-5
+        train(model, 1)
+        assert relative_difference(output_of(s2ft.detach(model)), before) <= 1e-5
+
+
+def test_checkpointed_blocks_with_experts_train_alike():
+    losses = []
+    for checkpointing in (False, True):
+        model = model_of("mixtral")
+        s2ft.attach(model, S2FTConfig(**ratios_for("mixtral", ALL_RATIOS)))
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        losses.append(train(model, 3))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+WRONG = {
+    "expert": ({"expert": 3}, "more than 3 experts"),
+    "no parameter": ({"path": "model.layers.0.mlp.gate"}, "must be a parameter"),
+    "no expert": ({"expert": None}, "is a Parameter"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_experts_are_named(wrong):
+    from dataclasses import replace
+
+    from s2ft.arch import couplings_of
+    change, message = WRONG[wrong]
+    model = model_of("mixtral")
+    one = next(c for c in couplings_of(model) if c.kind == "experts")
+    one = replace(one, consumer=replace(one.consumer, **change))
+    with pytest.raises(ValueError, match=message):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.2), couplings=[one], verify=False)
