@@ -1,19 +1,24 @@
-"""The native format: deltas and indices in safetensors, the rest in s2ft_config.json."""
+"""The native format: deltas and indices in safetensors, the rest in s2ft_config.json.
+
+Reading is strict, since a folder may come from anywhere: see :mod:`s2ft.adapter.formats.reading`.
+"""
 import hashlib
 import json
+import math
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 import s2ft.version
 from s2ft.adapter.adapter import Adapter
+from s2ft.adapter.formats.reading import (FLOATS, INTEGERS, check_adapter_name, check_finite, check_projection,
+                                          open_file, read_json, read_tensors, shortened)
 from s2ft.arch import given_couplings
 from s2ft.config import S2FTConfig
-from s2ft.coupling import Coupling
+from s2ft.coupling import Coupling, projections_of
 from s2ft.delta import Delta
 from s2ft.files import replace_file
 from s2ft.selection import Selection
@@ -21,15 +26,22 @@ from s2ft.selection import Selection
 SCHEMA = 2           # 2: couplings given by hand
 TENSORS = "s2ft_adapter.safetensors"
 CONFIG = "s2ft_config.json"   # not adapter_config.json, which PEFT and AutoModel would take for theirs
+# what the config's own digest takes in; the rest has a digest of its own, or says how to read the file
+DIGESTED = ("name", "config", "projections", "base_fingerprint", "info", "couplings")
+FIELDS = {"schema", "s2ft_version", "selection_digest", "tensors_sha256", "config_sha256", *DIGESTED}
+MAX_ELEMENTS = 2**24   # of one side of a weight, where couplings in the file say how many there are
 
 
 def write(adapter: Adapter, directory) -> None:
     """Save to `directory`, which is made if need be. Each file is written beside and renamed.
 
-    Raises: ValueError for an empty tensor (a shard that was not gathered) or a NaN, nothing written.
+    Raises: ValueError for an empty tensor (a shard that was not gathered), a NaN or a name that could not be read
+    again, nothing written.
     """
+    check_adapter_name(adapter.name, "save")
     tensors = {}
     for path, delta in adapter.deltas.items():
+        check_projection(path, "save")
         if delta.values.numel() == 0 or not bool(torch.isfinite(delta.values).all()):
             raise ValueError(f"{path}: the delta is empty or not finite, so it is not saved")
         tensors[f"{path}.delta"] = delta.values.detach().cpu().contiguous()
@@ -49,53 +61,53 @@ def write(adapter: Adapter, directory) -> None:
     }
     if adapter.couplings is not None:
         config["couplings"] = [coupling.to_dict() for coupling in adapter.couplings]
+    config = json.loads(json.dumps(config, allow_nan=False))   # with keys and lists as they will be read
+    config["config_sha256"] = _digest(config)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     replace_file(directory / TENSORS, blob)
     replace_file(directory / CONFIG, json.dumps(config, indent=1).encode())
 
 
+def _digest(config: Dict[str, Any]) -> str:
+    kept = {name: config[name] for name in DIGESTED if name in config}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
 def read(directory) -> Adapter:
-    """Load strictly: what is missing, left over, misshapen or damaged is an error that names it.
+    """Load strictly: what is missing, left over, misshapen, damaged or not to be trusted is an error that names it.
 
     Raises: FileNotFoundError where a file is missing, ValueError for anything else.
     """
     directory = Path(directory)
-    for name in (CONFIG, TENSORS):
-        if not (directory / name).is_file():
-            raise FileNotFoundError(f"{directory} is no S²FT adapter: it has no {name}")
-    header = _read_header(directory / CONFIG)
-    blob = (directory / TENSORS).read_bytes()
-    try:
-        tensors = load(blob)
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{directory / TENSORS} is truncated or damaged: {error}") from None
-    projections = _field(header, "projections", dict, directory / CONFIG)
-    expected = {f"{path}.{part}" for path in projections for part in ("delta", "index")}
-    _check_keys(set(tensors), expected, directory / TENSORS)
-    deltas = {path: _delta(path, entry, tensors) for path, entry in projections.items()}
+    path, tensors_path = (open_file(directory, name, "S²FT adapter") for name in (CONFIG, TENSORS))
+    header = _read_header(path)
+    check_adapter_name(_field(header, "name", str, path), str(path))
+    projections = _projections(header, path)
+    tensors, blob = read_tensors(tensors_path, lambda entries: _check_entries(entries, projections, tensors_path))
+    deltas = {name: _delta(name, entry, tensors) for name, entry in projections.items()}
     if hashlib.sha256(blob).hexdigest() != header.get("tensors_sha256"):
-        raise ValueError(f"{directory / TENSORS} is damaged or from another save than {CONFIG}: its sha256 differs")
-    selection = Selection({path: torch.tensor(entry["units"]) for path, entry in projections.items()})
+        raise ValueError(f"{tensors_path} is damaged or from another save than {CONFIG}: its sha256 differs")
+    selection = Selection({name: torch.tensor(entry["units"]) for name, entry in projections.items()})
     if selection.digest != header.get("selection_digest"):
-        raise ValueError(f"{directory / CONFIG}: the units listed are not those that were saved")
-    base = _field(header, "base_fingerprint", dict, directory / CONFIG)
-    if not isinstance(base.get("dtype"), str) or not isinstance(base.get("layers"), dict):
-        raise ValueError(f"{directory / CONFIG}: base_fingerprint must have dtype and layers")
-    return Adapter(_field(header, "name", str, directory / CONFIG), _config(header, directory / CONFIG), selection,
-                   base, deltas, header.get("info", {}), _couplings(header, directory / CONFIG))
+        raise ValueError(f"{path}: the units listed are not those that were saved")
+    adapter = Adapter(header["name"], _config(header, path), selection, _fingerprint(header, path), deltas,
+                      _field(header, "info", dict, path), _couplings(header, path))
+    if header["schema"] > 1 and header.get("config_sha256", _digest(header)) != _digest(header):
+        raise ValueError(f"{path} is damaged: its config_sha256 differs")
+    return adapter
 
 
 def _read_header(path: Path) -> Dict[str, Any]:
-    try:
-        header = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    header = read_json(path)
     schema = header.get("schema") if isinstance(header, dict) else None
-    if not isinstance(schema, int):
+    if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
         raise ValueError(f"{path} is no S²FT adapter config: it has no schema number")
     if schema > SCHEMA:
-        raise ValueError(f"{path} has schema {schema}; this s2ft reads up to {SCHEMA}: update s2ft")
+        raise ValueError(f"{path} has schema {shortened(schema)}; this s2ft reads up to {SCHEMA}: update s2ft")
+    foreign = sorted(header.keys() - FIELDS)
+    if foreign:
+        raise ValueError(f"{path} has foreign fields {shortened(foreign)}")
     return header
 
 
@@ -105,6 +117,22 @@ def _field(header: Dict[str, Any], name: str, kind: type, path: Path) -> Any:
     return header[name]
 
 
+def _projections(header: Dict[str, Any], path: Path) -> Dict[str, Any]:
+    """{name: {"dim": 0 or 1, "units": ascending numbers}}."""
+    projections = _field(header, "projections", dict, path)
+    if not projections:
+        raise ValueError(f"{path}: projections is empty")
+    for name, entry in projections.items():
+        check_projection(name, str(path))
+        units = entry.get("units") if isinstance(entry, dict) else None
+        if not isinstance(units, list) or type(entry.get("dim")) is not int or entry["dim"] not in (0, 1):
+            raise ValueError(f"{name}: its entry in {CONFIG} must have dim 0 or 1 and a list of units")
+        if not units or any(type(unit) is not int or not 0 <= unit < 2**31 for unit in units) \
+                or any(a >= b for a, b in zip(units, units[1:])):
+            raise ValueError(f"{name}: units in {CONFIG} must be ascending numbers from 0, and at least one")
+    return projections
+
+
 def _config(header: Dict[str, Any], path: Path) -> S2FTConfig:
     try:
         return S2FTConfig(**_field(header, "config", dict, path))
@@ -112,28 +140,65 @@ def _config(header: Dict[str, Any], path: Path) -> S2FTConfig:
         raise ValueError(f"{path}: config does not fit this s2ft: {error}") from None
 
 
+def _fingerprint(header: Dict[str, Any], path: Path) -> Dict[str, Any]:
+    base = _field(header, "base_fingerprint", dict, path)
+    if not isinstance(base.get("dtype"), str) or not isinstance(base.get("layers"), dict):
+        raise ValueError(f"{path}: base_fingerprint must have dtype and layers")
+    for layer in base["layers"].values():
+        samples = layer.get("samples") if isinstance(layer, dict) else None
+        if not isinstance(samples, list) or not isinstance(layer.get("digest"), str) or not all(
+                isinstance(value, float) and math.isfinite(value) for value in samples):
+            raise ValueError(f"{path}: every layer of base_fingerprint must have a digest and samples")
+    return base
+
+
 def _couplings(header: Dict[str, Any], path: Path) -> Optional[List[Coupling]]:
     if "couplings" not in header:
         return None
     try:
-        return given_couplings([Coupling.from_dict(entry) for entry in _field(header, "couplings", list, path)])
+        couplings = [Coupling.from_dict(entry) for entry in _field(header, "couplings", list, path)]
+        for projection in projections_of(couplings):
+            check_projection(projection.path, "couplings")
+            _check_size(projection)
+        return given_couplings(couplings)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: couplings can't be read: {error}") from None
 
 
-def _check_keys(found: set, expected: set, path: Path) -> None:
-    if found != expected:
-        raise ValueError(f"{path}: missing keys {sorted(expected - found)}, foreign keys {sorted(found - expected)}")
+def _check_size(projection) -> None:
+    """Before lists of elements are made of what the file says."""
+    numbers = [projection.count, projection.unit, projection.start, projection.stride, projection.size,
+               projection.expert]
+    if any(isinstance(n, int) and n > MAX_ELEMENTS for n in numbers) \
+            or isinstance(projection.count, int) and isinstance(projection.unit, int) \
+            and projection.count * projection.unit > MAX_ELEMENTS:
+        raise ValueError(f"{projection.path} has more than {MAX_ELEMENTS:,} elements")
 
 
-def _delta(path: str, entry: Any, tensors: Dict[str, Tensor]) -> Delta:
-    values, index = tensors[f"{path}.delta"], tensors[f"{path}.index"].to(torch.int64)
-    if not isinstance(entry, dict) or entry.get("dim") not in (0, 1) or not isinstance(entry.get("units"), list):
-        raise ValueError(f"{path}: its entry in {CONFIG} must have dim 0 or 1 and a list of units")
-    dim = entry["dim"]
-    if values.dim() not in (2, 3) or index.dim() != 1 or index.numel() == 0 or values.shape[dim] != index.numel():
-        raise ValueError(f"{path}: delta of shape {tuple(values.shape)} and index of shape {tuple(index.shape)} "
-                         f"do not fit along dim {dim}")
+def _check_entries(entries: Dict[str, Tuple[str, Tuple[int, ...]]], projections: Dict[str, Any], path: Path) -> None:
+    expected = {f"{name}.{part}" for name in projections for part in ("delta", "index")}
+    if entries.keys() != expected:
+        missing, foreign = sorted(expected - entries.keys()), sorted(entries.keys() - expected)
+        raise ValueError(f"{path}: missing keys {_some(missing)}, foreign keys {_some(foreign)}")
+    for name, entry in projections.items():
+        (dtype, shape), (of_index, index) = entries[f"{name}.delta"], entries[f"{name}.index"]
+        if dtype not in FLOATS or of_index not in INTEGERS:
+            raise ValueError(f"{name}: delta must be floating-point and index integers, not {dtype} and {of_index}")
+        if len(shape) not in (2, 3) or len(index) != 1 or index[0] == 0 or 0 in shape or shape[entry["dim"]] != index[0]:
+            raise ValueError(f"{name}: delta of shape {shape} and index of shape {index} do not fit along dim "
+                             f"{entry['dim']}")
+        if index[0] % len(entry["units"]):
+            raise ValueError(f"{name}: {index[0]} elements are no {len(entry['units'])} units: the units listed are "
+                             "not those that were saved")
+
+
+def _some(keys: List[str]) -> str:
+    return f"[{', '.join(shortened(key) for key in keys[:10])}{', …' * (len(keys) > 10)}]"
+
+
+def _delta(name: str, entry: Dict[str, Any], tensors: Dict[str, Tensor]) -> Delta:
+    values, index = tensors[f"{name}.delta"], tensors[f"{name}.index"].to(torch.int64)
     if int(index.min()) < 0 or not bool((index[1:] > index[:-1]).all()):
-        raise ValueError(f"{path}.index must be ascending and not negative")
-    return Delta(dim, index, values)
+        raise ValueError(f"{name}.index must be ascending and not negative")
+    check_finite(f"{name}.delta", values)
+    return Delta(entry["dim"], index, values)

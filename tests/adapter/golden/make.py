@@ -1,0 +1,81 @@
+"""Made the adapters in this folder: `python make.py NAME`, each with the s2ft of its day (schema-1 before couplings
+could be given, schema-2 before its config had a digest). They are never made again, and have to load for ever. What
+a later schema adds gets a name and a folder of its own."""
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import s2ft
+from s2ft import S2FTConfig
+
+HERE = Path(__file__).parent
+RATIOS = dict(q_ratio=0.5, v_ratio=0.5, o_ratio=0.25, u_ratio=0.1, d_ratio=0.2)
+
+
+def numbers(count: int, seed: int) -> torch.Tensor:
+    """[count] float32 in [-0.5, 0.5), the same with every release of torch: 24 bits of sha256 each."""
+    digests = b"".join(hashlib.sha256(f"{seed} {i}".encode()).digest() for i in range(count // 8 + 1))
+    words = torch.frombuffer(bytearray(digests), dtype=torch.int32)[:count]
+    return (words & 0xFFFFFF).float() / 2**24 - 0.5
+
+
+def fill(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            parameter.copy_(numbers(parameter.numel(), i).view_as(parameter))
+    return model
+
+
+def llama() -> nn.Module:
+    return fill(LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=20, num_hidden_layers=2, vocab_size=11,
+                                             num_attention_heads=4, num_key_value_heads=2)))
+
+
+def perceptron() -> nn.Module:
+    return fill(nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 4)))
+
+
+def couplings() -> list:
+    from s2ft import Coupling, Projection   # not there when schema-1 was made
+
+    return [Coupling("ffn", 0, (Projection("u", "0", 6, 2, 0),), Projection("d", "2", 6, 2, 1))]
+
+
+MODELS = {"schema-1": llama, "schema-2": llama, "schema-2-couplings": perceptron}
+
+
+def digests(model: nn.Module) -> dict:
+    """sha256 of every weight's bytes."""
+    return {key: hashlib.sha256(weight.detach().contiguous().numpy().tobytes()).hexdigest()
+            for key, weight in model.state_dict().items()}
+
+
+def save(model: nn.Module, name: str) -> None:
+    """With deltas given by `numbers`, and the weights that merging must give beside it."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        for i, parameter in enumerate(trained):
+            parameter.copy_(numbers(parameter.numel(), 1000 + i).view_as(parameter) / 8)
+    s2ft.save_adapter(model, HERE / name)
+    merged = digests(s2ft.merge(model))
+    (HERE / name / "merged.json").write_text(json.dumps(merged, indent=1) + "\n")
+
+
+def make(name: str) -> None:
+    model = MODELS[name]()
+    if name == "schema-2-couplings":
+        s2ft.attach(model, S2FTConfig(u_ratio=0.5, d_ratio=0.3), name="golden", couplings=couplings(),
+                    example=torch.ones(1, 6))
+    else:
+        layout = {"schema-1": "permuted", "schema-2": "indexed"}[name]
+        s2ft.attach(model, S2FTConfig(**RATIOS, layout=layout), name="golden")
+    save(model, name)
+
+
+if __name__ == "__main__":
+    make(sys.argv[1])
