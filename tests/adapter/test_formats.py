@@ -1,0 +1,354 @@
+"""Formats: golden adapters, PEFT's LoRA both ways, the hub."""
+import importlib.util
+import json
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.models import ALL_RATIOS, model_of, output_of, ratios_for, token_batch, train
+from torch import nn
+
+import s2ft
+from s2ft import S2FTConfig
+from s2ft.adapter import read_adapter
+from s2ft.adapter.export import export_lora, import_lora
+from s2ft.adapter.formats import lora
+from s2ft.adapter.switch import get_adapter
+
+RATIOS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}
+FAMILIES = ("llama", "llama-grouped", "llama-multi-query", "llama-biased", "mistral", "qwen2", "gemma2", "phi",
+            "phi3", "phi3-grouped", "gpt2", "gpt2-odd", "gpt2-cross-attention", "gpt-neox", "opt", "bert", "roberta",
+            "vit", "t5", "whisper", "clip")
+
+
+def trained(case, layout="permuted", steps=2, dtype=torch.float32, **ratios):
+    model = model_of(case, dtype)
+    s2ft.attach(model, S2FTConfig(**ratios_for(case, ratios or RATIOS), layout=layout))
+    train(model, steps)
+    return model
+
+
+def assert_equal_deltas(ours, theirs):
+    assert ours.deltas.keys() == theirs.deltas.keys() and ours.selection == theirs.selection
+    for path, delta in ours.deltas.items():
+        other = theirs.deltas[path]
+        assert delta.dim == other.dim and torch.equal(delta.index, other.index), path
+        assert delta.values.dtype == other.values.dtype and torch.equal(delta.values, other.values), path
+
+
+# ---- golden adapters -----------------------------------------------------------------------------------
+
+GOLDEN = Path(__file__).parent / "golden"
+specification = importlib.util.spec_from_file_location("golden_make", GOLDEN / "make.py")
+golden = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(golden)
+
+
+@pytest.mark.parametrize("trainable", (False, True), ids=("applied", "trainable"))
+@pytest.mark.parametrize("name", golden.MODELS)
+def test_golden_adapters_load_for_ever(name, trainable):
+    model = golden.MODELS[name]()
+    s2ft.load_adapter(model, GOLDEN / name, trainable=trainable)
+    assert s2ft.status(model).adapters == ["golden"]
+    assert golden.digests(s2ft.merge(model)) == json.loads((GOLDEN / name / "merged.json").read_text())
+
+
+def test_every_golden_folder_is_tested():
+    assert {path.parent.name for path in GOLDEN.glob("*/merged.json")} == set(golden.MODELS)
+
+
+def test_golden_adapters_saved_again_are_equal(tmp_path):
+    for name in golden.MODELS:
+        adapter = read_adapter(GOLDEN / name)
+        s2ft.adapter.formats.native.write(adapter, tmp_path / name)
+        again = read_adapter(tmp_path / name)
+        assert_equal_deltas(again, adapter)
+        assert (again.config, again.fingerprint, again.couplings) == (
+            adapter.config, adapter.fingerprint, adapter.couplings)
+
+
+# ---- LoRA, out -----------------------------------------------------------------------------------------
+
+def with_peft(model, folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)   # about keys that are missing, or that PEFT makes up for
+        return peft.PeftModel.from_pretrained(model, folder).eval()
+
+
+def relative(ours, theirs):
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@pytest.mark.parametrize("case,pattern", [(case, False) for case in FAMILIES] + [
+    (case, True) for case in ("llama-grouped", "phi3", "gpt2", "bert")])
+def test_peft_computes_what_the_attached_model_does(case, pattern, tmp_path):
+    model = trained(case)
+    export_lora(model, tmp_path, rank_pattern=pattern)
+    other = with_peft(model_of(case), tmp_path)
+    with torch.no_grad():
+        expected, found = output_of(model), output_of(other.base_model.model)
+        assert relative(output_of(model_of(case)), expected) > 1e-3
+    assert relative(found, expected) < 1e-5
+    for path, module in other.base_model.model.named_modules():   # exact, number by number
+        if hasattr(module, "lora_A"):
+            assert module.scaling["default"] == 1.0, path
+    merged, stock = s2ft.merge(model).state_dict(), other.merge_and_unload().state_dict()
+    assert merged.keys() == stock.keys()
+    assert all(torch.equal(weight, stock[key]) for key, weight in merged.items())
+
+
+@pytest.mark.parametrize("layout", ("permuted", "indexed"))
+@pytest.mark.parametrize("case", ("llama-grouped", "phi3", "gpt2", "gpt-neox", "bert"))
+def test_there_and_back_is_equal(case, layout, tmp_path):
+    model = trained(case, layout)
+    for i, options in enumerate(({}, {"rank_pattern": True}, {"rank": 100})):
+        export_lora(model, tmp_path / str(i), **options)
+        for base in (model_of(case), model):   # with and without adapters
+            assert_equal_deltas(lora.read(tmp_path / str(i), base), get_adapter(model, "default"))
+
+
+def test_there_and_back_in_bfloat16(tmp_path):
+    model = model_of("llama", torch.bfloat16)
+    s2ft.attach(model, S2FTConfig(**RATIOS, delta_dtype="bfloat16"))
+    train(model)
+    export_lora(model, tmp_path)
+    other = model_of("llama", torch.bfloat16)
+    import_lora(other, tmp_path, "back")
+    assert_equal_deltas(get_adapter(other, "back"), get_adapter(model, "default"))
+    assert s2ft.status(other).adapters == ["back"]
+    ours, theirs = s2ft.merge(model).state_dict(), s2ft.merge(other).state_dict()
+    assert all(torch.equal(weight, theirs[key]) for key, weight in ours.items())
+
+
+def test_what_was_imported_trains_on(tmp_path):
+    model = trained("llama")
+    export_lora(model, tmp_path / "lora")
+    s2ft.adapter.formats.native.write(lora.read(tmp_path / "lora", model_of("llama")), tmp_path / "back")
+    other = model_of("llama")
+    s2ft.load_adapter(other, tmp_path / "back", trainable=True)
+    batch = token_batch(model)
+    torch.testing.assert_close(other(batch).logits, model(batch).logits)
+    assert train(other)[-1] < train(trained("llama", steps=0), 1)[0]
+
+
+def test_a_whole_trained_head_that_is_zero_comes_back(tmp_path):
+    """What did not change is trained all the same."""
+    model = trained("llama", steps=0)
+    export_lora(model, tmp_path)
+    assert_equal_deltas(lora.read(tmp_path, model_of("llama")), get_adapter(model, "default"))
+
+
+@pytest.mark.parametrize("ratio,rank", ((0.1, 8), (0.3, 16), (0.7, 64)))
+def test_the_rank_is_one_that_vllm_can_be_set_to(ratio, rank, tmp_path):
+    export_lora(trained("llama", steps=1, d_ratio=ratio), tmp_path)
+    config = json.loads((tmp_path / lora.CONFIG).read_text())
+    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (rank, rank, ["down_proj"])
+    assert config["rank_pattern"] == {} and config["task_type"] == "CAUSAL_LM" and config["bias"] == "none"
+    assert all(tensor.shape["lora_B" in key] == rank for key, tensor in load_file(tmp_path / lora.TENSORS).items())
+
+
+def test_too_wide_for_vllm_is_said(tmp_path):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 600), nn.ReLU(), nn.Linear(600, 4))
+    mlp = s2ft.Coupling("ffn", 0, (s2ft.Projection("u", "0", 600, 1, 0),), s2ft.Projection("d", "2", 600, 1, 1))
+    s2ft.attach(net, S2FTConfig(u_ratio=0.9, d_ratio=0.01), couplings=[mlp], example=torch.randn(2, 4))
+    with pytest.warns(UserWarning, match="rank 540, and vLLM's max_lora_rank is 512 at most"):
+        export_lora(net, tmp_path / "a")
+    assert json.loads((tmp_path / "a" / lora.CONFIG).read_text())["r"] == 540
+    with pytest.raises(ValueError, match="rank must be at least 540.*got 512"):
+        export_lora(net, tmp_path / "b", rank=512)
+    with pytest.raises(ValueError, match="exclude each other"):
+        export_lora(net, tmp_path / "b", rank=600, rank_pattern=True)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_module_of_ones_own(tmp_path):
+    """With a module outside whose name ends like one inside."""
+    def net():
+        torch.manual_seed(0)
+        inner = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 6))
+        return nn.Sequential(nn.Linear(6, 6), inner, nn.Linear(6, 6))
+
+    mlp = [s2ft.Coupling("ffn", 0, (s2ft.Projection("u", "1.0", 20, 1, 0),), s2ft.Projection("d", "1.2", 20, 1, 1))]
+    model = net()
+    s2ft.attach(model, S2FTConfig(u_ratio=0.3, d_ratio=0.2), couplings=mlp, example=torch.randn(2, 6))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    export_lora(model, tmp_path, rank_pattern=True)
+    x = torch.randn(3, 6)
+    assert relative(with_peft(net(), tmp_path)(x), model(x)) < 1e-5
+    back = lora.read(tmp_path, net(), couplings=mlp)
+    assert_equal_deltas(back, get_adapter(model, "default"))
+    other = net()
+    import_lora(other, tmp_path, couplings=mlp)
+    torch.testing.assert_close(other(x), model(x))
+
+
+def test_experts_and_convolutions_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"down_proj\[0\] is the weight of experts.*export the model merged"):
+        export_lora(trained("mixtral", steps=1, d_ratio=0.1), tmp_path / "a")
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    mlp = s2ft.Coupling("ffn", 0, (s2ft.Projection("u", "0", 8, 1, 0),), s2ft.Projection("d", "2", 8, 1, 1))
+    s2ft.attach(net, S2FTConfig(d_ratio=0.3), couplings=[mlp], example=torch.randn(2, 3, 9, 9))
+    with pytest.raises(ValueError, match="2 is a convolution.*export the model merged"):
+        export_lora(net, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    assert list(lora.RANKS) == sorted(lora.RANKS)
+
+
+def test_another_model_is_refused(tmp_path):
+    other = model_of("llama")
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight[3, 4] += 0.5
+    with pytest.raises(ValueError, match="another base"):
+        lora.write(get_adapter(trained("llama", steps=0), "default"), other, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_pattern_saves_bytes(tmp_path):
+    model = trained("llama", steps=1)
+    for name, pattern in (("uniform", False), ("pattern", True)):
+        export_lora(model, tmp_path / name, rank_pattern=pattern)
+    sizes = [(tmp_path / name / lora.TENSORS).stat().st_size for name in ("pattern", "uniform")]
+    assert sizes[0] < sizes[1]
+
+
+# ---- LoRA, in ------------------------------------------------------------------------------------------
+
+def lora_of_peft(case, folder, change=lambda model: None, **options):
+    """A folder that PEFT itself writes."""
+    config = peft.LoraConfig(**{**dict(r=4, lora_alpha=4, target_modules=["down_proj"]), **options})
+    model = peft.get_peft_model(model_of(case), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.zero_()
+        change(model)
+    model.save_pretrained(folder)
+    return model
+
+
+def layers_of(model):
+    for path, module in model.base_model.model.named_modules():
+        if "default" in getattr(module, "lora_A", {}):
+            yield path, module.lora_A["default"].weight, module.lora_B["default"].weight
+
+
+def one_hot(model):
+    """Columns 7, 3 and 11 in this order, with factors, and one rank that is not used."""
+    for _, a, b in layers_of(model):
+        b.normal_()
+        a[0, 7], a[1, 3], a[3, 11] = 1, -2, 0.5
+
+
+@pytest.mark.parametrize("options", (dict(lora_alpha=8), dict(lora_alpha=4, use_rslora=True),
+                                     dict(alpha_pattern={"layers.1.mlp.down_proj": 2}, fan_in_fan_out=False)))
+def test_a_lora_that_is_one_hot_up_to_factors_and_order(options, tmp_path):
+    expected = lora_of_peft("llama", tmp_path, one_hot, **options).merge_and_unload().state_dict()
+    adapter = lora.read(tmp_path, model_of("llama"))
+    assert {tuple(units.tolist()) for units in adapter.selection.units.values()} == {(3, 7, 11)}
+    model = model_of("llama")
+    import_lora(model, tmp_path, "from-lora")
+    found = s2ft.merge(model).state_dict()
+    assert all(torch.equal(weight, expected[key]) for key, weight in found.items())
+
+
+def test_parts_of_heads_are_filled_with_zeros(tmp_path):
+    def rows(model):
+        for _, a, b in layers_of(model):
+            a.normal_()
+            b[1, 0], b[13, 1] = 1, 1
+
+    expected = lora_of_peft("llama", tmp_path, rows, target_modules=["q_proj"]).merge_and_unload().state_dict()
+    model = model_of("llama")
+    import_lora(model, tmp_path)
+    assert get_adapter(model, "default").selection["model.layers.0.self_attn.q_proj"].tolist() == [0, 2]
+    found = s2ft.merge(model).state_dict()
+    assert all(torch.equal(weight, expected[key]) for key, weight in found.items())
+
+
+def random_lora(model):
+    for _, a, b in layers_of(model):
+        a.normal_(), b.normal_()
+
+
+def twice(model):
+    for _, a, b in layers_of(model):
+        b.normal_()
+        a[0, 7], a[1, 7] = 1, 1
+
+
+def infinite(model):
+    one_hot(model)
+    next(layers_of(model))[2][0, 0] = float("inf")
+
+
+REFUSED = {
+    "random": (random_lora, {}, "model.layers.0.mlp.down_proj is no S²FT: of lora_A's rows number 0 has 52 numbers"),
+    "twice": (twice, {}, "down_proj is no S²FT: two of lora_A's rows pick the same column"),
+    "infinite": (infinite, {}, "lora_B is not finite"),
+    "other side": (one_hot, dict(target_modules=["up_proj"]), "up_proj is no S²FT: of lora_B's columns"),
+    "embedding": (random_lora, dict(target_modules=["embed_tokens"]), "embed_tokens.base_layer.weight' is not the A or B"),
+    "head": (one_hot, dict(target_modules=["lm_head"]), "lm_head.base_layer.weight' is not the A or B"),
+    "dora": (one_hot, dict(use_dora=True), "'use_dora' is True"),
+    "bias": (one_hot, dict(bias="all"), "'bias' is 'all'"),
+    "saved": (one_hot, dict(modules_to_save=["lm_head"]), "'modules_to_save' is"),
+    "nothing": (lambda model: None, {}, "changes nothing"),
+}
+
+
+@pytest.mark.parametrize("refused", REFUSED)
+def test_other_loras_are_refused_and_leave_the_model(refused, tmp_path):
+    change, options, message = REFUSED[refused]
+    lora_of_peft("llama", tmp_path, change, **options)
+    model = model_of("llama")
+    with pytest.raises(ValueError, match=message):
+        import_lora(model, tmp_path)
+    assert s2ft.status(model).adapters == []
+    assert all(torch.equal(weight, model_of("llama").state_dict()[key]) for key, weight in model.state_dict().items())
+
+
+def spoil(folder, tensors=lambda tensors: None, config=lambda config: None):
+    found = load_file(folder / lora.TENSORS)
+    tensors(found)
+    save_file(found, folder / lora.TENSORS)
+    content = json.loads((folder / lora.CONFIG).read_text())
+    config(content)
+    (folder / lora.CONFIG).write_text(json.dumps(content))
+
+
+A0, B0 = (f"base_model.model.model.layers.0.mlp.down_proj.lora_{side}.weight" for side in "AB")
+SPOILT = {
+    "no B": (dict(tensors=lambda t: t.pop(B0)), "has no lora_B"),
+    "foreign": (dict(tensors=lambda t: t.update(x=torch.ones(1))), "'x' is not the A or B"),
+    "shape": (dict(tensors=lambda t: t.update({A0: torch.ones(4, 3)})), "are no LoRA of its weight"),
+    "rank": (dict(tensors=lambda t: t.update({A0: t[A0][:3].clone(), B0: t[B0][:, :3].clone()})), "to have rank 4"),
+    "integers": (dict(tensors=lambda t: t.update({A0: t[A0].long()})), "must be a floating-point matrix"),
+    "unknown module": (dict(tensors=lambda t: t.update({key.replace("mlp.down_proj", "mlp"): t.pop(key) for key in (A0, B0)})),
+                       "'model.layers.0.mlp' is no linear layer of this model"),
+    "kind": (dict(config=lambda c: c.update(peft_type="LOHA")), "peft_type is 'LOHA'"),
+    "unknown": (dict(config=lambda c: c.update(shiny=True)), "'shiny' is True"),
+    "alpha": (dict(config=lambda c: c.update(lora_alpha=0)), "lora_alpha must be a positive number"),
+    "pattern": (dict(config=lambda c: c.update(rank_pattern={"(a+)+$": 4})), "is no module's name"),
+}
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_spoilt_loras_are_refused(spoilt, tmp_path):
+    how, message = SPOILT[spoilt]
+    lora_of_peft("llama", tmp_path, one_hot)
+    spoil(tmp_path, **how)
+    with pytest.raises(ValueError, match=message):
+        lora.read(tmp_path, model_of("llama"))
+
+
+def test_a_pickled_lora_is_not_read(tmp_path):
+    lora_of_peft("llama", tmp_path, one_hot)
+    (tmp_path / lora.TENSORS).rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(FileNotFoundError, match="adapter_model.bin: such files run code"):
+        lora.read(tmp_path, model_of("llama"))
