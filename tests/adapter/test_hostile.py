@@ -1,0 +1,414 @@
+"""Folders that someone means ill with: each is refused by name before a weight moves."""
+import copy
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import struct
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from support.models import model_of, train
+
+import s2ft
+from s2ft import S2FTConfig
+from s2ft.adapter import read_adapter
+from s2ft.adapter.formats import reading
+from s2ft.adapter.formats.native import CONFIG, TENSORS
+
+DOWN, QUERY = "model.layers.1.mlp.down_proj", "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    model = model_of("llama")
+    s2ft.attach(model, S2FTConfig(q_ratio=0.5, d_ratio=0.1), name="victim")
+    train(model, 1)
+    s2ft.save_adapter(model, folder)
+    return folder
+
+
+def selection_digest(config):
+    units = {path: entry["units"] for path, entry in sorted(config["projections"].items())}
+    return hashlib.sha256(json.dumps(units).encode()).hexdigest()
+
+
+def rewrite(config=lambda config: None, tensors=lambda tensors: None):
+    """A folder whose digests are right again: whoever means ill can count too."""
+    def change(folder):
+        content, found = json.loads((folder / CONFIG).read_text()), load_file(folder / TENSORS)
+        config(content), tensors(found)
+        save_file({key: tensor.contiguous() for key, tensor in found.items()}, folder / TENSORS)
+        content["tensors_sha256"] = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
+        content.pop("config_sha256", None)
+        try:
+            content["selection_digest"] = selection_digest(content)
+        except (TypeError, KeyError, AttributeError):
+            pass
+        (folder / CONFIG).write_text(json.dumps(content))
+    return change
+
+
+def renamed(new):
+    """DOWN under another name, in both files."""
+    def config(content):
+        content["projections"][new] = content["projections"].pop(DOWN)
+
+    def tensors(found):
+        for part in ("delta", "index"):
+            found[f"{new}.{part}"] = found.pop(f"{DOWN}.{part}")
+    return rewrite(config, tensors)
+
+
+def entry(**changes):
+    return rewrite(lambda config: config["projections"][DOWN].update(changes))
+
+
+def tensor(part, change):
+    return rewrite(tensors=lambda found: found.update({f"{DOWN}.{part}": change(found[f"{DOWN}.{part}"])}))
+
+
+def text(change):
+    """The config's text as it is, changed."""
+    return lambda folder: (folder / CONFIG).write_text(change((folder / CONFIG).read_text()))
+
+
+def raw(content):
+    return lambda folder: (folder / CONFIG).write_bytes(content)
+
+
+def header(change, length=None):
+    """The header of the safetensors file changed, and its length said to be another."""
+    def spoil(folder):
+        blob = (folder / TENSORS).read_bytes()
+        size = struct.unpack("<Q", blob[:8])[0]
+        found = json.loads(blob[8:8 + size])
+        found = change(found) or found
+        made = found if isinstance(found, bytes) else json.dumps(found).encode()
+        (folder / TENSORS).write_bytes(struct.pack("<Q", len(made) if length is None else length) + made + blob[8 + size:])
+    return spoil
+
+
+def shape(*shape, dtype="F32"):
+    return header(lambda found: found[f"{DOWN}.delta"].update(shape=list(shape), dtype=dtype))
+
+
+def grown(name, size):
+    """Of `size` bytes, that take no room on the disk."""
+    return lambda folder: os.truncate(folder / name, size)
+
+
+def out_of_the_folder(name):
+    def link(folder):
+        outside = folder.parent / f"{folder.name}-outside"
+        outside.mkdir()
+        (folder / name).rename(outside / name)
+        (folder / name).symlink_to(outside / name)
+    return link
+
+
+def through_the_folder_above(folder):
+    out_of_the_folder(TENSORS)(folder)
+    target = (folder / TENSORS).resolve()
+    (folder / TENSORS).unlink()
+    (folder / TENSORS).symlink_to(os.path.relpath(target, folder))
+
+
+def to_a_device(folder):
+    (folder / TENSORS).unlink()
+    (folder / TENSORS).symlink_to("/dev/zero")
+
+
+def as_pickle(folder):
+    (folder / TENSORS).unlink()
+    (folder / "s2ft_adapter.bin").write_bytes(pickle.dumps({"x": 1}))
+
+
+def pickle_named_safetensors(folder):
+    torch.save({"x": torch.ones(3)}, folder / TENSORS)
+
+
+def one_file_for_both(folder):
+    (folder / TENSORS).unlink()
+    (folder / TENSORS).symlink_to(CONFIG)
+
+
+def given_by_hand(**changes):
+    """Couplings in the file, of which the consumer is changed."""
+    def config(content):
+        producer = dict(key="u", path="model.layers.1.mlp.up_proj", count=52, unit=1, dim=0, start=0, stride=None,
+                        size=None, expert=None)
+        consumer = {**producer, "key": "d", "path": DOWN, "dim": 1, **changes}
+        content["couplings"] = [dict(kind="ffn", layer=0, producers=[producer], consumer=consumer, vectors=[],
+                                     fixed=False, block=None, activation=None)]
+    return rewrite(config)
+
+
+HOSTILE = {
+    # names
+    "path up": (renamed("../../etc/passwd"), "is no name of a projection"),
+    "absolute path": (renamed("/etc/passwd"), "is no name of a projection"),
+    "empty words": (renamed("model..layers"), "is no name of a projection"),
+    "a dunder that is none of the model's": (renamed("__class__.__init__"), "no projection __class__"),
+    "control characters": (renamed("model\x1b[2J"), r"'model\\x1b\[2J' is no name of a projection"),
+    "lone surrogate": (text(lambda t: t.replace(DOWN, "model.\\ud800")), r"\\ud800' is no name of a projection"),
+    "null character": (renamed("model.\0"), "is no name of a projection"),
+    "long name": (renamed("a" * 10**5), "is no name of a projection"),
+    "adapter's name up": (rewrite(lambda c: c.update(name="../up")), "word without slashes, got '../up'"),
+    "adapter's name hidden": (rewrite(lambda c: c.update(name=".ssh")), "word without slashes"),
+    "adapter's name moves the cursor": (rewrite(lambda c: c.update(name="a\x1b[1A")), r"got 'a\\x1b\[1A'"),
+    "adapter's name empty": (rewrite(lambda c: c.update(name="")), "word without slashes"),
+    "adapter's name long": (rewrite(lambda c: c.update(name="a" * 10**6)), "word without slashes"),
+    "adapter's name a list": (rewrite(lambda c: c.update(name=["a"])), "name is missing or not a str"),
+    # the config as JSON
+    "not UTF-8": (raw(b'{"schema": 2, "name": "\xff"}'), "is not UTF-8"),
+    "UTF-16": (lambda f: (f / CONFIG).write_text((f / CONFIG).read_text(), "utf-16"), "is not UTF-8"),
+    "key twice": (text(lambda t: t.replace('"schema"', '"name": "other", "schema"')), "the key 'name' twice"),
+    "projection twice": (text(lambda t: t.replace(f'"{QUERY}"', f'"{DOWN}"')), f"the key '{DOWN}' twice"),
+    "deep": (raw(b'{"schema": 2, "info": ' + b"[" * 10**5 + b"]" * 10**5 + b"}"), "is nested too deeply|recursion"),
+    "deep objects": (raw(b'{"a":' * 10**5 + b"1" + b"}" * 10**5), "is nested too deeply|recursion"),
+    "NaN": (text(lambda t: t.replace('"schema": 2', '"schema": NaN')), "NaN is no number of JSON"),
+    "infinity": (text(lambda t: t.replace('"info": {', '"info": {"x": -Infinity,')), "-Infinity is no number"),
+    "long number": (text(lambda t: t.replace('"schema": 2', f'"schema": {"9" * 10**5}')), "is not JSON: Exceeds"),
+    "huge schema": (text(lambda t: t.replace('"schema": 2', f'"schema": {"9" * 4000}')), "has schema 999"),
+    "schema true": (text(lambda t: t.replace('"schema": 2', '"schema": true')), "no schema number"),
+    "schema negative": (text(lambda t: t.replace('"schema": 2', '"schema": -1')), "no schema number"),
+    "huge config": (grown(CONFIG, reading.MAX_CONFIG + 1), "such a file has at most"),
+    "foreign field": (rewrite(lambda c: c.update(code="import os")), r"foreign fields \['code'\]"),
+    "no projections": (rewrite(lambda c: c.update(projections={})), "projections is empty"),
+    "projections a list": (rewrite(lambda c: c.update(projections=[])), "projections is missing or not a dict"),
+    "info a list": (rewrite(lambda c: c.update(info=[1])), "info is missing or not a dict"),
+    "config of another": (rewrite(lambda c: c["config"].update(__class__="x")), "config does not fit"),
+    "config of a wrong kind": (rewrite(lambda c: c["config"].update(layers=5)), "config does not fit|layers must be"),
+    "units in a file": (rewrite(lambda c: c["config"].update(units=5)), "units must be"),
+    "layers of the base": (rewrite(lambda c: c["base_fingerprint"]["layers"].update({"0": 1})), "every layer of base"),
+    "samples of the base": (rewrite(lambda c: c["base_fingerprint"]["layers"]["0"].update(samples=["a"])),
+                            "every layer of base"),
+    "another digest": (text(lambda t: t.replace('"victim"', '"friend"')), "config_sha256 differs"),
+    # units
+    "units huge": (entry(units=list(range(10**6))), "units listed are not those that were saved"),
+    "units of huge numbers": (entry(units=[2**70]), "units in s2ft_config.json must be ascending numbers"),
+    "units negative": (entry(units=[-1, 2, 3, 4, 5]), "must be ascending numbers"),
+    "units twice": (entry(units=[3, 3, 4, 5, 6]), "must be ascending numbers"),
+    "units true": (entry(units=[False, True]), "must be ascending numbers"),
+    "units fractions": (entry(units=[1.5]), "must be ascending numbers"),
+    "units in units": (entry(units=[[1]]), "must be ascending numbers"),
+    "no units": (entry(units=[]), "at least one"),
+    "units of another": (entry(units=[0, 1, 2, 3, 4]), "does not name the selected units"),
+    "dim 2": (entry(dim=2), "must have dim 0 or 1"),
+    "dim true": (entry(dim=True), "must have dim 0 or 1"),
+    "dim the other": (entry(dim=0), "do not fit along dim 0"),
+    "entry a list": (rewrite(lambda c: c["projections"].update({DOWN: [1]})), "must have dim 0 or 1"),
+    # tensors
+    "index out of range": (tensor("index", lambda t: t + 48), "outside the weight's 0..51"),
+    "index far out": (tensor("index", lambda t: t.long() + 2**60), "outside the weight's 0..51"),
+    "index negative": (tensor("index", lambda t: t - 52), "ascending and not negative"),
+    "index repeated": (tensor("index", lambda t: t * 0 + 3), "ascending and not negative"),
+    "index of floats": (tensor("index", lambda t: t.float()), "index integers, not F32 and F32"),
+    "index of bytes": (tensor("index", lambda t: t.to(torch.uint8)), "has dtype 'U8'"),
+    "index of truths": (tensor("index", lambda t: t > 0), "has dtype 'BOOL'"),
+    "index square": (tensor("index", lambda t: t[None]), "do not fit along dim 1"),
+    "delta of integers": (tensor("delta", lambda t: t.int()), "must be floating-point and index integers, not I32"),
+    "delta complex": (tensor("delta", lambda t: t.to(torch.complex64)), "has dtype 'C64'"),
+    "delta of eight bits": (tensor("delta", lambda t: t.to(torch.float8_e4m3fn)), "has dtype 'F8_E4M3'"),
+    "delta NaN": (tensor("delta", lambda t: t * float("nan")), f"{DOWN}.delta is not finite"),
+    "delta infinite": (tensor("delta", lambda t: t + float("inf")), f"{DOWN}.delta is not finite"),
+    "delta misshapen": (tensor("delta", lambda t: t[:5]), "asks for dim 1 and shape"),
+    "delta flat": (tensor("delta", lambda t: t.flatten()), "do not fit along dim 1"),
+    "delta empty": (tensor("delta", lambda t: t[:0]), "do not fit along dim 1"),
+    "foreign tensor": (rewrite(tensors=lambda t: t.update({"\x1b[2J": torch.ones(1)})), r"foreign keys \['\\x1b\[2J'\]"),
+    "missing tensor": (rewrite(tensors=lambda t: t.pop(f"{DOWN}.index")), "missing keys .*down_proj.index"),
+    "header huge": (header(lambda found: None, length=2**63), "its header ends outside the file"),
+    "header longer than the file": (header(lambda found: None, length=10**6), "its header ends outside the file"),
+    "header of gigabytes": (lambda f: (header(lambda found: None, length=2**30)(f), grown(TENSORS, 2**31)(f)),
+                            "has a header of 1,073,741,824 bytes"),
+    "header no JSON": (header(lambda found: b"{]"), "truncated or damaged: its header is not JSON"),
+    "header no object": (header(lambda found: b"[1]"), "its header is no object"),
+    "header deep": (header(lambda found: b"[" * 10**5 + b"]" * 10**5), "its header is nested too deeply|recursion"),
+    "header with a name twice": (header(lambda found: json.dumps(found).replace(
+        f"{QUERY}.delta", f"{DOWN}.delta").encode()), "delta' twice"),
+    "shape absurd": (shape(24, 2**39), "its header speaks of 52,776"),
+    "shape of another order": (shape(5, 24), "do not fit along dim 1"),
+    "shape overflows": (shape(2**39, 5, 2**39), "truncated or damaged: its header speaks of"),
+    "shape beyond": (shape(2**70, 5), "has no shape"),
+    "shape negative": (shape(-24, -5), "has no shape"),
+    "shape of fractions": (shape(24.0, 5), "has no shape"),
+    "shape deep": (shape(*[1] * 1000), "has no shape"),
+    "dtype a list": (header(lambda found: found[f"{DOWN}.delta"].update(dtype=["F32"])), r"has dtype \['F32'\]"),
+    "offsets overlap": (header(lambda found: found[f"{DOWN}.delta"].update(data_offsets=[0, 480])),
+                        "truncated or damaged"),
+    "offsets out": (header(lambda found: found[f"{DOWN}.delta"].update(data_offsets=[10**9, 10**9 + 480])),
+                    "truncated or damaged"),
+    "offsets backwards": (header(lambda found: found[f"{DOWN}.delta"].update(data_offsets=[480, 0])),
+                          "truncated or damaged"),
+    "tensors of a terabyte": (grown(TENSORS, 2**40), "such a file has at most|speaks of"),
+    "something behind": (lambda f: (f / TENSORS).write_bytes((f / TENSORS).read_bytes() + b"#!/bin/sh"), "speaks of"),
+    # files
+    "pickle": (as_pickle, "s2ft_adapter.bin: such files run code"),
+    "pickle under our name": (pickle_named_safetensors, "truncated or damaged"),
+    "link out": (out_of_the_folder(TENSORS), f"{TENSORS} is a link that leads out of its folder"),
+    "link of the config out": (out_of_the_folder(CONFIG), f"{CONFIG} is a link that leads out of its folder"),
+    "link up": (through_the_folder_above, "is a link that leads out"),
+    "link to a device": (to_a_device, f"no {TENSORS}"),
+    "link to itself": (lambda f: ((f / CONFIG).unlink(), (f / CONFIG).symlink_to(f / CONFIG)), f"no {CONFIG}|link"),
+    "link to the other": (one_file_for_both, "truncated or damaged"),
+    "folder for a file": (lambda f: ((f / TENSORS).unlink(), (f / TENSORS).mkdir()), f"no {TENSORS}"),
+    "pipe": (lambda f: ((f / TENSORS).unlink(), os.mkfifo(f / TENSORS)), f"no {TENSORS}"),
+    # couplings
+    "couplings of huge counts": (given_by_hand(count=2**40), "couplings can't be read: .* has more than"),
+    "couplings of huge units": (given_by_hand(count=2**20, unit=2**20), "couplings can't be read: .* has more than"),
+    "couplings of huge strides": (given_by_hand(size=2**62, stride=2**60), "couplings can't be read: .* has more than"),
+    "couplings of no module": (given_by_hand(path="__class__"), "no module __class__|another model"),
+    "couplings of a path": (given_by_hand(path="../x"), "is no name of a projection"),
+    "couplings of a list": (given_by_hand(path=["x"]), "is no name of a projection"),
+    "couplings of words": (given_by_hand(count="52"), "couplings can't be read"),
+    "couplings of another layout": (given_by_hand(count=26), "expected a weight with 26"),
+}
+
+
+def copied(folder, to):
+    shutil.copytree(folder, to)
+    return to
+
+
+@pytest.fixture(scope="module")
+def victim():
+    """A model that nothing may change, and its weights."""
+    model = model_of("llama")
+    return model, copy.deepcopy(model.state_dict())
+
+
+@pytest.mark.parametrize("trainable", (False, True), ids=("applied", "trainable"))
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_hostile_folders_are_refused_before_a_weight_moves(hostile, trainable, saved, victim, tmp_path):
+    spoil, message = HOSTILE[hostile]
+    folder = copied(saved, tmp_path / "folder")
+    spoil(folder)
+    model, before = victim
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        s2ft.load_adapter(model, folder, trainable=trainable)
+    assert len(str(caught.value)) < 2000 and str(caught.value).isprintable()
+    assert model.state_dict().keys() == before.keys() and s2ft.status(model).adapters == []
+    assert all(torch.equal(weight, before[key]) for key, weight in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_folder_itself_is_not_hostile(saved, tmp_path):
+    rewrite()(copied(saved, tmp_path / "folder"))
+    s2ft.load_adapter(model_of("llama"), tmp_path / "folder")
+
+
+@pytest.mark.xfail(strict=True, reason="check_fits looks at elements alone")
+def test_units_that_reach_into_another_projection_are_refused(tmp_path):
+    """phi3's q, k and v are rows of one weight: behind the last query head the key heads begin."""
+    model = model_of("phi3")
+    s2ft.attach(model, S2FTConfig(q_ratio=0.3))
+    train(model, 1)
+    s2ft.save_adapter(model, tmp_path)
+    path = "model.layers.0.self_attn.qkv_proj.q"
+    head = len(load_file(tmp_path / TENSORS)[f"{path}.index"])
+    rewrite(lambda config: config["projections"][path].update(units=[4]),
+            lambda found: found.update({f"{path}.index": (4 * head + torch.arange(head)).int()}))(tmp_path)
+    model = model_of("phi3")
+    with pytest.raises(ValueError, match="unit"):
+        s2ft.load_adapter(model, tmp_path)
+    assert s2ft.status(model).adapters == []
+
+
+def test_links_inside_the_folder_and_in_a_hub_cache_are_read(saved, tmp_path):
+    inside = copied(saved, tmp_path / "inside")
+    (inside / TENSORS).rename(inside / "blob")
+    (inside / TENSORS).symlink_to("blob")
+    cache = tmp_path / "models--org--name"
+    snapshot = cache / "snapshots" / "0123"
+    snapshot.mkdir(parents=True), (cache / "blobs").mkdir()
+    for name in (CONFIG, TENSORS):
+        shutil.copy(saved / name, cache / "blobs" / name[5:8])
+        (snapshot / name).symlink_to(f"../../blobs/{name[5:8]}")
+    (tmp_path / "whole").symlink_to(saved)
+    for folder in (inside, snapshot, tmp_path / "whole"):
+        assert read_adapter(folder).name == "victim"
+
+
+def test_what_could_not_be_read_is_not_saved(tmp_path):
+    model = model_of("llama")
+    s2ft.attach(model, S2FTConfig(d_ratio=0.1), name="two\nlines")
+    with pytest.raises(ValueError, match="word without slashes"):
+        s2ft.save_adapter(model, tmp_path / "a")
+    model = s2ft.detach(model)
+    s2ft.attach(model, S2FTConfig(d_ratio=0.1))
+    with pytest.raises(ValueError, match="JSON compliant"):
+        s2ft.save_adapter(model, tmp_path / "a", info={"loss": float("nan")})
+    assert not (tmp_path / "a").exists()
+
+
+def everything(adapter):
+    """All that an adapter says, to compare."""
+    deltas = {path: (delta.dim, delta.index.tolist(), delta.values.dtype, delta.values.tolist())
+              for path, delta in adapter.deltas.items()}
+    return (adapter.name, adapter.config, adapter.selection.to_dict(), adapter.fingerprint, deltas, adapter.info,
+            adapter.couplings)
+
+
+@settings(max_examples=300, deadline=None)
+@given(name=st.sampled_from([CONFIG, TENSORS]), flips=st.lists(st.tuples(st.integers(0, 2**20), st.integers(1, 255)),
+                                                               min_size=1, max_size=3))
+def test_flipped_bytes_are_an_error_or_change_nothing(saved, tmp_path_factory, name, flips):
+    folder = copied(saved, tmp_path_factory.mktemp("flipped") / "folder")
+    content = bytearray((folder / name).read_bytes())
+    for place, bits in flips:
+        content[place % len(content)] ^= bits
+    (folder / name).write_bytes(content)
+    try:
+        adapter = read_adapter(folder)
+    except (ValueError, FileNotFoundError):
+        return
+    finally:
+        shutil.rmtree(folder)
+    assert everything(adapter) == everything(read_adapter(saved))
+
+
+@settings(max_examples=100, deadline=None)
+@given(content=st.binary(max_size=200), name=st.sampled_from([CONFIG, TENSORS]))
+def test_any_bytes_are_an_error(saved, tmp_path_factory, content, name):
+    folder = copied(saved, tmp_path_factory.mktemp("bytes") / "folder")
+    (folder / name).write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError)):
+        read_adapter(folder)
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+                    max_leaves=5)
+
+
+@settings(max_examples=300, deadline=None)
+@given(value=JSON, data=st.data())
+def test_any_value_anywhere_in_the_config_is_an_error_or_harmless(saved, victim, tmp_path_factory, value, data):
+    """With digests that are right again: nothing but ValueError comes out, and no weight of the model moves with it."""
+    folder = copied(saved, tmp_path_factory.mktemp("value") / "folder")
+
+    def replace_somewhere(content):
+        place = content
+        while True:
+            keys = sorted(place) if isinstance(place, dict) else list(range(len(place)))
+            key = data.draw(st.sampled_from(keys))
+            if not isinstance(place[key], (dict, list)) or not place[key] or data.draw(st.booleans()):
+                place[key] = value
+                return
+            place = place[key]
+
+    rewrite(replace_somewhere)(folder)
+    model, before = victim
+    try:
+        s2ft.load_adapter(model, folder)
+    except ValueError:
+        assert s2ft.status(model).adapters == []
+    else:
+        s2ft.detach(model)
+    assert all(torch.equal(weight, before[key]) for key, weight in model.state_dict().items())
