@@ -1,8 +1,10 @@
 """Formats: golden adapters, PEFT's LoRA both ways, the hub."""
 import importlib.util
 import json
+import shutil
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -13,9 +15,9 @@ from torch import nn
 
 import s2ft
 from s2ft import S2FTConfig
-from s2ft.adapter import read_adapter
+from s2ft.adapter import hub, read_adapter
 from s2ft.adapter.export import export_lora, import_lora
-from s2ft.adapter.formats import lora
+from s2ft.adapter.formats import lora, native
 from s2ft.adapter.switch import get_adapter
 
 RATIOS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}
@@ -63,7 +65,7 @@ def test_every_golden_folder_is_tested():
 def test_golden_adapters_saved_again_are_equal(tmp_path):
     for name in golden.MODELS:
         adapter = read_adapter(GOLDEN / name)
-        s2ft.adapter.formats.native.write(adapter, tmp_path / name)
+        native.write(adapter, tmp_path / name)
         again = read_adapter(tmp_path / name)
         assert_equal_deltas(again, adapter)
         assert (again.config, again.fingerprint, again.couplings) == (
@@ -126,7 +128,7 @@ def test_there_and_back_in_bfloat16(tmp_path):
 def test_what_was_imported_trains_on(tmp_path):
     model = trained("llama")
     export_lora(model, tmp_path / "lora")
-    s2ft.adapter.formats.native.write(lora.read(tmp_path / "lora", model_of("llama")), tmp_path / "back")
+    native.write(lora.read(tmp_path / "lora", model_of("llama")), tmp_path / "back")
     other = model_of("llama")
     s2ft.load_adapter(other, tmp_path / "back", trainable=True)
     batch = token_batch(model)
@@ -352,3 +354,89 @@ def test_a_pickled_lora_is_not_read(tmp_path):
     (tmp_path / lora.TENSORS).rename(tmp_path / "adapter_model.bin")
     with pytest.raises(FileNotFoundError, match="adapter_model.bin: such files run code"):
         lora.read(tmp_path, model_of("llama"))
+
+
+# ---- the hub -------------------------------------------------------------------------------------------
+
+class FakeHub:
+    """Repositories as folders, in the place of huggingface_hub's functions."""
+
+    def __init__(self, folder, monkeypatch):
+        self.folder, self.calls = folder, []
+        monkeypatch.setattr("huggingface_hub.snapshot_download", self.snapshot_download)
+        monkeypatch.setattr("huggingface_hub.HfApi", self.api)
+
+    def snapshot_download(self, repo_id, *, revision=None, allow_patterns=None, **options):
+        self.calls.append((repo_id, revision, options))
+        if not (self.folder / repo_id).is_dir():
+            raise OSError("404 Client Error.\nRepository Not Found for url")
+        assert set(allow_patterns) == {native.CONFIG, native.TENSORS}
+        target = self.folder / "cache" / repo_id
+        target.mkdir(parents=True, exist_ok=True)
+        for name in allow_patterns:
+            if (self.folder / repo_id / name).exists():
+                shutil.copy(self.folder / repo_id / name, target)
+        return str(target)
+
+    def api(self, token=None):
+        self.calls.append(token)
+        return self
+
+    def create_repo(self, repo_id, private=None, exist_ok=False):
+        (self.folder / repo_id).mkdir(parents=True, exist_ok=exist_ok)
+        self.calls.append(("private", private))
+
+    def create_branch(self, repo_id, branch, exist_ok):
+        self.calls.append(("branch", branch))
+
+    def upload_folder(self, repo_id, folder_path, allow_patterns, revision, commit_message):
+        for path in Path(folder_path).iterdir():
+            if path.name in allow_patterns:
+                shutil.copy(path, self.folder / repo_id)
+        return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/{revision}")
+
+
+@pytest.fixture
+def fake_hub(tmp_path, monkeypatch):
+    return FakeHub(tmp_path / "hub", monkeypatch)
+
+
+def test_pushed_and_loaded_by_name(fake_hub, tmp_path):
+    model = trained("llama")
+    assert hub.push_to_hub(model, "org/adapter", token="t", private=True).startswith("https://hub/org/adapter")
+    assert fake_hub.calls == ["t", ("private", True)]
+    assert {path.name for path in (fake_hub.folder / "org/adapter").iterdir()} == {native.CONFIG, native.TENSORS}
+    (fake_hub.folder / "org/adapter/setup.py").write_text("import os")
+    folder = hub.resolve("org/adapter@v1", local_files_only=True)
+    assert fake_hub.calls[-1] == ("org/adapter", "v1", {"local_files_only": True})
+    assert_equal_deltas(read_adapter(folder), get_adapter(model, "default"))
+    assert not (folder / "setup.py").exists()
+
+
+def test_a_folder_is_pushed_when_it_can_be_read(fake_hub, tmp_path):
+    hub.push_to_hub(GOLDEN / "schema-2", "org/golden", revision="dev")
+    assert fake_hub.calls == [None, ("private", None), ("branch", "dev")]
+    assert {path.name for path in (fake_hub.folder / "org/golden").iterdir()} == {native.CONFIG, native.TENSORS}
+    shutil.copytree(GOLDEN / "schema-2", tmp_path / "broken")
+    (tmp_path / "broken" / native.TENSORS).write_bytes(b"")
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        hub.push_to_hub(tmp_path / "broken", "org/broken")
+    with pytest.raises(ValueError, match="a folder holds one"):
+        hub.push_to_hub(GOLDEN / "schema-2", "org/broken", name="golden")
+    assert not (fake_hub.folder / "org/broken").exists()
+
+
+def test_what_is_here_comes_first_and_what_is_nowhere_is_said(fake_hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org/adapter").mkdir(parents=True)
+    for name in ("org/adapter", "./org/none", "/none", "none", "a/b/c", "../up", "~/none", "org/..", Path("org/none")):
+        assert hub.resolve(name) == Path(name).expanduser()
+    assert fake_hub.calls == []
+    with pytest.raises(FileNotFoundError, match="no folder org/none, and the hub gives no adapter.*404 Client Error.$"):
+        hub.resolve("org/none")
+
+
+def test_a_repository_without_an_adapter_is_said(fake_hub):
+    (fake_hub.folder / "org/empty").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="is no S²FT adapter: it has no s2ft_config.json"):
+        read_adapter(hub.resolve("org/empty"))

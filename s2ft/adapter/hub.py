@@ -1,0 +1,70 @@
+"""Adapters on the Hugging Face hub: two files in a repository."""
+import re
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Optional, Union
+
+from torch import nn
+
+from s2ft.adapter.formats import native
+
+FILES = [native.CONFIG, native.TENSORS]
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*(?:@[\w./\-]+)?", re.ASCII)   # org/name, org/name@revision
+
+
+def resolve(directory_or_repo, **options) -> Path:
+    """The folder of an adapter: one that is here, or that of a repository on the hub, "org/name" or
+    "org/name@revision", whose two files are downloaded unless they are in the cache. A folder that is here comes first.
+
+    Args:
+        options: for huggingface_hub's snapshot_download: token, cache_dir, local_files_only …
+    Raises: FileNotFoundError where there is neither, with the hub's reason.
+    """
+    path = Path(directory_or_repo).expanduser()
+    if path.exists() or not isinstance(directory_or_repo, str) or not REPOSITORY.fullmatch(directory_or_repo):
+        return path   # where there is none, the reader says what is missing
+    from huggingface_hub import snapshot_download   # not at the top: `import s2ft` would load it
+
+    repo_id, _, revision = directory_or_repo.partition("@")
+    try:
+        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=FILES, **options))
+    except (OSError, ValueError) as error:   # the hub's own errors are OSErrors: no such repository, no network …
+        first = str(error).strip().split("\n")[0]
+        raise FileNotFoundError(f"there is no folder {directory_or_repo}, and the hub gives no adapter of this name: "
+                                f"{first or type(error).__name__}") from error
+
+
+def push_to_hub(model_or_folder: Union[nn.Module, str, Path], repo_id: str, name: Optional[str] = None, *,
+                revision: Optional[str] = None, private: Optional[bool] = None, token: Union[str, bool, None] = None,
+                message: str = "S²FT adapter") -> str:
+    """Upload one adapter, its two files, to a repository on the hub, which is made if need be.
+
+    Args:
+        model_or_folder: a model with adapters, or a folder that :func:`s2ft.save_adapter` wrote; it is read first.
+        repo_id: "org/name". name: which of the model's adapters, as in save_adapter.
+        revision: a branch, made if need be. private: of a repository that is made now. token: default: that of `hf auth login`.
+    Returns: the commit's address.
+    Raises: ValueError or FileNotFoundError for an adapter that could not be read again, nothing uploaded; what
+        huggingface_hub raises.
+    """
+    if not isinstance(model_or_folder, nn.Module):
+        if name is not None:
+            raise ValueError("name says which adapter of a model; a folder holds one")
+        return _upload(Path(model_or_folder), repo_id, revision, private, token, message)
+    from s2ft.adapter.store import save_adapter   # store may look for folders here
+
+    with TemporaryDirectory() as folder:
+        save_adapter(model_or_folder, folder, name)
+        return _upload(Path(folder), repo_id, revision, private, token, message)
+
+
+def _upload(folder: Path, repo_id: str, revision, private, token, message: str) -> str:
+    from huggingface_hub import HfApi
+
+    native.read(folder)
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder), allow_patterns=FILES, revision=revision,
+                                 commit_message=message).commit_url)
