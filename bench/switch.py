@@ -9,6 +9,7 @@ into which the adapter was loaded freshly; for LoRA the difference is printed.
 """
 import argparse
 import copy
+import itertools
 import statistics
 import tempfile
 from pathlib import Path
@@ -41,9 +42,10 @@ def s2ft_switch(base: nn.Module, folders: Dict[str, str]):
     for name, folder in folders.items():
         s2ft.load_adapter(model, folder, name)
 
+    names = itertools.cycle(folders)
+
     def step():
-        active = next(iter(s2ft.status(model).active))
-        s2ft.set_adapter(model, next(name for name in folders if name != active))
+        s2ft.set_adapter(model, next(names))
     return model, step
 
 
@@ -83,6 +85,10 @@ def run(base: nn.Module, channels: int, switches: int, rounds: int) -> Dict[str,
         model, step = s2ft_switch(base, folders)
         lora, lora_step = lora_switch(base, rank)
         times = interleaved({"s2ft": step, f"LoRA r={rank}": lora_step}, rounds)
+        crowd = 100
+        for number in range(crowd - len(folders)):
+            s2ft.load_adapter(model, folders["a"], f"other{number}", active=False)
+        crowded = interleaved({"s2ft": step}, rounds)["s2ft"]
         for _ in range(switches):
             step()
         name = next(iter(s2ft.status(model).active))
@@ -94,6 +100,7 @@ def run(base: nn.Module, channels: int, switches: int, rounds: int) -> Dict[str,
             lora_step()
         lora.unmerge_adapter()
     return {"milliseconds": {key: 1000 * statistics.median(value) for key, value in times.items()},
+            f"milliseconds with {crowd} loaded": 1000 * statistics.median(crowded),
             "LoRA to s2ft": median_ratio(times, f"LoRA r={rank}", "s2ft"), "switches": switches,
             "equal to a fresh load": exact, "base restored": drift(model, base) == 0.0,
             f"LoRA's drift after {switches // 10} switches": drift(lora, base)}
