@@ -1,0 +1,609 @@
+"""A bank: every sequence of a batch gets what its own adapter alone gives it, and the model stays a plain base."""
+import shutil
+import threading
+
+import pytest
+import torch
+import torch._dynamo.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.models import ALL_RATIOS, model_of, output_of, ratios_for, token_batch
+from torch import nn
+
+import s2ft
+from s2ft import S2FTConfig
+from s2ft.adapter import Adapter, read_adapter
+from s2ft.adapter.bank import AdapterBank
+from s2ft.adapter.formats import native
+from s2ft.convert import new_attachment
+from s2ft.coupling import Coupling, Projection, projections_of
+from s2ft.delta import Delta
+from s2ft.weights import shape_of
+
+RATIOS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}
+HEADS = dict(q_ratio=0.5, v_ratio=1.0, o_ratio=0.5)
+CASES = {**{case: RATIOS for case in ("llama", "llama-grouped", "qwen2-grouped-tied", "phi3-grouped", "gpt2", "gpt-neox",
+                                      "opt", "gemma2", "bert", "vit", "t5-gated", "whisper", "clip-text")},
+         "mixtral": HEADS, "qwen2-moe": HEADS, "deepseek-v3": HEADS}
+LIMIT = 1e-5    # of the largest logit, in float32
+SIDES = (dict(u_ratio=0.2), dict(d_ratio=0.15), dict(v_ratio=1.0), dict(o_ratio=0.5))
+LENGTH = 7
+
+
+def write(model, folder, ratios, seed=0, std=0.1):
+    """A random adapter of the plain `model`, without attaching anything."""
+    record, config = new_attachment(model), S2FTConfig(**ratios, seed=seed)
+    selection, generator, deltas = s2ft.select(model, config), torch.Generator().manual_seed(seed), {}
+    for projection in projections_of(record.couplings):
+        if projection.name in selection:
+            index = projection.elements(selection[projection.name])
+            shape = list(shape_of(model, projection))
+            shape[projection.dim] = len(index)
+            deltas[projection.name] = Delta(projection.dim, index, std * torch.randn(shape, generator=generator))
+    native.write(Adapter("random", config, selection, record.fingerprint, deltas), folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Five adapters of the llama case: of all projections, and each side of an FFN and of attention alone."""
+    root = tmp_path_factory.mktemp("bank")
+    for i, ratios in enumerate((RATIOS, *SIDES)):
+        write(model_of("llama"), root / "abcde"[i], ratios_for("llama", RATIOS) if i == 0 else ratios, seed=i)
+    return root
+
+
+@pytest.fixture
+def model():
+    return model_of("llama")
+
+
+def alone(case, root, name, run, dtype=torch.float32):
+    """What `run` says of a fresh model with only this adapter."""
+    model = model_of(case, dtype)
+    if name is not None:
+        s2ft.load_adapter(model, root / name)
+    with torch.no_grad():
+        return run(model)
+
+
+def assert_close(ours, theirs, limit=LIMIT):
+    assert ours.shape == theirs.shape
+    assert float((ours - theirs).abs().max()) <= limit * float(theirs.abs().max())
+
+
+def assert_as_alone(case, root, model, names, limit=LIMIT, dtype=torch.float32):
+    with torch.no_grad(), AdapterBank(model, root).batch(names):
+        batch = output_of(model)
+    for row, name in enumerate(names):
+        assert_close(batch[row], alone(case, root, name, output_of, dtype)[row], limit)
+
+
+def assert_plain(model, case="llama"):
+    """Nothing of ours is on the model, and its weights are the base's."""
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert "_s2ft" not in model.__dict__
+    state, base = model.state_dict(), model_of(case).state_dict()
+    assert state.keys() == base.keys() and all(torch.equal(state[key], base[key]) for key in base)
+
+
+def prompts(model, count, padding=(0, 3, 1, 2, 0)):
+    """Left-padded."""
+    ids = torch.randint(3, model.config.vocab_size, (count, LENGTH), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(ids)
+    for row in range(count):
+        mask[row, :padding[row % len(padding)]] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def generate(model, inputs, rows=slice(None), **options):
+    options = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 0, **options}
+    return model.generate(**{key: value[rows] for key, value in inputs.items()}, **options)[:, LENGTH:]
+
+
+# ---- equality --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_sequence_gets_what_its_adapter_alone_gives(case, tmp_path):
+    model = model_of(case)
+    for seed in range(2):
+        write(model, tmp_path / str(seed), ratios_for(case, CASES[case]), seed)
+    for names in (["0", "1"], [None, "0"], ["1", "1"]):
+        assert_as_alone(case, tmp_path, model, names)
+    assert_plain(model, case)
+
+
+@pytest.mark.parametrize("names", (["b", "c"], ["d", "e"], ["e", None], ["a", "b"]), ids=str)
+def test_both_sides_of_a_coupling(names, folder, model):
+    assert_as_alone("llama", folder, model, names)
+
+
+def test_bfloat16(folder):
+    """base + delta is rounded once where an adapter is written in, here the output is: to within a few roundings."""
+    model = model_of("llama", torch.bfloat16)
+    assert_as_alone("llama", folder, model, ["a", "c"], limit=0.05, dtype=torch.bfloat16)
+
+
+def test_autocast(folder, model):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), AdapterBank(model, folder).batch(["a", None]):
+        batch = output_of(model)
+    assert_close(batch[0].float(), alone("llama", folder, "a", output_of)[0], 0.05)
+
+
+def test_kept_in_another_dtype(folder, model):
+    bank = AdapterBank(model, folder, dtype=torch.bfloat16)
+    with torch.no_grad(), bank.batch(["a", None]):
+        batch = output_of(model)
+    full = AdapterBank(model, folder)
+    with full.batch(["a"]):
+        pass
+    assert bank.loaded_bytes < full.loaded_bytes
+    assert_close(batch[0], alone("llama", folder, "a", output_of)[0], 0.02)
+
+
+def test_gradients_pass_and_the_bank_has_none(folder, model):
+    embedded = model.get_input_embeddings()(token_batch(model)).detach().requires_grad_()
+    with AdapterBank(model, folder).batch(["a", None]):
+        model(inputs_embeds=embedded).logits.square().sum().backward()
+    ours = embedded.grad[0].clone()
+    embedded.grad = None
+    other = model_of("llama")
+    s2ft.load_adapter(other, folder / "a")
+    other(inputs_embeds=embedded).logits.square().sum().backward()
+    assert_close(ours, embedded.grad[0], 1e-4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.sampled_from([None, "a", "b", "c", "d", "e"]), min_size=1, max_size=6), st.integers(1, 4))
+def test_random_batches(tmp_path_factory, names, tokens):
+    root, expected, bank = shared(tmp_path_factory)
+    with torch.no_grad(), bank.batch(names):
+        batch = bank.model(token_batch(bank.model, 6)[:len(names), :tokens]).logits
+    for row, name in enumerate(names):
+        assert_close(batch[row], expected[name][row, :tokens])
+
+
+def shared(tmp_path_factory, made={}):
+    """Random adapters, each one's logits for six sequences (causal: a prefix has a prefix's), and one bank for all
+    examples."""
+    if not made:
+        root, model = tmp_path_factory.mktemp("random"), model_of("llama")
+        for seed, name in enumerate("abcde"):
+            draw = torch.Generator().manual_seed(seed)
+            keys = [key for key in RATIOS if float(torch.rand(1, generator=draw)) < 0.5] or ["d_ratio"]
+            write(model, root / name, {key: RATIOS[key] for key in keys}, seed)
+        ids = token_batch(model, 6)
+        expected = {name: alone("llama", root, name, lambda model: model(ids).logits) for name in (None, *"abcde")}
+        made["all"] = root, expected, AdapterBank(model, root)
+    return made["all"]
+
+
+# ---- generate --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("options", (dict(), dict(num_beams=3), dict(num_beams=4, num_return_sequences=2),
+                                     dict(use_cache=False), dict(cache_implementation="static")), ids=str)
+def test_generates_the_tokens_of_separate_runs(options, folder, model):
+    names, inputs = ["a", None, "b", "a", "e"], prompts(model, 5)
+    bank = AdapterBank(model, folder)
+    with bank.batch(names):
+        batch = generate(model, inputs, **options)
+    each = options.get("num_return_sequences", 1)
+    assert len({tuple(row.tolist()) for row in batch}) > 1
+    for row, name in enumerate(names):
+        expected = alone("llama", folder, name, lambda model: generate(model, inputs, slice(row, row + 1), **options))
+        assert torch.equal(batch[each * row:][:each], expected)
+    assert_plain(model)
+
+
+def test_samples_of_one_distribution(folder, model):
+    """Several samples of each sequence: rows that follow each other. Cut to the best token they are greedy."""
+    inputs, bank = prompts(model, 2), AdapterBank(model, folder)
+    with bank.batch(["a", "b"]):
+        greedy = generate(model, inputs)
+        samples = generate(model, inputs, do_sample=True, top_k=1, num_return_sequences=3)
+    assert torch.equal(samples, greedy.repeat_interleave(3, 0))
+
+
+def test_sixteen_sequences_over_eight_adapters(tmp_path, model):
+    for seed in range(8):
+        write(model, tmp_path / str(seed), dict(d_ratio=0.15, o_ratio=0.5), seed)
+    names, inputs = [str(i % 8) for i in range(16)], prompts(model, 16)
+    bank = AdapterBank(model, tmp_path)
+    with bank.batch(names):
+        batch = generate(model, inputs)
+    single = model_of("llama")
+    for name in map(str, range(8)):
+        s2ft.load_adapter(single, tmp_path / name, name)
+    for row, name in enumerate(names):
+        s2ft.set_adapter(single, name)
+        assert torch.equal(batch[row:row + 1], generate(single, inputs, slice(row, row + 1)))
+
+
+def test_an_encoder_decoder_generates(tmp_path):
+    """The encoder runs on as many rows as there are sequences, the decoder on as many as there are beams."""
+    model = model_of("whisper")
+    write(model, tmp_path / "a", ratios_for("whisper", RATIOS))
+    inputs = torch.randn(2, 5, 14)
+
+    def run(model, rows=slice(None)):
+        return model.generate(inputs[rows], num_beams=2, do_sample=False, max_new_tokens=5, min_new_tokens=5)
+
+    with AdapterBank(model, tmp_path).batch(["a", None]):
+        batch = run(model)
+    for row, name in enumerate(("a", None)):
+        assert torch.equal(batch[row], alone("whisper", tmp_path, name, lambda model: run(model, slice(row, row + 1)))[0])
+
+
+def test_a_batch_in_inference_mode_and_one_without(folder, model):
+    bank = AdapterBank(model, folder)
+    with torch.inference_mode(), bank.batch(["a", "b"]):
+        first = output_of(model).clone()
+    with bank.batch(["c", "b"]):
+        assert_close(output_of(model)[1], first[1])
+        output_of(model).sum().backward()
+
+
+# ---- names and memory ------------------------------------------------------------------------------------
+
+def enter(bank, *names):
+    with bank.batch(names):
+        pass
+
+
+def test_names_of_a_directory_and_added_ones(folder, model, tmp_path):
+    shutil.copytree(folder, tmp_path / "all")
+    (tmp_path / "all" / "no adapter").mkdir()
+    bank = AdapterBank(model, tmp_path / "all")
+    assert bank.names == list("abcde") and len(bank) == 5 and bank.loaded == []
+    bank.add("more", folder / "b")
+    shutil.copytree(folder / "c", tmp_path / "all" / "later")
+    assert bank.names == [*"abcde", "later", "more"] and "later" in bank and "no adapter" not in bank and None not in bank
+    enter(bank, "more", "later", None)
+    bank.remove("more")
+    bank.remove("a")
+    assert bank.names == [*"bcde", "later"] and "a" not in bank and bank.loaded == ["later"]
+    bank.add("a", folder / "b")   # another one of that name
+    with torch.no_grad(), bank.batch(["a", "b"]):
+        output = output_of(model)
+    assert_close(output[0], alone("llama", folder, "b", output_of)[0])
+
+
+@pytest.mark.parametrize("name", ("", "a/b", "../a", ".a", "..", "a\\b", "a\0", "/a", None, 3), ids=repr)
+def test_names_are_no_paths(name, folder, model):
+    bank = AdapterBank(model, folder)
+    with pytest.raises(ValueError, match="name must be a word"):
+        bank.add(name, folder / "a")
+    assert name not in bank
+    if name is not None:
+        with pytest.raises(ValueError, match="no adapter called"):
+            enter(bank, "a", name)
+    assert bank.loaded == []
+
+
+def test_adding_is_checked(folder, model, tmp_path):
+    bank = AdapterBank(model, folder)
+    with pytest.raises(FileNotFoundError, match="no S²FT adapter"):
+        bank.add("new", tmp_path)
+    with pytest.raises(ValueError, match="called 'a' already"):
+        bank.add("a", folder / "b")
+    with pytest.raises(ValueError, match="no adapter called 'z'"):
+        bank.remove("z")
+    with pytest.raises(NotADirectoryError):
+        AdapterBank(model, folder / "nothing")
+    for wrong in (0, -1, 1.5, "1G"):
+        with pytest.raises(ValueError, match="limit_bytes"):
+            AdapterBank(model, folder, limit_bytes=wrong)
+    with pytest.raises(ValueError, match="dtype"):
+        AdapterBank(model, dtype=torch.int8)
+
+
+def size_of(model, root, *names):
+    bank = AdapterBank(model, root)
+    enter(bank, *names)
+    return bank.loaded_bytes
+
+
+def test_those_used_longest_ago_go_first(folder, model):
+    bank = AdapterBank(model, folder, limit_bytes=size_of(model, folder, "b", "c", "d"))
+    enter(bank, "b", "c", "d")
+    enter(bank, "b")
+    assert bank.loaded == ["c", "d", "b"]
+    enter(bank, "d", "e")
+    assert "c" not in bank.loaded and bank.loaded[-1] == "e" and bank.loaded_bytes <= bank.limit_bytes
+    with torch.no_grad(), bank.batch(["c", "e"]):   # c comes back
+        assert_close(output_of(model)[0], alone("llama", folder, "c", output_of)[0])
+
+
+def test_a_batch_keeps_its_own_and_must_fit(folder, model):
+    limit = size_of(model, folder, "b", "c")
+    bank = AdapterBank(model, folder, limit_bytes=limit)
+    for _ in range(3):
+        enter(bank, "b", "c", "b", None)
+        assert bank.loaded == ["b", "c"] and bank.loaded_bytes == limit
+    with pytest.raises(ValueError, match=f"more than limit_bytes = {limit:,}"):
+        enter(bank, "b", "c", "d", "e")
+    assert bank.loaded_bytes <= limit
+    assert_plain(model)
+    enter(bank, "c")
+
+
+def test_what_is_loaded_is_not_read_again(folder, model, monkeypatch):
+    reads, read = [], native.read
+    monkeypatch.setattr(native, "read", lambda folder: (reads.append(folder.name), read(folder))[1])
+    bank = AdapterBank(model, folder)
+    for names in ("ab", "ba", "c", "abc"):
+        enter(bank, *names)
+    assert reads == ["a", "b", "c"]
+
+
+def test_the_base_is_looked_at_once(folder, model, monkeypatch):
+    looks, look = [], s2ft.convert.fingerprint
+    monkeypatch.setattr(s2ft.convert, "fingerprint", lambda *args: (looks.append(1), look(*args))[1])
+    bank = AdapterBank(model, folder)
+    for name in "abcde":
+        enter(bank, name)
+    assert len(looks) == 1
+
+
+def test_a_thousand_adapters(tmp_path):
+    """Known, loaded, and a batch of all."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4))
+    couplings = [Coupling("ffn", 0, (Projection("u", "0", 10, 1, 0),), Projection("d", "2", 10, 1, 1))]
+    s2ft.attach(net, S2FTConfig(u_ratio=0.1, d_ratio=0.2), couplings=couplings, verify=False)
+    s2ft.save_adapter(net, tmp_path / "one")
+    one, net = read_adapter(tmp_path / "one"), s2ft.detach(net)
+    shifts = []
+    for i in range(20):
+        for delta in one.deltas.values():
+            delta.values = torch.randn(delta.values.shape)
+        native.write(one, tmp_path / str(i))
+        shifts.append({path: (delta.dim, delta.index, delta.values) for path, delta in one.deltas.items()})
+    for i in range(1000):
+        shutil.copytree(tmp_path / str(i % 20), tmp_path / "all" / str(i))
+    bank = AdapterBank(net, tmp_path / "all")
+    names, x = [str(i) for i in torch.randperm(1000).tolist()], torch.randn(1000, 6)
+    with torch.no_grad(), bank.batch(names):
+        y = net(x)
+    assert len(bank) == len(bank.loaded) == 1000
+    for row in range(0, 1000, 50):
+        first, second = (net[i].weight.detach().clone() for i in (0, 2))
+        for weight, path in ((first, "0"), (second, "2")):
+            dim, index, values = shifts[int(names[row]) % 20][path]
+            weight.index_add_(dim, index, values)
+        expected = (x[row] @ first.t() + net[0].bias).relu() @ second.t() + net[2].bias
+        assert_close(y[row], expected.detach())
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------
+
+def test_another_base_is_refused_before_anything_changes(folder, tmp_path):
+    other = model_of("llama")
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight[0, 0] += 1
+    bank = AdapterBank(other, folder)
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    with pytest.raises(ValueError, match="another base"):
+        enter(bank, None, "a")
+    assert bank.loaded == [] and not any("forward" in module.__dict__ for module in other.modules())
+    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+    enter(bank, None)   # the base alone runs
+    with pytest.raises(ValueError, match="'a'"):
+        enter(AdapterBank(model_of("llama-wide-heads"), folder), "a")
+
+
+def test_damaged_files_are_refused(folder, model, tmp_path):
+    shutil.copytree(folder, tmp_path / "all")
+    with open(tmp_path / "all" / "a" / native.TENSORS, "r+b") as file:
+        file.seek(-3, 2)
+        file.write(b"xyz")
+    bank = AdapterBank(model, tmp_path / "all")
+    with pytest.raises(ValueError, match="damaged"):
+        enter(bank, "b", "a")
+    assert_plain(model)
+    enter(bank, "b")
+
+
+def test_experts_and_convolutions_are_refused(tmp_path):
+    model = model_of("mixtral")
+    write(model, tmp_path / "experts", dict(d_ratio=0.1, o_ratio=0.5))
+    write(model, tmp_path / "heads", dict(o_ratio=0.5))
+    bank = AdapterBank(model, tmp_path)
+    with pytest.raises(ValueError, match="'experts' changes .*, experts: batches mix adapters of linear layers only"):
+        enter(bank, "heads", "experts")
+    enter(bank, "heads")
+    net = nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), nn.Conv1d(8, 4, 1))
+    couplings = [Coupling("ffn", 0, (Projection("u", "0", 8, 1, 0),), Projection("d", "2", 8, 1, 1))]
+    s2ft.attach(net, S2FTConfig(d_ratio=0.5), couplings=couplings, verify=False)
+    s2ft.save_adapter(net, tmp_path / "convolutions")
+    with pytest.raises(ValueError, match="'convolutions' changes 2, a Conv1d"):
+        enter(AdapterBank(s2ft.detach(net), tmp_path), "convolutions")
+
+
+def test_a_model_that_is_no_plain_base_is_refused(folder, model):
+    bank = AdapterBank(model, folder)
+    s2ft.load_adapter(model, folder / "a")
+    for refused in (lambda: AdapterBank(model, folder), lambda: enter(bank, "b")):
+        with pytest.raises(ValueError, match="is active"):
+            refused()
+    s2ft.set_adapter(model, None)
+    for allowed in (bank, AdapterBank(model, folder)):
+        with torch.no_grad(), allowed.batch(["b", "a"]):
+            assert_close(output_of(model)[0], alone("llama", folder, "b", output_of)[0])
+    s2ft.detach(model)
+    s2ft.attach(model, S2FTConfig(d_ratio=0.1, layout="permuted"))
+    s2ft.set_adapter(model, None)
+    with pytest.raises(ValueError, match="units have moved"):
+        enter(bank, "b")
+
+
+def test_layers_exchanged_since_are_found(folder, model):
+    """Trainable layers that are off, and the plain ones that come back."""
+    bank = AdapterBank(model, folder)
+    enter(bank, "b", "c")
+    s2ft.attach(model, S2FTConfig(d_ratio=0.1, layout="indexed"))
+    s2ft.set_adapter(model, None)
+    for leave in (lambda: None, lambda: s2ft.detach(model)):
+        leave()
+        with torch.no_grad(), bank.batch(["b", "c"]):
+            output = output_of(model)
+        for row, name in enumerate("bc"):
+            assert_close(output[row], alone("llama", folder, name, output_of)[row])
+    assert_plain(model)
+
+
+def test_batches_do_not_nest(folder, model):
+    bank, other = AdapterBank(model, folder), AdapterBank(model, folder)
+    with torch.no_grad(), bank.batch(["a", "b"]):
+        before = output_of(model)
+        for another in (bank, other):
+            with pytest.raises(RuntimeError, match="one at a time"):
+                enter(another, "c")
+        assert torch.equal(output_of(model), before)
+    enter(other, "c")
+    assert_plain(model)
+
+
+def test_wrong_batches(folder, model):
+    bank = AdapterBank(model, folder)
+    with pytest.raises(TypeError, match="list"), bank.batch("ab"):
+        pass
+    with pytest.raises(ValueError, match="empty"):
+        enter(bank)
+    with bank.batch(["a", "b"]), pytest.raises(ValueError, match="2 sequences, but the model runs on 3 rows"):
+        model(token_batch(model, 3))
+    assert_plain(model)
+
+
+# ---- exceptions and threads --------------------------------------------------------------------------------
+
+def test_an_exception_leaves_the_model_as_it_was(folder, model, monkeypatch):
+    bank = AdapterBank(model, folder)
+    with pytest.raises(KeyboardInterrupt):
+        with bank.batch(["a", "b"]):
+            raise KeyboardInterrupt
+    assert_plain(model)
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):   # while adapters are packed
+        patch.setattr(torch, "cat", failing(torch.cat, after=25))
+        enter(bank, "c", "d", "e")
+    assert_plain(model)
+    with torch.no_grad(), bank.batch(["c", "d"]):
+        assert_close(output_of(model)[1], alone("llama", folder, "d", output_of)[1])
+
+
+def failing(function, after):
+    calls = []
+
+    def run(*args, **options):
+        calls.append(1)
+        if len(calls) > after:
+            raise MemoryError
+        return function(*args, **options)
+    return run
+
+
+def test_someone_elses_forward_is_kept(folder, model):
+    module = model.model.layers[0].mlp.down_proj
+    plain, calls = module.forward, []
+
+    def counted(x):
+        calls.append(1)
+        return plain(x)
+    module.forward = counted
+    with torch.no_grad(), AdapterBank(model, folder).batch(["a", "c"]):
+        assert_close(output_of(model)[1], alone("llama", folder, "c", output_of)[1])
+    assert calls == [1] and module.forward is counted
+
+
+def test_a_batch_keeps_what_is_removed_meanwhile(folder, model):
+    bank = AdapterBank(model, folder)
+    with torch.no_grad(), bank.batch(["a", "b"]):
+        before = output_of(model)
+        bank.remove("a")
+        bank.add("a", folder / "c")
+        assert torch.equal(output_of(model), before)
+    with torch.no_grad(), bank.batch(["a", "b"]):
+        assert_close(output_of(model)[0], alone("llama", folder, "c", output_of)[0])
+
+
+def test_removed_while_it_is_read_is_used_but_not_kept(folder, model, monkeypatch):
+    bank, read = AdapterBank(model, folder), native.read
+
+    def slow(where):
+        adapter = read(where)
+        bank.remove("b")   # as another thread would
+        return adapter
+    expected = alone("llama", folder, "b", output_of)
+    monkeypatch.setattr(native, "read", slow)
+    with torch.no_grad(), bank.batch([None, "b"]):
+        assert_close(output_of(model)[1], expected[1])
+    assert bank.loaded == [] and "b" not in bank
+
+
+def test_adding_and_removing_from_other_threads(folder, model):
+    bank = AdapterBank(model, folder, limit_bytes=size_of(model, folder, "a", "b", "c"))
+    stop, errors = threading.Event(), []
+
+    def change(name):
+        try:
+            while not stop.is_set():
+                bank.add(name, folder / "c")
+                bank.names, bank.loaded, name in bank
+                bank.remove(name)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=change, args=(name,)) for name in ("x", "y")]
+    expected = {name: alone("llama", folder, name, output_of) for name in "abc"}
+    expected.update(dict.fromkeys("xy", expected["c"]))
+    for thread in threads:
+        thread.start()
+    try:
+        for i in range(60):
+            names = ["abcab"[i % 5], "xy"[i % 2] if i % 3 else "b"]
+            try:
+                with torch.no_grad(), bank.batch(names):
+                    output = output_of(model)
+            except ValueError as error:
+                assert "no adapter called" in str(error)   # between remove and add
+                continue
+            for row, name in enumerate(names):
+                assert_close(output[row], expected[name][row])
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert errors == [] and not set(bank.names) - set("abcdexy")
+
+
+# ---- compiled ----------------------------------------------------------------------------------------------
+
+def test_compiled_once_for_all_batches(folder, model):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    bank, ids = AdapterBank(model, folder), token_batch(model, 4)
+    enter(bank, *"abcde")   # capacities grow once
+    expected = {name: alone("llama", folder, name, lambda model: model(ids).logits) for name in (None, *"abcde")}
+    with torch.no_grad():
+        for names in (["a", "b", "c", None], ["e", "e", "a", "d"], ["b"] * 4, [None] * 4, ["c", "d", "e", "a"]):
+            bank.remove("e")
+            bank.add("e", folder / "e")   # packed anew
+            with bank.batch(names):
+                output = compiled(ids).logits
+            for row, name in enumerate(names):
+                assert_close(output[row], expected[name][row])
+            assert counter.frame_count == 1
+        assert torch.equal(compiled(ids).logits, model(ids).logits)   # outside a batch: the base, a graph of its own
+        assert counter.frame_count == 2
+        with bank.batch(["a"] * 4):
+            compiled(ids)
+    assert counter.frame_count == 2
+
+
+def test_compiled_with_several_rows_a_sequence(folder, model):
+    torch._dynamo.reset()
+    bank, ids = AdapterBank(model, folder), token_batch(model, 6)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad(), bank.batch(["a", "b"]):
+        assert_close(compiled(ids).logits, model(ids).logits)
