@@ -9,7 +9,8 @@ from torch import nn
 from s2ft.adapter.formats import native
 
 FILES = [native.CONFIG, native.TENSORS]
-REPOSITORY = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*(?:@[\w./\-]+)?", re.ASCII)   # org/name, org/name@revision
+WORD = r"[A-Za-z0-9][\w.\-]*"
+REPOSITORY = re.compile(rf"{WORD}/{WORD}(?:@[\w./\-]+)?", re.ASCII)   # org/name, org/name@revision
 
 
 def resolve(directory_or_repo, **options) -> Path:
@@ -35,14 +36,15 @@ def resolve(directory_or_repo, **options) -> Path:
 
 
 def push_to_hub(model_or_folder: Union[nn.Module, str, Path], repo_id: str, name: Optional[str] = None, *,
-                revision: Optional[str] = None, private: Optional[bool] = None, token: Union[str, bool, None] = None,
-                message: str = "S²FT adapter") -> str:
+                revision: Optional[str] = None, private: Optional[bool] = None,
+                token: Union[str, bool, None] = None, message: str = "S²FT adapter") -> str:
     """Upload one adapter, its two files, to a repository on the hub, which is made if need be.
 
     Args:
         model_or_folder: a model with adapters, or a folder that :func:`s2ft.save_adapter` wrote; it is read first.
         repo_id: "org/name". name: which of the model's adapters, as in save_adapter.
-        revision: a branch, made if need be. private: of a repository that is made now. token: default: that of `hf auth login`.
+        revision: a branch, made if need be. private: of a repository that is made now.
+        token: default: that of `hf auth login`.
     Returns: the commit's address.
     Raises: ValueError or FileNotFoundError for an adapter that could not be read again, nothing uploaded; what
         huggingface_hub raises.

@@ -12,22 +12,47 @@ def run(arguments: list[str]) -> None:
 
 
 def describe(folder: Path) -> str:
-    """The adapter's config and a table of its deltas. Raises: as `s2ft.adapter.read_adapter`."""
+    """What the adapter is, where it comes from and a table of its deltas. Raises: as `s2ft.adapter.read_adapter`."""
     from s2ft.adapter import read_adapter
 
-    if not (folder / "s2ft_config.json").exists() and (folder / "adapter").is_dir():
-        folder = folder / "adapter"
+    if not (folder / "s2ft_config.json").exists():
+        if (folder / "adapter").is_dir():
+            folder = folder / "adapter"
+        elif (folder / "adapter_config.json").is_file():
+            raise ValueError(f"{folder} is a PEFT adapter: s2ft export --from-lora makes an S²FT adapter of a LoRA "
+                             "that is one by its structure")
     adapter = read_adapter(folder)
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    tensors = sum(delta.values.numel() * delta.values.element_size() for delta in adapter.deltas.values())
+    units = sum(units.numel() for units in adapter.selection.units.values())
+    dtypes = sorted({_dtype(delta) for delta in adapter.deltas.values()})
+    lines = [
+        f"adapter {adapter.name!r} in {folder}: {adapter.parameters:,} parameters, {size:,} bytes",
+        f"{len(adapter.deltas)} projections, {units:,} units, {' and '.join(dtypes)}; a LoRA of the same ranks has "
+        f"about twice the bytes, {2 * tensors:,} where the weights are square",
+        f"trained on: {len(adapter.fingerprint['layers'])} layers in {printable(adapter.fingerprint['dtype'])}"
+        + ("" if adapter.couplings is None else f", {len(adapter.couplings)} couplings given by hand"),
+        f"selection digest: {adapter.selection.digest}"]
+    lines += [f"{printable(key)}: {printable(value)}" for key, value in adapter.info.items() if value is not None]
     config = adapter.config
-    lines = [f"adapter {adapter.name!r} in {folder}: {adapter.parameters:,} parameters, {size:,} bytes"]
-    lines += [f"{key}: {value}" for key, value in adapter.info.items() if value is not None]
     lines.append(f"{choice(config)}, seed {config.seed}, layout {config.layout}")
     width = max(map(len, adapter.deltas))
-    lines += [f"{path:<{width}}  {delta.index.numel():>6} {DIMS[delta.dim]:<8} "
-              f"{str(delta.values.dtype).removeprefix('torch.')}  largest update {delta.values.abs().max():.3g}"
-              for path, delta in adapter.deltas.items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(_row(path, delta, adapter.selection[path].numel(), width)
+                                for path, delta in adapter.deltas.items())])
+
+
+def _row(path: str, delta, units: int, width: int) -> str:
+    return (f"{path:<{width}}  {units:>6} units  {delta.index.numel():>6} {DIMS[delta.dim]:<8} {_dtype(delta)}  "
+            f"largest update {delta.values.abs().max():.3g}")
+
+
+def _dtype(delta) -> str:
+    return str(delta.values.dtype).removeprefix("torch.")
+
+
+def printable(value) -> str:
+    """On one line, with nothing that a terminal takes for a command."""
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in str(value))
 
 
 def choice(config) -> str:

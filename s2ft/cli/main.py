@@ -9,6 +9,7 @@ COMMANDS = {
     "select": "choose units and save them, without training",
     "eval": "score a model, with or without an adapter, by generation",
     "merge": "write model and adapter as a stock checkpoint",
+    "export": "write an adapter as LoRA, merged checkpoint or GGUF, or a LoRA as adapter",
     "fuse": "add adapters up into a new one",
     "info": "say what an adapter folder holds",
     "demo": "fine-tune a small model from start to finish, no arguments needed",

@@ -90,7 +90,8 @@ def header(change, length=None):
         found = json.loads(blob[8:8 + size])
         found = change(found) or found
         made = found if isinstance(found, bytes) else json.dumps(found).encode()
-        (folder / TENSORS).write_bytes(struct.pack("<Q", len(made) if length is None else length) + made + blob[8 + size:])
+        said = struct.pack("<Q", len(made) if length is None else length)
+        (folder / TENSORS).write_bytes(said + made + blob[8 + size:])
     return spoil
 
 
@@ -221,7 +222,8 @@ HOSTILE = {
     "delta misshapen": (tensor("delta", lambda t: t[:5]), "asks for dim 1 and shape"),
     "delta flat": (tensor("delta", lambda t: t.flatten()), "do not fit along dim 1"),
     "delta empty": (tensor("delta", lambda t: t[:0]), "do not fit along dim 1"),
-    "foreign tensor": (rewrite(tensors=lambda t: t.update({"\x1b[2J": torch.ones(1)})), r"foreign keys \['\\x1b\[2J'\]"),
+    "foreign tensor": (rewrite(tensors=lambda t: t.update({"\x1b[2J": torch.ones(1)})),
+                       r"foreign keys \['\\x1b\[2J'\]"),
     "missing tensor": (rewrite(tensors=lambda t: t.pop(f"{DOWN}.index")), "missing keys .*down_proj.index"),
     "header huge": (header(lambda found: None, length=2**63), "its header ends outside the file"),
     "header longer than the file": (header(lambda found: None, length=10**6), "its header ends outside the file"),

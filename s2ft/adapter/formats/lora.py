@@ -70,6 +70,11 @@ def write(adapter: Adapter, model: nn.Module, directory, rank: Optional[int] = N
     replace_file(directory / CONFIG, json.dumps(config, indent=2).encode())
 
 
+def rank_of(directory) -> int:
+    """r of a folder that :func:`write` wrote."""
+    return read_json(Path(directory) / CONFIG)["r"]
+
+
 def _record(model: nn.Module, couplings: Optional[Sequence[Coupling]] = None) -> Attachment:
     """Of a model without adapters one that is not kept."""
     return model.__dict__[RECORD] if RECORD in model.__dict__ else new_attachment(model, couplings)

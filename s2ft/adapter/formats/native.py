@@ -184,7 +184,7 @@ def _check_entries(entries: Dict[str, Tuple[str, Tuple[int, ...]]], projections:
         (dtype, shape), (of_index, index) = entries[f"{name}.delta"], entries[f"{name}.index"]
         if dtype not in FLOATS or of_index not in INTEGERS:
             raise ValueError(f"{name}: delta must be floating-point and index integers, not {dtype} and {of_index}")
-        if len(shape) not in (2, 3) or len(index) != 1 or index[0] == 0 or 0 in shape or shape[entry["dim"]] != index[0]:
+        if len(shape) not in (2, 3) or 0 in shape or index != (shape[entry["dim"]],):
             raise ValueError(f"{name}: delta of shape {shape} and index of shape {index} do not fit along dim "
                              f"{entry['dim']}")
         if index[0] % len(entry["units"]):

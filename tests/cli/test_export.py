@@ -1,0 +1,264 @@
+"""s2ft export and info: every format on a tiny model, loaded again by what it is for."""
+import json
+import re
+
+import peft
+import pytest
+import torch
+from gguf import GGUFReader
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+from train.tiny import save_tiny, tiny_tokenizer
+from transformers import (AutoModelForCausalLM, AutoTokenizer, GraniteConfig, LlamaConfig, MistralConfig,
+                          PreTrainedTokenizerFast, Qwen2Config)
+
+import s2ft
+from s2ft.adapter import read_adapter
+from s2ft.adapter.formats import gguf, lora, native
+from s2ft.cli.main import main
+from s2ft.train.merging import merge_gguf
+from s2ft.train.models import base_info, load_model
+
+RATIOS = dict(q_ratio=0.5, v_ratio=0.5, o_ratio=0.25, u_ratio=0.1, d_ratio=0.2)
+
+
+def s2ft_command(*arguments):
+    assert main([str(argument) for argument in arguments]) == 0
+
+
+def make_adapter(model_folder, folder, **info):
+    """Of random deltas. Returns: the model with it."""
+    model, _ = load_model(str(model_folder))
+    s2ft.attach(model, s2ft.S2FTConfig(**RATIOS), name="tiny")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1)
+    s2ft.save_adapter(model, folder, info={**base_info(model), **info})
+    return model
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    work = tmp_path_factory.mktemp("work")
+    save_tiny(work / "model")
+    make_adapter(work / "model", work / "adapter")
+    return work
+
+
+def logits_of(model, text="some text 12+3="):
+    ids = tiny_tokenizer()(text, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def attached(work):
+    model, _ = load_model(str(work / "model"))
+    s2ft.load_adapter(model, work / "adapter")
+    return model
+
+
+def test_lora(work, tmp_path, capsys):
+    s2ft_command("export", work / "adapter", "--model", work / "model", "--output", tmp_path / "lora")
+    printed = capsys.readouterr().out
+    assert "LoRA of rank 16" in printed and "--max-lora-rank 16" in printed
+    assert {path.name for path in (tmp_path / "lora").iterdir()} == {lora.CONFIG, lora.TENSORS}
+    base = AutoModelForCausalLM.from_pretrained(work / "model")
+    expected = logits_of(attached(work))
+    found = logits_of(peft.PeftModel.from_pretrained(base, tmp_path / "lora"))
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert [path.name for path in tmp_path.iterdir()] == ["lora"]
+
+
+def test_lora_and_back(work, tmp_path, capsys):
+    s2ft_command("export", work / "adapter", "--model", work / "model", "--format", "lora", "--rank-pattern",
+                 "--output", tmp_path / "lora")
+    assert "vLLM" not in capsys.readouterr().out
+    s2ft_command("export", "--from-lora", tmp_path / "lora", "--model", work / "model", "--name", "back", "--output",
+                 tmp_path / "adapter")
+    ours, theirs = read_adapter(work / "adapter"), read_adapter(tmp_path / "adapter")
+    assert theirs.name == "back" and theirs.selection == ours.selection and theirs.info["base_dtype"] == "float32"
+    assert all(torch.equal(delta.values, theirs.deltas[path].values) for path, delta in ours.deltas.items())
+
+
+def test_merged_in_shards(work, tmp_path):
+    s2ft_command("export", work / "adapter", "--model", work / "model", "--format", "merged", "--max-shard-size",
+                 "20KB", "--output", tmp_path / "merged")
+    assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
+    assert {"config.json", "generation_config.json", "tokenizer.json"} <= {
+        path.name for path in (tmp_path / "merged").iterdir()}
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(logits_of(found), logits_of(s2ft.merge(attached(work))))
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("12+3=").input_ids == tiny_tokenizer()("12+3=").input_ids
+
+
+@pytest.mark.parametrize("arguments,message", [
+    ([], "give an ADAPTER to export, or --from-lora"),
+    (["ADAPTER", "--from-lora", "LORA"], "and not both"),
+    (["--from-lora", "LORA", "--format", "lora"], "so there is no --format"),
+    (["ADAPTER", "--format", "merged", "--rank", 8], "--rank is for lora, not for merged"),
+    (["ADAPTER", "--max-shard-size", "1GB"], "--max-shard-size is for merged, not for lora"),
+    (["ADAPTER", "--name", "x"], "--name is for from-lora, not for lora"),
+    (["ADAPTER", "--rank", 3], "rank must be at least"),
+    (["nowhere"], "has no s2ft_config.json"),
+    (["--from-lora", "ADAPTER"], "is no PEFT LoRA: it has no adapter_config.json")])
+def test_mistakes_are_one_line_and_write_nothing(arguments, message, work, tmp_path, capsys):
+    given = [work / "adapter" if argument == "ADAPTER" else argument for argument in arguments]
+    command = ["export", *given, "--model", work / "model", "--output", tmp_path / "out"]
+    assert main([str(argument) for argument in command]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_output_that_exists_is_kept(work, tmp_path, capsys):
+    for kind in ("lora", "merged", "gguf"):
+        command = ["export", work / "adapter", "--model", work / "model", "--format", kind, "--output", tmp_path]
+        assert main([str(argument) for argument in command]) == 2
+        assert "exists" in capsys.readouterr().err
+
+
+# ---- GGUF ----------------------------------------------------------------------------------------------
+
+SPLIT = gguf.WORDS + r"\p{N}" + gguf.REST
+SHAPE = dict(vocab_size=270, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2)
+MODELS = {
+    "llama": lambda: LlamaConfig(**SHAPE, rope_theta=5e4, rms_norm_eps=1e-5),
+    "llama-tied": lambda: LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "llama-wide-heads": lambda: LlamaConfig(**SHAPE, head_dim=12),
+    "mistral": lambda: MistralConfig(**SHAPE, sliding_window=None),
+    "qwen2": lambda: Qwen2Config(**{**SHAPE, "num_key_value_heads": 4}),
+}
+PRE = {"gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+       "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(True),
+                                          pre_tokenizers.ByteLevel(add_prefix_space=False)]),
+       "qwen2": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+                                         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])}
+
+
+def tokenizer_with_merges(pre):
+    """The tiny one with two merges, two added tokens and a gap in its numbers."""
+    content = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
+    content["model"]["vocab"] |= {"so": 259, "me": 260}
+    content["model"]["merges"] = [["s", "o"], ["m", "e"]]
+    backend = Tokenizer.from_str(json.dumps(content))
+    backend.pre_tokenizer = PRE[pre]
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>")
+    fast.chat_template = tiny_tokenizer().chat_template
+    fast.add_tokens(["<think>"])
+    return fast
+
+
+def base_of(folder, case="llama", pre="gpt-2", config=None):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config or MODELS[case]())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+    model.save_pretrained(folder), tokenizer_with_merges(pre).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("case,pre,dtype", [
+    *((case, "gpt-2", "float32") for case in MODELS if case != "qwen2"), ("llama", "smollm", "bfloat16"),
+    ("qwen2", "qwen2", "float32"), ("qwen2", "qwen2", "float16")])
+def test_gguf(case, pre, dtype, tmp_path, capsys):
+    base_of(tmp_path / "model", case, pre)
+    make_adapter(tmp_path / "model", tmp_path / "adapter")
+    s2ft_command("export", tmp_path / "adapter", "--model", tmp_path / "model", "--format", "gguf", "--dtype", dtype,
+                 "--output", tmp_path / "out")
+    assert "loaded again and compared" in capsys.readouterr().out
+    model, tokenizer = load_model(str(tmp_path / "model"), dtype)
+    s2ft.load_adapter(model, tmp_path / "adapter")
+    again, words = load_model(str(tmp_path / "out"), dtype)
+    ids = tokenizer("someone is so <think> <|im_end|>", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected, found = s2ft.merge(model)(ids).logits, again(ids).logits
+    assert torch.equal(found, expected) and found.abs().max() > 0.1
+    assert words.chat_template == tokenizer.chat_template and words.eos_token_id == tokenizer.eos_token_id
+    assert words("someone is so <think> <|im_end|>")["input_ids"] == ids[0].tolist()
+    fields = GGUFReader(tmp_path / "out/model.gguf").fields
+    assert fields["tokenizer.ggml.pre"].contents() == pre
+    assert fields["tokenizer.ggml.token_type"].contents()[258:] == [1, 1, 1, 4] + [5] * 8
+
+
+def test_gguf_of_a_gguf_keeps_its_metadata(tmp_path):
+    base_of(tmp_path / "model", "llama", "smollm")
+    make_adapter(tmp_path / "model", tmp_path / "adapter")
+    s2ft_command("export", tmp_path / "adapter", "--model", tmp_path / "model", "--format", "gguf", "--output",
+                 tmp_path / "first")
+    first = tmp_path / "first/model.gguf"
+    make_adapter(first, tmp_path / "second-adapter")
+    s2ft_command("export", tmp_path / "second-adapter", "--model", first, "--format", "gguf", "--output",
+                 tmp_path / "second")
+    before, after = (GGUFReader(file) for file in (first, tmp_path / "second/model.gguf"))
+    assert list(before.fields) == list(after.fields)   # transformers does not know smollm's way to cut text
+    assert all(field.contents() == after.fields[key].contents() for key, field in before.fields.items())
+    model, _ = load_model(str(first))
+    s2ft.load_adapter(model, tmp_path / "second-adapter")
+    assert torch.equal(logits_of(load_model(str(tmp_path / "second"))[0]), logits_of(s2ft.merge(model)))
+
+
+@pytest.mark.parametrize("config,message", [
+    (MistralConfig(**SHAPE, sliding_window=8), "mistral with a sliding window"),
+    (LlamaConfig(**SHAPE, attention_bias=True), "llama with biases"),
+    (LlamaConfig(**SHAPE, hidden_act="gelu"), "llama with activation gelu"),
+    (LlamaConfig(**SHAPE, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+     "scaled by linear"),
+    (GraniteConfig(**SHAPE), "model type granite is not written as GGUF")])
+def test_models_that_are_not_written_as_gguf(config, message, tmp_path, capsys):
+    base_of(tmp_path / "model", config=config)
+    make_adapter(tmp_path / "model", tmp_path / "adapter")
+    command = ["export", tmp_path / "adapter", "--model", tmp_path / "model", "--format", "gguf", "--output",
+               tmp_path / "out"]
+    assert main([str(argument) for argument in command]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed and "convert_hf_to_gguf.py" in printed and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("pre", (pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=True),
+                                 pre_tokenizers.Sequence([pre_tokenizers.Digits(False), PRE["gpt-2"]])))
+def test_tokenizers_that_are_not_written_as_gguf(pre):
+    fast = tokenizer_with_merges("gpt-2")
+    fast.backend_tokenizer.pre_tokenizer = pre
+    with pytest.raises(ValueError, match="a tokenizer of this kind.*convert_hf_to_gguf.py"):
+        gguf._tokenizer(fast, MODELS["llama"]())
+
+
+def test_a_gguf_that_is_another_model_is_not_kept(work, tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf, "_interleaved", lambda rows, heads: rows)
+    base_of(tmp_path / "model")
+    make_adapter(tmp_path / "model", tmp_path / "adapter")
+    with pytest.raises(RuntimeError, match="is not the merged model: model.layers.0.self_attn.k_proj.weight"):
+        merge_gguf(str(tmp_path / "model"), tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# ---- info ----------------------------------------------------------------------------------------------
+
+def test_info_says_everything(work, capsys):
+    s2ft_command("info", work / "adapter")
+    printed = capsys.readouterr().out
+    adapter = read_adapter(work / "adapter")
+    size = sum(path.stat().st_size for path in (work / "adapter").iterdir())
+    for words in ("adapter 'tiny'", f"{adapter.parameters:,} parameters, {size:,} bytes", "10 projections",
+                  "float32", f"twice the bytes, {8 * adapter.parameters:,}", "trained on: 2 layers in float32",
+                  adapter.selection.digest, "model_type: llama", "q_ratio 0.5", "layout permuted"):
+        assert words in printed, words
+    assert re.search(r"model.layers.0.self_attn.q_proj +2 units +16 rows +float32", printed)
+
+
+def test_info_writes_nothing_that_a_terminal_obeys(work, tmp_path, capsys):
+    adapter = read_adapter(work / "adapter")
+    adapter.info = {"note\x1b[2J": "first\nadapter 'other'\x07"}
+    native.write(adapter, tmp_path)
+    s2ft_command("info", tmp_path)
+    printed = capsys.readouterr().out
+    assert r"note\x1b[2J: first\nadapter 'other'\x07" in printed and "\x1b" not in printed
+
+
+def test_info_of_a_lora_says_what_to_do(tmp_path, capsys):
+    (tmp_path / lora.CONFIG).write_text(json.dumps({"peft_type": "LORA"}))
+    assert main(["info", str(tmp_path)]) == 2
+    assert "--from-lora" in capsys.readouterr().err
