@@ -3,6 +3,7 @@ import os
 import shutil
 import tempfile
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Iterator
 
@@ -87,6 +88,8 @@ def merge_gguf(model_name: str, adapter: str | Path, output: str | Path, dtype: 
     """
     from s2ft.adapter.formats import gguf
 
+    if find_spec("gguf") is None:
+        raise ValueError("GGUF files are written with the package gguf: pip install gguf")
     with folder_beside(output) as beside:
         model, tokenizer = merged(model_name, adapter, dtype)
         source, options = locate(model_name)

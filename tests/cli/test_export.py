@@ -226,6 +226,12 @@ def test_tokenizers_that_are_not_written_as_gguf(pre):
         gguf._tokenizer(fast, MODELS["llama"]())
 
 
+def test_without_the_package_gguf_it_is_named(work, tmp_path, monkeypatch):
+    monkeypatch.setattr("s2ft.train.merging.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install gguf"):
+        merge_gguf(str(work / "model"), work / "adapter", tmp_path / "out")
+
+
 def test_a_gguf_that_is_another_model_is_not_kept(work, tmp_path, monkeypatch):
     monkeypatch.setattr(gguf, "_interleaved", lambda rows, heads: rows)
     base_of(tmp_path / "model")
