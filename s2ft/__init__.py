@@ -2,8 +2,9 @@
 from s2ft._build import build_info
 from s2ft.version import __version__
 from s2ft import ops
-from s2ft.adapter import (Adapter, delete_adapter, disable_adapters, fuse_adapters, get_adapter, list_adapters,
-                          load_adapter, read_adapter, rename_adapter, save_adapter, set_adapter, status)
+from s2ft.adapter import (Adapter, AdapterBank, delete_adapter, disable_adapters, export_lora, fuse_adapters,
+                          get_adapter, import_lora, list_adapters, load_adapter, push_to_hub, read_adapter,
+                          rename_adapter, save_adapter, set_adapter, status)
 from s2ft.arch import register_architecture
 from s2ft.config import S2FTConfig
 from s2ft.convert import attach, detach, fuse, merge, plan, select, unfuse
@@ -11,7 +12,8 @@ from s2ft.coupling import Coupling, Projection, Vector
 from s2ft.layers import S2ColumnLinear, S2RowLinear
 from s2ft.selection import Selection
 
-__all__ = ["Adapter", "Coupling", "Projection", "S2ColumnLinear", "S2FTConfig", "S2RowLinear", "Selection", "Vector",
-           "__version__", "attach", "build_info", "delete_adapter", "detach", "disable_adapters", "fuse",
-           "fuse_adapters", "get_adapter", "list_adapters", "load_adapter", "merge", "ops", "plan", "read_adapter",
-           "register_architecture", "rename_adapter", "save_adapter", "select", "set_adapter", "status", "unfuse"]
+__all__ = ["Adapter", "AdapterBank", "Coupling", "Projection", "S2ColumnLinear", "S2FTConfig", "S2RowLinear",
+           "Selection", "Vector", "__version__", "attach", "build_info", "delete_adapter", "detach",
+           "disable_adapters", "export_lora", "fuse", "fuse_adapters", "get_adapter", "import_lora", "list_adapters",
+           "load_adapter", "merge", "ops", "plan", "push_to_hub", "read_adapter", "register_architecture",
+           "rename_adapter", "save_adapter", "select", "set_adapter", "status", "unfuse"]

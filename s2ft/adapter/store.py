@@ -7,6 +7,7 @@ from torch import nn
 
 from s2ft.adapter.adapter import Adapter, check_fits
 from s2ft.adapter.formats import native
+from s2ft.adapter.hub import resolve
 from s2ft.adapter.switch import check_free, get_adapter, set_adapter
 from s2ft.convert import check_name, mount_on, new_attachment
 from s2ft.mounting import RECORD, Attachment, attachment_of, check_can_write, set_mounted_deltas
@@ -36,6 +37,14 @@ def _model_info(model: nn.Module) -> Dict[str, Any]:
             "model_type": getattr(config, "model_type", None)}
 
 
+def read_adapter(adapter: Union[str, os.PathLike]) -> Adapter:
+    """An adapter's files, checked, from a folder, or from a repository on the hub, "org/name" or "org/name@revision".
+
+    Raises: FileNotFoundError, or ValueError that names what is wrong with the files.
+    """
+    return native.read(resolve(adapter))
+
+
 def load_adapter(model: nn.Module, adapter: Union[str, os.PathLike, Adapter], name: Optional[str] = None,
                  trainable: bool = False, *, active: bool = True, device=None) -> None:
     """Load a saved adapter under `name` (default: the name it was saved with) and make it the active one.
@@ -47,13 +56,13 @@ def load_adapter(model: nn.Module, adapter: Union[str, os.PathLike, Adapter], na
     one adapter a model can be, besides others that are loaded.
 
     Args:
-        adapter: a folder, or an :class:`Adapter` as :func:`get_adapter` and arithmetic give it.
+        adapter: a folder, a repository on the hub ("org/name"), or an :class:`Adapter` as :func:`get_adapter` and arithmetic give it.
         active: False leaves what is active as it is; a trainable one is always active.
         device: where the deltas are kept; default: the CPU. On the model's device switching is fastest.
     Raises: FileNotFoundError or ValueError that names what is wrong (another base, a missing or
     foreign key, a shape, an index out of range); the model is then as it was.
     """
-    adapter = replace(adapter) if isinstance(adapter, Adapter) else native.read(adapter)
+    adapter = replace(adapter) if isinstance(adapter, Adapter) else read_adapter(adapter)
     adapter.name = adapter.name if name is None else name
     check_name(adapter.name)
     fresh = RECORD not in model.__dict__
@@ -79,7 +88,7 @@ def restore_adapter(model: nn.Module, directory) -> None:
     Raises: ValueError when the saved selection is not the attached one, or as :func:`load_adapter`.
     """
     record: Attachment = attachment_of(model)
-    adapter = native.read(directory)
+    adapter = read_adapter(directory)
     check_fits(adapter, model, record)
     if record.selection is None or adapter.selection != record.selection:
         raise ValueError(f"{directory} holds another selection than the one this model trains")
