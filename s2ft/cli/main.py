@@ -8,6 +8,8 @@ COMMANDS = {
     "finetune": "train an adapter on your data",
     "select": "choose units and save them, without training",
     "eval": "score a model, with or without an adapter, by generation",
+    "generate": "write one answer to a prompt",
+    "serve": "answer over HTTP, with many adapters of one base at once",
     "merge": "write model and adapter as a stock checkpoint",
     "export": "write an adapter as LoRA, merged checkpoint or GGUF, or a LoRA as adapter",
     "fuse": "add adapters up into a new one",

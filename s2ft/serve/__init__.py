@@ -1,0 +1,1 @@
+"""One base and many adapters behind an HTTP API like OpenAI's."""

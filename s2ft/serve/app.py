@@ -1,0 +1,223 @@
+"""The routes."""
+import asyncio
+import hmac
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
+
+import s2ft.version
+from s2ft.serve import errors
+from s2ft.serve.engine import Event, why_not
+from s2ft.serve.errors import CLIENT_CLOSED, ApiError, Disconnected
+from s2ft.serve.metrics import STATUS, CountRequests, Metrics
+from s2ft.serve.registry import Version
+from s2ft.serve.replies import DONE, ChatReply, CompletionReply, sent
+from s2ft.serve.schemas import ChatRequest, CompletionRequest, LoadRequest, Sampled, UnloadRequest, parse
+from s2ft.serve.service import Answer, Service
+
+
+def create_app(service: Service, metrics: Metrics) -> FastAPI:
+    """The API over a service. The app starts its engine and stops it."""
+
+    @asynccontextmanager
+    async def engine_runs(app: FastAPI) -> AsyncIterator[None]:
+        service.engine.start()
+        yield
+        await run_in_threadpool(service.engine.stop)
+
+    metrics.queue_length.set_function(lambda: service.engine.waiting)
+    metrics.running.set_function(lambda: service.engine.running)
+    metrics.adapters.set_function(lambda: len(service.engine.adapters.names))
+    app = FastAPI(title="s2ft", version=s2ft.version.__version__, lifespan=engine_runs, redirect_slashes=False,
+                  docs_url=None, redoc_url=None, openapi_url=None)   # the bodies are read by hand, so it could not tell
+    errors.install(app)
+    app.add_middleware(CountRequests, metrics=metrics)
+    app.include_router(state_routes(service, metrics))
+    app.include_router(model_routes(service))
+    return app
+
+
+def state_routes(service: Service, metrics: Metrics) -> APIRouter:
+    """For those who watch the server; without a key."""
+    router = APIRouter()
+
+    @router.get("/health")
+    async def health() -> Response:
+        if not service.engine.alive:
+            raise ApiError(503, "not_running", "the server is shutting down")
+        return JSONResponse({"status": "ok", "running": service.engine.running, "waiting": service.engine.waiting})
+
+    @router.get("/metrics")
+    def counters() -> Response:
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    return router
+
+
+def model_routes(service: Service) -> APIRouter:
+    """What needs the key, where there is one."""
+    router = APIRouter(prefix="/v1", dependencies=[Depends(_key_check(service.limits.api_key))])
+
+    @router.get("/models")
+    def models() -> Response:
+        names = [service.base, *service.engine.adapters.names]
+        return JSONResponse({"object": "list", "data": [_model(service, name) for name in names]})
+
+    @router.get("/models/{name:path}")
+    def model(name: str) -> Response:
+        if name != service.base and name not in service.engine.adapters.names:
+            raise errors.unknown_model(name)
+        return JSONResponse(_model(service, name))
+
+    @router.post("/completions")
+    async def completions(request: Request) -> Response:
+        return await _answer(service, request, CompletionRequest, CompletionReply)
+
+    @router.post("/chat/completions")
+    async def chat(request: Request) -> Response:
+        return await _answer(service, request, ChatRequest, ChatReply)
+
+    @router.post("/load_lora_adapter")
+    async def load(request: Request) -> Response:
+        body = parse(LoadRequest, await _json(request, service))
+        version = await run_in_threadpool(service.engine.adapters.load, body.lora_name, body.lora_path)
+        await _check(service, version)
+        return JSONResponse({"status": "ok", "model": body.lora_name})
+
+    @router.post("/unload_lora_adapter")
+    async def unload(request: Request) -> Response:
+        body = parse(UnloadRequest, await _json(request, service))
+        await run_in_threadpool(service.engine.adapters.unload, body.lora_name)
+        return JSONResponse({"status": "ok", "model": body.lora_name})
+
+    return router
+
+
+def _model(service: Service, name: str) -> dict:
+    parent = None if name == service.base else service.base
+    return {"id": name, "object": "model", "created": service.created, "owned_by": "s2ft", "root": service.base,
+            "parent": parent, "max_model_len": service.context}
+
+
+def _key_check(key: str | None):
+    async def check(request: Request) -> None:
+        given = request.headers.get("authorization", "")
+        if key is not None and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+            raise ApiError(401, "invalid_api_key", "give the server's key as Authorization: Bearer KEY",
+                           {"WWW-Authenticate": "Bearer"})
+    return check
+
+
+async def _check(service: Service, version: Version) -> None:
+    """Load an adapter once; one that doesn't load is not served."""
+    try:
+        await asyncio.wrap_future(service.engine.check(version))
+    except ApiError:
+        raise
+    except Exception as error:
+        service.engine.adapters.unload(version.name)
+        raise ApiError(400, "invalid_adapter", why_not(version, error)) from None
+    finally:
+        service.engine.adapters.give_back(version)
+
+
+async def _json(request: Request, service: Service):
+    """The decoded body. Raises: ApiError 400, 408 and 413."""
+    limit, chunks, size = service.limits.max_body_bytes, [], 0
+    too_large = ApiError(413, "body_too_large", f"the body has more than {limit:,} bytes", {"Connection": "close"})
+    length = request.headers.get("content-length", "0")
+    if length.isdecimal() and int(length[:20]) > limit:   # before any of it is read
+        raise too_large
+
+    async def read() -> None:
+        nonlocal size
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > limit:
+                raise too_large
+            chunks.append(chunk)
+
+    try:
+        await asyncio.wait_for(read(), service.limits.timeout)
+    except asyncio.TimeoutError:
+        raise ApiError(408, "timeout", "the body did not arrive in time", {"Connection": "close"}) from None
+    try:
+        return json.loads(b"".join(chunks), parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, "invalid_json", f"the body is not JSON: {str(error)[:200]}") from None
+
+
+def _no_number(word: str):
+    raise ValueError(f"{word} is no number")
+
+
+async def _answer(service: Service, request: Request, kind: type[Sampled], reply: type[CompletionReply]) -> Response:
+    arrived = asyncio.get_running_loop().time()
+    try:
+        body = parse(kind, await _json(request, service))
+        service.check_model(body.model)
+        ids = await run_in_threadpool(service.prompt_ids, body)
+        answer = Answer(service, request, body, ids, arrived)
+    except ClientDisconnect:
+        return Response(status_code=CLIENT_CLOSED)
+    shape = reply(body.model, body.with_usage)
+    events = answer.events()
+    try:
+        first = await anext(events)   # what fails before the first token has a status of its own
+        if body.stream:
+            return EventStream(_stream(request, answer, shape, first, events), answer)
+        text, finish = first.text, first.finish
+        async for event in events:
+            text, finish = text + event.text, event.finish
+        answer.close()
+        return JSONResponse(shape.answer(text, finish, answer.usage))
+    except Disconnected:
+        answer.close()
+        return Response(status_code=CLIENT_CLOSED)
+    except BaseException:
+        answer.close()
+        raise
+
+
+async def _stream(request: Request, answer: Answer, shape: CompletionReply, first: Event, events) -> AsyncIterator[str]:
+    for chunk in shape.opening():
+        yield sent(chunk)
+    event = first
+    try:
+        while True:
+            if event.text or event.last:
+                yield sent(shape.chunk(event.text, event.finish))
+            if event.last:
+                break
+            event = await anext(events)
+        for chunk in shape.closing(answer.usage):
+            yield sent(chunk)
+    except ApiError as error:   # too late for a status
+        request.scope[STATUS] = error.status
+        yield sent(error.body)
+    except Disconnected:
+        request.scope[STATUS] = CLIENT_CLOSED
+        return
+    yield DONE
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events of an answer, which is closed however the sending ends."""
+
+    def __init__(self, content: AsyncIterator[str], answer: Answer) -> None:
+        super().__init__(content, headers={"Cache-Control": "no-cache"}, media_type="text/event-stream")
+        self._answer = answer
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            if not self._answer.told:
+                scope[STATUS] = CLIENT_CLOSED
+            self._answer.close()

@@ -1,0 +1,173 @@
+"""Which adapters are served: those in a folder, as they come and go, and those that clients load and unload.
+
+A request holds on to the version of the adapter that it began with. One that was unloaded, deleted or replaced is
+no longer given out, and leaves the bank with its last request.
+"""
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from s2ft.adapter.formats.native import CONFIG
+from s2ft.convert import check_name
+from s2ft.serve.errors import ApiError, unknown_model
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class Version:
+    """One adapter as it was saved at one time."""
+
+    name: str
+    in_bank: str
+    folder: Path
+    stamp: tuple
+    users: int = 0
+    gone: bool = False
+
+
+class Adapters:
+    """Adapters by name, over an ``AdapterBank``. May be called from any thread.
+
+    Args:
+        bank: has `add` and `remove`.
+        directory: each folder in it with an adapter is one, by its name; None serves the base alone.
+        reserved: names that are the base's.
+    """
+
+    def __init__(self, bank, directory=None, reserved: Sequence[str] = ()) -> None:
+        self.bank, self.reserved = bank, tuple(reserved)
+        self.directory = None if directory is None else Path(directory)
+        if self.directory is not None and not self.directory.is_dir():
+            raise NotADirectoryError(f"{directory} is no folder of adapters")
+        self._known: dict[str, Version] = {}
+        self._unloaded: set[str] = set()   # by clients: their folders are still there
+        self._added = 0
+        self._lock = threading.Lock()
+        taken = sorted({entry.name for entry in self._folders()} & set(self.reserved))
+        if taken:
+            raise ValueError(f"adapter {taken[0]!r} has the name of the base: rename its folder, or name the base "
+                             "another way with --served-model-name")
+
+    @property
+    def names(self) -> list[str]:
+        with self._lock:
+            names = set(self._known) | {folder.name for folder in self._folders()}
+            return sorted(name for name in names if self._current(name))
+
+    def take(self, name: str) -> Version:
+        """The adapter as it is now, until it is given back. Raises: ApiError 404."""
+        with self._lock:
+            version = self._current(name)
+            if version is None:
+                raise unknown_model(name)
+            version.users += 1
+            return version
+
+    def give_back(self, version: Version) -> None:
+        with self._lock:
+            version.users -= 1
+            self._forget_unused(version)
+
+    def load(self, name: str, path: str) -> Version:
+        """Serve the adapter at `path`, relative to the directory, as `name`, and take it. Raises: ApiError."""
+        if self.directory is None:
+            raise ApiError(400, "no_directory", "the server was started without --adapters, so it loads none")
+        try:
+            check_name(name)
+        except ValueError as error:
+            raise ApiError(400, "invalid_name", str(error)) from None
+        folder = self._inside(path)
+        with self._lock:
+            if name in self.reserved or self._current(name):
+                raise ApiError(400, "name_taken", f"there is a model {name!r} already: unload it first")
+            stamp = _stamp(folder)
+            if stamp is None:
+                raise ApiError(404, "adapter_not_found", f"there is no adapter at {path[:200]!r}: it has no {CONFIG}")
+            try:
+                version = self._add(name, folder, stamp)
+            except (ValueError, OSError):
+                raise ApiError(400, "invalid_adapter", f"{path[:200]!r} holds no complete adapter") from None
+            self._unloaded.discard(name)
+            version.users += 1
+            return version
+
+    def unload(self, name: str) -> None:
+        """Raises: ApiError 404."""
+        with self._lock:
+            version = self._current(name)
+            if version is None:
+                raise unknown_model(name)
+            self._retire(version)
+            self._unloaded.add(name)
+
+    # ---- under the lock --------------------------------------------------------------------------
+
+    def _current(self, name: str) -> Version | None:
+        """The version to give out; one whose folder has changed or gone is replaced or dropped."""
+        version = self._known.get(name)
+        if version is not None and _stamp(version.folder) != version.stamp:
+            self._retire(version)
+            version = None
+        if version is None and self.directory is not None and name not in self._unloaded and name not in self.reserved:
+            version = self._found(name)
+        return version
+
+    def _found(self, name: str) -> Version | None:
+        try:
+            check_name(name)
+            stamp = _stamp(self.directory / name)
+            return None if stamp is None else self._add(name, self.directory / name, stamp)
+        except (ValueError, OSError):   # half of an adapter, or a name no file has
+            return None
+
+    def _add(self, name: str, folder: Path, stamp: tuple) -> Version:
+        in_bank = f"{name}#{self._added}"   # an earlier version may still be in use
+        self.bank.add(in_bank, folder)
+        self._added += 1
+        self._known[name] = Version(name, in_bank, folder, stamp)
+        return self._known[name]
+
+    def _retire(self, version: Version) -> None:
+        version.gone = True
+        del self._known[version.name]
+        self._forget_unused(version)
+
+    def _forget_unused(self, version: Version) -> None:
+        if version.gone and not version.users:
+            self.bank.remove(version.in_bank)
+
+    # ---- folders ---------------------------------------------------------------------------------
+
+    def _folders(self) -> list[Path]:
+        if self.directory is None:
+            return []
+        try:
+            return [entry for entry in self.directory.iterdir() if (entry / CONFIG).is_file()]
+        except OSError as error:   # the directory itself has gone; what is known may still be served
+            logger.warning("can't look for adapters: %s", error)
+            return []
+
+    def _inside(self, path: str) -> Path:
+        refused = ApiError(400, "invalid_path", "lora_path must be a folder inside the directory of adapters, relative "
+                                                "to it")
+        try:
+            if not path or "\0" in path or Path(path).is_absolute() or ".." in Path(path).parts:
+                raise refused
+            folder = (self.directory / path).resolve()
+        except (OSError, RuntimeError, ValueError):   # links in a circle, a name too long
+            raise refused from None
+        if self.directory.resolve() not in folder.parents:
+            raise refused
+        return folder
+
+
+def _stamp(folder: Path) -> tuple | None:
+    """Another one for every save."""
+    try:
+        found = (folder / CONFIG).stat()
+    except (OSError, ValueError):
+        return None
+    return found.st_mtime_ns, found.st_ino

@@ -1,0 +1,66 @@
+"""From options to a server that runs until a signal."""
+import logging
+import signal
+import time
+
+import torch
+import uvicorn
+
+from s2ft.adapter.bank import AdapterBank
+from s2ft.serve.app import create_app
+from s2ft.serve.engine import Engine
+from s2ft.serve.metrics import Metrics
+from s2ft.serve.options import ServerOptions, warn_if_open
+from s2ft.serve.registry import Adapters
+from s2ft.serve.service import Service
+
+logger = logging.getLogger(__name__)
+AFTER_GRACE = 5        # seconds for the last errors to be sent
+
+
+def build_app(model, tokenizer, base: str, adapters: str | None, options: ServerOptions):
+    """(the app, its service) for a loaded model."""
+    metrics = Metrics()
+    bank = AdapterBank(model, limit_bytes=options.adapter_bytes)
+    engine = Engine(model, Adapters(bank, adapters, reserved=[base]), options.max_batch_size, options.queue_size,
+                    options.max_batch_tokens, metrics=metrics)
+    service = Service(engine, tokenizer, base, options.limits)
+    return create_app(service, metrics), service
+
+
+def serve(model, tokenizer, base: str, adapters: str | None, options: ServerOptions) -> None:
+    """Until SIGTERM or SIGINT; then finish what runs, for `grace` seconds at most, and return."""
+    model.requires_grad_(False)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    app, service = build_app(model, tokenizer, base, adapters, options)
+    warn_if_open(options.host, options.limits.api_key)
+    config = uvicorn.Config(app, host=options.host, port=options.port, log_config=None, access_log=False,
+                            server_header=False, timeout_graceful_shutdown=int(options.grace + AFTER_GRACE))
+    server = Server(config, service.engine, options.grace)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # uvicorn raises the signal again once it has shut down; by then there is nothing left to do
+        signal.signal(number, lambda *_: None)
+    server.run()
+    if not server.started:
+        raise OSError(f"can't listen on {options.host}, port {options.port}")
+
+
+class Server(uvicorn.Server):
+    """One that has the engine finish first."""
+
+    def __init__(self, config: uvicorn.Config, engine: Engine, grace: float) -> None:
+        super().__init__(config)
+        self._engine, self._grace = engine, grace
+
+    def handle_exit(self, sig, frame) -> None:
+        if self._engine.drain_until is None:
+            self._engine.drain_until = time.monotonic() + self._grace
+        super().handle_exit(sig, frame)
+
+    async def startup(self, sockets=None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            for listener in self.servers:
+                for socket in listener.sockets:
+                    host, port = socket.getsockname()[:2]   # the port that was chosen, if any would do
+                    logger.info("serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)

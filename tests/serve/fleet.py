@@ -1,0 +1,81 @@
+"""A tiny model with many random adapters, on disk and in memory, and a server in a thread."""
+import threading
+import time
+from contextlib import contextmanager
+
+import torch
+from train.tiny import tiny_model, tiny_tokenizer
+
+import s2ft
+from s2ft.serve.batch import Batch, Row
+from s2ft.serve.sampling import Sampler
+from s2ft.serve.options import ServerOptions
+from s2ft.serve.server import Server, build_app
+
+BASE = "tiny"
+DEADLINE = 60.0
+
+
+def save_adapters(folder, count, first=0, **changes):
+    """Adapters a0, a1, ... whose deltas are large enough to change nearly every token."""
+    for number in range(first, first + count):
+        model = tiny_model(**changes)
+        torch.manual_seed(1000 + number)
+        s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2, o_ratio=0.5, u_ratio=0.1, seed=number), name=f"a{number}")
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.3 * torch.randn_like(parameter)
+        s2ft.save_adapter(model, folder / f"a{number}")
+    return [f"a{number}" for number in range(first, first + count)]
+
+
+def alone(folder, prompt_ids, max_tokens, ends=(2,), **changes):
+    """Greedy tokens of one adapter, written into the weights, without a batch; None is the base."""
+    model = tiny_model(**changes)
+    if folder is not None:
+        s2ft.load_adapter(model, folder)
+    with torch.no_grad():
+        ids = list(prompt_ids)
+        while len(ids) - len(prompt_ids) < max_tokens and (len(ids) == len(prompt_ids) or ids[-1] not in ends):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt_ids):]
+
+
+def text_of(tokens):
+    return tiny_tokenizer().decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def eventually(condition, what="it"):
+    """Poll until true."""
+    end = time.monotonic() + DEADLINE
+    while not condition():
+        assert time.monotonic() < end, f"{what} did not come about"
+        time.sleep(0.005)
+
+
+@contextmanager
+def running(adapters, model=None, **options):
+    """(http://host:port, the service) of a server in a thread."""
+    model = tiny_model() if model is None else model
+    app, service = build_app(model, tiny_tokenizer(), BASE, None if adapters is None else str(adapters),
+                             ServerOptions(**options))
+    import uvicorn
+    server = Server(uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5),
+                    service.engine, grace=2.0)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        eventually(lambda: server.started or not thread.is_alive(), "the server")
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}", service
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive() and not service.engine._thread.is_alive()
+
+
+def greedy_row(prompt, adapter=None):
+    return Row(prompt, Sampler(), adapter)
+
+
+__all__ = ["BASE", "Batch", "alone", "eventually", "greedy_row", "running", "save_adapters", "text_of"]

@@ -1,0 +1,70 @@
+"""`s2ft serve` as a process of its own."""
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx
+
+DEADLINE = 120.0
+
+
+class Process:
+    """The server's process; what it logged is in `lines`."""
+
+    def __init__(self, *arguments):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        command = [sys.executable, "-m", "s2ft.cli", "serve", "--port", "0", *map(str, arguments)]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                                        env=environment)
+        self.lines, self._started = [], threading.Event()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        assert self._started.wait(DEADLINE), self.lines
+        found = [match.group(1) for match in map(re.compile("serving on (http://.*)").search, self.lines) if match]
+        assert found, self.lines
+        self.url = found[0].strip()
+
+    def _read(self):
+        for line in self.process.stderr:
+            self.lines.append(line)
+            if "serving on" in line:
+                self._started.set()
+        self._started.set()
+
+    def signal(self, number=signal.SIGTERM):
+        self.process.send_signal(number)
+
+    def exit_code(self):
+        code = self.process.wait(DEADLINE)
+        self._reader.join(DEADLINE)
+        return code
+
+    def rss(self):
+        """Resident bytes."""
+        with open(f"/proc/{self.process.pid}/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def health(self):
+        return httpx.get(f"{self.url}/health").json()
+
+    def wait_until_idle(self):
+        end = time.monotonic() + DEADLINE
+        while (state := self.health())["running"] or state["waiting"]:
+            assert time.monotonic() < end, state
+            time.sleep(0.01)
+
+
+@contextmanager
+def served(*arguments):
+    process = Process(*arguments)
+    try:
+        yield process
+    finally:
+        if process.process.poll() is None:
+            process.process.kill()
+        process.exit_code()

@@ -1,0 +1,273 @@
+"""The scheduler: who waits, who runs, who is dropped, and what an error costs."""
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+from serve.fleet import eventually
+from train.tiny import tiny_model, tiny_tokenizer
+
+from s2ft.serve.engine import Engine, Job
+from s2ft.serve.errors import ApiError
+from s2ft.serve.registry import Adapters
+from s2ft.serve.sampling import Sampler
+from s2ft.serve.text import TextStream
+
+
+class FakeBank:
+    """Adapters by name that change nothing; at most `limit` of them in a batch; `broken` ones don't load."""
+
+    def __init__(self, limit=100, broken=()):
+        self.names, self.limit, self.broken, self.batches = set(), limit, set(broken), []
+
+    def add(self, name, folder):
+        self.names.add(name)
+
+    def remove(self, name):
+        self.names.remove(name)
+
+    @contextmanager
+    def batch(self, names):
+        used = {name for name in names if name is not None}
+        if any(name.split("#")[0] in self.broken for name in used) or len(used) > self.limit or used - self.names:
+            raise ValueError(f"can't mix {used}")
+        self.batches.append(list(names))
+        yield
+
+
+class Gate:
+    """A model that waits before every pass until it is let go."""
+
+    def __init__(self, model):
+        self.passes, self.entered = threading.Semaphore(0), threading.Event()
+        model.register_forward_pre_hook(self)
+
+    def __call__(self, *_):
+        self.entered.set()
+        assert self.passes.acquire(timeout=30)
+
+    def open(self):
+        self.passes.release(100_000)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "s2ft_config.json").touch()
+    return tmp_path
+
+
+@contextmanager
+def engine_over(folder, bank=None, gated=False, model=None, **options):
+    model = tiny_model() if model is None else model
+    gate = Gate(model) if gated else None
+    engine = Engine(model, Adapters(bank or FakeBank(), folder), **options)
+    engine.start()
+    try:
+        yield (engine, gate) if gated else engine
+    finally:
+        if gate:
+            gate.open()
+        engine.stop()
+
+
+class Client:
+    """One job and what it was told."""
+
+    def __init__(self, engine, adapter=None, prompt=(5, 6, 7), max_tokens=4, **options):
+        self.events, self.done = [], threading.Event()
+        version = None if adapter is None else engine.adapters.take(adapter)
+        self.job = Job(prompt, max_tokens, Sampler(**options), TextStream(tiny_tokenizer()), frozenset(), self.told,
+                       version)
+        engine.submit(self.job)
+
+    def told(self, event):
+        self.events.append(event)
+        if event.last:
+            self.done.set()
+
+    def last(self):
+        assert self.done.wait(30)
+        assert [event.last for event in self.events] == [False] * (len(self.events) - 1) + [True]
+        return self.events[-1]
+
+
+def test_jobs_of_several_adapters_share_a_batch(folder):
+    bank = FakeBank()
+    with engine_over(folder, bank, gated=True) as (engine, gate):
+        first = Client(engine)
+        assert gate.entered.wait(30)   # it runs; the others come meanwhile
+        clients = [Client(engine, name) for name in ("a", "b", None, "a")]
+        gate.open()
+        assert all(client.last().finish == "length" for client in [first, *clients])
+        sizes = max(len(names) for names in bank.batches)
+        assert sizes == 5 and len(set(max(bank.batches, key=len))) == 3
+
+
+def test_the_queue_is_bounded_and_cancelled_jobs_leave_it(folder):
+    with engine_over(folder, gated=True, max_batch_size=1, queue_size=2) as (engine, gate):
+        running = Client(engine)
+        assert gate.entered.wait(30)
+        waiting = [Client(engine, "a"), Client(engine, "b")]
+        with pytest.raises(ApiError) as refused:
+            Client(engine, "c")
+        assert refused.value.status == 429 and refused.value.headers["Retry-After"]
+        engine.cancel(waiting[0].job)
+        last = Client(engine, "c")
+        gate.open()
+        assert running.last().finish == waiting[1].last().finish == last.last().finish == "length"
+        assert waiting[0].events == []
+        eventually(lambda: all(one.users == 0 for one in engine.adapters._known.values()), "free adapters")
+
+
+def test_a_cancelled_job_leaves_the_batch_and_the_others_go_on(folder):
+    with engine_over(folder, gated=True) as (engine, gate):
+        gone, stays = Client(engine, "a", max_tokens=200), Client(engine, "b", max_tokens=200)
+        gate.passes.release(10)
+        eventually(lambda: len(stays.events) >= 2 and engine.running == 2, "two rows")
+        engine.cancel(gone.job)
+        gate.passes.release(3)
+        eventually(lambda: engine.running == 1, "one row")
+        gate.open()
+        assert stays.last().finish == "length" and len(stays.job.tokens) == 200
+        assert len(gone.job.tokens) < 20
+
+
+def test_jobs_join_while_others_run(folder):
+    with engine_over(folder, gated=True) as (engine, gate):
+        first = Client(engine, max_tokens=100)
+        gate.passes.release(5)
+        eventually(lambda: len(first.events) >= 3, "tokens")
+        second = Client(engine, "a", max_tokens=2)
+        gate.passes.release(5)
+        assert second.last().finish == "length" and not first.done.is_set()
+        gate.open()
+        assert first.last().finish == "length"
+
+
+def test_an_unloaded_adapter_serves_its_jobs_to_the_end(folder):
+    bank = FakeBank()
+    with engine_over(folder, bank, gated=True, max_batch_size=1) as (engine, gate):
+        running, waiting = Client(engine, "a"), Client(engine, "a")
+        assert gate.entered.wait(30)
+        engine.adapters.unload("a")
+        with pytest.raises(ApiError, match="no model 'a'"):
+            Client(engine, "a")
+        assert bank.names == {"a#0"}
+        gate.open()
+        assert running.last().finish == waiting.last().finish == "length"
+        eventually(lambda: not bank.names, "an empty bank")
+
+
+def test_an_adapter_that_doesnt_load_fails_alone(folder):
+    with engine_over(folder, FakeBank(broken={"b"}), gated=True) as (engine, gate):
+        first = Client(engine)
+        assert gate.entered.wait(30)
+        good, bad, other = Client(engine, "a"), Client(engine, "b"), Client(engine, "c")
+        gate.open()
+        assert good.last().finish == other.last().finish == first.last().finish == "length"
+        assert bad.last().error.status == 500 and bad.last().error.code == "adapter_failed"
+
+
+def test_what_the_bank_has_no_room_for_waits(folder):
+    bank = FakeBank(limit=1)
+    with engine_over(folder, bank, gated=True) as (engine, gate):
+        first = Client(engine)
+        assert gate.entered.wait(30)
+        clients = [Client(engine, name) for name in "abcabc"]
+        gate.open()
+        assert all(client.last().finish == "length" for client in [first, *clients])
+        assert all(len({name for name in names if name}) <= 1 for names in bank.batches)
+
+
+def test_an_error_of_the_model_fails_its_batch_and_no_more(folder, caplog):
+    model = tiny_model()
+    fail = threading.Event()
+
+    def maybe(*_):
+        if fail.is_set():
+            fail.clear()
+            raise RuntimeError("out of memory")
+    model.register_forward_pre_hook(maybe)
+    with engine_over(folder, gated=True, model=model) as (engine, gate):
+        first = Client(engine, "a", max_tokens=50)
+        gate.passes.release(3)
+        eventually(lambda: len(first.events) >= 2, "tokens")
+        fail.set()
+        gate.open()
+        assert first.last().error.code == "model_failed"
+        assert Client(engine, "a").last().finish == "length"
+        eventually(lambda: not any(version.users for version in engine.adapters._known.values()), "free adapters")
+
+
+def test_prompts_are_run_together_up_to_a_limit(folder):
+    bank = FakeBank()
+    with engine_over(folder, bank, gated=True, prefill_tokens=20) as (engine, gate):
+        first = Client(engine, max_tokens=1)
+        assert gate.entered.wait(30)
+        clients = [Client(engine, "a", prompt=[5] * 9, max_tokens=1) for _ in range(4)]
+        long = Client(engine, "b", prompt=[5] * 30, max_tokens=1)
+        gate.open()
+        assert all(client.last().finish == "length" for client in [first, *clients, long])
+        assert [len(names) for names in bank.batches if names != [None]][::2] == [2, 2, 1]
+
+
+def test_a_batch_has_no_more_tokens_than_allowed(folder):
+    bank = FakeBank()
+    with engine_over(folder, bank, gated=True, max_batch_tokens=30) as (engine, gate):
+        first = Client(engine)   # 7 tokens of the batch's 30
+        assert gate.entered.wait(30)
+        clients = [Client(engine, "a") for _ in range(6)]
+        long = Client(engine, "b", prompt=[5] * 30, max_tokens=3)
+        gate.open()
+        assert all(client.last().finish == "length" for client in [first, *clients, long])
+        assert max(map(len, bank.batches)) == 4
+        assert all(len(names) == 1 for names in bank.batches if "b#1" in names)
+
+
+def test_stopping_fails_what_is_left(folder):
+    with engine_over(folder, gated=True, max_batch_size=1) as (engine, gate):
+        clients = [Client(engine, "a", max_tokens=200), Client(engine, "b")]
+        assert gate.entered.wait(30)
+        stopper = threading.Thread(target=engine.stop)
+        stopper.start()
+        eventually(lambda: engine._stopped, "the stop")
+        gate.passes.release(1000)
+        stopper.join(30)
+        assert all(client.last().error.status == 503 for client in clients)
+        with pytest.raises(ApiError, match="shutting down"):
+            Client(engine)
+
+
+def test_draining_finishes_until_its_time_is_over(folder):
+    with engine_over(folder, gated=True, max_batch_size=1) as (engine, gate):
+        first, second = Client(engine), Client(engine, "a", max_tokens=200)
+        engine.drain_until = time.monotonic() + 1000
+        with pytest.raises(ApiError, match="shutting down"):
+            Client(engine)
+        gate.passes.release(10)
+        assert first.last().finish == "length"
+        engine.drain_until = time.monotonic() - 1
+        gate.open()
+        assert second.last().error.status == 503
+
+
+def test_adapters_of_a_folder_that_vanished_are_404(folder):
+    with engine_over(folder) as engine:
+        assert engine.adapters.names == ["a", "b", "c"]
+        (folder / "a" / "s2ft_config.json").unlink()
+        assert engine.adapters.names == ["b", "c"]
+        with pytest.raises(ApiError, match="no model 'a'"):
+            engine.adapters.take("a")
+
+
+def test_an_adapter_may_not_have_the_bases_name(folder):
+    with pytest.raises(ValueError, match="served-model-name"):
+        Adapters(FakeBank(), folder, reserved=["b"])
+
+
+def test_models_with_rows_that_depend_on_each_other_run_one_at_a_time(folder, caplog):
+    model = tiny_model()
+    model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    assert Engine(model, Adapters(FakeBank(), folder)).max_batch_size == 1 and "one runs at a time" in caplog.text

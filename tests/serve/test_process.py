@@ -1,0 +1,101 @@
+"""The command as users run it: start, signals, what it says."""
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+
+import httpx
+import pytest
+from serve.fleet import save_adapters
+from serve.process import served
+from train.tiny import save_tiny
+
+from s2ft.cli.main import main
+
+LONG = dict(max_position_embeddings=1 << 16, tie_word_embeddings=False, eos_token_id=None)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("model"), **LONG)
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    save_adapters(folder, 1, **LONG)
+    return folder
+
+
+class Stream(threading.Thread):
+    """A request in a thread of its own: its events, and whether it ended as it should."""
+
+    def __init__(self, url, tokens):
+        super().__init__()
+        self.url, self.tokens, self.events, self.begun = url, tokens, [], threading.Event()
+        self.start()
+        assert self.begun.wait(60)
+
+    def run(self):
+        body = dict(model="a0", prompt="a", max_tokens=self.tokens, temperature=0, stream=True)
+        with httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=60) as response:
+            for line in response.iter_lines():
+                if line:
+                    self.events.append(line.removeprefix("data: "))
+                    self.begun.set()
+
+    def ended(self):
+        """The last event before [DONE]."""
+        self.join(60)
+        assert self.events[-1] == "[DONE]"
+        return json.loads(self.events[-2])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_what_runs_finish(model, adapters, number):
+    with served("--model", model, "--adapters", adapters) as server:
+        stream = Stream(server.url, 300)
+        server.signal(number)
+        assert stream.ended()["choices"][0]["finish_reason"] in ("length", "stop")
+        assert server.exit_code() == 0
+    assert not [line for line in server.lines if "Traceback" in line]
+
+
+def test_what_takes_longer_than_the_grace_is_told_so(model, adapters):
+    with served("--model", model, "--adapters", adapters, "--grace", "0") as server:
+        stream = Stream(server.url, 60000)
+        server.signal()
+        assert stream.ended()["error"]["code"] == "shutting_down"
+        assert server.exit_code() == 0
+
+
+def test_a_request_out_of_time_is_504(model, adapters):
+    with served("--model", model, "--adapters", adapters, "--timeout", "0.5") as server:
+        body = dict(model="a0", prompt="a", max_tokens=60000, temperature=0)
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+        assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
+        assert Stream(server.url, 60000).ended()["error"]["code"] == "timeout"
+        server.wait_until_idle()
+        server.signal()
+        assert server.exit_code() == 0
+
+
+def test_an_address_that_is_taken(model, capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        command = [sys.executable, "-m", "s2ft.cli", "serve", "--model", str(model), "--port", port]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "in use" in done.stderr
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--adapters", "nowhere"], "nowhere is no folder"), (["--port", "70000"], "port"),
+    (["--queue-size", "0"], "queue_size"),
+    (["--api-key", "a b"], "API key"), (["--api-key", ""], "API key"), (["--max-tokens-limit", "0"], "max-tokens")])
+def test_mistakes_are_said_before_loading(model, capsys, arguments, said):
+    assert main(["serve", "--model", str(model), *arguments]) == 2
+    assert said in capsys.readouterr().err

@@ -1,0 +1,168 @@
+"""Two hundred clients at once, of every kind there is, against a server process with twenty adapters."""
+import asyncio
+import json
+import random
+import shutil
+from collections import Counter
+
+import httpx
+import openai
+import pytest
+from serve.fleet import alone, save_adapters, text_of
+from serve.process import served
+from train.tiny import save_tiny, tiny_tokenizer
+
+UNTIED = dict(tie_word_embeddings=False)
+PROMPTS = ["Hello", "What is the sum of 3 and 4?"]
+TOKENS = 40
+DOOMED = "a19"
+GROWTH = 16 << 20   # bytes that a round may add to the process
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with model/ and adapters/, and what each adapter answers alone."""
+    work = tmp_path_factory.mktemp("work")
+    save_tiny(work / "model", **UNTIED)
+    names = save_adapters(work / "adapters", 20, **UNTIED)
+    shutil.copytree(work / "adapters" / DOOMED, work / "spare")
+    ids = {prompt: tiny_tokenizer()(prompt)["input_ids"] for prompt in PROMPTS}
+    answers = {(name, prompt): alone(work / "adapters" / name, ids[prompt], TOKENS, **UNTIED)
+               for name in names for prompt in PROMPTS}
+    answers |= {("model", prompt): alone(None, ids[prompt], TOKENS, **UNTIED) for prompt in PROMPTS}
+    assert len({tuple(tokens) for (_, prompt), tokens in answers.items() if prompt == PROMPTS[0]}) == 21
+    return work, answers
+
+
+class Crowd:
+    """Clients of one round, and what they got."""
+
+    def __init__(self, server, answers, folder, seed):
+        self.server, self.answers, self.folder, self.draw = server, answers, folder, random.Random(seed)
+        self.seen, self.wrong = Counter(), []
+
+    async def round(self):
+        kinds = [self.right] * 80 + [self.streamed] * 40 + [self.vanishing] * 20 + [self.vanishing_mute] * 15 + \
+            [self.malformed] * 10 + [self.unknown] * 10 + [self.too_long] * 10 + [self.doomed] * 15
+        self.draw.shuffle(kinds)
+        limits = httpx.Limits(max_connections=400)
+        async with openai.AsyncOpenAI(base_url=f"{self.server.url}/v1", api_key="none", max_retries=0, timeout=120,
+                                      http_client=httpx.AsyncClient(limits=limits)) as self.client, \
+                httpx.AsyncClient(base_url=self.server.url, timeout=120, limits=limits) as self.plain:
+            await asyncio.gather(self.delete(), *(kind() for kind in kinds))
+
+    def job(self, name=None):
+        name = name or self.draw.choice([f"a{n}" for n in range(19)] + ["model"])
+        prompt, count = self.draw.choice(PROMPTS), self.draw.randint(1, TOKENS)
+        return dict(model=name, prompt=prompt, max_tokens=count, temperature=0)
+
+    def check(self, job, text):
+        tokens = self.answers[job["model"], job["prompt"]][:job["max_tokens"]]
+        if text != text_of(tokens):
+            self.wrong.append((job, text))
+        self.seen["answered"] += 1
+
+    def refused(self, response, status):
+        if response.status_code != status or response.json()["error"].keys() != {"message", "type", "code"}:
+            self.wrong.append((status, response.status_code, response.text))
+        self.seen[status] += 1
+
+    async def right(self):
+        job = self.job()
+        self.check(job, (await self.client.completions.create(**job)).choices[0].text)
+
+    async def streamed(self):
+        job = self.job()
+        stream = await self.client.completions.create(**job, stream=True)
+        self.check(job, "".join([chunk.choices[0].text async for chunk in stream]))
+
+    async def vanishing(self):
+        """Goes after the first piece of a stream."""
+        async with self.plain.stream("POST", "/v1/completions", json={**self.job(), "max_tokens": 200, "stream": True}
+                                     ) as response:
+            async for _ in response.aiter_raw():
+                break
+        self.seen["vanished"] += 1
+
+    async def vanishing_mute(self):
+        """Goes while it waits for its answer."""
+        with pytest.raises(httpx.TimeoutException):
+            await self.plain.post("/v1/completions", json={**self.job(), "max_tokens": 200},
+                                  timeout=httpx.Timeout(120, read=self.draw.uniform(0.001, 0.02)))
+        self.seen["vanished"] += 1
+
+    async def malformed(self):
+        content = json.dumps(self.job()).encode()[:self.draw.randint(0, 40)]
+        self.refused(await self.plain.post("/v1/completions", content=content), 400)
+
+    async def unknown(self):
+        self.refused(await self.plain.post("/v1/completions", json={**self.job(), "model": "a99"}), 404)
+
+    async def too_long(self):
+        self.refused(await self.plain.post("/v1/completions", json={**self.job(), "prompt": "a" * 300}), 400)
+
+    async def doomed(self):
+        """Gets the adapter's answer, or is told that it has gone."""
+        job = self.job(DOOMED)
+        response = await self.plain.post("/v1/completions", json=job)
+        if response.status_code == 200:
+            self.seen["doomed answered"] += 1
+            self.check(job, response.json()["choices"][0]["text"])
+        else:
+            self.refused(response, 404)
+
+    async def delete(self):
+        """Once some of its requests run."""
+        while self.seen["doomed answered"] < 2:
+            await asyncio.sleep(0)
+        await asyncio.to_thread(shutil.rmtree, self.folder / DOOMED)
+        self.refused(await self.plain.post("/v1/completions", json=self.job(DOOMED)), 404)
+
+
+@pytest.mark.slow
+def test_a_crowd_of_every_kind(work):
+    work, answers = work
+    sizes = []
+    with served("--model", work / "model", "--adapters", work / "adapters", "--served-model-name", "model") as server:
+        for number in range(4):
+            crowd = Crowd(server, answers, work / "adapters", number)
+            asyncio.run(crowd.round())
+            assert crowd.wrong == []
+            assert crowd.seen["answered"] >= 120 and crowd.seen["vanished"] == 35
+            assert crowd.seen[400] == 20 and crowd.seen[404] >= 11
+            server.wait_until_idle()
+            shutil.copytree(work / "spare", work / "adapters" / DOOMED)
+            sizes.append(server.rss())
+        server.signal()
+        assert server.exit_code() == 0
+    assert sizes[-1] - sizes[1] < 2 * GROWTH, sizes
+    assert not [line for line in server.lines if "Traceback" in line], server.lines
+
+
+@pytest.mark.slow
+def test_more_than_the_queue_holds(work):
+    """Some are refused with 429, and who is not gets the right answer."""
+    work, answers = work
+    with served("--model", work / "model", "--adapters", work / "adapters", "--served-model-name", "model",
+                "--queue-size", "8", "--max-batch-size", "4") as server:
+        crowd = Crowd(server, answers, work / "adapters", 0)
+
+        async def ask(client):
+            job = crowd.job()
+            response = await client.post("/v1/completions", json=job)
+            if response.status_code == 200:
+                crowd.check(job, response.json()["choices"][0]["text"])
+            else:
+                assert response.headers["retry-after"]
+                crowd.refused(response, 429)
+
+        async def everyone():
+            limits = httpx.Limits(max_connections=200)
+            async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
+                await asyncio.gather(*(ask(client) for _ in range(200)))
+        asyncio.run(everyone())
+        assert crowd.wrong == [] and crowd.seen[429] > 0 and crowd.seen["answered"] > 8
+        assert crowd.seen[429] + crowd.seen["answered"] == 200
+        server.wait_until_idle()
+        assert f's2ft_requests_total{{route="/v1/completions",status="429"}} {crowd.seen[429]}.0' in \
+            httpx.get(f"{server.url}/metrics").text
