@@ -120,7 +120,7 @@ def test_an_output_that_exists_is_kept(work, tmp_path, capsys):
 
 # ---- GGUF ----------------------------------------------------------------------------------------------
 
-SPLIT = gguf.WORDS + r"\p{N}" + gguf.REST
+QWEN2, LLAMA3 = (gguf.WORDS + digits + gguf.REST for digits in (r"\p{N}", r"\p{N}{1,3}"))
 SHAPE = dict(vocab_size=270, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2)
 MODELS = {
@@ -133,8 +133,9 @@ MODELS = {
 PRE = {"gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
        "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(True),
                                           pre_tokenizers.ByteLevel(add_prefix_space=False)]),
-       "qwen2": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-                                         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])}
+       **{name: pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"),
+                                         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+          for name, split in (("qwen2", QWEN2), ("llama-bpe", LLAMA3))}}
 
 
 def tokenizer_with_merges(pre):
@@ -142,6 +143,7 @@ def tokenizer_with_merges(pre):
     content = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
     content["model"]["vocab"] |= {"so": 259, "me": 260}
     content["model"]["merges"] = [["s", "o"], ["m", "e"]]
+    content["model"]["ignore_merges"] = pre == "llama-bpe"
     backend = Tokenizer.from_str(json.dumps(content))
     backend.pre_tokenizer = PRE[pre]
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>")
@@ -162,7 +164,7 @@ def base_of(folder, case="llama", pre="gpt-2", config=None):
 
 @pytest.mark.parametrize("case,pre,dtype", [
     *((case, "gpt-2", "float32") for case in MODELS if case != "qwen2"), ("llama", "smollm", "bfloat16"),
-    ("qwen2", "qwen2", "float32"), ("qwen2", "qwen2", "float16")])
+    ("llama", "llama-bpe", "float32"), ("qwen2", "qwen2", "float32"), ("qwen2", "qwen2", "float16")])
 def test_gguf(case, pre, dtype, tmp_path, capsys):
     base_of(tmp_path / "model", case, pre)
     make_adapter(tmp_path / "model", tmp_path / "adapter")
@@ -215,6 +217,13 @@ def test_models_that_are_not_written_as_gguf(config, message, tmp_path, capsys):
     assert main([str(argument) for argument in command]) == 2
     printed = capsys.readouterr().err
     assert message in printed and "convert_hf_to_gguf.py" in printed and not (tmp_path / "out").exists()
+
+
+def test_cutting_like_one_and_merging_like_another_is_not_written():
+    fast = tokenizer_with_merges("gpt-2")
+    fast.backend_tokenizer.pre_tokenizer = PRE["llama-bpe"]   # which llama.cpp takes for ignore_merges too
+    with pytest.raises(ValueError, match="a tokenizer of this kind"):
+        gguf._tokenizer(fast, MODELS["llama"]())
 
 
 @pytest.mark.parametrize("pre", (pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=True),
