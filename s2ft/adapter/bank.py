@@ -125,7 +125,7 @@ class AdapterBank:
         """Forget an adapter; its files stay, and a batch that runs keeps it. Raises: ValueError for an unknown name."""
         with self._lock:
             self._entry(name)
-            if self._directory is not None:
+            if self._has(name):
                 self._removed.add(name)
             del self._entries[name]
             self._loaded.pop(name, None)
@@ -349,7 +349,8 @@ class _Site:
         self.forward = MethodType(_forward_of(self), module)
 
     def is_in_place(self, dtype: torch.dtype) -> bool:
-        return self.values is not None and self.values.device == self.module.weight.device and self.values.dtype == dtype
+        values = self.values
+        return values is not None and values.device == self.module.weight.device and values.dtype == dtype
 
     def fill(self, parts: List[Optional[_Part]], dtype: torch.dtype) -> List[int]:
         """Pack these; None has nothing here. Returns: where each begins, and the end of the last."""
@@ -440,8 +441,8 @@ def check_plain(model: nn.Module) -> None:
         raise ValueError(f"{', '.join(record.active)} is active on the model, and a bank adds its own adapters to the "
                          "base: set_adapter(model, None) first, or detach")
     if record.orders:
-        raise ValueError("the model's units have moved (layout='permuted'), and a bank's adapters are in original order: "
-                         "detach first")
+        raise ValueError("the model's units have moved (layout='permuted'), and a bank's adapters are in original "
+                         "order: detach first")
 
 
 def _mixes(module) -> bool:

@@ -22,8 +22,8 @@ from s2ft.weights import shape_of
 
 RATIOS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}
 HEADS = dict(q_ratio=0.5, v_ratio=1.0, o_ratio=0.5)
-CASES = {**{case: RATIOS for case in ("llama", "llama-grouped", "qwen2-grouped-tied", "phi3-grouped", "gpt2", "gpt-neox",
-                                      "opt", "gemma2", "bert", "vit", "t5-gated", "whisper", "clip-text")},
+CASES = {**dict.fromkeys(("llama", "llama-grouped", "qwen2-grouped-tied", "phi3-grouped", "gpt2", "gpt-neox", "opt",
+                          "gemma2", "bert", "vit", "t5-gated", "whisper", "clip-text"), RATIOS),
          "mixtral": HEADS, "qwen2-moe": HEADS, "deepseek-v3": HEADS}
 LIMIT = 1e-5    # of the largest logit, in float32
 SIDES = (dict(u_ratio=0.2), dict(d_ratio=0.15), dict(v_ratio=1.0), dict(o_ratio=0.5))
@@ -231,7 +231,8 @@ def test_an_encoder_decoder_generates(tmp_path):
     with AdapterBank(model, tmp_path).batch(["a", None]):
         batch = run(model)
     for row, name in enumerate(("a", None)):
-        assert torch.equal(batch[row], alone("whisper", tmp_path, name, lambda model: run(model, slice(row, row + 1)))[0])
+        expected = alone("whisper", tmp_path, name, lambda model: run(model, slice(row, row + 1)))
+        assert torch.equal(batch[row:row + 1], expected)
 
 
 def test_a_batch_in_inference_mode_and_one_without(folder, model):
@@ -257,7 +258,8 @@ def test_names_of_a_directory_and_added_ones(folder, model, tmp_path):
     assert bank.names == list("abcde") and len(bank) == 5 and bank.loaded == []
     bank.add("more", folder / "b")
     shutil.copytree(folder / "c", tmp_path / "all" / "later")
-    assert bank.names == [*"abcde", "later", "more"] and "later" in bank and "no adapter" not in bank and None not in bank
+    assert bank.names == [*"abcde", "later", "more"]
+    assert "later" in bank and "no adapter" not in bank and None not in bank
     enter(bank, "more", "later", None)
     bank.remove("more")
     bank.remove("a")

@@ -1,0 +1,194 @@
+"""A batch over many adapters (AdapterBank), against switching between them, the base, and PEFT's mixed batches.
+
+    python bench/bank.py [--model FOLDER_OR_GGUF] [--tokens 32] [--rounds 5]
+
+Adapters are random, d_ratio 0.03 of every down_proj, on disk once. All generate greedily in float32, as many tokens
+each. (a) 16 sequences over 8 adapters: one batch, against set_adapter and a batch for each adapter, and against
+set_adapter and one sequence after the other, whose tokens must be the batch's. (b) The same batch against the base.
+(c) Against PEFT's LoRA of as many bytes, rounded down, with adapter_names, at 8 and at 64 adapters.
+"""
+import argparse
+import copy
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Dict, List
+
+import torch
+from harness import interleaved, median_ratio, save
+from torch import Tensor, nn
+
+import s2ft
+from s2ft.adapter import Adapter
+from s2ft.adapter.bank import AdapterBank
+from s2ft.adapter.formats import native
+from s2ft.convert import new_attachment
+from s2ft.coupling import projections_of
+from s2ft.delta import Delta
+from s2ft.train.demo import default_model
+from s2ft.train.models import load_model
+from s2ft.weights import shape_of
+
+RESULTS = Path(__file__).parent / "results" / "bank.json"
+RATIO, STD = 0.03, 3e-2
+BEGINNINGS = ("The capital of France is", "Once upon a time", "Two and two make", "In the middle of the night, she",
+              "A good recipe for soup", "The sun", "Dear Sir or Madam,", "He opened the door and saw")
+
+
+def write_adapters(base: nn.Module, count: int, root: str) -> List[str]:
+    """Random adapters, a folder each. Returns: their names."""
+    record = new_attachment(base)
+    for seed in range(count):
+        torch.manual_seed(seed)
+        config = s2ft.S2FTConfig(d_ratio=RATIO, seed=seed)
+        selection = s2ft.select(base, config)
+        deltas = {}
+        for projection in projections_of(record.couplings):
+            if projection.name in selection:
+                index = projection.elements(selection[projection.name])
+                deltas[projection.name] = Delta(1, index, torch.randn(shape_of(base, projection)[0], len(index)) * STD)
+        native.write(Adapter(str(seed), config, selection, record.fingerprint, deltas), f"{root}/{seed}")
+    return [str(seed) for seed in range(count)]
+
+
+def prompts(tokenizer, count: int) -> Dict[str, Tensor]:
+    """Of several lengths, padded on the left."""
+    tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
+    texts = [f"{i}. {BEGINNINGS[i % len(BEGINNINGS)]}" for i in range(count)]
+    return dict(tokenizer(texts, padding=True, return_tensors="pt"))
+
+
+class Generation:
+    """The same work for all: `tokens` new ones for every row of `inputs`."""
+
+    def __init__(self, inputs: Dict[str, Tensor], tokens: int) -> None:
+        self.inputs, self.tokens = inputs, tokens
+
+    def __call__(self, model: nn.Module, rows=slice(None), **more) -> Tensor:
+        begin = self.inputs["input_ids"].shape[1]
+        return model.generate(**{key: value[rows] for key, value in self.inputs.items()}, do_sample=False,
+                              max_new_tokens=self.tokens, min_new_tokens=self.tokens, **more)[:, begin:]
+
+
+def switching(model: nn.Module, generate: Generation, names: List[str]):
+    """Steps: adapter by adapter, and sequence by sequence. They return the tokens in the batch's order."""
+    def by_adapter() -> Tensor:
+        out = torch.empty(len(names), generate.tokens, dtype=torch.int64)
+        for name in dict.fromkeys(names):
+            rows = torch.tensor([row for row, one in enumerate(names) if one == name])
+            s2ft.set_adapter(model, name)
+            out[rows] = generate(model, rows)
+        return out
+
+    def one_by_one() -> Tensor:
+        out = []
+        for row, name in enumerate(names):
+            s2ft.set_adapter(model, name)
+            out.append(generate(model, slice(row, row + 1)))
+        return torch.cat(out)
+    return by_adapter, one_by_one
+
+
+def lora_of(base: nn.Module, names: List[str]) -> nn.Module:
+    """PEFT's model with a random LoRA for every name, of as many numbers as an adapter here, rounded down."""
+    from peft import LoraConfig, get_peft_model
+    config = base.config
+    units = int(RATIO * config.intermediate_size)
+    rank = units * config.hidden_size // (config.hidden_size + config.intermediate_size)
+    options = LoraConfig(r=rank, target_modules=["down_proj"], init_lora_weights=False)
+    model = get_peft_model(copy.deepcopy(base), options, adapter_name=names[0])
+    for name in names[1:]:
+        model.add_adapter(name, options)
+    return model.eval()
+
+
+def against_switching(base: nn.Module, bank: AdapterBank, generate: Generation, names: List[str], root: str,
+                      rounds: int) -> Dict[str, Any]:
+    model = copy.deepcopy(base)
+    for name in dict.fromkeys(names):
+        s2ft.load_adapter(model, f"{root}/{name}", name)
+    by_adapter, one_by_one = switching(model, generate, names)
+
+    def batch() -> Tensor:
+        with bank.batch(names):
+            return generate(base)
+    equal = torch.equal(batch(), one_by_one()) and torch.equal(batch(), by_adapter())
+    plain = generate(base)
+    steps = {"batch": batch, "by adapter": by_adapter, "one by one": one_by_one}
+    times = interleaved(steps, rounds, warmup=0)   # all ran just now
+    return {"same tokens as alone": equal, "sequences unlike the base's": int((batch() != plain).any(1).sum()),
+            "seconds": medians(times), "by adapter to batch": median_ratio(times, "by adapter", "batch"),
+            "one by one to batch": median_ratio(times, "one by one", "batch")}
+
+
+def against_peft(base: nn.Module, bank: AdapterBank, generate: Generation, names: List[str],
+                 rounds: int) -> Dict[str, Any]:
+    """With the base in the same rounds."""
+    lora = lora_of(base, list(dict.fromkeys(names)))
+
+    def batch() -> Tensor:
+        with bank.batch(names):
+            return generate(base)
+    steps = {"batch": batch, "base": lambda: generate(base), "PEFT": lambda: generate(lora, adapter_names=names)}
+    times = interleaved(steps, rounds, warmup=1)
+    rate = len(names) * generate.tokens
+    return {"adapters": len(set(names)), "sequences": len(names), "seconds": medians(times),
+            "tokens a second": {name: rate / seconds for name, seconds in medians(times).items()},
+            "throughput to the base's": median_ratio(times, "base", "batch"),
+            "PEFT to batch": median_ratio(times, "PEFT", "batch")}
+
+
+def entering(bank: AdapterBank, names: List[str]) -> Dict[str, float]:
+    """Milliseconds to enter a batch of 8 adapters: read from disk; loaded, not packed; packed already."""
+    def enter(some: List[str]) -> float:
+        begin = time.perf_counter()
+        with bank.batch(some):
+            return 1000 * (time.perf_counter() - begin)
+    first = enter(names[8:16])
+    enter(names[:8])
+    packing = [enter(names[8 * (i % 2):][:8]) for i in range(1, 10)]
+    return {"from disk": first, "packing": statistics.median(packing),
+            "packed": statistics.median(enter(names[8:16]) for _ in range(9))}
+
+
+def medians(times: Dict[str, List[float]]) -> Dict[str, float]:
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def run(base: nn.Module, tokenizer, tokens: int, rounds: int) -> Dict[str, Any]:
+    results = {"load before": os.getloadavg()[0]}
+    with tempfile.TemporaryDirectory() as root, torch.inference_mode():
+        names = write_adapters(base, 64, root)
+        bank = AdapterBank(base, root)
+        results["milliseconds to enter"] = entering(bank, names)
+        print(results, flush=True)
+        eight = names[:8] * 2
+        small, large = (Generation(prompts(tokenizer, count), tokens) for count in (16, 64))
+        results["switching"] = against_switching(base, bank, small, eight, root, max(2, rounds // 2))
+        print(results["switching"], flush=True)
+        for key, generate, some in (("8 adapters", small, eight), ("64 adapters", large, names)):
+            results[key] = against_peft(base, bank, generate, some, rounds)
+            print(key, results[key], flush=True)
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default=None, help="folder or GGUF file; default: SmolLM2-135M-Instruct")
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    base, tokenizer = load_model(args.model or default_model(), "float32")
+    base.requires_grad_(False)
+    base.generation_config.pad_token_id = tokenizer.eos_token_id
+    results = run(base, tokenizer, args.tokens, args.rounds)
+    save(args.output, {"tokens": args.tokens, "rounds": args.rounds, "results": results})
+    if not results["switching"]["same tokens as alone"]:
+        raise SystemExit("the batch's tokens are not those of its sequences alone")
+
+
+if __name__ == "__main__":
+    main()
