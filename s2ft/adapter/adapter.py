@@ -129,6 +129,10 @@ def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:
 
 
 def _check_whole_units(adapter: Adapter, projection, delta: Delta) -> None:
+    last = int(adapter.selection[projection.name].max())
+    if last >= projection.count:   # in a weight of several projections the element may be another's
+        raise ValueError(f"adapter {adapter.name!r}: {projection.name} has {projection.count} units, from 0; there is "
+                         f"no {last}")
     if not torch.equal(projection.elements(adapter.selection[projection.name]), delta.index):
         raise ValueError(f"adapter {adapter.name!r}: {projection.name}.index does not name the selected units, "
                          f"each of {projection.unit} elements")
