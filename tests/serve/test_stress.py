@@ -106,16 +106,20 @@ class Crowd:
         job = self.job(DOOMED)
         response = await self.plain.post("/v1/completions", json=job)
         if response.status_code == 200:
-            self.seen["doomed answered"] += 1
             self.check(job, response.json()["choices"][0]["text"])
         else:
             self.refused(response, 404)
 
     async def delete(self):
-        """Once some of its requests run."""
-        while self.seen["doomed answered"] < 2:
-            await asyncio.sleep(0)
-        await asyncio.to_thread(shutil.rmtree, self.folder / DOOMED)
+        """Delete an adapter while its answer is on the way: it comes to its end, and the next one is refused."""
+        job, text = self.job(DOOMED), ""
+        async with self.client.completions.with_streaming_response.create(**job, stream=True) as response:
+            async for line in response.iter_lines():
+                if (self.folder / DOOMED).exists():
+                    await asyncio.to_thread(shutil.rmtree, self.folder / DOOMED)
+                if line.startswith("data: {"):
+                    text += json.loads(line.removeprefix("data: "))["choices"][0]["text"]
+        self.check(job, text)
         self.refused(await self.plain.post("/v1/completions", json=self.job(DOOMED)), 404)
 
 
