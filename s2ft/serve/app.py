@@ -13,10 +13,10 @@ from starlette.requests import ClientDisconnect
 
 import s2ft.version
 from s2ft.serve import errors
-from s2ft.serve.engine import Event, why_not
 from s2ft.serve.errors import CLIENT_CLOSED, ApiError, Disconnected
+from s2ft.serve.job import Event
 from s2ft.serve.metrics import STATUS, CountRequests, Metrics
-from s2ft.serve.registry import Version
+from s2ft.serve.registry import Version, why_not
 from s2ft.serve.replies import DONE, ChatReply, CompletionReply, sent
 from s2ft.serve.schemas import ChatRequest, CompletionRequest, LoadRequest, Sampled, UnloadRequest, parse
 from s2ft.serve.service import Answer, Service

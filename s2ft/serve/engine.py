@@ -9,56 +9,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 
-from s2ft.serve.batch import Batch, Row, rows_meet
+from s2ft.serve.batch import Batch, rows_meet
 from s2ft.serve.errors import ApiError, shutting_down
-from s2ft.serve.registry import Adapters, Version
-from s2ft.serve.text import TextStream
+from s2ft.serve.job import Event, Job
+from s2ft.serve.registry import Adapters, Version, not_loaded
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Event:
-    """What became of a sequence: more text, its end with a reason, or an error."""
-
-    text: str = ""
-    finish: str | None = None   # stop, length
-    error: ApiError | None = None
-
-    @property
-    def last(self) -> bool:
-        return self.finish is not None or self.error is not None
-
-
-class Job(Row):
-    """A sequence, where its events go, and when it ends.
-
-    Args:
-        emit: called in the engine's thread; must not block.
-        adapter: as the registry gave it; the engine gives it back.
-    """
-
-    def __init__(self, prompt: Sequence[int], max_tokens: int, sampler, text: TextStream, ends: frozenset[int],
-                 emit: Callable[[Event], None], adapter: Version | None = None) -> None:
-        super().__init__(prompt, sampler, None if adapter is None else adapter.in_bank)
-        self.max_tokens, self.text, self.ends, self.emit, self.version = max_tokens, text, ends, emit, adapter
-        self.cancelled = self.over = False
-
-    def event(self) -> Event:
-        """What the newest token means for the client."""
-        if self.failed:
-            return Event(error=ApiError(500, "model_failed", self.failed))
-        if self.tokens[-1] in self.ends:
-            return Event(self.text.flush(), "stop")
-        text = self.text.push(self.tokens[-1])
-        if self.text.stopped:
-            return Event(text, "stop")
-        if len(self.tokens) < self.max_tokens:
-            return Event(text)
-        text += self.text.flush()
-        return Event(text, "stop" if self.text.stopped else "length")
 
 
 class Engine:
@@ -255,7 +212,7 @@ class Engine:
             return True
         except Exception as error:
             logger.warning("adapter %r doesn't load: %s", job.version.name, error)
-            self._end([job], _not_loaded(job.version, error))
+            self._end([job], not_loaded(job.version, error))
             return False
 
     def _load(self, names: list) -> None:
@@ -307,14 +264,3 @@ class Engine:
             future.set_exception(shutting_down())
         self._end([*self.batch.rows, *waiting], shutting_down())
         self.batch.clear()
-
-
-def _not_loaded(version: Version, error: Exception) -> ApiError:
-    """What a client may know: the folder's place on this machine is not among it."""
-    if isinstance(error, FileNotFoundError):
-        return ApiError(404, "model_not_found", f"adapter {version.name!r} was removed before it could be loaded")
-    return ApiError(500, "adapter_failed", f"adapter {version.name!r} can't be loaded: {why_not(version, error)}")
-
-
-def why_not(version: Version, error: Exception) -> str:
-    return str(error).replace(str(version.folder), version.name).replace(version.in_bank, version.name)

@@ -171,3 +171,14 @@ def _stamp(folder: Path) -> tuple | None:
     except (OSError, ValueError):
         return None
     return found.st_mtime_ns, found.st_ino
+
+
+def not_loaded(version: Version, error: Exception) -> ApiError:
+    """What a client may know: the folder's place on this machine is not among it."""
+    if isinstance(error, FileNotFoundError):
+        return ApiError(404, "model_not_found", f"adapter {version.name!r} was removed before it could be loaded")
+    return ApiError(500, "adapter_failed", f"adapter {version.name!r} can't be loaded: {why_not(version, error)}")
+
+
+def why_not(version: Version, error: Exception) -> str:
+    return str(error).replace(str(version.folder), version.name).replace(version.in_bank, version.name)

@@ -8,8 +8,9 @@ from copy import deepcopy
 from fastapi import Request
 from jinja2 import TemplateError
 
-from s2ft.serve.engine import Engine, Event, Job
+from s2ft.serve.engine import Engine
 from s2ft.serve.errors import ApiError, Disconnected
+from s2ft.serve.job import Event, Job
 from s2ft.serve.options import Limits
 from s2ft.serve.registry import Version
 from s2ft.serve.sampling import Sampler

@@ -4,6 +4,7 @@ import time
 from contextlib import contextmanager
 
 import torch
+import uvicorn
 from train.tiny import tiny_model, tiny_tokenizer
 
 import s2ft
@@ -59,7 +60,6 @@ def running(adapters, model=None, **options):
     model = tiny_model() if model is None else model
     app, service = build_app(model, tiny_tokenizer(), BASE, None if adapters is None else str(adapters),
                              ServerOptions(**options))
-    import uvicorn
     server = Server(uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5),
                     service.engine, grace=2.0)
     thread = threading.Thread(target=server.run)

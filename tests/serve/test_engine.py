@@ -7,8 +7,9 @@ import pytest
 from serve.fleet import eventually
 from train.tiny import tiny_model, tiny_tokenizer
 
-from s2ft.serve.engine import Engine, Job
+from s2ft.serve.engine import Engine
 from s2ft.serve.errors import ApiError
+from s2ft.serve.job import Job
 from s2ft.serve.registry import Adapters
 from s2ft.serve.sampling import Sampler
 from s2ft.serve.text import TextStream
@@ -168,6 +169,19 @@ def test_an_adapter_that_doesnt_load_fails_alone(folder):
         gate.open()
         assert good.last().finish == other.last().finish == first.last().finish == "length"
         assert bad.last().error.status == 500 and bad.last().error.code == "adapter_failed"
+
+
+def test_an_adapter_whose_files_went_while_its_job_waited_is_404(folder):
+    class Emptied(FakeBank):
+        def batch(self, names):
+            if "b#0" in names or "b#1" in names:
+                raise FileNotFoundError(folder / "b")
+            return super().batch(names)
+
+    with engine_over(folder, Emptied()) as engine:
+        error = Client(engine, "b").last().error
+        assert error.status == 404 and str(folder) not in error.message
+        assert Client(engine, "a").last().finish == "length"
 
 
 def test_what_the_bank_has_no_room_for_waits(folder):

@@ -1,5 +1,6 @@
 """Two hundred clients at once, of every kind there is, against a server process with twenty adapters."""
 import asyncio
+import contextlib
 import json
 import random
 import shutil
@@ -16,7 +17,7 @@ UNTIED = dict(tie_word_embeddings=False)
 PROMPTS = ["Hello", "What is the sum of 3 and 4?"]
 TOKENS = 40
 DOOMED = "a19"
-GROWTH = 16 << 20   # bytes that a round may add to the process
+GROWTH = 16 << 20   # bytes that two rounds more may add to the process
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +86,8 @@ class Crowd:
         self.seen["vanished"] += 1
 
     async def vanishing_mute(self):
-        """Goes while it waits for its answer."""
-        with pytest.raises(httpx.TimeoutException):
+        """Goes while it waits for its answer, unless it is very quick."""
+        with contextlib.suppress(httpx.TimeoutException):
             await self.plain.post("/v1/completions", json={**self.job(), "max_tokens": 200},
                                   timeout=httpx.Timeout(120, read=self.draw.uniform(0.001, 0.02)))
         self.seen["vanished"] += 1
@@ -139,7 +140,7 @@ def test_a_crowd_of_every_kind(work):
             sizes.append(server.rss())
         server.signal()
         assert server.exit_code() == 0
-    assert sizes[-1] - sizes[1] < 2 * GROWTH, sizes
+    assert sizes[-1] - sizes[1] < GROWTH, sizes
     assert not [line for line in server.lines if "Traceback" in line], server.lines
 
 
