@@ -3,9 +3,9 @@
 The base's weights are never written. While a batch runs, every linear layer that an adapter of the bank touches has a
 forward of ours: its own, and :func:`s2ft.ops.multi_adapter_linear` on the output. The adapters that the batch names
 lie packed, projection by projection, in buffers that only grow, in powers of two: so the shapes that a compiled model
-sees stay the same from batch to batch. Measured against one bank of all loaded adapters, packing costs a copy of the
-batch's adapters where it names one that isn't packed already, which one step of generating outweighs, and it needs
-nothing to be moved where adapters come and go.
+sees stay the same from batch to batch. Packing copies the adapters of a batch that names one which isn't packed
+already, a few milliseconds, which one step of generating outweighs; and nothing has to be moved where adapters come
+and go.
 """
 import threading
 from collections import OrderedDict

@@ -9,8 +9,8 @@ from train.tiny import tiny_model, tiny_tokenizer
 
 import s2ft
 from s2ft.serve.batch import Batch, Row
-from s2ft.serve.sampling import Sampler
 from s2ft.serve.options import ServerOptions
+from s2ft.serve.sampling import Sampler
 from s2ft.serve.server import Server, build_app
 
 BASE = "tiny"
