@@ -49,4 +49,6 @@ def test_the_cuda_build_loads_and_registers_its_kernels(run, source):
     info = json.loads(result.stdout.splitlines()[-1])
     assert info["cuda"] is True and info["archs"] == ["9.0"]
     assert {"sliced_linear", "permute_", "multi_adapter_linear"} <= info["ops"].keys()
-    assert all(devices == ["CPU", "CUDA"] for devices in info["ops"].values()), info["ops"]
+    in_pytorch = {op for op in info["ops"] if op.startswith("indexed_conv")}   # no device has kernels of these
+    assert len(in_pytorch) == 3 and all(info["ops"][op] == [] for op in in_pytorch)
+    assert all(devices == ["CPU", "CUDA"] for op, devices in info["ops"].items() if op not in in_pytorch), info["ops"]
