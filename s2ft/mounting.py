@@ -1,6 +1,7 @@
 """A model with trainable layers in place: what s2ft knows about it, how they come in and go out again, and adapters
 that are put on and taken off."""
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MethodType
 from typing import Any, Callable, Dict, List, Optional, Tuple, Union
 
@@ -69,6 +70,11 @@ class Attachment:
         self.active = {}
         for done in (self.orders, self.mounts, self.forwards, self.applied, self.places, self.unpacked):
             done.clear()
+
+    @cached_property
+    def projections(self) -> Dict[str, Projection]:
+        """By name."""
+        return {projection.name: projection for projection in projections_of(self.couplings)}
 
     @property
     def trains(self) -> bool:
@@ -304,11 +310,9 @@ def put_on(model: nn.Module, record: Attachment, weights: Dict[str, float], delt
     trains = weights.get(record.name) == 1
     written = {name: weight for name, weight in weights.items() if not (trains and name == record.name)}
     try:
-        for projection in projections_of(record.couplings):
-            parts = [(deltas[name][projection.name], weight) for name, weight in written.items()
-                     if projection.name in deltas[name]]
-            if parts:
-                _write(model, record, projection, parts)
+        for path in dict.fromkeys(path for name in written for path in deltas[name]):
+            parts = [(deltas[name][path], weight) for name, weight in written.items() if path in deltas[name]]
+            _write(model, record, record.projections[path], parts)
     except BaseException:
         take_off(model, record)
         raise

@@ -14,6 +14,13 @@ from s2ft.coupling import Coupling, Projection
 
 def find(model: nn.Module, path: str) -> Union[nn.Module, Tensor]:
     """The module, parameter or buffer of this name. Raises: AttributeError where there is none."""
+    module = model
+    for name in path.split("."):   # faster than get_submodule, for a switch of adapters asks for every layer
+        module = module._modules.get(name)
+        if module is None:
+            break
+    else:
+        return module
     parent, _, name = path.rpartition(".")
     found = getattr(model.get_submodule(parent), name)
     if not isinstance(found, (nn.Module, Tensor)):
@@ -138,16 +145,23 @@ def matrix_of(model: nn.Module, projection: Projection) -> Tensor:
     """The projection's weight as :func:`as_matrix` has it, detached, in the weight's own memory; of a quantized one
     a dequantized copy."""
     found = find(model, projection.path)
-    found = getattr(found, "linear", found)   # of an S2QuantizedLinear
-    if is_quantized(found):
-        return dequantized(found).detach()
-    return like_matrix(model, projection, weight_of(model, projection).detach())
+    if type(found) is nn.Linear and type(found.weight) is nn.Parameter:   # nearly all are: no quantized tensor
+        return found.weight.detach()
+    plain = getattr(found, "linear", found)   # of an S2QuantizedLinear
+    if is_quantized(plain):
+        return dequantized(plain).detach()
+    weight = found.weight if isinstance(found, nn.Module) else found
+    return as_matrix(weight.detach(), projection.expert, _is_transposed(found))
+
+
+def _is_transposed(found) -> bool:
+    return is_conv1d(found) or getattr(found, "transposed", False)
 
 
 def like_matrix(model: nn.Module, projection: Projection, tensor: Tensor) -> Tensor:
     """The view that :func:`matrix_of` takes of the weight, of a tensor of the weight's shape, its gradient say."""
     found = find(model, projection.path)
-    return as_matrix(tensor, projection.expert, is_conv1d(found) or getattr(found, "transposed", False))
+    return as_matrix(tensor, projection.expert, _is_transposed(found))
 
 
 def bias_of(model: nn.Module, projection: Projection) -> Optional[Tensor]:
