@@ -8,7 +8,8 @@ from s2ft.arch import couplings_of
 from s2ft.config import S2FTConfig
 from s2ft.coupling import Coupling
 from s2ft.fingerprint import fingerprint
-from s2ft.mounting import RECORD, Attachment, attachment_of, can_move, check_can_merge, mount, put_on, restore, take_off
+from s2ft.mounting import (RECORD, Attachment, attachment_of, check_can_merge, mount, put_on, restore, take_off,
+                           that_can_move)
 from s2ft.report import Report
 from s2ft.selection import Selection
 from s2ft.selection import select as select_units
@@ -110,10 +111,9 @@ def mount_on(model: nn.Module, record: Attachment, config: S2FTConfig, selection
 def _try_out(model: nn.Module, couplings: List[Coupling], example: Any) -> Trial:
     trial = Trial(model, couplings, example)
     groups: Dict[Tuple, List[Coupling]] = {}   # experts of a layer are tried out together
-    for coupling in couplings:
-        if coupling.movable and can_move(model, coupling):
-            one = coupling.consumer.name if coupling.consumer.expert is None else coupling.consumer.path
-            groups.setdefault((coupling.layer, one), []).append(coupling)
+    for coupling in that_can_move(model, couplings):
+        one = coupling.consumer.name if coupling.consumer.expert is None else coupling.consumer.path
+        groups.setdefault((coupling.layer, one), []).append(coupling)
     for group in groups.values():
         trial.check(group)
     return trial
@@ -195,8 +195,8 @@ def merge(model: nn.Module) -> nn.Module:
         raise ValueError("no adapter is active, so there is nothing to merge: set_adapter first, or detach")
     if record.trains:
         check_can_merge(record)
-        for mount in record.mounts.values():
-            mount.layer.fuse()
+        for mounted in record.mounts.values():
+            mounted.layer.fuse()
     return restore(model, record)   # an adapter that is applied stands in the weights already
 
 
@@ -208,11 +208,11 @@ def fuse(model: nn.Module) -> None:
     record = attachment_of(model)
     if record.trains:
         check_can_merge(record)   # before any layer is fused
-        for mount in record.mounts.values():
-            mount.layer.fuse()
+        for mounted in record.mounts.values():
+            mounted.layer.fuse()
 
 
 def unfuse(model: nn.Module) -> None:
     """Copy the base back, bit for bit, so that training can go on."""
-    for mount in attachment_of(model).mounts.values():
-        mount.layer.unfuse()
+    for mounted in attachment_of(model).mounts.values():
+        mounted.layer.unfuse()

@@ -3,7 +3,7 @@ that are put on and taken off."""
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MethodType
-from typing import Any, Callable, Dict, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +130,8 @@ def _mount_all(model: nn.Module, record: Attachment, touched: List[Coupling],
                                  for projection in coupling.projections)
         for projection in coupling.projections:
             if projection.name in record.selection:
-                sites.setdefault(projection.path, []).append(_part(projection, record.selection[projection.name], order))
+                part = _part(projection, record.selection[projection.name], order)
+                sites.setdefault(projection.path, []).append(part)
     for path, parts in sites.items():
         record.mounts[path] = _mount(model, path, parts, record.config)
     for coupling in touched:
@@ -195,24 +196,30 @@ def _order(coupling: Coupling, selection: Selection) -> Tensor:
 
 
 def _check_can_move(model: nn.Module, couplings: List[Coupling]) -> None:
+    why = next((why for why in _obstacles(model, couplings) if why), "")
+    if why:
+        raise ValueError(f"{why}, whose units can't change place: use layout='indexed'")
+
+
+def that_can_move(model: nn.Module, couplings: List[Coupling]) -> List[Coupling]:
+    """Those whose units can change place, by themselves and with the weights as they are."""
+    movable = [coupling for coupling in couplings if coupling.movable]
+    return [coupling for coupling, why in zip(movable, _obstacles(model, movable)) if not why]
+
+
+def _obstacles(model: nn.Module, couplings: List[Coupling]) -> Iterator[str]:
+    """For each coupling what of its weights keeps its units in place, in words; empty where nothing does."""
+    owners: Dict[int, List[str]] = {}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(key)
     for coupling in couplings:
-        why = _why_not(model, coupling)
-        if why:
-            raise ValueError(f"{why}, whose units can't change place: use layout='indexed'")
-
-
-def can_move(model: nn.Module, coupling: Coupling) -> bool:
-    """Whether the weights as they are let the coupling's units change place."""
-    return not _why_not(model, coupling)
-
-
-def _why_not(model: nn.Module, coupling: Coupling) -> str:
-    for projection in coupling.projections:
-        found = find(model, projection.path)
-        if is_quantized(found):
-            return f"{projection.path} is a quantized weight ({type(found).__name__})"
-    shared = _tied(model, coupling)
-    return f"{' and '.join(shared)} are one tied weight" if shared else ""
+        quantized = [(p.path, found) for p in coupling.projections if is_quantized(found := find(model, p.path))]
+        names = (owners.get(id(tensor), []) for tensor in moving_tensors(model, coupling))
+        tied = next((found for found in names if len(found) > 1), None)
+        if quantized:
+            yield f"{quantized[0][0]} is a quantized weight ({type(quantized[0][1]).__name__})"
+        else:
+            yield f"{' and '.join(tied)} are one tied weight" if tied else ""
 
 
 def _check_gradients_pass(model: nn.Module) -> None:
@@ -228,15 +235,6 @@ def check_can_merge(record: Attachment) -> None:
     for path, mount in record.mounts.items():
         if isinstance(mount.layer, S2QuantizedLinear):
             raise ValueError(f"{path}: {NO_FUSE}")
-
-
-def _tied(model: nn.Module, coupling: Coupling) -> List[str]:
-    """The names of a parameter that moves with the coupling and has several; empty where none has."""
-    owners: Dict[int, List[str]] = {}
-    for key, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(key)
-    moving = (owners.get(id(tensor), []) for tensor in moving_tensors(model, coupling))
-    return next((names for names in moving if len(names) > 1), [])
 
 
 # ---- forwards of our own -------------------------------------------------------------------------------
@@ -259,6 +257,9 @@ def _replace_forward(model: nn.Module, coupling: Coupling, record: Attachment) -
     else:
         return
     block = model.get_submodule(path)
+    replaced = "forward" in block.__dict__ and path not in record.forwards
+    if replaced and forward is experts_forward:
+        raise ValueError(f"the forward of {path} has been replaced, and that one can't run experts that are trained")
     if "forward" not in block.__dict__:
         block.forward = MethodType(forward, block)
         record.forwards.append(path)
@@ -300,7 +301,8 @@ def take_off(model: nn.Module, record: Attachment) -> None:
     record.active = {}
 
 
-def put_on(model: nn.Module, record: Attachment, weights: Dict[str, float], deltas: Dict[str, Dict[str, Delta]]) -> None:
+def put_on(model: nn.Module, record: Attachment, weights: Dict[str, float],
+           deltas: Dict[str, Dict[str, Delta]]) -> None:
     """Make these adapters active; nothing else may be. Their weighted sum is written into the model in one pass, and
     the base that it replaces is kept. The trainable one, where its weight is 1, is added in the forward instead.
 

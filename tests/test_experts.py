@@ -137,6 +137,16 @@ def test_checkpointed_blocks_with_experts_train_alike():
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+def test_experts_whose_forward_was_replaced_are_refused():
+    """Theirs would look for the parameter that a stack has taken the place of."""
+    model, base = model_of("mixtral"), model_of("mixtral")
+    mine = model.model.layers[1].mlp.experts.forward = lambda *args: args[0]
+    with pytest.raises(ValueError, match="forward of model.layers.1.mlp.experts has been replaced"):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.2))
+    assert model.model.layers[1].mlp.experts.forward is mine and s2ft.status(model).adapters == []
+    assert all(torch.equal(value, base.state_dict()[key]) for key, value in model.state_dict().items())
+
+
 WRONG = {
     "expert": ({"expert": 3}, "more than 3 experts"),
     "no parameter": ({"path": "model.layers.0.mlp.gate"}, "must be a parameter"),

@@ -56,7 +56,8 @@ def load_adapter(model: nn.Module, adapter: Union[str, os.PathLike, Adapter], na
     one adapter a model can be, besides others that are loaded.
 
     Args:
-        adapter: a folder, a repository on the hub ("org/name"), or an :class:`Adapter` as :func:`get_adapter` and arithmetic give it.
+        adapter: a folder, a repository on the hub ("org/name"), or an :class:`Adapter` as :func:`get_adapter` and
+            arithmetic give it.
         active: False leaves what is active as it is; a trainable one is always active.
         device: where the deltas are kept; default: the CPU. On the model's device switching is fastest.
     Raises: FileNotFoundError or ValueError that names what is wrong (another base, a missing or
