@@ -3,11 +3,13 @@ that are put on and taken off."""
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MethodType
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from s2ft.checkpointing import open_blocks
 from s2ft.config import S2FTConfig
 from s2ft.coupling import Coupling, Projection, projections_of
 from s2ft.delta import Delta
@@ -19,6 +21,9 @@ from s2ft.weights import (find, is_quantized, matrix_of, moving_tensors, pack_ag
                           position, put)
 
 RECORD = "_s2ft"   # the attribute of the model that holds its Attachment
+
+# What the packages above do to a model that trainable layers come into, and undo when they go out
+EXTENSIONS: List[Tuple[Callable[[nn.Module], None], Callable[[nn.Module], None]]] = []
 
 
 @dataclass
@@ -57,6 +62,7 @@ class Attachment:
     others: Dict[str, object] = field(default_factory=dict)               # loaded adapters by name
     active: Dict[str, float] = field(default_factory=dict)                # adapters with their weights
     unpacked: List[str] = field(default_factory=list)                     # of pack_never
+    hooks: List[RemovableHandle] = field(default_factory=list)            # of open_blocks
     applied: List[Tuple[Projection, Tensor, Tensor]] = field(default_factory=list)   # with index and base
     places: Dict[str, Tensor] = field(default_factory=dict)   # of projections that moved: element → its present place
 
@@ -68,7 +74,7 @@ class Attachment:
         """Be the record of a model without trainable layers, whose units lie where they were."""
         self.name = self.config = self.selection = None
         self.active = {}
-        for done in (self.orders, self.mounts, self.forwards, self.applied, self.places, self.unpacked):
+        for done in (self.orders, self.mounts, self.forwards, self.applied, self.places, self.unpacked, self.hooks):
             done.clear()
 
     @cached_property
@@ -136,6 +142,9 @@ def _mount_all(model: nn.Module, record: Attachment, touched: List[Coupling],
         record.mounts[path] = _mount(model, path, parts, record.config)
     for coupling in touched:
         _replace_forward(model, coupling, record)
+    record.hooks = open_blocks(model, record.mounts)
+    for come, _ in EXTENSIONS:
+        come(model)
 
 
 def _part(projection: Projection, units: Tensor, order: Optional[Tensor]) -> Part:
@@ -269,8 +278,12 @@ def _replace_forward(model: nn.Module, coupling: Coupling, record: Attachment) -
 
 def restore(model: nn.Module, record: Attachment) -> nn.Module:
     """The plain model with the weights as they are, in original order."""
+    for _, go in EXTENSIONS:
+        go(model)
     for path in record.forwards:
         del model.get_submodule(path).forward
+    for hook in record.hooks:
+        hook.remove()
     for path, mount in reversed(record.mounts.items()):
         if isinstance(mount.original, nn.Parameter):
             put(model, path, mount.layer.weight, mount.position)
@@ -348,11 +361,18 @@ def _current_places(record: Attachment, projection: Projection, index: Tensor) -
 
 
 @torch.no_grad()
-def mounted_deltas(record: Attachment) -> Dict[str, Delta]:
-    """The trainable adapter's deltas in original coordinates, copied."""
+def mounted_deltas(record: Attachment, state: Optional[Mapping[str, Tensor]] = None) -> Dict[str, Delta]:
+    """The trainable adapter's deltas in original coordinates, copied.
+
+    Args: state: a state_dict to take every s2 from, of a model whose own are not whole here; default: the layers'.
+    Raises: ValueError where it lacks one.
+    """
     deltas = {}
     for name, (mount, part) in record.parts.items():
-        s2, dim = mount.layer.s2.detach(), mount.layer.dim
+        dim, key = mount.layer.dim, f"{part.projection.path}.s2"
+        if state is not None and key not in state:
+            raise ValueError(f"the state given to save has no {key}")
+        s2 = mount.layer.s2.detach() if state is None else state[key].detach()
         deltas[name] = Delta(dim, part.elements.clone(), s2.index_select(dim, part.positions.to(s2.device)))
     return deltas
 

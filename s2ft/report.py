@@ -106,3 +106,11 @@ def _name_in_layer(projection: Projection) -> str:
     numbers = [i for i, name in enumerate(names[:-1]) if name.isdigit()]
     shown = projection.path if names[-1].isdigit() or not numbers else ".".join(names[numbers[-1] + 1:])
     return shown if projection.size is None else f"{shown}.{projection.key}"
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """One line, as PEFT's models print it; total parameters are the base's and the trained ones."""
+    report = Report.of(model)
+    total = report.total + report.trainable
+    print(f"trainable params: {report.trainable:,} || all params: {total:,} || trainable%: "
+          f"{100 * report.trainable / total:.4f}")

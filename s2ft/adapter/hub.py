@@ -1,14 +1,17 @@
-"""Adapters on the Hugging Face hub: two files in a repository."""
+"""Adapters on the Hugging Face hub: two files in a repository, and the page that it shows of them."""
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Optional, Union
+from typing import Any, Dict, Optional, Union
 
 from torch import nn
 
+from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.formats import native
+from s2ft.files import replace_file
 
 FILES = [native.CONFIG, native.TENSORS]
+CARD = "README.md"
 WORD = r"[A-Za-z0-9][\w.\-]*"
 REPOSITORY = re.compile(rf"{WORD}/{WORD}(?:@[\w./\-]+)?", re.ASCII)   # org/name, org/name@revision
 
@@ -38,7 +41,8 @@ def resolve(directory_or_repo, **options) -> Path:
 def push_to_hub(model_or_folder: Union[nn.Module, str, Path], repo_id: str, name: Optional[str] = None, *,
                 revision: Optional[str] = None, private: Optional[bool] = None,
                 token: Union[str, bool, None] = None, message: str = "S²FT adapter") -> str:
-    """Upload one adapter, its two files, to a repository on the hub, which is made if need be.
+    """Upload one adapter, its two files, to a repository on the hub, which is made if need be; with a page about it,
+    unless there is one.
 
     Args:
         model_or_folder: a model with adapters, or a folder that :func:`s2ft.save_adapter` wrote; it is read first.
@@ -61,12 +65,44 @@ def push_to_hub(model_or_folder: Union[nn.Module, str, Path], repo_id: str, name
 
 
 def _upload(folder: Path, repo_id: str, revision, private, token, message: str) -> str:
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
-    native.read(folder)
+    adapter = native.read(folder)
+    files = {name: (folder / name).read_bytes() for name in (*FILES, CARD) if (folder / name).exists()}
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return str(api.upload_folder(repo_id=repo_id, folder_path=str(folder), allow_patterns=FILES, revision=revision,
-                                 commit_message=message).commit_url)
+    if CARD not in files and not api.file_exists(repo_id, CARD, revision=revision):
+        files[CARD] = card_of(adapter).encode()
+    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
+    return str(api.create_commit(repo_id, operations, commit_message=message, revision=revision).commit_url)
+
+
+# ---- the page ------------------------------------------------------------------------------------------
+
+def card_of(adapter: Adapter) -> str:
+    """Front matter (library, tags, the base if the hub has it), how to load it, and what was trained."""
+    from huggingface_hub import ModelCardData   # not at the top: `import s2ft` would load it
+
+    base = adapter.info.get("base_model")
+    metadata: Dict[str, Any] = {"library_name": "s2ft", "tags": ["s2ft"]}
+    if isinstance(base, str) and REPOSITORY.fullmatch(base) and not Path(base).exists():
+        metadata["base_model"] = base
+    else:   # a folder of someone's machine
+        base = "path/to/the/base"
+    keys = ", ".join(f"{key}_ratio {ratio:g}" for key, ratio in adapter.config.ratios.items()) or "units given by name"
+    return "\n".join([
+        "---", ModelCardData(**metadata).to_yaml(), "---", "",
+        f"# {adapter.name}: an S²FT adapter", "",
+        f"{adapter.parameters:,} trained parameters on {len(adapter.deltas)} projections ({keys}), trained and loaded with",
+        "s2ft (structured sparse fine-tuning, arXiv 2412.06289).", "",
+        "```python", "import s2ft", "from transformers import AutoModelForCausalLM", "",
+        f'model = AutoModelForCausalLM.from_pretrained("{base}")',
+        's2ft.load_adapter(model, "path/or/repository/of/this/adapter")', "```", ""])
+
+
+def write_card(adapter: Adapter, directory: Path) -> None:
+    """Unless there is one already."""
+    if not (directory / CARD).exists():
+        replace_file(directory / CARD, card_of(adapter).encode())

@@ -1,9 +1,9 @@
 """Between a model and adapter folders."""
 import os
 from dataclasses import replace
-from typing import Any, Dict, Optional, Union
+from typing import Any, Dict, Mapping, Optional, Union
 
-from torch import nn
+from torch import Tensor, nn
 
 from s2ft.adapter.adapter import Adapter, check_fits
 from s2ft.adapter.formats import native
@@ -13,20 +13,22 @@ from s2ft.convert import check_name, mount_on, new_attachment
 from s2ft.mounting import RECORD, Attachment, attachment_of, check_can_write, set_mounted_deltas
 
 
-def save_adapter(model: nn.Module, directory, name: Optional[str] = None,
-                 info: Optional[Dict[str, Any]] = None) -> None:
+def save_adapter(model: nn.Module, directory, name: Optional[str] = None, info: Optional[Dict[str, Any]] = None, *,
+                 state: Optional[Mapping[str, Tensor]] = None) -> None:
     """Save one adapter of `model` as safetensors and s2ft_config.json, in original coordinates.
 
     Args:
         directory: made if need be; an adapter in it is replaced.
         name: which adapter; default: the trainable one, or the only one loaded.
         info: JSON values to keep with it, e.g. the base model's name.
+        state: a state_dict gathered by others (accelerate, Trainer) that has the trainable layers' s2, for a model
+            that is sharded.
     Raises: ValueError for an unknown name or a delta that is empty or not finite, nothing written.
     """
     record = attachment_of(model)
     if name is None:
         name = record.name if record.name is not None else next(iter(record.active), record.names[0])
-    adapter = get_adapter(model, name)
+    adapter = get_adapter(model, name, state)
     adapter.info = {**_model_info(model), **adapter.info, **(info or {})}
     native.write(adapter, directory)
 

@@ -3,7 +3,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Dict, Iterator, List, Mapping, Optional, Union
 
-from torch import nn
+from torch import Tensor, nn
 
 from s2ft.adapter.adapter import Adapter, check_weight, weighted_sum
 from s2ft.adapter.overlap import Overlap, overlap
@@ -70,16 +70,17 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
             fuse(model)
 
 
-def get_adapter(model: nn.Module, name: str) -> Adapter:
+def get_adapter(model: nn.Module, name: str, state: Optional[Mapping[str, Tensor]] = None) -> Adapter:
     """A loaded adapter, or the trainable one as it is now, for arithmetic: ``a + b``, ``0.5 * a``, ``-a``.
 
+    Args: state: a gathered state_dict that has the trainable one's numbers, where the model's own are not whole.
     Raises: ValueError for a name that is not loaded.
     """
     record = attachment_of(model)
     _check_known(record, name)
     if name != record.name:
         return record.others[name]
-    return Adapter(name, record.config, record.selection, record.fingerprint, mounted_deltas(record),
+    return Adapter(name, record.config, record.selection, record.fingerprint, mounted_deltas(record, state),
                    couplings=record.couplings if record.given else None)
 
 

@@ -391,10 +391,12 @@ class FakeHub:
     def create_branch(self, repo_id, branch, exist_ok):
         self.calls.append(("branch", branch))
 
-    def upload_folder(self, repo_id, folder_path, allow_patterns, revision, commit_message):
-        for path in Path(folder_path).iterdir():
-            if path.name in allow_patterns:
-                shutil.copy(path, self.folder / repo_id)
+    def file_exists(self, repo_id, name, revision=None):
+        return (self.folder / repo_id / name).exists()
+
+    def create_commit(self, repo_id, operations, commit_message, revision):
+        for operation in operations:
+            (self.folder / repo_id / operation.path_in_repo).write_bytes(operation.path_or_fileobj)
         return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/{revision}")
 
 
@@ -403,11 +405,14 @@ def fake_hub(tmp_path, monkeypatch):
     return FakeHub(tmp_path / "hub", monkeypatch)
 
 
+PUSHED = {native.CONFIG, native.TENSORS, "README.md"}
+
+
 def test_pushed_and_loaded_by_name(fake_hub, tmp_path):
     model = trained("llama")
     assert hub.push_to_hub(model, "org/adapter", token="t", private=True).startswith("https://hub/org/adapter")
     assert fake_hub.calls == ["t", ("private", True)]
-    assert {path.name for path in (fake_hub.folder / "org/adapter").iterdir()} == {native.CONFIG, native.TENSORS}
+    assert {path.name for path in (fake_hub.folder / "org/adapter").iterdir()} == PUSHED
     (fake_hub.folder / "org/adapter/setup.py").write_text("import os")
     folder = hub.resolve("org/adapter@v1", local_files_only=True)
     assert fake_hub.calls[-1] == ("org/adapter", "v1", {"local_files_only": True})
@@ -415,10 +420,31 @@ def test_pushed_and_loaded_by_name(fake_hub, tmp_path):
     assert not (folder / "setup.py").exists()
 
 
+def test_the_page_names_a_base_that_the_hub_has_and_no_folder_of_this_machine(fake_hub, tmp_path):
+    model = trained("llama")
+    for base, shown in (("org/base", True), (str(tmp_path), False)):
+        s2ft.save_adapter(model, tmp_path / "saved", info={"base_model": base})
+        page = hub.card_of(read_adapter(tmp_path / "saved"))
+        assert page.startswith("---\n") and "library_name: s2ft" in page
+        assert (f"base_model: {base}" in page) == shown and (base in page) == shown
+
+
+def test_a_page_that_is_there_stays(fake_hub, tmp_path):
+    model = trained("llama")
+    hub.push_to_hub(model, "org/adapter")
+    (fake_hub.folder / "org/adapter/README.md").write_text("by hand")
+    hub.push_to_hub(model, "org/adapter")
+    assert (fake_hub.folder / "org/adapter/README.md").read_text() == "by hand"
+    s2ft.save_adapter(model, tmp_path / "saved")
+    (tmp_path / "saved/README.md").write_text("newer")
+    hub.push_to_hub(tmp_path / "saved", "org/adapter")
+    assert (fake_hub.folder / "org/adapter/README.md").read_text() == "newer"
+
+
 def test_a_folder_is_pushed_when_it_can_be_read(fake_hub, tmp_path):
     hub.push_to_hub(GOLDEN / "schema-2", "org/golden", revision="dev")
     assert fake_hub.calls == [None, ("private", None), ("branch", "dev")]
-    assert {path.name for path in (fake_hub.folder / "org/golden").iterdir()} == {native.CONFIG, native.TENSORS}
+    assert {path.name for path in (fake_hub.folder / "org/golden").iterdir()} == PUSHED
     shutil.copytree(GOLDEN / "schema-2", tmp_path / "broken")
     (tmp_path / "broken" / native.TENSORS).write_bytes(b"")
     with pytest.raises(ValueError, match="truncated or damaged"):

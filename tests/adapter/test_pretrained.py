@@ -1,0 +1,235 @@
+"""An attached model in transformers' and TRL's Trainers as they are: checkpoints of the adapter alone, resumed."""
+import copy
+import json
+
+import pytest
+import torch
+from train.tiny import tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+import s2ft
+from s2ft.adapter.pretrained import INDEX
+from s2ft.mounting import mounted_deltas
+
+CONFIG = dict(d_ratio=0.1, v_ratio=0.5, o_ratio=0.25)
+ROWS = [{"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+        for ids in torch.randint(3, 250, (24, 12), generator=torch.Generator().manual_seed(0))]
+LAYOUTS = ("permuted", "indexed")
+
+
+def attached(layout="permuted", seed=0, dtype=torch.float32, **changes):
+    model = tiny_model(dtype=dtype, **changes)
+    s2ft.attach(model, s2ft.S2FTConfig(**CONFIG, layout=layout, seed=seed))
+    return model
+
+
+def trainer(model, folder, rows=ROWS, callbacks=(), **changes):
+    options = dict(output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=8,
+                   save_steps=4, learning_rate=1e-2, report_to="none", use_cpu=True, disable_tqdm=True)
+    return Trainer(model=model, args=TrainingArguments(**{**options, **changes}), train_dataset=rows,
+                   eval_dataset=rows[:6], callbacks=list(callbacks))
+
+
+class StopAt(TrainerCallback):
+    """As if the process had been killed behind this step's checkpoint."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_save(self, args, state, control, **_):
+        if state.global_step == self.step:
+            control.should_training_stop = True
+
+
+def assert_same(ours, theirs):
+    ours, theirs = ours.state_dict(), theirs.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_plain_trainer_resumes_exactly(layout, dtype, tmp_path, caplog):
+    whole, first, second = (attached(layout, dtype=dtype, attention_dropout=0.1) for _ in range(3))
+    trainer(whole, tmp_path / "whole").train()
+    trainer(first, tmp_path / "cut", callbacks=[StopAt(4)]).train()
+    resumed = trainer(second, tmp_path / "cut")
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 8
+    assert_same(second, whole)
+    assert any((delta.values != 0).any() for delta in mounted_deltas(second._s2ft).values())
+    assert "missing keys" not in caplog.text and "unexpected keys" not in caplog.text
+
+
+def test_checkpoints_hold_the_adapter_and_no_weight_of_the_base(tmp_path):
+    model = attached()
+    trainer(model, tmp_path).train()
+    names = {path.name for path in (tmp_path / "checkpoint-4").iterdir()}
+    assert {"s2ft_adapter.safetensors", "s2ft_config.json", INDEX, "README.md", "optimizer.pt"} <= names
+    assert not names & {"model.safetensors", "pytorch_model.bin", "config.json", "adapter_config.json"}
+    fresh = tiny_model()
+    s2ft.load_adapter(fresh, tmp_path / "checkpoint-8")
+    assert_same(s2ft.merge(fresh), s2ft.merge(model))
+
+
+def test_a_checkpoint_is_not_taken_for_a_model(tmp_path):
+    attached().save_pretrained(tmp_path)
+    with pytest.raises(Exception):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
+    """The one with the largest loss here, which is the first."""
+    model = attached()
+    done = trainer(model, tmp_path, max_steps=6, save_steps=2, eval_steps=2, eval_strategy="steps",
+                   load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True)
+    done.train()
+    best = done.state.best_model_checkpoint
+    assert best.endswith("checkpoint-2")
+    for name, delta in s2ft.adapter.read_adapter(best).deltas.items():
+        assert torch.equal(delta.values, mounted_deltas(model._s2ft)[name].values)
+
+
+def test_evaluation_uses_the_adapter(tmp_path):
+    model = attached()
+    done = trainer(model, tmp_path, learning_rate=3e-2)
+    before = done.evaluate()["eval_loss"]
+    done.train()
+    assert done.evaluate()["eval_loss"] < before
+    with s2ft.disable_adapters(model):
+        assert done.evaluate()["eval_loss"] == before
+
+
+SPOILT = {
+    "another selection": (dict(seed=1), "other units of"),
+    "another projection": (dict(config=dict(d_ratio=0.1)), "trains other projections"),
+    "another shape": (dict(hidden_size=16, head_dim=8), "shape"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_resuming_with_another_adapter_is_refused_and_changes_nothing(case, tmp_path):
+    changes, message = SPOILT[case]
+    trainer(attached(), tmp_path, callbacks=[StopAt(4)]).train()
+    model = tiny_model(**{key: value for key, value in changes.items() if key not in ("config", "seed")})
+    s2ft.attach(model, s2ft.S2FTConfig(**changes.get("config", CONFIG), seed=changes.get("seed", 0)))
+    before = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=message):
+        trainer(model, tmp_path).train(resume_from_checkpoint=True)
+    assert_same(model, before)
+
+
+def test_a_state_of_the_models_own_loads_as_ever():
+    model, other = attached(), attached()
+    torch.nn.init.normal_(model.model.layers[0].mlp.down_proj.s2)
+    other.load_state_dict(model.state_dict())
+    assert_same(model, other)
+
+
+def test_merged_and_detached_models_save_themselves_whole(tmp_path):
+    for back in (s2ft.merge, s2ft.detach):
+        model = attached()
+        untouched = copy.deepcopy(model)
+        back(model).save_pretrained(tmp_path / back.__name__)
+        assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / back.__name__), model)
+        assert not model._load_state_dict_pre_hooks and "_keys_to_ignore_on_save" not in model.__dict__
+        untouched.save_pretrained(tmp_path / "copy")   # a deep copy keeps its own
+        assert (tmp_path / "copy/s2ft_config.json").exists() and not (tmp_path / "copy/config.json").exists()
+
+
+def test_rank_that_does_not_write_writes_nothing(tmp_path):
+    attached().save_pretrained(tmp_path / "none", is_main_process=False)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_gathered_state_is_what_is_saved(tmp_path):
+    model = attached()
+    state = {key: torch.full_like(value, 2.0) for key, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=state)
+    assert all(bool((d.values == 2).all()) for d in s2ft.adapter.read_adapter(tmp_path).deltas.values())
+    del state["model.layers.1.mlp.down_proj.s2"]
+    with pytest.raises(ValueError, match="no model.layers.1.mlp.down_proj.s2"):
+        model.save_pretrained(tmp_path / "less", state_dict=state)
+
+
+def test_pushing_from_save_pretrained_points_to_the_right_call(tmp_path):
+    with pytest.raises(ValueError, match="s2ft.push_to_hub"):
+        attached().save_pretrained(tmp_path / "x", push_to_hub=True)
+    assert not (tmp_path / "x").exists()
+
+
+def test_print_trainable_parameters(capsys):
+    model = attached()
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    model.print_trainable_parameters()
+    s2ft.print_trainable_parameters(model)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second and first.startswith(f"trainable params: {trained:,} || all params:")
+
+
+def test_trainers_card_and_state(tmp_path):
+    done = trainer(attached(), tmp_path)
+    done.train()
+    done.create_model_card(model_name="tiny", tags="s2ft")
+    assert "s2ft" in (tmp_path / "README.md").read_text()
+    assert json.loads((tmp_path / "checkpoint-8/trainer_state.json").read_text())["global_step"] == 8
+
+
+# ---- TRL ---------------------------------------------------------------------------------------------------
+
+def tokenizer_of_tiny():
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = "<|endoftext|>"
+    return tokenizer
+
+
+def trl_options(folder, **changes):
+    return {**dict(output_dir=str(folder), per_device_train_batch_size=2, max_steps=4, save_steps=2, learning_rate=1e-2,
+                   report_to="none", use_cpu=True, bf16=False, disable_tqdm=True), **changes}
+
+
+def sft(folder, rows):
+    from trl import SFTConfig, SFTTrainer
+    return lambda model: SFTTrainer(model=model, args=SFTConfig(**trl_options(folder), max_length=64), train_dataset=rows,
+                                    processing_class=tokenizer_of_tiny())
+
+
+def dpo(folder, rows):
+    from trl import DPOConfig, DPOTrainer
+    return lambda model: DPOTrainer(model=model, ref_model=tiny_model(), args=DPOConfig(**trl_options(folder), max_length=64),
+                                    train_dataset=rows, processing_class=tokenizer_of_tiny())
+
+
+def grpo(folder, rows):
+    from trl import GRPOConfig, GRPOTrainer
+    options = trl_options(folder, per_device_train_batch_size=4, max_steps=2, save_steps=1)
+    return lambda model: GRPOTrainer(
+        model=model, reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
+        args=GRPOConfig(**options, num_generations=4, max_completion_length=6), train_dataset=rows,
+        processing_class=tokenizer_of_tiny())
+
+
+TRL = {
+    "sft": (sft, [{"prompt": f"{a}+1=", "completion": f" {a + 1}"} for a in range(8)]),
+    "dpo": (dpo, [{"prompt": f"{a}+1=", "chosen": f" {a + 1}", "rejected": " no"} for a in range(8)]),
+    "grpo": (grpo, [{"prompt": f"{a}+1="} for a in range(8)]),
+}
+
+
+@pytest.mark.parametrize("kind", TRL)
+def test_trls_trainers(kind, tmp_path):
+    """They train, leave the base alone, write checkpoints of the adapter alone, and go on from them."""
+    pytest.importorskip("trl")
+    from datasets import Dataset
+    make, rows = TRL[kind]
+    build = make(tmp_path, Dataset.from_list(rows))
+    model = attached()
+    done = build(model)
+    done.train()
+    assert any((delta.values != 0).any() for delta in mounted_deltas(model._s2ft).values())
+    last = tmp_path / f"checkpoint-{done.state.global_step}"
+    assert (last / "s2ft_adapter.safetensors").exists() and not (last / "model.safetensors").exists()
+    again = attached()
+    resumed = build(again)
+    resumed.train(resume_from_checkpoint=str(last))
+    assert_same(again, model)
+    assert_same(s2ft.detach(model), tiny_model())
