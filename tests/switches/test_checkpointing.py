@@ -1,0 +1,295 @@
+"""Gradient checkpointing gives the gradients that there are without it, whatever is frozen below."""
+import copy
+import warnings
+
+import pytest
+import torch
+from support.models import ALL_RATIOS, inputs_of, loss_of, model_of, ratios_for, token_batch
+from support.tolerances import relative_difference
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import s2ft
+from s2ft import Coupling, Projection, S2FTConfig
+from s2ft.mounting import attachment_of
+
+# llama-grouped and gemma2 have the fused FFN, phi3 and gpt-neox several projections in a weight, gpt2 Conv1D, vit and
+# whisper no tokens, t5 and whisper two stacks, qwen3-moe experts
+FAMILIES = ("llama-grouped", "qwen2", "gemma2", "phi3", "gpt2", "gpt-neox", "bert", "vit", "t5", "whisper", "qwen3-moe")
+# There transformers itself rounds otherwise when it checkpoints: t5's forward runs without its cache, and of whisper's
+# encoder the gradients of several decoder layers are added up in another order.
+ROUNDS = {"t5": 1e-5, "whisper": 1e-5}
+reentrants = pytest.mark.parametrize("reentrant", (False, True), ids=("inside", "reentrant"))
+layouts = pytest.mark.parametrize("layout", ("permuted", "indexed"))
+
+
+def plain(case):
+    """In training mode and without caches, which checkpointing turns off."""
+    model = model_of(case)
+    for module in model.modules():
+        if hasattr(getattr(module, "config", None), "use_cache"):
+            module.config.use_cache = False
+    return model.train()
+
+
+def attach(model, config):
+    s2ft.attach(model, config)
+    generator = torch.Generator().manual_seed(3)
+    for mount in attachment_of(model).mounts.values():
+        mount.layer.s2.data.normal_(std=0.02, generator=generator)
+    return model
+
+
+def enable(model, reentrant, **more):
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant}, **more)
+    return model
+
+
+def without_their_hook(model):
+    """Older versions of transformers have none, and the newest have it for models of tokens alone."""
+    model.disable_input_require_grads()
+    return model
+
+
+def gradients(model, loss=loss_of):
+    model.zero_grad()
+    loss(model).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same(ours, theirs, within=0.0):
+    assert ours.keys() == theirs.keys() and any(gradient is not None for gradient in theirs.values())
+    for name, gradient in ours.items():
+        if theirs[name] is None:
+            assert gradient is None, name
+        else:
+            assert gradient is not None, name
+            assert torch.equal(gradient, theirs[name]) or relative_difference(gradient, theirs[name]) <= within, name
+
+
+def everything(case, **more):
+    return S2FTConfig(**ratios_for(case, ALL_RATIOS), **more)
+
+
+@reentrants
+@layouts
+@pytest.mark.parametrize("case", FAMILIES)
+def test_gradients_are_those_without(case, layout, reentrant):
+    """Switched on before attach and after it, with transformers' own hook and with ours alone."""
+    config = everything(case, layout=layout)
+    expected = gradients(attach(plain(case), config))
+    before = attach(enable(plain(case), reentrant), config)
+    after = without_their_hook(enable(attach(plain(case), config), reentrant))
+    for model in (before, after):
+        assert_same(gradients(model), expected, ROUNDS.get(case, 0.0))
+
+
+@reentrants
+@pytest.mark.parametrize("fuse_ffn", (True, False), ids=("fused", "unfused"))
+def test_the_fused_ffn_and_the_old_name(fuse_ffn, reentrant):
+    config = everything("llama-grouped", fuse_ffn=fuse_ffn)
+    expected = gradients(attach(plain("llama-grouped"), config))
+    model = attach(plain("llama-grouped"), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    assert_same(gradients(without_their_hook(model)), expected)
+
+
+@reentrants
+def test_every_second_layer(reentrant):
+    config = everything("llama-grouped")
+    expected = gradients(attach(plain("llama-grouped"), config))
+    model = without_their_hook(enable(attach(plain("llama-grouped"), config), reentrant, every_n_layers=2))
+    assert_same(gradients(model), expected)
+
+
+@reentrants
+def test_dropout_is_drawn_again_as_it_was(reentrant):
+    config, found = everything("llama-grouped"), []
+    for on in (False, True):
+        model = attach(plain("llama-grouped"), config)
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.3
+        torch.manual_seed(5)
+        found.append(gradients(enable(model, reentrant) if on else model))
+    assert_same(found[1], found[0])
+    assert not torch.equal(next(iter(gradients(model).values())), next(iter(found[0].values())))
+
+
+@reentrants
+def test_embeddings_that_the_caller_gives(reentrant):
+    """They need no gradient, and transformers' hook sits on the module that is left out."""
+    def loss(model):
+        batch = token_batch(model)
+        return model(inputs_embeds=model.get_input_embeddings()(batch).detach(), labels=batch).loss
+
+    config = everything("llama-grouped")
+    expected = gradients(attach(plain("llama-grouped"), config), loss)
+    assert_same(gradients(enable(attach(plain("llama-grouped"), config), reentrant), loss), expected)
+
+
+# ---- the backward ends at the lowest trained layer -----------------------------------------------------------
+
+def need_gradients(model):
+    """Of what each layer gives, whether it needs a gradient."""
+    seen = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
+    loss_of(model).backward()
+    return seen
+
+
+@pytest.mark.parametrize("on", (None, "inside", "reentrant"))
+def test_nothing_flows_below_the_lowest_trained_layer(on):
+    model = attach(plain("llama-grouped"), S2FTConfig(d_ratio=0.2, layers=[1]))
+    if on:
+        without_their_hook(enable(model, on == "reentrant"))
+    assert need_gradients(model) == [False, True, True]
+    assert attachment_of(model).mounts["model.layers.1.mlp.down_proj"].layer.s2.grad.any()
+
+
+class CountGradX(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += func is torch.ops.s2ft.sliced_linear_grad_x.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_lowest_trained_layer_passes_nothing_on():
+    """Three down projections: the lowest one's input needs no gradient, so two products are left, whether
+    checkpointing was never on or is off again."""
+    model = attach(plain("llama-grouped"), S2FTConfig(d_ratio=0.2))
+    for _ in range(2):
+        with CountGradX() as count:
+            loss_of(model).backward()
+        assert count.calls == 2
+        without_their_hook(enable(model, True)).activation_checkpointing_disable()
+
+
+def test_nothing_changes_where_nothing_is_checkpointed():
+    """In evaluation and without gradients a block gets what it would get: the very tensor."""
+    model = without_their_hook(enable(attach(plain("llama-grouped"), S2FTConfig(d_ratio=0.2)), True))
+    seen = []
+    model.model.layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].requires_grad))
+    model.eval()
+    loss_of(model)
+    model.train()
+    with torch.no_grad():
+        loss_of(model)
+    assert seen == [False, False]
+    loss_of(model)
+    assert seen == [False, False, True]
+
+
+# ---- in and out ----------------------------------------------------------------------------------------------
+
+def hooks(model):
+    return sum(len(module._forward_pre_hooks) for module in model.modules())
+
+
+@pytest.mark.parametrize("back", (s2ft.detach, s2ft.merge))
+def test_hooks_go_when_the_adapter_goes(back):
+    model = attach(plain("vit"), everything("vit"))
+    other = copy.deepcopy(model)
+    assert hooks(model) == hooks(other) == 3
+    back(other)
+    assert (hooks(model), hooks(other)) == (3, 0)
+    expected = gradients(model)
+    assert_same(gradients(enable(copy.deepcopy(model), True)), expected)
+    back(model)
+    assert hooks(model) == 0
+
+
+def test_only_blocks_that_train_have_hooks():
+    model = attach(plain("llama-grouped"), S2FTConfig(d_ratio=0.2, layers=[1]))
+    assert [len(layer._forward_pre_hooks) for layer in model.model.layers] == [0, 1, 0]
+
+
+# ---- Trainer -------------------------------------------------------------------------------------------------
+
+def trained_by_trainer(folder, case, **arguments):
+    from transformers import Trainer, TrainingArguments
+    model = attach(plain(case), everything(case))
+    generator = torch.Generator().manual_seed(1)
+    if case == "vit":
+        rows = [{"pixel_values": torch.randn(3, 12, 12, generator=generator), "labels": i % 5} for i in range(8)]
+    else:
+        ids = torch.randint(67, (8, 9), generator=generator)
+        rows = [{"input_ids": row, "labels": row} for row in ids]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        arguments = TrainingArguments(folder, per_device_train_batch_size=2, max_steps=3, learning_rate=1e-2, seed=1,
+                                      use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, **arguments)
+    Trainer(model=model, args=arguments, train_dataset=rows).train()
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("case", ("llama-grouped", "vit"))
+def test_trainer(case, tmp_path):
+    expected = trained_by_trainer(tmp_path, case)
+    for reentrant in (False, True):
+        ours = trained_by_trainer(tmp_path, case, gradient_checkpointing=True,
+                                  gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        assert ours.keys() == expected.keys()
+        assert all(torch.equal(value, expected[name]) for name, value in ours.items())
+
+
+# ---- by hand -------------------------------------------------------------------------------------------------
+
+def checkpoint_by_hand(model, reentrant):
+    for layer in model.model.layers:
+        def forward(x, forward=layer.forward, **more):
+            return checkpoint(lambda x: forward(x, **more), x, use_reentrant=reentrant)
+        layer.forward = forward
+    return model
+
+
+def test_by_hand():
+    """A reentrant one that is called by hand is known to nobody: where no input of it needs a gradient PyTorch says
+    so, and transformers' switch or the input's own helps."""
+    config = everything("llama-grouped")
+    expected = gradients(attach(plain("llama-grouped"), config))
+    model = checkpoint_by_hand(attach(plain("llama-grouped"), config), reentrant=False)
+    assert_same(gradients(model), expected)
+    model = checkpoint_by_hand(attach(plain("llama-grouped"), config), reentrant=True)
+    with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
+        loss_of(model)
+    model.enable_input_require_grads()
+    assert_same(gradients(model), expected)
+
+
+@reentrants
+def test_by_hand_on_couplings_given_by_hand(reentrant):
+    mlp = Coupling("ffn", 0, (Projection("u", "0", 64, 1, 0),), Projection("d", "2", 64, 1, 1))
+    found = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
+        s2ft.attach(model, S2FTConfig(u_ratio=0.1, d_ratio=0.2), couplings=[mlp], example=torch.randn(2, 16))
+        x = torch.randn(5, 16, generator=torch.Generator().manual_seed(1)).requires_grad_(reentrant)
+        (checkpoint(model, x, use_reentrant=reentrant) if on else model(x)).square().sum().backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert len(found[0]) == 2 and all(torch.equal(*both) for both in zip(*found))
+
+
+def test_pytorchs_wrapper_around_attached_blocks():
+    """What FSDP's checkpointing puts in: paths of modules lead through it, and the adapter is as it was."""
+    config = everything("llama-grouped")
+    plain_model = attach(plain("llama-grouped"), config)
+    model = attach(plain("llama-grouped"), config)
+    for i, layer in enumerate(model.model.layers):
+        model.model.layers[i] = checkpoint_wrapper(layer)
+    ours, theirs = gradients(model), gradients(plain_model)
+    assert_same({name.replace("_checkpoint_wrapped_module.", ""): grad for name, grad in ours.items()}, theirs)
+    ours, theirs = (s2ft.get_adapter(one, "default").deltas for one in (model, plain_model))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(delta.values, theirs[path].values) for path, delta in ours.items())
+    s2ft.detach(model)
+    with torch.no_grad():
+        assert torch.equal(model(**inputs_of(model)).logits, s2ft.detach(plain_model)(**inputs_of(model)).logits)
