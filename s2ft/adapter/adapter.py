@@ -71,8 +71,8 @@ def weighted_sum(parts: Sequence[Tuple[Adapter, float]], name: str) -> Adapter:
         if other_base:
             raise ValueError(f"adapters {first.name!r} and {adapter.name!r} are of different bases: {other_base}")
     paths = dict.fromkeys(path for adapter, _ in parts for path in adapter.deltas)
-    deltas = {path: _sum([(adapter.deltas[path], float(weight)) for adapter, weight in parts if path in adapter.deltas])
-              for path in paths}
+    deltas = {path: sum_deltas([(adapter.deltas[path], float(weight)) for adapter, weight in parts
+                                if path in adapter.deltas]) for path in paths}
     selection = Selection({path: torch.cat([adapter.selection[path] for adapter, _ in parts
                                             if path in adapter.deltas]).unique() for path in paths})
     config = S2FTConfig(units=selection, layout=first.config.layout, delta_dtype=first.config.delta_dtype,
@@ -87,7 +87,9 @@ def check_weight(name: str, weight: Any) -> None:
         raise ValueError(f"the weight of adapter {name!r} must be a finite number, got {weight!r}")
 
 
-def _sum(parts: List[Tuple[Delta, float]]) -> Delta:
+def sum_deltas(parts: List[Tuple[Delta, float]]) -> Delta:
+    """The sum of weight × delta of one module, on the units that any of them has; gradients flow to the values. In
+    float32, or in float64 where a delta is; a single delta of weight 1 stays as it is, copied."""
     if len(parts) == 1 and parts[0][1] == 1:
         delta = parts[0][0]
         return Delta(delta.dim, delta.index.clone(), delta.values.clone())

@@ -65,7 +65,7 @@ def _check_projection(model: nn.Module, projection: Projection) -> None:
     except AttributeError:
         raise ValueError(f"{type(model).__name__} has no module {projection.path}") from None
     if projection.expert is None:
-        _check_module(found, projection)
+        check_module(found, projection.path)
     elif not isinstance(found, nn.Parameter) or found.dim() != 3 or projection.expert >= found.shape[0]:
         raise ValueError(f"{projection.path} must be a parameter [experts, outputs, inputs] with more than "
                          f"{projection.expert} experts")
@@ -78,10 +78,11 @@ def _check_projection(model: nn.Module, projection: Projection) -> None:
                          f"{projection.dim}, got shape {shape}")
 
 
-def _check_module(found: Any, projection: Projection) -> None:
+def check_module(found: Any, path: str) -> None:
+    """Raises: ValueError for what is no layer that S²FT trains units of."""
     if not isinstance(found, nn.Module) or layers_for(found) is None:
         groups = getattr(found, "groups", 1)
-        raise ValueError(f"{projection.path} is a {type(found).__name__}{f' of {groups} groups' * (groups != 1)}: S²FT "
+        raise ValueError(f"{path} is a {type(found).__name__}{f' of {groups} groups' * (groups != 1)}: S²FT "
                          "trains and moves units of nn.Linear, transformers' Conv1D and nn.Conv1d to Conv3d of one "
                          "group, and not of classes derived from them")
 

@@ -1,4 +1,6 @@
 """Convolutions that train a few output or input channels of a frozen weight."""
+from typing import Optional, Tuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,6 +11,31 @@ from s2ft.ops import indexed_conv
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
+def conv_forward(module: nn.Module,         # nn.Conv1d to Conv3d of one group, or one of the layers below
+                 x: Tensor,                 # [N, in_channels, ...] or without N
+                 delta: Optional[Tensor],   # [n, I, taps] if dim == 0 else [O, n, taps]; None: the weight as it is
+                 index: Optional[Tensor],   # [n] int64
+                 dim: int) -> Tensor:       # [N, out_channels, ...]
+    """The forward of `module` on its weight with delta added to the channels `index`."""
+    batched = x.dim() == module.weight.dim()
+    x, padding = _padded(module, x if batched else x.unsqueeze(0))
+    geometry = module.stride, padding, module.dilation
+    if delta is None:
+        y = torch.convolution(x, module.weight, module.bias, *geometry, False, [0] * len(module.stride), 1)
+    else:
+        y = indexed_conv(x, module.weight, delta, index, dim, module.bias, *geometry)
+    return y if batched else y.squeeze(0)
+
+
+def _padded(module: nn.Module, x: Tensor) -> Tuple[Tensor, Tuple[int, ...]]:
+    """x and the padding that the convolution has left to do: PyTorch pads beforehand where the sides differ
+    (padding="same") or are not filled with zeros."""
+    if module.padding_mode == "zeros" and not isinstance(module.padding, str):
+        return x, module.padding
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return F.pad(x, list(module._reversed_padding_repeated_twice), mode=mode), (0,) * len(module.stride)
+
+
 class S2Conv(S2Layer):
     """What S2ColumnConv and S2RowConv share: the forward is the convolution's on the effective weight.
 
@@ -16,34 +43,20 @@ class S2Conv(S2Layer):
     """
 
     def _take_over(self, module: nn.Module) -> None:
-        self.in_channels, self.out_channels, self.kernel_size = module.in_channels, module.out_channels, module.kernel_size
-        self.stride, self.dilation, self.padding_mode = module.stride, module.dilation, module.padding_mode
-        # PyTorch pads beforehand where the sides differ (padding="same") or are not filled with zeros
-        self.before = None
-        if module.padding_mode != "zeros" or isinstance(module.padding, str):
-            self.before = list(module._reversed_padding_repeated_twice)
-        self.padding = (0,) * len(module.stride) if self.before is not None else module.padding
+        for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "padding_mode",
+                     "_reversed_padding_repeated_twice"):
+            setattr(self, name, getattr(module, name))
 
     def forward(self, input: Tensor) -> Tensor:
         """input [N, in_channels, ...] or without N → [N, out_channels, ...]."""
-        batched = input.dim() == self.weight.dim()
-        x = input if batched else input.unsqueeze(0)
-        if self.before is not None:
-            x = F.pad(x, self.before, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
-        y = self._convolve(x)
-        return y if batched else y.squeeze(0)
-
-    def _convolve(self, x: Tensor) -> Tensor:
         if self.fused:
             self._check_fused()
         if self.fused or not self.enabled:
-            return torch.convolution(x, self.weight, self.bias, self.stride, self.padding, self.dilation, False,
-                                     [0] * len(self.stride), 1)
+            return conv_forward(self, input, None, None, self.dim)
         index = self.index
         if index is None:
             index = torch.arange(self.start, self.end, device=self.weight.device)
-        return indexed_conv(x, self.weight, self.s2, index, self.dim, self.bias, self.stride, self.padding,
-                            self.dilation)
+        return conv_forward(self, input, self.s2, index, self.dim)
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, {self._selected()}"

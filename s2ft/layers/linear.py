@@ -11,6 +11,16 @@ from s2ft.ops import indexed_linear, sliced_linear
 from s2ft.weights import as_matrix, is_conv1d
 
 
+def linear_forward(module: nn.Module,   # nn.Linear, transformers' Conv1D, or one of the layers below
+                   x: Tensor,           # [..., I]
+                   delta: Tensor,       # [n, I] if dim == 0 else [O, n]
+                   index: Tensor,       # [n] int64
+                   dim: int) -> Tensor:   # [..., O]
+    """The forward of `module` on its weight with delta added to the units `index`."""
+    weight = as_matrix(module.weight, transposed=is_conv1d(module) or getattr(module, "transposed", False))
+    return indexed_linear(x, weight, delta, index, dim, module.bias)
+
+
 class S2Linear(S2Layer):
     """What S2ColumnLinear and S2RowLinear share: the forward is ``F.linear(x, effective weight, bias)``.
 
@@ -74,7 +84,7 @@ class S2Linear(S2Layer):
             return F.linear(input, weight, self.bias)
         if self.index is None:
             return sliced_linear(input, weight, self.s2, self.start, self.dim, self.bias)
-        return indexed_linear(input, weight, self.s2, self.index, self.dim, self.bias)
+        return linear_forward(self, input, self.s2, self.index, self.dim)
 
     def extra_repr(self) -> str:
         return (f"in_features={self.in_features}, out_features={self.out_features}, "

@@ -9,6 +9,18 @@ NO_FUSE = ("a quantized weight can't take an adapter in without being quantized 
            "the adapter on that (s2ft.load_adapter) and merge there")
 
 
+def quantized_forward(module: nn.Module,   # as it was
+                      x: Tensor,           # [..., I]
+                      delta: Tensor,       # [n, I] if dim == 0 else [O, n]
+                      index: Tensor,       # [n] int64
+                      dim: int) -> Tensor:   # [..., O]
+    """The output of the quantized `module`, plus the part of the delta; hooks on the module are not run."""
+    y, delta = module.forward(x), delta.to(x.dtype)
+    if dim == 0:
+        return y.index_add(-1, index, F.linear(x, delta).to(y.dtype))
+    return y + F.linear(x.index_select(-1, index), delta).to(y.dtype)
+
+
 class S2QuantizedLinear(S2Layer):
     """What S2QuantizedColumn and S2QuantizedRow share: y = the quantized layer's output plus s2's part, two products.
 
@@ -45,11 +57,8 @@ class S2QuantizedLinear(S2Layer):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., in_features] → [..., out_features]."""
-        y = self.linear.forward(input)
-        return self._add(y, input) if self.enabled else y
-
-    def _add(self, y: Tensor, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        return quantized_forward(self.linear, input, self.s2, self._where(), self.dim) if self.enabled \
+            else self.linear.forward(input)
 
     def _where(self) -> Tensor:
         """The selected units' numbers."""
@@ -68,14 +77,8 @@ class S2QuantizedColumn(S2QuantizedLinear):
 
     dim = 0
 
-    def _add(self, y: Tensor, x: Tensor) -> Tensor:
-        return y.index_add(-1, self._where(), F.linear(x, self.s2.to(x.dtype)).to(y.dtype))
-
 
 class S2QuantizedRow(S2QuantizedLinear):
     """Trains inputs. For the backward of s2 it keeps those of its input, not the input."""
 
     dim = 1
-
-    def _add(self, y: Tensor, x: Tensor) -> Tensor:
-        return y + F.linear(x.index_select(-1, self._where()), self.s2.to(x.dtype)).to(y.dtype)
