@@ -16,6 +16,7 @@ from s2ft.delta import Delta
 from s2ft.layers import NO_FUSE, S2ColumnStack, S2Layer, S2QuantizedLinear, S2RowStack, experts_forward, layers_for
 from s2ft.ops import act_mul, scatter_add_, swap_
 from s2ft.permutation import contiguous_range, coupling_order, element_order, inverse, permute_coupling
+from s2ft.quantizer import as_before, let_train
 from s2ft.selection import Selection
 from s2ft.weights import (find, is_quantized, matrix_of, moving_tensors, pack_again, pack_never, passes_gradient,
                           position, put)
@@ -126,6 +127,7 @@ def _mount_all(model: nn.Module, record: Attachment, touched: List[Coupling],
     setattr(model, RECORD, record)
     model.requires_grad_(False)
     record.unpacked = pack_never(model)
+    let_train(model)
     sites: Dict[str, List[Part]] = {}
     for coupling in touched:
         order = orders.get(coupling)
@@ -295,6 +297,7 @@ def restore(model: nn.Module, record: Attachment) -> nn.Module:
     for coupling, order in record.orders:
         permute_coupling(model, coupling, inverse(order))
     pack_again(model, record.unpacked)
+    as_before(model)
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(record.required_grad.get(key, parameter.requires_grad))
     delattr(model, RECORD)

@@ -1,7 +1,9 @@
 """Adapters on quantized weights, on the CPU: bitsandbytes' and torchao's linear layers."""
 import copy
 import io
+import pickle
 import socket
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch.multiprocessing as mp
 from support.models import model_of, output_of, token_batch, train
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, TorchAoConfig
 
 import s2ft
 from s2ft import Coupling, Projection, S2FTConfig
@@ -110,7 +112,9 @@ def contents(model):
             found[path] = [getattr(module.weight, name).clone() for name in names
                            if getattr(module.weight, name) is not None]
         elif isinstance(module, bnb.nn.Linear4bit):
-            found[path] = [module.weight.data.clone(), module.weight.quant_state.absmax.clone()]
+            state = module.weight.quant_state.as_dict()   # the scales are quantized too, by scales of their own
+            found[path] = [module.weight.data.clone(), *(state[name].clone() for name in sorted(state)
+                                                         if isinstance(state[name], torch.Tensor))]
         else:
             scale = module.state.SCB if module.weight.SCB is None else module.weight.SCB
             found[path] = [module.weight.data.clone(), scale.clone()]
@@ -502,19 +506,32 @@ def test_copies_and_states(kind):
     assert torch.equal(forward(fresh), logits)
 
 
-@pytest.mark.parametrize("compute", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("bits", (4, 8))
-def test_models_that_transformers_quantizes(bits, compute, tmp_path):
+# ---- models that transformers quantizes, in its Trainer ----------------------------------------------------
+
+CONFIGS = {
+    "4bit": lambda compute: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                               bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute),
+    "8bit": lambda compute: BitsAndBytesConfig(load_in_8bit=True),
+    "torchao-int8": lambda compute: TorchAoConfig(torchao.Int8WeightOnlyConfig()),
+    "torchao-int4": lambda compute: TorchAoConfig(torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4)),
+}
+configs = pytest.mark.parametrize("kind", CONFIGS)
+computes = pytest.mark.parametrize("compute", (torch.float32, torch.bfloat16), ids=str)
+
+
+def loaded(kind, folder, compute=torch.float32):
+    """The plain model, quantized by from_pretrained."""
     pytest.importorskip("accelerate")
-    plain(compute).save_pretrained(tmp_path / "base")
-    config = (BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)
-              if bits == 4 else BitsAndBytesConfig(load_in_8bit=True))
+    if not (folder / "base").exists():
+        plain(compute).save_pretrained(folder / "base")
+    return AutoModelForCausalLM.from_pretrained(folder / "base", quantization_config=CONFIGS[kind](compute),
+                                                dtype=compute, device_map="cpu").eval()
 
-    def load():
-        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config, dtype=compute,
-                                                    device_map="cpu")
 
-    model = load()
+@computes
+@pytest.mark.parametrize("kind", ("4bit", "8bit"))
+def test_models_that_transformers_quantizes(kind, compute, tmp_path):
+    model = loaded(kind, tmp_path, compute)
     assert len(linears(model)) == 14
     logits = forward(model)
     s2ft.attach(model, UNFUSED)
@@ -522,12 +539,127 @@ def test_models_that_transformers_quantizes(bits, compute, tmp_path):
     losses = train(model, 5)
     assert losses[-1] < losses[0]
     s2ft.save_adapter(model, tmp_path / "adapter")
-    other = load()
+    other = loaded(kind, tmp_path, compute)
     s2ft.load_adapter(other, tmp_path / "adapter", trainable=True)
     assert torch.equal(forward(other), forward(model))
     base = plain(compute)
     s2ft.load_adapter(base, tmp_path / "adapter")
     s2ft.merge(base)
+
+
+def trainer(model, folder, **arguments):
+    from transformers import Trainer, TrainingArguments
+    rows = [{"input_ids": row, "labels": row}
+            for row in torch.randint(67, (8, 9), generator=torch.Generator().manual_seed(1))]
+    arguments = TrainingArguments(folder / "run", per_device_train_batch_size=2, max_steps=4, learning_rate=1e-2, seed=1,
+                                  use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1,
+                                  **arguments)
+    return Trainer(model=model, args=arguments, train_dataset=rows)
+
+
+def deltas_of(model):
+    return {name: delta.values for name, delta in mounted_deltas(attachment_of(model)).items()}
+
+
+@pytest.mark.parametrize("delta_dtype", ("float32", "bfloat16"))
+@computes
+@configs
+def test_transformers_trainer(kind, compute, delta_dtype, tmp_path):
+    """It refuses the bare model, before attach and after detach, and trains the attached one, whose bytes stay."""
+    model = loaded(kind, tmp_path, compute)
+    before, asked = contents(model), type(model.hf_quantizer)
+    with pytest.raises(ValueError, match="purely quantized models"):
+        trainer(model, tmp_path)
+    s2ft.attach(model, replace(INDEXED, delta_dtype=delta_dtype))
+    run = trainer(model, tmp_path)
+    run.train()
+    losses = [line["loss"] for line in run.state.log_history if "loss" in line]
+    assert losses[-1] < losses[0]
+    assert all(delta.any() and delta.dtype is getattr(torch, delta_dtype) for delta in deltas_of(model).values())
+    s2ft.save_adapter(model, tmp_path / "adapter")
+    s2ft.export_lora(model, tmp_path / "lora")
+    assert_same_contents(contents(model), before)
+    s2ft.detach(model)
+    assert_same_contents(contents(model), before)
+    assert type(model.hf_quantizer) is asked
+    with pytest.raises(ValueError, match="purely quantized models"):
+        trainer(model, tmp_path)
+
+
+@configs
+def test_trainer_checkpoints_and_goes_on(kind, tmp_path):
+    """Gradient checkpointing of both variants gives the same deltas; an adapter that was loaded trains on."""
+    found = []
+    for more in ({}, dict(use_reentrant=False), dict(use_reentrant=True)):
+        model = loaded(kind, tmp_path)
+        s2ft.attach(model, INDEXED)
+        trainer(model, tmp_path, **(dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=more) if more
+                                    else {})).train()
+        found.append(deltas_of(model))
+    assert all(torch.equal(value, other[name]) for other in found[1:] for name, value in found[0].items())
+    s2ft.save_adapter(model, tmp_path / "adapter")
+    other = loaded(kind, tmp_path)
+    s2ft.load_adapter(other, tmp_path / "adapter", trainable=True)
+    trainer(other, tmp_path).train()
+    assert not any(torch.equal(value, found[0][name]) for name, value in deltas_of(other).items())
+
+
+@configs
+def test_what_the_quantizer_says_is_copied_and_pickled(kind, tmp_path):
+    model = loaded(kind, tmp_path)
+    asked = type(model.hf_quantizer)
+    says = model.hf_quantizer.is_trainable, model.hf_quantizer.is_qat_trainable
+    s2ft.attach(model, INDEXED)
+    other = copy.deepcopy(model)
+    for quantizer in (model.hf_quantizer, other.hf_quantizer, pickle.loads(pickle.dumps(model.hf_quantizer))):
+        assert isinstance(quantizer, asked) and quantizer.is_trainable and quantizer.is_qat_trainable
+        assert quantizer.quantization_config.to_dict() == model.hf_quantizer.quantization_config.to_dict()
+    s2ft.detach(other)
+    assert (other.hf_quantizer.is_trainable, other.hf_quantizer.is_qat_trainable) == says
+    assert model.hf_quantizer.is_qat_trainable
+
+
+def test_a_failure_leaves_what_the_quantizer_says(tmp_path, monkeypatch):
+    model = loaded("4bit", tmp_path)
+    monkeypatch.setattr("s2ft.mounting._mount", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        s2ft.attach(model, INDEXED)
+    assert not model.hf_quantizer.is_qat_trainable
+
+
+@kinds
+@pytest.mark.parametrize("reentrant", (False, True), ids=("inside", "reentrant"))
+def test_checkpointing(kind, reentrant):
+    """Gradients are those without, through blocks whose inputs are frozen."""
+    found = []
+    for on in (False, True):
+        model = quantized(kind)
+        s2ft.attach(model, INDEXED)
+        if on:
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.disable_input_require_grads()
+        model.config.use_cache = False
+        train(model, 1)
+        found.append(deltas_of(model))
+    assert all(value.any() and torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
+@pytest.mark.parametrize("kind", ("4bit", "8bit", "torchao-int8"))
+def test_an_exported_lora_on_the_quantized_base_in_peft(kind, tmp_path):
+    """The adapter was trained there, and PEFT gives the same logits there, from the same bytes."""
+    peft = pytest.importorskip("peft")
+    model = loaded(kind, tmp_path)
+    base = forward(model)
+    s2ft.attach(model, UNFUSED)
+    train(model, 5)
+    s2ft.export_lora(model, tmp_path / "lora")
+    other = loaded(kind, tmp_path)
+    before = contents(other)
+    other = peft.PeftModel.from_pretrained(other, tmp_path / "lora")
+    assert relative_difference(forward(other), forward(model)) <= LOGITS
+    assert relative_difference(forward(other), base) > 1e-2
+    assert_same_contents({path.removeprefix("base_model.model.").removesuffix(".base_layer"): value
+                          for path, value in contents(other).items()}, before)
 
 
 # ---- weights that are not here --------------------------------------------------------------------------
