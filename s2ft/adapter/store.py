@@ -29,14 +29,18 @@ def save_adapter(model: nn.Module, directory, name: Optional[str] = None, info: 
     if name is None:
         name = record.name if record.name is not None else next(iter(record.active), record.names[0])
     adapter = get_adapter(model, name, state)
-    adapter.info = {**_model_info(model), **adapter.info, **(info or {})}
+    adapter.info = {**model_info(model), **adapter.info, **(info or {})}
     native.write(adapter, directory)
 
 
-def _model_info(model: nn.Module) -> Dict[str, Any]:
+def model_info(model: nn.Module) -> Dict[str, Any]:
+    """What an adapter keeps about its base: name, family, and the dtype of the weights, in which base + delta is
+    rounded as it was in training."""
     config = getattr(model, "config", None)
-    return {"base_model": getattr(config, "_name_or_path", None) or None,
+    info = {"base_model": getattr(config, "_name_or_path", None) or None,
             "model_type": getattr(config, "model_type", None)}
+    dtype = getattr(model, "dtype", None)
+    return info if dtype is None else {**info, "base_dtype": str(dtype).removeprefix("torch.")}
 
 
 def read_adapter(adapter: Union[str, os.PathLike]) -> Adapter:

@@ -94,13 +94,14 @@ def to_lora(job) -> str:
 def from_lora(job) -> str:
     from s2ft.adapter import read_adapter
     from s2ft.adapter.formats import lora, native
+    from s2ft.adapter.store import model_info
     from s2ft.train.merging import folder_beside
-    from s2ft.train.models import base_info, load_model
+    from s2ft.train.models import load_model
 
     with folder_beside(job.output) as beside:
         model, _ = load_model(job.model, job.dtype)
         adapter = lora.read(job.from_lora, model, job.name or "default")
-        adapter.info |= {**base_info(model), "base_model": job.model}
+        adapter.info |= {**model_info(model), "base_model": job.model}
         native.write(adapter, beside)
         _compare(read_adapter(beside), adapter)
     return f"adapter {adapter.name!r}, {adapter.parameters:,} parameters, read again and compared: {job.output}"

@@ -17,7 +17,13 @@ class FinetuneArguments:
     calibration_examples: int | None = field(default=None, metadata={
         "help": "rows of the data that a selection by activation, product or gradient looks at; default: one in a "
                 "hundred, but at least 16"})
-    resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint in output"})
+    eval_data: list[str] | None = field(default=None, metadata={
+        "help": "files of held-out rows to evaluate on: at the end, and every eval_steps updates"})
+    eval_task: str | None = field(default=None, metadata={
+        "help": "arithmetic or commonsense: score generated answers to the held-out rows too, as s2ft eval does"})
+    eval_limit: int | None = field(default=None, metadata={"help": "take the first held-out rows only"})
+    max_new_tokens: int = field(default=256, metadata={"help": "longest generated answer in tokens, for eval_task"})
+    resume: bool = field(default=False, metadata={"help": "go on from the newest whole checkpoint in output"})
     overwrite: bool = field(default=False, metadata={"help": "replace the run that output holds"})
 
 
@@ -53,6 +59,7 @@ def train(job: FinetuneArguments, config, options) -> None:
     model, tokenizer = load_model(job.model, options.dtype)
     room = min(options.max_length, context_length(model) or options.max_length)
     rows = encode_examples(tokenizer, examples, room)
+    held_out = _held_out(job, tokenizer, room)
     calibration = calibration_for(config, tokenizer, rows, job.calibration_examples, options.micro_batch_size)
     if calibration is not None:
         model.to(ranks.device)
@@ -62,9 +69,29 @@ def train(job: FinetuneArguments, config, options) -> None:
         folder.begin(_run_options(job, config, options), job.resume)
         print(report, flush=True)
     ranks.wait_for_everyone()   # the others must not look into the folder before it is ready
-    result = finetune(model, tokenizer, rows, options, folder, job.resume)
+    result = finetune(model, tokenizer, rows, options, folder, job.resume, held_out)
     if ranks.is_main_process:
-        print(f"{result.steps} steps in {result.seconds:.0f} s, loss {result.loss:.4f}\nadapter: {result.adapter}")
+        print(f"{result.steps} steps, {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s, loss "
+              f"{result.loss:.4f}\n" + (f"adapter: {result.adapter}" if result.finished else
+                                        f"stopped before the end: go on with --resume in {folder.path}"))
+
+
+def _held_out(job: FinetuneArguments, tokenizer, room: int):
+    """Raises: ValueError for a task without data, or data that it can't score."""
+    from s2ft.train.encoding import encode_examples
+    from s2ft.train.evaluate import HeldOut
+    from s2ft.train.examples import read_examples
+    from s2ft.train.scoring import right_answer
+
+    if job.eval_data is None:
+        if job.eval_task is not None or job.eval_limit is not None:
+            raise ValueError("eval_task and eval_limit need eval_data")
+        return None
+    examples = read_examples(job.eval_data)[:job.eval_limit]
+    if job.eval_task is not None:
+        for example in examples:
+            right_answer(example, job.eval_task)
+    return HeldOut(encode_examples(tokenizer, examples, room), examples, job.eval_task, max_new_tokens=job.max_new_tokens)
 
 
 def _run_options(job: FinetuneArguments, config, options) -> dict:

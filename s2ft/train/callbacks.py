@@ -1,4 +1,4 @@
-"""What is shown and written while training: a progress bar and log.jsonl."""
+"""What is shown and written while training: a progress bar and log.jsonl; and stopping early."""
 import json
 import time
 from pathlib import Path
@@ -18,7 +18,8 @@ class LossBar(ProgressCallback):
 
 
 class JsonlLog(TrainerCallback):
-    """One line a logged step: step, epoch, loss, learning_rate, grad_norm, tokens_per_second. First rank only.
+    """One line a logged step: step, epoch, loss, learning_rate, grad_norm, tokens_per_second; and one an evaluation:
+    step, epoch, eval_loss, eval_accuracy. First rank only.
 
     A resumed run keeps the lines up to its checkpoint: those after it are written again.
     """
@@ -34,12 +35,31 @@ class JsonlLog(TrainerCallback):
             self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not logs or "loss" not in logs or not state.is_world_process_zero:
+        if not logs or not state.is_world_process_zero:
             return
-        now, seen = time.perf_counter(), state.num_input_tokens_seen
-        line = {"step": state.global_step, "epoch": state.epoch, "loss": logs["loss"],
-                "learning_rate": logs["learning_rate"], "grad_norm": logs.get("grad_norm"),
-                "tokens_per_second": round((seen - self.seen) / (now - self.clock), 1)}
-        self.seen, self.clock = seen, now
+        if "loss" in logs:
+            now, seen = time.perf_counter(), state.num_input_tokens_seen
+            self._write(state, {"loss": logs["loss"], "learning_rate": logs["learning_rate"],
+                                "grad_norm": logs.get("grad_norm"),
+                                "tokens_per_second": round((seen - self.seen) / (now - self.clock), 1)})
+            self.seen, self.clock = seen, now
+        elif "eval_loss" in logs:
+            self._write(state, {key: logs[key] for key in ("eval_loss", "eval_accuracy") if key in logs})
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.clock = time.perf_counter()   # the time that it took is none of training
+
+    def _write(self, state, values: dict) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **values}) + "\n")
+
+
+class StopAfter(TrainerCallback):
+    """Ends a run at a step, with a checkpoint."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= self.step:
+            control.should_save = control.should_training_stop = True

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 import s2ft
-from s2ft.train.encoding import context_length, encode_prompts, left_pad
+from s2ft.train.encoding import TokenRow, context_length, encode_prompts, left_pad
 from s2ft.train.examples import Example
 from s2ft.train.head import packed_head
 from s2ft.train.prompts import end_ids, pad_id
@@ -49,6 +49,17 @@ class Evaluation:
     def __str__(self) -> str:
         text = f"{self.accuracy:.1%} right ({self.right} of {len(self.records)}, {self.seconds:.0f} s)"
         return text + (f"; {self.left_out} rows left out as too long" if self.left_out else "")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Data to evaluate on while training: the loss on rows, and where a task is named the accuracy on examples."""
+
+    rows: Sequence[TokenRow]
+    examples: Sequence[Example] = ()
+    task: str | None = None
+    batch_size: int = 32
+    max_new_tokens: int = 256
 
 
 def evaluate(model, tokenizer, examples: Sequence[Example], task: str, batch_size: int = 32,

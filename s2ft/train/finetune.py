@@ -10,9 +10,11 @@ import torch
 
 import s2ft
 from s2ft.mounting import attachment_of
+from s2ft.train.checkpoints import last_whole
 from s2ft.train.encoding import AnswerCollator, TokenRow
+from s2ft.train.evaluate import HeldOut
 from s2ft.train.head import packed_head
-from s2ft.train.models import base_info
+from s2ft.train.loss import fused_loss, why_not
 from s2ft.train.options import TrainOptions
 from s2ft.train.output import RunFolder, read_log, write_json
 from s2ft.train.prompts import pad_id
@@ -22,48 +24,92 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Finetuned:
-    """What a run gave; the adapter is also in the model."""
+    """What a run gave; the adapter is also in the model. Speed and time are of this process, from where it resumed."""
 
     steps: int
     loss: float        # mean of the last tenth of the logged steps
     seconds: float
     adapter: Path
+    tokens_per_second: float   # over all devices, padding not counted
+    finished: bool             # False where stop_after ended it
 
     def to_dict(self) -> dict:
-        return {"steps": self.steps, "loss": self.loss, "seconds": round(self.seconds, 2)}
+        return {"steps": self.steps, "loss": self.loss, "seconds": round(self.seconds, 2),
+                "tokens_per_second": round(self.tokens_per_second, 1)}
 
 
 def finetune(model, tokenizer, rows: Sequence[TokenRow], options: TrainOptions, folder: RunFolder,
-             resume: bool = False) -> Finetuned:
+             resume: bool = False, held_out: HeldOut | None = None) -> Finetuned:
     """Train the attached adapter of `model` on `rows` and save it to `folder.adapter`.
 
-    `resume` goes on from the newest complete checkpoint, or from the start where there is none yet.
+    `resume` goes on from the newest whole checkpoint, or from the start where there is none yet.
     Under torchrun or accelerate every rank calls this with the same arguments; the first one writes.
     """
-    from transformers.trainer_callback import PrinterCallback
-
-    from s2ft.train.callbacks import JsonlLog, LossBar
     from s2ft.train.plot import plot_loss
-    from s2ft.train.trainer import S2FTTrainer
 
-    checkpoints = folder.checkpoints() if resume else []
-    arguments = training_arguments(model, options, len(rows), folder)
-    trainer = S2FTTrainer(model=model, args=arguments, train_dataset=list(rows),
-                          data_collator=AnswerCollator(pad_id(tokenizer)), callbacks=[LossBar(), JsonlLog(folder.log)])
-    trainer.remove_callback(PrinterCallback)   # LossBar shows the same
+    checkpoint = last_whole(folder.path) if resume else None
+    if resume:
+        logger.info("resuming from %s", checkpoint.name if checkpoint else "the start: there is no whole checkpoint")
+    trainer = trainer_for(model, tokenizer, rows, options, folder, held_out)
+    seen = 0 if checkpoint is None else _tokens_seen(checkpoint)
     start = time.perf_counter()
-    with packed_head(model), checkpointing(model) if options.gradient_checkpointing else contextlib.nullcontext():
-        trainer.train(resume_from_checkpoint=str(checkpoints[-1]) if checkpoints else None)
-    seconds = time.perf_counter() - start
-    losses = [line["loss"] for line in read_log(folder.log)]
+    with packed_head(model), loss_for(model, options, trainer.data_collator(list(rows[:1]))), \
+            checkpointing(model) if options.gradient_checkpointing else contextlib.nullcontext():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        seconds = time.perf_counter() - start
+        finished = trainer.state.global_step >= trainer.state.max_steps
+        if held_out is not None and finished and (not options.eval_steps or trainer.state.global_step % options.eval_steps):
+            trainer.evaluate()
+    losses = [line["loss"] for line in read_log(folder.log) if "loss" in line]
     last = losses[-max(1, len(losses) // 10):]
-    result = Finetuned(trainer.state.global_step, sum(last) / max(1, len(last)), seconds, folder.adapter)
+    result = Finetuned(trainer.state.global_step, sum(last) / max(1, len(last)), seconds, folder.adapter,
+                       (trainer.state.num_input_tokens_seen - seen) / seconds, finished)
     if trainer.is_world_process_zero():
-        s2ft.save_adapter(model, folder.adapter, info=base_info(model))
         plot_loss(folder.log, folder.plot)
-        write_json(folder.report, result.to_dict())
+        if finished:
+            s2ft.save_adapter(model, folder.adapter)
+            write_json(folder.report, result.to_dict())
     trainer.accelerator.wait_for_everyone()
     return result
+
+
+def trainer_for(model, tokenizer, rows: Sequence[TokenRow], options: TrainOptions, folder: RunFolder,
+                held_out: HeldOut | None = None):
+    """The Trainer of a run, with its callbacks."""
+    from transformers.trainer_callback import PrinterCallback
+
+    from s2ft.train.callbacks import JsonlLog, LossBar, StopAfter
+    from s2ft.train.scored import ScoredTrainer
+
+    trainer = ScoredTrainer(
+        model=model, args=training_arguments(model, options, len(rows), folder, held_out is not None),
+        train_dataset=list(rows), eval_dataset=list(held_out.rows) if held_out else None,
+        data_collator=AnswerCollator(pad_id(tokenizer)), callbacks=[LossBar(), JsonlLog(folder.log)],
+        tokenizer=tokenizer, held_out=held_out)
+    trainer.remove_callback(PrinterCallback)   # LossBar shows the same
+    if options.stop_after:
+        trainer.add_callback(StopAfter(options.stop_after))
+    return trainer
+
+
+@contextlib.contextmanager
+def loss_for(model, options: TrainOptions, batch: dict) -> Iterator[None]:
+    """The fused loss where it is asked for and is the model's own, else the model's own, and the log says why."""
+    if not options.fused_loss:
+        yield
+        return
+    batch = {key: value.to(model.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    reason = "the model is compiled as a whole" if options.compile else why_not(model, batch)
+    if reason:
+        logger.info("the loss keeps the logits: %s", reason)
+    with contextlib.nullcontext() if reason else fused_loss(model):
+        yield
+
+
+def _tokens_seen(checkpoint: Path) -> int:
+    from transformers.trainer import TRAINER_STATE_NAME, TrainerState
+
+    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).num_input_tokens_seen
 
 
 def this_rank():
@@ -100,22 +146,26 @@ def checkpointing(model) -> Iterator[None]:
         getattr(model, f"{kind}_checkpointing_disable")()
 
 
-def training_arguments(model, options: TrainOptions, rows: int, folder: RunFolder):
+def training_arguments(model, options: TrainOptions, rows: int, folder: RunFolder, evaluates: bool = False):
     """Our options in transformers' words. Raises: ValueError for sizes or a dtype that don't work here."""
     from transformers import TrainingArguments
 
     half = next(model.parameters()).dtype == torch.float16
-    if half and not torch.cuda.is_available():
-        raise ValueError("training with float16 weights needs a GPU: take dtype bfloat16 or float32")
+    if (half or options.autocast == "float16") and not torch.cuda.is_available():
+        raise ValueError("training in float16 needs a GPU: take bfloat16 or float32 for dtype and autocast")
     steps = options.steps(rows)
     arguments = TrainingArguments(
         output_dir=str(folder.path), per_device_train_batch_size=options.micro_batch_size,
+        per_device_eval_batch_size=options.micro_batch_size, optim=options.optimizer,
         learning_rate=options.learning_rate, lr_scheduler_type=options.schedule,
         warmup_steps=warmup_steps(options, steps), weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm, num_train_epochs=options.epochs, max_steps=options.max_steps,
         use_cpu=not torch.accelerator.is_available(), seed=options.data_seed, data_seed=options.data_seed,
-        fp16=half, bf16=False, disable_tqdm=True, report_to="none", remove_unused_columns=False,
+        fp16=half or options.autocast == "float16", bf16=options.autocast == "bfloat16", torch_compile=options.compile,
+        disable_tqdm=True, report_to=options.report_to or "none", run_name=folder.path.name,
+        remove_unused_columns=False, prediction_loss_only=True,
         logging_steps=options.log_steps, include_num_input_tokens_seen="non_padding",
+        eval_strategy="steps" if evaluates and options.eval_steps else "no", eval_steps=options.eval_steps or None,
         save_strategy="steps" if options.save_steps else "no", save_steps=options.save_steps or 500,
         save_total_limit=options.keep_checkpoints or None,
         ddp_find_unused_parameters=False, dataloader_pin_memory=torch.cuda.is_available())

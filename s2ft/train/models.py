@@ -30,11 +30,6 @@ def load_model(name: str, dtype: str = "auto"):
     return model.eval(), tokenizer
 
 
-def base_info(model) -> dict[str, str]:
-    """What an adapter keeps about the weights it was trained on, for :func:`dtype_of_base`."""
-    return {"base_dtype": str(model.dtype).removeprefix("torch.")}
-
-
 def dtype_of_base(adapter, dtype: str = "auto") -> str:
     """The dtype to load an adapter's base in: "auto" is that of training. In another one the sums base + delta
     round differently, and the model is not the trained one bit for bit."""

@@ -2,6 +2,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+AUTOCAST = ("none", "bfloat16", "float16")
+
 
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
@@ -25,22 +27,36 @@ class TrainOptions:
     max_grad_norm: float = _option(1.0, "clip the gradient's norm to this; 0: don't")
     max_length: int = _option(1024, "longest row in tokens; a longer one is left out and counted")
     dtype: str = _option("auto", "dtype of the model's weights: auto (the checkpoint's), float32, bfloat16, float16")
+    optimizer: str = _option("adamw_torch_fused", "by transformers' name: adamw_torch_fused, sgd, adafactor, "
+                                                  "adamw_8bit and paged_adamw_8bit (bitsandbytes) …")
+    autocast: str = _option("none", "multiply in bfloat16 or float16 (float16 with a loss scaler, on a GPU) while the "
+                                    "weights stay in their dtype; none: in the weights' dtype")
     gradient_checkpointing: bool = _option(False, "trade time for memory: compute activations again in backward")
+    compile: bool = _option(False, "compile the model with torch.compile")
+    fused_loss: bool = _option(True, "compute the loss in pieces, without keeping logits, where that is the model's "
+                                     "own loss; said if it is not")
     log_steps: int = _option(1, "updates between lines of log.jsonl")
+    report_to: list[str] = field(default_factory=list, metadata={
+        "help": "further loggers, by transformers' name: tensorboard, wandb …, where they are installed"})
+    eval_steps: int = _option(0, "updates between evaluations on the evaluation data; 0: at the end only")
     save_steps: int = _option(200, "updates between checkpoints; 0: none")
     keep_checkpoints: int = _option(2, "checkpoints kept, the newest; 0: all")
+    stop_after: int = _option(0, "stop at this update with a checkpoint, for --resume to go on from; 0: run to the end")
     data_seed: int = _option(42, "seed of the order of the data and of dropout")
 
     def __post_init__(self) -> None:
         for name, least in {"batch_size": 1, "micro_batch_size": 1, "warmup_steps": 0, "weight_decay": 0,
                             "max_grad_norm": 0, "max_length": 2, "log_steps": 1, "save_steps": 0,
-                            "keep_checkpoints": 0, "data_seed": 0}.items():
+                            "keep_checkpoints": 0, "data_seed": 0, "eval_steps": 0, "stop_after": 0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         if self.max_steps <= 0 and not self.epochs > 0:
             raise ValueError(f"epochs must be positive, got {self.epochs}")
+
+        if self.autocast not in AUTOCAST:
+            raise ValueError(f"autocast must be one of {', '.join(AUTOCAST)}, got {self.autocast!r}")
 
     def accumulation(self, devices: int) -> int:
         """Forward passes of one update on one device. Raises: ValueError if the sizes don't divide."""
@@ -58,4 +74,5 @@ class TrainOptions:
         return asdict(self)
 
 
-NOT_PART_OF_A_RUN = ("log_steps", "save_steps", "keep_checkpoints")   # a resumed run may change these
+# what a resumed run may change
+NOT_PART_OF_A_RUN = ("log_steps", "report_to", "eval_steps", "save_steps", "keep_checkpoints", "stop_after")

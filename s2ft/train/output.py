@@ -4,11 +4,10 @@ import os
 import shutil
 from pathlib import Path
 
+from s2ft.train.checkpoints import UNFINISHED, checkpoints
 from s2ft.train.options import NOT_PART_OF_A_RUN
 
 ADAPTER, LOG, PLOT, RUN, REPORT = "adapter", "log.jsonl", "loss.png", "run.json", "report.json"
-CHECKPOINT = "checkpoint-"
-STATE = "trainer_state.json"   # transformers writes it last: a checkpoint without it is half-written
 
 
 class RunFolder:
@@ -48,18 +47,12 @@ class RunFolder:
                 raise ValueError(f"the run in {self.path} was started with other options: " + "; ".join(
                     f"{key} was {earlier.get(key)!r}, is {options[key]!r}" for key in different))
             return
-        for path in (self.adapter, *self.path.glob(CHECKPOINT + "*")):
+        for path in (self.adapter, self.path / UNFINISHED, *checkpoints(self.path)):
             shutil.rmtree(path, ignore_errors=True)
         for path in (self.log, self.plot, self.report):
             path.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.run, options)
-
-    def checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
-        found = [path for path in self.path.glob(CHECKPOINT + "*")
-                 if path.name[len(CHECKPOINT):].isdigit() and (path / STATE).is_file()]
-        return sorted(found, key=lambda path: int(path.name[len(CHECKPOINT):]))
 
 
 def write_json(path: Path, value: object) -> None:

@@ -1,22 +1,79 @@
-"""transformers' Trainer for a model with an attached adapter: checkpoints hold the adapter alone."""
-import os
+"""transformers' Trainer for a model with an attached adapter, made safe against interrupts.
 
-import s2ft
-from s2ft.adapter import restore_adapter
-from s2ft.train.models import base_info
-from s2ft.train.output import ADAPTER
+Trainers of transformers and TRL as they are save and resume attached models, see s2ft/adapter/pretrained.py. What
+:class:`AdapterCheckpoints` adds: a checkpoint is written beside and renamed, its files are checked before it is resumed
+from, and the newest whole one is taken.
+"""
+import shutil
+from pathlib import Path
+
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+
+from s2ft.adapter import restore_adapter
+from s2ft.mounting import attachment_of
+from s2ft.train.checkpoints import UNFINISHED, damage, finish, last_whole
 
 
-class S2FTTrainer(Trainer):
-    """Saves and restores the deltas, not the model; optimizer, scheduler and random states are Trainer's."""
+class AdapterCheckpoints:
+    """To be put before a Trainer: ``class Mine(AdapterCheckpoints, SFTTrainer): pass``.
 
-    def _save(self, output_dir=None, state_dict=None):
-        if self.args.should_save:   # the first rank
-            directory = os.path.join(output_dir or self.args.output_dir, ADAPTER)
-            model = self.accelerator.unwrap_model(self.model)
-            s2ft.save_adapter(model, directory, info=base_info(model))
+    Checkpoints hold the deltas, not the model; optimizer, schedule and random states are the Trainer's.
+    """
+
+    _beside: Path | None = None   # where a checkpoint is being written
+
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        if attachment_of(self.accelerator.unwrap_model(self.model)).name is None:
+            raise ValueError("no adapter of this model is trainable: s2ft.attach, or load_adapter with trainable=True")
+
+    def train(self, resume_from_checkpoint=None, *args, **options):
+        """As Trainer's. resume_from_checkpoint: a folder, or True for the newest whole one in output_dir.
+
+        Raises: ValueError where there is none, or the one named is damaged.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole(Path(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise ValueError(f"there is no whole checkpoint in {self.args.output_dir} to resume from")
+        elif resume_from_checkpoint:
+            wrong = damage(Path(resume_from_checkpoint))
+            if wrong:
+                raise ValueError(f"checkpoint {resume_from_checkpoint} is damaged: {wrong}")
+        if self.args.should_save:   # what an interrupt left; no rank writes before the first step has joined them all
+            shutil.rmtree(Path(self.args.output_dir) / UNFINISHED, ignore_errors=True)
+        return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, *args, **options)
+
+    def _get_output_dir(self, trial):
+        return super()._get_output_dir(trial) if self._beside is None else str(self._beside)
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial))
+        self._beside = folder / UNFINISHED
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._beside = None
+        written = folder / UNFINISHED / f"checkpoint-{self.state.global_step}"
+        self._rename_best(written, folder)
+        self.accelerator.wait_for_everyone()   # every rank has written its random state
+        if self.args.should_save:
+            finish(written, folder, self.args.save_total_limit or 0,
+                   Path(self.state.best_model_checkpoint) if self.state.best_model_checkpoint else None)
+        self.accelerator.wait_for_everyone()
+
+    def _rename_best(self, written: Path, folder: Path) -> None:
+        """Where this checkpoint is the best so far its state should not name the folder beside."""
+        if self.state.best_model_checkpoint == str(written):
+            self.state.best_model_checkpoint = str(folder / written.name)
+            if self.args.should_save:
+                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        model = self.accelerator.unwrap_model(self.model if model is None else model)
-        restore_adapter(model, os.path.join(resume_from_checkpoint, ADAPTER))
+        """With the checks of load_adapter, of the base too."""
+        restore_adapter(self.accelerator.unwrap_model(self.model if model is None else model), resume_from_checkpoint)
+
+
+class S2FTTrainer(AdapterCheckpoints, Trainer):
+    """Trainer with :class:`AdapterCheckpoints`."""

@@ -16,7 +16,7 @@ from s2ft.adapter import read_adapter
 from s2ft.adapter.formats import gguf, lora, native
 from s2ft.cli.main import main
 from s2ft.train.merging import merge_gguf
-from s2ft.train.models import base_info, load_model
+from s2ft.train.models import load_model
 
 RATIOS = dict(q_ratio=0.5, v_ratio=0.5, o_ratio=0.25, u_ratio=0.1, d_ratio=0.2)
 
@@ -34,7 +34,7 @@ def make_adapter(model_folder, folder, **info):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.normal_(std=0.1)
-    s2ft.save_adapter(model, folder, info={**base_info(model), **info})
+    s2ft.save_adapter(model, folder, info=info)
     return model
 
 

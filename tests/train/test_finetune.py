@@ -73,8 +73,9 @@ def test_everything_is_written_and_the_adapter_loads(whole):
 def test_checkpoint_holds_the_adapter_and_no_weights_of_the_base(whole):
     checkpoint = whole[1].path / "checkpoint-4"
     names = {path.name for path in checkpoint.iterdir()}
-    assert {"adapter", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= names
-    assert not any(name.startswith("model") or name.startswith("pytorch_model") for name in names)
+    assert {"s2ft_adapter.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
+            "s2ft_checkpoint.json"} <= names
+    assert not names & {"model.safetensors", "pytorch_model.bin", "config.json"}
 
 
 def interrupted(whole, path):
@@ -139,7 +140,7 @@ def test_float16_without_a_gpu_is_an_error(tmp_path):
         pytest.skip("there is a GPU")
     model = tiny_model().half()
     s2ft.attach(model, CONFIG)
-    with pytest.raises(ValueError, match="float16 weights needs a GPU"):
+    with pytest.raises(ValueError, match="float16 needs a GPU"):
         finetune(model, tiny_tokenizer(), [None], TrainOptions(**OPTIONS), RunFolder(tmp_path / "out"))
 
 

@@ -57,14 +57,6 @@ def test_a_resumed_run_may_save_more_often(tmp_path):
         folder.begin({"training.save_steps": 9, "model": "b"}, resume=True)
 
 
-def test_half_written_checkpoints_are_not_resumed_from(tmp_path):
-    for name, complete in (("checkpoint-10", True), ("checkpoint-9", True), ("checkpoint-20", False)):
-        (tmp_path / name).mkdir()
-        if complete:
-            write_json(tmp_path / name / "trainer_state.json", {})
-    assert [path.name for path in RunFolder(tmp_path).checkpoints()] == ["checkpoint-9", "checkpoint-10"]
-
-
 def test_log_cut_short_is_read_up_to_there(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"ste')
     assert read_log(tmp_path / "log.jsonl") == [{"step": 1}] and read_log(tmp_path / "none") == []

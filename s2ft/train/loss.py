@@ -1,0 +1,113 @@
+"""The loss of a causal language model without its logits: torch's linear_cross_entropy goes through the tokens in pieces,
+and only through those that bear a loss. With a large vocabulary the logits are what a step keeps most of."""
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from s2ft.weights import is_quantized
+
+IGNORED = -100
+SCALE = 1024.0   # a power of two: multiplying by it and back is exact
+logger = logging.getLogger(__name__)
+
+
+class FusedLoss:
+    """Stands between a model's output layer and its loss function in a forward that gets labels; what such a forward
+    returns as logits is none.
+
+    The output layer hands its input through, what the model does to logits is done to that, and the loss function
+    multiplies by the layer's weight itself. This is the model's own loss where the model does nothing to logits but
+    scale them; :func:`why_not` tries that out.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.head = model, model.get_output_embeddings()
+        self.plain = self.head.forward
+        self.on, self.scale, self.seen = False, 1.0, None   # scale and seen are for trying it out
+
+    def before(self, model: nn.Module, arguments: tuple, options: Mapping) -> None:
+        self.on = options.get("labels") is not None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden * self.scale if self.on else self.plain(hidden)
+
+    def loss(self, logits: Tensor,   # [rows, positions, width] where it is on, else of the vocabulary
+             labels: Tensor,         # [rows, positions]
+             vocab_size: int, num_items_in_batch=None, ignore_index: int = IGNORED, shift_labels=None,
+             **options) -> Tensor:
+        """In the place of transformers' ForCausalLMLoss, with its arguments; the mean, or the sum over all items."""
+        from transformers.loss.loss_utils import ForCausalLMLoss
+
+        if not self.on:
+            return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **options)
+        self.on, self.seen = False, logits.detach()
+        if _is_sharded(self.head.weight):   # its own forward gathers it
+            return ForCausalLMLoss(self.head(logits), labels, vocab_size, num_items_in_batch, ignore_index, shift_labels)
+        targets = F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
+        targets = targets.to(logits.device).flatten()
+        bearing = targets != ignore_index
+        total = F.linear_cross_entropy(
+            logits.flatten(0, -2)[bearing], self.head.weight, targets[bearing], linear_bias=self.head.bias,
+            reduction="sum", options=torch.nn.LinearCrossEntropyOptions())
+        return total / (bearing.sum() if num_items_in_batch is None else num_items_in_batch)
+
+
+def _is_sharded(weight: Tensor) -> bool:
+    return type(weight.data).__name__ == "DTensor"
+
+
+@contextlib.contextmanager
+def fused_loss(model: nn.Module) -> Iterator[FusedLoss]:
+    """Inside, the model's loss is :class:`FusedLoss`."""
+    fused, before = FusedLoss(model), model.__dict__.get("_loss_function")
+    hook = model.register_forward_pre_hook(fused.before, with_kwargs=True)
+    fused.head.forward, model.loss_function = fused.forward, fused.loss
+    try:
+        yield fused
+    finally:
+        hook.remove()
+        del fused.head.forward, model._loss_function
+        if before is not None:
+            model.loss_function = before
+
+
+def why_not(model: nn.Module, batch: Mapping[str, Tensor]) -> str:
+    """Why :func:`fused_loss` is not this model's own loss, in words; empty where it is. Runs the model on `batch`."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    head = model.get_output_embeddings()
+    if not hasattr(F, "linear_cross_entropy"):
+        return f"torch {torch.__version__} has no linear_cross_entropy"
+    if type(head) is not nn.Linear or is_quantized(head) or "forward" in head.__dict__:
+        changed = " whose forward was replaced" if "forward" in head.__dict__ else ""
+        return f"the output layer is a {'quantized ' * is_quantized(head)}{type(head).__name__}{changed}"
+    if getattr(model, "loss_function", None) is not ForCausalLMLoss:
+        return "the model has a loss of its own"
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            return _difference(model, batch)
+    finally:
+        model.train(was_training)
+
+
+def _difference(model: nn.Module, batch: Mapping[str, Tensor]) -> str:
+    expected, seen = model(**batch).loss, []
+    with fused_loss(model) as fused:
+        for fused.scale in (1.0, SCALE):
+            loss = model(**batch).loss
+            if fused.seen is None:
+                return "its loss function is not called"
+            seen.append((loss, fused.seen))
+            fused.seen = None
+    if not torch.equal(seen[0][1] * SCALE, seen[1][1]):
+        return "the model does more to its logits than to scale them"
+    tolerance = 1e-4 if expected.dtype == torch.float32 and model.dtype == torch.float32 else 3e-2
+    if not torch.isclose(seen[0][0].float(), expected.float(), rtol=tolerance, atol=tolerance):
+        return f"it gives {float(seen[0][0]):.6g} where the model's own loss is {float(expected):.6g}"
+    return ""

@@ -1,0 +1,166 @@
+"""Checkpoints are whole or not there; a damaged newest one is named and the last whole one taken."""
+import shutil
+
+import pytest
+import torch
+from adapter.test_pretrained import ROWS, StopAt, assert_same, attached, trainer
+from train.test_finetune import deltas, losses, run
+
+from s2ft.train.checkpoints import SEAL, STATE, UNFINISHED, checkpoints, damage, finish, last_whole, seal
+from s2ft.train.trainer import AdapterCheckpoints, S2FTTrainer
+
+
+def checkpoint(folder, step, sealed=True):
+    path = folder / f"checkpoint-{step}"
+    (path / "sub").mkdir(parents=True)
+    for name in ("optimizer.pt", "sub/part.bin"):
+        (path / name).write_bytes(bytes(range(100)) + str(step).encode())
+    (path / STATE).write_text("{}")
+    if sealed:
+        seal(path)
+    return path
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[50] ^= 1
+    path.write_bytes(bytes(data))
+
+
+DAMAGES = {
+    "a bit flipped": (lambda c: flip(c / "optimizer.pt"), "optimizer.pt is not what was written"),
+    "a file cut": (lambda c: (c / "sub/part.bin").write_bytes(b""), "part.bin is not what was written"),
+    "a file missing": (lambda c: (c / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+    "the state missing": (lambda c: (c / STATE).unlink(), f"{STATE} is missing"),
+    "an empty seal": (lambda c: (c / SEAL).write_text(""), f"{SEAL} can't be read"),
+    "a seal of nonsense": (lambda c: (c / SEAL).write_text('{"files": [1]}'), f"{SEAL} can't be read"),
+    "no seal and a cut state": (lambda c: ((c / SEAL).unlink(), (c / STATE).write_text("{")), f"{STATE} can't be read"),
+    "nothing": (lambda c: shutil.rmtree(c) or c.mkdir(), f"{STATE} is missing"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_newest_is_named_and_the_last_whole_one_taken(case, tmp_path, caplog):
+    spoil, message = DAMAGES[case]
+    for step in (9, 10, 20):
+        checkpoint(tmp_path, step)
+    assert last_whole(tmp_path).name == "checkpoint-20" and not caplog.text
+    spoil(tmp_path / "checkpoint-20")
+    assert message in damage(tmp_path / "checkpoint-20")
+    assert last_whole(tmp_path).name == "checkpoint-10"
+    assert "checkpoint-20 is damaged and left out" in caplog.text and message in caplog.text
+
+
+def test_none_is_whole(tmp_path):
+    assert last_whole(tmp_path) is None
+    (checkpoint(tmp_path, 3) / "optimizer.pt").unlink()
+    assert last_whole(tmp_path) is None
+
+
+def test_finishing_seals_renames_and_keeps_the_newest_and_the_best(tmp_path):
+    for step in (1, 2, 3):
+        checkpoint(tmp_path, step)
+    written = checkpoint(tmp_path / UNFINISHED, 4, sealed=False)
+    checkpoint(tmp_path, 4)   # of an earlier try
+    finish(written, tmp_path, keep=2, best=tmp_path / "checkpoint-1")
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-4"]
+    assert not (tmp_path / UNFINISHED).exists() and not damage(tmp_path / "checkpoint-4")
+    finish(checkpoint(tmp_path / UNFINISHED, 5, sealed=False), tmp_path, keep=0)
+    assert len(checkpoints(tmp_path)) == 3
+
+
+def ours(model, folder, **changes):
+    plain = trainer(model, folder, **changes)
+    return S2FTTrainer(model=model, args=plain.args, train_dataset=ROWS, eval_dataset=ROWS[:6],
+                       callbacks=list(changes.get("callbacks", ())))
+
+
+def test_the_trainer_falls_back_and_trains_what_the_whole_run_trains(tmp_path, caplog):
+    whole, cut, again = attached(), attached(), attached()
+    ours(whole, tmp_path / "whole", save_steps=2).train()
+    ours(cut, tmp_path / "cut", save_steps=2, callbacks=[StopAt(6)]).train()
+    flip(tmp_path / "cut/checkpoint-6/optimizer.pt")
+    with pytest.raises(ValueError, match="checkpoint-6 is damaged: optimizer.pt"):
+        ours(again, tmp_path / "cut").train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-6"))
+    ours(again, tmp_path / "cut", save_steps=2).train(resume_from_checkpoint=True)
+    assert "checkpoint-6 is damaged" in caplog.text
+    assert_same(again, whole)
+    assert not damage(tmp_path / "cut/checkpoint-6")   # written anew in its place
+
+
+def test_nothing_to_resume_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no whole checkpoint in"):
+        ours(attached(), tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_an_interrupted_write_leaves_no_checkpoint(tmp_path, monkeypatch):
+    """The optimizer's file fails to be written: the checkpoint before stays the newest, and the next run cleans up."""
+    model = attached()
+    broken = ours(model, tmp_path, save_steps=2)
+    write = broken._save_optimizer_and_scheduler
+
+    def fail(folder):
+        if broken.state.global_step == 4:
+            raise OSError("disk full")
+        write(folder)
+    monkeypatch.setattr(broken, "_save_optimizer_and_scheduler", fail)
+    with pytest.raises(OSError, match="disk full"):
+        broken.train()
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"] and (tmp_path / UNFINISHED).exists()
+    ours(attached(), tmp_path, save_steps=2).train(resume_from_checkpoint=True)
+    assert not (tmp_path / UNFINISHED).exists() and last_whole(tmp_path).name == "checkpoint-8"
+
+
+def test_the_best_checkpoint_is_known_by_its_place(tmp_path):
+    model = attached()
+    done = ours(model, tmp_path, max_steps=6, save_steps=2, eval_steps=2, eval_strategy="steps", save_total_limit=2,
+                load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True)
+    done.train()
+    assert done.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-6"]
+    assert f'"best_model_checkpoint": "{tmp_path}/checkpoint-2"' in (tmp_path / "checkpoint-2" / STATE).read_text()
+
+
+def test_any_trainer_can_have_it(tmp_path):
+    pytest.importorskip("trl")
+    from adapter.test_pretrained import TRL, tokenizer_of_tiny, trl_options
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    class Mine(AdapterCheckpoints, SFTTrainer):
+        pass
+
+    done = Mine(model=attached(), args=SFTConfig(**trl_options(tmp_path), max_length=64),
+                train_dataset=Dataset.from_list(TRL["sft"][1]), processing_class=tokenizer_of_tiny())
+    done.train()
+    assert not damage(tmp_path / "checkpoint-4") and (tmp_path / "checkpoint-4" / SEAL).exists()
+
+
+def test_a_model_without_trainable_adapter_is_refused(tmp_path):
+    from train.tiny import tiny_model
+    with pytest.raises(ValueError, match="no S²FT adapter"):
+        ours(tiny_model(), tmp_path)
+
+
+# ---- the command line's runs -------------------------------------------------------------------------------
+
+def test_n_steps_and_n_more_are_two_n_steps(tmp_path):
+    """train(2N) = train(N) + resume(N), bit for bit, with dropout."""
+    changes = {"model_changes": {"attention_dropout": 0.1}}
+    _, whole, _ = run(tmp_path / "whole", **changes)
+    _, folder, first = run(tmp_path / "halves", stop_after=4, **changes)
+    assert not first.finished and first.steps == 4 and not folder.adapter.exists()
+    _, folder, second = run(tmp_path / "halves", resume=True, **changes)
+    assert second.finished and losses(folder) == losses(whole)
+    assert all(torch.equal(value, deltas(whole)[key]) for key, value in deltas(folder).items())
+
+
+def test_a_run_goes_on_from_the_last_whole_checkpoint_and_says_so(tmp_path, caplog):
+    caplog.set_level("INFO")
+    _, whole, _ = run(tmp_path / "whole", save_steps=2)
+    run(tmp_path / "cut", save_steps=2, stop_after=6)
+    (tmp_path / "cut/checkpoint-6/s2ft_adapter.safetensors").write_bytes(b"")
+    _, folder, result = run(tmp_path / "cut", save_steps=2, resume=True)
+    assert "checkpoint-6 is damaged and left out" in caplog.text and "resuming from checkpoint-4" in caplog.text
+    assert result.steps == 8 and losses(folder) == losses(whole)
+    assert all(torch.equal(value, deltas(whole)[key]) for key, value in deltas(folder).items())

@@ -1,0 +1,99 @@
+"""The fused loss is the model's own, or says why it is not taken."""
+import pytest
+import torch
+from support.models import CASES, inputs_of, model_of
+from support.tolerances import GEMM
+from train.test_finetune import losses, run
+from train.tiny import tiny_model
+
+import s2ft
+from s2ft.train.loss import fused_loss, why_not
+
+# Cases whose loss is not that of a causal language model, or who bend their logits
+NOT = {"gemma2": "more to its logits than to scale them", "gemma2-grouped": "more to its logits than to scale them",
+       "bert": "a loss of its own", "roberta": "a loss of its own"}
+CAUSAL = [case for case in CASES if not case.startswith(("vit", "clip", "t5", "whisper"))]
+
+
+def batch_of(model):
+    labels = inputs_of(model)["input_ids"].clone()
+    labels[:, :4] = -100
+    return {**inputs_of(model), "labels": labels}
+
+
+def gradients(model, batch, **options):
+    loss = model(**batch, **options).loss
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return loss.detach(), found
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("case", CAUSAL)
+def test_loss_and_gradients_are_the_models_own_or_it_is_refused(case, dtype):
+    model = model_of(case, dtype)
+    batch = batch_of(model)
+    assert NOT.get(case, "") in why_not(model, batch) and bool(why_not(model, batch)) == (case in NOT)
+    if case in NOT or "moe" in case and dtype != torch.float32:   # a rounding sends a token to another expert
+        return
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2))
+    model.train()
+    for options in ({}, {"num_items_in_batch": torch.tensor(7)}):
+        expected, theirs = gradients(model, batch, **options)
+        with fused_loss(model):
+            loss, ours = gradients(model, batch, **options)
+        rtol, _ = GEMM[dtype]
+        torch.testing.assert_close(loss, expected.to(loss.dtype), rtol=rtol, atol=rtol)
+        assert ours.keys() == theirs.keys() and ours
+        for name, gradient in ours.items():
+            torch.testing.assert_close(gradient, theirs[name], rtol=10 * rtol, atol=rtol * float(theirs[name].abs().max()))
+
+
+def test_no_logits_are_kept():
+    model = tiny_model(vocab_size=5000)
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+    ids = torch.randint(3, 200, (4, 64))
+
+    def largest():
+        seen = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.numel()) or t, lambda t: t):
+            model(input_ids=ids, labels=ids).loss.backward()
+        return max(seen)
+    assert largest() >= 4 * 64 * 5000
+    with fused_loss(model):
+        assert largest() < 4 * 64 * 5000 / 2
+
+
+def test_a_forward_without_labels_gives_logits_as_ever():
+    model, ids = tiny_model(), torch.randint(3, 200, (2, 9))
+    expected = model(ids).logits
+    with fused_loss(model):
+        model(input_ids=ids, labels=ids)
+        assert torch.equal(model(ids).logits, expected)
+
+
+def test_the_model_is_as_it_was_afterwards():
+    model = tiny_model()
+    own = model.loss_function = lambda logits, labels, **_: logits.sum()
+    with pytest.raises(RuntimeError), fused_loss(model):
+        raise RuntimeError
+    assert model.loss_function is own and not model._forward_pre_hooks and "forward" not in model.lm_head.__dict__
+    assert why_not(model, {}) == "the model has a loss of its own"
+
+
+def test_a_torch_without_it_and_a_changed_head_are_named(monkeypatch):
+    model = tiny_model()
+    model.lm_head.forward = lambda x: x
+    assert why_not(model, {}) == "the output layer is a Linear whose forward was replaced"
+    monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy")
+    assert "has no linear_cross_entropy" in why_not(tiny_model(), {})
+
+
+def test_runs_with_and_without_it_agree_and_the_log_says_where_it_is_off(tmp_path, caplog):
+    caplog.set_level("INFO")
+    _, fused, _ = run(tmp_path / "fused", save_steps=0)
+    assert "keeps the logits" not in caplog.text
+    _, plain, _ = run(tmp_path / "plain", save_steps=0, fused_loss=False)
+    for (_, ours, *_), (_, theirs, *_) in zip(losses(fused), losses(plain)):
+        assert ours == pytest.approx(theirs, rel=1e-5)
