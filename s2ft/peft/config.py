@@ -1,0 +1,146 @@
+"""S2FTConfig with PEFT's habits: what to train, which modules, and, once injected, which units."""
+import re
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Dict, List, Optional, Union
+
+from peft.config import PeftConfig
+
+from s2ft.config import CHOOSING, S2FTConfig
+from s2ft.selection import METRICS, Selection
+
+TYPE = "S2FT"
+DIMS = ("outputs", "inputs")   # of a weight's dim 0 and 1
+MOST = 2**24                   # units a module can have, in a range that a file writes as 0-9
+
+
+@dataclass
+class S2FTPeftConfig(PeftConfig, S2FTConfig):
+    """What to train, in one of three ways:
+
+    - ``d_ratio=0.03, o_ratio=0.1, …``, for the model families that s2ft knows: the same units as :func:`s2ft.attach`
+      trains by the same options. ``layers``, ``exclude_modules`` and ``layers_to_transform`` narrow it down.
+    - ``target_modules=["down_proj"], ratio=0.03``: that share of the units of each of these modules. In a known family
+      the units are the projection's heads or channels; of modules outside any coupling they are single outputs or
+      inputs, as ``dim`` says.
+    - ``units={"model.layers.0.mlp.down_proj": [3, 17], …}``, as a selection, lists, or the file of one: exactly these.
+      So go selections that need calibration: ``units=s2ft.select(model, config, calibration)``.
+
+    Units are chosen once, when the adapter is injected. The model keeps a copy of the config that names them (`units`),
+    so that what is saved has them, and loading chooses nothing; how they were chosen stays in `chosen_by`.
+
+    Deltas have the dtype of their weight or, with PEFT's ``autocast_adapter_dtype``, float32 on a half-precision one.
+    Raises: ValueError naming the field when a value or a combination can't be meant.
+    """
+
+    layout: ClassVar[str] = "indexed"   # of S2FTConfig; weights stay where they are
+    fuse_ffn: ClassVar[bool] = False
+    delta_dtype: ClassVar[None] = None
+    sites: ClassVar[Optional[Dict[str, Any]]] = None   # of the copy that the model keeps: s2ft.peft.units.Site by module
+
+    target_modules: Union[List[str], str, None] = field(default=None, metadata={
+        "help": "modules to train: ends of their names, a regular expression, or all-linear"})
+    exclude_modules: Union[List[str], str, None] = field(default=None, metadata={
+        "help": "modules never to train: ends of their names, or a regular expression"})
+    layers_to_transform: Union[List[int], int, None] = field(default=None, metadata={
+        "help": "layers to train, by the first number in a module's name"})
+    layers_pattern: Union[List[str], str, None] = field(default=None, metadata={
+        "help": "what stands before that number, e.g. layers"})
+    modules_to_save: Optional[List[str]] = field(default=None, metadata={
+        "help": "modules to train and save whole besides, e.g. a new head"})
+    ratio: Optional[float] = field(default=None, metadata={"help": "share of the units of every target module"})
+    dim: Optional[str] = field(default=None, metadata={
+        "help": "outputs or inputs: what a unit is in target modules that are in no coupling that s2ft knows"})
+    init_weights: bool = field(default=True, metadata={
+        "help": "deltas begin at zero, so that nothing changes; False: random, for tests"})
+    chosen_by: Optional[Dict[str, Any]] = field(default=None, metadata={
+        "help": "for the record: the options that the units were chosen by"})
+    base_fingerprint: Optional[str] = field(default=None, metadata={
+        "help": "what the base must be, for the families that s2ft knows; None: not looked at"})
+
+    def __post_init__(self) -> None:
+        self.units = _lists(self.units)
+        PeftConfig.__post_init__(self)
+        S2FTConfig.__post_init__(self)
+        self.peft_type = TYPE
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            setattr(self, name, value if value is None or isinstance(value, str) else set(value))
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern says where a layer's number stands, and needs layers_to_transform")
+        if self.dim not in (None, *DIMS):
+            raise ValueError(f"dim must be one of {', '.join(DIMS)}, or None, got {self.dim!r}")
+        if self.ratio is not None:
+            self._check_ratio("ratio")
+        self._check_way()
+
+    def _check_way(self) -> None:
+        """One of the three ways, and whole."""
+        named = [f"{key}_ratio" for key in self.ratios]
+        if self.units is not None and self.ratio is not None:
+            raise ValueError("units says which units are trained, so nothing is left for ratio")
+        if self.ratio is not None and self.target_modules is None:
+            raise ValueError("ratio is the share of units of the target modules: give target_modules, or "
+                             "q_ratio … d_ratio instead")
+        if named and self.target_modules is not None:
+            raise ValueError(f"target_modules goes with ratio, and {', '.join(named)} without: a projection's ratio says "
+                             "which modules are trained")
+        if self.target_modules is not None and self.layers is not None:
+            raise ValueError("layers goes with q_ratio … d_ratio: with target_modules give layers_to_transform")
+        if self.target_modules is not None and self.ratio is None and self.units is None:
+            raise ValueError("target_modules needs ratio, the share of their units to train, or units")
+        if not named and self.target_modules is None and self.units is None:
+            raise ValueError("nothing is selected: set one of q_ratio, k_ratio, v_ratio, o_ratio, u_ratio, g_ratio, "
+                             "d_ratio above 0, or give target_modules and ratio, or units")
+        if METRICS[self.selection].calibrated:
+            raise ValueError(f"selection={self.selection!r} needs calibration data, which PEFT has no place for: give "
+                             "units=s2ft.select(model, s2ft.S2FTConfig(...), calibration)")
+
+    def with_units(self, selection: Selection, paths: List[str], fingerprint: Optional[str]) -> "S2FTPeftConfig":
+        """A copy that names the units, and how they were chosen, instead of the options they were chosen by."""
+        if self.units is not None:
+            by, chosen_by = {}, self.chosen_by
+        else:
+            defaults = {f.name: f.default for f in fields(self) if f.name in (*CHOOSING, "ratio")}
+            by = {name: getattr(self, name) for name in defaults if getattr(self, name) != defaults[name]}
+            chosen_by = {name: value for name, value in {**by, "seed": self.seed}.items() if not isinstance(value, dict)}
+            by = {name: defaults[name] for name in by}
+        targets = paths if self.target_modules is None else self.target_modules
+        return replace(self, units=selection.to_dict(), target_modules=targets, base_fingerprint=fingerprint,
+                       chosen_by=chosen_by, **by)
+
+    def to_dict(self) -> Dict[str, Any]:
+        """For JSON: a module's units are one line of text, 0-3,17."""
+        values = super().to_dict()
+        for name in ("target_modules", "exclude_modules"):
+            values[name] = sorted(values[name]) if isinstance(values[name], set) else values[name]
+        if isinstance(self.units, dict):
+            values["units"] = {name: _text(numbers) for name, numbers in sorted(self.units.items())}
+        return values
+
+
+def _text(numbers: List[int]) -> str:
+    runs: List[List[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _lists(units: Any) -> Any:
+    """What :meth:`S2FTPeftConfig.to_dict` wrote, as lists again; anything else as it is."""
+    if not isinstance(units, dict):
+        return units
+    return {name: _numbers(name, text) if isinstance(text, str) else text for name, text in units.items()}
+
+
+def _numbers(name: str, text: str) -> List[int]:
+    numbers: List[int] = []
+    for run in text.split(","):
+        found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", run)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if not first <= last < MOST:
+            raise ValueError(f"units: {name} must be unit numbers such as 0-3,17, got {text[:40]!r}")
+        numbers += range(first, last + 1)
+    return numbers

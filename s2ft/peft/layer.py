@@ -1,0 +1,215 @@
+"""A module with adapters of PEFT on it: the deltas by adapter, their units, and the forward."""
+import warnings
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from s2ft.adapter.adapter import sum_deltas
+from s2ft.delta import Delta
+from s2ft.layers import CONVOLUTIONS, NO_FUSE, forward_for
+from s2ft.ops import effective_units, multi_adapter_linear, pack_adapters, scatter_add_, swap_
+from s2ft.weights import as_matrix, is_conv1d, is_quantized
+
+BASE = "__base__"   # PEFT's name for no adapter, in mixed batches
+
+
+class S2FTPeftLayer(nn.Module, BaseTunerLayer):
+    """`base_layer`, and of every adapter `s2ft_delta`, [n, I] or [O, n] (a convolution's have taps behind), and
+    `s2ft_index` [n] int64, ascending: which outputs (dim 0) or inputs (dim 1) it adds to.
+
+    The forward of active adapters is the base layer's on the weight with their sum added: one product, by the weight
+    that merging writes, bit for bit. Unmerging copies the base back. A quantized base is left as it is, and the sum is
+    a second product beside it.
+    """
+
+    adapter_layer_names = ("s2ft_delta",)
+    other_param_names = ("s2ft_index",)
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, dim: int, index: Tensor, init_weights: bool) -> None:
+        super().__init__()
+        # Hooks registered on the module see this layer's inputs and outputs: its own are not run by `forward`
+        self.__dict__.update({key: value for key, value in base_layer.__dict__.items()
+                              if "_hook" in key and "state_dict" not in key and key != "_hf_hook"})
+        self.base_layer, self.dim = base_layer, dim
+        self.s2ft_delta, self.s2ft_index = nn.ParameterDict(), BufferDict(persistent=True)
+        self._replaced: Optional[Tuple[Tensor, Tensor]] = None   # index and base, while merged
+        self._active_adapter, self.merged_adapters, self._disable_adapters = adapter_name, [], False
+        for name in ("in_features", "out_features", "in_channels", "out_channels"):
+            if hasattr(base_layer, name):
+                setattr(self, name, getattr(base_layer, name))
+        if is_conv1d(base_layer):
+            self.in_features, self.out_features = base_layer.nx, base_layer.nf
+        self.update_layer(adapter_name, dim, index, init_weights)
+
+    def update_layer(self, adapter_name: str, dim: int, index: Tensor, init_weights: bool) -> None:
+        """Add an adapter. Raises: ValueError for one that trains the other side than those that are here."""
+        if dim != self.dim:
+            sides = ("outputs", "inputs")
+            raise ValueError(f"adapter {adapter_name!r} trains {sides[dim]} of a module of which another adapter trains "
+                             f"{sides[self.dim]}: give both the same dim")
+        shape, weight = list(self._shape()), self.base_layer.weight
+        shape[dim] = index.numel()
+        quantized = is_quantized(self.base_layer)
+        delta = torch.zeros(shape, dtype=torch.float32 if quantized else weight.dtype, device=weight.device)
+        self.s2ft_delta[adapter_name] = nn.Parameter(delta if init_weights else delta.normal_(std=0.1))
+        self.s2ft_index[adapter_name] = index.to("cpu" if weight.is_meta else weight.device, copy=True)
+        self.set_adapter(self.active_adapters)
+
+    def _shape(self) -> torch.Size:
+        """Of the weight as outputs × inputs (× taps)."""
+        if is_quantized(self.base_layer):
+            return torch.Size((self.out_features, self.in_features))
+        return self._matrix().shape
+
+    def _matrix(self) -> Tensor:
+        return as_matrix(self.base_layer.weight.detach(), transposed=is_conv1d(self.base_layer))
+
+    # ---- forward -------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: Optional[List[str]] = None, **kwargs: Any) -> Tensor:
+        """As the base layer's. adapter_names: of a mixed batch, one for every row of x, or "__base__"."""
+        if adapter_names is not None:
+            self._check_names(x, adapter_names)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer.forward(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed(x, adapter_names)
+        names = [name for name in self.active_adapters if name in self.s2ft_delta]
+        if self.merged or not names:
+            return self.base_layer.forward(x, *args, **kwargs)
+        return self._product(x, self.delta_of(names))
+
+    def delta_of(self, names: List[str]) -> Delta:
+        """The sum of adapters that are here; gradients flow to each."""
+        deltas = [Delta(self.dim, self.s2ft_index[name], self.s2ft_delta[name]) for name in names]
+        return deltas[0] if len(deltas) == 1 else sum_deltas([(delta, 1.0) for delta in deltas])
+
+    def _product(self, x: Tensor, delta: Delta) -> Tensor:
+        run, hook = forward_for(self.base_layer), getattr(self.base_layer, "_hf_hook", None)
+        if hook is None or is_quantized(self.base_layer):
+            return run(self.base_layer, x, delta.values, delta.index, self.dim)
+        (x,), _ = hook.pre_forward(self.base_layer, x)   # accelerate's, which brings weights that are elsewhere
+        values, index = delta.values.to(x.device), delta.index.to(x.device)
+        return hook.post_forward(self.base_layer, run(self.base_layer, x, values, index, self.dim))
+
+    # ---- mixed batches -------------------------------------------------------------------------------
+
+    def _check_names(self, x: Tensor, names: List[str]) -> None:
+        """In PEFT's words, for those who look for them."""
+        if len(x) != len(names):
+            raise ValueError("Length of `adapter_names` should be the same as the number of inputs, but got "
+                             f"{len(names)} and {len(x)}")
+        if self.merged:
+            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` "
+                             "first.")
+
+    def _mixed(self, x: Tensor, adapter_names: List[str]) -> Tensor:
+        """One product of the base for all and the adapters' parts beside it, or, where that can't be, one product for
+        the rows of each adapter."""
+        here = [name for name in dict.fromkeys(adapter_names) if name in self.s2ft_delta]
+        if not here:
+            return self.base_layer.forward(x)
+        needs_grad = torch.is_grad_enabled() and any(self.s2ft_delta[name].requires_grad for name in here)
+        if needs_grad or type(self.base_layer) in CONVOLUTIONS:
+            return self._row_by_row(x, adapter_names, here)
+        y = self.base_layer.forward(x)
+        packed = pack_adapters([(self.s2ft_index[name], self.s2ft_delta[name].detach().to(y.dtype)) for name in here],
+                               self.dim)
+        which = torch.tensor([here.index(name) if name in here else -1 for name in adapter_names], device=x.device)
+        return multi_adapter_linear(x.to(y.dtype), y, *packed, which, self.dim)
+
+    def _row_by_row(self, x: Tensor, adapter_names: List[str], here: List[str]) -> Tensor:
+        names = [name if name in here else BASE for name in adapter_names]
+        groups = {one: torch.tensor([i for i, name in enumerate(names) if name == one], device=x.device)
+                  for one in dict.fromkeys(names)}
+        parts = [self.base_layer.forward(x[rows]) if name == BASE else self._product(x[rows], self.delta_of([name]))
+                 for name, rows in groups.items()]
+        return torch.cat(parts)[torch.cat(list(groups.values())).argsort()]
+
+    # ---- merge and unmerge ---------------------------------------------------------------------------
+
+    def merge(self, safe_merge: bool = False, adapter_names: Optional[List[str]] = None) -> None:
+        """Write the sum of the merged and these adapters (default: the active ones) into the weight.
+
+        Raises: ValueError for a quantized base; with safe_merge for a result that is not finite, nothing written.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.s2ft_delta]
+        if not names:
+            return
+        if is_quantized(self.base_layer):
+            raise ValueError(NO_FUSE)
+        before = self.merged_adapters
+        self.take_back()
+        try:
+            if safe_merge:
+                self._check_finite(before + names)
+        except ValueError:
+            self.put_in(before)
+            raise
+        self.merged_adapters = before + names
+        self.put_in(self.merged_adapters)
+
+    @torch.no_grad()
+    def _check_finite(self, names: List[str]) -> None:
+        for name in names:   # one by one, to name it
+            delta = self.delta_of([name])
+            if not bool(torch.isfinite(self._effective(delta)).all()):
+                raise ValueError("NaNs detected in the merged weights. "   # PEFT's words
+                                 f"The adapter {name} seems to be broken")
+        if not bool(torch.isfinite(self._effective(self.delta_of(names))).all()):
+            raise ValueError(f"NaNs detected in the merged weights, of the sum of {', '.join(names)}")
+
+    def _effective(self, delta: Delta) -> Tensor:
+        return effective_units(self._matrix().index_select(self.dim, delta.index), delta.values.detach())
+
+    def unmerge(self) -> None:
+        """Copy the base back, bit for bit."""
+        if not self.merged:
+            warnings.warn("nothing is merged, so there is nothing to unmerge")
+            return
+        self.take_back()
+        self.merged_adapters = []
+
+    @torch.no_grad()
+    def put_in(self, names: List[str]) -> None:
+        """Write the sum of `names` into the weight, which must hold the base, and keep what it replaces."""
+        if not names:
+            return
+        delta, matrix = self.delta_of(names), self._matrix()
+        values = delta.values.detach().to(matrix.device)
+        index, base = delta.index.to(matrix.device), torch.empty_like(values, dtype=matrix.dtype)
+        scatter_add_(matrix, index, values, self.dim, replaced=base)
+        self._replaced = index, base
+
+    @torch.no_grad()
+    def take_back(self) -> None:
+        """Give the weight its base back; what is called merged stays so."""
+        if self._replaced is not None:
+            matrix, (index, base) = self._matrix(), self._replaced
+            swap_(matrix, index.to(matrix.device), base.to(matrix), self.dim)
+            self._replaced = None
+
+    # ---- what PEFT asks ------------------------------------------------------------------------------
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The adapter's delta as a dense tensor like the weight."""
+        delta = self.delta_of([adapter])
+        dense = torch.zeros(self.base_layer.weight.shape, dtype=delta.values.dtype, device=delta.values.device)
+        matrix = as_matrix(dense, transposed=is_conv1d(self.base_layer))
+        matrix.transpose(0, self.dim)[delta.index] = delta.values.detach().transpose(0, self.dim)
+        return dense
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return type(self.base_layer) not in CONVOLUTIONS and not is_quantized(self.base_layer)
+
+    def extra_repr(self) -> str:
+        units: Dict[str, int] = {name: index.numel() for name, index in self.s2ft_index.items()}
+        return f"dim={self.dim}, " + ", ".join(f"{name}: {count} units" for name, count in units.items())
+
+    def __repr__(self) -> str:
+        return "s2ft." + super().__repr__()

@@ -1,0 +1,191 @@
+"""The tuner: S²FT's part of a PeftModel."""
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any, Dict, Iterator, List, Optional, Sequence
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from s2ft.adapter.adapter import check_weight, sum_deltas
+from s2ft.delta import Delta
+from s2ft.mounting import _check_gradients_pass
+from s2ft.peft.config import S2FTPeftConfig
+from s2ft.peft.layer import BASE, S2FTPeftLayer
+from s2ft.peft.units import settle
+from s2ft.weights import pack_again, pack_never
+
+PREFIX = "s2ft_"
+
+
+class S2FTPeftModel(BaseTuner):
+    """Puts an :class:`S2FTPeftLayer` around every module that a config selects units of."""
+
+    prefix = PREFIX
+    tuner_layer_cls = S2FTPeftLayer
+    target_module_mapping: Dict[str, List[str]] = {}   # modules follow from the selection
+
+    # ---- in ------------------------------------------------------------------------------------------
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's, on a copy of the config that names the units. Raises: ValueError, as :func:`settle`."""
+        config = settle(self.peft_config[adapter_name], model)
+        if not config.inference_mode:
+            _check_gradients_pass(model)
+        self.peft_config[adapter_name] = config
+        unpacked = pack_never(model)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        self.__dict__.setdefault("_unpacked", unpacked)
+
+    def _prepare_adapter_config(self, peft_config: S2FTPeftConfig, model_config: dict) -> S2FTPeftConfig:
+        return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: S2FTPeftConfig, key: str):
+        """A target is what units are selected of; PEFT's rules have been asked already."""
+        found = BaseTuner._check_target_module_exists(peft_config, key)
+        return found if not found or peft_config.sites is None else key in peft_config.sites
+
+    def _create_and_replace(self, peft_config: S2FTPeftConfig, adapter_name: str, target: nn.Module, target_name: str,
+                            parent: nn.Module, current_key: str, **kwargs: Any) -> None:
+        site = peft_config.sites.get(current_key)
+        if site is None:
+            raise ValueError(f"{current_key} has weights in the adapter, and its config names no units of it")
+        if isinstance(target, S2FTPeftLayer):
+            target.update_layer(adapter_name, site.dim, site.index, peft_config.init_weights)
+            return
+        layer = S2FTPeftLayer(target, adapter_name, site.dim, site.index, peft_config.init_weights)
+        layer.train(target.training)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)   # a further adapter, which does not train before it is active
+        self._replace_module(parent, target_name, layer, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT's, which makes new parameters and would have all of them train."""
+        layers = [module for module in self.model.modules() if isinstance(module, S2FTPeftLayer)
+                  and adapter_name in module.s2ft_delta]
+        trains = [layer.s2ft_delta[adapter_name].requires_grad for layer in layers]
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer, flag in zip(layers, trains):
+            layer.s2ft_delta[adapter_name].requires_grad_(flag)
+
+    # ---- out -----------------------------------------------------------------------------------------
+
+    def unload(self) -> nn.Module:
+        """The base, bit for bit, also where adapters are merged."""
+        for module in self.model.modules():
+            if isinstance(module, S2FTPeftLayer) and module.merged:
+                module.unmerge()
+        return super().unload()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        pack_again(model, self.__dict__.pop("_unpacked", []))
+        return model
+
+    # ---- weighted sums -------------------------------------------------------------------------------
+
+    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str,
+                             combination_type: str = "linear") -> None:
+        """Add the adapter that is the sum of weight × adapter, on the units that any of them has; it does not train.
+
+        Raises: ValueError for a name that is unknown or taken, a weight that is no finite number, another combination
+            than "linear", or adapters that each have a module of modules_to_save.
+        """
+        self._check_weighted(adapters, weights, adapter_name, combination_type)
+        configs = [self.peft_config[name] for name in adapters]
+        units: Dict[str, List[int]] = {}
+        for config in configs:
+            for name, numbers in config.units.items():
+                units[name] = sorted({*units.get(name, ()), *numbers})
+        paths = {path for config in configs for path in config.sites}
+        self.peft_config[adapter_name] = replace(
+            configs[0], units=units, target_modules=paths, exclude_modules=None, layers_to_transform=None,
+            layers_pattern=None, init_weights=True, inference_mode=True,
+            chosen_by={"sum_of": [[name, float(weight)] for name, weight in zip(adapters, weights)]})
+        self.inject_adapter(self.model, adapter_name)
+        for layer in self._layers(adapter_name):
+            parts = [(Delta(layer.dim, layer.s2ft_index[name], layer.s2ft_delta[name].detach()), float(weight))
+                     for name, weight in zip(adapters, weights) if name in layer.s2ft_delta]
+            layer.s2ft_delta[adapter_name] = nn.Parameter(sum_deltas(parts).values, requires_grad=False)
+
+    def _check_weighted(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str,
+                        combination_type: str) -> None:
+        if not adapters or len(adapters) != len(weights):
+            raise ValueError(f"weights must be as many as adapters, at least one, got {len(weights)} and {len(adapters)}")
+        for name, weight in zip(adapters, weights):
+            if name not in self.peft_config:
+                raise ValueError(f"Adapter {name} does not exist")
+            check_weight(name, weight)
+        if adapter_name in self.peft_config:
+            raise ValueError(f"there is an adapter called {adapter_name!r} already: give the sum another name")
+        if combination_type != "linear":
+            raise ValueError(f"combination_type must be linear: deltas are added up as they are, got {combination_type!r}")
+        for path, module in self.model.named_modules():
+            if isinstance(module, ModulesToSaveWrapper) and sum(name in module.modules_to_save for name in adapters) > 1:
+                raise ValueError(f"{path} is saved whole with several of the adapters (modules_to_save), and such modules "
+                                 "can't be added up")
+
+    def _layers(self, adapter_name: str) -> List[S2FTPeftLayer]:
+        return [module for module in self.model.modules()
+                if isinstance(module, S2FTPeftLayer) and adapter_name in module.s2ft_delta]
+
+    # ---- mixed batches -------------------------------------------------------------------------------
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT enters it around forward and generate: adapter_names, one for each sequence, reach the layers."""
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        self._check_mixed(names)
+        beams = kwargs.get("num_beams") or 1
+        repeated = [name for name in names for _ in range(beams)]
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
+        once = set() if encoder in (None, self.model) else set(encoder.modules())   # it runs before beams are made
+        handles = [module.register_forward_pre_hook(partial(_pass_names, names if module in once else repeated),
+                                                    with_kwargs=True)
+                   for module in self.model.modules() if isinstance(module, (S2FTPeftLayer, AuxiliaryTrainingWrapper))]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _check_mixed(self, names: Sequence[str]) -> None:
+        """In PEFT's words, for those who look for them."""
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        known = {name for module in self.model.modules() if isinstance(module, S2FTPeftLayer) for name in module.s2ft_delta}
+        unknown = sorted(set(names) - known - {BASE})
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+
+    # ---- loading -------------------------------------------------------------------------------------
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model: nn.Module, config: S2FTPeftConfig, adapter_name: str,
+                                           state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """PEFT's; strict about what is s2ft's. Raises: ValueError for weights that are missing, left over or of other
+        units than the config's, before anything is loaded: such an adapter would change the wrong weights."""
+        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        expected = {}
+        for path, module in model.named_modules():
+            if isinstance(module, S2FTPeftLayer) and adapter_name in module.s2ft_delta:
+                for name in ("s2ft_delta", "s2ft_index"):
+                    expected[f"{path}.{name}.{adapter_name}"] = module
+        found = {key for key in mapped if ".s2ft_delta" in key or ".s2ft_index" in key}
+        for what, keys in (("missing", expected.keys() - found), ("left over", found - expected.keys())):
+            if keys:
+                raise ValueError(f"the weights of adapter {adapter_name!r} don't fit its config: {min(keys)} is {what}")
+        for key, module in expected.items():
+            if ".s2ft_index." in key and not torch.equal(mapped[key].cpu(), module.s2ft_index[adapter_name].cpu()):
+                raise ValueError(f"the weights of adapter {adapter_name!r} are of other units than its config names: {key}")
+        return mapped
+
+
+def _pass_names(names: List[str], module: nn.Module, args: tuple, kwargs: Dict[str, Any]) -> Optional[tuple]:
+    return args, {**kwargs, "adapter_names": names}

@@ -1,0 +1,595 @@
+"""S²FT as a method of PEFT: choosing, training, saving, merging, switching, on models of known families."""
+import copy
+import json
+
+import pytest
+import torch
+from peft import (PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model,
+                  set_peft_model_state_dict)
+from safetensors.torch import load_file, save_file
+from support.models import ALL_RATIOS, loss_of, model_of, output_of, ratios_for, train
+from support.tolerances import LOGITS, relative_difference
+from torch import nn
+
+import s2ft
+from s2ft.peft import S2FTPeftConfig, S2FTPeftLayer, from_native, to_native
+
+DENSE = ("llama-grouped", "llama-biased", "phi3-grouped", "gpt2", "gpt-neox", "qwen2-grouped-tied", "bert", "t5", "opt")
+cases = pytest.mark.parametrize("case", DENSE)
+RATIOS = dict(o_ratio=0.5, u_ratio=0.1, d_ratio=0.1)
+
+
+def peft_of(case="llama-grouped", dtype=torch.float32, adapter_name="default", seed=0, autocast=True, **config):
+    """With random deltas: the adapter changes the model."""
+    config = config or ratios_for(case, ALL_RATIOS)
+    model = get_peft_model(model_of(case, dtype), S2FTPeftConfig(**config, init_weights=False, seed=seed), adapter_name,
+                           autocast_adapter_dtype=autocast)
+    return model.eval()
+
+
+def two_of(case="llama-grouped", dtype=torch.float32, **config):
+    """With adapters a and b, on different units."""
+    config = config or ratios_for(case, ALL_RATIOS)
+    model = peft_of(case, dtype, "a", **config)
+    model.add_adapter("b", S2FTPeftConfig(**config, init_weights=False, seed=5))
+    return model
+
+
+def layers_of(model):
+    return {path: module for path, module in model.named_modules() if isinstance(module, S2FTPeftLayer)}
+
+
+def same_state(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+# ---- choosing ------------------------------------------------------------------------------------------
+
+@cases
+def test_units_are_those_that_attach_trains(case):
+    ratios = ratios_for(case, ALL_RATIOS)
+    for options in ({}, {"seed": 3}, {"selection": "weight", "order": "smallest"}, {"budget": 9000}):
+        model = peft_of(case, **{"seed": 0, **ratios, **options})
+        chosen = s2ft.select(model_of(case), s2ft.S2FTConfig(**ratios, **options))
+        assert model.peft_config["default"].units == chosen.to_dict()
+
+
+def test_the_callers_config_stays_as_it_is():
+    config = S2FTPeftConfig(d_ratio=0.1)
+    before = copy.deepcopy(config)
+    model = get_peft_model(model_of("llama-grouped"), config)
+    before.base_model_name_or_path = config.base_model_name_or_path   # PEFT's own habit
+    assert config == before and model.peft_config["default"].units is not None
+    assert model.peft_config["default"].chosen_by == {"d_ratio": 0.1, "seed": 0}
+
+
+def test_layers_and_peft_fields_narrow_it_down():
+    def paths(**options):
+        return set(peft_of("llama-grouped", **options).peft_config["default"].units)
+
+    assert paths(d_ratio=0.1, layers=[1]) == {"model.layers.1.mlp.down_proj"}
+    assert paths(d_ratio=0.1, layers_to_transform=[0, 2]) == {f"model.layers.{i}.mlp.down_proj" for i in (0, 2)}
+    assert paths(d_ratio=0.1, layers_to_transform=1, layers_pattern="layers") == {"model.layers.1.mlp.down_proj"}
+    assert paths(d_ratio=0.1, exclude_modules=["1.mlp.down_proj"]) == {f"model.layers.{i}.mlp.down_proj" for i in (0, 2)}
+    assert paths(d_ratio=0.1, exclude_modules=r".*\.[01]\..*") == {"model.layers.2.mlp.down_proj"}
+    with pytest.raises(ValueError, match="d_ratio: modules_to_save or exclude_modules or layers_to_transform leaves none"):
+        paths(d_ratio=0.1, o_ratio=0.5, modules_to_save=["down_proj"])
+
+
+def test_target_modules_and_a_ratio_are_the_projections_own_units():
+    by_ratio = peft_of("llama-grouped", d_ratio=0.1, v_ratio=0.1 + 0.4, seed=2)
+    for targets in (["down_proj"], r".*\.down_proj"):
+        by_target = peft_of("llama-grouped", target_modules=targets, ratio=0.1, seed=2)
+        units = by_target.peft_config["default"].units
+        assert units == {path: numbers for path, numbers in by_ratio.peft_config["default"].units.items() if "down" in path}
+    heads = peft_of("llama-grouped", target_modules=["v_proj", "o_proj"], ratio=0.5)
+    deltas = {path.rpartition(".")[2]: layer.s2ft_delta["default"].shape for path, layer in layers_of(heads).items()}
+    assert deltas == {"v_proj": (6, 24), "o_proj": (24, 12)}   # one KV head and two query heads of 6
+
+
+def test_all_linear():
+    model = peft_of("llama-grouped", target_modules="all-linear", ratio=0.5)
+    assert len(layers_of(model)) == 21 and not any("lm_head" in path for path in layers_of(model))
+
+
+def test_projections_that_share_a_module_are_one_delta():
+    model = peft_of("phi3-grouped", q_ratio=0.5, v_ratio=0.5, g_ratio=0.1)
+    for path, layer in layers_of(model).items():
+        index = layer.s2ft_index["default"]
+        assert torch.equal(index, index.sort().values) and index.unique().numel() == index.numel()
+        assert layer.s2ft_delta["default"].shape[0] == index.numel() == (18 if "qkv" in path else 5)
+
+
+@pytest.mark.parametrize("case", ("mixtral", "qwen3-moe"))
+def test_stacked_experts_are_refused_by_name(case):
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts\.down_proj\[0\] is one of a stack of experts"):
+        get_peft_model(model_of(case), S2FTPeftConfig(d_ratio=0.2))
+    attention = get_peft_model(model_of(case), S2FTPeftConfig(o_ratio=0.5))
+    assert len(layers_of(attention)) == 3
+
+
+def test_units_by_hand_and_from_files(tmp_path):
+    units = {"model.layers.1.mlp.down_proj": [3, 4, 5, 51], "model.layers.0.self_attn.k_proj": [1]}
+    chosen = s2ft.Selection({path: torch.tensor(numbers) for path, numbers in units.items()})
+    chosen.save(tmp_path / "units.json")
+    for given in (units, chosen, str(tmp_path / "units.json")):
+        assert peft_of("llama-grouped", units=given).peft_config["default"].units == units
+
+
+def test_what_another_adapter_has_can_be_excluded():
+    first = peft_of("llama-grouped", d_ratio=0.5).peft_config["default"]
+    second = peft_of("llama-grouped", d_ratio=0.5, exclude=first.units).peft_config["default"]
+    assert all(not set(numbers) & set(second.units[path]) for path, numbers in first.units.items())
+
+
+BAD = {
+    "nothing": ({}, "nothing is selected"),
+    "ratio alone": (dict(ratio=0.1), "give target_modules"),
+    "targets alone": (dict(target_modules=["down_proj"]), "target_modules needs ratio"),
+    "targets and d_ratio": (dict(target_modules=["down_proj"], d_ratio=0.1), "goes with ratio"),
+    "ratio and d_ratio": (dict(target_modules=["down_proj"], ratio=0.1, d_ratio=0.1), "goes with ratio"),
+    "units and ratio": (dict(units={"x": [0]}, ratio=0.1, target_modules=["x"]), "nothing is left for ratio"),
+    "units and d_ratio": (dict(units={"x": [0]}, d_ratio=0.1), "nothing is left for d_ratio"),
+    "ratio above one": (dict(target_modules=["down_proj"], ratio=1.5), "ratio must be a number from 0 to 1"),
+    "no dim": (dict(target_modules=["down_proj"], ratio=0.1, dim="rows"), "dim must be one of outputs, inputs"),
+    "pattern alone": (dict(d_ratio=0.1, layers_pattern="layers"), "needs layers_to_transform"),
+    "layers and targets": (dict(target_modules=["down_proj"], ratio=0.1, layers=[0]), "give layers_to_transform"),
+    "calibration": (dict(d_ratio=0.1, selection="activation"), r"units=s2ft\.select\(model"),
+    "no such order": (dict(d_ratio=0.1, order="best"), "order must be one of"),
+    "unit ranges": (dict(units={"x": "3-1"}), "must be unit numbers such as 0-3,17"),
+    "endless ranges": (dict(units={"x": "0-999999999"}), "must be unit numbers such as 0-3,17"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_configs_that_cannot_be_meant(name):
+    fields, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        S2FTPeftConfig(**fields)
+
+
+UNFIT = {
+    "another projection": (dict(g_ratio=0.1), "gpt2", "g_ratio asks for a projection that this model does not have"),
+    "unknown units": (dict(units={"model.layers.9.mlp.down_proj": [0]}), "llama", "which is no projection or module"),
+    "unit too high": (dict(units={"model.layers.0.mlp.down_proj": [52]}), "llama", "there is no 52"),
+    "units and targets": (dict(units={"model.layers.0.mlp.down_proj": [0]}, target_modules=["up_proj"]), "llama",
+                          "which is none of target_modules"),
+    "targets without units": (dict(units={"model.layers.0.mlp.down_proj": [0]}, target_modules=["down_proj"]), "llama",
+                              "units names no unit of it"),
+    "dim in a family": (dict(target_modules=["down_proj"], ratio=0.1, dim="outputs"), "llama", "are its inputs"),
+    "outside, no dim": (dict(target_modules=["lm_head"], ratio=0.1), "llama", "dim must say what the units of lm_head"),
+    "too small a ratio": (dict(target_modules=["down_proj"], ratio=0.001), "llama", "none of the 52 units"),
+    "embedding": (dict(target_modules=["embed_tokens"], ratio=0.5, dim="inputs"), "llama", "is a Embedding"),
+    "no such module": (dict(target_modules=["nowhere"], ratio=0.5), "llama", "not found in the base model"),
+    "unknown exclude": (dict(d_ratio=0.1, exclude={"nowhere": [0]}), "llama", "exclude names nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_configs_that_do_not_fit_leave_the_model_as_it_was(name):
+    fields, case, message = UNFIT[name]
+    model, before = model_of(case), model_of(case).state_dict()
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, S2FTPeftConfig(**fields))
+    assert same_state(model.state_dict(), before) and not layers_of(model)
+
+
+def test_a_family_that_is_not_known_needs_targets():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match="not of a model family that s2ft knows: give target_modules, ratio and dim"):
+        get_peft_model(net, S2FTPeftConfig(d_ratio=0.5))
+
+
+# ---- the forward, merging ------------------------------------------------------------------------------
+
+@cases
+def test_injecting_changes_nothing_until_something_is_trained(case):
+    model = get_peft_model(model_of(case), S2FTPeftConfig(**ratios_for(case, ALL_RATIOS))).eval()
+    frozen = model_of(case).requires_grad_(False)   # PyTorch folds batches otherwise where a weight needs a gradient
+    assert torch.equal(output_of(model), output_of(frozen))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+@cases
+def test_trained_is_merged_bit_for_bit_and_the_base_comes_back(case, dtype):
+    if case == "t5" and dtype is torch.float16:
+        pytest.skip("transformers' T5 itself keeps some weights in float32 there")
+    model, base = two_of(case, dtype), model_of(case, dtype)
+    for active in (["a"], ["b"], ["a", "b"]):
+        model.base_model.set_adapter(active)
+        trained = output_of(model)
+        assert not torch.equal(trained, output_of(base))
+        for _ in range(3):
+            model.merge_adapter(safe_merge=active == ["a"])
+            assert torch.equal(output_of(model), trained)
+            model.unmerge_adapter()
+            assert torch.equal(output_of(model), trained)
+        merged = copy.deepcopy(model).merge_and_unload()
+        assert torch.equal(output_of(merged), trained) and type(merged) is type(base)
+    assert same_state(model.unload().state_dict(), base.state_dict())
+
+
+@cases
+def test_peft_computes_what_attach_computes(case):
+    model, base = peft_of(case), model_of(case)
+    s2ft.load_adapter(base, to_native(model), trainable=True)
+    assert relative_difference(output_of(model), output_of(base)) < LOGITS
+    back = from_native(model_of(case), s2ft.get_adapter(base, "default"))
+    assert torch.equal(output_of(back), output_of(model))
+    assert same_state(get_peft_model_state_dict(back), get_peft_model_state_dict(model))
+
+
+def test_native_folders_go_both_ways(tmp_path):
+    model = peft_of("phi3-grouped")
+    base = model_of("phi3-grouped")
+    s2ft.load_adapter(base, to_native(model))
+    assert torch.equal(output_of(base), output_of(model))
+    s2ft.save_adapter(base, tmp_path)
+    back = from_native(model_of("phi3-grouped"), str(tmp_path), "mine", task_type="CAUSAL_LM")
+    assert torch.equal(output_of(back), output_of(model)) and back.peft_config["mine"].task_type == "CAUSAL_LM"
+    from_native(back, str(tmp_path), "again")
+    assert set(back.peft_config) == {"mine", "again"}
+
+
+def test_an_adapter_of_no_family_has_no_native_form():
+    net = get_peft_model(nn.Sequential(nn.Linear(4, 8)), S2FTPeftConfig(target_modules=["0"], ratio=0.5, dim="inputs"))
+    with pytest.raises(ValueError, match="is of no model family that s2ft knows"):
+        to_native(net)
+    with pytest.raises(ValueError, match="no adapter is called 'other'"):
+        to_native(net, "other")
+
+
+def test_merging_one_after_the_other_equals_merging_together():
+    one, both = two_of(), two_of()
+    both.merge_adapter(["a", "b"])
+    one.merge_adapter(["a"])
+    with pytest.warns(UserWarning, match="Already following adapters were merged"):
+        one.merge_adapter(["b"])
+    assert same_state(one.state_dict(), both.state_dict())
+    one.unmerge_adapter()
+    assert same_state(one.unload().state_dict(), model_of("llama-grouped").state_dict())
+
+
+def test_a_thousand_merges_in_bfloat16_move_nothing():
+    model = peft_of("llama-grouped", torch.bfloat16, d_ratio=0.2)
+    before = {path: layer.base_layer.weight.clone() for path, layer in layers_of(model).items()}
+    for layer in layers_of(model).values():
+        for _ in range(1000):
+            layer.merge()
+            layer.unmerge()
+    assert all(torch.equal(layer.base_layer.weight, before[path]) for path, layer in layers_of(model).items())
+
+
+def test_unload_gives_the_base_back_where_adapters_are_merged():
+    model = two_of()
+    model.merge_adapter(["a", "b"])
+    assert same_state(model.unload().state_dict(), model_of("llama-grouped").state_dict())
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+def test_safe_merge_refuses_what_is_not_finite(value):
+    model = two_of()
+    layer = list(layers_of(model).values())[-1]
+    layer.s2ft_delta["b"].data.view(-1)[0] = value
+    layer.merge(adapter_names=["a"])
+    before = layer.base_layer.weight.clone()
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="The adapter b seems to be broken"):
+        layer.merge(safe_merge=True, adapter_names=["b"])
+    assert torch.equal(layer.base_layer.weight, before) and layer.merged_adapters == ["a"]
+
+
+def test_disabled_is_the_base_also_while_merged():
+    model, expected = peft_of(), output_of(model_of("llama-grouped"))
+    trained = output_of(model)
+    with model.disable_adapter():
+        assert torch.equal(output_of(model), expected)
+    assert torch.equal(output_of(model), trained)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(output_of(model), expected)
+    assert torch.equal(output_of(model), trained)
+
+
+def test_several_active_adapters_are_one_sum_with_gradients():
+    model = two_of().train()
+    model.base_model.set_adapter(["a", "b"])
+    loss_of(model).backward()
+    assert all(layer.s2ft_delta[name].grad.abs().sum() > 0 for layer in layers_of(model).values() for name in "ab")
+    layer = layers_of(model)["base_model.model.model.layers.0.mlp.down_proj"]
+    x = torch.randn(5, 52)
+    deltas = sum(layer.get_delta_weight(name) for name in "ab")
+    expected = nn.functional.linear(x, layer.base_layer.weight + deltas)
+    assert torch.allclose(layer(x), expected, rtol=1e-5, atol=1e-5)
+    model.zero_grad()
+    layer(x).square().sum().backward()
+    dense = (layer.base_layer.weight + deltas).detach().requires_grad_()
+    nn.functional.linear(x, dense).square().sum().backward()
+    for name in "ab":
+        assert torch.allclose(layer.s2ft_delta[name].grad, dense.grad[:, layer.s2ft_index[name]], rtol=1e-4, atol=1e-4)
+
+
+def test_hooks_on_a_module_run_once_and_stay():
+    model, calls = model_of("llama-grouped"), []
+    module = model.model.layers[0].mlp.down_proj
+    module.register_forward_hook(lambda *args: calls.append(1))
+    model = get_peft_model(model, S2FTPeftConfig(d_ratio=0.1)).eval()
+    for run in (lambda: None, model.merge_adapter, model.unmerge_adapter, model.disable_adapter_layers):
+        run()
+        calls.clear()
+        output_of(model)
+        assert calls == [1]
+    calls.clear()
+    output_of(model.unload())
+    assert calls == [1]
+
+
+# ---- training ------------------------------------------------------------------------------------------
+
+@cases
+def test_only_the_deltas_train(case):
+    model = get_peft_model(model_of(case), S2FTPeftConfig(**ratios_for(case, ALL_RATIOS)))
+    base = model_of(case).state_dict()
+    losses = train(model)
+    assert losses[-1] < losses[0]
+    assert all(layer.s2ft_delta["default"].abs().sum() > 0 for layer in layers_of(model).values())
+    assert same_state(model.unload().state_dict(), base)
+
+
+def test_float32_deltas_on_a_bfloat16_base_unless_asked_otherwise():
+    for autocast, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        model = peft_of("llama-grouped", torch.bfloat16, autocast=autocast)
+        assert {layer.s2ft_delta["default"].dtype for layer in layers_of(model).values()} == {dtype}
+        assert output_of(model).dtype is torch.bfloat16
+
+
+def test_casting_leaves_an_inactive_adapter_frozen():
+    model = peft_of("llama-grouped", torch.bfloat16, "a")
+    model.add_adapter("b", S2FTPeftConfig(d_ratio=0.1))
+    assert not any(p.requires_grad for name, p in model.named_parameters() if name.endswith(".b"))
+
+
+@pytest.mark.parametrize("reentrant", (True, False))
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
+    grads = []
+    for checkpointing in (False, True):
+        base = model_of("llama-grouped")
+        if checkpointing:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        torch.manual_seed(0)
+        model = get_peft_model(base, S2FTPeftConfig(**RATIOS, init_weights=False)).train()
+        if checkpointing:
+            model.enable_input_require_grads()
+        loss_of(model).backward()
+        grads.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_what_is_printed(capsys):
+    get_peft_model(model_of("llama-grouped"), S2FTPeftConfig(d_ratio=0.1)).print_trainable_parameters()
+    assert "trainable params: 360" in capsys.readouterr().out   # 3 layers × 5 channels × 24
+
+
+# ---- saving and loading --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("low_cpu_mem_usage", (False, True))
+@cases
+def test_saved_and_loaded_is_equal(case, low_cpu_mem_usage, tmp_path):
+    model = peft_of(case)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(model_of(case), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
+    assert torch.equal(output_of(again), output_of(model))
+    assert again.peft_config["default"].units == model.peft_config["default"].units
+    assert not any(p.requires_grad for p in again.parameters())
+    trainable = PeftModel.from_pretrained(model_of(case), tmp_path, is_trainable=True)
+    assert all(layer.s2ft_delta["default"].requires_grad for layer in layers_of(trainable).values())
+
+
+def test_the_config_file_is_small_and_sorted(tmp_path):
+    peft_of("llama-grouped", d_ratio=0.5, u_ratio=0.5).save_pretrained(tmp_path)
+    text = (tmp_path / "adapter_config.json").read_text()
+    content = json.loads(text)
+    assert content["target_modules"] == sorted(content["target_modules"]) and content["peft_type"] == "S2FT"
+    assert text.count("\n") < 80 and content["chosen_by"]["d_ratio"] == 0.5
+    assert PeftConfig.from_pretrained(tmp_path).units == {
+        path: peft_units(line) for path, line in content["units"].items()}
+
+
+def peft_units(line):
+    spans = [part.split("-") for part in line.split(",")]
+    return [unit for span in spans for unit in range(int(span[0]), int(span[-1]) + 1)]
+
+
+def test_weights_of_other_units_are_refused(tmp_path):
+    """The shapes are the same: nothing else would notice, and the wrong channels would change."""
+    model, other = peft_of(seed=0, **RATIOS), peft_of(seed=1, **RATIOS)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="are of other units than its config names"):
+        set_peft_model_state_dict(model, get_peft_model_state_dict(other))
+    assert same_state(model.state_dict(), before)
+
+
+@pytest.mark.parametrize("change, message", (
+    (lambda tensors: tensors.pop(next(iter(tensors))), "is missing"),
+    (lambda tensors: tensors.update({"base_model.model.nowhere.s2ft_delta": torch.zeros(2)}), "is left over")))
+def test_incomplete_weights_are_refused(change, message, tmp_path):
+    model = peft_of()
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(model_of("llama-grouped"), tmp_path)
+
+
+def test_another_base_is_refused_unless_asked_for(tmp_path):
+    peft_of().save_pretrained(tmp_path)
+    other = model_of("llama-grouped")
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="another base: 1 of 3 layers differ, the first is layer 1"):
+        PeftModel.from_pretrained(copy.deepcopy(other), tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path)
+    config.base_fingerprint = None
+    PeftModel.from_pretrained(copy.deepcopy(other), tmp_path, config=config)
+
+
+def test_a_base_in_another_dtype_is_the_same_base(tmp_path):
+    peft_of().save_pretrained(tmp_path)
+    PeftModel.from_pretrained(model_of("llama-grouped", torch.bfloat16), tmp_path)
+
+
+def test_a_merged_neighbour_does_not_hide_the_base(tmp_path):
+    peft_of().save_pretrained(tmp_path)
+    model = two_of()
+    model.merge_adapter(["a", "b"])
+    merged = copy.deepcopy(model.state_dict())
+    weights = {path: layer.base_layer.weight.clone() for path, layer in layers_of(model).items()}
+    with pytest.warns(UserWarning, match="Unmerging the model first"):   # PEFT's, for it sets the active adapters again
+        model.load_adapter(tmp_path, "c")
+    assert not torch.equal(weights["base_model.model.model.layers.0.mlp.down_proj"],
+                           model.state_dict()["base_model.model.model.layers.0.mlp.down_proj.base_layer.weight"])
+    model.merge_adapter(["a", "b"])
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in merged.items())
+
+
+def test_modules_to_save_are_trained_and_saved(tmp_path):
+    config = S2FTPeftConfig(d_ratio=0.2, modules_to_save=["lm_head"], init_weights=False)
+    model = get_peft_model(model_of("llama-grouped"), config)
+    train(model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(model_of("llama-grouped"), tmp_path).eval()
+    assert torch.equal(output_of(again), output_of(model))
+    head = model.base_model.model.lm_head.modules_to_save["default"]
+    assert not torch.equal(head.weight, model_of("llama-grouped").lm_head.weight)
+
+
+def test_inject_adapter_in_model_and_state_dicts():
+    model, other = model_of("llama-grouped"), model_of("llama-grouped")
+    inject_adapter_in_model(S2FTPeftConfig(**RATIOS, init_weights=False), model)
+    inject_adapter_in_model(S2FTPeftConfig(**RATIOS), other)
+    assert torch.equal(output_of(other), output_of(model_of("llama-grouped")))
+    result = set_peft_model_state_dict(other, get_peft_model_state_dict(model))
+    assert not result.unexpected_keys and torch.equal(output_of(other), output_of(model))
+
+
+# ---- several adapters ----------------------------------------------------------------------------------
+
+def test_set_add_and_delete():
+    model, alone = two_of(), {}
+    for name in "ab":
+        model.set_adapter(name)
+        alone[name] = output_of(model)
+        assert all(layer.s2ft_delta[other].requires_grad is (other == name)
+                   for layer in layers_of(model).values() for other in "ab")
+    assert not torch.equal(alone["a"], alone["b"])
+    with pytest.raises(ValueError, match="already exists"):
+        model.add_adapter("a", S2FTPeftConfig(d_ratio=0.1))
+    model.delete_adapter("b")
+    assert all(list(layer.s2ft_delta) == list(layer.s2ft_index) == ["a"] for layer in layers_of(model).values())
+    assert torch.equal(output_of(model), alone["a"])
+
+
+def test_a_config_that_fails_leaves_the_others_as_they_were():
+    model = two_of()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="is no projection or module"):
+        model.add_adapter("c", S2FTPeftConfig(units={"nowhere": [0]}))
+    assert set(model.peft_config) == {"a", "b"} and same_state(model.state_dict(), before)
+
+
+@cases
+def test_weighted_sums_are_the_librarys(case):
+    model = two_of(case)
+    model.add_weighted_adapter(["a", "b"], [0.7, -0.3], "sum")
+    model.set_adapter("sum")
+    expected = 0.7 * to_native(model, "a") + -0.3 * to_native(model, "b")
+    found = to_native(model, "sum")
+    assert found.selection == expected.selection and found.deltas.keys() == expected.deltas.keys()
+    assert all(torch.equal(found.deltas[key].values, expected.deltas[key].values) for key in found.deltas)
+    base = model_of(case)
+    s2ft.load_adapter(base, expected)
+    assert torch.equal(output_of(base), output_of(model))
+
+
+def test_a_weighted_sum_is_saved_like_any_other(tmp_path):
+    model = two_of()
+    model.add_weighted_adapter(["a", "b"], [1, 1], "sum", combination_type="linear")
+    model.set_adapter("sum")
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    again = PeftModel.from_pretrained(model_of("llama-grouped"), tmp_path / "sum").eval()
+    assert torch.equal(output_of(again), output_of(model))
+    assert again.peft_config["default"].chosen_by == {"sum_of": [["a", 1.0], ["b", 1.0]]}
+
+
+@pytest.mark.parametrize("arguments, message", (
+    ((["a", "x"], [1, 1], "sum"), "Adapter x does not exist"), ((["a"], [1, 1], "sum"), "as many as adapters"),
+    ((["a"], [float("nan")], "sum"), "must be a finite number"), (([], [], "sum"), "at least one"),
+    ((["a"], [1], "b"), "there is an adapter called 'b' already"),
+    ((["a"], [1], "sum", "svd"), "combination_type must be linear")))
+def test_sums_that_cannot_be_meant(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        two_of().add_weighted_adapter(*arguments)
+
+
+def test_modules_saved_whole_cannot_be_added_up():
+    model = get_peft_model(model_of("llama-grouped"), S2FTPeftConfig(d_ratio=0.1, modules_to_save=["lm_head"]), "a")
+    model.add_adapter("b", S2FTPeftConfig(d_ratio=0.1, modules_to_save=["lm_head"]))
+    with pytest.raises(ValueError, match="can't be added up"):
+        model.add_weighted_adapter(["a", "b"], [1, 1], "sum")
+
+
+# ---- mixed batches -------------------------------------------------------------------------------------
+
+MIX = ["b", "__base__", "a", "b"]
+
+
+@pytest.mark.parametrize("case", ("llama-grouped", "phi3-grouped", "gpt2"))
+@pytest.mark.parametrize("grad", (False, True))
+def test_every_row_of_a_mixed_batch_has_its_own_adapter(case, grad):
+    model = two_of(case)
+    tokens = torch.randint(67, (4, 7))
+    expected = []
+    for row, name in zip(tokens, MIX):
+        if name == "__base__":
+            expected.append(model_of(case)(row[None]).logits)
+        else:
+            model.set_adapter(name)
+            expected.append(model(row[None]).logits)
+    with torch.set_grad_enabled(grad):
+        got = model(tokens, adapter_names=MIX).logits
+    assert relative_difference(got, torch.cat(expected)) < LOGITS
+    assert got.requires_grad is grad
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, model(tokens).logits)   # the names are gone
+
+
+@pytest.mark.parametrize("options", ({}, {"num_beams": 3}))
+def test_generate_mixed(options):
+    model = two_of("llama-grouped")
+    for layer in layers_of(model).values():
+        for name in "ab":
+            layer.s2ft_delta[name].data.mul_(4)   # enough for other tokens
+    tokens = torch.randint(3, 67, (4, 5))
+    settings = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None, **options)
+    expected = []
+    for row, name in zip(tokens, MIX):
+        if name != "__base__":
+            model.set_adapter(name)
+        runs = model_of("llama-grouped") if name == "__base__" else model
+        expected.append(runs.generate(input_ids=row[None], **settings)[0])
+    got = model.generate(input_ids=tokens, adapter_names=MIX, **settings)
+    assert torch.equal(got, torch.stack(expected)) and len({tuple(row.tolist()) for row in got}) == 4
+
+
+def test_mixed_batches_that_cannot_be():
+    model, tokens = two_of(), torch.randint(67, (4, 3))
+    for names, message in ((MIX[:3], "Length of `adapter_names`"), (["c"] * 4, "non-existing adapter.*: c")):
+        with pytest.raises(ValueError, match=message):
+            model(tokens, adapter_names=names)
+    with pytest.raises(ValueError, match="in training mode"):
+        model.train()(tokens, adapter_names=MIX)
+    model.eval().merge_adapter()
+    with pytest.raises(ValueError, match="there are merged adapters"):
+        model(tokens, adapter_names=MIX)
+    model.unmerge_adapter()
+    assert not any(module._forward_pre_hooks for module in layers_of(model).values())
