@@ -169,8 +169,12 @@ def _tensors(output: Any, name: str = "") -> Iterator[Tensor]:
 
 # ---- an input made from a transformers model's config ---------------------------------------------------
 
-def example_of(model: nn.Module) -> Optional[Dict[str, Tensor]]:
-    """A small batch for a transformers model: token ids, pixels or sound, as its config has them; None for others."""
+def example_of(model: nn.Module, rows: int = 2, length: int = 8, device: Any = None) -> Optional[Dict[str, Tensor]]:
+    """A small batch for a transformers model: token ids, pixels or sound, as its config has them; None for others.
+
+    Args:
+        rows: sequences, images or recordings. length: tokens of a sequence. device: default: the model's.
+    """
     config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
     if config is None or main is None:
         return None
@@ -181,21 +185,22 @@ def example_of(model: nn.Module) -> Optional[Dict[str, Tensor]]:
     if "decoder_input_ids" in takes and getattr(config, "is_encoder_decoder", False):
         names.append("decoder_input_ids")
     weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-    values = {name: _value(name, config, torch.Generator().manual_seed(0)) for name in dict.fromkeys(names)}
+    values = {name: _value(name, config, rows, length, torch.Generator().manual_seed(0))
+              for name in dict.fromkeys(names)}
     if any(value is None for value in values.values()):
         return None
-    return {name: value.to(weight.device, weight.dtype if value.is_floating_point() else None)
+    return {name: value.to(device or weight.device, weight.dtype if value.is_floating_point() else None)
             for name, value in values.items()}
 
 
-def _value(name: str, config: Any, generator: torch.Generator) -> Optional[Tensor]:
+def _value(name: str, config: Any, rows: int, length: int, generator: torch.Generator) -> Optional[Tensor]:
     text, vision = getattr(config, "text_config", None) or config, getattr(config, "vision_config", None) or config
     if name in ("input_ids", "decoder_input_ids") and hasattr(text, "vocab_size"):
-        return torch.randint(text.vocab_size, (2, 8), generator=generator)
+        return torch.randint(text.vocab_size, (rows, length), generator=generator)
     if name == "pixel_values" and hasattr(vision, "image_size"):
         size = vision.image_size
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        return torch.randn(2, getattr(vision, "num_channels", 3), height, width, generator=generator)
+        return torch.randn(rows, getattr(vision, "num_channels", 3), height, width, generator=generator)
     if name == "input_features" and hasattr(config, "num_mel_bins"):
-        return torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
+        return torch.randn(rows, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
     return None
