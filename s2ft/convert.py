@@ -8,8 +8,8 @@ from s2ft.arch import couplings_of
 from s2ft.config import S2FTConfig
 from s2ft.coupling import Coupling
 from s2ft.fingerprint import fingerprint
-from s2ft.mounting import (RECORD, Attachment, attachment_of, check_can_merge, mount, put_on, restore, take_off,
-                           that_can_move)
+from s2ft.mounting import (RECORD, Attachment, attachment_of, check_can_merge, check_not_sharded, mount, put_on,
+                           restore, take_off, that_can_move)
 from s2ft.report import Report
 from s2ft.selection import Selection
 from s2ft.selection import select as select_units
@@ -48,7 +48,8 @@ def attach(model: nn.Module, config: S2FTConfig, name: str = "default", calibrat
         example: what to run it on: a tensor, a tuple of arguments or a dict of them. For models of transformers
             one is made from the config.
     Returns: a report that prints as a table of what is trained.
-    Raises: ValueError, with the model as it was; TypeError for a config that is none.
+    Raises: ValueError, with the model as it was; TypeError for a config that is none; RuntimeError, where
+    torch.distributed is initialized, on ranks that would train other units, or on another base, than the first.
     """
     if not isinstance(config, S2FTConfig):
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
@@ -178,8 +179,12 @@ def check_name(name: str) -> None:
 # ---- back ------------------------------------------------------------------------------------------
 
 def detach(model: nn.Module) -> nn.Module:
-    """Take every adapter off and give back the base model, bit for bit, as it was before attach."""
+    """Take every adapter off and give back the base model, bit for bit, as it was before attach.
+
+    Raises: ValueError when the model is sharded; there ``set_adapter(model, None)`` gives the base.
+    """
     record = attachment_of(model)
+    check_not_sharded(model, "detach")
     take_off(model, record)
     return restore(model, record)
 
@@ -188,9 +193,10 @@ def merge(model: nn.Module) -> nn.Module:
     """Write the active adapter into the weights and give back the plain model, in original order.
 
     The weights are, bit for bit, those the adapter was trained with.
-    Raises: ValueError when no adapter is active, or the base is quantized.
+    Raises: ValueError when no adapter is active, the base is quantized, or the model is sharded.
     """
     record = attachment_of(model)
+    check_not_sharded(model, "merge")
     if not record.active:
         raise ValueError("no adapter is active, so there is nothing to merge: set_adapter first, or detach")
     if record.trains:
@@ -203,9 +209,10 @@ def merge(model: nn.Module) -> nn.Module:
 def fuse(model: nn.Module) -> None:
     """Write the active adapter into the weights until :func:`unfuse`: plain linears, for generation.
 
-    Raises: ValueError when the base is quantized.
+    Raises: ValueError when the base is quantized or the model is sharded.
     """
     record = attachment_of(model)
+    check_not_sharded(model, "fuse")
     if record.trains:
         check_can_merge(record)   # before any layer is fused
         for mounted in record.mounts.values():

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.coupling import Coupling, Projection, projections_of
+from s2ft.distributed import is_dtensor, is_partitioned
 from s2ft.weights import bias_of, find, is_quantized, matrix_of, weight_of
 
 SAMPLES = 4          # values of each weight that are kept for comparing across dtypes
@@ -48,7 +49,16 @@ def fingerprint(model: nn.Module, couplings: List[Coupling]) -> Dict[str, Any]:
 def _check_is_here(path: str, weight: Tensor) -> None:
     if weight.is_meta:
         raise ValueError(f"{path} is on the meta device: load its weights first")
-    if type(weight.data).__name__ == "DTensor":
+    if is_partitioned(weight):
+        raise ValueError(f"{path} is partitioned by ZeRO-3 already: load the model outside deepspeed.zero.Init (before "
+                         "the DeepSpeed config is made, or with zero3_init_flag false), attach or load the adapter, "
+                         "then let DeepSpeed have it")
+    if is_dtensor(weight):
+        axes = weight.device_mesh.mesh_dim_names or ()
+        if "tp" in axes or any(p.is_shard() and p.dim for p in weight.placements):
+            raise ValueError(f"{path} is split over ranks by tensor parallelism ({weight.placements}), where no rank "
+                             "has all the units that S²FT selects from and moves: load the model without tp_plan, "
+                             "attach, and shard it by FSDP2 or ZeRO")
         raise ValueError(f"{path} is sharded (a DTensor): attach or load the adapter first, then shard the model")
 
 
@@ -78,6 +88,12 @@ def _content(tensor: Tensor) -> bytes:
     total = int(tensor.contiguous().view(integers).sum(dtype=torch.int64))
     some = _every(tensor, 64).contiguous().view(integers)
     return total.to_bytes(8, "little", signed=True) + some.cpu().numpy().tobytes()
+
+
+def digest(fingerprint: Dict[str, Any]) -> str:
+    """Of all layers, in 16 hexadecimal digits."""
+    layers = "".join(layer["digest"] for layer in fingerprint["layers"].values())
+    return hashlib.sha256(layers.encode()).hexdigest()[:16]
 
 
 def difference(ours: Dict[str, Any], theirs: Dict[str, Any]) -> str:

@@ -3,7 +3,7 @@ that are put on and taken off."""
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MethodType
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,14 @@ from s2ft.checkpointing import open_blocks
 from s2ft.config import S2FTConfig
 from s2ft.coupling import Coupling, Projection, projections_of
 from s2ft.delta import Delta
+from s2ft.distributed import check_alike, has_master, is_sharded, settle, whole, write_units
+from s2ft.fingerprint import digest
 from s2ft.layers import NO_FUSE, S2ColumnStack, S2Layer, S2QuantizedLinear, S2RowStack, experts_forward, layers_for
 from s2ft.ops import act_mul, scatter_add_, swap_
 from s2ft.permutation import contiguous_range, coupling_order, element_order, inverse, permute_coupling
 from s2ft.quantizer import as_before, let_train
 from s2ft.selection import Selection
-from s2ft.weights import (find, is_quantized, matrix_of, moving_tensors, pack_again, pack_never, passes_gradient,
+from s2ft.weights import (find, is_quantized, moving_tensors, pack_again, pack_never, part_of, passes_gradient,
                           position, put)
 
 RECORD = "_s2ft"   # the attribute of the model that holds its Attachment
@@ -40,7 +42,7 @@ class Part:
 class Mount:
     """One trainable layer and what it stands for."""
 
-    original: Union[nn.Module, nn.Parameter]   # what it replaced; both hold the same weight and bias
+    original: Optional[nn.Module]   # what it replaced, without weight and bias; None: a parameter
     layer: S2Layer
     parts: List[Part]   # one for each projection that is trained in this weight
     position: Optional[int] = None             # of a parameter among its module's
@@ -64,7 +66,8 @@ class Attachment:
     active: Dict[str, float] = field(default_factory=dict)                # adapters with their weights
     unpacked: List[str] = field(default_factory=list)                     # of pack_never
     hooks: List[RemovableHandle] = field(default_factory=list)            # of open_blocks
-    applied: List[Tuple[Projection, Tensor, Tensor]] = field(default_factory=list)   # with index and base
+    # what is written: where, in the whole weight or, the last says so, in this rank's part, and the base there
+    applied: List[Tuple[Projection, Tensor, Tensor, bool]] = field(default_factory=list)
     places: Dict[str, Tensor] = field(default_factory=dict)   # of projections that moved: element → its present place
 
     @property
@@ -89,6 +92,11 @@ class Attachment:
         return self.name is not None and self.active.get(self.name) == 1
 
     @property
+    def slices(self) -> Dict[str, Tensor]:
+        """Every s2, by its name in the model."""
+        return {f"{path}.s2": mount.layer.s2 for path, mount in self.mounts.items()}
+
+    @property
     def parts(self) -> Dict[str, Tuple[Mount, Part]]:
         """By the projection's name."""
         return {part.projection.name: (mount, part) for mount in self.mounts.values() for part in mount.parts}
@@ -98,14 +106,30 @@ def attachment_of(model: nn.Module) -> Attachment:
     """The model's record. Raises: ValueError when nothing is attached."""
     record = model.__dict__.get(RECORD)
     if record is None:
-        raise ValueError(f"{type(model).__name__} has no S²FT adapter: call s2ft.attach or s2ft.load_adapter first")
+        inside = next((path for path, module in model.named_modules() if RECORD in module.__dict__), None)
+        raise ValueError(f"{type(model).__name__} has no S²FT adapter: " + (
+            "call s2ft.attach or s2ft.load_adapter first" if inside is None else
+            f"it is a wrapper of the model that has one: pass model.{inside}, or accelerator.unwrap_model(model)"))
     return record
+
+
+def check_not_sharded(model: nn.Module, what: str) -> None:
+    """Raises: ValueError where weights are spread over ranks, by FSDP2 or ZeRO-3."""
+    path = next((path for path, parameter in model.named_parameters() if is_sharded(parameter)), None)
+    if path is not None:
+        raise ValueError(f"{what} would change the layers of a model that is sharded ({path}), and what shards it "
+                         "knows only those that there were: do it before, or s2ft.save_adapter here and go on with a "
+                         "base that is not sharded")
 
 
 # ---- in ----------------------------------------------------------------------------------------------
 
 def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: Selection, name: str) -> None:
-    """Freeze the model, move units (layout permuted) and put trainable layers in. Checks come first."""
+    """Freeze the model, move units (layout permuted) and put trainable layers in. Checks come first.
+
+    Raises: ValueError; RuntimeError where another rank trains other units or has another base.
+    """
+    check_not_sharded(model, "a trainable adapter")
     touched = [coupling for coupling in record.couplings
                if any(projection.name in selection for projection in coupling.projections)]
     orders = {}
@@ -114,6 +138,7 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
         _check_can_move(model, movable)
         orders = {coupling: _order(coupling, selection) for coupling in movable}
     _check_gradients_pass(model)
+    check_alike(f"adapter {name!r}", {"its selection": selection.digest, "the base": digest(record.fingerprint)})
     record.name, record.config, record.selection, record.active = name, config, selection, {name: 1.0}
     try:
         _mount_all(model, record, touched, orders)
@@ -158,10 +183,13 @@ def _part(projection: Projection, units: Tensor, order: Optional[Tensor]) -> Par
 def _mount(model: nn.Module, path: str, parts: List[Part], config: S2FTConfig) -> Mount:
     original = find(model, path)
     if isinstance(original, nn.Parameter):
-        made = Mount(original, _stack(original, parts, config), parts, position(model, path))
+        made = Mount(None, _stack(original, parts, config), parts, position(model, path))
     else:
         made = Mount(original, _layer(original, parts, config), parts)
     put(model, path, made.layer)
+    if made.original is not None and not isinstance(made.layer, S2QuantizedLinear):
+        # the layer's alone: a second owner would keep them whole where the layer's are sharded or moved
+        made.original.weight = made.original.bias = None
     return made
 
 
@@ -287,10 +315,10 @@ def restore(model: nn.Module, record: Attachment) -> nn.Module:
     for hook in record.hooks:
         hook.remove()
     for path, mount in reversed(record.mounts.items()):
-        if isinstance(mount.original, nn.Parameter):
+        if mount.original is None:
             put(model, path, mount.layer.weight, mount.position)
         else:
-            if not is_quantized(mount.original):
+            if not isinstance(mount.layer, S2QuantizedLinear):
                 mount.original.weight, mount.original.bias = mount.layer.weight, mount.layer.bias
             mount.original.train(mount.layer.training)
             put(model, path, mount.original)
@@ -308,11 +336,16 @@ def restore(model: nn.Module, record: Attachment) -> nn.Module:
 
 def take_off(model: nn.Module, record: Attachment) -> None:
     """Make no adapter active; the weights hold the base, bit for bit."""
+    settle(model)
     for mount in record.mounts.values():
         mount.layer.unfuse()
         mount.layer.enabled = False
-    for projection, index, base in reversed(record.applied):
-        swap_(matrix_of(model, projection), index, base, projection.dim)
+    for projection, index, base, own in reversed(record.applied):
+        with part_of(model, projection) as part:
+            if not own:   # written before the model was sharded, if it is
+                index, base = part.cut(index, base, projection.dim)
+            if base.numel():
+                swap_(part.tensor, index, base, projection.dim)
     record.applied.clear()
     record.active = {}
 
@@ -340,12 +373,15 @@ def put_on(model: nn.Module, record: Attachment, weights: Dict[str, float],
 
 
 def _write(model: nn.Module, record: Attachment, projection: Projection, parts: List[Tuple[Delta, float]]) -> None:
-    weight = matrix_of(model, projection)
-    index = [_current_places(record, projection, delta.index).to(weight.device) for delta, _ in parts]
-    values = [delta.values.to(weight.device) for delta, _ in parts]
-    bases = [torch.empty_like(value, dtype=weight.dtype) for value in values]
-    scatter_add_(weight, index, values, projection.dim, [weight for _, weight in parts], replaced=bases)
-    record.applied += [(projection, *both) for both in zip(index, bases)]
+    with part_of(model, projection) as part:
+        weight = part.tensor
+        found = [part.cut(_current_places(record, projection, delta.index), delta.values, projection.dim)
+                 for delta, _ in parts]
+        index, values = ([one[i].to(weight.device) for one in found] for i in (0, 1))
+        bases = [torch.empty_like(value, dtype=weight.dtype) for value in values]
+        if weight.numel():   # else all of it is on other ranks
+            scatter_add_(weight, index, values, projection.dim, [weight for _, weight in parts], replaced=bases)
+        record.applied += [(projection, *both, not part.whole) for both in zip(index, bases)]
 
 
 def check_can_write(model: nn.Module, record: Attachment, deltas: Dict[str, Delta]) -> None:
@@ -367,23 +403,38 @@ def _current_places(record: Attachment, projection: Projection, index: Tensor) -
 def mounted_deltas(record: Attachment, state: Optional[Mapping[str, Tensor]] = None) -> Dict[str, Delta]:
     """The trainable adapter's deltas in original coordinates, copied.
 
-    Args: state: a state_dict to take every s2 from, of a model whose own are not whole here; default: the layers'.
-    Raises: ValueError where it lacks one.
+    Args: state: a state_dict to take every s2 from; default: the layers' own, gathered where they are spread over
+        ranks, for which all of those must call this.
+    Raises: ValueError where it lacks one, or one is not whole; RuntimeError where a rank does not come.
     """
+    slices = whole(record.slices) if state is None else state
+    for path, mount in record.mounts.items():
+        _check_is_whole(f"{path}.s2", mount, slices)
     deltas = {}
     for name, (mount, part) in record.parts.items():
-        dim, key = mount.layer.dim, f"{part.projection.path}.s2"
-        if state is not None and key not in state:
-            raise ValueError(f"the state given to save has no {key}")
-        s2 = mount.layer.s2.detach() if state is None else state[key].detach()
-        deltas[name] = Delta(dim, part.elements.clone(), s2.index_select(dim, part.positions.to(s2.device)))
+        s2, dim = slices[f"{part.projection.path}.s2"].detach(), mount.layer.dim
+        values = s2.index_select(dim, part.positions.to(s2.device))
+        if has_master(mount.layer.s2):   # an optimizer's are float32
+            values = values.to(record.config.delta_dtype_for(mount.layer.s2.dtype))
+        deltas[name] = Delta(dim, part.elements.clone(), values)
     return deltas
+
+
+def _check_is_whole(key: str, mount: Mount, slices: Mapping[str, Tensor]) -> None:
+    if key not in slices:
+        raise ValueError(f"the state given to save has no {key}")
+    shape, dim = slices[key].shape, mount.layer.dim
+    expected = sum(part.elements.numel() for part in mount.parts)
+    if len(shape) < 2 or shape[dim] != expected or 0 in shape:
+        raise ValueError(f"{key} has shape {tuple(shape)} here, not {expected} {('rows', 'columns')[dim]}: it is a "
+                         "part of what is trained, so nothing is saved. FSDP2 and ZeRO-3 are gathered by themselves; under "
+                         "FSDP version 1 do this in FullyShardedDataParallel.summon_full_params(model, "
+                         "writeback=False), else give a state that was gathered")
 
 
 @torch.no_grad()
 def set_mounted_deltas(record: Attachment, deltas: Dict[str, Delta]) -> None:
-    """Copy deltas of the same selection into the trainable layers."""
+    """Copy deltas of the same selection into the trainable layers, on every rank that has a part of them."""
     for name, delta in deltas.items():
         mount, part = record.parts[name]
-        s2 = mount.layer.s2
-        s2.index_copy_(delta.dim, part.positions.to(s2.device), delta.values.to(s2))
+        write_units(mount.layer.s2, part.positions, delta.values, delta.dim)

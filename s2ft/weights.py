@@ -4,12 +4,14 @@ Linear layers and convolutions have (O, I, ...) weights; transformers' Conv1D ha
 [experts, O, I], in a parameter of their own. Everything else asks here.
 """
 import copy
-from typing import List, Optional, Union
+from contextlib import contextmanager
+from typing import Iterator, List, Optional, Union
 
 import torch
 from torch import Tensor, nn
 
 from s2ft.coupling import Coupling, Projection
+from s2ft.distributed import Part, is_dtensor, is_partitioned, opened, own_part
 
 
 def find(model: nn.Module, path: str) -> Union[nn.Module, Tensor]:
@@ -117,7 +119,9 @@ def shape_of(model: nn.Module, projection: Projection) -> torch.Size:
     found = find(model, projection.path)
     if is_quantized(getattr(found, "linear", found)):
         return torch.Size((found.out_features, found.in_features))
-    return matrix_of(model, projection).shape
+    weight = weight_of(model, projection)
+    shape = getattr(weight, "ds_shape", weight.shape)   # of all of it, where ZeRO-3 holds it
+    return as_matrix(torch.empty(shape, device="meta"), projection.expert, _is_transposed(found)).shape
 
 
 def parameters_of(model: nn.Module) -> int:
@@ -152,6 +156,36 @@ def matrix_of(model: nn.Module, projection: Projection) -> Tensor:
         return dequantized(plain).detach()
     weight = found.weight if isinstance(found, nn.Module) else found
     return as_matrix(weight.detach(), projection.expert, _is_transposed(found))
+
+
+@contextmanager
+def part_of(model: nn.Module, projection: Projection) -> Iterator[Part]:
+    """What this rank can write of :func:`matrix_of`, in the weight's own memory: all of it, but where it is sharded.
+
+    Under ZeRO-3 every rank must come, and write the same.
+    """
+    weight = weight_of(model, projection)
+    if is_dtensor(weight):
+        yield _own_part(find(model, projection.path), weight, projection.expert)
+    elif is_partitioned(weight):
+        with opened(weight):
+            yield Part(matrix_of(model, projection))
+    else:
+        yield Part(matrix_of(model, projection))
+
+
+def _own_part(found, weight: Tensor, expert: Optional[int]) -> Part:
+    part = own_part(weight)
+    matrix, start = part.tensor, part.start
+    if expert is not None:
+        at = expert - start[0]
+        matrix, start = matrix[at] if 0 <= at < matrix.shape[0] else matrix.new_empty(0, *matrix.shape[2:]), start[1:]
+    transposed = _is_transposed(found)
+    if matrix.numel():
+        matrix = as_matrix(matrix, transposed=transposed)
+    elif transposed:
+        matrix = matrix.t()
+    return Part(matrix, start[1::-1] if transposed else start[:2])
 
 
 def _is_transposed(found) -> bool:

@@ -10,6 +10,7 @@ from s2ft.adapter.formats import native
 from s2ft.adapter.hub import resolve
 from s2ft.adapter.switch import check_free, get_adapter, set_adapter
 from s2ft.convert import check_name, mount_on, new_attachment
+from s2ft.distributed import on_first, settle, sharers
 from s2ft.mounting import RECORD, Attachment, attachment_of, check_can_write, set_mounted_deltas
 
 
@@ -21,16 +22,22 @@ def save_adapter(model: nn.Module, directory, name: Optional[str] = None, info: 
         directory: made if need be; an adapter in it is replaced.
         name: which adapter; default: the trainable one, or the only one loaded.
         info: JSON values to keep with it, e.g. the base model's name.
-        state: a state_dict gathered by others (accelerate, Trainer) that has the trainable layers' s2, for a model
-            that is sharded.
-    Raises: ValueError for an unknown name or a delta that is empty or not finite, nothing written.
+        state: a state_dict gathered by others (accelerate, Trainer) that has the trainable layers' s2, instead of the
+            model's own.
+
+    What is trained of a sharded model (FSDP2, or by ZeRO's optimizers) is gathered: every rank must call this, the
+    first writes, and the others return when the files stand. Of any other model each rank that calls this writes.
+
+    Raises: ValueError for an unknown name or a delta that is empty or not finite, nothing written; RuntimeError where
+    another rank failed to write, or does not come to gather within ten minutes.
     """
     record = attachment_of(model)
     if name is None:
         name = record.name if record.name is not None else next(iter(record.active), record.names[0])
     adapter = get_adapter(model, name, state)
     adapter.info = {**model_info(model), **adapter.info, **(info or {})}
-    native.write(adapter, directory)
+    ranks = sharers(record.slices.values()) if name == record.name and state is None else None
+    on_first("saving an adapter", ranks, lambda: native.write(adapter, directory))
 
 
 def model_info(model: nn.Module) -> Dict[str, Any]:
@@ -99,4 +106,5 @@ def restore_adapter(model: nn.Module, directory) -> None:
     check_fits(adapter, model, record)
     if record.selection is None or adapter.selection != record.selection:
         raise ValueError(f"{directory} holds another selection than the one this model trains")
+    settle(model)
     set_mounted_deltas(record, adapter.deltas)

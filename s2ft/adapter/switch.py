@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from s2ft.adapter.adapter import Adapter, check_weight, weighted_sum
 from s2ft.adapter.overlap import Overlap, overlap
 from s2ft.convert import check_name, fuse
-from s2ft.mounting import RECORD, Attachment, attachment_of, check_can_write, mounted_deltas, put_on, restore, take_off
+from s2ft.distributed import settle
+from s2ft.mounting import (RECORD, Attachment, attachment_of, check_can_write, check_not_sharded, mounted_deltas,
+                           put_on, restore, take_off)
 
 Weights = Union[str, Mapping[str, float], None]
 
@@ -28,6 +30,7 @@ def set_adapter(model: nn.Module, adapters: Weights) -> None:
     trainable_is_written = weights.get(record.name, 1) != 1
     if weights == record.active and not trainable_is_written:   # else its numbers may have changed since
         return
+    settle(model)
     deltas = {name: _deltas(record, name) for name in weights if name != record.name or trainable_is_written}
     if record.name in deltas:   # those that were loaded were looked at then
         check_can_write(model, record, deltas[record.name])
@@ -73,13 +76,16 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 def get_adapter(model: nn.Module, name: str, state: Optional[Mapping[str, Tensor]] = None) -> Adapter:
     """A loaded adapter, or the trainable one as it is now, for arithmetic: ``a + b``, ``0.5 * a``, ``-a``.
 
-    Args: state: a gathered state_dict that has the trainable one's numbers, where the model's own are not whole.
-    Raises: ValueError for a name that is not loaded.
+    The trainable one of a sharded model is gathered: every rank must call this.
+
+    Args: state: a gathered state_dict that has the trainable one's numbers, instead of the model's own.
+    Raises: ValueError for a name that is not loaded; RuntimeError where a rank does not come to gather.
     """
     record = attachment_of(model)
     _check_known(record, name)
     if name != record.name:
         return record.others[name]
+    settle(model)
     return Adapter(name, record.config, record.selection, record.fingerprint, mounted_deltas(record, state),
                    couplings=record.couplings if record.given else None)
 
@@ -120,6 +126,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     """
     record = attachment_of(model)
     _check_known(record, name)
+    if name == record.name or len(record.names) == 1:
+        check_not_sharded(model, "deleting the trainable or the last adapter")
     if name in record.active:
         take_off(model, record)
     others = {other: adapter for other, adapter in record.others.items() if other != name}

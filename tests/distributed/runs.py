@@ -1,0 +1,85 @@
+"""The same training on one process and on two, and what came of it."""
+import json
+from contextlib import nullcontext
+
+import torch
+from safetensors.torch import load_file
+from support.models import ALL_RATIOS, model_of, ratios_for
+from support.tolerances import GEMM
+from torch import nn
+
+import s2ft
+
+STEPS, ROWS, LENGTH = 4, 4, 7
+RANKS = 2
+
+
+def attached(case, layout="permuted", dtype=torch.float32, **changes):
+    model = model_of(case, dtype)
+    s2ft.attach(model, s2ft.S2FTConfig(**{**ratios_for(case, ALL_RATIOS), "layout": layout, **changes}))
+    return model
+
+
+def batches(model, steps=STEPS):
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(model.config.vocab_size, (ROWS, LENGTH), generator=generator) for _ in range(steps)]
+
+
+def rows_of(rank):
+    return slice(rank * ROWS // RANKS, (rank + 1) * ROWS // RANKS)
+
+
+def train(model, rank=None, steps=STEPS, lr=1e-2, forward=None):
+    """AdamW steps on this rank's half of every batch; rank None: on both halves, one after the other."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.1)
+    model.train()
+    for batch in batches(model, steps):
+        halves = [batch[rows_of(one)] for one in range(RANKS)] if rank is None else [batch[rows_of(rank)]]
+        for half in halves:
+            loss = (forward or model)(input_ids=half, labels=half).loss
+            (loss / len(halves)).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def blocks_of(model):
+    return next(module for module in model.modules() if isinstance(module, nn.ModuleList))
+
+
+def sharded(model, blocks=True, offload=False, **options):
+    """FSDP2 around every block and the model, or the model alone."""
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+    for block in blocks_of(model) if blocks else ():
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
+
+
+def files(directory):
+    """(tensors, config) of a saved adapter; the config without the digest of the tensors."""
+    config = json.loads((directory / "s2ft_config.json").read_text())
+    del config["tensors_sha256"]
+    return load_file(directory / "s2ft_adapter.safetensors"), config
+
+
+def check_same_files(ours, theirs, rtol=GEMM[torch.float32][0], atol=GEMM[torch.float32][1], exactly=False):
+    """Same keys, dtypes, indices and config; deltas within rounding."""
+    (tensors, config), (expected, expected_config) = files(ours), files(theirs)
+    assert config == expected_config
+    assert tensors.keys() == expected.keys() and tensors
+    for key, value in tensors.items():
+        assert value.dtype == expected[key].dtype, key
+        if exactly or key.endswith(".index"):
+            assert torch.equal(value, expected[key]), key
+        else:
+            torch.testing.assert_close(value, expected[key], rtol=rtol, atol=atol)
+    assert any(bool(value.any()) for key, value in tensors.items() if key.endswith(".delta"))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=batches(model, 1)[0]).logits.clone()

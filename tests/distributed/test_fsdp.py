@@ -1,0 +1,231 @@
+"""FSDP2 on two ranks: trains and saves what one process does, switches adapters; what can't be is refused."""
+import gc
+import weakref
+
+import pytest
+import torch
+from runs import attached, check_same_files, logits, sharded, train
+from support.models import model_of
+
+import s2ft
+
+WAYS = {"blocks": {}, "root": {"blocks": False}, "kept": {"reshard_after_forward": False},
+        "offloaded": {"offload": True}}
+CASES = ("llama-grouped", "qwen2-grouped-tied", "gpt2", "mixtral", "phi3")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Adapters trained by one process with twice the accumulation, by case and layout."""
+    made = {}
+
+    def get(case, layout, **changes):
+        key = repr((case, layout, changes))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("alone")
+            model = attached(case, layout, **changes)
+            train(model)
+            s2ft.save_adapter(model, made[key])
+        return made[key]
+    return get
+
+
+def train_and_save(rank, case, layout, way, directory, checkpointing=None, changes={}):
+    """Whether the base is as it was, bit for bit."""
+    model = attached(case, layout, **changes)
+    base = {key: value.detach().clone() for key, value in model.named_parameters() if not value.requires_grad}
+    if checkpointing is not None:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": checkpointing})
+    sharded(model, **WAYS[way])
+    train(model, rank)
+    s2ft.save_adapter(model, directory)
+    now = dict(model.named_parameters())
+    return all(torch.equal(now[key].full_tensor(), value) for key, value in base.items())
+
+
+@pytest.mark.parametrize("layout", ("permuted", "indexed"))
+@pytest.mark.parametrize("case, way", [(case, "blocks") for case in CASES] + [("llama-grouped", way) for way in WAYS
+                                                                              if way != "blocks"])
+def test_two_ranks_train_and_save_what_one_does(ranks, alone, case, way, layout, tmp_path):
+    assert all(ranks(train_and_save, case, layout, way, tmp_path))
+    check_same_files(tmp_path, alone(case, layout))
+
+
+@pytest.mark.parametrize("reentrant", (False, True))
+def test_with_gradient_checkpointing(ranks, alone, reentrant, tmp_path):
+    assert all(ranks(train_and_save, "llama-grouped", "permuted", "blocks", tmp_path, reentrant))
+    check_same_files(tmp_path, alone("llama-grouped", "permuted"))
+
+
+def test_fewer_rows_than_ranks(ranks, alone, tmp_path):
+    """The second rank's part of an s2 of one row is empty."""
+    changes = dict(units={"model.layers.1.mlp.up_proj": [7], "model.layers.1.mlp.down_proj": [3]},
+                   **{f"{key}_ratio": 0.0 for key in "qkvougd"})
+    assert all(ranks(train_and_save, "llama", "permuted", "blocks", tmp_path, None, changes))
+    check_same_files(tmp_path, alone("llama", "permuted", **changes))
+
+
+def test_the_adapter_loads_into_one_process(ranks, tmp_path):
+    ranks(train_and_save, "llama-grouped", "permuted", "blocks", tmp_path)
+    model, trained = model_of("llama-grouped"), attached("llama-grouped")
+    train(trained)
+    s2ft.load_adapter(model, tmp_path)
+    torch.testing.assert_close(logits(model), logits(trained), rtol=1e-4, atol=1e-4)
+
+
+# ---- adapters on a sharded model ---------------------------------------------------------------------------
+
+def restore_and_save(rank, case, saved, directory):
+    """After a forward, whose weights the root keeps gathered: what is written there would be lost."""
+    model = sharded(attached(case), blocks=False)
+    before = logits(model)
+    s2ft.adapter.restore_adapter(model, saved)
+    after = logits(model)
+    s2ft.save_adapter(model, directory)
+    return before, after
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_restoring_into_a_sharded_model(ranks, alone, case, tmp_path):
+    saved = alone(case, "permuted")
+    for before, after in ranks(restore_and_save, case, saved, tmp_path):
+        model = attached(case)
+        assert torch.equal(before, logits(model))
+        s2ft.adapter.restore_adapter(model, saved)
+        assert torch.equal(after, logits(model)) and not torch.equal(before, after)
+    check_same_files(tmp_path, saved, exactly=True)
+
+
+def switch(model, adapters):
+    """Outputs under all kinds of settings, and the status."""
+    seen = []
+    for setting in (None, "a", {"a": 0.5, "b": 2.0}, "default", {"default": 0.5, "b": 1.0}, {"default": 1.0, "b": 1.0},
+                    None):
+        s2ft.set_adapter(model, setting)
+        seen.append(logits(model))
+    s2ft.set_adapter(model, {"a": 1.0, "default": 1.0})
+    return seen, str(s2ft.status(model))
+
+
+def loaded(case, saved, before=True):
+    """A model with the trained adapter to go on with, and two loaded ones on other units."""
+    model = model_of(case)
+    for name in ("a", "b"):
+        s2ft.load_adapter(model, saved[name], name, active=False)
+    if before:
+        s2ft.set_adapter(model, "a")   # written into the whole weight, taken off in parts
+    s2ft.attach(model, s2ft.S2FTConfig(units=s2ft.read_adapter(saved["b"]).selection, layout="permuted"))
+    s2ft.adapter.restore_adapter(model, saved["b"])
+    if before:
+        s2ft.set_adapter(model, {"a": 1.0, "default": 1.0})
+    return model
+
+
+def switch_sharded(rank, case, saved):
+    model = sharded(loaded(case, saved))
+    seen = switch(model, saved)
+    weights = {key: value.full_tensor().detach() for key, value in model.named_parameters()}
+    return seen, weights
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_switching_adapters_on_a_sharded_model(ranks, case, tmp_path):
+    saved = {}
+    for name, seed in (("a", 1), ("b", 2)):
+        model = attached(case, seed=seed)
+        train(model, steps=2, lr=0.1)
+        s2ft.save_adapter(model, saved.setdefault(name, tmp_path / name))
+    model = loaded(case, saved)
+    expected, said = switch(model, saved)
+    for (seen, status), weights in ranks(switch_sharded, case, saved):
+        assert status == said and len(seen) == len(expected)
+        for one, other in zip(seen, expected):
+            assert torch.equal(one, other)
+        assert all(torch.equal(value, weights[key]) for key, value in model.named_parameters())
+    assert not torch.equal(expected[0], expected[1]) and torch.equal(expected[0], expected[-1])
+
+
+def load_later(rank, case, saved):
+    """Adapters that come when the model is sharded already, beside a trainable one."""
+    model = sharded(attached(case))
+    s2ft.load_adapter(model, saved, "late")
+    late = logits(model)
+    with s2ft.disable_adapters(model):
+        base = logits(model)
+    s2ft.delete_adapter(model, "late")
+    return late, base, s2ft.list_adapters(model)
+
+
+def test_loading_into_a_sharded_model(ranks, alone, tmp_path):
+    saved = alone("llama-grouped", "permuted")
+    model = attached("llama-grouped")
+    s2ft.load_adapter(model, saved, "late")
+    for late, base, names in ranks(load_later, "llama-grouped", saved):
+        assert torch.equal(late, logits(model)) and names == ["default"]
+        assert torch.equal(base, logits(attached("llama-grouped")))
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------
+
+def refused(rank, saved):
+    """Messages, and whether the model trains on as if nothing had been asked."""
+    model = sharded(attached("llama"))
+    s2ft.load_adapter(model, saved, "other", active=False)
+    tries = {"detach": lambda: s2ft.detach(model), "merge": lambda: s2ft.merge(model), "fuse": lambda: s2ft.fuse(model),
+             "delete": lambda: s2ft.delete_adapter(model, "default")}
+    told = {}
+    for name, act in tries.items():
+        with pytest.raises(ValueError) as error:
+            act()
+        told[name] = str(error.value)
+    plain = sharded(model_of("llama"))
+    for name, act in {"attach": lambda: s2ft.attach(plain, s2ft.S2FTConfig(d_ratio=0.1)),
+                      "load": lambda: s2ft.load_adapter(plain, saved)}.items():
+        with pytest.raises(ValueError) as error:
+            act()
+        told[name] = str(error.value)
+    again = model_of("llama")
+    s2ft.load_adapter(again, saved, "other")
+    sharded(again)
+    with pytest.raises(ValueError) as error:
+        s2ft.attach(again, s2ft.S2FTConfig(d_ratio=0.1))
+    told["attach beside"] = str(error.value)
+    with pytest.raises(ValueError) as error:
+        s2ft.delete_adapter(again, "other")
+    told["delete the last"] = str(error.value)
+    expected = model_of("llama")
+    s2ft.load_adapter(expected, saved, "other")
+    train(model, rank)
+    s2ft.save_adapter(model, saved.parent / "after")
+    return told, torch.equal(logits(again), logits(expected))
+
+
+def test_what_would_change_layers_is_refused_and_changes_nothing(ranks, alone, tmp_path):
+    saved = tmp_path / "saved"
+    other = attached("llama", seed=9)
+    train(other, steps=1)
+    s2ft.save_adapter(other, saved)
+    for told, same in ranks(refused, saved):
+        assert same
+        for name in ("detach", "merge", "fuse", "delete", "attach beside", "delete the last"):
+            assert "a model that is sharded" in told[name], name
+        assert told["merge"].startswith("merge") and told["detach"].startswith("detach")
+        for name in ("attach", "load"):
+            assert "attach or load the adapter first, then shard" in told[name]
+    check_same_files(tmp_path / "after", alone("llama", "permuted"))
+
+
+# ---- memory and precision ---------------------------------------------------------------------------------
+
+def whole_weights_alive(rank, case):
+    model = attached(case)
+    layers = {path: mount.layer for path, mount in model._s2ft.mounts.items()}
+    whole = {path: weakref.ref(layer.weight.untyped_storage()) for path, layer in layers.items()}
+    sharded(model)
+    gc.collect()
+    return [path for path, storage in whole.items() if storage() is not None]
+
+
+@pytest.mark.parametrize("case", ("llama", "mixtral"))
+def test_no_whole_weight_is_kept_beside_the_shards(ranks, case):
+    assert ranks(whole_weights_alive, case) == [[], []]
