@@ -5,6 +5,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 from torch import nn
 
 from s2ft.arch import couplings_of
+from s2ft.compiled import of_compiled
 from s2ft.config import S2FTConfig
 from s2ft.coupling import Coupling
 from s2ft.fingerprint import fingerprint
@@ -17,6 +18,7 @@ from s2ft.verify import Trial
 
 # ---- attach ----------------------------------------------------------------------------------------
 
+@of_compiled
 def attach(model: nn.Module, config: S2FTConfig, name: str = "default", calibration=None, *,
            couplings: Optional[Sequence[Coupling]] = None, verify: Optional[bool] = None, example=None) -> Report:
     """Make the units that `config` selects the only trainable weights of `model`, in place.
@@ -120,6 +122,7 @@ def _try_out(model: nn.Module, couplings: List[Coupling], example: Any) -> Trial
     return trial
 
 
+@of_compiled
 def select(model: nn.Module, config: S2FTConfig, calibration=None, *,
            couplings: Optional[Sequence[Coupling]] = None) -> Selection:
     """The units that :func:`attach` would train, without attaching anything: the model stays as it is.
@@ -138,6 +141,7 @@ def select(model: nn.Module, config: S2FTConfig, calibration=None, *,
     return _chosen(model, config, calibration, couplings)[1]
 
 
+@of_compiled
 def plan(model: nn.Module, config: S2FTConfig, calibration=None, *,
          couplings: Optional[Sequence[Coupling]] = None) -> Report:
     """The report that :func:`attach` would return, without attaching anything; arguments as for :func:`select`.
@@ -178,6 +182,7 @@ def check_name(name: str) -> None:
 
 # ---- back ------------------------------------------------------------------------------------------
 
+@of_compiled
 def detach(model: nn.Module) -> nn.Module:
     """Take every adapter off and give back the base model, bit for bit, as it was before attach.
 
@@ -189,6 +194,7 @@ def detach(model: nn.Module) -> nn.Module:
     return restore(model, record)
 
 
+@of_compiled
 def merge(model: nn.Module) -> nn.Module:
     """Write the active adapter into the weights and give back the plain model, in original order.
 
@@ -206,6 +212,7 @@ def merge(model: nn.Module) -> nn.Module:
     return restore(model, record)   # an adapter that is applied stands in the weights already
 
 
+@of_compiled
 def fuse(model: nn.Module) -> None:
     """Write the active adapter into the weights until :func:`unfuse`: plain linears, for generation.
 
@@ -219,6 +226,7 @@ def fuse(model: nn.Module) -> None:
             mounted.layer.fuse()
 
 
+@of_compiled
 def unfuse(model: nn.Module) -> None:
     """Copy the base back, bit for bit, so that training can go on."""
     for mounted in attachment_of(model).mounts.values():

@@ -5,6 +5,7 @@ from typing import Dict, List, Tuple
 import torch
 from torch import nn
 
+from s2ft.compiled import of_compiled
 from s2ft.config import S2FTConfig
 from s2ft.coupling import Coupling, Projection, projections_of, unit_name
 from s2ft.mounting import attachment_of
@@ -108,6 +109,7 @@ def _name_in_layer(projection: Projection) -> str:
     return shown if projection.size is None else f"{shown}.{projection.key}"
 
 
+@of_compiled
 def print_trainable_parameters(model: nn.Module) -> None:
     """One line, as PEFT's models print it; total parameters are the base's and the trained ones."""
     report = Report.of(model)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from s2ft.adapter.adapter import Adapter, check_fits
 from s2ft.adapter.formats import native
+from s2ft.compiled import unwrapped
 from s2ft.convert import check_name, new_attachment
 from s2ft.coupling import Projection, projections_of
 from s2ft.delta import Delta
@@ -63,6 +64,7 @@ class AdapterBank:
             raise ValueError(f"dtype must be a floating-point dtype, or None, got {dtype!r}")
         if directory is not None and not Path(directory).is_dir():
             raise NotADirectoryError(f"{directory} is no folder of adapters")
+        model = unwrapped(model)
         check_plain(model)
         self.model, self.limit_bytes, self.dtype = model, limit_bytes, dtype
         self._directory = None if directory is None else Path(directory)

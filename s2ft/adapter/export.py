@@ -6,10 +6,12 @@ from torch import nn
 from s2ft.adapter.formats import lora
 from s2ft.adapter.store import load_adapter
 from s2ft.adapter.switch import get_adapter
+from s2ft.compiled import of_compiled
 from s2ft.coupling import Coupling
 from s2ft.mounting import attachment_of
 
 
+@of_compiled
 def export_lora(model: nn.Module, directory, name: Optional[str] = None, rank: Optional[int] = None,
                 rank_pattern: bool = False) -> None:
     """Save one adapter of `model` as a LoRA folder that PEFT and vLLM load and that adds the same to every weight.
@@ -25,6 +27,7 @@ def export_lora(model: nn.Module, directory, name: Optional[str] = None, rank: O
     lora.write(get_adapter(model, name), model, directory, rank, rank_pattern)
 
 
+@of_compiled
 def import_lora(model: nn.Module, directory, name: str = "default", *,
                 couplings: Optional[Sequence[Coupling]] = None) -> None:
     """Load a LoRA folder that is S²FT by its structure as adapter `name` and make it active.

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from s2ft.adapter.adapter import Adapter, check_weight, weighted_sum
 from s2ft.adapter.overlap import Overlap, overlap
+from s2ft.compiled import of_compiled
 from s2ft.convert import check_name, fuse
 from s2ft.distributed import settle
 from s2ft.mounting import (RECORD, Attachment, attachment_of, check_can_write, check_not_sharded, mounted_deltas,
@@ -15,6 +16,7 @@ from s2ft.mounting import (RECORD, Attachment, attachment_of, check_can_write, c
 Weights = Union[str, Mapping[str, float], None]
 
 
+@of_compiled
 def set_adapter(model: nn.Module, adapters: Weights) -> None:
     """Make an adapter active, or several in a weighted sum, or none. The base comes back bit for bit.
 
@@ -59,6 +61,7 @@ def _deltas(record: Attachment, name: str):
     return mounted_deltas(record) if name == record.name else record.others[name].deltas
 
 
+@of_compiled
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Inside, the model is its base, bit for bit; afterwards what was active is so again, fused if it was."""
@@ -73,6 +76,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
             fuse(model)
 
 
+@of_compiled
 def get_adapter(model: nn.Module, name: str, state: Optional[Mapping[str, Tensor]] = None) -> Adapter:
     """A loaded adapter, or the trainable one as it is now, for arithmetic: ``a + b``, ``0.5 * a``, ``-a``.
 
@@ -90,6 +94,7 @@ def get_adapter(model: nn.Module, name: str, state: Optional[Mapping[str, Tensor
                    couplings=record.couplings if record.given else None)
 
 
+@of_compiled
 def fuse_adapters(model: nn.Module, weights: Mapping[str, float], name: str) -> Overlap:
     """Load the weighted sum of adapters as a new one called `name`; nothing becomes active.
 
@@ -118,6 +123,7 @@ def list_adapters(model: nn.Module) -> List[str]:
     return status(model).adapters
 
 
+@of_compiled
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Forget an adapter; where it is active, all that is active comes off first. With the last one the model is the
     plain base, as after :func:`s2ft.detach`.
@@ -144,6 +150,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         put_on(model, kept, active, {other: others[other].deltas for other in active})
 
 
+@of_compiled
 def rename_adapter(model: nn.Module, name: str, new: str) -> None:
     """Raises: ValueError for a name that is not loaded, or a new one that can't be or is taken."""
     record = attachment_of(model)
@@ -195,6 +202,7 @@ class Status:
         return "\n".join(lines)
 
 
+@of_compiled
 def status(model: nn.Module) -> Status:
     """What s2ft has done to `model`, read from the layers themselves, layer by layer."""
     if RECORD not in model.__dict__:

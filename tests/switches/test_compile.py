@@ -1,0 +1,313 @@
+"""torch.compile of an attached model: one graph, the numbers of the uncompiled one, and nothing stale in it."""
+import copy
+import logging
+
+import pytest
+import torch
+from support.models import ALL_RATIOS, inputs_of, loss_of, model_of, output_of, ratios_for, token_batch
+from support.tolerances import GEMM, LOGITS, relative_difference
+from torch import nn
+from torch._dynamo.utils import counters
+
+import s2ft
+from s2ft import Coupling, Projection, S2FTConfig
+from s2ft.mounting import attachment_of
+
+BACKEND = "aot_eager"   # traces forward and backward as inductor does, in a fraction of the time
+FAMILIES = ("llama-grouped", "llama-biased", "llama-gelu-tanh", "qwen2", "gemma2", "phi3", "gpt2", "gpt-neox", "bert", "vit")
+SCATTERED = ("llama-grouped", "phi3", "gpt2", "bert")
+MORE = ("t5", "t5-gated", "whisper", "clip", "opt", "gpt2-cross-attention", "stablelm-normed", "cohere", "starcoder2",
+        "llama-relu", "llama-multi-query")
+layouts = pytest.mark.parametrize("layout", ("permuted", "indexed"))
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)   # pytest would keep every line of it
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def plain(case, layers=None, dtype=torch.float32):
+    """In training mode, without a cache, with the first `layers` of its layers."""
+    model = model_of(case, dtype)
+    for module in list(model.modules()):
+        if isinstance(module, nn.ModuleList) and layers:
+            del module[layers:]
+        if hasattr(getattr(module, "config", None), "use_cache"):
+            module.config.use_cache = False
+    if layers:
+        model.config.num_hidden_layers = layers
+    return model.train()
+
+
+def everything(case, **more):
+    return S2FTConfig(**ratios_for(case, ALL_RATIOS), **more)
+
+
+def attach(model, config):
+    s2ft.attach(model, config)
+    generator = torch.Generator().manual_seed(3)
+    for mount in attachment_of(model).mounts.values():
+        mount.layer.s2.data.normal_(std=0.02, generator=generator)
+    return model
+
+
+def compiled(model, **options):
+    return torch.compile(model, fullgraph=True, backend=BACKEND, **options)
+
+
+def step(model, called=None, loss=None):
+    """The loss and the gradients of `model`, run as `called`."""
+    model.zero_grad()
+    called = model if called is None else called
+    value = loss_of(called) if loss is None else loss(called)
+    value.backward()
+    return value.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_same(ours, theirs, within=LOGITS):
+    assert relative_difference(ours[0], theirs[0]) <= within
+    assert ours[1].keys() == theirs[1].keys() and len(ours[1]) > 0
+    for name, gradient in ours[1].items():
+        assert theirs[1][name].any() and relative_difference(gradient, theirs[1][name]) <= within, name
+
+
+def on_tokens(batch=2, length=9):
+    """A loss for :func:`step`, of a causal model on a batch of this size."""
+    def loss(model):
+        tokens = torch.randint(67, (batch, length), generator=torch.Generator().manual_seed(batch * length))
+        return model(input_ids=tokens, labels=tokens).loss
+    return loss
+
+
+# ---- forward and backward ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("case,layout", [(case, "permuted") for case in FAMILIES] + [(case, "indexed") for case in SCATTERED])
+def test_one_graph_with_the_gradients_of_the_uncompiled(case, layout):
+    model = attach(plain(case, layers=1), everything(case, layout=layout))
+    assert_same(step(model, compiled(model)), step(model))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.slow
+@layouts
+@pytest.mark.parametrize("case", MORE)
+def test_more_families(case, layout):
+    model = attach(plain(case), everything(case, layout=layout))
+    expected = {name for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    loss_of(model).backward()
+    theirs = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    loss_of(compiled(model)).backward()
+    ours = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert ours.keys() == expected
+    for name, gradient in ours.items():   # a tower whose output is not asked for has none
+        assert (gradient is None) == (theirs[name] is None), name
+        assert gradient is None or not theirs[name].any() or relative_difference(gradient, theirs[name]) <= LOGITS, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@layouts
+def test_inductor(layout, dtype):
+    """The default compiler, whose kernels round otherwise: in bfloat16 by the step of that."""
+    model = attach(plain("llama-grouped", layers=1, dtype=dtype), everything("llama-grouped", layout=layout))
+    assert_same(step(model, torch.compile(model, fullgraph=True)), step(model), GEMM[dtype][0])
+
+
+@layouts
+def test_no_graph_breaks(layout):
+    model = attach(plain("llama-grouped"), everything("llama-grouped", layout=layout))
+    found = torch._dynamo.explain(model)(**inputs_of(model))
+    assert (found.graph_count, found.graph_break_count) == (1, 0)
+
+
+def test_experts_break_the_graph_where_tokens_are_counted():
+    """Each expert gets as many tokens as chose it, which no graph can know; nothing else of ours breaks one."""
+    model = attach(plain("qwen3-moe", layers=1), everything("qwen3-moe"))
+    found = torch._dynamo.explain(model)(**inputs_of(model))
+    assert found.graph_break_count > 0
+    assert all(reason.user_stack[-1].filename.endswith("layers/experts.py") for reason in found.break_reasons)
+    torch._dynamo.reset()
+    assert_same(step(model, torch.compile(model, backend=BACKEND)), step(model))
+
+
+def test_convolutions_and_couplings_given_by_hand():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 3, stride=2), nn.Flatten())
+    coupling = Coupling("ffn", 0, (Projection("u", "0", 16, 1, 0),), Projection("d", "2", 16, 1, 1))
+    x = torch.randn(2, 3, 6, 6)
+    s2ft.attach(model, S2FTConfig(u_ratio=0.25, d_ratio=0.25), couplings=[coupling], example=x)
+    assert_same(*(step(model, called, lambda m: m(x).square().mean()) for called in (compiled(model), model)))
+
+
+def test_no_recompile_a_batch():
+    """The first other length makes the length a symbol, the first other batch size that; then every size runs."""
+    model = attach(plain("llama-grouped", layers=1), everything("llama-grouped"))
+    called, graphs = compiled(model), []
+    for size in ((2, 9), (2, 12), (3, 7), (4, 15), (5, 10), (2, 30)):
+        assert_same(step(model, called, on_tokens(*size)), step(model, None, on_tokens(*size)))
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs == [1, 2, 3, 3, 3, 3]
+
+
+def test_dynamic_shapes_are_one_graph():
+    model = attach(plain("llama-grouped", layers=1), everything("llama-grouped", layout="indexed"))
+    called = compiled(model, dynamic=True)
+    for size in ((2, 9), (3, 7), (4, 15)):
+        assert_same(step(model, called, on_tokens(*size)), step(model, None, on_tokens(*size)))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+# ---- with other switches -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("reentrant", (False, True), ids=("inside", "reentrant"))
+def test_checkpointing(reentrant):
+    """Without transformers' hook, which an attached model does not need and which no graph can have in it."""
+    model = attach(plain("llama-grouped", layers=2), everything("llama-grouped"))
+    expected = step(model)
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="requires_grad_"):
+        loss_of(compiled(model))
+    model.disable_input_require_grads()
+    torch._dynamo.reset()
+    assert_same(step(model, compiled(model)), expected)
+
+
+def test_transformers_hook_stops_any_frozen_model():
+    """So it is not s2ft that needs it gone."""
+    model = plain("llama-grouped", layers=1)
+    model.get_input_embeddings().requires_grad_(False)
+    model.activation_checkpointing_enable()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="requires_grad_"):
+        loss_of(compiled(model))
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_autocast(dtype):
+    model = attach(plain("llama-grouped", layers=1), everything("llama-grouped"))
+    with torch.autocast("cpu", dtype):
+        assert_same(step(model, compiled(model)), step(model), GEMM[dtype][0])
+
+
+@layouts
+def test_optimizer_steps_leave_nothing_stale(layout):
+    """Four steps: the same losses, one graph, frozen weights as they were, the weights that merging writes."""
+    losses, merged = [], []
+    for compile_it in (True, False):
+        model = attach(plain("llama-grouped", layers=1), everything("llama-grouped", layout=layout))
+        frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        called, seen = compiled(model) if compile_it else model, []
+        for _ in range(4):
+            seen.append(step(model, called)[0].item())
+            optimizer.step()
+        assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+        losses.append(seen)
+        with torch.no_grad():
+            output = output_of(called.eval())
+            merged.append(s2ft.merge(model).state_dict())
+            assert relative_difference(output_of(model), output) <= LOGITS
+    assert losses[0] == pytest.approx(losses[1], rel=LOGITS) and losses[0][-1] < losses[0][0]
+    assert all(relative_difference(value, merged[1][key]) <= 1e-4 for key, value in merged[0].items())
+    assert counters["stats"]["unique_graphs"] <= 2   # of training and of evaluation
+
+
+def test_switching_fusing_and_merging_after_compiling():
+    model = attach(plain("llama-grouped", layers=1), everything("llama-grouped")).eval()
+    called = compiled(model)
+
+    def same():
+        return relative_difference(output_of(called), output_of(model)) <= LOGITS
+
+    with torch.no_grad():
+        trained = output_of(model)
+        assert same()
+        s2ft.set_adapter(model, None)
+        assert same() and not torch.equal(output_of(called), trained)
+        s2ft.set_adapter(model, "default")
+        s2ft.fuse(model)
+        assert same() and relative_difference(output_of(called), trained) <= LOGITS
+        s2ft.unfuse(model)
+        attachment_of(model).mounts["model.layers.0.mlp.down_proj"].layer.s2.add_(0.1)
+        assert same() and not torch.equal(output_of(called), trained)
+        s2ft.merge(model)
+        assert same()
+
+
+@pytest.mark.parametrize("cache", ("static", None))
+def test_generating(cache):
+    model = attach(plain("llama-grouped", layers=1), everything("llama-grouped")).eval()
+    model.config.use_cache = True
+    tokens = token_batch(model)
+    options = dict(attention_mask=torch.ones_like(tokens), max_new_tokens=8, min_new_tokens=8, do_sample=False,
+                   cache_implementation=cache)
+    expected = model.generate(tokens, **options)
+    model.forward = compiled(model.forward)
+    assert torch.equal(model.generate(tokens, **options), expected)
+    assert counters["stats"]["unique_graphs"] in (2, 3)   # the prompt, a token; a token at any place
+
+
+# ---- compiled first, attached then ---------------------------------------------------------------------------
+
+def test_attaching_to_a_model_that_is_compiled_in_place():
+    model = plain("llama-grouped", layers=1)
+    model.compile(fullgraph=True, backend=BACKEND)
+    other = attach(plain("llama-grouped", layers=1), everything("llama-grouped"))
+    with torch.no_grad():
+        base = output_of(model)
+    attach(model, everything("llama-grouped"))
+    assert_same(step(model), step(other))
+    s2ft.detach(model)
+    with torch.no_grad():
+        assert torch.equal(output_of(model), base)
+
+
+def test_a_wrapper_is_taken_for_the_model_inside(tmp_path):
+    """By every function that takes a model; what it computes is what is attached."""
+    model = plain("llama-grouped", layers=1)
+    called = compiled(model)
+    with torch.no_grad():
+        base = output_of(called)
+    config = everything("llama-grouped")
+    assert s2ft.plan(called, config).rows == s2ft.attach(called, config).rows
+    inside = attach(plain("llama-grouped", layers=1), config)
+    s2ft.set_adapter(called, None)
+    s2ft.set_adapter(called, "default")
+    for path, mount in attachment_of(model).mounts.items():
+        mount.layer.s2.data.copy_(attachment_of(inside).mounts[path].layer.s2)
+    assert_same(step(model, called), step(inside))
+    assert s2ft.status(called).trainable == "default" and str(s2ft.status(called)) == str(s2ft.status(model))
+    s2ft.save_adapter(called, tmp_path / "adapter")
+    s2ft.export_lora(called, tmp_path / "lora")
+    assert s2ft.get_adapter(called, "default").parameters == s2ft.get_adapter(model, "default").parameters
+    with torch.no_grad(), s2ft.disable_adapters(called):
+        assert relative_difference(output_of(called), base) <= LOGITS
+    s2ft.load_adapter(called, tmp_path / "adapter", "second", active=False)
+    s2ft.rename_adapter(called, "second", "other")
+    assert s2ft.list_adapters(called) == ["default", "other"]
+    s2ft.delete_adapter(called, "other")
+    s2ft.fuse(called.eval())
+    s2ft.unfuse(called)
+    assert s2ft.merge(called) is model
+    with torch.no_grad():
+        assert relative_difference(output_of(called), output_of(inside.eval())) <= LOGITS
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no S²FT adapter"):
+        s2ft.detach(called)
+    s2ft.import_lora(compiled(plain("llama-grouped", layers=1)), tmp_path / "lora")
+
+
+def test_layers_that_are_compiled_one_by_one():
+    """Wrappers inside the model: paths lead through them."""
+    config = everything("llama-grouped")
+    model, other = plain("llama-grouped", layers=2), attach(plain("llama-grouped", layers=2), config)
+    before = copy.deepcopy(model.state_dict())
+    for i, layer in enumerate(model.model.layers):
+        model.model.layers[i] = compiled(layer)
+    attach(model, config)
+    loss, gradients = step(model)
+    assert_same((loss, {name.replace("_orig_mod.", ""): grad for name, grad in gradients.items()}), step(other))
+    s2ft.detach(model)
+    after = {name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()}
+    assert after.keys() == before.keys() and all(torch.equal(value, before[name]) for name, value in after.items())
