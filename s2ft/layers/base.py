@@ -1,4 +1,6 @@
 """What every layer with a trainable slice shares: the slice, fusing, and loading a state."""
+import warnings
+from functools import lru_cache
 from typing import ClassVar, Optional
 
 import torch
@@ -79,8 +81,16 @@ class S2Layer(nn.Module):
         self.register_buffer("index", index)
         shape[self.dim] = length
         self.s2 = nn.Parameter(torch.zeros(shape, device=self.weight.device, dtype=delta_dtype or self.weight.dtype))
+        self._made = self.s2.dtype
         self.register_buffer("base", None)   # the replaced slice, while fused
         self.enabled = True
+
+    @property
+    def delta(self) -> Tensor:
+        """s2, for the forward to add."""
+        if not torch.compiler.is_compiling() and self.s2.dtype.itemsize < self._made.itemsize:
+            _say_cast(self._made, self.s2.dtype)
+        return self.s2
 
     # ---- fuse and unfuse -------------------------------------------------------------------------
 
@@ -144,3 +154,13 @@ class S2Layer(nn.Module):
         """For extra_repr."""
         units = f"start={self.start}, end={self.end}" if self.index is None else f"units={self.index.numel()}"
         return units + (", fused" if self.fused else "") + ("" if self.enabled else ", off")
+
+
+@lru_cache(maxsize=None)   # once a process
+def _say_cast(made: torch.dtype, now: torch.dtype) -> None:
+    made, now = (str(dtype).removeprefix("torch.") for dtype in (made, now))
+    warnings.warn(f"s2 was made as {made} and comes to the forward as {now}. Where FSDP (MixedPrecisionPolicy's "
+                  f"param_dtype) or DeepSpeed cast it, updates still add up in {made}, but base + delta is the sum of "
+                  f"rounded parts, and not bit for bit the weight that merging writes: leave param_dtype unset and load "
+                  f"the base in {now}, or use torch.autocast. Where model.to did, updates below {now}'s step are lost",
+                  stacklevel=3)

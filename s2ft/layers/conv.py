@@ -56,7 +56,7 @@ class S2Conv(S2Layer):
         index = self.index
         if index is None:
             index = torch.arange(self.start, self.end, device=self.weight.device)
-        return conv_forward(self, input, self.s2, index, self.dim)
+        return conv_forward(self, input, self.delta, index, self.dim)
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, {self._selected()}"

@@ -30,6 +30,7 @@ class S2Stack(S2Layer):
         shape = [weight.shape[1], weight.shape[2]]
         shape[self.dim] = joined.numel()
         self.s2 = nn.Parameter(torch.zeros(shape, device=weight.device, dtype=delta_dtype or weight.dtype))
+        self._made = self.s2.dtype
         self.register_buffer("base", None)   # the replaced slices, while fused
         self.enabled = True
         self._parts: Optional[Tuple[Tensor, ...]] = None
@@ -45,7 +46,7 @@ class S2Stack(S2Layer):
         """Split s2 once for a forward over all experts: each split's backward makes a gradient of all of s2."""
         if self.fused:
             self._check_fused()
-        self._parts = self.s2.split(self.counts, self.dim)
+        self._parts = self.delta.split(self.counts, self.dim)
 
     def end(self) -> None:
         self._parts = None

@@ -83,8 +83,8 @@ class S2Linear(S2Layer):
         if not self.enabled:
             return F.linear(input, weight, self.bias)
         if self.index is None:
-            return sliced_linear(input, weight, self.s2, self.start, self.dim, self.bias)
-        return linear_forward(self, input, self.s2, self.index, self.dim)
+            return sliced_linear(input, weight, self.delta, self.start, self.dim, self.bias)
+        return linear_forward(self, input, self.delta, self.index, self.dim)
 
     def extra_repr(self) -> str:
         return (f"in_features={self.in_features}, out_features={self.out_features}, "

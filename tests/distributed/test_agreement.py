@@ -1,0 +1,128 @@
+"""Ranks that would train different units are told so; ranks that act alone are not stuck."""
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from runs import attached, check_same_files, sharded, train
+from support.models import model_of
+
+import s2ft
+from s2ft import distributed
+
+
+def told(act, *kinds):
+    try:
+        act()
+    except kinds or (RuntimeError,) as error:
+        return str(error)
+    return ""
+
+
+def attach_alike(rank, seeds, scales, names):
+    """What this rank is told, and whether a model that is refused is as it was."""
+    model = model_of("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(scales[rank])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    config = s2ft.S2FTConfig(d_ratio=0.2, seed=seeds[rank])
+    message = told(lambda: s2ft.attach(model, config, names[rank]))
+    same = before.keys() == model.state_dict().keys() and all(
+        torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    dist.barrier()
+    return message, same and all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("seeds, scales, word", [((0, 1), (1, 1), "its selection is "),
+                                                 ((0, 0), (1, 2), "the base is ")])
+def test_ranks_that_differ_are_told_and_changed_in_nothing(ranks, seeds, scales, word):
+    answers = ranks(attach_alike, seeds, scales, ("one", "one"))
+    messages = [message for message, _ in answers if message]
+    assert len(messages) == 1 and word in messages[0] and "on rank 0" in messages[0] and "on rank 1" in messages[0]
+    assert all(same for message, same in answers if message)
+    assert ranks(attach_alike, (3, 3), (1, 1), ("one", "one")) == [("", False)] * 2   # the next time they agree
+
+
+def test_adapters_of_other_names_may_differ(ranks):
+    assert [message for message, _ in ranks(attach_alike, (0, 1), (1, 2), ("first", "second"))] == ["", ""]
+
+
+def attach_alone(rank):
+    if rank == 1:
+        attached("llama")
+    dist.barrier()
+    if rank == 0:
+        attached("llama")
+
+
+def test_attaching_on_one_rank_alone_does_not_wait(ranks):
+    ranks(attach_alone)
+
+
+def agree(rank, values):
+    return told(lambda: distributed.check_agree("selection", values[rank]))
+
+
+def test_agreement_is_an_error_on_every_rank(ranks):
+    assert ranks(agree, ["a", "a"]) == ["", ""]
+    for message in ranks(agree, ["a", "b"]):
+        assert message == "the ranks differ in their selection (2 on 2 ranks): a on rank 0, b on rank 1"
+    assert ranks(agree, ["c", "c"]) == ["", ""]
+
+
+# ---- saving ----------------------------------------------------------------------------------------------
+
+def save_on_first_alone(rank, directory):
+    model = sharded(attached("llama"))
+    train(model, rank, steps=1)
+    message = ""
+    patience, distributed.PATIENCE = distributed.PATIENCE, timedelta(seconds=0.5)
+    try:
+        if rank == 0:
+            message = told(lambda: s2ft.save_adapter(model, directory / "alone"))
+        dist.barrier()
+    finally:
+        distributed.PATIENCE = patience
+    s2ft.save_adapter(model, directory / "both")
+    return message
+
+
+def test_saving_a_sharded_model_on_one_rank_alone_writes_nothing_and_says_why(ranks, tmp_path):
+    message = ranks(save_on_first_alone, tmp_path)[0]
+    assert "waited 0.5 s for rank 1: every rank must call this, not one alone" in message
+    assert not (tmp_path / "alone").exists()
+    model = attached("llama")
+    train(model, steps=1)
+    s2ft.save_adapter(model, tmp_path / "expected")
+    check_same_files(tmp_path / "both", tmp_path / "expected")
+
+
+def save_where_it_fails(rank, directory):
+    model = sharded(attached("llama"))
+    train(model, rank, steps=1)
+    message = told(lambda: s2ft.save_adapter(model, directory / "file"), OSError, RuntimeError)
+    s2ft.save_adapter(model, directory / "good")
+    return message, (directory / "good" / "s2ft_config.json").exists()
+
+
+def test_what_the_first_rank_fails_with_reaches_the_others(ranks, tmp_path):
+    (tmp_path / "file").write_text("")
+    (first, good), (second, there) = ranks(save_where_it_fails, tmp_path)
+    assert "exists" in first and second.startswith("rank 0 failed: FileExistsError") and good and there
+
+
+def test_parts_of_what_is_trained_are_refused(tmp_path):
+    """As FSDP version 1 and others leave them: empty, or flat."""
+    for part in (torch.empty(0), torch.zeros(5), torch.zeros(0, 24)):
+        model = attached("llama")
+        layer = model.model.layers[0].mlp.up_proj
+        layer.s2 = torch.nn.Parameter(part)
+        with pytest.raises(ValueError, match=r"up_proj.s2 has shape .* a part of what is trained, so nothing is saved"):
+            s2ft.save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_wrappers_are_named():
+    wrapper = torch.nn.ModuleDict({"module": attached("llama")})
+    with pytest.raises(ValueError, match="wrapper of the model that has one: pass model.module"):
+        s2ft.get_adapter(wrapper, "default")
