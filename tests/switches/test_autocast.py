@@ -1,0 +1,199 @@
+"""Autocast, gradient scaling, and deltas wider than the weights they are added to."""
+import copy
+
+import pytest
+import torch
+from support.models import ALL_RATIOS, loss_of, model_of, ratios_for
+from support.tolerances import GEMM, relative_difference
+
+import s2ft
+from s2ft import S2ColumnLinear, S2FTConfig, S2RowLinear
+from s2ft.mounting import attachment_of, mounted_deltas
+from s2ft.weights import like_matrix, weight_of
+
+HALVES = (torch.bfloat16, torch.float16)
+halves = pytest.mark.parametrize("half", HALVES, ids=str)
+layouts = pytest.mark.parametrize("layout", ("permuted", "indexed"))
+CASES = ("llama-grouped", "phi3", "gpt2", "bert", "t5", "qwen3-moe")
+
+
+def attached(case, dtype=torch.float32, **more):
+    model = model_of(case, dtype)
+    for module in model.modules():
+        if hasattr(getattr(module, "config", None), "use_cache"):
+            module.config.use_cache = False
+    s2ft.attach(model, S2FTConfig(**ratios_for(case, ALL_RATIOS), **more))
+    generator = torch.Generator().manual_seed(3)
+    for mount in attachment_of(model).mounts.values():
+        mount.layer.s2.data.normal_(std=0.02, generator=generator)
+    return model.train()
+
+
+def slices(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def gradients(model, scale=1.0):
+    model.zero_grad()
+    (loss_of(model) * scale).backward()
+    return {name: p.grad for name, p in slices(model).items()}
+
+
+def by_projection(model):
+    """The gradients of the slices, in original coordinates: what mounted_deltas gives where the deltas are those."""
+    record, kept = attachment_of(model), {}
+    for path, mount in record.mounts.items():
+        kept[path] = mount.layer.s2.data
+        mount.layer.s2.data = mount.layer.s2.grad
+    found = mounted_deltas(record)
+    for path, mount in record.mounts.items():
+        mount.layer.s2.data = kept[path]
+    return found
+
+
+def within(ours, theirs, tolerance):
+    return float((ours.float() - theirs.float()).norm() / theirs.float().norm()) <= tolerance
+
+
+@halves
+@layouts
+@pytest.mark.parametrize("case", CASES)
+def test_autocast(case, layout, half):
+    """Outputs have autocast's dtype, gradients that of the deltas, and they are, bit for bit where nothing moved, those
+    of the merged model's whole weights under autocast: the sum is cast, not its parts."""
+    model = attached(case, layout=layout)
+    seen = []
+    for mount in attachment_of(model).mounts.values():
+        if isinstance(mount.layer, (S2ColumnLinear, S2RowLinear)):   # experts have no output of their own
+            mount.layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    plain, projections = s2ft.merge(copy.deepcopy(model)).requires_grad_(False), attachment_of(model).projections
+    for projection in projections.values():
+        weight_of(plain, projection).requires_grad_(True)
+    seen.clear()
+    with torch.autocast("cpu", half):
+        # scaled, for the least of float16 is not far
+        assert all(gradient.dtype is torch.float32 for gradient in gradients(model, 2.0**12).values())
+        gradients(plain, 2.0**12)
+    assert set(seen) == {half}
+    ours, theirs = by_projection(model), {}
+    for name, delta in ours.items():
+        whole = like_matrix(plain, projections[name], weight_of(plain, projections[name]).grad)
+        theirs[name] = whole.index_select(delta.dim, delta.index)
+    if layout == "indexed" and case != "qwen3-moe":   # in another order sums round otherwise, and so do other experts
+        assert all(torch.equal(delta.values, theirs[name]) for name, delta in ours.items())
+    assert within(*(torch.cat([value.flatten() for value in values])
+                    for values in ([delta.values for delta in ours.values()], theirs.values())), GEMM[half][0])
+
+
+@halves
+@pytest.mark.parametrize("reentrant", (False, True), ids=("inside", "reentrant"))
+def test_autocast_with_checkpointing(reentrant, half):
+    """The second forward rounds as the first did."""
+    model = attached("llama-grouped")
+    with torch.autocast("cpu", half):
+        expected = gradients(model)
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+        model.disable_input_require_grads()
+        ours = gradients(model)
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in ours.items())
+
+
+@halves
+@layouts
+@pytest.mark.parametrize("delta", (None, "same"), ids=("float32", "same"))
+def test_deltas_on_a_half_precision_base(layout, half, delta):
+    """By default float32; gradients and moments have the delta's dtype, whatever the base's is."""
+    model = attached("llama-grouped", half, layout=layout, delta_dtype=str(half).split(".")[1] if delta else None)
+    dtype = half if delta else torch.float32
+    for p, gradient in zip(slices(model).values(), gradients(model).values()):
+        assert p.dtype is gradient.dtype is dtype and gradient.any()
+    reference = attached("llama-grouped", torch.float32, layout=layout)
+    with torch.no_grad():
+        for path, module in reference.named_modules():   # the half-precision numbers, computed with in float32
+            for name, p in module.named_parameters(recurse=False):
+                p.copy_(model.get_submodule(path).get_parameter(name))
+    ours = gradients(model)
+    assert all(within(ours[name], gradient, 4 * GEMM[half][0]) for name, gradient in gradients(reference).items())
+    optimizer = torch.optim.AdamW(slices(model).values(), lr=1e-3)
+    optimizer.step()
+    assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {dtype}
+
+
+@halves
+@layouts
+@pytest.mark.parametrize("autocast", (False, True), ids=("base", "autocast"))
+def test_tiny_updates_add_up(layout, half, autocast):
+    """Each is a ten-thousandth of the base's step; twenty thousand of them move the weight that is multiplied by, on a
+    half-precision base and under autocast of a float32 one, by two steps."""
+    base = torch.float32 if autocast else half
+    model = attached("llama-grouped", base, layout=layout)
+    layer = model.model.layers[0].mlp.down_proj
+    torch.nn.init.ones_(layer.weight)
+    torch.nn.init.zeros_(layer.s2)
+    step = torch.finfo(half).eps   # from 1 to the next number
+    optimizer = torch.optim.SGD([layer.s2], lr=1e-4 * step)
+    x = torch.zeros(1, layer.in_features, dtype=base)
+    x[0, layer.start if layer.index is None else layer.index[0]] = 1
+    with torch.autocast("cpu", half, enabled=autocast), torch.no_grad():
+        assert (layer(x) == 1).all()
+        for _ in range(20_000):
+            layer.s2.grad = torch.full_like(layer.s2, -1.0)
+            optimizer.step()
+        assert (layer(x) == 1 + 2 * step).all()
+
+
+# ---- scaling -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("case", ("llama-grouped", "gpt2"))
+def test_scaled_gradients_are_the_unscaled_ones(case):
+    """In float16 under autocast, clipped after unscaling: a step is what a step without scaling is, but for what
+    float16 loses without."""
+    model, other = attached(case), attached(case)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    found = []
+    for one, scaled in ((model, True), (other, False)):
+        optimizer = torch.optim.AdamW(slices(one).values(), lr=1e-3)
+        with torch.autocast("cpu", torch.float16):
+            loss = loss_of(one)
+        (scaler.scale(loss) if scaled else loss).backward()
+        if scaled:
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(slices(one).values(), 1e9)
+        found.append((norm, {name: p.grad.clone() for name, p in slices(one).items()}))
+        if scaled:
+            scaler.step(optimizer)
+            scaler.update()
+    assert relative_difference(found[0][0], found[1][0]) <= 1e-2
+    for name, gradient in found[0][1].items():
+        assert within(gradient, found[1][1][name], 2e-2), name
+    assert scaler.get_scale() == 1024.0
+
+
+@layouts
+@pytest.mark.parametrize("what", ("scale", "input"))
+def test_infinite_gradients_are_skipped(what, layout):
+    """A scale that overflows float16, or an input that does: no slice moves, the scale is halved, the next step counts."""
+    model = attached("llama-grouped", layout=layout)
+    optimizer = torch.optim.AdamW(slices(model).values(), lr=1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40 if what == "scale" else 4.0, growth_interval=1000)
+    before, frozen = ({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad is trained}
+                      for trained in (True, False))
+    layer, steps = model.model.layers[0].mlp.down_proj, 0
+    overflow = layer.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 1e6,)) if what == "input" else None
+    while all(torch.equal(p, before[name]) for name, p in slices(model).items()):
+        scale = scaler.get_scale()
+        with torch.autocast("cpu", torch.float16):
+            loss = loss_of(model)
+        scaler.scale(loss).backward()
+        finite = all(p.grad.isfinite().all() for p in slices(model).values())
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert finite == any(not torch.equal(p, before[name]) for name, p in slices(model).items())
+        assert scaler.get_scale() == (scale if finite else scale / 2)
+        if overflow is not None:
+            overflow.remove()
+        steps += 1
+        assert steps < 60
+    assert steps > 1
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
