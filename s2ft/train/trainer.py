@@ -7,10 +7,13 @@ from, and the newest whole one is taken.
 import shutil
 from pathlib import Path
 
+import torch
+from accelerate.utils import save_fsdp_optimizer
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from s2ft.adapter import restore_adapter
+from s2ft.adapter.store import gathered
 from s2ft.mounting import attachment_of
 from s2ft.train.checkpoints import UNFINISHED, damage, finish, last_whole
 
@@ -25,8 +28,11 @@ class AdapterCheckpoints:
 
     def __init__(self, *args, **options) -> None:
         super().__init__(*args, **options)
-        if attachment_of(self.accelerator.unwrap_model(self.model)).name is None:
+        model = self.accelerator.unwrap_model(self.model)
+        if attachment_of(model).name is None:
             raise ValueError("no adapter of this model is trainable: s2ft.attach, or load_adapter with trainable=True")
+        if self.is_deepspeed_enabled:   # its checkpoints hold no base here, and it would miss it
+            model.register_load_state_dict_post_hook(_miss_no_base)
 
     def train(self, resume_from_checkpoint=None, *args, **options):
         """As Trainer's. resume_from_checkpoint: a folder, or True for the newest whole one in output_dir.
@@ -73,6 +79,49 @@ class AdapterCheckpoints:
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """With the checks of load_adapter, of the base too."""
         restore_adapter(self.accelerator.unwrap_model(self.model if model is None else model), resume_from_checkpoint)
+
+    # ---- FSDP2 and DeepSpeed, where Trainer would gather and write the base as well -----------------------
+
+    @property
+    def _sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """As Trainer's; every rank must call it."""
+        if not self._sharded:
+            super().save_model(output_dir, _internal_call)
+            return
+        self._save(output_dir, state_dict=gathered(self.accelerator.unwrap_model(self.model)))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        if not self._sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        if self.is_deepspeed_enabled:
+            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        else:
+            save_fsdp_optimizer(self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model,
+                                output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is not None and self.is_deepspeed_enabled:   # which has loaded its own, and checked nothing
+            self._load_from_checkpoint(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_best_model(self):
+        if self._sharded:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+
+
+def _miss_no_base(model, incompatible) -> None:
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key in trained]
 
 
 class S2FTTrainer(AdapterCheckpoints, Trainer):
