@@ -9,11 +9,13 @@ from s2ft.adapter.adapter import Adapter, check_fits
 from s2ft.adapter.formats import native
 from s2ft.adapter.hub import resolve
 from s2ft.adapter.switch import check_free, get_adapter, set_adapter
+from s2ft.compiled import of_compiled
 from s2ft.convert import check_name, mount_on, new_attachment
 from s2ft.distributed import on_first, settle, sharers, whole
 from s2ft.mounting import RECORD, Attachment, attachment_of, check_can_write, set_mounted_deltas
 
 
+@of_compiled
 def save_adapter(model: nn.Module, directory, name: Optional[str] = None, info: Optional[Dict[str, Any]] = None, *,
                  state: Optional[Mapping[str, Tensor]] = None) -> None:
     """Save one adapter of `model` as safetensors and s2ft_config.json, in original coordinates.
@@ -67,6 +69,7 @@ def read_adapter(adapter: Union[str, os.PathLike]) -> Adapter:
     return native.read(resolve(adapter))
 
 
+@of_compiled
 def load_adapter(model: nn.Module, adapter: Union[str, os.PathLike, Adapter], name: Optional[str] = None,
                  trainable: bool = False, *, active: bool = True, device=None) -> None:
     """Load a saved adapter under `name` (default: the name it was saved with) and make it the active one.
@@ -105,6 +108,7 @@ def load_adapter(model: nn.Module, adapter: Union[str, os.PathLike, Adapter], na
         set_adapter(model, adapter.name)
 
 
+@of_compiled
 def restore_adapter(model: nn.Module, directory) -> None:
     """Copy a saved adapter's deltas into the trainable layers of `model`: how a run is resumed.
 

@@ -35,7 +35,8 @@ def trainer(way, model, folder, kind=S2FTTrainer, **changes):
             "version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "activation_checkpointing": "checkp" in way,
             "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
             "state_dict_type": "SHARDED_STATE_DICT" if "sharded" in way else "FULL_STATE_DICT"})
-    return kind(model=model, args=TrainingArguments(**{**options, **changes}), train_dataset=ROWS, eval_dataset=ROWS[:8])
+    arguments = TrainingArguments(**{**options, **changes})
+    return kind(model=model, args=arguments, train_dataset=ROWS, eval_dataset=ROWS[:8])
 
 
 def whole_and_resumed(rank, way, layout, folder, case="llama-grouped"):
