@@ -1,0 +1,275 @@
+"""What is done between backward and the next step: accumulating, clipping, and optimizers of all kinds."""
+import copy
+import warnings
+
+import pytest
+import torch
+from support.models import ALL_RATIOS, inputs_of, loss_of, model_of, ratios_for, token_batch
+from support.tolerances import LOGITS, relative_difference
+
+import s2ft
+from s2ft import S2FTConfig
+from s2ft.mounting import attachment_of
+
+layouts = pytest.mark.parametrize("layout", ("permuted", "indexed"))
+
+
+def attached(case="llama-grouped", dtype=torch.float32, **more):
+    model = model_of(case, dtype)
+    s2ft.attach(model, S2FTConfig(**ratios_for(case, ALL_RATIOS), **more))
+    generator = torch.Generator().manual_seed(3)
+    for mount in attachment_of(model).mounts.values():
+        mount.layer.s2.data.normal_(std=0.02, generator=generator)
+    return model.train()
+
+
+def slices(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def frozen(model):
+    """Everything else that the model is made of, copied."""
+    return {name: value.clone() for name, value in model.state_dict().items() if not name.endswith(".s2")}
+
+
+def loss(model, batch):
+    return model(input_ids=batch, labels=batch, use_cache=False).loss
+
+
+# ---- gradients -----------------------------------------------------------------------------------------------
+
+@layouts
+@pytest.mark.parametrize("case", ("llama-grouped", "gpt2", "qwen3-moe"))
+def test_accumulating_is_one_large_batch(case, layout):
+    """Four batches of one sequence, their losses averaged, against one batch of four; the same step follows."""
+    model, other = attached(case, layout=layout), attached(case, layout=layout)
+    batch = token_batch(model, batch=4)
+    for part in batch.split(1):
+        (loss(model, part) / 4).backward()
+    loss(other, batch).backward()
+    for name, p in slices(other).items():
+        assert (slices(model)[name].grad - p.grad).norm() <= 1e-5 * p.grad.norm() + 1e-9, name
+    for one in (model, other):
+        torch.optim.SGD(slices(one).values(), lr=0.1).step()
+    with torch.no_grad():
+        assert relative_difference(loss(model, batch), loss(other, batch)) <= LOGITS
+
+
+@layouts
+def test_gradients_add_up_and_are_zeroed(layout):
+    model = attached(layout=layout)
+    loss_of(model).backward()
+    once = {name: p.grad.clone() for name, p in slices(model).items()}
+    loss_of(model).backward()
+    assert all(torch.equal(p.grad, 2 * once[name]) for name, p in slices(model).items())
+    optimizer = torch.optim.AdamW(slices(model).values())
+    optimizer.zero_grad(set_to_none=False)
+    assert not any(p.grad.any() for p in slices(model).values())
+    loss_of(model).backward()
+    assert all(torch.equal(p.grad, once[name]) for name, p in slices(model).items())
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in model.parameters())
+
+
+@layouts
+@pytest.mark.parametrize("foreach", (False, True))
+def test_clipping_sees_the_slices(layout, foreach):
+    """And nothing else has a gradient: the norm over all parameters is that over the slices."""
+    model = attached(layout=layout)
+    loss_of(model).backward()
+    gradients = [p.grad.clone() for p in slices(model).values()]
+    norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+    assert norm > 1e-3
+    found = torch.nn.utils.clip_grad_norm_(model.parameters(), float(norm) / 2, foreach=foreach)
+    torch.testing.assert_close(found, norm)
+    for p, gradient in zip(slices(model).values(), gradients):
+        torch.testing.assert_close(p.grad, gradient / 2, rtol=1e-4, atol=1e-7)
+    largest = max(float(gradient.abs().max()) for gradient in gradients) / 2
+    torch.nn.utils.clip_grad_value_(model.parameters(), largest / 3)
+    assert max(float(p.grad.abs().max()) for p in slices(model).values()) == pytest.approx(largest / 3)
+
+
+# ---- optimizers ----------------------------------------------------------------------------------------------
+
+OPTIMIZERS = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.5, foreach=False),
+    "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.5, foreach=True),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.5, fused=True),
+    "adamw-amsgrad": lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.5),
+    "sgd-fused": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.5, fused=True),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-1, weight_decay=0.5),
+    "muon": lambda p: torch.optim.Muon(p, lr=1e-2, weight_decay=0.5),
+}
+optimizers = pytest.mark.parametrize("which", OPTIMIZERS)
+
+
+@optimizers
+@layouts
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_only_slices_move(which, layout, dtype):
+    """All parameters are given to the optimizer, frozen ones too, with weight decay: it trains, its state has the
+    slices' sizes, and what is frozen is bit for bit what it was, before and after detach."""
+    base = model_of("llama-grouped", dtype)
+    model = copy.deepcopy(base)
+    s2ft.attach(model, S2FTConfig(**ratios_for("llama-grouped", ALL_RATIOS), layout=layout))
+    before, losses = frozen(model), []
+    given = [p for p in model.parameters() if which != "muon" or p.requires_grad]   # that takes matrices only
+    optimizer = OPTIMIZERS[which](given)
+    for _ in range(8):
+        optimizer.zero_grad()
+        value = loss_of(model.train())
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    assert losses[-1] < losses[0]
+    assert {id(p) for p in optimizer.state} == {id(p) for p in slices(model).values()}
+    for p, state in optimizer.state.items():
+        assert all(value.numel() <= p.numel() for value in state.values() if isinstance(value, torch.Tensor))
+    after = frozen(model)
+    assert after.keys() == before.keys() and all(torch.equal(value, before[name]) for name, value in after.items())
+    s2ft.detach(model)
+    assert all(torch.equal(value, base.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("which", ("adamw-foreach", "adamw-fused"))
+def test_kinds_of_adamw_agree(which):
+    found = []
+    for kind in ("adamw", which):
+        model = attached()
+        optimizer = OPTIMIZERS[kind](list(slices(model).values()))
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizer.step()
+        found.append({name: p.detach() for name, p in slices(model).items()})
+    assert all(relative_difference(value, found[1][name]) <= 1e-4 for name, value in found[0].items())
+
+
+@optimizers
+def test_an_optimizer_goes_on_from_its_state(which):
+    """Four steps are two, saved and loaded, and two, bit for bit."""
+    def steps(model, optimizer, count):
+        for _ in range(count):
+            optimizer.zero_grad()
+            loss_of(model).backward()
+            optimizer.step()
+
+    through, first, second = attached(), attached(), attached()
+    steps(through, OPTIMIZERS[which](list(slices(through).values())), 4)
+    optimizer = OPTIMIZERS[which](list(slices(first).values()))
+    steps(first, optimizer, 2)
+    second.load_state_dict(first.state_dict())
+    other = OPTIMIZERS[which](list(slices(second).values()))
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    steps(second, other, 2)
+    assert all(torch.equal(p, slices(second)[name]) for name, p in slices(through).items())
+
+
+def test_averages_of_weights_take_the_slices():
+    """An exponential average is a copy of the model whose slices lag behind."""
+    model = attached()
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+    optimizer, kept = torch.optim.SGD(slices(model).values(), lr=0.5), []
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        optimizer.step()
+        average.update_parameters(model)
+        kept.append({name: p.detach().clone() for name, p in slices(model).items()})
+    for name, p in slices(average.module).items():   # the first update copies
+        torch.testing.assert_close(p, 0.5 * kept[0][name] + 0.5 * kept[1][name])
+    with torch.no_grad():
+        assert not torch.equal(average(**inputs_of(model)).logits, model(**inputs_of(model)).logits)
+
+
+# ---- bitsandbytes --------------------------------------------------------------------------------------------
+
+# slices of 4096 numbers and more are kept in eight bits, smaller ones, and few they are not, in float32
+EIGHT_BITS = ("AdamW8bit", "Adam8bit", "Lion8bit", "PagedAdamW8bit", "PagedLion8bit")
+WIDE = ("AdamW32bit", "PagedAdamW32bit", "PagedAdamW")
+
+
+def wide(layout, dtype=torch.float32):
+    """A model of which d's slices [256, 32] are above the bound and u's [4, 256] below."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, vocab_size=67)).to(dtype)
+    s2ft.attach(model, S2FTConfig(u_ratio=4 / 512, d_ratio=32 / 512, layout=layout))
+    return model.train()
+
+
+def run_bitsandbytes(which, layout, device, dtype=torch.float32):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = wide(layout, dtype).to(device)
+    batch = token_batch(model).to(device)
+    before, losses = frozen(model), []
+    optimizer = getattr(bitsandbytes.optim, which)(slices(model).values(), lr=1e-3)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU")
+        for _ in range(8):
+            optimizer.zero_grad()
+            value = loss(model, batch)
+            value.backward()
+            optimizer.step()
+            losses.append(value.item())
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(value, before[name]) for name, value in frozen(model).items())
+    for name, p in slices(model).items():
+        expected = torch.uint8 if which in EIGHT_BITS and p.numel() >= 4096 else torch.float32
+        assert optimizer.state[p]["state1"].dtype is expected, name
+        assert optimizer.state[p]["state1"].numel() == p.numel() and p.any()
+    assert {p.numel() < 4096 for p in slices(model).values()} == {True, False}
+
+
+@layouts
+@pytest.mark.parametrize("which", EIGHT_BITS + WIDE)
+def test_bitsandbytes(which, layout):
+    """Paged ones are plain ones on the CPU: bitsandbytes warns of that."""
+    run_bitsandbytes(which, layout, "cpu")
+
+
+@pytest.mark.cuda
+@layouts
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("which", EIGHT_BITS + WIDE)
+def test_bitsandbytes_on_a_gpu(which, layout, dtype):
+    run_bitsandbytes(which, layout, "cuda", dtype)
+
+
+def test_eight_bits_come_near_to_adamw():
+    """The same losses as torch's, within what eight bits of the moments lose in eight steps."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    found = []
+    for make in (lambda p: torch.optim.AdamW(p, lr=1e-3), lambda p: bitsandbytes.optim.AdamW8bit(p, lr=1e-3)):
+        model = wide("permuted")
+        optimizer, batch, losses = make(list(slices(model).values())), token_batch(model), []
+        for _ in range(8):
+            optimizer.zero_grad()
+            value = loss(model, batch)
+            value.backward()
+            optimizer.step()
+            losses.append(value.item())
+        found.append(losses)
+    fall = found[0][0] - found[0][-1]
+    assert fall > 0.01 and abs(found[1][-1] - found[0][-1]) <= 0.1 * fall
+
+
+@pytest.mark.parametrize("which", ("adamw_bnb_8bit", "paged_adamw_8bit", "adamw_torch_fused", "adafactor"))
+def test_transformers_names_of_optimizers(which, tmp_path):
+    """Through Trainer's optim argument."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import Trainer, TrainingArguments
+    model = wide("permuted")
+    before = frozen(model)
+    rows = [{"input_ids": row, "labels": row} for row in token_batch(model, batch=8)]
+    arguments = TrainingArguments(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=4,
+                                  learning_rate=1e-3, max_grad_norm=0.5, optim=which, seed=1, use_cpu=True,
+                                  report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1)
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    logged = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(logged) == 4 and all(line["grad_norm"] > 0 for line in logged)
+    assert all(p.any() for p in slices(model).values())
+    assert all(torch.equal(value, before[name]) for name, value in frozen(model).items())
