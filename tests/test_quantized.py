@@ -349,6 +349,21 @@ def test_an_adapter_goes_to_the_unquantized_base_and_back(kind, tmp_path):
 
 
 @kinds
+def test_merging_on_the_dequantized_base_is_what_was_trained(kind, tmp_path):
+    """Nothing is quantized again: the merged model gives the logits of training, on a base of floating-point numbers."""
+    model = quantized(kind)
+    base = dense_reference(model)
+    s2ft.attach(model, UNFUSED)
+    train(model, 5)
+    s2ft.save_adapter(model, tmp_path)
+    before, trained_logits = forward(base), forward(model)
+    s2ft.load_adapter(base, tmp_path)
+    merged = s2ft.merge(base)
+    within = {"nf4-bfloat16": 3e-2, "8bit": 1e-3}.get(kind, LOGITS)   # computed in half precision
+    assert relative_difference(forward(merged), trained_logits) <= within < relative_difference(before, trained_logits) / 10
+
+
+@kinds
 def test_another_base_is_refused(kind, tmp_path):
     s2ft.save_adapter(trained(quantized(kind)), tmp_path)
     for other in (quantized(kind, seed=1), plain(seed=1)):
@@ -625,6 +640,53 @@ def test_a_failure_leaves_what_the_quantizer_says(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         s2ft.attach(model, INDEXED)
     assert not model.hf_quantizer.is_qat_trainable
+
+
+@pytest.mark.parametrize("kind", ("4bit", "8bit"))
+def test_merging_where_transformers_dequantizes(kind, tmp_path):
+    """The message of a refused merge names this way; what comes out is a stock checkpoint."""
+    model = loaded(kind, tmp_path)
+    s2ft.attach(model, UNFUSED)
+    train(model, 5)
+    s2ft.save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"model\.dequantize\(\)"):
+        s2ft.merge(model)
+    base = loaded(kind, tmp_path).dequantize()
+    s2ft.load_adapter(base, tmp_path / "adapter")
+    s2ft.merge(base).save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert relative_difference(forward(again), forward(model)) <= LOGITS
+
+
+@kinds
+def test_compiling(kind):
+    """One graph, and the gradients of the uncompiled layers."""
+    torch._dynamo.reset()
+    model = quantized(kind)
+    del model.model.layers[1:]
+    model.config.num_hidden_layers, model.config.use_cache = 1, False
+    s2ft.attach(model, INDEXED)
+    found, batch = [], token_batch(model)
+    for called in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.train().zero_grad()
+        called(input_ids=batch, labels=batch).loss.backward()
+        found.append([p.grad for p in model.parameters() if p.requires_grad])
+    assert len(found[0]) == 7 and any(gradient.any() for gradient in found[0])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+
+
+@kinds
+@pytest.mark.parametrize("half", (torch.bfloat16, torch.float16), ids=str)
+def test_autocast_trains(kind, half):
+    """With deltas in float32, whose gradients are so too."""
+    model = quantized(kind)
+    before = contents(model)
+    s2ft.attach(model, INDEXED)
+    with torch.autocast("cpu", half):
+        losses = train(model, 5)
+    assert losses[-1] < losses[0]
+    assert all(delta.dtype is torch.float32 and delta.any() for delta in deltas_of(model).values())
+    assert_same_contents(contents(model), before)
 
 
 @kinds
