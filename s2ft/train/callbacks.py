@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+from s2ft.files import replace_file
 from s2ft.train.output import read_log
 
 
@@ -32,7 +33,7 @@ class JsonlLog(TrainerCallback):
         self.seen, self.clock = state.num_input_tokens_seen, time.perf_counter()
         if state.is_world_process_zero:
             kept = [line for line in read_log(self.path) if line["step"] <= state.global_step]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not logs or not state.is_world_process_zero:
