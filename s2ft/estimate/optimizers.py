@@ -1,0 +1,45 @@
+"""Optimizers by name. What they hold is measured, after a step on parameters without data."""
+from functools import partial
+from typing import Any, Callable, Dict, List, Union
+
+import torch
+from torch import Tensor
+
+Optimizer = Union[str, Callable[[List[Tensor]], torch.optim.Optimizer]]
+
+
+def _bitsandbytes(name: str, parameters: List[Tensor]) -> torch.optim.Optimizer:
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise ValueError(f"optimizer: {name} is of the package bitsandbytes, which is not installed") from None
+    return getattr(bitsandbytes.optim, name)(parameters)
+
+
+def _torch(kind: type, parameters: List[Tensor], **options: Any) -> torch.optim.Optimizer:
+    # on a GPU PyTorch takes all parameters at once by itself, but for those of other types than its own
+    return kind(parameters, foreach=True if parameters[0].is_cuda else None, **options)
+
+
+OPTIMIZERS: Dict[str, Callable[[List[Tensor]], torch.optim.Optimizer]] = {
+    "adamw": partial(_torch, torch.optim.AdamW),
+    "adam": partial(_torch, torch.optim.Adam),
+    "adafactor": partial(_torch, torch.optim.Adafactor),
+    "sgd": partial(_torch, torch.optim.SGD, lr=1e-3),
+    "sgd-momentum": partial(_torch, torch.optim.SGD, lr=1e-3, momentum=0.9),
+    "adamw-8bit": partial(_bitsandbytes, "AdamW8bit"),
+    "paged-adamw-8bit": partial(_bitsandbytes, "PagedAdamW8bit"),
+}
+
+
+def maker(optimizer: Optimizer) -> Callable[[List[Tensor]], torch.optim.Optimizer]:
+    """The function that makes one of a list of parameters. Raises: ValueError or TypeError for what is none."""
+    if isinstance(optimizer, str):
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, or a class or function that makes "
+                             f"one, got {optimizer!r}")
+        return OPTIMIZERS[optimizer]
+    if not callable(optimizer) or isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError("optimizer must be a name, or a class or function that makes a torch.optim.Optimizer of a list "
+                        f"of parameters, got {type(optimizer).__name__}")
+    return optimizer
