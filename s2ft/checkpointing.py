@@ -4,7 +4,7 @@ A reentrant checkpoint gives no gradient, not even to the weights inside it, whe
 with the embeddings frozen the first blocks' inputs need none. So the input of such a block is made to need one: of a
 checkpointed block that trains something, and of no other, so that the backward still ends at the lowest of them.
 """
-from typing import Iterable, List
+from typing import Iterable, Iterator, List, Optional
 
 import torch
 from torch import Tensor, nn
@@ -12,33 +12,58 @@ from torch.utils.hooks import RemovableHandle
 
 
 def open_blocks(model: nn.Module, trained: Iterable[str]) -> List[RemovableHandle]:
-    """Give transformers' checkpointable blocks around the modules `trained` the hook. Returns: what removes it."""
+    """Hook transformers' checkpointable blocks around the modules `trained`. Returns: what removes the hooks."""
     around = {parent for path in trained for parent in _parents(path)}
-    return [module.register_forward_pre_hook(_need_gradient) for path, module in model.named_modules()
-            if path in around and _is_block(module)]
+    blocks = [module for path, module in model.named_modules() if path in around and _block_class(module)]
+    if any("__call__" in vars(_block_class(block)) for block in blocks):   # transformers 4: a block's hooks run inside
+        return [embeddings.register_forward_hook(_Embeddings(blocks)) for embeddings in _embeddings(model)]
+    return [block.register_forward_pre_hook(_need_gradient) for block in blocks]
 
 
-def _parents(path: str) -> Iterable[str]:
+def _parents(path: str) -> Iterator[str]:
     while path := path.rpartition(".")[0]:
         yield path
 
 
-def _is_block(module: nn.Module) -> bool:
-    return any(kind.__name__ == "GradientCheckpointingLayer" for kind in type(module).__mro__)
+def _block_class(module: nn.Module) -> Optional[type]:
+    return next((kind for kind in type(module).__mro__ if kind.__name__ == "GradientCheckpointingLayer"), None)
 
 
 def _need_gradient(block: nn.Module, inputs: tuple):
-    if not (block.gradient_checkpointing and block.training and torch.is_grad_enabled()):
-        return None   # transformers checkpoints no block then
-    if torch.compiler.is_compiling() or not _is_reentrant(block):
-        return None   # these kinds look at what is inside
-    if not inputs or any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+    if not inputs or not _is_reentrant(block) or any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
         return None
     hidden_states, *rest = inputs
     return (hidden_states.detach().requires_grad_(), *rest)   # a view: nobody else's tensor is changed
 
 
 def _is_reentrant(block: nn.Module) -> bool:
-    """Where nothing is said, PyTorch's default is True."""
-    options = getattr(block._gradient_checkpointing_func, "keywords", {})
-    return options.get("use_reentrant") is not False
+    """Whether the block will be run in a reentrant checkpoint now; other kinds look at what is inside."""
+    if not (block.gradient_checkpointing and block.training and torch.is_grad_enabled()):
+        return False   # transformers checkpoints no block then
+    if torch.compiler.is_compiling():
+        return False   # in a graph there are no reentrant ones
+    return getattr(block._gradient_checkpointing_func, "keywords", {}).get("use_reentrant") is not False
+
+
+class _Embeddings:
+    """The hook for transformers 4: what goes into the lowest block needs a gradient, whichever trains."""
+
+    def __init__(self, blocks: List[nn.Module]) -> None:
+        self.blocks = blocks
+
+    def __call__(self, module: nn.Module, inputs: tuple, output: Tensor) -> Optional[Tensor]:
+        wanted = isinstance(output, Tensor) and any(map(_is_reentrant, self.blocks)) and not output.requires_grad
+        return output.detach().requires_grad_() if wanted else None
+
+
+def _embeddings(model: nn.Module) -> List[nn.Module]:
+    """Of the model and of the models in it, each once."""
+    found = {}
+    for module in model.modules():
+        try:
+            embeddings = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
+        except NotImplementedError:
+            continue
+        if isinstance(embeddings, nn.Module):
+            found[id(embeddings)] = embeddings
+    return list(found.values())

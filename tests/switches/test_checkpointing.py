@@ -1,5 +1,6 @@
 """Gradient checkpointing gives the gradients that there are without it, whatever is frozen below."""
 import copy
+import functools
 import warnings
 
 import pytest
@@ -10,6 +11,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import s2ft
 from s2ft import Coupling, Projection, S2FTConfig
@@ -185,6 +188,37 @@ def test_nothing_changes_where_nothing_is_checkpointed():
     assert seen == [False, False]
     loss_of(model)
     assert seen == [False, False, True]
+
+
+# ---- transformers 4 ------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def transformers_4(monkeypatch):
+    """There a block is checkpointed with its hooks inside."""
+    def call(self, *args, **kwargs):
+        run = functools.partial(nn.Module.__call__, self, **kwargs)
+        return self._gradient_checkpointing_func(run, *args) if self.gradient_checkpointing and self.training else run(*args)
+
+    monkeypatch.setattr(GradientCheckpointingLayer, "__call__", call, raising=False)
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", LlamaDecoderLayer.forward.__wrapped__)
+
+
+@reentrants
+def test_blocks_whose_hooks_are_inside_the_checkpoint(transformers_4, reentrant):
+    """Then the embeddings have the hook; a copy's looks at the copy's own blocks, and it goes when the adapter goes."""
+    config = everything("llama-grouped")
+    model = attach(plain("llama-grouped"), config)
+    expected = gradients(model)
+    other = without_their_hook(enable(copy.deepcopy(model), reentrant))
+    assert_same(gradients(other), expected)
+    seen = []
+    model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
+    assert_same(gradients(model), expected)
+    without_their_hook(enable(model, reentrant))
+    assert_same(gradients(model), expected)
+    assert seen == [False, reentrant]
+    s2ft.detach(other)
+    assert not other.get_input_embeddings()._forward_hooks and hooks(other) == 0
 
 
 # ---- in and out ----------------------------------------------------------------------------------------------
