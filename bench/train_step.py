@@ -70,10 +70,10 @@ def s2ft_model(base: nn.Module, d_ratio: float) -> nn.Module:
     return model
 
 
-def lora_model(base: nn.Module, rank: int, targets) -> nn.Module:
+def lora_model(base: nn.Module, rank: int, targets, copied: bool = True) -> nn.Module:
     from peft import LoraConfig, get_peft_model
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
-    return get_peft_model(copy.deepcopy(base), config)
+    return get_peft_model(copy.deepcopy(base) if copied else base, config)
 
 
 def lora_of_equal_size(base: nn.Module, parameters: int) -> nn.Module:

@@ -7,7 +7,7 @@ from train.test_finetune import losses, run
 from train.tiny import tiny_model
 
 import s2ft
-from s2ft.train.loss import fused_loss, why_not
+from s2ft.train.loss import PIECE, fused_loss, why_not
 
 # Cases whose loss is not that of a causal language model, or who bend their logits
 NOT = {"gemma2": "more to its logits than to scale them", "gemma2-grouped": "more to its logits than to scale them",
@@ -50,9 +50,28 @@ def test_loss_and_gradients_are_the_models_own_or_it_is_refused(case, dtype):
             torch.testing.assert_close(gradient, theirs[name], rtol=10 * rtol, atol=rtol * float(theirs[name].abs().max()))
 
 
-def test_no_logits_are_kept():
+def test_pieces_add_up(monkeypatch):
+    """Losses of several pieces, the last one short, are those of one."""
+    model, ids = tiny_model(), torch.randint(3, 200, (3, 11))
+    expected = model(input_ids=ids, labels=ids).loss
+    monkeypatch.setitem(PIECE, "cpu", 7 * model.config.vocab_size)   # 30 tokens in pieces of 7
+    with fused_loss(model.train()):
+        torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected, rtol=1e-6, atol=0)
+
+
+def test_evaluation_has_the_models_own_loss_and_logits():
+    model, ids = tiny_model(), torch.randint(3, 200, (2, 9))
+    expected = model(input_ids=ids, labels=ids)
+    with fused_loss(model):
+        found = model(input_ids=ids, labels=ids)
+    assert torch.equal(found.loss, expected.loss) and torch.equal(found.logits, expected.logits)
+
+
+def test_no_logits_are_kept(monkeypatch):
+    monkeypatch.setitem(PIECE, "cpu", 2**16)
     model = tiny_model(vocab_size=5000)
     s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+    model.train()
     ids = torch.randint(3, 200, (4, 64))
 
     def largest():
@@ -67,7 +86,7 @@ def test_no_logits_are_kept():
 
 def test_a_forward_without_labels_gives_logits_as_ever():
     model, ids = tiny_model(), torch.randint(3, 200, (2, 9))
-    expected = model(ids).logits
+    expected = model.train()(ids).logits
     with fused_loss(model):
         model(input_ids=ids, labels=ids)
         assert torch.equal(model(ids).logits, expected)

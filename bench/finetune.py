@@ -1,0 +1,170 @@
+"""Fine-tuning by the command line's training against PEFT's LoRA through transformers' Trainer: speed and memory.
+
+    python bench/finetune.py [--dtype float32|bfloat16|both] [--rounds 3] [--steps 12] [--model FOLDER_OR_GGUF]
+
+Every run is a process of its own, so that its peak is its own; the methods take turns. All train on the same rows in the
+same order with the same Trainer arguments: batches of --batch rows of the demo's word problems, a gradient step each.
+
+    S²FT            s2ft finetune --d-ratio 0.03
+    LoRA, our loss  PEFT r=16 on q, k, v, up, down, with the command line's collator and fused loss
+    LoRA            the same as people run it: rows padded on the right, the model's own loss on all positions
+
+Tokens a second: median over the steps after the second, padding not counted. Memory: the process's peak while it trains
+beyond what it had when the model was loaded (on a GPU: of device memory).
+"""
+import argparse
+import contextlib
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Dict, List
+
+import torch
+from harness import save
+from train_step import LORA_TARGETS, lora_model
+
+import s2ft
+from s2ft.train.callbacks import JsonlLog
+from s2ft.train.demo import default_model, problem_set
+from s2ft.train.encoding import IGNORED, AnswerCollator, encode_examples
+from s2ft.train.finetune import finetune, training_arguments
+from s2ft.train.head import packed_head
+from s2ft.train.loss import fused_loss, why_not
+from s2ft.train.models import load_model
+from s2ft.train.options import TrainOptions
+from s2ft.train.output import RunFolder, read_log
+from s2ft.train.prompts import pad_id
+
+RESULTS = Path(__file__).parent / "results" / "finetune.json"
+METHODS = ("S²FT", "LoRA, our loss", "LoRA")
+
+
+class Memory:
+    """Bytes of this process, or of the GPU where there is one."""
+
+    def __init__(self) -> None:
+        self.cuda = torch.cuda.is_available()
+        self.before = torch.cuda.memory_allocated() if self.cuda else self._status("VmRSS")
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")   # the peak begins here
+
+    def peak(self) -> int:
+        return (torch.cuda.max_memory_allocated() if self.cuda else self._status("VmHWM")) - self.before
+
+    @staticmethod
+    def _status(key: str) -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+        return int(line.split()[1]) * 1024
+
+
+class RightPadded:
+    """Rows as a usual collator makes them: labels on the answers, logits of all positions."""
+
+    def __init__(self, pad: int) -> None:
+        self.pad = pad
+
+    def __call__(self, rows) -> Dict[str, torch.Tensor]:
+        longest = max(map(len, rows))
+        ids = torch.full((len(rows), longest), self.pad)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
+        for number, row in enumerate(rows):
+            ids[number, :len(row)] = torch.tensor(row.prompt + row.answer)
+            labels[number, len(row.prompt):len(row)] = torch.tensor(row.answer)
+            mask[number, :len(row)] = 1
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def train(method: str, model, tokenizer, rows, options: TrainOptions, folder: RunFolder) -> None:
+    if method == "S²FT":
+        s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.03))
+        finetune(model, tokenizer, rows, options, folder)
+        return
+    from transformers import Trainer
+
+    ours, pad = method != "LoRA", pad_id(tokenizer)
+    collator = AnswerCollator(pad) if ours else RightPadded(pad)
+    if ours:
+        assert not why_not(model, {key: value for key, value in collator(rows[:1]).items()})
+    base = model
+    model = lora_model(base, 16, LORA_TARGETS, copied=False)
+    trainer = Trainer(model=model, args=training_arguments(base, options, len(rows), folder), train_dataset=list(rows),
+                      data_collator=collator, callbacks=[JsonlLog(folder.log)])
+    with (packed_head(base) if ours else contextlib.nullcontext()), (fused_loss(base) if ours else contextlib.nullcontext()):
+        trainer.train()
+
+
+def child(args: argparse.Namespace) -> None:
+    """One run; a line of JSON."""
+    model, tokenizer = load_model(args.model or default_model(), args.dtype)
+    model.to("cuda" if torch.cuda.is_available() else "cpu").train()
+    rows = encode_examples(tokenizer, problem_set(args.steps * args.batch, False, 0), 1024)
+    options = TrainOptions(learning_rate=2e-4, max_steps=args.steps, batch_size=args.batch, micro_batch_size=args.batch,
+                           warmup_steps=1, save_steps=0, gradient_checkpointing=args.checkpointing)
+    memory = Memory()
+    with tempfile.TemporaryDirectory() as path:
+        folder = RunFolder(path)
+        train(args.child, model, tokenizer, rows, options, folder)
+        lines = read_log(folder.log)
+    print("RESULT" + json.dumps({"tokens_per_second": statistics.median(l["tokens_per_second"] for l in lines[2:]),
+                                 "peak_bytes": memory.peak(), "loss": [l["loss"] for l in lines],
+                                 "trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}))
+
+
+def run(method: str, dtype: str, args: argparse.Namespace) -> Dict[str, Any]:
+    command = [sys.executable, __file__, "--child", method, "--dtype", dtype, "--steps", str(args.steps), "--batch",
+               str(args.batch), *(["--model", args.model] if args.model else []),
+               *(["--checkpointing"] if args.checkpointing else [])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{method}: {done.stderr[-2000:]}")
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))[6:])
+
+
+def table(title: str, runs: Dict[str, List[Dict[str, Any]]]) -> Dict[str, Any]:
+    """Prints and returns medians, and S²FT's ratios round by round."""
+    print(f"{title}\n{'':<16}{'tokens/s':>9}{'S²FT is':>9}{'peak MiB':>10}{'S²FT has':>10}{'last loss':>11}")
+    rows = {}
+    for method, results in runs.items():
+        faster = statistics.median(a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(runs["S²FT"], results))
+        memory = statistics.median(a["peak_bytes"] / b["peak_bytes"] for a, b in zip(runs["S²FT"], results))
+        rows[method] = {"tokens_per_second": statistics.median(r["tokens_per_second"] for r in results),
+                        "s2ft_speed": faster, "peak_MiB": statistics.median(r["peak_bytes"] for r in results) / 2**20,
+                        "s2ft_memory": memory, "last_loss": results[0]["loss"][-1], "trained": results[0]["trained"],
+                        "runs": results}
+        row = rows[method]
+        print(f"{method:<16}{row['tokens_per_second']:>9.0f}{faster:>8.2f}×{row['peak_MiB']:>10.0f}{memory:>9.2f}×"
+              f"{row['last_loss']:>11.3f}")
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", default=None, help="folder or GGUF file; default: SmolLM2-135M-Instruct")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "both"), default="both")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, in all")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--child", choices=METHODS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        child(args)
+        return
+    results = {}
+    for dtype in ("float32", "bfloat16") if args.dtype == "both" else (args.dtype,):
+        runs: Dict[str, List[Dict[str, Any]]] = {method: [] for method in METHODS}
+        for number in range(args.rounds):
+            for method in METHODS[number % 3:] + METHODS[:number % 3]:
+                runs[method].append(run(method, dtype, args))
+        results[dtype] = table(f"{dtype}, batches of {args.batch}, {args.rounds} rounds of {args.steps} steps", runs)
+    save(args.output, {"batch": args.batch, "steps": args.steps, "checkpointing": args.checkpointing, "results": results})
+
+
+if __name__ == "__main__":
+    main()
