@@ -109,6 +109,16 @@ def test_every_second_layer(reentrant):
     assert_same(gradients(model), expected)
 
 
+@pytest.mark.filterwarnings("ignore:torch.utils.checkpoint. the use_reentrant parameter")
+def test_a_variant_that_is_not_named():
+    """PyTorch's default, which has been the reentrant one."""
+    config = everything("llama-grouped")
+    expected = gradients(attach(plain("llama-grouped"), config))
+    model = attach(plain("llama-grouped"), config)
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"preserve_rng_state": True})
+    assert_same(gradients(without_their_hook(model)), expected)
+
+
 @reentrants
 def test_dropout_is_drawn_again_as_it_was(reentrant):
     config, found = everything("llama-grouped"), []
