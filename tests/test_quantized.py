@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from support.models import model_of, output_of, token_batch, train
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, TorchAoConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, TorchAoConfig, TrainerCallback
 
 import s2ft
 from s2ft import Coupling, Projection, S2FTConfig
@@ -567,8 +567,8 @@ def trainer(model, folder, **arguments):
     rows = [{"input_ids": row, "labels": row}
             for row in torch.randint(67, (8, 9), generator=torch.Generator().manual_seed(1))]
     arguments = TrainingArguments(folder / "run", per_device_train_batch_size=2, max_steps=4, learning_rate=1e-2, seed=1,
-                                  use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1,
-                                  **arguments)
+                                  use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1,
+                                  **{"save_strategy": "no", **arguments})
     return Trainer(model=model, args=arguments, train_dataset=rows)
 
 
@@ -617,6 +617,32 @@ def test_trainer_checkpoints_and_goes_on(kind, tmp_path):
     s2ft.load_adapter(other, tmp_path / "adapter", trainable=True)
     trainer(other, tmp_path).train()
     assert not any(torch.equal(value, found[0][name]) for name, value in deltas_of(other).items())
+
+
+@configs
+def test_trainer_saves_and_resumes(kind, tmp_path):
+    """Four steps are two, an adapter's checkpoint, and two on a base that is quantized anew, bit for bit."""
+    whole, half, rest = (loaded(kind, tmp_path) for _ in range(3))
+    for model in (whole, half, rest):
+        s2ft.attach(model, INDEXED)
+    trainer(whole, tmp_path).train()
+    saving = dict(save_strategy="steps", save_steps=2)
+
+    class Stop(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    run = trainer(half, tmp_path, **saving)
+    run.add_callback(Stop())
+    run.train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    assert 0 < size < 3 * 4 * s2ft.get_adapter(half, "default").parameters   # no base in it
+    trainer(rest, tmp_path, **saving).train(resume_from_checkpoint=str(checkpoint))
+    theirs = deltas_of(rest)
+    assert all(torch.equal(value, theirs[name]) for name, value in deltas_of(whole).items())
+    assert not all(torch.equal(value, theirs[name]) for name, value in deltas_of(half).items())
+    assert_same_contents(contents(rest), contents(whole))
 
 
 @configs
