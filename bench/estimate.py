@@ -1,0 +1,191 @@
+"""What s2ft.estimate says before a model is built, against what training it takes.
+
+    python bench/estimate.py [--models NAME ...] [--dtype float32|bfloat16|both]
+
+Each model in each dtype is estimated on the meta device here, and built and trained in a process of its own. Measured
+there are bytes kept for backward: every storage that autograd saves during a forward, once; and as growth of the
+process's resident memory (of memory allocated, on a GPU) parameters, gradients and optimizer, after a step on two tokens
+that leaves hardly anything else behind, and the most during a step on the whole batch. The process gives freed memory
+back at once. At the end LLaMA-3-8B's shape is planned, which only takes time.
+"""
+import argparse
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict
+
+import torch
+from harness import save
+from train_step import Method
+from transformers import (AutoConfig, AutoModelForCausalLM, Gemma2Config, GPT2Config, GPTNeoXConfig, LlamaConfig,
+                          OPTConfig, Phi3Config, PretrainedConfig, Qwen2Config, Qwen3Config)
+
+import s2ft
+from s2ft.train.demo import default_model
+from s2ft.train.models import load_model, locate
+
+SMOLLM = "SmolLM2-135M"
+IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, vocab_size=32000)
+SHAPE = dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12)
+CONFIGS: Dict[str, Callable[[], PretrainedConfig]] = {   # random weights, at sizes near 100M parameters
+    "llama": lambda: LlamaConfig(**SHAPE, **IDS),
+    "qwen2": lambda: Qwen2Config(**SHAPE, **IDS, num_key_value_heads=4, tie_word_embeddings=True),
+    "qwen3": lambda: Qwen3Config(**SHAPE, **IDS, num_key_value_heads=4, head_dim=64),
+    "gemma2": lambda: Gemma2Config(**SHAPE, **IDS, num_key_value_heads=4, head_dim=64, sliding_window=64),
+    "phi3": lambda: Phi3Config(**SHAPE, **IDS, num_key_value_heads=4),
+    "gpt2": lambda: GPT2Config(bos_token_id=1, eos_token_id=2),   # GPT-2's own 124M, with its dropout
+    "gpt-neox": lambda: GPTNeoXConfig(**SHAPE, **IDS),
+    "opt": lambda: OPTConfig(hidden_size=768, ffn_dim=3072, num_hidden_layers=12, num_attention_heads=12, **IDS),
+}
+LLAMA_3_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                  num_key_value_heads=8, vocab_size=128256)
+CONFIG = s2ft.S2FTConfig(d_ratio=0.03, o_ratio=0.1)
+SHOWN = {"kept": "kept for backward", "state": "weights, gradients, states", "peak": "peak of a step"}
+RESULTS = Path(__file__).parent / "results" / "estimate.json"
+
+
+# ---- estimating, here ------------------------------------------------------------------------------------
+
+def on_meta(name: str, dtype: torch.dtype) -> torch.nn.Module:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(_config(name), dtype=dtype)
+
+
+def _config(name: str) -> PretrainedConfig:
+    if name != SMOLLM:
+        return CONFIGS[name]()
+    source, options = locate(default_model())
+    return AutoConfig.from_pretrained(source, **options)
+
+
+def estimated(name: str, dtype: str, args: argparse.Namespace) -> Dict[str, float]:
+    begin = time.perf_counter()
+    model = on_meta(name, getattr(torch, dtype))
+    built = time.perf_counter()
+    found = s2ft.estimate(model, CONFIG, args.batch, args.length, device=_device())
+    return {"kept": found.kept, "state": found.parameters + found.buffers + found.gradients + found.optimizer,
+            "peak": found.peak, "building seconds": built - begin, "seconds": time.perf_counter() - built}
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# ---- measuring, in a process of its own ------------------------------------------------------------------
+
+def measured(name: str, dtype: str, args: argparse.Namespace) -> Dict[str, int]:
+    command = [sys.executable, __file__, "--measure", name, "--dtype", dtype, "--batch", str(args.batch),
+               "--length", str(args.length)]
+    # glibc would keep what was freed, and hide by it what is needed
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})
+    if done.returncode:
+        raise RuntimeError(f"measuring {name} in {dtype} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(name: str, dtype: torch.dtype, batch: int, length: int) -> Dict[str, int]:
+    """In bytes. A step of a small model comes first: what libraries take for themselves is no model's."""
+    small = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=8, vocab_size=99)
+    _method(AutoModelForCausalLM.from_config(small, dtype=dtype), batch, length)()
+    before = _used()
+    model = load_model(default_model(), str(dtype).removeprefix("torch."))[0] if name == SMOLLM else \
+        AutoModelForCausalLM.from_config(_config(name), dtype=dtype)
+    method = _method(model, batch, length)
+    whole, method.batch = method.batch, method.batch[:1, :2]
+    _step(method)
+    state = _used() - before
+    method.batch = whole
+    method()
+    _forget_peak()
+    _step(method)
+    return {"state": state, "peak": _most_used() - before, "kept": method.bytes_kept()}
+
+
+def _step(method: Method) -> None:
+    """One that leaves the gradients there."""
+    method.loss().backward()
+    method.optimizer.step()
+
+
+def _method(model: torch.nn.Module, batch: int, length: int) -> Method:
+    model = model.to(_device())
+    s2ft.attach(model, CONFIG)
+    tokens = torch.randint(model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
+    return Method(model, tokens.to(_device()))
+
+
+def _used() -> int:
+    gc.collect()
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)
+    return _of_process("VmRSS")
+
+
+def _forget_peak() -> None:
+    _used()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")   # VmHWM starts anew
+
+
+def _most_used() -> int:
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _of_process("VmHWM")
+
+
+def _of_process(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(field)))
+
+
+# ---- all together ----------------------------------------------------------------------------------------
+
+def row(name: str, dtype: str, args: argparse.Namespace) -> Dict[str, Any]:
+    said, found = estimated(name, dtype, args), measured(name, dtype, args)
+    ratios = {what: said[what] / found[what] for what in SHOWN}
+    print(f"{name:<14}{dtype:<10}" + "".join(
+        f"{said[what] / 2**20:>10.1f}{found[what] / 2**20:>10.1f}{ratios[what]:>8.4f}" for what in SHOWN)
+        + f"{said['seconds']:>10.1f}", flush=True)
+    return {"estimated": said, "measured": found, "estimated to measured": ratios}
+
+
+def plan_8b() -> Dict[str, float]:
+    begin = time.perf_counter()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_3_8B), dtype=torch.bfloat16)
+    built = time.perf_counter()
+    found = s2ft.estimate(model, s2ft.S2FTConfig(d_ratio=0.03), 4, 1024)
+    seconds = {"building seconds": built - begin, "seconds": time.perf_counter() - built}
+    print(f"\nLLaMA-3-8B's shape in bfloat16, 4 × 1024 tokens, d_ratio 0.03: built on the meta device in "
+          f"{seconds['building seconds']:.1f} s, estimated in {seconds['seconds']:.1f} s\n{found}")
+    return {**seconds, **{name: value for name, value in found.to_dict().items() if name not in ("parts", "free", "fits")}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--models", nargs="+", choices=(SMOLLM, *CONFIGS), default=[SMOLLM, *CONFIGS])
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "both"), default="both")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--measure", choices=(SMOLLM, *CONFIGS), help=argparse.SUPPRESS)   # a process of its own
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(args.measure, getattr(torch, args.dtype), args.batch, args.length)))
+        return
+    print(f"MiB estimated, measured, and their ratio; {args.batch} × {args.length} tokens\n{'':<24}"
+          + "".join(f"{title:>28}" for title in SHOWN.values()) + f"{'seconds':>10}")
+    dtypes = ("float32", "bfloat16") if args.dtype == "both" else (args.dtype,)
+    results = {name: {dtype: row(name, dtype, args) for dtype in dtypes} for name in args.models}
+    save(args.output, {"batch": args.batch, "length": args.length, "config": {"d_ratio": 0.03, "o_ratio": 0.1},
+                       "results": results, "LLaMA-3-8B on the meta device": plan_8b()})
+
+
+if __name__ == "__main__":
+    main()
