@@ -44,8 +44,9 @@ def check_alike(what: str, values: Mapping[str, str]) -> None:
     for name, value in values.items():
         if first[name] != value:
             raise RuntimeError(f"{what}: {name} is {value} on rank {dist.get_rank()} and {first[name]} on rank "
-                               f"{first['rank']}, and must be the same on all. Ranks that train different adapters on "
-                               "purpose give them different names")
+                               f"{first['rank']}, and must be the same on all: give every rank the same base and data, "
+                               "or one selection as units. Ranks that train different adapters on purpose give them "
+                               "different names")
 
 
 def check_agree(what: str, value: str) -> None:
@@ -199,8 +200,8 @@ def opened(tensor: Tensor) -> Iterator[None]:
     if not is_partitioned(tensor):
         yield
         return
-    from deepspeed.zero import GatheredParameters
-    with GatheredParameters([tensor], modifier_rank=0):
+    import deepspeed
+    with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
         yield
 
 

@@ -42,6 +42,7 @@ def save_adapter(model: nn.Module, directory, name: Optional[str] = None, info: 
     on_first("saving an adapter", ranks, lambda: native.write(adapter, directory))
 
 
+@of_compiled
 def gathered(model: nn.Module) -> Dict[str, Tensor]:
     """What is trained, all of it, by its name in the model, for `state` of :func:`save_adapter`.
 

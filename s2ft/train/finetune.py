@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 import s2ft
+from s2ft.adapter.store import gathered
+from s2ft.distributed import check_agree
 from s2ft.mounting import attachment_of
 from s2ft.train.checkpoints import last_whole
 from s2ft.train.encoding import AnswerCollator, TokenRow
@@ -64,10 +66,11 @@ def finetune(model, tokenizer, rows: Sequence[TokenRow], options: TrainOptions, 
     last = losses[-max(1, len(losses) // 10):]
     result = Finetuned(trainer.state.global_step, sum(last) / max(1, len(last)), seconds, folder.adapter,
                        (trainer.state.num_input_tokens_seen - seen) / seconds, finished)
+    trained = gathered(model)   # by every rank: a sharded model's is spread over them
     if trainer.is_world_process_zero():
         plot_loss(folder.log, folder.plot)
         if finished:
-            s2ft.save_adapter(model, folder.adapter)
+            s2ft.save_adapter(model, folder.adapter, state=trained)
             write_json(folder.report, result.to_dict())
     trainer.accelerator.wait_for_everyone()
     return result
@@ -125,12 +128,7 @@ def check_ranks_agree(model) -> None:
 
     Raises: RuntimeError on every rank, if not all train the same units.
     """
-    from accelerate.utils import gather_object
-
-    digests = gather_object([attachment_of(model).selection.digest])
-    if len(set(digests)) > 1:
-        raise RuntimeError(f"the ranks chose different units ({len(set(digests))} selections on {len(digests)} ranks): "
-                           "make a selection with s2ft select and give it as units")
+    check_agree("selection", attachment_of(model).selection.digest)
 
 
 @contextlib.contextmanager

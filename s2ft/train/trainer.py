@@ -47,6 +47,8 @@ class AdapterCheckpoints:
             wrong = damage(Path(resume_from_checkpoint))
             if wrong:
                 raise ValueError(f"checkpoint {resume_from_checkpoint} is damaged: {wrong}")
+        if resume_from_checkpoint and self.is_deepspeed_enabled:   # which then loads its own, and checks nothing
+            self._load_from_checkpoint(resume_from_checkpoint)
         if self.args.should_save:   # what an interrupt left; no rank writes before the first step has joined them all
             shutil.rmtree(Path(self.args.output_dir) / UNFINISHED, ignore_errors=True)
         return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, *args, **options)
@@ -106,11 +108,6 @@ class AdapterCheckpoints:
                                 output_dir)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        if checkpoint is not None and self.is_deepspeed_enabled:   # which has loaded its own, and checked nothing
-            self._load_from_checkpoint(checkpoint)
-        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self):
         if self._sharded:

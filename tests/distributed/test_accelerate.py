@@ -3,8 +3,10 @@ import os
 
 import pytest
 import torch
-from runs import ROWS, attached, batches, blocks_of, check_same_files, rows_of, train
-from support.tolerances import relative_difference
+from runs import attached, batches, blocks_of, check_same_files, rows_of
+from support.fsdp_on_cpu import allow
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 import s2ft
 
@@ -13,6 +15,7 @@ WAYS = ("ddp", "fsdp", "fsdp root", "fsdp kept", "fsdp checkpointed", "fsdp stat
 
 def accelerator_for(way, model, **options):
     """A fresh one; its states are singletons and its plugins leave variables in the environment."""
+    allow()
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import FullyShardedDataParallelPlugin
@@ -37,6 +40,7 @@ class Loop:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.1, total_iters=steps)
         self.model, self.optimizer, self.schedule = self.accelerator.prepare(model, optimizer, schedule)
+        assert isinstance(self.model, DistributedDataParallel if way == "ddp" else FSDPModule)
         self.schedule.split_batches = True   # one step of the schedule for one of ours
         self.batches = batches(model, steps)
 

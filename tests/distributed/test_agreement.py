@@ -70,6 +70,18 @@ def test_agreement_is_an_error_on_every_rank(ranks):
     assert ranks(agree, ["c", "c"]) == ["", ""]
 
 
+def compare_models(rank):
+    from s2ft.train.finetune import check_ranks_agree
+    model = model_of("llama")
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2, seed=rank), f"of {rank}")
+    return told(lambda: check_ranks_agree(model))
+
+
+def test_what_the_command_line_compares(ranks):
+    for message in ranks(compare_models):
+        assert message.startswith("the ranks differ in their selection (2 on 2 ranks)")
+
+
 # ---- saving ----------------------------------------------------------------------------------------------
 
 def save_on_first_alone(rank, directory):

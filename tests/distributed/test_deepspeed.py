@@ -1,0 +1,183 @@
+"""DeepSpeed's ZeRO on two ranks: trains what one process trains, saves what it saves; Trainer resumes exactly."""
+import os
+
+import pytest
+import torch
+from runs import attached, batches, check_same_files, logits, rows_of, train
+
+import s2ft
+
+pytestmark = pytest.mark.deepspeed
+os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
+pytest.importorskip("deepspeed")
+
+
+def engine_for(model, stage, half=False, **zero):
+    import deepspeed
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+    config = {"train_micro_batch_size_per_gpu": 2, "zero_allow_untested_optimizer": True, "gradient_clipping": 0.5,
+              "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **zero},
+              "bf16": {"enabled": half}}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def run(engine, rank, steps=4):
+    engine.train()
+    for batch in batches(engine.module, steps):
+        half = batch[rows_of(rank)]
+        engine.backward(engine(input_ids=half, labels=half).loss)
+        engine.step()
+    engine.eval()
+
+
+def train_and_save(rank, case, layout, stage, directory, half=False):
+    model = attached(case, layout)
+    engine = engine_for(model, stage, half)
+    run(engine, rank)
+    s2ft.save_adapter(engine.module, directory)
+
+
+@pytest.mark.parametrize("layout", ("permuted", "indexed"))
+@pytest.mark.parametrize("case, stage", [("llama-grouped", 1), ("llama-grouped", 2), ("llama-grouped", 3),
+                                         ("gpt2", 3), ("mixtral", 3), ("qwen2-grouped-tied", 3)])
+def test_two_ranks_train_and_save_what_one_does(ranks, case, stage, layout, tmp_path):
+    ranks(train_and_save, case, layout, stage, tmp_path / "two")
+    model = attached(case, layout)
+    train(model)
+    s2ft.save_adapter(model, tmp_path / "one")
+    check_same_files(tmp_path / "two", tmp_path / "one", rtol=1e-4, atol=1e-4)   # clipping is summed otherwise
+
+
+@pytest.mark.parametrize("stage", (1, 2, 3))
+def test_in_bfloat16_the_exact_values_are_the_optimizers(ranks, stage, tmp_path):
+    """DeepSpeed casts the model, s2 too; what is saved is float32, not rounded."""
+    ranks(train_and_save, "llama", "permuted", stage, tmp_path, True)
+    from safetensors.torch import load_file
+    for key, value in load_file(tmp_path / "s2ft_adapter.safetensors").items():
+        if key.endswith(".delta"):
+            assert value.dtype == torch.float32 and not torch.equal(value, value.bfloat16().float()), key
+
+
+# ---- adapters on a model that DeepSpeed has ------------------------------------------------------------------
+
+def restore_and_go_on(rank, stage, saved, directory):
+    """What is restored is in the optimizer too, which else would write it over."""
+    engine = engine_for(attached("llama-grouped"), stage)
+    run(engine, rank, steps=1)
+    s2ft.adapter.restore_adapter(engine.module, saved)
+    s2ft.save_adapter(engine.module, directory / "restored")
+    seen = logits(engine.module, engine)
+    for group in engine.optimizer.param_groups:
+        group["lr"], group["weight_decay"] = 0.0, 0.0
+    run(engine, rank, steps=1)
+    s2ft.save_adapter(engine.module, directory / "after")
+    return seen
+
+
+@pytest.mark.parametrize("stage", (1, 2, 3))
+def test_restoring(ranks, stage, tmp_path):
+    model = attached("llama-grouped")
+    train(model, steps=2)
+    s2ft.save_adapter(model, tmp_path / "saved")
+    for seen in ranks(restore_and_go_on, stage, tmp_path / "saved", tmp_path):
+        torch.testing.assert_close(seen, logits(model), rtol=1e-5, atol=1e-5)
+    check_same_files(tmp_path / "restored", tmp_path / "saved", exactly=True)
+    check_same_files(tmp_path / "after", tmp_path / "saved", exactly=True)
+
+
+def switch(model, saved, run_model):
+    s2ft.load_adapter(model, saved, "other", active=False)
+    seen = []
+    for setting in ("other", None, {"other": 0.5, "default": 1.0}, {"default": 0.5}, None):
+        s2ft.set_adapter(model, setting)
+        seen.append(logits(model, run_model))
+    return seen, str(s2ft.status(model))
+
+
+def switch_sharded(rank, case, stage, saved):
+    model = attached(case)
+    s2ft.adapter.restore_adapter(model, saved[0])
+    engine = engine_for(model, stage)
+    told = []
+    for name, act in (("detach", s2ft.detach), ("merge", s2ft.merge), ("fuse", s2ft.fuse)):
+        if stage == 3:
+            with pytest.raises(ValueError, match="a model that is sharded"):
+                act(model)
+        told.append(name)
+    return switch(model, saved[1], engine)
+
+
+@pytest.mark.parametrize("case", ("llama-grouped", "mixtral", "gpt2"))
+@pytest.mark.parametrize("stage", (1, 3))
+def test_switching_adapters(ranks, case, stage, tmp_path):
+    saved = [tmp_path / "0", tmp_path / "1"]
+    for seed, folder in enumerate(saved):
+        model = attached(case, seed=seed)
+        train(model, steps=2)
+        s2ft.save_adapter(model, folder)
+    model = attached(case)
+    s2ft.adapter.restore_adapter(model, saved[0])
+    expected, said = switch(model, saved[1], model)
+    for seen, status in ranks(switch_sharded, case, stage, saved):
+        assert status == said
+        for one, other in zip(seen, expected):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(expected[0], expected[1])
+
+
+def attach_partitioned(rank):
+    import deepspeed
+    from support.models import CASES
+    from transformers import AutoModelForCausalLM
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+    with deepspeed.zero.Init(config_dict_or_path={"train_micro_batch_size_per_gpu": 1,
+                                                  "zero_optimization": {"stage": 3}}):
+        model = AutoModelForCausalLM.from_config(CASES["llama"]())
+    with pytest.raises(ValueError) as error:
+        s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2))
+    return str(error.value)
+
+
+def test_attaching_to_a_partitioned_model_is_refused(ranks):
+    for message in ranks(attach_partitioned):
+        assert "partitioned by ZeRO-3 already: load the model outside deepspeed.zero.Init" in message
+
+
+# ---- Trainer ---------------------------------------------------------------------------------------------------
+
+def whole_and_resumed(rank, stage, folder):
+    from test_trainer import trainer
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    def fresh(**changes):
+        unset_hf_deepspeed_config()   # a model made while there is one for ZeRO-3 is partitioned from the start
+        return attached("llama-grouped", **changes)
+
+    config = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+              "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+              "gradient_clipping": "auto", "zero_allow_untested_optimizer": True}
+    whole = trainer("deepspeed", fresh(), folder / "whole", deepspeed=config)
+    whole.train()
+    assert type(whole.model_wrapped).__name__ == "DeepSpeedEngine"
+    whole.save_model(str(folder / "final"))
+    again = trainer("deepspeed", fresh(), folder / "again", deepspeed=config)
+    again.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-2"))
+    again.save_model(str(folder / "resumed"))
+    other = trainer("deepspeed", fresh(seed=5), folder / "other", deepspeed=config)
+    with pytest.raises(ValueError, match="another selection"):
+        other.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("stage", (1, 2, 3))
+def test_trainer_checkpoints_the_adapter_alone_and_resumes(ranks, stage, tmp_path):
+    from test_trainer import alone
+    ranks(whole_and_resumed, stage, tmp_path)
+    check_same_files(tmp_path / "resumed", tmp_path / "final", exactly=True)
+    alone("permuted", tmp_path / "alone")
+    check_same_files(tmp_path / "final", tmp_path / "alone" / "final", rtol=1e-4, atol=1e-4)
+    states = list((tmp_path / "whole" / "checkpoint-4").rglob("*model_states.pt"))
+    kept = [key for path in states for key, value in torch.load(path, weights_only=False)["module"].items()
+            if value.is_floating_point()]
+    assert kept and all(key.endswith(".s2") for key in kept)
