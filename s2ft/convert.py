@@ -216,6 +216,9 @@ def merge(model: nn.Module) -> nn.Module:
 def fuse(model: nn.Module) -> None:
     """Write the active adapter into the weights until :func:`unfuse`: plain linears, for generation.
 
+    Where s2 changes in between, the layers take that in at the next forward; a compiled model can't look, and needs
+    another call of this.
+
     Raises: ValueError when the base is quantized or the model is sharded.
     """
     record = attachment_of(model)

@@ -146,10 +146,10 @@ def test_no_recompile_a_batch():
     """The first other length makes the length a symbol, the first other batch size that; then every size runs."""
     model = attach(plain("llama-grouped", layers=1), everything("llama-grouped"))
     called, graphs = compiled(model), []
-    for size in ((2, 9), (2, 12), (3, 7), (4, 15), (5, 10), (2, 30)):
+    for size in ((2, 9), (2, 12), (3, 7), (5, 10)):
         assert_same(step(model, called, on_tokens(*size)), step(model, None, on_tokens(*size)))
         graphs.append(counters["stats"]["unique_graphs"])
-    assert graphs == [1, 2, 3, 3, 3, 3]
+    assert graphs == [1, 2, 3, 3]
 
 
 def test_dynamic_shapes_are_one_graph():
@@ -229,6 +229,9 @@ def test_switching_fusing_and_merging_after_compiling():
         s2ft.set_adapter(model, "default")
         s2ft.fuse(model)
         assert same() and relative_difference(output_of(called), trained) <= LOGITS
+        attachment_of(model).mounts["model.layers.0.mlp.up_proj"].layer.s2.add_(0.1)
+        s2ft.fuse(model)   # again: the numbers have changed, and a graph does not look
+        assert same() and not torch.equal(output_of(called), trained)
         s2ft.unfuse(model)
         attachment_of(model).mounts["model.layers.0.mlp.down_proj"].layer.s2.add_(0.1)
         assert same() and not torch.equal(output_of(called), trained)
