@@ -46,7 +46,7 @@ def train(job: FinetuneArguments, config, options) -> None:
     from s2ft.train.calibration import calibration_for
     from s2ft.train.encoding import context_length, encode_examples
     from s2ft.train.examples import read_examples
-    from s2ft.train.finetune import check_ranks_agree, finetune, this_rank
+    from s2ft.train.finetune import check_ranks_agree, finetune, this_rank, training_arguments
     from s2ft.train.models import load_model
     from s2ft.train.output import RunFolder
 
@@ -60,6 +60,7 @@ def train(job: FinetuneArguments, config, options) -> None:
     room = min(options.max_length, context_length(model) or options.max_length)
     rows = encode_examples(tokenizer, examples, room)
     held_out = _held_out(job, tokenizer, room)
+    training_arguments(model, options, len(rows), folder)   # raises for what can't be
     calibration = calibration_for(config, tokenizer, rows, job.calibration_examples, options.micro_batch_size)
     if calibration is not None:
         model.to(ranks.device)

@@ -145,9 +145,11 @@ def checkpointing(model) -> Iterator[None]:
 
 
 def training_arguments(model, options: TrainOptions, rows: int, folder: RunFolder, evaluates: bool = False):
-    """Our options in transformers' words. Raises: ValueError for sizes or a dtype that don't work here."""
+    """Our options in transformers' words. Raises: ValueError for sizes, a dtype, an optimizer or a logger that don't work
+    here, nothing written."""
     from transformers import TrainingArguments
 
+    _check_loggers(options.report_to)
     half = next(model.parameters()).dtype == torch.float16
     if (half or options.autocast == "float16") and not torch.cuda.is_available():
         raise ValueError("training in float16 needs a GPU: take bfloat16 or float32 for dtype and autocast")
@@ -172,6 +174,15 @@ def training_arguments(model, options: TrainOptions, rows: int, folder: RunFolde
     arguments._n_gpu = min(arguments.n_gpu, 1)
     arguments.gradient_accumulation_steps = options.accumulation(arguments.world_size)
     return arguments
+
+
+def _check_loggers(names: Sequence[str]) -> None:
+    from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+
+    get_reporting_integration_callbacks(list(names))   # ValueError for one that transformers doesn't know
+    missing = [name for name in names if name not in get_available_reporting_integrations()]
+    if missing:
+        raise ValueError(f"report_to: {missing[0]} is not installed")
 
 
 def warmup_steps(options: TrainOptions, steps: int) -> int:

@@ -1,0 +1,120 @@
+"""The training options of `s2ft finetune`: each is reachable, does what it says, and refuses what it can't do."""
+import importlib.util
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from train.tiny import save_tiny, sums, write_jsonl
+
+from s2ft.cli.main import main
+from s2ft.train.output import read_log
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    work = tmp_path_factory.mktemp("work")
+    save_tiny(work / "model")
+    write_jsonl(work / "data.jsonl", sums(12))
+    write_jsonl(work / "held_out.jsonl", sums(5))
+    return work
+
+
+def finetune(work, output, *more, steps=4):
+    arguments = ["finetune", "--model", work / "model", "--data", work / "data.jsonl", "--output", output, "--max-steps",
+                 steps, "--batch-size", 4, "--micro-batch-size", 2, "--learning-rate", "1e-2", "--save-steps", 2,
+                 "--d-ratio", "0.1", *more]
+    return main([str(argument) for argument in arguments])
+
+
+def deltas(output):
+    return {key: value for key, value in load_file(output / "adapter/s2ft_adapter.safetensors").items()
+            if key.endswith("delta")}
+
+
+@pytest.fixture(scope="module")
+def plain(work):
+    assert finetune(work, work / "plain") == 0
+    return deltas(work / "plain")
+
+
+# How far the trained numbers may lie from those of a plain run, of the largest; None: another way to train
+OPTIONS = {
+    "--gradient-checkpointing": ((), 1e-4),
+    "--optimizer adamw_torch": ((), 1e-4),
+    "--optimizer sgd": ((), None),
+    "--optimizer adafactor": ((), None),
+    "--autocast bfloat16": ((), 0.3),
+    "--fused-loss False": ((), 1e-3),
+    "--schedule constant_with_warmup": ((), None),
+    "--layout indexed": ((), 1e-4),
+    "--dtype bfloat16": ((), 0.5),
+    "--compile": (("slow",), 1e-2),
+}
+
+
+@pytest.mark.parametrize("option", [pytest.param(option, marks=[getattr(pytest.mark, mark) for mark in marks])
+                                    for option, (marks, _) in OPTIONS.items()])
+def test_options(option, work, plain, tmp_path):
+    assert finetune(work, tmp_path / "out", *option.split()) == 0
+    found, tolerance = deltas(tmp_path / "out"), OPTIONS[option][1]
+    assert found.keys() == plain.keys() and all(bool((value != 0).any()) for value in found.values())
+    if tolerance is None:
+        assert any(not torch.equal(found[key], plain[key]) for key in plain)
+        return
+    for key, value in found.items():
+        assert float((value - plain[key]).abs().max()) <= tolerance * float(plain[key].abs().max())
+
+
+def test_evaluation_while_training(work, tmp_path, capsys):
+    assert finetune(work, tmp_path / "out", "--eval-data", work / "held_out.jsonl", "--eval-steps", 2, "--eval-task",
+                    "arithmetic", "--eval-limit", 3, "--max-new-tokens", 4) == 0
+    lines = [line for line in read_log(tmp_path / "out/log.jsonl") if "eval_loss" in line]
+    assert [line["step"] for line in lines] == [2, 4]
+    assert all(0 <= line["eval_accuracy"] <= 1 and line["eval_loss"] > 0 for line in lines)
+    assert (tmp_path / "out/loss.png").stat().st_size > 1000
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_evaluation_does_not_change_what_is_trained(work, plain, tmp_path):
+    assert finetune(work, tmp_path / "out", "--eval-data", work / "held_out.jsonl", "--eval-task", "arithmetic",
+                    "--max-new-tokens", 3) == 0
+    assert [line["step"] for line in read_log(tmp_path / "out/log.jsonl") if "eval_loss" in line] == [4]
+    assert all(torch.equal(value, plain[key]) for key, value in deltas(tmp_path / "out").items())
+
+
+def test_stopping_and_going_on_is_one_run(work, plain, tmp_path, capsys):
+    assert finetune(work, tmp_path / "out", "--stop-after", 3) == 0
+    assert "stopped before the end: go on with --resume" in capsys.readouterr().out
+    assert not (tmp_path / "out/adapter").exists() and (tmp_path / "out/checkpoint-3").is_dir()
+    assert finetune(work, tmp_path / "out", "--resume") == 0
+    assert all(torch.equal(value, plain[key]) for key, value in deltas(tmp_path / "out").items())
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["steps"] == 4 and report["tokens_per_second"] > 0
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="no tensorboard")
+def test_tensorboard(work, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    assert finetune(work, tmp_path / "out", "--report-to", "tensorboard", steps=2) == 0
+    assert list((tmp_path / "board").rglob("events.out.tfevents.*"))
+
+
+MISTAKES = [
+    (["--autocast", "float16"], "float16 needs a GPU"),
+    (["--autocast", "int8"], "autocast must be one of"),
+    (["--eval-task", "arithmetic"], "eval_task and eval_limit need eval_data"),
+    (["--eval-data", "none.jsonl"], "doesn't exist"),
+    (["--stop-after", "-1"], "stop_after must be at least 0"),
+    (["--optimizer", "newton"], "newton"),
+    (["--report-to", "no_such_logger"], "no_such_logger"),
+    (["--report-to", "comet_ml"], "report_to: comet_ml is not installed"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", MISTAKES, ids=lambda value: " ".join(value) if type(value) is list else "")
+def test_mistakes_are_one_line(arguments, message, work, tmp_path, capsys):
+    assert finetune(work, tmp_path / "out", *arguments) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("s2ft finetune: error:") and message in said
+    assert not (tmp_path / "out").exists()
