@@ -1,7 +1,7 @@
 """What transformers' Trainer asks of a quantized model.
 
-It takes one that trains adapters of PEFT, and else one whose quantizer says that the model can be trained as it is. That
-is for transformers to say of the bytes; while trainable layers stand beside them, and let gradients through, it holds.
+It takes one that trains adapters of PEFT, and else one whose quantizer says that the model can be trained as it is.
+That is for transformers to say of the bytes; while trainable layers stand beside them, and gradients pass, it holds.
 """
 from functools import lru_cache
 

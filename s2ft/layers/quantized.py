@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from s2ft.layers.base import S2Layer
 
 NO_FUSE = ("a quantized weight can't take an adapter in without being quantized again: put the adapter on the base "
-           "unquantized, or dequantized (for bitsandbytes model.dequantize(), the very numbers it was trained with), by "
-           "s2ft.load_adapter, and merge there")
+           "unquantized, or dequantized (for bitsandbytes model.dequantize(), the very numbers it was trained with), "
+           "by s2ft.load_adapter, and merge there")
 
 
 def quantized_forward(module: nn.Module,   # as it was

@@ -172,7 +172,7 @@ def test_scaled_gradients_are_the_unscaled_ones(case):
 @layouts
 @pytest.mark.parametrize("what", ("scale", "input"))
 def test_infinite_gradients_are_skipped(what, layout):
-    """A scale that overflows float16, or an input that does: no slice moves, the scale is halved, the next step counts."""
+    """A scale that overflows float16, or an input that does: no slice moves, the scale is halved."""
     model = attached("llama-grouped", layout=layout)
     optimizer = torch.optim.AdamW(slices(model).values(), lr=1e-2)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40 if what == "scale" else 4.0, growth_interval=1000)

@@ -207,7 +207,8 @@ def transformers_4(monkeypatch):
     """There a block is checkpointed with its hooks inside."""
     def call(self, *args, **kwargs):
         run = functools.partial(nn.Module.__call__, self, **kwargs)
-        return self._gradient_checkpointing_func(run, *args) if self.gradient_checkpointing and self.training else run(*args)
+        on = self.gradient_checkpointing and self.training
+        return self._gradient_checkpointing_func(run, *args) if on else run(*args)
 
     monkeypatch.setattr(GradientCheckpointingLayer, "__call__", call, raising=False)
     monkeypatch.setattr(LlamaDecoderLayer, "forward", LlamaDecoderLayer.forward.__wrapped__)
@@ -269,7 +270,8 @@ def trained_by_trainer(folder, case, **arguments):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         arguments = TrainingArguments(folder, per_device_train_batch_size=2, max_steps=3, learning_rate=1e-2, seed=1,
-                                      use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, **arguments)
+                                      use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
+                                      **arguments)
     Trainer(model=model, args=arguments, train_dataset=rows).train()
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 

@@ -14,7 +14,8 @@ from s2ft import Coupling, Projection, S2FTConfig
 from s2ft.mounting import attachment_of
 
 BACKEND = "aot_eager"   # traces forward and backward as inductor does, in a fraction of the time
-FAMILIES = ("llama-grouped", "llama-biased", "llama-gelu-tanh", "qwen2", "gemma2", "phi3", "gpt2", "gpt-neox", "bert", "vit")
+FAMILIES = ("llama-grouped", "llama-biased", "llama-gelu-tanh", "qwen2", "gemma2", "phi3", "gpt2", "gpt-neox", "bert",
+            "vit")
 SCATTERED = ("llama-grouped", "phi3", "gpt2", "bert")
 MORE = ("t5", "t5-gated", "whisper", "clip", "opt", "gpt2-cross-attention", "stablelm-normed", "cohere", "starcoder2",
         "llama-relu", "llama-multi-query")
@@ -83,7 +84,8 @@ def on_tokens(batch=2, length=9):
 
 # ---- forward and backward ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("case,layout", [(case, "permuted") for case in FAMILIES] + [(case, "indexed") for case in SCATTERED])
+@pytest.mark.parametrize("case,layout", [*((case, "permuted") for case in FAMILIES),
+                                         *((case, "indexed") for case in SCATTERED)])
 def test_one_graph_with_the_gradients_of_the_uncompiled(case, layout):
     model = attach(plain(case, layers=1), everything(case, layout=layout))
     assert_same(step(model, compiled(model)), step(model))
