@@ -3,6 +3,7 @@ import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Dict, List, Optional, Union
 
+from peft import PeftType
 from peft.config import PeftConfig
 
 from s2ft.config import CHOOSING, S2FTConfig
@@ -25,8 +26,9 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
     - ``units={"model.layers.0.mlp.down_proj": [3, 17], …}``, as a selection, lists, or the file of one: exactly these.
       So go selections that need calibration: ``units=s2ft.select(model, config, calibration)``.
 
-    Units are chosen once, when the adapter is injected. The model keeps a copy of the config that names them (`units`),
-    so that what is saved has them, and loading chooses nothing; how they were chosen stays in `chosen_by`.
+    Units are chosen when the adapter is injected, and the config then names them (`units`) instead of what they were
+    chosen by (`chosen_by`), so that what is saved has them, and loading chooses nothing. Used again, on another base or
+    with another seed, it means what it was made with: the further adapter gets a copy.
 
     Deltas have the dtype of their weight or, with PEFT's ``autocast_adapter_dtype``, float32 on a half-precision one.
     Raises: ValueError naming the field when a value or a combination can't be meant.
@@ -35,7 +37,8 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
     layout: ClassVar[str] = "indexed"   # of S2FTConfig; weights stay where they are
     fuse_ffn: ClassVar[bool] = False
     delta_dtype: ClassVar[None] = None
-    sites: ClassVar[Optional[Dict[str, Any]]] = None   # of the copy that the model keeps: s2ft.peft.units.Site by module
+    sites: ClassVar[Optional[Dict[str, Any]]] = None   # once injected: s2ft.peft.units.Site by module
+    asked: ClassVar[Optional[Dict[str, tuple]]] = None   # what it was made with, and has instead now, by field
 
     target_modules: Union[List[str], str, None] = field(default=None, metadata={
         "help": "modules to train: ends of their names, a regular expression, or all-linear"})
@@ -61,7 +64,7 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
         self.units = _lists(self.units)
         PeftConfig.__post_init__(self)
         S2FTConfig.__post_init__(self)
-        self.peft_type = TYPE
+        self.peft_type = PeftType(TYPE)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, value if value is None or isinstance(value, str) else set(value))
@@ -107,6 +110,28 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
         targets = paths if self.target_modules is None else self.target_modules
         return replace(self, units=selection.to_dict(), target_modules=targets, base_fingerprint=fingerprint,
                        chosen_by=chosen_by, **by)
+
+    def as_asked(self) -> "S2FTPeftConfig":
+        """A copy as it was made, but for what was changed since by hand."""
+        before = {name: was for name, (was, now) in (self.asked or {}).items() if getattr(self, name) == now}
+        return replace(self, **before)
+
+    def become(self, settled: "S2FTPeftConfig") -> "S2FTPeftConfig":
+        """Name the units that `settled` names; where this config names others, of another adapter, a copy does."""
+        kept = ("units", "base_fingerprint", "chosen_by")
+        same = all(getattr(self, name) == getattr(settled, name) for name in kept)
+        made = self if self.sites is None or same else replace(settled)
+        before = self.as_asked()
+        for name in {f.name for f in fields(self)}:
+            setattr(made, name, getattr(settled, name))
+        made.sites = settled.sites
+        made.note(before)
+        return made
+
+    def note(self, before: "S2FTPeftConfig") -> None:
+        """Remember what it was made with."""
+        changed = {f.name: (getattr(before, f.name), getattr(self, f.name)) for f in fields(self)}
+        self.asked = {name: both for name, both in changed.items() if both[0] != both[1]}
 
     def to_dict(self) -> Dict[str, Any]:
         """For JSON: a module's units are one line of text, 0-3,17."""

@@ -37,11 +37,9 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         self.s2ft_delta, self.s2ft_index = nn.ParameterDict(), BufferDict(persistent=True)
         self._replaced: Optional[Tuple[Tensor, Tensor]] = None   # index and base, while merged
         self._active_adapter, self.merged_adapters, self._disable_adapters = adapter_name, [], False
-        for name in ("in_features", "out_features", "in_channels", "out_channels"):
-            if hasattr(base_layer, name):
-                setattr(self, name, getattr(base_layer, name))
-        if is_conv1d(base_layer):
-            self.in_features, self.out_features = base_layer.nx, base_layer.nf
+        names = ("nx", "nf") if is_conv1d(base_layer) else ("in_features", "out_features")
+        names = ("in_channels", "out_channels") if type(base_layer) in CONVOLUTIONS else names
+        self.in_features, self.out_features = (getattr(base_layer, name) for name in names)
         self.update_layer(adapter_name, dim, index, init_weights)
 
     def update_layer(self, adapter_name: str, dim: int, index: Tensor, init_weights: bool) -> None:
@@ -70,9 +68,10 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     # ---- forward -------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Optional[List[str]] = None, **kwargs: Any) -> Tensor:
-        """As the base layer's. adapter_names: of a mixed batch, one for every row of x, or "__base__"."""
+        """As the base layer's. adapter_names: of a mixed batch, one for every row of x, or "__base__"; where x has k times
+        as many rows (OPT's FFN puts all tokens in a row), each has k that follow each other."""
         if adapter_names is not None:
-            self._check_names(x, adapter_names)
+            adapter_names = self._row_names(x, adapter_names)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -99,14 +98,15 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
 
     # ---- mixed batches -------------------------------------------------------------------------------
 
-    def _check_names(self, x: Tensor, names: List[str]) -> None:
-        """In PEFT's words, for those who look for them."""
-        if len(x) != len(names):
+    def _row_names(self, x: Tensor, names: List[str]) -> List[str]:
+        """Of every row of x. Raises: ValueError in PEFT's words, for those who look for them."""
+        if not names or len(x) % len(names):
             raise ValueError("Length of `adapter_names` should be the same as the number of inputs, but got "
                              f"{len(names)} and {len(x)}")
         if self.merged:
             raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` "
                              "first.")
+        return [name for name in names for _ in range(len(x) // len(names))]
 
     def _mixed(self, x: Tensor, adapter_names: List[str]) -> Tensor:
         """One product of the base for all and the adapters' parts beside it, or, where that can't be, one product for

@@ -30,13 +30,15 @@ class S2FTPeftModel(BaseTuner):
     # ---- in ------------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """PEFT's, on a copy of the config that names the units. Raises: ValueError, as :func:`settle`."""
+        """PEFT's, on a config that names the units. Raises: ValueError, as :func:`settle`."""
+        before = self.peft_config[adapter_name].as_asked()
         config = settle(self.peft_config[adapter_name], model)
         if not config.inference_mode:
             _check_gradients_pass(model)
         self.peft_config[adapter_name] = config
         unpacked = pack_never(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config.note(before)   # PEFT shortens long lists of target_modules
         self.__dict__.setdefault("_unpacked", unpacked)
 
     def _prepare_adapter_config(self, peft_config: S2FTPeftConfig, model_config: dict) -> S2FTPeftConfig:
@@ -103,13 +105,18 @@ class S2FTPeftModel(BaseTuner):
         paths = {path for config in configs for path in config.sites}
         self.peft_config[adapter_name] = replace(
             configs[0], units=units, target_modules=paths, exclude_modules=None, layers_to_transform=None,
-            layers_pattern=None, init_weights=True, inference_mode=True,
+            layers_pattern=None, init_weights=True, inference_mode=True, modules_to_save=sorted(
+                {name for config in configs for name in config.modules_to_save or ()}) or None,
             chosen_by={"sum_of": [[name, float(weight)] for name, weight in zip(adapters, weights)]})
         self.inject_adapter(self.model, adapter_name)
         for layer in self._layers(adapter_name):
             parts = [(Delta(layer.dim, layer.s2ft_index[name], layer.s2ft_delta[name].detach()), float(weight))
                      for name, weight in zip(adapters, weights) if name in layer.s2ft_delta]
             layer.s2ft_delta[adapter_name] = nn.Parameter(sum_deltas(parts).values, requires_grad=False)
+        for module in self.model.modules():   # what one of the adapters saves whole, the sum has too
+            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+                for name in set(adapters) & set(module.modules_to_save):
+                    module.modules_to_save[adapter_name].load_state_dict(module.modules_to_save[name].state_dict())
 
     def _check_weighted(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str,
                         combination_type: str) -> None:
@@ -123,10 +130,11 @@ class S2FTPeftModel(BaseTuner):
             raise ValueError(f"there is an adapter called {adapter_name!r} already: give the sum another name")
         if combination_type != "linear":
             raise ValueError(f"combination_type must be linear: deltas are added up as they are, got {combination_type!r}")
-        for path, module in self.model.named_modules():
-            if isinstance(module, ModulesToSaveWrapper) and sum(name in module.modules_to_save for name in adapters) > 1:
-                raise ValueError(f"{path} is saved whole with several of the adapters (modules_to_save), and such modules "
-                                 "can't be added up")
+        clashes = [path for path, module in self.model.named_modules() if isinstance(module, ModulesToSaveWrapper)
+                   and sum(name in module.modules_to_save for name in adapters) > 1]
+        if clashes:   # in PEFT's words, for those who look for them
+            raise ValueError("Cannot add weighted adapters if they target the same module with modules_to_save, but found "
+                             f"{len(clashes)} such instance(s). They are {', '.join(clashes)}")
 
     def _layers(self, adapter_name: str) -> List[S2FTPeftLayer]:
         return [module for module in self.model.modules()
@@ -141,7 +149,7 @@ class S2FTPeftModel(BaseTuner):
         if names is None:
             yield
             return
-        self._check_mixed(names)
+        self._check_mixed(names, args, kwargs)
         beams = kwargs.get("num_beams") or 1
         repeated = [name for name in names for _ in range(beams)]
         encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
@@ -155,8 +163,12 @@ class S2FTPeftModel(BaseTuner):
             for handle in handles:
                 handle.remove()
 
-    def _check_mixed(self, names: Sequence[str]) -> None:
+    def _check_mixed(self, names: Sequence[str], args: tuple, kwargs: Dict[str, Any]) -> None:
         """In PEFT's words, for those who look for them."""
+        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 1]
+        if given and len(given[0]) != len(names):
+            raise ValueError("Length of `adapter_names` should be the same as the number of inputs, but got "
+                             f"{len(names)} and {len(given[0])}")
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         known = {name for module in self.model.modules() if isinstance(module, S2FTPeftLayer) for name in module.s2ft_delta}

@@ -1,7 +1,7 @@
 """Which modules an adapter trains, and which units of them, from its config and the model."""
 import json
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Dict, Iterator, List, Optional, Tuple
 
@@ -66,28 +66,29 @@ class Site:
 
 
 def settle(config: S2FTPeftConfig, model: nn.Module) -> S2FTPeftConfig:
-    """A copy of `config` that names the units to train and has its `sites`; the model stays as it is.
+    """`config`, or a copy, see :class:`S2FTPeftConfig`, that names the units to train and has its `sites`; the model
+    stays as it is.
 
     Raises: ValueError naming the field or the module for what can't be trained, or a base that is not the config's.
     """
     with plain(model):
         couplings = _couplings(model)
-        config = _maybe_include_all_linear_layers(replace(config), model)
+        settled = _maybe_include_all_linear_layers(config.as_asked(), model)
         base = _fingerprint(model, couplings)
-        _check_base(config, base)
-        targets = _targets(config, model, couplings)
+        _check_base(settled, base)
+        targets = _targets(settled, model, couplings)
         check_shapes(model, targets)
-        if not targets and config.target_modules is not None:
+        if not targets and settled.target_modules is not None:
             config.sites = {}   # PEFT says what does not match, and why
             return config
-        selection = select(targets, _choice(config, couplings, targets), model)
+        selection = select(targets, _choice(settled, couplings, targets), model)
     found: Dict[str, List[Tuple[Projection, Tensor]]] = {}
     for projection in projections_of(targets):
         if projection.name in selection:
             found.setdefault(projection.path, []).append((projection, selection[projection.name]))
-    config = config.with_units(selection, sorted(found), None if base is None else json.dumps(base))
-    config.sites = {path: Site.of(parts) for path, parts in found.items()}
-    return config
+    settled = settled.with_units(selection, sorted(found), None if base is None else json.dumps(base))
+    settled.sites = {path: Site.of(parts) for path, parts in found.items()}
+    return config.become(settled)
 
 
 @contextmanager

@@ -54,13 +54,26 @@ def test_units_are_those_that_attach_trains(case):
         assert model.peft_config["default"].units == chosen.to_dict()
 
 
-def test_the_callers_config_stays_as_it_is():
+def test_a_config_used_again_means_what_it_was_made_with():
     config = S2FTPeftConfig(d_ratio=0.1)
-    before = copy.deepcopy(config)
-    model = get_peft_model(model_of("llama-grouped"), config)
-    before.base_model_name_or_path = config.base_model_name_or_path   # PEFT's own habit
-    assert config == before and model.peft_config["default"].units is not None
-    assert model.peft_config["default"].chosen_by == {"d_ratio": 0.1, "seed": 0}
+    first = get_peft_model(model_of("llama-grouped"), config)
+    assert first.peft_config["default"] is config and config.chosen_by == {"d_ratio": 0.1, "seed": 0}
+    again = get_peft_model(model_of("llama-grouped"), config)
+    assert again.peft_config["default"] is config
+    units = dict(config.units)
+    for case in ("gpt2", "llama-biased"):   # another family; another base of the same shapes
+        other = get_peft_model(model_of(case), config).peft_config["default"]
+        assert other is not config and other.base_fingerprint != config.base_fingerprint
+    config.seed = 1
+    first.add_adapter("b", config)
+    assert first.peft_config["b"].units != units and first.peft_config["default"].units == config.units == units
+    config.d_ratio = 0.3
+    first.add_adapter("c", config)
+    assert {len(numbers) for numbers in first.peft_config["c"].units.values()} == {16}
+    assert first.peft_config["default"].units == units
+    many = get_peft_model(model_of("llama"), S2FTPeftConfig(**ALL_RATIOS))   # so many that PEFT shortens target_modules
+    many.add_adapter("b", many.peft_config["default"])
+    assert many.peft_config["b"] is many.peft_config["default"] and len(many.peft_config["b"].target_modules) == 7
 
 
 def test_layers_and_peft_fields_narrow_it_down():
@@ -534,7 +547,7 @@ def test_sums_that_cannot_be_meant(arguments, message):
 def test_modules_saved_whole_cannot_be_added_up():
     model = get_peft_model(model_of("llama-grouped"), S2FTPeftConfig(d_ratio=0.1, modules_to_save=["lm_head"]), "a")
     model.add_adapter("b", S2FTPeftConfig(d_ratio=0.1, modules_to_save=["lm_head"]))
-    with pytest.raises(ValueError, match="can't be added up"):
+    with pytest.raises(ValueError, match="target the same module with modules_to_save.*They are .*lm_head"):
         model.add_weighted_adapter(["a", "b"], [1, 1], "sum")
 
 
