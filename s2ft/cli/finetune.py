@@ -47,8 +47,10 @@ def train(job: FinetuneArguments, config, options) -> None:
     from s2ft.train.encoding import context_length, encode_examples
     from s2ft.train.examples import read_examples
     from s2ft.train.finetune import check_ranks_agree, finetune, this_rank, training_arguments
+    from s2ft.train.memory import say_memory
     from s2ft.train.models import load_model
     from s2ft.train.output import RunFolder
+    from s2ft.train.prompts import pad_id
 
     ranks = this_rank()
     folder = RunFolder(job.output)
@@ -60,10 +62,12 @@ def train(job: FinetuneArguments, config, options) -> None:
     room = min(options.max_length, context_length(model) or options.max_length)
     rows = encode_examples(tokenizer, examples, room)
     held_out = _held_out(job, tokenizer, room)
-    training_arguments(model, options, len(rows), folder)   # raises for what can't be
+    arguments = training_arguments(model, options, len(rows), folder)   # raises for what can't be
     calibration = calibration_for(config, tokenizer, rows, job.calibration_examples, options.micro_batch_size)
     if calibration is not None:
         model.to(ranks.device)
+    if ranks.is_main_process and not job.resume:
+        say_memory(model, config, rows, options, arguments, pad_id(tokenizer))
     report = s2ft.attach(model, config, job.name, calibration)
     check_ranks_agree(model)
     if ranks.is_main_process:

@@ -136,11 +136,11 @@ def checkpointing(model) -> Iterator[None]:
     """Blocks keep their inputs only and compute the rest again in backward."""
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"   # transformers 5.2x
     getattr(model, f"{kind}_checkpointing_enable")(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
-    model.enable_input_require_grads()   # embeddings are frozen, and a checkpointed block needs a gradient to pass on
+    if hasattr(model, "_require_grads_hooks") or hasattr(model, "_require_grads_hook"):
+        model.disable_input_require_grads()   # not needed, and with it the backward would go down to the embeddings
     try:
         yield
     finally:
-        model.disable_input_require_grads()
         getattr(model, f"{kind}_checkpointing_disable")()
 
 

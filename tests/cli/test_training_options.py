@@ -1,4 +1,5 @@
 """The training options of `s2ft finetune`: each is reachable, does what it says, and refuses what it can't do."""
+import importlib
 import importlib.util
 import json
 
@@ -91,6 +92,25 @@ def test_stopping_and_going_on_is_one_run(work, plain, tmp_path, capsys):
     assert all(torch.equal(value, plain[key]) for key, value in deltas(tmp_path / "out").items())
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert report["steps"] == 4 and report["tokens_per_second"] > 0
+
+
+def test_memory_is_said_at_the_start_and_a_lack_of_it_warned_of(work, tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    assert finetune(work, tmp_path / "out", steps=1) == 0
+    (said,) = [record for record in caplog.records if "Training takes" in record.message]
+    assert said.levelname == "INFO" and "kept for backward (batch of 2 ×" in said.message
+    caplog.clear()
+    monkeypatch.setattr(importlib.import_module("s2ft.estimate"), "free_memory", lambda place: 1000)
+    assert finetune(work, tmp_path / "again", steps=1) == 0
+    (said,) = [record for record in caplog.records if "Training takes" in record.message]
+    assert said.levelname == "WARNING" and "It will not fit" in said.message
+
+
+def test_a_run_goes_on_where_memory_can_not_be_estimated(work, tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    monkeypatch.setattr("s2ft.estimate", lambda *args, **options: 1 / 0)
+    assert finetune(work, tmp_path / "out", steps=1) == 0
+    assert "memory was not estimated: division by zero" in caplog.text
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="no tensorboard")
