@@ -4,9 +4,9 @@
 
 Each model in each dtype is estimated on the meta device here, and built and trained in a process of its own. Measured
 there are bytes kept for backward: every storage that autograd saves during a forward, once; and as growth of the
-process's resident memory (of memory allocated, on a GPU) parameters, gradients and optimizer, after a step on two tokens
-that leaves hardly anything else behind, and the most during a step on the whole batch. The process gives freed memory
-back at once. At the end LLaMA-3-8B's shape is planned, which only takes time.
+process's resident memory (of memory allocated, on a GPU) parameters, gradients and optimizer, after a step on two
+tokens that leaves hardly anything else behind, and the most during a step on the whole batch. The process gives freed
+memory back at once. At the end LLaMA-3-8B's shape is planned, which only takes time.
 """
 import argparse
 import ctypes
@@ -82,20 +82,23 @@ def measured(name: str, dtype: str, args: argparse.Namespace) -> Dict[str, int]:
     command = [sys.executable, __file__, "--measure", name, "--dtype", dtype, "--batch", str(args.batch),
                "--length", str(args.length)]
     # glibc would keep what was freed, and hide by it what is needed
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"})
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"measuring {name} in {dtype} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(name: str, dtype: torch.dtype, batch: int, length: int) -> Dict[str, int]:
-    """In bytes. A step of a small model comes first: what libraries take for themselves is no model's."""
-    small = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=8, vocab_size=99)
+    """In bytes. A step of a small model comes first, and reading the file once: what libraries take for themselves is
+    no model's."""
+    small = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=8,
+                        vocab_size=99)
     _method(AutoModelForCausalLM.from_config(small, dtype=dtype), batch, length)()
+    if name == SMOLLM:
+        _real(name, dtype)
     before = _used()
-    model = load_model(default_model(), str(dtype).removeprefix("torch."))[0] if name == SMOLLM else \
-        AutoModelForCausalLM.from_config(_config(name), dtype=dtype)
-    method = _method(model, batch, length)
+    method = _method(_real(name, dtype), batch, length)
     whole, method.batch = method.batch, method.batch[:1, :2]
     _step(method)
     state = _used() - before
@@ -104,6 +107,12 @@ def measure(name: str, dtype: torch.dtype, batch: int, length: int) -> Dict[str,
     _forget_peak()
     _step(method)
     return {"state": state, "peak": _most_used() - before, "kept": method.bytes_kept()}
+
+
+def _real(name: str, dtype: torch.dtype) -> torch.nn.Module:
+    if name == SMOLLM:
+        return load_model(default_model(), str(dtype).removeprefix("torch."))[0]
+    return AutoModelForCausalLM.from_config(_config(name), dtype=dtype)
 
 
 def _step(method: Method) -> None:
@@ -164,7 +173,8 @@ def plan_8b() -> Dict[str, float]:
     seconds = {"building seconds": built - begin, "seconds": time.perf_counter() - built}
     print(f"\nLLaMA-3-8B's shape in bfloat16, 4 × 1024 tokens, d_ratio 0.03: built on the meta device in "
           f"{seconds['building seconds']:.1f} s, estimated in {seconds['seconds']:.1f} s\n{found}")
-    return {**seconds, **{name: value for name, value in found.to_dict().items() if name not in ("parts", "free", "fits")}}
+    not_of_the_shape = ("parts", "free", "fits")
+    return {**seconds, **{name: value for name, value in found.to_dict().items() if name not in not_of_the_shape}}
 
 
 def main() -> None:

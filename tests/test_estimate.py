@@ -427,6 +427,15 @@ def test_the_model_stays_as_it_is(case, meta, options):
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
+def test_layers_that_are_dropped_at_random_count():
+    """And the draw leaves no trace."""
+    dropping, plain, config = model_of("opt"), model_of("opt"), config_for("opt")
+    dropping.model.decoder.layerdrop = 0.9
+    before = torch.get_rng_state()
+    assert s2ft.estimate(dropping, config, 2, 9).parts == s2ft.estimate(plain, config, 2, 9).parts
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_nothing_is_allocated_for_the_weights():
     """A model whose weights no machine has."""
     config = LlamaConfig(hidden_size=2**15, intermediate_size=2**17, num_hidden_layers=40, num_attention_heads=256,
