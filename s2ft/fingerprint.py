@@ -48,7 +48,8 @@ def fingerprint(model: nn.Module, couplings: List[Coupling]) -> Dict[str, Any]:
 
 def _check_is_here(path: str, weight: Tensor) -> None:
     if weight.is_meta:
-        raise ValueError(f"{path} is on the meta device: load its weights first")
+        raise ValueError(f"{path} is on the meta device: load its weights first (on every rank: FSDP's "
+                         "cpu_ram_efficient_loading leaves them to the first alone)")
     if is_partitioned(weight):
         raise ValueError(f"{path} is partitioned by ZeRO-3 already: load the model outside deepspeed.zero.Init (before "
                          "the DeepSpeed config is made, or with zero3_init_flag false), attach or load the adapter, "

@@ -77,10 +77,11 @@ def test_the_adapter_loads_into_one_process(ranks, tmp_path):
 # ---- adapters on a sharded model ---------------------------------------------------------------------------
 
 def restore_and_save(rank, case, saved, directory):
-    """After a forward, whose weights the root keeps gathered: what is written there would be lost."""
+    """After a forward, whose weights the root keeps gathered: what is written there is lost with the next step."""
     model = sharded(attached(case), blocks=False)
     before = logits(model)
     s2ft.adapter.restore_adapter(model, saved)
+    model.reshard()
     after = logits(model)
     s2ft.save_adapter(model, directory)
     return before, after

@@ -32,7 +32,8 @@ def job(tmp_path_factory):
 
 
 def launch(*command):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))}
+    environment = {**inherited, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
                    # DeepSpeed wants ninja
                    "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
                    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
