@@ -137,7 +137,7 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
         movable = [coupling for coupling in touched if coupling.movable]
         _check_can_move(model, movable)
         orders = {coupling: _order(coupling, selection) for coupling in movable}
-    _check_gradients_pass(model)
+    check_gradients_pass(model)
     check_alike(f"adapter {name!r}", {"its selection": selection.digest, "the base": digest(record.fingerprint)})
     record.name, record.config, record.selection, record.active = name, config, selection, {name: 1.0}
     try:
@@ -261,7 +261,7 @@ def _obstacles(model: nn.Module, couplings: List[Coupling]) -> Iterator[str]:
             yield f"{' and '.join(tied)} are one tied weight" if tied else ""
 
 
-def _check_gradients_pass(model: nn.Module) -> None:
+def check_gradients_pass(model: nn.Module) -> None:
     """Anywhere in the model: layers that aren't trained stand between the loss and those that are."""
     for path, module in model.named_modules():
         if is_quantized(module) and not passes_gradient(module):

@@ -1,9 +1,8 @@
 """A module with adapters of PEFT on it: the deltas by adapter, their units, and the forward."""
 import warnings
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
@@ -16,9 +15,24 @@ from s2ft.weights import as_matrix, is_conv1d, is_quantized
 BASE = "__base__"   # PEFT's name for no adapter, in mixed batches
 
 
+class AdapterDelta(nn.Module):
+    """What one adapter adds to a module: trainable `values`, [n, I] or [O, n] (a convolution's have taps behind), and
+    `index` [n] int64, ascending: which outputs (dim 0) or inputs (dim 1) it adds them to.
+
+    A module, so that a parameter is called s2ft_delta.NAME.values: TRL finds an adapter's parameters by ".NAME.".
+    """
+
+    def __init__(self, values: Tensor, index: Tensor) -> None:
+        super().__init__()
+        self.values = nn.Parameter(values)
+        self.register_buffer("index", index)
+
+    def extra_repr(self) -> str:
+        return f"units={self.index.numel()}, values={tuple(self.values.shape)}, dtype={self.values.dtype}"
+
+
 class S2FTPeftLayer(nn.Module, BaseTunerLayer):
-    """`base_layer`, and of every adapter `s2ft_delta`, [n, I] or [O, n] (a convolution's have taps behind), and
-    `s2ft_index` [n] int64, ascending: which outputs (dim 0) or inputs (dim 1) it adds to.
+    """`base_layer`, and of every adapter its :class:`AdapterDelta` in `s2ft_delta`.
 
     The forward of active adapters is the base layer's on the weight with their sum added: one product, by the weight
     that merging writes, bit for bit. Unmerging copies the base back. A quantized base is left as it is, and the sum is
@@ -26,7 +40,6 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("s2ft_delta",)
-    other_param_names = ("s2ft_index",)
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, dim: int, index: Tensor, init_weights: bool) -> None:
         super().__init__()
@@ -34,7 +47,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         self.__dict__.update({key: value for key, value in base_layer.__dict__.items()
                               if "_hook" in key and "state_dict" not in key and key != "_hf_hook"})
         self.base_layer, self.dim = base_layer, dim
-        self.s2ft_delta, self.s2ft_index = nn.ParameterDict(), BufferDict(persistent=True)
+        self.s2ft_delta = nn.ModuleDict()
         self._replaced: Optional[Tuple[Tensor, Tensor]] = None   # index and base, while merged
         self._active_adapter, self.merged_adapters, self._disable_adapters = adapter_name, [], False
         names = ("nx", "nf") if is_conv1d(base_layer) else ("in_features", "out_features")
@@ -52,8 +65,8 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         shape[dim] = index.numel()
         quantized = is_quantized(self.base_layer)
         delta = torch.zeros(shape, dtype=torch.float32 if quantized else weight.dtype, device=weight.device)
-        self.s2ft_delta[adapter_name] = nn.Parameter(delta if init_weights else delta.normal_(std=0.1))
-        self.s2ft_index[adapter_name] = index.to("cpu" if weight.is_meta else weight.device, copy=True)
+        self.s2ft_delta[adapter_name] = AdapterDelta(delta if init_weights else delta.normal_(std=0.1),
+                                                     index.to("cpu" if weight.is_meta else weight.device, copy=True))
         self.set_adapter(self.active_adapters)
 
     def _shape(self) -> torch.Size:
@@ -85,7 +98,8 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
 
     def delta_of(self, names: List[str]) -> Delta:
         """The sum of adapters that are here; gradients flow to each."""
-        deltas = [Delta(self.dim, self.s2ft_index[name], self.s2ft_delta[name]) for name in names]
+        parts = [self.s2ft_delta[name] for name in names]
+        deltas = [Delta(self.dim, part.index, part.values) for part in parts]
         return deltas[0] if len(deltas) == 1 else sum_deltas([(delta, 1.0) for delta in deltas])
 
     def _product(self, x: Tensor, delta: Delta) -> Tensor:
@@ -114,12 +128,12 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         here = [name for name in dict.fromkeys(adapter_names) if name in self.s2ft_delta]
         if not here:
             return self.base_layer.forward(x)
-        needs_grad = torch.is_grad_enabled() and any(self.s2ft_delta[name].requires_grad for name in here)
+        needs_grad = torch.is_grad_enabled() and any(self.s2ft_delta[name].values.requires_grad for name in here)
         if needs_grad or type(self.base_layer) in CONVOLUTIONS:
             return self._row_by_row(x, adapter_names, here)
         y = self.base_layer.forward(x)
-        packed = pack_adapters([(self.s2ft_index[name], self.s2ft_delta[name].detach().to(y.dtype)) for name in here],
-                               self.dim)
+        deltas = [self.delta_of([name]) for name in here]
+        packed = pack_adapters([(delta.index, delta.values.detach().to(y.dtype)) for delta in deltas], self.dim)
         which = torch.tensor([here.index(name) if name in here else -1 for name in adapter_names], device=x.device)
         return multi_adapter_linear(x.to(y.dtype), y, *packed, which, self.dim)
 
@@ -208,8 +222,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         return type(self.base_layer) not in CONVOLUTIONS and not is_quantized(self.base_layer)
 
     def extra_repr(self) -> str:
-        units: Dict[str, int] = {name: index.numel() for name, index in self.s2ft_index.items()}
-        return f"dim={self.dim}, " + ", ".join(f"{name}: {count} units" for name, count in units.items())
+        return f"dim={self.dim}"
 
     def __repr__(self) -> str:
         return "s2ft." + super().__repr__()

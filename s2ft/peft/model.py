@@ -10,8 +10,7 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import check_weight, sum_deltas
-from s2ft.delta import Delta
-from s2ft.mounting import _check_gradients_pass
+from s2ft.mounting import check_gradients_pass
 from s2ft.peft.config import S2FTPeftConfig
 from s2ft.peft.layer import BASE, S2FTPeftLayer
 from s2ft.peft.units import settle
@@ -34,7 +33,7 @@ class S2FTPeftModel(BaseTuner):
         before = self.peft_config[adapter_name].as_asked()
         config = settle(self.peft_config[adapter_name], model)
         if not config.inference_mode:
-            _check_gradients_pass(model)
+            check_gradients_pass(model)
         self.peft_config[adapter_name] = config
         unpacked = pack_never(model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -63,15 +62,6 @@ class S2FTPeftModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)   # a further adapter, which does not train before it is active
         self._replace_module(parent, target_name, layer, target)
-
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """PEFT's, which makes new parameters and would have all of them train."""
-        layers = [module for module in self.model.modules() if isinstance(module, S2FTPeftLayer)
-                  and adapter_name in module.s2ft_delta]
-        trains = [layer.s2ft_delta[adapter_name].requires_grad for layer in layers]
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for layer, flag in zip(layers, trains):
-            layer.s2ft_delta[adapter_name].requires_grad_(flag)
 
     # ---- out -----------------------------------------------------------------------------------------
 
@@ -110,9 +100,9 @@ class S2FTPeftModel(BaseTuner):
             chosen_by={"sum_of": [[name, float(weight)] for name, weight in zip(adapters, weights)]})
         self.inject_adapter(self.model, adapter_name)
         for layer in self._layers(adapter_name):
-            parts = [(Delta(layer.dim, layer.s2ft_index[name], layer.s2ft_delta[name].detach()), float(weight))
-                     for name, weight in zip(adapters, weights) if name in layer.s2ft_delta]
-            layer.s2ft_delta[adapter_name] = nn.Parameter(sum_deltas(parts).values, requires_grad=False)
+            parts = [(layer.delta_of([name]), float(weight)) for name, weight in zip(adapters, weights)
+                     if name in layer.s2ft_delta]
+            layer.s2ft_delta[adapter_name].values = nn.Parameter(sum_deltas(parts).values.detach(), requires_grad=False)
         for module in self.model.modules():   # what one of the adapters saves whole, the sum has too
             if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
                 for name in set(adapters) & set(module.modules_to_save):
@@ -184,17 +174,16 @@ class S2FTPeftModel(BaseTuner):
         """PEFT's; strict about what is s2ft's. Raises: ValueError for weights that are missing, left over or of other
         units than the config's, before anything is loaded: such an adapter would change the wrong weights."""
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        expected = {}
-        for path, module in model.named_modules():
-            if isinstance(module, S2FTPeftLayer) and adapter_name in module.s2ft_delta:
-                for name in ("s2ft_delta", "s2ft_index"):
-                    expected[f"{path}.{name}.{adapter_name}"] = module
-        found = {key for key in mapped if ".s2ft_delta" in key or ".s2ft_index" in key}
-        for what, keys in (("missing", expected.keys() - found), ("left over", found - expected.keys())):
+        layers = {f"{path}.s2ft_delta.{adapter_name}": module.s2ft_delta[adapter_name]
+                  for path, module in model.named_modules()
+                  if isinstance(module, S2FTPeftLayer) and adapter_name in module.s2ft_delta}
+        expected = {f"{key}.{part}" for key in layers for part in ("values", "index")}
+        found = {key for key in mapped if ".s2ft_delta." in key}
+        for what, keys in (("missing", expected - found), ("left over", found - expected)):
             if keys:
                 raise ValueError(f"the weights of adapter {adapter_name!r} don't fit its config: {min(keys)} is {what}")
-        for key, module in expected.items():
-            if ".s2ft_index." in key and not torch.equal(mapped[key].cpu(), module.s2ft_index[adapter_name].cpu()):
+        for key, delta in layers.items():
+            if not torch.equal(mapped[f"{key}.index"].cpu(), delta.index.cpu()):
                 raise ValueError(f"the weights of adapter {adapter_name!r} are of other units than its config names: {key}")
         return mapped
 

@@ -26,7 +26,7 @@ def to_native(model: PeftModel, adapter_name: str = "default") -> Adapter:
                          "family that s2ft knows, or its weights are sharded")
     deltas = {}
     for path, site in config.sites.items():
-        values = base.get_submodule(path).s2ft_delta[adapter_name].detach().cpu()
+        values = base.get_submodule(path).s2ft_delta[adapter_name].values.detach().cpu()
         deltas.update(site.deltas(values))
     return Adapter(adapter_name, S2FTConfig(units=config.units, layout="indexed"), Selection(unit_tensors(config.units, "units")),
                    json.loads(config.base_fingerprint), deltas, {"base_model": config.base_model_name_or_path})
@@ -50,5 +50,5 @@ def from_native(model: Union[nn.Module, PeftModel], adapter: Union[Adapter, str]
     base = model.get_base_model()
     with torch.no_grad():
         for path, site in model.peft_config[adapter_name].sites.items():
-            base.get_submodule(path).s2ft_delta[adapter_name].copy_(site.joined(adapter.deltas))
+            base.get_submodule(path).s2ft_delta[adapter_name].values.copy_(site.joined(adapter.deltas))
     return model

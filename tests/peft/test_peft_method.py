@@ -96,7 +96,7 @@ def test_target_modules_and_a_ratio_are_the_projections_own_units():
         units = by_target.peft_config["default"].units
         assert units == {path: numbers for path, numbers in by_ratio.peft_config["default"].units.items() if "down" in path}
     heads = peft_of("llama-grouped", target_modules=["v_proj", "o_proj"], ratio=0.5)
-    deltas = {path.rpartition(".")[2]: layer.s2ft_delta["default"].shape for path, layer in layers_of(heads).items()}
+    deltas = {path.rpartition(".")[2]: layer.s2ft_delta["default"].values.shape for path, layer in layers_of(heads).items()}
     assert deltas == {"v_proj": (6, 24), "o_proj": (24, 12)}   # one KV head and two query heads of 6
 
 
@@ -108,9 +108,9 @@ def test_all_linear():
 def test_projections_that_share_a_module_are_one_delta():
     model = peft_of("phi3-grouped", q_ratio=0.5, v_ratio=0.5, g_ratio=0.1)
     for path, layer in layers_of(model).items():
-        index = layer.s2ft_index["default"]
+        index = layer.s2ft_delta["default"].index
         assert torch.equal(index, index.sort().values) and index.unique().numel() == index.numel()
-        assert layer.s2ft_delta["default"].shape[0] == index.numel() == (18 if "qkv" in path else 5)
+        assert layer.s2ft_delta["default"].values.shape[0] == index.numel() == (18 if "qkv" in path else 5)
 
 
 @pytest.mark.parametrize("case", ("mixtral", "qwen3-moe"))
@@ -283,7 +283,7 @@ def test_unload_gives_the_base_back_where_adapters_are_merged():
 def test_safe_merge_refuses_what_is_not_finite(value):
     model = two_of()
     layer = list(layers_of(model).values())[-1]
-    layer.s2ft_delta["b"].data.view(-1)[0] = value
+    layer.s2ft_delta["b"].values.data.view(-1)[0] = value
     layer.merge(adapter_names=["a"])
     before = layer.base_layer.weight.clone()
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="The adapter b seems to be broken"):
@@ -307,7 +307,7 @@ def test_several_active_adapters_are_one_sum_with_gradients():
     model = two_of().train()
     model.base_model.set_adapter(["a", "b"])
     loss_of(model).backward()
-    assert all(layer.s2ft_delta[name].grad.abs().sum() > 0 for layer in layers_of(model).values() for name in "ab")
+    assert all(layer.s2ft_delta[name].values.grad.abs().sum() > 0 for layer in layers_of(model).values() for name in "ab")
     layer = layers_of(model)["base_model.model.model.layers.0.mlp.down_proj"]
     x = torch.randn(5, 52)
     deltas = sum(layer.get_delta_weight(name) for name in "ab")
@@ -318,7 +318,7 @@ def test_several_active_adapters_are_one_sum_with_gradients():
     dense = (layer.base_layer.weight + deltas).detach().requires_grad_()
     nn.functional.linear(x, dense).square().sum().backward()
     for name in "ab":
-        assert torch.allclose(layer.s2ft_delta[name].grad, dense.grad[:, layer.s2ft_index[name]], rtol=1e-4, atol=1e-4)
+        assert torch.allclose(layer.s2ft_delta[name].values.grad, dense.grad[:, layer.s2ft_delta[name].index], rtol=1e-4, atol=1e-4)
 
 
 def test_hooks_on_a_module_run_once_and_stay():
@@ -344,21 +344,21 @@ def test_only_the_deltas_train(case):
     base = model_of(case).state_dict()
     losses = train(model)
     assert losses[-1] < losses[0]
-    assert all(layer.s2ft_delta["default"].abs().sum() > 0 for layer in layers_of(model).values())
+    assert all(layer.s2ft_delta["default"].values.abs().sum() > 0 for layer in layers_of(model).values())
     assert same_state(model.unload().state_dict(), base)
 
 
 def test_float32_deltas_on_a_bfloat16_base_unless_asked_otherwise():
     for autocast, dtype in ((True, torch.float32), (False, torch.bfloat16)):
         model = peft_of("llama-grouped", torch.bfloat16, autocast=autocast)
-        assert {layer.s2ft_delta["default"].dtype for layer in layers_of(model).values()} == {dtype}
+        assert {layer.s2ft_delta["default"].values.dtype for layer in layers_of(model).values()} == {dtype}
         assert output_of(model).dtype is torch.bfloat16
 
 
 def test_casting_leaves_an_inactive_adapter_frozen():
     model = peft_of("llama-grouped", torch.bfloat16, "a")
     model.add_adapter("b", S2FTPeftConfig(d_ratio=0.1))
-    assert not any(p.requires_grad for name, p in model.named_parameters() if name.endswith(".b"))
+    assert not any(p.requires_grad for name, p in model.named_parameters() if ".b." in name)
 
 
 @pytest.mark.parametrize("reentrant", (True, False))
@@ -394,7 +394,7 @@ def test_saved_and_loaded_is_equal(case, low_cpu_mem_usage, tmp_path):
     assert again.peft_config["default"].units == model.peft_config["default"].units
     assert not any(p.requires_grad for p in again.parameters())
     trainable = PeftModel.from_pretrained(model_of(case), tmp_path, is_trainable=True)
-    assert all(layer.s2ft_delta["default"].requires_grad for layer in layers_of(trainable).values())
+    assert all(layer.s2ft_delta["default"].values.requires_grad for layer in layers_of(trainable).values())
 
 
 def test_the_config_file_is_small_and_sorted(tmp_path):
@@ -423,7 +423,7 @@ def test_weights_of_other_units_are_refused(tmp_path):
 
 @pytest.mark.parametrize("change, message", (
     (lambda tensors: tensors.pop(next(iter(tensors))), "is missing"),
-    (lambda tensors: tensors.update({"base_model.model.nowhere.s2ft_delta": torch.zeros(2)}), "is left over")))
+    (lambda tensors: tensors.update({"base_model.model.nowhere.s2ft_delta.values": torch.zeros(2)}), "is left over")))
 def test_incomplete_weights_are_refused(change, message, tmp_path):
     model = peft_of()
     model.save_pretrained(tmp_path)
@@ -492,13 +492,13 @@ def test_set_add_and_delete():
     for name in "ab":
         model.set_adapter(name)
         alone[name] = output_of(model)
-        assert all(layer.s2ft_delta[other].requires_grad is (other == name)
+        assert all(layer.s2ft_delta[other].values.requires_grad is (other == name)
                    for layer in layers_of(model).values() for other in "ab")
     assert not torch.equal(alone["a"], alone["b"])
     with pytest.raises(ValueError, match="already exists"):
         model.add_adapter("a", S2FTPeftConfig(d_ratio=0.1))
     model.delete_adapter("b")
-    assert all(list(layer.s2ft_delta) == list(layer.s2ft_index) == ["a"] for layer in layers_of(model).values())
+    assert all(list(layer.s2ft_delta) == ["a"] for layer in layers_of(model).values())
     assert torch.equal(output_of(model), alone["a"])
 
 
@@ -581,7 +581,7 @@ def test_generate_mixed(options):
     model = two_of("llama-grouped")
     for layer in layers_of(model).values():
         for name in "ab":
-            layer.s2ft_delta[name].data.mul_(4)   # enough for other tokens
+            layer.s2ft_delta[name].values.data.mul_(4)   # enough for other tokens
     tokens = torch.randint(3, 67, (4, 5))
     settings = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None, **options)
     expected = []

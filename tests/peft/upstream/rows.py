@@ -201,7 +201,7 @@ def under_loras_name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
             and hasattr(request.instance, "check_requires_grad"):
         check = request.instance.check_requires_grad
         monkeypatch.setattr(request.instance, "check_requires_grad", lambda model, *names: check(
-            model, *{re.sub(r"lora_[AB]\.(\w+)\.weight", r"s2ft_delta.\1", name) for name in names}))
+            model, *{re.sub(r"lora_[AB]\.(\w+)\.weight", r"s2ft_delta.\1.values", name) for name in names}))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

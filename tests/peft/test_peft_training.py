@@ -1,0 +1,186 @@
+"""S²FT in PEFT under transformers' Trainer, transformers' own adapters, and TRL with peft_config."""
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from train.tiny import tiny_model, tiny_tokenizer
+from transformers import Trainer, TrainingArguments
+
+from s2ft.peft import S2FTPeftConfig, S2FTPeftLayer
+
+RATIOS = dict(o_ratio=0.5, u_ratio=0.1, d_ratio=0.1)
+CONFIG = dict(RATIOS, task_type="CAUSAL_LM")
+
+
+def deltas_of(model, name="default"):
+    return {path: module.s2ft_delta[name].values.detach().clone() for path, module in model.named_modules()
+            if isinstance(module, S2FTPeftLayer) and name in module.s2ft_delta}
+
+
+def assert_equal(ours, theirs):
+    assert ours and ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def moved(deltas):
+    return all((delta != 0).any() for delta in deltas.values())
+
+
+# ---- transformers' Trainer -------------------------------------------------------------------------------
+
+def trainer(model, folder, **changes):
+    torch.manual_seed(0)
+    tokens = torch.randint(3, 259, (16, 12))
+    rows = [{"input_ids": row, "labels": row} for row in tokens]
+    options = dict(output_dir=str(folder), max_steps=8, save_steps=4, per_device_train_batch_size=2, learning_rate=1e-2,
+                   report_to="none", use_cpu=True, disable_tqdm=True, seed=3)
+    return Trainer(model=model, args=TrainingArguments(**{**options, **changes}), train_dataset=rows)
+
+
+def fresh(**config):
+    return get_peft_model(tiny_model(), S2FTPeftConfig(**{**CONFIG, **config}))
+
+
+def test_resumed_is_trained_through_bit_for_bit(tmp_path):
+    model, resumed = fresh(), fresh()
+    trainer(model, tmp_path / "through").train()
+    assert moved(deltas_of(model))
+    assert (tmp_path / "through/checkpoint-4/adapter_model.safetensors").exists()
+    assert not (tmp_path / "through/checkpoint-4/model.safetensors").exists()
+    trainer(resumed, tmp_path / "resumed").train(resume_from_checkpoint=str(tmp_path / "through/checkpoint-4"))
+    assert_equal(deltas_of(resumed), deltas_of(model))
+    assert_equal(dict(model.unload().state_dict()), dict(tiny_model().state_dict()))
+
+
+def test_resuming_with_other_units_is_refused(tmp_path):
+    """The shapes fit, and Trainer loads the weights without the config."""
+    trainer(fresh(), tmp_path).train()
+    other = fresh(seed=1)
+    with pytest.raises(ValueError, match="are of other units than its config names"):
+        trainer(other, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert not any((delta != 0).any() for delta in deltas_of(other).values())
+
+
+def test_gradient_checkpointing_in_trainer_gives_the_same_run(tmp_path):
+    runs = []
+    for checkpointing in (False, True):
+        model = fresh()
+        trainer(model, tmp_path / str(checkpointing), gradient_checkpointing=checkpointing, max_steps=3).train()
+        runs.append(deltas_of(model))
+    assert_equal(*runs)
+
+
+# ---- transformers' own adapters --------------------------------------------------------------------------
+
+def test_adapters_of_transformers(tmp_path, monkeypatch):
+    """transformers 5.24 asks for a PEFT that is not published yet, of any method."""
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.21.0")
+    model, tokens = tiny_model(), torch.randint(3, 259, (2, 9))
+    base = tiny_model()(tokens).logits
+    model.add_adapter(S2FTPeftConfig(**RATIOS, init_weights=False), "one")
+    model.add_adapter(S2FTPeftConfig(**RATIOS, init_weights=False, seed=2), "two")
+    model.set_adapter("one")
+    one = model.eval()(tokens).logits
+    model.save_pretrained(tmp_path / "one")
+    model.set_adapter("two")
+    two = model(tokens).logits
+    assert not torch.equal(one, two) and not torch.equal(one, base)
+    model.disable_adapters()
+    assert torch.allclose(model(tokens).logits, base, rtol=1e-5, atol=1e-6)
+    model.enable_adapters()
+    loaded = tiny_model()
+    loaded.load_adapter(str(tmp_path / "one"), "mine")
+    assert torch.equal(loaded.eval()(tokens).logits, one) and loaded.active_adapters() == ["mine"]
+    again = PeftModel.from_pretrained(tiny_model(), tmp_path / "one").eval()
+    assert torch.equal(again(tokens).logits, one)
+    model.delete_adapter("two")
+    assert torch.equal(model(tokens).logits, one)
+
+
+# ---- TRL -------------------------------------------------------------------------------------------------
+
+def tokenizer_of_tiny():
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = "<|endoftext|>"
+    return tokenizer
+
+
+def options(folder, **changes):
+    return {**dict(output_dir=str(folder), per_device_train_batch_size=2, max_steps=4, save_steps=2, learning_rate=1e-2,
+                   report_to="none", use_cpu=True, bf16=False, disable_tqdm=True), **changes}
+
+
+def sft(folder, model, **more):
+    from trl import SFTConfig, SFTTrainer
+    rows = [{"prompt": f"{a}+1=", "completion": f" {a + 1}"} for a in range(8)]
+    return SFTTrainer(model=model, args=SFTConfig(**options(folder), max_length=64), processing_class=tokenizer_of_tiny(),
+                      train_dataset=Dataset.from_list(rows), **more)
+
+
+def dpo(folder, model, **more):
+    from trl import DPOConfig, DPOTrainer
+    rows = [{"prompt": f"{a}+1=", "chosen": f" {a + 1}", "rejected": " no"} for a in range(8)]
+    return DPOTrainer(model=model, args=DPOConfig(**options(folder), max_length=64), processing_class=tokenizer_of_tiny(),
+                      train_dataset=Dataset.from_list(rows), **more)
+
+
+def grpo(folder, model, **more):
+    from trl import GRPOConfig, GRPOTrainer
+    settings = options(folder, per_device_train_batch_size=4, max_steps=2, save_steps=1)
+    return GRPOTrainer(
+        model=model, reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
+        args=GRPOConfig(**settings, num_generations=4, max_completion_length=6, beta=0.1),
+        processing_class=tokenizer_of_tiny(), train_dataset=Dataset.from_list([{"prompt": f"{a}+1="} for a in range(8)]),
+        **more)
+
+
+TRL = {"sft": sft, "dpo": dpo, "grpo": grpo}
+
+
+@pytest.mark.parametrize("kind", TRL)
+def test_trl_with_peft_config(kind, tmp_path):
+    """It trains the adapter alone, writes it, and goes on from it."""
+    pytest.importorskip("trl")
+    done = TRL[kind](tmp_path, tiny_model(), peft_config=S2FTPeftConfig(**CONFIG))
+    assert isinstance(done.model, PeftModel)
+    done.train()
+    assert moved(deltas_of(done.model))
+    last = tmp_path / f"checkpoint-{done.state.global_step}"
+    assert (last / "adapter_config.json").exists() and not (last / "model.safetensors").exists()
+    saved = PeftModel.from_pretrained(tiny_model(), last)
+    assert_equal(deltas_of(saved), deltas_of(done.model))
+    resumed = TRL[kind](tmp_path, tiny_model(), peft_config=S2FTPeftConfig(**CONFIG))
+    resumed.train(resume_from_checkpoint=str(last))
+    assert_equal(deltas_of(resumed.model), deltas_of(done.model))
+    assert_equal(dict(done.model.unload().state_dict()), dict(tiny_model().state_dict()))
+
+
+def test_dpos_reference_is_the_adapter_off(tmp_path):
+    """Its log-probabilities are those of a run with a reference model of its own."""
+    pytest.importorskip("trl")
+    runs = {}
+    for kind in ("off", "own"):
+        model = fresh()
+        done = dpo(tmp_path / kind, model, ref_model=tiny_model() if kind == "own" else None)
+        done.train()
+        runs[kind] = deltas_of(done.model)
+        runs[kind + " rewards"] = [entry["rewards/chosen"] for entry in done.state.log_history if "rewards/chosen" in entry]
+    for key, value in runs["off"].items():
+        assert torch.allclose(value, runs["own"][key], rtol=1e-3, atol=1e-4)
+    assert runs["off rewards"] == pytest.approx(runs["own rewards"], abs=1e-5)
+
+
+def test_dpo_on_an_adapter_that_was_trained_before(tmp_path):
+    """TRL copies its numbers to another one, its reference, and finds them by the name: else that were the base."""
+    pytest.importorskip("trl")
+    trained = fresh(init_weights=False)
+    trained.save_pretrained(tmp_path / "sft")
+    model = PeftModel.from_pretrained(tiny_model(), tmp_path / "sft", is_trainable=True)
+    before = copy.deepcopy(deltas_of(model))
+    done = dpo(tmp_path / "dpo", model)
+    assert_equal(deltas_of(done.model, "ref"), before)
+    assert done.model.peft_config["ref"].units == done.model.peft_config["default"].units
+    done.train()
+    assert any(not torch.equal(before[key], value) for key, value in deltas_of(done.model).items())
+    assert_equal(deltas_of(done.model, "ref"), before)
