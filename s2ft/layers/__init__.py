@@ -13,8 +13,8 @@ from s2ft.layers.quantized import (NO_FUSE, S2QuantizedColumn, S2QuantizedLinear
 from s2ft.weights import is_conv1d, is_quantized
 
 __all__ = ["CONVOLUTIONS", "NO_FUSE", "ObservedStack", "S2ColumnConv", "S2ColumnLinear", "S2ColumnStack",
-           "S2Layer", "S2QuantizedColumn", "S2QuantizedLinear", "S2QuantizedRow", "S2RowConv", "S2RowLinear", "S2RowStack",
-           "S2Stack", "experts_forward", "forward_for", "layers_for"]
+           "S2Layer", "S2QuantizedColumn", "S2QuantizedLinear", "S2QuantizedRow", "S2RowConv", "S2RowLinear",
+           "S2RowStack", "S2Stack", "experts_forward", "forward_for", "layers_for"]
 
 
 def layers_for(module: nn.Module) -> Optional[Tuple[Type[S2Layer], Type[S2Layer]]]:

@@ -1,5 +1,5 @@
-"""S²FT as a method of PEFT: ``import s2ft.peft`` registers it, and get_peft_model, PeftModel.from_pretrained and all that
-is built on them take an :class:`S2FTPeftConfig`.
+"""S²FT as a method of PEFT: ``import s2ft.peft`` registers it, and get_peft_model, PeftModel.from_pretrained and all
+that is built on them take an :class:`S2FTPeftConfig`.
 
 PEFT's own classes do PEFT's part; the units, the products and the sums are s2ft's. Weights stay where they are, so that
 several adapters with different units live in one layer.

@@ -85,8 +85,8 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
             raise ValueError("ratio is the share of units of the target modules: give target_modules, or "
                              "q_ratio … d_ratio instead")
         if named and self.target_modules is not None:
-            raise ValueError(f"target_modules goes with ratio, and {', '.join(named)} without: a projection's ratio says "
-                             "which modules are trained")
+            raise ValueError(f"target_modules goes with ratio, and {', '.join(named)} without: a projection's ratio "
+                             "says which modules are trained")
         if self.target_modules is not None and self.layers is not None:
             raise ValueError("layers goes with q_ratio … d_ratio: with target_modules give layers_to_transform")
         if self.target_modules is not None and self.ratio is None and self.units is None:
@@ -105,7 +105,8 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
         else:
             defaults = {f.name: f.default for f in fields(self) if f.name in (*CHOOSING, "ratio")}
             by = {name: getattr(self, name) for name in defaults if getattr(self, name) != defaults[name]}
-            chosen_by = {name: value for name, value in {**by, "seed": self.seed}.items() if not isinstance(value, dict)}
+            chosen_by = {name: value for name, value in by.items() if not isinstance(value, dict)}
+            chosen_by["seed"] = self.seed
             by = {name: defaults[name] for name in by}
         targets = paths if self.target_modules is None else self.target_modules
         return replace(self, units=selection.to_dict(), target_modules=targets, base_fingerprint=fingerprint,

@@ -59,8 +59,8 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         """Add an adapter. Raises: ValueError for one that trains the other side than those that are here."""
         if dim != self.dim:
             sides = ("outputs", "inputs")
-            raise ValueError(f"adapter {adapter_name!r} trains {sides[dim]} of a module of which another adapter trains "
-                             f"{sides[self.dim]}: give both the same dim")
+            raise ValueError(f"adapter {adapter_name!r} trains {sides[dim]} of a module of which another adapter "
+                             f"trains {sides[self.dim]}: give both the same dim")
         shape, weight = list(self._shape()), self.base_layer.weight
         shape[dim] = index.numel()
         quantized = is_quantized(self.base_layer)
@@ -81,8 +81,12 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     # ---- forward -------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Optional[List[str]] = None, **kwargs: Any) -> Tensor:
-        """As the base layer's. adapter_names: of a mixed batch, one for every row of x, or "__base__"; where x has k times
-        as many rows (OPT's FFN puts all tokens in a row), each has k that follow each other."""
+        """As the base layer's.
+
+        Args:
+            adapter_names: of a mixed batch, one for every row of x, or "__base__"; where x has k times as many rows
+                (OPT's FFN puts all tokens in a row), each has k that follow each other.
+        """
         if adapter_names is not None:
             adapter_names = self._row_names(x, adapter_names)
         if self.disable_adapters:
@@ -118,8 +122,8 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
             raise ValueError("Length of `adapter_names` should be the same as the number of inputs, but got "
                              f"{len(names)} and {len(x)}")
         if self.merged:
-            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` "
-                             "first.")
+            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call "
+                             "`unmerge_adapter` first.")
         return [name for name in names for _ in range(len(x) // len(names))]
 
     def _mixed(self, x: Tensor, adapter_names: List[str]) -> Tensor:

@@ -111,7 +111,8 @@ class S2FTPeftModel(BaseTuner):
     def _check_weighted(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str,
                         combination_type: str) -> None:
         if not adapters or len(adapters) != len(weights):
-            raise ValueError(f"weights must be as many as adapters, at least one, got {len(weights)} and {len(adapters)}")
+            raise ValueError(f"weights must be as many as adapters, at least one, got {len(weights)} and "
+                             f"{len(adapters)}")
         for name, weight in zip(adapters, weights):
             if name not in self.peft_config:
                 raise ValueError(f"Adapter {name} does not exist")
@@ -119,12 +120,13 @@ class S2FTPeftModel(BaseTuner):
         if adapter_name in self.peft_config:
             raise ValueError(f"there is an adapter called {adapter_name!r} already: give the sum another name")
         if combination_type != "linear":
-            raise ValueError(f"combination_type must be linear: deltas are added up as they are, got {combination_type!r}")
+            raise ValueError("combination_type must be linear: deltas are added up as they are, got "
+                             f"{combination_type!r}")
         clashes = [path for path, module in self.model.named_modules() if isinstance(module, ModulesToSaveWrapper)
                    and sum(name in module.modules_to_save for name in adapters) > 1]
         if clashes:   # in PEFT's words, for those who look for them
-            raise ValueError("Cannot add weighted adapters if they target the same module with modules_to_save, but found "
-                             f"{len(clashes)} such instance(s). They are {', '.join(clashes)}")
+            raise ValueError("Cannot add weighted adapters if they target the same module with modules_to_save, but "
+                             f"found {len(clashes)} such instance(s). They are {', '.join(clashes)}")
 
     def _layers(self, adapter_name: str) -> List[S2FTPeftLayer]:
         return [module for module in self.model.modules()
@@ -161,7 +163,8 @@ class S2FTPeftModel(BaseTuner):
                              f"{len(names)} and {len(given[0])}")
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        known = {name for module in self.model.modules() if isinstance(module, S2FTPeftLayer) for name in module.s2ft_delta}
+        known = {name for module in self.model.modules() if isinstance(module, S2FTPeftLayer)
+                 for name in module.s2ft_delta}
         unknown = sorted(set(names) - known - {BASE})
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
@@ -184,7 +187,8 @@ class S2FTPeftModel(BaseTuner):
                 raise ValueError(f"the weights of adapter {adapter_name!r} don't fit its config: {min(keys)} is {what}")
         for key, delta in layers.items():
             if not torch.equal(mapped[f"{key}.index"].cpu(), delta.index.cpu()):
-                raise ValueError(f"the weights of adapter {adapter_name!r} are of other units than its config names: {key}")
+                raise ValueError(f"the weights of adapter {adapter_name!r} are of other units than its config names: "
+                                 f"{key}")
         return mapped
 
 

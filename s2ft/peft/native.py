@@ -22,13 +22,14 @@ def to_native(model: PeftModel, adapter_name: str = "default") -> Adapter:
         raise ValueError(f"no adapter is called {adapter_name!r}; there are {', '.join(model.peft_config)}")
     config, base = model.peft_config[adapter_name], model.get_base_model()
     if config.base_fingerprint is None:
-        raise ValueError(f"adapter {adapter_name!r} has no fingerprint of its base: {type(base).__name__} is of no model "
-                         "family that s2ft knows, or its weights are sharded")
+        raise ValueError(f"adapter {adapter_name!r} has no fingerprint of its base: {type(base).__name__} is of no "
+                         "model family that s2ft knows, or its weights are sharded")
     deltas = {}
     for path, site in config.sites.items():
         values = base.get_submodule(path).s2ft_delta[adapter_name].values.detach().cpu()
         deltas.update(site.deltas(values))
-    return Adapter(adapter_name, S2FTConfig(units=config.units, layout="indexed"), Selection(unit_tensors(config.units, "units")),
+    selection = Selection(unit_tensors(config.units, "units"))
+    return Adapter(adapter_name, S2FTConfig(units=config.units, layout="indexed"), selection,
                    json.loads(config.base_fingerprint), deltas, {"base_model": config.base_model_name_or_path})
 
 

@@ -168,8 +168,8 @@ def _is_wanted(config: S2FTPeftConfig, names: Optional[Dict[str, Tensor]], proje
         last = SimpleNamespace(**{**vars(config), "target_modules": [projection.path.rpartition(".")[2]]})
         wanted = projection.key in config.ratios and _is_target(last, projection.path)
     if wanted and projection.expert is not None:
-        raise ValueError(f"{projection.name} is one of a stack of experts, a parameter and no module, which PEFT has no "
-                         "place for: train it by s2ft.attach")
+        raise ValueError(f"{projection.name} is one of a stack of experts, a parameter and no module, which PEFT has "
+                         "no place for: train it by s2ft.attach")
     return wanted
 
 
@@ -193,11 +193,12 @@ def _check_inside(config: S2FTPeftConfig, couplings: List[Coupling], targets: Li
     """Of couplings only."""
     left = {projection.key for projection in projections_of(targets)}
     for key in {projection.key for projection in projections_of(couplings)} & config.ratios.keys() - left:
-        raise ValueError(f"{key}_ratio: modules_to_save or exclude_modules or layers_to_transform leaves none of its modules")
+        raise ValueError(f"{key}_ratio: modules_to_save or exclude_modules or layers_to_transform leaves none of its "
+                         "modules")
     for projection in projections_of(targets):
         if config.dim is not None and config.dim != DIMS[projection.dim]:
-            raise ValueError(f"dim={config.dim!r}, but the units of {projection.path} are its {DIMS[projection.dim]}: dim "
-                             "is for modules that are in no coupling")
+            raise ValueError(f"dim={config.dim!r}, but the units of {projection.path} are its {DIMS[projection.dim]}: "
+                             "dim is for modules that are in no coupling")
 
 
 def _check_ratio(config: S2FTPeftConfig, targets: List[Targets]) -> None:

@@ -83,9 +83,10 @@ def test_layers_and_peft_fields_narrow_it_down():
     assert paths(d_ratio=0.1, layers=[1]) == {"model.layers.1.mlp.down_proj"}
     assert paths(d_ratio=0.1, layers_to_transform=[0, 2]) == {f"model.layers.{i}.mlp.down_proj" for i in (0, 2)}
     assert paths(d_ratio=0.1, layers_to_transform=1, layers_pattern="layers") == {"model.layers.1.mlp.down_proj"}
-    assert paths(d_ratio=0.1, exclude_modules=["1.mlp.down_proj"]) == {f"model.layers.{i}.mlp.down_proj" for i in (0, 2)}
+    assert paths(d_ratio=0.1, exclude_modules=["1.mlp.down_proj"]) == {
+        f"model.layers.{i}.mlp.down_proj" for i in (0, 2)}
     assert paths(d_ratio=0.1, exclude_modules=r".*\.[01]\..*") == {"model.layers.2.mlp.down_proj"}
-    with pytest.raises(ValueError, match="d_ratio: modules_to_save or exclude_modules or layers_to_transform leaves none"):
+    with pytest.raises(ValueError, match="d_ratio: modules_to_save or .* leaves none"):
         paths(d_ratio=0.1, o_ratio=0.5, modules_to_save=["down_proj"])
 
 
@@ -94,10 +95,12 @@ def test_target_modules_and_a_ratio_are_the_projections_own_units():
     for targets in (["down_proj"], r".*\.down_proj"):
         by_target = peft_of("llama-grouped", target_modules=targets, ratio=0.1, seed=2)
         units = by_target.peft_config["default"].units
-        assert units == {path: numbers for path, numbers in by_ratio.peft_config["default"].units.items() if "down" in path}
+        expected = by_ratio.peft_config["default"].units
+        assert units == {path: numbers for path, numbers in expected.items() if "down" in path}
     heads = peft_of("llama-grouped", target_modules=["v_proj", "o_proj"], ratio=0.5)
-    deltas = {path.rpartition(".")[2]: layer.s2ft_delta["default"].values.shape for path, layer in layers_of(heads).items()}
-    assert deltas == {"v_proj": (6, 24), "o_proj": (24, 12)}   # one KV head and two query heads of 6
+    shapes = {path.rpartition(".")[2]: layer.s2ft_delta["default"].values.shape
+              for path, layer in layers_of(heads).items()}
+    assert shapes == {"v_proj": (6, 24), "o_proj": (24, 12)}   # one KV head and two query heads of 6
 
 
 def test_all_linear():
@@ -115,7 +118,7 @@ def test_projections_that_share_a_module_are_one_delta():
 
 @pytest.mark.parametrize("case", ("mixtral", "qwen3-moe"))
 def test_stacked_experts_are_refused_by_name(case):
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts\.down_proj\[0\] is one of a stack of experts"):
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.down_proj\[0\] is one of a stack of experts"):
         get_peft_model(model_of(case), S2FTPeftConfig(d_ratio=0.2))
     attention = get_peft_model(model_of(case), S2FTPeftConfig(o_ratio=0.5))
     assert len(layers_of(attention)) == 3
@@ -307,7 +310,8 @@ def test_several_active_adapters_are_one_sum_with_gradients():
     model = two_of().train()
     model.base_model.set_adapter(["a", "b"])
     loss_of(model).backward()
-    assert all(layer.s2ft_delta[name].values.grad.abs().sum() > 0 for layer in layers_of(model).values() for name in "ab")
+    assert all(layer.s2ft_delta[name].values.grad.abs().sum() > 0
+               for layer in layers_of(model).values() for name in "ab")
     layer = layers_of(model)["base_model.model.model.layers.0.mlp.down_proj"]
     x = torch.randn(5, 52)
     deltas = sum(layer.get_delta_weight(name) for name in "ab")
@@ -318,7 +322,8 @@ def test_several_active_adapters_are_one_sum_with_gradients():
     dense = (layer.base_layer.weight + deltas).detach().requires_grad_()
     nn.functional.linear(x, dense).square().sum().backward()
     for name in "ab":
-        assert torch.allclose(layer.s2ft_delta[name].values.grad, dense.grad[:, layer.s2ft_delta[name].index], rtol=1e-4, atol=1e-4)
+        delta = layer.s2ft_delta[name]
+        assert torch.allclose(delta.values.grad, dense.grad[:, delta.index], rtol=1e-4, atol=1e-4)
 
 
 def test_hooks_on_a_module_run_once_and_stay():

@@ -17,7 +17,8 @@ MODULES = {   # with an input
     "linear-unbiased": lambda: (nn.Linear(9, 11, bias=False), torch.randn(4, 9)),
     "Conv1D": lambda: (Conv1D(11, 9), torch.randn(4, 3, 9)),
     "conv1d-same": lambda: (nn.Conv1d(6, 8, 3, padding="same", dilation=2), torch.randn(4, 6, 12)),
-    "conv2d-reflect": lambda: (nn.Conv2d(6, 8, 3, stride=2, padding=1, padding_mode="reflect"), torch.randn(4, 6, 7, 7)),
+    "conv2d-reflect": lambda: (nn.Conv2d(6, 8, 3, stride=2, padding=1, padding_mode="reflect"),
+                               torch.randn(4, 6, 7, 7)),
     "conv3d": lambda: (nn.Conv3d(6, 8, 2, padding=1), torch.randn(4, 6, 4, 4, 4)),
 }
 modules = pytest.mark.parametrize("kind", MODULES)
@@ -168,7 +169,8 @@ def test_weights_that_accelerate_brings():
     model, x, _ = wrapped("linear", "outputs")
     expected, layer = model(x), layer_of(model)
     weights = {name: value.clone() for name, value in layer.base_layer.state_dict().items()}
-    add_hook_to_module(layer.base_layer, AlignDevicesHook("cpu", offload=True, weights_map=weights, place_submodules=True))
+    hook = AlignDevicesHook("cpu", offload=True, weights_map=weights, place_submodules=True)
+    add_hook_to_module(layer.base_layer, hook)
     assert layer.base_layer.weight.is_meta
     with torch.no_grad():
         assert torch.equal(model(x), expected) and layer.base_layer.weight.is_meta
@@ -180,7 +182,8 @@ def test_a_model_on_the_meta_device_chooses_the_same_units():
     meta, here = (get_peft_model(model, S2FTPeftConfig(d_ratio=0.1, seed=4))
                   for model in (model_of("llama-grouped").to("meta"), model_of("llama-grouped")))
     assert meta.peft_config["default"].units == here.peft_config["default"].units
-    assert layer_of(meta).s2ft_delta["default"].values.is_meta and not layer_of(meta).s2ft_delta["default"].index.is_meta
+    delta = layer_of(meta).s2ft_delta["default"]
+    assert delta.values.is_meta and not delta.index.is_meta
     assert meta.peft_config["default"].base_fingerprint is None
 
 

@@ -114,25 +114,25 @@ def options(folder, **changes):
 def sft(folder, model, **more):
     from trl import SFTConfig, SFTTrainer
     rows = [{"prompt": f"{a}+1=", "completion": f" {a + 1}"} for a in range(8)]
-    return SFTTrainer(model=model, args=SFTConfig(**options(folder), max_length=64), processing_class=tokenizer_of_tiny(),
-                      train_dataset=Dataset.from_list(rows), **more)
+    return SFTTrainer(model=model, args=SFTConfig(**options(folder), max_length=64),
+                      processing_class=tokenizer_of_tiny(), train_dataset=Dataset.from_list(rows), **more)
 
 
 def dpo(folder, model, **more):
     from trl import DPOConfig, DPOTrainer
     rows = [{"prompt": f"{a}+1=", "chosen": f" {a + 1}", "rejected": " no"} for a in range(8)]
-    return DPOTrainer(model=model, args=DPOConfig(**options(folder), max_length=64), processing_class=tokenizer_of_tiny(),
-                      train_dataset=Dataset.from_list(rows), **more)
+    return DPOTrainer(model=model, args=DPOConfig(**options(folder), max_length=64),
+                      processing_class=tokenizer_of_tiny(), train_dataset=Dataset.from_list(rows), **more)
 
 
 def grpo(folder, model, **more):
     from trl import GRPOConfig, GRPOTrainer
+    rows = [{"prompt": f"{a}+1="} for a in range(8)]
     settings = options(folder, per_device_train_batch_size=4, max_steps=2, save_steps=1)
     return GRPOTrainer(
         model=model, reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
         args=GRPOConfig(**settings, num_generations=4, max_completion_length=6, beta=0.1),
-        processing_class=tokenizer_of_tiny(), train_dataset=Dataset.from_list([{"prompt": f"{a}+1="} for a in range(8)]),
-        **more)
+        processing_class=tokenizer_of_tiny(), train_dataset=Dataset.from_list(rows), **more)
 
 
 TRL = {"sft": sft, "dpo": dpo, "grpo": grpo}
@@ -165,7 +165,8 @@ def test_dpos_reference_is_the_adapter_off(tmp_path):
         done = dpo(tmp_path / kind, model, ref_model=tiny_model() if kind == "own" else None)
         done.train()
         runs[kind] = deltas_of(done.model)
-        runs[kind + " rewards"] = [entry["rewards/chosen"] for entry in done.state.log_history if "rewards/chosen" in entry]
+        runs[kind + " rewards"] = [entry["rewards/chosen"] for entry in done.state.log_history
+                                   if "rewards/chosen" in entry]
     for key, value in runs["off"].items():
         assert torch.allclose(value, runs["own"][key], rtol=1e-3, atol=1e-4)
     assert runs["off rewards"] == pytest.approx(runs["own rewards"], abs=1e-5)

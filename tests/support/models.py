@@ -5,11 +5,11 @@ import torch
 from transformers import (AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForMaskedLM,
                           AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, BertConfig, CLIPConfig, CLIPTextConfig,
                           CLIPVisionConfig, Cohere2Config, CohereConfig, DeepseekV2Config, DeepseekV3Config,
-                          Gemma2Config, Gemma3TextConfig, GemmaConfig, GPT2Config, GPTJConfig, GPTNeoXConfig, GraniteConfig,
-                          LlamaConfig, MistralConfig, MixtralConfig, Olmo2Config, OPTConfig, Phi3Config, PhiConfig,
-                          PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig,
-                          RobertaConfig, SmolLM3Config, StableLmConfig, Starcoder2Config, T5Config, ViTConfig,
-                          WhisperConfig)
+                          Gemma2Config, Gemma3TextConfig, GemmaConfig, GPT2Config, GPTJConfig, GPTNeoXConfig,
+                          GraniteConfig, LlamaConfig, MistralConfig, MixtralConfig, Olmo2Config, OPTConfig,
+                          Phi3Config, PhiConfig, PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen2MoeConfig,
+                          Qwen3Config, Qwen3MoeConfig, RobertaConfig, SmolLM3Config, StableLmConfig,
+                          Starcoder2Config, T5Config, ViTConfig, WhisperConfig)
 
 from s2ft.arch import couplings_of
 from s2ft.coupling import projections_of

@@ -1,5 +1,5 @@
-"""Why tests of PEFT's two matrices are left out or skipped: each with its reason. A test that is neither run on S²FT nor
-named here fails the run, so that what a new PEFT brings is seen."""
+"""Why tests of PEFT's two matrices are left out or skipped: each with its reason. A test that is neither run on S²FT
+nor named here fails the run, so that what a new PEFT brings is seen."""
 
 TOKENS = "of trainable tokens, which S²FT doesn't train: its units are a layer's outputs and inputs"
 EMBEDDING = "of embeddings, which S²FT doesn't train"
@@ -56,7 +56,8 @@ LEFT_OUT = {
     "test_multiple_active_dora_adapters_safe_and_unsafe_merge_agree": LORA,
     "test_requires_grad_follows_inference_mode_trainable_token_indices": TOKENS,
     "test_requires_grad_lora_emb_conv1d": EMBEDDING,
-    "test_loading_adapter_preserves_custom_requires_grad": LORA,   # asks for lora_A; as test_loading_leaves_trainability_alone here
+    # asks for lora_A by name; the same is in test_peft_plain.py
+    "test_loading_adapter_preserves_custom_requires_grad": LORA,
     "test_loading_model_with_trainble_tokens_requires_grad_set_correctly": TOKENS,
     "test_mixed_adapter_batches_lora_conv1d_emb_multiple_modules_to_save": EMBEDDING,
     "test_mixed_adapter_batches_mha_raises": MHA,
@@ -111,9 +112,9 @@ def reason_for(name: str):
 # What PEFT's tests skip by themselves, whatever the method, by the words they give for it.
 SKIPPED = {
     "Combining Gemma adapters with SVD is currently failing":
-        "PEFT leaves Gemma out of weighted sums, for LoRA's SVD; S²FT's sum is tested on nine families in test_peft_method.py",
+        "PEFT leaves Gemma out of weighted sums, for LoRA's SVD; S²FT's is tested on ten models in test_peft_method.py",
     "Test does not work with model peft-internal-testing/tiny-dummy-qwen2":
-        "PEFT leaves Qwen2 out of weighted sums, for LoRA's SVD; S²FT's sum is tested on nine families in test_peft_method.py",
+        "PEFT leaves Qwen2 out of weighted sums, for LoRA's SVD; S²FT's is tested on ten models in test_peft_method.py",
     "Multiple active adapters with modules_to_save/trainable_token_indices is not supported.":
         "PEFT allows one adapter at a time in a module of modules_to_save",
     "test requires a hardware accelerator": "needs a GPU: mixed batches against separate ones, timed",

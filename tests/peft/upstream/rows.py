@@ -1,7 +1,7 @@
 """A plugin of pytest that puts S²FT's rows in the place of those of PEFT's methods, in PEFT's own tests.
 
-A test's rows are the lists that its parametrize marks hold. Tests that PEFT runs on LoRA alone, without rows or behind a
-look at the config's class, and that hold for S²FT as well run with S²FT under LoRA's name.
+A test's rows are the lists that its parametrize marks hold. Tests that PEFT runs on LoRA alone, without rows or behind
+a look at the config's class, and that hold for S²FT as well run with S²FT under LoRA's name.
 """
 import importlib
 import importlib.machinery
@@ -19,7 +19,7 @@ from s2ft.peft import S2FTPeftConfig
 
 
 class Stand:
-    """Makes an S2FTPeftConfig of what PEFT's tests give a config of any method: a class, for they ask for subclasses."""
+    """Makes an S2FTPeftConfig of what PEFT's tests give a config of any method. A class: they ask for subclasses."""
 
     def __new__(cls, **given: Any) -> S2FTPeftConfig:
         fields = {key: value for key, value in given.items() if key not in ("r", "lora_alpha", "lora_dropout")}
@@ -58,7 +58,8 @@ CUSTOM = [
         saved={"target_modules": ["lin0"], "modules_to_save": ["emb"], **INPUTS}),
     *on("Conv1d", conv={"target_modules": ["conv1d"], "ratio": 1.0, "dim": "inputs"},
         both={"target_modules": ["conv1d", "lin0"], "ratio": 1.0, "dim": "outputs"}),
-    *on("Conv1dBigger", conv={"target_modules": ["conv1d"], **INPUTS}, outputs={"target_modules": ["conv1d"], **OUTPUTS}),
+    *on("Conv1dBigger", inputs={"target_modules": ["conv1d"], **INPUTS},
+        outputs={"target_modules": ["conv1d"], **OUTPUTS}),
     *on("Conv2d", inputs={"target_modules": ["conv2d"], **INPUTS}, outputs={"target_modules": ["conv2d"], **OUTPUTS},
         both={"target_modules": ["conv2d", "lin0"], **OUTPUTS}),
     *on("Conv2d1x1", conv={"target_modules": ["conv2d"], "ratio": 1.0, "dim": "inputs"}),
@@ -80,7 +81,8 @@ SEVERAL = [
 # Few units, for the LoRA that a test makes of them has rank 4 or 8.
 DECODERS = [
     (S2FTPeftConfig, {"task_type": "CAUSAL_LM", "d_ratio": 0.08, "o_ratio": 0.125}),
-    (S2FTPeftConfig, {"task_type": "CAUSAL_LM", "q_ratio": 0.125, "u_ratio": 0.08, "d_ratio": 0.08, "selection": "weight"}),
+    (S2FTPeftConfig, {"task_type": "CAUSAL_LM", "q_ratio": 0.125, "u_ratio": 0.08, "d_ratio": 0.08,
+                      "selection": "weight"}),
     (S2FTPeftConfig, {"task_type": "CAUSAL_LM", "ratio": 0.08,   # the modules that a model has of these
                       "target_modules": ["q_proj", "down_proj", "c_proj", "fc_out", "fc2"]}),
 ]
@@ -104,8 +106,7 @@ MIXED = {
     "test_mixed_adapter_batches_lora_conv1d_emb": mixed(one("conv1d", "lin0", ratio=1.0), one("conv1d", ratio=1.0)),
     "test_mixed_adapter_batches_lora_conv2d": mixed(one("conv2d"), one("conv2d", seed=1)),
     "test_mixed_adapter_batches_lora_wrong_adapter_name_raises": [("S2FT", S2FTPeftConfig(**one("lin0"), **RANDOM))],
-    "test_mixed_adapter_batches_lora_opt_timing": [("S2FT", *(S2FTPeftConfig(task_type="CAUSAL_LM", d_ratio=0.5, **RANDOM)
-                                                             for _ in range(2)), 4.0)],
+    "test_mixed_adapter_batches_lora_opt_timing": [(*mixed({"d_ratio": 0.5}, {"d_ratio": 0.5})[0], 4.0)],
 }
 ROWS = {   # by the names of the parameters
     "test_name, model_id, config_cls, config_kwargs": CUSTOM,
@@ -113,7 +114,8 @@ ROWS = {   # by the names of the parameters
     "config_cls,config_kwargs": DECODERS,
     "config_cls": [Stand],
     "config0": [S2FTPeftConfig(**one("lin0"), **RANDOM)],
-    "test_name, config0, config1": [*mixed(one("lin0"), one("lin0", seed=1)), *mixed(one("lin0"), one("lin0", ratio=1.0))],
+    "test_name, config0, config1": [*mixed(one("lin0"), one("lin0", seed=1)),
+                                    *mixed(one("lin0"), one("lin0", ratio=1.0))],
 }
 # Tests that say LoRA, or look whether the config is one: what has to be S²FT there, in which module.
 AS_LORA = {"LoraConfig": Stand}
@@ -121,16 +123,19 @@ PRETEND = {
     **dict.fromkeys((
         "test_add_adapter_rejects_duplicate_name_without_mutation", "test_delete_adapter_with_multiple_adapters_works",
         "test_delete_adapter_multiple_adapters_with_modules_to_save", "test_weight_bias_attributes",
-        "test_multiple_adapters_automatic_modules_to_save", "test_multiple_adapters_mixed_modules_to_save_merging_adapters",
+        "test_multiple_adapters_automatic_modules_to_save",
+        "test_multiple_adapters_mixed_modules_to_save_merging_adapters",
         "test_multiple_adapters_same_modules_to_save_merging_adapters_raises",
         "test_multiple_adapters_seq_cls_mixed_modules_to_save_merging_adapters",
         "test_add_weighted_adapter_negative_weight_negates_adapter",
         "test_add_weighted_adapter_subtraction_with_negative_weights",
         "test_multiple_adapters_no_needless_copy_modules_to_save", "test_existing_model_card",
         "test_non_existing_model_card", "test_save_embedding_layers_excludes_similarly_named_sibling",
-        "test_load_does_not_overwrite_similarly_named_sibling", "test_ignore_mismatched_sizes_with_scalar_modules_to_save",
+        "test_load_does_not_overwrite_similarly_named_sibling",
+        "test_ignore_mismatched_sizes_with_scalar_modules_to_save",
         "test_requires_grad_modules_to_save_default", "test_requires_grad_modules_to_save_disabling",
-        "test_requires_grad_modules_to_save_multiple_adapters", "test_requires_grad_follows_inference_mode_modules_to_save",
+        "test_requires_grad_modules_to_save_multiple_adapters",
+        "test_requires_grad_follows_inference_mode_modules_to_save",
         "test_requires_grad_lora_different_targets", "test_requires_grad_lora_same_targets",
         "test_requires_grad_lora_conv2d"), {"tests.test_custom_models": AS_LORA}),
     "test_mixed_adapter_batches": {"tests.test_decoder_models": {"LoraConfig": S2FTPeftConfig},

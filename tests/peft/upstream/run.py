@@ -4,9 +4,9 @@
 
 takes the tests of the installed PEFT from FOLDER or, without it, from PEFT's source distribution, which pip downloads.
 They run in a throwaway folder beside tiny random models of the names that the tests ask for, so that nothing is looked
-up on the hub; :mod:`rows` puts S²FT's rows in the place of those of PEFT's methods. At the end it says what passed, what
-failed, and what was skipped or left out and why; the exit status is 1 where a test failed, or where one is left out for
-no reason that is written down in :mod:`reasons`.
+up on the hub; :mod:`rows` puts S²FT's rows in the place of those of PEFT's methods. At the end it says what passed,
+what failed, and what was skipped or left out and why; the exit status is 1 where a test failed, or where one is left
+out for no reason that is written down in :mod:`reasons`.
 """
 import argparse
 import json
@@ -28,8 +28,8 @@ def fetch_tests(folder: Path) -> Path:
     """The tests folder of the installed PEFT's source distribution."""
     from peft import __version__
 
-    subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation", "--no-binary",
-                    ":all:", "--dest", str(folder), f"peft=={__version__}"], check=True)
+    subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation",
+                    "--no-binary", ":all:", "--dest", str(folder), f"peft=={__version__}"], check=True)
     with tarfile.open(next(folder.glob("peft-*.tar.gz"))) as archive:
         archive.extractall(folder, filter="data")
     return next(folder.glob("peft-*/tests"))
@@ -49,8 +49,8 @@ def lay_out(source: Path, folder: Path) -> None:
 def run(folder: Path, options: list) -> dict:
     """What :mod:`rows` reports: outcome and reason by test."""
     report = folder / "report.json"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[2])]), "HF_HUB_OFFLINE": "1",
-                   "S2FT_UPSTREAM_REPORT": str(report)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[2])]),
+                   "HF_HUB_OFFLINE": "1", "S2FT_UPSTREAM_REPORT": str(report)}
     (folder / "pytest.ini").write_text("[pytest]\n")
     subprocess.run([sys.executable, "-m", "pytest", "-p", "rows", "-q", "-W", "ignore", "--tb=short",
                     *(f"tests/{name}" for name in MODULES), *options], cwd=folder, env=environment)
@@ -66,12 +66,13 @@ def summary(report: dict) -> str:
         lines += [f"{outcome:<9} {count:>5}  {reason}" for reason, count in sorted(reasons.items())]
     lines += [f"failed: {name}{why and f', {why}'}" for name, (kind, why) in report.items() if kind == "failed"]
     counts = Counter(kind for kind, _ in report.values())
-    return "\n".join([*lines, ", ".join(f"{counts[kind]} {kind}" for kind in ("passed", "failed", "skipped", "left out"))])
+    outcomes = ", ".join(f"{counts[kind]} {kind}" for kind in ("passed", "failed", "skipped", "left out"))
+    return "\n".join([*lines, outcomes])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peft-tests", type=Path, help="the tests folder of PEFT's sources; default: pip downloads them")
+    parser.add_argument("--peft-tests", type=Path, help="the tests folder of PEFT's sources; default: pip downloads it")
     parser.add_argument("options", nargs="*", help="pytest's, after --")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
