@@ -109,7 +109,7 @@ def _store():
 # ---- tensors of which each rank holds a part -----------------------------------------------------------
 
 def is_dtensor(tensor: Tensor) -> bool:
-    return type(tensor.data).__name__ == "DTensor"   # known by name: the class takes half a second to import
+    return type(tensor).__name__ == "DTensor"   # known by name: the class takes half a second to import
 
 
 def is_partitioned(tensor: Tensor) -> bool:

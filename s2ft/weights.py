@@ -4,8 +4,8 @@ Linear layers and convolutions have (O, I, ...) weights; transformers' Conv1D ha
 [experts, O, I], in a parameter of their own. Everything else asks here.
 """
 import copy
-from contextlib import contextmanager
-from typing import Iterator, List, Optional, Union
+from contextlib import contextmanager, nullcontext
+from typing import ContextManager, Iterator, List, Optional, Union
 
 import torch
 from torch import Tensor, nn
@@ -158,19 +158,23 @@ def matrix_of(model: nn.Module, projection: Projection) -> Tensor:
     return as_matrix(weight.detach(), projection.expert, _is_transposed(found))
 
 
-@contextmanager
-def part_of(model: nn.Module, projection: Projection) -> Iterator[Part]:
+def part_of(model: nn.Module, projection: Projection) -> ContextManager[Part]:
     """What this rank can write of :func:`matrix_of`, in the weight's own memory: all of it, but where it is sharded.
 
     Under ZeRO-3 every rank must come, and write the same.
     """
-    weight = weight_of(model, projection)
+    found = find(model, projection.path)
+    weight = found.weight if isinstance(found, nn.Module) else found
+    if is_partitioned(weight):
+        return _opened_matrix(model, projection, weight)
     if is_dtensor(weight):
-        yield _own_part(find(model, projection.path), weight, projection.expert)
-    elif is_partitioned(weight):
-        with opened(weight):
-            yield Part(matrix_of(model, projection))
-    else:
+        return nullcontext(_own_part(found, weight, projection.expert))
+    return nullcontext(Part(matrix_of(model, projection)))
+
+
+@contextmanager
+def _opened_matrix(model: nn.Module, projection: Projection, weight: Tensor) -> Iterator[Part]:
+    with opened(weight):
         yield Part(matrix_of(model, projection))
 
 
