@@ -12,6 +12,7 @@ from s2ft.adapter.formats import native
 from s2ft.adapter.hub import write_card
 from s2ft.adapter.store import save_adapter
 from s2ft.delta import Delta
+from s2ft.distributed import settle
 from s2ft.files import replace_file
 from s2ft.mounting import EXTENSIONS, Attachment, attachment_of, set_mounted_deltas
 from s2ft.report import print_trainable_parameters
@@ -55,6 +56,7 @@ def _take_deltas(model: nn.Module, state: Dict[str, Tensor], prefix: str, *_: An
         raise ValueError("the adapter to load trains other projections than this model: "
                          f"{', '.join(sorted(found ^ record.parts.keys())[:3])}")
     deltas = {name: _delta(record, name, state, prefix + name) for name in found}
+    settle(model)
     set_mounted_deltas(record, deltas)
     for name in found:
         del state[f"{prefix}{name}.delta"], state[f"{prefix}{name}.index"]
