@@ -15,15 +15,17 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, Iterator, Optional
 
 import torch
 from harness import save
 from train_step import Method
-from transformers import (AutoConfig, AutoModelForCausalLM, Gemma2Config, GPT2Config, GPTNeoXConfig, LlamaConfig,
-                          OPTConfig, Phi3Config, PretrainedConfig, Qwen2Config, Qwen3Config)
+from transformers import (AutoConfig, AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, Phi3Config,
+                          PretrainedConfig, Qwen2Config)
 
 import s2ft
 from s2ft.train.demo import default_model
@@ -35,12 +37,9 @@ SHAPE = dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_
 CONFIGS: Dict[str, Callable[[], PretrainedConfig]] = {   # random weights, at sizes near 100M parameters
     "llama": lambda: LlamaConfig(**SHAPE, **IDS),
     "qwen2": lambda: Qwen2Config(**SHAPE, **IDS, num_key_value_heads=4, tie_word_embeddings=True),
-    "qwen3": lambda: Qwen3Config(**SHAPE, **IDS, num_key_value_heads=4, head_dim=64),
     "gemma2": lambda: Gemma2Config(**SHAPE, **IDS, num_key_value_heads=4, head_dim=64, sliding_window=64),
     "phi3": lambda: Phi3Config(**SHAPE, **IDS, num_key_value_heads=4),
     "gpt2": lambda: GPT2Config(bos_token_id=1, eos_token_id=2),   # GPT-2's own 124M, with its dropout
-    "gpt-neox": lambda: GPTNeoXConfig(**SHAPE, **IDS),
-    "opt": lambda: OPTConfig(hidden_size=768, ffn_dim=3072, num_hidden_layers=12, num_attention_heads=12, **IDS),
 }
 LLAMA_3_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
                   num_key_value_heads=8, vocab_size=128256)
@@ -82,7 +81,7 @@ def measured(name: str, dtype: str, args: argparse.Namespace) -> Dict[str, int]:
     command = [sys.executable, __file__, "--measure", name, "--dtype", dtype, "--batch", str(args.batch),
                "--length", str(args.length)]
     # glibc would keep what was freed, and hide by it what is needed
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"measuring {name} in {dtype} failed:\n{done.stderr}")
@@ -90,15 +89,17 @@ def measured(name: str, dtype: str, args: argparse.Namespace) -> Dict[str, int]:
 
 
 def measure(name: str, dtype: torch.dtype, batch: int, length: int) -> Dict[str, int]:
-    """In bytes. A step of a small model comes first, and reading the file once: what libraries take for themselves is
-    no model's."""
+    """In bytes. A step of a small model comes first: what libraries take for themselves is no model's."""
     small = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=8,
                         vocab_size=99)
     _method(AutoModelForCausalLM.from_config(small, dtype=dtype), batch, length)()
-    if name == SMOLLM:
-        _real(name, dtype)
-    before = _used()
-    method = _method(_real(name, dtype), batch, length)
+    with _folder(name, dtype) as folder:
+        before = _used()
+        if folder is None:
+            model = AutoModelForCausalLM.from_config(_config(name), dtype=dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    method = _method(model, batch, length)
     whole, method.batch = method.batch, method.batch[:1, :2]
     _step(method)
     state = _used() - before
@@ -109,10 +110,15 @@ def measure(name: str, dtype: torch.dtype, batch: int, length: int) -> Dict[str,
     return {"state": state, "peak": _most_used() - before, "kept": method.bytes_kept()}
 
 
-def _real(name: str, dtype: torch.dtype) -> torch.nn.Module:
-    if name == SMOLLM:
-        return load_model(default_model(), str(dtype).removeprefix("torch."))[0]
-    return AutoModelForCausalLM.from_config(_config(name), dtype=dtype)
+@contextmanager
+def _folder(name: str, dtype: torch.dtype) -> Iterator[Optional[str]]:
+    """The checkpoint of a model that has one: unpacking a GGUF file leaves tens of MiB behind."""
+    if name != SMOLLM:
+        yield None
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        load_model(default_model(), str(dtype).removeprefix("torch."))[0].save_pretrained(folder)
+        yield folder
 
 
 def _step(method: Method) -> None:
