@@ -372,7 +372,9 @@ def test_a_model_on_the_meta_device_is_counted_alike(case, dtype):
     with torch.device("meta"):
         meta = AutoModelForCausalLM.from_config(CASES[case](), dtype=dtype)
     real = AutoModelForCausalLM.from_config(CASES[case](), dtype=dtype)
-    with_weights, without = (s2ft.estimate(model, config, 2, 9) for model in (real, meta))
+    with_weights = s2ft.estimate(real, config, 2, 9)
+    with torch.device("meta"):   # where it was made
+        without = s2ft.estimate(meta, config, 2, 9)
     assert without.parts == with_weights.parts and without.peak == with_weights.peak
     assert with_weights.resident == nbytes([*real.parameters(), *real.buffers()]) and without.resident == 0
     assert all(p.is_meta for p in meta.parameters())

@@ -5,7 +5,8 @@ optimizer on PyTorch's fake tensors, which take the kernels and dtypes of the de
 saves on the way is what it would save of a real model, storage by storage. Tensors that depend on no weight are real:
 token ids, masks, positions, and which expert gets which token.
 """
-from typing import Any, Callable, Optional, Sequence, Tuple, Union
+from contextlib import nullcontext
+from typing import Any, Callable, ContextManager, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -62,11 +63,11 @@ def estimate(model: nn.Module, config: S2FTConfig, batch: Optional[int] = None, 
     _check(config, batch, length, example, accumulation, logits, use_cache, loss)
     make = maker(optimizer)
     place, kernels, notes = _place(model, device)
-    twin, record = twin_of(model, config, dtype, couplings)
-    if gradient_checkpointing:
-        checkpoint(twin, gradient_checkpointing)
-    forget_data(twin, kernels)
-    with torch.random.fork_rng([kernels] if kernels.type == "cuda" else []):
+    with torch.random.fork_rng([kernels] if kernels.type == "cuda" else []), _not_on_meta():
+        twin, record = twin_of(model, config, dtype, couplings)
+        if gradient_checkpointing:
+            checkpoint(twin, gradient_checkpointing)
+        forget_data(twin, kernels)
         inputs = made_inputs(twin, batch, length, logits, kernels) if example is None else example
         step = Step(twin.train(), record, with_cache(twin, inputs, use_cache), loss, kernels, autocast,
                     complete=example is not None or loss is not None)
@@ -75,6 +76,11 @@ def estimate(model: nn.Module, config: S2FTConfig, batch: Optional[int] = None, 
         notes += (f"selection={config.selection!r}, allocation={config.allocation!r} is counted as random and uniform",)
     there = resident(model, place) if dtype is None else 0
     return Estimate(step.parts(), *shape_of(inputs), str(place), *step.peak(), there, free_memory(place), notes)
+
+
+def _not_on_meta() -> ContextManager:
+    """Within ``torch.device("meta")``, where a model is made and this may be called, new tensors would have no data."""
+    return torch.device("cpu") if torch.get_default_device().type == "meta" else nullcontext()
 
 
 def _check(config: Any, batch: Any, length: Any, example: Any, accumulation: Any, logits: Any, use_cache: Any,

@@ -18,7 +18,7 @@ def _bitsandbytes(name: str, parameters: List[Tensor]) -> torch.optim.Optimizer:
 
 def _torch(kind: type, parameters: List[Tensor], **options: Any) -> torch.optim.Optimizer:
     # on a GPU PyTorch takes all parameters at once by itself, but for those of other types than its own
-    return kind(parameters, foreach=True if parameters[0].is_cuda else None, **options)
+    return kind(parameters, foreach=True if parameters[0].device.type == "cuda" else None, **options)
 
 
 OPTIMIZERS: Dict[str, Callable[[List[Tensor]], torch.optim.Optimizer]] = {
