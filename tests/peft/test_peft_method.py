@@ -7,9 +7,10 @@ import torch
 from peft import (PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model,
                   set_peft_model_state_dict)
 from safetensors.torch import load_file, save_file
-from support.models import ALL_RATIOS, loss_of, model_of, output_of, ratios_for, train
+from support.models import ALL_RATIOS, T5, loss_of, model_of, output_of, ratios_for, train
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
+from transformers import AutoModelForSeq2SeqLM, T5Config
 
 import s2ft
 from s2ft.peft import S2FTPeftConfig, S2FTPeftLayer, from_native, to_native
@@ -556,6 +557,15 @@ def test_modules_saved_whole_cannot_be_added_up():
         model.add_weighted_adapter(["a", "b"], [1, 1], "sum")
 
 
+def test_a_sum_has_what_one_of_its_adapters_saves_whole():
+    model = get_peft_model(model_of("llama-grouped"), S2FTPeftConfig(d_ratio=0.1), "a")
+    model.add_adapter("b", S2FTPeftConfig(d_ratio=0.1, modules_to_save=["lm_head"]))
+    heads = model.base_model.model.lm_head.modules_to_save
+    heads["b"].weight.data += 1
+    model.add_weighted_adapter(["a", "b"], [1, 1], "sum")
+    assert torch.equal(heads["sum"].weight, heads["b"].weight) and "a" not in heads
+
+
 # ---- mixed batches -------------------------------------------------------------------------------------
 
 MIX = ["b", "__base__", "a", "b"]
@@ -594,6 +604,34 @@ def test_generate_mixed(options):
         if name != "__base__":
             model.set_adapter(name)
         runs = model_of("llama-grouped") if name == "__base__" else model
+        expected.append(runs.generate(input_ids=row[None], **settings)[0])
+    got = model.generate(input_ids=tokens, adapter_names=MIX, **settings)
+    assert torch.equal(got, torch.stack(expected)) and len({tuple(row.tolist()) for row in got}) == 4
+
+
+def encoder_decoder():
+    """As many layers on both sides: transformers' cache, in generate, has as many as the encoder."""
+    torch.manual_seed(0)
+    model = AutoModelForSeq2SeqLM.from_config(T5Config(**{**T5, "num_decoder_layers": 2}, tie_word_embeddings=False))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize("make", (lambda: model_of("llama-grouped"), encoder_decoder), ids=("decoder", "encoder-decoder"))
+def test_beams_of_mixed_batches_with_modules_saved_whole(make):
+    """Those take one name a row exactly; an encoder runs before there are beams."""
+    config = dict(d_ratio=0.2, modules_to_save=["lm_head"], init_weights=False)
+    model = get_peft_model(make(), S2FTPeftConfig(**config), "a").eval()
+    model.add_adapter("b", S2FTPeftConfig(**config, seed=5))
+    for name in "ab":
+        model.base_model.model.lm_head.modules_to_save[name].weight.data.normal_(std=0.3)
+    tokens = torch.randint(3, 67, (4, 5))
+    settings = dict(max_new_tokens=6, do_sample=False, num_beams=3, pad_token_id=0, eos_token_id=None)
+    expected = []
+    for row, name in zip(tokens, MIX):
+        model.set_adapter("a" if name == "__base__" else name)
+        runs = make() if name == "__base__" else model
         expected.append(runs.generate(input_ids=row[None], **settings)[0])
     got = model.generate(input_ids=tokens, adapter_names=MIX, **settings)
     assert torch.equal(got, torch.stack(expected)) and len({tuple(row.tolist()) for row in got}) == 4

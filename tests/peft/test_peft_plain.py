@@ -223,3 +223,15 @@ def test_quantized_bases(kind, tmp_path):
     dense = PeftModel.from_pretrained(dense_reference(quantized(kind)), tmp_path).eval()   # rounded base: the same one
     assert torch.allclose(dense(tokens).logits, trained, rtol=0.05, atol=0.05)
     dense.merge_and_unload()
+
+
+def test_quantized_weights_that_pass_no_gradient_are_refused_where_something_trains():
+    pytest.importorskip("bitsandbytes")
+    torchao = pytest.importorskip("torchao.quantization")
+    from test_quantized import plain
+    model = plain()
+    torchao.quantize_(model, torchao.Int8DynamicActivationInt8WeightConfig(),
+                      lambda module, path: path.endswith("layers.1.self_attn.o_proj"))
+    with pytest.raises(ValueError, match="layers.1.self_attn.o_proj .* passes no gradient"):
+        get_peft_model(model, S2FTPeftConfig(d_ratio=0.1))
+    get_peft_model(model, S2FTPeftConfig(d_ratio=0.1, inference_mode=True))
