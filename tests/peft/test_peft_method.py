@@ -1,13 +1,15 @@
 """S²FT as a method of PEFT: choosing, training, saving, merging, switching, on models of known families."""
 import copy
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from peft import (PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model,
                   set_peft_model_state_dict)
 from safetensors.torch import load_file, save_file
-from support.models import ALL_RATIOS, T5, loss_of, model_of, output_of, ratios_for, train
+from support.models import ALL_RATIOS, T5, loss_of, model_of, output_of, ratios_for, token_batch, train
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM, T5Config
@@ -42,6 +44,13 @@ def layers_of(model):
 
 def same_state(ours, theirs):
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_the_rest_of_s2ft_does_without_peft():
+    root = Path(s2ft.__file__).parent
+    users = {path.relative_to(root).parts[0] for path in root.rglob("*.py")
+             if re.search(r"^\s*(import peft|from peft|from s2ft\.peft|import s2ft\.peft)", path.read_text(), re.M)}
+    assert users == {"peft"}
 
 
 # ---- choosing ------------------------------------------------------------------------------------------
@@ -381,6 +390,16 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
         loss_of(model).backward()
         grads.append([p.grad for p in model.parameters() if p.requires_grad])
     assert all(torch.equal(a, b) for a, b in zip(*grads))
+
+
+def test_compiled_without_a_break_gives_the_same_gradients():
+    model = peft_of("llama-grouped")
+    grads = []
+    for run in (model.get_base_model(), torch.compile(model.get_base_model(), fullgraph=True, backend="aot_eager")):
+        run(token_batch(run), labels=token_batch(run)).loss.backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.requires_grad])
+        model.zero_grad()
+    assert all(torch.allclose(eager, compiled, rtol=1e-5, atol=1e-6) for eager, compiled in zip(*grads))
 
 
 def test_what_is_printed(capsys):

@@ -3,7 +3,6 @@ import copy
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from train.tiny import tiny_model, tiny_tokenizer
 from transformers import Trainer, TrainingArguments
@@ -100,6 +99,11 @@ def test_adapters_of_transformers(tmp_path, monkeypatch):
 
 # ---- TRL -------------------------------------------------------------------------------------------------
 
+def dataset(rows):
+    from datasets import Dataset   # comes with TRL
+    return Dataset.from_list(rows)
+
+
 def tokenizer_of_tiny():
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = "<|endoftext|>"
@@ -115,14 +119,14 @@ def sft(folder, model, **more):
     from trl import SFTConfig, SFTTrainer
     rows = [{"prompt": f"{a}+1=", "completion": f" {a + 1}"} for a in range(8)]
     return SFTTrainer(model=model, args=SFTConfig(**options(folder), max_length=64),
-                      processing_class=tokenizer_of_tiny(), train_dataset=Dataset.from_list(rows), **more)
+                      processing_class=tokenizer_of_tiny(), train_dataset=dataset(rows), **more)
 
 
 def dpo(folder, model, **more):
     from trl import DPOConfig, DPOTrainer
     rows = [{"prompt": f"{a}+1=", "chosen": f" {a + 1}", "rejected": " no"} for a in range(8)]
     return DPOTrainer(model=model, args=DPOConfig(**options(folder), max_length=64),
-                      processing_class=tokenizer_of_tiny(), train_dataset=Dataset.from_list(rows), **more)
+                      processing_class=tokenizer_of_tiny(), train_dataset=dataset(rows), **more)
 
 
 def grpo(folder, model, **more):
@@ -132,7 +136,7 @@ def grpo(folder, model, **more):
     return GRPOTrainer(
         model=model, reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
         args=GRPOConfig(**settings, num_generations=4, max_completion_length=6, beta=0.1),
-        processing_class=tokenizer_of_tiny(), train_dataset=Dataset.from_list(rows), **more)
+        processing_class=tokenizer_of_tiny(), train_dataset=dataset(rows), **more)
 
 
 TRL = {"sft": sft, "dpo": dpo, "grpo": grpo}
