@@ -55,12 +55,15 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = (getattr(base_layer, name) for name in names)
         self.update_layer(adapter_name, dim, index, init_weights)
 
-    def update_layer(self, adapter_name: str, dim: int, index: Tensor, init_weights: bool) -> None:
-        """Add an adapter. Raises: ValueError for one that trains the other side than those that are here."""
+    def check_dim(self, adapter_name: str, dim: int) -> None:
+        """Raises: ValueError where an adapter trains the other side than those that are here."""
         if dim != self.dim:
             sides = ("outputs", "inputs")
             raise ValueError(f"adapter {adapter_name!r} trains {sides[dim]} of a module of which another adapter "
                              f"trains {sides[self.dim]}: give both the same dim")
+
+    def update_layer(self, adapter_name: str, dim: int, index: Tensor, init_weights: bool) -> None:
+        """Add an adapter."""
         shape, weight = list(self._shape()), self.base_layer.weight
         shape[dim] = index.numel()
         quantized = is_quantized(self.base_layer)

@@ -32,6 +32,9 @@ class S2FTPeftModel(BaseTuner):
         """PEFT's, on a config that names the units. Raises: ValueError, as :func:`settle`."""
         before = self.peft_config[adapter_name].as_asked()
         config = settle(self.peft_config[adapter_name], model)
+        for path, site in config.sites.items():
+            if isinstance(layer := model.get_submodule(path), S2FTPeftLayer):
+                layer.check_dim(adapter_name, site.dim)
         if not config.inference_mode:
             check_gradients_pass(model)
         self.peft_config[adapter_name] = config

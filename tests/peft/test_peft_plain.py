@@ -123,10 +123,13 @@ def test_rows_of_a_sequence_may_follow_each_other():
 
 
 def test_one_side_of_a_module():
-    model, *_ = wrapped("linear", "inputs")
+    """And nothing is added to the modules before it."""
+    net = nn.Sequential(nn.Linear(9, 11), nn.Linear(11, 9))
+    model = get_peft_model(net, S2FTPeftConfig(target_modules=["1"], ratio=0.4, dim="inputs"), "a")
     with pytest.raises(ValueError, match="'b' trains outputs of a module of which another adapter trains inputs"):
-        model.add_adapter("b", S2FTPeftConfig(target_modules=["0"], ratio=0.4, dim="outputs"))
+        model.add_adapter("b", S2FTPeftConfig(target_modules=["0", "1"], ratio=0.4, dim="outputs"))
     assert set(model.peft_config) == {"a"} and list(layer_of(model).s2ft_delta) == ["a"]
+    assert type(net[0]) is nn.Linear
 
 
 def test_selection_by_weight_takes_the_largest_units():
