@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 
-.PHONY: demo test test-all bench clean
+.PHONY: demo test test-all test-peft bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/s2ft demo
@@ -15,8 +15,14 @@ test: $(VENV)/.installed $(VENV)/.quantized
 test-all: $(VENV)/.installed $(VENV)/.quantized
 	$(BIN)/python -m pytest -n auto
 
+# PEFT's own tests, from the source distribution of the PEFT that is installed, run on S²FT
+test-peft: $(VENV)/.installed
+	$(BIN)/python tests/peft/upstream/run.py
+
 bench: $(VENV)/.installed
 	$(BIN)/python bench/train_step.py
+	$(BIN)/python bench/finetune.py
+	$(BIN)/python bench/estimate.py
 	$(BIN)/python bench/convert.py
 	$(BIN)/python bench/switch.py
 	$(BIN)/python bench/ops/run.py
