@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2ft.distributed import is_sharded
+from s2ft.train.encoding import IGNORED
 from s2ft.weights import is_quantized
 
-IGNORED = -100
 SCALE = 1024.0   # a power of two: multiplying by it and back is exact
 # Logits alive at once. On CPUs torch's own choice of pieces is a few tokens, several times slower than the plain loss
 PIECE = {"cpu": 2**23, "cuda": 2**26}
@@ -28,7 +28,7 @@ class FusedLoss:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.head = model, model.get_output_embeddings()
+        self.head = model.get_output_embeddings()
         self.plain = self.head.forward
         self.on, self.trial, self.scale, self.seen = False, False, 1.0, None   # the last three are for trying it out
 
@@ -47,7 +47,7 @@ class FusedLoss:
 
         if not self.on:
             return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **options)
-        self.on, self.seen = False, logits.detach()
+        self.on, self.seen = False, logits.detach() if self.trial else None
         if is_sharded(self.head.weight):   # its own forward gathers it
             return ForCausalLMLoss(self.head(logits), labels, vocab_size, num_items_in_batch, ignore_index, shift_labels)
         targets = F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
