@@ -7,7 +7,7 @@ import torch
 
 import s2ft
 from s2ft.train.encoding import AnswerCollator, TokenRow
-from s2ft.train.loss import fused_loss
+from s2ft.train.loss import fused_loss, why_not
 from s2ft.train.options import TrainOptions
 
 logger = logging.getLogger(__name__)
@@ -18,10 +18,12 @@ def say_memory(model, config, rows: Sequence[TokenRow], options: TrainOptions, a
 
     Args: model: unattached. arguments: of the Trainer, for the optimizer. pad: the token to fill with.
     """
-    longest = AnswerCollator(pad)(sorted(rows, key=len)[-options.micro_batch_size:])
+    collate = AnswerCollator(pad)
+    longest = collate(sorted(rows, key=len)[-options.micro_batch_size:])
     try:
+        fused = options.fused_loss and not options.compile and not why_not(model, collate(list(rows[:1])))
         found = s2ft.estimate(
-            model, config, example=longest, optimizer=_optimizer(arguments), loss=_loss if options.fused_loss else None,
+            model, config, example=longest, optimizer=_optimizer(arguments), loss=_loss if fused else None,
             gradient_checkpointing=options.gradient_checkpointing, accumulation=arguments.gradient_accumulation_steps,
             autocast=None if options.autocast == "none" else getattr(torch, options.autocast))
     except Exception as error:   # whatever a model does on tensors without data, the run does not depend on it
@@ -38,7 +40,5 @@ def _optimizer(arguments):
 
 
 def _loss(model, inputs):
-    """The fused one, in evaluation mode, where the estimate runs the model."""
-    with fused_loss(model) as fused:
-        fused.trial = True
+    with fused_loss(model):
         return model(**inputs).loss
