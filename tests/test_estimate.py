@@ -139,15 +139,14 @@ def test_kept_under_checkpointing(case, kind):
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize("case", SOME)
+@pytest.mark.parametrize("case", ["phi-normed", "bert-cross-attention", *SOME])
 def test_kept_under_autocast(case, dtype):
     model, config = model_of(case), config_for(case)
     inputs = training_inputs(model)
     estimated = s2ft.estimate(model, config, example=inputs, autocast=dtype)
     with torch.autocast("cpu", dtype):
         measured = bytes_kept(attached(model, config), lambda m: m(**inputs))
-    # statistics of layer_norm on a bfloat16 input with a float32 weight: the fake ones are bfloat16, the real float32
-    assert measured - 4 * 9 * 2 <= estimated.kept <= measured
+    assert estimated.kept == measured   # statistics of a norm of half precision with a float32 weight too
 
 
 @pytest.mark.parametrize("options", (dict(fuse_ffn=False), dict(delta_dtype="float64"), dict(layers=[1])), ids=str)

@@ -37,7 +37,8 @@ def estimate(model: nn.Module, config: S2FTConfig, batch: Optional[int] = None, 
     Args:
         model: as for :func:`attach`, without adapters; on the meta device, or with weights, of which nothing is read,
             copied or changed. Hooks on it, forwards that were replaced, and checkpointing that is switched on count;
-            layers that are dropped at random count as if they never were.
+            layers that are dropped at random count as if they never were, and a mixture's experts get as many tokens
+            each.
         config: what to train. Units of all selections are counted as if chosen at random, the same number in every
             layer: metrics need data, and sizes depend on the number alone.
         batch: sequences, images or recordings of one forward on one device.

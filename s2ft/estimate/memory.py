@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
+# which argument is the weight
+NORMS = {aten.native_layer_norm.default: 2, aten.native_group_norm.default: 1, aten.native_batch_norm.default: 1}
 INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
 
 
@@ -40,17 +42,24 @@ class Memory(TorchDispatchMode):
             return function(*args)
         if function is aten._local_scalar_dense.default and self._scalar is not None and type(args[0]) is not Tensor:
             return self._scalar
-        if function in INDEXED:
-            args = (args[0], _numbered(args[1]), *args[2:])
-        if function is aten._grouped_mm.default and self.device.type == "cpu":
-            output = _product(*args)   # of which PyTorch knows the shapes of bfloat16 only, where the CPU takes all
-        elif function is aten.rand.default and len(args[0]) == 0:   # whether a layer is dropped: none is
-            output = function(*args, **(kwargs or {})).fill_(1)
-        else:
-            output = function(*args, **(kwargs or {}))
+        output = self._run(function, args, kwargs or {})
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.device.type == self.device.type:
                 self.watch(leaf)
+        return output
+
+    def _run(self, function, args: tuple, kwargs: Dict[str, Any]) -> Any:
+        """What the operator gives, put right where PyTorch's fake one gives something else than the real one."""
+        if function in INDEXED:
+            args = (args[0], _numbered(args[1]), *args[2:])
+        if function is aten._grouped_mm.default and self.device.type == "cpu":
+            return _product(*args)   # the fake one takes bfloat16 only, the CPU's all
+        output = function(*args, **kwargs)
+        if function is aten.rand.default and len(args[0]) == 0:   # whether a layer is dropped: none is
+            return output.fill_(1)
+        if function in NORMS and self.device.type == "cpu" and args[NORMS[function]] is not None:
+            statistics = args[NORMS[function]].dtype   # the weight's; the fake one takes the input's
+            return output[0], *(tensor.to(statistics) for tensor in output[1:])
         return output
 
     def watch(self, tensor: Tensor) -> None:
