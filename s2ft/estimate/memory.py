@@ -8,7 +8,7 @@ from typing import Any, Dict, Iterable, Iterator, Optional, Set
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 # which argument is the weight

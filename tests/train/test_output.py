@@ -1,7 +1,7 @@
 """The output folder: nothing of another run is lost or mixed in."""
 import pytest
 
-from s2ft.train.output import RunFolder, read_log, write_json
+from s2ft.train.output import RunFolder, read_log
 
 
 def test_new_and_empty_folders_are_fine(tmp_path):
