@@ -16,6 +16,7 @@
 #include "checks.h"
 #include "core/units.h"
 #include "effective_lock.h"
+#include "writable.h"
 
 namespace s2ft {
 
@@ -95,7 +96,7 @@ class EffectiveWeight {
     data_.delta = delta_.const_data_ptr();
     data_.dense = dense_.mutable_data_ptr();
     if (dtype == a.weight.scalar_type() && !may_overlap(a.weight))
-      write_in_place(a.weight);
+      write_in_place(a.weight, a.op);
     else
       write_copy(a.weight, dtype);
   }
@@ -116,15 +117,16 @@ class EffectiveWeight {
   void restore() {
     if (!in_place_) return;
     in_place_ = false;
-    const std::unique_lock<std::mutex> release = std::move(lock_);
+    const std::unique_lock<WeightLock> release = std::move(lock_);
     device_.restore(units_, data_);
     device_.end();
   }
 
  private:
-  void write_in_place(const Tensor& weight) {
+  void write_in_place(const Tensor& weight, const char* op) {
+    require_writable(weight, op);
     tensor_ = aten::detach(weight);
-    lock_ = std::unique_lock<std::mutex>(effective_lock());
+    lock_ = std::unique_lock<WeightLock>(effective_lock());
     data_.weight = weight.mutable_data_ptr();
     device_.begin();
     device_.write(units_, data_);
@@ -147,7 +149,7 @@ class EffectiveWeight {
 
   // Under the lock, since another thread may have this weight in its effective state.
   void read_base(const Tensor& weight, ScalarType dtype) {
-    const std::lock_guard<std::mutex> lock(effective_lock());
+    const std::lock_guard<WeightLock> lock(effective_lock());
     data_.weight = const_cast<void*>(weight.const_data_ptr());  // sum() does not write it
     device_.begin();
     device_.sum(units_, data_);
@@ -159,7 +161,7 @@ class EffectiveWeight {
   Units units_;
   UnitsData data_{};
   Tensor delta_, dense_, tensor_;
-  std::unique_lock<std::mutex> lock_;
+  std::unique_lock<WeightLock> lock_;
   bool in_place_ = false;
 };
 
@@ -183,9 +185,10 @@ Tensor multiply_grad(const LinearArgs& a, const Units& units, const Tensor& grad
   return grad_x;
 }
 
+// The last argument of both forwards is for the backward alone.
 template <class Device>
 Tensor sliced_linear(const Tensor& x, const Tensor& weight, const Tensor& delta, int64_t start, int64_t dim,
-                     const std::optional<Tensor>& bias) {
+                     const std::optional<Tensor>& bias, const std::optional<Tensor>&) {
   const LinearArgs a{"sliced_linear", weight, delta, dim};
   check_linear(a, x, "x", weight.dim() == 2 ? weight.size(1) : -1);
   check_bias(a, bias);
@@ -202,7 +205,7 @@ Tensor sliced_linear_grad_x(const Tensor& grad, const Tensor& weight, const Tens
 
 template <class Device>
 Tensor indexed_linear(const Tensor& x, const Tensor& weight, const Tensor& delta, const Tensor& index,
-                      int64_t dim, const std::optional<Tensor>& bias) {
+                      int64_t dim, const std::optional<Tensor>& bias, const std::optional<Tensor>&) {
   const LinearArgs a{"indexed_linear", weight, delta, dim};
   check_linear(a, x, "x", weight.dim() == 2 ? weight.size(1) : -1);
   check_bias(a, bias);

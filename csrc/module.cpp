@@ -3,7 +3,11 @@ constexpr unsigned long long kTorchTarget = TORCH_TARGET_VERSION;
 #undef TORCH_TARGET_VERSION  // where it is defined, the pybind11 in PyTorch 2.11's headers refuses to be included
 #include <pybind11/pybind11.h>
 
+#include <memory>
+#include <stdexcept>
 #include <string>
+
+#include "effective_lock.h"
 
 namespace {
 
@@ -42,5 +46,16 @@ pybind11::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of s2ft.";
+  // A context manager in C++: between taking the lock and being in charge of it no signal handler of Python runs.
+  using NoGil = pybind11::call_guard<pybind11::gil_scoped_release>;
+  pybind11::class_<s2ft::WeightLock, std::unique_ptr<s2ft::WeightLock, pybind11::nodelete>>(m, "WeightLock")
+      .def("acquire", &s2ft::WeightLock::lock, NoGil())
+      .def("release", [](s2ft::WeightLock& lock) {
+        if (!lock.held()) throw std::runtime_error("this thread does not hold the lock of the weights");
+        lock.unlock();
+      })
+      .def("__enter__", &s2ft::WeightLock::lock, NoGil())
+      .def("__exit__", [](s2ft::WeightLock& lock, const pybind11::args&) { lock.unlock(); });
+  m.attr("weight_lock") = pybind11::cast(&s2ft::effective_lock(), pybind11::return_value_policy::reference);
   m.def("build_info", &build_info, "How this module was compiled.");
 }

@@ -6,6 +6,7 @@
 #include "aten.h"
 #include "checks.h"
 #include "core/along.h"
+#include "writable.h"
 
 namespace s2ft {
 
@@ -14,6 +15,7 @@ inline void check_weight(const Tensor& weight, int64_t dim, const char* op) {
           shape_of(weight));
   require(dim >= 0 && dim < weight.dim(), op, "dim must be 0 to ", weight.dim() - 1, ", got ", dim);
   require(!may_overlap(weight), op, "weight has elements that share memory");
+  require_writable(weight, op);
 }
 
 inline int64_t movable_size(const Tensor& weight, const char* op) {

@@ -29,6 +29,7 @@ inline void check_replaced(const Tensor& weight, const Tensor& delta, const Tens
   require(replaced.size(dim) == delta.size(dim), op, "replaced must have delta's shape ", shape_of(delta), ", got ",
           shape_of(replaced));
   require(!may_overlap(replaced), op, "replaced has elements that share memory");
+  require_writable(replaced, op, "replaced");
 }
 
 template <class Device>

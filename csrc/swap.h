@@ -17,6 +17,7 @@ inline void check_swap(const Tensor& weight, const Tensor& index, const Tensor& 
   check_units(values, weight, dim, op, "values");
   check_index_tensor(index, values.size(dim), weight, op, "index");
   require(!may_overlap(values), op, "values has elements that share memory");
+  require_writable(values, op, "values");
 }
 
 template <class Device>

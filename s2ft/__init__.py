@@ -11,6 +11,7 @@ from s2ft.convert import attach, detach, fuse, merge, plan, select, unfuse
 from s2ft.coupling import Coupling, Projection, Vector
 from s2ft.estimate import Estimate, estimate
 from s2ft.layers import S2ColumnLinear, S2RowLinear
+from s2ft.ops._lock import stable_weights
 from s2ft.report import print_trainable_parameters
 from s2ft.selection import Selection
 
@@ -19,4 +20,4 @@ __all__ = ["Adapter", "AdapterBank", "Coupling", "Estimate", "Projection", "S2Co
            "disable_adapters", "estimate", "export_lora", "fuse", "fuse_adapters", "get_adapter", "import_lora",
            "list_adapters", "load_adapter", "merge", "ops", "plan", "print_trainable_parameters", "push_to_hub",
            "read_adapter", "register_architecture", "rename_adapter", "save_adapter", "select", "set_adapter",
-           "status", "unfuse"]
+           "stable_weights", "status", "unfuse"]

@@ -4,9 +4,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "s2ft"
 RANK = {"version": 0, "_build": 1, "coupling": 0, "checkpointing": 0, "compiled": 0, "quantizer": 0, "delta": 0,
-        "distributed": 0, "files": 0, "ops": 1, "config": 1, "weights": 1,
-        "layers": 2, "arch": 3, "permutation": 3, "selection": 3, "fingerprint": 3, "verify": 4, "mounting": 4,
-        "report": 5, "convert": 6, "adapter": 7, "estimate": 7, "train": 8, "peft": 8, "serve": 9, "cli": 10}
+        "distributed": 0, "files": 0, "ops": 2, "config": 1, "weights": 1,
+        "layers": 3, "arch": 4, "permutation": 4, "selection": 4, "fingerprint": 4, "verify": 5, "mounting": 5,
+        "report": 6, "convert": 7, "adapter": 8, "estimate": 8, "train": 9, "peft": 9, "serve": 10, "cli": 11}
 
 
 def unit_of(path):

@@ -1,12 +1,15 @@
 """What every layer with a trainable slice shares: the slice, fusing, and loading a state."""
+import copy
 import warnings
 from functools import lru_cache
-from typing import ClassVar, Optional
+from typing import Any, ClassVar, Dict, Optional
 
 import torch
 from torch import Tensor, nn
 
 from s2ft.ops import effective_units
+from s2ft.ops._lock import LOCK, finish_interrupted
+from s2ft.ops._memory import check_private
 from s2ft.weights import as_matrix
 
 
@@ -23,6 +26,9 @@ class S2Layer(nn.Module):
 
     dim: ClassVar[int]
     transposed = False   # whether the weight is stored as inputs × outputs
+    _looked_at = 0       # the address of the weight that check_private has passed
+    _fused_version = -1  # of s2, as the weight holds it
+    is_tied = False      # whether other modules hold the same weight
 
     @classmethod
     def from_module(cls, module: nn.Module, start: Optional[int] = None, end: Optional[int] = None, *,
@@ -33,6 +39,7 @@ class S2Layer(nn.Module):
         # Hooks registered on the module keep working: both share the dicts they live in.
         self.__dict__.update({key: value for key, value in module.__dict__.items() if "_hooks" in key})
         self._take_over(module)
+        check_private("weight", module.weight)
         self.weight, self.bias = module.weight, module.bias
         self._select(start, end, index, delta_dtype)
         self.weight.requires_grad_(False)
@@ -87,10 +94,22 @@ class S2Layer(nn.Module):
 
     @property
     def delta(self) -> Tensor:
-        """s2, for the forward to add."""
-        if not torch.compiler.is_compiling() and self.s2.dtype.itemsize < self._made.itemsize:
-            _say_cast(self._made, self.s2.dtype)
+        """s2, for the forward to add to the weight."""
+        if not torch.compiler.is_compiling():
+            self._check_weight()
+            if self.s2.dtype.itemsize < self._made.itemsize:
+                _say_cast(self._made, self.s2.dtype)
         return self.s2
+
+    def _check_weight(self) -> None:
+        """Raises: RuntimeError for a weight that was unfrozen; ValueError for one that lies in shared memory now."""
+        weight = self.weight
+        if weight.requires_grad:
+            raise RuntimeError("weight requires a gradient, which this layer gives to s2 alone: it stays frozen. To train "
+                               "more of it select more units, to train all of it detach first")
+        if weight.device.type == "cpu" and type(weight) is nn.Parameter and weight.data_ptr() != self._looked_at:
+            check_private("weight", weight)
+            self._looked_at = weight.data_ptr()
 
     # ---- fuse and unfuse -------------------------------------------------------------------------
 
@@ -104,17 +123,24 @@ class S2Layer(nn.Module):
         """Write base + s2 into `weight`, keeping the base slice; fused already: take s2 as it is now."""
         if not self.enabled:
             raise RuntimeError("this layer's adapter is off: set_adapter first")
-        base = self._units().clone() if self.base is None else self.base
-        self._write_units(effective_units(base, self.s2))
-        self.base = base
-        self._fused_version = self.s2._version
+        check_private("weight", self.weight)
+        with LOCK:
+            finish_interrupted()
+            if self.base is None:
+                # Kept before anything is written, so that unfuse restores it wherever an interrupt falls. Until the
+                # version below is set the next forward writes base + s2 again.
+                self._fused_version = -1
+                self.base = self._units().clone()
+            self._write_units(effective_units(self.base, self.s2))
+            self._fused_version = self.s2._version
 
     @torch.no_grad()
     def unfuse(self) -> None:
         """Copy the base slice back into `weight`, bit for bit."""
         if self.base is not None:
-            self._write_units(self.base)
-            self.base = None
+            with LOCK:
+                self._write_units(self.base)
+                self.base = None
 
     fuse_s2_weight, unfuse_s2_weight = fuse, unfuse   # the reference code's names
 
@@ -136,7 +162,32 @@ class S2Layer(nn.Module):
         else:
             self.matrix.transpose(0, self.dim)[self.index] = values.transpose(0, self.dim)
 
-    # ---- state -----------------------------------------------------------------------------------
+    # ---- copies and states -----------------------------------------------------------------------
+    # Of a weight that no other thread has in use: see stable_weights.
+
+    def __deepcopy__(self, memo: Dict[int, Any]) -> "S2Layer":
+        made = memo[id(self)] = type(self).__new__(type(self))
+        with LOCK:
+            finish_interrupted()
+            state = copy.deepcopy(self.__dict__, memo)
+        made.__setstate__(state)
+        made._looked_at = 0
+        return made
+
+    def __getstate__(self) -> Dict[str, Any]:
+        """For pickle and torch.save, which read a tensor's memory later: the weight as a copy. A tied weight goes as it
+        is, so that it is still tied when it is loaded."""
+        state = {**self.__dict__, "_looked_at": 0}
+        weight = self._parameters.get("weight")
+        if weight is not None and not self.is_tied:
+            state["_parameters"] = {**self._parameters, "weight": nn.Parameter(at_rest(weight), requires_grad=False)}
+        return state
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        super().__setstate__(state)
+        weight = self._parameters.get("weight")
+        if weight is not None and weight.device.type == "cpu" and weight.is_shared():
+            weight.data = weight.data.clone()   # torch.multiprocessing sends tensors in shared memory
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         """The state's own `base` entry says whether it was fused; the layer takes that state over."""
@@ -154,6 +205,14 @@ class S2Layer(nn.Module):
         """For extra_repr."""
         units = f"start={self.start}, end={self.end}" if self.index is None else f"units={self.index.numel()}"
         return units + (", fused" if self.fused else "") + ("" if self.enabled else ", off")
+
+
+@torch.no_grad()
+def at_rest(weight: Tensor) -> Tensor:
+    """A copy of `weight`, taken while no operation has base + delta in it."""
+    with LOCK:
+        finish_interrupted()
+        return weight.detach().clone()
 
 
 @lru_cache(maxsize=None)   # once a process

@@ -5,17 +5,16 @@ for the length of one GEMM and the base is copied back, bit for bit. So an op st
 arguments: nothing can go stale when a weight is replaced, loaded, sharded, cast or copied, no second
 copy of the slice is kept, and the GEMM sees one dense matrix.
 """
-import threading
-from contextlib import contextmanager
-from typing import Iterator, Union
+from functools import partial, wraps
+from typing import Callable, Dict, Union
 
 import torch
 from torch import Tensor
 
-Units = Union[int, Tensor]   # start of a contiguous slice, or the index of every unit, int64 [n]
+from s2ft.ops._lock import LOCK, finish_interrupted, unfinished
+from s2ft.ops._memory import check_writable
 
-# Two threads that share a model must not meet inside one weight.
-_lock = threading.Lock()
+Units = Union[int, Tensor]   # start of a contiguous slice, or the index of every unit, int64 [n]
 
 
 def effective_units(base: Tensor, delta: Tensor) -> Tensor:
@@ -46,29 +45,74 @@ def _overlaps(weight: Tensor) -> bool:
     return any(stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape))
 
 
-# Callers make what they multiply contiguous: of a view with gaps PyTorch makes a batched product, for
-# which it copies a frozen weight once for every row of the batch.
-@contextmanager
-def effective_weight(weight: Tensor,   # [O, I], as it was when the block ends
-                     delta: Tensor,    # [n, I] if dim == 0 else [O, n]
-                     units: Units, dim: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yield weight with ``weight[units] += delta`` in `dtype`, valid inside the block only."""
+@torch.no_grad()
+def with_effective_weight(weight: Tensor,   # [O, I], the same bits afterwards
+                          delta: Tensor,    # [n, I] if dim == 0 else [O, n]
+                          units: Units, dim: int, dtype: torch.dtype,
+                          product: Callable[[Tensor], Tensor]   # takes [O, I] in `dtype`, valid inside it only
+                          ) -> Tensor:
+    """``product(weight with weight[units] += delta)``.
+
+    Products take what they multiply contiguous: of a view with gaps PyTorch makes a batched product, for which it
+    copies a frozen weight once for every row of the batch.
+    """
     if weight.dtype != dtype or _overlaps(weight):
-        yield _effective_copy(weight, delta, units, dim, dtype)
-        return
+        return product(_effective_copy(weight, delta, units, dim, dtype))
     memory = weight.data   # shares memory, not the version counter: the weight counts as unchanged
-    with _lock:
+    check_writable("s2ft", memory)
+    with LOCK, _StreamOrder(memory):
+        finish_interrupted()
         base = _read(memory, units, delta.shape[dim], dim)
-        _write(memory, units, effective_units(base, delta), dim)
+        effective = effective_units(base, delta)
         try:
-            yield memory
-        finally:
-            _write(memory, units, base, dim)
+            try:
+                unfinished.append(partial(_write, memory, units, base, dim))
+                _write(memory, units, effective, dim)
+                return product(memory)
+            finally:
+                finish_interrupted()
+        except BaseException:   # an interrupt may have come while the base was put back
+            finish_interrupted()
+            raise
+
+
+def in_turn(op: str, reference: Callable) -> Callable:
+    """The reference of an op that changes its first argument: it runs when no other op holds a weight."""
+    @wraps(reference)
+    def run(weight: Tensor, *args) -> None:
+        check_writable(op, weight)
+        with LOCK, _StreamOrder(weight):
+            finish_interrupted()
+            reference(weight, *args)
+    return run
+
+
+class _StreamOrder:
+    """Orders what is enqueued inside after all earlier uses of it on the weight's GPU, whatever their stream.
+
+    A stream that is being captured cannot wait for work outside the graph: replays must be ordered by their caller.
+    """
+
+    _last: Dict[int, torch.cuda.Event] = {}   # of each device
+
+    def __init__(self, weight: Tensor) -> None:
+        self.stream = None
+        if weight.is_cuda and not torch.cuda.is_current_stream_capturing():
+            self.stream = torch.cuda.current_stream(weight.device)
+
+    def __enter__(self) -> None:
+        if self.stream is not None and self.stream.device_index in self._last:
+            self.stream.wait_event(self._last[self.stream.device_index])
+
+    def __exit__(self, *error) -> None:
+        if self.stream is not None:
+            self._last.setdefault(self.stream.device_index, torch.cuda.Event()).record(self.stream)
 
 
 def _effective_copy(weight: Tensor, delta: Tensor, units: Units, dim: int, dtype: torch.dtype) -> Tensor:
     """The effective weight, rounded to the weight's own dtype, as a matrix of its own in `dtype`."""
-    with _lock:
+    with LOCK:
+        finish_interrupted()
         copy = weight.to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
         base = _read(weight, units, delta.shape[dim], dim)
     _write(copy, units, effective_units(base, delta).to(dtype), dim)

@@ -49,9 +49,18 @@ def setup_context(ctx, inputs, output):
 
 def backward(ctx, grad):
     gate, up = ctx.saved_tensors
+    if torch.is_grad_enabled():   # create_graph: autograd's own gradients can be differentiated again
+        return *_differentiable_backward(grad, gate, up, ctx.activation), None
     if not ctx.needs_input_grad[0]:
         return None, _op(gate, grad, ctx.activation), None   # the same product, with grad for up
     return *_backward(grad, gate, up, ctx.activation), None
+
+
+def _differentiable_backward(grad, gate, up, activation):
+    act, _ = activation_of(activation)
+    inputs = [tensor for tensor in (gate, up) if tensor.requires_grad]
+    found = iter(torch.autograd.grad(act(gate) * up, inputs, grad, create_graph=True))
+    return [next(found) if tensor.requires_grad else None for tensor in (gate, up)]
 
 
 _op = define("act_mul(Tensor gate, Tensor up, str activation) -> Tensor", reference, fake, setup_context, backward)

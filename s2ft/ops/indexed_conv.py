@@ -9,20 +9,29 @@ import torch
 from torch import Tensor
 
 from s2ft.ops._effective import effective_units
+from s2ft.ops._lock import LOCK
 from s2ft.ops._library import autocast_input, check_index, define
 
 
 def effective(weight: Tensor, delta: Tensor, index: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """The weight with delta added to its channels, rounded to its own dtype, as a copy in `dtype`."""
-    copy = weight.detach().clone()
+    with LOCK:
+        copy = weight.detach().clone()
     taps = copy.view(*copy.shape[:2], -1)
     units = effective_units(taps.index_select(dim, index), delta.detach())
     taps.transpose(0, dim)[index] = units.transpose(0, dim)
     return copy.to(dtype)
 
 
+def differentiable(weight: Tensor, delta: Tensor, index: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """What :func:`effective` gives, by functions that pass gradients to delta."""
+    taps = weight.detach().view(*weight.shape[:2], -1)
+    wide = taps.to(torch.promote_types(weight.dtype, delta.dtype))
+    return wide.index_add(dim, index, delta.to(wide.dtype)).to(weight.dtype).view(weight.shape).to(dtype)
+
+
 def reference(x: Tensor, weight: Tensor, delta: Tensor, index: Tensor, dim: int, bias: Optional[Tensor],
-              stride: List[int], padding: List[int], dilation: List[int]) -> Tensor:
+              kept: Optional[Tensor], stride: List[int], padding: List[int], dilation: List[int]) -> Tensor:
     bias = None if bias is None else bias.detach().to(x.dtype)
     return torch.ops.aten.convolution(x.detach(), effective(weight, delta, index, dim, x.dtype), bias, stride, padding,
                                       dilation, False, [0] * len(stride), 1)
@@ -45,7 +54,7 @@ def _gradients(grad, x, weight, stride, padding, dilation, which: int) -> Tensor
                                                [0] * len(stride), 1, [which == 0, which == 1, False])[which]
 
 
-def fake(x, weight, delta, index, dim, bias, stride, padding, dilation):
+def fake(x, weight, delta, index, dim, bias, kept, stride, padding, dilation):
     return torch.ops.aten.convolution(x, weight.to(x.dtype), None, stride, padding, dilation, False,
                                       [0] * len(stride), 1)
 
@@ -59,12 +68,10 @@ def fake_grad_delta(grad, x, shape, stride, padding, dilation):
 
 
 def setup_context(ctx, inputs, output):
-    x, weight, delta, index, dim, bias, stride, padding, dilation = inputs
+    x, weight, delta, index, dim, bias, kept, stride, padding, dilation = inputs
     ctx.dim, ctx.geometry, ctx.size = dim, (stride, padding, dilation), list(x.shape)
     ctx.bias_dtype = None if bias is None else bias.dtype
-    kept = None
-    if ctx.needs_input_grad[2]:
-        kept = x if dim == 0 else x.index_select(1, index)
+    kept = (x if dim == 0 else kept) if ctx.needs_input_grad[2] else None
     ctx.save_for_backward(kept, weight, delta, index)
 
 
@@ -72,19 +79,31 @@ def backward(ctx, grad):
     kept, weight, delta, index = ctx.saved_tensors
     grad_x = grad_delta = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.s2ft.indexed_conv_grad_x(grad, weight, delta, index, ctx.dim, ctx.size, *ctx.geometry)
+        grad_x = _grad_x_of(grad, weight, delta, index, ctx.dim, ctx.size, *ctx.geometry)
     if ctx.needs_input_grad[2]:
         outputs = grad.index_select(1, index) if ctx.dim == 0 else grad
         shape = [*delta.shape[:2], *weight.shape[2:]]
-        grad_delta = torch.ops.s2ft.indexed_conv_grad_delta(outputs, kept, shape, *ctx.geometry)
+        grad_delta = _grad_delta_of(outputs, kept, shape, *ctx.geometry)
         grad_delta = grad_delta.to(delta.dtype).reshape(delta.shape)
     if ctx.needs_input_grad[5]:
         grad_bias = grad.transpose(0, 1).flatten(1).sum(1).to(ctx.bias_dtype)
-    return grad_x, None, grad_delta, None, None, grad_bias, None, None, None
+    return grad_x, None, grad_delta, None, None, grad_bias, None, None, None, None
+
+
+def _grad_x_of(grad, weight, delta, index, dim, size, *geometry):
+    if torch.is_grad_enabled():   # create_graph: autograd can differentiate PyTorch's own gradient
+        weight = differentiable(weight, delta, index, dim, grad.dtype)
+        return _gradients(grad, grad.new_empty(1).expand(size), weight, *geometry, 0)
+    return torch.ops.s2ft.indexed_conv_grad_x(grad, weight, delta, index, dim, size, *geometry)
+
+
+def _grad_delta_of(grad, kept, shape, *geometry):
+    gradient = reference_grad_delta if torch.is_grad_enabled() else torch.ops.s2ft.indexed_conv_grad_delta
+    return gradient(grad, kept, shape, *geometry)
 
 
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation"
-_op = define("indexed_conv(Tensor x, Tensor weight, Tensor delta, Tensor index, int dim, Tensor? bias, "
+_op = define("indexed_conv(Tensor x, Tensor weight, Tensor delta, Tensor index, int dim, Tensor? bias, Tensor? kept, "
              f"{_GEOMETRY}) -> Tensor", reference, fake, setup_context, backward)
 _grad_x = define("indexed_conv_grad_x(Tensor grad, Tensor weight, Tensor delta, Tensor index, int dim, SymInt[] size, "
                  f"{_GEOMETRY}) -> Tensor", reference_grad_x, fake_grad_x)
@@ -103,7 +122,7 @@ def indexed_conv(x: Tensor,        # [N, I, ...], one to three further dimension
     """Convolution of x with W, where W = weight and ``W.index_select(dim, index) += delta``; one group.
 
     base + delta is summed in the wider of the two dtypes and rounded once to the weight's. Gradients flow to x,
-    delta and bias, never to weight; for dim 1 only the selected channels of x are kept for them.
+    delta and bias, any number of times, never to weight; for dim 1 only the selected channels of x are kept for them.
     stride, padding and dilation have an entry for each further dimension, or one for all.
     Raises: ValueError for a wrong shape, dim or index; TypeError for mixed dtypes outside autocast.
     """
@@ -121,7 +140,10 @@ def indexed_conv(x: Tensor,        # [N, I, ...], one to three further dimension
     check_index("indexed_conv", index, delta.shape[dim], weight.shape[dim])
     geometry = [_entries(name, given, spatial) for name, given in
                 (("stride", stride), ("padding", padding), ("dilation", dilation))]
-    return _op(autocast_input("indexed_conv", x, weight), weight, delta, index, dim, bias, *geometry)
+    x, kept = autocast_input("indexed_conv", x, weight), None
+    if dim == 1 and delta.requires_grad and torch.is_grad_enabled():
+        kept = x.index_select(1, index)   # here, where autograd sees that it depends on x
+    return _op(x, weight, delta, index, dim, bias, kept, *geometry)
 
 
 def _entries(name: str, given: Sequence[int], spatial: int) -> Tuple[int, ...]:

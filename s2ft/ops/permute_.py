@@ -2,6 +2,7 @@
 import torch
 from torch import Tensor
 
+from s2ft.ops._effective import in_turn
 from s2ft.ops._library import check_dim, check_distinct, count_change, define
 
 
@@ -18,7 +19,7 @@ def reference(weight: Tensor, order: Tensor, dim: int) -> None:
 
 
 _op = define("permute_(Tensor(a!) weight, Tensor order, int dim) -> ()",
-             reference, lambda weight, order, dim: None)
+             in_turn("permute_", reference), lambda weight, order, dim: None)
 
 
 def permute_(weight: Tensor,   # 1-D to 3-D, changed in place

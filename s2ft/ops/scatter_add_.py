@@ -4,6 +4,7 @@ from typing import List, Sequence, Union
 import torch
 from torch import Tensor
 
+from s2ft.ops._effective import in_turn
 from s2ft.ops._library import check_distinct, check_movable, count_change, define
 
 
@@ -40,7 +41,7 @@ def reference(weight: Tensor, index: List[Tensor], delta: List[Tensor], dim: int
 
 
 _op = define("scatter_add_(Tensor(a!) weight, Tensor[] index, Tensor[] delta, int dim, float[] alpha, "
-             "Tensor(b!)[] replaced) -> ()", reference, lambda weight, index, delta, dim, alpha, replaced: None)
+             "Tensor(b!)[] replaced) -> ()", in_turn("scatter_add_", reference), lambda weight, index, delta, dim, alpha, replaced: None)
 
 
 def scatter_add_(weight: Tensor,                            # 1-D to 3-D, changed in place

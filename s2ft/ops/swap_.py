@@ -1,6 +1,7 @@
 """Exchange rows or columns of a weight with a saved copy: how an adapter is put on and taken off."""
 from torch import Tensor
 
+from s2ft.ops._effective import in_turn
 from s2ft.ops._library import check_distinct, check_movable, count_change, define
 
 
@@ -16,7 +17,7 @@ def reference(weight: Tensor, index: Tensor, values: Tensor, dim: int) -> None:
 
 
 _op = define("swap_(Tensor(a!) weight, Tensor index, Tensor(b!) values, int dim) -> ()",
-             reference, lambda weight, index, values, dim: None)
+             in_turn("swap_", reference), lambda weight, index, values, dim: None)
 
 
 def swap_(weight: Tensor,   # 1-D to 3-D, changed in place

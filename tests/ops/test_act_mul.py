@@ -118,6 +118,7 @@ def test_layouts(dtype, activation):
 def test_gradcheck_opcheck_compile(activation):
     gate, up = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(lambda a, b: act_mul(a, b, activation), (gate, up))
+    assert torch.autograd.gradgradcheck(lambda a, b: act_mul(a, b, activation), (gate, up))
     torch.library.opcheck(torch.ops.s2ft.act_mul.default, (gate, up, activation))
     torch.library.opcheck(act_mul_backward.default, (gate.detach(), gate.detach(), up.detach(), activation))
     compiled = torch.compile(lambda a, b: act_mul(a, b, activation) + 1, fullgraph=True, backend="aot_eager")

@@ -68,12 +68,20 @@ def test_gradcheck(spatial, dim):
                              [t.requires_grad_() for t in (x[:1, ..., :3], delta, bias)], fast_mode=True)
 
 
+@pytest.mark.parametrize("spatial,dim", [(1, 0), (2, 1)])
+def test_second_derivatives(spatial, dim):
+    x, weight, delta, index, dim, bias = tensors(spatial, dim, torch.float64)
+    torch.autograd.gradgradcheck(lambda x, delta, bias: indexed_conv(x, weight, delta, index, dim, bias, padding=(1,)),
+                                 [t.requires_grad_() for t in (x[:1, ..., :3], delta, bias)])
+
+
 @pytest.mark.parametrize("dim", (0, 1))
 def test_opcheck(dim):
     x, weight, delta, index, dim, bias = tensors(2, dim)
     x, delta = x.requires_grad_(), delta.requires_grad_()
+    kept = x.index_select(1, index) if dim == 1 else None
     torch.library.opcheck(torch.ops.s2ft.indexed_conv.default,
-                          (x, weight, delta, index, dim, bias, [1, 1], [0, 1], [1, 1]))
+                          (x, weight, delta, index, dim, bias, kept, [1, 1], [0, 1], [1, 1]))
 
 
 def test_compiles_without_a_break():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from support.tolerances import GEMM
 
-from s2ft.ops import indexed_linear, sliced_linear
+from s2ft.ops import _linear, indexed_linear, sliced_linear
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LEADING = ((), (1,), (5,), (2, 3), (2, 1, 3), (0,), (2, 0))
@@ -89,9 +89,25 @@ def test_gradcheck_float64(op, shape, dim):
 def test_opcheck(op, dim):
     case = Case(op, SHAPES[0], dim, torch.float32)
     ops = getattr(torch.ops.s2ft, op.__name__).default, getattr(torch.ops.s2ft, op.__name__ + "_grad_x").default
+    kept = torch.randn(*case.x.shape[:-1], case.delta.shape[1], requires_grad=True) if dim == 1 else None
     for bias in (case.bias, None):
-        torch.library.opcheck(ops[0], (case.x, case.weight, case.delta, case.units, dim, bias))
-    torch.library.opcheck(ops[1], (torch.randn(3, 7), case.weight, case.delta.detach(), case.units, dim))
+        torch.library.opcheck(ops[0], (case.x, case.weight, case.delta, case.units, dim, bias, kept))
+    torch.library.opcheck(ops[1], (torch.randn(3, 7, requires_grad=True), case.weight, case.delta, case.units, dim))
+
+
+@pytest.mark.parametrize("op,shape,dim", CASES, ids=name)
+def test_second_derivatives_float64(op, shape, dim):
+    """A gradient penalty, a Hessian-vector product: gradients of gradients, with respect to x, delta and bias."""
+    case = Case(op, shape, dim)
+    assert torch.autograd.gradgradcheck(case.call, (case.x, case.delta, case.bias))
+
+
+@pytest.mark.parametrize("op,dim", OPS_AND_DIMS, ids=name)
+def test_a_delta_that_needs_a_gradient_needs_its_share_of_x(op, dim):
+    case = Case(op, SHAPES[0], dim, torch.float32)
+    if dim == 1:
+        with pytest.raises(ValueError, match="share of x must be given"):
+            getattr(torch.ops.s2ft, op.__name__)(case.x, case.weight, case.delta, case.units, dim, None, None)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -99,15 +115,14 @@ def test_opcheck(op, dim):
 @pytest.mark.parametrize("op,shape,dim", CASES, ids=name)
 def test_compiled_kernel_equals_reference(op, shape, dim, dtype, device):
     """The compiled kernel (where one is loaded) against the PyTorch definition of the same op, bit for bit."""
-    module = __import__(f"s2ft.ops.{op.__name__}", fromlist=["reference"])
     for delta_dtype in DTYPES:
         case = Case(op, shape, dim, dtype, (5,), device=device, delta_dtype=delta_dtype)
         args = (case.weight, case.delta.detach(), case.units, dim)
         x, bias, grad = case.x.detach(), case.bias.detach(), torch.randn(5, shape[0], device=device).to(dtype)
-        dispatched = getattr(torch.ops.s2ft, op.__name__)(x, *args, bias)
-        assert torch.equal(dispatched, module.reference(x, *args, bias))
+        dispatched = getattr(torch.ops.s2ft, op.__name__)(x, *args, bias, None)
+        assert torch.equal(dispatched, _linear.reference(x, *args, bias, None))
         dispatched = getattr(torch.ops.s2ft, op.__name__ + "_grad_x")(grad, *args)
-        assert torch.equal(dispatched, module.reference_grad_x(grad, *args))
+        assert torch.equal(dispatched, _linear.reference_grad_x(grad, *args))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
@@ -241,16 +256,15 @@ def test_threads_that_share_a_weight(op):
 
 
 def test_a_failed_product_leaves_the_base(monkeypatch):
-    module = __import__("s2ft.ops.sliced_linear", fromlist=["reference"])
     case = Case(sliced_linear, SHAPES[0], 1, torch.float32)
     before = case.weight.clone()
 
     def fail(*args):
         raise MemoryError
 
-    monkeypatch.setattr(module.F, "linear", fail)
+    monkeypatch.setattr(_linear.F, "linear", fail)
     with pytest.raises(MemoryError):
-        module.reference(case.x, case.weight, case.delta, 2, 1)
+        _linear.reference(case.x, case.weight, case.delta, 2, 1, None, None)
     assert torch.equal(case.weight, before)
 
 

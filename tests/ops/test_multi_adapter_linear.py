@@ -108,6 +108,7 @@ def test_layouts(dim):
 def test_gradcheck_opcheck_compile(dim):
     case = Case(dim, leading=(4, 2))
     assert torch.autograd.gradcheck(case.call, (case.x, case.y))
+    assert torch.autograd.gradgradcheck(case.call, (case.x, case.y))
     torch.library.opcheck(torch.ops.s2ft.multi_adapter_linear.default, (case.x, case.y, *case.bank, case.adapter, dim))
     compiled = torch.compile(lambda x, y: case.call(x, y) * 2, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(case.x, case.y), case.call() * 2)

@@ -28,7 +28,7 @@ size, offset = map(int, sys.argv[1:])
 memory = torch.zeros(size, dtype=torch.uint8)
 claimed = (ctypes.c_char * 97).from_address(memory.data_ptr())
 delta = torch.frombuffer(claimed, dtype=torch.float32, count=24, offset=offset).view(4, 6)
-torch.ops.s2ft.sliced_linear(torch.ones(2, 6), torch.ones(8, 6), delta, 2, 0, None)
+torch.ops.s2ft.sliced_linear(torch.ones(2, 6), torch.ones(8, 6), delta, 2, 0, None, None)
 """
 
 
