@@ -4,20 +4,35 @@ A reentrant checkpoint gives no gradient, not even to the weights inside it, whe
 with the embeddings frozen the first blocks' inputs need none. So the input of such a block is made to need one: of a
 checkpointed block that trains something, and of no other, so that the backward still ends at the lowest of them.
 """
-from typing import Iterable, Iterator, List, Optional
+from typing import Callable, Dict, Iterable, Iterator, List, Optional
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 
-def open_blocks(model: nn.Module, trained: Iterable[str]) -> List[RemovableHandle]:
-    """Hook transformers' checkpointable blocks around the modules `trained`. Returns: what removes the hooks."""
+def open_blocks(model: nn.Module, trained: Iterable[str]) -> None:
+    """Hook transformers' checkpointable blocks around the modules `trained`."""
     around = {parent for path in trained for parent in _parents(path)}
     blocks = [module for path, module in model.named_modules() if path in around and _block_class(module)]
     if any("__call__" in vars(_block_class(block)) for block in blocks):   # transformers 4: a block's hooks run inside
-        return [embeddings.register_forward_hook(_Embeddings(blocks)) for embeddings in _embeddings(model)]
-    return [block.register_forward_pre_hook(_need_gradient) for block in blocks]
+        for embeddings in _embeddings(model):
+            embeddings.register_forward_hook(_Embeddings(blocks))
+    else:
+        for block in blocks:
+            block.register_forward_pre_hook(_need_gradient)
+
+
+def close_blocks(model: nn.Module) -> None:
+    """Take the hooks of :func:`open_blocks` off, wherever they are. Handles could be lost by an interrupt."""
+    for module in model.modules():
+        remove_hooks(module._forward_pre_hooks, lambda hook: hook is _need_gradient)
+        remove_hooks(module._forward_hooks, lambda hook: isinstance(hook, _Embeddings))
+
+
+def remove_hooks(hooks: Dict[int, Callable], ours: Callable[[Callable], bool]) -> None:
+    """Remove from a module's dict of hooks those that `ours` says yes to."""
+    for key in [key for key, hook in hooks.items() if ours(hook)]:
+        hooks.pop(key, None)
 
 
 def _parents(path: str) -> Iterator[str]:

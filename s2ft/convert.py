@@ -8,9 +8,11 @@ from s2ft.arch import couplings_of
 from s2ft.compiled import of_compiled
 from s2ft.config import S2FTConfig
 from s2ft.coupling import Coupling
+from s2ft.active import put_on, take_off, write_trained
 from s2ft.fingerprint import fingerprint
-from s2ft.mounting import (RECORD, Attachment, attachment_of, check_can_merge, check_not_sharded, mount, put_on,
-                           restore, take_off, that_can_move)
+from s2ft.mounting import check_can_merge, check_not_sharded, claim, mount, release, that_can_move, unmount
+from s2ft.record import RECORD, Attachment, attachment_of
+from s2ft.ops._lock import LOCK
 from s2ft.report import Report
 from s2ft.selection import Selection
 from s2ft.selection import select as select_units
@@ -60,16 +62,12 @@ def attach(model: nn.Module, config: S2FTConfig, name: str = "default", calibrat
     check_name(name)
     record = _record_for(model, couplings, name)
     verify = couplings is not None or example is not None if verify is None else verify
-    with _others_aside(model, record):
+    with adapters_aside(model, record):
         selection = select_units(record.couplings, config, model, calibration)
-        trial = _try_out(model, record.couplings, example) if verify else None
+        trial = _try_out(model, record, example) if verify else None
         mount(model, record, config, selection, name)
         if trial is not None:
-            try:
-                trial.check_unchanged()
-            except BaseException:
-                restore(model, record)
-                raise
+            trial.check_unchanged()
     return Report.of(model)
 
 
@@ -88,33 +86,37 @@ def _record_for(model: nn.Module, couplings: Optional[Sequence[Coupling]], name:
 
 
 @contextmanager
-def _others_aside(model: nn.Module, record: Attachment) -> Iterator[None]:
-    """Loaded adapters come off; where what is done inside fails, what was active is so again."""
-    active = dict(record.active)
-    take_off(model, record)
+def adapters_aside(model: nn.Module, record: Attachment) -> Iterator[None]:
+    """Inside, the model has its record and the base in its weights. Where what is done inside fails, the model is as it
+    was before: the adapters that were loaded are there, and those that were active are so again."""
+    others, active = dict(record.others), dict(record.active)
     try:
+        claim(model, record)
+        take_off(model, record)
         yield
     except BaseException:
-        if record.others:
-            record.forget_mounts()
+        take_off(model, record)
+        unmount(model, record)
+        record.others = others
+        if others:
             model.requires_grad_(False)
-            setattr(model, RECORD, record)
-            put_on(model, record, active, {name: record.others[name].deltas for name in active})
+            put_on(model, record, active, {name: others[name].deltas for name in active})
+        else:
+            release(model, record)
         raise
 
 
 def mount_on(model: nn.Module, record: Attachment, config: S2FTConfig, selection: Selection, name: str) -> None:
-    """Put trainable layers in, also on a model with adapters loaded. Raises: ValueError where one is trainable."""
+    """Put trainable layers in, inside :func:`adapters_aside`. Raises: ValueError where an adapter is trainable already."""
     if record.name is not None:
         raise ValueError(f"{record.name!r} is trainable, and only one adapter can be: detach or delete it first")
-    with _others_aside(model, record):
-        mount(model, record, config, selection, name)
+    mount(model, record, config, selection, name)
 
 
-def _try_out(model: nn.Module, couplings: List[Coupling], example: Any) -> Trial:
-    trial = Trial(model, couplings, example)
+def _try_out(model: nn.Module, record: Attachment, example: Any) -> Trial:
+    trial = Trial(model, record.couplings, record.moves, example)
     groups: Dict[Tuple, List[Coupling]] = {}   # experts of a layer are tried out together
-    for coupling in that_can_move(model, couplings):
+    for coupling in that_can_move(model, record.couplings):
         one = coupling.consumer.name if coupling.consumer.expert is None else coupling.consumer.path
         groups.setdefault((coupling.layer, one), []).append(coupling)
     for group in groups.values():
@@ -186,19 +188,24 @@ def check_name(name: str) -> None:
 def detach(model: nn.Module) -> nn.Module:
     """Take every adapter off and give back the base model, bit for bit, as it was before attach.
 
+    It does so also where an earlier call was interrupted.
+
     Raises: ValueError when the model is sharded; there ``set_adapter(model, None)`` gives the base.
     """
     record = attachment_of(model)
     check_not_sharded(model, "detach")
-    take_off(model, record)
-    return restore(model, record)
+    with LOCK:
+        take_off(model, record)
+        return release(model, record)
 
 
 @of_compiled
 def merge(model: nn.Module) -> nn.Module:
     """Write the active adapter into the weights and give back the plain model, in original order.
 
-    The weights are, bit for bit, those the adapter was trained with.
+    The weights are, bit for bit, those the adapter was trained with. Until the end the base is kept: where merging is
+    interrupted, the adapter comes off, and :func:`detach` gives the base.
+
     Raises: ValueError when no adapter is active, the base is quantized, or the model is sharded.
     """
     record = attachment_of(model)
@@ -207,9 +214,18 @@ def merge(model: nn.Module) -> nn.Module:
         raise ValueError("no adapter is active, so there is nothing to merge: set_adapter first, or detach")
     if record.trains:
         check_can_merge(record)
-        for mounted in record.mounts.values():
-            mounted.layer.fuse()
-    return restore(model, record)   # an adapter that is applied stands in the weights already
+    with LOCK:
+        try:
+            if record.trains:
+                record.changing = True
+                for mounted in record.mounts.values():
+                    mounted.layer.unfuse()
+                write_trained(model, record)
+            return release(model, record)
+        except BaseException:
+            if RECORD in model.__dict__:
+                take_off(model, record)
+            raise
 
 
 @of_compiled
@@ -225,12 +241,18 @@ def fuse(model: nn.Module) -> None:
     check_not_sharded(model, "fuse")
     if record.trains:
         check_can_merge(record)   # before any layer is fused
-        for mounted in record.mounts.values():
-            mounted.layer.fuse()
+        with LOCK:
+            try:
+                for mounted in record.mounts.values():
+                    mounted.layer.fuse()
+            except BaseException:
+                unfuse(model)
+                raise
 
 
 @of_compiled
 def unfuse(model: nn.Module) -> None:
     """Copy the base back, bit for bit, so that training can go on."""
-    for mounted in attachment_of(model).mounts.values():
-        mounted.layer.unfuse()
+    with LOCK:
+        for mounted in attachment_of(model).mounts.values():
+            mounted.layer.unfuse()

@@ -1,116 +1,33 @@
-"""A model with trainable layers in place: what s2ft knows about it, how they come in and go out again, and adapters
-that are put on and taken off."""
-from dataclasses import dataclass, field
-from functools import cached_property
-from types import MethodType
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
+"""A model with trainable layers in place: what s2ft knows about it, and how they come in and go out again.
+
+An interrupt, an exception or an out-of-memory error may come at any moment. So the record of what is about to change
+is made first and is on the model before anything changes, and each step of taking changes back works whether the
+change was made, half made, or taken back already. :func:`unmount` and :func:`release` can be called at any time.
+"""
+from functools import partial
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from s2ft.checkpointing import open_blocks
+from s2ft.checkpointing import close_blocks, open_blocks
 from s2ft.config import S2FTConfig
-from s2ft.coupling import Coupling, Projection, projections_of
-from s2ft.delta import Delta
-from s2ft.distributed import check_alike, has_master, is_sharded, settle, whole, write_units
+from s2ft.coupling import Coupling, Projection
+from s2ft.distributed import check_alike, is_sharded
 from s2ft.fingerprint import digest
 from s2ft.layers import NO_FUSE, S2ColumnStack, S2Layer, S2QuantizedLinear, S2RowStack, experts_forward, layers_for
-from s2ft.ops import act_mul, scatter_add_, swap_
-from s2ft.permutation import contiguous_range, coupling_order, element_order, inverse, permute_coupling
+from s2ft.ops import act_mul
+from s2ft.ops._memory import check_private
+from s2ft.permutation import Move, contiguous_range, coupling_order, inverse
 from s2ft.quantizer import as_before, let_train
+from s2ft.record import RECORD, Attachment, Mount, Part
 from s2ft.selection import Selection
-from s2ft.weights import (find, is_quantized, moving_tensors, pack_again, pack_never, part_of, passes_gradient,
-                          position, put)
-
-RECORD = "_s2ft"   # the attribute of the model that holds its Attachment
+from s2ft.states import add_state_hooks, remove_state_hooks
+from s2ft.weights import (find, is_quantized, pack_again, pack_never, packing_layers, passes_gradient, position, put,
+                          tensors_of, weight_of)
 
 # What the packages above do to a model that trainable layers come into, and undo when they go out
 EXTENSIONS: List[Tuple[Callable[[nn.Module], None], Callable[[nn.Module], None]]] = []
-
-
-@dataclass
-class Part:
-    """The share of one projection in a layer's s2."""
-
-    projection: Projection
-    positions: Tensor   # [n] int64, along s2's dim, of the elements below
-    elements: Tensor    # [n] int64, ascending: which of the weight's elements along dim they are in original order
-
-
-@dataclass
-class Mount:
-    """One trainable layer and what it stands for."""
-
-    original: Optional[nn.Module]   # what it replaced, without weight and bias; None: a parameter
-    layer: S2Layer
-    parts: List[Part]   # one for each projection that is trained in this weight
-    position: Optional[int] = None             # of a parameter among its module's
-
-
-@dataclass
-class Attachment:
-    """Everything s2ft knows about a model it has changed."""
-
-    couplings: List[Coupling]
-    fingerprint: Dict[str, Any]
-    required_grad: Dict[str, bool]                 # of every parameter, before
-    given: bool = False                            # whether the couplings were given by hand
-    name: Optional[str] = None                     # the trainable adapter
-    config: Optional[S2FTConfig] = None
-    selection: Optional[Selection] = None
-    orders: List[Tuple[Coupling, Tensor]] = field(default_factory=list)   # couplings whose units moved
-    mounts: Dict[str, Mount] = field(default_factory=dict)                # by path
-    forwards: List[str] = field(default_factory=list)                     # modules with a forward of ours
-    others: Dict[str, object] = field(default_factory=dict)               # loaded adapters by name
-    active: Dict[str, float] = field(default_factory=dict)                # adapters with their weights
-    unpacked: List[str] = field(default_factory=list)                     # of pack_never
-    hooks: List[RemovableHandle] = field(default_factory=list)            # of open_blocks
-    # what is written: where, in the whole weight or, the last says so, in this rank's part, and the base there
-    applied: List[Tuple[Projection, Tensor, Tensor, bool]] = field(default_factory=list)
-    places: Dict[str, Tensor] = field(default_factory=dict)   # of projections that moved: element → its present place
-
-    @property
-    def names(self) -> List[str]:
-        return ([] if self.name is None else [self.name]) + list(self.others)
-
-    def forget_mounts(self) -> None:
-        """Be the record of a model without trainable layers, whose units lie where they were."""
-        self.name = self.config = self.selection = None
-        self.active = {}
-        for done in (self.orders, self.mounts, self.forwards, self.applied, self.places, self.unpacked, self.hooks):
-            done.clear()
-
-    @cached_property
-    def projections(self) -> Dict[str, Projection]:
-        """By name."""
-        return {projection.name: projection for projection in projections_of(self.couplings)}
-
-    @property
-    def trains(self) -> bool:
-        """Whether the trainable adapter is added in the forward, where it gets gradients."""
-        return self.name is not None and self.active.get(self.name) == 1
-
-    @property
-    def slices(self) -> Dict[str, Tensor]:
-        """Every s2, by its name in the model."""
-        return {f"{path}.s2": mount.layer.s2 for path, mount in self.mounts.items()}
-
-    @property
-    def parts(self) -> Dict[str, Tuple[Mount, Part]]:
-        """By the projection's name."""
-        return {part.projection.name: (mount, part) for mount in self.mounts.values() for part in mount.parts}
-
-
-def attachment_of(model: nn.Module) -> Attachment:
-    """The model's record. Raises: ValueError when nothing is attached."""
-    record = model.__dict__.get(RECORD)
-    if record is None:
-        inside = next((path for path, module in model.named_modules() if RECORD in module.__dict__), None)
-        raise ValueError(f"{type(model).__name__} has no S²FT adapter: " + (
-            "call s2ft.attach or s2ft.load_adapter first" if inside is None else
-            f"it is a wrapper of the model that has one: pass model.{inside}, or accelerator.unwrap_model(model)"))
-    return record
 
 
 def check_not_sharded(model: nn.Module, what: str) -> None:
@@ -124,10 +41,34 @@ def check_not_sharded(model: nn.Module, what: str) -> None:
 
 # ---- in ----------------------------------------------------------------------------------------------
 
+def claim(model: nn.Module, record: Attachment) -> None:
+    """Give the model its record. Do so before anything changes."""
+    setattr(model, RECORD, record)
+    model._apply = partial(_apply_to_all, model)
+    add_state_hooks(model)
+
+
+def _apply_to_all(model: nn.Module, function: Callable[[Tensor], Tensor], *args: Any, **options: Any) -> nn.Module:
+    """The model's _apply: casts and moves (to, half, cuda) also reach the recorded base, which is in no module."""
+    type(model)._apply(model, function, *args, **options)
+    for entry in model.__dict__[RECORD].written:
+        entry.base = function(entry.base)
+    return model
+
+
 def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: Selection, name: str) -> None:
     """Freeze the model, move units (layout permuted) and put trainable layers in. Checks come first.
 
-    Raises: ValueError; RuntimeError where another rank trains other units or has another base.
+    Args:
+        model: with the record on it and the base in its weights.
+        record: of the model; it gets the new adapter.
+        config: of the new adapter.
+        selection: its units.
+        name: its name.
+
+    Raises:
+        ValueError: something can't be trained; nothing has changed.
+        RuntimeError: another rank trains other units or has another base.
     """
     check_not_sharded(model, "a trainable adapter")
     touched = [coupling for coupling in record.couplings
@@ -138,40 +79,50 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
         _check_can_move(model, movable)
         orders = {coupling: _order(coupling, selection) for coupling in movable}
     check_gradients_pass(model)
+    check_memory(model, [projection for coupling in touched for projection in coupling.projections])
     check_alike(f"adapter {name!r}", {"its selection": selection.digest, "the base": digest(record.fingerprint)})
-    record.name, record.config, record.selection, record.active = name, config, selection, {name: 1.0}
     try:
+        record.name, record.config, record.selection = name, config, selection
         _mount_all(model, record, touched, orders)
+        record.active = {name: 1.0}
     except BaseException:   # out of memory, an interrupt: leave no half-converted model
-        restore(model, record)
+        unmount(model, record)
         raise
 
 
 def _mount_all(model: nn.Module, record: Attachment, touched: List[Coupling],
                orders: Dict[Coupling, Tensor]) -> None:
-    setattr(model, RECORD, record)
     model.requires_grad_(False)
-    record.unpacked = pack_never(model)
+    record.unpacked = packing_layers(model)
+    pack_never(model, record.unpacked)
     let_train(model)
     sites: Dict[str, List[Part]] = {}
     for coupling in touched:
         order = orders.get(coupling)
         if order is not None:
-            permute_coupling(model, coupling, order)
-            record.orders.append((coupling, order))
-            record.places.update((projection.name, inverse(element_order([projection], order)))
-                                 for projection in coupling.projections)
+            record.moves.append(Move(coupling, order))
+            record.moves[-1].do(model)
         for projection in coupling.projections:
             if projection.name in record.selection:
                 part = _part(projection, record.selection[projection.name], order)
                 sites.setdefault(projection.path, []).append(part)
+    tied = {id(weight) for weight in _tied_weights(model)}
     for path, parts in sites.items():
-        record.mounts[path] = _mount(model, path, parts, record.config)
+        _mount(model, path, parts, record, tied)
     for coupling in touched:
         _replace_forward(model, coupling, record)
-    record.hooks = open_blocks(model, record.mounts)
+    open_blocks(model, record.mounts)
     for come, _ in EXTENSIONS:
         come(model)
+
+
+def _tied_weights(model: nn.Module) -> Iterator[Tensor]:
+    """Parameters that more than one module has."""
+    seen = set()
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in seen:
+            yield parameter
+        seen.add(id(parameter))
 
 
 def _part(projection: Projection, units: Tensor, order: Optional[Tensor]) -> Part:
@@ -180,17 +131,18 @@ def _part(projection: Projection, units: Tensor, order: Optional[Tensor]) -> Par
     return Part(projection, projection.elements(places), projection.elements(units))
 
 
-def _mount(model: nn.Module, path: str, parts: List[Part], config: S2FTConfig) -> Mount:
+def _mount(model: nn.Module, path: str, parts: List[Part], record: Attachment, tied: set) -> None:
     original = find(model, path)
     if isinstance(original, nn.Parameter):
-        made = Mount(None, _stack(original, parts, config), parts, position(model, path))
+        made = Mount(None, _stack(original, parts, record.config), parts, position(model, path))
     else:
-        made = Mount(original, _layer(original, parts, config), parts)
+        made = Mount(original, _layer(original, parts, record.config), parts)
+    made.layer.is_tied = id(made.layer.weight) in tied
+    record.mounts[path] = made
     put(model, path, made.layer)
     if made.original is not None and not isinstance(made.layer, S2QuantizedLinear):
         # the layer's alone: a second owner would keep them whole where the layer's are sharded or moved
         made.original.weight = made.original.bias = None
-    return made
 
 
 def _layer(original: nn.Module, parts: List[Part], config: S2FTConfig) -> S2Layer:
@@ -253,12 +205,26 @@ def _obstacles(model: nn.Module, couplings: List[Coupling]) -> Iterator[str]:
         owners.setdefault(id(parameter), []).append(key)
     for coupling in couplings:
         quantized = [(p.path, found) for p in coupling.projections if is_quantized(found := find(model, p.path))]
-        names = (owners.get(id(tensor), []) for tensor in moving_tensors(model, coupling))
+        names = (owners.get(id(tensor), []) for tensor in tensors_of(model, coupling))
         tied = next((found for found in names if len(found) > 1), None)
         if quantized:
             yield f"{quantized[0][0]} is a quantized weight ({type(quantized[0][1]).__name__})"
         else:
             yield f"{' and '.join(tied)} are one tied weight" if tied else ""
+
+
+def check_memory(model: nn.Module, projections: List[Projection]) -> None:
+    """Raises: ValueError for weights in shared or read-only memory, or that are computed from other parameters."""
+    for path in dict.fromkeys(projection.path for projection in projections):
+        found = find(model, path)
+        if is_quantized(getattr(found, "linear", found)):
+            continue
+        if isinstance(found, nn.Module) and "weight" not in found._parameters:
+            raise ValueError(f"{path}.weight is no parameter but is computed by a hook, as torch.nn.utils.prune and "
+                             "weight_norm do: make it one first (prune.remove, remove_weight_norm)")
+        weight = found.weight if isinstance(found, nn.Module) else found
+        if not is_sharded(weight):
+            check_private(f"{path}.weight" if isinstance(found, nn.Module) else path, weight)
 
 
 def check_gradients_pass(model: nn.Module) -> None:
@@ -278,163 +244,68 @@ def check_can_merge(record: Attachment) -> None:
 
 # ---- forwards of our own -------------------------------------------------------------------------------
 
-def gated_forward(activation: str) -> Callable[[nn.Module, Tensor], Tensor]:
+def gated_forward(block: nn.Module, x: Tensor, activation: str) -> Tensor:
     """The forward of a gated FFN, x [..., width] → [..., width], that keeps gate and up for the backward
     and of their product only what the down projection keeps."""
-    def forward(self: nn.Module, x: Tensor) -> Tensor:
-        return self.down_proj(act_mul(self.gate_proj(x), self.up_proj(x), activation))
-    return forward
+    return block.down_proj(act_mul(block.gate_proj(x), block.up_proj(x), activation))
 
 
 def _replace_forward(model: nn.Module, coupling: Coupling, record: Attachment) -> None:
     """Experts must have :func:`experts_forward`; the block of a gated FFN gets :func:`gated_forward`, unless
-    someone has replaced its forward already."""
+    someone has replaced its forward already.
+
+    They are partial objects: a bound method of the module could not be loaded from a file.
+    """
     if coupling.consumer.expert is not None:
-        path, forward = coupling.consumer.path.rpartition(".")[0], experts_forward
+        path, forward, options = coupling.consumer.path.rpartition(".")[0], experts_forward, {}
     elif coupling.activation is not None and record.config.fuse_ffn:
-        path, forward = coupling.block, gated_forward(coupling.activation)
+        path, forward, options = coupling.block, gated_forward, {"activation": coupling.activation}
     else:
         return
     block = model.get_submodule(path)
-    replaced = "forward" in block.__dict__ and path not in record.forwards
-    if replaced and forward is experts_forward:
-        raise ValueError(f"the forward of {path} has been replaced, and that one can't run experts that are trained")
-    if "forward" not in block.__dict__:
-        block.forward = MethodType(forward, block)
-        record.forwards.append(path)
+    if "forward" in block.__dict__:
+        if forward is experts_forward and path not in record.forwards:
+            raise ValueError(f"the forward of {path} has been replaced, and that one can't run experts that are trained")
+        return
+    record.forwards[path] = partial(forward, block, **options)
+    block.forward = record.forwards[path]
 
 
 # ---- out -----------------------------------------------------------------------------------------------
 
-def restore(model: nn.Module, record: Attachment) -> nn.Module:
-    """The plain model with the weights as they are, in original order."""
+def unmount(model: nn.Module, record: Attachment) -> None:
+    """Take the trainable layers out: plain modules with the weights as they are, units in original order.
+
+    It can be called again where it was interrupted, and does nothing where nothing is mounted.
+    """
     for _, go in EXTENSIONS:
         go(model)
-    for path in record.forwards:
-        del model.get_submodule(path).forward
-    for hook in record.hooks:
-        hook.remove()
-    for path, mount in reversed(record.mounts.items()):
-        if mount.original is None:
-            put(model, path, mount.layer.weight, mount.position)
+    for path, forward in record.forwards.items():
+        block = model.get_submodule(path)
+        if block.__dict__.get("forward") is forward:   # else someone has replaced ours
+            block.__dict__.pop("forward", None)
+    close_blocks(model)
+    for path, mounted in reversed(record.mounts.items()):
+        if mounted.original is None:
+            put(model, path, mounted.layer.weight, mounted.position)
         else:
-            if not isinstance(mount.layer, S2QuantizedLinear):
-                mount.original.weight, mount.original.bias = mount.layer.weight, mount.layer.bias
-            mount.original.train(mount.layer.training)
-            put(model, path, mount.original)
-    for coupling, order in record.orders:
-        permute_coupling(model, coupling, inverse(order))
+            if not isinstance(mounted.layer, S2QuantizedLinear):
+                mounted.original.weight, mounted.original.bias = mounted.layer.weight, mounted.layer.bias
+            mounted.original.train(mounted.layer.training)
+            put(model, path, mounted.original)
+    for move in reversed(record.moves):
+        move.undo(model)
     pack_again(model, record.unpacked)
     as_before(model)
+    record.forget_mounts()
+
+
+def release(model: nn.Module, record: Attachment) -> nn.Module:
+    """The plain model with the weights as they are, in original order, and without a record."""
+    unmount(model, record)
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(record.required_grad.get(key, parameter.requires_grad))
-    delattr(model, RECORD)
+    remove_state_hooks(model)
+    model.__dict__.pop("_apply", None)
+    model.__dict__.pop(RECORD, None)
     return model
-
-
-# ---- putting adapters on and taking them off -----------------------------------------------------------
-
-def take_off(model: nn.Module, record: Attachment) -> None:
-    """Make no adapter active; the weights hold the base, bit for bit."""
-    settle(model)
-    for mount in record.mounts.values():
-        mount.layer.unfuse()
-        mount.layer.enabled = False
-    for projection, index, base, own in reversed(record.applied):
-        with part_of(model, projection) as part:
-            if not own:   # written before the model was sharded, if it is
-                index, base = part.cut(index, base, projection.dim)
-            if base.numel():
-                swap_(part.tensor, index, base, projection.dim)
-    record.applied.clear()
-    record.active = {}
-
-
-def put_on(model: nn.Module, record: Attachment, weights: Dict[str, float],
-           deltas: Dict[str, Dict[str, Delta]]) -> None:
-    """Make these adapters active; nothing else may be. Their weighted sum is written into the model in one pass, and
-    the base that it replaces is kept. The trainable one, where its weight is 1, is added in the forward instead.
-
-    Args:
-        deltas: by adapter, of all that are written. Raises: whatever fails, with no adapter active.
-    """
-    trains = weights.get(record.name) == 1
-    written = {name: weight for name, weight in weights.items() if not (trains and name == record.name)}
-    try:
-        for path in dict.fromkeys(path for name in written for path in deltas[name]):
-            parts = [(deltas[name][path], weight) for name, weight in written.items() if path in deltas[name]]
-            _write(model, record, record.projections[path], parts)
-    except BaseException:
-        take_off(model, record)
-        raise
-    for mount in record.mounts.values():
-        mount.layer.enabled = trains
-    record.active = dict(weights)
-
-
-def _write(model: nn.Module, record: Attachment, projection: Projection, parts: List[Tuple[Delta, float]]) -> None:
-    with part_of(model, projection) as part:
-        weight = part.tensor
-        found = [part.cut(_current_places(record, projection, delta.index), delta.values, projection.dim)
-                 for delta, _ in parts]
-        index, values = ([one[i].to(weight.device) for one in found] for i in (0, 1))
-        bases = [torch.empty_like(value, dtype=weight.dtype) for value in values]
-        if weight.numel():   # else all of it is on other ranks
-            scatter_add_(weight, index, values, projection.dim, [weight for _, weight in parts], replaced=bases)
-        record.applied += [(projection, *both, not part.whole) for both in zip(index, bases)]
-
-
-def check_can_write(model: nn.Module, record: Attachment, deltas: Dict[str, Delta]) -> None:
-    """Raises: ValueError where a weight that the deltas would change is quantized."""
-    for projection in projections_of(record.couplings):
-        found = find(model, projection.path)
-        if projection.name in deltas and is_quantized(getattr(found, "linear", found)):
-            raise ValueError(f"{projection.path} is quantized, and an adapter can't be written into it: load it with "
-                             "trainable=True, which adds it in the forward, or load the base unquantized")
-
-
-def _current_places(record: Attachment, projection: Projection, index: Tensor) -> Tensor:
-    """Where a delta's elements lie now that units may have moved."""
-    places = record.places.get(projection.name)
-    return index if places is None else places[index]
-
-
-@torch.no_grad()
-def mounted_deltas(record: Attachment, state: Optional[Mapping[str, Tensor]] = None) -> Dict[str, Delta]:
-    """The trainable adapter's deltas in original coordinates, copied.
-
-    Args: state: a state_dict to take every s2 from; default: the layers' own, gathered where they are spread over
-        ranks, for which all of those must call this.
-    Raises: ValueError where it lacks one, or one is not whole; RuntimeError where a rank does not come.
-    """
-    slices = whole(record.slices) if state is None else state
-    for path, mount in record.mounts.items():
-        _check_is_whole(f"{path}.s2", mount, slices)
-    deltas = {}
-    for name, (mount, part) in record.parts.items():
-        s2, dim = slices[f"{part.projection.path}.s2"].detach(), mount.layer.dim
-        values = s2.index_select(dim, part.positions.to(s2.device))
-        if has_master(mount.layer.s2):   # an optimizer's are float32
-            values = values.to(record.config.delta_dtype_for(mount.layer.s2.dtype))
-        deltas[name] = Delta(dim, part.elements.clone(), values)
-    return deltas
-
-
-def _check_is_whole(key: str, mount: Mount, slices: Mapping[str, Tensor]) -> None:
-    if key not in slices:
-        raise ValueError(f"the state given to save has no {key}")
-    shape, dim = slices[key].shape, mount.layer.dim
-    expected = sum(part.elements.numel() for part in mount.parts)
-    if len(shape) < 2 or shape[dim] != expected or 0 in shape:
-        raise ValueError(f"{key} has shape {tuple(shape)} here, not {expected} {('rows', 'columns')[dim]}: it is a "
-                         "part of what is trained, so nothing is saved. FSDP2 and ZeRO-3 are gathered by themselves; under "
-                         "FSDP version 1 do this in FullyShardedDataParallel.summon_full_params(model, "
-                         "writeback=False), else give a state that was gathered")
-
-
-@torch.no_grad()
-def set_mounted_deltas(record: Attachment, deltas: Dict[str, Delta]) -> None:
-    """Copy deltas of the same selection into the trainable layers, on every rank that has a part of them."""
-    for name, delta in deltas.items():
-        mount, part = record.parts[name]
-        write_units(mount.layer.s2, part.positions, delta.values, delta.dim)

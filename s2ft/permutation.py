@@ -1,12 +1,14 @@
 """The order that makes selected units contiguous, and its application to weights and biases."""
-from typing import Dict, List, Optional, Sequence, Tuple
+from functools import partial
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from s2ft.coupling import Coupling, Projection
 from s2ft.ops import permute_
-from s2ft.weights import bias_of, find, matrix_of
+from s2ft.ops._lock import LOCK
+from s2ft.weights import bias_of, find, like_matrix, weight_of
 
 
 def coupling_order(count: int, producers: Sequence[Tensor], consumer: Optional[Tensor]) -> Tensor:
@@ -70,19 +72,113 @@ def element_order(projections: Sequence[Projection], order: Tensor) -> Tensor:
     return elements
 
 
-@torch.no_grad()
-def permute_coupling(model: nn.Module, coupling: Coupling, order: Tensor) -> None:
-    """Put a coupling's units in a new order on both sides, biases and vectors along, in place."""
+class MovingTensor(NamedTuple):
+    """A tensor of the model that takes a new order, and how."""
+
+    tensor: Tensor                        # a parameter or buffer, as it is stored
+    view: Callable[[Tensor], Tensor]      # of a tensor of its shape: what is reordered, along dim
+    elements: Tensor                      # [size of the view along dim] int64: position i takes elements[i]
+    dim: int
+
+
+def moving_tensors(model: nn.Module, coupling: Coupling, order: Tensor) -> Iterator[MovingTensor]:
+    """Everything that a new order of the coupling's units reorders: weights on both sides, biases and vectors.
+
+    Args:
+        model: the model.
+        coupling: whose units take the order.
+        order: [units] int64, position i takes the unit order[i].
+    """
     sites: Dict[tuple, List[Projection]] = {}
     for projection in coupling.projections:
         sites.setdefault((projection.site, projection.dim), []).append(projection)
     for projections in sites.values():
-        matrix, bias = matrix_of(model, projections[0]), bias_of(model, projections[0])
-        elements = element_order(projections, order).to(matrix.device)
-        permute_(matrix, elements, projections[0].dim)
-        if projections[0].dim == 0 and bias is not None:
-            permute_(bias.detach(), elements, 0)
+        first, elements = projections[0], element_order(projections, order)
+        yield MovingTensor(weight_of(model, first), partial(like_matrix, model, first), elements, first.dim)
+        bias = bias_of(model, first)
+        if first.dim == 0 and bias is not None:
+            yield MovingTensor(bias, _itself, elements, 0)
     for vector in coupling.vectors:
-        tensor = find(model, vector.path).detach()
         moved = Projection("u", vector.path, order.numel(), vector.unit, 0)
-        permute_(tensor.view(tensor.shape[0], -1), element_order([moved], order).to(tensor.device), 0)
+        yield MovingTensor(find(model, vector.path), _as_rows, element_order([moved], order), 0)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    return tensor.view(tensor.shape[0], -1)
+
+
+class Move:
+    """One coupling's units in another order, and back, whatever interrupts it.
+
+    Before anything is written, what the units that change place hold now is kept. So a change that was interrupted
+    between two tensors can be taken back, any number of times, by :meth:`recover`.
+    """
+
+    def __init__(self, coupling: Coupling, order: Tensor) -> None:
+        """Args:
+            coupling: whose units move.
+            order: [units] int64, position i takes the unit order[i].
+        """
+        self.coupling, self.order = coupling, order
+        self._places: Dict[str, Tensor] = {}
+        # (whether the units are in the new order, the present values of all units that a change under way moves)
+        self._state: Tuple[bool, Optional[List[Tensor]]] = (False, None)
+
+    @property
+    def is_done(self) -> bool:
+        return self._state[0]
+
+    def places(self, projection: Projection) -> Tensor:
+        """[extent] int64: where each element of one of the coupling's projections lies now, by original number."""
+        if projection.name not in self._places:
+            self._places[projection.name] = inverse(element_order([projection], self.order))
+        return self._places[projection.name]
+
+    def do(self, model: nn.Module) -> None:
+        """Put the units in the new order, if they are not."""
+        self._change(model, True)
+
+    def undo(self, model: nn.Module) -> None:
+        """Put the units back in the original order, if they are not."""
+        self._change(model, False)
+
+    @torch.no_grad()
+    def recover(self, model: nn.Module) -> None:
+        """Take an interrupted change back."""
+        is_done, kept = self._state
+        if kept is None:
+            return
+        for moving, values in zip(self._moving(model, not is_done), kept):
+            units = _changing(moving)
+            with LOCK:
+                target = moving.view(moving.tensor.detach()).transpose(0, moving.dim)
+                target[units.to(target.device)] = values.to(target).transpose(0, moving.dim)
+        self._state = (is_done, None)
+
+    @torch.no_grad()
+    def _change(self, model: nn.Module, done: bool) -> None:
+        self.recover(model)
+        if self.is_done == done:
+            return
+        kept = []
+        for moving in self._moving(model, done):
+            with LOCK:
+                view = moving.view(moving.tensor.detach())
+                kept.append(view.index_select(moving.dim, _changing(moving).to(view.device)))
+        self._state = (not done, kept)
+        for moving in self._moving(model, done):
+            view = moving.view(moving.tensor.detach())
+            permute_(view, moving.elements.to(view.device), moving.dim)
+        self._state = (done, None)
+
+    def _moving(self, model: nn.Module, done: bool) -> Iterator[MovingTensor]:
+        return moving_tensors(model, self.coupling, self.order if done else inverse(self.order))
+
+
+def _changing(moving: MovingTensor) -> Tensor:
+    """The places whose element another one takes."""
+    return (moving.elements != torch.arange(moving.elements.numel())).nonzero().squeeze(1)

@@ -8,7 +8,7 @@ from torch import nn
 from s2ft.compiled import of_compiled
 from s2ft.config import S2FTConfig
 from s2ft.coupling import Coupling, Projection, projections_of, unit_name
-from s2ft.mounting import attachment_of
+from s2ft.record import attachment_of
 from s2ft.selection import Selection
 from s2ft.selection.budget import unit_parameters
 from s2ft.selection.selection import span

@@ -1,14 +1,14 @@
 """Trying couplings out: with the units of one in another order, the model must compute what it did before."""
 import inspect
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, Dict, Iterator, List, Optional
 
 import torch
 from torch import Tensor, nn
 
 from s2ft.coupling import Coupling
-from s2ft.permutation import inverse, permute_coupling
-from s2ft.weights import pack_again, pack_never, weight_of
+from s2ft.permutation import Move
+from s2ft.weights import pack_again, pack_never, packing_layers, weight_of
 
 # how far outputs may move, of the largest: rounding, which a few layers add up
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -23,13 +23,17 @@ class Trial:
     model's own outputs those of the consumers are compared, where an error is largest.
     """
 
-    def __init__(self, model: nn.Module, couplings: List[Coupling], example: Any = None) -> None:
+    def __init__(self, model: nn.Module, couplings: List[Coupling], under_way: List[Move], example: Any = None) -> None:
         """Args:
+            model: to run.
             couplings: whose consumers are watched.
+            under_way: holds the moves of a check while it runs, so that the caller can take them back.
             example: tensor, tuple of arguments or dict of them; default: made from the model's config.
-        Raises: ValueError without an example that can be run, or for one that does not reach every coupling.
+
+        Raises:
+            ValueError: there is no example that can be run, or it does not reach every coupling.
         """
-        self.model = model
+        self.model, self.under_way = model, under_way
         # quantized weights are integers, whose layers may compute in half precision or on 8-bit activations
         self.tolerance = max(TOLERANCE.get(weight_of(model, coupling.consumer).dtype, TOLERANCE[torch.bfloat16])
                              for coupling in couplings)
@@ -61,12 +65,14 @@ class Trial:
             couplings: more than one where they are the experts of a layer, which are many and alike.
         Raises: ValueError when an output moves by more than rounding; the weights are, bit for bit, as before.
         """
-        orders = [_cycle(coupling.consumer.count) for coupling in couplings]
-        with ExitStack() as back:
-            for coupling, order in zip(couplings, orders):
-                permute_coupling(self.model, coupling, order)
-                back.callback(permute_coupling, self.model, coupling, inverse(order))
-            moved = self._moved(couplings)
+        moves = [Move(coupling, _cycle(coupling.consumer.count)) for coupling in couplings]
+        self.under_way.extend(moves)
+        for move in moves:
+            move.do(self.model)
+        moved = self._moved(couplings)
+        for move in moves:
+            move.undo(self.model)
+        self.under_way.clear()
         if moved:
             others = f" or another of the {len(couplings)} experts" if len(couplings) > 1 else ""
             raise ValueError(f"{couplings[0]}{others} is not one: with its {couplings[0].consumer.count} units in "
@@ -104,8 +110,9 @@ class Trial:
         handles = [self.model.get_submodule(path).register_forward_hook(
             lambda module, inputs, output, path=path: found[path].append(output.double())) for path in found]
         cuda = sorted({p.device for p in self.model.parameters() if p.is_cuda}, key=str)
-        packing = pack_never(self.model)
+        packing = packing_layers(self.model)
         try:
+            pack_never(self.model, packing)
             with torch.no_grad(), _evaluation(self.model), torch.random.fork_rng(cuda):
                 torch.manual_seed(0)
                 output = _call(self.model, self.example)

@@ -78,18 +78,20 @@ def passes_gradient(module: nn.Module) -> bool:
 # There the first forward in evaluation mode packs the weight in another way, for a product in bfloat16 that passes no
 # gradient, in training mode neither: one evaluation, and training goes wrong silently.
 
-def pack_never(model: nn.Module) -> List[str]:
-    """Unpack what is packed and have nothing packed from now on. Returns: the names of the layers, for
-    :func:`pack_again`."""
-    names = [name for name, module in model.named_modules()
-             if _bitsandbytes(module) == "Linear4bit" and getattr(module, "support_avx512bf16_for_cpu", False)]
+def packing_layers(model: nn.Module) -> List[str]:
+    """The names of the layers that would be packed, for :func:`pack_never` and :func:`pack_again`."""
+    return [name for name, module in model.named_modules()
+            if _bitsandbytes(module) == "Linear4bit" and getattr(module, "support_avx512bf16_for_cpu", False)]
+
+
+def pack_never(model: nn.Module, names: List[str]) -> None:
+    """Unpack what is packed of these layers and have nothing packed from now on."""
     for name in names:
         module = model.get_submodule(name)
         module.support_avx512bf16_for_cpu = False
         if _is_packed(module):
             module.weight.data, module.weight.quant_state = _unpacked(module)
             module.quant_state = module.weight.quant_state
-    return names
 
 
 def pack_again(model: nn.Module, names: List[str]) -> None:
@@ -207,8 +209,8 @@ def bias_of(model: nn.Module, projection: Projection) -> Optional[Tensor]:
     return getattr(find(model, projection.path), "bias", None)
 
 
-def moving_tensors(model: nn.Module, coupling: Coupling) -> List[Tensor]:
-    """What a new order of the coupling's units is written to."""
+def tensors_of(model: nn.Module, coupling: Coupling) -> List[Tensor]:
+    """What a new order of the coupling's units is written to: weights, biases and vectors."""
     tensors = [find(model, vector.path) for vector in coupling.vectors]
     for projection in coupling.projections:
         bias = bias_of(model, projection) if projection.dim == 0 else None
@@ -217,17 +219,25 @@ def moving_tensors(model: nn.Module, coupling: Coupling) -> List[Tensor]:
 
 
 def put(model: nn.Module, path: str, thing: Union[nn.Module, nn.Parameter], position: Optional[int] = None) -> None:
-    """Put a module or parameter in the place of what has this name; a parameter at `position` of its owner's."""
+    """Put a module or parameter in the place of what has this name. An interrupt leaves one of the two there.
+
+    Args:
+        model: the model.
+        path: the name.
+        thing: what comes there; being there already is fine.
+        position: of a parameter among its owner's.
+    """
     parent, _, name = path.rpartition(".")
     owner = model.get_submodule(parent)
     if isinstance(thing, nn.Module):
+        owner._modules[name] = thing
         owner._parameters.pop(name, None)
-        owner.register_module(name, thing)
         return
-    del owner._modules[name]
-    owner.register_parameter(name, thing)
-    for other in [other for other in owner._parameters if other != name][position:]:
-        owner._parameters[other] = owner._parameters.pop(other)
+    others = {other: parameter for other, parameter in owner._parameters.items() if other != name}
+    ordered = list(others.items())
+    ordered.insert(len(ordered) if position is None else position, (name, thing))
+    owner._parameters = dict(ordered)   # one step: taking them out and in again could lose one
+    owner._modules.pop(name, None)
 
 
 def position(model: nn.Module, path: str) -> int:

@@ -17,7 +17,8 @@ from s2ft import S2FTConfig
 from s2ft.arch import couplings_of
 from s2ft.arch.blocks import ACTIVATIONS
 from s2ft.coupling import projections_of
-from s2ft.mounting import attachment_of, mounted_deltas
+from s2ft.active import mounted_deltas
+from s2ft.record import attachment_of
 from s2ft.ops.act_mul import ACTIVATIONS as FUNCTIONS
 from s2ft.weights import like_matrix, weight_of
 
@@ -103,17 +104,18 @@ def test_train_detach_merge(case, layout, dtype, tmp_path):
     assert [type(module) for module in detached.modules()] == [type(module) for module in base.modules()]
 
     record, deltas = attachment_of(model), mounted_deltas(attachment_of(model))
+    couplings, selection = record.couplings, record.selection
     merged = s2ft.merge(model)
     if dtype is torch.float32:
         assert relative_difference(output_of(merged), output) <= LOGITS
         merged.save_pretrained(tmp_path)
         assert states_equal(type(base).from_pretrained(tmp_path, dtype=dtype), merged)
     moved = {key: weight != base.state_dict()[key] for key, weight in merged.state_dict().items()}
-    for p in projections_of(record.couplings):
-        if p.name in record.selection:
+    for p in projections_of(couplings):
+        if p.name in selection:
             change = moved[p.path if p.path in moved else f"{p.path}.weight"]
             by_element = like_matrix(base, p, change).transpose(0, p.dim)
-            mine, units = p.elements(torch.arange(p.count)), record.selection[p.name]
+            mine, units = p.elements(torch.arange(p.count)), selection[p.name]
             found = by_element[mine].view(p.count, -1).any(1).nonzero().squeeze(1)
             trained = deltas[p.name].values.transpose(0, p.dim).reshape(units.numel(), -1).any(1)
             assert torch.equal(found, units[trained]), p.name
@@ -321,7 +323,7 @@ def test_a_block_whose_activation_or_forward_was_replaced_is_left():
     mine = layers[1].mlp.forward = lambda x: x
     layers[2].mlp.act_fn.forward = torch.tanh
     s2ft.attach(model, S2FTConfig(d_ratio=0.1))
-    assert attachment_of(model).forwards == []
+    assert attachment_of(model).forwards == {}
     s2ft.detach(model)
     assert layers[1].mlp.forward is mine
 

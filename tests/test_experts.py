@@ -11,7 +11,7 @@ from torch import nn
 import s2ft
 from s2ft import S2FTConfig
 from s2ft.layers import S2ColumnStack, S2RowStack
-from s2ft.mounting import attachment_of
+from s2ft.record import attachment_of
 
 KINDS = {0: S2ColumnStack, 1: S2RowStack}
 INDEX = {0: torch.tensor([3, 1]), 2: torch.tensor([0, 4, 2])}   # expert 1 has no units

@@ -15,7 +15,7 @@ from s2ft import Coupling, Projection, S2FTConfig, Vector
 from s2ft.adapter.formats.native import CONFIG
 from s2ft.arch import couplings_of
 from s2ft.coupling import projections_of
-from s2ft.mounting import attachment_of
+from s2ft.record import attachment_of
 
 LAYOUTS = ("permuted", "indexed")
 HEADS, WIDTH, CHANNELS = 4, 5, 30   # heads of five elements, in a model of twelve
@@ -283,7 +283,7 @@ def test_a_convolutional_network_all_the_way(layout, memory_format, tmp_path):
         ("third", "3 of 12 channels", 3 * 8), ("head", "6 of 12 channels", 20 * 6 * 9)]
     assert report.total == sum(p.numel() for p in base.parameters())
     assert relative_difference(model(image()), base(image())) <= 1e-5
-    moved = {coupling.consumer.path for coupling, _ in attachment_of(model).orders}
+    moved = {move.coupling.consumer.path for move in attachment_of(model).moves}
     assert moved == ({"second", "head"} if layout == "permuted" else set())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(3):

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 import s2ft
 from s2ft import Coupling, Projection, S2FTConfig
 from s2ft.layers import NO_FUSE
-from s2ft.mounting import RECORD, attachment_of, mounted_deltas
+from s2ft.active import mounted_deltas
+from s2ft.record import RECORD, attachment_of
 from s2ft.weights import dequantized, is_quantized
 
 bnb = pytest.importorskip("bitsandbytes")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from s2ft.config import S2FTConfig
-from s2ft.mounting import Attachment
+from s2ft.record import Attachment
 from s2ft.coupling import Coupling, projections_of
 from s2ft.delta import Delta
 from s2ft.fingerprint import difference

@@ -25,7 +25,7 @@ from s2ft.convert import check_name, new_attachment
 from s2ft.coupling import Projection, projections_of
 from s2ft.delta import Delta
 from s2ft.layers import S2ColumnLinear, S2QuantizedColumn, S2QuantizedLinear, S2RowLinear, layers_for
-from s2ft.mounting import RECORD, Attachment
+from s2ft.record import RECORD, Attachment
 from s2ft.ops import multi_adapter_linear
 from s2ft.weights import find
 
@@ -442,7 +442,7 @@ def check_plain(model: nn.Module) -> None:
     if record.active:
         raise ValueError(f"{', '.join(record.active)} is active on the model, and a bank adds its own adapters to the "
                          "base: set_adapter(model, None) first, or detach")
-    if record.orders:
+    if record.moves:
         raise ValueError("the model's units have moved (layout='permuted'), and a bank's adapters are in original "
                          "order: detach first")
 

@@ -8,7 +8,7 @@ from s2ft.adapter.store import load_adapter
 from s2ft.adapter.switch import get_adapter
 from s2ft.compiled import of_compiled
 from s2ft.coupling import Coupling
-from s2ft.mounting import attachment_of
+from s2ft.record import attachment_of
 
 
 @of_compiled

@@ -1,8 +1,8 @@
 """What a model of transformers does while it trains an adapter: save_pretrained writes the adapter alone, and the
 Trainers of transformers and TRL, as they are, go on from the checkpoints that this gives."""
 import json
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any, Dict
 
 import torch
@@ -14,12 +14,15 @@ from s2ft.adapter.store import save_adapter
 from s2ft.delta import Delta
 from s2ft.distributed import settle
 from s2ft.files import replace_file
-from s2ft.mounting import EXTENSIONS, Attachment, attachment_of, set_mounted_deltas
+from s2ft.active import set_mounted_deltas
+from s2ft.checkpointing import remove_hooks
+from s2ft.mounting import EXTENSIONS
+from s2ft.record import Attachment, attachment_of
 from s2ft.report import print_trainable_parameters
 
 # Trainer looks for this name, or for a file of all weights, and hands what the files named in it hold to load_state_dict
 INDEX = "model.safetensors.index.json"
-METHODS = ("save_pretrained", "print_trainable_parameters")
+ATTRIBUTES = ("save_pretrained", "print_trainable_parameters", "_keys_to_ignore_on_save")
 
 
 def save_pretrained(self: nn.Module, save_directory, is_main_process: bool = True, state_dict=None,
@@ -77,19 +80,27 @@ def _delta(record: Attachment, name: str, state: Dict[str, Tensor], key: str) ->
 def _come(model: nn.Module) -> None:
     if not hasattr(type(model), "save_pretrained"):
         return
-    model.save_pretrained = MethodType(save_pretrained, model)
-    model.print_trainable_parameters = MethodType(print_trainable_parameters, model)
+    record = attachment_of(model)
+    record.host = {name: model.__dict__[name] for name in ATTRIBUTES if name in model.__dict__}
+    # partial objects: torch.load could not make bound methods of a model that it is still loading
+    model.save_pretrained = partial(save_pretrained, model)
+    model.print_trainable_parameters = partial(print_trainable_parameters, model)
     # Trainer warns of every weight that a checkpoint lacks, but for the ones that a model says it does not save
-    trained = {f"{path}.s2" for path in attachment_of(model).mounts}
-    model._keys_to_ignore_on_save = set(model.state_dict()) - trained
-    model._s2ft_take_deltas = model.register_load_state_dict_pre_hook(_take_deltas)
+    trained = {f"{path}.s2" for path in record.mounts}
+    model._keys_to_ignore_on_save = set(model.state_dict(keep_vars=True)) - trained
+    model.register_load_state_dict_pre_hook(_take_deltas)
 
 
 def _go(model: nn.Module) -> None:
-    for name in (*METHODS, "_keys_to_ignore_on_save"):
-        model.__dict__.pop(name, None)
-    if "_s2ft_take_deltas" in model.__dict__:
-        model.__dict__.pop("_s2ft_take_deltas").remove()
+    record = attachment_of(model)
+    remove_hooks(model._load_state_dict_pre_hooks, lambda wrapped: wrapped.hook is _take_deltas)
+    if record.host is None:
+        return
+    for name in ATTRIBUTES:
+        if name in record.host:
+            model.__dict__[name] = record.host[name]
+        else:
+            model.__dict__.pop(name, None)
 
 
 EXTENSIONS.append((_come, _go))

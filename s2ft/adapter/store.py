@@ -10,9 +10,11 @@ from s2ft.adapter.formats import native
 from s2ft.adapter.hub import resolve
 from s2ft.adapter.switch import check_free, get_adapter, set_adapter
 from s2ft.compiled import of_compiled
-from s2ft.convert import check_name, mount_on, new_attachment
+from s2ft.active import check_can_write, set_mounted_deltas
+from s2ft.convert import adapters_aside, check_name, mount_on, new_attachment
 from s2ft.distributed import on_first, settle, sharers, whole
-from s2ft.mounting import RECORD, Attachment, attachment_of, check_can_write, set_mounted_deltas
+from s2ft.mounting import check_memory, claim, release
+from s2ft.record import RECORD, Attachment, attachment_of
 
 
 @of_compiled
@@ -97,16 +99,24 @@ def load_adapter(model: nn.Module, adapter: Union[str, os.PathLike, Adapter], na
     check_fits(adapter, model, record)
     check_free(record, adapter.name)
     if trainable:
-        mount_on(model, record, adapter.config, adapter.selection, adapter.name)
-        set_mounted_deltas(record, adapter.deltas)
+        with adapters_aside(model, record):
+            mount_on(model, record, adapter.config, adapter.selection, adapter.name)
+            set_mounted_deltas(record, adapter.deltas)
         return
     check_can_write(model, record, adapter.deltas)
-    if fresh:
-        model.requires_grad_(False)
-        setattr(model, RECORD, record)
-    record.others[adapter.name] = adapter if device is None else adapter.to(device)
-    if active:
-        set_adapter(model, adapter.name)
+    check_memory(model, [record.projections[path] for path in adapter.deltas])
+    try:
+        if fresh:
+            claim(model, record)
+            model.requires_grad_(False)
+        record.others[adapter.name] = adapter if device is None else adapter.to(device)
+        if active:
+            set_adapter(model, adapter.name)
+    except BaseException:
+        record.others.pop(adapter.name, None)
+        if fresh:
+            release(model, record)
+        raise
 
 
 @of_compiled

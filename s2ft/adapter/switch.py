@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from s2ft.adapter.adapter import Adapter, check_weight, weighted_sum
 from s2ft.adapter.overlap import Overlap, overlap
 from s2ft.compiled import of_compiled
+from s2ft.active import check_can_write, mounted_deltas, put_on, take_off
 from s2ft.convert import check_name, fuse
 from s2ft.distributed import settle
-from s2ft.mounting import (RECORD, Attachment, attachment_of, check_can_write, check_not_sharded, mounted_deltas,
-                           put_on, restore, take_off)
+from s2ft.ops._lock import LOCK
+from s2ft.mounting import check_not_sharded, release, unmount
+from s2ft.record import RECORD, Attachment, attachment_of
 
 Weights = Union[str, Mapping[str, float], None]
 
@@ -30,14 +32,19 @@ def set_adapter(model: nn.Module, adapters: Weights) -> None:
     record = attachment_of(model)
     weights = _weights(record, adapters)
     trainable_is_written = weights.get(record.name, 1) != 1
-    if weights == record.active and not trainable_is_written:   # else its numbers may have changed since
-        return
+    if weights == record.active and not trainable_is_written and not record.changing:
+        return   # where the trainable one is written its numbers may have changed since
     settle(model)
     deltas = {name: _deltas(record, name) for name in weights if name != record.name or trainable_is_written}
     if record.name in deltas:   # those that were loaded were looked at then
         check_can_write(model, record, deltas[record.name])
-    take_off(model, record)
-    put_on(model, record, weights, deltas)
+    with LOCK:   # no reader of stable weights sees half of it
+        try:
+            take_off(model, record)
+            put_on(model, record, weights, deltas)
+        except BaseException:   # no adapter is active then
+            take_off(model, record)
+            raise
 
 
 def _weights(record: Attachment, adapters: Weights) -> Dict[str, float]:
@@ -137,17 +144,17 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     if name in record.active:
         take_off(model, record)
     others = {other: adapter for other, adapter in record.others.items() if other != name}
-    if name != record.name and (others or record.name is not None):
+    if not others and record.name in (None, name):   # the last one
+        take_off(model, record)
+        release(model, record)
+    elif name != record.name:
         record.others = others
-        return
-    active = dict(record.active)
-    take_off(model, record)
-    restore(model, record)
-    if others:   # the trainable one goes: its layers too
+    else:   # the trainable one goes: its layers too
+        active = dict(record.active)
+        take_off(model, record)
+        unmount(model, record)
         model.requires_grad_(False)
-        kept = Attachment(record.couplings, record.fingerprint, record.required_grad, record.given, others=others)
-        setattr(model, RECORD, kept)
-        put_on(model, kept, active, {other: others[other].deltas for other in active})
+        put_on(model, record, active, {other: others[other].deltas for other in active})
 
 
 @of_compiled
@@ -209,7 +216,7 @@ def status(model: nn.Module) -> Status:
         return Status([], {}, None, [])
     record = attachment_of(model)
     rows = []
-    written = {projection.name for projection, *_ in record.applied}
+    written = {entry.projection.name for entry in record.written}
     for path, (mount, part) in record.parts.items():
         layer, weight = mount.layer, record.active.get(record.name, 0.0)
         by_layer = layer.enabled if weight in (0, 1) else path in written

@@ -16,7 +16,7 @@ from s2ft.estimate.inputs import call, can_be_labelled, labelled
 from s2ft.estimate.memory import Memory, bytes_of, storages
 from s2ft.estimate.result import Part
 from s2ft.estimate.twin import scales_of
-from s2ft.mounting import Attachment
+from s2ft.record import Attachment
 
 OUTSIDE = "model and loss"   # the part for what is saved in no module's forward but the model's own
 COLUMNS = ("parameters", "buffers", "trained", "gradients", "optimizer", "kept")

@@ -13,7 +13,8 @@ from s2ft.arch import couplings_of
 from s2ft.config import S2FTConfig
 from s2ft.coupling import Coupling
 from s2ft.distributed import is_sharded
-from s2ft.mounting import RECORD, Attachment, mount
+from s2ft.mounting import claim, mount
+from s2ft.record import RECORD, Attachment
 from s2ft.selection import select
 from s2ft.weights import is_quantized
 
@@ -41,6 +42,7 @@ def twin_of(model: nn.Module, config: S2FTConfig, dtype: Optional[torch.dtype],
     record = Attachment(found, {"layers": {}}, {}, given=couplings is not None)   # of no base: nothing is compared
     plain = config if config.units is not None else replace(config, selection="random", order="largest",
                                                            allocation="uniform")
+    claim(twin, record)
     mount(twin, record, config, select(found, plain, twin), "estimate")
     return twin, record
 

@@ -157,10 +157,15 @@ class S2Layer(nn.Module):
         return self.matrix.index_select(self.dim, self.index)
 
     def _write_units(self, values: Tensor) -> None:
+        self.write_units_of(self.weight, values)
+
+    def write_units_of(self, weight: Tensor, values: Tensor) -> None:
+        """Write `values`, of s2's shape, to the selected units of a weight that is stored as this layer's is."""
+        matrix = as_matrix(weight, transposed=self.transposed)
         if self.index is None:
-            self._units().copy_(values)
+            matrix.narrow(self.dim, self.start, self.end - self.start).copy_(values)
         else:
-            self.matrix.transpose(0, self.dim)[self.index] = values.transpose(0, self.dim)
+            matrix.transpose(0, self.dim)[self.index] = values.transpose(0, self.dim)
 
     # ---- copies and states -----------------------------------------------------------------------
     # Of a weight that no other thread has in use: see stable_weights.
@@ -192,14 +197,19 @@ class S2Layer(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         """The state's own `base` entry says whether it was fused; the layer takes that state over."""
         with torch.no_grad():
-            if prefix + "weight" not in state_dict:
+            if state_dict.get(prefix + "weight") is self.weight:
+                pass   # an attached model found that it is the weight that is here
+            elif prefix + "weight" not in state_dict:
                 self.unfuse()   # s2 alone comes in: it belongs to the base
             if prefix + "base" in state_dict:
                 self.base = self._units().clone() if self.base is None else self.base
             elif prefix + "weight" in state_dict:
                 self.base = None   # the weight that comes in is a base
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._fused_version = self.s2._version
+        if state_dict.get(prefix + "weight") is self.weight:
+            self._fused_version = -1   # s2 may be another: the next forward writes it
+        else:
+            self._fused_version = self.s2._version
 
     def _selected(self) -> str:
         """For extra_repr."""

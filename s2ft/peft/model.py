@@ -14,7 +14,7 @@ from s2ft.mounting import check_gradients_pass
 from s2ft.peft.config import S2FTPeftConfig
 from s2ft.peft.layer import BASE, S2FTPeftLayer
 from s2ft.peft.units import settle
-from s2ft.weights import pack_again, pack_never
+from s2ft.weights import pack_again, pack_never, packing_layers
 
 PREFIX = "s2ft_"
 
@@ -38,7 +38,8 @@ class S2FTPeftModel(BaseTuner):
         if not config.inference_mode:
             check_gradients_pass(model)
         self.peft_config[adapter_name] = config
-        unpacked = pack_never(model)
+        unpacked = packing_layers(model)
+        pack_never(model, unpacked)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config.note(before)   # PEFT shortens long lists of target_modules
         self.__dict__.setdefault("_unpacked", unpacked)

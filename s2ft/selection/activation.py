@@ -115,18 +115,18 @@ def _experts_observed(request: Request) -> Iterator[None]:
     with ExitStack() as back:
         for path in paths:
             parameter, place = find(request.model, path), position(request.model, path)
+            back.callback(put, request.model, path, parameter, place)   # first, for an interrupt may come between
             put(request.model, path, ObservedStack(parameter))
-            back.callback(put, request.model, path, parameter, place)
         for path in dict.fromkeys(path.rpartition(".")[0] for path in paths):
             owner = find(request.model, path)
             before = owner.__dict__.get("forward")
-            owner.forward = MethodType(experts_forward, owner)
             back.callback(_set_forward, owner, before)
+            owner.forward = MethodType(experts_forward, owner)
         yield
 
 
 def _set_forward(module: nn.Module, forward: Optional[Callable]) -> None:
     if forward is None:
-        del module.forward
+        module.__dict__.pop("forward", None)
     else:
         module.forward = forward

@@ -11,7 +11,7 @@ import torch
 import s2ft
 from s2ft.adapter.store import gathered
 from s2ft.distributed import check_agree
-from s2ft.mounting import attachment_of
+from s2ft.record import attachment_of
 from s2ft.train.checkpoints import last_whole
 from s2ft.train.encoding import AnswerCollator, TokenRow
 from s2ft.train.evaluate import HeldOut

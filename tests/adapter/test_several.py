@@ -11,7 +11,7 @@ from support.models import ALL_RATIOS, model_of, output_of, ratios_for, token_ba
 import s2ft
 from s2ft import S2FTConfig
 from s2ft.adapter import overlap
-from s2ft.mounting import attachment_of
+from s2ft.record import attachment_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASE = "llama-grouped"

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 import s2ft
 from s2ft import S2FTConfig
 from s2ft.arch import couplings_of
-from s2ft.mounting import attachment_of
+from s2ft.record import attachment_of
 from s2ft.coupling import projections_of
 from s2ft.selection import METRICS
 from s2ft.selection.calibration import Calibration

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from support.models import ALL_RATIOS, model_of
 
 import s2ft
-from s2ft.mounting import attachment_of
+from s2ft.record import attachment_of
 from s2ft.selection import Selection
 
 UNITS = st.dictionaries(st.text("abc.1é", min_size=1, max_size=9),

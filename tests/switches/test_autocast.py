@@ -8,7 +8,8 @@ from support.tolerances import GEMM, relative_difference
 
 import s2ft
 from s2ft import S2ColumnLinear, S2FTConfig, S2RowLinear
-from s2ft.mounting import attachment_of, mounted_deltas
+from s2ft.active import mounted_deltas
+from s2ft.record import attachment_of
 from s2ft.weights import like_matrix, weight_of
 
 HALVES = (torch.bfloat16, torch.float16)

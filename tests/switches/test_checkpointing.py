@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import s2ft
 from s2ft import Coupling, Projection, S2FTConfig
-from s2ft.mounting import attachment_of
+from s2ft.record import attachment_of
 
 # llama-grouped and gemma2 have the fused FFN, phi3 and gpt-neox several projections in a weight, gpt2 Conv1D, vit and
 # whisper no tokens, t5 and whisper two stacks, qwen3-moe experts

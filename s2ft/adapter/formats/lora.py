@@ -23,7 +23,7 @@ from s2ft.convert import new_attachment
 from s2ft.coupling import Coupling, Projection, projections_of
 from s2ft.delta import Delta
 from s2ft.files import replace_file
-from s2ft.mounting import RECORD, Attachment
+from s2ft.record import RECORD, Attachment
 from s2ft.selection import Selection
 from s2ft.weights import find, is_conv1d, shape_of
 
