@@ -24,7 +24,7 @@ from s2ft.record import RECORD, Attachment, Mount, Part
 from s2ft.selection import Selection
 from s2ft.states import add_state_hooks, remove_state_hooks
 from s2ft.weights import (find, is_quantized, pack_again, pack_never, packing_layers, passes_gradient, position, put,
-                          tensors_of, weight_of)
+                          tensors_of)
 
 # What the packages above do to a model that trainable layers come into, and undo when they go out
 EXTENSIONS: List[Tuple[Callable[[nn.Module], None], Callable[[nn.Module], None]]] = []

@@ -7,13 +7,12 @@ base, in either order: the weights are frozen, so loading them changes nothing, 
 
 Sharded weights are left as they are: no rank has all the units that would change place.
 """
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from s2ft.checkpointing import remove_hooks
-from s2ft.coupling import projections_of
 from s2ft.distributed import is_sharded
 from s2ft.layers.base import at_rest
 from s2ft.permutation import MovingTensor, inverse, moving_tensors
