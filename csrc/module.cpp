@@ -1,9 +1,15 @@
-// The Python module s2ft._C. Importing it registers the kernels; it offers only what the build was.
+// The Python module s2ft._C. Importing it registers the CPU kernels; those for CUDA are registered on request.
 constexpr unsigned long long kTorchTarget = TORCH_TARGET_VERSION;
 #undef TORCH_TARGET_VERSION  // where it is defined, the pybind11 in PyTorch 2.11's headers refuses to be included
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <utility>
+
+#ifdef S2FT_WITH_CUDA
+#include "cuda/launch.h"
+#include "cuda/register.h"
+#endif
 
 namespace {
 
@@ -43,4 +49,9 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of s2ft.";
   m.def("build_info", &build_info, "How this module was compiled.");
+#ifdef S2FT_WITH_CUDA
+  m.def("cuda_versions", [] { return std::pair(s2ft::cuda::driver_version(), s2ft::cuda::built_version()); },
+        "The CUDA versions of the driver, 0 without one, and of the build: 1000 * major + 10 * minor.");
+  m.def("register_cuda", &s2ft::register_cuda, "Register the CUDA kernels; once, however often it is called.");
+#endif
 }
