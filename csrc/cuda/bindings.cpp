@@ -63,12 +63,8 @@ class Cuda {
   }
 
   void scatter_add(const Scatter& s, const Tensor& weight) const {
-    require(s.count <= cuda::kMaxParts, "scatter_add_", "at most ", cuda::kMaxParts,
-            " deltas can be added in one pass on CUDA, got ", s.count);
-    int64_t units = 0;
-    for (int64_t j = 0; j < s.count; ++j) units += s.parts[j].delta.units;
-    const Tensor link = torch::stable::new_empty(weight, {2 * units}, ScalarType::Long);
-    check(cuda::scatter_add_units(s, link.mutable_data_ptr<int64_t>(), stream_));
+    const Tensor scratch = torch::stable::new_empty(weight, {cuda::scatter_scratch_bytes(s)}, ScalarType::Byte);
+    check(cuda::scatter_add_units(s, scratch.mutable_data_ptr(), stream_));
   }
 
   void exchange(const Exchange& e, int64_t element_size, void* weight, void* values) const {

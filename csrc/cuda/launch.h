@@ -27,10 +27,9 @@ int64_t permute_scratch_bytes(const Along& weight, int64_t element_size);
 int permute_units(const Along& along, const int64_t* order, int64_t element_size, void* weight, void* scratch,
                   int64_t scratch_bytes, void* stream);
 
-// weight += alpha * delta, for at most kMaxParts deltas (they are a kernel's arguments). `link` has room for
-// two numbers a unit of all parts; unused where there is one part.
-constexpr int kMaxParts = 32;
-int scatter_add_units(const Scatter& scatter, int64_t* link, void* stream);
+// weight += alpha * delta for every part, however many; `scratch` has scatter_scratch_bytes(), aligned to 8.
+int64_t scatter_scratch_bytes(const Scatter& scatter);
+int scatter_add_units(const Scatter& scatter, void* scratch, void* stream);
 
 // Exchanges the elements of `weight` that `exchange` names with `values`.
 int exchange_units(const Exchange& exchange, int64_t element_size, void* weight, void* values, void* stream);
