@@ -15,7 +15,8 @@ from s2ft.coupling import Coupling, Projection, projections_of
 from s2ft.delta import Delta
 from s2ft.distributed import check_alike, has_master, is_sharded, settle, whole, write_units
 from s2ft.fingerprint import digest
-from s2ft.layers import NO_FUSE, S2ColumnStack, S2Layer, S2QuantizedLinear, S2RowStack, experts_forward, layers_for
+from s2ft.layers import (NO_FUSE, S2ColumnStack, S2Layer, S2QuantizedLinear, S2RowStack, experts_forward, gate_of,
+                         layers_for)
 from s2ft.ops import act_mul, scatter_add_, swap_
 from s2ft.permutation import contiguous_range, coupling_order, element_order, inverse, permute_coupling
 from s2ft.quantizer import as_before, let_train
@@ -138,6 +139,9 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
         _check_can_move(model, movable)
         orders = {coupling: _order(coupling, selection) for coupling in movable}
     check_gradients_pass(model)
+    for coupling in touched:
+        if coupling.consumer.expert is not None:
+            gate_of(model.get_submodule(coupling.consumer.path.rpartition(".")[0]))
     check_alike(f"adapter {name!r}", {"its selection": selection.digest, "the base": digest(record.fingerprint)})
     record.name, record.config, record.selection, record.active = name, config, selection, {name: 1.0}
     try:
