@@ -70,7 +70,7 @@ def cuda_home():
 
 
 def toolkit_among(candidates):
-    """The first folder with nvcc and the runtime, else with nvcc: the nvcc on PATH may be a script that starts another."""
+    """The first folder with nvcc and the runtime, else with nvcc: nvcc on PATH may be a script that starts another."""
     homes = [Path(home) for home in candidates if home and (Path(home) / "bin" / "nvcc").exists()]
     return next((home for home in homes if static_runtime_folders(home)), next(iter(homes), None))
 

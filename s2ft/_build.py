@@ -115,8 +115,8 @@ def warn_without_cuda_kernels() -> None:
     if _silent or _cuda_registered:
         return
     _silent = True
-    warnings.warn(f"s2ft: the model is on CUDA, and the PyTorch implementations serve there: {_cuda_reason}. Results are "
-                  "the same within rounding; serving many adapters in a batch and the FFN's activation are slower.",
+    warnings.warn(f"s2ft: the model is on CUDA, and the PyTorch implementations serve there: {_cuda_reason}. Results "
+                  "are the same within rounding; serving many adapters in a batch and the FFN's activation are slower.",
                   RuntimeWarning, stacklevel=4)   # where the user calls attach
 
 

@@ -43,8 +43,8 @@ def why_unusable(driver: int, built: int, archs: Sequence[str], devices: Sequenc
     if not driver:
         return "there is no CUDA driver"
     if driver // 1000 < built // 1000:
-        return (f"the driver serves CUDA up to {version(driver)} and the kernels were built with CUDA {version(built)}: "
-                f"install a newer driver, or build s2ft with a toolkit of CUDA {driver // 1000}")
+        return (f"the driver serves CUDA up to {version(driver)} and the kernels were built with CUDA {version(built)}"
+                f": install a newer driver, or build s2ft with a toolkit of CUDA {driver // 1000}")
     jit = driver >= built   # within a major version an older driver runs machine code, but can't compile newer PTX
     left_out = [f"{number} ({name}, compute capability {'.'.join(map(str, capability))})"
                 for number, (name, capability) in enumerate(devices)

@@ -47,7 +47,7 @@ int act_mul_backward(Activation activation, const ActMulData& data, void* stream
 int ordered_begin(int device, void* stream);
 int ordered_end(int device, void* stream);
 
-// CUDA versions, 1000 * major + 10 * minor: what the driver serves, 0 where there is none, and what this was built with.
+// CUDA versions, 1000 * major + 10 * minor: what the driver serves, 0 without a driver; what this was built with.
 int driver_version();
 int built_version();
 

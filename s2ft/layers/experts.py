@@ -103,8 +103,8 @@ def gate_of(experts: nn.Module) -> Callable[[Tensor], Tensor]:
         return own
     if type(experts).__name__ == "LigerExperts":   # Liger-Kernel's constructor refuses every other activation
         return _silu_gate
-    raise ValueError(f"{type(experts).__name__} has no _apply_gate, so it is not known how its experts combine gate and "
-                     "up: load the model without kernels that replace the class of its experts")
+    raise ValueError(f"{type(experts).__name__} has no _apply_gate, so it is not known how its experts combine gate "
+                     "and up: load the model without kernels that replace the class of its experts")
 
 
 def _silu_gate(gate_up: Tensor) -> Tensor:

@@ -1,5 +1,9 @@
-"""The loss of a causal language model without its logits: torch's linear_cross_entropy goes through the tokens in pieces,
-and only through those that bear a loss. With a large vocabulary the logits are what a step keeps most of."""
+"""The loss of a causal language model without its logits, which with a large vocabulary are what a step keeps most of.
+torch's linear_cross_entropy goes through the tokens in pieces.
+
+On a CPU only the tokens that bear a loss are multiplied. On a GPU all are, since the host would wait to count them; the
+command line's batches end with the answers, so that few are multiplied in vain.
+"""
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping

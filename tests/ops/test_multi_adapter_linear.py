@@ -120,7 +120,8 @@ def test_the_check_for_waiting_can_fail(dim):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", (0, 1))
 @pytest.mark.parametrize("leading, sizes", (
-    ((7,), SIZES), ((5, 6), SIZES), ((3, 2, 2), SIZES), ((0, 4), SIZES), ((4, 0), SIZES), ((3, 2), ()), ((3, 2), (0, 0)),
+    ((7,), SIZES), ((5, 6), SIZES), ((3, 2, 2), SIZES), ((0, 4), SIZES), ((4, 0), SIZES), ((3, 2), ()),
+    ((3, 2), (0, 0)),
     ((3,), (30,) * 40), ((2, 300), (30,) * 40)), ids=str)   # the last two gather each sequence's units
 def test_the_reference_for_a_gpu_does_not_wait(dim, dtype, leading, sizes):
     case = Case(dim, dtype, leading, sizes=sizes or SIZES)

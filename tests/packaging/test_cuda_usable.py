@@ -13,7 +13,8 @@ from s2ft._cuda import serves, version, why_unusable
 # architecture, capability, whether the driver compiles PTX, whether the code runs there
 SERVES = [
     ("8.0", (8, 0), True, True), ("8.0", (8, 9), True, True), ("8.6", (8, 0), True, False),
-    ("8.0", (9, 0), True, False), ("8.0", (7, 5), True, False), ("7.5", (7, 0), True, False), ("7.5", (7, 5), False, True),
+    ("8.0", (9, 0), True, False), ("8.0", (7, 5), True, False), ("7.5", (7, 0), True, False),
+    ("7.5", (7, 5), False, True),
     ("10.0", (10, 3), True, True), ("12.0", (12, 1), False, True), ("12.0", (1, 2), True, False),
     ("8.0+PTX", (9, 0), True, True), ("8.0+PTX", (9, 0), False, False), ("8.0+PTX", (7, 5), True, False),
     ("8.0+PTX", (8, 6), False, True), ("12.0+PTX", (11, 0), True, False),
@@ -28,10 +29,10 @@ DECISIONS = {
     "old GPU": (13000, 13000, ARCHS, [T4], ""),
     "newer driver": (13010, 12060, ("9.0",), [H100], ""),
     "older minor driver, machine code": (12040, 12080, ("9.0+PTX",), [H100], ""),
-    "older minor driver, PTX": (12040, 12080, ("8.0+PTX",), [H100], "built for 8.0+PTX, which does not serve device 0 (H100"),
+    "older minor driver, PTX": (12040, 12080, ("8.0+PTX",), [H100], "8.0+PTX, which does not serve device 0 (H100"),
     "PTX": (13000, 13000, ("8.0+PTX",), [H100], ""),
     "no driver": (0, 13000, ARCHS, [], "there is no CUDA driver"),
-    "old driver": (12080, 13000, ARCHS, [H100], "the driver serves CUDA up to 12.8 and the kernels were built with CUDA 13.0"),
+    "old driver": (12080, 13000, ARCHS, [H100], "serves CUDA up to 12.8 and the kernels were built with CUDA 13.0"),
     "too old a GPU": (13000, 13000, ARCHS, [V100], "device 0 (V100, compute capability 7.0)"),
     "one of two": (13000, 13000, ("8.0",), [A100, T4], "device 1 (Tesla T4, compute capability 7.5)"),
     "no GPU": (13000, 13000, ARCHS, [], ""),

@@ -109,14 +109,22 @@ def of_setup(run, source, code, torch_cuda="13.0", check=True, **variables):
 SHOW_PLAN = "print(json.dumps([setup['PLAN'].cpp, setup['PLAN'].cuda, setup['PLAN'].cuda_reason]))"
 
 
-@pytest.mark.parametrize("nvcc, torch_cuda, kept", (("13.0", "13.0", True), ("12.6", "13.0", True), ("13.0", "12.8", False),
-                                                   ("13.1", "13.0", True), ("13.0", None, None)))
-def test_auto_takes_an_nvcc_whose_major_version_is_not_newer_than_pytorchs(run, source, tmp_path, nvcc, torch_cuda, kept):
+@pytest.mark.parametrize("nvcc, torch_cuda, kept", (
+    ("13.0", "13.0", True), ("12.6", "13.0", True), ("13.0", "12.8", False), ("13.1", "13.0", True),
+    ("13.0", None, None)))
+def test_auto_takes_an_nvcc_of_no_newer_major_version(run, source, tmp_path, nvcc, torch_cuda, kept):
     result = of_setup(run, source, SHOW_PLAN, torch_cuda, CUDA_HOME=toolkit(tmp_path / "cuda", nvcc))
     cpp, cuda, reason = json.loads(result.stdout.splitlines()[-1])
     assert cpp is True and cuda is bool(kept)
     assert ("nvcc in" in reason and "of CUDA 13 and PyTorch" in reason) is (kept is False)
     assert ("installed without CUDA kernels: nvcc in" in result.stderr) is (kept is False)
+
+
+def test_auto_without_nvcc_notes_it_for_who_has_a_gpu(run, source, tmp_path):
+    result = of_setup(run, source, SHOW_PLAN, "13.0", CUDA_HOME=tmp_path)
+    assert json.loads(result.stdout.splitlines()[-1]) == [
+        True, False, "CUDA kernels need nvcc to be built: set CUDA_HOME to a CUDA toolkit, or put nvcc on PATH"]
+    assert "WARNING" not in result.stderr   # most users of a CUDA PyTorch have none
 
 
 def test_cuda_with_a_newer_nvcc_is_an_error_unless_pytorch_has_no_cuda(run, source, tmp_path):
