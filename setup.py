@@ -1,15 +1,19 @@
 """Builds s2ft. pyproject.toml holds what is fixed; this file holds how the kernels are compiled.
 
 S2FT_BUILD chooses:
-  auto  (default) C++ kernels if they compile, CUDA kernels too if PyTorch is a CUDA build and nvcc is
-        there; what fails is left out with a warning, and the PyTorch implementations serve instead
+  auto  (default) C++ kernels if they compile, CUDA kernels too if PyTorch is a CUDA build and there is an nvcc
+        of no newer major version; what fails is left out with a warning, and the PyTorch implementations serve instead
   cuda  C++ and CUDA kernels, also with a CPU-only PyTorch; an error if that fails
   cpu   C++ kernels only; an error if that fails
   none  no compiled kernels
-Also read: CUDA_HOME, TORCH_CUDA_ARCH_LIST (default 8.0;9.0;10.0+PTX), MAX_JOBS, CXX, CXXFLAGS, LDFLAGS.
+Also read: CUDA_HOME, MAX_JOBS, CXX, CXXFLAGS, LDFLAGS, and TORCH_CUDA_ARCH_LIST. Its default is those of
+7.5;8.0;9.0;10.0;12.0 that nvcc compiles for, the GPU's own if there is one, and PTX of the highest.
 """
+import copy
 import json
 import os
+import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -22,7 +26,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "cuda", "cpu", "none")
-DEFAULT_ARCHS = "8.0;9.0;10.0+PTX"
+DEFAULT_ARCHS = ("7.5", "8.0", "9.0", "10.0", "12.0")   # each serves the GPUs of its major version from its minor on
 TORCH_FLOOR = (2, 11)
 TORCH_TARGET = f"0x{TORCH_FLOOR[0]:02x}{TORCH_FLOOR[1]:02x}000000000000"
 
@@ -62,23 +66,70 @@ def cuda_home():
     """The CUDA toolkit's folder, or None. A CUDA_HOME that was set is not second-guessed."""
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     on_path = shutil.which("nvcc")
-    candidates = [named] if named else [on_path and Path(on_path).resolve().parent.parent, "/usr/local/cuda"]
-    for home in candidates:
-        if home and (Path(home) / "bin" / "nvcc").exists():
-            return Path(home)
-    return None
+    return toolkit_among([named] if named else [on_path and Path(on_path).resolve().parent.parent, "/usr/local/cuda"])
 
 
-def cuda_archs():
-    """['8.0', '9.0', '10.0+PTX'] from TORCH_CUDA_ARCH_LIST."""
-    names = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS
-    return [name for name in names.replace(",", ";").replace(" ", ";").split(";") if name]
+def toolkit_among(candidates):
+    """The first folder with nvcc and the runtime, else with nvcc: nvcc on PATH may be a script that starts another."""
+    homes = [Path(home) for home in candidates if home and (Path(home) / "bin" / "nvcc").exists()]
+    return next((home for home in homes if static_runtime_folders(home)), next(iter(homes), None))
+
+
+def static_runtime_folders(home):
+    """Folders of this toolkit that hold the static runtime."""
+    folders = [home / name for name in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib")]
+    return [folder for folder in folders if (folder / "libcudart_static.a").exists()]
+
+
+def nvcc_says(home, argument):
+    """What nvcc prints for this argument; an empty string where it fails."""
+    try:
+        return subprocess.run([str(home / "bin" / "nvcc"), argument], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def why_not_nvcc(torch, home):
+    """Why this toolkit's kernels could not run beside this PyTorch, in words; an empty string where they could.
+
+    A runtime of a newer major version needs a newer driver than PyTorch does. A CPU-only PyTorch has no version.
+    """
+    found = re.search(r"release (\d+)\.", nvcc_says(home, "--version"))
+    if torch.version.cuda is None or found is None or int(found[1]) <= int(torch.version.cuda.split(".")[0]):
+        return ""
+    return (f"nvcc in {home} is of CUDA {found[1]} and PyTorch {torch.__version__} of CUDA {torch.version.cuda}: set "
+            "CUDA_HOME to a toolkit whose major version is not newer, or install a PyTorch for the newer CUDA")
+
+
+def visible_archs():
+    """The compute capabilities of this machine's GPUs, such as ["8.9"]."""
+    import torch
+    try:
+        return ["{}.{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())]
+    except Exception:   # whatever keeps a GPU from being asked does not keep the kernels from being built
+        return []
+
+
+def default_archs(home):
+    """The default architectures, without those that this nvcc does not know."""
+    known = {f"{code[:-1]}.{code[-1]}" for code in re.findall(r"^sm_(\d+)$", nvcc_says(home, "--list-gpu-code"), re.M)}
+    archs = sorted({*DEFAULT_ARCHS, *visible_archs()}, key=lambda arch: tuple(map(int, arch.split("."))))
+    archs = [arch for arch in archs if arch in known or not known]
+    return [*archs[:-1], f"{archs[-1]}+PTX"]
+
+
+def cuda_archs(home):
+    """["8.0", "9.0", "10.0+PTX"]: TORCH_CUDA_ARCH_LIST, or the default. Raises: ValueError for a bad list."""
+    names = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(",", ";").replace(" ", ";")
+    archs = [name for name in names.split(";") if name] or default_archs(home)
+    wrong = [arch for arch in archs if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch)]
+    if wrong:
+        raise ValueError(f"TORCH_CUDA_ARCH_LIST: {wrong[0]!r} is no compute capability such as 9.0 or 10.0+PTX")
+    return archs
 
 
 def gencode(arch):
     number = arch.replace("+PTX", "").replace(".", "")
-    if not number.rstrip("af").isdigit():
-        raise SystemExit(f"TORCH_CUDA_ARCH_LIST: {arch!r} is no compute capability such as 9.0 or 10.0+PTX")
     flags = ["-gencode", f"arch=compute_{number},code=sm_{number}"]
     if arch.endswith("+PTX"):
         flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
@@ -86,12 +137,13 @@ def gencode(arch):
 
 
 class Plan:
-    """What this run compiles: `cpp`, `cuda`, and if nothing, `reason`."""
+    """What this run compiles: `cpp`, `cuda`; if nothing, `reason`; if no CUDA kernels, `cuda_reason`."""
 
     def __init__(self):
         self.mode = requested_mode()
         self.cpp = self.cuda = False
-        self.reason, self.home = "", None
+        self.reason = self.cuda_reason = ""
+        self.home = None
         if self.mode == "none":
             self.reason = "S2FT_BUILD=none: installed without compiled kernels"
             return
@@ -104,22 +156,40 @@ class Plan:
             return
         self.cpp = True
         self.home = cuda_home()
-        if self.mode == "cuda" and self.home is None:
-            raise SystemExit("S2FT_BUILD=cuda needs nvcc: set CUDA_HOME to a CUDA toolkit, or put nvcc on PATH")
-        self.cuda = self.home is not None and (
-            self.mode == "cuda" or (self.mode == "auto" and torch.version.cuda is not None))
+        self.cuda_reason = self.why_no_cuda(torch)
+        if self.cuda_reason and self.mode == "cuda":
+            raise SystemExit(f"S2FT_BUILD=cuda: {self.cuda_reason}")
+        self.cuda = not self.cuda_reason
+        if self.cuda_reason and self.home and torch.version.cuda and self.mode == "auto":
+            warn(f"s2ft is installed without CUDA kernels: {self.cuda_reason}")
+
+    def why_no_cuda(self, torch):
+        """Why no CUDA kernels are compiled, in words; an empty string where they are."""
+        if self.mode == "cpu":
+            return "S2FT_BUILD=cpu: installed without CUDA kernels"
+        if self.mode == "auto" and torch.version.cuda is None:
+            return "s2ft was built with a PyTorch without CUDA"
+        if self.home is None:
+            return "CUDA kernels need nvcc to be built: set CUDA_HOME to a CUDA toolkit, or put nvcc on PATH"
+        return why_not_nvcc(torch, self.home)
 
 
 # --- the record that s2ft/_build.py reads ---------------------------------------------------------
 
-def write_record(package, compiled, cuda, reason):
-    """Say in the package what was built. What an earlier build left there goes if nothing was."""
+def write_record(package, compiled, cuda, reason, cuda_reason=""):
+    """Say in the package what was built. What an earlier build left there goes if nothing was.
+
+    Args:
+        package: the folder.
+        compiled, cuda: whether there are compiled kernels, and CUDA ones among them.
+        reason, cuda_reason: why not, in words.
+    """
     package.mkdir(parents=True, exist_ok=True)
     if not compiled:
         for stale in package.glob("_C.*"):
             if stale.suffix in (".so", ".pyd"):
                 stale.unlink()
-    record = {"mode": PLAN.mode, "compiled": compiled, "cuda": cuda, "reason": reason}
+    record = {"mode": PLAN.mode, "compiled": compiled, "cuda": cuda, "reason": reason, "cuda_reason": cuda_reason}
     (package / "_build.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
@@ -146,10 +216,10 @@ def jobs():
     return max(1, int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
 
 
-def compile_cuda(folder):
+def compile_cuda(folder, archs):
     """Compile every .cu with nvcc; their objects. They include no PyTorch header."""
     folder.mkdir(parents=True, exist_ok=True)
-    architectures = [flag for arch in cuda_archs() for flag in gencode(arch)]
+    architectures = [flag for arch in archs for flag in gencode(arch)]
 
     def one(source):
         target = folder / (Path(source).stem + ".cu.o")
@@ -165,8 +235,7 @@ def compile_cuda(folder):
 
 def cuda_link_flags():
     """The static runtime: the module then loads where no CUDA library is."""
-    folders = [PLAN.home / name for name in ("lib64", "lib", "targets/x86_64-linux/lib")]
-    found = [f"-L{f}" for f in folders if (f / "libcudart_static.a").exists()][:1]
+    found = [f"-L{folder}" for folder in static_runtime_folders(PLAN.home)[:1]]
     return [*found, "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
 
@@ -199,28 +268,33 @@ def build_ext_class():
                 self.extensions = []   # nothing left to copy or install
                 write_record(package, False, False, reason)
                 return
-            write_record(package, True, self.with_cuda, self.note)
+            note = f"the CPU kernels are loaded; {self.cuda_reason}" if self.cuda_failed else ""
+            write_record(package, True, self.with_cuda, note, self.cuda_reason)
 
         def build_extension(self, ext):
-            self.with_cuda, self.note = False, ""
-            if PLAN.cuda:
-                self.add_cuda(ext)
-            super().build_extension(ext)
+            self.cuda_failed, self.cuda_reason = False, PLAN.cuda_reason
+            self.with_cuda = PLAN.cuda and self.build_with_cuda(copy.deepcopy(ext))
+            if not self.with_cuda:
+                super().build_extension(ext)
 
-        def add_cuda(self, ext):
+        def build_with_cuda(self, ext):
+            """Whether this worked. Under auto a failure leaves the extension to be built without CUDA."""
             try:
-                objects = compile_cuda(Path(self.build_temp).resolve() / "cuda")
-            except (OSError, subprocess.SubprocessError) as error:
+                archs = cuda_archs(PLAN.home)
+                ext.extra_objects = [*ext.extra_objects,
+                                     *compile_cuda(Path(self.build_temp).resolve() / "cuda", archs)]
+                ext.sources += relative("cuda/*.cpp")
+                ext.extra_compile_args["cxx"] += ["-DS2FT_WITH_CUDA", f'-DS2FT_CUDA_ARCHS="{";".join(archs)}"']
+                ext.extra_link_args += cuda_link_flags()
+                super().build_extension(ext)
+                return True
+            except (Exception, SystemExit) as error:
                 if PLAN.mode == "cuda":
-                    raise
-                self.note = f"the CPU kernels are loaded; compiling the CUDA kernels failed: {error}"
-                warn(f"s2ft is installed without CUDA kernels: {error}")
-                return
-            self.with_cuda = True
-            ext.sources += relative("cuda/*.cpp")
-            ext.extra_objects = [*ext.extra_objects, *objects]
-            ext.extra_compile_args["cxx"] += ["-DS2FT_WITH_CUDA", f'-DS2FT_CUDA_ARCHS="{";".join(cuda_archs())}"']
-            ext.extra_link_args += cuda_link_flags()
+                    raise SystemExit(f"S2FT_BUILD=cuda: {error}") from error
+                text = " ".join(str(error).split())[:500]
+                self.cuda_failed, self.cuda_reason = True, f"compiling the CUDA kernels failed: {text}"
+                warn(f"s2ft is installed without CUDA kernels: {text}")
+                return False
 
     return BuildExt
 

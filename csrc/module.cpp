@@ -1,4 +1,4 @@
-// The Python module s2ft._C. Importing it registers the kernels; it offers only what the build was.
+// The Python module s2ft._C. Importing it registers the CPU kernels; those for CUDA are registered on request.
 constexpr unsigned long long kTorchTarget = TORCH_TARGET_VERSION;
 #undef TORCH_TARGET_VERSION  // where it is defined, the pybind11 in PyTorch 2.11's headers refuses to be included
 #include <pybind11/pybind11.h>
@@ -6,6 +6,12 @@ constexpr unsigned long long kTorchTarget = TORCH_TARGET_VERSION;
 #include <memory>
 #include <stdexcept>
 #include <string>
+#include <utility>
+
+#ifdef S2FT_WITH_CUDA
+#include "cuda/launch.h"
+#include "cuda/register.h"
+#endif
 
 #include "effective_lock.h"
 
@@ -58,4 +64,9 @@ PYBIND11_MODULE(_C, m) {
       .def("__exit__", [](s2ft::WeightLock& lock, const pybind11::args&) { lock.unlock(); });
   m.attr("weight_lock") = pybind11::cast(&s2ft::effective_lock(), pybind11::return_value_policy::reference);
   m.def("build_info", &build_info, "How this module was compiled.");
+#ifdef S2FT_WITH_CUDA
+  m.def("cuda_versions", [] { return std::pair(s2ft::cuda::driver_version(), s2ft::cuda::built_version()); },
+        "The CUDA versions of the driver, 0 without one, and of the build: 1000 * major + 10 * minor.");
+  m.def("register_cuda", &s2ft::register_cuda, "Register the CUDA kernels; once, however often it is called.");
+#endif
 }

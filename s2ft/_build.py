@@ -8,6 +8,7 @@ from typing import Any, Dict, List, Optional
 
 import torch
 
+from s2ft._cuda import version, why_unusable
 from s2ft.version import __version__
 
 TORCH_FLOOR = (2, 11)
@@ -16,6 +17,9 @@ DEVICES = ("CPU", "CUDA")
 
 _module: Optional[ModuleType] = None
 _reason: Optional[str] = None   # None until load() ran
+_cuda_reason = ""   # why CUDA tensors run what they run, in words
+_cuda_registered = False
+_silent = False   # nobody is to be told about missing CUDA kernels, or was already
 
 
 def _read_record() -> Dict[str, Any]:
@@ -45,7 +49,7 @@ def _extension_files() -> List[str]:
 
 def load() -> Optional[ModuleType]:
     """Load the compiled kernels once; None where there are none, with a warning if there should be."""
-    global _module, _reason
+    global _module, _reason, _silent
     if _reason is not None:
         return _module
     record, files = _read_record(), _extension_files()
@@ -67,7 +71,57 @@ def load() -> Optional[ModuleType]:
         warnings.warn(f"s2ft: {_reason}. The slower PyTorch implementations are used. Set S2FT_BUILD=cpu "
                       "when installing to see why a build fails, or S2FT_BUILD=none to do without.",
                       RuntimeWarning, stacklevel=3)
+    _silent = record.get("mode") == "none" or _module is None and wanted
+    _prepare_cuda(record)
     return _module
+
+
+def _prepare_cuda(record: Dict[str, Any]) -> None:
+    """Have the CUDA kernels registered when PyTorch initialises CUDA: a process without CUDA pays nothing."""
+    global _cuda_reason
+    if _module is None:
+        _cuda_reason = str(_reason)
+    elif not _module.build_info()["with_cuda"]:
+        _cuda_reason = str(record.get("cuda_reason") or "the CUDA kernels were not built")
+    else:
+        _cuda_reason = "the CUDA kernels are built, and registered once PyTorch initialises CUDA"
+        torch.cuda._lazy_call(_register_cuda)
+
+
+def _register_cuda() -> None:
+    """Register the CUDA kernels where they can run on every visible GPU; else the PyTorch implementations stay.
+
+    PyTorch calls this while it initialises CUDA, and an exception would make that fail. So this raises nothing.
+    """
+    global _cuda_reason, _cuda_registered
+    try:
+        if torch.version.cuda is None:
+            _cuda_reason = "this PyTorch is not one for CUDA"
+            return
+        devices = [(torch.cuda.get_device_name(number), torch.cuda.get_device_capability(number))
+                   for number in range(torch.cuda.device_count())]
+        driver, built = _module.cuda_versions()
+        _cuda_reason = why_unusable(driver, built, _archs(_module.build_info()), devices)
+        if not _cuda_reason:
+            _module.register_cuda()
+            _cuda_registered, _cuda_reason = True, "the CUDA kernels are registered"
+    except Exception as error:
+        _cuda_reason = f"the CUDA kernels could not be registered: {error}"
+
+
+def warn_without_cuda_kernels() -> None:
+    """Warn, once a process, that CUDA tensors run the PyTorch implementations. For a model that is on CUDA."""
+    global _silent
+    if _silent or _cuda_registered:
+        return
+    _silent = True
+    warnings.warn(f"s2ft: the model is on CUDA, and the PyTorch implementations serve there: {_cuda_reason}. Results "
+                  "are the same within rounding; serving many adapters in a batch and the FFN's activation are slower.",
+                  RuntimeWarning, stacklevel=4)   # where the user calls attach
+
+
+def _archs(built: Dict[str, Any]) -> List[str]:
+    return [arch for arch in built.get("cuda_archs", "").split(";") if arch]
 
 
 def _kernels() -> Dict[str, List[str]]:
@@ -81,8 +135,10 @@ def build_info() -> Dict[str, Any]:
     """What runs here, and why.
 
     Keys: ``compiled`` (the compiled kernels are loaded), ``reason`` (a sentence), ``version``, ``torch``,
-    ``compiler``, ``cuda`` (built with CUDA kernels), ``archs`` (of them), and ``ops``: for every op the
-    devices with a compiled kernel; the others run its PyTorch implementation.
+    ``compiler``, ``cuda`` (built with CUDA kernels), ``archs`` (of them), ``cuda_version`` (they were built with),
+    ``cuda_reason`` (a sentence: why CUDA tensors run what they run), and ``ops``: for every op the devices with a
+    compiled kernel; the others run its PyTorch implementation. CUDA kernels are registered when PyTorch initialises
+    CUDA, if the driver and every visible GPU can run them.
     """
     module = load()
     built: Dict[str, Any] = module.build_info() if module is not None else {}
@@ -93,7 +149,9 @@ def build_info() -> Dict[str, Any]:
         "torch": torch.__version__,
         "compiler": built.get("compiler"),
         "cuda": built.get("with_cuda", False),
-        "archs": [a for a in built.get("cuda_archs", "").split(";") if a],
+        "archs": _archs(built),
+        "cuda_version": version(module.cuda_versions()[1]) if built.get("with_cuda") else None,
+        "cuda_reason": _cuda_reason,
         "ops": _kernels(),
     }
 

@@ -4,6 +4,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from torch import nn
 
+from s2ft._build import warn_without_cuda_kernels
 from s2ft.arch import couplings_of
 from s2ft.compiled import of_compiled
 from s2ft.config import S2FTConfig
@@ -61,6 +62,8 @@ def attach(model: nn.Module, config: S2FTConfig, name: str = "default", calibrat
         raise TypeError(f"verify must be True, False or None, got {verify!r}")
     check_name(name)
     record = _record_for(model, couplings, name)
+    if any(parameter.is_cuda for parameter in model.parameters()):
+        warn_without_cuda_kernels()
     verify = couplings is not None or example is not None if verify is None else verify
     with adapters_aside(model, record):
         selection = select_units(record.couplings, config, model, calibration)

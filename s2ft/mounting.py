@@ -15,7 +15,8 @@ from s2ft.config import S2FTConfig
 from s2ft.coupling import Coupling, Projection
 from s2ft.distributed import check_alike, is_sharded
 from s2ft.fingerprint import digest
-from s2ft.layers import NO_FUSE, S2ColumnStack, S2Layer, S2QuantizedLinear, S2RowStack, experts_forward, layers_for
+from s2ft.layers import (NO_FUSE, S2ColumnStack, S2Layer, S2QuantizedLinear, S2RowStack, experts_forward, gate_of,
+                         layers_for)
 from s2ft.ops import act_mul
 from s2ft.ops._memory import check_private
 from s2ft.permutation import Move, contiguous_range, coupling_order, inverse
@@ -80,6 +81,9 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
         orders = {coupling: _order(coupling, selection) for coupling in movable}
     check_gradients_pass(model)
     check_memory(model, [projection for coupling in touched for projection in coupling.projections])
+    for coupling in touched:
+        if coupling.consumer.expert is not None:
+            gate_of(model.get_submodule(coupling.consumer.path.rpartition(".")[0]))
     check_alike(f"adapter {name!r}", {"its selection": selection.digest, "the base": digest(record.fingerprint)})
     try:
         record.name, record.config, record.selection = name, config, selection

@@ -147,6 +147,40 @@ def test_experts_whose_forward_was_replaced_are_refused():
     assert all(torch.equal(value, base.state_dict()[key]) for key, value in model.state_dict().items())
 
 
+def with_experts_of(kind):
+    """A mixtral whose modules of experts are of a class that transformers does not have."""
+    model = model_of("mixtral")
+    for layer in model.model.layers:
+        layer.mlp.experts.__class__ = kind
+    return model
+
+
+def test_ligers_experts_train():
+    """Liger-Kernel puts this class in transformers' place. It has no _apply_gate, and its activation is silu."""
+    class LigerExperts(nn.Module):
+        pass
+    plain = model_of("mixtral")
+    expected = output_of(plain).detach()
+    model = with_experts_of(LigerExperts)
+    s2ft.attach(model, S2FTConfig(d_ratio=0.25))
+    assert relative_difference(output_of(model), expected) <= 1e-5
+    train(model, 1)
+    s2ft.detach(model)
+    assert all(torch.equal(value, plain.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("layout", ("permuted", "indexed"))
+def test_experts_whose_activation_is_not_known_are_refused(layout, monkeypatch):
+    class OtherExperts(nn.Module):
+        pass
+    model, base = with_experts_of(OtherExperts), model_of("mixtral")
+    monkeypatch.setattr("s2ft.mounting._mount_all", lambda *_: pytest.fail("the model was changed before the check"))
+    with pytest.raises(ValueError, match="OtherExperts has no _apply_gate"):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.2, layout=layout))
+    assert s2ft.status(model).adapters == [] and all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(value, base.state_dict()[key]) for key, value in model.state_dict().items())
+
+
 WRONG = {
     "expert": ({"expert": 3}, "more than 3 experts"),
     "no parameter": ({"path": "model.layers.0.mlp.gate"}, "must be a parameter"),

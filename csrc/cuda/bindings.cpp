@@ -14,6 +14,7 @@
 #include "../scatter_add.h"
 #include "../swap.h"
 #include "launch.h"
+#include "register.h"
 
 namespace s2ft {
 namespace {
@@ -62,12 +63,8 @@ class Cuda {
   }
 
   void scatter_add(const Scatter& s, const Tensor& weight) const {
-    require(s.count <= cuda::kMaxParts, "scatter_add_", "at most ", cuda::kMaxParts,
-            " deltas can be added in one pass on CUDA, got ", s.count);
-    int64_t units = 0;
-    for (int64_t j = 0; j < s.count; ++j) units += s.parts[j].delta.units;
-    const Tensor link = torch::stable::new_empty(weight, {2 * units}, ScalarType::Long);
-    check(cuda::scatter_add_units(s, link.mutable_data_ptr<int64_t>(), stream_));
+    const Tensor scratch = torch::stable::new_empty(weight, {cuda::scatter_scratch_bytes(s)}, ScalarType::Byte);
+    check(cuda::scatter_add_units(s, scratch.mutable_data_ptr(), stream_));
   }
 
   void exchange(const Exchange& e, int64_t element_size, void* weight, void* values) const {
@@ -90,18 +87,26 @@ class Cuda {
   void* stream_;
 };
 
-}  // namespace
-}  // namespace s2ft
+using torch::stable::detail::StableLibrary;
+using torch::stable::detail::StableTorchLibraryInit;
 
-STABLE_TORCH_LIBRARY_IMPL(s2ft, CUDA, m) {
-  m.impl("sliced_linear", TORCH_BOX(&s2ft::sliced_linear<s2ft::Cuda>));
-  m.impl("sliced_linear_grad_x", TORCH_BOX(&s2ft::sliced_linear_grad_x<s2ft::Cuda>));
-  m.impl("indexed_linear", TORCH_BOX(&s2ft::indexed_linear<s2ft::Cuda>));
-  m.impl("indexed_linear_grad_x", TORCH_BOX(&s2ft::indexed_linear_grad_x<s2ft::Cuda>));
-  m.impl("act_mul", TORCH_BOX(&s2ft::act_mul<s2ft::Cuda>));
-  m.impl("act_mul_backward", TORCH_BOX(&s2ft::act_mul_backward<s2ft::Cuda>));
-  m.impl("multi_adapter_linear", TORCH_BOX(&s2ft::multi_adapter_linear<s2ft::Cuda>));
-  m.impl("permute_", TORCH_BOX(&s2ft::permute<s2ft::Cuda>));
-  m.impl("scatter_add_", TORCH_BOX(&s2ft::scatter_add<s2ft::Cuda>));
-  m.impl("swap_", TORCH_BOX(&s2ft::swap<s2ft::Cuda>));
+void add_kernels(StableLibrary& library) {
+  library.impl("sliced_linear", TORCH_BOX(&sliced_linear<Cuda>));
+  library.impl("sliced_linear_grad_x", TORCH_BOX(&sliced_linear_grad_x<Cuda>));
+  library.impl("indexed_linear", TORCH_BOX(&indexed_linear<Cuda>));
+  library.impl("indexed_linear_grad_x", TORCH_BOX(&indexed_linear_grad_x<Cuda>));
+  library.impl("act_mul", TORCH_BOX(&act_mul<Cuda>));
+  library.impl("act_mul_backward", TORCH_BOX(&act_mul_backward<Cuda>));
+  library.impl("multi_adapter_linear", TORCH_BOX(&multi_adapter_linear<Cuda>));
+  library.impl("permute_", TORCH_BOX(&permute<Cuda>));
+  library.impl("scatter_add_", TORCH_BOX(&scatter_add<Cuda>));
+  library.impl("swap_", TORCH_BOX(&swap<Cuda>));
 }
+
+}  // namespace
+
+void register_cuda() {
+  static const StableTorchLibraryInit once(StableLibrary::Kind::IMPL, &add_kernels, "s2ft", "CUDA", __FILE__, __LINE__);
+}
+
+}  // namespace s2ft

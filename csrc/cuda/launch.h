@@ -27,10 +27,9 @@ int64_t permute_scratch_bytes(const Along& weight, int64_t element_size);
 int permute_units(const Along& along, const int64_t* order, int64_t element_size, void* weight, void* scratch,
                   int64_t scratch_bytes, void* stream);
 
-// weight += alpha * delta, for at most kMaxParts deltas (they are a kernel's arguments). `link` has room for
-// two numbers a unit of all parts; unused where there is one part.
-constexpr int kMaxParts = 32;
-int scatter_add_units(const Scatter& scatter, int64_t* link, void* stream);
+// weight += alpha * delta for every part, however many; `scratch` has scatter_scratch_bytes(), aligned to 8.
+int64_t scatter_scratch_bytes(const Scatter& scatter);
+int scatter_add_units(const Scatter& scatter, void* scratch, void* stream);
 
 // Exchanges the elements of `weight` that `exchange` names with `values`.
 int exchange_units(const Exchange& exchange, int64_t element_size, void* weight, void* values, void* stream);
@@ -47,6 +46,10 @@ int act_mul_backward(Activation activation, const ActMulData& data, void* stream
 // nothing: a captured graph cannot wait for work outside it, so order its replays yourself.
 int ordered_begin(int device, void* stream);
 int ordered_end(int device, void* stream);
+
+// CUDA versions, 1000 * major + 10 * minor: what the driver serves, 0 without a driver; what this was built with.
+int driver_version();
+int built_version();
 
 const char* error_text(int error);
 

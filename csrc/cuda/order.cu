@@ -48,6 +48,12 @@ int ordered_end(int device, void* stream) {
   return static_cast<int>(cudaEventRecord(last.event, static_cast<cudaStream_t>(stream)));
 }
 
+int driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+int built_version() { return CUDART_VERSION; }
+
 const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
 
 }  // namespace s2ft::cuda

@@ -6,7 +6,7 @@ from torch import nn
 
 from s2ft.layers.base import S2Layer
 from s2ft.layers.conv import CONVOLUTIONS, S2ColumnConv, S2RowConv, conv_forward
-from s2ft.layers.experts import ObservedStack, S2ColumnStack, S2RowStack, S2Stack, experts_forward
+from s2ft.layers.experts import ObservedStack, S2ColumnStack, S2RowStack, S2Stack, experts_forward, gate_of
 from s2ft.layers.linear import S2ColumnLinear, S2RowLinear, linear_forward
 from s2ft.layers.quantized import (NO_FUSE, S2QuantizedColumn, S2QuantizedLinear, S2QuantizedRow,
                                    quantized_forward)
@@ -14,7 +14,8 @@ from s2ft.weights import is_conv1d, is_quantized
 
 __all__ = ["CONVOLUTIONS", "NO_FUSE", "ObservedStack", "S2ColumnConv", "S2ColumnLinear", "S2ColumnStack",
            "S2Layer", "S2QuantizedColumn", "S2QuantizedLinear", "S2QuantizedRow", "S2RowConv", "S2RowLinear",
-           "S2RowStack", "S2Stack", "experts_forward", "forward_for", "layers_for"]
+           "S2RowStack", "S2Stack", "experts_forward", "forward_for", "gate_of",
+           "layers_for"]
 
 
 def layers_for(module: nn.Module) -> Optional[Tuple[Type[S2Layer], Type[S2Layer]]]:

@@ -3,7 +3,7 @@
 transformers keeps a mixture's experts so: `gate_up_proj` and `down_proj` of one module. A stack stands in the
 parameter's place, and the module gets :func:`experts_forward`, which runs the experts that have tokens one by one.
 """
-from typing import Dict, List, Optional, Tuple, Union
+from typing import Callable, Dict, List, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +93,27 @@ def experts_forward(self: nn.Module, hidden_states: Tensor,   # [tokens, width]
             stack.end()
 
 
+def gate_of(experts: nn.Module) -> Callable[[Tensor], Tensor]:
+    """How this module of experts makes act(gate) * up of the output of its `gate_up_proj`.
+
+    Raises: ValueError for a class that does not say.
+    """
+    own = getattr(experts, "_apply_gate", None)
+    if own is not None:
+        return own
+    if type(experts).__name__ == "LigerExperts":   # Liger-Kernel's constructor refuses every other activation
+        return _silu_gate
+    raise ValueError(f"{type(experts).__name__} has no _apply_gate, so it is not known how its experts combine gate "
+                     "and up: load the model without kernels that replace the class of its experts")
+
+
+def _silu_gate(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
 def _run_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    gated = gate_of(self)
     k, flat = top_k_index.shape[1], top_k_index.reshape(-1)
     order = flat.argsort(stable=True)                # all places of one expert in a row
     counts = torch.bincount(flat, minlength=self.num_experts).tolist()
@@ -101,7 +121,7 @@ def _run_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, to
     for expert, places in enumerate(order.split(counts)):
         if places.numel() and expert < self.num_experts:   # beyond: places that another device's experts have
             tokens = places // k
-            inner = self._apply_gate(_project(self.gate_up_proj, hidden_states[tokens], expert, tokens))
+            inner = gated(_project(self.gate_up_proj, hidden_states[tokens], expert, tokens))
             outputs.append(_project(self.down_proj, inner, expert, tokens) * top_k_weights.reshape(-1)[places, None])
     wide = torch.promote_types(hidden_states.dtype, torch.float32)
     result = torch.zeros(hidden_states.shape, dtype=wide, device=hidden_states.device)

@@ -94,17 +94,18 @@ def check_movable(op: str, weight: Tensor, dim: int, index: Tensor, values: Tens
 
 
 def check_distinct(op: str, index: Tensor, size: int, name: str = "index") -> None:
-    """Every entry of index in 0..size-1, none twice; ValueError otherwise. On a GPU this waits for it.
+    """Every entry of index in 0..size-1, none twice; ValueError otherwise. On a GPU this waits for it once.
 
     References call it, and public functions for a GPU; the compiled CPU kernels do the same themselves.
     """
     if torch.compiler.is_compiling() or index.numel() == 0:
         return
     ordered = index.sort().values
-    low, high, repeats = int(ordered[0]), int(ordered[-1]), ordered[1:] == ordered[:-1]
+    repeats = ordered[1:] == ordered[:-1]
+    low, high, repeated = torch.stack((ordered[0], ordered[-1], repeats.sum())).tolist()   # the only wait
     if low < 0 or high >= size:
         raise ValueError(f"{op}: {name} has {low if low < 0 else high}, outside 0..{size - 1}")
-    if bool(repeats.any()):
+    if repeated:
         raise ValueError(f"{op}: {name} names unit {int(ordered[1:][repeats][0])} twice")
 
 

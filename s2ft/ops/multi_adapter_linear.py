@@ -12,6 +12,8 @@ OP = "multi_adapter_linear"
 def reference(x: Tensor, y: Tensor, values: Tensor, index: Tensor, offsets: Tensor, adapter: Tensor,
               dim: int) -> Tensor:
     check_shapes(x, y, values, index, offsets, adapter, dim)
+    if x.device.type != "cpu":
+        return without_waiting(x, y, values, index, offsets, adapter, dim)
     check_entries(x, y, index, offsets, adapter, dim)
     out = y.clone(memory_format=torch.contiguous_format)
     for name in adapter.unique().tolist():
@@ -26,6 +28,58 @@ def reference(x: Tensor, y: Tensor, values: Tensor, index: Tensor, offsets: Tens
             changed = out[rows] + x[rows].index_select(-1, units) @ values[begin:end]
         out[rows] = changed
     return out
+
+
+def without_waiting(x: Tensor, y: Tensor, values: Tensor, index: Tensor, offsets: Tensor, adapter: Tensor,
+                    dim: int) -> Tensor:
+    """The reference for a device that the host must not wait for: no size depends on what a tensor holds.
+
+    Either every sequence is multiplied by all units of the bank, and what its adapter does not have is masked; or
+    sequence by sequence the units of its adapter are gathered, as many as an adapter can have. The first reads the
+    bank once for all sequences, the second does not grow with the bank. Entries out of range are skipped.
+    """
+    out = y.clone(memory_format=torch.contiguous_format)
+    units, adapters, limit = index.numel(), offsets.numel() - 1, (y, x)[dim].shape[-1]
+    if not (units and adapters and x.numel() and y.numel()):
+        return out
+    known, name = (adapter >= 0) & (adapter < adapters), adapter.clamp(0, adapters - 1)
+    begin, end = offsets[name], offsets[name + 1]
+    known = known & (begin >= 0) & (begin <= end) & (end <= units)   # [B]
+    at, fits = index.clamp(0, limit - 1), (index >= 0) & (index < limit)   # [U]
+    most, tokens, number = min(units, limit), x[..., 0].numel(), torch.arange(units, device=x.device)
+    of_each = tokens // x.shape[0]
+    if units * (1 + tokens / RIDGE) <= x.shape[0] * most * (3 + of_each / RIDGE):   # a gathered unit moves three times
+        step = max(1, min(PIECE // tokens, 4 * PIECE // values.shape[1]))
+        for some in (slice(first, first + step) for first in range(0, units, step)):
+            mine = (number[some] >= begin[:, None]) & (number[some] < end[:, None]) & known[:, None] & fits[some]
+            _add(out, x, values[some], at[some], mine, dim)
+        return out
+    for one in range(x.shape[0]):
+        some = (begin[one] + number[:most]).clamp(0, units - 1)
+        mine = (number[:most] < end[one] - begin[one]) & known[one] & fits[some]
+        _add(out[one:one + 1], x[one:one + 1], values[some], at[some], mine[None], dim)
+    return out
+
+
+PIECE = 2**24   # elements of an intermediate tensor
+RIDGE = 256     # tokens for which a GPU multiplies by a matrix about as long as it reads it
+
+
+def _add(out: Tensor,      # [B, ..., O], changed in place
+         x: Tensor,        # [B, ..., I]
+         values: Tensor,   # [n, I] for dim 0, [n, O] for dim 1
+         at: Tensor,       # [n] int64, the output or input that each unit is
+         mine: Tensor,     # [B, n] bool, which units each sequence's adapter has
+         dim: int) -> None:
+    """Add the units that each sequence's adapter has. Numbers of the others have no effect, not even inf and NaN."""
+    shape = (len(mine), *[1] * (x.dim() - 2))
+    others = ~mine.view(*shape, -1)
+    if dim == 0:
+        out.index_add_(-1, at, (x @ values.t()).masked_fill(others, 0))
+        return
+    broken = ~values.isfinite().all(1)   # zero times these would be NaN in every sequence
+    out += x.index_select(-1, at).masked_fill(others, 0) @ values.masked_fill(broken[:, None], 0)
+    out.masked_fill_((mine & broken).any(1).view(*shape, 1), float("nan"))
 
 
 def check_shapes(x: Tensor, y: Tensor, values: Tensor, index: Tensor, offsets: Tensor, adapter: Tensor,

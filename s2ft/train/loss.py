@@ -1,5 +1,9 @@
-"""The loss of a causal language model without its logits: torch's linear_cross_entropy goes through the tokens in pieces,
-and only through those that bear a loss. With a large vocabulary the logits are what a step keeps most of."""
+"""The loss of a causal language model without its logits, which with a large vocabulary are what a step keeps most of.
+torch's linear_cross_entropy goes through the tokens in pieces.
+
+On a CPU only the tokens that bear a loss are multiplied. On a GPU all are, since the host would wait to count them; the
+command line's batches end with the answers, so that few are multiplied in vain.
+"""
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping
@@ -13,8 +17,8 @@ from s2ft.train.encoding import IGNORED
 from s2ft.weights import is_quantized
 
 SCALE = 1024.0   # a power of two: multiplying by it and back is exact
-# Logits alive at once. On CPUs torch's own choice of pieces is a few tokens, several times slower than the plain loss
-PIECE = {"cpu": 2**23, "cuda": 2**26}
+PIECE = {"cpu": 2**23, "cuda": 2**26}   # logits alive at once
+TILE = 256   # on a GPU, rows of a piece are a multiple of this, so that its matrix product has no ragged tiles
 logger = logging.getLogger(__name__)
 
 
@@ -51,26 +55,48 @@ class FusedLoss:
         if is_sharded(self.head.weight):   # its own forward gathers it
             return ForCausalLMLoss(self.head(logits), labels, vocab_size, num_items_in_batch, ignore_index, shift_labels)
         targets = F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
-        targets = targets.to(logits.device).flatten()
+        hidden, targets = logits.flatten(0, -2), targets.to(logits.device).flatten()
         bearing = targets != ignore_index
-        total = sum_of_losses(logits.flatten(0, -2)[bearing], self.head.weight, self.head.bias, targets[bearing])
-        return total / (bearing.sum() if num_items_in_batch is None else num_items_in_batch)
+        items = bearing.sum() if num_items_in_batch is None else num_items_in_batch
+        if hidden.device.type == "cpu":   # on a GPU the host would wait there to learn how many rows are left
+            hidden, targets = hidden[bearing], targets[bearing]
+        return sum_of_losses(hidden, self.head.weight, self.head.bias, targets, ignore_index) / items
 
 
 def sum_of_losses(hidden: Tensor,         # [n, width]
                   weight: Tensor,         # [vocabulary, width]
                   bias: Tensor | None,    # [vocabulary]
-                  targets: Tensor         # [n] int64
+                  targets: Tensor,        # [n] int64
+                  ignore_index: int = IGNORED
                   ) -> Tensor:            # float32
-    """Cross entropy of hidden @ weightᵀ + bias, summed. Gradients have the plain loss's accuracy; in bfloat16 the value is
-    a sum of numbers that are rounded to it, one a piece: off by 0.2 % at most."""
-    rows = max(1, PIECE.get(hidden.device.type, PIECE["cuda"]) // weight.shape[0])
-    on_cpu = torch.nn.LinearCrossEntropyOptions(chunking_method=None, acc_policy="balanced")
-    options = on_cpu if hidden.device.type == "cpu" else torch.nn.LinearCrossEntropyOptions()
+    """Sum the cross entropy of hidden @ weightᵀ + bias over the rows whose target is not `ignore_index`.
+
+    Gradients have the plain loss's accuracy. In bfloat16 the value is a sum of numbers that are rounded to it, one a
+    piece: off by 0.2 % at most.
+    """
+    rows, options = piece_of(hidden.device.type, weight.shape[0])
     total = hidden.new_zeros((), dtype=torch.float32)
     for part, wanted in zip(hidden.split(rows), targets.split(rows)):
-        total = total + F.linear_cross_entropy(part, weight, wanted, linear_bias=bias, reduction="sum", options=options)
+        total = total + F.linear_cross_entropy(part, weight, wanted, linear_bias=bias, reduction="sum",
+                                               ignore_index=ignore_index, options=options)
     return total
+
+
+def piece_of(device: str, vocabulary: int) -> tuple[int, "nn.LinearCrossEntropyOptions"]:
+    """Choose how many rows one call of torch's linear_cross_entropy gets, and the options of that call.
+
+    torch must not cut a piece further. Its own choice is a few rows, since it takes a piece for the whole batch, and
+    every cut reads the output layer's weight twice again.
+
+    Args:
+        device: the type of the device, such as "cuda".
+        vocabulary: the number of rows of the output layer's weight.
+    """
+    rows = max(1, PIECE.get(device, PIECE["cuda"]) // vocabulary)
+    if device == "cpu":
+        return rows, nn.LinearCrossEntropyOptions(chunking_method=None, acc_policy="balanced")
+    # The policy stays torch's: it is "compact" there, but a policy that is named gives up the sums in float32.
+    return rows - rows % TILE or rows, nn.LinearCrossEntropyOptions(chunking_method=None)
 
 
 @contextlib.contextmanager

@@ -70,11 +70,10 @@ class Runner:
             numbers = [number for values in tensors for number in along(values, dim)]
             return (ctypes.c_int64 * len(numbers))(*numbers)
 
-        link = torch.zeros(2 * sum(len(i) for i in index), dtype=torch.int64)
         self.check(self.library.scatter_add(
             CODES[weight.dtype], CODES[delta[0].dtype], pointer(weight), along(weight, dim), ctypes.c_int64(len(delta)),
             pointers(delta), alongs(delta), pointers(index), (ctypes.c_double * len(alpha))(*alpha),
-            pointers(replaced), alongs(replaced), pointer(link)))
+            pointers(replaced), alongs(replaced)))
 
     def act_mul(self, gate, up, activation, out=None):
         out = torch.empty_like(gate) if out is None else out

@@ -57,14 +57,15 @@ int permute(int64_t element_size, void* weight, const int64_t* weight_along, con
 
 int scatter_add(int weight_type, int delta_type, void* weight, const int64_t* weight_along, int64_t count,
                 const void* const* deltas, const int64_t* delta_alongs, const int64_t* const* indices,
-                const double* alphas, void* const* replaced, const int64_t* replaced_alongs, int64_t* link) {
+                const double* alphas, void* const* replaced, const int64_t* replaced_alongs) {
   std::vector<Part> parts;
   for (int64_t j = 0; j < count; ++j)
     parts.push_back({along(delta_alongs + 7 * j), replaced ? along(replaced_alongs + 7 * j) : Along{}, deltas[j],
                      replaced ? replaced[j] : nullptr, indices[j], alphas[j]});
   const Scatter s{along(weight_along), weight, static_cast<DType>(weight_type), static_cast<DType>(delta_type),
                   parts.data(), count, replaced != nullptr};
-  return cuda::scatter_add_units(s, link, nullptr);
+  std::vector<int64_t> scratch(cuda::scatter_scratch_bytes(s) / 8, -7);   // what uninitialized memory may hold
+  return cuda::scatter_add_units(s, scratch.data(), nullptr);
 }
 
 int act_mul(int activation, int dtype, int64_t size, const void* gate, const void* up, void* out) {

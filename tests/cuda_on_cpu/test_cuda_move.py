@@ -4,6 +4,8 @@ import itertools
 import pytest
 import torch
 
+from s2ft.ops.scatter_add_ import reference
+
 CASES = [(shape, dim) for shape in ((9,), (5, 7), (24, 40), (3, 5, 7), (4, 8, 16)) for dim in range(len(shape))]
 DTYPES = (torch.uint8, torch.bfloat16, torch.float32, torch.float64)
 
@@ -95,6 +97,25 @@ def test_scatter_add(runner, shape, dim, dtypes):
         runner.scatter_add(weight, index, [strided(d, step) for d in delta], dim, alpha, replaced)
         assert torch.equal(weight, expected.to(dtype))
         assert all(torch.equal(old, original.index_select(dim, i)) for old, i in zip(replaced, index))
+
+
+@pytest.mark.parametrize("count", (2, 16, 17, 33, 70))
+@pytest.mark.parametrize("shape,dim", (((6, 8), 0), ((6, 8), 1), ((5,), 0)), ids=str)
+def test_scatter_add_of_any_number_of_parts(runner, shape, dim, count):
+    """All sums are rounded once, and what is replaced is the base, as the reference has it bit for bit."""
+    torch.manual_seed(count)
+    original, n = torch.randn(shape).bfloat16(), shape[dim]
+    index = [torch.randperm(n)[:j % (n + 1)] for j in range(count)]
+    delta = [torch.randn(*shape[:dim], len(i), *shape[dim + 1:]) for i in index]
+    alpha = [1 - j / count for j in range(count)]
+    kept = [torch.zeros_like(d, dtype=original.dtype) for d in delta]
+    expected, expected_kept = original.clone(), [torch.zeros_like(old) for old in kept]
+    reference(expected, index, delta, dim, alpha, expected_kept)
+    weight = original.clone()
+    runner.configure(count, max_blocks=2)
+    runner.scatter_add(weight, index, delta, dim, alpha, kept)
+    assert torch.equal(weight, expected)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(kept, expected_kept))
 
 
 @pytest.mark.parametrize("dim", (0, 1))

@@ -4,9 +4,11 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2ft import build_info
 from s2ft.ops import effective_units, permute_, scatter_add_, swap_
+from s2ft.ops._library import check_distinct
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((7,), (1, 1), (13, 9), (3, 5, 4), (0, 3), (70, 130), (3, 5000))
@@ -225,6 +227,19 @@ BAD = {
     "permute outside": (lambda w: permute_(w, torch.tensor([0, 1, 2, 4]), 0), "order has 4"),
     "permute dim": (lambda w: permute_(w, torch.arange(4), -1), "dim"),
 }
+
+
+class NoSingleNumbers(TorchDispatchMode):
+    """Raises where one number is read: on a GPU each is a wait."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function.overloadpacket.__name__ != "_local_scalar_dense"
+        return function(*args, **(kwargs or {}))
+
+
+def test_checking_an_index_does_not_read_its_numbers_one_by_one():
+    with NoSingleNumbers():
+        check_distinct("op", torch.randperm(9), 9)
 
 
 @pytest.mark.parametrize("kernel", (True, False), ids=("kernel", "reference"))

@@ -1,11 +1,14 @@
 """multi_adapter_linear: every sequence with its own adapter's delta, as if it had the merged weight to itself."""
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from support.tolerances import GEMM
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2ft.ops import multi_adapter_linear, pack_adapters
-from s2ft.ops.multi_adapter_linear import reference
+from s2ft.ops.multi_adapter_linear import reference, without_waiting
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.cuda))
@@ -92,6 +95,83 @@ def test_compiled_kernel_and_reference_agree(dim, dtype):
     case = Case(dim, dtype, (9, 5))
     with torch.no_grad():
         assert_close(case.call(), reference(case.x, case.y, *case.bank, case.adapter, dim), dtype)
+
+
+WAITING = ("_local_scalar_dense", "nonzero", "unique", "_unique2", "item", "masked_select", "equal", "is_nonzero")
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises where the host would need a number that a device holds."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        by_mask = function.overloadpacket.__name__ in ("index", "index_put", "index_put_") and any(
+            entry is not None and entry.dtype in (torch.bool, torch.uint8) for entry in args[1])
+        assert function.overloadpacket.__name__ not in WAITING and not by_mask, function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dim", (0, 1))
+def test_the_check_for_waiting_can_fail(dim):
+    case = Case(dim)
+    with torch.no_grad(), NoWaiting(), pytest.raises(AssertionError, match="unique"):
+        reference(case.x, case.y, *case.bank, case.adapter, dim)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", (0, 1))
+@pytest.mark.parametrize("leading, sizes", (
+    ((7,), SIZES), ((5, 6), SIZES), ((3, 2, 2), SIZES), ((0, 4), SIZES), ((4, 0), SIZES), ((3, 2), ()),
+    ((3, 2), (0, 0)),
+    ((3,), (30,) * 40), ((2, 300), (30,) * 40)), ids=str)   # the last two gather each sequence's units
+def test_the_reference_for_a_gpu_does_not_wait(dim, dtype, leading, sizes):
+    case = Case(dim, dtype, leading, sizes=sizes or SIZES)
+    if not sizes:
+        case.bank, case.deltas = (case.bank[0][:0], case.bank[1][:0], torch.tensor([0])), []
+        case.adapter = torch.full(leading[:1], -1)
+    with torch.no_grad():
+        y = case.y.clone()
+        with NoWaiting():
+            out = without_waiting(case.x, case.y, *case.bank, case.adapter, dim)
+        assert_close(out, case.expected(), dtype)
+        assert torch.equal(case.y, y)
+
+
+@pytest.mark.parametrize("dim", (0, 1))
+def test_the_reference_for_a_gpu_in_pieces(dim, monkeypatch):
+    monkeypatch.setattr(sys.modules[without_waiting.__module__], "PIECE", 45)
+    case = Case(dim, torch.float32, (3, 2))
+    with torch.no_grad():
+        assert_close(without_waiting(case.x, case.y, *case.bank, case.adapter, dim), case.expected(), torch.float32)
+
+
+@pytest.mark.parametrize("count", (4, 40))   # adapters: in one product, sequence by sequence
+@pytest.mark.parametrize("dim", (0, 1))
+def test_the_reference_for_a_gpu_skips_what_is_out_of_range(dim, count):
+    case = Case(dim, torch.float32, (5, 2), sizes=(30,) * count, names=[0, 1, 2, 3, -1])
+    values, index, offsets = (tensor.clone() for tensor in case.bank)
+    case.adapter[[2, 3]] = torch.tensor([count, -5])
+    index[[0, 3]] = torch.tensor([-1, 999])
+    with torch.no_grad():
+        out = without_waiting(case.x, case.y, values, index, offsets, case.adapter, dim)
+        where, delta = case.deltas[0]
+        kept = torch.tensor([unit not in (0, 3) for unit in range(30)])
+        case.deltas[0] = where[kept], delta.transpose(0, dim)[kept].transpose(0, dim)
+        case.adapter[[2, 3]] = -1
+        assert_close(out, case.expected(), torch.float32)
+        offsets[1:3] = torch.tensor([99999, 7])   # of no adapter from 0 to 2
+        assert torch.equal(without_waiting(case.x, case.y, *case.bank[:2], offsets, case.adapter, dim)[:2], case.y[:2])
+
+
+@pytest.mark.parametrize("count", (4, 40))
+@pytest.mark.parametrize("dim", (0, 1))
+def test_a_broken_adapter_does_not_reach_other_sequences(dim, count):
+    case = Case(dim, torch.float32, (4, 2), sizes=(30,) * count, names=[0, 1, -1, 2])
+    values = case.bank[0].clone()
+    values[30:60, 3] = float("nan")
+    with torch.no_grad():
+        out = without_waiting(case.x, case.y, values, *case.bank[1:], case.adapter, dim)
+        assert_close(out[[0, 2, 3]], case.expected()[[0, 2, 3]], torch.float32)
+    assert out[1].isnan().any()
 
 
 @pytest.mark.parametrize("dim", (0, 1))

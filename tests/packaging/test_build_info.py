@@ -15,6 +15,8 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.setattr(_build, "RECORD", tmp_path / "_build.json")
     monkeypatch.setattr(_build, "_module", None)
     monkeypatch.setattr(_build, "_reason", None)
+    monkeypatch.setattr(_build, "_cuda_reason", "")
+    monkeypatch.setattr(_build, "_silent", False)
 
     def load():
         with warnings.catch_warnings(record=True) as caught:
@@ -31,7 +33,8 @@ def record(folder, **entries):
 
 def test_the_keys_and_the_version():
     info = s2ft.build_info()
-    assert set(info) == {"compiled", "reason", "version", "torch", "compiler", "cuda", "archs", "ops"}
+    assert set(info) == {"compiled", "reason", "version", "torch", "compiler", "cuda", "archs", "cuda_version",
+                         "cuda_reason", "ops"}
     assert info["version"] == s2ft.__version__ and info["torch"] == torch.__version__
     assert {"sliced_linear", "indexed_linear", "swap_", "permute_"} <= set(info["ops"])
 
@@ -39,7 +42,8 @@ def test_the_keys_and_the_version():
 def test_compiled_agrees_with_the_dispatcher():
     info = s2ft.build_info()
     assert info["compiled"] is ("CPU" in info["ops"]["sliced_linear"])
-    assert info["cuda"] is ("CUDA" in info["ops"]["sliced_linear"])
+    if not torch.cuda.is_initialized():
+        assert "CUDA" not in info["ops"]["sliced_linear"] and info["cuda_reason"]
     if info["compiled"]:
         assert info["compiler"] and info["reason"]
 
@@ -62,7 +66,10 @@ def test_a_failed_build_warns_once_with_its_reason(fresh):
     module, messages = load()
     assert module is None and len(messages) == 1 and "no compiler" in messages[0]
     assert _build.build_info()["reason"] == "no compiler"
-    assert _build.build_info()["compiled"] is False
+    assert _build.build_info()["compiled"] is False and _build.build_info()["cuda_reason"] == "no compiler"
+    with warnings.catch_warnings():   # who was told so at import is not told again by attach
+        warnings.simplefilter("error")
+        _build.warn_without_cuda_kernels()
 
 
 def test_a_module_that_went_missing_warns(fresh):

@@ -30,7 +30,7 @@ def test_no_torch_header(source):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", (80, 90, 100))
+@pytest.mark.parametrize("arch", (75, 80, 90, 100, 120))
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_compiles_without_warnings_and_spills(source, arch, tmp_path):
     command = [str(NVCC), "-std=c++20", "-O3", f"-arch=sm_{arch}", "-cubin", "-Werror", "all-warnings",
@@ -42,13 +42,19 @@ def test_compiles_without_warnings_and_spills(source, arch, tmp_path):
 
 
 @needs_nvcc
-def test_the_cuda_build_loads_and_registers_its_kernels(run, source):
+def test_the_cuda_build_loads_and_registers_its_kernels_when_told(run, source):
+    """Importing it does not: nobody has looked whether a GPU can run them."""
     run(["setup.py", "-q", "build", "--build-lib", "built"], cwd=source, S2FT_BUILD="cuda",
         CUDA_HOME=Path(NVCC).parent.parent, TORCH_CUDA_ARCH_LIST="9.0")
-    result = run(["-c", "import json, s2ft; print(json.dumps(s2ft.build_info()))"], PYTHONPATH=source / "built")
-    info = json.loads(result.stdout.splitlines()[-1])
-    assert info["cuda"] is True and info["archs"] == ["9.0"]
-    assert {"sliced_linear", "permute_", "multi_adapter_linear"} <= info["ops"].keys()
-    in_pytorch = {op for op in info["ops"] if op.startswith("indexed_conv")}   # no device has kernels of these
-    assert len(in_pytorch) == 3 and all(info["ops"][op] == [] for op in in_pytorch)
-    assert all(devices == ["CPU", "CUDA"] for op, devices in info["ops"].items() if op not in in_pytorch), info["ops"]
+    show = ("import json, s2ft; from s2ft import _C; print(json.dumps([s2ft.build_info(), _C.cuda_versions(), "
+            "_C.register_cuda(), _C.register_cuda(), s2ft.build_info()]))")
+    result = run(["-c", show], PYTHONPATH=source / "built")
+    before, (driver, built), _, _, after = json.loads(result.stdout.splitlines()[-1])
+    assert before["cuda"] is True and before["archs"] == ["9.0"] and "once PyTorch initialises" in before["cuda_reason"]
+    assert before["cuda_version"] == f"{built // 1000}.{built % 1000 // 10}" and driver >= 0
+    assert {"sliced_linear", "permute_", "multi_adapter_linear"} <= before["ops"].keys()
+    in_pytorch = {op for op in before["ops"] if op.startswith("indexed_conv")}   # no device has kernels of these
+    assert len(in_pytorch) == 3
+    for info, expected in ((before, ["CPU"]), (after, ["CPU", "CUDA"])):
+        for op, devices in info["ops"].items():
+            assert devices == ([] if op in in_pytorch else expected), op

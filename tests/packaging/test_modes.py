@@ -46,7 +46,7 @@ def test_none_removes_what_an_earlier_build_left(run, source):
 def test_cuda_without_nvcc_is_an_error(run, source, tmp_path):
     result = build(run, source, check=False, S2FT_BUILD="cuda", CUDA_HOME=tmp_path)
     assert result.returncode != 0
-    assert "S2FT_BUILD=cuda needs nvcc" in result.stderr
+    assert "S2FT_BUILD=cuda: CUDA kernels need nvcc to be built" in result.stderr
 
 
 def test_auto_falls_back_with_a_warning_when_the_compiler_is_missing(run, source):
@@ -83,16 +83,112 @@ def test_cpu_builds_the_cpu_kernels(run, source):
     assert "RuntimeWarning" not in stderr
 
 
-@pytest.mark.slow
-def test_auto_keeps_the_cpu_kernels_when_nvcc_fails(run, source, tmp_path):
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text("#!/bin/sh\nexit 1\n")
+def toolkit(folder, version="13.0", codes=("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")):
+    """A CUDA toolkit whose nvcc answers questions and compiles nothing."""
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    listed = "\n".join(codes)
+    nvcc.write_text(f"""#!/bin/sh
+case "$1" in
+  --version) echo "Cuda compilation tools, release {version}, V{version}.1";;
+  --list-gpu-code) echo "{listed}";;
+  *) exit 1;;
+esac
+""")
     nvcc.chmod(0o755)
+    return folder
+
+
+def of_setup(run, source, code, torch_cuda="13.0", check=True, **variables):
+    """Run `code` with what setup.py defines, beside a PyTorch of this CUDA; what it printed."""
+    script = (f"import json, runpy, sys, torch; torch.version.cuda = {torch_cuda!r}; sys.argv[1:] = ['--name']\n"
+              f"setup = runpy.run_path('setup.py')\n{code}")
+    return run(["-c", script], cwd=source, check=check, **variables)
+
+
+SHOW_PLAN = "print(json.dumps([setup['PLAN'].cpp, setup['PLAN'].cuda, setup['PLAN'].cuda_reason]))"
+
+
+@pytest.mark.parametrize("nvcc, torch_cuda, kept", (
+    ("13.0", "13.0", True), ("12.6", "13.0", True), ("13.0", "12.8", False), ("13.1", "13.0", True),
+    ("13.0", None, None)))
+def test_auto_takes_an_nvcc_of_no_newer_major_version(run, source, tmp_path, nvcc, torch_cuda, kept):
+    result = of_setup(run, source, SHOW_PLAN, torch_cuda, CUDA_HOME=toolkit(tmp_path / "cuda", nvcc))
+    cpp, cuda, reason = json.loads(result.stdout.splitlines()[-1])
+    assert cpp is True and cuda is bool(kept)
+    assert ("nvcc in" in reason and "of CUDA 13 and PyTorch" in reason) is (kept is False)
+    assert ("installed without CUDA kernels: nvcc in" in result.stderr) is (kept is False)
+
+
+def test_auto_without_nvcc_notes_it_for_who_has_a_gpu(run, source, tmp_path):
+    result = of_setup(run, source, SHOW_PLAN, "13.0", CUDA_HOME=tmp_path)
+    assert json.loads(result.stdout.splitlines()[-1]) == [
+        True, False, "CUDA kernels need nvcc to be built: set CUDA_HOME to a CUDA toolkit, or put nvcc on PATH"]
+    assert "WARNING" not in result.stderr   # most users of a CUDA PyTorch have none
+
+
+def test_cuda_with_a_newer_nvcc_is_an_error_unless_pytorch_has_no_cuda(run, source, tmp_path):
+    home = toolkit(tmp_path / "cuda", "13.0")
+    result = of_setup(run, source, SHOW_PLAN, "12.8", check=False, CUDA_HOME=home, S2FT_BUILD="cuda")
+    assert result.returncode != 0 and "is of CUDA 13 and PyTorch" in result.stderr
+    result = of_setup(run, source, SHOW_PLAN, None, CUDA_HOME=home, S2FT_BUILD="cuda")
+    assert json.loads(result.stdout.splitlines()[-1]) == [True, True, ""]
+
+
+@pytest.mark.parametrize("codes, gpus, expected", (
+    (("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"), [], ["7.5", "8.0", "9.0", "10.0", "12.0+PTX"]),
+    (("sm_75", "sm_80", "sm_86", "sm_90"), [], ["7.5", "8.0", "9.0+PTX"]),   # CUDA 12.6
+    (("sm_75", "sm_80", "sm_86", "sm_90"), [(8, 6), (8, 0)], ["7.5", "8.0", "8.6", "9.0+PTX"]),
+    (("sm_75", "sm_80", "sm_90"), [(12, 0)], ["7.5", "8.0", "9.0+PTX"]),
+    ((), [], ["7.5", "8.0", "9.0", "10.0", "12.0+PTX"]),   # an nvcc that does not answer
+))
+def test_default_architectures(run, source, tmp_path, codes, gpus, expected):
+    code = (f"torch.cuda.device_count = lambda: {len(gpus)}; torch.cuda.get_device_capability = {gpus}.__getitem__\n"
+            "print(json.dumps(setup['cuda_archs'](setup['PLAN'].home)))")
+    result = of_setup(run, source, code, CUDA_HOME=toolkit(tmp_path / "cuda", codes=codes))
+    assert json.loads(result.stdout.splitlines()[-1]) == expected
+
+
+@pytest.mark.parametrize("listed, expected", (("9.0", ["9.0"]), ("8.0, 9.0a;10.0f+PTX", ["8.0", "9.0a", "10.0f+PTX"]),
+                                              ("8.0;Ampere", None), ("90", None), ("9.0+ptx", None)))
+def test_a_list_of_architectures(run, source, tmp_path, listed, expected):
+    result = of_setup(run, source, "print(json.dumps(setup['cuda_archs'](setup['PLAN'].home)))", check=False,
+                      CUDA_HOME=toolkit(tmp_path / "cuda"), TORCH_CUDA_ARCH_LIST=listed)
+    if expected is None:
+        assert "is no compute capability such as 9.0 or 10.0+PTX" in result.stderr
+    else:
+        assert json.loads(result.stdout.splitlines()[-1]) == expected
+
+
+def test_an_nvcc_without_a_toolkit_around_it_comes_second(run, source, tmp_path):
+    """It may be a script that starts the real one; its folder then has no runtime to link with."""
+    script, whole = toolkit(tmp_path / "script"), toolkit(tmp_path / "whole")
+    (whole / "lib64").mkdir()
+    (whole / "lib64" / "libcudart_static.a").write_text("")
+    code = f"""
+for candidates in ([{str(script)!r}, {str(whole)!r}], [None, {str(script)!r}], ["/nowhere", None]):
+    print(setup['toolkit_among'](candidates))
+"""
+    found = of_setup(run, source, code, S2FT_BUILD="none").stdout.splitlines()[-3:]
+    assert found == [str(whole), str(script), "None"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("listed", ("", "Ampere"))
+def test_auto_keeps_the_cpu_kernels_when_the_cuda_kernels_fail(run, source, tmp_path, listed):
+    """nvcc fails, or the list of architectures is wrong."""
     as_cuda_pytorch = ("import runpy, sys, torch; torch.version.cuda = '13.0'; "
                        "sys.argv[1:] = ['-q', 'build', '--build-lib', 'built']; runpy.run_path('setup.py')")
-    result = run(["-c", as_cuda_pytorch], cwd=source, CUDA_HOME=tmp_path)
+    result = run(["-c", as_cuda_pytorch], cwd=source, CUDA_HOME=toolkit(tmp_path / "cuda"), TORCH_CUDA_ARCH_LIST=listed)
     assert "WARNING: s2ft is installed without CUDA kernels" in result.stderr
     info, _ = show(run, source)
     assert info["compiled"] is True and info["cuda"] is False
-    assert "compiling the CUDA kernels failed" in info["reason"]
+    assert "compiling the CUDA kernels failed" in info["reason"] and info["cuda_reason"] in info["reason"]
+    assert ("'Ampere' is no compute capability" in info["reason"]) is bool(listed)
+
+
+@pytest.mark.slow
+def test_cuda_with_a_wrong_list_of_architectures_is_an_error(run, source, tmp_path):
+    result = build(run, source, check=False, S2FT_BUILD="cuda", CUDA_HOME=toolkit(tmp_path / "cuda"),
+                   TORCH_CUDA_ARCH_LIST="Ampere")
+    assert result.returncode != 0 and "S2FT_BUILD=cuda: TORCH_CUDA_ARCH_LIST: 'Ampere'" in result.stderr

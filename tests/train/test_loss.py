@@ -7,7 +7,7 @@ from train.test_finetune import losses, run
 from train.tiny import tiny_model
 
 import s2ft
-from s2ft.train.loss import PIECE, fused_loss, why_not
+from s2ft.train.loss import IGNORED, PIECE, FusedLoss, fused_loss, piece_of, sum_of_losses, why_not
 
 # Cases whose loss is not that of a causal language model, or who bend their logits
 NOT = {"gemma2": "more to its logits than to scale them", "gemma2-grouped": "more to its logits than to scale them",
@@ -57,6 +57,45 @@ def test_pieces_add_up(monkeypatch):
     monkeypatch.setitem(PIECE, "cpu", 7 * model.config.vocab_size)   # 30 tokens in pieces of 7
     with fused_loss(model.train()):
         torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("vocabulary, width, rows", ((128256, 4096, 512), (151936, 3584, 256), (49152, 576, 1280),
+                                                     (32000, 4096, 2048), (300_000, 1024, 223)))
+def test_torch_does_not_cut_a_piece_on_a_gpu(vocabulary, width, rows, dtype):
+    """Left to choose, torch takes 16 rows of 512 and reads the weight 32 times as often."""
+    piece, options = piece_of("cuda", vocabulary)
+    chosen = options._adjust(num_batches=piece, in_features=width, num_classes=vocabulary, dtype=dtype,
+                             device=torch.device("cuda"))
+    assert piece == chosen.batch_chunk_size == rows and chosen.acc_policy == "compact"
+    assert options.acc_policy == "auto"   # torch then forms sums of half-precision numbers in float32
+
+
+def test_the_host_does_not_wait_for_a_gpu():
+    """A tensor on "meta" has no numbers, so an operator whose shape depends on them raises."""
+    model = tiny_model().to("meta")
+    fused = FusedLoss(model)
+    hidden = torch.empty(2, 9, model.config.hidden_size, device="meta")
+    labels = torch.empty(2, 9, dtype=torch.int64, device="meta")
+    for items in (None, torch.empty((), dtype=torch.int64, device="meta")):
+        fused.on = True
+        assert fused.loss(hidden, labels, model.config.vocab_size, items).shape == ()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_rows_without_a_loss_may_stay_or_go(dtype):
+    """They stay on a GPU. The numbers are those of the rows that bear a loss."""
+    hidden = torch.randn(30, 16).to(dtype).requires_grad_()
+    weight, targets = torch.randn(50, 16).to(dtype), torch.randint(0, 50, (30,))
+    targets[::3] = IGNORED
+    stay = sum_of_losses(hidden, weight, None, targets)
+    (ours,) = torch.autograd.grad(stay, hidden)
+    go = sum_of_losses(hidden[targets != IGNORED], weight, None, targets[targets != IGNORED])
+    (theirs,) = torch.autograd.grad(go, hidden)
+    rtol, atol = GEMM[dtype]
+    torch.testing.assert_close(stay, go, rtol=rtol, atol=atol)
+    torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
+    assert not ours[::3].any()
 
 
 def test_evaluation_has_the_models_own_loss_and_logits():

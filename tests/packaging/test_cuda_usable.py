@@ -1,0 +1,156 @@
+"""Whether CUDA kernels are registered: the decision as a table, and what is said where they are not."""
+import types
+import warnings
+
+import pytest
+import torch
+from support.models import model_of
+
+import s2ft
+from s2ft import _build
+from s2ft._cuda import serves, version, why_unusable
+
+# architecture, capability, whether the driver compiles PTX, whether the code runs there
+SERVES = [
+    ("8.0", (8, 0), True, True), ("8.0", (8, 9), True, True), ("8.6", (8, 0), True, False),
+    ("8.0", (9, 0), True, False), ("8.0", (7, 5), True, False), ("7.5", (7, 0), True, False),
+    ("7.5", (7, 5), False, True),
+    ("10.0", (10, 3), True, True), ("12.0", (12, 1), False, True), ("12.0", (1, 2), True, False),
+    ("8.0+PTX", (9, 0), True, True), ("8.0+PTX", (9, 0), False, False), ("8.0+PTX", (7, 5), True, False),
+    ("8.0+PTX", (8, 6), False, True), ("12.0+PTX", (11, 0), True, False),
+    ("9.0a", (9, 0), True, True), ("9.0a+PTX", (10, 0), True, False), ("10.0a", (10, 3), True, False),
+    ("10.0f", (10, 3), True, True), ("10.0f+PTX", (12, 0), True, False), ("Ampere", (8, 0), True, False),
+]
+T4, A100, H100, V100 = ("Tesla T4", (7, 5)), ("A100", (8, 0)), ("H100", (9, 0)), ("V100", (7, 0))
+ARCHS = ("7.5", "8.0", "9.0", "10.0", "12.0+PTX")
+# driver, built with, architectures, devices, what the reason has; empty: they are used
+DECISIONS = {
+    "served": (13000, 13000, ARCHS, [H100], ""),
+    "old GPU": (13000, 13000, ARCHS, [T4], ""),
+    "newer driver": (13010, 12060, ("9.0",), [H100], ""),
+    "older minor driver, machine code": (12040, 12080, ("9.0+PTX",), [H100], ""),
+    "older minor driver, PTX": (12040, 12080, ("8.0+PTX",), [H100], "8.0+PTX, which does not serve device 0 (H100"),
+    "PTX": (13000, 13000, ("8.0+PTX",), [H100], ""),
+    "no driver": (0, 13000, ARCHS, [], "there is no CUDA driver"),
+    "old driver": (12080, 13000, ARCHS, [H100], "serves CUDA up to 12.8 and the kernels were built with CUDA 13.0"),
+    "too old a GPU": (13000, 13000, ARCHS, [V100], "device 0 (V100, compute capability 7.0)"),
+    "one of two": (13000, 13000, ("8.0",), [A100, T4], "device 1 (Tesla T4, compute capability 7.5)"),
+    "no GPU": (13000, 13000, ARCHS, [], ""),
+}
+
+
+@pytest.mark.parametrize("arch, capability, jit, expected", SERVES, ids=str)
+def test_which_code_runs_where(arch, capability, jit, expected):
+    assert serves(arch, capability, jit) is expected
+
+
+@pytest.mark.parametrize("case", DECISIONS)
+def test_the_decision_and_its_reason(case):
+    driver, built, archs, devices, expected = DECISIONS[case]
+    reason = why_unusable(driver, built, archs, devices)
+    assert expected in reason and bool(reason) == bool(expected)
+
+
+def test_versions():
+    assert version(12080) == "12.8" and version(13000) == "13.0"
+
+
+class Module:
+    """Stands in for the compiled module."""
+
+    registered = 0
+
+    def __init__(self, driver=13000, built=13000, with_cuda=True):
+        self.versions, self.with_cuda = (driver, built), with_cuda
+
+    def cuda_versions(self):
+        return self.versions
+
+    def register_cuda(self):
+        self.registered += 1
+
+    def build_info(self):
+        return {"with_cuda": self.with_cuda, "cuda_archs": "8.0;9.0" if self.with_cuda else ""}
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """load(module, device): _build after loading this module, as PyTorch initialises CUDA for one GPU."""
+    for name, value in (("_cuda_reason", ""), ("_cuda_registered", False), ("_silent", False)):
+        monkeypatch.setattr(_build, name, value)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+    def load(module, device=H100, record=None):
+        monkeypatch.setattr(_build, "_module", module)
+        monkeypatch.setattr(_build, "_reason", "the compiled kernels are loaded")
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: device[0])
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: device[1])
+        queued = []
+        monkeypatch.setattr(torch.cuda, "_lazy_call", queued.append)
+        _build._prepare_cuda(record or {})
+        assert not module.registered   # not before CUDA is initialised
+        for call in queued:
+            call()
+        return _build.build_info()["cuda_reason"]
+    return load
+
+
+def warned():
+    """What a second and a first model on CUDA make s2ft say."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        _build.warn_without_cuda_kernels()
+        _build.warn_without_cuda_kernels()
+    return [str(w.message) for w in caught]
+
+
+def test_kernels_are_registered_with_cuda_and_nothing_is_said(fresh):
+    module = Module()
+    assert fresh(module) == "the CUDA kernels are registered" and module.registered == 1
+    assert s2ft.build_info()["cuda_version"] == "13.0" and s2ft.build_info()["cuda"] is True
+    assert warned() == []
+
+
+@pytest.mark.parametrize("module, device, reason", (
+    (Module(driver=12080), H100, "the driver serves CUDA up to 12.8"),
+    (Module(), T4, "device 0 (Tesla T4, compute capability 7.5)"),
+    (Module(with_cuda=False), H100, "the CUDA kernels were not built"),
+), ids=("driver", "device", "not built"))
+def test_what_cannot_run_is_not_registered_and_said_once(fresh, module, device, reason):
+    assert reason in fresh(module, device)
+    assert not module.registered
+    (message,) = warned()
+    assert reason in message and "PyTorch implementations serve" in message
+
+
+def test_the_builds_reason_is_given(fresh):
+    assert fresh(Module(with_cuda=False), record={"cuda_reason": "CUDA kernels need nvcc"}) == "CUDA kernels need nvcc"
+
+
+def test_pytorch_for_another_vendor_registers_nothing(fresh, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    module = Module()
+    assert "not one for CUDA" in fresh(module) and not module.registered
+
+
+def test_a_failure_does_not_reach_pytorch(fresh):
+    module = Module()
+    module.register_cuda = lambda: 1 / 0
+    assert "could not be registered: division by zero" in fresh(module)
+    assert len(warned()) == 1
+
+
+def test_attach_tells_the_user_of_a_model_on_cuda(monkeypatch):
+    calls = []
+    monkeypatch.setattr("s2ft.convert.warn_without_cuda_kernels", lambda: calls.append(1))
+    s2ft.attach(model_of("llama"), s2ft.S2FTConfig(d_ratio=0.2))
+    assert not calls
+    monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True, raising=False)
+
+    def stop(*_):
+        raise InterruptedError   # the rest of attach would take the tensors for what they are not
+    monkeypatch.setattr("s2ft.convert.select_units", stop)
+    with pytest.raises(InterruptedError):
+        s2ft.attach(model_of("llama"), s2ft.S2FTConfig(d_ratio=0.2))
+    assert calls == [1]
