@@ -1,4 +1,5 @@
 """How to train: the command line's training options, one field each."""
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -68,7 +69,12 @@ class TrainOptions:
 
     def steps(self, rows: int) -> int:
         """Updates of the whole run over `rows` rows."""
-        return self.max_steps if self.max_steps > 0 else max(1, round(-(-rows // self.batch_size) * self.epochs))
+        return self.max_steps if self.max_steps > 0 else max(1, math.ceil(-(-rows // self.batch_size) * self.epochs))
+
+    def warmup(self, steps: int) -> int:
+        """Steps of warm-up in a run of `steps`: at most a tenth, since a short run would else end before it reaches its
+        learning rate."""
+        return min(self.warmup_steps, steps // 10)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
