@@ -128,7 +128,8 @@ MISTAKES = [
     (["--stop-after", "-1"], "stop_after must be at least 0"),
     (["--optimizer", "newton"], "newton"),
     (["--report-to", "no_such_logger"], "no_such_logger"),
-    (["--report-to", "comet_ml"], "report_to: comet_ml is not installed"),
+    (["--report-to", "comet_ml"], "report_to comet_ml needs the package comet-ml, which is not installed: pip install "
+     "comet-ml"),
 ]
 
 
