@@ -18,6 +18,7 @@ NEEDS = {
     "a model in a .gguf file": ("gguf",),
     "loss.png": ("matplotlib",),
     "s2ft.peft": ("peft",),
+    "s2ft.train.trainer": ("accelerate",),
     **{f"optimizer {name}": ("bitsandbytes",) for name in BITSANDBYTES},
     **{f"optimizer {name}": ("torchao",) for name in ("adamw_torch_4bit", "adamw_torch_8bit")},
     **{f"optimizer {name}": ("lomo-optim",) for name in ("lomo", "adalomo")},

@@ -6,7 +6,7 @@ several adapters with different units live in one layer.
 """
 from s2ft.packages import check_packages
 
-check_packages("s2ft.peft")   # else Python's own error would come, which does not say what to install
+check_packages("s2ft.peft")   # before Python's own error, which does not say what to install
 
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING

@@ -43,10 +43,11 @@ def without(modules, code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
 
-def test_importing_the_peft_method_without_peft():
-    done = without(["peft"], "import s2ft.peft")
-    assert done.stderr.splitlines()[-1].endswith("s2ft.peft needs the package peft, which is not installed: pip install "
-                                                 "peft")
+@pytest.mark.parametrize("module, package", [("s2ft.peft", "peft"), ("s2ft.train.trainer", "accelerate")])
+def test_importing_a_module_without_its_package(module, package):
+    done = without([package], f"import {module}")
+    assert done.stderr.splitlines()[-1].endswith(f"{module} needs the package {package}, which is not installed: pip "
+                                                 f"install {package}")
 
 
 def test_a_run_without_any_optional_package_but_accelerate(tmp_path):
