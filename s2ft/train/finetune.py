@@ -12,7 +12,7 @@ import s2ft
 from s2ft.adapter.store import gathered
 from s2ft.distributed import check_agree
 from s2ft.mounting import attachment_of
-from s2ft.packages import NEEDS, MissingPackages, check_packages
+from s2ft.packages import check_packages
 from s2ft.train.checkpoints import last_whole
 from s2ft.train.encoding import AnswerCollator, TokenRow
 from s2ft.train.evaluate import HeldOut
@@ -238,7 +238,7 @@ def check_packages_of_run(options: TrainOptions) -> None:
 
     Raises:
         MissingPackages: Names the packages that are missing and the line that installs them.
-        ValueError: A logger that transformers doesn't know.
+        ValueError: A logger that transformers doesn't know, or can't use here.
     """
     check_packages("s2ft finetune")
     check_packages(f"optimizer {options.optimizer}")
@@ -248,9 +248,11 @@ def check_packages_of_run(options: TrainOptions) -> None:
 
     get_reporting_integration_callbacks(list(options.report_to))   # ValueError for one that transformers doesn't know
     for name in options.report_to:
-        if name not in get_available_reporting_integrations():
-            feature = f"report_to {name}"
-            raise MissingPackages(feature, NEEDS.get(feature, (name.replace("_", "-"),)))
+        check_packages(f"report_to {name}")
+    available = get_available_reporting_integrations() + ["flyte"]   # which it forgets
+    for name in options.report_to:
+        if name not in available:
+            raise ValueError(f"report_to: transformers can't use {name} here, as it is installed and set up")
 
 
 def say_length(options: TrainOptions, rows: int) -> None:

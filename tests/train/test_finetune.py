@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from train.tiny import sums, tiny_model, tiny_tokenizer
 
 import s2ft
-from s2ft.packages import MissingPackages
+from s2ft.packages import NEEDS, MissingPackages
 from s2ft.train.encoding import encode_examples
 from s2ft.train.examples import example_from
 from s2ft.train.evaluate import HeldOut
@@ -291,6 +291,17 @@ def test_packages_of_a_run(options, package, message, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingPackages, match=message):
         check_packages_of_run(TrainOptions(**options))
+
+
+def test_every_logger_has_its_package():
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    assert {f"report_to {name}" for name in INTEGRATION_TO_CALLBACK} <= set(NEEDS)
+
+
+def test_a_logger_that_transformers_can_not_use(monkeypatch):
+    monkeypatch.setattr("s2ft.packages.is_installed", lambda package: True)
+    with pytest.raises(ValueError, match="report_to: transformers can't use comet_ml here"):
+        check_packages_of_run(TrainOptions(report_to=["comet_ml"]))
 
 
 def test_every_optimizer_that_needs_bitsandbytes_is_known():
