@@ -44,10 +44,12 @@ def train(job: FinetuneArguments, config, options) -> None:
     """Everything is checked before a run in the output folder is touched. The first rank alone holds the folder."""
     from contextlib import nullcontext
 
+    from s2ft.adapter.formats.reading import check_adapter_name
     from s2ft.train.finetune import check_packages_of_run, this_rank
     from s2ft.train.output import RunFolder
 
     check_packages_of_run(options)
+    check_adapter_name(job.name, "name")   # else saving would refuse it after the training
     ranks, folder = this_rank(), RunFolder(job.output)
     options.accumulation(ranks.num_processes)
     with folder.reserved(job.resume, job.overwrite) if ranks.is_main_process else nullcontext():

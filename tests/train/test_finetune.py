@@ -316,7 +316,8 @@ def test_every_optimizer_that_needs_bitsandbytes_is_known():
 
 @pytest.mark.parametrize("changes, message", [
     ({"learning_rate": 0}, "learning_rate must be positive"), ({"batch_size": 0}, "batch_size must be at least 1"),
-    ({"epochs": 0}, "epochs must be positive"), ({"save_steps": -1}, "save_steps must be at least 0")])
+    ({"epochs": 0}, "epochs must be positive"), ({"epochs": float("inf")}, "epochs must be a finite number"),
+    ({"weight_decay": float("nan")}, "weight_decay must be a finite number"), ({"save_steps": -1}, "save_steps must be at least 0")])
 def test_bad_options(changes, message):
     with pytest.raises(ValueError, match=message):
         TrainOptions(**changes)
