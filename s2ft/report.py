@@ -90,10 +90,15 @@ class Report:
                                   f"{self.total:,} parameters are trained ({self.share:.2%})"])
 
 
+def units_of(projection: Projection, units: int) -> str:
+    """E.g. "46 of 1536 channels"."""
+    return f"{units} of {projection.count} {unit_name(projection)}"
+
+
 def _spread(group: List[Trained]) -> Tuple[int, str]:
     """Over how many layers, or weights where there are no experts, and how many units in each."""
     one = group[0]
-    text = f"{one.units} of {one.projection.count} {unit_name(one.projection)}"
+    text = units_of(one.projection, one.units)
     if one.projection.expert is None:
         return len(group), text
     layers = len({part.projection.path for part in group})
@@ -111,8 +116,8 @@ def _name_in_layer(projection: Projection) -> str:
 
 @of_compiled
 def print_trainable_parameters(model: nn.Module) -> None:
-    """One line, as PEFT's models print it; total parameters are the base's and the trained ones."""
+    """One line, as PEFT's models print it, with the numbers of the report: trained slices are part of the base's weights,
+    so that they are not counted again."""
     report = Report.of(model)
-    total = report.total + report.trainable
-    print(f"trainable params: {report.trainable:,} || all params: {total:,} || trainable%: "
-          f"{100 * report.trainable / total:.4f}")
+    print(f"trainable params: {report.trainable:,} || all params: {report.total:,} || trainable%: "
+          f"{100 * report.share:.4f}")

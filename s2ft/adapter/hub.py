@@ -7,6 +7,7 @@ from typing import Any, Dict, Optional, Union
 from torch import nn
 
 from s2ft.adapter.adapter import Adapter
+from s2ft.adapter.folders import adapter_folder
 from s2ft.adapter.formats import native
 from s2ft.files import replace_file
 
@@ -17,16 +18,17 @@ REPOSITORY = re.compile(rf"{WORD}/{WORD}(?:@[\w./\-]+)?", re.ASCII)   # org/name
 
 
 def resolve(directory_or_repo, **options) -> Path:
-    """The folder of an adapter: one that is here, or that of a repository on the hub, "org/name" or
-    "org/name@revision", whose two files are downloaded unless they are in the cache. A folder that is here comes first.
+    """The folder of an adapter: one that is here, the one in the output folder of a run, or that of a repository on
+    the hub, "org/name" or "org/name@revision", whose two files are downloaded unless they are in the cache. A folder
+    that is here comes first.
 
     Args:
         options: for huggingface_hub's snapshot_download: token, cache_dir, local_files_only …
-    Raises: FileNotFoundError where there is neither, with the hub's reason.
+    Raises: FileNotFoundError where there is neither, with the hub's reason, or for a run without an adapter.
     """
     path = Path(directory_or_repo).expanduser()
     if path.exists() or not isinstance(directory_or_repo, str) or not REPOSITORY.fullmatch(directory_or_repo):
-        return path   # where there is none, the reader says what is missing
+        return adapter_folder(path)   # where there is none, the reader says what is missing
     from huggingface_hub import snapshot_download   # not at the top: `import s2ft` would load it
 
     repo_id, _, revision = directory_or_repo.partition("@")
@@ -56,7 +58,7 @@ def push_to_hub(model_or_folder: Union[nn.Module, str, Path], repo_id: str, name
     if not isinstance(model_or_folder, nn.Module):
         if name is not None:
             raise ValueError("name says which adapter of a model; a folder holds one")
-        return _upload(Path(model_or_folder), repo_id, revision, private, token, message)
+        return _upload(adapter_folder(Path(model_or_folder)), repo_id, revision, private, token, message)
     from s2ft.adapter.store import save_adapter   # store may look for folders here
 
     with TemporaryDirectory() as folder:

@@ -14,6 +14,7 @@ from s2ft.distributed import settle
 from s2ft.ops._lock import LOCK
 from s2ft.mounting import check_not_sharded, release, unmount
 from s2ft.record import RECORD, Attachment, attachment_of
+from s2ft.report import units_of
 
 Weights = Union[str, Mapping[str, float], None]
 
@@ -179,6 +180,7 @@ class StatusRow:
 
     path: str
     adapter: str
+    units: str         # e.g. "46 of 1536 channels", as in the report of s2ft.attach
     elements: int      # rows or columns of the weight
     weight: float      # in the sum of what is active; 0 where it is not
     trainable: bool
@@ -202,10 +204,11 @@ class Status:
         active = ", ".join(name if weight == 1 else f"{weight:g} × {name}" for name, weight in self.active.items())
         lines = [f"adapters: {', '.join(self.adapters) or 'none'}; active: {active or 'none'}; "
                  f"trainable: {self.trainable or 'none'}"]
-        width = max((len(row.path) for row in self.rows), default=0)
+        width, units = (max((len(getattr(row, column)) for row in self.rows), default=0)
+                        for column in ("path", "units"))
         for row in self.rows:
             flags = [word for word in ("active", "trainable", "fused") if getattr(row, word)]
-            lines.append(f"{row.path:<{width}}  {row.adapter}  {row.elements:>6}  {', '.join(flags)}")
+            lines.append(f"{row.path:<{width}}  {row.adapter}  {row.units:<{units}}  {', '.join(flags)}".rstrip())
         return "\n".join(lines)
 
 
@@ -220,12 +223,14 @@ def status(model: nn.Module) -> Status:
     for path, (mount, part) in record.parts.items():
         layer, weight = mount.layer, record.active.get(record.name, 0.0)
         by_layer = layer.enabled if weight in (0, 1) else path in written
-        rows.append(StatusRow(path, record.name, part.elements.numel(), (weight or 1.0) if by_layer else 0.0,
+        units = units_of(part.projection, record.selection[path].numel())
+        rows.append(StatusRow(path, record.name, units, part.elements.numel(), (weight or 1.0) if by_layer else 0.0,
                               layer.s2.requires_grad, layer.fused or (by_layer and not layer.enabled)))
     for name, adapter in record.others.items():
         weight = record.active.get(name, 0.0)
         for path, delta in adapter.deltas.items():
-            rows.append(StatusRow(path, name, delta.index.numel(), weight if path in written else 0.0, False,
+            units = units_of(record.projections[path], adapter.selection[path].numel())
+            rows.append(StatusRow(path, name, units, delta.index.numel(), weight if path in written else 0.0, False,
                                   weight != 0 and path in written))
     trains = any(mount.layer.s2.requires_grad for mount in record.mounts.values())
     return Status(record.names, dict(record.active), record.name if trains else None, rows)

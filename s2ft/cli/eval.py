@@ -10,7 +10,7 @@ class EvalArguments:
     data: list[str] = field(metadata={"help": "JSON or JSONL files; `answer` is what is scored, else the output's"})
     task: str = field(metadata={"help": "arithmetic: the last number of the generated text; commonsense: the first "
                                         "answer word (true, answer1, …)"})
-    adapter: str | None = field(default=None, metadata={"help": "an adapter folder"})
+    adapter: str | None = field(default=None, metadata={"help": "an adapter folder, or the output folder of s2ft finetune"})
     batch_size: int = field(default=32, metadata={"help": "prompts generated at once"})
     max_new_tokens: int = field(default=256, metadata={"help": "longest answer in tokens"})
     limit: int | None = field(default=None, metadata={"help": "take the first rows only"})

@@ -2,6 +2,7 @@
 import argparse
 
 from s2ft.cli.parse import Help, quiet_transformers
+from s2ft.packages import check_packages
 
 FORMATS = ("lora", "merged", "gguf")
 DESCRIPTION = """Write an adapter for other tools, load it again and compare before saying so.
@@ -20,6 +21,7 @@ class Lines(Help, argparse.RawDescriptionHelpFormatter):
 def run(arguments: list[str]) -> None:
     job = _parser().parse_args(arguments)
     _check(job)
+    check_packages(f"s2ft export --format {job.format}")
     quiet_transformers()
     print(export(job))
 
@@ -27,7 +29,7 @@ def run(arguments: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="s2ft export", description=DESCRIPTION, formatter_class=Lines,
                                      allow_abbrev=False)
-    parser.add_argument("adapter", nargs="?", metavar="ADAPTER", help="an adapter folder")
+    parser.add_argument("adapter", nargs="?", metavar="ADAPTER", help="an adapter folder, or the output folder of s2ft finetune")
     parser.add_argument("--model", required=True,
                         help="the adapter's base: a checkpoint folder, a name on the hub, or a .gguf file")
     parser.add_argument("--format", choices=FORMATS, help="what to write; default: lora")

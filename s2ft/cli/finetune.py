@@ -32,7 +32,7 @@ def run(arguments: list[str]) -> None:
     from s2ft.train.options import TrainOptions
 
     job, config, options = parse("finetune", "Train an adapter. One device: run as it is. Several: torchrun "
-                                 "--nproc-per-node N -m s2ft.cli finetune …, or accelerate launch -m s2ft.cli …",
+                                 "--nproc-per-node N -m s2ft finetune …, or accelerate launch -m s2ft finetune …",
                                  [FinetuneArguments, S2FTConfig, TrainOptions], arguments)
     quiet_transformers()
     if not config.ratios and config.units is None:
@@ -41,22 +41,31 @@ def run(arguments: list[str]) -> None:
 
 
 def train(job: FinetuneArguments, config, options) -> None:
-    """Everything is checked before the output folder is touched."""
+    """Everything is checked before a run in the output folder is touched. The first rank alone holds the folder."""
+    from contextlib import nullcontext
+
+    from s2ft.adapter.formats.reading import check_adapter_name
+    from s2ft.train.finetune import check_packages_of_run, this_rank
+    from s2ft.train.output import RunFolder
+
+    check_packages_of_run(options)
+    check_adapter_name(job.name, "name")   # else saving would refuse it after the training
+    ranks, folder = this_rank(), RunFolder(job.output)
+    options.accumulation(ranks.num_processes)
+    with folder.reserved(job.resume, job.overwrite) if ranks.is_main_process else nullcontext():
+        _train(job, config, options, folder, ranks)
+
+
+def _train(job: FinetuneArguments, config, options, folder, ranks) -> None:
     import s2ft
     from s2ft.train.calibration import calibration_for
     from s2ft.train.encoding import context_length, encode_examples
     from s2ft.train.examples import read_examples
-    from s2ft.train.finetune import check_ranks_agree, finetune, this_rank, training_arguments
+    from s2ft.train.finetune import check_ranks_agree, training_arguments
     from s2ft.train.memory import say_memory
     from s2ft.train.models import load_model
-    from s2ft.train.output import RunFolder
     from s2ft.train.prompts import pad_id
 
-    ranks = this_rank()
-    folder = RunFolder(job.output)
-    if ranks.is_main_process:
-        folder.check(job.resume, job.overwrite)
-    options.accumulation(ranks.num_processes)
     examples = read_examples(job.data)[:job.limit]
     model, tokenizer = load_model(job.model, options.dtype)
     room = min(options.max_length, context_length(model) or options.max_length)
@@ -74,11 +83,25 @@ def train(job: FinetuneArguments, config, options) -> None:
         folder.begin(_run_options(job, config, options), job.resume)
         print(report, flush=True)
     ranks.wait_for_everyone()   # the others must not look into the folder before it is ready
-    result = finetune(model, tokenizer, rows, options, folder, job.resume, held_out)
+    result = _finetune(model, tokenizer, rows, options, folder, job.resume, held_out)
     if ranks.is_main_process:
         print(f"{result.steps} steps, {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s, loss "
               f"{result.loss:.4f}\n" + (f"adapter: {result.adapter}" if result.finished else
                                         f"stopped before the end: go on with --resume in {folder.path}"))
+
+
+def _finetune(model, tokenizer, rows, options, folder, resume, held_out):
+    """Raises: OSError that also says what is kept, where a file can't be written, on a full disk for example."""
+    from s2ft.cli.main import reason_not_written
+    from s2ft.train.finetune import finetune
+
+    try:
+        return finetune(model, tokenizer, rows, options, folder, resume, held_out)
+    except Exception as error:
+        reason = reason_not_written(error)
+        if reason is None:
+            raise
+        raise OSError(f"{reason}; {folder.kept()}") from error
 
 
 def _held_out(job: FinetuneArguments, tokenizer, room: int):

@@ -7,7 +7,7 @@ from s2ft.cli.parse import parse, quiet_transformers
 @dataclass
 class GenerateArguments:
     model: str = field(metadata={"help": "a checkpoint folder, a name on the hub, or a .gguf file"})
-    adapter: str | None = field(default=None, metadata={"help": "an adapter folder"})
+    adapter: str | None = field(default=None, metadata={"help": "an adapter folder, or the output folder of s2ft finetune"})
     prompt: str | None = field(default=None, metadata={"help": "the text to go on from; - reads it from stdin"})
     prompt_file: str | None = field(default=None, metadata={"help": "a text file with the prompt"})
     max_new_tokens: int = field(default=256, metadata={"help": "longest answer in tokens"})
@@ -61,11 +61,18 @@ def read_prompt(job: GenerateArguments) -> str:
     import sys
     from pathlib import Path
 
+    from s2ft.train.examples import check_unicode
+
     if (job.prompt is None) == (job.prompt_file is None):
         raise ValueError("give either --prompt or --prompt-file")
     if job.prompt_file is not None:
-        return Path(job.prompt_file).read_text(encoding="utf-8").removesuffix("\n")
-    return sys.stdin.read().removesuffix("\n") if job.prompt == "-" else job.prompt
+        try:
+            return Path(job.prompt_file).read_text(encoding="utf-8").removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"prompt_file {job.prompt_file} is not UTF-8 text: {error}") from None
+    prompt = sys.stdin.read().removesuffix("\n") if job.prompt == "-" else job.prompt
+    check_unicode(prompt, "prompt")   # bytes of another encoding
+    return prompt
 
 
 def check(job: GenerateArguments) -> None:

@@ -14,13 +14,12 @@ def run(arguments: list[str]) -> None:
 def describe(folder: Path) -> str:
     """What the adapter is, where it comes from and a table of its deltas. Raises: as `s2ft.adapter.read_adapter`."""
     from s2ft.adapter import read_adapter
+    from s2ft.adapter.folders import adapter_folder
 
-    if not (folder / "s2ft_config.json").exists():
-        if (folder / "adapter").is_dir():
-            folder = folder / "adapter"
-        elif (folder / "adapter_config.json").is_file():
-            raise ValueError(f"{folder} is a PEFT adapter: s2ft export --from-lora makes an S²FT adapter of a LoRA "
-                             "that is one by its structure")
+    folder = adapter_folder(folder)
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} is a PEFT adapter: s2ft export --from-lora makes an S²FT adapter of a LoRA "
+                         "that is one by its structure")
     adapter = read_adapter(folder)
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
     tensors = sum(delta.values.numel() * delta.values.element_size() for delta in adapter.deltas.values())
@@ -42,8 +41,9 @@ def describe(folder: Path) -> str:
 
 
 def _row(path: str, delta, units: int, width: int) -> str:
-    return (f"{path:<{width}}  {units:>6} units  {delta.index.numel():>6} {DIMS[delta.dim]:<8} {_dtype(delta)}  "
-            f"largest update {delta.values.abs().max():.3g}")
+    word = "channel" if units == delta.index.numel() else "head"   # of several rows or columns
+    return (f"{path:<{width}}  {units:>6} {word + 's' * (units != 1):<8}  {delta.index.numel():>6} {DIMS[delta.dim]:<8} "
+            f"{_dtype(delta)}  largest update {delta.values.abs().max():.3g}")
 
 
 def _dtype(delta) -> str:

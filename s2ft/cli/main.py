@@ -16,7 +16,9 @@ COMMANDS = {
     "info": "say what an adapter folder holds",
     "demo": "fine-tune a small model from start to finish, no arguments needed",
 }
-MISTAKES = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+MISTAKES = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError,
+            ImportError)
+WRITERS = ("PytorchStreamWriter failed", "unexpected pos", "I/O error")   # how torch and safetensors say it
 TRACEBACK = "S2FT_TRACEBACK"
 
 
@@ -29,7 +31,8 @@ def usage() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 2 a mistake in what was asked for, 130 interrupted. Other errors are raised."""
+    """Exit status: 0 done, 1 a file could not be read or written (a full disk), 2 a mistake in what was asked for,
+    130 interrupted. Other errors are raised."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     traceback = "--traceback" in arguments or os.environ.get(TRACEBACK, "") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--traceback"]
@@ -47,14 +50,38 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for chatty in ("httpx", "transformers", "accelerate", "torch"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("s2ft").setLevel(logging.DEBUG if traceback else logging.NOTSET)
     try:
         importlib.import_module(f"s2ft.cli.{name}").run(rest)   # here, so that no command waits for another's imports
     except MISTAKES as error:
         if traceback:
             raise
-        print(f"s2ft {name}: error: {error}", file=sys.stderr)
+        say_error(name, str(error))
         return 2
+    except Exception as error:
+        reason = reason_not_written(error)
+        if traceback or reason is None:
+            raise
+        say_error(name, reason)
+        return 1
     except KeyboardInterrupt:
         print(f"s2ft {name}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def say_error(command: str, reason: str) -> None:
+    """One line on stderr. Of several ranks with the same error one says it."""
+    from s2ft.distributed import is_first_to_say
+
+    line = f"s2ft {command}: error: " + " ".join(reason.splitlines())
+    if is_first_to_say(line):
+        print(line, file=sys.stderr)
+
+
+def reason_not_written(error: Exception) -> str | None:
+    """What the system said where a file could not be read or written; None for any other error."""
+    if isinstance(error, OSError):
+        return str(error)
+    text = str(error).strip().split("\n")[0]
+    return f"a file could not be written ({text})" if any(word in text for word in WRITERS) else None

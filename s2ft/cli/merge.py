@@ -7,7 +7,7 @@ from s2ft.cli.parse import parse, quiet_transformers
 @dataclass
 class MergeArguments:
     model: str = field(metadata={"help": "the adapter's base: a checkpoint folder, a name on the hub, or a .gguf file"})
-    adapter: str = field(metadata={"help": "an adapter folder"})
+    adapter: str = field(metadata={"help": "an adapter folder, or the output folder of s2ft finetune"})
     output: str = field(metadata={"help": "folder for the checkpoint; it must not exist"})
     dtype: str = field(default="auto", metadata={"help": "auto (that of training), float32, bfloat16, float16"})
 

@@ -2,13 +2,15 @@
 from dataclasses import dataclass, field
 
 from s2ft.cli.parse import parse, quiet_transformers
+from s2ft.packages import check_packages
 
 
 @dataclass
 class ServeArguments:
     model: str = field(metadata={"help": "a checkpoint folder, a name on the hub, or a .gguf file"})
     adapters: str | None = field(default=None, metadata={
-        "help": "a folder of adapter folders; clients name them by their folders. New ones are found while it runs"})
+        "help": "a folder of adapters or of outputs of s2ft finetune; clients name them by their folders. New ones "
+                "are found while it runs"})
     engine: str = field(default="transformers", metadata={
         "help": "transformers: built in; vllm: export the adapters as LoRA and run `vllm serve`", "choices":
         ["transformers", "vllm"]})
@@ -35,6 +37,10 @@ class ServeArguments:
 def run(arguments: list[str]) -> None:
     (job,) = parse("serve", "Serve a base and its adapters with an API like OpenAI's.", [ServeArguments], arguments)
     quiet_transformers()
+    if job.engine == "vllm":
+        check_packages("s2ft serve --engine vllm", "--engine transformers, which serves without it")
+    else:
+        check_packages("s2ft serve")
     check(job)
     if job.engine == "vllm":
         serve_by_vllm(job)
@@ -58,11 +64,8 @@ def check(job: ServeArguments) -> None:
 
 
 def serve_here(job: ServeArguments) -> None:
-    try:
-        from s2ft.serve.server import serve
-    except ImportError as error:
-        raise ValueError(f"serving needs more packages ({error}): pip install s2ft[serve]") from error
     from s2ft.serve.options import Limits, ServerOptions, key_of, served_name
+    from s2ft.serve.server import serve
     from s2ft.train.models import load_model
 
     limits = Limits(key_of(job.api_key), job.timeout, job.max_body_bytes, job.max_tokens_limit)
@@ -80,7 +83,6 @@ def serve_by_vllm(job: ServeArguments) -> None:
     from s2ft.serve import vllm
     from s2ft.serve.options import key_of, served_name, warn_if_open
 
-    vllm.check_there()
     if job.adapters is None:
         raise ValueError("--engine vllm serves adapters: give --adapters")
     key = key_of(job.api_key)

@@ -5,14 +5,16 @@ from typing import Any, Callable, Dict, List, Union
 import torch
 from torch import Tensor
 
+from s2ft.packages import MissingPackages, is_installed
+
 Optimizer = Union[str, Callable[[List[Tensor]], torch.optim.Optimizer]]
 
 
 def _bitsandbytes(name: str, parameters: List[Tensor]) -> torch.optim.Optimizer:
-    try:
-        import bitsandbytes
-    except ImportError:
-        raise ValueError(f"optimizer: {name} is of the package bitsandbytes, which is not installed") from None
+    if not is_installed("bitsandbytes"):
+        raise MissingPackages(f"optimizer {name}", ["bitsandbytes"])
+    import bitsandbytes
+
     return getattr(bitsandbytes.optim, name)(parameters)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from s2ft.adapter.folders import ADAPTER, adapter_named, adapters_in
 from s2ft.adapter.formats.native import CONFIG
 from s2ft.convert import check_name
 from s2ft.serve.errors import ApiError, unknown_model
@@ -33,7 +34,8 @@ class Adapters:
 
     Args:
         bank: has `add` and `remove`.
-        directory: each folder in it with an adapter is one, by its name; None serves the base alone.
+        directory: each folder in it that is an adapter or the output of a run is one, by its name; checkpoints are
+            none; None serves the base alone.
         reserved: names that are the base's.
     """
 
@@ -46,7 +48,7 @@ class Adapters:
         self._unloaded: set[str] = set()   # by clients: their folders are still there
         self._added = 0
         self._lock = threading.Lock()
-        taken = sorted({entry.name for entry in self._folders()} & set(self.reserved))
+        taken = sorted(self._folders().keys() & set(self.reserved))
         if taken:
             raise ValueError(f"adapter {taken[0]!r} has the name of the base: rename its folder, or name the base "
                              "another way with --served-model-name")
@@ -54,7 +56,7 @@ class Adapters:
     @property
     def names(self) -> list[str]:
         with self._lock:
-            names = set(self._known) | {folder.name for folder in self._folders()}
+            names = self._known.keys() | self._folders().keys()
             return sorted(name for name in names if self._current(name))
 
     def take(self, name: str) -> Version:
@@ -83,6 +85,8 @@ class Adapters:
         with self._lock:
             if name in self.reserved or self._current(name):
                 raise ApiError(400, "name_taken", f"there is a model {name!r} already: unload it first")
+            if _stamp(folder) is None:   # the output of a run, perhaps
+                folder = self._inside(f"{path}/{ADAPTER}")
             stamp = _stamp(folder)
             if stamp is None:
                 raise ApiError(404, "adapter_not_found", f"there is no adapter at {path[:200]!r}: it has no {CONFIG}")
@@ -118,8 +122,9 @@ class Adapters:
     def _found(self, name: str) -> Version | None:
         try:
             check_name(name)
-            stamp = _stamp(self.directory / name)
-            return None if stamp is None else self._add(name, self.directory / name, stamp)
+            folder = adapter_named(self.directory, name)
+            stamp = None if folder is None else _stamp(folder)
+            return None if stamp is None else self._add(name, folder, stamp)
         except (ValueError, OSError):   # half of an adapter, or a name no file has
             return None
 
@@ -141,14 +146,26 @@ class Adapters:
 
     # ---- folders ---------------------------------------------------------------------------------
 
-    def _folders(self) -> list[Path]:
+    def _folders(self) -> dict[str, Path]:
         if self.directory is None:
-            return []
+            return {}
         try:
-            return [entry for entry in self.directory.iterdir() if (entry / CONFIG).is_file()]
+            return adapters_in(self.directory)
         except OSError as error:   # the directory itself has gone; what is known may still be served
             logger.warning("can't look for adapters: %s", error)
-            return []
+            return {}
+
+    def say(self) -> None:
+        """Log which adapters are there, and how they must lie where there are none."""
+        if self.directory is None:
+            return
+        names = self.names
+        if names:
+            logger.info("adapters: %s", ", ".join(names))
+        else:
+            logger.warning("warning: %s has no adapters, so the base is served alone; an adapter is found as "
+                           "%s/NAME/%s or, in the output of a run, as %s/NAME/%s/%s; checkpoints are not served",
+                           self.directory, self.directory, CONFIG, self.directory, ADAPTER, CONFIG)
 
     def _inside(self, path: str) -> Path:
         refused = ApiError(400, "invalid_path", "lora_path must be a folder inside the directory of adapters, relative "

@@ -22,7 +22,9 @@ def build_app(model, tokenizer, base: str, adapters: str | None, options: Server
     """(the app, its service) for a loaded model."""
     metrics = Metrics()
     bank = AdapterBank(model, limit_bytes=options.adapter_bytes)
-    engine = Engine(model, Adapters(bank, adapters, reserved=[base]), options.max_batch_size, options.queue_size,
+    known = Adapters(bank, adapters, reserved=[base])
+    known.say()
+    engine = Engine(model, known, options.max_batch_size, options.queue_size,
                     options.max_batch_tokens, metrics=metrics)
     service = Service(engine, tokenizer, base, options.limits)
     return create_app(service, metrics), service

@@ -1,12 +1,11 @@
 """Hand the work to vLLM: every adapter as a LoRA, and the command that serves them."""
-import importlib.util
 import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import s2ft
-from s2ft.adapter.formats.native import CONFIG
+from s2ft.adapter.folders import adapters_in
 from s2ft.train.models import load_model
 
 logger = logging.getLogger(__name__)
@@ -22,28 +21,21 @@ class Exported:
     rank: int
 
 
-def check_there() -> None:
-    """Raises: ValueError where vLLM is not installed."""
-    if importlib.util.find_spec("vllm") is None:
-        raise ValueError("--engine vllm needs the package vllm, which is not installed here; --engine transformers "
-                         "serves without it")
-
-
 def export(model_name: str, directory: str, target: Path) -> list[Exported]:
     """Every adapter of the directory as a LoRA in `target`. Raises: ValueError for one that is none, or too wide."""
     lora = _exporter()
-    folders = sorted(folder for folder in Path(directory).iterdir() if (folder / CONFIG).is_file())
+    folders = adapters_in(Path(directory))
     if not folders:
         raise ValueError(f"{directory} has no adapters")
     model, _ = load_model(model_name)
     exported = []
-    for folder in folders:
+    for name, folder in folders.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")   # about ranks; said below, by the adapter's name
-            lora.write(s2ft.adapter.read_adapter(folder), model, target / folder.name)
-        exported.append(Exported(folder.name, target / folder.name, _rank(target / folder.name)))
+            lora.write(s2ft.adapter.read_adapter(folder), model, target / name)
+        exported.append(Exported(name, target / name, _rank(target / name)))
         if exported[-1].rank > RANKS[-1]:
-            raise ValueError(f"adapter {folder.name!r} needs rank {exported[-1].rank}; vLLM's limit is {RANKS[-1]}")
+            raise ValueError(f"adapter {name!r} needs rank {exported[-1].rank}; vLLM's limit is {RANKS[-1]}")
     return exported
 
 

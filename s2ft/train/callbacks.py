@@ -17,6 +17,12 @@ class LossBar(ProgressCallback):
         if self.training_bar is not None and logs and "loss" in logs:
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.4f}, lr {logs['learning_rate']:.2e}")
 
+    def close(self) -> None:
+        """Where training ended in an error, so that its message begins a line."""
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = None
+
 
 class JsonlLog(TrainerCallback):
     """One line a logged step: step, epoch, loss, learning_rate, grad_norm, tokens_per_second; and one an evaluation:
@@ -53,6 +59,14 @@ class JsonlLog(TrainerCallback):
     def _write(self, state, values: dict) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **values}) + "\n")
+
+
+class EvaluateAfterSaving(TrainerCallback):
+    """Leaves the evaluation of the last step to finetune(), which first saves the adapter."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = False
 
 
 class StopAfter(TrainerCallback):

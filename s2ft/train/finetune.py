@@ -12,16 +12,18 @@ import s2ft
 from s2ft.adapter.store import gathered
 from s2ft.distributed import check_agree
 from s2ft.record import attachment_of
+from s2ft.packages import check_packages
 from s2ft.train.checkpoints import last_whole
 from s2ft.train.encoding import AnswerCollator, TokenRow
 from s2ft.train.evaluate import HeldOut
 from s2ft.train.head import packed_head
 from s2ft.train.loss import fused_loss, why_not
 from s2ft.train.options import TrainOptions
-from s2ft.train.output import RunFolder, read_log, write_json
+from s2ft.train.output import RunFolder, log_failure, read_log, write_json
 from s2ft.train.prompts import pad_id
 
 logger = logging.getLogger(__name__)
+FEW_STEPS = 10   # a run of fewer updates gets a warning
 
 
 @dataclass(frozen=True)
@@ -46,34 +48,83 @@ def finetune(model, tokenizer, rows: Sequence[TokenRow], options: TrainOptions, 
 
     `resume` goes on from the newest whole checkpoint, or from the start where there is none yet.
     Under torchrun or accelerate every rank calls this with the same arguments; the first one writes.
+    The adapter is saved as soon as it is trained. Report, last evaluation and plot come after it, and one that fails
+    is logged.
     """
-    from s2ft.train.plot import plot_loss
-
     checkpoint = last_whole(folder.path) if resume else None
     if resume:
         logger.info("resuming from %s", checkpoint.name if checkpoint else "the start: there is no whole checkpoint")
     trainer = trainer_for(model, tokenizer, rows, options, folder, held_out)
     seen = 0 if checkpoint is None else _tokens_seen(checkpoint)
+    if trainer.is_world_process_zero():
+        say_length(options, len(rows))
     start = time.perf_counter()
     with packed_head(model), loss_for(model, options, trainer.data_collator(list(rows[:1]))), \
             checkpointing(model) if options.gradient_checkpointing else contextlib.nullcontext():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        _train(trainer, checkpoint)
         seconds = time.perf_counter() - start
         finished = trainer.state.global_step >= trainer.state.max_steps
-        if held_out is not None and finished and (not options.eval_steps or trainer.state.global_step % options.eval_steps):
-            trainer.evaluate()
-    losses = [line["loss"] for line in read_log(folder.log) if "loss" in line]
-    last = losses[-max(1, len(losses) // 10):]
-    result = Finetuned(trainer.state.global_step, sum(last) / max(1, len(last)), seconds, folder.adapter,
-                       (trainer.state.num_input_tokens_seen - seen) / seconds, finished)
-    trained = gathered(model)   # by every rank: a sharded model's is spread over them
-    if trainer.is_world_process_zero():
-        plot_loss(folder.log, folder.plot)
         if finished:
-            s2ft.save_adapter(model, folder.adapter, state=trained)
-            write_json(folder.report, result.to_dict())
+            _save(model, folder, trainer)
+        losses = [line["loss"] for line in read_log(folder.log) if "loss" in line]
+        last = losses[-max(1, len(losses) // 10):]
+        result = Finetuned(trainer.state.global_step, sum(last) / max(1, len(last)), seconds, folder.adapter,
+                           (trainer.state.num_input_tokens_seen - seen) / seconds, finished)
+        if finished and trainer.is_world_process_zero():
+            with optional(f"{folder.report} was not written"):
+                write_json(folder.report, result.to_dict())
+        if finished and held_out is not None and not _is_evaluated(trainer, folder):
+            trainer.evaluate()
+    if trainer.is_world_process_zero():
+        _plot(folder)
     trainer.accelerator.wait_for_everyone()
     return result
+
+
+def _train(trainer, checkpoint: Path | None) -> None:
+    """Train to the last step; then an error, of a logger that can't end say, is logged, and the adapter is saved."""
+    from s2ft.train.callbacks import LossBar
+
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Exception as error:
+        # other ranks may be waiting for this one, so that the run can't go on
+        if trainer.args.world_size > 1 or not 0 < trainer.state.max_steps <= trainer.state.global_step:
+            raise
+        log_failure("all steps are trained, but the trainer failed after the last one", error)
+    finally:
+        next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, LossBar)).close()
+
+
+def _save(model, folder: RunFolder, trainer) -> None:
+    trained = gathered(model)   # by every rank: a sharded model's is spread over them
+    if trainer.is_world_process_zero():
+        s2ft.save_adapter(model, folder.adapter, state=trained)
+
+
+def _is_evaluated(trainer, folder: RunFolder) -> bool:
+    """Whether the log has an evaluation of the last step. The first rank reads it, and all ranks get the same answer."""
+    from accelerate.utils import broadcast_object_list
+
+    found = [any("eval_loss" in line and line["step"] == trainer.state.global_step for line in read_log(folder.log))]
+    return broadcast_object_list(found)[0]
+
+
+def _plot(folder: RunFolder) -> None:
+    with optional(f"{folder.plot} was not drawn"):
+        check_packages("loss.png")
+        from s2ft.train.plot import plot_loss
+
+        plot_loss(folder.log, folder.plot)
+
+
+@contextlib.contextmanager
+def optional(failure: str) -> Iterator[None]:
+    """Log an error as `failure` and its reason, and go on."""
+    try:
+        yield
+    except Exception as error:
+        log_failure(failure, error)
 
 
 def trainer_for(model, tokenizer, rows: Sequence[TokenRow], options: TrainOptions, folder: RunFolder,
@@ -81,13 +132,14 @@ def trainer_for(model, tokenizer, rows: Sequence[TokenRow], options: TrainOption
     """The Trainer of a run, with its callbacks."""
     from transformers.trainer_callback import PrinterCallback
 
-    from s2ft.train.callbacks import JsonlLog, LossBar, StopAfter
-    from s2ft.train.scored import ScoredTrainer
+    from s2ft.train.callbacks import EvaluateAfterSaving, JsonlLog, LossBar, StopAfter
+    from s2ft.train.runs import RunTrainer
 
-    trainer = ScoredTrainer(
+    trainer = RunTrainer(
         model=model, args=training_arguments(model, options, len(rows), folder, held_out is not None),
         train_dataset=list(rows), eval_dataset=list(held_out.rows) if held_out else None,
-        data_collator=AnswerCollator(pad_id(tokenizer)), callbacks=[LossBar(), JsonlLog(folder.log)],
+        data_collator=AnswerCollator(pad_id(tokenizer)), 
+        callbacks=[LossBar(), JsonlLog(folder.log), EvaluateAfterSaving()],
         tokenizer=tokenizer, held_out=held_out)
     trainer.remove_callback(PrinterCallback)   # LossBar shows the same
     if options.stop_after:
@@ -145,20 +197,25 @@ def checkpointing(model) -> Iterator[None]:
 
 
 def training_arguments(model, options: TrainOptions, rows: int, folder: RunFolder, evaluates: bool = False):
-    """Our options in transformers' words. Raises: ValueError for sizes, a dtype, an optimizer or a logger that don't work
-    here, nothing written."""
+    """Our options in transformers' words.
+
+    Raises:
+        ValueError: Sizes, a dtype, an optimizer or a logger that don't work here; nothing is written.
+        MissingPackages: As :func:`check_packages_of_run`.
+    """
+    check_packages_of_run(options)
     from transformers import TrainingArguments
 
-    _check_loggers(options.report_to)
     half = next(model.parameters()).dtype == torch.float16
     if (half or options.autocast == "float16") and not torch.cuda.is_available():
         raise ValueError("training in float16 needs a GPU: take bfloat16 or float32 for dtype and autocast")
-    steps = options.steps(rows)
+    warmup = options.warmup(options.steps(rows))
     arguments = TrainingArguments(
         output_dir=str(folder.path), per_device_train_batch_size=options.micro_batch_size,
         per_device_eval_batch_size=options.micro_batch_size, optim=options.optimizer,
         learning_rate=options.learning_rate, lr_scheduler_type=options.schedule,
-        warmup_steps=warmup_steps(options, steps), weight_decay=options.weight_decay,
+        warmup_steps=warmup + 1 if warmup else 0,   # RunTrainer leaves out the first, at learning rate 0
+        weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm, num_train_epochs=options.epochs, max_steps=options.max_steps,
         use_cpu=not torch.accelerator.is_available(), seed=options.data_seed, data_seed=options.data_seed,
         fp16=half or options.autocast == "float16", bf16=options.autocast == "bfloat16", torch_compile=options.compile,
@@ -176,18 +233,35 @@ def training_arguments(model, options: TrainOptions, rows: int, folder: RunFolde
     return arguments
 
 
-def _check_loggers(names: Sequence[str]) -> None:
+def check_packages_of_run(options: TrainOptions) -> None:
+    """Check that what a run imports is installed: accelerate, the optimizer's package, further loggers.
+
+    Raises:
+        MissingPackages: Names the packages that are missing and the line that installs them.
+        ValueError: A logger that transformers doesn't know, or can't use here.
+    """
+    check_packages("s2ft finetune")
+    check_packages(f"optimizer {options.optimizer}")
+    if not options.report_to:
+        return
     from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
-    get_reporting_integration_callbacks(list(names))   # ValueError for one that transformers doesn't know
-    missing = [name for name in names if name not in get_available_reporting_integrations()]
-    if missing:
-        raise ValueError(f"report_to: {missing[0]} is not installed")
+    get_reporting_integration_callbacks(list(options.report_to))   # ValueError for one that transformers doesn't know
+    for name in options.report_to:
+        check_packages(f"report_to {name}")
+    available = get_available_reporting_integrations() + ["flyte"]   # which it forgets
+    for name in options.report_to:
+        if name not in available:
+            raise ValueError(f"report_to: transformers can't use {name} here, as it is installed and set up")
 
 
-def warmup_steps(options: TrainOptions, steps: int) -> int:
-    """At most a tenth of the run: a short run would else end before it reaches its learning rate."""
-    most = max(1, steps // 10)
-    if options.warmup_steps > most:
-        logger.info("warm-up is %d steps instead of %d: a tenth of %d", most, options.warmup_steps, steps)
-    return min(options.warmup_steps, most)
+def say_length(options: TrainOptions, rows: int) -> None:
+    """Log the warm-up where it is shorter than asked for, and warn where the data makes few updates."""
+    steps = options.steps(rows)
+    if options.warmup(steps) < options.warmup_steps:
+        logger.info("warm-up is %d steps instead of %d: at most a tenth of the run's %d", options.warmup(steps),
+                    options.warmup_steps, steps)
+    if options.max_steps <= 0 and steps < FEW_STEPS:
+        logger.warning("warning: %d rows at batch size %d and %g epochs are %d update%s, which may be too few to learn "
+                       "anything: lower --batch-size (and --micro-batch-size), or raise --epochs", rows,
+                       options.batch_size, options.epochs, steps, "" if steps == 1 else "s")

@@ -3,13 +3,13 @@ import os
 import shutil
 import tempfile
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Iterator
 
 import torch
 
 import s2ft
+from s2ft.packages import check_packages
 from s2ft.train.models import dtype_of_base, load_model, locate
 
 
@@ -84,12 +84,12 @@ PROBE = "Some text of words, it's (not) so long\n\n  and\tsome signs: äöü 漢
 def merge_gguf(model_name: str, adapter: str | Path, output: str | Path, dtype: str = "auto") -> Path:
     """Merge, write as `output`/model.gguf, load it again with plain transformers and compare.
 
-    Returns: the file. Raises: as :func:`merge_checkpoint`; ValueError for a family or a tokenizer that is not written.
+    Returns: the file. Raises: as :func:`merge_checkpoint`; ValueError for a family or a tokenizer that is not written;
+    MissingPackages without the package gguf.
     """
     from s2ft.adapter.formats import gguf
 
-    if find_spec("gguf") is None:
-        raise ValueError("GGUF files are written with the package gguf: pip install gguf")
+    check_packages("s2ft export --format gguf")
     with folder_beside(output) as beside:
         model, tokenizer = merged(model_name, adapter, dtype)
         source, options = locate(model_name)

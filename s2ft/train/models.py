@@ -1,6 +1,8 @@
 """Load a causal language model and its tokenizer from a folder, the hub, or a GGUF file."""
 from pathlib import Path
 
+from s2ft.packages import check_packages
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -10,13 +12,16 @@ def load_model(name: str, dtype: str = "auto"):
     Args:
         name: a local folder (with config.json, or with one .gguf file), a .gguf file, or a name on the hub.
         dtype: "auto" keeps the checkpoint's own; a GGUF file is unpacked to float32.
-    Raises: FileNotFoundError or ValueError that says what is not there or doesn't load.
+    Raises: FileNotFoundError or ValueError that says what is not there or doesn't load; MissingPackages for a .gguf
+        file without the package that reads it.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     from transformers import AutoModelForCausalLM
 
     source, options = locate(name)
+    if options:
+        check_packages("a model in a .gguf file")
     tokenizer = _tokenizer(name, source, options)
     if options and dtype == "auto":
         dtype = "float32"

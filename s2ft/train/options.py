@@ -1,4 +1,5 @@
 """How to train: the command line's training options, one field each."""
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -50,11 +51,13 @@ class TrainOptions:
                             "keep_checkpoints": 0, "data_seed": 0, "eval_steps": 0, "stop_after": 0}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("learning_rate", "epochs", "weight_decay", "max_grad_norm"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         if self.max_steps <= 0 and not self.epochs > 0:
             raise ValueError(f"epochs must be positive, got {self.epochs}")
-
         if self.autocast not in AUTOCAST:
             raise ValueError(f"autocast must be one of {', '.join(AUTOCAST)}, got {self.autocast!r}")
 
@@ -68,7 +71,12 @@ class TrainOptions:
 
     def steps(self, rows: int) -> int:
         """Updates of the whole run over `rows` rows."""
-        return self.max_steps if self.max_steps > 0 else max(1, round(-(-rows // self.batch_size) * self.epochs))
+        return self.max_steps if self.max_steps > 0 else max(1, math.ceil(-(-rows // self.batch_size) * self.epochs))
+
+    def warmup(self, steps: int) -> int:
+        """Steps of warm-up in a run of `steps`: at most a tenth, since a short run would else end before it reaches its
+        learning rate."""
+        return min(self.warmup_steps, steps // 10)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,13 +1,21 @@
 """The output folder of a run: what stands where, and who may write into it."""
+import contextlib
 import json
+import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from s2ft.train.checkpoints import UNFINISHED, checkpoints
+from s2ft.adapter.folders import ADAPTER, RUN
+from s2ft.adapter.formats.native import CONFIG
+from s2ft.adapter.formats.reading import read_json
+from s2ft.train.checkpoints import UNFINISHED, checkpoints, last_whole
+from s2ft.train.lock import LOCK, only_run_in
 from s2ft.train.options import NOT_PART_OF_A_RUN
 
-ADAPTER, LOG, PLOT, RUN, REPORT = "adapter", "log.jsonl", "loss.png", "run.json", "report.json"
+logger = logging.getLogger(__name__)
+LOG, PLOT, REPORT = "log.jsonl", "loss.png", "report.json"
 
 
 class RunFolder:
@@ -29,7 +37,7 @@ class RunFolder:
         if resume:
             if not holds_run:
                 raise FileNotFoundError(f"output {self.path} holds no run to resume")
-        elif self.path.is_dir() and any(self.path.iterdir()):
+        elif self.path.is_dir() and any(path.name != LOCK for path in self.path.iterdir()):
             if not holds_run:
                 raise FileExistsError(f"output folder {self.path} isn't empty and holds no run of s2ft: "
                                       "choose another")
@@ -37,10 +45,40 @@ class RunFolder:
                 raise FileExistsError(f"output folder {self.path} holds another run: resume it, overwrite it, "
                                       "or choose another")
 
+    @contextlib.contextmanager
+    def reserved(self, resume: bool = False, overwrite: bool = False) -> Iterator[None]:
+        """Check the folder and keep other processes' runs out of it. A folder that was made for this and is still
+        empty at the end is removed.
+
+        Raises:
+            FileExistsError: As :meth:`check`, or another process runs in the folder; the message names it.
+            FileNotFoundError: As :meth:`check`.
+        """
+        if not self.run.is_file():   # a folder of other files is not touched
+            self.check(resume, overwrite)
+        with only_run_in(self.path):
+            self.check(resume, overwrite)
+            yield
+
+    def options(self) -> dict:
+        """The options of the run that the folder holds. Raises: ValueError if its run.json can't be read."""
+        options = read_json(self.run)
+        if not isinstance(options, dict):
+            raise ValueError(f"{self.run} holds no options of a run")
+        return options
+
+    def kept(self) -> str:
+        """What a run that failed has left to go on from, in words."""
+        if (self.adapter / CONFIG).is_file():
+            return f"the trained adapter is saved in {self.adapter}"
+        checkpoint = last_whole(self.path)
+        return "no checkpoint was written, so the run starts again" if checkpoint is None else \
+            f"{checkpoint} is kept: go on from it with --resume"
+
     def begin(self, options: dict, resume: bool = False) -> None:
         """Clear an earlier run away, or check that it is this one. Raises: ValueError naming what differs."""
         if resume:
-            earlier = json.loads(self.run.read_text(encoding="utf-8"))
+            earlier = self.options()
             different = [key for key in options if key.split(".")[-1] not in NOT_PART_OF_A_RUN
                          and earlier.get(key) != options[key]]
             if different:
@@ -55,6 +93,12 @@ class RunFolder:
         write_json(self.run, options)
 
 
+def log_failure(what: str, error: Exception) -> None:
+    """Warn of something optional that failed; with --traceback also say where."""
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    logger.warning("warning: %s: %s", what, reason, exc_info=error if logger.isEnabledFor(logging.DEBUG) else None)
+
+
 def write_json(path: Path, value: object) -> None:
     """Written beside and renamed, so that no reader meets half a file."""
     beside = path.with_name(path.name + ".part")
@@ -63,12 +107,15 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of log.jsonl; a last line cut short by an interrupt is left out."""
+    """The lines of log.jsonl up to the first that is not one of its lines: an interrupt can cut the last one short."""
     lines = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                lines.append(json.loads(line))
-            except json.JSONDecodeError:
+                line = json.loads(text)
+            except (ValueError, RecursionError):
                 break
+            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+                break
+            lines.append(line)
     return lines

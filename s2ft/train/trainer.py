@@ -7,6 +7,10 @@ from, and the newest whole one is taken.
 import shutil
 from pathlib import Path
 
+from s2ft.packages import check_packages
+
+check_packages("s2ft.train.trainer")   # before Python's own error, which does not say what to install
+
 import torch
 from accelerate.utils import save_fsdp_optimizer
 from transformers import Trainer

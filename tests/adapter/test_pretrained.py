@@ -166,6 +166,19 @@ def test_print_trainable_parameters(capsys):
     assert first == second and first.startswith(f"trainable params: {trained:,} || all params:")
 
 
+def test_every_place_has_the_same_counts(capsys):
+    """Of a model with one head of four trained in each layer."""
+    model = tiny_model()
+    base = sum(parameter.numel() for parameter in model.parameters())
+    report = s2ft.attach(model, s2ft.S2FTConfig(o_ratio=0.25))
+    model.print_trainable_parameters()
+    assert f"all params: {base:,} || trainable%: {100 * report.share:.4f}" in capsys.readouterr().out
+    assert f"of {base:,} parameters" in str(report) and "1 of 4 heads" in str(report)
+    assert str(s2ft.status(model)).count("1 of 4 heads") == 2
+    s2ft.load_adapter(other := tiny_model(), s2ft.get_adapter(model, "default"))
+    assert str(s2ft.status(other)).count("1 of 4 heads") == 2
+
+
 def test_trainers_card_and_state(tmp_path):
     done = trainer(attached(), tmp_path)
     done.train()

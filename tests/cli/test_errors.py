@@ -1,5 +1,7 @@
 """A user's mistakes: one clear line on stderr, exit 2, nothing written."""
 import json
+import os
+import re
 import subprocess
 import sys
 
@@ -100,7 +102,8 @@ def test_adapter_that_does_not_exist(capsys, tiny, data, tmp_path, command):
 
 
 def test_info_on_a_folder_without_adapter(capsys, tmp_path):
-    assert str(tmp_path) in fails(capsys, "info", tmp_path)
+    assert f"{tmp_path} is no S²FT adapter" in fails(capsys, "info", tmp_path)
+    assert f"there is no folder {tmp_path / 'nosuch'}" in fails(capsys, "info", tmp_path / "nosuch")
 
 
 def test_merge_into_an_existing_folder(capsys, tiny, tmp_path):
@@ -178,7 +181,83 @@ def test_help_and_info_do_without_transformers():
     assert done.stdout.rstrip().endswith("[]")
 
 
-def test_error_of_a_process_is_one_line_and_exit_2(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "s2ft.cli", "info", str(tmp_path)], capture_output=True, text=True)
+def test_help_of_a_switch_and_of_its_negation(capsys):
+    with pytest.raises(SystemExit):
+        main(["finetune", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for switch in ("fuse-ffn", "fused-loss"):
+        assert f"--no-{switch}, --no_{switch.replace('-', '_')} turn --{switch} off --" in printed
+
+
+def test_data_that_python_does_not_read(capsys, tiny, tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 100000)
+    assert "deep.json, row 1: it is nested too deeply" in finetune(capsys, tiny, tmp_path / "deep.json", tmp_path / "out")
+    (tmp_path / "half.jsonl").write_text('{"instruction": "\\ud800", "output": "x"}\n')
+    assert "half.jsonl, line 1: field 'instruction'" in finetune(capsys, tiny, tmp_path / "half.jsonl", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompts_that_no_tokenizer_takes(capsys, tiny, tmp_path):
+    assert "prompt is not valid Unicode" in fails(capsys, "generate", "--model", tiny, "--prompt", "a\udc80")
+    (tmp_path / "prompt.txt").write_bytes(b"\xff")
+    assert "prompt.txt is not UTF-8" in fails(capsys, "generate", "--model", tiny, "--prompt-file", tmp_path / "prompt.txt")
+
+
+def test_an_output_folder_in_use_names_the_process(capsys, tiny, data, tmp_path):
+    from s2ft.train.output import RunFolder
+    with RunFolder(tmp_path / "out").reserved():
+        for more in ([], ["--overwrite"], ["--resume"]):
+            if more:
+                (tmp_path / "out/run.json").write_text("{}")
+            message = finetune(capsys, tiny, data, tmp_path / "out", *more)
+            assert f"out is in use: process {os.getpid()} on " in message
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"),
+                                   RuntimeError("[enforce fail at x] . PytorchStreamWriter failed writing file data/0"),
+                                   RuntimeError("Error while serializing: I/O error: No space left on device")])
+def test_a_file_that_can_not_be_written_is_one_line_and_exit_1(capsys, tmp_path, monkeypatch, error):
+    def full(*_):
+        raise error
+    monkeypatch.setattr("s2ft.cli.info.describe", full)
+    assert main(["info", str(tmp_path)]) == 1
+    assert capsys.readouterr().err.startswith("s2ft info: error: ")
+    with pytest.raises(type(error)):
+        main(["info", str(tmp_path), "--traceback"])
+
+
+def test_other_errors_are_raised(tmp_path, monkeypatch):
+    monkeypatch.setattr("s2ft.cli.info.describe", lambda folder: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["info", str(tmp_path)])
+
+
+FULL = """
+import resource, sys
+from s2ft.cli.main import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))   # as on a full disk
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_a_full_disk_while_training_says_what_is_kept(tiny, data, tmp_path):
+    def train(size, *more):
+        return subprocess.run([sys.executable, "-c", FULL, str(size), "finetune", "--model", str(tiny), "--data", str(data),
+                               "--output", str(tmp_path / "out"), "--max-steps", "4", "--batch-size", "2",
+                               "--micro-batch-size", "2", "--save-steps", "2", "--d-ratio", "0.1", *more],
+                              capture_output=True, text=True)
+    done = train(2000)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("s2ft finetune: error: ")
+    assert done.stderr.splitlines()[-1].endswith("no checkpoint was written, so the run starts again")
+    assert train(1 << 30, "--resume", "--stop-after", "2").returncode == 0
+    done = train(400, "--resume")   # less than the log has
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].endswith("checkpoint-2 is kept: go on from it with --resume")
+    assert train(1 << 30, "--resume").returncode == 0
+
+
+@pytest.mark.parametrize("module", ["s2ft", "s2ft.cli"])
+def test_error_of_a_process_is_one_line_and_exit_2(tmp_path, module):
+    done = subprocess.run([sys.executable, "-m", module, "info", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
     assert json.dumps(str(tmp_path))[1:-1] in done.stderr

@@ -1,6 +1,7 @@
 """s2ft export and info: every format on a tiny model, loaded again by what it is for."""
 import json
 import re
+import sys
 
 import peft
 import pytest
@@ -15,6 +16,7 @@ import s2ft
 from s2ft.adapter import read_adapter
 from s2ft.adapter.formats import gguf, lora, native
 from s2ft.cli.main import main
+from s2ft.packages import MissingPackages
 from s2ft.train.merging import merge_gguf
 from s2ft.train.models import load_model
 
@@ -100,7 +102,7 @@ def test_merged_in_shards(work, tmp_path):
     (["ADAPTER", "--max-shard-size", "1GB"], "--max-shard-size is for merged, not for lora"),
     (["ADAPTER", "--name", "x"], "--name is for from-lora, not for lora"),
     (["ADAPTER", "--rank", 3], "rank must be at least"),
-    (["nowhere"], "has no s2ft_config.json"),
+    (["nowhere"], "there is no folder nowhere"),
     (["--from-lora", "ADAPTER"], "is no PEFT LoRA: it has no adapter_config.json")])
 def test_mistakes_are_one_line_and_write_nothing(arguments, message, work, tmp_path, capsys):
     given = [work / "adapter" if argument == "ADAPTER" else argument for argument in arguments]
@@ -236,8 +238,8 @@ def test_tokenizers_that_are_not_written_as_gguf(pre):
 
 
 def test_without_the_package_gguf_it_is_named(work, tmp_path, monkeypatch):
-    monkeypatch.setattr("s2ft.train.merging.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install gguf"):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(MissingPackages, match="pip install gguf"):
         merge_gguf(str(work / "model"), work / "adapter", tmp_path / "out")
 
 
@@ -261,7 +263,7 @@ def test_info_says_everything(work, capsys):
                   "float32", f"twice the bytes, {8 * adapter.parameters:,}", "trained on: 2 layers in float32",
                   adapter.selection.digest, "model_type: llama", "q_ratio 0.5", "layout permuted"):
         assert words in printed, words
-    assert re.search(r"model.layers.0.self_attn.q_proj +2 units +16 rows +float32", printed)
+    assert re.search(r"model.layers.0.self_attn.q_proj +2 heads +16 rows +float32", printed)
 
 
 def test_info_writes_nothing_that_a_terminal_obeys(work, tmp_path, capsys):

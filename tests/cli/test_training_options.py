@@ -127,8 +127,11 @@ MISTAKES = [
     (["--eval-data", "none.jsonl"], "doesn't exist"),
     (["--stop-after", "-1"], "stop_after must be at least 0"),
     (["--optimizer", "newton"], "newton"),
+    (["--name", "a\tb"], "name: an adapter's name must be a word without slashes"),
+    (["--epochs", "inf"], "epochs must be a finite number"),
     (["--report-to", "no_such_logger"], "no_such_logger"),
-    (["--report-to", "comet_ml"], "report_to: comet_ml is not installed"),
+    (["--report-to", "comet_ml"], "report_to comet_ml needs the package comet-ml, which is not installed: pip install "
+     "comet-ml"),
 ]
 
 

@@ -1,6 +1,7 @@
 """The command line under torchrun and under each of examples/accelerate: two processes save what one saves."""
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,15 +33,18 @@ def job(tmp_path_factory):
 
 
 def launch(*command):
+    done = run(*command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def run(*command):
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))}
     environment = {**inherited, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
                    # DeepSpeed wants ninja
                    "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
                    "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, "-m", *command], env=environment, capture_output=True, text=True,
-                          timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return subprocess.run([sys.executable, "-m", *command], env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.slow
@@ -61,10 +65,28 @@ def test_example(job, name, tmp_path):
     arguments, alone = job
     launch("accelerate.commands.launch", "--config_file", str(ROOT / "examples" / "accelerate" / f"{name}.yaml"),
            "--num_processes", str(RANKS), "--main_process_port", str(free_port()),
-           *([ON_CPU] if name == "fsdp2" else ["-m", "s2ft.cli"]), *arguments, "--output", str(tmp_path))
+           *([ON_CPU] if name == "fsdp2" else ["-m", "s2ft"]), *arguments, "--output", str(tmp_path))
     check_same_files(tmp_path / "adapter", alone, rtol=1e-4, atol=1e-4)
     assert LEAVES[name] in {path.name for path in (tmp_path / "checkpoint-4").iterdir()}   # it was this way, no other
 
 
 def test_every_example_is_tested():
     assert EXAMPLES == sorted(LEAVES)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_fix_no_number_of_devices_and_say_how_to_give_it(name):
+    text = (ROOT / "examples" / "accelerate" / f"{name}.yaml").read_text()
+    assert f"accelerate launch --config_file examples/accelerate/{name}.yaml --num_processes N -m s2ft finetune" in text
+    assert not re.search("^num_processes", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--batch-size", "3", "--micro-batch-size", "2"], "batch_size 3 must be a multiple of micro_batch_size 2 times 2"),
+    pytest.param(["--data", "nowhere.jsonl"], "data file nowhere.jsonl doesn't exist", marks=pytest.mark.slow)])
+def test_a_mistake_is_said_by_one_rank(job, tmp_path, arguments, message):
+    done = run("torch.distributed.run", "--nproc-per-node", str(RANKS), "--master-port", str(free_port()), "-m", "s2ft",
+               *job[0], *arguments, "--output", str(tmp_path / "out"))
+    said = [line for line in done.stderr.splitlines() if "s2ft finetune: error:" in line]
+    assert done.returncode != 0 and len(said) == 1 and message in said[0], done.stderr[-3000:]
+    assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """What is handed to vLLM, without vLLM."""
 import json
 import os
+import sys
 
 import pytest
 from serve.fleet import save_adapters
@@ -39,15 +40,15 @@ def test_adapters_are_exported_as_lora(work, tmp_path):
 
 
 def test_without_vllm_it_says_so(work, capsys, monkeypatch):
-    monkeypatch.setattr(vllm.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "vllm", None)
     paths = ["--model", str(work / "model"), "--adapters", str(work / "adapters")]
     assert main(["serve", *paths, "--engine", "vllm"]) == 2
-    assert "not installed" in capsys.readouterr().err
+    assert "pip install vllm, or --engine transformers" in capsys.readouterr().err
 
 
 def test_vllm_takes_over(work, monkeypatch):
     lines = []
-    monkeypatch.setattr(vllm, "check_there", lambda: None)
+    monkeypatch.setattr("s2ft.packages.is_installed", lambda package: True)
     monkeypatch.setattr(os, "execvp", lambda program, line: lines.append(line))
     monkeypatch.setenv("S2FT_API_KEY", "key")
     assert main(["serve", "--model", str(work / "model"), "--adapters", str(work / "adapters"), "--engine", "vllm",

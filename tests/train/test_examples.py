@@ -1,4 +1,5 @@
 """Data files: every accepted shape, and a clear error for every bad one."""
+import gzip
 import json
 
 import pytest
@@ -113,3 +114,34 @@ def test_not_utf8(tmp_path):
 def test_bad_row_is_named(tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
         read_examples(write_jsonl(tmp_path / "a.jsonl", [row]))
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("a.json", "[" * 100000, "a.json, row 1: it is nested too deeply"),
+    ("a.json", '[{"instruction": "a", "output": "b"}, ' + "[" * 100000, "a.json, row 2: it is nested too deeply"),
+    ("a.jsonl", '{"instruction": "a", "output": "b"}\n{"a": ' + "[" * 100000, "a.jsonl, line 2: it is nested too deeply"),
+    ("a.json", '[{"instruction": "a", "output": "b"}, {"answer": ' + "9" * 6000 + "}]", "a.json, row 2: a number is too"),
+    ("a.jsonl", '{"instruction": "a", "output": ' + "9" * 6000 + "}", "a.jsonl, line 1: a number is too long")])
+def test_json_that_python_does_not_read_names_file_and_row(tmp_path, name, content, message):
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, content, name)
+
+
+@pytest.mark.parametrize("row, field", [
+    ('{"instruction": "\\ud800", "output": "x"}', "instruction"), ('{"prompt": "a", "completion": "\\udfff b"}', "completion"),
+    ('{"instruction": "a", "input": "\\ud800", "output": "x"}', "input"),
+    ('{"instruction": "a", "output": "x", "answer": "\\ud800"}', "answer"),
+    ('{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "b"}]}', "content")])
+def test_half_of_a_surrogate_pair_names_the_field(tmp_path, row, field):
+    with pytest.raises(ValueError, match=f"data.jsonl, line 1: field '{field}' is not valid Unicode: character 1 is"):
+        read(tmp_path, row)
+
+
+def test_a_whole_surrogate_pair_is_a_character(tmp_path):
+    assert read(tmp_path, '{"instruction": "\\ud83d\\ude42", "output": "x"}')[0].question == "\U0001f642"
+
+
+def test_compressed_data_says_so(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps(GOOD).encode()))
+    with pytest.raises(ValueError, match=r"a.jsonl.gz is compressed \(gzip\): unpack it"):
+        read_examples(tmp_path / "a.jsonl.gz")

@@ -60,3 +60,16 @@ def test_a_resumed_run_may_save_more_often(tmp_path):
 def test_log_cut_short_is_read_up_to_there(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"ste')
     assert read_log(tmp_path / "log.jsonl") == [{"step": 1}] and read_log(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "[" * 100000])
+def test_options_that_can_not_be_read_name_the_file(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match="run.json"):
+        RunFolder(tmp_path).begin({}, resume=True)
+
+
+@pytest.mark.parametrize("line", ["3", '{"loss": 1}', '{"step": "1"}', "[" * 100000])
+def test_a_log_is_read_up_to_what_is_no_line_of_it(tmp_path, line):
+    (tmp_path / "log.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    assert read_log(tmp_path / "log.jsonl") == [{"step": 1}]

@@ -31,6 +31,8 @@ def open_file(directory: Path, name: str, kind: str) -> Path:
     link that leads out of the folder.
     """
     path = directory / name
+    if not directory.exists():
+        raise FileNotFoundError(f"there is no folder {directory}")
     if not path.is_file():
         pickles = sorted(entry.name for entry in directory.iterdir() if entry.suffix in PICKLES) \
             if directory.is_dir() else []

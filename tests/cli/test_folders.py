@@ -1,0 +1,104 @@
+"""Where an adapter folder is asked for, the output folder of a run will do."""
+from pathlib import Path
+
+import pytest
+from train.tiny import save_tiny, sums, tiny_model, write_jsonl
+
+import s2ft
+from s2ft.adapter.folders import adapter_named, adapters_in
+from s2ft.cli.main import main
+
+
+def save_run(folder, seed=0, finished=True):
+    """What s2ft finetune leaves: options, a checkpoint, and the adapter if it has come to its end."""
+    model = tiny_model()
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, seed=seed))
+    s2ft.save_adapter(model, folder / "checkpoint-12")
+    (folder / "checkpoint-12/trainer_state.json").write_text("{}")
+    (folder / "run.json").write_text("{}")
+    if finished:
+        s2ft.save_adapter(model, folder / "adapter")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    work = tmp_path_factory.mktemp("work")
+    save_tiny(work / "model")
+    write_jsonl(work / "data.jsonl", sums(3))
+    for seed, name in enumerate(("math", "chat")):
+        save_run(work / "runs" / name, seed)
+    save_run(work / "stopped", finished=False)
+    return work
+
+
+def commands(work, adapter, output):
+    return {
+        "info": ["info", adapter],
+        "eval": ["eval", "--model", work / "model", "--adapter", adapter, "--data", work / "data.jsonl", "--task",
+                 "arithmetic", "--max-new-tokens", 2],
+        "generate": ["generate", "--model", work / "model", "--adapter", adapter, "--prompt", "a", "--max-new-tokens", 2],
+        "merge": ["merge", "--model", work / "model", "--adapter", adapter, "--output", output],
+        "export": ["export", adapter, "--model", work / "model", "--output", output],
+        "fuse": ["fuse", adapter, work / "runs/chat", "--output", output],
+    }
+
+
+NAMES = list(commands(Path(), "", ""))
+
+
+@pytest.mark.parametrize("command", NAMES)
+def test_every_command_takes_the_output_of_a_run(work, tmp_path, command):
+    line = commands(work, work / "runs/math", tmp_path / "out")[command]
+    assert main([str(word) for word in line]) == 0
+
+
+@pytest.mark.parametrize("command", NAMES)
+@pytest.mark.parametrize("adapter, message", [("stopped", "stopped is the output of a run that has saved no adapter yet"),
+                                              ("nosuch", "there is no folder")])
+def test_every_command_says_what_is_wrong_with_a_folder(work, tmp_path, capsys, command, adapter, message):
+    line = commands(work, work / adapter, tmp_path / "out")[command]
+    assert main([str(word) for word in line]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_the_library_takes_it_too(work):
+    s2ft.load_adapter(tiny_model(), work / "runs/math")
+
+
+def test_a_checkpoint_can_be_named(work, capsys):
+    assert main(["info", str(work / "stopped/checkpoint-12")]) == 0
+
+
+def test_adapters_of_a_directory(work, tmp_path):
+    expected = {name: work / "runs" / name / "adapter" for name in ("math", "chat")}
+    assert adapters_in(work / "runs") == expected
+    assert adapters_in(work / "runs/math") == {"math": work / "runs/math/adapter"}   # one run alone
+    assert adapters_in(work / "runs/math/adapter") == {} == adapters_in(work / "stopped")
+    (tmp_path / "a").symlink_to(work / "runs/math/adapter"), (tmp_path / "b.txt").touch()
+    assert adapters_in(tmp_path) == {"a": tmp_path / "a"}
+    for directory in (work / "runs", work / "runs/math", work / "stopped", tmp_path):
+        for name in ("math", "chat", "a", "adapter", "checkpoint-12"):
+            assert adapter_named(directory, name) == adapters_in(directory).get(name)
+
+
+@pytest.mark.parametrize("directory, names, said", [
+    ("runs", ["chat", "math"], "adapters: chat, math"), ("runs/math", ["math"], "adapters: math"),
+    ("stopped", [], "stopped has no adapters, so the base is served alone")])
+def test_served_are_runs_by_their_names_and_no_checkpoints(work, caplog, directory, names, said):
+    from s2ft.adapter.bank import AdapterBank
+    from s2ft.serve.registry import Adapters
+
+    caplog.set_level("INFO")
+    known = Adapters(AdapterBank(tiny_model()), work / directory)
+    known.say()
+    assert known.names == names and said in caplog.text
+    for name in names:
+        known.give_back(known.take(name))
+
+
+def test_a_client_loads_the_output_of_a_run(work):
+    from s2ft.adapter.bank import AdapterBank
+    from s2ft.serve.registry import Adapters
+
+    known = Adapters(AdapterBank(tiny_model()), work)
+    assert known.load("mine", "runs/math").folder == (work / "runs/math/adapter").resolve()

@@ -1,0 +1,99 @@
+"""Two runs never write into one output folder, and a killed run blocks nothing."""
+import os
+import subprocess
+import sys
+
+import pytest
+
+from s2ft.train import lock
+from s2ft.train.lock import LOCK, only_run_in
+from s2ft.train.output import RunFolder
+
+pytestmark = pytest.mark.skipif(lock.fcntl is None, reason="no file locks here")
+HOLD = """
+import sys
+from pathlib import Path
+from s2ft.train.output import RunFolder
+folder = RunFolder(sys.argv[1])
+with folder.reserved(overwrite=True):
+    folder.begin({"seed": 1})
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds tmp_path/out until its input ends."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "out")], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_second_process_is_refused_and_changes_nothing(holder, tmp_path, how):
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(FileExistsError, match=f"output folder .*out is in use: process {holder.pid} on .* writes"):
+        with RunFolder(tmp_path / "out").reserved(**how):
+            raise AssertionError
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize("end", ["kill", "normal"])
+def test_the_folder_is_free_when_the_process_has_ended(holder, tmp_path, end):
+    if end == "kill":
+        holder.kill()
+    holder.communicate("")
+    assert (tmp_path / "out" / LOCK).exists() == (end == "kill")
+    folder = RunFolder(tmp_path / "out")
+    with folder.reserved(resume=True):
+        folder.begin({"seed": 1}, resume=True)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"run.json"}
+
+
+def test_a_new_folder_is_held_before_the_run_begins_and_removed_if_it_does_not(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        with RunFolder(tmp_path / "a/b").reserved():
+            with pytest.raises(FileExistsError, match=f"process {os.getpid()} on"):
+                with RunFolder(tmp_path / "a/b").reserved():
+                    raise AssertionError
+            1 / 0
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_with_foreign_files_is_not_touched(tmp_path):
+    (tmp_path / "thesis.tex").touch()
+    before = tmp_path.stat().st_mtime_ns
+    with pytest.raises(FileExistsError, match="isn't empty"):
+        with RunFolder(tmp_path).reserved(overwrite=True):
+            raise AssertionError
+    assert tmp_path.stat().st_mtime_ns == before
+
+
+def test_a_lock_that_its_holder_removed_is_taken_again(tmp_path, monkeypatch):
+    """Between opening the file and locking it, the process that held it ends and removes it."""
+    flock, seen = lock.fcntl.flock, []
+
+    def late(file, how):
+        if not seen:
+            seen.append((tmp_path / LOCK).unlink())
+        flock(file, how)
+    monkeypatch.setattr(lock.fcntl, "flock", late)
+    with only_run_in(tmp_path):
+        assert f"process {os.getpid()}" in (tmp_path / LOCK).read_text()
+
+
+@pytest.mark.parametrize("missing", ["fcntl", "flock"])
+def test_without_locks_a_warning_says_so(tmp_path, monkeypatch, caplog, missing):
+    def not_supported(*_):
+        raise OSError("not supported")
+    if missing == "fcntl":
+        monkeypatch.setattr(lock, "fcntl", None)
+    else:
+        monkeypatch.setattr(lock.fcntl, "flock", not_supported)
+    with only_run_in(tmp_path / "out"):
+        assert "can't be locked here: start no second run" in caplog.text
+    assert not (tmp_path / "out").exists()
