@@ -8,9 +8,11 @@ from s2ft.arch import couplings_of
 from s2ft.compiled import of_compiled
 from s2ft.config import S2FTConfig
 from s2ft.coupling import Coupling
+from s2ft.extra import names_of_modules
 from s2ft.fingerprint import fingerprint
 from s2ft.mounting import (RECORD, Attachment, attachment_of, check_can_merge, check_not_sharded, mount, put_on,
                            restore, take_off, that_can_move)
+from s2ft.reading import check_adapter_name
 from s2ft.report import Report
 from s2ft.selection import Selection
 from s2ft.selection import select as select_units
@@ -57,8 +59,9 @@ def attach(model: nn.Module, config: S2FTConfig, name: str = "default", calibrat
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
     if verify not in (None, True, False):
         raise TypeError(f"verify must be True, False or None, got {verify!r}")
-    check_name(name)
+    check_adapter_name(name)
     record = _record_for(model, couplings, name)
+    names_of_modules(model, record.couplings, config.modules_to_save)   # before calibration, which takes its time
     verify = couplings is not None or example is not None if verify is None else verify
     with _others_aside(model, record):
         selection = select_units(record.couplings, config, model, calibration)
@@ -157,6 +160,7 @@ def _chosen(model: nn.Module, config: S2FTConfig, calibration, given) -> Tuple[L
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
     _check_unattached(model)
     couplings = couplings_of(model, given)
+    names_of_modules(model, couplings, config.modules_to_save)   # an error for those that are unknown
     return couplings, select_units(couplings, config, model, calibration)
 
 
@@ -173,11 +177,6 @@ def new_attachment(model: nn.Module, given: Optional[Sequence[Coupling]] = None)
     return Attachment(couplings, fingerprint(model, couplings),
                       {key: parameter.requires_grad for key, parameter in model.named_parameters()},
                       given=given is not None)
-
-
-def check_name(name: str) -> None:
-    if not isinstance(name, str) or not name or any(c in name for c in "/\\\0") or name.startswith("."):
-        raise ValueError(f"an adapter's name must be a word without slashes, got {name!r}")
 
 
 # ---- back ------------------------------------------------------------------------------------------

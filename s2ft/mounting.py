@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from s2ft import extra
 from s2ft.checkpointing import open_blocks
 from s2ft.config import S2FTConfig
 from s2ft.coupling import Coupling, Projection, projections_of
 from s2ft.delta import Delta
 from s2ft.distributed import check_alike, has_master, is_sharded, settle, whole, write_units
+from s2ft.extra import ExtraWeights
 from s2ft.fingerprint import digest
 from s2ft.layers import NO_FUSE, S2ColumnStack, S2Layer, S2QuantizedLinear, S2RowStack, experts_forward, layers_for
 from s2ft.ops import act_mul, scatter_add_, swap_
@@ -68,6 +70,7 @@ class Attachment:
     hooks: List[RemovableHandle] = field(default_factory=list)            # of open_blocks
     # what is written: where, in the whole weight or, the last says so, in this rank's part, and the base there
     applied: List[Tuple[Projection, Tensor, Tensor, bool]] = field(default_factory=list)
+    extra: ExtraWeights = field(default_factory=ExtraWeights)
     places: Dict[str, Tensor] = field(default_factory=dict)   # of projections that moved: element → its present place
 
     @property
@@ -138,13 +141,30 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
         _check_can_move(model, movable)
         orders = {coupling: _order(coupling, selection) for coupling in movable}
     check_gradients_pass(model)
+    whole_names = extra.names_of_modules(model, record.couplings, config.modules_to_save)
     check_alike(f"adapter {name!r}", {"its selection": selection.digest, "the base": digest(record.fingerprint)})
     record.name, record.config, record.selection, record.active = name, config, selection, {name: 1.0}
     try:
         _mount_all(model, record, touched, orders)
+        extra.start(model, record, whole_names, before_forward, before_load)
     except BaseException:   # out of memory, an interrupt: leave no half-converted model
         restore(model, record)
         raise
+
+
+def before_forward(model: nn.Module, inputs: tuple) -> None:
+    """Forward pre-hook of a model with a trainable adapter: keep the base of weights that were unfrozen by hand.
+
+    Raises:
+        RuntimeError: A weight or bias of a coupling was unfrozen, which would get no gradient.
+    """
+    if not torch.compiler.is_compiling() and model.training and torch.is_grad_enabled():
+        extra.watch(model, attachment_of(model))
+
+
+def before_load(model: nn.Module, *_: Any) -> None:
+    """load_state_dict pre-hook, likewise."""
+    extra.keep_unfrozen(model, attachment_of(model))
 
 
 def _mount_all(model: nn.Module, record: Attachment, touched: List[Coupling],
@@ -308,6 +328,7 @@ def _replace_forward(model: nn.Module, coupling: Coupling, record: Attachment) -
 
 def restore(model: nn.Module, record: Attachment) -> nn.Module:
     """The plain model with the weights as they are, in original order."""
+    extra.stop(model, record, before_forward, before_load)
     for _, go in EXTENSIONS:
         go(model)
     for path in record.forwards:
@@ -337,6 +358,7 @@ def restore(model: nn.Module, record: Attachment) -> nn.Module:
 def take_off(model: nn.Module, record: Attachment) -> None:
     """Make no adapter active; the weights hold the base, bit for bit."""
     settle(model)
+    extra.take_off(model, record)
     for mount in record.mounts.values():
         mount.layer.unfuse()
         mount.layer.enabled = False
@@ -364,6 +386,7 @@ def put_on(model: nn.Module, record: Attachment, weights: Dict[str, float],
         for path in dict.fromkeys(path for name in written for path in deltas[name]):
             parts = [(deltas[name][path], weight) for name, weight in written.items() if path in deltas[name]]
             _write(model, record, record.projections[path], parts)
+        extra.put_on(model, record, weights)
     except BaseException:
         take_off(model, record)
         raise

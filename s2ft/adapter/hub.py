@@ -67,8 +67,9 @@ def push_to_hub(model_or_folder: Union[nn.Module, str, Path], repo_id: str, name
 def _upload(folder: Path, repo_id: str, revision, private, token, message: str) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    adapter = native.read(folder)
-    files = {name: (folder / name).read_bytes() for name in (*FILES, CARD) if (folder / name).exists()}
+    adapter, files = native.read_files(folder)
+    if (folder / CARD).exists():
+        files[CARD] = (folder / CARD).read_bytes()
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
     if revision is not None:

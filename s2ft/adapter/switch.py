@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from s2ft.adapter.adapter import Adapter, check_weight, weighted_sum
 from s2ft.adapter.overlap import Overlap, overlap
 from s2ft.compiled import of_compiled
-from s2ft.convert import check_name, fuse
+from s2ft.convert import fuse
 from s2ft.distributed import settle
+from s2ft.extra import check_can_put_on, half_switched, trained_values
 from s2ft.mounting import (RECORD, Attachment, attachment_of, check_can_write, check_not_sharded, mounted_deltas,
                            put_on, restore, take_off)
+from s2ft.reading import check_adapter_name
 
 Weights = Union[str, Mapping[str, float], None]
 
@@ -30,9 +32,11 @@ def set_adapter(model: nn.Module, adapters: Weights) -> None:
     record = attachment_of(model)
     weights = _weights(record, adapters)
     trainable_is_written = weights.get(record.name, 1) != 1
-    if weights == record.active and not trainable_is_written:   # else its numbers may have changed since
+    if weights == record.active and not trainable_is_written and not half_switched(record):
+        # a trainable one that is written may have other numbers since
         return
     settle(model)
+    check_can_put_on(model, record, weights)
     deltas = {name: _deltas(record, name) for name in weights if name != record.name or trainable_is_written}
     if record.name in deltas:   # those that were loaded were looked at then
         check_can_write(model, record, deltas[record.name])
@@ -91,7 +95,8 @@ def get_adapter(model: nn.Module, name: str, state: Optional[Mapping[str, Tensor
         return record.others[name]
     settle(model)
     return Adapter(name, record.config, record.selection, record.fingerprint, mounted_deltas(record, state),
-                   couplings=record.couplings if record.given else None)
+                   couplings=record.couplings if record.given else None,
+                   extra_weights=trained_values(model, record, state))
 
 
 @of_compiled
@@ -113,7 +118,7 @@ def fuse_adapters(model: nn.Module, weights: Mapping[str, float], name: str) -> 
 
 def check_free(record: Attachment, name: str) -> None:
     """Raises: ValueError for what can't be a name or is one already."""
-    check_name(name)
+    check_adapter_name(name)
     if name in record.names:
         raise ValueError(f"there is an adapter called {name!r} already: load it under another name")
 

@@ -14,8 +14,9 @@ def run(arguments: list[str]) -> None:
 def describe(folder: Path) -> str:
     """What the adapter is, where it comes from and a table of its deltas. Raises: as `s2ft.adapter.read_adapter`."""
     from s2ft.adapter import read_adapter
+    from s2ft.folder import is_folder
 
-    if not (folder / "s2ft_config.json").exists():
+    if not is_folder(folder):
         if (folder / "adapter").is_dir():
             folder = folder / "adapter"
         elif (folder / "adapter_config.json").is_file():

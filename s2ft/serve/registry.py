@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from s2ft.adapter.formats.native import CONFIG
-from s2ft.convert import check_name
+from s2ft.folder import CONFIG, is_folder, stamp_of
+from s2ft.reading import check_adapter_name
 from s2ft.serve.errors import ApiError, unknown_model
 
 logger = logging.getLogger(__name__)
@@ -76,14 +76,14 @@ class Adapters:
         if self.directory is None:
             raise ApiError(400, "no_directory", "the server was started without --adapters, so it loads none")
         try:
-            check_name(name)
+            check_adapter_name(name)
         except ValueError as error:
             raise ApiError(400, "invalid_name", str(error)) from None
         folder = self._inside(path)
         with self._lock:
             if name in self.reserved or self._current(name):
                 raise ApiError(400, "name_taken", f"there is a model {name!r} already: unload it first")
-            stamp = _stamp(folder)
+            stamp = stamp_of(folder)
             if stamp is None:
                 raise ApiError(404, "adapter_not_found", f"there is no adapter at {path[:200]!r}: it has no {CONFIG}")
             try:
@@ -108,7 +108,7 @@ class Adapters:
     def _current(self, name: str) -> Version | None:
         """The version to give out; one whose folder has changed or gone is replaced or dropped."""
         version = self._known.get(name)
-        if version is not None and _stamp(version.folder) != version.stamp:
+        if version is not None and stamp_of(version.folder) != version.stamp:
             self._retire(version)
             version = None
         if version is None and self.directory is not None and name not in self._unloaded and name not in self.reserved:
@@ -117,8 +117,8 @@ class Adapters:
 
     def _found(self, name: str) -> Version | None:
         try:
-            check_name(name)
-            stamp = _stamp(self.directory / name)
+            check_adapter_name(name)
+            stamp = stamp_of(self.directory / name)
             return None if stamp is None else self._add(name, self.directory / name, stamp)
         except (ValueError, OSError):   # half of an adapter, or a name no file has
             return None
@@ -145,7 +145,7 @@ class Adapters:
         if self.directory is None:
             return []
         try:
-            return [entry for entry in self.directory.iterdir() if (entry / CONFIG).is_file()]
+            return [entry for entry in self.directory.iterdir() if is_folder(entry)]
         except OSError as error:   # the directory itself has gone; what is known may still be served
             logger.warning("can't look for adapters: %s", error)
             return []
@@ -162,15 +162,6 @@ class Adapters:
         if self.directory.resolve() not in folder.parents:
             raise refused
         return folder
-
-
-def _stamp(folder: Path) -> tuple | None:
-    """Another one for every save."""
-    try:
-        found = (folder / CONFIG).stat()
-    except (OSError, ValueError):
-        return None
-    return found.st_mtime_ns, found.st_ino
 
 
 def not_loaded(version: Version, error: Exception) -> ApiError:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import s2ft
-from s2ft.adapter.formats.native import CONFIG
+from s2ft.folder import is_folder
 from s2ft.train.models import load_model
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def check_there() -> None:
 def export(model_name: str, directory: str, target: Path) -> list[Exported]:
     """Every adapter of the directory as a LoRA in `target`. Raises: ValueError for one that is none, or too wide."""
     lora = _exporter()
-    folders = sorted(folder for folder in Path(directory).iterdir() if (folder / CONFIG).is_file())
+    folders = sorted(folder for folder in Path(directory).iterdir() if is_folder(folder))
     if not folders:
         raise ValueError(f"{directory} has no adapters")
     model, _ = load_model(model_name)
