@@ -7,7 +7,7 @@ leaves the old adapter or the new one.
 """
 import hashlib
 import os
-from contextlib import suppress
+import stat
 from pathlib import Path
 from typing import Callable, Optional, Tuple, TypeVar
 
@@ -46,12 +46,11 @@ def stamp_of(directory: Path) -> Optional[Tuple]:
 
 
 def _stamp(path: Path) -> Optional[Tuple[int, int]]:
-    if not path.is_file():
-        return None
-    with suppress(OSError):
+    try:
         found = path.stat()
-        return found.st_mtime_ns, found.st_ino
-    return None
+    except (OSError, ValueError):   # no such file, or a name that no file can have
+        return None
+    return (found.st_mtime_ns, found.st_ino) if stat.S_ISREG(found.st_mode) else None
 
 
 def read_folder(directory: Path, read: Callable[[Path], Read]) -> Read:

@@ -139,8 +139,8 @@ def check_adapter_name(name: Any, where: str = "name") -> None:
     """
     if (not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable()
             or name.startswith(".") or "/" in name or "\\" in name):
-        raise ValueError(f"{where}: an adapter's name must be at most {MAX_NAME} printable characters, without a dot in "
-                         f"front, a word without slashes, got {shortened(name)}")
+        raise ValueError(f"{where}: an adapter's name must be a word without slashes, got {shortened(name)}: give "
+                         f"at most {MAX_NAME} printable characters, and no dot in front")
 
 
 def shortened(value: Any) -> str:

@@ -99,8 +99,8 @@ class Report:
         if self.extra_weights:
             lines.append(f"trained whole: {', '.join(self.extra_weights)} ({sum(self.extra_weights.values()):,} "
                          "parameters)")
-        lines.append(f"adapter {self.name!r}, layout {self.layout}: {self.trainable:,} of {self.total:,} parameters are "
-                     f"trained ({self.share:.2%})")
+        lines.append(f"adapter {self.name!r}, layout {self.layout}: {self.trainable:,} of {self.total:,} parameters "
+                     f"are trained ({self.share:.2%})")
         if self.fresh_heads:
             lines.append(f"frozen, though new: {', '.join(self.fresh_heads)}; to train and save such a module give "
                          f"S2FTConfig modules_to_save={list(self.fresh_heads)}")

@@ -5,7 +5,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1] / "s2ft"
 RANK = {"version": 0, "_build": 1, "coupling": 0, "checkpointing": 0, "compiled": 0, "quantizer": 0, "delta": 0,
         "distributed": 0, "files": 0, "reading": 0, "folder": 1, "ops": 1, "config": 1, "weights": 1,
-        "layers": 2, "arch": 3, "permutation": 3, "selection": 3, "fingerprint": 3, "extra": 3, "heads": 4, "verify": 4, "mounting": 4,
+        "layers": 2, "arch": 3, "permutation": 3, "selection": 3, "fingerprint": 3, "extra": 3,
+        "heads": 4, "verify": 4, "mounting": 4,
         "report": 5, "convert": 6, "adapter": 7, "estimate": 7, "train": 8, "peft": 8, "serve": 9, "cli": 10}
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.models import model_of
-from transformers import BertConfig, BertForSequenceClassification, BertModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (BertConfig, BertForSequenceClassification, BertModel, Trainer, TrainerCallback,
+                          TrainingArguments)
 
 import s2ft
 from s2ft import S2FTConfig, extra
@@ -21,8 +22,8 @@ from s2ft.folder import CONFIG, TENSORS
 from s2ft.mounting import before_forward, before_load
 
 HEAD = ("classifier.weight", "classifier.bias")
-BERT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=100, num_labels=3,
-            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+BERT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=100,
+            num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 IDS = torch.randint(3, 100, (4, 6), generator=torch.Generator().manual_seed(0))
 ROWS = [{"input_ids": torch.tensor([i, 2, 3, 4]), "attention_mask": torch.ones(4, dtype=torch.int64), "labels": i % 3}
         for i in range(16)]
@@ -286,13 +287,13 @@ def rewritten(folder, config=lambda content: None, tensors=lambda found: None):
     (folder / CONFIG).write_text(json.dumps(content))
 
 
-KEY = "extra_weights/classifier.bias"
+KEY, COUPLED = "extra_weights/classifier.bias", "bert.encoder.layer.0.output.dense.bias"
 SPOILT = {
     "no list": (dict(config=lambda c: c.pop("extra_weights")), "extra_weights is missing"),
     "a list": (dict(config=lambda c: c.update(extra_weights=[1])), "extra_weights is missing or not a dict"),
     "empty": (dict(config=lambda c: c.update(extra_weights={})), "extra_weights is empty"),
     "older schema": (dict(config=lambda c: c.update(schema=2)), r"foreign fields \['extra_weights'\]"),
-    "entry a list": (dict(config=lambda c: c["extra_weights"].update({HEAD[1]: [1]})), "floating-point dtype and a shape"),
+    "entry a list": (dict(config=lambda c: c["extra_weights"].update({HEAD[1]: [1]})), "floating-point dtype"),
     "dtype a list": (dict(config=lambda c: c["extra_weights"][HEAD[1]].update(dtype=["F32"])), "floating-point dtype"),
     "integers": (dict(config=lambda c: c["extra_weights"][HEAD[1]].update(dtype="I64"),
                       tensors=lambda t: t.update({KEY: t[KEY].long()})), "floating-point dtype"),
@@ -309,8 +310,8 @@ SPOILT = {
     "unknown": (dict(config=lambda c: c["extra_weights"].update({"x.y": {"dtype": "F32", "shape": [1]}}),
                      tensors=lambda t: t.update({"extra_weights/x.y": torch.zeros(1)})), "no weight x.y outside"),
     "coupled": (dict(config=lambda c: c["extra_weights"].update(
-        {"bert.encoder.layer.0.output.dense.bias": {"dtype": "F32", "shape": [32]}}),
-                     tensors=lambda t: t.update({"extra_weights/bert.encoder.layer.0.output.dense.bias": torch.zeros(32)})),
+        {COUPLED: {"dtype": "F32", "shape": [32]}}),
+                     tensors=lambda t: t.update({f"extra_weights/{COUPLED}": torch.zeros(32)})),
                 "outside its couplings"),
     "unknown module": (dict(config=lambda c: c["config"].update(modules_to_save=["nothing"])), "no module of Bert"),
 }
@@ -558,3 +559,18 @@ def test_of_a_model_that_no_checkpoint_made_the_structure_says_what_is_a_head():
     for case in ("llama", "qwen2-grouped-tied", "gpt2", "t5", "bert"):
         report = s2ft.attach(model_of(case), S2FTConfig(d_ratio=0.1))
         assert report.fresh_heads == (), case
+
+
+def test_the_page_of_the_adapter_names_them(saved):
+    from s2ft.adapter.hub import card_of
+    assert "and classifier.bias, classifier.weight trained whole" in card_of(s2ft.read_adapter(saved))
+
+
+@pytest.mark.parametrize("value, message", ((torch.zeros(3, dtype=torch.int64), "are saved as F64"),
+                                            (torch.zeros(0), "empty or not finite")))
+def test_what_could_not_be_read_again_is_not_saved(value, message, saved, tmp_path):
+    adapter = s2ft.read_adapter(saved)
+    adapter.extra_weights["classifier.bias"] = value
+    with pytest.raises(ValueError, match=message):
+        native.write(adapter, tmp_path / "a")
+    assert not (tmp_path / "a").exists()

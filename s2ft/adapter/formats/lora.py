@@ -52,8 +52,8 @@ def write(adapter: Adapter, model: nn.Module, directory, rank: Optional[int] = N
     record = _record(model)
     check_fits(adapter, model, record)
     if adapter.extra_weights:
-        raise ValueError(f"adapter {adapter.name!r} has {next(iter(adapter.extra_weights))} trained whole, which a LoRA "
-                         "folder does not hold here: export the model merged (format merged)")
+        raise ValueError(f"adapter {adapter.name!r} has {next(iter(adapter.extra_weights))} trained whole, which a "
+                         "LoRA folder does not hold here: export the model merged (format merged)")
     sides = _sides(adapter, model, record)
     ranks = {path: a.shape[0] for path, (_, a) in sides.items()}
     uniform = _rank(max(ranks.values()), rank, rank_pattern)
