@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.coupling import Coupling, projections_of
-from s2ft.distributed import has_master, is_sharded, whole, write_units
+from s2ft.distributed import has_master, is_partitioned, is_sharded, whole, write_units
 
 UNFROZEN = ("s2ft gives it no gradient while its units are trained as slices: set its requires_grad to False and train "
             "more units instead (the ratios of S2FTConfig), or s2ft.detach the model first")
@@ -116,7 +116,7 @@ def watch(model: nn.Module, record: Any) -> None:
     """Before a training forward: keep the values of parameters that were unfrozen by hand.
 
     Raises:
-        RuntimeError: A weight or bias of a coupling was unfrozen.
+        RuntimeError: A weight or bias of a coupling was unfrozen, or a weight that DeepSpeed holds already.
     """
     known = {id(mount.layer.s2) for mount in record.mounts.values()}
     known |= {id(model.get_parameter(name)) for name in record.extra.base}
@@ -127,6 +127,10 @@ def watch(model: nn.Module, record: Any) -> None:
     wrong = sorted(coupled_names(record.couplings).intersection(unfrozen))
     if wrong:
         raise RuntimeError(f"{wrong[0]} requires a gradient, and {UNFROZEN}")
+    for name, parameter in unfrozen.items():
+        if is_partitioned(parameter) or has_master(parameter):
+            raise RuntimeError(f"{name} was unfrozen by hand, and DeepSpeed holds it, so that its value before "
+                               "training can't be kept: name its module in S2FTConfig's modules_to_save instead")
     _keep(record, unfrozen)
 
 
