@@ -12,7 +12,7 @@ from torch import Tensor
 from s2ft.coupling import PROJECTIONS
 from s2ft.files import replace_file
 from s2ft.folder import read_folder
-from s2ft.reading import read_json
+from s2ft.reading import MAX_CONFIG, parse_json, read_bytes
 
 SCHEMA = 1
 
@@ -111,7 +111,7 @@ def _of_adapter(path: Path) -> Selection:
 
 
 def _read_object(path: Path, what: str) -> Dict[str, Any]:
-    content = read_json(path)
+    content = parse_json(read_bytes(path, MAX_CONFIG), f"{path} is no {what}: it")
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no {what}: it holds a {type(content).__name__}, not an object")
     return content
