@@ -8,6 +8,7 @@ from typing import Dict, List, Mapping, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
+from s2ft import extra
 from s2ft.coupling import Projection, projections_of
 from s2ft.delta import Delta
 from s2ft.distributed import has_master, settle, whole, write_units
@@ -22,6 +23,7 @@ def take_off(model: nn.Module, record: Attachment) -> None:
     """Make no adapter active; the weights hold the base, bit for bit."""
     record.changing, record.active = True, {}
     settle(model)
+    extra.take_off(model, record)
     for move in record.moves:
         move.recover(model)
     for mounted in record.mounts.values():
@@ -62,6 +64,7 @@ def put_on(model: nn.Module, record: Attachment, weights: Dict[str, float],
         for path in dict.fromkeys(path for name in written for path in deltas[name]):
             parts = [(deltas[name][path], weight) for name, weight in written.items() if path in deltas[name]]
             _write(model, record, record.projections[path], parts)
+        extra.put_on(model, record, weights)
         for mounted in record.mounts.values():
             mounted.layer.enabled = trains
         record.active = dict(weights)

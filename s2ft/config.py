@@ -39,6 +39,15 @@ def _check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
+def _names(option: str, value: Any) -> List[str]:
+    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
+        raise ValueError(f"{option} must be a list of modules' names, such as ['classifier'], got {value!r}")
+    names = list(value)
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"{option} must be a list of at least one module's name, or None, got {value!r}")
+    return list(dict.fromkeys(names))
+
+
 def _units(name: str, value: Any) -> Any:
     """Lists by path, as JSON has them, or the path of a file as text."""
     if value is None:
@@ -96,6 +105,9 @@ class S2FTConfig:
     layers: Optional[List[int]] = field(default=None, metadata={"help": "layers to train; default: all"})
     delta_dtype: Optional[str] = field(default=None, metadata={
         "help": "dtype of the trained deltas; default: the weight's, but at least float32"})
+    modules_to_save: Optional[List[str]] = field(default=None, metadata={
+        "help": "modules to train whole and save beside the slices, e.g. a classifier's new head: their full names or "
+                "the last words of them"})
     fuse_ffn: bool = field(default=True, metadata={"help": "compute act(gate) * up in one pass each way"})
 
     def __post_init__(self) -> None:
@@ -111,6 +123,8 @@ class S2FTConfig:
             raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
         if self.layers is not None:
             self._check_layers()
+        if self.modules_to_save is not None:
+            self.modules_to_save = _names("modules_to_save", self.modules_to_save)
         if self.budget is not None:
             self.budget = _parameters(self.budget)
         if self.match_lora_rank is not None:
@@ -157,4 +171,5 @@ class S2FTConfig:
         return torch.promote_types(weight_dtype, torch.float32)
 
     def to_dict(self) -> Dict[str, Any]:
-        return asdict(self)
+        """For JSON. Without modules_to_save where it is None: files of earlier releases don't have it."""
+        return {name: value for name, value in asdict(self).items() if name != "modules_to_save" or value is not None}

@@ -14,6 +14,8 @@ from s2ft.fingerprint import fingerprint
 from s2ft.mounting import check_can_merge, check_not_sharded, claim, mount, release, that_can_move, unmount
 from s2ft.record import RECORD, Attachment, attachment_of
 from s2ft.ops._lock import LOCK
+from s2ft.extra import names_of_modules
+from s2ft.reading import check_adapter_name
 from s2ft.report import Report
 from s2ft.selection import Selection
 from s2ft.selection import select as select_units
@@ -60,10 +62,11 @@ def attach(model: nn.Module, config: S2FTConfig, name: str = "default", calibrat
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
     if verify not in (None, True, False):
         raise TypeError(f"verify must be True, False or None, got {verify!r}")
-    check_name(name)
+    check_adapter_name(name)
     record = _record_for(model, couplings, name)
     if any(parameter.is_cuda for parameter in model.parameters()):
         warn_without_cuda_kernels()
+    names_of_modules(model, record.couplings, config.modules_to_save)   # before calibration, which takes its time
     verify = couplings is not None or example is not None if verify is None else verify
     with adapters_aside(model, record):
         selection = select_units(record.couplings, config, model, calibration)
@@ -102,6 +105,7 @@ def adapters_aside(model: nn.Module, record: Attachment) -> Iterator[None]:
         unmount(model, record)
         record.others = others
         if others:
+            record.forget_mounts()
             model.requires_grad_(False)
             put_on(model, record, active, {name: others[name].deltas for name in active})
         else:
@@ -162,6 +166,7 @@ def _chosen(model: nn.Module, config: S2FTConfig, calibration, given) -> Tuple[L
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
     _check_unattached(model)
     couplings = couplings_of(model, given)
+    names_of_modules(model, couplings, config.modules_to_save)   # an error for those that are unknown
     return couplings, select_units(couplings, config, model, calibration)
 
 
@@ -178,11 +183,6 @@ def new_attachment(model: nn.Module, given: Optional[Sequence[Coupling]] = None)
     return Attachment(couplings, fingerprint(model, couplings),
                       {key: parameter.requires_grad for key, parameter in model.named_parameters()},
                       given=given is not None)
-
-
-def check_name(name: str) -> None:
-    if not isinstance(name, str) or not name or any(c in name for c in "/\\\0") or name.startswith("."):
-        raise ValueError(f"an adapter's name must be a word without slashes, got {name!r}")
 
 
 # ---- back ------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 import torch
 from torch import Tensor, nn
 
+from s2ft import extra
 from s2ft.checkpointing import close_blocks, open_blocks
 from s2ft.config import S2FTConfig
 from s2ft.coupling import Coupling, Projection
@@ -21,7 +22,7 @@ from s2ft.ops import act_mul
 from s2ft.ops._memory import check_private
 from s2ft.permutation import Move, contiguous_range, coupling_order, inverse
 from s2ft.quantizer import as_before, let_train
-from s2ft.record import RECORD, Attachment, Mount, Part
+from s2ft.record import RECORD, Attachment, Mount, Part, attachment_of
 from s2ft.selection import Selection
 from s2ft.states import add_state_hooks, remove_state_hooks
 from s2ft.weights import (find, is_quantized, pack_again, pack_never, packing_layers, passes_gradient, position, put,
@@ -52,8 +53,10 @@ def claim(model: nn.Module, record: Attachment) -> None:
 def _apply_to_all(model: nn.Module, function: Callable[[Tensor], Tensor], *args: Any, **options: Any) -> nn.Module:
     """The model's _apply: casts and moves (to, half, cuda) also reach the recorded base, which is in no module."""
     type(model)._apply(model, function, *args, **options)
-    for entry in model.__dict__[RECORD].written:
+    record = model.__dict__[RECORD]
+    for entry in record.written:
         entry.base = function(entry.base)
+    record.extra.apply(function)
     return model
 
 
@@ -84,14 +87,31 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
     for coupling in touched:
         if coupling.consumer.expert is not None:
             gate_of(model.get_submodule(coupling.consumer.path.rpartition(".")[0]))
+    whole_names = extra.names_of_modules(model, record.couplings, config.modules_to_save)
     check_alike(f"adapter {name!r}", {"its selection": selection.digest, "the base": digest(record.fingerprint)})
     try:
         record.name, record.config, record.selection = name, config, selection
         _mount_all(model, record, touched, orders)
+        extra.start(model, record, whole_names, before_forward, before_load)
         record.active = {name: 1.0}
     except BaseException:   # out of memory, an interrupt: leave no half-converted model
         unmount(model, record)
         raise
+
+
+def before_forward(model: nn.Module, inputs: tuple) -> None:
+    """Forward pre-hook of a model with a trainable adapter: keep the base of weights that were unfrozen by hand.
+
+    Raises:
+        RuntimeError: A weight or bias of a coupling was unfrozen, which would get no gradient.
+    """
+    if not torch.compiler.is_compiling() and model.training and torch.is_grad_enabled():
+        extra.watch(model, attachment_of(model))
+
+
+def before_load(model: nn.Module, *_: Any) -> None:
+    """load_state_dict pre-hook, likewise."""
+    extra.keep_unfrozen(model, attachment_of(model))
 
 
 def _mount_all(model: nn.Module, record: Attachment, touched: List[Coupling],
@@ -280,8 +300,10 @@ def _replace_forward(model: nn.Module, coupling: Coupling, record: Attachment) -
 def unmount(model: nn.Module, record: Attachment) -> None:
     """Take the trainable layers out: plain modules with the weights as they are, units in original order.
 
-    It can be called again where it was interrupted, and does nothing where nothing is mounted.
+    It can be called again where it was interrupted, and does nothing where nothing is mounted. The record still says
+    what was mounted: :meth:`Attachment.forget_mounts` comes after it where the record stays.
     """
+    extra.remove_hooks_of(model, before_forward, before_load)
     for _, go in EXTENSIONS:
         go(model)
     for path, forward in record.forwards.items():
@@ -301,7 +323,6 @@ def unmount(model: nn.Module, record: Attachment) -> None:
         move.undo(model)
     pack_again(model, record.unpacked)
     as_before(model)
-    record.forget_mounts()
 
 
 def release(model: nn.Module, record: Attachment) -> nn.Module:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from s2ft.config import S2FTConfig
 from s2ft.coupling import Coupling, Projection, projections_of
+from s2ft.extra import ExtraWeights
 from s2ft.layers import S2Layer
 from s2ft.permutation import Move
 from s2ft.selection import Selection
@@ -61,6 +62,7 @@ class Attachment:
     active: Dict[str, float] = field(default_factory=dict)                # adapters with their weights
     unpacked: List[str] = field(default_factory=list)                     # of pack_never
     written: List[Written] = field(default_factory=list)
+    extra: ExtraWeights = field(default_factory=ExtraWeights)
     host: Optional[Dict[str, Any]] = None   # attributes of the model that ours stand in for
     changing: bool = False   # whether a change of what is active is under way, or was interrupted
 
@@ -70,7 +72,8 @@ class Attachment:
 
     def forget_mounts(self) -> None:
         """Be the record of a model without trainable layers, whose units lie where they were."""
-        self.name = self.config = self.selection = None
+        self.name = self.config = self.selection = self.host = None
+        self.extra = ExtraWeights()
         for done in (self.moves, self.mounts, self.forwards, self.unpacked):
             done.clear()
 

@@ -1,6 +1,6 @@
 """What is trained, as a table."""
-from dataclasses import dataclass
-from typing import Dict, List, Tuple
+from dataclasses import dataclass, field
+from typing import Dict, List, Sequence, Tuple
 
 import torch
 from torch import nn
@@ -9,6 +9,8 @@ from s2ft.compiled import of_compiled
 from s2ft.config import S2FTConfig
 from s2ft.coupling import Coupling, Projection, projections_of, unit_name
 from s2ft.record import attachment_of
+from s2ft.extra import names_of_modules, trained_parameters
+from s2ft.heads import fresh_heads
 from s2ft.selection import Selection
 from s2ft.selection.budget import unit_parameters
 from s2ft.selection.selection import span
@@ -43,8 +45,10 @@ class Report:
     name: str
     layout: str
     rows: List[Row]
-    trainable: int
+    trainable: int    # parameters in all that is trained
     total: int        # parameters of the base model
+    extra_weights: Dict[str, int] = field(default_factory=dict)   # trained whole: parameters by name
+    fresh_heads: Tuple[str, ...] = ()                             # frozen modules that look new
 
     @classmethod
     def of(cls, model: nn.Module) -> "Report":
@@ -54,7 +58,8 @@ class Report:
                          mount.layer.s2.numel() // mount.layer.s2.shape[mount.layer.dim] * part.elements.numel(),
                          mount.layer.s2.dtype) for mount, part in record.parts.values()]
         total = parameters_of(model) - sum(part.parameters for part in parts)
-        return cls._from(record.name, record.config, parts, total)
+        extra_weights = {name: parameter.numel() for name, parameter in trained_parameters(model, record).items()}
+        return cls._from(record.name, record.config, parts, total, extra_weights, fresh_heads(model, record))
 
     @classmethod
     def planned(cls, model: nn.Module, couplings: List[Coupling], config: S2FTConfig, selection: Selection) -> "Report":
@@ -65,17 +70,22 @@ class Report:
                 units = selection[projection.name].numel()
                 parts.append(Trained(projection, units, units * unit_parameters(model, projection),
                                      config.delta_dtype_for(weight_of(model, projection).dtype)))
-        return cls._from("planned", config, parts, parameters_of(model))
+        parameters = dict(model.named_parameters())
+        extra_weights = {name: parameters[name].numel()
+                         for name in names_of_modules(model, couplings, config.modules_to_save)}
+        return cls._from("planned", config, parts, parameters_of(model), extra_weights)
 
     @classmethod
-    def _from(cls, name: str, config: S2FTConfig, parts: List[Trained], total: int) -> "Report":
+    def _from(cls, name: str, config: S2FTConfig, parts: List[Trained], total: int, extra_weights: Dict[str, int],
+              heads: Sequence[str] = ()) -> "Report":
         groups: Dict[Tuple, List[Trained]] = {}
         for part in parts:
             alike = (_name_in_layer(part.projection), part.projection.key, part.projection.count, part.units)
             groups.setdefault(alike, []).append(part)
         rows = [Row(shown, *_spread(group), sum(part.parameters for part in group), group[0].dtype)
                 for (shown, *_), group in groups.items()]
-        return cls(name, config.layout, rows, sum(row.parameters for row in rows), total)
+        trainable = sum(row.parameters for row in rows) + sum(extra_weights.values())
+        return cls(name, config.layout, rows, trainable, total, extra_weights, tuple(heads))
 
     @property
     def share(self) -> float:
@@ -86,8 +96,15 @@ class Report:
         lines = [f"{'projection':<{width}}{'layers':>7}  {'units a layer':<24}{'parameters':>14}  dtype"]
         lines += [f"{row.projection:<{width}}{row.layers:>7}  {row.units:<24}{row.parameters:>14,}  "
                   f"{str(row.dtype).removeprefix('torch.')}" for row in self.rows]
-        return "\n".join(lines + [f"adapter {self.name!r}, layout {self.layout}: {self.trainable:,} of "
-                                  f"{self.total:,} parameters are trained ({self.share:.2%})"])
+        if self.extra_weights:
+            lines.append(f"trained whole: {', '.join(self.extra_weights)} ({sum(self.extra_weights.values()):,} "
+                         "parameters)")
+        lines.append(f"adapter {self.name!r}, layout {self.layout}: {self.trainable:,} of {self.total:,} parameters "
+                     f"are trained ({self.share:.2%})")
+        if self.fresh_heads:
+            lines.append(f"frozen, though new: {', '.join(self.fresh_heads)}; to train and save such a module give "
+                         f"S2FTConfig modules_to_save={list(self.fresh_heads)}")
+        return "\n".join(lines)
 
 
 def units_of(projection: Projection, units: int) -> str:

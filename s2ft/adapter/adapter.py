@@ -4,8 +4,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from s2ft import extra
 from s2ft.config import S2FTConfig
 from s2ft.record import Attachment
 from s2ft.coupling import Coupling, projections_of
@@ -18,7 +19,7 @@ from s2ft.weights import shape_of
 @dataclass
 class Adapter:
     """deltas: by projection. fingerprint: of the base. selection: in units. info: free metadata.
-    couplings: where they were given by hand."""
+    couplings: where they were given by hand. extra_weights: parameters that are trained whole, by name."""
 
     name: str
     config: S2FTConfig
@@ -27,15 +28,19 @@ class Adapter:
     deltas: Dict[str, Delta]
     info: Dict[str, Any] = field(default_factory=dict)
     couplings: Optional[List[Coupling]] = None
+    extra_weights: Dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
-        return sum(delta.values.numel() for delta in self.deltas.values())
+        """Trained numbers, the extra weights' too."""
+        return (sum(delta.values.numel() for delta in self.deltas.values())
+                + sum(value.numel() for value in self.extra_weights.values()))
 
     def to(self, device) -> "Adapter":
-        """With the deltas on `device`."""
+        """With the deltas and extra weights on `device`."""
         return replace(self, deltas={path: Delta(delta.dim, delta.index, delta.values.to(device))
-                                     for path, delta in self.deltas.items()})
+                                     for path, delta in self.deltas.items()},
+                       extra_weights={name: value.to(device) for name, value in self.extra_weights.items()})
 
     def __add__(self, other: "Adapter") -> "Adapter":
         return weighted_sum([(self, 1.0), (other, 1.0)], f"{self.name}+{other.name}")
@@ -60,7 +65,10 @@ def weighted_sum(parts: Sequence[Tuple[Adapter, float]], name: str) -> Adapter:
     Where selections are disjoint and the weights are 1 every number is one that was there before, so that nothing is
     lost. Sums are formed in float32, or in float64 where a delta is. Its config names the units.
 
-    Raises: ValueError for adapters of different bases, or a weight that is not a finite number.
+    Extra weights are values and no updates: those of one adapter of weight 1 pass through.
+
+    Raises: ValueError for adapters of different bases, a weight that is not a finite number, or extra weights that two
+        of them have or that would be scaled.
     """
     if not parts:
         raise ValueError("there is nothing to add up: give at least one adapter")
@@ -75,10 +83,26 @@ def weighted_sum(parts: Sequence[Tuple[Adapter, float]], name: str) -> Adapter:
                                 if path in adapter.deltas]) for path in paths}
     selection = Selection({path: torch.cat([adapter.selection[path] for adapter, _ in parts
                                             if path in adapter.deltas]).unique() for path in paths})
+    extra_weights = _extra_of_sum(parts)
+    modules = [name for adapter, _ in parts for name in adapter.config.modules_to_save or ()]
     config = S2FTConfig(units=selection, layout=first.config.layout, delta_dtype=first.config.delta_dtype,
-                        fuse_ffn=first.config.fuse_ffn)
+                        fuse_ffn=first.config.fuse_ffn, modules_to_save=modules or None)
     info = {**first.info, "sum_of": [[adapter.name, float(weight)] for adapter, weight in parts]}
-    return Adapter(name, config, selection, first.fingerprint, deltas, info, first.couplings)
+    return Adapter(name, config, selection, first.fingerprint, deltas, info, first.couplings, extra_weights)
+
+
+def _extra_of_sum(parts: Sequence[Tuple[Adapter, float]]) -> Dict[str, Tensor]:
+    owners: Dict[str, Adapter] = {}
+    for adapter, weight in parts:
+        for name in adapter.extra_weights:
+            if weight != 1:
+                raise ValueError(f"adapter {adapter.name!r} has {name} trained whole, which can't be scaled: give the "
+                                 f"adapter weight 1, not {weight:g}")
+            if name in owners:
+                raise ValueError(f"adapters {owners[name].name!r} and {adapter.name!r} both have {name} trained whole, "
+                                 "and values of it don't add up: keep them apart and switch between them")
+            owners[name] = adapter
+    return {name: adapter.extra_weights[name].clone() for name, adapter in owners.items()}
 
 
 def check_weight(name: str, weight: Any) -> None:
@@ -126,6 +150,7 @@ def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:
     other_base = difference(record.fingerprint, adapter.fingerprint)
     if other_base:
         raise ValueError(f"adapter {adapter.name!r} was trained on another base: {other_base}")
+    extra.check_fits(model, record, adapter.name, adapter.extra_weights)
     for path, delta in adapter.deltas.items():
         _check_whole_units(adapter, known[path], delta)
 

@@ -21,12 +21,14 @@ from torch import Tensor, nn
 from s2ft.adapter.adapter import Adapter, check_fits
 from s2ft.adapter.formats import native
 from s2ft.compiled import unwrapped
-from s2ft.convert import check_name, new_attachment
+from s2ft.convert import new_attachment
 from s2ft.coupling import Projection, projections_of
 from s2ft.delta import Delta
+from s2ft.folder import CONFIG, TENSORS, is_folder
 from s2ft.layers import S2ColumnLinear, S2QuantizedColumn, S2QuantizedLinear, S2RowLinear, layers_for
 from s2ft.record import RECORD, Attachment
 from s2ft.ops import multi_adapter_linear
+from s2ft.reading import check_adapter_name
 from s2ft.weights import find
 
 OURS = "_s2ft_bank"   # what marks a forward of ours
@@ -113,11 +115,11 @@ class AdapterBank:
 
         Raises: ValueError for a name that is taken or would be a path; FileNotFoundError where no adapter is.
         """
-        check_name(name)
+        check_adapter_name(name)
         folder = Path(folder)
-        for file in (native.CONFIG, native.TENSORS):
-            if not (folder / file).is_file():
-                raise FileNotFoundError(f"{folder} is no S²FT adapter: it has no {file}")
+        if not is_folder(folder):
+            missing = next((file for file in (CONFIG, TENSORS) if not (folder / file).is_file()), CONFIG)
+            raise FileNotFoundError(f"{folder} is no S²FT adapter: it has no {missing}")
         with self._lock:
             if name in self._entries or self._has(name):
                 raise ValueError(f"there is an adapter called {name!r} already: remove it first")
@@ -136,7 +138,7 @@ class AdapterBank:
         """Whether the directory has an adapter of this name."""
         if self._directory is None or name in self._removed or name.startswith(".") or any(c in name for c in "/\\\0"):
             return False
-        return bool(name) and (self._directory / name / native.CONFIG).is_file()
+        return bool(name) and is_folder(self._directory / name)
 
     def _entry(self, name: str) -> "_Entry":
         if name not in self._entries:
@@ -225,6 +227,9 @@ class AdapterBank:
     def _read(self, name: str, folder: Path) -> "_Loaded":
         adapter = native.read(folder)
         adapter.name = name
+        if adapter.extra_weights:
+            raise ValueError(f"adapter {name!r} has {next(iter(adapter.extra_weights))} trained whole, and a batch "
+                             "has one for all of its rows: serve it merged (s2ft merge), or by load_adapter alone")
         base = self._base(adapter)
         check_fits(adapter, self.model, base.record)
         touched = [base.projections[key] for key in adapter.deltas]

@@ -1,7 +1,7 @@
 """Which folders hold adapters: an adapter's own, and the output folder of a run."""
 from pathlib import Path
 
-from s2ft.adapter.formats.native import CONFIG
+from s2ft.folder import is_folder
 
 ADAPTER, RUN = "adapter", "run.json"   # in the output folder of s2ft finetune
 STATE = "trainer_state.json"           # in every checkpoint of a Trainer, beside the adapter's files
@@ -13,9 +13,9 @@ def adapter_folder(folder: Path) -> Path:
     Raises:
         FileNotFoundError: The run has not saved its adapter yet; the message says how to go on.
     """
-    if (folder / CONFIG).is_file():
+    if is_folder(folder):
         return folder
-    if (folder / ADAPTER / CONFIG).is_file():
+    if is_folder(folder / ADAPTER):
         return folder / ADAPTER
     if (folder / RUN).is_file():
         raise FileNotFoundError(f"{folder} is the output of a run that has saved no adapter yet: finish the run with "
@@ -42,11 +42,11 @@ def adapter_named(directory: Path, name: str) -> Path | None:
 
 
 def _is_run(folder: Path) -> bool:
-    return (folder / RUN).is_file() and (folder / ADAPTER / CONFIG).is_file()
+    return (folder / RUN).is_file() and is_folder(folder / ADAPTER)
 
 
 def _inside(folder: Path) -> Path | None:
     """The adapter that a folder of a directory stands for; None for a checkpoint or any other folder."""
-    if (folder / CONFIG).is_file():
+    if is_folder(folder):
         return None if (folder / STATE).is_file() else folder
-    return folder / ADAPTER if (folder / ADAPTER / CONFIG).is_file() else None
+    return folder / ADAPTER if is_folder(folder / ADAPTER) else None

@@ -69,8 +69,9 @@ def push_to_hub(model_or_folder: Union[nn.Module, str, Path], repo_id: str, name
 def _upload(folder: Path, repo_id: str, revision, private, token, message: str) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    adapter = native.read(folder)
-    files = {name: (folder / name).read_bytes() for name in (*FILES, CARD) if (folder / name).exists()}
+    adapter, files = native.read_files(folder)
+    if (folder / CARD).exists():
+        files[CARD] = (folder / CARD).read_bytes()
     api = HfApi(token=token)
     api.create_repo(repo_id, private=private, exist_ok=True)
     if revision is not None:
@@ -94,11 +95,12 @@ def card_of(adapter: Adapter) -> str:
     else:   # a folder of someone's machine
         base = "path/to/the/base"
     keys = ", ".join(f"{key}_ratio {ratio:g}" for key, ratio in adapter.config.ratios.items()) or "units given by name"
+    whole = f" and {', '.join(adapter.extra_weights)} trained whole" if adapter.extra_weights else ""
     return "\n".join([
         "---", ModelCardData(**metadata).to_yaml(), "---", "",
         f"# {adapter.name}: an S²FT adapter", "",
-        f"{adapter.parameters:,} trained parameters on {len(adapter.deltas)} projections ({keys}), trained and loaded with",
-        "s2ft (structured sparse fine-tuning, arXiv 2412.06289).", "",
+        f"{adapter.parameters:,} trained parameters on {len(adapter.deltas)} projections ({keys}){whole}, trained and",
+        "loaded with s2ft (structured sparse fine-tuning, arXiv 2412.06289).", "",
         "```python", "import s2ft", "from transformers import AutoModelForCausalLM", "",
         f'model = AutoModelForCausalLM.from_pretrained("{base}")',
         's2ft.load_adapter(model, "path/or/repository/of/this/adapter")', "```", ""])

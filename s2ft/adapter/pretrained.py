@@ -3,11 +3,12 @@ Trainers of transformers and TRL, as they are, go on from the checkpoints that t
 import json
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Iterable
 
 import torch
 from torch import Tensor, nn
 
+from s2ft import extra
 from s2ft.adapter.formats import native
 from s2ft.adapter.hub import write_card
 from s2ft.adapter.store import save_adapter
@@ -18,11 +19,13 @@ from s2ft.active import set_mounted_deltas
 from s2ft.checkpointing import remove_hooks
 from s2ft.mounting import EXTENSIONS
 from s2ft.record import Attachment, attachment_of
+from s2ft.reading import read_json
 from s2ft.report import print_trainable_parameters
 
 # Trainer looks for this name, or for a file of all weights, and hands what the files named in it hold to load_state_dict
 INDEX = "model.safetensors.index.json"
 ATTRIBUTES = ("save_pretrained", "print_trainable_parameters", "_keys_to_ignore_on_save")
+WHOLE_MODELS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def save_pretrained(self: nn.Module, save_directory, is_main_process: bool = True, state_dict=None,
@@ -39,10 +42,36 @@ def save_pretrained(self: nn.Module, save_directory, is_main_process: bool = Tru
     if not is_main_process:
         return
     directory = Path(save_directory)
+    _check_no_model(directory)
     save_adapter(self, directory, attachment_of(self).name, state=state_dict)
     write_card(native.read(directory), directory)
-    layers = {f"{path}.s2": native.TENSORS for path in attachment_of(self).mounts}
+    record = attachment_of(self)
+    layers = dict.fromkeys([*record.slices, *extra.trained_parameters(self, record)], native.TENSORS)
     replace_file(directory / INDEX, json.dumps({"metadata": {"format": "s2ft"}, "weight_map": layers}, indent=1).encode())
+
+
+def _check_no_model(directory: Path) -> None:
+    """The index that is written would replace that of a sharded model, which then loads with random weights.
+
+    Raises:
+        ValueError: The folder holds a whole model's weights, or an index that s2ft did not write.
+    """
+    found = [name for name in WHOLE_MODELS if (directory / name).exists()]
+    if (directory / INDEX).exists() and not _is_ours(directory / INDEX):
+        found.append(INDEX)
+    if found:
+        raise ValueError(f"save_directory {directory} holds another model ({found[0]}), which would load with random "
+                         "weights after an adapter was saved there: give another folder, or s2ft.merge the model first "
+                         "to save it whole")
+
+
+def _is_ours(index: Path) -> bool:
+    try:
+        content = read_json(index)
+    except (OSError, ValueError):
+        return False
+    metadata = content.get("metadata") if isinstance(content, dict) else None
+    return isinstance(metadata, dict) and metadata.get("format") == "s2ft"
 
 
 def _take_deltas(model: nn.Module, state: Dict[str, Tensor], prefix: str, *_: Any) -> None:
@@ -51,18 +80,31 @@ def _take_deltas(model: nn.Module, state: Dict[str, Tensor], prefix: str, *_: An
     Raises: ValueError where they are another selection's, nothing changed.
     """
     record = attachment_of(model)
+    marked = prefix + native.EXTRA
     found = {key.removeprefix(prefix).rpartition(".")[0] for key in state
-             if key.startswith(prefix) and key.endswith(".delta")}
+             if key.startswith(prefix) and key.endswith(".delta") and not key.startswith(marked)}
     if not found:
         return   # a state of the layers' own
     if found != record.parts.keys():
         raise ValueError("the adapter to load trains other projections than this model: "
                          f"{', '.join(sorted(found ^ record.parts.keys())[:3])}")
     deltas = {name: _delta(record, name, state, prefix + name) for name in found}
+    values = {key.removeprefix(marked): value for key, value in state.items() if key.startswith(marked)}
+    extra.check_same(model, record, values)
+    extra.check_fits(model, record, record.name, values)
     settle(model)
     set_mounted_deltas(record, deltas)
+    extra.set_trained(model, record, values)
     for name in found:
         del state[f"{prefix}{name}.delta"], state[f"{prefix}{name}.index"]
+    for name in values:
+        del state[marked + name]
+    _ignore_the_base(model, values)
+
+
+def _ignore_the_base(model: nn.Module, extra_weights: Iterable[str]) -> None:
+    """Trainer warns of every weight that a checkpoint lacks, but for the ones that a model says it does not save."""
+    model._keys_to_ignore_on_save = set(model.state_dict(keep_vars=True)) - {*attachment_of(model).slices, *extra_weights}
 
 
 def _delta(record: Attachment, name: str, state: Dict[str, Tensor], key: str) -> Delta:
@@ -85,9 +127,7 @@ def _come(model: nn.Module) -> None:
     # partial objects: torch.load could not make bound methods of a model that it is still loading
     model.save_pretrained = partial(save_pretrained, model)
     model.print_trainable_parameters = partial(print_trainable_parameters, model)
-    # Trainer warns of every weight that a checkpoint lacks, but for the ones that a model says it does not save
-    trained = {f"{path}.s2" for path in record.mounts}
-    model._keys_to_ignore_on_save = set(model.state_dict(keep_vars=True)) - trained
+    _ignore_the_base(model, ())
     model.register_load_state_dict_pre_hook(_take_deltas)
 
 

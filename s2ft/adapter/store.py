@@ -5,16 +5,18 @@ from typing import Any, Dict, Mapping, Optional, Union
 
 from torch import Tensor, nn
 
+from s2ft import extra
 from s2ft.adapter.adapter import Adapter, check_fits
 from s2ft.adapter.formats import native
 from s2ft.adapter.hub import resolve
 from s2ft.adapter.switch import check_free, get_adapter, set_adapter
 from s2ft.compiled import of_compiled
 from s2ft.active import check_can_write, set_mounted_deltas
-from s2ft.convert import adapters_aside, check_name, mount_on, new_attachment
+from s2ft.convert import adapters_aside, mount_on, new_attachment
 from s2ft.distributed import on_first, settle, sharers, whole
 from s2ft.mounting import check_memory, claim, release
 from s2ft.record import RECORD, Attachment, attachment_of
+from s2ft.reading import check_adapter_name
 
 
 @of_compiled
@@ -40,7 +42,7 @@ def save_adapter(model: nn.Module, directory, name: Optional[str] = None, info: 
         name = record.name if record.name is not None else next(iter(record.active), record.names[0])
     adapter = get_adapter(model, name, state)
     adapter.info = {**model_info(model), **adapter.info, **(info or {})}
-    ranks = sharers(record.slices.values()) if name == record.name and state is None else None
+    ranks = sharers(_trained(model, record).values()) if name == record.name and state is None else None
     on_first("saving an adapter", ranks, lambda: native.write(adapter, directory))
 
 
@@ -51,7 +53,11 @@ def gathered(model: nn.Module) -> Dict[str, Tensor]:
     Of a sharded model every rank must call this. Raises: RuntimeError where one does not come within ten minutes.
     """
     settle(model)
-    return whole(attachment_of(model).slices)
+    return whole(_trained(model, attachment_of(model)))
+
+
+def _trained(model: nn.Module, record: Attachment) -> Dict[str, Tensor]:
+    return {**record.slices, **extra.trained_parameters(model, record)}
 
 
 def model_info(model: nn.Module) -> Dict[str, Any]:
@@ -93,7 +99,7 @@ def load_adapter(model: nn.Module, adapter: Union[str, os.PathLike, Adapter], na
     """
     adapter = replace(adapter) if isinstance(adapter, Adapter) else read_adapter(adapter)
     adapter.name = adapter.name if name is None else name
-    check_name(adapter.name)
+    check_adapter_name(adapter.name)
     fresh = RECORD not in model.__dict__
     record = new_attachment(model, adapter.couplings) if fresh else attachment_of(model)
     check_fits(adapter, model, record)
@@ -102,6 +108,8 @@ def load_adapter(model: nn.Module, adapter: Union[str, os.PathLike, Adapter], na
         with adapters_aside(model, record):
             mount_on(model, record, adapter.config, adapter.selection, adapter.name)
             set_mounted_deltas(record, adapter.deltas)
+            extra.unfreeze(model, record, adapter.extra_weights)
+            extra.set_trained(model, record, adapter.extra_weights)
         return
     check_can_write(model, record, adapter.deltas)
     check_memory(model, [record.projections[path] for path in adapter.deltas])
@@ -130,5 +138,7 @@ def restore_adapter(model: nn.Module, directory) -> None:
     check_fits(adapter, model, record)
     if record.selection is None or adapter.selection != record.selection:
         raise ValueError(f"{directory} holds another selection than the one this model trains")
+    extra.check_same(model, record, adapter.extra_weights)
     settle(model)
     set_mounted_deltas(record, adapter.deltas)
+    extra.set_trained(model, record, adapter.extra_weights)

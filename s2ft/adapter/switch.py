@@ -9,12 +9,14 @@ from s2ft.adapter.adapter import Adapter, check_weight, weighted_sum
 from s2ft.adapter.overlap import Overlap, overlap
 from s2ft.compiled import of_compiled
 from s2ft.active import check_can_write, mounted_deltas, put_on, take_off
-from s2ft.convert import check_name, fuse
+from s2ft.convert import fuse
 from s2ft.distributed import settle
 from s2ft.ops._lock import LOCK
 from s2ft.mounting import check_not_sharded, release, unmount
 from s2ft.record import RECORD, Attachment, attachment_of
 from s2ft.report import units_of
+from s2ft.extra import check_can_put_on, trained_values
+from s2ft.reading import check_adapter_name
 
 Weights = Union[str, Mapping[str, float], None]
 
@@ -36,6 +38,7 @@ def set_adapter(model: nn.Module, adapters: Weights) -> None:
     if weights == record.active and not trainable_is_written and not record.changing:
         return   # where the trainable one is written its numbers may have changed since
     settle(model)
+    check_can_put_on(model, record, weights)
     deltas = {name: _deltas(record, name) for name in weights if name != record.name or trainable_is_written}
     if record.name in deltas:   # those that were loaded were looked at then
         check_can_write(model, record, deltas[record.name])
@@ -99,7 +102,8 @@ def get_adapter(model: nn.Module, name: str, state: Optional[Mapping[str, Tensor
         return record.others[name]
     settle(model)
     return Adapter(name, record.config, record.selection, record.fingerprint, mounted_deltas(record, state),
-                   couplings=record.couplings if record.given else None)
+                   couplings=record.couplings if record.given else None,
+                   extra_weights=trained_values(model, record, state))
 
 
 @of_compiled
@@ -121,7 +125,7 @@ def fuse_adapters(model: nn.Module, weights: Mapping[str, float], name: str) -> 
 
 def check_free(record: Attachment, name: str) -> None:
     """Raises: ValueError for what can't be a name or is one already."""
-    check_name(name)
+    check_adapter_name(name)
     if name in record.names:
         raise ValueError(f"there is an adapter called {name!r} already: load it under another name")
 
@@ -154,6 +158,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         active = dict(record.active)
         take_off(model, record)
         unmount(model, record)
+        record.forget_mounts()
         model.requires_grad_(False)
         put_on(model, record, active, {other: others[other].deltas for other in active})
 

@@ -44,7 +44,7 @@ def train(job: FinetuneArguments, config, options) -> None:
     """Everything is checked before a run in the output folder is touched. The first rank alone holds the folder."""
     from contextlib import nullcontext
 
-    from s2ft.adapter.formats.reading import check_adapter_name
+    from s2ft.reading import check_adapter_name
     from s2ft.train.finetune import check_packages_of_run, this_rank
     from s2ft.train.output import RunFolder
 

@@ -19,7 +19,7 @@ def fuse(folders: list[str], weights: list[float] | None, name: str | None, outp
     from s2ft.adapter import overlap, read_adapter
     from s2ft.adapter.adapter import weighted_sum
     from s2ft.adapter.formats import native
-    from s2ft.convert import check_name
+    from s2ft.reading import check_adapter_name
 
     weights = [1.0] * len(folders) if weights is None else weights
     if len(weights) != len(folders):
@@ -27,7 +27,7 @@ def fuse(folders: list[str], weights: list[float] | None, name: str | None, outp
     if output.exists():
         raise FileExistsError(f"output {output} exists")
     name = output.name if name is None else name
-    check_name(name)
+    check_adapter_name(name)
     adapters = [read_adapter(folder) for folder in folders]
     native.write(weighted_sum(list(zip(adapters, weights)), name), output)
     return f"{overlap(adapters)}\nadapter {name!r}: {output}"

@@ -35,6 +35,8 @@ def describe(folder: Path) -> str:
     lines += [f"{printable(key)}: {printable(value)}" for key, value in adapter.info.items() if value is not None]
     config = adapter.config
     lines.append(f"{choice(config)}, seed {config.seed}, layout {config.layout}")
+    lines += [f"{name} trained whole: {' × '.join(map(str, value.shape))}, {_name(value.dtype)}"
+              for name, value in adapter.extra_weights.items()]
     width = max(map(len, adapter.deltas))
     return "\n".join([*lines, *(_row(path, delta, adapter.selection[path].numel(), width)
                                 for path, delta in adapter.deltas.items())])
@@ -47,7 +49,11 @@ def _row(path: str, delta, units: int, width: int) -> str:
 
 
 def _dtype(delta) -> str:
-    return str(delta.values.dtype).removeprefix("torch.")
+    return _name(delta.values.dtype)
+
+
+def _name(dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def printable(value) -> str:

@@ -4,6 +4,7 @@ from typing import Union
 
 import torch
 from peft import PeftModel, get_peft_model
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from s2ft.adapter import Adapter, read_adapter
@@ -29,8 +30,12 @@ def to_native(model: PeftModel, adapter_name: str = "default") -> Adapter:
         values = base.get_submodule(path).s2ft_delta[adapter_name].values.detach().cpu()
         deltas.update(site.deltas(values))
     selection = Selection(unit_tensors(config.units, "units"))
+    extra_weights = {f"{path}.{name}": value.detach().cpu().clone() for path, module in base.named_modules()
+                     if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+                     for name, value in module.modules_to_save[adapter_name].named_parameters()}
     return Adapter(adapter_name, S2FTConfig(units=config.units, layout="indexed"), selection,
-                   json.loads(config.base_fingerprint), deltas, {"base_model": config.base_model_name_or_path})
+                   json.loads(config.base_fingerprint), deltas, {"base_model": config.base_model_name_or_path},
+                   extra_weights=extra_weights)
 
 
 def from_native(model: Union[nn.Module, PeftModel], adapter: Union[Adapter, str], adapter_name: str = "default",
@@ -40,9 +45,12 @@ def from_native(model: Union[nn.Module, PeftModel], adapter: Union[Adapter, str]
     Args:
         adapter: an :class:`s2ft.Adapter`, or the folder of one.
         config: further fields of :class:`S2FTPeftConfig`, task_type say.
-    Raises: ValueError for an adapter of another base, or of experts.
+    Raises: ValueError for an adapter of another base, of experts, or with weights that are trained whole.
     """
     adapter = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
+    if adapter.extra_weights:
+        raise ValueError(f"adapter {adapter.name!r} has {next(iter(adapter.extra_weights))} trained whole, which is "
+                         "not put on a PeftModel: load it with s2ft.load_adapter")
     settings = S2FTPeftConfig(units=adapter.selection, base_fingerprint=json.dumps(adapter.fingerprint), **config)
     if isinstance(model, PeftModel):
         model.add_adapter(adapter_name, settings)

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from s2ft.coupling import PROJECTIONS
 from s2ft.files import replace_file
+from s2ft.folder import read_folder
+from s2ft.reading import MAX_CONFIG, parse_json, read_bytes
 
 SCHEMA = 1
-ADAPTER_CONFIG = "s2ft_config.json"   # an adapter folder's file, which names its selection too
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class Selection:
         """
         path = Path(path)
         if path.is_dir():
-            return _of_adapter(path / ADAPTER_CONFIG)
+            return read_folder(path, _of_adapter)
         content = _read_object(path, "selection")
         if content.keys() != {"schema", "units", "digest"}:
             raise ValueError(f"{path} is no selection: it must have schema, units and digest, not {sorted(content)}")
@@ -110,10 +111,7 @@ def _of_adapter(path: Path) -> Selection:
 
 
 def _read_object(path: Path, what: str) -> Dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no {what}: it is not JSON: {error}") from None
+    content = parse_json(read_bytes(path, MAX_CONFIG), f"{path} is no {what}: it")
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no {what}: it holds a {type(content).__name__}, not an object")
     return content

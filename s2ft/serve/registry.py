@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from s2ft.adapter.folders import ADAPTER, adapter_named, adapters_in
-from s2ft.adapter.formats.native import CONFIG
-from s2ft.convert import check_name
+from s2ft.folder import CONFIG, stamp_of
+from s2ft.reading import check_adapter_name
 from s2ft.serve.errors import ApiError, unknown_model
 
 logger = logging.getLogger(__name__)
@@ -78,16 +78,16 @@ class Adapters:
         if self.directory is None:
             raise ApiError(400, "no_directory", "the server was started without --adapters, so it loads none")
         try:
-            check_name(name)
+            check_adapter_name(name)
         except ValueError as error:
             raise ApiError(400, "invalid_name", str(error)) from None
         folder = self._inside(path)
         with self._lock:
             if name in self.reserved or self._current(name):
                 raise ApiError(400, "name_taken", f"there is a model {name!r} already: unload it first")
-            if _stamp(folder) is None:   # the output of a run, perhaps
+            if stamp_of(folder) is None:   # the output of a run, perhaps
                 folder = self._inside(f"{path}/{ADAPTER}")
-            stamp = _stamp(folder)
+            stamp = stamp_of(folder)
             if stamp is None:
                 raise ApiError(404, "adapter_not_found", f"there is no adapter at {path[:200]!r}: it has no {CONFIG}")
             try:
@@ -112,7 +112,7 @@ class Adapters:
     def _current(self, name: str) -> Version | None:
         """The version to give out; one whose folder has changed or gone is replaced or dropped."""
         version = self._known.get(name)
-        if version is not None and _stamp(version.folder) != version.stamp:
+        if version is not None and stamp_of(version.folder) != version.stamp:
             self._retire(version)
             version = None
         if version is None and self.directory is not None and name not in self._unloaded and name not in self.reserved:
@@ -121,9 +121,9 @@ class Adapters:
 
     def _found(self, name: str) -> Version | None:
         try:
-            check_name(name)
+            check_adapter_name(name)
             folder = adapter_named(self.directory, name)
-            stamp = None if folder is None else _stamp(folder)
+            stamp = None if folder is None else stamp_of(folder)
             return None if stamp is None else self._add(name, folder, stamp)
         except (ValueError, OSError):   # half of an adapter, or a name no file has
             return None
@@ -179,15 +179,6 @@ class Adapters:
         if self.directory.resolve() not in folder.parents:
             raise refused
         return folder
-
-
-def _stamp(folder: Path) -> tuple | None:
-    """Another one for every save."""
-    try:
-        found = (folder / CONFIG).stat()
-    except (OSError, ValueError):
-        return None
-    return found.st_mtime_ns, found.st_ino
 
 
 def not_loaded(version: Version, error: Exception) -> ApiError:

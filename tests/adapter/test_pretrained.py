@@ -246,3 +246,32 @@ def test_trls_trainers(kind, tmp_path):
     resumed.train(resume_from_checkpoint=str(last))
     assert_same(again, model)
     assert_same(s2ft.detach(model), tiny_model())
+
+
+# ---- folders that hold another model -----------------------------------------------------------------------
+
+@pytest.mark.parametrize("options", (dict(max_shard_size="20KB"), {}), ids=("sharded", "one file"))
+def test_a_folder_that_holds_a_model_is_refused_before_anything_is_written(options, tmp_path):
+    tiny_model().save_pretrained(tmp_path, **options)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model = attached()
+    with pytest.raises(ValueError, match="holds another model.*give another folder"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds another model"):
+        trainer(model, tmp_path).save_model()
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix != ".bin"} == before
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path), tiny_model())
+
+
+@pytest.mark.parametrize("name", ("pytorch_model.bin", "pytorch_model.bin.index.json", INDEX))
+def test_any_index_or_weights_that_are_not_ours_are_refused(name, tmp_path):
+    (tmp_path / name).write_text('{"metadata": {}, "weight_map": {}}')
+    with pytest.raises(ValueError, match=f"holds another model \\({name}\\)"):
+        attached().save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_an_adapter_is_saved_over_an_adapter(tmp_path):
+    for seed in (0, 1):
+        attached(seed=seed).save_pretrained(tmp_path)
+    assert s2ft.read_adapter(tmp_path).config.seed == 1

@@ -1,7 +1,6 @@
 """A user's mistakes: one clear line on stderr, exit 2, nothing written."""
 import json
 import os
-import re
 import subprocess
 import sys
 

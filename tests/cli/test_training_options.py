@@ -141,3 +141,27 @@ def test_mistakes_are_one_line(arguments, message, work, tmp_path, capsys):
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith("s2ft finetune: error:") and message in said
     assert not (tmp_path / "out").exists()
+
+
+def test_modules_are_trained_whole_saved_and_merged(work, tmp_path, capsys):
+    """With the fused loss and without, the same; a run that was stopped goes on as if it had not been."""
+    from s2ft.adapter import read_adapter
+    from s2ft.train.models import load_model
+    more = ("--modules-to-save", "norm", "lm_head")
+    assert finetune(work, tmp_path / "out", *more, "--stop-after", 2) == 0
+    assert finetune(work, tmp_path / "out", *more, "--resume") == 0
+    assert finetune(work, tmp_path / "kept", *more, "--fused-loss", "False") == 0
+    base, found = load_model(str(work / "model"))[0], read_adapter(tmp_path / "out/adapter").extra_weights
+    assert set(found) == {"model.norm.weight", "model.embed_tokens.weight"}   # the head is tied to the embeddings
+    for name, value in read_adapter(tmp_path / "kept/adapter").extra_weights.items():
+        assert not torch.equal(found[name], base.get_parameter(name))
+        torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3)
+    assert "trained whole: model.embed_tokens.weight, model.norm.weight" in capsys.readouterr().out
+    assert main(["merge", "--model", str(work / "model"), "--adapter", str(tmp_path / "out/adapter"), "--output",
+                 str(tmp_path / "merged")]) == 0
+    assert torch.equal(load_model(str(tmp_path / "merged"))[0].model.norm.weight, found["model.norm.weight"])
+    assert main(["export", str(tmp_path / "out/adapter"), "--model", str(work / "model"), "--output",
+                 str(tmp_path / "lora")]) == 2
+    assert "trained whole" in capsys.readouterr().err and not (tmp_path / "lora").exists()
+    assert main(["info", str(tmp_path / "out")]) == 0
+    assert "model.norm.weight trained whole" in capsys.readouterr().out

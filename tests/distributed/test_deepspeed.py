@@ -60,6 +60,48 @@ def test_in_bfloat16_the_exact_values_are_the_optimizers(ranks, stage, tmp_path)
             assert value.dtype == torch.float32 and not torch.equal(value, value.bfloat16().float()), key
 
 
+# ---- weights that are trained whole ---------------------------------------------------------------------------
+
+EXTRA = dict(modules_to_save=["model.norm", "lm_head"])
+
+
+def train_extra_weights(rank, stage, directory):
+    """Whether the base comes back, and the trained weights after it."""
+    model = attached("llama-grouped", **EXTRA)
+    base = model.lm_head.weight.detach().clone()
+    engine = engine_for(model, stage)
+    run(engine, rank)
+    s2ft.save_adapter(model, directory)
+    trained = s2ft.get_adapter(model, "default").extra_weights["lm_head.weight"]
+    seen = []
+    for setting, expected in ((None, base), ("default", trained)):
+        s2ft.set_adapter(model, setting)
+        head = s2ft.distributed.whole({"head": model.lm_head.weight})["head"]
+        seen.append(torch.equal(head.to(base), expected.to(base)))
+    return seen
+
+
+@pytest.mark.parametrize("stage", (1, 2, 3))
+def test_extra_weights_are_trained_and_saved_as_by_one_process(ranks, stage, tmp_path):
+    assert all(all(seen) for seen in ranks(train_extra_weights, stage, tmp_path / "two"))
+    model = attached("llama-grouped", **EXTRA)
+    train(model)
+    s2ft.save_adapter(model, tmp_path / "one")
+    check_same_files(tmp_path / "two", tmp_path / "one", rtol=1e-4, atol=1e-4)
+
+
+def unfreeze_by_hand(rank, stage):
+    model = attached("llama-grouped")
+    model.lm_head.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="lm_head.weight was unfrozen by hand, and DeepSpeed holds it"):
+        run(engine_for(model, stage), rank, steps=1)
+
+
+@pytest.mark.parametrize("stage", (1, 3))
+def test_a_weight_unfrozen_by_hand_is_refused_before_it_is_trained(ranks, stage):
+    ranks(unfreeze_by_hand, stage)
+
+
 # ---- adapters on a model that DeepSpeed has ------------------------------------------------------------------
 
 def restore_and_go_on(rank, stage, saved, directory):

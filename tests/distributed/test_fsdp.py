@@ -274,3 +274,46 @@ def test_updates_below_bfloat16_are_not_lost(ranks, way, tmp_path):
         assert two[key].dtype == torch.float32 and 5e-6 < expected.abs().mean() < 4.5e-5   # a step of bfloat16: 4.9e-4
         # gradients pass layers in bfloat16, and two ranks round them otherwise; Adam makes much of the smallest
         assert torch.cosine_similarity(moved.flatten(), expected.flatten(), 0) > 0.97, key
+
+
+# ---- weights that are trained whole ------------------------------------------------------------------------
+
+EXTRA = dict(modules_to_save=["model.norm", "lm_head"])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_two_ranks_train_and_save_extra_weights_as_one_does(ranks, alone, way, tmp_path):
+    assert all(ranks(train_and_save, "llama-grouped", "permuted", way, tmp_path, None, EXTRA))
+    assert set(s2ft.read_adapter(tmp_path).extra_weights) == {"model.norm.weight", "lm_head.weight"}
+    check_same_files(tmp_path, alone("llama-grouped", "permuted", **EXTRA))
+
+
+def switch_extra_weights(rank, folder, unfrozen):
+    """unfrozen: when, by hand; None: named in the config."""
+    model = attached("llama-grouped", **({} if unfrozen else EXTRA))
+    base = model.lm_head.weight.detach().clone()
+    if unfrozen == "before":
+        model.lm_head.requires_grad_(True)
+    sharded(model)
+    if unfrozen == "after":
+        model.lm_head.requires_grad_(True)
+    train(model, rank)
+
+    def head():
+        return model.lm_head.weight.detach().full_tensor()
+
+    trained = s2ft.get_adapter(model, "default").extra_weights["lm_head.weight"]
+    same = [torch.equal(head(), trained), not torch.equal(trained, base)]
+    s2ft.set_adapter(model, None)
+    same.append(torch.equal(head(), base))
+    s2ft.set_adapter(model, "default")
+    same.append(torch.equal(head(), trained))
+    s2ft.save_adapter(model, folder)
+    s2ft.adapter.restore_adapter(model, folder)
+    gathered = s2ft.adapter.store.gathered(model)["lm_head.weight"]
+    return [*same, torch.equal(head(), trained), torch.equal(gathered, trained)]
+
+
+@pytest.mark.parametrize("unfrozen", (None, "before", "after"))
+def test_extra_weights_of_a_sharded_model_are_switched_and_saved(ranks, unfrozen, tmp_path):
+    assert all(all(same) for same in ranks(switch_extra_weights, tmp_path, unfrozen))

@@ -1,5 +1,4 @@
 """Whether CUDA kernels are registered: the decision as a table, and what is said where they are not."""
-import types
 import warnings
 
 import pytest

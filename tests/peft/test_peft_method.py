@@ -490,6 +490,18 @@ def test_a_merged_neighbour_does_not_hide_the_base(tmp_path):
     assert all(torch.equal(model.state_dict()[key], value) for key, value in merged.items())
 
 
+def test_modules_to_save_come_along_to_an_adapter_of_s2ft():
+    model = get_peft_model(model_of("llama"), S2FTPeftConfig(d_ratio=0.2, modules_to_save=["model.norm"]))
+    with torch.no_grad():
+        model.base_model.model.model.norm.modules_to_save["default"].weight.mul_(2)
+    found = to_native(model)
+    base = model_of("llama")
+    s2ft.load_adapter(base, found)
+    assert torch.equal(base.model.norm.weight, 2 * model_of("llama").model.norm.weight)
+    with pytest.raises(ValueError, match="model.norm.weight trained whole"):
+        from_native(model_of("llama"), found)
+
+
 def test_modules_to_save_are_trained_and_saved(tmp_path):
     config = S2FTPeftConfig(d_ratio=0.2, modules_to_save=["lm_head"], init_weights=False)
     model = get_peft_model(model_of("llama-grouped"), config)

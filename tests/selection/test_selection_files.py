@@ -1,5 +1,6 @@
 """Selections as files and as tables."""
 import json
+import os
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from support.models import ALL_RATIOS, model_of
 
 import s2ft
 from s2ft.record import attachment_of
+from s2ft import reading
+from s2ft.folder import CONFIG
 from s2ft.selection import Selection
 
 UNITS = st.dictionaries(st.text("abc.1é", min_size=1, max_size=9),
@@ -74,3 +77,27 @@ def test_missing_file(tmp_path):
     for path in (tmp_path / "nowhere.json", tmp_path):
         with pytest.raises(FileNotFoundError):
             Selection.load(path)
+
+
+HOSTILE = {
+    "pipe": os.mkfifo,
+    "deep": lambda path: path.write_text("[" * 10**5),
+    "folder": os.mkdir,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "key twice": lambda path: path.write_text('{"schema": 1, "schema": 1, "units": {"a": [1]}, "digest": ""}'),
+    "not UTF-8": lambda path: path.write_bytes(b"\xff\xfe"),
+    "huge": lambda path: (path.touch(), os.truncate(path, reading.MAX_CONFIG + 1)),
+}
+
+
+@pytest.mark.parametrize("inside", (False, True), ids=("file", "adapter folder"))
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_hostile_files_are_refused(hostile, inside, tmp_path):
+    """Before they are read: a pipe or a device never ends."""
+    path = tmp_path / (CONFIG if inside else "s.json")
+    HOSTILE[hostile](path)
+    with pytest.raises((ValueError, FileNotFoundError)):
+        Selection.load(tmp_path if inside or hostile == "folder" else path)
+    config = s2ft.S2FTConfig(units=str(tmp_path if inside else path))
+    with pytest.raises((ValueError, FileNotFoundError)):
+        s2ft.attach(model_of("llama"), config)

@@ -316,3 +316,19 @@ def test_layers_that_are_compiled_one_by_one():
     s2ft.detach(model)
     after = {name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()}
     assert after.keys() == before.keys() and all(torch.equal(value, before[name]) for name, value in after.items())
+
+
+def test_weights_that_are_trained_whole():
+    """Of a model that is compiled as a whole: one graph, and the base comes back."""
+    model = model_of("llama")
+    base = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, modules_to_save=["model.norm"]))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True).train()
+    compiled(input_ids=torch.ones(1, 4, dtype=torch.int64)).logits.square().sum().backward()
+    assert bool(model.model.norm.weight.grad.any())
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    s2ft.set_adapter(model, None)
+    assert torch.equal(model.model.norm.weight, base["model.norm.weight"])
+    s2ft.set_adapter(model, "default")
+    assert torch.equal(model.model.norm.weight, base["model.norm.weight"] * 2)

@@ -16,13 +16,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import Adapter, check_fits
-from s2ft.adapter.formats.reading import (FLOATS, check_adapter_name, check_finite, open_file, read_json, read_tensors,
-                                          shortened)
 from s2ft.config import S2FTConfig
 from s2ft.convert import new_attachment
 from s2ft.coupling import Coupling, Projection, projections_of
 from s2ft.delta import Delta
 from s2ft.files import replace_file
+from s2ft.reading import (FLOATS, check_adapter_name, check_finite, open_file, read_json, read_tensors,
+                          shortened)
 from s2ft.record import RECORD, Attachment
 from s2ft.selection import Selection
 from s2ft.weights import find, is_conv1d, shape_of
@@ -47,10 +47,13 @@ def write(adapter: Adapter, model: nn.Module, directory, rank: Optional[int] = N
             that vLLM can be set to, 8 to 512, with a warning where none is.
         rank_pattern: give every module the rank it needs, without zeros; PEFT reads it, vLLM does not.
     Raises: ValueError for an adapter of another model; for experts and convolutions, which are no LoRA of a linear
-        layer; for a rank that is too low. Nothing is written then.
+        layer; for weights that are trained whole; for a rank that is too low. Nothing is written then.
     """
     record = _record(model)
     check_fits(adapter, model, record)
+    if adapter.extra_weights:
+        raise ValueError(f"adapter {adapter.name!r} has {next(iter(adapter.extra_weights))} trained whole, which a "
+                         "LoRA folder does not hold here: export the model merged (format merged)")
     sides = _sides(adapter, model, record)
     ranks = {path: a.shape[0] for path, (_, a) in sides.items()}
     uniform = _rank(max(ranks.values()), rank, rank_pattern)

@@ -1,6 +1,6 @@
 """The native format: deltas and indices in safetensors, the rest in s2ft_config.json.
 
-Reading is strict, since a folder may come from anywhere: see :mod:`s2ft.adapter.formats.reading`.
+Reading is strict, since a folder may come from anywhere: see :mod:`s2ft.reading`.
 """
 import hashlib
 import json
@@ -14,26 +14,28 @@ from torch import Tensor
 
 import s2ft.version
 from s2ft.adapter.adapter import Adapter
-from s2ft.adapter.formats.reading import (FLOATS, INTEGERS, check_adapter_name, check_finite, check_projection,
-                                          open_file, read_json, read_tensors, shortened)
 from s2ft.arch import given_couplings
 from s2ft.config import S2FTConfig
 from s2ft.coupling import Coupling, projections_of
 from s2ft.delta import Delta
-from s2ft.files import replace_file
+from s2ft.folder import CONFIG, KIND, TENSORS, read_folder, write_folder
+from s2ft.reading import (FLOATS, INTEGERS, MAX_CONFIG, check_adapter_name, check_finite, check_parameter,
+                          check_projection, open_file, parse_json, read_bytes, read_tensors, shortened)
 from s2ft.selection import Selection
 
-SCHEMA = 2           # 2: couplings given by hand
-TENSORS = "s2ft_adapter.safetensors"
-CONFIG = "s2ft_config.json"   # not adapter_config.json, which PEFT and AutoModel would take for theirs
+SCHEMA = 3           # the newest that is read. 2: couplings given by hand; 3: weights that are trained whole
+EXTRA = "extra_weights/"   # before the names of those among the tensors
 # what the config's own digest takes in; the rest has a digest of its own, or says how to read the file
-DIGESTED = ("name", "config", "projections", "base_fingerprint", "info", "couplings")
+DIGESTED = ("name", "config", "projections", "base_fingerprint", "info", "couplings",
+            "extra_weights")
 FIELDS = {"schema", "s2ft_version", "selection_digest", "tensors_sha256", "config_sha256", *DIGESTED}
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 MAX_ELEMENTS = 2**24   # of one side of a weight, where couplings in the file say how many there are
 
 
 def write(adapter: Adapter, directory) -> None:
-    """Save to `directory`, which is made if need be. Each file is written beside and renamed.
+    """Save to `directory`, which is made if need be. An adapter in it is replaced in one step, see
+    :mod:`s2ft.folder`.
 
     Raises: ValueError for an empty tensor (a shard that was not gathered), a NaN or a name that could not be read
     again, nothing written.
@@ -46,9 +48,13 @@ def write(adapter: Adapter, directory) -> None:
             raise ValueError(f"{path}: the delta is empty or not finite, so it is not saved")
         tensors[f"{path}.delta"] = delta.values.detach().cpu().contiguous()
         tensors[f"{path}.index"] = delta.index.to(torch.int32)
-    blob = save(tensors, metadata={"format": "s2ft", "schema": str(SCHEMA)})
+    for name, value in adapter.extra_weights.items():
+        _check_can_save(name, value)
+        tensors[EXTRA + name] = value.detach().cpu().contiguous()
+    schema = 3 if adapter.extra_weights else 2   # what an earlier s2ft can read it can go on reading
+    blob = save(tensors, metadata={"format": "s2ft", "schema": str(schema)})
     config = {
-        "schema": SCHEMA,
+        "schema": schema,
         "s2ft_version": s2ft.version.__version__,
         "name": adapter.name,
         "config": adapter.config.to_dict(),
@@ -61,12 +67,20 @@ def write(adapter: Adapter, directory) -> None:
     }
     if adapter.couplings is not None:
         config["couplings"] = [coupling.to_dict() for coupling in adapter.couplings]
+    if adapter.extra_weights:
+        config["extra_weights"] = {name: {"dtype": DTYPES[value.dtype], "shape": list(value.shape)}
+                                   for name, value in sorted(adapter.extra_weights.items())}
     config = json.loads(json.dumps(config, allow_nan=False))   # with keys and lists as they will be read
     config["config_sha256"] = _digest(config)
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    replace_file(directory / TENSORS, blob)
-    replace_file(directory / CONFIG, json.dumps(config, indent=1).encode())
+    write_folder(Path(directory), json.dumps(config, indent=1).encode(), blob)
+
+
+def _check_can_save(name: str, value: Tensor) -> None:
+    check_parameter(name, "save")
+    if value.dtype not in DTYPES:
+        raise ValueError(f"{name}: weights that are trained whole are saved as {', '.join(FLOATS)}, not {value.dtype}")
+    if value.numel() == 0 or not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{name}: the weight is empty or not finite, so it is not saved")
 
 
 def _digest(config: Dict[str, Any]) -> str:
@@ -79,12 +93,24 @@ def read(directory) -> Adapter:
 
     Raises: FileNotFoundError where a file is missing, ValueError for anything else.
     """
-    directory = Path(directory)
-    path, tensors_path = (open_file(directory, name, "S²FT adapter") for name in (CONFIG, TENSORS))
-    header = _read_header(path)
+    return read_files(directory)[0]
+
+
+def read_files(directory) -> Tuple[Adapter, Dict[str, bytes]]:
+    """As :func:`read`, and the bytes of both files by name."""
+    return read_folder(Path(directory), _read)
+
+
+def _read(path: Path) -> Tuple[Adapter, Dict[str, bytes]]:
+    """By the path of the config."""
+    tensors_path = open_file(path.parent, TENSORS, KIND)
+    content = read_bytes(path, MAX_CONFIG)
+    header = _read_header(content, path)
     check_adapter_name(_field(header, "name", str, path), str(path))
     projections = _projections(header, path)
-    tensors, blob = read_tensors(tensors_path, lambda entries: _check_entries(entries, projections, tensors_path))
+    extra_weights = _extra_weights(header, path)
+    tensors, blob = read_tensors(
+        tensors_path, lambda entries: _check_entries(entries, projections, extra_weights, tensors_path))
     deltas = {name: _delta(name, entry, tensors) for name, entry in projections.items()}
     if hashlib.sha256(blob).hexdigest() != header.get("tensors_sha256"):
         raise ValueError(f"{tensors_path} is damaged or from another save than {CONFIG}: its sha256 differs")
@@ -92,20 +118,21 @@ def read(directory) -> Adapter:
     if selection.digest != header.get("selection_digest"):
         raise ValueError(f"{path}: the units listed are not those that were saved")
     adapter = Adapter(header["name"], _config(header, path), selection, _fingerprint(header, path), deltas,
-                      _field(header, "info", dict, path), _couplings(header, path))
+                      _field(header, "info", dict, path), _couplings(header, path),
+                      {name: _finite(name, tensors[EXTRA + name]) for name in extra_weights})
     if header["schema"] > 1 and header.get("config_sha256", _digest(header)) != _digest(header):
         raise ValueError(f"{path} is damaged: its config_sha256 differs")
-    return adapter
+    return adapter, {CONFIG: content, TENSORS: blob}
 
 
-def _read_header(path: Path) -> Dict[str, Any]:
-    header = read_json(path)
+def _read_header(content: bytes, path: Path) -> Dict[str, Any]:
+    header = parse_json(content, str(path))
     schema = header.get("schema") if isinstance(header, dict) else None
     if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
         raise ValueError(f"{path} is no S²FT adapter config: it has no schema number")
     if schema > SCHEMA:
         raise ValueError(f"{path} has schema {shortened(schema)}; this s2ft reads up to {SCHEMA}: update s2ft")
-    foreign = sorted(header.keys() - FIELDS)
+    foreign = sorted(header.keys() - (FIELDS if schema > 2 else FIELDS - {"extra_weights"}))
     if foreign:
         raise ValueError(f"{path} has foreign fields {shortened(foreign)}")
     return header
@@ -131,6 +158,27 @@ def _projections(header: Dict[str, Any], path: Path) -> Dict[str, Any]:
                 or any(a >= b for a, b in zip(units, units[1:])):
             raise ValueError(f"{name}: units in {CONFIG} must be ascending numbers from 0, and at least one")
     return projections
+
+
+def _extra_weights(header: Dict[str, Any], path: Path) -> Dict[str, Tuple[str, Tuple[int, ...]]]:
+    """dtype and shape of the weights that are trained whole, by name."""
+    if header["schema"] < 3:
+        return {}
+    found = {}
+    for name, entry in _field(header, "extra_weights", dict, path).items():
+        check_parameter(name, str(path))
+        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape"} or entry["dtype"] not in FLOATS \
+                or not isinstance(entry["shape"], list) or any(type(n) is not int or n < 1 for n in entry["shape"]):
+            raise ValueError(f"{path}: {shortened(name)} in extra_weights must have a floating-point dtype and a shape")
+        found[name] = (entry["dtype"], tuple(entry["shape"]))
+    if not found:
+        raise ValueError(f"{path}: extra_weights is empty, and schema 3 has at least one")
+    return found
+
+
+def _finite(name: str, value: Tensor) -> Tensor:
+    check_finite(name, value)
+    return value
 
 
 def _config(header: Dict[str, Any], path: Path) -> S2FTConfig:
@@ -175,11 +223,17 @@ def _check_size(projection) -> None:
         raise ValueError(f"{projection.path} has more than {MAX_ELEMENTS:,} elements")
 
 
-def _check_entries(entries: Dict[str, Tuple[str, Tuple[int, ...]]], projections: Dict[str, Any], path: Path) -> None:
+def _check_entries(entries: Dict[str, Tuple[str, Tuple[int, ...]]], projections: Dict[str, Any],
+                   extra_weights: Dict[str, Tuple[str, Tuple[int, ...]]], path: Path) -> None:
     expected = {f"{name}.{part}" for name in projections for part in ("delta", "index")}
+    expected |= {EXTRA + name for name in extra_weights}
     if entries.keys() != expected:
         missing, foreign = sorted(expected - entries.keys()), sorted(entries.keys() - expected)
         raise ValueError(f"{path}: missing keys {_some(missing)}, foreign keys {_some(foreign)}")
+    for name, (dtype, shape) in extra_weights.items():
+        if entries[EXTRA + name] != (dtype, shape):
+            raise ValueError(f"{path}: {name} must be {dtype} of shape {shape}, as {CONFIG} has it, and is "
+                             f"{' of shape '.join(map(str, entries[EXTRA + name]))}")
     for name, entry in projections.items():
         (dtype, shape), (of_index, index) = entries[f"{name}.delta"], entries[f"{name}.index"]
         if dtype not in FLOATS or of_index not in INTEGERS:

@@ -1,6 +1,6 @@
 """Made the adapters in this folder: `python make.py NAME`, each with the s2ft of its day (schema-1 before couplings
-could be given, schema-2 before its config had a digest). They are never made again, and have to load for ever. What
-a later schema adds gets a name and a folder of its own."""
+could be given, schema-2 before its config had a digest, schema-3 with a weight that is trained whole). They are never
+made again, and have to load for ever. What a later schema adds gets a name and a folder of its own."""
 import hashlib
 import json
 import sys
@@ -46,7 +46,7 @@ def couplings() -> list:
     return [Coupling("ffn", 0, (Projection("u", "0", 6, 2, 0),), Projection("d", "2", 6, 2, 1))]
 
 
-MODELS = {"schema-1": llama, "schema-2": llama, "schema-2-couplings": perceptron}
+MODELS = {"schema-1": llama, "schema-2": llama, "schema-2-couplings": perceptron, "schema-3": llama}
 
 
 def digests(model: nn.Module) -> dict:
@@ -71,6 +71,8 @@ def make(name: str) -> None:
     if name == "schema-2-couplings":
         s2ft.attach(model, S2FTConfig(u_ratio=0.5, d_ratio=0.3), name="golden", couplings=couplings(),
                     example=torch.ones(1, 6))
+    elif name == "schema-3":
+        s2ft.attach(model, S2FTConfig(**RATIOS, modules_to_save=["model.norm"]), name="golden")
     else:
         layout = {"schema-1": "permuted", "schema-2": "indexed"}[name]
         s2ft.attach(model, S2FTConfig(**RATIOS, layout=layout), name="golden")

@@ -6,8 +6,9 @@ few times a file's own size.
 import json
 import os
 import re
+import stat
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, BinaryIO, Dict, List, Tuple
 
 import torch
 from safetensors import SafetensorError
@@ -54,11 +55,29 @@ def _roots(directory: Path) -> List[Path]:
 
 def read_bytes(path: Path, limit: int) -> bytes:
     """A file of at most `limit` bytes. Raises: ValueError for a bigger one, before it is read."""
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > limit:
-            raise ValueError(f"{path} has {size:,} bytes; such a file has at most {limit:,}")
-        return file.read(size)   # no more, should it be growing
+    with open_regular(path) as file:
+        return _read_all(file, path, limit)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read its bytes. A pipe or a device would never end.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is a folder, a pipe or a device.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path} is not a regular file: give a file that is stored on a disk")
+    return os.fdopen(descriptor, "rb")
+
+
+def _read_all(file: BinaryIO, path: Path, limit: int) -> bytes:
+    size = os.fstat(file.fileno()).st_size
+    if size > limit:
+        raise ValueError(f"{path} has {size:,} bytes; such a file has at most {limit:,}")
+    return file.read(size)   # no more, should it be growing
 
 
 # ---- JSON ----------------------------------------------------------------------------------------------
@@ -104,11 +123,26 @@ def check_projection(name: Any, where: str) -> None:
         raise ValueError(f"{where}: {shortened(name)} is no name of a projection")
 
 
-def check_adapter_name(name: Any, where: str) -> None:
-    """Raises: ValueError for what is no name of an adapter: printable, no slashes, no dot in front."""
+def check_parameter(name: Any, where: str) -> None:
+    """Raises: ValueError for what is no name of a parameter: words with dots between."""
+    if not isinstance(name, str) or len(name) > MAX_NAME or not re.fullmatch(rf"{WORD}(?:\.{WORD})*", name):
+        raise ValueError(f"{where}: {shortened(name)} is no name of a parameter")
+
+
+def check_adapter_name(name: Any, where: str = "name") -> None:
+    """The one check of adapters' names, before training as well as in files.
+
+    Args:
+        name: The name to check.
+        where: What the message begins with: the argument, or the file that has the name.
+
+    Raises:
+        ValueError: It is not a printable word of at most MAX_NAME characters, has a slash, or begins with a dot.
+    """
     if (not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable()
             or name.startswith(".") or "/" in name or "\\" in name):
-        raise ValueError(f"{where}: an adapter's name must be a word without slashes, got {shortened(name)}")
+        raise ValueError(f"{where}: an adapter's name must be a word without slashes, got {shortened(name)}: give "
+                         f"at most {MAX_NAME} printable characters, and no dot in front")
 
 
 def shortened(value: Any) -> str:
@@ -127,27 +161,27 @@ def read_tensors(path: Path, check) -> Tuple[Dict[str, Tensor], bytes]:
             wanted; nothing but the header has been read then.
     Raises: ValueError for a file that is truncated, damaged, too big, or of other dtypes than floats and integers.
     """
-    entries = _entries(path)
-    check(entries)
-    blob = read_bytes(path, MAX_TENSORS)
+    with open_regular(path) as file:   # once: another process may replace it
+        check(_entries(file, path))
+        file.seek(0)
+        blob = _read_all(file, path, MAX_TENSORS)
     try:
         return load(blob), blob
     except (SafetensorError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{path} is truncated or damaged: {error}") from None
 
 
-def _entries(path: Path) -> Dict[str, Tuple[str, Tuple[int, ...]]]:
+def _entries(file: BinaryIO, path: Path) -> Dict[str, Tuple[str, Tuple[int, ...]]]:
     """dtype and shape by name, once the header agrees with the file's size."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size > MAX_TENSORS:
-            raise ValueError(f"{path} has {size:,} bytes; such a file has at most {MAX_TENSORS:,}")
-        if size < 8 or length > size - 8:
-            raise ValueError(f"{path} is truncated or damaged: its header ends outside the file")
-        if length > MAX_HEADER:
-            raise ValueError(f"{path} has a header of {length:,} bytes; at most {MAX_HEADER:,} are read")
-        header = parse_json(file.read(length), f"{path} is truncated or damaged: its header")
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if size > MAX_TENSORS:
+        raise ValueError(f"{path} has {size:,} bytes; such a file has at most {MAX_TENSORS:,}")
+    if size < 8 or length > size - 8:
+        raise ValueError(f"{path} is truncated or damaged: its header ends outside the file")
+    if length > MAX_HEADER:
+        raise ValueError(f"{path} has a header of {length:,} bytes; at most {MAX_HEADER:,} are read")
+    header = parse_json(file.read(length), f"{path} is truncated or damaged: its header")
     if not isinstance(header, dict):
         raise ValueError(f"{path} is truncated or damaged: its header is no object")
     header.pop("__metadata__", None)

@@ -1,0 +1,583 @@
+"""Weights that are trained whole beside the slices: saved, resumed, switched, merged and taken off again."""
+import copy
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from support.models import model_of
+from transformers import (BertConfig, BertForSequenceClassification, BertModel, Trainer, TrainerCallback,
+                          TrainingArguments)
+
+import s2ft
+from s2ft import S2FTConfig, extra
+from s2ft.adapter.formats import lora, native
+from s2ft.adapter.pretrained import INDEX
+from s2ft.folder import CONFIG, TENSORS
+from s2ft.mounting import before_forward, before_load
+
+HEAD = ("classifier.weight", "classifier.bias")
+BERT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=100,
+            num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+IDS = torch.randint(3, 100, (4, 6), generator=torch.Generator().manual_seed(0))
+ROWS = [{"input_ids": torch.tensor([i, 2, 3, 4]), "attention_mask": torch.ones(4, dtype=torch.int64), "labels": i % 3}
+        for i in range(16)]
+
+
+def classifier():
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(**BERT))
+
+
+def attached(how="named", layout="permuted", name="default"):
+    """how: whether the head is named in the config, or unfrozen by hand after attach."""
+    model = classifier()
+    s2ft.attach(model, S2FTConfig(d_ratio=0.1, layout=layout,
+                                  modules_to_save=["classifier"] if how == "named" else None), name=name)
+    if how == "by hand":
+        model.classifier.requires_grad_(True)
+    return model
+
+
+def train(model, steps=2):
+    model.train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    for _ in range(steps):
+        model(input_ids=IDS, labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def state_of(model):
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def assert_states(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+
+
+def head_of(model):
+    return {name: model.get_parameter(name).detach().clone() for name in HEAD}
+
+
+BASE = state_of(classifier())
+BOTH = pytest.mark.parametrize("how", ("named", "by hand"))
+
+
+# ---- the base and back -------------------------------------------------------------------------------------
+
+@BOTH
+@pytest.mark.parametrize("layout", ("permuted", "indexed"))
+def test_the_base_comes_back_and_the_trained_weights_too(how, layout):
+    model = train(attached(how, layout))
+    trained = head_of(model)
+    assert all(not torch.equal(trained[name], BASE[name]) for name in HEAD)
+    for _ in range(2):
+        s2ft.set_adapter(model, None)
+        assert all(torch.equal(value, BASE[name]) for name, value in head_of(model).items())
+        s2ft.set_adapter(model, "default")
+        assert_states(head_of(model), trained)
+    with s2ft.disable_adapters(model):
+        assert_states(head_of(model), {name: BASE[name] for name in HEAD})
+    assert_states(head_of(model), trained)
+    copied = copy.deepcopy(model)
+    assert_states(state_of(s2ft.detach(model)), BASE)
+    merged = s2ft.merge(copied)
+    assert_states(head_of(merged), trained)
+    assert not merged._forward_pre_hooks and not merged._load_state_dict_pre_hooks
+    assert all(parameter.requires_grad for parameter in merged.parameters())
+
+
+@BOTH
+def test_detaching_an_adapter_that_is_off_gives_the_base(how):
+    model = train(attached(how))
+    s2ft.set_adapter(model, None)
+    s2ft.set_adapter(model, None)
+    assert_states(state_of(s2ft.detach(model)), BASE)
+
+
+def test_a_weight_is_unfrozen_in_the_middle_of_training():
+    model = train(attached())
+    model.bert.embeddings.LayerNorm.requires_grad_(True)
+    train(model)
+    found = s2ft.get_adapter(model, "default").extra_weights
+    assert set(found) == {*HEAD, "bert.embeddings.LayerNorm.weight", "bert.embeddings.LayerNorm.bias"}
+    model.bert.embeddings.LayerNorm.requires_grad_(False)   # trained all the same
+    assert_states(s2ft.get_adapter(model, "default").extra_weights, found)
+    assert_states(state_of(s2ft.detach(model)), BASE)
+
+
+def test_evaluation_records_nothing():
+    model = attached("by hand").eval()
+    model(input_ids=IDS)
+    with torch.no_grad():
+        model.train()(input_ids=IDS)
+    assert model._s2ft.extra.base == {}
+
+
+class Interrupt(BaseException):
+    pass
+
+
+def interrupted(call, line):
+    """Whether `call` was interrupted before the given line, counted as they run, of the file that keeps the values."""
+    lines = 0
+
+    def trace(frame, event, _):
+        nonlocal lines
+        if frame.f_code.co_filename != extra.__file__:
+            return None
+        if event == "line":
+            lines += 1
+            if lines == line:
+                raise Interrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except Interrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@BOTH
+@pytest.mark.parametrize("again", (None, "default"))
+@pytest.mark.parametrize("target", (None, "default", "loaded"))
+def test_an_interrupt_at_any_line_of_a_switch_loses_neither(how, again, target):
+    """again: the switch that is made after the interrupt."""
+    model = train(attached(how))
+    s2ft.load_adapter(model, s2ft.get_adapter(train(attached(name="loaded"), 3), "loaded"), active=False)
+    trained, line = head_of(model), 1
+    while True:
+        s2ft.set_adapter(model, "loaded" if target == "default" else "default")
+        stopped = interrupted(lambda: s2ft.set_adapter(model, target), line)
+        s2ft.set_adapter(model, again)
+        expected = trained if again else {name: BASE[name] for name in HEAD}
+        assert_states(head_of(model), expected)
+        s2ft.set_adapter(model, "default")
+        assert_states(head_of(model), trained)
+        if not stopped:
+            break
+        line += 1
+    assert line > 20
+    assert_states(state_of(s2ft.detach(model)), BASE)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.sampled_from(["none", "default", "loaded", "train", "disable", "rename"]), max_size=8))
+def test_any_sequence_of_switches_gives_the_base_back(steps):
+    model = attached("by hand")
+    s2ft.load_adapter(model, s2ft.get_adapter(train(attached(name="loaded")), "loaded"), active=False)
+    name = "default"
+    for step in steps:
+        if step == "train" and s2ft.status(model).active == {name: 1.0}:
+            train(model, 1)
+        elif step == "disable":
+            with s2ft.disable_adapters(model):
+                assert all(torch.equal(value, BASE[key]) for key, value in head_of(model).items())
+        elif step == "rename":
+            s2ft.rename_adapter(model, name, name + "x")
+            name += "x"
+        elif step != "train":
+            s2ft.set_adapter(model, {"none": None, "default": name, "loaded": "loaded"}[step])
+    assert_states(state_of(s2ft.detach(model)), BASE)
+
+
+# ---- files -------------------------------------------------------------------------------------------------
+
+@BOTH
+@pytest.mark.parametrize("trainable", (False, True))
+def test_saved_and_loaded(how, trainable, tmp_path):
+    model = train(attached(how))
+    s2ft.save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["schema"] == 3
+    fresh = classifier()
+    s2ft.load_adapter(fresh, tmp_path, trainable=trainable)
+    assert_states(head_of(fresh), head_of(model))
+    assert fresh.classifier.weight.requires_grad == trainable
+    torch.testing.assert_close(fresh.eval()(IDS).logits, model.eval()(IDS).logits)
+    again = s2ft.get_adapter(fresh, "default")
+    assert_states(again.extra_weights, head_of(model))
+    s2ft.set_adapter(fresh, None)
+    s2ft.set_adapter(fresh, "default")
+    assert_states(head_of(fresh), head_of(model))
+    if trainable:
+        train(fresh, 1)
+        assert not torch.equal(fresh.classifier.weight, model.classifier.weight)
+    assert_states(state_of(s2ft.detach(fresh)), BASE)
+
+
+@BOTH
+def test_saved_while_it_is_off(how, tmp_path):
+    model = train(attached(how))
+    trained = head_of(model)
+    s2ft.set_adapter(model, None)
+    s2ft.save_adapter(model, tmp_path, "default")
+    assert_states(s2ft.read_adapter(tmp_path).extra_weights, trained)
+
+
+@BOTH
+def test_restored_into_a_model_that_trains_the_same(how, tmp_path):
+    model = train(attached(how))
+    s2ft.save_adapter(model, tmp_path)
+    other = attached(how)
+    s2ft.adapter.restore_adapter(other, tmp_path)
+    assert_states(state_of(other), state_of(model))
+    assert_states(state_of(s2ft.detach(other)), BASE)
+
+
+@pytest.mark.parametrize("saved_with, loaded_with, message", (
+    ("named", "frozen", "classifier.bias trained whole, which is frozen in this model"),
+    ("frozen", "named", "this model trains classifier.bias whole")))
+def test_restoring_other_extra_weights_is_refused_and_changes_nothing(saved_with, loaded_with, message, tmp_path):
+    train(attached(saved_with)).save_pretrained(tmp_path)
+    model = attached(loaded_with)
+    before = state_of(model)
+    with pytest.raises(ValueError, match=message):
+        s2ft.adapter.restore_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        model.load_state_dict(load_file(tmp_path / TENSORS), strict=False)
+    assert_states(state_of(model), before)
+
+
+def test_an_adapter_without_them_is_written_as_before(tmp_path):
+    s2ft.save_adapter(train(attached("frozen")), tmp_path)
+    header = json.loads((tmp_path / CONFIG).read_text())
+    assert header["schema"] == 2 and "extra_weights" not in header and "modules_to_save" not in header["config"]
+    with safe_open(tmp_path / TENSORS, "pt") as file:
+        assert file.metadata()["schema"] == "2" and not [key for key in file.keys() if "/" in key]
+
+
+def test_half_precision_keeps_its_dtype(tmp_path):
+    model = classifier().to(torch.bfloat16)
+    s2ft.attach(model, S2FTConfig(d_ratio=0.1, modules_to_save=["classifier"]))
+    train(model, 1)
+    s2ft.save_adapter(model, tmp_path)
+    found = s2ft.read_adapter(tmp_path).extra_weights
+    assert {value.dtype for value in found.values()} == {torch.bfloat16}
+    assert_states(found, head_of(model))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    s2ft.save_adapter(train(attached()), folder)
+    return folder
+
+
+def rewritten(folder, config=lambda content: None, tensors=lambda found: None):
+    """With digests that are right again."""
+    import hashlib
+    content, found = json.loads((folder / CONFIG).read_text()), load_file(folder / TENSORS)
+    config(content), tensors(found)
+    save_file(found, folder / TENSORS)
+    content["tensors_sha256"] = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
+    content.pop("config_sha256")
+    (folder / CONFIG).write_text(json.dumps(content))
+
+
+KEY, COUPLED = "extra_weights/classifier.bias", "bert.encoder.layer.0.output.dense.bias"
+SPOILT = {
+    "no list": (dict(config=lambda c: c.pop("extra_weights")), "extra_weights is missing"),
+    "a list": (dict(config=lambda c: c.update(extra_weights=[1])), "extra_weights is missing or not a dict"),
+    "empty": (dict(config=lambda c: c.update(extra_weights={})), "extra_weights is empty"),
+    "older schema": (dict(config=lambda c: c.update(schema=2)), r"foreign fields \['extra_weights'\]"),
+    "entry a list": (dict(config=lambda c: c["extra_weights"].update({HEAD[1]: [1]})), "floating-point dtype"),
+    "dtype a list": (dict(config=lambda c: c["extra_weights"][HEAD[1]].update(dtype=["F32"])), "floating-point dtype"),
+    "integers": (dict(config=lambda c: c["extra_weights"][HEAD[1]].update(dtype="I64"),
+                      tensors=lambda t: t.update({KEY: t[KEY].long()})), "floating-point dtype"),
+    "another dtype": (dict(tensors=lambda t: t.update({KEY: t[KEY].half()})), "must be F32 of shape"),
+    "another shape": (dict(tensors=lambda t: t.update({KEY: torch.zeros(4)})), "must be F32 of shape"),
+    "shape of truths": (dict(config=lambda c: c["extra_weights"][HEAD[1]].update(shape=[True])), "and a shape"),
+    "another shape in both": (dict(config=lambda c: c["extra_weights"][HEAD[1]].update(shape=[4]),
+                                   tensors=lambda t: t.update({KEY: torch.zeros(4)})), "is for another model"),
+    "not finite": (dict(tensors=lambda t: t[KEY].fill_(float("nan"))), "classifier.bias is not finite"),
+    "missing": (dict(tensors=lambda t: t.pop(KEY)), "missing keys"),
+    "foreign": (dict(tensors=lambda t: t.update({"extra_weights/x": torch.zeros(1)})), "foreign keys"),
+    "path up": (dict(config=lambda c: c["extra_weights"].update({"../x": {"dtype": "F32", "shape": [1]}})),
+                "is no name of a parameter"),
+    "unknown": (dict(config=lambda c: c["extra_weights"].update({"x.y": {"dtype": "F32", "shape": [1]}}),
+                     tensors=lambda t: t.update({"extra_weights/x.y": torch.zeros(1)})), "no weight x.y outside"),
+    "coupled": (dict(config=lambda c: c["extra_weights"].update(
+        {COUPLED: {"dtype": "F32", "shape": [32]}}),
+                     tensors=lambda t: t.update({f"extra_weights/{COUPLED}": torch.zeros(32)})),
+                "outside its couplings"),
+    "unknown module": (dict(config=lambda c: c["config"].update(modules_to_save=["nothing"])), "no module of Bert"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_hostile_files_are_refused_before_a_weight_moves(case, saved, tmp_path):
+    change, message = SPOILT[case]
+    folder = tmp_path / "folder"
+    shutil.copytree(saved, folder)
+    rewritten(folder, **change)
+    model = classifier()
+    with pytest.raises(ValueError, match=message):
+        s2ft.load_adapter(model, folder, trainable=True)
+    assert "_s2ft" not in model.__dict__
+    assert_states(state_of(model), BASE)
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    model = train(attached())
+    with torch.no_grad():
+        model.classifier.bias[0] = float("inf")
+    with pytest.raises(ValueError, match="classifier.bias: the weight is empty or not finite"):
+        s2ft.save_adapter(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+# ---- Trainer -----------------------------------------------------------------------------------------------
+
+class Look(TrainerCallback):
+    def on_train_begin(self, args, state, control, model=None, **_):
+        self.head, self.step = head_of(model), state.global_step
+
+
+def trainer(model, folder, steps, kind=Trainer, callbacks=()):
+    arguments = TrainingArguments(str(folder), report_to=[], use_cpu=True, disable_tqdm=True, save_steps=2,
+                                  max_steps=steps, learning_rate=0.1, lr_scheduler_type="constant")
+    return kind(model, arguments, train_dataset=ROWS, callbacks=list(callbacks))
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ("transformers", "s2ft"))
+def test_trainers_save_and_resume_them_exactly(kind, how, tmp_path, caplog):
+    from s2ft.train.trainer import S2FTTrainer
+    kind = {"transformers": Trainer, "s2ft": S2FTTrainer}[kind]
+    whole, first, second = (attached(how) for _ in range(3))
+    trainer(whole, tmp_path / "whole", 4, kind).train()
+    trainer(first, tmp_path / "cut", 2, kind).train()
+    index = json.loads((tmp_path / "cut/checkpoint-2" / INDEX).read_text())["weight_map"]
+    assert set(HEAD) <= index.keys()
+    look = Look()
+    trainer(second, tmp_path / "cut", 4, kind, [look]).train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-2"))
+    assert look.step == 2
+    assert_states(look.head, head_of(first))
+    assert_states(state_of(second), state_of(whole))
+    assert "missing keys" not in caplog.text and "unexpected keys" not in caplog.text
+    assert_states(state_of(s2ft.detach(second)), BASE)
+
+
+@BOTH
+def test_accelerates_state_has_them(how, tmp_path):
+    from accelerate import Accelerator
+    accelerator = Accelerator(cpu=True)
+    model = train(attached(how))
+    accelerator.prepare(model)
+    accelerator.save_state(tmp_path)
+    accelerator.free_memory()
+    other = attached(how)
+    accelerator.prepare(other)
+    accelerator.load_state(tmp_path)
+    assert_states(state_of(other), state_of(model))
+    assert_states(state_of(s2ft.detach(train(other, 1))), BASE)   # the load came before any training forward
+
+
+# ---- several adapters --------------------------------------------------------------------------------------
+
+def test_two_that_have_the_same_weight_are_not_active_together():
+    model = train(attached())
+    s2ft.load_adapter(model, s2ft.get_adapter(train(attached(name="other")), "other"), active=False)
+    before = state_of(model)
+    with pytest.raises(ValueError, match="'default' and 'other' both have classifier.weight"):
+        s2ft.set_adapter(model, {"default": 1, "other": 1})
+    for name in ("default", "other"):
+        with pytest.raises(ValueError, match=f"'{name}' has classifier.weight trained whole.*not 0.5"):
+            s2ft.set_adapter(model, {name: 0.5})
+    assert s2ft.status(model).active == {"default": 1.0}
+    assert_states(state_of(model), before)
+
+
+def test_arithmetic_passes_them_through_or_refuses():
+    with_head = s2ft.get_adapter(train(attached()), "default")
+    without = s2ft.get_adapter(train(attached("frozen", name="plain")), "plain")
+    for total in (with_head + without, without + with_head, with_head - without):
+        assert_states(total.extra_weights, with_head.extra_weights)
+        assert total.config.modules_to_save == ["classifier"]
+    for wrong in (lambda: with_head + with_head, lambda: 0.5 * with_head, lambda: without - with_head):
+        with pytest.raises(ValueError, match="classifier.weight trained whole"):
+            wrong()
+    assert (0.5 * without).extra_weights == {}
+
+
+def test_fuse_adapters_and_the_command(tmp_path, saved, capsys):
+    from s2ft.cli.fuse import fuse
+    s2ft.save_adapter(train(attached("frozen", name="plain")), tmp_path / "plain")
+    fuse([str(saved), str(tmp_path / "plain")], None, None, tmp_path / "sum")
+    model = classifier()
+    for folder, name in ((saved, "a"), (tmp_path / "plain", "b")):
+        s2ft.load_adapter(model, folder, name, active=False)
+    s2ft.fuse_adapters(model, {"a": 1, "b": 1}, "both")
+    s2ft.set_adapter(model, "both")
+    assert_states(head_of(model), s2ft.read_adapter(tmp_path / "sum").extra_weights)
+    with pytest.raises(ValueError, match="'a' has classifier.* trained whole"):
+        s2ft.fuse_adapters(model, {"a": 0.5, "b": 1}, "less")
+    s2ft.delete_adapter(model, "both")
+    assert_states(state_of(s2ft.detach(model)), BASE)
+
+
+def test_a_further_adapter_is_attached_beside_a_loaded_one(saved):
+    model = classifier()
+    s2ft.load_adapter(model, saved, "loaded")
+    s2ft.attach(model, S2FTConfig(d_ratio=0.05, modules_to_save=["classifier"]), name="second")
+    assert_states(head_of(model), {name: BASE[name] for name in HEAD})
+    train(model)
+    s2ft.delete_adapter(model, "second")
+    assert s2ft.list_adapters(model) == ["loaded"]
+    s2ft.set_adapter(model, "loaded")
+    assert_states(head_of(model), s2ft.read_adapter(saved).extra_weights)
+    assert_states(state_of(s2ft.detach(model)), BASE)
+
+
+def norm_of_llama(tmp_path):
+    """(base, folder of an adapter that has the last norm trained whole)"""
+    model = model_of("llama")
+    s2ft.attach(model, S2FTConfig(d_ratio=0.1, modules_to_save=["model.norm"]), name="normed")
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)
+    s2ft.save_adapter(model, tmp_path / "normed")
+    return model_of("llama"), tmp_path / "normed"
+
+
+def test_banks_and_loras_refuse_them_by_name(tmp_path):
+    model, folder = norm_of_llama(tmp_path)
+    bank = s2ft.AdapterBank(model, tmp_path)
+    with pytest.raises(ValueError, match="'normed' has model.norm.weight trained whole"):
+        with bank.batch(["normed"]):
+            pass
+    with pytest.raises(ValueError, match="model.norm.weight trained whole.*format merged"):
+        lora.write(native.read(folder), model, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
+def test_merging_a_loaded_one_leaves_its_value(tmp_path):
+    model, folder = norm_of_llama(tmp_path)
+    s2ft.load_adapter(model, folder)
+    assert torch.equal(s2ft.merge(model).model.norm.weight, native.read(folder).extra_weights["model.norm.weight"])
+
+
+# ---- what is named, and what must not be unfrozen ----------------------------------------------------------
+
+@pytest.mark.parametrize("modules, message", (
+    (["nothing"], "'nothing', which is no module of Bert"),
+    (["dense"], "holds bert.encoder.layer.0.*a weight whose units are trained as slices"),
+    (["dropout"], "no floating-point weights"),
+))
+def test_modules_that_cannot_be_meant_are_refused_before_anything_changes(modules, message):
+    model, config = classifier(), S2FTConfig(d_ratio=0.1, modules_to_save=modules)
+    for call in (s2ft.attach, s2ft.plan):
+        with pytest.raises(ValueError, match=message):
+            call(model, config)
+    assert "_s2ft" not in model.__dict__ and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("value", ("classifier", [], [""], [1], 5))
+def test_what_is_no_list_of_names_is_refused(value):
+    with pytest.raises(ValueError, match="modules_to_save must be a list"):
+        S2FTConfig(d_ratio=0.1, modules_to_save=value)
+
+
+def test_the_command_line_has_the_option():
+    from s2ft.cli.parse import parse
+    config, = parse("finetune", "", [S2FTConfig], ["--d-ratio", "0.1", "--modules-to-save", "lm_head", "model.norm"])
+    assert config.modules_to_save == ["lm_head", "model.norm"]
+
+
+def test_a_tied_head_is_trained_under_the_embeddings_name(tmp_path):
+    model = model_of("qwen2-grouped-tied")
+    s2ft.attach(model, S2FTConfig(d_ratio=0.1, modules_to_save=["lm_head"]))
+    found = s2ft.get_adapter(model, "default").extra_weights
+    assert list(found) == ["model.embed_tokens.weight"] and model.lm_head.weight.requires_grad
+
+
+@pytest.mark.parametrize("path", ("output.dense.weight", "output.dense.bias", "attention.self.query.weight"))
+def test_an_unfrozen_weight_of_a_coupling_is_an_error_at_the_next_training_forward(path):
+    model = attached("frozen")
+    parameter = model.get_parameter(f"bert.encoder.layer.0.{path}")
+    parameter.requires_grad_(True)
+    with torch.no_grad():
+        model(input_ids=IDS)
+    with pytest.raises(RuntimeError, match=f"{path} requires a gradient.*train more units"):
+        model.train()(input_ids=IDS)
+    parameter.requires_grad_(False)
+    model(input_ids=IDS)
+
+
+def test_a_weight_that_an_optimizer_of_deepspeed_holds_is_refused():
+    model = attached("by hand")
+    model.classifier.weight._hp_mapping = object()   # by what ZeRO marks it
+    with pytest.raises(RuntimeError, match="classifier.weight was unfrozen by hand.*modules_to_save"):
+        model.train()(input_ids=IDS)
+
+
+def test_hooks_are_there_once_and_go():
+    model = attached()
+    assert list(model._forward_pre_hooks.values()) == [before_forward]
+    assert [hook.hook for hook in model._load_state_dict_pre_hooks.values()].count(before_load) == 1
+    s2ft.set_adapter(model, None)
+    s2ft.detach(model)
+    assert not model._forward_pre_hooks and not model._load_state_dict_pre_hooks
+    s2ft.attach(model, S2FTConfig(d_ratio=0.1))
+    assert len(model._forward_pre_hooks) == 1
+
+
+# ---- the report --------------------------------------------------------------------------------------------
+
+def test_the_report_lists_them_and_counts_them_once(capsys):
+    model = classifier()
+    total = sum(parameter.numel() for parameter in model.parameters())
+    config = S2FTConfig(d_ratio=0.1, modules_to_save=["classifier"])
+    planned, report = s2ft.plan(model, config), s2ft.attach(model, config)
+    assert planned.extra_weights == report.extra_weights == {"classifier.weight": 96, "classifier.bias": 3}
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert report.trainable == planned.trainable == trained and report.total == total
+    assert "trained whole: classifier.weight, classifier.bias (99 parameters)" in str(report)
+    model.print_trainable_parameters()
+    assert f"trainable params: {trained:,} || all params: {total + trained - 99:,}" in capsys.readouterr().out
+
+
+def test_new_heads_are_named_with_the_words_to_train_them(tmp_path):
+    BertModel(BertConfig(**BERT)).save_pretrained(tmp_path)
+    model = BertForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    report = s2ft.attach(model, S2FTConfig(d_ratio=0.1))
+    assert report.fresh_heads == ("classifier",) and "modules_to_save=['classifier']" in str(report)
+    s2ft.detach(model)
+    assert s2ft.attach(model, S2FTConfig(d_ratio=0.1, modules_to_save=["classifier"])).fresh_heads == ()
+    s2ft.merge(model).save_pretrained(tmp_path)
+    again = BertForSequenceClassification.from_pretrained(tmp_path)
+    assert s2ft.attach(again, S2FTConfig(d_ratio=0.1)).fresh_heads == ()   # it came with the checkpoint
+
+
+def test_of_a_model_that_no_checkpoint_made_the_structure_says_what_is_a_head():
+    assert s2ft.attach(classifier(), S2FTConfig(d_ratio=0.1)).fresh_heads == ("classifier", "bert.pooler")
+    for case in ("llama", "qwen2-grouped-tied", "gpt2", "t5", "bert"):
+        report = s2ft.attach(model_of(case), S2FTConfig(d_ratio=0.1))
+        assert report.fresh_heads == (), case
+
+
+def test_the_page_of_the_adapter_names_them(saved):
+    from s2ft.adapter.hub import card_of
+    assert "and classifier.bias, classifier.weight trained whole" in card_of(s2ft.read_adapter(saved))
+
+
+@pytest.mark.parametrize("value, message", ((torch.zeros(3, dtype=torch.int64), "are saved as F64"),
+                                            (torch.zeros(0), "empty or not finite")))
+def test_what_could_not_be_read_again_is_not_saved(value, message, saved, tmp_path):
+    adapter = s2ft.read_adapter(saved)
+    adapter.extra_weights["classifier.bias"] = value
+    with pytest.raises(ValueError, match=message):
+        native.write(adapter, tmp_path / "a")
+    assert not (tmp_path / "a").exists()

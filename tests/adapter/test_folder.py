@@ -1,0 +1,160 @@
+"""An adapter folder is replaced in one step: whoever reads it gets the old adapter or the new one."""
+import os
+import threading
+
+import pytest
+import torch
+from support.models import model_of, train
+
+import s2ft
+from s2ft import S2FTConfig, Selection, files
+from s2ft.folder import CONFIG, PENDING, TENSORS, is_folder, stamp_of
+
+
+def adapter(seed):
+    model = model_of("llama")
+    s2ft.attach(model, S2FTConfig(d_ratio=0.1, seed=seed), name=f"seed-{seed}")
+    train(model, 1)
+    return s2ft.get_adapter(model, f"seed-{seed}")
+
+
+@pytest.fixture(scope="module")
+def adapters():
+    return adapter(0), adapter(1)
+
+
+def write(adapter, folder):
+    s2ft.adapter.formats.native.write(adapter, folder)
+
+
+def is_either(found, adapters):
+    """Whether `found` is, number by number, one of the adapters. Returns: its place."""
+    place = [one.name for one in adapters].index(found.name)
+    for path, delta in adapters[place].deltas.items():
+        assert torch.equal(found.deltas[path].values, delta.values)
+    assert found.selection == adapters[place].selection
+    return place
+
+
+class Stop(BaseException):
+    """As a kill or the power does: nothing after it is run."""
+
+
+@pytest.mark.parametrize("moment", ("before", "after"))
+@pytest.mark.parametrize("call", range(3))
+def test_a_writer_that_is_stopped_leaves_one_of_the_two(call, moment, adapters, tmp_path, monkeypatch):
+    write(adapters[0], tmp_path)
+    calls, replace = [], os.replace
+
+    def stop(source, target):
+        calls.append(target)
+        if len(calls) <= call:
+            return replace(source, target)
+        if moment == "after" and len(calls) == call + 1:
+            replace(source, target)
+        raise Stop
+
+    monkeypatch.setattr(os, "replace", stop)
+    monkeypatch.setattr(files.os, "unlink", lambda path: None)   # a killed process tidies nothing up
+    with pytest.raises(Stop):
+        write(adapters[1], tmp_path)
+    monkeypatch.undo()
+    committed = call + (moment == "after") >= 2
+    assert is_either(s2ft.read_adapter(tmp_path), adapters) == committed
+    assert Selection.load(tmp_path) == adapters[committed].selection and is_folder(tmp_path)
+    write(adapters[1], tmp_path)
+    assert is_either(s2ft.read_adapter(tmp_path), adapters) == 1 and not (tmp_path / PENDING).exists()
+
+
+@pytest.mark.parametrize("call", range(3))
+def test_a_first_writer_that_is_stopped_leaves_none_or_all(call, adapters, tmp_path, monkeypatch):
+    calls, replace = [], os.replace
+
+    def stop(source, target):
+        calls.append(target)
+        if len(calls) > call:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(OSError, match="No space"):
+        write(adapters[0], tmp_path)
+    monkeypatch.undo()
+    assert is_folder(tmp_path) == (call == 2)
+    if call == 2:
+        assert is_either(s2ft.read_adapter(tmp_path), adapters[:1]) == 0
+    else:
+        with pytest.raises(FileNotFoundError):
+            s2ft.read_adapter(tmp_path)
+
+
+def test_readers_beside_a_writer_always_get_one_of_the_two(adapters, tmp_path):
+    write(adapters[0], tmp_path)
+    done, wrong, seen = threading.Event(), [], set()
+
+    def read():
+        while not done.is_set():
+            try:
+                seen.add(is_either(s2ft.read_adapter(tmp_path), adapters))
+                assert Selection.load(tmp_path) in [one.selection for one in adapters]
+            except BaseException as error:
+                wrong.append(error)
+                return
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for turn in range(40):
+        write(adapters[turn % 2], tmp_path)
+    done.set()
+    reader.join()
+    assert not wrong and seen
+
+
+def test_every_save_gives_another_stamp(adapters, tmp_path):
+    assert [stamp_of(folder) for folder in (tmp_path, tmp_path / ("a" * 4000), tmp_path / "\0")] == [None] * 3
+    stamps = []
+    for turn in range(3):
+        write(adapters[turn % 2], tmp_path)
+        stamps.append(stamp_of(tmp_path))
+    assert len(set(stamps)) == 3
+
+
+def test_a_pending_file_of_anything_changes_nothing(adapters, tmp_path):
+    write(adapters[0], tmp_path)
+    for content in (b"[" * 10**5, b"{}", b"[]", b'{"tensors_sha256": 1}'):
+        (tmp_path / PENDING).write_bytes(content)
+        assert is_either(s2ft.read_adapter(tmp_path), adapters) == 0
+    (tmp_path / CONFIG).unlink()
+    with pytest.raises(ValueError):
+        s2ft.read_adapter(tmp_path)
+
+
+def test_the_hub_gets_the_files_that_belong_together(adapters, tmp_path, monkeypatch):
+    write(adapters[0], tmp_path)
+    old = (tmp_path / CONFIG).read_bytes()
+    write(adapters[1], tmp_path)
+    (tmp_path / CONFIG).rename(tmp_path / PENDING)   # stopped before the last rename
+    (tmp_path / CONFIG).write_bytes(old)
+    found, content = s2ft.adapter.formats.native.read_files(tmp_path)
+    assert is_either(found, adapters) == 1 and content[CONFIG] == (tmp_path / PENDING).read_bytes()
+    assert content[TENSORS] == (tmp_path / TENSORS).read_bytes()
+
+
+NAMES = ("", ".hidden", "a/b", "a\\b", "x\ny", "a" * 501, 3, None, "a\0")
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_a_name_that_could_not_be_saved_is_refused_before_training(name, adapters, tmp_path):
+    model = model_of("llama")
+    with pytest.raises(ValueError, match="an adapter's name must be a word"):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.1), name=name)
+    assert "_s2ft" not in model.__dict__
+    if name is not None:
+        with pytest.raises(ValueError, match="an adapter's name must be a word"):
+            s2ft.load_adapter(model, adapters[0], name=name)
+    s2ft.load_adapter(model, adapters[0])
+    with pytest.raises(ValueError, match="an adapter's name must be a word"):
+        s2ft.rename_adapter(model, "seed-0", name)
+    with pytest.raises(ValueError, match="an adapter's name must be a word"):
+        s2ft.fuse_adapters(model, {"seed-0": 1.0}, name)
+    assert s2ft.list_adapters(model) == ["seed-0"]
