@@ -1,0 +1,57 @@
+"""An exception at any moment of any operation, raised by a signal or by a tracer, leaves a model that detach brings
+back to its base, bit for bit, and that is what s2ft.status says it is."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from state.models import LAYOUTS
+
+ROOT = Path(__file__).parents[2]
+KERNELS = ("compiled", "reference")
+LIMIT = 120   # seconds; a deadlock fails the test instead of stopping the suite
+
+
+def run(kernels: str, module: str, *arguments: object, limit: int = LIMIT) -> None:
+    """Run one of this folder's programs; its output is the failure's message."""
+    environment = {**os.environ, "S2FT_TEST_KERNELS": kernels, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.run([sys.executable, "-X", "faulthandler", "-m", f"tests.state.{module}",
+                              *map(str, arguments)], cwd=ROOT, env=environment, timeout=limit, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    print(process.stdout)
+    assert process.returncode == 0, process.stdout
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_after_a_sigint_detach_gives_the_base(kernels):
+    run(kernels, "interrupts", "--count", 15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_after_each_of_many_sigints_detach_gives_the_base(kernels, layout):
+    run(kernels, "interrupts", "--count", 300, "--layout", layout, limit=900)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_after_an_exception_at_any_moment_the_model_is_what_status_says(kernels):
+    run(kernels, "sweep", "--stride", 97)
+
+
+def test_after_a_second_exception_in_the_clean_up_too():
+    run("compiled", "sweep", "--stride", 97, "--offset", 50, "--twice")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_after_an_exception_at_every_place_the_model_is_what_status_says(kernels, layout):
+    run(kernels, "sweep", "--layout", layout, limit=3600)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_after_a_second_exception_at_every_line_too(layout):
+    run("compiled", "sweep", "--layout", layout, "--events", "line", "--twice", limit=3600)
