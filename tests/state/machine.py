@@ -526,9 +526,10 @@ def interrupted(state: State) -> None:
     state.model.zero_grad()
     if tracing.raised_again:   # only detach is promised then
         detach_if_attached(state.model)
-    names = state.status.adapters
-    state.kept = {name: adapter for name, adapter in state.kept.items() if name in names}
-    state.unfrozen = state.unfrozen and state.attached
+    left = state.status.adapters
+    state.kept = {other: adapter for other, adapter in state.kept.items() if other in left}
+    # half a detach may have unfrozen what the next detach unfreezes
+    state.unfrozen = state.attached and (state.unfrozen or name in ("detach", "delete_adapter"))
 
 
 OPERATIONS += (Operation(interrupted, always), Operation(interrupted, always), Operation(interrupted, always))

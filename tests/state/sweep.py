@@ -21,6 +21,7 @@ import s2ft
 
 SMALL = dict(hidden_size=8, intermediate_size=12, num_attention_heads=2, num_key_value_heads=2, head_dim=4,
              vocab_size=11)
+FEWEST = 10   # moments of each operation, whatever the stride
 
 
 @dataclass
@@ -159,13 +160,14 @@ class Sweep:
 
     # ---- all moments -----------------------------------------------------------------------------------
 
-    def run(self, case: Case, events: str, occurrences: int | None, stride: int, offset: int,
+    def run(self, case: Case, events: str, occurrences: int | None, stride: int,
             twice: bool) -> tuple[int, list[str]]:
         """Raise at the chosen moments of a case. Returns: how many there were, and what went wrong."""
         with RaiseAt(events=events) as counter:
             case.operation(copy.deepcopy(case.start))
-        chosen = moments(counter.places, occurrences)[offset % stride::stride]
-        problems = []
+        chosen, problems = moments(counter.places, occurrences), []
+        stride = max(1, min(stride, len(chosen) // FEWEST))
+        chosen = chosen[stride // 2 if twice else 0::stride]   # with two exceptions, other moments than with one
         for moment in chosen:
             where, wrong = self.problem(case, moment, events, 1 + moment % 23 if twice else None)
             if wrong is not None:
@@ -179,8 +181,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--events", choices=EVENTS, default="opcode")
     parser.add_argument("--occurrences", default="1", metavar="N|all",
                         help="of each place in the code, the first N events and the last; all: every event")
-    parser.add_argument("--stride", type=int, default=1, help="take every N-th of these moments")
-    parser.add_argument("--offset", type=int, default=0, help="where the stride starts")
+    parser.add_argument("--stride", type=int, default=1, metavar="N",
+                        help=f"take every N-th of these moments, but at least {FEWEST} of an operation")
     parser.add_argument("--case", help="only operations whose name begins so")
     parser.add_argument("--twice", action="store_true", help="raise once more, in the clean-up of the first")
     options = parser.parse_args(arguments)
@@ -191,7 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
         sweep = Sweep(layout)
         for case in sweep.cases():
             if case.name.startswith(options.case or ""):
-                count, problems = sweep.run(case, options.events, occurrences, options.stride, options.offset,
+                count, problems = sweep.run(case, options.events, occurrences, options.stride,
                                             options.twice)
                 failed = failed or bool(problems)
                 print(f"{case.name:<36} {layout}, {kernels}: {count} moments, {len(problems)} failures",
