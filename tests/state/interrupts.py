@@ -32,8 +32,9 @@ class Scene:
     def __init__(self, layout: str) -> None:
         self.config = s2ft.S2FTConfig(**ratios("llama"), layout=layout)
         self.plain = tiny_model("llama", layers=2, **WIDE)
-        self.adapters = [make_adapter(self.plain, s2ft.S2FTConfig(**ratios("llama"), layout=layout, seed=seed), name, seed)
-                         for seed, name in ((1, "a"), (2, "b"))]
+        other = s2ft.S2FTConfig(**ratios("llama"), layout=layout, seed=1)
+        self.adapters = [make_adapter(self.plain, config, name, seed)
+                         for seed, (name, config) in enumerate({"a": self.config, "b": other}.items())]
         self.loaded = copy.deepcopy(self.plain)
         for adapter in self.adapters:
             s2ft.load_adapter(self.loaded, adapter)

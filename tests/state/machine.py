@@ -370,8 +370,8 @@ def cast_to(state: State, dtype: torch.dtype) -> None:
 
 def unfreeze(state: State) -> None:
     """A weight that no layer of s2ft holds."""
-    name = state.rng.choice([n for n, p in state.model.named_parameters() if p.dim() == 1 and "norm" in n or "ln_" in n])
-    state.model.get_parameter(name).requires_grad_(True)
+    norms = [name for name, _ in state.model.named_parameters() if "norm" in name or "ln_" in name]
+    state.model.get_parameter(state.rng.choice(norms)).requires_grad_(True)
     state.unfrozen = True
 
 
@@ -587,7 +587,8 @@ def check_merged(state: State, active: dict[str, float]) -> None:
         require_nothing(differences(dict(expected), dict(found)), f"merged with {active}")
         return
     bound = 4 * state.tolerance()
-    wrong = [name for name, tensor in expected.items() if not torch.allclose(tensor, found[name], rtol=bound, atol=bound)]
+    wrong = [name for name, tensor in expected.items()
+             if not torch.allclose(tensor, found[name], rtol=bound, atol=bound)]
     require(not wrong, f"merged with {active}: {wrong[:1]}")
 
 

@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from state.models import LAYOUTS
+from state.models import LAYOUTS, ratios, tiny_model
+from state.tracing import RaiseAt, moments
+
+import s2ft
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ("compiled", "reference")
@@ -55,3 +58,43 @@ def test_after_an_exception_at_every_place_the_model_is_what_status_says(kernels
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_after_a_second_exception_at_every_line_too(layout):
     run("compiled", "sweep", "--layout", layout, "--events", "line", "--twice", limit=3600)
+
+
+# ---- the tracer --------------------------------------------------------------------------------------------
+
+def attach_under(tracing: RaiseAt) -> None:
+    with tracing:
+        s2ft.attach(tiny_model("llama"), s2ft.S2FTConfig(**ratios("llama")))
+
+
+def test_every_moment_is_counted_and_can_be_raised_at():
+    counter = RaiseAt()
+    attach_under(counter)
+    assert counter.raised is None and counter.seen == len(counter.places) > 10_000
+    for moment in (1, counter.seen // 2, counter.seen):
+        tracing = RaiseAt(moment, MemoryError)
+        with pytest.raises(MemoryError, match="raised at"):
+            attach_under(tracing)
+        assert tracing.seen == moment and tracing.raised
+    beyond = RaiseAt(counter.seen + 1)
+    attach_under(beyond)
+    assert beyond.raised is None and beyond.seen == counter.seen
+
+
+def test_a_second_exception_is_raised_in_the_clean_up_of_the_first():
+    counter = RaiseAt(events="line")
+    attach_under(counter)
+    again = []
+    for moment in range(counter.seen - 200, counter.seen, 20):
+        tracing = RaiseAt(moment, events="line", second=1)
+        with pytest.raises(KeyboardInterrupt):
+            attach_under(tracing)
+        again.append(tracing.raised_again)
+    assert any(again)
+
+
+def test_moments_are_the_first_ones_and_the_last_one_of_every_place():
+    a, b = ((code, 0) for code in (attach_under.__code__, run.__code__))
+    assert moments([a, b, a, a, a], 1) == [1, 2, 5]
+    assert moments([a, b, a, a, a], 2) == [1, 2, 3, 5]
+    assert moments([a, b, a], None) == [1, 2, 3]

@@ -314,7 +314,7 @@ def test_a_weight_in_a_private_mapping_works_and_its_file_stays(writer, tmp_path
 @pytest.mark.slow
 def test_all_of_this_with_the_pytorch_reference():
     environment = {**os.environ, "S2FT_TEST_KERNELS": "reference"}
-    process = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", __file__],
-                             cwd=Path(__file__).parents[2], env=environment, timeout=600, text=True,
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", __file__]
+    process = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, timeout=600, text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert process.returncode == 0, process.stdout

@@ -1,4 +1,4 @@
-"""Whatever is done to an attached model, in whatever order: nothing changes but what should, and the base comes back."""
+"""After any sequence of operations an attached model is what its status says, and detach gives the base back."""
 import os
 
 import pytest
