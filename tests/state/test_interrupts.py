@@ -85,7 +85,7 @@ def test_a_second_exception_is_raised_in_the_clean_up_of_the_first():
     counter = RaiseAt(events="line")
     attach_under(counter)
     again = []
-    for moment in range(counter.seen - 200, counter.seen, 20):
+    for moment in range(counter.seen // 2, counter.seen, counter.seen // 40):
         tracing = RaiseAt(moment, events="line", second=1)
         with pytest.raises(KeyboardInterrupt):
             attach_under(tracing)
