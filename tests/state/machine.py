@@ -621,10 +621,12 @@ class Failure:
     seed: int
     operations: list[str]
     error: str
+    without: tuple[str, ...] = ()   # operations that were never drawn
 
     def __str__(self) -> str:
         return (f"seed {self.seed} ({Setting.of(self.seed)}): {', '.join(self.operations)}: {self.error}\n"
-                f"        python -m tests.state.machine --seed {self.seed}")
+                f"        python -m tests.state.machine --seed {self.seed}"
+                + "".join(f" --without {name}" for name in self.without))
 
 
 def run_sequence(seed: int, left_out: frozenset[int] = frozenset(), without: Collection[str] = (),
@@ -655,7 +657,8 @@ def run_sequence(seed: int, left_out: frozenset[int] = frozenset(), without: Col
         try:
             run_operation(state, operation)
         except Exception as error:
-            return Failure(seed, [*done, operation.name + state.detail], f"{type(error).__name__}: {error}")
+            return Failure(seed, [*done, operation.name + state.detail], f"{type(error).__name__}: {error}",
+                           tuple(without))
         done.append(operation.name + state.detail)
     return None
 

@@ -160,19 +160,22 @@ class Sweep:
 
     # ---- all moments -----------------------------------------------------------------------------------
 
-    def run(self, case: Case, events: str, occurrences: int | None, stride: int,
-            twice: bool) -> tuple[int, list[str]]:
-        """Raise at the chosen moments of a case. Returns: how many there were, and what went wrong."""
+    def choose(self, case: Case, events: str, occurrences: int | None, stride: int, twice: bool) -> list[int]:
+        """Moments of a case to raise at; with two exceptions, others than with one."""
         with RaiseAt(events=events) as counter:
             case.operation(copy.deepcopy(case.start))
-        chosen, problems = moments(counter.places, occurrences), []
-        stride = max(1, min(stride, len(chosen) // FEWEST))
-        chosen = chosen[stride // 2 if twice else 0::stride]   # with two exceptions, other moments than with one
+        found = moments(counter.places, occurrences)
+        stride = max(1, min(stride, len(found) // FEWEST))
+        return found[stride // 2 if twice else 0::stride]
+
+    def problems(self, case: Case, chosen: list[int], events: str, twice: bool) -> list[str]:
+        """Raise at these moments of a case, one after the other. Returns: what went wrong."""
+        problems = []
         for moment in chosen:
             where, wrong = self.problem(case, moment, events, 1 + moment % 23 if twice else None)
             if wrong is not None:
                 problems.append(f"{case.name}, {self.layout}, {events} {moment} at {where}: {wrong}")
-        return len(chosen), problems
+        return problems
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -184,6 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stride", type=int, default=1, metavar="N",
                         help=f"take every N-th of these moments, but at least {FEWEST} of an operation")
     parser.add_argument("--case", help="only operations whose name begins so")
+    parser.add_argument("--moment", type=int, help="only this one, as a failure names it")
     parser.add_argument("--twice", action="store_true", help="raise once more, in the clean-up of the first")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -193,10 +197,11 @@ def main(arguments: list[str] | None = None) -> int:
         sweep = Sweep(layout)
         for case in sweep.cases():
             if case.name.startswith(options.case or ""):
-                count, problems = sweep.run(case, options.events, occurrences, options.stride,
-                                            options.twice)
+                chosen = ([options.moment] if options.moment else
+                          sweep.choose(case, options.events, occurrences, options.stride, options.twice))
+                problems = sweep.problems(case, chosen, options.events, options.twice)
                 failed = failed or bool(problems)
-                print(f"{case.name:<36} {layout}, {kernels}: {count} moments, {len(problems)} failures",
+                print(f"{case.name:<36} {layout}, {kernels}: {len(chosen)} moments, {len(problems)} failures",
                       *problems[:3], sep="\n    ", flush=True)
     return int(failed)
 
