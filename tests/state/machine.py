@@ -1,0 +1,738 @@
+"""Random sequences of everything that can be done to an attached model, checked after every operation.
+
+    python -m tests.state.machine --sequences 2000
+    python -m tests.state.machine --seed 17 --verbose
+
+A sequence is determined by its seed. A plain twin goes through the same casts and modes. After every operation a copy
+of the model is detached and must equal the twin bit for bit, and the model must compute, and merge to, what plain
+torch formulas make of the twin's weights and the active adapters. A failing sequence is shortened by leaving
+operations out for as long as it fails in the same way.
+"""
+import argparse
+import copy
+import io
+import random
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+from state.models import LAYOUTS, MODELS, make_adapter, ratios, tiny_model, tokens
+from state.plain import describe, detach_if_attached, differences, effective_weights, same_bits, weights_of
+from state.tracing import RaiseAt
+from support.tolerances import GEMM
+from torch import nn
+from transformers.utils import logging
+
+import s2ft
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CASTS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+PRECISION = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}   # larger: coarser
+TOKENS = dict(batch=2, length=4)
+SHOWN = 20   # failures that are printed
+OTHER_BASE = "another base"   # what loading says after a cast that lost digits
+
+
+class Wrong(AssertionError):
+    """An invariant does not hold."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a sequence starts from."""
+
+    case: str
+    dtype: torch.dtype
+    layout: str
+    layers: int
+
+    @classmethod
+    def of(cls, seed: int) -> "Setting":
+        rng = random.Random(seed)
+        return cls(rng.choice(MODELS), rng.choice(DTYPES), rng.choice(LAYOUTS), rng.choice((1, 1, 2)))
+
+    def __str__(self) -> str:
+        return f"{self.case}, {str(self.dtype).removeprefix('torch.')}, {self.layout}"
+
+
+class State:
+    """The model under test, its plain twin, and the adapters that were made so far."""
+
+    def __init__(self, seed: int) -> None:
+        setting = Setting.of(seed)
+        self.case, self.dtype, self.layout = setting.case, setting.dtype, setting.layout
+        self.rng = random.Random(seed)
+        model = tiny_model(self.case, layers=setting.layers, dtype=self.dtype)
+        self.pool = [make_adapter(model, self.config(), name, number) for number, name in enumerate(("p", "q"))]
+        self.model, self.twin = model, copy.deepcopy(model)
+        self.kept: dict[str, s2ft.Adapter] = {}   # loaded adapters as they were when they were loaded
+        self.names = 0
+        self.coarsest = self.dtype   # of all casts
+        self.lossy = False           # whether a cast lost digits of the base
+        self.rounded = False         # whether written weights were cast, so that they are off by a rounding
+        self.unfrozen = False        # whether a weight was unfrozen by hand
+        self.detail = ""             # what the last operation adds to its name in the list of a failure
+
+    # ---- what the operations ask ------------------------------------------------------------------------
+
+    def config(self) -> s2ft.S2FTConfig:
+        keys = list(ratios(self.case))
+        chosen = self.rng.sample(keys, self.rng.randint(1, len(keys)))
+        return s2ft.S2FTConfig(**{key: self.rng.choice((0.25, 0.5, 1.0)) for key in chosen}, layout=self.layout,
+                               seed=self.rng.randrange(100), fuse_ffn=self.rng.random() < 0.7)
+
+    @property
+    def status(self):
+        return s2ft.status(self.model)
+
+    @property
+    def attached(self) -> bool:
+        return bool(self.status.adapters)
+
+    @property
+    def slices(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if name.rpartition(".")[2] == "s2"}
+
+    @property
+    def trainable(self) -> str | None:
+        """The trainable adapter's name."""
+        return next((row.adapter for row in self.status.rows if row.trainable), None)
+
+    @property
+    def fused(self) -> bool:
+        return any(row.fused and row.trainable for row in self.status.rows)
+
+    @property
+    def can_train(self) -> bool:
+        return self.trainable is not None and self.status.active.get(self.trainable) == 1 and not self.fused
+
+    def new_name(self) -> str:
+        self.names += 1
+        return f"n{self.names}"
+
+    def any_name(self) -> str:
+        return self.rng.choice(self.status.adapters)
+
+    def adapter(self, name: str) -> s2ft.Adapter:
+        return self.kept[name] if name in self.kept else s2ft.get_adapter(self.model, name)
+
+    def both(self, act: Callable[[nn.Module], object]) -> None:
+        """Do the same to the model and to its twin."""
+        act(self.model)
+        act(self.twin)
+
+    def expected_weights(self, active: dict[str, float]) -> dict[str, torch.Tensor]:
+        return effective_weights(self.twin, [(self.adapter(name), weight) for name, weight in active.items()])
+
+    def tolerance(self) -> float:
+        dtype = max(self.coarsest, next(self.twin.parameters()).dtype, key=PRECISION.get)
+        return GEMM[dtype][0]
+
+
+# ---- operations: what they do, and when they can be done --------------------------------------------------
+
+def attach(state: State) -> None:
+    s2ft.attach(state.model, state.config(), name=state.new_name())
+    fill(state)
+
+
+def fill(state: State) -> None:
+    generator = torch.Generator().manual_seed(state.rng.randrange(1000))
+    with torch.no_grad():
+        for s2 in state.slices.values():
+            s2.copy_(torch.randn(s2.shape, generator=generator) * 0.1)
+
+
+def detach(state: State) -> None:
+    s2ft.detach(state.model)
+    state.kept, state.unfrozen = {}, False
+
+
+def detach_and_attach(state: State) -> None:
+    detach(state)
+    attach(state)
+
+
+def load(state: State, trainable: bool = False, active: bool = True) -> None:
+    name, adapter = state.new_name(), state.rng.choice(state.pool)
+    try:
+        s2ft.load_adapter(state.model, adapter, name, trainable=trainable, active=active)
+    except ValueError as error:
+        if not (state.lossy and OTHER_BASE in str(error)):
+            raise
+    else:
+        if not trainable:
+            state.kept[name] = copy.deepcopy(adapter)
+
+
+def load_inactive(state: State) -> None:
+    load(state, active=False)
+
+
+def load_trainable(state: State) -> None:
+    load(state, trainable=True)
+
+
+def detach_and_load(state: State) -> None:
+    detach(state)
+    load(state)
+
+
+def activate_one(state: State) -> None:
+    s2ft.set_adapter(state.model, state.any_name())
+
+
+def activate_nothing(state: State) -> None:
+    s2ft.set_adapter(state.model, None)
+
+
+def activate_sum(state: State) -> None:
+    names = state.rng.sample(state.status.adapters, min(len(state.status.adapters), state.rng.randint(1, 3)))
+    s2ft.set_adapter(state.model, {name: state.rng.choice((1.0, 0.5, -0.25)) for name in names})
+
+
+def disable(state: State) -> None:
+    before = state.status.active
+    with s2ft.disable_adapters(state.model):
+        check_output(state, {})
+    require(state.status.active == before, f"disable_adapters: {before} became {state.status.active}")
+
+
+def fuse(state: State) -> None:
+    s2ft.fuse(state.model)
+
+
+def unfuse(state: State) -> None:
+    s2ft.unfuse(state.model)
+
+
+def save_and_load(state: State) -> None:
+    name = state.any_name()
+    adapter, fresh = state.adapter(name), copy.deepcopy(state.twin)
+    with tempfile.TemporaryDirectory() as folder:
+        s2ft.save_adapter(state.model, folder, name)
+        try:
+            s2ft.load_adapter(fresh, folder, "x")
+        except ValueError as error:
+            require(state.lossy and OTHER_BASE in str(error), f"a saved adapter can't be loaded: {error}")
+            return
+    require_same_deltas(adapter, s2ft.get_adapter(fresh, "x"), "saved and loaded")
+    expected = effective_weights(state.twin, [(adapter, 1.0)])
+    require_nothing(differences(dict(expected), dict(weights_of(s2ft.merge(fresh)))), "saved, loaded and merged")
+
+
+def delete(state: State) -> None:
+    name = state.any_name()
+    s2ft.delete_adapter(state.model, name)
+    state.kept.pop(name, None)
+    state.unfrozen = False if not state.attached else state.unfrozen
+
+
+def rename(state: State) -> None:
+    name, new = state.any_name(), state.new_name()
+    s2ft.rename_adapter(state.model, name, new)
+    if name in state.kept:
+        state.kept[new] = state.kept.pop(name)
+
+
+def add_up(state: State) -> None:
+    names = state.rng.sample(state.status.adapters, min(len(state.status.adapters), 2))
+    new = state.new_name()
+    s2ft.fuse_adapters(state.model, {name: 0.5 for name in names}, new)
+    sums = effective_weights(state.twin, [(s2ft.get_adapter(state.model, new), 1.0)])
+    parts = effective_weights(state.twin, [(state.adapter(name), 0.5) for name in names])
+    for key, tensor in parts.items():
+        require(torch.allclose(sums[key], tensor, rtol=state.tolerance(), atol=state.tolerance()), f"sum in {key}")
+    state.kept[new] = copy.deepcopy(s2ft.get_adapter(state.model, new))
+
+
+def keep(state: State) -> None:
+    state.pool.append(copy.deepcopy(s2ft.get_adapter(state.model, state.any_name())))
+
+
+def arithmetic(state: State) -> None:
+    adapter = s2ft.get_adapter(state.model, state.any_name())
+    state.pool.append(-(0.5 * adapter))
+
+
+def optimizer_of(state: State) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(state.slices.values(), lr=1e-2, eps=1e-3)   # an eps that float16 can hold
+
+
+def loss_of(state: State, seed: int = 0) -> torch.Tensor:
+    ids = tokens(state.model, seed=seed, **TOKENS)
+    return state.model(input_ids=ids, labels=ids).loss
+
+
+def step(state: State) -> None:
+    before = {name: s2.detach().clone() for name, s2 in state.slices.items()}
+    optimizer, mode = optimizer_of(state), state.model.training
+    state.model.train()
+    loss_of(state, state.rng.randrange(100)).backward()
+    frozen = [n for n, p in state.model.named_parameters() if p.grad is not None and n not in before]
+    require(state.unfrozen or not frozen, f"frozen weights got gradients: {frozen[:2]}")
+    missing = [name for name, s2 in state.slices.items() if s2.grad is None]
+    require(not missing, f"slices got no gradient: {missing[:2]}")
+    optimizer.step()
+    state.model.zero_grad()
+    state.model.train(mode)
+    require(any(not same_bits(before[name], s2) for name, s2 in state.slices.items()), "the step changed nothing")
+
+
+def step_checkpointed(state: State) -> None:
+    options = {"use_reentrant": state.rng.random() < 0.5}
+    state.both(lambda model: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options))
+    try:
+        step(state)
+    finally:
+        state.both(lambda model: model.gradient_checkpointing_disable())
+
+
+def accumulate(state: State) -> None:
+    mode, slices = state.model.training, state.slices
+    state.model.train()
+    loss_of(state).backward()
+    once = {name: s2.grad.clone() for name, s2 in slices.items()}
+    loss_of(state).backward()
+    for name, s2 in slices.items():
+        bound = 4 * state.tolerance() * (1e-3 + float(once[name].abs().max()))
+        require(float((s2.grad - 2 * once[name]).abs().max()) <= bound, f"the gradient of {name} is not twice one")
+    state.model.zero_grad()
+    state.model.train(mode)
+
+
+def forward(state: State) -> None:
+    loss_of(state)
+
+
+def load_own_state(state: State) -> None:
+    own = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
+    state.model.load_state_dict(own)
+
+
+def load_own_state_into_copy(state: State) -> None:
+    other = copy.deepcopy(state.model)
+    other.load_state_dict(copy.deepcopy(state.model.state_dict()))
+    state.model = other
+
+
+def load_base_state(state: State) -> None:
+    """Numbers must stay as they were, or ValueError be raised."""
+    try:
+        state.model.load_state_dict({k: v.clone() for k, v in state.twin.state_dict().items()}, strict=False)
+    except ValueError:
+        pass
+
+
+def deep_copy(state: State) -> None:
+    state.model = copy.deepcopy(state.model)
+
+
+def save_whole(state: State) -> None:
+    file = io.BytesIO()
+    torch.save(state.model, file)
+    file.seek(0)
+    state.model = torch.load(file, weights_only=False)
+
+
+def train_mode(state: State) -> None:
+    state.both(lambda model: model.train())
+
+
+def evaluation_mode(state: State) -> None:
+    state.both(lambda model: model.eval())
+
+
+def cast(state: State) -> None:
+    cast_to(state, state.rng.choice(CASTS))
+
+
+def cast_and_back(state: State) -> None:
+    before = next(state.twin.parameters()).dtype
+    cast_to(state, state.rng.choice(CASTS))
+    cast_to(state, before)
+
+
+def cast_to(state: State, dtype: torch.dtype) -> None:
+    now = next(state.twin.parameters()).dtype
+    method = {torch.float16: "half", torch.bfloat16: "bfloat16", torch.float32: "float", torch.float64: "double"}[dtype]
+    if state.rng.random() < 0.5:
+        state.both(lambda model: getattr(model, method)())
+    else:
+        state.both(lambda model: model.to(dtype))
+    state.coarsest = max(state.coarsest, dtype, key=PRECISION.get)
+    state.lossy = state.lossy or PRECISION[dtype] > PRECISION[now] or {dtype, now} == {torch.float16, torch.bfloat16}
+    state.rounded = state.rounded or bool(state.status.active)
+
+
+def unfreeze(state: State) -> None:
+    """A weight that no layer of s2ft holds."""
+    norms = [name for name, _ in state.model.named_parameters() if "norm" in name or "ln_" in name]
+    state.model.get_parameter(state.rng.choice(norms)).requires_grad_(True)
+    state.unfrozen = True
+
+
+@dataclass(frozen=True)
+class Operation:
+    run: Callable[[State], None]
+    possible: Callable[[State], bool]
+    same_output: bool = False      # the model must compute what it computed before
+
+    @property
+    def name(self) -> str:
+        return self.run.__name__
+
+
+def always(state: State) -> bool:
+    return True
+
+
+def attached(state: State) -> bool:
+    return state.attached
+
+
+OPERATIONS = (
+    Operation(attach, lambda state: state.trainable is None),
+    Operation(detach, attached),
+    Operation(detach_and_attach, attached),
+    Operation(detach_and_load, attached),
+    Operation(load, lambda state: len(state.status.adapters) < 4),
+    Operation(load_inactive, lambda state: len(state.status.adapters) < 4, same_output=True),
+    Operation(load_trainable, lambda state: state.trainable is None),
+    Operation(activate_one, attached),
+    Operation(activate_nothing, attached),
+    Operation(activate_sum, attached),
+    Operation(disable, attached, same_output=True),
+    Operation(fuse, attached, same_output=True),
+    Operation(unfuse, attached, same_output=True),
+    Operation(save_and_load, attached, same_output=True),
+    Operation(delete, attached),
+    Operation(rename, attached, same_output=True),
+    Operation(add_up, lambda state: 0 < len(state.status.adapters) < 4, same_output=True),
+    Operation(keep, attached, same_output=True),
+    Operation(arithmetic, attached, same_output=True),
+    Operation(step, lambda state: state.can_train),
+    Operation(step_checkpointed, lambda state: state.can_train),
+    Operation(accumulate, lambda state: state.can_train, same_output=True),
+    Operation(forward, lambda state: not (state.fused and state.model.training), same_output=True),
+    Operation(load_own_state, attached, same_output=True),
+    Operation(load_own_state_into_copy, attached, same_output=True),
+    Operation(load_base_state, attached, same_output=True),
+    Operation(deep_copy, always, same_output=True),
+    Operation(save_whole, always, same_output=True),
+    Operation(train_mode, always),
+    Operation(evaluation_mode, always),
+    Operation(cast, always),
+    Operation(cast_and_back, always),
+    Operation(unfreeze, attached, same_output=True),
+)
+
+
+# ---- interrupts ----------------------------------------------------------------------------------------------
+
+def cut_attach(state: State) -> Callable[[], object]:
+    config, name = state.config(), state.new_name()
+    return lambda: s2ft.attach(state.model, config, name=name)
+
+
+def cut_load(state: State) -> Callable[[], object]:
+    name, adapter = state.new_name(), state.rng.choice(state.pool)
+    state.kept[name] = copy.deepcopy(adapter)   # forgotten again where it is not loaded
+    return lambda: s2ft.load_adapter(state.model, adapter, name)
+
+
+def cut_load_trainable(state: State) -> Callable[[], object]:
+    name, adapter = state.new_name(), state.rng.choice(state.pool)
+    return lambda: s2ft.load_adapter(state.model, adapter, name, trainable=True)
+
+
+def cut_activate(state: State) -> Callable[[], object]:
+    names = state.rng.sample(state.status.adapters, min(len(state.status.adapters), state.rng.randint(0, 2)))
+    weights = {name: state.rng.choice((1.0, 0.5)) for name in names}
+    return lambda: s2ft.set_adapter(state.model, weights or None)
+
+
+def cut_disable(state: State) -> Callable[[], object]:
+    def disabled() -> None:
+        with s2ft.disable_adapters(state.model):
+            pass
+    return disabled
+
+
+def cut_delete(state: State) -> Callable[[], object]:
+    name = state.any_name()
+    return lambda: s2ft.delete_adapter(state.model, name)
+
+
+def cut_rename(state: State) -> Callable[[], object]:
+    name, new = state.any_name(), state.new_name()
+    if name in state.kept:
+        state.kept[new] = state.kept[name]
+    return lambda: s2ft.rename_adapter(state.model, name, new)
+
+
+def cut_training(state: State) -> Callable[[], object]:
+    return lambda: loss_of(state).backward()
+
+
+def cut_detach(state: State) -> Callable[[], object]:
+    return lambda: s2ft.detach(state.model)
+
+
+def cut_fuse(state: State) -> Callable[[], object]:
+    return lambda: s2ft.fuse(state.model)
+
+
+def cut_unfuse(state: State) -> Callable[[], object]:
+    return lambda: s2ft.unfuse(state.model)
+
+
+# What is cut short: it is made ready outside the interrupt and run inside; and when it can be run
+CUTS = {
+    "attach": (cut_attach, lambda state: state.trainable is None),
+    "load_adapter": (cut_load, lambda state: len(state.status.adapters) < 4),
+    "load_adapter, trainable": (cut_load_trainable, lambda state: state.trainable is None),
+    "set_adapter": (cut_activate, attached),
+    "disable_adapters": (cut_disable, attached),
+    "delete_adapter": (cut_delete, attached),
+    "rename_adapter": (cut_rename, attached),
+    "detach": (cut_detach, attached),
+    "fuse": (cut_fuse, attached),
+    "unfuse": (cut_unfuse, attached),
+    "forward and backward": (cut_training, lambda state: state.can_train),
+}
+
+
+def interrupted(state: State) -> None:
+    """Raise at a random moment of an operation, in a fifth of the cases once more in the clean-up; then go on."""
+    name = state.rng.choice([name for name, (_, possible) in CUTS.items() if possible(state)])
+    call, twice = CUTS[name][0](state), state.rng.random() < 0.2
+    error, events = state.rng.choice((KeyboardInterrupt, MemoryError)), state.rng.choice(("opcode", "line"))
+    moment = int(2 ** state.rng.uniform(0, 15 if events == "opcode" else 12))   # short and long operations alike
+    try:
+        with RaiseAt(moment, error, events=events, second=state.rng.randint(1, 40) if twice else None) as tracing:
+            call()
+    except (KeyboardInterrupt, MemoryError):
+        pass
+    except ValueError as refusal:
+        if not (state.lossy and OTHER_BASE in str(refusal)):
+            raise
+    finally:
+        again = f" and again at call {tracing.second} after it" if tracing.raised_again else ""
+        state.detail = f" ({name} at {tracing.raised or 'no moment'}{again})"
+    state.model.zero_grad()
+    if tracing.raised_again:   # only detach is promised then
+        detach_if_attached(state.model)
+    left = state.status.adapters
+    state.kept = {other: adapter for other, adapter in state.kept.items() if other in left}
+    # half a detach may have unfrozen what the next detach unfreezes
+    state.unfrozen = state.attached and (state.unfrozen or name in ("detach", "delete_adapter"))
+
+
+OPERATIONS += (Operation(interrupted, always), Operation(interrupted, always), Operation(interrupted, always))
+
+
+# ---- invariants ----------------------------------------------------------------------------------------------
+
+def require(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise Wrong(sentence)
+
+
+def require_nothing(found: list[str], where: str) -> None:
+    require(not found, f"{where}: {len(found)} differences, the first: {found[0]}" if found else "")
+
+
+def require_same_deltas(expected: s2ft.Adapter, found: s2ft.Adapter, what: str) -> None:
+    require(expected.deltas.keys() == found.deltas.keys(), f"{what}: other projections")
+    for name, delta in expected.deltas.items():
+        other = found.deltas[name]
+        require(delta.dim == other.dim and torch.equal(delta.index, other.index)
+                and same_bits(delta.values, other.values), f"{what}: {name} has other numbers")
+
+
+def logits_of(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=tokens(model, **TOKENS)).logits.float()
+
+
+def check_output(state: State, active: dict[str, float]) -> None:
+    """The model computes what the twin does on the effective weights."""
+    with torch.no_grad():
+        wanted = torch.func.functional_call(state.twin, state.expected_weights(active),
+                                            kwargs={"input_ids": tokens(state.twin, **TOKENS)}).logits.float()
+    require_close(state, wanted, logits_of(state.model), f"with {active} active")
+
+
+def require_close(state: State, wanted: torch.Tensor, found: torch.Tensor, where: str) -> None:
+    off, size = float((found - wanted).abs().max()), float(wanted.abs().max())
+    require(off <= 4 * state.tolerance() * max(size, 1.0), f"{where}, the logits are off by {off:.3g} of {size:.3g}")
+
+
+def check_base(state: State) -> None:
+    """A copy that is detached is the twin."""
+    plain = copy.deepcopy(state.model)
+    detach_if_attached(plain)
+    require_nothing(differences(describe(state.twin), describe(plain)), "a detached copy is not the base")
+
+
+def check_merged(state: State, active: dict[str, float]) -> None:
+    if not active:
+        return
+    found, expected = weights_of(s2ft.merge(copy.deepcopy(state.model))), state.expected_weights(active)
+    if list(active.values()) == [1.0] and not state.rounded:
+        require_nothing(differences(dict(expected), dict(found)), f"merged with {active}")
+        return
+    bound = 4 * state.tolerance()
+    wrong = [name for name, tensor in expected.items()
+             if not torch.allclose(tensor, found[name], rtol=bound, atol=bound)]
+    require(not wrong, f"merged with {active}: {wrong[:1]}")
+
+
+def check_loaded(state: State) -> None:
+    for name, adapter in state.kept.items():
+        require_same_deltas(adapter, s2ft.get_adapter(state.model, name), f"adapter {name}")
+
+
+def check_requires_grad(state: State) -> None:
+    if state.attached and not state.unfrozen:
+        found = {name for name, p in state.model.named_parameters() if p.requires_grad}
+        require(found == set(state.slices), f"these require gradients: {sorted(found ^ set(state.slices))[:3]}")
+
+
+def check(state: State) -> None:
+    active = dict(state.status.active)
+    check_base(state)
+    check_output(state, active)
+    check_merged(state, active)
+    check_loaded(state)
+    check_requires_grad(state)
+
+
+# ---- sequences -------------------------------------------------------------------------------------------------
+
+@dataclass
+class Failure:
+    """A sequence that went wrong: the numbers of its operations, their names, and the error."""
+
+    seed: int
+    operations: list[str]
+    error: str
+    without: tuple[str, ...] = ()   # operations that were never drawn
+
+    def __str__(self) -> str:
+        return (f"seed {self.seed} ({Setting.of(self.seed)}): {', '.join(self.operations)}: {self.error}\n"
+                f"        python -m tests.state.machine --seed {self.seed}"
+                + "".join(f" --without {name}" for name in self.without))
+
+
+def run_sequence(seed: int, left_out: frozenset[int] = frozenset(), without: Collection[str] = (),
+                 verbose: bool = False) -> Failure | None:
+    """Run the sequence of a seed.
+
+    Args:
+        seed: determines everything.
+        left_out: numbers of operations that are skipped.
+        without: names of operations that are never drawn; others are drawn in their place.
+        verbose: print every operation before it runs.
+    Returns:
+        The failure, or None.
+    """
+    state = State(seed)
+    rng = random.Random(seed)
+    done: list[str] = []
+    for number in range(rng.randint(4, 16)):
+        pick, operation_seed = rng.random(), rng.random()
+        if number in left_out:
+            continue
+        possible = [one for one in OPERATIONS if one.name not in without and one.possible(state)]
+        operation = possible[int(pick * len(possible))]
+        state.rng.seed(operation_seed)
+        state.detail = ""
+        if verbose:
+            print(f"    {number}: {operation.name}, on {state.status.adapters}, active {state.status.active}")
+        try:
+            run_operation(state, operation)
+        except Exception as error:
+            return Failure(seed, [*done, operation.name + state.detail], f"{type(error).__name__}: {error}",
+                           tuple(without))
+        done.append(operation.name + state.detail)
+    return None
+
+
+def run_operation(state: State, operation: Operation) -> None:
+    """Run one operation and check everything after it."""
+    unusable = state.fused and state.model.training   # the forward would raise, as it must
+    active, output = dict(state.status.active), None
+    if operation.same_output and not unusable:
+        output = logits_of(state.model)
+    operation.run(state)
+    if state.status.active != active:
+        state.rounded = False
+    check(state)
+    if output is not None:
+        require_close(state, output, logits_of(state.model), "before and after")
+
+
+def shorten(failure: Failure, without: Collection[str] = ()) -> Failure:
+    """Leave out one operation after another for as long as the sequence fails with the same kind of error."""
+    left_out: frozenset[int] = frozenset()
+    kind = failure.error.partition(":")[0]
+    for number in range(16):
+        shorter = run_sequence(failure.seed, left_out | {number}, without)
+        if shorter is not None and shorter.error.partition(":")[0] == kind and len(shorter.operations) < len(
+                failure.operations):
+            left_out, failure = left_out | {number}, shorter
+    return failure
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--sequences", type=int, default=60)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="run this one sequence only")
+    parser.add_argument("--verbose", action="store_true", help="with --seed: print every operation before it runs")
+    parser.add_argument("--shorten", action="store_true", help="leave out operations of those that fail")
+    parser.add_argument("--without", action="append", default=[], choices=sorted({one.name for one in OPERATIONS}),
+                        help="never draw this operation")
+    options = parser.parse_args(arguments)
+    prepare()
+    if options.seed is not None:
+        failure = run_sequence(options.seed, without=options.without, verbose=options.verbose)
+        if failure is not None and options.shorten:
+            failure = shorten(failure, options.without)
+        print(failure or "nothing is wrong")
+        return int(failure is not None)
+    failures = run_all(options.sequences, options.first_seed, options.without)
+    for failure in failures[:SHOWN]:
+        print(shorten(failure, options.without) if options.shorten else failure)
+    return int(bool(failures))
+
+
+def prepare() -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="s2 was made as")   # casts do that on purpose here
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing_", category=FutureWarning)
+    logging.set_verbosity_error()
+
+
+def run_all(count: int, first: int = 0, without: Collection[str] = ()) -> list[Failure]:
+    """Run sequences and print, for each model, dtype and layout, how many there were and how many failed."""
+    ran, failed, failures = Counter(), Counter(), []
+    for seed in range(first, first + count):
+        setting, failure = str(Setting.of(seed)), run_sequence(seed, without=without)
+        ran[setting] += 1
+        if failure is not None:
+            failed[setting] += 1
+            failures.append(failure)
+    for setting in sorted(ran):
+        print(f"{setting:<36} {ran[setting]:>5} sequences, {failed[setting]} failures")
+    print(f"{'all':<36} {count:>5} sequences, {len(failures)} failures", flush=True)
+    return failures
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,118 @@
+"""The oracle: what a model looks like from outside, and what its weights must be, by plain torch formulas."""
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import s2ft
+from s2ft.arch import couplings_of
+from s2ft.coupling import projections_of
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+NOT_ATTACHED = "has no S²FT adapter"   # of the ValueError that detach raises for a plain model
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors agree in dtype, shape and every bit, NaN and signed zeros included."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    kind = BITS[a.element_size()]
+    return torch.equal(a.detach().contiguous().view(kind), b.detach().contiguous().view(kind))
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Clones of all parameters and buffers, by name."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def describe(model: nn.Module) -> dict[str, object]:
+    """All that must be as it was before attach, by a readable name.
+
+    Tensors (cloned), the order of the state's keys, requires_grad, ties between parameters, and of every module its
+    class, mode, attributes and number of hooks.
+    """
+    seen: dict[str, object] = {f"tensor {name}": tensor for name, tensor in weights_of(model).items()}
+    seen["keys of the state"] = list(model.state_dict())
+    named = dict(model.named_parameters(remove_duplicate=False))
+    names: dict[int, list[str]] = {}
+    for name, parameter in named.items():
+        seen[f"requires_grad of {name}"] = parameter.requires_grad
+        names.setdefault(id(parameter), []).append(name)
+    seen["tied parameters"] = [group for group in names.values() if len(group) > 1]
+    for path, module in model.named_modules():
+        seen[f"class of {path or 'the model'}"] = type(module)
+        seen[f"mode of {path or 'the model'}"] = module.training
+        seen[f"attributes of {path or 'the model'}"] = sorted(module.__dict__)
+        hooks = {key: len(value) for key, value in module.__dict__.items() if "_hooks" in key and value}
+        seen[f"hooks of {path or 'the model'}"] = hooks
+    return seen
+
+
+def differences(expected: dict[str, object], found: dict[str, object]) -> list[str]:
+    """Sentences that say what differs; empty where nothing does."""
+    lines = [f"{name} is new" for name in found.keys() - expected.keys()]
+    lines += [f"{name} is missing" for name in expected.keys() - found.keys()]
+    for name in expected.keys() & found.keys():
+        before, after = expected[name], found[name]
+        if isinstance(before, Tensor):
+            if not same_bits(before, after):
+                lines.append(_compare(name, before, after))
+        elif before != after:
+            lines.append(f"{name}: {_compare_values(before, after)}")
+    return sorted(lines)
+
+
+def _compare(name: str, before: Tensor, after: Tensor) -> str:
+    if before.dtype != after.dtype or before.shape != after.shape:
+        return f"{name} was {before.dtype} {tuple(before.shape)}, is {after.dtype} {tuple(after.shape)}"
+    changed = before != after
+    return f"{name}: {int(changed.sum())} of {changed.numel()} entries changed"
+
+
+def _compare_values(before: object, after: object) -> str:
+    if isinstance(before, list) and set(map(str, before)) != set(map(str, after)):
+        lost, new = ([str(one) for one in a if one not in b] for a, b in ((before, after), (after, before)))
+        return f"lost {lost}, gained {new}"
+    return f"was {before}, is {after}"
+
+
+def detach_if_attached(model: nn.Module) -> None:
+    """Take s2ft off the model; a plain model stays as it is."""
+    try:
+        s2ft.detach(model)
+    except ValueError as error:
+        if NOT_ATTACHED not in str(error):
+            raise
+
+
+def effective_weights(plain: nn.Module, parts: Iterable[tuple[s2ft.Adapter, float]]) -> dict[str, Tensor]:
+    """The weights of `plain` with a weighted sum of adapters added: base + Σ weight × delta, rounded once.
+
+    Args:
+        plain: the base model; it is not changed.
+        parts: adapters with their weights in the sum.
+    Returns:
+        Clones of all parameters and buffers, by name.
+    """
+    weights, projections = weights_of(plain), {p.name: p for p in projections_of(couplings_of(plain))}
+    sums: dict[str, Tensor] = {}   # by the weight's name: outputs × inputs, in the widest dtype
+    for adapter, weight in parts:
+        for name, delta in adapter.deltas.items():
+            path = projections[name].path
+            key, base = f"{path}.weight", weights[f"{path}.weight"]
+            if isinstance(plain.get_submodule(path), Conv1D):
+                base = base.t()
+            wide = torch.promote_types(torch.promote_types(base.dtype, delta.values.dtype), torch.float32)
+            total = sums.setdefault(key, base.to(wide, copy=True))
+            total.index_add_(delta.dim, delta.index, delta.values.to(wide) * weight)
+    for key, total in sums.items():
+        matrix = total.t() if isinstance(plain.get_submodule(key.removesuffix(".weight")), Conv1D) else total
+        weights[key] = matrix.to(weights[key].dtype).contiguous()
+    return weights
+
+
+def different_weights(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
+    """As :func:`differences`, of tensors alone."""
+    return differences(dict(expected), dict(found))

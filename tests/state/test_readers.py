@@ -1,0 +1,320 @@
+"""Whoever reads an attached model while another thread runs it reads what is there when nothing runs."""
+import copy
+import io
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing  # noqa: F401  (teaches ForkingPickler to put tensors into shared memory)
+from state.models import LAYOUTS, fill_slices, make_adapter, ratios, tiny_model, tokens
+from state.plain import different_weights, effective_weights, same_bits, weights_of
+from state.threads import finishes, in_child, repeating
+from torch import Tensor, nn
+
+import s2ft
+from s2ft.ops import indexed_linear, permute_, scatter_add_, sliced_linear, swap_
+
+READS = 40
+WIDE = dict(hidden_size=128, intermediate_size=512)
+REFUSED = (ValueError, RuntimeError)
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning", "ignore:.*not writable.*:UserWarning")
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def attached(request) -> tuple[nn.Module, Tensor]:
+    """A model with a trainable adapter, and tokens that take it a few milliseconds."""
+    model = tiny_model("llama", **WIDE)
+    s2ft.attach(model, s2ft.S2FTConfig(**ratios("llama"), layout=request.param))
+    fill_slices(model, seed=1)
+    return model, tokens(model, batch=8, length=16)
+
+
+# ---- readers -----------------------------------------------------------------------------------------
+
+def clones_of_state(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def saved_state(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    return torch.load(file)
+
+
+def deep_copy(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    return weights_of(copy.deepcopy(model))
+
+
+def pickled(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    return weights_of(pickle.loads(pickle.dumps(model)))
+
+
+def saved_whole(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return weights_of(torch.load(file, weights_only=False))
+
+
+def merged_copy(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    return weights_of(s2ft.merge(copy.deepcopy(model)))
+
+
+def detached_copy(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    return weights_of(s2ft.detach(copy.deepcopy(model)))
+
+
+def adapter_of(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    return {name: delta.values for name, delta in s2ft.get_adapter(model, "default").deltas.items()}
+
+
+def saved_adapter(model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    s2ft.save_adapter(model, folder / "adapter")
+    return {name: delta.values for name, delta in s2ft.read_adapter(folder / "adapter").deltas.items()}
+
+
+READERS = (clones_of_state, saved_state, deep_copy, pickled, saved_whole, merged_copy, detached_copy, adapter_of,
+           saved_adapter)
+
+
+@pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.__name__)
+def test_reading_while_another_thread_runs_the_model(attached, reader, tmp_path):
+    model, ids = attached
+    expected = reader(model, tmp_path)
+    with repeating(lambda: model(input_ids=ids)):
+        found = [different_weights(expected, reader(model, tmp_path)) for _ in range(READS)]
+    wrong = [one for one in found if one]
+    assert not wrong, f"{len(wrong)} of {READS} reads were wrong, the first: {wrong[0][0]}"
+
+
+# ---- stable_weights ------------------------------------------------------------------------------------
+
+def test_plain_reads_inside_stable_weights(attached):
+    model, ids = attached
+    expected = weights_of(model)
+    wrong = 0
+    with repeating(lambda: model(input_ids=ids)):
+        for _ in range(READS):
+            with s2ft.stable_weights():
+                found = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+            wrong += any(not same_bits(expected[name], tensor) for name, tensor in found.items())
+    assert wrong == 0, f"{wrong} of {READS} reads were wrong"
+
+
+def test_plain_reads_inside_stable_weights_never_see_half_a_switch():
+    plain = tiny_model("llama", layers=2, **WIDE)
+    adapters = [make_adapter(plain, s2ft.S2FTConfig(**ratios("llama"), seed=seed), name, seed)
+                for seed, name in ((1, "a"), (2, "b"))]
+    states = [effective_weights(plain, [(adapter, 1.0)]) for adapter in adapters] + [weights_of(plain)]
+    model = copy.deepcopy(plain)
+    for adapter in adapters:
+        s2ft.load_adapter(model, adapter)
+    wrong = 0
+
+    def switch() -> None:
+        for name in ("a", "b", None):
+            s2ft.set_adapter(model, name)
+
+    with repeating(switch):
+        for _ in range(READS):
+            with s2ft.stable_weights():
+                found = weights_of(model)
+            wrong += all(different_weights(state, found) for state in states)
+    assert wrong == 0, f"{wrong} of {READS} reads saw a mixture of two states"
+
+
+def test_stable_weights_holds_up_other_threads_and_lets_them_go_on(attached):
+    model, ids = attached
+    done = threading.Event()
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(input_ids=ids)
+        done.set()
+
+    with s2ft.stable_weights():
+        thread = threading.Thread(target=forward, daemon=True)
+        thread.start()
+        assert not done.wait(0.2)   # far longer than a forward takes
+    assert done.wait(60)
+    thread.join()
+
+
+def test_stable_weights_nests_and_everything_works_inside(attached):
+    model, ids = attached
+
+    def use() -> None:
+        with s2ft.stable_weights(), s2ft.stable_weights():
+            model(input_ids=ids, labels=ids).loss.backward()
+            s2ft.fuse(model)
+            s2ft.unfuse(model)
+            s2ft.set_adapter(model, None)
+            s2ft.set_adapter(model, "default")
+            s2ft.merge(copy.deepcopy(model))
+        with s2ft.stable_weights():
+            pass
+
+    assert finishes(use), "deadlock"
+    model.zero_grad()
+    assert finishes(lambda: model(input_ids=ids)), "stable_weights was not given up"
+
+
+def test_stable_weights_is_given_up_after_an_exception(attached):
+    model, ids = attached
+    with pytest.raises(KeyError), s2ft.stable_weights():
+        raise KeyError("an error of the reader's")
+    assert finishes(lambda: model(input_ids=ids)), "stable_weights was not given up"
+
+
+# ---- fork ----------------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("where", ["slice", "index"])
+def test_children_forked_while_another_thread_runs_the_layer(where):
+    units = dict(start=0, end=64) if where == "slice" else dict(index=torch.arange(0, 128, 2))
+    layer = s2ft.S2RowLinear(1024, 1024, bias=False, **units)
+    layer.s2.data.normal_()
+    base, x = layer.weight.detach().clone(), torch.randn(256, 1024)
+
+    def child() -> str:
+        if not same_bits(layer.weight, base):
+            return "the weight was changed in the child"
+        with torch.no_grad():
+            layer(x[:1])
+        return "fine" if same_bits(layer.weight, base) else "the child's forward changed the weight"
+
+    with repeating(lambda: layer(x)):
+        answers = [in_child(child) for _ in range(10)]
+    assert answers == ["fine"] * 10
+    assert same_bits(layer.weight, base)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_forked_inside_stable_weights_can_run_the_layer():
+    layer = s2ft.S2RowLinear(8, 8, start=0, end=2)
+    with s2ft.stable_weights():
+        assert in_child(lambda: tuple(layer(torch.ones(1, 8)).shape)) == (1, 8)
+
+
+# ---- memory that can't be written to for a moment ----------------------------------------------------------
+
+@pytest.fixture
+def layer() -> s2ft.S2RowLinear:
+    layer = s2ft.S2RowLinear(16, 16, start=0, end=4)
+    layer.s2.data.normal_()
+    return layer
+
+
+def test_a_layer_in_shared_memory_is_refused(layer):
+    base = layer.weight.detach().clone()
+    with pytest.raises(REFUSED, match="shared"):
+        layer.share_memory()
+        layer(torch.ones(1, 16))
+    assert same_bits(layer.weight, base)
+
+
+def test_a_layer_that_is_sent_to_a_process_shares_no_weight_that_it_writes_to(layer):
+    """A queue or a pipe of torch.multiprocessing moves the tensors that it sends into shared memory."""
+    base = layer.weight.detach().clone()
+    received = pickle.loads(ForkingPickler.dumps(layer))
+    for one in (layer, received):
+        if one.weight.is_shared():
+            with pytest.raises(REFUSED, match="shared"):
+                one(torch.ones(1, 16))
+        else:
+            one(torch.ones(1, 16))
+        assert same_bits(one.weight, base)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_attached_model_in_shared_memory_is_refused(layout):
+    model = tiny_model("llama")
+    s2ft.attach(model, s2ft.S2FTConfig(**ratios("llama"), layout=layout))
+    fill_slices(model, seed=1)
+    before = weights_of(model)
+    with pytest.raises(REFUSED, match="shared"):
+        model.share_memory()
+        model(input_ids=tokens(model))
+    assert not different_weights(before, weights_of(model))
+
+
+def mapped(folder: Path, mode: str, shape: tuple[int, ...] = (16, 16)) -> Tensor:
+    """A tensor in the mapping of a file: mode "r" is read-only, "c" copies what is written."""
+    path = folder / "weight.bin"
+    np.random.default_rng(0).standard_normal(shape).astype("float32").tofile(path)
+    return torch.from_numpy(np.memmap(path, dtype="float32", mode=mode, shape=shape))
+
+
+def linear_on(weight: Tensor) -> nn.Linear:
+    linear = nn.Linear(*reversed(weight.shape), bias=False)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
+
+
+def model_on(folder: Path, mode: str) -> nn.Module:
+    """A model whose down projection lies in a mapping."""
+    model = tiny_model("llama")
+    down = model.model.layers[0].mlp.down_proj
+    down.weight = nn.Parameter(mapped(folder, mode, tuple(down.weight.shape)), requires_grad=False)
+    return model
+
+
+def adapter_for(folder: Path, mode: str) -> tuple[nn.Module, s2ft.Adapter]:
+    model = model_on(folder, mode)
+    return model, make_adapter(copy.deepcopy(model), s2ft.S2FTConfig(d_ratio=0.2), "a", seed=1)
+
+
+def attach_to(folder: Path, mode: str, layout: str) -> None:
+    model = model_on(folder, mode)
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2, layout=layout))
+    model(input_ids=tokens(model))
+
+
+INDEX = torch.tensor([1, 3])
+ONES = torch.ones(16, 2)
+WRITERS = {
+    "from_module": lambda folder, mode: s2ft.S2RowLinear.from_module(linear_on(mapped(folder, mode)), 0, 4)(
+        torch.ones(1, 16)),
+    "attach, permuted": lambda folder, mode: attach_to(folder, mode, "permuted"),
+    "attach, indexed": lambda folder, mode: attach_to(folder, mode, "indexed"),
+    "load_adapter": lambda folder, mode: s2ft.load_adapter(*adapter_for(folder, mode)),
+    "sliced_linear": lambda folder, mode: sliced_linear(torch.ones(1, 16), mapped(folder, mode), ONES, 0, 1),
+    "indexed_linear": lambda folder, mode: indexed_linear(torch.ones(1, 16), mapped(folder, mode), ONES, INDEX, 1),
+    "swap_": lambda folder, mode: swap_(mapped(folder, mode), INDEX, ONES.clone(), 1),
+    "permute_": lambda folder, mode: permute_(mapped(folder, mode), torch.arange(16).flip(0), 1),
+    "scatter_add_": lambda folder, mode: scatter_add_(mapped(folder, mode), [INDEX], [ONES], 1, [1.0]),
+}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_read_only_weight_is_refused(writer, tmp_path):
+    answer = in_child(lambda: WRITERS[writer](tmp_path, "r"))
+    assert isinstance(answer, REFUSED) and "read-only" in str(answer), repr(answer)
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_weight_in_a_private_mapping_works_and_its_file_stays(writer, tmp_path):
+    WRITERS[writer](tmp_path, "c")
+    content = np.fromfile(tmp_path / "weight.bin", dtype="float32")
+    expected = np.random.default_rng(0).standard_normal(content.shape).astype("float32")
+    assert np.array_equal(content, expected)
+
+
+# ---- the PyTorch reference -----------------------------------------------------------------------------------
+
+@pytest.mark.slow
+def test_all_of_this_with_the_pytorch_reference():
+    environment = {**os.environ, "S2FT_TEST_KERNELS": "reference"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", __file__]
+    process = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, timeout=600, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.returncode == 0, process.stdout

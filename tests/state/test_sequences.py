@@ -1,0 +1,79 @@
+"""After any sequence of operations an attached model is what its status says, and detach gives the base back."""
+import os
+
+import pytest
+import torch
+from state import machine
+from state.models import LAYOUTS, MODELS, ratios, tiny_model
+from state.plain import describe, differences
+
+import s2ft
+
+COUNT = os.environ.get("S2FT_TEST_SEQUENCES")   # how many sequences, in place of the numbers below
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.slow)])
+def test_random_sequences(count):
+    machine.prepare()
+    failures = machine.run_all(int(COUNT or count))
+    shown = "\n".join(str(machine.shorten(failure)) for failure in failures[:3])
+    assert not failures, f"{len(failures)} sequences failed:\n{shown}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", MODELS)
+def test_detach_leaves_the_model_as_it_was_made(case, layout):
+    model = tiny_model(case)
+    before = describe(model)
+    s2ft.attach(model, s2ft.S2FTConfig(**ratios(case), layout=layout))
+    s2ft.detach(model)
+    assert not differences(before, describe(model))
+
+
+def flip_one_bit(model):
+    with torch.no_grad():
+        weight = next(model.parameters())
+        weight.view(-1)[0] = torch.nextafter(weight.view(-1)[0], torch.tensor(torch.inf, dtype=weight.dtype))
+
+
+def leave_an_attribute(model):
+    model.model.left_over = 1
+
+
+def freeze_a_weight(model):
+    next(model.parameters()).requires_grad_(False)
+
+
+@pytest.mark.parametrize("damage", [flip_one_bit, leave_an_attribute, freeze_a_weight], ids=lambda f: f.__name__)
+def test_the_machine_sees_what_detach_leaves_behind(monkeypatch, damage):
+    def detach(model):
+        damage(original(model))
+        return model
+
+    original, state = s2ft.detach, machine.State(llama_seed())
+    machine.attach(state)
+    machine.check(state)
+    monkeypatch.setattr(s2ft, "detach", detach)
+    with pytest.raises(machine.Wrong, match="a detached copy is not the base"):
+        machine.check(state)
+
+
+def test_the_machine_sees_a_weight_that_is_not_the_base():
+    state = machine.State(llama_seed())
+    machine.attach(state)
+    active = dict(state.status.active)
+    machine.check_output(state, active)
+    with torch.no_grad():
+        for layer in state.model.modules():
+            if isinstance(layer, (s2ft.S2RowLinear, s2ft.S2ColumnLinear)):
+                layer.weight.mul_(1.5)
+    with pytest.raises(machine.Wrong, match="the logits are off"):
+        machine.check_output(state, active)
+    with pytest.raises(machine.Wrong, match="merged with"):
+        machine.check_merged(state, active)
+
+
+def llama_seed() -> int:
+    """A seed whose sequence starts from a llama in float32."""
+    return next(seed for seed in range(1000) if machine.Setting.of(seed).case == "llama"
+                and machine.Setting.of(seed).dtype == torch.float32)

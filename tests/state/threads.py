@@ -1,0 +1,88 @@
+"""Threads and children that run a model while the test does something else."""
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+PATIENCE = 60    # seconds until a thread counts as deadlocked
+CHILD_LIMIT = 5   # seconds until a child counts as hung
+
+
+@contextmanager
+def repeating(function: Callable[[], object]) -> Iterator[None]:
+    """Run `function` in another thread, over and over, without gradients, for the length of the block.
+
+    Raises:
+        AssertionError: the function raised, or the thread does not end.
+    """
+    stop, running, errors = threading.Event(), threading.Event(), []
+
+    def loop() -> None:
+        try:
+            with torch.no_grad():
+                while not stop.is_set():
+                    function()
+                    running.set()
+        except BaseException as error:
+            errors.append(error)
+            running.set()
+
+    thread = threading.Thread(target=loop, daemon=True)
+    thread.start()
+    assert running.wait(PATIENCE), "the thread does not get to run"
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(PATIENCE)
+    assert not thread.is_alive(), "the thread hangs"
+    assert not errors, f"the thread raised {errors[0]!r}"
+
+
+def finishes(function: Callable[[], object], seconds: float = PATIENCE) -> bool:
+    """Run `function` in another thread. Returns: whether it ended in time; what it raised is raised here."""
+    errors: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    return not thread.is_alive()
+
+
+def in_child(function: Callable[[], object], limit: int = CHILD_LIMIT) -> object:
+    """Fork, run `function` in the child, and return what it returned, or the exception that it raised.
+
+    Raises:
+        AssertionError: the child was killed by a signal, SIGALRM after `limit` seconds.
+    """
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(limit)
+        try:
+            result: object = function()
+        except BaseException as error:
+            result = error
+        try:
+            os.write(send, pickle.dumps(result))   # short: the pipe takes it at once
+        finally:
+            os._exit(0)
+    os.close(send)
+    with os.fdopen(receive, "rb") as pipe:
+        answer = pipe.read()
+    status = os.waitpid(child, 0)[1]
+    assert not os.WIFSIGNALED(status), f"the child was killed by {signal.Signals(os.WTERMSIG(status)).name}"
+    return pickle.loads(answer)
