@@ -124,7 +124,7 @@ def compile_runner(folder, extra_flags=()):
 
 @pytest.fixture(scope="session")
 def sanitized_library(tmp_path_factory):
-    flags = ("-Wno-maybe-uninitialized", "-Wno-clobbered")   # the sanitizers' own code sets these off
+    flags = ("-O0", "-Wno-maybe-uninitialized", "-Wno-clobbered")   # the sanitizers' own code sets these off
     return compile_runner(tmp_path_factory.mktemp("sanitized"), (*sanitizers.FLAGS, *flags))
 
 
