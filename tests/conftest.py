@@ -11,10 +11,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
-from support.rounding import divide_products
+from support.rounding import set_up_kernels
 
-torch.set_num_threads(int(os.environ.get("S2FT_TEST_THREADS", 1)))   # the models are tiny, the runner uses the cores
-DIVIDED = divide_products(os.environ["S2FT_TEST_ROUNDING"]) if "S2FT_TEST_ROUNDING" in os.environ else None
+set_up_kernels()
 
 
 def pytest_collection_finish():

@@ -5,9 +5,10 @@ The same operands give the same bits, as on every processor. The same numbers in
 batch, give other bits, as on some processor. A test that compares such products for equality fails here, whatever
 processor it runs on.
 """
+import os
 import warnings
 import zlib
-from typing import Callable, Dict, Tuple
+from typing import Callable, Dict, List, Tuple
 
 import torch
 
@@ -22,6 +23,7 @@ PRODUCTS: Dict[str, Tuple[int, int, int]] = {
     "baddbmm": (1, 2, 1),
 }
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+KEPT: List[torch.library.Library] = []   # products stay divided while it lives
 
 
 def place(seed: str, size: int, *operands: torch.Tensor) -> int:
@@ -61,6 +63,13 @@ def in_place(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
     def kernel(keyset, *arguments, **scalars):
         return arguments[0].copy_(product(keyset, *arguments, **scalars))
     return kernel
+
+
+def set_up_kernels() -> None:
+    """Give this process the threads and the products that the environment asks for (see tests/conftest.py)."""
+    torch.set_num_threads(int(os.environ.get("S2FT_TEST_THREADS", 1)))   # the models are tiny, the runner uses the cores
+    if "S2FT_TEST_ROUNDING" in os.environ:
+        KEPT.append(divide_products(os.environ["S2FT_TEST_ROUNDING"]))
 
 
 def divide_products(seed: str) -> torch.library.Library:
