@@ -14,7 +14,8 @@ from s2ft.weights import like_matrix, weight_of
 HALVES = (torch.bfloat16, torch.float16)
 halves = pytest.mark.parametrize("half", HALVES, ids=str)
 layouts = pytest.mark.parametrize("layout", ("permuted", "indexed"))
-CASES = ("llama-grouped", "phi3", "gpt2", "bert", "t5", "qwen3-moe")
+# no relu, whose gradient jumps where the rounding decides on a sign
+CASES = ("llama-grouped", "phi3", "gpt2", "bert", "t5-gated", "qwen3-moe")
 
 
 def attached(case, dtype=torch.float32, **more):
@@ -80,7 +81,7 @@ def test_autocast(case, layout, half):
         whole = like_matrix(plain, projections[name], weight_of(plain, projections[name]).grad)
         theirs[name] = whole.index_select(delta.dim, delta.index)
     assert within(*(torch.cat([value.flatten() for value in values])
-                    for values in ([delta.values for delta in ours.values()], theirs.values())), 4 * GEMM[half][0])
+                    for values in ([delta.values for delta in ours.values()], theirs.values())), 2 * GEMM[half][0])
 
 
 @halves
