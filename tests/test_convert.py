@@ -4,6 +4,7 @@ import copy
 import pytest
 import torch
 from support.models import ALL_RATIOS, CASES, model_of, output_of, ratios_for, token_batch, train
+from support.pairs import pairs
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
 from transformers import (AutoModelForCausalLM, BertForSequenceClassification, BertModel, BloomConfig,
@@ -41,9 +42,8 @@ def states_equal(ours, theirs):
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case,request_", [(case, request) for case in CASES for request in REQUESTS
-                                           if ratios_for(case, REQUESTS[request])])
+@pytest.mark.parametrize("case,request_,layout", [row for row in pairs(CASES, REQUESTS, LAYOUTS)
+                                                  if ratios_for(row[0], REQUESTS[row[1]])])
 def test_attach_leaves_the_logits(case, request_, layout):
     model = model_of(case)
     with torch.no_grad():
@@ -88,9 +88,7 @@ def test_plan_refuses_a_model_with_an_adapter():
         s2ft.plan(model, S2FTConfig(d_ratio=0.1))
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case,layout,dtype", pairs(CASES, LAYOUTS, (torch.float32, torch.bfloat16)), ids=str)
 def test_train_detach_merge(case, layout, dtype, tmp_path):
     """Only the selected units move; detach is the base; merge is the weight trained with, in a stock checkpoint too."""
     base = model_of(case, dtype)

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from support.rounding import set_up_kernels
 from torch import nn
 
 from s2ft import S2ColumnLinear, S2RowLinear
@@ -54,7 +55,7 @@ def wrapped(kind):
 
 
 def run_rank(rank, kind, port, results):
-    torch.set_num_threads(1)
+    set_up_kernels()   # as in the process whose numbers theirs are compared with
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
     rows = 4 // RANKS
     slices = train(wrapped(kind), slice(rank * rows, (rank + 1) * rows))

@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from support.tolerances import GEMM
 from torch import nn
 
 from s2ft import S2ColumnLinear, S2RowLinear
@@ -208,14 +209,14 @@ def test_compiled_training_equals_eager(kind, units, backend):
         torch.manual_seed(0)
         layer = layer_of(kind, units, torch.bfloat16, delta_dtype=torch.float32)
         forward = torch.compile(layer, fullgraph=True, backend=backend) if compiled else layer
-        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.05)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)   # AdamW makes a whole step of a rounding's sign
         for _ in range(4):
             loss = forward(torch.randn(3, 11, dtype=torch.bfloat16)).float().pow(2).mean()
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-    assert losses[:4] == pytest.approx(losses[4:], rel=1e-6)
+    assert losses[:4] == pytest.approx(losses[4:], rel=GEMM[torch.bfloat16][0])
 
 
 # ---- fuse, unfuse, state -------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.models import ALL_RATIOS, CASES, model_of, ratios_for, token_batch, train
+from support.pairs import pairs
 
 import s2ft
 from s2ft import S2FTConfig
@@ -55,9 +56,7 @@ def test_an_adapter_of_schema_1_loads(saved, tmp_path):
     assert equal(old, new) and not equal(old, model_of("llama"))
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case,layout,dtype", pairs(CASES, LAYOUTS, (torch.float32, torch.bfloat16)), ids=str)
 def test_saved_and_loaded_on_a_fresh_base_gives_the_effective_weights(case, layout, dtype, tmp_path):
     model = trained(case, dtype, layout)
     s2ft.save_adapter(model, tmp_path)

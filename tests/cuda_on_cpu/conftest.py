@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock   # PyTorch needs it too
 from support import sanitizers
 
 HERE = Path(__file__).resolve().parent
@@ -123,14 +124,21 @@ def compile_runner(folder, extra_flags=()):
 
 @pytest.fixture(scope="session")
 def sanitized_library(tmp_path_factory):
-    flags = ("-Wno-maybe-uninitialized", "-Wno-clobbered")   # the sanitizers' own code sets these off
+    flags = ("-O0", "-Wno-maybe-uninitialized", "-Wno-clobbered")   # the sanitizers' own code sets these off
     return compile_runner(tmp_path_factory.mktemp("sanitized"), (*sanitizers.FLAGS, *flags))
 
 
 @pytest.fixture(scope="session")
 def built_library(tmp_path_factory):
     given = os.environ.get("S2FT_TEST_CUDA_ON_CPU")   # set by test_cuda_sanitized.py
-    return given or compile_runner(tmp_path_factory.mktemp("cuda_on_cpu"))
+    if given:
+        return given
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:   # its own folder is in the one that all workers share
+        folder = folder.parent
+    with FileLock(folder / "cuda_on_cpu.lock"):   # the first worker builds, the others wait
+        library = folder / "cuda_on_cpu.so"
+        return library if library.exists() else compile_runner(folder)
 
 
 @pytest.fixture

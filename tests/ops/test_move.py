@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from support.pairs import pairs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2ft import build_info
@@ -70,11 +71,10 @@ def parts_of(shape, dim, dtype, device, sizes):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("delta_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape,dim", CASES)
-def test_scatter_add_adds_in_the_wider_type_and_rounds_once(shape, dim, dtype, delta_dtype, device):
+@pytest.mark.parametrize("case,dtype,delta_dtype", pairs(CASES, DTYPES, DTYPES), ids=str)
+def test_scatter_add_adds_in_the_wider_type_and_rounds_once(case, dtype, delta_dtype, device):
     """Bit for bit, several deltas that meet in a unit included."""
+    shape, dim = case
     n = shape[dim]
     for sizes, alphas in ((((n + 1) // 2,), 1.0), ((n,), -0.3), ((n, n // 2, 0, n), (0.7, -1.1, 5.0, 1 / 3))):
         weight = torch.randn(shape, device=device).to(dtype)

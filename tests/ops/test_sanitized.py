@@ -37,7 +37,7 @@ def sanitized(tmp_path):
     """run(code, *arguments): Python in a process of its own that has the sanitized build."""
     source = copy_sources(tmp_path / "source")
     environment = sanitizers.environment(PYTHONPATH=str(source / "built"))
-    flags = {"CXXFLAGS": " ".join(("-O1", "-g1", *sanitizers.FLAGS)), "LDFLAGS": sanitizers.FLAGS[0]}
+    flags = {"CXXFLAGS": " ".join(("-O0", "-g1", *sanitizers.FLAGS)), "LDFLAGS": sanitizers.FLAGS[0]}
     build = subprocess.run([sys.executable, "setup.py", "-q", "build", "--build-lib", "built"], cwd=source, text=True,
                            capture_output=True, env={**os.environ, "S2FT_BUILD": "cpu", **flags})
     assert build.returncode == 0, build.stdout[-3000:] + build.stderr[-3000:]

@@ -1,5 +1,6 @@
 """Small random models, one row a case: every model family with what is awkward about it."""
-from typing import Callable, Dict
+import functools
+from typing import Callable, Dict, FrozenSet
 
 import torch
 from transformers import (AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForMaskedLM,
@@ -143,11 +144,17 @@ def model_of(case: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return model.to(dtype)
 
 
+@functools.cache
+def ratios_of(case: str) -> FrozenSet[str]:
+    """The options of S2FTConfig that name projections of the case."""
+    with torch.random.fork_rng(devices=[]):   # the first call leaves random numbers as a later one does
+        return frozenset(f"{projection.key}_ratio" for projection in projections_of(couplings_of(model_of(case))))
+
+
 def ratios_for(case: str, ratios: Dict[str, float]) -> Dict[str, float]:
     """Of `ratios`, those of projections that the case has; one KV head is trained whole or not at all."""
-    keys = {f"{projection.key}_ratio" for projection in projections_of(couplings_of(model_of(case)))}
     whole = ("k_ratio", "v_ratio") if "multi-query" in case else ()
-    return {key: 1.0 if key in whole else ratio for key, ratio in ratios.items() if key in keys}
+    return {key: 1.0 if key in whole else ratio for key, ratio in ratios.items() if key in ratios_of(case)}
 
 
 def token_batch(model: PreTrainedModel, batch: int = 2, length: int = 9) -> torch.Tensor:

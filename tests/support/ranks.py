@@ -5,9 +5,10 @@ import traceback
 from datetime import timedelta
 from typing import Any, Callable, List
 
-import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from support.rounding import set_up_kernels
 
 RANKS = 2
 LIMIT = 120   # seconds for one function
@@ -70,7 +71,7 @@ def free_port() -> int:
 
 
 def _serve(rank: int, port: int, pipe) -> None:
-    torch.set_num_threads(1)
+    set_up_kernels()   # as in the process whose numbers theirs are compared with
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE=str(RANKS),
                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
     dist.init_process_group("gloo", timeout=timedelta(seconds=LIMIT))

@@ -1,0 +1,13 @@
+"""Some of all combinations of three parameters: every two values of two parameters meet in one of them."""
+from typing import Iterable, List, Tuple
+
+
+def pairs(first: Iterable, second: Iterable, third: Iterable) -> List[Tuple]:
+    """A Latin square: all pairs of the first two, the third in turn.
+
+    The third parameter must have no more values than each of the others.
+    """
+    first, second, third = list(first), list(second), list(third)
+    if len(third) > min(len(first), len(second)):
+        raise ValueError(f"the third parameter must be the shortest, got {len(first)}, {len(second)}, {len(third)}")
+    return [(one, other, third[(i + j) % len(third)]) for i, one in enumerate(first) for j, other in enumerate(second)]

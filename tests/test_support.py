@@ -1,0 +1,57 @@
+"""What the tests themselves rest on."""
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.pairs import pairs
+
+
+def test_any_two_values_meet():
+    lengths = (5, 3, 2)
+    rows = pairs(*map(range, lengths))
+    assert len(rows) == len(set(rows)) == 15
+    for one, other in itertools.combinations(range(3), 2):
+        assert len({(row[one], row[other]) for row in rows}) == lengths[one] * lengths[other]
+
+
+def test_a_long_third_parameter_is_refused():
+    with pytest.raises(ValueError, match="must be the shortest, got 3, 2, 5"):
+        pairs(*map(range, (3, 2, 5)))
+
+
+# In a process of its own, for products stay divided.
+DIVIDED = """
+import torch
+from support.rounding import divide_products
+torch.set_num_threads(1)
+torch.manual_seed(0)
+a, b, c = torch.randn(64, 48), torch.randn(48, 32), torch.randn(64, 32)
+
+def products(b):
+    yield a @ b
+    yield a @ b[:, 0]
+    yield a[0] @ b[:, 0]
+    yield torch.bmm(a[None], b[None])
+    yield torch.addmm(c, a, b, beta=2, alpha=3)
+    yield torch.addmv(c[:, 0], a, b[:, 0], beta=2, alpha=3)
+    yield torch.baddbmm(c[None], a[None], b[None], beta=2, alpha=3)
+    yield torch.addmm(c, a, b, beta=2, out=torch.empty(0))
+    yield c.clone().addmm_(a, b, alpha=3)
+
+whole = list(products(b))
+library = divide_products("1")
+first, again, other = list(products(b)), list(products(b)), list(products(b.t().contiguous().t()))
+for i, (one, two) in enumerate(zip(first, whole)):
+    torch.testing.assert_close(one, two, msg=f"product {i}")
+assert all(map(torch.equal, first, again))
+assert not any(map(torch.equal, first, other))
+assert torch.equal(torch.eye(9) @ torch.full((9, 5), 0.1), torch.full((9, 5), 0.1))   # nothing to round
+assert torch.equal(torch.ones(2, 3, dtype=torch.int64) @ torch.ones(3, 4, dtype=torch.int64), torch.full((2, 4), 3))
+"""
+
+
+def test_products_that_round_by_layout():
+    result = subprocess.run([sys.executable, "-c", DIVIDED], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
