@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from support.inductor import skip_where_wrong
 from support.tolerances import GEMM
 from torch import nn
 
@@ -204,6 +205,8 @@ def test_float32_s2_on_a_bfloat16_base_keeps_small_updates(kind, units):
 
 @pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
 def test_compiled_training_equals_eager(kind, units, backend):
+    if backend == "inductor":
+        skip_where_wrong()
     losses = []
     for compiled in (False, True):
         torch.manual_seed(0)

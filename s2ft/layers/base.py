@@ -107,9 +107,7 @@ class S2Layer(nn.Module):
         if weight.requires_grad:
             raise RuntimeError("weight requires a gradient, which this layer gives to s2 alone: it stays frozen. To train "
                                "more of it select more units, to train all of it detach first")
-        if weight.device.type == "cpu" and type(weight) is nn.Parameter and weight.data_ptr() != self._looked_at:
-            check_private("weight", weight)
-            self._looked_at = weight.data_ptr()
+        check_private_once(self, weight)
 
     # ---- fuse and unfuse -------------------------------------------------------------------------
 
@@ -171,13 +169,7 @@ class S2Layer(nn.Module):
     # Of a weight that no other thread has in use: see stable_weights.
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> "S2Layer":
-        made = memo[id(self)] = type(self).__new__(type(self))
-        with LOCK:
-            finish_interrupted()
-            state = copy.deepcopy(self.__dict__, memo)
-        made.__setstate__(state)
-        made._looked_at = 0
-        return made
+        return copy_at_rest(self, memo)
 
     def __getstate__(self) -> Dict[str, Any]:
         """For pickle and torch.save, which read a tensor's memory later: the weight as a copy. A tied weight goes as it
@@ -215,6 +207,29 @@ class S2Layer(nn.Module):
         """For extra_repr."""
         units = f"start={self.start}, end={self.end}" if self.index is None else f"units={self.index.numel()}"
         return units + (", fused" if self.fused else "") + ("" if self.enabled else ", off")
+
+
+def check_private_once(layer: nn.Module, weight: Tensor) -> None:
+    """:func:`check_private`, where the weight's memory is another than at the last call; it is asked in every forward.
+
+    Args:
+        layer: keeps the address in `_looked_at`.
+        weight: its weight. Only plain parameters on the CPU are looked at.
+    """
+    if weight.device.type == "cpu" and type(weight) is nn.Parameter and weight.data_ptr() != layer._looked_at:
+        check_private("weight", weight)
+        layer._looked_at = weight.data_ptr()
+
+
+def copy_at_rest(layer: nn.Module, memo: Dict[int, Any]) -> nn.Module:
+    """The __deepcopy__ of a layer whose weight operations write to."""
+    made = memo[id(layer)] = type(layer).__new__(type(layer))
+    with LOCK:
+        finish_interrupted()
+        state = copy.deepcopy(layer.__dict__, memo)
+    made.__setstate__(state)
+    made._looked_at = 0
+    return made
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """A module with adapters of PEFT on it: the deltas by adapter, their units, and the forward."""
 import warnings
-from typing import Any, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from s2ft.adapter.adapter import sum_deltas
 from s2ft.delta import Delta
 from s2ft.layers import CONVOLUTIONS, NO_FUSE, forward_for
+from s2ft.layers.base import check_private_once, copy_at_rest
 from s2ft.ops import effective_units, multi_adapter_linear, pack_adapters, scatter_add_, swap_
+from s2ft.ops._lock import LOCK
 from s2ft.weights import as_matrix, is_conv1d, is_quantized
 
 BASE = "__base__"   # PEFT's name for no adapter, in mixed batches
@@ -40,6 +42,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("s2ft_delta",)
+    _looked_at = 0   # see check_private_once
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, dim: int, index: Tensor, init_weights: bool) -> None:
         super().__init__()
@@ -110,6 +113,8 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         return deltas[0] if len(deltas) == 1 else sum_deltas([(delta, 1.0) for delta in deltas])
 
     def _product(self, x: Tensor, delta: Delta) -> Tensor:
+        if not torch.compiler.is_compiling():
+            check_private_once(self, self.base_layer.weight)
         run, hook = forward_for(self.base_layer), getattr(self.base_layer, "_hf_hook", None)
         if hook is None or is_quantized(self.base_layer):
             return run(self.base_layer, x, delta.values, delta.index, self.dim)
@@ -202,18 +207,23 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         if not names:
             return
         delta, matrix = self.delta_of(names), self._matrix()
-        values = delta.values.detach().to(matrix.device)
-        index, base = delta.index.to(matrix.device), torch.empty_like(values, dtype=matrix.dtype)
-        scatter_add_(matrix, index, values, self.dim, replaced=base)
-        self._replaced = index, base
+        index = delta.index.to(matrix.device)
+        with LOCK:
+            # kept before anything is written, so that take_back gives the base back wherever an interrupt falls
+            self._replaced = index, matrix.index_select(self.dim, index)
+        scatter_add_(matrix, index, delta.values.detach().to(matrix.device), self.dim)
 
     @torch.no_grad()
     def take_back(self) -> None:
         """Give the weight its base back; what is called merged stays so."""
         if self._replaced is not None:
             matrix, (index, base) = self._matrix(), self._replaced
-            swap_(matrix, index.to(matrix.device), base.to(matrix), self.dim)
+            # a copy, which swap_ fills with what it replaces: the kept values must stay until they are written
+            swap_(matrix, index.to(matrix.device), base.to(matrix, copy=True), self.dim)
             self._replaced = None
+
+    def __deepcopy__(self, memo: Dict[int, Any]) -> "S2FTPeftLayer":
+        return copy_at_rest(self, memo)
 
     # ---- what PEFT asks ------------------------------------------------------------------------------
 
