@@ -113,13 +113,6 @@ def adapters_aside(model: nn.Module, record: Attachment) -> Iterator[None]:
         raise
 
 
-def mount_on(model: nn.Module, record: Attachment, config: S2FTConfig, selection: Selection, name: str) -> None:
-    """Put trainable layers in, inside :func:`adapters_aside`. Raises: ValueError where an adapter is trainable already."""
-    if record.name is not None:
-        raise ValueError(f"{record.name!r} is trainable, and only one adapter can be: detach or delete it first")
-    mount(model, record, config, selection, name)
-
-
 def _try_out(model: nn.Module, record: Attachment, example: Any) -> Trial:
     trial = Trial(model, record.couplings, record.moves, example)
     groups: Dict[Tuple, List[Coupling]] = {}   # experts of a layer are tried out together

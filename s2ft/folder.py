@@ -6,12 +6,10 @@ reader takes the config whose ``tensors_sha256`` is that of the tensors file. A 
 leaves the old adapter or the new one.
 """
 import hashlib
-import os
 import stat
 from pathlib import Path
 from typing import Callable, Optional, Tuple, TypeVar
 
-from s2ft.files import replace_file
 from s2ft.reading import open_file, open_regular, read_json
 
 TENSORS = "s2ft_adapter.safetensors"
@@ -21,17 +19,6 @@ KIND = "S²FT adapter"
 ATTEMPTS = 20                 # to read a folder that others keep replacing
 
 Read = TypeVar("Read")
-
-
-def write_folder(directory: Path, config: bytes, tensors: bytes) -> None:
-    """Write an adapter's files, or replace those of another one in one step. The folder is made if need be."""
-    directory.mkdir(parents=True, exist_ok=True)
-    replace_file(directory / PENDING, config)
-    replace_file(directory / TENSORS, tensors)
-    try:
-        os.replace(directory / PENDING, directory / CONFIG)
-    except FileNotFoundError:   # another rank that writes the same adapter has renamed it
-        replace_file(directory / CONFIG, config)
 
 
 def is_folder(directory: Path) -> bool:

@@ -12,9 +12,9 @@ from s2ft.adapter.hub import resolve
 from s2ft.adapter.switch import check_free, get_adapter, set_adapter
 from s2ft.compiled import of_compiled
 from s2ft.active import check_can_write, set_mounted_deltas
-from s2ft.convert import adapters_aside, mount_on, new_attachment
+from s2ft.convert import adapters_aside, new_attachment
 from s2ft.distributed import on_first, settle, sharers, whole
-from s2ft.mounting import check_memory, claim, release
+from s2ft.mounting import check_memory, claim, mount, release
 from s2ft.record import RECORD, Attachment, attachment_of
 from s2ft.reading import check_adapter_name
 
@@ -105,8 +105,10 @@ def load_adapter(model: nn.Module, adapter: Union[str, os.PathLike, Adapter], na
     check_fits(adapter, model, record)
     check_free(record, adapter.name)
     if trainable:
+        if record.name is not None:
+            raise ValueError(f"{record.name!r} is trainable, and only one adapter can be: detach or delete it first")
         with adapters_aside(model, record):
-            mount_on(model, record, adapter.config, adapter.selection, adapter.name)
+            mount(model, record, adapter.config, adapter.selection, adapter.name)
             set_mounted_deltas(record, adapter.deltas)
             extra.unfreeze(model, record, adapter.extra_weights)
             extra.set_trained(model, record, adapter.extra_weights)

@@ -332,7 +332,7 @@ def test_a_failed_attach_puts_the_others_back():
 
 
 def test_a_failure_while_mounting_puts_the_others_back(monkeypatch):
-    import s2ft.mounting as mounting
+    import s2ft.active as active
     model = loaded("ab")
     s2ft.set_adapter(model, "b")
     before = states(model)
@@ -349,15 +349,15 @@ def test_a_failure_while_mounting_puts_the_others_back(monkeypatch):
 
 
 def test_a_failure_while_writing_leaves_no_half(monkeypatch):
-    import s2ft.mounting as mounting
-    model, real, calls = loaded("ab"), mounting.scatter_add_, []
+    import s2ft.active as active
+    model, real, calls = loaded("ab"), active.scatter_add_, []
 
     def fails_late(*args, **kwargs):
         calls.append(1)
         if len(calls) == 4:
             raise MemoryError
         return real(*args, **kwargs)
-    monkeypatch.setattr(mounting, "scatter_add_", fails_late)
+    monkeypatch.setattr(active, "scatter_add_", fails_late)
     with pytest.raises(MemoryError):
         s2ft.set_adapter(model, "a")
     monkeypatch.undo()

@@ -5,6 +5,7 @@ Reading is strict, since a folder may come from anywhere: see :mod:`s2ft.reading
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -18,7 +19,8 @@ from s2ft.arch import given_couplings
 from s2ft.config import S2FTConfig
 from s2ft.coupling import Coupling, projections_of
 from s2ft.delta import Delta
-from s2ft.folder import CONFIG, KIND, TENSORS, read_folder, write_folder
+from s2ft.files import replace_file
+from s2ft.folder import CONFIG, KIND, PENDING, TENSORS, read_folder
 from s2ft.reading import (FLOATS, INTEGERS, MAX_CONFIG, check_adapter_name, check_finite, check_parameter,
                           check_projection, open_file, parse_json, read_bytes, read_tensors, shortened)
 from s2ft.selection import Selection
@@ -72,7 +74,7 @@ def write(adapter: Adapter, directory) -> None:
                                    for name, value in sorted(adapter.extra_weights.items())}
     config = json.loads(json.dumps(config, allow_nan=False))   # with keys and lists as they will be read
     config["config_sha256"] = _digest(config)
-    write_folder(Path(directory), json.dumps(config, indent=1).encode(), blob)
+    _write_folder(Path(directory), json.dumps(config, indent=1).encode(), blob)
 
 
 def _check_can_save(name: str, value: Tensor) -> None:
@@ -81,6 +83,17 @@ def _check_can_save(name: str, value: Tensor) -> None:
         raise ValueError(f"{name}: weights that are trained whole are saved as {', '.join(FLOATS)}, not {value.dtype}")
     if value.numel() == 0 or not bool(torch.isfinite(value).all()):
         raise ValueError(f"{name}: the weight is empty or not finite, so it is not saved")
+
+
+def _write_folder(directory: Path, config: bytes, tensors: bytes) -> None:
+    """Write an adapter's files, or replace those of another one in one step: see :mod:`s2ft.folder`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    replace_file(directory / PENDING, config)
+    replace_file(directory / TENSORS, tensors)
+    try:
+        os.replace(directory / PENDING, directory / CONFIG)
+    except FileNotFoundError:   # another rank that writes the same adapter has renamed it
+        replace_file(directory / CONFIG, config)
 
 
 def _digest(config: Dict[str, Any]) -> str:
