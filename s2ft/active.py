@@ -21,6 +21,14 @@ from s2ft.weights import find, is_quantized, part_of
 
 def take_off(model: nn.Module, record: Attachment) -> None:
     """Make no adapter active; the weights hold the base, bit for bit."""
+    try:
+        _restore_base(model, record)
+    except BaseException:   # an interrupt: no half of it stays
+        _restore_base(model, record)
+        raise
+
+
+def _restore_base(model: nn.Module, record: Attachment) -> None:
     record.changing, record.active = True, {}
     settle(model)
     extra.take_off(model, record)
@@ -90,13 +98,13 @@ def _write(model: nn.Module, record: Attachment, projection: Projection, parts: 
         weight = part.tensor
         found = [part.cut(record.places(projection, delta.index), delta.values, projection.dim) for delta, _ in parts]
         index, values = ([one[i].to(weight.device) for one in found] for i in (0, 1))
+        with LOCK:
+            finish_interrupted()
+            bases = [weight.index_select(projection.dim, one) for one in index]
+        for (delta, _), here, base in zip(parts, index, bases):
+            record.written.append(Written(projection, delta.index if part.whole else here, base, not part.whole))
         if weight.numel():   # else all of it is on other ranks
             check_private(projection.path, weight)
-            with LOCK:
-                finish_interrupted()
-                bases = [weight.index_select(projection.dim, one) for one in index]
-            for (delta, _), here, base in zip(parts, index, bases):
-                record.written.append(Written(projection, delta.index if part.whole else here, base, not part.whole))
             scatter_add_(weight, index, values, projection.dim, [weight for _, weight in parts])
 
 

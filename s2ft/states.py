@@ -18,7 +18,7 @@ from s2ft.layers.base import at_rest
 from s2ft.permutation import MovingTensor, inverse, moving_tensors
 from s2ft.ops import permute_, swap_
 from s2ft.record import RECORD, Attachment
-from s2ft.weights import like_matrix, tensors_of, weight_of
+from s2ft.weights import is_quantized, like_matrix, tensors_of, weight_of
 
 
 def add_state_hooks(model: nn.Module) -> None:
@@ -126,8 +126,10 @@ def _check_is_base(model: nn.Module, state: Dict[str, Any], prefix: str, *_: Any
 
 
 def _coupled(model: nn.Module, record: Attachment) -> set:
-    """ids of the tensors that a coupling holds."""
-    return {id(tensor) for coupling in record.couplings for tensor in tensors_of(model, coupling)}
+    """ids of the tensors that a coupling holds, but for quantized ones: their layers load themselves."""
+    found = {id(tensor): tensor for coupling in record.couplings for tensor in tensors_of(model, coupling)}
+    quantized = {id(getattr(module, "weight", None)) for module in model.modules() if is_quantized(module)}
+    return found.keys() - quantized
 
 
 def _is_same(order: _BaseOrder, tensor: Tensor, found: Tensor) -> bool:

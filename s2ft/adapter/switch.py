@@ -43,12 +43,8 @@ def set_adapter(model: nn.Module, adapters: Weights) -> None:
     if record.name in deltas:   # those that were loaded were looked at then
         check_can_write(model, record, deltas[record.name])
     with LOCK:   # no reader of stable weights sees half of it
-        try:
-            take_off(model, record)
-            put_on(model, record, weights, deltas)
-        except BaseException:   # no adapter is active then
-            take_off(model, record)
-            raise
+        take_off(model, record)
+        put_on(model, record, weights, deltas)
 
 
 def _weights(record: Attachment, adapters: Weights) -> Dict[str, float]:

@@ -104,7 +104,7 @@ class S2Layer(nn.Module):
     def _check_weight(self) -> None:
         """Raises: RuntimeError for a weight that was unfrozen; ValueError for one that lies in shared memory now."""
         weight = self.weight
-        if weight.requires_grad:
+        if weight.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("weight requires a gradient, which this layer gives to s2 alone: it stays frozen. To train "
                                "more of it select more units, to train all of it detach first")
         check_private_once(self, weight)

@@ -128,10 +128,11 @@ def test_a_state_of_the_models_own_loads_as_ever():
 def test_merged_and_detached_models_save_themselves_whole(tmp_path):
     for back in (s2ft.merge, s2ft.detach):
         model = attached()
-        untouched = copy.deepcopy(model)
+        untouched, plain = copy.deepcopy(model), s2ft.detach(copy.deepcopy(model))
         back(model).save_pretrained(tmp_path / back.__name__)
         assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / back.__name__), model)
-        assert not model._load_state_dict_pre_hooks and "_keys_to_ignore_on_save" not in model.__dict__
+        assert not model._load_state_dict_pre_hooks
+        assert model._keys_to_ignore_on_save == plain._keys_to_ignore_on_save   # transformers' own on the instance
         untouched.save_pretrained(tmp_path / "copy")   # a deep copy keeps its own
         assert (tmp_path / "copy/s2ft_config.json").exists() and not (tmp_path / "copy/config.json").exists()
 

@@ -332,7 +332,7 @@ def test_a_failed_attach_puts_the_others_back():
 
 
 def test_a_failure_while_mounting_puts_the_others_back(monkeypatch):
-    import s2ft.active as active
+    import s2ft.mounting as mounting
     model = loaded("ab")
     s2ft.set_adapter(model, "b")
     before = states(model)

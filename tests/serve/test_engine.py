@@ -56,6 +56,7 @@ def folder(tmp_path):
     for name in ("a", "b", "c"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "s2ft_config.json").touch()
+        (tmp_path / name / "s2ft_adapter.safetensors").touch()
     return tmp_path
 
 
