@@ -126,10 +126,11 @@ def _check_is_base(model: nn.Module, state: Dict[str, Any], prefix: str, *_: Any
 
 
 def _coupled(model: nn.Module, record: Attachment) -> set:
-    """ids of the tensors that a coupling holds, but for quantized ones: their layers load themselves."""
-    found = {id(tensor): tensor for coupling in record.couplings for tensor in tensors_of(model, coupling)}
-    quantized = {id(getattr(module, "weight", None)) for module in model.modules() if is_quantized(module)}
-    return found.keys() - quantized
+    """ids of the tensors that a coupling holds, but for those of quantized layers, which load (and cast) them as they
+    like."""
+    found = {id(tensor) for coupling in record.couplings for tensor in tensors_of(model, coupling)}
+    return found - {id(parameter) for module in model.modules() if is_quantized(module)
+                    for parameter in module.parameters()}
 
 
 def _is_same(order: _BaseOrder, tensor: Tensor, found: Tensor) -> bool:
