@@ -11,7 +11,7 @@ from s2ft.config import S2FTConfig
 from s2ft.coupling import Coupling
 from s2ft.active import put_on, take_off, write_trained
 from s2ft.fingerprint import fingerprint
-from s2ft.mounting import check_can_merge, check_not_sharded, claim, mount, release, that_can_move, unmount
+from s2ft.mounting import check_can_merge, check_not_sharded, claim, mount, release, remount, that_can_move, unmount
 from s2ft.record import RECORD, Attachment, attachment_of
 from s2ft.ops._lock import LOCK
 from s2ft.extra import names_of_modules
@@ -191,8 +191,18 @@ def detach(model: nn.Module) -> nn.Module:
     record = attachment_of(model)
     check_not_sharded(model, "detach")
     with LOCK:
+        try:
+            _take_everything_off(model, record)
+        except BaseException:   # an interrupt: a model in between would compute something else
+            _take_everything_off(model, record)
+            raise
+    return model
+
+
+def _take_everything_off(model: nn.Module, record: Attachment) -> None:
+    if RECORD in model.__dict__:
         take_off(model, record)
-        return release(model, record)
+        release(model, record)
 
 
 @of_compiled
@@ -200,7 +210,7 @@ def merge(model: nn.Module) -> nn.Module:
     """Write the active adapter into the weights and give back the plain model, in original order.
 
     The weights are, bit for bit, those the adapter was trained with. Until the end the base is kept: where merging is
-    interrupted, the adapter comes off, and :func:`detach` gives the base.
+    interrupted, the adapter is there, and off.
 
     Raises: ValueError when no adapter is active, the base is quantized, or the model is sharded.
     """
@@ -221,6 +231,7 @@ def merge(model: nn.Module) -> nn.Module:
         except BaseException:
             if RECORD in model.__dict__:
                 take_off(model, record)
+                remount(model, record)
             raise
 
 

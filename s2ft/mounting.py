@@ -325,6 +325,28 @@ def unmount(model: nn.Module, record: Attachment) -> None:
     as_before(model)
 
 
+def remount(model: nn.Module, record: Attachment) -> None:
+    """Take an interrupted :func:`unmount` back: the trainable layers are in place again, and off."""
+    for move in record.moves:
+        move.do(model)
+    model.requires_grad_(False)
+    for path, mounted in record.mounts.items():
+        put(model, path, mounted.layer)
+        if mounted.original is not None and not isinstance(mounted.layer, S2QuantizedLinear):
+            mounted.original.weight = mounted.original.bias = None
+        mounted.layer.s2.requires_grad_(True)
+    for path, forward in record.forwards.items():
+        model.get_submodule(path).__dict__.setdefault("forward", forward)
+    pack_never(model, record.unpacked)
+    let_train(model)
+    close_blocks(model)
+    open_blocks(model, record.mounts)
+    for come, go in EXTENSIONS:
+        go(model)
+        come(model)
+    extra.start(model, record, list(record.extra.base), before_forward, before_load)
+
+
 def release(model: nn.Module, record: Attachment) -> nn.Module:
     """The plain model with the weights as they are, in original order, and without a record."""
     unmount(model, record)

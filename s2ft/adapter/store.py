@@ -11,7 +11,7 @@ from s2ft.adapter.formats import native
 from s2ft.adapter.hub import resolve
 from s2ft.adapter.switch import check_free, get_adapter, set_adapter
 from s2ft.compiled import of_compiled
-from s2ft.active import check_can_write, set_mounted_deltas
+from s2ft.active import check_can_write, set_mounted_deltas, take_off
 from s2ft.convert import adapters_aside, new_attachment
 from s2ft.distributed import on_first, settle, sharers, whole
 from s2ft.mounting import check_memory, claim, mount, release
@@ -123,9 +123,11 @@ def load_adapter(model: nn.Module, adapter: Union[str, os.PathLike, Adapter], na
         if active:
             set_adapter(model, adapter.name)
     except BaseException:
-        record.others.pop(adapter.name, None)
+        take_off(model, record)
         if fresh:
             release(model, record)
+        else:
+            record.others.pop(adapter.name, None)
         raise
 
 

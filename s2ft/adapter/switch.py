@@ -9,10 +9,10 @@ from s2ft.adapter.adapter import Adapter, check_weight, weighted_sum
 from s2ft.adapter.overlap import Overlap, overlap
 from s2ft.compiled import of_compiled
 from s2ft.active import check_can_write, mounted_deltas, put_on, take_off
-from s2ft.convert import fuse
+from s2ft.convert import detach, fuse
 from s2ft.distributed import settle
 from s2ft.ops._lock import LOCK
-from s2ft.mounting import check_not_sharded, release, unmount
+from s2ft.mounting import check_not_sharded, unmount
 from s2ft.record import RECORD, Attachment, attachment_of
 from s2ft.report import units_of
 from s2ft.extra import check_can_put_on, trained_values
@@ -146,17 +146,31 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         take_off(model, record)
     others = {other: adapter for other, adapter in record.others.items() if other != name}
     if not others and record.name in (None, name):   # the last one
-        take_off(model, record)
-        release(model, record)
+        detach(model)
     elif name != record.name:
         record.others = others
-    else:   # the trainable one goes: its layers too
-        active = dict(record.active)
-        take_off(model, record)
-        unmount(model, record)
-        record.forget_mounts()
-        model.requires_grad_(False)
-        put_on(model, record, active, {other: others[other].deltas for other in active})
+    else:
+        _delete_trainable(model, record)
+
+
+def _delete_trainable(model: nn.Module, record: Attachment) -> None:
+    """With its layers; loaded adapters stay, and are active again."""
+    active = dict(record.active)
+    deltas = {other: record.others[other].deltas for other in active}
+    with LOCK:
+        try:
+            _take_layers_out(model, record)
+            put_on(model, record, active, deltas)
+        except BaseException:   # an interrupt: a model in between would compute something else
+            _take_layers_out(model, record)
+            raise
+
+
+def _take_layers_out(model: nn.Module, record: Attachment) -> None:
+    take_off(model, record)
+    unmount(model, record)
+    record.forget_mounts()
+    model.requires_grad_(False)
 
 
 @of_compiled

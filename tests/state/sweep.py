@@ -108,6 +108,8 @@ class Sweep:
             if tracing.raised is not None and not tracing.ignored:
                 return tracing.raised, "the interrupt was swallowed"
         try:
+            if second is not None and not s2ft.status(model).adapters:
+                detach_if_attached(model)   # a record without adapters may be left
             wrong = self._wrong_plain(model, case)
             if wrong is None and second is None:   # after two exceptions, only detach is promised
                 wrong = self._wrong_state(model)
