@@ -16,8 +16,8 @@ test-all: $(VENV)/.installed $(VENV)/.quantized
 	$(BIN)/python -m pytest -n auto
 
 # The tests as smaller processors compute, with two threads, and with products that round differently for every layout
-# of their operands (tests/support/rounding.py): numbers that only one processor makes equal fail. The builds and the
-# commands compute nothing of their own.
+# of their operands (tests/support/rounding.py): numbers that only one processor makes equal fail. Builds and the CUDA
+# kernels on the CPU multiply nothing by PyTorch.
 PROCESSORS := ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 \
 	ONEDNN_MAX_CPU_ISA=AVX512_CORE,ATEN_CPU_CAPABILITY=default \
 	ONEDNN_MAX_CPU_ISA=AVX2,ATEN_CPU_CAPABILITY=avx2,MKL_ENABLE_INSTRUCTIONS=AVX2 \
@@ -27,7 +27,7 @@ comma := ,
 
 test-processors: $(VENV)/.installed $(VENV)/.quantized
 	$(foreach settings,$(PROCESSORS),env $(subst $(comma), ,$(settings)) $(BIN)/python -m pytest -n auto \
-		-m "not slow" --ignore tests/packaging --ignore tests/cuda_on_cpu --ignore tests/cli &&) true
+		-m "not slow" --ignore tests/packaging --ignore tests/cuda_on_cpu &&) true
 
 # PEFT's own tests, from the source distribution of the PEFT that is installed, run on S²FT
 test-peft: $(VENV)/.installed

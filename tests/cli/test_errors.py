@@ -232,27 +232,28 @@ def test_other_errors_are_raised(tmp_path, monkeypatch):
 
 
 FULL = """
-import resource, sys
+import contextlib, io, json, resource, sys
 from s2ft.cli.main import main
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))   # as on a full disk
-sys.exit(main(sys.argv[2:]))
+for size, arguments in json.loads(sys.argv[1]):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))   # as on a full disk
+    words = io.StringIO()
+    with contextlib.redirect_stderr(words), contextlib.redirect_stdout(io.StringIO()):
+        status = main(arguments)
+    print(json.dumps([status, words.getvalue().splitlines()[-1:]]))
 """
 
 
 def test_a_full_disk_while_training_says_what_is_kept(tiny, data, tmp_path):
-    def train(size, *more):
-        return subprocess.run([sys.executable, "-c", FULL, str(size), "finetune", "--model", str(tiny), "--data", str(data),
-                               "--output", str(tmp_path / "out"), "--max-steps", "4", "--batch-size", "2",
-                               "--micro-batch-size", "2", "--save-steps", "2", "--d-ratio", "0.1", *more],
-                              capture_output=True, text=True)
-    done = train(2000)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("s2ft finetune: error: ")
-    assert done.stderr.splitlines()[-1].endswith("no checkpoint was written, so the run starts again")
-    assert train(1 << 30, "--resume", "--stop-after", "2").returncode == 0
-    done = train(400, "--resume")   # less than the log has
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].endswith("checkpoint-2 is kept: go on from it with --resume")
-    assert train(1 << 30, "--resume").returncode == 0
+    train = ["finetune", "--model", str(tiny), "--data", str(data), "--output", str(tmp_path / "out"), "--max-steps", "4",
+             "--batch-size", "2", "--micro-batch-size", "2", "--save-steps", "2", "--d-ratio", "0.1"]
+    runs = [(2000, train), (1 << 30, [*train, "--resume", "--stop-after", "2"]),
+            (400, [*train, "--resume"])]   # less than the log has
+    done = subprocess.run([sys.executable, "-c", FULL, json.dumps(runs)], capture_output=True, text=True)
+    (first, (words,)), (stopped, _), (last, (resumed,)) = map(json.loads, done.stdout.splitlines())
+    assert (first, stopped, last) == (1, 0, 1) and "Traceback" not in done.stderr
+    assert words.startswith("s2ft finetune: error: ")
+    assert words.endswith("no checkpoint was written, so the run starts again")
+    assert resumed.endswith("checkpoint-2 is kept: go on from it with --resume")
 
 
 @pytest.mark.parametrize("module", ["s2ft", "s2ft.cli"])
