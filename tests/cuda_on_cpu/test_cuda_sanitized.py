@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from support import sanitizers
 
 HERE = Path(__file__).resolve().parent
@@ -29,6 +30,7 @@ def check_a_planted_overrun(library):
     assert wrong.returncode != 0 and "heap-buffer-overflow" in wrong.stderr, wrong.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_no_overrun_and_no_undefined_behaviour(sanitized_library):
     check_a_planted_overrun(sanitized_library)
     run = python(sanitized_library, "-m", "pytest", "-qs", "-p", "no:cacheprovider", *FILES)

@@ -59,6 +59,7 @@ def check_planted_errors(run):
         assert wrong.returncode != 0 and report in wrong.stderr and "csrc/cpu/" in wrong.stderr, wrong.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_no_overrun_and_no_undefined_behaviour(sanitized, tmp_path):
     check_planted_errors(sanitized)
     result = sanitized(RUN_TESTS, tmp_path, *FILES)

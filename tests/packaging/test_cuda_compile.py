@@ -30,7 +30,7 @@ def test_no_torch_header(source):
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", (75, 80, 90, 100, 120))
+@pytest.mark.parametrize("arch", (75, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 90, 100)), 120))
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_compiles_without_warnings_and_spills(source, arch, tmp_path):
     command = [str(NVCC), "-std=c++20", "-O3", f"-arch=sm_{arch}", "-cubin", "-Werror", "all-warnings",
@@ -41,6 +41,7 @@ def test_compiles_without_warnings_and_spills(source, arch, tmp_path):
     assert not re.search(r"[1-9]\d* bytes (spill|stack)", result.stderr), result.stderr[-3000:]
 
 
+@pytest.mark.slow
 @needs_nvcc
 def test_the_cuda_build_loads_and_registers_its_kernels_when_told(run, source):
     """Importing it does not: nobody has looked whether a GPU can run them."""
