@@ -1,0 +1,122 @@
+"""State dicts, files and casts of attached models: the base is in them as the base has it."""
+import copy
+import io
+
+import pytest
+import torch
+from support.models import ALL_RATIOS, model_of, output_of, ratios_for, train
+from torch.nn.utils import prune, weight_norm
+
+import s2ft
+from s2ft import S2FTConfig
+
+CASES = ("llama-grouped", "gpt2", "phi3", "mixtral")
+layouts = pytest.mark.parametrize("layout", ("permuted", "indexed"))
+
+
+def trained(case, layout="permuted"):
+    model = model_of(case)
+    s2ft.attach(model, S2FTConfig(**ratios_for(case, ALL_RATIOS), layout=layout))
+    train(model)
+    return model
+
+
+def same(found, expected):
+    return all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+
+
+@layouts
+@pytest.mark.parametrize("case", CASES)
+def test_a_state_loads_into_a_plain_model_as_the_base(case, layout):
+    base, model = model_of(case), trained(case, layout)
+    plain = model_of(case)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.zero_()
+    plain.load_state_dict({key: value for key, value in model.state_dict().items() if key in base.state_dict()}, strict=False)
+    names = {name.removesuffix(".weight") for name in base.state_dict()}
+    for name, value in model.state_dict().items():   # a stack of experts has one more word
+        if name not in base.state_dict() and name.removesuffix(".weight") in names:
+            plain.get_parameter(name.removesuffix(".weight")).data.copy_(value)
+    assert same(plain.state_dict(), base.state_dict())
+
+
+@layouts
+@pytest.mark.parametrize("case", CASES)
+def test_the_bases_own_state_changes_nothing(case, layout):
+    base, model = model_of(case), trained(case, layout)
+    before = output_of(model)
+    for fuse in (False, True):
+        if fuse:
+            s2ft.fuse(model)
+        model.load_state_dict(base.state_dict(), strict=False)
+        model.load_state_dict(copy.deepcopy(model.state_dict()), strict=not fuse)   # nor does its own
+        assert torch.allclose(output_of(model), before, rtol=1e-4, atol=1e-5)
+    assert same(s2ft.detach(model).state_dict(), base.state_dict())
+
+
+@layouts
+def test_another_base_is_refused_and_nothing_changes(layout):
+    model = trained("llama-grouped", layout)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    other = model_of("llama-grouped").state_dict()
+    other["model.layers.1.mlp.down_proj.weight"] = other["model.layers.1.mlp.down_proj.weight"] + 1
+    with pytest.raises(ValueError, match="layers.1.mlp.down_proj.weight is not the base's weight"):
+        model.load_state_dict(other, strict=False)
+    assert same(model.state_dict(), before)
+
+
+def test_the_bases_state_leaves_a_written_adapter_in_place(tmp_path):
+    base, model = model_of("llama-grouped"), trained("llama-grouped")
+    s2ft.save_adapter(model, tmp_path)
+    model = model_of("llama-grouped")
+    s2ft.load_adapter(model, tmp_path)
+    before = output_of(model)
+    model.load_state_dict(base.state_dict())
+    assert torch.equal(output_of(model), before)
+    assert same(s2ft.detach(model).state_dict(), base.state_dict())
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64), ids=str)
+def test_a_cast_reaches_the_base_that_is_kept(dtype, tmp_path):
+    s2ft.save_adapter(trained("llama-grouped"), tmp_path)
+    model, plain = model_of("llama-grouped"), model_of("llama-grouped")
+    s2ft.load_adapter(model, tmp_path)
+    for cast in (dtype, torch.float32):   # there and back: rounded as the rest of the model is
+        model.to(cast), plain.to(cast)
+        assert same(s2ft.detach(copy.deepcopy(model)).state_dict(), plain.state_dict())
+    s2ft.set_adapter(model, None)
+    assert same(model.state_dict(), plain.state_dict())
+
+
+@layouts
+@pytest.mark.parametrize("case", CASES)
+def test_a_model_saved_whole_loads(case, layout):
+    model = trained(case, layout)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert torch.allclose(output_of(loaded), output_of(model), rtol=1e-5, atol=1e-6)
+    assert str(s2ft.status(loaded)) == str(s2ft.status(model))
+    assert same(s2ft.detach(loaded).state_dict(), model_of(case).state_dict())
+
+
+@pytest.mark.parametrize("change,remedy", [(lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5), "prune.remove"),
+                                           (weight_norm, "remove_weight_norm")], ids=("prune", "weight_norm"))
+def test_a_computed_weight_is_refused_by_name(change, remedy):
+    model = model_of("llama-grouped")
+    change(model.model.layers[1].mlp.down_proj)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"layers.1.mlp.down_proj.weight is no parameter.*{remedy}"):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.1))
+    assert same(model.state_dict(), before) and s2ft.status(model).adapters == []
+
+
+def test_a_second_trainable_adapter_is_refused_with_the_first_in_place(tmp_path):
+    model = trained("llama-grouped")
+    s2ft.save_adapter(model, tmp_path)
+    before = output_of(model)
+    with pytest.raises(ValueError, match="only one adapter can be"):
+        s2ft.load_adapter(model, tmp_path, "again", trainable=True)
+    assert torch.equal(output_of(model), before) and s2ft.status(model).active == {"default": 1.0}
