@@ -138,9 +138,9 @@ def test_any_sequence_of_operations(operations, dtype, layout, trainable, seed):
     walk(operations, dtype, layout, trainable, random.Random(seed))
 
 
-@pytest.mark.parametrize("layout,trainable", [("permuted", None), ("permuted", "b"), ("indexed", "b")])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_thousand_operations(dtype, layout, trainable):
+@pytest.mark.parametrize("layout,trainable,dtype", [
+    (*how, dtype) for how, dtype in zip([("permuted", None), ("permuted", "b"), ("indexed", "b")], DTYPES, strict=True)])
+def test_a_thousand_operations(layout, trainable, dtype):
     rng = random.Random(7)
     walk([rng.choice(OPERATIONS) for _ in range(1000)], dtype, layout, trainable, rng)
 

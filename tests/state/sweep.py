@@ -21,7 +21,7 @@ import s2ft
 
 SMALL = dict(hidden_size=8, intermediate_size=12, num_attention_heads=2, num_key_value_heads=2, head_dim=4,
              vocab_size=11)
-FEWEST = 10   # moments of each operation, whatever the stride
+FEWEST = 4   # moments of each operation, whatever the stride
 
 
 @dataclass

@@ -128,6 +128,7 @@ def test_no_graph_breaks(layout):
     assert (found.graph_count, found.graph_break_count) == (1, 0)
 
 
+@pytest.mark.slow
 def test_experts_break_the_graph_where_tokens_are_counted():
     """Each expert gets as many tokens as chose it, which no graph can know; nothing else of ours breaks one."""
     model = attach(plain("qwen3-moe", layers=1), everything("qwen3-moe"))

@@ -170,7 +170,7 @@ def rates(path, schedule, steps):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_update_has_a_positive_learning_rate(tmp_path, schedule):
-    for steps in (1, 3, 11, 20):
+    for steps in (1, 11):   # without warm-up and with
         found = rates(tmp_path / str(steps), schedule, steps)
         assert len(found) == steps and all(0 < rate <= OPTIONS["learning_rate"] for rate in found)
         assert max(found) == OPTIONS["learning_rate"] or schedule == "inverse_sqrt"
