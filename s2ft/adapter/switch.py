@@ -1,6 +1,6 @@
 """Which adapters a model runs with, and a table that says so."""
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Dict, Iterator, List, Mapping, Optional, Union
 
 from torch import Tensor, nn
@@ -179,12 +179,16 @@ def rename_adapter(model: nn.Module, name: str, new: str) -> None:
     record = attachment_of(model)
     _check_known(record, name)
     check_free(record, new)
-    if name == record.name:
-        record.name = new
-    record.others = {new if other == name else other: adapter for other, adapter in record.others.items()}
-    if new in record.others:
-        record.others[new].name = new
-    record.active = {new if other == name else other: weight for other, weight in record.active.items()}
+    before = record.name, record.others, record.active
+    adapters = {new if other == name else other: adapter for other, adapter in record.others.items()}
+    active = {new if other == name else other: weight for other, weight in record.active.items()}
+    if new in adapters:
+        adapters[new] = replace(adapters[new], name=new)
+    try:
+        record.name, record.others, record.active = new if name == record.name else record.name, adapters, active
+    except BaseException:   # an interrupt between two of the three
+        record.name, record.others, record.active = before
+        raise
 
 
 # ---- status ------------------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ import random
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -189,9 +190,20 @@ def activate_nothing(state: State) -> None:
     s2ft.set_adapter(state.model, None)
 
 
+@contextmanager
+def unless_trained_whole() -> Iterator[None]:
+    """Sums of adapters with weights that are trained whole are refused, with the model as it was."""
+    try:
+        yield
+    except ValueError as error:
+        if "trained whole" not in str(error):
+            raise
+
+
 def activate_sum(state: State) -> None:
     names = state.rng.sample(state.status.adapters, min(len(state.status.adapters), state.rng.randint(1, 3)))
-    s2ft.set_adapter(state.model, {name: state.rng.choice((1.0, 0.5, -0.25)) for name in names})
+    with unless_trained_whole():
+        s2ft.set_adapter(state.model, {name: state.rng.choice((1.0, 0.5, -0.25)) for name in names})
 
 
 def disable(state: State) -> None:
@@ -241,7 +253,10 @@ def rename(state: State) -> None:
 def add_up(state: State) -> None:
     names = state.rng.sample(state.status.adapters, min(len(state.status.adapters), 2))
     new = state.new_name()
-    s2ft.fuse_adapters(state.model, {name: 0.5 for name in names}, new)
+    with unless_trained_whole():
+        s2ft.fuse_adapters(state.model, {name: 0.5 for name in names}, new)
+    if new not in state.status.adapters:
+        return
     sums = effective_weights(state.twin, [(s2ft.get_adapter(state.model, new), 1.0)])
     parts = effective_weights(state.twin, [(state.adapter(name), 0.5) for name in names])
     for key, tensor in parts.items():
@@ -255,7 +270,8 @@ def keep(state: State) -> None:
 
 def arithmetic(state: State) -> None:
     adapter = s2ft.get_adapter(state.model, state.any_name())
-    state.pool.append(-(0.5 * adapter))
+    with unless_trained_whole():
+        state.pool.append(-(0.5 * adapter))
 
 
 def optimizer_of(state: State) -> torch.optim.Optimizer:
@@ -332,6 +348,10 @@ def deep_copy(state: State) -> None:
 
 
 def save_whole(state: State) -> None:
+    try:
+        torch.save(state.twin, io.BytesIO())
+    except AttributeError:
+        return   # a hook that transformers leaves behind after checkpointing can't be pickled, in a plain model neither
     file = io.BytesIO()
     torch.save(state.model, file)
     file.seek(0)

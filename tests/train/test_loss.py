@@ -94,7 +94,7 @@ def test_rows_without_a_loss_may_stay_or_go(dtype):
     (theirs,) = torch.autograd.grad(go, hidden)
     rtol, atol = GEMM[dtype]
     torch.testing.assert_close(stay, go, rtol=rtol, atol=atol)
-    torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
+    torch.testing.assert_close(ours, theirs, rtol=3 * rtol, atol=3 * atol)   # logits, their gradient and hidden's round
     assert not ours[::3].any()
 
 
