@@ -5,7 +5,6 @@ the recorded values back. It can be done any number of times, so an interrupt at
 """
 from typing import Dict, List, Mapping, Optional, Tuple
 
-import torch
 from torch import Tensor, nn
 
 from s2ft import extra
@@ -119,7 +118,6 @@ def check_can_write(model: nn.Module, record: Attachment, deltas: Dict[str, Delt
 
 # ---- what the trainable one learned --------------------------------------------------------------------
 
-@torch.no_grad()
 def mounted_deltas(record: Attachment, state: Optional[Mapping[str, Tensor]] = None) -> Dict[str, Delta]:
     """The trainable adapter's deltas in original coordinates, copied.
 
@@ -152,7 +150,6 @@ def _check_is_whole(key: str, mount: Mount, slices: Mapping[str, Tensor]) -> Non
                          "writeback=False), else give a state that was gathered")
 
 
-@torch.no_grad()
 def set_mounted_deltas(record: Attachment, deltas: Dict[str, Delta]) -> None:
     """Copy deltas of the same selection into the trainable layers, on every rank that has a part of them."""
     for name, delta in deltas.items():

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Tuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -163,7 +162,6 @@ def sharers(tensors: Iterable[Tensor]) -> Optional[List[int]]:
     return None
 
 
-@torch.no_grad()
 def whole(tensors: Mapping[str, Tensor]) -> Dict[str, Tensor]:
     """All of each, detached, in what precision it is trained; of the parameters that are spread over ranks a copy.
 
@@ -185,7 +183,6 @@ def _whole(tensor: Tensor) -> Tensor:
         return tensor.detach().clone() if is_partitioned(tensor) else tensor.detach()
 
 
-@torch.no_grad()
 def write_units(tensor: Tensor, index: Tensor, values: Tensor, dim: int) -> None:
     """``tensor.index_copy_(dim, index, values)`` of a parameter; where it is spread over ranks, each writes its part.
 

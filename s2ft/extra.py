@@ -170,7 +170,6 @@ def _copies(parameters: Mapping[str, Tensor]) -> Dict[str, Tensor]:
 
 # ---- switching -----------------------------------------------------------------------------------------
 
-@torch.no_grad()
 def take_off(model: nn.Module, record: Any) -> None:
     """Have every parameter hold the base, bit for bit; the trained values are kept."""
     extra = record.extra
@@ -184,7 +183,6 @@ def take_off(model: nn.Module, record: Any) -> None:
     extra.overwritten = {}
 
 
-@torch.no_grad()
 def put_on(model: nn.Module, record: Any, weights: Mapping[str, float]) -> None:
     """Write the extra weights of the adapters that become active; nothing else may be."""
     extra = record.extra
@@ -223,12 +221,11 @@ def _write(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> No
         if is_sharded(parameter) or has_master(parameter):
             write_units(parameter, torch.arange(value.shape[0]), value, 0)
         else:
-            parameter.copy_(value)
+            parameter.detach().copy_(value)
 
 
 # ---- saving and loading --------------------------------------------------------------------------------
 
-@torch.no_grad()
 def trained_values(model: nn.Module, record: Any, state: Optional[Mapping[str, Tensor]] = None) -> Dict[str, Tensor]:
     """The extra weights of the trainable adapter as they are now, copied.
 
@@ -287,7 +284,6 @@ def check_same(model: nn.Module, record: Any, values: Mapping[str, Tensor]) -> N
                          "in the run that saved the adapter")
 
 
-@torch.no_grad()
 def set_trained(model: nn.Module, record: Any, values: Mapping[str, Tensor]) -> None:
     """Give the trainable adapter these extra weights; the values before training are kept first."""
     if not values:

@@ -146,7 +146,6 @@ class Move:
         """Put the units back in the original order, if they are not."""
         self._change(model, False)
 
-    @torch.no_grad()
     def recover(self, model: nn.Module) -> None:
         """Take an interrupted change back."""
         is_done, kept = self._state
@@ -159,7 +158,6 @@ class Move:
                 target[units.to(target.device)] = values.to(target).transpose(0, moving.dim)
         self._state = (is_done, None)
 
-    @torch.no_grad()
     def _change(self, model: nn.Module, done: bool) -> None:
         self.recover(model)
         if self.is_done == done:

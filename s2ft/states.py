@@ -78,7 +78,6 @@ def _tensors(model: nn.Module, prefix: str) -> Iterator[Tuple[str, Tensor]]:
             yield prefix + name, tensor
 
 
-@torch.no_grad()
 def _put_in_order(model: nn.Module, state: Dict[str, Any], prefix: str, metadata: Any) -> None:
     record = model.__dict__.get(RECORD)
     if record is None or not (record.moves or record.mounts):
@@ -97,7 +96,6 @@ def _put_in_order(model: nn.Module, state: Dict[str, Any], prefix: str, metadata
             state.pop(f"{prefix}{path}.base", None)   # the weight here is not fused
 
 
-@torch.no_grad()
 def _check_is_base(model: nn.Module, state: Dict[str, Any], prefix: str, *_: Any) -> None:
     """Before load_state_dict: weights of couplings must be the base's, and then stay as they are.
 

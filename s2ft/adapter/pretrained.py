@@ -18,7 +18,7 @@ from s2ft.files import replace_file
 from s2ft.active import set_mounted_deltas
 from s2ft.checkpointing import remove_hooks
 from s2ft.mounting import EXTENSIONS
-from s2ft.record import Attachment, attachment_of
+from s2ft.record import RECORD, Attachment, attachment_of
 from s2ft.reading import read_json
 from s2ft.report import print_trainable_parameters
 
@@ -132,9 +132,9 @@ def _come(model: nn.Module) -> None:
 
 
 def _go(model: nn.Module) -> None:
-    record = attachment_of(model)
     remove_hooks(model._load_state_dict_pre_hooks, lambda wrapped: wrapped.hook is _take_deltas)
-    if record.host is None:
+    record = model.__dict__.get(RECORD)   # where an interrupt came before anything, there is none
+    if record is None or record.host is None:
         return
     for name in ATTRIBUTES:
         if name in record.host:

@@ -116,7 +116,6 @@ class S2Layer(nn.Module):
         """Whether `weight` holds the effective weight now."""
         return self.base is not None
 
-    @torch.no_grad()
     def fuse(self) -> None:
         """Write base + s2 into `weight`, keeping the base slice; fused already: take s2 as it is now."""
         if not self.enabled:
@@ -129,10 +128,9 @@ class S2Layer(nn.Module):
                 # version below is set the next forward writes base + s2 again.
                 self._fused_version = -1
                 self.base = self._units().clone()
-            self._write_units(effective_units(self.base, self.s2))
+            self._write_units(effective_units(self.base, self.s2.detach()))
             self._fused_version = self.s2._version
 
-    @torch.no_grad()
     def unfuse(self) -> None:
         """Copy the base slice back into `weight`, bit for bit."""
         if self.base is not None:
@@ -150,16 +148,17 @@ class S2Layer(nn.Module):
             self.fuse()   # s2 was changed since: by an optimizer, an average of weights, a loaded state
 
     def _units(self) -> Tensor:
+        matrix = self.matrix.detach()
         if self.index is None:
-            return self.matrix.narrow(self.dim, self.start, self.end - self.start)
-        return self.matrix.index_select(self.dim, self.index)
+            return matrix.narrow(self.dim, self.start, self.end - self.start)
+        return matrix.index_select(self.dim, self.index)
 
     def _write_units(self, values: Tensor) -> None:
         self.write_units_of(self.weight, values)
 
     def write_units_of(self, weight: Tensor, values: Tensor) -> None:
         """Write `values`, of s2's shape, to the selected units of a weight that is stored as this layer's is."""
-        matrix = as_matrix(weight, transposed=self.transposed)
+        matrix = as_matrix(weight.detach(), transposed=self.transposed)
         if self.index is None:
             matrix.narrow(self.dim, self.start, self.end - self.start).copy_(values)
         else:
@@ -232,7 +231,6 @@ def copy_at_rest(layer: nn.Module, memo: Dict[int, Any]) -> nn.Module:
     return made
 
 
-@torch.no_grad()
 def at_rest(weight: Tensor) -> Tensor:
     """A copy of `weight`, taken while no operation has base + delta in it."""
     with LOCK:

@@ -52,11 +52,11 @@ class S2Stack(S2Layer):
         self._parts = None
 
     def _units(self) -> Tensor:
-        found = [weight.index_select(self.dim, index) for weight, index in zip(self.weight, self.index.split(self.counts))]
+        found = [weight.index_select(self.dim, index) for weight, index in zip(self.weight.detach(), self.index.split(self.counts))]
         return torch.cat(found, self.dim)
 
     def write_units_of(self, weight: Tensor, values: Tensor) -> None:
-        for weight, index, part in zip(weight, self.index.split(self.counts), values.split(self.counts, self.dim)):
+        for weight, index, part in zip(weight.detach(), self.index.split(self.counts), values.split(self.counts, self.dim)):
             weight.transpose(0, self.dim)[index] = part.transpose(0, self.dim)
 
     def extra_repr(self) -> str:

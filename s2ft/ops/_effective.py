@@ -45,7 +45,6 @@ def _overlaps(weight: Tensor) -> bool:
     return any(stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape))
 
 
-@torch.no_grad()
 def with_effective_weight(weight: Tensor,   # [O, I], the same bits afterwards
                           delta: Tensor,    # [n, I] if dim == 0 else [O, n]
                           units: Units, dim: int, dtype: torch.dtype,
@@ -63,7 +62,7 @@ def with_effective_weight(weight: Tensor,   # [O, I], the same bits afterwards
     with LOCK, _StreamOrder(memory):
         finish_interrupted()
         base = _read(memory, units, delta.shape[dim], dim)
-        effective = effective_units(base, delta)
+        effective = effective_units(base, delta.detach())
         try:
             try:
                 unfinished.append(partial(_write, memory, units, base, dim))
@@ -115,5 +114,5 @@ def _effective_copy(weight: Tensor, delta: Tensor, units: Units, dim: int, dtype
         finish_interrupted()
         copy = weight.to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
         base = _read(weight, units, delta.shape[dim], dim)
-    _write(copy, units, effective_units(base, delta).to(dtype), dim)
+    _write(copy, units, effective_units(base, delta.detach()).to(dtype), dim)
     return copy

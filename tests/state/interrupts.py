@@ -92,6 +92,7 @@ def interrupt(model: nn.Module, loop: Loop, delay: float) -> bool:
     except KeyboardInterrupt:
         pass
     timer.join()
+    torch.set_grad_enabled(True)   # PyTorch's own no_grad, in an optimizer's step say, can be cut before it ends
     return not finished
 
 
