@@ -165,6 +165,7 @@ def load(state: State, trainable: bool = False, active: bool = True) -> None:
         if not (state.lossy and OTHER_BASE in str(error)):
             raise
     else:
+        state.unfrozen = state.unfrozen or (trainable and bool(adapter.extra_weights))   # trained whole with it
         if not trainable:
             state.kept[name] = copy.deepcopy(adapter)
 
@@ -538,7 +539,7 @@ def interrupted(state: State) -> None:
     except (KeyboardInterrupt, MemoryError):
         pass
     except ValueError as refusal:
-        if not (state.lossy and OTHER_BASE in str(refusal)):
+        if not (state.lossy and OTHER_BASE in str(refusal)) and "trained whole" not in str(refusal):
             raise
     finally:
         again = f" and again at call {tracing.second} after it" if tracing.raised_again else ""
@@ -549,7 +550,8 @@ def interrupted(state: State) -> None:
     left = state.status.adapters
     state.kept = {other: adapter for other, adapter in state.kept.items() if other in left}
     # half a detach may have unfrozen what the next detach unfreezes
-    state.unfrozen = state.attached and (state.unfrozen or name in ("detach", "delete_adapter"))
+    state.unfrozen = state.attached and (state.unfrozen or name in ("detach", "delete_adapter")
+                                         or any(adapter.extra_weights for adapter in state.pool))
 
 
 OPERATIONS += (Operation(interrupted, always), Operation(interrupted, always), Operation(interrupted, always))
@@ -690,7 +692,8 @@ def run_operation(state: State, operation: Operation) -> None:
     if operation.same_output and not unusable:
         output = logits_of(state.model)
     operation.run(state)
-    if state.status.active != active:
+    renamed = operation.run is rename or "rename_adapter" in state.detail
+    if state.status.active != active and not renamed:
         state.rounded = False
     check(state)
     if output is not None:

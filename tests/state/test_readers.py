@@ -176,9 +176,18 @@ def test_stable_weights_is_given_up_after_an_exception(attached):
 
 # ---- fork ----------------------------------------------------------------------------------------------
 
+@pytest.fixture
+def one_thread():
+    """PyTorch's own threads do not survive a fork, in nn.Linear neither."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("where", ["slice", "index"])
-def test_children_forked_while_another_thread_runs_the_layer(where):
+def test_children_forked_while_another_thread_runs_the_layer(where, one_thread):
     units = dict(start=0, end=64) if where == "slice" else dict(index=torch.arange(0, 128, 2))
     layer = s2ft.S2RowLinear(1024, 1024, bias=False, **units)
     layer.s2.data.normal_()
