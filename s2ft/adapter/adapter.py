@@ -18,8 +18,18 @@ from s2ft.weights import shape_of
 
 @dataclass
 class Adapter:
-    """deltas: by projection. fingerprint: of the base. selection: in units. info: free metadata.
-    couplings: where they were given by hand. extra_weights: parameters that are trained whole, by name."""
+    """Named deltas with what is needed to put them on the right model.
+
+    Args:
+        name: its name in a model.
+        config: what was trained.
+        selection: in units.
+        fingerprint: of the base.
+        deltas: by projection.
+        info: free metadata, JSON values.
+        couplings: where they were given by hand.
+        extra_weights: parameters that are trained whole, by name.
+    """
 
     name: str
     config: S2FTConfig
