@@ -174,7 +174,7 @@ class Plan:
         return why_not_nvcc(torch, self.home)
 
 
-# --- the record that s2ft/_build.py reads ---------------------------------------------------------
+# --- the record that s2ft/ops/_build.py reads ---------------------------------------------------------
 
 def write_record(package, compiled, cuda, reason, cuda_reason=""):
     """Say in the package what was built. What an earlier build left there goes if nothing was.

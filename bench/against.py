@@ -23,8 +23,8 @@ def serve(dtype: str, model: str, batch: int, length: int, d_ratio: float) -> No
     import torch
     from train_step import Method, s2ft_model
 
+    from s2ft.text.models import load_model
     from s2ft.train.demo import default_model
-    from s2ft.train.models import load_model
 
     base = load_model(model or default_model(), dtype)[0]
     tokens = torch.randint(base.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))

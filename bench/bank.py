@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import torch
 from harness import interleaved, median_ratio, save
@@ -24,12 +24,12 @@ import s2ft
 from s2ft.adapter import Adapter
 from s2ft.adapter.bank import AdapterBank
 from s2ft.adapter.formats import native
-from s2ft.convert import new_attachment
-from s2ft.coupling import projections_of
-from s2ft.delta import Delta
+from s2ft.api import new_attachment
+from s2ft.model.coupling import projections_of
+from s2ft.model.delta import Delta
+from s2ft.model.weights import shape_of
+from s2ft.text.models import load_model
 from s2ft.train.demo import default_model
-from s2ft.train.models import load_model
-from s2ft.weights import shape_of
 
 RESULTS = Path(__file__).parent / "results" / "bank.json"
 RATIO, STD = 0.03, 3e-2
@@ -37,7 +37,7 @@ BEGINNINGS = ("The capital of France is", "Once upon a time", "Two and two make"
               "A good recipe for soup", "The sun", "Dear Sir or Madam,", "He opened the door and saw")
 
 
-def write_adapters(base: nn.Module, count: int, root: str) -> List[str]:
+def write_adapters(base: nn.Module, count: int, root: str) -> list[str]:
     """Random adapters, a folder each. Returns: their names."""
     record = new_attachment(base)
     for seed in range(count):
@@ -53,7 +53,7 @@ def write_adapters(base: nn.Module, count: int, root: str) -> List[str]:
     return [str(seed) for seed in range(count)]
 
 
-def prompts(tokenizer, count: int) -> Dict[str, Tensor]:
+def prompts(tokenizer, count: int) -> dict[str, Tensor]:
     """Of several lengths, padded on the left."""
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
     texts = [f"{i}. {BEGINNINGS[i % len(BEGINNINGS)]}" for i in range(count)]
@@ -63,7 +63,7 @@ def prompts(tokenizer, count: int) -> Dict[str, Tensor]:
 class Generation:
     """The same work for all: `tokens` new ones for every row of `inputs`."""
 
-    def __init__(self, inputs: Dict[str, Tensor], tokens: int) -> None:
+    def __init__(self, inputs: dict[str, Tensor], tokens: int) -> None:
         self.inputs, self.tokens = inputs, tokens
 
     def __call__(self, model: nn.Module, rows=slice(None), **more) -> Tensor:
@@ -72,7 +72,7 @@ class Generation:
                               max_new_tokens=self.tokens, min_new_tokens=self.tokens, **more)[:, begin:]
 
 
-def switching(model: nn.Module, generate: Generation, names: List[str]):
+def switching(model: nn.Module, generate: Generation, names: list[str]):
     """Steps: adapter by adapter, and sequence by sequence. They return the tokens in the batch's order."""
     def by_adapter() -> Tensor:
         out = torch.empty(len(names), generate.tokens, dtype=torch.int64)
@@ -91,7 +91,7 @@ def switching(model: nn.Module, generate: Generation, names: List[str]):
     return by_adapter, one_by_one
 
 
-def lora_of(base: nn.Module, names: List[str]) -> nn.Module:
+def lora_of(base: nn.Module, names: list[str]) -> nn.Module:
     """PEFT's model with a random LoRA for every name, of as many numbers as an adapter here, rounded down."""
     from peft import LoraConfig, get_peft_model
     config = base.config
@@ -104,8 +104,8 @@ def lora_of(base: nn.Module, names: List[str]) -> nn.Module:
     return model.eval()
 
 
-def against_switching(base: nn.Module, bank: AdapterBank, generate: Generation, names: List[str], root: str,
-                      rounds: int) -> Dict[str, Any]:
+def against_switching(base: nn.Module, bank: AdapterBank, generate: Generation, names: list[str], root: str,
+                      rounds: int) -> dict[str, Any]:
     model = copy.deepcopy(base)
     for name in dict.fromkeys(names):
         s2ft.load_adapter(model, f"{root}/{name}", name)
@@ -123,8 +123,8 @@ def against_switching(base: nn.Module, bank: AdapterBank, generate: Generation, 
             "one by one to batch": median_ratio(times, "one by one", "batch")}
 
 
-def against_peft(base: nn.Module, bank: AdapterBank, generate: Generation, names: List[str],
-                 rounds: int) -> Dict[str, Any]:
+def against_peft(base: nn.Module, bank: AdapterBank, generate: Generation, names: list[str],
+                 rounds: int) -> dict[str, Any]:
     """With the base in the same rounds."""
     lora = lora_of(base, list(dict.fromkeys(names)))
 
@@ -140,9 +140,9 @@ def against_peft(base: nn.Module, bank: AdapterBank, generate: Generation, names
             "PEFT to batch": median_ratio(times, "PEFT", "batch")}
 
 
-def entering(bank: AdapterBank, names: List[str]) -> Dict[str, float]:
+def entering(bank: AdapterBank, names: list[str]) -> dict[str, float]:
     """Milliseconds to enter a batch of 8 adapters: read from disk; loaded, not packed; packed already."""
-    def enter(some: List[str]) -> float:
+    def enter(some: list[str]) -> float:
         begin = time.perf_counter()
         with bank.batch(some):
             return 1000 * (time.perf_counter() - begin)
@@ -153,11 +153,11 @@ def entering(bank: AdapterBank, names: List[str]) -> Dict[str, float]:
             "packed": statistics.median(enter(names[8:16]) for _ in range(9))}
 
 
-def medians(times: Dict[str, List[float]]) -> Dict[str, float]:
+def medians(times: dict[str, list[float]]) -> dict[str, float]:
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
-def run(base: nn.Module, tokenizer, tokens: int, rounds: int) -> Dict[str, Any]:
+def run(base: nn.Module, tokenizer, tokens: int, rounds: int) -> dict[str, Any]:
     results = {"load before": os.getloadavg()[0]}
     with tempfile.TemporaryDirectory() as root, torch.inference_mode():
         names = write_adapters(base, 64, root)

@@ -13,9 +13,9 @@ import torch
 from harness import interleaved, median_ratio, save
 
 from s2ft.config import S2FTConfig
-from s2ft.coupling import Coupling, Projection
+from s2ft.model.coupling import Coupling, Projection
+from s2ft.model.permutation import coupling_order
 from s2ft.ops import permute_
-from s2ft.permutation import coupling_order
 from s2ft.selection import select
 
 RESULTS = Path(__file__).parent / "results" / "convert.json"

@@ -17,24 +17,33 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional
+from typing import Any
 
 import torch
 from harness import save
 from train_step import Method
-from transformers import (AutoConfig, AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, Phi3Config,
-                          PretrainedConfig, Qwen2Config)
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen2Config,
+)
 
 import s2ft
+from s2ft.text.models import load_model, locate
 from s2ft.train.demo import default_model
-from s2ft.train.models import load_model, locate
 
 SMOLLM = "SmolLM2-135M"
 IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, vocab_size=32000)
 SHAPE = dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12)
-CONFIGS: Dict[str, Callable[[], PretrainedConfig]] = {   # random weights, at sizes near 100M parameters
+CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {   # random weights, at sizes near 100M parameters
     "llama": lambda: LlamaConfig(**SHAPE, **IDS),
     "qwen2": lambda: Qwen2Config(**SHAPE, **IDS, num_key_value_heads=4, tie_word_embeddings=True),
     "gemma2": lambda: Gemma2Config(**SHAPE, **IDS, num_key_value_heads=4, head_dim=64, sliding_window=64),
@@ -62,7 +71,7 @@ def _config(name: str) -> PretrainedConfig:
     return AutoConfig.from_pretrained(source, **options)
 
 
-def estimated(name: str, dtype: str, args: argparse.Namespace) -> Dict[str, float]:
+def estimated(name: str, dtype: str, args: argparse.Namespace) -> dict[str, float]:
     begin = time.perf_counter()
     model = on_meta(name, getattr(torch, dtype))
     built = time.perf_counter()
@@ -77,7 +86,7 @@ def _device() -> str:
 
 # ---- measuring, in a process of its own ------------------------------------------------------------------
 
-def measured(name: str, dtype: str, args: argparse.Namespace) -> Dict[str, int]:
+def measured(name: str, dtype: str, args: argparse.Namespace) -> dict[str, int]:
     command = [sys.executable, __file__, "--measure", name, "--dtype", dtype, "--batch", str(args.batch),
                "--length", str(args.length)]
     # glibc would keep what was freed, and hide by it what is needed
@@ -88,7 +97,7 @@ def measured(name: str, dtype: str, args: argparse.Namespace) -> Dict[str, int]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(name: str, dtype: torch.dtype, batch: int, length: int) -> Dict[str, int]:
+def measure(name: str, dtype: torch.dtype, batch: int, length: int) -> dict[str, int]:
     """In bytes. A step of a small model comes first: what libraries take for themselves is no model's."""
     small = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=8,
                         vocab_size=99)
@@ -111,7 +120,7 @@ def measure(name: str, dtype: torch.dtype, batch: int, length: int) -> Dict[str,
 
 
 @contextmanager
-def _folder(name: str, dtype: torch.dtype) -> Iterator[Optional[str]]:
+def _folder(name: str, dtype: torch.dtype) -> Iterator[str | None]:
     """The checkpoint of a model that has one: unpacking a GGUF file leaves tens of MiB behind."""
     if name != SMOLLM:
         yield None
@@ -161,7 +170,7 @@ def _of_process(field: str) -> int:
 
 # ---- all together ----------------------------------------------------------------------------------------
 
-def row(name: str, dtype: str, args: argparse.Namespace) -> Dict[str, Any]:
+def row(name: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
     said, found = estimated(name, dtype, args), measured(name, dtype, args)
     ratios = {what: said[what] / found[what] for what in SHOWN}
     print(f"{name:<14}{dtype:<10}" + "".join(
@@ -170,7 +179,7 @@ def row(name: str, dtype: str, args: argparse.Namespace) -> Dict[str, Any]:
     return {"estimated": said, "measured": found, "estimated to measured": ratios}
 
 
-def plan_8b() -> Dict[str, float]:
+def plan_8b() -> dict[str, float]:
     begin = time.perf_counter()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_3_8B), dtype=torch.bfloat16)

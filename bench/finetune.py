@@ -20,23 +20,23 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import torch
 from harness import save
 from train_step import LORA_TARGETS, lora_model
 
 import s2ft
+from s2ft.text.encoding import IGNORED, AnswerCollator, encode_examples
+from s2ft.text.head import packed_head
+from s2ft.text.models import load_model
+from s2ft.text.prompts import pad_id
 from s2ft.train.callbacks import JsonlLog
 from s2ft.train.demo import default_model, problem_set
-from s2ft.train.encoding import IGNORED, AnswerCollator, encode_examples
 from s2ft.train.finetune import finetune, training_arguments
-from s2ft.train.head import packed_head
-from s2ft.train.loss import fused_loss, why_not
-from s2ft.train.models import load_model
+from s2ft.train.loss import chunked_loss, why_not
 from s2ft.train.options import TrainOptions
 from s2ft.train.output import RunFolder, read_log
-from s2ft.train.prompts import pad_id
 
 RESULTS = Path(__file__).parent / "results" / "finetune.json"
 METHODS = ("S²FT", "LoRA, our loss", "LoRA")
@@ -68,7 +68,7 @@ class RightPadded:
     def __init__(self, pad: int) -> None:
         self.pad = pad
 
-    def __call__(self, rows) -> Dict[str, torch.Tensor]:
+    def __call__(self, rows) -> dict[str, torch.Tensor]:
         longest = max(map(len, rows))
         ids = torch.full((len(rows), longest), self.pad)
         mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
@@ -94,7 +94,7 @@ def train(method: str, model, tokenizer, rows, options: TrainOptions, folder: Ru
     model = lora_model(base, 16, LORA_TARGETS, copied=False)
     trainer = Trainer(model=model, args=training_arguments(base, options, len(rows), folder), train_dataset=list(rows),
                       data_collator=collator, callbacks=[JsonlLog(folder.log)])
-    with (packed_head(base) if ours else contextlib.nullcontext()), (fused_loss(base) if ours else contextlib.nullcontext()):
+    with (packed_head(base) if ours else contextlib.nullcontext()), (chunked_loss(base) if ours else contextlib.nullcontext()):
         trainer.train()
 
 
@@ -115,7 +115,7 @@ def child(args: argparse.Namespace) -> None:
                                  "trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}))
 
 
-def run(method: str, dtype: str, args: argparse.Namespace) -> Dict[str, Any]:
+def run(method: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, __file__, "--child", method, "--dtype", dtype, "--steps", str(args.steps), "--batch",
                str(args.batch), *(["--model", args.model] if args.model else []),
                *(["--checkpointing"] if args.checkpointing else [])]
@@ -125,7 +125,7 @@ def run(method: str, dtype: str, args: argparse.Namespace) -> Dict[str, Any]:
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))[6:])
 
 
-def table(title: str, runs: Dict[str, List[Dict[str, Any]]]) -> Dict[str, Any]:
+def table(title: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Prints and returns medians, and S²FT's ratios round by round."""
     print(f"{title}\n{'':<16}{'tokens/s':>9}{'S²FT is':>9}{'peak MiB':>10}{'S²FT has':>10}{'last loss':>11}")
     rows = {}
@@ -158,7 +158,7 @@ def main() -> None:
         return
     results = {}
     for dtype in ("float32", "bfloat16") if args.dtype == "both" else (args.dtype,):
-        runs: Dict[str, List[Dict[str, Any]]] = {method: [] for method in METHODS}
+        runs: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
         for number in range(args.rounds):
             for method in METHODS[number % 3:] + METHODS[:number % 3]:
                 runs[method].append(run(method, dtype, args))

@@ -4,15 +4,16 @@ import platform
 import random
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any
 
 import torch
 
 import s2ft
 
 
-def machine() -> Dict[str, Any]:
+def machine() -> dict[str, Any]:
     """Enough to read a number by: processor, threads, versions, what is compiled."""
     info = {"date": time.strftime("%Y-%m-%d"), "processor": _processor(), "threads": torch.get_num_threads(),
             "torch": torch.__version__, "python": platform.python_version(), "s2ft": s2ft.build_info()}
@@ -29,15 +30,15 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def interleaved(steps: Dict[str, Callable[[], Any]], rounds: int, warmup: int = 2,
-                flush: bool = False) -> Dict[str, List[float]]:
+def interleaved(steps: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2,
+                flush: bool = False) -> dict[str, list[float]]:
     """Seconds of every step. All run in each round, so that a machine that drifts slows all alike, in an order
     drawn anew, so that none always finds in the cache what the one before it left there.
 
     On a GPU device events take the time; with flush its second-level cache is emptied before each step.
     """
     timed = _device_seconds if torch.cuda.is_available() else _host_seconds
-    times: Dict[str, List[float]] = {name: [] for name in steps}
+    times: dict[str, list[float]] = {name: [] for name in steps}
     order = random.Random(0)
     for i in range(warmup + rounds):
         for name, step in order.sample(list(steps.items()), len(steps)):
@@ -69,11 +70,11 @@ def _flush_cache() -> None:
     torch.empty(256 << 20, dtype=torch.uint8, device="cuda").zero_()
 
 
-def median_ratio(times: Dict[str, List[float]], name: str, against: str) -> float:
+def median_ratio(times: dict[str, list[float]], name: str, against: str) -> float:
     """Median of the ratios round by round: what drifts within the run cancels."""
     return statistics.median(a / b for a, b in zip(times[name], times[against]))
 
 
-def save(path: Path, results: Dict[str, Any]) -> None:
+def save(path: Path, results: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": machine(), **results}, indent=1) + "\n")

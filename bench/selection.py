@@ -18,8 +18,8 @@ import torch
 from harness import save
 
 import s2ft
+from s2ft.text.models import load_model
 from s2ft.train.demo import default_model
-from s2ft.train.models import load_model
 
 RESULTS = Path(__file__).parent / "results" / "selection.json"
 RATIOS = dict(v_ratio=0.34, o_ratio=0.12, u_ratio=0.03, g_ratio=0.03, d_ratio=0.03)

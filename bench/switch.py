@@ -13,15 +13,15 @@ import itertools
 import statistics
 import tempfile
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any
 
 import torch
 from harness import interleaved, median_ratio, save
 from torch import nn
 
 import s2ft
+from s2ft.text.models import load_model
 from s2ft.train.demo import default_model
-from s2ft.train.models import load_model
 
 RESULTS = Path(__file__).parent / "results" / "switch.json"
 
@@ -36,7 +36,7 @@ def save_random_adapter(base: nn.Module, ratio: float, seed: int, folder: str) -
     s2ft.save_adapter(model, folder)
 
 
-def s2ft_switch(base: nn.Module, folders: Dict[str, str]):
+def s2ft_switch(base: nn.Module, folders: dict[str, str]):
     """The model with both adapters loaded, and a step that switches to the one that is off."""
     model = copy.deepcopy(base)
     for name, folder in folders.items():
@@ -75,7 +75,7 @@ def drift(model: nn.Module, base: nn.Module) -> float:
                for key, p in model.named_parameters() if "lora_" not in key)
 
 
-def run(base: nn.Module, channels: int, switches: int, rounds: int) -> Dict[str, Any]:
+def run(base: nn.Module, channels: int, switches: int, rounds: int) -> dict[str, Any]:
     config = base.config
     rank = channels * config.hidden_size // (config.hidden_size + config.intermediate_size)
     with tempfile.TemporaryDirectory() as root:

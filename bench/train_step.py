@@ -9,15 +9,15 @@ import argparse
 import copy
 import statistics
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any
 
 import torch
 from harness import interleaved, median_ratio, save
 from torch import nn
 
 import s2ft
+from s2ft.text.models import load_model
 from s2ft.train.demo import default_model
-from s2ft.train.models import load_model
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
@@ -45,7 +45,7 @@ class Method:
 
     def bytes_kept(self) -> int:
         own = {t.untyped_storage().data_ptr() for t in [*self.model.parameters(), *self.model.buffers()]}
-        kept: Dict[int, int] = {}
+        kept: dict[int, int] = {}
 
         def pack(tensor):
             storage = tensor.untyped_storage()
@@ -83,7 +83,7 @@ def lora_of_equal_size(base: nn.Module, parameters: int) -> nn.Module:
     return lora_model(base, max(1, round(parameters / per_rank)), LORA_TARGETS)
 
 
-def methods(base: nn.Module, batch: torch.Tensor, d_ratio: float) -> Dict[str, Method]:
+def methods(base: nn.Module, batch: torch.Tensor, d_ratio: float) -> dict[str, Method]:
     tuned = Method(s2ft_model(base, d_ratio), batch)
     return {
         "LoRA r=16": Method(lora_model(base, 16, LORA_TARGETS), batch),
@@ -94,7 +94,7 @@ def methods(base: nn.Module, batch: torch.Tensor, d_ratio: float) -> Dict[str, M
     }
 
 
-def run(base: nn.Module, args: argparse.Namespace) -> Dict[str, Any]:
+def run(base: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
     batch = torch.randint(base.config.vocab_size, (args.batch, args.length),
                           generator=torch.Generator().manual_seed(0)).to(base.device)
     steps = methods(base, batch, args.d_ratio)
@@ -107,7 +107,7 @@ def run(base: nn.Module, args: argparse.Namespace) -> Dict[str, Any]:
                    "all seconds": times[name]} for name in steps}
 
 
-def table(title: str, rows: Dict[str, Any]) -> str:
+def table(title: str, rows: dict[str, Any]) -> str:
     lines = [title, f"{'':<26}{'ms a step':>10}{'to LoRA':>9}{'to frozen':>11}{'MiB kept':>10}{'trained':>13}"]
     lines += [f"{name:<26}{1000 * row['seconds']:>10.0f}{row['ratio to LoRA r=16']:>9.3f}{row['ratio to frozen']:>11.3f}"
               f"{row['MiB kept']:>10.0f}{row['trained parameters']:>13,}" for name, row in rows.items()]

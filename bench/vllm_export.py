@@ -25,8 +25,8 @@ from harness import save
 
 import s2ft
 from s2ft.adapter.export import export_lora
+from s2ft.text.models import load_model
 from s2ft.train.demo import default_model
-from s2ft.train.models import load_model
 
 RESULTS = Path(__file__).parent / "results" / "vllm_export.json"
 CONFIGS = {"ffn": dict(d_ratio=0.03, u_ratio=0.02), "mixed": dict(d_ratio=0.02, o_ratio=0.12, v_ratio=0.34)}

@@ -1,23 +1,77 @@
-"""s2ft: fine-tune large models by structured sparsity (S²FT, NeurIPS 2024, arXiv 2412.06289)."""
-from s2ft._build import build_info
-from s2ft.version import __version__
-from s2ft import ops
-from s2ft.adapter import (Adapter, AdapterBank, delete_adapter, disable_adapters, export_lora, fuse_adapters,
-                          get_adapter, import_lora, list_adapters, load_adapter, push_to_hub, read_adapter,
-                          rename_adapter, save_adapter, set_adapter, status)
-from s2ft.arch import register_architecture
-from s2ft.config import S2FTConfig
-from s2ft.convert import attach, detach, fuse, merge, plan, select, unfuse
-from s2ft.coupling import Coupling, Projection, Vector
-from s2ft.estimate import Estimate, estimate
-from s2ft.layers import S2ColumnLinear, S2RowLinear
-from s2ft.ops._lock import stable_weights
-from s2ft.report import print_trainable_parameters
-from s2ft.selection import Selection
+"""s2ft: fine-tune large models by structured sparsity (S²FT, NeurIPS 2024, arXiv 2412.06289).
 
-__all__ = ["Adapter", "AdapterBank", "Coupling", "Estimate", "Projection", "S2ColumnLinear", "S2FTConfig",
-           "S2RowLinear", "Selection", "Vector", "__version__", "attach", "build_info", "delete_adapter", "detach",
-           "disable_adapters", "estimate", "export_lora", "fuse", "fuse_adapters", "get_adapter", "import_lora",
-           "list_adapters", "load_adapter", "merge", "ops", "plan", "print_trainable_parameters", "push_to_hub",
-           "read_adapter", "register_architecture", "rename_adapter", "save_adapter", "select", "set_adapter",
-           "stable_weights", "status", "unfuse"]
+The public names below are imported when they are first used, so that ``import s2ft`` and the command's ``--help`` do
+not load PyTorch.
+"""
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:   # for type checkers and editors, which can't follow __getattr__
+    from s2ft import ops
+    from s2ft.adapter import (
+        Adapter,
+        AdapterBank,
+        combine_adapters,
+        delete_adapter,
+        disable_adapters,
+        export_lora,
+        get_adapter,
+        import_lora,
+        list_adapters,
+        load_adapter,
+        push_to_hub,
+        read_adapter,
+        rename_adapter,
+        save_adapter,
+        set_adapter,
+        status,
+    )
+    from s2ft.api import attach, detach, fuse, merge, plan, select, unfuse
+    from s2ft.attached.report import print_trainable_parameters
+    from s2ft.config import S2FTConfig
+    from s2ft.estimation import Estimate, estimate
+    from s2ft.layers import S2ColumnLinear, S2RowLinear
+    from s2ft.model.coupling import Coupling, Projection, Vector
+    from s2ft.model.registry import register_architecture
+    from s2ft.ops._build import build_info
+    from s2ft.ops._lock import stable_weights
+    from s2ft.selection import Selection
+
+# public name -> the module that has it; tests/test_public.py compares it with the imports above
+_HOMES = {
+    "ops": "s2ft.ops",
+    "Adapter": "s2ft.adapter", "AdapterBank": "s2ft.adapter", "combine_adapters": "s2ft.adapter",
+    "delete_adapter": "s2ft.adapter", "disable_adapters": "s2ft.adapter", "export_lora": "s2ft.adapter",
+    "get_adapter": "s2ft.adapter", "import_lora": "s2ft.adapter", "list_adapters": "s2ft.adapter",
+    "load_adapter": "s2ft.adapter", "push_to_hub": "s2ft.adapter", "read_adapter": "s2ft.adapter",
+    "rename_adapter": "s2ft.adapter", "save_adapter": "s2ft.adapter", "set_adapter": "s2ft.adapter",
+    "status": "s2ft.adapter",
+    "attach": "s2ft.api", "detach": "s2ft.api", "fuse": "s2ft.api", "merge": "s2ft.api", "plan": "s2ft.api",
+    "select": "s2ft.api", "unfuse": "s2ft.api",
+    "print_trainable_parameters": "s2ft.attached.report",
+    "S2FTConfig": "s2ft.config",
+    "Estimate": "s2ft.estimation", "estimate": "s2ft.estimation",
+    "S2ColumnLinear": "s2ft.layers", "S2RowLinear": "s2ft.layers",
+    "Coupling": "s2ft.model.coupling", "Projection": "s2ft.model.coupling", "Vector": "s2ft.model.coupling",
+    "register_architecture": "s2ft.model.registry",
+    "build_info": "s2ft.ops._build", "stable_weights": "s2ft.ops._lock",
+    "Selection": "s2ft.selection",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name at its first use (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 's2ft' has no attribute {name!r}")
+    module = import_module(_HOMES[name])
+    value = module if name == "ops" else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -3,11 +3,11 @@ import os
 import re
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
-from typing import Any, Dict, List, Optional, Union
+from typing import Any
 
 import torch
 
-from s2ft.coupling import PROJECTIONS
+from s2ft.model.coupling import PROJECTIONS
 
 DELTA_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16,
                 "float16": torch.float16, "float64": torch.float64}
@@ -39,7 +39,7 @@ def _check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
-def _names(option: str, value: Any) -> List[str]:
+def _names(option: str, value: Any) -> list[str]:
     if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
         raise ValueError(f"{option} must be a list of modules' names, such as ['classifier'], got {value!r}")
     names = list(value)
@@ -88,27 +88,27 @@ class S2FTConfig:
     allocation: str = field(default="uniform", metadata={
         "help": "uniform: the same number in every layer; global: of each projection the best over all layers, by "
                 "plain scores, so that a layer may get none"})
-    budget: Union[int, str, None] = field(default=None, metadata={
+    budget: int | str | None = field(default=None, metadata={
         "help": "trained parameters in all, e.g. 9.2M: the ratios give the proportions only, and are scaled to as "
                 "many units as fit"})
-    match_lora_rank: Optional[int] = field(default=None, metadata={
+    match_lora_rank: int | None = field(default=None, metadata={
         "help": "budget of LoRA with this rank on the same projections"})
-    exclude: Union[Dict[str, List[int]], str, None] = field(default=None, metadata={
+    exclude: dict[str, list[int]] | str | None = field(default=None, metadata={
         "help": "never choose these units: a selection file, or an adapter's folder"})
-    units: Union[Dict[str, List[int]], str, None] = field(default=None, metadata={
+    units: dict[str, list[int]] | str | None = field(default=None, metadata={
         "help": "train exactly these units: a selection file, or an adapter's folder; without ratios and all that "
                 "goes with them"})
     layout: str = field(default="permuted", metadata={"help": "permuted: the units become one dense slice; "
                                                               "indexed: they stay where they are"})
     seed: int = field(default=0, metadata={"help": "seed of the random selection, and of the command line's "
                                                    "choice of calibration rows"})
-    layers: Optional[List[int]] = field(default=None, metadata={"help": "layers to train; default: all"})
-    delta_dtype: Optional[str] = field(default=None, metadata={
+    layers: list[int] | None = field(default=None, metadata={"help": "layers to train; default: all"})
+    delta_dtype: str | None = field(default=None, metadata={
         "help": "dtype of the trained deltas; default: the weight's, but at least float32"})
-    modules_to_save: Optional[List[str]] = field(default=None, metadata={
+    modules_to_save: list[str] | None = field(default=None, metadata={
         "help": "modules to train whole and save beside the slices, e.g. a classifier's new head: their full names or "
                 "the last words of them"})
-    fuse_ffn: bool = field(default=True, metadata={"help": "compute act(gate) * up in one pass each way"})
+    ffn_kernel: bool = field(default=True, metadata={"help": "compute act(gate) * up in one pass each way"})
 
     def __post_init__(self) -> None:
         for key in PROJECTIONS:
@@ -117,8 +117,8 @@ class S2FTConfig:
             value = getattr(self, name)
             if value not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
-        if not isinstance(self.fuse_ffn, bool):
-            raise ValueError(f"fuse_ffn must be True or False, got {self.fuse_ffn!r}")
+        if not isinstance(self.ffn_kernel, bool):
+            raise ValueError(f"ffn_kernel must be True or False, got {self.ffn_kernel!r}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
         if self.layers is not None:
@@ -160,7 +160,7 @@ class S2FTConfig:
             raise ValueError(f"layers names a layer twice: {self.layers!r}")
 
     @property
-    def ratios(self) -> Dict[str, float]:
+    def ratios(self) -> dict[str, float]:
         """Ratio of every projection that is asked for, by its key."""
         return {key: value for key in PROJECTIONS if (value := getattr(self, f"{key}_ratio")) > 0}
 
@@ -170,6 +170,6 @@ class S2FTConfig:
             return DELTA_DTYPES[self.delta_dtype]
         return torch.promote_types(weight_dtype, torch.float32)
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """For JSON. Without modules_to_save where it is None: files of earlier releases don't have it."""
         return {name: value for name, value in asdict(self).items() if name != "modules_to_save" or value is not None}

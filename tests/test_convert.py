@@ -7,21 +7,32 @@ from support.models import ALL_RATIOS, CASES, model_of, output_of, ratios_for, t
 from support.pairs import pairs
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
-from transformers import (AutoModelForCausalLM, BertForSequenceClassification, BertModel, BloomConfig,
-                          CLIPForImageClassification, CLIPTextModelWithProjection, OPTModel, T5EncoderModel, T5Model,
-                          ViTModel, WhisperForAudioClassification, WhisperForCausalLM)
+from transformers import (
+    AutoModelForCausalLM,
+    BertForSequenceClassification,
+    BertModel,
+    BloomConfig,
+    CLIPForImageClassification,
+    CLIPTextModelWithProjection,
+    OPTModel,
+    T5EncoderModel,
+    T5Model,
+    ViTModel,
+    WhisperForAudioClassification,
+    WhisperForCausalLM,
+)
 from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 import s2ft
 from s2ft import S2FTConfig
-from s2ft.arch import couplings_of
-from s2ft.arch.blocks import ACTIVATIONS
-from s2ft.coupling import projections_of
-from s2ft.active import mounted_deltas
-from s2ft.record import attachment_of
+from s2ft.attached.active import mounted_deltas
+from s2ft.attached.record import attachment_of
+from s2ft.model.builders import ACTIVATIONS
+from s2ft.model.coupling import projections_of
+from s2ft.model.registry import couplings_of
+from s2ft.model.weights import like_matrix, weight_of
 from s2ft.ops.act_mul import ACTIVATIONS as FUNCTIONS
-from s2ft.weights import like_matrix, weight_of
 
 LAYOUTS = ("permuted", "indexed")
 # every projection alone, all together, and the asymmetric pairs of the paper
@@ -255,7 +266,7 @@ def test_fused_ffn_gives_the_unfused_numbers(dtype):
     losses = []
     for fuse in (True, False):
         model = model_of("llama-biased", dtype)
-        s2ft.attach(model, S2FTConfig(**ALL_RATIOS, fuse_ffn=fuse))
+        s2ft.attach(model, S2FTConfig(**ALL_RATIOS, ffn_kernel=fuse))
         assert ("forward" in model.model.layers[0].mlp.__dict__) == fuse
         losses.append(train(model, steps=5))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5 if dtype is torch.float32 else 1e-2)
@@ -266,7 +277,7 @@ def test_every_activation_fuses_to_the_same_logits_and_gradients(case):
     logits, gradients = [], []
     for fuse in (True, False):
         model = model_of(case)
-        s2ft.attach(model, S2FTConfig(**ALL_RATIOS, fuse_ffn=fuse))
+        s2ft.attach(model, S2FTConfig(**ALL_RATIOS, ffn_kernel=fuse))
         assert len(attachment_of(model).forwards) == (3 if fuse else 0)
         batch = token_batch(model)
         output = model(batch, labels=batch)
@@ -349,7 +360,7 @@ BAD = {
     "selection": (lambda: S2FTConfig(d_ratio=0.1, selection="best"), ValueError, "selection must be one of random"),
     "seed": (lambda: S2FTConfig(seed=-1), ValueError, "seed"),
     "delta dtype": (lambda: S2FTConfig(delta_dtype="int8"), ValueError, "delta_dtype"),
-    "fuse_ffn": (lambda: S2FTConfig(fuse_ffn="no"), ValueError, "fuse_ffn"),
+    "ffn_kernel": (lambda: S2FTConfig(ffn_kernel="no"), ValueError, "ffn_kernel"),
     "layers": (lambda: S2FTConfig(layers=[0, 0]), ValueError, "twice"),
     "no config": ({"d_ratio": 0.1}, TypeError, "S2FTConfig"),
     "nothing": (S2FTConfig(), ValueError, "nothing is selected"),
@@ -419,7 +430,7 @@ def test_calibration_without_a_use_is_refused():
 
 
 def test_a_failure_in_the_middle_leaves_the_base(monkeypatch):
-    import s2ft.mounting as mounting
+    import s2ft.attached.mounting as mounting
     base = model_of("llama")
     model, real, calls = copy.deepcopy(base), mounting._mount, []
 

@@ -10,8 +10,8 @@ from torch import nn
 
 import s2ft
 from s2ft import S2FTConfig
+from s2ft.attached.record import attachment_of
 from s2ft.layers import S2ColumnStack, S2RowStack
-from s2ft.record import attachment_of
 
 KINDS = {0: S2ColumnStack, 1: S2RowStack}
 INDEX = {0: torch.tensor([3, 1]), 2: torch.tensor([0, 4, 2])}   # expert 1 has no units
@@ -174,7 +174,7 @@ def test_experts_whose_activation_is_not_known_are_refused(layout, monkeypatch):
     class OtherExperts(nn.Module):
         pass
     model, base = with_experts_of(OtherExperts), model_of("mixtral")
-    monkeypatch.setattr("s2ft.mounting._mount_all", lambda *_: pytest.fail("the model was changed before the check"))
+    monkeypatch.setattr("s2ft.attached.mounting._mount_all", lambda *_: pytest.fail("the model was changed before the check"))
     with pytest.raises(ValueError, match="OtherExperts has no _apply_gate"):
         s2ft.attach(model, S2FTConfig(d_ratio=0.2, layout=layout))
     assert s2ft.status(model).adapters == [] and all(parameter.requires_grad for parameter in model.parameters())
@@ -192,7 +192,7 @@ WRONG = {
 def test_wrong_experts_are_named(wrong):
     from dataclasses import replace
 
-    from s2ft.arch import couplings_of
+    from s2ft.model.registry import couplings_of
     change, message = WRONG[wrong]
     model = model_of("mixtral")
     one = next(c for c in couplings_of(model) if c.kind == "experts")

@@ -13,9 +13,9 @@ from transformers.pytorch_utils import Conv1D
 import s2ft
 from s2ft import Coupling, Projection, S2FTConfig, Vector
 from s2ft.adapter.formats.native import CONFIG
-from s2ft.arch import couplings_of
-from s2ft.coupling import projections_of
-from s2ft.record import attachment_of
+from s2ft.attached.record import attachment_of
+from s2ft.model.coupling import projections_of
+from s2ft.model.registry import couplings_of
 
 LAYOUTS = ("permuted", "indexed")
 HEADS, WIDTH, CHANNELS = 4, 5, 30   # heads of five elements, in a model of twelve

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2ft.coupling import Projection
-from s2ft.permutation import contiguous_range, coupling_order, element_order, inverse
+from s2ft.model.coupling import Projection
+from s2ft.model.permutation import contiguous_range, coupling_order, element_order, inverse
 
 
 def draw(count, size, seed):

@@ -16,17 +16,17 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 import s2ft
 from s2ft import Coupling, Projection, S2FTConfig
+from s2ft.attached.active import mounted_deltas
+from s2ft.attached.record import RECORD, attachment_of
 from s2ft.layers import NO_FUSE
-from s2ft.active import mounted_deltas
-from s2ft.record import RECORD, attachment_of
-from s2ft.weights import dequantized, is_quantized
+from s2ft.model.weights import dequantized, is_quantized
 
 bnb = pytest.importorskip("bitsandbytes")
 torchao = pytest.importorskip("torchao.quantization")
 
 RATIOS = dict(q_ratio=0.5, k_ratio=0.25, v_ratio=0.5, o_ratio=0.5, u_ratio=0.2, g_ratio=0.1, d_ratio=0.15)
 INDEXED = S2FTConfig(**RATIOS, layout="indexed")
-UNFUSED = S2FTConfig(**RATIOS, layout="indexed", fuse_ffn=False)   # the fused product of an FFN rounds otherwise
+UNFUSED = S2FTConfig(**RATIOS, layout="indexed", ffn_kernel=False)   # the fused product of an FFN rounds otherwise
 
 
 # ---- models ---------------------------------------------------------------------------------------------
@@ -664,7 +664,7 @@ def test_what_the_quantizer_says_is_copied_and_pickled(kind, tmp_path):
 
 def test_a_failure_leaves_what_the_quantizer_says(tmp_path, monkeypatch):
     model = loaded("4bit", tmp_path)
-    monkeypatch.setattr("s2ft.mounting._mount", lambda *args: 1 / 0)
+    monkeypatch.setattr("s2ft.attached.mounting._mount", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         s2ft.attach(model, INDEXED)
     assert not model.hf_quantizer.is_qat_trainable

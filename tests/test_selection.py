@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s2ft.config import S2FTConfig
-from s2ft.coupling import Coupling, Projection
+from s2ft.model.coupling import Coupling, Projection
 from s2ft.selection import Selection, select
 
 

@@ -1,8 +1,9 @@
 """What a benchmark of an op is, and how its numbers are taken."""
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Optional
+from typing import Any
 
 import torch
 from harness import interleaved, median_ratio
@@ -17,10 +18,10 @@ class Case:
     op: str
     name: str
     ours: Step
-    rivals: Dict[str, Step] = field(default_factory=dict)
+    rivals: dict[str, Step] = field(default_factory=dict)
     moved: int = 0                  # bytes that must be read and written; the floor is a copy that moves as many
-    product: Optional[Step] = None  # the matrix product that must be done; the floor instead of a copy
-    note: Dict[str, Any] = field(default_factory=dict)   # anything else to keep with the result
+    product: Step | None = None  # the matrix product that must be done; the floor instead of a copy
+    note: dict[str, Any] = field(default_factory=dict)   # anything else to keep with the result
 
 
 def copy_of(moved: int, device: str) -> Step:
@@ -30,7 +31,7 @@ def copy_of(moved: int, device: str) -> Step:
     return lambda: target.copy_(source)
 
 
-def measure(case: Case, device: str, seconds: float) -> Dict[str, Any]:
+def measure(case: Case, device: str, seconds: float) -> dict[str, Any]:
     """Medians and ratios of one case, all its steps in turn, for about `seconds`."""
     steps = {"s2ft": case.ours, **case.rivals}
     floor = case.product or (copy_of(case.moved, device) if case.moved else None)
@@ -46,7 +47,7 @@ def measure(case: Case, device: str, seconds: float) -> Dict[str, Any]:
             "s2ft to floor": None if floor is None else median_ratio(times, "s2ft", "floor"), "note": case.note}
 
 
-def line_of(result: Dict[str, Any]) -> str:
+def line_of(result: dict[str, Any]) -> str:
     """One row of the table."""
     floor = result["s2ft to floor"]
     rivals = "  ".join(f"{name} {result['microseconds'][name]:,.0f} µs, {ratio:.2f} ×"

@@ -1,6 +1,5 @@
 """permute_ against indexing by torch, which makes a second matrix. Floor: a copy of the weight."""
 from pathlib import Path
-from typing import Optional
 
 import torch
 from case import Case
@@ -15,7 +14,7 @@ def order_of(size: int, moved: float) -> torch.Tensor:
     return order
 
 
-def peak_growth(step) -> Optional[float]:
+def peak_growth(step) -> float | None:
     """MiB by which a step raises the process' peak memory above what it holds now; None where it can't be read."""
     try:
         Path("/proc/self/clear_refs").write_text("5")   # the peak starts from here

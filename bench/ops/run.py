@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))   # for harness
 
-import torch  # noqa: E402
-from case import line_of, measure  # noqa: E402
-from harness import machine, save  # noqa: E402
+import torch
+from case import line_of, measure
+from harness import machine, save
 
 OPS = ("sliced_linear", "act_mul", "permute_", "scatter_add_", "swap_", "multi_adapter_linear")
 RESULTS = Path(__file__).resolve().parents[1] / "results"

@@ -1,14 +1,22 @@
 """Adapters: save, load, switch, add up, mix in one batch, hand over, and say what is active."""
+from s2ft.adapter import pretrained  # what attached models of transformers can do, by importing it
 from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.bank import AdapterBank
 from s2ft.adapter.export import export_lora, import_lora
 from s2ft.adapter.hub import push_to_hub
-from s2ft.adapter import pretrained   # what attached models of transformers can do, by importing it
 from s2ft.adapter.overlap import Overlap, overlap
 from s2ft.adapter.store import load_adapter, read_adapter, restore_adapter, save_adapter
-from s2ft.adapter.switch import (delete_adapter, disable_adapters, fuse_adapters, get_adapter, list_adapters,
-                                 rename_adapter, set_adapter, status)
+from s2ft.adapter.switch import (
+                                 combine_adapters,
+                                 delete_adapter,
+                                 disable_adapters,
+                                 get_adapter,
+                                 list_adapters,
+                                 rename_adapter,
+                                 set_adapter,
+                                 status,
+)
 
-__all__ = ["Adapter", "AdapterBank", "Overlap", "delete_adapter", "disable_adapters", "export_lora", "fuse_adapters",
+__all__ = ["Adapter", "AdapterBank", "Overlap", "delete_adapter", "disable_adapters", "export_lora", "combine_adapters",
            "get_adapter", "import_lora", "list_adapters", "load_adapter", "overlap", "pretrained", "push_to_hub",
            "read_adapter", "rename_adapter", "restore_adapter", "save_adapter", "set_adapter", "status"]

@@ -1,19 +1,20 @@
 """An adapter: named deltas in original coordinates, with what is needed to put them on the right model."""
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from s2ft import extra
+from s2ft.attached import extra
+from s2ft.attached.record import Attachment
 from s2ft.config import S2FTConfig
-from s2ft.record import Attachment
-from s2ft.coupling import Coupling, projections_of
-from s2ft.delta import Delta
-from s2ft.fingerprint import difference
+from s2ft.model.coupling import Coupling, projections_of
+from s2ft.model.delta import Delta
+from s2ft.model.fingerprint import difference
+from s2ft.model.weights import shape_of
 from s2ft.selection import Selection
-from s2ft.weights import shape_of
 
 
 @dataclass
@@ -34,11 +35,11 @@ class Adapter:
     name: str
     config: S2FTConfig
     selection: Selection
-    fingerprint: Dict[str, Any]
-    deltas: Dict[str, Delta]
-    info: Dict[str, Any] = field(default_factory=dict)
-    couplings: Optional[List[Coupling]] = None
-    extra_weights: Dict[str, Tensor] = field(default_factory=dict)
+    fingerprint: dict[str, Any]
+    deltas: dict[str, Delta]
+    info: dict[str, Any] = field(default_factory=dict)
+    couplings: list[Coupling] | None = None
+    extra_weights: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -69,7 +70,7 @@ class Adapter:
 
 # ---- weighted sums (paper, section 3.4) --------------------------------------------------------------------
 
-def weighted_sum(parts: Sequence[Tuple[Adapter, float]], name: str) -> Adapter:
+def weighted_sum(parts: Sequence[tuple[Adapter, float]], name: str) -> Adapter:
     """The adapter whose deltas are the sum of weight × delta, on the units that any of `parts` has.
 
     Where selections are disjoint and the weights are 1 every number is one that was there before, so that nothing is
@@ -96,13 +97,13 @@ def weighted_sum(parts: Sequence[Tuple[Adapter, float]], name: str) -> Adapter:
     extra_weights = _extra_of_sum(parts)
     modules = [name for adapter, _ in parts for name in adapter.config.modules_to_save or ()]
     config = S2FTConfig(units=selection, layout=first.config.layout, delta_dtype=first.config.delta_dtype,
-                        fuse_ffn=first.config.fuse_ffn, modules_to_save=modules or None)
+                        ffn_kernel=first.config.ffn_kernel, modules_to_save=modules or None)
     info = {**first.info, "sum_of": [[adapter.name, float(weight)] for adapter, weight in parts]}
     return Adapter(name, config, selection, first.fingerprint, deltas, info, first.couplings, extra_weights)
 
 
-def _extra_of_sum(parts: Sequence[Tuple[Adapter, float]]) -> Dict[str, Tensor]:
-    owners: Dict[str, Adapter] = {}
+def _extra_of_sum(parts: Sequence[tuple[Adapter, float]]) -> dict[str, Tensor]:
+    owners: dict[str, Adapter] = {}
     for adapter, weight in parts:
         for name in adapter.extra_weights:
             if weight != 1:
@@ -121,7 +122,7 @@ def check_weight(name: str, weight: Any) -> None:
         raise ValueError(f"the weight of adapter {name!r} must be a finite number, got {weight!r}")
 
 
-def sum_deltas(parts: List[Tuple[Delta, float]]) -> Delta:
+def sum_deltas(parts: list[tuple[Delta, float]]) -> Delta:
     """The sum of weight × delta of one module, on the units that any of them has; gradients flow to the values. In
     float32, or in float64 where a delta is; a single delta of weight 1 stays as it is, copied."""
     if len(parts) == 1 and parts[0][1] == 1:

@@ -9,27 +9,28 @@ and go.
 """
 import threading
 from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MethodType
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Any, Optional
 
 import torch
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import Adapter, check_fits
 from s2ft.adapter.formats import native
-from s2ft.compiled import unwrapped
-from s2ft.convert import new_attachment
-from s2ft.coupling import Projection, projections_of
-from s2ft.delta import Delta
-from s2ft.folder import CONFIG, TENSORS, is_folder
+from s2ft.api import new_attachment
+from s2ft.attached.hosts.compiled import unwrapped
+from s2ft.attached.record import RECORD, Attachment
+from s2ft.files.adapter_folder import CONFIG, TENSORS, is_folder
+from s2ft.files.reading import check_adapter_name
 from s2ft.layers import S2ColumnLinear, S2QuantizedColumn, S2QuantizedLinear, S2RowLinear, layers_for
-from s2ft.record import RECORD, Attachment
+from s2ft.model.coupling import Projection, projections_of
+from s2ft.model.delta import Delta
+from s2ft.model.weights import find
 from s2ft.ops import multi_adapter_linear
-from s2ft.reading import check_adapter_name
-from s2ft.weights import find
 
 OURS = "_s2ft_bank"   # what marks a forward of ours
 
@@ -57,8 +58,8 @@ class AdapterBank:
     time: a batch keeps what it began with. A model runs one batch at a time.
     """
 
-    def __init__(self, model: nn.Module, directory=None, *, limit_bytes: Optional[int] = None,
-                 dtype: Optional[torch.dtype] = None) -> None:
+    def __init__(self, model: nn.Module, directory=None, *, limit_bytes: int | None = None,
+                 dtype: torch.dtype | None = None) -> None:
         """Raises: ValueError for a model with an active adapter or a limit that is none; NotADirectoryError."""
         if limit_bytes is not None and (not isinstance(limit_bytes, int) or limit_bytes < 1):
             raise ValueError(f"limit_bytes must be a whole number above 0, or None, got {limit_bytes!r}")
@@ -70,21 +71,21 @@ class AdapterBank:
         check_plain(model)
         self.model, self.limit_bytes, self.dtype = model, limit_bytes, dtype
         self._directory = None if directory is None else Path(directory)
-        self._entries: Dict[str, _Entry] = {}
-        self._removed: Set[str] = set()                           # of the directory's
-        self._loaded: "OrderedDict[str, _Loaded]" = OrderedDict()  # the one used last comes last
+        self._entries: dict[str, _Entry] = {}
+        self._removed: set[str] = set()                           # of the directory's
+        self._loaded: OrderedDict[str, _Loaded] = OrderedDict()  # the one used last comes last
         self._lock = threading.Lock()       # of the three above; never held while a file is read
         self._running = threading.Lock()    # held by a batch, and so is all that follows
-        self._bases: Dict[Any, _Base] = {}
-        self._sites: Dict[str, _Site] = {}
-        self._packed: Dict[int, int] = {}   # serial number of a loaded adapter → its place in the sites' buffers
+        self._bases: dict[Any, _Base] = {}
+        self._sites: dict[str, _Site] = {}
+        self._packed: dict[int, int] = {}   # serial number of a loaded adapter → its place in the sites' buffers
         self._places = 1                    # there are, a power of two
         self._serial = 0
 
     # ---- names ---------------------------------------------------------------------------------------
 
     @property
-    def names(self) -> List[str]:
+    def names(self) -> list[str]:
         """All that are known, sorted."""
         with self._lock:
             found = set(self._entries)
@@ -93,7 +94,7 @@ class AdapterBank:
         return sorted(found)
 
     @property
-    def loaded(self) -> List[str]:
+    def loaded(self) -> list[str]:
         """Those in memory; the one used longest ago, which is let go next, comes first."""
         with self._lock:
             return list(self._loaded)
@@ -150,7 +151,7 @@ class AdapterBank:
     # ---- batches -------------------------------------------------------------------------------------
 
     @contextmanager
-    def batch(self, names: Sequence[Optional[str]]) -> Iterator[None]:
+    def batch(self, names: Sequence[str | None]) -> Iterator[None]:
         """Within, row b of what the model is given runs with adapter ``names[b]``, or the base where that is None.
 
         Where a model runs on k times as many rows (beams, several samples), each sequence has k rows that follow each
@@ -176,7 +177,7 @@ class AdapterBank:
             self._running.release()
 
     @staticmethod
-    def _checked(names) -> List[Optional[str]]:
+    def _checked(names) -> list[str | None]:
         if isinstance(names, (str, bytes)):
             raise TypeError(f"names must be a list with one name, or None, for every sequence, got {names!r}")
         names = list(names)
@@ -184,7 +185,7 @@ class AdapterBank:
             raise ValueError("names is empty: give one name, or None, for every sequence of the batch")
         return names
 
-    def _take(self, names: List[str]) -> Dict[str, "_Loaded"]:
+    def _take(self, names: list[str]) -> dict[str, "_Loaded"]:
         """What the batch has, whatever is removed from now on."""
         with self._lock:   # all or none: nothing is read where one is unknown
             entries = {name: self._entry(name) for name in names}
@@ -208,7 +209,7 @@ class AdapterBank:
             raise ValueError(f"the batch's adapters take {total:,} bytes at least, more than limit_bytes = "
                              f"{self.limit_bytes:,}: give smaller batches or a higher limit")
 
-    def _keep(self, name: str, entry: "_Entry", loaded: "_Loaded", needed: Set[str]) -> None:
+    def _keep(self, name: str, entry: "_Entry", loaded: "_Loaded", needed: set[str]) -> None:
         """Among the loaded, unless it was removed meanwhile; others go, those used longest ago first."""
         with self._lock:
             if self._entries.get(name) is not entry:
@@ -234,7 +235,7 @@ class AdapterBank:
         check_fits(adapter, self.model, base.record)
         touched = [base.projections[key] for key in adapter.deltas]
         sites = {one.path: self._site(one.path, one.dim, one.expert, f"adapter {name!r} changes") for one in touched}
-        deltas: Dict[str, List[Delta]] = {path: [] for path in sites}
+        deltas: dict[str, list[Delta]] = {path: [] for path in sites}
         for projection, delta in zip(touched, adapter.deltas.values()):
             deltas[projection.path].append(delta)
         parts = {path: self._part(site, deltas[path]) for path, site in sites.items()}
@@ -251,7 +252,7 @@ class AdapterBank:
             self._bases[key] = _Base(record, {one.name: one for one in projections_of(record.couplings)})
         return self._bases[key]
 
-    def _site(self, path: str, dim: int, expert: Optional[int], who: str) -> "_Site":
+    def _site(self, path: str, dim: int, expert: int | None, who: str) -> "_Site":
         """The one we have of this layer, or a new one where it is new, or was exchanged in the model."""
         module, known = find(self.model, path), self._sites.get(path)
         if known is not None and known.module is module:
@@ -262,12 +263,12 @@ class AdapterBank:
                              "and set_adapter instead")
         return _Site(path, module, dim)
 
-    def _use(self, sites: Dict[str, "_Site"]) -> None:
+    def _use(self, sites: dict[str, "_Site"]) -> None:
         if any(self._sites.get(path) is not site for path, site in sites.items()):
             self._sites.update(sites)
             self._packed = {}   # not in the buffers of the new ones
 
-    def _part(self, site: "_Site", deltas: List[Delta]) -> "_Part":
+    def _part(self, site: "_Site", deltas: list[Delta]) -> "_Part":
         weight = site.module.weight
         rows = [delta.values if delta.dim == 0 else delta.values.t() for delta in deltas]
         values = torch.cat(rows).to(weight.device, self.dtype or self._dtype_of(site), copy=True)
@@ -280,7 +281,7 @@ class AdapterBank:
 
     # ---- packing -------------------------------------------------------------------------------------
 
-    def _pack(self, taken: List["_Loaded"]) -> Dict[int, int]:
+    def _pack(self, taken: list["_Loaded"]) -> dict[int, int]:
         """Adapters by place in every site's buffers. Nothing is copied where the last ones packed include these."""
         moved = any(not site.is_in_place(self._dtype_of(site)) for site in self._sites.values())
         if not moved and all(one.serial in self._packed for one in taken):
@@ -295,7 +296,7 @@ class AdapterBank:
         self._packed = {one.serial: place for place, one in enumerate(taken)}
         return self._packed
 
-    def _point(self, places: List[int]) -> None:
+    def _point(self, places: list[int]) -> None:
         """Tell every site which row has which adapter."""
         ids, on, repeated = torch.tensor(places), {}, {}
         for site in self._sites.values():
@@ -317,7 +318,7 @@ class _Base:
     """The model as a list of couplings sees it."""
 
     record: Attachment
-    projections: Dict[str, Projection]   # by name
+    projections: dict[str, Projection]   # by name
 
 
 @dataclass
@@ -333,7 +334,7 @@ class _Loaded:
     """An adapter in memory."""
 
     serial: int
-    parts: Dict[str, _Part]   # by layer
+    parts: dict[str, _Part]   # by layer
     bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -346,20 +347,20 @@ class _Site:
 
     def __init__(self, path: str, module: nn.Module, dim: int) -> None:
         self.path, self.module, self.dim = path, module, dim
-        self.values: Optional[Tensor] = None    # [capacity, inputs or outputs]
-        self.index: Optional[Tensor] = None     # [capacity]
-        self.offsets: Optional[Tensor] = None   # [places + 1]
-        self.adapter: Optional[Tensor] = None   # [sequences]
-        self.repeated: Dict[Tuple, Tensor] = {}      # the same for more rows, shared by all sites of the batch
+        self.values: Tensor | None = None    # [capacity, inputs or outputs]
+        self.index: Tensor | None = None     # [capacity]
+        self.offsets: Tensor | None = None   # [places + 1]
+        self.adapter: Tensor | None = None   # [sequences]
+        self.repeated: dict[tuple, Tensor] = {}      # the same for more rows, shared by all sites of the batch
         self.used = False                       # whether a packed adapter has units here
-        self.own: Optional[Callable] = None     # a forward that someone put on the module before
+        self.own: Callable | None = None     # a forward that someone put on the module before
         self.forward = MethodType(_forward_of(self), module)
 
     def is_in_place(self, dtype: torch.dtype) -> bool:
         values = self.values
         return values is not None and values.device == self.module.weight.device and values.dtype == dtype
 
-    def fill(self, parts: List[Optional[_Part]], dtype: torch.dtype) -> List[int]:
+    def fill(self, parts: list[_Part | None], dtype: torch.dtype) -> list[int]:
         """Pack these; None has nothing here. Returns: where each begins, and the end of the last."""
         ends = [0]
         for part in parts:
@@ -460,7 +461,7 @@ def _mixes(module) -> bool:
     return kinds is not None and kinds[0] in (S2ColumnLinear, S2QuantizedColumn)
 
 
-def _features(module: nn.Module) -> Tuple[int, int]:
+def _features(module: nn.Module) -> tuple[int, int]:
     """Outputs and inputs."""
     if hasattr(module, "nf"):   # Conv1D
         return module.nf, module.nx

@@ -1,18 +1,18 @@
 """Between a model's adapters and the folders of other tools."""
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
 from s2ft.adapter.formats import lora
 from s2ft.adapter.store import load_adapter
 from s2ft.adapter.switch import get_adapter
-from s2ft.compiled import of_compiled
-from s2ft.coupling import Coupling
-from s2ft.record import attachment_of
+from s2ft.attached.hosts.compiled import of_compiled
+from s2ft.attached.record import attachment_of
+from s2ft.model.coupling import Coupling
 
 
 @of_compiled
-def export_lora(model: nn.Module, directory, name: Optional[str] = None, rank: Optional[int] = None,
+def export_lora(model: nn.Module, directory, name: str | None = None, rank: int | None = None,
                 rank_pattern: bool = False) -> None:
     """Save one adapter of `model` as a LoRA folder that PEFT and vLLM load and that adds the same to every weight.
 
@@ -29,7 +29,7 @@ def export_lora(model: nn.Module, directory, name: Optional[str] = None, rank: O
 
 @of_compiled
 def import_lora(model: nn.Module, directory, name: str = "default", *,
-                couplings: Optional[Sequence[Coupling]] = None) -> None:
+                couplings: Sequence[Coupling] | None = None) -> None:
     """Load a LoRA folder that is S²FT by its structure as adapter `name` and make it active.
 
     Raises: as :func:`s2ft.adapter.formats.lora.read` and :func:`load_adapter`; the model is then as it was.

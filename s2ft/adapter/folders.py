@@ -1,7 +1,7 @@
 """Which folders hold adapters: an adapter's own, and the output folder of a run."""
 from pathlib import Path
 
-from s2ft.folder import is_folder
+from s2ft.files.adapter_folder import is_folder
 
 ADAPTER, RUN = "adapter", "run.json"   # in the output folder of s2ft finetune
 STATE = "trainer_state.json"           # in every checkpoint of a Trainer, beside the adapter's files

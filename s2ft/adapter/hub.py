@@ -2,14 +2,14 @@
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Dict, Optional, Union
+from typing import Any
 
 from torch import nn
 
 from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.folders import adapter_folder
 from s2ft.adapter.formats import native
-from s2ft.files import replace_file
+from s2ft.files.writing import replace_file
 
 FILES = [native.CONFIG, native.TENSORS]
 CARD = "README.md"
@@ -29,7 +29,7 @@ def resolve(directory_or_repo, **options) -> Path:
     path = Path(directory_or_repo).expanduser()
     if path.exists() or not isinstance(directory_or_repo, str) or not REPOSITORY.fullmatch(directory_or_repo):
         return adapter_folder(path)   # where there is none, the reader says what is missing
-    from huggingface_hub import snapshot_download   # not at the top: `import s2ft` would load it
+    from huggingface_hub import snapshot_download  # not at the top: `import s2ft` would load it
 
     repo_id, _, revision = directory_or_repo.partition("@")
     try:
@@ -40,9 +40,9 @@ def resolve(directory_or_repo, **options) -> Path:
                                 f"{first or type(error).__name__}") from error
 
 
-def push_to_hub(model_or_folder: Union[nn.Module, str, Path], repo_id: str, name: Optional[str] = None, *,
-                revision: Optional[str] = None, private: Optional[bool] = None,
-                token: Union[str, bool, None] = None, message: str = "S²FT adapter") -> str:
+def push_to_hub(model_or_folder: nn.Module | str | Path, repo_id: str, name: str | None = None, *,
+                revision: str | None = None, private: bool | None = None,
+                token: str | bool | None = None, message: str = "S²FT adapter") -> str:
     """Upload one adapter, its two files, to a repository on the hub, which is made if need be; with a page about it,
     unless there is one.
 
@@ -59,7 +59,7 @@ def push_to_hub(model_or_folder: Union[nn.Module, str, Path], repo_id: str, name
         if name is not None:
             raise ValueError("name says which adapter of a model; a folder holds one")
         return _upload(adapter_folder(Path(model_or_folder)), repo_id, revision, private, token, message)
-    from s2ft.adapter.store import save_adapter   # store may look for folders here
+    from s2ft.adapter.store import save_adapter  # store may look for folders here
 
     with TemporaryDirectory() as folder:
         save_adapter(model_or_folder, folder, name)
@@ -86,10 +86,10 @@ def _upload(folder: Path, repo_id: str, revision, private, token, message: str) 
 
 def card_of(adapter: Adapter) -> str:
     """Front matter (library, tags, the base if the hub has it), how to load it, and what was trained."""
-    from huggingface_hub import ModelCardData   # not at the top: `import s2ft` would load it
+    from huggingface_hub import ModelCardData  # not at the top: `import s2ft` would load it
 
     base = adapter.info.get("base_model")
-    metadata: Dict[str, Any] = {"library_name": "s2ft", "tags": ["s2ft"]}
+    metadata: dict[str, Any] = {"library_name": "s2ft", "tags": ["s2ft"]}
     if isinstance(base, str) and REPOSITORY.fullmatch(base) and not Path(base).exists():
         metadata["base_model"] = base
     else:   # a folder of someone's machine

@@ -1,6 +1,6 @@
 """What adapters have in common."""
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Dict, Sequence
 
 import torch
 
@@ -11,8 +11,8 @@ from s2ft.adapter.adapter import Adapter
 class Overlap:
     """What adapters share: by projection, units that two or more of them train, of all units that any trains."""
 
-    shared: Dict[str, int]
-    trained: Dict[str, int]
+    shared: dict[str, int]
+    trained: dict[str, int]
 
     @property
     def units(self) -> int:

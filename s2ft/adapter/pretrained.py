@@ -1,26 +1,27 @@
 """What a model of transformers does while it trains an adapter: save_pretrained writes the adapter alone, and the
 Trainers of transformers and TRL, as they are, go on from the checkpoints that this gives."""
 import json
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from s2ft import extra
 from s2ft.adapter.formats import native
 from s2ft.adapter.hub import write_card
 from s2ft.adapter.store import save_adapter
-from s2ft.delta import Delta
-from s2ft.distributed import settle
-from s2ft.files import replace_file
-from s2ft.active import set_mounted_deltas
-from s2ft.checkpointing import remove_hooks
-from s2ft.mounting import EXTENSIONS
-from s2ft.record import RECORD, Attachment, attachment_of
-from s2ft.reading import read_json
-from s2ft.report import print_trainable_parameters
+from s2ft.attached import extra
+from s2ft.attached.active import set_mounted_deltas
+from s2ft.attached.hosts.checkpointing import remove_hooks
+from s2ft.attached.mounting import EXTENSIONS
+from s2ft.attached.record import RECORD, Attachment, attachment_of
+from s2ft.attached.report import print_trainable_parameters
+from s2ft.distributed import reshard_all
+from s2ft.files.reading import read_json
+from s2ft.files.writing import replace_file
+from s2ft.model.delta import Delta
 
 # Trainer looks for this name, or for a file of all weights, and hands what the files named in it hold to load_state_dict
 INDEX = "model.safetensors.index.json"
@@ -74,7 +75,7 @@ def _is_ours(index: Path) -> bool:
     return isinstance(metadata, dict) and metadata.get("format") == "s2ft"
 
 
-def _take_deltas(model: nn.Module, state: Dict[str, Tensor], prefix: str, *_: Any) -> None:
+def _take_deltas(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Before load_state_dict: the tensors of an adapter's file go into the trainable layers, after checks.
 
     Raises: ValueError where they are another selection's, nothing changed.
@@ -92,7 +93,7 @@ def _take_deltas(model: nn.Module, state: Dict[str, Tensor], prefix: str, *_: An
     values = {key.removeprefix(marked): value for key, value in state.items() if key.startswith(marked)}
     extra.check_same(model, record, values)
     extra.check_fits(model, record, record.name, values)
-    settle(model)
+    reshard_all(model)
     set_mounted_deltas(record, deltas)
     extra.set_trained(model, record, values)
     for name in found:
@@ -107,7 +108,7 @@ def _ignore_the_base(model: nn.Module, extra_weights: Iterable[str]) -> None:
     model._keys_to_ignore_on_save = set(model.state_dict(keep_vars=True)) - {*attachment_of(model).slices, *extra_weights}
 
 
-def _delta(record: Attachment, name: str, state: Dict[str, Tensor], key: str) -> Delta:
+def _delta(record: Attachment, name: str, state: dict[str, Tensor], key: str) -> Delta:
     mount, part = record.parts[name]
     index, values = state.get(f"{key}.index"), state[f"{key}.delta"]
     if index is None or not torch.equal(index.long().cpu(), part.elements):

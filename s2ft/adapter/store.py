@@ -1,27 +1,28 @@
 """Between a model and adapter folders."""
 import os
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Dict, Mapping, Optional, Union
+from typing import Any
 
 from torch import Tensor, nn
 
-from s2ft import extra
 from s2ft.adapter.adapter import Adapter, check_fits
 from s2ft.adapter.formats import native
 from s2ft.adapter.hub import resolve
 from s2ft.adapter.switch import check_free, get_adapter, set_adapter
-from s2ft.compiled import of_compiled
-from s2ft.active import check_can_write, set_mounted_deltas, take_off
-from s2ft.convert import adapters_aside, new_attachment
-from s2ft.distributed import on_first, settle, sharers, whole
-from s2ft.mounting import check_memory, claim, mount, release
-from s2ft.record import RECORD, Attachment, attachment_of
-from s2ft.reading import check_adapter_name
+from s2ft.api import adapters_aside, new_attachment
+from s2ft.attached import extra
+from s2ft.attached.active import check_can_write, set_mounted_deltas, take_off
+from s2ft.attached.hosts.compiled import of_compiled
+from s2ft.attached.mounting import check_memory, claim, mount, release
+from s2ft.attached.record import RECORD, Attachment, attachment_of
+from s2ft.distributed import full_tensors, ranks_sharing, reshard_all, run_on_first_rank
+from s2ft.files.reading import check_adapter_name
 
 
 @of_compiled
-def save_adapter(model: nn.Module, directory, name: Optional[str] = None, info: Optional[Dict[str, Any]] = None, *,
-                 state: Optional[Mapping[str, Tensor]] = None) -> None:
+def save_adapter(model: nn.Module, directory, name: str | None = None, info: dict[str, Any] | None = None, *,
+                 state: Mapping[str, Tensor] | None = None) -> None:
     """Save one adapter of `model` as safetensors and s2ft_config.json, in original coordinates.
 
     Args:
@@ -42,25 +43,25 @@ def save_adapter(model: nn.Module, directory, name: Optional[str] = None, info: 
         name = record.name if record.name is not None else next(iter(record.active), record.names[0])
     adapter = get_adapter(model, name, state)
     adapter.info = {**model_info(model), **adapter.info, **(info or {})}
-    ranks = sharers(_trained(model, record).values()) if name == record.name and state is None else None
-    on_first("saving an adapter", ranks, lambda: native.write(adapter, directory))
+    ranks = ranks_sharing(_trained(model, record).values()) if name == record.name and state is None else None
+    run_on_first_rank("saving an adapter", ranks, lambda: native.write(adapter, directory))
 
 
 @of_compiled
-def gathered(model: nn.Module) -> Dict[str, Tensor]:
+def gathered(model: nn.Module) -> dict[str, Tensor]:
     """What is trained, all of it, by its name in the model, for `state` of :func:`save_adapter`.
 
     Of a sharded model every rank must call this. Raises: RuntimeError where one does not come within ten minutes.
     """
-    settle(model)
-    return whole(_trained(model, attachment_of(model)))
+    reshard_all(model)
+    return full_tensors(_trained(model, attachment_of(model)))
 
 
-def _trained(model: nn.Module, record: Attachment) -> Dict[str, Tensor]:
+def _trained(model: nn.Module, record: Attachment) -> dict[str, Tensor]:
     return {**record.slices, **extra.trained_parameters(model, record)}
 
 
-def model_info(model: nn.Module) -> Dict[str, Any]:
+def model_info(model: nn.Module) -> dict[str, Any]:
     """What an adapter keeps about its base: name, family, and the dtype of the weights, in which base + delta is
     rounded as it was in training."""
     config = getattr(model, "config", None)
@@ -70,7 +71,7 @@ def model_info(model: nn.Module) -> Dict[str, Any]:
     return info if dtype is None else {**info, "base_dtype": str(dtype).removeprefix("torch.")}
 
 
-def read_adapter(adapter: Union[str, os.PathLike]) -> Adapter:
+def read_adapter(adapter: str | os.PathLike) -> Adapter:
     """An adapter's files, checked, from a folder, or from a repository on the hub, "org/name" or "org/name@revision".
 
     Raises: FileNotFoundError, or ValueError that names what is wrong with the files.
@@ -79,7 +80,7 @@ def read_adapter(adapter: Union[str, os.PathLike]) -> Adapter:
 
 
 @of_compiled
-def load_adapter(model: nn.Module, adapter: Union[str, os.PathLike, Adapter], name: Optional[str] = None,
+def load_adapter(model: nn.Module, adapter: str | os.PathLike | Adapter, name: str | None = None,
                  trainable: bool = False, *, active: bool = True, device=None) -> None:
     """Load a saved adapter under `name` (default: the name it was saved with) and make it the active one.
 
@@ -143,6 +144,6 @@ def restore_adapter(model: nn.Module, directory) -> None:
     if record.selection is None or adapter.selection != record.selection:
         raise ValueError(f"{directory} holds another selection than the one this model trains")
     extra.check_same(model, record, adapter.extra_weights)
-    settle(model)
+    reshard_all(model)
     set_mounted_deltas(record, adapter.deltas)
     extra.set_trained(model, record, adapter.extra_weights)

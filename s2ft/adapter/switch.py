@@ -1,22 +1,23 @@
 """Which adapters a model runs with, and a table that says so."""
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Dict, Iterator, List, Mapping, Optional, Union
+from typing import Union
 
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import Adapter, check_weight, weighted_sum
 from s2ft.adapter.overlap import Overlap, overlap
-from s2ft.compiled import of_compiled
-from s2ft.active import check_can_write, mounted_deltas, put_on, take_off
-from s2ft.convert import detach, fuse
-from s2ft.distributed import settle
+from s2ft.api import detach, fuse
+from s2ft.attached.active import check_can_write, mounted_deltas, put_on, take_off
+from s2ft.attached.extra import check_can_put_on, trained_values
+from s2ft.attached.hosts.compiled import of_compiled
+from s2ft.attached.mounting import check_not_sharded, unmount
+from s2ft.attached.record import RECORD, Attachment, attachment_of
+from s2ft.attached.report import units_of
+from s2ft.distributed import reshard_all
+from s2ft.files.reading import check_adapter_name
 from s2ft.ops._lock import LOCK
-from s2ft.mounting import check_not_sharded, unmount
-from s2ft.record import RECORD, Attachment, attachment_of
-from s2ft.report import units_of
-from s2ft.extra import check_can_put_on, trained_values
-from s2ft.reading import check_adapter_name
 
 Weights = Union[str, Mapping[str, float], None]
 
@@ -37,7 +38,7 @@ def set_adapter(model: nn.Module, adapters: Weights) -> None:
     trainable_is_written = weights.get(record.name, 1) != 1
     if weights == record.active and not trainable_is_written and not record.changing:
         return   # where the trainable one is written its numbers may have changed since
-    settle(model)
+    reshard_all(model)
     check_can_put_on(model, record, weights)
     deltas = {name: _deltas(record, name) for name in weights if name != record.name or trainable_is_written}
     if record.name in deltas:   # those that were loaded were looked at then
@@ -47,7 +48,7 @@ def set_adapter(model: nn.Module, adapters: Weights) -> None:
         put_on(model, record, weights, deltas)
 
 
-def _weights(record: Attachment, adapters: Weights) -> Dict[str, float]:
+def _weights(record: Attachment, adapters: Weights) -> dict[str, float]:
     if adapters is None:
         return {}
     weights = {adapters: 1.0} if isinstance(adapters, str) else adapters
@@ -84,7 +85,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 
 
 @of_compiled
-def get_adapter(model: nn.Module, name: str, state: Optional[Mapping[str, Tensor]] = None) -> Adapter:
+def get_adapter(model: nn.Module, name: str, state: Mapping[str, Tensor] | None = None) -> Adapter:
     """A loaded adapter, or the trainable one as it is now, for arithmetic: ``a + b``, ``0.5 * a``, ``-a``.
 
     The trainable one of a sharded model is gathered: every rank must call this.
@@ -96,14 +97,14 @@ def get_adapter(model: nn.Module, name: str, state: Optional[Mapping[str, Tensor
     _check_known(record, name)
     if name != record.name:
         return record.others[name]
-    settle(model)
+    reshard_all(model)
     return Adapter(name, record.config, record.selection, record.fingerprint, mounted_deltas(record, state),
                    couplings=record.couplings if record.given else None,
                    extra_weights=trained_values(model, record, state))
 
 
 @of_compiled
-def fuse_adapters(model: nn.Module, weights: Mapping[str, float], name: str) -> Overlap:
+def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) -> Overlap:
     """Load the weighted sum of adapters as a new one called `name`; nothing becomes active.
 
     Returns: what they have in common; on disjoint units nothing is lost.
@@ -126,7 +127,7 @@ def check_free(record: Attachment, name: str) -> None:
         raise ValueError(f"there is an adapter called {name!r} already: load it under another name")
 
 
-def list_adapters(model: nn.Module) -> List[str]:
+def list_adapters(model: nn.Module) -> list[str]:
     """Names of all that are loaded, the trainable one first."""
     return status(model).adapters
 
@@ -214,10 +215,10 @@ class StatusRow:
 class Status:
     """What is loaded, what is active and what is trainable; prints as a table."""
 
-    adapters: List[str]
-    active: Dict[str, float]   # weights by name; empty where none is
-    trainable: Optional[str]
-    rows: List[StatusRow]
+    adapters: list[str]
+    active: dict[str, float]   # weights by name; empty where none is
+    trainable: str | None
+    rows: list[StatusRow]
 
     def __str__(self) -> str:
         active = ", ".join(name if weight == 1 else f"{weight:g} × {name}" for name, weight in self.active.items())

@@ -31,9 +31,9 @@ def score(job: EvalArguments) -> None:
     import torch
 
     import s2ft
+    from s2ft.text.examples import read_examples
+    from s2ft.text.models import dtype_of_base, load_model
     from s2ft.train.evaluate import evaluate
-    from s2ft.train.examples import read_examples
-    from s2ft.train.models import dtype_of_base, load_model
     from s2ft.train.output import write_json
     from s2ft.train.scoring import right_answer
 

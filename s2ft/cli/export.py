@@ -64,12 +64,12 @@ def export(job) -> str:
     if job.from_lora is not None:
         return from_lora(job)
     if job.format == "merged":
-        from s2ft.train.merging import merge_checkpoint
+        from s2ft.export.merged import merge_checkpoint
 
         merge_checkpoint(job.model, job.adapter, job.output, job.dtype, job.max_shard_size)
         return f"merged checkpoint, loaded again and compared: {job.output}"
     if job.format == "gguf":
-        from s2ft.train.merging import merge_gguf
+        from s2ft.export.merged import merge_gguf
 
         file = merge_gguf(job.model, job.adapter, job.output, job.dtype)
         return f"GGUF of the merged model, loaded again and compared: {file}"
@@ -79,8 +79,8 @@ def export(job) -> str:
 def to_lora(job) -> str:
     from s2ft.adapter import read_adapter
     from s2ft.adapter.formats import lora
-    from s2ft.train.merging import folder_beside
-    from s2ft.train.models import dtype_of_base, load_model
+    from s2ft.export.merged import folder_beside
+    from s2ft.text.models import dtype_of_base, load_model
 
     adapter = read_adapter(job.adapter)
     with folder_beside(job.output) as beside:
@@ -97,8 +97,8 @@ def from_lora(job) -> str:
     from s2ft.adapter import read_adapter
     from s2ft.adapter.formats import lora, native
     from s2ft.adapter.store import model_info
-    from s2ft.train.merging import folder_beside
-    from s2ft.train.models import load_model
+    from s2ft.export.merged import folder_beside
+    from s2ft.text.models import load_model
 
     with folder_beside(job.output) as beside:
         model, _ = load_model(job.model, job.dtype)

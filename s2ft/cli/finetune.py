@@ -44,7 +44,7 @@ def train(job: FinetuneArguments, config, options) -> None:
     """Everything is checked before a run in the output folder is touched. The first rank alone holds the folder."""
     from contextlib import nullcontext
 
-    from s2ft.reading import check_adapter_name
+    from s2ft.files.reading import check_adapter_name
     from s2ft.train.finetune import check_packages_of_run, this_rank
     from s2ft.train.output import RunFolder
 
@@ -58,13 +58,13 @@ def train(job: FinetuneArguments, config, options) -> None:
 
 def _train(job: FinetuneArguments, config, options, folder, ranks) -> None:
     import s2ft
+    from s2ft.text.encoding import context_length, encode_examples
+    from s2ft.text.examples import read_examples
+    from s2ft.text.models import load_model
+    from s2ft.text.prompts import pad_id
     from s2ft.train.calibration import calibration_for
-    from s2ft.train.encoding import context_length, encode_examples
-    from s2ft.train.examples import read_examples
     from s2ft.train.finetune import check_ranks_agree, training_arguments
     from s2ft.train.memory import say_memory
-    from s2ft.train.models import load_model
-    from s2ft.train.prompts import pad_id
 
     examples = read_examples(job.data)[:job.limit]
     model, tokenizer = load_model(job.model, options.dtype)
@@ -106,9 +106,9 @@ def _finetune(model, tokenizer, rows, options, folder, resume, held_out):
 
 def _held_out(job: FinetuneArguments, tokenizer, room: int):
     """Raises: ValueError for a task without data, or data that it can't score."""
-    from s2ft.train.encoding import encode_examples
+    from s2ft.text.encoding import encode_examples
+    from s2ft.text.examples import read_examples
     from s2ft.train.evaluate import HeldOut
-    from s2ft.train.examples import read_examples
     from s2ft.train.scoring import right_answer
 
     if job.eval_data is None:

@@ -19,7 +19,7 @@ def fuse(folders: list[str], weights: list[float] | None, name: str | None, outp
     from s2ft.adapter import overlap, read_adapter
     from s2ft.adapter.adapter import weighted_sum
     from s2ft.adapter.formats import native
-    from s2ft.reading import check_adapter_name
+    from s2ft.files.reading import check_adapter_name
 
     weights = [1.0] * len(folders) if weights is None else weights
     if len(weights) != len(folders):

@@ -32,8 +32,8 @@ def generate(job: GenerateArguments) -> None:
     from s2ft.serve.batch import Batch, Row
     from s2ft.serve.sampling import Sampler
     from s2ft.serve.text import TextStream
-    from s2ft.train.models import dtype_of_base, load_model
-    from s2ft.train.prompts import end_ids
+    from s2ft.text.models import dtype_of_base, load_model
+    from s2ft.text.prompts import end_ids
 
     prompt = read_prompt(job)
     check(job)
@@ -61,7 +61,7 @@ def read_prompt(job: GenerateArguments) -> str:
     import sys
     from pathlib import Path
 
-    from s2ft.train.examples import check_unicode
+    from s2ft.text.examples import check_unicode
 
     if (job.prompt is None) == (job.prompt_file is None):
         raise ValueError("give either --prompt or --prompt-file")
@@ -85,7 +85,7 @@ def check(job: GenerateArguments) -> None:
 
 
 def prompt_ids(tokenizer, prompt: str, chat: bool) -> list[int]:
-    from s2ft.train.prompts import encode_prompt
+    from s2ft.text.prompts import encode_prompt
 
     if chat:
         return encode_prompt(tokenizer, [{"role": "user", "content": prompt}])
@@ -97,7 +97,7 @@ def prompt_ids(tokenizer, prompt: str, chat: bool) -> list[int]:
 
 
 def check_room(model, prompt: int, new: int) -> None:
-    from s2ft.train.encoding import context_length
+    from s2ft.text.encoding import context_length
 
     context = context_length(model)
     if context is not None and prompt + new > context:

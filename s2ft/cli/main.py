@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(usage())
         return 0 if arguments else 2
     if arguments[0] == "--version":
-        from s2ft.version import __version__
+        from s2ft import __version__
         print(f"s2ft {__version__}")
         return 0
     name, *rest = arguments
@@ -72,10 +72,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def say_error(command: str, reason: str) -> None:
     """One line on stderr. Of several ranks with the same error one says it."""
-    from s2ft.distributed import is_first_to_say
+    from s2ft.distributed import should_print
 
     line = f"s2ft {command}: error: " + " ".join(reason.splitlines())
-    if is_first_to_say(line):
+    if should_print(line):
         print(line, file=sys.stderr)
 
 

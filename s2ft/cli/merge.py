@@ -15,7 +15,7 @@ class MergeArguments:
 def run(arguments: list[str]) -> None:
     (job,) = parse("merge", "Write a checkpoint that stock transformers loads.", [MergeArguments], arguments)
     quiet_transformers()
-    from s2ft.train.merging import merge_checkpoint
+    from s2ft.export.merged import merge_checkpoint
 
     merge_checkpoint(job.model, job.adapter, job.output, job.dtype)
     print(f"merged checkpoint, loaded again and compared: {job.output}")

@@ -66,7 +66,7 @@ def check(job: ServeArguments) -> None:
 def serve_here(job: ServeArguments) -> None:
     from s2ft.serve.options import Limits, ServerOptions, key_of, served_name
     from s2ft.serve.server import serve
-    from s2ft.train.models import load_model
+    from s2ft.text.models import load_model
 
     limits = Limits(key_of(job.api_key), job.timeout, job.max_body_bytes, job.max_tokens_limit)
     options = ServerOptions(job.host, job.port, job.max_batch_size, job.queue_size, job.max_batch_tokens,

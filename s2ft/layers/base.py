@@ -1,16 +1,16 @@
 """What every layer with a trainable slice shares: the slice, fusing, and loading a state."""
 import copy
 import warnings
-from functools import lru_cache
-from typing import Any, ClassVar, Dict, Optional
+from functools import cache
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from s2ft.model.weights import as_matrix
 from s2ft.ops import effective_units
 from s2ft.ops._lock import LOCK, finish_interrupted
 from s2ft.ops._memory import check_private
-from s2ft.weights import as_matrix
 
 
 class S2Layer(nn.Module):
@@ -31,8 +31,8 @@ class S2Layer(nn.Module):
     is_tied = False      # whether other modules hold the same weight
 
     @classmethod
-    def from_module(cls, module: nn.Module, start: Optional[int] = None, end: Optional[int] = None, *,
-                    index: Optional[Tensor] = None, delta_dtype: Optional[torch.dtype] = None) -> "S2Layer":
+    def from_module(cls, module: nn.Module, start: int | None = None, end: int | None = None, *,
+                    index: Tensor | None = None, delta_dtype: torch.dtype | None = None) -> "S2Layer":
         """A layer on the very weight and bias of `module`: no copy, and both become frozen."""
         self = cls.__new__(cls)
         nn.Module.__init__(self)
@@ -167,10 +167,10 @@ class S2Layer(nn.Module):
     # ---- copies and states -----------------------------------------------------------------------
     # Of a weight that no other thread has in use: see stable_weights.
 
-    def __deepcopy__(self, memo: Dict[int, Any]) -> "S2Layer":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "S2Layer":
         return copy_at_rest(self, memo)
 
-    def __getstate__(self) -> Dict[str, Any]:
+    def __getstate__(self) -> dict[str, Any]:
         """For pickle and torch.save, which read a tensor's memory later: the weight as a copy. A tied weight goes as it
         is, so that it is still tied when it is loaded."""
         state = {**self.__dict__, "_looked_at": 0}
@@ -179,7 +179,7 @@ class S2Layer(nn.Module):
             state["_parameters"] = {**self._parameters, "weight": nn.Parameter(at_rest(weight), requires_grad=False)}
         return state
 
-    def __setstate__(self, state: Dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         weight = self._parameters.get("weight")
         if weight is not None and weight.device.type == "cpu" and weight.is_shared():
@@ -220,7 +220,7 @@ def check_private_once(layer: nn.Module, weight: Tensor) -> None:
         layer._looked_at = weight.data_ptr()
 
 
-def copy_at_rest(layer: nn.Module, memo: Dict[int, Any]) -> nn.Module:
+def copy_at_rest(layer: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """The __deepcopy__ of a layer whose weight operations write to."""
     made = memo[id(layer)] = type(layer).__new__(type(layer))
     with LOCK:
@@ -238,7 +238,7 @@ def at_rest(weight: Tensor) -> Tensor:
         return weight.detach().clone()
 
 
-@lru_cache(maxsize=None)   # once a process
+@cache   # once a process
 def _say_cast(made: torch.dtype, now: torch.dtype) -> None:
     made, now = (str(dtype).removeprefix("torch.") for dtype in (made, now))
     warnings.warn(f"s2 was made as {made} and comes to the forward as {now}. Where FSDP (MixedPrecisionPolicy's "

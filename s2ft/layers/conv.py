@@ -1,5 +1,4 @@
 """Convolutions that train a few output or input channels of a frozen weight."""
-from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +12,8 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 def conv_forward(module: nn.Module,         # nn.Conv1d to Conv3d of one group, or one of the layers below
                  x: Tensor,                 # [N, in_channels, ...] or without N
-                 delta: Optional[Tensor],   # [n, I, taps] if dim == 0 else [O, n, taps]; None: the weight as it is
-                 index: Optional[Tensor],   # [n] int64
+                 delta: Tensor | None,   # [n, I, taps] if dim == 0 else [O, n, taps]; None: the weight as it is
+                 index: Tensor | None,   # [n] int64
                  dim: int) -> Tensor:       # [N, out_channels, ...]
     """The forward of `module` on its weight with delta added to the channels `index`."""
     batched = x.dim() == module.weight.dim()
@@ -27,7 +26,7 @@ def conv_forward(module: nn.Module,         # nn.Conv1d to Conv3d of one group, 
     return y if batched else y.squeeze(0)
 
 
-def _padded(module: nn.Module, x: Tensor) -> Tuple[Tensor, Tuple[int, ...]]:
+def _padded(module: nn.Module, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """x and the padding that the convolution has left to do: PyTorch pads beforehand where the sides differ
     (padding="same") or are not filled with zeros."""
     if module.padding_mode == "zeros" and not isinstance(module.padding, str):

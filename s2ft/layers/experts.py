@@ -3,7 +3,8 @@
 transformers keeps a mixture's experts so: `gate_up_proj` and `down_proj` of one module. A stack stands in the
 parameter's place, and the module gets :func:`experts_forward`, which runs the experts that have tokens one by one.
 """
-from typing import Callable, Dict, List, Optional, Tuple, Union
+from collections.abc import Callable
+from typing import Union
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ class S2Stack(S2Layer):
     [n, I] or [O, n]; `index` [n] has the unit of each, `counts` how many each expert has.
     """
 
-    def __init__(self, weight: nn.Parameter, index: Dict[int, Tensor], delta_dtype: Optional[torch.dtype] = None) -> None:
+    def __init__(self, weight: nn.Parameter, index: dict[int, Tensor], delta_dtype: torch.dtype | None = None) -> None:
         """weight: taken over, no copy. index: units [n] int64 by expert, different ones."""
         super().__init__()
         self.weight, self.bias = weight.requires_grad_(False), None
@@ -33,7 +34,7 @@ class S2Stack(S2Layer):
         self._made = self.s2.dtype
         self.register_buffer("base", None)   # the replaced slices, while fused
         self.enabled = True
-        self._parts: Optional[Tuple[Tensor, ...]] = None
+        self._parts: tuple[Tensor, ...] | None = None
 
     def forward(self, x: Tensor, expert: int) -> Tensor:
         """x [tokens, I] → [tokens, O] by one expert's effective weight."""
@@ -117,7 +118,7 @@ def _run_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, to
     k, flat = top_k_index.shape[1], top_k_index.reshape(-1)
     order = flat.argsort(stable=True)                # all places of one expert in a row
     counts = torch.bincount(flat, minlength=self.num_experts).tolist()
-    outputs: List[Tensor] = []
+    outputs: list[Tensor] = []
     for expert, places in enumerate(order.split(counts)):
         if places.numel() and expert < self.num_experts:   # beyond: places that another device's experts have
             tokens = places // k

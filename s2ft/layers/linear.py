@@ -1,14 +1,13 @@
 """Linear layers that train a few output rows or input columns of a frozen weight."""
 import math
-from typing import Optional, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2ft.layers.base import S2Layer
+from s2ft.model.weights import as_matrix, is_conv1d
 from s2ft.ops import indexed_linear, sliced_linear
-from s2ft.weights import as_matrix, is_conv1d
 
 
 def linear_forward(module: nn.Module,   # nn.Linear, transformers' Conv1D, or one of the layers below
@@ -28,9 +27,9 @@ class S2Linear(S2Layer):
     Conv1D of transformers `weight` stays (in, out); `s2` has a linear layer's shape all the same.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: Union[bool, Tensor, None] = True,
-                 start: Optional[int] = None, end: Optional[int] = None, device=None, dtype=None, *,
-                 index: Optional[Tensor] = None, delta_dtype: Optional[torch.dtype] = None) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool | Tensor | None = True,
+                 start: int | None = None, end: int | None = None, device=None, dtype=None, *,
+                 index: Tensor | None = None, delta_dtype: torch.dtype | None = None) -> None:
         """Args:
             in_features, out_features: as in nn.Linear.
             bias: True or False as in nn.Linear, or the values [out_features] to start from.

@@ -5,8 +5,9 @@ for the length of one GEMM and the base is copied back, bit for bit. So an op st
 arguments: nothing can go stale when a weight is replaced, loaded, sharded, cast or copied, no second
 copy of the slice is kept, and the GEMM sees one dense matrix.
 """
+from collections.abc import Callable
 from functools import partial, wraps
-from typing import Callable, Dict, Union
+from typing import Union
 
 import torch
 from torch import Tensor
@@ -92,7 +93,7 @@ class _StreamOrder:
     A stream that is being captured cannot wait for work outside the graph: replays must be ordered by their caller.
     """
 
-    _last: Dict[int, torch.cuda.Event] = {}   # of each device
+    _last: dict[int, torch.cuda.Event] = {}   # of each device
 
     def __init__(self, weight: Tensor) -> None:
         self.stream = None

@@ -4,7 +4,7 @@ The schema and the PyTorch reference stand in Python; csrc/ adds kernels for a d
 else. The dispatcher takes a compiled kernel where there is one and the reference elsewhere, so the
 library gives the same numbers with the compiled module present, absent, or loaded later.
 """
-from typing import Callable, Optional
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ LIBRARY = torch.library.Library("s2ft", "DEF")
 
 
 def define(schema: str, reference: Callable, fake: Callable,
-           setup_context: Optional[Callable] = None, backward: Optional[Callable] = None):
+           setup_context: Callable | None = None, backward: Callable | None = None):
     """Declare one op and return its overload.
 
     Args:
@@ -46,7 +46,7 @@ def autocast_input(op: str, x: Tensor, weight: Tensor) -> Tensor:
     return x
 
 
-def check_linear(op: str, x: Tensor, weight: Tensor, delta: Tensor, dim: int, bias: Optional[Tensor]) -> None:
+def check_linear(op: str, x: Tensor, weight: Tensor, delta: Tensor, dim: int, bias: Tensor | None) -> None:
     """Checks that sliced_linear and indexed_linear share; ValueError names the argument."""
     if dim not in (0, 1):
         raise ValueError(f"{op}: dim must be 0 (outputs) or 1 (inputs), got {dim}")

@@ -2,8 +2,8 @@
 
 `units` is the start of a contiguous slice in the one, the index of every unit in the other.
 """
+from collections.abc import Callable
 from functools import partial
-from typing import Callable, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +50,7 @@ def define_linear(name: str, units: str) -> Callable:
 
 
 def apply(op: Callable, x: Tensor, weight: Tensor, delta: Tensor, units: Units, dim: int,
-          bias: Optional[Tensor]) -> Tensor:
+          bias: Tensor | None) -> Tensor:
     """Call a linear op.
 
     For dim 1 the backward needs the units' share of x alone. It is copied here and not inside the op, where autograd
@@ -80,13 +80,13 @@ def _delta_gradient(grad: Tensor, kept: Tensor, delta: Tensor, units: Units, dim
     return outer_product(outputs, kept).to(delta.dtype)
 
 
-def _save(ctx, units: Units, *tensors: Optional[Tensor]) -> None:
+def _save(ctx, units: Units, *tensors: Tensor | None) -> None:
     is_index = isinstance(units, Tensor)
     ctx.start = None if is_index else units
     ctx.save_for_backward(*tensors, units if is_index else None)
 
 
-def _saved(ctx) -> Tuple[Union[Tensor, int, None], ...]:
+def _saved(ctx) -> tuple[Tensor | int | None, ...]:
     *tensors, index = ctx.saved_tensors
     return (*tensors, ctx.start if index is None else index)
 

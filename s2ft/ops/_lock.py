@@ -5,12 +5,12 @@ that under a lock of the process; where there are none, the PyTorch references d
 """
 import os
 import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Callable, Iterator, List
 
 import torch
 
-from s2ft._build import load
+from s2ft.ops._build import load
 
 _module = load()
 # Its owner may take it again. Taken by `with LOCK:`, whose first step is one C call, so that an interrupt arrives
@@ -19,7 +19,7 @@ LOCK = threading.RLock() if _module is None else _module.weight_lock
 
 # Calls that put a base back. An operation in Python enters its own before it writes base + delta, and takes it out when
 # the base is back, so that whatever ends it early, the next one that takes the lock can finish its work.
-unfinished: List[Callable[[], None]] = []
+unfinished: list[Callable[[], None]] = []
 
 
 def finish_interrupted() -> None:

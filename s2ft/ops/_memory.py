@@ -1,6 +1,5 @@
 """Where a weight lies: operations write to it, so it must be memory that this process has for itself."""
 import sys
-from typing import Optional, Tuple
 
 from torch import Tensor
 
@@ -47,7 +46,7 @@ def check_private(what: str, weight: Tensor) -> None:
                          "process weights of its own (clone them), and share the trained s2 alone")
 
 
-def _mapping_of(weight: Tensor) -> Optional[Tuple[str, str]]:
+def _mapping_of(weight: Tensor) -> tuple[str, str] | None:
     """The flags, such as "rw-p", and the file of the mapping that a CPU tensor lies in; None where that is unknown."""
     if weight.device.type != "cpu" or weight.numel() == 0:
         return None

@@ -1,6 +1,5 @@
 """act(gate) * up, the elementwise middle of a gated FFN, each way in one pass."""
 from functools import partial
-from typing import Tuple
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +28,7 @@ def reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return (act(gate) * up).contiguous()
 
 
-def reference_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tuple[Tensor, Tensor]:
+def reference_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     act, act_backward = activation_of(activation)
     return act_backward(grad * up, gate).contiguous(), (grad * act(gate)).contiguous()
 

@@ -3,14 +3,14 @@
 No device has a kernel of its own: the product is PyTorch's convolution, on a copy of the weight that has
 base + delta in the selected channels. A convolution's weight is small beside its activations.
 """
-from typing import List, Optional, Sequence, Tuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from s2ft.ops._effective import effective_units
-from s2ft.ops._lock import LOCK
 from s2ft.ops._library import autocast_input, check_index, define
+from s2ft.ops._lock import LOCK
 
 
 def effective(weight: Tensor, delta: Tensor, index: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
@@ -30,21 +30,21 @@ def differentiable(weight: Tensor, delta: Tensor, index: Tensor, dim: int, dtype
     return wide.index_add(dim, index, delta.to(wide.dtype)).to(weight.dtype).view(weight.shape).to(dtype)
 
 
-def reference(x: Tensor, weight: Tensor, delta: Tensor, index: Tensor, dim: int, bias: Optional[Tensor],
-              kept: Optional[Tensor], stride: List[int], padding: List[int], dilation: List[int]) -> Tensor:
+def reference(x: Tensor, weight: Tensor, delta: Tensor, index: Tensor, dim: int, bias: Tensor | None,
+              kept: Tensor | None, stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
     bias = None if bias is None else bias.detach().to(x.dtype)
     return torch.ops.aten.convolution(x.detach(), effective(weight, delta, index, dim, x.dtype), bias, stride, padding,
                                       dilation, False, [0] * len(stride), 1)
 
 
-def reference_grad_x(grad: Tensor, weight: Tensor, delta: Tensor, index: Tensor, dim: int, size: List[int],
-                     stride: List[int], padding: List[int], dilation: List[int]) -> Tensor:
+def reference_grad_x(grad: Tensor, weight: Tensor, delta: Tensor, index: Tensor, dim: int, size: list[int],
+                     stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
     return _gradients(grad, grad.new_empty(1).expand(size), effective(weight, delta, index, dim, grad.dtype),
                       stride, padding, dilation, 0)
 
 
-def reference_grad_delta(grad: Tensor, x: Tensor, shape: List[int], stride: List[int], padding: List[int],
-                         dilation: List[int]) -> Tensor:
+def reference_grad_delta(grad: Tensor, x: Tensor, shape: list[int], stride: list[int], padding: list[int],
+                         dilation: list[int]) -> Tensor:
     return _gradients(grad, x, grad.new_empty(1).expand(shape), stride, padding, dilation, 1)
 
 
@@ -116,7 +116,7 @@ def indexed_conv(x: Tensor,        # [N, I, ...], one to three further dimension
                  delta: Tensor,    # [n, I, taps] if dim == 0 else [O, n, taps]; taps: all positions of the kernel
                  index: Tensor,    # [n] int64, no channel twice
                  dim: int,
-                 bias: Optional[Tensor] = None,   # [O]
+                 bias: Tensor | None = None,   # [O]
                  stride: Sequence[int] = (1,), padding: Sequence[int] = (0,), dilation: Sequence[int] = (1,)
                  ) -> Tensor:      # [N, O, ...]
     """Convolution of x with W, where W = weight and ``W.index_select(dim, index) += delta``; one group.
@@ -146,7 +146,7 @@ def indexed_conv(x: Tensor,        # [N, I, ...], one to three further dimension
     return _op(x, weight, delta, index, dim, bias, kept, *geometry)
 
 
-def _entries(name: str, given: Sequence[int], spatial: int) -> Tuple[int, ...]:
+def _entries(name: str, given: Sequence[int], spatial: int) -> tuple[int, ...]:
     given = tuple(given)
     if len(given) not in (1, spatial):
         raise ValueError(f"indexed_conv: {name} must have {spatial} entries or one, got {given}")

@@ -1,5 +1,4 @@
 """Linear layer whose only trainable weights are scattered rows or columns (layout ``indexed``)."""
-from typing import Optional
 
 from torch import Tensor
 
@@ -14,7 +13,7 @@ def indexed_linear(x: Tensor,        # [..., I]
                    delta: Tensor,    # [n, I] if dim == 0 else [O, n]
                    index: Tensor,    # [n], int64, no index twice
                    dim: int,
-                   bias: Optional[Tensor] = None   # [O]
+                   bias: Tensor | None = None   # [O]
                    ) -> Tensor:      # [..., O]
     """y = x @ Wᵀ + bias, with W = weight and ``W.index_select(dim, index) += delta``.
 

@@ -1,5 +1,5 @@
 """A batch whose sequences name their adapters, each added to the base's output (paper, section 3.4)."""
-from typing import Sequence, Tuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -164,8 +164,8 @@ def multi_adapter_linear(x: Tensor,         # [B, ..., I]
         return _op(x, y, values, index, offsets, adapter, dim)
 
 
-def pack_adapters(deltas: Sequence[Tuple[Tensor, Tensor]],   # of each adapter: index [n], delta
-                  dim: int) -> Tuple[Tensor, Tensor, Tensor]:
+def pack_adapters(deltas: Sequence[tuple[Tensor, Tensor]],   # of each adapter: index [n], delta
+                  dim: int) -> tuple[Tensor, Tensor, Tensor]:
     """values, index and offsets of :func:`multi_adapter_linear`.
 
     A delta has shape [n, I] for dim 0 and [O, n] for dim 1, as an adapter of sliced_linear; all have one dtype.

@@ -1,5 +1,5 @@
 """Add deltas to rows or columns of a weight in place: how adapters are fused (paper, section 3.4)."""
-from typing import List, Sequence, Union
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,8 +8,8 @@ from s2ft.ops._effective import in_turn
 from s2ft.ops._library import check_distinct, check_movable, count_change, define
 
 
-def check(op: str, weight: Tensor, index: List[Tensor], delta: List[Tensor], dim: int, alpha: List[float],
-          replaced: List[Tensor]) -> None:
+def check(op: str, weight: Tensor, index: list[Tensor], delta: list[Tensor], dim: int, alpha: list[float],
+          replaced: list[Tensor]) -> None:
     if not len(index) == len(delta) == len(alpha) or len(replaced) not in (0, len(delta)):
         raise ValueError(f"{op}: index, delta, alpha and replaced must be as many, got {len(index)}, {len(delta)}, "
                          f"{len(alpha)} and {len(replaced)}")
@@ -22,8 +22,8 @@ def check(op: str, weight: Tensor, index: List[Tensor], delta: List[Tensor], dim
             raise ValueError(f"{op}: replaced must have weight's dtype {weight.dtype}, got {old.dtype}")
 
 
-def reference(weight: Tensor, index: List[Tensor], delta: List[Tensor], dim: int, alpha: List[float],
-              replaced: List[Tensor]) -> None:
+def reference(weight: Tensor, index: list[Tensor], delta: list[Tensor], dim: int, alpha: list[float],
+              replaced: list[Tensor]) -> None:
     check("scatter_add_", weight, index, delta, dim, alpha, replaced)
     if not delta:
         return
@@ -45,11 +45,11 @@ _op = define("scatter_add_(Tensor(a!) weight, Tensor[] index, Tensor[] delta, in
 
 
 def scatter_add_(weight: Tensor,                            # 1-D to 3-D, changed in place
-                 index: Union[Tensor, Sequence[Tensor]],    # [n] int64, no unit twice; or one for each delta
-                 delta: Union[Tensor, Sequence[Tensor]],    # weight.shape with dim -> n; or several of any n
+                 index: Tensor | Sequence[Tensor],    # [n] int64, no unit twice; or one for each delta
+                 delta: Tensor | Sequence[Tensor],    # weight.shape with dim -> n; or several of any n
                  dim: int,
-                 alpha: Union[float, Sequence[float]] = 1.0,
-                 replaced: Union[Tensor, Sequence[Tensor], None] = None   # as delta, in weight's dtype
+                 alpha: float | Sequence[float] = 1.0,
+                 replaced: Tensor | Sequence[Tensor] | None = None   # as delta, in weight's dtype
                  ) -> None:
     """``weight[index] += alpha * delta`` along dim; for lists, the sum of all of them in one pass.
 
@@ -72,5 +72,5 @@ def scatter_add_(weight: Tensor,                            # 1-D to 3-D, change
     count_change(weight, *kept)
 
 
-def _as_list(value: Union[Tensor, Sequence[Tensor]]) -> List[Tensor]:
+def _as_list(value: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else list(value)

@@ -1,5 +1,4 @@
 """Linear layer whose only trainable weights are a contiguous slice (paper, section 3.3)."""
-from typing import Optional
 
 from torch import Tensor
 
@@ -13,7 +12,7 @@ def sliced_linear(x: Tensor,        # [..., I]
                   weight: Tensor,   # [O, I], frozen
                   delta: Tensor,    # [n, I] if dim == 0 else [O, n]
                   start: int, dim: int,
-                  bias: Optional[Tensor] = None   # [O]
+                  bias: Tensor | None = None   # [O]
                   ) -> Tensor:      # [..., O]
     """y = x @ Wᵀ + bias, with W = weight and ``W.narrow(dim, start, n) += delta``.
 

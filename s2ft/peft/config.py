@@ -1,7 +1,7 @@
 """S2FTConfig with PEFT's habits: what to train, which modules, and, once injected, which units."""
 import re
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Dict, List, Optional, Union
+from typing import Any, ClassVar
 
 from peft import PeftType
 from peft.config import PeftConfig
@@ -35,29 +35,29 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
     """
 
     layout: ClassVar[str] = "indexed"   # of S2FTConfig; weights stay where they are
-    fuse_ffn: ClassVar[bool] = False
+    ffn_kernel: ClassVar[bool] = False
     delta_dtype: ClassVar[None] = None
-    sites: ClassVar[Optional[Dict[str, Any]]] = None   # once injected: s2ft.peft.units.Site by module
-    asked: ClassVar[Optional[Dict[str, tuple]]] = None   # what it was made with, and has instead now, by field
+    sites: ClassVar[dict[str, Any] | None] = None   # once injected: s2ft.peft.units.Site by module
+    asked: ClassVar[dict[str, tuple] | None] = None   # what it was made with, and has instead now, by field
 
-    target_modules: Union[List[str], str, None] = field(default=None, metadata={
+    target_modules: list[str] | str | None = field(default=None, metadata={
         "help": "modules to train: ends of their names, a regular expression, or all-linear"})
-    exclude_modules: Union[List[str], str, None] = field(default=None, metadata={
+    exclude_modules: list[str] | str | None = field(default=None, metadata={
         "help": "modules never to train: ends of their names, or a regular expression"})
-    layers_to_transform: Union[List[int], int, None] = field(default=None, metadata={
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={
         "help": "layers to train, by the first number in a module's name"})
-    layers_pattern: Union[List[str], str, None] = field(default=None, metadata={
+    layers_pattern: list[str] | str | None = field(default=None, metadata={
         "help": "what stands before that number, e.g. layers"})
-    modules_to_save: Optional[List[str]] = field(default=None, metadata={
+    modules_to_save: list[str] | None = field(default=None, metadata={
         "help": "modules to train and save whole besides, e.g. a new head"})
-    ratio: Optional[float] = field(default=None, metadata={"help": "share of the units of every target module"})
-    dim: Optional[str] = field(default=None, metadata={
+    ratio: float | None = field(default=None, metadata={"help": "share of the units of every target module"})
+    dim: str | None = field(default=None, metadata={
         "help": "outputs or inputs: what a unit is in target modules that are in no coupling that s2ft knows"})
     init_weights: bool = field(default=True, metadata={
         "help": "deltas begin at zero, so that nothing changes; False: random, for tests"})
-    chosen_by: Optional[Dict[str, Any]] = field(default=None, metadata={
+    chosen_by: dict[str, Any] | None = field(default=None, metadata={
         "help": "for the record: the options that the units were chosen by"})
-    base_fingerprint: Optional[str] = field(default=None, metadata={
+    base_fingerprint: str | None = field(default=None, metadata={
         "help": "what the base must be, for the families that s2ft knows; None: not looked at"})
 
     def __post_init__(self) -> None:
@@ -98,7 +98,7 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
             raise ValueError(f"selection={self.selection!r} needs calibration data, which PEFT has no place for: give "
                              "units=s2ft.select(model, s2ft.S2FTConfig(...), calibration)")
 
-    def with_units(self, selection: Selection, paths: List[str], fingerprint: Optional[str]) -> "S2FTPeftConfig":
+    def with_units(self, selection: Selection, paths: list[str], fingerprint: str | None) -> "S2FTPeftConfig":
         """A copy that names the units, and how they were chosen, instead of the options they were chosen by."""
         if self.units is not None:
             by, chosen_by = {}, self.chosen_by
@@ -134,7 +134,7 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
         changed = {f.name: (getattr(before, f.name), getattr(self, f.name)) for f in fields(self)}
         self.asked = {name: both for name, both in changed.items() if both[0] != both[1]}
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """For JSON: a module's units are one line of text, 0-3,17."""
         values = super().to_dict()
         for name in ("target_modules", "exclude_modules"):
@@ -144,8 +144,8 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
         return values
 
 
-def _text(numbers: List[int]) -> str:
-    runs: List[List[int]] = []
+def _text(numbers: list[int]) -> str:
+    runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:
             runs[-1][1] = number
@@ -161,8 +161,8 @@ def _lists(units: Any) -> Any:
     return {name: _numbers(name, text) if isinstance(text, str) else text for name, text in units.items()}
 
 
-def _numbers(name: str, text: str) -> List[int]:
-    numbers: List[int] = []
+def _numbers(name: str, text: str) -> list[int]:
+    numbers: list[int] = []
     for run in text.split(","):
         found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", run)
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)

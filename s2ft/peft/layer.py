@@ -1,18 +1,18 @@
 """A module with adapters of PEFT on it: the deltas by adapter, their units, and the forward."""
 import warnings
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import sum_deltas
-from s2ft.delta import Delta
 from s2ft.layers import CONVOLUTIONS, NO_FUSE, forward_for
 from s2ft.layers.base import check_private_once, copy_at_rest
+from s2ft.model.delta import Delta
+from s2ft.model.weights import as_matrix, is_conv1d, is_quantized
 from s2ft.ops import effective_units, multi_adapter_linear, pack_adapters, scatter_add_, swap_
 from s2ft.ops._lock import LOCK
-from s2ft.weights import as_matrix, is_conv1d, is_quantized
 
 BASE = "__base__"   # PEFT's name for no adapter, in mixed batches
 
@@ -51,7 +51,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
                               if "_hook" in key and "state_dict" not in key and key != "_hf_hook"})
         self.base_layer, self.dim = base_layer, dim
         self.s2ft_delta = nn.ModuleDict()
-        self._replaced: Optional[Tuple[Tensor, Tensor]] = None   # index and base, while merged
+        self._replaced: tuple[Tensor, Tensor] | None = None   # index and base, while merged
         self._active_adapter, self.merged_adapters, self._disable_adapters = adapter_name, [], False
         names = ("nx", "nf") if is_conv1d(base_layer) else ("in_features", "out_features")
         names = ("in_channels", "out_channels") if type(base_layer) in CONVOLUTIONS else names
@@ -86,7 +86,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
 
     # ---- forward -------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, *args: Any, adapter_names: Optional[List[str]] = None, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """As the base layer's.
 
         Args:
@@ -106,7 +106,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
             return self.base_layer.forward(x, *args, **kwargs)
         return self._product(x, self.delta_of(names))
 
-    def delta_of(self, names: List[str]) -> Delta:
+    def delta_of(self, names: list[str]) -> Delta:
         """The sum of adapters that are here; gradients flow to each."""
         parts = [self.s2ft_delta[name] for name in names]
         deltas = [Delta(self.dim, part.index, part.values) for part in parts]
@@ -124,7 +124,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
 
     # ---- mixed batches -------------------------------------------------------------------------------
 
-    def _row_names(self, x: Tensor, names: List[str]) -> List[str]:
+    def _row_names(self, x: Tensor, names: list[str]) -> list[str]:
         """Of every row of x. Raises: ValueError in PEFT's words, for those who look for them."""
         if not names or len(x) % len(names):
             raise ValueError("Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -134,7 +134,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
                              "`unmerge_adapter` first.")
         return [name for name in names for _ in range(len(x) // len(names))]
 
-    def _mixed(self, x: Tensor, adapter_names: List[str]) -> Tensor:
+    def _mixed(self, x: Tensor, adapter_names: list[str]) -> Tensor:
         """One product of the base for all and the adapters' parts beside it, or, where that can't be, one product for
         the rows of each adapter."""
         here = [name for name in dict.fromkeys(adapter_names) if name in self.s2ft_delta]
@@ -149,7 +149,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         which = torch.tensor([here.index(name) if name in here else -1 for name in adapter_names], device=x.device)
         return multi_adapter_linear(x.to(y.dtype), y, *packed, which, self.dim)
 
-    def _row_by_row(self, x: Tensor, adapter_names: List[str], here: List[str]) -> Tensor:
+    def _row_by_row(self, x: Tensor, adapter_names: list[str], here: list[str]) -> Tensor:
         names = [name if name in here else BASE for name in adapter_names]
         groups = {one: torch.tensor([i for i, name in enumerate(names) if name == one], device=x.device)
                   for one in dict.fromkeys(names)}
@@ -159,7 +159,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
 
     # ---- merge and unmerge ---------------------------------------------------------------------------
 
-    def merge(self, safe_merge: bool = False, adapter_names: Optional[List[str]] = None) -> None:
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the sum of the merged and these adapters (default: the active ones) into the weight.
 
         Raises: ValueError for a quantized base; with safe_merge for a result that is not finite, nothing written.
@@ -181,7 +181,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         self.put_in(self.merged_adapters)
 
     @torch.no_grad()
-    def _check_finite(self, names: List[str]) -> None:
+    def _check_finite(self, names: list[str]) -> None:
         for name in names:   # one by one, to name it
             delta = self.delta_of([name])
             if not bool(torch.isfinite(self._effective(delta)).all()):
@@ -202,7 +202,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
 
     @torch.no_grad()
-    def put_in(self, names: List[str]) -> None:
+    def put_in(self, names: list[str]) -> None:
         """Write the sum of `names` into the weight, which must hold the base, and keep what it replaces."""
         if not names:
             return
@@ -222,7 +222,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
             swap_(matrix, index.to(matrix.device), base.to(matrix, copy=True), self.dim)
             self._replaced = None
 
-    def __deepcopy__(self, memo: Dict[int, Any]) -> "S2FTPeftLayer":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "S2FTPeftLayer":
         return copy_at_rest(self, memo)
 
     # ---- what PEFT asks ------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """The tuner: S²FT's part of a PeftModel."""
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -10,11 +11,11 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import check_weight, sum_deltas
-from s2ft.mounting import check_gradients_pass
+from s2ft.attached.mounting import check_gradients_pass
+from s2ft.model.weights import allow_packing, layers_that_pack, stop_packing
 from s2ft.peft.config import S2FTPeftConfig
 from s2ft.peft.layer import BASE, S2FTPeftLayer
 from s2ft.peft.units import settle
-from s2ft.weights import pack_again, pack_never, packing_layers
 
 PREFIX = "s2ft_"
 
@@ -24,7 +25,7 @@ class S2FTPeftModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = S2FTPeftLayer
-    target_module_mapping: Dict[str, List[str]] = {}   # modules follow from the selection
+    target_module_mapping: dict[str, list[str]] = {}   # modules follow from the selection
 
     # ---- in ------------------------------------------------------------------------------------------
 
@@ -38,8 +39,8 @@ class S2FTPeftModel(BaseTuner):
         if not config.inference_mode:
             check_gradients_pass(model)
         self.peft_config[adapter_name] = config
-        unpacked = packing_layers(model)
-        pack_never(model, unpacked)
+        unpacked = layers_that_pack(model)
+        stop_packing(model, unpacked)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config.note(before)   # PEFT shortens long lists of target_modules
         self.__dict__.setdefault("_unpacked", unpacked)
@@ -78,7 +79,7 @@ class S2FTPeftModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        pack_again(model, self.__dict__.pop("_unpacked", []))
+        allow_packing(model, self.__dict__.pop("_unpacked", []))
         return model
 
     # ---- weighted sums -------------------------------------------------------------------------------
@@ -92,7 +93,7 @@ class S2FTPeftModel(BaseTuner):
         """
         self._check_weighted(adapters, weights, adapter_name, combination_type)
         configs = [self.peft_config[name] for name in adapters]
-        units: Dict[str, List[int]] = {}
+        units: dict[str, list[int]] = {}
         for config in configs:
             for name, numbers in config.units.items():
                 units[name] = sorted({*units.get(name, ()), *numbers})
@@ -132,7 +133,7 @@ class S2FTPeftModel(BaseTuner):
             raise ValueError("Cannot add weighted adapters if they target the same module with modules_to_save, but "
                              f"found {len(clashes)} such instance(s). They are {', '.join(clashes)}")
 
-    def _layers(self, adapter_name: str) -> List[S2FTPeftLayer]:
+    def _layers(self, adapter_name: str) -> list[S2FTPeftLayer]:
         return [module for module in self.model.modules()
                 if isinstance(module, S2FTPeftLayer) and adapter_name in module.s2ft_delta]
 
@@ -159,7 +160,7 @@ class S2FTPeftModel(BaseTuner):
             for handle in handles:
                 handle.remove()
 
-    def _check_mixed(self, names: Sequence[str], args: tuple, kwargs: Dict[str, Any]) -> None:
+    def _check_mixed(self, names: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> None:
         """In PEFT's words, for those who look for them."""
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 1]
         if given and len(given[0]) != len(names):
@@ -177,7 +178,7 @@ class S2FTPeftModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model: nn.Module, config: S2FTPeftConfig, adapter_name: str,
-                                           state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
+                                           state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """PEFT's; strict about what is s2ft's. Raises: ValueError for weights that are missing, left over or of other
         units than the config's, before anything is loaded: such an adapter would change the wrong weights."""
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
@@ -196,5 +197,5 @@ class S2FTPeftModel(BaseTuner):
         return mapped
 
 
-def _pass_names(names: List[str], module: nn.Module, args: tuple, kwargs: Dict[str, Any]) -> Optional[tuple]:
+def _pass_names(names: list[str], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
     return args, {**kwargs, "adapter_names": names}

@@ -1,6 +1,5 @@
 """Between a PeftModel's adapters and s2ft's own: the same deltas, in the same coordinates."""
 import json
-from typing import Union
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -38,7 +37,7 @@ def to_native(model: PeftModel, adapter_name: str = "default") -> Adapter:
                    extra_weights=extra_weights)
 
 
-def from_native(model: Union[nn.Module, PeftModel], adapter: Union[Adapter, str], adapter_name: str = "default",
+def from_native(model: nn.Module | PeftModel, adapter: Adapter | str, adapter_name: str = "default",
                 **config) -> PeftModel:
     """A PeftModel with an adapter of s2ft on it: a new one around a plain base, or `model`, if it is one already.
 

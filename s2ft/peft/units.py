@@ -1,25 +1,24 @@
 """Which modules an adapter trains, and which units of them, from its config and the model."""
 import json
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Dict, Iterator, List, Optional, Tuple
 
 import torch
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from torch import Tensor, nn
 
-from s2ft.arch import couplings_of, known_architectures
-from s2ft.arch.registry import check_module, check_shapes
 from s2ft.config import S2FTConfig
-from s2ft.coupling import Coupling, Projection, projections_of
-from s2ft.delta import Delta
-from s2ft.fingerprint import difference, fingerprint
+from s2ft.model.coupling import Coupling, Projection, projections_of
+from s2ft.model.delta import Delta
+from s2ft.model.fingerprint import difference, fingerprint
+from s2ft.model.registry import check_module, check_shapes, couplings_of, known_architectures
+from s2ft.model.weights import put, shape_of, weight_of
 from s2ft.peft.config import DIMS, S2FTPeftConfig
 from s2ft.peft.layer import S2FTPeftLayer
 from s2ft.selection import Selection, select
 from s2ft.selection.selection import unit_tensors
-from s2ft.weights import put, shape_of, weight_of
 
 
 @dataclass(frozen=True)
@@ -28,11 +27,11 @@ class Targets:
 
     kind: str
     layer: int
-    projections: Tuple[Projection, ...]
-    vectors: Tuple = ()
+    projections: tuple[Projection, ...]
+    vectors: tuple = ()
 
     @property
-    def producers(self) -> Tuple[Projection, ...]:
+    def producers(self) -> tuple[Projection, ...]:
         return tuple(projection for projection in self.projections if projection.dim == 0)
 
 
@@ -42,14 +41,14 @@ class Site:
 
     dim: int
     index: Tensor
-    parts: Tuple[Tuple[Projection, Tensor], ...]   # with their units
+    parts: tuple[tuple[Projection, Tensor], ...]   # with their units
 
     @classmethod
-    def of(cls, parts: List[Tuple[Projection, Tensor]]) -> "Site":
+    def of(cls, parts: list[tuple[Projection, Tensor]]) -> "Site":
         elements = torch.cat([projection.elements(units) for projection, units in parts])
         return cls(parts[0][0].dim, elements.sort().values, tuple(parts))
 
-    def deltas(self, values: Tensor) -> Dict[str, Delta]:
+    def deltas(self, values: Tensor) -> dict[str, Delta]:
         """By projection, of the module's delta, copied."""
         found = {}
         for projection, units in self.parts:
@@ -58,7 +57,7 @@ class Site:
             found[projection.name] = Delta(self.dim, elements, values.index_select(self.dim, place))
         return found
 
-    def joined(self, deltas: Dict[str, Delta]) -> Tensor:
+    def joined(self, deltas: dict[str, Delta]) -> Tensor:
         """The module's delta, of those by projection."""
         mine = [deltas[projection.name] for projection, _ in self.parts]
         order = torch.cat([delta.index for delta in mine]).argsort()
@@ -82,7 +81,7 @@ def settle(config: S2FTPeftConfig, model: nn.Module) -> S2FTPeftConfig:
             config.sites = {}   # PEFT says what does not match, and why
             return config
         selection = select(targets, _choice(settled, couplings, targets), model)
-    found: Dict[str, List[Tuple[Projection, Tensor]]] = {}
+    found: dict[str, list[tuple[Projection, Tensor]]] = {}
     for projection in projections_of(targets):
         if projection.name in selection:
             found.setdefault(projection.path, []).append((projection, selection[projection.name]))
@@ -106,14 +105,14 @@ def plain(model: nn.Module) -> Iterator[None]:
             layer.put_in(layer.merged_adapters)
 
 
-def _couplings(model: nn.Module) -> List[Coupling]:
+def _couplings(model: nn.Module) -> list[Coupling]:
     known = getattr(getattr(model, "config", None), "model_type", None) in known_architectures()
     return couplings_of(model) if known else []
 
 
 # ---- the base ------------------------------------------------------------------------------------------
 
-def _fingerprint(model: nn.Module, couplings: List[Coupling]) -> Optional[dict]:
+def _fingerprint(model: nn.Module, couplings: list[Coupling]) -> dict | None:
     """None where there is no family to read it by, or where weights are elsewhere: sharded, or not loaded yet."""
     weights = [weight_of(model, projection) for coupling in couplings for projection in coupling.projections]
     if not weights or any(w.is_meta or w.numel() == 0 or type(w.data).__name__ == "DTensor" for w in weights):
@@ -121,7 +120,7 @@ def _fingerprint(model: nn.Module, couplings: List[Coupling]) -> Optional[dict]:
     return fingerprint(model, couplings)
 
 
-def _check_base(config: S2FTPeftConfig, base: Optional[dict]) -> None:
+def _check_base(config: S2FTPeftConfig, base: dict | None) -> None:
     if config.base_fingerprint is None or base is None:
         return
     what = difference(base, json.loads(config.base_fingerprint))
@@ -132,7 +131,7 @@ def _check_base(config: S2FTPeftConfig, base: Optional[dict]) -> None:
 
 # ---- the modules ---------------------------------------------------------------------------------------
 
-def _targets(config: S2FTPeftConfig, model: nn.Module, couplings: List[Coupling]) -> List[Targets]:
+def _targets(config: S2FTPeftConfig, model: nn.Module, couplings: list[Coupling]) -> list[Targets]:
     """What the config asks for: projections of couplings, and modules outside of any."""
     if config.ratios and not couplings:
         kind = getattr(getattr(model, "config", None), "model_type", None)
@@ -155,11 +154,11 @@ def _targets(config: S2FTPeftConfig, model: nn.Module, couplings: List[Coupling]
     return targets
 
 
-def _read(units, field: str) -> Dict[str, Tensor]:
+def _read(units, field: str) -> dict[str, Tensor]:
     return Selection.load(units).units if isinstance(units, str) else unit_tensors(units, field)
 
 
-def _is_wanted(config: S2FTPeftConfig, names: Optional[Dict[str, Tensor]], projection: Projection) -> bool:
+def _is_wanted(config: S2FTPeftConfig, names: dict[str, Tensor] | None, projection: Projection) -> bool:
     if names is not None:
         wanted = projection.name in names
     elif config.target_modules is not None:
@@ -189,7 +188,7 @@ def _outside(config: S2FTPeftConfig, model: nn.Module, path: str, module: nn.Mod
     return Targets(f"module {path}", 0, (Projection("ud"[dim], path, shape[dim], 1, dim),))
 
 
-def _check_inside(config: S2FTPeftConfig, couplings: List[Coupling], targets: List[Targets]) -> None:
+def _check_inside(config: S2FTPeftConfig, couplings: list[Coupling], targets: list[Targets]) -> None:
     """Of couplings only."""
     left = {projection.key for projection in projections_of(targets)}
     for key in {projection.key for projection in projections_of(couplings)} & config.ratios.keys() - left:
@@ -201,13 +200,13 @@ def _check_inside(config: S2FTPeftConfig, couplings: List[Coupling], targets: Li
                              "dim is for modules that are in no coupling")
 
 
-def _check_ratio(config: S2FTPeftConfig, targets: List[Targets]) -> None:
+def _check_ratio(config: S2FTPeftConfig, targets: list[Targets]) -> None:
     for projection in projections_of(targets):
         if config.ratio is not None and int(config.ratio * projection.count + 0.5) == 0:
             raise ValueError(f"ratio={config.ratio} comes to none of the {projection.count} units of {projection.name}")
 
 
-def _check_units(config: S2FTPeftConfig, names: Dict[str, Tensor], model: nn.Module, targets: List[Targets]) -> None:
+def _check_units(config: S2FTPeftConfig, names: dict[str, Tensor], model: nn.Module, targets: list[Targets]) -> None:
     """All are there, and they are those of the target modules."""
     missing = names.keys() - {projection.name for projection in projections_of(targets)}
     if missing:
@@ -222,7 +221,7 @@ def _check_units(config: S2FTPeftConfig, names: Dict[str, Tensor], model: nn.Mod
         raise ValueError(f"target_modules has {min(aimed - paths)}, and units names no unit of it")
 
 
-def _choice(config: S2FTPeftConfig, couplings: List[Coupling], targets: List[Targets]) -> S2FTConfig:
+def _choice(config: S2FTPeftConfig, couplings: list[Coupling], targets: list[Targets]) -> S2FTConfig:
     """What the selection is asked for."""
     if config.units is not None:
         return S2FTConfig(units=config.units)
@@ -235,7 +234,7 @@ def _choice(config: S2FTPeftConfig, couplings: List[Coupling], targets: List[Tar
                       layers=config.layers)
 
 
-def _exclude(config: S2FTPeftConfig, couplings: List[Coupling], targets: List[Targets]) -> Optional[Dict[str, Tensor]]:
+def _exclude(config: S2FTPeftConfig, couplings: list[Coupling], targets: list[Targets]) -> dict[str, Tensor] | None:
     """Of what is trained here; an adapter that is excluded may train more."""
     if config.exclude is None:
         return None

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.config import S2FTConfig
-from s2ft.coupling import Coupling
+from s2ft.model.coupling import Coupling
 from s2ft.selection.activation import activation_scores
 from s2ft.selection.allocation import ALLOCATIONS
 from s2ft.selection.budget import requested_layers, requested_projections, units_per_projection
@@ -18,7 +18,7 @@ from s2ft.selection.random import random_scores
 from s2ft.selection.selection import Selection
 from s2ft.selection.weight import weight_scores
 
-METRICS: Dict[str, Metric] = {
+METRICS: dict[str, Metric] = {
     "random": Metric(random_scores, calibrated=False, ordered=False),
     "weight": Metric(weight_scores, calibrated=False),
     "activation": Metric(activation_scores, calibrated=True),
@@ -29,7 +29,7 @@ METRICS: Dict[str, Metric] = {
 __all__ = ["METRICS", "Selection", "select"]
 
 
-def select(couplings: List[Coupling], config: S2FTConfig, model: Optional[nn.Module] = None,
+def select(couplings: list[Coupling], config: S2FTConfig, model: nn.Module | None = None,
            calibration=None) -> Selection:
     """The units that `config` asks for, by projection, in original order.
 
@@ -71,7 +71,7 @@ def _check_calibration(config: S2FTConfig, metric: Metric, calibration) -> None:
         raise ValueError(f"selection={config.selection!r} takes no calibration data")
 
 
-def _check_finite(config: S2FTConfig, scores: Dict[str, Tensor]) -> None:
+def _check_finite(config: S2FTConfig, scores: dict[str, Tensor]) -> None:
     for path, values in scores.items():
         if not bool(torch.isfinite(values).all()):
             raise ValueError(f"selection={config.selection!r}: the statistics of {path} are NaN or infinite")

@@ -1,19 +1,19 @@
 """Selection by activation norm (paper, S²FT-A)."""
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import MethodType
-from typing import Callable, Dict, Iterator, List, Optional
 
 import torch
 from torch import Tensor, nn
 
-from s2ft.coupling import Projection
 from s2ft.layers import CONVOLUTIONS, ObservedStack, experts_forward
+from s2ft.model.coupling import Projection
+from s2ft.model.weights import find, position, put
 from s2ft.selection.calibration import hooks_removed, run_forward, stack_of, undisturbed
 from s2ft.selection.metric import Request, squares_by_unit
-from s2ft.weights import find, position, put
 
 
-def activation_scores(request: Request) -> Dict[str, Tensor]:
+def activation_scores(request: Request) -> dict[str, Tensor]:
     """The L2 norm of a unit's activation over the calibration tokens, divided by the root of their number. Where the
     module sees other positions, such as image patches or sound frames, over those; of an expert the tokens that do
     not come to it count as zeros.
@@ -36,12 +36,12 @@ class _Sums:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self.sums: Dict[str, Tensor] = {}
-        self.counts: Dict[str, int] = {}   # those of an encoder are not those of its decoder
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}   # those of an encoder are not those of its decoder
         self.stacks = {projection.name: stack_of(request.model, coupling, projection)
                        for coupling in request.couplings for projection in coupling.projections}
 
-    def watch(self, path: str, projections: List[Projection]) -> list:
+    def watch(self, path: str, projections: list[Projection]) -> list:
         """Hooks that add up what passes; projections: of the weight `path`, all of one side."""
         module = find(self.request.model, path)
         if isinstance(module, ObservedStack):
@@ -52,22 +52,22 @@ class _Sums:
         return [module.register_forward_hook(lambda _, inputs, output: self._add(
             projections, _features_last(module, inputs[0] if consumes else output)))]
 
-    def _positions(self, projections: List[Projection], x: Tensor) -> Tensor:
+    def _positions(self, projections: list[Projection], x: Tensor) -> Tensor:
         """x [..., features] without padding: [positions, features]."""
         return self.request.calibration.counted(x.detach(), projections[0].name, self.stacks[projections[0].name])
 
-    def _count(self, projections: List[Projection], x: Tensor) -> None:
+    def _count(self, projections: list[Projection], x: Tensor) -> None:
         count = len(self._positions(projections, x))
         for projection in projections:
             self.counts[projection.name] = self.counts.get(projection.name, 0) + count
 
-    def _add(self, projections: List[Projection], x: Tensor) -> None:
+    def _add(self, projections: list[Projection], x: Tensor) -> None:
         self._count(projections, x)
         x = self._positions(projections, x)
         for projection in projections:
             self._add_squares(projection, x)
 
-    def _add_expert(self, projections: List[Projection], inputs: tuple, output: Tensor) -> None:
+    def _add_expert(self, projections: list[Projection], inputs: tuple, output: Tensor) -> None:
         x, expert, tokens = inputs
         for projection in projections:
             if projection.expert == expert:
@@ -80,7 +80,7 @@ class _Sums:
         before = self.sums.get(projection.name)
         self.sums[projection.name] = squares if before is None else before + squares
 
-    def scores(self) -> Dict[str, Tensor]:
+    def scores(self) -> dict[str, Tensor]:
         """By projection [count] float64. Raises: ValueError for one that saw nothing."""
         scores = {}
         for projection in self.request.projections:
@@ -93,8 +93,8 @@ class _Sums:
         return scores
 
 
-def _by_path(request: Request) -> Dict[str, List[Projection]]:
-    found: Dict[str, List[Projection]] = {}
+def _by_path(request: Request) -> dict[str, list[Projection]]:
+    found: dict[str, list[Projection]] = {}
     for projection in request.projections:
         found.setdefault(projection.path, []).append(projection)
     return found
@@ -125,7 +125,7 @@ def _experts_observed(request: Request) -> Iterator[None]:
         yield
 
 
-def _set_forward(module: nn.Module, forward: Optional[Callable]) -> None:
+def _set_forward(module: nn.Module, forward: Callable | None) -> None:
     if forward is None:
         module.__dict__.pop("forward", None)
     else:

@@ -1,17 +1,16 @@
 """From scores to units: the best of every projection, or the best over all layers."""
-from typing import Dict, List
 
 import torch
 from torch import Tensor
 
-from s2ft.coupling import Projection, unit_name
+from s2ft.model.coupling import Projection, unit_name
 from s2ft.selection.budget import unit_parameters
 from s2ft.selection.metric import Request
 
-Units = Dict[str, Tensor]   # by module path
+Units = dict[str, Tensor]   # by module path
 
 
-def uniform(request: Request, scores: Units, budget: Dict[str, int], allowed: Units, smallest: bool) -> Units:
+def uniform(request: Request, scores: Units, budget: dict[str, int], allowed: Units, smallest: bool) -> Units:
     """Of every projection the best units, as many as `budget` says."""
     chosen = {}
     for projection in request.projections:
@@ -24,14 +23,14 @@ def uniform(request: Request, scores: Units, budget: Dict[str, int], allowed: Un
     return chosen
 
 
-def over_layers(request: Request, scores: Units, budget: Dict[str, int], allowed: Units, smallest: bool) -> Units:
+def over_layers(request: Request, scores: Units, budget: dict[str, int], allowed: Units, smallest: bool) -> Units:
     """Of every kind of projection the best units over all its layers, as many parameters as `budget` comes to.
 
     Scores are compared as they are, not normalised by layer: a layer may get none or all. Of equal units the one
     of the lower layer, then of the lower number, comes first.
     """
     chosen: Units = {}
-    groups: Dict[str, List[Projection]] = {}
+    groups: dict[str, list[Projection]] = {}
     for projection in request.projections:
         groups.setdefault(projection.key, []).append(projection)
     for projections in groups.values():
@@ -45,7 +44,7 @@ def over_layers(request: Request, scores: Units, budget: Dict[str, int], allowed
     return chosen
 
 
-def _best_over(request: Request, projections: List[Projection], scores: Units, budget: Dict[str, int],
+def _best_over(request: Request, projections: list[Projection], scores: Units, budget: dict[str, int],
                allowed: Units, smallest: bool) -> Tensor:
     """Which units of `projections`, one after the other [units], are taken."""
     costs = {p.name: unit_parameters(request.model, p) for p in projections}
@@ -63,7 +62,7 @@ def best_first(scores: Tensor, smallest: bool) -> Tensor:
     return scores.argsort(descending=not smallest, stable=True)
 
 
-def _check_enough(projections: List[Projection], asked: int, there: int) -> None:
+def _check_enough(projections: list[Projection], asked: int, there: int) -> None:
     if asked > there:
         where = projections[0].path if len(projections) == 1 else f"the layers' {projections[0].key} projections"
         raise ValueError(f"exclude leaves {there} {unit_name(projections[0])} of {where} to choose from; {asked} are "

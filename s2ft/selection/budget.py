@@ -1,16 +1,15 @@
 """How many units of each projection are trained: by ratio, or as many as a number of parameters allows."""
 import math
-from typing import Dict, List, Optional
 
 from torch import nn
 
 from s2ft.config import S2FTConfig
-from s2ft.coupling import Coupling, Projection, projections_of, unit_name
-from s2ft.weights import shape_of
+from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
+from s2ft.model.weights import shape_of
 
 
-def units_per_projection(couplings: List[Coupling], config: S2FTConfig, model: Optional[nn.Module] = None,
-                         free: Optional[Dict[str, int]] = None) -> Dict[str, int]:
+def units_per_projection(couplings: list[Coupling], config: S2FTConfig, model: nn.Module | None = None,
+                         free: dict[str, int] | None = None) -> dict[str, int]:
     """Number of trainable units by module path, the same in every layer (paper, section 3.2).
 
     A ratio is the share of a projection's units. With a budget of parameters the ratios are scaled to it
@@ -38,7 +37,7 @@ def units_per_projection(couplings: List[Coupling], config: S2FTConfig, model: O
     return units
 
 
-def requested_projections(couplings: List[Coupling], config: S2FTConfig) -> List[Projection]:
+def requested_projections(couplings: list[Coupling], config: S2FTConfig) -> list[Projection]:
     """What the ratios and layers name. Raises: ValueError where nothing or something that is not there is named."""
     if not config.ratios:
         raise ValueError("nothing is selected: set at least one of q_ratio, k_ratio, v_ratio, o_ratio, "
@@ -52,7 +51,7 @@ def requested_projections(couplings: List[Coupling], config: S2FTConfig) -> List
             for projection in coupling.projections if projection.key in config.ratios]
 
 
-def requested_layers(couplings: List[Coupling], config: S2FTConfig) -> set:
+def requested_layers(couplings: list[Coupling], config: S2FTConfig) -> set:
     """Layers to train. Raises: ValueError for one outside the model."""
     known = {coupling.layer for coupling in couplings}
     if config.layers is None:
@@ -78,7 +77,7 @@ def unit_parameters(model: nn.Module, projection: Projection) -> int:
     return shape.numel() // shape[projection.dim] * projection.unit
 
 
-def _budget(config: S2FTConfig, model: nn.Module, requested: List[Projection]) -> tuple:
+def _budget(config: S2FTConfig, model: nn.Module, requested: list[Projection]) -> tuple:
     """(parameters, the option in words)."""
     if config.budget is not None:
         return config.budget, f"budget={config.budget:,}"
@@ -88,7 +87,7 @@ def _budget(config: S2FTConfig, model: nn.Module, requested: List[Projection]) -
     return total, f"match_lora_rank={rank}, {total:,} parameters,"
 
 
-def share_out(total: int, shares: Dict[str, float], free: Dict[str, int], costs: Dict[str, int]) -> Dict[str, int]:
+def share_out(total: int, shares: dict[str, float], free: dict[str, int], costs: dict[str, int]) -> dict[str, int]:
     """Units by path whose costs add up to `total` or less, until no further unit fits, in the proportion of
     `shares` and at most `free` of each. What the rounding down leaves goes first where it took most."""
     scale = _scale(total, shares, free, costs)
@@ -105,7 +104,7 @@ def share_out(total: int, shares: Dict[str, float], free: Dict[str, int], costs:
     return units
 
 
-def _scale(total: int, shares: Dict[str, float], free: Dict[str, int], costs: Dict[str, int]) -> float:
+def _scale(total: int, shares: dict[str, float], free: dict[str, int], costs: dict[str, int]) -> float:
     """The factor of `shares` at which the cost, in fractions of units, is `total`: by halving, from below."""
     low, high = 0.0, max(free[path] / shares[path] for path in shares)
     for _ in range(100):
@@ -115,8 +114,8 @@ def _scale(total: int, shares: Dict[str, float], free: Dict[str, int], costs: Di
     return low
 
 
-def _check_none_is_empty(config: S2FTConfig, requested: List[Projection], units: Dict[str, int],
-                         costs: Dict[str, int], what: str) -> None:
+def _check_none_is_empty(config: S2FTConfig, requested: list[Projection], units: dict[str, int],
+                         costs: dict[str, int], what: str) -> None:
     """Every projection of every layer gets a unit; under allocation "global", every projection."""
     for p in requested:
         alike = [p] if config.allocation == "uniform" else [other for other in requested if other.key == p.key]

@@ -1,15 +1,15 @@
 """Calibration data, checked batch by batch, and running the model on it without leaving a trace."""
 import contextlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from s2ft.coupling import Coupling, Projection
+from s2ft.model.coupling import Coupling, Projection
 
 IGNORED = -100   # the label that torch's cross entropy leaves out
 MAIN_INPUTS = {  # what a model's main input must be: in words, and its dims, or the least of them
@@ -24,8 +24,8 @@ class Batch:
     """What the model's forward gets: arguments by name, and for a module that is not of transformers by position."""
 
     size: int   # sequences, images or whatever the first dim counts
-    named: Dict[str, Any]
-    positional: Tuple[Any, ...] = ()
+    named: dict[str, Any]
+    positional: tuple[Any, ...] = ()
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """With every tensor changed."""
@@ -48,7 +48,7 @@ class Calibration:
             raise TypeError("calibration must be a DataLoader or an iterable of batches, "
                             f"got {type(data).__name__}")
         self.data, self.device = data, device
-        self._masks: Dict[str, Tensor] = {}   # of the current batch
+        self._masks: dict[str, Tensor] = {}   # of the current batch
 
     def batches(self, model: nn.Module) -> Iterator[Batch]:
         """The batches on the model's device, under a progress bar where there is a terminal."""
@@ -62,7 +62,7 @@ class Calibration:
         if empty:
             raise ValueError("calibration is empty: it gave no tokens")
 
-    def counted(self, x: Tensor, path: str, stack: str, rows: Optional[Tensor] = None) -> Tensor:
+    def counted(self, x: Tensor, path: str, stack: str, rows: Tensor | None = None) -> Tensor:
         """The activations x [..., features] of module `path` without the padding of its stack: [n, features].
 
         Where the stack's mask is over other positions (tokens, where x has one row a sequence, patches or frames)
@@ -96,7 +96,7 @@ def stack_of(model: nn.Module, coupling: Coupling, projection: Projection) -> st
     return next((name for name in names if name in ("encoder", "decoder")), "other")
 
 
-def _masks(batch: Batch, encoder_decoder: bool) -> Dict[str, Tensor]:
+def _masks(batch: Batch, encoder_decoder: bool) -> dict[str, Tensor]:
     """By stack, which positions count: [sequences, length], bool. Stacks without padding are left out."""
     given = batch.named.get
     if encoder_decoder:
@@ -144,7 +144,7 @@ def _for_module(batch: Any, where: str) -> Batch:
     return Batch(len(tensors[0]), named, positional)
 
 
-def _check_input(named: Dict[str, Any], name: str, where: str, whose: str = "") -> None:
+def _check_input(named: dict[str, Any], name: str, where: str, whose: str = "") -> None:
     """Raises: ValueError where an input is missing, empty, or not of the type or the number of dims it must have."""
     what, dims = MAIN_INPUTS.get(name, ("a tensor whose first dim is the batch", 1))
     value = named.get(name)
@@ -157,7 +157,7 @@ def _check_input(named: Dict[str, Any], name: str, where: str, whose: str = "") 
     raise ValueError(f"{where} needs {name}, {whose}{what}, got {got}{has}")
 
 
-def _check_decoder(named: Dict[str, Any], where: str, model: nn.Module) -> None:
+def _check_decoder(named: dict[str, Any], where: str, model: nn.Module) -> None:
     """Raises: ValueError where an encoder-decoder gets nothing for its decoder."""
     makes_them = "labels" in inspect.signature(model.forward).parameters
     if not _has_decoder_inputs(named) and not (makes_them and named.get("labels") is not None):
@@ -165,11 +165,11 @@ def _check_decoder(named: Dict[str, Any], where: str, model: nn.Module) -> None:
                          f"the decoder of {type(model).__name__} (it has {', '.join(map(str, named))})")
 
 
-def _has_decoder_inputs(named: Dict[str, Any]) -> bool:
+def _has_decoder_inputs(named: dict[str, Any]) -> bool:
     return any(named.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
 
 
-def _expected_shapes(named: Dict[str, Any], size: int, model: nn.Module) -> Iterator[tuple]:
+def _expected_shapes(named: dict[str, Any], size: int, model: nn.Module) -> Iterator[tuple]:
     """(name, shape it must have or begin with, name of the input that asks for it) of a batch of `size`."""
     main, ids = model.main_input_name, named.get("input_ids")
     labels = (size,), main
@@ -187,7 +187,7 @@ def _expected_shapes(named: Dict[str, Any], size: int, model: nn.Module) -> Iter
     yield "labels", *labels
 
 
-def _check_shape(named: Dict[str, Any], name: str, expected: tuple, reference: str, where: str) -> None:
+def _check_shape(named: dict[str, Any], name: str, expected: tuple, reference: str, where: str) -> None:
     given = named.get(name)
     if given is not None and (not isinstance(given, Tensor) or _shape(given)[:len(expected)] != expected):
         form = f"{expected}" if len(expected) > 1 else f"({expected[0]}, ...)"
@@ -288,7 +288,7 @@ def _takes_labels(model: nn.Module) -> bool:
     return any(p.name == "labels" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def _no_cache(model: nn.Module) -> Dict[str, bool]:
+def _no_cache(model: nn.Module) -> dict[str, bool]:
     """A cache of keys and values would hold activations of every layer."""
     return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
@@ -306,7 +306,7 @@ def sequences(model: nn.Module, batch: Batch) -> Iterator[Batch]:
             yield replace(one, named={**one.named, "labels": labels[i:i + 1]})
 
 
-def _labels(model: nn.Module, batch: Batch) -> Optional[Tensor]:
+def _labels(model: nn.Module, batch: Batch) -> Tensor | None:
     """[sequences, ...]: those given, or of a causal model the tokens themselves; None for a model that takes none."""
     if batch.named.get("labels") is not None:
         return batch.named["labels"]
@@ -323,7 +323,7 @@ def _labels(model: nn.Module, batch: Batch) -> Optional[Tensor]:
     return None
 
 
-def _own_tokens(ids: Tensor, mask: Optional[Tensor]) -> Tensor:
+def _own_tokens(ids: Tensor, mask: Tensor | None) -> Tensor:
     """Labels [sequences, tokens]: the token ids without padding."""
     if mask is None:
         return ids
@@ -338,7 +338,7 @@ def checkpointing_kept(model: nn.Module) -> list:
     blocks = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     if not blocks:
         return []
-    from transformers.modeling_layers import GradientCheckpointingLayer   # not at the top: it takes seconds
+    from transformers.modeling_layers import GradientCheckpointingLayer  # not at the top: it takes seconds
 
     layers = [block for block in blocks if isinstance(block, GradientCheckpointingLayer)]
     hooks = []
@@ -373,7 +373,7 @@ class _EvaluatedInside:
         self.block._gradient_checkpointing_func = self.checkpoint
 
 
-def _with_gradients(module: nn.Module, inputs: tuple, named: Dict[str, Any]) -> Tuple[tuple, Dict[str, Any]]:
+def _with_gradients(module: nn.Module, inputs: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """The inputs of a model, where pixels and sound, which no table of embeddings takes, require a gradient."""
     def differentiable(value: Any) -> Any:
         floating = isinstance(value, Tensor) and value.is_floating_point()

@@ -1,21 +1,21 @@
 """Units that must not be chosen, and units chosen by hand."""
-from typing import Dict, List, Union
+from typing import Union
 
 import torch
 from torch import Tensor
 
-from s2ft.coupling import Coupling, Projection, projections_of, unit_name
+from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
 from s2ft.selection.selection import Selection, unit_tensors
 
-Units = Union[Dict[str, List[int]], str]   # by path, or the file or adapter folder that has them
+Units = Union[dict[str, list[int]], str]   # by path, or the file or adapter folder that has them
 
 
-def units_by_hand(couplings: List[Coupling], units: Units) -> Selection:
+def units_by_hand(couplings: list[Coupling], units: Units) -> Selection:
     """Raises: ValueError for a path, or a number, that the model doesn't have."""
     return Selection(_read(couplings, units, "units"))
 
 
-def allowed_units(couplings: List[Coupling], requested: List[Projection], exclude: Units) -> Dict[str, Tensor]:
+def allowed_units(couplings: list[Coupling], requested: list[Projection], exclude: Units) -> dict[str, Tensor]:
     """By path of every requested projection, which units may be chosen [count] bool.
 
     Producers of a coupling that have the same units lose a unit together, so that their selections stay nested.
@@ -36,7 +36,7 @@ def allowed_units(couplings: List[Coupling], requested: List[Projection], exclud
     return allowed
 
 
-def _read(couplings: List[Coupling], units: Units, option: str) -> Dict[str, Tensor]:
+def _read(couplings: list[Coupling], units: Units, option: str) -> dict[str, Tensor]:
     if isinstance(units, str):
         found = Selection.load(units).units
     else:

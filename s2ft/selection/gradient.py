@@ -1,16 +1,15 @@
 """Selection by gradient norm (paper, S²FT-G)."""
-from typing import Dict, List
 
 import torch
 from torch import Tensor, nn
 
-from s2ft.coupling import Projection
+from s2ft.model.coupling import Projection
+from s2ft.model.weights import find, is_quantized, like_matrix, weight_of
 from s2ft.selection.calibration import checkpointing_kept, hooks_removed, loss_of, sequences, undisturbed
 from s2ft.selection.metric import Request, squares_by_unit
-from s2ft.weights import find, is_quantized, like_matrix, weight_of
 
 
-def gradient_scores(request: Request) -> Dict[str, Tensor]:
+def gradient_scores(request: Request) -> dict[str, Tensor]:
     """The root mean square, over the calibration sequences, of the L2 norm of the gradient of a sequence's loss
     with respect to a unit's weights in the projection.
 
@@ -19,7 +18,7 @@ def gradient_scores(request: Request) -> Dict[str, Tensor]:
     gradients one is alive at a time: it is reduced and dropped as soon as the backward has it. A model that
     checkpoints its blocks does so here too.
     """
-    sums: Dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}
     count = 0
     with undisturbed(request.model), hooks_removed() as hooks, torch.enable_grad():
         request.model.requires_grad_(False)
@@ -39,9 +38,9 @@ def gradient_scores(request: Request) -> Dict[str, Tensor]:
     return {path: (total / count).sqrt().cpu() for path, total in sums.items()}
 
 
-def _weights(request: Request) -> List[tuple]:
+def _weights(request: Request) -> list[tuple]:
     """Every weight with its projections: more than one where they are tied."""
-    found: Dict[int, tuple] = {}
+    found: dict[int, tuple] = {}
     for projection in request.projections:
         weight = weight_of(request.model, projection)
         if not weight.is_floating_point() or is_quantized(find(request.model, projection.path)):
@@ -50,7 +49,7 @@ def _weights(request: Request) -> List[tuple]:
     return list(found.values())
 
 
-def _collect(model: nn.Module, projections: List[Projection], sums: Dict[str, Tensor]):
+def _collect(model: nn.Module, projections: list[Projection], sums: dict[str, Tensor]):
     def hook(weight: nn.Parameter) -> None:
         for projection in projections:
             squares = squares_by_unit(like_matrix(model, projection, weight.grad), projection.dim, projection)

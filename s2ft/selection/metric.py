@@ -1,12 +1,12 @@
 """What every metric gets and gives, and the norms they share."""
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Callable, Dict, Iterator, List, Optional
 
 import torch
 from torch import Tensor, nn
 
 from s2ft.config import S2FTConfig
-from s2ft.coupling import Coupling, Projection
+from s2ft.model.coupling import Coupling, Projection
 from s2ft.selection.calibration import Calibration
 
 PIECE = 2**18   # elements that are converted at a time: they stay in the cache, and no copy of a weight is made
@@ -16,10 +16,10 @@ PIECE = 2**18   # elements that are converted at a time: they stay in the cache,
 class Request:
     """What is to be scored: the projections of `couplings` that `config` asks for."""
 
-    couplings: List[Coupling]   # of the layers that are asked for
+    couplings: list[Coupling]   # of the layers that are asked for
     config: S2FTConfig
-    model: Optional[nn.Module] = None
-    calibration: Optional[Calibration] = None
+    model: nn.Module | None = None
+    calibration: Calibration | None = None
 
     @property
     def projections(self) -> Iterator[Projection]:
@@ -31,7 +31,7 @@ class Request:
 class Metric:
     """score: for every projection of the request, by path, a score of each unit [count] float64, not negative."""
 
-    score: Callable[[Request], Dict[str, Tensor]]
+    score: Callable[[Request], dict[str, Tensor]]
     calibrated: bool   # needs calibration data
     ordered: bool = True   # largest and smallest mean something
 
@@ -56,13 +56,13 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def shared_by_producers(request: Request, scores: Dict[str, Tensor]) -> Dict[str, Tensor]:
+def shared_by_producers(request: Request, scores: dict[str, Tensor]) -> dict[str, Tensor]:
     """One score for all requested producers of a coupling that have the same units: the root of the sum of their
     squares. So their rankings are the same, their selections nested, and each contiguous when units move.
     The consumer keeps its own."""
     shared = dict(scores)
     for coupling in request.couplings:
-        groups: Dict[int, List[str]] = {}
+        groups: dict[int, list[str]] = {}
         for producer in coupling.producers:
             if producer.name in scores:
                 groups.setdefault(producer.count, []).append(producer.name)

@@ -1,6 +1,5 @@
 """Random selection (paper's default, S²FT-R)."""
 import hashlib
-from typing import Dict
 
 import torch
 from torch import Tensor
@@ -8,7 +7,7 @@ from torch import Tensor
 from s2ft.selection.metric import Request
 
 
-def random_scores(request: Request) -> Dict[str, Tensor]:
+def random_scores(request: Request) -> dict[str, Tensor]:
     """A seeded random ranking of the units of every projection: the unit drawn first scores highest.
 
     Producers with the same units share a ranking, so that their selections are nested and come out

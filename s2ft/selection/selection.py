@@ -4,15 +4,15 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from s2ft.coupling import PROJECTIONS
-from s2ft.files import replace_file
-from s2ft.folder import read_folder
-from s2ft.reading import MAX_CONFIG, parse_json, read_bytes
+from s2ft.files.adapter_folder import read_folder
+from s2ft.files.reading import MAX_CONFIG, parse_json, read_bytes
+from s2ft.files.writing import replace_file
+from s2ft.model.coupling import PROJECTIONS
 
 SCHEMA = 1
 
@@ -21,7 +21,7 @@ SCHEMA = 1
 class Selection:
     """units: module path → sorted unit numbers [n] int64 in the base model's own order. Prints as a table."""
 
-    units: Dict[str, Tensor]
+    units: dict[str, Tensor]
 
     def __getitem__(self, path: str) -> Tensor:
         return self.units[path]
@@ -33,7 +33,7 @@ class Selection:
         return (isinstance(other, Selection) and self.units.keys() == other.units.keys()
                 and all(torch.equal(units, other.units[path]) for path, units in self.units.items()))
 
-    def to_dict(self) -> Dict[str, List[int]]:
+    def to_dict(self) -> dict[str, list[int]]:
         return {path: units.tolist() for path, units in sorted(self.units.items())}
 
     @property
@@ -42,7 +42,7 @@ class Selection:
         return hashlib.sha256(json.dumps(self.to_dict()).encode()).hexdigest()
 
     def __str__(self) -> str:
-        groups: Dict[str, List[int]] = {}
+        groups: dict[str, list[int]] = {}
         for path, units in self.units.items():
             groups.setdefault(_label(path), []).append(units.numel())
         lines = [f"{'projection':<12}{'layers':>7}{'units a layer':>16}{'units':>10}"]
@@ -78,13 +78,13 @@ def _label(name: str) -> str:
     return f"{before}.{last}" if last in PROJECTIONS and before else last
 
 
-def span(sizes: List[int]) -> str:
+def span(sizes: list[int]) -> str:
     """"3" or "3 to 5"."""
     low, high = min(sizes), max(sizes)
     return str(low) if low == high else f"{low} to {high}"
 
 
-def unit_tensors(units: Any, what: str) -> Dict[str, Tensor]:
+def unit_tensors(units: Any, what: str) -> dict[str, Tensor]:
     """Sorted unit numbers by path, from lists. Raises: ValueError, naming `what` and the path, for anything that
     is not a list of different numbers from 0."""
     if not isinstance(units, dict) or not units or not all(isinstance(path, str) for path in units):
@@ -110,7 +110,7 @@ def _of_adapter(path: Path) -> Selection:
     return _checked(path, units, content.get("selection_digest"))
 
 
-def _read_object(path: Path, what: str) -> Dict[str, Any]:
+def _read_object(path: Path, what: str) -> dict[str, Any]:
     content = parse_json(read_bytes(path, MAX_CONFIG), f"{path} is no {what}: it")
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no {what}: it holds a {type(content).__name__}, not an object")

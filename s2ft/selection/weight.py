@@ -1,13 +1,12 @@
 """Selection by weight norm (paper, S²FT-W)."""
-from typing import Dict
 
 from torch import Tensor
 
+from s2ft.model.weights import matrix_of
 from s2ft.selection.metric import Request, squares_by_unit
-from s2ft.weights import matrix_of
 
 
-def weight_scores(request: Request) -> Dict[str, Tensor]:
+def weight_scores(request: Request) -> dict[str, Tensor]:
     """The L2 norm of a unit's weights in the projection, over all elements that it spans: of its rows in a
     producer's weight, of its columns in the consumer's. Biases don't count."""
     scores = {}

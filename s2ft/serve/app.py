@@ -11,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
-import s2ft.version
+import s2ft
 from s2ft.serve import errors
 from s2ft.serve.errors import CLIENT_CLOSED, ApiError, Disconnected
 from s2ft.serve.job import Event
@@ -34,7 +34,7 @@ def create_app(service: Service, metrics: Metrics) -> FastAPI:
     metrics.queue_length.set_function(lambda: service.engine.waiting)
     metrics.running.set_function(lambda: service.engine.running)
     metrics.adapters.set_function(lambda: len(service.engine.adapters.names))
-    app = FastAPI(title="s2ft", version=s2ft.version.__version__, lifespan=engine_runs, redirect_slashes=False,
+    app = FastAPI(title="s2ft", version=s2ft.__version__, lifespan=engine_runs, redirect_slashes=False,
                   docs_url=None, redoc_url=None, openapi_url=None)   # the bodies are read by hand, so it could not tell
     errors.install(app)
     app.add_middleware(CountRequests, metrics=metrics)

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
 
-from s2ft.train.encoding import left_pad
-from s2ft.train.head import packed_head
+from s2ft.text.encoding import left_pad
+from s2ft.text.head import packed_head
 
 
 class Row:
@@ -126,7 +126,7 @@ def _layers(cache: DynamicCache) -> list:
     return [layer for layer in cache.layers if layer.keys is not None]
 
 
-def rows_meet(config) -> bool:
+def rows_interact(config) -> bool:
     """Whether a row's result depends on the longest of its batch: rotary embeddings that scale with the length."""
     found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kinds = [found, *(value for value in found.values() if isinstance(value, dict))]

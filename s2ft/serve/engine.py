@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
-from s2ft.serve.batch import Batch, rows_meet
+from s2ft.serve.batch import Batch, rows_interact
 from s2ft.serve.errors import ApiError, shutting_down
 from s2ft.serve.job import Event, Job
 from s2ft.serve.registry import Adapters, Version, not_loaded
@@ -36,7 +36,7 @@ class Engine:
                                 max_batch_tokens=max_batch_tokens).items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if rows_meet(model.config) and max_batch_size > 1:
+        if rows_interact(model.config) and max_batch_size > 1:
             logger.warning("this model's position embeddings depend on the longest sequence of a batch: one runs at a "
                            "time")
             max_batch_size = 1

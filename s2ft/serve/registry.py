@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from s2ft.adapter.folders import ADAPTER, adapter_named, adapters_in
-from s2ft.folder import CONFIG, stamp_of
-from s2ft.reading import check_adapter_name
+from s2ft.files.adapter_folder import CONFIG, stamp_of
+from s2ft.files.reading import check_adapter_name
 from s2ft.serve.errors import ApiError, unknown_model
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from s2ft.serve.registry import Version
 from s2ft.serve.sampling import Sampler
 from s2ft.serve.schemas import ChatRequest, CompletionRequest, Sampled
 from s2ft.serve.text import TextStream
-from s2ft.train.encoding import context_length
-from s2ft.train.prompts import encode_prompt, end_ids
+from s2ft.text.encoding import context_length
+from s2ft.text.prompts import encode_prompt, end_ids
 
 TOKENS_WITHOUT_A_CONTEXT = 2048   # the most that is generated where neither model nor option says
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import s2ft
 from s2ft.adapter.folders import adapters_in
-from s2ft.train.models import load_model
+from s2ft.text.models import load_model
 
 logger = logging.getLogger(__name__)
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)   # what --max-lora-rank can be

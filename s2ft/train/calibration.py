@@ -3,8 +3,8 @@ import random
 from collections.abc import Iterator, Sequence
 
 from s2ft.selection import METRICS
-from s2ft.train.encoding import AnswerCollator, TokenRow
-from s2ft.train.prompts import pad_id
+from s2ft.text.encoding import AnswerCollator, TokenRow
+from s2ft.text.prompts import pad_id
 
 SHARE = 0.01   # of the data, as in the paper
 LEAST = 16     # rows, where the data is small

@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from s2ft.files import replace_file
+from s2ft.files.writing import replace_file
 from s2ft.train.output import read_log
 
 

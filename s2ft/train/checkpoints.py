@@ -6,7 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
-from s2ft.files import replace_file
+from s2ft.files.writing import replace_file
 
 logger = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint-"

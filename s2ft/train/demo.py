@@ -13,11 +13,11 @@ import torch
 import s2ft
 from s2ft.config import S2FTConfig
 from s2ft.packages import check_packages
-from s2ft.train.encoding import encode_examples
+from s2ft.text.encoding import encode_examples
+from s2ft.text.examples import Example
+from s2ft.text.models import load_model
 from s2ft.train.evaluate import Evaluation, evaluate
-from s2ft.train.examples import Example
 from s2ft.train.finetune import finetune
-from s2ft.train.models import load_model
 from s2ft.train.options import TrainOptions
 from s2ft.train.output import RunFolder, write_json
 from s2ft.train.problems import make_problems

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 import torch
 
 import s2ft
-from s2ft.train.encoding import TokenRow, context_length, encode_prompts, left_pad
-from s2ft.train.examples import Example
-from s2ft.train.head import packed_head
-from s2ft.train.prompts import end_ids, pad_id
+from s2ft.text.encoding import TokenRow, context_length, encode_prompts, left_pad
+from s2ft.text.examples import Example
+from s2ft.text.head import packed_head
+from s2ft.text.prompts import end_ids, pad_id
 from s2ft.train.scoring import is_right, right_answer
 
 

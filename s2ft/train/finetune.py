@@ -10,17 +10,17 @@ import torch
 
 import s2ft
 from s2ft.adapter.store import gathered
-from s2ft.distributed import check_agree
-from s2ft.record import attachment_of
+from s2ft.attached.record import attachment_of
+from s2ft.distributed import check_all_ranks_agree
 from s2ft.packages import check_packages
+from s2ft.text.encoding import AnswerCollator, TokenRow
+from s2ft.text.head import packed_head
+from s2ft.text.prompts import pad_id
 from s2ft.train.checkpoints import last_whole
-from s2ft.train.encoding import AnswerCollator, TokenRow
 from s2ft.train.evaluate import HeldOut
-from s2ft.train.head import packed_head
-from s2ft.train.loss import fused_loss, why_not
+from s2ft.train.loss import chunked_loss, why_not
 from s2ft.train.options import TrainOptions
 from s2ft.train.output import RunFolder, log_failure, read_log, write_json
-from s2ft.train.prompts import pad_id
 
 logger = logging.getLogger(__name__)
 FEW_STEPS = 10   # a run of fewer updates gets a warning
@@ -150,14 +150,14 @@ def trainer_for(model, tokenizer, rows: Sequence[TokenRow], options: TrainOption
 @contextlib.contextmanager
 def loss_for(model, options: TrainOptions, batch: dict) -> Iterator[None]:
     """The fused loss where it is asked for and is the model's own, else the model's own, and the log says why."""
-    if not options.fused_loss:
+    if not options.chunked_loss:
         yield
         return
     batch = {key: value.to(model.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
     reason = "the model is compiled as a whole" if options.compile else why_not(model, batch)
     if reason:
         logger.info("the loss keeps the logits: %s", reason)
-    with contextlib.nullcontext() if reason else fused_loss(model):
+    with contextlib.nullcontext() if reason else chunked_loss(model):
         yield
 
 
@@ -180,7 +180,7 @@ def check_ranks_agree(model) -> None:
 
     Raises: RuntimeError on every rank, if not all train the same units.
     """
-    check_agree("selection", attachment_of(model).selection.digest)
+    check_all_ranks_agree("selection", attachment_of(model).selection.digest)
 
 
 @contextlib.contextmanager

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2ft.distributed import is_sharded
-from s2ft.train.encoding import IGNORED
-from s2ft.weights import is_quantized
+from s2ft.model.weights import is_quantized
+from s2ft.text.encoding import IGNORED
 
 SCALE = 1024.0   # a power of two: multiplying by it and back is exact
 PIECE = {"cpu": 2**23, "cuda": 2**26}   # logits alive at once
@@ -22,7 +22,7 @@ TILE = 256   # on a GPU, rows of a piece are a multiple of this, so that its mat
 logger = logging.getLogger(__name__)
 
 
-class FusedLoss:
+class ChunkedLoss:
     """Stands between a model's output layer and its loss function in a forward that trains on labels; what such a
     forward returns as logits is none.
 
@@ -100,9 +100,9 @@ def piece_of(device: str, vocabulary: int) -> tuple[int, "nn.LinearCrossEntropyO
 
 
 @contextlib.contextmanager
-def fused_loss(model: nn.Module) -> Iterator[FusedLoss]:
-    """Inside, the model's loss is :class:`FusedLoss`."""
-    fused, before = FusedLoss(model), model.__dict__.get("_loss_function")
+def chunked_loss(model: nn.Module) -> Iterator[ChunkedLoss]:
+    """Inside, the model's loss is :class:`ChunkedLoss`."""
+    fused, before = ChunkedLoss(model), model.__dict__.get("_loss_function")
     hook = model.register_forward_pre_hook(fused.before, with_kwargs=True)
     fused.head.forward, model.loss_function = fused.forward, fused.loss
     try:
@@ -115,7 +115,7 @@ def fused_loss(model: nn.Module) -> Iterator[FusedLoss]:
 
 
 def why_not(model: nn.Module, batch: Mapping[str, Tensor]) -> str:
-    """Why :func:`fused_loss` is not this model's own loss, in words; empty where it is. Runs the model on `batch`."""
+    """Why :func:`chunked_loss` is not this model's own loss, in words; empty where it is. Runs the model on `batch`."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     head = model.get_output_embeddings()
@@ -137,7 +137,7 @@ def why_not(model: nn.Module, batch: Mapping[str, Tensor]) -> str:
 
 def _difference(model: nn.Module, batch: Mapping[str, Tensor]) -> str:
     expected, seen = model(**batch).loss, []
-    with fused_loss(model) as fused:
+    with chunked_loss(model) as fused:
         fused.trial = True
         for fused.scale in (1.0, SCALE):
             loss = model(**batch).loss

@@ -6,8 +6,8 @@ from functools import partial
 import torch
 
 import s2ft
-from s2ft.train.encoding import AnswerCollator, TokenRow
-from s2ft.train.loss import fused_loss, why_not
+from s2ft.text.encoding import AnswerCollator, TokenRow
+from s2ft.train.loss import chunked_loss, why_not
 from s2ft.train.options import TrainOptions
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ def say_memory(model, config, rows: Sequence[TokenRow], options: TrainOptions, a
     collate = AnswerCollator(pad)
     longest = collate(sorted(rows, key=len)[-options.micro_batch_size:])
     try:
-        fused = options.fused_loss and not options.compile and not why_not(model, collate(list(rows[:1])))
+        fused = options.chunked_loss and not options.compile and not why_not(model, collate(list(rows[:1])))
         found = s2ft.estimate(
             model, config, example=longest, optimizer=_optimizer(arguments), loss=_loss if fused else None,
             gradient_checkpointing=options.gradient_checkpointing, accumulation=arguments.gradient_accumulation_steps,
@@ -40,5 +40,5 @@ def _optimizer(arguments):
 
 
 def _loss(model, inputs):
-    with fused_loss(model):
+    with chunked_loss(model):
         return model(**inputs).loss

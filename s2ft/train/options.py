@@ -34,7 +34,7 @@ class TrainOptions:
                                     "weights stay in their dtype; none: in the weights' dtype")
     gradient_checkpointing: bool = _option(False, "trade time for memory: compute activations again in backward")
     compile: bool = _option(False, "compile the model with torch.compile")
-    fused_loss: bool = _option(True, "compute the loss in pieces, without keeping logits, where that is the model's "
+    chunked_loss: bool = _option(True, "compute the loss in pieces, without keeping logits, where that is the model's "
                                      "own loss; said if it is not")
     log_steps: int = _option(1, "updates between lines of log.jsonl")
     report_to: list[str] = field(default_factory=list, metadata={

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from s2ft.adapter.folders import ADAPTER, RUN
-from s2ft.folder import CONFIG
-from s2ft.reading import read_json
+from s2ft.files.adapter_folder import CONFIG
+from s2ft.files.reading import read_json
 from s2ft.train.checkpoints import UNFINISHED, checkpoints, last_whole
 from s2ft.train.lock import LOCK, only_run_in
 from s2ft.train.options import NOT_PART_OF_A_RUN

@@ -1,7 +1,7 @@
 """Score generated text as LLM-Adapters does: the last number, or the first answer word."""
 import re
 
-from s2ft.train.examples import Example
+from s2ft.text.examples import Example
 
 TASKS = ("arithmetic", "commonsense")
 TOLERANCE = 1e-3

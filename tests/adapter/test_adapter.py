@@ -15,7 +15,7 @@ import s2ft
 from s2ft import S2FTConfig
 from s2ft.adapter import read_adapter, restore_adapter
 from s2ft.adapter.formats.native import CONFIG, TENSORS
-from s2ft.record import attachment_of
+from s2ft.attached.record import attachment_of
 
 LAYOUTS = ("permuted", "indexed")
 RATIOS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}

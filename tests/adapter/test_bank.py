@@ -15,10 +15,10 @@ from s2ft import S2FTConfig
 from s2ft.adapter import Adapter, read_adapter
 from s2ft.adapter.bank import AdapterBank
 from s2ft.adapter.formats import native
-from s2ft.convert import new_attachment
-from s2ft.coupling import Coupling, Projection, projections_of
-from s2ft.delta import Delta
-from s2ft.weights import shape_of
+from s2ft.api import new_attachment
+from s2ft.model.coupling import Coupling, Projection, projections_of
+from s2ft.model.delta import Delta
+from s2ft.model.weights import shape_of
 
 RATIOS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}
 HEADS = dict(q_ratio=0.5, v_ratio=1.0, o_ratio=0.5)
@@ -339,8 +339,8 @@ def test_what_is_loaded_is_not_read_again(folder, model, monkeypatch):
 
 
 def test_the_base_is_looked_at_once(folder, model, monkeypatch):
-    looks, look = [], s2ft.convert.fingerprint
-    monkeypatch.setattr(s2ft.convert, "fingerprint", lambda *args: (looks.append(1), look(*args))[1])
+    looks, look = [], s2ft.api.fingerprint
+    monkeypatch.setattr(s2ft.api, "fingerprint", lambda *args: (looks.append(1), look(*args))[1])
     bank = AdapterBank(model, folder)
     for name in "abcde":
         enter(bank, name)

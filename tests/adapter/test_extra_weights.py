@@ -11,15 +11,21 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.models import model_of
-from transformers import (BertConfig, BertForSequenceClassification, BertModel, Trainer, TrainerCallback,
-                          TrainingArguments)
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import s2ft
 from s2ft import S2FTConfig, extra
 from s2ft.adapter.formats import lora, native
 from s2ft.adapter.pretrained import INDEX
-from s2ft.folder import CONFIG, TENSORS
-from s2ft.mounting import before_forward, before_load
+from s2ft.attached.mounting import before_forward, before_load
+from s2ft.files.adapter_folder import CONFIG, TENSORS
 
 HEAD = ("classifier.weight", "classifier.bias")
 BERT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=100,
@@ -420,11 +426,11 @@ def test_fuse_adapters_and_the_command(tmp_path, saved, capsys):
     model = classifier()
     for folder, name in ((saved, "a"), (tmp_path / "plain", "b")):
         s2ft.load_adapter(model, folder, name, active=False)
-    s2ft.fuse_adapters(model, {"a": 1, "b": 1}, "both")
+    s2ft.combine_adapters(model, {"a": 1, "b": 1}, "both")
     s2ft.set_adapter(model, "both")
     assert_states(head_of(model), s2ft.read_adapter(tmp_path / "sum").extra_weights)
     with pytest.raises(ValueError, match="'a' has classifier.* trained whole"):
-        s2ft.fuse_adapters(model, {"a": 0.5, "b": 1}, "less")
+        s2ft.combine_adapters(model, {"a": 0.5, "b": 1}, "less")
     s2ft.delete_adapter(model, "both")
     assert_states(state_of(s2ft.detach(model)), BASE)
 

@@ -8,7 +8,7 @@ from support.models import model_of, train
 
 import s2ft
 from s2ft import S2FTConfig, Selection, files
-from s2ft.folder import CONFIG, PENDING, TENSORS, is_folder, stamp_of
+from s2ft.files.adapter_folder import CONFIG, PENDING, TENSORS, is_folder, stamp_of
 
 
 def adapter(seed):
@@ -156,5 +156,5 @@ def test_a_name_that_could_not_be_saved_is_refused_before_training(name, adapter
     with pytest.raises(ValueError, match="an adapter's name must be a word"):
         s2ft.rename_adapter(model, "seed-0", name)
     with pytest.raises(ValueError, match="an adapter's name must be a word"):
-        s2ft.fuse_adapters(model, {"seed-0": 1.0}, name)
+        s2ft.combine_adapters(model, {"seed-0": 1.0}, name)
     assert s2ft.list_adapters(model) == ["seed-0"]

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, Trainin
 
 import s2ft
 from s2ft.adapter.pretrained import INDEX
-from s2ft.active import mounted_deltas
+from s2ft.attached.active import mounted_deltas
 
 CONFIG = dict(d_ratio=0.1, v_ratio=0.5, o_ratio=0.25)
 ROWS = [{"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}

@@ -11,7 +11,7 @@ from support.models import ALL_RATIOS, model_of, output_of, ratios_for, token_ba
 import s2ft
 from s2ft import S2FTConfig
 from s2ft.adapter import overlap
-from s2ft.record import attachment_of
+from s2ft.attached.record import attachment_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASE = "llama-grouped"
@@ -112,7 +112,7 @@ class Walk:
         self.names[new] = self.names.pop(name)
 
     def add_up(self, name, rng):
-        s2ft.fuse_adapters(self.model, {name: 0.5}, f"sum{self.made}")
+        s2ft.combine_adapters(self.model, {name: 0.5}, f"sum{self.made}")
         s2ft.set_adapter(self.model, f"sum{self.made}")
         s2ft.delete_adapter(self.model, f"sum{self.made}")
         self.made += 1
@@ -199,7 +199,7 @@ def test_a_trainable_one_at_another_weight_is_written():
 
 def test_fused_adapters_are_the_sum(tmp_path):
     model = loaded("abc")
-    report = s2ft.fuse_adapters(model, {"a": 0.7, "b": 0.3}, "sum")
+    report = s2ft.combine_adapters(model, {"a": 0.7, "b": 0.3}, "sum")
     assert s2ft.status(model).active == {} and "sum" in s2ft.list_adapters(model)
     assert report.units > 0 and f"{report.share:.1%}" in str(report)
     s2ft.set_adapter(model, "sum")
@@ -261,9 +261,9 @@ WRONG = {
     "unknown weight": (lambda m: s2ft.set_adapter(m, {"a": 1, "x": 1}), ValueError, "no adapter is called 'x'"),
     "weight": (lambda m: s2ft.set_adapter(m, {"a": float("nan")}), ValueError, "weight of adapter 'a' must be a finite"),
     "no weights": (lambda m: s2ft.set_adapter(m, ["a"]), TypeError, "a name, weights by name, or None"),
-    "fuse nothing": (lambda m: s2ft.fuse_adapters(m, {}, "s"), TypeError, "at least one"),
-    "fuse taken": (lambda m: s2ft.fuse_adapters(m, {"a": 1}, "b"), ValueError, "already"),
-    "fuse name": (lambda m: s2ft.fuse_adapters(m, {"a": 1}, "../b"), ValueError, "without slashes"),
+    "fuse nothing": (lambda m: s2ft.combine_adapters(m, {}, "s"), TypeError, "at least one"),
+    "fuse taken": (lambda m: s2ft.combine_adapters(m, {"a": 1}, "b"), ValueError, "already"),
+    "fuse name": (lambda m: s2ft.combine_adapters(m, {"a": 1}, "../b"), ValueError, "without slashes"),
     "delete": (lambda m: s2ft.delete_adapter(m, "x"), ValueError, "no adapter is called"),
     "rename": (lambda m: s2ft.rename_adapter(m, "x", "y"), ValueError, "no adapter is called"),
     "rename taken": (lambda m: s2ft.rename_adapter(m, "a", "b"), ValueError, "already"),
@@ -332,7 +332,7 @@ def test_a_failed_attach_puts_the_others_back():
 
 
 def test_a_failure_while_mounting_puts_the_others_back(monkeypatch):
-    import s2ft.mounting as mounting
+    import s2ft.attached.mounting as mounting
     model = loaded("ab")
     s2ft.set_adapter(model, "b")
     before = states(model)
@@ -349,7 +349,7 @@ def test_a_failure_while_mounting_puts_the_others_back(monkeypatch):
 
 
 def test_a_failure_while_writing_leaves_no_half(monkeypatch):
-    import s2ft.active as active
+    import s2ft.attached.active as active
     model, real, calls = loaded("ab"), active.scatter_add_, []
 
     def fails_late(*args, **kwargs):

@@ -9,7 +9,7 @@ from train.tiny import save_tiny, sums, write_jsonl
 
 import s2ft
 from s2ft.cli.main import main
-from s2ft.train.models import load_model
+from s2ft.text.models import load_model
 
 TRAINING = ["--max-steps", "6", "--batch-size", "4", "--micro_batch_size", "4", "--learning-rate", "1e-2",
             "--save-steps", "3", "--d-ratio", "0.1", "--o_ratio", "0.25"]
@@ -130,7 +130,7 @@ def test_merged_folder_is_complete_and_nothing_else_is_left(work, tmp_path):
 
 
 def test_merge_that_is_not_reproduced_leaves_nothing(work, tmp_path, monkeypatch):
-    from s2ft.train import merging
+    from s2ft.export import merged as merging
 
     def spoiled(model, folder):
         with torch.no_grad():

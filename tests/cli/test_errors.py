@@ -80,9 +80,8 @@ def test_every_prompt_longer_than_the_context(capsys, tiny, tmp_path):
 
 
 def test_model_of_an_unknown_family_lists_the_known_ones(capsys, data, tmp_path):
-    from transformers import BloomConfig, BloomForCausalLM
-
     from train.tiny import tiny_tokenizer
+    from transformers import BloomConfig, BloomForCausalLM
     BloomForCausalLM(BloomConfig(vocab_size=259, hidden_size=8, n_layer=1, n_head=2)).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     message = finetune(capsys, tmp_path / "model", data, tmp_path / "out")
@@ -184,7 +183,7 @@ def test_help_of_a_switch_and_of_its_negation(capsys):
     with pytest.raises(SystemExit):
         main(["finetune", "--help"])
     printed = " ".join(capsys.readouterr().out.split())
-    for switch in ("fuse-ffn", "fused-loss"):
+    for switch in ("ffn-kernel", "chunked-loss"):
         assert f"--no-{switch}, --no_{switch.replace('-', '_')} turn --{switch} off --" in printed
 
 

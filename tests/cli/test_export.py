@@ -9,16 +9,23 @@ import torch
 from gguf import GGUFReader
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from train.tiny import save_tiny, tiny_tokenizer
-from transformers import (AutoModelForCausalLM, AutoTokenizer, GraniteConfig, LlamaConfig, MistralConfig,
-                          PreTrainedTokenizerFast, Qwen2Config)
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 import s2ft
 from s2ft.adapter import read_adapter
 from s2ft.adapter.formats import gguf, lora, native
 from s2ft.cli.main import main
+from s2ft.export.merged import merge_gguf
 from s2ft.packages import MissingPackages
-from s2ft.train.merging import merge_gguf
-from s2ft.train.models import load_model
+from s2ft.text.models import load_model
 
 RATIOS = dict(q_ratio=0.5, v_ratio=0.5, o_ratio=0.25, u_ratio=0.1, d_ratio=0.2)
 

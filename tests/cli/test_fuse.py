@@ -5,8 +5,8 @@ from support.models import model_of
 
 import s2ft
 from s2ft import S2FTConfig
+from s2ft.attached.record import attachment_of
 from s2ft.cli.main import main
-from s2ft.record import attachment_of
 
 
 @pytest.fixture(scope="module")

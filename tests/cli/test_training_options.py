@@ -46,7 +46,7 @@ OPTIONS = {
     "--optimizer sgd": ((), None),
     "--optimizer adafactor": ((), None),
     "--autocast bfloat16": ((), 0.3),
-    "--fused-loss False": ((), 1e-3),
+    "--chunked-loss False": ((), 1e-3),
     "--schedule constant_with_warmup": ((), None),
     "--layout indexed": ((), 1e-4),
     "--dtype bfloat16": ((), 0.5),
@@ -146,11 +146,11 @@ def test_mistakes_are_one_line(arguments, message, work, tmp_path, capsys):
 def test_modules_are_trained_whole_saved_and_merged(work, tmp_path, capsys):
     """With the fused loss and without, the same; a run that was stopped goes on as if it had not been."""
     from s2ft.adapter import read_adapter
-    from s2ft.train.models import load_model
+    from s2ft.text.models import load_model
     more = ("--modules-to-save", "norm", "lm_head")
     assert finetune(work, tmp_path / "out", *more, "--stop-after", 2) == 0
     assert finetune(work, tmp_path / "out", *more, "--resume") == 0
-    assert finetune(work, tmp_path / "kept", *more, "--fused-loss", "False") == 0
+    assert finetune(work, tmp_path / "kept", *more, "--chunked-loss", "False") == 0
     base, found = load_model(str(work / "model"))[0], read_adapter(tmp_path / "out/adapter").extra_weights
     assert set(found) == {"model.norm.weight", "model.embed_tokens.weight"}   # the head is tied to the embeddings
     for name, value in read_adapter(tmp_path / "kept/adapter").extra_weights.items():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock   # PyTorch needs it too
+from filelock import FileLock  # PyTorch needs it too
 from support import sanitizers
 
 HERE = Path(__file__).resolve().parent

@@ -60,7 +60,7 @@ def test_attaching_on_one_rank_alone_does_not_wait(ranks):
 
 
 def agree(rank, values):
-    return told(lambda: distributed.check_agree("selection", values[rank]))
+    return told(lambda: distributed.check_all_ranks_agree("selection", values[rank]))
 
 
 def test_agreement_is_an_error_on_every_rank(ranks):
@@ -88,13 +88,13 @@ def save_on_first_alone(rank, directory):
     model = sharded(attached("llama"))
     train(model, rank, steps=1)
     message = ""
-    patience, distributed.PATIENCE = distributed.PATIENCE, timedelta(seconds=0.5)
+    patience, distributed.RANK_TIMEOUT = distributed.RANK_TIMEOUT, timedelta(seconds=0.5)
     try:
         if rank == 0:
             message = told(lambda: s2ft.save_adapter(model, directory / "alone"))
         dist.barrier()
     finally:
-        distributed.PATIENCE = patience
+        distributed.RANK_TIMEOUT = patience
     s2ft.save_adapter(model, directory / "both")
     return message
 

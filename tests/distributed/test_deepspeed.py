@@ -76,7 +76,7 @@ def train_extra_weights(rank, stage, directory):
     seen = []
     for setting, expected in ((None, base), ("default", trained)):
         s2ft.set_adapter(model, setting)
-        head = s2ft.distributed.whole({"head": model.lm_head.weight})["head"]
+        head = s2ft.distributed.full_tensors({"head": model.lm_head.weight})["head"]
         seen.append(torch.equal(head.to(base), expected.to(base)))
     return seen
 

@@ -1,4 +1,4 @@
-"""s2ft._build: the state it reports for whatever it finds, and that it never raises."""
+"""s2ft.ops._build: the state it reports for whatever it finds, and that it never raises."""
 import json
 import warnings
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import s2ft
-from s2ft import _build
+from s2ft.ops import _build
 
 
 @pytest.fixture

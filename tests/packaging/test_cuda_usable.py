@@ -6,8 +6,8 @@ import torch
 from support.models import model_of
 
 import s2ft
-from s2ft import _build
-from s2ft._cuda import serves, version, why_unusable
+from s2ft.ops import _build
+from s2ft.ops._cuda import serves, version, why_unusable
 
 # architecture, capability, whether the driver compiles PTX, whether the code runs there
 SERVES = [
@@ -142,14 +142,14 @@ def test_a_failure_does_not_reach_pytorch(fresh):
 
 def test_attach_tells_the_user_of_a_model_on_cuda(monkeypatch):
     calls = []
-    monkeypatch.setattr("s2ft.convert.warn_without_cuda_kernels", lambda: calls.append(1))
+    monkeypatch.setattr("s2ft.api.warn_without_cuda_kernels", lambda: calls.append(1))
     s2ft.attach(model_of("llama"), s2ft.S2FTConfig(d_ratio=0.2))
     assert not calls
     monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True, raising=False)
 
     def stop(*_):
         raise InterruptedError   # the rest of attach would take the tensors for what they are not
-    monkeypatch.setattr("s2ft.convert.select_units", stop)
+    monkeypatch.setattr("s2ft.api.select_units", stop)
     with pytest.raises(InterruptedError):
         s2ft.attach(model_of("llama"), s2ft.S2FTConfig(d_ratio=0.2))
     assert calls == [1]

@@ -6,8 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import (PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model,
-                  set_peft_model_state_dict)
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file, save_file
 from support.models import ALL_RATIOS, T5, loss_of, model_of, output_of, ratios_for, token_batch, train
 from support.tolerances import LOGITS, relative_difference

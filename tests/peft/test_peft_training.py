@@ -100,7 +100,7 @@ def test_adapters_of_transformers(tmp_path, monkeypatch):
 # ---- TRL -------------------------------------------------------------------------------------------------
 
 def dataset(rows):
-    from datasets import Dataset   # comes with TRL
+    from datasets import Dataset  # comes with TRL
     return Dataset.from_list(rows)
 
 

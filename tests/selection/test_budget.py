@@ -7,9 +7,9 @@ from support.models import ALL_RATIOS, model_of
 
 import s2ft
 from s2ft import S2FTConfig
-from s2ft.arch import couplings_of
-from s2ft.record import attachment_of
-from s2ft.coupling import projections_of
+from s2ft.attached.record import attachment_of
+from s2ft.model.coupling import projections_of
+from s2ft.model.registry import couplings_of
 from s2ft.selection.budget import share_out, unit_parameters
 
 MODEL = model_of("llama-grouped")

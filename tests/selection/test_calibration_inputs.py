@@ -11,8 +11,8 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 
 import s2ft
 from s2ft import Coupling, Projection, S2FTConfig
-from s2ft.arch import couplings_of
-from s2ft.coupling import projections_of
+from s2ft.model.coupling import projections_of
+from s2ft.model.registry import couplings_of
 from s2ft.selection import METRICS
 from s2ft.selection.calibration import Calibration
 from s2ft.selection.metric import Request

@@ -9,13 +9,13 @@ from torch.utils.data import DataLoader
 
 import s2ft
 from s2ft import S2FTConfig
-from s2ft.arch import couplings_of
-from s2ft.record import attachment_of
-from s2ft.coupling import projections_of
+from s2ft.attached.record import attachment_of
+from s2ft.model.coupling import projections_of
+from s2ft.model.registry import couplings_of
+from s2ft.model.weights import like_matrix, matrix_of, weight_of
 from s2ft.selection import METRICS
 from s2ft.selection.calibration import Calibration
 from s2ft.selection.metric import Request, shared_by_producers
-from s2ft.weights import like_matrix, matrix_of, weight_of
 
 CALIBRATED = [name for name, metric in METRICS.items() if metric.calibrated]
 SCORED = [name for name, metric in METRICS.items() if metric.ordered]

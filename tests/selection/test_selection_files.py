@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from support.models import ALL_RATIOS, model_of
 
 import s2ft
-from s2ft.record import attachment_of
-from s2ft import reading
-from s2ft.folder import CONFIG
+from s2ft.attached.record import attachment_of
+from s2ft.files.adapter_folder import CONFIG
+from s2ft.files.writing import reading
 from s2ft.selection import Selection
 
 UNITS = st.dictionaries(st.text("abc.1é", min_size=1, max_size=9),

@@ -9,7 +9,7 @@ from support.models import ALL_RATIOS, model_of, train
 
 import s2ft
 from s2ft import S2FTConfig
-from s2ft.record import attachment_of
+from s2ft.attached.record import attachment_of
 from s2ft.selection import METRICS
 
 DOWN, UP, GATE = (f"model.layers.1.mlp.{name}_proj" for name in ("down", "up", "gate"))

@@ -7,7 +7,7 @@ from serve.fleet import Batch, alone, greedy_row, save_adapters
 from train.tiny import tiny_model
 
 from s2ft.adapter.bank import AdapterBank
-from s2ft.serve.batch import rows_meet
+from s2ft.serve.batch import rows_interact
 
 UNTIED = dict(tie_word_embeddings=False)
 
@@ -108,8 +108,8 @@ def test_layers_with_a_window_see_their_window(kind):
 
 def test_models_whose_rows_depend_on_each_other_are_known():
     config = tiny_model().config
-    assert not rows_meet(config)
+    assert not rows_interact(config)
     config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0}
-    assert rows_meet(config)
+    assert rows_interact(config)
     config.rope_parameters = {"full_attention": {"rope_type": "longrope"}}
-    assert rows_meet(config)
+    assert rows_interact(config)

@@ -15,12 +15,12 @@ import time
 from collections.abc import Callable
 
 import torch
-from state import REFERENCE
-from state.models import fill_slices, make_adapter, ratios, tiny_model, tokens
-from state.plain import describe, detach_if_attached, differences
 from torch import nn
 
 import s2ft
+from state import REFERENCE
+from state.models import fill_slices, make_adapter, ratios, tiny_model, tokens
+from state.plain import describe, detach_if_attached, differences
 
 WIDE = dict(hidden_size=64, intermediate_size=256)   # so that products and copies take a share of the time
 Loop = Callable[[nn.Module], None]

@@ -20,14 +20,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from state.models import LAYOUTS, MODELS, make_adapter, ratios, tiny_model, tokens
-from state.plain import describe, detach_if_attached, differences, effective_weights, same_bits, weights_of
-from state.tracing import RaiseAt
 from support.tolerances import GEMM
 from torch import nn
 from transformers.utils import logging
 
 import s2ft
+from state.models import LAYOUTS, MODELS, make_adapter, ratios, tiny_model, tokens
+from state.plain import describe, detach_if_attached, differences, effective_weights, same_bits, weights_of
+from state.tracing import RaiseAt
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASTS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -83,7 +83,7 @@ class State:
         keys = list(ratios(self.case))
         chosen = self.rng.sample(keys, self.rng.randint(1, len(keys)))
         return s2ft.S2FTConfig(**{key: self.rng.choice((0.25, 0.5, 1.0)) for key in chosen}, layout=self.layout,
-                               seed=self.rng.randrange(100), fuse_ffn=self.rng.random() < 0.7)
+                               seed=self.rng.randrange(100), ffn_kernel=self.rng.random() < 0.7)
 
     @property
     def status(self):
@@ -255,7 +255,7 @@ def add_up(state: State) -> None:
     names = state.rng.sample(state.status.adapters, min(len(state.status.adapters), 2))
     new = state.new_name()
     with unless_trained_whole():
-        s2ft.fuse_adapters(state.model, {name: 0.5 for name in names}, new)
+        s2ft.combine_adapters(state.model, {name: 0.5 for name in names}, new)
     if new not in state.status.adapters:
         return
     sums = effective_weights(state.twin, [(s2ft.get_adapter(state.model, new), 1.0)])

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import s2ft
-from s2ft.arch import couplings_of
-from s2ft.coupling import projections_of
+from s2ft.model.coupling import projections_of
+from s2ft.model.registry import couplings_of
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 NOT_ATTACHED = "has no S²FT adapter"   # of the ValueError that detach raises for a plain model

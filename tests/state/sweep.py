@@ -11,13 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from state import REFERENCE
-from state.models import LAYOUTS, fill_slices, make_adapter, ratios, tiny_model, tokens
-from state.plain import (describe, detach_if_attached, different_weights, differences, effective_weights, weights_of)
-from state.tracing import EVENTS, RaiseAt, moments
 from torch import nn
 
 import s2ft
+from state import REFERENCE
+from state.models import LAYOUTS, fill_slices, make_adapter, ratios, tiny_model, tokens
+from state.plain import describe, detach_if_attached, differences, different_weights, effective_weights, weights_of
+from state.tracing import EVENTS, RaiseAt, moments
 
 SMALL = dict(hidden_size=8, intermediate_size=12, num_attention_heads=2, num_key_value_heads=2, head_dim=4,
              vocab_size=11)

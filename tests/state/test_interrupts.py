@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from state.models import LAYOUTS, ratios, tiny_model
-from state.tracing import RaiseAt, moments
 
 import s2ft
+from state.models import LAYOUTS, ratios, tiny_model
+from state.tracing import RaiseAt, moments
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ("compiled", "reference")

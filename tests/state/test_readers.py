@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing  # noqa: F401  (teaches ForkingPickler to put tensors into shared memory)
-from state.models import LAYOUTS, fill_slices, make_adapter, ratios, tiny_model, tokens
-from state.plain import different_weights, effective_weights, same_bits, weights_of
-from state.threads import finishes, in_child, repeating
+import torch.multiprocessing
 from torch import Tensor, nn
 
 import s2ft
 from s2ft.ops import indexed_linear, permute_, scatter_add_, sliced_linear, swap_
+from state.models import LAYOUTS, fill_slices, make_adapter, ratios, tiny_model, tokens
+from state.plain import different_weights, effective_weights, same_bits, weights_of
+from state.threads import finishes, in_child, repeating
 
 READS = 40
 WIDE = dict(hidden_size=128, intermediate_size=512)

@@ -3,11 +3,11 @@ import os
 
 import pytest
 import torch
+
+import s2ft
 from state import machine
 from state.models import LAYOUTS, MODELS, ratios, tiny_model
 from state.plain import describe, differences
-
-import s2ft
 
 COUNT = os.environ.get("S2FT_TEST_SEQUENCES")   # how many sequences, in place of the numbers below
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-PATIENCE = 60    # seconds until a thread counts as deadlocked
+RANK_TIMEOUT = 60    # seconds until a thread counts as deadlocked
 CHILD_LIMIT = 5   # seconds until a child counts as hung
 
 
@@ -33,17 +33,17 @@ def repeating(function: Callable[[], object]) -> Iterator[None]:
 
     thread = threading.Thread(target=loop, daemon=True)
     thread.start()
-    assert running.wait(PATIENCE), "the thread does not get to run"
+    assert running.wait(RANK_TIMEOUT), "the thread does not get to run"
     try:
         yield
     finally:
         stop.set()
-        thread.join(PATIENCE)
+        thread.join(RANK_TIMEOUT)
     assert not thread.is_alive(), "the thread hangs"
     assert not errors, f"the thread raised {errors[0]!r}"
 
 
-def finishes(function: Callable[[], object], seconds: float = PATIENCE) -> bool:
+def finishes(function: Callable[[], object], seconds: float = RANK_TIMEOUT) -> bool:
     """Run `function` in another thread. Returns: whether it ended in time; what it raised is raised here."""
     errors: list[BaseException] = []
 

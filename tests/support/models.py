@@ -1,19 +1,54 @@
 """Small random models, one row a case: every model family with what is awkward about it."""
 import functools
-from typing import Callable, Dict, FrozenSet
+from collections.abc import Callable
 
 import torch
-from transformers import (AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForMaskedLM,
-                          AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, BertConfig, CLIPConfig, CLIPTextConfig,
-                          CLIPVisionConfig, Cohere2Config, CohereConfig, DeepseekV2Config, DeepseekV3Config,
-                          Gemma2Config, Gemma3TextConfig, GemmaConfig, GPT2Config, GPTJConfig, GPTNeoXConfig,
-                          GraniteConfig, LlamaConfig, MistralConfig, MixtralConfig, Olmo2Config, OPTConfig,
-                          Phi3Config, PhiConfig, PretrainedConfig, PreTrainedModel, Qwen2Config, Qwen2MoeConfig,
-                          Qwen3Config, Qwen3MoeConfig, RobertaConfig, SmolLM3Config, StableLmConfig,
-                          Starcoder2Config, T5Config, ViTConfig, WhisperConfig)
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    BertConfig,
+    CLIPConfig,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    Cohere2Config,
+    CohereConfig,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GPT2Config,
+    GPTJConfig,
+    GPTNeoXConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    OPTConfig,
+    Phi3Config,
+    PhiConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    RobertaConfig,
+    SmolLM3Config,
+    StableLmConfig,
+    Starcoder2Config,
+    T5Config,
+    ViTConfig,
+    WhisperConfig,
+)
 
-from s2ft.arch import couplings_of
-from s2ft.coupling import projections_of
+from s2ft.model.coupling import projections_of
+from s2ft.model.registry import couplings_of
 
 SHAPE = dict(hidden_size=24, intermediate_size=52, num_hidden_layers=3, num_attention_heads=4, vocab_size=67)
 ODD = {**SHAPE, "hidden_size": 30, "intermediate_size": 41, "num_attention_heads": 3}
@@ -43,7 +78,7 @@ TOWERS = dict(text_config=dict(**SHAPE, **IDS, max_position_embeddings=16, hidde
               vision_config=dict(hidden_size=30, intermediate_size=41, num_hidden_layers=2, num_attention_heads=3,
                                  **IMAGE))
 
-CASES: Dict[str, Callable[[], PretrainedConfig]] = {
+CASES: dict[str, Callable[[], PretrainedConfig]] = {
     "llama": lambda: LlamaConfig(**SHAPE, num_key_value_heads=4),
     "llama-grouped": lambda: LlamaConfig(**SHAPE, num_key_value_heads=2),
     "llama-multi-query": lambda: LlamaConfig(**SHAPE, num_key_value_heads=1),
@@ -145,13 +180,13 @@ def model_of(case: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 
 
 @functools.cache
-def ratios_of(case: str) -> FrozenSet[str]:
+def ratios_of(case: str) -> frozenset[str]:
     """The options of S2FTConfig that name projections of the case."""
     with torch.random.fork_rng(devices=[]):   # the first call leaves random numbers as a later one does
         return frozenset(f"{projection.key}_ratio" for projection in projections_of(couplings_of(model_of(case))))
 
 
-def ratios_for(case: str, ratios: Dict[str, float]) -> Dict[str, float]:
+def ratios_for(case: str, ratios: dict[str, float]) -> dict[str, float]:
     """Of `ratios`, those of projections that the case has; one KV head is trained whole or not at all."""
     whole = ("k_ratio", "v_ratio") if "multi-query" in case else ()
     return {key: 1.0 if key in whole else ratio for key, ratio in ratios.items() if key in ratios_of(case)}
@@ -161,7 +196,7 @@ def token_batch(model: PreTrainedModel, batch: int = 2, length: int = 9) -> torc
     return torch.randint(model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
-def inputs_of(model: PreTrainedModel) -> Dict[str, torch.Tensor]:
+def inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """A batch for any case, without labels."""
     config, generator = model.config, torch.Generator().manual_seed(1)
 

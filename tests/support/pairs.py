@@ -1,8 +1,8 @@
 """Some of all combinations of three parameters: every two values of two parameters meet in one of them."""
-from typing import Iterable, List, Tuple
+from collections.abc import Iterable
 
 
-def pairs(first: Iterable, second: Iterable, third: Iterable) -> List[Tuple]:
+def pairs(first: Iterable, second: Iterable, third: Iterable) -> list[tuple]:
     """A Latin square: all pairs of the first two, the third in turn.
 
     The third parameter must have no more values than each of the others.

@@ -2,8 +2,9 @@
 import os
 import socket
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Callable, List
+from typing import Any
 
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -39,7 +40,7 @@ class Ranks:
             process.join()
         self.pipes, self.processes = [], []
 
-    def __call__(self, function: Callable, *args: Any) -> List[Any]:
+    def __call__(self, function: Callable, *args: Any) -> list[Any]:
         if not self.processes:
             self.start()
         for pipe in self.pipes:

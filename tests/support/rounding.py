@@ -8,12 +8,12 @@ processor it runs on.
 import os
 import warnings
 import zlib
-from typing import Callable, Dict, List, Tuple
+from collections.abc import Callable
 
 import torch
 
 # Position of the two operands among the arguments, and the summed dimension of each.
-PRODUCTS: Dict[str, Tuple[int, int, int]] = {
+PRODUCTS: dict[str, tuple[int, int, int]] = {
     "mm": (0, 1, 0),
     "mv": (0, 1, 0),
     "dot": (0, 0, 0),
@@ -23,7 +23,7 @@ PRODUCTS: Dict[str, Tuple[int, int, int]] = {
     "baddbmm": (1, 2, 1),
 }
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-KEPT: List[torch.library.Library] = []   # products stay divided while it lives
+KEPT: list[torch.library.Library] = []   # products stay divided while it lives
 
 
 def place(seed: str, size: int, *operands: torch.Tensor) -> int:

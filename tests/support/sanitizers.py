@@ -2,7 +2,6 @@
 import os
 import subprocess
 from pathlib import Path
-from typing import Dict
 
 import pytest
 
@@ -21,7 +20,7 @@ def library(name: str) -> str:
     return str(Path(found).resolve())
 
 
-def environment(**variables: str) -> Dict[str, str]:
+def environment(**variables: str) -> dict[str, str]:
     """For a process that loads sanitized code. libstdc++ comes along, since the address sanitizer looks for
     the function that throws when the process starts, and Python itself does not load it."""
     return {

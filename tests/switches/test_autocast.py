@@ -8,9 +8,9 @@ from support.tolerances import GEMM, relative_difference
 
 import s2ft
 from s2ft import S2ColumnLinear, S2FTConfig, S2RowLinear
-from s2ft.active import mounted_deltas
-from s2ft.record import attachment_of
-from s2ft.weights import like_matrix, weight_of
+from s2ft.attached.active import mounted_deltas
+from s2ft.attached.record import attachment_of
+from s2ft.model.weights import like_matrix, weight_of
 
 HALVES = (torch.bfloat16, torch.float16)
 halves = pytest.mark.parametrize("half", HALVES, ids=str)

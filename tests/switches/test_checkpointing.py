@@ -9,14 +9,14 @@ from support.models import ALL_RATIOS, inputs_of, loss_of, model_of, ratios_for,
 from support.tolerances import relative_difference
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.utils.checkpoint import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import s2ft
 from s2ft import Coupling, Projection, S2FTConfig
-from s2ft.record import attachment_of
+from s2ft.attached.record import attachment_of
 
 # llama-grouped and gemma2 have the fused FFN, phi3 and gpt-neox several projections in a weight, gpt2 Conv1D, vit and
 # whisper no tokens, t5 and whisper two stacks, qwen3-moe experts
@@ -90,9 +90,9 @@ def test_gradients_are_those_without(case, layout, reentrant):
 
 
 @reentrants
-@pytest.mark.parametrize("fuse_ffn", (True, False), ids=("fused", "unfused"))
-def test_the_fused_ffn_and_the_old_name(fuse_ffn, reentrant):
-    config = everything("llama-grouped", fuse_ffn=fuse_ffn)
+@pytest.mark.parametrize("ffn_kernel", (True, False), ids=("fused", "unfused"))
+def test_the_fused_ffn_and_the_old_name(ffn_kernel, reentrant):
+    config = everything("llama-grouped", ffn_kernel=ffn_kernel)
     expected = gradients(attach(plain("llama-grouped"), config))
     model = attach(plain("llama-grouped"), config)
     with warnings.catch_warnings():

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 import s2ft
 from s2ft import Coupling, Projection, S2FTConfig
-from s2ft.record import attachment_of
+from s2ft.attached.record import attachment_of
 
 BACKEND = "aot_eager"   # traces forward and backward as inductor does, in a fraction of the time
 FAMILIES = ("llama-grouped", "llama-biased", "llama-gelu-tanh", "qwen2", "gemma2", "phi3", "gpt2", "gpt-neox", "bert",

@@ -9,7 +9,7 @@ from support.tolerances import LOGITS, relative_difference
 
 import s2ft
 from s2ft import S2FTConfig
-from s2ft.record import attachment_of
+from s2ft.attached.record import attachment_of
 
 layouts = pytest.mark.parametrize("layout", ("permuted", "indexed"))
 

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from train.tiny import tiny_model, tiny_tokenizer
 
-from s2ft.train.encoding import AnswerCollator, TokenRow, encode_examples, encode_prompts, left_pad
-from s2ft.train.examples import Example
+from s2ft.text.encoding import AnswerCollator, TokenRow, encode_examples, encode_prompts, left_pad
+from s2ft.text.examples import Example
 
 ROWS = [TokenRow([5, 6, 7], [8, 2]), TokenRow([9], [10, 11, 12, 2]), TokenRow([13, 14, 15, 16, 17, 18], [19, 2])]
 

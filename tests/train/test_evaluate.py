@@ -4,9 +4,9 @@ import torch
 from train.tiny import sums, tiny_model, tiny_tokenizer
 
 import s2ft
+from s2ft.text.examples import Example, example_from
+from s2ft.text.prompts import encode_prompt
 from s2ft.train.evaluate import evaluate, for_generation, generate
-from s2ft.train.examples import Example, example_from
-from s2ft.train.prompts import encode_prompt
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import json
 import pytest
 from train.tiny import write_jsonl
 
-from s2ft.train.examples import read_examples
+from s2ft.text.examples import read_examples
 
 GOOD = {"instruction": "Add.", "input": "1 and 2", "output": "3", "answer": "3"}
 

@@ -10,8 +10,8 @@ from train.tiny import sums, tiny_model, tiny_tokenizer
 
 import s2ft
 from s2ft.packages import NEEDS, MissingPackages
-from s2ft.train.encoding import encode_examples
-from s2ft.train.examples import example_from
+from s2ft.text.encoding import encode_examples
+from s2ft.text.examples import example_from
 from s2ft.train.evaluate import HeldOut
 from s2ft.train.finetune import check_packages_of_run, finetune, say_length
 from s2ft.train.options import TrainOptions

@@ -3,7 +3,7 @@ import pytest
 import torch
 from train.tiny import tiny_model
 
-from s2ft.train.head import packed_head
+from s2ft.text.head import packed_head
 
 
 def test_frozen_head_gets_a_contiguous_input_and_gives_the_same_logits():

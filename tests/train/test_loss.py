@@ -7,7 +7,7 @@ from train.test_finetune import losses, run
 from train.tiny import tiny_model
 
 import s2ft
-from s2ft.train.loss import IGNORED, PIECE, FusedLoss, fused_loss, piece_of, sum_of_losses, why_not
+from s2ft.train.loss import IGNORED, PIECE, ChunkedLoss, chunked_loss, piece_of, sum_of_losses, why_not
 
 # Cases whose loss is not that of a causal language model, or who bend their logits
 NOT = {"gemma2": "more to its logits than to scale them", "gemma2-grouped": "more to its logits than to scale them",
@@ -41,7 +41,7 @@ def test_loss_and_gradients_are_the_models_own_or_it_is_refused(case, dtype):
     model.train()
     for options in ({}, {"num_items_in_batch": torch.tensor(7)}):
         expected, theirs = gradients(model, batch, **options)
-        with fused_loss(model):
+        with chunked_loss(model):
             loss, ours = gradients(model, batch, **options)
         rtol, _ = GEMM[dtype]
         torch.testing.assert_close(loss, expected.to(loss.dtype), rtol=rtol, atol=rtol)
@@ -55,7 +55,7 @@ def test_pieces_add_up(monkeypatch):
     model, ids = tiny_model(), torch.randint(3, 200, (3, 11))
     expected = model(input_ids=ids, labels=ids).loss
     monkeypatch.setitem(PIECE, "cpu", 7 * model.config.vocab_size)   # 30 tokens in pieces of 7
-    with fused_loss(model.train()):
+    with chunked_loss(model.train()):
         torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected, rtol=1e-6, atol=0)
 
 
@@ -74,7 +74,7 @@ def test_torch_does_not_cut_a_piece_on_a_gpu(vocabulary, width, rows, dtype):
 def test_the_host_does_not_wait_for_a_gpu():
     """A tensor on "meta" has no numbers, so an operator whose shape depends on them raises."""
     model = tiny_model().to("meta")
-    fused = FusedLoss(model)
+    fused = ChunkedLoss(model)
     hidden = torch.empty(2, 9, model.config.hidden_size, device="meta")
     labels = torch.empty(2, 9, dtype=torch.int64, device="meta")
     for items in (None, torch.empty((), dtype=torch.int64, device="meta")):
@@ -101,7 +101,7 @@ def test_rows_without_a_loss_may_stay_or_go(dtype):
 def test_evaluation_has_the_models_own_loss_and_logits():
     model, ids = tiny_model(), torch.randint(3, 200, (2, 9))
     expected = model(input_ids=ids, labels=ids)
-    with fused_loss(model):
+    with chunked_loss(model):
         found = model(input_ids=ids, labels=ids)
     assert torch.equal(found.loss, expected.loss) and torch.equal(found.logits, expected.logits)
 
@@ -119,14 +119,14 @@ def test_no_logits_are_kept(monkeypatch):
             model(input_ids=ids, labels=ids).loss.backward()
         return max(seen)
     assert largest() >= 4 * 64 * 5000
-    with fused_loss(model):
+    with chunked_loss(model):
         assert largest() < 4 * 64 * 5000 / 2
 
 
 def test_a_forward_without_labels_gives_logits_as_ever():
     model, ids = tiny_model(), torch.randint(3, 200, (2, 9))
     expected = model.train()(ids).logits
-    with fused_loss(model):
+    with chunked_loss(model):
         model(input_ids=ids, labels=ids)
         assert torch.equal(model(ids).logits, expected)
 
@@ -134,7 +134,7 @@ def test_a_forward_without_labels_gives_logits_as_ever():
 def test_the_model_is_as_it_was_afterwards():
     model = tiny_model()
     own = model.loss_function = lambda logits, labels, **_: logits.sum()
-    with pytest.raises(RuntimeError), fused_loss(model):
+    with pytest.raises(RuntimeError), chunked_loss(model):
         raise RuntimeError
     assert model.loss_function is own and not model._forward_pre_hooks and "forward" not in model.lm_head.__dict__
     assert why_not(model, {}) == "the model has a loss of its own"
@@ -152,6 +152,6 @@ def test_runs_with_and_without_it_agree_and_the_log_says_where_it_is_off(tmp_pat
     caplog.set_level("INFO")
     _, fused, _ = run(tmp_path / "fused", save_steps=0)
     assert "keeps the logits" not in caplog.text
-    _, plain, _ = run(tmp_path / "plain", save_steps=0, fused_loss=False)
+    _, plain, _ = run(tmp_path / "plain", save_steps=0, chunked_loss=False)
     for (_, ours, *_), (_, theirs, *_) in zip(losses(fused), losses(plain)):
         assert ours == pytest.approx(theirs, rel=1e-5)

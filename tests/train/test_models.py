@@ -7,7 +7,7 @@ import torch
 from train.tiny import save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from s2ft.train.models import load_model, load_tokenizer, locate
+from s2ft.text.models import load_model, load_tokenizer, locate
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from s2ft.train.problems import (HELD_OUT_TEMPLATES, OPERATIONS, TRAIN_TEMPLATES, is_held_out, make_problems)
+from s2ft.train.problems import HELD_OUT_TEMPLATES, OPERATIONS, TRAIN_TEMPLATES, is_held_out, make_problems
 
 TRAIN, HELD_OUT = make_problems(1500, held_out=False), make_problems(400, held_out=True)
 

@@ -2,8 +2,8 @@
 import pytest
 from train.tiny import CHAT, tiny_tokenizer
 
-from s2ft.train.examples import Example
-from s2ft.train.prompts import encode_example, encode_prompt, end_ids, pad_id, prompt_text
+from s2ft.text.examples import Example
+from s2ft.text.prompts import encode_example, encode_prompt, end_ids, pad_id, prompt_text
 
 TALK = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"},
         {"role": "assistant", "content": "2"}, {"role": "user", "content": "and 2+2?"})

@@ -1,7 +1,7 @@
 """Scoring: the tables of what counts as the answer."""
 import pytest
 
-from s2ft.train.examples import Example
+from s2ft.text.examples import Example
 from s2ft.train.scoring import first_word, is_right, last_number, right_answer
 
 NUMBERS = {"The answer is 5.": 5, "5.0": 5, "1,234": 1234, "1,234,567.5 m": 1234567.5, "$5.": 5, "$1,234.50.": 1234.5,

@@ -8,35 +8,35 @@ import json
 import math
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import Adapter, check_fits
+from s2ft.api import new_attachment
+from s2ft.attached.record import RECORD, Attachment
 from s2ft.config import S2FTConfig
-from s2ft.convert import new_attachment
-from s2ft.coupling import Coupling, Projection, projections_of
-from s2ft.delta import Delta
-from s2ft.files import replace_file
-from s2ft.reading import (FLOATS, check_adapter_name, check_finite, open_file, read_json, read_tensors,
-                          shortened)
-from s2ft.record import RECORD, Attachment
+from s2ft.files.reading import FLOATS, check_adapter_name, check_finite, open_file, read_json, read_tensors, shortened
+from s2ft.files.writing import replace_file
+from s2ft.model.coupling import Coupling, Projection, projections_of
+from s2ft.model.delta import Delta
+from s2ft.model.weights import find, is_conv1d, shape_of
 from s2ft.selection import Selection
-from s2ft.weights import find, is_conv1d, shape_of
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 PREFIX = "base_model.model."    # what PEFT puts before the names of the base's modules
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)   # what vLLM's max_lora_rank can be
-Sides = Tuple[Tensor, Tensor]   # B [O, r], A [r, I]
+Sides = tuple[Tensor, Tensor]   # B [O, r], A [r, I]
 
 
 # ---- out -----------------------------------------------------------------------------------------------
 
-def write(adapter: Adapter, model: nn.Module, directory, rank: Optional[int] = None,
+def write(adapter: Adapter, model: nn.Module, directory, rank: int | None = None,
           rank_pattern: bool = False) -> None:
     """Save `adapter` as a LoRA of `model`, in the dtype of its deltas. Each file is written beside and renamed.
 
@@ -78,14 +78,14 @@ def rank_of(directory) -> int:
     return read_json(Path(directory) / CONFIG)["r"]
 
 
-def _record(model: nn.Module, couplings: Optional[Sequence[Coupling]] = None) -> Attachment:
+def _record(model: nn.Module, couplings: Sequence[Coupling] | None = None) -> Attachment:
     """Of a model without adapters one that is not kept."""
     return model.__dict__[RECORD] if RECORD in model.__dict__ else new_attachment(model, couplings)
 
 
-def _sides(adapter: Adapter, model: nn.Module, record: Attachment) -> Dict[str, Sides]:
+def _sides(adapter: Adapter, model: nn.Module, record: Attachment) -> dict[str, Sides]:
     """Of every module, with all its projections one after the other."""
-    parts: Dict[str, List[Sides]] = {}
+    parts: dict[str, list[Sides]] = {}
     for projection in projections_of(record.couplings):
         if projection.name in adapter.deltas:
             _check_linear(model, projection)
@@ -110,7 +110,7 @@ def _factors(delta: Delta, shape: Sequence[int]) -> Sides:
     return (one_hot.t(), values) if delta.dim == 0 else (values, one_hot)
 
 
-def _rank(needed: int, asked: Optional[int], rank_pattern: bool) -> int:
+def _rank(needed: int, asked: int | None, rank_pattern: bool) -> int:
     if asked is not None:
         if isinstance(asked, bool) or not isinstance(asked, int) or asked < needed:
             raise ValueError(f"rank must be at least {needed}, which the widest slice needs, got {asked!r}")
@@ -126,7 +126,7 @@ def _rank(needed: int, asked: Optional[int], rank_pattern: bool) -> int:
     return next(rank for rank in RANKS if rank >= needed)
 
 
-def _config(model: nn.Module, paths: List[str], rank: int, base: Optional[str]) -> Dict[str, Any]:
+def _config(model: nn.Module, paths: list[str], rank: int, base: str | None) -> dict[str, Any]:
     causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     return {
         "peft_type": "LORA",
@@ -151,7 +151,7 @@ def _stored_transposed(module: nn.Module) -> bool:
     return is_conv1d(module) or getattr(module, "transposed", False)
 
 
-def _targets(model: nn.Module, paths: List[str]):
+def _targets(model: nn.Module, paths: list[str]):
     """What names exactly these modules: the last words of their names where those do, else whole names, else a regular
     expression. PEFT takes a name for the end of a longer one."""
     names = [name for name, module in model.named_modules() if name]
@@ -173,7 +173,7 @@ HARMLESS = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_pat
 
 
 def read(directory, model: nn.Module, name: str = "default",
-         couplings: Optional[Sequence[Coupling]] = None) -> Adapter:
+         couplings: Sequence[Coupling] | None = None) -> Adapter:
     """The adapter that a LoRA folder is, if it is one: with every rank one-hot on the side that S²FT trains, the
     inputs of o and down or the outputs of the rest, up to a factor and to ranks that are zero. Numbers are multiplied
     by the scaling and that factor, rounded once to the LoRA's dtype: exact where both are powers of two. Heads of which
@@ -191,7 +191,7 @@ def read(directory, model: nn.Module, name: str = "default",
     tensors, _ = read_tensors(tensors_path, lambda entries: _check_entries(entries, tensors_path))
     record = _record(model, couplings)
     given = record.couplings if record.given else None
-    sites: Dict[str, List[Projection]] = {}
+    sites: dict[str, list[Projection]] = {}
     for projection in projections_of(record.couplings):
         sites.setdefault(projection.path, []).append(projection)
     deltas, units = {}, {}
@@ -211,7 +211,7 @@ def read(directory, model: nn.Module, name: str = "default",
                    {key: value for key, value in info.items() if isinstance(value, str)}, given)
 
 
-def _checked_config(config: Any, path: Path) -> Dict[str, Any]:
+def _checked_config(config: Any, path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = shortened(config.get("peft_type")) if isinstance(config, dict) else "no object"
         raise ValueError(f"{path} is of no LoRA: its peft_type is {kind}")
@@ -234,7 +234,7 @@ def _check_positive(value: Any, key: str, path: Path) -> None:
         raise ValueError(f"{path}: {key} must be a positive number, got {shortened(value)}")
 
 
-def _check_entries(entries: Dict[str, Tuple[str, Tuple[int, ...]]], path: Path) -> None:
+def _check_entries(entries: dict[str, tuple[str, tuple[int, ...]]], path: Path) -> None:
     for name, (dtype, shape) in entries.items():
         found = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_[AB]\.weight", name)
         if not found:
@@ -246,7 +246,7 @@ def _check_entries(entries: Dict[str, Tuple[str, Tuple[int, ...]]], path: Path) 
             raise ValueError(f"{path}: {shortened(found[1])} has no lora_{other}")
 
 
-def _scaling(config: Dict[str, Any], path: str, rank: int, file: Path) -> float:
+def _scaling(config: dict[str, Any], path: str, rank: int, file: Path) -> float:
     said = _pattern(config.get("rank_pattern"), path, config["r"])
     if said != rank:
         raise ValueError(f"{file}: {path} is said to have rank {said}, and its tensors have {rank}")
@@ -254,7 +254,7 @@ def _scaling(config: Dict[str, Any], path: str, rank: int, file: Path) -> float:
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _pattern(patterns: Optional[Dict[str, Any]], path: str, default):
+def _pattern(patterns: dict[str, Any] | None, path: str, default):
     """As PEFT has it: the first pattern that is the whole name, or its end after a dot. Only names are taken for
     patterns, with a ^ before or a backslash in them, since expressions of others can take for ever."""
     for pattern, value in (patterns or {}).items():
@@ -267,7 +267,7 @@ def _pattern(patterns: Optional[Dict[str, Any]], path: str, default):
 
 
 def _rows_or_columns(path: str, projection: Projection, b: Tensor, a: Tensor, scaling: float,
-                     shape: Tuple[int, ...]) -> Tuple[Tensor, Tensor]:
+                     shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """index [n] and values [n, I] or [O, n], in the order of the ranks that are not zero."""
     if (b.shape[0], a.shape[1]) != shape or b.shape[1] != a.shape[0] or b.dtype != a.dtype:
         raise ValueError(f"{path}: B {tuple(b.shape)} and A {tuple(a.shape)} are no LoRA of its weight {shape}")
@@ -290,7 +290,7 @@ def _rows_or_columns(path: str, projection: Projection, b: Tensor, a: Tensor, sc
     return index, values if projection.dim == 0 else values.t()
 
 
-def _split(path: str, projections: List[Projection], index: Tensor, values: Tensor):
+def _split(path: str, projections: list[Projection], index: Tensor, values: Tensor):
     """(projection, units [m], delta) of every projection of one weight that the index names elements of."""
     dim, rest = projections[0].dim, set(index.tolist())
     for projection in projections:

@@ -1,28 +1,40 @@
 """The native format: deltas and indices in safetensors, the rest in s2ft_config.json.
 
-Reading is strict, since a folder may come from anywhere: see :mod:`s2ft.reading`.
+Reading is strict, since a folder may come from anywhere: see :mod:`s2ft.files.reading`.
 """
 import hashlib
 import json
 import math
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
-import s2ft.version
+import s2ft
 from s2ft.adapter.adapter import Adapter
-from s2ft.arch import given_couplings
 from s2ft.config import S2FTConfig
-from s2ft.coupling import Coupling, projections_of
-from s2ft.delta import Delta
-from s2ft.files import replace_file
-from s2ft.folder import CONFIG, KIND, PENDING, TENSORS, read_folder
-from s2ft.reading import (FLOATS, INTEGERS, MAX_CONFIG, check_adapter_name, check_finite, check_parameter,
-                          check_projection, open_file, parse_json, read_bytes, read_tensors, shortened)
+from s2ft.files.adapter_folder import CONFIG, KIND, PENDING, TENSORS, read_folder
+from s2ft.files.reading import (
+    FLOATS,
+    INTEGERS,
+    MAX_CONFIG,
+    check_adapter_name,
+    check_finite,
+    check_parameter,
+    check_projection,
+    open_file,
+    parse_json,
+    read_bytes,
+    read_tensors,
+    shortened,
+)
+from s2ft.files.writing import replace_file
+from s2ft.model.coupling import Coupling, projections_of
+from s2ft.model.delta import Delta
+from s2ft.model.given import given_couplings
 from s2ft.selection import Selection
 
 SCHEMA = 3           # the newest that is read. 2: couplings given by hand; 3: weights that are trained whole
@@ -31,13 +43,16 @@ EXTRA = "extra_weights/"   # before the names of those among the tensors
 DIGESTED = ("name", "config", "projections", "base_fingerprint", "info", "couplings",
             "extra_weights")
 FIELDS = {"schema", "s2ft_version", "selection_digest", "tensors_sha256", "config_sha256", *DIGESTED}
+# fields of S2FTConfig that adapter files know by an older name
+NAMES_IN_FILES = {"ffn_kernel": "fuse_ffn"}
+NAMES_IN_CONFIG = {file: name for name, file in NAMES_IN_FILES.items()}
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 MAX_ELEMENTS = 2**24   # of one side of a weight, where couplings in the file say how many there are
 
 
 def write(adapter: Adapter, directory) -> None:
     """Save to `directory`, which is made if need be. An adapter in it is replaced in one step, see
-    :mod:`s2ft.folder`.
+    :mod:`s2ft.files.adapter_folder`.
 
     Raises: ValueError for an empty tensor (a shard that was not gathered), a NaN or a name that could not be read
     again, nothing written.
@@ -57,9 +72,9 @@ def write(adapter: Adapter, directory) -> None:
     blob = save(tensors, metadata={"format": "s2ft", "schema": str(schema)})
     config = {
         "schema": schema,
-        "s2ft_version": s2ft.version.__version__,
+        "s2ft_version": s2ft.__version__,
         "name": adapter.name,
-        "config": adapter.config.to_dict(),
+        "config": {NAMES_IN_FILES.get(name, name): value for name, value in adapter.config.to_dict().items()},
         "projections": {path: {"dim": delta.dim, "units": adapter.selection[path].tolist()}
                         for path, delta in sorted(adapter.deltas.items())},
         "selection_digest": adapter.selection.digest,
@@ -86,7 +101,7 @@ def _check_can_save(name: str, value: Tensor) -> None:
 
 
 def _write_folder(directory: Path, config: bytes, tensors: bytes) -> None:
-    """Write an adapter's files, or replace those of another one in one step: see :mod:`s2ft.folder`."""
+    """Write an adapter's files, or replace those of another one in one step: see :mod:`s2ft.files.adapter_folder`."""
     directory.mkdir(parents=True, exist_ok=True)
     replace_file(directory / PENDING, config)
     replace_file(directory / TENSORS, tensors)
@@ -96,7 +111,7 @@ def _write_folder(directory: Path, config: bytes, tensors: bytes) -> None:
         replace_file(directory / CONFIG, config)
 
 
-def _digest(config: Dict[str, Any]) -> str:
+def _digest(config: dict[str, Any]) -> str:
     kept = {name: config[name] for name in DIGESTED if name in config}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
@@ -109,12 +124,12 @@ def read(directory) -> Adapter:
     return read_files(directory)[0]
 
 
-def read_files(directory) -> Tuple[Adapter, Dict[str, bytes]]:
+def read_files(directory) -> tuple[Adapter, dict[str, bytes]]:
     """As :func:`read`, and the bytes of both files by name."""
     return read_folder(Path(directory), _read)
 
 
-def _read(path: Path) -> Tuple[Adapter, Dict[str, bytes]]:
+def _read(path: Path) -> tuple[Adapter, dict[str, bytes]]:
     """By the path of the config."""
     tensors_path = open_file(path.parent, TENSORS, KIND)
     content = read_bytes(path, MAX_CONFIG)
@@ -138,7 +153,7 @@ def _read(path: Path) -> Tuple[Adapter, Dict[str, bytes]]:
     return adapter, {CONFIG: content, TENSORS: blob}
 
 
-def _read_header(content: bytes, path: Path) -> Dict[str, Any]:
+def _read_header(content: bytes, path: Path) -> dict[str, Any]:
     header = parse_json(content, str(path))
     schema = header.get("schema") if isinstance(header, dict) else None
     if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
@@ -151,13 +166,13 @@ def _read_header(content: bytes, path: Path) -> Dict[str, Any]:
     return header
 
 
-def _field(header: Dict[str, Any], name: str, kind: type, path: Path) -> Any:
+def _field(header: dict[str, Any], name: str, kind: type, path: Path) -> Any:
     if not isinstance(header.get(name), kind):
         raise ValueError(f"{path}: {name} is missing or not a {kind.__name__}")
     return header[name]
 
 
-def _projections(header: Dict[str, Any], path: Path) -> Dict[str, Any]:
+def _projections(header: dict[str, Any], path: Path) -> dict[str, Any]:
     """{name: {"dim": 0 or 1, "units": ascending numbers}}."""
     projections = _field(header, "projections", dict, path)
     if not projections:
@@ -173,7 +188,7 @@ def _projections(header: Dict[str, Any], path: Path) -> Dict[str, Any]:
     return projections
 
 
-def _extra_weights(header: Dict[str, Any], path: Path) -> Dict[str, Tuple[str, Tuple[int, ...]]]:
+def _extra_weights(header: dict[str, Any], path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """dtype and shape of the weights that are trained whole, by name."""
     if header["schema"] < 3:
         return {}
@@ -194,14 +209,15 @@ def _finite(name: str, value: Tensor) -> Tensor:
     return value
 
 
-def _config(header: Dict[str, Any], path: Path) -> S2FTConfig:
+def _config(header: dict[str, Any], path: Path) -> S2FTConfig:
     try:
-        return S2FTConfig(**_field(header, "config", dict, path))
+        fields = _field(header, "config", dict, path)
+        return S2FTConfig(**{NAMES_IN_CONFIG.get(name, name): value for name, value in fields.items()})
     except TypeError as error:
         raise ValueError(f"{path}: config does not fit this s2ft: {error}") from None
 
 
-def _fingerprint(header: Dict[str, Any], path: Path) -> Dict[str, Any]:
+def _fingerprint(header: dict[str, Any], path: Path) -> dict[str, Any]:
     base = _field(header, "base_fingerprint", dict, path)
     if not isinstance(base.get("dtype"), str) or not isinstance(base.get("layers"), dict):
         raise ValueError(f"{path}: base_fingerprint must have dtype and layers")
@@ -213,7 +229,7 @@ def _fingerprint(header: Dict[str, Any], path: Path) -> Dict[str, Any]:
     return base
 
 
-def _couplings(header: Dict[str, Any], path: Path) -> Optional[List[Coupling]]:
+def _couplings(header: dict[str, Any], path: Path) -> list[Coupling] | None:
     if "couplings" not in header:
         return None
     try:
@@ -236,8 +252,8 @@ def _check_size(projection) -> None:
         raise ValueError(f"{projection.path} has more than {MAX_ELEMENTS:,} elements")
 
 
-def _check_entries(entries: Dict[str, Tuple[str, Tuple[int, ...]]], projections: Dict[str, Any],
-                   extra_weights: Dict[str, Tuple[str, Tuple[int, ...]]], path: Path) -> None:
+def _check_entries(entries: dict[str, tuple[str, tuple[int, ...]]], projections: dict[str, Any],
+                   extra_weights: dict[str, tuple[str, tuple[int, ...]]], path: Path) -> None:
     expected = {f"{name}.{part}" for name in projections for part in ("delta", "index")}
     expected |= {EXTRA + name for name in extra_weights}
     if entries.keys() != expected:
@@ -259,11 +275,11 @@ def _check_entries(entries: Dict[str, Tuple[str, Tuple[int, ...]]], projections:
                              "not those that were saved")
 
 
-def _some(keys: List[str]) -> str:
+def _some(keys: list[str]) -> str:
     return f"[{', '.join(shortened(key) for key in keys[:10])}{', …' * (len(keys) > 10)}]"
 
 
-def _delta(name: str, entry: Dict[str, Any], tensors: Dict[str, Tensor]) -> Delta:
+def _delta(name: str, entry: dict[str, Any], tensors: dict[str, Tensor]) -> Delta:
     values, index = tensors[f"{name}.delta"], tensors[f"{name}.index"].to(torch.int64)
     if int(index.min()) < 0 or not bool((index[1:] > index[:-1]).all()):
         raise ValueError(f"{name}.index must be ascending and not negative")

@@ -3,8 +3,18 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, Gemma3TextConfig,
-                          GPT2Config, GPTJConfig, LlamaConfig, OPTConfig, PreTrainedTokenizerFast, Qwen2Config)
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTJConfig,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 WORDS = 128
 IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import types
-from typing import Any, Dict
+from typing import Any
 
 import pytest
 from reasons import SKIPPED, reason_for
@@ -35,7 +35,7 @@ class Stand:
 INPUTS, OUTPUTS = dict(ratio=0.5, dim="inputs"), dict(ratio=0.5, dim="outputs")
 
 
-def on(model: str, **rows: Dict[str, Any]) -> list:
+def on(model: str, **rows: dict[str, Any]) -> list:
     return [(f"{model} {name.replace('_', ' ')} S2FT", model, S2FTPeftConfig, fields) for name, fields in rows.items()]
 
 
@@ -88,11 +88,11 @@ DECODERS = [
 ]
 
 
-def mixed(first: Dict[str, Any], second: Dict[str, Any]) -> list:
+def mixed(first: dict[str, Any], second: dict[str, Any]) -> list:
     return [("S2FT", S2FTPeftConfig(**first, **RANDOM), S2FTPeftConfig(**second, **RANDOM))]
 
 
-def one(*modules: str, **fields: Any) -> Dict[str, Any]:
+def one(*modules: str, **fields: Any) -> dict[str, Any]:
     return {"target_modules": list(modules), **INPUTS, **fields}
 
 
@@ -144,7 +144,7 @@ PRETEND = {
                                                  "tests.testing_common": {"LoraConfig": S2FTPeftConfig}},
     "test_weighted_combination_of_adapters": {"tests.testing_common": {"IA3Config": S2FTPeftConfig}},
 }
-RESULTS: Dict[str, tuple] = {}   # outcome and reason by test
+RESULTS: dict[str, tuple] = {}   # outcome and reason by test
 
 
 def pytest_configure(config: pytest.Config) -> None:

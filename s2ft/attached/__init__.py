@@ -1,0 +1,1 @@
+"""One attached model: its record, and everything that changes it."""

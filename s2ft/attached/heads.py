@@ -1,0 +1,64 @@
+"""Heads that a model got new, which attach leaves frozen unless it is told to train them."""
+from typing import Any
+
+from torch import nn
+
+from s2ft.attached.extra import coupled_names
+
+LOADED = "_is_hf_initialized"   # transformers marks with it every parameter that came out of a checkpoint
+
+
+def fresh_heads(model: nn.Module, record: Any) -> list[str]:
+    """Names of frozen modules that look new.
+
+    Of a model that from_pretrained made: those of which no parameter was in the checkpoint. Of any other transformers
+    model: the modules beside the backbone, and the backbone's pooler. Modules that share a parameter with the
+    embeddings or with a language model's head are none.
+
+    Args:
+        model: The model, attached or not.
+        record: Has its couplings.
+    """
+    prefix = getattr(model, "base_model_prefix", None)
+    if not hasattr(model, "get_input_embeddings") or not isinstance(prefix, str):
+        return []
+    words = _language_parameters(model)
+    fresh = _not_loaded(model) if any(hasattr(p, LOADED) for p in model.parameters()) else _beside(model, prefix)
+    coupled = coupled_names(record.couplings)
+    return [path for path in fresh if all(
+        id(parameter) not in words and not parameter.requires_grad and f"{path}.{name}" not in coupled
+        for name, parameter in model.get_submodule(path).named_parameters())]
+
+
+def _language_parameters(model: nn.Module) -> set:
+    """ids of the parameters of embeddings and of a language model's head."""
+    found = set()
+    for of in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(model, of)()
+        except (AttributeError, NotImplementedError):
+            continue
+        if isinstance(module, nn.Module):
+            found |= {id(parameter) for parameter in module.parameters()}
+    return found
+
+
+def _not_loaded(model: nn.Module) -> list[str]:
+    """Topmost modules with parameters of which no checkpoint had any."""
+    found: list[str] = []
+    for path, module in model.named_modules():
+        parameters = list(module.parameters())
+        if path and parameters and not any(path.startswith(f"{above}.") for above in found) \
+                and not any(getattr(parameter, LOADED, False) for parameter in parameters):
+            found.append(path)
+    return found
+
+
+def _beside(model: nn.Module, prefix: str) -> list[str]:
+    backbone = getattr(model, prefix, None)
+    if not prefix or not isinstance(backbone, nn.Module):
+        return []
+    paths = [path for path, module in model.named_children() if module is not backbone]
+    if isinstance(getattr(backbone, "pooler", None), nn.Module):
+        paths.append(f"{prefix}.pooler")
+    return [path for path in paths if any(True for _ in model.get_submodule(path).parameters())]

@@ -1,0 +1,1 @@
+"""What transformers, checkpointing, quantizers and torch.compile need from an attached model."""

@@ -1,0 +1,139 @@
+"""State dicts of models that s2ft has changed: the weights in them are the base's, in the base's own order.
+
+In layout ``permuted`` the units of coupled weights lie in another order than in the base, and a second thread may be
+running the model. So ``state_dict()`` gives copies of those weights, put back in order, at rest and unfused. They load
+into a plain model of the base, and into one with other units selected. What is loaded into such a model must be its
+base, in either order: the weights are frozen, so loading them changes nothing, and anything else is an error.
+
+Sharded weights are left as they are: no rank has all the units that would change place.
+"""
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s2ft.attached.hosts.checkpointing import remove_hooks
+from s2ft.attached.record import RECORD, Attachment
+from s2ft.distributed import is_sharded
+from s2ft.layers.base import at_rest
+from s2ft.model.permutation import MovingTensor, inverse, moving_tensors
+from s2ft.model.weights import is_quantized, like_matrix, tensors_of, weight_of
+from s2ft.ops import permute_, swap_
+
+
+def add_state_hooks(model: nn.Module) -> None:
+    """Have the model's state dicts hold the base in order, and check what is loaded into it."""
+    remove_state_hooks(model)
+    model.register_state_dict_post_hook(_put_in_order)
+    model.register_load_state_dict_pre_hook(_check_is_base)
+
+
+def remove_state_hooks(model: nn.Module) -> None:
+    """Take these hooks off, if they are there."""
+    remove_hooks(model._state_dict_hooks, lambda hook: hook is _put_in_order)
+    remove_hooks(model._load_state_dict_pre_hooks, lambda wrapped: wrapped.hook is _check_is_base)
+
+
+class _BaseOrder:
+    """Copies of a model's weights as its base has them."""
+
+    def __init__(self, model: nn.Module, record: Attachment) -> None:
+        self.model, self.record = model, record
+        self.moves: dict[int, list[MovingTensor]] = {}   # by tensor: what puts it back in order
+        for move in record.moves:
+            if move.is_done:
+                for moving in moving_tensors(model, move.coupling, inverse(move.order)):
+                    self.moves.setdefault(id(moving.tensor), []).append(moving)
+        self.layers = {id(mounted.layer.weight): mounted.layer for mounted in record.mounts.values()
+                       if "weight" in mounted.layer._parameters}
+
+    def changed(self, tensor: Tensor) -> bool:
+        """Whether a tensor may differ from what a state dict is to hold."""
+        return id(tensor) in self.moves or id(tensor) in self.layers
+
+    def copy_of(self, tensor: Tensor, without_written: bool = False) -> Tensor:
+        """A parameter or buffer at rest, unfused, in original order.
+
+        Args:
+            tensor: of the model.
+            without_written: also without the adapters that are written into it.
+        """
+        copy, layer = at_rest(tensor), self.layers.get(id(tensor))
+        if layer is not None and layer.fused:
+            layer.write_units_of(copy, layer.base)
+        for moving in self.moves.get(id(tensor), ()):
+            view = moving.view(copy)
+            permute_(view, moving.elements.to(view.device), moving.dim)
+        for entry in reversed(self.record.written) if without_written else ():
+            if not entry.is_local and weight_of(self.model, entry.projection) is tensor:
+                view = like_matrix(self.model, entry.projection, copy)
+                swap_(view, entry.index.to(view.device), entry.base.to(view, copy=True), entry.projection.dim)
+        return copy
+
+
+def _tensors(model: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+    """(key in a state dict, tensor) of parameters and buffers; a tied one comes under each of its names."""
+    for named in (model.named_parameters, model.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            yield prefix + name, tensor
+
+
+def _put_in_order(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    record = model.__dict__.get(RECORD)
+    if record is None or not (record.moves or record.mounts):
+        return
+    order, copies = _BaseOrder(model, record), {}
+    for key, tensor in _tensors(model, prefix):
+        found = state.get(key)
+        # keep_vars=True asks for the parameters themselves
+        if not isinstance(found, Tensor) or found is tensor or is_sharded(tensor) or not order.changed(tensor):
+            continue
+        if id(tensor) not in copies:
+            copies[id(tensor)] = order.copy_of(tensor)
+        state[key] = copies[id(tensor)]
+    for path, mounted in record.mounts.items():
+        if id(mounted.layer._parameters.get("weight")) in copies:
+            state.pop(f"{prefix}{path}.base", None)   # the weight here is not fused
+
+
+def _check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before load_state_dict: weights of couplings must be the base's, and then stay as they are.
+
+    Raises:
+        ValueError: they are not; nothing has changed.
+    """
+    record = model.__dict__.get(RECORD)
+    if record is None:
+        return
+    order, frozen, same = _BaseOrder(model, record), _coupled(model, record), {}
+    for key, tensor in _tensors(model, prefix):
+        found = state.get(key)
+        if id(tensor) in frozen and isinstance(found, Tensor) and not is_sharded(tensor) and not is_sharded(found):
+            if found.shape != tensor.shape or found.is_meta or tensor.is_meta:
+                continue   # PyTorch says what does not fit
+            if not _is_same(order, tensor, found):
+                raise ValueError(f"{key} is not the base's weight that this model's adapters belong to: "
+                                 "s2ft.detach(model) first, load, and attach again or load the adapter again")
+            same[key] = tensor
+    state.update(same)   # each is copied onto itself
+    for path, mounted in record.mounts.items():
+        if f"{prefix}{path}.weight" in same:
+            state.pop(f"{prefix}{path}.base", None)
+            if mounted.layer.base is not None:   # stays fused
+                state[f"{prefix}{path}.base"] = mounted.layer.base
+
+
+def _coupled(model: nn.Module, record: Attachment) -> set:
+    """ids of the tensors that a coupling holds, but for those of quantized layers, which load (and cast) them as they
+    like."""
+    found = {id(tensor) for coupling in record.couplings for tensor in tensors_of(model, coupling)}
+    return found - {id(parameter) for module in model.modules() if is_quantized(module)
+                    for parameter in module.parameters()}
+
+
+def _is_same(order: _BaseOrder, tensor: Tensor, found: Tensor) -> bool:
+    """Whether loading `found` into `tensor` gives the base in original order, or what is there now in either order."""
+    found = found.to(tensor)
+    return torch.equal(found, at_rest(tensor)) or torch.equal(found, order.copy_of(tensor)) or (
+        bool(order.record.written) and torch.equal(found, order.copy_of(tensor, without_written=True)))

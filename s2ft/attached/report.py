@@ -1,0 +1,140 @@
+"""What is trained, as a table."""
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from s2ft.attached.extra import names_of_modules, trained_parameters
+from s2ft.attached.heads import fresh_heads
+from s2ft.attached.hosts.compiled import of_compiled
+from s2ft.attached.record import attachment_of
+from s2ft.config import S2FTConfig
+from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
+from s2ft.model.weights import parameters_of, weight_of
+from s2ft.selection import Selection
+from s2ft.selection.budget import unit_parameters
+from s2ft.selection.selection import span
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is trained of one projection of one layer."""
+
+    projection: Projection
+    units: int
+    parameters: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is trained of one projection over all layers."""
+
+    projection: str
+    layers: int
+    units: str        # e.g. "46 of 1536 channels"
+    parameters: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Report:
+    """What attach did, or would do; prints as a table."""
+
+    name: str
+    layout: str
+    rows: list[Row]
+    trainable: int    # parameters in all that is trained
+    total: int        # parameters of the base model
+    extra_weights: dict[str, int] = field(default_factory=dict)   # trained whole: parameters by name
+    fresh_heads: tuple[str, ...] = ()                             # frozen modules that look new
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Report":
+        """What is trained of a model with an adapter attached, read from the layers themselves."""
+        record = attachment_of(model)
+        parts = [Trained(part.projection, part.elements.numel() // part.projection.unit,
+                         mount.layer.s2.numel() // mount.layer.s2.shape[mount.layer.dim] * part.elements.numel(),
+                         mount.layer.s2.dtype) for mount, part in record.parts.values()]
+        total = parameters_of(model) - sum(part.parameters for part in parts)
+        extra_weights = {name: parameter.numel() for name, parameter in trained_parameters(model, record).items()}
+        return cls._from(record.name, record.config, parts, total, extra_weights, fresh_heads(model, record))
+
+    @classmethod
+    def planned(cls, model: nn.Module, couplings: list[Coupling], config: S2FTConfig, selection: Selection) -> "Report":
+        """What would be trained of the untouched model, whose weights are not looked at."""
+        parts = []
+        for projection in projections_of(couplings):
+            if projection.name in selection:
+                units = selection[projection.name].numel()
+                parts.append(Trained(projection, units, units * unit_parameters(model, projection),
+                                     config.delta_dtype_for(weight_of(model, projection).dtype)))
+        parameters = dict(model.named_parameters())
+        extra_weights = {name: parameters[name].numel()
+                         for name in names_of_modules(model, couplings, config.modules_to_save)}
+        return cls._from("planned", config, parts, parameters_of(model), extra_weights)
+
+    @classmethod
+    def _from(cls, name: str, config: S2FTConfig, parts: list[Trained], total: int, extra_weights: dict[str, int],
+              heads: Sequence[str] = ()) -> "Report":
+        groups: dict[tuple, list[Trained]] = {}
+        for part in parts:
+            alike = (_name_in_layer(part.projection), part.projection.key, part.projection.count, part.units)
+            groups.setdefault(alike, []).append(part)
+        rows = [Row(shown, *_spread(group), sum(part.parameters for part in group), group[0].dtype)
+                for (shown, *_), group in groups.items()]
+        trainable = sum(row.parameters for row in rows) + sum(extra_weights.values())
+        return cls(name, config.layout, rows, trainable, total, extra_weights, tuple(heads))
+
+    @property
+    def share(self) -> float:
+        return self.trainable / self.total
+
+    def __str__(self) -> str:
+        width = max(12, *(len(row.projection) + 1 for row in self.rows))
+        lines = [f"{'projection':<{width}}{'layers':>7}  {'units a layer':<24}{'parameters':>14}  dtype"]
+        lines += [f"{row.projection:<{width}}{row.layers:>7}  {row.units:<24}{row.parameters:>14,}  "
+                  f"{str(row.dtype).removeprefix('torch.')}" for row in self.rows]
+        if self.extra_weights:
+            lines.append(f"trained whole: {', '.join(self.extra_weights)} ({sum(self.extra_weights.values()):,} "
+                         "parameters)")
+        lines.append(f"adapter {self.name!r}, layout {self.layout}: {self.trainable:,} of {self.total:,} parameters "
+                     f"are trained ({self.share:.2%})")
+        if self.fresh_heads:
+            lines.append(f"frozen, though new: {', '.join(self.fresh_heads)}; to train and save such a module give "
+                         f"S2FTConfig modules_to_save={list(self.fresh_heads)}")
+        return "\n".join(lines)
+
+
+def units_of(projection: Projection, units: int) -> str:
+    """E.g. "46 of 1536 channels"."""
+    return f"{units} of {projection.count} {unit_name(projection)}"
+
+
+def _spread(group: list[Trained]) -> tuple[int, str]:
+    """Over how many layers, or weights where there are no experts, and how many units in each."""
+    one = group[0]
+    text = units_of(one.projection, one.units)
+    if one.projection.expert is None:
+        return len(group), text
+    layers = len({part.projection.path for part in group})
+    experts = [sum(part.projection.path == path for part in group) for path in {p.projection.path for p in group}]
+    return layers, f"{text}, {span(experts)} experts"
+
+
+def _name_in_layer(projection: Projection) -> str:
+    """The part of the name that all layers have in common: what follows the path's last number, if anything does."""
+    names = projection.path.split(".")
+    numbers = [i for i, name in enumerate(names[:-1]) if name.isdigit()]
+    shown = projection.path if names[-1].isdigit() or not numbers else ".".join(names[numbers[-1] + 1:])
+    return shown if projection.size is None else f"{shown}.{projection.key}"
+
+
+@of_compiled
+def print_trainable_parameters(model: nn.Module) -> None:
+    """One line, as PEFT's models print it, with the numbers of the report: trained slices are part of the base's weights,
+    so that they are not counted again."""
+    report = Report.of(model)
+    print(f"trainable params: {report.trainable:,} || all params: {report.total:,} || trainable%: "
+          f"{100 * report.share:.4f}")

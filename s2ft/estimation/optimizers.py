@@ -1,0 +1,48 @@
+"""Optimizers by name. What they hold is measured, after a step on parameters without data."""
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Union
+
+import torch
+from torch import Tensor
+
+from s2ft.packages import MissingPackages, is_installed
+
+Optimizer = Union[str, Callable[[list[Tensor]], torch.optim.Optimizer]]
+
+
+def _bitsandbytes(name: str, parameters: list[Tensor]) -> torch.optim.Optimizer:
+    if not is_installed("bitsandbytes"):
+        raise MissingPackages(f"optimizer {name}", ["bitsandbytes"])
+    import bitsandbytes
+
+    return getattr(bitsandbytes.optim, name)(parameters)
+
+
+def _torch(kind: type, parameters: list[Tensor], **options: Any) -> torch.optim.Optimizer:
+    # on a GPU PyTorch takes all parameters at once by itself, but for those of other types than its own
+    return kind(parameters, foreach=True if parameters[0].device.type == "cuda" else None, **options)
+
+
+OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
+    "adamw": partial(_torch, torch.optim.AdamW),
+    "adam": partial(_torch, torch.optim.Adam),
+    "adafactor": partial(_torch, torch.optim.Adafactor),
+    "sgd": partial(_torch, torch.optim.SGD, lr=1e-3),
+    "sgd-momentum": partial(_torch, torch.optim.SGD, lr=1e-3, momentum=0.9),
+    "adamw-8bit": partial(_bitsandbytes, "AdamW8bit"),
+    "paged-adamw-8bit": partial(_bitsandbytes, "PagedAdamW8bit"),
+}
+
+
+def maker(optimizer: Optimizer) -> Callable[[list[Tensor]], torch.optim.Optimizer]:
+    """The function that makes one of a list of parameters. Raises: ValueError or TypeError for what is none."""
+    if isinstance(optimizer, str):
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, or a class or function that makes "
+                             f"one, got {optimizer!r}")
+        return OPTIMIZERS[optimizer]
+    if not callable(optimizer) or isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError("optimizer must be a name, or a class or function that makes a torch.optim.Optimizer of a list "
+                        f"of parameters, got {type(optimizer).__name__}")
+    return optimizer

@@ -1,0 +1,210 @@
+"""One step of training a model without data, and what is counted in it."""
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    UnsupportedOperatorException,
+)
+from torch.utils._pytree import tree_leaves
+
+from s2ft.attached.record import Attachment
+from s2ft.estimation.inputs import call, can_be_labelled, labelled
+from s2ft.estimation.memory import Memory, bytes_of, storages
+from s2ft.estimation.result import Part
+from s2ft.estimation.twin import scales_of
+
+OUTSIDE = "model and loss"   # the part for what is saved in no module's forward but the model's own
+COLUMNS = ("parameters", "buffers", "trained", "gradients", "optimizer", "kept")
+
+
+class Step:
+    """Hooks the model, runs it, and has the numbers."""
+
+    def __init__(self, twin: nn.Module, record: Attachment, inputs: Any, loss: Callable | None, device: torch.device,
+                 autocast: torch.dtype | None, complete: bool) -> None:
+        """Args:
+            twin: on fake tensors of `device`, in training mode. record: of its couplings.
+            inputs: what it is called with. loss: of (twin, inputs); default: the model's own, or all outputs.
+            complete: no labels are to be added to the inputs.
+        """
+        self.twin, self.inputs, self.loss = twin, inputs, loss
+        self.autocast = _autocast(device, autocast)
+        self.trained = {name: p for name, p in twin.named_parameters() if p.requires_grad}
+        self.part_of = _part_names(twin)
+        self.weights = self._weights()        # now, before anything runs: a layer may put something in their place
+        self.kept: Counter = Counter()        # by part
+        self.optimizer: Counter = Counter()   # by name
+        self.memory = Memory(twin, device)
+        self.within: list[str] = []           # parts whose forward runs, the innermost last
+        self.broken: str | None = None     # the innermost that an error came out of
+        self._hook(record, device)
+        if not complete and can_be_labelled(twin, inputs):
+            self.inputs = labelled(inputs, self._guarded(self._look))
+
+    def _hook(self, record: Attachment, device: torch.device) -> None:
+        for name, module in self.twin.named_modules():
+            module.register_forward_pre_hook(partial(self._enter, self.part_of[name]))
+            module.register_forward_hook(self._leave, always_call=True)
+        for path in {c.consumer.path.rpartition(".")[0] for c in record.couplings if c.consumer.expert is not None}:
+            self.twin.get_submodule(path).register_forward_pre_hook(partial(_deal_tokens, device), with_kwargs=True)
+
+    def _enter(self, part: str, module: nn.Module, inputs: tuple) -> None:
+        self.within.append(part)
+        self.broken = None
+
+    def _leave(self, module: nn.Module, inputs: tuple, output: Any) -> None:
+        part = self.within.pop()
+        if output is None and self.broken is None:
+            self.broken = part
+
+    # ---- running ---------------------------------------------------------------------------------
+
+    def run(self, make: Callable[[list[Tensor]], torch.optim.Optimizer], accumulation: int) -> None:
+        """Forward, backward and the optimizer's step; twice the first two where gradients are accumulated."""
+        with self.memory:
+            for number in range(min(accumulation, 2)):
+                self.memory.phase = "forward"
+                outputs = self._guarded(partial(self._forward, count=number == 0))
+                self.memory.phase = "backward"
+                self._guarded(partial(_backward, outputs))
+                del outputs
+            self.memory.phase = "optimizer"
+            self._guarded(partial(self._update, make))
+
+    def _look(self) -> Any:
+        with torch.no_grad(), self.memory, self.autocast():
+            return call(self.twin, self.inputs)
+
+    def _forward(self, count: bool) -> list[Tensor]:
+        hooks = torch.autograd.graph.saved_tensors_hooks(self._save, lambda tensor: tensor)
+        with hooks if count else nullcontext(), self.autocast():
+            if self.loss is not None:
+                return self._differentiable(self.loss(self.twin, self.inputs))
+            output = call(self.twin, self.inputs)
+            loss = output.get("loss") if isinstance(output, Mapping) else None
+            return self._differentiable(output if loss is None else loss)
+
+    def _differentiable(self, output: Any) -> list[Tensor]:
+        leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
+        found = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if not found:
+            raise ValueError(f"nothing that {type(self.twin).__name__} gives depends on what is trained")
+        return found
+
+    def _save(self, tensor: Tensor) -> Tensor:
+        for storage in storages(tensor):
+            if self.memory.is_new(storage, "saved"):
+                self.kept[self.within[-1] if self.within else OUTSIDE] += storage.nbytes()
+        return tensor
+
+    def _update(self, make: Callable[[list[Tensor]], torch.optim.Optimizer]) -> None:
+        optimizer = make(list(self.trained.values()))
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must make a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        with self.memory.scalars_are(1.0):   # a step may ask for a norm; what it holds does not depend on it
+            optimizer.step()
+        seen: set[int] = set()
+        for name, parameter in self.trained.items():
+            if parameter in optimizer.state:
+                leaves = tree_leaves(dict(optimizer.state[parameter]))
+                self.optimizer[name] = bytes_of((leaf for leaf in leaves if isinstance(leaf, Tensor)), seen)
+
+    def _guarded(self, run: Callable[[], Any]) -> Any:
+        try:
+            return run()
+        except UnsupportedOperatorException as error:
+            raise ValueError(f"{type(self.twin).__name__} can't be counted: an operator in {self._where()} does not "
+                             f"say what it gives for tensors without data ({error})") from error
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise ValueError(f"{type(self.twin).__name__} can't be counted without running it on its weights: what it "
+                             f"does in {self._where()} depends on numbers that it computes ({error})") from error
+
+    def _where(self) -> str:
+        return self.broken or f"the {self.memory.phase}"
+
+    # ---- the numbers -----------------------------------------------------------------------------
+
+    def peak(self) -> tuple[int, str]:
+        """Bytes, and in which phase. The optimizer's state is there in every step but the first."""
+        most = {phase: alive + (0 if phase == "optimizer" else self.optimizer.total())
+                for phase, alive in self.memory.peaks.items() if phase}
+        phase = max(most, key=most.get)
+        return self.weights.total() + most[phase], phase
+
+    def _weights(self) -> Counter:
+        """Bytes by ("parameters" or "buffers", part), each storage once."""
+        found: Counter = Counter()
+        seen: set[int] = set()
+        for kind, tensors in (("parameters", self.twin.named_parameters()), ("buffers", self.twin.named_buffers())):
+            for name, tensor in tensors:
+                found[kind, self.part_of[name.rpartition(".")[0]]] += bytes_of([tensor], seen)
+        for name, module in self.twin.named_modules():
+            found["parameters", self.part_of[name]] += bytes_of(scales_of(module), seen)
+        return found
+
+    def parts(self) -> list[Part]:
+        """In the order of the model."""
+        sums: dict[str, Counter] = {name: Counter() for name in dict.fromkeys(self.part_of.values())}
+        for (kind, part), number in self.weights.items():
+            sums[part][kind] += number
+        for name, parameter in self.trained.items():
+            counted = sums[self.part_of[name.rpartition(".")[0]]]
+            counted["trained"] += parameter.numel()
+            counted["gradients"] += 0 if parameter.grad is None else bytes_of([parameter.grad])
+            counted["optimizer"] += self.optimizer[name]
+        for name, kept in self.kept.items():
+            sums[name]["kept"] += kept
+        sums[OUTSIDE] = sums.pop(OUTSIDE)   # last
+        parts = [Part(name, *(counted[column] for column in COLUMNS)) for name, counted in sums.items()]
+        return [part for part in parts if sums[part.name].total()]
+
+
+def _backward(outputs: list[Tensor]) -> None:
+    torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+
+
+def _autocast(device: torch.device, dtype: torch.dtype | None) -> Callable:
+    if dtype is None:
+        return nullcontext
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"autocast must be torch.bfloat16 or torch.float16, got {dtype!r}")
+    return partial(torch.autocast, device.type, dtype)
+
+
+def _deal_tokens(device: torch.device, experts: nn.Module, inputs: tuple, named: dict[str, Any]) -> tuple[tuple, dict]:
+    """Give every expert as many tokens: whom a router chooses its weights know, and what is kept is for all tokens."""
+    def dealt(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.is_floating_point():
+            return value
+        return torch.arange(value.numel(), device=device).reshape(value.shape) % experts.num_experts
+    return tuple(map(dealt, inputs)), {name: dealt(value) for name, value in named.items()}
+
+
+# ---- parts of a model ------------------------------------------------------------------------------------
+
+def _part_names(model: nn.Module) -> dict[str, str]:
+    """By module, the part it belongs to: its layer, which is its name up to the first number; of what lies beside the
+    layers the first piece of the name that no layer has; OUTSIDE for the model itself."""
+    paths = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    layers = {path: found[0] for path in paths if (found := re.match(r"(?:[^.]+\.)*?\d+(?=\.|$)", path))}
+    around = {parent for layer in set(layers.values()) for parent in _above(layer)} | {""}
+
+    def part(path: str) -> str:
+        if path in layers:
+            return layers[path]
+        return next((one for one in reversed([path, *_above(path)]) if one not in around), path) or OUTSIDE
+    return {path: part(path) for path in paths}
+
+
+def _above(path: str) -> list[str]:
+    """Of a.b.c: a.b, a and the model itself, ""."""
+    names = path.split(".")
+    return [".".join(names[:i]) for i in range(len(names) - 1, -1, -1)]

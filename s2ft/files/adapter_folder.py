@@ -1,0 +1,84 @@
+"""The two files of an adapter folder, which are replaced in one step.
+
+A writer puts the new config beside the old one as a pending file, renames the new tensors into place, then renames the
+pending config over the config. The rename of the tensors is the moment from which the folder holds the new adapter. A
+reader takes the config whose ``tensors_sha256`` is that of the tensors file. A writer that is stopped at any point
+leaves the old adapter or the new one.
+"""
+import hashlib
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from s2ft.files.reading import open_file, open_regular, read_json
+
+TENSORS = "s2ft_adapter.safetensors"
+CONFIG = "s2ft_config.json"   # not adapter_config.json, which PEFT and AutoModel would take for theirs
+PENDING = f"{CONFIG}.next"    # there while the tensors are replaced, and after a writer was stopped
+KIND = "S²FT adapter"
+ATTEMPTS = 20                 # to read a folder that others keep replacing
+
+Read = TypeVar("Read")
+
+
+def is_folder(directory: Path) -> bool:
+    """Whether the folder has the files of an adapter; they are not read."""
+    return stamp_of(directory) is not None
+
+
+def stamp_of(directory: Path) -> tuple | None:
+    """A value that changes with every save to the folder; None where there is no adapter."""
+    config, pending, tensors = (_stamp(directory / name) for name in (CONFIG, PENDING, TENSORS))
+    return None if tensors is None or (config is None and pending is None) else (config, pending, tensors)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except (OSError, ValueError):   # no such file, or a name that no file can have
+        return None
+    return (found.st_mtime_ns, found.st_ino) if stat.S_ISREG(found.st_mode) else None
+
+
+def read_folder(directory: Path, read: Callable[[Path], Read]) -> Read:
+    """What `read` makes of the config file that belongs to the folder's tensors.
+
+    Args:
+        directory: The adapter's folder.
+        read: Takes the path of the config file. It is called again where it fails and another process has replaced
+            the adapter meanwhile.
+
+    Raises:
+        FileNotFoundError: The folder has no config file.
+        Exception: Whatever `read` raises for files that do not change.
+    """
+    for attempt in range(ATTEMPTS):
+        before = stamp_of(directory)
+        try:
+            return read(open_file(directory, _config_name(directory), KIND))
+        except (OSError, ValueError):
+            if attempt == ATTEMPTS - 1 or stamp_of(directory) == before:
+                raise
+
+
+def _config_name(directory: Path) -> str:
+    """The config file that belongs to the tensors file. Only a folder with a pending config has two to choose from."""
+    if not (directory / PENDING).is_file() or not (directory / TENSORS).is_file():
+        return CONFIG
+    if not (directory / CONFIG).exists():
+        return PENDING
+    try:
+        pending = read_json(open_file(directory, PENDING, KIND))
+    except ValueError:   # no writer of ours left it
+        return CONFIG
+    expected = pending.get("tensors_sha256") if isinstance(pending, dict) else None
+    return PENDING if _sha256(open_file(directory, TENSORS, KIND)) == expected else CONFIG
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,27 @@
+"""BERT and RoBERTa: biases everywhere, two-layer FFN, learned positions added to the embeddings.
+
+A decoder with cross-attention has those heads as a coupling of their own.
+"""
+
+from torch import nn
+
+from s2ft.model.builders import attention, ffn, head_sizes, layers_of
+from s2ft.model.coupling import Coupling
+
+MODEL_TYPES = ("bert", "roberta")
+
+
+def couplings(model: nn.Module) -> list[Coupling]:
+    found = []
+    for i, (path, layer) in enumerate(layers_of(model, "encoder.layer")):
+        found.append(ffn(i, f"{path}.intermediate.dense", f"{path}.output.dense", model.config.intermediate_size))
+        found.append(_attention(model, i, f"{path}.attention", "attention"))
+        if hasattr(layer, "crossattention"):
+            found.append(_attention(model, i, f"{path}.crossattention", "cross-attention"))
+    return found
+
+
+def _attention(model: nn.Module, layer: int, path: str, kind: str) -> Coupling:
+    heads, _, head_dim = head_sizes(model.config)
+    names = ("self.query", "self.key", "self.value", "output.dense")
+    return attention(layer, [f"{path}.{name}" for name in names], heads, head_dim, kind=kind)

@@ -1,0 +1,29 @@
+"""CLIP: two towers built alike, or one of them alone. Layers count through the text tower, then the vision tower.
+
+A tower alone has the names of transformers 5; with those of transformers 4 it is refused.
+"""
+
+from torch import nn
+
+from s2ft.model.builders import attention, ffn, head_sizes, layers_of
+from s2ft.model.coupling import Coupling
+
+MODEL_TYPES = ("clip", "clip_text_model", "clip_vision_model")
+
+
+def couplings(model: nn.Module) -> list[Coupling]:
+    if not hasattr(model.config, "text_config"):
+        return _tower(model, "encoder.layers", model.config, 0)
+    text = _tower(model, "text_model.encoder.layers", model.config.text_config, 0)
+    depth = len({coupling.layer for coupling in text})   # 0 where the model has the vision tower only
+    return text + _tower(model, "vision_model.encoder.layers", model.config.vision_config, depth)
+
+
+def _tower(model: nn.Module, stack: str, config, first: int) -> list[Coupling]:
+    heads, _, head_dim = head_sizes(config)
+    found = []
+    for i, (path, _) in enumerate(layers_of(model, stack), first):
+        names = ("q_proj", "k_proj", "v_proj", "out_proj")
+        found.append(ffn(i, f"{path}.mlp.fc1", f"{path}.mlp.fc2", config.intermediate_size))
+        found.append(attention(i, [f"{path}.self_attn.{name}" for name in names], heads, head_dim))
+    return found

@@ -1,0 +1,33 @@
+"""DeepSeek-V2 and V3: attention through a low-rank middle, and mixtures with shared experts.
+
+A head's queries come from q_proj or, behind a middle of its own, q_b_proj; its keys and values from kv_b_proj,
+[key, value] head by head. The rotated part of the keys is one for all heads, and the two middles are no units of a
+coupling: q_a_proj and kv_a_proj_with_mqa are not trained.
+"""
+
+from torch import nn
+
+from s2ft.model.builders import layers_of
+from s2ft.model.coupling import Coupling, Projection
+from s2ft.model.families.mixtral import mixture
+
+MODEL_TYPES = ("deepseek_v2", "deepseek_v3")
+
+
+def couplings(model: nn.Module) -> list[Coupling]:
+    found = []
+    for i, (path, layer) in enumerate(layers_of(model, "layers")):
+        found += mixture(model, i, f"{path}.mlp", layer.mlp, "shared_experts")
+        found.append(_attention(model.config, i, f"{path}.self_attn"))
+    return found
+
+
+def _attention(config, layer: int, path: str) -> Coupling:
+    heads, key, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
+    q = f"{path}.q_proj" if config.q_lora_rank is None else f"{path}.q_b_proj"
+    kv = dict(stride=key + value, size=heads * (key + value))
+    return Coupling("attention", layer, (
+        Projection("q", q, heads, key + config.qk_rope_head_dim, 0),
+        Projection("k", f"{path}.kv_b_proj", heads, key, 0, **kv),
+        Projection("v", f"{path}.kv_b_proj", heads, value, 0, start=key, **kv)),
+        Projection("o", f"{path}.o_proj", heads, value, 1))

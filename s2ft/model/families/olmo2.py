@@ -1,0 +1,14 @@
+"""OLMo 2: built like llama, with norms of q and k over all heads, whose weights move with the heads."""
+
+from torch import nn
+
+from s2ft.model.builders import head_sizes
+from s2ft.model.coupling import Coupling
+from s2ft.model.families.llama import llama_like
+
+MODEL_TYPES = ("olmo2",)
+
+
+def couplings(model: nn.Module) -> list[Coupling]:
+    _, _, head_dim = head_sizes(model.config)
+    return llama_like(model, vectors=(("q_norm.weight", head_dim), ("k_norm.weight", head_dim)))

@@ -1,0 +1,34 @@
+"""T5: two-layer or gated FFN, no biases. Layers count through the encoder, then the decoder.
+
+The first layer of each stack has a table of position biases [buckets, heads], and all layers of the stack add
+what it gives to their heads by number: no head of a self-attention can move, in any layer. Cross-attention
+has no table.
+"""
+
+from torch import nn
+
+from s2ft.model.builders import attention, ffn, gated_ffn, layers_of
+from s2ft.model.coupling import Coupling
+
+MODEL_TYPES = ("t5",)
+
+
+def couplings(model: nn.Module) -> list[Coupling]:
+    blocks = [*layers_of(model, "encoder.block"), *layers_of(model, "decoder.block")]
+    return [coupling for i, (path, block) in enumerate(blocks) for coupling in _block(model.config, i, path, block)]
+
+
+def _block(config, i: int, path: str, block: nn.Module) -> list[Coupling]:
+    dense = f"{path}.layer.{len(block.layer) - 1}.DenseReluDense"
+    found = [_attention(config, i, f"{path}.layer.0.SelfAttention", kind="attention", fixed=True)]
+    if config.is_gated_act:
+        found.append(gated_ffn(i, f"{dense}.wi_1", f"{dense}.wi_0", f"{dense}.wo", config.d_ff))
+    else:
+        found.append(ffn(i, f"{dense}.wi", f"{dense}.wo", config.d_ff))
+    if block.is_decoder:
+        found.append(_attention(config, i, f"{path}.layer.1.EncDecAttention", kind="cross-attention"))
+    return found
+
+
+def _attention(config, layer: int, path: str, **more) -> Coupling:
+    return attention(layer, [f"{path}.{name}" for name in "qkvo"], config.num_heads, config.d_kv, **more)

@@ -1,0 +1,35 @@
+"""Whisper: two-layer FFN; biases everywhere but on k. Layers count through the encoder, then the decoder.
+
+Positions are tables added to the embeddings. The convolutions before the encoder are no part of a coupling.
+"""
+from collections.abc import Iterator
+
+from torch import nn
+
+from s2ft.model.builders import attention, ffn, layers_of
+from s2ft.model.coupling import Coupling
+
+MODEL_TYPES = ("whisper",)
+
+
+def couplings(model: nn.Module) -> list[Coupling]:
+    config = model.config
+    encoder, decoder = list(layers_of(model, "encoder.layers")), list(layers_of(model, "decoder.layers"))
+    found = []
+    for i, (path, _) in enumerate(encoder):
+        found += _layer(config.d_model, config.encoder_attention_heads, config.encoder_ffn_dim, i, path)
+    for i, (path, _) in enumerate(decoder, len(encoder)):
+        found += _layer(config.d_model, config.decoder_attention_heads, config.decoder_ffn_dim, i, path)
+        found.append(_attention(config.d_model, config.decoder_attention_heads, i, f"{path}.encoder_attn",
+                                "cross-attention"))
+    return found
+
+
+def _layer(width: int, heads: int, channels: int, i: int, path: str) -> Iterator[Coupling]:
+    yield ffn(i, f"{path}.fc1", f"{path}.fc2", channels)
+    yield _attention(width, heads, i, f"{path}.self_attn", "attention")
+
+
+def _attention(width: int, heads: int, layer: int, path: str, kind: str) -> Coupling:
+    names = ("q_proj", "k_proj", "v_proj", "out_proj")
+    return attention(layer, [f"{path}.{name}" for name in names], heads, width // heads, kind=kind)

@@ -1,0 +1,102 @@
+"""model_type → the function that lists a model's couplings."""
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from s2ft.layers import layers_for
+from s2ft.model.coupling import Coupling, Projection, Vector
+from s2ft.model.families import FAMILIES
+from s2ft.model.given import given_couplings
+from s2ft.model.weights import find, is_quantized, shape_of, weight_of
+
+Declaration = Callable[[nn.Module], list[Coupling]]
+_REGISTERED: dict[str, Declaration] = {}   # by register_architecture, before FAMILIES
+
+
+def register_architecture(*model_types: str) -> Callable[[Declaration], Declaration]:
+    """Decorator: the function below lists the couplings of models whose config has this model_type."""
+    def register(declaration: Declaration) -> Declaration:
+        for model_type in model_types:
+            _REGISTERED[model_type] = declaration
+        return declaration
+    return register
+
+
+def known_architectures() -> list[str]:
+    return sorted({**FAMILIES, **_REGISTERED})
+
+
+def couplings_of(model: nn.Module, given: Sequence[Coupling] | None = None) -> list[Coupling]:
+    """The couplings of `model`, checked against its weights: those of its family, or the ones `given` by hand.
+
+    Raises: ValueError for a model type that is not known, or a weight whose shape contradicts the
+    declaration; the message names the known types or the module.
+    """
+    couplings = _declared(model) if given is None else given_couplings(given)
+    check_shapes(model, couplings)
+    return couplings
+
+
+def _declared(model: nn.Module) -> list[Coupling]:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    declaration = _REGISTERED.get(model_type) or FAMILIES.get(model_type)
+    if declaration is None:
+        raise ValueError(f"{type(model).__name__} (model type {model_type!r}) is not a model family that s2ft "
+                         f"knows; known are {', '.join(known_architectures())}. The couplings of others are given by "
+                         "hand, attach(..., couplings=[s2ft.Coupling(...), ...]), or by family, "
+                         "s2ft.register_architecture")
+    couplings = declaration(model)
+    if not couplings:
+        raise ValueError(f"{type(model).__name__}: the layers of model type {model_type!r} are not where s2ft looks "
+                         "for them")
+    return couplings
+
+
+def check_shapes(model: nn.Module, couplings: list[Coupling]) -> None:
+    """Raises: ValueError for a module or parameter that is missing or whose shape contradicts its coupling."""
+    for coupling in couplings:
+        for projection in coupling.projections:
+            _check_projection(model, projection)
+        for vector in coupling.vectors:
+            _check_vector(model, vector, {projection.count for projection in coupling.producers})
+
+
+def _check_projection(model: nn.Module, projection: Projection) -> None:
+    try:
+        found = find(model, projection.path)
+    except AttributeError:
+        raise ValueError(f"{type(model).__name__} has no module {projection.path}") from None
+    if projection.expert is None:
+        check_module(found, projection.path)
+    elif not isinstance(found, nn.Parameter) or found.dim() != 3 or projection.expert >= found.shape[0]:
+        raise ValueError(f"{projection.path} must be a parameter [experts, outputs, inputs] with more than "
+                         f"{projection.expert} experts")
+    if not is_quantized(found) and not weight_of(model, projection).is_floating_point():
+        raise ValueError(f"{projection.path} has {weight_of(model, projection).dtype} weights; S²FT needs floating point")
+    shape = tuple(shape_of(model, projection))
+    if shape[projection.dim] != projection.extent:
+        parts = "" if projection.size is not None else f" = {projection.count} units of {projection.unit}"
+        raise ValueError(f"{projection.path}: expected a weight with {projection.extent}{parts} in dim "
+                         f"{projection.dim}, got shape {shape}")
+
+
+def check_module(found: Any, path: str) -> None:
+    """Raises: ValueError for what is no layer that S²FT trains units of."""
+    if not isinstance(found, nn.Module) or layers_for(found) is None:
+        groups = getattr(found, "groups", 1)
+        raise ValueError(f"{path} is a {type(found).__name__}{f' of {groups} groups' * (groups != 1)}: S²FT "
+                         "trains and moves units of nn.Linear, transformers' Conv1D and nn.Conv1d to Conv3d of one "
+                         "group, and not of classes derived from them")
+
+
+def _check_vector(model: nn.Module, vector: Vector, counts: set[int]) -> None:
+    try:
+        parameter = find(model, vector.path)
+    except AttributeError:
+        parameter = None
+    if not isinstance(parameter, Tensor):
+        raise ValueError(f"{type(model).__name__} has no parameter or buffer {vector.path}")
+    if parameter.dim() == 0 or parameter.shape[0] not in {count * vector.unit for count in counts}:
+        raise ValueError(f"{vector.path}: expected {' or '.join(map(str, sorted(counts)))} units of {vector.unit} "
+                         f"in dim 0, got shape {tuple(parameter.shape)}")

@@ -1,0 +1,159 @@
+"""What was built, and loading it. Importing :mod:`s2ft` never fails for want of compiled kernels."""
+import importlib
+import json
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from s2ft import __version__
+from s2ft.ops._cuda import version, why_unusable
+
+TORCH_FLOOR = (2, 11)
+RECORD = Path(__file__).parents[1] / "_build.json"   # written by setup.py: what it did and why
+DEVICES = ("CPU", "CUDA")
+
+_module: ModuleType | None = None
+_reason: str | None = None   # None until load() ran
+_cuda_reason = ""   # why CUDA tensors run what they run, in words
+_cuda_registered = False
+_silent = False   # nobody is to be told about missing CUDA kernels, or was already
+
+
+def _read_record() -> dict[str, Any]:
+    """setup.py's record; empty where none was written or it cannot be read."""
+    try:
+        record = json.loads(RECORD.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _torch_version() -> tuple:
+    parts = torch.__version__.split("+")[0].split(".")[:2]
+    return tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in parts)
+
+
+def _import_module() -> ModuleType:
+    if _torch_version() < TORCH_FLOOR:
+        raise ImportError(f"the compiled kernels need PyTorch {TORCH_FLOOR[0]}.{TORCH_FLOOR[1]} or later, "
+                          f"this is {torch.__version__}")
+    return importlib.import_module("s2ft._C")
+
+
+def _extension_files() -> list[str]:
+    return sorted(p.name for p in RECORD.parent.glob("_C.*") if p.suffix in (".so", ".pyd"))
+
+
+def load() -> ModuleType | None:
+    """Load the compiled kernels once; None where there are none, with a warning if there should be."""
+    global _module, _reason, _silent
+    if _reason is not None:
+        return _module
+    record, files = _read_record(), _extension_files()
+    wanted = record.get("mode") != "none"
+    if record and not record.get("compiled"):
+        _reason = str(record.get("reason", "the compiled kernels were not built"))
+    elif not files:
+        wanted = bool(record)   # a source tree that nobody built is no fault
+        _reason = ("the compiled kernels were built, but the module s2ft._C is missing" if record else
+                   "this source tree was not built; run: pip install --no-build-isolation -e .")
+    else:
+        try:
+            _module = _import_module()
+            _reason = str(record.get("reason") or "the compiled kernels are loaded")
+        except Exception as error:   # a wrong ABI shows as ImportError, OSError or RuntimeError
+            found = f" (found {', '.join(files)})" if isinstance(error, ModuleNotFoundError) else ""
+            _reason = f"the compiled kernels failed to load: {error}{found}"
+    if _module is None and wanted:
+        warnings.warn(f"s2ft: {_reason}. The slower PyTorch implementations are used. Set S2FT_BUILD=cpu "
+                      "when installing to see why a build fails, or S2FT_BUILD=none to do without.",
+                      RuntimeWarning, stacklevel=3)
+    _silent = record.get("mode") == "none" or _module is None and wanted
+    _prepare_cuda(record)
+    return _module
+
+
+def _prepare_cuda(record: dict[str, Any]) -> None:
+    """Have the CUDA kernels registered when PyTorch initialises CUDA: a process without CUDA pays nothing."""
+    global _cuda_reason
+    if _module is None:
+        _cuda_reason = str(_reason)
+    elif not _module.build_info()["with_cuda"]:
+        _cuda_reason = str(record.get("cuda_reason") or "the CUDA kernels were not built")
+    else:
+        _cuda_reason = "the CUDA kernels are built, and registered once PyTorch initialises CUDA"
+        torch.cuda._lazy_call(_register_cuda)
+
+
+def _register_cuda() -> None:
+    """Register the CUDA kernels where they can run on every visible GPU; else the PyTorch implementations stay.
+
+    PyTorch calls this while it initialises CUDA, and an exception would make that fail. So this raises nothing.
+    """
+    global _cuda_reason, _cuda_registered
+    try:
+        if torch.version.cuda is None:
+            _cuda_reason = "this PyTorch is not one for CUDA"
+            return
+        devices = [(torch.cuda.get_device_name(number), torch.cuda.get_device_capability(number))
+                   for number in range(torch.cuda.device_count())]
+        driver, built = _module.cuda_versions()
+        _cuda_reason = why_unusable(driver, built, _archs(_module.build_info()), devices)
+        if not _cuda_reason:
+            _module.register_cuda()
+            _cuda_registered, _cuda_reason = True, "the CUDA kernels are registered"
+    except Exception as error:
+        _cuda_reason = f"the CUDA kernels could not be registered: {error}"
+
+
+def warn_without_cuda_kernels() -> None:
+    """Warn, once a process, that CUDA tensors run the PyTorch implementations. For a model that is on CUDA."""
+    global _silent
+    if _silent or _cuda_registered:
+        return
+    _silent = True
+    warnings.warn(f"s2ft: the model is on CUDA, and the PyTorch implementations serve there: {_cuda_reason}. Results "
+                  "are the same within rounding; serving many adapters in a batch and the FFN's activation are slower.",
+                  RuntimeWarning, stacklevel=4)   # where the user calls attach
+
+
+def _archs(built: dict[str, Any]) -> list[str]:
+    return [arch for arch in built.get("cuda_archs", "").split(";") if arch]
+
+
+def _kernels() -> dict[str, list[str]]:
+    """For every op, the devices that have a compiled kernel, as the dispatcher tells."""
+    names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("s2ft::"))
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return {name.partition("::")[2]: [d for d in DEVICES if has(name, d)] for name in sorted(names)}
+
+
+def build_info() -> dict[str, Any]:
+    """What runs here, and why.
+
+    Keys: ``compiled`` (the compiled kernels are loaded), ``reason`` (a sentence), ``version``, ``torch``,
+    ``compiler``, ``cuda`` (built with CUDA kernels), ``archs`` (of them), ``cuda_version`` (they were built with),
+    ``cuda_reason`` (a sentence: why CUDA tensors run what they run), and ``ops``: for every op the devices with a
+    compiled kernel; the others run its PyTorch implementation. CUDA kernels are registered when PyTorch initialises
+    CUDA, if the driver and every visible GPU can run them.
+    """
+    module = load()
+    built: dict[str, Any] = module.build_info() if module is not None else {}
+    return {
+        "compiled": module is not None,
+        "reason": _reason,
+        "version": __version__,
+        "torch": torch.__version__,
+        "compiler": built.get("compiler"),
+        "cuda": built.get("with_cuda", False),
+        "archs": _archs(built),
+        "cuda_version": version(module.cuda_versions()[1]) if built.get("with_cuda") else None,
+        "cuda_reason": _cuda_reason,
+        "ops": _kernels(),
+    }
+
+
+load()
