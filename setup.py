@@ -9,6 +9,7 @@ S2FT_BUILD chooses:
 Also read: CUDA_HOME, MAX_JOBS, CXX, CXXFLAGS, LDFLAGS, and TORCH_CUDA_ARCH_LIST. Its default is those of
 7.5;8.0;9.0;10.0;12.0 that nvcc compiles for, the GPU's own if there is one, and PTX of the highest.
 """
+
 import copy
 import json
 import os
@@ -26,7 +27,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "cuda", "cpu", "none")
-DEFAULT_ARCHS = ("7.5", "8.0", "9.0", "10.0", "12.0")   # each serves the GPUs of its major version from its minor on
+DEFAULT_ARCHS = ("7.5", "8.0", "9.0", "10.0", "12.0")  # each serves the GPUs of its major version from its minor on
 TORCH_FLOOR = (2, 11)
 TORCH_TARGET = f"0x{TORCH_FLOOR[0]:02x}{TORCH_FLOOR[1]:02x}000000000000"
 
@@ -49,6 +50,7 @@ def warn(text):
 
 
 # --- what can be built here -----------------------------------------------------------------------
+
 
 def import_torch():
     """(torch, None), or (None, why not)."""
@@ -97,16 +99,19 @@ def why_not_nvcc(torch, home):
     found = re.search(r"release (\d+)\.", nvcc_says(home, "--version"))
     if torch.version.cuda is None or found is None or int(found[1]) <= int(torch.version.cuda.split(".")[0]):
         return ""
-    return (f"nvcc in {home} is of CUDA {found[1]} and PyTorch {torch.__version__} of CUDA {torch.version.cuda}: set "
-            "CUDA_HOME to a toolkit whose major version is not newer, or install a PyTorch for the newer CUDA")
+    return (
+        f"nvcc in {home} is of CUDA {found[1]} and PyTorch {torch.__version__} of CUDA {torch.version.cuda}: set "
+        "CUDA_HOME to a toolkit whose major version is not newer, or install a PyTorch for the newer CUDA"
+    )
 
 
 def visible_archs():
     """The compute capabilities of this machine's GPUs, such as ["8.9"]."""
     import torch
+
     try:
         return ["{}.{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())]
-    except Exception:   # whatever keeps a GPU from being asked does not keep the kernels from being built
+    except Exception:  # whatever keeps a GPU from being asked does not keep the kernels from being built
         return []
 
 
@@ -176,6 +181,7 @@ class Plan:
 
 # --- the record that s2ft/ops/_build.py reads ---------------------------------------------------------
 
+
 def write_record(package, compiled, cuda, reason, cuda_reason=""):
     """Say in the package what was built. What an earlier build left there goes if nothing was.
 
@@ -212,6 +218,7 @@ class BuildPy(build_py):
 
 # --- compiling ------------------------------------------------------------------------------------
 
+
 def jobs():
     return max(1, int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
 
@@ -223,8 +230,17 @@ def compile_cuda(folder, archs):
 
     def one(source):
         target = folder / (Path(source).stem + ".cu.o")
-        command = [str(PLAN.home / "bin" / "nvcc"), "-std=c++20", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden",
-                   *architectures, "-c", str(ROOT / source), "-o", str(target)]
+        command = [
+            str(PLAN.home / "bin" / "nvcc"),
+            "-std=c++20",
+            "-O3",
+            "-Xcompiler=-fPIC,-fvisibility=hidden",
+            *architectures,
+            "-c",
+            str(ROOT / source),
+            "-o",
+            str(target),
+        ]
         print(" ".join(command), flush=True)
         subprocess.run(command, check=True, env={**os.environ, "CUDA_HOME": str(PLAN.home)})
         return str(target)
@@ -241,11 +257,24 @@ def cuda_link_flags():
 
 def extension():
     from torch.utils.cpp_extension import CppExtension
+
     # Without contraction alpha * delta is rounded before it is added, as PyTorch rounds it.
-    flags = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-ffp-contract=off", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
-    flags += shlex.split(os.environ.get("CXXFLAGS", ""))   # last, so that they win; setuptools reads LDFLAGS itself
-    return CppExtension("s2ft._C", ["csrc/module.cpp", *relative("cpu/*.cpp")],
-                        depends=relative("**/*.h"), extra_compile_args={"cxx": flags}, extra_link_args=[])
+    flags = [
+        "-O3",
+        "-g0",
+        "-std=c++20",
+        "-fvisibility=hidden",
+        "-ffp-contract=off",
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
+    ]
+    flags += shlex.split(os.environ.get("CXXFLAGS", ""))  # last, so that they win; setuptools reads LDFLAGS itself
+    return CppExtension(
+        "s2ft._C",
+        ["csrc/module.cpp", *relative("cpu/*.cpp")],
+        depends=relative("**/*.h"),
+        extra_compile_args={"cxx": flags},
+        extra_link_args=[],
+    )
 
 
 def build_ext_class():
@@ -265,7 +294,7 @@ def build_ext_class():
                     raise
                 reason = f"compiling the kernels failed: {' '.join(str(error).split())[:500]}"
                 warn(f"s2ft is installed without compiled kernels: {reason}")
-                self.extensions = []   # nothing left to copy or install
+                self.extensions = []  # nothing left to copy or install
                 write_record(package, False, False, reason)
                 return
             note = f"the CPU kernels are loaded; {self.cuda_reason}" if self.cuda_failed else ""
@@ -281,8 +310,7 @@ def build_ext_class():
             """Whether this worked. Under auto a failure leaves the extension to be built without CUDA."""
             try:
                 archs = cuda_archs(PLAN.home)
-                ext.extra_objects = [*ext.extra_objects,
-                                     *compile_cuda(Path(self.build_temp).resolve() / "cuda", archs)]
+                ext.extra_objects = [*ext.extra_objects, *compile_cuda(Path(self.build_temp).resolve() / "cuda", archs)]
                 ext.sources += relative("cuda/*.cpp")
                 ext.extra_compile_args["cxx"] += ["-DS2FT_WITH_CUDA", f'-DS2FT_CUDA_ARCHS="{";".join(archs)}"']
                 ext.extra_link_args += cuda_link_flags()

@@ -7,6 +7,7 @@ Each checkout runs in a process of its own, which waits while the other one runs
 drifts for both alike. Printed is the median of the ratios of neighbouring steps, this checkout to the other, and their
 quartiles.
 """
+
 import argparse
 import os
 import statistics
@@ -39,10 +40,19 @@ class Checkout:
     """A process that runs steps of a checkout."""
 
     def __init__(self, root: Path, dtype: str, args: argparse.Namespace) -> None:
-        code = f"from against import serve; serve({dtype!r}, {args.model!r}, {args.batch}, {args.length}, {args.d_ratio})"
+        code = (
+            f"from against import serve; serve({dtype!r}, {args.model!r}, {args.batch}, {args.length}, {args.d_ratio})"
+        )
         path = os.pathsep.join([str(root), str(root / "bench"), str(HERE / "bench")])
-        self.process = subprocess.Popen([sys.executable, "-c", code], cwd=root, env={**os.environ, "PYTHONPATH": path},
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": path},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
 
     def step(self) -> float:
         self.process.stdin.write("\n")
@@ -63,14 +73,16 @@ def compare(dtype: str, args: argparse.Namespace) -> str:
     for turn in range(args.rounds + 3):
         first, second = (ours, theirs) if turn % 2 else (theirs, ours)
         times = {first: first.step(), second: second.step()}
-        if turn >= 3:   # the first ones warm up
+        if turn >= 3:  # the first ones warm up
             pairs.append((times[ours], times[theirs]))
     ours.close()
     theirs.close()
     ratios = [mine / other for mine, other in pairs]
     low, middle, high = statistics.quantiles(ratios, n=4)
-    return (f"{dtype}: {1000 * statistics.median(mine for mine, _ in pairs):.1f} ms against "
-            f"{1000 * statistics.median(other for _, other in pairs):.1f} ms, ratio {middle:.4f} ({low:.4f} to {high:.4f})")
+    return (
+        f"{dtype}: {1000 * statistics.median(mine for mine, _ in pairs):.1f} ms against "
+        f"{1000 * statistics.median(other for _, other in pairs):.1f} ms, ratio {middle:.4f} ({low:.4f} to {high:.4f})"
+    )
 
 
 def main() -> None:

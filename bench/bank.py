@@ -7,6 +7,7 @@ each. (a) 16 sequences over 8 adapters: one batch, against set_adapter and a bat
 set_adapter and one sequence after the other, whose tokens must be the batch's. (b) The same batch against the base.
 (c) Against PEFT's LoRA of as many bytes, rounded down, with adapter_names, at 8 and at 64 adapters.
 """
+
 import argparse
 import copy
 import os
@@ -33,8 +34,16 @@ from s2ft.train.demo import default_model
 
 RESULTS = Path(__file__).parent / "results" / "bank.json"
 RATIO, STD = 0.03, 3e-2
-BEGINNINGS = ("The capital of France is", "Once upon a time", "Two and two make", "In the middle of the night, she",
-              "A good recipe for soup", "The sun", "Dear Sir or Madam,", "He opened the door and saw")
+BEGINNINGS = (
+    "The capital of France is",
+    "Once upon a time",
+    "Two and two make",
+    "In the middle of the night, she",
+    "A good recipe for soup",
+    "The sun",
+    "Dear Sir or Madam,",
+    "He opened the door and saw",
+)
 
 
 def write_adapters(base: nn.Module, count: int, root: str) -> list[str]:
@@ -68,12 +77,18 @@ class Generation:
 
     def __call__(self, model: nn.Module, rows=slice(None), **more) -> Tensor:
         begin = self.inputs["input_ids"].shape[1]
-        return model.generate(**{key: value[rows] for key, value in self.inputs.items()}, do_sample=False,
-                              max_new_tokens=self.tokens, min_new_tokens=self.tokens, **more)[:, begin:]
+        return model.generate(
+            **{key: value[rows] for key, value in self.inputs.items()},
+            do_sample=False,
+            max_new_tokens=self.tokens,
+            min_new_tokens=self.tokens,
+            **more,
+        )[:, begin:]
 
 
 def switching(model: nn.Module, generate: Generation, names: list[str]):
     """Steps: adapter by adapter, and sequence by sequence. They return the tokens in the batch's order."""
+
     def by_adapter() -> Tensor:
         out = torch.empty(len(names), generate.tokens, dtype=torch.int64)
         for name in dict.fromkeys(names):
@@ -88,12 +103,14 @@ def switching(model: nn.Module, generate: Generation, names: list[str]):
             s2ft.set_adapter(model, name)
             out.append(generate(model, slice(row, row + 1)))
         return torch.cat(out)
+
     return by_adapter, one_by_one
 
 
 def lora_of(base: nn.Module, names: list[str]) -> nn.Module:
     """PEFT's model with a random LoRA for every name, of as many numbers as an adapter here, rounded down."""
     from peft import LoraConfig, get_peft_model
+
     config = base.config
     units = int(RATIO * config.intermediate_size)
     rank = units * config.hidden_size // (config.hidden_size + config.intermediate_size)
@@ -104,8 +121,9 @@ def lora_of(base: nn.Module, names: list[str]) -> nn.Module:
     return model.eval()
 
 
-def against_switching(base: nn.Module, bank: AdapterBank, generate: Generation, names: list[str], root: str,
-                      rounds: int) -> dict[str, Any]:
+def against_switching(
+    base: nn.Module, bank: AdapterBank, generate: Generation, names: list[str], root: str, rounds: int
+) -> dict[str, Any]:
     model = copy.deepcopy(base)
     for name in dict.fromkeys(names):
         s2ft.load_adapter(model, f"{root}/{name}", name)
@@ -114,43 +132,59 @@ def against_switching(base: nn.Module, bank: AdapterBank, generate: Generation, 
     def batch() -> Tensor:
         with bank.batch(names):
             return generate(base)
+
     equal = torch.equal(batch(), one_by_one()) and torch.equal(batch(), by_adapter())
     plain = generate(base)
     steps = {"batch": batch, "by adapter": by_adapter, "one by one": one_by_one}
-    times = interleaved(steps, rounds, warmup=0)   # all ran just now
-    return {"same tokens as alone": equal, "sequences unlike the base's": int((batch() != plain).any(1).sum()),
-            "seconds": medians(times), "by adapter to batch": median_ratio(times, "by adapter", "batch"),
-            "one by one to batch": median_ratio(times, "one by one", "batch")}
+    times = interleaved(steps, rounds, warmup=0)  # all ran just now
+    return {
+        "same tokens as alone": equal,
+        "sequences unlike the base's": int((batch() != plain).any(1).sum()),
+        "seconds": medians(times),
+        "by adapter to batch": median_ratio(times, "by adapter", "batch"),
+        "one by one to batch": median_ratio(times, "one by one", "batch"),
+    }
 
 
-def against_peft(base: nn.Module, bank: AdapterBank, generate: Generation, names: list[str],
-                 rounds: int) -> dict[str, Any]:
+def against_peft(
+    base: nn.Module, bank: AdapterBank, generate: Generation, names: list[str], rounds: int
+) -> dict[str, Any]:
     """With the base in the same rounds."""
     lora = lora_of(base, list(dict.fromkeys(names)))
 
     def batch() -> Tensor:
         with bank.batch(names):
             return generate(base)
+
     steps = {"batch": batch, "base": lambda: generate(base), "PEFT": lambda: generate(lora, adapter_names=names)}
     times = interleaved(steps, rounds, warmup=1)
     rate = len(names) * generate.tokens
-    return {"adapters": len(set(names)), "sequences": len(names), "seconds": medians(times),
-            "tokens a second": {name: rate / seconds for name, seconds in medians(times).items()},
-            "throughput to the base's": median_ratio(times, "base", "batch"),
-            "PEFT to batch": median_ratio(times, "PEFT", "batch")}
+    return {
+        "adapters": len(set(names)),
+        "sequences": len(names),
+        "seconds": medians(times),
+        "tokens a second": {name: rate / seconds for name, seconds in medians(times).items()},
+        "throughput to the base's": median_ratio(times, "base", "batch"),
+        "PEFT to batch": median_ratio(times, "PEFT", "batch"),
+    }
 
 
 def entering(bank: AdapterBank, names: list[str]) -> dict[str, float]:
     """Milliseconds to enter a batch of 8 adapters: read from disk; loaded, not packed; packed already."""
+
     def enter(some: list[str]) -> float:
         begin = time.perf_counter()
         with bank.batch(some):
             return 1000 * (time.perf_counter() - begin)
+
     first = enter(names[8:16])
     enter(names[:8])
-    packing = [enter(names[8 * (i % 2):][:8]) for i in range(1, 10)]
-    return {"from disk": first, "packing": statistics.median(packing),
-            "packed": statistics.median(enter(names[8:16]) for _ in range(9))}
+    packing = [enter(names[8 * (i % 2) :][:8]) for i in range(1, 10)]
+    return {
+        "from disk": first,
+        "packing": statistics.median(packing),
+        "packed": statistics.median(enter(names[8:16]) for _ in range(9)),
+    }
 
 
 def medians(times: dict[str, list[float]]) -> dict[str, float]:

@@ -5,6 +5,7 @@
 Ordering: from the selections of up, gate and down to the new order. Moving: up, gate and down put in
 it, in place, against indexing with torch, which makes a second matrix of each.
 """
+
 import argparse
 import statistics
 from pathlib import Path
@@ -29,8 +30,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
-    coupling = Coupling("ffn", 0, (Projection("u", "up", args.channels, 1, 0), Projection("g", "gate", args.channels, 1, 0)),
-                        Projection("d", "down", args.channels, 1, 1))
+    coupling = Coupling(
+        "ffn",
+        0,
+        (Projection("u", "up", args.channels, 1, 0), Projection("g", "gate", args.channels, 1, 0)),
+        Projection("d", "down", args.channels, 1, 1),
+    )
     chosen = select([coupling], S2FTConfig(u_ratio=args.ratio, g_ratio=args.ratio, d_ratio=args.ratio))
 
     def order():
@@ -56,10 +61,20 @@ def main() -> None:
     for name, seconds in medians.items():
         print(f"{name:<16}{1000 * seconds:>10.2f} ms")
     faster = median_ratio(times, "torch indexing", "move")
-    print(f"{args.channels} channels: ordered in {1000 * medians['order']:.2f} ms; "
-          f"moved {faster:.1f} × faster than by indexing")
-    save(args.output, {"width": args.width, "channels": args.channels, "ratio": args.ratio, "seconds": medians,
-                       "indexing to move": faster})
+    print(
+        f"{args.channels} channels: ordered in {1000 * medians['order']:.2f} ms; "
+        f"moved {faster:.1f} × faster than by indexing"
+    )
+    save(
+        args.output,
+        {
+            "width": args.width,
+            "channels": args.channels,
+            "ratio": args.ratio,
+            "seconds": medians,
+            "indexing to move": faster,
+        },
+    )
 
 
 if __name__ == "__main__":

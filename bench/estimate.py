@@ -8,6 +8,7 @@ process's resident memory (of memory allocated, on a GPU) parameters, gradients 
 tokens that leaves hardly anything else behind, and the most during a step on the whole batch. The process gives freed
 memory back at once. At the end LLaMA-3-8B's shape is planned, which only takes time.
 """
+
 import argparse
 import ctypes
 import gc
@@ -43,21 +44,28 @@ from s2ft.train.demo import default_model
 SMOLLM = "SmolLM2-135M"
 IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, vocab_size=32000)
 SHAPE = dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12)
-CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {   # random weights, at sizes near 100M parameters
+CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {  # random weights, at sizes near 100M parameters
     "llama": lambda: LlamaConfig(**SHAPE, **IDS),
     "qwen2": lambda: Qwen2Config(**SHAPE, **IDS, num_key_value_heads=4, tie_word_embeddings=True),
     "gemma2": lambda: Gemma2Config(**SHAPE, **IDS, num_key_value_heads=4, head_dim=64, sliding_window=64),
     "phi3": lambda: Phi3Config(**SHAPE, **IDS, num_key_value_heads=4),
-    "gpt2": lambda: GPT2Config(bos_token_id=1, eos_token_id=2),   # GPT-2's own 124M, with its dropout
+    "gpt2": lambda: GPT2Config(bos_token_id=1, eos_token_id=2),  # GPT-2's own 124M, with its dropout
 }
-LLAMA_3_8B = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                  num_key_value_heads=8, vocab_size=128256)
+LLAMA_3_8B = dict(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=128256,
+)
 CONFIG = s2ft.S2FTConfig(d_ratio=0.03, o_ratio=0.1)
 SHOWN = {"kept": "kept for backward", "state": "weights, gradients, states", "peak": "peak of a step"}
 RESULTS = Path(__file__).parent / "results" / "estimate.json"
 
 
 # ---- estimating, here ------------------------------------------------------------------------------------
+
 
 def on_meta(name: str, dtype: torch.dtype) -> torch.nn.Module:
     with torch.device("meta"):
@@ -76,8 +84,13 @@ def estimated(name: str, dtype: str, args: argparse.Namespace) -> dict[str, floa
     model = on_meta(name, getattr(torch, dtype))
     built = time.perf_counter()
     found = s2ft.estimate(model, CONFIG, args.batch, args.length, device=_device())
-    return {"kept": found.kept, "state": found.parameters + found.buffers + found.gradients + found.optimizer,
-            "peak": found.peak, "building seconds": built - begin, "seconds": time.perf_counter() - built}
+    return {
+        "kept": found.kept,
+        "state": found.parameters + found.buffers + found.gradients + found.optimizer,
+        "peak": found.peak,
+        "building seconds": built - begin,
+        "seconds": time.perf_counter() - built,
+    }
 
 
 def _device() -> str:
@@ -86,9 +99,20 @@ def _device() -> str:
 
 # ---- measuring, in a process of its own ------------------------------------------------------------------
 
+
 def measured(name: str, dtype: str, args: argparse.Namespace) -> dict[str, int]:
-    command = [sys.executable, __file__, "--measure", name, "--dtype", dtype, "--batch", str(args.batch),
-               "--length", str(args.length)]
+    command = [
+        sys.executable,
+        __file__,
+        "--measure",
+        name,
+        "--dtype",
+        dtype,
+        "--batch",
+        str(args.batch),
+        "--length",
+        str(args.length),
+    ]
     # glibc would keep what was freed, and hide by it what is needed
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -99,8 +123,9 @@ def measured(name: str, dtype: str, args: argparse.Namespace) -> dict[str, int]:
 
 def measure(name: str, dtype: torch.dtype, batch: int, length: int) -> dict[str, int]:
     """In bytes. A step of a small model comes first: what libraries take for themselves is no model's."""
-    small = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=8,
-                        vocab_size=99)
+    small = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=8, vocab_size=99
+    )
     _method(AutoModelForCausalLM.from_config(small, dtype=dtype), batch, length)()
     with _folder(name, dtype) as folder:
         before = _used()
@@ -156,7 +181,7 @@ def _forget_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")   # VmHWM starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
 
 
 def _most_used() -> int:
@@ -170,12 +195,16 @@ def _of_process(field: str) -> int:
 
 # ---- all together ----------------------------------------------------------------------------------------
 
+
 def row(name: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
     said, found = estimated(name, dtype, args), measured(name, dtype, args)
     ratios = {what: said[what] / found[what] for what in SHOWN}
-    print(f"{name:<14}{dtype:<10}" + "".join(
-        f"{said[what] / 2**20:>10.1f}{found[what] / 2**20:>10.1f}{ratios[what]:>8.4f}" for what in SHOWN)
-        + f"{said['seconds']:>10.1f}", flush=True)
+    print(
+        f"{name:<14}{dtype:<10}"
+        + "".join(f"{said[what] / 2**20:>10.1f}{found[what] / 2**20:>10.1f}{ratios[what]:>8.4f}" for what in SHOWN)
+        + f"{said['seconds']:>10.1f}",
+        flush=True,
+    )
     return {"estimated": said, "measured": found, "estimated to measured": ratios}
 
 
@@ -186,8 +215,10 @@ def plan_8b() -> dict[str, float]:
     built = time.perf_counter()
     found = s2ft.estimate(model, s2ft.S2FTConfig(d_ratio=0.03), 4, 1024)
     seconds = {"building seconds": built - begin, "seconds": time.perf_counter() - built}
-    print(f"\nLLaMA-3-8B's shape in bfloat16, 4 × 1024 tokens, d_ratio 0.03: built on the meta device in "
-          f"{seconds['building seconds']:.1f} s, estimated in {seconds['seconds']:.1f} s\n{found}")
+    print(
+        f"\nLLaMA-3-8B's shape in bfloat16, 4 × 1024 tokens, d_ratio 0.03: built on the meta device in "
+        f"{seconds['building seconds']:.1f} s, estimated in {seconds['seconds']:.1f} s\n{found}"
+    )
     not_of_the_shape = ("parts", "free", "fits")
     return {**seconds, **{name: value for name, value in found.to_dict().items() if name not in not_of_the_shape}}
 
@@ -199,17 +230,28 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--measure", choices=(SMOLLM, *CONFIGS), help=argparse.SUPPRESS)   # a process of its own
+    parser.add_argument("--measure", choices=(SMOLLM, *CONFIGS), help=argparse.SUPPRESS)  # a process of its own
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(measure(args.measure, getattr(torch, args.dtype), args.batch, args.length)))
         return
-    print(f"MiB estimated, measured, and their ratio; {args.batch} × {args.length} tokens\n{'':<24}"
-          + "".join(f"{title:>28}" for title in SHOWN.values()) + f"{'seconds':>10}")
+    print(
+        f"MiB estimated, measured, and their ratio; {args.batch} × {args.length} tokens\n{'':<24}"
+        + "".join(f"{title:>28}" for title in SHOWN.values())
+        + f"{'seconds':>10}"
+    )
     dtypes = ("float32", "bfloat16") if args.dtype == "both" else (args.dtype,)
     results = {name: {dtype: row(name, dtype, args) for dtype in dtypes} for name in args.models}
-    save(args.output, {"batch": args.batch, "length": args.length, "config": {"d_ratio": 0.03, "o_ratio": 0.1},
-                       "results": results, "LLaMA-3-8B on the meta device": plan_8b()})
+    save(
+        args.output,
+        {
+            "batch": args.batch,
+            "length": args.length,
+            "config": {"d_ratio": 0.03, "o_ratio": 0.1},
+            "results": results,
+            "LLaMA-3-8B on the meta device": plan_8b(),
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ same order with the same Trainer arguments: batches of --batch rows of the demo'
 Tokens a second: median over the steps after the second, padding not counted. Memory: the process's peak while it trains
 beyond what it had when the model was loaded (on a GPU: of device memory).
 """
+
 import argparse
 import contextlib
 import json
@@ -51,7 +52,7 @@ class Memory:
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
         else:
-            Path("/proc/self/clear_refs").write_text("5")   # the peak begins here
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
 
     def peak(self) -> int:
         return (torch.cuda.max_memory_allocated() if self.cuda else self._status("VmHWM")) - self.before
@@ -73,9 +74,9 @@ class RightPadded:
         ids = torch.full((len(rows), longest), self.pad)
         mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
         for number, row in enumerate(rows):
-            ids[number, :len(row)] = torch.tensor(row.prompt + row.answer)
-            labels[number, len(row.prompt):len(row)] = torch.tensor(row.answer)
-            mask[number, :len(row)] = 1
+            ids[number, : len(row)] = torch.tensor(row.prompt + row.answer)
+            labels[number, len(row.prompt) : len(row)] = torch.tensor(row.answer)
+            mask[number, : len(row)] = 1
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
@@ -92,9 +93,17 @@ def train(method: str, model, tokenizer, rows, options: TrainOptions, folder: Ru
         assert not why_not(model, {key: value for key, value in collator(rows[:1]).items()})
     base = model
     model = lora_model(base, 16, LORA_TARGETS, copied=False)
-    trainer = Trainer(model=model, args=training_arguments(base, options, len(rows), folder), train_dataset=list(rows),
-                      data_collator=collator, callbacks=[JsonlLog(folder.log)])
-    with (packed_head(base) if ours else contextlib.nullcontext()), (chunked_loss(base) if ours else contextlib.nullcontext()):
+    trainer = Trainer(
+        model=model,
+        args=training_arguments(base, options, len(rows), folder),
+        train_dataset=list(rows),
+        data_collator=collator,
+        callbacks=[JsonlLog(folder.log)],
+    )
+    with (
+        packed_head(base) if ours else contextlib.nullcontext(),
+        chunked_loss(base) if ours else contextlib.nullcontext(),
+    ):
         trainer.train()
 
 
@@ -103,22 +112,48 @@ def child(args: argparse.Namespace) -> None:
     model, tokenizer = load_model(args.model or default_model(), args.dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu").train()
     rows = encode_examples(tokenizer, problem_set(args.steps * args.batch, False, 0), 1024)
-    options = TrainOptions(learning_rate=2e-4, max_steps=args.steps, batch_size=args.batch, micro_batch_size=args.batch,
-                           warmup_steps=1, save_steps=0, gradient_checkpointing=args.checkpointing)
+    options = TrainOptions(
+        learning_rate=2e-4,
+        max_steps=args.steps,
+        batch_size=args.batch,
+        micro_batch_size=args.batch,
+        warmup_steps=1,
+        save_steps=0,
+        gradient_checkpointing=args.checkpointing,
+    )
     memory = Memory()
     with tempfile.TemporaryDirectory() as path:
         folder = RunFolder(path)
         train(args.child, model, tokenizer, rows, options, folder)
         lines = read_log(folder.log)
-    print("RESULT" + json.dumps({"tokens_per_second": statistics.median(l["tokens_per_second"] for l in lines[2:]),
-                                 "peak_bytes": memory.peak(), "loss": [l["loss"] for l in lines],
-                                 "trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}))
+    print(
+        "RESULT"
+        + json.dumps(
+            {
+                "tokens_per_second": statistics.median(l["tokens_per_second"] for l in lines[2:]),
+                "peak_bytes": memory.peak(),
+                "loss": [l["loss"] for l in lines],
+                "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            }
+        )
+    )
 
 
 def run(method: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--child", method, "--dtype", dtype, "--steps", str(args.steps), "--batch",
-               str(args.batch), *(["--model", args.model] if args.model else []),
-               *(["--checkpointing"] if args.checkpointing else [])]
+    command = [
+        sys.executable,
+        __file__,
+        "--child",
+        method,
+        "--dtype",
+        dtype,
+        "--steps",
+        str(args.steps),
+        "--batch",
+        str(args.batch),
+        *(["--model", args.model] if args.model else []),
+        *(["--checkpointing"] if args.checkpointing else []),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{method}: {done.stderr[-2000:]}")
@@ -130,15 +165,24 @@ def table(title: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     print(f"{title}\n{'':<16}{'tokens/s':>9}{'S²FT is':>9}{'peak MiB':>10}{'S²FT has':>10}{'last loss':>11}")
     rows = {}
     for method, results in runs.items():
-        faster = statistics.median(a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(runs["S²FT"], results))
+        faster = statistics.median(
+            a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(runs["S²FT"], results)
+        )
         memory = statistics.median(a["peak_bytes"] / b["peak_bytes"] for a, b in zip(runs["S²FT"], results))
-        rows[method] = {"tokens_per_second": statistics.median(r["tokens_per_second"] for r in results),
-                        "s2ft_speed": faster, "peak_MiB": statistics.median(r["peak_bytes"] for r in results) / 2**20,
-                        "s2ft_memory": memory, "last_loss": results[0]["loss"][-1], "trained": results[0]["trained"],
-                        "runs": results}
+        rows[method] = {
+            "tokens_per_second": statistics.median(r["tokens_per_second"] for r in results),
+            "s2ft_speed": faster,
+            "peak_MiB": statistics.median(r["peak_bytes"] for r in results) / 2**20,
+            "s2ft_memory": memory,
+            "last_loss": results[0]["loss"][-1],
+            "trained": results[0]["trained"],
+            "runs": results,
+        }
         row = rows[method]
-        print(f"{method:<16}{row['tokens_per_second']:>9.0f}{faster:>8.2f}×{row['peak_MiB']:>10.0f}{memory:>9.2f}×"
-              f"{row['last_loss']:>11.3f}")
+        print(
+            f"{method:<16}{row['tokens_per_second']:>9.0f}{faster:>8.2f}×{row['peak_MiB']:>10.0f}{memory:>9.2f}×"
+            f"{row['last_loss']:>11.3f}"
+        )
     return rows
 
 
@@ -160,10 +204,12 @@ def main() -> None:
     for dtype in ("float32", "bfloat16") if args.dtype == "both" else (args.dtype,):
         runs: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
         for number in range(args.rounds):
-            for method in METHODS[number % 3:] + METHODS[:number % 3]:
+            for method in METHODS[number % 3 :] + METHODS[: number % 3]:
                 runs[method].append(run(method, dtype, args))
         results[dtype] = table(f"{dtype}, batches of {args.batch}, {args.rounds} rounds of {args.steps} steps", runs)
-    save(args.output, {"batch": args.batch, "steps": args.steps, "checkpointing": args.checkpointing, "results": results})
+    save(
+        args.output, {"batch": args.batch, "steps": args.steps, "checkpointing": args.checkpointing, "results": results}
+    )
 
 
 if __name__ == "__main__":

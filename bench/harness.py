@@ -1,4 +1,5 @@
 """What every benchmark shares: the machine's name, interleaved timing, results as JSON and a table."""
+
 import json
 import platform
 import random
@@ -15,8 +16,14 @@ import s2ft
 
 def machine() -> dict[str, Any]:
     """Enough to read a number by: processor, threads, versions, what is compiled."""
-    info = {"date": time.strftime("%Y-%m-%d"), "processor": _processor(), "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "python": platform.python_version(), "s2ft": s2ft.build_info()}
+    info = {
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "s2ft": s2ft.build_info(),
+    }
     if torch.cuda.is_available():
         info["gpu"] = torch.cuda.get_device_name()
     return info
@@ -30,8 +37,9 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def interleaved(steps: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2,
-                flush: bool = False) -> dict[str, list[float]]:
+def interleaved(
+    steps: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2, flush: bool = False
+) -> dict[str, list[float]]:
     """Seconds of every step. All run in each round, so that a machine that drifts slows all alike, in an order
     drawn anew, so that none always finds in the cache what the one before it left there.
 

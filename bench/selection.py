@@ -6,6 +6,7 @@ Memory is the process's largest resident size less that before the first batch (
 without gradients, and its logits; "backward" is forward and backward to the input embeddings of the frozen model.
 Gradient selection takes sequences one by one, so it stands beside a backward of single sequences too.
 """
+
 import argparse
 import json
 import resource
@@ -24,9 +25,15 @@ from s2ft.train.demo import default_model
 RESULTS = Path(__file__).parent / "results" / "selection.json"
 RATIOS = dict(v_ratio=0.34, o_ratio=0.12, u_ratio=0.03, g_ratio=0.03, d_ratio=0.03)
 # name → (what it stands beside, sequences of a batch; None: as asked for)
-RUNS = {"forward": (None, None), "backward": (None, None), "backward of single sequences": (None, 1),
-        "weight": (None, None), "activation": ("forward", None), "product": ("forward", None),
-        "gradient": ("backward", None)}
+RUNS = {
+    "forward": (None, None),
+    "backward": (None, None),
+    "backward of single sequences": (None, 1),
+    "weight": (None, None),
+    "activation": ("forward", None),
+    "product": ("forward", None),
+    "gradient": ("backward", None),
+}
 
 
 def main() -> None:
@@ -36,30 +43,40 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--only", choices=RUNS, help=argparse.SUPPRESS)   # in the process of its own
+    parser.add_argument("--only", choices=RUNS, help=argparse.SUPPRESS)  # in the process of its own
     args = parser.parse_args()
     if args.only:
         print(json.dumps(measure(args.only, args)))
         return
     results = {}
     for name, (beside, _) in RUNS.items():
-        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only", name], capture_output=True, text=True,
-                              check=True)
+        done = subprocess.run(
+            [sys.executable, __file__, *sys.argv[1:], "--only", name], capture_output=True, text=True, check=True
+        )
         results[name] = json.loads(done.stdout.splitlines()[-1])
-        print(f"{name:<30}{results[name]['seconds']:>8.1f} s{results[name]['growth MiB']:>8.0f} MiB"
-              + (f"{results[name]['growth MiB'] / results[beside]['growth MiB']:>8.2f} of {beside}" if beside else ""),
-              flush=True)
-    save(args.output, {**{key: getattr(args, key) for key in ("sequences", "length", "batch", "dtype")},
-                       "ratios": RATIOS, "runs": results})
+        print(
+            f"{name:<30}{results[name]['seconds']:>8.1f} s{results[name]['growth MiB']:>8.0f} MiB"
+            + (f"{results[name]['growth MiB'] / results[beside]['growth MiB']:>8.2f} of {beside}" if beside else ""),
+            flush=True,
+        )
+    save(
+        args.output,
+        {
+            **{key: getattr(args, key) for key in ("sequences", "length", "batch", "dtype")},
+            "ratios": RATIOS,
+            "runs": results,
+        },
+    )
 
 
 def measure(name: str, args: argparse.Namespace) -> dict:
     model, _ = load_model(default_model(), args.dtype)
-    ids = torch.randint(model.config.vocab_size, (args.sequences, args.length),
-                        generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        model.config.vocab_size, (args.sequences, args.length), generator=torch.Generator().manual_seed(0)
+    )
     batches = list(ids.split(RUNS[name][1] or args.batch))
     plain = {"forward": forward, "backward": backward, "backward of single sequences": backward}
-    Path("/proc/self/clear_refs").write_text("5")   # forget the peak of loading
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
     before, start = peak(), time.perf_counter()
     if name in plain:
         model.requires_grad_(False)

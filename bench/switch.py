@@ -7,6 +7,7 @@ switch of LoRA: PEFT's unmerge_adapter, set_adapter, merge_adapter, with the ran
 rounded down. At the end the weights after all the switches are compared, bit for bit, with those of a model
 into which the adapter was loaded freshly; for LoRA the difference is printed.
 """
+
 import argparse
 import copy
 import itertools
@@ -46,11 +47,13 @@ def s2ft_switch(base: nn.Module, folders: dict[str, str]):
 
     def step():
         s2ft.set_adapter(model, next(names))
+
     return model, step
 
 
 def lora_switch(base: nn.Module, rank: int):
     from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(r=rank, target_modules=["down_proj"], init_lora_weights=False)
     model = get_peft_model(copy.deepcopy(base), config, adapter_name="a")
     model.add_adapter("b", config)
@@ -61,6 +64,7 @@ def lora_switch(base: nn.Module, rank: int):
         state["active"] = "b" if state["active"] == "a" else "a"
         model.unmerge_adapter()
         model.merge_adapter([state["active"]])
+
     return model, step
 
 
@@ -71,8 +75,14 @@ def same(model: nn.Module, other: nn.Module) -> bool:
 def drift(model: nn.Module, base: nn.Module) -> float:
     """The largest change of a weight after all adapters are off."""
     weights = dict(base.named_parameters())
-    return max((p.float() - weights[key.removeprefix("base_model.model.").replace(".base_layer", "")].float()).abs().max().item()
-               for key, p in model.named_parameters() if "lora_" not in key)
+    return max(
+        (p.float() - weights[key.removeprefix("base_model.model.").replace(".base_layer", "")].float())
+        .abs()
+        .max()
+        .item()
+        for key, p in model.named_parameters()
+        if "lora_" not in key
+    )
 
 
 def run(base: nn.Module, channels: int, switches: int, rounds: int) -> dict[str, Any]:
@@ -99,11 +109,15 @@ def run(base: nn.Module, channels: int, switches: int, rounds: int) -> dict[str,
         for _ in range(switches // 10):
             lora_step()
         lora.unmerge_adapter()
-    return {"milliseconds": {key: 1000 * statistics.median(value) for key, value in times.items()},
-            f"milliseconds with {crowd} loaded": 1000 * statistics.median(crowded),
-            "LoRA to s2ft": median_ratio(times, f"LoRA r={rank}", "s2ft"), "switches": switches,
-            "equal to a fresh load": exact, "base restored": drift(model, base) == 0.0,
-            f"LoRA's drift after {switches // 10} switches": drift(lora, base)}
+    return {
+        "milliseconds": {key: 1000 * statistics.median(value) for key, value in times.items()},
+        f"milliseconds with {crowd} loaded": 1000 * statistics.median(crowded),
+        "LoRA to s2ft": median_ratio(times, f"LoRA r={rank}", "s2ft"),
+        "switches": switches,
+        "equal to a fresh load": exact,
+        "base restored": drift(model, base) == 0.0,
+        f"LoRA's drift after {switches // 10} switches": drift(lora, base),
+    }
 
 
 def main() -> None:

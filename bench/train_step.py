@@ -5,6 +5,7 @@
 The floor, "frozen", runs the forward and the gradient of the inputs all the way down and trains nothing.
 Bytes kept for backward: every storage that autograd saves during a forward, once, parameters left out.
 """
+
 import argparse
 import copy
 import statistics
@@ -72,14 +73,16 @@ def s2ft_model(base: nn.Module, d_ratio: float) -> nn.Module:
 
 def lora_model(base: nn.Module, rank: int, targets, copied: bool = True) -> nn.Module:
     from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
     return get_peft_model(copy.deepcopy(base) if copied else base, config)
 
 
 def lora_of_equal_size(base: nn.Module, parameters: int) -> nn.Module:
     """LoRA on the same projections as the 16-rank one, its rank chosen for `parameters`."""
-    per_rank = sum(sum(module.weight.shape) for name, module in base.named_modules()
-                   if name.rpartition(".")[2] in LORA_TARGETS)
+    per_rank = sum(
+        sum(module.weight.shape) for name, module in base.named_modules() if name.rpartition(".")[2] in LORA_TARGETS
+    )
     return lora_model(base, max(1, round(parameters / per_rank)), LORA_TARGETS)
 
 
@@ -95,22 +98,32 @@ def methods(base: nn.Module, batch: torch.Tensor, d_ratio: float) -> dict[str, M
 
 
 def run(base: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
-    batch = torch.randint(base.config.vocab_size, (args.batch, args.length),
-                          generator=torch.Generator().manual_seed(0)).to(base.device)
+    batch = torch.randint(
+        base.config.vocab_size, (args.batch, args.length), generator=torch.Generator().manual_seed(0)
+    ).to(base.device)
     steps = methods(base, batch, args.d_ratio)
     kept = {name: method.bytes_kept() for name, method in steps.items()}
     times = interleaved(steps, args.rounds)
-    return {name: {"seconds": statistics.median(times[name]),
-                   "ratio to LoRA r=16": median_ratio(times, name, "LoRA r=16"),
-                   "ratio to frozen": median_ratio(times, name, "frozen"),
-                   "MiB kept": kept[name] / 2**20, "trained parameters": steps[name].parameters,
-                   "all seconds": times[name]} for name in steps}
+    return {
+        name: {
+            "seconds": statistics.median(times[name]),
+            "ratio to LoRA r=16": median_ratio(times, name, "LoRA r=16"),
+            "ratio to frozen": median_ratio(times, name, "frozen"),
+            "MiB kept": kept[name] / 2**20,
+            "trained parameters": steps[name].parameters,
+            "all seconds": times[name],
+        }
+        for name in steps
+    }
 
 
 def table(title: str, rows: dict[str, Any]) -> str:
     lines = [title, f"{'':<26}{'ms a step':>10}{'to LoRA':>9}{'to frozen':>11}{'MiB kept':>10}{'trained':>13}"]
-    lines += [f"{name:<26}{1000 * row['seconds']:>10.0f}{row['ratio to LoRA r=16']:>9.3f}{row['ratio to frozen']:>11.3f}"
-              f"{row['MiB kept']:>10.0f}{row['trained parameters']:>13,}" for name, row in rows.items()]
+    lines += [
+        f"{name:<26}{1000 * row['seconds']:>10.0f}{row['ratio to LoRA r=16']:>9.3f}{row['ratio to frozen']:>11.3f}"
+        f"{row['MiB kept']:>10.0f}{row['trained parameters']:>13,}"
+        for name, row in rows.items()
+    ]
     return "\n".join(lines)
 
 

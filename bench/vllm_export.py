@@ -7,6 +7,7 @@
 One server has the base and two exported adapters and is asked for all three at once; then each merged checkpoint is
 served by the same engine and asked the same. The script fails where a token differs.
 """
+
 import argparse
 import json
 import os
@@ -30,8 +31,14 @@ from s2ft.train.demo import default_model
 
 RESULTS = Path(__file__).parent / "results" / "vllm_export.json"
 CONFIGS = {"ffn": dict(d_ratio=0.03, u_ratio=0.02), "mixed": dict(d_ratio=0.02, o_ratio=0.12, v_ratio=0.34)}
-PROMPTS = ("The capital of France is", "Anna has 12 apples and gives away 5. She has", "Once upon a time",
-           "def fibonacci(n):", "Water boils at", "The largest planet of the solar system is")
+PROMPTS = (
+    "The capital of France is",
+    "Anna has 12 apples and gives away 5. She has",
+    "Once upon a time",
+    "def fibonacci(n):",
+    "Water boils at",
+    "The largest planet of the solar system is",
+)
 
 
 def main() -> None:
@@ -43,11 +50,21 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         ranks = prepare(Path(root))
         names = ["base", *CONFIGS]
-        lora = ["--enable-lora", "--max-loras", "4", "--max-lora-rank", str(max(ranks.values())),
-                "--lora-modules", *(f"{name}={root}/lora-{name}" for name in CONFIGS)]
+        lora = [
+            "--enable-lora",
+            "--max-loras",
+            "4",
+            "--max-lora-rank",
+            str(max(ranks.values())),
+            "--lora-modules",
+            *(f"{name}={root}/lora-{name}" for name in CONFIGS),
+        ]
         with server(args.vllm, f"{root}/base", lora) as url, ThreadPoolExecutor(32) as pool:
-            jobs = {(name, prompt): pool.submit(complete, url, name, prompt, args.tokens)
-                    for prompt in PROMPTS for name in names}   # so that a batch has all three
+            jobs = {
+                (name, prompt): pool.submit(complete, url, name, prompt, args.tokens)
+                for prompt in PROMPTS
+                for name in names
+            }  # so that a batch has all three
             together = {key: job.result() for key, job in jobs.items()}
         alone = {}
         for name in names:
@@ -82,11 +99,28 @@ def server(python: str, model: str, options: list):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", "base",
-               "--dtype", "float32", "--max-model-len", "512", "--host", "127.0.0.1", "--port", str(port), *options]
+    command = [
+        python,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        model,
+        "--served-model-name",
+        "base",
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        "512",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        *options,
+    ]
     log = tempfile.TemporaryFile()
-    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT,
-                               env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"})
+    process = subprocess.Popen(
+        command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
+    )
     try:
         await_answer(f"http://127.0.0.1:{port}/health", process, log)
         yield f"http://127.0.0.1:{port}"
@@ -111,8 +145,9 @@ def await_answer(url: str, process: subprocess.Popen, log, seconds: int = 900) -
 
 def complete(url: str, model: str, prompt: str, tokens: int) -> str:
     body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
-    request = urllib.request.Request(f"{url}/v1/completions", json.dumps(body).encode(),
-                                     {"Content-Type": "application/json"})
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
     with urllib.request.urlopen(request, timeout=600) as answer:
         return json.load(answer)["choices"][0]["text"]
 
@@ -120,10 +155,20 @@ def complete(url: str, model: str, prompt: str, tokens: int) -> str:
 def report(args, ranks: dict, names: list, together: dict, alone: dict) -> None:
     different = [key for key, text in together.items() if text != alone[key]]
     changed = {name: sum(together[name, prompt] != together["base", prompt] for prompt in PROMPTS) for name in CONFIGS}
-    print(f"ranks {ranks}; answers unlike the base's: {changed} of {len(PROMPTS)}; "
-          f"equal to the merged checkpoint's: {len(together) - len(different)} of {len(together)}")
-    save(args.output, {"ranks": ranks, "tokens": args.tokens, "answers": len(together), "different": len(different),
-                       "unlike the base": changed})
+    print(
+        f"ranks {ranks}; answers unlike the base's: {changed} of {len(PROMPTS)}; "
+        f"equal to the merged checkpoint's: {len(together) - len(different)} of {len(together)}"
+    )
+    save(
+        args.output,
+        {
+            "ranks": ranks,
+            "tokens": args.tokens,
+            "answers": len(together),
+            "different": len(different),
+            "unlike the base": changed,
+        },
+    )
     if different:
         raise SystemExit("\n".join(f"{key}: {together[key]!r} against {alone[key]!r}" for key in different))
 

@@ -3,12 +3,13 @@
 The public names below are imported when they are first used, so that ``import s2ft`` and the command's ``--help`` do
 not load PyTorch.
 """
+
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:   # for type checkers and editors, which can't follow __getattr__
+if TYPE_CHECKING:  # for type checkers and editors, which can't follow __getattr__
     from s2ft import ops
     from s2ft.adapter import (
         Adapter,
@@ -42,21 +43,41 @@ if TYPE_CHECKING:   # for type checkers and editors, which can't follow __getatt
 # public name -> the module that has it; tests/test_public.py compares it with the imports above
 _HOMES = {
     "ops": "s2ft.ops",
-    "Adapter": "s2ft.adapter", "AdapterBank": "s2ft.adapter", "combine_adapters": "s2ft.adapter",
-    "delete_adapter": "s2ft.adapter", "disable_adapters": "s2ft.adapter", "export_lora": "s2ft.adapter",
-    "get_adapter": "s2ft.adapter", "import_lora": "s2ft.adapter", "list_adapters": "s2ft.adapter",
-    "load_adapter": "s2ft.adapter", "push_to_hub": "s2ft.adapter", "read_adapter": "s2ft.adapter",
-    "rename_adapter": "s2ft.adapter", "save_adapter": "s2ft.adapter", "set_adapter": "s2ft.adapter",
+    "Adapter": "s2ft.adapter",
+    "AdapterBank": "s2ft.adapter",
+    "combine_adapters": "s2ft.adapter",
+    "delete_adapter": "s2ft.adapter",
+    "disable_adapters": "s2ft.adapter",
+    "export_lora": "s2ft.adapter",
+    "get_adapter": "s2ft.adapter",
+    "import_lora": "s2ft.adapter",
+    "list_adapters": "s2ft.adapter",
+    "load_adapter": "s2ft.adapter",
+    "push_to_hub": "s2ft.adapter",
+    "read_adapter": "s2ft.adapter",
+    "rename_adapter": "s2ft.adapter",
+    "save_adapter": "s2ft.adapter",
+    "set_adapter": "s2ft.adapter",
     "status": "s2ft.adapter",
-    "attach": "s2ft.api", "detach": "s2ft.api", "fuse": "s2ft.api", "merge": "s2ft.api", "plan": "s2ft.api",
-    "select": "s2ft.api", "unfuse": "s2ft.api",
+    "attach": "s2ft.api",
+    "detach": "s2ft.api",
+    "fuse": "s2ft.api",
+    "merge": "s2ft.api",
+    "plan": "s2ft.api",
+    "select": "s2ft.api",
+    "unfuse": "s2ft.api",
     "print_trainable_parameters": "s2ft.attached.report",
     "S2FTConfig": "s2ft.config",
-    "Estimate": "s2ft.estimation", "estimate": "s2ft.estimation",
-    "S2ColumnLinear": "s2ft.layers", "S2RowLinear": "s2ft.layers",
-    "Coupling": "s2ft.model.coupling", "Projection": "s2ft.model.coupling", "Vector": "s2ft.model.coupling",
+    "Estimate": "s2ft.estimation",
+    "estimate": "s2ft.estimation",
+    "S2ColumnLinear": "s2ft.layers",
+    "S2RowLinear": "s2ft.layers",
+    "Coupling": "s2ft.model.coupling",
+    "Projection": "s2ft.model.coupling",
+    "Vector": "s2ft.model.coupling",
     "register_architecture": "s2ft.model.registry",
-    "build_info": "s2ft.ops._build", "stable_weights": "s2ft.ops._lock",
+    "build_info": "s2ft.ops._build",
+    "stable_weights": "s2ft.ops._lock",
     "Selection": "s2ft.selection",
 }
 

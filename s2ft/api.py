@@ -1,4 +1,5 @@
 """attach, detach, merge: turn a model into one that trains its selected units, and back."""
+
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -33,9 +34,18 @@ from s2ft.selection import select as select_units
 
 # ---- attach ----------------------------------------------------------------------------------------
 
+
 @of_compiled
-def attach(model: nn.Module, config: S2FTConfig, name: str = "default", calibration=None, *,
-           couplings: Sequence[Coupling] | None = None, verify: bool | None = None, example=None) -> Report:
+def attach(
+    model: nn.Module,
+    config: S2FTConfig,
+    name: str = "default",
+    calibration=None,
+    *,
+    couplings: Sequence[Coupling] | None = None,
+    verify: bool | None = None,
+    example=None,
+) -> Report:
     """Make the units that `config` selects the only trainable weights of `model`, in place.
 
     Everything is checked before a weight moves. The model computes what it did before: in layout
@@ -76,7 +86,7 @@ def attach(model: nn.Module, config: S2FTConfig, name: str = "default", calibrat
     record = _record_for(model, couplings, name)
     if any(parameter.is_cuda for parameter in model.parameters()):
         warn_without_cuda_kernels()
-    names_of_modules(model, record.couplings, config.modules_to_save)   # before calibration, which takes its time
+    names_of_modules(model, record.couplings, config.modules_to_save)  # before calibration, which takes its time
     verify = couplings is not None or example is not None if verify is None else verify
     with adapters_aside(model, record):
         selection = select_units(record.couplings, config, model, calibration)
@@ -125,7 +135,7 @@ def adapters_aside(model: nn.Module, record: Attachment) -> Iterator[None]:
 
 def _try_out(model: nn.Module, record: Attachment, example: Any) -> Trial:
     trial = Trial(model, record.couplings, record.moves, example)
-    groups: dict[tuple, list[Coupling]] = {}   # experts of a layer are tried out together
+    groups: dict[tuple, list[Coupling]] = {}  # experts of a layer are tried out together
     for coupling in that_can_move(model, record.couplings):
         one = coupling.consumer.name if coupling.consumer.expert is None else coupling.consumer.path
         groups.setdefault((coupling.layer, one), []).append(coupling)
@@ -135,8 +145,9 @@ def _try_out(model: nn.Module, record: Attachment, example: Any) -> Trial:
 
 
 @of_compiled
-def select(model: nn.Module, config: S2FTConfig, calibration=None, *,
-           couplings: Sequence[Coupling] | None = None) -> Selection:
+def select(
+    model: nn.Module, config: S2FTConfig, calibration=None, *, couplings: Sequence[Coupling] | None = None
+) -> Selection:
     """The units that :func:`attach` would train, without attaching anything: the model stays as it is.
 
     Args:
@@ -154,8 +165,9 @@ def select(model: nn.Module, config: S2FTConfig, calibration=None, *,
 
 
 @of_compiled
-def plan(model: nn.Module, config: S2FTConfig, calibration=None, *,
-         couplings: Sequence[Coupling] | None = None) -> Report:
+def plan(
+    model: nn.Module, config: S2FTConfig, calibration=None, *, couplings: Sequence[Coupling] | None = None
+) -> Report:
     """The report that :func:`attach` would return, without attaching anything; arguments as for :func:`select`.
 
     Selections that look at no weights (random, by hand) can be planned on a model on the meta device.
@@ -169,26 +181,32 @@ def _chosen(model: nn.Module, config: S2FTConfig, calibration, given) -> tuple[l
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
     _check_unattached(model)
     couplings = couplings_of(model, given)
-    names_of_modules(model, couplings, config.modules_to_save)   # an error for those that are unknown
+    names_of_modules(model, couplings, config.modules_to_save)  # an error for those that are unknown
     return couplings, select_units(couplings, config, model, calibration)
 
 
 def _check_unattached(model: nn.Module) -> None:
     if RECORD in model.__dict__:
-        raise ValueError(f"{type(model).__name__} has an S²FT adapter already "
-                         f"({', '.join(model.__dict__[RECORD].names)}): detach or merge it first")
+        raise ValueError(
+            f"{type(model).__name__} has an S²FT adapter already "
+            f"({', '.join(model.__dict__[RECORD].names)}): detach or merge it first"
+        )
 
 
 def new_attachment(model: nn.Module, given: Sequence[Coupling] | None = None) -> Attachment:
     """A record of the untouched model. given: couplings by hand. Raises: ValueError when there is one already."""
     _check_unattached(model)
     couplings = couplings_of(model, given)
-    return Attachment(couplings, fingerprint(model, couplings),
-                      {key: parameter.requires_grad for key, parameter in model.named_parameters()},
-                      given=given is not None)
+    return Attachment(
+        couplings,
+        fingerprint(model, couplings),
+        {key: parameter.requires_grad for key, parameter in model.named_parameters()},
+        given=given is not None,
+    )
 
 
 # ---- back ------------------------------------------------------------------------------------------
+
 
 @of_compiled
 def detach(model: nn.Module) -> nn.Module:
@@ -203,7 +221,7 @@ def detach(model: nn.Module) -> nn.Module:
     with LOCK:
         try:
             _take_everything_off(model, record)
-        except BaseException:   # an interrupt: a model in between would compute something else
+        except BaseException:  # an interrupt: a model in between would compute something else
             _take_everything_off(model, record)
             raise
     return model
@@ -257,7 +275,7 @@ def fuse(model: nn.Module) -> None:
     record = attachment_of(model)
     check_not_sharded(model, "fuse")
     if record.trains:
-        check_can_merge(record)   # before any layer is fused
+        check_can_merge(record)  # before any layer is fused
         with LOCK:
             try:
                 for mounted in record.mounts.values():

@@ -1,4 +1,5 @@
 """What to train: one validated dataclass. A new option is one new field; the command line follows."""
+
 import os
 import re
 from dataclasses import asdict, dataclass, field, fields
@@ -9,8 +10,12 @@ import torch
 
 from s2ft.model.coupling import PROJECTIONS
 
-DELTA_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16,
-                "float16": torch.float16, "float64": torch.float64}
+DELTA_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 CHOICES = {
     "selection": ("random", "weight", "activation", "product", "gradient"),
     "order": ("largest", "smallest"),
@@ -18,8 +23,16 @@ CHOICES = {
     "layout": ("permuted", "indexed"),
     "delta_dtype": (None, *DELTA_DTYPES),
 }
-CHOOSING = (*(f"{key}_ratio" for key in PROJECTIONS), "selection", "order", "allocation", "layers", "budget",
-            "match_lora_rank", "exclude")   # what has no use where the units are given
+CHOOSING = (
+    *(f"{key}_ratio" for key in PROJECTIONS),
+    "selection",
+    "order",
+    "allocation",
+    "layers",
+    "budget",
+    "match_lora_rank",
+    "exclude",
+)  # what has no use where the units are given
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
@@ -54,11 +67,13 @@ def _units(name: str, value: Any) -> Any:
         return None
     if isinstance(value, (str, os.PathLike)):
         return os.fspath(value)
-    if hasattr(value, "to_dict"):   # a Selection
+    if hasattr(value, "to_dict"):  # a Selection
         return value.to_dict()
     if not isinstance(value, dict):
-        raise ValueError(f"{name} must be a selection, lists of unit numbers by module path, or the path of a file "
-                         f"that has them, got {type(value).__name__}")
+        raise ValueError(
+            f"{name} must be a selection, lists of unit numbers by module path, or the path of a file "
+            f"that has them, got {type(value).__name__}"
+        )
     return {path: numbers.tolist() if hasattr(numbers, "tolist") else numbers for path, numbers in value.items()}
 
 
@@ -80,34 +95,62 @@ class S2FTConfig:
     u_ratio: float = _ratio("FFN channels of up_proj")
     g_ratio: float = _ratio("FFN channels of gate_proj")
     d_ratio: float = _ratio("FFN channels of down_proj")
-    selection: str = field(default="random", metadata={
-        "help": "how units are chosen: random; or by weight norm, activation norm, their product, or gradient norm, "
-                "the last three on calibration data"})
-    order: str = field(default="largest", metadata={"help": "which end of a metric's ranking is taken; "
-                                                            "random selection has none"})
-    allocation: str = field(default="uniform", metadata={
-        "help": "uniform: the same number in every layer; global: of each projection the best over all layers, by "
-                "plain scores, so that a layer may get none"})
-    budget: int | str | None = field(default=None, metadata={
-        "help": "trained parameters in all, e.g. 9.2M: the ratios give the proportions only, and are scaled to as "
-                "many units as fit"})
-    match_lora_rank: int | None = field(default=None, metadata={
-        "help": "budget of LoRA with this rank on the same projections"})
-    exclude: dict[str, list[int]] | str | None = field(default=None, metadata={
-        "help": "never choose these units: a selection file, or an adapter's folder"})
-    units: dict[str, list[int]] | str | None = field(default=None, metadata={
-        "help": "train exactly these units: a selection file, or an adapter's folder; without ratios and all that "
-                "goes with them"})
-    layout: str = field(default="permuted", metadata={"help": "permuted: the units become one dense slice; "
-                                                              "indexed: they stay where they are"})
-    seed: int = field(default=0, metadata={"help": "seed of the random selection, and of the command line's "
-                                                   "choice of calibration rows"})
+    selection: str = field(
+        default="random",
+        metadata={
+            "help": "how units are chosen: random; or by weight norm, activation norm, their product, or gradient norm, "
+            "the last three on calibration data"
+        },
+    )
+    order: str = field(
+        default="largest", metadata={"help": "which end of a metric's ranking is taken; random selection has none"}
+    )
+    allocation: str = field(
+        default="uniform",
+        metadata={
+            "help": "uniform: the same number in every layer; global: of each projection the best over all layers, by "
+            "plain scores, so that a layer may get none"
+        },
+    )
+    budget: int | str | None = field(
+        default=None,
+        metadata={
+            "help": "trained parameters in all, e.g. 9.2M: the ratios give the proportions only, and are scaled to as "
+            "many units as fit"
+        },
+    )
+    match_lora_rank: int | None = field(
+        default=None, metadata={"help": "budget of LoRA with this rank on the same projections"}
+    )
+    exclude: dict[str, list[int]] | str | None = field(
+        default=None, metadata={"help": "never choose these units: a selection file, or an adapter's folder"}
+    )
+    units: dict[str, list[int]] | str | None = field(
+        default=None,
+        metadata={
+            "help": "train exactly these units: a selection file, or an adapter's folder; without ratios and all that "
+            "goes with them"
+        },
+    )
+    layout: str = field(
+        default="permuted",
+        metadata={"help": "permuted: the units become one dense slice; indexed: they stay where they are"},
+    )
+    seed: int = field(
+        default=0,
+        metadata={"help": "seed of the random selection, and of the command line's choice of calibration rows"},
+    )
     layers: list[int] | None = field(default=None, metadata={"help": "layers to train; default: all"})
-    delta_dtype: str | None = field(default=None, metadata={
-        "help": "dtype of the trained deltas; default: the weight's, but at least float32"})
-    modules_to_save: list[str] | None = field(default=None, metadata={
-        "help": "modules to train whole and save beside the slices, e.g. a classifier's new head: their full names or "
-                "the last words of them"})
+    delta_dtype: str | None = field(
+        default=None, metadata={"help": "dtype of the trained deltas; default: the weight's, but at least float32"}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "modules to train whole and save beside the slices, e.g. a classifier's new head: their full names or "
+            "the last words of them"
+        },
+    )
     ffn_kernel: bool = field(default=True, metadata={"help": "compute act(gate) * up in one pass each way"})
 
     def __post_init__(self) -> None:
@@ -136,8 +179,10 @@ class S2FTConfig:
         if self.budget is not None and self.match_lora_rank is not None:
             raise ValueError("budget and match_lora_rank exclude each other: both say how much is trained")
         if self.allocation == "global" and self.selection == "random":
-            raise ValueError("allocation='global' compares scores, and random selection has none: choose another "
-                             "selection, or allocation='uniform'")
+            raise ValueError(
+                "allocation='global' compares scores, and random selection has none: choose another "
+                "selection, or allocation='uniform'"
+            )
         if self.units is not None:
             defaults = {f.name: f.default for f in fields(self)}
             needless = [name for name in CHOOSING if getattr(self, name) != defaults[name]]

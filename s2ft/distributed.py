@@ -4,6 +4,7 @@ Under DDP every rank holds everything. FSDP2 and ZeRO-3 leave each rank a part o
 exact copy of what is trained in its optimizer. What reads such parameters gathers them, so that every rank must call
 it; each rank writes its own part.
 """
+
 import json
 import os
 import sys
@@ -16,11 +17,12 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch import Tensor, nn
 
-RANK_TIMEOUT = timedelta(minutes=10)   # NCCL's own
-_counts: Counter = Counter()       # of meetings, so that each has a key of its own; the same on every rank
+RANK_TIMEOUT = timedelta(minutes=10)  # NCCL's own
+_counts: Counter = Counter()  # of meetings, so that each has a key of its own; the same on every rank
 
 
 # ---- agreeing ------------------------------------------------------------------------------------------
+
 
 def is_distributed() -> bool:
     """Whether this process is one of several ranks."""
@@ -43,10 +45,12 @@ def check_same_as_first_rank(what: str, values: Mapping[str, str]) -> None:
     first = json.loads(_store().compare_set(f"s2ft/{what}/{_counts[what]}", "", mine))
     for name, value in values.items():
         if first[name] != value:
-            raise RuntimeError(f"{what}: {name} is {value} on rank {dist.get_rank()} and {first[name]} on rank "
-                               f"{first['rank']}, and must be the same on all: give every rank the same base and data, "
-                               "or one selection as units. Ranks that train different adapters on purpose give them "
-                               "different names")
+            raise RuntimeError(
+                f"{what}: {name} is {value} on rank {dist.get_rank()} and {first[name]} on rank "
+                f"{first['rank']}, and must be the same on all: give every rank the same base and data, "
+                "or one selection as units. Ranks that train different adapters on purpose give them "
+                "different names"
+            )
 
 
 def should_print(text: str) -> bool:
@@ -59,7 +63,7 @@ def should_print(text: str) -> bool:
         return not launched or os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         return _store().add(f"s2ft/said/{text}", 1) == 1
-    except RuntimeError:   # the store's process has ended
+    except RuntimeError:  # the store's process has ended
         return True
 
 
@@ -72,8 +76,10 @@ def check_all_ranks_agree(what: str, value: str) -> None:
     values = [_store().get(f"{key}/{rank}").decode() for rank in ranks]
     if len(set(values)) > 1:
         others = next(rank for rank in ranks if values[rank] != values[0])
-        raise RuntimeError(f"the ranks differ in their {what} ({len(set(values))} on {len(ranks)} ranks): "
-                           f"{values[0]} on rank 0, {values[others]} on rank {others}")
+        raise RuntimeError(
+            f"the ranks differ in their {what} ({len(set(values))} on {len(ranks)} ranks): "
+            f"{values[0]} on rank 0, {values[others]} on rank {others}"
+        )
 
 
 def wait_for_ranks(what: str, ranks: list[int], value: str = "") -> str:
@@ -90,9 +96,11 @@ def wait_for_ranks(what: str, ranks: list[int], value: str = "") -> str:
             store.wait([f"{key}/{rank}"], RANK_TIMEOUT)
         except dist.DistError as error:
             store.delete_key(f"{key}/{me}")
-            _counts[said] -= 1   # so that the next time all come they meet
-            raise RuntimeError(f"{what}: rank {me} waited {RANK_TIMEOUT.total_seconds():g} s for rank {rank}: every "
-                               "rank must call this, not one alone") from error
+            _counts[said] -= 1  # so that the next time all come they meet
+            raise RuntimeError(
+                f"{what}: rank {me} waited {RANK_TIMEOUT.total_seconds():g} s for rank {rank}: every "
+                "rank must call this, not one alone"
+            ) from error
     return key
 
 
@@ -122,8 +130,9 @@ def _store():
 
 # ---- tensors of which each rank holds a part -----------------------------------------------------------
 
+
 def is_dtensor(tensor: Tensor) -> bool:
-    return type(tensor).__name__ == "DTensor"   # known by name: the class takes half a second to import
+    return type(tensor).__name__ == "DTensor"  # known by name: the class takes half a second to import
 
 
 def is_partitioned(tensor: Tensor) -> bool:
@@ -174,10 +183,11 @@ def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _full_tensor(tensor: Tensor) -> Tensor:
-    if is_dtensor(tensor):   # offloaded ones are gathered on the device by which the ranks talk
+    if is_dtensor(tensor):  # offloaded ones are gathered on the device by which the ranks talk
         return tensor.detach().to(tensor.device_mesh.device_type).full_tensor()
     if has_master_copy(tensor):
         from deepspeed.utils import safe_get_full_fp32_param
+
         return safe_get_full_fp32_param(tensor)
     with gathered_parameter(tensor):
         return tensor.detach().clone() if is_partitioned(tensor) else tensor.detach()
@@ -200,6 +210,7 @@ def write_units(tensor: Tensor, index: Tensor, values: Tensor, dim: int) -> None
     full.index_copy_(dim, index.to(full.device), values.to(full))
     if has_master_copy(tensor):
         from deepspeed.utils import safe_set_full_fp32_param
+
         safe_set_full_fp32_param(tensor, full)
     if ranks is not None:
         with gathered_parameter(tensor):
@@ -213,6 +224,7 @@ def gathered_parameter(tensor: Tensor) -> Iterator[None]:
         yield
         return
     import deepspeed
+
     with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
         yield
 
@@ -222,7 +234,7 @@ class Shard:
     """This rank's part of a tensor, in its own memory, and where in the whole it begins, by dimension."""
 
     tensor: Tensor
-    start: list[int] | None = None   # None: this is the whole
+    start: list[int] | None = None  # None: this is the whole
 
     @property
     def full_tensors(self) -> bool:

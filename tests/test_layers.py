@@ -1,4 +1,5 @@
 """S2ColumnLinear and S2RowLinear: one named test for each property the layers promise."""
+
 import copy
 import io
 
@@ -41,8 +42,9 @@ def effective(layer, units):
     """base + s2 in the selected units, from an unfused layer."""
     weight = layer.weight.detach().clone()
     index = elements(units)
-    return weight.index_copy(layer.dim, index,
-                             (weight.index_select(layer.dim, index) + layer.s2.detach()).to(weight.dtype))
+    return weight.index_copy(
+        layer.dim, index, (weight.index_select(layer.dim, index) + layer.s2.detach()).to(weight.dtype)
+    )
 
 
 def step(layer, optimizer, scale=1.0):
@@ -54,6 +56,7 @@ def step(layer, optimizer, scale=1.0):
 
 # ---- constructor -------------------------------------------------------------------------------------
 
+
 def test_constructor_of_the_reference():
     layer = S2RowLinear(11, 9, True, 2, 5, torch.device("cpu"), torch.bfloat16)
     assert layer.s2.shape == (9, 3) and layer.weight.shape == (9, 11) and layer.bias.shape == (9,)
@@ -62,7 +65,7 @@ def test_constructor_of_the_reference():
     assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["s2"]
 
 
-@pytest.mark.parametrize("bias", (True, False, None, torch.arange(9.)), ids=("true", "false", "none", "tensor"))
+@pytest.mark.parametrize("bias", (True, False, None, torch.arange(9.0)), ids=("true", "false", "none", "tensor"))
 def test_bias_is_a_bool_or_a_tensor(kind, bias):
     layer = kind(11, 9, bias=bias, start=0, end=2)
     if isinstance(bias, torch.Tensor):
@@ -76,14 +79,21 @@ def test_whole_dimension_by_default(kind):
     assert layer.s2.shape == layer.weight.shape
 
 
-@pytest.mark.parametrize("bad,message", [
-    (dict(start=5, end=2), "start=5, end=2"), (dict(start=3, end=3), "start=3, end=3"),
-    (dict(start=-1, end=2), "start=-1"), (dict(start=0, end=12), "end=12"),
-    (dict(index=torch.tensor([0, 11])), "index must lie within"), (dict(index=torch.tensor([-1])), "index must lie"),
-    (dict(index=torch.tensor([1, 1])), "twice"), (dict(index=torch.tensor([], dtype=torch.long)), "at least one"),
-    (dict(start=0, end=1, index=torch.tensor([1])), "not both"),
-    (dict(start=0, end=1, bias=torch.zeros(3)), "bias must have shape"),
-])
+@pytest.mark.parametrize(
+    "bad,message",
+    [
+        (dict(start=5, end=2), "start=5, end=2"),
+        (dict(start=3, end=3), "start=3, end=3"),
+        (dict(start=-1, end=2), "start=-1"),
+        (dict(start=0, end=12), "end=12"),
+        (dict(index=torch.tensor([0, 11])), "index must lie within"),
+        (dict(index=torch.tensor([-1])), "index must lie"),
+        (dict(index=torch.tensor([1, 1])), "twice"),
+        (dict(index=torch.tensor([], dtype=torch.long)), "at least one"),
+        (dict(start=0, end=1, index=torch.tensor([1])), "not both"),
+        (dict(start=0, end=1, bias=torch.zeros(3)), "bias must have shape"),
+    ],
+)
 def test_bad_selection_raises(kind, bad, message):
     with pytest.raises(ValueError, match=message):
         kind(11, 9 if kind is S2RowLinear or "bias" in bad else 11, **bad)
@@ -95,6 +105,7 @@ def test_meta_device(kind):
 
 
 # ---- forward and gradient ------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("leading", ((), (4,), (2, 3), (2, 3, 4), (0,)))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64, *HALF))
@@ -212,7 +223,7 @@ def test_compiled_training_equals_eager(kind, units, backend):
         torch.manual_seed(0)
         layer = layer_of(kind, units, torch.bfloat16, delta_dtype=torch.float32)
         forward = torch.compile(layer, fullgraph=True, backend=backend) if compiled else layer
-        optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)   # AdamW makes a whole step of a rounding's sign
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)  # AdamW makes a whole step of a rounding's sign
         for _ in range(4):
             loss = forward(torch.randn(3, 11, dtype=torch.bfloat16)).float().pow(2).mean()
             loss.backward()
@@ -223,6 +234,7 @@ def test_compiled_training_equals_eager(kind, units, backend):
 
 
 # ---- fuse, unfuse, state -------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("dtype", (torch.float32, *HALF))
 def test_fused_weight_is_the_weight_trained_with(kind, units, dtype):
@@ -335,14 +347,22 @@ def test_changing_the_dtype_while_fused(kind, units):
 
 # ---- the reference's own flow ----------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("leading", ((5,), (2, 5)), ids=("2d", "3d"))
 @pytest.mark.parametrize("replace", ("data", "copy"))
 def test_the_references_flow(kind, dtype, leading, replace):
     """Construct, load_state_dict(strict=False), replace .weight.data by the permuted weight, train."""
     linear = nn.Linear(11, 9, dtype=dtype)
-    layer = kind(in_features=11, out_features=9, bias=linear.bias, start=2, end=5,
-                 device=next(linear.parameters()).device, dtype=next(linear.parameters()).dtype)
+    layer = kind(
+        in_features=11,
+        out_features=9,
+        bias=linear.bias,
+        start=2,
+        end=5,
+        device=next(linear.parameters()).device,
+        dtype=next(linear.parameters()).dtype,
+    )
     layer.load_state_dict(copy.deepcopy(linear.state_dict()), strict=False)
     order = torch.randperm(linear.weight.shape[layer.dim])
     permuted = linear.weight.data.index_select(layer.dim, order)

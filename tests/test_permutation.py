@@ -1,4 +1,5 @@
 """Orders: contiguous where they can be, few units moved, fast."""
+
 import time
 
 import pytest
@@ -15,11 +16,15 @@ def draw(count, size, seed):
 
 
 @settings(deadline=None)
-@given(count=st.integers(1, 60), sizes=st.lists(st.integers(0, 60), min_size=0, max_size=3),
-       consumed=st.integers(0, 60), seed=st.integers(0, 10**6))
+@given(
+    count=st.integers(1, 60),
+    sizes=st.lists(st.integers(0, 60), min_size=0, max_size=3),
+    consumed=st.integers(0, 60),
+    seed=st.integers(0, 10**6),
+)
 def test_nested_producers_and_any_consumer_are_contiguous(count, sizes, consumed, seed):
     ranking = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    producers = [ranking[:min(size, count)].sort().values for size in sizes if size]
+    producers = [ranking[: min(size, count)].sort().values for size in sizes if size]
     consumer = draw(count, min(consumed, count), seed + 1) if consumed else None
     order = coupling_order(count, producers, consumer)
     assert torch.equal(order.sort().values, torch.arange(count))

@@ -1,4 +1,5 @@
 """Adapters on quantized weights, on the CPU: bitsandbytes' and torchao's linear layers."""
+
 import copy
 import io
 import pickle
@@ -26,17 +27,25 @@ torchao = pytest.importorskip("torchao.quantization")
 
 RATIOS = dict(q_ratio=0.5, k_ratio=0.25, v_ratio=0.5, o_ratio=0.5, u_ratio=0.2, g_ratio=0.1, d_ratio=0.15)
 INDEXED = S2FTConfig(**RATIOS, layout="indexed")
-UNFUSED = S2FTConfig(**RATIOS, layout="indexed", ffn_kernel=False)   # the fused product of an FFN rounds otherwise
+UNFUSED = S2FTConfig(**RATIOS, layout="indexed", ffn_kernel=False)  # the fused product of an FFN rounds otherwise
 
 
 # ---- models ---------------------------------------------------------------------------------------------
 
+
 def plain(dtype=torch.float32, seed=0):
     """A llama, of sizes that all kinds take, with biases, in evaluation mode."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=67,
-        attention_bias=True)).eval()
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            vocab_size=67,
+            attention_bias=True,
+        )
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(**(dict(mean=0.5, std=0.3) if parameter.dim() == 1 else dict(std=0.1)))
@@ -44,8 +53,9 @@ def plain(dtype=torch.float32, seed=0):
 
 
 def four_bits(quant_type, **options):
-    return lambda linear: bnb.nn.Linear4bit(linear.in_features, linear.out_features, linear.bias is not None,
-                                            quant_type=quant_type, **options)
+    return lambda linear: bnb.nn.Linear4bit(
+        linear.in_features, linear.out_features, linear.bias is not None, quant_type=quant_type, **options
+    )
 
 
 def eight_bits(linear):
@@ -110,12 +120,15 @@ def contents(model):
     for path, module in linears(model).items():
         if type(module) is nn.Linear:
             names, _ = module.weight.__tensor_flatten__()
-            found[path] = [getattr(module.weight, name).clone() for name in names
-                           if getattr(module.weight, name) is not None]
+            found[path] = [
+                getattr(module.weight, name).clone() for name in names if getattr(module.weight, name) is not None
+            ]
         elif isinstance(module, bnb.nn.Linear4bit):
-            state = module.weight.quant_state.as_dict()   # the scales are quantized too, by scales of their own
-            found[path] = [module.weight.data.clone(), *(state[name].clone() for name in sorted(state)
-                                                         if isinstance(state[name], torch.Tensor))]
+            state = module.weight.quant_state.as_dict()  # the scales are quantized too, by scales of their own
+            found[path] = [
+                module.weight.data.clone(),
+                *(state[name].clone() for name in sorted(state) if isinstance(state[name], torch.Tensor)),
+            ]
         else:
             scale = module.state.SCB if module.weight.SCB is None else module.weight.SCB
             found[path] = [module.weight.data.clone(), scale.clone()]
@@ -156,6 +169,7 @@ def assert_untouched(model, before):
 
 # ---- attach, train, detach ------------------------------------------------------------------------------
 
+
 @kinds
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_attach_train_detach(kind, dtype):
@@ -185,8 +199,10 @@ def gradients(model, training=True):
     batch = token_batch(model)
     embedded = model.get_input_embeddings()(batch).detach().requires_grad_(True)
     model(inputs_embeds=embedded, labels=batch).loss.backward()
-    return {"embedded": embedded.grad, **{name.replace(".linear", ""): p.grad for name, p in model.named_parameters()
-                                          if p.requires_grad}}
+    return {
+        "embedded": embedded.grad,
+        **{name.replace(".linear", ""): p.grad for name, p in model.named_parameters() if p.requires_grad},
+    }
 
 
 @kinds
@@ -296,6 +312,7 @@ def test_outputs_have_the_dtype_of_the_layers(kind, dtype, autocast):
 
 # ---- layouts --------------------------------------------------------------------------------------------
 
+
 @kinds
 def test_permuted_is_refused(kind):
     model = quantized(kind)
@@ -318,6 +335,7 @@ def test_quantized_couplings_that_are_not_trained_do_not_matter(kind):
 
 
 # ---- adapters -------------------------------------------------------------------------------------------
+
 
 @kinds
 def test_an_adapter_comes_back(kind, tmp_path):
@@ -360,7 +378,7 @@ def test_merging_on_the_dequantized_base_is_what_was_trained(kind, tmp_path):
     before, trained_logits = forward(base), forward(model)
     s2ft.load_adapter(base, tmp_path)
     merged = s2ft.merge(base)
-    within = {"nf4-bfloat16": 3e-2, "8bit": 1e-3}.get(kind, LOGITS)   # computed in half precision
+    within = {"nf4-bfloat16": 3e-2, "8bit": 1e-3}.get(kind, LOGITS)  # computed in half precision
     assert relative_difference(before, trained_logits) > 10 * within
     assert relative_difference(forward(merged), trained_logits) <= within
 
@@ -378,8 +396,9 @@ def test_adapters_go_from_kind_to_kind(tmp_path):
     """A base is the same one however it is quantized; where the first consumer is not, too."""
     s2ft.save_adapter(trained(quantized("nf4")), tmp_path)
     for kind in KINDS:
-        s2ft.load_adapter(quantized(kind, wanted=lambda path: is_wanted(path) and ".0." not in path), tmp_path,
-                          trainable=True)
+        s2ft.load_adapter(
+            quantized(kind, wanted=lambda path: is_wanted(path) and ".0." not in path), tmp_path, trainable=True
+        )
 
 
 @kinds
@@ -430,6 +449,7 @@ def test_fusing_a_model_that_is_quantized_in_part_changes_nothing():
 
 # ---- selecting ------------------------------------------------------------------------------------------
 
+
 @kinds
 @pytest.mark.parametrize("selection", ("random", "weight", "activation", "product"))
 def test_selections(kind, selection):
@@ -441,7 +461,7 @@ def test_selections(kind, selection):
     selected = s2ft.select(model, config, calibration)
     if selection in ("random", "weight"):
         assert selected == expected
-    else:   # ranks of activations that are nearly equal may change
+    else:  # ranks of activations that are nearly equal may change
         same = [len(set(ours.tolist()) & set(expected[path].tolist())) for path, ours in selected.units.items()]
         assert sum(same) >= 0.9 * sum(units.numel() for units in selected.units.values())
     planned = s2ft.plan(model, config, calibration)
@@ -456,8 +476,9 @@ def test_selecting_by_gradient_is_refused(kind):
     model = quantized(kind)
     before = kept(model)
     with pytest.raises(ValueError, match="needs gradients of weights, and .* is quantized"):
-        s2ft.attach(model, S2FTConfig(**RATIOS, layout="indexed", selection="gradient"),
-                    calibration=[token_batch(model)])
+        s2ft.attach(
+            model, S2FTConfig(**RATIOS, layout="indexed", selection="gradient"), calibration=[token_batch(model)]
+        )
     assert_untouched(model, before)
 
 
@@ -490,8 +511,10 @@ def test_verify_finds_a_wrong_coupling_beside_a_quantized_one():
 
     model = Network()
     nn.init.normal_(model.norm.weight)
-    made = [Coupling("ffn", 0, (Projection("u", "q_up", 64, 1, 0),), Projection("d", "q_down", 64, 1, 1)),
-            Coupling("ffn", 1, (Projection("u", "up", 8, 1, 0),), Projection("d", "down", 8, 1, 1))]
+    made = [
+        Coupling("ffn", 0, (Projection("u", "q_up", 64, 1, 0),), Projection("d", "q_down", 64, 1, 1)),
+        Coupling("ffn", 1, (Projection("u", "up", 8, 1, 0),), Projection("d", "down", 8, 1, 1)),
+    ]
     with pytest.raises(ValueError, match="is not one: with its 8 units"):
         s2ft.attach(model, S2FTConfig(d_ratio=0.5, layout="indexed"), couplings=made, example=torch.randn(4, 16))
     assert RECORD not in model.__dict__
@@ -499,6 +522,7 @@ def test_verify_finds_a_wrong_coupling_beside_a_quantized_one():
 
 
 # ---- copies, states, whole models -----------------------------------------------------------------------
+
 
 @kinds
 def test_copies_and_states(kind):
@@ -517,7 +541,7 @@ def test_copies_and_states(kind):
     fresh = quantized(kind)
     s2ft.attach(fresh, INDEXED)
     state = torch.load(file, weights_only=False)
-    if "4bit" in type(fresh.model.layers[0].mlp.down_proj.linear).__name__:   # it saves scales, but does not load them
+    if "4bit" in type(fresh.model.layers[0].mlp.down_proj.linear).__name__:  # it saves scales, but does not load them
         state = {key: value for key, value in state.items() if ".linear.weight." not in key}
     fresh.load_state_dict(state)
     assert torch.equal(forward(fresh), logits)
@@ -526,8 +550,9 @@ def test_copies_and_states(kind):
 # ---- models that transformers quantizes, in its Trainer ----------------------------------------------------
 
 CONFIGS = {
-    "4bit": lambda compute: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
-                                               bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute),
+    "4bit": lambda compute: BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    ),
     "8bit": lambda compute: BitsAndBytesConfig(load_in_8bit=True),
     "torchao-int8": lambda compute: TorchAoConfig(torchao.Int8WeightOnlyConfig()),
     "torchao-int4": lambda compute: TorchAoConfig(torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4)),
@@ -541,8 +566,9 @@ def loaded(kind, folder, compute=torch.float32):
     pytest.importorskip("accelerate")
     if not (folder / "base").exists():
         plain(compute).save_pretrained(folder / "base")
-    return AutoModelForCausalLM.from_pretrained(folder / "base", quantization_config=CONFIGS[kind](compute),
-                                                dtype=compute, device_map="cpu").eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder / "base", quantization_config=CONFIGS[kind](compute), dtype=compute, device_map="cpu"
+    ).eval()
 
 
 @computes
@@ -566,11 +592,23 @@ def test_models_that_transformers_quantizes(kind, compute, tmp_path):
 
 def trainer(model, folder, **arguments):
     from transformers import Trainer, TrainingArguments
-    rows = [{"input_ids": row, "labels": row}
-            for row in torch.randint(67, (8, 9), generator=torch.Generator().manual_seed(1))]
-    arguments = TrainingArguments(folder / "run", per_device_train_batch_size=2, max_steps=4, learning_rate=1e-2,
-                                  seed=1, use_cpu=True, report_to="none", disable_tqdm=True, logging_steps=1,
-                                  **{"save_strategy": "no", **arguments})
+
+    rows = [
+        {"input_ids": row, "labels": row}
+        for row in torch.randint(67, (8, 9), generator=torch.Generator().manual_seed(1))
+    ]
+    arguments = TrainingArguments(
+        folder / "run",
+        per_device_train_batch_size=2,
+        max_steps=4,
+        learning_rate=1e-2,
+        seed=1,
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        logging_steps=1,
+        **{"save_strategy": "no", **arguments},
+    )
     return Trainer(model=model, args=arguments, train_dataset=rows)
 
 
@@ -610,8 +648,9 @@ def test_trainer_checkpoints_and_goes_on(kind, tmp_path):
     for more in ({}, dict(use_reentrant=False), dict(use_reentrant=True)):
         model = loaded(kind, tmp_path)
         s2ft.attach(model, INDEXED)
-        trainer(model, tmp_path, **(dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=more) if more
-                                    else {})).train()
+        trainer(
+            model, tmp_path, **(dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=more) if more else {})
+        ).train()
         found.append(deltas_of(model))
     assert all(torch.equal(value, other[name]) for other in found[1:] for name, value in found[0].items())
     s2ft.save_adapter(model, tmp_path / "adapter")
@@ -639,7 +678,7 @@ def test_trainer_saves_and_resumes(kind, tmp_path):
     run.train()
     checkpoint = tmp_path / "run" / "checkpoint-2"
     size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-    assert 0 < size < 3 * 4 * s2ft.get_adapter(half, "default").parameters   # no base in it
+    assert 0 < size < 3 * 4 * s2ft.get_adapter(half, "default").parameters  # no base in it
     trainer(rest, tmp_path, **saving).train(resume_from_checkpoint=str(checkpoint))
     theirs = deltas_of(rest)
     assert all(torch.equal(value, theirs[name]) for name, value in deltas_of(whole).items())
@@ -748,11 +787,17 @@ def test_an_exported_lora_on_the_quantized_base_in_peft(kind, tmp_path):
     other = peft.PeftModel.from_pretrained(other, tmp_path / "lora")
     assert relative_difference(forward(other), forward(model)) <= LOGITS
     assert relative_difference(forward(other), base) > 1e-2
-    assert_same_contents({path.removeprefix("base_model.model.").removesuffix(".base_layer"): value
-                          for path, value in contents(other).items()}, before)
+    assert_same_contents(
+        {
+            path.removeprefix("base_model.model.").removesuffix(".base_layer"): value
+            for path, value in contents(other).items()
+        },
+        before,
+    )
 
 
 # ---- weights that are not here --------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("layout", ("permuted", "indexed"))
 def test_meta_weights_are_refused(layout):
@@ -776,6 +821,7 @@ def test_four_bits_that_are_not_quantized_yet_are_refused():
 
 def attach_sharded(rank, port):
     from torch.distributed.fsdp import fully_shard
+
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=1)
     model = model_of("llama")

@@ -1,4 +1,5 @@
 """Selection: deterministic, in range, as large as asked for."""
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,9 +11,12 @@ from s2ft.selection import Selection, select
 
 
 def ffn(layer, channels=40):
-    return Coupling("ffn", layer, (Projection("u", f"{layer}.up", channels, 1, 0),
-                                   Projection("g", f"{layer}.gate", channels, 1, 0)),
-                    Projection("d", f"{layer}.down", channels, 1, 1))
+    return Coupling(
+        "ffn",
+        layer,
+        (Projection("u", f"{layer}.up", channels, 1, 0), Projection("g", f"{layer}.gate", channels, 1, 0)),
+        Projection("d", f"{layer}.down", channels, 1, 1),
+    )
 
 
 COUPLINGS = [ffn(i) for i in range(4)]
@@ -29,7 +33,7 @@ def test_random_selection(u, g, d, seed):
         assert units.numel() == int(ratio * 40 + 0.5) and torch.equal(units, units.unique())
         assert 0 <= units.min() and units.max() < 40
     small, large = sorted((set(selection["0.up"].tolist()), set(selection["0.gate"].tolist())), key=len)
-    assert small <= large   # producers are nested
+    assert small <= large  # producers are nested
 
 
 def test_seed_layer_and_side_give_different_units():

@@ -1,4 +1,5 @@
 """State dicts, files and casts of attached models: the base is in them as the base has it."""
+
 import copy
 import io
 
@@ -33,9 +34,11 @@ def test_a_state_loads_into_a_plain_model_as_the_base(case, layout):
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.zero_()
-    plain.load_state_dict({key: value for key, value in model.state_dict().items() if key in base.state_dict()}, strict=False)
+    plain.load_state_dict(
+        {key: value for key, value in model.state_dict().items() if key in base.state_dict()}, strict=False
+    )
     names = {name.removesuffix(".weight") for name in base.state_dict()}
-    for name, value in model.state_dict().items():   # a stack of experts has one more word
+    for name, value in model.state_dict().items():  # a stack of experts has one more word
         if name not in base.state_dict() and name.removesuffix(".weight") in names:
             plain.get_parameter(name.removesuffix(".weight")).data.copy_(value)
     assert same(plain.state_dict(), base.state_dict())
@@ -50,7 +53,7 @@ def test_the_bases_own_state_changes_nothing(case, layout):
         if fuse:
             s2ft.fuse(model)
         model.load_state_dict(base.state_dict(), strict=False)
-        model.load_state_dict(copy.deepcopy(model.state_dict()), strict=not fuse)   # nor does its own
+        model.load_state_dict(copy.deepcopy(model.state_dict()), strict=not fuse)  # nor does its own
         assert torch.allclose(output_of(model), before, rtol=1e-4, atol=1e-5)
     assert same(s2ft.detach(model).state_dict(), base.state_dict())
 
@@ -82,7 +85,7 @@ def test_a_cast_reaches_the_base_that_is_kept(dtype, tmp_path):
     s2ft.save_adapter(trained("llama-grouped"), tmp_path)
     model, plain = model_of("llama-grouped"), model_of("llama-grouped")
     s2ft.load_adapter(model, tmp_path)
-    for cast in (dtype, torch.float32):   # there and back: rounded as the rest of the model is
+    for cast in (dtype, torch.float32):  # there and back: rounded as the rest of the model is
         model.to(cast), plain.to(cast)
         assert same(s2ft.detach(copy.deepcopy(model)).state_dict(), plain.state_dict())
     s2ft.set_adapter(model, None)
@@ -102,8 +105,14 @@ def test_a_model_saved_whole_loads(case, layout):
     assert same(s2ft.detach(loaded).state_dict(), model_of(case).state_dict())
 
 
-@pytest.mark.parametrize("change,remedy", [(lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5), "prune.remove"),
-                                           (weight_norm, "remove_weight_norm")], ids=("prune", "weight_norm"))
+@pytest.mark.parametrize(
+    "change,remedy",
+    [
+        (lambda layer: prune.l1_unstructured(layer, "weight", amount=0.5), "prune.remove"),
+        (weight_norm, "remove_weight_norm"),
+    ],
+    ids=("prune", "weight_norm"),
+)
 def test_a_computed_weight_is_refused_by_name(change, remedy):
     model = model_of("llama-grouped")
     change(model.model.layers[1].mlp.down_proj)

@@ -1,4 +1,5 @@
 """What the tests themselves rest on."""
+
 import itertools
 import subprocess
 import sys

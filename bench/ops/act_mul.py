@@ -1,4 +1,5 @@
 """act_mul, forward and backward, against PyTorch's two operators each way. Floor: a copy of as many bytes."""
+
 import torch
 from case import Case
 

@@ -1,4 +1,5 @@
 """What a benchmark of an op is, and how its numbers are taken."""
+
 import statistics
 import time
 from collections.abc import Callable
@@ -19,9 +20,9 @@ class Case:
     name: str
     ours: Step
     rivals: dict[str, Step] = field(default_factory=dict)
-    moved: int = 0                  # bytes that must be read and written; the floor is a copy that moves as many
+    moved: int = 0  # bytes that must be read and written; the floor is a copy that moves as many
     product: Step | None = None  # the matrix product that must be done; the floor instead of a copy
-    note: dict[str, Any] = field(default_factory=dict)   # anything else to keep with the result
+    note: dict[str, Any] = field(default_factory=dict)  # anything else to keep with the result
 
 
 def copy_of(moved: int, device: str) -> Step:
@@ -41,17 +42,26 @@ def measure(case: Case, device: str, seconds: float) -> dict[str, Any]:
     interleaved(steps, 1, warmup=1, flush=True)
     rounds = int(min(500, max(9, seconds / max(1e-6, (time.perf_counter() - begin) / 2))))
     times = interleaved(steps, rounds, flush=True)
-    return {"op": case.op, "case": case.name, "rounds": rounds,
-            "microseconds": {name: 1e6 * statistics.median(values) for name, values in times.items()},
-            "s2ft faster than": {name: median_ratio(times, name, "s2ft") for name in case.rivals},
-            "s2ft to floor": None if floor is None else median_ratio(times, "s2ft", "floor"), "note": case.note}
+    return {
+        "op": case.op,
+        "case": case.name,
+        "rounds": rounds,
+        "microseconds": {name: 1e6 * statistics.median(values) for name, values in times.items()},
+        "s2ft faster than": {name: median_ratio(times, name, "s2ft") for name in case.rivals},
+        "s2ft to floor": None if floor is None else median_ratio(times, "s2ft", "floor"),
+        "note": case.note,
+    }
 
 
 def line_of(result: dict[str, Any]) -> str:
     """One row of the table."""
     floor = result["s2ft to floor"]
-    rivals = "  ".join(f"{name} {result['microseconds'][name]:,.0f} µs, {ratio:.2f} ×"
-                       for name, ratio in result["s2ft faster than"].items())
-    return (f"{result['op']:<21}{result['case']:<44}{result['microseconds']['s2ft']:>11,.0f} µs"
-            f"{'' if floor is None else f'{floor:8.2f} × floor':>16}   {rivals}"
-            + "".join(f"  {name}: {value}" for name, value in result["note"].items()))
+    rivals = "  ".join(
+        f"{name} {result['microseconds'][name]:,.0f} µs, {ratio:.2f} ×"
+        for name, ratio in result["s2ft faster than"].items()
+    )
+    return (
+        f"{result['op']:<21}{result['case']:<44}{result['microseconds']['s2ft']:>11,.0f} µs"
+        f"{'' if floor is None else f'{floor:8.2f} × floor':>16}   {rivals}"
+        + "".join(f"  {name}: {value}" for name, value in result["note"].items())
+    )

@@ -3,6 +3,7 @@
 LoRA's matrices lie stacked in the order of the batch, so that it pays for no gathering, and in both layouts:
 as PEFT keeps them (A [r, in], B [out, r]) and transposed. Floor: reading the bank at the speed of a copy.
 """
+
 import torch
 from case import Case
 
@@ -33,13 +34,18 @@ def cases_of(device: str, dtype: torch.dtype, adapters: int, tokens: int):
     def lora():
         return y + torch.bmm(torch.bmm(x, a.transpose(1, 2)), b.transpose(1, 2))
 
-    def lora_transposed(a=a.view(adapters, WIDTH, RANK), b=b.view(adapters, RANK, WIDTH)):   # only the layout matters
+    def lora_transposed(a=a.view(adapters, WIDTH, RANK), b=b.view(adapters, RANK, WIDTH)):  # only the layout matters
         return y + torch.bmm(torch.bmm(x, a), b)
 
     for dim in (1, 0):
+
         def ours(dim=dim):
             return multi_adapter_linear(x, y, values, index, offsets, adapter, dim)
 
-        yield Case("multi_adapter_linear", f"{str(dtype)[6:]}, {adapters:,} adapters, {tokens} tokens, dim {dim}", ours,
-                   {"LoRA": lora, "LoRA, transposed": lora_transposed},
-                   moved=0 if tokens > 1 else values.numel() * values.element_size())
+        yield Case(
+            "multi_adapter_linear",
+            f"{str(dtype)[6:]}, {adapters:,} adapters, {tokens} tokens, dim {dim}",
+            ours,
+            {"LoRA": lora, "LoRA, transposed": lora_transposed},
+            moved=0 if tokens > 1 else values.numel() * values.element_size(),
+        )

@@ -1,4 +1,5 @@
 """permute_ against indexing by torch, which makes a second matrix. Floor: a copy of the weight."""
+
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ def order_of(size: int, moved: float) -> torch.Tensor:
 def peak_growth(step) -> float | None:
     """MiB by which a step raises the process' peak memory above what it holds now; None where it can't be read."""
     try:
-        Path("/proc/self/clear_refs").write_text("5")   # the peak starts from here
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
         before = peak()
         step()
         return round(peak() - before, 1)
@@ -31,8 +32,12 @@ def peak() -> float:
 
 
 def cases(device: str):
-    for dtype, dim, moved in ((torch.bfloat16, 1, 1.0), (torch.bfloat16, 1, 0.06), (torch.bfloat16, 0, 1.0),
-                              (torch.float32, 1, 1.0)):
+    for dtype, dim, moved in (
+        (torch.bfloat16, 1, 1.0),
+        (torch.bfloat16, 1, 0.06),
+        (torch.bfloat16, 0, 1.0),
+        (torch.float32, 1, 1.0),
+    ):
         weight = torch.randn(4096, 14336, device=device).to(dtype)
         order = order_of(weight.shape[dim], moved).to(device)
 
@@ -45,6 +50,11 @@ def cases(device: str):
         def in_place(weight=weight, order=order, dim=dim):
             weight.copy_(weight.index_select(dim, order))
 
-        yield Case("permute_", f"{str(dtype)[6:]} 4096 × 14336, dim {dim}, {moved:.0%} moved", ours,
-                   {"index_select": indexing, "index_select, copy_": in_place},
-                   moved=2 * weight.numel() * weight.element_size(), note={"peak MiB more": peak_growth(ours)})
+        yield Case(
+            "permute_",
+            f"{str(dtype)[6:]} 4096 × 14336, dim {dim}, {moved:.0%} moved",
+            ours,
+            {"index_select": indexing, "index_select, copy_": in_place},
+            moved=2 * weight.numel() * weight.element_size(),
+            note={"peak MiB more": peak_growth(ours)},
+        )

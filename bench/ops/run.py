@@ -5,12 +5,13 @@
 "× floor": s2ft's time over that of what must happen at least (a copy of as many bytes, or the matrix product).
 "2.00 ×" after a rival: s2ft is twice as fast. Medians; on a GPU by device events with the cache emptied.
 """
+
 import argparse
 import importlib
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))   # for harness
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for harness
 
 import torch
 from case import line_of, measure
@@ -24,7 +25,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)}; default: all")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each case")
-    parser.add_argument("--output", type=Path, default=None, help="default: bench/results/ops_{cpu,gpu}.json for all ops")
+    parser.add_argument(
+        "--output", type=Path, default=None, help="default: bench/results/ops_{cpu,gpu}.json for all ops"
+    )
     args = parser.parse_args()
     unknown = set(args.ops) - set(OPS)
     if unknown:

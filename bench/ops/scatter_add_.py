@@ -2,21 +2,28 @@
 
 Floor: a copy that moves the bytes of the delta once and those of the touched units twice.
 """
+
 import torch
 from case import Case
 
 from s2ft.ops import scatter_add_
 
-RANK = 32   # 2 * 4096 * 32 numbers, as in 64 rows or columns of 4096
+RANK = 32  # 2 * 4096 * 32 numbers, as in 64 rows or columns of 4096
 
 
 def cases(device: str):
-    for dtype, dim, deltas in ((torch.bfloat16, 1, 1), (torch.bfloat16, 0, 1), (torch.float32, 1, 1),
-                               (torch.float32, 0, 1), (torch.bfloat16, 1, 4), (torch.bfloat16, 0, 4)):
+    for dtype, dim, deltas in (
+        (torch.bfloat16, 1, 1),
+        (torch.bfloat16, 0, 1),
+        (torch.float32, 1, 1),
+        (torch.float32, 0, 1),
+        (torch.bfloat16, 1, 4),
+        (torch.bfloat16, 0, 4),
+    ):
         weight = torch.randn(4096, 4096, device=device).to(dtype)
         index = [torch.randperm(4096, device=device)[:64] for _ in range(deltas)]
         delta = [1e-3 * torch.randn((64, 4096) if dim == 0 else (4096, 64), device=device).to(dtype) for _ in index]
-        alpha = [0.5 ** j for j in range(deltas)]
+        alpha = [0.5**j for j in range(deltas)]
         b, a = torch.zeros(4096, RANK, device=device, dtype=dtype), torch.randn(RANK, 4096, device=device).to(dtype)
 
         def ours(weight=weight, index=index, delta=delta, alpha=alpha, dim=dim):
@@ -32,6 +39,10 @@ def cases(device: str):
 
         size = weight.element_size()
         touched = torch.cat(index).unique().numel() * 4096 * size
-        yield Case("scatter_add_", f"{str(dtype)[6:]} 4096², {deltas} × 64 of dim {dim}", ours,
-                   {"index_add_": torch_way, "LoRA merge": lora_merge},
-                   moved=2 * touched + sum(d.numel() for d in delta) * size)
+        yield Case(
+            "scatter_add_",
+            f"{str(dtype)[6:]} 4096², {deltas} × 64 of dim {dim}",
+            ours,
+            {"index_add_": torch_way, "LoRA merge": lora_merge},
+            moved=2 * touched + sum(d.numel() for d in delta) * size,
+        )

@@ -3,6 +3,7 @@
 Rivals: PEFT's LoRA layer of rank 16, and torch training the whole weight. Floor: the two products of a frozen
 layer, forward and the input's gradient. Trained are 3 % of the inputs or outputs, or three heads of 64.
 """
+
 import torch
 import torch.nn.functional as F
 from case import Case
@@ -14,6 +15,7 @@ from s2ft.ops import indexed_linear, sliced_linear
 def lora_layer(weight: torch.Tensor) -> nn.Module:
     from peft.tuners.lora import LoraConfig
     from peft.tuners.lora.layer import Linear
+
     base = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
     base.weight = nn.Parameter(weight, requires_grad=False)
     config = LoraConfig(r=16, lora_alpha=32)
@@ -22,15 +24,20 @@ def lora_layer(weight: torch.Tensor) -> nn.Module:
 
 def step_of(forward, x, grad):
     """A forward and a backward of `forward`, gradients dropped."""
+
     def step():
         x.grad = None
         forward(x).backward(grad)
+
     return step
 
 
 def cases(device: str):
-    for dtype, tokens, outputs, inputs in ((torch.float32, 512, 576, 1536), (torch.bfloat16, 512, 576, 1536),
-                                           (torch.bfloat16, 256, 4096, 14336)):
+    for dtype, tokens, outputs, inputs in (
+        (torch.float32, 512, 576, 1536),
+        (torch.bfloat16, 512, 576, 1536),
+        (torch.bfloat16, 256, 4096, 14336),
+    ):
         for op, dim in ((sliced_linear, 0), (sliced_linear, 1), (indexed_linear, 0), (indexed_linear, 1)):
             yield case_of(device, op, dim, dtype, tokens, outputs, inputs)
 
@@ -41,12 +48,15 @@ def case_of(device, op, dim, dtype, tokens, outputs, inputs):
     weight, grad = (torch.randn(shape, device=device).to(dtype) for shape in ((outputs, inputs), (tokens, outputs)))
     if op is sliced_linear:
         units, count = size // 3, round(0.03 * size)
-    else:   # three heads
+    else:  # three heads
         units = torch.cat([torch.arange(64, device=device) + 64 * head for head in (1, 4, 6)])
         count = len(units)
     delta = torch.zeros((count, inputs) if dim == 0 else (outputs, count), device=device).to(dtype).requires_grad_()
     lora, full = lora_layer(weight), weight.clone().requires_grad_()
-    return Case(op.__name__, f"{str(dtype)[6:]} {tokens} × {inputs} → {outputs}, {count} of dim {dim}",
-                step_of(lambda x: op(x, weight, delta, units, dim), x, grad),
-                {"LoRA r=16": step_of(lora, x, grad), "all trained": step_of(lambda x: F.linear(x, full), x, grad)},
-                product=step_of(lambda x: F.linear(x, weight), x, grad))
+    return Case(
+        op.__name__,
+        f"{str(dtype)[6:]} {tokens} × {inputs} → {outputs}, {count} of dim {dim}",
+        step_of(lambda x: op(x, weight, delta, units, dim), x, grad),
+        {"LoRA r=16": step_of(lora, x, grad), "all trained": step_of(lambda x: F.linear(x, full), x, grad)},
+        product=step_of(lambda x: F.linear(x, weight), x, grad),
+    )

@@ -1,4 +1,5 @@
 """swap_ against index_select and index_copy_. Floor: a copy that moves the bytes of the units twice each way."""
+
 import torch
 from case import Case
 
@@ -22,6 +23,10 @@ def cases(device: str):
         def index_add(weight=weight, index=index, values=values, dim=dim):
             weight.index_add_(dim, index, values)
 
-        yield Case("swap_", f"{str(dtype)[6:]} 4096², 64 of dim {dim}", ours,
-                   {"index_select, index_copy_": torch_way, "index_add_": index_add},
-                   moved=4 * values.numel() * values.element_size())
+        yield Case(
+            "swap_",
+            f"{str(dtype)[6:]} 4096², 64 of dim {dim}",
+            ours,
+            {"index_select, index_copy_": torch_way, "index_add_": index_add},
+            moved=4 * values.numel() * values.element_size(),
+        )

@@ -1,4 +1,5 @@
 """Adapters: save, load, switch, add up, mix in one batch, hand over, and say what is active."""
+
 from s2ft.adapter import pretrained  # what attached models of transformers can do, by importing it
 from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.bank import AdapterBank
@@ -7,16 +8,35 @@ from s2ft.adapter.hub import push_to_hub
 from s2ft.adapter.overlap import Overlap, overlap
 from s2ft.adapter.store import load_adapter, read_adapter, restore_adapter, save_adapter
 from s2ft.adapter.switch import (
-                                 combine_adapters,
-                                 delete_adapter,
-                                 disable_adapters,
-                                 get_adapter,
-                                 list_adapters,
-                                 rename_adapter,
-                                 set_adapter,
-                                 status,
+    combine_adapters,
+    delete_adapter,
+    disable_adapters,
+    get_adapter,
+    list_adapters,
+    rename_adapter,
+    set_adapter,
+    status,
 )
 
-__all__ = ["Adapter", "AdapterBank", "Overlap", "delete_adapter", "disable_adapters", "export_lora", "combine_adapters",
-           "get_adapter", "import_lora", "list_adapters", "load_adapter", "overlap", "pretrained", "push_to_hub",
-           "read_adapter", "rename_adapter", "restore_adapter", "save_adapter", "set_adapter", "status"]
+__all__ = [
+    "Adapter",
+    "AdapterBank",
+    "Overlap",
+    "delete_adapter",
+    "disable_adapters",
+    "export_lora",
+    "combine_adapters",
+    "get_adapter",
+    "import_lora",
+    "list_adapters",
+    "load_adapter",
+    "overlap",
+    "pretrained",
+    "push_to_hub",
+    "read_adapter",
+    "rename_adapter",
+    "restore_adapter",
+    "save_adapter",
+    "set_adapter",
+    "status",
+]

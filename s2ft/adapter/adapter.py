@@ -1,4 +1,5 @@
 """An adapter: named deltas in original coordinates, with what is needed to put them on the right model."""
+
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -44,14 +45,19 @@ class Adapter:
     @property
     def parameters(self) -> int:
         """Trained numbers, the extra weights' too."""
-        return (sum(delta.values.numel() for delta in self.deltas.values())
-                + sum(value.numel() for value in self.extra_weights.values()))
+        return sum(delta.values.numel() for delta in self.deltas.values()) + sum(
+            value.numel() for value in self.extra_weights.values()
+        )
 
     def to(self, device) -> "Adapter":
         """With the deltas and extra weights on `device`."""
-        return replace(self, deltas={path: Delta(delta.dim, delta.index, delta.values.to(device))
-                                     for path, delta in self.deltas.items()},
-                       extra_weights={name: value.to(device) for name, value in self.extra_weights.items()})
+        return replace(
+            self,
+            deltas={
+                path: Delta(delta.dim, delta.index, delta.values.to(device)) for path, delta in self.deltas.items()
+            },
+            extra_weights={name: value.to(device) for name, value in self.extra_weights.items()},
+        )
 
     def __add__(self, other: "Adapter") -> "Adapter":
         return weighted_sum([(self, 1.0), (other, 1.0)], f"{self.name}+{other.name}")
@@ -69,6 +75,7 @@ class Adapter:
 
 
 # ---- weighted sums (paper, section 3.4) --------------------------------------------------------------------
+
 
 def weighted_sum(parts: Sequence[tuple[Adapter, float]], name: str) -> Adapter:
     """The adapter whose deltas are the sum of weight × delta, on the units that any of `parts` has.
@@ -90,14 +97,25 @@ def weighted_sum(parts: Sequence[tuple[Adapter, float]], name: str) -> Adapter:
         if other_base:
             raise ValueError(f"adapters {first.name!r} and {adapter.name!r} are of different bases: {other_base}")
     paths = dict.fromkeys(path for adapter, _ in parts for path in adapter.deltas)
-    deltas = {path: sum_deltas([(adapter.deltas[path], float(weight)) for adapter, weight in parts
-                                if path in adapter.deltas]) for path in paths}
-    selection = Selection({path: torch.cat([adapter.selection[path] for adapter, _ in parts
-                                            if path in adapter.deltas]).unique() for path in paths})
+    deltas = {
+        path: sum_deltas([(adapter.deltas[path], float(weight)) for adapter, weight in parts if path in adapter.deltas])
+        for path in paths
+    }
+    selection = Selection(
+        {
+            path: torch.cat([adapter.selection[path] for adapter, _ in parts if path in adapter.deltas]).unique()
+            for path in paths
+        }
+    )
     extra_weights = _extra_of_sum(parts)
     modules = [name for adapter, _ in parts for name in adapter.config.modules_to_save or ()]
-    config = S2FTConfig(units=selection, layout=first.config.layout, delta_dtype=first.config.delta_dtype,
-                        ffn_kernel=first.config.ffn_kernel, modules_to_save=modules or None)
+    config = S2FTConfig(
+        units=selection,
+        layout=first.config.layout,
+        delta_dtype=first.config.delta_dtype,
+        ffn_kernel=first.config.ffn_kernel,
+        modules_to_save=modules or None,
+    )
     info = {**first.info, "sum_of": [[adapter.name, float(weight)] for adapter, weight in parts]}
     return Adapter(name, config, selection, first.fingerprint, deltas, info, first.couplings, extra_weights)
 
@@ -107,11 +125,15 @@ def _extra_of_sum(parts: Sequence[tuple[Adapter, float]]) -> dict[str, Tensor]:
     for adapter, weight in parts:
         for name in adapter.extra_weights:
             if weight != 1:
-                raise ValueError(f"adapter {adapter.name!r} has {name} trained whole, which can't be scaled: give the "
-                                 f"adapter weight 1, not {weight:g}")
+                raise ValueError(
+                    f"adapter {adapter.name!r} has {name} trained whole, which can't be scaled: give the "
+                    f"adapter weight 1, not {weight:g}"
+                )
             if name in owners:
-                raise ValueError(f"adapters {owners[name].name!r} and {adapter.name!r} both have {name} trained whole, "
-                                 "and values of it don't add up: keep them apart and switch between them")
+                raise ValueError(
+                    f"adapters {owners[name].name!r} and {adapter.name!r} both have {name} trained whole, "
+                    "and values of it don't add up: keep them apart and switch between them"
+                )
             owners[name] = adapter
     return {name: adapter.extra_weights[name].clone() for name, adapter in owners.items()}
 
@@ -143,6 +165,7 @@ def sum_deltas(parts: list[tuple[Delta, float]]) -> Delta:
 
 # ---- does it fit a model -------------------------------------------------------------------------------------
 
+
 def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:
     """Raises: ValueError naming what does not fit, where `adapter` is not one of this model's."""
     known = {projection.name: projection for projection in projections_of(record.couplings)}
@@ -152,12 +175,16 @@ def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:
         shape = list(shape_of(model, known[path]))
         size, shape[delta.dim] = shape[delta.dim], delta.index.numel()
         if delta.dim != known[path].dim or shape != list(delta.values.shape):
-            raise ValueError(f"adapter {adapter.name!r} is for another model: {path}.delta has shape "
-                             f"{tuple(delta.values.shape)} for dim {delta.dim}, this model asks for dim "
-                             f"{known[path].dim} and shape {tuple(shape)}")
+            raise ValueError(
+                f"adapter {adapter.name!r} is for another model: {path}.delta has shape "
+                f"{tuple(delta.values.shape)} for dim {delta.dim}, this model asks for dim "
+                f"{known[path].dim} and shape {tuple(shape)}"
+            )
         if int(delta.index.max()) >= size:
-            raise ValueError(f"adapter {adapter.name!r}: {path}.index has {int(delta.index.max())}, "
-                             f"outside the weight's 0..{size - 1}")
+            raise ValueError(
+                f"adapter {adapter.name!r}: {path}.index has {int(delta.index.max())}, "
+                f"outside the weight's 0..{size - 1}"
+            )
     other_base = difference(record.fingerprint, adapter.fingerprint)
     if other_base:
         raise ValueError(f"adapter {adapter.name!r} was trained on another base: {other_base}")
@@ -168,9 +195,12 @@ def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:
 
 def _check_whole_units(adapter: Adapter, projection, delta: Delta) -> None:
     last = int(adapter.selection[projection.name].max())
-    if last >= projection.count:   # in a weight of several projections the element may be another's
-        raise ValueError(f"adapter {adapter.name!r}: {projection.name} has {projection.count} units, from 0; there is "
-                         f"no {last}")
+    if last >= projection.count:  # in a weight of several projections the element may be another's
+        raise ValueError(
+            f"adapter {adapter.name!r}: {projection.name} has {projection.count} units, from 0; there is no {last}"
+        )
     if not torch.equal(projection.elements(adapter.selection[projection.name]), delta.index):
-        raise ValueError(f"adapter {adapter.name!r}: {projection.name}.index does not name the selected units, "
-                         f"each of {projection.unit} elements")
+        raise ValueError(
+            f"adapter {adapter.name!r}: {projection.name}.index does not name the selected units, "
+            f"each of {projection.unit} elements"
+        )

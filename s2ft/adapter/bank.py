@@ -7,6 +7,7 @@ sees stay the same from batch to batch. Packing copies the adapters of a batch t
 already, a few milliseconds, which one step of generating outweighs; and nothing has to be moved where adapters come
 and go.
 """
+
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +33,7 @@ from s2ft.model.delta import Delta
 from s2ft.model.weights import find
 from s2ft.ops import multi_adapter_linear
 
-OURS = "_s2ft_bank"   # what marks a forward of ours
+OURS = "_s2ft_bank"  # what marks a forward of ours
 
 
 class AdapterBank:
@@ -58,8 +59,9 @@ class AdapterBank:
     time: a batch keeps what it began with. A model runs one batch at a time.
     """
 
-    def __init__(self, model: nn.Module, directory=None, *, limit_bytes: int | None = None,
-                 dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, directory=None, *, limit_bytes: int | None = None, dtype: torch.dtype | None = None
+    ) -> None:
         """Raises: ValueError for a model with an active adapter or a limit that is none; NotADirectoryError."""
         if limit_bytes is not None and (not isinstance(limit_bytes, int) or limit_bytes < 1):
             raise ValueError(f"limit_bytes must be a whole number above 0, or None, got {limit_bytes!r}")
@@ -72,14 +74,14 @@ class AdapterBank:
         self.model, self.limit_bytes, self.dtype = model, limit_bytes, dtype
         self._directory = None if directory is None else Path(directory)
         self._entries: dict[str, _Entry] = {}
-        self._removed: set[str] = set()                           # of the directory's
+        self._removed: set[str] = set()  # of the directory's
         self._loaded: OrderedDict[str, _Loaded] = OrderedDict()  # the one used last comes last
-        self._lock = threading.Lock()       # of the three above; never held while a file is read
-        self._running = threading.Lock()    # held by a batch, and so is all that follows
+        self._lock = threading.Lock()  # of the three above; never held while a file is read
+        self._running = threading.Lock()  # held by a batch, and so is all that follows
         self._bases: dict[Any, _Base] = {}
         self._sites: dict[str, _Site] = {}
-        self._packed: dict[int, int] = {}   # serial number of a loaded adapter → its place in the sites' buffers
-        self._places = 1                    # there are, a power of two
+        self._packed: dict[int, int] = {}  # serial number of a loaded adapter → its place in the sites' buffers
+        self._places = 1  # there are, a power of two
         self._serial = 0
 
     # ---- names ---------------------------------------------------------------------------------------
@@ -165,9 +167,10 @@ class AdapterBank:
             raise RuntimeError("a batch runs already, and a model runs one at a time: leave it first")
         try:
             check_plain(self.model)
-            with torch.inference_mode(False), torch.no_grad():   # buffers live on, in whatever mode the next batch has
-                self._use({path: self._site(path, site.dim, None, "the bank changes")
-                           for path, site in self._sites.items()})
+            with torch.inference_mode(False), torch.no_grad():  # buffers live on, in whatever mode the next batch has
+                self._use(
+                    {path: self._site(path, site.dim, None, "the bank changes") for path, site in self._sites.items()}
+                )
                 taken = self._take(list(dict.fromkeys(name for name in names if name is not None)))
                 places = self._pack(list(taken.values()))
                 self._point([-1 if name is None else places[taken[name].serial] for name in names])
@@ -187,7 +190,7 @@ class AdapterBank:
 
     def _take(self, names: list[str]) -> dict[str, "_Loaded"]:
         """What the batch has, whatever is removed from now on."""
-        with self._lock:   # all or none: nothing is read where one is unknown
+        with self._lock:  # all or none: nothing is read where one is unknown
             entries = {name: self._entry(name) for name in names}
             taken = {name: self._loaded.get(name) for name in names}
             for name in names:
@@ -206,8 +209,10 @@ class AdapterBank:
             return
         total = sum(one.bytes for one in taken if one is not None)
         if total > self.limit_bytes:
-            raise ValueError(f"the batch's adapters take {total:,} bytes at least, more than limit_bytes = "
-                             f"{self.limit_bytes:,}: give smaller batches or a higher limit")
+            raise ValueError(
+                f"the batch's adapters take {total:,} bytes at least, more than limit_bytes = "
+                f"{self.limit_bytes:,}: give smaller batches or a higher limit"
+            )
 
     def _keep(self, name: str, entry: "_Entry", loaded: "_Loaded", needed: set[str]) -> None:
         """Among the loaded, unless it was removed meanwhile; others go, those used longest ago first."""
@@ -229,8 +234,10 @@ class AdapterBank:
         adapter = native.read(folder)
         adapter.name = name
         if adapter.extra_weights:
-            raise ValueError(f"adapter {name!r} has {next(iter(adapter.extra_weights))} trained whole, and a batch "
-                             "has one for all of its rows: serve it merged (s2ft merge), or by load_adapter alone")
+            raise ValueError(
+                f"adapter {name!r} has {next(iter(adapter.extra_weights))} trained whole, and a batch "
+                "has one for all of its rows: serve it merged (s2ft merge), or by load_adapter alone"
+            )
         base = self._base(adapter)
         check_fits(adapter, self.model, base.record)
         touched = [base.projections[key] for key in adapter.deltas]
@@ -259,14 +266,16 @@ class AdapterBank:
             return known
         if expert is not None or not _mixes(module):
             what = "experts" if expert is not None else f"a {type(module).__name__}"
-            raise ValueError(f"{who} {path}, {what}: batches mix adapters of linear layers only, so use load_adapter "
-                             "and set_adapter instead")
+            raise ValueError(
+                f"{who} {path}, {what}: batches mix adapters of linear layers only, so use load_adapter "
+                "and set_adapter instead"
+            )
         return _Site(path, module, dim)
 
     def _use(self, sites: dict[str, "_Site"]) -> None:
         if any(self._sites.get(path) is not site for path, site in sites.items()):
             self._sites.update(sites)
-            self._packed = {}   # not in the buffers of the new ones
+            self._packed = {}  # not in the buffers of the new ones
 
     def _part(self, site: "_Site", deltas: list[Delta]) -> "_Part":
         weight = site.module.weight
@@ -286,10 +295,12 @@ class AdapterBank:
         moved = any(not site.is_in_place(self._dtype_of(site)) for site in self._sites.values())
         if not moved and all(one.serial in self._packed for one in taken):
             return self._packed
-        self._packed = {}   # should memory run out half-way
+        self._packed = {}  # should memory run out half-way
         self._places = max(self._places, _power(len(taken)))
-        bounds = [site.fill([one.parts.get(path) for one in taken], self._dtype_of(site))
-                  for path, site in self._sites.items()]
+        bounds = [
+            site.fill([one.parts.get(path) for one in taken], self._dtype_of(site))
+            for path, site in self._sites.items()
+        ]
         padded = [ends + [ends[-1]] * (self._places + 1 - len(ends)) for ends in bounds]
         for site, offsets in zip(self._sites.values(), torch.tensor(padded).unbind() if padded else ()):
             site.offsets = offsets.to(site.values.device)
@@ -318,15 +329,15 @@ class _Base:
     """The model as a list of couplings sees it."""
 
     record: Attachment
-    projections: dict[str, Projection]   # by name
+    projections: dict[str, Projection]  # by name
 
 
 @dataclass
 class _Part:
     """What an adapter adds to one layer, be it in several projections."""
 
-    index: Tensor    # [n] int64
-    values: Tensor   # [n, inputs] for dim 0, [n, outputs] for dim 1
+    index: Tensor  # [n] int64
+    values: Tensor  # [n, inputs] for dim 0, [n, outputs] for dim 1
 
 
 @dataclass
@@ -334,12 +345,15 @@ class _Loaded:
     """An adapter in memory."""
 
     serial: int
-    parts: dict[str, _Part]   # by layer
+    parts: dict[str, _Part]  # by layer
     bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.bytes = sum(tensor.numel() * tensor.element_size()
-                         for part in self.parts.values() for tensor in (part.index, part.values))
+        self.bytes = sum(
+            tensor.numel() * tensor.element_size()
+            for part in self.parts.values()
+            for tensor in (part.index, part.values)
+        )
 
 
 class _Site:
@@ -347,13 +361,13 @@ class _Site:
 
     def __init__(self, path: str, module: nn.Module, dim: int) -> None:
         self.path, self.module, self.dim = path, module, dim
-        self.values: Tensor | None = None    # [capacity, inputs or outputs]
-        self.index: Tensor | None = None     # [capacity]
-        self.offsets: Tensor | None = None   # [places + 1]
-        self.adapter: Tensor | None = None   # [sequences]
-        self.repeated: dict[tuple, Tensor] = {}      # the same for more rows, shared by all sites of the batch
-        self.used = False                       # whether a packed adapter has units here
-        self.own: Callable | None = None     # a forward that someone put on the module before
+        self.values: Tensor | None = None  # [capacity, inputs or outputs]
+        self.index: Tensor | None = None  # [capacity]
+        self.offsets: Tensor | None = None  # [places + 1]
+        self.adapter: Tensor | None = None  # [sequences]
+        self.repeated: dict[tuple, Tensor] = {}  # the same for more rows, shared by all sites of the batch
+        self.used = False  # whether a packed adapter has units here
+        self.own: Callable | None = None  # a forward that someone put on the module before
         self.forward = MethodType(_forward_of(self), module)
 
     def is_in_place(self, dtype: torch.dtype) -> bool:
@@ -370,8 +384,8 @@ class _Site:
         there = [part for part in parts if part is not None]
         if there:
             device = self.values.device
-            torch.cat([part.values.to(device) for part in there], out=self.values[:ends[-1]])
-            torch.cat([part.index.to(device) for part in there], out=self.index[:ends[-1]])
+            torch.cat([part.values.to(device) for part in there], out=self.values[: ends[-1]])
+            torch.cat([part.index.to(device) for part in there], out=self.index[: ends[-1]])
         return ends
 
     def _make_room(self, units: int, dtype: torch.dtype) -> None:
@@ -379,7 +393,7 @@ class _Site:
         if units <= capacity and self.is_in_place(dtype):
             return
         module, capacity = self.module, max(capacity, _power(units))
-        self.values = self.index = None   # the old ones go first
+        self.values = self.index = None  # the old ones go first
         outputs, inputs = _features(module)
         width, device = (inputs, outputs)[self.dim], module.weight.device
         self.values = torch.zeros(capacity, width, dtype=dtype, device=device)
@@ -387,9 +401,9 @@ class _Site:
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """y [rows, ..., outputs] and what the rows' adapters add to it for x [rows, ..., inputs]."""
-        if not torch.compiler.is_compiling() and not self.used:   # compiled, one graph serves all batches
+        if not torch.compiler.is_compiling() and not self.used:  # compiled, one graph serves all batches
             return y
-        values = self.values if self.values.dtype == y.dtype else self.values.to(y.dtype)   # autocast
+        values = self.values if self.values.dtype == y.dtype else self.values.to(y.dtype)  # autocast
         return multi_adapter_linear(x, y, values, self.index, self.offsets, self._adapter_of(x.shape[0]), self.dim)
 
     def _adapter_of(self, rows: int) -> Tensor:
@@ -398,8 +412,10 @@ class _Site:
         if rows == sequences:
             return self.adapter
         if rows % sequences:
-            raise ValueError(f"{self.path}: the batch names adapters of {sequences} sequences, but the model runs on "
-                             f"{rows} rows, which is no multiple of that")
+            raise ValueError(
+                f"{self.path}: the batch names adapters of {sequences} sequences, but the model runs on "
+                f"{rows} rows, which is no multiple of that"
+            )
         if torch.compiler.is_compiling():
             return _repeat(self.adapter, rows // sequences)
         key = (rows, self.adapter.device)
@@ -416,6 +432,7 @@ def _forward_of(site: _Site) -> Callable:
     def forward(module: nn.Module, x: Tensor) -> Tensor:
         y = type(module).forward(module, x) if site.own is None else site.own(x)
         return site.add(x, y)
+
     setattr(forward, OURS, True)
     return forward
 
@@ -446,11 +463,15 @@ def check_plain(model: nn.Module) -> None:
     if record is None:
         return
     if record.active:
-        raise ValueError(f"{', '.join(record.active)} is active on the model, and a bank adds its own adapters to the "
-                         "base: set_adapter(model, None) first, or detach")
+        raise ValueError(
+            f"{', '.join(record.active)} is active on the model, and a bank adds its own adapters to the "
+            "base: set_adapter(model, None) first, or detach"
+        )
     if record.moves:
-        raise ValueError("the model's units have moved (layout='permuted'), and a bank's adapters are in original "
-                         "order: detach first")
+        raise ValueError(
+            "the model's units have moved (layout='permuted'), and a bank's adapters are in original "
+            "order: detach first"
+        )
 
 
 def _mixes(module) -> bool:
@@ -463,7 +484,7 @@ def _mixes(module) -> bool:
 
 def _features(module: nn.Module) -> tuple[int, int]:
     """Outputs and inputs."""
-    if hasattr(module, "nf"):   # Conv1D
+    if hasattr(module, "nf"):  # Conv1D
         return module.nf, module.nx
     return module.out_features, module.in_features
 

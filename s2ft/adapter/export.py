@@ -1,4 +1,5 @@
 """Between a model's adapters and the folders of other tools."""
+
 from collections.abc import Sequence
 
 from torch import nn
@@ -12,8 +13,9 @@ from s2ft.model.coupling import Coupling
 
 
 @of_compiled
-def export_lora(model: nn.Module, directory, name: str | None = None, rank: int | None = None,
-                rank_pattern: bool = False) -> None:
+def export_lora(
+    model: nn.Module, directory, name: str | None = None, rank: int | None = None, rank_pattern: bool = False
+) -> None:
     """Save one adapter of `model` as a LoRA folder that PEFT and vLLM load and that adds the same to every weight.
 
     PEFT and vLLM multiply by base and delta apart: outputs are this model's but for rounding.
@@ -28,8 +30,9 @@ def export_lora(model: nn.Module, directory, name: str | None = None, rank: int 
 
 
 @of_compiled
-def import_lora(model: nn.Module, directory, name: str = "default", *,
-                couplings: Sequence[Coupling] | None = None) -> None:
+def import_lora(
+    model: nn.Module, directory, name: str = "default", *, couplings: Sequence[Coupling] | None = None
+) -> None:
     """Load a LoRA folder that is S²FT by its structure as adapter `name` and make it active.
 
     Raises: as :func:`s2ft.adapter.formats.lora.read` and :func:`load_adapter`; the model is then as it was.

@@ -1,10 +1,11 @@
 """Which folders hold adapters: an adapter's own, and the output folder of a run."""
+
 from pathlib import Path
 
 from s2ft.files.adapter_folder import is_folder
 
-ADAPTER, RUN = "adapter", "run.json"   # in the output folder of s2ft finetune
-STATE = "trainer_state.json"           # in every checkpoint of a Trainer, beside the adapter's files
+ADAPTER, RUN = "adapter", "run.json"  # in the output folder of s2ft finetune
+STATE = "trainer_state.json"  # in every checkpoint of a Trainer, beside the adapter's files
 
 
 def adapter_folder(folder: Path) -> Path:
@@ -18,9 +19,11 @@ def adapter_folder(folder: Path) -> Path:
     if is_folder(folder / ADAPTER):
         return folder / ADAPTER
     if (folder / RUN).is_file():
-        raise FileNotFoundError(f"{folder} is the output of a run that has saved no adapter yet: finish the run with "
-                                "--resume, or name one of its checkpoints")
-    return folder   # the reader says what it lacks
+        raise FileNotFoundError(
+            f"{folder} is the output of a run that has saved no adapter yet: finish the run with "
+            "--resume, or name one of its checkpoints"
+        )
+    return folder  # the reader says what it lacks
 
 
 def adapters_in(directory: Path) -> dict[str, Path]:

@@ -1,4 +1,5 @@
 """Adapters on the Hugging Face hub: two files in a repository, and the page that it shows of them."""
+
 import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +15,7 @@ from s2ft.files.writing import replace_file
 FILES = [native.CONFIG, native.TENSORS]
 CARD = "README.md"
 WORD = r"[A-Za-z0-9][\w.\-]*"
-REPOSITORY = re.compile(rf"{WORD}/{WORD}(?:@[\w./\-]+)?", re.ASCII)   # org/name, org/name@revision
+REPOSITORY = re.compile(rf"{WORD}/{WORD}(?:@[\w./\-]+)?", re.ASCII)  # org/name, org/name@revision
 
 
 def resolve(directory_or_repo, **options) -> Path:
@@ -28,21 +29,30 @@ def resolve(directory_or_repo, **options) -> Path:
     """
     path = Path(directory_or_repo).expanduser()
     if path.exists() or not isinstance(directory_or_repo, str) or not REPOSITORY.fullmatch(directory_or_repo):
-        return adapter_folder(path)   # where there is none, the reader says what is missing
+        return adapter_folder(path)  # where there is none, the reader says what is missing
     from huggingface_hub import snapshot_download  # not at the top: `import s2ft` would load it
 
     repo_id, _, revision = directory_or_repo.partition("@")
     try:
         return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=FILES, **options))
-    except (OSError, ValueError) as error:   # the hub's own errors are OSErrors: no such repository, no network …
+    except (OSError, ValueError) as error:  # the hub's own errors are OSErrors: no such repository, no network …
         first = str(error).strip().split("\n")[0]
-        raise FileNotFoundError(f"there is no folder {directory_or_repo}, and the hub gives no adapter of this name: "
-                                f"{first or type(error).__name__}") from error
+        raise FileNotFoundError(
+            f"there is no folder {directory_or_repo}, and the hub gives no adapter of this name: "
+            f"{first or type(error).__name__}"
+        ) from error
 
 
-def push_to_hub(model_or_folder: nn.Module | str | Path, repo_id: str, name: str | None = None, *,
-                revision: str | None = None, private: bool | None = None,
-                token: str | bool | None = None, message: str = "S²FT adapter") -> str:
+def push_to_hub(
+    model_or_folder: nn.Module | str | Path,
+    repo_id: str,
+    name: str | None = None,
+    *,
+    revision: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    message: str = "S²FT adapter",
+) -> str:
     """Upload one adapter, its two files, to a repository on the hub, which is made if need be; with a page about it,
     unless there is one.
 
@@ -84,6 +94,7 @@ def _upload(folder: Path, repo_id: str, revision, private, token, message: str) 
 
 # ---- the page ------------------------------------------------------------------------------------------
 
+
 def card_of(adapter: Adapter) -> str:
     """Front matter (library, tags, the base if the hub has it), how to load it, and what was trained."""
     from huggingface_hub import ModelCardData  # not at the top: `import s2ft` would load it
@@ -92,18 +103,31 @@ def card_of(adapter: Adapter) -> str:
     metadata: dict[str, Any] = {"library_name": "s2ft", "tags": ["s2ft"]}
     if isinstance(base, str) and REPOSITORY.fullmatch(base) and not Path(base).exists():
         metadata["base_model"] = base
-    else:   # a folder of someone's machine
+    else:  # a folder of someone's machine
         base = "path/to/the/base"
     keys = ", ".join(f"{key}_ratio {ratio:g}" for key, ratio in adapter.config.ratios.items()) or "units given by name"
     whole = f" and {', '.join(adapter.extra_weights)} trained whole" if adapter.extra_weights else ""
-    return "\n".join([
-        "---", ModelCardData(**metadata).to_yaml(), "---", "",
-        f"# {adapter.name}: an S²FT adapter", "",
-        f"{adapter.parameters:,} trained parameters on {len(adapter.deltas)} projections ({keys}){whole}, trained and",
-        "loaded with s2ft (structured sparse fine-tuning, arXiv 2412.06289).", "",
-        "```python", "import s2ft", "from transformers import AutoModelForCausalLM", "",
-        f'model = AutoModelForCausalLM.from_pretrained("{base}")',
-        's2ft.load_adapter(model, "path/or/repository/of/this/adapter")', "```", ""])
+    return "\n".join(
+        [
+            "---",
+            ModelCardData(**metadata).to_yaml(),
+            "---",
+            "",
+            f"# {adapter.name}: an S²FT adapter",
+            "",
+            f"{adapter.parameters:,} trained parameters on {len(adapter.deltas)} projections ({keys}){whole}, trained and",
+            "loaded with s2ft (structured sparse fine-tuning, arXiv 2412.06289).",
+            "",
+            "```python",
+            "import s2ft",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f'model = AutoModelForCausalLM.from_pretrained("{base}")',
+            's2ft.load_adapter(model, "path/or/repository/of/this/adapter")',
+            "```",
+            "",
+        ]
+    )
 
 
 def write_card(adapter: Adapter, directory: Path) -> None:

@@ -1,4 +1,5 @@
 """What adapters have in common."""
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,9 +28,12 @@ class Overlap:
         if not self.units:
             return f"the adapters are disjoint: none of {sum(self.trained.values()):,} units is trained by two"
         width = max(map(len, self.shared))
-        lines = [f"{path:<{width}}{count:>8,} of {self.trained[path]:,}" for path, count in self.shared.items() if count]
-        return "\n".join([*lines, f"{self.units:,} of {sum(self.trained.values()):,} trained units are shared "
-                                  f"({self.share:.1%})"])
+        lines = [
+            f"{path:<{width}}{count:>8,} of {self.trained[path]:,}" for path, count in self.shared.items() if count
+        ]
+        return "\n".join(
+            [*lines, f"{self.units:,} of {sum(self.trained.values()):,} trained units are shared ({self.share:.1%})"]
+        )
 
 
 def overlap(adapters: Sequence[Adapter]) -> Overlap:

@@ -1,5 +1,6 @@
 """What a model of transformers does while it trains an adapter: save_pretrained writes the adapter alone, and the
 Trainers of transformers and TRL, as they are, go on from the checkpoints that this gives."""
+
 import json
 from collections.abc import Iterable
 from functools import partial
@@ -29,8 +30,14 @@ ATTRIBUTES = ("save_pretrained", "print_trainable_parameters", "_keys_to_ignore_
 WHOLE_MODELS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-def save_pretrained(self: nn.Module, save_directory, is_main_process: bool = True, state_dict=None,
-                    push_to_hub: bool = False, **options: Any) -> None:
+def save_pretrained(
+    self: nn.Module,
+    save_directory,
+    is_main_process: bool = True,
+    state_dict=None,
+    push_to_hub: bool = False,
+    **options: Any,
+) -> None:
     """Save the trainable adapter, not the model: while units are permuted and deltas stand beside the weights, the
     weights alone would be a checkpoint of the base. :func:`s2ft.merge` gives a model that saves itself whole.
 
@@ -39,7 +46,9 @@ def save_pretrained(self: nn.Module, save_directory, is_main_process: bool = Tru
         push_to_hub: refused, s2ft.push_to_hub does that. options: transformers', which an adapter has no use for.
     """
     if push_to_hub:
-        raise ValueError("push_to_hub here would name no repository of an adapter: use s2ft.push_to_hub(model, repo_id)")
+        raise ValueError(
+            "push_to_hub here would name no repository of an adapter: use s2ft.push_to_hub(model, repo_id)"
+        )
     if not is_main_process:
         return
     directory = Path(save_directory)
@@ -48,7 +57,9 @@ def save_pretrained(self: nn.Module, save_directory, is_main_process: bool = Tru
     write_card(native.read(directory), directory)
     record = attachment_of(self)
     layers = dict.fromkeys([*record.slices, *extra.trained_parameters(self, record)], native.TENSORS)
-    replace_file(directory / INDEX, json.dumps({"metadata": {"format": "s2ft"}, "weight_map": layers}, indent=1).encode())
+    replace_file(
+        directory / INDEX, json.dumps({"metadata": {"format": "s2ft"}, "weight_map": layers}, indent=1).encode()
+    )
 
 
 def _check_no_model(directory: Path) -> None:
@@ -61,9 +72,11 @@ def _check_no_model(directory: Path) -> None:
     if (directory / INDEX).exists() and not _is_ours(directory / INDEX):
         found.append(INDEX)
     if found:
-        raise ValueError(f"save_directory {directory} holds another model ({found[0]}), which would load with random "
-                         "weights after an adapter was saved there: give another folder, or s2ft.merge the model first "
-                         "to save it whole")
+        raise ValueError(
+            f"save_directory {directory} holds another model ({found[0]}), which would load with random "
+            "weights after an adapter was saved there: give another folder, or s2ft.merge the model first "
+            "to save it whole"
+        )
 
 
 def _is_ours(index: Path) -> bool:
@@ -82,13 +95,18 @@ def _take_deltas(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: An
     """
     record = attachment_of(model)
     marked = prefix + native.EXTRA
-    found = {key.removeprefix(prefix).rpartition(".")[0] for key in state
-             if key.startswith(prefix) and key.endswith(".delta") and not key.startswith(marked)}
+    found = {
+        key.removeprefix(prefix).rpartition(".")[0]
+        for key in state
+        if key.startswith(prefix) and key.endswith(".delta") and not key.startswith(marked)
+    }
     if not found:
-        return   # a state of the layers' own
+        return  # a state of the layers' own
     if found != record.parts.keys():
-        raise ValueError("the adapter to load trains other projections than this model: "
-                         f"{', '.join(sorted(found ^ record.parts.keys())[:3])}")
+        raise ValueError(
+            "the adapter to load trains other projections than this model: "
+            f"{', '.join(sorted(found ^ record.parts.keys())[:3])}"
+        )
     deltas = {name: _delta(record, name, state, prefix + name) for name in found}
     values = {key.removeprefix(marked): value for key, value in state.items() if key.startswith(marked)}
     extra.check_same(model, record, values)
@@ -105,7 +123,10 @@ def _take_deltas(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: An
 
 def _ignore_the_base(model: nn.Module, extra_weights: Iterable[str]) -> None:
     """Trainer warns of every weight that a checkpoint lacks, but for the ones that a model says it does not save."""
-    model._keys_to_ignore_on_save = set(model.state_dict(keep_vars=True)) - {*attachment_of(model).slices, *extra_weights}
+    model._keys_to_ignore_on_save = set(model.state_dict(keep_vars=True)) - {
+        *attachment_of(model).slices,
+        *extra_weights,
+    }
 
 
 def _delta(record: Attachment, name: str, state: dict[str, Tensor], key: str) -> Delta:
@@ -134,7 +155,7 @@ def _come(model: nn.Module) -> None:
 
 def _go(model: nn.Module) -> None:
     remove_hooks(model._load_state_dict_pre_hooks, lambda wrapped: wrapped.hook is _take_deltas)
-    record = model.__dict__.get(RECORD)   # where an interrupt came before anything, there is none
+    record = model.__dict__.get(RECORD)  # where an interrupt came before anything, there is none
     if record is None or record.host is None:
         return
     for name in ATTRIBUTES:

@@ -1,4 +1,5 @@
 """Between a model and adapter folders."""
+
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,8 +22,14 @@ from s2ft.files.reading import check_adapter_name
 
 
 @of_compiled
-def save_adapter(model: nn.Module, directory, name: str | None = None, info: dict[str, Any] | None = None, *,
-                 state: Mapping[str, Tensor] | None = None) -> None:
+def save_adapter(
+    model: nn.Module,
+    directory,
+    name: str | None = None,
+    info: dict[str, Any] | None = None,
+    *,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
     """Save one adapter of `model` as safetensors and s2ft_config.json, in original coordinates.
 
     Args:
@@ -65,8 +72,10 @@ def model_info(model: nn.Module) -> dict[str, Any]:
     """What an adapter keeps about its base: name, family, and the dtype of the weights, in which base + delta is
     rounded as it was in training."""
     config = getattr(model, "config", None)
-    info = {"base_model": getattr(config, "_name_or_path", None) or None,
-            "model_type": getattr(config, "model_type", None)}
+    info = {
+        "base_model": getattr(config, "_name_or_path", None) or None,
+        "model_type": getattr(config, "model_type", None),
+    }
     dtype = getattr(model, "dtype", None)
     return info if dtype is None else {**info, "base_dtype": str(dtype).removeprefix("torch.")}
 
@@ -80,8 +89,15 @@ def read_adapter(adapter: str | os.PathLike) -> Adapter:
 
 
 @of_compiled
-def load_adapter(model: nn.Module, adapter: str | os.PathLike | Adapter, name: str | None = None,
-                 trainable: bool = False, *, active: bool = True, device=None) -> None:
+def load_adapter(
+    model: nn.Module,
+    adapter: str | os.PathLike | Adapter,
+    name: str | None = None,
+    trainable: bool = False,
+    *,
+    active: bool = True,
+    device=None,
+) -> None:
     """Load a saved adapter under `name` (default: the name it was saved with) and make it the active one.
 
     On a model without adapters this attaches first, by the couplings in the adapter where they were given by

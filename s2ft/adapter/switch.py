@@ -1,4 +1,5 @@
 """Which adapters a model runs with, and a table that says so."""
+
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -37,13 +38,13 @@ def set_adapter(model: nn.Module, adapters: Weights) -> None:
     weights = _weights(record, adapters)
     trainable_is_written = weights.get(record.name, 1) != 1
     if weights == record.active and not trainable_is_written and not record.changing:
-        return   # where the trainable one is written its numbers may have changed since
+        return  # where the trainable one is written its numbers may have changed since
     reshard_all(model)
     check_can_put_on(model, record, weights)
     deltas = {name: _deltas(record, name) for name in weights if name != record.name or trainable_is_written}
-    if record.name in deltas:   # those that were loaded were looked at then
+    if record.name in deltas:  # those that were loaded were looked at then
         check_can_write(model, record, deltas[record.name])
-    with LOCK:   # no reader of stable weights sees half of it
+    with LOCK:  # no reader of stable weights sees half of it
         take_off(model, record)
         put_on(model, record, weights, deltas)
 
@@ -98,9 +99,15 @@ def get_adapter(model: nn.Module, name: str, state: Mapping[str, Tensor] | None 
     if name != record.name:
         return record.others[name]
     reshard_all(model)
-    return Adapter(name, record.config, record.selection, record.fingerprint, mounted_deltas(record, state),
-                   couplings=record.couplings if record.given else None,
-                   extra_weights=trained_values(model, record, state))
+    return Adapter(
+        name,
+        record.config,
+        record.selection,
+        record.fingerprint,
+        mounted_deltas(record, state),
+        couplings=record.couplings if record.given else None,
+        extra_weights=trained_values(model, record, state),
+    )
 
 
 @of_compiled
@@ -146,7 +153,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     if name in record.active:
         take_off(model, record)
     others = {other: adapter for other, adapter in record.others.items() if other != name}
-    if not others and record.name in (None, name):   # the last one
+    if not others and record.name in (None, name):  # the last one
         detach(model)
     elif name != record.name:
         record.others = others
@@ -162,7 +169,7 @@ def _delete_trainable(model: nn.Module, record: Attachment) -> None:
         try:
             _take_layers_out(model, record)
             put_on(model, record, active, deltas)
-        except BaseException:   # an interrupt: a model in between would compute something else
+        except BaseException:  # an interrupt: a model in between would compute something else
             _take_layers_out(model, record)
             raise
 
@@ -187,12 +194,13 @@ def rename_adapter(model: nn.Module, name: str, new: str) -> None:
         adapters[new] = replace(adapters[new], name=new)
     try:
         record.name, record.others, record.active = new if name == record.name else record.name, adapters, active
-    except BaseException:   # an interrupt between two of the three
+    except BaseException:  # an interrupt between two of the three
         record.name, record.others, record.active = before
         raise
 
 
 # ---- status ------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True)
 class StatusRow:
@@ -200,11 +208,11 @@ class StatusRow:
 
     path: str
     adapter: str
-    units: str         # e.g. "46 of 1536 channels", as in the report of s2ft.attach
-    elements: int      # rows or columns of the weight
-    weight: float      # in the sum of what is active; 0 where it is not
+    units: str  # e.g. "46 of 1536 channels", as in the report of s2ft.attach
+    elements: int  # rows or columns of the weight
+    weight: float  # in the sum of what is active; 0 where it is not
     trainable: bool
-    fused: bool        # written into the weights
+    fused: bool  # written into the weights
 
     @property
     def active(self) -> bool:
@@ -216,16 +224,19 @@ class Status:
     """What is loaded, what is active and what is trainable; prints as a table."""
 
     adapters: list[str]
-    active: dict[str, float]   # weights by name; empty where none is
+    active: dict[str, float]  # weights by name; empty where none is
     trainable: str | None
     rows: list[StatusRow]
 
     def __str__(self) -> str:
         active = ", ".join(name if weight == 1 else f"{weight:g} × {name}" for name, weight in self.active.items())
-        lines = [f"adapters: {', '.join(self.adapters) or 'none'}; active: {active or 'none'}; "
-                 f"trainable: {self.trainable or 'none'}"]
-        width, units = (max((len(getattr(row, column)) for row in self.rows), default=0)
-                        for column in ("path", "units"))
+        lines = [
+            f"adapters: {', '.join(self.adapters) or 'none'}; active: {active or 'none'}; "
+            f"trainable: {self.trainable or 'none'}"
+        ]
+        width, units = (
+            max((len(getattr(row, column)) for row in self.rows), default=0) for column in ("path", "units")
+        )
         for row in self.rows:
             flags = [word for word in ("active", "trainable", "fused") if getattr(row, word)]
             lines.append(f"{row.path:<{width}}  {row.adapter}  {row.units:<{units}}  {', '.join(flags)}".rstrip())
@@ -244,13 +255,31 @@ def status(model: nn.Module) -> Status:
         layer, weight = mount.layer, record.active.get(record.name, 0.0)
         by_layer = layer.enabled if weight in (0, 1) else path in written
         units = units_of(part.projection, record.selection[path].numel())
-        rows.append(StatusRow(path, record.name, units, part.elements.numel(), (weight or 1.0) if by_layer else 0.0,
-                              layer.s2.requires_grad, layer.fused or (by_layer and not layer.enabled)))
+        rows.append(
+            StatusRow(
+                path,
+                record.name,
+                units,
+                part.elements.numel(),
+                (weight or 1.0) if by_layer else 0.0,
+                layer.s2.requires_grad,
+                layer.fused or (by_layer and not layer.enabled),
+            )
+        )
     for name, adapter in record.others.items():
         weight = record.active.get(name, 0.0)
         for path, delta in adapter.deltas.items():
             units = units_of(record.projections[path], adapter.selection[path].numel())
-            rows.append(StatusRow(path, name, units, delta.index.numel(), weight if path in written else 0.0, False,
-                                  weight != 0 and path in written))
+            rows.append(
+                StatusRow(
+                    path,
+                    name,
+                    units,
+                    delta.index.numel(),
+                    weight if path in written else 0.0,
+                    False,
+                    weight != 0 and path in written,
+                )
+            )
     trains = any(mount.layer.s2.requires_grad for mount in record.mounts.values())
     return Status(record.names, dict(record.active), record.name if trains else None, rows)

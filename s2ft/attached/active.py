@@ -3,6 +3,7 @@
 Before a weight is written, the units that will change are recorded with what they hold (write-ahead). Restoring copies
 the recorded values back. It can be done any number of times, so an interrupt at any moment costs nothing.
 """
+
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ def take_off(model: nn.Module, record: Attachment) -> None:
     """Make no adapter active; the weights hold the base, bit for bit."""
     try:
         _restore_base(model, record)
-    except BaseException:   # an interrupt: no half of it stays
+    except BaseException:  # an interrupt: no half of it stays
         _restore_base(model, record)
         raise
 
@@ -39,7 +40,7 @@ def _restore_base(model: nn.Module, record: Attachment) -> None:
     for entry in reversed(record.written):
         with part_of(model, entry.projection) as part:
             index, base = entry.index, entry.base
-            if not entry.is_local:   # written before the model was sharded, if it is
+            if not entry.is_local:  # written before the model was sharded, if it is
                 index, base = part.restrict(record.places(entry.projection, index), base, entry.projection.dim)
             if base.numel():
                 # a copy, which swap_ fills with what it replaces: the recorded values must stay
@@ -49,8 +50,9 @@ def _restore_base(model: nn.Module, record: Attachment) -> None:
     record.changing = False
 
 
-def put_on(model: nn.Module, record: Attachment, weights: dict[str, float],
-           deltas: dict[str, dict[str, Delta]]) -> None:
+def put_on(
+    model: nn.Module, record: Attachment, weights: dict[str, float], deltas: dict[str, dict[str, Delta]]
+) -> None:
     """Make these adapters active; nothing else may be. Their weighted sum is written into the model in one pass.
 
     The trainable one, where its weight is 1, is added in the forward instead.
@@ -95,14 +97,16 @@ def write_trained(model: nn.Module, record: Attachment) -> None:
 def _write(model: nn.Module, record: Attachment, projection: Projection, parts: list[tuple[Delta, float]]) -> None:
     with part_of(model, projection) as part:
         weight = part.tensor
-        found = [part.restrict(record.places(projection, delta.index), delta.values, projection.dim) for delta, _ in parts]
+        found = [
+            part.restrict(record.places(projection, delta.index), delta.values, projection.dim) for delta, _ in parts
+        ]
         index, values = ([one[i].to(weight.device) for one in found] for i in (0, 1))
         with LOCK:
             finish_interrupted()
             bases = [weight.index_select(projection.dim, one) for one in index]
         for (delta, _), here, base in zip(parts, index, bases):
             record.written.append(Written(projection, delta.index if part.is_full else here, base, not part.is_full))
-        if weight.numel():   # else all of it is on other ranks
+        if weight.numel():  # else all of it is on other ranks
             check_private(projection.path, weight)
             scatter_add_(weight, index, values, projection.dim, [weight for _, weight in parts])
 
@@ -112,11 +116,14 @@ def check_can_write(model: nn.Module, record: Attachment, deltas: dict[str, Delt
     for projection in projections_of(record.couplings):
         found = find(model, projection.path)
         if projection.name in deltas and is_quantized(getattr(found, "linear", found)):
-            raise ValueError(f"{projection.path} is quantized, and an adapter can't be written into it: load it with "
-                             "trainable=True, which adds it in the forward, or load the base unquantized")
+            raise ValueError(
+                f"{projection.path} is quantized, and an adapter can't be written into it: load it with "
+                "trainable=True, which adds it in the forward, or load the base unquantized"
+            )
 
 
 # ---- what the trainable one learned --------------------------------------------------------------------
+
 
 def mounted_deltas(record: Attachment, state: Mapping[str, Tensor] | None = None) -> dict[str, Delta]:
     """The trainable adapter's deltas in original coordinates, copied.
@@ -132,7 +139,7 @@ def mounted_deltas(record: Attachment, state: Mapping[str, Tensor] | None = None
     for name, (mount, part) in record.parts.items():
         s2, dim = slices[f"{part.projection.path}.s2"].detach(), mount.layer.dim
         values = s2.index_select(dim, part.positions.to(s2.device))
-        if has_master_copy(mount.layer.s2):   # an optimizer's are float32
+        if has_master_copy(mount.layer.s2):  # an optimizer's are float32
             values = values.to(record.config.delta_dtype_for(mount.layer.s2.dtype))
         deltas[name] = Delta(dim, part.elements.clone(), values)
     return deltas
@@ -144,10 +151,12 @@ def _check_is_whole(key: str, mount: Mount, slices: Mapping[str, Tensor]) -> Non
     shape, dim = slices[key].shape, mount.layer.dim
     expected = sum(part.elements.numel() for part in mount.parts)
     if len(shape) < 2 or shape[dim] != expected or 0 in shape:
-        raise ValueError(f"{key} has shape {tuple(shape)} here, not {expected} {('rows', 'columns')[dim]}: it is a "
-                         "part of what is trained, so nothing is saved. FSDP2 and ZeRO-3 are gathered by themselves; under "
-                         "FSDP version 1 do this in FullyShardedDataParallel.summon_full_params(model, "
-                         "writeback=False), else give a state that was gathered")
+        raise ValueError(
+            f"{key} has shape {tuple(shape)} here, not {expected} {('rows', 'columns')[dim]}: it is a "
+            "part of what is trained, so nothing is saved. FSDP2 and ZeRO-3 are gathered by themselves; under "
+            "FSDP version 1 do this in FullyShardedDataParallel.summon_full_params(model, "
+            "writeback=False), else give a state that was gathered"
+        )
 
 
 def set_mounted_deltas(record: Attachment, deltas: dict[str, Delta]) -> None:

@@ -4,6 +4,7 @@ Every parameter that requires a gradient is one, unless it is a slice or belongs
 training are kept in the record, so that the base comes back. A value is recorded before the parameter is written, and
 writing a recorded value twice changes nothing: an interrupt at any moment leaves a state that :func:`take_off` mends.
 """
+
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 from s2ft.distributed import full_tensors, has_master_copy, is_partitioned, is_sharded, write_units
 from s2ft.model.coupling import Coupling, projections_of
 
-UNFROZEN = ("s2ft gives it no gradient while its units are trained as slices: set its requires_grad to False and train "
-            "more units instead (the ratios of S2FTConfig), or s2ft.detach the model first")
+UNFROZEN = (
+    "s2ft gives it no gradient while its units are trained as slices: set its requires_grad to False and train "
+    "more units instead (the ratios of S2FTConfig), or s2ft.detach the model first"
+)
 
 
 @dataclass
@@ -41,6 +44,7 @@ class ExtraWeights:
 
 # ---- which weights these are ---------------------------------------------------------------------------
 
+
 def names_of_modules(model: nn.Module, couplings: list[Coupling], modules: Sequence[str] | None) -> list[str]:
     """The parameters of modules that a config's modules_to_save names, by the full path or its last words.
 
@@ -54,13 +58,17 @@ def names_of_modules(model: nn.Module, couplings: list[Coupling], modules: Seque
     for asked in modules or ():
         paths = [path for path, _ in model.named_modules() if path == asked or path.endswith(f".{asked}")]
         if not paths:
-            raise ValueError(f"modules_to_save names {asked!r}, which is no module of {type(model).__name__}: its "
-                             f"modules are {', '.join(name for name, _ in model.named_children())} and those inside")
+            raise ValueError(
+                f"modules_to_save names {asked!r}, which is no module of {type(model).__name__}: its "
+                f"modules are {', '.join(name for name, _ in model.named_children())} and those inside"
+            )
         found = [known[id(parameter)] for path in paths for parameter in model.get_submodule(path).parameters()]
         inside = next((name for name in found if name in coupled), None)
         if inside is not None:
-            raise ValueError(f"modules_to_save names {asked!r}, which holds {inside}, a weight whose units are trained "
-                             "as slices: name modules outside the couplings, and train more units by the ratios")
+            raise ValueError(
+                f"modules_to_save names {asked!r}, which holds {inside}, a weight whose units are trained "
+                "as slices: name modules outside the couplings, and train more units by the ratios"
+            )
         if not found or not all(parameters[name].is_floating_point() for name in found):
             raise ValueError(f"modules_to_save names {asked!r}, which has no floating-point weights to train")
         names += found
@@ -71,7 +79,8 @@ def coupled_names(couplings: list[Coupling]) -> set[str]:
     """Names that the couplings' weights, biases and vectors can have, with trainable layers in place or not."""
     ends = ("", ".weight", ".bias", ".linear.weight", ".linear.bias")
     return {projection.path + end for projection in projections_of(couplings) for end in ends} | {
-        vector.path for coupling in couplings for vector in coupling.vectors}
+        vector.path for coupling in couplings for vector in coupling.vectors
+    }
 
 
 def trained_parameters(model: nn.Module, record: Any) -> dict[str, nn.Parameter]:
@@ -79,13 +88,17 @@ def trained_parameters(model: nn.Module, record: Any) -> dict[str, nn.Parameter]
     if record.name is None:
         return {}
     slices = {id(mount.layer.s2) for mount in record.mounts.values()}
-    found = {name: parameter for name, parameter in model.named_parameters()
-             if name in record.extra.base or (parameter.requires_grad and id(parameter) not in slices)}
+    found = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name in record.extra.base or (parameter.requires_grad and id(parameter) not in slices)
+    }
     coupled = coupled_names(record.couplings) if len(found) > len(record.extra.base) else ()
     return {name: parameter for name, parameter in found.items() if name not in coupled}
 
 
 # ---- recording what was there before training ----------------------------------------------------------
+
 
 def start(model: nn.Module, record: Any, names: Iterable[str], before_forward: Callable, before_load: Callable) -> None:
     """Unfreeze parameters whose value is kept, and have hooks called that keep those of parameters unfrozen later.
@@ -129,15 +142,20 @@ def watch(model: nn.Module, record: Any) -> None:
     known |= {id(model.get_parameter(name)) for name in record.extra.base}
     if not _trains_more(model, known):
         return
-    unfrozen = {name: parameter for name, parameter in model.named_parameters()
-                if parameter.requires_grad and id(parameter) not in known}
+    unfrozen = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in known
+    }
     wrong = sorted(coupled_names(record.couplings).intersection(unfrozen))
     if wrong:
         raise RuntimeError(f"{wrong[0]} requires a gradient, and {UNFROZEN}")
     for name, parameter in unfrozen.items():
         if is_partitioned(parameter) or has_master_copy(parameter):
-            raise RuntimeError(f"{name} was unfrozen by hand, and DeepSpeed holds it, so that its value before "
-                               "training can't be kept: name its module in S2FTConfig's modules_to_save instead")
+            raise RuntimeError(
+                f"{name} was unfrozen by hand, and DeepSpeed holds it, so that its value before "
+                "training can't be kept: name its module in S2FTConfig's modules_to_save instead"
+            )
     _keep(record, unfrozen)
 
 
@@ -171,6 +189,7 @@ def _copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 # ---- switching -----------------------------------------------------------------------------------------
 
+
 def take_off(model: nn.Module, record: Any) -> None:
     """Have every parameter hold the base, bit for bit; the trained values are kept."""
     extra = record.extra
@@ -178,7 +197,7 @@ def take_off(model: nn.Module, record: Any) -> None:
         return
     parameters = dict(model.named_parameters())
     aside = extra.trained or {}
-    if extra.base.keys() - aside.keys():   # their parameters hold the trained values
+    if extra.base.keys() - aside.keys():  # their parameters hold the trained values
         extra.trained = {**aside, **_copies({name: parameters[name] for name in extra.base if name not in aside})}
     _write(parameters, {**extra.overwritten, **extra.base})
     extra.overwritten = {}
@@ -187,8 +206,12 @@ def take_off(model: nn.Module, record: Any) -> None:
 def put_on(model: nn.Module, record: Any, weights: Mapping[str, float]) -> None:
     """Write the extra weights of the adapters that become active; nothing else may be."""
     extra = record.extra
-    values = {name: value for adapter in weights if adapter != record.name
-              for name, value in record.others[adapter].extra_weights.items()}
+    values = {
+        name: value
+        for adapter in weights
+        if adapter != record.name
+        for name, value in record.others[adapter].extra_weights.items()
+    }
     trained = extra.trained if weights.get(record.name) == 1 and extra.trained is not None else {}
     if not values and not trained:
         if record.name in weights:
@@ -208,11 +231,15 @@ def check_can_put_on(model: nn.Module, record: Any, weights: Mapping[str, float]
         names = trained_parameters(model, record) if adapter == record.name else record.others[adapter].extra_weights
         for name in names:
             if weight != 1:
-                raise ValueError(f"adapter {adapter!r} has {name} trained whole, which can't be scaled: give the "
-                                 f"adapter weight 1, not {weight:g}")
+                raise ValueError(
+                    f"adapter {adapter!r} has {name} trained whole, which can't be scaled: give the "
+                    f"adapter weight 1, not {weight:g}"
+                )
             if name in owners:
-                raise ValueError(f"adapters {owners[name]!r} and {adapter!r} both have {name} trained whole, and the "
-                                 "model can hold one: make one of them active")
+                raise ValueError(
+                    f"adapters {owners[name]!r} and {adapter!r} both have {name} trained whole, and the "
+                    "model can hold one: make one of them active"
+                )
             owners[name] = adapter
 
 
@@ -226,6 +253,7 @@ def _write(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> No
 
 
 # ---- saving and loading --------------------------------------------------------------------------------
+
 
 def trained_values(model: nn.Module, record: Any, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The extra weights of the trainable adapter as they are now, copied.
@@ -254,8 +282,10 @@ def _check_in_state(name: str, parameter: Tensor, state: Mapping[str, Tensor]) -
         raise ValueError(f"the state given to save has no {name}, which is trained")
     shape = getattr(parameter, "ds_shape", parameter.shape)
     if state[name].shape != shape:
-        raise ValueError(f"the state given to save has {name} of shape {tuple(state[name].shape)}, not {tuple(shape)}: "
-                         "give a state that was gathered")
+        raise ValueError(
+            f"the state given to save has {name} of shape {tuple(state[name].shape)}, not {tuple(shape)}: "
+            "give a state that was gathered"
+        )
 
 
 def check_fits(model: nn.Module, record: Any, adapter: str, values: Mapping[str, Tensor]) -> None:
@@ -265,12 +295,15 @@ def check_fits(model: nn.Module, record: Any, adapter: str, values: Mapping[str,
     parameters, coupled = dict(model.named_parameters()), coupled_names(record.couplings)
     for name, value in values.items():
         if name not in parameters or name in coupled or name.endswith(".s2"):
-            raise ValueError(f"adapter {adapter!r} is for another model: this one has no weight {name} outside its "
-                             "couplings")
+            raise ValueError(
+                f"adapter {adapter!r} is for another model: this one has no weight {name} outside its couplings"
+            )
         shape = getattr(parameters[name], "ds_shape", parameters[name].shape)
         if value.shape != shape or not parameters[name].is_floating_point():
-            raise ValueError(f"adapter {adapter!r} is for another model: {name} has shape {tuple(value.shape)}, this "
-                             f"model has {tuple(shape)} of {parameters[name].dtype}")
+            raise ValueError(
+                f"adapter {adapter!r} is for another model: {name} has shape {tuple(value.shape)}, this "
+                f"model has {tuple(shape)} of {parameters[name].dtype}"
+            )
 
 
 def check_same(model: nn.Module, record: Any, values: Mapping[str, Tensor]) -> None:
@@ -278,11 +311,15 @@ def check_same(model: nn.Module, record: Any, values: Mapping[str, Tensor]) -> N
     ours = trained_parameters(model, record)
     more, less = sorted(values.keys() - ours.keys()), sorted(ours.keys() - values.keys())
     if more:
-        raise ValueError(f"the adapter to load has {more[0]} trained whole, which is frozen in this model: name its "
-                         "module in modules_to_save, or set its requires_grad, as in the run that saved it")
+        raise ValueError(
+            f"the adapter to load has {more[0]} trained whole, which is frozen in this model: name its "
+            "module in modules_to_save, or set its requires_grad, as in the run that saved it"
+        )
     if less:
-        raise ValueError(f"this model trains {less[0]} whole, which the adapter to load does not have: freeze it, as "
-                         "in the run that saved the adapter")
+        raise ValueError(
+            f"this model trains {less[0]} whole, which the adapter to load does not have: freeze it, as "
+            "in the run that saved the adapter"
+        )
 
 
 def set_trained(model: nn.Module, record: Any, values: Mapping[str, Tensor]) -> None:
@@ -290,7 +327,7 @@ def set_trained(model: nn.Module, record: Any, values: Mapping[str, Tensor]) -> 
     if not values:
         return
     keep_unfrozen(model, record)
-    if record.extra.trained is not None:   # the adapter is off
+    if record.extra.trained is not None:  # the adapter is off
         record.extra.trained = {**record.extra.trained, **{name: value.clone() for name, value in values.items()}}
         return
     _write(dict(model.named_parameters()), values)

@@ -1,11 +1,12 @@
 """Heads that a model got new, which attach leaves frozen unless it is told to train them."""
+
 from typing import Any
 
 from torch import nn
 
 from s2ft.attached.extra import coupled_names
 
-LOADED = "_is_hf_initialized"   # transformers marks with it every parameter that came out of a checkpoint
+LOADED = "_is_hf_initialized"  # transformers marks with it every parameter that came out of a checkpoint
 
 
 def fresh_heads(model: nn.Module, record: Any) -> list[str]:
@@ -25,9 +26,14 @@ def fresh_heads(model: nn.Module, record: Any) -> list[str]:
     words = _language_parameters(model)
     fresh = _not_loaded(model) if any(hasattr(p, LOADED) for p in model.parameters()) else _beside(model, prefix)
     coupled = coupled_names(record.couplings)
-    return [path for path in fresh if all(
-        id(parameter) not in words and not parameter.requires_grad and f"{path}.{name}" not in coupled
-        for name, parameter in model.get_submodule(path).named_parameters())]
+    return [
+        path
+        for path in fresh
+        if all(
+            id(parameter) not in words and not parameter.requires_grad and f"{path}.{name}" not in coupled
+            for name, parameter in model.get_submodule(path).named_parameters()
+        )
+    ]
 
 
 def _language_parameters(model: nn.Module) -> set:
@@ -48,8 +54,12 @@ def _not_loaded(model: nn.Module) -> list[str]:
     found: list[str] = []
     for path, module in model.named_modules():
         parameters = list(module.parameters())
-        if path and parameters and not any(path.startswith(f"{above}.") for above in found) \
-                and not any(getattr(parameter, LOADED, False) for parameter in parameters):
+        if (
+            path
+            and parameters
+            and not any(path.startswith(f"{above}.") for above in found)
+            and not any(getattr(parameter, LOADED, False) for parameter in parameters)
+        ):
             found.append(path)
     return found
 

@@ -4,6 +4,7 @@ An interrupt, an exception or an out-of-memory error may come at any moment. So 
 is made first and is on the model before anything changes, and each step of taking changes back works whether the
 change was made, half made, or taken back already. :func:`unmount` and :func:`release` can be called at any time.
 """
+
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -54,12 +55,15 @@ def check_not_sharded(model: nn.Module, what: str) -> None:
     """Raises: ValueError where weights are spread over ranks, by FSDP2 or ZeRO-3."""
     path = next((path for path, parameter in model.named_parameters() if is_sharded(parameter)), None)
     if path is not None:
-        raise ValueError(f"{what} would change the layers of a model that is sharded ({path}), and what shards it "
-                         "knows only those that there were: do it before, or s2ft.save_adapter here and go on with a "
-                         "base that is not sharded")
+        raise ValueError(
+            f"{what} would change the layers of a model that is sharded ({path}), and what shards it "
+            "knows only those that there were: do it before, or s2ft.save_adapter here and go on with a "
+            "base that is not sharded"
+        )
 
 
 # ---- in ----------------------------------------------------------------------------------------------
+
 
 def claim(model: nn.Module, record: Attachment) -> None:
     """Give the model its record. Do so before anything changes."""
@@ -93,8 +97,11 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
         RuntimeError: another rank trains other units or has another base.
     """
     check_not_sharded(model, "a trainable adapter")
-    touched = [coupling for coupling in record.couplings
-               if any(projection.name in selection for projection in coupling.projections)]
+    touched = [
+        coupling
+        for coupling in record.couplings
+        if any(projection.name in selection for projection in coupling.projections)
+    ]
     orders = {}
     if config.layout == "permuted":
         movable = [coupling for coupling in touched if coupling.movable]
@@ -106,13 +113,15 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
         if coupling.consumer.expert is not None:
             gate_of(model.get_submodule(coupling.consumer.path.rpartition(".")[0]))
     whole_names = extra.names_of_modules(model, record.couplings, config.modules_to_save)
-    check_same_as_first_rank(f"adapter {name!r}", {"its selection": selection.digest, "the base": digest(record.fingerprint)})
+    check_same_as_first_rank(
+        f"adapter {name!r}", {"its selection": selection.digest, "the base": digest(record.fingerprint)}
+    )
     try:
         record.name, record.config, record.selection = name, config, selection
         _mount_all(model, record, touched, orders)
         extra.start(model, record, whole_names, before_forward, before_load)
         record.active = {name: 1.0}
-    except BaseException:   # out of memory, an interrupt: leave no half-converted model
+    except BaseException:  # out of memory, an interrupt: leave no half-converted model
         unmount(model, record)
         raise
 
@@ -132,8 +141,7 @@ def before_load(model: nn.Module, *_: Any) -> None:
     extra.keep_unfrozen(model, attachment_of(model))
 
 
-def _mount_all(model: nn.Module, record: Attachment, touched: list[Coupling],
-               orders: dict[Coupling, Tensor]) -> None:
+def _mount_all(model: nn.Module, record: Attachment, touched: list[Coupling], orders: dict[Coupling, Tensor]) -> None:
     model.requires_grad_(False)
     record.unpacked = layers_that_pack(model)
     stop_packing(model, record.unpacked)
@@ -199,8 +207,9 @@ def _layer(original: nn.Module, parts: list[Part], config: S2FTConfig) -> S2Laye
     else:
         where = {"index": places}
         _count_positions(parts)
-    return layers_for(original)[dim].from_module(original, **where,
-                                                 delta_dtype=config.delta_dtype_for(original.weight.dtype))
+    return layers_for(original)[dim].from_module(
+        original, **where, delta_dtype=config.delta_dtype_for(original.weight.dtype)
+    )
 
 
 def _stack(original: nn.Parameter, parts: list[Part], config: S2FTConfig) -> S2Layer:
@@ -210,8 +219,11 @@ def _stack(original: nn.Parameter, parts: list[Part], config: S2FTConfig) -> S2L
         index.setdefault(part.projection.expert, []).append(part.positions)
     _count_positions(parts)
     kind = (S2ColumnStack, S2RowStack)[parts[0].projection.dim]
-    return kind(original, {expert: torch.cat(places) for expert, places in index.items()},
-                config.delta_dtype_for(original.dtype))
+    return kind(
+        original,
+        {expert: torch.cat(places) for expert, places in index.items()},
+        config.delta_dtype_for(original.dtype),
+    )
 
 
 def _count_positions(parts: list[Part]) -> None:
@@ -262,8 +274,10 @@ def check_memory(model: nn.Module, projections: list[Projection]) -> None:
         if is_quantized(getattr(found, "linear", found)):
             continue
         if isinstance(found, nn.Module) and "weight" not in found._parameters:
-            raise ValueError(f"{path}.weight is no parameter but is computed by a hook, as torch.nn.utils.prune and "
-                             "weight_norm do: make it one first (prune.remove, remove_weight_norm)")
+            raise ValueError(
+                f"{path}.weight is no parameter but is computed by a hook, as torch.nn.utils.prune and "
+                "weight_norm do: make it one first (prune.remove, remove_weight_norm)"
+            )
         weight = found.weight if isinstance(found, nn.Module) else found
         if not is_sharded(weight):
             check_private(f"{path}.weight" if isinstance(found, nn.Module) else path, weight)
@@ -273,8 +287,10 @@ def check_gradients_pass(model: nn.Module) -> None:
     """Anywhere in the model: layers that aren't trained stand between the loss and those that are."""
     for path, module in model.named_modules():
         if is_quantized(module) and not passes_gradient(module):
-            raise ValueError(f"{path} ({type(module.weight).__name__}) passes no gradient to its input, for it "
-                             "quantizes that too: use a configuration that quantizes weights only")
+            raise ValueError(
+                f"{path} ({type(module.weight).__name__}) passes no gradient to its input, for it "
+                "quantizes that too: use a configuration that quantizes weights only"
+            )
 
 
 def check_can_merge(record: Attachment) -> None:
@@ -285,6 +301,7 @@ def check_can_merge(record: Attachment) -> None:
 
 
 # ---- forwards of our own -------------------------------------------------------------------------------
+
 
 def gated_forward(block: nn.Module, x: Tensor, activation: str) -> Tensor:
     """The forward of a gated FFN, x [..., width] → [..., width], that keeps gate and up for the backward
@@ -307,13 +324,16 @@ def _replace_forward(model: nn.Module, coupling: Coupling, record: Attachment) -
     block = model.get_submodule(path)
     if "forward" in block.__dict__:
         if forward is experts_forward and path not in record.forwards:
-            raise ValueError(f"the forward of {path} has been replaced, and that one can't run experts that are trained")
+            raise ValueError(
+                f"the forward of {path} has been replaced, and that one can't run experts that are trained"
+            )
         return
     record.forwards[path] = partial(forward, block, **options)
     block.forward = record.forwards[path]
 
 
 # ---- out -----------------------------------------------------------------------------------------------
+
 
 def unmount(model: nn.Module, record: Attachment) -> None:
     """Take the trainable layers out: plain modules with the weights as they are, units in original order.
@@ -326,7 +346,7 @@ def unmount(model: nn.Module, record: Attachment) -> None:
         go(model)
     for path, forward in record.forwards.items():
         block = model.get_submodule(path)
-        if block.__dict__.get("forward") is forward:   # else someone has replaced ours
+        if block.__dict__.get("forward") is forward:  # else someone has replaced ours
             block.__dict__.pop("forward", None)
     close_blocks(model)
     for path, mounted in reversed(record.mounts.items()):

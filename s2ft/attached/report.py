@@ -1,4 +1,5 @@
 """What is trained, as a table."""
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -33,7 +34,7 @@ class Row:
 
     projection: str
     layers: int
-    units: str        # e.g. "46 of 1536 channels"
+    units: str  # e.g. "46 of 1536 channels"
     parameters: int
     dtype: torch.dtype
 
@@ -45,18 +46,24 @@ class Report:
     name: str
     layout: str
     rows: list[Row]
-    trainable: int    # parameters in all that is trained
-    total: int        # parameters of the base model
-    extra_weights: dict[str, int] = field(default_factory=dict)   # trained whole: parameters by name
-    fresh_heads: tuple[str, ...] = ()                             # frozen modules that look new
+    trainable: int  # parameters in all that is trained
+    total: int  # parameters of the base model
+    extra_weights: dict[str, int] = field(default_factory=dict)  # trained whole: parameters by name
+    fresh_heads: tuple[str, ...] = ()  # frozen modules that look new
 
     @classmethod
     def of(cls, model: nn.Module) -> "Report":
         """What is trained of a model with an adapter attached, read from the layers themselves."""
         record = attachment_of(model)
-        parts = [Trained(part.projection, part.elements.numel() // part.projection.unit,
-                         mount.layer.s2.numel() // mount.layer.s2.shape[mount.layer.dim] * part.elements.numel(),
-                         mount.layer.s2.dtype) for mount, part in record.parts.values()]
+        parts = [
+            Trained(
+                part.projection,
+                part.elements.numel() // part.projection.unit,
+                mount.layer.s2.numel() // mount.layer.s2.shape[mount.layer.dim] * part.elements.numel(),
+                mount.layer.s2.dtype,
+            )
+            for mount, part in record.parts.values()
+        ]
         total = parameters_of(model) - sum(part.parameters for part in parts)
         extra_weights = {name: parameter.numel() for name, parameter in trained_parameters(model, record).items()}
         return cls._from(record.name, record.config, parts, total, extra_weights, fresh_heads(model, record))
@@ -68,22 +75,38 @@ class Report:
         for projection in projections_of(couplings):
             if projection.name in selection:
                 units = selection[projection.name].numel()
-                parts.append(Trained(projection, units, units * unit_parameters(model, projection),
-                                     config.delta_dtype_for(weight_of(model, projection).dtype)))
+                parts.append(
+                    Trained(
+                        projection,
+                        units,
+                        units * unit_parameters(model, projection),
+                        config.delta_dtype_for(weight_of(model, projection).dtype),
+                    )
+                )
         parameters = dict(model.named_parameters())
-        extra_weights = {name: parameters[name].numel()
-                         for name in names_of_modules(model, couplings, config.modules_to_save)}
+        extra_weights = {
+            name: parameters[name].numel() for name in names_of_modules(model, couplings, config.modules_to_save)
+        }
         return cls._from("planned", config, parts, parameters_of(model), extra_weights)
 
     @classmethod
-    def _from(cls, name: str, config: S2FTConfig, parts: list[Trained], total: int, extra_weights: dict[str, int],
-              heads: Sequence[str] = ()) -> "Report":
+    def _from(
+        cls,
+        name: str,
+        config: S2FTConfig,
+        parts: list[Trained],
+        total: int,
+        extra_weights: dict[str, int],
+        heads: Sequence[str] = (),
+    ) -> "Report":
         groups: dict[tuple, list[Trained]] = {}
         for part in parts:
             alike = (_name_in_layer(part.projection), part.projection.key, part.projection.count, part.units)
             groups.setdefault(alike, []).append(part)
-        rows = [Row(shown, *_spread(group), sum(part.parameters for part in group), group[0].dtype)
-                for (shown, *_), group in groups.items()]
+        rows = [
+            Row(shown, *_spread(group), sum(part.parameters for part in group), group[0].dtype)
+            for (shown, *_), group in groups.items()
+        ]
         trainable = sum(row.parameters for row in rows) + sum(extra_weights.values())
         return cls(name, config.layout, rows, trainable, total, extra_weights, tuple(heads))
 
@@ -94,16 +117,24 @@ class Report:
     def __str__(self) -> str:
         width = max(12, *(len(row.projection) + 1 for row in self.rows))
         lines = [f"{'projection':<{width}}{'layers':>7}  {'units a layer':<24}{'parameters':>14}  dtype"]
-        lines += [f"{row.projection:<{width}}{row.layers:>7}  {row.units:<24}{row.parameters:>14,}  "
-                  f"{str(row.dtype).removeprefix('torch.')}" for row in self.rows]
+        lines += [
+            f"{row.projection:<{width}}{row.layers:>7}  {row.units:<24}{row.parameters:>14,}  "
+            f"{str(row.dtype).removeprefix('torch.')}"
+            for row in self.rows
+        ]
         if self.extra_weights:
-            lines.append(f"trained whole: {', '.join(self.extra_weights)} ({sum(self.extra_weights.values()):,} "
-                         "parameters)")
-        lines.append(f"adapter {self.name!r}, layout {self.layout}: {self.trainable:,} of {self.total:,} parameters "
-                     f"are trained ({self.share:.2%})")
+            lines.append(
+                f"trained whole: {', '.join(self.extra_weights)} ({sum(self.extra_weights.values()):,} parameters)"
+            )
+        lines.append(
+            f"adapter {self.name!r}, layout {self.layout}: {self.trainable:,} of {self.total:,} parameters "
+            f"are trained ({self.share:.2%})"
+        )
         if self.fresh_heads:
-            lines.append(f"frozen, though new: {', '.join(self.fresh_heads)}; to train and save such a module give "
-                         f"S2FTConfig modules_to_save={list(self.fresh_heads)}")
+            lines.append(
+                f"frozen, though new: {', '.join(self.fresh_heads)}; to train and save such a module give "
+                f"S2FTConfig modules_to_save={list(self.fresh_heads)}"
+            )
         return "\n".join(lines)
 
 
@@ -127,7 +158,7 @@ def _name_in_layer(projection: Projection) -> str:
     """The part of the name that all layers have in common: what follows the path's last number, if anything does."""
     names = projection.path.split(".")
     numbers = [i for i, name in enumerate(names[:-1]) if name.isdigit()]
-    shown = projection.path if names[-1].isdigit() or not numbers else ".".join(names[numbers[-1] + 1:])
+    shown = projection.path if names[-1].isdigit() or not numbers else ".".join(names[numbers[-1] + 1 :])
     return shown if projection.size is None else f"{shown}.{projection.key}"
 
 
@@ -136,5 +167,7 @@ def print_trainable_parameters(model: nn.Module) -> None:
     """One line, as PEFT's models print it, with the numbers of the report: trained slices are part of the base's weights,
     so that they are not counted again."""
     report = Report.of(model)
-    print(f"trainable params: {report.trainable:,} || all params: {report.total:,} || trainable%: "
-          f"{100 * report.share:.4f}")
+    print(
+        f"trainable params: {report.trainable:,} || all params: {report.total:,} || trainable%: "
+        f"{100 * report.share:.4f}"
+    )

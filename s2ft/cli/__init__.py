@@ -1,4 +1,5 @@
 """The `s2ft` command."""
+
 from s2ft.cli.main import main
 
 __all__ = ["main"]

@@ -1,4 +1,5 @@
 """s2ft export: write an adapter for other tools, or take one from them."""
+
 import argparse
 
 from s2ft.cli.parse import Help, quiet_transformers
@@ -27,20 +28,29 @@ def run(arguments: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="s2ft export", description=DESCRIPTION, formatter_class=Lines,
-                                     allow_abbrev=False)
-    parser.add_argument("adapter", nargs="?", metavar="ADAPTER", help="an adapter folder, or the output folder of s2ft finetune")
-    parser.add_argument("--model", required=True,
-                        help="the adapter's base: a checkpoint folder, a name on the hub, or a .gguf file")
+    parser = argparse.ArgumentParser(
+        prog="s2ft export", description=DESCRIPTION, formatter_class=Lines, allow_abbrev=False
+    )
+    parser.add_argument(
+        "adapter", nargs="?", metavar="ADAPTER", help="an adapter folder, or the output folder of s2ft finetune"
+    )
+    parser.add_argument(
+        "--model", required=True, help="the adapter's base: a checkpoint folder, a name on the hub, or a .gguf file"
+    )
     parser.add_argument("--format", choices=FORMATS, help="what to write; default: lora")
     parser.add_argument("--from-lora", metavar="DIR", help="a LoRA folder to make an adapter of")
     parser.add_argument("--output", required=True, help="folder to write; it must not exist")
-    parser.add_argument("--dtype", default="auto", help="of the weights: auto (that of training), float32, bfloat16, "
-                                                        "float16")
-    parser.add_argument("--rank", type=int, help="lora: the rank of every module; default: the lowest that is enough, "
-                                                 "of those that vLLM has")
-    parser.add_argument("--rank-pattern", action="store_true", help="lora: no zeros to one rank, which PEFT reads and "
-                                                                    "vLLM does not")
+    parser.add_argument(
+        "--dtype", default="auto", help="of the weights: auto (that of training), float32, bfloat16, float16"
+    )
+    parser.add_argument(
+        "--rank",
+        type=int,
+        help="lora: the rank of every module; default: the lowest that is enough, of those that vLLM has",
+    )
+    parser.add_argument(
+        "--rank-pattern", action="store_true", help="lora: no zeros to one rank, which PEFT reads and vLLM does not"
+    )
     parser.add_argument("--max-shard-size", help="merged: largest file of weights, 2GB say; default: transformers'")
     parser.add_argument("--name", help="from-lora: the new adapter's name; default: default")
     return parser
@@ -53,8 +63,12 @@ def _check(job) -> None:
     if job.from_lora is not None and job.format is not None:
         raise ValueError("--from-lora writes an adapter, so there is no --format")
     kind = "from-lora" if job.from_lora is not None else job.format or "lora"
-    for option, kinds in (("rank", ("lora",)), ("rank_pattern", ("lora",)), ("max_shard_size", ("merged",)),
-                          ("name", ("from-lora",))):
+    for option, kinds in (
+        ("rank", ("lora",)),
+        ("rank_pattern", ("lora",)),
+        ("max_shard_size", ("merged",)),
+        ("name", ("from-lora",)),
+    ):
         if getattr(job, option) and kind not in kinds:
             raise ValueError(f"--{option.replace('_', '-')} is for {' and '.join(kinds)}, not for {kind}")
 
@@ -88,8 +102,11 @@ def to_lora(job) -> str:
         lora.write(adapter, model, beside, job.rank, job.rank_pattern)
         _compare(lora.read(beside, model), adapter)
         size, rank = (beside / lora.TENSORS).stat().st_size, lora.rank_of(beside)
-    serving = "" if job.rank_pattern or rank > lora.RANKS[-1] else \
-        f"; vLLM: --enable-lora --max-lora-rank {next(one for one in lora.RANKS if one >= rank)}"
+    serving = (
+        ""
+        if job.rank_pattern or rank > lora.RANKS[-1]
+        else f"; vLLM: --enable-lora --max-lora-rank {next(one for one in lora.RANKS if one >= rank)}"
+    )
     return f"LoRA of rank {rank}, {size:,} bytes, read again and compared: {job.output}{serving}"
 
 
@@ -114,7 +131,10 @@ def _compare(found, adapter) -> None:
     import torch
 
     same = found.selection == adapter.selection and all(
-        delta.values.dtype == adapter.deltas[path].values.dtype and torch.equal(delta.index, adapter.deltas[path].index)
-        and torch.equal(delta.values, adapter.deltas[path].values.cpu()) for path, delta in found.deltas.items())
+        delta.values.dtype == adapter.deltas[path].values.dtype
+        and torch.equal(delta.index, adapter.deltas[path].index)
+        and torch.equal(delta.values, adapter.deltas[path].values.cpu())
+        for path, delta in found.deltas.items()
+    )
     if not same:
         raise RuntimeError("what was written is not the adapter")

@@ -1,12 +1,16 @@
 """s2ft fuse: add adapters up into a new one. Quick: no model, no transformers."""
+
 import argparse
 from pathlib import Path
 
 
 def run(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="s2ft fuse", description="Add adapters of one base up into a new one, and "
-                                                                   "say what they have in common.")
-    parser.add_argument("adapters", nargs="+", metavar="ADAPTER", help="adapter folders, or output folders of s2ft finetune")
+    parser = argparse.ArgumentParser(
+        prog="s2ft fuse", description="Add adapters of one base up into a new one, and say what they have in common."
+    )
+    parser.add_argument(
+        "adapters", nargs="+", metavar="ADAPTER", help="adapter folders, or output folders of s2ft finetune"
+    )
     parser.add_argument("--weights", nargs="+", type=float, metavar="W", help="one for each adapter; default: 1 each")
     parser.add_argument("--name", help="of the new adapter; default: the output folder's name")
     parser.add_argument("--output", required=True, help="folder for the new adapter; it must not exist")

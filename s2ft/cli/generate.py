@@ -1,4 +1,5 @@
 """s2ft generate: one answer, written to the terminal as it comes."""
+
 from dataclasses import dataclass, field
 
 from s2ft.cli.parse import parse, quiet_transformers
@@ -7,7 +8,9 @@ from s2ft.cli.parse import parse, quiet_transformers
 @dataclass
 class GenerateArguments:
     model: str = field(metadata={"help": "a checkpoint folder, a name on the hub, or a .gguf file"})
-    adapter: str | None = field(default=None, metadata={"help": "an adapter folder, or the output folder of s2ft finetune"})
+    adapter: str | None = field(
+        default=None, metadata={"help": "an adapter folder, or the output folder of s2ft finetune"}
+    )
     prompt: str | None = field(default=None, metadata={"help": "the text to go on from; - reads it from stdin"})
     prompt_file: str | None = field(default=None, metadata={"help": "a text file with the prompt"})
     max_new_tokens: int = field(default=256, metadata={"help": "longest answer in tokens"})
@@ -15,8 +18,12 @@ class GenerateArguments:
     top_p: float = field(default=1.0, metadata={"help": "draw among the likeliest tokens with so much probability"})
     seed: int | None = field(default=None, metadata={"help": "the same seed draws the same answer"})
     chat: bool = field(default=False, metadata={"help": "the prompt is a user's message: put it in the chat template"})
-    dtype: str = field(default="auto", metadata={"help": "auto (with an adapter that of its training, else the "
-                                                         "checkpoint's), float32, bfloat16, float16"})
+    dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "auto (with an adapter that of its training, else the checkpoint's), float32, bfloat16, float16"
+        },
+    )
 
 
 def run(arguments: list[str]) -> None:
@@ -71,7 +78,7 @@ def read_prompt(job: GenerateArguments) -> str:
         except UnicodeDecodeError as error:
             raise ValueError(f"prompt_file {job.prompt_file} is not UTF-8 text: {error}") from None
     prompt = sys.stdin.read().removesuffix("\n") if job.prompt == "-" else job.prompt
-    check_unicode(prompt, "prompt")   # bytes of another encoding
+    check_unicode(prompt, "prompt")  # bytes of another encoding
     return prompt
 
 
@@ -101,5 +108,7 @@ def check_room(model, prompt: int, new: int) -> None:
 
     context = context_length(model)
     if context is not None and prompt + new > context:
-        raise ValueError(f"the model's context is {context} tokens; the prompt has {prompt}, and {new} new ones are "
-                         "more than it leaves: lower --max-new-tokens")
+        raise ValueError(
+            f"the model's context is {context} tokens; the prompt has {prompt}, and {new} new ones are "
+            "more than it leaves: lower --max-new-tokens"
+        )

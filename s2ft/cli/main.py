@@ -1,4 +1,5 @@
 """Choose the command, run it, and turn a user's mistakes into one line."""
+
 import importlib
 import logging
 import os
@@ -16,18 +17,36 @@ COMMANDS = {
     "info": "say what an adapter folder holds",
     "demo": "fine-tune a small model from start to finish, no arguments needed",
 }
-MISTAKES = (ValueError, FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError,
-            ImportError)
-WRITERS = ("PytorchStreamWriter failed", "unexpected pos", "I/O error")   # how torch and safetensors say it
+MISTAKES = (
+    ValueError,
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+    ImportError,
+)
+WRITERS = ("PytorchStreamWriter failed", "unexpected pos", "I/O error")  # how torch and safetensors say it
 TRACEBACK = "S2FT_TRACEBACK"
 
 
 def usage() -> str:
-    lines = ["usage: s2ft [--version] [--help] [--traceback] COMMAND …", "",
-             "Structured sparse fine-tuning of large language models.", "", "commands:"]
+    lines = [
+        "usage: s2ft [--version] [--help] [--traceback] COMMAND …",
+        "",
+        "Structured sparse fine-tuning of large language models.",
+        "",
+        "commands:",
+    ]
     lines += [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
-    return "\n".join([*lines, "", "s2ft COMMAND --help lists the options of a command. --traceback, or "
-                                  f"{TRACEBACK}=1, shows where an error comes from."])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "s2ft COMMAND --help lists the options of a command. --traceback, or "
+            f"{TRACEBACK}=1, shows where an error comes from.",
+        ]
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,6 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if arguments else 2
     if arguments[0] == "--version":
         from s2ft import __version__
+
         print(f"s2ft {__version__}")
         return 0
     name, *rest = arguments
@@ -52,7 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     logging.getLogger("s2ft").setLevel(logging.DEBUG if traceback else logging.NOTSET)
     try:
-        importlib.import_module(f"s2ft.cli.{name}").run(rest)   # here, so that no command waits for another's imports
+        importlib.import_module(f"s2ft.cli.{name}").run(rest)  # here, so that no command waits for another's imports
     except MISTAKES as error:
         if traceback:
             raise

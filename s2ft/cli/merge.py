@@ -1,4 +1,5 @@
 """s2ft merge: write model and adapter as a stock checkpoint."""
+
 from dataclasses import dataclass, field
 
 from s2ft.cli.parse import parse, quiet_transformers

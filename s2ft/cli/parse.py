@@ -1,4 +1,5 @@
 """Options from dataclasses: a new field is a new option, as --d-ratio and as --d_ratio."""
+
 import argparse
 
 
@@ -19,12 +20,13 @@ def parse(command: str, description: str, kinds: list[type], arguments: list[str
     """One object of every dataclass in `kinds`. Exits with 2 on a usage error, with 0 after --help."""
     from transformers import HfArgumentParser
 
-    parser = HfArgumentParser(kinds, prog=f"s2ft {command}", description=description, formatter_class=Help,
-                              allow_abbrev=False)
+    parser = HfArgumentParser(
+        kinds, prog=f"s2ft {command}", description=description, formatter_class=Help, allow_abbrev=False
+    )
     for action in parser._actions:
-        if _is_negation(action):   # else it has the help text of the switch that it turns off
+        if _is_negation(action):  # else it has the help text of the switch that it turns off
             action.help = f"turn --{action.dest.replace('_', '-')} off"
-        action.option_strings.sort(key=lambda option: "_" in option)   # help shows the dashed form first
+        action.option_strings.sort(key=lambda option: "_" in option)  # help shows the dashed form first
     return list(parser.parse_args_into_dataclasses(arguments))
 
 

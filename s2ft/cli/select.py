@@ -1,4 +1,5 @@
 """s2ft select: choose units and save them, without training."""
+
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -10,14 +11,21 @@ from s2ft.cli.parse import parse, quiet_transformers
 class SelectArguments:
     model: str = field(metadata={"help": "a checkpoint folder, a name on the hub, or a .gguf file"})
     output: str = field(metadata={"help": "JSON file for the selection; it must not exist"})
-    data: list[str] | None = field(default=None, metadata={
-        "help": "calibration data, JSON or JSONL as for finetune; for selections by activation, product or gradient"})
-    calibration_examples: int | None = field(default=None, metadata={
-        "help": "rows of the data to look at; default: one in a hundred, but at least 16"})
+    data: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "calibration data, JSON or JSONL as for finetune; for selections by activation, product or gradient"
+        },
+    )
+    calibration_examples: int | None = field(
+        default=None, metadata={"help": "rows of the data to look at; default: one in a hundred, but at least 16"}
+    )
     batch_size: int = field(default=8, metadata={"help": "rows of one forward pass"})
     max_length: int = field(default=1024, metadata={"help": "longest row in tokens; a longer one is left out"})
-    dtype: str = field(default="auto", metadata={"help": "dtype of the model's weights: auto (the checkpoint's), "
-                                                         "float32, bfloat16, float16"})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "dtype of the model's weights: auto (the checkpoint's), float32, bfloat16, float16"},
+    )
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_length"):
@@ -28,8 +36,12 @@ class SelectArguments:
 def run(arguments: list[str]) -> None:
     from s2ft.config import S2FTConfig
 
-    job, config = parse("select", "Choose the units that a config asks for, print a table of them, and save them.",
-                        [SelectArguments, S2FTConfig], arguments)
+    job, config = parse(
+        "select",
+        "Choose the units that a config asks for, print a table of them, and save them.",
+        [SelectArguments, S2FTConfig],
+        arguments,
+    )
     quiet_transformers()
     if not config.ratios and config.units is None:
         config = replace(config, d_ratio=DEFAULT_D_RATIO)

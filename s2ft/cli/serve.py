@@ -1,4 +1,5 @@
 """s2ft serve: answer over HTTP with a base and its adapters."""
+
 from dataclasses import dataclass, field
 
 from s2ft.cli.parse import parse, quiet_transformers
@@ -8,28 +9,45 @@ from s2ft.packages import check_packages
 @dataclass
 class ServeArguments:
     model: str = field(metadata={"help": "a checkpoint folder, a name on the hub, or a .gguf file"})
-    adapters: str | None = field(default=None, metadata={
-        "help": "a folder of adapters or of outputs of s2ft finetune; clients name them by their folders. New ones "
-                "are found while it runs"})
-    engine: str = field(default="transformers", metadata={
-        "help": "transformers: built in; vllm: export the adapters as LoRA and run `vllm serve`", "choices":
-        ["transformers", "vllm"]})
+    adapters: str | None = field(
+        default=None,
+        metadata={
+            "help": "a folder of adapters or of outputs of s2ft finetune; clients name them by their folders. New ones "
+            "are found while it runs"
+        },
+    )
+    engine: str = field(
+        default="transformers",
+        metadata={
+            "help": "transformers: built in; vllm: export the adapters as LoRA and run `vllm serve`",
+            "choices": ["transformers", "vllm"],
+        },
+    )
     host: str = field(default="127.0.0.1", metadata={"help": "address to listen on; the default is this machine alone"})
     port: int = field(default=8000, metadata={"help": "0: a free one"})
-    api_key: str | None = field(default=None, metadata={
-        "help": "what clients have to give under /v1 (/health and /metrics are open); or set S2FT_API_KEY"})
-    served_model_name: str | None = field(default=None, metadata={
-        "help": "what clients call the base; default: the model's name, or its folder's"})
+    api_key: str | None = field(
+        default=None,
+        metadata={"help": "what clients have to give under /v1 (/health and /metrics are open); or set S2FT_API_KEY"},
+    )
+    served_model_name: str | None = field(
+        default=None, metadata={"help": "what clients call the base; default: the model's name, or its folder's"}
+    )
     max_batch_size: int = field(default=16, metadata={"help": "answers generated at once"})
-    max_batch_tokens: int | None = field(default=None, metadata={
-        "help": "of prompts and answers in the batch, which bounds the memory of keys and values. Default: no limit"})
+    max_batch_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "of prompts and answers in the batch, which bounds the memory of keys and values. Default: no limit"
+        },
+    )
     queue_size: int = field(default=256, metadata={"help": "requests that may wait; more are refused with 429"})
     timeout: float = field(default=300.0, metadata={"help": "seconds for a request, waiting included"})
-    max_tokens_limit: int | None = field(default=None, metadata={
-        "help": "the longest answer in tokens; default: what the context leaves"})
+    max_tokens_limit: int | None = field(
+        default=None, metadata={"help": "the longest answer in tokens; default: what the context leaves"}
+    )
     max_body_bytes: int = field(default=2 << 20, metadata={"help": "the largest request"})
-    adapter_bytes: int | None = field(default=None, metadata={
-        "help": "memory for adapters; those used longest ago make room. Default: no limit"})
+    adapter_bytes: int | None = field(
+        default=None, metadata={"help": "memory for adapters; those used longest ago make room. Default: no limit"}
+    )
     grace: float = field(default=20.0, metadata={"help": "seconds to finish after SIGTERM or Ctrl-C"})
     dtype: str = field(default="auto", metadata={"help": "auto (the checkpoint's), float32, bfloat16, float16"})
 
@@ -69,8 +87,16 @@ def serve_here(job: ServeArguments) -> None:
     from s2ft.text.models import load_model
 
     limits = Limits(key_of(job.api_key), job.timeout, job.max_body_bytes, job.max_tokens_limit)
-    options = ServerOptions(job.host, job.port, job.max_batch_size, job.queue_size, job.max_batch_tokens,
-                            job.adapter_bytes, job.grace, limits)
+    options = ServerOptions(
+        job.host,
+        job.port,
+        job.max_batch_size,
+        job.queue_size,
+        job.max_batch_tokens,
+        job.adapter_bytes,
+        job.grace,
+        limits,
+    )
     model, tokenizer = load_model(job.model, job.dtype)
     serve(model, tokenizer, job.served_model_name or served_name(job.model), job.adapters, options)
 

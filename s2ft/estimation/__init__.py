@@ -5,6 +5,7 @@ optimizer on PyTorch's fake tensors, which take the kernels and dtypes of the de
 saves on the way is what it would save of a real model, storage by storage. Tensors that depend on no weight are real:
 token ids, masks, positions, and which expert gets which token.
 """
+
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, ContextManager, Optional, Tuple, Union
@@ -26,13 +27,24 @@ __all__ = ["OPTIMIZERS", "Estimate", "Part", "estimate"]
 
 
 @of_compiled
-def estimate(model: nn.Module, config: S2FTConfig, batch: int | None = None, length: int | None = None, *,
-             optimizer: Optimizer = "adamw", gradient_checkpointing: bool | str = False,
-             autocast: torch.dtype | None = None, dtype: torch.dtype | None = None,
-             device: str | torch.device | None = None, logits: int | None = None, accumulation: int = 1,
-             use_cache: bool | None = None, example: Any = None,
-             loss: Callable[[nn.Module, Any], Tensor] | None = None,
-             couplings: Sequence[Coupling] | None = None) -> Estimate:
+def estimate(
+    model: nn.Module,
+    config: S2FTConfig,
+    batch: int | None = None,
+    length: int | None = None,
+    *,
+    optimizer: Optimizer = "adamw",
+    gradient_checkpointing: bool | str = False,
+    autocast: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    logits: int | None = None,
+    accumulation: int = 1,
+    use_cache: bool | None = None,
+    example: Any = None,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
+    couplings: Sequence[Coupling] | None = None,
+) -> Estimate:
     """How many bytes training `model` with `config` will take, layer by layer, before anything is attached or loaded.
 
     Args:
@@ -71,8 +83,15 @@ def estimate(model: nn.Module, config: S2FTConfig, batch: int | None = None, len
             checkpoint(twin, gradient_checkpointing)
         forget_data(twin, kernels)
         inputs = made_inputs(twin, batch, length, logits, kernels) if example is None else example
-        step = Step(twin.train(), record, with_cache(twin, inputs, use_cache), loss, kernels, autocast,
-                    complete=example is not None or loss is not None)
+        step = Step(
+            twin.train(),
+            record,
+            with_cache(twin, inputs, use_cache),
+            loss,
+            kernels,
+            autocast,
+            complete=example is not None or loss is not None,
+        )
         step.run(make, accumulation)
     if config.units is None and (config.selection, config.allocation) != ("random", "uniform"):
         notes += (f"selection={config.selection!r}, allocation={config.allocation!r} is counted as random and uniform",)
@@ -85,8 +104,9 @@ def _not_on_meta() -> ContextManager:
     return torch.device("cpu") if torch.get_default_device().type == "meta" else nullcontext()
 
 
-def _check(config: Any, batch: Any, length: Any, example: Any, accumulation: Any, logits: Any, use_cache: Any,
-           loss: Any) -> None:
+def _check(
+    config: Any, batch: Any, length: Any, example: Any, accumulation: Any, logits: Any, use_cache: Any, loss: Any
+) -> None:
     if not isinstance(config, S2FTConfig):
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
     if example is not None:
@@ -97,8 +117,12 @@ def _check(config: Any, batch: Any, length: Any, example: Any, accumulation: Any
         if not isinstance(example, (Tensor, tuple, list, dict)):
             raise TypeError(f"example must be a tensor, a tuple or a dict, got {type(example).__name__}")
         shape_of(example)
-    for name, value, needed in (("batch", batch, example is None), ("length", length, False), ("logits", logits, False),
-                                ("accumulation", accumulation, True)):
+    for name, value, needed in (
+        ("batch", batch, example is None),
+        ("length", length, False),
+        ("logits", logits, False),
+        ("accumulation", accumulation, True),
+    ):
         if (value is not None or needed) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
     if use_cache not in (None, True, False):

@@ -1,4 +1,5 @@
 """What a model without data is run on: token ids, pixels or sound by its config, with labels."""
+
 import inspect
 from typing import Any
 
@@ -7,11 +8,12 @@ from torch import Tensor, nn
 
 from s2ft.model.verify import example_of
 
-LOSSES = ("labels", "return_loss")   # inputs that have a model compute its loss
+LOSSES = ("labels", "return_loss")  # inputs that have a model compute its loss
 
 
-def made_inputs(twin: nn.Module, batch: int, length: int | None, logits: int | None,
-                device: torch.device) -> dict[str, Any]:
+def made_inputs(
+    twin: nn.Module, batch: int, length: int | None, logits: int | None, device: torch.device
+) -> dict[str, Any]:
     """Inputs by the model's config, with labels where these are tokens."""
     inputs = example_of(twin, batch, length or 1, device)
     if inputs is None:
@@ -24,7 +26,7 @@ def made_inputs(twin: nn.Module, batch: int, length: int | None, logits: int | N
         inputs["logits_to_keep"] = logits
     takes = inspect.signature(twin.forward).parameters
     if "labels" in takes and "decoder_input_ids" in inputs:
-        inputs["labels"] = inputs.pop("decoder_input_ids")   # the model makes them of its labels
+        inputs["labels"] = inputs.pop("decoder_input_ids")  # the model makes them of its labels
     elif "labels" in takes and tokens and twin.get_output_embeddings() is not None:
         inputs["labels"] = tokens[0] if logits is None else tokens[0][:, -logits:]
     elif "return_loss" in takes:
@@ -61,7 +63,7 @@ def labelled(inputs: dict[str, Any], output: Any) -> dict[str, Any]:
     logits = getattr(output, "logits", None)
     if logits is None or logits.dim() not in (2, 3):
         return inputs
-    dtype = logits.dtype if logits.shape[-1] == 1 else torch.int64   # one value is regression
+    dtype = logits.dtype if logits.shape[-1] == 1 else torch.int64  # one value is regression
     device = next(value.device for value in inputs.values() if isinstance(value, Tensor))
     return {**inputs, "labels": torch.zeros(logits.shape[:-1], dtype=dtype, device=device)}
 

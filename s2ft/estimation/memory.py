@@ -1,4 +1,5 @@
 """Storages that are alive, and memory that is free."""
+
 import re
 import weakref
 from collections import Counter
@@ -25,7 +26,7 @@ class Memory(TorchDispatchMode):
         super().__init__()
         self.device, self.phase, self.alive, self.peaks = device, "", 0, Counter()
         own = (storage for tensor in [*twin.parameters(), *twin.buffers()] for storage in storages(tensor))
-        self._own = {storage._cdata: storage for storage in own}   # alive, even where a layer replaces its weight
+        self._own = {storage._cdata: storage for storage in own}  # alive, even where a layer replaces its weight
         self._seen: dict[str, set[int]] = {"alive": set(), "saved": set()}
         self._scalar: float | None = None
 
@@ -39,7 +40,7 @@ class Memory(TorchDispatchMode):
         return True
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.prim.device.default:   # fake tensors ask this more often than anything
+        if function is torch.ops.prim.device.default:  # fake tensors ask this more often than anything
             return function(*args)
         if function is aten._local_scalar_dense.default and self._scalar is not None and type(args[0]) is not Tensor:
             return self._scalar
@@ -54,12 +55,12 @@ class Memory(TorchDispatchMode):
         if function in INDEXED:
             args = (args[0], _numbered(args[1]), *args[2:])
         if function is aten._grouped_mm.default and self.device.type == "cpu":
-            return _product(*args)   # the fake one takes bfloat16 only, the CPU's all
+            return _product(*args)  # the fake one takes bfloat16 only, the CPU's all
         output = function(*args, **kwargs)
-        if function is aten.rand.default and len(args[0]) == 0:   # whether a layer is dropped: none is
+        if function is aten.rand.default and len(args[0]) == 0:  # whether a layer is dropped: none is
             return output.fill_(1)
         if function in NORMS and self.device.type == "cpu" and args[NORMS[function]] is not None:
-            statistics = args[NORMS[function]].dtype   # the weight's; the fake one takes the input's
+            statistics = args[NORMS[function]].dtype  # the weight's; the fake one takes the input's
             return output[0], *(tensor.to(statistics) for tensor in output[1:])
         return output
 
@@ -88,8 +89,11 @@ def _numbered(indices: Any) -> Any:
     """Masks that are real as numbers: how many those are shows in the shape, and only a real one knows."""
     if not any(type(index) is Tensor and index.dtype == torch.bool for index in indices):
         return indices
-    return [one for index in indices for one in (
-        index.nonzero().unbind(1) if type(index) is Tensor and index.dtype == torch.bool else [index])]
+    return [
+        one
+        for index in indices
+        for one in (index.nonzero().unbind(1) if type(index) is Tensor and index.dtype == torch.bool else [index])
+    ]
 
 
 def _product(a: Tensor, b: Tensor, offs: Tensor | None = None, *others: Any) -> Tensor:
@@ -120,6 +124,7 @@ def bytes_of(tensors: Iterable[Tensor], seen: set[int] | None = None) -> int:
 
 # ---- the machine -----------------------------------------------------------------------------------------
 
+
 def resident(model: nn.Module, device: torch.device) -> int:
     """What of the model is on the device already."""
     return bytes_of(tensor for tensor in [*model.parameters(), *model.buffers()] if tensor.device.type == device.type)
@@ -144,9 +149,12 @@ def _available_on_host() -> int | None:
 def _left_in_group() -> int | None:
     """Of version 2; files that were read count as used there and are given back when needed."""
     try:
-        with open("/sys/fs/cgroup/memory.max") as most, open("/sys/fs/cgroup/memory.current") as current, \
-                open("/sys/fs/cgroup/memory.stat") as stat:
+        with (
+            open("/sys/fs/cgroup/memory.max") as most,
+            open("/sys/fs/cgroup/memory.current") as current,
+            open("/sys/fs/cgroup/memory.stat") as stat,
+        ):
             cached = re.search(r"^inactive_file (\d+)$", stat.read(), re.MULTILINE)
             return int(most.read()) - int(current.read()) + (int(cached[1]) if cached else 0)
-    except (OSError, ValueError):   # no group, or one without a limit
+    except (OSError, ValueError):  # no group, or one without a limit
         return None

@@ -1,4 +1,5 @@
 """Optimizers by name. What they hold is measured, after a step on parameters without data."""
+
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Union
@@ -39,10 +40,14 @@ def maker(optimizer: Optimizer) -> Callable[[list[Tensor]], torch.optim.Optimize
     """The function that makes one of a list of parameters. Raises: ValueError or TypeError for what is none."""
     if isinstance(optimizer, str):
         if optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, or a class or function that makes "
-                             f"one, got {optimizer!r}")
+            raise ValueError(
+                f"optimizer must be one of {', '.join(OPTIMIZERS)}, or a class or function that makes "
+                f"one, got {optimizer!r}"
+            )
         return OPTIMIZERS[optimizer]
     if not callable(optimizer) or isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError("optimizer must be a name, or a class or function that makes a torch.optim.Optimizer of a list "
-                        f"of parameters, got {type(optimizer).__name__}")
+        raise TypeError(
+            "optimizer must be a name, or a class or function that makes a torch.optim.Optimizer of a list "
+            f"of parameters, got {type(optimizer).__name__}"
+        )
     return optimizer

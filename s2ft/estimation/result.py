@@ -1,4 +1,5 @@
 """What an estimate says, as a table and in a sentence."""
+
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -10,12 +11,12 @@ class Part:
     """What a layer, or another part of the model, takes: bytes, but for `trained`."""
 
     name: str
-    parameters: int   # frozen ones and deltas; a tied weight where it comes first
+    parameters: int  # frozen ones and deltas; a tied weight where it comes first
     buffers: int
-    trained: int      # numbers
+    trained: int  # numbers
     gradients: int
     optimizer: int
-    kept: int         # for backward
+    kept: int  # for backward
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,14 @@ class Estimate:
     """What training will take, in bytes; prints as a table, a line for each part and alike layers in one."""
 
     parts: list[Part]
-    batch: int               # sequences, images or recordings of one forward
-    length: int | None    # tokens of each; None where inputs are no tokens
+    batch: int  # sequences, images or recordings of one forward
+    length: int | None  # tokens of each; None where inputs are no tokens
     device: str
-    peak: int                # most that is alive at once in a step, everything together
-    peak_in: str             # forward, backward or optimizer: where
-    resident: int            # of it, what is on the device already: the weights of a model that is loaded
-    free: int | None      # on the device now; None where that isn't known
-    notes: tuple[str, ...]   # what the numbers rest on
+    peak: int  # most that is alive at once in a step, everything together
+    peak_in: str  # forward, backward or optimizer: where
+    resident: int  # of it, what is on the device already: the weights of a model that is loaded
+    free: int | None  # on the device now; None where that isn't known
+    notes: tuple[str, ...]  # what the numbers rest on
 
     @property
     def parameters(self) -> int:
@@ -72,9 +73,11 @@ class Estimate:
         """A short paragraph: what is needed, of what, and whether it fits."""
         inputs = f"{self.batch}" if self.length is None else f"{self.batch} × {self.length} tokens"
         weights = size(self.parameters + self.buffers)
-        return (f"Training takes {size(self.peak)} at most: {weights} of parameters, {size(self.gradients)} of "
-                f"gradients, {size(self.optimizer)} of optimizer state, {size(self.kept)} kept for backward (batch of "
-                f"{inputs}), and what the {self.peak_in} needs for a moment. {self._verdict()}")
+        return (
+            f"Training takes {size(self.peak)} at most: {weights} of parameters, {size(self.gradients)} of "
+            f"gradients, {size(self.optimizer)} of optimizer state, {size(self.kept)} kept for backward (batch of "
+            f"{inputs}), and what the {self.peak_in} needs for a moment. {self._verdict()}"
+        )
 
     def _verdict(self) -> str:
         needed = self.peak - self.resident
@@ -83,22 +86,31 @@ class Estimate:
             return f"How much is free on {self.device} is not known."
         if self.fits:
             return f"{size(self.free)} are free on {self.device}: it fits."
-        return (f"It will not fit: {size(needed)} are needed{more}, and {size(self.free)} are free on {self.device}. "
-                "A smaller batch, shorter rows, gradient checkpointing, or weights in a smaller dtype need less.")
+        return (
+            f"It will not fit: {size(needed)} are needed{more}, and {size(self.free)} are free on {self.device}. "
+            "A smaller batch, shorter rows, gradient checkpointing, or weights in a smaller dtype need less."
+        )
 
     def __str__(self) -> str:
         rows = [("part", "parameters", "trained", "gradients", "optimizer", "kept for backward")]
         rows += [(name, *_columns(part)) for name, part in _folded(self.parts)]
         rows.append(("in all", *_columns(self)))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = ["  ".join(cell.rjust(width) if i else cell.ljust(width)
-                           for i, (cell, width) in enumerate(zip(row, widths))) for row in rows]
+        lines = [
+            "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths)))
+            for row in rows
+        ]
         return "\n".join([*lines, self.summary(), *(f"note: {note}" for note in self.notes)])
 
 
 def _columns(part: Part | Estimate) -> tuple[str, ...]:
-    return (size(part.parameters + part.buffers), f"{part.trained:,}", size(part.gradients), size(part.optimizer),
-            size(part.kept))
+    return (
+        size(part.parameters + part.buffers),
+        f"{part.trained:,}",
+        size(part.gradients),
+        size(part.optimizer),
+        size(part.kept),
+    )
 
 
 def _folded(parts: list[Part]) -> Iterator[tuple[str, Part]]:

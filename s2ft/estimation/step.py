@@ -1,4 +1,5 @@
 """One step of training a model without data, and what is counted in it."""
+
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -21,30 +22,38 @@ from s2ft.estimation.memory import Memory, bytes_of, storages
 from s2ft.estimation.result import Part
 from s2ft.estimation.twin import scales_of
 
-OUTSIDE = "model and loss"   # the part for what is saved in no module's forward but the model's own
+OUTSIDE = "model and loss"  # the part for what is saved in no module's forward but the model's own
 COLUMNS = ("parameters", "buffers", "trained", "gradients", "optimizer", "kept")
 
 
 class Step:
     """Hooks the model, runs it, and has the numbers."""
 
-    def __init__(self, twin: nn.Module, record: Attachment, inputs: Any, loss: Callable | None, device: torch.device,
-                 autocast: torch.dtype | None, complete: bool) -> None:
+    def __init__(
+        self,
+        twin: nn.Module,
+        record: Attachment,
+        inputs: Any,
+        loss: Callable | None,
+        device: torch.device,
+        autocast: torch.dtype | None,
+        complete: bool,
+    ) -> None:
         """Args:
-            twin: on fake tensors of `device`, in training mode. record: of its couplings.
-            inputs: what it is called with. loss: of (twin, inputs); default: the model's own, or all outputs.
-            complete: no labels are to be added to the inputs.
+        twin: on fake tensors of `device`, in training mode. record: of its couplings.
+        inputs: what it is called with. loss: of (twin, inputs); default: the model's own, or all outputs.
+        complete: no labels are to be added to the inputs.
         """
         self.twin, self.inputs, self.loss = twin, inputs, loss
         self.autocast = _autocast(device, autocast)
         self.trained = {name: p for name, p in twin.named_parameters() if p.requires_grad}
         self.part_of = _part_names(twin)
-        self.weights = self._weights()        # now, before anything runs: a layer may put something in their place
-        self.kept: Counter = Counter()        # by part
-        self.optimizer: Counter = Counter()   # by name
+        self.weights = self._weights()  # now, before anything runs: a layer may put something in their place
+        self.kept: Counter = Counter()  # by part
+        self.optimizer: Counter = Counter()  # by name
         self.memory = Memory(twin, device)
-        self.within: list[str] = []           # parts whose forward runs, the innermost last
-        self.broken: str | None = None     # the innermost that an error came out of
+        self.within: list[str] = []  # parts whose forward runs, the innermost last
+        self.broken: str | None = None  # the innermost that an error came out of
         self._hook(record, device)
         if not complete and can_be_labelled(twin, inputs):
             self.inputs = labelled(inputs, self._guarded(self._look))
@@ -109,7 +118,7 @@ class Step:
         optimizer = make(list(self.trained.values()))
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must make a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        with self.memory.scalars_are(1.0):   # a step may ask for a norm; what it holds does not depend on it
+        with self.memory.scalars_are(1.0):  # a step may ask for a norm; what it holds does not depend on it
             optimizer.step()
         seen: set[int] = set()
         for name, parameter in self.trained.items():
@@ -121,11 +130,15 @@ class Step:
         try:
             return run()
         except UnsupportedOperatorException as error:
-            raise ValueError(f"{type(self.twin).__name__} can't be counted: an operator in {self._where()} does not "
-                             f"say what it gives for tensors without data ({error})") from error
+            raise ValueError(
+                f"{type(self.twin).__name__} can't be counted: an operator in {self._where()} does not "
+                f"say what it gives for tensors without data ({error})"
+            ) from error
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise ValueError(f"{type(self.twin).__name__} can't be counted without running it on its weights: what it "
-                             f"does in {self._where()} depends on numbers that it computes ({error})") from error
+            raise ValueError(
+                f"{type(self.twin).__name__} can't be counted without running it on its weights: what it "
+                f"does in {self._where()} depends on numbers that it computes ({error})"
+            ) from error
 
     def _where(self) -> str:
         return self.broken or f"the {self.memory.phase}"
@@ -134,8 +147,11 @@ class Step:
 
     def peak(self) -> tuple[int, str]:
         """Bytes, and in which phase. The optimizer's state is there in every step but the first."""
-        most = {phase: alive + (0 if phase == "optimizer" else self.optimizer.total())
-                for phase, alive in self.memory.peaks.items() if phase}
+        most = {
+            phase: alive + (0 if phase == "optimizer" else self.optimizer.total())
+            for phase, alive in self.memory.peaks.items()
+            if phase
+        }
         phase = max(most, key=most.get)
         return self.weights.total() + most[phase], phase
 
@@ -162,7 +178,7 @@ class Step:
             counted["optimizer"] += self.optimizer[name]
         for name, kept in self.kept.items():
             sums[name]["kept"] += kept
-        sums[OUTSIDE] = sums.pop(OUTSIDE)   # last
+        sums[OUTSIDE] = sums.pop(OUTSIDE)  # last
         parts = [Part(name, *(counted[column] for column in COLUMNS)) for name, counted in sums.items()]
         return [part for part in parts if sums[part.name].total()]
 
@@ -181,14 +197,17 @@ def _autocast(device: torch.device, dtype: torch.dtype | None) -> Callable:
 
 def _deal_tokens(device: torch.device, experts: nn.Module, inputs: tuple, named: dict[str, Any]) -> tuple[tuple, dict]:
     """Give every expert as many tokens: whom a router chooses its weights know, and what is kept is for all tokens."""
+
     def dealt(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.is_floating_point():
             return value
         return torch.arange(value.numel(), device=device).reshape(value.shape) % experts.num_experts
+
     return tuple(map(dealt, inputs)), {name: dealt(value) for name, value in named.items()}
 
 
 # ---- parts of a model ------------------------------------------------------------------------------------
+
 
 def _part_names(model: nn.Module) -> dict[str, str]:
     """By module, the part it belongs to: its layer, which is its name up to the first number; of what lies beside the
@@ -201,6 +220,7 @@ def _part_names(model: nn.Module) -> dict[str, str]:
         if path in layers:
             return layers[path]
         return next((one for one in reversed([path, *_above(path)]) if one not in around), path) or OUTSIDE
+
     return {path: part(path) for path in paths}
 
 

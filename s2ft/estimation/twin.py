@@ -1,4 +1,5 @@
 """A copy of a model that has S²FT's layers and no data."""
+
 import copy
 import re
 from collections.abc import Sequence
@@ -20,14 +21,15 @@ from s2ft.model.weights import is_quantized
 from s2ft.selection import select
 
 
-def twin_of(model: nn.Module, config: S2FTConfig, dtype: torch.dtype | None,
-            couplings: Sequence[Coupling] | None) -> tuple[nn.Module, Attachment]:
+def twin_of(
+    model: nn.Module, config: S2FTConfig, dtype: torch.dtype | None, couplings: Sequence[Coupling] | None
+) -> tuple[nn.Module, Attachment]:
     """A copy on the meta device with trainable layers in place, and its record. Quantized weights are shared, for their
     layers ask them what they are."""
     if RECORD in model.__dict__:
         raise ValueError(f"{type(model).__name__} has an S²FT adapter already: detach or merge it first")
     wanted = _wanted_dtypes(model, dtype)
-    memo: dict[int, Any] = {}   # what deepcopy finds here it does not copy
+    memo: dict[int, Any] = {}  # what deepcopy finds here it does not copy
     for path, module in model.named_modules():
         quantized = is_quantized(module)
         if quantized:
@@ -36,13 +38,19 @@ def twin_of(model: nn.Module, config: S2FTConfig, dtype: torch.dtype | None,
         for name, tensor in _tensors_of(module):
             if id(tensor) not in memo:
                 shared = quantized and name == "weight"
-                memo[id(tensor)] = (_shared(tensor) if shared else
-                                    _hollow(f"{path}.{name}", tensor, wanted.get(id(tensor), tensor.dtype)))
+                memo[id(tensor)] = (
+                    _shared(tensor)
+                    if shared
+                    else _hollow(f"{path}.{name}", tensor, wanted.get(id(tensor), tensor.dtype))
+                )
     twin = copy.deepcopy(model, memo)
     found = couplings_of(twin, couplings)
-    record = Attachment(found, {"layers": {}}, {}, given=couplings is not None)   # of no base: nothing is compared
-    plain = config if config.units is not None else replace(config, selection="random", order="largest",
-                                                           allocation="uniform")
+    record = Attachment(found, {"layers": {}}, {}, given=couplings is not None)  # of no base: nothing is compared
+    plain = (
+        config
+        if config.units is not None
+        else replace(config, selection="random", order="largest", allocation="uniform")
+    )
     claim(twin, record)
     mount(twin, record, config, select(found, plain, twin), "estimate")
     return twin, record
@@ -75,22 +83,30 @@ def scales_of(module: nn.Module) -> list[Tensor]:
         return []
     states = [*_quant_states(module), *(state.state2 for state in _quant_states(module) if state.state2 is not None)]
     found = [tensor for state in states for tensor in _tensors_in(vars(state))]
-    return found + [tensor for held in (_state(module), vars(module.weight)) for name, tensor in held.items()
-                    if name == "SCB" and tensor is not None]
+    return found + [
+        tensor
+        for held in (_state(module), vars(module.weight))
+        for name, tensor in held.items()
+        if name == "SCB" and tensor is not None
+    ]
 
 
 def _check_is_quantized(path: str, module: nn.Module) -> None:
     """Raises: ValueError for a layer of bitsandbytes whose bytes are not there yet."""
     if module.weight.is_meta:
-        raise ValueError(f"{path} ({type(module).__name__}) is on the meta device, and how it is quantized is known "
-                         "once it is loaded: estimate the loaded model, or the unquantized one")
+        raise ValueError(
+            f"{path} ({type(module).__name__}) is on the meta device, and how it is quantized is known "
+            "once it is loaded: estimate the loaded model, or the unquantized one"
+        )
 
 
 def _hollow(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor of this shape on the meta device."""
     if is_sharded(tensor) or is_traceable_wrapper_subclass(tensor):
-        raise ValueError(f"{name} is a {type(tensor.data).__name__}, which can't be counted: give the model as it is "
-                         "before it is sharded or wrapped")
+        raise ValueError(
+            f"{name} is a {type(tensor.data).__name__}, which can't be counted: give the model as it is "
+            "before it is sharded or wrapped"
+        )
     made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="meta")
     return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
 
@@ -110,7 +126,7 @@ def _wanted_dtypes(model: nn.Module, dtype: torch.dtype | None) -> dict[int, tor
         raise ValueError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
     wanted = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():   # buffers that aren't saved are not loaded either
+    for name, tensor in model.state_dict(keep_vars=True).items():  # buffers that aren't saved are not loaded either
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
             found = (there for pattern, there in plan.items() if re.search(rf"(^|\.){pattern}(\.|$)", name))
             wanted[id(tensor)] = next(found, dtype)
@@ -120,7 +136,7 @@ def _wanted_dtypes(model: nn.Module, dtype: torch.dtype | None) -> dict[int, tor
 def forget_data(twin: nn.Module, device: torch.device) -> None:
     """Put fake tensors of `device` in the place of all tensors."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    made: dict[int, tuple[Tensor, Tensor]] = {}   # with the old one, so that its id stays taken
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # with the old one, so that its id stays taken
 
     def fake(tensor: Tensor) -> Tensor:
         if id(tensor) not in made:
@@ -141,8 +157,12 @@ def _fake(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
             made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
     if isinstance(tensor, nn.Parameter):
         made = nn.Parameter(made, requires_grad=tensor.requires_grad)
-        made.__dict__.update({name: _fake(value, mode, device) if isinstance(value, Tensor) else value
-                              for name, value in vars(tensor).items()})
+        made.__dict__.update(
+            {
+                name: _fake(value, mode, device) if isinstance(value, Tensor) else value
+                for name, value in vars(tensor).items()
+            }
+        )
     return made
 
 
@@ -151,6 +171,6 @@ def checkpoint(twin: nn.Module, kind: Any) -> None:
         raise ValueError(f"gradient_checkpointing must be True, False, 'reentrant' or 'non-reentrant', got {kind!r}")
     if not getattr(twin, "supports_gradient_checkpointing", False):
         raise ValueError(f"gradient_checkpointing: {type(twin).__name__} does not support it")
-    name = "activation" if hasattr(twin, "activation_checkpointing_enable") else "gradient"   # transformers 5.2x
+    name = "activation" if hasattr(twin, "activation_checkpointing_enable") else "gradient"  # transformers 5.2x
     options = {"use_reentrant": kind == "reentrant", "preserve_rng_state": False}
     getattr(twin, f"{name}_checkpointing_enable")(**{f"{name}_checkpointing_kwargs": options})

@@ -4,6 +4,7 @@ Only families and tokenizers are written of which every part is known to be what
 refused with the command of llama.cpp that converts a merged checkpoint. Where the base was a GGUF file itself, its
 metadata is copied, tokenizer and all.
 """
+
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,16 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}   # llama.cpp's names by model_type
-COMMAND = ("s2ft export --format merged, then llama.cpp's: python convert_hf_to_gguf.py MERGED --outfile model.gguf "
-           "--outtype f16")
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}  # llama.cpp's names by model_type
+COMMAND = (
+    "s2ft export --format merged, then llama.cpp's: python convert_hf_to_gguf.py MERGED --outfile model.gguf "
+    "--outtype f16"
+)
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # How llama.cpp calls a way to cut text into words, by what tokenizer.json has: a regular expression, single digits
 # before GPT-2's, or GPT-2's alone; and whether a word that is a token is taken whole
-SPLITS = {("split", WORDS + r"\p{N}{1,3}" + REST, True): "llama-bpe",
-          ("split", WORDS + r"\p{N}" + REST, False): "qwen2",
-          ("digits", None, False): "smollm", ("plain", None, False): "gpt-2"}
+SPLITS = {
+    ("split", WORDS + r"\p{N}{1,3}" + REST, True): "llama-bpe",
+    ("split", WORDS + r"\p{N}" + REST, False): "qwen2",
+    ("digits", None, False): "smollm",
+    ("plain", None, False): "gpt-2",
+}
 
 
 def write(model, tokenizer, file: Path, base: Path | None = None) -> None:
@@ -36,16 +42,22 @@ def write(model, tokenizer, file: Path, base: Path | None = None) -> None:
     config = model.config
     architecture = ARCHITECTURES.get(config.model_type)
     if architecture is None:
-        raise ValueError(f"model type {config.model_type} is not written as GGUF here, but {', '.join(ARCHITECTURES)} "
-                         f"are: {COMMAND}")
+        raise ValueError(
+            f"model type {config.model_type} is not written as GGUF here, but {', '.join(ARCHITECTURES)} are: {COMMAND}"
+        )
     tensors = dict(_tensors(model, architecture))
     reader = gguf.GGUFReader(base) if base is not None else None
     if reader is None:
         _check_config(config)
         metadata = {**_config(config, architecture), **_tokenizer(tokenizer, config)}
     writer = gguf.GGUFWriter(file, architecture)
-    writer.add_file_type({torch.float32: gguf.LlamaFileType.ALL_F32, torch.float16: gguf.LlamaFileType.MOSTLY_F16,
-                          torch.bfloat16: gguf.LlamaFileType.MOSTLY_BF16}[model.dtype])
+    writer.add_file_type(
+        {
+            torch.float32: gguf.LlamaFileType.ALL_F32,
+            torch.float16: gguf.LlamaFileType.MOSTLY_F16,
+            torch.bfloat16: gguf.LlamaFileType.MOSTLY_BF16,
+        }[model.dtype]
+    )
     if reader is not None:
         _copy(reader, writer, tensors)
     else:
@@ -60,6 +72,7 @@ def write(model, tokenizer, file: Path, base: Path | None = None) -> None:
 
 
 # ---- tensors -------------------------------------------------------------------------------------------
+
 
 def _tensors(model, architecture: str) -> Iterator[tuple[str, Tensor]]:
     """By their names in GGUF."""
@@ -91,7 +104,7 @@ def _interleaved(rows: Tensor, heads: int) -> Tensor:
 def _add_tensor(writer, name: str, tensor: Tensor) -> None:
     import gguf
 
-    if tensor.dtype == torch.bfloat16 and tensor.dim() > 1:   # numpy has no bfloat16
+    if tensor.dtype == torch.bfloat16 and tensor.dim() > 1:  # numpy has no bfloat16
         packed = gguf.quants.quantize(tensor.float().numpy(), gguf.GGMLQuantizationType.BF16)
         writer.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType.BF16)
     else:
@@ -100,13 +113,17 @@ def _add_tensor(writer, name: str, tensor: Tensor) -> None:
 
 # ---- metadata ------------------------------------------------------------------------------------------
 
+
 def _copy(reader, writer, tensors: dict[str, Tensor]) -> None:
     """All metadata of a GGUF file, and its tensors that the model has none for (frequencies of its positions)."""
     import gguf
 
     for field in reader.fields.values():
         if not field.name.startswith("GGUF.") and field.name not in (
-                "general.architecture", "general.file_type", "general.quantization_version"):
+            "general.architecture",
+            "general.file_type",
+            "general.quantization_version",
+        ):
             of = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(field.name, field.contents(), field.types[0], of)
     for tensor in reader.tensors:
@@ -115,8 +132,13 @@ def _copy(reader, writer, tensors: dict[str, Tensor]) -> None:
 
 
 def _add(writer, key: str, value: Any) -> None:
-    kinds = {bool: writer.add_bool, str: writer.add_string, int: writer.add_uint32, float: writer.add_float32,
-             list: writer.add_array}
+    kinds = {
+        bool: writer.add_bool,
+        str: writer.add_string,
+        int: writer.add_uint32,
+        float: writer.add_float32,
+        list: writer.add_array,
+    }
     kinds[type(value)](key, value)
 
 
@@ -127,8 +149,8 @@ def _check_config(config) -> None:
         f"positions scaled by {rope.get('rope_type')}": rope.get("rope_type", "default") != "default",
         f"activation {config.hidden_act}": config.hidden_act != "silu",
         "biases": getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False),
-        "a sliding window": getattr(config, "sliding_window", None) is not None and getattr(
-            config, "use_sliding_window", True),
+        "a sliding window": getattr(config, "sliding_window", None) is not None
+        and getattr(config, "use_sliding_window", True),
     }
     for what, found in unusual.items():
         if found:
@@ -161,18 +183,32 @@ def _tokenizer(tokenizer, config) -> dict[str, Any]:
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     bpe = content["model"]
     split = SPLITS.get((*_split(content), bool(bpe.get("ignore_merges"))))
-    if bpe["type"] != "BPE" or bpe.get("byte_fallback") or split is None or (content["normalizer"] or {}).get(
-            "type", "NFC") != "NFC":
-        raise ValueError(f"a tokenizer of this kind is not written as GGUF here, byte-level BPE that cuts words as "
-                         f"{', '.join(SPLITS.values())} is: {COMMAND}")
+    if (
+        bpe["type"] != "BPE"
+        or bpe.get("byte_fallback")
+        or split is None
+        or (content["normalizer"] or {}).get("type", "NFC") != "NFC"
+    ):
+        raise ValueError(
+            f"a tokenizer of this kind is not written as GGUF here, byte-level BPE that cuts words as "
+            f"{', '.join(SPLITS.values())} is: {COMMAND}"
+        )
     tokens, kinds = _tokens(tokenizer, config.vocab_size)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]]
     sample = tokenizer("a")["input_ids"]
-    values = {"model": "gpt2", "pre": split, "tokens": tokens, "token_type": kinds, "merges": merges,
-              "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-              "unknown_token_id": tokenizer.unk_token_id, "padding_token_id": tokenizer.pad_token_id,
-              "add_bos_token": sample[0] == tokenizer.bos_token_id,
-              "add_eos_token": sample[-1] == tokenizer.eos_token_id}
+    values = {
+        "model": "gpt2",
+        "pre": split,
+        "tokens": tokens,
+        "token_type": kinds,
+        "merges": merges,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "unknown_token_id": tokenizer.unk_token_id,
+        "padding_token_id": tokenizer.pad_token_id,
+        "add_bos_token": sample[0] == tokenizer.bos_token_id,
+        "add_eos_token": sample[-1] == tokenizer.eos_token_id,
+    }
     metadata = {f"tokenizer.ggml.{key}": value for key, value in values.items() if value is not None and value != []}
     if isinstance(tokenizer.chat_template, str):
         metadata["tokenizer.chat_template"] = tokenizer.chat_template

@@ -1,4 +1,5 @@
 """A stock checkpoint of a model with an adapter merged in."""
+
 import os
 import shutil
 import tempfile
@@ -13,8 +14,9 @@ from s2ft.packages import check_packages
 from s2ft.text.models import dtype_of_base, load_model, locate
 
 
-def merge_checkpoint(model_name: str, adapter: str | Path, output: str | Path, dtype: str = "auto",
-                     max_shard_size: str | None = None) -> None:
+def merge_checkpoint(
+    model_name: str, adapter: str | Path, output: str | Path, dtype: str = "auto", max_shard_size: str | None = None
+) -> None:
     """Merge, save with tokenizer and generation settings, load it again with plain transformers and compare.
 
     Written beside `output` and renamed when every weight came back bit for bit.
@@ -32,7 +34,7 @@ def merge_checkpoint(model_name: str, adapter: str | Path, output: str | Path, d
 
 def merged(model_name: str, adapter: str | Path, dtype: str = "auto"):
     """(plain model with the adapter merged in, tokenizer). Raises: ValueError or FileNotFoundError."""
-    saved = s2ft.adapter.read_adapter(adapter)   # a broken adapter is found before a model is loaded
+    saved = s2ft.adapter.read_adapter(adapter)  # a broken adapter is found before a model is loaded
     model, tokenizer = load_model(model_name, dtype_of_base(saved, dtype))
     s2ft.load_adapter(model, adapter)
     return s2ft.merge(model), tokenizer
@@ -52,7 +54,7 @@ def folder_beside(output: str | Path) -> Iterator[Path]:
     beside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.absolute().parent))
     try:
         yield beside
-        beside.chmod(0o777 & ~_umask())   # mkdtemp's folder is the user's alone
+        beside.chmod(0o777 & ~_umask())  # mkdtemp's folder is the user's alone
         os.rename(beside, output)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
@@ -64,8 +66,10 @@ def _compare(model, folder: Path) -> None:
 
     saved, merged = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict(), model.state_dict()
     different = sorted(saved.keys() ^ merged.keys()) or sorted(
-        key for key, weight in merged.items()
-        if weight.dtype != saved[key].dtype or not torch.equal(weight.cpu(), saved[key]))
+        key
+        for key, weight in merged.items()
+        if weight.dtype != saved[key].dtype or not torch.equal(weight.cpu(), saved[key])
+    )
     if different:
         raise RuntimeError(f"the saved checkpoint is not the merged model: {', '.join(different[:5])} differ")
 
@@ -103,7 +107,8 @@ def _compare_gguf(model, tokenizer, file: Path) -> None:
     again, words = load_model(str(file), "float32")
     saved = again.state_dict()
     different = sorted(saved.keys() ^ model.state_dict().keys()) or sorted(
-        key for key, weight in model.state_dict().items() if not torch.equal(weight.cpu().float(), saved[key]))
+        key for key, weight in model.state_dict().items() if not torch.equal(weight.cpu().float(), saved[key])
+    )
     if different:
         raise RuntimeError(f"the GGUF file is not the merged model: {', '.join(different[:5])} differ")
     if words(PROBE)["input_ids"] != tokenizer(PROBE)["input_ids"]:

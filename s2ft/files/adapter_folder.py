@@ -5,6 +5,7 @@ pending config over the config. The rename of the tensors is the moment from whi
 reader takes the config whose ``tensors_sha256`` is that of the tensors file. A writer that is stopped at any point
 leaves the old adapter or the new one.
 """
+
 import hashlib
 import stat
 from collections.abc import Callable
@@ -14,10 +15,10 @@ from typing import TypeVar
 from s2ft.files.reading import open_file, open_regular, read_json
 
 TENSORS = "s2ft_adapter.safetensors"
-CONFIG = "s2ft_config.json"   # not adapter_config.json, which PEFT and AutoModel would take for theirs
-PENDING = f"{CONFIG}.next"    # there while the tensors are replaced, and after a writer was stopped
+CONFIG = "s2ft_config.json"  # not adapter_config.json, which PEFT and AutoModel would take for theirs
+PENDING = f"{CONFIG}.next"  # there while the tensors are replaced, and after a writer was stopped
 KIND = "S²FT adapter"
-ATTEMPTS = 20                 # to read a folder that others keep replacing
+ATTEMPTS = 20  # to read a folder that others keep replacing
 
 Read = TypeVar("Read")
 
@@ -36,7 +37,7 @@ def stamp_of(directory: Path) -> tuple | None:
 def _stamp(path: Path) -> tuple[int, int] | None:
     try:
         found = path.stat()
-    except (OSError, ValueError):   # no such file, or a name that no file can have
+    except (OSError, ValueError):  # no such file, or a name that no file can have
         return None
     return (found.st_mtime_ns, found.st_ino) if stat.S_ISREG(found.st_mode) else None
 
@@ -70,7 +71,7 @@ def _config_name(directory: Path) -> str:
         return PENDING
     try:
         pending = read_json(open_file(directory, PENDING, KIND))
-    except ValueError:   # no writer of ours left it
+    except ValueError:  # no writer of ours left it
         return CONFIG
     expected = pending.get("tensors_sha256") if isinstance(pending, dict) else None
     return PENDING if _sha256(open_file(directory, TENSORS, KIND)) == expected else CONFIG

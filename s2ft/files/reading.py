@@ -3,6 +3,7 @@
 What a folder holds may come from anywhere. Nothing here runs code of a file, and nothing takes more memory than a
 few times a file's own size.
 """
+
 import json
 import os
 import re
@@ -15,11 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-MAX_CONFIG = 64 * 2**20     # bytes; mixtures of 256 experts in 60 layers need about 10 MiB
-MAX_HEADER = 32 * 2**20     # of a safetensors file, as the same mixtures need about 13 MiB
-MAX_TENSORS = 64 * 2**30    # of all tensors
-MAX_NAME = 500              # characters
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".npz")   # kinds of files that run code when they are read
+MAX_CONFIG = 64 * 2**20  # bytes; mixtures of 256 experts in 60 layers need about 10 MiB
+MAX_HEADER = 32 * 2**20  # of a safetensors file, as the same mixtures need about 13 MiB
+MAX_TENSORS = 64 * 2**30  # of all tensors
+MAX_NAME = 500  # characters
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".npz")  # kinds of files that run code when they are read
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4}
 FLOATS = ("F64", "F32", "F16", "BF16")
 INTEGERS = ("I64", "I32")
@@ -35,11 +36,17 @@ def open_file(directory: Path, name: str, kind: str) -> Path:
     if not directory.exists():
         raise FileNotFoundError(f"there is no folder {directory}")
     if not path.is_file():
-        pickles = sorted(entry.name for entry in directory.iterdir() if entry.suffix in PICKLES) \
-            if directory.is_dir() else []
-        raise FileNotFoundError(f"{directory} is no {kind}: it has no {name}" + (
-            f" ({', '.join(pickles[:3])}: such files run code when they are read and are not; save as safetensors)"
-            if pickles else ""))
+        pickles = (
+            sorted(entry.name for entry in directory.iterdir() if entry.suffix in PICKLES) if directory.is_dir() else []
+        )
+        raise FileNotFoundError(
+            f"{directory} is no {kind}: it has no {name}"
+            + (
+                f" ({', '.join(pickles[:3])}: such files run code when they are read and are not; save as safetensors)"
+                if pickles
+                else ""
+            )
+        )
     target = path.resolve()
     if not any(target.is_relative_to(root) for root in _roots(directory.resolve())):
         raise ValueError(f"{path} is a link that leads out of its folder: put the file itself there")
@@ -77,10 +84,11 @@ def _read_all(file: BinaryIO, path: Path, limit: int) -> bytes:
     size = os.fstat(file.fileno()).st_size
     if size > limit:
         raise ValueError(f"{path} has {size:,} bytes; such a file has at most {limit:,}")
-    return file.read(size)   # no more, should it be growing
+    return file.read(size)  # no more, should it be growing
 
 
 # ---- JSON ----------------------------------------------------------------------------------------------
+
 
 def read_json(path: Path) -> Any:
     """Raises: ValueError for what is not JSON in UTF-8 with every key once and finite numbers, or too big."""
@@ -139,10 +147,18 @@ def check_adapter_name(name: Any, where: str = "name") -> None:
     Raises:
         ValueError: It is not a printable word of at most MAX_NAME characters, has a slash, or begins with a dot.
     """
-    if (not isinstance(name, str) or not 0 < len(name) <= MAX_NAME or not name.isprintable()
-            or name.startswith(".") or "/" in name or "\\" in name):
-        raise ValueError(f"{where}: an adapter's name must be a word without slashes, got {shortened(name)}: give "
-                         f"at most {MAX_NAME} printable characters, and no dot in front")
+    if (
+        not isinstance(name, str)
+        or not 0 < len(name) <= MAX_NAME
+        or not name.isprintable()
+        or name.startswith(".")
+        or "/" in name
+        or "\\" in name
+    ):
+        raise ValueError(
+            f"{where}: an adapter's name must be a word without slashes, got {shortened(name)}: give "
+            f"at most {MAX_NAME} printable characters, and no dot in front"
+        )
 
 
 def shortened(value: Any) -> str:
@@ -153,6 +169,7 @@ def shortened(value: Any) -> str:
 
 # ---- safetensors ---------------------------------------------------------------------------------------
 
+
 def read_tensors(path: Path, check) -> tuple[dict[str, Tensor], bytes]:
     """All tensors of a file, and its bytes.
 
@@ -161,7 +178,7 @@ def read_tensors(path: Path, check) -> tuple[dict[str, Tensor], bytes]:
             wanted; nothing but the header has been read then.
     Raises: ValueError for a file that is truncated, damaged, too big, or of other dtypes than floats and integers.
     """
-    with open_regular(path) as file:   # once: another process may replace it
+    with open_regular(path) as file:  # once: another process may replace it
         check(_entries(file, path))
         file.seek(0)
         blob = _read_all(file, path, MAX_TENSORS)

@@ -1,5 +1,6 @@
 """Trainable layers: one file a kind of plain layer; layers_for says which takes the place of what, and forward_for how
 a plain one runs on an effective weight."""
+
 from collections.abc import Callable
 from typing import Optional, Tuple, Type
 
@@ -12,10 +13,26 @@ from s2ft.layers.linear import S2ColumnLinear, S2RowLinear, linear_forward
 from s2ft.layers.quantized import NO_FUSE, S2QuantizedColumn, S2QuantizedLinear, S2QuantizedRow, quantized_forward
 from s2ft.model.weights import is_conv1d, is_quantized
 
-__all__ = ["CONVOLUTIONS", "NO_FUSE", "ObservedStack", "S2ColumnConv", "S2ColumnLinear", "S2ColumnStack",
-           "S2Layer", "S2QuantizedColumn", "S2QuantizedLinear", "S2QuantizedRow", "S2RowConv", "S2RowLinear",
-           "S2RowStack", "S2Stack", "experts_forward", "forward_for", "gate_of",
-           "layers_for"]
+__all__ = [
+    "CONVOLUTIONS",
+    "NO_FUSE",
+    "ObservedStack",
+    "S2ColumnConv",
+    "S2ColumnLinear",
+    "S2ColumnStack",
+    "S2Layer",
+    "S2QuantizedColumn",
+    "S2QuantizedLinear",
+    "S2QuantizedRow",
+    "S2RowConv",
+    "S2RowLinear",
+    "S2RowStack",
+    "S2Stack",
+    "experts_forward",
+    "forward_for",
+    "gate_of",
+    "layers_for",
+]
 
 
 def layers_for(module: nn.Module) -> tuple[type[S2Layer], type[S2Layer]] | None:

@@ -1,4 +1,5 @@
 """What every layer with a trainable slice shares: the slice, fusing, and loading a state."""
+
 import copy
 import warnings
 from functools import cache
@@ -25,14 +26,21 @@ class S2Layer(nn.Module):
     """
 
     dim: ClassVar[int]
-    transposed = False   # whether the weight is stored as inputs × outputs
-    _looked_at = 0       # the address of the weight that check_private has passed
+    transposed = False  # whether the weight is stored as inputs × outputs
+    _looked_at = 0  # the address of the weight that check_private has passed
     _fused_version = -1  # of s2, as the weight holds it
-    is_tied = False      # whether other modules hold the same weight
+    is_tied = False  # whether other modules hold the same weight
 
     @classmethod
-    def from_module(cls, module: nn.Module, start: int | None = None, end: int | None = None, *,
-                    index: Tensor | None = None, delta_dtype: torch.dtype | None = None) -> "S2Layer":
+    def from_module(
+        cls,
+        module: nn.Module,
+        start: int | None = None,
+        end: int | None = None,
+        *,
+        index: Tensor | None = None,
+        delta_dtype: torch.dtype | None = None,
+    ) -> "S2Layer":
         """A layer on the very weight and bias of `module`: no copy, and both become frozen."""
         self = cls.__new__(cls)
         nn.Module.__init__(self)
@@ -69,8 +77,9 @@ class S2Layer(nn.Module):
         if index is None:
             start, end = 0 if start is None else int(start), size if end is None else int(end)
             if not 0 <= start < end <= size:
-                raise ValueError(f"start and end must satisfy 0 <= start < end <= {size} ({side}), "
-                                 f"got start={start}, end={end}")
+                raise ValueError(
+                    f"start and end must satisfy 0 <= start < end <= {size} ({side}), got start={start}, end={end}"
+                )
             length = end - start
         else:
             if start is not None or end is not None:
@@ -89,7 +98,7 @@ class S2Layer(nn.Module):
         shape[self.dim] = length
         self.s2 = nn.Parameter(torch.zeros(shape, device=self.weight.device, dtype=delta_dtype or self.weight.dtype))
         self._made = self.s2.dtype
-        self.register_buffer("base", None)   # the replaced slice, while fused
+        self.register_buffer("base", None)  # the replaced slice, while fused
         self.enabled = True
 
     @property
@@ -105,8 +114,10 @@ class S2Layer(nn.Module):
         """Raises: RuntimeError for a weight that was unfrozen; ValueError for one that lies in shared memory now."""
         weight = self.weight
         if weight.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError("weight requires a gradient, which this layer gives to s2 alone: it stays frozen. To train "
-                               "more of it select more units, to train all of it detach first")
+            raise RuntimeError(
+                "weight requires a gradient, which this layer gives to s2 alone: it stays frozen. To train "
+                "more of it select more units, to train all of it detach first"
+            )
         check_private_once(self, weight)
 
     # ---- fuse and unfuse -------------------------------------------------------------------------
@@ -138,14 +149,16 @@ class S2Layer(nn.Module):
                 self._write_units(self.base)
                 self.base = None
 
-    fuse_s2_weight, unfuse_s2_weight = fuse, unfuse   # the reference code's names
+    fuse_s2_weight, unfuse_s2_weight = fuse, unfuse  # the reference code's names
 
     def _check_fused(self) -> None:
         if torch.is_grad_enabled() and self.s2.requires_grad and self.training:
-            raise RuntimeError("this layer is fused and in training mode, where s2 would get no gradient: "
-                               "call unfuse() to train, or eval() / torch.no_grad() to run it")
+            raise RuntimeError(
+                "this layer is fused and in training mode, where s2 would get no gradient: "
+                "call unfuse() to train, or eval() / torch.no_grad() to run it"
+            )
         if not torch.compiler.is_compiling() and self.s2._version != self._fused_version:
-            self.fuse()   # s2 was changed since: by an optimizer, an average of weights, a loaded state
+            self.fuse()  # s2 was changed since: by an optimizer, an average of weights, a loaded state
 
     def _units(self) -> Tensor:
         matrix = self.matrix.detach()
@@ -183,22 +196,22 @@ class S2Layer(nn.Module):
         super().__setstate__(state)
         weight = self._parameters.get("weight")
         if weight is not None and weight.device.type == "cpu" and weight.is_shared():
-            weight.data = weight.data.clone()   # torch.multiprocessing sends tensors in shared memory
+            weight.data = weight.data.clone()  # torch.multiprocessing sends tensors in shared memory
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         """The state's own `base` entry says whether it was fused; the layer takes that state over."""
         with torch.no_grad():
             if state_dict.get(prefix + "weight") is self.weight:
-                pass   # an attached model found that it is the weight that is here
+                pass  # an attached model found that it is the weight that is here
             elif prefix + "weight" not in state_dict:
-                self.unfuse()   # s2 alone comes in: it belongs to the base
+                self.unfuse()  # s2 alone comes in: it belongs to the base
             if prefix + "base" in state_dict:
                 self.base = self._units().clone() if self.base is None else self.base
             elif prefix + "weight" in state_dict:
-                self.base = None   # the weight that comes in is a base
+                self.base = None  # the weight that comes in is a base
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if state_dict.get(prefix + "weight") is self.weight:
-            self._fused_version = -1   # s2 may be another: the next forward writes it
+            self._fused_version = -1  # s2 may be another: the next forward writes it
         else:
             self._fused_version = self.s2._version
 
@@ -238,11 +251,13 @@ def at_rest(weight: Tensor) -> Tensor:
         return weight.detach().clone()
 
 
-@cache   # once a process
+@cache  # once a process
 def _say_cast(made: torch.dtype, now: torch.dtype) -> None:
     made, now = (str(dtype).removeprefix("torch.") for dtype in (made, now))
-    warnings.warn(f"s2 was made as {made} and comes to the forward as {now}. Where FSDP (MixedPrecisionPolicy's "
-                  f"param_dtype) or DeepSpeed cast it, updates still add up in {made}, but base + delta is the sum of "
-                  f"rounded parts, and not bit for bit the weight that merging writes: leave param_dtype unset and load "
-                  f"the base in {now}, or use torch.autocast. Where model.to did, updates below {now}'s step are lost",
-                  stacklevel=3)
+    warnings.warn(
+        f"s2 was made as {made} and comes to the forward as {now}. Where FSDP (MixedPrecisionPolicy's "
+        f"param_dtype) or DeepSpeed cast it, updates still add up in {made}, but base + delta is the sum of "
+        f"rounded parts, and not bit for bit the weight that merging writes: leave param_dtype unset and load "
+        f"the base in {now}, or use torch.autocast. Where model.to did, updates below {now}'s step are lost",
+        stacklevel=3,
+    )

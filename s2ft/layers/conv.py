@@ -10,11 +10,13 @@ from s2ft.ops import indexed_conv
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def conv_forward(module: nn.Module,         # nn.Conv1d to Conv3d of one group, or one of the layers below
-                 x: Tensor,                 # [N, in_channels, ...] or without N
-                 delta: Tensor | None,   # [n, I, taps] if dim == 0 else [O, n, taps]; None: the weight as it is
-                 index: Tensor | None,   # [n] int64
-                 dim: int) -> Tensor:       # [N, out_channels, ...]
+def conv_forward(
+    module: nn.Module,  # nn.Conv1d to Conv3d of one group, or one of the layers below
+    x: Tensor,  # [N, in_channels, ...] or without N
+    delta: Tensor | None,  # [n, I, taps] if dim == 0 else [O, n, taps]; None: the weight as it is
+    index: Tensor | None,  # [n] int64
+    dim: int,
+) -> Tensor:  # [N, out_channels, ...]
     """The forward of `module` on its weight with delta added to the channels `index`."""
     batched = x.dim() == module.weight.dim()
     x, padding = _padded(module, x if batched else x.unsqueeze(0))
@@ -42,8 +44,16 @@ class S2Conv(S2Layer):
     """
 
     def _take_over(self, module: nn.Module) -> None:
-        for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "padding_mode",
-                     "_reversed_padding_repeated_twice"):
+        for name in (
+            "in_channels",
+            "out_channels",
+            "kernel_size",
+            "stride",
+            "padding",
+            "dilation",
+            "padding_mode",
+            "_reversed_padding_repeated_twice",
+        ):
             setattr(self, name, getattr(module, name))
 
     def forward(self, input: Tensor) -> Tensor:

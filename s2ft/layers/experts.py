@@ -3,6 +3,7 @@
 transformers keeps a mixture's experts so: `gate_up_proj` and `down_proj` of one module. A stack stands in the
 parameter's place, and the module gets :func:`experts_forward`, which runs the experts that have tokens one by one.
 """
+
 from collections.abc import Callable
 from typing import Union
 
@@ -32,7 +33,7 @@ class S2Stack(S2Layer):
         shape[self.dim] = joined.numel()
         self.s2 = nn.Parameter(torch.zeros(shape, device=weight.device, dtype=delta_dtype or weight.dtype))
         self._made = self.s2.dtype
-        self.register_buffer("base", None)   # the replaced slices, while fused
+        self.register_buffer("base", None)  # the replaced slices, while fused
         self.enabled = True
         self._parts: tuple[Tensor, ...] | None = None
 
@@ -53,11 +54,16 @@ class S2Stack(S2Layer):
         self._parts = None
 
     def _units(self) -> Tensor:
-        found = [weight.index_select(self.dim, index) for weight, index in zip(self.weight.detach(), self.index.split(self.counts))]
+        found = [
+            weight.index_select(self.dim, index)
+            for weight, index in zip(self.weight.detach(), self.index.split(self.counts))
+        ]
         return torch.cat(found, self.dim)
 
     def write_units_of(self, weight: Tensor, values: Tensor) -> None:
-        for weight, index, part in zip(weight.detach(), self.index.split(self.counts), values.split(self.counts, self.dim)):
+        for weight, index, part in zip(
+            weight.detach(), self.index.split(self.counts), values.split(self.counts, self.dim)
+        ):
             weight.transpose(0, self.dim)[index] = part.transpose(0, self.dim)
 
     def extra_repr(self) -> str:
@@ -79,10 +85,12 @@ class S2RowStack(S2Stack):
 Stack = Union[nn.Parameter, nn.Module]
 
 
-def experts_forward(self: nn.Module, hidden_states: Tensor,   # [tokens, width]
-                    top_k_index: Tensor,                      # [tokens, k] int64
-                    top_k_weights: Tensor                     # [tokens, k]
-                    ) -> Tensor:                              # [tokens, width]
+def experts_forward(
+    self: nn.Module,
+    hidden_states: Tensor,  # [tokens, width]
+    top_k_index: Tensor,  # [tokens, k] int64
+    top_k_weights: Tensor,  # [tokens, k]
+) -> Tensor:  # [tokens, width]
     """The forward of a module of experts: down(act(gate) * up) of each, weighted and added up, in float32 at least."""
     stacks = [stack for stack in (self.gate_up_proj, self.down_proj) if isinstance(stack, S2Stack)]
     for stack in stacks:
@@ -102,10 +110,12 @@ def gate_of(experts: nn.Module) -> Callable[[Tensor], Tensor]:
     own = getattr(experts, "_apply_gate", None)
     if own is not None:
         return own
-    if type(experts).__name__ == "LigerExperts":   # Liger-Kernel's constructor refuses every other activation
+    if type(experts).__name__ == "LigerExperts":  # Liger-Kernel's constructor refuses every other activation
         return _silu_gate
-    raise ValueError(f"{type(experts).__name__} has no _apply_gate, so it is not known how its experts combine gate "
-                     "and up: load the model without kernels that replace the class of its experts")
+    raise ValueError(
+        f"{type(experts).__name__} has no _apply_gate, so it is not known how its experts combine gate "
+        "and up: load the model without kernels that replace the class of its experts"
+    )
 
 
 def _silu_gate(gate_up: Tensor) -> Tensor:
@@ -116,18 +126,18 @@ def _silu_gate(gate_up: Tensor) -> Tensor:
 def _run_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     gated = gate_of(self)
     k, flat = top_k_index.shape[1], top_k_index.reshape(-1)
-    order = flat.argsort(stable=True)                # all places of one expert in a row
+    order = flat.argsort(stable=True)  # all places of one expert in a row
     counts = torch.bincount(flat, minlength=self.num_experts).tolist()
     outputs: list[Tensor] = []
     for expert, places in enumerate(order.split(counts)):
-        if places.numel() and expert < self.num_experts:   # beyond: places that another device's experts have
+        if places.numel() and expert < self.num_experts:  # beyond: places that another device's experts have
             tokens = places // k
             inner = gated(_project(self.gate_up_proj, hidden_states[tokens], expert, tokens))
             outputs.append(_project(self.down_proj, inner, expert, tokens) * top_k_weights.reshape(-1)[places, None])
     wide = torch.promote_types(hidden_states.dtype, torch.float32)
     result = torch.zeros(hidden_states.shape, dtype=wide, device=hidden_states.device)
     if outputs:
-        here = order[:sum(counts[:self.num_experts])] // k
+        here = order[: sum(counts[: self.num_experts])] // k
         result = result.index_add(0, here, torch.cat(outputs).to(wide))
     return result.to(hidden_states.dtype)
 

@@ -1,4 +1,5 @@
 """Linear layers that train a few output rows or input columns of a frozen weight."""
+
 import math
 
 import torch
@@ -10,11 +11,13 @@ from s2ft.model.weights import as_matrix, is_conv1d
 from s2ft.ops import indexed_linear, sliced_linear
 
 
-def linear_forward(module: nn.Module,   # nn.Linear, transformers' Conv1D, or one of the layers below
-                   x: Tensor,           # [..., I]
-                   delta: Tensor,       # [n, I] if dim == 0 else [O, n]
-                   index: Tensor,       # [n] int64
-                   dim: int) -> Tensor:   # [..., O]
+def linear_forward(
+    module: nn.Module,  # nn.Linear, transformers' Conv1D, or one of the layers below
+    x: Tensor,  # [..., I]
+    delta: Tensor,  # [n, I] if dim == 0 else [O, n]
+    index: Tensor,  # [n] int64
+    dim: int,
+) -> Tensor:  # [..., O]
     """The forward of `module` on its weight with delta added to the units `index`."""
     weight = as_matrix(module.weight, transposed=is_conv1d(module) or getattr(module, "transposed", False))
     return indexed_linear(x, weight, delta, index, dim, module.bias)
@@ -27,9 +30,19 @@ class S2Linear(S2Layer):
     Conv1D of transformers `weight` stays (in, out); `s2` has a linear layer's shape all the same.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool | Tensor | None = True,
-                 start: int | None = None, end: int | None = None, device=None, dtype=None, *,
-                 index: Tensor | None = None, delta_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool | Tensor | None = True,
+        start: int | None = None,
+        end: int | None = None,
+        device=None,
+        dtype=None,
+        *,
+        index: Tensor | None = None,
+        delta_dtype: torch.dtype | None = None,
+    ) -> None:
         """Args:
             in_features, out_features: as in nn.Linear.
             bias: True or False as in nn.Linear, or the values [out_features] to start from.
@@ -42,8 +55,9 @@ class S2Linear(S2Layer):
         """
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype),
-                                   requires_grad=False)
+        self.weight = nn.Parameter(
+            torch.empty(out_features, in_features, device=device, dtype=dtype), requires_grad=False
+        )
         self._add_bias(bias)
         self._select(start, end, index, delta_dtype)
         self.reset_parameters()
@@ -86,8 +100,10 @@ class S2Linear(S2Layer):
         return linear_forward(self, input, self.delta, self.index, self.dim)
 
     def extra_repr(self) -> str:
-        return (f"in_features={self.in_features}, out_features={self.out_features}, "
-                f"bias={self.bias is not None}, {self._selected()}")
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, {self._selected()}"
+        )
 
 
 class S2ColumnLinear(S2Linear):

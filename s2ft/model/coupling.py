@@ -4,6 +4,7 @@ The units of a coupling pass from its producers to its consumer: unit i of a pro
 unit i of the consumer's inputs. So both sides may be put in a new order together and the model
 computes what it did before.
 """
+
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PROJECTIONS = ("q", "k", "v", "o", "u", "g", "d")   # u, g, d: up, gate, down
+PROJECTIONS = ("q", "k", "v", "o", "u", "g", "d")  # u, g, d: up, gate, down
 
 
 @dataclass(frozen=True)
@@ -23,21 +24,24 @@ class Projection:
     `stride` how far it is from one unit to the next. A weight is taken as outputs × inputs, however it is stored.
     """
 
-    key: str     # one of PROJECTIONS
-    path: str    # the module's name in the model; of experts, the name of their stacked weights [experts, O, I]
-    count: int   # units
-    unit: int    # elements a unit spans
-    dim: int     # of the weight: 0 for producers (outputs), 1 for the consumer (inputs)
-    start: int = 0                  # the first unit's first element
-    stride: int | None = None    # from a unit's first element to the next one's; default: unit
-    size: int | None = None      # elements of dim, where there are more than these units'
-    expert: int | None = None    # which of the experts
+    key: str  # one of PROJECTIONS
+    path: str  # the module's name in the model; of experts, the name of their stacked weights [experts, O, I]
+    count: int  # units
+    unit: int  # elements a unit spans
+    dim: int  # of the weight: 0 for producers (outputs), 1 for the consumer (inputs)
+    start: int = 0  # the first unit's first element
+    stride: int | None = None  # from a unit's first element to the next one's; default: unit
+    size: int | None = None  # elements of dim, where there are more than these units'
+    expert: int | None = None  # which of the experts
 
     @property
     def name(self) -> str:
         """What selections and adapters call it: its path, then [expert], then its key where it shares a weight."""
-        return (self.path + ("" if self.expert is None else f"[{self.expert}]")
-                + ("" if self.size is None else f".{self.key}"))
+        return (
+            self.path
+            + ("" if self.expert is None else f"[{self.expert}]")
+            + ("" if self.size is None else f".{self.key}")
+        )
 
     @property
     def site(self) -> tuple[str, int | None]:
@@ -62,8 +66,8 @@ class Vector:
     For instance the weight of a norm over all heads (unit head_dim), or of one per head, [heads, head_dim] (unit 1).
     """
 
-    path: str    # the tensor's name in the model
-    unit: int    # entries of dim 0 that a unit spans
+    path: str  # the tensor's name in the model
+    unit: int  # entries of dim 0 that a unit spans
 
 
 @dataclass(frozen=True)
@@ -74,14 +78,14 @@ class Coupling:
     first's (encoder, then decoder; text, then vision).
     """
 
-    kind: str    # "ffn", "attention", "cross-attention", "experts" or "shared-expert"
+    kind: str  # "ffn", "attention", "cross-attention", "experts" or "shared-expert"
     layer: int
     producers: tuple[Projection, ...]
     consumer: Projection
-    vectors: tuple[Vector, ...] = ()   # what moves along with the producers, besides their biases
-    fixed: bool = False                # whether something outside numbers the units, so that none can move
-    block: str | None = None        # the module around them, if there is one
-    activation: str | None = None   # of s2ft.ops.act_mul, if block is consumer(activation(gate) * up)
+    vectors: tuple[Vector, ...] = ()  # what moves along with the producers, besides their biases
+    fixed: bool = False  # whether something outside numbers the units, so that none can move
+    block: str | None = None  # the module around them, if there is one
+    activation: str | None = None  # of s2ft.ops.act_mul, if block is consumer(activation(gate) * up)
 
     @property
     def projections(self) -> Iterator[Projection]:
@@ -111,9 +115,14 @@ class Coupling:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Coupling":
         """Raises: TypeError or KeyError for other fields than :meth:`to_dict` writes."""
-        return cls(**{**values, "producers": tuple(Projection(**one) for one in values["producers"]),
-                      "consumer": Projection(**values["consumer"]),
-                      "vectors": tuple(Vector(**one) for one in values["vectors"])})
+        return cls(
+            **{
+                **values,
+                "producers": tuple(Projection(**one) for one in values["producers"]),
+                "consumer": Projection(**values["consumer"]),
+                "vectors": tuple(Vector(**one) for one in values["vectors"]),
+            }
+        )
 
 
 def unit_name(projection: Projection) -> str:

@@ -1,4 +1,5 @@
 """A short description of the base model that an adapter belongs to."""
+
 import hashlib
 from typing import Any
 
@@ -9,10 +10,10 @@ from s2ft.distributed import is_dtensor, is_partitioned
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.weights import bias_of, find, is_quantized, matrix_of, weight_of
 
-SAMPLES = 4          # values of each weight that are kept for comparing across dtypes
-TOLERANCE = 2**-6    # relative; bfloat16's rounding is 2**-9
+SAMPLES = 4  # values of each weight that are kept for comparing across dtypes
+TOLERANCE = 2**-6  # relative; bfloat16's rounding is 2**-9
 QUANTIZED = "quantized"
-QUANTIZATION = 0.5   # mean error to mean value; four bits make about 0.1, two bits 0.35, and another model more than 1
+QUANTIZATION = 0.5  # mean error to mean value; four bits make about 0.1, two bits 0.35, and another model more than 1
 
 
 def fingerprint(model: nn.Module, couplings: list[Coupling]) -> dict[str, Any]:
@@ -31,7 +32,7 @@ def fingerprint(model: nn.Module, couplings: list[Coupling]) -> dict[str, Any]:
         layer = layers.setdefault(str(coupling.layer), {"digest": "", "samples": []})
         digest = digests.setdefault(str(coupling.layer), hashlib.sha256())
         for projection in coupling.projections:
-            if projection.path in seen:   # several projections, or experts, in one weight
+            if projection.path in seen:  # several projections, or experts, in one weight
                 continue
             seen.add(projection.path)
             _check_is_here(projection.path, weight_of(model, projection))
@@ -48,18 +49,24 @@ def fingerprint(model: nn.Module, couplings: list[Coupling]) -> dict[str, Any]:
 
 def _check_is_here(path: str, weight: Tensor) -> None:
     if weight.is_meta:
-        raise ValueError(f"{path} is on the meta device: load its weights first (on every rank: FSDP's "
-                         "cpu_ram_efficient_loading leaves them to the first alone)")
+        raise ValueError(
+            f"{path} is on the meta device: load its weights first (on every rank: FSDP's "
+            "cpu_ram_efficient_loading leaves them to the first alone)"
+        )
     if is_partitioned(weight):
-        raise ValueError(f"{path} is partitioned by ZeRO-3 already: load the model outside deepspeed.zero.Init (before "
-                         "the DeepSpeed config is made, or with zero3_init_flag false), attach or load the adapter, "
-                         "then let DeepSpeed have it")
+        raise ValueError(
+            f"{path} is partitioned by ZeRO-3 already: load the model outside deepspeed.zero.Init (before "
+            "the DeepSpeed config is made, or with zero3_init_flag false), attach or load the adapter, "
+            "then let DeepSpeed have it"
+        )
     if is_dtensor(weight):
         axes = weight.device_mesh.mesh_dim_names or ()
         if "tp" in axes or any(p.is_shard() and p.dim for p in weight.placements):
-            raise ValueError(f"{path} is split over ranks by tensor parallelism ({weight.placements}), where no rank "
-                             "has all the units that S²FT selects from and moves: load the model without tp_plan, "
-                             "attach, and shard it by FSDP2 or ZeRO")
+            raise ValueError(
+                f"{path} is split over ranks by tensor parallelism ({weight.placements}), where no rank "
+                "has all the units that S²FT selects from and moves: load the model without tp_plan, "
+                "attach, and shard it by FSDP2 or ZeRO"
+            )
         raise ValueError(f"{path} is sharded (a DTensor): attach or load the adapter first, then shard the model")
 
 
@@ -81,7 +88,7 @@ def _dtype(model: nn.Module, couplings: list[Coupling]) -> str:
 
 def _every(tensor: Tensor, samples: int) -> Tensor:
     flat = tensor.reshape(-1)
-    return flat[::max(1, flat.numel() // samples)][:samples]
+    return flat[:: max(1, flat.numel() // samples)][:samples]
 
 
 def _content(tensor: Tensor) -> bytes:
@@ -103,7 +110,7 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     if mine.keys() != other.keys():
         return f"{len(other)} layers against this model's {len(mine)}"
     if any(fingerprint["dtype"].startswith(QUANTIZED) for fingerprint in (ours, theirs)):
-        same = _close_samples   # of the same kind too: devices round differently, and scales may be quantized or not
+        same = _close_samples  # of the same kind too: devices round differently, and scales may be quantized or not
     else:
         same = _same_digest if ours["dtype"] == theirs["dtype"] else _same_samples
     layers = [layer for layer in mine if not same(mine[layer], other[layer])]

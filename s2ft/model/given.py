@@ -1,4 +1,5 @@
 """Couplings given by hand, checked by themselves; the registry checks them against the model."""
+
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,17 +23,23 @@ def _check_apart(couplings: list[Coupling]) -> None:
     names, sites = set(), {}
     for projection in projections_of(couplings):
         if projection.name in names:
-            raise ValueError(f"couplings name {projection.name} twice: a module can be trained on one side only, so "
-                             "it can be in one coupling")
+            raise ValueError(
+                f"couplings name {projection.name} twice: a module can be trained on one side only, so "
+                "it can be in one coupling"
+            )
         names.add(projection.name)
         sites.setdefault(projection.site, []).append(projection)
     for (path, _), projections in sites.items():
         if len({(projection.dim, projection.size) for projection in projections}) > 1:
-            raise ValueError(f"couplings take {path} on two sides, or with and without size: projections that share a "
-                             "weight must have the same dim and size")
+            raise ValueError(
+                f"couplings take {path} on two sides, or with and without size: projections that share a "
+                "weight must have the same dim and size"
+            )
         elements = torch.cat([projection.elements(torch.arange(projection.count)) for projection in projections])
         if elements.unique().numel() < elements.numel():
-            raise ValueError(f"couplings have an element of {path} in two units: are start, stride, unit or size wrong?")
+            raise ValueError(
+                f"couplings have an element of {path} in two units: are start, stride, unit or size wrong?"
+            )
 
 
 def _checked(coupling: Any, where: str) -> Coupling:
@@ -60,11 +67,14 @@ def _check_projection(projection: Any, dim: int, where: str) -> None:
     if not isinstance(projection, Projection) or not isinstance(projection.path, str):
         raise TypeError(f"{where}: producers and consumer must be s2ft.Projection, got {projection!r}")
     if projection.key not in PROJECTIONS or (projection.key in "od") != (dim == 1):
-        raise ValueError(f"{where}: the key of {projection.path} must be one of "
-                         f"{', '.join(('qkvug', 'od')[dim])} on this side, got {projection.key!r}")
+        raise ValueError(
+            f"{where}: the key of {projection.path} must be one of "
+            f"{', '.join(('qkvug', 'od')[dim])} on this side, got {projection.key!r}"
+        )
     if projection.dim != dim:
-        raise ValueError(f"{where}: {projection.path} must have dim {dim} ({('producer', 'consumer')[dim]}), "
-                         f"got {projection.dim!r}")
+        raise ValueError(
+            f"{where}: {projection.path} must have dim {dim} ({('producer', 'consumer')[dim]}), got {projection.dim!r}"
+        )
     for name, least in (("count", 1), ("unit", 1), ("start", 0), ("stride", 1), ("size", 1), ("expert", 0)):
         value = getattr(projection, name)
         if value is not None or name in ("count", "unit", "start"):
@@ -73,8 +83,9 @@ def _check_projection(projection: Any, dim: int, where: str) -> None:
         raise ValueError(f"{where}: {projection.path} has start or stride, which need size: all elements of dim {dim}")
     last = int(projection.elements(torch.tensor([projection.count - 1])).max())
     if last >= projection.extent:
-        raise ValueError(f"{where}: the last unit of {projection.path} ends at element {last}, outside size "
-                         f"{projection.size}")
+        raise ValueError(
+            f"{where}: the last unit of {projection.path} ends at element {last}, outside size {projection.size}"
+        )
 
 
 def _check_number(value: Any, least: int, what: str) -> None:

@@ -1,4 +1,5 @@
 """The order that makes selected units contiguous, and its application to weights and biases."""
+
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -26,7 +27,7 @@ def coupling_order(count: int, producers: Sequence[Tensor], consumer: Tensor | N
         consumer: unit numbers [n], or None.
     Returns: order [count] int64; position i takes the unit order[i].
     """
-    depth = torch.zeros(count, dtype=torch.int64)   # in how many producers' selections a unit is
+    depth = torch.zeros(count, dtype=torch.int64)  # in how many producers' selections a unit is
     for units in producers:
         depth[units] += 1
     consumed = torch.zeros(count, dtype=torch.bool)
@@ -76,9 +77,9 @@ def element_order(projections: Sequence[Projection], order: Tensor) -> Tensor:
 class MovingTensor(NamedTuple):
     """A tensor of the model that takes a new order, and how."""
 
-    tensor: Tensor                        # a parameter or buffer, as it is stored
-    view: Callable[[Tensor], Tensor]      # of a tensor of its shape: what is reordered, along dim
-    elements: Tensor                      # [size of the view along dim] int64: position i takes elements[i]
+    tensor: Tensor  # a parameter or buffer, as it is stored
+    view: Callable[[Tensor], Tensor]  # of a tensor of its shape: what is reordered, along dim
+    elements: Tensor  # [size of the view along dim] int64: position i takes elements[i]
     dim: int
 
 
@@ -121,8 +122,8 @@ class Move:
 
     def __init__(self, coupling: Coupling, order: Tensor) -> None:
         """Args:
-            coupling: whose units move.
-            order: [units] int64, position i takes the unit order[i].
+        coupling: whose units move.
+        order: [units] int64, position i takes the unit order[i].
         """
         self.coupling, self.order = coupling, order
         self._places: dict[str, Tensor] = {}

@@ -1,4 +1,5 @@
 """model_type → the function that lists a model's couplings."""
+
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,15 +12,17 @@ from s2ft.model.given import given_couplings
 from s2ft.model.weights import find, is_quantized, shape_of, weight_of
 
 Declaration = Callable[[nn.Module], list[Coupling]]
-_REGISTERED: dict[str, Declaration] = {}   # by register_architecture, before FAMILIES
+_REGISTERED: dict[str, Declaration] = {}  # by register_architecture, before FAMILIES
 
 
 def register_architecture(*model_types: str) -> Callable[[Declaration], Declaration]:
     """Decorator: the function below lists the couplings of models whose config has this model_type."""
+
     def register(declaration: Declaration) -> Declaration:
         for model_type in model_types:
             _REGISTERED[model_type] = declaration
         return declaration
+
     return register
 
 
@@ -42,14 +45,17 @@ def _declared(model: nn.Module) -> list[Coupling]:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     declaration = _REGISTERED.get(model_type) or FAMILIES.get(model_type)
     if declaration is None:
-        raise ValueError(f"{type(model).__name__} (model type {model_type!r}) is not a model family that s2ft "
-                         f"knows; known are {', '.join(known_architectures())}. The couplings of others are given by "
-                         "hand, attach(..., couplings=[s2ft.Coupling(...), ...]), or by family, "
-                         "s2ft.register_architecture")
+        raise ValueError(
+            f"{type(model).__name__} (model type {model_type!r}) is not a model family that s2ft "
+            f"knows; known are {', '.join(known_architectures())}. The couplings of others are given by "
+            "hand, attach(..., couplings=[s2ft.Coupling(...), ...]), or by family, "
+            "s2ft.register_architecture"
+        )
     couplings = declaration(model)
     if not couplings:
-        raise ValueError(f"{type(model).__name__}: the layers of model type {model_type!r} are not where s2ft looks "
-                         "for them")
+        raise ValueError(
+            f"{type(model).__name__}: the layers of model type {model_type!r} are not where s2ft looks for them"
+        )
     return couplings
 
 
@@ -70,24 +76,32 @@ def _check_projection(model: nn.Module, projection: Projection) -> None:
     if projection.expert is None:
         check_module(found, projection.path)
     elif not isinstance(found, nn.Parameter) or found.dim() != 3 or projection.expert >= found.shape[0]:
-        raise ValueError(f"{projection.path} must be a parameter [experts, outputs, inputs] with more than "
-                         f"{projection.expert} experts")
+        raise ValueError(
+            f"{projection.path} must be a parameter [experts, outputs, inputs] with more than "
+            f"{projection.expert} experts"
+        )
     if not is_quantized(found) and not weight_of(model, projection).is_floating_point():
-        raise ValueError(f"{projection.path} has {weight_of(model, projection).dtype} weights; S²FT needs floating point")
+        raise ValueError(
+            f"{projection.path} has {weight_of(model, projection).dtype} weights; S²FT needs floating point"
+        )
     shape = tuple(shape_of(model, projection))
     if shape[projection.dim] != projection.extent:
         parts = "" if projection.size is not None else f" = {projection.count} units of {projection.unit}"
-        raise ValueError(f"{projection.path}: expected a weight with {projection.extent}{parts} in dim "
-                         f"{projection.dim}, got shape {shape}")
+        raise ValueError(
+            f"{projection.path}: expected a weight with {projection.extent}{parts} in dim "
+            f"{projection.dim}, got shape {shape}"
+        )
 
 
 def check_module(found: Any, path: str) -> None:
     """Raises: ValueError for what is no layer that S²FT trains units of."""
     if not isinstance(found, nn.Module) or layers_for(found) is None:
         groups = getattr(found, "groups", 1)
-        raise ValueError(f"{path} is a {type(found).__name__}{f' of {groups} groups' * (groups != 1)}: S²FT "
-                         "trains and moves units of nn.Linear, transformers' Conv1D and nn.Conv1d to Conv3d of one "
-                         "group, and not of classes derived from them")
+        raise ValueError(
+            f"{path} is a {type(found).__name__}{f' of {groups} groups' * (groups != 1)}: S²FT "
+            "trains and moves units of nn.Linear, transformers' Conv1D and nn.Conv1d to Conv3d of one "
+            "group, and not of classes derived from them"
+        )
 
 
 def _check_vector(model: nn.Module, vector: Vector, counts: set[int]) -> None:
@@ -98,5 +112,7 @@ def _check_vector(model: nn.Module, vector: Vector, counts: set[int]) -> None:
     if not isinstance(parameter, Tensor):
         raise ValueError(f"{type(model).__name__} has no parameter or buffer {vector.path}")
     if parameter.dim() == 0 or parameter.shape[0] not in {count * vector.unit for count in counts}:
-        raise ValueError(f"{vector.path}: expected {' or '.join(map(str, sorted(counts)))} units of {vector.unit} "
-                         f"in dim 0, got shape {tuple(parameter.shape)}")
+        raise ValueError(
+            f"{vector.path}: expected {' or '.join(map(str, sorted(counts)))} units of {vector.unit} "
+            f"in dim 0, got shape {tuple(parameter.shape)}"
+        )

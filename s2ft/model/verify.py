@@ -1,4 +1,5 @@
 """Trying couplings out: with the units of one in another order, the model must compute what it did before."""
+
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +14,10 @@ from s2ft.model.weights import allow_packing, layers_that_pack, stop_packing, we
 
 # how far outputs may move, of the largest: rounding, which a few layers add up
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-NEED_EXAMPLE = ("verify runs the model, and this one needs an input for that: pass example=, a tensor, a tuple of "
-                "arguments or a dict of them, or verify=False")
+NEED_EXAMPLE = (
+    "verify runs the model, and this one needs an input for that: pass example=, a tensor, a tuple of "
+    "arguments or a dict of them, or verify=False"
+)
 
 
 class Trial:
@@ -36,8 +39,10 @@ class Trial:
         """
         self.model, self.under_way = model, under_way
         # quantized weights are integers, whose layers may compute in half precision or on 8-bit activations
-        self.tolerance = max(TOLERANCE.get(weight_of(model, coupling.consumer).dtype, TOLERANCE[torch.bfloat16])
-                             for coupling in couplings)
+        self.tolerance = max(
+            TOLERANCE.get(weight_of(model, coupling.consumer).dtype, TOLERANCE[torch.bfloat16])
+            for coupling in couplings
+        )
         # in half precision a rounding may send a token to another expert, and then its numbers are others
         self.routed = self.tolerance > 1e-4 and any(c.consumer.expert is not None for c in couplings)
         built = example is None
@@ -54,8 +59,10 @@ class Trial:
             raise
         for key, tensors in self.before.items():
             if not tensors:
-                raise ValueError(f"the example does not reach {key or 'an output'}, so nothing can be verified there: "
-                                 "pass another as example=, or verify=False")
+                raise ValueError(
+                    f"the example does not reach {key or 'an output'}, so nothing can be verified there: "
+                    "pass another as example=, or verify=False"
+                )
             if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
                 raise ValueError(f"the example gives NaN or infinity at {key or 'the output'}: pass another")
 
@@ -76,8 +83,10 @@ class Trial:
         self.under_way.clear()
         if moved:
             others = f" or another of the {len(couplings)} experts" if len(couplings) > 1 else ""
-            raise ValueError(f"{couplings[0]}{others} is not one: with its {couplings[0].consumer.count} units in "
-                             f"another order {moved}. Is a module, a norm or bias (vectors), or the unit wrong?")
+            raise ValueError(
+                f"{couplings[0]}{others} is not one: with its {couplings[0].consumer.count} units in "
+                f"another order {moved}. Is a module, a norm or bias (vectors), or the unit wrong?"
+            )
 
     def check_unchanged(self) -> None:
         """Raises: ValueError when the model's outputs are no longer what they were."""
@@ -92,8 +101,10 @@ class Trial:
                 largest = float(before.abs().max())
                 difference = self._difference(after, before, whole=not self.routed or bool(key))
                 if not difference <= self.tolerance * largest:
-                    return (f"{'the output of ' + key if key else 'an output of the model'} moves by {difference:.3g}, "
-                            f"where the largest is {largest:.3g} and rounding would be {self.tolerance * largest:.3g}")
+                    return (
+                        f"{'the output of ' + key if key else 'an output of the model'} moves by {difference:.3g}, "
+                        f"where the largest is {largest:.3g} and rounding would be {self.tolerance * largest:.3g}"
+                    )
         return ""
 
     @staticmethod
@@ -108,8 +119,12 @@ class Trial:
         """Outputs of the model (key "") and of the couplings' consumers (by path), as float64; for experts' weights
         of the module that has them."""
         found: dict[str, list[Tensor]] = {_module_of(coupling): [] for coupling in couplings}
-        handles = [self.model.get_submodule(path).register_forward_hook(
-            lambda module, inputs, output, path=path: found[path].append(output.double())) for path in found]
+        handles = [
+            self.model.get_submodule(path).register_forward_hook(
+                lambda module, inputs, output, path=path: found[path].append(output.double())
+            )
+            for path in found
+        ]
         cuda = sorted({p.device for p in self.model.parameters() if p.is_cuda}, key=str)
         packing = layers_that_pack(self.model)
         try:
@@ -177,6 +192,7 @@ def _tensors(output: Any, name: str = "") -> Iterator[Tensor]:
 
 # ---- an input made from a transformers model's config ---------------------------------------------------
 
+
 def example_of(model: nn.Module, rows: int = 2, length: int = 8, device: Any = None) -> dict[str, Tensor] | None:
     """A small batch for a transformers model: token ids, pixels or sound, as its config has them; None for others.
 
@@ -193,12 +209,15 @@ def example_of(model: nn.Module, rows: int = 2, length: int = 8, device: Any = N
     if "decoder_input_ids" in takes and getattr(config, "is_encoder_decoder", False):
         names.append("decoder_input_ids")
     weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-    values = {name: _value(name, config, rows, length, torch.Generator().manual_seed(0))
-              for name in dict.fromkeys(names)}
+    values = {
+        name: _value(name, config, rows, length, torch.Generator().manual_seed(0)) for name in dict.fromkeys(names)
+    }
     if any(value is None for value in values.values()):
         return None
-    return {name: value.to(device or weight.device, weight.dtype if value.is_floating_point() else None)
-            for name, value in values.items()}
+    return {
+        name: value.to(device or weight.device, weight.dtype if value.is_floating_point() else None)
+        for name, value in values.items()
+    }
 
 
 def _value(name: str, config: Any, rows: int, length: int, generator: torch.Generator) -> Tensor | None:

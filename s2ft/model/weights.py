@@ -3,6 +3,7 @@
 Linear layers and convolutions have (O, I, ...) weights; transformers' Conv1D has (I, O); experts are stacked,
 [experts, O, I], in a parameter of their own. Everything else asks here.
 """
+
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,7 +19,7 @@ from s2ft.model.coupling import Coupling, Projection
 def find(model: nn.Module, path: str) -> nn.Module | Tensor:
     """The module, parameter or buffer of this name. Raises: AttributeError where there is none."""
     module = model
-    for name in path.split("."):   # faster than get_submodule, for a switch of adapters asks for every layer
+    for name in path.split("."):  # faster than get_submodule, for a switch of adapters asks for every layer
         module = module._modules.get(name)
         if module is None:
             break
@@ -39,14 +40,15 @@ def is_conv1d(module) -> bool:
 def is_quantized(module) -> bool:
     """Whether this is a linear layer of bitsandbytes, or one whose weight is a quantized tensor of torchao."""
     return _bitsandbytes(module) is not None or (
-        type(module) is nn.Linear and type(module.weight.data).__module__.startswith("torchao."))
+        type(module) is nn.Linear and type(module.weight.data).__module__.startswith("torchao.")
+    )
 
 
 def _bitsandbytes(module) -> str | None:
     name = type(module).__name__
     if not type(module).__module__.startswith("bitsandbytes.") or name not in ("Linear4bit", "Linear8bitLt"):
         return None
-    return None if name == "Linear8bitLt" and module.state.has_fp16_weights else name   # such weights train
+    return None if name == "Linear8bitLt" and module.state.has_fp16_weights else name  # such weights train
 
 
 def dequantized(module: nn.Module) -> Tensor:
@@ -54,11 +56,12 @@ def dequantized(module: nn.Module) -> Tensor:
     weight, kind = module.weight.data, _bitsandbytes(module)
     if kind == "Linear4bit":
         from bitsandbytes.functional import dequantize_4bit  # only where such a layer is
+
         if module.weight.quant_state is None:
             raise ValueError("a Linear4bit is not quantized yet: move the model to its device first")
         return dequantize_4bit(*(_unpacked(module) if _is_packed(module) else (weight, module.weight.quant_state)))
     if kind == "Linear8bitLt":
-        scale = module.state.SCB if module.weight.SCB is None else module.weight.SCB   # the first forward moves it
+        scale = module.state.SCB if module.weight.SCB is None else module.weight.SCB  # the first forward moves it
         if scale is None:
             raise ValueError("a Linear8bitLt is not quantized yet: move the model to its device first")
         return weight.float() * (scale.float() / 127)[:, None]
@@ -79,10 +82,14 @@ def passes_gradient(module: nn.Module) -> bool:
 # There the first forward in evaluation mode packs the weight in another way, for a product in bfloat16 that passes no
 # gradient, in training mode neither: one evaluation, and training goes wrong silently.
 
+
 def layers_that_pack(model: nn.Module) -> list[str]:
     """The names of the layers that would be packed, for :func:`stop_packing` and :func:`allow_packing`."""
-    return [name for name, module in model.named_modules()
-            if _bitsandbytes(module) == "Linear4bit" and getattr(module, "support_avx512bf16_for_cpu", False)]
+    return [
+        name
+        for name, module in model.named_modules()
+        if _bitsandbytes(module) == "Linear4bit" and getattr(module, "support_avx512bf16_for_cpu", False)
+    ]
 
 
 def stop_packing(model: nn.Module, names: list[str]) -> None:
@@ -108,10 +115,11 @@ def _is_packed(module: nn.Module) -> bool:
 def _unpacked(module: nn.Module) -> tuple:
     """The bytes and the quant_state of a packed Linear4bit as they were, but for scales rounded to bfloat16."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
+
     state = copy.copy(module.weight.quant_state)
-    state.original_nested = False   # scales that were quantized stay plain: each further quantization would move them
+    state.original_nested = False  # scales that were quantized stay plain: each further quantization would move them
     state.state2 = state.offset = None
-    scales = state.absmax.t().reshape(-1).float()   # unpack leaves them as they are
+    scales = state.absmax.t().reshape(-1).float()  # unpack leaves them as they are
     data, state = unpack(module.weight.data, state)
     state.absmax = scales
     return data, state
@@ -123,15 +131,17 @@ def shape_of(model: nn.Module, projection: Projection) -> torch.Size:
     if is_quantized(getattr(found, "linear", found)):
         return torch.Size((found.out_features, found.in_features))
     weight = weight_of(model, projection)
-    shape = getattr(weight, "ds_shape", weight.shape)   # of all of it, where ZeRO-3 holds it
+    shape = getattr(weight, "ds_shape", weight.shape)  # of all of it, where ZeRO-3 holds it
     return as_matrix(torch.empty(shape, device="meta"), projection.expert, _is_transposed(found)).shape
 
 
 def parameters_of(model: nn.Module) -> int:
     """How many there are; of a weight that is packed, what it stands for."""
     packed = {id(module.weight): module for module in model.modules() if is_quantized(module)}
-    return sum(packed[id(p)].in_features * packed[id(p)].out_features if id(p) in packed else p.numel()
-               for p in model.parameters())
+    return sum(
+        packed[id(p)].in_features * packed[id(p)].out_features if id(p) in packed else p.numel()
+        for p in model.parameters()
+    )
 
 
 def weight_of(model: nn.Module, projection: Projection) -> Tensor:
@@ -152,9 +162,9 @@ def matrix_of(model: nn.Module, projection: Projection) -> Tensor:
     """The projection's weight as :func:`as_matrix` has it, detached, in the weight's own memory; of a quantized one
     a dequantized copy."""
     found = find(model, projection.path)
-    if type(found) is nn.Linear and type(found.weight) is nn.Parameter:   # nearly all are: no quantized tensor
+    if type(found) is nn.Linear and type(found.weight) is nn.Parameter:  # nearly all are: no quantized tensor
         return found.weight.detach()
-    plain = getattr(found, "linear", found)   # of an S2QuantizedLinear
+    plain = getattr(found, "linear", found)  # of an S2QuantizedLinear
     if is_quantized(plain):
         return dequantized(plain).detach()
     weight = found.weight if isinstance(found, nn.Module) else found
@@ -237,7 +247,7 @@ def put(model: nn.Module, path: str, thing: nn.Module | nn.Parameter, position: 
     others = {other: parameter for other, parameter in owner._parameters.items() if other != name}
     ordered = list(others.items())
     ordered.insert(len(ordered) if position is None else position, (name, thing))
-    owner._parameters = dict(ordered)   # one step: taking them out and in again could lose one
+    owner._parameters = dict(ordered)  # one step: taking them out and in again could lose one
     owner._modules.pop(name, None)
 
 

@@ -1,4 +1,5 @@
 """The operators of s2ft. One file an op: schema, reference in PyTorch, fake, gradient, public function."""
+
 from s2ft.ops._effective import effective_units
 from s2ft.ops.act_mul import act_mul
 from s2ft.ops.indexed_conv import indexed_conv
@@ -9,5 +10,15 @@ from s2ft.ops.scatter_add_ import scatter_add_
 from s2ft.ops.sliced_linear import sliced_linear
 from s2ft.ops.swap_ import swap_
 
-__all__ = ["act_mul", "effective_units", "indexed_conv", "indexed_linear", "multi_adapter_linear",
-           "pack_adapters", "permute_", "scatter_add_", "sliced_linear", "swap_"]
+__all__ = [
+    "act_mul",
+    "effective_units",
+    "indexed_conv",
+    "indexed_linear",
+    "multi_adapter_linear",
+    "pack_adapters",
+    "permute_",
+    "scatter_add_",
+    "sliced_linear",
+    "swap_",
+]

@@ -1,4 +1,5 @@
 """What was built, and loading it. Importing :mod:`s2ft` never fails for want of compiled kernels."""
+
 import importlib
 import json
 import warnings
@@ -12,14 +13,14 @@ from s2ft import __version__
 from s2ft.ops._cuda import version, why_unusable
 
 TORCH_FLOOR = (2, 11)
-RECORD = Path(__file__).parents[1] / "_build.json"   # written by setup.py: what it did and why
+RECORD = Path(__file__).parents[1] / "_build.json"  # written by setup.py: what it did and why
 DEVICES = ("CPU", "CUDA")
 
 _module: ModuleType | None = None
-_reason: str | None = None   # None until load() ran
-_cuda_reason = ""   # why CUDA tensors run what they run, in words
+_reason: str | None = None  # None until load() ran
+_cuda_reason = ""  # why CUDA tensors run what they run, in words
 _cuda_registered = False
-_silent = False   # nobody is to be told about missing CUDA kernels, or was already
+_silent = False  # nobody is to be told about missing CUDA kernels, or was already
 
 
 def _read_record() -> dict[str, Any]:
@@ -38,8 +39,9 @@ def _torch_version() -> tuple:
 
 def _import_module() -> ModuleType:
     if _torch_version() < TORCH_FLOOR:
-        raise ImportError(f"the compiled kernels need PyTorch {TORCH_FLOOR[0]}.{TORCH_FLOOR[1]} or later, "
-                          f"this is {torch.__version__}")
+        raise ImportError(
+            f"the compiled kernels need PyTorch {TORCH_FLOOR[0]}.{TORCH_FLOOR[1]} or later, this is {torch.__version__}"
+        )
     return importlib.import_module("s2ft._C")
 
 
@@ -57,20 +59,26 @@ def load() -> ModuleType | None:
     if record and not record.get("compiled"):
         _reason = str(record.get("reason", "the compiled kernels were not built"))
     elif not files:
-        wanted = bool(record)   # a source tree that nobody built is no fault
-        _reason = ("the compiled kernels were built, but the module s2ft._C is missing" if record else
-                   "this source tree was not built; run: pip install --no-build-isolation -e .")
+        wanted = bool(record)  # a source tree that nobody built is no fault
+        _reason = (
+            "the compiled kernels were built, but the module s2ft._C is missing"
+            if record
+            else "this source tree was not built; run: pip install --no-build-isolation -e ."
+        )
     else:
         try:
             _module = _import_module()
             _reason = str(record.get("reason") or "the compiled kernels are loaded")
-        except Exception as error:   # a wrong ABI shows as ImportError, OSError or RuntimeError
+        except Exception as error:  # a wrong ABI shows as ImportError, OSError or RuntimeError
             found = f" (found {', '.join(files)})" if isinstance(error, ModuleNotFoundError) else ""
             _reason = f"the compiled kernels failed to load: {error}{found}"
     if _module is None and wanted:
-        warnings.warn(f"s2ft: {_reason}. The slower PyTorch implementations are used. Set S2FT_BUILD=cpu "
-                      "when installing to see why a build fails, or S2FT_BUILD=none to do without.",
-                      RuntimeWarning, stacklevel=3)
+        warnings.warn(
+            f"s2ft: {_reason}. The slower PyTorch implementations are used. Set S2FT_BUILD=cpu "
+            "when installing to see why a build fails, or S2FT_BUILD=none to do without.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     _silent = record.get("mode") == "none" or _module is None and wanted
     _prepare_cuda(record)
     return _module
@@ -98,8 +106,10 @@ def _register_cuda() -> None:
         if torch.version.cuda is None:
             _cuda_reason = "this PyTorch is not one for CUDA"
             return
-        devices = [(torch.cuda.get_device_name(number), torch.cuda.get_device_capability(number))
-                   for number in range(torch.cuda.device_count())]
+        devices = [
+            (torch.cuda.get_device_name(number), torch.cuda.get_device_capability(number))
+            for number in range(torch.cuda.device_count())
+        ]
         driver, built = _module.cuda_versions()
         _cuda_reason = why_unusable(driver, built, _archs(_module.build_info()), devices)
         if not _cuda_reason:
@@ -115,9 +125,12 @@ def warn_without_cuda_kernels() -> None:
     if _silent or _cuda_registered:
         return
     _silent = True
-    warnings.warn(f"s2ft: the model is on CUDA, and the PyTorch implementations serve there: {_cuda_reason}. Results "
-                  "are the same within rounding; serving many adapters in a batch and the FFN's activation are slower.",
-                  RuntimeWarning, stacklevel=4)   # where the user calls attach
+    warnings.warn(
+        f"s2ft: the model is on CUDA, and the PyTorch implementations serve there: {_cuda_reason}. Results "
+        "are the same within rounding; serving many adapters in a batch and the FFN's activation are slower.",
+        RuntimeWarning,
+        stacklevel=4,
+    )  # where the user calls attach
 
 
 def _archs(built: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 Plain functions of numbers, so that every answer can be tested without a GPU.
 """
+
 import re
 from collections.abc import Sequence
 
@@ -43,16 +44,22 @@ def why_unusable(driver: int, built: int, archs: Sequence[str], devices: Sequenc
     if not driver:
         return "there is no CUDA driver"
     if driver // 1000 < built // 1000:
-        return (f"the driver serves CUDA up to {version(driver)} and the kernels were built with CUDA {version(built)}"
-                f": install a newer driver, or build s2ft with a toolkit of CUDA {driver // 1000}")
-    jit = driver >= built   # within a major version an older driver runs machine code, but can't compile newer PTX
-    left_out = [f"{number} ({name}, compute capability {'.'.join(map(str, capability))})"
-                for number, (name, capability) in enumerate(devices)
-                if not any(serves(arch, capability, jit) for arch in archs)]
+        return (
+            f"the driver serves CUDA up to {version(driver)} and the kernels were built with CUDA {version(built)}"
+            f": install a newer driver, or build s2ft with a toolkit of CUDA {driver // 1000}"
+        )
+    jit = driver >= built  # within a major version an older driver runs machine code, but can't compile newer PTX
+    left_out = [
+        f"{number} ({name}, compute capability {'.'.join(map(str, capability))})"
+        for number, (name, capability) in enumerate(devices)
+        if not any(serves(arch, capability, jit) for arch in archs)
+    ]
     if not left_out:
         return ""
-    return (f"the kernels were built for {', '.join(archs)}, which does not serve device {', device '.join(left_out)}: "
-            "set TORCH_CUDA_ARCH_LIST when building s2ft, or leave the device out with CUDA_VISIBLE_DEVICES")
+    return (
+        f"the kernels were built for {', '.join(archs)}, which does not serve device {', device '.join(left_out)}: "
+        "set TORCH_CUDA_ARCH_LIST when building s2ft, or leave the device out with CUDA_VISIBLE_DEVICES"
+    )
 
 
 def version(number: int) -> str:

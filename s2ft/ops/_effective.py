@@ -5,6 +5,7 @@ for the length of one GEMM and the base is copied back, bit for bit. So an op st
 arguments: nothing can go stale when a weight is replaced, loaded, sharded, cast or copied, no second
 copy of the slice is kept, and the GEMM sees one dense matrix.
 """
+
 from collections.abc import Callable
 from functools import partial, wraps
 from typing import Union
@@ -15,7 +16,7 @@ from torch import Tensor
 from s2ft.ops._lock import LOCK, finish_interrupted, unfinished
 from s2ft.ops._memory import check_writable
 
-Units = Union[int, Tensor]   # start of a contiguous slice, or the index of every unit, int64 [n]
+Units = Union[int, Tensor]  # start of a contiguous slice, or the index of every unit, int64 [n]
 
 
 def effective_units(base: Tensor, delta: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ def _read(weight: Tensor, units: Units, length: int, dim: int) -> Tensor:
 def _write(weight: Tensor, units: Units, values: Tensor, dim: int) -> None:
     if isinstance(units, int):
         weight.narrow(dim, units, values.shape[dim]).copy_(values)
-    elif dim == 1:   # index_copy_ on columns walks the matrix element by element; on the transpose it does not
+    elif dim == 1:  # index_copy_ on columns walks the matrix element by element; on the transpose it does not
         weight.t()[units] = values.t()
     else:
         weight[units] = values
@@ -46,11 +47,14 @@ def _overlaps(weight: Tensor) -> bool:
     return any(stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape))
 
 
-def with_effective_weight(weight: Tensor,   # [O, I], the same bits afterwards
-                          delta: Tensor,    # [n, I] if dim == 0 else [O, n]
-                          units: Units, dim: int, dtype: torch.dtype,
-                          product: Callable[[Tensor], Tensor]   # takes [O, I] in `dtype`, valid inside it only
-                          ) -> Tensor:
+def with_effective_weight(
+    weight: Tensor,  # [O, I], the same bits afterwards
+    delta: Tensor,  # [n, I] if dim == 0 else [O, n]
+    units: Units,
+    dim: int,
+    dtype: torch.dtype,
+    product: Callable[[Tensor], Tensor],  # takes [O, I] in `dtype`, valid inside it only
+) -> Tensor:
     """``product(weight with weight[units] += delta)``.
 
     Products take what they multiply contiguous: of a view with gaps PyTorch makes a batched product, for which it
@@ -58,7 +62,7 @@ def with_effective_weight(weight: Tensor,   # [O, I], the same bits afterwards
     """
     if weight.dtype != dtype or _overlaps(weight):
         return product(_effective_copy(weight, delta, units, dim, dtype))
-    memory = weight.data   # shares memory, not the version counter: the weight counts as unchanged
+    memory = weight.data  # shares memory, not the version counter: the weight counts as unchanged
     check_writable("s2ft", memory)
     with LOCK, _StreamOrder(memory):
         finish_interrupted()
@@ -71,19 +75,21 @@ def with_effective_weight(weight: Tensor,   # [O, I], the same bits afterwards
                 return product(memory)
             finally:
                 finish_interrupted()
-        except BaseException:   # an interrupt may have come while the base was put back
+        except BaseException:  # an interrupt may have come while the base was put back
             finish_interrupted()
             raise
 
 
 def in_turn(op: str, reference: Callable) -> Callable:
     """The reference of an op that changes its first argument: it runs when no other op holds a weight."""
+
     @wraps(reference)
     def run(weight: Tensor, *args) -> None:
         check_writable(op, weight)
         with LOCK, _StreamOrder(weight):
             finish_interrupted()
             reference(weight, *args)
+
     return run
 
 
@@ -93,7 +99,7 @@ class _StreamOrder:
     A stream that is being captured cannot wait for work outside the graph: replays must be ordered by their caller.
     """
 
-    _last: dict[int, torch.cuda.Event] = {}   # of each device
+    _last: dict[int, torch.cuda.Event] = {}  # of each device
 
     def __init__(self, weight: Tensor) -> None:
         self.stream = None

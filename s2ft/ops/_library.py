@@ -4,6 +4,7 @@ The schema and the PyTorch reference stand in Python; csrc/ adds kernels for a d
 else. The dispatcher takes a compiled kernel where there is one and the reference elsewhere, so the
 library gives the same numbers with the compiled module present, absent, or loaded later.
 """
+
 from collections.abc import Callable
 
 import torch
@@ -12,8 +13,13 @@ from torch import Tensor
 LIBRARY = torch.library.Library("s2ft", "DEF")
 
 
-def define(schema: str, reference: Callable, fake: Callable,
-           setup_context: Callable | None = None, backward: Callable | None = None):
+def define(
+    schema: str,
+    reference: Callable,
+    fake: Callable,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+):
     """Declare one op and return its overload.
 
     Args:
@@ -41,8 +47,7 @@ def autocast_input(op: str, x: Tensor, weight: Tensor) -> Tensor:
     if device != "meta" and torch.is_autocast_enabled(device):
         return x.to(torch.get_autocast_dtype(device))
     if x.dtype != weight.dtype:
-        raise TypeError(f"{op}: x is {x.dtype} and weight is {weight.dtype}; "
-                        "give both one dtype or use torch.autocast")
+        raise TypeError(f"{op}: x is {x.dtype} and weight is {weight.dtype}; give both one dtype or use torch.autocast")
     return x
 
 
@@ -51,13 +56,15 @@ def check_linear(op: str, x: Tensor, weight: Tensor, delta: Tensor, dim: int, bi
     if dim not in (0, 1):
         raise ValueError(f"{op}: dim must be 0 (outputs) or 1 (inputs), got {dim}")
     if weight.dim() != 2 or delta.dim() != 2:
-        raise ValueError(f"{op}: weight and delta must be matrices, got shapes "
-                         f"{tuple(weight.shape)} and {tuple(delta.shape)}")
+        raise ValueError(
+            f"{op}: weight and delta must be matrices, got shapes {tuple(weight.shape)} and {tuple(delta.shape)}"
+        )
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"{op}: x of shape {tuple(x.shape)} does not fit weight of shape {tuple(weight.shape)}")
     if delta.shape[1 - dim] != weight.shape[1 - dim]:
-        raise ValueError(f"{op}: delta of shape {tuple(delta.shape)} does not fit dim {dim} of weight "
-                         f"of shape {tuple(weight.shape)}")
+        raise ValueError(
+            f"{op}: delta of shape {tuple(delta.shape)} does not fit dim {dim} of weight of shape {tuple(weight.shape)}"
+        )
     if bias is not None and bias.shape != (weight.shape[0],):
         raise ValueError(f"{op}: bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
 
@@ -68,8 +75,9 @@ def check_index(op: str, index: Tensor, length: int, size: int) -> None:
     The entries are looked at on the CPU only: on a GPU a look would wait for the device, and a fake tensor has none.
     """
     if index.dtype != torch.int64 or index.shape != (length,):
-        raise ValueError(f"{op}: index must be int64 of shape ({length},), "
-                         f"got {index.dtype} of shape {tuple(index.shape)}")
+        raise ValueError(
+            f"{op}: index must be int64 of shape ({length},), got {index.dtype} of shape {tuple(index.shape)}"
+        )
     if torch.compiler.is_compiling() or index.device.type != "cpu" or length == 0 or type(index) is not Tensor:
         return
     low, high = torch.aminmax(index)
@@ -79,16 +87,20 @@ def check_index(op: str, index: Tensor, length: int, size: int) -> None:
 
 def check_dim(op: str, weight: Tensor, dim: int) -> None:
     if not (1 <= weight.dim() <= 3 and 0 <= dim < weight.dim()):
-        raise ValueError(f"{op}: weight must have 1 to 3 dimensions and dim be one of them, "
-                         f"got shape {tuple(weight.shape)} and dim {dim}")
+        raise ValueError(
+            f"{op}: weight must have 1 to 3 dimensions and dim be one of them, "
+            f"got shape {tuple(weight.shape)} and dim {dim}"
+        )
 
 
 def check_movable(op: str, weight: Tensor, dim: int, index: Tensor, values: Tensor, name: str) -> None:
     """values has weight's shape but for the units along dim, which index names one by one."""
     check_dim(op, weight, dim)
     if index.dtype != torch.int64 or index.dim() != 1:
-        raise ValueError(f"{op}: index must be int64 with one dimension, got {index.dtype} of shape {tuple(index.shape)}")
-    shape = (*weight.shape[:dim], index.numel(), *weight.shape[dim + 1:])
+        raise ValueError(
+            f"{op}: index must be int64 with one dimension, got {index.dtype} of shape {tuple(index.shape)}"
+        )
+    shape = (*weight.shape[:dim], index.numel(), *weight.shape[dim + 1 :])
     if values.shape != shape:
         raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(values.shape)}")
 
@@ -102,7 +114,7 @@ def check_distinct(op: str, index: Tensor, size: int, name: str = "index") -> No
         return
     ordered = index.sort().values
     repeats = ordered[1:] == ordered[:-1]
-    low, high, repeated = torch.stack((ordered[0], ordered[-1], repeats.sum())).tolist()   # the only wait
+    low, high, repeated = torch.stack((ordered[0], ordered[-1], repeats.sum())).tolist()  # the only wait
     if low < 0 or high >= size:
         raise ValueError(f"{op}: {name} has {low if low < 0 else high}, outside 0..{size - 1}")
     if repeated:

@@ -2,6 +2,7 @@
 
 `units` is the start of a contiguous slice in the one, the index of every unit in the other.
 """
+
 from collections.abc import Callable
 from functools import partial
 
@@ -15,8 +16,9 @@ from s2ft.ops._library import define
 
 def reference(x, weight, delta, units, dim, bias, kept):
     bias = None if bias is None else bias.to(x.dtype)
-    return with_effective_weight(weight, delta, units, dim, x.dtype,
-                                 lambda effective: F.linear(x.contiguous(), effective, bias))
+    return with_effective_weight(
+        weight, delta, units, dim, x.dtype, lambda effective: F.linear(x.contiguous(), effective, bias)
+    )
 
 
 def reference_grad_x(grad, weight, delta, units, dim):
@@ -42,15 +44,26 @@ def define_linear(name: str, units: str) -> Callable:
         The op's overload; call it by :func:`apply`.
     """
     # bias has no default here: the dispatcher drops arguments that equal it, gradients and all
-    op = define(f"{name}(Tensor x, Tensor weight, Tensor delta, {units}, int dim, Tensor? bias, Tensor? kept) -> Tensor",
-                reference, fake, _keep_for_backward, lambda ctx, grad: _backward(grad_x_op, ctx, grad))
-    grad_x_op = define(f"{name}_grad_x(Tensor grad, Tensor weight, Tensor delta, {units}, int dim) -> Tensor",
-                       reference_grad_x, fake_grad_x, _keep_for_second_backward, partial(_second_backward, op))
+    op = define(
+        f"{name}(Tensor x, Tensor weight, Tensor delta, {units}, int dim, Tensor? bias, Tensor? kept) -> Tensor",
+        reference,
+        fake,
+        _keep_for_backward,
+        lambda ctx, grad: _backward(grad_x_op, ctx, grad),
+    )
+    grad_x_op = define(
+        f"{name}_grad_x(Tensor grad, Tensor weight, Tensor delta, {units}, int dim) -> Tensor",
+        reference_grad_x,
+        fake_grad_x,
+        _keep_for_second_backward,
+        partial(_second_backward, op),
+    )
     return op
 
 
-def apply(op: Callable, x: Tensor, weight: Tensor, delta: Tensor, units: Units, dim: int,
-          bias: Tensor | None) -> Tensor:
+def apply(
+    op: Callable, x: Tensor, weight: Tensor, delta: Tensor, units: Units, dim: int, bias: Tensor | None
+) -> Tensor:
     """Call a linear op.
 
     For dim 1 the backward needs the units' share of x alone. It is copied here and not inside the op, where autograd
@@ -62,9 +75,10 @@ def apply(op: Callable, x: Tensor, weight: Tensor, delta: Tensor, units: Units, 
     return op(x, weight, delta, units, dim, bias, kept)
 
 
-def outer_product(grad: Tensor,   # [..., a]
-                  x: Tensor       # [..., b]
-                  ) -> Tensor:    # [a, b]
+def outer_product(
+    grad: Tensor,  # [..., a]
+    x: Tensor,  # [..., b]
+) -> Tensor:  # [a, b]
     """The weight gradient: sum over all leading dimensions of grad ⊗ x."""
     return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
 
@@ -99,7 +113,9 @@ def _keep_for_backward(ctx, inputs, output):
     elif dim == 0:
         kept = x
     elif kept is None:
-        raise ValueError("the units' share of x must be given where delta needs a gradient: call the function in s2ft.ops")
+        raise ValueError(
+            "the units' share of x must be given where delta needs a gradient: call the function in s2ft.ops"
+        )
     _save(ctx, units, kept, weight, delta)
 
 
@@ -129,7 +145,7 @@ def _keep_for_second_backward(ctx, inputs, output):
     _save(ctx, units, grad, weight, delta)
 
 
-def _second_backward(op, ctx, second):   # [..., I], the gradient with respect to grad_x
+def _second_backward(op, ctx, second):  # [..., I], the gradient with respect to grad_x
     grad, weight, delta, units = _saved(ctx)
     grad_grad = grad_delta = None
     if ctx.needs_input_grad[0]:

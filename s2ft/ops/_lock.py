@@ -3,6 +3,7 @@
 sliced_linear and its like write base + delta into a weight for the length of one product. The compiled kernels do
 that under a lock of the process; where there are none, the PyTorch references do it under a lock of Python.
 """
+
 import os
 import threading
 from collections.abc import Callable, Iterator

@@ -1,9 +1,10 @@
 """Where a weight lies: operations write to it, so it must be memory that this process has for itself."""
+
 import sys
 
 from torch import Tensor
 
-MAPS = "/proc/self/maps"   # of Linux
+MAPS = "/proc/self/maps"  # of Linux
 
 
 def check_writable(op: str, weight: Tensor) -> None:
@@ -18,8 +19,10 @@ def check_writable(op: str, weight: Tensor) -> None:
     """
     found = _mapping_of(weight)
     if found is not None and "w" not in found[0]:
-        raise ValueError(f"{op}: weight lies in read-only memory (a memmap of mode 'r', say), and this op writes to it: "
-                         "give a copy, weight.clone()")
+        raise ValueError(
+            f"{op}: weight lies in read-only memory (a memmap of mode 'r', say), and this op writes to it: "
+            "give a copy, weight.clone()"
+        )
 
 
 def check_private(what: str, weight: Tensor) -> None:
@@ -38,12 +41,16 @@ def check_private(what: str, weight: Tensor) -> None:
     flags, file = found
     where = f" ({file})" if file else ""
     if "w" not in flags:
-        raise ValueError(f"{what} lies in read-only memory{where}, and s2ft writes to the weights that it trains: load "
-                         "the model without a memory map, or clone the weight")
+        raise ValueError(
+            f"{what} lies in read-only memory{where}, and s2ft writes to the weights that it trains: load "
+            "the model without a memory map, or clone the weight"
+        )
     if "s" in flags:
-        raise ValueError(f"{what} lies in memory that is shared with other processes{where}. While an operation runs, a "
-                         "weight holds base + delta, and another process would take that for the base: give every "
-                         "process weights of its own (clone them), and share the trained s2 alone")
+        raise ValueError(
+            f"{what} lies in memory that is shared with other processes{where}. While an operation runs, a "
+            "weight holds base + delta, and another process would take that for the base: give every "
+            "process weights of its own (clone them), and share the trained s2 alone"
+        )
 
 
 def _mapping_of(weight: Tensor) -> tuple[str, str] | None:

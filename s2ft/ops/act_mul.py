@@ -1,4 +1,5 @@
 """act(gate) * up, the elementwise middle of a gated FFN, each way in one pass."""
+
 from functools import partial
 
 import torch
@@ -48,10 +49,10 @@ def setup_context(ctx, inputs, output):
 
 def backward(ctx, grad):
     gate, up = ctx.saved_tensors
-    if torch.is_grad_enabled():   # create_graph: autograd's own gradients can be differentiated again
+    if torch.is_grad_enabled():  # create_graph: autograd's own gradients can be differentiated again
         return *_differentiable_backward(grad, gate, up, ctx.activation), None
     if not ctx.needs_input_grad[0]:
-        return None, _op(gate, grad, ctx.activation), None   # the same product, with grad for up
+        return None, _op(gate, grad, ctx.activation), None  # the same product, with grad for up
     return *_backward(grad, gate, up, ctx.activation), None
 
 
@@ -63,14 +64,18 @@ def _differentiable_backward(grad, gate, up, activation):
 
 
 _op = define("act_mul(Tensor gate, Tensor up, str activation) -> Tensor", reference, fake, setup_context, backward)
-_backward = define("act_mul_backward(Tensor grad, Tensor gate, Tensor up, str activation) -> (Tensor, Tensor)",
-                   reference_backward, fake_backward)
+_backward = define(
+    "act_mul_backward(Tensor grad, Tensor gate, Tensor up, str activation) -> (Tensor, Tensor)",
+    reference_backward,
+    fake_backward,
+)
 
 
-def act_mul(gate: Tensor,      # any shape
-            up: Tensor,        # gate's shape and dtype
-            activation: str    # a key of ACTIVATIONS; "gelu" is the exact one
-            ) -> Tensor:       # gate's shape and dtype
+def act_mul(
+    gate: Tensor,  # any shape
+    up: Tensor,  # gate's shape and dtype
+    activation: str,  # a key of ACTIVATIONS; "gelu" is the exact one
+) -> Tensor:  # gate's shape and dtype
     """activation(gate) * up, keeping gate and up for the backward and nothing else.
 
     PyTorch's two operators keep activation(gate) too and read and write more in a step. Rounding is
@@ -79,6 +84,8 @@ def act_mul(gate: Tensor,      # any shape
     """
     activation_of(activation)
     if gate.shape != up.shape or gate.dtype != up.dtype:
-        raise ValueError(f"act_mul: gate ({gate.dtype}, {tuple(gate.shape)}) and up ({up.dtype}, "
-                         f"{tuple(up.shape)}) must have one shape and dtype")
+        raise ValueError(
+            f"act_mul: gate ({gate.dtype}, {tuple(gate.shape)}) and up ({up.dtype}, "
+            f"{tuple(up.shape)}) must have one shape and dtype"
+        )
     return _op(gate, up, activation)

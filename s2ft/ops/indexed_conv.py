@@ -3,6 +3,7 @@
 No device has a kernel of its own: the product is PyTorch's convolution, on a copy of the weight that has
 base + delta in the selected channels. A convolution's weight is small beside its activations.
 """
+
 from collections.abc import Sequence
 
 import torch
@@ -30,33 +31,71 @@ def differentiable(weight: Tensor, delta: Tensor, index: Tensor, dim: int, dtype
     return wide.index_add(dim, index, delta.to(wide.dtype)).to(weight.dtype).view(weight.shape).to(dtype)
 
 
-def reference(x: Tensor, weight: Tensor, delta: Tensor, index: Tensor, dim: int, bias: Tensor | None,
-              kept: Tensor | None, stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    delta: Tensor,
+    index: Tensor,
+    dim: int,
+    bias: Tensor | None,
+    kept: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
     bias = None if bias is None else bias.detach().to(x.dtype)
-    return torch.ops.aten.convolution(x.detach(), effective(weight, delta, index, dim, x.dtype), bias, stride, padding,
-                                      dilation, False, [0] * len(stride), 1)
+    return torch.ops.aten.convolution(
+        x.detach(),
+        effective(weight, delta, index, dim, x.dtype),
+        bias,
+        stride,
+        padding,
+        dilation,
+        False,
+        [0] * len(stride),
+        1,
+    )
 
 
-def reference_grad_x(grad: Tensor, weight: Tensor, delta: Tensor, index: Tensor, dim: int, size: list[int],
-                     stride: list[int], padding: list[int], dilation: list[int]) -> Tensor:
-    return _gradients(grad, grad.new_empty(1).expand(size), effective(weight, delta, index, dim, grad.dtype),
-                      stride, padding, dilation, 0)
+def reference_grad_x(
+    grad: Tensor,
+    weight: Tensor,
+    delta: Tensor,
+    index: Tensor,
+    dim: int,
+    size: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+) -> Tensor:
+    return _gradients(
+        grad,
+        grad.new_empty(1).expand(size),
+        effective(weight, delta, index, dim, grad.dtype),
+        stride,
+        padding,
+        dilation,
+        0,
+    )
 
 
-def reference_grad_delta(grad: Tensor, x: Tensor, shape: list[int], stride: list[int], padding: list[int],
-                         dilation: list[int]) -> Tensor:
+def reference_grad_delta(
+    grad: Tensor, x: Tensor, shape: list[int], stride: list[int], padding: list[int], dilation: list[int]
+) -> Tensor:
     return _gradients(grad, x, grad.new_empty(1).expand(shape), stride, padding, dilation, 1)
 
 
 def _gradients(grad, x, weight, stride, padding, dilation, which: int) -> Tensor:
     """Of a convolution, with respect to x (which = 0) or weight (1)."""
-    return torch.ops.aten.convolution_backward(grad, x, weight, None, stride, padding, dilation, False,
-                                               [0] * len(stride), 1, [which == 0, which == 1, False])[which]
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, stride, padding, dilation, False, [0] * len(stride), 1, [which == 0, which == 1, False]
+    )[which]
 
 
 def fake(x, weight, delta, index, dim, bias, kept, stride, padding, dilation):
-    return torch.ops.aten.convolution(x, weight.to(x.dtype), None, stride, padding, dilation, False,
-                                      [0] * len(stride), 1)
+    return torch.ops.aten.convolution(
+        x, weight.to(x.dtype), None, stride, padding, dilation, False, [0] * len(stride), 1
+    )
 
 
 def fake_grad_x(grad, weight, delta, index, dim, size, stride, padding, dilation):
@@ -91,7 +130,7 @@ def backward(ctx, grad):
 
 
 def _grad_x_of(grad, weight, delta, index, dim, size, *geometry):
-    if torch.is_grad_enabled():   # create_graph: autograd can differentiate PyTorch's own gradient
+    if torch.is_grad_enabled():  # create_graph: autograd can differentiate PyTorch's own gradient
         weight = differentiable(weight, delta, index, dim, grad.dtype)
         return _gradients(grad, grad.new_empty(1).expand(size), weight, *geometry, 0)
     return torch.ops.s2ft.indexed_conv_grad_x(grad, weight, delta, index, dim, size, *geometry)
@@ -103,22 +142,38 @@ def _grad_delta_of(grad, kept, shape, *geometry):
 
 
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation"
-_op = define("indexed_conv(Tensor x, Tensor weight, Tensor delta, Tensor index, int dim, Tensor? bias, Tensor? kept, "
-             f"{_GEOMETRY}) -> Tensor", reference, fake, setup_context, backward)
-_grad_x = define("indexed_conv_grad_x(Tensor grad, Tensor weight, Tensor delta, Tensor index, int dim, SymInt[] size, "
-                 f"{_GEOMETRY}) -> Tensor", reference_grad_x, fake_grad_x)
-_grad_delta = define(f"indexed_conv_grad_delta(Tensor grad, Tensor x, SymInt[] shape, {_GEOMETRY}) -> Tensor",
-                     reference_grad_delta, fake_grad_delta)
+_op = define(
+    "indexed_conv(Tensor x, Tensor weight, Tensor delta, Tensor index, int dim, Tensor? bias, Tensor? kept, "
+    f"{_GEOMETRY}) -> Tensor",
+    reference,
+    fake,
+    setup_context,
+    backward,
+)
+_grad_x = define(
+    "indexed_conv_grad_x(Tensor grad, Tensor weight, Tensor delta, Tensor index, int dim, SymInt[] size, "
+    f"{_GEOMETRY}) -> Tensor",
+    reference_grad_x,
+    fake_grad_x,
+)
+_grad_delta = define(
+    f"indexed_conv_grad_delta(Tensor grad, Tensor x, SymInt[] shape, {_GEOMETRY}) -> Tensor",
+    reference_grad_delta,
+    fake_grad_delta,
+)
 
 
-def indexed_conv(x: Tensor,        # [N, I, ...], one to three further dimensions
-                 weight: Tensor,   # [O, I, ...], frozen
-                 delta: Tensor,    # [n, I, taps] if dim == 0 else [O, n, taps]; taps: all positions of the kernel
-                 index: Tensor,    # [n] int64, no channel twice
-                 dim: int,
-                 bias: Tensor | None = None,   # [O]
-                 stride: Sequence[int] = (1,), padding: Sequence[int] = (0,), dilation: Sequence[int] = (1,)
-                 ) -> Tensor:      # [N, O, ...]
+def indexed_conv(
+    x: Tensor,  # [N, I, ...], one to three further dimensions
+    weight: Tensor,  # [O, I, ...], frozen
+    delta: Tensor,  # [n, I, taps] if dim == 0 else [O, n, taps]; taps: all positions of the kernel
+    index: Tensor,  # [n] int64, no channel twice
+    dim: int,
+    bias: Tensor | None = None,  # [O]
+    stride: Sequence[int] = (1,),
+    padding: Sequence[int] = (0,),
+    dilation: Sequence[int] = (1,),
+) -> Tensor:  # [N, O, ...]
     """Convolution of x with W, where W = weight and ``W.index_select(dim, index) += delta``; one group.
 
     base + delta is summed in the wider of the two dtypes and rounded once to the weight's. Gradients flow to x,
@@ -128,7 +183,9 @@ def indexed_conv(x: Tensor,        # [N, I, ...], one to three further dimension
     """
     spatial = weight.dim() - 2
     if spatial not in (1, 2, 3) or x.dim() != weight.dim() or x.shape[1] != weight.shape[1]:
-        raise ValueError(f"indexed_conv: x of shape {tuple(x.shape)} does not fit weight of shape {tuple(weight.shape)}")
+        raise ValueError(
+            f"indexed_conv: x of shape {tuple(x.shape)} does not fit weight of shape {tuple(weight.shape)}"
+        )
     if dim not in (0, 1):
         raise ValueError(f"indexed_conv: dim must be 0 (outputs) or 1 (inputs), got {dim}")
     expected = [*weight.shape[:2], weight[0, 0].numel()]
@@ -138,11 +195,13 @@ def indexed_conv(x: Tensor,        # [N, I, ...], one to three further dimension
     if bias is not None and bias.shape != (weight.shape[0],):
         raise ValueError(f"indexed_conv: bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
     check_index("indexed_conv", index, delta.shape[dim], weight.shape[dim])
-    geometry = [_entries(name, given, spatial) for name, given in
-                (("stride", stride), ("padding", padding), ("dilation", dilation))]
+    geometry = [
+        _entries(name, given, spatial)
+        for name, given in (("stride", stride), ("padding", padding), ("dilation", dilation))
+    ]
     x, kept = autocast_input("indexed_conv", x, weight), None
     if dim == 1 and delta.requires_grad and torch.is_grad_enabled():
-        kept = x.index_select(1, index)   # here, where autograd sees that it depends on x
+        kept = x.index_select(1, index)  # here, where autograd sees that it depends on x
     return _op(x, weight, delta, index, dim, bias, kept, *geometry)
 
 

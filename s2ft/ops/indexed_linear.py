@@ -8,13 +8,14 @@ from s2ft.ops._library import autocast_input, check_index, check_linear
 _op = _linear.define_linear("indexed_linear", "Tensor index")
 
 
-def indexed_linear(x: Tensor,        # [..., I]
-                   weight: Tensor,   # [O, I], frozen
-                   delta: Tensor,    # [n, I] if dim == 0 else [O, n]
-                   index: Tensor,    # [n], int64, no index twice
-                   dim: int,
-                   bias: Tensor | None = None   # [O]
-                   ) -> Tensor:      # [..., O]
+def indexed_linear(
+    x: Tensor,  # [..., I]
+    weight: Tensor,  # [O, I], frozen
+    delta: Tensor,  # [n, I] if dim == 0 else [O, n]
+    index: Tensor,  # [n], int64, no index twice
+    dim: int,
+    bias: Tensor | None = None,  # [O]
+) -> Tensor:  # [..., O]
     """y = x @ Wᵀ + bias, with W = weight and ``W.index_select(dim, index) += delta``.
 
     The same contract as :func:`s2ft.ops.sliced_linear`, for units that lie anywhere. An index outside

@@ -1,4 +1,5 @@
 """Add deltas to rows or columns of a weight in place: how adapters are fused (paper, section 3.4)."""
+
 from collections.abc import Sequence
 
 import torch
@@ -8,11 +9,20 @@ from s2ft.ops._effective import in_turn
 from s2ft.ops._library import check_distinct, check_movable, count_change, define
 
 
-def check(op: str, weight: Tensor, index: list[Tensor], delta: list[Tensor], dim: int, alpha: list[float],
-          replaced: list[Tensor]) -> None:
+def check(
+    op: str,
+    weight: Tensor,
+    index: list[Tensor],
+    delta: list[Tensor],
+    dim: int,
+    alpha: list[float],
+    replaced: list[Tensor],
+) -> None:
     if not len(index) == len(delta) == len(alpha) or len(replaced) not in (0, len(delta)):
-        raise ValueError(f"{op}: index, delta, alpha and replaced must be as many, got {len(index)}, {len(delta)}, "
-                         f"{len(alpha)} and {len(replaced)}")
+        raise ValueError(
+            f"{op}: index, delta, alpha and replaced must be as many, got {len(index)}, {len(delta)}, "
+            f"{len(alpha)} and {len(replaced)}"
+        )
     for where, values in zip(index, delta):
         check_movable(op, weight, dim, where, values, "delta")
         check_distinct(op, where, weight.shape[dim])
@@ -22,8 +32,9 @@ def check(op: str, weight: Tensor, index: list[Tensor], delta: list[Tensor], dim
             raise ValueError(f"{op}: replaced must have weight's dtype {weight.dtype}, got {old.dtype}")
 
 
-def reference(weight: Tensor, index: list[Tensor], delta: list[Tensor], dim: int, alpha: list[float],
-              replaced: list[Tensor]) -> None:
+def reference(
+    weight: Tensor, index: list[Tensor], delta: list[Tensor], dim: int, alpha: list[float], replaced: list[Tensor]
+) -> None:
     check("scatter_add_", weight, index, delta, dim, alpha, replaced)
     if not delta:
         return
@@ -40,17 +51,22 @@ def reference(weight: Tensor, index: list[Tensor], delta: list[Tensor], dim: int
     weight.transpose(0, dim)[units] = total.to(weight.dtype).transpose(0, dim)
 
 
-_op = define("scatter_add_(Tensor(a!) weight, Tensor[] index, Tensor[] delta, int dim, float[] alpha, "
-             "Tensor(b!)[] replaced) -> ()", in_turn("scatter_add_", reference), lambda weight, index, delta, dim, alpha, replaced: None)
+_op = define(
+    "scatter_add_(Tensor(a!) weight, Tensor[] index, Tensor[] delta, int dim, float[] alpha, "
+    "Tensor(b!)[] replaced) -> ()",
+    in_turn("scatter_add_", reference),
+    lambda weight, index, delta, dim, alpha, replaced: None,
+)
 
 
-def scatter_add_(weight: Tensor,                            # 1-D to 3-D, changed in place
-                 index: Tensor | Sequence[Tensor],    # [n] int64, no unit twice; or one for each delta
-                 delta: Tensor | Sequence[Tensor],    # weight.shape with dim -> n; or several of any n
-                 dim: int,
-                 alpha: float | Sequence[float] = 1.0,
-                 replaced: Tensor | Sequence[Tensor] | None = None   # as delta, in weight's dtype
-                 ) -> None:
+def scatter_add_(
+    weight: Tensor,  # 1-D to 3-D, changed in place
+    index: Tensor | Sequence[Tensor],  # [n] int64, no unit twice; or one for each delta
+    delta: Tensor | Sequence[Tensor],  # weight.shape with dim -> n; or several of any n
+    dim: int,
+    alpha: float | Sequence[float] = 1.0,
+    replaced: Tensor | Sequence[Tensor] | None = None,  # as delta, in weight's dtype
+) -> None:
     """``weight[index] += alpha * delta`` along dim; for lists, the sum of all of them in one pass.
 
     Sums are formed in float32 (float64 where weight or delta is), products rounded before they are added,

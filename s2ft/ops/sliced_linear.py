@@ -8,12 +8,14 @@ from s2ft.ops._library import autocast_input, check_linear
 _op = _linear.define_linear("sliced_linear", "int start")
 
 
-def sliced_linear(x: Tensor,        # [..., I]
-                  weight: Tensor,   # [O, I], frozen
-                  delta: Tensor,    # [n, I] if dim == 0 else [O, n]
-                  start: int, dim: int,
-                  bias: Tensor | None = None   # [O]
-                  ) -> Tensor:      # [..., O]
+def sliced_linear(
+    x: Tensor,  # [..., I]
+    weight: Tensor,  # [O, I], frozen
+    delta: Tensor,  # [n, I] if dim == 0 else [O, n]
+    start: int,
+    dim: int,
+    bias: Tensor | None = None,  # [O]
+) -> Tensor:  # [..., O]
     """y = x @ Wᵀ + bias, with W = weight and ``W.narrow(dim, start, n) += delta``.
 
     One dense GEMM each way. base + delta is summed in the wider of the two dtypes and rounded once

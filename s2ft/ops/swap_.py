@@ -1,4 +1,5 @@
 """Exchange rows or columns of a weight with a saved copy: how an adapter is put on and taken off."""
+
 from torch import Tensor
 
 from s2ft.ops._effective import in_turn
@@ -16,14 +17,19 @@ def reference(weight: Tensor, index: Tensor, values: Tensor, dim: int) -> None:
     values.copy_(held)
 
 
-_op = define("swap_(Tensor(a!) weight, Tensor index, Tensor(b!) values, int dim) -> ()",
-             in_turn("swap_", reference), lambda weight, index, values, dim: None)
+_op = define(
+    "swap_(Tensor(a!) weight, Tensor index, Tensor(b!) values, int dim) -> ()",
+    in_turn("swap_", reference),
+    lambda weight, index, values, dim: None,
+)
 
 
-def swap_(weight: Tensor,   # 1-D to 3-D, changed in place
-          index: Tensor,    # [n], int64, no index twice
-          values: Tensor,   # weight.shape with dim -> n, same dtype, changed in place
-          dim: int) -> None:
+def swap_(
+    weight: Tensor,  # 1-D to 3-D, changed in place
+    index: Tensor,  # [n], int64, no index twice
+    values: Tensor,  # weight.shape with dim -> n, same dtype, changed in place
+    dim: int,
+) -> None:
     """Exchange ``weight[index]`` along dim with values, element for element.
 
     A second call with the same arguments gives both back bit for bit, which adding and subtracting

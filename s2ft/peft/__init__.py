@@ -4,9 +4,10 @@ that is built on them take an :class:`S2FTPeftConfig`.
 PEFT's own classes do PEFT's part; the units, the products and the sums are s2ft's. Weights stay where they are, so that
 several adapters with different units live in one layer.
 """
+
 from s2ft.packages import check_packages
 
-check_packages("s2ft.peft")   # before Python's own error, which does not say what to install
+check_packages("s2ft.peft")  # before Python's own error, which does not say what to install
 
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING

@@ -1,4 +1,5 @@
 """S2FTConfig with PEFT's habits: what to train, which modules, and, once injected, which units."""
+
 import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
@@ -10,8 +11,8 @@ from s2ft.config import CHOOSING, S2FTConfig
 from s2ft.selection import METRICS, Selection
 
 TYPE = "S2FT"
-DIMS = ("outputs", "inputs")   # of a weight's dim 0 and 1
-MOST = 2**24                   # units a module can have, in a range that a file writes as 0-9
+DIMS = ("outputs", "inputs")  # of a weight's dim 0 and 1
+MOST = 2**24  # units a module can have, in a range that a file writes as 0-9
 
 
 @dataclass
@@ -34,31 +35,43 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
     Raises: ValueError naming the field when a value or a combination can't be meant.
     """
 
-    layout: ClassVar[str] = "indexed"   # of S2FTConfig; weights stay where they are
+    layout: ClassVar[str] = "indexed"  # of S2FTConfig; weights stay where they are
     ffn_kernel: ClassVar[bool] = False
     delta_dtype: ClassVar[None] = None
-    sites: ClassVar[dict[str, Any] | None] = None   # once injected: s2ft.peft.units.Site by module
-    asked: ClassVar[dict[str, tuple] | None] = None   # what it was made with, and has instead now, by field
+    sites: ClassVar[dict[str, Any] | None] = None  # once injected: s2ft.peft.units.Site by module
+    asked: ClassVar[dict[str, tuple] | None] = None  # what it was made with, and has instead now, by field
 
-    target_modules: list[str] | str | None = field(default=None, metadata={
-        "help": "modules to train: ends of their names, a regular expression, or all-linear"})
-    exclude_modules: list[str] | str | None = field(default=None, metadata={
-        "help": "modules never to train: ends of their names, or a regular expression"})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={
-        "help": "layers to train, by the first number in a module's name"})
-    layers_pattern: list[str] | str | None = field(default=None, metadata={
-        "help": "what stands before that number, e.g. layers"})
-    modules_to_save: list[str] | None = field(default=None, metadata={
-        "help": "modules to train and save whole besides, e.g. a new head"})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "modules to train: ends of their names, a regular expression, or all-linear"}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "modules never to train: ends of their names, or a regular expression"}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "layers to train, by the first number in a module's name"}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "what stands before that number, e.g. layers"}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "modules to train and save whole besides, e.g. a new head"}
+    )
     ratio: float | None = field(default=None, metadata={"help": "share of the units of every target module"})
-    dim: str | None = field(default=None, metadata={
-        "help": "outputs or inputs: what a unit is in target modules that are in no coupling that s2ft knows"})
-    init_weights: bool = field(default=True, metadata={
-        "help": "deltas begin at zero, so that nothing changes; False: random, for tests"})
-    chosen_by: dict[str, Any] | None = field(default=None, metadata={
-        "help": "for the record: the options that the units were chosen by"})
-    base_fingerprint: str | None = field(default=None, metadata={
-        "help": "what the base must be, for the families that s2ft knows; None: not looked at"})
+    dim: str | None = field(
+        default=None,
+        metadata={
+            "help": "outputs or inputs: what a unit is in target modules that are in no coupling that s2ft knows"
+        },
+    )
+    init_weights: bool = field(
+        default=True, metadata={"help": "deltas begin at zero, so that nothing changes; False: random, for tests"}
+    )
+    chosen_by: dict[str, Any] | None = field(
+        default=None, metadata={"help": "for the record: the options that the units were chosen by"}
+    )
+    base_fingerprint: str | None = field(
+        default=None, metadata={"help": "what the base must be, for the families that s2ft knows; None: not looked at"}
+    )
 
     def __post_init__(self) -> None:
         self.units = _lists(self.units)
@@ -82,21 +95,28 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
         if self.units is not None and self.ratio is not None:
             raise ValueError("units says which units are trained, so nothing is left for ratio")
         if self.ratio is not None and self.target_modules is None:
-            raise ValueError("ratio is the share of units of the target modules: give target_modules, or "
-                             "q_ratio … d_ratio instead")
+            raise ValueError(
+                "ratio is the share of units of the target modules: give target_modules, or q_ratio … d_ratio instead"
+            )
         if named and self.target_modules is not None:
-            raise ValueError(f"target_modules goes with ratio, and {', '.join(named)} without: a projection's ratio "
-                             "says which modules are trained")
+            raise ValueError(
+                f"target_modules goes with ratio, and {', '.join(named)} without: a projection's ratio "
+                "says which modules are trained"
+            )
         if self.target_modules is not None and self.layers is not None:
             raise ValueError("layers goes with q_ratio … d_ratio: with target_modules give layers_to_transform")
         if self.target_modules is not None and self.ratio is None and self.units is None:
             raise ValueError("target_modules needs ratio, the share of their units to train, or units")
         if not named and self.target_modules is None and self.units is None:
-            raise ValueError("nothing is selected: set one of q_ratio, k_ratio, v_ratio, o_ratio, u_ratio, g_ratio, "
-                             "d_ratio above 0, or give target_modules and ratio, or units")
+            raise ValueError(
+                "nothing is selected: set one of q_ratio, k_ratio, v_ratio, o_ratio, u_ratio, g_ratio, "
+                "d_ratio above 0, or give target_modules and ratio, or units"
+            )
         if METRICS[self.selection].calibrated:
-            raise ValueError(f"selection={self.selection!r} needs calibration data, which PEFT has no place for: give "
-                             "units=s2ft.select(model, s2ft.S2FTConfig(...), calibration)")
+            raise ValueError(
+                f"selection={self.selection!r} needs calibration data, which PEFT has no place for: give "
+                "units=s2ft.select(model, s2ft.S2FTConfig(...), calibration)"
+            )
 
     def with_units(self, selection: Selection, paths: list[str], fingerprint: str | None) -> "S2FTPeftConfig":
         """A copy that names the units, and how they were chosen, instead of the options they were chosen by."""
@@ -109,8 +129,14 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
             chosen_by["seed"] = self.seed
             by = {name: defaults[name] for name in by}
         targets = paths if self.target_modules is None else self.target_modules
-        return replace(self, units=selection.to_dict(), target_modules=targets, base_fingerprint=fingerprint,
-                       chosen_by=chosen_by, **by)
+        return replace(
+            self,
+            units=selection.to_dict(),
+            target_modules=targets,
+            base_fingerprint=fingerprint,
+            chosen_by=chosen_by,
+            **by,
+        )
 
     def as_asked(self) -> "S2FTPeftConfig":
         """A copy as it was made, but for what was changed since by hand."""

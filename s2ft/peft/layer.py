@@ -1,4 +1,5 @@
 """A module with adapters of PEFT on it: the deltas by adapter, their units, and the forward."""
+
 import warnings
 from typing import Any
 
@@ -14,7 +15,7 @@ from s2ft.model.weights import as_matrix, is_conv1d, is_quantized
 from s2ft.ops import effective_units, multi_adapter_linear, pack_adapters, scatter_add_, swap_
 from s2ft.ops._lock import LOCK
 
-BASE = "__base__"   # PEFT's name for no adapter, in mixed batches
+BASE = "__base__"  # PEFT's name for no adapter, in mixed batches
 
 
 class AdapterDelta(nn.Module):
@@ -42,16 +43,21 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("s2ft_delta",)
-    _looked_at = 0   # see check_private_once
+    _looked_at = 0  # see check_private_once
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, dim: int, index: Tensor, init_weights: bool) -> None:
         super().__init__()
         # Hooks registered on the module see this layer's inputs and outputs: its own are not run by `forward`
-        self.__dict__.update({key: value for key, value in base_layer.__dict__.items()
-                              if "_hook" in key and "state_dict" not in key and key != "_hf_hook"})
+        self.__dict__.update(
+            {
+                key: value
+                for key, value in base_layer.__dict__.items()
+                if "_hook" in key and "state_dict" not in key and key != "_hf_hook"
+            }
+        )
         self.base_layer, self.dim = base_layer, dim
         self.s2ft_delta = nn.ModuleDict()
-        self._replaced: tuple[Tensor, Tensor] | None = None   # index and base, while merged
+        self._replaced: tuple[Tensor, Tensor] | None = None  # index and base, while merged
         self._active_adapter, self.merged_adapters, self._disable_adapters = adapter_name, [], False
         names = ("nx", "nf") if is_conv1d(base_layer) else ("in_features", "out_features")
         names = ("in_channels", "out_channels") if type(base_layer) in CONVOLUTIONS else names
@@ -62,8 +68,10 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         """Raises: ValueError where an adapter trains the other side than those that are here."""
         if dim != self.dim:
             sides = ("outputs", "inputs")
-            raise ValueError(f"adapter {adapter_name!r} trains {sides[dim]} of a module of which another adapter "
-                             f"trains {sides[self.dim]}: give both the same dim")
+            raise ValueError(
+                f"adapter {adapter_name!r} trains {sides[dim]} of a module of which another adapter "
+                f"trains {sides[self.dim]}: give both the same dim"
+            )
 
     def update_layer(self, adapter_name: str, dim: int, index: Tensor, init_weights: bool) -> None:
         """Add an adapter."""
@@ -71,8 +79,10 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         shape[dim] = index.numel()
         quantized = is_quantized(self.base_layer)
         delta = torch.zeros(shape, dtype=torch.float32 if quantized else weight.dtype, device=weight.device)
-        self.s2ft_delta[adapter_name] = AdapterDelta(delta if init_weights else delta.normal_(std=0.1),
-                                                     index.to("cpu" if weight.is_meta else weight.device, copy=True))
+        self.s2ft_delta[adapter_name] = AdapterDelta(
+            delta if init_weights else delta.normal_(std=0.1),
+            index.to("cpu" if weight.is_meta else weight.device, copy=True),
+        )
         self.set_adapter(self.active_adapters)
 
     def _shape(self) -> torch.Size:
@@ -118,7 +128,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         run, hook = forward_for(self.base_layer), getattr(self.base_layer, "_hf_hook", None)
         if hook is None or is_quantized(self.base_layer):
             return run(self.base_layer, x, delta.values, delta.index, self.dim)
-        (x,), _ = hook.pre_forward(self.base_layer, x)   # accelerate's, which brings weights that are elsewhere
+        (x,), _ = hook.pre_forward(self.base_layer, x)  # accelerate's, which brings weights that are elsewhere
         values, index = delta.values.to(x.device), delta.index.to(x.device)
         return hook.post_forward(self.base_layer, run(self.base_layer, x, values, index, self.dim))
 
@@ -127,11 +137,14 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     def _row_names(self, x: Tensor, names: list[str]) -> list[str]:
         """Of every row of x. Raises: ValueError in PEFT's words, for those who look for them."""
         if not names or len(x) % len(names):
-            raise ValueError("Length of `adapter_names` should be the same as the number of inputs, but got "
-                             f"{len(names)} and {len(x)}")
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} and {len(x)}"
+            )
         if self.merged:
-            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call "
-                             "`unmerge_adapter` first.")
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         return [name for name in names for _ in range(len(x) // len(names))]
 
     def _mixed(self, x: Tensor, adapter_names: list[str]) -> Tensor:
@@ -151,10 +164,14 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
 
     def _row_by_row(self, x: Tensor, adapter_names: list[str], here: list[str]) -> Tensor:
         names = [name if name in here else BASE for name in adapter_names]
-        groups = {one: torch.tensor([i for i, name in enumerate(names) if name == one], device=x.device)
-                  for one in dict.fromkeys(names)}
-        parts = [self.base_layer.forward(x[rows]) if name == BASE else self._product(x[rows], self.delta_of([name]))
-                 for name, rows in groups.items()]
+        groups = {
+            one: torch.tensor([i for i, name in enumerate(names) if name == one], device=x.device)
+            for one in dict.fromkeys(names)
+        }
+        parts = [
+            self.base_layer.forward(x[rows]) if name == BASE else self._product(x[rows], self.delta_of([name]))
+            for name, rows in groups.items()
+        ]
         return torch.cat(parts)[torch.cat(list(groups.values())).argsort()]
 
     # ---- merge and unmerge ---------------------------------------------------------------------------
@@ -182,11 +199,13 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def _check_finite(self, names: list[str]) -> None:
-        for name in names:   # one by one, to name it
+        for name in names:  # one by one, to name it
             delta = self.delta_of([name])
             if not bool(torch.isfinite(self._effective(delta)).all()):
-                raise ValueError("NaNs detected in the merged weights. "   # PEFT's words
-                                 f"The adapter {name} seems to be broken")
+                raise ValueError(
+                    "NaNs detected in the merged weights. "  # PEFT's words
+                    f"The adapter {name} seems to be broken"
+                )
         if not bool(torch.isfinite(self._effective(self.delta_of(names))).all()):
             raise ValueError(f"NaNs detected in the merged weights, of the sum of {', '.join(names)}")
 

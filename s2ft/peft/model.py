@@ -1,4 +1,5 @@
 """The tuner: S²FT's part of a PeftModel."""
+
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,7 +26,7 @@ class S2FTPeftModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = S2FTPeftLayer
-    target_module_mapping: dict[str, list[str]] = {}   # modules follow from the selection
+    target_module_mapping: dict[str, list[str]] = {}  # modules follow from the selection
 
     # ---- in ------------------------------------------------------------------------------------------
 
@@ -42,7 +43,7 @@ class S2FTPeftModel(BaseTuner):
         unpacked = layers_that_pack(model)
         stop_packing(model, unpacked)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config.note(before)   # PEFT shortens long lists of target_modules
+        config.note(before)  # PEFT shortens long lists of target_modules
         self.__dict__.setdefault("_unpacked", unpacked)
 
     def _prepare_adapter_config(self, peft_config: S2FTPeftConfig, model_config: dict) -> S2FTPeftConfig:
@@ -54,8 +55,16 @@ class S2FTPeftModel(BaseTuner):
         found = BaseTuner._check_target_module_exists(peft_config, key)
         return found if not found or peft_config.sites is None else key in peft_config.sites
 
-    def _create_and_replace(self, peft_config: S2FTPeftConfig, adapter_name: str, target: nn.Module, target_name: str,
-                            parent: nn.Module, current_key: str, **kwargs: Any) -> None:
+    def _create_and_replace(
+        self,
+        peft_config: S2FTPeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
         site = peft_config.sites.get(current_key)
         if site is None:
             raise ValueError(f"{current_key} has weights in the adapter, and its config names no units of it")
@@ -65,7 +74,7 @@ class S2FTPeftModel(BaseTuner):
         layer = S2FTPeftLayer(target, adapter_name, site.dim, site.index, peft_config.init_weights)
         layer.train(target.training)
         if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)   # a further adapter, which does not train before it is active
+            layer.requires_grad_(False)  # a further adapter, which does not train before it is active
         self._replace_module(parent, target_name, layer, target)
 
     # ---- out -----------------------------------------------------------------------------------------
@@ -84,8 +93,9 @@ class S2FTPeftModel(BaseTuner):
 
     # ---- weighted sums -------------------------------------------------------------------------------
 
-    def add_weighted_adapter(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str,
-                             combination_type: str = "linear") -> None:
+    def add_weighted_adapter(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
         """Add the adapter that is the sum of weight × adapter, on the units that any of them has; it does not train.
 
         Raises: ValueError for a name that is unknown or taken, a weight that is no finite number, another combination
@@ -99,25 +109,37 @@ class S2FTPeftModel(BaseTuner):
                 units[name] = sorted({*units.get(name, ()), *numbers})
         paths = {path for config in configs for path in config.sites}
         self.peft_config[adapter_name] = replace(
-            configs[0], units=units, target_modules=paths, exclude_modules=None, layers_to_transform=None,
-            layers_pattern=None, init_weights=True, inference_mode=True, modules_to_save=sorted(
-                {name for config in configs for name in config.modules_to_save or ()}) or None,
-            chosen_by={"sum_of": [[name, float(weight)] for name, weight in zip(adapters, weights)]})
+            configs[0],
+            units=units,
+            target_modules=paths,
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            init_weights=True,
+            inference_mode=True,
+            modules_to_save=sorted({name for config in configs for name in config.modules_to_save or ()}) or None,
+            chosen_by={"sum_of": [[name, float(weight)] for name, weight in zip(adapters, weights)]},
+        )
         self.inject_adapter(self.model, adapter_name)
         for layer in self._layers(adapter_name):
-            parts = [(layer.delta_of([name]), float(weight)) for name, weight in zip(adapters, weights)
-                     if name in layer.s2ft_delta]
+            parts = [
+                (layer.delta_of([name]), float(weight))
+                for name, weight in zip(adapters, weights)
+                if name in layer.s2ft_delta
+            ]
             layer.s2ft_delta[adapter_name].values = nn.Parameter(sum_deltas(parts).values.detach(), requires_grad=False)
-        for module in self.model.modules():   # what one of the adapters saves whole, the sum has too
+        for module in self.model.modules():  # what one of the adapters saves whole, the sum has too
             if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
                 for name in set(adapters) & set(module.modules_to_save):
                     module.modules_to_save[adapter_name].load_state_dict(module.modules_to_save[name].state_dict())
 
-    def _check_weighted(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str,
-                        combination_type: str) -> None:
+    def _check_weighted(
+        self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str
+    ) -> None:
         if not adapters or len(adapters) != len(weights):
-            raise ValueError(f"weights must be as many as adapters, at least one, got {len(weights)} and "
-                             f"{len(adapters)}")
+            raise ValueError(
+                f"weights must be as many as adapters, at least one, got {len(weights)} and {len(adapters)}"
+            )
         for name, weight in zip(adapters, weights):
             if name not in self.peft_config:
                 raise ValueError(f"Adapter {name} does not exist")
@@ -125,17 +147,26 @@ class S2FTPeftModel(BaseTuner):
         if adapter_name in self.peft_config:
             raise ValueError(f"there is an adapter called {adapter_name!r} already: give the sum another name")
         if combination_type != "linear":
-            raise ValueError("combination_type must be linear: deltas are added up as they are, got "
-                             f"{combination_type!r}")
-        clashes = [path for path, module in self.model.named_modules() if isinstance(module, ModulesToSaveWrapper)
-                   and sum(name in module.modules_to_save for name in adapters) > 1]
-        if clashes:   # in PEFT's words, for those who look for them
-            raise ValueError("Cannot add weighted adapters if they target the same module with modules_to_save, but "
-                             f"found {len(clashes)} such instance(s). They are {', '.join(clashes)}")
+            raise ValueError(
+                f"combination_type must be linear: deltas are added up as they are, got {combination_type!r}"
+            )
+        clashes = [
+            path
+            for path, module in self.model.named_modules()
+            if isinstance(module, ModulesToSaveWrapper) and sum(name in module.modules_to_save for name in adapters) > 1
+        ]
+        if clashes:  # in PEFT's words, for those who look for them
+            raise ValueError(
+                "Cannot add weighted adapters if they target the same module with modules_to_save, but "
+                f"found {len(clashes)} such instance(s). They are {', '.join(clashes)}"
+            )
 
     def _layers(self, adapter_name: str) -> list[S2FTPeftLayer]:
-        return [module for module in self.model.modules()
-                if isinstance(module, S2FTPeftLayer) and adapter_name in module.s2ft_delta]
+        return [
+            module
+            for module in self.model.modules()
+            if isinstance(module, S2FTPeftLayer) and adapter_name in module.s2ft_delta
+        ]
 
     # ---- mixed batches -------------------------------------------------------------------------------
 
@@ -150,10 +181,14 @@ class S2FTPeftModel(BaseTuner):
         beams = kwargs.get("num_beams") or 1
         repeated = [name for name in names for _ in range(beams)]
         encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
-        once = set() if encoder in (None, self.model) else set(encoder.modules())   # it runs before beams are made
-        handles = [module.register_forward_pre_hook(partial(_pass_names, names if module in once else repeated),
-                                                    with_kwargs=True)
-                   for module in self.model.modules() if isinstance(module, (S2FTPeftLayer, AuxiliaryTrainingWrapper))]
+        once = set() if encoder in (None, self.model) else set(encoder.modules())  # it runs before beams are made
+        handles = [
+            module.register_forward_pre_hook(
+                partial(_pass_names, names if module in once else repeated), with_kwargs=True
+            )
+            for module in self.model.modules()
+            if isinstance(module, (S2FTPeftLayer, AuxiliaryTrainingWrapper))
+        ]
         try:
             yield
         finally:
@@ -164,12 +199,15 @@ class S2FTPeftModel(BaseTuner):
         """In PEFT's words, for those who look for them."""
         given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 1]
         if given and len(given[0]) != len(names):
-            raise ValueError("Length of `adapter_names` should be the same as the number of inputs, but got "
-                             f"{len(names)} and {len(given[0])}")
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} and {len(given[0])}"
+            )
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        known = {name for module in self.model.modules() if isinstance(module, S2FTPeftLayer)
-                 for name in module.s2ft_delta}
+        known = {
+            name for module in self.model.modules() if isinstance(module, S2FTPeftLayer) for name in module.s2ft_delta
+        }
         unknown = sorted(set(names) - known - {BASE})
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
@@ -177,14 +215,17 @@ class S2FTPeftModel(BaseTuner):
     # ---- loading -------------------------------------------------------------------------------------
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(cls, model: nn.Module, config: S2FTPeftConfig, adapter_name: str,
-                                           state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: S2FTPeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
         """PEFT's; strict about what is s2ft's. Raises: ValueError for weights that are missing, left over or of other
         units than the config's, before anything is loaded: such an adapter would change the wrong weights."""
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        layers = {f"{path}.s2ft_delta.{adapter_name}": module.s2ft_delta[adapter_name]
-                  for path, module in model.named_modules()
-                  if isinstance(module, S2FTPeftLayer) and adapter_name in module.s2ft_delta}
+        layers = {
+            f"{path}.s2ft_delta.{adapter_name}": module.s2ft_delta[adapter_name]
+            for path, module in model.named_modules()
+            if isinstance(module, S2FTPeftLayer) and adapter_name in module.s2ft_delta
+        }
         expected = {f"{key}.{part}" for key in layers for part in ("values", "index")}
         found = {key for key in mapped if ".s2ft_delta." in key}
         for what, keys in (("missing", expected - found), ("left over", found - expected)):
@@ -192,8 +233,9 @@ class S2FTPeftModel(BaseTuner):
                 raise ValueError(f"the weights of adapter {adapter_name!r} don't fit its config: {min(keys)} is {what}")
         for key, delta in layers.items():
             if not torch.equal(mapped[f"{key}.index"].cpu(), delta.index.cpu()):
-                raise ValueError(f"the weights of adapter {adapter_name!r} are of other units than its config names: "
-                                 f"{key}")
+                raise ValueError(
+                    f"the weights of adapter {adapter_name!r} are of other units than its config names: {key}"
+                )
         return mapped
 
 

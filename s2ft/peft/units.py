@@ -1,4 +1,5 @@
 """Which modules an adapter trains, and which units of them, from its config and the model."""
+
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,7 +42,7 @@ class Site:
 
     dim: int
     index: Tensor
-    parts: tuple[tuple[Projection, Tensor], ...]   # with their units
+    parts: tuple[tuple[Projection, Tensor], ...]  # with their units
 
     @classmethod
     def of(cls, parts: list[tuple[Projection, Tensor]]) -> "Site":
@@ -78,7 +79,7 @@ def settle(config: S2FTPeftConfig, model: nn.Module) -> S2FTPeftConfig:
         targets = _targets(settled, model, couplings)
         check_shapes(model, targets)
         if not targets and settled.target_modules is not None:
-            config.sites = {}   # PEFT says what does not match, and why
+            config.sites = {}  # PEFT says what does not match, and why
             return config
         selection = select(targets, _choice(settled, couplings, targets), model)
     found: dict[str, list[tuple[Projection, Tensor]]] = {}
@@ -112,6 +113,7 @@ def _couplings(model: nn.Module) -> list[Coupling]:
 
 # ---- the base ------------------------------------------------------------------------------------------
 
+
 def _fingerprint(model: nn.Module, couplings: list[Coupling]) -> dict | None:
     """None where there is no family to read it by, or where weights are elsewhere: sharded, or not loaded yet."""
     weights = [weight_of(model, projection) for coupling in couplings for projection in coupling.projections]
@@ -125,18 +127,23 @@ def _check_base(config: S2FTPeftConfig, base: dict | None) -> None:
         return
     what = difference(base, json.loads(config.base_fingerprint))
     if what:
-        raise ValueError(f"the adapter was trained on another base: {what}. Load that one, or take the risk by "
-                         "config.base_fingerprint = None")
+        raise ValueError(
+            f"the adapter was trained on another base: {what}. Load that one, or take the risk by "
+            "config.base_fingerprint = None"
+        )
 
 
 # ---- the modules ---------------------------------------------------------------------------------------
+
 
 def _targets(config: S2FTPeftConfig, model: nn.Module, couplings: list[Coupling]) -> list[Targets]:
     """What the config asks for: projections of couplings, and modules outside of any."""
     if config.ratios and not couplings:
         kind = getattr(getattr(model, "config", None), "model_type", None)
-        raise ValueError(f"{', '.join(f'{key}_ratio' for key in config.ratios)}: {type(model).__name__} (model type "
-                         f"{kind!r}) is not of a model family that s2ft knows: give target_modules, ratio and dim")
+        raise ValueError(
+            f"{', '.join(f'{key}_ratio' for key in config.ratios)}: {type(model).__name__} (model type "
+            f"{kind!r}) is not of a model family that s2ft knows: give target_modules, ratio and dim"
+        )
     names = None if config.units is None else _read(config.units, "units")
     targets = []
     for coupling in couplings:
@@ -163,12 +170,14 @@ def _is_wanted(config: S2FTPeftConfig, names: dict[str, Tensor] | None, projecti
         wanted = projection.name in names
     elif config.target_modules is not None:
         wanted = _is_target(config, projection.path)
-    else:   # PEFT's other fields narrow it down
+    else:  # PEFT's other fields narrow it down
         last = SimpleNamespace(**{**vars(config), "target_modules": [projection.path.rpartition(".")[2]]})
         wanted = projection.key in config.ratios and _is_target(last, projection.path)
     if wanted and projection.expert is not None:
-        raise ValueError(f"{projection.name} is one of a stack of experts, a parameter and no module, which PEFT has "
-                         "no place for: train it by s2ft.attach")
+        raise ValueError(
+            f"{projection.name} is one of a stack of experts, a parameter and no module, which PEFT has "
+            "no place for: train it by s2ft.attach"
+        )
     return wanted
 
 
@@ -181,8 +190,10 @@ def _outside(config: S2FTPeftConfig, model: nn.Module, path: str, module: nn.Mod
     """A module in no coupling: its units are single outputs or inputs."""
     check_module(module, path)
     if config.dim is None:
-        raise ValueError(f"dim must say what the units of {path} are, outputs or inputs: it is in no coupling of a "
-                         "model family that s2ft knows")
+        raise ValueError(
+            f"dim must say what the units of {path} are, outputs or inputs: it is in no coupling of a "
+            "model family that s2ft knows"
+        )
     dim = DIMS.index(config.dim)
     shape = shape_of(model, Projection("ud"[dim], path, 1, 1, dim))
     return Targets(f"module {path}", 0, (Projection("ud"[dim], path, shape[dim], 1, dim),))
@@ -192,12 +203,15 @@ def _check_inside(config: S2FTPeftConfig, couplings: list[Coupling], targets: li
     """Of couplings only."""
     left = {projection.key for projection in projections_of(targets)}
     for key in {projection.key for projection in projections_of(couplings)} & config.ratios.keys() - left:
-        raise ValueError(f"{key}_ratio: modules_to_save or exclude_modules or layers_to_transform leaves none of its "
-                         "modules")
+        raise ValueError(
+            f"{key}_ratio: modules_to_save or exclude_modules or layers_to_transform leaves none of its modules"
+        )
     for projection in projections_of(targets):
         if config.dim is not None and config.dim != DIMS[projection.dim]:
-            raise ValueError(f"dim={config.dim!r}, but the units of {projection.path} are its {DIMS[projection.dim]}: "
-                             "dim is for modules that are in no coupling")
+            raise ValueError(
+                f"dim={config.dim!r}, but the units of {projection.path} are its {DIMS[projection.dim]}: "
+                "dim is for modules that are in no coupling"
+            )
 
 
 def _check_ratio(config: S2FTPeftConfig, targets: list[Targets]) -> None:
@@ -228,10 +242,17 @@ def _choice(config: S2FTPeftConfig, couplings: list[Coupling], targets: list[Tar
     ratios = config.ratios
     if config.ratio is not None:
         ratios = {projection.key: config.ratio for projection in projections_of(targets)}
-    return S2FTConfig(**{f"{key}_ratio": value for key, value in ratios.items()}, selection=config.selection,
-                      order=config.order, allocation=config.allocation, budget=config.budget, seed=config.seed,
-                      match_lora_rank=config.match_lora_rank, exclude=_exclude(config, couplings, targets),
-                      layers=config.layers)
+    return S2FTConfig(
+        **{f"{key}_ratio": value for key, value in ratios.items()},
+        selection=config.selection,
+        order=config.order,
+        allocation=config.allocation,
+        budget=config.budget,
+        seed=config.seed,
+        match_lora_rank=config.match_lora_rank,
+        exclude=_exclude(config, couplings, targets),
+        layers=config.layers,
+    )
 
 
 def _exclude(config: S2FTPeftConfig, couplings: list[Coupling], targets: list[Targets]) -> dict[str, Tensor] | None:

@@ -1,4 +1,5 @@
 """Which units are trained: one file a metric, plus calibration, the budget, the allocation and the result."""
+
 from typing import Dict, List, Optional
 
 import torch
@@ -29,8 +30,9 @@ METRICS: dict[str, Metric] = {
 __all__ = ["METRICS", "Selection", "select"]
 
 
-def select(couplings: list[Coupling], config: S2FTConfig, model: nn.Module | None = None,
-           calibration=None) -> Selection:
+def select(
+    couplings: list[Coupling], config: S2FTConfig, model: nn.Module | None = None, calibration=None
+) -> Selection:
     """The units that `config` asks for, by projection, in original order.
 
     Depends on the couplings, the config and, for metrics, the model's weights and the calibration data: the
@@ -59,14 +61,16 @@ def select(couplings: list[Coupling], config: S2FTConfig, model: nn.Module | Non
     scores = metric.score(request)
     _check_finite(config, scores)
     smallest = metric.ordered and config.order == "smallest"
-    return Selection(ALLOCATIONS[config.allocation](request, shared_by_producers(request, scores), budget, allowed,
-                                                    smallest))
+    return Selection(
+        ALLOCATIONS[config.allocation](request, shared_by_producers(request, scores), budget, allowed, smallest)
+    )
 
 
 def _check_calibration(config: S2FTConfig, metric: Metric, calibration) -> None:
     if calibration is None and metric.calibrated:
-        raise ValueError(f"selection={config.selection!r} needs calibration data: pass calibration, an iterable of "
-                         "batches")
+        raise ValueError(
+            f"selection={config.selection!r} needs calibration data: pass calibration, an iterable of batches"
+        )
     if calibration is not None and not metric.calibrated:
         raise ValueError(f"selection={config.selection!r} takes no calibration data")
 

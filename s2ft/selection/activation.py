@@ -1,4 +1,5 @@
 """Selection by activation norm (paper, S²FT-A)."""
+
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import MethodType
@@ -37,20 +38,30 @@ class _Sums:
     def __init__(self, request: Request) -> None:
         self.request = request
         self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}   # those of an encoder are not those of its decoder
-        self.stacks = {projection.name: stack_of(request.model, coupling, projection)
-                       for coupling in request.couplings for projection in coupling.projections}
+        self.counts: dict[str, int] = {}  # those of an encoder are not those of its decoder
+        self.stacks = {
+            projection.name: stack_of(request.model, coupling, projection)
+            for coupling in request.couplings
+            for projection in coupling.projections
+        }
 
     def watch(self, path: str, projections: list[Projection]) -> list:
         """Hooks that add up what passes; projections: of the weight `path`, all of one side."""
         module = find(self.request.model, path)
         if isinstance(module, ObservedStack):
             owner = find(self.request.model, path.rpartition(".")[0])
-            return [owner.register_forward_hook(lambda _, inputs, output: self._count(projections, inputs[0])),
-                    module.register_forward_hook(lambda _, inputs, output: self._add_expert(projections, inputs, output))]
+            return [
+                owner.register_forward_hook(lambda _, inputs, output: self._count(projections, inputs[0])),
+                module.register_forward_hook(lambda _, inputs, output: self._add_expert(projections, inputs, output)),
+            ]
         consumes = projections[0].dim == 1
-        return [module.register_forward_hook(lambda _, inputs, output: self._add(
-            projections, _features_last(module, inputs[0] if consumes else output)))]
+        return [
+            module.register_forward_hook(
+                lambda _, inputs, output: self._add(
+                    projections, _features_last(module, inputs[0] if consumes else output)
+                )
+            )
+        ]
 
     def _positions(self, projections: list[Projection], x: Tensor) -> Tensor:
         """x [..., features] without padding: [positions, features]."""
@@ -88,7 +99,7 @@ class _Sums:
             if not count:
                 passed = "passed" if count is None else "has more than padding for"
                 raise ValueError(f"selection={self.request.config.selection!r}: no calibration batch {passed} {name}")
-            none = torch.zeros(projection.count, dtype=torch.float64)   # an expert that no token came to
+            none = torch.zeros(projection.count, dtype=torch.float64)  # an expert that no token came to
             scores[name] = (self.sums.get(name, none) / count).sqrt().cpu()
         return scores
 
@@ -115,7 +126,7 @@ def _experts_observed(request: Request) -> Iterator[None]:
     with ExitStack() as back:
         for path in paths:
             parameter, place = find(request.model, path), position(request.model, path)
-            back.callback(put, request.model, path, parameter, place)   # first, for an interrupt may come between
+            back.callback(put, request.model, path, parameter, place)  # first, for an interrupt may come between
             put(request.model, path, ObservedStack(parameter))
         for path in dict.fromkeys(path.rpartition(".")[0] for path in paths):
             owner = find(request.model, path)

@@ -7,7 +7,7 @@ from s2ft.model.coupling import Projection, unit_name
 from s2ft.selection.budget import unit_parameters
 from s2ft.selection.metric import Request
 
-Units = dict[str, Tensor]   # by module path
+Units = dict[str, Tensor]  # by module path
 
 
 def uniform(request: Request, scores: Units, budget: dict[str, int], allowed: Units, smallest: bool) -> Units:
@@ -34,8 +34,9 @@ def over_layers(request: Request, scores: Units, budget: dict[str, int], allowed
     for projection in request.projections:
         groups.setdefault(projection.key, []).append(projection)
     for projections in groups.values():
-        _check_enough(projections, sum(budget[p.name] for p in projections),
-                      sum(int(allowed[p.name].sum()) for p in projections))
+        _check_enough(
+            projections, sum(budget[p.name] for p in projections), sum(int(allowed[p.name].sum()) for p in projections)
+        )
         taken = _best_over(request, projections, scores, budget, allowed, smallest)
         sizes = [p.count for p in projections]
         for projection, mask in zip(projections, taken.split(sizes)):
@@ -44,8 +45,14 @@ def over_layers(request: Request, scores: Units, budget: dict[str, int], allowed
     return chosen
 
 
-def _best_over(request: Request, projections: list[Projection], scores: Units, budget: dict[str, int],
-               allowed: Units, smallest: bool) -> Tensor:
+def _best_over(
+    request: Request,
+    projections: list[Projection],
+    scores: Units,
+    budget: dict[str, int],
+    allowed: Units,
+    smallest: bool,
+) -> Tensor:
     """Which units of `projections`, one after the other [units], are taken."""
     costs = {p.name: unit_parameters(request.model, p) for p in projections}
     parameters = sum(costs[p.name] * budget[p.name] for p in projections)
@@ -65,8 +72,9 @@ def best_first(scores: Tensor, smallest: bool) -> Tensor:
 def _check_enough(projections: list[Projection], asked: int, there: int) -> None:
     if asked > there:
         where = projections[0].path if len(projections) == 1 else f"the layers' {projections[0].key} projections"
-        raise ValueError(f"exclude leaves {there} {unit_name(projections[0])} of {where} to choose from; {asked} are "
-                         "asked for")
+        raise ValueError(
+            f"exclude leaves {there} {unit_name(projections[0])} of {where} to choose from; {asked} are asked for"
+        )
 
 
 ALLOCATIONS = {"uniform": uniform, "global": over_layers}

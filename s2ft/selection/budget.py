@@ -1,4 +1,5 @@
 """How many units of each projection are trained: by ratio, or as many as a number of parameters allows."""
+
 import math
 
 from torch import nn
@@ -8,8 +9,9 @@ from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
 from s2ft.model.weights import shape_of
 
 
-def units_per_projection(couplings: list[Coupling], config: S2FTConfig, model: nn.Module | None = None,
-                         free: dict[str, int] | None = None) -> dict[str, int]:
+def units_per_projection(
+    couplings: list[Coupling], config: S2FTConfig, model: nn.Module | None = None, free: dict[str, int] | None = None
+) -> dict[str, int]:
     """Number of trainable units by module path, the same in every layer (paper, section 3.2).
 
     A ratio is the share of a projection's units. With a budget of parameters the ratios are scaled to it
@@ -30,8 +32,10 @@ def units_per_projection(couplings: list[Coupling], config: S2FTConfig, model: n
     total, what = _budget(config, model, requested)
     most = sum(free[path] * costs[path] for path in free)
     if total > most:
-        raise ValueError(f"{what} is more than the {most:,} parameters that the projections asked for have to choose "
-                         "from: lower it, or name more projections")
+        raise ValueError(
+            f"{what} is more than the {most:,} parameters that the projections asked for have to choose "
+            "from: lower it, or name more projections"
+        )
     units = share_out(total, shares, free, costs)
     _check_none_is_empty(config, requested, units, costs, what)
     return units
@@ -40,15 +44,22 @@ def units_per_projection(couplings: list[Coupling], config: S2FTConfig, model: n
 def requested_projections(couplings: list[Coupling], config: S2FTConfig) -> list[Projection]:
     """What the ratios and layers name. Raises: ValueError where nothing or something that is not there is named."""
     if not config.ratios:
-        raise ValueError("nothing is selected: set at least one of q_ratio, k_ratio, v_ratio, o_ratio, "
-                         "u_ratio, g_ratio, d_ratio above 0")
+        raise ValueError(
+            "nothing is selected: set at least one of q_ratio, k_ratio, v_ratio, o_ratio, "
+            "u_ratio, g_ratio, d_ratio above 0"
+        )
     layers = requested_layers(couplings, config)
     present = {projection.key for projection in projections_of(couplings)}
     for key in config.ratios:
         if key not in present:
             raise ValueError(f"{key}_ratio asks for a projection that this model does not have")
-    return [projection for coupling in couplings if coupling.layer in layers
-            for projection in coupling.projections if projection.key in config.ratios]
+    return [
+        projection
+        for coupling in couplings
+        if coupling.layer in layers
+        for projection in coupling.projections
+        if projection.key in config.ratios
+    ]
 
 
 def requested_layers(couplings: list[Coupling], config: S2FTConfig) -> set:
@@ -65,9 +76,11 @@ def requested_layers(couplings: list[Coupling], config: S2FTConfig) -> set:
 def _units(projection: Projection, ratio: float) -> int:
     units = int(ratio * projection.count + 0.5)
     if units == 0:
-        raise ValueError(f"{projection.key}_ratio={ratio} selects none of the {projection.count} "
-                         f"{unit_name(projection)} of {projection.name}; the smallest that selects one is "
-                         f"{math.ceil(5000 / projection.count) / 10000:g}")
+        raise ValueError(
+            f"{projection.key}_ratio={ratio} selects none of the {projection.count} "
+            f"{unit_name(projection)} of {projection.name}; the smallest that selects one is "
+            f"{math.ceil(5000 / projection.count) / 10000:g}"
+        )
     return units
 
 
@@ -82,7 +95,7 @@ def _budget(config: S2FTConfig, model: nn.Module, requested: list[Projection]) -
     if config.budget is not None:
         return config.budget, f"budget={config.budget:,}"
     rank = config.match_lora_rank
-    shapes = {p.site: shape_of(model, p) for p in requested}   # one pair of factors for a weight
+    shapes = {p.site: shape_of(model, p) for p in requested}  # one pair of factors for a weight
     total = sum(rank * (shape[0] + shape[1:].numel()) for shape in shapes.values())
     return total, f"match_lora_rank={rank}, {total:,} parameters,"
 
@@ -94,7 +107,7 @@ def share_out(total: int, shares: dict[str, float], free: dict[str, int], costs:
     exact = {path: min(free[path], scale * shares[path]) for path in shares}
     units = {path: int(amount) for path, amount in exact.items()}
     left = total - sum(units[path] * costs[path] for path in units)
-    order = sorted(units, key=lambda path: round(units[path] - exact[path], 9))   # stable: equal ones by layer
+    order = sorted(units, key=lambda path: round(units[path] - exact[path], 9))  # stable: equal ones by layer
     fits = True
     while fits:
         fits = False
@@ -114,11 +127,14 @@ def _scale(total: int, shares: dict[str, float], free: dict[str, int], costs: di
     return low
 
 
-def _check_none_is_empty(config: S2FTConfig, requested: list[Projection], units: dict[str, int],
-                         costs: dict[str, int], what: str) -> None:
+def _check_none_is_empty(
+    config: S2FTConfig, requested: list[Projection], units: dict[str, int], costs: dict[str, int], what: str
+) -> None:
     """Every projection of every layer gets a unit; under allocation "global", every projection."""
     for p in requested:
         alike = [p] if config.allocation == "uniform" else [other for other in requested if other.key == p.key]
         if not any(units[other.name] for other in alike):
-            raise ValueError(f"{what} is too small: it leaves {p.name} no unit, which has {costs[p.name]:,} "
-                             f"parameters. Raise it or {p.key}_ratio, or train fewer layers or projections")
+            raise ValueError(
+                f"{what} is too small: it leaves {p.name} no unit, which has {costs[p.name]:,} "
+                f"parameters. Raise it or {p.key}_ratio, or train fewer layers or projections"
+            )

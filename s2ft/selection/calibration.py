@@ -1,4 +1,5 @@
 """Calibration data, checked batch by batch, and running the model on it without leaving a trace."""
+
 import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from s2ft.model.coupling import Coupling, Projection
 
-IGNORED = -100   # the label that torch's cross entropy leaves out
+IGNORED = -100  # the label that torch's cross entropy leaves out
 MAIN_INPUTS = {  # what a model's main input must be: in words, and its dims, or the least of them
     "input_ids": ("token ids of shape [sequences, tokens]", 2),
     "pixel_values": ("floating-point pixels of shape [images, channels, height, width]", 4),
@@ -23,16 +24,21 @@ MAIN_INPUTS = {  # what a model's main input must be: in words, and its dims, or
 class Batch:
     """What the model's forward gets: arguments by name, and for a module that is not of transformers by position."""
 
-    size: int   # sequences, images or whatever the first dim counts
+    size: int  # sequences, images or whatever the first dim counts
     named: dict[str, Any]
     positional: tuple[Any, ...] = ()
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """With every tensor changed."""
+
         def changed(value: Any) -> Any:
             return change(value) if isinstance(value, Tensor) else value
-        return replace(self, named={name: changed(value) for name, value in self.named.items()},
-                       positional=tuple(changed(value) for value in self.positional))
+
+        return replace(
+            self,
+            named={name: changed(value) for name, value in self.named.items()},
+            positional=tuple(changed(value) for value in self.positional),
+        )
 
 
 class Calibration:
@@ -45,10 +51,9 @@ class Calibration:
 
     def __init__(self, data: Iterable, device: torch.device) -> None:
         if isinstance(data, (Mapping, Tensor, str, bytes)) or not isinstance(data, Iterable):
-            raise TypeError("calibration must be a DataLoader or an iterable of batches, "
-                            f"got {type(data).__name__}")
+            raise TypeError(f"calibration must be a DataLoader or an iterable of batches, got {type(data).__name__}")
         self.data, self.device = data, device
-        self._masks: dict[str, Tensor] = {}   # of the current batch
+        self._masks: dict[str, Tensor] = {}  # of the current batch
 
     def batches(self, model: nn.Module) -> Iterator[Batch]:
         """The batches on the model's device, under a progress bar where there is a terminal."""
@@ -76,12 +81,15 @@ class Calibration:
             if x.shape[:-1].numel() == mask.numel() and len(x) in (len(mask), mask.numel()):
                 x = x.reshape(-1, x.shape[-1])[mask.flatten().to(x.device)]
             elif len(x) != len(mask):
-                raise ValueError(f"{path} has activations of shape {tuple(x.shape)}, which the mask of shape "
-                                 f"{tuple(mask.shape)} does not fit: give calibration batches without padding")
+                raise ValueError(
+                    f"{path} has activations of shape {tuple(x.shape)}, which the mask of shape "
+                    f"{tuple(mask.shape)} does not fit: give calibration batches without padding"
+                )
         return x.reshape(-1, x.shape[-1])
 
 
 # ---- which positions are padding -----------------------------------------------------------------------
+
 
 def stack_of(model: nn.Module, coupling: Coupling, projection: Projection) -> str:
     """Whose positions a projection's activations are: of an "encoder", a "decoder", or of a model that is neither
@@ -90,7 +98,7 @@ def stack_of(model: nn.Module, coupling: Coupling, projection: Projection) -> st
     if coupling.kind == "cross-attention" and projection.key in ("k", "v"):
         return "encoder"
     if any(name == "visual" or name.startswith(("vision", "image_", "audio")) for name in names):
-        return "other"   # a tower beside the text's
+        return "other"  # a tower beside the text's
     if not _is_encoder_decoder(model):
         return "tokens"
     return next((name for name in names if name in ("encoder", "decoder")), "other")
@@ -112,8 +120,9 @@ def _masks(batch: Batch, encoder_decoder: bool) -> dict[str, Tensor]:
 
 # ---- checking a batch ------------------------------------------------------------------------------------
 
+
 def _checked(batch: Any, where: str, model: nn.Module) -> Batch:
-    main = getattr(model, "main_input_name", None)   # transformers' name for it
+    main = getattr(model, "main_input_name", None)  # transformers' name for it
     if main is None:
         return _for_module(batch, where)
     if isinstance(batch, Tensor):
@@ -139,8 +148,10 @@ def _for_module(batch: Any, where: str) -> Batch:
     tensors = [value for value in (*positional, *named.values()) if isinstance(value, Tensor) and value.dim()]
     if not tensors or not all(tensor.numel() for tensor in tensors):
         shapes = [tuple(tensor.shape) for tensor in tensors]
-        raise ValueError(f"{where} must have tensors whose first dim is the batch, none of them empty, got "
-                         f"{f'shapes {shapes}' if shapes else 'none'}")
+        raise ValueError(
+            f"{where} must have tensors whose first dim is the batch, none of them empty, got "
+            f"{f'shapes {shapes}' if shapes else 'none'}"
+        )
     return Batch(len(tensors[0]), named, positional)
 
 
@@ -149,7 +160,7 @@ def _check_input(named: dict[str, Any], name: str, where: str, whose: str = "") 
     what, dims = MAIN_INPUTS.get(name, ("a tensor whose first dim is the batch", 1))
     value = named.get(name)
     if isinstance(value, Tensor) and value.numel():
-        fits = value.dim() == dims if name == "input_ids" else value.dim() >= dims   # videos have frames too
+        fits = value.dim() == dims if name == "input_ids" else value.dim() >= dims  # videos have frames too
         if fits and (name not in MAIN_INPUTS or value.is_floating_point() == (name != "input_ids")):
             return
     got = f"shape {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
@@ -161,8 +172,10 @@ def _check_decoder(named: dict[str, Any], where: str, model: nn.Module) -> None:
     """Raises: ValueError where an encoder-decoder gets nothing for its decoder."""
     makes_them = "labels" in inspect.signature(model.forward).parameters
     if not _has_decoder_inputs(named) and not (makes_them and named.get("labels") is not None):
-        raise ValueError(f"{where} needs decoder_input_ids{', or labels to make them from,' if makes_them else ''} for "
-                         f"the decoder of {type(model).__name__} (it has {', '.join(map(str, named))})")
+        raise ValueError(
+            f"{where} needs decoder_input_ids{', or labels to make them from,' if makes_them else ''} for "
+            f"the decoder of {type(model).__name__} (it has {', '.join(map(str, named))})"
+        )
 
 
 def _has_decoder_inputs(named: dict[str, Any]) -> bool:
@@ -181,7 +194,7 @@ def _expected_shapes(named: dict[str, Any], size: int, model: nn.Module) -> Iter
         elif named.get("labels") is not None:
             yield "decoder_attention_mask", _shape(named["labels"]), "labels"
     elif main == "input_ids" and _predicts_tokens(model):
-        kept = named.get("logits_to_keep")   # labels of the kept logits, as this library's collator has them
+        kept = named.get("logits_to_keep")  # labels of the kept logits, as this library's collator has them
         labels = (size, kept if isinstance(kept, int) and kept else ids.shape[1]), main
     yield "attention_mask", *(((size,), main) if ids is None else (tuple(ids.shape), "input_ids"))
     yield "labels", *labels
@@ -189,10 +202,12 @@ def _expected_shapes(named: dict[str, Any], size: int, model: nn.Module) -> Iter
 
 def _check_shape(named: dict[str, Any], name: str, expected: tuple, reference: str, where: str) -> None:
     given = named.get(name)
-    if given is not None and (not isinstance(given, Tensor) or _shape(given)[:len(expected)] != expected):
+    if given is not None and (not isinstance(given, Tensor) or _shape(given)[: len(expected)] != expected):
         form = f"{expected}" if len(expected) > 1 else f"({expected[0]}, ...)"
-        raise ValueError(f"{where}: {name} must have shape {form} as {reference} {_shape(named[reference])} ask for, "
-                         f"got {_shape(given) if isinstance(given, Tensor) else type(given).__name__}")
+        raise ValueError(
+            f"{where}: {name} must have shape {form} as {reference} {_shape(named[reference])} ask for, "
+            f"got {_shape(given) if isinstance(given, Tensor) else type(given).__name__}"
+        )
 
 
 def _shape(value: Any) -> tuple:
@@ -201,14 +216,18 @@ def _shape(value: Any) -> tuple:
 
 # ---- what kind of model it is ----------------------------------------------------------------------------
 
+
 def _is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _is_causal_lm(model: nn.Module) -> bool:
     """Whether the model's loss shifts the labels, so that its own tokens can be the labels."""
-    return (getattr(model, "main_input_name", None) == "input_ids" and not _is_encoder_decoder(model)
-            and model.can_generate())
+    return (
+        getattr(model, "main_input_name", None) == "input_ids"
+        and not _is_encoder_decoder(model)
+        and model.can_generate()
+    )
 
 
 def _predicts_tokens(model: nn.Module) -> bool:
@@ -217,6 +236,7 @@ def _predicts_tokens(model: nn.Module) -> bool:
 
 
 # ---- running the model -------------------------------------------------------------------------------
+
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
@@ -257,15 +277,17 @@ def run_forward(model: nn.Module, batch: Batch) -> None:
     if not _needs_labels(model, batch):
         dropped.add("labels")
     named = {name: value for name, value in batch.named.items() if name not in dropped}
-    model(*batch.positional, **{**named, **({"logits_to_keep": 1} if "logits_to_keep" in known else {}),
-                                **_no_cache(model)})
+    model(
+        *batch.positional,
+        **{**named, **({"logits_to_keep": 1} if "logits_to_keep" in known else {}), **_no_cache(model)},
+    )
 
 
 def _needs_labels(model: nn.Module, batch: Batch) -> bool:
     if _is_encoder_decoder(model):
         return not _has_decoder_inputs(batch.named)
     labels = inspect.signature(model.forward).parameters.get("labels")
-    return labels is not None and labels.default is labels.empty   # a module of one's own may insist on them
+    return labels is not None and labels.default is labels.empty  # a module of one's own may insist on them
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -278,8 +300,9 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
         output = None
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if loss is None:
-        raise ValueError("selection='gradient' needs a model that computes a loss from labels; "
-                         f"{type(model).__name__} does not")
+        raise ValueError(
+            f"selection='gradient' needs a model that computes a loss from labels; {type(model).__name__} does not"
+        )
     return loss
 
 
@@ -297,13 +320,13 @@ def sequences(model: nn.Module, batch: Batch) -> Iterator[Batch]:
     """The sequences, images or recordings of a batch one by one, each with its labels. One without a label to
     predict is left out. Raises: ValueError where there must be labels, or one alone has no loss."""
     labels = _labels(model, batch)
-    first = 1 if _is_causal_lm(model) else 0   # a causal model never predicts the first token
+    first = 1 if _is_causal_lm(model) else 0  # a causal model never predicts the first token
     for i in range(batch.size):
-        one = batch.map(lambda value: value[i:i + 1] if value.dim() and len(value) == batch.size else value)
+        one = batch.map(lambda value: value[i : i + 1] if value.dim() and len(value) == batch.size else value)
         if labels is None:
             yield one
-        elif labels.is_floating_point() or bool((labels[i:i + 1].flatten()[first:] != IGNORED).any()):
-            yield replace(one, named={**one.named, "labels": labels[i:i + 1]})
+        elif labels.is_floating_point() or bool((labels[i : i + 1].flatten()[first:] != IGNORED).any()):
+            yield replace(one, named={**one.named, "labels": labels[i : i + 1]})
 
 
 def _labels(model: nn.Module, batch: Batch) -> Tensor | None:
@@ -314,12 +337,16 @@ def _labels(model: nn.Module, batch: Batch) -> Tensor | None:
         return _own_tokens(batch.named["input_ids"], batch.named.get("attention_mask"))
     takes = inspect.signature(model.forward).parameters
     if "labels" in takes:
-        raise ValueError(f"selection='gradient' needs labels in every calibration batch: {type(model).__name__} is no "
-                         "causal language model, whose tokens are labels enough")
+        raise ValueError(
+            f"selection='gradient' needs labels in every calibration batch: {type(model).__name__} is no "
+            "causal language model, whose tokens are labels enough"
+        )
     if "return_loss" in takes:
-        raise ValueError("selection='gradient' takes the loss of one sequence at a time, and the contrastive loss of "
-                         f"{type(model).__name__} tells the pairs of a batch apart: one pair alone has none. Use "
-                         "selection='activation' or 'product'")
+        raise ValueError(
+            "selection='gradient' takes the loss of one sequence at a time, and the contrastive loss of "
+            f"{type(model).__name__} tells the pairs of a batch apart: one pair alone has none. Use "
+            "selection='activation' or 'product'"
+        )
     return None
 
 
@@ -328,7 +355,7 @@ def _own_tokens(ids: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return ids
     labels = ids.masked_fill(mask == 0, IGNORED)
-    labels[:, 1:].masked_fill_(mask[:, :-1] == 0, IGNORED)   # padding predicts nothing
+    labels[:, 1:].masked_fill_(mask[:, :-1] == 0, IGNORED)  # padding predicts nothing
     return labels
 
 
@@ -342,7 +369,7 @@ def checkpointing_kept(model: nn.Module) -> list:
 
     layers = [block for block in blocks if isinstance(block, GradientCheckpointingLayer)]
     hooks = []
-    for block in layers or blocks:   # without such layers, the stack itself asks
+    for block in layers or blocks:  # without such layers, the stack itself asks
         block.training = True
         if hasattr(block, "_gradient_checkpointing_func"):
             hooks.append(_EvaluatedInside(block))
@@ -365,8 +392,9 @@ class _EvaluatedInside:
             self.block.training = False
             try:
                 return function(*inputs)
-            finally:   # a checkpoint may leave its second run early, by an exception
+            finally:  # a checkpoint may leave its second run early, by an exception
                 self.block.training = True
+
         return self.checkpoint(evaluated, *inputs, **more)
 
     def remove(self) -> None:
@@ -375,7 +403,9 @@ class _EvaluatedInside:
 
 def _with_gradients(module: nn.Module, inputs: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """The inputs of a model, where pixels and sound, which no table of embeddings takes, require a gradient."""
+
     def differentiable(value: Any) -> Any:
         floating = isinstance(value, Tensor) and value.is_floating_point()
         return value.detach().requires_grad_(True) if floating else value
+
     return tuple(map(differentiable, inputs)), {name: differentiable(value) for name, value in named.items()}

@@ -1,4 +1,5 @@
 """Units that must not be chosen, and units chosen by hand."""
+
 from typing import Union
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
 from s2ft.selection.selection import Selection, unit_tensors
 
-Units = Union[dict[str, list[int]], str]   # by path, or the file or adapter folder that has them
+Units = Union[dict[str, list[int]], str]  # by path, or the file or adapter folder that has them
 
 
 def units_by_hand(couplings: list[Coupling], units: Units) -> Selection:
@@ -27,8 +28,11 @@ def allowed_units(couplings: list[Coupling], requested: list[Projection], exclud
     for coupling in couplings:
         for projection in coupling.projections:
             if projection.name in paths:
-                alike = [projection.name] if projection.dim == 1 else [
-                    p.name for p in coupling.producers if p.count == projection.count and p.name in paths]
+                alike = (
+                    [projection.name]
+                    if projection.dim == 1
+                    else [p.name for p in coupling.producers if p.count == projection.count and p.name in paths]
+                )
                 allowed[projection.name] = torch.ones(projection.count, dtype=torch.bool)
                 for path in alike:
                     if path in excluded:
@@ -46,6 +50,8 @@ def _read(couplings: list[Coupling], units: Units, option: str) -> dict[str, Ten
         if path not in known:
             raise ValueError(f"{option} names {path}, which is no projection of this model")
         if int(numbers.max()) >= known[path].count:
-            raise ValueError(f"{option}: {path} has {known[path].count} {unit_name(known[path])}, from 0; there is no "
-                             f"{int(numbers.max())}")
+            raise ValueError(
+                f"{option}: {path} has {known[path].count} {unit_name(known[path])}, from 0; there is no "
+                f"{int(numbers.max())}"
+            )
     return found

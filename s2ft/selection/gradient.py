@@ -55,4 +55,5 @@ def _collect(model: nn.Module, projections: list[Projection], sums: dict[str, Te
             squares = squares_by_unit(like_matrix(model, projection, weight.grad), projection.dim, projection)
             sums[projection.name] = sums[projection.name] + squares if projection.name in sums else squares
         weight.grad = None
+
     return hook

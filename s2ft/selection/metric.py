@@ -1,4 +1,5 @@
 """What every metric gets and gives, and the norms they share."""
+
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -9,14 +10,14 @@ from s2ft.config import S2FTConfig
 from s2ft.model.coupling import Coupling, Projection
 from s2ft.selection.calibration import Calibration
 
-PIECE = 2**18   # elements that are converted at a time: they stay in the cache, and no copy of a weight is made
+PIECE = 2**18  # elements that are converted at a time: they stay in the cache, and no copy of a weight is made
 
 
 @dataclass(frozen=True)
 class Request:
     """What is to be scored: the projections of `couplings` that `config` asks for."""
 
-    couplings: list[Coupling]   # of the layers that are asked for
+    couplings: list[Coupling]  # of the layers that are asked for
     config: S2FTConfig
     model: nn.Module | None = None
     calibration: Calibration | None = None
@@ -32,8 +33,8 @@ class Metric:
     """score: for every projection of the request, by path, a score of each unit [count] float64, not negative."""
 
     score: Callable[[Request], dict[str, Tensor]]
-    calibrated: bool   # needs calibration data
-    ordered: bool = True   # largest and smallest mean something
+    calibrated: bool  # needs calibration data
+    ordered: bool = True  # largest and smallest mean something
 
 
 @torch.no_grad()
@@ -43,9 +44,9 @@ def squares_by_unit(matrix: Tensor, dim: int, projection: Projection) -> Tensor:
     rows = max(1, PIECE // max(1, matrix[:1].numel()))
     total = torch.zeros(matrix.shape[dim], dtype=torch.float64, device=matrix.device)
     for start in range(0, matrix.shape[0], rows):
-        squares = matrix[start:start + rows].to(_wide(matrix.dtype)).square()
+        squares = matrix[start : start + rows].to(_wide(matrix.dtype)).square()
         if dim == 0:
-            total[start:start + rows] = squares.flatten(1).sum(1)
+            total[start : start + rows] = squares.flatten(1).sum(1)
         else:
             total += squares.transpose(0, 1).flatten(1).sum(1) if matrix.dim() > 2 else squares.sum(0)
     elements = projection.elements(torch.arange(projection.count)).to(total.device)

@@ -1,4 +1,5 @@
 """Random selection (paper's default, S²FT-R)."""
+
 import hashlib
 
 import torch

@@ -1,4 +1,5 @@
 """The result of selecting: which units of which projection are trainable, in original order."""
+
 import hashlib
 import json
 import re
@@ -30,8 +31,11 @@ class Selection:
         return path in self.units
 
     def __eq__(self, other) -> bool:
-        return (isinstance(other, Selection) and self.units.keys() == other.units.keys()
-                and all(torch.equal(units, other.units[path]) for path, units in self.units.items()))
+        return (
+            isinstance(other, Selection)
+            and self.units.keys() == other.units.keys()
+            and all(torch.equal(units, other.units[path]) for path, units in self.units.items())
+        )
 
     def to_dict(self) -> dict[str, list[int]]:
         return {path: units.tolist() for path, units in sorted(self.units.items())}
@@ -46,8 +50,9 @@ class Selection:
         for path, units in self.units.items():
             groups.setdefault(_label(path), []).append(units.numel())
         lines = [f"{'projection':<12}{'layers':>7}{'units a layer':>16}{'units':>10}"]
-        return "\n".join(lines + [f"{name:<12}{len(sizes):>7}{span(sizes):>16}{sum(sizes):>10,}"
-                                  for name, sizes in groups.items()])
+        return "\n".join(
+            lines + [f"{name:<12}{len(sizes):>7}{span(sizes):>16}{sum(sizes):>10,}" for name, sizes in groups.items()]
+        )
 
     def save(self, path) -> None:
         """Write as JSON, beside and renamed."""
@@ -79,7 +84,7 @@ def _label(name: str) -> str:
 
 
 def span(sizes: list[int]) -> str:
-    """"3" or "3 to 5"."""
+    """ "3" or "3 to 5"."""
     low, high = min(sizes), max(sizes)
     return str(low) if low == high else f"{low} to {high}"
 
@@ -92,8 +97,11 @@ def unit_tensors(units: Any, what: str) -> dict[str, Tensor]:
     tensors = {}
     for path, numbers in units.items():
         numbers = numbers.tolist() if isinstance(numbers, Tensor) else numbers
-        if not isinstance(numbers, (list, tuple)) or not numbers or any(
-                isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < 2**63 for n in numbers):
+        if (
+            not isinstance(numbers, (list, tuple))
+            or not numbers
+            or any(isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < 2**63 for n in numbers)
+        ):
             raise ValueError(f"{what}: {path} must have a list of unit numbers from 0, and at least one")
         if len(set(numbers)) < len(numbers):
             raise ValueError(f"{what}: {path} names a unit twice")

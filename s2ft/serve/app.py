@@ -1,4 +1,5 @@
 """The routes."""
+
 import asyncio
 import hmac
 import json
@@ -34,8 +35,15 @@ def create_app(service: Service, metrics: Metrics) -> FastAPI:
     metrics.queue_length.set_function(lambda: service.engine.waiting)
     metrics.running.set_function(lambda: service.engine.running)
     metrics.adapters.set_function(lambda: len(service.engine.adapters.names))
-    app = FastAPI(title="s2ft", version=s2ft.__version__, lifespan=engine_runs, redirect_slashes=False,
-                  docs_url=None, redoc_url=None, openapi_url=None)   # the bodies are read by hand, so it could not tell
+    app = FastAPI(
+        title="s2ft",
+        version=s2ft.__version__,
+        lifespan=engine_runs,
+        redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+    )  # the bodies are read by hand, so it could not tell
     errors.install(app)
     app.add_middleware(CountRequests, metrics=metrics)
     app.include_router(state_routes(service, metrics))
@@ -101,16 +109,28 @@ def model_routes(service: Service) -> APIRouter:
 
 def _model(service: Service, name: str) -> dict:
     parent = None if name == service.base else service.base
-    return {"id": name, "object": "model", "created": service.created, "owned_by": "s2ft", "root": service.base,
-            "parent": parent, "max_model_len": service.context}
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "s2ft",
+        "root": service.base,
+        "parent": parent,
+        "max_model_len": service.context,
+    }
 
 
 def _key_check(key: str | None):
     async def check(request: Request) -> None:
         given = request.headers.get("authorization", "")
         if key is not None and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
-            raise ApiError(401, "invalid_api_key", "give the server's key as Authorization: Bearer KEY",
-                           {"WWW-Authenticate": "Bearer"})
+            raise ApiError(
+                401,
+                "invalid_api_key",
+                "give the server's key as Authorization: Bearer KEY",
+                {"WWW-Authenticate": "Bearer"},
+            )
+
     return check
 
 
@@ -132,7 +152,7 @@ async def _json(request: Request, service: Service):
     limit, chunks, size = service.limits.max_body_bytes, [], 0
     too_large = ApiError(413, "body_too_large", f"the body has more than {limit:,} bytes", {"Connection": "close"})
     length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length[:20]) > limit:   # before any of it is read
+    if length.isdecimal() and int(length[:20]) > limit:  # before any of it is read
         raise too_large
 
     async def read() -> None:
@@ -169,7 +189,7 @@ async def _answer(service: Service, request: Request, kind: type[Sampled], reply
     shape = reply(body.model, body.with_usage)
     events = answer.events()
     try:
-        first = await anext(events)   # what fails before the first token has a status of its own
+        first = await anext(events)  # what fails before the first token has a status of its own
         if body.stream:
             return EventStream(_stream(request, answer, shape, first, events), answer)
         text, finish = first.text, first.finish
@@ -198,7 +218,7 @@ async def _stream(request: Request, answer: Answer, shape: CompletionReply, firs
             event = await anext(events)
         for chunk in shape.closing(answer.usage):
             yield sent(chunk)
-    except ApiError as error:   # too late for a status
+    except ApiError as error:  # too late for a status
         request.scope[STATUS] = error.status
         yield sent(error.body)
     except Disconnected:

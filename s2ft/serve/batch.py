@@ -4,6 +4,7 @@ All rows end at the same column: a shorter one has padding on its left, masked. 
 first token and are in its keys already, so that padding can be put before it, or taken away, without computing
 anything again. This is why sequences can join a batch that runs.
 """
+
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -40,11 +41,11 @@ class Batch:
         self.model, self.mixing = model, mixing or (lambda names: nullcontext())
         self.rows: list[Row] = []
         self._cache: DynamicCache | None = None
-        self._mask: Tensor | None = None   # [rows, columns], 1 for a token
+        self._mask: Tensor | None = None  # [rows, columns], 1 for a token
         accepted = inspect.signature(model.forward).parameters
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         self._positions = "position_ids" in accepted
-        self._cache_option = "cache" if "cache" in accepted else "past_key_values"   # the older name
+        self._cache_option = "cache" if "cache" in accepted else "past_key_values"  # the older name
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -57,7 +58,7 @@ class Batch:
         """Run the prompts of new rows and choose the first token of each. After an error the batch is as it was."""
         padded = left_pad([row.prompt for row in rows], 0)
         given = {name: tensor.to(self.model.device) for name, tensor in padded.items()}
-        cache = DynamicCache()   # without the config: layers with a window keep all, and the mask does the rest
+        cache = DynamicCache()  # without the config: layers with a window keep all, and the mask does the rest
         logits = self._forward(rows, cache, **given)
         self._join(cache, given["attention_mask"])
         self.rows += rows
@@ -84,19 +85,26 @@ class Batch:
         self._mask = self._mask[index]
         first = int(self._mask.argmax(1).min())
         self._mask = self._mask[:, first:]
-        for layer in _layers(self._cache):   # indexed after the cut, so that no more is copied than stays
+        for layer in _layers(self._cache):  # indexed after the cut, so that no more is copied than stays
             layer.keys, layer.values = layer.keys[:, :, first:][index], layer.values[:, :, first:][index]
 
     def clear(self) -> None:
         self.rows, self._cache, self._mask = [], None, None
 
-    def _forward(self, rows: Sequence[Row], cache: DynamicCache, input_ids: Tensor, attention_mask: Tensor,
-                 position_ids: Tensor) -> Tensor:
+    def _forward(
+        self, rows: Sequence[Row], cache: DynamicCache, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor
+    ) -> Tensor:
         """Logits of the last position, [rows, vocabulary]."""
         positions = {"position_ids": position_ids} if self._positions else {}
         with self.adapters_of(rows), packed_head(self.model):
-            output = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **positions,
-                                **{self._cache_option: cache}, **self._last_only)
+            output = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                use_cache=True,
+                **positions,
+                **{self._cache_option: cache},
+                **self._last_only,
+            )
         return output.logits[:, -1].float()
 
     def _choose(self, rows: Sequence[Row], logits: Tensor) -> None:
@@ -113,10 +121,14 @@ class Batch:
             return
         columns = max(self._mask.shape[1], mask.shape[1])
         old, new = columns - self._mask.shape[1], columns - mask.shape[1]
-        joined = [[torch.cat([pad(a, (0, 0, old, 0)), pad(b, (0, 0, new, 0))])
-                   for a, b in ((mine.keys, theirs.keys), (mine.values, theirs.values))]
-                  for mine, theirs in zip(_layers(self._cache), _layers(cache))]
-        for layer, (keys, values) in zip(_layers(self._cache), joined):   # after all of them could be made
+        joined = [
+            [
+                torch.cat([pad(a, (0, 0, old, 0)), pad(b, (0, 0, new, 0))])
+                for a, b in ((mine.keys, theirs.keys), (mine.values, theirs.values))
+            ]
+            for mine, theirs in zip(_layers(self._cache), _layers(cache))
+        ]
+        for layer, (keys, values) in zip(_layers(self._cache), joined):  # after all of them could be made
             layer.keys, layer.values = keys, values
         self._mask = torch.cat([pad(self._mask, (old, 0)), pad(mask, (new, 0))])
 

@@ -3,6 +3,7 @@
 Each turn drops who was cancelled, runs the prompts of newcomers, and then makes one token for every row. All that
 touches the model happens in this thread; other threads put sequences into the queue and get events by callback.
 """
+
 import logging
 import threading
 import time
@@ -30,21 +31,31 @@ class Engine:
         metrics: see :mod:`s2ft.serve.metrics`; None counts nothing.
     """
 
-    def __init__(self, model, adapters: Adapters, max_batch_size: int = 16, queue_size: int = 256,
-                 max_batch_tokens: int | None = None, prefill_tokens: int = 4096, metrics=None) -> None:
-        for name, value in dict(max_batch_size=max_batch_size, queue_size=queue_size,
-                                max_batch_tokens=max_batch_tokens).items():
+    def __init__(
+        self,
+        model,
+        adapters: Adapters,
+        max_batch_size: int = 16,
+        queue_size: int = 256,
+        max_batch_tokens: int | None = None,
+        prefill_tokens: int = 4096,
+        metrics=None,
+    ) -> None:
+        for name, value in dict(
+            max_batch_size=max_batch_size, queue_size=queue_size, max_batch_tokens=max_batch_tokens
+        ).items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if rows_interact(model.config) and max_batch_size > 1:
-            logger.warning("this model's position embeddings depend on the longest sequence of a batch: one runs at a "
-                           "time")
+            logger.warning(
+                "this model's position embeddings depend on the longest sequence of a batch: one runs at a time"
+            )
             max_batch_size = 1
         self.adapters, self.metrics = adapters, metrics
         self.max_batch_size, self.queue_size = max_batch_size, queue_size
         self.max_batch_tokens, self.prefill_tokens = max_batch_tokens, prefill_tokens
         self.batch = Batch(model, adapters.bank.batch if adapters.bank is not None else None)
-        self.drain_until: float | None = None   # by time.monotonic(); set by a signal handler, so no lock guards it
+        self.drain_until: float | None = None  # by time.monotonic(); set by a signal handler, so no lock guards it
         self._waiting: deque[Job] = deque()
         self._errands: deque[tuple[Callable, Future]] = deque()
         self._changed = threading.Condition()
@@ -83,8 +94,9 @@ class Engine:
             if self._stopped or self.drain_until is not None:
                 refused = shutting_down()
             elif len(self._waiting) >= self.queue_size:
-                refused = ApiError(429, "queue_full", f"{self.queue_size} requests wait already: try again later",
-                                   {"Retry-After": "1"})
+                refused = ApiError(
+                    429, "queue_full", f"{self.queue_size} requests wait already: try again later", {"Retry-After": "1"}
+                )
             if refused is None:
                 self._waiting.append(job)
                 self._changed.notify()
@@ -119,7 +131,7 @@ class Engine:
         while self._work_to_do():
             try:
                 self._turn()
-            except Exception as error:   # whatever a model raises, memory that ran out too: the next batch may do
+            except Exception as error:  # whatever a model raises, memory that ran out too: the next batch may do
                 logger.exception("the batch failed")
                 self._end(self.batch.rows, ApiError(500, "model_failed", f"the model failed: {type(error).__name__}"))
                 self.batch.clear()
@@ -183,7 +195,7 @@ class Engine:
             return
         try:
             self.batch.admit(jobs)
-        except Exception as error:   # the rows that run are as they were
+        except Exception as error:  # the rows that run are as they were
             logger.exception("a prompt failed")
             self._end(jobs, ApiError(500, "model_failed", f"the model failed: {type(error).__name__}"))
             return
@@ -242,7 +254,7 @@ class Engine:
     def _emit(self, job: Job, event: Event) -> None:
         try:
             job.emit(event)
-        except RuntimeError:   # the event loop has closed
+        except RuntimeError:  # the event loop has closed
             job.cancelled = True
 
     def _release(self, job: Job) -> None:

@@ -1,4 +1,5 @@
 """Every error is JSON, {"error": {"message", "type", "code"}}, with the status that belongs to it."""
+
 import logging
 
 from fastapi import FastAPI, Request
@@ -6,10 +7,15 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 logger = logging.getLogger(__name__)
-TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error", 503: "unavailable_error",
-         504: "timeout_error"}
-CODES = {404: "not_found", 405: "method_not_allowed"}   # of what the router refuses
-CLIENT_CLOSED = 499   # nobody reads it; the metrics count it
+TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    503: "unavailable_error",
+    504: "timeout_error",
+}
+CODES = {404: "not_found", 405: "method_not_allowed"}  # of what the router refuses
+CLIENT_CLOSED = 499  # nobody reads it; the metrics count it
 
 
 class ApiError(Exception):
@@ -50,8 +56,9 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def by_the_router(request: Request, error: HTTPException) -> JSONResponse:
         where = f"{request.method} {request.url.path[:200]}"
-        return ApiError(error.status_code, CODES.get(error.status_code, "http_error"), f"{where}: {error.detail}",
-                        error.headers).response()
+        return ApiError(
+            error.status_code, CODES.get(error.status_code, "http_error"), f"{where}: {error.detail}", error.headers
+        ).response()
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:

@@ -1,4 +1,5 @@
 """One sequence on its way through the engine, and what its client is told."""
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ class Event:
     """What became of a sequence: more text, its end with a reason, or an error."""
 
     text: str = ""
-    finish: str | None = None   # stop, length
+    finish: str | None = None  # stop, length
     error: ApiError | None = None
 
     @property
@@ -29,8 +30,16 @@ class Job(Row):
         adapter: as the registry gave it; the engine gives it back.
     """
 
-    def __init__(self, prompt: Sequence[int], max_tokens: int, sampler, text: TextStream, ends: frozenset[int],
-                 emit: Callable[[Event], None], adapter: Version | None = None) -> None:
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        sampler,
+        text: TextStream,
+        ends: frozenset[int],
+        emit: Callable[[Event], None],
+        adapter: Version | None = None,
+    ) -> None:
         super().__init__(prompt, sampler, None if adapter is None else adapter.in_bank)
         self.max_tokens, self.text, self.ends, self.emit, self.version = max_tokens, text, ends, emit, adapter
         self.cancelled = self.over = False

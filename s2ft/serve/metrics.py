@@ -1,10 +1,11 @@
 """What Prometheus reads from /metrics."""
+
 import time
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-STATUS = "s2ft_status"   # in the scope: what became of a request whose headers said otherwise, or that nobody reads
+STATUS = "s2ft_status"  # in the scope: what became of a request whose headers said otherwise, or that nobody reads
 
 
 class Metrics:
@@ -13,19 +14,27 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         kind = dict(registry=self.registry)
-        self.requests = Counter("s2ft_requests", "Requests by route and status; 499: the client went away",
-                                ["route", "status"], **kind)
+        self.requests = Counter(
+            "s2ft_requests", "Requests by route and status; 499: the client went away", ["route", "status"], **kind
+        )
         self.prompt_tokens = Counter("s2ft_prompt_tokens", "Tokens of the prompts that were answered", **kind)
         self.generated_tokens = Counter("s2ft_generated_tokens", "Tokens generated", **kind)
         self.queue_length = Gauge("s2ft_queue_length", "Requests that wait", **kind)
         self.running = Gauge("s2ft_running", "Sequences in the running batch", **kind)
         self.adapters = Gauge("s2ft_adapters", "Adapters that can be asked for", **kind)
-        self.batch_size = Histogram("s2ft_batch_size", "Sequences per step of the model",
-                                    buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256), **kind)
-        self.latency = Histogram("s2ft_request_seconds", "From a request's arrival to the end of its answer", ["route"],
-                                 buckets=SECONDS, **kind)
-        self.first_token = Histogram("s2ft_first_token_seconds", "From a request's arrival to its first token",
-                                     buckets=SECONDS, **kind)
+        self.batch_size = Histogram(
+            "s2ft_batch_size", "Sequences per step of the model", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256), **kind
+        )
+        self.latency = Histogram(
+            "s2ft_request_seconds",
+            "From a request's arrival to the end of its answer",
+            ["route"],
+            buckets=SECONDS,
+            **kind,
+        )
+        self.first_token = Histogram(
+            "s2ft_first_token_seconds", "From a request's arrival to its first token", buckets=SECONDS, **kind
+        )
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
@@ -51,6 +60,6 @@ class CountRequests:
         try:
             await self.app(scope, receive, seen)
         finally:
-            route = getattr(scope.get("route"), "path", "unknown")   # not the path: anyone can make up many
+            route = getattr(scope.get("route"), "path", "unknown")  # not the path: anyone can make up many
             self.metrics.requests.labels(route, str(scope.get(STATUS, status))).inc()
             self.metrics.latency.labels(route).observe(time.perf_counter() - start)

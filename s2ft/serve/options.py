@@ -1,4 +1,5 @@
 """What a server is started with; needs none of the packages that serving needs."""
+
 import ipaddress
 import logging
 import os
@@ -6,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
-KEY = "S2FT_API_KEY"   # where other users of the machine don't read it, as they do a command line
+KEY = "S2FT_API_KEY"  # where other users of the machine don't read it, as they do a command line
 
 
 @dataclass(frozen=True)
@@ -14,9 +15,9 @@ class Limits:
     """What the server allows. `api_key` None lets everyone in."""
 
     api_key: str | None = None
-    timeout: float = 300.0            # seconds from a request's arrival to its answer's end
+    timeout: float = 300.0  # seconds from a request's arrival to its answer's end
     max_body_bytes: int = 2 << 20
-    max_tokens: int | None = None     # of an answer; None: what the context leaves
+    max_tokens: int | None = None  # of an answer; None: what the context leaves
 
     def __post_init__(self) -> None:
         for name in ("timeout", "max_body_bytes", "max_tokens"):
@@ -41,8 +42,11 @@ class ServerOptions:
 
 def warn_if_open(host: str, key: str | None) -> None:
     if key is None and not is_loopback(host):
-        logger.warning("warning: %s can be reached from other machines and there is no --api-key: anyone may use this "
-                       "server, and load and unload its adapters", host)
+        logger.warning(
+            "warning: %s can be reached from other machines and there is no --api-key: anyone may use this "
+            "server, and load and unload its adapters",
+            host,
+        )
 
 
 def is_loopback(host: str) -> bool:
@@ -64,5 +68,10 @@ def key_of(given: str | None) -> str | None:
 
 def served_name(model: str) -> str:
     """What clients call the base: a name on the hub, or the last part of a path."""
-    return Path(model).expanduser().resolve().stem if model.endswith(".gguf") else \
-        Path(model).expanduser().resolve().name if Path(model).expanduser().exists() else model
+    return (
+        Path(model).expanduser().resolve().stem
+        if model.endswith(".gguf")
+        else Path(model).expanduser().resolve().name
+        if Path(model).expanduser().exists()
+        else model
+    )

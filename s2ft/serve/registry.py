@@ -3,6 +3,7 @@
 A request holds on to the version of the adapter that it began with. One that was unloaded, deleted or replaced is
 no longer given out, and leaves the bank with its last request.
 """
+
 import logging
 import threading
 from collections.abc import Sequence
@@ -45,13 +46,15 @@ class Adapters:
         if self.directory is not None and not self.directory.is_dir():
             raise NotADirectoryError(f"{directory} is no folder of adapters")
         self._known: dict[str, Version] = {}
-        self._unloaded: set[str] = set()   # by clients: their folders are still there
+        self._unloaded: set[str] = set()  # by clients: their folders are still there
         self._added = 0
         self._lock = threading.Lock()
         taken = sorted(self._folders().keys() & set(self.reserved))
         if taken:
-            raise ValueError(f"adapter {taken[0]!r} has the name of the base: rename its folder, or name the base "
-                             "another way with --served-model-name")
+            raise ValueError(
+                f"adapter {taken[0]!r} has the name of the base: rename its folder, or name the base "
+                "another way with --served-model-name"
+            )
 
     @property
     def names(self) -> list[str]:
@@ -85,7 +88,7 @@ class Adapters:
         with self._lock:
             if name in self.reserved or self._current(name):
                 raise ApiError(400, "name_taken", f"there is a model {name!r} already: unload it first")
-            if stamp_of(folder) is None:   # the output of a run, perhaps
+            if stamp_of(folder) is None:  # the output of a run, perhaps
                 folder = self._inside(f"{path}/{ADAPTER}")
             stamp = stamp_of(folder)
             if stamp is None:
@@ -125,11 +128,11 @@ class Adapters:
             folder = adapter_named(self.directory, name)
             stamp = None if folder is None else stamp_of(folder)
             return None if stamp is None else self._add(name, folder, stamp)
-        except (ValueError, OSError):   # half of an adapter, or a name no file has
+        except (ValueError, OSError):  # half of an adapter, or a name no file has
             return None
 
     def _add(self, name: str, folder: Path, stamp: tuple) -> Version:
-        in_bank = f"{name}#{self._added}"   # an earlier version may still be in use
+        in_bank = f"{name}#{self._added}"  # an earlier version may still be in use
         self.bank.add(in_bank, folder)
         self._added += 1
         self._known[name] = Version(name, in_bank, folder, stamp)
@@ -151,7 +154,7 @@ class Adapters:
             return {}
         try:
             return adapters_in(self.directory)
-        except OSError as error:   # the directory itself has gone; what is known may still be served
+        except OSError as error:  # the directory itself has gone; what is known may still be served
             logger.warning("can't look for adapters: %s", error)
             return {}
 
@@ -163,18 +166,26 @@ class Adapters:
         if names:
             logger.info("adapters: %s", ", ".join(names))
         else:
-            logger.warning("warning: %s has no adapters, so the base is served alone; an adapter is found as "
-                           "%s/NAME/%s or, in the output of a run, as %s/NAME/%s/%s; checkpoints are not served",
-                           self.directory, self.directory, CONFIG, self.directory, ADAPTER, CONFIG)
+            logger.warning(
+                "warning: %s has no adapters, so the base is served alone; an adapter is found as "
+                "%s/NAME/%s or, in the output of a run, as %s/NAME/%s/%s; checkpoints are not served",
+                self.directory,
+                self.directory,
+                CONFIG,
+                self.directory,
+                ADAPTER,
+                CONFIG,
+            )
 
     def _inside(self, path: str) -> Path:
-        refused = ApiError(400, "invalid_path", "lora_path must be a folder inside the directory of adapters, relative "
-                                                "to it")
+        refused = ApiError(
+            400, "invalid_path", "lora_path must be a folder inside the directory of adapters, relative to it"
+        )
         try:
             if not path or "\0" in path or Path(path).is_absolute() or ".." in Path(path).parts:
                 raise refused
             folder = (self.directory / path).resolve()
-        except (OSError, RuntimeError, ValueError):   # links in a circle, a name too long
+        except (OSError, RuntimeError, ValueError):  # links in a circle, a name too long
             raise refused from None
         if self.directory.resolve() not in folder.parents:
             raise refused

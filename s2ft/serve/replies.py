@@ -1,4 +1,5 @@
 """Answers in the shapes that OpenAI's API gives them, whole or in chunks."""
+
 import json
 import secrets
 import time
@@ -30,8 +31,11 @@ class CompletionReply:
 
     def chunk(self, text: str, finish: str | None) -> dict:
         # where usage comes at the end, every chunk has the field
-        return {**self._head(self.part), "choices": [self._chunk_choice(text, finish)],
-                **({"usage": None} if self.with_usage else {})}
+        return {
+            **self._head(self.part),
+            "choices": [self._chunk_choice(text, finish)],
+            **({"usage": None} if self.with_usage else {}),
+        }
 
     def closing(self, usage: dict) -> Iterator[dict]:
         if self.with_usage:
@@ -58,8 +62,12 @@ class ChatReply(CompletionReply):
         yield first
 
     def _choice(self, text: str, finish: str | None) -> dict:
-        return {"index": 0, "message": {"role": "assistant", "content": text, "refusal": None}, "logprobs": None,
-                "finish_reason": finish}
+        return {
+            "index": 0,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": None,
+            "finish_reason": finish,
+        }
 
     def _chunk_choice(self, text: str, finish: str | None) -> dict:
         return {"index": 0, "delta": {"content": text} if text else {}, "logprobs": None, "finish_reason": finish}

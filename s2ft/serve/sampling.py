@@ -1,10 +1,11 @@
 """How the next token of one sequence is chosen, whatever runs beside it."""
+
 import secrets
 
 import torch
 from torch import Tensor
 
-GREEDY = 1e-5   # temperatures below would overflow, and take the likeliest token anyway
+GREEDY = 1e-5  # temperatures below would overflow, and take the likeliest token anyway
 
 
 class Sampler:
@@ -19,8 +20,9 @@ class Sampler:
     def __init__(self, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None) -> None:
         self.greedy = temperature < GREEDY
         self.temperature, self.top_p = temperature, top_p
-        self._generator = None if self.greedy else torch.Generator().manual_seed(
-            secrets.randbits(63) if seed is None else seed)
+        self._generator = (
+            None if self.greedy else torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
+        )
 
     def choose(self, logits: Tensor) -> int:
         """A token by its logits [vocabulary]. By the inverse of the distribution function: one random number a token,
@@ -32,7 +34,7 @@ class Sampler:
         if self.top_p < 1:
             likely, order = likely.sort(descending=True, stable=True)
             kept = int((likely.cumsum(0) - likely < self.top_p).sum())
-            likely = likely[:max(1, kept)]
+            likely = likely[: max(1, kept)]
         up_to = likely.cumsum(0)
         drawn = torch.rand((), generator=self._generator, dtype=torch.float64) * up_to[-1]
         place = min(int(torch.searchsorted(up_to, drawn, right=True)), len(up_to) - 1)

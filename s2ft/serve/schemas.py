@@ -1,4 +1,5 @@
 """What may be asked, field by field. What can't be done is refused by name, never ignored."""
+
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -37,7 +38,7 @@ class Strict(BaseModel):
 
 class StreamOptions(Strict):
     include_usage: bool = False
-    include_obfuscation: bool = False   # OpenAI pads its chunks with noise; nothing is padded here
+    include_obfuscation: bool = False  # OpenAI pads its chunks with noise; nothing is padded here
 
 
 class Sampled(Strict):
@@ -47,7 +48,7 @@ class Sampled(Strict):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
-    seed: Annotated[int, Field(ge=-2**63, lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Word | Annotated[list[Word], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -70,7 +71,7 @@ class CompletionRequest(Sampled):
 
     @property
     def default_tokens(self) -> int | None:
-        return 16   # as OpenAI's API has it
+        return 16  # as OpenAI's API has it
 
 
 class TextPart(Strict):
@@ -98,7 +99,7 @@ class ChatRequest(Sampled):
 
     @property
     def default_tokens(self) -> int | None:
-        return None   # what there is room for
+        return None  # what there is room for
 
 
 class LoadRequest(Strict):
@@ -130,8 +131,11 @@ def _first(error: ValidationError) -> str:
     """The first thing that is wrong, in a line; of a field with several forms, one line for each."""
     problems = error.errors(include_url=False, include_context=False, include_input=False)
     field = problems[0]["loc"][:1]
-    return "; ".join(f"{'.'.join(str(part)[:100] for part in problem['loc'])}: {problem['msg']}"
-                     for problem in problems if problem["loc"][:1] == field)[:1000]
+    return "; ".join(
+        f"{'.'.join(str(part)[:100] for part in problem['loc'])}: {problem['msg']}"
+        for problem in problems
+        if problem["loc"][:1] == field
+    )[:1000]
 
 
 def _kind(value: Any) -> str:

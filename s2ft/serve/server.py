@@ -1,4 +1,5 @@
 """From options to a server that runs until a signal."""
+
 import logging
 import signal
 import time
@@ -15,7 +16,7 @@ from s2ft.serve.registry import Adapters
 from s2ft.serve.service import Service
 
 logger = logging.getLogger(__name__)
-AFTER_GRACE = 5        # seconds for the last errors to be sent
+AFTER_GRACE = 5  # seconds for the last errors to be sent
 
 
 def build_app(model, tokenizer, base: str, adapters: str | None, options: ServerOptions):
@@ -24,8 +25,7 @@ def build_app(model, tokenizer, base: str, adapters: str | None, options: Server
     bank = AdapterBank(model, limit_bytes=options.adapter_bytes)
     known = Adapters(bank, adapters, reserved=[base])
     known.say()
-    engine = Engine(model, known, options.max_batch_size, options.queue_size,
-                    options.max_batch_tokens, metrics=metrics)
+    engine = Engine(model, known, options.max_batch_size, options.queue_size, options.max_batch_tokens, metrics=metrics)
     service = Service(engine, tokenizer, base, options.limits)
     return create_app(service, metrics), service
 
@@ -36,8 +36,15 @@ def serve(model, tokenizer, base: str, adapters: str | None, options: ServerOpti
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     app, service = build_app(model, tokenizer, base, adapters, options)
     warn_if_open(options.host, options.limits.api_key)
-    config = uvicorn.Config(app, host=options.host, port=options.port, log_config=None, access_log=False,
-                            server_header=False, timeout_graceful_shutdown=int(options.grace + AFTER_GRACE))
+    config = uvicorn.Config(
+        app,
+        host=options.host,
+        port=options.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(options.grace + AFTER_GRACE),
+    )
     server = Server(config, service.engine, options.grace)
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn raises the signal again once it has shut down; by then there is nothing left to do
@@ -64,5 +71,5 @@ class Server(uvicorn.Server):
         if self.started:
             for listener in self.servers:
                 for socket in listener.sockets:
-                    host, port = socket.getsockname()[:2]   # the port that was chosen, if any would do
+                    host, port = socket.getsockname()[:2]  # the port that was chosen, if any would do
                     logger.info("serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)

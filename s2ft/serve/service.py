@@ -1,4 +1,5 @@
 """Between requests and jobs: the prompt's tokens, the limits, and the events of one job on the event loop."""
+
 import asyncio
 import threading
 import time
@@ -19,7 +20,7 @@ from s2ft.serve.text import TextStream
 from s2ft.text.encoding import context_length
 from s2ft.text.prompts import encode_prompt, end_ids
 
-TOKENS_WITHOUT_A_CONTEXT = 2048   # the most that is generated where neither model nor option says
+TOKENS_WITHOUT_A_CONTEXT = 2048  # the most that is generated where neither model nor option says
 
 
 class Service:
@@ -31,7 +32,7 @@ class Service:
         self.context = context_length(engine.batch.model)
         self.vocabulary = engine.batch.model.get_input_embeddings().weight.shape[0]
         self.ends = frozenset(end_ids(tokenizer, engine.batch.model.generation_config))
-        self._encoding, self._decoding = tokenizer, deepcopy(tokenizer)   # two threads use them at the same time
+        self._encoding, self._decoding = tokenizer, deepcopy(tokenizer)  # two threads use them at the same time
         self._one_at_a_time = threading.Lock()
 
     def take(self, model: str) -> Version | None:
@@ -60,7 +61,7 @@ class Service:
     def _chat_ids(self, body: ChatRequest) -> list[int]:
         messages = [message.to_dict() for message in body.messages]
         for message in messages:
-            "".join(message.values()).encode()   # raises UnicodeError here, where tokenizers raise what they like
+            "".join(message.values()).encode()  # raises UnicodeError here, where tokenizers raise what they like
         return encode_prompt(self._encoding, messages)
 
     def _completion_ids(self, body: CompletionRequest) -> list[int]:
@@ -86,16 +87,20 @@ class Service:
             return asked or body.default_tokens or limit or TOKENS_WITHOUT_A_CONTEXT
         room = self.context - prompt
         if room < (asked or 1):
-            raise ApiError(400, "context_length_exceeded",
-                           f"the model's context is {self.context} tokens; the prompt has {prompt}, and {asked or 1} "
-                           "at least are to be generated")
+            raise ApiError(
+                400,
+                "context_length_exceeded",
+                f"the model's context is {self.context} tokens; the prompt has {prompt}, and {asked or 1} "
+                "at least are to be generated",
+            )
         return asked or min(room, limit or room, body.default_tokens or room)
 
     def job(self, body: Sampled, ids: list[int], emit) -> Job:
         """Raises: ApiError for an unknown model or too many tokens."""
         most = self.tokens_to_make(body, len(ids))
-        sampler = Sampler(1.0 if body.temperature is None else body.temperature,
-                          1.0 if body.top_p is None else body.top_p, body.seed)
+        sampler = Sampler(
+            1.0 if body.temperature is None else body.temperature, 1.0 if body.top_p is None else body.top_p, body.seed
+        )
         return Job(ids, most, sampler, TextStream(self._decoding, body.stops), self.ends, emit, self.take(body.model))
 
 
@@ -108,7 +113,7 @@ class Answer:
     def __init__(self, service: Service, request: Request, body: Sampled, ids: list[int], arrived: float) -> None:
         """Queue the job; `arrived` is the loop's time. Raises: ApiError where it can't be."""
         self.service, self.arrived = service, arrived
-        self.told = False   # the end, be it an error
+        self.told = False  # the end, be it an error
         self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue()
         self.job = service.job(body, ids, self._from_the_engine)
         service.engine.submit(self.job)

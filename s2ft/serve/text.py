@@ -1,9 +1,10 @@
 """From tokens to text, piece by piece, and the strings that end it."""
+
 from collections.abc import Sequence
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
-WINDOW = 16   # tokens decoded again for every new one, about
-CONTEXT = 4   # of them at least before the new one: some tokenizers write a first token without its space
+WINDOW = 16  # tokens decoded again for every new one, about
+CONTEXT = 4  # of them at least before the new one: some tokenizers write a first token without its space
 
 
 class Detokenizer:
@@ -12,16 +13,16 @@ class Detokenizer:
     def __init__(self, tokenizer) -> None:
         self._tokenizer = tokenizer
         self._window: list[int] = []
-        self._sent = 0   # characters of the window's text
+        self._sent = 0  # characters of the window's text
 
     def push(self, token: int) -> str:
         """What the token adds to the text."""
         self._window.append(token)
         text = self._decode()
         whole = len(text)
-        while whole > 0 and whole > len(text) - 3 and text[whole - 1] == BROKEN:   # it may yet become a character
+        while whole > 0 and whole > len(text) - 3 and text[whole - 1] == BROKEN:  # it may yet become a character
             whole -= 1
-        new = text[self._sent:whole]
+        new = text[self._sent : whole]
         self._sent = max(self._sent, whole)
         if whole == len(text) and len(self._window) > WINDOW:
             self._window = self._window[-CONTEXT:]
@@ -31,7 +32,7 @@ class Detokenizer:
     def flush(self) -> str:
         """The rest, whole or not."""
         text = self._decode()
-        new, self._sent = text[self._sent:], len(text)
+        new, self._sent = text[self._sent :], len(text)
         return new
 
     def _decode(self) -> str:
@@ -63,10 +64,10 @@ class TextStream:
         found = [place for place in map(text.find, self._stop) if place >= 0]
         if found:
             self.stopped, self._held = True, ""
-            return text[:min(found)]
+            return text[: min(found)]
         hold = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - hold:]
-        return text[:len(text) - hold]
+        self._held = text[len(text) - hold :]
+        return text[: len(text) - hold]
 
 
 def _overlap(text: str, stop: str) -> int:

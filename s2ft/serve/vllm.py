@@ -1,4 +1,5 @@
 """Hand the work to vLLM: every adapter as a LoRA, and the command that serves them."""
+
 import logging
 import warnings
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from s2ft.adapter.folders import adapters_in
 from s2ft.text.models import load_model
 
 logger = logging.getLogger(__name__)
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)   # what --max-lora-rank can be
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank can be
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def export(model_name: str, directory: str, target: Path) -> list[Exported]:
     exported = []
     for name, folder in folders.items():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")   # about ranks; said below, by the adapter's name
+            warnings.simplefilter("ignore")  # about ranks; said below, by the adapter's name
             lora.write(s2ft.adapter.read_adapter(folder), model, target / name)
         exported.append(Exported(name, target / name, _rank(target / name)))
         if exported[-1].rank > RANKS[-1]:
@@ -42,9 +43,23 @@ def export(model_name: str, directory: str, target: Path) -> list[Exported]:
 def command(model: str, adapters: list[Exported], host: str, port: int, base: str, key: str | None = None) -> list[str]:
     """The command line of ``vllm serve``."""
     rank = next(rank for rank in RANKS if rank >= max(one.rank for one in adapters))
-    return ["vllm", "serve", model, "--served-model-name", base, "--enable-lora", "--max-lora-rank", str(rank),
-            "--host", host, "--port", str(port), *(["--api-key", key] if key else []),
-            "--lora-modules", *(f"{one.name}={one.folder}" for one in adapters)]
+    return [
+        "vllm",
+        "serve",
+        model,
+        "--served-model-name",
+        base,
+        "--enable-lora",
+        "--max-lora-rank",
+        str(rank),
+        "--host",
+        host,
+        "--port",
+        str(port),
+        *(["--api-key", key] if key else []),
+        "--lora-modules",
+        *(f"{one.name}={one.folder}" for one in adapters),
+    ]
 
 
 def _exporter():

@@ -1,4 +1,5 @@
 """From examples to token rows and batches. A row that is too long is left out and counted, never cut."""
+
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from s2ft.text.examples import Example
 from s2ft.text.prompts import encode_example, encode_prompt
 
 logger = logging.getLogger(__name__)
-IGNORED = -100   # the label that torch's cross entropy leaves out
+IGNORED = -100  # the label that torch's cross entropy leaves out
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,10 @@ def encode_examples(tokenizer, examples: Sequence[Example], max_length: int) -> 
             long_prompts += 1
         else:
             long_rows += 1
-    counts = (f"{long_prompts} with a prompt that fills {max_length} tokens alone, "
-              f"{long_rows} with prompt and answer longer than that")
+    counts = (
+        f"{long_prompts} with a prompt that fills {max_length} tokens alone, "
+        f"{long_rows} with prompt and answer longer than that"
+    )
     if not rows:
         raise ValueError(f"none of {len(examples)} rows fits: {counts}; raise max_length or shorten the data")
     if len(rows) < len(examples):
@@ -60,8 +63,10 @@ def encode_prompts(tokenizer, examples: Sequence[Example], room: int) -> list[li
     fitting = [prompt if len(prompt) <= room else None for prompt in prompts]
     left_out = fitting.count(None)
     if left_out == len(prompts):
-        raise ValueError(f"none of {len(prompts)} prompts fits into the {room} tokens that the model's context "
-                         "leaves beside the answer")
+        raise ValueError(
+            f"none of {len(prompts)} prompts fits into the {room} tokens that the model's context "
+            "leaves beside the answer"
+        )
     if left_out:
         logger.warning("left out %d of %d rows: the prompt is longer than %d tokens", left_out, len(prompts), room)
     return fitting
@@ -76,8 +81,8 @@ def left_pad(sequences: Sequence[Sequence[int]], pad: int) -> dict[str, torch.Te
     input_ids = torch.full((len(sequences), longest), pad)
     attention_mask = torch.zeros_like(input_ids)
     for row, ids in enumerate(sequences):
-        input_ids[row, longest - len(ids):] = torch.tensor(ids)
-        attention_mask[row, longest - len(ids):] = 1
+        input_ids[row, longest - len(ids) :] = torch.tensor(ids)
+        attention_mask[row, longest - len(ids) :] = 1
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
 
@@ -97,5 +102,5 @@ class AnswerCollator:
         keep = max(len(row.answer) for row in rows) + 1
         labels = torch.full((len(rows), keep), IGNORED)
         for number, row in enumerate(rows):
-            labels[number, keep - len(row.answer):] = torch.tensor(row.answer)
+            labels[number, keep - len(row.answer) :] = torch.tensor(row.answer)
         return {**batch, "labels": labels, "logits_to_keep": keep, "use_cache": False}

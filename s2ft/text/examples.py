@@ -1,12 +1,18 @@
 """Read training and test data: JSON or JSONL of instructions, prompts, or chats."""
+
 import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-COMPRESSED = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz",
-              b"\x28\xb5\x2f\xfd": "zstd"}   # by the bytes that a file begins with
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}  # by the bytes that a file begins with
 SHAPES = "'instruction' and 'output' (and 'input'), 'prompt' and 'completion', or 'messages'"
 
 
@@ -14,9 +20,9 @@ SHAPES = "'instruction' and 'output' (and 'input'), 'prompt' and 'completion', o
 class Example:
     """A conversation up to the answer, the answer, and what it is scored against."""
 
-    conversation: tuple[dict[str, str], ...]   # {"role", "content"} each; the last is not the assistant's
-    output: str                                # the target text
-    answer: str | None = None                  # what is scored; None: derive it from the output
+    conversation: tuple[dict[str, str], ...]  # {"role", "content"} each; the last is not the assistant's
+    output: str  # the target text
+    answer: str | None = None  # what is scored; None: derive it from the output
 
     @property
     def question(self) -> str:
@@ -90,7 +96,7 @@ def _why_not_read(error: Exception) -> str:
 
 def _json_lines(file: Path, text: str) -> list[tuple[str, object]]:
     rows = []
-    for number, line in enumerate(text.split("\n"), 1):   # not splitlines: U+2028 may stand in a JSON string
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may stand in a JSON string
         if line.strip():
             try:
                 rows.append((f"line {number}", json.loads(line)))
@@ -136,8 +142,10 @@ def check_unicode(text: str, what: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{what} is not valid Unicode: character {error.start + 1} is {ascii(text[error.start])}, half "
-                         "of a surrogate pair") from None
+        raise ValueError(
+            f"{what} is not valid Unicode: character {error.start + 1} is {ascii(text[error.start])}, half "
+            "of a surrogate pair"
+        ) from None
 
 
 def _answer(row: dict, place: str) -> str | None:

@@ -1,4 +1,5 @@
 """Keep the output layer from multiplying row by row."""
+
 import contextlib
 from collections.abc import Iterator
 
@@ -12,7 +13,8 @@ def packed_head(model) -> Iterator[None]:
     for 104 rows of a 135M model's head.
     """
     hook = model.get_output_embeddings().register_forward_pre_hook(
-        lambda module, inputs: (inputs[0].contiguous(), *inputs[1:]))
+        lambda module, inputs: (inputs[0].contiguous(), *inputs[1:])
+    )
     try:
         yield
     finally:

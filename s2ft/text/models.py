@@ -1,4 +1,5 @@
 """Load a causal language model and its tokenizer from a folder, the hub, or a GGUF file."""
+
 from pathlib import Path
 
 from s2ft.packages import check_packages
@@ -59,8 +60,11 @@ def locate(name: str) -> tuple[str, dict[str, str]]:
         packed = sorted(path.glob("*.gguf"))
         if len(packed) == 1:
             return str(path), {"gguf_file": packed[0].name}
-        found = f"several GGUF files ({', '.join(file.name for file in packed)}): name one" if packed else \
-            "neither config.json nor a .gguf file"
+        found = (
+            f"several GGUF files ({', '.join(file.name for file in packed)}): name one"
+            if packed
+            else "neither config.json nor a .gguf file"
+        )
         raise ValueError(f"model folder {name} has {found}")
     if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"model {name} doesn't exist")
@@ -76,7 +80,7 @@ def _tokenizer(name: str, source: str, options: dict):
 def _from_pretrained(kind, what: str, name: str, source: str, options: dict):
     try:
         return kind.from_pretrained(source, **options)
-    except Exception as error:   # readers of broken files raise anything, the tokenizers library a bare Exception
+    except Exception as error:  # readers of broken files raise anything, the tokenizers library a bare Exception
         first = str(error).strip().split("\n")[0] or type(error).__name__
         where = "" if Path(source).exists() else " (no such folder here, so it was looked for on the hub)"
         raise ValueError(f"can't load {what} from {name}{where}: {first}") from error
@@ -86,7 +90,7 @@ def _unpacked() -> dict:
     """Ask for plain weights, where transformers would otherwise keep GGUF blocks if it has kernels for them."""
     try:
         from transformers import GgufConfig
-    except ImportError:   # an older transformers always unpacks
+    except ImportError:  # an older transformers always unpacks
         return {}
     return {"quantization_config": GgufConfig(dequantize=True)}
 

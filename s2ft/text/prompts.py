@@ -3,12 +3,12 @@
 Training and generation take the prompt from the same function, so that a prompt in training is, token for
 token, the prompt that is generated from.
 """
+
 from collections.abc import Sequence
 
 from s2ft.text.examples import Example
 
-PREAMBLE = ("Below is an instruction that describes a task. "
-            "Write a response that appropriately completes the request.")
+PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 HEADINGS = {"user": "### Instruction:", "assistant": "### Response:"}
 
 Conversation = Sequence[dict[str, str]]
@@ -25,8 +25,11 @@ def plain_prompt(conversation: Conversation) -> str:
     """Headed blocks under a preamble, for tokenizers without a chat template."""
     system = [message["content"] for message in conversation if message["role"] == "system"]
     blocks = system or [PREAMBLE]
-    blocks += [f"{HEADINGS.get(message['role'], '### ' + message['role'].capitalize() + ':')}\n{message['content']}"
-               for message in conversation if message["role"] != "system"]
+    blocks += [
+        f"{HEADINGS.get(message['role'], '### ' + message['role'].capitalize() + ':')}\n{message['content']}"
+        for message in conversation
+        if message["role"] != "system"
+    ]
     return "\n\n".join([*blocks, HEADINGS["assistant"] + "\n"])
 
 
@@ -37,16 +40,16 @@ def answer_text(tokenizer, conversation: Conversation, output: str) -> str:
         return output + end
     prompt = prompt_text(tokenizer, conversation)
     whole = tokenizer.apply_chat_template([*conversation, {"role": "assistant", "content": output}], tokenize=False)
-    if not whole.startswith(prompt) or output.strip() not in whole[len(prompt):]:
-        return output + end   # a template that rewrites earlier turns or the answer itself
-    rest = whole[len(prompt):].rstrip()   # templates put a line break behind the end-of-turn mark
+    if not whole.startswith(prompt) or output.strip() not in whole[len(prompt) :]:
+        return output + end  # a template that rewrites earlier turns or the answer itself
+    rest = whole[len(prompt) :].rstrip()  # templates put a line break behind the end-of-turn mark
     return rest if not rest.endswith(output.strip()) else rest + end
 
 
 def encode_prompt(tokenizer, conversation: Conversation) -> list[int]:
     """Token ids of the prompt, with the first token that the tokenizer wants before a text."""
     text = prompt_text(tokenizer, conversation)
-    if tokenizer.chat_template:   # the template writes its own first token
+    if tokenizer.chat_template:  # the template writes its own first token
         return tokenizer(text, add_special_tokens=False)["input_ids"]
     ids = tokenizer(text)["input_ids"]
     return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids

@@ -1,4 +1,5 @@
 """What is shown and written while training: a progress bar and log.jsonl; and stopping early."""
+
 import json
 import time
 from pathlib import Path
@@ -46,15 +47,21 @@ class JsonlLog(TrainerCallback):
             return
         if "loss" in logs:
             now, seen = time.perf_counter(), state.num_input_tokens_seen
-            self._write(state, {"loss": logs["loss"], "learning_rate": logs["learning_rate"],
-                                "grad_norm": logs.get("grad_norm"),
-                                "tokens_per_second": round((seen - self.seen) / (now - self.clock), 1)})
+            self._write(
+                state,
+                {
+                    "loss": logs["loss"],
+                    "learning_rate": logs["learning_rate"],
+                    "grad_norm": logs.get("grad_norm"),
+                    "tokens_per_second": round((seen - self.seen) / (now - self.clock), 1),
+                },
+            )
             self.seen, self.clock = seen, now
         elif "eval_loss" in logs:
             self._write(state, {key: logs[key] for key in ("eval_loss", "eval_accuracy") if key in logs})
 
     def on_evaluate(self, args, state, control, **kwargs):
-        self.clock = time.perf_counter()   # the time that it took is none of training
+        self.clock = time.perf_counter()  # the time that it took is none of training
 
     def _write(self, state, values: dict) -> None:
         with self.path.open("a", encoding="utf-8") as file:

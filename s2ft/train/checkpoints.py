@@ -1,4 +1,5 @@
 """Checkpoints that are whole or not there: written beside, sealed with the sums of their files, renamed."""
+
 import hashlib
 import json
 import logging
@@ -10,15 +11,18 @@ from s2ft.files.writing import replace_file
 
 logger = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint-"
-UNFINISHED = ".unfinished"         # the folder in which one is being written
-SEAL = "s2ft_checkpoint.json"      # written last
-STATE = "trainer_state.json"       # transformers writes it last: what marks a checkpoint without a seal
+UNFINISHED = ".unfinished"  # the folder in which one is being written
+SEAL = "s2ft_checkpoint.json"  # written last
+STATE = "trainer_state.json"  # transformers writes it last: what marks a checkpoint without a seal
 
 
 def seal(checkpoint: Path) -> None:
     """Note size and sum of every file."""
-    files = {str(path.relative_to(checkpoint)): {"bytes": path.stat().st_size, "sha256": _sum(path)}
-             for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != SEAL}
+    files = {
+        str(path.relative_to(checkpoint)): {"bytes": path.stat().st_size, "sha256": _sum(path)}
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file() and path.name != SEAL
+    }
     replace_file(checkpoint / SEAL, json.dumps({"files": files}, indent=1).encode())
 
 
@@ -30,19 +34,24 @@ def damage(checkpoint: Path) -> str:
             json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
             return ""
         files = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))["files"]
-        return next((f"{name} is not what was written" for name, file in files.items()
-                     if (checkpoint / name).stat().st_size != file["bytes"] or _sum(checkpoint / name) != file["sha256"]),
-                    "")
+        return next(
+            (
+                f"{name} is not what was written"
+                for name, file in files.items()
+                if (checkpoint / name).stat().st_size != file["bytes"] or _sum(checkpoint / name) != file["sha256"]
+            ),
+            "",
+        )
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:   # a seal or state of anything
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # a seal or state of anything
         return f"{SEAL if (checkpoint / SEAL).exists() else STATE} can't be read ({type(error).__name__})"
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Finished or not, whole or not, oldest first."""
-    found = [path for path in folder.glob(CHECKPOINT + "*") if path.name[len(CHECKPOINT):].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[len(CHECKPOINT):]))
+    found = [path for path in folder.glob(CHECKPOINT + "*") if path.name[len(CHECKPOINT) :].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[len(CHECKPOINT) :]))
 
 
 def last_whole(folder: Path) -> Path | None:
@@ -62,12 +71,12 @@ def finish(checkpoint: Path, folder: Path, keep: int, best: Path | None = None) 
     """
     seal(checkpoint)
     place = folder / checkpoint.name
-    shutil.rmtree(place, ignore_errors=True)   # of an earlier try, damaged, or resumed from before it
+    shutil.rmtree(place, ignore_errors=True)  # of an earlier try, damaged, or resumed from before it
     os.rename(checkpoint, place)
     shutil.rmtree(checkpoint.parent, ignore_errors=True)
     found = checkpoints(folder)
     others = [path for path in found if path not in (place, best)]
-    for old in others[:len(found) - keep] if keep and len(found) > keep else []:
+    for old in others[: len(found) - keep] if keep and len(found) > keep else []:
         shutil.rmtree(old, ignore_errors=True)
 
 

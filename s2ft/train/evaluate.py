@@ -1,4 +1,5 @@
 """Generate answers and score them. Accuracy comes from greedy generation, never from teacher forcing."""
+
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
@@ -42,9 +43,15 @@ class Evaluation:
         return self.right / len(self.records)
 
     def to_dict(self) -> dict:
-        return {"task": self.task, "accuracy": self.accuracy, "right": self.right, "of": len(self.records),
-                "left_out": self.left_out, "seconds": round(self.seconds, 2),
-                "records": [asdict(record) for record in self.records]}
+        return {
+            "task": self.task,
+            "accuracy": self.accuracy,
+            "right": self.right,
+            "of": len(self.records),
+            "left_out": self.left_out,
+            "seconds": round(self.seconds, 2),
+            "records": [asdict(record) for record in self.records],
+        }
 
     def __str__(self) -> str:
         text = f"{self.accuracy:.1%} right ({self.right} of {len(self.records)}, {self.seconds:.0f} s)"
@@ -62,8 +69,15 @@ class HeldOut:
     max_new_tokens: int = 256
 
 
-def evaluate(model, tokenizer, examples: Sequence[Example], task: str, batch_size: int = 32,
-             max_new_tokens: int = 256, title: str = "evaluating") -> Evaluation:
+def evaluate(
+    model,
+    tokenizer,
+    examples: Sequence[Example],
+    task: str,
+    batch_size: int = 32,
+    max_new_tokens: int = 256,
+    title: str = "evaluating",
+) -> Evaluation:
     """Answer every example greedily and score it.
 
     Args:
@@ -79,29 +93,36 @@ def evaluate(model, tokenizer, examples: Sequence[Example], task: str, batch_siz
     kept = [number for number, prompt in enumerate(prompts) if prompt is not None]
     start = time.perf_counter()
     texts = generate(model, tokenizer, [prompts[number] for number in kept], batch_size, max_new_tokens, title)
-    records = [Record(examples[number].question, text, answers[number], is_right(text, answers[number], task))
-               for number, text in zip(kept, texts)]
+    records = [
+        Record(examples[number].question, text, answers[number], is_right(text, answers[number], task))
+        for number, text in zip(kept, texts)
+    ]
     return Evaluation(task, records, len(prompts) - len(kept), time.perf_counter() - start)
 
 
-def generate(model, tokenizer, prompts: Sequence[Sequence[int]], batch_size: int, max_new_tokens: int,
-             title: str = "generating") -> list[str]:
+def generate(
+    model, tokenizer, prompts: Sequence[Sequence[int]], batch_size: int, max_new_tokens: int, title: str = "generating"
+) -> list[str]:
     """Greedy answers to token-id prompts, in their order. Longest first: prompts of a batch are of a length,
     and a batch that doesn't fit into memory fails at once."""
     from tqdm.auto import tqdm
     from transformers import GenerationConfig
 
-    config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad_id(tokenizer),
-                              eos_token_id=end_ids(tokenizer, model.generation_config))
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad_id(tokenizer),
+        eos_token_id=end_ids(tokenizer, model.generation_config),
+    )
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     texts = [""] * len(prompts)
     with for_generation(model), tqdm(total=len(prompts), desc=title, dynamic_ncols=True) as bar:
         for first in range(0, len(order), batch_size):
-            numbers = order[first:first + batch_size]
+            numbers = order[first : first + batch_size]
             batch = left_pad([prompts[number] for number in numbers], pad_id(tokenizer))
-            batch.pop("position_ids")   # generate derives the same from the mask
+            batch.pop("position_ids")  # generate derives the same from the mask
             batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            output = model.generate(**batch, generation_config=config)[:, batch["input_ids"].shape[1]:]
+            output = model.generate(**batch, generation_config=config)[:, batch["input_ids"].shape[1] :]
             for number, text in zip(numbers, tokenizer.batch_decode(output, skip_special_tokens=True)):
                 texts[number] = text.strip()
             bar.update(len(numbers))

@@ -1,4 +1,5 @@
 """One training run of an attached model, from token rows to a saved adapter."""
+
 import contextlib
 import logging
 import time
@@ -23,7 +24,7 @@ from s2ft.train.options import TrainOptions
 from s2ft.train.output import RunFolder, log_failure, read_log, write_json
 
 logger = logging.getLogger(__name__)
-FEW_STEPS = 10   # a run of fewer updates gets a warning
+FEW_STEPS = 10  # a run of fewer updates gets a warning
 
 
 @dataclass(frozen=True)
@@ -31,19 +32,30 @@ class Finetuned:
     """What a run gave; the adapter is also in the model. Speed and time are of this process, from where it resumed."""
 
     steps: int
-    loss: float        # mean of the last tenth of the logged steps
+    loss: float  # mean of the last tenth of the logged steps
     seconds: float
     adapter: Path
-    tokens_per_second: float   # over all devices, padding not counted
-    finished: bool             # False where stop_after ended it
+    tokens_per_second: float  # over all devices, padding not counted
+    finished: bool  # False where stop_after ended it
 
     def to_dict(self) -> dict:
-        return {"steps": self.steps, "loss": self.loss, "seconds": round(self.seconds, 2),
-                "tokens_per_second": round(self.tokens_per_second, 1)}
+        return {
+            "steps": self.steps,
+            "loss": self.loss,
+            "seconds": round(self.seconds, 2),
+            "tokens_per_second": round(self.tokens_per_second, 1),
+        }
 
 
-def finetune(model, tokenizer, rows: Sequence[TokenRow], options: TrainOptions, folder: RunFolder,
-             resume: bool = False, held_out: HeldOut | None = None) -> Finetuned:
+def finetune(
+    model,
+    tokenizer,
+    rows: Sequence[TokenRow],
+    options: TrainOptions,
+    folder: RunFolder,
+    resume: bool = False,
+    held_out: HeldOut | None = None,
+) -> Finetuned:
     """Train the attached adapter of `model` on `rows` and save it to `folder.adapter`.
 
     `resume` goes on from the newest whole checkpoint, or from the start where there is none yet.
@@ -59,17 +71,26 @@ def finetune(model, tokenizer, rows: Sequence[TokenRow], options: TrainOptions, 
     if trainer.is_world_process_zero():
         say_length(options, len(rows))
     start = time.perf_counter()
-    with packed_head(model), loss_for(model, options, trainer.data_collator(list(rows[:1]))), \
-            checkpointing(model) if options.gradient_checkpointing else contextlib.nullcontext():
+    with (
+        packed_head(model),
+        loss_for(model, options, trainer.data_collator(list(rows[:1]))),
+        checkpointing(model) if options.gradient_checkpointing else contextlib.nullcontext(),
+    ):
         _train(trainer, checkpoint)
         seconds = time.perf_counter() - start
         finished = trainer.state.global_step >= trainer.state.max_steps
         if finished:
             _save(model, folder, trainer)
         losses = [line["loss"] for line in read_log(folder.log) if "loss" in line]
-        last = losses[-max(1, len(losses) // 10):]
-        result = Finetuned(trainer.state.global_step, sum(last) / max(1, len(last)), seconds, folder.adapter,
-                           (trainer.state.num_input_tokens_seen - seen) / seconds, finished)
+        last = losses[-max(1, len(losses) // 10) :]
+        result = Finetuned(
+            trainer.state.global_step,
+            sum(last) / max(1, len(last)),
+            seconds,
+            folder.adapter,
+            (trainer.state.num_input_tokens_seen - seen) / seconds,
+            finished,
+        )
         if finished and trainer.is_world_process_zero():
             with optional(f"{folder.report} was not written"):
                 write_json(folder.report, result.to_dict())
@@ -97,7 +118,7 @@ def _train(trainer, checkpoint: Path | None) -> None:
 
 
 def _save(model, folder: RunFolder, trainer) -> None:
-    trained = gathered(model)   # by every rank: a sharded model's is spread over them
+    trained = gathered(model)  # by every rank: a sharded model's is spread over them
     if trainer.is_world_process_zero():
         s2ft.save_adapter(model, folder.adapter, state=trained)
 
@@ -127,8 +148,14 @@ def optional(failure: str) -> Iterator[None]:
         log_failure(failure, error)
 
 
-def trainer_for(model, tokenizer, rows: Sequence[TokenRow], options: TrainOptions, folder: RunFolder,
-                held_out: HeldOut | None = None):
+def trainer_for(
+    model,
+    tokenizer,
+    rows: Sequence[TokenRow],
+    options: TrainOptions,
+    folder: RunFolder,
+    held_out: HeldOut | None = None,
+):
     """The Trainer of a run, with its callbacks."""
     from transformers.trainer_callback import PrinterCallback
 
@@ -136,12 +163,16 @@ def trainer_for(model, tokenizer, rows: Sequence[TokenRow], options: TrainOption
     from s2ft.train.runs import RunTrainer
 
     trainer = RunTrainer(
-        model=model, args=training_arguments(model, options, len(rows), folder, held_out is not None),
-        train_dataset=list(rows), eval_dataset=list(held_out.rows) if held_out else None,
-        data_collator=AnswerCollator(pad_id(tokenizer)), 
+        model=model,
+        args=training_arguments(model, options, len(rows), folder, held_out is not None),
+        train_dataset=list(rows),
+        eval_dataset=list(held_out.rows) if held_out else None,
+        data_collator=AnswerCollator(pad_id(tokenizer)),
         callbacks=[LossBar(), JsonlLog(folder.log), EvaluateAfterSaving()],
-        tokenizer=tokenizer, held_out=held_out)
-    trainer.remove_callback(PrinterCallback)   # LossBar shows the same
+        tokenizer=tokenizer,
+        held_out=held_out,
+    )
+    trainer.remove_callback(PrinterCallback)  # LossBar shows the same
     if options.stop_after:
         trainer.add_callback(StopAfter(options.stop_after))
     return trainer
@@ -186,10 +217,10 @@ def check_ranks_agree(model) -> None:
 @contextlib.contextmanager
 def checkpointing(model) -> Iterator[None]:
     """Blocks keep their inputs only and compute the rest again in backward."""
-    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"   # transformers 5.2x
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # transformers 5.2x
     getattr(model, f"{kind}_checkpointing_enable")(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
     if hasattr(model, "_require_grads_hooks") or hasattr(model, "_require_grads_hook"):
-        model.disable_input_require_grads()   # not needed, and with it the backward would go down to the embeddings
+        model.disable_input_require_grads()  # not needed, and with it the backward would go down to the embeddings
     try:
         yield
     finally:
@@ -211,21 +242,38 @@ def training_arguments(model, options: TrainOptions, rows: int, folder: RunFolde
         raise ValueError("training in float16 needs a GPU: take bfloat16 or float32 for dtype and autocast")
     warmup = options.warmup(options.steps(rows))
     arguments = TrainingArguments(
-        output_dir=str(folder.path), per_device_train_batch_size=options.micro_batch_size,
-        per_device_eval_batch_size=options.micro_batch_size, optim=options.optimizer,
-        learning_rate=options.learning_rate, lr_scheduler_type=options.schedule,
-        warmup_steps=warmup + 1 if warmup else 0,   # RunTrainer leaves out the first, at learning rate 0
+        output_dir=str(folder.path),
+        per_device_train_batch_size=options.micro_batch_size,
+        per_device_eval_batch_size=options.micro_batch_size,
+        optim=options.optimizer,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.schedule,
+        warmup_steps=warmup + 1 if warmup else 0,  # RunTrainer leaves out the first, at learning rate 0
         weight_decay=options.weight_decay,
-        max_grad_norm=options.max_grad_norm, num_train_epochs=options.epochs, max_steps=options.max_steps,
-        use_cpu=not torch.accelerator.is_available(), seed=options.data_seed, data_seed=options.data_seed,
-        fp16=half or options.autocast == "float16", bf16=options.autocast == "bfloat16", torch_compile=options.compile,
-        disable_tqdm=True, report_to=options.report_to or "none", run_name=folder.path.name,
-        remove_unused_columns=False, prediction_loss_only=True,
-        logging_steps=options.log_steps, include_num_input_tokens_seen="non_padding",
-        eval_strategy="steps" if evaluates and options.eval_steps else "no", eval_steps=options.eval_steps or None,
-        save_strategy="steps" if options.save_steps else "no", save_steps=options.save_steps or 500,
+        max_grad_norm=options.max_grad_norm,
+        num_train_epochs=options.epochs,
+        max_steps=options.max_steps,
+        use_cpu=not torch.accelerator.is_available(),
+        seed=options.data_seed,
+        data_seed=options.data_seed,
+        fp16=half or options.autocast == "float16",
+        bf16=options.autocast == "bfloat16",
+        torch_compile=options.compile,
+        disable_tqdm=True,
+        report_to=options.report_to or "none",
+        run_name=folder.path.name,
+        remove_unused_columns=False,
+        prediction_loss_only=True,
+        logging_steps=options.log_steps,
+        include_num_input_tokens_seen="non_padding",
+        eval_strategy="steps" if evaluates and options.eval_steps else "no",
+        eval_steps=options.eval_steps or None,
+        save_strategy="steps" if options.save_steps else "no",
+        save_steps=options.save_steps or 500,
         save_total_limit=options.keep_checkpoints or None,
-        ddp_find_unused_parameters=False, dataloader_pin_memory=torch.cuda.is_available())
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
     # One process trains on one device; several are launched by torchrun or accelerate. nn.DataParallel,
     # which Trainer would choose for several visible devices, copies modules and loses the adapter's state.
     arguments._n_gpu = min(arguments.n_gpu, 1)
@@ -246,10 +294,10 @@ def check_packages_of_run(options: TrainOptions) -> None:
         return
     from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
-    get_reporting_integration_callbacks(list(options.report_to))   # ValueError for one that transformers doesn't know
+    get_reporting_integration_callbacks(list(options.report_to))  # ValueError for one that transformers doesn't know
     for name in options.report_to:
         check_packages(f"report_to {name}")
-    available = get_available_reporting_integrations() + ["flyte"]   # which it forgets
+    available = get_available_reporting_integrations() + ["flyte"]  # which it forgets
     for name in options.report_to:
         if name not in available:
             raise ValueError(f"report_to: transformers can't use {name} here, as it is installed and set up")
@@ -259,9 +307,19 @@ def say_length(options: TrainOptions, rows: int) -> None:
     """Log the warm-up where it is shorter than asked for, and warn where the data makes few updates."""
     steps = options.steps(rows)
     if options.warmup(steps) < options.warmup_steps:
-        logger.info("warm-up is %d steps instead of %d: at most a tenth of the run's %d", options.warmup(steps),
-                    options.warmup_steps, steps)
+        logger.info(
+            "warm-up is %d steps instead of %d: at most a tenth of the run's %d",
+            options.warmup(steps),
+            options.warmup_steps,
+            steps,
+        )
     if options.max_steps <= 0 and steps < FEW_STEPS:
-        logger.warning("warning: %d rows at batch size %d and %g epochs are %d update%s, which may be too few to learn "
-                       "anything: lower --batch-size (and --micro-batch-size), or raise --epochs", rows,
-                       options.batch_size, options.epochs, steps, "" if steps == 1 else "s")
+        logger.warning(
+            "warning: %d rows at batch size %d and %g epochs are %d update%s, which may be too few to learn "
+            "anything: lower --batch-size (and --micro-batch-size), or raise --epochs",
+            rows,
+            options.batch_size,
+            options.epochs,
+            steps,
+            "" if steps == 1 else "s",
+        )

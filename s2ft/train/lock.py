@@ -1,4 +1,5 @@
 """A lock that keeps two runs out of one output folder."""
+
 import contextlib
 import logging
 import os
@@ -8,11 +9,11 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:   # Windows
+except ImportError:  # Windows
     fcntl = None
 
 logger = logging.getLogger(__name__)
-LOCK = ".lock"   # in the folder; its text names the process that has the lock
+LOCK = ".lock"  # in the folder; its text names the process that has the lock
 NO_LOCKS = "files in %s can't be locked here: start no second run into it before this one ends"
 
 
@@ -33,7 +34,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
             yield
     finally:
         for path in made:
-            with contextlib.suppress(OSError):   # it holds something
+            with contextlib.suppress(OSError):  # it holds something
                 path.rmdir()
 
 
@@ -50,7 +51,7 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)   # before the lock is released: see _open_and_lock
+            path.unlink(missing_ok=True)  # before the lock is released: see _open_and_lock
 
 
 def _open_and_lock(path: Path):
@@ -60,14 +61,16 @@ def _open_and_lock(path: Path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            raise FileExistsError(f"output folder {path.parent} is in use: {_holder(path)} writes its run there; wait "
-                                  "until that ends, or choose another folder") from None
-        except OSError:   # the file system has no locks
+            raise FileExistsError(
+                f"output folder {path.parent} is in use: {_holder(path)} writes its run there; wait "
+                "until that ends, or choose another folder"
+            ) from None
+        except OSError:  # the file system has no locks
             logger.warning(NO_LOCKS, path.parent)
             return file
         if _is_at(file, path):
             return file
-        file.close()   # the process that had the lock removed the file after this one opened it
+        file.close()  # the process that had the lock removed the file after this one opened it
 
 
 def _holder(path: Path) -> str:

@@ -4,6 +4,7 @@ torch's linear_cross_entropy goes through the tokens in pieces.
 On a CPU only the tokens that bear a loss are multiplied. On a GPU all are, since the host would wait to count them; the
 command line's batches end with the answers, so that few are multiplied in vain.
 """
+
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping
@@ -16,9 +17,9 @@ from s2ft.distributed import is_sharded
 from s2ft.model.weights import is_quantized
 from s2ft.text.encoding import IGNORED
 
-SCALE = 1024.0   # a power of two: multiplying by it and back is exact
-PIECE = {"cpu": 2**23, "cuda": 2**26}   # logits alive at once
-TILE = 256   # on a GPU, rows of a piece are a multiple of this, so that its matrix product has no ragged tiles
+SCALE = 1024.0  # a power of two: multiplying by it and back is exact
+PIECE = {"cpu": 2**23, "cuda": 2**26}  # logits alive at once
+TILE = 256  # on a GPU, rows of a piece are a multiple of this, so that its matrix product has no ragged tiles
 logger = logging.getLogger(__name__)
 
 
@@ -34,7 +35,7 @@ class ChunkedLoss:
     def __init__(self, model: nn.Module) -> None:
         self.head = model.get_output_embeddings()
         self.plain = self.head.forward
-        self.on, self.trial, self.scale, self.seen = False, False, 1.0, None   # the last three are for trying it out
+        self.on, self.trial, self.scale, self.seen = False, False, 1.0, None  # the last three are for trying it out
 
     def before(self, model: nn.Module, arguments: tuple, options: Mapping) -> None:
         self.on = options.get("labels") is not None and (model.training or self.trial)
@@ -42,33 +43,44 @@ class ChunkedLoss:
     def forward(self, hidden: Tensor) -> Tensor:
         return hidden * self.scale if self.on else self.plain(hidden)
 
-    def loss(self, logits: Tensor,   # [rows, positions, width] where it is on, else of the vocabulary
-             labels: Tensor,         # [rows, positions]
-             vocab_size: int, num_items_in_batch=None, ignore_index: int = IGNORED, shift_labels=None,
-             **options) -> Tensor:
+    def loss(
+        self,
+        logits: Tensor,  # [rows, positions, width] where it is on, else of the vocabulary
+        labels: Tensor,  # [rows, positions]
+        vocab_size: int,
+        num_items_in_batch=None,
+        ignore_index: int = IGNORED,
+        shift_labels=None,
+        **options,
+    ) -> Tensor:
         """In the place of transformers' ForCausalLMLoss, with its arguments; the mean, or the sum over all items."""
         from transformers.loss.loss_utils import ForCausalLMLoss
 
         if not self.on:
-            return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **options)
+            return ForCausalLMLoss(
+                logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **options
+            )
         self.on, self.seen = False, logits.detach() if self.trial else None
-        if is_sharded(self.head.weight):   # its own forward gathers it
-            return ForCausalLMLoss(self.head(logits), labels, vocab_size, num_items_in_batch, ignore_index, shift_labels)
+        if is_sharded(self.head.weight):  # its own forward gathers it
+            return ForCausalLMLoss(
+                self.head(logits), labels, vocab_size, num_items_in_batch, ignore_index, shift_labels
+            )
         targets = F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
         hidden, targets = logits.flatten(0, -2), targets.to(logits.device).flatten()
         bearing = targets != ignore_index
         items = bearing.sum() if num_items_in_batch is None else num_items_in_batch
-        if hidden.device.type == "cpu":   # on a GPU the host would wait there to learn how many rows are left
+        if hidden.device.type == "cpu":  # on a GPU the host would wait there to learn how many rows are left
             hidden, targets = hidden[bearing], targets[bearing]
         return sum_of_losses(hidden, self.head.weight, self.head.bias, targets, ignore_index) / items
 
 
-def sum_of_losses(hidden: Tensor,         # [n, width]
-                  weight: Tensor,         # [vocabulary, width]
-                  bias: Tensor | None,    # [vocabulary]
-                  targets: Tensor,        # [n] int64
-                  ignore_index: int = IGNORED
-                  ) -> Tensor:            # float32
+def sum_of_losses(
+    hidden: Tensor,  # [n, width]
+    weight: Tensor,  # [vocabulary, width]
+    bias: Tensor | None,  # [vocabulary]
+    targets: Tensor,  # [n] int64
+    ignore_index: int = IGNORED,
+) -> Tensor:  # float32
     """Sum the cross entropy of hidden @ weightᵀ + bias over the rows whose target is not `ignore_index`.
 
     Gradients have the plain loss's accuracy. In bfloat16 the value is a sum of numbers that are rounded to it, one a
@@ -77,8 +89,9 @@ def sum_of_losses(hidden: Tensor,         # [n, width]
     rows, options = piece_of(hidden.device.type, weight.shape[0])
     total = hidden.new_zeros((), dtype=torch.float32)
     for part, wanted in zip(hidden.split(rows), targets.split(rows)):
-        total = total + F.linear_cross_entropy(part, weight, wanted, linear_bias=bias, reduction="sum",
-                                               ignore_index=ignore_index, options=options)
+        total = total + F.linear_cross_entropy(
+            part, weight, wanted, linear_bias=bias, reduction="sum", ignore_index=ignore_index, options=options
+        )
     return total
 
 

@@ -1,4 +1,5 @@
 """What memory a run will take, said before it starts."""
+
 import logging
 from collections.abc import Sequence
 from functools import partial
@@ -19,14 +20,20 @@ def say_memory(model, config, rows: Sequence[TokenRow], options: TrainOptions, a
     Args: model: unattached. arguments: of the Trainer, for the optimizer. pad: the token to fill with.
     """
     collate = AnswerCollator(pad)
-    longest = collate(sorted(rows, key=len)[-options.micro_batch_size:])
+    longest = collate(sorted(rows, key=len)[-options.micro_batch_size :])
     try:
         fused = options.chunked_loss and not options.compile and not why_not(model, collate(list(rows[:1])))
         found = s2ft.estimate(
-            model, config, example=longest, optimizer=_optimizer(arguments), loss=_loss if fused else None,
-            gradient_checkpointing=options.gradient_checkpointing, accumulation=arguments.gradient_accumulation_steps,
-            autocast=None if options.autocast == "none" else getattr(torch, options.autocast))
-    except Exception as error:   # whatever a model does on tensors without data, the run does not depend on it
+            model,
+            config,
+            example=longest,
+            optimizer=_optimizer(arguments),
+            loss=_loss if fused else None,
+            gradient_checkpointing=options.gradient_checkpointing,
+            accumulation=arguments.gradient_accumulation_steps,
+            autocast=None if options.autocast == "none" else getattr(torch, options.autocast),
+        )
+    except Exception as error:  # whatever a model does on tensors without data, the run does not depend on it
         logger.info("memory was not estimated: %s", str(error).split("\n")[0] or type(error).__name__)
         return
     logger.log(logging.WARNING if found.fits is False else logging.INFO, "%s", found.summary())

@@ -1,4 +1,5 @@
 """The output folder of a run: what stands where, and who may write into it."""
+
 import contextlib
 import json
 import logging
@@ -39,11 +40,11 @@ class RunFolder:
                 raise FileNotFoundError(f"output {self.path} holds no run to resume")
         elif self.path.is_dir() and any(path.name != LOCK for path in self.path.iterdir()):
             if not holds_run:
-                raise FileExistsError(f"output folder {self.path} isn't empty and holds no run of s2ft: "
-                                      "choose another")
+                raise FileExistsError(f"output folder {self.path} isn't empty and holds no run of s2ft: choose another")
             if not overwrite:
-                raise FileExistsError(f"output folder {self.path} holds another run: resume it, overwrite it, "
-                                      "or choose another")
+                raise FileExistsError(
+                    f"output folder {self.path} holds another run: resume it, overwrite it, or choose another"
+                )
 
     @contextlib.contextmanager
     def reserved(self, resume: bool = False, overwrite: bool = False) -> Iterator[None]:
@@ -54,7 +55,7 @@ class RunFolder:
             FileExistsError: As :meth:`check`, or another process runs in the folder; the message names it.
             FileNotFoundError: As :meth:`check`.
         """
-        if not self.run.is_file():   # a folder of other files is not touched
+        if not self.run.is_file():  # a folder of other files is not touched
             self.check(resume, overwrite)
         with only_run_in(self.path):
             self.check(resume, overwrite)
@@ -72,18 +73,26 @@ class RunFolder:
         if (self.adapter / CONFIG).is_file():
             return f"the trained adapter is saved in {self.adapter}"
         checkpoint = last_whole(self.path)
-        return "no checkpoint was written, so the run starts again" if checkpoint is None else \
-            f"{checkpoint} is kept: go on from it with --resume"
+        return (
+            "no checkpoint was written, so the run starts again"
+            if checkpoint is None
+            else f"{checkpoint} is kept: go on from it with --resume"
+        )
 
     def begin(self, options: dict, resume: bool = False) -> None:
         """Clear an earlier run away, or check that it is this one. Raises: ValueError naming what differs."""
         if resume:
             earlier = self.options()
-            different = [key for key in options if key.split(".")[-1] not in NOT_PART_OF_A_RUN
-                         and earlier.get(key) != options[key]]
+            different = [
+                key
+                for key in options
+                if key.split(".")[-1] not in NOT_PART_OF_A_RUN and earlier.get(key) != options[key]
+            ]
             if different:
-                raise ValueError(f"the run in {self.path} was started with other options: " + "; ".join(
-                    f"{key} was {earlier.get(key)!r}, is {options[key]!r}" for key in different))
+                raise ValueError(
+                    f"the run in {self.path} was started with other options: "
+                    + "; ".join(f"{key} was {earlier.get(key)!r}, is {options[key]!r}" for key in different)
+                )
             return
         for path in (self.adapter, self.path / UNFINISHED, *checkpoints(self.path)):
             shutil.rmtree(path, ignore_errors=True)

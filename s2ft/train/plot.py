@@ -1,4 +1,5 @@
 """A picture of log.jsonl."""
+
 from pathlib import Path
 
 from s2ft.train.output import read_log
@@ -12,7 +13,7 @@ def plot_loss(log: Path, image: Path, window: int = 10) -> None:
 
     lines = read_log(log)
     steps, losses = _series(lines, "loss")
-    means = [sum(losses[max(0, i - window + 1):i + 1]) / (i + 1 - max(0, i - window + 1)) for i in range(len(losses))]
+    means = [sum(losses[max(0, i - window + 1) : i + 1]) / (i + 1 - max(0, i - window + 1)) for i in range(len(losses))]
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="step", ylabel="loss")

@@ -1,4 +1,5 @@
 """The Trainer of s2ft finetune: it never trains at learning rate 0, and it scores answers when it evaluates."""
+
 from accelerate.utils import gather_object
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -42,7 +43,7 @@ class RunTrainer(S2FTTrainer):
 
     def _accuracy(self) -> float:
         of = self._held_out
-        mine = of.examples[self.args.process_index::self.args.world_size]
+        mine = of.examples[self.args.process_index :: self.args.world_size]
         found = [(0, 0)]
         if mine:
             model = self.accelerator.unwrap_model(self.model)

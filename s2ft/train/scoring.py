@@ -1,4 +1,5 @@
 """Score generated text as LLM-Adapters does: the last number, or the first answer word."""
+
 import re
 
 from s2ft.text.examples import Example

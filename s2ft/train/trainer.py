@@ -4,12 +4,13 @@ Trainers of transformers and TRL as they are save and resume attached models, se
 :class:`AdapterCheckpoints` adds: a checkpoint is written beside and renamed, its files are checked before it is resumed
 from, and the newest whole one is taken.
 """
+
 import shutil
 from pathlib import Path
 
 from s2ft.packages import check_packages
 
-check_packages("s2ft.train.trainer")   # before Python's own error, which does not say what to install
+check_packages("s2ft.train.trainer")  # before Python's own error, which does not say what to install
 
 import torch
 from accelerate.utils import save_fsdp_optimizer
@@ -28,14 +29,14 @@ class AdapterCheckpoints:
     Checkpoints hold the deltas, not the model; optimizer, schedule and random states are the Trainer's.
     """
 
-    _beside: Path | None = None   # where a checkpoint is being written
+    _beside: Path | None = None  # where a checkpoint is being written
 
     def __init__(self, *args, **options) -> None:
         super().__init__(*args, **options)
         model = self.accelerator.unwrap_model(self.model)
         if attachment_of(model).name is None:
             raise ValueError("no adapter of this model is trainable: s2ft.attach, or load_adapter with trainable=True")
-        if self.is_deepspeed_enabled:   # its checkpoints hold no base here, and it would miss it
+        if self.is_deepspeed_enabled:  # its checkpoints hold no base here, and it would miss it
             model.register_load_state_dict_post_hook(_miss_no_base)
 
     def train(self, resume_from_checkpoint=None, *args, **options):
@@ -51,9 +52,9 @@ class AdapterCheckpoints:
             wrong = damage(Path(resume_from_checkpoint))
             if wrong:
                 raise ValueError(f"checkpoint {resume_from_checkpoint} is damaged: {wrong}")
-        if resume_from_checkpoint and self.is_deepspeed_enabled:   # which then loads its own, and checks nothing
+        if resume_from_checkpoint and self.is_deepspeed_enabled:  # which then loads its own, and checks nothing
             self._load_from_checkpoint(resume_from_checkpoint)
-        if self.args.should_save:   # what an interrupt left; no rank writes before the first step has joined them all
+        if self.args.should_save:  # what an interrupt left; no rank writes before the first step has joined them all
             shutil.rmtree(Path(self.args.output_dir) / UNFINISHED, ignore_errors=True)
         return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, *args, **options)
 
@@ -69,10 +70,14 @@ class AdapterCheckpoints:
             self._beside = None
         written = folder / UNFINISHED / f"checkpoint-{self.state.global_step}"
         self._rename_best(written, folder)
-        self.accelerator.wait_for_everyone()   # every rank has written its random state
+        self.accelerator.wait_for_everyone()  # every rank has written its random state
         if self.args.should_save:
-            finish(written, folder, self.args.save_total_limit or 0,
-                   Path(self.state.best_model_checkpoint) if self.state.best_model_checkpoint else None)
+            finish(
+                written,
+                folder,
+                self.args.save_total_limit or 0,
+                Path(self.state.best_model_checkpoint) if self.state.best_model_checkpoint else None,
+            )
         self.accelerator.wait_for_everyone()
 
     def _rename_best(self, written: Path, folder: Path) -> None:
@@ -108,8 +113,9 @@ class AdapterCheckpoints:
         if self.is_deepspeed_enabled:
             self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         else:
-            save_fsdp_optimizer(self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model,
-                                output_dir)
+            save_fsdp_optimizer(
+                self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
+            )
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 

@@ -1,4 +1,5 @@
 """Adapters: what is saved comes back bit for bit, what is wrong is refused and named."""
+
 import copy
 import json
 import shutil
@@ -107,12 +108,14 @@ def test_an_adapter_crosses_layouts_and_dtypes(tmp_path):
     merged = s2ft.merge(other)
     for path, delta in read_adapter(tmp_path).deltas.items():
         weight = base.get_submodule(path).weight
-        expected = weight.index_copy(delta.dim, delta.index,
-                                     (weight.index_select(delta.dim, delta.index) + delta.values).bfloat16())
+        expected = weight.index_copy(
+            delta.dim, delta.index, (weight.index_select(delta.dim, delta.index) + delta.values).bfloat16()
+        )
         assert torch.equal(merged.get_submodule(path).weight, expected)
 
 
 # ---- switching -------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -121,7 +124,7 @@ def test_a_thousand_switches_restore_the_base_exactly(layout, dtype, tmp_path):
     s2ft.save_adapter(trained(seed=3, name="b"), tmp_path)
     model = copy.deepcopy(base)
     s2ft.attach(model, S2FTConfig(d_ratio=0.1, layout=layout), name="a")
-    if dtype is not torch.float16:   # no float16 optimizer is needed to test switching
+    if dtype is not torch.float16:  # no float16 optimizer is needed to test switching
         train(model)
     s2ft.load_adapter(model, tmp_path, "b")
     for i in range(1000):
@@ -197,8 +200,9 @@ def test_training_one_adapter_leaves_the_others(tmp_path):
     held = {path: delta.values.clone() for path, delta in attachment_of(model).others["other"].deltas.items()}
     s2ft.set_adapter(model, "mine")
     train(model)
-    assert all(torch.equal(held[path], delta.values)
-               for path, delta in attachment_of(model).others["other"].deltas.items())
+    assert all(
+        torch.equal(held[path], delta.values) for path, delta in attachment_of(model).others["other"].deltas.items()
+    )
 
 
 def test_merging_with_no_adapter_active_raises():
@@ -237,11 +241,13 @@ def test_status_shows_active_and_trainable_apart(saved):
 
 # ---- files that are wrong ---------------------------------------------------------------------------------
 
+
 def spoil_tensors(change):
     def spoil(folder):
         tensors = load_file(folder / TENSORS)
         change(tensors)
         save_file(tensors, folder / TENSORS)
+
     return spoil
 
 
@@ -250,6 +256,7 @@ def spoil_config(change):
         config = json.loads((folder / CONFIG).read_text())
         change(config)
         (folder / CONFIG).write_text(json.dumps(config))
+
     return spoil
 
 
@@ -280,8 +287,11 @@ WRONG = {
     "misshapen": (spoil_tensors(lambda t: t.update({f"{DOWN}.delta": torch.ones(2, 3)})), ValueError, "do not fit"),
     "index high": (spoil_tensors(lambda t: t[f"{DOWN}.index"].__setitem__(-1, 52)), ValueError, "sha256|outside"),
     "index low": (spoil_tensors(lambda t: t[f"{DOWN}.index"].__setitem__(0, -1)), ValueError, "not negative"),
-    "index twice": (spoil_tensors(lambda t: t[f"{DOWN}.index"].__setitem__(1, int(t[f"{DOWN}.index"][0]))),
-                    ValueError, "ascending"),
+    "index twice": (
+        spoil_tensors(lambda t: t[f"{DOWN}.index"].__setitem__(1, int(t[f"{DOWN}.index"][0]))),
+        ValueError,
+        "ascending",
+    ),
     "other projection": (spoil_config(lambda c: c["projections"].pop(DOWN)), ValueError, "foreign keys"),
     "unknown option": (spoil_config(lambda c: c["config"].update(z_ratio=1)), ValueError, "z_ratio"),
     "no fingerprint": (spoil_config(lambda c: c.pop("base_fingerprint")), ValueError, "base_fingerprint is missing"),
@@ -309,6 +319,7 @@ def test_wrong_files_are_named_and_leave_the_model(wrong, attached, saved, tmp_p
 def rewrite_index(folder, value):
     """An out-of-range index in a file that is whole otherwise."""
     import hashlib
+
     spoil_tensors(lambda t: t[f"{DOWN}.index"].__setitem__(-1, value))(folder)
     digest = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
     spoil_config(lambda c: c.update(tensors_sha256=digest))(folder)

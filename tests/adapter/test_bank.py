@@ -1,4 +1,5 @@
 """A bank: every sequence of a batch gets what its own adapter alone gives it, and the model stays a plain base."""
+
 import shutil
 import threading
 
@@ -22,10 +23,30 @@ from s2ft.model.weights import shape_of
 
 RATIOS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}
 HEADS = dict(q_ratio=0.5, v_ratio=1.0, o_ratio=0.5)
-CASES = {**dict.fromkeys(("llama", "llama-grouped", "qwen2-grouped-tied", "phi3-grouped", "gpt2", "gpt-neox", "opt",
-                          "gemma2", "bert", "vit", "t5-gated", "whisper", "clip-text"), RATIOS),
-         "mixtral": HEADS, "qwen2-moe": HEADS, "deepseek-v3": HEADS}
-LIMIT = 1e-5    # of the largest logit, in float32
+CASES = {
+    **dict.fromkeys(
+        (
+            "llama",
+            "llama-grouped",
+            "qwen2-grouped-tied",
+            "phi3-grouped",
+            "gpt2",
+            "gpt-neox",
+            "opt",
+            "gemma2",
+            "bert",
+            "vit",
+            "t5-gated",
+            "whisper",
+            "clip-text",
+        ),
+        RATIOS,
+    ),
+    "mixtral": HEADS,
+    "qwen2-moe": HEADS,
+    "deepseek-v3": HEADS,
+}
+LIMIT = 1e-5  # of the largest logit, in float32
 SIDES = (dict(u_ratio=0.2), dict(d_ratio=0.15), dict(v_ratio=1.0), dict(o_ratio=0.5))
 LENGTH = 7
 
@@ -92,7 +113,7 @@ def prompts(model, count, padding=(0, 3, 1, 2, 0)):
     ids = torch.randint(3, model.config.vocab_size, (count, LENGTH), generator=torch.Generator().manual_seed(5))
     mask = torch.ones_like(ids)
     for row in range(count):
-        mask[row, :padding[row % len(padding)]] = 0
+        mask[row, : padding[row % len(padding)]] = 0
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
@@ -102,6 +123,7 @@ def generate(model, inputs, rows=slice(None), **options):
 
 
 # ---- equality --------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_sequence_gets_what_its_adapter_alone_gives(case, tmp_path):
@@ -158,7 +180,7 @@ def test_gradients_pass_and_the_bank_has_none(folder, model):
 def test_random_batches(tmp_path_factory, names, tokens):
     root, expected, bank = shared(tmp_path_factory)
     with torch.no_grad(), bank.batch(names):
-        batch = bank.model(token_batch(bank.model, 6)[:len(names), :tokens]).logits
+        batch = bank.model(token_batch(bank.model, 6)[: len(names), :tokens]).logits
     for row, name in enumerate(names):
         assert_close(batch[row], expected[name][row, :tokens])
 
@@ -180,8 +202,18 @@ def shared(tmp_path_factory, made={}):
 
 # ---- generate --------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("options", (dict(), dict(num_beams=3), dict(num_beams=4, num_return_sequences=2),
-                                     dict(use_cache=False), dict(cache_implementation="static")), ids=str)
+
+@pytest.mark.parametrize(
+    "options",
+    (
+        dict(),
+        dict(num_beams=3),
+        dict(num_beams=4, num_return_sequences=2),
+        dict(use_cache=False),
+        dict(cache_implementation="static"),
+    ),
+    ids=str,
+)
 def test_generates_the_tokens_of_separate_runs(options, folder, model):
     names, inputs = ["a", None, "b", "a", "e"], prompts(model, 5)
     bank = AdapterBank(model, folder)
@@ -191,7 +223,7 @@ def test_generates_the_tokens_of_separate_runs(options, folder, model):
     assert len({tuple(row.tolist()) for row in batch}) > 1
     for row, name in enumerate(names):
         expected = alone("llama", folder, name, lambda model: generate(model, inputs, slice(row, row + 1), **options))
-        assert torch.equal(batch[each * row:][:each], expected)
+        assert torch.equal(batch[each * row :][:each], expected)
     assert_plain(model)
 
 
@@ -216,7 +248,7 @@ def test_sixteen_sequences_over_eight_adapters(tmp_path, model):
         s2ft.load_adapter(single, tmp_path / name, name)
     for row, name in enumerate(names):
         s2ft.set_adapter(single, name)
-        assert torch.equal(batch[row:row + 1], generate(single, inputs, slice(row, row + 1)))
+        assert torch.equal(batch[row : row + 1], generate(single, inputs, slice(row, row + 1)))
 
 
 def test_an_encoder_decoder_generates(tmp_path):
@@ -232,7 +264,7 @@ def test_an_encoder_decoder_generates(tmp_path):
         batch = run(model)
     for row, name in enumerate(("a", None)):
         expected = alone("whisper", tmp_path, name, lambda model: run(model, slice(row, row + 1)))
-        assert torch.equal(batch[row:row + 1], expected)
+        assert torch.equal(batch[row : row + 1], expected)
 
 
 def test_a_batch_in_inference_mode_and_one_without(folder, model):
@@ -245,6 +277,7 @@ def test_a_batch_in_inference_mode_and_one_without(folder, model):
 
 
 # ---- names and memory ------------------------------------------------------------------------------------
+
 
 def enter(bank, *names):
     with bank.batch(names):
@@ -264,7 +297,7 @@ def test_names_of_a_directory_and_added_ones(folder, model, tmp_path):
     bank.remove("more")
     bank.remove("a")
     assert bank.names == [*"bcde", "later"] and "a" not in bank and bank.loaded == ["later"]
-    bank.add("a", folder / "b")   # another one of that name
+    bank.add("a", folder / "b")  # another one of that name
     with torch.no_grad(), bank.batch(["a", "b"]):
         output = output_of(model)
     assert_close(output[0], alone("llama", folder, "b", output_of)[0])
@@ -312,7 +345,7 @@ def test_those_used_longest_ago_go_first(folder, model):
     assert bank.loaded == ["c", "d", "b"]
     enter(bank, "d", "e")
     assert "c" not in bank.loaded and bank.loaded[-1] == "e" and bank.loaded_bytes <= bank.limit_bytes
-    with torch.no_grad(), bank.batch(["c", "e"]):   # c comes back
+    with torch.no_grad(), bank.batch(["c", "e"]):  # c comes back
         assert_close(output_of(model)[0], alone("llama", folder, "c", output_of)[0])
 
 
@@ -379,6 +412,7 @@ def test_a_thousand_adapters(tmp_path):
 
 # ---- what is refused ---------------------------------------------------------------------------------------
 
+
 def test_another_base_is_refused_before_anything_changes(folder, tmp_path):
     other = model_of("llama")
     with torch.no_grad():
@@ -389,7 +423,7 @@ def test_another_base_is_refused_before_anything_changes(folder, tmp_path):
         enter(bank, None, "a")
     assert bank.loaded == [] and not any("forward" in module.__dict__ for module in other.modules())
     assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
-    enter(bank, None)   # the base alone runs
+    enter(bank, None)  # the base alone runs
     with pytest.raises(ValueError, match="'a'"):
         enter(AdapterBank(model_of("llama-wide-heads"), folder), "a")
 
@@ -479,13 +513,14 @@ def test_wrong_batches(folder, model):
 
 # ---- exceptions and threads --------------------------------------------------------------------------------
 
+
 def test_an_exception_leaves_the_model_as_it_was(folder, model, monkeypatch):
     bank = AdapterBank(model, folder)
     with pytest.raises(KeyboardInterrupt):
         with bank.batch(["a", "b"]):
             raise KeyboardInterrupt
     assert_plain(model)
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):   # while adapters are packed
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):  # while adapters are packed
         patch.setattr(torch, "cat", failing(torch.cat, after=25))
         enter(bank, "c", "d", "e")
     assert_plain(model)
@@ -501,6 +536,7 @@ def failing(function, after):
         if len(calls) > after:
             raise MemoryError
         return function(*args, **options)
+
     return run
 
 
@@ -511,6 +547,7 @@ def test_someone_elses_forward_is_kept(folder, model):
     def counted(x):
         calls.append(1)
         return plain(x)
+
     module.forward = counted
     with torch.no_grad(), AdapterBank(model, folder).batch(["a", "c"]):
         assert_close(output_of(model)[1], alone("llama", folder, "c", output_of)[1])
@@ -533,8 +570,9 @@ def test_removed_while_it_is_read_is_used_but_not_kept(folder, model, monkeypatc
 
     def slow(where):
         adapter = read(where)
-        bank.remove("b")   # as another thread would
+        bank.remove("b")  # as another thread would
         return adapter
+
     expected = alone("llama", folder, "b", output_of)
     monkeypatch.setattr(native, "read", slow)
     with torch.no_grad(), bank.batch([None, "b"]):
@@ -567,7 +605,7 @@ def test_adding_and_removing_from_other_threads(folder, model):
                 with torch.no_grad(), bank.batch(names):
                     output = output_of(model)
             except ValueError as error:
-                assert "no adapter called" in str(error)   # between remove and add
+                assert "no adapter called" in str(error)  # between remove and add
                 continue
             for row, name in enumerate(names):
                 assert_close(output[row], expected[name][row])
@@ -580,23 +618,24 @@ def test_adding_and_removing_from_other_threads(folder, model):
 
 # ---- compiled ----------------------------------------------------------------------------------------------
 
+
 def test_compiled_once_for_all_batches(folder, model):
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     bank, ids = AdapterBank(model, folder), token_batch(model, 4)
-    enter(bank, *"abcde")   # capacities grow once
+    enter(bank, *"abcde")  # capacities grow once
     expected = {name: alone("llama", folder, name, lambda model: model(ids).logits) for name in (None, *"abcde")}
     with torch.no_grad():
         for names in (["a", "b", "c", None], ["e", "e", "a", "d"], ["b"] * 4, [None] * 4, ["c", "d", "e", "a"]):
             bank.remove("e")
-            bank.add("e", folder / "e")   # packed anew
+            bank.add("e", folder / "e")  # packed anew
             with bank.batch(names):
                 output = compiled(ids).logits
             for row, name in enumerate(names):
                 assert_close(output[row], expected[name][row])
             assert counter.frame_count == 1
-        assert torch.equal(compiled(ids).logits, model(ids).logits)   # outside a batch: the base, a graph of its own
+        assert torch.equal(compiled(ids).logits, model(ids).logits)  # outside a batch: the base, a graph of its own
         assert counter.frame_count == 2
         with bank.batch(["a"] * 4):
             compiled(ids)

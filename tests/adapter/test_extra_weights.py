@@ -1,4 +1,5 @@
 """Weights that are trained whole beside the slices: saved, resumed, switched, merged and taken off again."""
+
 import copy
 import json
 import shutil
@@ -28,11 +29,21 @@ from s2ft.attached.mounting import before_forward, before_load
 from s2ft.files.adapter_folder import CONFIG, TENSORS
 
 HEAD = ("classifier.weight", "classifier.bias")
-BERT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=100,
-            num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+BERT = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    vocab_size=100,
+    num_labels=3,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+)
 IDS = torch.randint(3, 100, (4, 6), generator=torch.Generator().manual_seed(0))
-ROWS = [{"input_ids": torch.tensor([i, 2, 3, 4]), "attention_mask": torch.ones(4, dtype=torch.int64), "labels": i % 3}
-        for i in range(16)]
+ROWS = [
+    {"input_ids": torch.tensor([i, 2, 3, 4]), "attention_mask": torch.ones(4, dtype=torch.int64), "labels": i % 3}
+    for i in range(16)
+]
 
 
 def classifier():
@@ -43,8 +54,11 @@ def classifier():
 def attached(how="named", layout="permuted", name="default"):
     """how: whether the head is named in the config, or unfrozen by hand after attach."""
     model = classifier()
-    s2ft.attach(model, S2FTConfig(d_ratio=0.1, layout=layout,
-                                  modules_to_save=["classifier"] if how == "named" else None), name=name)
+    s2ft.attach(
+        model,
+        S2FTConfig(d_ratio=0.1, layout=layout, modules_to_save=["classifier"] if how == "named" else None),
+        name=name,
+    )
     if how == "by hand":
         model.classifier.requires_grad_(True)
     return model
@@ -78,6 +92,7 @@ BOTH = pytest.mark.parametrize("how", ("named", "by hand"))
 
 
 # ---- the base and back -------------------------------------------------------------------------------------
+
 
 @BOTH
 @pytest.mark.parametrize("layout", ("permuted", "indexed"))
@@ -115,7 +130,7 @@ def test_a_weight_is_unfrozen_in_the_middle_of_training():
     train(model)
     found = s2ft.get_adapter(model, "default").extra_weights
     assert set(found) == {*HEAD, "bert.embeddings.LayerNorm.weight", "bert.embeddings.LayerNorm.bias"}
-    model.bert.embeddings.LayerNorm.requires_grad_(False)   # trained all the same
+    model.bert.embeddings.LayerNorm.requires_grad_(False)  # trained all the same
     assert_states(s2ft.get_adapter(model, "default").extra_weights, found)
     assert_states(state_of(s2ft.detach(model)), BASE)
 
@@ -202,6 +217,7 @@ def test_any_sequence_of_switches_gives_the_base_back(steps):
 
 # ---- files -------------------------------------------------------------------------------------------------
 
+
 @BOTH
 @pytest.mark.parametrize("trainable", (False, True))
 def test_saved_and_loaded(how, trainable, tmp_path):
@@ -243,9 +259,13 @@ def test_restored_into_a_model_that_trains_the_same(how, tmp_path):
     assert_states(state_of(s2ft.detach(other)), BASE)
 
 
-@pytest.mark.parametrize("saved_with, loaded_with, message", (
-    ("named", "frozen", "classifier.bias trained whole, which is frozen in this model"),
-    ("frozen", "named", "this model trains classifier.bias whole")))
+@pytest.mark.parametrize(
+    "saved_with, loaded_with, message",
+    (
+        ("named", "frozen", "classifier.bias trained whole, which is frozen in this model"),
+        ("frozen", "named", "this model trains classifier.bias whole"),
+    ),
+)
 def test_restoring_other_extra_weights_is_refused_and_changes_nothing(saved_with, loaded_with, message, tmp_path):
     train(attached(saved_with)).save_pretrained(tmp_path)
     model = attached(loaded_with)
@@ -285,6 +305,7 @@ def saved(tmp_path_factory):
 def rewritten(folder, config=lambda content: None, tensors=lambda found: None):
     """With digests that are right again."""
     import hashlib
+
     content, found = json.loads((folder / CONFIG).read_text()), load_file(folder / TENSORS)
     config(content), tensors(found)
     save_file(found, folder / TENSORS)
@@ -301,24 +322,44 @@ SPOILT = {
     "older schema": (dict(config=lambda c: c.update(schema=2)), r"foreign fields \['extra_weights'\]"),
     "entry a list": (dict(config=lambda c: c["extra_weights"].update({HEAD[1]: [1]})), "floating-point dtype"),
     "dtype a list": (dict(config=lambda c: c["extra_weights"][HEAD[1]].update(dtype=["F32"])), "floating-point dtype"),
-    "integers": (dict(config=lambda c: c["extra_weights"][HEAD[1]].update(dtype="I64"),
-                      tensors=lambda t: t.update({KEY: t[KEY].long()})), "floating-point dtype"),
+    "integers": (
+        dict(
+            config=lambda c: c["extra_weights"][HEAD[1]].update(dtype="I64"),
+            tensors=lambda t: t.update({KEY: t[KEY].long()}),
+        ),
+        "floating-point dtype",
+    ),
     "another dtype": (dict(tensors=lambda t: t.update({KEY: t[KEY].half()})), "must be F32 of shape"),
     "another shape": (dict(tensors=lambda t: t.update({KEY: torch.zeros(4)})), "must be F32 of shape"),
     "shape of truths": (dict(config=lambda c: c["extra_weights"][HEAD[1]].update(shape=[True])), "and a shape"),
-    "another shape in both": (dict(config=lambda c: c["extra_weights"][HEAD[1]].update(shape=[4]),
-                                   tensors=lambda t: t.update({KEY: torch.zeros(4)})), "is for another model"),
+    "another shape in both": (
+        dict(
+            config=lambda c: c["extra_weights"][HEAD[1]].update(shape=[4]),
+            tensors=lambda t: t.update({KEY: torch.zeros(4)}),
+        ),
+        "is for another model",
+    ),
     "not finite": (dict(tensors=lambda t: t[KEY].fill_(float("nan"))), "classifier.bias is not finite"),
     "missing": (dict(tensors=lambda t: t.pop(KEY)), "missing keys"),
     "foreign": (dict(tensors=lambda t: t.update({"extra_weights/x": torch.zeros(1)})), "foreign keys"),
-    "path up": (dict(config=lambda c: c["extra_weights"].update({"../x": {"dtype": "F32", "shape": [1]}})),
-                "is no name of a parameter"),
-    "unknown": (dict(config=lambda c: c["extra_weights"].update({"x.y": {"dtype": "F32", "shape": [1]}}),
-                     tensors=lambda t: t.update({"extra_weights/x.y": torch.zeros(1)})), "no weight x.y outside"),
-    "coupled": (dict(config=lambda c: c["extra_weights"].update(
-        {COUPLED: {"dtype": "F32", "shape": [32]}}),
-                     tensors=lambda t: t.update({f"extra_weights/{COUPLED}": torch.zeros(32)})),
-                "outside its couplings"),
+    "path up": (
+        dict(config=lambda c: c["extra_weights"].update({"../x": {"dtype": "F32", "shape": [1]}})),
+        "is no name of a parameter",
+    ),
+    "unknown": (
+        dict(
+            config=lambda c: c["extra_weights"].update({"x.y": {"dtype": "F32", "shape": [1]}}),
+            tensors=lambda t: t.update({"extra_weights/x.y": torch.zeros(1)}),
+        ),
+        "no weight x.y outside",
+    ),
+    "coupled": (
+        dict(
+            config=lambda c: c["extra_weights"].update({COUPLED: {"dtype": "F32", "shape": [32]}}),
+            tensors=lambda t: t.update({f"extra_weights/{COUPLED}": torch.zeros(32)}),
+        ),
+        "outside its couplings",
+    ),
     "unknown module": (dict(config=lambda c: c["config"].update(modules_to_save=["nothing"])), "no module of Bert"),
 }
 
@@ -347,14 +388,23 @@ def test_what_is_not_finite_is_not_saved(tmp_path):
 
 # ---- Trainer -----------------------------------------------------------------------------------------------
 
+
 class Look(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **_):
         self.head, self.step = head_of(model), state.global_step
 
 
 def trainer(model, folder, steps, kind=Trainer, callbacks=()):
-    arguments = TrainingArguments(str(folder), report_to=[], use_cpu=True, disable_tqdm=True, save_steps=2,
-                                  max_steps=steps, learning_rate=0.1, lr_scheduler_type="constant")
+    arguments = TrainingArguments(
+        str(folder),
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_steps=2,
+        max_steps=steps,
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+    )
     return kind(model, arguments, train_dataset=ROWS, callbacks=list(callbacks))
 
 
@@ -362,6 +412,7 @@ def trainer(model, folder, steps, kind=Trainer, callbacks=()):
 @pytest.mark.parametrize("kind", ("transformers", "s2ft"))
 def test_trainers_save_and_resume_them_exactly(kind, how, tmp_path, caplog):
     from s2ft.train.trainer import S2FTTrainer
+
     kind = {"transformers": Trainer, "s2ft": S2FTTrainer}[kind]
     whole, first, second = (attached(how) for _ in range(3))
     trainer(whole, tmp_path / "whole", 4, kind).train()
@@ -380,6 +431,7 @@ def test_trainers_save_and_resume_them_exactly(kind, how, tmp_path, caplog):
 @BOTH
 def test_accelerates_state_has_them(how, tmp_path):
     from accelerate import Accelerator
+
     accelerator = Accelerator(cpu=True)
     model = train(attached(how))
     accelerator.prepare(model)
@@ -389,10 +441,11 @@ def test_accelerates_state_has_them(how, tmp_path):
     accelerator.prepare(other)
     accelerator.load_state(tmp_path)
     assert_states(state_of(other), state_of(model))
-    assert_states(state_of(s2ft.detach(train(other, 1))), BASE)   # the load came before any training forward
+    assert_states(state_of(s2ft.detach(train(other, 1))), BASE)  # the load came before any training forward
 
 
 # ---- several adapters --------------------------------------------------------------------------------------
+
 
 def test_two_that_have_the_same_weight_are_not_active_together():
     model = train(attached())
@@ -421,6 +474,7 @@ def test_arithmetic_passes_them_through_or_refuses():
 
 def test_fuse_adapters_and_the_command(tmp_path, saved, capsys):
     from s2ft.cli.fuse import fuse
+
     s2ft.save_adapter(train(attached("frozen", name="plain")), tmp_path / "plain")
     fuse([str(saved), str(tmp_path / "plain")], None, None, tmp_path / "sum")
     model = classifier()
@@ -477,11 +531,15 @@ def test_merging_a_loaded_one_leaves_its_value(tmp_path):
 
 # ---- what is named, and what must not be unfrozen ----------------------------------------------------------
 
-@pytest.mark.parametrize("modules, message", (
-    (["nothing"], "'nothing', which is no module of Bert"),
-    (["dense"], "holds bert.encoder.layer.0.*a weight whose units are trained as slices"),
-    (["dropout"], "no floating-point weights"),
-))
+
+@pytest.mark.parametrize(
+    "modules, message",
+    (
+        (["nothing"], "'nothing', which is no module of Bert"),
+        (["dense"], "holds bert.encoder.layer.0.*a weight whose units are trained as slices"),
+        (["dropout"], "no floating-point weights"),
+    ),
+)
 def test_modules_that_cannot_be_meant_are_refused_before_anything_changes(modules, message):
     model, config = classifier(), S2FTConfig(d_ratio=0.1, modules_to_save=modules)
     for call in (s2ft.attach, s2ft.plan):
@@ -498,7 +556,8 @@ def test_what_is_no_list_of_names_is_refused(value):
 
 def test_the_command_line_has_the_option():
     from s2ft.cli.parse import parse
-    config, = parse("finetune", "", [S2FTConfig], ["--d-ratio", "0.1", "--modules-to-save", "lm_head", "model.norm"])
+
+    (config,) = parse("finetune", "", [S2FTConfig], ["--d-ratio", "0.1", "--modules-to-save", "lm_head", "model.norm"])
     assert config.modules_to_save == ["lm_head", "model.norm"]
 
 
@@ -524,7 +583,7 @@ def test_an_unfrozen_weight_of_a_coupling_is_an_error_at_the_next_training_forwa
 
 def test_a_weight_that_an_optimizer_of_deepspeed_holds_is_refused():
     model = attached("by hand")
-    model.classifier.weight._hp_mapping = object()   # by what ZeRO marks it
+    model.classifier.weight._hp_mapping = object()  # by what ZeRO marks it
     with pytest.raises(RuntimeError, match="classifier.weight was unfrozen by hand.*modules_to_save"):
         model.train()(input_ids=IDS)
 
@@ -541,6 +600,7 @@ def test_hooks_are_there_once_and_go():
 
 
 # ---- the report --------------------------------------------------------------------------------------------
+
 
 def test_the_report_lists_them_and_counts_them_once(capsys):
     model = classifier()
@@ -564,7 +624,7 @@ def test_new_heads_are_named_with_the_words_to_train_them(tmp_path):
     assert s2ft.attach(model, S2FTConfig(d_ratio=0.1, modules_to_save=["classifier"])).fresh_heads == ()
     s2ft.merge(model).save_pretrained(tmp_path)
     again = BertForSequenceClassification.from_pretrained(tmp_path)
-    assert s2ft.attach(again, S2FTConfig(d_ratio=0.1)).fresh_heads == ()   # it came with the checkpoint
+    assert s2ft.attach(again, S2FTConfig(d_ratio=0.1)).fresh_heads == ()  # it came with the checkpoint
 
 
 def test_of_a_model_that_no_checkpoint_made_the_structure_says_what_is_a_head():
@@ -576,11 +636,13 @@ def test_of_a_model_that_no_checkpoint_made_the_structure_says_what_is_a_head():
 
 def test_the_page_of_the_adapter_names_them(saved):
     from s2ft.adapter.hub import card_of
+
     assert "and classifier.bias, classifier.weight trained whole" in card_of(s2ft.read_adapter(saved))
 
 
-@pytest.mark.parametrize("value, message", ((torch.zeros(3, dtype=torch.int64), "are saved as F64"),
-                                            (torch.zeros(0), "empty or not finite")))
+@pytest.mark.parametrize(
+    "value, message", ((torch.zeros(3, dtype=torch.int64), "are saved as F64"), (torch.zeros(0), "empty or not finite"))
+)
 def test_what_could_not_be_read_again_is_not_saved(value, message, saved, tmp_path):
     adapter = s2ft.read_adapter(saved)
     adapter.extra_weights["classifier.bias"] = value

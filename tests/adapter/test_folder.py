@@ -1,4 +1,5 @@
 """An adapter folder is replaced in one step: whoever reads it gets the old adapter or the new one."""
+
 import os
 import threading
 
@@ -55,7 +56,7 @@ def test_a_writer_that_is_stopped_leaves_one_of_the_two(call, moment, adapters, 
         raise Stop
 
     monkeypatch.setattr(os, "replace", stop)
-    monkeypatch.setattr(files.os, "unlink", lambda path: None)   # a killed process tidies nothing up
+    monkeypatch.setattr(files.os, "unlink", lambda path: None)  # a killed process tidies nothing up
     with pytest.raises(Stop):
         write(adapters[1], tmp_path)
     monkeypatch.undo()
@@ -133,7 +134,7 @@ def test_the_hub_gets_the_files_that_belong_together(adapters, tmp_path, monkeyp
     write(adapters[0], tmp_path)
     old = (tmp_path / CONFIG).read_bytes()
     write(adapters[1], tmp_path)
-    (tmp_path / CONFIG).rename(tmp_path / PENDING)   # stopped before the last rename
+    (tmp_path / CONFIG).rename(tmp_path / PENDING)  # stopped before the last rename
     (tmp_path / CONFIG).write_bytes(old)
     found, content = s2ft.adapter.formats.native.read_files(tmp_path)
     assert is_either(found, adapters) == 1 and content[CONFIG] == (tmp_path / PENDING).read_bytes()

@@ -1,4 +1,5 @@
 """Formats: golden adapters, PEFT's LoRA both ways, the hub."""
+
 import importlib.util
 import json
 import shutil
@@ -21,9 +22,29 @@ from s2ft.adapter.formats import lora, native
 from s2ft.adapter.switch import get_adapter
 
 RATIOS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}
-FAMILIES = ("llama", "llama-grouped", "llama-multi-query", "llama-biased", "mistral", "qwen2", "gemma2", "phi",
-            "phi3", "phi3-grouped", "gpt2", "gpt2-odd", "gpt2-cross-attention", "gpt-neox", "opt", "bert", "roberta",
-            "vit", "t5", "whisper", "clip")
+FAMILIES = (
+    "llama",
+    "llama-grouped",
+    "llama-multi-query",
+    "llama-biased",
+    "mistral",
+    "qwen2",
+    "gemma2",
+    "phi",
+    "phi3",
+    "phi3-grouped",
+    "gpt2",
+    "gpt2-odd",
+    "gpt2-cross-attention",
+    "gpt-neox",
+    "opt",
+    "bert",
+    "roberta",
+    "vit",
+    "t5",
+    "whisper",
+    "clip",
+)
 
 
 def trained(case, layout="permuted", steps=2, dtype=torch.float32, **ratios):
@@ -69,14 +90,18 @@ def test_golden_adapters_saved_again_are_equal(tmp_path):
         again = read_adapter(tmp_path / name)
         assert_equal_deltas(again, adapter)
         assert (again.config, again.fingerprint, again.couplings) == (
-            adapter.config, adapter.fingerprint, adapter.couplings)
+            adapter.config,
+            adapter.fingerprint,
+            adapter.couplings,
+        )
 
 
 # ---- LoRA, out -----------------------------------------------------------------------------------------
 
+
 def with_peft(model, folder):
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)   # about keys that are missing, or that PEFT makes up for
+        warnings.simplefilter("error", UserWarning)  # about keys that are missing, or that PEFT makes up for
         return peft.PeftModel.from_pretrained(model, folder).eval()
 
 
@@ -84,8 +109,10 @@ def relative(ours, theirs):
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
-@pytest.mark.parametrize("case,pattern", [(case, False) for case in FAMILIES] + [
-    (case, True) for case in ("llama-grouped", "phi3", "gpt2", "bert")])
+@pytest.mark.parametrize(
+    "case,pattern",
+    [(case, False) for case in FAMILIES] + [(case, True) for case in ("llama-grouped", "phi3", "gpt2", "bert")],
+)
 def test_peft_computes_what_the_attached_model_does(case, pattern, tmp_path):
     model = trained(case)
     export_lora(model, tmp_path, rank_pattern=pattern)
@@ -94,7 +121,7 @@ def test_peft_computes_what_the_attached_model_does(case, pattern, tmp_path):
         expected, found = output_of(model), output_of(other.base_model.model)
         assert relative(output_of(model_of(case)), expected) > 1e-3
     assert relative(found, expected) < 1e-5
-    for path, module in other.base_model.model.named_modules():   # exact, number by number
+    for path, module in other.base_model.model.named_modules():  # exact, number by number
         if hasattr(module, "lora_A"):
             assert module.scaling["default"] == 1.0, path
     merged, stock = s2ft.merge(model).state_dict(), other.merge_and_unload().state_dict()
@@ -108,7 +135,7 @@ def test_there_and_back_is_equal(case, layout, tmp_path):
     model = trained(case, layout)
     for i, options in enumerate(({}, {"rank_pattern": True}, {"rank": 100})):
         export_lora(model, tmp_path / str(i), **options)
-        for base in (model_of(case), model):   # with and without adapters
+        for base in (model_of(case), model):  # with and without adapters
             assert_equal_deltas(lora.read(tmp_path / str(i), base), get_adapter(model, "default"))
 
 
@@ -169,6 +196,7 @@ def test_too_wide_for_vllm_is_said(tmp_path):
 
 def test_a_module_of_ones_own(tmp_path):
     """With a module outside whose name ends like one inside."""
+
     def net():
         torch.manual_seed(0)
         inner = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 6))
@@ -222,6 +250,7 @@ def test_a_pattern_saves_bytes(tmp_path):
 
 # ---- LoRA, in ------------------------------------------------------------------------------------------
 
+
 def lora_of_peft(case, folder, change=lambda model: None, **options):
     """A folder that PEFT itself writes."""
     config = peft.LoraConfig(**{**dict(r=4, lora_alpha=4, target_modules=["down_proj"]), **options})
@@ -248,8 +277,14 @@ def one_hot(model):
         a[0, 7], a[1, 3], a[3, 11] = 1, -2, 0.5
 
 
-@pytest.mark.parametrize("options", (dict(lora_alpha=8), dict(lora_alpha=4, use_rslora=True),
-                                     dict(alpha_pattern={"layers.1.mlp.down_proj": 2}, fan_in_fan_out=False)))
+@pytest.mark.parametrize(
+    "options",
+    (
+        dict(lora_alpha=8),
+        dict(lora_alpha=4, use_rslora=True),
+        dict(alpha_pattern={"layers.1.mlp.down_proj": 2}, fan_in_fan_out=False),
+    ),
+)
 def test_a_lora_that_is_one_hot_up_to_factors_and_order(options, tmp_path):
     expected = lora_of_peft("llama", tmp_path, one_hot, **options).merge_and_unload().state_dict()
     adapter = lora.read(tmp_path, model_of("llama"))
@@ -295,8 +330,11 @@ REFUSED = {
     "twice": (twice, {}, "down_proj is no S²FT: two of lora_A's rows pick the same column"),
     "infinite": (infinite, {}, "lora_B is not finite"),
     "other side": (one_hot, dict(target_modules=["up_proj"]), "up_proj is no S²FT: of lora_B's columns"),
-    "embedding": (random_lora, dict(target_modules=["embed_tokens"]),
-                  "embed_tokens.base_layer.weight' is not the A or B"),
+    "embedding": (
+        random_lora,
+        dict(target_modules=["embed_tokens"]),
+        "embed_tokens.base_layer.weight' is not the A or B",
+    ),
     "head": (one_hot, dict(target_modules=["lm_head"]), "lm_head.base_layer.weight' is not the A or B"),
     "dora": (one_hot, dict(use_dora=True), "'use_dora' is True"),
     "bias": (one_hot, dict(bias="all"), "'bias' is 'all'"),
@@ -332,9 +370,10 @@ SPOILT = {
     "shape": (dict(tensors=lambda t: t.update({A0: torch.ones(4, 3)})), "are no LoRA of its weight"),
     "rank": (dict(tensors=lambda t: t.update({A0: t[A0][:3].clone(), B0: t[B0][:, :3].clone()})), "to have rank 4"),
     "integers": (dict(tensors=lambda t: t.update({A0: t[A0].long()})), "must be a floating-point matrix"),
-    "unknown module": (dict(tensors=lambda t: t.update({key.replace("mlp.down_proj", "mlp"): t.pop(key)
-                                                        for key in (A0, B0)})),
-                       "'model.layers.0.mlp' is no linear layer of this model"),
+    "unknown module": (
+        dict(tensors=lambda t: t.update({key.replace("mlp.down_proj", "mlp"): t.pop(key) for key in (A0, B0)})),
+        "'model.layers.0.mlp' is no linear layer of this model",
+    ),
     "kind": (dict(config=lambda c: c.update(peft_type="LOHA")), "peft_type is 'LOHA'"),
     "unknown": (dict(config=lambda c: c.update(shiny=True)), "'shiny' is True"),
     "alpha": (dict(config=lambda c: c.update(lora_alpha=0)), "lora_alpha must be a positive number"),
@@ -359,6 +398,7 @@ def test_a_pickled_lora_is_not_read(tmp_path):
 
 
 # ---- the hub -------------------------------------------------------------------------------------------
+
 
 class FakeHub:
     """Repositories as folders, in the place of huggingface_hub's functions."""

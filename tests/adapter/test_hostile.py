@@ -1,4 +1,5 @@
 """Folders that someone means ill with: each is refused by name before a weight moves."""
+
 import copy
 import hashlib
 import json
@@ -42,6 +43,7 @@ def selection_digest(config):
 
 def rewrite(config=lambda config: None, tensors=lambda tensors: None):
     """A folder whose digests are right again: whoever means ill can count too."""
+
     def change(folder):
         content, found = json.loads((folder / CONFIG).read_text()), load_file(folder / TENSORS)
         config(content), tensors(found)
@@ -53,17 +55,20 @@ def rewrite(config=lambda config: None, tensors=lambda tensors: None):
         except (TypeError, KeyError, AttributeError):
             pass
         (folder / CONFIG).write_text(json.dumps(content))
+
     return change
 
 
 def renamed(new):
     """DOWN under another name, in both files."""
+
     def config(content):
         content["projections"][new] = content["projections"].pop(DOWN)
 
     def tensors(found):
         for part in ("delta", "index"):
             found[f"{new}.{part}"] = found.pop(f"{DOWN}.{part}")
+
     return rewrite(config, tensors)
 
 
@@ -86,14 +91,16 @@ def raw(content):
 
 def header(change, length=None):
     """The header of the safetensors file changed, and its length said to be another."""
+
     def spoil(folder):
         blob = (folder / TENSORS).read_bytes()
         size = struct.unpack("<Q", blob[:8])[0]
-        found = json.loads(blob[8:8 + size])
+        found = json.loads(blob[8 : 8 + size])
         found = change(found) or found
         made = found if isinstance(found, bytes) else json.dumps(found).encode()
         said = struct.pack("<Q", len(made) if length is None else length)
-        (folder / TENSORS).write_bytes(said + made + blob[8 + size:])
+        (folder / TENSORS).write_bytes(said + made + blob[8 + size :])
+
     return spoil
 
 
@@ -112,6 +119,7 @@ def out_of_the_folder(name):
         outside.mkdir()
         (folder / name).rename(outside / name)
         (folder / name).symlink_to(outside / name)
+
     return link
 
 
@@ -143,12 +151,33 @@ def one_file_for_both(folder):
 
 def given_by_hand(**changes):
     """Couplings in the file, of which the consumer is changed."""
+
     def config(content):
-        producer = dict(key="u", path="model.layers.1.mlp.up_proj", count=52, unit=1, dim=0, start=0, stride=None,
-                        size=None, expert=None)
+        producer = dict(
+            key="u",
+            path="model.layers.1.mlp.up_proj",
+            count=52,
+            unit=1,
+            dim=0,
+            start=0,
+            stride=None,
+            size=None,
+            expert=None,
+        )
         consumer = {**producer, "key": "d", "path": DOWN, "dim": 1, **changes}
-        content["couplings"] = [dict(kind="ffn", layer=0, producers=[producer], consumer=consumer, vectors=[],
-                                     fixed=False, block=None, activation=None)]
+        content["couplings"] = [
+            dict(
+                kind="ffn",
+                layer=0,
+                producers=[producer],
+                consumer=consumer,
+                vectors=[],
+                fixed=False,
+                block=None,
+                activation=None,
+            )
+        ]
+
     return rewrite(config)
 
 
@@ -190,8 +219,10 @@ HOSTILE = {
     "config of a wrong kind": (rewrite(lambda c: c["config"].update(layers=5)), "config does not fit|layers must be"),
     "units in a file": (rewrite(lambda c: c["config"].update(units=5)), "units must be"),
     "layers of the base": (rewrite(lambda c: c["base_fingerprint"]["layers"].update({"0": 1})), "every layer of base"),
-    "samples of the base": (rewrite(lambda c: c["base_fingerprint"]["layers"]["0"].update(samples=["a"])),
-                            "every layer of base"),
+    "samples of the base": (
+        rewrite(lambda c: c["base_fingerprint"]["layers"]["0"].update(samples=["a"])),
+        "every layer of base",
+    ),
     "another digest": (text(lambda t: t.replace('"victim"', '"friend"')), "config_sha256 differs"),
     # units
     "units huge": (entry(units=list(range(10**6))), "units listed are not those that were saved"),
@@ -224,18 +255,24 @@ HOSTILE = {
     "delta misshapen": (tensor("delta", lambda t: t[:5]), "asks for dim 1 and shape"),
     "delta flat": (tensor("delta", lambda t: t.flatten()), "do not fit along dim 1"),
     "delta empty": (tensor("delta", lambda t: t[:0]), "do not fit along dim 1"),
-    "foreign tensor": (rewrite(tensors=lambda t: t.update({"\x1b[2J": torch.ones(1)})),
-                       r"foreign keys \['\\x1b\[2J'\]"),
+    "foreign tensor": (
+        rewrite(tensors=lambda t: t.update({"\x1b[2J": torch.ones(1)})),
+        r"foreign keys \['\\x1b\[2J'\]",
+    ),
     "missing tensor": (rewrite(tensors=lambda t: t.pop(f"{DOWN}.index")), "missing keys .*down_proj.index"),
     "header huge": (header(lambda found: None, length=2**63), "its header ends outside the file"),
     "header longer than the file": (header(lambda found: None, length=10**6), "its header ends outside the file"),
-    "header of gigabytes": (lambda f: (header(lambda found: None, length=2**30)(f), grown(TENSORS, 2**31)(f)),
-                            "has a header of 1,073,741,824 bytes"),
+    "header of gigabytes": (
+        lambda f: (header(lambda found: None, length=2**30)(f), grown(TENSORS, 2**31)(f)),
+        "has a header of 1,073,741,824 bytes",
+    ),
     "header no JSON": (header(lambda found: b"{]"), "truncated or damaged: its header is not JSON"),
     "header no object": (header(lambda found: b"[1]"), "its header is no object"),
     "header deep": (header(lambda found: b"[" * 10**5 + b"]" * 10**5), "its header is nested too deeply|recursion"),
-    "header with a name twice": (header(lambda found: json.dumps(found).replace(
-        f"{QUERY}.delta", f"{DOWN}.delta").encode()), "delta' twice"),
+    "header with a name twice": (
+        header(lambda found: json.dumps(found).replace(f"{QUERY}.delta", f"{DOWN}.delta").encode()),
+        "delta' twice",
+    ),
     "shape absurd": (shape(24, 2**39), "its header speaks of 52,776"),
     "shape of another order": (shape(5, 24), "do not fit along dim 1"),
     "shape overflows": (shape(2**39, 5, 2**39), "truncated or damaged: its header speaks of"),
@@ -244,12 +281,18 @@ HOSTILE = {
     "shape of fractions": (shape(24.0, 5), "has no shape"),
     "shape deep": (shape(*[1] * 1000), "has no shape"),
     "dtype a list": (header(lambda found: found[f"{DOWN}.delta"].update(dtype=["F32"])), r"has dtype \['F32'\]"),
-    "offsets overlap": (header(lambda found: found[f"{DOWN}.delta"].update(data_offsets=[0, 480])),
-                        "truncated or damaged"),
-    "offsets out": (header(lambda found: found[f"{DOWN}.delta"].update(data_offsets=[10**9, 10**9 + 480])),
-                    "truncated or damaged"),
-    "offsets backwards": (header(lambda found: found[f"{DOWN}.delta"].update(data_offsets=[480, 0])),
-                          "truncated or damaged"),
+    "offsets overlap": (
+        header(lambda found: found[f"{DOWN}.delta"].update(data_offsets=[0, 480])),
+        "truncated or damaged",
+    ),
+    "offsets out": (
+        header(lambda found: found[f"{DOWN}.delta"].update(data_offsets=[10**9, 10**9 + 480])),
+        "truncated or damaged",
+    ),
+    "offsets backwards": (
+        header(lambda found: found[f"{DOWN}.delta"].update(data_offsets=[480, 0])),
+        "truncated or damaged",
+    ),
     "tensors of a terabyte": (grown(TENSORS, 2**40), "such a file has at most|speaks of"),
     "something behind": (lambda f: (f / TENSORS).write_bytes((f / TENSORS).read_bytes() + b"#!/bin/sh"), "speaks of"),
     # files
@@ -315,8 +358,10 @@ def test_units_that_reach_into_another_projection_are_refused(tmp_path):
     s2ft.save_adapter(model, tmp_path)
     path = "model.layers.0.self_attn.qkv_proj.q"
     head = len(load_file(tmp_path / TENSORS)[f"{path}.index"])
-    rewrite(lambda config: config["projections"][path].update(units=[4]),
-            lambda found: found.update({f"{path}.index": (4 * head + torch.arange(head)).int()}))(tmp_path)
+    rewrite(
+        lambda config: config["projections"][path].update(units=[4]),
+        lambda found: found.update({f"{path}.index": (4 * head + torch.arange(head)).int()}),
+    )(tmp_path)
     model = model_of("phi3")
     with pytest.raises(ValueError, match="unit"):
         s2ft.load_adapter(model, tmp_path)
@@ -350,15 +395,26 @@ def test_what_could_not_be_read_is_not_saved(tmp_path):
 
 def everything(adapter):
     """All that an adapter says, to compare."""
-    deltas = {path: (delta.dim, delta.index.tolist(), delta.values.dtype, delta.values.tolist())
-              for path, delta in adapter.deltas.items()}
-    return (adapter.name, adapter.config, adapter.selection.to_dict(), adapter.fingerprint, deltas, adapter.info,
-            adapter.couplings)
+    deltas = {
+        path: (delta.dim, delta.index.tolist(), delta.values.dtype, delta.values.tolist())
+        for path, delta in adapter.deltas.items()
+    }
+    return (
+        adapter.name,
+        adapter.config,
+        adapter.selection.to_dict(),
+        adapter.fingerprint,
+        deltas,
+        adapter.info,
+        adapter.couplings,
+    )
 
 
 @settings(max_examples=300, deadline=None)
-@given(name=st.sampled_from([CONFIG, TENSORS]), flips=st.lists(st.tuples(st.integers(0, 2**20), st.integers(1, 255)),
-                                                               min_size=1, max_size=3))
+@given(
+    name=st.sampled_from([CONFIG, TENSORS]),
+    flips=st.lists(st.tuples(st.integers(0, 2**20), st.integers(1, 255)), min_size=1, max_size=3),
+)
 def test_flipped_bytes_are_an_error_or_change_nothing(saved, tmp_path_factory, name, flips):
     folder = copied(saved, tmp_path_factory.mktemp("flipped") / "folder")
     content = bytearray((folder / name).read_bytes())
@@ -383,9 +439,11 @@ def test_any_bytes_are_an_error(saved, tmp_path_factory, content, name):
         read_adapter(folder)
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-                    max_leaves=5)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
 
 
 @settings(max_examples=300, deadline=None)

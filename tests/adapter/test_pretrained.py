@@ -1,4 +1,5 @@
 """An attached model in transformers' and TRL's Trainers as they are: checkpoints of the adapter alone, resumed."""
+
 import copy
 import json
 
@@ -12,8 +13,10 @@ from s2ft.adapter.pretrained import INDEX
 from s2ft.attached.active import mounted_deltas
 
 CONFIG = dict(d_ratio=0.1, v_ratio=0.5, o_ratio=0.25)
-ROWS = [{"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
-        for ids in torch.randint(3, 250, (24, 12), generator=torch.Generator().manual_seed(0))]
+ROWS = [
+    {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    for ids in torch.randint(3, 250, (24, 12), generator=torch.Generator().manual_seed(0))
+]
 LAYOUTS = ("permuted", "indexed")
 
 
@@ -24,10 +27,24 @@ def attached(layout="permuted", seed=0, dtype=torch.float32, **changes):
 
 
 def trainer(model, folder, rows=ROWS, callbacks=(), **changes):
-    options = dict(output_dir=str(folder), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=8,
-                   save_steps=4, learning_rate=1e-2, report_to="none", use_cpu=True, disable_tqdm=True)
-    return Trainer(model=model, args=TrainingArguments(**{**options, **changes}), train_dataset=rows,
-                   eval_dataset=rows[:6], callbacks=list(callbacks))
+    options = dict(
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=8,
+        save_steps=4,
+        learning_rate=1e-2,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    return Trainer(
+        model=model,
+        args=TrainingArguments(**{**options, **changes}),
+        train_dataset=rows,
+        eval_dataset=rows[:6],
+        callbacks=list(callbacks),
+    )
 
 
 class StopAt(TrainerCallback):
@@ -80,8 +97,17 @@ def test_a_checkpoint_is_not_taken_for_a_model(tmp_path):
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
     """The one with the largest loss here, which is the first."""
     model = attached()
-    done = trainer(model, tmp_path, max_steps=6, save_steps=2, eval_steps=2, eval_strategy="steps",
-                   load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True)
+    done = trainer(
+        model,
+        tmp_path,
+        max_steps=6,
+        save_steps=2,
+        eval_steps=2,
+        eval_strategy="steps",
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,
+    )
     done.train()
     best = done.state.best_model_checkpoint
     assert best.endswith("checkpoint-2")
@@ -132,8 +158,8 @@ def test_merged_and_detached_models_save_themselves_whole(tmp_path):
         back(model).save_pretrained(tmp_path / back.__name__)
         assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / back.__name__), model)
         assert not model._load_state_dict_pre_hooks
-        assert model._keys_to_ignore_on_save == plain._keys_to_ignore_on_save   # transformers' own on the instance
-        untouched.save_pretrained(tmp_path / "copy")   # a deep copy keeps its own
+        assert model._keys_to_ignore_on_save == plain._keys_to_ignore_on_save  # transformers' own on the instance
+        untouched.save_pretrained(tmp_path / "copy")  # a deep copy keeps its own
         assert (tmp_path / "copy/s2ft_config.json").exists() and not (tmp_path / "copy/config.json").exists()
 
 
@@ -190,6 +216,7 @@ def test_trainers_card_and_state(tmp_path):
 
 # ---- TRL ---------------------------------------------------------------------------------------------------
 
+
 def tokenizer_of_tiny():
     tokenizer = tiny_tokenizer()
     tokenizer.pad_token = "<|endoftext|>"
@@ -197,29 +224,56 @@ def tokenizer_of_tiny():
 
 
 def trl_options(folder, **changes):
-    return {**dict(output_dir=str(folder), per_device_train_batch_size=2, max_steps=4, save_steps=2, learning_rate=1e-2,
-                   report_to="none", use_cpu=True, bf16=False, disable_tqdm=True), **changes}
+    return {
+        **dict(
+            output_dir=str(folder),
+            per_device_train_batch_size=2,
+            max_steps=4,
+            save_steps=2,
+            learning_rate=1e-2,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+        ),
+        **changes,
+    }
 
 
 def sft(folder, rows):
     from trl import SFTConfig, SFTTrainer
-    return lambda model: SFTTrainer(model=model, args=SFTConfig(**trl_options(folder), max_length=64), train_dataset=rows,
-                                    processing_class=tokenizer_of_tiny())
+
+    return lambda model: SFTTrainer(
+        model=model,
+        args=SFTConfig(**trl_options(folder), max_length=64),
+        train_dataset=rows,
+        processing_class=tokenizer_of_tiny(),
+    )
 
 
 def dpo(folder, rows):
     from trl import DPOConfig, DPOTrainer
-    return lambda model: DPOTrainer(model=model, ref_model=tiny_model(), args=DPOConfig(**trl_options(folder), max_length=64),
-                                    train_dataset=rows, processing_class=tokenizer_of_tiny())
+
+    return lambda model: DPOTrainer(
+        model=model,
+        ref_model=tiny_model(),
+        args=DPOConfig(**trl_options(folder), max_length=64),
+        train_dataset=rows,
+        processing_class=tokenizer_of_tiny(),
+    )
 
 
 def grpo(folder, rows):
     from trl import GRPOConfig, GRPOTrainer
+
     options = trl_options(folder, per_device_train_batch_size=4, max_steps=2, save_steps=1)
     return lambda model: GRPOTrainer(
-        model=model, reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
-        args=GRPOConfig(**options, num_generations=4, max_completion_length=6), train_dataset=rows,
-        processing_class=tokenizer_of_tiny())
+        model=model,
+        reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
+        args=GRPOConfig(**options, num_generations=4, max_completion_length=6),
+        train_dataset=rows,
+        processing_class=tokenizer_of_tiny(),
+    )
 
 
 TRL = {
@@ -234,6 +288,7 @@ def test_trls_trainers(kind, tmp_path):
     """They train, leave the base alone, write checkpoints of the adapter alone, and go on from them."""
     pytest.importorskip("trl")
     from datasets import Dataset
+
     make, rows = TRL[kind]
     build = make(tmp_path, Dataset.from_list(rows))
     model = attached()
@@ -250,6 +305,7 @@ def test_trls_trainers(kind, tmp_path):
 
 
 # ---- folders that hold another model -----------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("options", (dict(max_shard_size="20KB"), {}), ids=("sharded", "one file"))
 def test_a_folder_that_holds_a_model_is_refused_before_anything_is_written(options, tmp_path):

@@ -1,4 +1,5 @@
 """Several adapters on one model: switched, added up, renamed and deleted, the base always exact."""
+
 import copy
 import random
 
@@ -69,13 +70,14 @@ def effective(base, weights, adapters=FIVE):
 
 # ---- operations at random ------------------------------------------------------------------------------------
 
+
 class Walk:
     """A model, and what should be true of it."""
 
     def __init__(self, dtype, layout, trainable):
         self.base = model_of(CASE, dtype)
         self.model = loaded(dtype=dtype, trainable=trainable, layout=layout)
-        self.names = dict(zip("abcde", "abcde"))   # present name → which of the five
+        self.names = dict(zip("abcde", "abcde"))  # present name → which of the five
         self.made = 0
 
     def step(self, operation, rng):
@@ -88,7 +90,9 @@ class Walk:
         s2ft.set_adapter(self.model, name)
 
     def several(self, name, rng):
-        s2ft.set_adapter(self.model, {n: rng.choice((1.0, 0.7, -0.3, 0)) for n in sorted(self.names) if rng.random() < 0.6})
+        s2ft.set_adapter(
+            self.model, {n: rng.choice((1.0, 0.7, -0.3, 0)) for n in sorted(self.names) if rng.random() < 0.6}
+        )
 
     def base_(self, name, rng):
         s2ft.set_adapter(self.model, None)
@@ -132,14 +136,24 @@ OPERATIONS = ("one", "several", "base_", "delete", "load", "rename", "add_up", "
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.sampled_from(OPERATIONS), max_size=25), st.sampled_from(DTYPES),
-       st.sampled_from(("permuted", "indexed")), st.sampled_from((None, "a", "c")), st.integers(0, 2**30))
+@given(
+    st.lists(st.sampled_from(OPERATIONS), max_size=25),
+    st.sampled_from(DTYPES),
+    st.sampled_from(("permuted", "indexed")),
+    st.sampled_from((None, "a", "c")),
+    st.integers(0, 2**30),
+)
 def test_any_sequence_of_operations(operations, dtype, layout, trainable, seed):
     walk(operations, dtype, layout, trainable, random.Random(seed))
 
 
-@pytest.mark.parametrize("layout,trainable,dtype", [
-    (*how, dtype) for how, dtype in zip([("permuted", None), ("permuted", "b"), ("indexed", "b")], DTYPES, strict=True)])
+@pytest.mark.parametrize(
+    "layout,trainable,dtype",
+    [
+        (*how, dtype)
+        for how, dtype in zip([("permuted", None), ("permuted", "b"), ("indexed", "b")], DTYPES, strict=True)
+    ],
+)
 def test_a_thousand_operations(layout, trainable, dtype):
     rng = random.Random(7)
     walk([rng.choice(OPERATIONS) for _ in range(1000)], dtype, layout, trainable, rng)
@@ -158,6 +172,7 @@ def walk(operations, dtype, layout, trainable, rng):
 
 
 # ---- weighted sums -------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("trainable", (None, "a", "b"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -181,8 +196,10 @@ def test_the_trainable_one_on_top_of_another_trains_alone():
     train(model, 2)
     after = s2ft.get_adapter(model, "a")
     assert any(not torch.equal(before.deltas[path].values, after.deltas[path].values) for path in before.deltas)
-    assert all(torch.equal(delta.values, others[path].values)
-               for path, delta in attachment_of(model).others["b"].deltas.items())
+    assert all(
+        torch.equal(delta.values, others[path].values)
+        for path, delta in attachment_of(model).others["b"].deltas.items()
+    )
     output = output_of(model)
     assert torch.allclose(output_of(s2ft.merge(model)), output, atol=1e-5)
 
@@ -206,7 +223,7 @@ def test_fused_adapters_are_the_sum(tmp_path):
     expected = effective(model_of(CASE), {"a": 0.7, "b": 0.3})
     assert torch.allclose(output_of(model), output_of(expected), atol=1e-5)
     s2ft.save_adapter(model, tmp_path, "sum")
-    for trainable in (False, True):   # on its own, trained on too
+    for trainable in (False, True):  # on its own, trained on too
         other = model_of(CASE)
         s2ft.load_adapter(other, tmp_path, trainable=trainable)
         assert torch.allclose(output_of(other), output_of(expected), atol=1e-5)
@@ -259,7 +276,11 @@ def test_overlap_counts_units():
 WRONG = {
     "unknown": (lambda m: s2ft.set_adapter(m, "x"), ValueError, "no adapter is called 'x'; there are a, b"),
     "unknown weight": (lambda m: s2ft.set_adapter(m, {"a": 1, "x": 1}), ValueError, "no adapter is called 'x'"),
-    "weight": (lambda m: s2ft.set_adapter(m, {"a": float("nan")}), ValueError, "weight of adapter 'a' must be a finite"),
+    "weight": (
+        lambda m: s2ft.set_adapter(m, {"a": float("nan")}),
+        ValueError,
+        "weight of adapter 'a' must be a finite",
+    ),
     "no weights": (lambda m: s2ft.set_adapter(m, ["a"]), TypeError, "a name, weights by name, or None"),
     "fuse nothing": (lambda m: s2ft.combine_adapters(m, {}, "s"), TypeError, "at least one"),
     "fuse taken": (lambda m: s2ft.combine_adapters(m, {"a": 1}, "b"), ValueError, "already"),
@@ -333,12 +354,14 @@ def test_a_failed_attach_puts_the_others_back():
 
 def test_a_failure_while_mounting_puts_the_others_back(monkeypatch):
     import s2ft.attached.mounting as mounting
+
     model = loaded("ab")
     s2ft.set_adapter(model, "b")
     before = states(model)
 
     def fail(*args):
         raise MemoryError
+
     monkeypatch.setattr(mounting, "_mount", fail)
     with pytest.raises(MemoryError):
         s2ft.attach(model, S2FTConfig(d_ratio=0.2), name="new")
@@ -350,6 +373,7 @@ def test_a_failure_while_mounting_puts_the_others_back(monkeypatch):
 
 def test_a_failure_while_writing_leaves_no_half(monkeypatch):
     import s2ft.attached.active as active
+
     model, real, calls = loaded("ab"), active.scatter_add_, []
 
     def fails_late(*args, **kwargs):
@@ -357,6 +381,7 @@ def test_a_failure_while_writing_leaves_no_half(monkeypatch):
         if len(calls) == 4:
             raise MemoryError
         return real(*args, **kwargs)
+
     monkeypatch.setattr(active, "scatter_add_", fails_late)
     with pytest.raises(MemoryError):
         s2ft.set_adapter(model, "a")
@@ -371,8 +396,11 @@ def test_disabling_for_a_while():
     with s2ft.disable_adapters(model):
         assert torch.allclose(output_of(model), base, atol=1e-6)
         assert not torch.allclose(output, base, atol=1e-2)
-    assert torch.equal(output_of(model), output) and attachment_of(model).mounts and next(
-        iter(attachment_of(model).mounts.values())).layer.fused
+    assert (
+        torch.equal(output_of(model), output)
+        and attachment_of(model).mounts
+        and next(iter(attachment_of(model).mounts.values())).layer.fused
+    )
     with pytest.raises(KeyError), s2ft.disable_adapters(model):
         raise KeyError
     assert s2ft.status(model).active == {"a": 1.0}

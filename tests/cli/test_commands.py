@@ -1,4 +1,5 @@
 """The commands end to end on a tiny model: finetune, eval, merge, info, demo."""
+
 import json
 import subprocess
 import sys
@@ -11,8 +12,22 @@ import s2ft
 from s2ft.cli.main import main
 from s2ft.text.models import load_model
 
-TRAINING = ["--max-steps", "6", "--batch-size", "4", "--micro_batch_size", "4", "--learning-rate", "1e-2",
-            "--save-steps", "3", "--d-ratio", "0.1", "--o_ratio", "0.25"]
+TRAINING = [
+    "--max-steps",
+    "6",
+    "--batch-size",
+    "4",
+    "--micro_batch_size",
+    "4",
+    "--learning-rate",
+    "1e-2",
+    "--save-steps",
+    "3",
+    "--d-ratio",
+    "0.1",
+    "--o_ratio",
+    "0.25",
+]
 
 
 def s2ft_command(*arguments):
@@ -25,8 +40,9 @@ def work(tmp_path_factory):
     work = tmp_path_factory.mktemp("work")
     save_tiny(work / "model")
     write_jsonl(work / "data.jsonl", sums(12))
-    s2ft_command("finetune", "--model", work / "model", "--data", work / "data.jsonl", "--output", work / "out",
-                 *TRAINING)
+    s2ft_command(
+        "finetune", "--model", work / "model", "--data", work / "data.jsonl", "--output", work / "out", *TRAINING
+    )
     return work
 
 
@@ -39,19 +55,41 @@ def trained_weights(work):
 def test_finetune_writes_what_it_says(work):
     out = work / "out"
     assert {"adapter", "log.jsonl", "loss.png", "run.json", "report.json", "checkpoint-3"} <= {
-        path.name for path in out.iterdir()}
+        path.name for path in out.iterdir()
+    }
     assert [json.loads(line)["step"] for line in (out / "log.jsonl").open()] == list(range(1, 7))
 
 
 def test_default_ratio_is_the_papers(work, tmp_path):
-    s2ft_command("finetune", "--model", work / "model", "--data", work / "data.jsonl", "--output", tmp_path / "out",
-                 "--max-steps", "1", "--batch-size", "2", "--micro-batch-size", "2")
+    s2ft_command(
+        "finetune",
+        "--model",
+        work / "model",
+        "--data",
+        work / "data.jsonl",
+        "--output",
+        tmp_path / "out",
+        "--max-steps",
+        "1",
+        "--batch-size",
+        "2",
+        "--micro-batch-size",
+        "2",
+    )
     assert s2ft.adapter.read_adapter(tmp_path / "out/adapter").config.ratios == {"d": 0.03}
 
 
 def test_finetune_again_needs_overwrite_or_resume(work, tmp_path, capsys):
-    run = ["finetune", "--model", work / "model", "--data", work / "data.jsonl", "--output", tmp_path / "out",
-           *TRAINING]
+    run = [
+        "finetune",
+        "--model",
+        work / "model",
+        "--data",
+        work / "data.jsonl",
+        "--output",
+        tmp_path / "out",
+        *TRAINING,
+    ]
     s2ft_command(*run)
     first = (tmp_path / "out/log.jsonl").read_text()
     assert main([str(a) for a in run]) == 2
@@ -59,14 +97,31 @@ def test_finetune_again_needs_overwrite_or_resume(work, tmp_path, capsys):
     assert (tmp_path / "out/log.jsonl").read_text() == first
     s2ft_command(*run, "--overwrite")
     assert [json.loads(a)["loss"] for a in first.splitlines()] == [
-        json.loads(line)["loss"] for line in (tmp_path / "out/log.jsonl").open()]
+        json.loads(line)["loss"] for line in (tmp_path / "out/log.jsonl").open()
+    ]
 
 
 def test_eval_with_and_without_adapter(work, tmp_path, capsys):
     for adapter in ([], ["--adapter", work / "out/adapter"]):
         result = tmp_path / f"{len(adapter)}.json"
-        s2ft_command("eval", "--model", work / "model", "--data", work / "data.jsonl", "--task", "arithmetic", *adapter,
-                     "--limit", 3, "--max-new-tokens", 6, "--batch-size", 2, "--output", result)
+        s2ft_command(
+            "eval",
+            "--model",
+            work / "model",
+            "--data",
+            work / "data.jsonl",
+            "--task",
+            "arithmetic",
+            *adapter,
+            "--limit",
+            3,
+            "--max-new-tokens",
+            6,
+            "--batch-size",
+            2,
+            "--output",
+            result,
+        )
         assert "of 3" in capsys.readouterr().out
         content = json.loads(result.read_text())
         assert content["of"] == 3 and content["records"][0].keys() == {"question", "generated", "answer", "right"}
@@ -75,10 +130,24 @@ def test_eval_with_and_without_adapter(work, tmp_path, capsys):
 def test_eval_with_adapter_generates_what_the_merged_model_does(work, tmp_path):
     s2ft_command("merge", "--model", work / "model", "--adapter", work / "out/adapter", "--output", tmp_path / "merged")
     generated = []
-    for name, arguments in {"a": ["--model", work / "model", "--adapter", work / "out/adapter"],
-                            "b": ["--model", tmp_path / "merged"]}.items():
-        s2ft_command("eval", *arguments, "--data", work / "data.jsonl", "--task", "arithmetic", "--limit", 4,
-                     "--max-new-tokens", 8, "--output", tmp_path / f"{name}.json")
+    for name, arguments in {
+        "a": ["--model", work / "model", "--adapter", work / "out/adapter"],
+        "b": ["--model", tmp_path / "merged"],
+    }.items():
+        s2ft_command(
+            "eval",
+            *arguments,
+            "--data",
+            work / "data.jsonl",
+            "--task",
+            "arithmetic",
+            "--limit",
+            4,
+            "--max-new-tokens",
+            8,
+            "--output",
+            tmp_path / f"{name}.json",
+        )
         generated.append([r["generated"] for r in json.loads((tmp_path / f"{name}.json").read_text())["records"]])
     assert generated[0] == generated[1]
 
@@ -112,10 +181,21 @@ def test_merged_checkpoint_in_a_process_without_s2ft(work, tmp_path):
 
 def test_merge_and_eval_take_the_dtype_of_training(work, tmp_path):
     """A float32 checkpoint trained in bfloat16: the merged weights are those that were trained, bit for bit."""
-    s2ft_command("finetune", "--model", work / "model", "--data", work / "data.jsonl", "--output", tmp_path / "out",
-                 *TRAINING, "--dtype", "bfloat16")
-    s2ft_command("merge", "--model", work / "model", "--adapter", tmp_path / "out/adapter", "--output",
-                 tmp_path / "merged")
+    s2ft_command(
+        "finetune",
+        "--model",
+        work / "model",
+        "--data",
+        work / "data.jsonl",
+        "--output",
+        tmp_path / "out",
+        *TRAINING,
+        "--dtype",
+        "bfloat16",
+    )
+    s2ft_command(
+        "merge", "--model", work / "model", "--adapter", tmp_path / "out/adapter", "--output", tmp_path / "merged"
+    )
     trained, _ = load_model(str(work / "model"), "bfloat16")
     s2ft.load_adapter(trained, tmp_path / "out/adapter", trainable=True)
     merged, expected = load_model(str(tmp_path / "merged"))[0].state_dict(), s2ft.merge(trained).state_dict()
@@ -125,7 +205,8 @@ def test_merge_and_eval_take_the_dtype_of_training(work, tmp_path):
 def test_merged_folder_is_complete_and_nothing_else_is_left(work, tmp_path):
     s2ft_command("merge", "--model", work / "model", "--adapter", work / "out/adapter", "--output", tmp_path / "merged")
     assert {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors"} <= {
-        path.name for path in (tmp_path / "merged").iterdir()}
+        path.name for path in (tmp_path / "merged").iterdir()
+    }
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
@@ -136,6 +217,7 @@ def test_merge_that_is_not_reproduced_leaves_nothing(work, tmp_path, monkeypatch
         with torch.no_grad():
             model.lm_head.weight[0, 0] += 1
         return compare(model, folder)
+
     compare = merging._compare
     monkeypatch.setattr(merging, "_compare", spoiled)
     with pytest.raises(RuntimeError, match="is not the merged model: lm_head.weight"):
@@ -159,8 +241,25 @@ def test_info(work, capsys):
 
 def test_demo_on_a_tiny_model(work, tmp_path, capsys):
     save_tiny(tmp_path / "model", max_position_embeddings=1024)
-    arguments = ["demo", "--model", tmp_path / "model", "--output", tmp_path / "demo", "--steps", 2, "--batch-size", 2,
-                 "--held-out", 4, "--max-new-tokens", 4, "--d-ratio", "0.1", "--o-ratio", "0.25"]
+    arguments = [
+        "demo",
+        "--model",
+        tmp_path / "model",
+        "--output",
+        tmp_path / "demo",
+        "--steps",
+        2,
+        "--batch-size",
+        2,
+        "--held-out",
+        4,
+        "--max-new-tokens",
+        4,
+        "--d-ratio",
+        "0.1",
+        "--o-ratio",
+        "0.25",
+    ]
     s2ft_command(*arguments)
     printed = capsys.readouterr().out
     for words in ("held-out problems:", "peak memory:", "trained:", "adapter:", "seconds:"):
@@ -168,5 +267,5 @@ def test_demo_on_a_tiny_model(work, tmp_path, capsys):
     report = json.loads((tmp_path / "demo/report.json").read_text())
     assert report["problems"] == 4 == len(report["after"]["records"]) and report["adapter_bytes"] > 0
     assert {"adapter", "log.jsonl", "loss.png", "report.json"} <= {p.name for p in (tmp_path / "demo").iterdir()}
-    s2ft_command(*arguments)   # a demo may replace an earlier demo, but nothing else
+    s2ft_command(*arguments)  # a demo may replace an earlier demo, but nothing else
     assert main([str(a) for a in ["demo", "--model", tmp_path / "model", "--output", work / "out"]]) == 2

@@ -1,4 +1,5 @@
 """A user's mistakes: one clear line on stderr, exit 2, nothing written."""
+
 import json
 import os
 import subprocess
@@ -75,14 +76,26 @@ def test_every_prompt_longer_than_the_context(capsys, tiny, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "x" * 400, "output": "y"}])
     assert "none of 1 rows fits" in finetune(capsys, tiny, path, tmp_path / "out")
     assert "none of 1 prompts fits" in fails(
-        capsys, "eval", "--model", tiny, "--data", write_jsonl(path, [{"instruction": "x" * 400, "output": "5"}]),
-        "--task", "arithmetic", "--max-new-tokens", 4)
+        capsys,
+        "eval",
+        "--model",
+        tiny,
+        "--data",
+        write_jsonl(path, [{"instruction": "x" * 400, "output": "5"}]),
+        "--task",
+        "arithmetic",
+        "--max-new-tokens",
+        4,
+    )
 
 
 def test_model_of_an_unknown_family_lists_the_known_ones(capsys, data, tmp_path):
     from train.tiny import tiny_tokenizer
     from transformers import BloomConfig, BloomForCausalLM
-    BloomForCausalLM(BloomConfig(vocab_size=259, hidden_size=8, n_layer=1, n_head=2)).save_pretrained(tmp_path / "model")
+
+    BloomForCausalLM(BloomConfig(vocab_size=259, hidden_size=8, n_layer=1, n_head=2)).save_pretrained(
+        tmp_path / "model"
+    )
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     message = finetune(capsys, tmp_path / "model", data, tmp_path / "out")
     assert "bloom" in message and "llama" in message and not (tmp_path / "out").exists()
@@ -120,8 +133,9 @@ def test_eval_on_data_that_can_not_be_scored(capsys, tiny, tmp_path):
 
 def test_eval_does_not_overwrite(capsys, tiny, data, tmp_path):
     (tmp_path / "r.json").touch()
-    assert "r.json exists" in fails(capsys, "eval", "--model", tiny, "--data", data, "--task", "arithmetic",
-                                    "--output", tmp_path / "r.json")
+    assert "r.json exists" in fails(
+        capsys, "eval", "--model", tiny, "--data", data, "--task", "arithmetic", "--output", tmp_path / "r.json"
+    )
 
 
 def test_traceback_on_demand(tiny, tmp_path, monkeypatch):
@@ -151,6 +165,7 @@ def test_help_lists_every_command(capsys):
 
 def test_version(capsys):
     import s2ft
+
     assert main(["--version"]) == 0 and capsys.readouterr().out.strip() == f"s2ft {s2ft.__version__}"
 
 
@@ -165,6 +180,7 @@ def test_every_field_of_the_config_is_an_option_in_both_spellings(capsys):
     from dataclasses import fields
 
     from s2ft import S2FTConfig
+
     with pytest.raises(SystemExit):
         main(["finetune", "--help"])
     printed = capsys.readouterr().out
@@ -173,8 +189,10 @@ def test_every_field_of_the_config_is_an_option_in_both_spellings(capsys):
 
 
 def test_help_and_info_do_without_transformers():
-    code = ("import sys; from s2ft.cli.main import main; main(['--help']); import s2ft.cli.info; "
-            "print([m for m in ('transformers', 'matplotlib', 'accelerate') if m in sys.modules])")
+    code = (
+        "import sys; from s2ft.cli.main import main; main(['--help']); import s2ft.cli.info; "
+        "print([m for m in ('transformers', 'matplotlib', 'accelerate') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.rstrip().endswith("[]")
 
@@ -189,20 +207,27 @@ def test_help_of_a_switch_and_of_its_negation(capsys):
 
 def test_data_that_python_does_not_read(capsys, tiny, tmp_path):
     (tmp_path / "deep.json").write_text("[" * 100000)
-    assert "deep.json, row 1: it is nested too deeply" in finetune(capsys, tiny, tmp_path / "deep.json", tmp_path / "out")
+    assert "deep.json, row 1: it is nested too deeply" in finetune(
+        capsys, tiny, tmp_path / "deep.json", tmp_path / "out"
+    )
     (tmp_path / "half.jsonl").write_text('{"instruction": "\\ud800", "output": "x"}\n')
-    assert "half.jsonl, line 1: field 'instruction'" in finetune(capsys, tiny, tmp_path / "half.jsonl", tmp_path / "out")
+    assert "half.jsonl, line 1: field 'instruction'" in finetune(
+        capsys, tiny, tmp_path / "half.jsonl", tmp_path / "out"
+    )
     assert not (tmp_path / "out").exists()
 
 
 def test_prompts_that_no_tokenizer_takes(capsys, tiny, tmp_path):
     assert "prompt is not valid Unicode" in fails(capsys, "generate", "--model", tiny, "--prompt", "a\udc80")
     (tmp_path / "prompt.txt").write_bytes(b"\xff")
-    assert "prompt.txt is not UTF-8" in fails(capsys, "generate", "--model", tiny, "--prompt-file", tmp_path / "prompt.txt")
+    assert "prompt.txt is not UTF-8" in fails(
+        capsys, "generate", "--model", tiny, "--prompt-file", tmp_path / "prompt.txt"
+    )
 
 
 def test_an_output_folder_in_use_names_the_process(capsys, tiny, data, tmp_path):
     from s2ft.train.output import RunFolder
+
     with RunFolder(tmp_path / "out").reserved():
         for more in ([], ["--overwrite"], ["--resume"]):
             if more:
@@ -211,12 +236,18 @@ def test_an_output_folder_in_use_names_the_process(capsys, tiny, data, tmp_path)
             assert f"out is in use: process {os.getpid()} on " in message
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"),
-                                   RuntimeError("[enforce fail at x] . PytorchStreamWriter failed writing file data/0"),
-                                   RuntimeError("Error while serializing: I/O error: No space left on device")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("[enforce fail at x] . PytorchStreamWriter failed writing file data/0"),
+        RuntimeError("Error while serializing: I/O error: No space left on device"),
+    ],
+)
 def test_a_file_that_can_not_be_written_is_one_line_and_exit_1(capsys, tmp_path, monkeypatch, error):
     def full(*_):
         raise error
+
     monkeypatch.setattr("s2ft.cli.info.describe", full)
     assert main(["info", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("s2ft info: error: ")
@@ -243,10 +274,30 @@ for size, arguments in json.loads(sys.argv[1]):
 
 
 def test_a_full_disk_while_training_says_what_is_kept(tiny, data, tmp_path):
-    train = ["finetune", "--model", str(tiny), "--data", str(data), "--output", str(tmp_path / "out"), "--max-steps", "4",
-             "--batch-size", "2", "--micro-batch-size", "2", "--save-steps", "2", "--d-ratio", "0.1"]
-    runs = [(2000, train), (1 << 30, [*train, "--resume", "--stop-after", "2"]),
-            (400, [*train, "--resume"])]   # less than the log has
+    train = [
+        "finetune",
+        "--model",
+        str(tiny),
+        "--data",
+        str(data),
+        "--output",
+        str(tmp_path / "out"),
+        "--max-steps",
+        "4",
+        "--batch-size",
+        "2",
+        "--micro-batch-size",
+        "2",
+        "--save-steps",
+        "2",
+        "--d-ratio",
+        "0.1",
+    ]
+    runs = [
+        (2000, train),
+        (1 << 30, [*train, "--resume", "--stop-after", "2"]),
+        (400, [*train, "--resume"]),
+    ]  # less than the log has
     done = subprocess.run([sys.executable, "-c", FULL, json.dumps(runs)], capture_output=True, text=True)
     (first, (words,)), (stopped, _), (last, (resumed,)) = map(json.loads, done.stdout.splitlines())
     assert (first, stopped, last) == (1, 0, 1) and "Traceback" not in done.stderr

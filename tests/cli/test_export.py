@@ -1,4 +1,5 @@
 """s2ft export and info: every format on a tiny model, loaded again by what it is for."""
+
 import json
 import re
 import sys
@@ -80,37 +81,70 @@ def test_lora(work, tmp_path, capsys):
 
 
 def test_lora_and_back(work, tmp_path, capsys):
-    s2ft_command("export", work / "adapter", "--model", work / "model", "--format", "lora", "--rank-pattern",
-                 "--output", tmp_path / "lora")
+    s2ft_command(
+        "export",
+        work / "adapter",
+        "--model",
+        work / "model",
+        "--format",
+        "lora",
+        "--rank-pattern",
+        "--output",
+        tmp_path / "lora",
+    )
     assert "vLLM" not in capsys.readouterr().out
-    s2ft_command("export", "--from-lora", tmp_path / "lora", "--model", work / "model", "--name", "back", "--output",
-                 tmp_path / "adapter")
+    s2ft_command(
+        "export",
+        "--from-lora",
+        tmp_path / "lora",
+        "--model",
+        work / "model",
+        "--name",
+        "back",
+        "--output",
+        tmp_path / "adapter",
+    )
     ours, theirs = read_adapter(work / "adapter"), read_adapter(tmp_path / "adapter")
     assert theirs.name == "back" and theirs.selection == ours.selection and theirs.info["base_dtype"] == "float32"
     assert all(torch.equal(delta.values, theirs.deltas[path].values) for path, delta in ours.deltas.items())
 
 
 def test_merged_in_shards(work, tmp_path):
-    s2ft_command("export", work / "adapter", "--model", work / "model", "--format", "merged", "--max-shard-size",
-                 "20KB", "--output", tmp_path / "merged")
+    s2ft_command(
+        "export",
+        work / "adapter",
+        "--model",
+        work / "model",
+        "--format",
+        "merged",
+        "--max-shard-size",
+        "20KB",
+        "--output",
+        tmp_path / "merged",
+    )
     assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
     assert {"config.json", "generation_config.json", "tokenizer.json"} <= {
-        path.name for path in (tmp_path / "merged").iterdir()}
+        path.name for path in (tmp_path / "merged").iterdir()
+    }
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert torch.equal(logits_of(found), logits_of(s2ft.merge(attached(work))))
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("12+3=").input_ids == tiny_tokenizer()("12+3=").input_ids
 
 
-@pytest.mark.parametrize("arguments,message", [
-    ([], "give an ADAPTER to export, or --from-lora"),
-    (["ADAPTER", "--from-lora", "LORA"], "and not both"),
-    (["--from-lora", "LORA", "--format", "lora"], "so there is no --format"),
-    (["ADAPTER", "--format", "merged", "--rank", 8], "--rank is for lora, not for merged"),
-    (["ADAPTER", "--max-shard-size", "1GB"], "--max-shard-size is for merged, not for lora"),
-    (["ADAPTER", "--name", "x"], "--name is for from-lora, not for lora"),
-    (["ADAPTER", "--rank", 3], "rank must be at least"),
-    (["nowhere"], "there is no folder nowhere"),
-    (["--from-lora", "ADAPTER"], "is no PEFT LoRA: it has no adapter_config.json")])
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ([], "give an ADAPTER to export, or --from-lora"),
+        (["ADAPTER", "--from-lora", "LORA"], "and not both"),
+        (["--from-lora", "LORA", "--format", "lora"], "so there is no --format"),
+        (["ADAPTER", "--format", "merged", "--rank", 8], "--rank is for lora, not for merged"),
+        (["ADAPTER", "--max-shard-size", "1GB"], "--max-shard-size is for merged, not for lora"),
+        (["ADAPTER", "--name", "x"], "--name is for from-lora, not for lora"),
+        (["ADAPTER", "--rank", 3], "rank must be at least"),
+        (["nowhere"], "there is no folder nowhere"),
+        (["--from-lora", "ADAPTER"], "is no PEFT LoRA: it has no adapter_config.json"),
+    ],
+)
 def test_mistakes_are_one_line_and_write_nothing(arguments, message, work, tmp_path, capsys):
     given = [work / "adapter" if argument == "ADAPTER" else argument for argument in arguments]
     command = ["export", *given, "--model", work / "model", "--output", tmp_path / "out"]
@@ -130,8 +164,17 @@ def test_an_output_that_exists_is_kept(work, tmp_path, capsys):
 # ---- GGUF ----------------------------------------------------------------------------------------------
 
 QWEN2, LLAMA3 = (gguf.WORDS + digits + gguf.REST for digits in (r"\p{N}", r"\p{N}{1,3}"))
-SHAPE = dict(vocab_size=270, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=256, bos_token_id=1, eos_token_id=2)
+SHAPE = dict(
+    vocab_size=270,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 MODELS = {
     "llama": lambda: LlamaConfig(**SHAPE, rope_theta=5e4, rms_norm_eps=1e-5),
     "llama-tied": lambda: LlamaConfig(**SHAPE, tie_word_embeddings=True),
@@ -139,12 +182,19 @@ MODELS = {
     "mistral": lambda: MistralConfig(**SHAPE, sliding_window=None),
     "qwen2": lambda: Qwen2Config(**{**SHAPE, "num_key_value_heads": 4}),
 }
-PRE = {"gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
-       "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(True),
-                                          pre_tokenizers.ByteLevel(add_prefix_space=False)]),
-       **{name: pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"),
-                                         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-          for name, split in (("qwen2", QWEN2), ("llama-bpe", LLAMA3))}}
+PRE = {
+    "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
+    **{
+        name: pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(split), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        for name, split in (("qwen2", QWEN2), ("llama-bpe", LLAMA3))
+    },
+}
 
 
 def tokenizer_with_merges(pre):
@@ -171,14 +221,31 @@ def base_of(folder, case="llama", pre="gpt-2", config=None):
     return folder
 
 
-@pytest.mark.parametrize("case,pre,dtype", [
-    *((case, "gpt-2", "float32") for case in MODELS if case != "qwen2"), ("llama", "smollm", "bfloat16"),
-    ("llama", "llama-bpe", "float32"), ("qwen2", "qwen2", "float32"), ("qwen2", "qwen2", "float16")])
+@pytest.mark.parametrize(
+    "case,pre,dtype",
+    [
+        *((case, "gpt-2", "float32") for case in MODELS if case != "qwen2"),
+        ("llama", "smollm", "bfloat16"),
+        ("llama", "llama-bpe", "float32"),
+        ("qwen2", "qwen2", "float32"),
+        ("qwen2", "qwen2", "float16"),
+    ],
+)
 def test_gguf(case, pre, dtype, tmp_path, capsys):
     base_of(tmp_path / "model", case, pre)
     make_adapter(tmp_path / "model", tmp_path / "adapter")
-    s2ft_command("export", tmp_path / "adapter", "--model", tmp_path / "model", "--format", "gguf", "--dtype", dtype,
-                 "--output", tmp_path / "out")
+    s2ft_command(
+        "export",
+        tmp_path / "adapter",
+        "--model",
+        tmp_path / "model",
+        "--format",
+        "gguf",
+        "--dtype",
+        dtype,
+        "--output",
+        tmp_path / "out",
+    )
     assert "loaded again and compared" in capsys.readouterr().out
     model, tokenizer = load_model(str(tmp_path / "model"), dtype)
     s2ft.load_adapter(model, tmp_path / "adapter")
@@ -197,32 +264,55 @@ def test_gguf(case, pre, dtype, tmp_path, capsys):
 def test_gguf_of_a_gguf_keeps_its_metadata(tmp_path):
     base_of(tmp_path / "model", "llama", "smollm")
     make_adapter(tmp_path / "model", tmp_path / "adapter")
-    s2ft_command("export", tmp_path / "adapter", "--model", tmp_path / "model", "--format", "gguf", "--output",
-                 tmp_path / "first")
+    s2ft_command(
+        "export",
+        tmp_path / "adapter",
+        "--model",
+        tmp_path / "model",
+        "--format",
+        "gguf",
+        "--output",
+        tmp_path / "first",
+    )
     first = tmp_path / "first/model.gguf"
     make_adapter(first, tmp_path / "second-adapter")
-    s2ft_command("export", tmp_path / "second-adapter", "--model", first, "--format", "gguf", "--output",
-                 tmp_path / "second")
+    s2ft_command(
+        "export", tmp_path / "second-adapter", "--model", first, "--format", "gguf", "--output", tmp_path / "second"
+    )
     before, after = (GGUFReader(file) for file in (first, tmp_path / "second/model.gguf"))
-    assert list(before.fields) == list(after.fields)   # transformers does not know smollm's way to cut text
+    assert list(before.fields) == list(after.fields)  # transformers does not know smollm's way to cut text
     assert all(field.contents() == after.fields[key].contents() for key, field in before.fields.items())
     model, _ = load_model(str(first))
     s2ft.load_adapter(model, tmp_path / "second-adapter")
     assert torch.equal(logits_of(load_model(str(tmp_path / "second"))[0]), logits_of(s2ft.merge(model)))
 
 
-@pytest.mark.parametrize("config,message", [
-    (MistralConfig(**SHAPE, sliding_window=8), "mistral with a sliding window"),
-    (LlamaConfig(**SHAPE, attention_bias=True), "llama with biases"),
-    (LlamaConfig(**SHAPE, hidden_act="gelu"), "llama with activation gelu"),
-    (LlamaConfig(**SHAPE, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
-     "scaled by linear"),
-    (GraniteConfig(**SHAPE), "model type granite is not written as GGUF")])
+@pytest.mark.parametrize(
+    "config,message",
+    [
+        (MistralConfig(**SHAPE, sliding_window=8), "mistral with a sliding window"),
+        (LlamaConfig(**SHAPE, attention_bias=True), "llama with biases"),
+        (LlamaConfig(**SHAPE, hidden_act="gelu"), "llama with activation gelu"),
+        (
+            LlamaConfig(**SHAPE, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+            "scaled by linear",
+        ),
+        (GraniteConfig(**SHAPE), "model type granite is not written as GGUF"),
+    ],
+)
 def test_models_that_are_not_written_as_gguf(config, message, tmp_path, capsys):
     base_of(tmp_path / "model", config=config)
     make_adapter(tmp_path / "model", tmp_path / "adapter")
-    command = ["export", tmp_path / "adapter", "--model", tmp_path / "model", "--format", "gguf", "--output",
-               tmp_path / "out"]
+    command = [
+        "export",
+        tmp_path / "adapter",
+        "--model",
+        tmp_path / "model",
+        "--format",
+        "gguf",
+        "--output",
+        tmp_path / "out",
+    ]
     assert main([str(argument) for argument in command]) == 2
     printed = capsys.readouterr().err
     assert message in printed and "convert_hf_to_gguf.py" in printed and not (tmp_path / "out").exists()
@@ -230,13 +320,19 @@ def test_models_that_are_not_written_as_gguf(config, message, tmp_path, capsys):
 
 def test_cutting_like_one_and_merging_like_another_is_not_written():
     fast = tokenizer_with_merges("gpt-2")
-    fast.backend_tokenizer.pre_tokenizer = PRE["llama-bpe"]   # which llama.cpp takes for ignore_merges too
+    fast.backend_tokenizer.pre_tokenizer = PRE["llama-bpe"]  # which llama.cpp takes for ignore_merges too
     with pytest.raises(ValueError, match="a tokenizer of this kind"):
         gguf._tokenizer(fast, MODELS["llama"]())
 
 
-@pytest.mark.parametrize("pre", (pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=True),
-                                 pre_tokenizers.Sequence([pre_tokenizers.Digits(False), PRE["gpt-2"]])))
+@pytest.mark.parametrize(
+    "pre",
+    (
+        pre_tokenizers.Whitespace(),
+        pre_tokenizers.ByteLevel(add_prefix_space=True),
+        pre_tokenizers.Sequence([pre_tokenizers.Digits(False), PRE["gpt-2"]]),
+    ),
+)
 def test_tokenizers_that_are_not_written_as_gguf(pre):
     fast = tokenizer_with_merges("gpt-2")
     fast.backend_tokenizer.pre_tokenizer = pre
@@ -261,14 +357,24 @@ def test_a_gguf_that_is_another_model_is_not_kept(work, tmp_path, monkeypatch):
 
 # ---- info ----------------------------------------------------------------------------------------------
 
+
 def test_info_says_everything(work, capsys):
     s2ft_command("info", work / "adapter")
     printed = capsys.readouterr().out
     adapter = read_adapter(work / "adapter")
     size = sum(path.stat().st_size for path in (work / "adapter").iterdir())
-    for words in ("adapter 'tiny'", f"{adapter.parameters:,} parameters, {size:,} bytes", "10 projections",
-                  "float32", f"twice the bytes, {8 * adapter.parameters:,}", "trained on: 2 layers in float32",
-                  adapter.selection.digest, "model_type: llama", "q_ratio 0.5", "layout permuted"):
+    for words in (
+        "adapter 'tiny'",
+        f"{adapter.parameters:,} parameters, {size:,} bytes",
+        "10 projections",
+        "float32",
+        f"twice the bytes, {8 * adapter.parameters:,}",
+        "trained on: 2 layers in float32",
+        adapter.selection.digest,
+        "model_type: llama",
+        "q_ratio 0.5",
+        "layout permuted",
+    ):
         assert words in printed, words
     assert re.search(r"model.layers.0.self_attn.q_proj +2 heads +16 rows +float32", printed)
 

@@ -1,4 +1,5 @@
 """Where an adapter folder is asked for, the output folder of a run will do."""
+
 from pathlib import Path
 
 import pytest
@@ -34,9 +35,30 @@ def work(tmp_path_factory):
 def commands(work, adapter, output):
     return {
         "info": ["info", adapter],
-        "eval": ["eval", "--model", work / "model", "--adapter", adapter, "--data", work / "data.jsonl", "--task",
-                 "arithmetic", "--max-new-tokens", 2],
-        "generate": ["generate", "--model", work / "model", "--adapter", adapter, "--prompt", "a", "--max-new-tokens", 2],
+        "eval": [
+            "eval",
+            "--model",
+            work / "model",
+            "--adapter",
+            adapter,
+            "--data",
+            work / "data.jsonl",
+            "--task",
+            "arithmetic",
+            "--max-new-tokens",
+            2,
+        ],
+        "generate": [
+            "generate",
+            "--model",
+            work / "model",
+            "--adapter",
+            adapter,
+            "--prompt",
+            "a",
+            "--max-new-tokens",
+            2,
+        ],
         "merge": ["merge", "--model", work / "model", "--adapter", adapter, "--output", output],
         "export": ["export", adapter, "--model", work / "model", "--output", output],
         "fuse": ["fuse", adapter, work / "runs/chat", "--output", output],
@@ -53,8 +75,10 @@ def test_every_command_takes_the_output_of_a_run(work, tmp_path, command):
 
 
 @pytest.mark.parametrize("command", NAMES)
-@pytest.mark.parametrize("adapter, message", [("stopped", "stopped is the output of a run that has saved no adapter yet"),
-                                              ("nosuch", "there is no folder")])
+@pytest.mark.parametrize(
+    "adapter, message",
+    [("stopped", "stopped is the output of a run that has saved no adapter yet"), ("nosuch", "there is no folder")],
+)
 def test_every_command_says_what_is_wrong_with_a_folder(work, tmp_path, capsys, command, adapter, message):
     line = commands(work, work / adapter, tmp_path / "out")[command]
     assert main([str(word) for word in line]) == 2
@@ -72,7 +96,7 @@ def test_a_checkpoint_can_be_named(work, capsys):
 def test_adapters_of_a_directory(work, tmp_path):
     expected = {name: work / "runs" / name / "adapter" for name in ("math", "chat")}
     assert adapters_in(work / "runs") == expected
-    assert adapters_in(work / "runs/math") == {"math": work / "runs/math/adapter"}   # one run alone
+    assert adapters_in(work / "runs/math") == {"math": work / "runs/math/adapter"}  # one run alone
     assert adapters_in(work / "runs/math/adapter") == {} == adapters_in(work / "stopped")
     (tmp_path / "a").symlink_to(work / "runs/math/adapter"), (tmp_path / "b.txt").touch()
     assert adapters_in(tmp_path) == {"a": tmp_path / "a"}
@@ -81,9 +105,14 @@ def test_adapters_of_a_directory(work, tmp_path):
             assert adapter_named(directory, name) == adapters_in(directory).get(name)
 
 
-@pytest.mark.parametrize("directory, names, said", [
-    ("runs", ["chat", "math"], "adapters: chat, math"), ("runs/math", ["math"], "adapters: math"),
-    ("stopped", [], "stopped has no adapters, so the base is served alone")])
+@pytest.mark.parametrize(
+    "directory, names, said",
+    [
+        ("runs", ["chat", "math"], "adapters: chat, math"),
+        ("runs/math", ["math"], "adapters: math"),
+        ("stopped", [], "stopped has no adapters, so the base is served alone"),
+    ],
+)
 def test_served_are_runs_by_their_names_and_no_checkpoints(work, caplog, directory, names, said):
     from s2ft.adapter.bank import AdapterBank
     from s2ft.serve.registry import Adapters

@@ -1,4 +1,5 @@
 """s2ft fuse: adapters added up on disk."""
+
 import pytest
 import torch
 from support.models import model_of
@@ -23,8 +24,21 @@ def folders(tmp_path_factory):
 
 
 def test_the_sum_is_written_and_the_overlap_said(folders, tmp_path, capsys):
-    assert main(["fuse", str(folders / "a"), str(folders / "b"), "--weights", "0.7", "-0.3",
-                 "--output", str(tmp_path / "sum")]) == 0
+    assert (
+        main(
+            [
+                "fuse",
+                str(folders / "a"),
+                str(folders / "b"),
+                "--weights",
+                "0.7",
+                "-0.3",
+                "--output",
+                str(tmp_path / "sum"),
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     assert "trained units are shared" in said and "adapter 'sum'" in said
     a, b, total = (s2ft.read_adapter(folder) for folder in (folders / "a", folders / "b", tmp_path / "sum"))

@@ -1,4 +1,5 @@
 """s2ft generate: the answer on stdout, and a user's mistakes in a line."""
+
 import io
 import sys
 
@@ -17,6 +18,7 @@ UNTIED = dict(tie_word_embeddings=False)
 def work(tmp_path_factory):
     """model/ and adapter/."""
     import torch
+
     work = tmp_path_factory.mktemp("work")
     save_tiny(work / "model", **UNTIED)
     model, _ = load_model(str(work / "model"))
@@ -48,8 +50,9 @@ def test_a_greedy_answer_is_what_evaluation_generates(capsys, work, adapter):
 
 
 def test_chat_puts_the_prompt_in_the_template(capsys, work):
-    text = tiny_tokenizer().apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False,
-                                                add_generation_prompt=True)
+    text = tiny_tokenizer().apply_chat_template(
+        [{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True
+    )
     assert answer(capsys, work, "--prompt", "Hello", "--chat", "--max-new-tokens", 9).strip() == expected(work, text, 9)
 
 
@@ -66,12 +69,20 @@ def test_a_seed_draws_the_same_again(capsys, work):
     assert answer(capsys, work, *draw, 1) == answer(capsys, work, *draw, 1) != answer(capsys, work, *draw, 2)
 
 
-@pytest.mark.parametrize("arguments, said", [
-    ([], "--prompt or --prompt-file"), (["--prompt", "a", "--prompt-file", "b"], "--prompt or --prompt-file"),
-    (["--prompt-file", "nowhere.txt"], "nowhere.txt"), (["--prompt", ""], "empty"),
-    (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens"), (["--prompt", "a", "--top-p", "0"], "top_p"),
-    (["--prompt", "a", "--temperature", "-1"], "temperature"), (["--prompt", "a" * 300], "context is 256"),
-    (["--prompt", "a", "--adapter", "nowhere"], "nowhere")])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ([], "--prompt or --prompt-file"),
+        (["--prompt", "a", "--prompt-file", "b"], "--prompt or --prompt-file"),
+        (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
+        (["--prompt", ""], "empty"),
+        (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens"),
+        (["--prompt", "a", "--top-p", "0"], "top_p"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature"),
+        (["--prompt", "a" * 300], "context is 256"),
+        (["--prompt", "a", "--adapter", "nowhere"], "nowhere"),
+    ],
+)
 def test_mistakes_are_one_line(capsys, work, arguments, said):
     assert main(["generate", "--model", str(work / "model"), *arguments]) == 2
     error = capsys.readouterr().err

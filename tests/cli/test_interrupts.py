@@ -1,4 +1,5 @@
 """A run that is killed at any moment goes on from its last checkpoint and ends as if it had not been."""
+
 import json
 import os
 import random
@@ -18,10 +19,33 @@ STEPS, SAVE = 120, 3
 
 
 def command(work, output, *more):
-    return [sys.executable, "-m", "s2ft.cli", "finetune", "--model", str(work / "model"), "--data",
-            str(work / "data.jsonl"), "--output", str(output), "--max-steps", str(STEPS), "--batch-size", "4",
-            "--micro-batch-size", "2", "--learning-rate", "1e-2", "--save-steps", str(SAVE), "--d-ratio", "0.1",
-            "--o-ratio", "0.25", *more]
+    return [
+        sys.executable,
+        "-m",
+        "s2ft.cli",
+        "finetune",
+        "--model",
+        str(work / "model"),
+        "--data",
+        str(work / "data.jsonl"),
+        "--output",
+        str(output),
+        "--max-steps",
+        str(STEPS),
+        "--batch-size",
+        "4",
+        "--micro-batch-size",
+        "2",
+        "--learning-rate",
+        "1e-2",
+        "--save-steps",
+        str(SAVE),
+        "--d-ratio",
+        "0.1",
+        "--o-ratio",
+        "0.25",
+        *more,
+    ]
 
 
 def logged(output):
@@ -40,9 +64,10 @@ def work(tmp_path_factory):
 
 
 def start(work, output, *more):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}   # sums depend on how many threads share them
-    return subprocess.Popen(command(work, output, *more), env=environment, stdout=subprocess.DEVNULL,
-                            stderr=subprocess.PIPE, text=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums depend on how many threads share them
+    return subprocess.Popen(
+        command(work, output, *more), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
 
 
 def kill_at(process, output, step):
@@ -65,7 +90,7 @@ def test_killed_and_resumed_is_as_if_never_killed(work, tmp_path, kills):
     for number in range(kills):
         process = start(work, output, *(["--resume"] if number else []))
         done = kill_at(process, output, min(STEPS - 2, done + moments.randint(1, STEPS // kills - 1)))
-        found = last_whole(output)   # the last one that the log has left behind is there
+        found = last_whole(output)  # the last one that the log has left behind is there
         assert (done - 1) // SAVE * SAVE <= (int(found.name.rpartition("-")[2]) if found else 0)
     last = start(work, output, "--resume")
     _, errors = last.communicate()

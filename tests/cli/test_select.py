@@ -1,4 +1,5 @@
 """s2ft select, and the selection options of s2ft finetune."""
+
 import pytest
 from train.tiny import save_tiny, sums, write_jsonl
 
@@ -24,13 +25,48 @@ def command(*arguments):
 
 @pytest.mark.parametrize("metric", ("activation", "product", "gradient"))
 def test_select_finds_what_finetune_trains(metric, work, tmp_path, capsys):
-    choice = ["--selection", metric, "--order", "smallest", "--d-ratio", "0.1", "--v_ratio", "0.5",
-              "--calibration-examples", "6"]
-    assert command("select", "--model", work / "model", "--data", work / "data.jsonl", "--output",
-                   tmp_path / "s.json", "--batch-size", 2, *choice) == 0
+    choice = [
+        "--selection",
+        metric,
+        "--order",
+        "smallest",
+        "--d-ratio",
+        "0.1",
+        "--v_ratio",
+        "0.5",
+        "--calibration-examples",
+        "6",
+    ]
+    assert (
+        command(
+            "select",
+            "--model",
+            work / "model",
+            "--data",
+            work / "data.jsonl",
+            "--output",
+            tmp_path / "s.json",
+            "--batch-size",
+            2,
+            *choice,
+        )
+        == 0
+    )
     assert "down_proj" in capsys.readouterr().out
-    assert command("finetune", "--model", work / "model", "--data", work / "data.jsonl", "--output",
-                   tmp_path / "out", *choice, *RUN) == 0
+    assert (
+        command(
+            "finetune",
+            "--model",
+            work / "model",
+            "--data",
+            work / "data.jsonl",
+            "--output",
+            tmp_path / "out",
+            *choice,
+            *RUN,
+        )
+        == 0
+    )
     selection = s2ft.Selection.load(tmp_path / "s.json")
     assert selection == s2ft.Selection.load(tmp_path / "out/adapter")
     assert selection["model.layers.0.mlp.down_proj"].numel() == 6
@@ -39,8 +75,18 @@ def test_select_finds_what_finetune_trains(metric, work, tmp_path, capsys):
 
 
 def test_a_calibrated_run_resumes(work, tmp_path):
-    arguments = ["finetune", "--model", work / "model", "--data", work / "data.jsonl", "--output", tmp_path / "out",
-                 "--selection", "activation", *RUN]
+    arguments = [
+        "finetune",
+        "--model",
+        work / "model",
+        "--data",
+        work / "data.jsonl",
+        "--output",
+        tmp_path / "out",
+        "--selection",
+        "activation",
+        *RUN,
+    ]
     assert command(*arguments, "--save-steps", 1) == 0
     assert command(*arguments, "--resume") == 0
     assert command(*arguments, "--resume", "--calibration-examples", 2) == 2
@@ -50,7 +96,7 @@ def test_select_without_data(work, tmp_path, capsys):
     for metric in ("random", "weight"):
         path = tmp_path / f"{metric}.json"
         assert command("select", "--model", work / "model", "--output", path, "--selection", metric) == 0
-        assert s2ft.Selection.load(path)["model.layers.0.mlp.down_proj"].numel() == 2   # the paper's ratio
+        assert s2ft.Selection.load(path)["model.layers.0.mlp.down_proj"].numel() == 2  # the paper's ratio
 
 
 def test_budget_exclude_and_units(work, tmp_path, capsys):
@@ -59,33 +105,58 @@ def test_budget_exclude_and_units(work, tmp_path, capsys):
         return s2ft.Selection.load(tmp_path / name)
 
     first = select("first.json", "--budget", "0.32k", "--d-ratio", "1")
-    assert [len(units) for units in first.units.values()] == [5, 5]   # of 32 parameters each
-    second = select("second.json", "--match-lora-rank", "2", "--exclude", tmp_path / "first.json", "--selection",
-                    "weight", "--allocation", "global")
+    assert [len(units) for units in first.units.values()] == [5, 5]  # of 32 parameters each
+    second = select(
+        "second.json",
+        "--match-lora-rank",
+        "2",
+        "--exclude",
+        tmp_path / "first.json",
+        "--selection",
+        "weight",
+        "--allocation",
+        "global",
+    )
     assert sum(map(len, second.units.values())) == 2 * 2 * (32 + 64) // 32
     assert not any(set(units.tolist()) & set(first[path].tolist()) for path, units in second.units.items())
-    assert command("finetune", "--model", work / "model", "--data", work / "data.jsonl", "--output",
-                   tmp_path / "out", "--units", tmp_path / "second.json", *RUN) == 0
+    assert (
+        command(
+            "finetune",
+            "--model",
+            work / "model",
+            "--data",
+            work / "data.jsonl",
+            "--output",
+            tmp_path / "out",
+            "--units",
+            tmp_path / "second.json",
+            *RUN,
+        )
+        == 0
+    )
     assert "trained" in capsys.readouterr().out and s2ft.Selection.load(tmp_path / "out/adapter") == second
     assert command("info", tmp_path / "out") == 0 and "units: given by hand" in capsys.readouterr().out
     assert select("third.json", "--units", tmp_path / "out/adapter") == second
 
 
-@pytest.mark.parametrize("arguments,message", [
-    (["--budget", "lots"], "budget must be a number of parameters such as 9.2M"),
-    (["--budget", "1"], "budget=1 is too small"),
-    (["--units", "nowhere.json"], "nowhere.json"),
-    (["--units", "DATA"], "is no selection"),
-    (["--units", "x", "--d-ratio", "0.1"], "nothing is left for d_ratio"),
-    (["--selection", "activation"], "selection='activation' needs data"),
-    (["--data", "DATA"], "selection='random' takes no data"),
-    (["--selection", "gradient", "--data", "DATA", "--calibration-examples", "21"], "from 1 to the 20 rows"),
-    (["--selection", "gradient", "--data", "DATA", "--calibration-examples", "0"], "from 1 to the 20 rows"),
-    (["--output", "EXISTS"], "exists: choose another"),
-    (["--output", "no/folder/s.json"], "there is no folder"),
-    (["--batch-size", "0"], "batch_size must be at least 1"),
-    (["--selection", "best"], "selection must be one of random"),
-])
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--budget", "lots"], "budget must be a number of parameters such as 9.2M"),
+        (["--budget", "1"], "budget=1 is too small"),
+        (["--units", "nowhere.json"], "nowhere.json"),
+        (["--units", "DATA"], "is no selection"),
+        (["--units", "x", "--d-ratio", "0.1"], "nothing is left for d_ratio"),
+        (["--selection", "activation"], "selection='activation' needs data"),
+        (["--data", "DATA"], "selection='random' takes no data"),
+        (["--selection", "gradient", "--data", "DATA", "--calibration-examples", "21"], "from 1 to the 20 rows"),
+        (["--selection", "gradient", "--data", "DATA", "--calibration-examples", "0"], "from 1 to the 20 rows"),
+        (["--output", "EXISTS"], "exists: choose another"),
+        (["--output", "no/folder/s.json"], "there is no folder"),
+        (["--batch-size", "0"], "batch_size must be at least 1"),
+        (["--selection", "best"], "selection must be one of random"),
+    ],
+)
 def test_mistakes(arguments, message, work, tmp_path, capsys):
     (tmp_path / "exists.json").touch()
     names = {"DATA": work / "data.jsonl", "EXISTS": tmp_path / "exists.json"}
@@ -96,13 +167,27 @@ def test_mistakes(arguments, message, work, tmp_path, capsys):
 
 
 def test_calibration_without_a_use_is_a_mistake(work, tmp_path, capsys):
-    assert command("finetune", "--model", work / "model", "--data", work / "data.jsonl", "--output", tmp_path / "out",
-                   "--calibration-examples", 4, *RUN) == 2
+    assert (
+        command(
+            "finetune",
+            "--model",
+            work / "model",
+            "--data",
+            work / "data.jsonl",
+            "--output",
+            tmp_path / "out",
+            "--calibration-examples",
+            4,
+            *RUN,
+        )
+        == 2
+    )
     assert "calibration_examples has no use here" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_rows_are_drawn_by_seed():
     from train.tiny import tiny_tokenizer
+
     rows = [TokenRow([1, i], [2, 3]) for i in range(2, 40)]
 
     def drawn(seed, examples=None):
@@ -111,6 +196,6 @@ def test_rows_are_drawn_by_seed():
         return [row[1] for batch in batches for row in batch["input_ids"].tolist()], batches
 
     first, batches = drawn(0)
-    assert first == drawn(0)[0] != drawn(1)[0] and len(set(first)) == 16   # 1 % is less
+    assert first == drawn(0)[0] != drawn(1)[0] and len(set(first)) == 16  # 1 % is less
     assert [len(batch["input_ids"]) for batch in batches] == [5, 5, 5, 1] and batches[0]["labels"].shape == (5, 3)
     assert sorted(drawn(0, 38)[0]) == list(range(2, 40))

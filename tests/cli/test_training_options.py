@@ -1,4 +1,5 @@
 """The training options of `s2ft finetune`: each is reachable, does what it says, and refuses what it can't do."""
+
 import importlib
 import importlib.util
 import json
@@ -22,15 +23,37 @@ def work(tmp_path_factory):
 
 
 def finetune(work, output, *more, steps=4):
-    arguments = ["finetune", "--model", work / "model", "--data", work / "data.jsonl", "--output", output, "--max-steps",
-                 steps, "--batch-size", 4, "--micro-batch-size", 2, "--learning-rate", "1e-2", "--save-steps", 2,
-                 "--d-ratio", "0.1", *more]
+    arguments = [
+        "finetune",
+        "--model",
+        work / "model",
+        "--data",
+        work / "data.jsonl",
+        "--output",
+        output,
+        "--max-steps",
+        steps,
+        "--batch-size",
+        4,
+        "--micro-batch-size",
+        2,
+        "--learning-rate",
+        "1e-2",
+        "--save-steps",
+        2,
+        "--d-ratio",
+        "0.1",
+        *more,
+    ]
     return main([str(argument) for argument in arguments])
 
 
 def deltas(output):
-    return {key: value for key, value in load_file(output / "adapter/s2ft_adapter.safetensors").items()
-            if key.endswith("delta")}
+    return {
+        key: value
+        for key, value in load_file(output / "adapter/s2ft_adapter.safetensors").items()
+        if key.endswith("delta")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +77,13 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("option", [pytest.param(option, marks=[getattr(pytest.mark, mark) for mark in marks])
-                                    for option, (marks, _) in OPTIONS.items()])
+@pytest.mark.parametrize(
+    "option",
+    [
+        pytest.param(option, marks=[getattr(pytest.mark, mark) for mark in marks])
+        for option, (marks, _) in OPTIONS.items()
+    ],
+)
 def test_options(option, work, plain, tmp_path):
     assert finetune(work, tmp_path / "out", *option.split()) == 0
     found, tolerance = deltas(tmp_path / "out"), OPTIONS[option][1]
@@ -68,8 +96,23 @@ def test_options(option, work, plain, tmp_path):
 
 
 def test_evaluation_while_training(work, tmp_path, capsys):
-    assert finetune(work, tmp_path / "out", "--eval-data", work / "held_out.jsonl", "--eval-steps", 2, "--eval-task",
-                    "arithmetic", "--eval-limit", 3, "--max-new-tokens", 4) == 0
+    assert (
+        finetune(
+            work,
+            tmp_path / "out",
+            "--eval-data",
+            work / "held_out.jsonl",
+            "--eval-steps",
+            2,
+            "--eval-task",
+            "arithmetic",
+            "--eval-limit",
+            3,
+            "--max-new-tokens",
+            4,
+        )
+        == 0
+    )
     lines = [line for line in read_log(tmp_path / "out/log.jsonl") if "eval_loss" in line]
     assert [line["step"] for line in lines] == [2, 4]
     assert all(0 <= line["eval_accuracy"] <= 1 and line["eval_loss"] > 0 for line in lines)
@@ -78,8 +121,19 @@ def test_evaluation_while_training(work, tmp_path, capsys):
 
 
 def test_evaluation_does_not_change_what_is_trained(work, plain, tmp_path):
-    assert finetune(work, tmp_path / "out", "--eval-data", work / "held_out.jsonl", "--eval-task", "arithmetic",
-                    "--max-new-tokens", 3) == 0
+    assert (
+        finetune(
+            work,
+            tmp_path / "out",
+            "--eval-data",
+            work / "held_out.jsonl",
+            "--eval-task",
+            "arithmetic",
+            "--max-new-tokens",
+            3,
+        )
+        == 0
+    )
     assert [line["step"] for line in read_log(tmp_path / "out/log.jsonl") if "eval_loss" in line] == [4]
     assert all(torch.equal(value, plain[key]) for key, value in deltas(tmp_path / "out").items())
 
@@ -130,12 +184,16 @@ MISTAKES = [
     (["--name", "a\tb"], "name: an adapter's name must be a word without slashes"),
     (["--epochs", "inf"], "epochs must be a finite number"),
     (["--report-to", "no_such_logger"], "no_such_logger"),
-    (["--report-to", "comet_ml"], "report_to comet_ml needs the package comet-ml, which is not installed: pip install "
-     "comet-ml"),
+    (
+        ["--report-to", "comet_ml"],
+        "report_to comet_ml needs the package comet-ml, which is not installed: pip install comet-ml",
+    ),
 ]
 
 
-@pytest.mark.parametrize("arguments, message", MISTAKES, ids=lambda value: " ".join(value) if type(value) is list else "")
+@pytest.mark.parametrize(
+    "arguments, message", MISTAKES, ids=lambda value: " ".join(value) if type(value) is list else ""
+)
 def test_mistakes_are_one_line(arguments, message, work, tmp_path, capsys):
     assert finetune(work, tmp_path / "out", *arguments) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
@@ -147,21 +205,45 @@ def test_modules_are_trained_whole_saved_and_merged(work, tmp_path, capsys):
     """With the fused loss and without, the same; a run that was stopped goes on as if it had not been."""
     from s2ft.adapter import read_adapter
     from s2ft.text.models import load_model
+
     more = ("--modules-to-save", "norm", "lm_head")
     assert finetune(work, tmp_path / "out", *more, "--stop-after", 2) == 0
     assert finetune(work, tmp_path / "out", *more, "--resume") == 0
     assert finetune(work, tmp_path / "kept", *more, "--chunked-loss", "False") == 0
     base, found = load_model(str(work / "model"))[0], read_adapter(tmp_path / "out/adapter").extra_weights
-    assert set(found) == {"model.norm.weight", "model.embed_tokens.weight"}   # the head is tied to the embeddings
+    assert set(found) == {"model.norm.weight", "model.embed_tokens.weight"}  # the head is tied to the embeddings
     for name, value in read_adapter(tmp_path / "kept/adapter").extra_weights.items():
         assert not torch.equal(found[name], base.get_parameter(name))
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3)
     assert "trained whole: model.embed_tokens.weight, model.norm.weight" in capsys.readouterr().out
-    assert main(["merge", "--model", str(work / "model"), "--adapter", str(tmp_path / "out/adapter"), "--output",
-                 str(tmp_path / "merged")]) == 0
+    assert (
+        main(
+            [
+                "merge",
+                "--model",
+                str(work / "model"),
+                "--adapter",
+                str(tmp_path / "out/adapter"),
+                "--output",
+                str(tmp_path / "merged"),
+            ]
+        )
+        == 0
+    )
     assert torch.equal(load_model(str(tmp_path / "merged"))[0].model.norm.weight, found["model.norm.weight"])
-    assert main(["export", str(tmp_path / "out/adapter"), "--model", str(work / "model"), "--output",
-                 str(tmp_path / "lora")]) == 2
+    assert (
+        main(
+            [
+                "export",
+                str(tmp_path / "out/adapter"),
+                "--model",
+                str(work / "model"),
+                "--output",
+                str(tmp_path / "lora"),
+            ]
+        )
+        == 2
+    )
     assert "trained whole" in capsys.readouterr().err and not (tmp_path / "lora").exists()
     assert main(["info", str(tmp_path / "out")]) == 0
     assert "model.norm.weight trained whole" in capsys.readouterr().out

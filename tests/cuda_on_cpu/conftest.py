@@ -1,4 +1,5 @@
 """Compiles csrc/cuda for the CPU, once a session, and wraps it for tensors."""
+
 import ctypes
 import os
 import shutil
@@ -45,13 +46,30 @@ class Runner:
         index = units if isinstance(units, torch.Tensor) else None
         numbers = [0 if index is not None else units, weight.shape[dim], *dense.shape, *weight.stride()]
         delta_code = CODES[weight.dtype if delta is None else delta.dtype]
-        error = self.library.units(step.encode(), CODES[weight.dtype], delta_code, pointer(weight), pointer(delta),
-                                   pointer(dense), pointer(index), *map(ctypes.c_int64, numbers), int(dim == 0))
+        error = self.library.units(
+            step.encode(),
+            CODES[weight.dtype],
+            delta_code,
+            pointer(weight),
+            pointer(delta),
+            pointer(dense),
+            pointer(index),
+            *map(ctypes.c_int64, numbers),
+            int(dim == 0),
+        )
         assert error == 0, self.library.last_error().decode()
 
     def exchange(self, weight, index, values, dim):
-        self.check(self.library.exchange(ctypes.c_int64(weight.element_size()), pointer(weight), along(weight, dim),
-                                         pointer(values), along(values, dim), pointer(index)))
+        self.check(
+            self.library.exchange(
+                ctypes.c_int64(weight.element_size()),
+                pointer(weight),
+                along(weight, dim),
+                pointer(values),
+                along(values, dim),
+                pointer(index),
+            )
+        )
 
     def permute(self, weight, order, dim, lines_at_once=None):
         """In the scratch that the op would take, or in room for a few lines."""
@@ -60,8 +78,16 @@ class Runner:
         if lines_at_once is not None:
             bytes_ = lines_at_once * weight.shape[dim] * 16
         scratch = torch.empty(bytes_, dtype=torch.uint8)
-        self.check(self.library.permute(ctypes.c_int64(size), pointer(weight), along(weight, dim), pointer(order),
-                                        pointer(scratch), ctypes.c_int64(bytes_)))
+        self.check(
+            self.library.permute(
+                ctypes.c_int64(size),
+                pointer(weight),
+                along(weight, dim),
+                pointer(order),
+                pointer(scratch),
+                ctypes.c_int64(bytes_),
+            )
+        )
 
     def scatter_add(self, weight, index, delta, dim, alpha, replaced=()):
         def pointers(tensors):
@@ -71,31 +97,61 @@ class Runner:
             numbers = [number for values in tensors for number in along(values, dim)]
             return (ctypes.c_int64 * len(numbers))(*numbers)
 
-        self.check(self.library.scatter_add(
-            CODES[weight.dtype], CODES[delta[0].dtype], pointer(weight), along(weight, dim), ctypes.c_int64(len(delta)),
-            pointers(delta), alongs(delta), pointers(index), (ctypes.c_double * len(alpha))(*alpha),
-            pointers(replaced), alongs(replaced)))
+        self.check(
+            self.library.scatter_add(
+                CODES[weight.dtype],
+                CODES[delta[0].dtype],
+                pointer(weight),
+                along(weight, dim),
+                ctypes.c_int64(len(delta)),
+                pointers(delta),
+                alongs(delta),
+                pointers(index),
+                (ctypes.c_double * len(alpha))(*alpha),
+                pointers(replaced),
+                alongs(replaced),
+            )
+        )
 
     def act_mul(self, gate, up, activation, out=None):
         out = torch.empty_like(gate) if out is None else out
-        self.check(self.library.act_mul(ACTIVATIONS[activation], CODES[gate.dtype], ctypes.c_int64(gate.numel()),
-                                        *map(pointer, (gate, up, out))))
+        self.check(
+            self.library.act_mul(
+                ACTIVATIONS[activation], CODES[gate.dtype], ctypes.c_int64(gate.numel()), *map(pointer, (gate, up, out))
+            )
+        )
         return out
 
     def act_mul_backward(self, grad, gate, up, activation, outs=None):
         outs = outs or [torch.empty_like(gate), torch.empty_like(gate)]
-        self.check(self.library.act_mul_backward(
-            ACTIVATIONS[activation], CODES[gate.dtype], ctypes.c_int64(gate.numel()),
-            *map(pointer, (grad, gate, up, *outs))))
+        self.check(
+            self.library.act_mul_backward(
+                ACTIVATIONS[activation],
+                CODES[gate.dtype],
+                ctypes.c_int64(gate.numel()),
+                *map(pointer, (grad, gate, up, *outs)),
+            )
+        )
         return outs
 
     def add_adapters(self, x, y, values, index, offsets, adapter, dim):
         """x and y are [sequences, tokens, width]."""
         out = torch.full_like(y, float("nan"))
-        self.check(self.library.add_adapters(
-            CODES[values.dtype], pointer(x), pointer(y), pointer(out),
-            (ctypes.c_int64 * 4)(*x.shape, y.shape[-1]), pointer(values), pointer(index), pointer(offsets),
-            pointer(adapter), (ctypes.c_int64 * 3)(len(offsets) - 1, *values.shape), dim))
+        self.check(
+            self.library.add_adapters(
+                CODES[values.dtype],
+                pointer(x),
+                pointer(y),
+                pointer(out),
+                (ctypes.c_int64 * 4)(*x.shape, y.shape[-1]),
+                pointer(values),
+                pointer(index),
+                pointer(offsets),
+                pointer(adapter),
+                (ctypes.c_int64 * 3)(len(offsets) - 1, *values.shape),
+                dim,
+            )
+        )
         return out
 
     def check(self, error):
@@ -115,28 +171,46 @@ def compile_runner(folder, extra_flags=()):
         pytest.skip("no C++ compiler")
     library = folder / "cuda_on_cpu.so"
     sources = [*sorted((CSRC / "cuda").glob("*.cu")), HERE / "self_test.cu", HERE / "runner.cpp"]
-    command = [compiler, "-std=c++20", "-O1", "-g0", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC",
-               "-shared", "-DS2FT_CUDA_ON_CPU", f"-I{HERE}", f"-I{CSRC}", *extra_flags, "-x", "c++",
-               *map(str, sources), "-o", str(library)]
+    command = [
+        compiler,
+        "-std=c++20",
+        "-O1",
+        "-g0",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-pragmas",
+        "-fPIC",
+        "-shared",
+        "-DS2FT_CUDA_ON_CPU",
+        f"-I{HERE}",
+        f"-I{CSRC}",
+        *extra_flags,
+        "-x",
+        "c++",
+        *map(str, sources),
+        "-o",
+        str(library),
+    ]
     subprocess.run(command, check=True)
     return library
 
 
 @pytest.fixture(scope="session")
 def sanitized_library(tmp_path_factory):
-    flags = ("-O0", "-Wno-maybe-uninitialized", "-Wno-clobbered")   # the sanitizers' own code sets these off
+    flags = ("-O0", "-Wno-maybe-uninitialized", "-Wno-clobbered")  # the sanitizers' own code sets these off
     return compile_runner(tmp_path_factory.mktemp("sanitized"), (*sanitizers.FLAGS, *flags))
 
 
 @pytest.fixture(scope="session")
 def built_library(tmp_path_factory):
-    given = os.environ.get("S2FT_TEST_CUDA_ON_CPU")   # set by test_cuda_sanitized.py
+    given = os.environ.get("S2FT_TEST_CUDA_ON_CPU")  # set by test_cuda_sanitized.py
     if given:
         return given
     folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:   # its own folder is in the one that all workers share
+    if "PYTEST_XDIST_WORKER" in os.environ:  # its own folder is in the one that all workers share
         folder = folder.parent
-    with FileLock(folder / "cuda_on_cpu.lock"):   # the first worker builds, the others wait
+    with FileLock(folder / "cuda_on_cpu.lock"):  # the first worker builds, the others wait
         library = folder / "cuda_on_cpu.so"
         return library if library.exists() else compile_runner(folder)
 

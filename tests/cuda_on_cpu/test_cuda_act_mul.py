@@ -1,4 +1,5 @@
 """The kernels of act_mul against PyTorch."""
+
 import pytest
 import torch
 from support.tolerances import GEMM
@@ -6,7 +7,7 @@ from support.tolerances import GEMM
 from s2ft.ops.act_mul import ACTIVATIONS, reference, reference_backward
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-SIZES = (0, 1, 8, 37, 256 * 8 + 5, 3000)   # packs of 16 bytes, what is left over, and more than one block of both
+SIZES = (0, 1, 8, 37, 256 * 8 + 5, 3000)  # packs of 16 bytes, what is left over, and more than one block of both
 
 
 def check(ours, theirs):
@@ -35,8 +36,9 @@ def test_every_size(runner, activation, dtype):
             runner.configure(seed, max_blocks=max_blocks)
             gate, up, grad = random(size, dtype, 5), random(size, dtype), random(size, dtype)
             check(runner.act_mul(gate, up, activation), reference(gate, up, activation))
-            for ours, theirs in zip(runner.act_mul_backward(grad, gate, up, activation),
-                                    reference_backward(grad, gate, up, activation)):
+            for ours, theirs in zip(
+                runner.act_mul_backward(grad, gate, up, activation), reference_backward(grad, gate, up, activation)
+            ):
                 check(ours, theirs)
 
 
@@ -51,8 +53,9 @@ def test_misaligned_tensors(runner, activation, dtype):
         gate, up, grad = (random(600, dtype, scale, offset) for scale, offset in zip((5, 1, 1), offsets))
         outs = [shifted(torch.empty(600, dtype=dtype), offset) for offset in offsets[3:]]
         check(runner.act_mul(gate, up, activation, outs[0]), reference(gate, up, activation))
-        for ours, theirs in zip(runner.act_mul_backward(grad, gate, up, activation, outs),
-                                reference_backward(grad, gate, up, activation)):
+        for ours, theirs in zip(
+            runner.act_mul_backward(grad, gate, up, activation, outs), reference_backward(grad, gate, up, activation)
+        ):
             check(ours, theirs)
 
 
@@ -60,10 +63,11 @@ def test_misaligned_tensors(runner, activation, dtype):
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
 def test_every_16_bit_gate(runner, activation, dtype):
     """Infinity aside, for which PyTorch's own gelu has two answers."""
-    gate = torch.arange(-2**15, 2**15).to(torch.int16).view(dtype)
+    gate = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     gate = gate[~gate.isinf() & ~(gate.abs() > 1e19)]
     up = torch.full_like(gate, 0.5)
     check(runner.act_mul(gate, up, activation), reference(gate, up, activation))
-    for ours, theirs in zip(runner.act_mul_backward(up, gate, up, activation),
-                            reference_backward(up, gate, up, activation)):
+    for ours, theirs in zip(
+        runner.act_mul_backward(up, gate, up, activation), reference_backward(up, gate, up, activation)
+    ):
         check(ours, theirs)

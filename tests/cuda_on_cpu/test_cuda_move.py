@@ -1,4 +1,5 @@
 """The kernels of permute_, swap_ and scatter_add_ against PyTorch."""
+
 import itertools
 
 import pytest
@@ -25,7 +26,7 @@ def test_exchange_and_back(runner, shape, dim, dtype):
     original = torch.randint(0, 200, shape).to(dtype)
     for n, steps in itertools.product((0, 1, shape[dim]), ((1, 1), (2, 1), (1, 2))):
         index = torch.randperm(shape[dim])[:n]
-        mine = torch.randint(0, 200, (*shape[:dim], n, *shape[dim + 1:])).to(dtype)
+        mine = torch.randint(0, 200, (*shape[:dim], n, *shape[dim + 1 :])).to(dtype)
         weight, values = strided(original, steps[0]), strided(mine, steps[1])
         runner.configure(n, max_blocks=2)
         runner.exchange(weight, index, values, dim)
@@ -86,7 +87,7 @@ def test_scatter_add(runner, shape, dim, dtypes):
     original, n = torch.randn(shape).to(dtype), shape[dim]
     for sizes, step, seed in itertools.product(((n,), (n // 2, 0, n, n // 2 + 1)), (1, 2), (0, 1)):
         index = [torch.randperm(n)[:size] for size in sizes]
-        delta = [torch.randn(*shape[:dim], size, *shape[dim + 1:]).to(delta_dtype) for size in sizes]
+        delta = [torch.randn(*shape[:dim], size, *shape[dim + 1 :]).to(delta_dtype) for size in sizes]
         alpha = [(-0.7) ** j for j in range(len(sizes))]
         expected = original.to(wide)
         for i, d, a in zip(index, delta, alpha):
@@ -105,8 +106,8 @@ def test_scatter_add_of_any_number_of_parts(runner, shape, dim, count):
     """All sums are rounded once, and what is replaced is the base, as the reference has it bit for bit."""
     torch.manual_seed(count)
     original, n = torch.randn(shape).bfloat16(), shape[dim]
-    index = [torch.randperm(n)[:j % (n + 1)] for j in range(count)]
-    delta = [torch.randn(*shape[:dim], len(i), *shape[dim + 1:]) for i in index]
+    index = [torch.randperm(n)[: j % (n + 1)] for j in range(count)]
+    delta = [torch.randn(*shape[:dim], len(i), *shape[dim + 1 :]) for i in index]
     alpha = [1 - j / count for j in range(count)]
     kept = [torch.zeros_like(d, dtype=original.dtype) for d in delta]
     expected, expected_kept = original.clone(), [torch.zeros_like(old) for old in kept]

@@ -1,4 +1,5 @@
 """The kernels of multi_adapter_linear against its definition."""
+
 import pytest
 import torch
 from support.tolerances import GEMM
@@ -11,13 +12,15 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 def bank_of(dim, dtype, inputs, outputs, sizes):
     size = (outputs, inputs)[dim]
-    return pack_adapters([(torch.randperm(size)[:n], torch.randn((n, inputs) if dim == 0 else (outputs, n)).to(dtype))
-                          for n in sizes], dim)
+    return pack_adapters(
+        [(torch.randperm(size)[:n], torch.randn((n, inputs) if dim == 0 else (outputs, n)).to(dtype)) for n in sizes],
+        dim,
+    )
 
 
 @pytest.mark.parametrize("dim", (0, 1))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", (1, 3, 9))   # decode, less than a tile, several with one left over
+@pytest.mark.parametrize("tokens", (1, 3, 9))  # decode, less than a tile, several with one left over
 def test_adds_each_sequences_adapter(runner, dim, dtype, tokens):
     torch.manual_seed(0)
     rtol, atol = GEMM[dtype]
@@ -48,7 +51,7 @@ def test_what_is_out_of_range_adds_nothing(runner, dim):
     index[:] = torch.tensor([99, 4, -1, 2, 7])
     x, y = torch.randn(4, 1, 16), torch.randn(4, 1, 16)
     out = runner.add_adapters(x, y, values, index, offsets, torch.tensor([2, 0, -7, 1]), dim)
-    assert torch.equal(out[[0, 2]], y[[0, 2]])   # no such adapter
+    assert torch.equal(out[[0, 2]], y[[0, 2]])  # no such adapter
     one = pack_adapters([(index[1:2], values[1:2] if dim == 0 else values[1:2].t())], dim)
     torch.testing.assert_close(out[1:2], reference(x[1:2], y[1:2], *one, torch.tensor([0]), dim))
 

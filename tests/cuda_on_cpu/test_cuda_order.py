@@ -4,7 +4,7 @@
 def test_the_next_stream_waits_for_the_last_op(runner):
     device, first, second = 0, 16, 32
     assert runner.order("begin", device, first) == 0
-    assert runner.calls() == []   # nothing ran yet
+    assert runner.calls() == []  # nothing ran yet
     assert runner.order("end", device, first) == 0
     assert runner.calls() == ["create", "record on 16"]
     assert runner.order("begin", device, second) == 0

@@ -1,4 +1,5 @@
 """The same tests once more with the address and undefined-behaviour sanitizers in the kernels."""
+
 import subprocess
 import sys
 from pathlib import Path

@@ -1,4 +1,5 @@
 """The simulator shows the faults it is there to show."""
+
 import ctypes
 
 import pytest
@@ -9,8 +10,9 @@ FAULT_FREE, MISSING_BARRIER, DIVERGENT_BARRIER = 0, 1, 2
 
 def block_sum(runner, values, fault):
     out = torch.zeros(1)
-    error = runner.library.block_sum(ctypes.c_void_p(values.data_ptr()), ctypes.c_void_p(out.data_ptr()),
-                                     values.numel(), fault)
+    error = runner.library.block_sum(
+        ctypes.c_void_p(values.data_ptr()), ctypes.c_void_p(out.data_ptr()), values.numel(), fault
+    )
     return error, out.item()
 
 

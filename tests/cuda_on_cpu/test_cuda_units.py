@@ -1,4 +1,5 @@
 """The kernels of sliced_linear and indexed_linear: write, sum and restore, against PyTorch."""
+
 import pytest
 import torch
 
@@ -18,7 +19,7 @@ def place(values, layout):
     elif layout == "strided":
         memory = torch.full((2 * rows, 3 * columns), UNTOUCHED, dtype=values.dtype)
         view = memory[::2, ::3]
-    elif layout == "off by one":   # no element is aligned to 16 bytes where it would help
+    elif layout == "off by one":  # no element is aligned to 16 bytes where it would help
         memory = torch.full((rows, columns + 1), UNTOUCHED, dtype=values.dtype)
         view = memory[:, 1:]
     else:
@@ -42,7 +43,7 @@ def unit_choices(size):
     yield 0, size
     if size > 2:
         yield 1, size - 2
-        yield torch.randperm(size)[:size // 2], size // 2
+        yield torch.randperm(size)[: size // 2], size // 2
     if size >= 16:
         yield 8, 8
     yield torch.randperm(size), size
@@ -96,7 +97,7 @@ def test_every_pair_of_dtypes_rounds_as_pytorch(runner, weight_dtype, delta_dtyp
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
 def test_every_16_bit_pattern_comes_back(runner, dtype):
-    bits = torch.arange(-2**15, 2**15, dtype=torch.int32).to(torch.int16).reshape(256, 256)
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).reshape(256, 256)
     weight = bits.clone().view(dtype)
     delta, dense = torch.ones(256, 256), torch.empty(256, 256, dtype=dtype)
     runner.units("write", weight, delta, dense, 0, 0)
@@ -104,7 +105,7 @@ def test_every_16_bit_pattern_comes_back(runner, dtype):
     assert torch.equal(weight.isnan(), expected.isnan())
     assert torch.equal(weight.nan_to_num(1, 2, 3), expected.nan_to_num(1, 2, 3))
     runner.units("restore", weight, None, dense, 0, 0)
-    assert torch.equal(weight.view(torch.int16), bits)   # NaN payloads too
+    assert torch.equal(weight.view(torch.int16), bits)  # NaN payloads too
 
 
 @pytest.mark.parametrize("dim", (0, 1))
@@ -116,9 +117,9 @@ def test_misaligned_buffers(runner, dim, offset):
         shape = delta_shape(values, 16, dim)
         count = shape[0] * shape[1]
         delta_memory = random((count + offset,), torch.float32)
-        delta = delta_memory[offset if which == "delta" else 0:][:count].view(shape)
+        delta = delta_memory[offset if which == "delta" else 0 :][:count].view(shape)
         dense_memory = torch.empty(count + offset, dtype=torch.bfloat16)
-        dense = dense_memory[offset if which == "dense" else 0:][:count].view(shape)
+        dense = dense_memory[offset if which == "dense" else 0 :][:count].view(shape)
         weight = values.clone()
         runner.units("write", weight, delta, dense, 0, dim)
         base = values.narrow(dim, 0, 16)
@@ -162,6 +163,6 @@ def test_a_unit_named_twice_is_restored(runner, dim):
         runner.configure(seed)
         weight, dense = values.clone(), torch.empty_like(delta)
         runner.units("write", weight, delta, dense, index, dim)
-        assert (weight.select(dim, 7).unsqueeze(dim) == sums).any(dim).all()   # one of them, not two
+        assert (weight.select(dim, 7).unsqueeze(dim) == sums).any(dim).all()  # one of them, not two
         runner.units("restore", weight, None, dense, index, dim)
         assert torch.equal(weight, values)

@@ -1,4 +1,5 @@
 """The same training on one process and on two, and what came of it."""
+
 import json
 
 import torch
@@ -51,6 +52,7 @@ def blocks_of(model):
 def sharded(model, blocks=True, offload=False, **options):
     """FSDP2 around every block and the model, or the model alone."""
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
     if offload:
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
     for block in blocks_of(model) if blocks else ():

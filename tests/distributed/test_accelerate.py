@@ -1,4 +1,5 @@
 """accelerate's own loop on two ranks: prepare, backward, clip_grad_norm_, accumulate, save_state, load_state."""
+
 import os
 
 import pytest
@@ -19,16 +20,21 @@ def accelerator_for(way, model, **options):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import FullyShardedDataParallelPlugin
+
     AcceleratorState._reset_state(True)
     PartialState._reset_state()
     for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_"))]:
         del os.environ[name]
     if way != "ddp":
         options["fsdp_plugin"] = FullyShardedDataParallelPlugin(
-            fsdp_version=2, auto_wrap_policy="no_wrap" if "root" in way else "transformer_based_wrap",
-            transformer_cls_names_to_wrap=[type(blocks_of(model)[0]).__name__], reshard_after_forward="kept" not in way,
-            activation_checkpointing="checkpointed" in way, cpu_ram_efficient_loading=False,
-            state_dict_type="FULL_STATE_DICT" if "whole" in way else "SHARDED_STATE_DICT")
+            fsdp_version=2,
+            auto_wrap_policy="no_wrap" if "root" in way else "transformer_based_wrap",
+            transformer_cls_names_to_wrap=[type(blocks_of(model)[0]).__name__],
+            reshard_after_forward="kept" not in way,
+            activation_checkpointing="checkpointed" in way,
+            cpu_ram_efficient_loading=False,
+            state_dict_type="FULL_STATE_DICT" if "whole" in way else "SHARDED_STATE_DICT",
+        )
     return Accelerator(cpu=True, **options)
 
 
@@ -41,7 +47,7 @@ class Loop:
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.1, total_iters=steps)
         self.model, self.optimizer, self.schedule = self.accelerator.prepare(model, optimizer, schedule)
         assert isinstance(self.model, DistributedDataParallel if way == "ddp" else FSDPModule)
-        self.schedule.split_batches = True   # one step of the schedule for one of ours
+        self.schedule.split_batches = True  # one step of the schedule for one of ours
         self.batches = batches(model, steps)
 
     @property
@@ -82,7 +88,7 @@ def test_trains_and_resumes_exactly(ranks, way, layout, tmp_path):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.1, total_iters=8)
     model.train()
-    for batch in batches(model, 8):   # one process, twice the accumulation
+    for batch in batches(model, 8):  # one process, twice the accumulation
         for half in (batch[rows_of(0)], batch[rows_of(1)]):
             (model(input_ids=half, labels=half).loss / 2).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)

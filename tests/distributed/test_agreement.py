@@ -1,4 +1,5 @@
 """Ranks that would train different units are told so; ranks that act alone are not stuck."""
+
 from datetime import timedelta
 
 import pytest
@@ -28,19 +29,21 @@ def attach_alike(rank, seeds, scales, names):
     config = s2ft.S2FTConfig(d_ratio=0.2, seed=seeds[rank])
     message = told(lambda: s2ft.attach(model, config, names[rank]))
     same = before.keys() == model.state_dict().keys() and all(
-        torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        torch.equal(value, before[key]) for key, value in model.state_dict().items()
+    )
     dist.barrier()
     return message, same and all(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("seeds, scales, word", [((0, 1), (1, 1), "its selection is "),
-                                                 ((0, 0), (1, 2), "the base is ")])
+@pytest.mark.parametrize(
+    "seeds, scales, word", [((0, 1), (1, 1), "its selection is "), ((0, 0), (1, 2), "the base is ")]
+)
 def test_ranks_that_differ_are_told_and_changed_in_nothing(ranks, seeds, scales, word):
     answers = ranks(attach_alike, seeds, scales, ("one", "one"))
     messages = [message for message, _ in answers if message]
     assert len(messages) == 1 and word in messages[0] and "on rank 0" in messages[0] and "on rank 1" in messages[0]
     assert all(same for message, same in answers if message)
-    assert ranks(attach_alike, (3, 3), (1, 1), ("one", "one")) == [("", False)] * 2   # the next time they agree
+    assert ranks(attach_alike, (3, 3), (1, 1), ("one", "one")) == [("", False)] * 2  # the next time they agree
 
 
 def test_adapters_of_other_names_may_differ(ranks):
@@ -72,6 +75,7 @@ def test_agreement_is_an_error_on_every_rank(ranks):
 
 def compare_models(rank):
     from s2ft.train.finetune import check_ranks_agree
+
     model = model_of("llama")
     s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2, seed=rank), f"of {rank}")
     return told(lambda: check_ranks_agree(model))
@@ -83,6 +87,7 @@ def test_what_the_command_line_compares(ranks):
 
 
 # ---- saving ----------------------------------------------------------------------------------------------
+
 
 def save_on_first_alone(rank, directory):
     model = sharded(attached("llama"))

@@ -1,4 +1,5 @@
 """DDP on two ranks trains and saves what one process with twice the accumulation does."""
+
 import pytest
 import torch
 from runs import attached, check_same_files, train
@@ -22,9 +23,15 @@ def train_and_save(rank, case, layout, way, directory, checkpointing):
 
 
 @pytest.mark.parametrize("layout", ("permuted", "indexed"))
-@pytest.mark.parametrize("case, way, checkpointing", [
-    *((case, "plain", None) for case in ("llama-grouped", "qwen2-grouped-tied", "gpt2", "mixtral", "phi3")),
-    ("llama", "plain", False), ("llama", "static", True), ("llama", "views", None)])
+@pytest.mark.parametrize(
+    "case, way, checkpointing",
+    [
+        *((case, "plain", None) for case in ("llama-grouped", "qwen2-grouped-tied", "gpt2", "mixtral", "phi3")),
+        ("llama", "plain", False),
+        ("llama", "static", True),
+        ("llama", "views", None),
+    ],
+)
 def test_two_ranks_train_and_save_what_one_does(ranks, case, way, checkpointing, layout, tmp_path):
     assert all(ranks(train_and_save, case, layout, way, tmp_path / "two", checkpointing))
     model = attached(case, layout)

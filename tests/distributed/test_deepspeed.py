@@ -1,4 +1,5 @@
 """DeepSpeed's ZeRO on two ranks: trains what one process trains, saves what it saves; Trainer resumes exactly."""
+
 import os
 
 import pytest
@@ -14,10 +15,15 @@ pytest.importorskip("deepspeed")
 
 def engine_for(model, stage, half=False, **zero):
     import deepspeed
+
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
-    config = {"train_micro_batch_size_per_gpu": 2, "zero_allow_untested_optimizer": True, "gradient_clipping": 0.5,
-              "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **zero},
-              "bf16": {"enabled": half}}
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.5,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **zero},
+        "bf16": {"enabled": half},
+    }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
@@ -40,14 +46,23 @@ def train_and_save(rank, case, layout, stage, directory, half=False):
 
 
 @pytest.mark.parametrize("layout", ("permuted", "indexed"))
-@pytest.mark.parametrize("case, stage", [("llama-grouped", 1), ("llama-grouped", 2), ("llama-grouped", 3),
-                                         ("gpt2", 3), ("mixtral", 3), ("qwen2-grouped-tied", 3)])
+@pytest.mark.parametrize(
+    "case, stage",
+    [
+        ("llama-grouped", 1),
+        ("llama-grouped", 2),
+        ("llama-grouped", 3),
+        ("gpt2", 3),
+        ("mixtral", 3),
+        ("qwen2-grouped-tied", 3),
+    ],
+)
 def test_two_ranks_train_and_save_what_one_does(ranks, case, stage, layout, tmp_path):
     ranks(train_and_save, case, layout, stage, tmp_path / "two")
     model = attached(case, layout)
     train(model)
     s2ft.save_adapter(model, tmp_path / "one")
-    check_same_files(tmp_path / "two", tmp_path / "one", rtol=1e-4, atol=1e-4)   # clipping is summed otherwise
+    check_same_files(tmp_path / "two", tmp_path / "one", rtol=1e-4, atol=1e-4)  # clipping is summed otherwise
 
 
 @pytest.mark.parametrize("stage", (1, 2, 3))
@@ -55,6 +70,7 @@ def test_in_bfloat16_the_exact_values_are_the_optimizers(ranks, stage, tmp_path)
     """DeepSpeed casts the model, s2 too; what is saved is float32, not rounded."""
     ranks(train_and_save, "llama", "permuted", stage, tmp_path, True)
     from safetensors.torch import load_file
+
     for key, value in load_file(tmp_path / "s2ft_adapter.safetensors").items():
         if key.endswith(".delta"):
             assert value.dtype == torch.float32 and not torch.equal(value, value.bfloat16().float()), key
@@ -103,6 +119,7 @@ def test_a_weight_unfrozen_by_hand_is_refused_before_it_is_trained(ranks, stage)
 
 
 # ---- adapters on a model that DeepSpeed has ------------------------------------------------------------------
+
 
 def restore_and_go_on(rank, stage, saved, directory):
     """What is restored is in the optimizer too, which else would write it over."""
@@ -173,9 +190,11 @@ def attach_partitioned(rank):
     import deepspeed
     from support.models import CASES
     from transformers import AutoModelForCausalLM
+
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
-    with deepspeed.zero.Init(config_dict_or_path={"train_micro_batch_size_per_gpu": 1,
-                                                  "zero_optimization": {"stage": 3}}):
+    with deepspeed.zero.Init(
+        config_dict_or_path={"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+    ):
         model = AutoModelForCausalLM.from_config(CASES["llama"]())
     with pytest.raises(ValueError) as error:
         s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2))
@@ -189,17 +208,22 @@ def test_attaching_to_a_partitioned_model_is_refused(ranks):
 
 # ---- Trainer ---------------------------------------------------------------------------------------------------
 
+
 def whole_and_resumed(rank, stage, folder):
     from test_trainer import trainer
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     def fresh(**changes):
-        unset_hf_deepspeed_config()   # a model made while there is one for ZeRO-3 is partitioned from the start
+        unset_hf_deepspeed_config()  # a model made while there is one for ZeRO-3 is partitioned from the start
         return attached("llama-grouped", **changes)
 
-    config = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
-              "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
-              "gradient_clipping": "auto", "zero_allow_untested_optimizer": True}
+    config = {
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+    }
     whole = trainer("deepspeed", fresh(), folder / "whole", deepspeed=config)
     whole.train()
     assert type(whole.model_wrapped).__name__ == "DeepSpeedEngine"
@@ -215,11 +239,16 @@ def whole_and_resumed(rank, stage, folder):
 @pytest.mark.parametrize("stage", (1, 2, 3))
 def test_trainer_checkpoints_the_adapter_alone_and_resumes(ranks, stage, tmp_path):
     from test_trainer import alone
+
     ranks(whole_and_resumed, stage, tmp_path)
     check_same_files(tmp_path / "resumed", tmp_path / "final", exactly=True)
     alone("permuted", tmp_path / "alone")
     check_same_files(tmp_path / "final", tmp_path / "alone" / "final", rtol=1e-4, atol=1e-4)
     states = list((tmp_path / "whole" / "checkpoint-4").rglob("*model_states.pt"))
-    kept = [key for path in states for key, value in torch.load(path, weights_only=False)["module"].items()
-            if value.is_floating_point()]
+    kept = [
+        key
+        for path in states
+        for key, value in torch.load(path, weights_only=False)["module"].items()
+        if value.is_floating_point()
+    ]
     assert kept and all(key.endswith(".s2") for key in kept)

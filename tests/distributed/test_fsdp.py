@@ -1,4 +1,5 @@
 """FSDP2 on two ranks: trains and saves what one process does, switches adapters; what can't be is refused."""
+
 import gc
 import warnings
 import weakref
@@ -10,8 +11,12 @@ from support.models import model_of
 
 import s2ft
 
-WAYS = {"blocks": {}, "root": {"blocks": False}, "kept": {"reshard_after_forward": False},
-        "offloaded": {"offload": True}}
+WAYS = {
+    "blocks": {},
+    "root": {"blocks": False},
+    "kept": {"reshard_after_forward": False},
+    "offloaded": {"offload": True},
+}
 CASES = ("llama-grouped", "qwen2-grouped-tied", "gpt2", "mixtral", "phi3")
 
 
@@ -28,6 +33,7 @@ def alone(tmp_path_factory):
             train(model)
             s2ft.save_adapter(model, made[key])
         return made[key]
+
     return get
 
 
@@ -45,8 +51,9 @@ def train_and_save(rank, case, layout, way, directory, checkpointing=None, chang
 
 
 @pytest.mark.parametrize("layout", ("permuted", "indexed"))
-@pytest.mark.parametrize("case, way", [(case, "blocks") for case in CASES] + [("llama-grouped", way) for way in WAYS
-                                                                              if way != "blocks"])
+@pytest.mark.parametrize(
+    "case, way", [(case, "blocks") for case in CASES] + [("llama-grouped", way) for way in WAYS if way != "blocks"]
+)
 def test_two_ranks_train_and_save_what_one_does(ranks, alone, case, way, layout, tmp_path):
     assert all(ranks(train_and_save, case, layout, way, tmp_path))
     check_same_files(tmp_path, alone(case, layout))
@@ -60,8 +67,10 @@ def test_with_gradient_checkpointing(ranks, alone, reentrant, tmp_path):
 
 def test_fewer_rows_than_ranks(ranks, alone, tmp_path):
     """The second rank's part of an s2 of one row is empty."""
-    changes = dict(units={"model.layers.1.mlp.up_proj": [7], "model.layers.1.mlp.down_proj": [3]},
-                   **{f"{key}_ratio": 0.0 for key in "qkvougd"})
+    changes = dict(
+        units={"model.layers.1.mlp.up_proj": [7], "model.layers.1.mlp.down_proj": [3]},
+        **{f"{key}_ratio": 0.0 for key in "qkvougd"},
+    )
     assert all(ranks(train_and_save, "llama", "permuted", "blocks", tmp_path, None, changes))
     check_same_files(tmp_path, alone("llama", "permuted", **changes))
 
@@ -75,6 +84,7 @@ def test_the_adapter_loads_into_one_process(ranks, tmp_path):
 
 
 # ---- adapters on a sharded model ---------------------------------------------------------------------------
+
 
 def restore_and_save(rank, case, saved, directory):
     """After a forward, whose weights the root keeps gathered: what is written there is lost with the next step."""
@@ -101,8 +111,15 @@ def test_restoring_into_a_sharded_model(ranks, alone, case, tmp_path):
 def switch(model, adapters):
     """Outputs under all kinds of settings, and the status."""
     seen = []
-    for setting in (None, "a", {"a": 0.5, "b": 2.0}, "default", {"default": 0.5, "b": 1.0}, {"default": 1.0, "b": 1.0},
-                    None):
+    for setting in (
+        None,
+        "a",
+        {"a": 0.5, "b": 2.0},
+        "default",
+        {"default": 0.5, "b": 1.0},
+        {"default": 1.0, "b": 1.0},
+        None,
+    ):
         s2ft.set_adapter(model, setting)
         seen.append(logits(model))
     s2ft.set_adapter(model, {"a": 1.0, "default": 1.0})
@@ -115,7 +132,7 @@ def loaded(case, saved, before=True):
     for name in ("a", "b"):
         s2ft.load_adapter(model, saved[name], name, active=False)
     if before:
-        s2ft.set_adapter(model, "a")   # written into the whole weight, taken off in parts
+        s2ft.set_adapter(model, "a")  # written into the whole weight, taken off in parts
     s2ft.attach(model, s2ft.S2FTConfig(units=s2ft.read_adapter(saved["b"]).selection, layout="permuted"))
     s2ft.adapter.restore_adapter(model, saved["b"])
     if before:
@@ -169,20 +186,27 @@ def test_loading_into_a_sharded_model(ranks, alone, tmp_path):
 
 # ---- what is refused -----------------------------------------------------------------------------------------
 
+
 def refused(rank, saved):
     """Messages, and whether the model trains on as if nothing had been asked."""
     model = sharded(attached("llama"))
     s2ft.load_adapter(model, saved, "other", active=False)
-    tries = {"detach": lambda: s2ft.detach(model), "merge": lambda: s2ft.merge(model), "fuse": lambda: s2ft.fuse(model),
-             "delete": lambda: s2ft.delete_adapter(model, "default")}
+    tries = {
+        "detach": lambda: s2ft.detach(model),
+        "merge": lambda: s2ft.merge(model),
+        "fuse": lambda: s2ft.fuse(model),
+        "delete": lambda: s2ft.delete_adapter(model, "default"),
+    }
     told = {}
     for name, act in tries.items():
         with pytest.raises(ValueError) as error:
             act()
         told[name] = str(error.value)
     plain = sharded(model_of("llama"))
-    for name, act in {"attach": lambda: s2ft.attach(plain, s2ft.S2FTConfig(d_ratio=0.1)),
-                      "load": lambda: s2ft.load_adapter(plain, saved)}.items():
+    for name, act in {
+        "attach": lambda: s2ft.attach(plain, s2ft.S2FTConfig(d_ratio=0.1)),
+        "load": lambda: s2ft.load_adapter(plain, saved),
+    }.items():
         with pytest.raises(ValueError) as error:
             act()
         told[name] = str(error.value)
@@ -219,6 +243,7 @@ def test_what_would_change_layers_is_refused_and_changes_nothing(ranks, alone, t
 
 # ---- memory and precision ---------------------------------------------------------------------------------
 
+
 def whole_weights_alive(rank, case):
     model = attached(case)
     layers = {path: mount.layer for path, mount in model._s2ft.mounts.items()}
@@ -238,9 +263,13 @@ def train_cast(rank, way, directory):
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     from s2ft.layers.base import _say_cast
+
     _say_cast.cache_clear()
-    policy = {"uncast": MixedPrecisionPolicy(), "cast": MixedPrecisionPolicy(torch.bfloat16),
-              "cast, summed in float32": MixedPrecisionPolicy(torch.bfloat16, torch.float32)}[way]
+    policy = {
+        "uncast": MixedPrecisionPolicy(),
+        "cast": MixedPrecisionPolicy(torch.bfloat16),
+        "cast, summed in float32": MixedPrecisionPolicy(torch.bfloat16, torch.float32),
+    }[way]
     model = sharded(with_deltas(), mp_policy=policy)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -265,13 +294,13 @@ def test_updates_below_bfloat16_are_not_lost(ranks, way, tmp_path):
     s2ft.save_adapter(model, tmp_path / "before")
     train(model, lr=1e-5)
     s2ft.save_adapter(model, tmp_path / "one")
-    for said in warned:   # once a process, where the weight of the forward is not the one that merging writes
+    for said in warned:  # once a process, where the weight of the forward is not the one that merging writes
         assert len(said) == (way != "uncast")
         assert all("made as float32 and comes to the forward as bfloat16" in one for one in said)
     (before, _), (one, _), (two, _) = (files(tmp_path / name) for name in ("before", "one", "two"))
     for key in (key for key in before if key.endswith(".delta")):
         expected, moved = one[key] - before[key], two[key] - before[key]
-        assert two[key].dtype == torch.float32 and 5e-6 < expected.abs().mean() < 4.5e-5   # a step of bfloat16: 4.9e-4
+        assert two[key].dtype == torch.float32 and 5e-6 < expected.abs().mean() < 4.5e-5  # a step of bfloat16: 4.9e-4
         # gradients pass layers in bfloat16, and two ranks round them otherwise; Adam makes much of the smallest
         assert torch.cosine_similarity(moved.flatten(), expected.flatten(), 0) > 0.97, key
 

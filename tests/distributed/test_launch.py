@@ -1,4 +1,5 @@
 """The command line under torchrun and under each of examples/accelerate: two processes save what one saves."""
+
 import importlib.util
 import os
 import re
@@ -15,7 +16,7 @@ from s2ft.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples" / "accelerate").glob("*.yaml"))
-ON_CPU = str(ROOT / "tests" / "support" / "fsdp_on_cpu.py")   # where accelerate would go on with DDP
+ON_CPU = str(ROOT / "tests" / "support" / "fsdp_on_cpu.py")  # where accelerate would go on with DDP
 LEAVES = {"ddp": "optimizer.pt", "fsdp2": "optimizer.bin", "zero2": "zero_to_fp32.py", "zero3": "zero_to_fp32.py"}
 
 
@@ -24,10 +25,27 @@ def job(tmp_path_factory):
     """Arguments of a run, without the output; and where one process has done it. The data is of whole batches: of a
     last one that is not, ranks are given rows again."""
     folder = tmp_path_factory.mktemp("job")
-    arguments = ["finetune", "--model", str(save_tiny(folder / "model")), "--data",
-                 str(write_jsonl(folder / "data.jsonl", sums(16))), "--batch-size", "4", "--micro-batch-size", "2",
-                 "--max-steps", "4", "--save-steps", "2", "--learning-rate", "0.01", "--d-ratio", "0.1", "--o-ratio",
-                 "0.5"]
+    arguments = [
+        "finetune",
+        "--model",
+        str(save_tiny(folder / "model")),
+        "--data",
+        str(write_jsonl(folder / "data.jsonl", sums(16))),
+        "--batch-size",
+        "4",
+        "--micro-batch-size",
+        "2",
+        "--max-steps",
+        "4",
+        "--save-steps",
+        "2",
+        "--learning-rate",
+        "0.01",
+        "--d-ratio",
+        "0.1",
+        "--o-ratio",
+        "0.5",
+    ]
     assert main([*arguments, "--output", str(folder / "alone")]) == 0
     return arguments, folder / "alone" / "adapter"
 
@@ -40,34 +58,71 @@ def launch(*command):
 
 def run(*command):
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))}
-    environment = {**inherited, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
-                   # DeepSpeed wants ninja
-                   "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-                   "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.run([sys.executable, "-m", *command], env=environment, capture_output=True, text=True, timeout=300)
+    environment = {
+        **inherited,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        # DeepSpeed wants ninja
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+    }
+    return subprocess.run(
+        [sys.executable, "-m", *command], env=environment, capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.mark.slow
 def test_torchrun(job, tmp_path):
     arguments, alone = job
-    said = launch("torch.distributed.run", "--nproc-per-node", str(RANKS), "--master-port", str(free_port()), "-m",
-                  "s2ft.cli", *arguments, "--output", str(tmp_path))
-    assert said.count("adapter:") == 1   # the first rank speaks
+    said = launch(
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(RANKS),
+        "--master-port",
+        str(free_port()),
+        "-m",
+        "s2ft.cli",
+        *arguments,
+        "--output",
+        str(tmp_path),
+    )
+    assert said.count("adapter:") == 1  # the first rank speaks
     check_same_files(tmp_path / "adapter", alone)
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=[pytest.mark.deepspeed, pytest.mark.slow] if name.startswith("zero") else
-                 [] if name == "fsdp2" else [pytest.mark.slow]) for name in EXAMPLES])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=[pytest.mark.deepspeed, pytest.mark.slow]
+            if name.startswith("zero")
+            else []
+            if name == "fsdp2"
+            else [pytest.mark.slow],
+        )
+        for name in EXAMPLES
+    ],
+)
 def test_example(job, name, tmp_path):
     if name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("no DeepSpeed")
     arguments, alone = job
-    launch("accelerate.commands.launch", "--config_file", str(ROOT / "examples" / "accelerate" / f"{name}.yaml"),
-           "--num_processes", str(RANKS), "--main_process_port", str(free_port()),
-           *([ON_CPU] if name == "fsdp2" else ["-m", "s2ft"]), *arguments, "--output", str(tmp_path))
+    launch(
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "examples" / "accelerate" / f"{name}.yaml"),
+        "--num_processes",
+        str(RANKS),
+        "--main_process_port",
+        str(free_port()),
+        *([ON_CPU] if name == "fsdp2" else ["-m", "s2ft"]),
+        *arguments,
+        "--output",
+        str(tmp_path),
+    )
     check_same_files(tmp_path / "adapter", alone, rtol=1e-4, atol=1e-4)
-    assert LEAVES[name] in {path.name for path in (tmp_path / "checkpoint-4").iterdir()}   # it was this way, no other
+    assert LEAVES[name] in {path.name for path in (tmp_path / "checkpoint-4").iterdir()}  # it was this way, no other
 
 
 def test_every_example_is_tested():
@@ -81,12 +136,30 @@ def test_examples_fix_no_number_of_devices_and_say_how_to_give_it(name):
     assert not re.search("^num_processes", text, re.MULTILINE)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--batch-size", "3", "--micro-batch-size", "2"], "batch_size 3 must be a multiple of micro_batch_size 2 times 2"),
-    pytest.param(["--data", "nowhere.jsonl"], "data file nowhere.jsonl doesn't exist", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (
+            ["--batch-size", "3", "--micro-batch-size", "2"],
+            "batch_size 3 must be a multiple of micro_batch_size 2 times 2",
+        ),
+        pytest.param(["--data", "nowhere.jsonl"], "data file nowhere.jsonl doesn't exist", marks=pytest.mark.slow),
+    ],
+)
 def test_a_mistake_is_said_by_one_rank(job, tmp_path, arguments, message):
-    done = run("torch.distributed.run", "--nproc-per-node", str(RANKS), "--master-port", str(free_port()), "-m", "s2ft",
-               *job[0], *arguments, "--output", str(tmp_path / "out"))
+    done = run(
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(RANKS),
+        "--master-port",
+        str(free_port()),
+        "-m",
+        "s2ft",
+        *job[0],
+        *arguments,
+        "--output",
+        str(tmp_path / "out"),
+    )
     said = [line for line in done.stderr.splitlines() if "s2ft finetune: error:" in line]
     assert done.returncode != 0 and len(said) == 1 and message in said[0], done.stderr[-3000:]
     assert not (tmp_path / "out").exists()

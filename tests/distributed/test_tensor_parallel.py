@@ -1,4 +1,5 @@
 """Weights that are split before attach: by tensor parallelism, by FSDP2 at load. Refused, with a way out."""
+
 import pytest
 from support.models import model_of
 from transformers import AutoModelForCausalLM
@@ -8,13 +9,16 @@ import s2ft
 
 def load_split(rank, folder, way):
     from transformers.distributed import DistributedConfig
+
     config = DistributedConfig(fsdp_size=2) if way == "fsdp" else DistributedConfig(tp_size=2)
     model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
     kinds = {type(parameter.data).__name__ for parameter in model.parameters()}
     before = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
     told = []
-    for act in (lambda: s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1)),
-                lambda: s2ft.load_adapter(model, folder / "adapter")):
+    for act in (
+        lambda: s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1)),
+        lambda: s2ft.load_adapter(model, folder / "adapter"),
+    ):
         with pytest.raises(ValueError) as error:
             act()
         told.append(str(error.value))
@@ -34,6 +38,7 @@ def test_weights_that_are_split_are_refused(ranks, way, words, tmp_path):
 def parallelize(rank):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
     model = model_of("llama")
     s2ft.attach(model, s2ft.S2FTConfig(u_ratio=0.1, d_ratio=0.1))
     plan = {"model.layers.0.mlp.up_proj": ColwiseParallel(), "model.layers.0.mlp.down_proj": RowwiseParallel()}

@@ -1,5 +1,6 @@
 """transformers' Trainer on two ranks, DDP and FSDP2: trains what one process trains, checkpoints the adapter alone,
 resumes exactly."""
+
 import os
 from unittest import mock
 
@@ -15,18 +16,20 @@ import s2ft
 from s2ft.train.trainer import S2FTTrainer
 
 WAYS = ("ddp", "fsdp", "fsdp checkpointed", "fsdp sharded")
-ROWS = [{"input_ids": ids, "labels": ids} for ids in
-        torch.randint(67, (24, 7), generator=torch.Generator().manual_seed(0))]
+ROWS = [
+    {"input_ids": ids, "labels": ids} for ids in torch.randint(67, (24, 7), generator=torch.Generator().manual_seed(0))
+]
 
 
 def reset(way):
     """accelerate's states are singletons, and leave variables in the environment."""
     from accelerate.state import AcceleratorState, PartialState
+
     AcceleratorState._reset_state(True)
     PartialState._reset_state()
     for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_"))]:
         del os.environ[name]
-    if way == "deepspeed":   # accelerate has it only where no one asked for CPUs, and they are all there is
+    if way == "deepspeed":  # accelerate has it only where no one asked for CPUs, and they are all there is
         PartialState(cpu=True)
     else:
         os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -35,14 +38,30 @@ def reset(way):
 def trainer(way, model, folder, kind=S2FTTrainer, **changes):
     reset(way)
     allow()
-    options = dict(output_dir=str(folder), per_device_train_batch_size=2, max_steps=4, save_steps=2, learning_rate=1e-2,
-                   report_to="none", use_cpu=True, disable_tqdm=True, max_grad_norm=0.5, logging_steps=1,
-                   dataloader_pin_memory=False)
+    options = dict(
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        max_steps=4,
+        save_steps=2,
+        learning_rate=1e-2,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        max_grad_norm=0.5,
+        logging_steps=1,
+        dataloader_pin_memory=False,
+    )
     if way.startswith("fsdp"):
-        options.update(fsdp=True, fsdp_config={
-            "version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "activation_checkpointing": "checkp" in way,
-            "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
-            "state_dict_type": "SHARDED_STATE_DICT" if "sharded" in way else "FULL_STATE_DICT"})
+        options.update(
+            fsdp=True,
+            fsdp_config={
+                "version": 2,
+                "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+                "activation_checkpointing": "checkp" in way,
+                "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+                "state_dict_type": "SHARDED_STATE_DICT" if "sharded" in way else "FULL_STATE_DICT",
+            },
+        )
     arguments = TrainingArguments(**{**options, **changes})
     return kind(model=model, args=arguments, train_dataset=ROWS, eval_dataset=ROWS[:8])
 
@@ -85,8 +104,17 @@ def test_trains_checkpoints_and_resumes(ranks, way, layout, tmp_path):
 
 def best(rank, way, folder):
     """At the end the best checkpoint is loaded: here the first, for the rate is far too high."""
-    made = trainer(way, attached("llama"), folder, eval_strategy="steps", eval_steps=2, learning_rate=3.0,
-                   load_best_model_at_end=True, save_strategy="steps", seed=3)
+    made = trainer(
+        way,
+        attached("llama"),
+        folder,
+        eval_strategy="steps",
+        eval_steps=2,
+        learning_rate=3.0,
+        load_best_model_at_end=True,
+        save_strategy="steps",
+        seed=3,
+    )
     made.train()
     made.save_model(str(folder / "final"))
     return os.path.basename(made.state.best_model_checkpoint)
@@ -97,8 +125,11 @@ def test_the_best_checkpoint_is_loaded_at_the_end(ranks, way, tmp_path):
     name = ranks(best, way, tmp_path)[0]
     check_same_files(tmp_path / "final", tmp_path / name, exactly=True)
     others = [path for path in tmp_path.glob("checkpoint-*") if path.name != name]
-    assert any(not torch.equal(value, files(path)[0][key]) for path in others
-               for key, value in files(tmp_path / "final")[0].items())
+    assert any(
+        not torch.equal(value, files(path)[0][key])
+        for path in others
+        for key, value in files(tmp_path / "final")[0].items()
+    )
 
 
 def resume_elsewhere(rank, folder):
@@ -115,6 +146,7 @@ def test_resuming_with_another_selection_is_refused_on_every_rank(ranks, tmp_pat
 
 
 # ---- Trainer of transformers' own --------------------------------------------------------------------------
+
 
 def plain(rank, way, folder):
     for name, resumed in (("whole", None), ("again", str(folder / "whole" / "checkpoint-2"))):

@@ -1,4 +1,5 @@
 """act_mul: PyTorch's two operators in one."""
+
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from s2ft.ops import act_mul
 from s2ft.ops.act_mul import ACTIVATIONS, reference, reference_backward
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-SHAPES = ((), (0,), (1,), (17,), (3, 5, 7), (129, 257))   # the last is more than one thread's share
+SHAPES = ((), (0,), (1,), (17,), (3, 5, 7), (129, 257))  # the last is more than one thread's share
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.cuda))
 
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -21,7 +22,7 @@ def inputs(shape, dtype, device="cpu"):
 
 
 def all_bfloat16():
-    return torch.arange(-2**15, 2**15).to(torch.int16).view(torch.bfloat16)
+    return torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
 
 
 @every_activation
@@ -45,8 +46,10 @@ def test_bfloat16_is_pytorchs_bit_for_bit(activation):
     gates, (gate, up, grad) = all_bfloat16(), inputs((1000, 100), torch.bfloat16)
     one = torch.ones_like(gates)
     for g, u, d in ((gates, one, one), (gate, up, grad)):
-        for ours, theirs in zip((act_mul(g, u, activation), *act_mul_backward(d, g, u, activation)),
-                                (reference(g, u, activation), *reference_backward(d, g, u, activation))):
+        for ours, theirs in zip(
+            (act_mul(g, u, activation), *act_mul_backward(d, g, u, activation)),
+            (reference(g, u, activation), *reference_backward(d, g, u, activation)),
+        ):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
@@ -55,13 +58,16 @@ def test_bfloat16_gelu_is_pytorchs_but_for_its_cancellation(activation):
     """Not bit for bit: PyTorch gets the lower tail as 1 + erf or 1 + tanh, whose digits cancel in float32.
     That aside the two are one bfloat16 apart at most, before the products with up and grad."""
     gate = all_bfloat16()
-    gate = gate[gate.abs() < 1e18]   # far beyond, PyTorch's gelu_tanh has NaN gradients; see test_extreme_values
+    gate = gate[gate.abs() < 1e18]  # far beyond, PyTorch's gelu_tanh has NaN gradients; see test_extreme_values
     one = torch.ones_like(gate)
-    for ours, theirs in zip((act_mul(gate, one, activation), *act_mul_backward(one, gate, one, activation)),
-                            (reference(gate, one, activation), *reference_backward(one, gate, one, activation))):
+    for ours, theirs in zip(
+        (act_mul(gate, one, activation), *act_mul_backward(one, gate, one, activation)),
+        (reference(gate, one, activation), *reference_backward(one, gate, one, activation)),
+    ):
         torch.testing.assert_close(ours, theirs, rtol=2**-7, atol=2e-6)
-    torch.testing.assert_close(act_mul(gate, one, activation).double(), exact(gate.double(), activation),
-                               rtol=2**-7, atol=1e-36)
+    torch.testing.assert_close(
+        act_mul(gate, one, activation).double(), exact(gate.double(), activation), rtol=2**-7, atol=1e-36
+    )
 
 
 def exact(gate, activation):
@@ -77,7 +83,7 @@ def exact(gate, activation):
 def test_float32_keeps_its_digits_in_the_lower_tail(activation):
     gate = torch.linspace(-40, 40, 400_001)
     expected = exact(gate.double(), activation)
-    rtol = 2e-5 if activation == "gelu_tanh" else 6e-7   # rounding u once moves e^2u by as much
+    rtol = 2e-5 if activation == "gelu_tanh" else 6e-7  # rounding u once moves e^2u by as much
     ours = act_mul(gate, torch.ones_like(gate), activation).double()
     torch.testing.assert_close(ours, expected, rtol=rtol, atol=1e-36)
 
@@ -89,8 +95,10 @@ def test_extreme_values(dtype, activation):
     for value in (0.0, 1e-38, 80, 100, 2e19, 3e38, math.inf, math.nan):
         for gate in (torch.tensor([value], dtype=dtype), torch.tensor([-value], dtype=dtype)):
             up = torch.full_like(gate, 0.5)
-            for ours, theirs in zip((act_mul(gate, up, activation), *act_mul_backward(up, gate, up, activation)),
-                                    (reference(gate, up, activation), *reference_backward(up, gate, up, activation))):
+            for ours, theirs in zip(
+                (act_mul(gate, up, activation), *act_mul_backward(up, gate, up, activation)),
+                (reference(gate, up, activation), *reference_backward(up, gate, up, activation)),
+            ):
                 torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=1e-5, atol=1e-30)
 
 
@@ -99,8 +107,9 @@ def test_extreme_values(dtype, activation):
 def test_infinite_gradients(dtype, activation):
     gate = torch.tensor([-3.0, 0.0, 2.0], dtype=dtype)
     up, grad = torch.ones_like(gate), torch.full_like(gate, math.inf)
-    for ours, theirs in zip(act_mul_backward(grad, gate, up, activation),
-                            reference_backward(grad, gate, up, activation)):
+    for ours, theirs in zip(
+        act_mul_backward(grad, gate, up, activation), reference_backward(grad, gate, up, activation)
+    ):
         torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
@@ -109,8 +118,10 @@ def test_infinite_gradients(dtype, activation):
 def test_layouts(dtype, activation):
     gate, up = torch.randn(6, 4).to(dtype).t(), torch.randn(8, 12).to(dtype)[::2, ::2]
     grad = torch.randn(()).to(dtype).expand(4, 6)
-    for ours, theirs in zip((act_mul(gate, up, activation), *act_mul_backward(grad, gate, up, activation)),
-                            (reference(gate, up, activation), *reference_backward(grad, gate, up, activation))):
+    for ours, theirs in zip(
+        (act_mul(gate, up, activation), *act_mul_backward(grad, gate, up, activation)),
+        (reference(gate, up, activation), *reference_backward(grad, gate, up, activation)),
+    ):
         assert ours.is_contiguous() and torch.allclose(ours, theirs, rtol=GEMM[dtype][0])
 
 
@@ -149,7 +160,7 @@ def test_keeps_gate_and_up_alone(activation):
 def test_bad_arguments(up):
     with pytest.raises(ValueError, match="one shape and dtype"):
         act_mul(torch.ones(2), up, "silu")
-    with pytest.raises(ValueError, match="up must have gate's"):   # in C++
+    with pytest.raises(ValueError, match="up must have gate's"):  # in C++
         torch.ops.s2ft.act_mul(torch.ones(2), up, "silu")
     with pytest.raises(ValueError, match="grad must have gate's"):
         act_mul_backward(up, torch.ones(2), torch.ones(2), "silu")

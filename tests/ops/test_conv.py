@@ -1,4 +1,5 @@
 """indexed_conv against PyTorch's convolution with the effective weight written out."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ def tensors(spatial, dim, dtype=torch.float32, delta_dtype=None, index=(4, 0, 3)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 5, *[7] * spatial, generator=generator)
     weight = torch.randn(6, 5, *[3] * spatial, generator=generator)
-    shape = [6, 5, 3 ** spatial]
+    shape = [6, 5, 3**spatial]
     shape[dim] = len(index)
     delta, bias = torch.randn(shape, generator=generator), torch.randn(6, generator=generator)
     if channels_last:
@@ -64,15 +65,20 @@ def test_gradients(dim, channels_last):
 @pytest.mark.parametrize("spatial,dim", [(1, 0), (2, 1), (3, 0)])
 def test_gradcheck(spatial, dim):
     x, weight, delta, index, dim, bias = tensors(spatial, dim, torch.float64)
-    torch.autograd.gradcheck(lambda x, delta, bias: indexed_conv(x, weight, delta, index, dim, bias, padding=(1,)),
-                             [t.requires_grad_() for t in (x[:1, ..., :3], delta, bias)], fast_mode=True)
+    torch.autograd.gradcheck(
+        lambda x, delta, bias: indexed_conv(x, weight, delta, index, dim, bias, padding=(1,)),
+        [t.requires_grad_() for t in (x[:1, ..., :3], delta, bias)],
+        fast_mode=True,
+    )
 
 
 @pytest.mark.parametrize("spatial,dim", [(1, 0), (2, 1)])
 def test_second_derivatives(spatial, dim):
     x, weight, delta, index, dim, bias = tensors(spatial, dim, torch.float64)
-    torch.autograd.gradgradcheck(lambda x, delta, bias: indexed_conv(x, weight, delta, index, dim, bias, padding=(1,)),
-                                 [t.requires_grad_() for t in (x[:1, ..., :3], delta, bias)])
+    torch.autograd.gradgradcheck(
+        lambda x, delta, bias: indexed_conv(x, weight, delta, index, dim, bias, padding=(1,)),
+        [t.requires_grad_() for t in (x[:1, ..., :3], delta, bias)],
+    )
 
 
 @pytest.mark.parametrize("dim", (0, 1))
@@ -80,8 +86,9 @@ def test_opcheck(dim):
     x, weight, delta, index, dim, bias = tensors(2, dim)
     x, delta = x.requires_grad_(), delta.requires_grad_()
     kept = x.index_select(1, index) if dim == 1 else None
-    torch.library.opcheck(torch.ops.s2ft.indexed_conv.default,
-                          (x, weight, delta, index, dim, bias, kept, [1, 1], [0, 1], [1, 1]))
+    torch.library.opcheck(
+        torch.ops.s2ft.indexed_conv.default, (x, weight, delta, index, dim, bias, kept, [1, 1], [0, 1], [1, 1])
+    )
 
 
 def test_compiles_without_a_break():
@@ -172,7 +179,7 @@ def test_layers_are_the_convolution_they_replace(plain, kind, batched):
         weight = layer.weight.clone()
         layer.eval()
         layer.fuse()
-        assert torch.equal(conv(x), layer(x)) and torch.equal(layer(x), y)   # conv has the same weight
+        assert torch.equal(conv(x), layer(x)) and torch.equal(layer(x), y)  # conv has the same weight
         layer.unfuse()
         assert torch.equal(layer.weight, weight)
         layer.enabled = False

@@ -1,4 +1,5 @@
 """sliced_linear and indexed_linear: the definition, the gradient, every path that runs them."""
+
 import itertools
 import threading
 
@@ -24,8 +25,7 @@ class Case:
         size = (outputs, inputs)[dim]
         self.op, self.dim, self.dtype = op, dim, dtype
         start = min(start, size - units)
-        self.units = (start if op is sliced_linear
-                      else torch.randperm(size, device=device)[:units])
+        self.units = start if op is sliced_linear else torch.randperm(size, device=device)[:units]
         self.index = torch.arange(start, start + units, device=device) if op is sliced_linear else self.units
         self.x = torch.randn(*leading, inputs, device=device).to(dtype).requires_grad_()
         self.weight = torch.randn(outputs, inputs, device=device).to(dtype)
@@ -34,8 +34,14 @@ class Case:
         self.bias = torch.randn(outputs, device=device).to(dtype).requires_grad_() if bias else None
 
     def call(self, x=None, delta=None, bias=None):
-        return self.op(self.x if x is None else x, self.weight, self.delta if delta is None else delta,
-                       self.units, self.dim, self.bias if bias is None else bias)
+        return self.op(
+            self.x if x is None else x,
+            self.weight,
+            self.delta if delta is None else delta,
+            self.units,
+            self.dim,
+            self.bias if bias is None else bias,
+        )
 
     def effective(self):
         """The definition: a clone of the weight with the delta added to its units, differentiable in delta."""
@@ -142,10 +148,12 @@ def test_several_segments(dim, dtype):
 def test_layouts_of_x_and_weight(op, dim, layout):
     case = Case(op, SHAPES[0], dim, torch.float32, (4, 5))
     outputs, inputs = case.weight.shape
-    make = {"transposed": lambda: torch.randn(inputs, outputs).t(),
-            "strided": lambda: torch.randn(outputs * 2, inputs * 3)[::2, ::3],
-            "offset": lambda: torch.randn(outputs * inputs + 1)[1:].view(outputs, inputs),
-            "expanded": lambda: torch.randn(1, inputs).expand(outputs, inputs)}
+    make = {
+        "transposed": lambda: torch.randn(inputs, outputs).t(),
+        "strided": lambda: torch.randn(outputs * 2, inputs * 3)[::2, ::3],
+        "offset": lambda: torch.randn(outputs * inputs + 1)[1:].view(outputs, inputs),
+        "expanded": lambda: torch.randn(1, inputs).expand(outputs, inputs),
+    }
     case.weight = make[layout]()
     case.x = torch.randn(5, 4, inputs * 2)[:, :, ::2].transpose(0, 1).requires_grad_()
     before = case.weight.clone()
@@ -177,14 +185,17 @@ def test_autocast(op, dim, low, compiled):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name)
 def test_torch_compile_fullgraph(op, dim, dtype):
     case = Case(op, SHAPES[0], dim, dtype, (4, 3), delta_dtype=torch.float32)
-    call = torch.compile(lambda x, delta: op(x, case.weight, delta, case.units, dim, case.bias) * 2,
-                         fullgraph=True, backend="aot_eager")
-    eager = (op(case.x, case.weight, case.delta, case.units, dim, case.bias) * 2)
+    call = torch.compile(
+        lambda x, delta: op(x, case.weight, delta, case.units, dim, case.bias) * 2, fullgraph=True, backend="aot_eager"
+    )
+    eager = op(case.x, case.weight, case.delta, case.units, dim, case.bias) * 2
     got = call(case.x, case.delta)
     assert torch.equal(got, eager)
     upstream = torch.randn_like(eager)
-    for ours, theirs in zip(torch.autograd.grad(got, (case.x, case.delta), upstream),
-                            torch.autograd.grad(eager, (case.x, case.delta), upstream)):
+    for ours, theirs in zip(
+        torch.autograd.grad(got, (case.x, case.delta), upstream),
+        torch.autograd.grad(eager, (case.x, case.delta), upstream),
+    ):
         assert torch.equal(ours, theirs)
 
 
@@ -243,7 +254,7 @@ def test_threads_that_share_a_weight(op):
     wrong, number = [], torch.get_num_threads()
 
     def work(delta, result):
-        torch.set_num_threads(number)   # MKL's number in a new thread is its own, and with it the order of sums
+        torch.set_num_threads(number)  # MKL's number in a new thread is its own, and with it the order of sums
         for _ in range(100):
             if not torch.equal(op(case.x, case.weight, delta, case.units, 1), result):
                 wrong.append(True)
@@ -286,8 +297,14 @@ BAD = {
     "bias": (lambda w: sliced_linear(torch.ones(2, 6), w, torch.ones(2, 6), 0, 0, torch.ones(6)), "bias must"),
     "index dtype": (lambda w: indexed_linear(torch.ones(2, 6), w, torch.ones(2, 6), torch.ones(2), 0), "int64"),
     "index length": (lambda w: indexed_linear(torch.ones(2, 6), w, torch.ones(2, 6), torch.arange(3), 0), "shape"),
-    "index high": (lambda w: indexed_linear(torch.ones(2, 6), w, torch.ones(2, 6), torch.tensor([0, 4]), 0), "index has 4"),
-    "index low": (lambda w: indexed_linear(torch.ones(2, 6), w, torch.ones(2, 6), torch.tensor([0, -1]), 0), "index has -1"),
+    "index high": (
+        lambda w: indexed_linear(torch.ones(2, 6), w, torch.ones(2, 6), torch.tensor([0, 4]), 0),
+        "index has 4",
+    ),
+    "index low": (
+        lambda w: indexed_linear(torch.ones(2, 6), w, torch.ones(2, 6), torch.tensor([0, -1]), 0),
+        "index has -1",
+    ),
 }
 
 

@@ -1,4 +1,5 @@
 """Operations write to weights: memory that can't be written to, or that others see."""
+
 import subprocess
 import sys
 import threading
@@ -24,12 +25,17 @@ def read_only(tmp_path):
 
 @ON_LINUX
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
-@pytest.mark.parametrize("op", [
-    lambda w: sliced_linear(torch.ones(2, 8), w, torch.ones(8, 2), 0, 1),
-    lambda w: _linear.reference(torch.ones(2, 8), w, torch.ones(8, 2), 0, 1, None, None),
-    lambda w: permute_(w, torch.arange(8).flip(0), 0), lambda w: swap_(w, torch.arange(2), torch.ones(8, 2), 1),
-    lambda w: scatter_add_(w, torch.arange(2), torch.ones(8, 2), 1)],
-    ids=("sliced_linear", "reference", "permute_", "swap_", "scatter_add_"))
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda w: sliced_linear(torch.ones(2, 8), w, torch.ones(8, 2), 0, 1),
+        lambda w: _linear.reference(torch.ones(2, 8), w, torch.ones(8, 2), 0, 1, None, None),
+        lambda w: permute_(w, torch.arange(8).flip(0), 0),
+        lambda w: swap_(w, torch.arange(2), torch.ones(8, 2), 1),
+        lambda w: scatter_add_(w, torch.arange(2), torch.ones(8, 2), 1),
+    ],
+    ids=("sliced_linear", "reference", "permute_", "swap_", "scatter_add_"),
+)
 def test_a_read_only_weight_is_an_error_and_no_crash(op, read_only):
     with pytest.raises(ValueError, match="read-only memory"):
         op(read_only)
@@ -82,7 +88,7 @@ def test_operations_of_other_threads_wait_for_the_end_of_stable_weights():
         thread.start()
         assert not done.wait(0.05)
         with s2ft.stable_weights():
-            layer(x)   # by the same thread: it does not wait for itself
+            layer(x)  # by the same thread: it does not wait for itself
         assert torch.equal(layer.weight, base)
         assert not done.is_set()
     thread.join(10)

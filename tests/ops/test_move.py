@@ -1,4 +1,5 @@
 """permute_, swap_ and scatter_add_: the ops that change rows and columns of a weight in place."""
+
 import subprocess
 import sys
 
@@ -24,7 +25,7 @@ def test_swap_exchanges_and_comes_back(shape, dim, dtype, device):
     weight = torch.randn(shape, device=device).to(dtype)
     for units in sorted({0, min(1, shape[dim]), (shape[dim] + 1) // 2, shape[dim]}):
         index = torch.randperm(shape[dim], device=device)[:units]
-        values = torch.randn(*shape[:dim], units, *shape[dim + 1:], device=device).to(dtype)
+        values = torch.randn(*shape[:dim], units, *shape[dim + 1 :], device=device).to(dtype)
         w, v = weight.clone(), values.clone()
         swap_(w, index, v, dim)
         assert torch.equal(w, weight.index_copy(dim, index, values))
@@ -39,7 +40,7 @@ def test_swap_exchanges_and_comes_back(shape, dim, dtype, device):
 def test_permute_is_index_select_in_place(shape, dim, dtype, device):
     weight = torch.randn(shape, device=device).to(dtype)
     swapped = torch.arange(shape[dim])
-    swapped[[0, -1] if shape[dim] else []] = swapped[[-1, 0] if shape[dim] else []]   # two units trade places
+    swapped[[0, -1] if shape[dim] else []] = swapped[[-1, 0] if shape[dim] else []]  # two units trade places
     for order in (torch.arange(shape[dim]), torch.randperm(shape[dim]), torch.arange(shape[dim]).flip(0), swapped):
         order = order.to(device)
         w = weight.clone()
@@ -56,7 +57,7 @@ def test_permute_is_index_select_in_place(shape, dim, dtype, device):
 def test_permute_of_a_share_of_the_units(share, shape, dim, dtype, device):
     """Kernels go different ways for few, some and nearly all."""
     weight = torch.randn(shape).to(dtype)
-    moved = torch.randperm(shape[dim])[:int(share * shape[dim])]
+    moved = torch.randperm(shape[dim])[: int(share * shape[dim])]
     order = torch.arange(shape[dim])
     order[moved] = moved.roll(1)
     w = weight.clone().to(device)
@@ -67,7 +68,7 @@ def test_permute_of_a_share_of_the_units(share, shape, dim, dtype, device):
 def parts_of(shape, dim, dtype, device, sizes):
     """An index without repeats and a delta for each of `sizes` units; the parts share units."""
     index = [torch.randperm(shape[dim], device=device)[:size] for size in sizes]
-    return index, [torch.randn(*shape[:dim], len(i), *shape[dim + 1:], device=device).to(dtype) for i in index]
+    return index, [torch.randn(*shape[:dim], len(i), *shape[dim + 1 :], device=device).to(dtype) for i in index]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -90,7 +91,7 @@ def test_scatter_add_adds_in_the_wider_type_and_rounds_once(case, dtype, delta_d
         for i, old in zip(index, replaced):
             weight.index_copy_(dim, i, old)
         assert torch.equal(weight, base)
-        scatter_add_(weight, index, delta, dim, alphas)   # and without keeping anything
+        scatter_add_(weight, index, delta, dim, alphas)  # and without keeping anything
         assert torch.equal(weight, expected.to(dtype))
 
 
@@ -104,13 +105,21 @@ def test_scatter_add_of_one_delta_gives_the_effective_weight():
 
 def test_scatter_add_takes_deltas_of_several_dtypes():
     weight = torch.zeros(4, 2)
-    scatter_add_(weight, [torch.tensor([1]), torch.tensor([1, 3])],
-                 [torch.ones(1, 2, dtype=torch.bfloat16), torch.ones(2, 2, dtype=torch.float64)], 0, (1, 2))
+    scatter_add_(
+        weight,
+        [torch.tensor([1]), torch.tensor([1, 3])],
+        [torch.ones(1, 2, dtype=torch.bfloat16), torch.ones(2, 2, dtype=torch.float64)],
+        0,
+        (1, 2),
+    )
     assert weight.tolist() == [[0, 0], [3, 3], [0, 0], [2, 2]]
 
 
-LAYOUTS = {"transposed": lambda: torch.randn(8, 12).t(), "strided": lambda: torch.randn(24, 24)[::2, ::3],
-           "offset": lambda: torch.randn(97)[1:].view(12, 8)}
+LAYOUTS = {
+    "transposed": lambda: torch.randn(8, 12).t(),
+    "strided": lambda: torch.randn(24, 24)[::2, ::3],
+    "offset": lambda: torch.randn(97)[1:].view(12, 8),
+}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -141,8 +150,12 @@ def test_compiled_kernel_equals_reference(op, dtype, device):
         results = []
         for run in (op, reference):
             w, v = weight.clone(), values.clone()
-            run(w, *{permute_: (order, dim), swap_: (order, v, dim),
-                     scatter_add_: (index, delta, dim, [0.3, -2.0], [])}[op])
+            run(
+                w,
+                *{permute_: (order, dim), swap_: (order, v, dim), scatter_add_: (index, delta, dim, [0.3, -2.0], [])}[
+                    op
+                ],
+            )
             results.append((w, v))
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results))
 
@@ -163,20 +176,23 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 @pytest.mark.skipif(not build_info()["ops"]["permute_"], reason="the reference takes what moves out of the weight")
 def test_permute_makes_no_second_matrix():
     run = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True)
-    assert float(run.stdout.splitlines()[-1]) < 4   # MiB
+    assert float(run.stdout.splitlines()[-1]) < 4  # MiB
 
 
 def test_opcheck():
-    torch.library.opcheck(torch.ops.s2ft.swap_.default,
-                          (torch.randn(5, 6), torch.tensor([4, 0]), torch.randn(5, 2), 1))
+    torch.library.opcheck(torch.ops.s2ft.swap_.default, (torch.randn(5, 6), torch.tensor([4, 0]), torch.randn(5, 2), 1))
     torch.library.opcheck(torch.ops.s2ft.permute_.default, (torch.randn(5, 6), torch.randperm(5), 0))
-    torch.library.opcheck(torch.ops.s2ft.scatter_add_.default,
-                          (torch.randn(5, 6), [torch.tensor([4, 0])], [torch.randn(5, 2)], 1, [0.5], [torch.empty(5, 2)]))
+    torch.library.opcheck(
+        torch.ops.s2ft.scatter_add_.default,
+        (torch.randn(5, 6), [torch.tensor([4, 0])], [torch.randn(5, 2)], 1, [0.5], [torch.empty(5, 2)]),
+    )
 
 
-CHANGES = {"swap": lambda w: swap_(w, torch.tensor([1]), torch.randn(1, 6), 0),
-           "permute": lambda w: permute_(w, torch.tensor([1, 0, 2, 3]), 0),
-           "scatter": lambda w: scatter_add_(w, torch.tensor([1]), torch.randn(1, 6), 0)}
+CHANGES = {
+    "swap": lambda w: swap_(w, torch.tensor([1]), torch.randn(1, 6), 0),
+    "permute": lambda w: permute_(w, torch.tensor([1, 0, 2, 3]), 0),
+    "scatter": lambda w: scatter_add_(w, torch.tensor([1]), torch.randn(1, 6), 0),
+}
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -194,8 +210,11 @@ def test_torch_compile_fullgraph(change):
     index, values, order = torch.tensor([1]), torch.randn(1, 6), torch.tensor([1, 0, 2, 3])
 
     def run(w, v):
-        {"swap": lambda: swap_(w, index, v, 0), "permute": lambda: permute_(w, order, 0),
-         "scatter": lambda: scatter_add_(w, index, v, 0, 0.5)}[change]()
+        {
+            "swap": lambda: swap_(w, index, v, 0),
+            "permute": lambda: permute_(w, order, 0),
+            "scatter": lambda: scatter_add_(w, index, v, 0, 0.5),
+        }[change]()
         return w * 2
 
     compiled, weight = torch.compile(run, fullgraph=True, backend="aot_eager"), torch.randn(4, 6)
@@ -210,15 +229,22 @@ BAD = {
     "swap low": (lambda w: swap_(w, torch.tensor([-1, 0]), torch.ones(2, 6), 0), "index has -1"),
     "swap twice": (lambda w: swap_(w, torch.tensor([1, 1]), torch.ones(2, 6), 0), "twice"),
     "scatter high": (lambda w: scatter_add_(w, torch.tensor([0, 4]), torch.ones(2, 6), 0), "index has 4"),
-    "scatter low in the second": (lambda w: scatter_add_(w, [torch.tensor([0]), torch.tensor([-1])],
-                                                         [torch.ones(1, 6), torch.ones(1, 6)], 0), "index has -1"),
+    "scatter low in the second": (
+        lambda w: scatter_add_(w, [torch.tensor([0]), torch.tensor([-1])], [torch.ones(1, 6), torch.ones(1, 6)], 0),
+        "index has -1",
+    ),
     "scatter twice": (lambda w: scatter_add_(w, torch.tensor([1, 1]), torch.ones(2, 6), 0), "twice"),
     "scatter delta": (lambda w: scatter_add_(w, torch.tensor([1, 2]), torch.ones(6, 2), 0), "delta must"),
     "scatter number": (lambda w: scatter_add_(w, [torch.tensor([1])], [], 0), "as many"),
     "scatter alphas": (lambda w: scatter_add_(w, torch.tensor([1]), torch.ones(1, 6), 0, [1, 2]), "as many"),
-    "scatter replaced": (lambda w: scatter_add_(w, torch.tensor([1]), torch.ones(1, 6), 0, 1, torch.ones(2, 6)), "replaced must"),
-    "scatter replaced dtype": (lambda w: scatter_add_(w, torch.tensor([1]), torch.ones(1, 6), 0, 1,
-                                                      torch.ones(1, 6).double()), "replaced must have weight's dtype"),
+    "scatter replaced": (
+        lambda w: scatter_add_(w, torch.tensor([1]), torch.ones(1, 6), 0, 1, torch.ones(2, 6)),
+        "replaced must",
+    ),
+    "scatter replaced dtype": (
+        lambda w: scatter_add_(w, torch.tensor([1]), torch.ones(1, 6), 0, 1, torch.ones(1, 6).double()),
+        "replaced must have weight's dtype",
+    ),
     "swap index": (lambda w: swap_(w, torch.tensor([1.0]), torch.ones(1, 6), 0), "int64"),
     "swap values": (lambda w: swap_(w, torch.tensor([1, 2]), torch.ones(6, 2), 0), "values must"),
     "swap dtype": (lambda w: swap_(w, torch.tensor([1]), torch.ones(1, 6).double(), 0), "values must"),
@@ -249,7 +275,7 @@ def test_bad_arguments_raise_and_leave_the_weight(bad, kernel, monkeypatch):
         module = sys.modules[f"s2ft.ops.{op}"]
         monkeypatch.setattr(module, "_op", module.reference)
     call, message = BAD[bad]
-    weight = torch.arange(24.).view(4, 6)
+    weight = torch.arange(24.0).view(4, 6)
     with pytest.raises(ValueError, match=message):
         call(weight)
-    assert torch.equal(weight, torch.arange(24.).view(4, 6))
+    assert torch.equal(weight, torch.arange(24.0).view(4, 6))

@@ -1,4 +1,5 @@
 """multi_adapter_linear: every sequence with its own adapter's delta, as if it had the merged weight to itself."""
+
 import sys
 
 import pytest
@@ -12,7 +13,7 @@ from s2ft.ops.multi_adapter_linear import reference, without_waiting
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.cuda))
-SIZES = (3, 0, 1, 8, 17)   # units of each adapter
+SIZES = (3, 0, 1, 8, 17)  # units of each adapter
 # leading dimensions of x: decode, prefill, packed tokens, one adapter for many tokens, empty
 LEADING = ((7,), (7, 1), (5, 6), (2, 70), (90,), (400,), (3, 2, 2), (0, 4), (4, 0))
 
@@ -20,11 +21,18 @@ LEADING = ((7,), (7, 1), (5, 6), (2, 70), (90,), (400,), (3, 2, 2), (0, 4), (4, 
 class Case:
     """A bank of adapters of different sizes, and a batch that names them."""
 
-    def __init__(self, dim, dtype=torch.float64, leading=(7,), inputs=37, outputs=53, sizes=SIZES, device="cpu", names=None):
+    def __init__(
+        self, dim, dtype=torch.float64, leading=(7,), inputs=37, outputs=53, sizes=SIZES, device="cpu", names=None
+    ):
         size = (outputs, inputs)[dim]
         self.dim, self.dtype = dim, dtype
-        self.deltas = [(torch.randperm(size, device=device)[:n],
-                        torch.randn((n, inputs) if dim == 0 else (outputs, n), device=device).to(dtype)) for n in sizes]
+        self.deltas = [
+            (
+                torch.randperm(size, device=device)[:n],
+                torch.randn((n, inputs) if dim == 0 else (outputs, n), device=device).to(dtype),
+            )
+            for n in sizes
+        ]
         self.bank = pack_adapters(self.deltas, dim)
         self.x = torch.randn(*leading, inputs, device=device).to(dtype).requires_grad_()
         self.y = torch.randn(*leading, outputs, device=device).to(dtype).requires_grad_()
@@ -32,7 +40,9 @@ class Case:
         self.adapter = self.adapter.to(device)
 
     def call(self, x=None, y=None):
-        return multi_adapter_linear(self.x if x is None else x, self.y if y is None else y, *self.bank, self.adapter, self.dim)
+        return multi_adapter_linear(
+            self.x if x is None else x, self.y if y is None else y, *self.bank, self.adapter, self.dim
+        )
 
     def expected(self):
         """The definition, sequence by sequence, on full delta matrices."""
@@ -61,7 +71,7 @@ def test_equals_each_sequence_by_itself(dim, dtype, leading, device):
     y = case.y.clone()
     with torch.no_grad():
         assert_close(case.call(), case.expected(), dtype)
-    assert torch.equal(case.y, y)   # a new tensor comes back
+    assert torch.equal(case.y, y)  # a new tensor comes back
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -86,7 +96,7 @@ def test_thousands_of_adapters(dim):
 def test_sequences_without_an_adapter_are_untouched():
     case = Case(1, torch.bfloat16, (4, 3), names=[-1, 0, -1, 1])
     out = case.call()
-    assert torch.equal(out[[0, 2, 3]], case.y[[0, 2, 3]])   # adapter 1 is empty
+    assert torch.equal(out[[0, 2, 3]], case.y[[0, 2, 3]])  # adapter 1 is empty
 
 
 @pytest.mark.parametrize("dim", (0, 1))
@@ -105,7 +115,8 @@ class NoWaiting(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         by_mask = function.overloadpacket.__name__ in ("index", "index_put", "index_put_") and any(
-            entry is not None and entry.dtype in (torch.bool, torch.uint8) for entry in args[1])
+            entry is not None and entry.dtype in (torch.bool, torch.uint8) for entry in args[1]
+        )
         assert function.overloadpacket.__name__ not in WAITING and not by_mask, function
         return function(*args, **(kwargs or {}))
 
@@ -119,10 +130,21 @@ def test_the_check_for_waiting_can_fail(dim):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", (0, 1))
-@pytest.mark.parametrize("leading, sizes", (
-    ((7,), SIZES), ((5, 6), SIZES), ((3, 2, 2), SIZES), ((0, 4), SIZES), ((4, 0), SIZES), ((3, 2), ()),
-    ((3, 2), (0, 0)),
-    ((3,), (30,) * 40), ((2, 300), (30,) * 40)), ids=str)   # the last two gather each sequence's units
+@pytest.mark.parametrize(
+    "leading, sizes",
+    (
+        ((7,), SIZES),
+        ((5, 6), SIZES),
+        ((3, 2, 2), SIZES),
+        ((0, 4), SIZES),
+        ((4, 0), SIZES),
+        ((3, 2), ()),
+        ((3, 2), (0, 0)),
+        ((3,), (30,) * 40),
+        ((2, 300), (30,) * 40),
+    ),
+    ids=str,
+)  # the last two gather each sequence's units
 def test_the_reference_for_a_gpu_does_not_wait(dim, dtype, leading, sizes):
     case = Case(dim, dtype, leading, sizes=sizes or SIZES)
     if not sizes:
@@ -144,7 +166,7 @@ def test_the_reference_for_a_gpu_in_pieces(dim, monkeypatch):
         assert_close(without_waiting(case.x, case.y, *case.bank, case.adapter, dim), case.expected(), torch.float32)
 
 
-@pytest.mark.parametrize("count", (4, 40))   # adapters: in one product, sequence by sequence
+@pytest.mark.parametrize("count", (4, 40))  # adapters: in one product, sequence by sequence
 @pytest.mark.parametrize("dim", (0, 1))
 def test_the_reference_for_a_gpu_skips_what_is_out_of_range(dim, count):
     case = Case(dim, torch.float32, (5, 2), sizes=(30,) * count, names=[0, 1, 2, 3, -1])
@@ -158,7 +180,7 @@ def test_the_reference_for_a_gpu_skips_what_is_out_of_range(dim, count):
         case.deltas[0] = where[kept], delta.transpose(0, dim)[kept].transpose(0, dim)
         case.adapter[[2, 3]] = -1
         assert_close(out, case.expected(), torch.float32)
-        offsets[1:3] = torch.tensor([99999, 7])   # of no adapter from 0 to 2
+        offsets[1:3] = torch.tensor([99999, 7])  # of no adapter from 0 to 2
         assert torch.equal(without_waiting(case.x, case.y, *case.bank[:2], offsets, case.adapter, dim)[:2], case.y[:2])
 
 
@@ -226,8 +248,9 @@ BAD = {
 def test_bad_arguments(bad, compiled):
     case = Case(1, torch.float32, (2,), names=[0, 4])
     values, index, offsets = case.bank
-    args = dict(x=case.x.detach(), y=case.y.detach(), values=values, index=index, offsets=offsets,
-                adapter=case.adapter, dim=1)
+    args = dict(
+        x=case.x.detach(), y=case.y.detach(), values=values, index=index, offsets=offsets, adapter=case.adapter, dim=1
+    )
     change, message = BAD[bad]
     if not compiled and bad == "gradient":
         pytest.skip("the public function's own check")

@@ -1,4 +1,5 @@
 """The tests of this folder once more with the address and undefined-behaviour sanitizers in the kernels."""
+
 import os
 import subprocess
 import sys
@@ -40,13 +41,24 @@ def sanitized(tmp_path):
     source = copy_sources(tmp_path / "source")
     environment = sanitizers.environment(PYTHONPATH=str(source / "built"))
     flags = {"CXXFLAGS": " ".join(("-O0", "-g1", *sanitizers.FLAGS)), "LDFLAGS": sanitizers.FLAGS[0]}
-    build = subprocess.run([sys.executable, "setup.py", "-q", "build", "--build-lib", "built"], cwd=source, text=True,
-                           capture_output=True, env={**os.environ, "S2FT_BUILD": "cpu", **flags})
+    build = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build", "--build-lib", "built"],
+        cwd=source,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "S2FT_BUILD": "cpu", **flags},
+    )
     assert build.returncode == 0, build.stdout[-3000:] + build.stderr[-3000:]
 
     def run(code, *arguments):
-        return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=source / "built",
-                              env=environment, text=True, capture_output=True)
+        return subprocess.run(
+            [sys.executable, "-c", code, *map(str, arguments)],
+            cwd=source / "built",
+            env=environment,
+            text=True,
+            capture_output=True,
+        )
+
     return run
 
 

@@ -1,4 +1,5 @@
 """Copies of the source tree to build in, away from the one under test."""
+
 import os
 import subprocess
 import sys
@@ -15,16 +16,19 @@ def source(tmp_path):
 @pytest.fixture
 def run(tmp_path):
     """run(arguments, cwd, **variables): Python in a process of its own, with those variables set."""
+
     def run(arguments, cwd=tmp_path, check=True, python=sys.executable, **variables):
         environment = dict(os.environ)
         for name in ("S2FT_BUILD", "TORCH_CUDA_ARCH_LIST", "PYTHONPATH", "PYTHONWARNINGS"):
             environment.pop(name, None)
         environment.update({name: str(value) for name, value in variables.items()})
-        result = subprocess.run([str(python), *map(str, arguments)], cwd=cwd, env=environment, text=True,
-                                capture_output=True)
+        result = subprocess.run(
+            [str(python), *map(str, arguments)], cwd=cwd, env=environment, text=True, capture_output=True
+        )
         if check and result.returncode:
             pytest.fail(f"{arguments} failed:\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}")
         return result
+
     return run
 
 

@@ -1,4 +1,5 @@
 """s2ft.ops._build: the state it reports for whatever it finds, and that it never raises."""
+
 import json
 import warnings
 
@@ -22,8 +23,9 @@ def fresh(monkeypatch, tmp_path):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             module = _build.load()
-            _build.load()   # a second call says nothing more
+            _build.load()  # a second call says nothing more
         return module, [str(w.message) for w in caught]
+
     return tmp_path, load
 
 
@@ -33,8 +35,18 @@ def record(folder, **entries):
 
 def test_the_keys_and_the_version():
     info = s2ft.build_info()
-    assert set(info) == {"compiled", "reason", "version", "torch", "compiler", "cuda", "archs", "cuda_version",
-                         "cuda_reason", "ops"}
+    assert set(info) == {
+        "compiled",
+        "reason",
+        "version",
+        "torch",
+        "compiler",
+        "cuda",
+        "archs",
+        "cuda_version",
+        "cuda_reason",
+        "ops",
+    }
     assert info["version"] == s2ft.__version__ and info["torch"] == torch.__version__
     assert {"sliced_linear", "indexed_linear", "swap_", "permute_"} <= set(info["ops"])
 
@@ -67,7 +79,7 @@ def test_a_failed_build_warns_once_with_its_reason(fresh):
     assert module is None and len(messages) == 1 and "no compiler" in messages[0]
     assert _build.build_info()["reason"] == "no compiler"
     assert _build.build_info()["compiled"] is False and _build.build_info()["cuda_reason"] == "no compiler"
-    with warnings.catch_warnings():   # who was told so at import is not told again by attach
+    with warnings.catch_warnings():  # who was told so at import is not told again by attach
         warnings.simplefilter("error")
         _build.warn_without_cuda_kernels()
 
@@ -85,7 +97,9 @@ def test_a_record_that_cannot_be_read_is_as_none(fresh):
     assert load() == (None, [])
 
 
-@pytest.mark.parametrize("error", (ImportError("undefined symbol: torch_x"), OSError("no such file"), RuntimeError("x")))
+@pytest.mark.parametrize(
+    "error", (ImportError("undefined symbol: torch_x"), OSError("no such file"), RuntimeError("x"))
+)
 def test_a_module_of_another_abi_falls_back_with_the_reason(fresh, monkeypatch, error):
     folder, load = fresh
     record(folder, compiled=True)
@@ -93,6 +107,7 @@ def test_a_module_of_another_abi_falls_back_with_the_reason(fresh, monkeypatch, 
 
     def fail():
         raise error
+
     monkeypatch.setattr(_build, "_import_module", fail)
     module, messages = load()
     assert module is None and len(messages) == 1 and str(error) in messages[0]
@@ -111,9 +126,13 @@ def test_a_file_that_is_no_module_falls_back(run, tmp_path):
     """In a process of its own, with a module file of garbage in the package."""
     import shutil
     from pathlib import Path
+
     package = tmp_path / "s2ft"
-    shutil.copytree(Path(s2ft.__file__).parent, package, ignore=shutil.ignore_patterns("_C.*", "_build.json", "__pycache__"))
+    shutil.copytree(
+        Path(s2ft.__file__).parent, package, ignore=shutil.ignore_patterns("_C.*", "_build.json", "__pycache__")
+    )
     import sysconfig
+
     (package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"garbage")
     record(package, compiled=True)
     result = run(["-c", "import s2ft; print(s2ft.build_info()['compiled'])"], PYTHONPATH=tmp_path)

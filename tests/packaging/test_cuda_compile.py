@@ -1,4 +1,5 @@
 """nvcc takes every kernel for every architecture, and the module with them loads without a GPU."""
+
 import json
 import os
 import re
@@ -21,7 +22,7 @@ def test_no_torch_header(source):
     seen, queue = set(), [source]
     while queue:
         path = queue.pop()
-        if path in seen or not path.exists():   # cuda_on_cpu.h is the tests' own
+        if path in seen or not path.exists():  # cuda_on_cpu.h is the tests' own
             continue
         seen.add(path)
         included = re.findall(r'#include\s*[<"]([^>"]+)[>"]', path.read_text())
@@ -33,10 +34,23 @@ def test_no_torch_header(source):
 @pytest.mark.parametrize("arch", (75, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 90, 100)), 120))
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_compiles_without_warnings_and_spills(source, arch, tmp_path):
-    command = [str(NVCC), "-std=c++20", "-O3", f"-arch=sm_{arch}", "-cubin", "-Werror", "all-warnings",
-               "-Xptxas", "-v,-warn-spills,-warn-lmem-usage", str(source), "-o", str(tmp_path / "kernels.cubin")]
-    result = subprocess.run(command, capture_output=True, text=True,
-                            env={**os.environ, "CUDA_HOME": str(Path(NVCC).parent.parent)})
+    command = [
+        str(NVCC),
+        "-std=c++20",
+        "-O3",
+        f"-arch=sm_{arch}",
+        "-cubin",
+        "-Werror",
+        "all-warnings",
+        "-Xptxas",
+        "-v,-warn-spills,-warn-lmem-usage",
+        str(source),
+        "-o",
+        str(tmp_path / "kernels.cubin"),
+    ]
+    result = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "CUDA_HOME": str(Path(NVCC).parent.parent)}
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     assert not re.search(r"[1-9]\d* bytes (spill|stack)", result.stderr), result.stderr[-3000:]
 
@@ -45,16 +59,24 @@ def test_compiles_without_warnings_and_spills(source, arch, tmp_path):
 @needs_nvcc
 def test_the_cuda_build_loads_and_registers_its_kernels_when_told(run, source):
     """Importing it does not: nobody has looked whether a GPU can run them."""
-    run(["setup.py", "-q", "build", "--build-lib", "built"], cwd=source, S2FT_BUILD="cuda",
-        CUDA_HOME=Path(NVCC).parent.parent, TORCH_CUDA_ARCH_LIST="9.0", CXXFLAGS="-O0")
-    show = ("import json, s2ft; from s2ft import _C; print(json.dumps([s2ft.build_info(), _C.cuda_versions(), "
-            "_C.register_cuda(), _C.register_cuda(), s2ft.build_info()]))")
+    run(
+        ["setup.py", "-q", "build", "--build-lib", "built"],
+        cwd=source,
+        S2FT_BUILD="cuda",
+        CUDA_HOME=Path(NVCC).parent.parent,
+        TORCH_CUDA_ARCH_LIST="9.0",
+        CXXFLAGS="-O0",
+    )
+    show = (
+        "import json, s2ft; from s2ft import _C; print(json.dumps([s2ft.build_info(), _C.cuda_versions(), "
+        "_C.register_cuda(), _C.register_cuda(), s2ft.build_info()]))"
+    )
     result = run(["-c", show], PYTHONPATH=source / "built")
     before, (driver, built), _, _, after = json.loads(result.stdout.splitlines()[-1])
     assert before["cuda"] is True and before["archs"] == ["9.0"] and "once PyTorch initialises" in before["cuda_reason"]
     assert before["cuda_version"] == f"{built // 1000}.{built % 1000 // 10}" and driver >= 0
     assert {"sliced_linear", "permute_", "multi_adapter_linear"} <= before["ops"].keys()
-    in_pytorch = {op for op in before["ops"] if op.startswith("indexed_conv")}   # no device has kernels of these
+    in_pytorch = {op for op in before["ops"] if op.startswith("indexed_conv")}  # no device has kernels of these
     assert len(in_pytorch) == 3
     for info, expected in ((before, ["CPU"]), (after, ["CPU", "CUDA"])):
         for op, devices in info["ops"].items():

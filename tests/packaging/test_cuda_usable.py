@@ -1,4 +1,5 @@
 """Whether CUDA kernels are registered: the decision as a table, and what is said where they are not."""
+
 import warnings
 
 import pytest
@@ -11,14 +12,27 @@ from s2ft.ops._cuda import serves, version, why_unusable
 
 # architecture, capability, whether the driver compiles PTX, whether the code runs there
 SERVES = [
-    ("8.0", (8, 0), True, True), ("8.0", (8, 9), True, True), ("8.6", (8, 0), True, False),
-    ("8.0", (9, 0), True, False), ("8.0", (7, 5), True, False), ("7.5", (7, 0), True, False),
+    ("8.0", (8, 0), True, True),
+    ("8.0", (8, 9), True, True),
+    ("8.6", (8, 0), True, False),
+    ("8.0", (9, 0), True, False),
+    ("8.0", (7, 5), True, False),
+    ("7.5", (7, 0), True, False),
     ("7.5", (7, 5), False, True),
-    ("10.0", (10, 3), True, True), ("12.0", (12, 1), False, True), ("12.0", (1, 2), True, False),
-    ("8.0+PTX", (9, 0), True, True), ("8.0+PTX", (9, 0), False, False), ("8.0+PTX", (7, 5), True, False),
-    ("8.0+PTX", (8, 6), False, True), ("12.0+PTX", (11, 0), True, False),
-    ("9.0a", (9, 0), True, True), ("9.0a+PTX", (10, 0), True, False), ("10.0a", (10, 3), True, False),
-    ("10.0f", (10, 3), True, True), ("10.0f+PTX", (12, 0), True, False), ("Ampere", (8, 0), True, False),
+    ("10.0", (10, 3), True, True),
+    ("12.0", (12, 1), False, True),
+    ("12.0", (1, 2), True, False),
+    ("8.0+PTX", (9, 0), True, True),
+    ("8.0+PTX", (9, 0), False, False),
+    ("8.0+PTX", (7, 5), True, False),
+    ("8.0+PTX", (8, 6), False, True),
+    ("12.0+PTX", (11, 0), True, False),
+    ("9.0a", (9, 0), True, True),
+    ("9.0a+PTX", (10, 0), True, False),
+    ("10.0a", (10, 3), True, False),
+    ("10.0f", (10, 3), True, True),
+    ("10.0f+PTX", (12, 0), True, False),
+    ("Ampere", (8, 0), True, False),
 ]
 T4, A100, H100, V100 = ("Tesla T4", (7, 5)), ("A100", (8, 0)), ("H100", (9, 0)), ("V100", (7, 0))
 ARCHS = ("7.5", "8.0", "9.0", "10.0", "12.0+PTX")
@@ -88,10 +102,11 @@ def fresh(monkeypatch):
         queued = []
         monkeypatch.setattr(torch.cuda, "_lazy_call", queued.append)
         _build._prepare_cuda(record or {})
-        assert not module.registered   # not before CUDA is initialised
+        assert not module.registered  # not before CUDA is initialised
         for call in queued:
             call()
         return _build.build_info()["cuda_reason"]
+
     return load
 
 
@@ -111,11 +126,15 @@ def test_kernels_are_registered_with_cuda_and_nothing_is_said(fresh):
     assert warned() == []
 
 
-@pytest.mark.parametrize("module, device, reason", (
-    (Module(driver=12080), H100, "the driver serves CUDA up to 12.8"),
-    (Module(), T4, "device 0 (Tesla T4, compute capability 7.5)"),
-    (Module(with_cuda=False), H100, "the CUDA kernels were not built"),
-), ids=("driver", "device", "not built"))
+@pytest.mark.parametrize(
+    "module, device, reason",
+    (
+        (Module(driver=12080), H100, "the driver serves CUDA up to 12.8"),
+        (Module(), T4, "device 0 (Tesla T4, compute capability 7.5)"),
+        (Module(with_cuda=False), H100, "the CUDA kernels were not built"),
+    ),
+    ids=("driver", "device", "not built"),
+)
 def test_what_cannot_run_is_not_registered_and_said_once(fresh, module, device, reason):
     assert reason in fresh(module, device)
     assert not module.registered
@@ -148,7 +167,8 @@ def test_attach_tells_the_user_of_a_model_on_cuda(monkeypatch):
     monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True, raising=False)
 
     def stop(*_):
-        raise InterruptedError   # the rest of attach would take the tensors for what they are not
+        raise InterruptedError  # the rest of attach would take the tensors for what they are not
+
     monkeypatch.setattr("s2ft.api.select_units", stop)
     with pytest.raises(InterruptedError):
         s2ft.attach(model_of("llama"), s2ft.S2FTConfig(d_ratio=0.2))

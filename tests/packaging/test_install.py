@@ -1,4 +1,5 @@
 """Every way to install, each into a folder of its own and run from elsewhere."""
+
 import json
 import tarfile
 
@@ -18,7 +19,11 @@ def test_the_sdist_has_sources_and_tests_and_nothing_built(run, source, tmp_path
     (archive,) = tmp_path.glob("s2ft-*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
-    for path in (*source.glob("csrc/**/*.*"), *source.glob("tests/packaging/*.py"), *source.glob("tests/cuda_on_cpu/*")):
+    for path in (
+        *source.glob("csrc/**/*.*"),
+        *source.glob("tests/packaging/*.py"),
+        *source.glob("tests/cuda_on_cpu/*"),
+    ):
         if path.is_file():
             assert path.relative_to(source).as_posix() in names
     assert {"setup.py", "pyproject.toml", "MANIFEST.in", "s2ft/ops/sliced_linear.py"} <= names
@@ -43,8 +48,11 @@ def check_installed(run, environment, source, from_source):
 @pytest.mark.slow
 @pytest.mark.parametrize("editable", (False, True))
 def test_pip(run, source, environment, editable):
-    run(["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", *(["-e"] if editable else []), source],
-        python=environment, S2FT_BUILD="cpu")
+    run(
+        ["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", *(["-e"] if editable else []), source],
+        python=environment,
+        S2FT_BUILD="cpu",
+    )
     check_installed(run, environment, source, from_source=editable)
 
 

@@ -1,4 +1,5 @@
 """S2FT_BUILD: what each value builds, and what happens when it cannot."""
+
 import json
 
 import pytest
@@ -101,17 +102,26 @@ esac
 
 def of_setup(run, source, code, torch_cuda="13.0", check=True, **variables):
     """Run `code` with what setup.py defines, beside a PyTorch of this CUDA; what it printed."""
-    script = (f"import json, runpy, sys, torch; torch.version.cuda = {torch_cuda!r}; sys.argv[1:] = ['--name']\n"
-              f"setup = runpy.run_path('setup.py')\n{code}")
+    script = (
+        f"import json, runpy, sys, torch; torch.version.cuda = {torch_cuda!r}; sys.argv[1:] = ['--name']\n"
+        f"setup = runpy.run_path('setup.py')\n{code}"
+    )
     return run(["-c", script], cwd=source, check=check, **variables)
 
 
 SHOW_PLAN = "print(json.dumps([setup['PLAN'].cpp, setup['PLAN'].cuda, setup['PLAN'].cuda_reason]))"
 
 
-@pytest.mark.parametrize("nvcc, torch_cuda, kept", (
-    ("13.0", "13.0", True), ("12.6", "13.0", True), ("13.0", "12.8", False), ("13.1", "13.0", True),
-    ("13.0", None, None)))
+@pytest.mark.parametrize(
+    "nvcc, torch_cuda, kept",
+    (
+        ("13.0", "13.0", True),
+        ("12.6", "13.0", True),
+        ("13.0", "12.8", False),
+        ("13.1", "13.0", True),
+        ("13.0", None, None),
+    ),
+)
 def test_auto_takes_an_nvcc_of_no_newer_major_version(run, source, tmp_path, nvcc, torch_cuda, kept):
     result = of_setup(run, source, SHOW_PLAN, torch_cuda, CUDA_HOME=toolkit(tmp_path / "cuda", nvcc))
     cpp, cuda, reason = json.loads(result.stdout.splitlines()[-1])
@@ -123,8 +133,11 @@ def test_auto_takes_an_nvcc_of_no_newer_major_version(run, source, tmp_path, nvc
 def test_auto_without_nvcc_notes_it_for_who_has_a_gpu(run, source, tmp_path):
     result = of_setup(run, source, SHOW_PLAN, "13.0", CUDA_HOME=tmp_path)
     assert json.loads(result.stdout.splitlines()[-1]) == [
-        True, False, "CUDA kernels need nvcc to be built: set CUDA_HOME to a CUDA toolkit, or put nvcc on PATH"]
-    assert "WARNING" not in result.stderr   # most users of a CUDA PyTorch have none
+        True,
+        False,
+        "CUDA kernels need nvcc to be built: set CUDA_HOME to a CUDA toolkit, or put nvcc on PATH",
+    ]
+    assert "WARNING" not in result.stderr  # most users of a CUDA PyTorch have none
 
 
 def test_cuda_with_a_newer_nvcc_is_an_error_unless_pytorch_has_no_cuda(run, source, tmp_path):
@@ -135,25 +148,44 @@ def test_cuda_with_a_newer_nvcc_is_an_error_unless_pytorch_has_no_cuda(run, sour
     assert json.loads(result.stdout.splitlines()[-1]) == [True, True, ""]
 
 
-@pytest.mark.parametrize("codes, gpus, expected", (
-    (("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"), [], ["7.5", "8.0", "9.0", "10.0", "12.0+PTX"]),
-    (("sm_75", "sm_80", "sm_86", "sm_90"), [], ["7.5", "8.0", "9.0+PTX"]),   # CUDA 12.6
-    (("sm_75", "sm_80", "sm_86", "sm_90"), [(8, 6), (8, 0)], ["7.5", "8.0", "8.6", "9.0+PTX"]),
-    (("sm_75", "sm_80", "sm_90"), [(12, 0)], ["7.5", "8.0", "9.0+PTX"]),
-    ((), [], ["7.5", "8.0", "9.0", "10.0", "12.0+PTX"]),   # an nvcc that does not answer
-))
+@pytest.mark.parametrize(
+    "codes, gpus, expected",
+    (
+        (("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"), [], ["7.5", "8.0", "9.0", "10.0", "12.0+PTX"]),
+        (("sm_75", "sm_80", "sm_86", "sm_90"), [], ["7.5", "8.0", "9.0+PTX"]),  # CUDA 12.6
+        (("sm_75", "sm_80", "sm_86", "sm_90"), [(8, 6), (8, 0)], ["7.5", "8.0", "8.6", "9.0+PTX"]),
+        (("sm_75", "sm_80", "sm_90"), [(12, 0)], ["7.5", "8.0", "9.0+PTX"]),
+        ((), [], ["7.5", "8.0", "9.0", "10.0", "12.0+PTX"]),  # an nvcc that does not answer
+    ),
+)
 def test_default_architectures(run, source, tmp_path, codes, gpus, expected):
-    code = (f"torch.cuda.device_count = lambda: {len(gpus)}; torch.cuda.get_device_capability = {gpus}.__getitem__\n"
-            "print(json.dumps(setup['cuda_archs'](setup['PLAN'].home)))")
+    code = (
+        f"torch.cuda.device_count = lambda: {len(gpus)}; torch.cuda.get_device_capability = {gpus}.__getitem__\n"
+        "print(json.dumps(setup['cuda_archs'](setup['PLAN'].home)))"
+    )
     result = of_setup(run, source, code, CUDA_HOME=toolkit(tmp_path / "cuda", codes=codes))
     assert json.loads(result.stdout.splitlines()[-1]) == expected
 
 
-@pytest.mark.parametrize("listed, expected", (("9.0", ["9.0"]), ("8.0, 9.0a;10.0f+PTX", ["8.0", "9.0a", "10.0f+PTX"]),
-                                              ("8.0;Ampere", None), ("90", None), ("9.0+ptx", None)))
+@pytest.mark.parametrize(
+    "listed, expected",
+    (
+        ("9.0", ["9.0"]),
+        ("8.0, 9.0a;10.0f+PTX", ["8.0", "9.0a", "10.0f+PTX"]),
+        ("8.0;Ampere", None),
+        ("90", None),
+        ("9.0+ptx", None),
+    ),
+)
 def test_a_list_of_architectures(run, source, tmp_path, listed, expected):
-    result = of_setup(run, source, "print(json.dumps(setup['cuda_archs'](setup['PLAN'].home)))", check=False,
-                      CUDA_HOME=toolkit(tmp_path / "cuda"), TORCH_CUDA_ARCH_LIST=listed)
+    result = of_setup(
+        run,
+        source,
+        "print(json.dumps(setup['cuda_archs'](setup['PLAN'].home)))",
+        check=False,
+        CUDA_HOME=toolkit(tmp_path / "cuda"),
+        TORCH_CUDA_ARCH_LIST=listed,
+    )
     if expected is None:
         assert "is no compute capability such as 9.0 or 10.0+PTX" in result.stderr
     else:
@@ -177,8 +209,10 @@ for candidates in ([{str(script)!r}, {str(whole)!r}], [None, {str(script)!r}], [
 @pytest.mark.parametrize("listed", ("", "Ampere"))
 def test_auto_keeps_the_cpu_kernels_when_the_cuda_kernels_fail(run, source, tmp_path, listed):
     """nvcc fails, or the list of architectures is wrong."""
-    as_cuda_pytorch = ("import runpy, sys, torch; torch.version.cuda = '13.0'; "
-                       "sys.argv[1:] = ['-q', 'build', '--build-lib', 'built']; runpy.run_path('setup.py')")
+    as_cuda_pytorch = (
+        "import runpy, sys, torch; torch.version.cuda = '13.0'; "
+        "sys.argv[1:] = ['-q', 'build', '--build-lib', 'built']; runpy.run_path('setup.py')"
+    )
     result = run(["-c", as_cuda_pytorch], cwd=source, CUDA_HOME=toolkit(tmp_path / "cuda"), TORCH_CUDA_ARCH_LIST=listed)
     assert "WARNING: s2ft is installed without CUDA kernels" in result.stderr
     info, _ = show(run, source)
@@ -189,6 +223,7 @@ def test_auto_keeps_the_cpu_kernels_when_the_cuda_kernels_fail(run, source, tmp_
 
 @pytest.mark.slow
 def test_cuda_with_a_wrong_list_of_architectures_is_an_error(run, source, tmp_path):
-    result = build(run, source, check=False, S2FT_BUILD="cuda", CUDA_HOME=toolkit(tmp_path / "cuda"),
-                   TORCH_CUDA_ARCH_LIST="Ampere")
+    result = build(
+        run, source, check=False, S2FT_BUILD="cuda", CUDA_HOME=toolkit(tmp_path / "cuda"), TORCH_CUDA_ARCH_LIST="Ampere"
+    )
     assert result.returncode != 0 and "S2FT_BUILD=cuda: TORCH_CUDA_ARCH_LIST: 'Ampere'" in result.stderr

@@ -1,4 +1,5 @@
 """S²FT as a method of PEFT: choosing, training, saving, merging, switching, on models of known families."""
+
 import copy
 import json
 import re
@@ -31,8 +32,12 @@ RATIOS = dict(o_ratio=0.5, u_ratio=0.1, d_ratio=0.1)
 def peft_of(case="llama-grouped", dtype=torch.float32, adapter_name="default", seed=0, autocast=True, **config):
     """With random deltas: the adapter changes the model."""
     config = config or ratios_for(case, ALL_RATIOS)
-    model = get_peft_model(model_of(case, dtype), S2FTPeftConfig(**config, init_weights=False, seed=seed), adapter_name,
-                           autocast_adapter_dtype=autocast)
+    model = get_peft_model(
+        model_of(case, dtype),
+        S2FTPeftConfig(**config, init_weights=False, seed=seed),
+        adapter_name,
+        autocast_adapter_dtype=autocast,
+    )
     return model.eval()
 
 
@@ -54,12 +59,16 @@ def same_state(ours, theirs):
 
 def test_the_rest_of_s2ft_does_without_peft():
     root = Path(s2ft.__file__).parent
-    users = {path.relative_to(root).parts[0] for path in root.rglob("*.py")
-             if re.search(r"^\s*(import peft|from peft|from s2ft\.peft|import s2ft\.peft)", path.read_text(), re.M)}
+    users = {
+        path.relative_to(root).parts[0]
+        for path in root.rglob("*.py")
+        if re.search(r"^\s*(import peft|from peft|from s2ft\.peft|import s2ft\.peft)", path.read_text(), re.M)
+    }
     assert users == {"peft"}
 
 
 # ---- choosing ------------------------------------------------------------------------------------------
+
 
 @cases
 def test_units_are_those_that_attach_trains(case):
@@ -77,7 +86,7 @@ def test_a_config_used_again_means_what_it_was_made_with():
     again = get_peft_model(model_of("llama-grouped"), config)
     assert again.peft_config["default"] is config
     units = dict(config.units)
-    for case in ("gpt2", "llama-biased"):   # another family; another base of the same shapes
+    for case in ("gpt2", "llama-biased"):  # another family; another base of the same shapes
         other = get_peft_model(model_of(case), config).peft_config["default"]
         assert other is not config and other.base_fingerprint != config.base_fingerprint
     config.seed = 1
@@ -87,7 +96,7 @@ def test_a_config_used_again_means_what_it_was_made_with():
     first.add_adapter("c", config)
     assert {len(numbers) for numbers in first.peft_config["c"].units.values()} == {16}
     assert first.peft_config["default"].units == units
-    many = get_peft_model(model_of("llama"), S2FTPeftConfig(**ALL_RATIOS))   # so many that PEFT shortens target_modules
+    many = get_peft_model(model_of("llama"), S2FTPeftConfig(**ALL_RATIOS))  # so many that PEFT shortens target_modules
     many.add_adapter("b", many.peft_config["default"])
     assert many.peft_config["b"] is many.peft_config["default"] and len(many.peft_config["b"].target_modules) == 7
 
@@ -100,7 +109,8 @@ def test_layers_and_peft_fields_narrow_it_down():
     assert paths(d_ratio=0.1, layers_to_transform=[0, 2]) == {f"model.layers.{i}.mlp.down_proj" for i in (0, 2)}
     assert paths(d_ratio=0.1, layers_to_transform=1, layers_pattern="layers") == {"model.layers.1.mlp.down_proj"}
     assert paths(d_ratio=0.1, exclude_modules=["1.mlp.down_proj"]) == {
-        f"model.layers.{i}.mlp.down_proj" for i in (0, 2)}
+        f"model.layers.{i}.mlp.down_proj" for i in (0, 2)
+    }
     assert paths(d_ratio=0.1, exclude_modules=r".*\.[01]\..*") == {"model.layers.2.mlp.down_proj"}
     with pytest.raises(ValueError, match="d_ratio: modules_to_save or .* leaves none"):
         paths(d_ratio=0.1, o_ratio=0.5, modules_to_save=["down_proj"])
@@ -114,9 +124,10 @@ def test_target_modules_and_a_ratio_are_the_projections_own_units():
         expected = by_ratio.peft_config["default"].units
         assert units == {path: numbers for path, numbers in expected.items() if "down" in path}
     heads = peft_of("llama-grouped", target_modules=["v_proj", "o_proj"], ratio=0.5)
-    shapes = {path.rpartition(".")[2]: layer.s2ft_delta["default"].values.shape
-              for path, layer in layers_of(heads).items()}
-    assert shapes == {"v_proj": (6, 24), "o_proj": (24, 12)}   # one KV head and two query heads of 6
+    shapes = {
+        path.rpartition(".")[2]: layer.s2ft_delta["default"].values.shape for path, layer in layers_of(heads).items()
+    }
+    assert shapes == {"v_proj": (6, 24), "o_proj": (24, 12)}  # one KV head and two query heads of 6
 
 
 def test_all_linear():
@@ -184,10 +195,16 @@ UNFIT = {
     "another projection": (dict(g_ratio=0.1), "gpt2", "g_ratio asks for a projection that this model does not have"),
     "unknown units": (dict(units={"model.layers.9.mlp.down_proj": [0]}), "llama", "which is no projection or module"),
     "unit too high": (dict(units={"model.layers.0.mlp.down_proj": [52]}), "llama", "there is no 52"),
-    "units and targets": (dict(units={"model.layers.0.mlp.down_proj": [0]}, target_modules=["up_proj"]), "llama",
-                          "which is none of target_modules"),
-    "targets without units": (dict(units={"model.layers.0.mlp.down_proj": [0]}, target_modules=["down_proj"]), "llama",
-                              "units names no unit of it"),
+    "units and targets": (
+        dict(units={"model.layers.0.mlp.down_proj": [0]}, target_modules=["up_proj"]),
+        "llama",
+        "which is none of target_modules",
+    ),
+    "targets without units": (
+        dict(units={"model.layers.0.mlp.down_proj": [0]}, target_modules=["down_proj"]),
+        "llama",
+        "units names no unit of it",
+    ),
     "dim in a family": (dict(target_modules=["down_proj"], ratio=0.1, dim="outputs"), "llama", "are its inputs"),
     "outside, no dim": (dict(target_modules=["lm_head"], ratio=0.1), "llama", "dim must say what the units of lm_head"),
     "too small a ratio": (dict(target_modules=["down_proj"], ratio=0.001), "llama", "none of the 52 units"),
@@ -214,10 +231,11 @@ def test_a_family_that_is_not_known_needs_targets():
 
 # ---- the forward, merging ------------------------------------------------------------------------------
 
+
 @cases
 def test_injecting_changes_nothing_until_something_is_trained(case):
     model = get_peft_model(model_of(case), S2FTPeftConfig(**ratios_for(case, ALL_RATIOS))).eval()
-    frozen = model_of(case).requires_grad_(False)   # PyTorch folds batches otherwise where a weight needs a gradient
+    frozen = model_of(case).requires_grad_(False)  # PyTorch folds batches otherwise where a weight needs a gradient
     assert torch.equal(output_of(model), output_of(frozen))
 
 
@@ -326,8 +344,9 @@ def test_several_active_adapters_are_one_sum_with_gradients():
     model = two_of().train()
     model.base_model.set_adapter(["a", "b"])
     loss_of(model).backward()
-    assert all(layer.s2ft_delta[name].values.grad.abs().sum() > 0
-               for layer in layers_of(model).values() for name in "ab")
+    assert all(
+        layer.s2ft_delta[name].values.grad.abs().sum() > 0 for layer in layers_of(model).values() for name in "ab"
+    )
     layer = layers_of(model)["base_model.model.model.layers.0.mlp.down_proj"]
     x = torch.randn(5, 52)
     deltas = sum(layer.get_delta_weight(name) for name in "ab")
@@ -358,6 +377,7 @@ def test_hooks_on_a_module_run_once_and_stay():
 
 
 # ---- training ------------------------------------------------------------------------------------------
+
 
 @cases
 def test_only_the_deltas_train(case):
@@ -410,10 +430,11 @@ def test_compiled_without_a_break_gives_the_same_gradients():
 
 def test_what_is_printed(capsys):
     get_peft_model(model_of("llama-grouped"), S2FTPeftConfig(d_ratio=0.1)).print_trainable_parameters()
-    assert "trainable params: 360" in capsys.readouterr().out   # 3 layers × 5 channels × 24
+    assert "trainable params: 360" in capsys.readouterr().out  # 3 layers × 5 channels × 24
 
 
 # ---- saving and loading --------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("low_cpu_mem_usage", (False, True))
 @cases
@@ -435,7 +456,8 @@ def test_the_config_file_is_small_and_sorted(tmp_path):
     assert content["target_modules"] == sorted(content["target_modules"]) and content["peft_type"] == "S2FT"
     assert text.count("\n") < 80 and content["chosen_by"]["d_ratio"] == 0.5
     assert PeftConfig.from_pretrained(tmp_path).units == {
-        path: peft_units(line) for path, line in content["units"].items()}
+        path: peft_units(line) for path, line in content["units"].items()
+    }
 
 
 def peft_units(line):
@@ -452,9 +474,16 @@ def test_weights_of_other_units_are_refused(tmp_path):
     assert same_state(model.state_dict(), before)
 
 
-@pytest.mark.parametrize("change, message", (
-    (lambda tensors: tensors.pop(next(iter(tensors))), "is missing"),
-    (lambda tensors: tensors.update({"base_model.model.nowhere.s2ft_delta.values": torch.zeros(2)}), "is left over")))
+@pytest.mark.parametrize(
+    "change, message",
+    (
+        (lambda tensors: tensors.pop(next(iter(tensors))), "is missing"),
+        (
+            lambda tensors: tensors.update({"base_model.model.nowhere.s2ft_delta.values": torch.zeros(2)}),
+            "is left over",
+        ),
+    ),
+)
 def test_incomplete_weights_are_refused(change, message, tmp_path):
     model = peft_of()
     model.save_pretrained(tmp_path)
@@ -488,10 +517,12 @@ def test_a_merged_neighbour_does_not_hide_the_base(tmp_path):
     model.merge_adapter(["a", "b"])
     merged = copy.deepcopy(model.state_dict())
     weights = {path: layer.base_layer.weight.clone() for path, layer in layers_of(model).items()}
-    with pytest.warns(UserWarning, match="Unmerging the model first"):   # PEFT's, for it sets the active adapters again
+    with pytest.warns(UserWarning, match="Unmerging the model first"):  # PEFT's, for it sets the active adapters again
         model.load_adapter(tmp_path, "c")
-    assert not torch.equal(weights["base_model.model.model.layers.0.mlp.down_proj"],
-                           model.state_dict()["base_model.model.model.layers.0.mlp.down_proj.base_layer.weight"])
+    assert not torch.equal(
+        weights["base_model.model.model.layers.0.mlp.down_proj"],
+        model.state_dict()["base_model.model.model.layers.0.mlp.down_proj.base_layer.weight"],
+    )
     model.merge_adapter(["a", "b"])
     assert all(torch.equal(model.state_dict()[key], value) for key, value in merged.items())
 
@@ -530,13 +561,17 @@ def test_inject_adapter_in_model_and_state_dicts():
 
 # ---- several adapters ----------------------------------------------------------------------------------
 
+
 def test_set_add_and_delete():
     model, alone = two_of(), {}
     for name in "ab":
         model.set_adapter(name)
         alone[name] = output_of(model)
-        assert all(layer.s2ft_delta[other].values.requires_grad is (other == name)
-                   for layer in layers_of(model).values() for other in "ab")
+        assert all(
+            layer.s2ft_delta[other].values.requires_grad is (other == name)
+            for layer in layers_of(model).values()
+            for other in "ab"
+        )
     assert not torch.equal(alone["a"], alone["b"])
     with pytest.raises(ValueError, match="already exists"):
         model.add_adapter("a", S2FTPeftConfig(d_ratio=0.1))
@@ -577,11 +612,17 @@ def test_a_weighted_sum_is_saved_like_any_other(tmp_path):
     assert again.peft_config["default"].chosen_by == {"sum_of": [["a", 1.0], ["b", 1.0]]}
 
 
-@pytest.mark.parametrize("arguments, message", (
-    ((["a", "x"], [1, 1], "sum"), "Adapter x does not exist"), ((["a"], [1, 1], "sum"), "as many as adapters"),
-    ((["a"], [float("nan")], "sum"), "must be a finite number"), (([], [], "sum"), "at least one"),
-    ((["a"], [1], "b"), "there is an adapter called 'b' already"),
-    ((["a"], [1], "sum", "svd"), "combination_type must be linear")))
+@pytest.mark.parametrize(
+    "arguments, message",
+    (
+        ((["a", "x"], [1, 1], "sum"), "Adapter x does not exist"),
+        ((["a"], [1, 1], "sum"), "as many as adapters"),
+        ((["a"], [float("nan")], "sum"), "must be a finite number"),
+        (([], [], "sum"), "at least one"),
+        ((["a"], [1], "b"), "there is an adapter called 'b' already"),
+        ((["a"], [1], "sum", "svd"), "combination_type must be linear"),
+    ),
+)
 def test_sums_that_cannot_be_meant(arguments, message):
     with pytest.raises(ValueError, match=message):
         two_of().add_weighted_adapter(*arguments)
@@ -625,7 +666,7 @@ def test_every_row_of_a_mixed_batch_has_its_own_adapter(case, grad):
     assert relative_difference(got, torch.cat(expected)) < LOGITS
     assert got.requires_grad is grad
     with torch.no_grad():
-        assert torch.equal(model(tokens).logits, model(tokens).logits)   # the names are gone
+        assert torch.equal(model(tokens).logits, model(tokens).logits)  # the names are gone
 
 
 @pytest.mark.parametrize("options", ({}, {"num_beams": 3}))
@@ -633,7 +674,7 @@ def test_generate_mixed(options):
     model = two_of("llama-grouped")
     for layer in layers_of(model).values():
         for name in "ab":
-            layer.s2ft_delta[name].values.data.mul_(4)   # enough for other tokens
+            layer.s2ft_delta[name].values.data.mul_(4)  # enough for other tokens
     tokens = torch.randint(3, 67, (4, 5))
     settings = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None, **options)
     expected = []
@@ -655,7 +696,9 @@ def encoder_decoder():
     return model.eval()
 
 
-@pytest.mark.parametrize("make", (lambda: model_of("llama-grouped"), encoder_decoder), ids=("decoder", "encoder-decoder"))
+@pytest.mark.parametrize(
+    "make", (lambda: model_of("llama-grouped"), encoder_decoder), ids=("decoder", "encoder-decoder")
+)
 def test_beams_of_mixed_batches_with_modules_saved_whole(make):
     """Those take one name a row exactly; an encoder runs before there are beams."""
     config = dict(d_ratio=0.2, modules_to_save=["lm_head"], init_weights=False)

@@ -1,4 +1,5 @@
 """S²FT in PEFT on modules outside any family: linear layers, Conv1D, convolutions, and on quantized and hooked ones."""
+
 import copy
 
 import pytest
@@ -12,13 +13,15 @@ from transformers.pytorch_utils import Conv1D
 
 from s2ft.peft import S2FTPeftConfig, S2FTPeftLayer
 
-MODULES = {   # with an input
+MODULES = {  # with an input
     "linear": lambda: (nn.Linear(9, 11), torch.randn(4, 3, 9)),
     "linear-unbiased": lambda: (nn.Linear(9, 11, bias=False), torch.randn(4, 9)),
     "Conv1D": lambda: (Conv1D(11, 9), torch.randn(4, 3, 9)),
     "conv1d-same": lambda: (nn.Conv1d(6, 8, 3, padding="same", dilation=2), torch.randn(4, 6, 12)),
-    "conv2d-reflect": lambda: (nn.Conv2d(6, 8, 3, stride=2, padding=1, padding_mode="reflect"),
-                               torch.randn(4, 6, 7, 7)),
+    "conv2d-reflect": lambda: (
+        nn.Conv2d(6, 8, 3, stride=2, padding=1, padding_mode="reflect"),
+        torch.randn(4, 6, 7, 7),
+    ),
     "conv3d": lambda: (nn.Conv3d(6, 8, 2, padding=1), torch.randn(4, 6, 4, 4, 4)),
 }
 modules = pytest.mark.parametrize("kind", MODULES)
@@ -95,8 +98,8 @@ def test_mixed_batches(kind, dim, grad):
     for row, name in enumerate(names):
         if name != "__base__":
             model.set_adapter(name)
-        expected = plain(x[row:row + 1]).tanh() if name == "__base__" else model(x[row:row + 1])
-        assert torch.allclose(y[row:row + 1], expected, rtol=1e-5, atol=1e-5)
+        expected = plain(x[row : row + 1]).tanh() if name == "__base__" else model(x[row : row + 1])
+        assert torch.allclose(y[row : row + 1], expected, rtol=1e-5, atol=1e-5)
     if grad:
         model.requires_grad_(True)
         model(x, adapter_names=names).sum().backward()
@@ -141,9 +144,16 @@ class Derived(nn.Linear):
     pass
 
 
-@pytest.mark.parametrize("module, name", (
-    (nn.Conv2d(6, 8, 3, groups=2), "Conv2d of 2 groups"), (nn.Embedding(5, 6), "Embedding"),
-    (nn.MultiheadAttention(8, 2), "MultiheadAttention"), (nn.ReLU(), "ReLU"), (Derived(4, 4), "Derived")))
+@pytest.mark.parametrize(
+    "module, name",
+    (
+        (nn.Conv2d(6, 8, 3, groups=2), "Conv2d of 2 groups"),
+        (nn.Embedding(5, 6), "Embedding"),
+        (nn.MultiheadAttention(8, 2), "MultiheadAttention"),
+        (nn.ReLU(), "ReLU"),
+        (Derived(4, 4), "Derived"),
+    ),
+)
 def test_modules_that_are_refused(module, name):
     with pytest.raises(ValueError, match=f"0 is a {name}: S²FT trains"):
         get_peft_model(nn.Sequential(module), S2FTPeftConfig(target_modules=["0"], ratio=0.5, dim="inputs"))
@@ -167,6 +177,7 @@ def test_the_last_adapter_gone_leaves_the_base():
 
 # ---- accelerate's hooks ---------------------------------------------------------------------------------
 
+
 def test_weights_that_accelerate_brings():
     """Offloaded: on the meta device, but for the length of the module's forward."""
     model, x, _ = wrapped("linear", "outputs")
@@ -182,8 +193,10 @@ def test_weights_that_accelerate_brings():
 
 
 def test_a_model_on_the_meta_device_chooses_the_same_units():
-    meta, here = (get_peft_model(model, S2FTPeftConfig(d_ratio=0.1, seed=4))
-                  for model in (model_of("llama-grouped").to("meta"), model_of("llama-grouped")))
+    meta, here = (
+        get_peft_model(model, S2FTPeftConfig(d_ratio=0.1, seed=4))
+        for model in (model_of("llama-grouped").to("meta"), model_of("llama-grouped"))
+    )
     assert meta.peft_config["default"].units == here.peft_config["default"].units
     delta = layer_of(meta).s2ft_delta["default"]
     assert delta.values.is_meta and not delta.index.is_meta
@@ -192,6 +205,7 @@ def test_a_model_on_the_meta_device_chooses_the_same_units():
 
 # ---- quantized bases ------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("kind", ("nf4", "8bit", "torchao-int8"))
 def test_quantized_bases(kind, tmp_path):
     pytest.importorskip("bitsandbytes")
@@ -199,10 +213,13 @@ def test_quantized_bases(kind, tmp_path):
     from test_quantized import dense_reference, quantized
 
     from s2ft.layers import NO_FUSE
+
     base = quantized(kind)
     tokens, reference = token_batch(base), output_of(quantized(kind))
-    model = get_peft_model(prepare_model_for_kbit_training(base, use_gradient_checkpointing=False),
-                           S2FTPeftConfig(o_ratio=0.5, u_ratio=0.2, d_ratio=0.2)).eval()
+    model = get_peft_model(
+        prepare_model_for_kbit_training(base, use_gradient_checkpointing=False),
+        S2FTPeftConfig(o_ratio=0.5, u_ratio=0.2, d_ratio=0.2),
+    ).eval()
     assert torch.allclose(model(tokens).logits, reference, rtol=1e-3, atol=1e-3)
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -223,7 +240,7 @@ def test_quantized_bases(kind, tmp_path):
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(quantized(kind), tmp_path).eval()
     assert torch.allclose(again(tokens).logits, trained, rtol=1e-3, atol=1e-3)
-    dense = PeftModel.from_pretrained(dense_reference(quantized(kind)), tmp_path).eval()   # rounded base: the same one
+    dense = PeftModel.from_pretrained(dense_reference(quantized(kind)), tmp_path).eval()  # rounded base: the same one
     assert torch.allclose(dense(tokens).logits, trained, rtol=0.05, atol=0.05)
     dense.merge_and_unload()
 
@@ -232,9 +249,13 @@ def test_quantized_weights_that_pass_no_gradient_are_refused_where_something_tra
     pytest.importorskip("bitsandbytes")
     torchao = pytest.importorskip("torchao.quantization")
     from test_quantized import plain
+
     model = plain()
-    torchao.quantize_(model, torchao.Int8DynamicActivationInt8WeightConfig(),
-                      lambda module, path: path.endswith("layers.1.self_attn.o_proj"))
+    torchao.quantize_(
+        model,
+        torchao.Int8DynamicActivationInt8WeightConfig(),
+        lambda module, path: path.endswith("layers.1.self_attn.o_proj"),
+    )
     with pytest.raises(ValueError, match="layers.1.self_attn.o_proj .* passes no gradient"):
         get_peft_model(model, S2FTPeftConfig(d_ratio=0.1))
     get_peft_model(model, S2FTPeftConfig(d_ratio=0.1, inference_mode=True))

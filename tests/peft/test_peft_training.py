@@ -1,4 +1,5 @@
 """S²FT in PEFT under transformers' Trainer, transformers' own adapters, and TRL with peft_config."""
+
 import copy
 
 import pytest
@@ -14,8 +15,11 @@ CONFIG = dict(RATIOS, task_type="CAUSAL_LM")
 
 
 def deltas_of(model, name="default"):
-    return {path: module.s2ft_delta[name].values.detach().clone() for path, module in model.named_modules()
-            if isinstance(module, S2FTPeftLayer) and name in module.s2ft_delta}
+    return {
+        path: module.s2ft_delta[name].values.detach().clone()
+        for path, module in model.named_modules()
+        if isinstance(module, S2FTPeftLayer) and name in module.s2ft_delta
+    }
 
 
 def assert_equal(ours, theirs):
@@ -28,12 +32,22 @@ def moved(deltas):
 
 # ---- transformers' Trainer -------------------------------------------------------------------------------
 
+
 def trainer(model, folder, **changes):
     torch.manual_seed(0)
     tokens = torch.randint(3, 259, (16, 12))
     rows = [{"input_ids": row, "labels": row} for row in tokens]
-    options = dict(output_dir=str(folder), max_steps=8, save_steps=4, per_device_train_batch_size=2, learning_rate=1e-2,
-                   report_to="none", use_cpu=True, disable_tqdm=True, seed=3)
+    options = dict(
+        output_dir=str(folder),
+        max_steps=8,
+        save_steps=4,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=3,
+    )
     return Trainer(model=model, args=TrainingArguments(**{**options, **changes}), train_dataset=rows)
 
 
@@ -72,6 +86,7 @@ def test_gradient_checkpointing_in_trainer_gives_the_same_run(tmp_path):
 
 # ---- transformers' own adapters --------------------------------------------------------------------------
 
+
 def test_adapters_of_transformers(tmp_path, monkeypatch):
     """transformers 5.24 asks for a PEFT that is not published yet, of any method."""
     monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.21.0")
@@ -99,8 +114,10 @@ def test_adapters_of_transformers(tmp_path, monkeypatch):
 
 # ---- TRL -------------------------------------------------------------------------------------------------
 
+
 def dataset(rows):
     from datasets import Dataset  # comes with TRL
+
     return Dataset.from_list(rows)
 
 
@@ -111,32 +128,61 @@ def tokenizer_of_tiny():
 
 
 def options(folder, **changes):
-    return {**dict(output_dir=str(folder), per_device_train_batch_size=2, max_steps=4, save_steps=2, learning_rate=1e-2,
-                   report_to="none", use_cpu=True, bf16=False, disable_tqdm=True), **changes}
+    return {
+        **dict(
+            output_dir=str(folder),
+            per_device_train_batch_size=2,
+            max_steps=4,
+            save_steps=2,
+            learning_rate=1e-2,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+        ),
+        **changes,
+    }
 
 
 def sft(folder, model, **more):
     from trl import SFTConfig, SFTTrainer
+
     rows = [{"prompt": f"{a}+1=", "completion": f" {a + 1}"} for a in range(8)]
-    return SFTTrainer(model=model, args=SFTConfig(**options(folder), max_length=64),
-                      processing_class=tokenizer_of_tiny(), train_dataset=dataset(rows), **more)
+    return SFTTrainer(
+        model=model,
+        args=SFTConfig(**options(folder), max_length=64),
+        processing_class=tokenizer_of_tiny(),
+        train_dataset=dataset(rows),
+        **more,
+    )
 
 
 def dpo(folder, model, **more):
     from trl import DPOConfig, DPOTrainer
+
     rows = [{"prompt": f"{a}+1=", "chosen": f" {a + 1}", "rejected": " no"} for a in range(8)]
-    return DPOTrainer(model=model, args=DPOConfig(**options(folder), max_length=64),
-                      processing_class=tokenizer_of_tiny(), train_dataset=dataset(rows), **more)
+    return DPOTrainer(
+        model=model,
+        args=DPOConfig(**options(folder), max_length=64),
+        processing_class=tokenizer_of_tiny(),
+        train_dataset=dataset(rows),
+        **more,
+    )
 
 
 def grpo(folder, model, **more):
     from trl import GRPOConfig, GRPOTrainer
+
     rows = [{"prompt": f"{a}+1="} for a in range(8)]
     settings = options(folder, per_device_train_batch_size=4, max_steps=2, save_steps=1)
     return GRPOTrainer(
-        model=model, reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
+        model=model,
+        reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
         args=GRPOConfig(**settings, num_generations=4, max_completion_length=6, beta=0.1),
-        processing_class=tokenizer_of_tiny(), train_dataset=dataset(rows), **more)
+        processing_class=tokenizer_of_tiny(),
+        train_dataset=dataset(rows),
+        **more,
+    )
 
 
 TRL = {"sft": sft, "dpo": dpo, "grpo": grpo}
@@ -169,8 +215,9 @@ def test_dpos_reference_is_the_adapter_off(tmp_path):
         done = dpo(tmp_path / kind, model, ref_model=tiny_model() if kind == "own" else None)
         done.train()
         runs[kind] = deltas_of(done.model)
-        runs[kind + " rewards"] = [entry["rewards/chosen"] for entry in done.state.log_history
-                                   if "rewards/chosen" in entry]
+        runs[kind + " rewards"] = [
+            entry["rewards/chosen"] for entry in done.state.log_history if "rewards/chosen" in entry
+        ]
     for key, value in runs["off"].items():
         assert torch.allclose(value, runs["own"][key], rtol=1e-3, atol=1e-4)
     assert runs["off rewards"] == pytest.approx(runs["own rewards"], abs=1e-5)

@@ -1,4 +1,5 @@
 """How many units: ratios, budgets, and over which layers."""
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,8 +28,12 @@ def per_layer(selection, name):
 
 
 @settings(deadline=None, max_examples=60)
-@given(ratios=st.fixed_dictionaries({f"{key}_ratio": RATIO for key in "qvoud"}), budget=st.integers(1, 30000),
-       layers=st.sets(st.integers(0, 2), min_size=1), allocation=st.sampled_from(["uniform", "global"]))
+@given(
+    ratios=st.fixed_dictionaries({f"{key}_ratio": RATIO for key in "qvoud"}),
+    budget=st.integers(1, 30000),
+    layers=st.sets(st.integers(0, 2), min_size=1),
+    allocation=st.sampled_from(["uniform", "global"]),
+)
 def test_never_above_and_within_a_unit(ratios, budget, layers, allocation):
     config = S2FTConfig(**ratios, budget=budget, layers=sorted(layers), allocation=allocation, selection="weight")
     try:
@@ -83,7 +88,7 @@ def test_a_budget_in_words_and_as_lora():
     assert S2FTConfig(d_ratio=1, budget="9.2M").budget == 9_200_000
     model = model_of("llama-grouped")
     report = s2ft.attach(model, S2FTConfig(u_ratio=0.1, d_ratio=0.1, match_lora_rank=4))
-    lora = 2 * 3 * 4 * (24 + 52)   # two projections in three layers
+    lora = 2 * 3 * 4 * (24 + 52)  # two projections in three layers
     assert lora - 24 < report.trainable <= lora
 
 
@@ -96,18 +101,25 @@ def test_the_report_counts_what_is_trained():
 
 # ---- over the layers -------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("order", ("largest", "smallest"))
 def test_global_takes_the_best_of_all_layers(order):
     config = S2FTConfig(u_ratio=0.1, g_ratio=0.2, d_ratio=0.1, selection="weight", order=order, allocation="global")
     selection = s2ft.select(MODEL, config)
-    norms = torch.cat([MODEL.get_submodule(f"model.layers.{i}.mlp.down_proj").weight.detach().double().norm(dim=0)
-                       for i in range(3)])
-    best = set(norms.sort(descending=order == "largest").indices[:15].tolist())   # 5 of 52 in each of 3 layers
-    assert best == {i * 52 + unit for i in range(3) for unit in
-                    selection.units.get(f"model.layers.{i}.mlp.down_proj", torch.tensor([])).tolist()}
+    norms = torch.cat(
+        [MODEL.get_submodule(f"model.layers.{i}.mlp.down_proj").weight.detach().double().norm(dim=0) for i in range(3)]
+    )
+    best = set(norms.sort(descending=order == "largest").indices[:15].tolist())  # 5 of 52 in each of 3 layers
+    assert best == {
+        i * 52 + unit
+        for i in range(3)
+        for unit in selection.units.get(f"model.layers.{i}.mlp.down_proj", torch.tensor([])).tolist()
+    }
     for i in range(3):
-        up, gate = (set(selection.units.get(f"model.layers.{i}.mlp.{name}_proj", torch.tensor([])).tolist())
-                    for name in ("up", "gate"))
+        up, gate = (
+            set(selection.units.get(f"model.layers.{i}.mlp.{name}_proj", torch.tensor([])).tolist())
+            for name in ("up", "gate")
+        )
         assert up <= gate
 
 
@@ -134,31 +146,41 @@ def test_equal_scores_go_by_layer():
 
 # ---- mistakes --------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("options,message", [
-    (dict(budget="9.2X"), "budget must be a number of parameters such as 9.2M"),
-    (dict(budget="-3"), "budget must be a number of parameters"),
-    (dict(budget="0.1"), "budget must be a whole number of at least 1, got 0"),
-    (dict(budget=0), "budget must be a whole number of at least 1"),
-    (dict(budget=1.5), "budget must be a whole number of at least 1, got 1.5"),
-    (dict(budget=True), "budget must be a whole number"),
-    (dict(match_lora_rank=0), "match_lora_rank must be a whole number of at least 1"),
-    (dict(match_lora_rank="8"), "match_lora_rank must be a whole number"),
-    (dict(budget=9, match_lora_rank=1), "budget and match_lora_rank exclude each other"),
-    (dict(allocation="global"), "random selection has none"),
-    (dict(allocation="layered"), "allocation must be one of uniform, global"),
-])
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (dict(budget="9.2X"), "budget must be a number of parameters such as 9.2M"),
+        (dict(budget="-3"), "budget must be a number of parameters"),
+        (dict(budget="0.1"), "budget must be a whole number of at least 1, got 0"),
+        (dict(budget=0), "budget must be a whole number of at least 1"),
+        (dict(budget=1.5), "budget must be a whole number of at least 1, got 1.5"),
+        (dict(budget=True), "budget must be a whole number"),
+        (dict(match_lora_rank=0), "match_lora_rank must be a whole number of at least 1"),
+        (dict(match_lora_rank="8"), "match_lora_rank must be a whole number"),
+        (dict(budget=9, match_lora_rank=1), "budget and match_lora_rank exclude each other"),
+        (dict(allocation="global"), "random selection has none"),
+        (dict(allocation="layered"), "allocation must be one of uniform, global"),
+    ],
+)
 def test_options_that_can_not_be_meant(options, message):
     with pytest.raises(ValueError, match=message):
         S2FTConfig(d_ratio=0.1, **options)
 
 
-@pytest.mark.parametrize("options,message", [
-    (dict(d_ratio=0.1, budget=71), "budget=71 is too small: it leaves model.layers.2.mlp.down_proj no unit"),
-    (dict(d_ratio=0.001, u_ratio=1, budget=500), "leaves model.layers.0.mlp.down_proj no unit.*Raise it or d_ratio"),
-    (dict(d_ratio=0.1, budget=3 * 52 * 24 + 1), "budget=3,745 is more than the 3,744 parameters"),
-    (dict(o_ratio=0.1, match_lora_rank=1), "match_lora_rank=1, 144 parameters, is too small"),
-    (dict(budget=10), "nothing is selected"),
-])
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (dict(d_ratio=0.1, budget=71), "budget=71 is too small: it leaves model.layers.2.mlp.down_proj no unit"),
+        (
+            dict(d_ratio=0.001, u_ratio=1, budget=500),
+            "leaves model.layers.0.mlp.down_proj no unit.*Raise it or d_ratio",
+        ),
+        (dict(d_ratio=0.1, budget=3 * 52 * 24 + 1), "budget=3,745 is more than the 3,744 parameters"),
+        (dict(o_ratio=0.1, match_lora_rank=1), "match_lora_rank=1, 144 parameters, is too small"),
+        (dict(budget=10), "nothing is selected"),
+    ],
+)
 def test_budgets_that_do_not_fit(options, message):
     with pytest.raises(ValueError, match=message):
         s2ft.select(MODEL, S2FTConfig(**options))

@@ -1,6 +1,7 @@
 """Calibration of models that see more, or other things, than one text: images, sound, an encoder and a decoder,
 two towers; and of modules that are not of transformers. Against all activations stored, and one plain backward
 a sequence."""
+
 import pytest
 import torch
 from support.models import model_of
@@ -36,7 +37,7 @@ def pixels(rows):
 
 
 def sound(rows):
-    return torch.randn(rows, 5, 14, generator=torch.Generator().manual_seed(5))   # 7 positions of the encoder
+    return torch.randn(rows, 5, 14, generator=torch.Generator().manual_seed(5))  # 7 positions of the encoder
 
 
 def ignored(ids, mask):
@@ -53,8 +54,12 @@ def decoder(width, lengths, given):
     ids, mask = tokens(3, width, seed=6), mask_of(lengths, width)
     inputs = {"decoder_input_ids": ids}
     labels = {"labels": ignored(tokens(3, width, seed=7), mask)}
-    return {"inputs": {**inputs, "decoder_attention_mask": mask}, "labels": labels, "both": {**inputs, **labels},
-            "all": {**inputs, **labels, "decoder_attention_mask": mask}}[given]
+    return {
+        "inputs": {**inputs, "decoder_attention_mask": mask},
+        "labels": labels,
+        "both": {**inputs, **labels},
+        "all": {**inputs, **labels, "decoder_attention_mask": mask},
+    }[given]
 
 
 def seq2seq(first, width, lengths=(5, 2, 4)):
@@ -62,38 +67,49 @@ def seq2seq(first, width, lengths=(5, 2, 4)):
     return {given: [{**first, **decoder(width, lengths, given)}] for given in ("inputs", "labels", "both", "all")}
 
 
-CROSS = dict(encoder_hidden_states=torch.randn(3, 8, 24, generator=torch.Generator().manual_seed(8)),
-             encoder_attention_mask=mask_of((8, 1, 5), 8))
+CROSS = dict(
+    encoder_hidden_states=torch.randn(3, 8, 24, generator=torch.Generator().manual_seed(8)),
+    encoder_attention_mask=mask_of((8, 1, 5), 8),
+)
 CLASSES = torch.tensor([1, 4, 0])
-CASES = {   # name: (case of support.models, batches)
+CASES = {  # name: (case of support.models, batches)
     "vit": ("vit", [{"pixel_values": pixels(3), "labels": CLASSES}]),
-    "vit, two batches": ("vit", [{"pixel_values": pixels(3), "labels": CLASSES},
-                                 {"pixel_values": -pixels(1), "labels": CLASSES[:1]}]),
-    "clip": ("clip", [{**text(10), "pixel_values": pixels(3)}]),   # an image has 10 positions too
+    "vit, two batches": (
+        "vit",
+        [{"pixel_values": pixels(3), "labels": CLASSES}, {"pixel_values": -pixels(1), "labels": CLASSES[:1]}],
+    ),
+    "clip": ("clip", [{**text(10), "pixel_values": pixels(3)}]),  # an image has 10 positions too
     "clip, other length": ("clip", [{**text(8), "pixel_values": pixels(3), "return_loss": True}]),
     "clip, unpaired": ("clip", [{**text(8), "pixel_values": pixels(2)}]),
     "clip-text": ("clip-text", [text(9)]),
     "clip-vision": ("clip-vision", [{"pixel_values": pixels(2)}]),
     "bert": ("bert", [{**text(8), "labels": ignored(tokens(3, 8), mask_of((2, 5, 1), 8))}]),
-    "bert, two batches": ("bert", [{**text(8), "labels": tokens(3, 8)},
-                                   {**text(9, left=True), "labels": tokens(3, 9)}]),
+    "bert, two batches": (
+        "bert",
+        [{**text(8), "labels": tokens(3, 8)}, {**text(9, left=True), "labels": tokens(3, 9)}],
+    ),
     "bert-cross-attention": ("bert-cross-attention", [{**text(8), **CROSS, "labels": tokens(3, 8)}]),
     **{f"t5, {given}": ("t5", found) for given, found in seq2seq(text(8), 5).items()},
     **{f"t5, {given}, equal": ("t5", found) for given, found in seq2seq(text(8), 8).items()},
     "t5, left": ("t5", [{**text(8, left=True), **decoder(6, (6, 1, 3), "labels")}]),
     "t5, two batches": ("t5-gated", seq2seq(text(8), 5)["labels"] + seq2seq(text(10), 7)["all"]),
     **{f"whisper, {given}": ("whisper", found) for given, found in seq2seq({"input_features": sound(3)}, 5).items()},
-    **{f"whisper, {given}, equal": ("whisper", found)
-       for given, found in seq2seq({"input_features": sound(3)}, 7).items()},
-    "whisper, masked frames": ("whisper", [{"input_features": sound(3), "attention_mask": mask_of((14, 6, 9), 14),
-                                            **decoder(5, (5, 2, 4), "labels")}]),
+    **{
+        f"whisper, {given}, equal": ("whisper", found)
+        for given, found in seq2seq({"input_features": sound(3)}, 7).items()
+    },
+    "whisper, masked frames": (
+        "whisper",
+        [{"input_features": sound(3), "attention_mask": mask_of((14, 6, 9), 14), **decoder(5, (5, 2, 4), "labels")}],
+    ),
 }
 
 
 def expected_mask(case, path, batch):
     """[sequences, length] of what counts at `path`; None where everything does."""
     of_encoder = path.startswith(("encoder.", "model.encoder.")) or any(
-        name in path for name in ("EncDecAttention.k", "EncDecAttention.v", "encoder_attn.k", "encoder_attn.v"))
+        name in path for name in ("EncDecAttention.k", "EncDecAttention.v", "encoder_attn.k", "encoder_attn.v")
+    )
     if case.startswith("t5"):
         if of_encoder:
             return batch["attention_mask"]
@@ -123,8 +139,11 @@ def stored_activations(model, batches, case):
 def run_and_store(model, couplings, batch):
     seen, hooks = {}, []
     for p in projections_of(couplings):
-        hooks.append(model.get_submodule(p.path).register_forward_hook(
-            lambda module, inputs, output, p=p: seen.update({p.path: (p, inputs[0] if p.dim == 1 else output)})))
+        hooks.append(
+            model.get_submodule(p.path).register_forward_hook(
+                lambda module, inputs, output, p=p: seen.update({p.path: (p, inputs[0] if p.dim == 1 else output)})
+            )
+        )
     with torch.no_grad():
         if isinstance(batch, dict):
             model(**batch)
@@ -146,7 +165,7 @@ def plain_gradients(model, batches):
         for i in range(len(batch["labels"])):
             if bool((batch["labels"][i] != -100).any()):
                 model.zero_grad()
-                model(**{name: value[i:i + 1] for name, value in batch.items()}).loss.backward()
+                model(**{name: value[i : i + 1] for name, value in batch.items()}).loss.backward()
                 for p in projections_of(couplings_of(model)):
                     totals.setdefault(p.path, []).append(norms(model.get_submodule(p.path).weight.grad, p))
     model.zero_grad()
@@ -154,13 +173,17 @@ def plain_gradients(model, batches):
 
 
 def checkpoint_blocks(model, **options):
-    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"   # transformers 5.2x
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # transformers 5.2x
     getattr(model, f"{kind}_checkpointing_enable")(options or None)
 
 
 def scores_of(model, metric, batches, couplings=None):
-    request = Request(couplings_of(model, couplings), S2FTConfig(**RATIOS, selection=metric), model,
-                      Calibration(batches, torch.device("cpu")))
+    request = Request(
+        couplings_of(model, couplings),
+        S2FTConfig(**RATIOS, selection=metric),
+        model,
+        Calibration(batches, torch.device("cpu")),
+    )
     return METRICS[metric].score(request)
 
 
@@ -172,14 +195,16 @@ def assert_scores(found, expected):
 
 # ---- scores ----------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("name", CASES)
 def test_activations_are_those_stored(name):
     case, batches = CASES[name]
     model = model_of(case)
     expected = stored_activations(model, batches, case)
     assert_scores(scores_of(model, "activation", batches), expected)
-    weights = {p.path: norms(model.get_submodule(p.path).weight.detach(), p)
-               for p in projections_of(couplings_of(model))}
+    weights = {
+        p.path: norms(model.get_submodule(p.path).weight.detach(), p) for p in projections_of(couplings_of(model))
+    }
     assert_scores(scores_of(model, "product", batches), {path: weights[path] * expected[path] for path in weights})
 
 
@@ -207,13 +232,14 @@ def test_checkpoints_that_need_an_input_with_a_gradient(name):
     assert not any(value.requires_grad for batch in batches for value in batch.values())
 
 
-@pytest.mark.parametrize("case, batches", (("whisper", CASES["whisper, labels"][1]),
-                                           ("opt", [{**text(8), "labels": tokens(3, 8)}])))
+@pytest.mark.parametrize(
+    "case, batches", (("whisper", CASES["whisper, labels"][1]), ("opt", [{**text(8), "labels": tokens(3, 8)}]))
+)
 def test_checkpointing_means_no_dropout(case, batches):
     model = model_of(case)
     for module in model.modules():
         if isinstance(getattr(module, "dropout", None), float):
-            module.dropout = 0.5   # a function, that takes the block's own training flag
+            module.dropout = 0.5  # a function, that takes the block's own training flag
     expected = plain_gradients(model, batches)
     checkpoint_blocks(model)
     functions = [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()]
@@ -226,8 +252,11 @@ def test_padding_of_an_encoder_decoder_does_not_count():
     model = model_of("t5")
     batch = {**text(8, (3, 8, 6)), **decoder(5, (5, 2, 4), "all")}
     longer = {**text(11, (3, 8, 6)), **decoder(9, (5, 2, 4), "all")}
-    for name, mask in (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask"),
-                       ("labels", "decoder_attention_mask")):
+    for name, mask in (
+        ("input_ids", "attention_mask"),
+        ("decoder_input_ids", "decoder_attention_mask"),
+        ("labels", "decoder_attention_mask"),
+    ):
         longer[name] = longer[name].clone()
         longer[name][longer[mask].bool()] = batch[name][batch[mask].bool()]
     for metric in CALIBRATED:
@@ -252,8 +281,15 @@ def test_a_main_input_alone_is_enough():
         assert_scores(scores_of(model, "activation", [value]), scores_of(model, "activation", named))
 
 
-SMALL = dict(hidden_size=24, intermediate_size=52, num_hidden_layers=2, num_attention_heads=4, vocab_size=67,
-             pad_token_id=0, num_labels=5)
+SMALL = dict(
+    hidden_size=24,
+    intermediate_size=52,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    vocab_size=67,
+    pad_token_id=0,
+    num_labels=5,
+)
 
 
 @pytest.mark.parametrize("kind", (BertForSequenceClassification, LlamaForSequenceClassification))
@@ -266,15 +302,18 @@ def test_labels_of_whole_sequences(kind, values):
     totals = {}
     for i in range(3):
         model.zero_grad()
-        model(**{name: value[i:i + 1] for name, value in batches[0].items()}).loss.backward()
+        model(**{name: value[i : i + 1] for name, value in batches[0].items()}).loss.backward()
         for p in projections_of(couplings_of(model)):
             totals.setdefault(p.path, []).append(norms(model.get_submodule(p.path).weight.grad, p))
     model.zero_grad()
-    assert_scores(scores_of(model, "gradient", batches),
-                  {path: torch.stack(found).square().mean(0).sqrt() for path, found in totals.items()})
+    assert_scores(
+        scores_of(model, "gradient", batches),
+        {path: torch.stack(found).square().mean(0).sqrt() for path, found in totals.items()},
+    )
 
 
 # ---- modules that are not of transformers ----------------------------------------------------------------
+
 
 class Perceptron(nn.Module):
     def __init__(self):
@@ -301,17 +340,26 @@ MLP = Coupling("ffn", 0, (Projection("u", "up", 10, 1, 0),), Projection("d", "do
 ROWS, GRID, SCALE = torch.randn(4, 6), torch.randn(2, 5, 6), torch.rand(4, 10)
 
 
-@pytest.mark.parametrize("make, batch, plain", (
-    (Perceptron, ROWS, (ROWS,)), (Perceptron, GRID, (GRID,)), (Perceptron, (ROWS, SCALE), (ROWS, SCALE)),
-    (Perceptron, {"scale": SCALE, "x": ROWS}, (ROWS, SCALE)), (Convolutional, pixels(3), (pixels(3),)),
-    (lambda: nn.Sequential(Perceptron()), [ROWS], (ROWS,))))
+@pytest.mark.parametrize(
+    "make, batch, plain",
+    (
+        (Perceptron, ROWS, (ROWS,)),
+        (Perceptron, GRID, (GRID,)),
+        (Perceptron, (ROWS, SCALE), (ROWS, SCALE)),
+        (Perceptron, {"scale": SCALE, "x": ROWS}, (ROWS, SCALE)),
+        (Convolutional, pixels(3), (pixels(3),)),
+        (lambda: nn.Sequential(Perceptron()), [ROWS], (ROWS,)),
+    ),
+)
 def test_any_module(make, batch, plain):
     model = make().eval()
     prefix = "0." if isinstance(model, nn.Sequential) else ""
     up, down = Projection("u", f"{prefix}up", 10, 1, 0), Projection("d", f"{prefix}down", 10, 1, 1)
     coupling = Coupling("ffn", 0, (up,), down)
-    expected = {path: root_mean_square(p, x.flatten(0, -2).double())
-                for path, (p, x) in run_and_store(model, [coupling], plain).items()}
+    expected = {
+        path: root_mean_square(p, x.flatten(0, -2).double())
+        for path, (p, x) in run_and_store(model, [coupling], plain).items()
+    }
     found = scores_of(model, "activation", [batch], [coupling])
     assert_scores(found, expected)
     assert_scores(scores_of(model, "activation", [batch] * 2, [coupling]), expected)
@@ -326,7 +374,7 @@ def test_any_module_with_an_attention_mask():
 
 def test_any_module_from_a_loader():
     model = Perceptron()
-    loader = DataLoader(TensorDataset(ROWS, SCALE), batch_size=3)   # gives lists
+    loader = DataLoader(TensorDataset(ROWS, SCALE), batch_size=3)  # gives lists
     assert_scores(scores_of(model, "activation", loader, [MLP]), scores_of(model, "activation", [(ROWS, SCALE)], [MLP]))
 
 
@@ -343,13 +391,14 @@ def test_any_module_with_a_loss():
     squares = 0
     for i in range(4):
         model.zero_grad()
-        model(ROWS[i:i + 1], labels[i:i + 1])["loss"].backward()
+        model(ROWS[i : i + 1], labels[i : i + 1])["loss"].backward()
         squares = squares + model.down.weight.grad.double().square().sum(0)
     torch.testing.assert_close(found["down"], (squares / 4).sqrt(), rtol=1e-4, atol=1e-9)
-    assert scores_of(model, "activation", [{"x": ROWS, "labels": labels}], [MLP])   # labels it can't do without
+    assert scores_of(model, "activation", [{"x": ROWS, "labels": labels}], [MLP])  # labels it can't do without
 
 
 # ---- the model stays as it was, errors -------------------------------------------------------------------
+
 
 def select(model, metric, batches, couplings=None):
     return s2ft.select(model, S2FTConfig(d_ratio=0.1, o_ratio=0.4, selection=metric), batches, couplings=couplings)
@@ -376,36 +425,57 @@ def changed(name, **values):
     return CASES[name][0], [{key: value for key, value in batch.items() if value is not None}]
 
 
-WRONG = {   # case, batches, message
-    "no pixels": ("vit", [{"labels": CLASSES}], "batch 0 needs pixel_values, ViTForImageClassification's main input, "
-                  r"floating-point pixels of shape \[images, .*got NoneType \(it has labels\)"),
+WRONG = {  # case, batches, message
+    "no pixels": (
+        "vit",
+        [{"labels": CLASSES}],
+        "batch 0 needs pixel_values, ViTForImageClassification's main input, "
+        r"floating-point pixels of shape \[images, .*got NoneType \(it has labels\)",
+    ),
     "one image": ("vit", [pixels(1)[0]], r"needs pixel_values, .*got shape \(3, 12, 12\)"),
-    "no images": ("vit", [{"pixel_values": pixels(rows), "labels": CLASSES[:rows]} for rows in (2, 0)],
-                  r"batch 1 needs pixel_values, .*got shape \(0, 3, 12, 12\)"),
+    "no images": (
+        "vit",
+        [{"pixel_values": pixels(rows), "labels": CLASSES[:rows]} for rows in (2, 0)],
+        r"batch 1 needs pixel_values, .*got shape \(0, 3, 12, 12\)",
+    ),
     "bytes": ("vit", [{"pixel_values": pixels(2).byte()}], "needs pixel_values, .*of torch.uint8"),
     "ids for images": ("vit", [tokens(2, 7)], r"needs pixel_values, .*it has input_ids"),
     "a tuple": ("vit", [(pixels(2), CLASSES)], "must be a dict of tensors or a tensor of pixel_values, got tuple"),
     "a list": ("clip-vision", [{"pixel_values": pixels(1).tolist()}], "needs pixel_values, .*got list"),
-    "classes": (*changed("vit", labels=CLASSES[:2]),
-                r"batch 0: labels must have shape \(3, ...\) as pixel_values \(3, 3, 12, 12\) ask for, got \(2,\)"),
+    "classes": (
+        *changed("vit", labels=CLASSES[:2]),
+        r"batch 0: labels must have shape \(3, ...\) as pixel_values \(3, 3, 12, 12\) ask for, got \(2,\)",
+    ),
     "classes as a list": (*changed("vit", labels=[1, 4, 0]), "labels must have shape .* got list"),
-    "clip's mask": (*changed("clip", attention_mask=mask_of((3, 8, 6), 8)),
-                    r"attention_mask must have shape \(3, 10\) as input_ids"),
+    "clip's mask": (
+        *changed("clip", attention_mask=mask_of((3, 8, 6), 8)),
+        r"attention_mask must have shape \(3, 10\) as input_ids",
+    ),
     "bert's labels": (*changed("bert", labels=tokens(3, 7)), r"labels must have shape \(3, 8\) as input_ids \(3, 8\)"),
     "no sound": ("whisper", [{"labels": tokens(2, 5)}], "batch 0 needs input_features, WhisperForConditional"),
     "flat sound": ("whisper", [{"input_features": sound(2)[0]}], r"needs input_features, .*got shape \(5, 14\)"),
-    "frames": (*changed("whisper, labels", attention_mask=mask_of((14, 6), 14)),
-               r"attention_mask must have shape \(3, ...\) as input_features"),
+    "frames": (
+        *changed("whisper, labels", attention_mask=mask_of((14, 6), 14)),
+        r"attention_mask must have shape \(3, ...\) as input_features",
+    ),
     "no decoder inputs": ("t5", [text(8)], "needs decoder_input_ids, or labels to make them from, for the decoder of"),
     "sound without decoder inputs": ("whisper", [sound(2)], r"needs decoder_input_ids, .*\(it has input_features\)"),
-    "decoder rows": (*changed("t5, inputs", decoder_input_ids=tokens(2, 5)),
-                     r"decoder_input_ids must have shape \(3, ...\) as input_ids \(3, 8\) ask for, got \(2, 5\)"),
-    "decoder mask": (*changed("t5, inputs", decoder_attention_mask=mask_of((2, 2, 2), 4)),
-                     r"decoder_attention_mask must have shape \(3, 5\) as decoder_input_ids"),
-    "decoder mask by labels": (*changed("t5, labels", decoder_attention_mask=mask_of((2, 2, 2), 4)),
-                               r"decoder_attention_mask must have shape \(3, 5\) as labels"),
-    "decoder labels": (*changed("t5, both", labels=tokens(3, 4)),
-                       r"labels must have shape \(3, 5\) as decoder_input_ids"),
+    "decoder rows": (
+        *changed("t5, inputs", decoder_input_ids=tokens(2, 5)),
+        r"decoder_input_ids must have shape \(3, ...\) as input_ids \(3, 8\) ask for, got \(2, 5\)",
+    ),
+    "decoder mask": (
+        *changed("t5, inputs", decoder_attention_mask=mask_of((2, 2, 2), 4)),
+        r"decoder_attention_mask must have shape \(3, 5\) as decoder_input_ids",
+    ),
+    "decoder mask by labels": (
+        *changed("t5, labels", decoder_attention_mask=mask_of((2, 2, 2), 4)),
+        r"decoder_attention_mask must have shape \(3, 5\) as labels",
+    ),
+    "decoder labels": (
+        *changed("t5, both", labels=tokens(3, 4)),
+        r"labels must have shape \(3, 5\) as decoder_input_ids",
+    ),
     "label rows": (*changed("t5, labels", labels=tokens(2, 5)), r"labels must have shape \(3, ...\) as input_ids"),
 }
 
@@ -455,8 +525,10 @@ MODULE_WRONG = {
     "nothing": ({}, "got none"),
     "a number": (torch.tensor(1.0), "got none"),
     "an empty one": ((ROWS[:0], ROWS), r"none of them empty, got shapes \[\(0, 6\), \(4, 6\)\]"),
-    "a mask of other rows": ({"x": GRID, "attention_mask": mask_of((1, 2, 3), 5)},
-                             r"up has activations of shape \(2, 5, 10\), which the mask of shape \(3, 5\) does not"),
+    "a mask of other rows": (
+        {"x": GRID, "attention_mask": mask_of((1, 2, 3), 5)},
+        r"up has activations of shape \(2, 5, 10\), which the mask of shape \(3, 5\) does not",
+    ),
 }
 
 

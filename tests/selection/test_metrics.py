@@ -1,4 +1,5 @@
 """Every metric against the same numbers computed the long way, and the model as it was afterwards."""
+
 import weakref
 from dataclasses import replace
 
@@ -19,8 +20,17 @@ from s2ft.selection.metric import Request, shared_by_producers
 
 CALIBRATED = [name for name, metric in METRICS.items() if metric.calibrated]
 SCORED = [name for name, metric in METRICS.items() if metric.ordered]
-CASES = ("llama", "llama-grouped", "llama-biased", "qwen3", "phi3-grouped", "gpt2", "gpt-neox-sequential",
-         "mixtral", "deepseek-v3")
+CASES = (
+    "llama",
+    "llama-grouped",
+    "llama-biased",
+    "qwen3",
+    "phi3-grouped",
+    "gpt2",
+    "gpt-neox-sequential",
+    "mixtral",
+    "deepseek-v3",
+)
 RATIOS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}
 
 
@@ -63,19 +73,28 @@ def reference(model, metric, batch):
     seen, hooks = {}, []
     real = batch["attention_mask"].bool()
     for path in {p.path for p in projections if p.expert is None}:
-        hooks.append(model.get_submodule(path).register_forward_hook(
-            lambda module, inputs, output, path=path: seen.update(
-                {path: tuple(x.reshape(*real.shape, -1)[real] for x in (inputs[0], output))})))
+        hooks.append(
+            model.get_submodule(path).register_forward_hook(
+                lambda module, inputs, output, path=path: seen.update(
+                    {path: tuple(x.reshape(*real.shape, -1)[real] for x in (inputs[0], output))}
+                )
+            )
+        )
     for path in {p.path.rpartition(".")[0] for p in projections if p.expert is not None}:
-        hooks.append(model.get_submodule(path).register_forward_hook(
-            lambda module, inputs, output, path=path: seen.update(inside_experts(module, path, real.flatten(), *inputs))))
+        hooks.append(
+            model.get_submodule(path).register_forward_hook(
+                lambda module, inputs, output, path=path: seen.update(
+                    inside_experts(module, path, real.flatten(), *inputs)
+                )
+            )
+        )
     model(**batch)
     for hook in hooks:
         hook.remove()
     scores = {}
     for p in projections:
         where = p.path if p.expert is None else (p.path, p.expert)
-        passed = seen[where][1 - p.dim]   # [positions, features]
+        passed = seen[where][1 - p.dim]  # [positions, features]
         scores[p.name] = norms(passed, replace(p, dim=1)) / int(real.sum()) ** 0.5
     return scores
 
@@ -97,7 +116,7 @@ def reference_gradients(model, batch):
     totals = {}
     for ids, mask in zip(batch["input_ids"], batch["attention_mask"]):
         model.zero_grad()
-        labels = torch.where(mask * mask.roll(1) == 1, ids, -100)   # neither padding nor what follows it
+        labels = torch.where(mask * mask.roll(1) == 1, ids, -100)  # neither padding nor what follows it
         model(input_ids=ids[None], attention_mask=mask[None], labels=labels[None]).loss.backward()
         for p in projections_of(couplings_of(model)):
             totals.setdefault(p.name, []).append(norms(like_matrix(model, p, weight_of(model, p).grad), p))
@@ -106,6 +125,7 @@ def reference_gradients(model, batch):
 
 
 # ---- scores ----------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("metric", SCORED)
 @pytest.mark.parametrize("case", CASES)
@@ -131,7 +151,7 @@ def test_the_units_taken_are_the_best(metric, order):
         for projection in coupling.projections:
             values = scores[projection.path] if projection.dim == 1 else shared
             units = selection[projection.path]
-            best = values.sort(descending=order == "largest").indices[:units.numel()]
+            best = values.sort(descending=order == "largest").indices[: units.numel()]
             assert torch.equal(units, best.sort().values), projection.path
 
 
@@ -140,13 +160,19 @@ def test_both_layouts_select_alike_and_producers_are_nested(metric):
     chosen = []
     for layout in ("permuted", "indexed"):
         model = model_of("llama")
-        s2ft.attach(model, S2FTConfig(**ALL_RATIOS, selection=metric, layout=layout),
-                    calibration=calibration_for(metric, model))
+        s2ft.attach(
+            model, S2FTConfig(**ALL_RATIOS, selection=metric, layout=layout), calibration=calibration_for(metric, model)
+        )
         chosen.append(attachment_of(model).selection)
         if layout == "permuted":
             assert all(mount.layer.index is None for mount in attachment_of(model).mounts.values())
-    assert chosen[0] == chosen[1] == s2ft.select(model_of("llama"), S2FTConfig(**ALL_RATIOS, selection=metric),
-                                                 calibration_for(metric, model_of("llama")))
+    assert (
+        chosen[0]
+        == chosen[1]
+        == s2ft.select(
+            model_of("llama"), S2FTConfig(**ALL_RATIOS, selection=metric), calibration_for(metric, model_of("llama"))
+        )
+    )
 
 
 def test_equal_scores_are_taken_by_number():
@@ -175,7 +201,7 @@ def test_one_batch_or_several_or_a_loader(metric):
     whole = batch_of(model, rows=4)
     rows = [{name: value[i] for name, value in whole.items()} for i in range(4)]
     several = DataLoader(rows, batch_size=3)
-    generator = ({name: value[i:i + 1] for name, value in whole.items()} for i in range(4))
+    generator = ({name: value[i : i + 1] for name, value in whole.items()} for i in range(4))
     expected = scores_of(model, metric, [whole])
     for data in (several, generator):
         for path, values in scores_of(model, metric, data).items():
@@ -227,16 +253,18 @@ def test_tied_weights(metric):
 
 
 def checkpoint_blocks(model):
-    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"   # transformers 5.2x
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # transformers 5.2x
     getattr(model, f"{kind}_checkpointing_enable")()
 
 
 # ---- memory ----------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("checkpointing", (False, True))
 def test_one_weight_gradient_is_alive_at_a_time(checkpointing, monkeypatch):
     """Counted at the moment each is reduced; and only those of the requested projections are computed."""
     from s2ft.selection import gradient
+
     model = model_of("llama")
     expected = scores_of(model, "gradient", [batch_of(model)], u_ratio=0.0)
     if checkpointing:
@@ -249,7 +277,7 @@ def test_one_weight_gradient_is_alive_at_a_time(checkpointing, monkeypatch):
 
     monkeypatch.setattr(gradient, "squares_by_unit", count)
     found = scores_of(model, "gradient", [batch_of(model)], u_ratio=0.0)
-    assert all(len(names) == 1 for names in alive) and len(alive) == 3 * 6 * 3   # sequences, projections, layers
+    assert all(len(names) == 1 for names in alive) and len(alive) == 3 * 6 * 3  # sequences, projections, layers
     assert not any("up_proj" in name or "embed" in name or "norm" in name for names in alive for name in names)
     for path, values in found.items():
         torch.testing.assert_close(values, expected[path])
@@ -285,16 +313,22 @@ def test_no_activation_is_kept(metric):
 
 # ---- the model stays as it was ---------------------------------------------------------------------------
 
+
 def state(model):
-    return {"weights": {name: value.clone() for name, value in model.state_dict().items()},
-            "order": list(model.state_dict()),
-            "forwards": [module.__dict__.get("forward") for module in model.modules()],
-            "required": {name: p.requires_grad for name, p in model.named_parameters()},
-            "gradients": {name: p.grad for name, p in model.named_parameters()},
-            "modes": [module.training for module in model.modules()],
-            "hooks": [len(hooks) for module in model.modules() for hooks in (
-                module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)],
-            "tensor hooks": [len(p._post_accumulate_grad_hooks or ()) for p in model.parameters()]}
+    return {
+        "weights": {name: value.clone() for name, value in model.state_dict().items()},
+        "order": list(model.state_dict()),
+        "forwards": [module.__dict__.get("forward") for module in model.modules()],
+        "required": {name: p.requires_grad for name, p in model.named_parameters()},
+        "gradients": {name: p.grad for name, p in model.named_parameters()},
+        "modes": [module.training for module in model.modules()],
+        "hooks": [
+            len(hooks)
+            for module in model.modules()
+            for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+        ],
+        "tensor hooks": [len(p._post_accumulate_grad_hooks or ()) for p in model.parameters()],
+    }
 
 
 def assert_untouched(model, before):
@@ -383,9 +417,11 @@ def test_sequences_without_a_label():
     model = model_of("llama")
     config = S2FTConfig(d_ratio=0.1, selection="gradient")
     path = "model.layers.1.mlp.down_proj"
-    labels = IDS.masked_fill(IDS > 7, -100)   # of the first sequence alone
-    assert s2ft.select(model, config, [{"input_ids": IDS, "labels": labels}])[path].tolist() == s2ft.select(
-        model, config, [IDS[:1]])[path].tolist()
+    labels = IDS.masked_fill(IDS > 7, -100)  # of the first sequence alone
+    assert (
+        s2ft.select(model, config, [{"input_ids": IDS, "labels": labels}])[path].tolist()
+        == s2ft.select(model, config, [IDS[:1]])[path].tolist()
+    )
     with pytest.raises(ValueError, match="no calibration sequence has a label"):
         s2ft.select(model, config, [{"input_ids": IDS, "labels": labels * 0 - 100}])
 

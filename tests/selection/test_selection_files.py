@@ -1,4 +1,5 @@
 """Selections as files and as tables."""
+
 import json
 import os
 
@@ -14,8 +15,12 @@ from s2ft.files.adapter_folder import CONFIG
 from s2ft.files.writing import reading
 from s2ft.selection import Selection
 
-UNITS = st.dictionaries(st.text("abc.1é", min_size=1, max_size=9),
-                        st.sets(st.integers(0, 2**40), min_size=1, max_size=9), min_size=1, max_size=4)
+UNITS = st.dictionaries(
+    st.text("abc.1é", min_size=1, max_size=9),
+    st.sets(st.integers(0, 2**40), min_size=1, max_size=9),
+    min_size=1,
+    max_size=4,
+)
 
 
 @settings(deadline=None, max_examples=30)
@@ -42,8 +47,10 @@ def test_of_an_adapter_folder(tmp_path):
 def test_table():
     selection = Selection({"0.mlp.up": torch.arange(3), "1.mlp.up": torch.arange(1205), "0.mlp.down": torch.arange(2)})
     assert [line.split() for line in str(selection).splitlines()] == [
-        ["projection", "layers", "units", "a", "layer", "units"], ["up", "2", "3", "to", "1205", "1,208"],
-        ["down", "1", "2", "2"]]
+        ["projection", "layers", "units", "a", "layer", "units"],
+        ["up", "2", "3", "to", "1205", "1,208"],
+        ["down", "1", "2", "2"],
+    ]
 
 
 WRONG = {

@@ -1,4 +1,5 @@
 """Units that must not be chosen, and units given by hand."""
+
 import copy
 
 import pytest
@@ -30,9 +31,11 @@ def test_a_second_selection_without_the_first(metric, allocation):
         taken = set(first.units.get(path, torch.tensor([])).tolist())
         assert not taken & set(units.tolist()), path
     assert sum(map(len, second.units.values())) == sum(map(len, first.units.values()))
-    for i in range(3):   # nested still
-        up, gate = (set(second.units.get(f"model.layers.{i}.mlp.{name}_proj", torch.tensor([])).tolist())
-                    for name in ("up", "gate"))
+    for i in range(3):  # nested still
+        up, gate = (
+            set(second.units.get(f"model.layers.{i}.mlp.{name}_proj", torch.tensor([])).tolist())
+            for name in ("up", "gate")
+        )
         assert up >= gate
 
 
@@ -99,33 +102,49 @@ def test_units_by_hand(layout, tmp_path):
     assert again == attachment_of(model).selection
 
 
-@pytest.mark.parametrize("units,message", [
-    ({DOWN: [52]}, f"units: {DOWN} has 52 channels, from 0; there is no 52"),
-    ({"model.layers.0.self_attn.q_proj": [4]}, "has 4 heads, from 0; there is no 4"),
-    ({DOWN: [1, 1]}, f"units: {DOWN} names a unit twice"),
-    ({DOWN: [-1]}, f"units: {DOWN} must have a list of unit numbers from 0"),
-    ({DOWN: []}, f"units: {DOWN} must have a list of unit numbers from 0, and at least one"),
-    ({DOWN: "123"}, f"units: {DOWN} must have a list"),
-    ({DOWN: 3}, f"units: {DOWN} must have a list"),
-    ({DOWN: [1.0]}, f"units: {DOWN} must have a list"),
-    ({}, "units must give lists of unit numbers by module path, and at least one"),
-    ({"model.layers.9.mlp.down_proj": [1]}, "units names model.layers.9.mlp.down_proj, which is no projection"),
-    ({"lm_head": [1]}, "units names lm_head, which is no projection of this model"),
-])
+@pytest.mark.parametrize(
+    "units,message",
+    [
+        ({DOWN: [52]}, f"units: {DOWN} has 52 channels, from 0; there is no 52"),
+        ({"model.layers.0.self_attn.q_proj": [4]}, "has 4 heads, from 0; there is no 4"),
+        ({DOWN: [1, 1]}, f"units: {DOWN} names a unit twice"),
+        ({DOWN: [-1]}, f"units: {DOWN} must have a list of unit numbers from 0"),
+        ({DOWN: []}, f"units: {DOWN} must have a list of unit numbers from 0, and at least one"),
+        ({DOWN: "123"}, f"units: {DOWN} must have a list"),
+        ({DOWN: 3}, f"units: {DOWN} must have a list"),
+        ({DOWN: [1.0]}, f"units: {DOWN} must have a list"),
+        ({}, "units must give lists of unit numbers by module path, and at least one"),
+        ({"model.layers.9.mlp.down_proj": [1]}, "units names model.layers.9.mlp.down_proj, which is no projection"),
+        ({"lm_head": [1]}, "units names lm_head, which is no projection of this model"),
+    ],
+)
 def test_units_that_are_wrong(units, message):
     model = model_of("llama")
     with pytest.raises(ValueError, match=message):
         s2ft.attach(model, S2FTConfig(units=units))
-    message = message.replace("units:", "exclude:").replace("units names", "exclude names").replace("units must",
-                                                                                                     "exclude must")
+    message = (
+        message.replace("units:", "exclude:")
+        .replace("units names", "exclude names")
+        .replace("units must", "exclude must")
+    )
     with pytest.raises(ValueError, match=message):
         s2ft.attach(model, S2FTConfig(d_ratio=0.1, exclude=units))
     assert s2ft.status(model).adapters == []
 
 
-@pytest.mark.parametrize("options", [
-    dict(d_ratio=0.1), dict(selection="weight"), dict(order="smallest"), dict(layers=[1]), dict(budget=9),
-    dict(match_lora_rank=9), dict(exclude={DOWN: [1]}), dict(selection="weight", allocation="global")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(d_ratio=0.1),
+        dict(selection="weight"),
+        dict(order="smallest"),
+        dict(layers=[1]),
+        dict(budget=9),
+        dict(match_lora_rank=9),
+        dict(exclude={DOWN: [1]}),
+        dict(selection="weight", allocation="global"),
+    ],
+)
 def test_units_by_hand_leave_nothing_to_choose(options):
     with pytest.raises(ValueError, match=f"nothing is left for {', '.join(options)}"):
         S2FTConfig(units={DOWN: [1]}, **options)

@@ -1,4 +1,5 @@
 """A tiny model with many random adapters, on disk and in memory, and a server in a thread."""
+
 import threading
 import time
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ def alone(folder, prompt_ids, max_tokens, ends=(2,), **changes):
         ids = list(prompt_ids)
         while len(ids) - len(prompt_ids) < max_tokens and (len(ids) == len(prompt_ids) or ids[-1] not in ends):
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    return ids[len(prompt_ids):]
+    return ids[len(prompt_ids) :]
 
 
 def text_of(tokens):
@@ -58,10 +59,14 @@ def eventually(condition, what="it"):
 def running(adapters, model=None, **options):
     """(http://host:port, the service) of a server in a thread."""
     model = tiny_model() if model is None else model
-    app, service = build_app(model, tiny_tokenizer(), BASE, None if adapters is None else str(adapters),
-                             ServerOptions(**options))
-    server = Server(uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5),
-                    service.engine, grace=2.0)
+    app, service = build_app(
+        model, tiny_tokenizer(), BASE, None if adapters is None else str(adapters), ServerOptions(**options)
+    )
+    server = Server(
+        uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5),
+        service.engine,
+        grace=2.0,
+    )
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

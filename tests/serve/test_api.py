@@ -1,4 +1,5 @@
 """The API by the official client and by hand: answers, streams, refusals."""
+
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -57,6 +58,7 @@ def error_of(response, status, code):
 
 # ---- answers -----------------------------------------------------------------------------------------
 
+
 def test_models_are_base_and_adapters(client):
     assert [model.id for model in client.models.list()] == [BASE, "a0", "a1", "a2"]
     assert client.models.retrieve("a1").id == "a1"
@@ -67,8 +69,11 @@ def test_a_greedy_completion_is_the_adapters(client, folder, name):
     text, tokens = expected(folder, name, TOKENIZER("Hello")["input_ids"], 20)
     answer = client.completions.create(model=name, prompt="Hello", max_tokens=20, temperature=0)
     assert answer.choices[0].text == text
-    assert answer.usage.to_dict() == {"prompt_tokens": 5, "completion_tokens": len(tokens),
-                                      "total_tokens": 5 + len(tokens)}
+    assert answer.usage.to_dict() == {
+        "prompt_tokens": 5,
+        "completion_tokens": len(tokens),
+        "total_tokens": 5 + len(tokens),
+    }
     assert answer.choices[0].finish_reason == ("stop" if tokens[-1] == 2 else "length")
 
 
@@ -83,16 +88,29 @@ def test_chat_uses_the_template(client, folder):
 
 def test_streams_make_the_same_text(client, folder):
     text, tokens = expected(folder, "a2", TOKENIZER("Hello")["input_ids"], 20)
-    chunks = list(client.completions.create(model="a2", prompt="Hello", max_tokens=20, temperature=0, stream=True,
-                                            stream_options={"include_usage": True}))
+    chunks = list(
+        client.completions.create(
+            model="a2",
+            prompt="Hello",
+            max_tokens=20,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
     assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == text
     assert chunks[-1].usage.completion_tokens == len(tokens) and chunks[-1].choices == []
     assert [chunk.choices[0].finish_reason for chunk in chunks[:-1] if chunk.choices[0].finish_reason] == [
-        "stop" if tokens[-1] == 2 else "length"]
-    chat = list(client.chat.completions.create(model="a2", messages=[{"role": "user", "content": "hi"}], max_tokens=8,
-                                               temperature=0, stream=True))
-    whole = client.chat.completions.create(model="a2", messages=[{"role": "user", "content": "hi"}], max_tokens=8,
-                                           temperature=0)
+        "stop" if tokens[-1] == 2 else "length"
+    ]
+    chat = list(
+        client.chat.completions.create(
+            model="a2", messages=[{"role": "user", "content": "hi"}], max_tokens=8, temperature=0, stream=True
+        )
+    )
+    whole = client.chat.completions.create(
+        model="a2", messages=[{"role": "user", "content": "hi"}], max_tokens=8, temperature=0
+    )
     assert chat[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chat) == whole.choices[0].message.content
 
@@ -113,14 +131,16 @@ def test_a_stop_string_ends_the_text(client, folder):
     text, _ = expected(folder, "a1", TOKENIZER("Hello")["input_ids"], 40)
     stop = text[6:8]
     answer = client.completions.create(model="a1", prompt="Hello", max_tokens=40, temperature=0, stop=["never", stop])
-    assert answer.choices[0].text == text[:text.index(stop)] and answer.choices[0].finish_reason == "stop"
+    assert answer.choices[0].text == text[: text.index(stop)] and answer.choices[0].finish_reason == "stop"
 
 
 def test_a_seed_draws_the_same_in_any_company(client):
     def draw(seed=5):
-        answer = client.completions.create(model="a0", prompt="Hello", max_tokens=30, temperature=1.5, top_p=0.9,
-                                           seed=seed)
+        answer = client.completions.create(
+            model="a0", prompt="Hello", max_tokens=30, temperature=1.5, top_p=0.9, seed=seed
+        )
         return answer.choices[0].text
+
     first = draw()
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(draw, [5, 6, 5, 7, 5, 8])) == [first, draw(6), first, draw(7), first, draw(8)]
@@ -137,18 +157,42 @@ def test_a_body_that_is_no_json(server, content):
     error_of(post(server, "/v1/completions", content), 400, "invalid_json")
 
 
-@pytest.mark.parametrize("change, said", [
-    (dict(prompt=None), "prompt"), (dict(prompt={}), "prompt"), (dict(max_tokens=0), "max_tokens"),
-    (dict(max_tokens="3"), "max_tokens"), (dict(temperature=3), "temperature"), (dict(top_p=-1), "top_p"),
-    (dict(seed=2**70), "seed"), (dict(stop=""), "stop"), (dict(stop=["a"] * 17), "stop"), (dict(model=""), "model"),
-    (dict(top_k=3), "top_k"), (dict(stream="yes"), "stream"), (dict(model=None), "model"),
-    (dict(prompt=[-1]), "prompt")])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (dict(prompt=None), "prompt"),
+        (dict(prompt={}), "prompt"),
+        (dict(max_tokens=0), "max_tokens"),
+        (dict(max_tokens="3"), "max_tokens"),
+        (dict(temperature=3), "temperature"),
+        (dict(top_p=-1), "top_p"),
+        (dict(seed=2**70), "seed"),
+        (dict(stop=""), "stop"),
+        (dict(stop=["a"] * 17), "stop"),
+        (dict(model=""), "model"),
+        (dict(top_k=3), "top_k"),
+        (dict(stream="yes"), "stream"),
+        (dict(model=None), "model"),
+        (dict(prompt=[-1]), "prompt"),
+    ],
+)
 def test_a_field_that_is_wrong_is_named(server, change, said):
     assert said in error_of(post(server, "/v1/completions", {**GOOD, **change}), 400, "invalid_request")
 
 
-@pytest.mark.parametrize("change", [dict(n=2), dict(logprobs=0), dict(logprobs=2), dict(echo=True), dict(best_of=3),
-                                    dict(logit_bias={"1": 5}), dict(presence_penalty=0.5), dict(prompt=["a", "b"])])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(n=2),
+        dict(logprobs=0),
+        dict(logprobs=2),
+        dict(echo=True),
+        dict(best_of=3),
+        dict(logit_bias={"1": 5}),
+        dict(presence_penalty=0.5),
+        dict(prompt=["a", "b"]),
+    ],
+)
 def test_what_is_not_done_is_refused(server, change):
     (name,) = change
     assert error_of(post(server, "/v1/completions", {**GOOD, **change}), 400, "unsupported_parameter").startswith(name)
@@ -158,23 +202,36 @@ def test_chat_refuses_what_is_not_text(server):
     good = dict(model=BASE, messages=[{"role": "user", "content": "a"}], max_tokens=1)
     assert post(server, "/v1/chat/completions", {**good, "user": "me", "n": 1, "tools": []}).status_code == 200
     image = [{"type": "image_url", "image_url": {"url": "x"}}]
-    error_of(post(server, "/v1/chat/completions", {**good, "messages": [{"role": "user", "content": image}]}), 400,
-             "invalid_request")
+    error_of(
+        post(server, "/v1/chat/completions", {**good, "messages": [{"role": "user", "content": image}]}),
+        400,
+        "invalid_request",
+    )
     error_of(post(server, "/v1/chat/completions", {**good, "messages": []}), 400, "invalid_request")
     error_of(post(server, "/v1/chat/completions", {**good, "logprobs": True}), 400, "unsupported_parameter")
-    error_of(post(server, "/v1/chat/completions", {**good, "tools": [{"type": "function"}]}), 400,
-             "unsupported_parameter")
+    error_of(
+        post(server, "/v1/chat/completions", {**good, "tools": [{"type": "function"}]}), 400, "unsupported_parameter"
+    )
 
 
-@pytest.mark.parametrize("prompt, code", [("", "empty_prompt"), ([], "empty_prompt"), ([259], "invalid_prompt"),
-                                          ("\ud800", "invalid_prompt"), ("a" * 257, "context_length_exceeded")])
+@pytest.mark.parametrize(
+    "prompt, code",
+    [
+        ("", "empty_prompt"),
+        ([], "empty_prompt"),
+        ([259], "invalid_prompt"),
+        ("\ud800", "invalid_prompt"),
+        ("a" * 257, "context_length_exceeded"),
+    ],
+)
 def test_prompts_that_cant_be_run(server, prompt, code):
     error_of(post(server, "/v1/completions", {**GOOD, "prompt": prompt}), 400, code)
 
 
 def test_prompt_and_answer_have_to_fit_the_context(server):
-    error_of(post(server, "/v1/completions", {**GOOD, "prompt": "a" * 250, "max_tokens": 7}), 400,
-             "context_length_exceeded")
+    error_of(
+        post(server, "/v1/completions", {**GOOD, "prompt": "a" * 250, "max_tokens": 7}), 400, "context_length_exceeded"
+    )
     answer = post(server, "/v1/completions", {**GOOD, "prompt": "a" * 250, "max_tokens": 6}).json()
     assert answer["usage"]["total_tokens"] <= 256
     without = {name: value for name, value in GOOD.items() if name != "max_tokens"}
@@ -206,11 +263,16 @@ def test_a_template_that_refuses_is_told(server, monkeypatch):
 
 def test_keys_sizes_and_limits(folder):
     from s2ft.serve.options import Limits
+
     limits = Limits(api_key="secret", max_body_bytes=1000, max_tokens=5)
     with running(folder, tiny_model(**UNTIED), limits=limits) as server:
         right = {"Authorization": "Bearer secret"}
-        for headers in ({}, {"Authorization": "Bearer other"}, {"Authorization": "secret"},
-                        {"Authorization": "Bearer s\xe9cret".encode("latin-1")}):
+        for headers in (
+            {},
+            {"Authorization": "Bearer other"},
+            {"Authorization": "secret"},
+            {"Authorization": "Bearer s\xe9cret".encode("latin-1")},
+        ):
             error_of(post(server, "/v1/completions", GOOD, headers=headers), 401, "invalid_api_key")
         assert post(server, "/v1/completions", GOOD, headers=right).status_code == 200
         assert httpx.get(f"{server[0]}/health").json()["status"] == "ok"
@@ -221,6 +283,7 @@ def test_keys_sizes_and_limits(folder):
 
 
 # ---- adapters that come and go -----------------------------------------------------------------------
+
 
 def load(server, name, path):
     return post(server, "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
@@ -274,8 +337,12 @@ def test_a_broken_adapter_fails_its_requests_alone(folder, server):
     tensors.write_bytes(tensors.read_bytes()[:-8])
     try:
         with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(lambda name: post(server, "/v1/completions", {**GOOD, "model": name}),
-                                    ["torn", "a0", BASE, "torn", "a1", "a2"]))
+            answers = list(
+                pool.map(
+                    lambda name: post(server, "/v1/completions", {**GOOD, "model": name}),
+                    ["torn", "a0", BASE, "torn", "a1", "a2"],
+                )
+            )
         assert [answer.status_code for answer in answers] == [500, 200, 200, 500, 200, 200]
         assert str(folder) not in error_of(answers[0], 500, "adapter_failed")
     finally:
@@ -287,7 +354,7 @@ def test_new_folders_are_found_and_deleted_ones_are_not_served(folder, server, c
     text, _ = expected(folder, "a2", TOKENIZER("Hello")["input_ids"], 10)
     assert greedy(client, "later") == text
     shutil.rmtree(folder / "later")
-    shutil.copytree(folder / "a1", folder / "later")   # another adapter of the same name
+    shutil.copytree(folder / "a1", folder / "later")  # another adapter of the same name
     text, _ = expected(folder, "a1", TOKENIZER("Hello")["input_ids"], 10)
     assert greedy(client, "later") == text
     shutil.rmtree(folder / "later")
@@ -305,6 +372,12 @@ def test_nothing_is_left_of_adapters_that_went(server):
 
 def test_metrics(server):
     text = httpx.get(f"{server[0]}/metrics").text
-    for line in ('s2ft_requests_total{route="/v1/completions",status="200"}', "s2ft_generated_tokens_total",
-                 "s2ft_queue_length 0.0", "s2ft_running 0.0", "s2ft_batch_size_bucket", "s2ft_request_seconds_bucket"):
+    for line in (
+        's2ft_requests_total{route="/v1/completions",status="200"}',
+        "s2ft_generated_tokens_total",
+        "s2ft_queue_length 0.0",
+        "s2ft_running 0.0",
+        "s2ft_batch_size_bucket",
+        "s2ft_request_seconds_bucket",
+    ):
         assert line in text

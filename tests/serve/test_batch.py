@@ -1,4 +1,5 @@
 """Rows that come and go get what they get alone."""
+
 import random
 
 import pytest
@@ -28,12 +29,14 @@ def test_rows_join_and_leave_at_any_time(folder):
     model = tiny_model(**UNTIED)
     batch = Batch(model, AdapterBank(model, folder).batch)
     draw, done = random.Random(0), []
-    waiting = [(greedy_row(prompt(draw.randint(1, 30), n), draw.choice(["a0", "a1", "a2", "a3", None])),
-                draw.randint(1, 25)) for n in range(24)]
+    waiting = [
+        (greedy_row(prompt(draw.randint(1, 30), n), draw.choice(["a0", "a1", "a2", "a3", None])), draw.randint(1, 25))
+        for n in range(24)
+    ]
     wanted = {row: length for row, length in waiting}
     while waiting or batch.rows:
-        joining = [row for row, _ in waiting[:draw.randint(0, 3)]]
-        waiting = waiting[len(joining):]
+        joining = [row for row, _ in waiting[: draw.randint(0, 3)]]
+        waiting = waiting[len(joining) :]
         if joining:
             batch.admit(joining)
         done += [row for row in batch.rows if len(row.tokens) >= wanted[row]]
@@ -41,7 +44,7 @@ def test_rows_join_and_leave_at_any_time(folder):
         if batch.rows:
             batch.step()
             longest = max(len(row.prompt) + len(row.tokens) for row in batch.rows)
-            assert batch._mask.shape[1] < longest + 31   # columns of rows that left don't stay for long
+            assert batch._mask.shape[1] < longest + 31  # columns of rows that left don't stay for long
     assert len(done) == 24 and batch._cache is None
     for row in done:
         assert row.tokens == alone(row.adapter and folder / row.adapter, row.prompt, len(row.tokens), ends=(), **UNTIED)
@@ -73,7 +76,8 @@ def test_an_error_while_joining_leaves_the_batch_as_it_was(folder):
 def test_a_row_without_finite_logits_fails_alone(folder):
     model = tiny_model()
     model.get_output_embeddings().register_forward_hook(
-        lambda module, inputs, output: torch.cat([output[:1], torch.full_like(output[1:], float("nan"))]))
+        lambda module, inputs, output: torch.cat([output[:1], torch.full_like(output[1:], float("nan"))])
+    )
     batch = Batch(model)
     rows = [greedy_row([5, 6]), greedy_row([7])]
     batch.admit(rows)
@@ -84,11 +88,24 @@ def test_a_row_without_finite_logits_fails_alone(folder):
 @pytest.mark.parametrize("kind", ["mistral", "gemma3_text"])
 def test_layers_with_a_window_see_their_window(kind):
     from transformers import AutoModelForCausalLM, Gemma3TextConfig, MistralConfig
-    shape = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
-                 num_key_value_heads=1, head_dim=8, sliding_window=6, max_position_embeddings=128)
+
+    shape = dict(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        sliding_window=6,
+        max_position_embeddings=128,
+    )
     torch.manual_seed(0)
-    config = MistralConfig(**shape) if kind == "mistral" else Gemma3TextConfig(
-        **shape, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+    config = (
+        MistralConfig(**shape)
+        if kind == "mistral"
+        else Gemma3TextConfig(**shape, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+    )
     model = AutoModelForCausalLM.from_config(config).eval()
     batch = Batch(model)
     rows = [greedy_row([n % 60 for n in range(3, 3 + length)]) for length in (4, 17, 9)]
@@ -103,7 +120,7 @@ def test_layers_with_a_window_see_their_window(kind):
         with torch.no_grad():
             for _ in row.tokens:
                 ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-        assert row.tokens == ids[len(row.prompt):]
+        assert row.tokens == ids[len(row.prompt) :]
 
 
 def test_models_whose_rows_depend_on_each_other_are_known():

@@ -1,4 +1,5 @@
 """The scheduler: who waits, who runs, who is dropped, and what an error costs."""
+
 import threading
 import time
 from contextlib import contextmanager
@@ -80,8 +81,9 @@ class Client:
     def __init__(self, engine, adapter=None, prompt=(5, 6, 7), max_tokens=4, **options):
         self.events, self.done = [], threading.Event()
         version = None if adapter is None else engine.adapters.take(adapter)
-        self.job = Job(prompt, max_tokens, Sampler(**options), TextStream(tiny_tokenizer()), frozenset(), self.told,
-                       version)
+        self.job = Job(
+            prompt, max_tokens, Sampler(**options), TextStream(tiny_tokenizer()), frozenset(), self.told, version
+        )
         engine.submit(self.job)
 
     def told(self, event):
@@ -99,7 +101,7 @@ def test_jobs_of_several_adapters_share_a_batch(folder):
     bank = FakeBank()
     with engine_over(folder, bank, gated=True) as (engine, gate):
         first = Client(engine)
-        assert gate.entered.wait(30)   # it runs; the others come meanwhile
+        assert gate.entered.wait(30)  # it runs; the others come meanwhile
         clients = [Client(engine, name) for name in ("a", "b", None, "a")]
         gate.open()
         assert all(client.last().finish == "length" for client in [first, *clients])
@@ -204,6 +206,7 @@ def test_an_error_of_the_model_fails_its_batch_and_no_more(folder, caplog):
         if fail.is_set():
             fail.clear()
             raise RuntimeError("out of memory")
+
     model.register_forward_pre_hook(maybe)
     with engine_over(folder, gated=True, model=model) as (engine, gate):
         first = Client(engine, "a", max_tokens=50)
@@ -231,7 +234,7 @@ def test_prompts_are_run_together_up_to_a_limit(folder):
 def test_a_batch_has_no_more_tokens_than_allowed(folder):
     bank = FakeBank()
     with engine_over(folder, bank, gated=True, max_batch_tokens=30) as (engine, gate):
-        first = Client(engine)   # 7 tokens of the batch's 30
+        first = Client(engine)  # 7 tokens of the batch's 30
         assert gate.entered.wait(30)
         clients = [Client(engine, "a") for _ in range(6)]
         long = Client(engine, "b", prompt=[5] * 30, max_tokens=3)

@@ -1,4 +1,5 @@
 """The command as users run it: start, signals, what it says."""
+
 import json
 import signal
 import socket
@@ -92,10 +93,17 @@ def test_an_address_that_is_taken(model, capsys):
     assert done.returncode != 0 and "in use" in done.stderr
 
 
-@pytest.mark.parametrize("arguments, said", [
-    (["--adapters", "nowhere"], "nowhere is no folder"), (["--port", "70000"], "port"),
-    (["--queue-size", "0"], "queue_size"),
-    (["--api-key", "a b"], "API key"), (["--api-key", ""], "API key"), (["--max-tokens-limit", "0"], "max-tokens")])
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--adapters", "nowhere"], "nowhere is no folder"),
+        (["--port", "70000"], "port"),
+        (["--queue-size", "0"], "queue_size"),
+        (["--api-key", "a b"], "API key"),
+        (["--api-key", ""], "API key"),
+        (["--max-tokens-limit", "0"], "max-tokens"),
+    ],
+)
 def test_mistakes_are_said_before_loading(model, capsys, arguments, said):
     assert main(["serve", "--model", str(model), *arguments]) == 2
     assert said in capsys.readouterr().err

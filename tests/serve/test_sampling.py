@@ -1,4 +1,5 @@
 """Draws follow the distribution and the seed."""
+
 import pytest
 import torch
 
@@ -12,8 +13,10 @@ def test_no_temperature_takes_the_likeliest():
 
 def test_a_seed_gives_the_same_tokens_again():
     logits = [torch.randn(50) for _ in range(20)]
-    first, second, other = ([sampler.choose(row) for row in logits]
-                            for sampler in (Sampler(1.0, 0.9, 7), Sampler(1.0, 0.9, 7), Sampler(1.0, 0.9, 8)))
+    first, second, other = (
+        [sampler.choose(row) for row in logits]
+        for sampler in (Sampler(1.0, 0.9, 7), Sampler(1.0, 0.9, 7), Sampler(1.0, 0.9, 8))
+    )
     assert first == second != other
 
 
@@ -29,8 +32,9 @@ def test_frequencies_are_the_probabilities():
     assert torch.allclose(counts / 4000, likely, atol=0.03)
 
 
-@pytest.mark.parametrize("top_p, allowed", [(0.0, {2}), (0.5, {2}), (0.51, {2, 0}), (0.81, {2, 0, 3}),
-                                            (1.0, {0, 1, 2, 3})])
+@pytest.mark.parametrize(
+    "top_p, allowed", [(0.0, {2}), (0.5, {2}), (0.51, {2, 0}), (0.81, {2, 0, 3}), (1.0, {0, 1, 2, 3})]
+)
 def test_top_p_keeps_the_likeliest_with_so_much(top_p, allowed):
     sampler = Sampler(1.0, top_p, 1)
     logits = torch.tensor([0.3, 0.05, 0.5, 0.15]).log()

@@ -1,4 +1,5 @@
 """Two hundred clients at once, of every kind there is, against a server process with twenty adapters."""
+
 import asyncio
 import contextlib
 import json
@@ -17,7 +18,7 @@ UNTIED = dict(tie_word_embeddings=False)
 PROMPTS = ["Hello", "What is the sum of 3 and 4?"]
 TOKENS = 40
 DOOMED = "a19"
-GROWTH = 16 << 20   # bytes that two rounds more may add to the process
+GROWTH = 16 << 20  # bytes that two rounds more may add to the process
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +29,11 @@ def work(tmp_path_factory):
     names = save_adapters(work / "adapters", 20, **UNTIED)
     shutil.copytree(work / "adapters" / DOOMED, work / "spare")
     ids = {prompt: tiny_tokenizer()(prompt)["input_ids"] for prompt in PROMPTS}
-    answers = {(name, prompt): alone(work / "adapters" / name, ids[prompt], TOKENS, **UNTIED)
-               for name in names for prompt in PROMPTS}
+    answers = {
+        (name, prompt): alone(work / "adapters" / name, ids[prompt], TOKENS, **UNTIED)
+        for name in names
+        for prompt in PROMPTS
+    }
     answers |= {("model", prompt): alone(None, ids[prompt], TOKENS, **UNTIED) for prompt in PROMPTS}
     assert len({tuple(tokens) for (_, prompt), tokens in answers.items() if prompt == PROMPTS[0]}) == 21
     return work, answers
@@ -43,13 +47,28 @@ class Crowd:
         self.seen, self.wrong = Counter(), []
 
     async def round(self):
-        kinds = [self.right] * 80 + [self.streamed] * 40 + [self.vanishing] * 20 + [self.vanishing_mute] * 15 + \
-            [self.malformed] * 10 + [self.unknown] * 10 + [self.too_long] * 10 + [self.doomed] * 15
+        kinds = (
+            [self.right] * 80
+            + [self.streamed] * 40
+            + [self.vanishing] * 20
+            + [self.vanishing_mute] * 15
+            + [self.malformed] * 10
+            + [self.unknown] * 10
+            + [self.too_long] * 10
+            + [self.doomed] * 15
+        )
         self.draw.shuffle(kinds)
         limits = httpx.Limits(max_connections=400)
-        async with openai.AsyncOpenAI(base_url=f"{self.server.url}/v1", api_key="none", max_retries=0, timeout=120,
-                                      http_client=httpx.AsyncClient(limits=limits)) as self.client, \
-                httpx.AsyncClient(base_url=self.server.url, timeout=120, limits=limits) as self.plain:
+        async with (
+            openai.AsyncOpenAI(
+                base_url=f"{self.server.url}/v1",
+                api_key="none",
+                max_retries=0,
+                timeout=120,
+                http_client=httpx.AsyncClient(limits=limits),
+            ) as self.client,
+            httpx.AsyncClient(base_url=self.server.url, timeout=120, limits=limits) as self.plain,
+        ):
             await asyncio.gather(self.delete(), *(kind() for kind in kinds))
 
     def job(self, name=None):
@@ -58,7 +77,7 @@ class Crowd:
         return dict(model=name, prompt=prompt, max_tokens=count, temperature=0)
 
     def check(self, job, text):
-        tokens = self.answers[job["model"], job["prompt"]][:job["max_tokens"]]
+        tokens = self.answers[job["model"], job["prompt"]][: job["max_tokens"]]
         if text != text_of(tokens):
             self.wrong.append((job, text))
         self.seen["answered"] += 1
@@ -79,8 +98,9 @@ class Crowd:
 
     async def vanishing(self):
         """Goes after the first piece of a stream."""
-        async with self.plain.stream("POST", "/v1/completions", json={**self.job(), "max_tokens": 200, "stream": True}
-                                     ) as response:
+        async with self.plain.stream(
+            "POST", "/v1/completions", json={**self.job(), "max_tokens": 200, "stream": True}
+        ) as response:
             async for _ in response.aiter_raw():
                 break
         self.seen["vanished"] += 1
@@ -88,12 +108,15 @@ class Crowd:
     async def vanishing_mute(self):
         """Goes while it waits for its answer, unless it is very quick."""
         with contextlib.suppress(httpx.TimeoutException):
-            await self.plain.post("/v1/completions", json={**self.job(), "max_tokens": 200},
-                                  timeout=httpx.Timeout(120, read=self.draw.uniform(0.001, 0.02)))
+            await self.plain.post(
+                "/v1/completions",
+                json={**self.job(), "max_tokens": 200},
+                timeout=httpx.Timeout(120, read=self.draw.uniform(0.001, 0.02)),
+            )
         self.seen["vanished"] += 1
 
     async def malformed(self):
-        content = json.dumps(self.job()).encode()[:self.draw.randint(0, 40)]
+        content = json.dumps(self.job()).encode()[: self.draw.randint(0, 40)]
         self.refused(await self.plain.post("/v1/completions", content=content), 400)
 
     async def unknown(self):
@@ -148,8 +171,18 @@ def test_a_crowd_of_every_kind(work):
 def test_more_than_the_queue_holds(work):
     """Some are refused with 429, and who is not gets the right answer."""
     work, answers = work
-    with served("--model", work / "model", "--adapters", work / "adapters", "--served-model-name", "model",
-                "--queue-size", "8", "--max-batch-size", "4") as server:
+    with served(
+        "--model",
+        work / "model",
+        "--adapters",
+        work / "adapters",
+        "--served-model-name",
+        "model",
+        "--queue-size",
+        "8",
+        "--max-batch-size",
+        "4",
+    ) as server:
         crowd = Crowd(server, answers, work / "adapters", 0)
 
         async def ask(client):
@@ -165,9 +198,12 @@ def test_more_than_the_queue_holds(work):
             limits = httpx.Limits(max_connections=200)
             async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as client:
                 await asyncio.gather(*(ask(client) for _ in range(200)))
+
         asyncio.run(everyone())
         assert crowd.wrong == [] and crowd.seen[429] > 0 and crowd.seen["answered"] > 8
         assert crowd.seen[429] + crowd.seen["answered"] == 200
         server.wait_until_idle()
-        assert f's2ft_requests_total{{route="/v1/completions",status="429"}} {crowd.seen[429]}.0' in \
-            httpx.get(f"{server.url}/metrics").text
+        assert (
+            f's2ft_requests_total{{route="/v1/completions",status="429"}} {crowd.seen[429]}.0'
+            in httpx.get(f"{server.url}/metrics").text
+        )

@@ -1,4 +1,5 @@
 """Text that comes in pieces is the text that comes at once, and stop strings are never seen."""
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -34,8 +35,9 @@ def test_pieces_of_any_tokens_make_the_whole(tokens):
 def test_characters_of_several_tokens_come_whole(text):
     ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
     found, _ = pieces(ids)
-    assert "".join(found) == text and not any("\N{REPLACEMENT CHARACTER}" in piece for piece in found
-                                              if "\N{REPLACEMENT CHARACTER}" not in text)
+    assert "".join(found) == text and not any(
+        "\N{REPLACEMENT CHARACTER}" in piece for piece in found if "\N{REPLACEMENT CHARACTER}" not in text
+    )
 
 
 @settings(deadline=None)
@@ -44,7 +46,7 @@ def test_text_ends_before_the_first_stop_string(text, stops):
     found, stopped = pieces(TOKENIZER(text, add_special_tokens=False)["input_ids"], stops)
     places = [text.find(stop) for stop in stops if stop in text]
     assert stopped == bool(places)
-    if places:   # the one that is complete first ends the text; another may begin earlier
+    if places:  # the one that is complete first ends the text; another may begin earlier
         assert any(text.startswith("".join(found) + stop) for stop in stops)
     assert not any(stop in "".join(found) for stop in stops)
 

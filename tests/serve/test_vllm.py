@@ -1,4 +1,5 @@
 """What is handed to vLLM, without vLLM."""
+
 import json
 import os
 import sys
@@ -24,9 +25,24 @@ def work(tmp_path_factory):
 def test_the_command_line(tmp_path):
     adapters = [vllm.Exported("a", tmp_path / "a", 8), vllm.Exported("b", tmp_path / "b", 33)]
     assert vllm.command("m", adapters, "127.0.0.1", 8000, "base", "key") == [
-        "vllm", "serve", "m", "--served-model-name", "base", "--enable-lora", "--max-lora-rank", "64", "--host",
-        "127.0.0.1", "--port", "8000", "--api-key", "key", "--lora-modules",
-        f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}"]
+        "vllm",
+        "serve",
+        "m",
+        "--served-model-name",
+        "base",
+        "--enable-lora",
+        "--max-lora-rank",
+        "64",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "8000",
+        "--api-key",
+        "key",
+        "--lora-modules",
+        f"a={tmp_path / 'a'}",
+        f"b={tmp_path / 'b'}",
+    ]
     assert "--api-key" not in vllm.command("m", adapters, "127.0.0.1", 8000, "base")
 
 
@@ -51,8 +67,22 @@ def test_vllm_takes_over(work, monkeypatch):
     monkeypatch.setattr("s2ft.packages.is_installed", lambda package: True)
     monkeypatch.setattr(os, "execvp", lambda program, line: lines.append(line))
     monkeypatch.setenv("S2FT_API_KEY", "key")
-    assert main(["serve", "--model", str(work / "model"), "--adapters", str(work / "adapters"), "--engine", "vllm",
-                 "--port", "1234"]) == 0
+    assert (
+        main(
+            [
+                "serve",
+                "--model",
+                str(work / "model"),
+                "--adapters",
+                str(work / "adapters"),
+                "--engine",
+                "vllm",
+                "--port",
+                "1234",
+            ]
+        )
+        == 0
+    )
     (line,) = lines
     assert line[:3] == ["vllm", "serve", str(work / "model")] and line[line.index("--port") + 1] == "1234"
     assert line[line.index("--api-key") + 1] == "key" and line[line.index("--served-model-name") + 1] == "model"

@@ -3,6 +3,7 @@
 The folder is a package so that ``python -m tests.state.machine`` and pytest run the same modules. With
 ``S2FT_TEST_KERNELS=reference`` the compiled kernels are hidden, so that the PyTorch reference serves every op.
 """
+
 import importlib.abc
 import os
 import sys
@@ -10,7 +11,7 @@ import warnings
 from pathlib import Path
 
 TESTS = str(Path(__file__).parents[1])
-if TESTS not in sys.path:   # pytest has it there already
+if TESTS not in sys.path:  # pytest has it there already
     sys.path.insert(0, TESTS)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 REFERENCE = os.environ.get("S2FT_TEST_KERNELS") == "reference"

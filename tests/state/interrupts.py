@@ -4,6 +4,7 @@
 
 prints one line a loop and exits with 1 where one failed. S2FT_TEST_KERNELS=reference runs the PyTorch reference.
 """
+
 import argparse
 import copy
 import os
@@ -22,7 +23,7 @@ from state import REFERENCE
 from state.models import fill_slices, make_adapter, ratios, tiny_model, tokens
 from state.plain import describe, detach_if_attached, differences
 
-WIDE = dict(hidden_size=64, intermediate_size=256)   # so that products and copies take a share of the time
+WIDE = dict(hidden_size=64, intermediate_size=256)  # so that products and copies take a share of the time
 Loop = Callable[[nn.Module], None]
 
 
@@ -33,8 +34,10 @@ class Scene:
         self.config = s2ft.S2FTConfig(**ratios("llama"), layout=layout)
         self.plain = tiny_model("llama", layers=2, **WIDE)
         other = s2ft.S2FTConfig(**ratios("llama"), layout=layout, seed=1)
-        self.adapters = [make_adapter(self.plain, config, name, seed)
-                         for seed, (name, config) in enumerate({"a": self.config, "b": other}.items())]
+        self.adapters = [
+            make_adapter(self.plain, config, name, seed)
+            for seed, (name, config) in enumerate({"a": self.config, "b": other}.items())
+        ]
         self.loaded = copy.deepcopy(self.plain)
         for adapter in self.adapters:
             s2ft.load_adapter(self.loaded, adapter)
@@ -73,11 +76,13 @@ class Scene:
 
     def loops(self) -> dict[str, tuple[nn.Module, Loop]]:
         """By name: the model that a loop starts from (to be copied), and the loop."""
-        return {"attach+detach": (self.plain, self.attach_and_detach),
-                "load_adapter+detach": (self.plain, self.load_and_detach),
-                "set_adapter": (self.loaded, self.switch),
-                "fuse+unfuse": (self.trainable, self.fuse_and_unfuse),
-                "training step": (self.trainable, self.train)}
+        return {
+            "attach+detach": (self.plain, self.attach_and_detach),
+            "load_adapter+detach": (self.plain, self.load_and_detach),
+            "set_adapter": (self.loaded, self.switch),
+            "fuse+unfuse": (self.trainable, self.fuse_and_unfuse),
+            "training step": (self.trainable, self.train),
+        }
 
 
 def interrupt(model: nn.Module, loop: Loop, delay: float) -> bool:
@@ -88,11 +93,11 @@ def interrupt(model: nn.Module, loop: Loop, delay: float) -> bool:
         timer.start()
         loop(model)
         finished = True
-        timer.join()   # a signal that comes after the loop is caught here
+        timer.join()  # a signal that comes after the loop is caught here
     except KeyboardInterrupt:
         pass
     timer.join()
-    torch.set_grad_enabled(True)   # PyTorch's own no_grad, in an optimizer's step say, can be cut before it ends
+    torch.set_grad_enabled(True)  # PyTorch's own no_grad, in an optimizer's step say, can be cut before it ends
     return not finished
 
 
@@ -102,7 +107,7 @@ def problem_after_detach(model: nn.Module, base: dict) -> str | None:
         detach_if_attached(model)
     except Exception as error:
         return f"detach raised {type(error).__name__}: {error}"
-    model.eval()   # the training loop left it in training mode
+    model.eval()  # the training loop left it in training mode
     found = differences(base, describe(model))
     return f"{len(found)} differences from the base, the first: {found[0]}" if found else None
 
@@ -134,15 +139,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--loop", help="only this one")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    sys.setswitchinterval(1e-4)   # so that a signal also finds the main thread between two calls of torch
+    sys.setswitchinterval(1e-4)  # so that a signal also finds the main thread between two calls of torch
     scene, generator, failed = Scene(options.layout), random.Random(options.seed), False
     kernels = "reference" if REFERENCE else "compiled"
     for name, (start, loop) in scene.loops().items():
         if options.loop in (None, name):
             cut, problems = run_loop(start, loop, scene.base, options.count, generator)
             failed = failed or bool(problems)
-            print(f"{name:<20} {options.layout}, {kernels}: {options.count} runs, {cut} cut short, "
-                  f"{len(problems)} failures", *problems[:3], sep="\n    ", flush=True)
+            print(
+                f"{name:<20} {options.layout}, {kernels}: {options.count} runs, {cut} cut short, "
+                f"{len(problems)} failures",
+                *problems[:3],
+                sep="\n    ",
+                flush=True,
+            )
     return int(failed)
 
 

@@ -8,6 +8,7 @@ of the model is detached and must equal the twin bit for bit, and the model must
 torch formulas make of the twin's weights and the active adapters. A failing sequence is shortened by leaving
 operations out for as long as it fails in the same way.
 """
+
 import argparse
 import copy
 import io
@@ -31,10 +32,10 @@ from state.tracing import RaiseAt
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASTS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-PRECISION = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}   # larger: coarser
+PRECISION = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # larger: coarser
 TOKENS = dict(batch=2, length=4)
-SHOWN = 20   # failures that are printed
-OTHER_BASE = "another base"   # what loading says after a cast that lost digits
+SHOWN = 20  # failures that are printed
+OTHER_BASE = "another base"  # what loading says after a cast that lost digits
 
 
 class Wrong(AssertionError):
@@ -69,21 +70,25 @@ class State:
         model = tiny_model(self.case, layers=setting.layers, dtype=self.dtype)
         self.pool = [make_adapter(model, self.config(), name, number) for number, name in enumerate(("p", "q"))]
         self.model, self.twin = model, copy.deepcopy(model)
-        self.kept: dict[str, s2ft.Adapter] = {}   # loaded adapters as they were when they were loaded
+        self.kept: dict[str, s2ft.Adapter] = {}  # loaded adapters as they were when they were loaded
         self.names = 0
-        self.coarsest = self.dtype   # of all casts
-        self.lossy = False           # whether a cast lost digits of the base
-        self.rounded = False         # whether written weights were cast, so that they are off by a rounding
-        self.unfrozen = False        # whether a weight was unfrozen by hand
-        self.detail = ""             # what the last operation adds to its name in the list of a failure
+        self.coarsest = self.dtype  # of all casts
+        self.lossy = False  # whether a cast lost digits of the base
+        self.rounded = False  # whether written weights were cast, so that they are off by a rounding
+        self.unfrozen = False  # whether a weight was unfrozen by hand
+        self.detail = ""  # what the last operation adds to its name in the list of a failure
 
     # ---- what the operations ask ------------------------------------------------------------------------
 
     def config(self) -> s2ft.S2FTConfig:
         keys = list(ratios(self.case))
         chosen = self.rng.sample(keys, self.rng.randint(1, len(keys)))
-        return s2ft.S2FTConfig(**{key: self.rng.choice((0.25, 0.5, 1.0)) for key in chosen}, layout=self.layout,
-                               seed=self.rng.randrange(100), ffn_kernel=self.rng.random() < 0.7)
+        return s2ft.S2FTConfig(
+            **{key: self.rng.choice((0.25, 0.5, 1.0)) for key in chosen},
+            layout=self.layout,
+            seed=self.rng.randrange(100),
+            ffn_kernel=self.rng.random() < 0.7,
+        )
 
     @property
     def status(self):
@@ -135,6 +140,7 @@ class State:
 
 # ---- operations: what they do, and when they can be done --------------------------------------------------
 
+
 def attach(state: State) -> None:
     s2ft.attach(state.model, state.config(), name=state.new_name())
     fill(state)
@@ -165,7 +171,7 @@ def load(state: State, trainable: bool = False, active: bool = True) -> None:
         if not (state.lossy and OTHER_BASE in str(error)):
             raise
     else:
-        state.unfrozen = state.unfrozen or (trainable and bool(adapter.extra_weights))   # trained whole with it
+        state.unfrozen = state.unfrozen or (trainable and bool(adapter.extra_weights))  # trained whole with it
         if not trainable:
             state.kept[name] = copy.deepcopy(adapter)
 
@@ -276,7 +282,7 @@ def arithmetic(state: State) -> None:
 
 
 def optimizer_of(state: State) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(state.slices.values(), lr=1e-2, eps=1e-3)   # an eps that float16 can hold
+    return torch.optim.AdamW(state.slices.values(), lr=1e-2, eps=1e-3)  # an eps that float16 can hold
 
 
 def loss_of(state: State, seed: int = 0) -> torch.Tensor:
@@ -352,7 +358,7 @@ def save_whole(state: State) -> None:
     try:
         torch.save(state.twin, io.BytesIO())
     except AttributeError:
-        return   # a hook that transformers leaves behind after checkpointing can't be pickled, in a plain model neither
+        return  # a hook that transformers leaves behind after checkpointing can't be pickled, in a plain model neither
     file = io.BytesIO()
     torch.save(state.model, file)
     file.seek(0)
@@ -400,7 +406,7 @@ def unfreeze(state: State) -> None:
 class Operation:
     run: Callable[[State], None]
     possible: Callable[[State], bool]
-    same_output: bool = False      # the model must compute what it computed before
+    same_output: bool = False  # the model must compute what it computed before
 
     @property
     def name(self) -> str:
@@ -454,6 +460,7 @@ OPERATIONS = (
 
 # ---- interrupts ----------------------------------------------------------------------------------------------
 
+
 def cut_attach(state: State) -> Callable[[], object]:
     config, name = state.config(), state.new_name()
     return lambda: s2ft.attach(state.model, config, name=name)
@@ -461,7 +468,7 @@ def cut_attach(state: State) -> Callable[[], object]:
 
 def cut_load(state: State) -> Callable[[], object]:
     name, adapter = state.new_name(), state.rng.choice(state.pool)
-    state.kept[name] = copy.deepcopy(adapter)   # forgotten again where it is not loaded
+    state.kept[name] = copy.deepcopy(adapter)  # forgotten again where it is not loaded
     return lambda: s2ft.load_adapter(state.model, adapter, name)
 
 
@@ -480,6 +487,7 @@ def cut_disable(state: State) -> Callable[[], object]:
     def disabled() -> None:
         with s2ft.disable_adapters(state.model):
             pass
+
     return disabled
 
 
@@ -532,7 +540,7 @@ def interrupted(state: State) -> None:
     name = state.rng.choice([name for name, (_, possible) in CUTS.items() if possible(state)])
     call, twice = CUTS[name][0](state), state.rng.random() < 0.2
     error, events = state.rng.choice((KeyboardInterrupt, MemoryError)), state.rng.choice(("opcode", "line"))
-    moment = int(2 ** state.rng.uniform(0, 15 if events == "opcode" else 12))   # short and long operations alike
+    moment = int(2 ** state.rng.uniform(0, 15 if events == "opcode" else 12))  # short and long operations alike
     try:
         with RaiseAt(moment, error, events=events, second=state.rng.randint(1, 40) if twice else None) as tracing:
             call()
@@ -545,19 +553,21 @@ def interrupted(state: State) -> None:
         again = f" and again at call {tracing.second} after it" if tracing.raised_again else ""
         state.detail = f" ({name} at {tracing.raised or 'no moment'}{again})"
     state.model.zero_grad()
-    if tracing.raised_again:   # only detach is promised then
+    if tracing.raised_again:  # only detach is promised then
         detach_if_attached(state.model)
     left = state.status.adapters
     state.kept = {other: adapter for other, adapter in state.kept.items() if other in left}
     # half a detach may have unfrozen what the next detach unfreezes
-    state.unfrozen = state.attached and (state.unfrozen or name in ("detach", "delete_adapter")
-                                         or any(adapter.extra_weights for adapter in state.pool))
+    state.unfrozen = state.attached and (
+        state.unfrozen or name in ("detach", "delete_adapter") or any(adapter.extra_weights for adapter in state.pool)
+    )
 
 
 OPERATIONS += (Operation(interrupted, always), Operation(interrupted, always), Operation(interrupted, always))
 
 
 # ---- invariants ----------------------------------------------------------------------------------------------
+
 
 def require(holds: bool, sentence: str) -> None:
     if not holds:
@@ -572,8 +582,10 @@ def require_same_deltas(expected: s2ft.Adapter, found: s2ft.Adapter, what: str) 
     require(expected.deltas.keys() == found.deltas.keys(), f"{what}: other projections")
     for name, delta in expected.deltas.items():
         other = found.deltas[name]
-        require(delta.dim == other.dim and torch.equal(delta.index, other.index)
-                and same_bits(delta.values, other.values), f"{what}: {name} has other numbers")
+        require(
+            delta.dim == other.dim and torch.equal(delta.index, other.index) and same_bits(delta.values, other.values),
+            f"{what}: {name} has other numbers",
+        )
 
 
 def logits_of(model: nn.Module) -> torch.Tensor:
@@ -584,8 +596,9 @@ def logits_of(model: nn.Module) -> torch.Tensor:
 def check_output(state: State, active: dict[str, float]) -> None:
     """The model computes what the twin does on the effective weights."""
     with torch.no_grad():
-        wanted = torch.func.functional_call(state.twin, state.expected_weights(active),
-                                            kwargs={"input_ids": tokens(state.twin, **TOKENS)}).logits.float()
+        wanted = torch.func.functional_call(
+            state.twin, state.expected_weights(active), kwargs={"input_ids": tokens(state.twin, **TOKENS)}
+        ).logits.float()
     require_close(state, wanted, logits_of(state.model), f"with {active} active")
 
 
@@ -609,8 +622,9 @@ def check_merged(state: State, active: dict[str, float]) -> None:
         require_nothing(differences(dict(expected), dict(found)), f"merged with {active}")
         return
     bound = 4 * state.tolerance()
-    wrong = [name for name, tensor in expected.items()
-             if not torch.allclose(tensor, found[name], rtol=bound, atol=bound)]
+    wrong = [
+        name for name, tensor in expected.items() if not torch.allclose(tensor, found[name], rtol=bound, atol=bound)
+    ]
     require(not wrong, f"merged with {active}: {wrong[:1]}")
 
 
@@ -636,6 +650,7 @@ def check(state: State) -> None:
 
 # ---- sequences -------------------------------------------------------------------------------------------------
 
+
 @dataclass
 class Failure:
     """A sequence that went wrong: the numbers of its operations, their names, and the error."""
@@ -643,16 +658,19 @@ class Failure:
     seed: int
     operations: list[str]
     error: str
-    without: tuple[str, ...] = ()   # operations that were never drawn
+    without: tuple[str, ...] = ()  # operations that were never drawn
 
     def __str__(self) -> str:
-        return (f"seed {self.seed} ({Setting.of(self.seed)}): {', '.join(self.operations)}: {self.error}\n"
-                f"        python -m tests.state.machine --seed {self.seed}"
-                + "".join(f" --without {name}" for name in self.without))
+        return (
+            f"seed {self.seed} ({Setting.of(self.seed)}): {', '.join(self.operations)}: {self.error}\n"
+            f"        python -m tests.state.machine --seed {self.seed}"
+            + "".join(f" --without {name}" for name in self.without)
+        )
 
 
-def run_sequence(seed: int, left_out: frozenset[int] = frozenset(), without: Collection[str] = (),
-                 verbose: bool = False) -> Failure | None:
+def run_sequence(
+    seed: int, left_out: frozenset[int] = frozenset(), without: Collection[str] = (), verbose: bool = False
+) -> Failure | None:
     """Run the sequence of a seed.
 
     Args:
@@ -679,15 +697,16 @@ def run_sequence(seed: int, left_out: frozenset[int] = frozenset(), without: Col
         try:
             run_operation(state, operation)
         except Exception as error:
-            return Failure(seed, [*done, operation.name + state.detail], f"{type(error).__name__}: {error}",
-                           tuple(without))
+            return Failure(
+                seed, [*done, operation.name + state.detail], f"{type(error).__name__}: {error}", tuple(without)
+            )
         done.append(operation.name + state.detail)
     return None
 
 
 def run_operation(state: State, operation: Operation) -> None:
     """Run one operation and check everything after it."""
-    unusable = state.fused and state.model.training   # the forward would raise, as it must
+    unusable = state.fused and state.model.training  # the forward would raise, as it must
     active, output = dict(state.status.active), None
     if operation.same_output and not unusable:
         output = logits_of(state.model)
@@ -706,8 +725,11 @@ def shorten(failure: Failure, without: Collection[str] = ()) -> Failure:
     kind = failure.error.partition(":")[0]
     for number in range(16):
         shorter = run_sequence(failure.seed, left_out | {number}, without)
-        if shorter is not None and shorter.error.partition(":")[0] == kind and len(shorter.operations) < len(
-                failure.operations):
+        if (
+            shorter is not None
+            and shorter.error.partition(":")[0] == kind
+            and len(shorter.operations) < len(failure.operations)
+        ):
             left_out, failure = left_out | {number}, shorter
     return failure
 
@@ -719,8 +741,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, help="run this one sequence only")
     parser.add_argument("--verbose", action="store_true", help="with --seed: print every operation before it runs")
     parser.add_argument("--shorten", action="store_true", help="leave out operations of those that fail")
-    parser.add_argument("--without", action="append", default=[], choices=sorted({one.name for one in OPERATIONS}),
-                        help="never draw this operation")
+    parser.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        choices=sorted({one.name for one in OPERATIONS}),
+        help="never draw this operation",
+    )
     options = parser.parse_args(arguments)
     prepare()
     if options.seed is not None:
@@ -737,7 +764,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def prepare() -> None:
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", message="s2 was made as")   # casts do that on purpose here
+    warnings.filterwarnings("ignore", message="s2 was made as")  # casts do that on purpose here
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing_", category=FutureWarning)
     logging.set_verbosity_error()
 

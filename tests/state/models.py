@@ -1,4 +1,5 @@
 """Tiny models with random weights, and random adapters for them."""
+
 import torch
 from support.models import CASES
 from torch import nn

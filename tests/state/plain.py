@@ -1,4 +1,5 @@
 """The oracle: what a model looks like from outside, and what its weights must be, by plain torch formulas."""
+
 from collections.abc import Iterable
 
 import torch
@@ -10,7 +11,7 @@ from s2ft.model.coupling import projections_of
 from s2ft.model.registry import couplings_of
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-NOT_ATTACHED = "has no S²FT adapter"   # of the ValueError that detach raises for a plain model
+NOT_ATTACHED = "has no S²FT adapter"  # of the ValueError that detach raises for a plain model
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -97,7 +98,7 @@ def effective_weights(plain: nn.Module, parts: Iterable[tuple[s2ft.Adapter, floa
         Clones of all parameters and buffers, by name.
     """
     weights, projections = weights_of(plain), {p.name: p for p in projections_of(couplings_of(plain))}
-    sums: dict[str, Tensor] = {}   # by the weight's name: outputs × inputs, in the widest dtype
+    sums: dict[str, Tensor] = {}  # by the weight's name: outputs × inputs, in the widest dtype
     for adapter, weight in parts:
         for name, delta in adapter.deltas.items():
             path = projections[name].path

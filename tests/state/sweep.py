@@ -5,6 +5,7 @@
 prints one line an operation and exits with 1 where one failed. Stronger than signals: nothing is left to chance.
 After an exception the model must also be what s2ft.status says it is.
 """
+
 import argparse
 import copy
 from collections.abc import Callable
@@ -19,9 +20,10 @@ from state.models import LAYOUTS, fill_slices, make_adapter, ratios, tiny_model,
 from state.plain import describe, detach_if_attached, differences, different_weights, effective_weights, weights_of
 from state.tracing import EVENTS, RaiseAt, moments
 
-SMALL = dict(hidden_size=8, intermediate_size=12, num_attention_heads=2, num_key_value_heads=2, head_dim=4,
-             vocab_size=11)
-FEWEST = 4   # moments of each operation, whatever the stride
+SMALL = dict(
+    hidden_size=8, intermediate_size=12, num_attention_heads=2, num_key_value_heads=2, head_dim=4, vocab_size=11
+)
+FEWEST = 4  # moments of each operation, whatever the stride
 
 
 @dataclass
@@ -44,15 +46,15 @@ class Sweep:
         self.plain = tiny_model("llama", **SMALL)
         self.a, self.b = (make_adapter(self.plain, config(seed), name, seed) for seed, name in ((1, "a"), (2, "b")))
         self.base, self.tokens = describe(self.plain), tokens(self.plain)
-        self.loaded = copy.deepcopy(self.plain)   # a is active, b is loaded
+        self.loaded = copy.deepcopy(self.plain)  # a is active, b is loaded
         s2ft.load_adapter(self.loaded, self.b)
         s2ft.load_adapter(self.loaded, self.a)
-        self.trainable = copy.deepcopy(self.plain)   # t is trainable
+        self.trainable = copy.deepcopy(self.plain)  # t is trainable
         s2ft.attach(self.trainable, self.config, name="t")
         fill_slices(self.trainable, seed=3)
         self.fused = copy.deepcopy(self.trainable)
         s2ft.fuse(self.fused)
-        self.both = copy.deepcopy(self.trainable)   # a is loaded and active, t is trainable and is not
+        self.both = copy.deepcopy(self.trainable)  # a is loaded and active, t is trainable and is not
         s2ft.load_adapter(self.both, self.a)
         self.adapters = {"a": self.a, "b": self.b, "t": s2ft.get_adapter(self.trainable, "t")}
 
@@ -109,9 +111,9 @@ class Sweep:
                 return tracing.raised, "the interrupt was swallowed"
         try:
             if second is not None and not s2ft.status(model).adapters:
-                detach_if_attached(model)   # a record without adapters may be left
+                detach_if_attached(model)  # a record without adapters may be left
             wrong = self._wrong_plain(model, case)
-            if wrong is None and second is None:   # after two exceptions, only detach is promised
+            if wrong is None and second is None:  # after two exceptions, only detach is promised
                 wrong = self._wrong_state(model)
             wrong = wrong or self._wrong_base(model)
         except Exception as error:
@@ -123,7 +125,7 @@ class Sweep:
         status = s2ft.status(model)
         if not status.adapters:
             return None
-        adapters = {**self.adapters, "c": self.b}   # b under its new name
+        adapters = {**self.adapters, "c": self.b}  # b under its new name
         if "t" in status.adapters:
             adapters["t"] = s2ft.get_adapter(model, "t")
         expected = effective_weights(self.plain, [(adapters[name], weight) for name, weight in status.active.items()])
@@ -137,7 +139,7 @@ class Sweep:
         found = weights_of(s2ft.merge(copy.deepcopy(model)))
         if list(status.active.values()) == [1.0]:
             wrong = different_weights(expected, found)
-        else:   # sums are formed in another order
+        else:  # sums are formed in another order
             wrong = [name for name in expected if not torch.allclose(expected[name], found[name], rtol=1e-5, atol=1e-6)]
         return f"status says {status.active}, but merging gives something else: {wrong[0]}" if wrong else None
 
@@ -155,7 +157,7 @@ class Sweep:
 
     def _wrong_base(self, model: nn.Module) -> str | None:
         if not s2ft.status(model).adapters:
-            return None   # looked at by _wrong_plain; a merged model is not the base
+            return None  # looked at by _wrong_plain; a merged model is not the base
         detach_if_attached(model)
         wrong = differences(self.base, describe(model))
         return f"after detach, {len(wrong)} differences from the base, the first: {wrong[0]}" if wrong else None
@@ -168,7 +170,7 @@ class Sweep:
             case.operation(copy.deepcopy(case.start))
         found = moments(counter.places, occurrences)
         stride = max(1, min(stride, len(found) // FEWEST))
-        return found[stride // 2 if twice else 0::stride]
+        return found[stride // 2 if twice else 0 :: stride]
 
     def problems(self, case: Case, chosen: list[int], events: str, twice: bool) -> list[str]:
         """Raise at these moments of a case, one after the other. Returns: what went wrong."""
@@ -184,10 +186,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--layout", choices=LAYOUTS, action="append", help="default: both")
     parser.add_argument("--events", choices=EVENTS, default="opcode")
-    parser.add_argument("--occurrences", default="1", metavar="N|all",
-                        help="of each place in the code, the first N events and the last; all: every event")
-    parser.add_argument("--stride", type=int, default=1, metavar="N",
-                        help=f"take every N-th of these moments, but at least {FEWEST} of an operation")
+    parser.add_argument(
+        "--occurrences",
+        default="1",
+        metavar="N|all",
+        help="of each place in the code, the first N events and the last; all: every event",
+    )
+    parser.add_argument(
+        "--stride",
+        type=int,
+        default=1,
+        metavar="N",
+        help=f"take every N-th of these moments, but at least {FEWEST} of an operation",
+    )
     parser.add_argument("--case", help="only operations whose name begins so")
     parser.add_argument("--moment", type=int, help="only this one, as a failure names it")
     parser.add_argument("--twice", action="store_true", help="raise once more, in the clean-up of the first")
@@ -199,12 +210,19 @@ def main(arguments: list[str] | None = None) -> int:
         sweep = Sweep(layout)
         for case in sweep.cases():
             if case.name.startswith(options.case or ""):
-                chosen = ([options.moment] if options.moment else
-                          sweep.choose(case, options.events, occurrences, options.stride, options.twice))
+                chosen = (
+                    [options.moment]
+                    if options.moment
+                    else sweep.choose(case, options.events, occurrences, options.stride, options.twice)
+                )
                 problems = sweep.problems(case, chosen, options.events, options.twice)
                 failed = failed or bool(problems)
-                print(f"{case.name:<36} {layout}, {kernels}: {len(chosen)} moments, {len(problems)} failures",
-                      *problems[:3], sep="\n    ", flush=True)
+                print(
+                    f"{case.name:<36} {layout}, {kernels}: {len(chosen)} moments, {len(problems)} failures",
+                    *problems[:3],
+                    sep="\n    ",
+                    flush=True,
+                )
     return int(failed)
 
 

@@ -1,5 +1,6 @@
 """An exception at any moment of any operation, raised by a signal or by a tracer, leaves a model that detach brings
 back to its base, bit for bit, and that is what s2ft.status says it is."""
+
 import os
 import subprocess
 import sys
@@ -13,15 +14,21 @@ from state.tracing import RaiseAt, moments
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ("compiled", "reference")
-LIMIT = 120   # seconds; a deadlock fails the test instead of stopping the suite
+LIMIT = 120  # seconds; a deadlock fails the test instead of stopping the suite
 
 
 def run(kernels: str, module: str, *arguments: object, limit: int = LIMIT) -> None:
     """Run one of this folder's programs; its output is the failure's message."""
     environment = {**os.environ, "S2FT_TEST_KERNELS": kernels, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.run([sys.executable, "-X", "faulthandler", "-m", f"tests.state.{module}",
-                              *map(str, arguments)], cwd=ROOT, env=environment, timeout=limit, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-m", f"tests.state.{module}", *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        timeout=limit,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     print(process.stdout)
     assert process.returncode == 0, process.stdout
 
@@ -61,6 +68,7 @@ def test_after_a_second_exception_at_every_line_too(layout):
 
 
 # ---- the tracer --------------------------------------------------------------------------------------------
+
 
 def attach_under(tracing: RaiseAt) -> None:
     with tracing:

@@ -1,4 +1,5 @@
 """Whoever reads an attached model while another thread runs it reads what is there when nothing runs."""
+
 import copy
 import io
 import os
@@ -37,6 +38,7 @@ def attached(request) -> tuple[nn.Module, Tensor]:
 
 
 # ---- readers -----------------------------------------------------------------------------------------
+
 
 def clones_of_state(model: nn.Module, folder: Path) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -81,8 +83,17 @@ def saved_adapter(model: nn.Module, folder: Path) -> dict[str, Tensor]:
     return {name: delta.values for name, delta in s2ft.read_adapter(folder / "adapter").deltas.items()}
 
 
-READERS = (clones_of_state, saved_state, deep_copy, pickled, saved_whole, merged_copy, detached_copy, adapter_of,
-           saved_adapter)
+READERS = (
+    clones_of_state,
+    saved_state,
+    deep_copy,
+    pickled,
+    saved_whole,
+    merged_copy,
+    detached_copy,
+    adapter_of,
+    saved_adapter,
+)
 
 
 @pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.__name__)
@@ -96,6 +107,7 @@ def test_reading_while_another_thread_runs_the_model(attached, reader, tmp_path)
 
 
 # ---- stable_weights ------------------------------------------------------------------------------------
+
 
 def test_plain_reads_inside_stable_weights(attached):
     model, ids = attached
@@ -111,8 +123,10 @@ def test_plain_reads_inside_stable_weights(attached):
 
 def test_plain_reads_inside_stable_weights_never_see_half_a_switch():
     plain = tiny_model("llama", layers=2, **WIDE)
-    adapters = [make_adapter(plain, s2ft.S2FTConfig(**ratios("llama"), seed=seed), name, seed)
-                for seed, name in ((1, "a"), (2, "b"))]
+    adapters = [
+        make_adapter(plain, s2ft.S2FTConfig(**ratios("llama"), seed=seed), name, seed)
+        for seed, name in ((1, "a"), (2, "b"))
+    ]
     states = [effective_weights(plain, [(adapter, 1.0)]) for adapter in adapters] + [weights_of(plain)]
     model = copy.deepcopy(plain)
     for adapter in adapters:
@@ -143,7 +157,7 @@ def test_stable_weights_holds_up_other_threads_and_lets_them_go_on(attached):
     with s2ft.stable_weights():
         thread = threading.Thread(target=forward, daemon=True)
         thread.start()
-        assert not done.wait(0.2)   # far longer than a forward takes
+        assert not done.wait(0.2)  # far longer than a forward takes
     assert done.wait(60)
     thread.join()
 
@@ -175,6 +189,7 @@ def test_stable_weights_is_given_up_after_an_exception(attached):
 
 
 # ---- fork ----------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def one_thread():
@@ -214,6 +229,7 @@ def test_a_child_forked_inside_stable_weights_can_run_the_layer():
 
 
 # ---- memory that can't be written to for a moment ----------------------------------------------------------
+
 
 @pytest.fixture
 def layer() -> s2ft.S2RowLinear:
@@ -291,7 +307,8 @@ INDEX = torch.tensor([1, 3])
 ONES = torch.ones(16, 2)
 WRITERS = {
     "from_module": lambda folder, mode: s2ft.S2RowLinear.from_module(linear_on(mapped(folder, mode)), 0, 4)(
-        torch.ones(1, 16)),
+        torch.ones(1, 16)
+    ),
     "attach, permuted": lambda folder, mode: attach_to(folder, mode, "permuted"),
     "attach, indexed": lambda folder, mode: attach_to(folder, mode, "indexed"),
     "load_adapter": lambda folder, mode: s2ft.load_adapter(*adapter_for(folder, mode)),
@@ -320,10 +337,18 @@ def test_a_weight_in_a_private_mapping_works_and_its_file_stays(writer, tmp_path
 
 # ---- the PyTorch reference -----------------------------------------------------------------------------------
 
+
 @pytest.mark.slow
 def test_all_of_this_with_the_pytorch_reference():
     environment = {**os.environ, "S2FT_TEST_KERNELS": "reference"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", __file__]
-    process = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, timeout=600, text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.run(
+        command,
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        timeout=600,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert process.returncode == 0, process.stdout

@@ -1,4 +1,5 @@
 """After any sequence of operations an attached model is what its status says, and detach gives the base back."""
+
 import os
 
 import pytest
@@ -9,7 +10,7 @@ from state import machine
 from state.models import LAYOUTS, MODELS, ratios, tiny_model
 from state.plain import describe, differences
 
-COUNT = os.environ.get("S2FT_TEST_SEQUENCES")   # how many sequences, in place of the numbers below
+COUNT = os.environ.get("S2FT_TEST_SEQUENCES")  # how many sequences, in place of the numbers below
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.slow)])
@@ -75,5 +76,8 @@ def test_the_machine_sees_a_weight_that_is_not_the_base():
 
 def llama_seed() -> int:
     """A seed whose sequence starts from a llama in float32."""
-    return next(seed for seed in range(1000) if machine.Setting.of(seed).case == "llama"
-                and machine.Setting.of(seed).dtype == torch.float32)
+    return next(
+        seed
+        for seed in range(1000)
+        if machine.Setting.of(seed).case == "llama" and machine.Setting.of(seed).dtype == torch.float32
+    )

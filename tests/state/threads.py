@@ -1,4 +1,5 @@
 """Threads and children that run a model while the test does something else."""
+
 import os
 import pickle
 import signal
@@ -8,8 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
-RANK_TIMEOUT = 60    # seconds until a thread counts as deadlocked
-CHILD_LIMIT = 5   # seconds until a child counts as hung
+RANK_TIMEOUT = 60  # seconds until a thread counts as deadlocked
+CHILD_LIMIT = 5  # seconds until a child counts as hung
 
 
 @contextmanager
@@ -77,7 +78,7 @@ def in_child(function: Callable[[], object], limit: int = CHILD_LIMIT) -> object
         except BaseException as error:
             result = error
         try:
-            os.write(send, pickle.dumps(result))   # short: the pipe takes it at once
+            os.write(send, pickle.dumps(result))  # short: the pipe takes it at once
         finally:
             os._exit(0)
     os.close(send)

@@ -1,4 +1,5 @@
 """Raise an exception at a chosen moment inside s2ft's own Python code."""
+
 import sys
 from pathlib import Path
 from types import CodeType, FrameType
@@ -28,15 +29,21 @@ class RaiseAt:
         second: when to raise again, counted from 1; None: never.
     """
 
-    def __init__(self, moment: int | None = None, error: type[BaseException] = KeyboardInterrupt, *,
-                 events: str = "opcode", second: int | None = None) -> None:
+    def __init__(
+        self,
+        moment: int | None = None,
+        error: type[BaseException] = KeyboardInterrupt,
+        *,
+        events: str = "opcode",
+        second: int | None = None,
+    ) -> None:
         assert events in EVENTS
         self.moment, self.error, self.events, self.second = moment, error, events, second
         self.seen = 0
-        self.places: list[tuple[CodeType, int]] = []   # where every event was; kept where moment is None
-        self.raised: str | None = None                 # file and line of the exception
+        self.places: list[tuple[CodeType, int]] = []  # where every event was; kept where moment is None
+        self.raised: str | None = None  # file and line of the exception
         self.raised_again = False
-        self.ignored = False                           # Python dropped an exception that it met in a finalizer
+        self.ignored = False  # Python dropped an exception that it met in a finalizer
         self._calls = 0
 
     def __enter__(self) -> "RaiseAt":

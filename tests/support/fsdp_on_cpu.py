@@ -1,11 +1,13 @@
 """accelerate shards on accelerators alone: asked for FSDP on CPUs it goes on with DDP and says nothing. After
 :func:`allow` it shards on them too. As a script: run the command line so, for launchers."""
+
 import sys
 
 
 def allow() -> None:
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
+
     if hasattr(AcceleratorState, "before_allow"):
         return
     AcceleratorState.before_allow = AcceleratorState.__init__
@@ -24,4 +26,5 @@ def allow() -> None:
 if __name__ == "__main__":
     allow()
     from s2ft.cli.main import main
+
     sys.exit(main())

@@ -4,6 +4,7 @@ Told to behave as a smaller processor than it runs on, PyTorch 2.13's inductor i
 ATEN_CPU_CAPABILITY=avx2 on a processor with AVX-512, ``torch.compile(lambda a, b: (a.t() @ b).float())`` of bfloat16
 matrices [3, 3] and [3, 11] leaves elements 16 to 31 of the result unwritten; with "default" it does not compile.
 """
+
 import os
 
 import pytest

@@ -1,4 +1,5 @@
 """Small random models, one row a case: every model family with what is awkward about it."""
+
 import functools
 from collections.abc import Callable
 
@@ -52,31 +53,84 @@ from s2ft.model.registry import couplings_of
 
 SHAPE = dict(hidden_size=24, intermediate_size=52, num_hidden_layers=3, num_attention_heads=4, vocab_size=67)
 ODD = {**SHAPE, "hidden_size": 30, "intermediate_size": 41, "num_attention_heads": 3}
-ROTARY = {**SHAPE, "hidden_size": 32}   # a part of the head is rotated: the part must be even
-IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)   # the families' own are outside the small vocabulary
+ROTARY = {**SHAPE, "hidden_size": 32}  # a part of the head is rotated: the part must be even
+IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)  # the families' own are outside the small vocabulary
 WINDOW = dict(sliding_window=4, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
 
-OPT = dict(hidden_size=24, ffn_dim=41, num_hidden_layers=3, num_attention_heads=4, vocab_size=67, dropout=0.0,
-           max_position_embeddings=32)
-GPT2 = dict(n_embd=24, n_layer=3, n_head=4, vocab_size=67, n_positions=32, resid_pdrop=0.0, embd_pdrop=0.0,
-            attn_pdrop=0.0, **IDS)
+OPT = dict(
+    hidden_size=24,
+    ffn_dim=41,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    vocab_size=67,
+    dropout=0.0,
+    max_position_embeddings=32,
+)
+GPT2 = dict(
+    n_embd=24,
+    n_layer=3,
+    n_head=4,
+    vocab_size=67,
+    n_positions=32,
+    resid_pdrop=0.0,
+    embd_pdrop=0.0,
+    attn_pdrop=0.0,
+    **IDS,
+)
 NEOX = dict(**ROTARY, **IDS, hidden_dropout=0.0, attention_dropout=0.0)
 MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True)
-DEEPSEEK = dict(**IDS, num_key_value_heads=4, kv_lora_rank=12, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=7,
-                moe_intermediate_size=16, n_routed_experts=4, n_shared_experts=2, num_experts_per_tok=2, n_group=2,
-                topk_group=1, first_k_dense_replace=1, norm_topk_prob=True)
+DEEPSEEK = dict(
+    **IDS,
+    num_key_value_heads=4,
+    kv_lora_rank=12,
+    qk_nope_head_dim=6,
+    qk_rope_head_dim=4,
+    v_head_dim=7,
+    moe_intermediate_size=16,
+    n_routed_experts=4,
+    n_shared_experts=2,
+    num_experts_per_tok=2,
+    n_group=2,
+    topk_group=1,
+    first_k_dense_replace=1,
+    norm_topk_prob=True,
+)
 BERT = dict(**SHAPE, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, max_position_embeddings=32)
 IMAGE = dict(image_size=12, patch_size=4)
-T5 = dict(d_model=24, d_kv=10, d_ff=41, num_layers=2, num_decoder_layers=3, num_heads=4, vocab_size=67,
-          dropout_rate=0.0, relative_attention_num_buckets=8, relative_attention_max_distance=6,
-          decoder_start_token_id=0)
-WHISPER = dict(d_model=24, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=41, decoder_layers=3,
-               decoder_attention_heads=3, decoder_ffn_dim=52, vocab_size=67, num_mel_bins=5, max_source_positions=7,
-               max_target_positions=16, decoder_start_token_id=1, suppress_tokens=None, begin_suppress_tokens=None)
+T5 = dict(
+    d_model=24,
+    d_kv=10,
+    d_ff=41,
+    num_layers=2,
+    num_decoder_layers=3,
+    num_heads=4,
+    vocab_size=67,
+    dropout_rate=0.0,
+    relative_attention_num_buckets=8,
+    relative_attention_max_distance=6,
+    decoder_start_token_id=0,
+)
+WHISPER = dict(
+    d_model=24,
+    encoder_layers=2,
+    encoder_attention_heads=4,
+    encoder_ffn_dim=41,
+    decoder_layers=3,
+    decoder_attention_heads=3,
+    decoder_ffn_dim=52,
+    vocab_size=67,
+    num_mel_bins=5,
+    max_source_positions=7,
+    max_target_positions=16,
+    decoder_start_token_id=1,
+    suppress_tokens=None,
+    begin_suppress_tokens=None,
+)
 # text and vision of other widths, depths and numbers of heads
-TOWERS = dict(text_config=dict(**SHAPE, **IDS, max_position_embeddings=16, hidden_act="gelu"),
-              vision_config=dict(hidden_size=30, intermediate_size=41, num_hidden_layers=2, num_attention_heads=3,
-                                 **IMAGE))
+TOWERS = dict(
+    text_config=dict(**SHAPE, **IDS, max_position_embeddings=16, hidden_act="gelu"),
+    vision_config=dict(hidden_size=30, intermediate_size=41, num_hidden_layers=2, num_attention_heads=3, **IMAGE),
+)
 
 CASES: dict[str, Callable[[], PretrainedConfig]] = {
     "llama": lambda: LlamaConfig(**SHAPE, num_key_value_heads=4),
@@ -84,8 +138,11 @@ CASES: dict[str, Callable[[], PretrainedConfig]] = {
     "llama-multi-query": lambda: LlamaConfig(**SHAPE, num_key_value_heads=1),
     "llama-biased": lambda: LlamaConfig(**SHAPE, num_key_value_heads=4, attention_bias=True, mlp_bias=True),
     "llama-wide-heads": lambda: LlamaConfig(**SHAPE, num_key_value_heads=2, head_dim=10),
-    "llama-odd": lambda: LlamaConfig(**{**SHAPE, "hidden_size": 27, "intermediate_size": 41, "num_attention_heads": 3},
-                                     num_key_value_heads=3, head_dim=14),
+    "llama-odd": lambda: LlamaConfig(
+        **{**SHAPE, "hidden_size": 27, "intermediate_size": 41, "num_attention_heads": 3},
+        num_key_value_heads=3,
+        head_dim=14,
+    ),
     "llama-gelu": lambda: LlamaConfig(**SHAPE, num_key_value_heads=4, hidden_act="gelu"),
     "llama-gelu-tanh": lambda: LlamaConfig(**SHAPE, num_key_value_heads=2, hidden_act="gelu_pytorch_tanh"),
     "llama-relu": lambda: LlamaConfig(**SHAPE, num_key_value_heads=4, hidden_act="relu"),
@@ -100,11 +157,19 @@ CASES: dict[str, Callable[[], PretrainedConfig]] = {
     "gemma2-grouped": lambda: Gemma2Config(**SHAPE, num_key_value_heads=2, head_dim=8),
     "gemma3": lambda: Gemma3TextConfig(**SHAPE, num_key_value_heads=4, head_dim=10, **WINDOW),
     "gemma3-grouped": lambda: Gemma3TextConfig(**SHAPE, num_key_value_heads=2, head_dim=8),
-    "granite": lambda: GraniteConfig(**ODD, num_key_value_heads=3, attention_bias=True, mlp_bias=True,
-                                     embedding_multiplier=3.0, residual_multiplier=0.5, attention_multiplier=0.2),
+    "granite": lambda: GraniteConfig(
+        **ODD,
+        num_key_value_heads=3,
+        attention_bias=True,
+        mlp_bias=True,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.5,
+        attention_multiplier=0.2,
+    ),
     "granite-grouped": lambda: GraniteConfig(**SHAPE, num_key_value_heads=2),
-    "smollm3": lambda: SmolLM3Config(**SHAPE, **IDS, num_key_value_heads=4, attention_bias=True, mlp_bias=True,
-                                     no_rope_layers=[1, 0, 1]),
+    "smollm3": lambda: SmolLM3Config(
+        **SHAPE, **IDS, num_key_value_heads=4, attention_bias=True, mlp_bias=True, no_rope_layers=[1, 0, 1]
+    ),
     "smollm3-grouped": lambda: SmolLM3Config(**SHAPE, **IDS, num_key_value_heads=2),
     "cohere": lambda: CohereConfig(**SHAPE, **IDS, num_key_value_heads=4, attention_bias=True),
     "cohere-normed": lambda: CohereConfig(**ODD, **IDS, num_key_value_heads=3, use_qk_norm=True),
@@ -128,14 +193,24 @@ CASES: dict[str, Callable[[], PretrainedConfig]] = {
     "gpt2-cross-attention": lambda: GPT2Config(**GPT2, add_cross_attention=True),
     "gptj": lambda: GPTJConfig(**{**GPT2, "n_embd": 32}, rotary_dim=4),
     "gpt-neox": lambda: GPTNeoXConfig(**NEOX),
-    "gpt-neox-sequential": lambda: GPTNeoXConfig(**{**NEOX, "hidden_size": 36, "num_attention_heads": 3},
-                                                 use_parallel_residual=False, attention_bias=False),
-    "mixtral": lambda: MixtralConfig(**{**SHAPE, "intermediate_size": 56}, num_key_value_heads=4, num_local_experts=3,
-                                     num_experts_per_tok=2),
-    "mixtral-odd-multi-query": lambda: MixtralConfig(**ODD, num_key_value_heads=1, head_dim=8, num_local_experts=2,
-                                             num_experts_per_tok=1, hidden_act="gelu", experts_implementation="eager"),
-    "qwen2-moe": lambda: Qwen2MoeConfig(**SHAPE, **MOE, num_key_value_heads=4, shared_expert_intermediate_size=21,
-                                        decoder_sparse_step=2),
+    "gpt-neox-sequential": lambda: GPTNeoXConfig(
+        **{**NEOX, "hidden_size": 36, "num_attention_heads": 3}, use_parallel_residual=False, attention_bias=False
+    ),
+    "mixtral": lambda: MixtralConfig(
+        **{**SHAPE, "intermediate_size": 56}, num_key_value_heads=4, num_local_experts=3, num_experts_per_tok=2
+    ),
+    "mixtral-odd-multi-query": lambda: MixtralConfig(
+        **ODD,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        hidden_act="gelu",
+        experts_implementation="eager",
+    ),
+    "qwen2-moe": lambda: Qwen2MoeConfig(
+        **SHAPE, **MOE, num_key_value_heads=4, shared_expert_intermediate_size=21, decoder_sparse_step=2
+    ),
     "qwen3-moe": lambda: Qwen3MoeConfig(**SHAPE, **MOE, num_key_value_heads=2, head_dim=10, mlp_only_layers=[1]),
     "deepseek-v2": lambda: DeepseekV2Config(**SHAPE, **DEEPSEEK, q_lora_rank=None, topk_method="greedy"),
     "deepseek-v3": lambda: DeepseekV3Config(**SHAPE, **DEEPSEEK, q_lora_rank=9),
@@ -153,9 +228,16 @@ CASES: dict[str, Callable[[], PretrainedConfig]] = {
     "t5-gated": lambda: T5Config(**T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     "whisper": lambda: WhisperConfig(**WHISPER, **IDS),
 }
-AUTO = {BertConfig: AutoModelForMaskedLM, RobertaConfig: AutoModelForMaskedLM, CLIPConfig: AutoModel,
-        CLIPTextConfig: AutoModel, CLIPVisionConfig: AutoModel, ViTConfig: AutoModelForImageClassification,
-        T5Config: AutoModelForSeq2SeqLM, WhisperConfig: AutoModelForSpeechSeq2Seq}   # of all others: causal LM
+AUTO = {
+    BertConfig: AutoModelForMaskedLM,
+    RobertaConfig: AutoModelForMaskedLM,
+    CLIPConfig: AutoModel,
+    CLIPTextConfig: AutoModel,
+    CLIPVisionConfig: AutoModel,
+    ViTConfig: AutoModelForImageClassification,
+    T5Config: AutoModelForSeq2SeqLM,
+    WhisperConfig: AutoModelForSpeechSeq2Seq,
+}  # of all others: causal LM
 
 ALL_RATIOS = dict(q_ratio=0.5, k_ratio=0.5, v_ratio=0.7, o_ratio=0.5, u_ratio=0.2, g_ratio=0.1, d_ratio=0.15)
 
@@ -172,17 +254,17 @@ def model_of(case: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
             if parameter.dim() == 1:
                 parameter.normal_(mean=0.5, std=0.3)
             elif parameter.dim() > 1:
-                parameter.normal_(std=0.1)   # the usual initial 0.02 leaves every block a near identity
+                parameter.normal_(std=0.1)  # the usual initial 0.02 leaves every block a near identity
         for module in model.modules():
             if "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None:
-                module.weight.normal_(mean=0.5, std=0.3)   # norms of single heads are no vectors
+                module.weight.normal_(mean=0.5, std=0.3)  # norms of single heads are no vectors
     return model.to(dtype)
 
 
 @functools.cache
 def ratios_of(case: str) -> frozenset[str]:
     """The options of S2FTConfig that name projections of the case."""
-    with torch.random.fork_rng(devices=[]):   # the first call leaves random numbers as a later one does
+    with torch.random.fork_rng(devices=[]):  # the first call leaves random numbers as a later one does
         return frozenset(f"{projection.key}_ratio" for projection in projections_of(couplings_of(model_of(case))))
 
 

@@ -1,4 +1,5 @@
 """Some of all combinations of three parameters: every two values of two parameters meet in one of them."""
+
 from collections.abc import Iterable
 
 

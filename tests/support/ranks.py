@@ -1,4 +1,5 @@
 """Two processes of one gloo group on this machine, to which functions are sent."""
+
 import os
 import socket
 import traceback
@@ -12,7 +13,7 @@ import torch.multiprocessing as mp
 from support.rounding import set_up_kernels
 
 RANKS = 2
-LIMIT = 120   # seconds for one function
+LIMIT = 120  # seconds for one function
 
 
 class Ranks:
@@ -50,7 +51,7 @@ class Ranks:
             answers.append(self._answer(rank, pipe, answers))
         failed = [f"rank {rank}:\n{error}" for rank, (error, _) in enumerate(answers) if error]
         if failed:
-            self.close()   # the ranks may be at different places now
+            self.close()  # the ranks may be at different places now
             raise AssertionError("\n".join(failed))
         return [result for _, result in answers]
 
@@ -72,9 +73,16 @@ def free_port() -> int:
 
 
 def _serve(rank: int, port: int, pipe) -> None:
-    set_up_kernels()   # as in the process whose numbers theirs are compared with
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), LOCAL_WORLD_SIZE=str(RANKS),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
+    set_up_kernels()  # as in the process whose numbers theirs are compared with
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(RANKS),
+        LOCAL_WORLD_SIZE=str(RANKS),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        ACCELERATE_USE_CPU="true",
+    )
     dist.init_process_group("gloo", timeout=timedelta(seconds=LIMIT))
     while True:
         function, args = pipe.recv()

@@ -5,6 +5,7 @@ The same operands give the same bits, as on every processor. The same numbers in
 batch, give other bits, as on some processor. A test that compares such products for equality fails here, whatever
 processor it runs on.
 """
+
 import os
 import warnings
 import zlib
@@ -23,7 +24,7 @@ PRODUCTS: dict[str, tuple[int, int, int]] = {
     "baddbmm": (1, 2, 1),
 }
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-KEPT: list[torch.library.Library] = []   # products stay divided while it lives
+KEPT: list[torch.library.Library] = []  # products stay divided while it lives
 
 
 def place(seed: str, size: int, *operands: torch.Tensor) -> int:
@@ -38,7 +39,7 @@ def in_two_parts(name: str, seed: str) -> Callable[..., torch.Tensor]:
     kernel = torch.library.get_kernel(f"aten::{name}", "CPU")
 
     def product(keyset, *arguments, **scalars):
-        operands = arguments[position:position + 2]
+        operands = arguments[position : position + 2]
         size = operands[0].shape[dims[0]]
         if size < 2 or operands[0].dtype not in FLOATING:
             return kernel.call_boxed(keyset, *arguments, **scalars)
@@ -49,6 +50,7 @@ def in_two_parts(name: str, seed: str) -> Callable[..., torch.Tensor]:
             return kernel.call_boxed(keyset, *first) + kernel.call_boxed(keyset, *second)
         sum_ = kernel.call_boxed(keyset, arguments[0], *first, *arguments[3:], **scalars)
         return kernel.call_boxed(keyset, sum_, *second, **{**scalars, "beta": 1})
+
     return product
 
 
@@ -56,18 +58,20 @@ def into_out(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
     def kernel(keyset, *arguments, out, **scalars):
         result = product(keyset, *arguments, **scalars)
         return out.resize_(result.shape).copy_(result)
+
     return kernel
 
 
 def in_place(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def kernel(keyset, *arguments, **scalars):
         return arguments[0].copy_(product(keyset, *arguments, **scalars))
+
     return kernel
 
 
 def set_up_kernels() -> None:
     """Give this process the threads and the products that the environment asks for (see tests/conftest.py)."""
-    torch.set_num_threads(int(os.environ.get("S2FT_TEST_THREADS", 1)))   # the models are tiny, the runner uses the cores
+    torch.set_num_threads(int(os.environ.get("S2FT_TEST_THREADS", 1)))  # the models are tiny, the runner uses the cores
     if "S2FT_TEST_ROUNDING" in os.environ:
         KEPT.append(divide_products(os.environ["S2FT_TEST_ROUNDING"]))
 

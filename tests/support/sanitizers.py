@@ -1,4 +1,5 @@
 """Compiling with the address and undefined-behaviour sanitizers, and running what was compiled."""
+
 import os
 import subprocess
 from pathlib import Path

@@ -1,4 +1,5 @@
 """Copies of the source tree, to build in."""
+
 import shutil
 from pathlib import Path
 

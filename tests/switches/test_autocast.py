@@ -1,4 +1,5 @@
 """Autocast, gradient scaling, and deltas wider than the weights they are added to."""
+
 import copy
 
 import pytest
@@ -66,7 +67,7 @@ def test_autocast(case, layout, half):
     model = attached(case, layout=layout)
     seen = []
     for mount in attachment_of(model).mounts.values():
-        if isinstance(mount.layer, (S2ColumnLinear, S2RowLinear)):   # experts have no output of their own
+        if isinstance(mount.layer, (S2ColumnLinear, S2RowLinear)):  # experts have no output of their own
             mount.layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     plain, projections = s2ft.merge(copy.deepcopy(model)).requires_grad_(False), attachment_of(model).projections
     for projection in projections.values():
@@ -81,8 +82,13 @@ def test_autocast(case, layout, half):
     for name, delta in ours.items():
         whole = like_matrix(plain, projections[name], weight_of(plain, projections[name]).grad)
         theirs[name] = whole.index_select(delta.dim, delta.index)
-    assert within(*(torch.cat([value.flatten() for value in values])
-                    for values in ([delta.values for delta in ours.values()], theirs.values())), 2 * GEMM[half][0])
+    assert within(
+        *(
+            torch.cat([value.flatten() for value in values])
+            for values in ([delta.values for delta in ours.values()], theirs.values())
+        ),
+        2 * GEMM[half][0],
+    )
 
 
 @halves
@@ -109,7 +115,7 @@ def test_deltas_on_a_half_precision_base(layout, half, delta):
         assert p.dtype is gradient.dtype is dtype and gradient.any()
     reference = attached("llama-grouped", torch.float32, layout=layout)
     with torch.no_grad():
-        for path, module in reference.named_modules():   # the half-precision numbers, computed with in float32
+        for path, module in reference.named_modules():  # the half-precision numbers, computed with in float32
             for name, p in module.named_parameters(recurse=False):
                 p.copy_(model.get_submodule(path).get_parameter(name))
     ours = gradients(model)
@@ -130,7 +136,7 @@ def test_tiny_updates_add_up(layout, half, autocast):
     layer = model.model.layers[0].mlp.down_proj
     torch.nn.init.ones_(layer.weight)
     torch.nn.init.zeros_(layer.s2)
-    step = torch.finfo(half).eps   # from 1 to the next number
+    step = torch.finfo(half).eps  # from 1 to the next number
     optimizer = torch.optim.SGD([layer.s2], lr=1e-4 * step)
     x = torch.zeros(1, layer.in_features, dtype=base)
     x[0, layer.start if layer.index is None else layer.index[0]] = 1
@@ -143,6 +149,7 @@ def test_tiny_updates_add_up(layout, half, autocast):
 
 
 # ---- scaling -------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("case", ("llama-grouped", "gpt2"))
 def test_scaled_gradients_are_the_unscaled_ones(case):
@@ -176,8 +183,10 @@ def test_infinite_gradients_are_skipped(what, layout):
     model = attached("llama-grouped", layout=layout)
     optimizer = torch.optim.AdamW(slices(model).values(), lr=1e-2)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40 if what == "scale" else 4.0, growth_interval=1000)
-    before, frozen = ({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad is trained}
-                      for trained in (True, False))
+    before, frozen = (
+        {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad is trained}
+        for trained in (True, False)
+    )
     layer, steps = model.model.layers[0].mlp.down_proj, 0
     overflow = layer.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 1e6,)) if what == "input" else None
     while all(torch.equal(p, before[name]) for name, p in slices(model).items()):

@@ -1,4 +1,5 @@
 """Gradient checkpointing gives the gradients that there are without it, whatever is frozen below."""
+
 import copy
 import functools
 import warnings
@@ -135,6 +136,7 @@ def test_dropout_is_drawn_again_as_it_was(reentrant):
 @reentrants
 def test_embeddings_that_the_caller_gives(reentrant):
     """They need no gradient, and transformers' hook sits on the module that is left out."""
+
     def loss(model):
         batch = token_batch(model)
         return model(inputs_embeds=model.get_input_embeddings()(batch).detach(), labels=batch).loss
@@ -145,6 +147,7 @@ def test_embeddings_that_the_caller_gives(reentrant):
 
 
 # ---- the backward ends at the lowest trained layer -----------------------------------------------------------
+
 
 def need_gradients(model):
     """Of what each layer gives, whether it needs a gradient."""
@@ -202,9 +205,11 @@ def test_nothing_changes_where_nothing_is_checkpointed():
 
 # ---- transformers 4 ------------------------------------------------------------------------------------------
 
+
 @pytest.fixture
 def transformers_4(monkeypatch):
     """There a block is checkpointed with its hooks inside."""
+
     def call(self, *args, **kwargs):
         run = functools.partial(nn.Module.__call__, self, **kwargs)
         on = self.gradient_checkpointing and self.training
@@ -234,6 +239,7 @@ def test_blocks_whose_hooks_are_inside_the_checkpoint(transformers_4, reentrant)
 
 # ---- in and out ----------------------------------------------------------------------------------------------
 
+
 def hooks(model):
     return sum(len(module._forward_pre_hooks) for module in model.modules())
 
@@ -242,7 +248,7 @@ def hooks(model):
 def test_hooks_go_when_the_adapter_goes(back):
     model = attach(plain("vit"), everything("vit"))
     other = copy.deepcopy(model)
-    assert hooks(model) == hooks(other) == 4   # three blocks' and the model's own
+    assert hooks(model) == hooks(other) == 4  # three blocks' and the model's own
     back(other)
     assert (hooks(model), hooks(other)) == (4, 0)
     expected = gradients(model)
@@ -258,8 +264,10 @@ def test_only_blocks_that_train_have_hooks():
 
 # ---- Trainer -------------------------------------------------------------------------------------------------
 
+
 def trained_by_trainer(folder, case, **arguments):
     from transformers import Trainer, TrainingArguments
+
     model = attach(plain(case), everything(case))
     generator = torch.Generator().manual_seed(1)
     if case == "vit":
@@ -269,9 +277,18 @@ def trained_by_trainer(folder, case, **arguments):
         rows = [{"input_ids": row, "labels": row} for row in ids]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        arguments = TrainingArguments(folder, per_device_train_batch_size=2, max_steps=3, learning_rate=1e-2, seed=1,
-                                      use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
-                                      **arguments)
+        arguments = TrainingArguments(
+            folder,
+            per_device_train_batch_size=2,
+            max_steps=3,
+            learning_rate=1e-2,
+            seed=1,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            **arguments,
+        )
     Trainer(model=model, args=arguments, train_dataset=rows).train()
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
@@ -280,18 +297,22 @@ def trained_by_trainer(folder, case, **arguments):
 def test_trainer(case, tmp_path):
     expected = trained_by_trainer(tmp_path, case)
     for reentrant in (False, True):
-        ours = trained_by_trainer(tmp_path, case, gradient_checkpointing=True,
-                                  gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        ours = trained_by_trainer(
+            tmp_path, case, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": reentrant}
+        )
         assert ours.keys() == expected.keys()
         assert all(torch.equal(value, expected[name]) for name, value in ours.items())
 
 
 # ---- by hand -------------------------------------------------------------------------------------------------
 
+
 def checkpoint_by_hand(model, reentrant):
     for layer in model.model.layers:
+
         def forward(x, forward=layer.forward, **more):
             return checkpoint(lambda x: forward(x, **more), x, use_reentrant=reentrant)
+
         layer.forward = forward
     return model
 

@@ -1,4 +1,5 @@
 """torch.compile of an attached model: one graph, the numbers of the uncompiled one, and nothing stale in it."""
+
 import copy
 import logging
 
@@ -14,18 +15,39 @@ import s2ft
 from s2ft import Coupling, Projection, S2FTConfig
 from s2ft.attached.record import attachment_of
 
-BACKEND = "aot_eager"   # traces forward and backward as inductor does, in a fraction of the time
-FAMILIES = ("llama-grouped", "llama-biased", "llama-gelu-tanh", "qwen2", "gemma2", "phi3", "gpt2", "gpt-neox", "bert",
-            "vit")
+BACKEND = "aot_eager"  # traces forward and backward as inductor does, in a fraction of the time
+FAMILIES = (
+    "llama-grouped",
+    "llama-biased",
+    "llama-gelu-tanh",
+    "qwen2",
+    "gemma2",
+    "phi3",
+    "gpt2",
+    "gpt-neox",
+    "bert",
+    "vit",
+)
 SCATTERED = ("llama-grouped", "phi3", "gpt2", "bert")
-MORE = ("t5", "t5-gated", "whisper", "clip", "opt", "gpt2-cross-attention", "stablelm-normed", "cohere", "starcoder2",
-        "llama-relu", "llama-multi-query")
+MORE = (
+    "t5",
+    "t5-gated",
+    "whisper",
+    "clip",
+    "opt",
+    "gpt2-cross-attention",
+    "stablelm-normed",
+    "cohere",
+    "starcoder2",
+    "llama-relu",
+    "llama-multi-query",
+)
 layouts = pytest.mark.parametrize("layout", ("permuted", "indexed"))
 
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)   # pytest would keep every line of it
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)  # pytest would keep every line of it
     torch._dynamo.reset()
     counters.clear()
 
@@ -77,16 +99,20 @@ def assert_same(ours, theirs, within=LOGITS):
 
 def on_tokens(batch=2, length=9):
     """A loss for :func:`step`, of a causal model on a batch of this size."""
+
     def loss(model):
         tokens = torch.randint(67, (batch, length), generator=torch.Generator().manual_seed(batch * length))
         return model(input_ids=tokens, labels=tokens).loss
+
     return loss
 
 
 # ---- forward and backward ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("case,layout", [*((case, "permuted") for case in FAMILIES),
-                                         *((case, "indexed") for case in SCATTERED)])
+
+@pytest.mark.parametrize(
+    "case,layout", [*((case, "permuted") for case in FAMILIES), *((case, "indexed") for case in SCATTERED)]
+)
 def test_one_graph_with_the_gradients_of_the_uncompiled(case, layout):
     model = attach(plain(case, layers=1), everything(case, layout=layout))
     assert_same(step(model, compiled(model)), step(model))
@@ -106,7 +132,7 @@ def test_more_families(case, layout):
     loss_of(compiled(model)).backward()
     ours = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert ours.keys() == expected
-    for name, gradient in ours.items():   # a tower whose output is not asked for has none
+    for name, gradient in ours.items():  # a tower whose output is not asked for has none
         assert (gradient is None) == (theirs[name] is None), name
         assert gradient is None or not theirs[name].any() or relative_difference(gradient, theirs[name]) <= LOGITS, name
 
@@ -167,6 +193,7 @@ def test_dynamic_shapes_are_one_graph():
 
 # ---- with other switches -------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("reentrant", (False, True), ids=("inside", "reentrant"))
 def test_checkpointing(reentrant):
     """Without transformers' hook, which an attached model does not need and which no graph can have in it."""
@@ -216,7 +243,7 @@ def test_optimizer_steps_leave_nothing_stale(layout):
             assert relative_difference(output_of(model), output) <= LOGITS
     assert losses[0] == pytest.approx(losses[1], rel=LOGITS) and losses[0][-1] < losses[0][0]
     assert all(relative_difference(value, merged[1][key]) <= 1e-4 for key, value in merged[0].items())
-    assert counters["stats"]["unique_graphs"] <= 2   # of training and of evaluation
+    assert counters["stats"]["unique_graphs"] <= 2  # of training and of evaluation
 
 
 def test_switching_fusing_and_merging_after_compiling():
@@ -235,7 +262,7 @@ def test_switching_fusing_and_merging_after_compiling():
         s2ft.fuse(model)
         assert same() and relative_difference(output_of(called), trained) <= LOGITS
         attachment_of(model).mounts["model.layers.0.mlp.up_proj"].layer.s2.add_(0.1)
-        s2ft.fuse(model)   # again: the numbers have changed, and a graph does not look
+        s2ft.fuse(model)  # again: the numbers have changed, and a graph does not look
         assert same() and not torch.equal(output_of(called), trained)
         s2ft.unfuse(model)
         attachment_of(model).mounts["model.layers.0.mlp.down_proj"].layer.s2.add_(0.1)
@@ -249,15 +276,21 @@ def test_generating(cache):
     model = attach(plain("llama-grouped", layers=1), everything("llama-grouped")).eval()
     model.config.use_cache = True
     tokens = token_batch(model)
-    options = dict(attention_mask=torch.ones_like(tokens), max_new_tokens=8, min_new_tokens=8, do_sample=False,
-                   cache_implementation=cache)
+    options = dict(
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=8,
+        min_new_tokens=8,
+        do_sample=False,
+        cache_implementation=cache,
+    )
     expected = model.generate(tokens, **options)
     model.forward = compiled(model.forward)
     assert torch.equal(model.generate(tokens, **options), expected)
-    assert counters["stats"]["unique_graphs"] in (2, 3)   # the prompt, a token; a token at any place
+    assert counters["stats"]["unique_graphs"] in (2, 3)  # the prompt, a token; a token at any place
 
 
 # ---- compiled first, attached then ---------------------------------------------------------------------------
+
 
 def test_attaching_to_a_model_that_is_compiled_in_place():
     model = plain("llama-grouped", layers=1)

@@ -1,4 +1,5 @@
 """What is done between backward and the next step: accumulating, clipping, and optimizers of all kinds."""
+
 import copy
 import warnings
 
@@ -37,6 +38,7 @@ def loss(model, batch):
 
 
 # ---- gradients -----------------------------------------------------------------------------------------------
+
 
 @layouts
 @pytest.mark.parametrize("case", ("llama-grouped", "gpt2", "qwen3-moe"))
@@ -114,7 +116,7 @@ def test_only_slices_move(which, layout, dtype):
     model = copy.deepcopy(base)
     s2ft.attach(model, S2FTConfig(**ratios_for("llama-grouped", ALL_RATIOS), layout=layout))
     before, losses = frozen(model), []
-    given = [p for p in model.parameters() if which != "muon" or p.requires_grad]   # that takes matrices only
+    given = [p for p in model.parameters() if which != "muon" or p.requires_grad]  # that takes matrices only
     optimizer = OPTIMIZERS[which](given)
     for _ in range(8):
         optimizer.zero_grad()
@@ -149,6 +151,7 @@ def test_kinds_of_adamw_agree(which):
 @optimizers
 def test_an_optimizer_goes_on_from_its_state(which):
     """Four steps are two, saved and loaded, and two, bit for bit."""
+
     def steps(model, optimizer, count):
         for _ in range(count):
             optimizer.zero_grad()
@@ -177,7 +180,7 @@ def test_averages_of_weights_take_the_slices():
         optimizer.step()
         average.update_parameters(model)
         kept.append({name: p.detach().clone() for name, p in slices(model).items()})
-    for name, p in slices(average.module).items():   # the first update copies
+    for name, p in slices(average.module).items():  # the first update copies
         torch.testing.assert_close(p, 0.5 * kept[0][name] + 0.5 * kept[1][name])
     with torch.no_grad():
         assert not torch.equal(average(**inputs_of(model)).logits, model(**inputs_of(model)).logits)
@@ -193,9 +196,11 @@ WIDE = ("AdamW32bit", "PagedAdamW32bit", "PagedAdamW")
 def wide(layout, dtype=torch.float32):
     """A model of which d's slices [256, 32] are above the bound and u's [4, 256] below."""
     from transformers import AutoModelForCausalLM, LlamaConfig
+
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(
-        hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, vocab_size=67)).to(dtype)
+    model = AutoModelForCausalLM.from_config(
+        LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, vocab_size=67)
+    ).to(dtype)
     s2ft.attach(model, S2FTConfig(u_ratio=4 / 512, d_ratio=32 / 512, layout=layout))
     return model.train()
 
@@ -261,12 +266,25 @@ def test_transformers_names_of_optimizers(which, tmp_path):
     """Through Trainer's optim argument."""
     pytest.importorskip("bitsandbytes")
     from transformers import Trainer, TrainingArguments
+
     model = wide("permuted")
     before = frozen(model)
     rows = [{"input_ids": row, "labels": row} for row in token_batch(model, batch=8)]
-    arguments = TrainingArguments(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=4,
-                                  learning_rate=1e-3, max_grad_norm=0.5, optim=which, seed=1, use_cpu=True,
-                                  report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1)
+    arguments = TrainingArguments(
+        tmp_path,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=4,
+        learning_rate=1e-3,
+        max_grad_norm=0.5,
+        optim=which,
+        seed=1,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=1,
+    )
     trainer = Trainer(model=model, args=arguments, train_dataset=rows)
     trainer.train()
     logged = [line for line in trainer.state.log_history if "loss" in line]

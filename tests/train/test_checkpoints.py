@@ -1,4 +1,5 @@
 """Checkpoints are whole or not there; a damaged newest one is named and the last whole one taken."""
+
 import shutil
 
 import pytest
@@ -61,7 +62,7 @@ def test_finishing_seals_renames_and_keeps_the_newest_and_the_best(tmp_path):
     for step in (1, 2, 3):
         checkpoint(tmp_path, step)
     written = checkpoint(tmp_path / UNFINISHED, 4, sealed=False)
-    checkpoint(tmp_path, 4)   # of an earlier try
+    checkpoint(tmp_path, 4)  # of an earlier try
     finish(written, tmp_path, keep=2, best=tmp_path / "checkpoint-1")
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-4"]
     assert not (tmp_path / UNFINISHED).exists() and not damage(tmp_path / "checkpoint-4")
@@ -71,8 +72,13 @@ def test_finishing_seals_renames_and_keeps_the_newest_and_the_best(tmp_path):
 
 def ours(model, folder, **changes):
     plain = trainer(model, folder, **changes)
-    return S2FTTrainer(model=model, args=plain.args, train_dataset=ROWS, eval_dataset=ROWS[:6],
-                       callbacks=list(changes.get("callbacks", ())))
+    return S2FTTrainer(
+        model=model,
+        args=plain.args,
+        train_dataset=ROWS,
+        eval_dataset=ROWS[:6],
+        callbacks=list(changes.get("callbacks", ())),
+    )
 
 
 def test_the_trainer_falls_back_and_trains_what_the_whole_run_trains(tmp_path, caplog):
@@ -85,7 +91,7 @@ def test_the_trainer_falls_back_and_trains_what_the_whole_run_trains(tmp_path, c
     ours(again, tmp_path / "cut", save_steps=2).train(resume_from_checkpoint=True)
     assert "checkpoint-6 is damaged" in caplog.text
     assert_same(again, whole)
-    assert not damage(tmp_path / "cut/checkpoint-6")   # written anew in its place
+    assert not damage(tmp_path / "cut/checkpoint-6")  # written anew in its place
 
 
 def test_nothing_to_resume_is_an_error(tmp_path):
@@ -103,6 +109,7 @@ def test_an_interrupted_write_leaves_no_checkpoint(tmp_path, monkeypatch):
         if broken.state.global_step == 4:
             raise OSError("disk full")
         write(folder)
+
     monkeypatch.setattr(broken, "_save_optimizer_and_scheduler", fail)
     with pytest.raises(OSError, match="disk full"):
         broken.train()
@@ -113,8 +120,18 @@ def test_an_interrupted_write_leaves_no_checkpoint(tmp_path, monkeypatch):
 
 def test_the_best_checkpoint_is_known_by_its_place(tmp_path):
     model = attached()
-    done = ours(model, tmp_path, max_steps=6, save_steps=2, eval_steps=2, eval_strategy="steps", save_total_limit=2,
-                load_best_model_at_end=True, metric_for_best_model="loss", greater_is_better=True)
+    done = ours(
+        model,
+        tmp_path,
+        max_steps=6,
+        save_steps=2,
+        eval_steps=2,
+        eval_strategy="steps",
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,
+    )
     done.train()
     assert done.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-6"]
@@ -130,19 +147,25 @@ def test_any_trainer_can_have_it(tmp_path):
     class Mine(AdapterCheckpoints, SFTTrainer):
         pass
 
-    done = Mine(model=attached(), args=SFTConfig(**trl_options(tmp_path), max_length=64),
-                train_dataset=Dataset.from_list(TRL["sft"][1]), processing_class=tokenizer_of_tiny())
+    done = Mine(
+        model=attached(),
+        args=SFTConfig(**trl_options(tmp_path), max_length=64),
+        train_dataset=Dataset.from_list(TRL["sft"][1]),
+        processing_class=tokenizer_of_tiny(),
+    )
     done.train()
     assert not damage(tmp_path / "checkpoint-4") and (tmp_path / "checkpoint-4" / SEAL).exists()
 
 
 def test_a_model_without_trainable_adapter_is_refused(tmp_path):
     from train.tiny import tiny_model
+
     with pytest.raises(ValueError, match="no S²FT adapter"):
         ours(tiny_model(), tmp_path)
 
 
 # ---- the command line's runs -------------------------------------------------------------------------------
+
 
 def test_n_steps_and_n_more_are_two_n_steps(tmp_path):
     """train(2N) = train(N) + resume(N), bit for bit, with dropout."""

@@ -1,4 +1,5 @@
 """Token rows and batches: the loss falls on the answer only, and nothing is cut silently."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ def test_loss_is_that_of_the_answer_tokens_without_padding():
     terms = []
     for row in ROWS:
         logits = model(torch.tensor([row.prompt + row.answer])).logits[0]
-        terms.append(F.cross_entropy(logits[len(row.prompt) - 1:-1], torch.tensor(row.answer), reduction="none"))
+        terms.append(F.cross_entropy(logits[len(row.prompt) - 1 : -1], torch.tensor(row.answer), reduction="none"))
     assert torch.allclose(loss, torch.cat(terms).mean(), rtol=1e-5)
 
 

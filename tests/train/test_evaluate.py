@@ -1,4 +1,5 @@
 """Evaluation: greedy generation in batches gives what single prompts give, and leaves the model as it was."""
+
 import pytest
 import torch
 from train.tiny import sums, tiny_model, tiny_tokenizer
@@ -35,12 +36,12 @@ def test_generation_is_that_of_the_trained_model(model):
     tokenizer = tiny_tokenizer()
     prompt = encode_prompt(tokenizer, [{"role": "user", "content": "a"}])
     ids = torch.tensor([prompt])
-    for _ in range(6):   # without cache, without fusing
+    for _ in range(6):  # without cache, without fusing
         following = model(ids).logits[:, -1].argmax(-1, keepdim=True)
         ids = torch.cat([ids, following], 1)
         if following.item() == tokenizer.eos_token_id:
             break
-    expected = tokenizer.decode(ids[0, len(prompt):], skip_special_tokens=True).strip()
+    expected = tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True).strip()
     assert generate(model, tokenizer, [prompt], 1, 6) == [expected]
 
 

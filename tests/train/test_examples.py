@@ -1,4 +1,5 @@
 """Data files: every accepted shape, and a clear error for every bad one."""
+
 import gzip
 import json
 
@@ -94,44 +95,64 @@ def test_not_utf8(tmp_path):
         read_examples(tmp_path / "a.jsonl")
 
 
-@pytest.mark.parametrize("row, message", [
-    ({"instruction": "a"}, "line 1: field 'output' is missing"),
-    ({"output": "a"}, "line 1: field 'instruction' is missing"),
-    ({"prompt": "a"}, "line 1: field 'completion' is missing"),
-    ({"question": "a", "reply": "b"}, "line 1: needs 'instruction' and 'output'.* it has 'question', 'reply'"),
-    ({"instruction": 3, "output": "b"}, "field 'instruction' must be text, got int"),
-    ({"instruction": "a", "output": None}, "field 'output' must be text, got NoneType"),
-    ({"instruction": "a", "output": " "}, "field 'output' is empty"),
-    ({"instruction": "a", "input": ["b"], "output": "c"}, "field 'input' must be text, got list"),
-    ({**GOOD, "answer": ["b"]}, "field 'answer' must be text or a number, got list"),
-    ({"messages": "hi"}, "'messages' must be a list"),
-    ({"messages": [{"role": "user", "content": "a"}]}, "at least two messages"),
-    ({"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}, "'role' and 'content'"),
-    ({"messages": [{"role": "user", "content": "a"}] * 2}, "last message must be the assistant's"),
-    ({"messages": [{"role": "assistant", "content": "a"}] * 2}, "before the last"),
-    ([1], "expected an object"),
-])
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"instruction": "a"}, "line 1: field 'output' is missing"),
+        ({"output": "a"}, "line 1: field 'instruction' is missing"),
+        ({"prompt": "a"}, "line 1: field 'completion' is missing"),
+        ({"question": "a", "reply": "b"}, "line 1: needs 'instruction' and 'output'.* it has 'question', 'reply'"),
+        ({"instruction": 3, "output": "b"}, "field 'instruction' must be text, got int"),
+        ({"instruction": "a", "output": None}, "field 'output' must be text, got NoneType"),
+        ({"instruction": "a", "output": " "}, "field 'output' is empty"),
+        ({"instruction": "a", "input": ["b"], "output": "c"}, "field 'input' must be text, got list"),
+        ({**GOOD, "answer": ["b"]}, "field 'answer' must be text or a number, got list"),
+        ({"messages": "hi"}, "'messages' must be a list"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "at least two messages"),
+        ({"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}, "'role' and 'content'"),
+        ({"messages": [{"role": "user", "content": "a"}] * 2}, "last message must be the assistant's"),
+        ({"messages": [{"role": "assistant", "content": "a"}] * 2}, "before the last"),
+        ([1], "expected an object"),
+    ],
+)
 def test_bad_row_is_named(tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
         read_examples(write_jsonl(tmp_path / "a.jsonl", [row]))
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("a.json", "[" * 100000, "a.json, row 1: it is nested too deeply"),
-    ("a.json", '[{"instruction": "a", "output": "b"}, ' + "[" * 100000, "a.json, row 2: it is nested too deeply"),
-    ("a.jsonl", '{"instruction": "a", "output": "b"}\n{"a": ' + "[" * 100000, "a.jsonl, line 2: it is nested too deeply"),
-    ("a.json", '[{"instruction": "a", "output": "b"}, {"answer": ' + "9" * 6000 + "}]", "a.json, row 2: a number is too"),
-    ("a.jsonl", '{"instruction": "a", "output": ' + "9" * 6000 + "}", "a.jsonl, line 1: a number is too long")])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.json", "[" * 100000, "a.json, row 1: it is nested too deeply"),
+        ("a.json", '[{"instruction": "a", "output": "b"}, ' + "[" * 100000, "a.json, row 2: it is nested too deeply"),
+        (
+            "a.jsonl",
+            '{"instruction": "a", "output": "b"}\n{"a": ' + "[" * 100000,
+            "a.jsonl, line 2: it is nested too deeply",
+        ),
+        (
+            "a.json",
+            '[{"instruction": "a", "output": "b"}, {"answer": ' + "9" * 6000 + "}]",
+            "a.json, row 2: a number is too",
+        ),
+        ("a.jsonl", '{"instruction": "a", "output": ' + "9" * 6000 + "}", "a.jsonl, line 1: a number is too long"),
+    ],
+)
 def test_json_that_python_does_not_read_names_file_and_row(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message):
         read(tmp_path, content, name)
 
 
-@pytest.mark.parametrize("row, field", [
-    ('{"instruction": "\\ud800", "output": "x"}', "instruction"), ('{"prompt": "a", "completion": "\\udfff b"}', "completion"),
-    ('{"instruction": "a", "input": "\\ud800", "output": "x"}', "input"),
-    ('{"instruction": "a", "output": "x", "answer": "\\ud800"}', "answer"),
-    ('{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "b"}]}', "content")])
+@pytest.mark.parametrize(
+    "row, field",
+    [
+        ('{"instruction": "\\ud800", "output": "x"}', "instruction"),
+        ('{"prompt": "a", "completion": "\\udfff b"}', "completion"),
+        ('{"instruction": "a", "input": "\\ud800", "output": "x"}', "input"),
+        ('{"instruction": "a", "output": "x", "answer": "\\ud800"}', "answer"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "b"}]}', "content"),
+    ],
+)
 def test_half_of_a_surrogate_pair_names_the_field(tmp_path, row, field):
     with pytest.raises(ValueError, match=f"data.jsonl, line 1: field '{field}' is not valid Unicode: character 1 is"):
         read(tmp_path, row)

@@ -1,4 +1,5 @@
 """Training runs: what is trained, written and resumed."""
+
 import json
 import shutil
 import sys
@@ -30,8 +31,11 @@ def run(path, resume=False, config=CONFIG, model_changes=None, evaluated=0, **ch
     folder.check(resume=resume)
     options = TrainOptions(**{**OPTIONS, **changes})
     folder.begin(options.to_dict(), resume)
-    return model, folder, finetune(model, tokenizer, rows, options, folder, resume,
-                                   HeldOut(rows[:evaluated]) if evaluated else None)
+    return (
+        model,
+        folder,
+        finetune(model, tokenizer, rows, options, folder, resume, HeldOut(rows[:evaluated]) if evaluated else None),
+    )
 
 
 def evaluations(folder):
@@ -57,8 +61,9 @@ def test_loss_falls_and_only_the_slices_move(whole):
     assert result.steps == 8 == len(logged) and logged[-1] < logged[0]
     base, plain = tiny_model().state_dict(), s2ft.merge(model).state_dict()
     changed = {key for key in base if not torch.equal(base[key], plain[key])}
-    assert changed == {f"model.layers.{i}.{name}.weight" for i in (0, 1) for name in ("mlp.down_proj",
-                                                                                      "self_attn.v_proj")}
+    assert changed == {
+        f"model.layers.{i}.{name}.weight" for i in (0, 1) for name in ("mlp.down_proj", "self_attn.v_proj")
+    }
     moved = (base["model.layers.0.mlp.down_proj.weight"] != plain["model.layers.0.mlp.down_proj.weight"]).any(0)
     assert moved.sum() == 6
 
@@ -72,7 +77,14 @@ def test_log_has_loss_rate_and_speed(whole):
 def test_everything_is_written_and_the_adapter_loads(whole):
     folder = whole[1]
     assert {path.name for path in folder.path.iterdir()} == {
-        "adapter", "log.jsonl", "loss.png", "run.json", "report.json", "checkpoint-4", "checkpoint-8"}
+        "adapter",
+        "log.jsonl",
+        "loss.png",
+        "run.json",
+        "report.json",
+        "checkpoint-4",
+        "checkpoint-8",
+    }
     assert folder.plot.read_bytes().startswith(b"\x89PNG")
     assert json.loads(folder.report.read_text())["steps"] == 8
     s2ft.load_adapter(tiny_model(), folder.adapter)
@@ -81,8 +93,14 @@ def test_everything_is_written_and_the_adapter_loads(whole):
 def test_checkpoint_holds_the_adapter_and_no_weights_of_the_base(whole):
     checkpoint = whole[1].path / "checkpoint-4"
     names = {path.name for path in checkpoint.iterdir()}
-    assert {"s2ft_adapter.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
-            "s2ft_checkpoint.json"} <= names
+    assert {
+        "s2ft_adapter.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+        "s2ft_checkpoint.json",
+    } <= names
     assert not names & {"model.safetensors", "pytorch_model.bin", "config.json"}
 
 
@@ -100,8 +118,9 @@ def interrupted(whole, path):
 def test_resumed_run_equals_the_whole_run_exactly(whole, tmp_path, dropout):
     if dropout:
         whole = run(tmp_path / "whole", model_changes={"attention_dropout": dropout})
-    _, folder, result = run(interrupted(whole, tmp_path / "again"), resume=True,
-                            model_changes={"attention_dropout": dropout})
+    _, folder, result = run(
+        interrupted(whole, tmp_path / "again"), resume=True, model_changes={"attention_dropout": dropout}
+    )
     assert result.steps == 8 and losses(folder) == losses(whole[1])
     assert all(torch.equal(value, deltas(whole[1])[key]) for key, value in deltas(folder).items())
 
@@ -154,30 +173,40 @@ def test_float16_without_a_gpu_is_an_error(tmp_path):
 
 # ---- learning rates ------------------------------------------------------------------------------------
 
+
 def test_warm_up_is_at_most_a_tenth_of_the_run():
     assert TrainOptions().warmup(3000) == 100 and TrainOptions().warmup(80) == 8 and TrainOptions().warmup(9) == 0
     assert TrainOptions(warmup_steps=0).warmup(80) == 0
 
 
-SCHEDULES = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
-             "inverse_sqrt"]
+SCHEDULES = [
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+]
 
 
 def rates(path, schedule, steps):
-    return [line["learning_rate"] for line in read_log(
-        run(path, schedule=schedule, max_steps=steps, save_steps=0, batch_size=2)[1].log)]
+    return [
+        line["learning_rate"]
+        for line in read_log(run(path, schedule=schedule, max_steps=steps, save_steps=0, batch_size=2)[1].log)
+    ]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_update_has_a_positive_learning_rate(tmp_path, schedule):
-    for steps in (1, 11):   # without warm-up and with
+    for steps in (1, 11):  # without warm-up and with
         found = rates(tmp_path / str(steps), schedule, steps)
         assert len(found) == steps and all(0 < rate <= OPTIONS["learning_rate"] for rate in found)
         assert max(found) == OPTIONS["learning_rate"] or schedule == "inverse_sqrt"
 
 
 def test_warm_up_rises_in_equal_parts_to_the_learning_rate(tmp_path):
-    found = rates(tmp_path / "out", "linear", 20)   # 2 steps of warm-up
+    found = rates(tmp_path / "out", "linear", 20)  # 2 steps of warm-up
     assert found[:4] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2, 1e-2 * 17 / 18])
     assert found[-1] == pytest.approx(1e-2 / 18)
 
@@ -208,13 +237,14 @@ def test_what_the_length_of_a_run_means_is_said_once(tmp_path, caplog):
 def test_few_updates_are_warned_of(caplog):
     caplog.set_level("INFO")
     say_length(TrainOptions(warmup_steps=0), 1000)
-    say_length(TrainOptions(warmup_steps=0, max_steps=2), 40)   # asked for
+    say_length(TrainOptions(warmup_steps=0, max_steps=2), 40)  # asked for
     assert not caplog.text
     say_length(TrainOptions(warmup_steps=0), 48)
     assert "48 rows at batch size 64 and 3 epochs are 3 updates" in caplog.text and "--batch-size" in caplog.text
 
 
 # ---- what is optional never costs a run ----------------------------------------------------------------
+
 
 def test_without_matplotlib_the_adapter_is_saved_and_the_package_named(tmp_path, caplog, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -246,6 +276,7 @@ def test_an_evaluation_that_fails_leaves_the_adapter_saved(tmp_path, caplog, mon
 def test_an_interrupt_in_the_last_evaluation_leaves_the_adapter_saved(tmp_path, monkeypatch):
     def stop(*args, **options):
         raise KeyboardInterrupt
+
     monkeypatch.setattr("s2ft.train.trainer.S2FTTrainer.evaluation_loop", stop)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "out", evaluated=3, save_steps=0)
@@ -282,11 +313,20 @@ def test_the_last_step_is_evaluated_once(tmp_path, eval_steps, steps):
 
 # ---- packages ------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("options, package, message", [
-    ({}, "accelerate", "s2ft finetune needs the package accelerate, which is not installed: pip install accelerate"),
-    ({"optimizer": "adamw_8bit"}, "bitsandbytes", "optimizer adamw_8bit .* pip install bitsandbytes"),
-    ({"optimizer": "paged_lion_8bit"}, "bitsandbytes", "pip install bitsandbytes"),
-    ({"optimizer": "schedule_free_adamw"}, "schedulefree", "pip install schedulefree")])
+
+@pytest.mark.parametrize(
+    "options, package, message",
+    [
+        (
+            {},
+            "accelerate",
+            "s2ft finetune needs the package accelerate, which is not installed: pip install accelerate",
+        ),
+        ({"optimizer": "adamw_8bit"}, "bitsandbytes", "optimizer adamw_8bit .* pip install bitsandbytes"),
+        ({"optimizer": "paged_lion_8bit"}, "bitsandbytes", "pip install bitsandbytes"),
+        ({"optimizer": "schedule_free_adamw"}, "schedulefree", "pip install schedulefree"),
+    ],
+)
 def test_packages_of_a_run(options, package, message, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingPackages, match=message):
@@ -295,6 +335,7 @@ def test_packages_of_a_run(options, package, message, monkeypatch):
 
 def test_every_logger_has_its_package():
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
     assert {f"report_to {name}" for name in INTEGRATION_TO_CALLBACK} <= set(NEEDS)
 
 
@@ -308,16 +349,27 @@ def test_every_optimizer_that_needs_bitsandbytes_is_known():
     from transformers.training_args import OptimizerNames
 
     from s2ft.packages import BITSANDBYTES
+
     words = ("bnb", "8bit", "lion", "ademamix", "paged")
     others = ("galore", "adamw_torch")
-    assert {name.value for name in OptimizerNames if any(word in name.value for word in words)
-            and not name.value.startswith(others)} <= set(BITSANDBYTES)
+    assert {
+        name.value
+        for name in OptimizerNames
+        if any(word in name.value for word in words) and not name.value.startswith(others)
+    } <= set(BITSANDBYTES)
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"learning_rate": 0}, "learning_rate must be positive"), ({"batch_size": 0}, "batch_size must be at least 1"),
-    ({"epochs": 0}, "epochs must be positive"), ({"epochs": float("inf")}, "epochs must be a finite number"),
-    ({"weight_decay": float("nan")}, "weight_decay must be a finite number"), ({"save_steps": -1}, "save_steps must be at least 0")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"learning_rate": 0}, "learning_rate must be positive"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"epochs": 0}, "epochs must be positive"),
+        ({"epochs": float("inf")}, "epochs must be a finite number"),
+        ({"weight_decay": float("nan")}, "weight_decay must be a finite number"),
+        ({"save_steps": -1}, "save_steps must be at least 0"),
+    ],
+)
 def test_bad_options(changes, message):
     with pytest.raises(ValueError, match=message):
         TrainOptions(**changes)

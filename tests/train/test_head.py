@@ -1,4 +1,5 @@
 """The output layer's input: contiguous, the same numbers, and nothing left behind."""
+
 import pytest
 import torch
 from train.tiny import tiny_model
@@ -12,7 +13,7 @@ def test_frozen_head_gets_a_contiguous_input_and_gives_the_same_logits():
     expected = model(ids, logits_to_keep=2).logits
     with packed_head(model):
         logits = model(ids, logits_to_keep=2).logits
-    assert seen == [False, True]   # a model that packs its positions itself needs no hook: then drop it
+    assert seen == [False, True]  # a model that packs its positions itself needs no hook: then drop it
     torch.testing.assert_close(logits, expected)
 
 

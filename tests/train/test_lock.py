@@ -1,4 +1,5 @@
 """Two runs never write into one output folder, and a killed run blocks nothing."""
+
 import os
 import subprocess
 import sys
@@ -25,8 +26,9 @@ with folder.reserved(overwrite=True):
 @pytest.fixture
 def holder(tmp_path):
     """Another process that holds tmp_path/out until its input ends."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / "out")], stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / "out")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "held\n"
     yield process
     process.kill()
@@ -81,6 +83,7 @@ def test_a_lock_that_its_holder_removed_is_taken_again(tmp_path, monkeypatch):
         if not seen:
             seen.append((tmp_path / LOCK).unlink())
         flock(file, how)
+
     monkeypatch.setattr(lock.fcntl, "flock", late)
     with only_run_in(tmp_path):
         assert f"process {os.getpid()}" in (tmp_path / LOCK).read_text()
@@ -90,6 +93,7 @@ def test_a_lock_that_its_holder_removed_is_taken_again(tmp_path, monkeypatch):
 def test_without_locks_a_warning_says_so(tmp_path, monkeypatch, caplog, missing):
     def not_supported(*_):
         raise OSError("not supported")
+
     if missing == "fcntl":
         monkeypatch.setattr(lock, "fcntl", None)
     else:

@@ -1,4 +1,5 @@
 """The fused loss is the model's own, or says why it is not taken."""
+
 import pytest
 import torch
 from support.models import CASES, inputs_of, model_of
@@ -10,8 +11,12 @@ import s2ft
 from s2ft.train.loss import IGNORED, PIECE, ChunkedLoss, chunked_loss, piece_of, sum_of_losses, why_not
 
 # Cases whose loss is not that of a causal language model, or who bend their logits
-NOT = {"gemma2": "more to its logits than to scale them", "gemma2-grouped": "more to its logits than to scale them",
-       "bert": "a loss of its own", "roberta": "a loss of its own"}
+NOT = {
+    "gemma2": "more to its logits than to scale them",
+    "gemma2-grouped": "more to its logits than to scale them",
+    "bert": "a loss of its own",
+    "roberta": "a loss of its own",
+}
 CAUSAL = [case for case in CASES if not case.startswith(("vit", "clip", "t5", "whisper"))]
 
 
@@ -35,7 +40,7 @@ def test_loss_and_gradients_are_the_models_own_or_it_is_refused(case, dtype):
     model = model_of(case, dtype)
     batch = batch_of(model)
     assert NOT.get(case, "") in why_not(model, batch) and bool(why_not(model, batch)) == (case in NOT)
-    if case in NOT or "moe" in case and dtype != torch.float32:   # a rounding sends a token to another expert
+    if case in NOT or "moe" in case and dtype != torch.float32:  # a rounding sends a token to another expert
         return
     s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2))
     model.train()
@@ -47,28 +52,33 @@ def test_loss_and_gradients_are_the_models_own_or_it_is_refused(case, dtype):
         torch.testing.assert_close(loss, expected.to(loss.dtype), rtol=rtol, atol=rtol)
         assert ours.keys() == theirs.keys() and ours
         for name, gradient in ours.items():
-            torch.testing.assert_close(gradient, theirs[name], rtol=10 * rtol, atol=rtol * float(theirs[name].abs().max()))
+            torch.testing.assert_close(
+                gradient, theirs[name], rtol=10 * rtol, atol=rtol * float(theirs[name].abs().max())
+            )
 
 
 def test_pieces_add_up(monkeypatch):
     """Losses of several pieces, the last one short, are those of one."""
     model, ids = tiny_model(), torch.randint(3, 200, (3, 11))
     expected = model(input_ids=ids, labels=ids).loss
-    monkeypatch.setitem(PIECE, "cpu", 7 * model.config.vocab_size)   # 30 tokens in pieces of 7
+    monkeypatch.setitem(PIECE, "cpu", 7 * model.config.vocab_size)  # 30 tokens in pieces of 7
     with chunked_loss(model.train()):
         torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("vocabulary, width, rows", ((128256, 4096, 512), (151936, 3584, 256), (49152, 576, 1280),
-                                                     (32000, 4096, 2048), (300_000, 1024, 223)))
+@pytest.mark.parametrize(
+    "vocabulary, width, rows",
+    ((128256, 4096, 512), (151936, 3584, 256), (49152, 576, 1280), (32000, 4096, 2048), (300_000, 1024, 223)),
+)
 def test_torch_does_not_cut_a_piece_on_a_gpu(vocabulary, width, rows, dtype):
     """Left to choose, torch takes 16 rows of 512 and reads the weight 32 times as often."""
     piece, options = piece_of("cuda", vocabulary)
-    chosen = options._adjust(num_batches=piece, in_features=width, num_classes=vocabulary, dtype=dtype,
-                             device=torch.device("cuda"))
+    chosen = options._adjust(
+        num_batches=piece, in_features=width, num_classes=vocabulary, dtype=dtype, device=torch.device("cuda")
+    )
     assert piece == chosen.batch_chunk_size == rows and chosen.acc_policy == "compact"
-    assert options.acc_policy == "auto"   # torch then forms sums of half-precision numbers in float32
+    assert options.acc_policy == "auto"  # torch then forms sums of half-precision numbers in float32
 
 
 def test_the_host_does_not_wait_for_a_gpu():
@@ -94,7 +104,7 @@ def test_rows_without_a_loss_may_stay_or_go(dtype):
     (theirs,) = torch.autograd.grad(go, hidden)
     rtol, atol = GEMM[dtype]
     torch.testing.assert_close(stay, go, rtol=rtol, atol=atol)
-    torch.testing.assert_close(ours, theirs, rtol=3 * rtol, atol=3 * atol)   # logits, their gradient and hidden's round
+    torch.testing.assert_close(ours, theirs, rtol=3 * rtol, atol=3 * atol)  # logits, their gradient and hidden's round
     assert not ours[::3].any()
 
 
@@ -118,6 +128,7 @@ def test_no_logits_are_kept(monkeypatch):
         with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.numel()) or t, lambda t: t):
             model(input_ids=ids, labels=ids).loss.backward()
         return max(seen)
+
     assert largest() >= 4 * 64 * 5000
     with chunked_loss(model):
         assert largest() < 4 * 64 * 5000 / 2

@@ -1,4 +1,5 @@
 """Loading models: folders, GGUF files, and clear errors."""
+
 import json
 
 import numpy
@@ -28,9 +29,20 @@ def gguf_file(tmp_path):
     random = numpy.random.default_rng(0)
     shapes = {"token_embd.weight": (260, 64), "output_norm.weight": (64,)}
     for layer in range(2):
-        shapes |= {f"blk.{layer}.{name}.weight": shape for name, shape in {
-            "attn_norm": (64,), "ffn_norm": (64,), "attn_q": (64, 64), "attn_k": (32, 64), "attn_v": (32, 64),
-            "attn_output": (64, 64), "ffn_gate": (96, 64), "ffn_up": (96, 64), "ffn_down": (64, 96)}.items()}
+        shapes |= {
+            f"blk.{layer}.{name}.weight": shape
+            for name, shape in {
+                "attn_norm": (64,),
+                "ffn_norm": (64,),
+                "attn_q": (64, 64),
+                "attn_k": (32, 64),
+                "attn_v": (32, 64),
+                "attn_output": (64, 64),
+                "ffn_gate": (96, 64),
+                "ffn_up": (96, 64),
+                "ffn_down": (64, 96),
+            }.items()
+        }
     for name, shape in shapes.items():
         values = random.standard_normal(shape, dtype=numpy.float32)
         if name.endswith("ffn_up.weight"):

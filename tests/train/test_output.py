@@ -1,4 +1,5 @@
 """The output folder: nothing of another run is lost or mixed in."""
+
 import pytest
 
 from s2ft.train.output import RunFolder, read_log

@@ -1,4 +1,5 @@
 """The demo's problems: train and held-out share nothing, and every worked answer is right."""
+
 import re
 
 import pytest

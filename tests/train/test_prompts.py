@@ -1,20 +1,33 @@
 """Prompts: what is generated from is, token for token, what was trained on."""
+
 import pytest
 from train.tiny import CHAT, tiny_tokenizer
 
 from s2ft.text.examples import Example
 from s2ft.text.prompts import encode_example, encode_prompt, end_ids, pad_id, prompt_text
 
-TALK = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"},
-        {"role": "assistant", "content": "2"}, {"role": "user", "content": "and 2+2?"})
-THINKING = CHAT.replace("{{ '<|im_start|>' + m['role'] + '\n' + m['content']",
-                        "{{ '<|im_start|>' + m['role'] + '\n' + ('<think></think>' if loop.last and m['role'] == "
-                        "'assistant' else '') + m['content']")
+TALK = (
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "1+1?"},
+    {"role": "assistant", "content": "2"},
+    {"role": "user", "content": "and 2+2?"},
+)
+THINKING = CHAT.replace(
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content']",
+    "{{ '<|im_start|>' + m['role'] + '\n' + ('<think></think>' if loop.last and m['role'] == "
+    "'assistant' else '') + m['content']",
+)
 TRIMMING = CHAT.replace("m['content']", "m['content'] | trim")
 REWRITING = CHAT.replace("m['content'] +", "(m['content'] if loop.last else '') +")
 ENDLESS = CHAT.replace("<|im_end|>", "")
-TEMPLATES = {"chat": CHAT, "plain": None, "thinking": THINKING, "trimming": TRIMMING, "rewriting": REWRITING,
-             "without end of turn": ENDLESS}
+TEMPLATES = {
+    "chat": CHAT,
+    "plain": None,
+    "thinking": THINKING,
+    "trimming": TRIMMING,
+    "rewriting": REWRITING,
+    "without end of turn": ENDLESS,
+}
 
 
 @pytest.fixture(params=TEMPLATES)
@@ -53,9 +66,11 @@ def test_plain_prompt_without_chat_template():
 
 def test_first_token_of_the_tokenizer_is_kept_and_an_end_token_dropped():
     from tokenizers.processors import TemplateProcessing
+
     tokenizer = tiny_tokenizer(None)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)])
+        single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+    )
     ids = encode_prompt(tokenizer, TALK[1:2])
     assert ids[0] == 1 and ids[-1] != 2
 
@@ -63,6 +78,7 @@ def test_first_token_of_the_tokenizer_is_kept_and_an_end_token_dropped():
 def test_end_ids_join_the_tokenizer_the_settings_and_the_template():
     class Settings:
         eos_token_id = [0, 2]
+
     assert end_ids(tiny_tokenizer(), Settings) == [0, 2]
     assert end_ids(tiny_tokenizer(CHAT.replace("<|im_end|>", "<|endoftext|>"))) == [0, 2]
 

@@ -1,12 +1,15 @@
 """A random Llama of a few thousand weights and a byte-level tokenizer, made in milliseconds without a network."""
+
 import json
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-CHAT = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+CHAT = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -16,17 +19,32 @@ def tiny_tokenizer(chat_template: str | None = CHAT) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=SPECIAL[1], eos_token=SPECIAL[2],
-                                   unk_token=SPECIAL[0])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=SPECIAL[1], eos_token=SPECIAL[2], unk_token=SPECIAL[0]
+    )
     fast.chat_template = chat_template
     return fast
 
 
 def tiny_config(**changes) -> LlamaConfig:
-    return LlamaConfig(**{**dict(vocab_size=len(SPECIAL) + 256, hidden_size=32, intermediate_size=64,
-                                 num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                                 max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=None,
-                                 tie_word_embeddings=True), **changes})
+    return LlamaConfig(
+        **{
+            **dict(
+                vocab_size=len(SPECIAL) + 256,
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=256,
+                bos_token_id=1,
+                eos_token_id=2,
+                pad_token_id=None,
+                tie_word_embeddings=True,
+            ),
+            **changes,
+        }
+    )
 
 
 def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> LlamaForCausalLM:
@@ -42,8 +60,10 @@ def save_tiny(folder, **changes):
 
 
 def sums(count: int) -> list[dict]:
-    return [{"instruction": f"{a}+{a % 3}=", "output": f"The answer is {a + a % 3}.", "answer": str(a + a % 3)}
-            for a in range(count)]
+    return [
+        {"instruction": f"{a}+{a % 3}=", "output": f"The answer is {a + a % 3}.", "answer": str(a + a % 3)}
+        for a in range(count)
+    ]
 
 
 def write_jsonl(path, rows):

@@ -4,6 +4,7 @@ Columns: B = the values [O, r], A = one-hot rows [r, I] that pick the inputs. Ro
 place the outputs, A = the values [r, I]. lora_alpha = r, so the scaling is 1 and B @ A is the delta, every number of
 it, whatever zeros are appended to reach a rank. The other way round such a LoRA is an adapter again.
 """
+
 import json
 import math
 import re
@@ -29,15 +30,15 @@ from s2ft.selection import Selection
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
-PREFIX = "base_model.model."    # what PEFT puts before the names of the base's modules
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)   # what vLLM's max_lora_rank can be
-Sides = tuple[Tensor, Tensor]   # B [O, r], A [r, I]
+PREFIX = "base_model.model."  # what PEFT puts before the names of the base's modules
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank can be
+Sides = tuple[Tensor, Tensor]  # B [O, r], A [r, I]
 
 
 # ---- out -----------------------------------------------------------------------------------------------
 
-def write(adapter: Adapter, model: nn.Module, directory, rank: int | None = None,
-          rank_pattern: bool = False) -> None:
+
+def write(adapter: Adapter, model: nn.Module, directory, rank: int | None = None, rank_pattern: bool = False) -> None:
     """Save `adapter` as a LoRA of `model`, in the dtype of its deltas. Each file is written beside and renamed.
 
     Args:
@@ -52,8 +53,10 @@ def write(adapter: Adapter, model: nn.Module, directory, rank: int | None = None
     record = _record(model)
     check_fits(adapter, model, record)
     if adapter.extra_weights:
-        raise ValueError(f"adapter {adapter.name!r} has {next(iter(adapter.extra_weights))} trained whole, which a "
-                         "LoRA folder does not hold here: export the model merged (format merged)")
+        raise ValueError(
+            f"adapter {adapter.name!r} has {next(iter(adapter.extra_weights))} trained whole, which a "
+            "LoRA folder does not hold here: export the model merged (format merged)"
+        )
     sides = _sides(adapter, model, record)
     ranks = {path: a.shape[0] for path, (_, a) in sides.items()}
     uniform = _rank(max(ranks.values()), rank, rank_pattern)
@@ -91,15 +94,19 @@ def _sides(adapter: Adapter, model: nn.Module, record: Attachment) -> dict[str, 
             _check_linear(model, projection)
             shape = shape_of(model, projection)
             parts.setdefault(projection.path, []).append(_factors(adapter.deltas[projection.name], shape))
-    return {path: (torch.cat([b for b, _ in sides], 1), torch.cat([a for _, a in sides], 0))
-            for path, sides in parts.items()}
+    return {
+        path: (torch.cat([b for b, _ in sides], 1), torch.cat([a for _, a in sides], 0))
+        for path, sides in parts.items()
+    }
 
 
 def _check_linear(model: nn.Module, projection: Projection) -> None:
     if projection.expert is not None or len(shape_of(model, projection)) != 2:
         kind = "a convolution" if projection.expert is None else "the weight of experts"
-        raise ValueError(f"{projection.name} is {kind}, and a LoRA folder has linear layers only: export the model "
-                         "merged (format merged), or keep the adapter as it is")
+        raise ValueError(
+            f"{projection.name} is {kind}, and a LoRA folder has linear layers only: export the model "
+            "merged (format merged), or keep the adapter as it is"
+        )
 
 
 def _factors(delta: Delta, shape: Sequence[int]) -> Sides:
@@ -120,8 +127,10 @@ def _rank(needed: int, asked: int | None, rank_pattern: bool) -> int:
     if rank_pattern:
         return needed
     if needed > RANKS[-1]:
-        warnings.warn(f"the widest slice needs rank {needed}, and vLLM's max_lora_rank is {RANKS[-1]} at most: PEFT "
-                      "reads this LoRA, vLLM does not; export the model merged for that")
+        warnings.warn(
+            f"the widest slice needs rank {needed}, and vLLM's max_lora_rank is {RANKS[-1]} at most: PEFT "
+            "reads this LoRA, vLLM does not; export the model merged for that"
+        )
         return needed
     return next(rank for rank in RANKS if rank >= needed)
 
@@ -166,14 +175,33 @@ def _targets(model: nn.Module, paths: list[str]):
 
 # Fields of PEFT's config that do not change what a LoRA computes, or that are read below.
 READ = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias"}
-HARMLESS = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-            "target_modules", "exclude_modules", "lora_dropout", "fan_in_fan_out", "init_lora_weights",
-            "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core", "loftq_config", "eva_config",
-            "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"}
+HARMLESS = {
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "target_modules",
+    "exclude_modules",
+    "lora_dropout",
+    "fan_in_fan_out",
+    "init_lora_weights",
+    "layers_to_transform",
+    "layers_pattern",
+    "megatron_config",
+    "megatron_core",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "qalora_group_size",
+    "runtime_config",
+    "ensure_weight_tying",
+}
 
 
-def read(directory, model: nn.Module, name: str = "default",
-         couplings: Sequence[Coupling] | None = None) -> Adapter:
+def read(directory, model: nn.Module, name: str = "default", couplings: Sequence[Coupling] | None = None) -> Adapter:
     """The adapter that a LoRA folder is, if it is one: with every rank one-hot on the side that S²FT trains, the
     inputs of o and down or the outputs of the rest, up to a factor and to ranks that are zero. Numbers are multiplied
     by the scaling and that factor, rounded once to the LoRA's dtype: exact where both are powers of two. Heads of which
@@ -207,8 +235,15 @@ def read(directory, model: nn.Module, name: str = "default",
         raise ValueError(f"{tensors_path} changes nothing: every rank of it is zero")
     selection = Selection({key: units[key] for key in sorted(units)})
     info = {"base_model": config.get("base_model_name_or_path"), "converted_from": "LoRA"}
-    return Adapter(name, S2FTConfig(units=selection.to_dict(), layout="indexed"), selection, record.fingerprint, deltas,
-                   {key: value for key, value in info.items() if isinstance(value, str)}, given)
+    return Adapter(
+        name,
+        S2FTConfig(units=selection.to_dict(), layout="indexed"),
+        selection,
+        record.fingerprint,
+        deltas,
+        {key: value for key, value in info.items() if isinstance(value, str)},
+        given,
+    )
 
 
 def _checked_config(config: Any, path: Path) -> dict[str, Any]:
@@ -266,21 +301,24 @@ def _pattern(patterns: dict[str, Any] | None, path: str, default):
     return default
 
 
-def _rows_or_columns(path: str, projection: Projection, b: Tensor, a: Tensor, scaling: float,
-                     shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def _rows_or_columns(
+    path: str, projection: Projection, b: Tensor, a: Tensor, scaling: float, shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
     """index [n] and values [n, I] or [O, n], in the order of the ranks that are not zero."""
     if (b.shape[0], a.shape[1]) != shape or b.shape[1] != a.shape[0] or b.dtype != a.dtype:
         raise ValueError(f"{path}: B {tuple(b.shape)} and A {tuple(a.shape)} are no LoRA of its weight {shape}")
     check_finite(f"{path}.lora_A", a)
     check_finite(f"{path}.lora_B", b)
-    one_hot, values = (b.t(), a) if projection.dim == 0 else (a, b.t())   # both [r, …]
+    one_hot, values = (b.t(), a) if projection.dim == 0 else (a, b.t())  # both [r, …]
     side = f"lora_{'BA'[projection.dim]}'s {('columns', 'rows')[projection.dim]}"
     nonzeros, used = one_hot.count_nonzero(1), values.count_nonzero(1) > 0
     if bool((used & (nonzeros > 1)).any()):
         which = int((used * nonzeros).argmax())
-        raise ValueError(f"{path} is no S²FT: of {side} number {which} has {int(nonzeros[which])} numbers that are not "
-                         f"zero, and one is all that picks a {('row', 'column')[projection.dim]} of the weight")
-    kept = nonzeros == 1   # the rest adds nothing
+        raise ValueError(
+            f"{path} is no S²FT: of {side} number {which} has {int(nonzeros[which])} numbers that are not "
+            f"zero, and one is all that picks a {('row', 'column')[projection.dim]} of the weight"
+        )
+    kept = nonzeros == 1  # the rest adds nothing
     index = one_hot[kept].abs().argmax(1)
     if index.unique().numel() < index.numel():
         raise ValueError(f"{path} is no S²FT: two of {side} pick the same {('row', 'column')[projection.dim]}")

@@ -2,6 +2,7 @@
 
 Reading is strict, since a folder may come from anywhere: see :mod:`s2ft.files.reading`.
 """
+
 import hashlib
 import json
 import math
@@ -37,17 +38,16 @@ from s2ft.model.delta import Delta
 from s2ft.model.given import given_couplings
 from s2ft.selection import Selection
 
-SCHEMA = 3           # the newest that is read. 2: couplings given by hand; 3: weights that are trained whole
-EXTRA = "extra_weights/"   # before the names of those among the tensors
+SCHEMA = 3  # the newest that is read. 2: couplings given by hand; 3: weights that are trained whole
+EXTRA = "extra_weights/"  # before the names of those among the tensors
 # what the config's own digest takes in; the rest has a digest of its own, or says how to read the file
-DIGESTED = ("name", "config", "projections", "base_fingerprint", "info", "couplings",
-            "extra_weights")
+DIGESTED = ("name", "config", "projections", "base_fingerprint", "info", "couplings", "extra_weights")
 FIELDS = {"schema", "s2ft_version", "selection_digest", "tensors_sha256", "config_sha256", *DIGESTED}
 # fields of S2FTConfig that adapter files know by an older name
 NAMES_IN_FILES = {"ffn_kernel": "fuse_ffn"}
 NAMES_IN_CONFIG = {file: name for name, file in NAMES_IN_FILES.items()}
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-MAX_ELEMENTS = 2**24   # of one side of a weight, where couplings in the file say how many there are
+MAX_ELEMENTS = 2**24  # of one side of a weight, where couplings in the file say how many there are
 
 
 def write(adapter: Adapter, directory) -> None:
@@ -68,15 +68,17 @@ def write(adapter: Adapter, directory) -> None:
     for name, value in adapter.extra_weights.items():
         _check_can_save(name, value)
         tensors[EXTRA + name] = value.detach().cpu().contiguous()
-    schema = 3 if adapter.extra_weights else 2   # what an earlier s2ft can read it can go on reading
+    schema = 3 if adapter.extra_weights else 2  # what an earlier s2ft can read it can go on reading
     blob = save(tensors, metadata={"format": "s2ft", "schema": str(schema)})
     config = {
         "schema": schema,
         "s2ft_version": s2ft.__version__,
         "name": adapter.name,
         "config": {NAMES_IN_FILES.get(name, name): value for name, value in adapter.config.to_dict().items()},
-        "projections": {path: {"dim": delta.dim, "units": adapter.selection[path].tolist()}
-                        for path, delta in sorted(adapter.deltas.items())},
+        "projections": {
+            path: {"dim": delta.dim, "units": adapter.selection[path].tolist()}
+            for path, delta in sorted(adapter.deltas.items())
+        },
         "selection_digest": adapter.selection.digest,
         "base_fingerprint": adapter.fingerprint,
         "tensors_sha256": hashlib.sha256(blob).hexdigest(),
@@ -85,9 +87,11 @@ def write(adapter: Adapter, directory) -> None:
     if adapter.couplings is not None:
         config["couplings"] = [coupling.to_dict() for coupling in adapter.couplings]
     if adapter.extra_weights:
-        config["extra_weights"] = {name: {"dtype": DTYPES[value.dtype], "shape": list(value.shape)}
-                                   for name, value in sorted(adapter.extra_weights.items())}
-    config = json.loads(json.dumps(config, allow_nan=False))   # with keys and lists as they will be read
+        config["extra_weights"] = {
+            name: {"dtype": DTYPES[value.dtype], "shape": list(value.shape)}
+            for name, value in sorted(adapter.extra_weights.items())
+        }
+    config = json.loads(json.dumps(config, allow_nan=False))  # with keys and lists as they will be read
     config["config_sha256"] = _digest(config)
     _write_folder(Path(directory), json.dumps(config, indent=1).encode(), blob)
 
@@ -107,7 +111,7 @@ def _write_folder(directory: Path, config: bytes, tensors: bytes) -> None:
     replace_file(directory / TENSORS, tensors)
     try:
         os.replace(directory / PENDING, directory / CONFIG)
-    except FileNotFoundError:   # another rank that writes the same adapter has renamed it
+    except FileNotFoundError:  # another rank that writes the same adapter has renamed it
         replace_file(directory / CONFIG, config)
 
 
@@ -138,16 +142,24 @@ def _read(path: Path) -> tuple[Adapter, dict[str, bytes]]:
     projections = _projections(header, path)
     extra_weights = _extra_weights(header, path)
     tensors, blob = read_tensors(
-        tensors_path, lambda entries: _check_entries(entries, projections, extra_weights, tensors_path))
+        tensors_path, lambda entries: _check_entries(entries, projections, extra_weights, tensors_path)
+    )
     deltas = {name: _delta(name, entry, tensors) for name, entry in projections.items()}
     if hashlib.sha256(blob).hexdigest() != header.get("tensors_sha256"):
         raise ValueError(f"{tensors_path} is damaged or from another save than {CONFIG}: its sha256 differs")
     selection = Selection({name: torch.tensor(entry["units"]) for name, entry in projections.items()})
     if selection.digest != header.get("selection_digest"):
         raise ValueError(f"{path}: the units listed are not those that were saved")
-    adapter = Adapter(header["name"], _config(header, path), selection, _fingerprint(header, path), deltas,
-                      _field(header, "info", dict, path), _couplings(header, path),
-                      {name: _finite(name, tensors[EXTRA + name]) for name in extra_weights})
+    adapter = Adapter(
+        header["name"],
+        _config(header, path),
+        selection,
+        _fingerprint(header, path),
+        deltas,
+        _field(header, "info", dict, path),
+        _couplings(header, path),
+        {name: _finite(name, tensors[EXTRA + name]) for name in extra_weights},
+    )
     if header["schema"] > 1 and header.get("config_sha256", _digest(header)) != _digest(header):
         raise ValueError(f"{path} is damaged: its config_sha256 differs")
     return adapter, {CONFIG: content, TENSORS: blob}
@@ -182,8 +194,11 @@ def _projections(header: dict[str, Any], path: Path) -> dict[str, Any]:
         units = entry.get("units") if isinstance(entry, dict) else None
         if not isinstance(units, list) or type(entry.get("dim")) is not int or entry["dim"] not in (0, 1):
             raise ValueError(f"{name}: its entry in {CONFIG} must have dim 0 or 1 and a list of units")
-        if not units or any(type(unit) is not int or not 0 <= unit < 2**31 for unit in units) \
-                or any(a >= b for a, b in zip(units, units[1:])):
+        if (
+            not units
+            or any(type(unit) is not int or not 0 <= unit < 2**31 for unit in units)
+            or any(a >= b for a, b in zip(units, units[1:]))
+        ):
             raise ValueError(f"{name}: units in {CONFIG} must be ascending numbers from 0, and at least one")
     return projections
 
@@ -195,8 +210,13 @@ def _extra_weights(header: dict[str, Any], path: Path) -> dict[str, tuple[str, t
     found = {}
     for name, entry in _field(header, "extra_weights", dict, path).items():
         check_parameter(name, str(path))
-        if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape"} or entry["dtype"] not in FLOATS \
-                or not isinstance(entry["shape"], list) or any(type(n) is not int or n < 1 for n in entry["shape"]):
+        if (
+            not isinstance(entry, dict)
+            or entry.keys() != {"dtype", "shape"}
+            or entry["dtype"] not in FLOATS
+            or not isinstance(entry["shape"], list)
+            or any(type(n) is not int or n < 1 for n in entry["shape"])
+        ):
             raise ValueError(f"{path}: {shortened(name)} in extra_weights must have a floating-point dtype and a shape")
         found[name] = (entry["dtype"], tuple(entry["shape"]))
     if not found:
@@ -223,8 +243,11 @@ def _fingerprint(header: dict[str, Any], path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: base_fingerprint must have dtype and layers")
     for layer in base["layers"].values():
         samples = layer.get("samples") if isinstance(layer, dict) else None
-        if not isinstance(samples, list) or not isinstance(layer.get("digest"), str) or not all(
-                isinstance(value, float) and math.isfinite(value) for value in samples):
+        if (
+            not isinstance(samples, list)
+            or not isinstance(layer.get("digest"), str)
+            or not all(isinstance(value, float) and math.isfinite(value) for value in samples)
+        ):
             raise ValueError(f"{path}: every layer of base_fingerprint must have a digest and samples")
     return base
 
@@ -244,16 +267,29 @@ def _couplings(header: dict[str, Any], path: Path) -> list[Coupling] | None:
 
 def _check_size(projection) -> None:
     """Before lists of elements are made of what the file says."""
-    numbers = [projection.count, projection.unit, projection.start, projection.stride, projection.size,
-               projection.expert]
-    if any(isinstance(n, int) and n > MAX_ELEMENTS for n in numbers) \
-            or isinstance(projection.count, int) and isinstance(projection.unit, int) \
-            and projection.count * projection.unit > MAX_ELEMENTS:
+    numbers = [
+        projection.count,
+        projection.unit,
+        projection.start,
+        projection.stride,
+        projection.size,
+        projection.expert,
+    ]
+    if (
+        any(isinstance(n, int) and n > MAX_ELEMENTS for n in numbers)
+        or isinstance(projection.count, int)
+        and isinstance(projection.unit, int)
+        and projection.count * projection.unit > MAX_ELEMENTS
+    ):
         raise ValueError(f"{projection.path} has more than {MAX_ELEMENTS:,} elements")
 
 
-def _check_entries(entries: dict[str, tuple[str, tuple[int, ...]]], projections: dict[str, Any],
-                   extra_weights: dict[str, tuple[str, tuple[int, ...]]], path: Path) -> None:
+def _check_entries(
+    entries: dict[str, tuple[str, tuple[int, ...]]],
+    projections: dict[str, Any],
+    extra_weights: dict[str, tuple[str, tuple[int, ...]]],
+    path: Path,
+) -> None:
     expected = {f"{name}.{part}" for name in projections for part in ("delta", "index")}
     expected |= {EXTRA + name for name in extra_weights}
     if entries.keys() != expected:
@@ -261,18 +297,23 @@ def _check_entries(entries: dict[str, tuple[str, tuple[int, ...]]], projections:
         raise ValueError(f"{path}: missing keys {_some(missing)}, foreign keys {_some(foreign)}")
     for name, (dtype, shape) in extra_weights.items():
         if entries[EXTRA + name] != (dtype, shape):
-            raise ValueError(f"{path}: {name} must be {dtype} of shape {shape}, as {CONFIG} has it, and is "
-                             f"{' of shape '.join(map(str, entries[EXTRA + name]))}")
+            raise ValueError(
+                f"{path}: {name} must be {dtype} of shape {shape}, as {CONFIG} has it, and is "
+                f"{' of shape '.join(map(str, entries[EXTRA + name]))}"
+            )
     for name, entry in projections.items():
         (dtype, shape), (of_index, index) = entries[f"{name}.delta"], entries[f"{name}.index"]
         if dtype not in FLOATS or of_index not in INTEGERS:
             raise ValueError(f"{name}: delta must be floating-point and index integers, not {dtype} and {of_index}")
         if len(shape) not in (2, 3) or 0 in shape or index != (shape[entry["dim"]],):
-            raise ValueError(f"{name}: delta of shape {shape} and index of shape {index} do not fit along dim "
-                             f"{entry['dim']}")
+            raise ValueError(
+                f"{name}: delta of shape {shape} and index of shape {index} do not fit along dim {entry['dim']}"
+            )
         if index[0] % len(entry["units"]):
-            raise ValueError(f"{name}: {index[0]} elements are no {len(entry['units'])} units: the units listed are "
-                             "not those that were saved")
+            raise ValueError(
+                f"{name}: {index[0]} elements are no {len(entry['units'])} units: the units listed are "
+                "not those that were saved"
+            )
 
 
 def _some(keys: list[str]) -> str:

@@ -4,6 +4,7 @@ A reentrant checkpoint gives no gradient, not even to the weights inside it, whe
 with the embeddings frozen the first blocks' inputs need none. So the input of such a block is made to need one: of a
 checkpointed block that trains something, and of no other, so that the backward still ends at the lowest of them.
 """
+
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
@@ -14,7 +15,7 @@ def open_blocks(model: nn.Module, trained: Iterable[str]) -> None:
     """Hook transformers' checkpointable blocks around the modules `trained`."""
     around = {parent for path in trained for parent in _parents(path)}
     blocks = [module for path, module in model.named_modules() if path in around and _block_class(module)]
-    if any("__call__" in vars(_block_class(block)) for block in blocks):   # transformers 4: a block's hooks run inside
+    if any("__call__" in vars(_block_class(block)) for block in blocks):  # transformers 4: a block's hooks run inside
         for embeddings in _embeddings(model):
             embeddings.register_forward_hook(_Embeddings(blocks))
     else:
@@ -48,15 +49,15 @@ def _need_gradient(block: nn.Module, inputs: tuple):
     if not inputs or not _is_reentrant(block) or any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
         return None
     hidden_states, *rest = inputs
-    return (hidden_states.detach().requires_grad_(), *rest)   # a view: nobody else's tensor is changed
+    return (hidden_states.detach().requires_grad_(), *rest)  # a view: nobody else's tensor is changed
 
 
 def _is_reentrant(block: nn.Module) -> bool:
     """Whether the block will be run in a reentrant checkpoint now; other kinds look at what is inside."""
     if not (block.gradient_checkpointing and block.training and torch.is_grad_enabled()):
-        return False   # transformers checkpoints no block then
+        return False  # transformers checkpoints no block then
     if torch.compiler.is_compiling():
-        return False   # in a graph there are no reentrant ones
+        return False  # in a graph there are no reentrant ones
     return getattr(block._gradient_checkpointing_func, "keywords", {}).get("use_reentrant") is not False
 
 

@@ -3,11 +3,12 @@
 It takes one that trains adapters of PEFT, and else one whose quantizer says that the model can be trained as it is.
 That is for transformers to say of the bytes; while trainable layers stand beside them, and gradients pass, it holds.
 """
+
 from functools import cache
 
 from torch import nn
 
-KNOWN = ("bitsandbytes", "torchao")   # whose layers were looked at, whether a gradient passes them
+KNOWN = ("bitsandbytes", "torchao")  # whose layers were looked at, whether a gradient passes them
 
 
 def allow_training(model: nn.Module) -> None:
@@ -28,9 +29,16 @@ def restore_quantizer(model: nn.Module) -> None:
 def _that_trains(kind: type) -> type:
     if hasattr(kind, "s2ft_original"):
         return kind
-    return type(kind.__name__, (kind,), {
-        "is_trainable": True, "is_qat_trainable": True, "s2ft_original": kind,
-        "__reduce__": lambda self: (_again, (kind,), self.__dict__)})   # found by no name, for copies and files
+    return type(
+        kind.__name__,
+        (kind,),
+        {
+            "is_trainable": True,
+            "is_qat_trainable": True,
+            "s2ft_original": kind,
+            "__reduce__": lambda self: (_again, (kind,), self.__dict__),
+        },
+    )  # found by no name, for copies and files
 
 
 def _again(kind: type):

@@ -7,6 +7,7 @@ base, in either order: the weights are frozen, so loading them changes nothing, 
 
 Sharded weights are left as they are: no rank has all the units that would change place.
 """
+
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,13 +41,16 @@ class _BaseOrder:
 
     def __init__(self, model: nn.Module, record: Attachment) -> None:
         self.model, self.record = model, record
-        self.moves: dict[int, list[MovingTensor]] = {}   # by tensor: what puts it back in order
+        self.moves: dict[int, list[MovingTensor]] = {}  # by tensor: what puts it back in order
         for move in record.moves:
             if move.is_done:
                 for moving in moving_tensors(model, move.coupling, inverse(move.order)):
                     self.moves.setdefault(id(moving.tensor), []).append(moving)
-        self.layers = {id(mounted.layer.weight): mounted.layer for mounted in record.mounts.values()
-                       if "weight" in mounted.layer._parameters}
+        self.layers = {
+            id(mounted.layer.weight): mounted.layer
+            for mounted in record.mounts.values()
+            if "weight" in mounted.layer._parameters
+        }
 
     def changed(self, tensor: Tensor) -> bool:
         """Whether a tensor may differ from what a state dict is to hold."""
@@ -94,7 +98,7 @@ def _put_in_order(model: nn.Module, state: dict[str, Any], prefix: str, metadata
         state[key] = copies[id(tensor)]
     for path, mounted in record.mounts.items():
         if id(mounted.layer._parameters.get("weight")) in copies:
-            state.pop(f"{prefix}{path}.base", None)   # the weight here is not fused
+            state.pop(f"{prefix}{path}.base", None)  # the weight here is not fused
 
 
 def _check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -111,16 +115,18 @@ def _check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any
         found = state.get(key)
         if id(tensor) in frozen and isinstance(found, Tensor) and not is_sharded(tensor) and not is_sharded(found):
             if found.shape != tensor.shape or found.is_meta or tensor.is_meta:
-                continue   # PyTorch says what does not fit
+                continue  # PyTorch says what does not fit
             if not _is_same(order, tensor, found):
-                raise ValueError(f"{key} is not the base's weight that this model's adapters belong to: "
-                                 "s2ft.detach(model) first, load, and attach again or load the adapter again")
+                raise ValueError(
+                    f"{key} is not the base's weight that this model's adapters belong to: "
+                    "s2ft.detach(model) first, load, and attach again or load the adapter again"
+                )
             same[key] = tensor
-    state.update(same)   # each is copied onto itself
+    state.update(same)  # each is copied onto itself
     for path, mounted in record.mounts.items():
         if f"{prefix}{path}.weight" in same:
             state.pop(f"{prefix}{path}.base", None)
-            if mounted.layer.base is not None:   # stays fused
+            if mounted.layer.base is not None:  # stays fused
                 state[f"{prefix}{path}.base"] = mounted.layer.base
 
 
@@ -128,12 +134,16 @@ def _coupled(model: nn.Module, record: Attachment) -> set:
     """ids of the tensors that a coupling holds, but for those of quantized layers, which load (and cast) them as they
     like."""
     found = {id(tensor) for coupling in record.couplings for tensor in tensors_of(model, coupling)}
-    return found - {id(parameter) for module in model.modules() if is_quantized(module)
-                    for parameter in module.parameters()}
+    return found - {
+        id(parameter) for module in model.modules() if is_quantized(module) for parameter in module.parameters()
+    }
 
 
 def _is_same(order: _BaseOrder, tensor: Tensor, found: Tensor) -> bool:
     """Whether loading `found` into `tensor` gives the base in original order, or what is there now in either order."""
     found = found.to(tensor)
-    return torch.equal(found, at_rest(tensor)) or torch.equal(found, order.copy_of(tensor)) or (
-        bool(order.record.written) and torch.equal(found, order.copy_of(tensor, without_written=True)))
+    return (
+        torch.equal(found, at_rest(tensor))
+        or torch.equal(found, order.copy_of(tensor))
+        or (bool(order.record.written) and torch.equal(found, order.copy_of(tensor, without_written=True)))
+    )

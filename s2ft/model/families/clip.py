@@ -15,7 +15,7 @@ def couplings(model: nn.Module) -> list[Coupling]:
     if not hasattr(model.config, "text_config"):
         return _tower(model, "encoder.layers", model.config, 0)
     text = _tower(model, "text_model.encoder.layers", model.config.text_config, 0)
-    depth = len({coupling.layer for coupling in text})   # 0 where the model has the vision tower only
+    depth = len({coupling.layer for coupling in text})  # 0 where the model has the vision tower only
     return text + _tower(model, "vision_model.encoder.layers", model.config.vision_config, depth)
 
 

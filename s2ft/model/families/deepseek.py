@@ -26,8 +26,13 @@ def _attention(config, layer: int, path: str) -> Coupling:
     heads, key, value = config.num_attention_heads, config.qk_nope_head_dim, config.v_head_dim
     q = f"{path}.q_proj" if config.q_lora_rank is None else f"{path}.q_b_proj"
     kv = dict(stride=key + value, size=heads * (key + value))
-    return Coupling("attention", layer, (
-        Projection("q", q, heads, key + config.qk_rope_head_dim, 0),
-        Projection("k", f"{path}.kv_b_proj", heads, key, 0, **kv),
-        Projection("v", f"{path}.kv_b_proj", heads, value, 0, start=key, **kv)),
-        Projection("o", f"{path}.o_proj", heads, value, 1))
+    return Coupling(
+        "attention",
+        layer,
+        (
+            Projection("q", q, heads, key + config.qk_rope_head_dim, 0),
+            Projection("k", f"{path}.kv_b_proj", heads, key, 0, **kv),
+            Projection("v", f"{path}.kv_b_proj", heads, value, 0, start=key, **kv),
+        ),
+        Projection("o", f"{path}.o_proj", heads, value, 1),
+    )

@@ -2,6 +2,7 @@
 
 A cross-attention has its k and v in one weight and its q in another.
 """
+
 from dataclasses import replace
 
 from torch import nn

@@ -13,6 +13,9 @@ def couplings(model: nn.Module) -> list[Coupling]:
     found = []
     for i, (path, _) in enumerate(layers_of(model, "layers")):
         found.append(ffn(i, f"{path}.mlp.dense_h_to_4h", f"{path}.mlp.dense_4h_to_h", model.config.intermediate_size))
-        found.append(packed_attention(i, f"{path}.attention.query_key_value", f"{path}.attention.dense", heads,
-                                     head_dim, interleaved=True))
+        found.append(
+            packed_attention(
+                i, f"{path}.attention.query_key_value", f"{path}.attention.dense", heads, head_dim, interleaved=True
+            )
+        )
     return found

@@ -10,8 +10,7 @@ from torch import nn
 from s2ft.model.builders import attention, gated_mlp, head_sizes, layers_of
 from s2ft.model.coupling import Coupling, Vector
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text",
-               "granite", "smollm3", "cohere2")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "smollm3", "cohere2")
 
 
 def couplings(model: nn.Module) -> list[Coupling]:
@@ -26,6 +25,15 @@ def llama_like(model: nn.Module, vectors: tuple[tuple[str, int], ...] = (), fixe
     for i, (path, _) in enumerate(layers_of(model, "layers")):
         block = f"{path}.self_attn"
         found.append(gated_mlp(model, i, f"{path}.mlp"))
-        found.append(attention(i, [f"{block}.{name}_proj" for name in "qkvo"], heads, head_dim, kv_heads, fixed=fixed,
-                               vectors=tuple(Vector(f"{block}.{name}", unit) for name, unit in vectors)))
+        found.append(
+            attention(
+                i,
+                [f"{block}.{name}_proj" for name in "qkvo"],
+                heads,
+                head_dim,
+                kv_heads,
+                fixed=fixed,
+                vectors=tuple(Vector(f"{block}.{name}", unit) for name, unit in vectors),
+            )
+        )
     return found

@@ -13,8 +13,15 @@ def couplings(model: nn.Module) -> list[Coupling]:
     channels = model.config.intermediate_size
     found = []
     for i, (path, _) in enumerate(layers_of(model, "layers")):
-        found.append(Coupling("ffn", i, gate_up(f"{path}.mlp.gate_up_proj", channels),
-                              Projection("d", f"{path}.mlp.down_proj", channels, 1, 1)))
-        found.append(packed_attention(i, f"{path}.self_attn.qkv_proj", f"{path}.self_attn.o_proj", heads, head_dim,
-                                     kv_heads))
+        found.append(
+            Coupling(
+                "ffn",
+                i,
+                gate_up(f"{path}.mlp.gate_up_proj", channels),
+                Projection("d", f"{path}.mlp.down_proj", channels, 1, 1),
+            )
+        )
+        found.append(
+            packed_attention(i, f"{path}.self_attn.qkv_proj", f"{path}.self_attn.o_proj", heads, head_dim, kv_heads)
+        )
     return found

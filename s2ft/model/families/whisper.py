@@ -2,6 +2,7 @@
 
 Positions are tables added to the embeddings. The convolutions before the encoder are no part of a coupling.
 """
+
 from collections.abc import Iterator
 
 from torch import nn
@@ -20,8 +21,9 @@ def couplings(model: nn.Module) -> list[Coupling]:
         found += _layer(config.d_model, config.encoder_attention_heads, config.encoder_ffn_dim, i, path)
     for i, (path, _) in enumerate(decoder, len(encoder)):
         found += _layer(config.d_model, config.decoder_attention_heads, config.decoder_ffn_dim, i, path)
-        found.append(_attention(config.d_model, config.decoder_attention_heads, i, f"{path}.encoder_attn",
-                                "cross-attention"))
+        found.append(
+            _attention(config.d_model, config.decoder_attention_heads, i, f"{path}.encoder_attn", "cross-attention")
+        )
     return found
 
 

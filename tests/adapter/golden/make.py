@@ -1,6 +1,7 @@
 """Made the adapters in this folder: `python make.py NAME`, each with the s2ft of its day (schema-1 before couplings
 could be given, schema-2 before its config had a digest, schema-3 with a weight that is trained whole). They are never
 made again, and have to load for ever. What a later schema adds gets a name and a folder of its own."""
+
 import hashlib
 import json
 import sys
@@ -32,8 +33,18 @@ def fill(model: nn.Module) -> nn.Module:
 
 
 def llama() -> nn.Module:
-    return fill(LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=20, num_hidden_layers=2, vocab_size=11,
-                                             num_attention_heads=4, num_key_value_heads=2)))
+    return fill(
+        LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=16,
+                intermediate_size=20,
+                num_hidden_layers=2,
+                vocab_size=11,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+            )
+        )
+    )
 
 
 def perceptron() -> nn.Module:
@@ -51,8 +62,10 @@ MODELS = {"schema-1": llama, "schema-2": llama, "schema-2-couplings": perceptron
 
 def digests(model: nn.Module) -> dict:
     """sha256 of every weight's bytes."""
-    return {key: hashlib.sha256(weight.detach().contiguous().numpy().tobytes()).hexdigest()
-            for key, weight in model.state_dict().items()}
+    return {
+        key: hashlib.sha256(weight.detach().contiguous().numpy().tobytes()).hexdigest()
+        for key, weight in model.state_dict().items()
+    }
 
 
 def save(model: nn.Module, name: str) -> None:
@@ -69,8 +82,9 @@ def save(model: nn.Module, name: str) -> None:
 def make(name: str) -> None:
     model = MODELS[name]()
     if name == "schema-2-couplings":
-        s2ft.attach(model, S2FTConfig(u_ratio=0.5, d_ratio=0.3), name="golden", couplings=couplings(),
-                    example=torch.ones(1, 6))
+        s2ft.attach(
+            model, S2FTConfig(u_ratio=0.5, d_ratio=0.3), name="golden", couplings=couplings(), example=torch.ones(1, 6)
+        )
     elif name == "schema-3":
         s2ft.attach(model, S2FTConfig(**RATIOS, modules_to_save=["model.norm"]), name="golden")
     else:

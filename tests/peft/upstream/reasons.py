@@ -98,9 +98,25 @@ LEFT_OUT = {
     "test_prefix_tuning_gemma4_raises_if_all_layers_skipped": PROMPT,
 }
 # of a class: requires_grad of each of PEFT's methods by name, of which LoRA's stand for all
-OTHER_METHODS = tuple(f"test_requires_grad_{method}_" for method in (
-    "ia3", "adalora", "loha", "lokr", "oft", "hra", "miss", "boft", "lntuning", "vera", "pvera", "randlora", "vblora",
-    "fourierft"))
+OTHER_METHODS = tuple(
+    f"test_requires_grad_{method}_"
+    for method in (
+        "ia3",
+        "adalora",
+        "loha",
+        "lokr",
+        "oft",
+        "hra",
+        "miss",
+        "boft",
+        "lntuning",
+        "vera",
+        "pvera",
+        "randlora",
+        "vblora",
+        "fourierft",
+    )
+)
 
 
 def reason_for(name: str):
@@ -111,11 +127,8 @@ def reason_for(name: str):
 
 # What PEFT's tests skip by themselves, whatever the method, by the words they give for it.
 SKIPPED = {
-    "Combining Gemma adapters with SVD is currently failing":
-        "PEFT leaves Gemma out of weighted sums, for LoRA's SVD; S²FT's is tested on nine models in test_peft_method.py",
-    "Test does not work with model peft-internal-testing/tiny-dummy-qwen2":
-        "PEFT leaves Qwen2 out of weighted sums, for LoRA's SVD; S²FT's is tested on nine models in test_peft_method.py",
-    "Multiple active adapters with modules_to_save/trainable_token_indices is not supported.":
-        "PEFT allows one adapter at a time in a module of modules_to_save",
+    "Combining Gemma adapters with SVD is currently failing": "PEFT leaves Gemma out of weighted sums, for LoRA's SVD; S²FT's is tested on nine models in test_peft_method.py",
+    "Test does not work with model peft-internal-testing/tiny-dummy-qwen2": "PEFT leaves Qwen2 out of weighted sums, for LoRA's SVD; S²FT's is tested on nine models in test_peft_method.py",
+    "Multiple active adapters with modules_to_save/trainable_token_indices is not supported.": "PEFT allows one adapter at a time in a module of modules_to_save",
     "test requires a hardware accelerator": "needs a GPU: mixed batches against separate ones, timed",
 }

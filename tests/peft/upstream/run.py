@@ -8,6 +8,7 @@ up on the hub; :mod:`rows` puts S²FT's rows in the place of those of PEFT's met
 what failed, and what was skipped or left out and why; the exit status is 1 where a test failed, or where one is left
 out for no reason that is written down in :mod:`reasons`.
 """
+
 import argparse
 import json
 import os
@@ -28,8 +29,23 @@ def fetch_tests(folder: Path) -> Path:
     """The tests folder of the installed PEFT's source distribution."""
     from peft import __version__
 
-    subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation",
-                    "--no-binary", ":all:", "--dest", str(folder), f"peft=={__version__}"], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "--no-binary",
+            ":all:",
+            "--dest",
+            str(folder),
+            f"peft=={__version__}",
+        ],
+        check=True,
+    )
     with tarfile.open(next(folder.glob("peft-*.tar.gz"))) as archive:
         archive.extractall(folder, filter="data")
     return next(folder.glob("peft-*/tests"))
@@ -49,11 +65,30 @@ def lay_out(source: Path, folder: Path) -> None:
 def run(folder: Path, options: list) -> dict:
     """What :mod:`rows` reports: outcome and reason by test."""
     report = folder / "report.json"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[2])]),
-                   "HF_HUB_OFFLINE": "1", "S2FT_UPSTREAM_REPORT": str(report)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[2])]),
+        "HF_HUB_OFFLINE": "1",
+        "S2FT_UPSTREAM_REPORT": str(report),
+    }
     (folder / "pytest.ini").write_text("[pytest]\n")
-    subprocess.run([sys.executable, "-m", "pytest", "-p", "rows", "-q", "-W", "ignore", "--tb=short",
-                    *(f"tests/{name}" for name in MODULES), *options], cwd=folder, env=environment)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "rows",
+            "-q",
+            "-W",
+            "ignore",
+            "--tb=short",
+            *(f"tests/{name}" for name in MODULES),
+            *options,
+        ],
+        cwd=folder,
+        env=environment,
+    )
     if not report.exists():
         raise SystemExit("pytest did not come to its end")
     return json.loads(report.read_text())
