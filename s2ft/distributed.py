@@ -237,7 +237,7 @@ class Shard:
     start: list[int] | None = None  # None: this is the whole
 
     @property
-    def full_tensors(self) -> bool:
+    def is_full(self) -> bool:
         return self.start is None
 
     def restrict(self, index: Tensor, values: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from s2ft.estimation.memory import Memory, free_memory, storages
 from s2ft.text.head import packed_head
 from s2ft.train.loss import chunked_loss
 
-s2ft_estimate = sys.modules["s2ft.estimate"]  # s2ft.estimate itself is the function
+s2ft_estimate = sys.modules["s2ft.estimation"]  # s2ft.estimate itself is the function
 KEPT = 0.05  # of the measured bytes kept for backward; what the issue asks for. Where nothing is random they are equal
 ROUTED = ("mixtral", "qwen2-moe", "qwen3-moe", "deepseek")  # tokens are dealt to experts otherwise
 LAYOUTS = ("permuted", "indexed")
