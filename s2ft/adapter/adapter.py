@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2ft.attached import extra
+from s2ft.attached import extra_weights
 from s2ft.attached.record import Attachment
 from s2ft.config import S2FTConfig
 from s2ft.model.coupling import Coupling, projections_of
@@ -188,7 +188,7 @@ def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:
     other_base = difference(record.fingerprint, adapter.fingerprint)
     if other_base:
         raise ValueError(f"adapter {adapter.name!r} was trained on another base: {other_base}")
-    extra.check_fits(model, record, adapter.name, adapter.extra_weights)
+    extra_weights.check_fits(model, record, adapter.name, adapter.extra_weights)
     for path, delta in adapter.deltas.items():
         _check_whole_units(adapter, known[path], delta)
 

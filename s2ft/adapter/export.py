@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from s2ft.adapter.formats import lora
-from s2ft.adapter.store import load_adapter
+from s2ft.adapter.loading import load_adapter
 from s2ft.adapter.switch import get_adapter
 from s2ft.attached.hosts.compiled import of_compiled
 from s2ft.attached.record import attachment_of

@@ -10,6 +10,7 @@ from torch import nn
 from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.folders import adapter_folder
 from s2ft.adapter.formats import native
+from s2ft.adapter.saving import save_adapter
 from s2ft.files.writing import replace_file
 
 FILES = [native.CONFIG, native.TENSORS]
@@ -69,8 +70,6 @@ def push_to_hub(
         if name is not None:
             raise ValueError("name says which adapter of a model; a folder holds one")
         return _upload(adapter_folder(Path(model_or_folder)), repo_id, revision, private, token, message)
-    from s2ft.adapter.store import save_adapter  # store may look for folders here
-
     with TemporaryDirectory() as folder:
         save_adapter(model_or_folder, folder, name)
         return _upload(Path(folder), repo_id, revision, private, token, message)

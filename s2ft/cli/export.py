@@ -113,7 +113,7 @@ def to_lora(job) -> str:
 def from_lora(job) -> str:
     from s2ft.adapter import read_adapter
     from s2ft.adapter.formats import lora, native
-    from s2ft.adapter.store import model_info
+    from s2ft.adapter.saving import model_info
     from s2ft.export.merged import folder_beside
     from s2ft.text.models import load_model
 
