@@ -106,7 +106,7 @@ def wait_for_ranks(what: str, ranks: list[int], value: str = "") -> str:
         The key in the store under which each rank has left its value: `key/rank`.
 
     Raises:
-        RuntimeError: A rank did not call within RANK_TIMEOUT. Without this NCCL would abort, and gloo would hang longer.
+        RuntimeError: A rank did not call within RANK_TIMEOUT. Else NCCL would abort, and gloo would hang longer.
     """
     call = f"s2ft/{what}/{ranks[0]}+{len(ranks)}"
     _counts[call] += 1

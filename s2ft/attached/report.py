@@ -81,9 +81,7 @@ class Report:
         """Make the report of a model with a trainable adapter, from its layers."""
         record = attachment_of(model)
         if record.name is None:
-            raise ValueError(
-                f"none of the adapters {', '.join(record.names)} is trainable: load it with trainable=True"
-            )
+            raise ValueError(f"no adapter of {', '.join(record.names)} is trainable: load one with trainable=True")
         parts = [
             Trained(
                 part.projection,

@@ -15,9 +15,8 @@ def open_blocks(model: nn.Module, trained: Iterable[str]) -> None:
     """Register hooks on transformers' checkpointable blocks that contain trained modules. trained: paths of modules."""
     around = {parent for path in trained for parent in _parents(path)}
     blocks = [module for path, module in model.named_modules() if path in around and _block_class(module)]
-    if any(
-        "__call__" in vars(_block_class(block)) for block in blocks
-    ):  # transformers 4 runs a block's hooks inside the checkpoint
+    # transformers 4 runs a block's hooks inside its checkpoint
+    if any("__call__" in vars(_block_class(block)) for block in blocks):
         for embeddings in _embeddings(model):
             embeddings.register_forward_hook(_Embeddings(blocks))
     else:

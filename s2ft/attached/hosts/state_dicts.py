@@ -133,7 +133,7 @@ def _check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any
 
 
 def _coupled(model: nn.Module, record: Attachment) -> set:
-    """Return the ids of the couplings' tensors, except those of quantized layers, which load and cast them themselves."""
+    """Return the ids of the couplings' tensors, except those of quantized layers, which load them themselves."""
     found = {id(tensor) for coupling in record.couplings for tensor in tensors_of(model, coupling)}
     return found - {
         id(parameter) for module in model.modules() if is_quantized(module) for parameter in module.parameters()
