@@ -206,7 +206,7 @@ def print_trainable_parameters(model: nn.Module) -> None:
     Example:
         >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
         >>> s2ft.print_trainable_parameters(model)
-        trainable params: 1,536 || all params: 86,336 || trainable%: 1.7791
+        trainable params: 1,664 || all params: 86,336 || trainable%: 1.9274
     """
     report = Report.of(model)
     print(
