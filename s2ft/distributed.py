@@ -17,7 +17,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch import Tensor, nn
 
-RANK_TIMEOUT = timedelta(minutes=10)  # NCCL's own
+RANK_TIMEOUT = timedelta(minutes=10)  # as NCCL's default
 _counts: Counter = Counter()  # calls by name, the same on every rank: they number the keys in the store
 
 
@@ -66,7 +66,7 @@ def should_print(text: str) -> bool:
         launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
         return not launched or os.environ.get("LOCAL_RANK", "0") == "0"
     try:
-        return _store().add(f"s2ft/said/{text}", 1) == 1
+        return _store().add(f"s2ft/printed/{text}", 1) == 1
     except RuntimeError:  # the process that has the store has ended
         return True
 

@@ -362,7 +362,7 @@ SPOILT = {
         ),
         "outside its couplings",
     ),
-    "unknown module": (dict(config=lambda c: c["config"].update(modules_to_save=["nothing"])), "no module of Bert"),
+    "unknown module": (dict(config=lambda c: c["config"].update(modules_to_save=["nothing"])), "not a module of Bert"),
 }
 
 
