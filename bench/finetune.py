@@ -29,8 +29,8 @@ from train_step import LORA_TARGETS, lora_model
 
 import s2ft
 from s2ft.text.encoding import IGNORED, AnswerCollator, encode_examples
-from s2ft.text.head import packed_head
 from s2ft.text.models import load_model
+from s2ft.text.output_head import contiguous_head
 from s2ft.text.prompts import pad_id
 from s2ft.train.callbacks import JsonlLog
 from s2ft.train.demo import default_model, problem_set
@@ -101,7 +101,7 @@ def train(method: str, model, tokenizer, rows, options: TrainOptions, folder: Ru
         callbacks=[JsonlLog(folder.log)],
     )
     with (
-        packed_head(base) if ours else contextlib.nullcontext(),
+        contiguous_head(base) if ours else contextlib.nullcontext(),
         chunked_loss(base) if ours else contextlib.nullcontext(),
     ):
         trainer.train()

@@ -74,11 +74,11 @@ def train(job: FinetuneArguments, config, options) -> None:
 
 def _train(job: FinetuneArguments, config, options, folder, ranks) -> None:
     import s2ft
+    from s2ft.text.calibration import calibration_for
     from s2ft.text.encoding import context_length, encode_examples
     from s2ft.text.examples import read_examples
     from s2ft.text.models import load_model
     from s2ft.text.prompts import pad_id
-    from s2ft.train.calibration import calibration_for
     from s2ft.train.finetune import check_ranks_agree, training_arguments
     from s2ft.train.memory import say_memory
 
@@ -130,8 +130,8 @@ def _held_out(job: FinetuneArguments, tokenizer, room: int):
     """Raises: ValueError for a task without data, or data that it can't score."""
     from s2ft.text.encoding import encode_examples
     from s2ft.text.examples import read_examples
-    from s2ft.train.evaluate import HeldOut
-    from s2ft.train.scoring import right_answer
+    from s2ft.text.scoring import right_answer
+    from s2ft.train.held_out import HeldOut
 
     if job.eval_data is None:
         if job.eval_task is not None or job.eval_limit is not None:

@@ -11,10 +11,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
-from s2ft.serve.batch import Batch, rows_interact
 from s2ft.serve.errors import ApiError, shutting_down
 from s2ft.serve.job import Event, Job
 from s2ft.serve.registry import Adapters, Version, not_loaded
+from s2ft.text.running_batch import RunningBatch, rows_interact
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Engine:
         self.adapters, self.metrics = adapters, metrics
         self.max_batch_size, self.queue_size = max_batch_size, queue_size
         self.max_batch_tokens, self.prefill_tokens = max_batch_tokens, prefill_tokens
-        self.batch = Batch(model, adapters.bank.batch if adapters.bank is not None else None)
+        self.batch = RunningBatch(model, adapters.bank.batch if adapters.bank is not None else None)
         self.drain_until: float | None = None  # by time.monotonic(); set by a signal handler, so no lock guards it
         self._waiting: deque[Job] = deque()
         self._errands: deque[tuple[Callable, Future]] = deque()

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from s2ft.serve.batch import Row
 from s2ft.serve.errors import ApiError
 from s2ft.serve.registry import Version
-from s2ft.serve.text import TextStream
+from s2ft.text.running_batch import Row
+from s2ft.text.streams import TextStream
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from s2ft.serve.errors import ApiError, Disconnected
 from s2ft.serve.job import Event, Job
 from s2ft.serve.options import Limits
 from s2ft.serve.registry import Version
-from s2ft.serve.sampling import Sampler
 from s2ft.serve.schemas import ChatRequest, CompletionRequest, Sampled
-from s2ft.serve.text import TextStream
 from s2ft.text.encoding import context_length
 from s2ft.text.prompts import encode_prompt, end_ids
+from s2ft.text.sampling import Sampler
+from s2ft.text.streams import TextStream
 
 TOKENS_WITHOUT_A_CONTEXT = 2048  # the most that is generated where neither model nor option says
 

@@ -42,11 +42,6 @@ def dtype_of_base(adapter, dtype: str = "auto") -> str:
     return adapter.info.get("base_dtype", "auto") if dtype == "auto" else dtype
 
 
-def load_tokenizer(name: str):
-    """The tokenizer alone; raises as :func:`load_model`."""
-    return _tokenizer(name, *locate(name))
-
-
 def locate(name: str) -> tuple[str, dict[str, str]]:
     """Where `from_pretrained` finds the model, and the option that a GGUF file needs."""
     path = Path(name).expanduser()

@@ -15,10 +15,10 @@ from s2ft.attached.record import attachment_of
 from s2ft.distributed import check_all_ranks_agree
 from s2ft.packages import check_packages
 from s2ft.text.encoding import AnswerCollator, TokenRow
-from s2ft.text.head import packed_head
+from s2ft.text.output_head import contiguous_head
 from s2ft.text.prompts import pad_id
 from s2ft.train.checkpoints import last_whole
-from s2ft.train.evaluate import HeldOut
+from s2ft.train.held_out import HeldOut
 from s2ft.train.loss import chunked_loss, why_not
 from s2ft.train.options import TrainOptions
 from s2ft.train.output import RunFolder, log_failure, read_log, write_json
@@ -72,7 +72,7 @@ def finetune(
         say_length(options, len(rows))
     start = time.perf_counter()
     with (
-        packed_head(model),
+        contiguous_head(model),
         loss_for(model, options, trainer.data_collator(list(rows[:1]))),
         checkpointing(model) if options.gradient_checkpointing else contextlib.nullcontext(),
     ):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2ft.distributed import is_sharded
+from s2ft.model.modes import evaluation_mode
 from s2ft.model.weights import is_quantized
 from s2ft.text.encoding import IGNORED
 
@@ -139,13 +140,8 @@ def why_not(model: nn.Module, batch: Mapping[str, Tensor]) -> str:
         return f"the output layer is a {'quantized ' * is_quantized(head)}{type(head).__name__}{changed}"
     if getattr(model, "loss_function", None) is not ForCausalLMLoss:
         return "the model has a loss of its own"
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            return _difference(model, batch)
-    finally:
-        model.train(was_training)
+    with evaluation_mode(model), torch.no_grad():
+        return _difference(model, batch)
 
 
 def _difference(model: nn.Module, batch: Mapping[str, Tensor]) -> str:

@@ -3,7 +3,8 @@
 from accelerate.utils import gather_object
 from torch.optim.lr_scheduler import LambdaLR
 
-from s2ft.train.evaluate import HeldOut, evaluate
+from s2ft.text.evaluation import evaluate
+from s2ft.train.held_out import HeldOut
 from s2ft.train.output import log_failure
 from s2ft.train.trainer import S2FTTrainer
 

@@ -5,8 +5,8 @@ from train.tiny import save_tiny, sums, write_jsonl
 
 import s2ft
 from s2ft.cli.main import main
+from s2ft.text.calibration import calibration_for
 from s2ft.text.encoding import TokenRow
-from s2ft.train.calibration import calibration_for
 
 RUN = ["--max-steps", "1", "--batch-size", "2", "--micro-batch-size", "2"]
 

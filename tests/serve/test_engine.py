@@ -12,8 +12,8 @@ from s2ft.serve.engine import Engine
 from s2ft.serve.errors import ApiError
 from s2ft.serve.job import Job
 from s2ft.serve.registry import Adapters
-from s2ft.serve.sampling import Sampler
-from s2ft.serve.text import TextStream
+from s2ft.text.sampling import Sampler
+from s2ft.text.streams import TextStream
 
 
 class FakeBank:

@@ -13,8 +13,8 @@ import s2ft
 from s2ft.packages import NEEDS, MissingPackages
 from s2ft.text.encoding import encode_examples
 from s2ft.text.examples import example_from
-from s2ft.train.evaluate import HeldOut
 from s2ft.train.finetune import check_packages_of_run, finetune, say_length
+from s2ft.train.held_out import HeldOut
 from s2ft.train.options import TrainOptions
 from s2ft.train.output import RunFolder, read_log
 

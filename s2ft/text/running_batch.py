@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from s2ft.text.encoding import left_pad
-from s2ft.text.head import packed_head
+from s2ft.text.output_head import contiguous_head
 
 
 class Row:
@@ -30,7 +30,7 @@ class Row:
         self.failed: str | None = None
 
 
-class Batch:
+class RunningBatch:
     """Rows that advance together, a token at a time.
 
     Args:
@@ -96,7 +96,7 @@ class Batch:
     ) -> Tensor:
         """Logits of the last position, [rows, vocabulary]."""
         positions = {"position_ids": position_ids} if self._positions else {}
-        with self.adapters_of(rows), packed_head(self.model):
+        with self.adapters_of(rows), contiguous_head(self.model):
             output = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def packed_head(model) -> Iterator[None]:
+def contiguous_head(model) -> Iterator[None]:
     """The output layer gets its input contiguous.
 
     Models hand it the positions whose logits are wanted, a view with gaps. If the weight is frozen, torch
