@@ -1,20 +1,28 @@
-"""How the next token of one sequence is chosen, whatever runs beside it."""
+"""Choose the next token of a sequence, independently of the other sequences of its batch."""
 
 import secrets
 
 import torch
 from torch import Tensor
 
-GREEDY = 1e-5  # temperatures below would overflow, and take the likeliest token anyway
+GREEDY = 1e-5  # a lower temperature would overflow and choose the likeliest token anyway
 
 
 class Sampler:
-    """Draws with a generator of its own, so that a seed gives the same tokens in every company.
+    """Draws the tokens of one sequence with its own generator, so that a seed gives the same tokens in any batch.
 
     Args:
-        temperature: 0 takes the likeliest token.
-        top_p: draw among the likeliest tokens that have so much of the probability together.
-        seed: None is a new one.
+        temperature: Divisor of the logits. 0 always chooses the likeliest token.
+        top_p: Draw among the likeliest tokens whose probabilities sum up to this value, from 0 to 1.
+        seed: Seed of the generator. None draws a new seed.
+
+    Example:
+        >>> logits = model(input_ids).logits[0, -1]
+        >>> from s2ft.text.sampling import Sampler
+        >>> Sampler().choose(logits) == int(logits.argmax())
+        True
+        >>> Sampler(1.0, seed=3).choose(logits) == Sampler(1.0, seed=3).choose(logits)
+        True
     """
 
     def __init__(self, temperature: float = 0.0, top_p: float = 1.0, seed: int | None = None) -> None:
@@ -25,8 +33,17 @@ class Sampler:
         )
 
     def choose(self, logits: Tensor) -> int:
-        """A token by its logits [vocabulary]. By the inverse of the distribution function: one random number a token,
-        and logits that differ by rounding give another token only where the number lies next to a border."""
+        """Choose a token.
+
+        The token is found by inverting the distribution function with one random number. Logits that differ only by
+        rounding give the same token, unless the number is next to a border between two tokens.
+
+        Args:
+            logits: Logits of the next token, shape [vocabulary].
+
+        Returns:
+            The token id.
+        """
         if self.greedy:
             return int(logits.argmax())
         likely = torch.softmax(logits.detach().cpu().double() / self.temperature, 0)

@@ -182,7 +182,7 @@ def test_calibration_without_a_use_is_a_mistake(work, tmp_path, capsys):
         )
         == 2
     )
-    assert "calibration_examples has no use here" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "calibration_examples has no effect here" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_rows_are_drawn_by_seed():
