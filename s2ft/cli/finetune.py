@@ -80,7 +80,7 @@ def _train(job: FinetuneArguments, config, options, folder, ranks) -> None:
     from s2ft.text.models import load_model
     from s2ft.text.prompts import pad_id
     from s2ft.train.finetune import check_ranks_agree, training_arguments
-    from s2ft.train.memory import say_memory
+    from s2ft.train.memory import log_memory
 
     examples = read_examples(job.data)[: job.limit]
     model, tokenizer = load_model(job.model, options.dtype)
@@ -92,7 +92,7 @@ def _train(job: FinetuneArguments, config, options, folder, ranks) -> None:
     if calibration is not None:
         model.to(ranks.device)
     if ranks.is_main_process and not job.resume:
-        say_memory(model, config, rows, options, arguments, pad_id(tokenizer))
+        log_memory(model, config, rows, options, arguments, pad_id(tokenizer))
     report = s2ft.attach(model, config, job.name, calibration)
     check_ranks_agree(model)
     if ranks.is_main_process:

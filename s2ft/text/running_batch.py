@@ -81,9 +81,8 @@ class RunningBatch:
         """
         padded = left_pad([row.prompt for row in rows], 0)
         inputs = {name: tensor.to(self.model.device) for name, tensor in padded.items()}
-        cache = (
-            DynamicCache()
-        )  # without the config, so that layers with a sliding window keep all keys; the mask limits them
+        # Without the config, layers with a sliding window keep all keys, and the mask limits them.
+        cache = DynamicCache()
         logits = self._forward(rows, cache, **inputs)
         self._join(cache, inputs["attention_mask"])
         self.rows += rows
