@@ -341,7 +341,7 @@ def test_every_logger_has_its_package():
 
 def test_a_logger_that_transformers_can_not_use(monkeypatch):
     monkeypatch.setattr("s2ft.packages.is_installed", lambda package: True)
-    with pytest.raises(ValueError, match="report_to: transformers can't use comet_ml here"):
+    with pytest.raises(ValueError, match="report_to: transformers can't use comet_ml with"):
         check_packages_of_run(TrainOptions(report_to=["comet_ml"]))
 
 
