@@ -35,7 +35,7 @@ from s2ft.text.prompts import pad_id
 from s2ft.train.callbacks import JsonlLog
 from s2ft.train.demo import default_model, problem_set
 from s2ft.train.finetune import finetune, training_arguments
-from s2ft.train.loss import chunked_loss, why_not
+from s2ft.train.loss import chunked_loss, why_not_chunked
 from s2ft.train.options import TrainOptions
 from s2ft.train.output import RunFolder, read_log
 
@@ -90,7 +90,7 @@ def train(method: str, model, tokenizer, rows, options: TrainOptions, folder: Ru
     ours, pad = method != "LoRA", pad_id(tokenizer)
     collator = AnswerCollator(pad) if ours else RightPadded(pad)
     if ours:
-        assert not why_not(model, {key: value for key, value in collator(rows[:1]).items()})
+        assert not why_not_chunked(model, {key: value for key, value in collator(rows[:1]).items()})
     base = model
     model = lora_model(base, 16, LORA_TARGETS, copied=False)
     trainer = Trainer(

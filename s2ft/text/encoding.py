@@ -80,7 +80,7 @@ def encode_prompts(tokenizer, examples: Sequence[Example], room: int) -> list[li
         room: Longest prompt in tokens.
 
     Returns:
-        Token ids for each example, or None where the prompt is too long.
+        Token ids for each example, or None if its prompt is too long.
 
     Raises:
         ValueError: No prompt fits.

@@ -98,6 +98,15 @@ def evaluate(
 
     Raises:
         ValueError: The task cannot score an example, or no prompt fits into the context.
+
+    Example:
+        >>> from transformers import ByT5Tokenizer
+        >>> from s2ft.text.evaluation import evaluate
+        >>> from s2ft.text.examples import Example
+        >>> tokenizer = ByT5Tokenizer(chat_template="{{ messages[0]['content'] }}")
+        >>> examples = [Example(({"role": "user", "content": "2+3="},), output="5")]
+        >>> print(evaluate(model, tokenizer, examples, "arithmetic", max_new_tokens=4))
+        0.0% right (0 of 1, 0 s)
     """
     if batch_size < 1 or max_new_tokens < 1:
         raise ValueError(f"batch_size and max_new_tokens must be at least 1, got {batch_size} and {max_new_tokens}")

@@ -158,12 +158,12 @@ def _text(row: dict, name: str, place: str, may_be_empty: bool = False) -> str:
     return value
 
 
-def check_unicode(text: str, what: str) -> None:
+def check_unicode(text: str, name: str) -> None:
     """Check that text is valid Unicode, since tokenizers fail on half of a surrogate pair.
 
     Args:
         text: The text to check.
-        what: The beginning of the error message, such as "prompt".
+        name: What the text is, such as "prompt". The error message begins with it.
 
     Raises:
         ValueError: The text contains half of a surrogate pair.
@@ -172,7 +172,7 @@ def check_unicode(text: str, what: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{what} is not valid Unicode: character {error.start + 1} is {ascii(text[error.start])}, half "
+            f"{name} is not valid Unicode: character {error.start + 1} is {ascii(text[error.start])}, half "
             "of a surrogate pair"
         ) from None
 

@@ -30,6 +30,13 @@ def generate(
 
     Returns:
         The answers in the order of the prompts, without special tokens and outer white space.
+
+    Example:
+        >>> from transformers import ByT5Tokenizer
+        >>> from s2ft.text.generation import generate
+        >>> texts = generate(model, ByT5Tokenizer(), [[5, 6, 7], [8]], batch_size=2, max_new_tokens=4)
+        >>> len(texts)
+        2
     """
     from tqdm.auto import tqdm
     from transformers import GenerationConfig

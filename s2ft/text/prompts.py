@@ -46,15 +46,15 @@ def plain_prompt(conversation: Conversation) -> str:
 
 
 def answer_text(tokenizer, conversation: Conversation, output: str) -> str:
-    """Return the answer as the model should write it, with the end-of-turn token."""
+    """Return the answer that the model should write, with the end-of-turn token."""
     end = tokenizer.eos_token or ""
     if not tokenizer.chat_template:
         return output + end
     prompt = prompt_text(tokenizer, conversation)
-    whole = tokenizer.apply_chat_template([*conversation, {"role": "assistant", "content": output}], tokenize=False)
-    if not whole.startswith(prompt) or output.strip() not in whole[len(prompt) :]:
+    text = tokenizer.apply_chat_template([*conversation, {"role": "assistant", "content": output}], tokenize=False)
+    if not text.startswith(prompt) or output.strip() not in text[len(prompt) :]:
         return output + end  # the template changes earlier turns or the answer itself
-    rest = whole[len(prompt) :].rstrip()  # templates write a line break after the end-of-turn token
+    rest = text[len(prompt) :].rstrip()  # templates write a line break after the end-of-turn token
     return rest if not rest.endswith(output.strip()) else rest + end
 
 

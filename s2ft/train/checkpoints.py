@@ -75,7 +75,7 @@ def newest_valid(folder: Path) -> Path | None:
     return None
 
 
-def finish(checkpoint: Path, folder: Path, keep: int, best: Path | None = None) -> None:
+def move_into_place(checkpoint: Path, folder: Path, keep: int, best: Path | None = None) -> None:
     """Seal a new checkpoint, move it from its temporary folder to `folder`, and delete the oldest checkpoints there.
 
     Args:

@@ -19,7 +19,7 @@ from s2ft.text.output_head import contiguous_head
 from s2ft.text.prompts import pad_id
 from s2ft.train.checkpoints import newest_valid
 from s2ft.train.held_out import HeldOut
-from s2ft.train.loss import chunked_loss, why_not
+from s2ft.train.loss import chunked_loss, why_not_chunked
 from s2ft.train.options import TrainOptions
 from s2ft.train.output import RunFolder, log_failure, read_log, write_json
 
@@ -117,7 +117,7 @@ def finetune(
             finished,
         )
         if finished and trainer.is_world_process_zero():
-            with optional(f"{folder.report} was not written"):
+            with log_errors(f"{folder.report} was not written"):
                 write_json(folder.report, result.to_dict())
         if finished and held_out is not None and not _is_evaluated(trainer, folder):
             trainer.evaluate()
@@ -157,7 +157,7 @@ def _is_evaluated(trainer, folder: RunFolder) -> bool:
 
 
 def _plot(folder: RunFolder) -> None:
-    with optional(f"{folder.plot} was not drawn"):
+    with log_errors(f"{folder.plot} was not drawn"):
         check_packages("loss.png")
         from s2ft.train.plot import plot_loss
 
@@ -165,8 +165,8 @@ def _plot(folder: RunFolder) -> None:
 
 
 @contextlib.contextmanager
-def optional(failure: str) -> Iterator[None]:
-    """Log an error inside the context, as `failure` and its reason, and continue."""
+def log_errors(failure: str) -> Iterator[None]:
+    """Log an error that is raised inside the context, with `failure` and the reason, and continue."""
     try:
         yield
     except Exception as error:
@@ -213,7 +213,7 @@ def loss_for(model, options: TrainOptions, batch: dict) -> Iterator[None]:
         yield
         return
     batch = {key: value.to(model.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
-    reason = "the model is compiled as a whole" if options.compile else why_not(model, batch)
+    reason = "the model is compiled as a whole" if options.compile else why_not_chunked(model, batch)
     if reason:
         logger.info("the loss keeps the logits: %s", reason)
     with contextlib.nullcontext() if reason else chunked_loss(model):
@@ -229,8 +229,8 @@ def _tokens_seen(checkpoint: Path) -> int:
 def this_rank():
     """Join the launched processes and return accelerate's state, which has the rank of this one.
 
-    On CPUs accelerate must be told so. Otherwise each process would believe that it is the only one, and all would
-    write to the same folder.
+    Without a GPU, accelerate needs `cpu=True`. Otherwise each process would have rank 0, and all would write to the
+    same folder.
     """
     from accelerate import PartialState
 

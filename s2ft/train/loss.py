@@ -31,14 +31,14 @@ class ChunkedLoss:
 
     The output layer returns its input, and the loss function multiplies by the layer's weight. The logits of such a
     forward pass are therefore hidden states. The result equals the model's own loss if the model does nothing to its
-    logits but scale them. :func:`why_not` checks this.
+    logits but scale them. :func:`why_not_chunked` checks this.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.head = model.get_output_embeddings()
         self.head_forward = self.head.forward
         self.enabled = False
-        self.trial, self.scale, self.seen = False, 1.0, None  # used by why_not
+        self.trial, self.scale, self.seen = False, 1.0, None  # used by why_not_chunked
 
     def before(self, model: nn.Module, arguments: tuple, options: Mapping) -> None:
         """Enable the chunked loss for a forward pass with labels."""
@@ -147,7 +147,7 @@ def chunked_loss(model: nn.Module) -> Iterator[ChunkedLoss]:
     """Replace the model's loss by :class:`ChunkedLoss` inside the context.
 
     Args:
-        model: A causal language model of transformers for which :func:`why_not` returns an empty string.
+        model: A causal language model of transformers for which :func:`why_not_chunked` returns an empty string.
 
     Example:
         >>> from s2ft.train.loss import chunked_loss
@@ -169,7 +169,7 @@ def chunked_loss(model: nn.Module) -> Iterator[ChunkedLoss]:
             model.loss_function = before
 
 
-def why_not(model: nn.Module, batch: Mapping[str, Tensor]) -> str:
+def why_not_chunked(model: nn.Module, batch: Mapping[str, Tensor]) -> str:
     """Explain why :func:`chunked_loss` cannot replace the model's own loss.
 
     The model is run on a batch with both losses, and the results are compared.
@@ -182,7 +182,7 @@ def why_not(model: nn.Module, batch: Mapping[str, Tensor]) -> str:
         The reason, or an empty string if the losses are equal.
 
     Example:
-        >>> s2ft.train.loss.why_not(model, {"input_ids": input_ids, "labels": input_ids})
+        >>> s2ft.train.loss.why_not_chunked(model, {"input_ids": input_ids, "labels": input_ids})
         ''
     """
     from transformers.loss.loss_utils import ForCausalLMLoss

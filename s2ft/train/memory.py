@@ -8,7 +8,7 @@ import torch
 
 import s2ft
 from s2ft.text.encoding import AnswerCollator, TokenRow
-from s2ft.train.loss import chunked_loss, why_not
+from s2ft.train.loss import chunked_loss, why_not_chunked
 from s2ft.train.options import TrainOptions
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def log_memory(model, config, rows: Sequence[TokenRow], options: TrainOptions, a
     collate = AnswerCollator(pad)
     longest = collate(sorted(rows, key=len)[-options.micro_batch_size :])
     try:
-        chunked = options.chunked_loss and not options.compile and not why_not(model, collate(list(rows[:1])))
+        chunked = options.chunked_loss and not options.compile and not why_not_chunked(model, collate(list(rows[:1])))
         found = s2ft.estimate(
             model,
             config,

@@ -21,7 +21,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from s2ft.adapter import restore_adapter
 from s2ft.adapter.store import gathered
 from s2ft.attached.record import attachment_of
-from s2ft.train.checkpoints import UNFINISHED, damage, finish, newest_valid
+from s2ft.train.checkpoints import UNFINISHED, damage, move_into_place, newest_valid
 
 
 class AdapterCheckpoints:
@@ -94,7 +94,7 @@ class AdapterCheckpoints:
         self._rename_best(written, folder)
         self.accelerator.wait_for_everyone()  # until each rank has written its random state
         if self.args.should_save:
-            finish(
+            move_into_place(
                 written,
                 folder,
                 self.args.save_total_limit or 0,

@@ -7,7 +7,7 @@ import torch
 from adapter.test_pretrained import ROWS, StopAt, assert_same, attached, trainer
 from train.test_finetune import deltas, losses, run
 
-from s2ft.train.checkpoints import SEAL, STATE, UNFINISHED, checkpoints, damage, finish, newest_valid, seal
+from s2ft.train.checkpoints import SEAL, STATE, UNFINISHED, checkpoints, damage, move_into_place, newest_valid, seal
 from s2ft.train.trainer import AdapterCheckpoints, S2FTTrainer
 
 
@@ -63,10 +63,10 @@ def test_finishing_seals_renames_and_keeps_the_newest_and_the_best(tmp_path):
         checkpoint(tmp_path, step)
     written = checkpoint(tmp_path / UNFINISHED, 4, sealed=False)
     checkpoint(tmp_path, 4)  # of an earlier try
-    finish(written, tmp_path, keep=2, best=tmp_path / "checkpoint-1")
+    move_into_place(written, tmp_path, keep=2, best=tmp_path / "checkpoint-1")
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-4"]
     assert not (tmp_path / UNFINISHED).exists() and not damage(tmp_path / "checkpoint-4")
-    finish(checkpoint(tmp_path / UNFINISHED, 5, sealed=False), tmp_path, keep=0)
+    move_into_place(checkpoint(tmp_path / UNFINISHED, 5, sealed=False), tmp_path, keep=0)
     assert len(checkpoints(tmp_path)) == 3
 
 

@@ -8,7 +8,7 @@ from train.test_finetune import losses, run
 from train.tiny import tiny_model
 
 import s2ft
-from s2ft.train.loss import CHUNK, IGNORED, ChunkedLoss, chunk_of, chunked_loss, sum_of_losses, why_not
+from s2ft.train.loss import CHUNK, IGNORED, ChunkedLoss, chunk_of, chunked_loss, sum_of_losses, why_not_chunked
 
 # Cases whose loss is not that of a causal language model, or that change their logits
 NOT = {
@@ -39,7 +39,7 @@ def gradients(model, batch, **options):
 def test_loss_and_gradients_are_the_models_own_or_it_is_refused(case, dtype):
     model = model_of(case, dtype)
     batch = batch_of(model)
-    assert NOT.get(case, "") in why_not(model, batch) and bool(why_not(model, batch)) == (case in NOT)
+    assert NOT.get(case, "") in why_not_chunked(model, batch) and bool(why_not_chunked(model, batch)) == (case in NOT)
     if case in NOT or "moe" in case and dtype != torch.float32:  # a rounding sends a token to another expert
         return
     s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2))
@@ -148,15 +148,15 @@ def test_the_model_is_as_it_was_afterwards():
     with pytest.raises(RuntimeError), chunked_loss(model):
         raise RuntimeError
     assert model.loss_function is own and not model._forward_pre_hooks and "forward" not in model.lm_head.__dict__
-    assert why_not(model, {}) == "the model does not use the standard loss of causal language models"
+    assert why_not_chunked(model, {}) == "the model does not use the standard loss of causal language models"
 
 
 def test_a_torch_without_it_and_a_changed_head_are_named(monkeypatch):
     model = tiny_model()
     model.lm_head.forward = lambda x: x
-    assert why_not(model, {}) == "the output layer is a Linear whose forward was replaced"
+    assert why_not_chunked(model, {}) == "the output layer is a Linear whose forward was replaced"
     monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy")
-    assert "has no linear_cross_entropy" in why_not(tiny_model(), {})
+    assert "has no linear_cross_entropy" in why_not_chunked(tiny_model(), {})
 
 
 def test_runs_with_and_without_it_agree_and_the_log_says_where_it_is_off(tmp_path, caplog):
