@@ -64,12 +64,14 @@ def state_routes(service: Service, metrics: Metrics) -> APIRouter:
 
     @router.get("/health")
     async def health() -> Response:
+        """GET /health: whether the server runs, and how many requests run and wait."""
         if not service.engine.alive:
             raise ApiError(503, "not_running", "the server is shutting down")
         return JSONResponse({"status": "ok", "running": service.engine.running, "waiting": service.engine.waiting})
 
     @router.get("/metrics")
     def counters() -> Response:
+        """GET /metrics: the counters for Prometheus."""
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     return router
@@ -81,25 +83,30 @@ def model_routes(service: Service) -> APIRouter:
 
     @router.get("/models")
     def models() -> Response:
+        """GET /v1/models: the base and its adapters."""
         names = [service.base, *service.engine.adapters.names]
         return JSONResponse({"object": "list", "data": [_model(service, name) for name in names]})
 
     @router.get("/models/{name:path}")
     def model(name: str) -> Response:
+        """GET /v1/models/NAME: one model."""
         if name != service.base and name not in service.engine.adapters.names:
             raise errors.unknown_model(name)
         return JSONResponse(_model(service, name))
 
     @router.post("/completions")
     async def completions(request: Request) -> Response:
+        """POST /v1/completions: continue a text."""
         return await _answer(service, request, CompletionRequest, CompletionReply)
 
     @router.post("/chat/completions")
     async def chat(request: Request) -> Response:
+        """POST /v1/chat/completions: answer a chat."""
         return await _answer(service, request, ChatRequest, ChatReply)
 
     @router.post("/load_lora_adapter")
     async def load(request: Request) -> Response:
+        """POST /v1/load_lora_adapter: serve an adapter of the directory under a name."""
         body = parse(LoadRequest, await _json(request, service))
         version = await run_in_threadpool(service.engine.adapters.load, body.lora_name, body.lora_path)
         await _check(service, version)
@@ -107,6 +114,7 @@ def model_routes(service: Service) -> APIRouter:
 
     @router.post("/unload_lora_adapter")
     async def unload(request: Request) -> Response:
+        """POST /v1/unload_lora_adapter: stop serving an adapter."""
         body = parse(UnloadRequest, await _json(request, service))
         await run_in_threadpool(service.engine.adapters.unload, body.lora_name)
         return JSONResponse({"status": "ok", "model": body.lora_name})

@@ -81,11 +81,13 @@ class Server(uvicorn.Server):
         self._engine, self._grace = engine, grace
 
     def handle_exit(self, sig, frame) -> None:
+        """Give the engine its grace period, and shut down."""
         if self._engine.drain_until is None:
             self._engine.drain_until = time.monotonic() + self._grace
         super().handle_exit(sig, frame)
 
     async def startup(self, sockets=None) -> None:
+        """Start, and log the address."""
         await super().startup(sockets)
         if self.started:
             for listener in self.servers:
