@@ -60,7 +60,7 @@ class Engine:
         self.adapters, self.metrics = adapters, metrics
         self.max_batch_size, self.queue_size = max_batch_size, queue_size
         self.max_batch_tokens, self.prefill_tokens = max_batch_tokens, prefill_tokens
-        self.batch = RunningBatch(model, adapters.bank.batch if adapters.bank is not None else None)
+        self.batch: RunningBatch[Job] = RunningBatch(model, adapters.bank.batch if adapters.bank is not None else None)
         self.drain_until: float | None = None  # in time.monotonic(); set by a signal handler, so it has no lock
         self._waiting: deque[Job] = deque()
         self._checks: deque[tuple[Version, Future]] = deque()
@@ -192,7 +192,8 @@ class Engine:
         while self._checks:
             version, future = self._checks.popleft()
             try:
-                future.set_result(self._load([version.bank_name]))
+                self._load([version.bank_name])
+                future.set_result(None)
             except Exception as error:
                 future.set_exception(error)
 

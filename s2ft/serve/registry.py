@@ -114,12 +114,12 @@ class Adapters:
             check_adapter_name(name)
         except ValueError as error:
             raise ApiError(400, "invalid_name", str(error)) from None
-        folder = self._inside(path)
+        folder = _inside(self.directory, path)
         with self._lock:
             if name in self.reserved or self._current(name):
                 raise ApiError(400, "name_taken", f"there is already a model {name!r}: unload it first")
             if stamp_of(folder) is None:  # it may be the output of a run
-                folder = self._inside(f"{path}/{ADAPTER}")
+                folder = _inside(self.directory, f"{path}/{ADAPTER}")
             stamp = stamp_of(folder)
             if stamp is None:
                 raise ApiError(404, "adapter_not_found", f"there is no adapter at {path[:200]!r}: it has no {CONFIG}")
@@ -156,16 +156,16 @@ class Adapters:
             self._retire(version)
             version = None
         if version is None and self.directory is not None and name not in self._unloaded and name not in self.reserved:
-            version = self._add_found(name)
+            version = self._add_found(self.directory, name)
         return version
 
-    def _add_found(self, name: str) -> Version | None:
+    def _add_found(self, directory: Path, name: str) -> Version | None:
         """Add an adapter of the directory, if it has one of this name."""
         try:
             check_adapter_name(name)
-            folder = adapter_named(self.directory, name)
+            folder = adapter_named(directory, name)
             stamp = None if folder is None else stamp_of(folder)
-            return None if stamp is None else self._add(name, folder, stamp)
+            return None if folder is None or stamp is None else self._add(name, folder, stamp)
         except (ValueError, OSError):  # an incomplete adapter, or a name that no file can have
             return None
 
@@ -201,7 +201,7 @@ class Adapters:
         if self.directory is None:
             return
         names = self.names
-        for folder in self._skipped(names):
+        for folder in _skipped(self.directory, names):
             logger.warning("warning: %s is not served: %s", folder, why_skipped(folder))
         if names:
             logger.info("adapters: %s", ", ".join(names))
@@ -217,30 +217,32 @@ class Adapters:
                 CONFIG,
             )
 
-    def _skipped(self, served: Sequence[str]) -> list[Path]:
-        """List the folders of the directory that are not served. Parts of the output of one run are not listed."""
-        if (self.directory / RUN).is_file():
-            return []
-        return [
-            folder
-            for folder in sorted(self.directory.iterdir())
-            if folder.is_dir() and not folder.name.startswith(".") and folder.name not in served
-        ]
 
-    def _inside(self, path: str) -> Path:
-        """Return the folder at a path of a client, which must be inside the directory."""
-        refused = ApiError(
-            400, "invalid_path", "lora_path must be a folder inside the directory of adapters, relative to it"
-        )
-        try:
-            if not path or "\0" in path or Path(path).is_absolute() or ".." in Path(path).parts:
-                raise refused
-            folder = (self.directory / path).resolve()
-        except (OSError, RuntimeError, ValueError):  # circular links, or a name that is too long
-            raise refused from None
-        if self.directory.resolve() not in folder.parents:
+def _inside(directory: Path, path: str) -> Path:
+    """Return the folder at a path of a client, which must be inside the directory."""
+    refused = ApiError(
+        400, "invalid_path", "lora_path must be a folder inside the directory of adapters, relative to it"
+    )
+    try:
+        if not path or "\0" in path or Path(path).is_absolute() or ".." in Path(path).parts:
             raise refused
-        return folder
+        folder = (directory / path).resolve()
+    except (OSError, RuntimeError, ValueError):  # circular links, or a name that is too long
+        raise refused from None
+    if directory.resolve() not in folder.parents:
+        raise refused
+    return folder
+
+
+def _skipped(directory: Path, served: Sequence[str]) -> list[Path]:
+    """List the folders of a directory that are not served. Parts of the output of one run are not listed."""
+    if (directory / RUN).is_file():
+        return []
+    return [
+        folder
+        for folder in sorted(directory.iterdir())
+        if folder.is_dir() and not folder.name.startswith(".") and folder.name not in served
+    ]
 
 
 def why_skipped(folder: Path) -> str:

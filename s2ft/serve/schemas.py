@@ -9,8 +9,8 @@ from s2ft.serve.errors import ApiError
 # fields of OpenAI's API that do not change the answer
 IGNORED_FIELDS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 # unsupported fields: the values that change nothing and are accepted, and the message for any other value
-NOTHING = (None, False, [], {})
-REFUSED = {
+NOTHING: tuple[Any, ...] = (None, False, [], {})
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "n": ((None, 1), "a request has one answer: send it several times, and the answers share a batch"),
     "best_of": ((None, 1), "a request has one answer"),
     "logprobs": ((None, False), "log probabilities are not returned"),
@@ -83,6 +83,16 @@ class Sampled(Strict):
         """Whether a stream ends with the token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
+    @property
+    def requested_tokens(self) -> int | None:
+        """The length that the client asks for, or None."""
+        return self.max_tokens
+
+    @property
+    def default_tokens(self) -> int | None:
+        """The longest answer if the client asks for no length. None is the rest of the context."""
+        return None
+
 
 class CompletionRequest(Sampled):
     """Body of /v1/completions.
@@ -94,13 +104,8 @@ class CompletionRequest(Sampled):
     prompt: str | list[Annotated[int, Field(ge=0)]] | list[str]
 
     @property
-    def requested_tokens(self) -> int | None:
-        """The length that the client asks for, or None."""
-        return self.max_tokens
-
-    @property
     def default_tokens(self) -> int | None:
-        """The longest answer in tokens if the client asks for no length: 16, as in OpenAI's API."""
+        """The longest answer if the client asks for no length: 16 tokens, as in OpenAI's API."""
         return 16
 
 
@@ -145,11 +150,6 @@ class ChatRequest(Sampled):
     def requested_tokens(self) -> int | None:
         """The length that the client asks for, or None."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-    @property
-    def default_tokens(self) -> int | None:
-        """None: the answer can fill the rest of the context."""
-        return None
 
 
 class LoadRequest(Strict):

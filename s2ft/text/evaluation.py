@@ -91,7 +91,7 @@ def evaluate(
         task: "arithmetic" compares the last number of the answer, "commonsense" its first answer word.
         batch_size: Number of prompts that are generated at once.
         max_new_tokens: Longest answer in tokens. A longer one is cut and scored.
-        title: The label of the progress bar.
+        title: The label of the progress bar, which is shown only in a terminal.
 
     Returns:
         The accuracy and a record for each example. Examples whose prompt is too long are counted in `left_out`.
@@ -113,11 +113,11 @@ def evaluate(
     answers = [right_answer(example, task) for example in examples]
     room = (context_length(model) or 1 << 30) - max_new_tokens
     prompts = encode_prompts(tokenizer, examples, room)
-    kept = [number for number, prompt in enumerate(prompts) if prompt is not None]
+    kept = [(number, prompt) for number, prompt in enumerate(prompts) if prompt is not None]
     start = time.perf_counter()
-    texts = generate(model, tokenizer, [prompts[number] for number in kept], batch_size, max_new_tokens, title)
+    texts = generate(model, tokenizer, [prompt for _, prompt in kept], batch_size, max_new_tokens, title)
     records = [
         Record(examples[number].question, text, answers[number], is_right(text, answers[number], task))
-        for number, text in zip(kept, texts)
+        for (number, _), text in zip(kept, texts)
     ]
     return Evaluation(task, records, len(prompts) - len(kept), time.perf_counter() - start)

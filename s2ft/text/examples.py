@@ -1,7 +1,6 @@
 """Read training and test data from JSON or JSON Lines files of instructions, prompts or chats."""
 
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,7 +101,8 @@ def _row_that_fails(text: str) -> int:
     """Return the number of the first row, from 1, of a JSON list that Python cannot read."""
     decoder, at, row = json.JSONDecoder(), text.index("[") + 1, 1
     while True:
-        at = re.compile(r"[\s,]*").match(text, at).end()
+        while text[at].isspace() or text[at] == ",":
+            at += 1
         try:
             _, at = decoder.raw_decode(text, at)
         except (RecursionError, ValueError):

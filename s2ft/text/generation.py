@@ -26,7 +26,7 @@ def generate(
         prompts: Token ids of each prompt.
         batch_size: Number of prompts that are generated at once.
         max_new_tokens: Longest answer in tokens. A longer one is cut.
-        title: The label of the progress bar.
+        title: The label of the progress bar, which is shown only in a terminal.
 
     Returns:
         The answers in the order of the prompts, without special tokens and outer white space.
@@ -49,7 +49,7 @@ def generate(
     )
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     texts = [""] * len(prompts)
-    with generation_mode(model), tqdm(total=len(prompts), desc=title, dynamic_ncols=True) as bar:
+    with generation_mode(model), tqdm(total=len(prompts), desc=title, dynamic_ncols=True, disable=None) as bar:
         for first in range(0, len(order), batch_size):
             numbers = order[first : first + batch_size]
             batch = left_pad([prompts[number] for number in numbers], pad_id(tokenizer))

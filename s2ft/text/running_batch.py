@@ -8,6 +8,7 @@ again, and sequences can join or leave between two steps.
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,7 +36,10 @@ class Row:
         self.failed: str | None = None
 
 
-class RunningBatch:
+R = TypeVar("R", bound=Row)
+
+
+class RunningBatch(Generic[R]):
     """Rows that are generated together, one token a step.
 
     Args:
@@ -55,7 +59,7 @@ class RunningBatch:
 
     def __init__(self, model, mixing: Callable[[list], AbstractContextManager] | None = None) -> None:
         self.model, self.mixing = model, mixing or (lambda names: nullcontext())
-        self.rows: list[Row] = []
+        self.rows: list[R] = []
         self._cache: DynamicCache | None = None
         self._mask: Tensor | None = None  # [rows, columns], 1 for a token, 0 for padding
         accepted = inspect.signature(model.forward).parameters
@@ -66,12 +70,12 @@ class RunningBatch:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def adapters_of(self, rows: Sequence[Row]) -> AbstractContextManager:
+    def adapters_of(self, rows: Sequence[R]) -> AbstractContextManager:
         """Return the context in which each row runs with its adapter."""
         return self.mixing([row.adapter for row in rows])
 
     @torch.inference_mode()
-    def admit(self, rows: Sequence[Row]) -> None:
+    def admit(self, rows: Sequence[R]) -> None:
         """Run the prompts of new rows, choose the first token of each, and add the rows to the batch.
 
         An error leaves the batch unchanged.
@@ -97,7 +101,7 @@ class RunningBatch:
         self._choose(self.rows, self._forward(self.rows, self._cache, last, self._mask, positions))
 
     @torch.inference_mode()
-    def keep(self, rows: Sequence[Row]) -> None:
+    def keep(self, rows: Sequence[R]) -> None:
         """Remove all other rows, and the columns that only they used.
 
         Args:
@@ -121,7 +125,7 @@ class RunningBatch:
         self.rows, self._cache, self._mask = [], None, None
 
     def _forward(
-        self, rows: Sequence[Row], cache: DynamicCache, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor
+        self, rows: Sequence[R], cache: DynamicCache, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor
     ) -> Tensor:
         """Return the logits of the last position, [rows, vocabulary] float32."""
         positions = {"position_ids": position_ids} if self._positions else {}
@@ -136,7 +140,7 @@ class RunningBatch:
             )
         return output.logits[:, -1].float()
 
-    def _choose(self, rows: Sequence[Row], logits: Tensor) -> None:
+    def _choose(self, rows: Sequence[R], logits: Tensor) -> None:
         best, likeliest = logits.max(1)
         for row, top, token, row_logits in zip(rows, best.tolist(), likeliest.tolist(), logits):
             if not abs(top) < float("inf"):

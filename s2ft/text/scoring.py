@@ -74,5 +74,5 @@ def is_right(text: str, answer: str, task: str) -> bool:
     """Whether generated text contains the right answer."""
     if task == "commonsense":
         return first_word(text, answer) == answer
-    number = last_number(text)
-    return number is not None and abs(number - last_number(answer)) <= TOLERANCE
+    number, expected = last_number(text), last_number(answer)
+    return number is not None and expected is not None and abs(number - expected) <= TOLERANCE

@@ -38,7 +38,8 @@ class ChunkedLoss:
         self.head = model.get_output_embeddings()
         self.head_forward = self.head.forward
         self.enabled = False
-        self.trial, self.scale, self.seen = False, 1.0, None  # used by why_not_chunked
+        self.trial, self.scale = False, 1.0  # used by why_not_chunked, as is `seen`
+        self.seen: Tensor | None = None
 
     def before(self, model: nn.Module, arguments: tuple, options: Mapping) -> None:
         """Enable the chunked loss for a forward pass with labels."""

@@ -68,7 +68,7 @@ OPERATIONS = {
     "sub-div": Operation("-", "/", (8, 30), (2, 12), (2, 6)),
 }
 
-TRAIN_TEMPLATES = {
+TRAIN_TEMPLATES: dict[str, tuple[str, ...]] = {
     "add-add": (
         "{n} has {a} {t}. {m} gives {n} {b} more, and then {n} buys another {c}. How many {t} does {n} have now?",
         "There are {a} {t} in a red box, {b} {t} in a blue box and {c} {t} in a green box. How many {t} are there in all?",
@@ -151,7 +151,7 @@ TRAIN_TEMPLATES = {
     ),
 }
 
-HELD_OUT_TEMPLATES = {
+HELD_OUT_TEMPLATES: dict[str, tuple[str, ...]] = {
     "add-add": (
         "A fisherman catches {a} fish in the morning, {b} fish at noon and {c} fish at night. What is the total number of fish he catches?",
         "{n} owns {a} {t}. On a birthday {n} receives {b} {t} from an aunt and {c} {t} from an uncle. How many {t} does {n} own after the birthday?",
