@@ -42,11 +42,11 @@ def score(job: EvalArguments) -> None:
     import torch
 
     import s2ft
+    from s2ft.text.evaluation import evaluate
     from s2ft.text.examples import read_examples
     from s2ft.text.models import dtype_of_base, load_model
-    from s2ft.train.evaluate import evaluate
+    from s2ft.text.scoring import right_answer
     from s2ft.train.output import write_json
-    from s2ft.train.scoring import right_answer
 
     output = Path(job.output) if job.output else None
     if output and output.exists():

@@ -1,4 +1,4 @@
-"""How to train: the command line's training options, one field each."""
+"""The options of a training run. Each field is an option of the command line."""
 
 import math
 from dataclasses import asdict, dataclass, field
@@ -13,7 +13,19 @@ def _option(default: Any, text: str) -> Any:
 
 @dataclass
 class TrainOptions:
-    """Defaults are the paper's where it gives one. Raises: ValueError naming the field."""
+    """How to train. The defaults are those of the S²FT paper, where it gives one.
+
+    The help text of each field describes it, see `s2ft finetune --help`.
+
+    Raises:
+        ValueError: A value is out of range. The message names the field.
+
+    Example:
+        >>> from s2ft.train.options import TrainOptions
+        >>> options = TrainOptions(epochs=2, batch_size=32)
+        >>> options.steps(rows=1000), options.accumulation(devices=2)
+        (64, 2)
+    """
 
     learning_rate: float = _option(
         2e-4, "peak learning rate; the paper takes 2e-4 for commonsense and 1e-3 for arithmetic"
@@ -86,7 +98,14 @@ class TrainOptions:
             raise ValueError(f"autocast must be one of {', '.join(AUTOCAST)}, got {self.autocast!r}")
 
     def accumulation(self, devices: int) -> int:
-        """Forward passes of one update on one device. Raises: ValueError if the sizes don't divide."""
+        """Return the number of forward passes of one update on one device.
+
+        Args:
+            devices: Number of devices.
+
+        Raises:
+            ValueError: `batch_size` is not a multiple of `micro_batch_size` times `devices`.
+        """
         at_once = self.micro_batch_size * devices
         if self.batch_size % at_once:
             raise ValueError(
@@ -96,17 +115,20 @@ class TrainOptions:
         return self.batch_size // at_once
 
     def steps(self, rows: int) -> int:
-        """Updates of the whole run over `rows` rows."""
+        """Return the number of updates of a run over a number of rows."""
         return self.max_steps if self.max_steps > 0 else max(1, math.ceil(-(-rows // self.batch_size) * self.epochs))
 
     def warmup(self, steps: int) -> int:
-        """Steps of warm-up in a run of `steps`: at most a tenth, since a short run would else end before it reaches its
-        learning rate."""
+        """Return the number of warm-up steps in a run of `steps` updates.
+
+        It is at most a tenth of them. Otherwise a short run would end before it reaches its learning rate.
+        """
         return min(self.warmup_steps, steps // 10)
 
     def to_dict(self) -> dict[str, Any]:
+        """The options by name."""
         return asdict(self)
 
 
-# what a resumed run may change
+# options that may differ when a run is resumed
 NOT_PART_OF_A_RUN = ("log_steps", "report_to", "eval_steps", "save_steps", "keep_checkpoints", "stop_after")
