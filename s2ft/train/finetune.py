@@ -309,8 +309,9 @@ def say_length(options: TrainOptions, rows: int) -> None:
     steps = options.steps(rows)
     if options.warmup(steps) < options.warmup_steps:
         logger.info(
-            "the warm-up is %s instead of %d: at most a tenth of the %d steps of the run",
-            f"{options.warmup(steps)} step{'s' * (options.warmup(steps) != 1)}",
+            "warm-up is %d step%s instead of %d: at most a tenth of the run's %d",
+            options.warmup(steps),
+            "" if options.warmup(steps) == 1 else "s",
             options.warmup_steps,
             steps,
         )

@@ -49,7 +49,7 @@ def loss_figure(lines: list[dict], title: str = ""):
         charts[1].yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         charts[1].grid(alpha=0.3)
     charts[-1].set_xlabel("step")
-    charts[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    charts[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
@@ -57,11 +57,11 @@ def loss_figure(lines: list[dict], title: str = ""):
 def _draw_loss(chart, lines: list[dict]) -> list:
     """Draw the loss, its running mean and the evaluations. Returns the lines for the legend."""
     steps, losses = _series(lines, "loss")
-    window = max(3, len(losses) // 20) | 1
+    window = max(3, len(losses) // 10) | 1
     marker = "." if len(losses) <= FEW else None
     drawn = chart.plot(steps, losses, color="tab:blue", alpha=0.35, marker=marker, label="loss")
     if len(losses) > window:
-        label = f"mean of {window} points around"
+        label = f"mean of {window} points, centred"
         drawn += chart.plot(steps, centred_mean(losses, window), color="tab:blue", label=label)
     points = _series(lines, "eval_loss")
     if points[0]:
@@ -79,6 +79,8 @@ def _draw_learning_rate(chart, lines: list[dict]) -> list:
     area = rate.fill_between(*points, color="0.92", label="learning rate")
     rate.set_ylabel("learning rate", color="0.55")
     rate.tick_params(colors="0.55")
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    rate.yaxis.get_offset_text().set_color("0.55")
     rate.set_ylim(bottom=0, top=1.25 * max(points[1], default=1) or 1)
     chart.set_zorder(rate.get_zorder() + 1)
     chart.patch.set_visible(False)  # The chart in front would hide the area.
@@ -90,7 +92,8 @@ def centred_mean(values: list[float], window: int) -> list[float]:
 
     Args:
         values: The values.
-        window: Odd number of points. Near both ends fewer are used, as many before the point as after it.
+        window: Odd number of points. Near the start, where a loss falls steeply, as many points are used before the
+            point as after it. At the end there are fewer points after it.
 
     Returns:
         One mean for each value.
@@ -98,11 +101,11 @@ def centred_mean(values: list[float], window: int) -> list[float]:
     Example:
         >>> from s2ft.train.plot import centred_mean
         >>> centred_mean([1.0, 2.0, 3.0, 10.0], 3)
-        [1.0, 2.0, 5.0, 10.0]
+        [1.0, 2.0, 5.0, 6.5]
     """
     means = []
     for i in range(len(values)):
-        reach = min(window // 2, i, len(values) - 1 - i)
+        reach = min(window // 2, i)
         near = values[i - reach : i + reach + 1]
         means.append(sum(near) / len(near))
     return means
