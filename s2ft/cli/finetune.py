@@ -11,7 +11,6 @@ DATA = "JSON or JSONL files with instruction/input/output, prompt/completion, or
 CALIBRATION = {
     "text": "rows of the data for the selections activation, product and gradient",
     "shown": "1 % of the rows, at least 16",
-    "least": 1,
 }
 DESCRIPTION = """Train an adapter on your data.
 

@@ -74,18 +74,19 @@ class Estimate:
         return f"Training takes {size(self.peak)} at most: {', '.join(self._needs())}. {self._verdict()}"
 
     def lines(self) -> str:
-        """The text of the summary as a list, one line each."""
+        """Return the summary with one line for each kind of memory."""
         needs = "\n".join(f"  {need}" for need in self._needs())
         return f"Training takes {size(self.peak)} at most:\n{needs}\n{self._verdict()}"
 
     def _needs(self) -> list[str]:
+        """Return the kinds of memory and their sizes."""
         inputs = f"{self.batch}" if self.length is None else f"{self.batch} × {self.length} tokens"
         return [
             f"{size(self.parameters + self.buffers)} of parameters",
             f"{size(self.gradients)} of gradients",
             f"{size(self.optimizer)} of optimizer state",
             f"{size(self.kept)} kept for backward (batch of {inputs})",
-            f"and what the {self.peak_in} needs for a moment",
+            f"and the temporary memory of the {self.peak_in}",
         ]
 
     def _verdict(self) -> str:

@@ -13,7 +13,6 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "cosine": {},
     "cosine_with_restarts": {},
     "cosine_with_min_lr": {"min_lr_rate": 0.1},
-    "cosine_warmup_with_min_lr": {"min_lr_rate": 0.1},
     "polynomial": {},
     "inverse_sqrt": {},
     "warmup_stable_decay": {},
