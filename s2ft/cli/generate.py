@@ -83,16 +83,16 @@ def read_prompt(job: GenerateArguments) -> str:
 
     from s2ft.text.examples import check_unicode
 
-    if (job.prompt is None) == (job.prompt_file is None):
+    if job.prompt is not None and job.prompt_file is None:
+        prompt = sys.stdin.read().removesuffix("\n") if job.prompt == "-" else job.prompt
+        check_unicode(prompt, "prompt")  # Bytes of another encoding would fail later, in the tokenizer.
+        return prompt
+    if job.prompt is not None or job.prompt_file is None:
         raise ValueError("give either --prompt or --prompt-file")
-    if job.prompt_file is not None:
-        try:
-            return Path(job.prompt_file).read_text(encoding="utf-8").removesuffix("\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"prompt_file {job.prompt_file} is not UTF-8 text: {error}") from None
-    prompt = sys.stdin.read().removesuffix("\n") if job.prompt == "-" else job.prompt
-    check_unicode(prompt, "prompt")  # Bytes of another encoding would fail later, in the tokenizer.
-    return prompt
+    try:
+        return Path(job.prompt_file).read_text(encoding="utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompt_file {job.prompt_file} is not UTF-8 text: {error}") from None
 
 
 def check(job: GenerateArguments) -> None:

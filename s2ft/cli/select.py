@@ -96,5 +96,5 @@ def _calibration(job: SelectArguments, config, model, tokenizer):
     from s2ft.train.calibration import calibration_for
 
     room = min(job.max_length, context_length(model) or job.max_length)
-    rows = encode_examples(tokenizer, read_examples(job.data), room)
+    rows = encode_examples(tokenizer, read_examples(job.data or []), room)
     return calibration_for(config, tokenizer, rows, job.calibration_examples, job.batch_size)
