@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from s2ft.adapter.adapter import Adapter, check_fits
+from s2ft.adapter.adapter import Adapter, check_fits, model_info
 from s2ft.adapter.formats import native
 from s2ft.adapter.hub import resolve
 from s2ft.adapter.switch import check_free, get_adapter, set_adapter
@@ -18,6 +18,7 @@ from s2ft.attached.hosts.compiled import of_compiled
 from s2ft.attached.mounting import check_memory, claim, mount, release
 from s2ft.attached.record import RECORD, Attachment, attachment_of
 from s2ft.distributed import full_tensors, ranks_sharing, reshard_all, run_on_first_rank
+from s2ft.files.formats import read_adapter_folder
 from s2ft.files.reading import check_adapter_name
 
 
@@ -68,24 +69,12 @@ def _trained(model: nn.Module, record: Attachment) -> dict[str, Tensor]:
     return {**record.slices, **extra.trained_parameters(model, record)}
 
 
-def model_info(model: nn.Module) -> dict[str, Any]:
-    """What an adapter keeps about its base: name, family, and the dtype of the weights, in which base + delta is
-    rounded as it was in training."""
-    config = getattr(model, "config", None)
-    info = {
-        "base_model": getattr(config, "_name_or_path", None) or None,
-        "model_type": getattr(config, "model_type", None),
-    }
-    dtype = getattr(model, "dtype", None)
-    return info if dtype is None else {**info, "base_dtype": str(dtype).removeprefix("torch.")}
-
-
 def read_adapter(adapter: str | os.PathLike) -> Adapter:
     """An adapter's files, checked, from a folder, or from a repository on the hub, "org/name" or "org/name@revision".
 
     Raises: FileNotFoundError, or ValueError that names what is wrong with the files.
     """
-    return native.read(resolve(adapter))
+    return read_adapter_folder(resolve(adapter))
 
 
 @of_compiled

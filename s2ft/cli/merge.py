@@ -16,7 +16,6 @@ class MergeArguments:
 def run(arguments: list[str]) -> None:
     (job,) = parse("merge", "Write a checkpoint that stock transformers loads.", [MergeArguments], arguments)
     quiet_transformers()
-    from s2ft.export.merged import merge_checkpoint
+    from s2ft.export import EXPORTS
 
-    merge_checkpoint(job.model, job.adapter, job.output, job.dtype)
-    print(f"merged checkpoint, loaded again and compared: {job.output}")
+    print(EXPORTS["merged"].run(job.model, job.adapter, job.output, job.dtype))

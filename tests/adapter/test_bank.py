@@ -317,7 +317,7 @@ def test_names_are_no_paths(name, folder, model):
 
 def test_adding_is_checked(folder, model, tmp_path):
     bank = AdapterBank(model, folder)
-    with pytest.raises(FileNotFoundError, match="no S²FT adapter"):
+    with pytest.raises(FileNotFoundError, match="not an S²FT adapter"):
         bank.add("new", tmp_path)
     with pytest.raises(ValueError, match="called 'a' already"):
         bank.add("a", folder / "b")

@@ -344,7 +344,7 @@ SPOILT = {
     "foreign": (dict(tensors=lambda t: t.update({"extra_weights/x": torch.zeros(1)})), "foreign keys"),
     "path up": (
         dict(config=lambda c: c["extra_weights"].update({"../x": {"dtype": "F32", "shape": [1]}})),
-        "is no name of a parameter",
+        "is not the name of a parameter",
     ),
     "unknown": (
         dict(
@@ -519,7 +519,7 @@ def test_banks_and_loras_refuse_them_by_name(tmp_path):
         with bank.batch(["normed"]):
             pass
     with pytest.raises(ValueError, match="model.norm.weight trained whole.*format merged"):
-        lora.write(native.read(folder), model, tmp_path / "lora")
+        lora.write(native.read(folder), tmp_path / "lora", model)
     assert not (tmp_path / "lora").exists()
 
 

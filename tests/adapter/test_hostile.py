@@ -21,7 +21,7 @@ from s2ft import S2FTConfig
 from s2ft.adapter import read_adapter
 from s2ft.adapter.formats import native
 from s2ft.adapter.formats.native import CONFIG, TENSORS
-from s2ft.files.writing import reading
+from s2ft.files import reading
 
 DOWN, QUERY = "model.layers.1.mlp.down_proj", "model.layers.0.self_attn.q_proj"
 
@@ -183,14 +183,14 @@ def given_by_hand(**changes):
 
 HOSTILE = {
     # names
-    "path up": (renamed("../../etc/passwd"), "is no name of a projection"),
-    "absolute path": (renamed("/etc/passwd"), "is no name of a projection"),
-    "empty words": (renamed("model..layers"), "is no name of a projection"),
+    "path up": (renamed("../../etc/passwd"), "is not the name of a projection"),
+    "absolute path": (renamed("/etc/passwd"), "is not the name of a projection"),
+    "empty words": (renamed("model..layers"), "is not the name of a projection"),
     "a dunder that is none of the model's": (renamed("__class__.__init__"), "no projection __class__"),
-    "control characters": (renamed("model\x1b[2J"), r"'model\\x1b\[2J' is no name of a projection"),
-    "lone surrogate": (text(lambda t: t.replace(DOWN, "model.\\ud800")), r"\\ud800' is no name of a projection"),
-    "null character": (renamed("model.\0"), "is no name of a projection"),
-    "long name": (renamed("a" * 10**5), "is no name of a projection"),
+    "control characters": (renamed("model\x1b[2J"), r"'model\\x1b\[2J' is not the name of a projection"),
+    "lone surrogate": (text(lambda t: t.replace(DOWN, "model.\\ud800")), r"\\ud800' is not the name of a projection"),
+    "null character": (renamed("model.\0"), "is not the name of a projection"),
+    "long name": (renamed("a" * 10**5), "is not the name of a projection"),
     "adapter's name up": (rewrite(lambda c: c.update(name="../up")), "word without slashes, got '../up'"),
     "adapter's name hidden": (rewrite(lambda c: c.update(name=".ssh")), "word without slashes"),
     "adapter's name moves the cursor": (rewrite(lambda c: c.update(name="a\x1b[1A")), r"got 'a\\x1b\[1A'"),
@@ -204,8 +204,8 @@ HOSTILE = {
     "projection twice": (text(lambda t: t.replace(f'"{QUERY}"', f'"{DOWN}"')), f"the key '{DOWN}' twice"),
     "deep": (raw(b'{"schema": 2, "info": ' + b"[" * 10**5 + b"]" * 10**5 + b"}"), "is nested too deeply|recursion"),
     "deep objects": (raw(b'{"a":' * 10**5 + b"1" + b"}" * 10**5), "is nested too deeply|recursion"),
-    "NaN": (text(lambda t: t.replace('"schema": 2', '"schema": NaN')), "NaN is no number of JSON"),
-    "infinity": (text(lambda t: t.replace('"info": {', '"info": {"x": -Infinity,')), "-Infinity is no number"),
+    "NaN": (text(lambda t: t.replace('"schema": 2', '"schema": NaN')), "NaN is not a number in JSON"),
+    "infinity": (text(lambda t: t.replace('"info": {', '"info": {"x": -Infinity,')), "-Infinity is not a number"),
     "long number": (text(lambda t: t.replace('"schema": 2', f'"schema": {"9" * 10**5}')), "is not JSON: Exceeds"),
     "huge schema": (text(lambda t: t.replace('"schema": 2', f'"schema": {"9" * 4000}')), "has schema 999"),
     "schema true": (text(lambda t: t.replace('"schema": 2', '"schema": true')), "no schema number"),
@@ -225,7 +225,7 @@ HOSTILE = {
     ),
     "another digest": (text(lambda t: t.replace('"victim"', '"friend"')), "config_sha256 differs"),
     # units
-    "units huge": (entry(units=list(range(10**6))), "units listed are not those that were saved"),
+    "units huge": (entry(units=list(range(10**6))), "units listed are not the ones that were saved"),
     "units of huge numbers": (entry(units=[2**70]), "units in s2ft_config.json must be ascending numbers"),
     "units negative": (entry(units=[-1, 2, 3, 4, 5]), "must be ascending numbers"),
     "units twice": (entry(units=[3, 3, 4, 5, 6]), "must be ascending numbers"),
@@ -252,7 +252,7 @@ HOSTILE = {
     "delta of eight bits": (tensor("delta", lambda t: t.to(torch.float8_e4m3fn)), "has dtype 'F8_E4M3'"),
     "delta NaN": (tensor("delta", lambda t: t * float("nan")), f"{DOWN}.delta is not finite"),
     "delta infinite": (tensor("delta", lambda t: t + float("inf")), f"{DOWN}.delta is not finite"),
-    "delta misshapen": (tensor("delta", lambda t: t[:5]), "asks for dim 1 and shape"),
+    "delta misshapen": (tensor("delta", lambda t: t[:5]), "needs dim 1 and shape"),
     "delta flat": (tensor("delta", lambda t: t.flatten()), "do not fit along dim 1"),
     "delta empty": (tensor("delta", lambda t: t[:0]), "do not fit along dim 1"),
     "foreign tensor": (
@@ -273,13 +273,13 @@ HOSTILE = {
         header(lambda found: json.dumps(found).replace(f"{QUERY}.delta", f"{DOWN}.delta").encode()),
         "delta' twice",
     ),
-    "shape absurd": (shape(24, 2**39), "its header speaks of 52,776"),
+    "shape absurd": (shape(24, 2**39), "its header describes 52,776"),
     "shape of another order": (shape(5, 24), "do not fit along dim 1"),
-    "shape overflows": (shape(2**39, 5, 2**39), "truncated or damaged: its header speaks of"),
-    "shape beyond": (shape(2**70, 5), "has no shape"),
-    "shape negative": (shape(-24, -5), "has no shape"),
-    "shape of fractions": (shape(24.0, 5), "has no shape"),
-    "shape deep": (shape(*[1] * 1000), "has no shape"),
+    "shape overflows": (shape(2**39, 5, 2**39), "truncated or damaged: its header describes"),
+    "shape beyond": (shape(2**70, 5), "has no valid shape"),
+    "shape negative": (shape(-24, -5), "has no valid shape"),
+    "shape of fractions": (shape(24.0, 5), "has no valid shape"),
+    "shape deep": (shape(*[1] * 1000), "has no valid shape"),
     "dtype a list": (header(lambda found: found[f"{DOWN}.delta"].update(dtype=["F32"])), r"has dtype \['F32'\]"),
     "offsets overlap": (
         header(lambda found: found[f"{DOWN}.delta"].update(data_offsets=[0, 480])),
@@ -293,8 +293,8 @@ HOSTILE = {
         header(lambda found: found[f"{DOWN}.delta"].update(data_offsets=[480, 0])),
         "truncated or damaged",
     ),
-    "tensors of a terabyte": (grown(TENSORS, 2**40), "such a file has at most|speaks of"),
-    "something behind": (lambda f: (f / TENSORS).write_bytes((f / TENSORS).read_bytes() + b"#!/bin/sh"), "speaks of"),
+    "tensors of a terabyte": (grown(TENSORS, 2**40), "such a file has at most|describes"),
+    "something behind": (lambda f: (f / TENSORS).write_bytes((f / TENSORS).read_bytes() + b"#!/bin/sh"), "describes"),
     # files
     "pickle": (as_pickle, "s2ft_adapter.bin: such files run code"),
     "pickle under our name": (pickle_named_safetensors, "truncated or damaged"),
@@ -311,8 +311,8 @@ HOSTILE = {
     "couplings of huge units": (given_by_hand(count=2**20, unit=2**20), "couplings can't be read: .* has more than"),
     "couplings of huge strides": (given_by_hand(size=2**62, stride=2**60), "couplings can't be read: .* has more than"),
     "couplings of no module": (given_by_hand(path="__class__"), "no module __class__|another model"),
-    "couplings of a path": (given_by_hand(path="../x"), "is no name of a projection"),
-    "couplings of a list": (given_by_hand(path=["x"]), "is no name of a projection"),
+    "couplings of a path": (given_by_hand(path="../x"), "is not the name of a projection"),
+    "couplings of a list": (given_by_hand(path=["x"]), "is not the name of a projection"),
     "couplings of words": (given_by_hand(count="52"), "couplings can't be read"),
     "couplings of another layout": (given_by_hand(count=26), "expected a weight with 26"),
 }
