@@ -229,7 +229,7 @@ def test_experts_and_convolutions_are_refused(tmp_path):
     with pytest.raises(ValueError, match="2 is a convolution.*export the model merged"):
         export_lora(net, tmp_path / "a")
     assert not (tmp_path / "a").exists()
-    assert list(lora.VLLM_RANKS) == sorted(lora.RANKS)
+    assert list(lora.VLLM_RANKS) == sorted(lora.VLLM_RANKS)
 
 
 def test_another_model_is_refused(tmp_path):
