@@ -37,7 +37,7 @@ def export_lora(
         >>> report = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1), name="math")
         >>> s2ft.export_lora(model, "math-lora")
         >>> from peft import PeftModel
-        >>> peft_model = PeftModel.from_pretrained(s2ft.merge(model), "math-lora")
+        >>> peft_model = PeftModel.from_pretrained(s2ft.detach(model), "math-lora")
     """
     record = attachment_of(model)
     if name is None:
@@ -66,7 +66,7 @@ def import_lora(
     Example:
         >>> report = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
         >>> s2ft.export_lora(model, "lora")
-        >>> base = s2ft.merge(model)
+        >>> base = s2ft.detach(model)
         >>> s2ft.import_lora(base, "lora", "math")
         >>> s2ft.list_adapters(base)
         ['math']

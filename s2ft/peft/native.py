@@ -86,7 +86,7 @@ def from_native(
         >>> from s2ft.peft import from_native
         >>> report = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
         >>> adapter = s2ft.get_adapter(model, "default")
-        >>> s2ft.detach(model)
+        >>> model = s2ft.detach(model)
         >>> peft_model = from_native(model, adapter, "math", task_type="CAUSAL_LM")
         >>> peft_model.active_adapter
         'math'
