@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2ft.attached import extra
+from s2ft.attached import extra_weights
 from s2ft.attached.record import Attachment
 from s2ft.config import S2FTConfig
 from s2ft.model.coupling import Coupling, projections_of
@@ -203,9 +203,9 @@ def sum_deltas(parts: list[tuple[Delta, float]]) -> Delta:
 
 
 def model_info(model: nn.Module) -> dict[str, Any]:
-    """Metadata of a base for `Adapter.info`: its name, its model type, and the dtype of its weights.
+    """Return what an adapter stores about its base in `info`: name, model type, and dtype.
 
-    Base + delta must be rounded in the dtype of training, so the dtype is recorded.
+    The dtype is the one in which base + delta is rounded, so a merge must use it too.
     """
     config = getattr(model, "config", None)
     info = {
@@ -241,7 +241,7 @@ def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:
     other_base = difference(record.fingerprint, adapter.fingerprint)
     if other_base:
         raise ValueError(f"adapter {adapter.name!r} was trained on another base: {other_base}")
-    extra.check_fits(model, record, adapter.name, adapter.extra_weights)
+    extra_weights.check_fits(model, record, adapter.name, adapter.extra_weights)
     for path, delta in adapter.deltas.items():
         _check_whole_units(adapter, known[path], delta)
 

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 
 from s2ft.adapter.adapter import Adapter, check_fits
 from s2ft.adapter.formats import native
-from s2ft.api import new_attachment
 from s2ft.attached.hosts.compiled import unwrapped
-from s2ft.attached.record import RECORD, Attachment
+from s2ft.attached.record import Attachment, find_attachment, new_attachment
 from s2ft.files.adapter_folder import CONFIG, TENSORS, is_folder
 from s2ft.files.reading import check_adapter_name
 from s2ft.layers import S2ColumnLinear, S2QuantizedColumn, S2QuantizedLinear, S2RowLinear, layers_for
@@ -252,7 +251,7 @@ class AdapterBank:
 
     def _base(self, adapter: Adapter) -> "_Base":
         """The model as the adapter's couplings see it: its family's, or those that the adapter has by hand."""
-        attached = self.model.__dict__.get(RECORD)
+        attached = find_attachment(self.model)
         key = None if adapter.couplings is None or attached else tuple(adapter.couplings)
         if key not in self._bases:
             record = attached or new_attachment(self.model, adapter.couplings)
@@ -459,7 +458,7 @@ def _mounted(sites) -> Iterator[None]:
 
 def check_plain(model: nn.Module) -> None:
     """Raises: ValueError for a model whose weights are not those of the base as it was loaded."""
-    record = model.__dict__.get(RECORD)
+    record = find_attachment(model)
     if record is None:
         return
     if record.active:

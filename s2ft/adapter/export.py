@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from s2ft.adapter.store import load_adapter
+from s2ft.adapter.loading import load_adapter
 from s2ft.adapter.switch import get_adapter
 from s2ft.attached.hosts.compiled import of_compiled
 from s2ft.attached.record import attachment_of
@@ -40,9 +40,8 @@ def export_lora(
         >>> peft_model = PeftModel.from_pretrained(s2ft.detach(model), "math-lora")
     """
     record = attachment_of(model)
-    if name is None:
-        name = record.name if record.name is not None else next(iter(record.active), record.names[0])
-    ADAPTER_FORMATS["lora"].write(get_adapter(model, name), directory, model, rank=rank, rank_pattern=rank_pattern)
+    adapter = get_adapter(model, record.default_name if name is None else name)
+    ADAPTER_FORMATS["lora"].write(adapter, directory, model, rank=rank, rank_pattern=rank_pattern)
 
 
 @of_compiled

@@ -8,7 +8,7 @@ from torch import nn
 from s2ft.adapter.folders import adapter_folder
 from s2ft.adapter.formats import native
 from s2ft.adapter.hub import CARD, card_of
-from s2ft.adapter.store import save_adapter
+from s2ft.adapter.saving import save_adapter
 
 
 def push_to_hub(

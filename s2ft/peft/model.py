@@ -12,7 +12,7 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import check_weight, sum_deltas
-from s2ft.attached.mounting import check_gradients_pass
+from s2ft.attached.checks import check_gradients_pass
 from s2ft.model.weights import allow_packing, layers_that_pack, stop_packing
 from s2ft.peft.config import S2FTPeftConfig
 from s2ft.peft.layer import BASE, S2FTPeftLayer

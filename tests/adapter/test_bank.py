@@ -16,7 +16,7 @@ from s2ft import S2FTConfig
 from s2ft.adapter import Adapter, read_adapter
 from s2ft.adapter.bank import AdapterBank
 from s2ft.adapter.formats import native
-from s2ft.api import new_attachment
+from s2ft.attached.record import new_attachment
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.delta import Delta
 from s2ft.model.weights import shape_of
@@ -372,8 +372,8 @@ def test_what_is_loaded_is_not_read_again(folder, model, monkeypatch):
 
 
 def test_the_base_is_looked_at_once(folder, model, monkeypatch):
-    looks, look = [], s2ft.api.fingerprint
-    monkeypatch.setattr(s2ft.api, "fingerprint", lambda *args: (looks.append(1), look(*args))[1])
+    looks, look = [], s2ft.attached.record.fingerprint
+    monkeypatch.setattr(s2ft.attached.record, "fingerprint", lambda *args: (looks.append(1), look(*args))[1])
     bank = AdapterBank(model, folder)
     for name in "abcde":
         enter(bank, name)

@@ -22,10 +22,12 @@ from transformers import (
 )
 
 import s2ft
-from s2ft import S2FTConfig, extra
+from s2ft import S2FTConfig
 from s2ft.adapter.formats import lora, native
 from s2ft.adapter.pretrained import INDEX
+from s2ft.attached import extra_weights
 from s2ft.attached.mounting import before_forward, before_load
+from s2ft.attached.record import attachment_of, find_attachment
 from s2ft.files.adapter_folder import CONFIG, TENSORS
 
 HEAD = ("classifier.weight", "classifier.bias")
@@ -140,7 +142,7 @@ def test_evaluation_records_nothing():
     model(input_ids=IDS)
     with torch.no_grad():
         model.train()(input_ids=IDS)
-    assert model._s2ft.extra.base == {}
+    assert attachment_of(model).extra.base == {}
 
 
 class Interrupt(BaseException):
@@ -153,7 +155,7 @@ def interrupted(call, line):
 
     def trace(frame, event, _):
         nonlocal lines
-        if frame.f_code.co_filename != extra.__file__:
+        if frame.f_code.co_filename != extra_weights.__file__:
             return None
         if event == "line":
             lines += 1
@@ -373,7 +375,7 @@ def test_hostile_files_are_refused_before_a_weight_moves(case, saved, tmp_path):
     model = classifier()
     with pytest.raises(ValueError, match=message):
         s2ft.load_adapter(model, folder, trainable=True)
-    assert "_s2ft" not in model.__dict__
+    assert find_attachment(model) is None
     assert_states(state_of(model), BASE)
 
 
@@ -545,7 +547,7 @@ def test_modules_that_cannot_be_meant_are_refused_before_anything_changes(module
     for call in (s2ft.attach, s2ft.plan):
         with pytest.raises(ValueError, match=message):
             call(model, config)
-    assert "_s2ft" not in model.__dict__ and all(p.requires_grad for p in model.parameters())
+    assert find_attachment(model) is None and all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("value", ("classifier", [], [""], [1], 5))

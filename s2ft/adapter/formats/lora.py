@@ -19,8 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import Adapter, check_fits, model_info
-from s2ft.api import new_attachment
-from s2ft.attached.record import RECORD, Attachment
+from s2ft.attached.record import Attachment, find_attachment, new_attachment
 from s2ft.config import S2FTConfig
 from s2ft.files.reading import FLOATS, check_adapter_name, check_finite, open_file, read_json, read_tensors, shortened
 from s2ft.files.writing import replace_file
@@ -121,7 +120,7 @@ def _required(model: nn.Module | None, folder) -> nn.Module:
 
 def _record(model: nn.Module, couplings: Sequence[Coupling] | None = None) -> Attachment:
     """The record of the model, or a temporary one for a model without adapters."""
-    return model.__dict__[RECORD] if RECORD in model.__dict__ else new_attachment(model, couplings)
+    return find_attachment(model) or new_attachment(model, couplings)
 
 
 def _sides(adapter: Adapter, model: nn.Module, record: Attachment) -> dict[str, Sides]:
@@ -271,7 +270,6 @@ def read(
     config = _checked_config(read_json(config_path), config_path)
     tensors, _ = read_tensors(tensors_path, lambda entries: _check_entries(entries, tensors_path))
     record = _record(model, couplings)
-    given = record.couplings if record.given else None
     projections: dict[str, list[Projection]] = {}  # by module
     for projection in projections_of(record.couplings):
         projections.setdefault(projection.path, []).append(projection)
@@ -296,7 +294,7 @@ def read(
         record.fingerprint,
         deltas,
         {key: value for key, value in info.items() if isinstance(value, str)},
-        given,
+        record.custom_couplings,
     )
 
 
