@@ -493,7 +493,7 @@ def test_batches_do_not_nest(folder, model):
     with torch.no_grad(), bank.batch(["a", "b"]):
         before = output_of(model)
         for another in (bank, other):
-            with pytest.raises(RuntimeError, match="one at a time"):
+            with pytest.raises(RuntimeError, match="one batch at a time"):
                 enter(another, "c")
         assert torch.equal(output_of(model), before)
     enter(other, "c")
