@@ -2,7 +2,7 @@
 
 import argparse
 
-from s2ft.cli.parse import Help, quiet_transformers
+from s2ft.cli.parse import ADAPTER, BASE, Help, Parser, quiet_transformers
 from s2ft.export import EXPORTS, IMPORTS
 from s2ft.packages import check_packages
 
@@ -13,9 +13,7 @@ DESCRIPTION = """Write an adapter for other tools, read it again and compare.
 
 With --from-lora, convert in the other direction: a LoRA that has the structure of S²FT becomes an adapter."""
 
-
-class Lines(Help, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of the description."""
+EXAMPLE = "  s2ft export my-run --model meta-llama/Llama-3.2-1B --format lora --output my-lora"
 
 
 def run(arguments: list[str]) -> None:
@@ -31,21 +29,17 @@ def run(arguments: list[str]) -> None:
         print(EXPORTS[job["format"] or DEFAULT].run(job["model"], job["adapter"], job["output"], job["dtype"], **given))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     formats = "\n".join(f"{name:<9}{export.summary}" for name, export in EXPORTS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="s2ft export",
         description=DESCRIPTION.format(formats=formats),
-        formatter_class=Lines,
+        formatter_class=Help,
         allow_abbrev=False,
-        epilog="example: s2ft export runs/math --model BASE --format merged --output math-merged",
+        epilog=f"example:\n{EXAMPLE}",
     )
-    parser.add_argument(
-        "adapter", nargs="?", metavar="ADAPTER", help="an adapter folder, or the output folder of s2ft finetune"
-    )
-    parser.add_argument(
-        "--model", required=True, help="the adapter's base: a checkpoint folder, a name on the hub, or a .gguf file"
-    )
+    parser.add_argument("adapter", nargs="?", metavar="ADAPTER", help=ADAPTER)
+    parser.add_argument("--model", required=True, help=BASE)
     parser.add_argument("--format", choices=tuple(EXPORTS), help=f"the format to write; default: {DEFAULT}")
     for name in IMPORTS:
         parser.add_argument(f"--from-{name}", metavar="DIR", help=f"a folder of format {name} to convert to an adapter")

@@ -368,7 +368,7 @@ def test_info_says_everything(work, capsys):
         f"{adapter.parameters:,} parameters, {size:,} bytes",
         "10 projections",
         "float32",
-        f"twice the bytes, {8 * adapter.parameters:,}",
+        f"as a LoRA about {8 * adapter.parameters:,} bytes",
         "trained on: 2 layers in float32",
         adapter.selection.digest,
         "model_type: llama",
