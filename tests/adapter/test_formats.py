@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,8 @@ from s2ft.adapter.export import export_lora, import_lora
 from s2ft.adapter.formats import lora, native
 from s2ft.adapter.push import push_to_hub
 from s2ft.adapter.switch import get_adapter
+from s2ft.export import EXPORTS, IMPORTS
+from s2ft.files.formats import ADAPTER_FORMATS, AdapterFormat
 
 RATIOS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}
 FAMILIES = (
@@ -404,6 +407,38 @@ def test_a_pickled_lora_is_not_read(tmp_path):
     (tmp_path / lora.TENSORS).rename(tmp_path / "adapter_model.bin")
     with pytest.raises(FileNotFoundError, match="adapter_model.bin: such files run code"):
         lora.read(tmp_path, model_of("llama"))
+
+
+# ---- the tables of formats -----------------------------------------------------------------------------
+
+
+def test_a_format_is_one_module_and_one_row(tmp_path, monkeypatch):
+    class Nested:
+        """The native format in a folder inside the folder."""
+
+        matches = staticmethod(lambda folder: (folder / "inside").is_dir())
+        read = staticmethod(lambda folder, model=None, name=None: native.read(folder / "inside", model, name))
+
+    monkeypatch.setitem(sys.modules, "nested", Nested)
+    monkeypatch.setitem(ADAPTER_FORMATS, "nested", AdapterFormat("native, one folder deeper", "nested"))
+    native.write(read_adapter(GOLDEN / "schema-2"), tmp_path / "inside")
+    assert_equal_deltas(read_adapter(tmp_path), read_adapter(GOLDEN / "schema-2"))
+    with pytest.raises(FileNotFoundError, match="is not an S²FT adapter"):
+        read_adapter(tmp_path.parent)
+
+
+def test_every_row_has_the_functions_of_its_module():
+    for known in ADAPTER_FORMATS.values():
+        assert all(callable(function) for function in (known.matches, known.read, known.write, known.describe))
+    assert IMPORTS == [name for name in ADAPTER_FORMATS if name != "native"]
+    assert set(IMPORTS) < set(EXPORTS) and all(callable(export.run) for export in EXPORTS.values())
+
+
+def test_a_lora_folder_is_no_adapter_without_its_model(tmp_path):
+    model = trained("llama", steps=1)
+    export_lora(model, tmp_path)
+    with pytest.raises(ValueError, match="is a LoRA.*use s2ft.import_lora"):
+        read_adapter(tmp_path)
 
 
 # ---- the hub -------------------------------------------------------------------------------------------

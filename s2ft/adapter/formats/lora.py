@@ -112,8 +112,8 @@ def write(
 def _required(model: nn.Module | None, folder) -> nn.Module:
     if model is None:
         raise ValueError(
-            f"{folder}: a LoRA does not name the units of its base: give the base model, by s2ft.import_lora or "
-            "s2ft export --from-lora"
+            f"{folder} is a LoRA, which is read and written together with its base model: use s2ft.import_lora, "
+            "s2ft.export_lora or s2ft export"
         )
     return model
 
