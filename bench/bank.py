@@ -25,7 +25,7 @@ import s2ft
 from s2ft.adapter import Adapter
 from s2ft.adapter.bank import AdapterBank
 from s2ft.adapter.formats import native
-from s2ft.api import new_attachment
+from s2ft.attached.record import new_attachment
 from s2ft.model.coupling import projections_of
 from s2ft.model.delta import Delta
 from s2ft.model.weights import shape_of

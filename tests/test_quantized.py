@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 import s2ft
 from s2ft import Coupling, Projection, S2FTConfig
 from s2ft.attached.active import mounted_deltas
-from s2ft.attached.record import RECORD, attachment_of
+from s2ft.attached.record import attachment_of, find_attachment
 from s2ft.layers import NO_FUSE
 from s2ft.model.weights import dequantized, is_quantized
 
@@ -161,7 +161,7 @@ def kept(model):
 
 
 def assert_untouched(model, before):
-    assert RECORD not in model.__dict__ and not any("forward" in module.__dict__ for module in model.modules())
+    assert find_attachment(model) is None and not any("forward" in module.__dict__ for module in model.modules())
     assert before[1] == {name: p.requires_grad for name, p in model.named_parameters()}
     assert not any(module.training for module in model.modules())
     assert_same_contents(contents(model), before[0])
@@ -268,7 +268,7 @@ def test_weights_that_pass_no_gradient_are_refused(config):
     torchao.quantize_(model, getattr(torchao, config)(), lambda module, path: path.endswith("1.self_attn.o_proj"))
     with pytest.raises(ValueError, match="layers.1.self_attn.o_proj .* passes no gradient .* weights only"):
         s2ft.attach(model, S2FTConfig(d_ratio=0.1, layout="indexed"))
-    assert RECORD not in model.__dict__ and not any(m.training for m in model.modules())
+    assert find_attachment(model) is None and not any(m.training for m in model.modules())
 
 
 def test_eight_bit_layers_whose_weights_train_are_no_base():
@@ -389,7 +389,7 @@ def test_another_base_is_refused(kind, tmp_path):
     for other in (quantized(kind, seed=1), plain(seed=1)):
         with pytest.raises(ValueError, match="trained on another base: 2 of 2 layers differ"):
             s2ft.load_adapter(other, tmp_path, trainable=True)
-        assert RECORD not in other.__dict__
+        assert find_attachment(other) is None
 
 
 def test_adapters_go_from_kind_to_kind(tmp_path):
@@ -517,7 +517,7 @@ def test_verify_finds_a_wrong_coupling_beside_a_quantized_one():
     ]
     with pytest.raises(ValueError, match="is not one: with its 8 units"):
         s2ft.attach(model, S2FTConfig(d_ratio=0.5, layout="indexed"), couplings=made, example=torch.randn(4, 16))
-    assert RECORD not in model.__dict__
+    assert find_attachment(model) is None
     s2ft.attach(model, S2FTConfig(d_ratio=0.5, layout="indexed"), couplings=made[:1], example=torch.randn(4, 16))
 
 
@@ -804,7 +804,7 @@ def test_meta_weights_are_refused(layout):
     model = model_of("llama").to("meta")
     with pytest.raises(ValueError, match="is on the meta device: load its weights first"):
         s2ft.attach(model, S2FTConfig(d_ratio=0.1, layout=layout))
-    assert RECORD not in model.__dict__ and all(p.requires_grad for p in model.parameters())
+    assert find_attachment(model) is None and all(p.requires_grad for p in model.parameters())
 
 
 def test_four_bits_that_are_not_quantized_yet_are_refused():
@@ -829,7 +829,7 @@ def attach_sharded(rank, port):
     for layout in ("permuted", "indexed"):
         with pytest.raises(ValueError, match="is sharded .*attach .*first, then shard"):
             s2ft.attach(model, S2FTConfig(d_ratio=0.1, layout=layout))
-        assert RECORD not in model.__dict__ and all(p.requires_grad for p in model.parameters())
+        assert find_attachment(model) is None and all(p.requires_grad for p in model.parameters())
     dist.destroy_process_group()
 
 

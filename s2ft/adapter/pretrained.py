@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from s2ft.adapter.formats import native
 from s2ft.adapter.hub import write_card
-from s2ft.adapter.store import save_adapter
-from s2ft.attached import extra
+from s2ft.adapter.saving import save_adapter
+from s2ft.attached import extra_weights
 from s2ft.attached.active import set_mounted_deltas
+from s2ft.attached.hosts.attributes import keep_attributes, restore_attributes
 from s2ft.attached.hosts.checkpointing import remove_hooks
-from s2ft.attached.mounting import EXTENSIONS
-from s2ft.attached.record import RECORD, Attachment, attachment_of
+from s2ft.attached.record import Attachment, HostHooks, attachment_of
 from s2ft.attached.report import print_trainable_parameters
 from s2ft.distributed import reshard_all
 from s2ft.files.reading import read_json
@@ -56,7 +56,7 @@ def save_pretrained(
     save_adapter(self, directory, attachment_of(self).name, state=state_dict)
     write_card(native.read(directory), directory)
     record = attachment_of(self)
-    layers = dict.fromkeys([*record.slices, *extra.trained_parameters(self, record)], native.TENSORS)
+    layers = dict.fromkeys([*record.slices, *extra_weights.trained_parameters(self, record)], native.TENSORS)
     replace_file(
         directory / INDEX, json.dumps({"metadata": {"format": "s2ft"}, "weight_map": layers}, indent=1).encode()
     )
@@ -88,7 +88,7 @@ def _is_ours(index: Path) -> bool:
     return isinstance(metadata, dict) and metadata.get("format") == "s2ft"
 
 
-def _take_deltas(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def _load_deltas(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Before load_state_dict: the tensors of an adapter's file go into the trainable layers, after checks.
 
     Raises: ValueError where they are another selection's, nothing changed.
@@ -109,23 +109,23 @@ def _take_deltas(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: An
         )
     deltas = {name: _delta(record, name, state, prefix + name) for name in found}
     values = {key.removeprefix(marked): value for key, value in state.items() if key.startswith(marked)}
-    extra.check_same(model, record, values)
-    extra.check_fits(model, record, record.name, values)
+    extra_weights.check_same(model, record, values)
+    extra_weights.check_fits(model, record, record.name, values)
     reshard_all(model)
     set_mounted_deltas(record, deltas)
-    extra.set_trained(model, record, values)
+    extra_weights.set_trained(model, record, values)
     for name in found:
         del state[f"{prefix}{name}.delta"], state[f"{prefix}{name}.index"]
     for name in values:
         del state[marked + name]
-    _ignore_the_base(model, values)
+    _ignore_base_weights(model, values)
 
 
-def _ignore_the_base(model: nn.Module, extra_weights: Iterable[str]) -> None:
+def _ignore_base_weights(model: nn.Module, extra_names: Iterable[str]) -> None:
     """Trainer warns of every weight that a checkpoint lacks, but for the ones that a model says it does not save."""
     model._keys_to_ignore_on_save = set(model.state_dict(keep_vars=True)) - {
         *attachment_of(model).slices,
-        *extra_weights,
+        *extra_names,
     }
 
 
@@ -141,28 +141,22 @@ def _delta(record: Attachment, name: str, state: dict[str, Tensor], key: str) ->
     return Delta(mount.layer.dim, part.elements, values)
 
 
-def _come(model: nn.Module) -> None:
+def _add_to_host(model: nn.Module, record: Attachment) -> None:
+    """Give a model of transformers the functions that save and load its trainable adapter."""
     if not hasattr(type(model), "save_pretrained"):
         return
-    record = attachment_of(model)
-    record.host = {name: model.__dict__[name] for name in ATTRIBUTES if name in model.__dict__}
+    keep_attributes(model, record, ATTRIBUTES)
     # partial objects: torch.load could not make bound methods of a model that it is still loading
     model.save_pretrained = partial(save_pretrained, model)
     model.print_trainable_parameters = partial(print_trainable_parameters, model)
-    _ignore_the_base(model, ())
-    model.register_load_state_dict_pre_hook(_take_deltas)
+    _ignore_base_weights(model, ())
+    model.register_load_state_dict_pre_hook(_load_deltas)
 
 
-def _go(model: nn.Module) -> None:
-    remove_hooks(model._load_state_dict_pre_hooks, lambda wrapped: wrapped.hook is _take_deltas)
-    record = model.__dict__.get(RECORD)  # where an interrupt came before anything, there is none
-    if record is None or record.host is None:
-        return
-    for name in ATTRIBUTES:
-        if name in record.host:
-            model.__dict__[name] = record.host[name]
-        else:
-            model.__dict__.pop(name, None)
+def _remove_from_host(model: nn.Module, record: Attachment) -> None:
+    """Undo :func:`_add_to_host`, whether all, some or none of it was done."""
+    remove_hooks(model._load_state_dict_pre_hooks, lambda wrapped: wrapped.hook is _load_deltas)
+    restore_attributes(model, record, ATTRIBUTES)
 
 
-EXTENSIONS.append((_come, _go))
+HOST_HOOKS = HostHooks(_add_to_host, _remove_from_host)  # for new_attachment

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from s2ft.attached.extra import names_of_modules, trained_parameters
-from s2ft.attached.heads import fresh_heads
+from s2ft.attached.extra_weights import names_of_modules, trained_parameters
+from s2ft.attached.fresh_heads import fresh_heads
 from s2ft.attached.hosts.compiled import of_compiled
 from s2ft.attached.record import attachment_of
 from s2ft.config import S2FTConfig

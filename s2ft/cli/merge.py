@@ -29,7 +29,6 @@ def run(arguments: list[str]) -> None:
         EXAMPLE,
     )
     quiet_transformers()
-    from s2ft.export.merged import merge_checkpoint
+    from s2ft.export import EXPORTS
 
-    merge_checkpoint(job.model, job.adapter, job.output, job.dtype)
-    print(f"merged checkpoint, loaded again and compared: {job.output}")
+    print(EXPORTS["merged"].run(job.model, job.adapter, job.output, job.dtype))

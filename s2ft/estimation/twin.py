@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from s2ft.attached.mounting import claim, mount
-from s2ft.attached.record import RECORD, Attachment
+from s2ft.attached.record import Attachment, check_unattached
 from s2ft.config import S2FTConfig
 from s2ft.distributed import is_sharded
 from s2ft.model.coupling import Coupling
@@ -26,8 +26,7 @@ def twin_of(
 ) -> tuple[nn.Module, Attachment]:
     """A copy on the meta device with trainable layers in place, and its record. Quantized weights are shared, for their
     layers ask them what they are."""
-    if RECORD in model.__dict__:
-        raise ValueError(f"{type(model).__name__} has an S²FT adapter already: detach or merge it first")
+    check_unattached(model)
     wanted = _wanted_dtypes(model, dtype)
     memo: dict[int, Any] = {}  # what deepcopy finds here it does not copy
     for path, module in model.named_modules():
@@ -45,7 +44,7 @@ def twin_of(
                 )
     twin = copy.deepcopy(model, memo)
     found = couplings_of(twin, couplings)
-    record = Attachment(found, {"layers": {}}, {}, given=couplings is not None)  # of no base: nothing is compared
+    record = Attachment(found, {"layers": {}}, {}, is_custom=couplings is not None)  # of no base: nothing is compared
     plain = (
         config
         if config.units is not None

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import s2ft
-from s2ft.adapter.store import gathered
+from s2ft.adapter.saving import gathered
 from s2ft.attached.record import attachment_of
 from s2ft.distributed import check_all_ranks_agree
 from s2ft.packages import check_packages

@@ -18,7 +18,7 @@ from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from s2ft.adapter import restore_adapter
-from s2ft.adapter.store import gathered
+from s2ft.adapter.saving import gathered
 from s2ft.attached.record import attachment_of
 from s2ft.train.checkpoints import UNFINISHED, damage, finish, last_whole
 

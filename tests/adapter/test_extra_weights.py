@@ -25,8 +25,9 @@ import s2ft
 from s2ft import S2FTConfig
 from s2ft.adapter.formats import lora, native
 from s2ft.adapter.pretrained import INDEX
-from s2ft.attached import extra
+from s2ft.attached import extra_weights
 from s2ft.attached.mounting import before_forward, before_load
+from s2ft.attached.record import attachment_of, find_attachment
 from s2ft.files.adapter_folder import CONFIG, TENSORS
 
 HEAD = ("classifier.weight", "classifier.bias")
@@ -141,7 +142,7 @@ def test_evaluation_records_nothing():
     model(input_ids=IDS)
     with torch.no_grad():
         model.train()(input_ids=IDS)
-    assert model._s2ft.extra.base == {}
+    assert attachment_of(model).extra.base == {}
 
 
 class Interrupt(BaseException):
@@ -154,7 +155,7 @@ def interrupted(call, line):
 
     def trace(frame, event, _):
         nonlocal lines
-        if frame.f_code.co_filename != extra.__file__:
+        if frame.f_code.co_filename != extra_weights.__file__:
             return None
         if event == "line":
             lines += 1
@@ -345,7 +346,7 @@ SPOILT = {
     "foreign": (dict(tensors=lambda t: t.update({"extra_weights/x": torch.zeros(1)})), "foreign keys"),
     "path up": (
         dict(config=lambda c: c["extra_weights"].update({"../x": {"dtype": "F32", "shape": [1]}})),
-        "is no name of a parameter",
+        "is not the name of a parameter",
     ),
     "unknown": (
         dict(
@@ -374,7 +375,7 @@ def test_hostile_files_are_refused_before_a_weight_moves(case, saved, tmp_path):
     model = classifier()
     with pytest.raises(ValueError, match=message):
         s2ft.load_adapter(model, folder, trainable=True)
-    assert "_s2ft" not in model.__dict__
+    assert find_attachment(model) is None
     assert_states(state_of(model), BASE)
 
 
@@ -520,7 +521,7 @@ def test_banks_and_loras_refuse_them_by_name(tmp_path):
         with bank.batch(["normed"]):
             pass
     with pytest.raises(ValueError, match="model.norm.weight trained whole.*format merged"):
-        lora.write(native.read(folder), model, tmp_path / "lora")
+        lora.write(native.read(folder), tmp_path / "lora", model)
     assert not (tmp_path / "lora").exists()
 
 
@@ -546,7 +547,7 @@ def test_modules_that_cannot_be_meant_are_refused_before_anything_changes(module
     for call in (s2ft.attach, s2ft.plan):
         with pytest.raises(ValueError, match=message):
             call(model, config)
-    assert "_s2ft" not in model.__dict__ and all(p.requires_grad for p in model.parameters())
+    assert find_attachment(model) is None and all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("value", ("classifier", [], [""], [1], 5))

@@ -10,6 +10,7 @@ from runs import attached, check_same_files, files, logits, sharded, train
 from support.models import model_of
 
 import s2ft
+from s2ft.attached.record import attachment_of
 
 WAYS = {
     "blocks": {},
@@ -246,7 +247,7 @@ def test_what_would_change_layers_is_refused_and_changes_nothing(ranks, alone, t
 
 def whole_weights_alive(rank, case):
     model = attached(case)
-    layers = {path: mount.layer for path, mount in model._s2ft.mounts.items()}
+    layers = {path: mount.layer for path, mount in attachment_of(model).mounts.items()}
     whole = {path: weakref.ref(layer.weight.untyped_storage()) for path, layer in layers.items()}
     sharded(model)
     gc.collect()
@@ -282,7 +283,7 @@ def with_deltas():
     """Of about 0.1 in float32, on a base in bfloat16."""
     model, generator = attached("llama", dtype=torch.bfloat16), torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for mount in model._s2ft.mounts.values():
+        for mount in attachment_of(model).mounts.values():
             mount.layer.s2.uniform_(0.08, 0.12, generator=generator)
     return model
 
@@ -339,7 +340,7 @@ def switch_extra_weights(rank, folder, unfrozen):
     same.append(torch.equal(head(), trained))
     s2ft.save_adapter(model, folder)
     s2ft.adapter.restore_adapter(model, folder)
-    gathered = s2ft.adapter.store.gathered(model)["lm_head.weight"]
+    gathered = s2ft.adapter.saving.gathered(model)["lm_head.weight"]
     return [*same, torch.equal(head(), trained), torch.equal(gathered, trained)]
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.attached.hosts.checkpointing import remove_hooks
-from s2ft.attached.record import RECORD, Attachment
+from s2ft.attached.record import Attachment, find_attachment
 from s2ft.distributed import is_sharded
 from s2ft.layers.base import at_rest
 from s2ft.model.permutation import MovingTensor, inverse, moving_tensors
@@ -84,7 +84,7 @@ def _tensors(model: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _put_in_order(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    record = model.__dict__.get(RECORD)
+    record = find_attachment(model)
     if record is None or not (record.moves or record.mounts):
         return
     order, copies = _BaseOrder(model, record), {}
@@ -107,7 +107,7 @@ def _check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any
     Raises:
         ValueError: they are not; nothing has changed.
     """
-    record = model.__dict__.get(RECORD)
+    record = find_attachment(model)
     if record is None:
         return
     order, frozen, same = _BaseOrder(model, record), _coupled(model, record), {}

@@ -6,12 +6,11 @@ writing a recorded value twice changes nothing: an interrupt at any moment leave
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from s2ft.attached.record import Attachment
 from s2ft.distributed import full_tensors, has_master_copy, is_partitioned, is_sharded, write_units
 from s2ft.model.coupling import Coupling, projections_of
 
@@ -19,27 +18,6 @@ UNFROZEN = (
     "s2ft gives it no gradient while its units are trained as slices: set its requires_grad to False and train "
     "more units instead (the ratios of S2FTConfig), or s2ft.detach the model first"
 )
-
-
-@dataclass
-class ExtraWeights:
-    """Values that a record keeps, by the parameter's name in the model, each of the parameter's shape.
-
-    base: Values before the trainable adapter's training.
-    trained: Trained values while the parameters hold the base; None while the parameters hold the trained values.
-    overwritten: Base values of the parameters that active loaded adapters have overwritten.
-    """
-
-    base: dict[str, Tensor] = field(default_factory=dict)
-    trained: dict[str, Tensor] | None = None
-    overwritten: dict[str, Tensor] = field(default_factory=dict)
-
-    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Cast or move the values as the model is."""
-        self.base = {name: function(value) for name, value in self.base.items()}
-        self.overwritten = {name: function(value) for name, value in self.overwritten.items()}
-        if self.trained is not None:
-            self.trained = {name: function(value) for name, value in self.trained.items()}
 
 
 # ---- which weights these are ---------------------------------------------------------------------------
@@ -83,7 +61,7 @@ def coupled_names(couplings: list[Coupling]) -> set[str]:
     }
 
 
-def trained_parameters(model: nn.Module, record: Any) -> dict[str, nn.Parameter]:
+def trained_parameters(model: nn.Module, record: Attachment) -> dict[str, nn.Parameter]:
     """The extra weights of the trainable adapter, by name: those recorded already and those that were unfrozen."""
     if record.name is None:
         return {}
@@ -100,7 +78,9 @@ def trained_parameters(model: nn.Module, record: Any) -> dict[str, nn.Parameter]
 # ---- recording what was there before training ----------------------------------------------------------
 
 
-def start(model: nn.Module, record: Any, names: Iterable[str], before_forward: Callable, before_load: Callable) -> None:
+def start(
+    model: nn.Module, record: Attachment, names: Iterable[str], before_forward: Callable, before_load: Callable
+) -> None:
     """Unfreeze parameters whose value is kept, and have hooks called that keep those of parameters unfrozen later.
 
     Args:
@@ -123,7 +103,7 @@ def remove_hooks_of(model: nn.Module, before_forward: Callable, before_load: Cal
             hooks.pop(key, None)
 
 
-def unfreeze(model: nn.Module, record: Any, names: Iterable[str]) -> None:
+def unfreeze(model: nn.Module, record: Attachment, names: Iterable[str]) -> None:
     """Let parameters train, after their values were kept."""
     parameters = dict(model.named_parameters())
     chosen = {name: parameters[name] for name in names}
@@ -132,7 +112,7 @@ def unfreeze(model: nn.Module, record: Any, names: Iterable[str]) -> None:
         parameter.requires_grad_(True)
 
 
-def watch(model: nn.Module, record: Any) -> None:
+def watch(model: nn.Module, record: Attachment) -> None:
     """Before a training forward: keep the values of parameters that were unfrozen by hand.
 
     Raises:
@@ -171,12 +151,12 @@ def _trains_more(model: nn.Module, known: set[int]) -> bool:
     return False
 
 
-def keep_unfrozen(model: nn.Module, record: Any) -> None:
+def keep_unfrozen(model: nn.Module, record: Attachment) -> None:
     """Keep the values of parameters that were unfrozen by hand, before something else than training changes them."""
     _keep(record, trained_parameters(model, record))
 
 
-def _keep(record: Any, parameters: Mapping[str, Tensor]) -> None:
+def _keep(record: Attachment, parameters: Mapping[str, Tensor]) -> None:
     new = {name: parameter for name, parameter in parameters.items() if name not in record.extra.base}
     if new:
         record.extra.base = {**record.extra.base, **_copies(new)}
@@ -190,7 +170,7 @@ def _copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # ---- switching -----------------------------------------------------------------------------------------
 
 
-def take_off(model: nn.Module, record: Any) -> None:
+def take_off(model: nn.Module, record: Attachment) -> None:
     """Have every parameter hold the base, bit for bit; the trained values are kept."""
     extra = record.extra
     if not extra.base and not extra.overwritten:
@@ -203,14 +183,14 @@ def take_off(model: nn.Module, record: Any) -> None:
     extra.overwritten = {}
 
 
-def put_on(model: nn.Module, record: Any, weights: Mapping[str, float]) -> None:
+def put_on(model: nn.Module, record: Attachment, weights: Mapping[str, float]) -> None:
     """Write the extra weights of the adapters that become active; nothing else may be."""
     extra = record.extra
     values = {
         name: value
         for adapter in weights
         if adapter != record.name
-        for name, value in record.others[adapter].extra_weights.items()
+        for name, value in record.loaded[adapter].extra_weights.items()
     }
     trained = extra.trained if weights.get(record.name) == 1 and extra.trained is not None else {}
     if not values and not trained:
@@ -224,11 +204,11 @@ def put_on(model: nn.Module, record: Any, weights: Mapping[str, float]) -> None:
         extra.trained = None
 
 
-def check_can_put_on(model: nn.Module, record: Any, weights: Mapping[str, float]) -> None:
+def check_can_put_on(model: nn.Module, record: Attachment, weights: Mapping[str, float]) -> None:
     """Raises: ValueError where an extra weight would be scaled, or two adapters have the same one."""
     owners: dict[str, str] = {}
     for adapter, weight in weights.items():
-        names = trained_parameters(model, record) if adapter == record.name else record.others[adapter].extra_weights
+        names = trained_parameters(model, record) if adapter == record.name else record.loaded[adapter].extra_weights
         for name in names:
             if weight != 1:
                 raise ValueError(
@@ -255,7 +235,9 @@ def _write(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> No
 # ---- saving and loading --------------------------------------------------------------------------------
 
 
-def trained_values(model: nn.Module, record: Any, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+def trained_values(
+    model: nn.Module, record: Attachment, state: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """The extra weights of the trainable adapter as they are now, copied.
 
     Args:
@@ -288,7 +270,7 @@ def _check_in_state(name: str, parameter: Tensor, state: Mapping[str, Tensor]) -
         )
 
 
-def check_fits(model: nn.Module, record: Any, adapter: str, values: Mapping[str, Tensor]) -> None:
+def check_fits(model: nn.Module, record: Attachment, adapter: str, values: Mapping[str, Tensor]) -> None:
     """Raises: ValueError for a weight that the model doesn't have, of another shape, or of a coupling."""
     if not values:
         return
@@ -306,7 +288,7 @@ def check_fits(model: nn.Module, record: Any, adapter: str, values: Mapping[str,
             )
 
 
-def check_same(model: nn.Module, record: Any, values: Mapping[str, Tensor]) -> None:
+def check_same(model: nn.Module, record: Attachment, values: Mapping[str, Tensor]) -> None:
     """Raises: ValueError where a saved adapter has other extra weights than the ones this model trains."""
     ours = trained_parameters(model, record)
     more, less = sorted(values.keys() - ours.keys()), sorted(ours.keys() - values.keys())
@@ -322,7 +304,7 @@ def check_same(model: nn.Module, record: Any, values: Mapping[str, Tensor]) -> N
         )
 
 
-def set_trained(model: nn.Module, record: Any, values: Mapping[str, Tensor]) -> None:
+def set_trained(model: nn.Module, record: Attachment, values: Mapping[str, Tensor]) -> None:
     """Give the trainable adapter these extra weights; the values before training are kept first."""
     if not values:
         return

@@ -1,15 +1,14 @@
 """Heads that a model got new, which attach leaves frozen unless it is told to train them."""
 
-from typing import Any
-
 from torch import nn
 
-from s2ft.attached.extra import coupled_names
+from s2ft.attached.extra_weights import coupled_names
+from s2ft.attached.record import Attachment
 
 LOADED = "_is_hf_initialized"  # transformers marks with it every parameter that came out of a checkpoint
 
 
-def fresh_heads(model: nn.Module, record: Any) -> list[str]:
+def fresh_heads(model: nn.Module, record: Attachment) -> list[str]:
     """Names of frozen modules that look new.
 
     Of a model that from_pretrained made: those of which no parameter was in the checkpoint. Of any other transformers
