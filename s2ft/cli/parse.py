@@ -5,7 +5,7 @@ import difflib
 import logging
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from types import UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -163,8 +163,8 @@ def _add(group: Any, one: Field, hint: Any) -> None:
             shown = _text(one, None, "off")
             group.add_argument(*_spellings(f"no_{one.name}"), dest=one.name, action="store_false", help=shown)
         return
-    choices = [choice for choice in one.metadata.get("choices", ()) if choice is not None]
-    read = _choice(choices) if choices else {int: _whole, float: _number, str: str}[kind]
+    choices = [name for name in one.metadata.get("choices", ()) if name is not None]
+    read = choice(choices) if choices else {int: _whole, float: _number, str: str}[kind]
     settings = {
         "nargs": "+" if several else None,
         "default": None if default is MISSING else default,
@@ -235,7 +235,7 @@ def _number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
 
 
-def _choice(choices: list[str]) -> Callable[[str], str]:
+def choice(choices: Sequence[str]) -> Callable[[str], str]:
     """Return a reader of one of the choices, which also takes the short name of a dtype."""
 
     def read(text: str) -> str:
@@ -249,7 +249,7 @@ def _choice(choices: list[str]) -> Callable[[str], str]:
     return read
 
 
-def did_you_mean(word: str, names: list[str], others: Mapping[str, str] | None = None, prefix: str = "") -> str:
+def did_you_mean(word: str, names: Sequence[str], others: Mapping[str, str] | None = None, prefix: str = "") -> str:
     """Return "; did you mean ...?" with the closest name, or "" if none is close.
 
     Args:

@@ -15,10 +15,10 @@ import s2ft
 from s2ft.config import S2FTConfig
 from s2ft.packages import check_packages
 from s2ft.text.encoding import encode_examples
+from s2ft.text.evaluation import Evaluation, evaluate
 from s2ft.text.examples import Example
 from s2ft.text.models import load_model
 from s2ft.train.device import gpu_or_cpu
-from s2ft.train.evaluate import Evaluation, evaluate
 from s2ft.train.finetune import finetune
 from s2ft.train.options import DemoOptions, TrainOptions
 from s2ft.train.output import RunFolder, write_json
