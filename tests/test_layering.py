@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1] / "s2ft"
 RANKS = [
     ["packages", "distributed", "files.writing", "files.reading", "model.coupling", "model.delta", "ops._cuda"],
     ["files.adapter_folder", "ops._build", "config", "attached.hosts.compiled", "attached.hosts.checkpointing"],
-    ["ops._lock", "ops._memory", "model.modes", "text.examples"],
+    ["files.formats", "ops._lock", "ops._memory", "model.modes", "text.examples"],
     ["ops._effective", "ops._library", "text.prompts"],
     ["ops._linear", "attached.hosts.quantizers", "text.encoding"],
     ["ops"],

@@ -1,11 +1,11 @@
-"""Adapters: save, load, switch, add up, mix in one batch, hand over, and say what is active."""
+"""Adapters: saving, loading, switching, combining, mixing in one batch, exporting, and a table of what is active."""
 
 from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.bank import AdapterBank
 from s2ft.adapter.export import export_lora, import_lora
-from s2ft.adapter.hub import push_to_hub
 from s2ft.adapter.loading import load_adapter, read_adapter, restore_adapter
 from s2ft.adapter.overlap import Overlap, overlap
+from s2ft.adapter.push import push_to_hub
 from s2ft.adapter.saving import save_adapter
 from s2ft.adapter.switch import (
     combine_adapters,

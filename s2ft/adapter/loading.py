@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from s2ft.adapter.adapter import Adapter, check_fits
-from s2ft.adapter.formats import native
 from s2ft.adapter.hub import resolve
 from s2ft.adapter.pretrained import HOST_HOOKS
 from s2ft.attached import extra_weights
@@ -18,6 +17,7 @@ from s2ft.attached.hosts.compiled import of_compiled
 from s2ft.attached.mounting import mount
 from s2ft.attached.record import attachment_of, find_attachment, new_attachment
 from s2ft.distributed import reshard_all
+from s2ft.files.formats import read_adapter_folder
 
 
 def read_adapter(adapter: str | os.PathLike) -> Adapter:
@@ -40,7 +40,7 @@ def read_adapter(adapter: str | os.PathLike) -> Adapter:
         >>> s2ft.read_adapter("math").name
         'math'
     """
-    return native.read(resolve(adapter))
+    return read_adapter_folder(resolve(adapter))
 
 
 @of_compiled

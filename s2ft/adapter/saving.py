@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from s2ft.adapter.adapter import model_info
 from s2ft.adapter.formats import native
 from s2ft.adapter.switch import get_adapter
 from s2ft.attached import extra_weights
@@ -67,17 +68,3 @@ def gathered(model: nn.Module) -> dict[str, Tensor]:
 
 def _trained(model: nn.Module, record: Attachment) -> dict[str, Tensor]:
     return {**record.slices, **extra_weights.trained_parameters(model, record)}
-
-
-def model_info(model: nn.Module) -> dict[str, Any]:
-    """Return what an adapter stores about its base: name, family, and dtype.
-
-    The dtype is the one in which base + delta is rounded, so a merge must use it too.
-    """
-    config = getattr(model, "config", None)
-    info = {
-        "base_model": getattr(config, "_name_or_path", None) or None,
-        "model_type": getattr(config, "model_type", None),
-    }
-    dtype = getattr(model, "dtype", None)
-    return info if dtype is None else {**info, "base_dtype": str(dtype).removeprefix("torch.")}

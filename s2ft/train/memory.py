@@ -42,7 +42,7 @@ def log_memory(model, config, rows: Sequence[TokenRow], options: TrainOptions, a
     except Exception as error:  # a model may fail on tensors without data, and the run does not need the estimate
         logger.info("memory was not estimated: %s", str(error).split("\n")[0] or type(error).__name__)
         return
-    logger.log(logging.WARNING if found.fits is False else logging.INFO, "%s", found.summary())
+    logger.log(logging.WARNING if found.fits is False else logging.INFO, "%s", found.lines())
 
 
 def _optimizer(arguments):

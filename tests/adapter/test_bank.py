@@ -317,7 +317,7 @@ def test_names_are_no_paths(name, folder, model):
 
 def test_adding_is_checked(folder, model, tmp_path):
     bank = AdapterBank(model, folder)
-    with pytest.raises(FileNotFoundError, match="no S²FT adapter"):
+    with pytest.raises(FileNotFoundError, match="not an S²FT adapter"):
         bank.add("new", tmp_path)
     with pytest.raises(ValueError, match="called 'a' already"):
         bank.add("a", folder / "b")
@@ -493,7 +493,7 @@ def test_batches_do_not_nest(folder, model):
     with torch.no_grad(), bank.batch(["a", "b"]):
         before = output_of(model)
         for another in (bank, other):
-            with pytest.raises(RuntimeError, match="one at a time"):
+            with pytest.raises(RuntimeError, match="one batch at a time"):
                 enter(another, "c")
         assert torch.equal(output_of(model), before)
     enter(other, "c")

@@ -346,7 +346,7 @@ SPOILT = {
     "foreign": (dict(tensors=lambda t: t.update({"extra_weights/x": torch.zeros(1)})), "foreign keys"),
     "path up": (
         dict(config=lambda c: c["extra_weights"].update({"../x": {"dtype": "F32", "shape": [1]}})),
-        "is no name of a parameter",
+        "is not the name of a parameter",
     ),
     "unknown": (
         dict(
@@ -474,11 +474,11 @@ def test_arithmetic_passes_them_through_or_refuses():
     assert (0.5 * without).extra_weights == {}
 
 
-def test_fuse_adapters_and_the_command(tmp_path, saved, capsys):
-    from s2ft.cli.fuse import fuse
+def test_combine_adapters_and_the_command(tmp_path, saved, capsys):
+    from s2ft.cli.combine import combine
 
     s2ft.save_adapter(train(attached("frozen", name="plain")), tmp_path / "plain")
-    fuse([str(saved), str(tmp_path / "plain")], None, None, tmp_path / "sum")
+    combine([str(saved), str(tmp_path / "plain")], None, None, tmp_path / "sum")
     model = classifier()
     for folder, name in ((saved, "a"), (tmp_path / "plain", "b")):
         s2ft.load_adapter(model, folder, name, active=False)
@@ -521,7 +521,7 @@ def test_banks_and_loras_refuse_them_by_name(tmp_path):
         with bank.batch(["normed"]):
             pass
     with pytest.raises(ValueError, match="model.norm.weight trained whole.*format merged"):
-        lora.write(native.read(folder), model, tmp_path / "lora")
+        lora.write(native.read(folder), tmp_path / "lora", model)
     assert not (tmp_path / "lora").exists()
 
 
