@@ -31,7 +31,7 @@ from s2ft.peft.layer import S2FTPeftLayer
 from s2ft.peft.model import PREFIX, S2FTPeftModel
 from s2ft.peft.native import from_native, to_native
 
-__all__ = ["S2FTPeftConfig", "S2FTPeftLayer", "S2FTPeftModel", "from_native", "register", "to_native"]
+__all__ = ["S2FTPeftConfig", "S2FTPeftLayer", "S2FTPeftModel", "from_native", "to_native"]
 
 
 def register() -> None:
