@@ -68,10 +68,10 @@ def attach(
     Example:
         >>> report = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25))
         >>> print(report)
-        projection   layers  units a layer               parameters  dtype
-        o_proj            2  1 of 4 heads                     2,048  float32
-        down_proj         2  12 of 128 channels               1,536  float32
-        adapter 'default', layout permuted: 3,584 of 86,336 parameters are trained (4.15%)
+        projection        layers  units a layer               parameters  dtype
+        mlp.down_proj          2  13 of 128 channels               1,664  float32
+        self_attn.o_proj       2  1 of 4 heads                     2,048  float32
+        adapter 'default', layout permuted: 3,712 of 86,336 parameters are trained (4.30%)
     """
     if not isinstance(config, S2FTConfig):
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
@@ -148,7 +148,7 @@ def select(
         >>> config = s2ft.S2FTConfig(d_ratio=0.1, selection="activation")
         >>> selection = s2ft.select(model, config, [input_ids])
         >>> selection["model.layers.0.mlp.down_proj"].shape
-        torch.Size([12])
+        torch.Size([13])
     """
     return _chosen(model, config, calibration, couplings)[1]
 
@@ -180,7 +180,7 @@ def plan(
 
     Example:
         >>> s2ft.plan(model, s2ft.S2FTConfig(d_ratio=0.1)).trainable
-        1536
+        1664
     """
     found, selection = _chosen(model, config, calibration, couplings)
     return Report.planned(model, found, config, selection)

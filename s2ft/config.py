@@ -1,4 +1,4 @@
-"""What to train: one validated dataclass. A new option is one new field; the command line follows."""
+"""What to train: one validated dataclass. A new option is one new field, and the command line gets it from there."""
 
 import os
 import re
@@ -26,12 +26,12 @@ CHOOSING = (
     "budget",
     "match_lora_rank",
     "exclude",
-)  # what has no use where the units are given
+)  # options that choose units, which have no use if the units are given
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
 def _parameters(value: Any) -> int:
-    """9.2M → 9,200,000."""
+    """Return a number of parameters: 9.2M → 9,200,000."""
     if isinstance(value, str):
         found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?([KMB]?)", value.strip().upper())
         if not found:
@@ -42,21 +42,23 @@ def _parameters(value: Any) -> int:
 
 
 def _check_positive(name: str, value: Any) -> None:
+    """Raise ValueError if the value is not a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
 def _names(option: str, value: Any) -> list[str]:
+    """Check a list of module names and return it without repetitions."""
     if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
-        raise ValueError(f"{option} must be a list of modules' names, such as ['classifier'], got {value!r}")
+        raise ValueError(f"{option} must be a list of module names, such as ['classifier'], got {value!r}")
     names = list(value)
     if not names or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"{option} must be a list of at least one module's name, or None, got {value!r}")
+        raise ValueError(f"{option} must be a list of at least one module name, or None, got {value!r}")
     return list(dict.fromkeys(names))
 
 
 def _units(name: str, value: Any) -> Any:
-    """Lists by path, as JSON has them, or the path of a file as text."""
+    """Return lists of units by projection, as in JSON, or the path of a file as text."""
     if value is None:
         return None
     if isinstance(value, (str, os.PathLike)):
@@ -77,9 +79,44 @@ def _ratio(of: str) -> Any:
 
 @dataclass
 class S2FTConfig:
-    """Which units are trained, how they are chosen, and how they lie in memory.
+    """What to train: which units, how they are chosen, and where they are in memory.
 
-    Raises: ValueError naming the field when a value cannot be meant.
+    Without a ratio or `units`, nothing is selected, and :func:`s2ft.attach` raises an error.
+
+    Attributes:
+        q_ratio: Share of the query heads to train in every layer, 0 to 1 (q_proj).
+        k_ratio: Share of the key heads (k_proj).
+        v_ratio: Share of the value heads (v_proj).
+        o_ratio: Share of the heads of the output projection (o_proj).
+        u_ratio: Share of the FFN channels of up_proj.
+        g_ratio: Share of the FFN channels of gate_proj.
+        d_ratio: Share of the FFN channels of down_proj.
+        selection: How units are chosen: `random`, or by the norm of `weight`, `activation`, their `product`, or
+            `gradient` (S²FT paper, section 3.1). The last three need calibration data.
+        order: Which end of the ranking is chosen: `largest` or `smallest`.
+        allocation: `uniform` chooses the same number in every layer; `global` chooses the best of each projection over
+            all layers by their scores, so a layer may get none.
+        budget: Number of trained parameters, such as 9200000 or "9.2M". The ratios are scaled to as many units as fit.
+        match_lora_rank: Use as budget the number of parameters that LoRA of this rank trains on the same projections.
+        exclude: Units that are never chosen: a selection, lists by projection, or the path of a selection file or an
+            adapter folder.
+        units: Units to train, in the same forms. It replaces the ratios and the options that choose units.
+        layout: `permuted` moves the selected units together into one dense slice (S²FT paper, section 3.2); `indexed`
+            leaves them in place.
+        seed: Seed of the random selection, and of the command line's choice of calibration rows.
+        layers: Numbers of the layers to train. Default: all.
+        delta_dtype: Dtype of the slices. Default: the weight's, but at least float32.
+        modules_to_save: Modules to train in full and to save with the slices, such as a new head: their paths, or the
+            last parts of their paths.
+        ffn_kernel: Whether a gated FFN computes act(gate) * up in one op.
+
+    Raises:
+        ValueError: A value is not allowed, or two options contradict each other. The message names them.
+
+    Example:
+        >>> config = s2ft.S2FTConfig(d_ratio=0.05, o_ratio=0.25, layout="indexed")
+        >>> config.ratios
+        {'o': 0.25, 'd': 0.05}
     """
 
     q_ratio: float = _ratio("query heads (q_proj)")
@@ -195,7 +232,7 @@ class S2FTConfig:
 
     def _check_together(self) -> None:
         if self.budget is not None and self.match_lora_rank is not None:
-            raise ValueError("budget and match_lora_rank exclude each other: both say how much is trained")
+            raise ValueError("budget and match_lora_rank exclude each other: both set how much is trained")
         if self.allocation == "global" and self.selection == "random":
             raise ValueError(
                 "allocation='global' compares scores, and random selection has none: choose another "
@@ -205,7 +242,9 @@ class S2FTConfig:
             defaults = {f.name: f.default for f in fields(self)}
             needless = [name for name in CHOOSING if getattr(self, name) != defaults[name]]
             if needless:
-                raise ValueError(f"units says which units are trained, so nothing is left for {', '.join(needless)}")
+                raise ValueError(
+                    f"units lists the units to train, so nothing is left for {', '.join(needless)} to choose"
+                )
 
     def _check_ratio(self, name: str) -> None:
         value = getattr(self, name)
@@ -224,7 +263,7 @@ class S2FTConfig:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Ratio of every projection that is asked for, by its key."""
+        """Ratios above 0, by the projection's key: q, k, v, o, u, g or d."""
         return {key: value for key in PROJECTIONS if (value := getattr(self, f"{key}_ratio")) > 0}
 
     def delta_dtype_for(self, weight_dtype: "torch.dtype") -> "torch.dtype":
@@ -236,5 +275,5 @@ class S2FTConfig:
         return torch.promote_types(weight_dtype, torch.float32)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON. Without modules_to_save where it is None: files of earlier releases don't have it."""
+        """Return the fields as JSON values. `modules_to_save` is left out if it is None, as in older files."""
         return {name: value for name, value in asdict(self).items() if name != "modules_to_save" or value is not None}

@@ -22,7 +22,7 @@ import s2ft
 from s2ft import Coupling, Projection, S2FTConfig
 from s2ft.estimation import OPTIMIZERS, Estimate, Part
 from s2ft.estimation.memory import Memory, free_memory, storages
-from s2ft.text.head import packed_head
+from s2ft.text.output_head import contiguous_head
 from s2ft.train.loss import chunked_loss
 
 s2ft_estimate = sys.modules["s2ft.estimation"]  # s2ft.estimate itself is the function
@@ -230,9 +230,9 @@ def test_what_is_put_around_the_model_counts():
     inputs = training_inputs(model)
     inputs["labels"] = inputs["labels"].masked_fill(torch.arange(9) < 4, -100)
     real = attached(model, config)
-    with chunked_loss(model), packed_head(model):
+    with chunked_loss(model), contiguous_head(model):
         estimated = s2ft.estimate(model, config, example=inputs)
-    with chunked_loss(real), packed_head(real):
+    with chunked_loss(real), contiguous_head(real):
         assert estimated.kept == bytes_kept(real, lambda m: m(**inputs))
 
 

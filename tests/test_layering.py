@@ -10,9 +10,9 @@ ROOT = Path(__file__).parents[1] / "s2ft"
 RANKS = [
     ["packages", "distributed", "files.writing", "files.reading", "model.coupling", "model.delta", "ops._cuda"],
     ["files.adapter_folder", "ops._build", "config", "attached.hosts.compiled", "attached.hosts.checkpointing"],
-    ["files.formats", "ops._lock", "ops._memory"],
-    ["ops._effective", "ops._library"],
-    ["ops._linear", "attached.hosts.quantizers"],
+    ["files.formats", "ops._lock", "ops._memory", "model.modes", "text.examples"],
+    ["ops._effective", "ops._library", "text.prompts"],
+    ["ops._linear", "attached.hosts.quantizers", "text.encoding"],
     ["ops"],
     ["model.weights"],
     ["layers.base"],

@@ -1,5 +1,7 @@
-"""What a model of transformers does while it trains an adapter: save_pretrained writes the adapter alone, and the
-Trainers of transformers and TRL, as they are, go on from the checkpoints that this gives."""
+"""A model of transformers while it trains an adapter: save_pretrained writes the adapter alone.
+
+The Trainers of transformers and TRL can resume from these checkpoints without changes.
+"""
 
 import json
 from collections.abc import Iterable
@@ -24,7 +26,8 @@ from s2ft.files.reading import read_json
 from s2ft.files.writing import replace_file
 from s2ft.model.delta import Delta
 
-# Trainer looks for this name, or for a file of all weights, and hands what the files named in it hold to load_state_dict
+# Trainer resumes from this file, or from one with all weights: it passes the tensors of the files that it names to
+# load_state_dict.
 INDEX = "model.safetensors.index.json"
 ATTRIBUTES = ("save_pretrained", "print_trainable_parameters", "_keys_to_ignore_on_save")
 WHOLE_MODELS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -38,12 +41,26 @@ def save_pretrained(
     push_to_hub: bool = False,
     **options: Any,
 ) -> None:
-    """Save the trainable adapter, not the model: while units are permuted and deltas stand beside the weights, the
-    weights alone would be a checkpoint of the base. :func:`s2ft.merge` gives a model that saves itself whole.
+    """Save the trainable adapter, not the model: the model's weights alone would be a checkpoint of the base.
+
+    To save the whole model, call :func:`s2ft.merge` first.
 
     Args:
-        is_main_process: whether this rank writes. state_dict: gathered, where this rank's own is not whole.
-        push_to_hub: refused, s2ft.push_to_hub does that. options: transformers', which an adapter has no use for.
+        self: Model with a trainable adapter.
+        save_directory: Folder to write to, created if needed.
+        is_main_process: Whether this rank writes.
+        state_dict: A gathered state_dict. Default: the model's own.
+        push_to_hub: Must be False: :func:`s2ft.push_to_hub` uploads adapters.
+        options: Further options of transformers, which are ignored.
+
+    Raises:
+        ValueError: `push_to_hub` is True, or the folder contains a whole model.
+
+    Example:
+        >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+        >>> model.save_pretrained("checkpoint")
+        >>> s2ft.read_adapter("checkpoint").name
+        'default'
     """
     if push_to_hub:
         raise ValueError(
@@ -63,10 +80,10 @@ def save_pretrained(
 
 
 def _check_no_model(directory: Path) -> None:
-    """The index that is written would replace that of a sharded model, which then loads with random weights.
+    """Check that the folder has no model, which would load with random weights after its index was replaced.
 
     Raises:
-        ValueError: The folder holds a whole model's weights, or an index that s2ft did not write.
+        ValueError: The folder contains a whole model's weights, or an index that s2ft did not write.
     """
     found = [name for name in WHOLE_MODELS if (directory / name).exists()]
     if (directory / INDEX).exists() and not _is_ours(directory / INDEX):
@@ -80,6 +97,7 @@ def _check_no_model(directory: Path) -> None:
 
 
 def _is_ours(index: Path) -> bool:
+    """Whether s2ft wrote this index."""
     try:
         content = read_json(index)
     except (OSError, ValueError):
@@ -89,9 +107,10 @@ def _is_ours(index: Path) -> bool:
 
 
 def _load_deltas(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Before load_state_dict: the tensors of an adapter's file go into the trainable layers, after checks.
+    """Pre-hook of load_state_dict: copy the tensors of an adapter's file into the trainable layers.
 
-    Raises: ValueError where they are another selection's, nothing changed.
+    Raises:
+        ValueError: They are of another selection. Nothing has changed.
     """
     record = attachment_of(model)
     marked = prefix + native.EXTRA
@@ -101,7 +120,7 @@ def _load_deltas(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: An
         if key.startswith(prefix) and key.endswith(".delta") and not key.startswith(marked)
     }
     if not found:
-        return  # a state of the layers' own
+        return  # the state has the layers' s2, not the tensors of an adapter's file
     if found != record.parts.keys():
         raise ValueError(
             "the adapter to load trains other projections than this model: "
@@ -122,14 +141,12 @@ def _load_deltas(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: An
 
 
 def _ignore_base_weights(model: nn.Module, extra_names: Iterable[str]) -> None:
-    """Trainer warns of every weight that a checkpoint lacks, but for the ones that a model says it does not save."""
-    model._keys_to_ignore_on_save = set(model.state_dict(keep_vars=True)) - {
-        *attachment_of(model).slices,
-        *extra_names,
-    }
+    """List the base's weights as not saved, so that Trainer does not warn that a checkpoint lacks them."""
+    model._keys_to_ignore_on_save = set(model.state_dict(keep_vars=True)) - {*attachment_of(model).slices, *extra_names}
 
 
 def _delta(record: Attachment, name: str, state: dict[str, Tensor], key: str) -> Delta:
+    """Check and return the delta of one projection from the tensors of an adapter's file."""
     mount, part = record.parts[name]
     index, values = state.get(f"{key}.index"), state[f"{key}.delta"]
     if index is None or not torch.equal(index.long().cpu(), part.elements):

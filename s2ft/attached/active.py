@@ -186,7 +186,7 @@ def _check_is_whole(key: str, mount: Mount, slices: Mapping[str, Tensor]) -> Non
 
 
 def set_mounted_deltas(record: Attachment, deltas: dict[str, Delta]) -> None:
-    """Copy deltas of the same selection into the trainable layers. Every rank that has a shard of them must call this."""
+    """Copy deltas of the same selection into the trainable layers. Every rank with a shard of them must call this."""
     for name, delta in deltas.items():
         mount, part = record.parts[name]
         write_units(mount.layer.s2, part.positions, delta.values, delta.dim)

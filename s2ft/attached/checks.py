@@ -41,7 +41,7 @@ def check_known(record: Attachment, name: str) -> None:
 
 
 def check_not_sharded(model: nn.Module, what: str) -> None:
-    """Raise ValueError if weights are spread over ranks by FSDP2 or ZeRO-3. `what` names the change, for the message."""
+    """Raise ValueError if FSDP2 or ZeRO-3 has spread weights over ranks. what: the change, for the message."""
     path = next((path for path, parameter in model.named_parameters() if is_sharded(parameter)), None)
     if path is not None:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Weights that are trained whole, beside the slices: a classifier's new head, an unfrozen norm, an embedding.
+"""Extra weights: parameters outside the couplings that are trained in full, such as a new head or an unfrozen norm.
 
-Every parameter that requires a gradient is one, unless it is a slice or belongs to a coupling. Their values before
-training are kept in the record, so that the base comes back. A value is recorded before the parameter is written, and
-writing a recorded value twice changes nothing: an interrupt at any moment leaves a state that :func:`take_off` mends.
+Every parameter that requires a gradient is an extra weight, unless it is a slice or belongs to a coupling. The record
+keeps the values before training, so that the base can be restored. A value is recorded before its parameter is written,
+and writing a recorded value twice changes nothing: after an interrupt at any moment :func:`take_off` restores the base.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,11 +24,16 @@ UNFROZEN = (
 
 
 def names_of_modules(model: nn.Module, couplings: list[Coupling], modules: Sequence[str] | None) -> list[str]:
-    """The parameters of modules that a config's modules_to_save names, by the full path or its last words.
+    """Return the names of the parameters that a config's `modules_to_save` asks for.
+
+    Args:
+        model: The model.
+        couplings: Its couplings.
+        modules: Full paths of modules, or the last parts of their paths.
 
     Raises:
-        ValueError: A name is no module's, or a module has no parameter that can be trained, or holds a weight of a
-            coupling.
+        ValueError: A name belongs to no module, or a module has no parameter that can be trained, or it contains a
+            weight of a coupling.
     """
     parameters, coupled = dict(model.named_parameters()), coupled_names(couplings)
     known = {id(parameter): name for name, parameter in parameters.items()}
@@ -37,7 +42,7 @@ def names_of_modules(model: nn.Module, couplings: list[Coupling], modules: Seque
         paths = [path for path, _ in model.named_modules() if path == asked or path.endswith(f".{asked}")]
         if not paths:
             raise ValueError(
-                f"modules_to_save names {asked!r}, which is no module of {type(model).__name__}: its "
+                f"modules_to_save names {asked!r}, which is not a module of {type(model).__name__}: its "
                 f"modules are {', '.join(name for name, _ in model.named_children())} and those inside"
             )
         found = [known[id(parameter)] for path in paths for parameter in model.get_submodule(path).parameters()]
@@ -54,7 +59,7 @@ def names_of_modules(model: nn.Module, couplings: list[Coupling], modules: Seque
 
 
 def coupled_names(couplings: list[Coupling]) -> set[str]:
-    """Names that the couplings' weights, biases and vectors can have, with trainable layers in place or not."""
+    """Return the names that the couplings' weights, biases and vectors have, with trainable layers mounted or not."""
     ends = ("", ".weight", ".bias", ".linear.weight", ".linear.bias")
     return {projection.path + end for projection in projections_of(couplings) for end in ends} | {
         vector.path for coupling in couplings for vector in coupling.vectors
@@ -62,7 +67,7 @@ def coupled_names(couplings: list[Coupling]) -> set[str]:
 
 
 def trained_parameters(model: nn.Module, record: Attachment) -> dict[str, nn.Parameter]:
-    """The extra weights of the trainable adapter, by name: those recorded already and those that were unfrozen."""
+    """Return the extra weights of the trainable adapter by name, recorded or unfrozen since."""
     if record.name is None:
         return {}
     slices = {id(mount.layer.s2) for mount in record.mounts.values()}
@@ -75,20 +80,20 @@ def trained_parameters(model: nn.Module, record: Attachment) -> dict[str, nn.Par
     return {name: parameter for name, parameter in found.items() if name not in coupled}
 
 
-# ---- recording what was there before training ----------------------------------------------------------
+# ---- recording values before training ------------------------------------------------------------------
 
 
 def start(
     model: nn.Module, record: Attachment, names: Iterable[str], before_forward: Callable, before_load: Callable
 ) -> None:
-    """Unfreeze parameters whose value is kept, and have hooks called that keep those of parameters unfrozen later.
+    """Record and unfreeze parameters, and register hooks that record parameters which are unfrozen later.
 
     Args:
-        model: The model, frozen but for the slices.
+        model: The model, frozen except for the slices.
         record: Its record.
-        names: Of the parameters.
-        before_forward: A forward pre-hook; a function of a module, so that :func:`remove_hooks_of` finds it.
-        before_load: A load_state_dict pre-hook, likewise.
+        names: Names of the parameters to unfreeze.
+        before_forward: Forward pre-hook: a function of a module, so that :func:`remove_hooks_of` finds it.
+        before_load: Pre-hook of load_state_dict: a function of a module.
     """
     remove_hooks_of(model, before_forward, before_load)
     model.register_forward_pre_hook(before_forward)
@@ -104,7 +109,7 @@ def remove_hooks_of(model: nn.Module, before_forward: Callable, before_load: Cal
 
 
 def unfreeze(model: nn.Module, record: Attachment, names: Iterable[str]) -> None:
-    """Let parameters train, after their values were kept."""
+    """Record the values of parameters, then make them require a gradient."""
     parameters = dict(model.named_parameters())
     chosen = {name: parameters[name] for name in names}
     _keep(record, chosen)
@@ -113,10 +118,10 @@ def unfreeze(model: nn.Module, record: Attachment, names: Iterable[str]) -> None
 
 
 def watch(model: nn.Module, record: Attachment) -> None:
-    """Before a training forward: keep the values of parameters that were unfrozen by hand.
+    """Record the values of parameters that were unfrozen by hand. This runs before every training forward.
 
     Raises:
-        RuntimeError: A weight or bias of a coupling was unfrozen, or a weight that DeepSpeed holds already.
+        RuntimeError: A weight or bias of a coupling was unfrozen, or a parameter that DeepSpeed already holds.
     """
     known = {id(mount.layer.s2) for mount in record.mounts.values()}
     known |= {id(model.get_parameter(name)) for name in record.extra.base}
@@ -133,14 +138,14 @@ def watch(model: nn.Module, record: Attachment) -> None:
     for name, parameter in unfrozen.items():
         if is_partitioned(parameter) or has_master_copy(parameter):
             raise RuntimeError(
-                f"{name} was unfrozen by hand, and DeepSpeed holds it, so that its value before "
+                f"{name} was unfrozen by hand, and DeepSpeed already holds it, so that its value before "
                 "training can't be kept: name its module in S2FTConfig's modules_to_save instead"
             )
     _keep(record, unfrozen)
 
 
 def _trains_more(model: nn.Module, known: set[int]) -> bool:
-    """Whether a parameter with another id requires a gradient. Faster than named_parameters: every step asks."""
+    """Whether a parameter with another id requires a gradient. It runs every step; named_parameters is slower."""
     modules = [model]
     while modules:
         module = modules.pop()
@@ -152,7 +157,7 @@ def _trains_more(model: nn.Module, known: set[int]) -> bool:
 
 
 def keep_unfrozen(model: nn.Module, record: Attachment) -> None:
-    """Keep the values of parameters that were unfrozen by hand, before something else than training changes them."""
+    """Record the values of parameters that were unfrozen by hand, before anything but training changes them."""
     _keep(record, trained_parameters(model, record))
 
 
@@ -163,7 +168,7 @@ def _keep(record: Attachment, parameters: Mapping[str, Tensor]) -> None:
 
 
 def _copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of all of each; gathered where they are spread over ranks, for which all of those must call this."""
+    """Return full copies. Parameters that are spread over ranks are gathered: each of these ranks must call this."""
     return {name: value.clone() for name, value in full_tensors(parameters).items()}
 
 
@@ -171,20 +176,20 @@ def _copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def take_off(model: nn.Module, record: Attachment) -> None:
-    """Have every parameter hold the base, bit for bit; the trained values are kept."""
+    """Write the base into every extra weight, bit for bit. The trained values are kept."""
     extra = record.extra
     if not extra.base and not extra.overwritten:
         return
     parameters = dict(model.named_parameters())
     aside = extra.trained or {}
-    if extra.base.keys() - aside.keys():  # their parameters hold the trained values
+    if extra.base.keys() - aside.keys():  # parameters that hold trained values
         extra.trained = {**aside, **_copies({name: parameters[name] for name in extra.base if name not in aside})}
     _write(parameters, {**extra.overwritten, **extra.base})
     extra.overwritten = {}
 
 
 def put_on(model: nn.Module, record: Attachment, weights: Mapping[str, float]) -> None:
-    """Write the extra weights of the adapters that become active; nothing else may be."""
+    """Write the extra weights of the adapters that become active. No adapter may be active."""
     extra = record.extra
     values = {
         name: value
@@ -205,7 +210,7 @@ def put_on(model: nn.Module, record: Attachment, weights: Mapping[str, float]) -
 
 
 def check_can_put_on(model: nn.Module, record: Attachment, weights: Mapping[str, float]) -> None:
-    """Raises: ValueError where an extra weight would be scaled, or two adapters have the same one."""
+    """Raise ValueError if an extra weight would be scaled, or two adapters have the same one."""
     owners: dict[str, str] = {}
     for adapter, weight in weights.items():
         names = trained_parameters(model, record) if adapter == record.name else record.loaded[adapter].extra_weights
@@ -238,15 +243,15 @@ def _write(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> No
 def trained_values(
     model: nn.Module, record: Attachment, state: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """The extra weights of the trainable adapter as they are now, copied.
+    """Return copies of the trainable adapter's extra weights, by name.
 
     Args:
-        model: The model; where it is sharded, every rank must call this.
+        model: The model. If it is sharded, every rank must call this.
         record: Its record.
-        state: A gathered state_dict to take them from instead.
+        state: A gathered state_dict that has them. Default: the model's parameters.
 
     Raises:
-        ValueError: The state lacks one, or has a part of it.
+        ValueError: The state lacks an extra weight, or has a shard of one.
     """
     parameters, aside = trained_parameters(model, record), record.extra.trained or {}
     left = {name: parameter for name, parameter in parameters.items() if name not in aside}
@@ -271,7 +276,7 @@ def _check_in_state(name: str, parameter: Tensor, state: Mapping[str, Tensor]) -
 
 
 def check_fits(model: nn.Module, record: Attachment, adapter: str, values: Mapping[str, Tensor]) -> None:
-    """Raises: ValueError for a weight that the model doesn't have, of another shape, or of a coupling."""
+    """Raise ValueError for a weight that the model doesn't have, that has another shape, or that is of a coupling."""
     if not values:
         return
     parameters, coupled = dict(model.named_parameters()), coupled_names(record.couplings)
@@ -289,7 +294,7 @@ def check_fits(model: nn.Module, record: Attachment, adapter: str, values: Mappi
 
 
 def check_same(model: nn.Module, record: Attachment, values: Mapping[str, Tensor]) -> None:
-    """Raises: ValueError where a saved adapter has other extra weights than the ones this model trains."""
+    """Raise ValueError if a saved adapter has other extra weights than this model trains."""
     ours = trained_parameters(model, record)
     more, less = sorted(values.keys() - ours.keys()), sorted(ours.keys() - values.keys())
     if more:
@@ -305,11 +310,11 @@ def check_same(model: nn.Module, record: Attachment, values: Mapping[str, Tensor
 
 
 def set_trained(model: nn.Module, record: Attachment, values: Mapping[str, Tensor]) -> None:
-    """Give the trainable adapter these extra weights; the values before training are kept first."""
+    """Give the trainable adapter these extra weights, after the values before training are recorded."""
     if not values:
         return
     keep_unfrozen(model, record)
-    if record.extra.trained is not None:  # the adapter is off
+    if record.extra.trained is not None:  # the adapter is not active
         record.extra.trained = {**record.extra.trained, **{name: value.clone() for name, value in values.items()}}
         return
     _write(dict(model.named_parameters()), values)

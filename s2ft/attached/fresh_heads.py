@@ -1,46 +1,46 @@
-"""Heads that a model got new, which attach leaves frozen unless it is told to train them."""
+"""New heads of a model, which attach leaves frozen unless `modules_to_save` names them."""
 
 from torch import nn
 
 from s2ft.attached.extra_weights import coupled_names
 from s2ft.attached.record import Attachment
 
-LOADED = "_is_hf_initialized"  # transformers marks with it every parameter that came out of a checkpoint
+LOADED = "_is_hf_initialized"  # transformers sets it on every parameter that it has loaded from a checkpoint
 
 
 def fresh_heads(model: nn.Module, record: Attachment) -> list[str]:
-    """Names of frozen modules that look new.
+    """Return the paths of frozen modules that look new.
 
-    Of a model that from_pretrained made: those of which no parameter was in the checkpoint. Of any other transformers
-    model: the modules beside the backbone, and the backbone's pooler. Modules that share a parameter with the
-    embeddings or with a language model's head are none.
+    In a model from from_pretrained these are the modules without a parameter in the checkpoint. In any other
+    transformers model they are the modules beside the backbone, and the backbone's pooler. A module that shares a
+    parameter with the embeddings or with a language model's head does not count.
 
     Args:
         model: The model, attached or not.
-        record: Has its couplings.
+        record: A record that has the model's couplings.
     """
     prefix = getattr(model, "base_model_prefix", None)
     if not hasattr(model, "get_input_embeddings") or not isinstance(prefix, str):
         return []
-    words = _language_parameters(model)
+    language = _language_parameters(model)
     fresh = _not_loaded(model) if any(hasattr(p, LOADED) for p in model.parameters()) else _beside(model, prefix)
     coupled = coupled_names(record.couplings)
     return [
         path
         for path in fresh
         if all(
-            id(parameter) not in words and not parameter.requires_grad and f"{path}.{name}" not in coupled
+            id(parameter) not in language and not parameter.requires_grad and f"{path}.{name}" not in coupled
             for name, parameter in model.get_submodule(path).named_parameters()
         )
     ]
 
 
 def _language_parameters(model: nn.Module) -> set:
-    """ids of the parameters of embeddings and of a language model's head."""
+    """Return the ids of the parameters of the embeddings and of a language model's head."""
     found = set()
-    for of in ("get_input_embeddings", "get_output_embeddings"):
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
         try:
-            module = getattr(model, of)()
+            module = getattr(model, getter)()
         except (AttributeError, NotImplementedError):
             continue
         if isinstance(module, nn.Module):
@@ -49,7 +49,7 @@ def _language_parameters(model: nn.Module) -> set:
 
 
 def _not_loaded(model: nn.Module) -> list[str]:
-    """Topmost modules with parameters of which no checkpoint had any."""
+    """Return the paths of the topmost modules whose parameters were in no checkpoint."""
     found: list[str] = []
     for path, module in model.named_modules():
         parameters = list(module.parameters())
@@ -64,6 +64,7 @@ def _not_loaded(model: nn.Module) -> list[str]:
 
 
 def _beside(model: nn.Module, prefix: str) -> list[str]:
+    """Return the paths of the modules beside the backbone, and of the backbone's pooler."""
     backbone = getattr(model, prefix, None)
     if not prefix or not isinstance(backbone, nn.Module):
         return []

@@ -163,7 +163,7 @@ def _mount(model: nn.Module, path: str, parts: list[Part], record: Attachment, t
 
 
 def _layer(original: nn.Module, parts: list[Part], config: S2FTConfig) -> S2Layer:
-    """Make the layer of one module: on a slice if the parts fill one, else on an index. Positions become those in s2."""
+    """Make the layer of one module: on a slice if the parts fill one, else on an index. Sets the positions in s2."""
     dim = parts[0].projection.dim
     places = torch.cat([part.positions for part in parts])
     found = contiguous_range(places)

@@ -287,7 +287,7 @@ def attachment_of(model: nn.Module) -> Attachment:
             + (
                 "call s2ft.attach or s2ft.load_adapter first"
                 if inside is None
-                else f"it is a wrapper of the model that has one: pass model.{inside}, or accelerator.unwrap_model(model)"
+                else f"it wraps the model that has one: pass model.{inside}, or accelerator.unwrap_model(model)"
             )
         )
     return record

@@ -123,7 +123,7 @@ def status(model: nn.Module) -> Status:
         >>> print(s2ft.status(model))
         adapters: 1; active: math; trainable: math; state: training
         adapter  projections  units                   parameters  flags
-        math               2  2 × 12 of 128 channels       1,536  active, trainable
+        math               2  2 × 13 of 128 channels       1,664  active, trainable
     """
     record = find_attachment(model)
     if record is None:

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from s2ft.cli.parse import ADAPTER, DTYPE, MODEL, parse, quiet_transformers
 from s2ft.text.models import DTYPES
+from s2ft.text.scoring import TASKS
 from s2ft.train.options import check_fields, option
-from s2ft.train.scoring import TASKS
 
 EXAMPLE = "  s2ft eval --model meta-llama/Llama-3.2-1B --adapter my-run --data test.jsonl --task arithmetic"
 
@@ -50,12 +50,12 @@ def score(job: EvalArguments) -> None:
     from pathlib import Path
 
     import s2ft
+    from s2ft.text.evaluation import evaluate
     from s2ft.text.examples import read_examples
     from s2ft.text.models import dtype_of_base, load_model
+    from s2ft.text.scoring import right_answer
     from s2ft.train.device import gpu_or_cpu
-    from s2ft.train.evaluate import evaluate
     from s2ft.train.output import write_json
-    from s2ft.train.scoring import right_answer
 
     output = Path(job.output) if job.output else None
     if output and output.exists():

@@ -2,9 +2,10 @@
 
 import argparse
 
-from s2ft.cli.parse import ADAPTER, BASE, Help, Parser, quiet_transformers
+from s2ft.cli.parse import ADAPTER, BASE, Help, Parser, choice, quiet_transformers
 from s2ft.export import EXPORTS, IMPORTS
 from s2ft.packages import check_packages
+from s2ft.text.models import DTYPES
 
 DEFAULT = "lora"
 DESCRIPTION = """Write an adapter for other tools, read it again and compare.
@@ -40,12 +41,16 @@ def _parser() -> Parser:
     )
     parser.add_argument("adapter", nargs="?", metavar="ADAPTER", help=ADAPTER)
     parser.add_argument("--model", required=True, help=BASE)
-    parser.add_argument("--format", choices=tuple(EXPORTS), help=f"the format to write; default: {DEFAULT}")
+    parser.add_argument("--format", choices=tuple(EXPORTS), help=f"the format to write (default: {DEFAULT})")
     for name in IMPORTS:
         parser.add_argument(f"--from-{name}", metavar="DIR", help=f"a folder of format {name} to convert to an adapter")
     parser.add_argument("--output", required=True, help="the folder to write; it must not exist")
     parser.add_argument(
-        "--dtype", default="auto", help="dtype of the weights: auto (that of training), float32, bfloat16, float16"
+        "--dtype",
+        default="auto",
+        type=choice(DTYPES),
+        metavar=f"{{{','.join(DTYPES)}}}",
+        help="dtype of the weights; auto: the dtype of the training (default: auto)",
     )
     for name, export in EXPORTS.items():
         for option, keywords in export.options.items():
@@ -54,7 +59,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--name",
         default=argparse.SUPPRESS,
-        help=f"{', '.join(f'from-{name}' for name in IMPORTS)}: name of the new adapter; default: default",
+        help=f"{', '.join(f'from-{name}' for name in IMPORTS)}: name of the new adapter (default: default)",
     )
     return parser
 

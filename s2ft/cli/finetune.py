@@ -3,8 +3,8 @@
 from dataclasses import dataclass, replace
 
 from s2ft.cli.parse import MODEL, parse, quiet_transformers
+from s2ft.text.scoring import TASKS
 from s2ft.train.options import check_fields, option
-from s2ft.train.scoring import TASKS
 
 DEFAULT_D_RATIO = 0.03  # The paper's, if the user gives no ratio.
 DATA = "JSON or JSONL files with instruction/input/output, prompt/completion, or messages"
@@ -100,14 +100,14 @@ def train(job: FinetuneArguments, config, options) -> None:
 
 def _train(job: FinetuneArguments, config, options, folder, ranks) -> None:
     import s2ft
+    from s2ft.text.calibration import calibration_for
     from s2ft.text.encoding import context_length, encode_examples
     from s2ft.text.examples import read_examples
     from s2ft.text.models import load_model
     from s2ft.text.prompts import pad_id
-    from s2ft.train.calibration import calibration_for
     from s2ft.train.device import say_device
     from s2ft.train.finetune import check_ranks_agree, training_arguments
-    from s2ft.train.memory import say_memory
+    from s2ft.train.memory import log_memory
 
     examples = read_examples(job.data)[: job.limit]
     if ranks.is_main_process:
@@ -121,7 +121,7 @@ def _train(job: FinetuneArguments, config, options, folder, ranks) -> None:
     if calibration is not None:
         model.to(ranks.device)
     if ranks.is_main_process and not job.resume:
-        say_memory(model, config, rows, options, arguments, pad_id(tokenizer))
+        log_memory(model, config, rows, options, arguments, pad_id(tokenizer))
     report = s2ft.attach(model, config, job.name, calibration)
     check_ranks_agree(model)
     if ranks.is_main_process:
@@ -163,8 +163,8 @@ def _held_out(job: FinetuneArguments, tokenizer, room: int):
     """Read the held-out rows. Raises ValueError for a task without data, or for rows that it can't score."""
     from s2ft.text.encoding import encode_examples
     from s2ft.text.examples import read_examples
-    from s2ft.train.evaluate import HeldOut
-    from s2ft.train.scoring import right_answer
+    from s2ft.text.scoring import right_answer
+    from s2ft.train.held_out import HeldOut
 
     if job.eval_data is None:
         if job.eval_task is not None or job.eval_limit is not None:

@@ -44,11 +44,11 @@ def generate(job: GenerateArguments) -> None:
         ValueError: An option is wrong, the model can't be loaded, or the generation failed.
     """
     import s2ft
-    from s2ft.serve.batch import Batch, Row
-    from s2ft.serve.sampling import Sampler
-    from s2ft.serve.text import TextStream
     from s2ft.text.models import dtype_of_base, load_model
     from s2ft.text.prompts import end_ids
+    from s2ft.text.running_batch import Row, RunningBatch
+    from s2ft.text.sampling import Sampler
+    from s2ft.text.streams import TextStream
     from s2ft.train.device import gpu_or_cpu
 
     prompt = read_prompt(job)
@@ -59,7 +59,7 @@ def generate(job: GenerateArguments) -> None:
     check_room(model, len(row.prompt), job.max_new_tokens)
     if job.adapter:
         s2ft.load_adapter(model, job.adapter)
-    batch = Batch(model.to(gpu_or_cpu()))
+    batch = RunningBatch(model.to(gpu_or_cpu()))
     text, ends = TextStream(tokenizer), set(end_ids(tokenizer, model.generation_config))
     batch.admit([row])
     while not row.failed and row.tokens[-1] not in ends:
@@ -83,16 +83,16 @@ def read_prompt(job: GenerateArguments) -> str:
 
     from s2ft.text.examples import check_unicode
 
-    if (job.prompt is None) == (job.prompt_file is None):
+    if job.prompt is not None and job.prompt_file is None:
+        prompt = sys.stdin.read().removesuffix("\n") if job.prompt == "-" else job.prompt
+        check_unicode(prompt, "prompt")  # Bytes of another encoding would fail later, in the tokenizer.
+        return prompt
+    if job.prompt is not None or job.prompt_file is None:
         raise ValueError("give either --prompt or --prompt-file")
-    if job.prompt_file is not None:
-        try:
-            return Path(job.prompt_file).read_text(encoding="utf-8").removesuffix("\n")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"prompt_file {job.prompt_file} is not UTF-8 text: {error}") from None
-    prompt = sys.stdin.read().removesuffix("\n") if job.prompt == "-" else job.prompt
-    check_unicode(prompt, "prompt")  # Bytes of another encoding would fail later, in the tokenizer.
-    return prompt
+    try:
+        return Path(job.prompt_file).read_text(encoding="utf-8").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompt_file {job.prompt_file} is not UTF-8 text: {error}") from None
 
 
 def check(job: GenerateArguments) -> None:

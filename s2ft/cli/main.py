@@ -19,22 +19,16 @@ COMMANDS = {
     "info": "describe an adapter folder",
     "demo": "fine-tune a small model from start to finish, without any arguments",
 }
-# Names that other programs give to a command.
+# Commands by the names that other programs give them.
 OTHER_NAMES = {
-    "chat": "generate --chat",
-    "choose": "select",
-    "convert": "export",
-    "evaluate": "eval",
-    "fit": "finetune",
-    "fuse": "combine",
-    "inference": "generate",
-    "run": "generate",
-    "score": "eval",
-    "sft": "finetune",
-    "show": "info",
-    "test": "eval",
-    "train": "finetune",
-    "tune": "finetune",
+    "eval": "evaluate score test",
+    "export": "convert",
+    "combine": "fuse",
+    "finetune": "fit sft train tune",
+    "generate": "inference run",
+    "generate --chat": "chat",
+    "info": "show",
+    "select": "choose",
 }
 MISTAKES = (
     ValueError,

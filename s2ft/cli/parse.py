@@ -5,56 +5,42 @@ import difflib
 import logging
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 GROUPS = ("model and data", "selection", "training", "evaluation", "output", "devices")  # in this order in the help
 MANY = 8  # so many choices of an option stand in its help text, fewer ones behind its name
 SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 TRUE, FALSE = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
-# Names that other programs give to an option. They are suggested where the command has the option.
+# Options by the names that other programs give them. They are suggested if the command has the option.
 OTHER_NAMES = {
-    "adapter-path": "adapter",
-    "base-model": "model",
-    "bf16": "dtype bfloat16",
-    "bs": "batch-size",
-    "cutoff-len": "max-length",
-    "dataset": "data",
-    "dataset-name": "data",
-    "eval-dataset": "eval-data",
-    "fp16": "dtype float16",
-    "gradient-accumulation-steps": "batch-size",
-    "logging-steps": "log-steps",
-    "lora-path": "adapter",
-    "lora-rank": "match-lora-rank",
-    "lr": "learning-rate",
-    "lr-scheduler-type": "schedule",
-    "max-samples": "limit",
-    "max-seq-length": "max-length",
-    "max-tokens": "max-new-tokens",
-    "model-name-or-path": "model",
-    "num-epochs": "epochs",
-    "num-train-epochs": "epochs",
-    "optim": "optimizer",
-    "out": "output",
-    "output-dir": "output",
-    "overwrite-output-dir": "overwrite",
-    "per-device-train-batch-size": "micro-batch-size",
-    "precision": "dtype",
-    "r": "match-lora-rank",
-    "rank": "match-lora-rank",
-    "resume-from-checkpoint": "resume",
-    "save-total-limit": "keep-checkpoints",
-    "scheduler": "schedule",
-    "torch-dtype": "dtype",
-    "train-file": "data",
-    "validation-file": "eval-data",
-    "warmup-ratio": "warmup-steps",
-    "wd": "weight-decay",
+    "adapter": "adapter-path lora-path",
+    "batch-size": "bs gradient-accumulation-steps",
+    "data": "dataset dataset-name train-file",
+    "dtype": "precision torch-dtype",
+    "dtype bfloat16": "bf16",
+    "dtype float16": "fp16",
+    "epochs": "num-epochs num-train-epochs",
+    "eval-data": "eval-dataset validation-file",
+    "keep-checkpoints": "save-total-limit",
+    "learning-rate": "lr",
+    "limit": "max-samples",
+    "log-steps": "logging-steps",
+    "match-lora-rank": "lora-rank r rank",
+    "max-length": "cutoff-len max-seq-length",
+    "max-new-tokens": "max-tokens",
+    "micro-batch-size": "per-device-train-batch-size",
+    "model": "base-model model-name-or-path",
+    "optimizer": "optim",
+    "output": "out output-dir",
+    "overwrite": "overwrite-output-dir",
+    "resume": "resume-from-checkpoint",
+    "schedule": "lr-scheduler-type scheduler",
+    "warmup-steps": "warmup-ratio",
+    "weight-decay": "wd",
 }
-
 
 # Help texts that several commands share.
 MODEL = "a checkpoint folder, a name on the hub, or a .gguf file"
@@ -70,13 +56,13 @@ class UsageError(ValueError):
 class Parser(argparse.ArgumentParser):
     """Raises UsageError with one line that names the help, where argparse prints the whole usage and exits."""
 
-    def parse_args(self, *args: Any, **options: Any) -> argparse.Namespace:
-        found, unknown = self.parse_known_args(*args, **options)
+    def parse_args(self, arguments: list[str]) -> argparse.Namespace:  # type: ignore[override]
+        found, unknown = self.parse_known_args(arguments)
         if unknown:
             self.error(_unknown(unknown[0], list(self._option_string_actions)))
         return found
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         message = re.sub(r"/--\w+(_\w+)+", "", message)  # the second spelling of each option
         message = re.sub(r"^argument ([^:]+): (must )?", lambda m: f"{m[1]} must " if m[2] else f"{m[1]}: ", message)
         message = message.replace("the following arguments are required:", "missing:")
@@ -94,7 +80,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
             return super()._format_action_invocation(action)
         names = ", ".join(name for name in action.option_strings if "_" not in name)
         takes_value = action.nargs != 0 and action.const is None
-        return f"{names} {self._format_args(action, action.metavar or action.dest.upper())}" if takes_value else names
+        return f"{names} {self._format_args(action, action.dest.upper())}" if takes_value else names
 
 
 def parse(
@@ -177,8 +163,8 @@ def _add(group: Any, one: Field, hint: Any) -> None:
             shown = _text(one, None, "off")
             group.add_argument(*_spellings(f"no_{one.name}"), dest=one.name, action="store_false", help=shown)
         return
-    choices = [choice for choice in one.metadata.get("choices", ()) if choice is not None]
-    read = _choice(choices) if choices else {int: _whole, float: _number, str: str}[kind]
+    choices = [name for name in one.metadata.get("choices", ()) if name is not None]
+    read = choice(choices) if choices else {int: _whole, float: _number, str: str}[kind]
     settings = {
         "nargs": "+" if several else None,
         "default": None if default is MISSING else default,
@@ -200,8 +186,8 @@ def _spellings(name: str) -> list[str]:
 
 def _kind(hint: Any) -> tuple[type, bool]:
     """Return bool, int, float or str, and whether the option takes several values. Text serves for all else."""
-    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    kinds = [kind for kind in kinds if kind is not type(None)]
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kinds = [kind for kind in parts if kind is not type(None)]
     if str in kinds or len(kinds) > 1:
         return str, False
     several = get_origin(kinds[0]) is list
@@ -249,7 +235,7 @@ def _number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
 
 
-def _choice(choices: list[str]) -> Callable[[str], str]:
+def choice(choices: Sequence[str]) -> Callable[[str], str]:
     """Return a reader of one of the choices, which also takes the short name of a dtype."""
 
     def read(text: str) -> str:
@@ -263,29 +249,27 @@ def _choice(choices: list[str]) -> Callable[[str], str]:
     return read
 
 
-def did_you_mean(word: str, names: list[str], others: Mapping[str, str] | None = None) -> str:
+def did_you_mean(word: str, names: Sequence[str], others: Mapping[str, str] | None = None, prefix: str = "") -> str:
     """Return "; did you mean ...?" with the closest name, or "" if none is close.
 
     Args:
         word: The unknown word.
         names: The known words.
-        others: Known words by other names for them. A known word may be followed by more text.
+        others: Other names of known words, separated by blanks, by the known word. More text may follow that word.
+        prefix: Text before the name in the answer.
     """
-    other = (others or {}).get(word)
-    if other is not None and other.split()[0] in names:
-        return f"; did you mean {other}?"
-    close = difflib.get_close_matches(word, names, 1)
-    return f"; did you mean {close[0]}?" if close else ""
+    own = [name for name, elsewhere in (others or {}).items() if word in elsewhere.split() and name.split()[0] in names]
+    close = own or difflib.get_close_matches(word, names, 1)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
 def _unknown(word: str, names: list[str]) -> str:
     if not word.startswith("-"):
         return f"unexpected argument {word!r}"
-    name = word.partition("=")[0]
-    others = {f"--{key}": f"--{value}" for key, value in OTHER_NAMES.items()}
-    spelled = "--" + name.lstrip("-").replace("_", "-")
-    known = [name for name in names if "_" not in name and name not in ("-h", "--help")]
-    return f"there is no option {name}{did_you_mean(spelled, known, others)}"
+    option = word.partition("=")[0]
+    known = [name[2:] for name in names if name.startswith("--") and "_" not in name and name != "--help"]
+    spelled = option.lstrip("-").replace("_", "-")
+    return f"there is no option {option}{did_you_mean(spelled, known, OTHER_NAMES, '--')}"
 
 
 def quiet_transformers() -> None:

@@ -74,8 +74,8 @@ def choose(job: SelectArguments, config):
     import torch
 
     import s2ft
+    from s2ft.text.calibration import needs_calibration
     from s2ft.text.models import load_model
-    from s2ft.train.calibration import needs_calibration
     from s2ft.train.device import say_device
 
     calibrated = needs_calibration(config)
@@ -91,10 +91,10 @@ def choose(job: SelectArguments, config):
 
 
 def _calibration(job: SelectArguments, config, model, tokenizer):
+    from s2ft.text.calibration import calibration_for
     from s2ft.text.encoding import context_length, encode_examples
     from s2ft.text.examples import read_examples
-    from s2ft.train.calibration import calibration_for
 
     room = min(job.max_length, context_length(model) or job.max_length)
-    rows = encode_examples(tokenizer, read_examples(job.data), room)
+    rows = encode_examples(tokenizer, read_examples(job.data or []), room)
     return calibration_for(config, tokenizer, rows, job.calibration_examples, job.batch_size)

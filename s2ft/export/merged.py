@@ -1,6 +1,7 @@
 """A checkpoint of transformers with an adapter merged into the base."""
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -37,12 +38,21 @@ def export(
         FileNotFoundError: The base or the adapter does not exist.
         RuntimeError: The saved checkpoint is not the merged model. Nothing is left in any of these cases.
     """
+    if max_shard_size is not None:
+        _check_size(max_shard_size)
     with temporary_folder(output) as folder:
         model, tokenizer = merged_model(model_name, adapter, dtype)
         model.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
         tokenizer.save_pretrained(folder)
         _compare(model, folder)
     return f"merged checkpoint, loaded again and compared: {output}"
+
+
+def _check_size(size: str) -> None:
+    """Raise ValueError unless the text is a size above 0, such as 2GB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?[KMGT]B", size.strip(), re.IGNORECASE)
+    if not found or float(found[1]) == 0:
+        raise ValueError(f"max_shard_size must be a size above 0, such as 2GB, got {size!r}")
 
 
 def merged_model(model_name: str, adapter: str | Path, dtype: str = "auto"):

@@ -2,13 +2,13 @@
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from s2ft.model.coupling import Coupling
+from s2ft.model.modes import evaluation_mode
 from s2ft.model.permutation import Move
 from s2ft.model.weights import allow_packing, layers_that_pack, stop_packing, weight_of
 
@@ -129,7 +129,7 @@ class Trial:
         packing = layers_that_pack(self.model)
         try:
             stop_packing(self.model, packing)
-            with torch.no_grad(), _evaluation(self.model), torch.random.fork_rng(cuda):
+            with torch.no_grad(), evaluation_mode(self.model), torch.random.fork_rng(cuda):
                 torch.manual_seed(0)
                 output = _call(self.model, self.example)
         finally:
@@ -150,17 +150,6 @@ def _cycle(count: int) -> Tensor:
     order = torch.empty_like(units)
     order[units] = units.roll(1)
     return order
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _call(model: nn.Module, example: Any) -> Any:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from s2ft.model.coupling import Coupling, Projection
+from s2ft.model.modes import evaluation_mode
+from s2ft.text.encoding import IGNORED
 
-IGNORED = -100  # the label that torch's cross entropy leaves out
 MAIN_INPUTS = {  # what a model's main input must be: in words, and its dims, or the least of them
     "input_ids": ("token ids of shape [sequences, tokens]", 2),
     "pixel_values": ("floating-point pixels of shape [images, channels, height, width]", 4),
@@ -242,16 +243,13 @@ def _predicts_tokens(model: nn.Module) -> bool:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside, without gradients left from before; afterwards each module's mode, each
     parameter's requires_grad and its gradient are what they were, whatever happened."""
-    modes = [(module, module.training) for module in model.modules()]
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:
-        model.eval()
         for parameter, _, _ in parameters:
             parameter.grad = None
-        yield
+        with evaluation_mode(model):
+            yield
     finally:
-        for module, training in modes:
-            module.training = training
         for parameter, required, gradient in parameters:
             parameter.grad = None
             parameter.requires_grad_(required)

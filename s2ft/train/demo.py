@@ -15,10 +15,10 @@ import s2ft
 from s2ft.config import S2FTConfig
 from s2ft.packages import check_packages
 from s2ft.text.encoding import encode_examples
+from s2ft.text.evaluation import Evaluation, evaluate
 from s2ft.text.examples import Example
 from s2ft.text.models import load_model
 from s2ft.train.device import gpu_or_cpu
-from s2ft.train.evaluate import Evaluation, evaluate
 from s2ft.train.finetune import finetune
 from s2ft.train.options import DemoOptions, TrainOptions
 from s2ft.train.output import RunFolder, write_json
@@ -42,7 +42,8 @@ def default_model() -> str:
         MissingPackages: The package is not installed; the message has the line that installs it.
     """
     check_packages("s2ft demo without --model", f"--model {HUB}, which is downloaded from the hub")
-    folders = importlib.util.find_spec(PACKAGE).submodule_search_locations
+    package = importlib.util.find_spec(PACKAGE)
+    folders = (package and package.submodule_search_locations) or []
     return str(next(file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))))
 
 
@@ -66,7 +67,7 @@ def faster_dtype() -> str:
             float((matrix @ matrix)[0, 0])  # float() waits until a GPU is done.
             rounds.append(time.perf_counter() - start)
         times[name] = min(rounds)
-    return min(times, key=times.get)
+    return min(times, key=times.__getitem__)
 
 
 class Clock:

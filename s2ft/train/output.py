@@ -11,7 +11,7 @@ from pathlib import Path
 from s2ft.adapter.folders import ADAPTER, RUN
 from s2ft.files.adapter_folder import CONFIG
 from s2ft.files.reading import read_json
-from s2ft.train.checkpoints import UNFINISHED, checkpoints, last_whole
+from s2ft.train.checkpoints import UNFINISHED, checkpoints, newest_valid
 from s2ft.train.lock import LOCK, only_run_in
 from s2ft.train.options import NOT_PART_OF_A_RUN
 
@@ -101,7 +101,7 @@ class RunFolder:
         """Return a text about what a failed run has left to continue from."""
         if (self.adapter / CONFIG).is_file():
             return f"the trained adapter is saved in {self.adapter}"
-        checkpoint = last_whole(self.path)
+        checkpoint = newest_valid(self.path)
         return (
             "no checkpoint was written, so the run starts again"
             if checkpoint is None

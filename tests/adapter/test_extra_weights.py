@@ -362,7 +362,7 @@ SPOILT = {
         ),
         "outside its couplings",
     ),
-    "unknown module": (dict(config=lambda c: c["config"].update(modules_to_save=["nothing"])), "no module of Bert"),
+    "unknown module": (dict(config=lambda c: c["config"].update(modules_to_save=["nothing"])), "not a module of Bert"),
 }
 
 
@@ -537,7 +537,7 @@ def test_merging_a_loaded_one_leaves_its_value(tmp_path):
 @pytest.mark.parametrize(
     "modules, message",
     (
-        (["nothing"], "'nothing', which is no module of Bert"),
+        (["nothing"], "'nothing', which is not a module of Bert"),
         (["dense"], "holds bert.encoder.layer.0.*a weight whose units are trained as slices"),
         (["dropout"], "no floating-point weights"),
     ),

@@ -240,6 +240,23 @@ print([name for name in ("torch", "transformers", "numpy", "matplotlib", "accele
     assert done.stdout.rstrip().endswith("[]")
 
 
+@pytest.mark.parametrize("everything", [False, True])
+def test_of_other_libraries_only_errors_are_shown(everything):
+    code = f"""
+import logging
+from s2ft.cli.main import set_up_logging
+set_up_logging({everything})
+for name in ("torchao", "bitsandbytes.backends", "torch.utils._pytree", "s2ft.train"):
+    logging.getLogger(name).warning(name + " warns")
+    logging.getLogger(name).error(name + " fails")
+logging.getLogger("s2ft.train").info("s2ft tells")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = done.stderr.splitlines()
+    assert sum(line.endswith(" fails") for line in lines) == 4 and "s2ft tells" in lines
+    assert sum(line.endswith(" warns") for line in lines) == (4 if everything else 1) and "s2ft.train warns" in lines
+
+
 SUGGESTIONS = [
     (["eval", "--lr", "1"], "there is no option --lr (see s2ft eval --help)"),
     (["finetune", "--lr", "1e-4"], "there is no option --lr; did you mean --learning-rate? (see s2ft finetune --help)"),

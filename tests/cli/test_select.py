@@ -5,8 +5,8 @@ from train.tiny import save_tiny, sums, write_jsonl
 
 import s2ft
 from s2ft.cli.main import main
+from s2ft.text.calibration import calibration_for
 from s2ft.text.encoding import TokenRow
-from s2ft.train.calibration import calibration_for
 
 RUN = ["--max-steps", "1", "--batch-size", "2", "--micro-batch-size", "2"]
 
@@ -182,7 +182,7 @@ def test_calibration_without_a_use_is_a_mistake(work, tmp_path, capsys):
         )
         == 2
     )
-    assert "calibration_examples has no use here" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "calibration_examples has no effect here" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_rows_are_drawn_by_seed():

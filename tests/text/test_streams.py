@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from train.tiny import tiny_tokenizer
 
-from s2ft.serve.text import TextStream
+from s2ft.text.streams import TextStream
 
 TOKENIZER = tiny_tokenizer()
 

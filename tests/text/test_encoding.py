@@ -46,7 +46,7 @@ def test_long_rows_are_left_out_and_counted(caplog):
     examples = [example("a"), example("b" * 500), example("c", "d" * 500)]
     rows = encode_examples(tiny_tokenizer(), examples, max_length=120)
     assert len(rows) == 1
-    assert "left out 2 of 3 rows: 1 with a prompt that fills 120 tokens alone, 1 with prompt and answer" in caplog.text
+    assert "left out 2 of 3 rows: 1 with a prompt of 120 tokens or more, 1 with a prompt and an answer" in caplog.text
 
 
 def test_a_row_of_exactly_max_length_stays():

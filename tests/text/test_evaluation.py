@@ -5,9 +5,10 @@ import torch
 from train.tiny import sums, tiny_model, tiny_tokenizer
 
 import s2ft
+from s2ft.text.evaluation import evaluate
 from s2ft.text.examples import Example, example_from
+from s2ft.text.generation import generate, generation_mode
 from s2ft.text.prompts import encode_prompt
-from s2ft.train.evaluate import evaluate, for_generation, generate
 
 
 @pytest.fixture
@@ -55,7 +56,7 @@ def test_generation_leaves_the_model_as_it_was(model):
 
 
 def test_model_comes_back_after_an_error(model):
-    with pytest.raises(RuntimeError), for_generation(model):
+    with pytest.raises(RuntimeError), generation_mode(model):
         assert all(row.fused for row in s2ft.status(model).rows)
         raise RuntimeError
     assert not any(row.fused for row in s2ft.status(model).rows)
@@ -73,7 +74,7 @@ def test_plain_model_without_adapter_is_evaluated():
 
 
 def test_accuracy_counts_right_records(monkeypatch):
-    monkeypatch.setattr("s2ft.train.evaluate.generate", lambda *_, **__: ["The answer is 0.", "3", "4", "", "no 4"])
+    monkeypatch.setattr("s2ft.text.evaluation.generate", lambda *_, **__: ["The answer is 0.", "3", "4", "", "no 4"])
     result = evaluate(tiny_model(), tiny_tokenizer(), examples(), "arithmetic", max_new_tokens=4)
     assert [record.right for record in result.records] == [True, False, True, False, False]
     assert result.accuracy == 2 / 5 and result.to_dict()["right"] == 2

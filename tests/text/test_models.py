@@ -8,7 +8,7 @@ import torch
 from train.tiny import save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from s2ft.text.models import load_model, load_tokenizer, locate
+from s2ft.text.models import load_model, locate
 
 
 @pytest.fixture
@@ -131,4 +131,4 @@ def test_folder_without_tokenizer(tmp_path):
     for file in tmp_path.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(ValueError, match="can't load a tokenizer from"):
-        load_tokenizer(str(tmp_path))
+        load_model(str(tmp_path))

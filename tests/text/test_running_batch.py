@@ -4,11 +4,11 @@ import random
 
 import pytest
 import torch
-from serve.fleet import Batch, alone, greedy_row, save_adapters
+from serve.fleet import RunningBatch, alone, greedy_row, save_adapters
 from train.tiny import tiny_model
 
 from s2ft.adapter.bank import AdapterBank
-from s2ft.serve.batch import rows_interact
+from s2ft.text.running_batch import rows_interact
 
 UNTIED = dict(tie_word_embeddings=False)
 
@@ -27,7 +27,7 @@ def prompt(length, seed):
 def test_rows_join_and_leave_at_any_time(folder):
     """Each row's tokens are its adapter's alone, however many steps it shares with whom."""
     model = tiny_model(**UNTIED)
-    batch = Batch(model, AdapterBank(model, folder).batch)
+    batch = RunningBatch(model, AdapterBank(model, folder).batch)
     draw, done = random.Random(0), []
     waiting = [
         (greedy_row(prompt(draw.randint(1, 30), n), draw.choice(["a0", "a1", "a2", "a3", None])), draw.randint(1, 25))
@@ -51,7 +51,7 @@ def test_rows_join_and_leave_at_any_time(folder):
 
 
 def test_columns_go_with_the_longest_row():
-    batch = Batch(tiny_model())
+    batch = RunningBatch(tiny_model())
     short, long = greedy_row(prompt(3, 0)), greedy_row(prompt(40, 1))
     batch.admit([short, long])
     assert batch._mask.shape == (2, 40)
@@ -63,7 +63,7 @@ def test_columns_go_with_the_longest_row():
 
 def test_an_error_while_joining_leaves_the_batch_as_it_was(folder):
     model = tiny_model(**UNTIED)
-    batch = Batch(model, AdapterBank(model, folder).batch)
+    batch = RunningBatch(model, AdapterBank(model, folder).batch)
     row = greedy_row(prompt(5, 0), "a0")
     batch.admit([row])
     with pytest.raises(ValueError, match="unknown"):
@@ -78,7 +78,7 @@ def test_a_row_without_finite_logits_fails_alone(folder):
     model.get_output_embeddings().register_forward_hook(
         lambda module, inputs, output: torch.cat([output[:1], torch.full_like(output[1:], float("nan"))])
     )
-    batch = Batch(model)
+    batch = RunningBatch(model)
     rows = [greedy_row([5, 6]), greedy_row([7])]
     batch.admit(rows)
     assert rows[0].tokens and rows[0].failed is None
@@ -107,7 +107,7 @@ def test_layers_with_a_window_see_their_window(kind):
         else Gemma3TextConfig(**shape, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
     )
     model = AutoModelForCausalLM.from_config(config).eval()
-    batch = Batch(model)
+    batch = RunningBatch(model)
     rows = [greedy_row([n % 60 for n in range(3, 3 + length)]) for length in (4, 17, 9)]
     batch.admit(rows[:2])
     for _ in range(4):

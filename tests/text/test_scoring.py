@@ -3,7 +3,7 @@
 import pytest
 
 from s2ft.text.examples import Example
-from s2ft.train.scoring import first_word, is_right, last_number, right_answer
+from s2ft.text.scoring import first_word, is_right, last_number, right_answer
 
 NUMBERS = {
     "The answer is 5.": 5,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from s2ft.serve.sampling import Sampler
+from s2ft.text.sampling import Sampler
 
 
 def test_no_temperature_takes_the_likeliest():

@@ -1,4 +1,4 @@
-"""Score generated text as LLM-Adapters does: the last number, or the first answer word."""
+"""Score generated text as LLM-Adapters does: by its last number, or by its first answer word."""
 
 import re
 
@@ -6,14 +6,19 @@ from s2ft.text.examples import Example
 
 TASKS = ("arithmetic", "commonsense")
 TOLERANCE = 1e-3
-# A sign counts only where it can't be a minus between two numbers: "8-3" ends in 3, "= -3" in -3.
+# A minus is a sign only if it cannot be a subtraction: "8-3" ends in 3, "= -3" ends in -3.
 NUMBER = re.compile(r"((?<![\w.)\]])-\$?|\$-?)?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
-# Families of answer words; which one is meant is told by the right answer.
+# Families of answer words. The right answer determines which family is searched for.
 FAMILIES = (r"true|false", r"answer\d", r"solution\d", r"ending\d", r"option\d")
 
 
 def last_number(text: str) -> float | None:
-    """The last number in the text: 1,234 and $5. and -3 and 5.0 are numbers."""
+    """Return the last number in the text, or None if there is none.
+
+    Example:
+        >>> s2ft.text.scoring.last_number("3 times $400 is $1,200.")
+        1200.0
+    """
     found = NUMBER.findall(text.replace("\u2212", "-"))
     if not found:
         return None
@@ -22,7 +27,15 @@ def last_number(text: str) -> float | None:
 
 
 def first_word(text: str, answer: str) -> str | None:
-    """The first answer word in the text, of the family that `answer` belongs to; None if there is none."""
+    """Return the first answer word in the text that belongs to the same family as `answer`, or None.
+
+    Raises:
+        ValueError: `answer` is not an answer word.
+
+    Example:
+        >>> s2ft.text.scoring.first_word("I think option2 is better than option1.", answer="option1")
+        'option2'
+    """
     family = next((words for words in FAMILIES if re.fullmatch(words, answer)), None)
     if family is None:
         raise ValueError(f"{answer!r} is not an answer word (true, false, answer1, solution1, ending1, option1 …)")
@@ -31,9 +44,14 @@ def first_word(text: str, answer: str) -> str | None:
 
 
 def right_answer(example: Example, task: str) -> str:
-    """What the example is scored against: its `answer`, or else what stands in its output.
+    """Return the answer that an example is scored against.
 
-    Raises: ValueError where that is nothing the task can score.
+    Args:
+        example: The example. Its `answer` is used, or the answer in its `output` if it has no `answer`.
+        task: "arithmetic" or "commonsense".
+
+    Raises:
+        ValueError: The task is unknown, or the example has no answer that the task can score.
     """
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
@@ -53,8 +71,8 @@ def right_answer(example: Example, task: str) -> str:
 
 
 def is_right(text: str, answer: str, task: str) -> bool:
-    """Whether generated text gives the answer."""
+    """Whether generated text contains the right answer."""
     if task == "commonsense":
         return first_word(text, answer) == answer
-    number = last_number(text)
-    return number is not None and abs(number - last_number(answer)) <= TOLERANCE
+    number, expected = last_number(text), last_number(answer)
+    return number is not None and expected is not None and abs(number - expected) <= TOLERANCE
