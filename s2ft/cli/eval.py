@@ -41,7 +41,7 @@ def score(job: EvalArguments) -> None:
 
     import torch
 
-    import s2ft
+    import s2ft.adapter
     from s2ft.text.examples import read_examples
     from s2ft.text.models import dtype_of_base, load_model
     from s2ft.train.evaluate import evaluate

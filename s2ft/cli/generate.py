@@ -35,7 +35,7 @@ def run(arguments: list[str]) -> None:
 def generate(job: GenerateArguments) -> None:
     import torch
 
-    import s2ft
+    import s2ft.adapter
     from s2ft.serve.batch import Batch, Row
     from s2ft.serve.sampling import Sampler
     from s2ft.serve.text import TextStream
