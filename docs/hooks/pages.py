@@ -8,21 +8,16 @@ import logging
 import os
 import posixpath
 import re
-import sys
 from pathlib import Path
 from typing import Any
-
-from mkdocs.exceptions import PluginError
-from mkdocs.structure.files import File, Files
-
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 import command_pages
 import model_pages
 import public_api
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
 
+ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"\]\((?!https?://|#|mailto:)([^)\s#]+)(#[^)\s]*)?\)")
 logger = logging.getLogger("mkdocs.s2ft")
 
@@ -95,7 +90,7 @@ def reference(group: public_api.Group, repository: str) -> str:
 
 
 def relinked(name: str, repository: str) -> str:
-    """A file of the repository's root as a page: links to pages of docs/ stay, other files are linked in the repository."""
+    """A file of the repository's root as a page. Links to pages of docs/ stay; other links lead to the repository."""
 
     def target(found: re.Match) -> str:
         path, anchor = posixpath.normpath(found[1]), found[2] or ""
