@@ -6,7 +6,7 @@ Run it:
     python examples/classification_head.py --model HuggingFaceTB/SmolLM2-135M
 
 `modules_to_save` names the head: it is trained in full and saved in the adapter. It prints what is trained, the loss
-before and after, and that the reloaded adapter gives the same logits.
+before and after, and that the reloaded adapter gives the same logits within rounding.
 """
 
 import torch
@@ -46,8 +46,8 @@ def main() -> None:
     fresh, _ = classifier(job.model)
     s2ft.load_adapter(fresh, "film-adapter")  # its head replaces the new one
     with torch.no_grad():
-        same = torch.equal(fresh(**inputs).logits, model(**inputs).logits)
-        print(f"classes: {fresh(**inputs).logits.argmax(-1).tolist()}, logits equal after reloading: {same}")
+        logits, again = model(**inputs).logits, fresh(**inputs).logits
+    print(f"classes: {again.argmax(-1).tolist()}, the same after reloading: {torch.allclose(logits, again, atol=1e-4)}")
 
 
 if __name__ == "__main__":
