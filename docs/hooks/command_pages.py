@@ -75,7 +75,9 @@ def row(action: argparse.Action) -> str:
     names = [name for name in action.option_strings if "_" not in name] or action.option_strings
     value = metavar(action)
     name = "`, `".join(f"{name} {value}".strip() for name in names) if names else value
-    default = "" if action.default in (None, argparse.SUPPRESS, False) else f"`{action.default}`"
+    default = "" if action.default is None or action.default in ("", argparse.SUPPRESS) else f"`{action.default}`"
+    if isinstance(action.default, bool):
+        default = "on" if action.default else "off"
     if action.required:
         default = "required"
     text = (action.help or "") % {"default": action.default, "prog": "s2ft", "type": ""}

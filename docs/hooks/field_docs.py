@@ -1,13 +1,16 @@
-"""Extension of griffe: dataclass fields get their description from their help text or the comment on their line."""
+"""Extension of griffe: descriptions of dataclass fields from their help text or comment, and no roles of Sphinx."""
 
 import ast
 import dataclasses
 import io
+import re
 import tokenize
 from importlib import import_module
 from typing import Any
 
 import griffe
+
+ROLE = re.compile(r":(?:class|func|meth|mod):`~?([^`]+)`")
 
 
 class FieldDocs(griffe.Extension):
@@ -23,6 +26,11 @@ class FieldDocs(griffe.Extension):
         for name, default in _defaults(cls).items():
             if name in cls.members and "(" in str(cls.members[name].value):
                 cls.members[name].value = default
+
+    def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Show :func:`name` as `name`."""
+        if obj.docstring:
+            obj.docstring.value = ROLE.sub(r"`\1`", obj.docstring.value)
 
 
 def field_texts(cls: griffe.Class) -> dict[str, str]:

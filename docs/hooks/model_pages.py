@@ -13,7 +13,9 @@ table is made from the {cases} small models that the tests run; a new family is 
 
 - *Projections*: q, k, v and o are trained by attention heads; u (up), g (gate) and d (down) by FFN channels.
 - *move*: the layout `permuted` brings the selected units together, so that they are one slice of the weight.
-  *stay*: the units are trained at their places, through an index, with either layout. The results are the same.
+  *stay*: the units are trained at their places, through an index, with either layout. Heads stay if several query
+  heads share a key/value head (*grouped queries*), or if another module numbers them (*numbered*): a table of position
+  biases, or norms for single heads. The results are the same.
 - *LoRA*: `s2ft export --format lora` writes adapters that PEFT and vLLM load. Every model can be merged into a plain
   checkpoint.
 - *GGUF*: `s2ft export --format gguf` writes the merged model for llama.cpp. For other families, merge first and use
@@ -71,8 +73,8 @@ def row(model_type: str, cases: dict[str, list]) -> str:
         f"`{model_type}`",
         ", ".join(variant(case, base) for case in cases),
         " ".join(key for key in "qkvougd" if key in keys),
-        places(cases, base, "ugd"),
-        places(cases, base, "qkvo"),
+        places(cases, "ugd"),
+        places(cases, "qkvo"),
         "not for experts" if experts else "yes",
         "yes" if model_type in ARCHITECTURES else "",
     ]
@@ -84,13 +86,14 @@ def variant(case: str, base: str) -> str:
     return case.removeprefix(base).strip("-").replace("-", " ") or "default"
 
 
-def places(cases: dict[str, list], base: str, keys: str) -> str:
-    """Whether units move or stay, and in which configurations."""
-    moves, stays = [], []
-    for case, couplings in cases.items():
-        movable = [coupling.movable for coupling in couplings if coupling.consumer.key in keys]
-        if movable:
-            (moves if all(movable) else stays).append(variant(case, base))
-    if not moves or not stays:
-        return "move" * bool(moves) + "stay" * bool(stays)
-    return f"move; stay: {', '.join(stays)}"
+def places(cases: dict[str, list], keys: str) -> str:
+    """Whether the units of projections move or stay, and when."""
+    found = {place(coupling) for couplings in cases.values() for coupling in couplings if coupling.consumer.key in keys}
+    return ", ".join(sorted(found))
+
+
+def place(coupling) -> str:
+    """Whether the units of a coupling move or stay."""
+    if coupling.movable:
+        return "move"
+    return "stay (numbered)" if coupling.fixed else "stay (grouped queries)"
