@@ -11,8 +11,8 @@ from support.models import ALL_RATIOS, model_of
 
 import s2ft
 from s2ft.attached.record import attachment_of
+from s2ft.files import reading
 from s2ft.files.adapter_folder import CONFIG
-from s2ft.files.writing import reading
 from s2ft.selection import Selection
 
 UNITS = st.dictionaries(
