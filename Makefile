@@ -4,7 +4,6 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 
-.PHONY: demo test test-all test-processors test-peft bench docs clean
 .PHONY: demo test test-all test-processors test-peft types lint bench docs clean
 
 demo: $(VENV)/.installed
