@@ -115,7 +115,7 @@ def lacks(name: str) -> list[str]:
 
 
 def _lacks_of_class(found: griffe.Class, name: str) -> Iterator[str]:
-    text = _text(found)
+    text = text_of(found)
     if not text:
         yield f"{name}: no docstring"
     elif ">>>" not in text:
@@ -134,12 +134,12 @@ def _lacks_of_class(found: griffe.Class, name: str) -> Iterator[str]:
             continue
         if member.is_function:
             yield from _lacks_of_function(member, f"{name}.{key}", example=False)
-        elif "property" in member.labels and not _text(member):
+        elif "property" in member.labels and not text_of(member):
             yield f"{name}.{key}: no docstring"
 
 
 def _lacks_of_function(found: griffe.Function, name: str, example: bool) -> Iterator[str]:
-    text = _text(found)
+    text = text_of(found)
     if not text:
         yield f"{name}: no docstring"
         return
@@ -156,7 +156,8 @@ def _lacks_of_function(found: griffe.Function, name: str, example: bool) -> Iter
     yield from (f"{name}: no Raises for {error}" for error in sorted(_raises(found) - raised))
 
 
-def _text(found: griffe.Object) -> str:
+def text_of(found: griffe.Object) -> str:
+    """The docstring of an object; empty if there is none."""
     return found.docstring.value.strip() if found.docstring else ""
 
 

@@ -55,6 +55,10 @@ def test_the_report_names_what_is_left_out():
     assert lines[0].endswith(f"{len(lines) - 1} left out")
 
 
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1500
+
+
 # ---- the runner itself ------------------------------------------------------------------------------------
 
 
