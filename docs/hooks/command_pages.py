@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import io
+import re
 from collections.abc import Iterator
 from importlib import import_module
 
@@ -75,12 +76,14 @@ def row(action: argparse.Action) -> str:
     names = [name for name in action.option_strings if "_" not in name] or action.option_strings
     value = metavar(action)
     name = "`, `".join(f"{name} {value}".strip() for name in names) if names else value
+    text = (action.help or "") % {"default": action.default, "prog": "s2ft", "type": ""}
     default = "" if action.default is None or action.default in ("", argparse.SUPPRESS) else f"`{action.default}`"
     if isinstance(action.default, bool):
         default = "on" if action.default else "off"
     if action.required:
         default = "required"
-    text = (action.help or "") % {"default": action.default, "prog": "s2ft", "type": ""}
+    elif stated := re.search(r" \(default: (.*)\)$", text):
+        text, default = text[: stated.start()], stated[1]
     if action.choices is not None and not all(str(choice) in text for choice in action.choices):
         text += f"; one of {', '.join(f'`{choice}`' for choice in action.choices)}"
     return f"| `{cell(name)}` | {cell(default)} | {cell(text)} |"

@@ -2,15 +2,19 @@
 
 A Python block runs in the namespace of its page; lines that start with ``>>>`` must print the output below them. The
 lines of a bash block are commands: ``s2ft ...`` runs in this process, any other command in a shell. A line that ends
-with ``&`` runs until the page ends. A block that can't run here has a comment with the reason before it::
+with ``&`` is a server: it runs until the page ends. A block that can't run here has a comment with the reason before it::
 
     <!--- skip: next "needs two GPUs" -->
+
+If the reason is ``needs PACKAGE``, the block runs where that Python package is installed.
 """
 
 import ast
 import doctest
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import SkipTest
 
@@ -24,6 +28,7 @@ from .shell import Shell
 ROOT = Path(__file__).parents[2]
 RUN = ("python", "bash")
 SHOWN = ("bibtex", "c", "cpp", "csv", "diff", "json", "jsonl", "text", "toml", "yaml")  # languages that are not run
+PACKAGE = re.compile(r'<!---? *skip: next "needs (\w+)" *-+>')
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
@@ -45,9 +50,13 @@ def pages() -> list[Path]:
 def parse(page: Path, shell: Shell | None = None) -> Document:
     """Parse a page. The examples of the document can be evaluated if `shell` is given."""
     shell = shell or Shell(ROOT, 0)
-    return Document.parse(
-        str(page), PythonCodeBlockParser(doctest_optionflags=FLAGS), CodeBlockParser("bash", shell), SkipParser()
-    )
+    text = PACKAGE.sub(lambda found: "" if find_spec(found[1]) else found[0], page.read_text(encoding="utf-8"))
+    document = Document(shell.with_port(text), str(page))
+    parsers = (PythonCodeBlockParser(doctest_optionflags=FLAGS), CodeBlockParser("bash", shell), SkipParser())
+    for parser in parsers:
+        for region in parser(document):
+            document.add(region)
+    return document
 
 
 def blocks_of(page: Path) -> Iterator[Block]:

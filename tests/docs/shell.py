@@ -30,14 +30,11 @@ class Shell:
 
     def __call__(self, example: Example) -> None:
         for line in commands(example.parsed):
-            self.run(self.with_port(line))
+            self.run(line)
 
-    def with_port(self, line: str) -> str:
-        """Replace the port of the page in a command, and give one to a server that has none."""
-        line = line.replace(f":{PORT}", f":{self.port}").replace(f"--port {PORT}", f"--port {self.port}")
-        if line.startswith("s2ft serve") and "--port" not in line:
-            line = line.replace("s2ft serve", f"s2ft serve --port {self.port}", 1)
-        return line
+    def with_port(self, text: str) -> str:
+        """Replace the port in the text of a page."""
+        return text.replace(f":{PORT}", f":{self.port}").replace(f"--port {PORT}", f"--port {self.port}")
 
     def run(self, line: str) -> None:
         """Run one command.
@@ -59,7 +56,13 @@ class Shell:
             assert done.returncode == 0, f"{line}: exit status {done.returncode}\n{done.stdout}{done.stderr}"
 
     def start(self, line: str) -> None:
-        """Run a server in the background and wait until its port is open."""
+        """Run a server in the background and wait until its port is open.
+
+        Raises:
+            AssertionError: The server ended, or its port did not open in time.
+        """
+        if "--port" not in line:
+            line = f"{line.strip()} --port {self.port}"
         self.running.append(subprocess.Popen(["bash", "-c", f"exec {line}"], env=self.environment()))
         end = time.monotonic() + SECONDS
         while self.running[-1].poll() is None and time.monotonic() < end:

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from train.tiny import save_tiny, sums, write_jsonl
+from tokenizers import models
+from train.tiny import save_tiny, sums, tiny_tokenizer, write_jsonl
 
 SHAPE = dict(
     hidden_size=64, intermediate_size=128, max_position_embeddings=1024
@@ -17,10 +18,21 @@ def fill(folder: Path) -> Path:
     - chats.jsonl: 8 conversations
     """
     save_tiny(folder / "path/to/model", **SHAPE)
+    with_merges().save_pretrained(folder / "path/to/model")
     write_jsonl(folder / "data.jsonl", sums(16))
     write_jsonl(folder / "held-out.jsonl", sums(4))
     write_jsonl(folder / "chats.jsonl", [{"messages": messages(row)} for row in sums(8)])
     return folder
+
+
+def with_merges():
+    """A tokenizer with merges, which a GGUF file must have. Its vocabulary is as large as the model's."""
+    tokenizer = tiny_tokenizer()
+    letters = [token for token in tokenizer.get_vocab() if len(token) == 1]
+    never = sorted(letters)[-1]  # a byte of no text; its number goes to the merged pair
+    vocabulary = {("th" if token == never else token): number for token, number in tokenizer.get_vocab().items()}
+    tokenizer.backend_tokenizer.model = models.BPE(vocab=vocabulary, merges=[("t", "h")])
+    return tokenizer
 
 
 def messages(row: dict) -> list[dict]:
