@@ -37,13 +37,7 @@ def main() -> None:
     y = x.square().mean(1, keepdim=True)
 
     couplings = [
-        s2ft.Coupling(
-            "ffn",
-            layer,
-            (s2ft.Projection("u", f"{layer}.up", CHANNELS, 1, 0),),
-            s2ft.Projection("d", f"{layer}.down", CHANNELS, 1, 1),
-        )
-        for layer in (0, 1)
+        s2ft.Coupling.ffn(layer, up=f"{layer}.up", down=f"{layer}.down", channels=CHANNELS) for layer in (0, 1)
     ]
     print(s2ft.attach(model, s2ft.S2FTConfig(u_ratio=0.25, d_ratio=0.25), couplings=couplings, example=x[:2]))
 

@@ -53,7 +53,7 @@ GROUPS = (
               "push_to_hub")),
     Group("selection", "Selection", "Choose the units that are trained.", _of("s2ft", "select Selection")),
     Group("couplings", "Couplings", "Describe a model that s2ft does not know.",
-          _of("s2ft", "Coupling register_architecture") + _of("s2ft.model.coupling", "Projection Vector")),
+          _of("s2ft", "Coupling register_architecture")),
     Group("layers", "Layers", "The trainable layers of the paper's reference code.",
           _of("s2ft", "S2RowLinear S2ColumnLinear")),
     Group("ops", "Operators", "The operators of `s2ft.ops`. Each runs in PyTorch, and in a compiled kernel if there is "
