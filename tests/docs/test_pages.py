@@ -8,6 +8,8 @@ import pytest
 
 from s2ft.model.registry import known_architectures
 
+from .blocks import ROOT
+
 
 @pytest.fixture(scope="module")
 def commands():
@@ -41,3 +43,11 @@ def test_links_of_a_file_of_the_root():
     text = pages.relinked("CHANGELOG.md", "https://example.org/blob/main")
     assert text.startswith("# ")
     assert not re.search(r"\]\((?!https?://|#|[\w/-]+\.md)", text)
+
+
+@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "examples/README.md"])
+def test_links_between_files_of_the_repository(name):
+    """mkdocs checks the links of docs/; these files are outside."""
+    page = ROOT / name
+    links = re.findall(r"\]\((?!https?://|#|mailto:)([^)\s#]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []
