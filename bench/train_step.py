@@ -71,11 +71,12 @@ def s2ft_model(base: nn.Module, d_ratio: float) -> nn.Module:
     return model
 
 
-def lora_model(base: nn.Module, rank: int, targets, copied: bool = True) -> nn.Module:
+def lora_model(base: nn.Module, rank: int, targets, copied: bool = True, float32: bool = True) -> nn.Module:
+    """LoRA as PEFT makes it: its adapters are float32 on a half-precision base unless `float32` is False."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
-    return get_peft_model(copy.deepcopy(base) if copied else base, config)
+    return get_peft_model(copy.deepcopy(base) if copied else base, config, autocast_adapter_dtype=float32)
 
 
 def lora_of_equal_size(base: nn.Module, parameters: int) -> nn.Module:
@@ -90,6 +91,7 @@ def methods(base: nn.Module, batch: torch.Tensor, d_ratio: float) -> dict[str, M
     tuned = Method(s2ft_model(base, d_ratio), batch)
     return {
         "LoRA r=16": Method(lora_model(base, 16, LORA_TARGETS), batch),
+        "LoRA r=16, base's dtype": Method(lora_model(base, 16, LORA_TARGETS, float32=False), batch),
         "S²FT": tuned,
         "LoRA, as many parameters": Method(lora_of_equal_size(base, tuned.parameters), batch),
         "full": Method(copy.deepcopy(base).requires_grad_(True), batch),

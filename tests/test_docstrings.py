@@ -2,8 +2,12 @@
 
 import doctest
 import importlib
+import inspect
 import pkgutil
+import sys
+from contextlib import contextmanager
 
+import public_api
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -23,9 +27,16 @@ def names():
             "input_ids": torch.randint(96, (2, 8))}  # fmt: skip
 
 
+class Finder(doctest.DocTestFinder):
+    """Finds examples of decorated functions too: doctest takes them for functions of the decorator's module."""
+
+    def _from_module(self, module, object):
+        return super()._from_module(module, inspect.unwrap(object) if inspect.isfunction(object) else object)
+
+
 def examples():
     """Every docstring with an example, by name."""
-    finder = doctest.DocTestFinder(exclude_empty=True)
+    finder = Finder(exclude_empty=True)
     for name in MODULES:
         module = importlib.import_module(name)
         for found in finder.find(module, name, module=module):
@@ -33,7 +44,11 @@ def examples():
                 yield pytest.param(found, id=found.name)
 
 
-@pytest.mark.parametrize("found", examples())
+EXAMPLES = list(examples())
+NOT_RUN = {"s2ft.adapter.hub.push_to_hub"}  # it needs a network
+
+
+@pytest.mark.parametrize("found", EXAMPLES)
 def test_example(found, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found.globs = names()
@@ -41,3 +56,32 @@ def test_example(found, tmp_path, monkeypatch):
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     runner.run(found, out=output.append)
     assert runner.failures == 0, "".join(output)
+
+
+def test_every_example_of_a_public_name_is_found():
+    names = [name for name in public_api.public_names() if ">>>" in public_api.text_of(public_api.target(name))]
+    assert [name for name in names if public_api.target(name).path not in {each.id for each in EXAMPLES}] == []
+
+
+def test_no_example_is_left_out():
+    left_out = {
+        parameter.id
+        for parameter in EXAMPLES
+        for example in parameter.values[0].examples
+        if example.options.get(doctest.SKIP)
+    }
+    assert left_out <= NOT_RUN
+
+
+@contextmanager
+def decorated():
+    """
+    >>> 1 + 1
+    2
+    """
+    yield
+
+
+def test_examples_of_decorated_functions_are_found():
+    found = Finder().find(sys.modules[__name__], module=sys.modules[__name__])
+    assert [each.name for each in found if each.examples] == [f"{__name__}.decorated"]

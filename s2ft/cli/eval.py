@@ -65,7 +65,7 @@ def score(job: EvalArguments) -> None:
     examples = read_examples(job.data)[: job.limit]
     for example in examples:  # A row that can't be scored is reported before the model is loaded.
         right_answer(example, job.task)
-    dtype = dtype_of_base(s2ft.adapter.read_adapter(job.adapter), job.dtype) if job.adapter else job.dtype
+    dtype = dtype_of_base(s2ft.read_adapter(job.adapter), job.dtype) if job.adapter else job.dtype
     model, tokenizer = load_model(job.model, dtype)
     if job.adapter:
         s2ft.load_adapter(model, job.adapter)

@@ -34,6 +34,7 @@ def _parser() -> Parser:
     formats = "\n".join(f"{name:<9}{export.summary}" for name, export in EXPORTS.items())
     parser = Parser(
         prog="s2ft export",
+        usage="s2ft export [ADAPTER] --model MODEL --output DIR [options]",
         description=DESCRIPTION.format(formats=formats),
         formatter_class=Help,
         allow_abbrev=False,
@@ -44,7 +45,7 @@ def _parser() -> Parser:
     parser.add_argument("--format", choices=tuple(EXPORTS), help=f"the format to write (default: {DEFAULT})")
     for name in IMPORTS:
         parser.add_argument(f"--from-{name}", metavar="DIR", help=f"a folder of format {name} to convert to an adapter")
-    parser.add_argument("--output", required=True, help="the folder to write; it must not exist")
+    parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write; it must not exist")
     parser.add_argument(
         "--dtype",
         default="auto",

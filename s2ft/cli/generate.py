@@ -53,13 +53,13 @@ def generate(job: GenerateArguments) -> None:
 
     prompt = read_prompt(job)
     check(job)
-    dtype = dtype_of_base(s2ft.adapter.read_adapter(job.adapter), job.dtype) if job.adapter else job.dtype
+    dtype = dtype_of_base(s2ft.read_adapter(job.adapter), job.dtype) if job.adapter else job.dtype
     model, tokenizer = load_model(job.model, dtype)
     row = Row(prompt_ids(tokenizer, prompt, job.chat), Sampler(job.temperature, job.top_p, job.seed))
     check_room(model, len(row.prompt), job.max_new_tokens)
     if job.adapter:
         s2ft.load_adapter(model, job.adapter)
-    batch = RunningBatch(model.to(gpu_or_cpu()))
+    batch: RunningBatch[Row] = RunningBatch(model.to(gpu_or_cpu()))
     text, ends = TextStream(tokenizer), set(end_ids(tokenizer, model.generation_config))
     batch.admit([row])
     while not row.failed and row.tokens[-1] not in ends:

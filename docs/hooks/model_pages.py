@@ -1,0 +1,99 @@
+"""The page of supported models, made from the models that the tests run."""
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+INTRODUCTION = """# Supported models
+
+A model is supported if s2ft knows the couplings of its `model_type` (the entry of that name in its `config.json`). This
+table is made from the {cases} small models that the tests run; a new family is in it as soon as it has tests.
+
+- *Projections*: q, k, v and o are trained by attention heads; u (up), g (gate) and d (down) by FFN channels.
+- *move*: the layout `permuted` brings the selected units together, so that they are one slice of the weight.
+  *stay*: the units are trained at their places, through an index, with either layout. Heads stay if several query
+  heads share a key/value head (*grouped queries*), or if another module numbers them (*numbered*): a table of position
+  biases, or norms for single heads. The results are the same.
+- *LoRA*: `s2ft export --format lora` writes adapters that PEFT and vLLM load. Every model can be merged into a plain
+  checkpoint.
+- *GGUF*: `s2ft export --format gguf` writes the merged model for llama.cpp. For other families, merge first and use
+  llama.cpp's own converter.
+- Bases that are quantized by bitsandbytes or torchao are tested with `llama`. Other families use the same layers;
+  weights of experts that are stacked in one parameter are not quantized by these libraries.
+
+A model that is not here can be trained too: describe it with [couplings](reference/couplings.md).
+
+| model type | tested configurations | projections | channels | heads | LoRA | GGUF |
+|---|---|---|---|---|---|---|
+"""
+
+
+def page() -> str:
+    """The page, in Markdown."""
+    cases = _cases()
+    by_type = defaultdict(dict)
+    for case, (model_type, couplings) in cases.items():
+        by_type[model_type][case] = couplings
+    return INTRODUCTION.format(cases=len(cases)) + "\n".join(
+        row(model_type, by_type[model_type]) for model_type in sorted(by_type)
+    ) + "\n"  # fmt: skip
+
+
+def _cases() -> dict[str, tuple[str, list]]:
+    """Model type and couplings of each model of the tests, by the name of the case."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    import torch
+    from support.models import CASES, model_of
+
+    from s2ft.model.registry import couplings_of
+
+    torch.set_num_threads(1)
+    models = {case: model_of(case) for case in CASES}
+    return {case: (model.config.model_type, couplings_of(model)) for case, model in models.items()}
+
+
+def row(model_type: str, cases: dict[str, list]) -> str:
+    """One line of the table.
+
+    Args:
+        model_type: The model type.
+        cases: The couplings of its tested configurations, by case.
+    """
+    from s2ft.export.gguf import ARCHITECTURES
+
+    base = min(cases, key=len)
+    found = {
+        case: [each for coupling in couplings for each in coupling.projections] for case, couplings in cases.items()
+    }
+    keys = {projection.key for projections in found.values() for projection in projections}
+    experts = any(projection.expert is not None for projections in found.values() for projection in projections)
+    cells = [
+        f"`{model_type}`",
+        ", ".join(variant(case, base) for case in cases),
+        " ".join(key for key in "qkvougd" if key in keys),
+        places(cases, "ugd"),
+        places(cases, "qkvo"),
+        "not for experts" if experts else "yes",
+        "yes" if model_type in ARCHITECTURES else "",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def variant(case: str, base: str) -> str:
+    """The name of a configuration, without the family's."""
+    return case.removeprefix(base).strip("-").replace("-", " ") or "default"
+
+
+def places(cases: dict[str, list], keys: str) -> str:
+    """Whether the units of projections move or stay, and when."""
+    found = {place(coupling) for couplings in cases.values() for coupling in couplings if coupling.consumer.key in keys}
+    return ", ".join(sorted(found))
+
+
+def place(coupling) -> str:
+    """Whether the units of a coupling move or stay."""
+    if coupling.movable:
+        return "move"
+    return "stay (numbered)" if coupling.fixed else "stay (grouped queries)"

@@ -1,0 +1,1 @@
+"""Runs the Python blocks and shell commands of README.md and docs/."""

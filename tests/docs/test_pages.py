@@ -1,0 +1,53 @@
+"""The pages that are made from the code have what they promise."""
+
+import re
+
+import command_pages
+import model_pages
+import pytest
+
+from s2ft.model.registry import known_architectures
+
+from .blocks import ROOT
+
+
+@pytest.fixture(scope="module")
+def commands():
+    return command_pages.page()
+
+
+def test_every_command_has_its_options(commands):
+    for name in command_pages.main.COMMANDS:
+        section = commands.partition(f"\n## s2ft {name}\n")[2].partition("\n## ")[0]
+        assert section.count("| `") >= len(shown_options(name)) > 0
+
+
+def shown_options(name):
+    return [action for action in command_pages.parser_of(name)._actions if command_pages.shown(action)]
+
+
+def test_an_option_has_its_default_and_its_meaning(commands):
+    assert re.search(r"\| `--seed SEED` \| `0` \| .*seed", commands)
+    assert re.search(r"\| `--model MODEL` \| required \| ", commands)
+
+
+def test_every_family_is_in_the_table():
+    rows = [line for line in model_pages.page().splitlines() if line.startswith("| `")]
+    assert {re.match(r"\| `(\w+)`", row)[1] for row in rows} == set(known_architectures())
+    (llama,) = [row for row in rows if row.startswith("| `llama`")]
+    assert "q k v o u g d" in llama and "move, stay (grouped queries)" in llama and llama.count("yes") == 2
+
+
+def test_links_of_a_file_of_the_root():
+    pages = pytest.importorskip("pages", reason="needs mkdocs")
+    text = pages.relinked("CHANGELOG.md", "https://example.org/blob/main")
+    assert text.startswith("# ")
+    assert not re.search(r"\]\((?!https?://|#|[\w/-]+\.md)", text)
+
+
+@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "examples/README.md"])
+def test_links_between_files_of_the_repository(name):
+    """mkdocs checks the links of docs/; these files are outside."""
+    page = ROOT / name
+    links = re.findall(r"\]\((?!https?://|#|mailto:)([^)\s#]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []

@@ -1,0 +1,40 @@
+"""The folder in which the blocks of a page run. It holds the files that the pages name."""
+
+from pathlib import Path
+
+from tokenizers import models
+from train.tiny import save_tiny, sums, tiny_tokenizer, write_jsonl
+
+SHAPE = dict(
+    hidden_size=64, intermediate_size=128, max_position_embeddings=1024
+)  # 4 heads, 2 key/value heads, 2 layers
+
+
+def fill(folder: Path) -> Path:
+    """Write the model and the data files.
+
+    - path/to/model: a LLaMA with a tokenizer and a chat template
+    - data.jsonl: 16 rows of instruction, output and answer; held-out.jsonl: 4 of them
+    - chats.jsonl: 8 conversations
+    """
+    save_tiny(folder / "path/to/model", **SHAPE)
+    with_merges().save_pretrained(folder / "path/to/model")
+    write_jsonl(folder / "data.jsonl", sums(16))
+    write_jsonl(folder / "held-out.jsonl", sums(4))
+    write_jsonl(folder / "chats.jsonl", [{"messages": messages(row)} for row in sums(8)])
+    return folder
+
+
+def with_merges():
+    """A tokenizer with merges, which a GGUF file must have. Its vocabulary is as large as the model's."""
+    tokenizer = tiny_tokenizer()
+    letters = [token for token in tokenizer.get_vocab() if len(token) == 1]
+    never = sorted(letters)[-1]  # a byte of no text; its number goes to the merged pair
+    vocabulary = {("th" if token == never else token): number for token, number in tokenizer.get_vocab().items()}
+    tokenizer.backend_tokenizer.model = models.BPE(vocab=vocabulary, merges=[("t", "h")])
+    return tokenizer
+
+
+def messages(row: dict) -> list[dict]:
+    """The conversation of a row of instruction and output."""
+    return [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]

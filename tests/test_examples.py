@@ -1,0 +1,46 @@
+"""Every script of examples/ runs as it is and prints what its docstring promises."""
+
+import ast
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+HELPER = "tiny.py"  # imported by the others
+PRINTED = {
+    "finetune_own_data.py": ["mlp.down_proj", "loss: ", "What is 0 + 0? -> "],
+    "classification_head.py": ["score.weight", "loss: ", "the same after reloading: True"],
+    "many_adapters.py": ["sea: loss", "city: loss", "one batch gives the same tokens: True"],
+    "serve_and_query.py": ["models: base, polite", "base: ", "polite: "],
+    "dpo_with_trl.py": ["loss: 0.693 before", "pairs in which the chosen answer gains: "],
+    "own_model.py": ["up", "down", "loss: ", "merged: Linear"],
+    "export_and_reload.py": ["LoRA in PEFT: ", "merged: "],
+}
+
+
+def test_every_script_is_tested():
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {*PRINTED, HELPER}
+
+
+@pytest.mark.parametrize("script", PRINTED)
+def test_a_script_runs(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(sys, "argv", [script])
+    runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+    printed = capsys.readouterr().out
+    print(printed)
+    assert [words for words in PRINTED[script] if words not in printed] == []
+
+
+@pytest.mark.parametrize("script", PRINTED)
+def test_a_script_says_how_to_run_it(script):
+    docstring = ast.get_docstring(ast.parse((EXAMPLES / script).read_text(encoding="utf-8")))
+    assert f"python examples/{script}" in docstring and "prints" in docstring
+
+
+def test_the_readme_lists_every_script():
+    text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    assert [name for name in PRINTED if f"[{name}]({name})" not in text] == []

@@ -1,0 +1,96 @@
+"""The public names: imported at first use, described in full, and each on a page of the reference.
+
+``python docs/hooks/public_api.py`` prints all that is missing.
+"""
+
+import ast
+from pathlib import Path
+
+import griffe
+import public_api
+import pytest
+
+import s2ft
+
+
+def type_checkers_imports():
+    """public name -> module, as in the imports below ``if TYPE_CHECKING`` of s2ft/__init__.py."""
+    tree = ast.parse(Path(s2ft.__file__).read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    return {
+        alias.name: f"s2ft.{alias.name}" if node.module == "s2ft" else node.module
+        for node in block.body
+        for alias in node.names
+    }
+
+
+def test_type_checkers_see_what_is_imported_at_first_use():
+    assert type_checkers_imports() == s2ft._HOMES
+
+
+def test_every_public_name_can_be_imported():
+    for name in s2ft.__all__:
+        assert getattr(s2ft, name) is not None
+        assert name in dir(s2ft)
+
+
+@pytest.mark.parametrize("name", public_api.public_names())
+def test_a_public_name_is_documented(name):
+    assert public_api.lacks(name) == []
+
+
+def test_every_public_name_is_on_a_page_of_the_reference():
+    assert public_api.ungrouped() == []
+
+
+def test_every_page_of_the_reference_is_in_the_navigation():
+    navigation = (public_api.ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert [group.page for group in public_api.GROUPS if f"reference/{group.page}.md" not in navigation] == []
+
+
+# ---- the check itself ------------------------------------------------------------------------------------
+
+GOOD = '''
+def double(x: int) -> int:
+    """Double a number.
+
+    Args:
+        x: The number.
+
+    Returns:
+        The doubled number.
+
+    Raises:
+        ValueError: `x` is negative.
+
+    Example:
+        >>> double(1)
+        2
+    """
+    if x < 0:
+        raise ValueError("negative")
+    return 2 * x
+'''
+
+
+def lacks_of(source):
+    with griffe.temporary_visited_module(source) as module:
+        return list(public_api._lacks_of_function(module["double"], "double", example=True))
+
+
+def test_a_full_docstring_lacks_nothing():
+    assert lacks_of(GOOD) == []
+
+
+@pytest.mark.parametrize(
+    "removed, lack",
+    [
+        ("        x: The number.\n", "no description of x"),
+        ("    Returns:\n        The doubled number.\n", "no Returns"),
+        ("        ValueError: `x` is negative.\n", "no Raises for ValueError"),
+        ("        >>> double(1)\n", "no example"),
+        ("x: int", "no type of x"),
+    ],
+)
+def test_the_check_finds_what_is_missing(removed, lack):
+    assert f"double: {lack}" in lacks_of(GOOD.replace(removed, "x" if removed == "x: int" else ""))
