@@ -33,8 +33,7 @@ inline Activation activation_of(const std::string& name, const char* op) {
 
 inline void check_like_gate(const Tensor& other, const Tensor& gate, const char* op, const char* name) {
   require(other.scalar_type() == gate.scalar_type(), op, name, " must have gate's dtype, ",
-          torch::headeronly::toString(gate.scalar_type()), ", got ",
-          torch::headeronly::toString(other.scalar_type()));
+          torch::headeronly::toString(gate.scalar_type()), ", got ", torch::headeronly::toString(other.scalar_type()));
   bool same = other.dim() == gate.dim();
   for (int64_t d = 0; same && d < gate.dim(); ++d) same = other.size(d) == gate.size(d);
   require(same, op, name, " must have gate's shape ", shape_of(gate), ", got ", shape_of(other));

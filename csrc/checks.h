@@ -58,8 +58,8 @@ inline void check_same_device(const Tensor& t, const Tensor& weight, const char*
 inline void check_index_tensor(const Tensor& index, int64_t length, const Tensor& weight, const char* op,
                                const char* argument) {
   require(index.scalar_type() == ScalarType::Long && index.dim() == 1, op, argument,
-          " must be int64 with one dimension, got ", torch::headeronly::toString(index.scalar_type()),
-          " of shape ", shape_of(index));
+          " must be int64 with one dimension, got ", torch::headeronly::toString(index.scalar_type()), " of shape ",
+          shape_of(index));
   require(index.size(0) == length, op, argument, " must have ", length, " entries, got ", index.size(0));
   check_same_device(index, weight, op, argument);
 }

@@ -44,8 +44,8 @@ inline void check_linear(const LinearArgs& a, const Tensor& x, const char* x_nam
 
 inline void check_bias(const LinearArgs& a, const std::optional<Tensor>& bias) {
   if (!bias) return;
-  require(bias->dim() == 1 && bias->size(0) == a.weight.size(0), a.op, "bias must have shape (",
-          a.weight.size(0), ",), got ", shape_of(*bias));
+  require(bias->dim() == 1 && bias->size(0) == a.weight.size(0), a.op, "bias must have shape (", a.weight.size(0),
+          ",), got ", shape_of(*bias));
   check_same_device(*bias, a.weight, a.op, "bias");
 }
 
@@ -196,16 +196,15 @@ Tensor sliced_linear(const Tensor& x, const Tensor& weight, const Tensor& delta,
 }
 
 template <class Device>
-Tensor sliced_linear_grad_x(const Tensor& grad, const Tensor& weight, const Tensor& delta, int64_t start,
-                            int64_t dim) {
+Tensor sliced_linear_grad_x(const Tensor& grad, const Tensor& weight, const Tensor& delta, int64_t start, int64_t dim) {
   const LinearArgs a{"sliced_linear_grad_x", weight, delta, dim};
   check_linear(a, grad, "grad", weight.dim() == 2 ? weight.size(0) : -1);
   return multiply_grad<Device>(a, slice_units(a, start), grad);
 }
 
 template <class Device>
-Tensor indexed_linear(const Tensor& x, const Tensor& weight, const Tensor& delta, const Tensor& index,
-                      int64_t dim, const std::optional<Tensor>& bias, const std::optional<Tensor>&) {
+Tensor indexed_linear(const Tensor& x, const Tensor& weight, const Tensor& delta, const Tensor& index, int64_t dim,
+                      const std::optional<Tensor>& bias, const std::optional<Tensor>&) {
   const LinearArgs a{"indexed_linear", weight, delta, dim};
   check_linear(a, x, "x", weight.dim() == 2 ? weight.size(1) : -1);
   check_bias(a, bias);

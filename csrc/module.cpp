@@ -56,17 +56,19 @@ PYBIND11_MODULE(_C, m) {
   using NoGil = pybind11::call_guard<pybind11::gil_scoped_release>;
   pybind11::class_<s2ft::WeightLock, std::unique_ptr<s2ft::WeightLock, pybind11::nodelete>>(m, "WeightLock")
       .def("acquire", &s2ft::WeightLock::lock, NoGil())
-      .def("release", [](s2ft::WeightLock& lock) {
-        if (!lock.held()) throw std::runtime_error("this thread does not hold the lock of the weights");
-        lock.unlock();
-      })
+      .def("release",
+           [](s2ft::WeightLock& lock) {
+             if (!lock.held()) throw std::runtime_error("this thread does not hold the lock of the weights");
+             lock.unlock();
+           })
       .def("__enter__", &s2ft::WeightLock::lock, NoGil())
       .def("__exit__", [](s2ft::WeightLock& lock, const pybind11::args&) { lock.unlock(); });
   m.attr("weight_lock") = pybind11::cast(&s2ft::effective_lock(), pybind11::return_value_policy::reference);
   m.def("build_info", &build_info, "How this module was compiled.");
 #ifdef S2FT_WITH_CUDA
-  m.def("cuda_versions", [] { return std::pair(s2ft::cuda::driver_version(), s2ft::cuda::built_version()); },
-        "The CUDA versions of the driver, 0 without one, and of the build: 1000 * major + 10 * minor.");
+  m.def(
+      "cuda_versions", [] { return std::pair(s2ft::cuda::driver_version(), s2ft::cuda::built_version()); },
+      "The CUDA versions of the driver, 0 without one, and of the build: 1000 * major + 10 * minor.");
   m.def("register_cuda", &s2ft::register_cuda, "Register the CUDA kernels; once, however often it is called.");
 #endif
 }

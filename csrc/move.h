@@ -51,7 +51,8 @@ inline Along along(const Tensor& t, int64_t dim) {
   const auto stride = [&](int64_t d) { return d < 0 ? int64_t{0} : t.stride(d); };
   const int64_t last = t.dim() - 1;
   // The two dimensions that are not `dim`; where the tensor has fewer, sizes of 1.
-  const int64_t inner = dim == last ? last - 1 : last, outer = dim == last ? last - 2 : (dim == last - 1 ? last - 2 : last - 1);
+  const int64_t inner = dim == last ? last - 1 : last,
+                outer = dim == last ? last - 2 : (dim == last - 1 ? last - 2 : last - 1);
   return Along{t.size(dim), size(outer), size(inner), t.stride(dim), stride(outer), stride(inner), dim == last};
 }
 

@@ -23,8 +23,8 @@ inline void check_bank(const Tensor& x, const Tensor& y, const Tensor& values, c
   require(values.size(1) == across.size(-1), op, "values of shape ", shape_of(values), " do not fit ",
           dim == 0 ? "x" : "y", " of shape ", shape_of(across));
   check_index_tensor(index, values.size(0), x, op, "index");
-  require(offsets.dim() == 1 && offsets.size(0) >= 1, op, "offsets must have one dimension and at least one entry, got shape ",
-          shape_of(offsets));
+  require(offsets.dim() == 1 && offsets.size(0) >= 1, op,
+          "offsets must have one dimension and at least one entry, got shape ", shape_of(offsets));
   check_index_tensor(offsets, offsets.size(0), x, op, "offsets");
   check_same_device(y, x, op, "y");
   check_same_device(values, x, op, "values");
@@ -52,10 +52,22 @@ Tensor multi_adapter_linear(const Tensor& x, const Tensor& y, const Tensor& valu
   check_index_tensor(adapter, x.size(0), x, "multi_adapter_linear", "adapter");
   const Tensor in = aten::dense(x), base = aten::dense(y), rows = aten::dense(values), units = aten::dense(index),
                bounds = aten::dense(offsets), names = aten::dense(adapter);
-  const Bank bank{rows.const_data_ptr(), units.const_data_ptr<int64_t>(), bounds.const_data_ptr<int64_t>(),
-                  bounds.size(0) - 1, rows.size(0), rows.size(1), dim == 0};
+  const Bank bank{rows.const_data_ptr(),
+                  units.const_data_ptr<int64_t>(),
+                  bounds.const_data_ptr<int64_t>(),
+                  bounds.size(0) - 1,
+                  rows.size(0),
+                  rows.size(1),
+                  dim == 0};
   Tensor out = torch::stable::new_empty(base, base.sizes());
-  Batch batch{in.const_data_ptr(), base.const_data_ptr(), out.mutable_data_ptr(), names.const_data_ptr<int64_t>(), in.size(0), 1, in.size(-1), y.size(-1)};
+  Batch batch{in.const_data_ptr(),
+              base.const_data_ptr(),
+              out.mutable_data_ptr(),
+              names.const_data_ptr<int64_t>(),
+              in.size(0),
+              1,
+              in.size(-1),
+              y.size(-1)};
   for (int64_t d = 1; d + 1 < in.dim(); ++d) batch.tokens *= in.size(d);
   if (x.is_cpu()) check_entries(bank, batch);
   if (out.numel() > 0) Device(x).add(bank, batch, dtype, in, rows);

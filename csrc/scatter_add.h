@@ -48,7 +48,8 @@ void scatter_add(Tensor weight, std::vector<Tensor> index, std::vector<Tensor> d
     check_part(weight, index[j], delta[j], delta[0], dim);
     index[j] = aten::dense(index[j]);
     if (weight.is_cpu()) check_distinct(index[j], weight.size(dim), op, "index");
-    Part part{along(delta[j], dim), {}, delta[j].const_data_ptr(), nullptr, index[j].const_data_ptr<int64_t>(), alpha[j]};
+    Part part{
+        along(delta[j], dim), {}, delta[j].const_data_ptr(), nullptr, index[j].const_data_ptr<int64_t>(), alpha[j]};
     if (!replaced.empty()) {
       check_replaced(weight, delta[j], replaced[j], dim);
       part.replaced = along(replaced[j], dim);
@@ -57,8 +58,9 @@ void scatter_add(Tensor weight, std::vector<Tensor> index, std::vector<Tensor> d
     parts.push_back(part);
   }
   if (weight.numel() == 0) return;
-  const Scatter scatter{along(weight, dim), weight.mutable_data_ptr(), weight_type, dtype_of(delta[0], op, "delta"),
-                        parts.data(), static_cast<int64_t>(count), !replaced.empty()};
+  const Scatter scatter{
+      along(weight, dim), weight.mutable_data_ptr(),   weight_type,      dtype_of(delta[0], op, "delta"),
+      parts.data(),       static_cast<int64_t>(count), !replaced.empty()};
   const Device device(weight);
   in_turn(device, [&] { device.scatter_add(scatter, weight); });
 }

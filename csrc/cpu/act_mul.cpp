@@ -15,8 +15,7 @@ namespace {
   }                                                                                                              \
   S2FT_CLONES S2FT_FUSED void backward(Act, const T* grad, const T* gate, const T* up, T* grad_gate, T* grad_up, \
                                        int64_t n) {                                                              \
-    for (int64_t i = 0; i < n; ++i)                                                                              \
-      act_mul_gradients<Act>(grad[i], gate[i], up[i], grad_gate + i, grad_up + i);                               \
+    for (int64_t i = 0; i < n; ++i) act_mul_gradients<Act>(grad[i], gate[i], up[i], grad_gate + i, grad_up + i); \
   }
 S2FT_SPANS(float, Silu)
 S2FT_SPANS(float, Gelu)

@@ -16,9 +16,9 @@
 namespace s2ft {
 namespace {
 
-constexpr int kTokens = 4;            // that share a read of the adapter
-constexpr int64_t kBlock = 4096;      // outputs summed at once: the sums of kTokens lie in the second-level cache
-constexpr int64_t kUnitBlock = 64;    // units of one task, for dim 0
+constexpr int kTokens = 4;          // that share a read of the adapter
+constexpr int64_t kBlock = 4096;    // outputs summed at once: the sums of kTokens lie in the second-level cache
+constexpr int64_t kUnitBlock = 64;  // units of one task, for dim 0
 
 // Tokens from which on PyTorch's product is faster: in 16-bit types it has instructions that compilers don't use.
 template <class T>
@@ -64,8 +64,7 @@ S2FT_INLINE void add_units(const T* rows, int64_t stride, const A* factor, int64
   }
   for (; i < width; ++i)
     for (int t = 0; t < Tokens; ++t)
-      for (int k = 0; k < Units; ++k)
-        to[t][i] += by[t][k] * static_cast<A>(widen(rows[k * stride + i]));
+      for (int k = 0; k < Units; ++k) to[t][i] += by[t][k] * static_cast<A>(widen(rows[k * stride + i]));
 }
 
 // dot[t][k] = x[t] · row[k], each in `Sums` independent sums, so that additions need not wait for each other.
@@ -126,14 +125,14 @@ S2FT_INLINE void dot_tile(const T* rows, int64_t units, int64_t stride, const A*
       dot_units<1, 1, 4>(rows + k * stride, stride, x + t, dot + t * units + k, units, width);
 }
 
-#define S2FT_DEFINE_TILES(T, A)                                                                               \
-  S2FT_CLONES S2FT_FUSED void add_rows_of(const T* rows, int64_t units, int64_t stride, const A* factor,      \
-                                          A* const* sum, int tokens, int64_t width) {                         \
-    add_tile(rows, units, stride, factor, sum, tokens, width);                                                \
-  }                                                                                                           \
-  S2FT_CLONES S2FT_FUSED void dot_rows_of(const T* rows, int64_t units, int64_t stride, const A* const* x,    \
-                                          A* dot, int tokens, int64_t width) {                                \
-    dot_tile(rows, units, stride, x, dot, tokens, width);                                                     \
+#define S2FT_DEFINE_TILES(T, A)                                                                                    \
+  S2FT_CLONES S2FT_FUSED void add_rows_of(const T* rows, int64_t units, int64_t stride, const A* factor,           \
+                                          A* const* sum, int tokens, int64_t width) {                              \
+    add_tile(rows, units, stride, factor, sum, tokens, width);                                                     \
+  }                                                                                                                \
+  S2FT_CLONES S2FT_FUSED void dot_rows_of(const T* rows, int64_t units, int64_t stride, const A* const* x, A* dot, \
+                                          int tokens, int64_t width) {                                             \
+    dot_tile(rows, units, stride, x, dot, tokens, width);                                                          \
   }
 S2FT_DEFINE_TILES(float, float)
 S2FT_DEFINE_TILES(double, double)
@@ -155,7 +154,8 @@ std::vector<Group> groups_of(const Bank& bank, const Batch& batch, std::vector<i
   std::vector<int64_t> sequences;
   sequences.reserve(static_cast<size_t>(batch.sequences));
   for (int64_t b = 0; b < batch.sequences; ++b)
-    if (batch.adapter[b] >= 0 && bank.offsets[batch.adapter[b]] < bank.offsets[batch.adapter[b] + 1]) sequences.push_back(b);
+    if (batch.adapter[b] >= 0 && bank.offsets[batch.adapter[b]] < bank.offsets[batch.adapter[b] + 1])
+      sequences.push_back(b);
   const auto by_adapter = [&](int64_t a, int64_t b) { return batch.adapter[a] < batch.adapter[b]; };
   if (!std::is_sorted(sequences.begin(), sequences.end(), by_adapter))
     std::stable_sort(sequences.begin(), sequences.end(), by_adapter);
@@ -253,9 +253,13 @@ template <class T, class A>
 void run_tasks(const Bank& bank, const Batch& batch, const std::vector<Task>& tasks) {
   std::vector<int64_t> before{0};  // elements of the bank read by the tasks before this one
   for (const Task& task : tasks)
-    before.push_back(before.back() + task.tokens * (bank.outputs ? task.count * bank.width
-                     : (bank.offsets[task.adapter + 1] - bank.offsets[task.adapter]) * task.count));
-  const auto task_at = [&](int64_t work) { return std::lower_bound(before.begin(), before.end() - 1, work) - before.begin(); };
+    before.push_back(before.back() +
+                     task.tokens * (bank.outputs
+                                        ? task.count * bank.width
+                                        : (bank.offsets[task.adapter + 1] - bank.offsets[task.adapter]) * task.count));
+  const auto task_at = [&](int64_t work) {
+    return std::lower_bound(before.begin(), before.end() - 1, work) - before.begin();
+  };
   parallel_lines(before.back(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = task_at(begin), last = task_at(end); i < last; ++i)
       bank.outputs ? add_outputs<T, A>(bank, batch, tasks[i]) : add_inputs<T, A>(bank, batch, tasks[i]);

@@ -29,8 +29,7 @@ void rotate(const Cycles& cycles, T* base, int64_t step, int64_t stride, int64_t
   for (int64_t end : cycles.ends) {
     const int64_t* p = cycles.positions.data();
     copy_span(base + p[begin] * step, stride, scratch, 1, n);
-    for (int64_t j = begin; j + 1 < end; ++j)
-      copy_span(base + p[j + 1] * step, stride, base + p[j] * step, stride, n);
+    for (int64_t j = begin; j + 1 < end; ++j) copy_span(base + p[j + 1] * step, stride, base + p[j] * step, stride, n);
     copy_span(scratch, 1, base + p[end - 1] * step, stride, n);
     begin = end;
   }
@@ -147,7 +146,7 @@ template <class T, class Index>
 void permute_columns(const Along& a, const int64_t* order, const Cycles& cycles, T* weight) {
   if (a.unit_stride != 1 || cycles.moved() < a.units / 20)
     permute_few_columns(a, cycles, weight);
-  else if (cycles.moved() < a.units / 4)   // nearly every cache line is touched from here on
+  else if (cycles.moved() < a.units / 4)  // nearly every cache line is touched from here on
     permute_some_columns<T, Index>(a, order, cycles, weight);
   else
     permute_all_columns<Index>(a, order, weight);

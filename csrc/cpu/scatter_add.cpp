@@ -84,7 +84,8 @@ void keep_sources(const Scatter& s, const Source* source, const Source* last, in
                   const W* weight) {
   for (; source != last; ++source) {
     const Part& part = s.parts[source->part];
-    put_back(weight, static_cast<W*>(part.old) + part.replaced.offset(o, first, source->k), part.replaced.inner_stride, n);
+    put_back(weight, static_cast<W*>(part.old) + part.replaced.offset(o, first, source->k), part.replaced.inner_stride,
+             n);
   }
 }
 
@@ -101,7 +102,8 @@ void add_sources(const Scatter& s, const Source* source, const Source* last, int
   for (; source != last; ++source) {
     const Part& part = s.parts[source->part];
     const Along& d = part.delta;
-    const D* delta = gathered(static_cast<const D*>(part.data) + d.offset(o, first, source->k), d.inner_stride, n, scratch);
+    const D* delta =
+        gathered(static_cast<const D*>(part.data) + d.offset(o, first, source->k), d.inner_stride, n, scratch);
     if (one)
       add_span(weight, delta, static_cast<A>(part.alpha), weight, n);
     else

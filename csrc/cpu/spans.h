@@ -18,7 +18,8 @@ namespace s2ft {
 
 // Calls M(T, A) for all types and what they are summed in.
 #define S2FT_FOR_SUMS(M) \
-  M(float, float) M(Half, float) M(BFloat16, float) M(float, double) M(double, double) M(Half, double) M(BFloat16, double)
+  M(float, float)        \
+  M(Half, float) M(BFloat16, float) M(float, double) M(double, double) M(Half, double) M(BFloat16, double)
 
 #define S2FT_DECLARE_ADD(W, D) \
   void add_span(const W* base, const D* delta, Wide<W, D> alpha, W* out, int64_t n);  // base + alpha * delta

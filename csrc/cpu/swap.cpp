@@ -24,8 +24,8 @@ void swap_rows(const Exchange& e, T* weight, T* values) {
   const Along &w = e.weight, &v = e.values;
   parallel_spans(v.units * v.outer, v.inner, [&](int64_t item, int64_t first, int64_t n) {
     const int64_t k = item / v.outer, o = item % v.outer;
-    swap_spans(weight + w.offset(o, first, e.index[k]), w.inner_stride, values + v.offset(o, first, k),
-               v.inner_stride, n);
+    swap_spans(weight + w.offset(o, first, e.index[k]), w.inner_stride, values + v.offset(o, first, k), v.inner_stride,
+               n);
   });
 }
 

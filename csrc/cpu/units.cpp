@@ -38,13 +38,11 @@ std::vector<Run> runs_of(const Units& u) {
 template <class F>
 void for_spans(const Units& u, const std::vector<Run>& runs, int64_t begin, int64_t end, const F& f) {
   if (u.rows) {
-    for (int64_t k = 0; k < u.outer; ++k)
-      f(u.offset(k, begin), k * u.inner + begin, end - begin, u.inner_stride);
+    for (int64_t k = 0; k < u.outer; ++k) f(u.offset(k, begin), k * u.inner + begin, end - begin, u.inner_stride);
     return;
   }
   for (int64_t line = begin; line < end; ++line)
-    for (const Run& run : runs)
-      f(u.offset(line, run.first), line * u.inner + run.first, run.length, u.inner_stride);
+    for (const Run& run : runs) f(u.offset(line, run.first), line * u.inner + run.first, run.length, u.inner_stride);
 }
 
 // Two passes over each block of lines: `first` over all its units, then `second`.
@@ -106,8 +104,7 @@ void Cpu::write(const Units& units, const UnitsData& data) const {
     W* dense = static_cast<W*>(data.dense);
     const D* delta = static_cast<const D*>(data.delta);
     for_blocks(
-        units,
-        [&](int64_t at, int64_t i, int64_t n, int64_t stride) { take(weight + at, stride, dense + i, n); },
+        units, [&](int64_t at, int64_t i, int64_t n, int64_t stride) { take(weight + at, stride, dense + i, n); },
         [&](int64_t at, int64_t i, int64_t n, int64_t stride) {
           add_into(weight + at, stride, dense + i, 1, delta + i, n);
         });
@@ -136,8 +133,7 @@ void Cpu::restore(const Units& units, const UnitsData& data) const {
     T* weight = static_cast<T*>(data.weight);
     const T* dense = static_cast<const T*>(data.dense);
     for_blocks(
-        units,
-        [&](int64_t at, int64_t i, int64_t n, int64_t stride) { put(weight + at, stride, dense + i, n); },
+        units, [&](int64_t at, int64_t i, int64_t n, int64_t stride) { put(weight + at, stride, dense + i, n); },
         nothing);
   });
 }

@@ -33,8 +33,7 @@ __global__ void act_mul_backward_items(const T* grad, const T* gate, const T* up
             u = reinterpret_cast<const P*>(up)[t];
     P of_gate, of_up;
 #pragma unroll
-    for (int i = 0; i < kWidth<T>; ++i)
-      act_mul_gradients<Act>(d.at[i], g.at[i], u.at[i], &of_gate.at[i], &of_up.at[i]);
+    for (int i = 0; i < kWidth<T>; ++i) act_mul_gradients<Act>(d.at[i], g.at[i], u.at[i], &of_gate.at[i], &of_up.at[i]);
     reinterpret_cast<P*>(grad_gate)[t] = of_gate;
     reinterpret_cast<P*>(grad_up)[t] = of_up;
   }

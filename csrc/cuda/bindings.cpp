@@ -43,17 +43,14 @@ void check(int error) {
 
 class Cuda {
  public:
-  explicit Cuda(const Tensor& t)
-      : device_(t.get_device_index()), guard_(device_), stream_(current_stream(device_)) {}
+  explicit Cuda(const Tensor& t) : device_(t.get_device_index()), guard_(device_), stream_(current_stream(device_)) {}
 
   void begin() const { check(cuda::ordered_begin(device_, stream_)); }
   void end() const { check(cuda::ordered_end(device_, stream_)); }
 
   void write(const Units& units, const UnitsData& data) const { check(cuda::write_units(units, data, stream_)); }
   void sum(const Units& units, const UnitsData& data) const { check(cuda::sum_units(units, data, stream_)); }
-  void restore(const Units& units, const UnitsData& data) const {
-    check(cuda::restore_units(units, data, stream_));
-  }
+  void restore(const Units& units, const UnitsData& data) const { check(cuda::restore_units(units, data, stream_)); }
 
   void permute(const Along& a, const int64_t* order, int64_t element_size, const Tensor& weight) const {
     const int64_t bytes = cuda::permute_scratch_bytes(a, element_size);

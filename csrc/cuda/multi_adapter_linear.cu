@@ -52,7 +52,8 @@ __global__ void add_inputs(Bank bank, Batch batch) {
       const bool given = t < tile.tokens && first + k < tile.units;
       const int64_t input = given ? bank.index[tile.unit + first + k] : -1;
       const bool inside = input >= 0 && input < batch.inputs;
-      factor[i] = inside ? static_cast<A>(widen(load<T, 1>(batch.x, (tile.token + t) * batch.inputs + input).at[0])) : A(0);
+      factor[i] =
+          inside ? static_cast<A>(widen(load<T, 1>(batch.x, (tile.token + t) * batch.inputs + input).at[0])) : A(0);
     }
     __syncthreads();
     const int count = static_cast<int>(tile.units - first < kUnits ? tile.units - first : kUnits);

@@ -23,9 +23,7 @@ inline int blocks_for(int64_t items) {
   return static_cast<int>(blocks < 65536 ? blocks : 65536);
 }
 
-__device__ __forceinline__ int64_t first_item() {
-  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-}
+__device__ __forceinline__ int64_t first_item() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
 __device__ __forceinline__ int64_t item_step() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
 
 // What one thread moves at once.
@@ -39,6 +37,8 @@ struct alignas(sizeof(T) * Width < 16 ? sizeof(T) * Width : 16) Pack {
 };
 
 inline bool aligned16(int64_t bytes) { return (bytes & 15) == 0; }
-inline bool aligned16(const void* pointer) { return aligned16(static_cast<int64_t>(reinterpret_cast<uintptr_t>(pointer))); }
+inline bool aligned16(const void* pointer) {
+  return aligned16(static_cast<int64_t>(reinterpret_cast<uintptr_t>(pointer)));
+}
 
 }  // namespace s2ft

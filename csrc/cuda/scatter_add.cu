@@ -96,8 +96,8 @@ __global__ void add_part(Along weight, Table table, Placed mine, int64_t part, c
 #pragma unroll
     for (int e = 0; e < Width; ++e) sum[e] = static_cast<A>(widen(base.at[e]));
     const auto add = [&](const Placed& source, int64_t its_unit) {
-      const Pack<D, Width> delta = reinterpret_cast<const Pack<D, Width>*>(
-          source.part.data)[source.part.delta.offset(o, i, its_unit)];
+      const Pack<D, Width> delta =
+          reinterpret_cast<const Pack<D, Width>*>(source.part.data)[source.part.delta.offset(o, i, its_unit)];
 #pragma unroll
       for (int e = 0; e < Width; ++e)
         sum[e] = plus_product(sum[e], static_cast<A>(source.part.alpha), static_cast<A>(widen(delta.at[e])));
@@ -188,9 +188,8 @@ int64_t scatter_scratch_bytes(const Scatter& s) {
 int scatter_add_units(const Scatter& s, void* scratch, void* stream) {
   int error = 0;
   visit(s.weight_type, [&](auto w) {
-    visit(s.delta_type, [&](auto d) {
-      error = run<typename decltype(w)::type, typename decltype(d)::type>(s, scratch, stream);
-    });
+    visit(s.delta_type,
+          [&](auto d) { error = run<typename decltype(w)::type, typename decltype(d)::type>(s, scratch, stream); });
   });
   return error;
 }

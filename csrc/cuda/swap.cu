@@ -34,9 +34,8 @@ int exchange_units(const Exchange& exchange, int64_t element_size, void* weight,
   if (aligned16(weight) && aligned16(values) && in_packs(&packed.weight, width) && in_packs(&packed.values, width))
     return launch<Bytes16>(packed, weight, values, stream);
   int error = 0;
-  visit_bits(element_size, [&](auto tag) {
-    error = launch<typename decltype(tag)::type>(exchange, weight, values, stream);
-  });
+  visit_bits(element_size,
+             [&](auto tag) { error = launch<typename decltype(tag)::type>(exchange, weight, values, stream); });
   return error;
 }
 

@@ -59,8 +59,8 @@ bool wide(const Units& units, const UnitsData& data, int64_t element_size, int64
   if (units.inner_stride != 1 || units.inner % width != 0) return false;
   if (!units.rows && (units.index || units.start < 0 || units.start + units.inner > units.limit)) return false;
   const int64_t first = units.rows ? 0 : units.start;
-  return aligned16(data.weight) && aligned16(data.dense) && aligned16(data.delta) &&
-         aligned16(first * element_size) && aligned16(units.outer_stride * element_size);
+  return aligned16(data.weight) && aligned16(data.dense) && aligned16(data.delta) && aligned16(first * element_size) &&
+         aligned16(units.outer_stride * element_size);
 }
 
 template <class W, class D>
@@ -88,9 +88,7 @@ int write_units(const Units& units, const UnitsData& data, void* stream) {
   return error ? error : run(units, Step::add, data, stream);
 }
 
-int sum_units(const Units& units, const UnitsData& data, void* stream) {
-  return run(units, Step::sum, data, stream);
-}
+int sum_units(const Units& units, const UnitsData& data, void* stream) { return run(units, Step::sum, data, stream); }
 
 int restore_units(const Units& units, const UnitsData& data, void* stream) {
   return run(units, Step::put, data, stream);

@@ -54,16 +54,16 @@ struct Machine {
   unsigned seed = 0;
   unsigned max_blocks = 0;  // 0: no limit. Fewer blocks make a grid-stride loop go round more often.
   bool capturing = false;
-  std::string error;     // of the last launch
-  std::string calls;     // runtime calls on streams and events, one a line
+  std::string error;  // of the last launch
+  std::string calls;  // runtime calls on streams and events, one a line
 
   dim3 grid, block, block_index;
   std::vector<Fiber> fibers;
   Fiber* current = nullptr;
   ucontext_t scheduler;
   std::function<void()> kernel;
-  std::vector<uint64_t> lanes;                         // what a warp exchange publishes
-  std::map<int, std::unique_ptr<char[]>> shared;       // by declaration
+  std::vector<uint64_t> lanes;                    // what a warp exchange publishes
+  std::map<int, std::unique_ptr<char[]>> shared;  // by declaration
 };
 
 inline Machine& machine() {
