@@ -1,5 +1,5 @@
-// The body of multi_adapter_linear, once for every device. A Device has a constructor from a tensor on it
-// and add(Bank, Batch, DType, x, values): out := y plus what the adapters add.
+// The body of multi_adapter_linear, shared by all devices. A Device has a constructor that takes a tensor on it, and
+// add(Bank, Batch, DType, x, values): out = y + the deltas' products.
 #pragma once
 
 #include "aten.h"
@@ -15,8 +15,9 @@ inline void check_bank(const Tensor& x, const Tensor& y, const Tensor& values, c
   require(values.dim() == 2, op, "values must be a matrix, got shape ", shape_of(values));
   require(x.scalar_type() == values.scalar_type() && y.scalar_type() == values.scalar_type(), op,
           "x, y and values must have one dtype");
-  require(x.dim() >= 2 && x.dim() == y.dim(), op, "x and y must have at least two dimensions, as many, got shapes ",
-          shape_of(x), " and ", shape_of(y));
+  require(x.dim() >= 2 && x.dim() == y.dim(), op,
+          "x and y must have the same number of dimensions, at least two, got shapes ", shape_of(x), " and ",
+          shape_of(y));
   for (int64_t d = 0; d + 1 < x.dim(); ++d)
     require(x.size(d) == y.size(d), op, "y of shape ", shape_of(y), " does not fit x of shape ", shape_of(x));
   const Tensor& across = dim == 0 ? x : y;
@@ -30,7 +31,7 @@ inline void check_bank(const Tensor& x, const Tensor& y, const Tensor& values, c
   check_same_device(values, x, op, "values");
 }
 
-// For a bank and batch in host memory: what the named adapters reach is inside the bank and the tensors.
+// Checks that all adapters of the batch exist and that their units are in range. All must be in host memory.
 inline void check_entries(const Bank& bank, const Batch& batch) {
   const char* op = "multi_adapter_linear";
   for (int64_t b = 0; b < batch.sequences; ++b) {

@@ -1,12 +1,12 @@
-// The body of scatter_add_, once for every device. A Device has a constructor from a tensor on it,
-// begin() and end() (see linear.h), and scatter_add(Scatter, weight tensor).
+// The body of scatter_add_, shared by all devices. A Device has a constructor that takes a tensor on it, begin() and
+// end() (see linear.h), and scatter_add(Scatter, weight tensor).
 #pragma once
 
 #include <vector>
 
 #include "core/scatter.h"
-#include "effective_lock.h"
 #include "move.h"
+#include "weight_lock.h"
 
 namespace s2ft {
 
@@ -40,8 +40,8 @@ void scatter_add(Tensor weight, std::vector<Tensor> index, std::vector<Tensor> d
   const DType weight_type = dtype_of(weight, op, "weight");
   const size_t count = delta.size();
   require(index.size() == count && alpha.size() == count && (replaced.empty() || replaced.size() == count), op,
-          "index, delta, alpha and replaced must be as many, got ", index.size(), ", ", count, ", ", alpha.size(),
-          " and ", replaced.size());
+          "index, delta, alpha and replaced must have the same number of entries, got ", index.size(), ", ", count,
+          ", ", alpha.size(), " and ", replaced.size());
   if (delta.empty()) return;
   std::vector<Part> parts;
   for (size_t j = 0; j < count; ++j) {
@@ -62,7 +62,7 @@ void scatter_add(Tensor weight, std::vector<Tensor> index, std::vector<Tensor> d
       along(weight, dim), weight.mutable_data_ptr(),   weight_type,      dtype_of(delta[0], op, "delta"),
       parts.data(),       static_cast<int64_t>(count), !replaced.empty()};
   const Device device(weight);
-  in_turn(device, [&] { device.scatter_add(scatter, weight); });
+  run_exclusively(device, [&] { device.scatter_add(scatter, weight); });
 }
 
 }  // namespace s2ft

@@ -18,7 +18,7 @@ void swap_spans(T* weight, int64_t weight_stride, T* values, int64_t values_stri
     for (int64_t i = 0; i < n; ++i) std::swap(weight[i * weight_stride], values[i * values_stride]);
 }
 
-// A span of neighbouring lines of one unit.
+// Exchanges spans of neighbouring lines of one unit.
 template <class T>
 void swap_rows(const Exchange& e, T* weight, T* values) {
   const Along &w = e.weight, &v = e.values;

@@ -1,5 +1,5 @@
-// The kernels of act_mul: 16 bytes of every tensor at a time where all are aligned, then the elements
-// that are left, or all of them, one at a time.
+// The kernels of act_mul. If all tensors are aligned, they read 16 bytes of every tensor at a time, and then the
+// remaining elements one by one. Otherwise they read all elements one by one.
 #include "../core/activation.h"
 #include "launch.h"
 #include "platform.h"
@@ -46,7 +46,7 @@ int64_t packs_of(int64_t size, Pointers... pointers) {
   return (aligned16(pointers) && ...) ? size / kWidth<T> : 0;
 }
 
-// Work items: the packs, or the elements one by one.
+// The work items are the packs if there are any, otherwise the elements.
 int blocks_of(int64_t packs, int64_t size) { return blocks_for(packs ? packs : size); }
 
 template <class Act, class T>

@@ -1,5 +1,5 @@
-// The kernel of swap_. One work item is one element of the values, or the 16 bytes of several where
-// the last dimension is dense and aligned on both sides.
+// The kernel of swap_. One work item is one element of the values, or 16 bytes of them if the last dimension is dense
+// and aligned in both tensors.
 #include "launch.h"
 #include "platform.h"
 

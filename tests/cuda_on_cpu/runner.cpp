@@ -1,4 +1,4 @@
-// The launchers of csrc/cuda with a C interface, for ctypes, and the simulator's settings.
+// A C interface for ctypes to the launchers of csrc/cuda and to the simulator's settings.
 #include "cuda/launch.h"
 #include "cuda_on_cpu.h"
 
@@ -6,8 +6,8 @@
 
 using namespace s2ft;
 
-// A tensor along one dimension, as tests/cuda_on_cpu/conftest.py lays it out: units, outer, inner, their
-// strides, and whether the units are the last dimension.
+// A tensor along one dimension, in the format of tests/cuda_on_cpu/conftest.py: units, outer, inner, their strides, and
+// 1 if the units are the last dimension.
 static Along along(const int64_t* a) { return Along{a[0], a[1], a[2], a[3], a[4], a[5], a[6] != 0}; }
 
 extern "C" {
@@ -18,7 +18,7 @@ void configure(unsigned seed, unsigned max_blocks, int capturing) {
   simulator::machine().capturing = capturing != 0;
 }
 
-// The runtime calls since the last time.
+// The runtime calls since the last call of this function.
 const char* calls() {
   static std::string text;
   text = std::move(simulator::machine().calls);
@@ -65,7 +65,7 @@ int scatter_add(int weight_type, int delta_type, void* weight, const int64_t* we
   const Scatter s{
       along(weight_along), weight, static_cast<DType>(weight_type), static_cast<DType>(delta_type), parts.data(), count,
       replaced != nullptr};
-  std::vector<int64_t> scratch(cuda::scatter_scratch_bytes(s) / 8, -7);  // what uninitialized memory may hold
+  std::vector<int64_t> scratch(cuda::scatter_scratch_bytes(s) / 8, -7);  // like uninitialized memory
   return cuda::scatter_add_units(s, scratch.data(), nullptr);
 }
 
