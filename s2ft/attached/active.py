@@ -13,7 +13,7 @@ from s2ft.attached.record import Attachment, Mount, Written
 from s2ft.distributed import full_tensors, has_master_copy, reshard_all, write_units
 from s2ft.model.coupling import Projection, projections_of
 from s2ft.model.delta import Delta
-from s2ft.model.weights import find, is_quantized, part_of
+from s2ft.model.weights import weight_at
 from s2ft.ops import scatter_add_, swap_
 from s2ft.ops._lock import LOCK, finish_interrupted
 from s2ft.ops._memory import check_private
@@ -38,7 +38,7 @@ def _restore_base(model: nn.Module, record: Attachment) -> None:
         mounted.layer.unfuse()
         mounted.layer.enabled = False
     for entry in reversed(record.written):
-        with part_of(model, entry.projection) as part:
+        with weight_at(model, entry.projection).shard() as part:
             index, base = entry.index, entry.base
             if not entry.is_local:  # written before the model was sharded, if it is
                 index, base = part.restrict(record.places(entry.projection, index), base, entry.projection.dim)
@@ -95,7 +95,7 @@ def write_trained(model: nn.Module, record: Attachment) -> None:
 
 
 def _write(model: nn.Module, record: Attachment, projection: Projection, parts: list[tuple[Delta, float]]) -> None:
-    with part_of(model, projection) as part:
+    with weight_at(model, projection).shard() as part:
         weight = part.tensor
         found = [
             part.restrict(record.places(projection, delta.index), delta.values, projection.dim) for delta, _ in parts
@@ -114,8 +114,7 @@ def _write(model: nn.Module, record: Attachment, projection: Projection, parts: 
 def check_can_write(model: nn.Module, record: Attachment, deltas: dict[str, Delta]) -> None:
     """Raises: ValueError where a weight that the deltas would change is quantized."""
     for projection in projections_of(record.couplings):
-        found = find(model, projection.path)
-        if projection.name in deltas and is_quantized(getattr(found, "linear", found)):
+        if projection.name in deltas and weight_at(model, projection).read_only:
             raise ValueError(
                 f"{projection.path} is quantized, and an adapter can't be written into it: load it with "
                 "trainable=True, which adds it in the forward, or load the base unquantized"

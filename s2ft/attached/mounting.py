@@ -19,29 +19,19 @@ from s2ft.attached.hosts.state_dicts import add_state_hooks, remove_state_hooks
 from s2ft.attached.record import RECORD, Attachment, Mount, Part, attachment_of
 from s2ft.config import S2FTConfig
 from s2ft.distributed import check_same_as_first_rank, is_sharded
-from s2ft.layers import (
-    NO_FUSE,
-    S2ColumnStack,
-    S2Layer,
-    S2QuantizedLinear,
-    S2RowStack,
-    experts_forward,
-    gate_of,
-    layers_for,
-)
+from s2ft.layers import EXPERTS, S2Layer, experts_forward, gate_of, kind_of
 from s2ft.model.coupling import Coupling, Projection
 from s2ft.model.fingerprint import digest
 from s2ft.model.permutation import Move, contiguous_range, coupling_order, inverse
 from s2ft.model.weights import (
     allow_packing,
     find,
-    is_quantized,
     layers_that_pack,
-    passes_gradient,
-    position,
+    parameter_position,
     put,
     stop_packing,
     tensors_of,
+    weight_at,
 )
 from s2ft.ops import act_mul
 from s2ft.ops._memory import check_private
@@ -184,13 +174,13 @@ def _part(projection: Projection, units: Tensor, order: Tensor | None) -> Part:
 def _mount(model: nn.Module, path: str, parts: list[Part], record: Attachment, tied: set) -> None:
     original = find(model, path)
     if isinstance(original, nn.Parameter):
-        made = Mount(None, _stack(original, parts, record.config), parts, position(model, path))
+        made = Mount(None, _stack(original, parts, record.config), parts, parameter_position(model, path))
     else:
         made = Mount(original, _layer(original, parts, record.config), parts)
     made.layer.is_tied = id(made.layer.weight) in tied
     record.mounts[path] = made
     put(model, path, made.layer)
-    if made.original is not None and not isinstance(made.layer, S2QuantizedLinear):
+    if made.original is not None and not made.layer.wraps_plain:
         # the layer's alone: a second owner would keep them whole where the layer's are sharded or moved
         made.original.weight = made.original.bias = None
 
@@ -207,9 +197,8 @@ def _layer(original: nn.Module, parts: list[Part], config: S2FTConfig) -> S2Laye
     else:
         where = {"index": places}
         _count_positions(parts)
-    return layers_for(original)[dim].from_module(
-        original, **where, delta_dtype=config.delta_dtype_for(original.weight.dtype)
-    )
+    layer = kind_of(original).layers[dim]
+    return layer.from_module(original, **where, delta_dtype=config.delta_dtype_for(original.weight.dtype))
 
 
 def _stack(original: nn.Parameter, parts: list[Part], config: S2FTConfig) -> S2Layer:
@@ -218,8 +207,7 @@ def _stack(original: nn.Parameter, parts: list[Part], config: S2FTConfig) -> S2L
     for part in parts:
         index.setdefault(part.projection.expert, []).append(part.positions)
     _count_positions(parts)
-    kind = (S2ColumnStack, S2RowStack)[parts[0].projection.dim]
-    return kind(
+    return EXPERTS.layers[parts[0].projection.dim](
         original,
         {expert: torch.cat(places) for expert, places in index.items()},
         config.delta_dtype_for(original.dtype),
@@ -258,35 +246,36 @@ def _obstacles(model: nn.Module, couplings: list[Coupling]) -> Iterator[str]:
     for key, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(key)
     for coupling in couplings:
-        quantized = [(p.path, found) for p in coupling.projections if is_quantized(found := find(model, p.path))]
+        handles = [weight_at(model, projection) for projection in coupling.projections]
+        read_only = next((handle for handle in handles if handle.read_only), None)
         names = (owners.get(id(tensor), []) for tensor in tensors_of(model, coupling))
         tied = next((found for found in names if len(found) > 1), None)
-        if quantized:
-            yield f"{quantized[0][0]} is a quantized weight ({type(quantized[0][1]).__name__})"
+        if read_only is not None:
+            yield f"{read_only.path} is a quantized weight ({type(read_only.holder).__name__})"
         else:
             yield f"{' and '.join(tied)} are one tied weight" if tied else ""
 
 
 def check_memory(model: nn.Module, projections: list[Projection]) -> None:
     """Raises: ValueError for weights in shared or read-only memory, or that are computed from other parameters."""
-    for path in dict.fromkeys(projection.path for projection in projections):
-        found = find(model, path)
-        if is_quantized(getattr(found, "linear", found)):
+    for path, projection in {projection.path: projection for projection in projections}.items():
+        handle = weight_at(model, projection)
+        if handle.read_only:
             continue
+        found = handle.holder
         if isinstance(found, nn.Module) and "weight" not in found._parameters:
             raise ValueError(
                 f"{path}.weight is no parameter but is computed by a hook, as torch.nn.utils.prune and "
                 "weight_norm do: make it one first (prune.remove, remove_weight_norm)"
             )
-        weight = found.weight if isinstance(found, nn.Module) else found
-        if not is_sharded(weight):
-            check_private(f"{path}.weight" if isinstance(found, nn.Module) else path, weight)
+        if not is_sharded(handle.tensor):
+            check_private(f"{path}.weight" if isinstance(found, nn.Module) else path, handle.tensor)
 
 
 def check_gradients_pass(model: nn.Module) -> None:
     """Anywhere in the model: layers that aren't trained stand between the loss and those that are."""
     for path, module in model.named_modules():
-        if is_quantized(module) and not passes_gradient(module):
+        if not kind_of(module).passes_gradient(module):
             raise ValueError(
                 f"{path} ({type(module.weight).__name__}) passes no gradient to its input, for it "
                 "quantizes that too: use a configuration that quantizes weights only"
@@ -296,8 +285,8 @@ def check_gradients_pass(model: nn.Module) -> None:
 def check_can_merge(record: Attachment) -> None:
     """Raises: ValueError for a quantized base."""
     for path, mount in record.mounts.items():
-        if isinstance(mount.layer, S2QuantizedLinear):
-            raise ValueError(f"{path}: {NO_FUSE}")
+        if mount.layer.kind.read_only:
+            raise ValueError(f"{path}: {mount.layer.kind.read_only}")
 
 
 # ---- forwards of our own -------------------------------------------------------------------------------
@@ -353,7 +342,7 @@ def unmount(model: nn.Module, record: Attachment) -> None:
         if mounted.original is None:
             put(model, path, mounted.layer.weight, mounted.position)
         else:
-            if not isinstance(mounted.layer, S2QuantizedLinear):
+            if not mounted.layer.wraps_plain:
                 mounted.original.weight, mounted.original.bias = mounted.layer.weight, mounted.layer.bias
             mounted.original.train(mounted.layer.training)
             put(model, path, mounted.original)
@@ -370,7 +359,7 @@ def remount(model: nn.Module, record: Attachment) -> None:
     model.requires_grad_(False)
     for path, mounted in record.mounts.items():
         put(model, path, mounted.layer)
-        if mounted.original is not None and not isinstance(mounted.layer, S2QuantizedLinear):
+        if mounted.original is not None and not mounted.layer.wraps_plain:
             mounted.original.weight = mounted.original.bias = None
         mounted.layer.s2.requires_grad_(True)
     for path, forward in record.forwards.items():

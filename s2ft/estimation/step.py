@@ -20,7 +20,7 @@ from s2ft.attached.record import Attachment
 from s2ft.estimation.inputs import call, can_be_labelled, labelled
 from s2ft.estimation.memory import Memory, bytes_of, storages
 from s2ft.estimation.result import Part
-from s2ft.estimation.twin import scales_of
+from s2ft.layers import kind_of
 
 OUTSIDE = "model and loss"  # the part for what is saved in no module's forward but the model's own
 COLUMNS = ("parameters", "buffers", "trained", "gradients", "optimizer", "kept")
@@ -163,7 +163,7 @@ class Step:
             for name, tensor in tensors:
                 found[kind, self.part_of[name.rpartition(".")[0]]] += bytes_of([tensor], seen)
         for name, module in self.twin.named_modules():
-            found["parameters", self.part_of[name]] += bytes_of(scales_of(module), seen)
+            found["parameters", self.part_of[name]] += bytes_of(kind_of(module).scales(module), seen)
         return found
 
     def parts(self) -> list[Part]:

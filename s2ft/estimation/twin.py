@@ -15,9 +15,9 @@ from s2ft.attached.mounting import claim, mount
 from s2ft.attached.record import RECORD, Attachment
 from s2ft.config import S2FTConfig
 from s2ft.distributed import is_sharded
+from s2ft.layers import S2Layer, kind_of
 from s2ft.model.coupling import Coupling
 from s2ft.model.registry import couplings_of
-from s2ft.model.weights import is_quantized
 from s2ft.selection import select
 
 
@@ -31,10 +31,10 @@ def twin_of(
     wanted = _wanted_dtypes(model, dtype)
     memo: dict[int, Any] = {}  # what deepcopy finds here it does not copy
     for path, module in model.named_modules():
-        quantized = is_quantized(module)
+        quantized = kind_of(module).read_only
         if quantized:
             _check_is_quantized(path, module)
-            memo.update({id(thing): thing for thing in (*_quant_states(module), *_tensors_in(_state(module)))})
+        memo.update({id(thing): thing for thing in kind_of(module).shared(module)})
         for name, tensor in _tensors_of(module):
             if id(tensor) not in memo:
                 shared = quantized and name == "weight"
@@ -60,35 +60,6 @@ def _tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
     """A module's own parameters, buffers, and tensors that are neither."""
     everything = (*module._parameters.items(), *module._buffers.items(), *vars(module).items())
     return [(name, tensor) for name, tensor in everything if isinstance(tensor, Tensor)]
-
-
-def _quant_states(module: nn.Module) -> list[Any]:
-    """Where a Linear4bit of bitsandbytes has its scales."""
-    found = (getattr(module.weight, "quant_state", None), getattr(module, "quant_state", None))
-    return [state for state in found if state is not None]
-
-
-def _state(module: nn.Module) -> dict[str, Any]:
-    """Where a Linear8bitLt has its scales, and the weight again, once it has run; in its weight before."""
-    return vars(module.state) if hasattr(module, "state") else {}
-
-
-def _tensors_in(values: dict[str, Any]) -> list[Tensor]:
-    return [value for value in values.values() if isinstance(value, Tensor)]
-
-
-def scales_of(module: nn.Module) -> list[Tensor]:
-    """Tensors that a quantized layer has beside its weight."""
-    if not is_quantized(module):
-        return []
-    states = [*_quant_states(module), *(state.state2 for state in _quant_states(module) if state.state2 is not None)]
-    found = [tensor for state in states for tensor in _tensors_in(vars(state))]
-    return found + [
-        tensor
-        for held in (_state(module), vars(module.weight))
-        for name, tensor in held.items()
-        if name == "SCB" and tensor is not None
-    ]
 
 
 def _check_is_quantized(path: str, module: nn.Module) -> None:
@@ -144,7 +115,7 @@ def forget_data(twin: nn.Module, device: torch.device) -> None:
         return made[id(tensor)][0]
 
     for module in twin.modules():
-        state = _state(module) if is_quantized(module) else {}
+        state = {} if isinstance(module, S2Layer) else kind_of(module).state(module)
         for tensors in (module._parameters, module._buffers, vars(module), state):
             tensors.update({name: fake(tensor) for name, tensor in tensors.items() if isinstance(tensor, Tensor)})
 

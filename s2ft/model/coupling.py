@@ -44,8 +44,8 @@ class Projection:
         )
 
     @property
-    def site(self) -> tuple[str, int | None]:
-        """The weight it is in; projections of one site are trained as one slice or index."""
+    def weight_key(self) -> tuple[str, int | None]:
+        """The weight that it is in, as path and expert. Several projections may share one."""
         return self.path, self.expert
 
     @property

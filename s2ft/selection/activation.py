@@ -7,9 +7,9 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
-from s2ft.layers import CONVOLUTIONS, ObservedStack, experts_forward
+from s2ft.layers import ObservedExperts, experts_forward, kind_of
 from s2ft.model.coupling import Projection
-from s2ft.model.weights import find, position, put
+from s2ft.model.weights import find, parameter_position, put
 from s2ft.selection.calibration import hooks_removed, run_forward, stack_of, undisturbed
 from s2ft.selection.metric import Request, squares_by_unit
 
@@ -48,7 +48,7 @@ class _Sums:
     def watch(self, path: str, projections: list[Projection]) -> list:
         """Hooks that add up what passes; projections: of the weight `path`, all of one side."""
         module = find(self.request.model, path)
-        if isinstance(module, ObservedStack):
+        if isinstance(module, ObservedExperts):
             owner = find(self.request.model, path.rpartition(".")[0])
             return [
                 owner.register_forward_hook(lambda _, inputs, output: self._count(projections, inputs[0])),
@@ -58,7 +58,7 @@ class _Sums:
         return [
             module.register_forward_hook(
                 lambda _, inputs, output: self._add(
-                    projections, _features_last(module, inputs[0] if consumes else output)
+                    projections, kind_of(module).features_last(module, inputs[0] if consumes else output)
                 )
             )
         ]
@@ -111,13 +111,6 @@ def _by_path(request: Request) -> dict[str, list[Projection]]:
     return found
 
 
-def _features_last(module: nn.Module, x: Tensor) -> Tensor:
-    """The activations of a convolution, [N, channels, ...] or [channels, ...], with channels last."""
-    if not isinstance(module, CONVOLUTIONS):
-        return x
-    return x.movedim(1 if x.dim() == module.weight.dim() else 0, -1)
-
-
 @contextmanager
 def _experts_observed(request: Request) -> Iterator[None]:
     """Inside, the requested stacks of experts are modules, run one expert after the other, so that hooks see what
@@ -125,9 +118,9 @@ def _experts_observed(request: Request) -> Iterator[None]:
     paths = [path for path, projections in _by_path(request).items() if projections[0].expert is not None]
     with ExitStack() as back:
         for path in paths:
-            parameter, place = find(request.model, path), position(request.model, path)
+            parameter, place = find(request.model, path), parameter_position(request.model, path)
             back.callback(put, request.model, path, parameter, place)  # first, for an interrupt may come between
-            put(request.model, path, ObservedStack(parameter))
+            put(request.model, path, ObservedExperts(parameter))
         for path in dict.fromkeys(path.rpartition(".")[0] for path in paths):
             owner = find(request.model, path)
             before = owner.__dict__.get("forward")

@@ -6,7 +6,7 @@ from torch import nn
 
 from s2ft.config import S2FTConfig
 from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
-from s2ft.model.weights import shape_of
+from s2ft.model.weights import weight_at
 
 
 def units_per_projection(
@@ -86,7 +86,7 @@ def _units(projection: Projection, ratio: float) -> int:
 
 def unit_parameters(model: nn.Module, projection: Projection) -> int:
     """Trained parameters of one unit."""
-    shape = shape_of(model, projection)
+    shape = weight_at(model, projection).shape
     return shape.numel() // shape[projection.dim] * projection.unit
 
 
@@ -95,7 +95,7 @@ def _budget(config: S2FTConfig, model: nn.Module, requested: list[Projection]) -
     if config.budget is not None:
         return config.budget, f"budget={config.budget:,}"
     rank = config.match_lora_rank
-    shapes = {p.site: shape_of(model, p) for p in requested}  # one pair of factors for a weight
+    shapes = {p.weight_key: weight_at(model, p).shape for p in requested}  # one pair of factors for a weight
     total = sum(rank * (shape[0] + shape[1:].numel()) for shape in shapes.values())
     return total, f"match_lora_rank={rank}, {total:,} parameters,"
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.model.coupling import Projection
-from s2ft.model.weights import find, is_quantized, like_matrix, weight_of
+from s2ft.model.weights import weight_at
 from s2ft.selection.calibration import checkpointing_kept, hooks_removed, loss_of, sequences, undisturbed
 from s2ft.selection.metric import Request, squares_by_unit
 
@@ -42,8 +42,9 @@ def _weights(request: Request) -> list[tuple]:
     """Every weight with its projections: more than one where they are tied."""
     found: dict[int, tuple] = {}
     for projection in request.projections:
-        weight = weight_of(request.model, projection)
-        if not weight.is_floating_point() or is_quantized(find(request.model, projection.path)):
+        handle = weight_at(request.model, projection)
+        weight = handle.tensor
+        if not weight.is_floating_point() or handle.read_only:
             raise ValueError(f"selection='gradient' needs gradients of weights, and {projection.path} is quantized")
         found.setdefault(id(weight), (weight, []))[1].append(projection)
     return list(found.values())
@@ -52,7 +53,7 @@ def _weights(request: Request) -> list[tuple]:
 def _collect(model: nn.Module, projections: list[Projection], sums: dict[str, Tensor]):
     def hook(weight: nn.Parameter) -> None:
         for projection in projections:
-            squares = squares_by_unit(like_matrix(model, projection, weight.grad), projection.dim, projection)
+            squares = squares_by_unit(weight_at(model, projection).view(weight.grad), projection.dim, projection)
             sums[projection.name] = sums[projection.name] + squares if projection.name in sums else squares
         weight.grad = None
 

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from s2ft.model.weights import matrix_of
+from s2ft.model.weights import weight_at
 from s2ft.selection.metric import Request, squares_by_unit
 
 
@@ -11,6 +11,6 @@ def weight_scores(request: Request) -> dict[str, Tensor]:
     producer's weight, of its columns in the consumer's. Biases don't count."""
     scores = {}
     for projection in request.projections:
-        matrix = matrix_of(request.model, projection)
+        matrix = weight_at(request.model, projection).matrix
         scores[projection.name] = squares_by_unit(matrix, projection.dim, projection).sqrt().cpu()
     return scores

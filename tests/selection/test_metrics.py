@@ -13,7 +13,7 @@ from s2ft import S2FTConfig
 from s2ft.attached.record import attachment_of
 from s2ft.model.coupling import projections_of
 from s2ft.model.registry import couplings_of
-from s2ft.model.weights import like_matrix, matrix_of, weight_of
+from s2ft.model.weights import weight_at
 from s2ft.selection import METRICS
 from s2ft.selection.calibration import Calibration
 from s2ft.selection.metric import Request, shared_by_producers
@@ -69,7 +69,7 @@ def reference(model, metric, batch):
         return reference_gradients(model, batch)
     projections = list(projections_of(couplings_of(model)))
     if metric == "weight":
-        return {p.name: norms(matrix_of(model, p), p) for p in projections}
+        return {p.name: norms(weight_at(model, p).matrix, p) for p in projections}
     seen, hooks = {}, []
     real = batch["attention_mask"].bool()
     for path in {p.path for p in projections if p.expert is None}:
@@ -119,7 +119,7 @@ def reference_gradients(model, batch):
         labels = torch.where(mask * mask.roll(1) == 1, ids, -100)  # neither padding nor what follows it
         model(input_ids=ids[None], attention_mask=mask[None], labels=labels[None]).loss.backward()
         for p in projections_of(couplings_of(model)):
-            totals.setdefault(p.name, []).append(norms(like_matrix(model, p, weight_of(model, p).grad), p))
+            totals.setdefault(p.name, []).append(norms(weight_at(model, p).view(weight_at(model, p).tensor.grad), p))
     model.zero_grad()
     return {name: torch.stack(found).square().mean(0).sqrt() for name, found in totals.items()}
 
@@ -365,7 +365,7 @@ def test_selecting_leaves_the_model(metric, case, checkpointing):
 
 IDS = torch.arange(16).view(2, 8)
 WRONG = {
-    "empty": (lambda: [], ValueError, "calibration is empty"),
+    "empty": (list, ValueError, "calibration is empty"),
     "all padding": (lambda: [{"input_ids": IDS, "attention_mask": IDS * 0}], ValueError, "gave no tokens"),
     "one batch": (lambda: {"input_ids": IDS}, TypeError, "iterable of batches, got dict"),
     "one tensor": (lambda: IDS, TypeError, "got Tensor"),

@@ -23,9 +23,10 @@ from s2ft.attached.record import RECORD, Attachment
 from s2ft.config import S2FTConfig
 from s2ft.files.reading import FLOATS, check_adapter_name, check_finite, open_file, read_json, read_tensors, shortened
 from s2ft.files.writing import replace_file
+from s2ft.layers import kind_of
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.delta import Delta
-from s2ft.model.weights import find, is_conv1d, shape_of
+from s2ft.model.weights import find, weight_at
 from s2ft.selection import Selection
 
 CONFIG = "adapter_config.json"
@@ -92,7 +93,7 @@ def _sides(adapter: Adapter, model: nn.Module, record: Attachment) -> dict[str, 
     for projection in projections_of(record.couplings):
         if projection.name in adapter.deltas:
             _check_linear(model, projection)
-            shape = shape_of(model, projection)
+            shape = weight_at(model, projection).shape
             parts.setdefault(projection.path, []).append(_factors(adapter.deltas[projection.name], shape))
     return {
         path: (torch.cat([b for b, _ in sides], 1), torch.cat([a for _, a in sides], 0))
@@ -101,7 +102,7 @@ def _sides(adapter: Adapter, model: nn.Module, record: Attachment) -> dict[str, 
 
 
 def _check_linear(model: nn.Module, projection: Projection) -> None:
-    if projection.expert is not None or len(shape_of(model, projection)) != 2:
+    if not weight_at(model, projection).kind.is_linear:
         kind = "a convolution" if projection.expert is None else "the weight of experts"
         raise ValueError(
             f"{projection.name} is {kind}, and a LoRA folder has linear layers only: export the model "
@@ -151,13 +152,9 @@ def _config(model: nn.Module, paths: list[str], rank: int, base: str | None) -> 
         "modules_to_save": None,
         "rank_pattern": {},
         "alpha_pattern": {},
-        "fan_in_fan_out": any(_stored_transposed(find(model, path)) for path in paths),
+        "fan_in_fan_out": any(kind_of(find(model, path)).transposed for path in paths),
         "target_modules": _targets(model, paths),
     }
-
-
-def _stored_transposed(module: nn.Module) -> bool:
-    return is_conv1d(module) or getattr(module, "transposed", False)
 
 
 def _targets(model: nn.Module, paths: list[str]):
@@ -228,7 +225,8 @@ def read(directory, model: nn.Module, name: str = "default", couplings: Sequence
             raise ValueError(f"{shortened(path)} is no linear layer of this model that S²FT trains")
         b, a = (tensors[f"{PREFIX}{path}.lora_{side}.weight"] for side in "BA")
         scaling = _scaling(config, path, a.shape[0], config_path)
-        index, values = _rows_or_columns(path, sites[path][0], b, a, scaling, tuple(shape_of(model, sites[path][0])))
+        shape = tuple(weight_at(model, sites[path][0]).shape)
+        index, values = _rows_or_columns(path, sites[path][0], b, a, scaling, shape)
         for projection, chosen, delta in _split(path, sites[path], index, values):
             units[projection.name], deltas[projection.name] = chosen, delta
     if not deltas:
