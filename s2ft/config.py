@@ -16,10 +16,21 @@ DELTA_DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+METRICS = {  # a metric is a row here and a file s2ft/selection/<name>.py
+    "random": "at random",
+    "weight": "by weight norm",
+    "activation": "by activation norm on calibration data",
+    "product": "by weight norm times activation norm on calibration data",
+    "gradient": "by gradient norm on calibration data",
+}
+ALLOCATIONS = {  # an allocation is a row here and a file s2ft/selection/allocation_<name>.py
+    "uniform": "the same number of units in each layer",
+    "global": "the units with the best scores over all layers, so a layer may get none",
+}
 CHOICES = {
-    "selection": ("random", "weight", "activation", "product", "gradient"),
+    "selection": tuple(METRICS),
     "order": ("largest", "smallest"),
-    "allocation": ("uniform", "global"),
+    "allocation": tuple(ALLOCATIONS),
     "layout": ("permuted", "indexed"),
     "delta_dtype": (None, *DELTA_DTYPES),
 }
@@ -77,6 +88,10 @@ def _units(name: str, value: Any) -> Any:
     return {path: numbers.tolist() if hasattr(numbers, "tolist") else numbers for path, numbers in value.items()}
 
 
+def _listed(options: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {text}" for name, text in options.items())
+
+
 def _ratio(of: str) -> Any:
     return field(default=0.0, metadata={"help": f"share of {of} to train in every layer, 0 to 1"})
 
@@ -95,22 +110,12 @@ class S2FTConfig:
     u_ratio: float = _ratio("FFN channels of up_proj")
     g_ratio: float = _ratio("FFN channels of gate_proj")
     d_ratio: float = _ratio("FFN channels of down_proj")
-    selection: str = field(
-        default="random",
-        metadata={
-            "help": "how units are chosen: random; or by weight norm, activation norm, their product, or gradient norm, "
-            "the last three on calibration data"
-        },
-    )
+    selection: str = field(default="random", metadata={"help": "how units are chosen: " + _listed(METRICS)})
     order: str = field(
         default="largest", metadata={"help": "which end of a metric's ranking is taken; random selection has none"}
     )
     allocation: str = field(
-        default="uniform",
-        metadata={
-            "help": "uniform: the same number in every layer; global: of each projection the best over all layers, by "
-            "plain scores, so that a layer may get none"
-        },
+        default="uniform", metadata={"help": "how units are distributed over the layers: " + _listed(ALLOCATIONS)}
     )
     budget: int | str | None = field(
         default=None,

@@ -55,7 +55,7 @@ def stable_weights() -> Iterator[None]:
         A context manager.
 
     Example:
-        >>> attached = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+        >>> report = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
         >>> with s2ft.stable_weights():
         ...     snapshot = {name: weight.detach().clone() for name, weight in model.named_parameters()}
         >>> snapshot["model.embed_tokens.weight"].shape
