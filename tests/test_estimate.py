@@ -19,9 +19,10 @@ from transformers import (
 )
 
 import s2ft
-from s2ft import Coupling, Projection, S2FTConfig
+from s2ft import Coupling, S2FTConfig
 from s2ft.estimation import OPTIMIZERS, Estimate, Part
 from s2ft.estimation.memory import Memory, free_memory, storages
+from s2ft.model.coupling import Projection
 from s2ft.text.head import packed_head
 from s2ft.train.loss import chunked_loss
 

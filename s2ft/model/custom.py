@@ -58,14 +58,14 @@ def _checked(coupling: Any, where: str) -> Coupling:
     _check_projection(coupling.consumer, 1, where)
     for vector in coupling.vectors:
         if not isinstance(vector, Vector) or not isinstance(vector.path, str):
-            raise TypeError(f"{where}: vectors must be s2ft.Vector, got {vector!r}")
+            raise TypeError(f"{where}: vectors must be Vector of s2ft.model.coupling, got {vector!r}")
         _check_number(vector.unit, 1, f"{where}: unit of {vector.path}")
     return coupling
 
 
 def _check_projection(projection: Any, dim: int, where: str) -> None:
     if not isinstance(projection, Projection) or not isinstance(projection.path, str):
-        raise TypeError(f"{where}: producers and consumer must be s2ft.Projection, got {projection!r}")
+        raise TypeError(f"{where}: producers and consumer must be Projection of s2ft.model.coupling, got {projection!r}")
     if projection.key not in PROJECTIONS or (projection.key in "od") != (dim == 1):
         raise ValueError(
             f"{where}: the key of {projection.path} must be one of "

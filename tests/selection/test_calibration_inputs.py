@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 import s2ft
-from s2ft import Coupling, Projection, S2FTConfig
-from s2ft.model.coupling import projections_of
+from s2ft import Coupling, S2FTConfig
+from s2ft.model.coupling import Projection, projections_of
 from s2ft.model.registry import couplings_of
 from s2ft.selection import METRICS
 from s2ft.selection.batches import Calibration
