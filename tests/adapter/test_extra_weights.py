@@ -22,9 +22,10 @@ from transformers import (
 )
 
 import s2ft
-from s2ft import S2FTConfig, extra
+from s2ft import S2FTConfig
 from s2ft.adapter.formats import lora, native
 from s2ft.adapter.pretrained import INDEX
+from s2ft.attached import extra
 from s2ft.attached.mounting import before_forward, before_load
 from s2ft.files.adapter_folder import CONFIG, TENSORS
 
