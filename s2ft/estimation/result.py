@@ -71,13 +71,23 @@ class Estimate:
 
     def summary(self) -> str:
         """A short paragraph: what is needed, of what, and whether it fits."""
+        return f"Training takes {size(self.peak)} at most: {', '.join(self._needs())}. {self._verdict()}"
+
+    def lines(self) -> str:
+        """Return the summary with one line for each kind of memory."""
+        needs = "\n".join(f"  {need}" for need in self._needs())
+        return f"Training takes {size(self.peak)} at most:\n{needs}\n{self._verdict()}"
+
+    def _needs(self) -> list[str]:
+        """Return the kinds of memory and their sizes."""
         inputs = f"{self.batch}" if self.length is None else f"{self.batch} × {self.length} tokens"
-        weights = size(self.parameters + self.buffers)
-        return (
-            f"Training takes {size(self.peak)} at most: {weights} of parameters, {size(self.gradients)} of "
-            f"gradients, {size(self.optimizer)} of optimizer state, {size(self.kept)} kept for backward (batch of "
-            f"{inputs}), and what the {self.peak_in} needs for a moment. {self._verdict()}"
-        )
+        return [
+            f"{size(self.parameters + self.buffers)} of parameters",
+            f"{size(self.gradients)} of gradients",
+            f"{size(self.optimizer)} of optimizer state",
+            f"{size(self.kept)} kept for backward (batch of {inputs})",
+            f"and the temporary memory of the {self.peak_in}",
+        ]
 
     def _verdict(self) -> str:
         needed = self.peak - self.resident

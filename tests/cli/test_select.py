@@ -135,7 +135,7 @@ def test_budget_exclude_and_units(work, tmp_path, capsys):
         == 0
     )
     assert "trained" in capsys.readouterr().out and s2ft.Selection.load(tmp_path / "out/adapter") == second
-    assert command("info", tmp_path / "out") == 0 and "units: given by hand" in capsys.readouterr().out
+    assert command("info", tmp_path / "out") == 0 and "units: given by the user" in capsys.readouterr().out
     assert select("third.json", "--units", tmp_path / "out/adapter") == second
 
 
