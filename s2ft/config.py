@@ -83,7 +83,7 @@ def _units(name: str, value: Any) -> Any:
 
 
 def _listed(options: dict[str, str]) -> str:
-    return "; ".join(f"{name}: {text}" for name, text in options.items())
+    return ", ".join(f"{name} ({text})" for name, text in options.items())
 
 
 def _ratio(of: str) -> Any:
