@@ -88,7 +88,7 @@ class Memory(TorchDispatchMode):
 
 
 def _numbered(indices: Any) -> Any:
-    """Replace real masks by indices. The shape of the result depends on their values, which a fake mask does not have."""
+    """Replace real masks by indices. The result's shape depends on their values, which a fake mask does not have."""
     if not any(type(index) is Tensor and index.dtype == torch.bool for index in indices):
         return indices
     return [
@@ -99,7 +99,7 @@ def _numbered(indices: Any) -> Any:
 
 
 def _product(a: Tensor, b: Tensor, offs: Tensor | None = None, *rest: Any) -> Tensor:
-    """Return an empty result of a grouped product. Each side has shape [groups, ...], or its groups in one dimension."""
+    """Return an empty result of a grouped product. A side has shape [groups, ...], or its groups in one dimension."""
     groups = [offs.numel()] if a.dim() == b.dim() == 2 else [a.shape[0]] if a.dim() == b.dim() == 3 else []
     return a.new_empty(*groups, a.shape[-2], b.shape[-1])
 

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from s2ft.packages import MissingPackages, is_installed
 
-Optimizer = Union[str, Callable[[list[Tensor]], torch.optim.Optimizer]]
+Optimizer = str | Callable[[list[Tensor]], torch.optim.Optimizer]
 
 
 def _bitsandbytes(name: str, parameters: list[Tensor]) -> torch.optim.Optimizer:

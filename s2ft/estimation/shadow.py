@@ -99,9 +99,7 @@ def _wanted_dtypes(model: nn.Module, dtype: torch.dtype | None) -> dict[int, tor
         raise ValueError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
     wanted = {}
-    for name, tensor in model.state_dict(
-        keep_vars=True
-    ).items():  # without buffers that are not saved, because those are not loaded
+    for name, tensor in model.state_dict(keep_vars=True).items():  # buffers outside it are not loaded either
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
             found = (there for pattern, there in plan.items() if re.search(rf"(^|\.){pattern}(\.|$)", name))
             wanted[id(tensor)] = next(found, dtype)

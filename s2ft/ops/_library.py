@@ -1,7 +1,7 @@
 """The one torch Library of s2ft. Every op is declared once, in Python.
 
 The schema and the PyTorch reference are Python; csrc/ only adds kernels for a device. The dispatcher calls the compiled
-kernel of a device where there is one, and the reference otherwise. The library therefore gives the same numbers if the
+kernel of a device if there is one, and the reference otherwise. The library therefore gives the same numbers if the
 compiled module is present, absent or loaded later.
 """
 

@@ -20,7 +20,7 @@ def activation_scores(request: Request) -> Units:
 
     The activation of a producer's unit is its part of the projection's output, before any other operation. The
     activation of a consumer's unit is its part of the input. The norm is the L2 norm over all elements of the unit.
-    Positions are tokens, or what the module sees instead, such as image patches or sound frames. Padding does not
+    Positions are tokens, or other positions such as image patches or sound frames. Padding does not
     count. For an expert, tokens that the router sends elsewhere count as zeros. No activation is stored: each is
     reduced to a sum of squares when it is computed.
     """
