@@ -32,7 +32,7 @@ from s2ft.attached.record import attachment_of
 from s2ft.model.builders import ACTIVATIONS
 from s2ft.model.coupling import projections_of
 from s2ft.model.registry import couplings_of
-from s2ft.model.weights import like_matrix, weight_of
+from s2ft.model.weights import weight_at
 from s2ft.ops.act_mul import ACTIVATIONS as FUNCTIONS
 
 LAYOUTS = ("permuted", "indexed")
@@ -128,7 +128,7 @@ def test_train_detach_merge(case, layout, dtype, tmp_path):
     for p in projections_of(couplings):
         if p.name in selection:
             change = moved[p.path if p.path in moved else f"{p.path}.weight"]
-            by_element = like_matrix(base, p, change).transpose(0, p.dim)
+            by_element = weight_at(base, p).view(change).transpose(0, p.dim)
             mine, units = p.elements(torch.arange(p.count)), selection[p.name]
             found = by_element[mine].view(p.count, -1).any(1).nonzero().squeeze(1)
             trained = deltas[p.name].values.transpose(0, p.dim).reshape(units.numel(), -1).any(1)
@@ -152,9 +152,9 @@ def test_layouts_train_alike_and_like_masked_full_training(case):
     masks = {}
     for p in projections_of(record.couplings):
         if p.name in record.selection:
-            weight = weight_of(full, p).requires_grad_(True)
+            weight = weight_at(full, p).tensor.requires_grad_(True)
             mask = masks.setdefault(weight, torch.zeros_like(weight))
-            like_matrix(full, p, mask).transpose(0, p.dim)[p.elements(record.selection[p.name])] = 1
+            weight_at(full, p).view(mask).transpose(0, p.dim)[p.elements(record.selection[p.name])] = 1
     for weight, mask in masks.items():
         weight.register_hook(lambda grad, mask=mask: grad * mask)
     masked = train(full, steps=10, weight_decay=0.0)

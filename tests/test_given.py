@@ -12,10 +12,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import s2ft
-from s2ft import Coupling, Projection, S2FTConfig, Vector
+from s2ft import Coupling, S2FTConfig
 from s2ft.adapter.formats.native import CONFIG
 from s2ft.attached.record import attachment_of
-from s2ft.model.coupling import projections_of
+from s2ft.model.coupling import Projection, Vector, projections_of
 from s2ft.model.registry import couplings_of
 
 LAYOUTS = ("permuted", "indexed")

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from s2ft.model.weights import as_matrix
+from s2ft.layers.kind import Kind
 from s2ft.ops import effective_units
 from s2ft.ops._lock import LOCK, finish_interrupted
 from s2ft.ops._memory import check_private
@@ -26,7 +26,8 @@ class S2Layer(nn.Module):
     """
 
     dim: ClassVar[int]
-    transposed = False  # whether the weight is stored as inputs × outputs
+    kind: Kind  # of the plain layer
+    wraps_plain: ClassVar[bool] = False  # whether it runs the plain layer, which then keeps its weight and bias
     _looked_at = 0  # the address of the weight that check_private has passed
     _fused_version = -1  # of s2, as the weight holds it
     is_tied = False  # whether other modules hold the same weight
@@ -46,30 +47,30 @@ class S2Layer(nn.Module):
         nn.Module.__init__(self)
         # Hooks registered on the module keep working: both share the dicts they live in.
         self.__dict__.update({key: value for key, value in module.__dict__.items() if "_hooks" in key})
-        self._take_over(module)
+        self._copy_settings(module)
         check_private("weight", module.weight)
         self.weight, self.bias = module.weight, module.bias
-        self._select(start, end, index, delta_dtype)
+        self._set_units(start, end, index, delta_dtype)
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
         self.train(module.training)
         return self
 
-    def _take_over(self, module: nn.Module) -> None:
+    def _copy_settings(self, module: nn.Module) -> None:
         """Set what the layer knows about the plain one besides weight and bias."""
 
     @property
     def matrix(self) -> Tensor:
         """The weight as outputs × inputs (× taps of a convolution), in its own memory."""
-        return as_matrix(self.weight, transposed=self.transposed)
+        return self.kind.view(self.weight)
 
     @property
     def shape(self) -> torch.Size:
         """Of the weight as outputs × inputs (× taps)."""
         return self.matrix.shape
 
-    def _select(self, start, end, index, delta_dtype) -> None:
+    def _set_units(self, start, end, index, delta_dtype) -> None:
         """Set start, end, index and s2."""
         shape = list(self.shape)
         size = shape[self.dim]
@@ -171,7 +172,7 @@ class S2Layer(nn.Module):
 
     def write_units_of(self, weight: Tensor, values: Tensor) -> None:
         """Write `values`, of s2's shape, to the selected units of a weight that is stored as this layer's is."""
-        matrix = as_matrix(weight.detach(), transposed=self.transposed)
+        matrix = self.kind.view(weight.detach())
         if self.index is None:
             matrix.narrow(self.dim, self.start, self.end - self.start).copy_(values)
         else:

@@ -1,13 +1,14 @@
 """Convolutions that train a few output or input channels of a frozen weight."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2ft.layers.base import S2Layer
+from s2ft.layers.kind import Kind
 from s2ft.ops import indexed_conv
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def conv_forward(
@@ -43,7 +44,11 @@ class S2Conv(S2Layer):
     `s2` is [n, I, taps] or [O, n, taps], taps being all positions of the kernel.
     """
 
-    def _take_over(self, module: nn.Module) -> None:
+    @property
+    def kind(self) -> Kind:
+        return CONVOLUTION
+
+    def _copy_settings(self, module: nn.Module) -> None:
         for name in (
             "in_channels",
             "out_channels",
@@ -81,3 +86,22 @@ class S2RowConv(S2Conv):
     """Convolution that trains input channels. For the backward it keeps those channels of its input, not the input."""
 
     dim = 1
+
+
+class ConvolutionKind(Kind):
+    """Convolutions of one group, over one to three dimensions."""
+
+    name = "nn.Conv1d to Conv3d of one group"
+    layers = (S2ColumnConv, S2RowConv)
+
+    def matches(self, found: Any) -> bool:
+        return type(found) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and found.groups == 1
+
+    def forward(self, module: nn.Module, x: Tensor, delta: Tensor, index: Tensor, dim: int) -> Tensor:
+        return conv_forward(module, x, delta, index, dim)
+
+    def features_last(self, module: nn.Module, x: Tensor) -> Tensor:
+        return x.movedim(1 if x.dim() == module.weight.dim() else 0, -1)  # [N, channels, ...] or [channels, ...]
+
+
+CONVOLUTION = ConvolutionKind()

@@ -5,18 +5,20 @@ parameter's place, and the module gets :func:`experts_forward`, which runs the e
 """
 
 from collections.abc import Callable
-from typing import Union
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s2ft.distributed import Shard
 from s2ft.layers.base import S2Layer
+from s2ft.layers.kind import Kind
 from s2ft.ops import indexed_linear
 
 
-class S2Stack(S2Layer):
-    """What S2ColumnStack and S2RowStack share. Each expert has its own units, any number of them or none.
+class S2Experts(S2Layer):
+    """What S2ColumnExperts and S2RowExperts share. Each expert has its own units, any number of them or none.
 
     `weight` [experts, O, I] is frozen. `s2` is trainable: the experts' slices one after the other along `dim`,
     [n, I] or [O, n]; `index` [n] has the unit of each, `counts` how many each expert has.
@@ -36,6 +38,10 @@ class S2Stack(S2Layer):
         self.register_buffer("base", None)  # the replaced slices, while fused
         self.enabled = True
         self._parts: tuple[Tensor, ...] | None = None
+
+    @property
+    def kind(self) -> Kind:
+        return EXPERTS
 
     def forward(self, x: Tensor, expert: int) -> Tensor:
         """x [tokens, I] → [tokens, O] by one expert's effective weight."""
@@ -61,28 +67,24 @@ class S2Stack(S2Layer):
         return torch.cat(found, self.dim)
 
     def write_units_of(self, weight: Tensor, values: Tensor) -> None:
-        for weight, index, part in zip(
-            weight.detach(), self.index.split(self.counts), values.split(self.counts, self.dim)
-        ):
-            weight.transpose(0, self.dim)[index] = part.transpose(0, self.dim)
+        parts = zip(weight.detach(), self.index.split(self.counts), values.split(self.counts, self.dim))
+        for matrix, index, part in parts:
+            matrix.transpose(0, self.dim)[index] = part.transpose(0, self.dim)
 
     def extra_repr(self) -> str:
         return f"experts={len(self.counts)}, weight={tuple(self.weight.shape[1:])}, {self._selected()}"
 
 
-class S2ColumnStack(S2Stack):
+class S2ColumnExperts(S2Experts):
     """Stack that trains outputs of its experts (gate, up)."""
 
     dim = 0
 
 
-class S2RowStack(S2Stack):
+class S2RowExperts(S2Experts):
     """Stack that trains inputs of its experts (down)."""
 
     dim = 1
-
-
-Stack = Union[nn.Parameter, nn.Module]
 
 
 def experts_forward(
@@ -92,14 +94,14 @@ def experts_forward(
     top_k_weights: Tensor,  # [tokens, k]
 ) -> Tensor:  # [tokens, width]
     """The forward of a module of experts: down(act(gate) * up) of each, weighted and added up, in float32 at least."""
-    stacks = [stack for stack in (self.gate_up_proj, self.down_proj) if isinstance(stack, S2Stack)]
-    for stack in stacks:
-        stack.begin()
+    trained = [layer for layer in (self.gate_up_proj, self.down_proj) if isinstance(layer, S2Experts)]
+    for layer in trained:
+        layer.begin()
     try:
         return _run_experts(self, hidden_states, top_k_index, top_k_weights)
     finally:
-        for stack in stacks:
-            stack.end()
+        for layer in trained:
+            layer.end()
 
 
 def gate_of(experts: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -142,13 +144,13 @@ def _run_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, to
     return result.to(hidden_states.dtype)
 
 
-def _project(stack: Stack, x: Tensor, expert: int, tokens: Tensor) -> Tensor:
-    if isinstance(stack, ObservedStack):
-        return stack(x, expert, tokens)
-    return stack(x, expert) if isinstance(stack, nn.Module) else F.linear(x, stack[expert])
+def _project(weights: nn.Parameter | nn.Module, x: Tensor, expert: int, tokens: Tensor) -> Tensor:
+    if isinstance(weights, ObservedExperts):
+        return weights(x, expert, tokens)
+    return weights(x, expert) if isinstance(weights, nn.Module) else F.linear(x, weights[expert])
 
 
-class ObservedStack(nn.Module):
+class ObservedExperts(nn.Module):
     """A stack that trains nothing, in the parameter's place so that a hook sees what passes each expert."""
 
     def __init__(self, weight: nn.Parameter) -> None:
@@ -158,3 +160,28 @@ class ObservedStack(nn.Module):
     def forward(self, x: Tensor, expert: int, tokens: Tensor) -> Tensor:
         """x [tokens of the expert, I] → [.., O]; tokens: their numbers in the batch."""
         return F.linear(x, self.weight[expert])
+
+
+class ExpertsKind(Kind):
+    """The weights of all experts in one parameter [experts, outputs, inputs]."""
+
+    name = "parameters [experts, outputs, inputs]"
+    layers = (S2ColumnExperts, S2RowExperts)
+
+    def matches(self, found: Any) -> bool:
+        return isinstance(found, Tensor)
+
+    def weight(self, holder: nn.Module | Tensor) -> Tensor:
+        return holder.weight if isinstance(holder, nn.Module) else holder
+
+    def view(self, tensor: Tensor, expert: int | None = None) -> Tensor:
+        return tensor[expert]
+
+    def shard(self, shard: Shard, expert: int | None = None) -> Shard:
+        weights, start = shard.tensor, shard.start
+        number = expert - start[0]
+        is_here = 0 <= number < weights.shape[0]
+        return Shard(weights[number] if is_here else weights.new_empty(0, *weights.shape[2:]), start[1:])
+
+
+EXPERTS = ExpertsKind()

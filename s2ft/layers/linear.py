@@ -1,26 +1,15 @@
 """Linear layers that train a few output rows or input columns of a frozen weight."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2ft.layers.base import S2Layer
-from s2ft.model.weights import as_matrix, is_conv1d
+from s2ft.layers.kind import Kind
 from s2ft.ops import indexed_linear, sliced_linear
-
-
-def linear_forward(
-    module: nn.Module,  # nn.Linear, transformers' Conv1D, or one of the layers below
-    x: Tensor,  # [..., I]
-    delta: Tensor,  # [n, I] if dim == 0 else [O, n]
-    index: Tensor,  # [n] int64
-    dim: int,
-) -> Tensor:  # [..., O]
-    """The forward of `module` on its weight with delta added to the units `index`."""
-    weight = as_matrix(module.weight, transposed=is_conv1d(module) or getattr(module, "transposed", False))
-    return indexed_linear(x, weight, delta, index, dim, module.bias)
 
 
 class S2Linear(S2Layer):
@@ -29,6 +18,8 @@ class S2Linear(S2Layer):
     Parameters: `weight` (out, in) and `bias` (out) are frozen; `s2` is trainable, of the slice's shape. On a
     Conv1D of transformers `weight` stays (in, out); `s2` has a linear layer's shape all the same.
     """
+
+    transposed = False  # whether the weight is stored as inputs × outputs
 
     def __init__(
         self,
@@ -59,17 +50,19 @@ class S2Linear(S2Layer):
             torch.empty(out_features, in_features, device=device, dtype=dtype), requires_grad=False
         )
         self._add_bias(bias)
-        self._select(start, end, index, delta_dtype)
+        self._set_units(start, end, index, delta_dtype)
         self.reset_parameters()
         if isinstance(bias, Tensor):
             with torch.no_grad():
                 self.bias.copy_(bias)
 
-    def _take_over(self, module: nn.Module) -> None:
-        if is_conv1d(module):
-            self.transposed, self.in_features, self.out_features = True, module.nx, module.nf
-        else:
-            self.in_features, self.out_features = module.in_features, module.out_features
+    @property
+    def kind(self) -> Kind:
+        return CONV1D if self.transposed else LINEAR
+
+    def _copy_settings(self, module: nn.Module) -> None:
+        self.transposed = CONV1D.matches(module)
+        self.out_features, self.in_features = self.kind.shape(module)
 
     def _add_bias(self, bias) -> None:
         if isinstance(bias, Tensor) and bias.shape != (self.out_features,):
@@ -89,7 +82,7 @@ class S2Linear(S2Layer):
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., in_features] → [..., out_features]."""
-        weight = as_matrix(self.weight, transposed=self.transposed)
+        weight = self.weight.t() if self.transposed else self.weight
         if self.fused:
             self._check_fused()
             return F.linear(input, weight, self.bias)
@@ -97,7 +90,7 @@ class S2Linear(S2Layer):
             return F.linear(input, weight, self.bias)
         if self.index is None:
             return sliced_linear(input, weight, self.delta, self.start, self.dim, self.bias)
-        return linear_forward(self, input, self.delta, self.index, self.dim)
+        return indexed_linear(input, weight, self.delta, self.index, self.dim, self.bias)
 
     def extra_repr(self) -> str:
         return (
@@ -119,3 +112,30 @@ class S2RowLinear(S2Linear):
     """
 
     dim = 1
+
+
+class LinearKind(Kind):
+    """nn.Linear."""
+
+    name = "nn.Linear"
+    layers = (S2ColumnLinear, S2RowLinear)
+    is_linear = True
+
+    def matches(self, found: Any) -> bool:
+        return type(found) is nn.Linear
+
+    def forward(self, module: nn.Module, x: Tensor, delta: Tensor, index: Tensor, dim: int) -> Tensor:
+        return indexed_linear(x, self.view(module.weight), delta, index, dim, module.bias)
+
+
+class Conv1DKind(LinearKind):
+    """The linear layer of GPT-2, whose weight is stored as [inputs, outputs]."""
+
+    name = "transformers' Conv1D"
+    transposed = True
+
+    def matches(self, found: Any) -> bool:
+        return type(found).__name__ == "Conv1D" and type(found).__module__ == "transformers.pytorch_utils"
+
+
+LINEAR, CONV1D = LinearKind(), Conv1DKind()

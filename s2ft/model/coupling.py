@@ -5,7 +5,7 @@ unit i of the consumer's inputs. So both sides may be put in a new order togethe
 computes what it did before.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,8 +44,8 @@ class Projection:
         )
 
     @property
-    def site(self) -> tuple[str, int | None]:
-        """The weight it is in; projections of one site are trained as one slice or index."""
+    def weight_key(self) -> tuple[str, int | None]:
+        """The weight that it is in, as path and expert. Several projections may share one."""
         return self.path, self.expert
 
     @property
@@ -86,6 +86,202 @@ class Coupling:
     fixed: bool = False  # whether something outside numbers the units, so that none can move
     block: str | None = None  # the module around them, if there is one
     activation: str | None = None  # of s2ft.ops.act_mul, if block is consumer(activation(gate) * up)
+
+    @classmethod
+    def ffn(cls, layer: int, *, up: str, down: str, channels: int, kind: str = "ffn") -> "Coupling":
+        """Describe a feed-forward block of two layers with an elementwise activation between them.
+
+        Args:
+            layer: Number of the layer.
+            up: Path of the first layer in the model. Its outputs are the channels.
+            down: Path of the second layer. Its inputs are the channels.
+            channels: Number of channels.
+            kind: Word for this coupling in reports.
+
+        Returns:
+            The coupling of `up` and `down` by their channels (S²FT paper, section 3.2).
+
+        Example:
+            >>> net = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
+            >>> coupling = s2ft.Coupling.ffn(0, up="0", down="2", channels=32)
+            >>> config = s2ft.S2FTConfig(d_ratio=0.25)
+            >>> s2ft.attach(net, config, couplings=[coupling], example=torch.randn(4, 8)).trainable
+            64
+        """
+        return cls(kind, layer, (Projection("u", up, channels, 1, 0),), Projection("d", down, channels, 1, 1))
+
+    @classmethod
+    def gated_ffn(cls, layer: int, *, up: str, gate: str, down: str, channels: int, kind: str = "ffn") -> "Coupling":
+        """Describe a gated feed-forward block: ``down(activation(gate(x)) * up(x))``.
+
+        Args:
+            layer: Number of the layer.
+            up: Path of the layer without the activation.
+            gate: Path of the layer whose output goes through the activation.
+            down: Path of the last layer. Its inputs are the channels.
+            channels: Number of channels.
+            kind: Word for this coupling in reports.
+
+        Returns:
+            The coupling of `up`, `gate` and `down` by their channels (S²FT paper, section 3.2).
+
+        Example:
+            >>> mlp = "model.layers.0.mlp"
+            >>> coupling = s2ft.Coupling.gated_ffn(
+            ...     0, up=f"{mlp}.up_proj", gate=f"{mlp}.gate_proj", down=f"{mlp}.down_proj", channels=128
+            ... )
+            >>> print(coupling)
+            the ffn coupling of layer 0 (model.layers.0.mlp.up_proj, ... to model.layers.0.mlp.down_proj)
+        """
+        producers = (Projection("u", up, channels, 1, 0), Projection("g", gate, channels, 1, 0))
+        return cls(kind, layer, producers, Projection("d", down, channels, 1, 1))
+
+    @classmethod
+    def packed_gated_ffn(
+        cls, layer: int, *, gate_up: str, down: str, channels: int, kind: str = "ffn", expert: int | None = None
+    ) -> "Coupling":
+        """Describe a gated feed-forward block with gate and up in one weight.
+
+        Args:
+            layer: Number of the layer.
+            gate_up: Path of the layer with 2 * channels outputs, those of gate first.
+            down: Path of the last layer. Its inputs are the channels.
+            channels: Number of channels.
+            kind: Word for this coupling in reports.
+            expert: Which expert, where the paths are those of parameters [experts, outputs, inputs].
+
+        Returns:
+            The coupling of up, gate and `down` by their channels.
+
+        Example:
+            >>> mlp = "model.layers.0.mlp"
+            >>> coupling = s2ft.Coupling.packed_gated_ffn(
+            ...     0, gate_up=f"{mlp}.gate_up_proj", down=f"{mlp}.down_proj", channels=128
+            ... )
+            >>> [projection.name for projection in coupling.producers]
+            ['model.layers.0.mlp.gate_up_proj.u', 'model.layers.0.mlp.gate_up_proj.g']
+        """
+        producers = (
+            Projection("u", gate_up, channels, 1, 0, start=channels, size=2 * channels, expert=expert),
+            Projection("g", gate_up, channels, 1, 0, size=2 * channels, expert=expert),
+        )
+        return cls(kind, layer, producers, Projection("d", down, channels, 1, 1, expert=expert))
+
+    @classmethod
+    def experts(cls, layer: int, *, gate_up: str, down: str, channels: int, experts: int) -> list["Coupling"]:
+        """Describe the experts of a mixture whose weights are parameters [experts, outputs, inputs].
+
+        Args:
+            layer: Number of the layer.
+            gate_up: Path of the parameter with 2 * channels outputs for each expert, those of gate first.
+            down: Path of the parameter whose inputs are the channels.
+            channels: Number of channels of each expert.
+            experts: Number of experts.
+
+        Returns:
+            One coupling for each expert.
+
+        Example:
+            >>> couplings = s2ft.Coupling.experts(
+            ...     0, gate_up="experts.gate_up_proj", down="experts.down_proj", channels=128, experts=8
+            ... )
+            >>> len(couplings), couplings[3].consumer.name
+            (8, 'experts.down_proj[3]')
+        """
+        return [
+            cls.packed_gated_ffn(layer, gate_up=gate_up, down=down, channels=channels, kind="experts", expert=expert)
+            for expert in range(experts)
+        ]
+
+    @classmethod
+    def attention(
+        cls,
+        layer: int,
+        *,
+        q: str,
+        k: str,
+        v: str,
+        o: str,
+        heads: int,
+        head_dim: int,
+        kv_heads: int | None = None,
+        moving: Mapping[str, int] | None = None,
+        fixed: bool = False,
+        kind: str = "attention",
+    ) -> "Coupling":
+        """Describe an attention block with separate q, k and v.
+
+        Args:
+            layer: Number of the layer.
+            q: Path of the query projection.
+            k: Path of the key projection.
+            v: Path of the value projection.
+            o: Path of the output projection. Its inputs are the heads.
+            heads: Number of query heads.
+            head_dim: Size of a head.
+            kv_heads: Number of key/value heads; default: `heads`.
+            moving: Parameters and buffers that are reordered together with the heads, for instance the weight of a norm
+                over all heads: path in the model, and how many entries of its first dimension belong to one head.
+                Biases of `q`, `k` and `v` are found without it.
+            fixed: Whether something outside refers to heads by number, so that they can't move.
+            kind: Word for this coupling in reports.
+
+        Returns:
+            The coupling of `q`, `k`, `v` and `o` by their heads (S²FT paper, section 3.2).
+
+        Example:
+            >>> block = "model.layers.0.self_attn"
+            >>> paths = {name: f"{block}.{name}_proj" for name in "qkvo"}
+            >>> coupling = s2ft.Coupling.attention(0, **paths, heads=4, head_dim=16, kv_heads=2)
+            >>> s2ft.attach(model, s2ft.S2FTConfig(o_ratio=0.25), couplings=[coupling]).trainable
+            1024
+        """
+        counts = (heads, kv_heads or heads, kv_heads or heads)
+        producers = tuple(Projection(key, path, n, head_dim, 0) for key, path, n in zip("qkv", (q, k, v), counts))
+        vectors = tuple(Vector(path, unit) for path, unit in (moving or {}).items())
+        return cls(kind, layer, producers, Projection("o", o, heads, head_dim, 1), vectors, fixed)
+
+    @classmethod
+    def packed_attention(
+        cls,
+        layer: int,
+        *,
+        qkv: str,
+        o: str,
+        heads: int,
+        head_dim: int,
+        kv_heads: int | None = None,
+        interleaved: bool = False,
+        kind: str = "attention",
+    ) -> "Coupling":
+        """Describe an attention block with q, k and v in one weight.
+
+        Args:
+            layer: Number of the layer.
+            qkv: Path of the layer with all of q, k and v.
+            o: Path of the output projection. Its inputs are the heads.
+            heads: Number of query heads.
+            head_dim: Size of a head.
+            kv_heads: Number of key/value heads; default: `heads`.
+            interleaved: Whether the outputs of `qkv` are q, k, v of each head in turn; default: all of q, then all of
+                k, then all of v.
+            kind: Word for this coupling in reports.
+
+        Returns:
+            The coupling of q, k, v and `o` by their heads.
+
+        Example:
+            >>> coupling = s2ft.Coupling.packed_attention(0, qkv="h.0.qkv", o="h.0.out", heads=4, head_dim=16)
+            >>> [projection.name for projection in coupling.projections]
+            ['h.0.qkv.q', 'h.0.qkv.k', 'h.0.qkv.v', 'h.0.out']
+        """
+        counts = (heads, kv_heads or heads, kv_heads or heads)
+        where = {"size": sum(counts) * head_dim, "stride": 3 * head_dim if interleaved else None}
+        starts = [head_dim * (i if interleaved else sum(counts[:i])) for i in range(3)]
+        producers = tuple(
+            Projection(key, qkv, n, head_dim, 0, start=start, **where) for key, n, start in zip("qkv", counts, starts)
+        )
+        return cls(kind, layer, producers, Projection("o", o, heads, head_dim, 1))
 
     @property
     def projections(self) -> Iterator[Projection]:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.distributed import is_dtensor, is_partitioned
-from s2ft.model.coupling import Coupling, Projection, projections_of
-from s2ft.model.weights import bias_of, find, is_quantized, matrix_of, weight_of
+from s2ft.model.coupling import Coupling, projections_of
+from s2ft.model.weights import weight_at
 
 SAMPLES = 4  # values of each weight that are kept for comparing across dtypes
 TOLERANCE = 2**-6  # relative; bfloat16's rounding is 2**-9
@@ -35,8 +35,10 @@ def fingerprint(model: nn.Module, couplings: list[Coupling]) -> dict[str, Any]:
             if projection.path in seen:  # several projections, or experts, in one weight
                 continue
             seen.add(projection.path)
-            _check_is_here(projection.path, weight_of(model, projection))
-            for name, tensor in (("weight", _weight(model, projection)), ("bias", bias_of(model, projection))):
+            handle = weight_at(model, projection)
+            _check_is_here(projection.path, handle.tensor)
+            weight = handle.matrix if handle.read_only else handle.tensor  # all experts; dequantized where it must be
+            for name, tensor in (("weight", weight), ("bias", handle.bias)):
                 if tensor is not None:
                     digest.update(f"{projection.key}.{name}{tuple(tensor.shape)}".encode())
                     digest.update(_content(tensor.detach()))
@@ -70,20 +72,11 @@ def _check_is_here(path: str, weight: Tensor) -> None:
         raise ValueError(f"{path} is sharded (a DTensor): attach or load the adapter first, then shard the model")
 
 
-def _weight(model: nn.Module, projection: Projection) -> Tensor:
-    """As it is stored, all experts of it; of a quantized layer dequantized."""
-    quantized = is_quantized(find(model, projection.path))
-    return matrix_of(model, projection) if quantized else weight_of(model, projection)
-
-
 def _dtype(model: nn.Module, couplings: list[Coupling]) -> str:
-    """In words: of the first quantized weight, where there is one, else of the first consumer."""
-    for projection in projections_of(couplings):
-        found = find(model, projection.path)
-        if is_quantized(found):
-            kind = type(found.weight) if type(found) is nn.Linear else type(found)
-            return f"{QUANTIZED} {kind.__name__}"
-    return str(weight_of(model, couplings[0].consumer).dtype).removeprefix("torch.")
+    """The dtype of the first quantized weight in words, or, without any, of the first consumer."""
+    handles = (weight_at(model, projection) for projection in projections_of(couplings))
+    quantized = (handle.dtype_name for handle in handles if handle.dtype_name.startswith(QUANTIZED))
+    return next(quantized, weight_at(model, couplings[0].consumer).dtype_name)
 
 
 def _every(tensor: Tensor, samples: int) -> Tensor:

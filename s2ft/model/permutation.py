@@ -1,14 +1,13 @@
 """The order that makes selected units contiguous, and its application to weights and biases."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from s2ft.model.coupling import Coupling, Projection
-from s2ft.model.weights import bias_of, find, like_matrix, weight_of
+from s2ft.model.weights import find, weight_at
 from s2ft.ops import permute_
 from s2ft.ops._lock import LOCK
 
@@ -91,15 +90,15 @@ def moving_tensors(model: nn.Module, coupling: Coupling, order: Tensor) -> Itera
         coupling: whose units take the order.
         order: [units] int64, position i takes the unit order[i].
     """
-    sites: dict[tuple, list[Projection]] = {}
+    by_weight: dict[tuple, list[Projection]] = {}
     for projection in coupling.projections:
-        sites.setdefault((projection.site, projection.dim), []).append(projection)
-    for projections in sites.values():
+        by_weight.setdefault((projection.weight_key, projection.dim), []).append(projection)
+    for projections in by_weight.values():
         first, elements = projections[0], element_order(projections, order)
-        yield MovingTensor(weight_of(model, first), partial(like_matrix, model, first), elements, first.dim)
-        bias = bias_of(model, first)
-        if first.dim == 0 and bias is not None:
-            yield MovingTensor(bias, _itself, elements, 0)
+        handle = weight_at(model, first)
+        yield MovingTensor(handle.tensor, handle.view, elements, first.dim)
+        if first.dim == 0 and handle.bias is not None:
+            yield MovingTensor(handle.bias, _itself, elements, 0)
     for vector in coupling.vectors:
         moved = Projection("u", vector.path, order.numel(), vector.unit, 0)
         yield MovingTensor(find(model, vector.path), _as_rows, element_order([moved], order), 0)

@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from s2ft.layers import layers_for
+from s2ft.layers import KINDS, S2Layer, kind_of
 from s2ft.model.coupling import Coupling, Projection, Vector
+from s2ft.model.custom import checked_couplings
 from s2ft.model.families import FAMILIES
-from s2ft.model.given import given_couplings
-from s2ft.model.weights import find, is_quantized, shape_of, weight_of
+from s2ft.model.weights import find, weight_at
 
 Declaration = Callable[[nn.Module], list[Coupling]]
 _REGISTERED: dict[str, Declaration] = {}  # by register_architecture, before FAMILIES
@@ -30,13 +30,13 @@ def known_architectures() -> list[str]:
     return sorted({**FAMILIES, **_REGISTERED})
 
 
-def couplings_of(model: nn.Module, given: Sequence[Coupling] | None = None) -> list[Coupling]:
+def couplings_of(model: nn.Module, custom: Sequence[Coupling] | None = None) -> list[Coupling]:
     """The couplings of `model`, checked against its weights: those of its family, or the ones `given` by hand.
 
     Raises: ValueError for a model type that is not known, or a weight whose shape contradicts the
     declaration; the message names the known types or the module.
     """
-    couplings = _declared(model) if given is None else given_couplings(given)
+    couplings = _declared(model) if custom is None else checked_couplings(custom)
     check_shapes(model, couplings)
     return couplings
 
@@ -80,11 +80,10 @@ def _check_projection(model: nn.Module, projection: Projection) -> None:
             f"{projection.path} must be a parameter [experts, outputs, inputs] with more than "
             f"{projection.expert} experts"
         )
-    if not is_quantized(found) and not weight_of(model, projection).is_floating_point():
-        raise ValueError(
-            f"{projection.path} has {weight_of(model, projection).dtype} weights; S²FT needs floating point"
-        )
-    shape = tuple(shape_of(model, projection))
+    handle = weight_at(model, projection)
+    if not handle.read_only and not handle.tensor.is_floating_point():
+        raise ValueError(f"{projection.path} has {handle.tensor.dtype} weights; S²FT needs floating point")
+    shape = tuple(handle.shape)
     if shape[projection.dim] != projection.extent:
         parts = "" if projection.size is not None else f" = {projection.count} units of {projection.unit}"
         raise ValueError(
@@ -95,12 +94,11 @@ def _check_projection(model: nn.Module, projection: Projection) -> None:
 
 def check_module(found: Any, path: str) -> None:
     """Raises: ValueError for what is no layer that S²FT trains units of."""
-    if not isinstance(found, nn.Module) or layers_for(found) is None:
+    if not isinstance(found, nn.Module) or isinstance(found, S2Layer) or kind_of(found).layers is None:
         groups = getattr(found, "groups", 1)
         raise ValueError(
-            f"{path} is a {type(found).__name__}{f' of {groups} groups' * (groups != 1)}: S²FT "
-            "trains and moves units of nn.Linear, transformers' Conv1D and nn.Conv1d to Conv3d of one "
-            "group, and not of classes derived from them"
+            f"{path} is a {type(found).__name__}{f' of {groups} groups' * (groups != 1)}: S²FT trains units of "
+            f"{', '.join(kind.name for kind in KINDS)}, and not of classes derived from them"
         )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from s2ft.model.coupling import Coupling
 from s2ft.model.modes import evaluation_mode
 from s2ft.model.permutation import Move
-from s2ft.model.weights import allow_packing, layers_that_pack, stop_packing, weight_of
+from s2ft.model.weights import allow_packing, layers_that_pack, stop_packing, weight_at
 
 # how far outputs may move, of the largest: rounding, which a few layers add up
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -40,7 +40,7 @@ class Trial:
         self.model, self.under_way = model, under_way
         # quantized weights are integers, whose layers may compute in half precision or on 8-bit activations
         self.tolerance = max(
-            TOLERANCE.get(weight_of(model, coupling.consumer).dtype, TOLERANCE[torch.bfloat16])
+            TOLERANCE.get(weight_at(model, coupling.consumer).tensor.dtype, TOLERANCE[torch.bfloat16])
             for coupling in couplings
         )
         # in half precision a rounding may send a token to another expert, and then its numbers are others

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
+from s2ft.selection.batches import IGNORED
 from s2ft.text.examples import Example
 from s2ft.text.prompts import encode_example, encode_prompt
 
 logger = logging.getLogger(__name__)
-IGNORED = -100  # cross entropy of torch ignores positions with this label
 
 
 @dataclass(frozen=True)

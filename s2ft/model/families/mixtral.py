@@ -4,7 +4,7 @@ one in each, and in Qwen2-MoE an expert that every token passes. The router is n
 
 from torch import nn
 
-from s2ft.model.builders import attention, experts, gated_mlp, head_sizes, layers_of
+from s2ft.model.builders import attention_paths, experts, gated_mlp, head_sizes, layers_of
 from s2ft.model.coupling import Coupling
 
 MODEL_TYPES = ("mixtral", "qwen2_moe", "qwen3_moe")
@@ -15,7 +15,8 @@ def couplings(model: nn.Module) -> list[Coupling]:
     found = []
     for i, (path, layer) in enumerate(layers_of(model, "layers")):
         found += mixture(model, i, f"{path}.mlp", layer.mlp, "shared_expert")
-        found.append(attention(i, [f"{path}.self_attn.{name}_proj" for name in "qkvo"], heads, head_dim, kv_heads))
+        attention = attention_paths(f"{path}.self_attn")
+        found.append(Coupling.attention(i, **attention, heads=heads, head_dim=head_dim, kv_heads=kv_heads))
     return found
 
 

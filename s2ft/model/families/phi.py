@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from s2ft.model.builders import attention, ffn, head_sizes, layers_of
+from s2ft.model.builders import attention_paths, head_sizes, layers_of
 from s2ft.model.coupling import Coupling
 
 MODEL_TYPES = ("phi",)
@@ -12,7 +12,8 @@ def couplings(model: nn.Module) -> list[Coupling]:
     heads, kv_heads, head_dim = head_sizes(model.config)
     found = []
     for i, (path, _) in enumerate(layers_of(model, "layers")):
-        names = ("q_proj", "k_proj", "v_proj", "dense")
-        found.append(ffn(i, f"{path}.mlp.fc1", f"{path}.mlp.fc2", model.config.intermediate_size))
-        found.append(attention(i, [f"{path}.self_attn.{name}" for name in names], heads, head_dim, kv_heads))
+        ffn = {"up": f"{path}.mlp.fc1", "down": f"{path}.mlp.fc2"}
+        found.append(Coupling.ffn(i, **ffn, channels=model.config.intermediate_size))
+        attention = attention_paths(f"{path}.self_attn", o="dense")
+        found.append(Coupling.attention(i, **attention, heads=heads, head_dim=head_dim, kv_heads=kv_heads))
     return found

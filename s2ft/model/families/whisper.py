@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from s2ft.model.builders import attention, ffn, layers_of
+from s2ft.model.builders import attention_paths, layers_of
 from s2ft.model.coupling import Coupling
 
 MODEL_TYPES = ("whisper",)
@@ -28,10 +28,10 @@ def couplings(model: nn.Module) -> list[Coupling]:
 
 
 def _layer(width: int, heads: int, channels: int, i: int, path: str) -> Iterator[Coupling]:
-    yield ffn(i, f"{path}.fc1", f"{path}.fc2", channels)
+    yield Coupling.ffn(i, up=f"{path}.fc1", down=f"{path}.fc2", channels=channels)
     yield _attention(width, heads, i, f"{path}.self_attn", "attention")
 
 
 def _attention(width: int, heads: int, layer: int, path: str, kind: str) -> Coupling:
-    names = ("q_proj", "k_proj", "v_proj", "out_proj")
-    return attention(layer, [f"{path}.{name}" for name in names], heads, width // heads, kind=kind)
+    paths = attention_paths(path, o="out_proj")
+    return Coupling.attention(layer, **paths, heads=heads, head_dim=width // heads, kind=kind)

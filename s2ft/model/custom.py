@@ -9,7 +9,7 @@ import torch
 from s2ft.model.coupling import PROJECTIONS, Coupling, Projection, Vector, projections_of
 
 
-def given_couplings(couplings: Sequence[Coupling]) -> list[Coupling]:
+def checked_couplings(couplings: Sequence[Coupling]) -> list[Coupling]:
     """`couplings` as a list. Raises: TypeError or ValueError for what can't be meant, naming the coupling."""
     if not isinstance(couplings, (list, tuple)) or not couplings:
         raise TypeError(f"couplings must be a list of at least one s2ft.Coupling, got {couplings!r}")
@@ -20,7 +20,7 @@ def given_couplings(couplings: Sequence[Coupling]) -> list[Coupling]:
 
 def _check_apart(couplings: list[Coupling]) -> None:
     """A weight has its units on one side, and no element in two projections; names are different."""
-    names, sites = set(), {}
+    names, by_weight = set(), {}
     for projection in projections_of(couplings):
         if projection.name in names:
             raise ValueError(
@@ -28,8 +28,8 @@ def _check_apart(couplings: list[Coupling]) -> None:
                 "it can be in one coupling"
             )
         names.add(projection.name)
-        sites.setdefault(projection.site, []).append(projection)
-    for (path, _), projections in sites.items():
+        by_weight.setdefault(projection.weight_key, []).append(projection)
+    for (path, _), projections in by_weight.items():
         if len({(projection.dim, projection.size) for projection in projections}) > 1:
             raise ValueError(
                 f"couplings take {path} on two sides, or with and without size: projections that share a "
@@ -58,14 +58,16 @@ def _checked(coupling: Any, where: str) -> Coupling:
     _check_projection(coupling.consumer, 1, where)
     for vector in coupling.vectors:
         if not isinstance(vector, Vector) or not isinstance(vector.path, str):
-            raise TypeError(f"{where}: vectors must be s2ft.Vector, got {vector!r}")
+            raise TypeError(f"{where}: vectors must be Vector of s2ft.model.coupling, got {vector!r}")
         _check_number(vector.unit, 1, f"{where}: unit of {vector.path}")
     return coupling
 
 
 def _check_projection(projection: Any, dim: int, where: str) -> None:
     if not isinstance(projection, Projection) or not isinstance(projection.path, str):
-        raise TypeError(f"{where}: producers and consumer must be s2ft.Projection, got {projection!r}")
+        raise TypeError(
+            f"{where}: producers and consumer must be Projection of s2ft.model.coupling, got {projection!r}"
+        )
     if projection.key not in PROJECTIONS or (projection.key in "od") != (dim == 1):
         raise ValueError(
             f"{where}: the key of {projection.path} must be one of "
