@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 
-.PHONY: demo test test-all test-processors test-peft bench clean
+.PHONY: demo test test-all test-processors test-peft types lint bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/s2ft demo
@@ -33,12 +33,27 @@ test-processors: $(VENV)/.installed $(VENV)/.quantized
 test-peft: $(VENV)/.installed
 	$(BIN)/python tests/peft/upstream/run.py
 
+# Types of the public API, as a user's mypy sees them, and of the package itself
+types: $(VENV)/.installed
+	$(BIN)/pip install --quiet mypy
+	$(BIN)/mypy
+
+# What pre-commit runs
+lint: $(VENV)/.torch
+	$(BIN)/pip install --quiet ruff clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+
+# All but bench/against.py, which needs a second checkout, and bench/vllm_export.py, which needs vLLM
 bench: $(VENV)/.installed
 	$(BIN)/python bench/train_step.py
 	$(BIN)/python bench/finetune.py
 	$(BIN)/python bench/estimate.py
 	$(BIN)/python bench/convert.py
 	$(BIN)/python bench/switch.py
+	$(BIN)/python bench/selection.py
+	$(BIN)/python bench/bank.py
 	$(BIN)/python bench/ops/run.py
 
 # The build runs without isolation, so that the kernels are compiled against the torch they will run with.

@@ -2,8 +2,9 @@
 
     python bench/finetune.py [--dtype float32|bfloat16|both] [--rounds 3] [--steps 12] [--model FOLDER_OR_GGUF]
 
-Every run is a process of its own, so that its peak is its own; the methods take turns. All train on the same rows in the
-same order with the same Trainer arguments: batches of --batch rows of the demo's word problems, a gradient step each.
+Every run is a process of its own, so that its peak is its own; the methods take turns. All train on the same rows in
+the same order with the same Trainer arguments: batches of --batch rows of the demo's word problems, a gradient step
+each.
 
     S²FT            s2ft finetune --d-ratio 0.03
     LoRA, our loss  PEFT r=16 on q, k, v, up, down, with the command line's collator and fused loss
@@ -90,7 +91,7 @@ def train(method: str, model, tokenizer, rows, options: TrainOptions, folder: Ru
     ours, pad = method != "LoRA", pad_id(tokenizer)
     collator = AnswerCollator(pad) if ours else RightPadded(pad)
     if ours:
-        assert not why_not(model, {key: value for key, value in collator(rows[:1]).items()})
+        assert not why_not(model, dict(collator(rows[:1])))
     base = model
     model = lora_model(base, 16, LORA_TARGETS, copied=False)
     trainer = Trainer(
@@ -130,9 +131,9 @@ def child(args: argparse.Namespace) -> None:
         "RESULT"
         + json.dumps(
             {
-                "tokens_per_second": statistics.median(l["tokens_per_second"] for l in lines[2:]),
+                "tokens_per_second": statistics.median(line["tokens_per_second"] for line in lines[2:]),
                 "peak_bytes": memory.peak(),
-                "loss": [l["loss"] for l in lines],
+                "loss": [line["loss"] for line in lines],
                 "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
             }
         )

@@ -4,24 +4,29 @@ import os
 import re
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from s2ft.model.coupling import PROJECTIONS
-
-DELTA_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
+PROJECTIONS = ("q", "k", "v", "o", "u", "g", "d")  # as in s2ft.model.coupling, which imports PyTorch
+METRICS = {  # a metric is a row here and a file s2ft/selection/<name>.py
+    "random": "at random",
+    "weight": "by weight norm",
+    "activation": "by activation norm on calibration data",
+    "product": "by weight norm times activation norm on calibration data",
+    "gradient": "by gradient norm on calibration data",
+}
+ALLOCATIONS = {  # an allocation is a row here and a file s2ft/selection/allocation_<name>.py
+    "uniform": "the same number of units in each layer",
+    "global": "the units with the best scores over all layers, so a layer may get none",
 }
 CHOICES = {
-    "selection": ("random", "weight", "activation", "product", "gradient"),
+    "selection": tuple(METRICS),
     "order": ("largest", "smallest"),
-    "allocation": ("uniform", "global"),
+    "allocation": tuple(ALLOCATIONS),
     "layout": ("permuted", "indexed"),
-    "delta_dtype": (None, *DELTA_DTYPES),
+    "delta_dtype": (None, "float32", "bfloat16", "float16", "float64"),
 }
 CHOOSING = (
     *(f"{key}_ratio" for key in PROJECTIONS),
@@ -77,8 +82,12 @@ def _units(name: str, value: Any) -> Any:
     return {path: numbers.tolist() if hasattr(numbers, "tolist") else numbers for path, numbers in value.items()}
 
 
+def _listed(options: dict[str, str]) -> str:
+    return ", ".join(f"{name} ({text})" for name, text in options.items())
+
+
 def _ratio(of: str) -> Any:
-    return field(default=0.0, metadata={"help": f"share of {of} to train in every layer, 0 to 1"})
+    return field(default=0.0, metadata={"help": f"share of {of} to train in each layer, from 0 to 1"})
 
 
 @dataclass
@@ -97,61 +106,80 @@ class S2FTConfig:
     d_ratio: float = _ratio("FFN channels of down_proj")
     selection: str = field(
         default="random",
-        metadata={
-            "help": "how units are chosen: random; or by weight norm, activation norm, their product, or gradient norm, "
-            "the last three on calibration data"
-        },
+        metadata={"help": "how units are chosen: " + _listed(METRICS), "choices": CHOICES["selection"]},
     )
     order: str = field(
-        default="largest", metadata={"help": "which end of a metric's ranking is taken; random selection has none"}
+        default="largest",
+        metadata={
+            "help": "take the units with the largest or the smallest scores; a random selection has no scores",
+            "choices": CHOICES["order"],
+        },
     )
     allocation: str = field(
         default="uniform",
         metadata={
-            "help": "uniform: the same number in every layer; global: of each projection the best over all layers, by "
-            "plain scores, so that a layer may get none"
+            "help": "how units are distributed over the layers: " + _listed(ALLOCATIONS),
+            "choices": CHOICES["allocation"],
         },
     )
     budget: int | str | None = field(
         default=None,
         metadata={
-            "help": "trained parameters in all, e.g. 9.2M: the ratios give the proportions only, and are scaled to as "
-            "many units as fit"
+            "help": "number of trained parameters, for example 9.2M; the ratios are scaled to it and give only the "
+            "proportions"
         },
     )
     match_lora_rank: int | None = field(
-        default=None, metadata={"help": "budget of LoRA with this rank on the same projections"}
+        default=None,
+        metadata={"help": "train as many parameters as LoRA of this rank on the same projections", "metavar": "RANK"},
     )
     exclude: dict[str, list[int]] | str | None = field(
-        default=None, metadata={"help": "never choose these units: a selection file, or an adapter's folder"}
+        default=None,
+        metadata={"help": "never choose the units of this selection file or adapter folder", "metavar": "PATH"},
     )
     units: dict[str, list[int]] | str | None = field(
         default=None,
         metadata={
-            "help": "train exactly these units: a selection file, or an adapter's folder; without ratios and all that "
-            "goes with them"
+            "help": "train exactly the units of this selection file or adapter folder; ratios and the options that go "
+            "with them are not allowed then",
+            "metavar": "PATH",
         },
     )
     layout: str = field(
         default="permuted",
-        metadata={"help": "permuted: the units become one dense slice; indexed: they stay where they are"},
+        metadata={
+            "help": "permuted: the selected units are moved together into one dense slice; indexed: the units stay "
+            "where they are",
+            "choices": CHOICES["layout"],
+        },
     )
     seed: int = field(
-        default=0,
-        metadata={"help": "seed of the random selection, and of the command line's choice of calibration rows"},
+        default=0, metadata={"help": "seed of the random selection and of the choice of calibration rows"}
     )
-    layers: list[int] | None = field(default=None, metadata={"help": "layers to train; default: all"})
+    layers: list[int] | None = field(default=None, metadata={"help": "layers to train", "shown": "all layers"})
     delta_dtype: str | None = field(
-        default=None, metadata={"help": "dtype of the trained deltas; default: the weight's, but at least float32"}
+        default=None,
+        metadata={
+            "help": "dtype of the trained deltas",
+            "shown": "the weight's dtype, but at least float32",
+            "choices": CHOICES["delta_dtype"],
+        },
     )
     modules_to_save: list[str] | None = field(
         default=None,
         metadata={
-            "help": "modules to train whole and save beside the slices, e.g. a classifier's new head: their full names or "
-            "the last words of them"
+            "help": "modules to train in full and save with the adapter, for example the new head of a classifier; the "
+            "full names of the modules or the last parts of them",
+            "metavar": "MODULE",
         },
     )
-    ffn_kernel: bool = field(default=True, metadata={"help": "compute act(gate) * up in one pass each way"})
+    ffn_kernel: bool = field(
+        default=True,
+        metadata={
+            "help": "compute act(gate) * up of the FFN in one kernel",
+            "off": "compute act(gate) * up of the FFN in separate steps; without this option one kernel computes it",
+        },
+    )
 
     def __post_init__(self) -> None:
         for key in PROJECTIONS:
@@ -209,10 +237,12 @@ class S2FTConfig:
         """Ratio of every projection that is asked for, by its key."""
         return {key: value for key in PROJECTIONS if (value := getattr(self, f"{key}_ratio")) > 0}
 
-    def delta_dtype_for(self, weight_dtype: torch.dtype) -> torch.dtype:
+    def delta_dtype_for(self, weight_dtype: "torch.dtype") -> "torch.dtype":
         """float32 under a half-precision weight: updates below its step size would be lost."""
+        import torch
+
         if self.delta_dtype is not None:
-            return DELTA_DTYPES[self.delta_dtype]
+            return getattr(torch, self.delta_dtype)
         return torch.promote_types(weight_dtype, torch.float32)
 
     def to_dict(self) -> dict[str, Any]:

@@ -111,6 +111,6 @@ def test_no_circles_inside_a_room():
 
 
 def test_the_check_can_fail():
-    text = "from s2ft.adapter import store\nimport s2ft.train.trainer\nfrom s2ft import layers\nfrom s2ft.ops import act_mul"
+    text = "from s2ft.adapter import store\nimport s2ft.train.trainer\nfrom s2ft import layers\nfrom s2ft.ops import act_mul\n"
     assert list(imported(ast.parse(text))) == ["adapter.store", "train.trainer", "layers", "ops.act_mul"]
     assert len(list(violations(ROOT / "layers" / "base.py", text))) == 3

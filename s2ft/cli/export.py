@@ -1,8 +1,6 @@
 """s2ft export: write an adapter for other tools, or take one from them."""
 
-import argparse
-
-from s2ft.cli.parse import Help, quiet_transformers
+from s2ft.cli.parse import Help, Parser, quiet_transformers
 from s2ft.packages import check_packages
 
 FORMATS = ("lora", "merged", "gguf")
@@ -15,10 +13,6 @@ gguf     a .gguf file of the merged model, for llama.cpp; families llama, mistra
 With --from-lora the other way: a LoRA that is S²FT by its structure becomes an adapter."""
 
 
-class Lines(Help, argparse.RawDescriptionHelpFormatter):
-    """The description as it stands."""
-
-
 def run(arguments: list[str]) -> None:
     job = _parser().parse_args(arguments)
     _check(job)
@@ -27,9 +21,13 @@ def run(arguments: list[str]) -> None:
     print(export(job))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="s2ft export", description=DESCRIPTION, formatter_class=Lines, allow_abbrev=False
+def _parser() -> Parser:
+    parser = Parser(
+        prog="s2ft export",
+        description=DESCRIPTION,
+        formatter_class=Help,
+        allow_abbrev=False,
+        epilog="example:\n  s2ft export my-run --model meta-llama/Llama-3.2-1B --format lora --output my-lora",
     )
     parser.add_argument(
         "adapter", nargs="?", metavar="ADAPTER", help="an adapter folder, or the output folder of s2ft finetune"

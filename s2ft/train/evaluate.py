@@ -116,7 +116,7 @@ def generate(
     )
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     texts = [""] * len(prompts)
-    with for_generation(model), tqdm(total=len(prompts), desc=title, dynamic_ncols=True) as bar:
+    with for_generation(model), tqdm(total=len(prompts), desc=title, dynamic_ncols=True, disable=None) as bar:
         for first in range(0, len(order), batch_size):
             numbers = order[first : first + batch_size]
             batch = left_pad([prompts[number] for number in numbers], pad_id(tokenizer))

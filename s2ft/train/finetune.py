@@ -136,7 +136,7 @@ def _plot(folder: RunFolder) -> None:
         check_packages("loss.png")
         from s2ft.train.plot import plot_loss
 
-        plot_loss(folder.log, folder.plot)
+        plot_loss(folder.log, folder.plot, folder.title())
 
 
 @contextlib.contextmanager
@@ -248,6 +248,7 @@ def training_arguments(model, options: TrainOptions, rows: int, folder: RunFolde
         optim=options.optimizer,
         learning_rate=options.learning_rate,
         lr_scheduler_type=options.schedule,
+        lr_scheduler_kwargs=options.schedule_arguments(options.steps(rows)),
         warmup_steps=warmup + 1 if warmup else 0,  # RunTrainer leaves out the first, at learning rate 0
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
@@ -308,8 +309,9 @@ def say_length(options: TrainOptions, rows: int) -> None:
     steps = options.steps(rows)
     if options.warmup(steps) < options.warmup_steps:
         logger.info(
-            "warm-up is %d steps instead of %d: at most a tenth of the run's %d",
+            "warm-up is %d step%s instead of %d: at most a tenth of the run's %d",
             options.warmup(steps),
+            "" if options.warmup(steps) == 1 else "s",
             options.warmup_steps,
             steps,
         )

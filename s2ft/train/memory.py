@@ -36,7 +36,7 @@ def say_memory(model, config, rows: Sequence[TokenRow], options: TrainOptions, a
     except Exception as error:  # whatever a model does on tensors without data, the run does not depend on it
         logger.info("memory was not estimated: %s", str(error).split("\n")[0] or type(error).__name__)
         return
-    logger.log(logging.WARNING if found.fits is False else logging.INFO, "%s", found.summary())
+    logger.log(logging.WARNING if found.fits is False else logging.INFO, "%s", found.lines())
 
 
 def _optimizer(arguments):

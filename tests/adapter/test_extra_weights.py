@@ -22,9 +22,10 @@ from transformers import (
 )
 
 import s2ft
-from s2ft import S2FTConfig, extra
+from s2ft import S2FTConfig
 from s2ft.adapter.formats import lora, native
 from s2ft.adapter.pretrained import INDEX
+from s2ft.attached import extra
 from s2ft.attached.mounting import before_forward, before_load
 from s2ft.files.adapter_folder import CONFIG, TENSORS
 
@@ -472,11 +473,11 @@ def test_arithmetic_passes_them_through_or_refuses():
     assert (0.5 * without).extra_weights == {}
 
 
-def test_fuse_adapters_and_the_command(tmp_path, saved, capsys):
-    from s2ft.cli.fuse import fuse
+def test_combine_adapters_and_the_command(tmp_path, saved, capsys):
+    from s2ft.cli.combine import combine
 
     s2ft.save_adapter(train(attached("frozen", name="plain")), tmp_path / "plain")
-    fuse([str(saved), str(tmp_path / "plain")], None, None, tmp_path / "sum")
+    combine([str(saved), str(tmp_path / "plain")], None, None, tmp_path / "sum")
     model = classifier()
     for folder, name in ((saved, "a"), (tmp_path / "plain", "b")):
         s2ft.load_adapter(model, folder, name, active=False)

@@ -21,7 +21,7 @@ from s2ft import S2FTConfig
 from s2ft.adapter import read_adapter
 from s2ft.adapter.formats import native
 from s2ft.adapter.formats.native import CONFIG, TENSORS
-from s2ft.files.writing import reading
+from s2ft.files import reading
 
 DOWN, QUERY = "model.layers.1.mlp.down_proj", "model.layers.0.self_attn.q_proj"
 

@@ -162,7 +162,7 @@ def test_a_thousand_operations(layout, trainable, dtype):
 def walk(operations, dtype, layout, trainable, rng):
     """And after each the weights are, bit for bit, the base with what is active."""
     at = Walk(dtype, layout, trainable)
-    for number, operation in enumerate(operations):
+    for operation in operations:
         at.step(operation, rng)
     active = s2ft.status(at.model).active
     one = next(iter(active)) if len(active) == 1 and next(iter(active.values())) == 1 else None

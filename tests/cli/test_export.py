@@ -22,8 +22,9 @@ from transformers import (
 
 import s2ft
 from s2ft.adapter import read_adapter
-from s2ft.adapter.formats import gguf, lora, native
+from s2ft.adapter.formats import lora, native
 from s2ft.cli.main import main
+from s2ft.export import gguf
 from s2ft.export.merged import merge_gguf
 from s2ft.packages import MissingPackages
 from s2ft.text.models import load_model

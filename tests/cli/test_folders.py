@@ -61,7 +61,7 @@ def commands(work, adapter, output):
         ],
         "merge": ["merge", "--model", work / "model", "--adapter", adapter, "--output", output],
         "export": ["export", adapter, "--model", work / "model", "--output", output],
-        "fuse": ["fuse", adapter, work / "runs/chat", "--output", output],
+        "combine": ["combine", adapter, work / "runs/chat", "--output", output],
     }
 
 

@@ -135,7 +135,7 @@ def test_budget_exclude_and_units(work, tmp_path, capsys):
         == 0
     )
     assert "trained" in capsys.readouterr().out and s2ft.Selection.load(tmp_path / "out/adapter") == second
-    assert command("info", tmp_path / "out") == 0 and "units: given by hand" in capsys.readouterr().out
+    assert command("info", tmp_path / "out") == 0 and "units: given by the user" in capsys.readouterr().out
     assert select("third.json", "--units", tmp_path / "out/adapter") == second
 
 
@@ -145,7 +145,7 @@ def test_budget_exclude_and_units(work, tmp_path, capsys):
         (["--budget", "lots"], "budget must be a number of parameters such as 9.2M"),
         (["--budget", "1"], "budget=1 is too small"),
         (["--units", "nowhere.json"], "nowhere.json"),
-        (["--units", "DATA"], "is no selection"),
+        (["--units", "DATA"], "is not a selection"),
         (["--units", "x", "--d-ratio", "0.1"], "nothing is left for d_ratio"),
         (["--selection", "activation"], "selection='activation' needs data"),
         (["--data", "DATA"], "selection='random' takes no data"),

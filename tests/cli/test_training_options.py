@@ -162,7 +162,7 @@ def test_memory_is_said_at_the_start_and_a_lack_of_it_warned_of(work, tmp_path, 
 
 def test_a_run_goes_on_where_memory_can_not_be_estimated(work, tmp_path, caplog, monkeypatch):
     caplog.set_level("INFO")
-    monkeypatch.setattr("s2ft.estimation", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr("s2ft.estimate", lambda *args, **options: 1 / 0)
     assert finetune(work, tmp_path / "out", steps=1) == 0
     assert "memory was not estimated: division by zero" in caplog.text
 
@@ -246,4 +246,4 @@ def test_modules_are_trained_whole_saved_and_merged(work, tmp_path, capsys):
     )
     assert "trained whole" in capsys.readouterr().err and not (tmp_path / "lora").exists()
     assert main(["info", str(tmp_path / "out")]) == 0
-    assert "model.norm.weight trained whole" in capsys.readouterr().out
+    assert "model.norm.weight trained in full" in capsys.readouterr().out

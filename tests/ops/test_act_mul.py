@@ -158,10 +158,9 @@ def test_keeps_gate_and_up_alone(activation):
 
 @pytest.mark.parametrize("up", (torch.ones(3), torch.ones(2, dtype=torch.float64)))
 def test_bad_arguments(up):
-    with pytest.raises(ValueError, match="one shape and dtype"):
-        act_mul(torch.ones(2), up, "silu")
-    with pytest.raises(ValueError, match="up must have gate's"):  # in C++
-        torch.ops.s2ft.act_mul(torch.ones(2), up, "silu")
+    for call in (act_mul, torch.ops.s2ft.act_mul, reference):
+        with pytest.raises(ValueError, match="up must have gate's"):
+            call(torch.ones(2), up, "silu")
     with pytest.raises(ValueError, match="grad must have gate's"):
         act_mul_backward(up, torch.ones(2), torch.ones(2), "silu")
 

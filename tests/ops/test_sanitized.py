@@ -21,7 +21,8 @@ class Threads:
         torch.set_num_threads(3)
 # Left out is what calls the same kernels on the same shapes once more, by way of much Python.
 again = "not (opcheck or compile or gradcheck or second_derivatives)"
-sys.exit(pytest.main(["-qs", "-p", "no:cacheprovider", "-m", "not slow", "-k", again, *sys.argv[2:]], plugins=[Threads()]))
+options = ["-qs", "-p", "no:cacheprovider", "-m", "not slow", "-k", again]
+sys.exit(pytest.main([*options, *sys.argv[2:]], plugins=[Threads()]))
 """
 
 # A call whose delta claims 24 floats, in memory that holds `size` bytes, from byte `offset` on.

@@ -2,6 +2,7 @@
 
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,13 +10,13 @@ from support.models import ALL_RATIOS, model_of
 from torch.utils.data import DataLoader
 
 import s2ft
-from s2ft import S2FTConfig
+from s2ft import S2FTConfig, config, selection
 from s2ft.attached.record import attachment_of
 from s2ft.model.coupling import projections_of
 from s2ft.model.registry import couplings_of
 from s2ft.model.weights import weight_at
-from s2ft.selection import METRICS
-from s2ft.selection.calibration import Calibration
+from s2ft.selection import ALLOCATIONS, METRICS
+from s2ft.selection.batches import Calibration
 from s2ft.selection.metric import Request, shared_by_producers
 
 CALIBRATED = [name for name, metric in METRICS.items() if metric.calibrated]
@@ -366,7 +367,7 @@ def test_selecting_leaves_the_model(metric, case, checkpointing):
 IDS = torch.arange(16).view(2, 8)
 WRONG = {
     "empty": (list, ValueError, "calibration is empty"),
-    "all padding": (lambda: [{"input_ids": IDS, "attention_mask": IDS * 0}], ValueError, "gave no tokens"),
+    "all padding": (lambda: [{"input_ids": IDS, "attention_mask": IDS * 0}], ValueError, "it has no tokens"),
     "one batch": (lambda: {"input_ids": IDS}, TypeError, "iterable of batches, got dict"),
     "one tensor": (lambda: IDS, TypeError, "got Tensor"),
     "a number": (lambda: 3, TypeError, "got int"),
@@ -431,3 +432,14 @@ def test_a_model_without_a_loss():
     with pytest.raises(ValueError, match="loss from labels; LlamaModel does not"):
         s2ft.attach(model, S2FTConfig(d_ratio=0.1, selection="gradient"), calibration=[IDS])
     s2ft.attach(model, S2FTConfig(d_ratio=0.1, selection="activation"), calibration=[IDS])
+
+
+# ---- the tables ------------------------------------------------------------------------------------------
+
+
+def test_the_config_offers_the_metrics_and_allocations_that_there_are():
+    assert config.CHOICES["selection"] == tuple(METRICS) == tuple(config.METRICS)
+    assert config.CHOICES["allocation"] == tuple(ALLOCATIONS) == tuple(config.ALLOCATIONS)
+    folder = Path(selection.__file__).parent
+    assert {path.stem.removeprefix("allocation_") for path in folder.glob("allocation_*.py")} == set(ALLOCATIONS)
+    assert {path.stem for path in folder.glob("*.py") if "\nMETRIC = " in path.read_text()} == set(METRICS)

@@ -33,7 +33,7 @@ def test_rows_join_and_leave_at_any_time(folder):
         (greedy_row(prompt(draw.randint(1, 30), n), draw.choice(["a0", "a1", "a2", "a3", None])), draw.randint(1, 25))
         for n in range(24)
     ]
-    wanted = {row: length for row, length in waiting}
+    wanted = dict(waiting)
     while waiting or batch.rows:
         joining = [row for row, _ in waiting[: draw.randint(0, 3)]]
         waiting = waiting[len(joining) :]

@@ -15,7 +15,7 @@ from s2ft.text.encoding import encode_examples
 from s2ft.text.examples import example_from
 from s2ft.train.evaluate import HeldOut
 from s2ft.train.finetune import check_packages_of_run, finetune, say_length
-from s2ft.train.options import TrainOptions
+from s2ft.train.options import SCHEDULES, TrainOptions
 from s2ft.train.output import RunFolder, read_log
 
 CONFIG = s2ft.S2FTConfig(d_ratio=0.1, v_ratio=0.5)
@@ -177,17 +177,6 @@ def test_float16_without_a_gpu_is_an_error(tmp_path):
 def test_warm_up_is_at_most_a_tenth_of_the_run():
     assert TrainOptions().warmup(3000) == 100 and TrainOptions().warmup(80) == 8 and TrainOptions().warmup(9) == 0
     assert TrainOptions(warmup_steps=0).warmup(80) == 0
-
-
-SCHEDULES = [
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
-]
 
 
 def rates(path, schedule, steps):

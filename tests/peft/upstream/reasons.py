@@ -125,10 +125,15 @@ def reason_for(name: str):
     return LEFT_OUT.get(name) or LEFT_OUT.get(plain) or (OTHER if plain.startswith(OTHER_METHODS) else None)
 
 
+WEIGHTED_SUMS = (
+    "PEFT leaves this model out of weighted sums because of LoRA's SVD; S²FT's is tested on nine models in "
+    "test_peft_method.py"
+)
+
 # What PEFT's tests skip by themselves, whatever the method, by the words they give for it.
 SKIPPED = {
-    "Combining Gemma adapters with SVD is currently failing": "PEFT leaves Gemma out of weighted sums, for LoRA's SVD; S²FT's is tested on nine models in test_peft_method.py",
-    "Test does not work with model peft-internal-testing/tiny-dummy-qwen2": "PEFT leaves Qwen2 out of weighted sums, for LoRA's SVD; S²FT's is tested on nine models in test_peft_method.py",
+    "Combining Gemma adapters with SVD is currently failing": WEIGHTED_SUMS,
+    "Test does not work with model peft-internal-testing/tiny-dummy-qwen2": WEIGHTED_SUMS,
     "Multiple active adapters with modules_to_save/trainable_token_indices is not supported.": "PEFT allows one adapter at a time in a module of modules_to_save",
     "test requires a hardware accelerator": "needs a GPU: mixed batches against separate ones, timed",
 }

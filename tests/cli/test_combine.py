@@ -1,4 +1,4 @@
-"""s2ft fuse: adapters added up on disk."""
+"""s2ft combine: adapters added up on disk."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def test_the_sum_is_written_and_the_overlap_said(folders, tmp_path, capsys):
     assert (
         main(
             [
-                "fuse",
+                "combine",
                 str(folders / "a"),
                 str(folders / "b"),
                 "--weights",
@@ -61,10 +61,10 @@ MISTAKES = {
 def test_mistakes_write_nothing(mistake, folders, tmp_path, capsys):
     arguments, message = MISTAKES[mistake]
     arguments = [str(folders / word) if word in ("a", "b", "other", "nowhere") else word for word in arguments]
-    assert main(["fuse", *arguments, "--output", str(tmp_path / "sum")]) == 2
+    assert main(["combine", *arguments, "--output", str(tmp_path / "sum")]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "sum").exists()
 
 
 def test_an_output_that_exists(folders, capsys):
-    assert main(["fuse", str(folders / "a"), "--output", str(folders / "b")]) == 2
+    assert main(["combine", str(folders / "a"), "--output", str(folders / "b")]) == 2
     assert "exists" in capsys.readouterr().err
