@@ -6,11 +6,10 @@ from dataclasses import replace
 from torch import nn
 
 from s2ft.model.coupling import Coupling
+from s2ft.ops.act_mul import ACTIVATIONS
 
-# hidden_act of a config → activation of act_mul, for those activations of transformers that equal a function of PyTorch
-# bit for bit. gelu_new, gelu_fast, gelu_accurate and the *_python ones compute the same formulas by single operators
-# and round after each one: in bfloat16 the result is far from gelu.
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+# hidden_act of a config → activation of act_mul
+HIDDEN_ACTS = {hidden_act: name for name, act in ACTIVATIONS.items() for hidden_act in act.hidden_acts}
 
 
 def attention_paths(block: str, q: str = "q_proj", k: str = "k_proj", v: str = "v_proj", o: str = "o_proj") -> dict:
@@ -48,8 +47,8 @@ def activation_of(model: nn.Module, mlp: str) -> str | None:
         module = model.get_submodule(f"{mlp}.act_fn")
     except AttributeError:
         return None
-    untouched = name in ACTIVATIONS and type(module) is type(ACT2FN[name]) and "forward" not in module.__dict__
-    return ACTIVATIONS[name] if untouched else None
+    untouched = name in HIDDEN_ACTS and type(module) is type(ACT2FN[name]) and "forward" not in module.__dict__
+    return HIDDEN_ACTS[name] if untouched else None
 
 
 def head_sizes(config) -> tuple[int, int, int]:

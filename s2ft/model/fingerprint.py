@@ -65,15 +65,17 @@ def _check_is_here(path: str, weight: Tensor) -> None:
         )
     if is_partitioned(weight):
         raise ValueError(
-            f"{path} is partitioned by ZeRO-3 already: load the model outside deepspeed.zero.Init (before the DeepSpeed "
-            "config is made, or with zero3_init_flag false), attach or load the adapter, then pass it to DeepSpeed"
+            f"{path} is partitioned by ZeRO-3 already: load the model outside deepspeed.zero.Init (before the "
+            "DeepSpeed config is made, or with zero3_init_flag false), attach or load the adapter, then pass it to "
+            "DeepSpeed"
         )
     if is_dtensor(weight):
         axes = weight.device_mesh.mesh_dim_names or ()
         if "tp" in axes or any(p.is_shard() and p.dim for p in weight.placements):
             raise ValueError(
-                f"{path} is split over ranks by tensor parallelism ({weight.placements}), so no rank has all units that "
-                "S²FT selects from and reorders: load the model without tp_plan, attach, and shard it by FSDP2 or ZeRO"
+                f"{path} is split over ranks by tensor parallelism ({weight.placements}), so no rank has all units "
+                "that S²FT selects from and reorders: load the model without tp_plan, attach, and shard it by FSDP2 or "
+                "ZeRO"
             )
         raise ValueError(f"{path} is sharded (a DTensor): attach or load the adapter first, then shard the model")
 
