@@ -24,11 +24,15 @@ inline std::string take_string(StringHandle handle) {
 }
 
 inline Activation activation_of(const std::string& name, const char* op) {
-  if (name == "silu") return Activation::silu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  require(name == "relu", op, "activation must be one of silu, gelu, gelu_tanh, relu, got '", name, "'");
-  return Activation::relu;
+#define S2FT_FIND(id, Act) \
+  if (name == #id) return Activation::id;
+  S2FT_ACTIVATIONS(S2FT_FIND)
+#undef S2FT_FIND
+#define S2FT_NAME(id, Act) ", " #id
+  const std::string names = std::string(S2FT_ACTIVATIONS(S2FT_NAME)).substr(2);
+#undef S2FT_NAME
+  require(false, op, "activation must be one of ", names, ", got '", name, "'");
+  return Activation{};
 }
 
 inline void check_like_gate(const Tensor& other, const Tensor& gate, const char* op, const char* name) {

@@ -17,16 +17,21 @@ namespace {
                                        int64_t n) {                                                              \
     for (int64_t i = 0; i < n; ++i) act_mul_gradients<Act>(grad[i], gate[i], up[i], grad_gate + i, grad_up + i); \
   }
-S2FT_SPANS(float, Silu)
-S2FT_SPANS(float, Gelu)
-S2FT_SPANS(float, GeluTanh)
-S2FT_SPANS(float, Relu)
-S2FT_SPANS(BFloat16, Silu)
-S2FT_SPANS(BFloat16, Gelu)
-S2FT_SPANS(BFloat16, GeluTanh)
-S2FT_SPANS(BFloat16, Relu)
-S2FT_SPANS(Half, Relu)
+#define S2FT_WIDE_SPANS(name, Act) S2FT_SPANS(float, Act) S2FT_SPANS(BFloat16, Act)
+#define S2FT_HALF_SPANS(name, Act) S2FT_SPANS(Half, Act)
+S2FT_ACTIVATIONS(S2FT_WIDE_SPANS)
+S2FT_ACTIVATIONS_IN_HALF(S2FT_HALF_SPANS)
+#undef S2FT_HALF_SPANS
+#undef S2FT_WIDE_SPANS
 #undef S2FT_SPANS
+
+template <class Act>
+constexpr bool in_half = false;
+#define S2FT_IN_HALF(name, Act) \
+  template <>                   \
+  constexpr bool in_half<Act> = true;
+S2FT_ACTIVATIONS_IN_HALF(S2FT_IN_HALF)
+#undef S2FT_IN_HALF
 
 template <class Act>
 void forward(Act, const double* gate, const double* up, double* out, int64_t n) {
@@ -53,7 +58,7 @@ void for_shares(Activation activation, const ActMulData& data, const F& f) {
     if (data.dtype == DType::f32) return shares(Tag<float>{});
     if (data.dtype == DType::f64) return shares(Tag<double>{});
     if (data.dtype == DType::bf16) return shares(Tag<BFloat16>{});
-    if constexpr (std::is_same_v<decltype(act), Relu>) shares(Tag<Half>{});
+    if constexpr (in_half<decltype(act)>) shares(Tag<Half>{});
   });
 }
 
@@ -72,7 +77,11 @@ struct CpuActMul {
 
   // PyTorch is faster in float16: it converts by instructions that gcc 12 does not use in a loop. relu is computed here
   // all the same, because PyTorch's relu backward takes a Scalar, for which the stable ABI has no type.
-  static bool computes(Activation act, DType dtype) { return dtype != DType::f16 || act == Activation::relu; }
+  static bool computes(Activation activation, DType dtype) {
+    bool computed = dtype != DType::f16;
+    visit(activation, [&](auto act) { computed |= in_half<decltype(act)>; });
+    return computed;
+  }
 
   void act_mul(Activation activation, const ActMulData& data) const {
     for_shares(activation, data, [&](auto act, auto tag, int64_t first, int64_t n) {

@@ -12,13 +12,13 @@ from s2ft.ops import indexed_conv
 
 
 def conv_forward(
-    module: nn.Module,  # nn.Conv1d to Conv3d of one group, or one of the layers below
+    module: nn.Module,  # nn.Conv1d to Conv3d of one group, or S2Conv
     x: Tensor,  # [N, in_channels, ...] or without N
     delta: Tensor | None,  # [n, I, taps] if dim == 0 else [O, n, taps]; None: the weight as it is
     index: Tensor | None,  # [n] int64
     dim: int,
 ) -> Tensor:  # [N, out_channels, ...]
-    """The forward of `module` on its weight with delta added to the channels `index`."""
+    """Run a convolution on its weight with a delta added to some channels."""
     batched = x.dim() == module.weight.dim()
     x, padding = _padded(module, x if batched else x.unsqueeze(0))
     geometry = module.stride, padding, module.dilation
@@ -30,8 +30,11 @@ def conv_forward(
 
 
 def _padded(module: nn.Module, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """x and the padding that the convolution has left to do: PyTorch pads beforehand where the sides differ
-    (padding="same") or are not filled with zeros."""
+    """Pad x where PyTorch pads before the convolution: with sides that differ (padding="same") or no zeros.
+
+    Returns:
+        x and the padding that the convolution still has to do.
+    """
     if module.padding_mode == "zeros" and not isinstance(module.padding, str):
         return x, module.padding
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
@@ -39,9 +42,9 @@ def _padded(module: nn.Module, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 
 class S2Conv(S2Layer):
-    """What S2ColumnConv and S2RowConv share: the forward is the convolution's on the effective weight.
+    """What S2ColumnConv and S2RowConv share: the forward is that of the convolution on the effective weight.
 
-    `s2` is [n, I, taps] or [O, n, taps], taps being all positions of the kernel.
+    `s2` is [n, in_channels, taps] or [out_channels, n, taps], where taps are all positions of the kernel.
     """
 
     @property
@@ -62,7 +65,7 @@ class S2Conv(S2Layer):
             setattr(self, name, getattr(module, name))
 
     def forward(self, input: Tensor) -> Tensor:
-        """input [N, in_channels, ...] or without N → [N, out_channels, ...]."""
+        """Run the layer: input [N, in_channels, ...] → output [N, out_channels, ...]; N may be missing."""
         if self.fused:
             self._check_fused()
         if self.fused or not self.enabled:
@@ -83,7 +86,7 @@ class S2ColumnConv(S2Conv):
 
 
 class S2RowConv(S2Conv):
-    """Convolution that trains input channels. For the backward it keeps those channels of its input, not the input."""
+    """Convolution that trains input channels. For the backward it keeps only those channels of its input."""
 
     dim = 1
 

@@ -1,4 +1,4 @@
-"""What S²FT has to know about one kind of layer; the file of the layer has a subclass, `KINDS` lists them all."""
+"""What S²FT has to know about a kind of layer. The file of each layer has a subclass, and `KINDS` lists them all."""
 
 from typing import Any
 
@@ -21,10 +21,10 @@ def as_matrix(weight: Tensor, transposed: bool = False) -> Tensor:
 
 
 class Kind:
-    """One kind of layer. The class itself describes a module that S²FT does not train.
+    """One kind of layer. This class itself describes a module that S²FT does not train.
 
-    `holder` is what has the weight: the plain layer, the trainable layer in its place, or, for experts, the parameter
-    with the weights of all experts.
+    In its methods `module` is a plain layer. `holder` is anything that has a weight of this kind: a plain layer, a
+    trainable layer, or the parameter with the weights of all experts.
 
     Attributes:
         name: Words for messages.
@@ -43,8 +43,10 @@ class Kind:
     read_only: str | None = None
 
     def matches(self, found: Any) -> bool:
-        """Whether a module or parameter of a plain model is of this kind. Subclasses of a module's class are not:
-        what they add to the forward would be lost."""
+        """Whether a module or parameter of a plain model is of this kind.
+
+        Subclasses of a layer are not, because a trainable layer would lose what they add to the forward.
+        """
         return False
 
     # ---- the weight ------------------------------------------------------------------------------
@@ -67,7 +69,7 @@ class Kind:
         return as_matrix(tensor, self.transposed)
 
     def matrix(self, holder: nn.Module | Tensor, expert: int | None = None) -> Tensor:
-        """The weight as outputs × inputs (× taps), detached: a view, or a copy in floating point if it is read-only."""
+        """The weight as outputs × inputs (× taps), detached: a view, or for a quantized weight a dequantized copy."""
         return self.view(self.weight(holder).detach(), expert)
 
     def shape(self, holder: nn.Module | Tensor, expert: int | None = None) -> torch.Size:
@@ -77,7 +79,7 @@ class Kind:
         return self.view(torch.empty(shape, device="meta"), expert).shape
 
     def shard(self, shard: Shard, expert: int | None = None) -> Shard:
-        """The same part of the weight as outputs × inputs (× taps).
+        """View this rank's part of the stored weight as outputs × inputs (× taps).
 
         Args:
             shard: This rank's part of the weight as it is stored.
@@ -91,7 +93,7 @@ class Kind:
         return Shard(matrix, start[1::-1] if self.transposed else start[:2])
 
     def parameters(self, module: nn.Module) -> int | None:
-        """How many parameters the weight stands for, where it is packed; else None."""
+        """The number of parameters that a packed weight stands for; None for a weight that is not packed."""
         return None
 
     def dtype_name(self, module: nn.Module) -> str:
@@ -110,8 +112,8 @@ class Kind:
         Args:
             module: The plain layer.
             x: Its input.
-            delta: [n, inputs] if dim is 0, [outputs, n] if dim is 1; a convolution's has taps behind.
-            index: Outputs or inputs that the delta belongs to, [n] int64.
+            delta: [n, inputs] if `dim` is 0, [outputs, n] if `dim` is 1; for a convolution with taps as last dimension.
+            index: Outputs or inputs that the delta is added to, [n] int64.
             dim: 0 for outputs, 1 for inputs.
 
         Returns:
@@ -140,15 +142,15 @@ class Kind:
         """Allow the layer to pack its weight at its next forward."""
 
     def shared(self, module: nn.Module) -> list[Any]:
-        """What a copy of the plain layer must share with it, because the layer reads there how its weight is stored."""
+        """Objects that a copy of the layer must share with it, because they describe how its weight is stored."""
         return []
 
     def state(self, module: nn.Module) -> dict[str, Any]:
-        """Tensors by name, and other values, that the plain layer keeps in an object of its own; it can be changed."""
+        """Values by name, tensors among them, that the layer keeps in an object of its own. The dict can be changed."""
         return {}
 
     def scales(self, module: nn.Module) -> list[Tensor]:
-        """Tensors that the plain layer has besides its weight, to read it."""
+        """Tensors that the layer needs to dequantize its weight."""
         return []
 
 

@@ -1,4 +1,4 @@
-"""Linear layers that train a few outputs or inputs beside a quantized weight, which is left as it is."""
+"""Linear layers that train a few outputs or inputs beside a quantized weight, which does not change."""
 
 import copy
 from typing import Any
@@ -11,20 +11,20 @@ from s2ft.layers.base import S2Layer
 from s2ft.layers.kind import Kind
 
 NO_FUSE = (
-    "a quantized weight can't take an adapter in without being quantized again: put the adapter on the base "
-    "unquantized, or dequantized (for bitsandbytes model.dequantize(), the very numbers it was trained with), "
-    "by s2ft.load_adapter, and merge there"
+    "an adapter can't be written into a quantized weight without quantizing it again: load the adapter on the "
+    "unquantized base, or on the dequantized one (bitsandbytes: model.dequantize(), which gives the numbers it was "
+    "trained with), by s2ft.load_adapter, and merge there"
 )
 
 
 def quantized_forward(
-    module: nn.Module,  # as it was
+    module: nn.Module,  # the quantized layer
     x: Tensor,  # [..., I]
     delta: Tensor,  # [n, I] if dim == 0 else [O, n]
     index: Tensor,  # [n] int64
     dim: int,
 ) -> Tensor:  # [..., O]
-    """The output of the quantized `module`, plus the part of the delta; hooks on the module are not run."""
+    """Run a quantized layer and add the product with the delta. Hooks on the layer are not run."""
     y, delta = module.forward(x), delta.to(x.dtype)
     if dim == 0:
         return y.index_add(-1, index, F.linear(x, delta).to(y.dtype))
@@ -32,9 +32,9 @@ def quantized_forward(
 
 
 class S2QuantizedLinear(S2Layer):
-    """What S2QuantizedColumn and S2QuantizedRow share: y = the quantized layer's output plus s2's part, two products.
+    """What S2QuantizedColumn and S2QuantizedRow share: the quantized layer's output plus the product with `s2`.
 
-    The effective weight is the dequantized one, with s2 added to the selected units. `linear` is the layer as it was.
+    The effective weight is the dequantized one with `s2` added to the selected units. `linear` is the quantized layer.
     """
 
     wraps_plain = True
@@ -47,10 +47,13 @@ class S2QuantizedLinear(S2Layer):
     def from_module(
         cls, module: nn.Module, start=None, end=None, *, index=None, delta_dtype=None
     ) -> "S2QuantizedLinear":
-        """A layer around `module` itself, which becomes frozen; delta_dtype: default float32."""
+        """Make a trainable layer around a quantized one, which is frozen; arguments as in :class:`S2Layer`.
+
+        The default of `delta_dtype` is float32.
+        """
         self = cls.__new__(cls)
         nn.Module.__init__(self)
-        # hooks registered on the module see this layer's output: forward runs the module without them
+        # Hooks registered on the module see this layer's output, because forward runs the module without them.
         self.__dict__.update(
             {key: value for key, value in module.__dict__.items() if "_hook" in key and "state_dict" not in key}
         )
@@ -74,19 +77,19 @@ class S2QuantizedLinear(S2Layer):
         return torch.Size((self.out_features, self.in_features))
 
     def forward(self, input: Tensor) -> Tensor:
-        """input [..., in_features] → [..., out_features]."""
+        """Run the layer: input [..., in_features] → output [..., out_features]."""
         return (
-            quantized_forward(self.linear, input, self.s2, self._where(), self.dim)
+            quantized_forward(self.linear, input, self.s2, self._selected_units(), self.dim)
             if self.enabled
             else self.linear.forward(input)
         )
 
-    def _where(self) -> Tensor:
-        """The selected units' numbers."""
+    def _selected_units(self) -> Tensor:
+        """The numbers of the selected units, [n] int64."""
         return torch.arange(self.start, self.end, device=self.s2.device) if self.index is None else self.index
 
     def fuse(self) -> None:
-        """Raises: RuntimeError, always."""
+        """Raise RuntimeError: a quantized weight can't be written."""
         raise RuntimeError(NO_FUSE)
 
     def extra_repr(self) -> str:
@@ -94,13 +97,13 @@ class S2QuantizedLinear(S2Layer):
 
 
 class S2QuantizedColumn(S2QuantizedLinear):
-    """Trains outputs."""
+    """Quantized linear layer that trains outputs."""
 
     dim = 0
 
 
 class S2QuantizedRow(S2QuantizedLinear):
-    """Trains inputs. For the backward of s2 it keeps those of its input, not the input."""
+    """Quantized linear layer that trains inputs. For the backward of `s2` it keeps the selected part of its input."""
 
     dim = 1
 
@@ -136,7 +139,7 @@ class QuantizedKind(Kind):
 
 
 def plain_of(module: nn.Module) -> nn.Module:
-    """The quantized layer itself, of that or of the trainable layer around it."""
+    """Return the quantized layer, given it or the trainable layer around it."""
     return module.linear if isinstance(module, S2QuantizedLinear) else module
 
 
@@ -197,7 +200,7 @@ def _unpacked(module: nn.Module) -> tuple[Tensor, Any]:
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
 
     state = copy.copy(module.weight.quant_state)
-    state.original_nested = False  # scales that were quantized stay plain: each further quantization would move them
+    state.original_nested = False  # scales stay unquantized: quantizing them again would change them
     state.state2 = state.offset = None
     scales = state.absmax.t().reshape(-1).float()  # unpack does not change them
     data, state = unpack(module.weight.data, state)
@@ -206,7 +209,7 @@ def _unpacked(module: nn.Module) -> tuple[Tensor, Any]:
 
 
 class Linear8bitKind(QuantizedKind):
-    """Linear8bitLt of bitsandbytes; with has_fp16_weights its weights are trained, and it is of no kind."""
+    """Linear8bitLt of bitsandbytes with frozen weights (has_fp16_weights=False)."""
 
     name = "Linear8bitLt of bitsandbytes"
 
@@ -245,7 +248,7 @@ class TorchaoKind(QuantizedKind):
         return f"quantized {type(module.weight).__name__}"
 
     def passes_gradient(self, module: nn.Module) -> bool:
-        """Not where the layer quantizes its input too; PyTorch gives no error there."""
+        # A layer that quantizes its input too passes none, and PyTorch gives no error.
         weight = module.weight
         x = torch.zeros(1, module.in_features, dtype=weight.dtype, device=weight.device, requires_grad=True)
         with torch.enable_grad():

@@ -6,11 +6,10 @@ from dataclasses import replace
 from torch import nn
 
 from s2ft.model.coupling import Coupling
+from s2ft.ops.act_mul import ACTIVATIONS
 
-# hidden_act → activation of act_mul, for those of transformers' activations that are PyTorch's own function,
-# equal bit for bit. gelu_new, gelu_fast, gelu_accurate and the *_python ones follow the same formulas in
-# single operators and round after each: in bfloat16 that is far from gelu.
-ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+# hidden_act of a config → activation of act_mul
+HIDDEN_ACTS = {hidden_act: name for name, act in ACTIVATIONS.items() for hidden_act in act.hidden_acts}
 
 
 def attention_paths(block: str, q: str = "q_proj", k: str = "k_proj", v: str = "v_proj", o: str = "o_proj") -> dict:
@@ -39,36 +38,37 @@ def gated_mlp(model: nn.Module, layer: int, path: str, channels: int | None = No
 
 
 def activation_of(model: nn.Module, mlp: str) -> str | None:
-    """The activation of a block as its config has it, if its module is still the one that the name stands for."""
-    from transformers.activations import ACT2FN  # not at the top: `import s2ft` would load transformers
+    """The activation that the config names, if the block's module is of the class that this name stands for."""
+    from transformers.activations import ACT2FN  # not at the top, where it would load transformers with every import
 
-    name = getattr(model.config, "hidden_activation", None) or model.config.hidden_act  # gemma's name comes first
+    # gemma has both attributes, and uses the first
+    name = getattr(model.config, "hidden_activation", None) or model.config.hidden_act
     try:
         module = model.get_submodule(f"{mlp}.act_fn")
     except AttributeError:
         return None
-    untouched = name in ACTIVATIONS and type(module) is type(ACT2FN[name]) and "forward" not in module.__dict__
-    return ACTIVATIONS[name] if untouched else None
+    untouched = name in HIDDEN_ACTS and type(module) is type(ACT2FN[name]) and "forward" not in module.__dict__
+    return HIDDEN_ACTS[name] if untouched else None
 
 
 def head_sizes(config) -> tuple[int, int, int]:
-    """heads, key/value heads, head_dim of a decoder's config."""
+    """The number of heads, the number of key/value heads and the head size in a model's config."""
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
 def under_base(model: nn.Module, name: str) -> str:
-    """The path of the base model's module `name`: under a head it stands behind the base model's own name."""
+    """The path of a module of the base model, which starts with `base_model_prefix` if the model has a head."""
     prefix = getattr(model, "base_model_prefix", "")
     return f"{prefix}.{name}" if prefix and hasattr(model, prefix) else name
 
 
 def layers_of(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of every layer of the base model's stack `name`; none where the model has no such stack."""
+    """Iterate over (path, module) of the layers in a list of modules of the base model, if it has that list."""
     path = under_base(model, name)
     try:
-        stack = model.get_submodule(path)
+        layers = model.get_submodule(path)
     except AttributeError:
         return
-    yield from ((f"{path}.{i}", module) for i, module in enumerate(stack))
+    yield from ((f"{path}.{i}", module) for i, module in enumerate(layers))

@@ -1,8 +1,7 @@
-"""What a coupled structure is (paper, section 3.2).
+"""What a coupled structure is (S²FT paper, section 3.2).
 
-The units of a coupling pass from its producers to its consumer: unit i of a producer's outputs meets
-unit i of the consumer's inputs. So both sides may be put in a new order together and the model
-computes what it did before.
+The units of a coupling go from its producers to its consumer: unit i of a producer's outputs is unit i of the
+consumer's inputs. So both sides can be put in a new order together, and the model still computes the same.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,26 +16,37 @@ PROJECTIONS = ("q", "k", "v", "o", "u", "g", "d")  # u, g, d: up, gate, down
 
 @dataclass(frozen=True)
 class Projection:
-    """One side of a coupling: a weight whose dim `dim` is made of `count` units of `unit` elements.
+    """One side of a coupling: `count` units of `unit` elements each, along one dimension of a weight.
 
-    Often the units are all there is in that dim. Where the weight holds other projections too (queries, keys
-    and values in one), `size` says how many elements there are in all, `start` where the first unit begins, and
-    `stride` how far it is from one unit to the next. A weight is taken as outputs × inputs, however it is stored.
+    The weight counts as outputs × inputs, however it is stored. Often the units fill the dimension. If the weight
+    contains other projections too (queries, keys and values in one weight), `size`, `start` and `stride` describe where
+    the units are.
+
+    Attributes:
+        key: One of PROJECTIONS.
+        path: Path of the layer in the model; for experts, of the parameter [experts, outputs, inputs].
+        count: Number of units.
+        unit: Elements of one unit.
+        dim: Dimension of the weight: 0 (outputs) for producers, 1 (inputs) for the consumer.
+        start: First element of the first unit.
+        stride: Elements from the start of one unit to the start of the next; default: `unit`.
+        size: All elements of the dimension, if there are more than those of the units.
+        expert: Number of the expert.
     """
 
-    key: str  # one of PROJECTIONS
-    path: str  # the module's name in the model; of experts, the name of their stacked weights [experts, O, I]
-    count: int  # units
-    unit: int  # elements a unit spans
-    dim: int  # of the weight: 0 for producers (outputs), 1 for the consumer (inputs)
-    start: int = 0  # the first unit's first element
-    stride: int | None = None  # from a unit's first element to the next one's; default: unit
-    size: int | None = None  # elements of dim, where there are more than these units'
-    expert: int | None = None  # which of the experts
+    key: str
+    path: str
+    count: int
+    unit: int
+    dim: int
+    start: int = 0
+    stride: int | None = None
+    size: int | None = None
+    expert: int | None = None
 
     @property
     def name(self) -> str:
-        """What selections and adapters call it: its path, then [expert], then its key where it shares a weight."""
+        """The name in selections and adapters: the path, then [expert], then the key if it shares its weight."""
         return (
             self.path
             + ("" if self.expert is None else f"[{self.expert}]")
@@ -45,47 +55,70 @@ class Projection:
 
     @property
     def weight_key(self) -> tuple[str, int | None]:
-        """The weight that it is in, as path and expert. Several projections may share one."""
+        """Path and expert of the weight. Several projections may share one weight."""
         return self.path, self.expert
 
     @property
     def extent(self) -> int:
-        """Elements of dim."""
+        """All elements of the dimension."""
         return self.count * self.unit if self.size is None else self.size
 
     def elements(self, units: Tensor) -> Tensor:
-        """Element indices [n * unit] int64 along dim of units [n]."""
+        """Return the elements [n * unit] int64 along `dim` of units [n]."""
         first = self.start + units * (self.unit if self.stride is None else self.stride)
         return (first[:, None] + torch.arange(self.unit)).reshape(-1)
 
 
 @dataclass(frozen=True)
 class Vector:
-    """A further parameter or buffer whose dim 0 is made of a coupling's units and moves along with the producers' outputs.
+    """A parameter or buffer whose first dimension is reordered together with the producers' outputs.
 
-    For instance the weight of a norm over all heads (unit head_dim), or of one per head, [heads, head_dim] (unit 1).
+    For instance the weight of a norm over all heads (unit head_dim), or of one norm per head, [heads, head_dim]
+    (unit 1).
+
+    Attributes:
+        path: Path of the tensor in the model.
+        unit: Entries of the first dimension that belong to one unit.
     """
 
-    path: str  # the tensor's name in the model
-    unit: int  # entries of dim 0 that a unit spans
+    path: str
+    unit: int
 
 
 @dataclass(frozen=True)
 class Coupling:
-    """Producers and the consumer of one coupled structure of one layer.
+    """The producers and the consumer of one coupled structure in a layer (S²FT paper, section 3.2).
 
-    Layers are counted through the model: where there are several stacks, the second's come after the
-    first's (encoder, then decoder; text, then vision).
+    Use :meth:`ffn`, :meth:`gated_ffn`, :meth:`attention` and the other class methods to make one.
+
+    Attributes:
+        kind: "ffn", "attention", "cross-attention", "experts" or "shared-expert", or a word of your own.
+        layer: Number of the layer. Layers are counted through the whole model: first those of the encoder, then those
+            of the decoder; first those of the text tower, then those of the vision tower.
+        producers: The projections whose outputs are the units.
+        consumer: The projection whose inputs are the units.
+        vectors: Tensors that are reordered with the producers' outputs, besides their biases.
+        fixed: Whether something outside refers to units by number, so that none can move.
+        block: Path of the module around a gated FFN of a known family.
+        activation: Activation for :func:`s2ft.ops.act_mul`, if that module is ``consumer(activation(gate) * up)``.
+
+    Example:
+        >>> mlp = "model.layers.0.mlp"
+        >>> coupling = s2ft.Coupling.gated_ffn(
+        ...     0, up=f"{mlp}.up_proj", gate=f"{mlp}.gate_proj", down=f"{mlp}.down_proj", channels=128
+        ... )
+        >>> s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.25), couplings=[coupling]).trainable
+        2048
     """
 
-    kind: str  # "ffn", "attention", "cross-attention", "experts" or "shared-expert"
+    kind: str
     layer: int
     producers: tuple[Projection, ...]
     consumer: Projection
-    vectors: tuple[Vector, ...] = ()  # what moves along with the producers, besides their biases
-    fixed: bool = False  # whether something outside numbers the units, so that none can move
-    block: str | None = None  # the module around them, if there is one
-    activation: str | None = None  # of s2ft.ops.act_mul, if block is consumer(activation(gate) * up)
+    vectors: tuple[Vector, ...] = ()
+    fixed: bool = False
+    block: str | None = None
+    activation: str | None = None
 
     @classmethod
     def ffn(cls, layer: int, *, up: str, down: str, channels: int, kind: str = "ffn") -> "Coupling":
@@ -285,17 +318,18 @@ class Coupling:
 
     @property
     def projections(self) -> Iterator[Projection]:
+        """The producers, then the consumer."""
         yield from self.producers
         yield self.consumer
 
     @property
     def movable(self) -> bool:
-        """Whether single units can change place.
+        """Whether single units can be reordered.
 
-        Grouped-query attention's cannot: several query heads share a key/value head, and one of them
-        outside its group would meet another's keys. Its heads are trained where they lie, which
-        costs nothing, for a head's rows and columns are contiguous as they are. Nor can those of a
-        `fixed` coupling: T5's heads, say, are numbered by a table of position biases that layers share.
+        The heads of grouped-query attention can't be: several query heads share a key/value head, and a query head
+        outside its group would be multiplied by other keys. They are trained in place, which costs nothing, because the
+        rows and columns of a head are contiguous. The units of a `fixed` coupling can't be reordered either: the heads
+        of T5, for instance, have numbers in a table of position biases that all layers share.
         """
         return not self.fixed and len({projection.count for projection in self.projections}) == 1
 
@@ -305,12 +339,28 @@ class Coupling:
         return f"the {self.kind} coupling of layer {self.layer}{expert} ({producers} to {self.consumer.name})"
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Convert to a dict for JSON.
+
+        Example:
+            >>> coupling = s2ft.Coupling.ffn(0, up="0", down="2", channels=32)
+            >>> s2ft.Coupling.from_dict(coupling.to_dict()) == coupling
+            True
+        """
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Coupling":
-        """Raises: TypeError or KeyError for other fields than :meth:`to_dict` writes."""
+        """Make a coupling from a dict of :meth:`to_dict`.
+
+        Raises:
+            TypeError: The dict has other fields.
+            KeyError: A field is missing.
+
+        Example:
+            >>> coupling = s2ft.Coupling.ffn(0, up="0", down="2", channels=32)
+            >>> s2ft.Coupling.from_dict(coupling.to_dict()).consumer.count
+            32
+        """
         return cls(
             **{
                 **values,
@@ -322,10 +372,11 @@ class Coupling:
 
 
 def unit_name(projection: Projection) -> str:
-    """The word for a projection's units."""
+    """Return the word for a projection's units."""
     return "channels" if projection.key in "ugd" else "heads"
 
 
 def projections_of(couplings: list[Coupling]) -> Iterator[Projection]:
+    """Iterate over the projections of all couplings, in their order."""
     for coupling in couplings:
         yield from coupling.projections

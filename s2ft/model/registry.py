@@ -1,4 +1,4 @@
-"""model_type → the function that lists a model's couplings."""
+"""Lists the couplings of a model, by its model type or as the user describes them, and checks them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +16,24 @@ _REGISTERED: dict[str, Declaration] = {}  # by register_architecture, before FAM
 
 
 def register_architecture(*model_types: str) -> Callable[[Declaration], Declaration]:
-    """Decorator: the function below lists the couplings of models whose config has this model_type."""
+    """Decorate a function that lists the couplings of a model family.
+
+    Args:
+        *model_types: Values of ``model.config.model_type`` that the function is for.
+
+    Returns:
+        A decorator. The function that it decorates gets a model and returns a list of :class:`Coupling`. It takes
+        precedence over a built-in family.
+
+    Example:
+        >>> @s2ft.register_architecture("my-model")
+        ... def couplings(model):
+        ...     blocks = [f"blocks.{i}" for i in range(model.config.num_layers)]
+        ...     return [
+        ...         s2ft.Coupling.ffn(i, up=f"{block}.fc1", down=f"{block}.fc2", channels=model.config.width)
+        ...         for i, block in enumerate(blocks)
+        ...     ]
+    """
 
     def register(declaration: Declaration) -> Declaration:
         for model_type in model_types:
@@ -27,14 +44,24 @@ def register_architecture(*model_types: str) -> Callable[[Declaration], Declarat
 
 
 def known_architectures() -> list[str]:
+    """The model types whose couplings are known."""
     return sorted({**FAMILIES, **_REGISTERED})
 
 
 def couplings_of(model: nn.Module, custom: Sequence[Coupling] | None = None) -> list[Coupling]:
-    """The couplings of `model`, checked against its weights: those of its family, or the ones `given` by hand.
+    """List the couplings of a model and check them against its weights.
 
-    Raises: ValueError for a model type that is not known, or a weight whose shape contradicts the
-    declaration; the message names the known types or the module.
+    Args:
+        model: The model.
+        custom: The couplings that a user describes; default: those of the model's family.
+
+    Returns:
+        The couplings.
+
+    Raises:
+        TypeError: `custom` has something else than couplings.
+        ValueError: The model type is not known, or a weight is missing or has another shape than its coupling states;
+            the message names the known types or the module.
     """
     couplings = _declared(model) if custom is None else checked_couplings(custom)
     check_shapes(model, couplings)
@@ -46,21 +73,24 @@ def _declared(model: nn.Module) -> list[Coupling]:
     declaration = _REGISTERED.get(model_type) or FAMILIES.get(model_type)
     if declaration is None:
         raise ValueError(
-            f"{type(model).__name__} (model type {model_type!r}) is not a model family that s2ft "
-            f"knows; known are {', '.join(known_architectures())}. The couplings of others are given by "
-            "hand, attach(..., couplings=[s2ft.Coupling(...), ...]), or by family, "
-            "s2ft.register_architecture"
+            f"{type(model).__name__} (model type {model_type!r}) is not a model family that s2ft knows; known are "
+            f"{', '.join(known_architectures())}. Describe the couplings of this model in attach(..., "
+            "couplings=[s2ft.Coupling.ffn(...), ...]), or those of its family by s2ft.register_architecture"
         )
     couplings = declaration(model)
     if not couplings:
         raise ValueError(
-            f"{type(model).__name__}: the layers of model type {model_type!r} are not where s2ft looks for them"
+            f"{type(model).__name__}: s2ft finds no layers of model type {model_type!r} under their usual names"
         )
     return couplings
 
 
 def check_shapes(model: nn.Module, couplings: list[Coupling]) -> None:
-    """Raises: ValueError for a module or parameter that is missing or whose shape contradicts its coupling."""
+    """Check couplings against the weights of a model.
+
+    Raises:
+        ValueError: A module or parameter is missing, or its shape contradicts its coupling.
+    """
     for coupling in couplings:
         for projection in coupling.projections:
             _check_projection(model, projection)
@@ -93,7 +123,7 @@ def _check_projection(model: nn.Module, projection: Projection) -> None:
 
 
 def check_module(found: Any, path: str) -> None:
-    """Raises: ValueError for what is no layer that S²FT trains units of."""
+    """Raise ValueError unless `found` is a layer of a kind that S²FT trains."""
     if not isinstance(found, nn.Module) or isinstance(found, S2Layer) or kind_of(found).layers is None:
         groups = getattr(found, "groups", 1)
         raise ValueError(

@@ -5,7 +5,7 @@ some kind of layer is stored is known to the layer's own file alone, see :class:
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -90,20 +90,22 @@ class WeightHandle:
         """View a tensor of the stored weight's shape, for instance its gradient, as :attr:`matrix` views the weight."""
         return self.kind.view(tensor, self.expert)
 
-    @contextmanager
-    def shard(self) -> Iterator[Shard]:
+    def shard(self) -> AbstractContextManager[Shard]:
         """Open the part of :attr:`matrix` that this rank can write, in the weight's own memory.
 
         That is the full matrix, except where FSDP2 shards it. Under ZeRO-3 every rank must call this and write the same
         values.
         """
         weight = self.tensor
+        if is_partitioned(weight):
+            return self._gathered()
         if is_dtensor(weight):
-            yield self.kind.shard(own_shard(weight), self.expert)
-        elif is_partitioned(weight):
-            with gathered_parameter(weight):
-                yield Shard(self.matrix)
-        else:
+            return nullcontext(self.kind.shard(own_shard(weight), self.expert))
+        return nullcontext(Shard(self.matrix))
+
+    @contextmanager
+    def _gathered(self) -> Iterator[Shard]:
+        with gathered_parameter(self.tensor):
             yield Shard(self.matrix)
 
 

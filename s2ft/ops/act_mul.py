@@ -1,6 +1,8 @@
 """act(gate) * up, the elementwise middle of a gated FFN, in one pass each way."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,12 +10,33 @@ from torch import Tensor
 
 from s2ft.ops._library import define
 
-# name → the function and its backward, which is the one that PyTorch's autograd calls
+
+class Activation(NamedTuple):
+    """An activation that `act_mul` computes.
+
+    Attributes:
+        function: The activation.
+        backward: Its backward, the one that PyTorch's autograd calls.
+        hidden_acts: Its names in configs of transformers. Names of activations that only follow the same formula are
+            left out: gelu_new, gelu_fast, gelu_accurate and the *_python ones compute it by single operators and round
+            after each one, and in bfloat16 the result is far from gelu.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+    hidden_acts: tuple[str, ...]
+
+
+# A new activation is a row here and, in csrc/core/activation.h, a struct and a row, in the same order.
 ACTIVATIONS = {
-    "silu": (F.silu, torch.ops.aten.silu_backward),
-    "gelu": (F.gelu, torch.ops.aten.gelu_backward),
-    "gelu_tanh": (partial(F.gelu, approximate="tanh"), partial(torch.ops.aten.gelu_backward, approximate="tanh")),
-    "relu": (F.relu, lambda grad, gate: torch.ops.aten.threshold_backward(grad, gate, 0)),
+    "silu": Activation(F.silu, torch.ops.aten.silu_backward, ("silu", "swish")),
+    "gelu": Activation(F.gelu, torch.ops.aten.gelu_backward, ("gelu",)),
+    "gelu_tanh": Activation(
+        partial(F.gelu, approximate="tanh"),
+        partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+        ("gelu_pytorch_tanh",),
+    ),
+    "relu": Activation(F.relu, lambda grad, gate: torch.ops.aten.threshold_backward(grad, gate, 0), ("relu",)),
 }
 
 
@@ -30,13 +53,13 @@ def check(op: str, gate: Tensor, activation: str, **others: Tensor) -> None:
 
 def reference(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     check("act_mul", gate, activation, up=up)
-    act, _ = ACTIVATIONS[activation]
+    act = ACTIVATIONS[activation].function
     return (act(gate) * up).contiguous()
 
 
 def reference_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     check("act_mul_backward", gate, activation, up=up, grad=grad)
-    act, act_backward = ACTIVATIONS[activation]
+    act, act_backward, _ = ACTIVATIONS[activation]
     return act_backward(grad * up, gate).contiguous(), (grad * act(gate)).contiguous()
 
 
@@ -64,7 +87,7 @@ def backward(ctx, grad):
 
 
 def _differentiable_backward(grad, gate, up, activation):
-    act, _ = ACTIVATIONS[activation]
+    act = ACTIVATIONS[activation].function
     inputs = [tensor for tensor in (gate, up) if tensor.requires_grad]
     found = iter(torch.autograd.grad(act(gate) * up, inputs, grad, create_graph=True))
     return [next(found) if tensor.requires_grad else None for tensor in (gate, up)]

@@ -36,7 +36,7 @@ def test_values_and_gradients(shape, dtype, device, activation):
     torch.testing.assert_close(act_mul(gate, up, activation), theirs, rtol=rtol, atol=atol)
     ours = act_mul_backward(grad, gate, up, activation)
     gate.requires_grad_(), up.requires_grad_()
-    act, _ = ACTIVATIONS[activation]
+    act = ACTIVATIONS[activation].function
     for got, expected in zip(ours, torch.autograd.grad(act(gate) * up, (gate, up), grad)):
         torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)
 

@@ -1,6 +1,6 @@
-"""BERT and RoBERTa: biases everywhere, two-layer FFN, learned positions added to the embeddings.
+"""BERT and RoBERTa: biases in all layers, two-layer FFN, learned positions that are added to the embeddings.
 
-A decoder with cross-attention has those heads as a coupling of their own.
+In a decoder with cross-attention, the heads of the cross-attention are another coupling.
 """
 
 from torch import nn

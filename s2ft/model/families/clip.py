@@ -1,6 +1,6 @@
-"""CLIP: two towers built alike, or one of them alone. Layers count through the text tower, then the vision tower.
+"""CLIP: two towers of the same structure, or one of them. Layers are counted through the text, then the vision tower.
 
-A tower alone has the names of transformers 5; with those of transformers 4 it is refused.
+A single tower must have the module names of transformers 5. With those of transformers 4 it is refused.
 """
 
 from torch import nn

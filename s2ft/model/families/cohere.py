@@ -1,4 +1,4 @@
-"""Cohere: built like llama; use_qk_norm adds norms with weights [heads, head_dim], whose rows move with the heads."""
+"""Cohere: as llama. use_qk_norm adds norms with weights [heads, head_dim], whose rows are reordered with the heads."""
 
 from torch import nn
 

@@ -1,6 +1,6 @@
-"""GPT-2: weights stored as inputs × outputs (Conv1D), q, k and v in one, biases, two-layer FFN.
+"""GPT-2: weights stored as inputs × outputs (Conv1D), q, k and v in one weight, biases, two-layer FFN.
 
-A cross-attention has its k and v in one weight and its q in another.
+A cross-attention has k and v in one weight and q in another.
 """
 
 from dataclasses import replace

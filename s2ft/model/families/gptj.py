@@ -1,4 +1,4 @@
-"""GPT-J: a two-layer FFN with biases beside an attention without; a part of every head is rotated."""
+"""GPT-J: two-layer FFN with biases, attention without biases; a part of every head is rotated."""
 
 from torch import nn
 

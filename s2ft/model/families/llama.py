@@ -1,8 +1,8 @@
-"""LLaMA and the families built like it: gated FFN, separate q, k, v, grouped-query attention.
+"""LLaMA and families of the same structure: gated FFN, separate q, k and v, grouped-query attention.
 
-Qwen2 adds q/k/v biases, which move with their rows. Qwen3 and Gemma 3 norm q and k with a weight that
-all heads share, so it stays. Rotary embeddings, sliding windows and the layers without rotary embeddings
-(SmolLM3, Cohere 2) are the same for every head.
+Qwen2 adds biases to q, k and v, which are reordered with their rows. Qwen3 and Gemma 3 normalise q and k by a weight
+that all heads share, so it stays. Rotary embeddings, sliding windows and layers without rotary embeddings (SmolLM3,
+Cohere 2) are the same for every head.
 """
 
 from collections.abc import Mapping

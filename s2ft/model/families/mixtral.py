@@ -1,5 +1,7 @@
-"""Mixtral, Qwen2-MoE and Qwen3-MoE: llama's attention; in place of the FFN experts, whose channels are chosen one by
-one in each, and in Qwen2-MoE an expert that every token passes. The router is no part of a coupling.
+"""Mixtral, Qwen2-MoE and Qwen3-MoE: the attention of llama, and experts in place of the FFN.
+
+Channels are selected in each expert separately. Qwen2-MoE also has a shared expert, which processes every token. The
+router is not part of a coupling.
 """
 
 from torch import nn
@@ -21,7 +23,7 @@ def couplings(model: nn.Module) -> list[Coupling]:
 
 
 def mixture(model: nn.Module, layer: int, path: str, mlp: nn.Module, shared: str) -> list[Coupling]:
-    """Of a block that is a mixture, perhaps with a module `shared`, or a plain gated FFN."""
+    """List the couplings of a block: of a mixture, with the expert `shared` if it has one, or of a plain gated FFN."""
     if not hasattr(mlp, "experts"):
         return [gated_mlp(model, layer, path)]
     found = experts(model, layer, f"{path}.experts")

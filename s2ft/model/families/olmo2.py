@@ -1,4 +1,4 @@
-"""OLMo 2: built like llama, with norms of q and k over all heads, whose weights move with the heads."""
+"""OLMo 2: as llama, with norms of q and k over all heads, whose weights are reordered with the heads."""
 
 from torch import nn
 

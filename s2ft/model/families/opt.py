@@ -1,4 +1,4 @@
-"""OPT: biases everywhere, two-layer FFN in the layer itself. Positions are learned and added to the embeddings."""
+"""OPT: biases in all layers, two-layer FFN without a module around it, learned positions added to the embeddings."""
 
 from torch import nn
 

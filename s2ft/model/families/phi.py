@@ -1,4 +1,4 @@
-"""Phi: biases everywhere, two-layer FFN, `dense` after the heads. qk_layernorm's weights are shared by all heads."""
+"""Phi: biases in all layers, two-layer FFN, output projection `dense`. All heads share the weights of qk_layernorm."""
 
 from torch import nn
 

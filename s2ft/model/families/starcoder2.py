@@ -1,4 +1,4 @@
-"""StarCoder2: llama's attention with biases, and a two-layer FFN with GPT-2's names."""
+"""StarCoder2: the attention of llama with biases, and a two-layer FFN with the names of GPT-2."""
 
 from torch import nn
 

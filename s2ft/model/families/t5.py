@@ -1,8 +1,7 @@
-"""T5: two-layer or gated FFN, no biases. Layers count through the encoder, then the decoder.
+"""T5: two-layer or gated FFN, no biases. Layers are counted through the encoder, then the decoder.
 
-The first layer of each stack has a table of position biases [buckets, heads], and all layers of the stack add
-what it gives to their heads by number: no head of a self-attention can move, in any layer. Cross-attention
-has no table.
+The first layer of the encoder and of the decoder has a table of position biases [buckets, heads]. All layers add its
+values to their heads by number, so the heads of a self-attention can't be reordered. Cross-attention has no table.
 """
 
 from torch import nn

@@ -1,6 +1,6 @@
-"""ViT: two-layer FFN; q, k and v with or without biases. Positions are learned and added to the embeddings.
+"""ViT: two-layer FFN, q, k and v with or without biases, learned positions that are added to the embeddings.
 
-Modules have the names of transformers 5; a model with those of transformers 4 is refused.
+Modules must have the names of transformers 5. A model with those of transformers 4 is refused.
 """
 
 from torch import nn

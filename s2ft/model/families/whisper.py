@@ -1,6 +1,6 @@
-"""Whisper: two-layer FFN; biases everywhere but on k. Layers count through the encoder, then the decoder.
+"""Whisper: two-layer FFN, biases except on k. Layers are counted through the encoder, then the decoder.
 
-Positions are tables added to the embeddings. The convolutions before the encoder are no part of a coupling.
+Positions are tables that are added to the embeddings. The convolutions before the encoder are not part of a coupling.
 """
 
 from collections.abc import Iterator
