@@ -149,6 +149,7 @@ class TrainOptions:
         "more loggers by their names in transformers, if they are installed: tensorboard, wandb, ...",
         group="output",
         metavar="NAME",
+        shown="none",
     )
     eval_steps: int = option(
         0,
@@ -191,6 +192,9 @@ class TrainOptions:
         Args:
             devices: Number of devices.
 
+        Returns:
+            The number of passes whose gradients are added up.
+
         Raises:
             ValueError: `batch_size` is not a multiple of `micro_batch_size` times `devices`.
         """
@@ -203,28 +207,48 @@ class TrainOptions:
         return self.batch_size // at_once
 
     def steps(self, rows: int) -> int:
-        """Return the number of updates of a run over a number of rows."""
+        """Return the number of updates of a run.
+
+        Args:
+            rows: Number of rows of the training data.
+
+        Returns:
+            `max_steps` if it is positive, else the updates of all epochs.
+        """
         return self.max_steps if self.max_steps > 0 else max(1, math.ceil(-(-rows // self.batch_size) * self.epochs))
 
     def warmup(self, steps: int) -> int:
-        """Return the number of warm-up steps in a run of `steps` updates.
+        """Return the number of warm-up steps of a run.
 
-        It is at most a tenth of them. Otherwise a short run would end before it reaches its learning rate.
+        Args:
+            steps: Number of updates of the run.
+
+        Returns:
+            `warmup_steps`, but at most a tenth of `steps`. Otherwise a short run would end before it reaches its
+            learning rate.
         """
         return min(self.warmup_steps, steps // 10)
 
     def schedule_arguments(self, steps: int) -> dict[str, Any]:
-        """Return the arguments that the schedule needs in a run of `steps` updates.
+        """Return the arguments that transformers needs for the schedule.
 
-        `warmup_stable_decay` lowers the learning rate over the last tenth of the run. The schedules with a minimum
-        end at a tenth of the learning rate.
+        Args:
+            steps: Number of updates of the run.
+
+        Returns:
+            Arguments by name. `warmup_stable_decay` lowers the learning rate over the last tenth of the run,
+            `cosine_with_min_lr` ends at a tenth of the learning rate, and the other schedules need no argument.
         """
         if self.schedule == "warmup_stable_decay":
             return {"num_decay_steps": max(1, steps // 10)}
         return SCHEDULES[self.schedule]
 
     def to_dict(self) -> dict[str, Any]:
-        """The options by name."""
+        """Return the options by name.
+
+        Returns:
+            The fields, as values that JSON can hold.
+        """
         return asdict(self)
 
 

@@ -27,7 +27,7 @@ def shown_options(name):
 
 
 def test_an_option_has_its_default_and_its_meaning(commands):
-    assert re.search(r"\| `--seed SEED` \| `0` \| .*seed", commands)
+    assert re.search(r"\| `--seed N` \| 0 \| .*seed", commands)
     assert re.search(r"\| `--model MODEL` \| required \| ", commands)
 
 
