@@ -277,8 +277,7 @@ def read(
         b, a = (tensors[f"{PREFIX}{path}.lora_{side}.weight"] for side in "BA")
         scaling = _scaling(config, path, a.shape[0], config_path)
         first = projections[path][0]
-        shape = tuple(weight_at(model, first).shape)
-        index, values = _rows_or_columns(path, first, b, a, scaling, shape)
+        index, values = _rows_or_columns(path, first, b, a, scaling, tuple(weight_at(model, first).shape))
         for projection, chosen, delta in _split(path, projections[path], index, values):
             units[projection.name], deltas[projection.name] = chosen, delta
     if not deltas:
