@@ -22,6 +22,13 @@ def load_model(name: str, dtype: str = "auto"):
         FileNotFoundError: The path does not exist.
         ValueError: The dtype is unknown, or the model or the tokenizer cannot be loaded.
         MissingPackages: The package that reads GGUF files is not installed.
+
+    Example:
+        >>> from transformers import ByT5Tokenizer
+        >>> _ = model.save_pretrained("tiny"), ByT5Tokenizer().save_pretrained("tiny")
+        >>> loaded, tokenizer = s2ft.text.models.load_model("tiny", dtype="bfloat16")
+        >>> loaded.dtype, tokenizer("5")["input_ids"]
+        (torch.bfloat16, [56, 1])
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
