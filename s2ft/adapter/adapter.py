@@ -61,7 +61,7 @@ class Adapter:
             value.numel() for value in self.extra_weights.values()
         )
 
-    def to(self, device) -> "Adapter":
+    def to(self, device: torch.device | str) -> "Adapter":
         """Copy the adapter with its deltas and extra weights on a device.
 
         Args:

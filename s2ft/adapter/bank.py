@@ -7,6 +7,7 @@ from batch to batch. Adapters are packed when a batch names one that is not in t
 milliseconds, less than one step of generation.
 """
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -68,7 +69,12 @@ class AdapterBank:
     """
 
     def __init__(
-        self, model: nn.Module, directory=None, *, limit_bytes: int | None = None, dtype: torch.dtype | None = None
+        self,
+        model: nn.Module,
+        directory: str | os.PathLike | None = None,
+        *,
+        limit_bytes: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         if limit_bytes is not None and (not isinstance(limit_bytes, int) or limit_bytes < 1):
             raise ValueError(f"limit_bytes must be a whole number above 0, or None, got {limit_bytes!r}")
@@ -98,8 +104,7 @@ class AdapterBank:
         """Names of all known adapters, sorted.
 
         Example:
-            >>> import os; os.makedirs("adapters")
-            >>> s2ft.AdapterBank(model, "adapters").names
+            >>> s2ft.AdapterBank(model).names
             []
         """
         with self._lock:
@@ -137,7 +142,7 @@ class AdapterBank:
     def __len__(self) -> int:
         return len(self.names)
 
-    def add(self, name: str, folder) -> None:
+    def add(self, name: str, folder: str | os.PathLike) -> None:
         """Add the adapter of a folder. It is read when a batch first names it.
 
         Args:
@@ -214,6 +219,9 @@ class AdapterBank:
 
         Args:
             names: An adapter's name for each sequence, or None for the base.
+
+        Returns:
+            A context manager; it gives no value.
 
         Raises:
             ValueError: A name is unknown, an adapter has another base or changes layers that can't be mixed, or the

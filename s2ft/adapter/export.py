@@ -1,5 +1,6 @@
 """Between a model's adapters and LoRA folders."""
 
+import os
 from collections.abc import Sequence
 
 from torch import nn
@@ -14,7 +15,11 @@ from s2ft.model.coupling import Coupling
 
 @of_compiled
 def export_lora(
-    model: nn.Module, directory, name: str | None = None, rank: int | None = None, rank_pattern: bool = False
+    model: nn.Module,
+    directory: str | os.PathLike,
+    name: str | None = None,
+    rank: int | None = None,
+    rank_pattern: bool = False,
 ) -> None:
     """Save one adapter of a model as a LoRA folder that PEFT and vLLM load.
 
@@ -46,7 +51,11 @@ def export_lora(
 
 @of_compiled
 def import_lora(
-    model: nn.Module, directory, name: str = "default", *, couplings: Sequence[Coupling] | None = None
+    model: nn.Module,
+    directory: str | os.PathLike,
+    name: str = "default",
+    *,
+    couplings: Sequence[Coupling] | None = None,
 ) -> None:
     """Load a LoRA that has the structure of S²FT as an adapter, and make it active.
 

@@ -54,7 +54,7 @@ def save_adapter(
 
 
 @of_compiled
-def gathered(model: nn.Module) -> dict[str, Tensor]:
+def gather_trained(model: nn.Module) -> dict[str, Tensor]:
     """Return all trained parameters in full, by their names in the model, for `state` of :func:`save_adapter`.
 
     Every rank of a sharded model must call this.

@@ -18,7 +18,7 @@ class Export:
 
     summary: str  # one line for the help of `s2ft export`
     module: str  # full name of the module with the function `export`
-    options: Options = field(default_factory=dict)  # what `export` takes besides
+    options: Options = field(default_factory=dict)  # further arguments of `export`
     adapter_format: str | None = None  # key of ADAPTER_FORMATS, if the export is an adapter again
 
     @property

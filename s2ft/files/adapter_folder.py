@@ -1,6 +1,6 @@
 """The two files of an adapter folder, and how they are replaced in one step.
 
-A writer puts the new config beside the old one as a pending file, renames the new tensors into place, then renames the
+A writer puts the new config next to the old one as a pending file, renames the new tensors into place, then renames the
 pending config over the config. The rename of the tensors is the moment from which the folder holds the new adapter. A
 reader takes the config whose ``tensors_sha256`` is that of the tensors file. A writer that is stopped at any point
 leaves the old adapter or the new one.
@@ -29,7 +29,7 @@ def is_folder(directory: Path) -> bool:
 
 
 def stamp_of(directory: Path) -> tuple | None:
-    """A value that changes with every save to the folder; None where there is no adapter."""
+    """A value that changes with every save to the folder; None if the folder has no adapter."""
     config, pending, tensors = (_stamp(directory / name) for name in (CONFIG, PENDING, TENSORS))
     return None if tensors is None or (config is None and pending is None) else (config, pending, tensors)
 

@@ -18,7 +18,7 @@ class AdapterFormat:
 
     summary: str  # one line for the help of `s2ft export`
     module: str  # full name of the module
-    options: Options = field(default_factory=dict)  # what `write` takes besides
+    options: Options = field(default_factory=dict)  # further arguments of `write`
 
     @property
     def matches(self) -> Callable[[Path], bool]:

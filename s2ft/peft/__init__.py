@@ -3,8 +3,8 @@
 `import s2ft.peft` registers the method. After that get_peft_model, PeftModel.from_pretrained and all libraries that
 are built on them accept an :class:`S2FTPeftConfig` and the folders that such a model saved.
 
-Troubleshooting: PEFT raises ``KeyError: 'S2FT'`` or ``ValueError: 'S2FT' is not a valid PeftType`` if it loads such a
-folder in a program that has not registered the method: add ``import s2ft.peft`` before the call.
+Troubleshooting: PEFT raises ``KeyError: 'S2FT'`` if it loads such a folder in a program that has not registered the
+method. Add ``import s2ft.peft`` before the call.
 
 PEFT's own classes load, save and switch the adapters; s2ft selects the units and computes the products and the sums.
 The layout is `indexed`: units stay where they are, so that several adapters with different units fit into one layer.
@@ -31,7 +31,7 @@ from s2ft.peft.layer import S2FTPeftLayer
 from s2ft.peft.model import PREFIX, S2FTPeftModel
 from s2ft.peft.native import from_native, to_native
 
-__all__ = ["S2FTPeftConfig", "S2FTPeftLayer", "S2FTPeftModel", "from_native", "register", "to_native"]
+__all__ = ["S2FTPeftConfig", "S2FTPeftLayer", "S2FTPeftModel", "from_native", "to_native"]
 
 
 def register() -> None:

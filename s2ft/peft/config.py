@@ -52,6 +52,11 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
     The other arguments are those of :class:`s2ft.S2FTConfig` (ratios by projection, selection, budget, layers and so
     on) and of `peft.PeftConfig` (task_type, inference_mode and so on).
 
+    Attributes:
+        layout: Always "indexed".
+        ffn_kernel: Always False: PEFT's layers run one by one.
+        delta_dtype: Always None: the dtype is that of the weight, see above.
+
     Raises:
         ValueError: A value or a combination of values is not valid; the message names the field.
 
@@ -79,26 +84,25 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
         default=None, metadata={"help": "layers to train, by the first number in a module's name"}
     )
     layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "what stands before that number, e.g. layers"}
+        default=None, metadata={"help": "the word before that number, for example layers"}
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "modules to train and save whole besides, e.g. a new head"}
+        default=None, metadata={"help": "modules to train and save in full, for example a new head"}
     )
     ratio: float | None = field(default=None, metadata={"help": "share of the units of every target module"})
     dim: str | None = field(
         default=None,
-        metadata={
-            "help": "outputs or inputs: what a unit is in target modules that are in no coupling that s2ft knows"
-        },
+        metadata={"help": "outputs or inputs: the units of target modules that are in no coupling that s2ft knows"},
     )
     init_weights: bool = field(
-        default=True, metadata={"help": "deltas begin at zero, so that nothing changes; False: random, for tests"}
+        default=True,
+        metadata={"help": "start the deltas at zero, so that nothing changes; False: at random, for tests"},
     )
     chosen_by: dict[str, Any] | None = field(
-        default=None, metadata={"help": "for the record: the options that the units were chosen by"}
+        default=None, metadata={"help": "written by the injection: the options by which the units were selected"}
     )
     base_fingerprint: str | None = field(
-        default=None, metadata={"help": "what the base must be, for the families that s2ft knows; None: not looked at"}
+        default=None, metadata={"help": "written by the injection: fingerprint that the base must have; None: no check"}
     )
 
     def __post_init__(self) -> None:
@@ -147,7 +151,16 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
             )
 
     def with_units(self, selection: Selection, paths: list[str], fingerprint: str | None) -> "S2FTPeftConfig":
-        """Return a copy that names the units; the options by which they were selected move to `chosen_by`."""
+        """Return a copy that names the units; the options by which they were selected move to `chosen_by`.
+
+        Args:
+            selection: The selected units.
+            paths: The modules that have them.
+            fingerprint: Fingerprint of the base as JSON text, or None.
+
+        Returns:
+            The copy.
+        """
         if self.units is not None:
             by, chosen_by = {}, self.chosen_by
         else:
@@ -167,14 +180,22 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
         )
 
     def as_created(self) -> "S2FTPeftConfig":
-        """Return a copy with the values before the injection, except for fields that the user has changed since."""
+        """Undo the changes of the injection.
+
+        Returns:
+            A copy with the values before the injection, except for fields that the user has changed since.
+        """
         before = {name: was for name, (was, now) in (self.changed_fields or {}).items() if getattr(self, name) == now}
         return replace(self, **before)
 
     def updated_to(self, selected: "S2FTPeftConfig") -> "S2FTPeftConfig":
-        """Take over all fields of `selected`, and return this config.
+        """Take over all fields of a config with units.
 
-        If this config already names other units, for another adapter, it stays unchanged and a copy is returned.
+        Args:
+            selected: The config with units, see :meth:`with_units`.
+
+        Returns:
+            This config; or a copy, if this config already names other units for another adapter.
         """
         kept = ("units", "base_fingerprint", "chosen_by")
         same = all(getattr(self, name) == getattr(selected, name) for name in kept)
@@ -187,7 +208,11 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
         return updated
 
     def remember_created(self, created: "S2FTPeftConfig") -> None:
-        """Record the fields in which this config differs from the config `created` before the injection."""
+        """Record which fields the injection has changed, for :meth:`as_created`.
+
+        Args:
+            created: The config before the injection.
+        """
         changed = {f.name: (getattr(created, f.name), getattr(self, f.name)) for f in fields(self)}
         self.changed_fields = {name: both for name, both in changed.items() if both[0] != both[1]}
 

@@ -45,6 +45,13 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     `merge` writes. `unmerge` copies the base back. The weight of a quantized base is not changed: the sum is multiplied
     separately and added to the output.
 
+    Args:
+        base_layer: The layer to wrap: a linear layer, Conv1D, a convolution or a quantized linear layer.
+        adapter_name: Name of the first adapter.
+        dim: 0 to train outputs, 1 to train inputs.
+        index: Elements of the selected units, [n] int64, ascending.
+        init_weights: True starts the delta at zero, False at random.
+
     Attributes:
         base_layer: The layer that this one wraps.
         s2ft_delta: The :class:`AdapterDelta` of each adapter, by name.
@@ -82,7 +89,15 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         self.update_layer(adapter_name, dim, index, init_weights)
 
     def check_dim(self, adapter_name: str, dim: int) -> None:
-        """Raise ValueError if an adapter trains the other dim than the adapters of this layer."""
+        """Check that an adapter trains the same dim as the adapters of this layer.
+
+        Args:
+            adapter_name: Name of the adapter, for the message.
+            dim: 0 for outputs, 1 for inputs.
+
+        Raises:
+            ValueError: It trains the other dim.
+        """
         if dim != self.dim:
             sides = ("outputs", "inputs")
             raise ValueError(
@@ -91,7 +106,14 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
             )
 
     def update_layer(self, adapter_name: str, dim: int, index: Tensor, init_weights: bool) -> None:
-        """Add an adapter to this layer, which PEFT calls for each further adapter."""
+        """Add an adapter to this layer.
+
+        Args:
+            adapter_name: Name of the adapter.
+            dim: 0 to train outputs, 1 to train inputs.
+            index: Elements of the selected units, [n] int64, ascending.
+            init_weights: True starts the delta at zero, False at random.
+        """
         shape, weight = list(self._shape()), self.base_layer.weight
         shape[dim] = index.numel()
         quantized = is_quantized(self.base_layer)
@@ -140,7 +162,14 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         return self._product(x, self.delta_of(names))
 
     def delta_of(self, names: list[str]) -> Delta:
-        """Return the sum of the deltas of adapters on this layer. Gradients flow to each of them."""
+        """Add up the deltas of adapters.
+
+        Args:
+            names: Names of adapters that this layer has.
+
+        Returns:
+            The sum, on the units of any of them. Gradients flow to each delta.
+        """
         parts = [self.s2ft_delta[name] for name in names]
         deltas = [Delta(self.dim, part.index, part.values) for part in parts]
         return deltas[0] if len(deltas) == 1 else sum_deltas([(delta, 1.0) for delta in deltas])
@@ -251,7 +280,11 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def write_sum(self, names: list[str]) -> None:
-        """Add the sum of adapters to the weight, which must hold the base, and keep the base's values."""
+        """Add the sum of adapters to the weight, which must hold the base, and keep the base's values.
+
+        Args:
+            names: Names of adapters that this layer has.
+        """
         if not names:
             return
         delta, matrix = self.delta_of(names), self._matrix()
@@ -276,7 +309,14 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     # ---- called by PEFT ------------------------------------------------------------------------------
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return an adapter's delta as a dense tensor with the shape of the weight."""
+        """Return an adapter's delta as a dense tensor.
+
+        Args:
+            adapter: Name of the adapter.
+
+        Returns:
+            The delta, with the shape of the base layer's weight.
+        """
         delta = self.delta_of([adapter])
         dense = torch.zeros(self.base_layer.weight.shape, dtype=delta.values.dtype, device=delta.values.device)
         matrix = as_matrix(dense, transposed=is_conv1d(self.base_layer))
@@ -284,7 +324,14 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         return dense
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether PEFT can convert the adapter to a LoRA: the base is a linear layer and not quantized."""
+        """Whether PEFT can convert an adapter to a LoRA.
+
+        Args:
+            adapter_name: Name of the adapter.
+
+        Returns:
+            True if the base layer is linear and not quantized.
+        """
         return type(self.base_layer) not in CONVOLUTIONS and not is_quantized(self.base_layer)
 
     def extra_repr(self) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import s2ft
-from s2ft.adapter.saving import gathered
+from s2ft.adapter.saving import gather_trained
 from s2ft.attached.record import attachment_of
 from s2ft.distributed import check_all_ranks_agree
 from s2ft.packages import check_packages
@@ -143,7 +143,7 @@ def _train(trainer, checkpoint: Path | None) -> None:
 
 
 def _save(model, folder: RunFolder, trainer) -> None:
-    trained = gathered(model)  # on each rank, since a sharded adapter is spread over all of them
+    trained = gather_trained(model)  # on each rank, since a sharded adapter is spread over all of them
     if trainer.is_world_process_zero():
         s2ft.save_adapter(model, folder.adapter, state=trained)
 

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from s2ft.adapter.folders import ADAPTER, RUN
 from s2ft.files.adapter_folder import CONFIG
 from s2ft.files.reading import read_json
+from s2ft.files.writing import replace_file
 from s2ft.train.checkpoints import UNFINISHED, checkpoints, newest_valid
 from s2ft.train.lock import LOCK, only_run_in
 from s2ft.train.options import NOT_PART_OF_A_RUN
@@ -146,10 +146,8 @@ def log_failure(what: str, error: Exception) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a file under another name and rename it, so that a reader never gets half a file."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    """Replace a JSON file in one step, so that a reader never gets half a file."""
+    replace_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_log(path: Path) -> list[dict]:

@@ -19,7 +19,7 @@ from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from s2ft.adapter import restore_adapter
-from s2ft.adapter.saving import gathered
+from s2ft.adapter.saving import gather_trained
 from s2ft.attached.record import attachment_of
 from s2ft.train.checkpoints import UNFINISHED, damage, move_into_place, newest_valid
 
@@ -128,7 +128,7 @@ class AdapterCheckpoints:
         if not self._sharded:
             super().save_model(output_dir, _internal_call)
             return
-        self._save(output_dir, state_dict=gathered(self.accelerator.unwrap_model(self.model)))
+        self._save(output_dir, state_dict=gather_trained(self.accelerator.unwrap_model(self.model)))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

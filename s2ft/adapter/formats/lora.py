@@ -343,7 +343,7 @@ def _scaling(config: dict[str, Any], path: str, rank: int, file: Path) -> float:
 
 def _pattern(patterns: dict[str, Any] | None, path: str, default):
     """The value of the first pattern that is the whole name, or its end after a dot, as in PEFT. Other regular
-    expressions are refused, because matching one from an unknown origin can take for ever."""
+    expressions are refused, because matching one from an unknown origin may never end."""
     for pattern, value in (patterns or {}).items():
         plain = re.sub(r"\\(.)", r"\1", pattern.removeprefix("^"))
         if re.search(r"[^\w.\-]", plain):
