@@ -277,7 +277,15 @@ class S2FTConfig:
         return {key: value for key in PROJECTIONS if (value := getattr(self, f"{key}_ratio")) > 0}
 
     def delta_dtype_for(self, weight_dtype: "torch.dtype") -> "torch.dtype":
-        """float32 under a half-precision weight: updates below its step size would be lost."""
+        """Return the dtype of the slice of a weight.
+
+        Args:
+            weight_dtype: Dtype of the weight.
+
+        Returns:
+            `delta_dtype` if it is set, else the weight's dtype, but at least float32. In half precision, updates that
+            are smaller than the step size of the values would be lost.
+        """
         import torch
 
         if self.delta_dtype is not None:
@@ -285,5 +293,9 @@ class S2FTConfig:
         return torch.promote_types(weight_dtype, torch.float32)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON values. `modules_to_save` is left out if it is None, as in older files."""
+        """Return the configuration for JSON.
+
+        Returns:
+            The fields as JSON values. `modules_to_save` is left out if it is None, as in older files.
+        """
         return {name: value for name, value in asdict(self).items() if name != "modules_to_save" or value is not None}

@@ -113,8 +113,8 @@ def estimate(
         step.run(make, accumulation)
     if config.units is None and (config.selection, config.allocation) != ("random", "uniform"):
         notes += (f"selection={config.selection!r}, allocation={config.allocation!r} is counted as random and uniform",)
-    there = resident(model, place) if dtype is None else 0
-    return Estimate(step.parts(), *shape_of(inputs), str(place), *step.peak(), there, free_memory(place), notes)
+    loaded = resident(model, place) if dtype is None else 0
+    return Estimate(step.parts(), *shape_of(inputs), str(place), *step.peak(), loaded, free_memory(place), notes)
 
 
 def _not_on_meta() -> AbstractContextManager:
@@ -151,10 +151,10 @@ def _check(
 
 def _place(model: nn.Module, device: Any) -> tuple[torch.device, torch.device, tuple[str, ...]]:
     """Return the device to train on, the device whose kernels are counted, and a note if these differ."""
-    here = {tensor.device for tensor in model.parameters()} - {torch.device("meta")}
+    devices = {tensor.device for tensor in model.parameters()} - {torch.device("meta")}
     gpu = torch.cuda.is_available()
     if device is None:
-        device = next(iter(here)) if len(here) == 1 else "cuda" if gpu else "cpu"
+        device = next(iter(devices)) if len(devices) == 1 else "cuda" if gpu else "cpu"
     try:
         place = torch.device(device)
     except (RuntimeError, TypeError):

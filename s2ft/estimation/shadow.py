@@ -100,7 +100,7 @@ def _wanted_dtypes(model: nn.Module, dtype: torch.dtype | None) -> dict[int, tor
     wanted = {}
     for name, tensor in model.state_dict(keep_vars=True).items():  # buffers outside it are not loaded either
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
-            found = (there for pattern, there in plan.items() if re.search(rf"(^|\.){pattern}(\.|$)", name))
+            found = (kept for pattern, kept in plan.items() if re.search(rf"(^|\.){pattern}(\.|$)", name))
             wanted[id(tensor)] = next(found, dtype)
     return wanted
 

@@ -1,4 +1,4 @@
-"""Kinds of layers, and the trainable layers of each: one file a kind.
+"""Kinds of layers and their trainable layers, with one file for each kind.
 
 A new kind is one file, with its trainable layers and a subclass of :class:`Kind`, and its row in `KINDS`.
 """
@@ -31,15 +31,19 @@ __all__ = [
     "kind_of",
 ]
 
-# The first that matches counts: a linear layer that torchao quantized is an nn.Linear too.
+# The first kind that matches is used: a layer that torchao has quantized is an nn.Linear too.
 KINDS: tuple[Kind, ...] = (*QUANTIZED, LINEAR, CONV1D, CONVOLUTION, EXPERTS)
 
 
 def kind_of(found: Any) -> Kind:
-    """The kind of a module or parameter; of a trainable layer the kind of the plain one that it replaces.
+    """Find the kind of a module or parameter.
+
+    Args:
+        found: A plain layer, a parameter with the weights of experts, or a trainable layer, which has the kind of the
+            plain layer that it replaces.
 
     Returns:
-        The kind, or for what S²FT does not train one whose `layers` is None.
+        The kind. For a module that S²FT does not train, its `layers` is None.
     """
     if isinstance(found, S2Layer):
         return found.kind

@@ -9,7 +9,7 @@ from s2ft.distributed import Shard
 
 
 def as_matrix(weight: Tensor, transposed: bool = False) -> Tensor:
-    """View a weight as [outputs, inputs], or as [outputs, inputs, taps] where it has more dimensions (convolutions).
+    """View a weight as [outputs, inputs], or, with more dimensions (convolutions), as [outputs, inputs, taps].
 
     Args:
         weight: Weight of one layer, [outputs, inputs, ...].
@@ -28,12 +28,11 @@ class Kind:
 
     Attributes:
         name: Words for messages.
-        layers: The trainable layers that train outputs and inputs (column, row); None where there are none.
-        is_linear: Whether the layer maps the last dimension of its input by a matrix product, so that a second
-            product can be added to its output.
+        layers: The classes that train its outputs and its inputs (column, row); None if S²FT has none.
+        is_linear: Whether the output is one matrix product (and a bias), so that a second product can be added to it.
         transposed: Whether the weight is stored as [inputs, outputs].
-        read_only: Why no value can be written into the weight, as a sentence; None where it can. Units that move,
-            adapters that are switched on, fused or merged all need a weight that can be written.
+        read_only: Why values can't be written into the weight, as a sentence; None if they can. Reordering units, and
+            fusing, merging or switching on an adapter, write into the weight.
     """
 
     name = "no layer that S²FT trains"
@@ -56,15 +55,15 @@ class Kind:
         return holder.weight
 
     def bias(self, holder: nn.Module | Tensor) -> Tensor | None:
-        """The bias [outputs], where there is one. It moves with the outputs."""
+        """The bias [outputs], or None. It is reordered with the outputs."""
         return getattr(holder, "bias", None)
 
     def view(self, tensor: Tensor, expert: int | None = None) -> Tensor:
         """View a tensor of the weight's shape, for instance its gradient, as outputs × inputs (× taps).
 
         Args:
-            tensor: Of the shape in which the weight is stored.
-            expert: Which of the experts, for weights of many.
+            tensor: A tensor of the shape in which the weight is stored.
+            expert: Number of the expert, for weights of several experts.
         """
         return as_matrix(tensor, self.transposed)
 
@@ -83,7 +82,7 @@ class Kind:
 
         Args:
             shard: This rank's part of the weight as it is stored.
-            expert: Which of the experts, for weights of many.
+            expert: Number of the expert, for weights of several experts.
         """
         matrix, start = shard.tensor, shard.start
         if matrix.numel():

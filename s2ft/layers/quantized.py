@@ -150,9 +150,9 @@ def _is_of_bitsandbytes(module: Any, name: str) -> bool:
 class Linear4bitKind(QuantizedKind):
     """Linear4bit of bitsandbytes.
 
-    On CPUs with AVX512-BF16 its first forward in evaluation mode packs the weight in another way, for a product in
-    bfloat16. That product passes no gradient, in training mode neither: after one evaluation, training would go wrong
-    without an error. So layers are kept unpacked while something is trained.
+    On CPUs with AVX512-BF16, its first forward in evaluation mode packs the weight in another way, for a product in
+    bfloat16. From then on the layer passes no gradient, even in training mode: after one evaluation, training would go
+    wrong without an error. So layers stay unpacked while something is trained.
     """
 
     name = "Linear4bit of bitsandbytes"

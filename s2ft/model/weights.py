@@ -1,7 +1,7 @@
-"""The weight behind a projection, whatever holds it.
+"""Finds the weight of a projection in a model.
 
-Everything that reads or writes a weight resolves it once, by :func:`weight_at`, and asks the handle. How a weight of
-some kind of layer is stored is known to the layer's own file alone, see :class:`s2ft.layers.Kind`.
+Code that reads or writes a weight finds it once, by :func:`weight_at`, and uses the handle. Only the file of a layer
+contains how its weight is stored, see :class:`s2ft.layers.Kind`.
 """
 
 from collections.abc import Iterator
@@ -44,10 +44,10 @@ class WeightHandle:
     """A weight of a model, found once.
 
     Attributes:
-        path: Its projection's path.
-        holder: The layer that has it, plain or trainable, or the parameter with the weights of all experts.
-        kind: The kind of the plain layer.
-        expert: Which of the experts.
+        path: Path of its layer or parameter in the model.
+        holder: The layer that has the weight, plain or trainable, or the parameter with the weights of all experts.
+        kind: Kind of the plain layer.
+        expert: Number of the expert, for weights of several experts.
     """
 
     path: str
@@ -62,13 +62,12 @@ class WeightHandle:
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias [outputs], where there is one."""
+        """The bias [outputs], or None."""
         return self.kind.bias(self.holder)
 
     @property
     def matrix(self) -> Tensor:
-        """The weight as outputs × inputs (× taps), detached, in the weight's own memory; of a quantized weight a copy
-        in floating point."""
+        """The weight as outputs × inputs (× taps), detached: a view, or for a quantized weight a dequantized copy."""
         return self.kind.matrix(self.holder, self.expert)
 
     @property
@@ -83,7 +82,7 @@ class WeightHandle:
 
     @property
     def read_only(self) -> str | None:
-        """Why no value can be written into the weight, as a sentence; None where it can."""
+        """Why values can't be written into the weight, as a sentence; None if they can."""
         return self.kind.read_only
 
     def view(self, tensor: Tensor) -> Tensor:
@@ -93,7 +92,7 @@ class WeightHandle:
     def shard(self) -> AbstractContextManager[Shard]:
         """Open the part of :attr:`matrix` that this rank can write, in the weight's own memory.
 
-        That is the full matrix, except where FSDP2 shards it. Under ZeRO-3 every rank must call this and write the same
+        That is the full matrix, unless FSDP2 shards it. Under ZeRO-3 every rank must call this and write the same
         values.
         """
         weight = self.tensor

@@ -3,8 +3,8 @@
 Each file defines one operator: its schema, its reference in PyTorch, its shape function for torch.compile, its gradient
 and its public function. The compiled kernels in csrc/ are registered under the same names.
 
-Kernels and references check their arguments. A public function checks only what a kernel can't check (on a GPU, the
-entries of an index) and what PyTorch reads before the kernel runs.
+Kernels and references check their arguments. A public function checks only what a kernel can't: on a GPU, the entries
+of the index of an op that changes a weight.
 """
 
 from s2ft.ops._effective import effective_units

@@ -99,24 +99,13 @@ def define_linear(name: str, units: str) -> Callable:
 def call(
     name: str, op: Callable, x: Tensor, weight: Tensor, delta: Tensor, units: Units, dim: int, bias: Tensor | None
 ) -> Tensor:
-    """Call a linear op from its public function."""
+    """Call a linear op from its public function. The op checks the arguments."""
     x = autocast_input(name, x, weight)
-    if _keeps_columns(delta, dim):  # apply() reads x before the op can check its arguments
+    try:
+        kept = _columns_to_keep(x, delta, units, dim)
+    except (IndexError, RuntimeError):  # with wrong arguments, reading x may fail before the op can check them
         check(name, x, weight, delta, units, dim, bias)
-    return apply(op, x, weight, delta, units, dim, bias)
-
-
-def apply(
-    op: Callable, x: Tensor, weight: Tensor, delta: Tensor, units: Units, dim: int, bias: Tensor | None
-) -> Tensor:
-    """Call a linear op on checked arguments.
-
-    For dim 1 the backward needs only the selected columns of x. They are copied here and not inside the op: there,
-    autograd would not see that they depend on x, and second derivatives would miss a term.
-    """
-    kept = None
-    if _keeps_columns(delta, dim):
-        kept = _columns(x, units, delta.shape[1]).clone(memory_format=torch.contiguous_format)
+        raise
     return op(x, weight, delta, units, dim, bias, kept)
 
 
@@ -128,8 +117,15 @@ def outer_product(
     return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
 
 
-def _keeps_columns(delta: Tensor, dim: int) -> bool:
-    return dim == 1 and delta.requires_grad and torch.is_grad_enabled()
+def _columns_to_keep(x: Tensor, delta: Tensor, units: Units, dim: int) -> Tensor | None:
+    """Return a copy of the selected columns of x, which is all that the backward needs of x for dim 1.
+
+    They are copied before the op and not inside it: there, autograd would not see that they depend on x, and second
+    derivatives would miss a term.
+    """
+    if dim != 1 or not delta.requires_grad or not torch.is_grad_enabled():
+        return None
+    return _columns(x, units, delta.shape[1]).clone(memory_format=torch.contiguous_format)
 
 
 def _columns(x: Tensor, units: Units, length: int) -> Tensor:
@@ -199,7 +195,8 @@ def _second_backward(op, ctx, second):  # [..., I], the gradient with respect to
     grad, weight, delta, units = _saved(ctx)
     grad_grad = grad_delta = None
     if ctx.needs_input_grad[0]:
-        grad_grad = apply(op, second, weight, delta, units, ctx.dim, None)
+        kept = _columns_to_keep(second, delta, units, ctx.dim)
+        grad_grad = op(second, weight, delta, units, ctx.dim, None, kept)
     if ctx.needs_input_grad[2]:
         kept = second if ctx.dim == 0 else _columns(second, units, delta.shape[1])
         grad_delta = _delta_gradient(grad, kept, delta, units, ctx.dim)

@@ -40,11 +40,11 @@ ACTIVATIONS = {
 }
 
 
-def check(op: str, gate: Tensor, activation: str, **others: Tensor) -> None:
+def check(op: str, gate: Tensor, activation: str, **tensors: Tensor) -> None:
     """Check that the activation is known and that the other tensors have gate's shape and dtype."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
-    for name, other in others.items():
+    for name, other in tensors.items():
         if other.dtype != gate.dtype:
             raise ValueError(f"{op}: {name} must have gate's dtype {gate.dtype}, got {other.dtype}")
         if other.shape != gate.shape:

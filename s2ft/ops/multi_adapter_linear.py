@@ -79,12 +79,12 @@ def _add(
 ) -> None:
     """Add the units of each sequence's adapter. The values of other units have no effect, not even inf and NaN."""
     shape = (len(mine), *[1] * (x.dim() - 2))
-    others = ~mine.view(*shape, -1)
+    not_mine = ~mine.view(*shape, -1)
     if dim == 0:
-        out.index_add_(-1, at, (x @ values.t()).masked_fill(others, 0))
+        out.index_add_(-1, at, (x @ values.t()).masked_fill(not_mine, 0))
         return
     broken = ~values.isfinite().all(1)  # zero times these would be NaN in every sequence
-    out += x.index_select(-1, at).masked_fill(others, 0) @ values.masked_fill(broken[:, None], 0)
+    out += x.index_select(-1, at).masked_fill(not_mine, 0) @ values.masked_fill(broken[:, None], 0)
     out.masked_fill_((mine & broken).any(1).view(*shape, 1), float("nan"))
 
 
