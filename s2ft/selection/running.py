@@ -156,9 +156,8 @@ def keep_checkpointing(model: nn.Module) -> list:
     blocks = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     if not blocks:
         return []
-    from transformers.modeling_layers import (
-        GradientCheckpointingLayer,  # not at the top, because this import takes seconds
-    )
+    # Imported here, because it takes seconds.
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [block for block in blocks if isinstance(block, GradientCheckpointingLayer)]
     hooks = []
