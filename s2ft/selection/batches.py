@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from s2ft.model.coupling import Coupling, Projection
-from s2ft.text.encoding import IGNORED
 
+IGNORED = -100  # the label that torch's cross entropy ignores
 MAIN_INPUTS = {  # a model's main input: its description, and its number of dimensions, or the smallest one
     "input_ids": ("token ids of shape [sequences, tokens]", 2),
     "pixel_values": ("floating-point pixels of shape [images, channels, height, width]", 4),
