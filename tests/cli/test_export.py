@@ -141,7 +141,10 @@ def test_merged_in_shards(work, tmp_path):
         (["ADAPTER", "--max-shard-size", "1GB"], "--max-shard-size is for merged, not for lora"),
         (["ADAPTER", "--name", "x"], "--name is for from-lora, not for lora"),
         (["ADAPTER", "--rank", 3], "rank must be at least"),
-        (["ADAPTER", "--format", "merged", "--max-shard-size", "0GB"], "max_shard_size must be a size above 0, such as"),
+        (
+            ["ADAPTER", "--format", "merged", "--max-shard-size", "0GB"],
+            "max_shard_size must be a size above 0, such as",
+        ),
         (["ADAPTER", "--dtype", "int8"], "--dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
         (["nowhere"], "there is no folder nowhere"),
         (["--from-lora", "ADAPTER"], "is not a PEFT LoRA: it has no adapter_config.json"),
