@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import itertools
 import logging
 import re
 import shutil
@@ -57,9 +58,14 @@ class Parser(argparse.ArgumentParser):
     """Raises UsageError with one line that names the help, where argparse prints the whole usage and exits."""
 
     def parse_args(self, arguments: list[str]) -> argparse.Namespace:  # type: ignore[override]
+        known = list(self._option_string_actions)
+        for word in itertools.takewhile(lambda word: word != "--", arguments):
+            # Before argparse, which would first complain about the missing option that a wrong name stands for.
+            if word.startswith("--") and " " not in word and word.partition("=")[0] not in known:
+                self.error(_unknown(word, known))
         found, unknown = self.parse_known_args(arguments)
         if unknown:
-            self.error(_unknown(unknown[0], list(self._option_string_actions)))
+            self.error(_unknown(unknown[0], known))
         return found
 
     def error(self, message: str) -> NoReturn:

@@ -312,6 +312,13 @@ def test_a_wrong_value_is_one_line(arguments, message, capsys):
     assert message in printed and printed.count("\n") == 1
 
 
+def test_a_wrong_name_is_reported_before_what_it_leaves_missing(capsys):
+    assert main(["finetune", "--model_name_or_path", "m"]) == 2
+    assert "no option --model_name_or_path; did you mean --model?" in capsys.readouterr().err
+    assert main(["generate", "--model", "./nowhere", "--prompt", "--- a line"]) == 2
+    assert "./nowhere doesn't exist" in capsys.readouterr().err
+
+
 def test_missing_options_are_named(capsys):
     assert main(["select", "--d-ratio", "0.1"]) == 2
     assert capsys.readouterr().err == "s2ft select: error: missing: --model, --output (see s2ft select --help)\n"
