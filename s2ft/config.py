@@ -10,10 +10,21 @@ if TYPE_CHECKING:
     import torch
 
 PROJECTIONS = ("q", "k", "v", "o", "u", "g", "d")  # as in s2ft.model.coupling, which imports PyTorch
+METRICS = {  # a metric is a row here and a file s2ft/selection/<name>.py
+    "random": "at random",
+    "weight": "by weight norm",
+    "activation": "by activation norm on calibration data",
+    "product": "by weight norm times activation norm on calibration data",
+    "gradient": "by gradient norm on calibration data",
+}
+ALLOCATIONS = {  # an allocation is a row here and a file s2ft/selection/allocation_<name>.py
+    "uniform": "the same number of units in each layer",
+    "global": "the units with the best scores over all layers, so a layer may get none",
+}
 CHOICES = {
-    "selection": ("random", "weight", "activation", "product", "gradient"),
+    "selection": tuple(METRICS),
     "order": ("largest", "smallest"),
-    "allocation": ("uniform", "global"),
+    "allocation": tuple(ALLOCATIONS),
     "layout": ("permuted", "indexed"),
     "delta_dtype": (None, "float32", "bfloat16", "float16", "float64"),
 }
@@ -73,6 +84,10 @@ def _units(name: str, value: Any) -> Any:
     return {path: numbers.tolist() if hasattr(numbers, "tolist") else numbers for path, numbers in value.items()}
 
 
+def _listed(options: dict[str, str]) -> str:
+    return ", ".join(f"{name} ({text})" for name, text in options.items())
+
+
 def _ratio(of: str) -> Any:
     return field(default=0.0, metadata={"help": f"share of {of} to train in each layer, from 0 to 1"})
 
@@ -128,11 +143,7 @@ class S2FTConfig:
     d_ratio: float = _ratio("FFN channels of down_proj")
     selection: str = field(
         default="random",
-        metadata={
-            "help": "how units are chosen: at random, or by the norm of weights, of activations, of both multiplied, "
-            "or of gradients; the last three use calibration data",
-            "choices": CHOICES["selection"],
-        },
+        metadata={"help": "how units are chosen: " + _listed(METRICS), "choices": CHOICES["selection"]},
     )
     order: str = field(
         default="largest",
@@ -144,8 +155,7 @@ class S2FTConfig:
     allocation: str = field(
         default="uniform",
         metadata={
-            "help": "uniform: the same number of units in each layer; global: the units with the best scores over all "
-            "layers, so a layer may get none",
+            "help": "how units are distributed over the layers: " + _listed(ALLOCATIONS),
             "choices": CHOICES["allocation"],
         },
     )

@@ -14,7 +14,7 @@ from s2ft.config import S2FTConfig
 from s2ft.model.coupling import Coupling, projections_of
 from s2ft.model.delta import Delta
 from s2ft.model.fingerprint import difference
-from s2ft.model.weights import shape_of
+from s2ft.model.weights import weight_at
 from s2ft.selection import Selection
 
 
@@ -225,7 +225,7 @@ def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:
     for path, delta in adapter.deltas.items():
         if path not in known:
             raise ValueError(f"adapter {adapter.name!r} is for another model: this one has no projection {path}")
-        shape = list(shape_of(model, known[path]))
+        shape = list(weight_at(model, known[path]).shape)
         size, shape[delta.dim] = shape[delta.dim], delta.index.numel()
         if delta.dim != known[path].dim or shape != list(delta.values.shape):
             raise ValueError(

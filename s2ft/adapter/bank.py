@@ -26,7 +26,7 @@ from s2ft.attached.hosts.compiled import unwrapped
 from s2ft.attached.record import Attachment, find_attachment, new_attachment
 from s2ft.files.adapter_folder import CONFIG, TENSORS, is_folder
 from s2ft.files.reading import check_adapter_name
-from s2ft.layers import S2ColumnLinear, S2QuantizedColumn, S2QuantizedLinear, S2RowLinear, layers_for
+from s2ft.layers import kind_of
 from s2ft.model.coupling import Projection, projections_of
 from s2ft.model.delta import Delta
 from s2ft.model.weights import find
@@ -340,7 +340,7 @@ class AdapterBank:
         module, known = find(self.model, path), self._layers.get(path)
         if known is not None and known.module is module:
             return known
-        if expert is not None or not _mixes(module):
+        if expert is not None or not kind_of(module).is_linear:
             what = "experts" if expert is not None else f"a {type(module).__name__}"
             raise ValueError(
                 f"{who} {path}, {what}: batches mix adapters of linear layers only, so use load_adapter "
@@ -480,7 +480,7 @@ class _BankLayer:
             return
         module, capacity = self.module, max(capacity, _power(units))
         self.values = self.index = None  # frees the old buffers before the new ones are allocated
-        outputs, inputs = _features(module)
+        outputs, inputs = kind_of(module).shape(module)
         width, device = (inputs, outputs)[self.dim], module.weight.device
         self.values = torch.zeros(capacity, width, dtype=dtype, device=device)
         self.index = torch.zeros(capacity, dtype=torch.int64, device=device)
@@ -562,21 +562,6 @@ def check_plain(model: nn.Module) -> None:
         raise ValueError(
             "the model's units have moved (layout='permuted'), and a bank needs the base's own order: detach first"
         )
-
-
-def _mixes(module) -> bool:
-    """Whether this is a linear layer of a kind we know the forward of."""
-    if isinstance(module, (S2ColumnLinear, S2RowLinear, S2QuantizedLinear)):
-        return True
-    kinds = layers_for(module) if isinstance(module, nn.Module) else None
-    return kinds is not None and kinds[0] in (S2ColumnLinear, S2QuantizedColumn)
-
-
-def _features(module: nn.Module) -> tuple[int, int]:
-    """Outputs and inputs."""
-    if hasattr(module, "nf"):  # Conv1D
-        return module.nf, module.nx
-    return module.out_features, module.in_features
 
 
 def _power(count: int) -> int:

@@ -14,7 +14,7 @@ from s2ft.attached.record import Attachment, Mount, Written
 from s2ft.distributed import full_tensors, has_master_copy, reshard_all, write_units
 from s2ft.model.coupling import Projection
 from s2ft.model.delta import Delta
-from s2ft.model.weights import part_of
+from s2ft.model.weights import weight_at
 from s2ft.ops import scatter_add_, swap_
 from s2ft.ops._lock import LOCK, finish_interrupted
 from s2ft.ops._memory import check_private
@@ -66,7 +66,7 @@ def _restore_base(model: nn.Module, record: Attachment) -> None:
         mounted.layer.unfuse()
         mounted.layer.enabled = False
     for entry in reversed(record.written):
-        with part_of(model, entry.projection) as part:
+        with weight_at(model, entry.projection).shard() as part:
             index, base = entry.index, entry.base
             if not entry.is_local:  # it was written before the model was sharded, if it is sharded
                 index = record.current_positions(entry.projection, index)
@@ -127,7 +127,7 @@ def write_trained(model: nn.Module, record: Attachment) -> None:
 
 
 def _write(model: nn.Module, record: Attachment, projection: Projection, parts: list[tuple[Delta, float]]) -> None:
-    with part_of(model, projection) as part:
+    with weight_at(model, projection).shard() as part:
         weight, dim = part.tensor, projection.dim
         found = [
             part.restrict(record.current_positions(projection, delta.index), delta.values, dim) for delta, _ in parts

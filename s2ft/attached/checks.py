@@ -7,10 +7,10 @@ from torch import nn
 from s2ft.attached.record import Attachment
 from s2ft.distributed import is_sharded
 from s2ft.files.reading import check_adapter_name
-from s2ft.layers import NO_FUSE, S2QuantizedLinear
+from s2ft.layers import kind_of
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.delta import Delta
-from s2ft.model.weights import find, is_quantized, passes_gradient, tensors_of
+from s2ft.model.weights import tensors_of, weight_at
 from s2ft.ops._memory import check_private
 
 # ---- names ---------------------------------------------------------------------------------------------
@@ -70,35 +70,36 @@ def _obstacles(model: nn.Module, couplings: list[Coupling]) -> Iterator[str]:
     for key, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(key)
     for coupling in couplings:
-        quantized = [(p.path, found) for p in coupling.projections if is_quantized(found := find(model, p.path))]
+        handles = [weight_at(model, projection) for projection in coupling.projections]
+        read_only = next((handle for handle in handles if handle.read_only), None)
         names = (owners.get(id(tensor), []) for tensor in tensors_of(model, coupling))
         tied = next((found for found in names if len(found) > 1), None)
-        if quantized:
-            yield f"{quantized[0][0]} is a quantized weight ({type(quantized[0][1]).__name__})"
+        if read_only is not None:
+            yield f"{read_only.path} is a quantized weight ({type(read_only.holder).__name__})"
         else:
             yield f"{' and '.join(tied)} are one tied weight" if tied else ""
 
 
 def check_memory(model: nn.Module, projections: list[Projection]) -> None:
     """Raise ValueError for a weight in shared or read-only memory, or computed from other parameters."""
-    for path in dict.fromkeys(projection.path for projection in projections):
-        found = find(model, path)
-        if is_quantized(getattr(found, "linear", found)):
+    for path, projection in {projection.path: projection for projection in projections}.items():
+        handle = weight_at(model, projection)
+        if handle.read_only:
             continue
+        found = handle.holder
         if isinstance(found, nn.Module) and "weight" not in found._parameters:
             raise ValueError(
                 f"{path}.weight is no parameter but is computed by a hook, as torch.nn.utils.prune and "
                 "weight_norm do: make it one first (prune.remove, remove_weight_norm)"
             )
-        weight = found.weight if isinstance(found, nn.Module) else found
-        if not is_sharded(weight):
-            check_private(f"{path}.weight" if isinstance(found, nn.Module) else path, weight)
+        if not is_sharded(handle.tensor):
+            check_private(f"{path}.weight" if isinstance(found, nn.Module) else path, handle.tensor)
 
 
 def check_gradients_pass(model: nn.Module) -> None:
     """Raise ValueError for a quantized layer, trained or not, that passes no gradient to its input."""
     for path, module in model.named_modules():
-        if is_quantized(module) and not passes_gradient(module):
+        if not kind_of(module).passes_gradient(module):
             raise ValueError(
                 f"{path} ({type(module.weight).__name__}) passes no gradient to its input, because it "
                 "quantizes that too: use a configuration that quantizes weights only"
@@ -108,15 +109,14 @@ def check_gradients_pass(model: nn.Module) -> None:
 def check_can_merge(record: Attachment) -> None:
     """Raise ValueError if a trainable layer has a quantized weight."""
     for path, mount in record.mounts.items():
-        if isinstance(mount.layer, S2QuantizedLinear):
-            raise ValueError(f"{path}: {NO_FUSE}")
+        if mount.layer.kind.read_only:
+            raise ValueError(f"{path}: {mount.layer.kind.read_only}")
 
 
 def check_can_write(model: nn.Module, record: Attachment, deltas: dict[str, Delta]) -> None:
     """Raise ValueError if a weight that the deltas would change is quantized. deltas: by projection."""
     for projection in projections_of(record.couplings):
-        found = find(model, projection.path)
-        if projection.name in deltas and is_quantized(getattr(found, "linear", found)):
+        if projection.name in deltas and weight_at(model, projection).read_only:
             raise ValueError(
                 f"{projection.path} is quantized, and an adapter can't be written into it: load it with "
                 "trainable=True, which adds it in the forward, or load the base unquantized"

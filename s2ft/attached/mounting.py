@@ -22,11 +22,11 @@ from s2ft.attached.hosts.state_dicts import add_state_hooks, remove_state_hooks
 from s2ft.attached.record import Attachment, Mount, Part, attachment_of, clear_attachment, set_attachment
 from s2ft.config import S2FTConfig
 from s2ft.distributed import check_same_as_first_rank
-from s2ft.layers import S2ColumnStack, S2Layer, S2QuantizedLinear, S2RowStack, gate_of, layers_for
+from s2ft.layers import EXPERTS, S2Layer, gate_of, kind_of
 from s2ft.model.coupling import Coupling, Projection
 from s2ft.model.fingerprint import digest
 from s2ft.model.permutation import Move, contiguous_range, coupling_order, inverse
-from s2ft.model.weights import allow_packing, find, layers_that_pack, position, put, stop_packing
+from s2ft.model.weights import allow_packing, find, layers_that_pack, parameter_position, put, stop_packing
 from s2ft.selection import Selection
 
 # ---- mounting ------------------------------------------------------------------------------------------
@@ -151,13 +151,13 @@ def _part(projection: Projection, units: Tensor, order: Tensor | None) -> Part:
 def _mount(model: nn.Module, path: str, parts: list[Part], record: Attachment, tied: set) -> None:
     original = find(model, path)
     if isinstance(original, nn.Parameter):
-        made = Mount(None, _stack(original, parts, record.config), parts, position(model, path))
+        made = Mount(None, _stack(original, parts, record.config), parts, parameter_position(model, path))
     else:
         made = Mount(original, _layer(original, parts, record.config), parts)
     made.layer.is_tied = id(made.layer.weight) in tied
     record.mounts[path] = made
     put(model, path, made.layer)
-    if made.original is not None and not isinstance(made.layer, S2QuantizedLinear):
+    if made.original is not None and not made.layer.wraps_plain:
         # Only the layer keeps them: a second owner would keep them whole where the layer's are sharded or moved.
         made.original.weight = made.original.bias = None
 
@@ -174,9 +174,8 @@ def _layer(original: nn.Module, parts: list[Part], config: S2FTConfig) -> S2Laye
     else:
         where = {"index": places}
         _number_positions(parts)
-    return layers_for(original)[dim].from_module(
-        original, **where, delta_dtype=config.delta_dtype_for(original.weight.dtype)
-    )
+    layer = kind_of(original).layers[dim]
+    return layer.from_module(original, **where, delta_dtype=config.delta_dtype_for(original.weight.dtype))
 
 
 def _stack(original: nn.Parameter, parts: list[Part], config: S2FTConfig) -> S2Layer:
@@ -186,8 +185,7 @@ def _stack(original: nn.Parameter, parts: list[Part], config: S2FTConfig) -> S2L
     for part in parts:
         index.setdefault(part.projection.expert, []).append(part.positions)
     _number_positions(parts)
-    kind = (S2ColumnStack, S2RowStack)[parts[0].projection.dim]
-    return kind(
+    return EXPERTS.layers[parts[0].projection.dim](
         original,
         {expert: torch.cat(places) for expert, places in index.items()},
         config.delta_dtype_for(original.dtype),
@@ -227,7 +225,7 @@ def unmount(model: nn.Module, record: Attachment) -> None:
         if mounted.original is None:
             put(model, path, mounted.layer.weight, mounted.position)
         else:
-            if not isinstance(mounted.layer, S2QuantizedLinear):
+            if not mounted.layer.wraps_plain:
                 mounted.original.weight, mounted.original.bias = mounted.layer.weight, mounted.layer.bias
             mounted.original.train(mounted.layer.training)
             put(model, path, mounted.original)
@@ -244,7 +242,7 @@ def remount(model: nn.Module, record: Attachment) -> None:
     model.requires_grad_(False)
     for path, mounted in record.mounts.items():
         put(model, path, mounted.layer)
-        if mounted.original is not None and not isinstance(mounted.layer, S2QuantizedLinear):
+        if mounted.original is not None and not mounted.layer.wraps_plain:
             mounted.original.weight = mounted.original.bias = None
         mounted.layer.s2.requires_grad_(True)
     put_forwards_back(model, record)

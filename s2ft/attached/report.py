@@ -12,7 +12,7 @@ from s2ft.attached.hosts.compiled import of_compiled
 from s2ft.attached.record import attachment_of
 from s2ft.config import S2FTConfig
 from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
-from s2ft.model.weights import parameters_of, weight_of
+from s2ft.model.weights import count_parameters, weight_at
 from s2ft.selection import Selection
 from s2ft.selection.budget import unit_parameters
 from s2ft.selection.selection import span
@@ -91,7 +91,7 @@ class Report:
             )
             for mount, part in record.parts.values()
         ]
-        total = parameters_of(model) - sum(part.parameters for part in parts)
+        total = count_parameters(model) - sum(part.parameters for part in parts)
         extra_weights = {name: parameter.numel() for name, parameter in trained_parameters(model, record).items()}
         return cls._from(record.name, record.config, parts, total, extra_weights, fresh_heads(model, record))
 
@@ -107,14 +107,14 @@ class Report:
                         projection,
                         units,
                         units * unit_parameters(model, projection),
-                        config.delta_dtype_for(weight_of(model, projection).dtype),
+                        config.delta_dtype_for(weight_at(model, projection).tensor.dtype),
                     )
                 )
         parameters = dict(model.named_parameters())
         extra_weights = {
             name: parameters[name].numel() for name in names_of_modules(model, couplings, config.modules_to_save)
         }
-        return cls._from("planned", config, parts, parameters_of(model), extra_weights)
+        return cls._from("planned", config, parts, count_parameters(model), extra_weights)
 
     @classmethod
     def _from(

@@ -8,10 +8,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import sum_deltas
-from s2ft.layers import CONVOLUTIONS, NO_FUSE, forward_for
+from s2ft.layers import Kind, kind_of
 from s2ft.layers.base import check_private_once, copy_at_rest
 from s2ft.model.delta import Delta
-from s2ft.model.weights import as_matrix, is_conv1d, is_quantized
 from s2ft.ops import effective_units, multi_adapter_linear, pack_adapters, scatter_add_, swap_
 from s2ft.ops._lock import LOCK
 
@@ -83,9 +82,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         self.s2ft_delta = nn.ModuleDict()
         self._replaced: tuple[Tensor, Tensor] | None = None  # index and base values, while merged
         self._active_adapter, self.merged_adapters, self._disable_adapters = adapter_name, [], False
-        names = ("nx", "nf") if is_conv1d(base_layer) else ("in_features", "out_features")
-        names = ("in_channels", "out_channels") if type(base_layer) in CONVOLUTIONS else names
-        self.in_features, self.out_features = (getattr(base_layer, name) for name in names)
+        self.out_features, self.in_features = self.kind.shape(base_layer)[:2]
         self.update_layer(adapter_name, dim, index, init_weights)
 
     def check_dim(self, adapter_name: str, dim: int) -> None:
@@ -114,24 +111,22 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
             index: Elements of the selected units, [n] int64, ascending.
             init_weights: True starts the delta at zero, False at random.
         """
-        shape, weight = list(self._shape()), self.base_layer.weight
+        shape, weight = list(self.kind.shape(self.base_layer)), self.base_layer.weight
         shape[dim] = index.numel()
-        quantized = is_quantized(self.base_layer)
-        delta = torch.zeros(shape, dtype=torch.float32 if quantized else weight.dtype, device=weight.device)
+        delta = torch.zeros(shape, dtype=self.kind.delta_dtype(self.base_layer), device=weight.device)
         self.s2ft_delta[adapter_name] = AdapterDelta(
             delta if init_weights else delta.normal_(std=0.1),
             index.to("cpu" if weight.is_meta else weight.device, copy=True),
         )
         self.set_adapter(self.active_adapters)
 
-    def _shape(self) -> torch.Size:
-        """Shape of the weight as outputs × inputs (× kernel)."""
-        if is_quantized(self.base_layer):
-            return torch.Size((self.out_features, self.in_features))
-        return self._matrix().shape
+    @property
+    def kind(self) -> Kind:
+        """The kind of the base layer."""
+        return kind_of(self.base_layer)
 
     def _matrix(self) -> Tensor:
-        return as_matrix(self.base_layer.weight.detach(), transposed=is_conv1d(self.base_layer))
+        return self.kind.matrix(self.base_layer)
 
     # ---- forward -------------------------------------------------------------------------------------
 
@@ -177,8 +172,8 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     def _product(self, x: Tensor, delta: Delta) -> Tensor:
         if not torch.compiler.is_compiling():
             check_private_once(self, self.base_layer.weight)
-        run, hook = forward_for(self.base_layer), getattr(self.base_layer, "_hf_hook", None)
-        if hook is None or is_quantized(self.base_layer):
+        run, hook = self.kind.forward, getattr(self.base_layer, "_hf_hook", None)
+        if hook is None or self.kind.read_only:
             return run(self.base_layer, x, delta.values, delta.index, self.dim)
         (x,), _ = hook.pre_forward(self.base_layer, x)  # accelerate's hook loads weights that are offloaded
         values, index = delta.values.to(x.device), delta.index.to(x.device)
@@ -206,7 +201,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         if not here:
             return self.base_layer.forward(x)
         needs_grad = torch.is_grad_enabled() and any(self.s2ft_delta[name].values.requires_grad for name in here)
-        if needs_grad or type(self.base_layer) in CONVOLUTIONS:
+        if needs_grad or not self.kind.is_linear:
             return self._row_by_row(x, adapter_names, here)
         y = self.base_layer.forward(x)
         deltas = [self.delta_of([name]) for name in here]
@@ -242,8 +237,8 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.s2ft_delta]
         if not names:
             return
-        if is_quantized(self.base_layer):
-            raise ValueError(NO_FUSE)
+        if self.kind.read_only:
+            raise ValueError(self.kind.read_only)
         before = self.merged_adapters
         self.restore_base()
         try:
@@ -319,7 +314,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         """
         delta = self.delta_of([adapter])
         dense = torch.zeros(self.base_layer.weight.shape, dtype=delta.values.dtype, device=delta.values.device)
-        matrix = as_matrix(dense, transposed=is_conv1d(self.base_layer))
+        matrix = self.kind.view(dense)
         matrix.transpose(0, self.dim)[delta.index] = delta.values.detach().transpose(0, self.dim)
         return dense
 
@@ -332,7 +327,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         Returns:
             True if the base layer is linear and not quantized.
         """
-        return type(self.base_layer) not in CONVOLUTIONS and not is_quantized(self.base_layer)
+        return self.kind.is_linear and not self.kind.read_only
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"

@@ -15,7 +15,7 @@ from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.delta import Delta
 from s2ft.model.fingerprint import difference, fingerprint
 from s2ft.model.registry import check_module, check_shapes, couplings_of, known_architectures
-from s2ft.model.weights import put, shape_of, weight_of
+from s2ft.model.weights import put, weight_at
 from s2ft.peft.config import DIMS, S2FTPeftConfig
 from s2ft.peft.layer import S2FTPeftLayer
 from s2ft.selection import Selection, select
@@ -129,7 +129,7 @@ def _couplings(model: nn.Module) -> list[Coupling]:
 
 def _fingerprint(model: nn.Module, couplings: list[Coupling]) -> dict | None:
     """The base's fingerprint; None for a model of no known family, and if weights are sharded or not loaded yet."""
-    weights = [weight_of(model, projection) for coupling in couplings for projection in coupling.projections]
+    weights = [weight_at(model, projection).tensor for projection in projections_of(couplings)]
     if not weights or any(w.is_meta or w.numel() == 0 or type(w.data).__name__ == "DTensor" for w in weights):
         return None
     return fingerprint(model, couplings)
@@ -208,7 +208,7 @@ def _uncoupled(config: S2FTPeftConfig, model: nn.Module, path: str, module: nn.M
             "s2ft knows"
         )
     dim = DIMS.index(config.dim)
-    shape = shape_of(model, Projection("ud"[dim], path, 1, 1, dim))
+    shape = weight_at(model, Projection("ud"[dim], path, 1, 1, dim)).shape
     return Targets(f"module {path}", 0, (Projection("ud"[dim], path, shape[dim], 1, dim),))
 
 

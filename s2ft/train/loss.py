@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2ft.distributed import is_sharded
+from s2ft.layers import LINEAR, kind_of
 from s2ft.model.modes import evaluation_mode
-from s2ft.model.weights import is_quantized
 from s2ft.text.encoding import IGNORED
 
 SCALE = 1024.0  # a power of two: multiplying by it and back is exact
@@ -191,9 +191,9 @@ def why_not_chunked(model: nn.Module, batch: Mapping[str, Tensor]) -> str:
     head = model.get_output_embeddings()
     if not hasattr(F, "linear_cross_entropy"):
         return f"torch {torch.__version__} has no linear_cross_entropy"
-    if type(head) is not nn.Linear or is_quantized(head) or "forward" in head.__dict__:
+    if kind_of(head) is not LINEAR or "forward" in head.__dict__:
         changed = " whose forward was replaced" if "forward" in head.__dict__ else ""
-        return f"the output layer is a {'quantized ' * is_quantized(head)}{type(head).__name__}{changed}"
+        return f"the output layer is a {'quantized ' * bool(kind_of(head).read_only)}{type(head).__name__}{changed}"
     if getattr(model, "loss_function", None) is not ForCausalLMLoss:
         return "the model does not use the standard loss of causal language models"
     with evaluation_mode(model), torch.no_grad():

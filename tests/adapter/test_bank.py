@@ -19,7 +19,7 @@ from s2ft.adapter.formats import native
 from s2ft.attached.record import new_attachment
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.delta import Delta
-from s2ft.model.weights import shape_of
+from s2ft.model.weights import weight_at
 
 RATIOS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}
 HEADS = dict(q_ratio=0.5, v_ratio=1.0, o_ratio=0.5)
@@ -58,7 +58,7 @@ def write(model, folder, ratios, seed=0, std=0.1):
     for projection in projections_of(record.couplings):
         if projection.name in selection:
             index = projection.elements(selection[projection.name])
-            shape = list(shape_of(model, projection))
+            shape = list(weight_at(model, projection).shape)
             shape[projection.dim] = len(index)
             deltas[projection.name] = Delta(projection.dim, index, std * torch.randn(shape, generator=generator))
     native.write(Adapter("random", config, selection, record.fingerprint, deltas), folder)

@@ -186,7 +186,7 @@ def test_the_rank_is_one_that_vllm_can_be_set_to(ratio, rank, tmp_path):
 def test_too_wide_for_vllm_is_said(tmp_path):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 600), nn.ReLU(), nn.Linear(600, 4))
-    mlp = s2ft.Coupling("ffn", 0, (s2ft.Projection("u", "0", 600, 1, 0),), s2ft.Projection("d", "2", 600, 1, 1))
+    mlp = s2ft.Coupling.ffn(0, up="0", down="2", channels=600)
     s2ft.attach(net, S2FTConfig(u_ratio=0.9, d_ratio=0.01), couplings=[mlp], example=torch.randn(2, 4))
     with pytest.warns(UserWarning, match="rank 540, and vLLM's max_lora_rank is 512 at most"):
         export_lora(net, tmp_path / "a")
@@ -206,7 +206,7 @@ def test_a_module_of_ones_own(tmp_path):
         inner = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 6))
         return nn.Sequential(nn.Linear(6, 6), inner, nn.Linear(6, 6))
 
-    mlp = [s2ft.Coupling("ffn", 0, (s2ft.Projection("u", "1.0", 20, 1, 0),), s2ft.Projection("d", "1.2", 20, 1, 1))]
+    mlp = [s2ft.Coupling.ffn(0, up="1.0", down="1.2", channels=20)]
     model = net()
     s2ft.attach(model, S2FTConfig(u_ratio=0.3, d_ratio=0.2), couplings=mlp, example=torch.randn(2, 6))
     with torch.no_grad():
@@ -227,7 +227,7 @@ def test_experts_and_convolutions_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"down_proj\[0\] is the weight of experts.*export the model merged"):
         export_lora(trained("mixtral", steps=1, d_ratio=0.1), tmp_path / "a")
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
-    mlp = s2ft.Coupling("ffn", 0, (s2ft.Projection("u", "0", 8, 1, 0),), s2ft.Projection("d", "2", 8, 1, 1))
+    mlp = s2ft.Coupling.ffn(0, up="0", down="2", channels=8)
     s2ft.attach(net, S2FTConfig(d_ratio=0.3), couplings=[mlp], example=torch.randn(2, 3, 9, 9))
     with pytest.raises(ValueError, match="2 is a convolution.*export the model merged"):
         export_lora(net, tmp_path / "a")

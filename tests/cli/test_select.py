@@ -145,7 +145,7 @@ def test_budget_exclude_and_units(work, tmp_path, capsys):
         (["--budget", "lots"], "budget must be a number of parameters such as 9.2M"),
         (["--budget", "1"], "budget=1 is too small"),
         (["--units", "nowhere.json"], "nowhere.json"),
-        (["--units", "DATA"], "is no selection"),
+        (["--units", "DATA"], "is not a selection"),
         (["--units", "x", "--d-ratio", "0.1"], "nothing is left for d_ratio"),
         (["--selection", "activation"], "selection='activation' needs data"),
         (["--data", "DATA"], "selection='random' takes no data"),

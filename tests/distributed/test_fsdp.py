@@ -263,9 +263,9 @@ def train_cast(rank, way, directory):
     """Steps of a fiftieth of what bfloat16 has at the deltas. What was warned of."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    from s2ft.layers.base import _say_cast
+    from s2ft.layers.base import _warn_about_cast
 
-    _say_cast.cache_clear()
+    _warn_about_cast.cache_clear()
     policy = {
         "uncast": MixedPrecisionPolicy(),
         "cast": MixedPrecisionPolicy(torch.bfloat16),
@@ -297,7 +297,7 @@ def test_updates_below_bfloat16_are_not_lost(ranks, way, tmp_path):
     s2ft.save_adapter(model, tmp_path / "one")
     for said in warned:  # once a process, where the weight of the forward is not the one that merging writes
         assert len(said) == (way != "uncast")
-        assert all("made as float32 and comes to the forward as bfloat16" in one for one in said)
+        assert all("made as float32 and is bfloat16 in the forward" in one for one in said)
     (before, _), (one, _), (two, _) = (files(tmp_path / name) for name in ("before", "one", "two"))
     for key in (key for key in before if key.endswith(".delta")):
         expected, moved = one[key] - before[key], two[key] - before[key]

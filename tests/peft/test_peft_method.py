@@ -192,7 +192,7 @@ def test_configs_that_cannot_be_meant(name):
 
 
 UNFIT = {
-    "another projection": (dict(g_ratio=0.1), "gpt2", "g_ratio asks for a projection that this model does not have"),
+    "another projection": (dict(g_ratio=0.1), "gpt2", "g_ratio requests a projection that this model does not have"),
     "unknown units": (
         dict(units={"model.layers.9.mlp.down_proj": [0]}),
         "llama",

@@ -23,9 +23,10 @@ from s2ft.attached.record import Attachment, find_attachment, new_attachment
 from s2ft.config import S2FTConfig
 from s2ft.files.reading import FLOATS, check_adapter_name, check_finite, open_file, read_json, read_tensors, shortened
 from s2ft.files.writing import replace_file
+from s2ft.layers import kind_of
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.delta import Delta
-from s2ft.model.weights import find, is_conv1d, shape_of
+from s2ft.model.weights import find, weight_at
 from s2ft.selection import Selection
 
 CONFIG = "adapter_config.json"
@@ -129,7 +130,7 @@ def _sides(adapter: Adapter, model: nn.Module, record: Attachment) -> dict[str, 
     for projection in projections_of(record.couplings):
         if projection.name in adapter.deltas:
             _check_linear(model, projection)
-            shape = shape_of(model, projection)
+            shape = weight_at(model, projection).shape
             parts.setdefault(projection.path, []).append(_factors(adapter.deltas[projection.name], shape))
     return {
         path: (torch.cat([b for b, _ in sides], 1), torch.cat([a for _, a in sides], 0))
@@ -138,7 +139,7 @@ def _sides(adapter: Adapter, model: nn.Module, record: Attachment) -> dict[str, 
 
 
 def _check_linear(model: nn.Module, projection: Projection) -> None:
-    if projection.expert is not None or len(shape_of(model, projection)) != 2:
+    if not weight_at(model, projection).kind.is_linear:
         kind = "a convolution" if projection.expert is None else "the weight of experts"
         raise ValueError(
             f"{projection.name} is {kind}, and a LoRA folder holds linear layers only: export the model merged "
@@ -189,13 +190,9 @@ def _config(model: nn.Module, paths: list[str], rank: int, base: str | None) -> 
         "modules_to_save": None,
         "rank_pattern": {},
         "alpha_pattern": {},
-        "fan_in_fan_out": any(_stored_transposed(find(model, path)) for path in paths),
+        "fan_in_fan_out": any(kind_of(find(model, path)).transposed for path in paths),
         "target_modules": _targets(model, paths),
     }
-
-
-def _stored_transposed(module: nn.Module) -> bool:
-    return is_conv1d(module) or getattr(module, "transposed", False)
 
 
 def _targets(model: nn.Module, paths: list[str]):
@@ -280,7 +277,7 @@ def read(
         b, a = (tensors[f"{PREFIX}{path}.lora_{side}.weight"] for side in "BA")
         scaling = _scaling(config, path, a.shape[0], config_path)
         first = projections[path][0]
-        index, values = _rows_or_columns(path, first, b, a, scaling, tuple(shape_of(model, first)))
+        index, values = _rows_or_columns(path, first, b, a, scaling, tuple(weight_at(model, first).shape))
         for projection, chosen, delta in _split(path, projections[path], index, values):
             units[projection.name], deltas[projection.name] = chosen, delta
     if not deltas:

@@ -35,8 +35,8 @@ from s2ft.files.reading import (
 )
 from s2ft.files.writing import replace_file
 from s2ft.model.coupling import Coupling, projections_of
+from s2ft.model.custom import checked_couplings
 from s2ft.model.delta import Delta
-from s2ft.model.given import given_couplings
 from s2ft.selection import Selection
 
 SCHEMA = 3  # the newest schema that is read. Schema 2 added custom couplings, schema 3 extra weights
@@ -297,7 +297,7 @@ def _couplings(header: dict[str, Any], path: Path) -> list[Coupling] | None:
         for projection in projections_of(couplings):
             check_projection(projection.path, "couplings")
             _check_size(projection)
-        return given_couplings(couplings)
+        return checked_couplings(couplings)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: couplings can't be read: {error}") from None
 

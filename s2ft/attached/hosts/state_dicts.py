@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from s2ft.attached.hosts.checkpointing import remove_hooks
 from s2ft.attached.record import Attachment, find_attachment
 from s2ft.distributed import is_sharded
+from s2ft.layers import kind_of
 from s2ft.layers.base import at_rest
 from s2ft.model.permutation import MovingTensor, inverse, moving_tensors
-from s2ft.model.weights import is_quantized, like_matrix, tensors_of, weight_of
+from s2ft.model.weights import tensors_of, weight_at
 from s2ft.ops import permute_, swap_
 
 
@@ -71,8 +72,9 @@ class _BaseOrder:
             view = moving.view(copy)
             permute_(view, moving.elements.to(view.device), moving.dim)
         for entry in reversed(self.record.written) if without_written else ():
-            if not entry.is_local and weight_of(self.model, entry.projection) is tensor:
-                view = like_matrix(self.model, entry.projection, copy)
+            handle = weight_at(self.model, entry.projection)
+            if not entry.is_local and handle.tensor is tensor:
+                view = handle.view(copy)
                 swap_(view, entry.index.to(view.device), entry.base.to(view, copy=True), entry.projection.dim)
         return copy
 
@@ -136,7 +138,7 @@ def _coupled(model: nn.Module, record: Attachment) -> set:
     """Return the ids of the couplings' tensors, except those of quantized layers, which load them themselves."""
     found = {id(tensor) for coupling in record.couplings for tensor in tensors_of(model, coupling)}
     return found - {
-        id(parameter) for module in model.modules() if is_quantized(module) for parameter in module.parameters()
+        id(parameter) for module in model.modules() if kind_of(module).read_only for parameter in module.parameters()
     }
 
 

@@ -1,6 +1,5 @@
-// One lock for all that writes to weights. While one thread has a weight in its effective state
-// (linear.h) no other may read or change it. Two tensors can share memory, so one lock serves all
-// weights of the process.
+// One lock for everything that writes to weights. While a thread has base + delta in a weight (linear.h), no other
+// thread may read or change it. Two tensors can share memory, so there is one lock for all weights of the process.
 #pragma once
 
 #include <atomic>
@@ -9,8 +8,8 @@
 
 namespace s2ft {
 
-// A mutex that its owner may lock again: s2ft.stable_weights() holds it around code that runs ops. Not
-// std::recursive_mutex, which a forked child could not unlock: that one compares thread numbers of the kernel.
+// A mutex that its owner may lock again: s2ft.stable_weights() holds it around code that runs ops. It is not
+// std::recursive_mutex, which compares thread numbers of the kernel, so that a forked child could not unlock it.
 class WeightLock {
  public:
   void lock() {
@@ -33,18 +32,18 @@ class WeightLock {
  private:
   std::mutex mutex_;
   std::atomic<std::thread::id> owner_{std::thread::id()};
-  int depth_ = 0;  // read and written by the owner only
+  int depth_ = 0;  // only the owner reads and writes it
 };
 
-inline WeightLock& effective_lock() {
+inline WeightLock& weight_lock() {
   static WeightLock lock;
   return lock;
 }
 
-// Runs f(), which changes a weight, when no other op holds one, on CUDA in order with other streams.
+// Runs f(), which changes a weight, while no other op holds a weight. On CUDA it is also ordered with other streams.
 template <class Device, class F>
-void in_turn(const Device& device, const F& f) {
-  const std::lock_guard<WeightLock> lock(effective_lock());
+void run_exclusively(const Device& device, const F& f) {
+  const std::lock_guard<WeightLock> lock(weight_lock());
   device.begin();
   f();
   device.end();

@@ -1,4 +1,4 @@
-"""Couplings given by hand, and trying them out before a weight moves."""
+"""Couplings that a user describes, and their verification before a weight moves."""
 
 import copy
 import json
@@ -12,10 +12,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import s2ft
-from s2ft import Coupling, Projection, S2FTConfig, Vector
+from s2ft import Coupling, S2FTConfig
 from s2ft.adapter.formats.native import CONFIG
 from s2ft.attached.record import attachment_of
-from s2ft.model.coupling import projections_of
+from s2ft.model.coupling import Projection, Vector, projections_of
 from s2ft.model.registry import couplings_of
 
 LAYOUTS = ("permuted", "indexed")
@@ -373,7 +373,7 @@ def test_a_norm_or_depthwise_convolution_missed(missing):
     first, second = conv_couplings()
     first = replace(first, vectors=first.vectors[:missing] + first.vectors[missing + 1 :])
     model = conv_net()
-    with pytest.raises(ValueError, match="the ffn coupling of layer 0 .first to second. is not one"):
+    with pytest.raises(ValueError, match="the ffn coupling of layer 0 .first to second. is not a coupling"):
         s2ft.attach(model, S2FTConfig(d_ratio=0.5), couplings=[first, second], example=image())
     assert states_equal(model, conv_net())
 
@@ -456,10 +456,10 @@ def test_projections_that_share_a_weight(layout, tmp_path):
 
 
 SHARED = {
-    "overlap": (dict(start=0), "an element of qkv in two units"),
-    "too long": (dict(stride=4 * WIDTH), "ends at element .* outside size 60"),
+    "overlap": (dict(start=0), "an element of qkv is in two"),
+    "too long": (dict(stride=4 * WIDTH), "must end within size 60, and it ends at element"),
     "size alone": (dict(size=61), "expected a weight with 61 in dim 0"),
-    "no size": (dict(size=None), "start or stride, which need size"),
+    "no size": (dict(size=None), "qkv must have size, .* with start or stride"),
     "start": (dict(start=-1), "start of qkv must be an integer of at least 0"),
     "stride": (dict(stride=0), "stride of qkv must be"),
 }
@@ -477,7 +477,7 @@ def test_a_wrong_stride_is_found_out():
         Projection(key, "qkv", HEADS, WIDTH, 0, start=i * HEADS * WIDTH, size=3 * HEADS * WIDTH)
         for i, key in enumerate("qkv")
     )  # all of q, then k, then v
-    with pytest.raises(ValueError, match=r"attention coupling of layer 0 \(qkv.q, qkv.k, qkv.v to o\) is not one"):
+    with pytest.raises(ValueError, match=r"attention coupling of layer 0 \(qkv.q, qkv.k, qkv.v to o\) is not"):
         s2ft.attach(
             Fused(), S2FTConfig(q_ratio=0.5), couplings=[replace(fused_coupling(), producers=parts)], example=example()
         )
@@ -488,14 +488,14 @@ BAD = {
     "none": ([], TypeError, "at least one"),
     "no list": (couplings()[0], TypeError, "must be a list"),
     "no coupling": ([UP], TypeError, r"couplings\[0\] must be an s2ft.Coupling, got Projection"),
-    "no producer": (changed(1, producers=()), ValueError, r"couplings\[1\] has no producers"),
+    "no producer": (changed(1, producers=()), ValueError, r"couplings\[1\]: producers must be at least one"),
     "key": (changed(0, producers=(replace(UP, key="x"),)), ValueError, "one of q, k, v, u, g on this side, got 'x'"),
     "side": (changed(0, consumer=replace(DOWN, key="u")), ValueError, "one of o, d on this side"),
     "dim": (changed(0, consumer=replace(DOWN, dim=0)), ValueError, "blocks.0.down must have dim 1"),
     "count": (changed(0, consumer=replace(DOWN, count=0)), ValueError, "count of blocks.0.down"),
     "other count": (changed(0, consumer=replace(DOWN, count=31)), ValueError, "31 = 31 units of 1 in dim 1"),
     "layer": (changed(0, layer=-1), ValueError, "layer must be"),
-    "twice": (couplings() + couplings()[:1], ValueError, "name blocks.0.up twice"),
+    "twice": (couplings() + couplings()[:1], ValueError, "blocks.0.up is there twice"),
     "missing module": (changed(0, consumer=replace(DOWN, path="blocks.0.dwon")), ValueError, "no module blocks.0.dwon"),
     "missing vector": (
         changed(0, vectors=(Vector("blocks.0.shift", 1),)),
@@ -559,6 +559,6 @@ def test_norms_over_heads_and_numbered_heads_matter(case):
     """What a family's declaration says beside its modules is needed: without it the trial refuses."""
     model = model_of(case)
     bare = [replace(coupling, vectors=(), fixed=False, block=None, activation=None) for coupling in couplings_of(model)]
-    with pytest.raises(ValueError, match="the attention coupling of layer 0 .* is not one"):
+    with pytest.raises(ValueError, match="the attention coupling of layer 0 .* is not a coupling"):
         s2ft.attach(model, S2FTConfig(d_ratio=0.2), couplings=bare)
     assert states_equal(model, model_of(case))

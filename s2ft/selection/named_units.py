@@ -1,6 +1,4 @@
-"""Units that must not be chosen, and units chosen by hand."""
-
-from typing import Union
+"""Units that the config names: the units to train, and the units to exclude."""
 
 import torch
 from torch import Tensor
@@ -8,19 +6,26 @@ from torch import Tensor
 from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
 from s2ft.selection.selection import Selection, unit_tensors
 
-Units = Union[dict[str, list[int]], str]  # by path, or the file or adapter folder that has them
 
+def named_units(couplings: list[Coupling], units: dict[str, list[int]] | str) -> Selection:
+    """Return the selection that the config's `units` name.
 
-def units_by_hand(couplings: list[Coupling], units: Units) -> Selection:
-    """Raises: ValueError for a path, or a number, that the model doesn't have."""
+    Raises:
+        ValueError: A projection or a unit does not exist in the model.
+    """
     return Selection(_read(couplings, units, "units"))
 
 
-def allowed_units(couplings: list[Coupling], requested: list[Projection], exclude: Units) -> dict[str, Tensor]:
-    """By path of every requested projection, which units may be chosen [count] bool.
+def allowed_units(
+    couplings: list[Coupling], requested: list[Projection], exclude: dict[str, list[int]] | str | None
+) -> dict[str, Tensor]:
+    """Return which units may be chosen, as a mask of shape [count] by name of the requested projections.
 
-    Producers of a coupling that have the same units lose a unit together, so that their selections stay nested.
-    Raises: as :func:`units_by_hand`.
+    If a unit is excluded from one producer of a coupling, it is excluded from all producers with the same units, so
+    that their selections stay nested.
+
+    Raises:
+        ValueError: A projection or a unit in `exclude` does not exist in the model.
     """
     excluded = {} if exclude is None else _read(couplings, exclude, "exclude")
     paths = {projection.name for projection in requested}
@@ -40,15 +45,12 @@ def allowed_units(couplings: list[Coupling], requested: list[Projection], exclud
     return allowed
 
 
-def _read(couplings: list[Coupling], units: Units, option: str) -> dict[str, Tensor]:
-    if isinstance(units, str):
-        found = Selection.load(units).units
-    else:
-        found = unit_tensors(units, option)
+def _read(couplings: list[Coupling], units: dict[str, list[int]] | str, option: str) -> dict[str, Tensor]:
+    found = unit_tensors(units, option)
     known = {projection.name: projection for projection in projections_of(couplings)}
     for path, numbers in found.items():
         if path not in known:
-            raise ValueError(f"{option} names {path}, which is no projection of this model")
+            raise ValueError(f"{option} names {path}, which is not a projection of this model")
         if int(numbers.max()) >= known[path].count:
             raise ValueError(
                 f"{option}: {path} has {known[path].count} {unit_name(known[path])}, from 0; there is no "

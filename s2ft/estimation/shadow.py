@@ -1,4 +1,4 @@
-"""A copy of a model that has S²FT's layers and no data."""
+"""The shadow model: a copy of a model that has S²FT's trainable layers and no data."""
 
 import copy
 import re
@@ -15,25 +15,27 @@ from s2ft.attached.mounting import claim, mount
 from s2ft.attached.record import Attachment, check_unattached
 from s2ft.config import S2FTConfig
 from s2ft.distributed import is_sharded
+from s2ft.layers import S2Layer, kind_of
 from s2ft.model.coupling import Coupling
 from s2ft.model.registry import couplings_of
-from s2ft.model.weights import is_quantized
 from s2ft.selection import select
 
 
-def twin_of(
+def make_shadow(
     model: nn.Module, config: S2FTConfig, dtype: torch.dtype | None, couplings: Sequence[Coupling] | None
 ) -> tuple[nn.Module, Attachment]:
-    """A copy on the meta device with trainable layers in place, and its record. Quantized weights are shared, for their
-    layers ask them what they are."""
+    """Copy a model to the meta device, with trainable layers in it, and return the copy and its record.
+
+    Quantized weights are shared with the model, because their layers read properties of them.
+    """
     check_unattached(model)
     wanted = _wanted_dtypes(model, dtype)
-    memo: dict[int, Any] = {}  # what deepcopy finds here it does not copy
+    memo: dict[int, Any] = {}  # deepcopy uses these objects instead of copies
     for path, module in model.named_modules():
-        quantized = is_quantized(module)
+        quantized = kind_of(module).read_only
         if quantized:
             _check_is_quantized(path, module)
-            memo.update({id(thing): thing for thing in (*_quant_states(module), *_tensors_in(_state(module)))})
+        memo.update({id(thing): thing for thing in kind_of(module).shared(module)})
         for name, tensor in _tensors_of(module):
             if id(tensor) not in memo:
                 shared = quantized and name == "weight"
@@ -42,108 +44,79 @@ def twin_of(
                     if shared
                     else _hollow(f"{path}.{name}", tensor, wanted.get(id(tensor), tensor.dtype))
                 )
-    twin = copy.deepcopy(model, memo)
-    found = couplings_of(twin, couplings)
+    shadow = copy.deepcopy(model, memo)
+    found = couplings_of(shadow, couplings)
     record = Attachment(found, {"layers": {}}, {}, is_custom=couplings is not None)  # of no base: nothing is compared
     plain = (
         config
         if config.units is not None
         else replace(config, selection="random", order="largest", allocation="uniform")
     )
-    claim(twin, record)
-    mount(twin, record, config, select(found, plain, twin), "estimate")
-    return twin, record
+    claim(shadow, record)
+    mount(shadow, record, config, select(found, plain, shadow), "estimate")
+    return shadow, record
 
 
 def _tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """A module's own parameters, buffers, and tensors that are neither."""
+    """Return a module's parameters, buffers and other tensors, without those of its children."""
     everything = (*module._parameters.items(), *module._buffers.items(), *vars(module).items())
     return [(name, tensor) for name, tensor in everything if isinstance(tensor, Tensor)]
 
 
-def _quant_states(module: nn.Module) -> list[Any]:
-    """Where a Linear4bit of bitsandbytes has its scales."""
-    found = (getattr(module.weight, "quant_state", None), getattr(module, "quant_state", None))
-    return [state for state in found if state is not None]
-
-
-def _state(module: nn.Module) -> dict[str, Any]:
-    """Where a Linear8bitLt has its scales, and the weight again, once it has run; in its weight before."""
-    return vars(module.state) if hasattr(module, "state") else {}
-
-
-def _tensors_in(values: dict[str, Any]) -> list[Tensor]:
-    return [value for value in values.values() if isinstance(value, Tensor)]
-
-
-def scales_of(module: nn.Module) -> list[Tensor]:
-    """Tensors that a quantized layer has beside its weight."""
-    if not is_quantized(module):
-        return []
-    states = [*_quant_states(module), *(state.state2 for state in _quant_states(module) if state.state2 is not None)]
-    found = [tensor for state in states for tensor in _tensors_in(vars(state))]
-    return found + [
-        tensor
-        for held in (_state(module), vars(module.weight))
-        for name, tensor in held.items()
-        if name == "SCB" and tensor is not None
-    ]
-
-
 def _check_is_quantized(path: str, module: nn.Module) -> None:
-    """Raises: ValueError for a layer of bitsandbytes whose bytes are not there yet."""
+    """Raise ValueError for a layer of bitsandbytes that has no quantized data yet."""
     if module.weight.is_meta:
         raise ValueError(
-            f"{path} ({type(module).__name__}) is on the meta device, and how it is quantized is known "
-            "once it is loaded: estimate the loaded model, or the unquantized one"
+            f"{path} ({type(module).__name__}) is on the meta device, and its quantization is known only "
+            "when it is loaded: estimate the loaded model, or the unquantized one"
         )
 
 
 def _hollow(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor of this shape on the meta device."""
+    """Return a tensor of the same shape on the meta device."""
     if is_sharded(tensor) or is_traceable_wrapper_subclass(tensor):
         raise ValueError(
-            f"{name} is a {type(tensor.data).__name__}, which can't be counted: give the model as it is "
-            "before it is sharded or wrapped"
+            f"{name} is a {type(tensor.data).__name__}, which can't be counted: pass the model before "
+            "it is sharded or wrapped"
         )
     made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="meta")
     return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
 
 
 def _shared(weight: Tensor) -> Tensor:
-    """A parameter of its own on the data of a quantized one."""
+    """Return a new parameter that shares the data of a quantized weight."""
     made = nn.Parameter(weight.detach(), requires_grad=False)
     made.__dict__.update(vars(weight))
     return made
 
 
 def _wanted_dtypes(model: nn.Module, dtype: torch.dtype | None) -> dict[int, torch.dtype]:
-    """By tensor, of the floating-point weights that loading in `dtype` would cast; some stay in float32."""
+    """Return the dtypes of the weights after loading in `dtype`, by id. A model may keep some weights in float32."""
     if dtype is None:
         return {}
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
     wanted = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():  # buffers that aren't saved are not loaded either
+    for name, tensor in model.state_dict(keep_vars=True).items():  # buffers outside it are not loaded either
         if isinstance(tensor, Tensor) and tensor.is_floating_point():
-            found = (there for pattern, there in plan.items() if re.search(rf"(^|\.){pattern}(\.|$)", name))
+            found = (kept for pattern, kept in plan.items() if re.search(rf"(^|\.){pattern}(\.|$)", name))
             wanted[id(tensor)] = next(found, dtype)
     return wanted
 
 
-def forget_data(twin: nn.Module, device: torch.device) -> None:
-    """Put fake tensors of `device` in the place of all tensors."""
+def forget_data(shadow: nn.Module, device: torch.device) -> None:
+    """Replace all tensors by fake tensors on `device`."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    made: dict[int, tuple[Tensor, Tensor]] = {}  # with the old one, so that its id stays taken
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # with the old tensor, so that its id is not used again
 
     def fake(tensor: Tensor) -> Tensor:
         if id(tensor) not in made:
             made[id(tensor)] = (_fake(tensor, mode, device), tensor)
         return made[id(tensor)][0]
 
-    for module in twin.modules():
-        state = _state(module) if is_quantized(module) else {}
+    for module in shadow.modules():
+        state = {} if isinstance(module, S2Layer) else kind_of(module).state(module)
         for tensors in (module._parameters, module._buffers, vars(module), state):
             tensors.update({name: fake(tensor) for name, tensor in tensors.items() if isinstance(tensor, Tensor)})
 
@@ -165,11 +138,16 @@ def _fake(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
     return made
 
 
-def checkpoint(twin: nn.Module, kind: Any) -> None:
+def checkpoint(shadow: nn.Module, kind: Any) -> None:
+    """Switch gradient checkpointing on.
+
+    Raises:
+        ValueError: `kind` is unknown, or the model does not support checkpointing.
+    """
     if kind not in (True, "reentrant", "non-reentrant"):
         raise ValueError(f"gradient_checkpointing must be True, False, 'reentrant' or 'non-reentrant', got {kind!r}")
-    if not getattr(twin, "supports_gradient_checkpointing", False):
-        raise ValueError(f"gradient_checkpointing: {type(twin).__name__} does not support it")
-    name = "activation" if hasattr(twin, "activation_checkpointing_enable") else "gradient"  # transformers 5.2x
+    if not getattr(shadow, "supports_gradient_checkpointing", False):
+        raise ValueError(f"gradient_checkpointing: {type(shadow).__name__} does not support it")
+    name = "activation" if hasattr(shadow, "activation_checkpointing_enable") else "gradient"  # transformers 5.2x
     options = {"use_reentrant": kind == "reentrant", "preserve_rng_state": False}
-    getattr(twin, f"{name}_checkpointing_enable")(**{f"{name}_checkpointing_kwargs": options})
+    getattr(shadow, f"{name}_checkpointing_enable")(**{f"{name}_checkpointing_kwargs": options})
