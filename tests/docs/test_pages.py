@@ -27,8 +27,8 @@ def shown_options(name):
 
 
 def test_an_option_has_its_default_and_its_meaning(commands):
-    assert re.search(r"\| `--seed N` \| 0 \| .*seed", commands)
-    assert re.search(r"\| `--model MODEL` \| required \| ", commands)
+    assert re.search(r"\| `--seed \w+` \| `?0`? \| .*seed", commands)
+    assert re.search(r"\| `--model \w+` \| required \| ", commands)
 
 
 def test_every_family_is_in_the_table():
