@@ -100,7 +100,7 @@ def _record_for(model: nn.Module, couplings: Sequence[Coupling] | None, name: st
     if record is None:
         return new_attachment(model, couplings, HOST_HOOKS)
     if couplings is not None and list(couplings) != record.couplings:
-        raise ValueError("couplings are in the loaded adapters already, and these are others: leave them out")
+        raise ValueError("couplings differ from those of the loaded adapters: leave the argument out")
     return record
 
 
