@@ -35,6 +35,11 @@ def one_adapter(model: nn.Module, input_ids: Tensor, folder: Path) -> nn.Module:
     return merged
 
 
+@s2ft.register_architecture("my_model")
+def couplings(model: nn.Module) -> list[s2ft.Coupling]:
+    return [s2ft.Coupling.ffn(0, up="up", down="down", channels=32)]
+
+
 def many_adapters(model: nn.Module, folder: Path) -> None:
     first: s2ft.Adapter = s2ft.read_adapter(folder / "a")
     bank = s2ft.AdapterBank(model)
@@ -44,6 +49,7 @@ def many_adapters(model: nn.Module, folder: Path) -> None:
     s2ft.combine_adapters(model, {"a": 0.5, "b": 0.5}, name="both")
     s2ft.export_lora(model, folder / "lora")
     s2ft.import_lora(model, folder / "lora", name="lora")
+    print(s2ft.push_to_hub(model, "someone/adapter"), s2ft.__version__)
 
 
 def layers_and_ops() -> Tensor:
