@@ -179,8 +179,9 @@ def _check_is_whole(key: str, mount: Mount, slices: Mapping[str, Tensor]) -> Non
     if len(shape) < 2 or shape[dim] != expected or 0 in shape:
         raise ValueError(
             f"{key} has shape {tuple(shape)} here, not {expected} {('rows', 'columns')[dim]}: "
-            "this is a shard, so nothing is saved. s2ft gathers the shards of FSDP2 and ZeRO-3 itself. Under FSDP version 1 "
-            "do this inside FullyShardedDataParallel.summon_full_params(model, writeback=False). Else give a gathered state"
+            "this is a shard, so nothing is saved. s2ft gathers the shards of FSDP2 and ZeRO-3 itself. Under FSDP "
+            "version 1 do this inside FullyShardedDataParallel.summon_full_params(model, writeback=False). Else give a "
+            "gathered state"
         )
 
 
