@@ -18,8 +18,7 @@ from s2ft.model.coupling import Coupling
 from s2ft.model.registry import couplings_of
 from s2ft.model.verify import Trial
 from s2ft.ops._build import warn_without_cuda_kernels
-from s2ft.selection import Selection
-from s2ft.selection import select as select_units
+from s2ft.selection import Selection, select as select_units
 
 # ---- attach ----------------------------------------------------------------------------------------
 
