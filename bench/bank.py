@@ -25,10 +25,10 @@ import s2ft
 from s2ft.adapter import Adapter
 from s2ft.adapter.bank import AdapterBank
 from s2ft.adapter.formats import native
-from s2ft.api import new_attachment
+from s2ft.attached.record import new_attachment
 from s2ft.model.coupling import projections_of
 from s2ft.model.delta import Delta
-from s2ft.model.weights import shape_of
+from s2ft.model.weights import weight_at
 from s2ft.text.models import load_model
 from s2ft.train.demo import default_model
 
@@ -57,7 +57,9 @@ def write_adapters(base: nn.Module, count: int, root: str) -> list[str]:
         for projection in projections_of(record.couplings):
             if projection.name in selection:
                 index = projection.elements(selection[projection.name])
-                deltas[projection.name] = Delta(1, index, torch.randn(shape_of(base, projection)[0], len(index)) * STD)
+                deltas[projection.name] = Delta(
+                    1, index, torch.randn(weight_at(base, projection).shape[0], len(index)) * STD
+                )
         native.write(Adapter(str(seed), config, selection, record.fingerprint, deltas), f"{root}/{seed}")
     return [str(seed) for seed in range(count)]
 

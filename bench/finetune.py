@@ -30,13 +30,13 @@ from train_step import LORA_TARGETS, lora_model
 
 import s2ft
 from s2ft.text.encoding import IGNORED, AnswerCollator, encode_examples
-from s2ft.text.head import packed_head
 from s2ft.text.models import load_model
+from s2ft.text.output_head import contiguous_head
 from s2ft.text.prompts import pad_id
 from s2ft.train.callbacks import JsonlLog
 from s2ft.train.demo import default_model, problem_set
 from s2ft.train.finetune import finetune, training_arguments
-from s2ft.train.loss import chunked_loss, why_not
+from s2ft.train.loss import chunked_loss, why_not_chunked
 from s2ft.train.options import TrainOptions
 from s2ft.train.output import RunFolder, read_log
 
@@ -91,7 +91,7 @@ def train(method: str, model, tokenizer, rows, options: TrainOptions, folder: Ru
     ours, pad = method != "LoRA", pad_id(tokenizer)
     collator = AnswerCollator(pad) if ours else RightPadded(pad)
     if ours:
-        assert not why_not(model, dict(collator(rows[:1])))
+        assert not why_not_chunked(model, dict(collator(rows[:1])))
     base = model
     model = lora_model(base, 16, LORA_TARGETS, copied=False)
     trainer = Trainer(
@@ -102,7 +102,7 @@ def train(method: str, model, tokenizer, rows, options: TrainOptions, folder: Ru
         callbacks=[JsonlLog(folder.log)],
     )
     with (
-        packed_head(base) if ours else contextlib.nullcontext(),
+        contiguous_head(base) if ours else contextlib.nullcontext(),
         chunked_loss(base) if ours else contextlib.nullcontext(),
     ):
         trainer.train()

@@ -16,6 +16,8 @@ import s2ft
 
 def machine() -> dict[str, Any]:
     """Enough to read a number by: processor, threads, versions, what is compiled."""
+    if torch.cuda.is_available():
+        torch.cuda.init()  # build_info() then lists the CUDA kernels
     info = {
         "date": time.strftime("%Y-%m-%d"),
         "processor": _processor(),

@@ -1,5 +1,5 @@
-// The body of act_mul and act_mul_backward, once for every device. A Device has computes(Activation,
-// DType), true for relu always, and where it is true act_mul and act_mul_backward(Activation, ActMulData).
+// The body of act_mul and act_mul_backward, shared by all devices. A Device has computes(Activation, DType), which must
+// be true for relu, and act_mul and act_mul_backward(Activation, ActMulData) for the cases it computes.
 #pragma once
 
 #include <string>
@@ -11,8 +11,8 @@
 
 namespace s2ft {
 
-// A string argument, which is ours to free. Declared as std::string it would be converted by the stable
-// ABI's header, which leaks one in every call (PyTorch 2.10 to 2.13).
+// Reads a string argument and frees it. If the argument were declared as std::string, the stable ABI's header would
+// convert it and leak one string per call (PyTorch 2.10 to 2.13).
 inline std::string take_string(StringHandle handle) {
   const char* data = nullptr;
   size_t length = 0;
@@ -24,25 +24,28 @@ inline std::string take_string(StringHandle handle) {
 }
 
 inline Activation activation_of(const std::string& name, const char* op) {
-  if (name == "silu") return Activation::silu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  require(name == "relu", op, "activation must be one of silu, gelu, gelu_tanh, relu, got '", name, "'");
-  return Activation::relu;
+#define S2FT_FIND(id, Act) \
+  if (name == #id) return Activation::id;
+  S2FT_ACTIVATIONS(S2FT_FIND)
+#undef S2FT_FIND
+#define S2FT_NAME(id, Act) ", " #id
+  const std::string names = std::string(S2FT_ACTIVATIONS(S2FT_NAME)).substr(2);
+#undef S2FT_NAME
+  require(false, op, "activation must be one of ", names, ", got '", name, "'");
+  return Activation{};
 }
 
 inline void check_like_gate(const Tensor& other, const Tensor& gate, const char* op, const char* name) {
   require(other.scalar_type() == gate.scalar_type(), op, name, " must have gate's dtype, ",
-          torch::headeronly::toString(gate.scalar_type()), ", got ",
-          torch::headeronly::toString(other.scalar_type()));
+          torch::headeronly::toString(gate.scalar_type()), ", got ", torch::headeronly::toString(other.scalar_type()));
   bool same = other.dim() == gate.dim();
   for (int64_t d = 0; same && d < gate.dim(); ++d) same = other.size(d) == gate.size(d);
   require(same, op, name, " must have gate's shape ", shape_of(gate), ", got ", shape_of(other));
   const bool together = other.is_cpu() == gate.is_cpu() && other.get_device_index() == gate.get_device_index();
-  require(together, op, name, " must be on the device of gate");
+  require(together, op, name, " must be on gate's device");
 }
 
-// silu and gelu by PyTorch's operators, for the types that a device leaves to them.
+// silu and gelu by PyTorch's operators, for the types that a device does not compute itself.
 inline Tensor activate(Activation act, const Tensor& gate) {
   if (act == Activation::silu) return aten::silu(gate);
   return aten::gelu(gate, act == Activation::gelu_tanh ? "tanh" : "none");

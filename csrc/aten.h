@@ -1,5 +1,5 @@
-// PyTorch's own operators, through the dispatcher. The matrix products run whatever library this
-// PyTorch runs for F.linear, so results are equal bit for bit.
+// PyTorch's own operators, through the dispatcher. The matrix products use the same library as F.linear in this
+// PyTorch, so results are equal bit for bit.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -33,18 +33,18 @@ inline Tensor silu(const Tensor& x) { return call("aten::silu", "", x); }
 
 inline Tensor silu_backward(const Tensor& grad, const Tensor& x) { return call("aten::silu_backward", "", grad, x); }
 
-// `approximate` is "none" or "tanh". PyTorch 2.13 leaks its few bytes in every call made this way.
+// `approximate` is "none" or "tanh". PyTorch 2.13 leaks the few bytes of that string in every such call.
 inline Tensor gelu(const Tensor& x, const std::string& approximate) { return call("aten::gelu", "", x, approximate); }
 
 inline Tensor gelu_backward(const Tensor& grad, const Tensor& x, const std::string& approximate) {
   return call("aten::gelu_backward", "", grad, x, approximate);
 }
 
-// Shares memory but is no leaf: autocast caches casts of leaf weights, and must not keep one that
-// was made of a weight in its effective state.
+// A tensor that shares the memory but is not a leaf. Autocast caches casts of leaf weights, and must not cache the cast
+// of a weight that holds base + delta.
 inline Tensor detach(const Tensor& t) { return call("aten::detach", "", t); }
 
-// t itself where it is contiguous: asking costs nothing, calling the operator does.
+// t itself if it is contiguous. The test costs nothing; the operator call would.
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 inline Tensor in_dtype(const Tensor& t, ScalarType dtype) {

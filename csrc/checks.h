@@ -1,5 +1,4 @@
-// Argument checks. Each message names the op and the argument; std::invalid_argument reaches
-// Python as ValueError.
+// Argument checks. Each message names the op and the argument. std::invalid_argument becomes ValueError in Python.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -52,29 +51,28 @@ inline DType dtype_of(const Tensor& t, const char* op, const char* argument) {
 
 inline void check_same_device(const Tensor& t, const Tensor& weight, const char* op, const char* argument) {
   const bool same = t.is_cpu() == weight.is_cpu() && t.get_device_index() == weight.get_device_index();
-  require(same, op, argument, " must be on the device of weight");
+  require(same, op, argument, " must be on weight's device");
 }
 
 inline void check_index_tensor(const Tensor& index, int64_t length, const Tensor& weight, const char* op,
                                const char* argument) {
-  require(index.scalar_type() == ScalarType::Long && index.dim() == 1, op, argument,
-          " must be int64 with one dimension, got ", torch::headeronly::toString(index.scalar_type()),
-          " of shape ", shape_of(index));
-  require(index.size(0) == length, op, argument, " must have ", length, " entries, got ", index.size(0));
+  const bool fits = index.scalar_type() == ScalarType::Long && index.dim() == 1 && index.size(0) == length;
+  require(fits, op, argument, " must be int64 of shape (", length, ",), got ",
+          torch::headeronly::toString(index.scalar_type()), " of shape ", shape_of(index));
   check_same_device(index, weight, op, argument);
 }
 
-// Looks at the entries; for indices in host memory only.
+// Checks the entries of an index. The index must be in host memory.
 inline void check_index_range(const int64_t* index, int64_t length, int64_t limit, const char* op,
                               const char* argument) {
   for (int64_t k = 0; k < length; ++k)
     require(index[k] >= 0 && index[k] < limit, op, argument, " has ", index[k], ", outside 0..", limit - 1);
 }
 
-// True when two elements may share memory, by sizes and strides. Errs to true.
+// True if two elements may share memory, judged by sizes and strides. In doubtful cases it returns true.
 inline bool may_overlap(const Tensor& t) {
   if (t.numel() <= 1) return false;
-  // Sorted by stride, each dimension must step over all that the smaller ones span.
+  // In the order of the strides, each dimension must step over the whole span of the smaller ones.
   int64_t spanned = 0;
   bool used[8] = {};
   if (t.dim() > 8) return true;

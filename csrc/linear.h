@@ -1,12 +1,14 @@
-// The body of sliced_linear, indexed_linear and their input gradients, once for every device.
+// The body of sliced_linear, indexed_linear and their input gradients, shared by all devices.
 //
-// From outside the ops are functions. Inside, base + delta is written into the weight's own memory
-// for the length of one matrix product, and the base is copied back bit for bit. So a forward is one
-// dense product, nothing but the slice is copied, and nothing is kept that could go stale.
+// To the caller the ops are functions. Inside, base + delta is written into the weight's own memory for the time of one
+// matrix product, and the base is then copied back, bit for bit. A forward is therefore one dense product, only the
+// slice is copied, and nothing is cached that could become stale.
 //
-// A Device has: a constructor from a tensor on it; write(units, data) (dense := base, weight :=
-// base + delta), sum(units, data) (dense := base + delta), restore(units, data) (weight := dense), and
-// begin() and end(), called under the lock around everything that one op does to a weight.
+// A Device has a constructor that takes a tensor on it, and these members:
+//   write(units, data): dense = base, weight = base + delta
+//   sum(units, data): dense = base + delta
+//   restore(units, data): weight = dense
+//   begin(), end(): called under the lock, before and after everything that one op does to a weight
 #pragma once
 
 #include <mutex>
@@ -15,7 +17,7 @@
 #include "aten.h"
 #include "checks.h"
 #include "core/units.h"
-#include "effective_lock.h"
+#include "weight_lock.h"
 #include "writable.h"
 
 namespace s2ft {
@@ -44,12 +46,12 @@ inline void check_linear(const LinearArgs& a, const Tensor& x, const char* x_nam
 
 inline void check_bias(const LinearArgs& a, const std::optional<Tensor>& bias) {
   if (!bias) return;
-  require(bias->dim() == 1 && bias->size(0) == a.weight.size(0), a.op, "bias must have shape (",
-          a.weight.size(0), ",), got ", shape_of(*bias));
+  require(bias->dim() == 1 && bias->size(0) == a.weight.size(0), a.op, "bias must have shape (", a.weight.size(0),
+          ",), got ", shape_of(*bias));
   check_same_device(*bias, a.weight, a.op, "bias");
 }
 
-// The units of `weight` that a delta changes, without where they start.
+// The units of `weight` that a delta changes. The caller sets start or index.
 inline Units units_of(const Tensor& weight, const Tensor& delta, int64_t dim) {
   Units units{};
   units.rows = dim == 0;
@@ -64,27 +66,23 @@ inline Units units_of(const Tensor& weight, const Tensor& delta, int64_t dim) {
 inline Units slice_units(const LinearArgs& a, int64_t start) {
   const int64_t length = a.delta.size(a.dim), size = a.weight.size(a.dim);
   require(start >= 0 && length <= size && start <= size - length, a.op, "slice ", start, ":", start + length,
-          " leaves weight.shape[", a.dim, "] = ", size);
+          " outside weight.shape[", a.dim, "]=", size);
   Units units = units_of(a.weight, a.delta, a.dim);
   units.start = start;
   return units;
 }
 
-// `index` must stay alive and be dense.
-inline Units index_units(const LinearArgs& a, const Tensor& index) {
+// Makes `*index` dense. The result points into it, so it must outlive the result.
+inline Units index_units(const LinearArgs& a, Tensor* index) {
+  check_index_tensor(*index, a.delta.size(a.dim), a.weight, a.op, "index");
+  *index = aten::dense(*index);
   Units units = units_of(a.weight, a.delta, a.dim);
-  units.index = index.const_data_ptr<int64_t>();
-  if (index.is_cpu()) check_index_range(units.index, index.size(0), units.limit, a.op, "index");
+  units.index = index->const_data_ptr<int64_t>();
+  if (index->is_cpu()) check_index_range(units.index, index->size(0), units.limit, a.op, "index");
   return units;
 }
 
-inline Units index_units_checked(const LinearArgs& a, const Tensor& index, Tensor* dense_index) {
-  check_index_tensor(index, a.delta.size(a.dim), a.weight, a.op, "index");
-  *dense_index = aten::dense(index);
-  return index_units(a, *dense_index);
-}
-
-// weight with delta added to its units, in `dtype`; the weight is as before once this is gone.
+// A weight with delta added to its units, in `dtype`. The destructor gives the weight its old bits back.
 template <class Device>
 class EffectiveWeight {
  public:
@@ -107,13 +105,13 @@ class EffectiveWeight {
   ~EffectiveWeight() {
     try {
       restore();
-    } catch (...) {  // the product failed already, and its error is the one to report
+    } catch (...) {  // the product has failed before, and its error is the one to report
     }
   }
 
   const Tensor& tensor() const { return tensor_; }
 
-  // The normal way out, where a failure can still be reported.
+  // The normal exit, where a failure can still be reported.
   void restore() {
     if (!in_place_) return;
     in_place_ = false;
@@ -126,7 +124,7 @@ class EffectiveWeight {
   void write_in_place(const Tensor& weight, const char* op) {
     require_writable(weight, op);
     tensor_ = aten::detach(weight);
-    lock_ = std::unique_lock<WeightLock>(effective_lock());
+    lock_ = std::unique_lock<WeightLock>(weight_lock());
     data_.weight = weight.mutable_data_ptr();
     device_.begin();
     device_.write(units_, data_);
@@ -135,7 +133,7 @@ class EffectiveWeight {
 
   void write_copy(const Tensor& weight, ScalarType dtype) {
     read_base(weight, dtype);
-    // base + delta has the weight's dtype here: in the copy, too, it is rounded to that first.
+    // base + delta has the weight's dtype here, because a copy too rounds to the weight's dtype first.
     const Tensor effective = aten::in_dtype(dense_, dtype);
     UnitsData target{};
     target.weight_type = dtype_of(tensor_, "effective weight", "dtype");
@@ -147,10 +145,10 @@ class EffectiveWeight {
     device_.restore(units, target);
   }
 
-  // Under the lock, since another thread may have this weight in its effective state.
+  // Under the lock, because another thread may have base + delta in this weight.
   void read_base(const Tensor& weight, ScalarType dtype) {
-    const std::lock_guard<WeightLock> lock(effective_lock());
-    data_.weight = const_cast<void*>(weight.const_data_ptr());  // sum() does not write it
+    const std::lock_guard<WeightLock> lock(weight_lock());
+    data_.weight = const_cast<void*>(weight.const_data_ptr());  // sum() does not write to it
     device_.begin();
     device_.sum(units_, data_);
     tensor_ = aten::dense_copy(weight, dtype);
@@ -165,8 +163,8 @@ class EffectiveWeight {
   bool in_place_ = false;
 };
 
-// The products take x and grad contiguous: of a view with gaps PyTorch makes a batched product, for which
-// it copies a frozen weight once for every row of the batch.
+// x and grad are made contiguous before the product. For a view with gaps PyTorch computes a batched product, and
+// copies a frozen weight once for every row of the batch.
 template <class Device>
 Tensor multiply(const LinearArgs& a, const Units& units, const Tensor& x, const std::optional<Tensor>& bias) {
   std::optional<Tensor> cast_bias;
@@ -185,7 +183,7 @@ Tensor multiply_grad(const LinearArgs& a, const Units& units, const Tensor& grad
   return grad_x;
 }
 
-// The last argument of both forwards is for the backward alone.
+// Only the backward uses the last argument of the two forwards.
 template <class Device>
 Tensor sliced_linear(const Tensor& x, const Tensor& weight, const Tensor& delta, int64_t start, int64_t dim,
                      const std::optional<Tensor>& bias, const std::optional<Tensor>&) {
@@ -196,21 +194,20 @@ Tensor sliced_linear(const Tensor& x, const Tensor& weight, const Tensor& delta,
 }
 
 template <class Device>
-Tensor sliced_linear_grad_x(const Tensor& grad, const Tensor& weight, const Tensor& delta, int64_t start,
-                            int64_t dim) {
+Tensor sliced_linear_grad_x(const Tensor& grad, const Tensor& weight, const Tensor& delta, int64_t start, int64_t dim) {
   const LinearArgs a{"sliced_linear_grad_x", weight, delta, dim};
   check_linear(a, grad, "grad", weight.dim() == 2 ? weight.size(0) : -1);
   return multiply_grad<Device>(a, slice_units(a, start), grad);
 }
 
 template <class Device>
-Tensor indexed_linear(const Tensor& x, const Tensor& weight, const Tensor& delta, const Tensor& index,
-                      int64_t dim, const std::optional<Tensor>& bias, const std::optional<Tensor>&) {
+Tensor indexed_linear(const Tensor& x, const Tensor& weight, const Tensor& delta, const Tensor& index, int64_t dim,
+                      const std::optional<Tensor>& bias, const std::optional<Tensor>&) {
   const LinearArgs a{"indexed_linear", weight, delta, dim};
   check_linear(a, x, "x", weight.dim() == 2 ? weight.size(1) : -1);
   check_bias(a, bias);
   Tensor dense_index = index;
-  const Units units = index_units_checked(a, index, &dense_index);
+  const Units units = index_units(a, &dense_index);
   return multiply<Device>(a, units, x, bias);
 }
 
@@ -220,7 +217,7 @@ Tensor indexed_linear_grad_x(const Tensor& grad, const Tensor& weight, const Ten
   const LinearArgs a{"indexed_linear_grad_x", weight, delta, dim};
   check_linear(a, grad, "grad", weight.dim() == 2 ? weight.size(0) : -1);
   Tensor dense_index = index;
-  const Units units = index_units_checked(a, index, &dense_index);
+  const Units units = index_units(a, &dense_index);
   return multiply_grad<Device>(a, units, grad);
 }
 

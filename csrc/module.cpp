@@ -1,6 +1,6 @@
-// The Python module s2ft._C. Importing it registers the CPU kernels; those for CUDA are registered on request.
+// The Python module s2ft._C. Its import registers the CPU kernels. register_cuda() registers the CUDA kernels.
 constexpr unsigned long long kTorchTarget = TORCH_TARGET_VERSION;
-#undef TORCH_TARGET_VERSION  // where it is defined, the pybind11 in PyTorch 2.11's headers refuses to be included
+#undef TORCH_TARGET_VERSION  // the pybind11 in PyTorch 2.11's headers can't be included while it is defined
 #include <pybind11/pybind11.h>
 
 #include <memory>
@@ -13,7 +13,7 @@ constexpr unsigned long long kTorchTarget = TORCH_TARGET_VERSION;
 #include "cuda/register.h"
 #endif
 
-#include "effective_lock.h"
+#include "weight_lock.h"
 
 namespace {
 
@@ -52,21 +52,24 @@ pybind11::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of s2ft.";
-  // A context manager in C++: between taking the lock and being in charge of it no signal handler of Python runs.
+  // A context manager in C++. No Python signal handler can run between the moment the lock is taken and the moment the
+  // context manager is responsible for it.
   using NoGil = pybind11::call_guard<pybind11::gil_scoped_release>;
   pybind11::class_<s2ft::WeightLock, std::unique_ptr<s2ft::WeightLock, pybind11::nodelete>>(m, "WeightLock")
       .def("acquire", &s2ft::WeightLock::lock, NoGil())
-      .def("release", [](s2ft::WeightLock& lock) {
-        if (!lock.held()) throw std::runtime_error("this thread does not hold the lock of the weights");
-        lock.unlock();
-      })
+      .def("release",
+           [](s2ft::WeightLock& lock) {
+             if (!lock.held()) throw std::runtime_error("this thread does not hold the lock of the weights");
+             lock.unlock();
+           })
       .def("__enter__", &s2ft::WeightLock::lock, NoGil())
       .def("__exit__", [](s2ft::WeightLock& lock, const pybind11::args&) { lock.unlock(); });
-  m.attr("weight_lock") = pybind11::cast(&s2ft::effective_lock(), pybind11::return_value_policy::reference);
+  m.attr("weight_lock") = pybind11::cast(&s2ft::weight_lock(), pybind11::return_value_policy::reference);
   m.def("build_info", &build_info, "How this module was compiled.");
 #ifdef S2FT_WITH_CUDA
-  m.def("cuda_versions", [] { return std::pair(s2ft::cuda::driver_version(), s2ft::cuda::built_version()); },
-        "The CUDA versions of the driver, 0 without one, and of the build: 1000 * major + 10 * minor.");
-  m.def("register_cuda", &s2ft::register_cuda, "Register the CUDA kernels; once, however often it is called.");
+  m.def(
+      "cuda_versions", [] { return std::pair(s2ft::cuda::driver_version(), s2ft::cuda::built_version()); },
+      "The CUDA versions of the driver (0 without a driver) and of the build, as 1000 * major + 10 * minor.");
+  m.def("register_cuda", &s2ft::register_cuda, "Register the CUDA kernels. Further calls do nothing.");
 #endif
 }

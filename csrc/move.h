@@ -1,4 +1,4 @@
-// What permute_, swap_ and scatter_add_ check and compute before their kernels run, whatever the device.
+// The checks and preparations that permute_, swap_ and scatter_add_ share on all devices.
 #pragma once
 
 #include <vector>
@@ -24,7 +24,7 @@ inline int64_t movable_size(const Tensor& weight, const char* op) {
   return size;
 }
 
-// `values` must be of weight's shape, with any number of units along dim.
+// Checks that `values` has weight's shape, with any number of units along dim.
 inline void check_units(const Tensor& values, const Tensor& weight, int64_t dim, const char* op, const char* name) {
   require(values.dim() == weight.dim(), op, name, " of shape ", shape_of(values),
           " must have as many dimensions as weight of shape ", shape_of(weight));
@@ -34,7 +34,7 @@ inline void check_units(const Tensor& values, const Tensor& weight, int64_t dim,
   check_same_device(values, weight, op, name);
 }
 
-// For an index in host memory: every entry in range, none twice.
+// Checks that every entry is in range and none occurs twice. The index must be in host memory.
 inline void check_distinct(const Tensor& dense_index, int64_t limit, const char* op, const char* name) {
   const int64_t* index = dense_index.const_data_ptr<int64_t>();
   const int64_t length = dense_index.size(0);
@@ -50,8 +50,9 @@ inline Along along(const Tensor& t, int64_t dim) {
   const auto size = [&](int64_t d) { return d < 0 ? int64_t{1} : t.size(d); };
   const auto stride = [&](int64_t d) { return d < 0 ? int64_t{0} : t.stride(d); };
   const int64_t last = t.dim() - 1;
-  // The two dimensions that are not `dim`; where the tensor has fewer, sizes of 1.
-  const int64_t inner = dim == last ? last - 1 : last, outer = dim == last ? last - 2 : (dim == last - 1 ? last - 2 : last - 1);
+  // The two other dimensions. If the tensor has fewer, their size is 1.
+  const int64_t inner = dim == last ? last - 1 : last,
+                outer = dim == last ? last - 2 : (dim == last - 1 ? last - 2 : last - 1);
   return Along{t.size(dim), size(outer), size(inner), t.stride(dim), stride(outer), stride(inner), dim == last};
 }
 

@@ -1,9 +1,9 @@
-// The body of permute_, once for every device. A Device has a constructor from a tensor on it, begin()
-// and end() (see linear.h), and permute(Along, order, element size, weight tensor).
+// The body of permute_, shared by all devices. A Device has a constructor that takes a tensor on it, begin() and end()
+// (see linear.h), and permute(Along, order, element size, weight tensor).
 #pragma once
 
-#include "effective_lock.h"
 #include "move.h"
+#include "weight_lock.h"
 
 namespace s2ft {
 
@@ -14,11 +14,12 @@ void permute(Tensor weight, const Tensor& order, int64_t dim) {
   check_index_tensor(order, weight.size(dim), weight, op, "order");
   const int64_t size = movable_size(weight, op);
   const Tensor dense_order = aten::dense(order);
-  // As many entries as units, all in range, none twice: a permutation.
+  // An order with one entry per unit, all in range and none twice, is a permutation.
   if (weight.is_cpu()) check_distinct(dense_order, weight.size(dim), op, "order");
   if (weight.numel() == 0) return;
   const Device device(weight);
-  in_turn(device, [&] { device.permute(along(weight, dim), dense_order.const_data_ptr<int64_t>(), size, weight); });
+  run_exclusively(device,
+                  [&] { device.permute(along(weight, dim), dense_order.const_data_ptr<int64_t>(), size, weight); });
 }
 
 }  // namespace s2ft

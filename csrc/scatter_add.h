@@ -1,12 +1,12 @@
-// The body of scatter_add_, once for every device. A Device has a constructor from a tensor on it,
-// begin() and end() (see linear.h), and scatter_add(Scatter, weight tensor).
+// The body of scatter_add_, shared by all devices. A Device has a constructor that takes a tensor on it, begin() and
+// end() (see linear.h), and scatter_add(Scatter, weight tensor).
 #pragma once
 
 #include <vector>
 
 #include "core/scatter.h"
-#include "effective_lock.h"
 #include "move.h"
+#include "weight_lock.h"
 
 namespace s2ft {
 
@@ -40,15 +40,16 @@ void scatter_add(Tensor weight, std::vector<Tensor> index, std::vector<Tensor> d
   const DType weight_type = dtype_of(weight, op, "weight");
   const size_t count = delta.size();
   require(index.size() == count && alpha.size() == count && (replaced.empty() || replaced.size() == count), op,
-          "index, delta, alpha and replaced must be as many, got ", index.size(), ", ", count, ", ", alpha.size(),
-          " and ", replaced.size());
+          "index, delta, alpha and replaced must have the same number of entries, got ", index.size(), ", ", count,
+          ", ", alpha.size(), " and ", replaced.size());
   if (delta.empty()) return;
   std::vector<Part> parts;
   for (size_t j = 0; j < count; ++j) {
     check_part(weight, index[j], delta[j], delta[0], dim);
     index[j] = aten::dense(index[j]);
     if (weight.is_cpu()) check_distinct(index[j], weight.size(dim), op, "index");
-    Part part{along(delta[j], dim), {}, delta[j].const_data_ptr(), nullptr, index[j].const_data_ptr<int64_t>(), alpha[j]};
+    Part part{
+        along(delta[j], dim), {}, delta[j].const_data_ptr(), nullptr, index[j].const_data_ptr<int64_t>(), alpha[j]};
     if (!replaced.empty()) {
       check_replaced(weight, delta[j], replaced[j], dim);
       part.replaced = along(replaced[j], dim);
@@ -57,10 +58,11 @@ void scatter_add(Tensor weight, std::vector<Tensor> index, std::vector<Tensor> d
     parts.push_back(part);
   }
   if (weight.numel() == 0) return;
-  const Scatter scatter{along(weight, dim), weight.mutable_data_ptr(), weight_type, dtype_of(delta[0], op, "delta"),
-                        parts.data(), static_cast<int64_t>(count), !replaced.empty()};
+  const Scatter scatter{
+      along(weight, dim), weight.mutable_data_ptr(),   weight_type,      dtype_of(delta[0], op, "delta"),
+      parts.data(),       static_cast<int64_t>(count), !replaced.empty()};
   const Device device(weight);
-  in_turn(device, [&] { device.scatter_add(scatter, weight); });
+  run_exclusively(device, [&] { device.scatter_add(scatter, weight); });
 }
 
 }  // namespace s2ft

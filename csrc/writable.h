@@ -1,5 +1,5 @@
-// Whether memory can be written to. A weight may lie in a read-only mapping (a NumPy memmap of mode "r"), and
-// storing to it would end the process by SIGSEGV.
+// Checks that memory is writable. A weight may be in a read-only mapping (a NumPy memmap of mode "r"), and a write to
+// it would end the process with SIGSEGV.
 #pragma once
 
 #include "checks.h"
@@ -14,7 +14,8 @@
 
 namespace s2ft {
 
-// Asks the kernel to "or" the word at `memory` with 0, which fails with EFAULT where a store would fault. 0.1 µs.
+// Tells the operating system to "or" the word at `memory` with 0. This takes 0.1 µs, and fails with EFAULT if a write
+// would fault.
 inline bool is_writable(void* memory) {
 #ifdef __linux__
   uint32_t unused = 0;
@@ -31,7 +32,7 @@ inline bool is_writable(void* memory) {
 inline void require_writable(const Tensor& weight, const char* op, const char* name = "weight") {
   if (!weight.is_cpu() || weight.numel() == 0) return;
   require(is_writable(weight.mutable_data_ptr()), op, name,
-          " lies in read-only memory (a memmap of mode 'r', say), and this op writes to it: give a copy, ", name,
+          " is in read-only memory, such as a memmap of mode 'r', and this op writes to it: pass a copy, ", name,
           ".clone()");
 }
 

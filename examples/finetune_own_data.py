@@ -55,7 +55,7 @@ def main() -> None:
     rows = [json.loads(line) for line in Path(job.data).open()] if job.data else SUMS
 
     model, tokenizer = load(job.model)
-    print(s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25)))  # the paper's: d_ratio=0.03
+    print(s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25)))  # the paper trains d_ratio=0.03
     arguments = SFTConfig(
         output_dir=f"{job.output}-run",
         max_steps=job.steps,

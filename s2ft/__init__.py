@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which can't follow __getattr
     from s2ft.config import S2FTConfig
     from s2ft.estimation import Estimate, estimate
     from s2ft.layers import S2ColumnLinear, S2RowLinear
-    from s2ft.model.coupling import Coupling, Projection, Vector
+    from s2ft.model.coupling import Coupling
     from s2ft.model.registry import register_architecture
     from s2ft.ops._build import build_info
     from s2ft.ops._lock import stable_weights
@@ -73,8 +73,6 @@ _HOMES = {
     "S2ColumnLinear": "s2ft.layers",
     "S2RowLinear": "s2ft.layers",
     "Coupling": "s2ft.model.coupling",
-    "Projection": "s2ft.model.coupling",
-    "Vector": "s2ft.model.coupling",
     "register_architecture": "s2ft.model.registry",
     "build_info": "s2ft.ops._build",
     "stable_weights": "s2ft.ops._lock",

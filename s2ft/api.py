@@ -1,34 +1,23 @@
-"""attach, detach, merge: turn a model into one that trains its selected units, and back."""
+"""attach, detach, merge: make a model train its selected units, and make it plain again."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
-from s2ft.attached.active import put_on, take_off, write_trained
-from s2ft.attached.extra import names_of_modules
+from s2ft.adapter.pretrained import HOST_HOOKS
+from s2ft.attached.changes import adapters_off, fuse_mounted, merge_active, remove_all, unfuse_mounted
+from s2ft.attached.checks import check_can_merge, check_new_name, check_not_sharded, movable_couplings
+from s2ft.attached.extra_weights import names_of_modules
 from s2ft.attached.hosts.compiled import of_compiled
-from s2ft.attached.mounting import (
-    check_can_merge,
-    check_not_sharded,
-    claim,
-    mount,
-    release,
-    remount,
-    that_can_move,
-    unmount,
-)
-from s2ft.attached.record import RECORD, Attachment, attachment_of
+from s2ft.attached.mounting import mount
+from s2ft.attached.record import Attachment, attachment_of, check_unattached, find_attachment, new_attachment
 from s2ft.attached.report import Report
 from s2ft.config import S2FTConfig
-from s2ft.files.reading import check_adapter_name
 from s2ft.model.coupling import Coupling
-from s2ft.model.fingerprint import fingerprint
 from s2ft.model.registry import couplings_of
 from s2ft.model.verify import Trial
 from s2ft.ops._build import warn_without_cuda_kernels
-from s2ft.ops._lock import LOCK
 from s2ft.selection import Selection
 from s2ft.selection import select as select_units
 
@@ -40,55 +29,60 @@ def attach(
     model: nn.Module,
     config: S2FTConfig,
     name: str = "default",
-    calibration=None,
+    calibration: Iterable[Any] | None = None,
     *,
     couplings: Sequence[Coupling] | None = None,
     verify: bool | None = None,
-    example=None,
+    example: Any = None,
 ) -> Report:
-    """Make the units that `config` selects the only trainable weights of `model`, in place.
+    """Make the selected units the only trainable weights of a model, in place.
 
-    Everything is checked before a weight moves. The model computes what it did before: in layout
-    ``permuted`` the coupled weights and biases are put in a common new order, in ``indexed`` nothing
-    moves. All other parameters are frozen.
-
-    A model of no known family is attached by its couplings, for instance a perceptron ``net`` with layers
-    ``net.up`` and ``net.down`` of 64 hidden channels::
-
-        mlp = Coupling("ffn", 0, (Projection("u", "net.up", 64, 1, 0),), Projection("d", "net.down", 64, 1, 1))
-        attach(model, S2FTConfig(d_ratio=0.1), couplings=[mlp], example=torch.randn(2, 16))
-
-    They are saved in the adapter, so that loading needs none.
-
-    Adapters that are loaded come off and stay loaded; only one can be trainable.
+    The model computes what it computed before: the slices start at zero. All other parameters are frozen. In layout
+    `permuted` the units of each coupling are put in a common new order, which needs no permutation at run time (S²FT
+    paper, section 3.2); in layout `indexed` nothing moves. Loaded adapters are switched off and stay loaded. A model
+    can have one trainable adapter.
 
     Args:
-        model: a model of a known family or with `couplings`, no trainable adapter attached; floating-point weights, or for layout
-            indexed quantized ones of bitsandbytes or torchao.
-        config: what to train. name: of the new adapter.
-        calibration: for selections that need data, see :func:`select`.
-        couplings: given by hand, of nn.Linear, transformers' Conv1D, nn.Conv1d to Conv3d of one group, or experts
-            stacked in one parameter; a module can be in one of them.
-        verify: try the couplings out: put the units of each that can move in another order and run the model
-            (in evaluation mode), then run it attached; an output that moves by more than rounding is an error
-            that names the coupling. Default: where couplings are given by hand, or an example is.
-        example: what to run it on: a tensor, a tuple of arguments or a dict of them. For models of transformers
-            one is made from the config.
-    Returns: a report that prints as a table of what is trained.
-    Raises: ValueError, with the model as it was; TypeError for a config that is none; RuntimeError, where
-    torch.distributed is initialized, on ranks that would train other units, or on another base, than the first.
+        model: Model of a known family, or any model with `couplings`, without a trainable adapter. Its weights are
+            floating-point, or for layout `indexed` quantized by bitsandbytes or torchao.
+        config: What to train.
+        name: Name of the new adapter.
+        calibration: Batches for selections that need data, see :func:`select`.
+        couplings: Couplings of a model of no known family. Their layers are nn.Linear, Conv1D of transformers,
+            nn.Conv1d to nn.Conv3d with one group, or expert stacks; each layer is in one coupling. The adapter stores
+            them, so that loading needs none.
+        verify: Whether to try the couplings out: reorder the units of each one that can move, run the model in
+            evaluation mode, and run it attached. Default: True if `couplings` or `example` are given.
+        example: Input for `verify`: a tensor, a tuple of arguments, or a dict of them. Default: made from the config
+            of a transformers model.
+
+    Returns:
+        A report of what is trained. It prints as a table.
+
+    Raises:
+        TypeError: `config` is not an S2FTConfig, or `verify` is not True, False or None.
+        ValueError: Something can't be trained as asked, the name is taken, or `verify` found an output that moves by
+            more than rounding. The model is unchanged.
+        RuntimeError: Ranks of torch.distributed disagree on the selection or on the base model.
+
+    Example:
+        >>> report = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25))
+        >>> print(report)
+        projection        layers  units a layer               parameters  dtype
+        mlp.down_proj          2  13 of 128 channels               1,664  float32
+        self_attn.o_proj       2  1 of 4 heads                     2,048  float32
+        adapter 'default', layout permuted: 3,712 of 86,336 parameters are trained (4.30%)
     """
     if not isinstance(config, S2FTConfig):
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
     if verify not in (None, True, False):
         raise TypeError(f"verify must be True, False or None, got {verify!r}")
-    check_adapter_name(name)
     record = _record_for(model, couplings, name)
     if any(parameter.is_cuda for parameter in model.parameters()):
         warn_without_cuda_kernels()
-    names_of_modules(model, record.couplings, config.modules_to_save)  # before calibration, which takes its time
+    names_of_modules(model, record.couplings, config.modules_to_save)  # checked before calibration, which takes time
     verify = couplings is not None or example is not None if verify is None else verify
-    with adapters_aside(model, record):
+    with adapters_off(model, record):
         selection = select_units(record.couplings, config, model, calibration)
         trial = _try_out(model, record, example) if verify else None
         mount(model, record, config, selection, name)
@@ -98,45 +92,23 @@ def attach(
 
 
 def _record_for(model: nn.Module, couplings: Sequence[Coupling] | None, name: str) -> Attachment:
-    """A new record, or that of a model with adapters loaded and none trainable."""
-    record = model.__dict__.get(RECORD)
+    """Return the record of a model that has loaded adapters only, or a new one."""
+    record = find_attachment(model)
+    if record is not None and record.name is not None:
+        check_unattached(model)
+    check_new_name(record, name)
     if record is None:
-        return new_attachment(model, couplings)
-    if record.name is not None:
-        _check_unattached(model)
+        return new_attachment(model, couplings, HOST_HOOKS)
     if couplings is not None and list(couplings) != record.couplings:
-        raise ValueError("couplings are those that the loaded adapters came with: leave them out")
-    if name in record.names:
-        raise ValueError(f"there is an adapter called {name!r} already: give the new one another name")
+        raise ValueError("couplings are in the loaded adapters already, and these are others: leave them out")
     return record
 
 
-@contextmanager
-def adapters_aside(model: nn.Module, record: Attachment) -> Iterator[None]:
-    """Inside, the model has its record and the base in its weights. Where what is done inside fails, the model is as it
-    was before: the adapters that were loaded are there, and those that were active are so again."""
-    others, active = dict(record.others), dict(record.active)
-    try:
-        claim(model, record)
-        take_off(model, record)
-        yield
-    except BaseException:
-        take_off(model, record)
-        unmount(model, record)
-        record.others = others
-        if others:
-            record.forget_mounts()
-            model.requires_grad_(False)
-            put_on(model, record, active, {name: others[name].deltas for name in active})
-        else:
-            release(model, record)
-        raise
-
-
 def _try_out(model: nn.Module, record: Attachment, example: Any) -> Trial:
+    """Reorder the units of each coupling that can move, run the model, and put them back."""
     trial = Trial(model, record.couplings, record.moves, example)
-    groups: dict[tuple, list[Coupling]] = {}  # experts of a layer are tried out together
-    for coupling in that_can_move(model, record.couplings):
+    groups: dict[tuple, list[Coupling]] = {}  # the experts of a layer are tried out together
+    for coupling in movable_couplings(model, record.couplings):
         one = coupling.consumer.name if coupling.consumer.expert is None else coupling.consumer.path
         groups.setdefault((coupling.layer, one), []).append(coupling)
     for group in groups.values():
@@ -146,101 +118,137 @@ def _try_out(model: nn.Module, record: Attachment, example: Any) -> Trial:
 
 @of_compiled
 def select(
-    model: nn.Module, config: S2FTConfig, calibration=None, *, couplings: Sequence[Coupling] | None = None
+    model: nn.Module,
+    config: S2FTConfig,
+    calibration: Iterable[Any] | None = None,
+    *,
+    couplings: Sequence[Coupling] | None = None,
 ) -> Selection:
-    """The units that :func:`attach` would train, without attaching anything: the model stays as it is.
+    """Return the units that :func:`attach` would train. The model does not change.
 
     Args:
-        calibration: for selections that need data (activation, product, gradient): a DataLoader or any iterable
-            of batches, each a dict of tensors as a tokenizer or processor gives (input_ids [sequences, tokens],
-            attention_mask, labels; pixel_values; input_features and decoder_input_ids) or a tensor of the model's
-            main input; for a module that is not of transformers tensors, tuples or dicts of what its forward takes.
-            It is read once. Labels are used for the gradient alone, for which causal models take the tokens
-            themselves where there are none and all others need them.
-        couplings: as for :func:`attach`.
-    Returns: a selection; it prints as a table, and has save and load.
-    Raises: as :func:`attach`.
+        model: Model without adapters.
+        config: What to train.
+        calibration: A DataLoader or any iterable of batches, which is read once. The selections `activation`,
+            `product` and `gradient` need it. A batch of a transformers model is a dict of tensors (input_ids
+            [sequences, tokens], attention_mask, labels; pixel_values; input_features and decoder_input_ids), or a
+            tensor of the model's main input. A batch of another model is a tensor, a tuple or a dict of its forward's
+            arguments. Labels are used for the gradient only: causal models use the tokens if there are none, and all
+            other models need them.
+        couplings: As for :func:`attach`.
+
+    Returns:
+        The selection. It prints as a table, and has `save` and `load`.
+
+    Raises:
+        TypeError: `config` is not an S2FTConfig.
+        ValueError: As for :func:`attach`.
+
+    Example:
+        >>> config = s2ft.S2FTConfig(d_ratio=0.1, selection="activation")
+        >>> selection = s2ft.select(model, config, [input_ids])
+        >>> selection["model.layers.0.mlp.down_proj"].shape
+        torch.Size([13])
     """
     return _chosen(model, config, calibration, couplings)[1]
 
 
 @of_compiled
 def plan(
-    model: nn.Module, config: S2FTConfig, calibration=None, *, couplings: Sequence[Coupling] | None = None
+    model: nn.Module,
+    config: S2FTConfig,
+    calibration: Iterable[Any] | None = None,
+    *,
+    couplings: Sequence[Coupling] | None = None,
 ) -> Report:
-    """The report that :func:`attach` would return, without attaching anything; arguments as for :func:`select`.
+    """Return the report that :func:`attach` would return. The model does not change.
 
-    Selections that look at no weights (random, by hand) can be planned on a model on the meta device.
+    A selection that reads no weights (random, or units given by hand) can be planned on a model on the meta device.
+
+    Args:
+        model: Model without adapters.
+        config: What to train.
+        calibration: As for :func:`select`.
+        couplings: As for :func:`attach`.
+
+    Returns:
+        The report. It prints as a table.
+
+    Raises:
+        TypeError: `config` is not an S2FTConfig.
+        ValueError: As for :func:`attach`.
+
+    Example:
+        >>> s2ft.plan(model, s2ft.S2FTConfig(d_ratio=0.1)).trainable
+        1664
     """
     found, selection = _chosen(model, config, calibration, couplings)
     return Report.planned(model, found, config, selection)
 
 
-def _chosen(model: nn.Module, config: S2FTConfig, calibration, given) -> tuple[list[Coupling], Selection]:
+def _chosen(
+    model: nn.Module, config: S2FTConfig, calibration: Iterable[Any] | None, couplings: Sequence[Coupling] | None
+) -> tuple[list[Coupling], Selection]:
+    """Return the couplings of a model without adapters, and the units that the config selects."""
     if not isinstance(config, S2FTConfig):
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
-    _check_unattached(model)
-    couplings = couplings_of(model, given)
-    names_of_modules(model, couplings, config.modules_to_save)  # an error for those that are unknown
-    return couplings, select_units(couplings, config, model, calibration)
+    check_unattached(model)
+    found = couplings_of(model, couplings)
+    names_of_modules(model, found, config.modules_to_save)  # raises for unknown modules
+    return found, select_units(found, config, model, calibration)
 
 
-def _check_unattached(model: nn.Module) -> None:
-    if RECORD in model.__dict__:
-        raise ValueError(
-            f"{type(model).__name__} has an S²FT adapter already "
-            f"({', '.join(model.__dict__[RECORD].names)}): detach or merge it first"
-        )
-
-
-def new_attachment(model: nn.Module, given: Sequence[Coupling] | None = None) -> Attachment:
-    """A record of the untouched model. given: couplings by hand. Raises: ValueError when there is one already."""
-    _check_unattached(model)
-    couplings = couplings_of(model, given)
-    return Attachment(
-        couplings,
-        fingerprint(model, couplings),
-        {key: parameter.requires_grad for key, parameter in model.named_parameters()},
-        given=given is not None,
-    )
-
-
-# ---- back ------------------------------------------------------------------------------------------
+# ---- detach, merge, fuse ---------------------------------------------------------------------------
 
 
 @of_compiled
 def detach(model: nn.Module) -> nn.Module:
-    """Take every adapter off and give back the base model, bit for bit, as it was before attach.
+    """Remove every adapter and return the base model, bit for bit as it was before attach.
 
-    It does so also where an earlier call was interrupted.
+    It also does this after an earlier call of any function was interrupted.
 
-    Raises: ValueError when the model is sharded; there ``set_adapter(model, None)`` gives the base.
+    Args:
+        model: Model with adapters.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: The model has no adapters, or is sharded. ``set_adapter(model, None)`` restores the base of a
+            sharded model.
+
+    Example:
+        >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+        >>> s2ft.detach(model) is model
+        True
     """
     record = attachment_of(model)
     check_not_sharded(model, "detach")
-    with LOCK:
-        try:
-            _take_everything_off(model, record)
-        except BaseException:  # an interrupt: a model in between would compute something else
-            _take_everything_off(model, record)
-            raise
+    remove_all(model, record)
     return model
-
-
-def _take_everything_off(model: nn.Module, record: Attachment) -> None:
-    if RECORD in model.__dict__:
-        take_off(model, record)
-        release(model, record)
 
 
 @of_compiled
 def merge(model: nn.Module) -> nn.Module:
-    """Write the active adapter into the weights and give back the plain model, in original order.
+    """Write the active adapters into the weights for good and return the plain model, with units in original order.
 
-    The weights are, bit for bit, those the adapter was trained with. Until the end the base is kept: where merging is
-    interrupted, the adapter is there, and off.
+    The weights equal those that the adapter was trained with, bit for bit. The base is kept until the end: after an
+    interrupt the adapter is still there, and no adapter is active.
 
-    Raises: ValueError when no adapter is active, the base is quantized, or the model is sharded.
+    Args:
+        model: Model with an active adapter.
+
+    Returns:
+        The same model, without adapters.
+
+    Raises:
+        ValueError: No adapter is active, the base is quantized, or the model is sharded.
+
+    Example:
+        >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+        >>> s2ft.merge(model).save_pretrained("merged")
+        >>> s2ft.list_adapters(model)
+        []
     """
     record = attachment_of(model)
     check_not_sharded(model, "merge")
@@ -248,46 +256,48 @@ def merge(model: nn.Module) -> nn.Module:
         raise ValueError("no adapter is active, so there is nothing to merge: set_adapter first, or detach")
     if record.trains:
         check_can_merge(record)
-    with LOCK:
-        try:
-            if record.trains:
-                record.changing = True
-                for mounted in record.mounts.values():
-                    mounted.layer.unfuse()
-                write_trained(model, record)
-            return release(model, record)
-        except BaseException:
-            if RECORD in model.__dict__:
-                take_off(model, record)
-                remount(model, record)
-            raise
+    return merge_active(model, record)
 
 
 @of_compiled
 def fuse(model: nn.Module) -> None:
-    """Write the active adapter into the weights until :func:`unfuse`: plain linears, for generation.
+    """Write the trainable adapter into the weights until :func:`unfuse`, so that its layers run as plain ones.
 
-    Where s2 changes in between, the layers take that in at the next forward; a compiled model can't look, and needs
-    another call of this.
+    Fused layers can't be trained. If s2 changes while they are fused, the next forward writes it again; a compiled
+    model can't do this and needs another call. Loaded adapters are always written, so nothing happens for them.
 
-    Raises: ValueError when the base is quantized or the model is sharded.
+    Args:
+        model: Model with adapters.
+
+    Raises:
+        ValueError: The model has no adapters, its base is quantized, or it is sharded.
+
+    Example:
+        >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+        >>> s2ft.fuse(model.eval())
+        >>> s2ft.status(model).state.value
+        'fused'
     """
     record = attachment_of(model)
     check_not_sharded(model, "fuse")
     if record.trains:
-        check_can_merge(record)  # before any layer is fused
-        with LOCK:
-            try:
-                for mounted in record.mounts.values():
-                    mounted.layer.fuse()
-            except BaseException:
-                unfuse(model)
-                raise
+        check_can_merge(record)
+        fuse_mounted(record)
 
 
 @of_compiled
 def unfuse(model: nn.Module) -> None:
-    """Copy the base back, bit for bit, so that training can go on."""
-    with LOCK:
-        for mounted in attachment_of(model).mounts.values():
-            mounted.layer.unfuse()
+    """Copy the base back into the weights, bit for bit, so that training can go on.
+
+    Args:
+        model: Model with adapters, fused or not.
+
+    Raises:
+        ValueError: The model has no adapters.
+
+    Example:
+        >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+        >>> s2ft.fuse(model.eval())
+        >>> s2ft.unfuse(model.train())
+    """
+    unfuse_mounted(attachment_of(model))

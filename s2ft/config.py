@@ -1,27 +1,32 @@
-"""What to train: one validated dataclass. A new option is one new field; the command line follows."""
+"""What to train: one validated dataclass. A new option is one new field, and the command line gets it from there."""
 
 import os
 import re
 from dataclasses import asdict, dataclass, field, fields
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from s2ft.model.coupling import PROJECTIONS
-
-DELTA_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
+PROJECTIONS = ("q", "k", "v", "o", "u", "g", "d")  # as in s2ft.model.coupling, which imports PyTorch
+METRICS = {  # a metric is a row here and a file s2ft/selection/<name>.py
+    "random": "at random",
+    "weight": "by weight norm",
+    "activation": "by activation norm on calibration data",
+    "product": "by weight norm times activation norm on calibration data",
+    "gradient": "by gradient norm on calibration data",
+}
+ALLOCATIONS = {  # an allocation is a row here and a file s2ft/selection/allocation_<name>.py
+    "uniform": "the same number of units in each layer",
+    "global": "the units with the best scores over all layers, so a layer may get none",
 }
 CHOICES = {
-    "selection": ("random", "weight", "activation", "product", "gradient"),
+    "selection": tuple(METRICS),
     "order": ("largest", "smallest"),
-    "allocation": ("uniform", "global"),
+    "allocation": tuple(ALLOCATIONS),
     "layout": ("permuted", "indexed"),
-    "delta_dtype": (None, *DELTA_DTYPES),
+    "delta_dtype": (None, "float32", "bfloat16", "float16", "float64"),
 }
 CHOOSING = (
     *(f"{key}_ratio" for key in PROJECTIONS),
@@ -32,12 +37,12 @@ CHOOSING = (
     "budget",
     "match_lora_rank",
     "exclude",
-)  # what has no use where the units are given
+)  # options that choose units, which have no use if the units are given
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
 def _parameters(value: Any) -> int:
-    """9.2M → 9,200,000."""
+    """Return a number of parameters: 9.2M → 9,200,000."""
     if isinstance(value, str):
         found = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?) ?([KMB]?)", value.strip().upper())
         if not found:
@@ -48,21 +53,23 @@ def _parameters(value: Any) -> int:
 
 
 def _check_positive(name: str, value: Any) -> None:
+    """Raise ValueError if the value is not a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
 def _names(option: str, value: Any) -> list[str]:
+    """Check a list of module names and return it without repetitions."""
     if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
-        raise ValueError(f"{option} must be a list of modules' names, such as ['classifier'], got {value!r}")
+        raise ValueError(f"{option} must be a list of module names, such as ['classifier'], got {value!r}")
     names = list(value)
     if not names or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"{option} must be a list of at least one module's name, or None, got {value!r}")
+        raise ValueError(f"{option} must be a list of at least one module name, or None, got {value!r}")
     return list(dict.fromkeys(names))
 
 
 def _units(name: str, value: Any) -> Any:
-    """Lists by path, as JSON has them, or the path of a file as text."""
+    """Return lists of units by projection, as in JSON, or the path of a file as text."""
     if value is None:
         return None
     if isinstance(value, (str, os.PathLike)):
@@ -77,15 +84,54 @@ def _units(name: str, value: Any) -> Any:
     return {path: numbers.tolist() if hasattr(numbers, "tolist") else numbers for path, numbers in value.items()}
 
 
+def _listed(options: dict[str, str]) -> str:
+    return ", ".join(f"{name} ({text})" for name, text in options.items())
+
+
 def _ratio(of: str) -> Any:
-    return field(default=0.0, metadata={"help": f"share of {of} to train in every layer, 0 to 1"})
+    return field(default=0.0, metadata={"help": f"share of {of} to train in each layer, from 0 to 1"})
 
 
 @dataclass
 class S2FTConfig:
-    """Which units are trained, how they are chosen, and how they lie in memory.
+    """What to train: which units, how they are chosen, and where they are in memory.
 
-    Raises: ValueError naming the field when a value cannot be meant.
+    Without a ratio or `units`, nothing is selected, and :func:`s2ft.attach` raises an error.
+
+    Attributes:
+        q_ratio: Share of the query heads to train in every layer, 0 to 1 (q_proj).
+        k_ratio: Share of the key heads (k_proj).
+        v_ratio: Share of the value heads (v_proj).
+        o_ratio: Share of the heads of the output projection (o_proj).
+        u_ratio: Share of the FFN channels of up_proj.
+        g_ratio: Share of the FFN channels of gate_proj.
+        d_ratio: Share of the FFN channels of down_proj.
+        selection: How units are chosen: `random`, or by the norm of `weight`, `activation`, their `product`, or
+            `gradient` (S²FT paper, section 3.1). The last three need calibration data.
+        order: Which end of the ranking is chosen: `largest` or `smallest`.
+        allocation: `uniform` chooses the same number in every layer; `global` chooses the best of each projection over
+            all layers by their scores, so a layer may get none.
+        budget: Number of trained parameters, such as 9200000 or "9.2M". The ratios are scaled to as many units as fit.
+        match_lora_rank: Use as budget the number of parameters that LoRA of this rank trains on the same projections.
+        exclude: Units that are never chosen: a selection, lists by projection, or the path of a selection file or an
+            adapter folder.
+        units: Units to train, in the same forms. It replaces the ratios and the options that choose units.
+        layout: `permuted` moves the selected units together into one dense slice (S²FT paper, section 3.2); `indexed`
+            leaves them in place.
+        seed: Seed of the random selection, and of the command line's choice of calibration rows.
+        layers: Numbers of the layers to train. Default: all.
+        delta_dtype: Dtype of the slices. Default: the weight's, but at least float32.
+        modules_to_save: Modules to train in full and to save with the slices, such as a new head: their paths, or the
+            last parts of their paths.
+        ffn_kernel: Whether a gated FFN computes act(gate) * up in one op.
+
+    Raises:
+        ValueError: A value is not allowed, or two options contradict each other. The message names them.
+
+    Example:
+        >>> config = s2ft.S2FTConfig(d_ratio=0.05, o_ratio=0.25, layout="indexed")
+        >>> config.ratios
+        {'o': 0.25, 'd': 0.05}
     """
 
     q_ratio: float = _ratio("query heads (q_proj)")
@@ -97,61 +143,80 @@ class S2FTConfig:
     d_ratio: float = _ratio("FFN channels of down_proj")
     selection: str = field(
         default="random",
-        metadata={
-            "help": "how units are chosen: random; or by weight norm, activation norm, their product, or gradient norm, "
-            "the last three on calibration data"
-        },
+        metadata={"help": "how units are chosen: " + _listed(METRICS), "choices": CHOICES["selection"]},
     )
     order: str = field(
-        default="largest", metadata={"help": "which end of a metric's ranking is taken; random selection has none"}
+        default="largest",
+        metadata={
+            "help": "take the units with the largest or the smallest scores; a random selection has no scores",
+            "choices": CHOICES["order"],
+        },
     )
     allocation: str = field(
         default="uniform",
         metadata={
-            "help": "uniform: the same number in every layer; global: of each projection the best over all layers, by "
-            "plain scores, so that a layer may get none"
+            "help": "how units are distributed over the layers: " + _listed(ALLOCATIONS),
+            "choices": CHOICES["allocation"],
         },
     )
     budget: int | str | None = field(
         default=None,
         metadata={
-            "help": "trained parameters in all, e.g. 9.2M: the ratios give the proportions only, and are scaled to as "
-            "many units as fit"
+            "help": "number of trained parameters, for example 9.2M; the ratios are scaled to it and give only the "
+            "proportions"
         },
     )
     match_lora_rank: int | None = field(
-        default=None, metadata={"help": "budget of LoRA with this rank on the same projections"}
+        default=None,
+        metadata={"help": "train as many parameters as LoRA of this rank on the same projections", "metavar": "RANK"},
     )
     exclude: dict[str, list[int]] | str | None = field(
-        default=None, metadata={"help": "never choose these units: a selection file, or an adapter's folder"}
+        default=None,
+        metadata={"help": "never choose the units of this selection file or adapter folder", "metavar": "PATH"},
     )
     units: dict[str, list[int]] | str | None = field(
         default=None,
         metadata={
-            "help": "train exactly these units: a selection file, or an adapter's folder; without ratios and all that "
-            "goes with them"
+            "help": "train exactly the units of this selection file or adapter folder; ratios and the options that go "
+            "with them are not allowed then",
+            "metavar": "PATH",
         },
     )
     layout: str = field(
         default="permuted",
-        metadata={"help": "permuted: the units become one dense slice; indexed: they stay where they are"},
+        metadata={
+            "help": "permuted: the selected units are moved together into one dense slice; indexed: the units stay "
+            "where they are",
+            "choices": CHOICES["layout"],
+        },
     )
     seed: int = field(
-        default=0,
-        metadata={"help": "seed of the random selection, and of the command line's choice of calibration rows"},
+        default=0, metadata={"help": "seed of the random selection and of the choice of calibration rows"}
     )
-    layers: list[int] | None = field(default=None, metadata={"help": "layers to train; default: all"})
+    layers: list[int] | None = field(default=None, metadata={"help": "layers to train", "shown": "all layers"})
     delta_dtype: str | None = field(
-        default=None, metadata={"help": "dtype of the trained deltas; default: the weight's, but at least float32"}
+        default=None,
+        metadata={
+            "help": "dtype of the trained deltas",
+            "shown": "the weight's dtype, but at least float32",
+            "choices": CHOICES["delta_dtype"],
+        },
     )
     modules_to_save: list[str] | None = field(
         default=None,
         metadata={
-            "help": "modules to train whole and save beside the slices, e.g. a classifier's new head: their full names or "
-            "the last words of them"
+            "help": "modules to train in full and save with the adapter, for example the new head of a classifier; the "
+            "full names of the modules or the last parts of them",
+            "metavar": "MODULE",
         },
     )
-    ffn_kernel: bool = field(default=True, metadata={"help": "compute act(gate) * up in one pass each way"})
+    ffn_kernel: bool = field(
+        default=True,
+        metadata={
+            "help": "compute act(gate) * up of the FFN in one kernel",
+            "off": "compute act(gate) * up of the FFN in separate steps; without this option one kernel computes it",
+        },
+    )
 
     def __post_init__(self) -> None:
         for key in PROJECTIONS:
@@ -177,7 +242,7 @@ class S2FTConfig:
 
     def _check_together(self) -> None:
         if self.budget is not None and self.match_lora_rank is not None:
-            raise ValueError("budget and match_lora_rank exclude each other: both say how much is trained")
+            raise ValueError("budget and match_lora_rank exclude each other: both set how much is trained")
         if self.allocation == "global" and self.selection == "random":
             raise ValueError(
                 "allocation='global' compares scores, and random selection has none: choose another "
@@ -187,7 +252,9 @@ class S2FTConfig:
             defaults = {f.name: f.default for f in fields(self)}
             needless = [name for name in CHOOSING if getattr(self, name) != defaults[name]]
             if needless:
-                raise ValueError(f"units says which units are trained, so nothing is left for {', '.join(needless)}")
+                raise ValueError(
+                    f"units lists the units to train, so nothing is left for {', '.join(needless)} to choose"
+                )
 
     def _check_ratio(self, name: str) -> None:
         value = getattr(self, name)
@@ -206,15 +273,29 @@ class S2FTConfig:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Ratio of every projection that is asked for, by its key."""
+        """Ratios above 0, by the projection's key: q, k, v, o, u, g or d."""
         return {key: value for key in PROJECTIONS if (value := getattr(self, f"{key}_ratio")) > 0}
 
-    def delta_dtype_for(self, weight_dtype: torch.dtype) -> torch.dtype:
-        """float32 under a half-precision weight: updates below its step size would be lost."""
+    def delta_dtype_for(self, weight_dtype: "torch.dtype") -> "torch.dtype":
+        """Return the dtype of the slice of a weight.
+
+        Args:
+            weight_dtype: Dtype of the weight.
+
+        Returns:
+            `delta_dtype` if it is set, else the weight's dtype, but at least float32. In half precision, updates that
+            are smaller than the step size of the values would be lost.
+        """
+        import torch
+
         if self.delta_dtype is not None:
-            return DELTA_DTYPES[self.delta_dtype]
+            return getattr(torch, self.delta_dtype)
         return torch.promote_types(weight_dtype, torch.float32)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON. Without modules_to_save where it is None: files of earlier releases don't have it."""
+        """Return the configuration for JSON.
+
+        Returns:
+            The fields as JSON values. `modules_to_save` is left out if it is None, as in older files.
+        """
         return {name: value for name, value in asdict(self).items() if name != "modules_to_save" or value is not None}

@@ -1,8 +1,8 @@
-"""Several ranks: agreeing on what is trained, and tensors of which every rank holds a part.
+"""Several ranks: checks that they train the same, and tensors that are spread over them.
 
-Under DDP every rank holds everything. FSDP2 and ZeRO-3 leave each rank a part of every parameter, and ZeRO the only
-exact copy of what is trained in its optimizer. What reads such parameters gathers them, so that every rank must call
-it; each rank writes its own part.
+Under DDP every rank has every parameter in full. Under FSDP2 and ZeRO-3 each rank has a shard of every parameter, and
+ZeRO's optimizer has the only exact copy of trained parameters. A function that reads such parameters gathers them, so
+every rank must call it. Each rank writes its own shard.
 """
 
 import json
@@ -17,8 +17,8 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch import Tensor, nn
 
-RANK_TIMEOUT = timedelta(minutes=10)  # NCCL's own
-_counts: Counter = Counter()  # of meetings, so that each has a key of its own; the same on every rank
+RANK_TIMEOUT = timedelta(minutes=10)  # as NCCL's default
+_counts: Counter = Counter()  # calls by name, the same on every rank: they number the keys in the store
 
 
 # ---- agreeing ------------------------------------------------------------------------------------------
@@ -30,13 +30,17 @@ def is_distributed() -> bool:
 
 
 def check_same_as_first_rank(what: str, values: Mapping[str, str]) -> None:
-    """Compare with the rank that came first, without waiting for any: a rank that does this alone is not stuck, and
-    of ranks that differ all but the first raise. It goes through the process group's store, so that it needs no
-    device, which before a model is moved many have not chosen.
+    """Compare values with those of the first rank that calls this, without waiting for any rank.
+
+    A rank that calls it alone does not hang. It uses the process group's store, so it needs no device, which many
+    processes have not chosen before the model is moved.
 
     Args:
-        what: compared is the nth time that each rank says it. values: by what they are, in words.
-    Raises: RuntimeError that names what differs, with both values.
+        what: Name of the comparison. The nth call with this name on each rank is compared.
+        values: Values to compare, by a description of each.
+
+    Raises:
+        RuntimeError: A value differs from that of the first rank. The message has both values.
     """
     if not is_distributed():
         return
@@ -54,49 +58,66 @@ def check_same_as_first_rank(what: str, values: Mapping[str, str]) -> None:
 
 
 def should_print(text: str) -> bool:
-    """Whether this rank should print `text`: of ranks with the same text one does, without waiting for the others.
+    """Whether this rank should print `text`: one rank prints each text, without waiting for the others.
 
-    Before the ranks have joined, the first one of each machine does.
+    Before the process group is initialized, the first rank of each machine prints.
     """
     if not is_distributed():
         launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
         return not launched or os.environ.get("LOCAL_RANK", "0") == "0"
     try:
-        return _store().add(f"s2ft/said/{text}", 1) == 1
-    except RuntimeError:  # the store's process has ended
+        return _store().add(f"s2ft/printed/{text}", 1) == 1
+    except RuntimeError:  # the process that has the store has ended
         return True
 
 
 def check_all_ranks_agree(what: str, value: str) -> None:
-    """Every rank calls this with its own value. Raises: RuntimeError on every rank, if not all have the same."""
+    """Check that all ranks have the same value. Every rank must call this.
+
+    Args:
+        what: Description of the value, for the message.
+        value: Value of this rank.
+
+    Raises:
+        RuntimeError: The values differ. It is raised on every rank.
+    """
     if not is_distributed():
         return
     ranks = list(range(dist.get_world_size()))
     key = wait_for_ranks(f"comparison of {what}", ranks, value)
     values = [_store().get(f"{key}/{rank}").decode() for rank in ranks]
     if len(set(values)) > 1:
-        others = next(rank for rank in ranks if values[rank] != values[0])
+        differing = next(rank for rank in ranks if values[rank] != values[0])
         raise RuntimeError(
             f"the ranks differ in their {what} ({len(set(values))} on {len(ranks)} ranks): "
-            f"{values[0]} on rank 0, {values[others]} on rank {others}"
+            f"{values[0]} on rank 0, {values[differing]} on rank {differing}"
         )
 
 
 def wait_for_ranks(what: str, ranks: list[int], value: str = "") -> str:
-    """Wait until each of `ranks` is here. Returns: the store's key under which each left its value, by rank.
+    """Wait until each of `ranks` has called this.
 
-    Raises: RuntimeError that names who didn't come within RANK_TIMEOUT; NCCL would abort, gloo be stuck for longer.
+    Args:
+        what: Name of the call, for the key and the message.
+        ranks: Ranks that must call it.
+        value: Text that this rank leaves in the store.
+
+    Returns:
+        The key in the store under which each rank has left its value: `key/rank`.
+
+    Raises:
+        RuntimeError: A rank did not call within RANK_TIMEOUT. Else NCCL would abort, and gloo would hang longer.
     """
-    said = f"s2ft/{what}/{ranks[0]}+{len(ranks)}"
-    _counts[said] += 1
-    key, store, me = f"{said}/{_counts[said]}", _store(), dist.get_rank()
+    call = f"s2ft/{what}/{ranks[0]}+{len(ranks)}"
+    _counts[call] += 1
+    key, store, me = f"{call}/{_counts[call]}", _store(), dist.get_rank()
     store.set(f"{key}/{me}", value)
     for rank in ranks:
         try:
             store.wait([f"{key}/{rank}"], RANK_TIMEOUT)
         except dist.DistError as error:
             store.delete_key(f"{key}/{me}")
-            _counts[said] -= 1  # so that the next time all come they meet
+            _counts[call] -= 1  # so that the next call of all ranks has the same number
             raise RuntimeError(
                 f"{what}: rank {me} waited {RANK_TIMEOUT.total_seconds():g} s for rank {rank}: every "
                 "rank must call this, not one alone"
@@ -105,9 +126,16 @@ def wait_for_ranks(what: str, ranks: list[int], value: str = "") -> str:
 
 
 def run_on_first_rank(what: str, ranks: list[int] | None, act: Callable[[], None]) -> None:
-    """The first of `ranks` acts, the others wait until it has done so. ranks: None where each is on its own.
+    """Run a function on the first of several ranks while the others wait for it.
 
-    Raises: on the first rank what `act` raises, on the others RuntimeError with its words.
+    Args:
+        what: Name of the call, for messages.
+        ranks: Ranks that call this. None: this rank runs the function by itself.
+        act: The function.
+
+    Raises:
+        Exception: Any exception of `act`, on the first rank.
+        RuntimeError: `act` failed on the first rank, or a rank did not call in time.
     """
     if ranks is None:
         act()
@@ -128,10 +156,11 @@ def _store():
     return dist.distributed_c10d._get_default_store()
 
 
-# ---- tensors of which each rank holds a part -----------------------------------------------------------
+# ---- tensors that are spread over ranks ----------------------------------------------------------------
 
 
 def is_dtensor(tensor: Tensor) -> bool:
+    """Whether FSDP2 or tensor parallelism holds this tensor."""
     return type(tensor).__name__ == "DTensor"  # known by name: the class takes half a second to import
 
 
@@ -141,16 +170,17 @@ def is_partitioned(tensor: Tensor) -> bool:
 
 
 def is_sharded(tensor: Tensor) -> bool:
+    """Whether this tensor is spread over ranks."""
     return is_dtensor(tensor) or is_partitioned(tensor)
 
 
 def has_master_copy(tensor: Tensor) -> bool:
-    """Whether ZeRO's optimizer holds the exact values of this parameter, and would write it over."""
+    """Whether ZeRO's optimizer has the exact values of this parameter, and would overwrite the parameter with them."""
     return hasattr(tensor, "_hp_mapping") or hasattr(tensor, "_z3_optimizer")
 
 
 def reshard_all(model: nn.Module) -> None:
-    """Have FSDP2 give up what it gathered for a forward and kept, so that parameters are what is trained again."""
+    """Make FSDP2 free the full parameters that it kept after a forward, so that the trained shards are used again."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None or not dist.is_initialized():
         return
@@ -160,7 +190,7 @@ def reshard_all(model: nn.Module) -> None:
 
 
 def ranks_sharing(tensors: Iterable[Tensor]) -> list[int] | None:
-    """The ranks among which parameters are spread; None where each is whole here."""
+    """Return the ranks over which parameters are spread; None if each is complete on this rank."""
     for tensor in tensors:
         if is_dtensor(tensor):
             return sorted(tensor.device_mesh.mesh.flatten().tolist())
@@ -172,9 +202,12 @@ def ranks_sharing(tensors: Iterable[Tensor]) -> list[int] | None:
 
 
 def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All of each, detached, in what precision it is trained; of the parameters that are spread over ranks a copy.
+    """Return every tensor in full, detached, in the precision in which it is trained.
 
-    Every rank of those must call this. Raises: RuntimeError where one does not come.
+    Tensors that are spread over ranks are gathered into copies: every one of these ranks must call this.
+
+    Raises:
+        RuntimeError: A rank did not call in time.
     """
     ranks = ranks_sharing(tensors.values())
     if ranks is not None:
@@ -183,7 +216,7 @@ def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _full_tensor(tensor: Tensor) -> Tensor:
-    if is_dtensor(tensor):  # offloaded ones are gathered on the device by which the ranks talk
+    if is_dtensor(tensor):  # an offloaded tensor is gathered on the device of the ranks' mesh
         return tensor.detach().to(tensor.device_mesh.device_type).full_tensor()
     if has_master_copy(tensor):
         from deepspeed.utils import safe_get_full_fp32_param
@@ -194,14 +227,20 @@ def _full_tensor(tensor: Tensor) -> Tensor:
 
 
 def write_units(tensor: Tensor, index: Tensor, values: Tensor, dim: int) -> None:
-    """``tensor.index_copy_(dim, index, values)`` of a parameter; where it is spread over ranks, each writes its part.
+    """Do ``tensor.index_copy_(dim, index, values)`` on a parameter. Each rank writes its own shard.
 
     Under ZeRO every rank must call this.
+
+    Args:
+        tensor: Parameter, in full or spread over ranks.
+        index: Rows or columns of the full parameter, shape [n], int64.
+        values: Values of the full parameter there: n along `dim`.
+        dim: Dimension of the index.
     """
     if is_dtensor(tensor):
-        part = own_shard(tensor)
-        index, values = part.restrict(index, values, dim)
-        part.tensor.index_copy_(dim, index.to(part.tensor.device), values.to(part.tensor))
+        shard = own_shard(tensor)
+        index, values = shard.restrict(index, values, dim)
+        shard.tensor.index_copy_(dim, index.to(shard.tensor.device), values.to(shard.tensor))
         return
     ranks = ranks_sharing([tensor])
     if ranks is not None:
@@ -219,7 +258,7 @@ def write_units(tensor: Tensor, index: Tensor, values: Tensor, dim: int) -> None
 
 @contextmanager
 def gathered_parameter(tensor: Tensor) -> Iterator[None]:
-    """Inside, a parameter of ZeRO-3 is whole; every rank must come, and what the first writes to it stays."""
+    """Inside, a parameter of ZeRO-3 is complete. Every rank must enter; the values that the first rank writes stay."""
     if not is_partitioned(tensor):
         yield
         return
@@ -231,32 +270,47 @@ def gathered_parameter(tensor: Tensor) -> Iterator[None]:
 
 @dataclass
 class Shard:
-    """This rank's part of a tensor, in its own memory, and where in the whole it begins, by dimension."""
+    """This rank's shard of a tensor.
+
+    Attributes:
+        tensor: The shard, in its own memory.
+        start: Index in the full tensor at which the shard begins, by dimension; None if this is the full tensor.
+    """
 
     tensor: Tensor
-    start: list[int] | None = None  # None: this is the whole
+    start: list[int] | None = None
 
     @property
     def is_full(self) -> bool:
+        """Whether this is the full tensor."""
         return self.start is None
 
     def restrict(self, index: Tensor, values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        """Of values at an index along dim of the whole those that lie in this part; before them where in it."""
+        """Restrict (index, values) of the full tensor to this shard.
+
+        Args:
+            index: Rows or columns of the full tensor, shape [n], int64.
+            values: Values there: n along `dim`.
+            dim: Dimension of the index.
+
+        Returns:
+            The index within the shard, and the values at it.
+        """
         if self.is_full:
             return index, values
-        at = index - self.start[dim]
-        here = ((at >= 0) & (at < self.tensor.shape[dim])).nonzero().squeeze(1)
-        values = values.index_select(dim, here.to(values.device))
+        local = index - self.start[dim]
+        inside = ((local >= 0) & (local < self.tensor.shape[dim])).nonzero().squeeze(1)
+        values = values.index_select(dim, inside.to(values.device))
         for other in (other for other in range(len(self.start)) if other != dim):
             values = values.narrow(other, self.start[other], self.tensor.shape[other])
-        return at[here], values
+        return local[inside], values
 
 
 def own_shard(tensor: Tensor) -> Shard:
-    """Of a DTensor. Every rank has as many rows, rounded up, and the last ones what is left."""
+    """Return this rank's shard of a DTensor. Ranks have equal shares, rounded up; the last ranks have the rest."""
     start = [0] * tensor.dim()
-    for of_mesh, placement in enumerate(tensor.placements):
+    for mesh_dim, placement in enumerate(tensor.placements):
         if placement.is_shard():
             size, mesh = tensor.shape[placement.dim], tensor.device_mesh
-            start[placement.dim] = min(size, mesh.get_local_rank(of_mesh) * -(-size // mesh.size(of_mesh)))
+            start[placement.dim] = min(size, mesh.get_local_rank(mesh_dim) * -(-size // mesh.size(mesh_dim)))
     return Shard(tensor.detach().to_local(), start)

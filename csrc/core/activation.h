@@ -1,7 +1,7 @@
 // The activations of a gated FFN: act(gate) * up and its gradients, element by element.
 //
-// float is computed in plain arithmetic without library calls, so that a CPU vectorises it and every
-// device does the same; double calls the C library. Infinities, NaN and overflow end as in PyTorch.
+// float uses plain arithmetic without library calls, so that a CPU can vectorise it and every device computes the same.
+// double calls the C library. Infinities, NaN and overflow give the results of PyTorch.
 #pragma once
 
 #include <cmath>
@@ -10,24 +10,32 @@
 
 namespace s2ft {
 
-enum class Activation : int { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3 };
+// All activations, as X(name, struct). A new one is a struct below and a row in one of the two lists.
+// In float16 the CPU computes those of the second list; for those of the first, PyTorch's operators are faster.
+#define S2FT_ACTIVATIONS_OF_PYTORCH(X) X(silu, Silu) X(gelu, Gelu) X(gelu_tanh, GeluTanh)
+#define S2FT_ACTIVATIONS_IN_HALF(X) X(relu, Relu)
+#define S2FT_ACTIVATIONS(X) S2FT_ACTIVATIONS_OF_PYTORCH(X) S2FT_ACTIVATIONS_IN_HALF(X)
 
-// Bounds are integer minima and maxima here: of a comparison of floats compilers make branches, and
-// compile what follows once for each of them. NaN is lost, so it must reach a result by another way.
+#define S2FT_NAME(name, Act) name,
+enum class Activation : int { S2FT_ACTIVATIONS(S2FT_NAME) };
+#undef S2FT_NAME
+
+// Bounds are integer minima and maxima, because compilers turn a comparison of floats into branches and compile the
+// rest of the loop once per branch. The bound loses NaN, so the caller must pass NaN on by another operand.
 S2FT_HD float bounded_magnitude(float x, float bound) {
   const int32_t bits = bits_as<int32_t>(x) & 0x7fffffff, limit = bits_as<int32_t>(bound);
   return bits_as<float>(bits < limit ? bits : limit);
 }
 
-// e^(x + rest) for -100 <= x <= 89, `rest` being small digits that x has no room for; within 2 units in
-// the last place, 0 below -86.99 and infinity above 88.72. x + rest = n ln 2 + r, |r| <= ln 2 / 2.
+// e^(x + rest) for -100 <= x <= 89, where `rest` holds low digits that do not fit into x. The error is at most 2 units
+// in the last place. The result is 0 below -86.99 and infinity above 88.72. x + rest = n ln 2 + r, |r| <= ln 2 / 2.
 S2FT_HD float bounded_exponential(float x, float rest) {
-  // Adding 1.5 * 2^23 rounds to an integer, and 126 more leaves n + 126 in the lowest bits.
+  // Adding 1.5 * 2^23 rounds to an integer. Adding 126 more gives n + 126 in the lowest bits.
   const float zero = 12582912.0f, shift = 12583038.0f;
   const float shifted = (x + rest) * 1.44269504f + shift;
   const float n = shifted - shift;
   const float r = (x - n * 0.693359375f) + (n * 2.12194440e-4f + rest);
-  // Twice e^r ...
+  // 2 e^r,
   float p = 2 * 1.9875691500e-4f;
   p = p * r + 2 * 1.3981999507e-3f;
   p = p * r + 2 * 8.3334519073e-3f;
@@ -36,7 +44,7 @@ S2FT_HD float bounded_exponential(float x, float rest) {
   p = p * r + 2 * 5.0000001201e-1f;
   p = p * r + 2.0f;
   p = p * r + 2.0f;
-  // ... by half of 2^n, which is a float for the largest n too, and 0 for the smallest.
+  // times 2^n / 2, which is a float even for the largest n, and 0 for the smallest.
   const int32_t bits = bits_as<int32_t>(shifted), least = bits_as<int32_t>(zero);
   const uint32_t exponent = static_cast<uint32_t>(bits < least ? least : bits) << 23;
   return p * bits_as<float>(exponent);
@@ -55,15 +63,15 @@ struct Normal {
   A cdf, density;
 };
 
-// Phi(-a) = e^(-a^2/2) t P(t), t = 1 / (1 + 0.34 a), for a >= 0: the lower tail keeps its digits, where
-// 1 + erf would cancel them, and shares its exponential with the density. P is a polynomial of degree
-// 8, fitted to e^(a^2/2) Phi(-a) / t over a <= 13.2 by least squares on the relative error at 600
-// Chebyshev points in t, weighted anew by the error until the largest were level (Lawson's method):
-// 2.4e-8. Of the values tried for 0.34 it did best. In float arithmetic Phi is within 4e-7 of itself.
+// Phi(-a) = e^(-a^2/2) t P(t), t = 1 / (1 + 0.34 a), for a >= 0. This keeps the digits of the lower tail, which 1 + erf
+// would cancel, and shares its exponential with the density. P is a polynomial of degree 8, fitted to e^(a^2/2) Phi(-a)
+// / t over a <= 13.2. The fit minimises the squared relative error at 600 Chebyshev points in t, reweighted by the
+// error until the largest errors were equal (Lawson's method), 2.4e-8. 0.34 was the best of the values tried. In float
+// arithmetic the relative error of Phi is at most 4e-7.
 S2FT_HD Normal<float> normal(float x) {
   const float a = bounded_magnitude(x, 14.0f);  // from 13.2 on the exponential is 0
-  // The square in two parts, the first of them exact: rounding it once would put the exponential off by
-  // 4e-6 of itself.
+  // The square is computed in two parts, and the first is exact. One rounded square would give the exponential a
+  // relative error of 4e-6.
   const float high = bits_as<float>(bits_as<uint32_t>(a) & 0xfffff000u);
   const float e = bounded_exponential(-0.5f * high * high, -0.5f * (a - high) * (a + high));
   const float t = 1.0f / (1.0f + 0.34f * a);
@@ -85,7 +93,7 @@ S2FT_HD Normal<double> normal(double x) {
   return {0.5 * std::erfc(-x * 0.70710678118654752), std::exp(-0.5 * x * x) * 0.39894228040143268};
 }
 
-// Each activation: value(g) = act(g); gradient(d, g, &value) = d act'(g), and act(g) along with it.
+// Each activation has value(g) = act(g) and gradient(d, g, &value) = d act'(g), which also stores act(g) in `value`.
 
 struct Silu {
   template <class A>
@@ -137,7 +145,7 @@ struct GeluTanh {
 };
 
 struct Relu {
-  // v where g > 0 or NaN, else 0; by a mask, for a select would become a branch around what follows.
+  // v if g > 0 or NaN, else 0. It uses a mask, because compilers turn a select into a branch around the code after it.
   template <class A>
   S2FT_HD static A passed(A g, A v) {
     using B = typename Bits<sizeof(A)>::type;
@@ -156,23 +164,20 @@ struct Relu {
   }
 };
 
-// Calls f(Silu{}) or with whichever it is.
+// Calls f with the struct of the activation, such as f(Silu{}).
 template <class F>
 void visit(Activation activation, F&& f) {
   switch (activation) {
-    case Activation::silu:
-      return f(Silu{});
-    case Activation::gelu:
-      return f(Gelu{});
-    case Activation::gelu_tanh:
-      return f(GeluTanh{});
-    case Activation::relu:
-      return f(Relu{});
+#define S2FT_CASE(name, Act) \
+  case Activation::name:     \
+    return f(Act{});
+    S2FT_ACTIVATIONS(S2FT_CASE)
+#undef S2FT_CASE
   }
 }
 
-// Rounding follows PyTorch's own sequence of operators: act(gate), and in the gradient grad * up, are
-// rounded to the tensors' type, so that a model gives the same numbers with the op and without.
+// Rounding follows PyTorch's sequence of operators: act(gate), and grad * up in the gradient, are rounded to the
+// tensors' type. A model therefore gives the same numbers with and without the op.
 template <class T, class A>
 S2FT_HD A rounded(A value) {
   return widen(Narrow<T>::from(value));
@@ -191,7 +196,7 @@ S2FT_HD void act_mul_gradients(T grad, T gate, T up, T* grad_gate, T* grad_up) {
   *grad_up = Narrow<T>::from(d * rounded<T>(value));
 }
 
-// The tensors of one call, dense and of one type: out = act(gate) * up, or the gradients.
+// The tensors of one call, dense and of one type. The call computes out = act(gate) * up, or the gradients.
 struct ActMulData {
   DType dtype;
   int64_t size;

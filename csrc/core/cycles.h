@@ -1,5 +1,5 @@
-// A permutation as the cycles that move something. Applying it cycle by cycle needs one place of
-// scratch and touches only what moves.
+// A permutation as its cycles of length two and more. Applying it cycle by cycle needs one place of scratch memory and
+// touches only the elements that move.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,8 @@
 namespace s2ft {
 
 struct Cycles {
-  // Concatenated cycles: within one, position p[j] takes what is at p[j + 1], and the last takes
-  // what was at p[0].
+  // The cycles, one after the other. In a cycle p, position p[j] receives the element at p[j + 1], and the last
+  // position receives the element that was at p[0].
   std::vector<int64_t> positions;
   std::vector<int64_t> ends;  // where in `positions` each cycle ends
 

@@ -1,4 +1,4 @@
-// What swap_ trades: units of a weight for values that have the weight's shape but for their number.
+// The arguments of swap_: units of a weight, and values of the weight's shape with another number of units.
 #pragma once
 
 #include "along.h"
@@ -7,9 +7,9 @@ namespace s2ft {
 
 struct Exchange {
   Along weight, values;
-  const int64_t* index;  // values.units entries: where in the weight each unit of the values goes
+  const int64_t* index;  // values.units entries: the unit of the weight that each unit of the values is exchanged with
 
-  // Offsets of the `flat`-th element of the values on both sides; false where its unit is out of range.
+  // Offsets of element number `flat` of the values in both tensors. Returns false if its unit is out of range.
   S2FT_HD bool offsets(int64_t flat, int64_t* w, int64_t* v) const {
     int64_t o, i, k;
     values.place(flat, &o, &i, &k);

@@ -1,8 +1,7 @@
-// Number types of the kernels and the one sum they compute.
+// Number types of the kernels, and the sum base + delta.
 //
-// The same source runs on the CPU, under nvcc, and in the CUDA-on-CPU tests. The two 16-bit
-// types are therefore converted by integer arithmetic everywhere, and no vendor header is
-// needed: what the tests run is what the GPU runs.
+// The same source is compiled for the CPU, by nvcc, and for the CUDA-on-CPU tests. The two 16-bit types are therefore
+// converted by integer arithmetic everywhere, without vendor headers. The tests run the same conversions as a GPU.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +10,7 @@
 
 #if defined(__CUDACC__)
 #define S2FT_HD __host__ __device__ __forceinline__
-#elif defined(__GNUC__)  // always: a loop with a call in it is no vector code
+#elif defined(__GNUC__)  // always_inline, because a loop with a call in it is not vectorised
 #define S2FT_HD inline __attribute__((always_inline))
 #else
 #define S2FT_HD inline
@@ -37,7 +36,7 @@ S2FT_HD To bits_as(From from) {
   return to;
 }
 
-// first ? a : b, by masks. Of that expression compilers make branches, in loops that could be vector code.
+// first ? a : b, by masks. Compilers turn that expression into branches, in loops that could be vectorised.
 S2FT_HD uint32_t choose(bool first, uint32_t a, uint32_t b) {
   const uint32_t mask = 0u - static_cast<uint32_t>(first);
   return (a & mask) | (b & ~mask);
@@ -46,7 +45,7 @@ S2FT_HD uint32_t choose(bool first, uint32_t a, uint32_t b) {
 S2FT_HD float widen(Half h) {
   const uint32_t sign = static_cast<uint32_t>(h.bits & 0x8000u) << 16;
   const uint32_t magnitude = h.bits & 0x7fffu;
-  // Shifting aligns the mantissas; the exponent bias differs by 112.
+  // The shift aligns the mantissas. The exponent biases differ by 112.
   const uint32_t normal = (magnitude << 13) + (112u << 23);
   const uint32_t special = (magnitude << 13) | 0x7f800000u;
   const uint32_t subnormal = bits_as<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
@@ -58,7 +57,7 @@ S2FT_HD float widen(BFloat16 b) { return bits_as<float>(static_cast<uint32_t>(b.
 S2FT_HD float widen(float f) { return f; }
 S2FT_HD double widen(double d) { return d; }
 
-// narrow<T>(value) rounds to nearest, ties to even. A double goes to a 16-bit type through
+// Narrow<T>::from(value) rounds to nearest, ties to even. narrow() below converts a double to a 16-bit type through
 // float, as a cast in PyTorch does.
 template <class T>
 struct Narrow {
@@ -74,8 +73,8 @@ struct Narrow<Half> {
     const uint32_t bits = bits_as<uint32_t>(value);
     const uint32_t sign = (bits >> 16) & 0x8000u;
     const uint32_t magnitude = bits & 0x7fffffffu;
-    // Below 2^-14 the spacing of half is 2^-24, which is the spacing of float at 0.5: adding
-    // 0.5 makes the hardware round there, and the integer distance from 0.5 is the result.
+    // Below 2^-14 the spacing of half is 2^-24, which is the spacing of float at 0.5. Adding 0.5 makes the hardware
+    // round to that spacing, and the integer distance from 0.5 is the result.
     const uint32_t subnormal = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - 0x3f000000u;
     const uint32_t normal = (magnitude - (112u << 23) + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
     uint32_t result = choose(magnitude < 0x38800000u, subnormal, normal);
@@ -95,7 +94,7 @@ struct Narrow<BFloat16> {
   }
 };
 
-// The type a sum is formed in: double where one of the two is, else float, 16-bit types too.
+// The type of a sum: double if one of the two types is double, otherwise float.
 template <class W, class D>
 using Wide = std::conditional_t<std::is_same_v<W, double> || std::is_same_v<D, double>, double, float>;
 
@@ -105,8 +104,8 @@ S2FT_HD W narrow(A sum) {
   return Narrow<W>::from(static_cast<std::conditional_t<sizeof(W) == 2, float, A>>(sum));
 }
 
-// sum + alpha * value with the product rounded, as PyTorch does it. Hosts compile with
-// -ffp-contract=off; nvcc would fuse the two operations unless told so here.
+// sum + alpha * value with a rounded product, as in PyTorch. Hosts compile with -ffp-contract=off. nvcc would fuse the
+// two operations without the intrinsics.
 S2FT_HD float plus_product(float sum, float alpha, float value) {
 #if defined(__CUDA_ARCH__)
   return __fadd_rn(sum, __fmul_rn(alpha, value));
@@ -129,7 +128,7 @@ S2FT_HD W add(W base, D delta) {
   return narrow<W>(static_cast<A>(widen(base)) + static_cast<A>(widen(delta)));
 }
 
-// An integer of a given size: moving bits through it keeps NaN payloads as they are.
+// An integer of a given size. Values moved as such integers keep their NaN payloads.
 template <int Size>
 struct Bits;
 template <>
@@ -171,7 +170,7 @@ void visit(DType dtype, F&& f) {
 
 inline int64_t size_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
-// Calls f(Tag<T>{}) with the integer of `size` bytes; false when there is none.
+// Calls f(Tag<T>{}) with the integer type of `size` bytes. Returns false if there is none.
 template <class F>
 bool visit_bits(int64_t size, F&& f) {
   switch (size) {

@@ -1,12 +1,12 @@
-// What scatter_add_ adds to what.
+// The arguments of scatter_add_.
 #pragma once
 
 #include "along.h"
 
 namespace s2ft {
 
-// One delta and where its units go. No unit twice within a part; parts may share units. `replaced`, where it
-// is given, receives what the units were before anything was added, in the weight's type.
+// One delta and its units. A part names no unit twice, but several parts may name the same unit. `old` receives the
+// units' values from before anything was added, in the weight's type; null if they are not kept.
 struct Part {
   Along delta, replaced;
   const void* data;
@@ -20,8 +20,8 @@ struct Scatter {
   void* data;
   DType weight_type, delta_type;
   const Part* parts;
-  int64_t count;  // of parts
-  bool keeps;     // the parts have room for what is replaced
+  int64_t count;  // number of parts
+  bool keeps;     // true if the parts keep the old values
 };
 
 }  // namespace s2ft

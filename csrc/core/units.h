@@ -1,12 +1,12 @@
-// Where the units of a weight lie. No torch headers: CPU and CUDA kernels share this.
+// The places of units in a weight. This file includes no torch headers, because CPU and CUDA kernels share it.
 #pragma once
 
 #include "numeric.h"
 
 namespace s2ft {
 
-// Splits a flat position into outer and inner. 64-bit division is slow on a GPU, and nearly
-// every slice fits 32 bits.
+// Splits a flat position into outer and inner. 64-bit division is slow on a GPU, and almost every slice fits into 32
+// bits.
 S2FT_HD void split(int64_t flat, int64_t inner_size, int64_t* outer, int64_t* inner) {
   if (((flat | inner_size) >> 32) == 0) {
     const uint32_t f = static_cast<uint32_t>(flat), n = static_cast<uint32_t>(inner_size);
@@ -19,13 +19,13 @@ S2FT_HD void split(int64_t flat, int64_t inner_size, int64_t* outer, int64_t* in
   }
 }
 
-// A set of rows (rows = true) or columns of a matrix. `outer` and `inner` are the two sizes of
-// the set, in the order of the matrix' dimensions, so that the set, stored densely, has the
-// shape of a delta: (units, I) for rows, (O, units) for columns.
+// A set of rows (rows = true) or columns of a matrix. `outer` and `inner` are the two sizes of the set, in the order of
+// the matrix's dimensions. Stored densely, the set has the shape of a delta: (units, I) for rows, (O, units) for
+// columns.
 struct Units {
-  const int64_t* index;  // the units, or null for start, start + 1, ...
+  const int64_t* index;  // the units, or null if they are start, start + 1, ...
   int64_t start;
-  int64_t limit;  // size of the matrix along the units
+  int64_t limit;  // number of rows or columns of the matrix
   int64_t outer, inner;
   int64_t outer_stride, inner_stride;
   bool rows;
@@ -34,7 +34,7 @@ struct Units {
   S2FT_HD bool inside(int64_t u) const { return u >= 0 && u < limit; }
   S2FT_HD int64_t total() const { return outer * inner; }
 
-  // Offset in the matrix of element (o, i) of the set; -1 where the unit is out of range.
+  // Offset in the matrix of element (o, i) of the set, or -1 if the unit is out of range.
   S2FT_HD int64_t offset(int64_t o, int64_t i) const {
     const int64_t u = unit(rows ? o : i);
     if (!inside(u)) return -1;
@@ -42,11 +42,11 @@ struct Units {
   }
 };
 
-// Data of one kernel over a set of units. `dense` has the set's shape and the weight's type.
+// The buffers of one kernel over a set of units. `dense` has the set's shape and the weight's type.
 struct UnitsData {
   DType weight_type, delta_type;
   void* weight;
-  const void* delta;  // dense, the set's shape; null where unused
+  const void* delta;  // dense, with the set's shape; null if unused
   void* dense;
 };
 

@@ -8,26 +8,30 @@
 namespace s2ft {
 namespace {
 
-// target_clones wants plain functions, one for each type and activation.
+// target_clones needs plain functions, so there is one per type and activation.
 #define S2FT_SPANS(T, Act)                                                                                       \
   S2FT_CLONES S2FT_FUSED void forward(Act, const T* gate, const T* up, T* out, int64_t n) {                      \
     for (int64_t i = 0; i < n; ++i) out[i] = act_mul_of<Act>(gate[i], up[i]);                                    \
   }                                                                                                              \
   S2FT_CLONES S2FT_FUSED void backward(Act, const T* grad, const T* gate, const T* up, T* grad_gate, T* grad_up, \
                                        int64_t n) {                                                              \
-    for (int64_t i = 0; i < n; ++i)                                                                              \
-      act_mul_gradients<Act>(grad[i], gate[i], up[i], grad_gate + i, grad_up + i);                               \
+    for (int64_t i = 0; i < n; ++i) act_mul_gradients<Act>(grad[i], gate[i], up[i], grad_gate + i, grad_up + i); \
   }
-S2FT_SPANS(float, Silu)
-S2FT_SPANS(float, Gelu)
-S2FT_SPANS(float, GeluTanh)
-S2FT_SPANS(float, Relu)
-S2FT_SPANS(BFloat16, Silu)
-S2FT_SPANS(BFloat16, Gelu)
-S2FT_SPANS(BFloat16, GeluTanh)
-S2FT_SPANS(BFloat16, Relu)
-S2FT_SPANS(Half, Relu)
+#define S2FT_WIDE_SPANS(name, Act) S2FT_SPANS(float, Act) S2FT_SPANS(BFloat16, Act)
+#define S2FT_HALF_SPANS(name, Act) S2FT_SPANS(Half, Act)
+S2FT_ACTIVATIONS(S2FT_WIDE_SPANS)
+S2FT_ACTIVATIONS_IN_HALF(S2FT_HALF_SPANS)
+#undef S2FT_HALF_SPANS
+#undef S2FT_WIDE_SPANS
 #undef S2FT_SPANS
+
+template <class Act>
+constexpr bool in_half = false;
+#define S2FT_IN_HALF(name, Act) \
+  template <>                   \
+  constexpr bool in_half<Act> = true;
+S2FT_ACTIVATIONS_IN_HALF(S2FT_IN_HALF)
+#undef S2FT_IN_HALF
 
 template <class Act>
 void forward(Act, const double* gate, const double* up, double* out, int64_t n) {
@@ -40,11 +44,11 @@ void backward(Act, const double* grad, const double* gate, const double* up, dou
   for (int64_t i = 0; i < n; ++i) act_mul_gradients<Act>(grad[i], gate[i], up[i], grad_gate + i, grad_up + i);
 }
 
-// Calls f(Act{}, Tag<T>{}, first, n) for one share of the elements at a time, on PyTorch's threads.
+// Calls f(Act{}, Tag<T>{}, first, n) for every share of the elements, on PyTorch's threads.
 template <class F>
 void for_shares(Activation activation, const ActMulData& data, const F& f) {
   constexpr int64_t line = 4096;
-  constexpr int64_t work = line * 8;  // elements are computed on, not just moved
+  constexpr int64_t work = line * 8;  // an element costs more here than one that is only moved
   visit(activation, [&](auto act) {
     const auto shares = [&](auto tag) {
       parallel_lines((data.size + line - 1) / line, work, [&](int64_t begin, int64_t end) {
@@ -54,7 +58,7 @@ void for_shares(Activation activation, const ActMulData& data, const F& f) {
     if (data.dtype == DType::f32) return shares(Tag<float>{});
     if (data.dtype == DType::f64) return shares(Tag<double>{});
     if (data.dtype == DType::bf16) return shares(Tag<BFloat16>{});
-    if constexpr (std::is_same_v<decltype(act), Relu>) shares(Tag<Half>{});
+    if constexpr (in_half<decltype(act)>) shares(Tag<Half>{});
   });
 }
 
@@ -71,9 +75,13 @@ T* from(void* pointer, int64_t first) {
 struct CpuActMul {
   explicit CpuActMul(const Tensor&) {}
 
-  // PyTorch converts float16 by instructions that gcc 12 doesn't use in a loop, and is faster. (Its relu
-  // backward takes a Scalar, for which the stable ABI has no type.)
-  static bool computes(Activation act, DType dtype) { return dtype != DType::f16 || act == Activation::relu; }
+  // PyTorch is faster in float16: it converts by instructions that gcc 12 does not use in a loop. relu is computed here
+  // all the same, because PyTorch's relu backward takes a Scalar, for which the stable ABI has no type.
+  static bool computes(Activation activation, DType dtype) {
+    bool computed = dtype != DType::f16;
+    visit(activation, [&](auto act) { computed |= in_half<decltype(act)>; });
+    return computed;
+  }
 
   void act_mul(Activation activation, const ActMulData& data) const {
     for_shares(activation, data, [&](auto act, auto tag, int64_t first, int64_t n) {

@@ -1,4 +1,4 @@
-// Functions compiled several times and picked when the module loads, by what the processor has.
+// Functions that are compiled several times. When the module is loaded, the version for the processor is chosen.
 #pragma once
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
@@ -7,23 +7,23 @@
 #define S2FT_CLONES
 #endif
 
-// What a clone calls must be inlined to be compiled with it.
+// A function that a clone calls must be inlined, so that it is compiled for the same processor.
 #if defined(__GNUC__)
 #define S2FT_INLINE inline __attribute__((always_inline))
 #else
 #define S2FT_INLINE inline
 #endif
 
-// The build forbids fused products and sums, since base + alpha * delta must be rounded as PyTorch rounds it. For
-// what need not be that exact they are allowed again: without them polynomials take up to half as long again.
+// The build forbids fused multiply-add, because base + alpha * delta must be rounded as in PyTorch. This allows it
+// again for functions that need not be that exact. Without it, polynomials take up to 1.5 times as long.
 #if defined(__GNUC__) && !defined(__clang__)
 #define S2FT_FUSED __attribute__((optimize("fp-contract=fast")))
 #else
 #define S2FT_FUSED
 #endif
 
-// The loop below reads no element that an earlier round of it wrote: a compiler that finds that two spans
-// may be one must not give up vectors for it.
+// Promises that the next loop reads no element that an earlier iteration wrote. Without it, the compiler does not
+// vectorise a loop whose two spans may be the same.
 #if defined(__GNUC__) && !defined(__clang__)
 #define S2FT_INDEPENDENT _Pragma("GCC ivdep")
 #else

@@ -1,5 +1,5 @@
-// Sixteen numbers (eight doubles) side by side, in the compiler's own vector types: it maps them to whatever
-// registers the processor that a clone is for has.
+// Sixteen numbers, or eight doubles, as one of the compiler's vector types. The compiler maps it to the registers of
+// the clone's processor.
 #pragma once
 
 #include "../core/numeric.h"

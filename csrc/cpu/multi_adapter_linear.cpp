@@ -1,6 +1,5 @@
-// Sequences are grouped by adapter, so that each adapter is read once a group: that, not arithmetic, is what
-// a batch over many adapters costs. Small groups go through the kernels below, large ones through PyTorch's
-// matrix product.
+// Sequences are grouped by adapter, so that each adapter is read once per group. In a batch over many adapters, reading
+// them costs more than the arithmetic. Small groups use the kernels below, and large ones PyTorch's matrix product.
 #include "../multi_adapter_linear.h"
 
 #include <torch/csrc/stable/library.h>
@@ -16,19 +15,21 @@
 namespace s2ft {
 namespace {
 
-constexpr int kTokens = 4;            // that share a read of the adapter
-constexpr int64_t kBlock = 4096;      // outputs summed at once: the sums of kTokens lie in the second-level cache
-constexpr int64_t kUnitBlock = 64;    // units of one task, for dim 0
+constexpr int kTokens = 4;        // tokens that share a read of the adapter
+constexpr int64_t kBlock = 4096;  // outputs summed at once, so that the sums of kTokens fit into the second-level cache
+constexpr int64_t kUnitBlock = 64;  // units of one task, for dim 0
 
-// Tokens from which on PyTorch's product is faster: in 16-bit types it has instructions that compilers don't use.
+// From this number of tokens on, PyTorch's product is faster. In 16-bit types it uses instructions that compilers
+// don't.
 template <class T>
 constexpr int64_t kProductRows = sizeof(T) == 2 ? 16 : 48;
 
 // ---- kernels -----------------------------------------------------------------------------------------
 //
-// For four tokens, four rows at once are held in registers. For one token it is reading that counts. Measured on
-// one core's memory: four rows of float32 at once, or, in 16-bit types, row by row, asked for this far ahead,
-// since processors stop foreseeing at the end of a page: up to 1.5 times as fast as the other way round.
+// With four tokens, four rows at once are held in registers. With one token, reading takes most of the time. It is
+// fastest, by measurement on one core, to read four rows of float32 at once, and in 16-bit types to read row by row.
+// The 16-bit rows are prefetched this far ahead, because processors stop their own prefetching at the end of a page.
+// The other choice takes up to 1.5 times as long.
 constexpr int64_t kBytesAhead = 16384;
 template <class T>
 constexpr int kRows = sizeof(T) == 2 ? 1 : 4;
@@ -39,12 +40,13 @@ S2FT_INLINE void prefetch_ahead(const T* at, int count) {
     __builtin_prefetch(reinterpret_cast<const char*>(at + i) + kBytesAhead, 0, 3);
 }
 
-// sum[t][:] += Σ_k factor[t][k] * row[k][:]; row k is `stride` after row k - 1; `Steps` vectors a round.
+// sum[t][:] += Σ_k factor[t][k] * row[k][:]. Row k starts `stride` after row k - 1. An iteration handles `Steps`
+// vectors.
 template <int Tokens, int Units, int Steps, class T, class A>
 S2FT_INLINE void add_units(const T* rows, int64_t stride, const A* factor, int64_t factor_stride, A* const* sum,
                            int64_t width) {
   constexpr int kCount = Lanes<A>::kCount;
-  A by[Tokens][Units], *to[Tokens];  // copies, which no store to a sum can touch
+  A by[Tokens][Units], *to[Tokens];  // copies, which a store to a sum can't change
   for (int t = 0; t < Tokens; ++t) {
     to[t] = sum[t];
     for (int k = 0; k < Units; ++k) by[t][k] = factor[t * factor_stride + k];
@@ -64,11 +66,10 @@ S2FT_INLINE void add_units(const T* rows, int64_t stride, const A* factor, int64
   }
   for (; i < width; ++i)
     for (int t = 0; t < Tokens; ++t)
-      for (int k = 0; k < Units; ++k)
-        to[t][i] += by[t][k] * static_cast<A>(widen(rows[k * stride + i]));
+      for (int k = 0; k < Units; ++k) to[t][i] += by[t][k] * static_cast<A>(widen(rows[k * stride + i]));
 }
 
-// dot[t][k] = x[t] · row[k], each in `Sums` independent sums, so that additions need not wait for each other.
+// dot[t][k] = x[t] · row[k]. Each uses `Sums` independent sums, so that additions do not wait for each other.
 template <int Tokens, int Units, int Sums, class T, class A>
 S2FT_INLINE void dot_units(const T* rows, int64_t stride, const A* const* x, A* dot, int64_t dot_stride,
                            int64_t width) {
@@ -126,14 +127,14 @@ S2FT_INLINE void dot_tile(const T* rows, int64_t units, int64_t stride, const A*
       dot_units<1, 1, 4>(rows + k * stride, stride, x + t, dot + t * units + k, units, width);
 }
 
-#define S2FT_DEFINE_TILES(T, A)                                                                               \
-  S2FT_CLONES S2FT_FUSED void add_rows_of(const T* rows, int64_t units, int64_t stride, const A* factor,      \
-                                          A* const* sum, int tokens, int64_t width) {                         \
-    add_tile(rows, units, stride, factor, sum, tokens, width);                                                \
-  }                                                                                                           \
-  S2FT_CLONES S2FT_FUSED void dot_rows_of(const T* rows, int64_t units, int64_t stride, const A* const* x,    \
-                                          A* dot, int tokens, int64_t width) {                                \
-    dot_tile(rows, units, stride, x, dot, tokens, width);                                                     \
+#define S2FT_DEFINE_TILES(T, A)                                                                                    \
+  S2FT_CLONES S2FT_FUSED void add_rows_of(const T* rows, int64_t units, int64_t stride, const A* factor,           \
+                                          A* const* sum, int tokens, int64_t width) {                              \
+    add_tile(rows, units, stride, factor, sum, tokens, width);                                                     \
+  }                                                                                                                \
+  S2FT_CLONES S2FT_FUSED void dot_rows_of(const T* rows, int64_t units, int64_t stride, const A* const* x, A* dot, \
+                                          int tokens, int64_t width) {                                             \
+    dot_tile(rows, units, stride, x, dot, tokens, width);                                                          \
   }
 S2FT_DEFINE_TILES(float, float)
 S2FT_DEFINE_TILES(double, double)
@@ -143,23 +144,24 @@ S2FT_DEFINE_TILES(Half, float)
 
 // ---- tasks -------------------------------------------------------------------------------------------
 
-// The tokens of one adapter; they number the rows of x and out.
+// The tokens of one adapter, as row numbers of x and out.
 struct Group {
   int64_t adapter;
   const int64_t* token;
   int64_t tokens;
 };
 
-// Fills `token`, into which the groups point, group after group.
+// Writes the tokens of all groups to `token`, one group after the other. The groups point into it.
 std::vector<Group> groups_of(const Bank& bank, const Batch& batch, std::vector<int64_t>* token) {
   std::vector<int64_t> sequences;
   sequences.reserve(static_cast<size_t>(batch.sequences));
   for (int64_t b = 0; b < batch.sequences; ++b)
-    if (batch.adapter[b] >= 0 && bank.offsets[batch.adapter[b]] < bank.offsets[batch.adapter[b] + 1]) sequences.push_back(b);
+    if (batch.adapter[b] >= 0 && bank.offsets[batch.adapter[b]] < bank.offsets[batch.adapter[b] + 1])
+      sequences.push_back(b);
   const auto by_adapter = [&](int64_t a, int64_t b) { return batch.adapter[a] < batch.adapter[b]; };
   if (!std::is_sorted(sequences.begin(), sequences.end(), by_adapter))
     std::stable_sort(sequences.begin(), sequences.end(), by_adapter);
-  token->reserve(sequences.size() * static_cast<size_t>(batch.tokens));  // so that it stays where it is
+  token->reserve(sequences.size() * static_cast<size_t>(batch.tokens));  // so that the pointers into it stay valid
   std::vector<Group> groups;
   for (int64_t b : sequences) {
     if (groups.empty() || groups.back().adapter != batch.adapter[b])
@@ -170,10 +172,9 @@ std::vector<Group> groups_of(const Bank& bank, const Batch& batch, std::vector<i
   return groups;
 }
 
-// What one thread does in one go: a few tokens, with a block of the adapter's units (dim 0) or of the
-// outputs (dim 1).
+// The work of one thread at a time: a few tokens, and a block of the adapter's units (dim 0) or of the outputs (dim 1).
 struct Task {
-  int64_t adapter, first, count;  // of units or outputs
+  int64_t adapter, first, count;  // first and count of units or outputs
   const int64_t* token;
   int tokens;
 };
@@ -191,7 +192,7 @@ std::vector<Task> tasks_of(const Bank& bank, const std::vector<Group>& groups) {
   return tasks;
 }
 
-// Room for `count` numbers, kept by the thread from task to task.
+// Memory for `count` numbers. The thread keeps it for its next tasks.
 template <class A>
 A* scratch(int64_t count) {
   thread_local std::vector<A> room;
@@ -199,7 +200,7 @@ A* scratch(int64_t count) {
   return room.data();
 }
 
-// dim 0: the tokens' dot products with units first, first + 1, ..., added to the outputs that the units are.
+// dim 0: adds the tokens' dot products with the task's units to the outputs of these units.
 template <class T, class A>
 void add_outputs(const Bank& bank, const Batch& batch, const Task& task) {
   const int64_t begin = bank.offsets[task.adapter] + task.first, width = bank.width;
@@ -225,7 +226,7 @@ void add_outputs(const Bank& bank, const Batch& batch, const Task& task) {
   }
 }
 
-// dim 1: a block of outputs of the tokens, to which every unit adds its row times the input that it is.
+// dim 1: adds to a block of the tokens' outputs the row of every unit times the unit's input.
 template <class T, class A>
 void add_inputs(const Bank& bank, const Batch& batch, const Task& task) {
   const int64_t begin = bank.offsets[task.adapter], units = bank.offsets[task.adapter + 1] - begin;
@@ -248,14 +249,18 @@ void add_inputs(const Bank& bank, const Batch& batch, const Task& task) {
     for (int t = 0; t < task.tokens; ++t) narrow_span(sum[t], out(t), task.count);
 }
 
-// Threads share the work, not the tasks: adapters differ in size.
+// Distributes the tasks over the threads by their work and not by their number, because adapters differ in size.
 template <class T, class A>
 void run_tasks(const Bank& bank, const Batch& batch, const std::vector<Task>& tasks) {
   std::vector<int64_t> before{0};  // elements of the bank read by the tasks before this one
   for (const Task& task : tasks)
-    before.push_back(before.back() + task.tokens * (bank.outputs ? task.count * bank.width
-                     : (bank.offsets[task.adapter + 1] - bank.offsets[task.adapter]) * task.count));
-  const auto task_at = [&](int64_t work) { return std::lower_bound(before.begin(), before.end() - 1, work) - before.begin(); };
+    before.push_back(before.back() +
+                     task.tokens * (bank.outputs
+                                        ? task.count * bank.width
+                                        : (bank.offsets[task.adapter + 1] - bank.offsets[task.adapter]) * task.count));
+  const auto task_at = [&](int64_t work) {
+    return std::lower_bound(before.begin(), before.end() - 1, work) - before.begin();
+  };
   parallel_lines(before.back(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = task_at(begin), last = task_at(end); i < last; ++i)
       bank.outputs ? add_outputs<T, A>(bank, batch, tasks[i]) : add_inputs<T, A>(bank, batch, tasks[i]);
@@ -264,12 +269,12 @@ void run_tasks(const Bank& bank, const Batch& batch, const std::vector<Task>& ta
 
 // ---- large groups --------------------------------------------------------------------------------------
 
-// x of the group's tokens: all inputs (dim 0), or those that the adapter's units are (dim 1).
+// x of the group's tokens: all inputs for dim 0, the inputs of the adapter's units for dim 1.
 template <class T>
 Tensor gathered(const Bank& bank, const Batch& batch, const Group& group, const Tensor& x) {
   const int64_t begin = bank.offsets[group.adapter], units = bank.offsets[group.adapter + 1] - begin;
   const int64_t tokens = group.tokens, columns = bank.outputs ? batch.inputs : units;
-  if (bank.outputs && group.token[tokens - 1] - group.token[0] + 1 == tokens) {  // neighbours: no copy
+  if (bank.outputs && group.token[tokens - 1] - group.token[0] + 1 == tokens) {  // neighbouring tokens need no copy
     Tensor rows = torch::stable::view(x, {batch.sequences * batch.tokens, batch.inputs});
     return torch::stable::narrow(rows, 0, group.token[0], tokens);
   }
@@ -287,7 +292,7 @@ Tensor gathered(const Bank& bank, const Batch& batch, const Group& group, const 
   return taken;
 }
 
-// out := y + product for the group's tokens.
+// out = y + product, for the group's tokens.
 template <class T>
 void add_product(const Bank& bank, const Batch& batch, const Group& group, const T* product) {
   const int64_t begin = bank.offsets[group.adapter], units = bank.offsets[group.adapter + 1] - begin;
@@ -317,7 +322,7 @@ void run_product(const Bank& bank, const Batch& batch, const Group& group, const
   add_product(bank, batch, group, static_cast<const T*>(product.const_data_ptr()));
 }
 
-// out := y for the tokens whose group needs no product, which write their own.
+// out = y, for the tokens of small groups. run_products() writes the others.
 template <class T>
 void copy_base(const Batch& batch, const std::vector<bool>& written) {
   parallel_lines(batch.sequences, batch.tokens * batch.outputs, [&](int64_t begin, int64_t end) {
@@ -330,8 +335,8 @@ void copy_base(const Batch& batch, const std::vector<bool>& written) {
   });
 }
 
-// Several groups are shared out among the threads, each with products of its own: one after another, threads
-// would meet at every one of many small products.
+// Distributes the groups over the threads, one product per group. If all threads worked on one group after the other,
+// they would have to synchronise after each of many small products.
 template <class T>
 void run_products(const Bank& bank, const Batch& batch, const std::vector<Group>& groups, const Tensor& x,
                   const Tensor& values) {

@@ -1,3 +1,4 @@
+// Loops on PyTorch's threads, and prefetching.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -7,14 +8,14 @@
 
 namespace s2ft {
 
-// Elements one thread moves in about 100 µs. Sharing out less gains little when the cores are free
-// and, measured with other work on them, costs 10 ms of waiting at the barrier.
+// The number of elements that one thread moves in about 100 µs. Smaller shares gain little if the cores are free, and
+// cost 10 ms of waiting at the barrier if the cores have other work (measured).
 constexpr int64_t kElementsPerThread = int64_t{256} << 10;
 
-// An element that has a cache line to itself takes about as long as this many neighbours.
+// An element on a cache line of its own takes about as long as this many neighbouring elements.
 constexpr int64_t kScattered = 16;
 
-// Runs f(begin, end) over 0..lines, on PyTorch's threads if there is enough to do. `f` must not throw.
+// Runs f(begin, end) over the range 0 to lines, on PyTorch's threads if there is enough work. `f` must not throw.
 template <class F>
 void parallel_lines(int64_t lines, int64_t elements_per_line, const F& f) {
   const int64_t grain = std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, elements_per_line));
@@ -25,7 +26,7 @@ void parallel_lines(int64_t lines, int64_t elements_per_line, const F& f) {
   }
 }
 
-// Asks for the scattered elements of a line that comes a little later, which no processor foresees:
+// The scattered elements of a line are prefetched this many lines ahead, because processors can't predict them. This is
 // two to three times as fast.
 constexpr int64_t kLinesAhead = 4;
 
@@ -36,8 +37,8 @@ void prefetch_units(const T* line, const int64_t* units, int64_t n, int64_t stri
 #endif
 }
 
-// Asks for a span that is worked on next, to be written (1) or only read (0): the processor foresees the rest
-// of a page at best.
+// Prefetches the next span, to be written (Write = 1) or only read (0). The processor's own prefetching ends with the
+// page.
 template <int Write, class T>
 void prefetch_span(const T* span, int64_t n) {
 #if defined(__GNUC__)
@@ -48,8 +49,8 @@ void prefetch_span(const T* span, int64_t n) {
 
 constexpr int64_t kPiece = 2048;
 
-// Runs f(item, first, n) over pieces of at most kPiece of the `length` elements of every item: small
-// enough that threads share the work of one long item, and that scratch lies in the first-level cache.
+// Runs f(item, first, n) over the `length` elements of every item, in pieces of at most kPiece elements. The pieces are
+// so small that several threads can share one long item and that scratch memory fits into the first-level cache.
 template <class F>
 void parallel_spans(int64_t items, int64_t length, const F& f) {
   const int64_t pieces = (length + kPiece - 1) / kPiece;

@@ -22,21 +22,20 @@ void copy_span(const T* from, int64_t from_stride, T* to, int64_t to_stride, int
     for (int64_t i = 0; i < n; ++i) to[i * to_stride] = from[i * from_stride];
 }
 
-// Moves spans of `n` elements, `stride` apart, along the cycles; units are `step` apart.
+// Moves spans of `n` elements, `stride` apart, along the cycles. Neighbouring units are `step` apart.
 template <class T>
 void rotate(const Cycles& cycles, T* base, int64_t step, int64_t stride, int64_t n, T* scratch) {
   int64_t begin = 0;
   for (int64_t end : cycles.ends) {
     const int64_t* p = cycles.positions.data();
     copy_span(base + p[begin] * step, stride, scratch, 1, n);
-    for (int64_t j = begin; j + 1 < end; ++j)
-      copy_span(base + p[j + 1] * step, stride, base + p[j] * step, stride, n);
+    for (int64_t j = begin; j + 1 < end; ++j) copy_span(base + p[j + 1] * step, stride, base + p[j] * step, stride, n);
     copy_span(scratch, 1, base + p[end - 1] * step, stride, n);
     begin = end;
   }
 }
 
-// Elements of a row moved at once: small enough for all threads to share a wide row.
+// Number of elements of a row that are moved at once, small enough that all threads can share a wide row.
 constexpr int64_t kBlock = 512;
 
 template <class T>
@@ -52,7 +51,7 @@ void permute_rows(const Along& a, const Cycles& cycles, T* weight) {
   });
 }
 
-// A few columns: single elements move within each row.
+// For few moved columns: moves single elements within each row.
 template <class T>
 void permute_few_columns(const Along& a, const Cycles& cycles, T* weight) {
   parallel_lines(a.lines(), cycles.moved(), [&](int64_t begin, int64_t end) {
@@ -65,7 +64,7 @@ void permute_few_columns(const Along& a, const Cycles& cycles, T* weight) {
   });
 }
 
-// What eight bytes of a row are to hold, gathered in a register: one store instead of several.
+// The new content of eight bytes of a row, gathered in a register, so that one store is enough.
 template <class T, class Index>
 uint64_t gathered_word(const T* row, const Index* order) {
   if constexpr (sizeof(T) == 8) {
@@ -80,8 +79,8 @@ uint64_t gathered_word(const T* row, const Index* order) {
   }
 }
 
-// Many columns: a row is copied, which runs at the speed of memory, and gathered back from a copy that
-// lies in the first-level cache. The next row is fetched meanwhile.
+// For many moved columns: copies a row at the speed of memory, and gathers it back from the copy in the first-level
+// cache. The next row is prefetched meanwhile.
 template <class T, class Index>
 void permute_row(const T* row, const T* next, const Index* order, int64_t n, T* out) {
   constexpr int64_t kLine = 64 / sizeof(T), kWord = 8 / sizeof(T);
@@ -109,7 +108,7 @@ void permute_all_columns(const Along& a, const int64_t* order, T* weight) {
   });
 }
 
-// What of a row moves: the places that get another element, ascending, and where each comes from.
+// The moves within a row: the places that receive another element, ascending, and the old place of that element.
 template <class Index>
 struct Moves {
   std::vector<Index> to, from;
@@ -122,8 +121,8 @@ struct Moves {
   }
 };
 
-// A part of the columns: what moves is gathered into a buffer and written from there. A block of it at a
-// time, and with it its share of the next row is fetched.
+// For a part of the columns: gathers the moved elements into a buffer and writes them from there. Each block of
+// elements also prefetches its share of the next row.
 template <class T, class Index>
 void permute_some_columns(const Along& a, const int64_t* order, const Cycles& cycles, T* weight) {
   constexpr int64_t kStep = 64;
@@ -147,7 +146,7 @@ template <class T, class Index>
 void permute_columns(const Along& a, const int64_t* order, const Cycles& cycles, T* weight) {
   if (a.unit_stride != 1 || cycles.moved() < a.units / 20)
     permute_few_columns(a, cycles, weight);
-  else if (cycles.moved() < a.units / 4)   // nearly every cache line is touched from here on
+  else if (cycles.moved() < a.units / 4)  // above this, almost every cache line is touched
     permute_some_columns<T, Index>(a, order, cycles, weight);
   else
     permute_all_columns<Index>(a, order, weight);

@@ -12,22 +12,22 @@ namespace s2ft {
 namespace {
 
 struct Source {
-  int64_t part, k;  // a unit of a part
+  int64_t part, k;  // unit k of a part
 };
 
-// The units that some part names, each once, so that a unit which several parts name is rounded once.
+// All units that the parts name, without duplicates, so that a unit that several parts name is rounded once.
 struct Targets {
   std::vector<int64_t> units;
-  std::vector<int32_t> of;      // for each part's units, part after part: which of `units`
-  std::vector<int64_t> begin;   // where in `sources` those of each target begin, and the end
-  std::vector<Source> sources;  // what is added to each target, in the order of the parts
+  std::vector<int32_t> of;      // the target of every unit of every part, one part after the other
+  std::vector<int64_t> begin;   // where the sources of each target begin, and the end of the last
+  std::vector<Source> sources;  // the units that are added to each target, in the order of the parts
 
   int64_t count() const { return static_cast<int64_t>(units.size()); }
   const Source* first(int64_t t) const { return sources.data() + begin[t]; }
   const Source* last(int64_t t) const { return sources.data() + begin[t + 1]; }
 };
 
-// One part names no unit twice, so its units are the targets.
+// A part names no unit twice, so the units of a single part are the targets.
 Targets targets_of_one(const Part& part) {
   Targets targets;
   const int64_t n = part.delta.units;
@@ -65,7 +65,7 @@ Targets targets_of(const Scatter& s) {
   return targets;
 }
 
-// Dense copies of strided spans, through which the kernels of spans.h reach them; dense ones pass as they are.
+// Returns a dense copy of a strided span, which the kernels of spans.h need. A dense span is returned without a copy.
 template <class T>
 const T* gathered(const T* from, int64_t stride, int64_t n, T* scratch) {
   if (stride == 1) return from;
@@ -78,18 +78,19 @@ void put_back(const T* from, T* to, int64_t stride, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i * stride] = from[i];
 }
 
-// Copies one span of a target to each source that keeps what it replaces.
+// Copies one span of a target to the `old` buffer of each source.
 template <class W>
 void keep_sources(const Scatter& s, const Source* source, const Source* last, int64_t o, int64_t first, int64_t n,
                   const W* weight) {
   for (; source != last; ++source) {
     const Part& part = s.parts[source->part];
-    put_back(weight, static_cast<W*>(part.old) + part.replaced.offset(o, first, source->k), part.replaced.inner_stride, n);
+    put_back(weight, static_cast<W*>(part.old) + part.replaced.offset(o, first, source->k), part.replaced.inner_stride,
+             n);
   }
 }
 
-// Adds its sources to one span of a target: in one pass where there is one source, else through a sum
-// that is rounded at the end.
+// Adds the sources to one span of a target: in one pass if there is one source, otherwise through a sum that is rounded
+// at the end.
 template <class W, class D>
 void add_sources(const Scatter& s, const Source* source, const Source* last, int64_t o, int64_t first, int64_t n,
                  W* weight) {
@@ -101,7 +102,8 @@ void add_sources(const Scatter& s, const Source* source, const Source* last, int
   for (; source != last; ++source) {
     const Part& part = s.parts[source->part];
     const Along& d = part.delta;
-    const D* delta = gathered(static_cast<const D*>(part.data) + d.offset(o, first, source->k), d.inner_stride, n, scratch);
+    const D* delta =
+        gathered(static_cast<const D*>(part.data) + d.offset(o, first, source->k), d.inner_stride, n, scratch);
     if (one)
       add_span(weight, delta, static_cast<A>(part.alpha), weight, n);
     else
@@ -110,7 +112,7 @@ void add_sources(const Scatter& s, const Source* source, const Source* last, int
   if (!one) narrow_span(sum, weight, n);
 }
 
-// Asks for the span after this one and what is added to it.
+// Prefetches the span after this one and its sources.
 template <class W, class D>
 void prefetch_next(const Scatter& s, const Targets& targets, int64_t item, int64_t first, int64_t n) {
   const Along& w = s.weight;

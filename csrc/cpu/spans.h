@@ -1,5 +1,5 @@
-// Sums over dense spans, in the processor's widest vectors. W: the type of a weight, D: of a delta, A: the
-// type they are summed in. Products are rounded before they are added. `out` may be `base`.
+// Sums over dense spans, in the processor's widest vectors. W is the type of a weight, D the type of a delta, and A the
+// type of their sum. Products are rounded before they are added. `out` may be `base`.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace s2ft {
 
-// Calls M(W, D) for all types of a weight and a delta.
+// Expands M(W, D) for all types of a weight and a delta.
 #define S2FT_FOR_WEIGHTS_AND_DELTAS(M) \
   S2FT_FOR_DELTAS(M, float)            \
   S2FT_FOR_DELTAS(M, double)           \
@@ -16,9 +16,10 @@ namespace s2ft {
   S2FT_FOR_DELTAS(M, BFloat16)
 #define S2FT_FOR_DELTAS(M, W) M(W, float) M(W, double) M(W, Half) M(W, BFloat16)
 
-// Calls M(T, A) for all types and what they are summed in.
+// Expands M(T, A) for all types and the types of their sums.
 #define S2FT_FOR_SUMS(M) \
-  M(float, float) M(Half, float) M(BFloat16, float) M(float, double) M(double, double) M(Half, double) M(BFloat16, double)
+  M(float, float)        \
+  M(Half, float) M(BFloat16, float) M(float, double) M(double, double) M(Half, double) M(BFloat16, double)
 
 #define S2FT_DECLARE_ADD(W, D) \
   void add_span(const W* base, const D* delta, Wide<W, D> alpha, W* out, int64_t n);  // base + alpha * delta

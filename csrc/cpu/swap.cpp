@@ -18,14 +18,14 @@ void swap_spans(T* weight, int64_t weight_stride, T* values, int64_t values_stri
     for (int64_t i = 0; i < n; ++i) std::swap(weight[i * weight_stride], values[i * values_stride]);
 }
 
-// A span of neighbouring lines of one unit.
+// Exchanges spans of neighbouring lines of one unit.
 template <class T>
 void swap_rows(const Exchange& e, T* weight, T* values) {
   const Along &w = e.weight, &v = e.values;
   parallel_spans(v.units * v.outer, v.inner, [&](int64_t item, int64_t first, int64_t n) {
     const int64_t k = item / v.outer, o = item % v.outer;
-    swap_spans(weight + w.offset(o, first, e.index[k]), w.inner_stride, values + v.offset(o, first, k),
-               v.inner_stride, n);
+    swap_spans(weight + w.offset(o, first, e.index[k]), w.inner_stride, values + v.offset(o, first, k), v.inner_stride,
+               n);
   });
 }
 

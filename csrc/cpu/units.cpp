@@ -1,6 +1,6 @@
-// A "line" runs along one unit for rows (a column of the matrix crosses all units) and across all
-// units for columns. Threads share out the dimension that is not selected, so one thread holds every
-// unit of its lines: a unit named twice is stashed before its first write, and the last write wins.
+// A line crosses all units: it is a column of the matrix if the units are rows, and a row if they are columns. Every
+// thread handles all units of its lines. A unit that is named twice is therefore saved before its first write, and the
+// last write wins.
 #include "units.h"
 
 #include <algorithm>
@@ -12,11 +12,10 @@
 namespace s2ft {
 namespace {
 
-// Elements a thread handles before it goes on, so that stash and write meet in the L1 cache.
+// Number of elements of a block, so that the saved values are still in the first-level cache when the sums are written.
 constexpr int64_t kBlock = 4096;
 
-// Units that follow each other, so that a line crosses them in one span: one run for a slice, one for
-// each head of a set of heads.
+// Neighbouring units, which are one span of a line. A slice is one run, and a set of heads has one run per head.
 struct Run {
   int64_t first, length;
 };
@@ -33,26 +32,24 @@ std::vector<Run> runs_of(const Units& u) {
   return runs;
 }
 
-// Calls f(element, dense, count, stride): `count` elements of the weight from `element` on, `stride`
-// apart, whose places in the dense buffer are `dense`, dense + 1, ...
+// Calls f(element, dense, count, stride) for spans of `count` elements. A span starts at `element` in the weight, with
+// `stride` between its elements, and at `dense` in the dense buffer.
 template <class F>
 void for_spans(const Units& u, const std::vector<Run>& runs, int64_t begin, int64_t end, const F& f) {
   if (u.rows) {
-    for (int64_t k = 0; k < u.outer; ++k)
-      f(u.offset(k, begin), k * u.inner + begin, end - begin, u.inner_stride);
+    for (int64_t k = 0; k < u.outer; ++k) f(u.offset(k, begin), k * u.inner + begin, end - begin, u.inner_stride);
     return;
   }
   for (int64_t line = begin; line < end; ++line)
-    for (const Run& run : runs)
-      f(u.offset(line, run.first), line * u.inner + run.first, run.length, u.inner_stride);
+    for (const Run& run : runs) f(u.offset(line, run.first), line * u.inner + run.first, run.length, u.inner_stride);
 }
 
-// Two passes over each block of lines: `first` over all its units, then `second`.
+// Makes two passes over each block of lines: `first` for all its units, then `second`.
 template <class First, class Second>
 void for_blocks(const Units& u, const First& first, const Second& second) {
   const int64_t lines = u.rows ? u.inner : u.outer, units = u.rows ? u.outer : u.inner;
   if (units == 0) return;
-  // Short spans of rows waste cache lines; single lines of columns do not.
+  // Short spans of rows waste cache lines. Single lines of columns do not.
   const int64_t block = std::max<int64_t>(kBlock / units, u.rows ? 64 : 1);
   const std::vector<Run> runs = runs_of(u);
   parallel_lines(lines, units, [&](int64_t begin, int64_t end) {
@@ -82,7 +79,7 @@ void put(T* weight, int64_t stride, const T* dense, int64_t n) {
 
 template <class W, class D>
 void add_into(W* target, int64_t target_stride, const W* base, int64_t base_stride, const D* delta, int64_t n) {
-  // A call for a few elements costs more than it saves.
+  // For a few elements the call would cost more than it saves.
   if (target_stride == 1 && base_stride == 1 && n >= 16)
     add_span(base, delta, 1, target, n);
   else
@@ -106,8 +103,7 @@ void Cpu::write(const Units& units, const UnitsData& data) const {
     W* dense = static_cast<W*>(data.dense);
     const D* delta = static_cast<const D*>(data.delta);
     for_blocks(
-        units,
-        [&](int64_t at, int64_t i, int64_t n, int64_t stride) { take(weight + at, stride, dense + i, n); },
+        units, [&](int64_t at, int64_t i, int64_t n, int64_t stride) { take(weight + at, stride, dense + i, n); },
         [&](int64_t at, int64_t i, int64_t n, int64_t stride) {
           add_into(weight + at, stride, dense + i, 1, delta + i, n);
         });
@@ -136,8 +132,7 @@ void Cpu::restore(const Units& units, const UnitsData& data) const {
     T* weight = static_cast<T*>(data.weight);
     const T* dense = static_cast<const T*>(data.dense);
     for_blocks(
-        units,
-        [&](int64_t at, int64_t i, int64_t n, int64_t stride) { put(weight + at, stride, dense + i, n); },
+        units, [&](int64_t at, int64_t i, int64_t n, int64_t stride) { put(weight + at, stride, dense + i, n); },
         nothing);
   });
 }

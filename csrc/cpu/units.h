@@ -1,4 +1,4 @@
-// Kernels over the units of a weight, on the CPU. linear.h says what each does.
+// Kernels over the units of a weight, on the CPU. linear.h describes them.
 #pragma once
 
 #include "../checks.h"

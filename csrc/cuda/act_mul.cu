@@ -1,5 +1,5 @@
-// The kernels of act_mul: 16 bytes of every tensor at a time where all are aligned, then the elements
-// that are left, or all of them, one at a time.
+// The kernels of act_mul. If all tensors are aligned, they read 16 bytes of every tensor at a time, and then the
+// remaining elements one by one. Otherwise they read all elements one by one.
 #include "../core/activation.h"
 #include "launch.h"
 #include "platform.h"
@@ -33,8 +33,7 @@ __global__ void act_mul_backward_items(const T* grad, const T* gate, const T* up
             u = reinterpret_cast<const P*>(up)[t];
     P of_gate, of_up;
 #pragma unroll
-    for (int i = 0; i < kWidth<T>; ++i)
-      act_mul_gradients<Act>(d.at[i], g.at[i], u.at[i], &of_gate.at[i], &of_up.at[i]);
+    for (int i = 0; i < kWidth<T>; ++i) act_mul_gradients<Act>(d.at[i], g.at[i], u.at[i], &of_gate.at[i], &of_up.at[i]);
     reinterpret_cast<P*>(grad_gate)[t] = of_gate;
     reinterpret_cast<P*>(grad_up)[t] = of_up;
   }
@@ -47,7 +46,7 @@ int64_t packs_of(int64_t size, Pointers... pointers) {
   return (aligned16(pointers) && ...) ? size / kWidth<T> : 0;
 }
 
-// Work items: the packs, or the elements one by one.
+// The work items are the packs if there are any, otherwise the elements.
 int blocks_of(int64_t packs, int64_t size) { return blocks_for(packs ? packs : size); }
 
 template <class Act, class T>

@@ -1,5 +1,5 @@
-// Registers the ops for CUDA: their bodies in csrc/ with the kernels of launch.h. No CUDA
-// header and no CUDA library of PyTorch, so this builds and loads with a CPU-only PyTorch too.
+// Registers the ops for CUDA. It combines their bodies in csrc/ with the kernels of launch.h. It uses no CUDA header
+// and no CUDA library of PyTorch, so that it can be built and loaded with a CPU-only PyTorch too.
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -21,8 +21,8 @@ namespace {
 
 using GetStream = AOTITorchError (*)(int32_t device, void** stream);
 
-// The stable ABI hands out native streams from PyTorch 2.13 on. Before, the function exists in
-// libtorch_cuda only, which this module does not link: find it where it is loaded already.
+// The stable ABI has a function for native streams from PyTorch 2.13 on. Before, the function exists in libtorch_cuda
+// only, which this module does not link. This finds it in the library that PyTorch has loaded.
 GetStream find_get_stream() {
   void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
   void* symbol = dlsym(library ? library : RTLD_DEFAULT, "aoti_torch_get_current_cuda_stream");
@@ -43,17 +43,14 @@ void check(int error) {
 
 class Cuda {
  public:
-  explicit Cuda(const Tensor& t)
-      : device_(t.get_device_index()), guard_(device_), stream_(current_stream(device_)) {}
+  explicit Cuda(const Tensor& t) : device_(t.get_device_index()), guard_(device_), stream_(current_stream(device_)) {}
 
   void begin() const { check(cuda::ordered_begin(device_, stream_)); }
   void end() const { check(cuda::ordered_end(device_, stream_)); }
 
   void write(const Units& units, const UnitsData& data) const { check(cuda::write_units(units, data, stream_)); }
   void sum(const Units& units, const UnitsData& data) const { check(cuda::sum_units(units, data, stream_)); }
-  void restore(const Units& units, const UnitsData& data) const {
-    check(cuda::restore_units(units, data, stream_));
-  }
+  void restore(const Units& units, const UnitsData& data) const { check(cuda::restore_units(units, data, stream_)); }
 
   void permute(const Along& a, const int64_t* order, int64_t element_size, const Tensor& weight) const {
     const int64_t bytes = cuda::permute_scratch_bytes(a, element_size);

@@ -1,7 +1,6 @@
-// The kernels of csrc/cuda as plain functions: raw pointers and the stream as void*, no CUDA and no
-// PyTorch headers. Each enqueues and returns a cudaError_t as int, 0 for success. A unit outside the
-// matrix is skipped: looking for one beforehand would make the host wait, so the layers check their
-// indices once, when they are made.
+// The kernels of csrc/cuda as plain functions with raw pointers and the stream as void*, without CUDA and PyTorch
+// headers. Each function enqueues its work and returns a cudaError_t as int, 0 for success. A unit outside the matrix
+// is skipped. A check beforehand would make the host wait, so the layers check their indices once, when they are made.
 #pragma once
 
 #include <cstdint>
@@ -14,40 +13,40 @@
 
 namespace s2ft::cuda {
 
-// dense := base, weight := base + delta. With an index, all of dense is taken before the weight is
-// written, so a unit named twice is restored exactly; which of its sums the weight holds is open.
+// dense = base, weight = base + delta. With an index, all of dense is read before the weight is written, so a unit that
+// is named twice is restored exactly. Which of its sums the weight holds meanwhile is undefined.
 int write_units(const Units& units, const UnitsData& data, void* stream);
-// dense := base + delta; the weight is only read.
+// dense = base + delta. The weight is only read.
 int sum_units(const Units& units, const UnitsData& data, void* stream);
-// weight := dense.
+// weight = dense.
 int restore_units(const Units& units, const UnitsData& data, void* stream);
 
-// Puts the units of `weight` in a new order, by way of a scratch buffer of permute_scratch_bytes().
+// Reorders the units of `weight`. The scratch buffer has permute_scratch_bytes().
 int64_t permute_scratch_bytes(const Along& weight, int64_t element_size);
 int permute_units(const Along& along, const int64_t* order, int64_t element_size, void* weight, void* scratch,
                   int64_t scratch_bytes, void* stream);
 
-// weight += alpha * delta for every part, however many; `scratch` has scatter_scratch_bytes(), aligned to 8.
+// weight += alpha * delta for any number of parts. `scratch` has scatter_scratch_bytes() and is aligned to 8 bytes.
 int64_t scatter_scratch_bytes(const Scatter& scatter);
 int scatter_add_units(const Scatter& scatter, void* scratch, void* stream);
 
-// Exchanges the elements of `weight` that `exchange` names with `values`.
+// Exchanges the units of `weight` that `exchange` names with `values`.
 int exchange_units(const Exchange& exchange, int64_t element_size, void* weight, void* values, void* stream);
 
-// out := y plus what each sequence's adapter adds.
+// out = y + the product with the delta of each sequence's adapter.
 int add_adapters(const Bank& bank, const Batch& batch, DType dtype, void* stream);
 
-// out := act(gate) * up, and its gradients; `data` names the tensors.
+// out = act(gate) * up, and its gradients. `data` names the tensors.
 int act_mul(Activation activation, const ActMulData& data, void* stream);
 int act_mul_backward(Activation activation, const ActMulData& data, void* stream);
 
-// Orders `stream` after everything that ordered_end() has covered on this device, whatever its stream;
-// then marks what `stream` holds now. Both under effective_lock(). During graph capture they do
-// nothing: a captured graph cannot wait for work outside it, so order its replays yourself.
+// ordered_begin() makes `stream` wait for the work before the last ordered_end() on this device, on any stream.
+// ordered_end() marks the work that is now in `stream`. The caller holds weight_lock(). During graph capture both do
+// nothing, because a captured graph can't wait for work outside it. The caller must order the replays.
 int ordered_begin(int device, void* stream);
 int ordered_end(int device, void* stream);
 
-// CUDA versions, 1000 * major + 10 * minor: what the driver serves, 0 without a driver; what this was built with.
+// CUDA versions of the driver (0 without a driver) and of the build, as 1000 * major + 10 * minor.
 int driver_version();
 int built_version();
 

@@ -1,5 +1,5 @@
-// The kernels of multi_adapter_linear. A block takes a few tokens of one sequence, which share an adapter, so
-// each read of the adapter serves all of them. What a unit or an adapter out of range would add is left out.
+// The kernels of multi_adapter_linear. A block handles a few tokens of one sequence. They have one adapter, so each
+// value of the adapter is read once for all of them. A unit or an adapter out of range is skipped.
 #include "launch.h"
 #include "platform.h"
 
@@ -8,7 +8,7 @@ namespace {
 
 constexpr int kBlockThreads = 128;
 constexpr int kWarps = kBlockThreads / 32;
-constexpr int kUnits = 32;      // whose factors a block holds at once
+constexpr int kUnits = 32;      // units whose factors a block holds at once
 constexpr int kUnitBlocks = 8;  // blocks that share an adapter's units, for dim 0
 
 // The tokens and the units of one block.
@@ -36,8 +36,8 @@ __device__ Pack<T, Width> load(const void* data, int64_t element) {
   return *reinterpret_cast<const Pack<T, Width>*>(static_cast<const T*>(data) + element);
 }
 
-// dim 1. blockIdx.x: tokens; blockIdx.y: a strip of outputs, Width a thread. The factors, x at the units'
-// inputs, pass through shared memory.
+// dim 1. blockIdx.x selects tokens, and blockIdx.y a strip of outputs with Width outputs per thread. Shared memory
+// holds the factors, which are the values of x at the units' inputs.
 template <class T, int Width, int Tokens>
 __global__ void add_inputs(Bank bank, Batch batch) {
   using A = Wide<T, T>;
@@ -49,10 +49,11 @@ __global__ void add_inputs(Bank bank, Batch batch) {
   for (int64_t first = 0; first < tile.units; first += kUnits) {
     for (int i = threadIdx.x; i < Tokens * kUnits; i += kBlockThreads) {
       const int t = i / kUnits, k = i % kUnits;
-      const bool given = t < tile.tokens && first + k < tile.units;
-      const int64_t input = given ? bank.index[tile.unit + first + k] : -1;
+      const bool exists = t < tile.tokens && first + k < tile.units;
+      const int64_t input = exists ? bank.index[tile.unit + first + k] : -1;
       const bool inside = input >= 0 && input < batch.inputs;
-      factor[i] = inside ? static_cast<A>(widen(load<T, 1>(batch.x, (tile.token + t) * batch.inputs + input).at[0])) : A(0);
+      factor[i] =
+          inside ? static_cast<A>(widen(load<T, 1>(batch.x, (tile.token + t) * batch.inputs + input).at[0])) : A(0);
     }
     __syncthreads();
     const int count = static_cast<int>(tile.units - first < kUnits ? tile.units - first : kUnits);
@@ -77,8 +78,8 @@ __global__ void add_inputs(Bank bank, Batch batch) {
   }
 }
 
-// dim 0, after out := y. blockIdx.x: tokens; a warp takes every unit that is its turn and adds the tokens' dot
-// products with it to the output that it is, which no other warp touches for these tokens.
+// dim 0, after out = y. blockIdx.x selects tokens. The warps take turns over the units. A warp adds the tokens' dot
+// products with a unit to the unit's output, which no other warp touches for these tokens.
 template <class T, int Width, int Tokens>
 __global__ void add_outputs(Bank bank, Batch batch) {
   using A = Wide<T, T>;
@@ -122,11 +123,12 @@ int launch(const Bank& bank, const Batch& batch, cudaStream_t stream) {
 
 template <class T, int Width>
 int run(const Bank& bank, const Batch& batch, cudaStream_t stream) {
-  // Decoding has one token a sequence; what more would hold in registers is then nothing but zeros.
+  // Decoding has one token per sequence. The registers of further tokens would only hold zeros.
   return batch.tokens == 1 ? launch<T, Width, 1>(bank, batch, stream) : launch<T, Width, 4>(bank, batch, stream);
 }
 
-// Whether rows of the bank and of what it is multiplied with or added to can be read 16 bytes at a time.
+// True if the rows of the bank and of the tensors that it is multiplied with or added to can be read 16 bytes at a
+// time.
 template <class T>
 bool wide(const Bank& bank, const Batch& batch) {
   if (!aligned16(bank.values) || !aligned16(bank.width * sizeof(T))) return false;

@@ -1,5 +1,5 @@
-// Order between streams. The ops write into a weight and restore it within one stream; two streams
-// that run the same layer at once would meet inside the weight. One event a device keeps them apart.
+// Order between streams. An op writes to a weight and restores it within one stream. Two streams that run the same
+// layer at the same time would see each other's sums in the weight. One event per device prevents this.
 #include <vector>
 
 #include "launch.h"
@@ -9,10 +9,10 @@ namespace s2ft::cuda {
 namespace {
 
 struct Last {
-  cudaEvent_t event = nullptr;  // lives as long as the process
+  cudaEvent_t event = nullptr;  // never destroyed
 };
 
-// One entry a device; the caller holds effective_lock().
+// There is one entry per device. The caller holds weight_lock().
 Last& last_on(int device) {
   static std::vector<Last>* all = new std::vector<Last>();
   if (static_cast<size_t>(device) >= all->size()) all->resize(device + 1);

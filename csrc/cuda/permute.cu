@@ -1,6 +1,6 @@
-// The kernel of permute_. Lines of the weight go through a scratch buffer a bounded number at a time: one
-// launch takes their moved units into it in the new order, the next puts them back. So every thread works,
-// whatever the cycles of the permutation are, and no second matrix is needed.
+// The kernel of permute_. A bounded number of lines is moved at a time, through a scratch buffer. One launch copies
+// their moved units into the buffer in the new order, and the next copies them back. All threads have work for every
+// permutation, and no second matrix is needed.
 #include <algorithm>
 
 #include "launch.h"
@@ -9,8 +9,8 @@
 namespace s2ft::cuda {
 namespace {
 
-// Items are numbered as the weight's own dimensions are, so that one side of each copy is coalesced. A unit
-// out of range is skipped on both ways.
+// Items are numbered in the order of the weight's dimensions, so that one side of each copy is coalesced. A unit out of
+// range is skipped in both directions.
 template <class T>
 __global__ void move_items(Along a, const int64_t* order, bool take, int64_t first_line, int64_t lines, T* scratch,
                            T* weight) {
@@ -47,7 +47,7 @@ int run(const Along& a, const int64_t* order, void* weight, void* scratch, int64
 }  // namespace
 
 int64_t permute_scratch_bytes(const Along& a, int64_t element_size) {
-  const int64_t row = a.units * 16, all = a.total() * element_size;  // 16: lines may be moved in packs
+  const int64_t row = a.units * 16, all = a.total() * element_size;  // 16 bytes, because lines may be moved in packs
   return std::max(row, std::min(all, int64_t{16} << 20));
 }
 

@@ -1,5 +1,5 @@
-// How a .cu file launches a kernel. S2FT_CUDA_ON_CPU is set by the tests, which run the same kernels
-// on the CPU; their header then stands in for the CUDA runtime.
+// How a .cu file launches a kernel. The tests set S2FT_CUDA_ON_CPU and run the same kernels on the CPU, with their own
+// header in place of the CUDA runtime.
 #pragma once
 
 #ifdef S2FT_CUDA_ON_CPU
@@ -16,19 +16,17 @@ namespace s2ft {
 
 constexpr int kThreads = 256;
 
-// Blocks for `items` work items. Kernels stride over the grid, so any number is right; 64K keeps the
-// largest GPU busy many times over.
+// The number of blocks for `items` work items. Kernels stride over the grid, so every number is correct. 64K blocks are
+// more than enough for the largest GPU.
 inline int blocks_for(int64_t items) {
   const int64_t blocks = (items + kThreads - 1) / kThreads;
   return static_cast<int>(blocks < 65536 ? blocks : 65536);
 }
 
-__device__ __forceinline__ int64_t first_item() {
-  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-}
+__device__ __forceinline__ int64_t first_item() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
 __device__ __forceinline__ int64_t item_step() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
 
-// What one thread moves at once.
+// The elements that one thread moves at once.
 struct alignas(16) Bytes16 {
   uint64_t part[2];
 };
@@ -39,6 +37,8 @@ struct alignas(sizeof(T) * Width < 16 ? sizeof(T) * Width : 16) Pack {
 };
 
 inline bool aligned16(int64_t bytes) { return (bytes & 15) == 0; }
-inline bool aligned16(const void* pointer) { return aligned16(static_cast<int64_t>(reinterpret_cast<uintptr_t>(pointer))); }
+inline bool aligned16(const void* pointer) {
+  return aligned16(static_cast<int64_t>(reinterpret_cast<uintptr_t>(pointer)));
+}
 
 }  // namespace s2ft

@@ -1,5 +1,5 @@
-// Registers the kernels of csrc/cuda with PyTorch. Importing the module does not: on a GPU or a driver that cannot run
-// them every op would raise, where PyTorch's implementation works.
+// Registers the kernels of csrc/cuda with PyTorch. The import of the module does not register them: on a GPU or driver
+// that can't run them every op would raise, although the PyTorch implementation works.
 #pragma once
 
 namespace s2ft {

@@ -1,8 +1,8 @@
-// The kernels of scatter_add_. One work item is one element of a delta, or several neighbours where the weight
-// and every delta hold them side by side and aligned to 16 bytes.
+// The kernels of scatter_add_. One work item is one element of a delta, or several neighbours if the weight and every
+// delta hold them side by side and aligned to 16 bytes.
 //
-// Where several parts name a unit, the item of the first of them adds up all and rounds once; the others do
-// nothing. Which comes first and which next is found beforehand, one thread a unit.
+// If several parts name a unit, the item of the first part adds all of them and rounds once, and the items of the
+// others do nothing. A kernel with one thread per unit finds the first part and the next ones beforehand.
 #include <algorithm>
 #include <vector>
 
@@ -12,7 +12,7 @@
 namespace s2ft::cuda {
 namespace {
 
-// A part and how many units the parts before it have.
+// A part, and the number of units of the parts before it.
 struct Placed {
   Part part;
   int64_t begin;
@@ -20,14 +20,14 @@ struct Placed {
   S2FT_HD int64_t end() const { return begin + part.delta.units; }
 };
 
-// All parts, in the GPU's memory: there is no limit to their number.
+// All parts, in the GPU's memory. Their number is not limited.
 struct Table {
   const Placed* at;
   int64_t count, units;  // units of all parts
 };
 
-// Some parts as a kernel's argument. That is how they get into the GPU's memory: a captured graph keeps a kernel's
-// arguments, whereas it would copy from the host's memory again at every replay. 4 KiB of arguments always fit.
+// Some parts, as the argument of a kernel that stores them in the GPU's memory. A captured graph keeps the arguments of
+// a kernel, but a copy from the host would read the host's memory again at every replay. 4 KiB of arguments always fit.
 constexpr int kSome = 16;
 struct Some {
   Placed at[kSome];
@@ -39,10 +39,10 @@ __global__ void store(Some some, Placed* to, int count) {
 }
 
 constexpr int64_t kNone = -1;   // no later part names this unit
-constexpr int64_t kLater = -2;  // an earlier part does
+constexpr int64_t kLater = -2;  // an earlier part names this unit
 
-// Units are numbered through all parts. link[f]: the number of the next with the same unit, or kNone;
-// link[table.units + f]: kLater where an earlier part names the unit, else kNone.
+// Units are numbered through all parts. link[f] is the number of the next entry with the same unit, or kNone.
+// link[table.units + f] is kLater if an earlier part names the unit, otherwise kNone.
 __global__ void link_units(Table table, int64_t* link) {
   for (int64_t f = first_item(); f < table.units; f += item_step()) {
     int64_t next = kNone, part = 0;
@@ -66,7 +66,7 @@ __global__ void link_units(Table table, int64_t* link) {
   }
 }
 
-// What a part replaces, before any part is added.
+// Saves the old values of a part's units, before any part is added.
 template <class W, int Width>
 __global__ void keep_part(Along weight, Part part, const W* data, int64_t items) {
   for (int64_t t = first_item(); t < items; t += item_step()) {
@@ -79,7 +79,7 @@ __global__ void keep_part(Along weight, Part part, const W* data, int64_t items)
   }
 }
 
-// `mine` is the part numbered `part`.
+// `mine` is part number `part`.
 template <class W, class D, int Width>
 __global__ void add_part(Along weight, Table table, Placed mine, int64_t part, const int64_t* link, W* data,
                          int64_t items) {
@@ -96,8 +96,8 @@ __global__ void add_part(Along weight, Table table, Placed mine, int64_t part, c
 #pragma unroll
     for (int e = 0; e < Width; ++e) sum[e] = static_cast<A>(widen(base.at[e]));
     const auto add = [&](const Placed& source, int64_t its_unit) {
-      const Pack<D, Width> delta = reinterpret_cast<const Pack<D, Width>*>(
-          source.part.data)[source.part.delta.offset(o, i, its_unit)];
+      const Pack<D, Width> delta =
+          reinterpret_cast<const Pack<D, Width>*>(source.part.data)[source.part.delta.offset(o, i, its_unit)];
 #pragma unroll
       for (int e = 0; e < Width; ++e)
         sum[e] = plus_product(sum[e], static_cast<A>(source.part.alpha), static_cast<A>(widen(delta.at[e])));
@@ -114,10 +114,10 @@ __global__ void add_part(Along weight, Table table, Placed mine, int64_t part, c
   }
 }
 
-// What the host knows: the parts, and their place in the GPU's memory.
+// The parts on the host.
 using Parts = std::vector<Placed>;
 
-// Puts the parts into `to`, and finds the units that several of them name. Needed where there are several.
+// Copies the parts to `to`, and finds the units that several of them name. It is needed for two and more parts.
 int link(const Parts& parts, Placed* to, const Table& table, int64_t* links, cudaStream_t queue) {
   for (size_t first = 0; first < parts.size(); first += kSome) {
     const size_t count = std::min<size_t>(kSome, parts.size() - first);
@@ -188,9 +188,8 @@ int64_t scatter_scratch_bytes(const Scatter& s) {
 int scatter_add_units(const Scatter& s, void* scratch, void* stream) {
   int error = 0;
   visit(s.weight_type, [&](auto w) {
-    visit(s.delta_type, [&](auto d) {
-      error = run<typename decltype(w)::type, typename decltype(d)::type>(s, scratch, stream);
-    });
+    visit(s.delta_type,
+          [&](auto d) { error = run<typename decltype(w)::type, typename decltype(d)::type>(s, scratch, stream); });
   });
   return error;
 }

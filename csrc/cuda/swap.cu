@@ -1,5 +1,5 @@
-// The kernel of swap_. One work item is one element of the values, or the 16 bytes of several where
-// the last dimension is dense and aligned on both sides.
+// The kernel of swap_. One work item is one element of the values, or 16 bytes of them if the last dimension is dense
+// and aligned in both tensors.
 #include "launch.h"
 #include "platform.h"
 
@@ -34,9 +34,8 @@ int exchange_units(const Exchange& exchange, int64_t element_size, void* weight,
   if (aligned16(weight) && aligned16(values) && in_packs(&packed.weight, width) && in_packs(&packed.values, width))
     return launch<Bytes16>(packed, weight, values, stream);
   int error = 0;
-  visit_bits(element_size, [&](auto tag) {
-    error = launch<typename decltype(tag)::type>(exchange, weight, values, stream);
-  });
+  visit_bits(element_size,
+             [&](auto tag) { error = launch<typename decltype(tag)::type>(exchange, weight, values, stream); });
   return error;
 }
 

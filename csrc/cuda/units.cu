@@ -1,9 +1,8 @@
-// Kernels over the units of a weight: what sliced_linear and indexed_linear do around their product.
+// Kernels over the units of a weight, which sliced_linear and indexed_linear run before and after their product.
 //
-// One work item is one element of the set of units, or kWidth neighbours where both the weight and
-// the dense buffers hold them side by side and aligned to 16 bytes. Items are numbered in the order
-// of the dense buffer, so its accesses are coalesced always, and the weight's as far as its units
-// are neighbours.
+// One work item is one element of the set of units, or Width neighbours if the weight and the dense buffers hold them
+// side by side and aligned to 16 bytes. Items are numbered in the order of the dense buffer. Its accesses are therefore
+// always coalesced, and the accesses to the weight are coalesced if its units are neighbours.
 #include "launch.h"
 #include "platform.h"
 
@@ -26,7 +25,7 @@ __global__ void for_units(Units units, Step step, Pack<W, Width>* dense, const P
       *at = dense[t];
       continue;
     }
-    // `add` starts from the stash: of a unit named twice, the weight may hold a sum already.
+    // Step::add starts from the saved value, because the weight may already hold a sum if a unit is named twice.
     const Pack<W, Width> base = step == Step::add ? dense[t] : *at;
     if (step == Step::take || step == Step::write) dense[t] = base;
     if (step == Step::take) continue;
@@ -53,14 +52,13 @@ int launch(const Units& units, Step step, const UnitsData& data, void* stream) {
   return static_cast<int>(cudaGetLastError());
 }
 
-// Whether `width` elements that follow each other in the set do so in the weight, aligned, and are
-// in range together.
+// True if `width` neighbours of the set are also neighbours in the weight, aligned, and all in range.
 bool wide(const Units& units, const UnitsData& data, int64_t element_size, int64_t width) {
   if (units.inner_stride != 1 || units.inner % width != 0) return false;
   if (!units.rows && (units.index || units.start < 0 || units.start + units.inner > units.limit)) return false;
   const int64_t first = units.rows ? 0 : units.start;
-  return aligned16(data.weight) && aligned16(data.dense) && aligned16(data.delta) &&
-         aligned16(first * element_size) && aligned16(units.outer_stride * element_size);
+  return aligned16(data.weight) && aligned16(data.dense) && aligned16(data.delta) && aligned16(first * element_size) &&
+         aligned16(units.outer_stride * element_size);
 }
 
 template <class W, class D>
@@ -88,9 +86,7 @@ int write_units(const Units& units, const UnitsData& data, void* stream) {
   return error ? error : run(units, Step::add, data, stream);
 }
 
-int sum_units(const Units& units, const UnitsData& data, void* stream) {
-  return run(units, Step::sum, data, stream);
-}
+int sum_units(const Units& units, const UnitsData& data, void* stream) { return run(units, Step::sum, data, stream); }
 
 int restore_units(const Units& units, const UnitsData& data, void* stream) {
   return run(units, Step::put, data, stream);

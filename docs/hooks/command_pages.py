@@ -79,7 +79,7 @@ def row(action: argparse.Action) -> str:
     text = (action.help or "") % {"default": action.default, "prog": "s2ft", "type": ""}
     default = "" if action.default is None or action.default in ("", argparse.SUPPRESS) else f"`{action.default}`"
     if isinstance(action.default, bool):
-        default = "on" if action.default else "off"
+        default = "on" if action.default and action.const is not False else "off"
     if action.required:
         default = "required"
     elif stated := re.search(r" \(default: (.*)\)$", text):
@@ -91,7 +91,7 @@ def row(action: argparse.Action) -> str:
 
 def metavar(action: argparse.Action) -> str:
     """What stands for the value of an option."""
-    if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
+    if action.nargs == 0 or action.const is True or isinstance(action, argparse.BooleanOptionalAction):
         return ""
     word = action.metavar or (action.dest.upper() if action.option_strings else action.dest)
     word = " ".join(word) if isinstance(word, tuple) else str(word)

@@ -10,6 +10,7 @@ from typing import Any
 
 import griffe
 
+EXAMPLE = re.compile(r"^( *)Example:$", re.MULTILINE)
 ROLE = re.compile(r":(?:class|func|meth|mod):`~?([^`]+)`")
 
 
@@ -28,8 +29,9 @@ class FieldDocs(griffe.Extension):
                 cls.members[name].value = default
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Show :func:`name` as `name`."""
+        """Show :func:`name` as `name`, and an example as code: griffe knows the heading Examples only."""
         if obj.docstring:
+            obj.docstring.value = EXAMPLE.sub(r"\1Examples:", obj.docstring.value)
             obj.docstring.value = ROLE.sub(r"`\1`", obj.docstring.value)
 
 

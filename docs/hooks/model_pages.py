@@ -11,6 +11,7 @@ INTRODUCTION = """# Supported models
 A model is supported if s2ft knows the couplings of its `model_type` (the entry of that name in its `config.json`). This
 table is made from the {cases} small models that the tests run; a new family is in it as soon as it has tests.
 
+- *Family*: the file in `s2ft/model/families` that lists the couplings.
 - *Projections*: q, k, v and o are trained by attention heads; u (up), g (gate) and d (down) by FFN channels.
 - *move*: the layout `permuted` brings the selected units together, so that they are one slice of the weight.
   *stay*: the units are trained at their places, through an index, with either layout. Heads stay if several query
@@ -25,8 +26,8 @@ table is made from the {cases} small models that the tests run; a new family is 
 
 A model that is not here can be trained too: describe it with [couplings](reference/couplings.md).
 
-| model type | tested configurations | projections | channels | heads | LoRA | GGUF |
-|---|---|---|---|---|---|---|
+| model type | family | tested configurations | projections | channels | heads | LoRA | GGUF |
+|---|---|---|---|---|---|---|---|
 """
 
 
@@ -62,6 +63,7 @@ def row(model_type: str, cases: dict[str, list]) -> str:
         cases: The couplings of its tested configurations, by case.
     """
     from s2ft.export.gguf import ARCHITECTURES
+    from s2ft.model.families import FAMILIES
 
     base = min(cases, key=len)
     found = {
@@ -71,6 +73,7 @@ def row(model_type: str, cases: dict[str, list]) -> str:
     experts = any(projection.expert is not None for projections in found.values() for projection in projections)
     cells = [
         f"`{model_type}`",
+        FAMILIES[model_type].__module__.rpartition(".")[2],
         ", ".join(variant(case, base) for case in cases),
         " ".join(key for key in "qkvougd" if key in keys),
         places(cases, "ugd"),

@@ -121,7 +121,7 @@ def _lacks_of_class(found: griffe.Class, name: str) -> Iterator[str]:
     elif ">>>" not in text:
         yield f"{name}: no example"
     explained = _named(found, "parameters") | _named(found, "attributes")
-    init = found.members.get("__init__")
+    init = found.all_members.get("__init__")  # that of a base class of this package too
     if init is not None and init.docstring:
         explained |= _named(init, "parameters")
     explained |= {key for key, member in found.members.items() if member.is_attribute and member.docstring}

@@ -1,12 +1,12 @@
-"""Adapters: save, load, switch, add up, mix in one batch, hand over, and say what is active."""
+"""Adapters: saving, loading, switching, combining, mixing in one batch, exporting, and a table of what is active."""
 
-from s2ft.adapter import pretrained  # what attached models of transformers can do, by importing it
 from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.bank import AdapterBank
 from s2ft.adapter.export import export_lora, import_lora
-from s2ft.adapter.hub import push_to_hub
+from s2ft.adapter.loading import load_adapter, read_adapter, restore_adapter
 from s2ft.adapter.overlap import Overlap, overlap
-from s2ft.adapter.store import load_adapter, read_adapter, restore_adapter, save_adapter
+from s2ft.adapter.push import push_to_hub
+from s2ft.adapter.saving import save_adapter
 from s2ft.adapter.switch import (
     combine_adapters,
     delete_adapter,
@@ -15,8 +15,8 @@ from s2ft.adapter.switch import (
     list_adapters,
     rename_adapter,
     set_adapter,
-    status,
 )
+from s2ft.attached.status import status
 
 __all__ = [
     "Adapter",
@@ -31,7 +31,6 @@ __all__ = [
     "list_adapters",
     "load_adapter",
     "overlap",
-    "pretrained",
     "push_to_hub",
     "read_adapter",
     "rename_adapter",

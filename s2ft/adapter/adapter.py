@@ -1,4 +1,4 @@
-"""An adapter: named deltas in original coordinates, with what is needed to put them on the right model."""
+"""An adapter in memory: named deltas in the base's own coordinates, weighted sums, and checks against a model."""
 
 import math
 from collections.abc import Sequence
@@ -8,29 +8,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2ft.attached import extra
+from s2ft.attached import extra_weights
 from s2ft.attached.record import Attachment
 from s2ft.config import S2FTConfig
 from s2ft.model.coupling import Coupling, projections_of
 from s2ft.model.delta import Delta
 from s2ft.model.fingerprint import difference
-from s2ft.model.weights import shape_of
+from s2ft.model.weights import weight_at
 from s2ft.selection import Selection
 
 
 @dataclass
 class Adapter:
-    """Named deltas with what is needed to put them on the right model.
+    """An adapter in memory, independent of any model.
 
-    Args:
-        name: its name in a model.
-        config: what was trained.
-        selection: in units.
-        fingerprint: of the base.
-        deltas: by projection.
-        info: free metadata, JSON values.
-        couplings: where they were given by hand.
-        extra_weights: parameters that are trained whole, by name.
+    :func:`s2ft.get_adapter` returns one of a model, :func:`s2ft.read_adapter` one of a folder. Adapters of the same
+    base can be added, subtracted and scaled (S²FT paper, section 3.4).
+
+    Attributes:
+        name: Name of the adapter in a model.
+        config: The config it was trained with.
+        selection: The units it trains, by projection.
+        fingerprint: Hashes of the base's coupled weights, by layer.
+        deltas: The trained updates, by projection. A delta of dim 0 has values of shape [n, in_features], a delta of
+            dim 1 has [out_features, n], for n selected elements.
+        info: Free metadata, as JSON values.
+        couplings: The couplings, if they were passed to :func:`s2ft.attach`; None for a known family.
+        extra_weights: Parameters outside the couplings that are trained in full, by name.
+
+    Example:
+        >>> report = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1), name="math")
+        >>> adapter = s2ft.get_adapter(model, "math")
+        >>> adapter.parameters
+        1664
+        >>> (0.5 * adapter + adapter).name
+        'math+math'
     """
 
     name: str
@@ -44,13 +56,26 @@ class Adapter:
 
     @property
     def parameters(self) -> int:
-        """Trained numbers, the extra weights' too."""
+        """Number of trained parameters, with those of the extra weights."""
         return sum(delta.values.numel() for delta in self.deltas.values()) + sum(
             value.numel() for value in self.extra_weights.values()
         )
 
-    def to(self, device) -> "Adapter":
-        """With the deltas and extra weights on `device`."""
+    def to(self, device: torch.device | str) -> "Adapter":
+        """Copy the adapter with its deltas and extra weights on a device.
+
+        Args:
+            device: A torch.device, or its name.
+
+        Returns:
+            A new adapter. Tensors that are on the device already are shared with this one.
+
+        Example:
+            >>> report = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+            >>> adapter = s2ft.get_adapter(model, "default").to("cpu")
+            >>> {delta.values.device.type for delta in adapter.deltas.values()}
+            {'cpu'}
+        """
         return replace(
             self,
             deltas={
@@ -78,18 +103,27 @@ class Adapter:
 
 
 def weighted_sum(parts: Sequence[tuple[Adapter, float]], name: str) -> Adapter:
-    """The adapter whose deltas are the sum of weight × delta, on the units that any of `parts` has.
+    """Add up adapters: the sum of weight × delta, on every unit that any adapter trains.
 
-    Where selections are disjoint and the weights are 1 every number is one that was there before, so that nothing is
-    lost. Sums are formed in float32, or in float64 where a delta is. Its config names the units.
+    If the selections are disjoint and all weights are 1, the sum has exactly the values of the adapters. Sums are
+    computed in float32, or in float64 if a delta has that dtype. The config of the sum names the units.
 
-    Extra weights are values and no updates: those of one adapter of weight 1 pass through.
+    Extra weights are values and not updates, so they can't be added. The extra weights of an adapter with weight 1 are
+    copied to the sum.
 
-    Raises: ValueError for adapters of different bases, a weight that is not a finite number, or extra weights that two
-        of them have or that would be scaled.
+    Args:
+        parts: Adapters with their weights.
+        name: Name of the sum.
+
+    Returns:
+        A new adapter.
+
+    Raises:
+        ValueError: The adapters have different bases, a weight is not a finite number, or extra weights belong to two
+            adapters or to one whose weight is not 1.
     """
     if not parts:
-        raise ValueError("there is nothing to add up: give at least one adapter")
+        raise ValueError("there are no adapters to add up: give at least one")
     first = parts[0][0]
     for adapter, weight in parts:
         check_weight(adapter.name, weight)
@@ -126,27 +160,29 @@ def _extra_of_sum(parts: Sequence[tuple[Adapter, float]]) -> dict[str, Tensor]:
         for name in adapter.extra_weights:
             if weight != 1:
                 raise ValueError(
-                    f"adapter {adapter.name!r} has {name} trained whole, which can't be scaled: give the "
-                    f"adapter weight 1, not {weight:g}"
+                    f"adapter {adapter.name!r} has {name} trained whole, which can't be scaled: give the adapter "
+                    f"weight 1, not {weight:g}"
                 )
             if name in owners:
                 raise ValueError(
-                    f"adapters {owners[name].name!r} and {adapter.name!r} both have {name} trained whole, "
-                    "and values of it don't add up: keep them apart and switch between them"
+                    f"adapters {owners[name].name!r} and {adapter.name!r} both have {name} trained whole, and "
+                    "values can't be added: keep the adapters apart and switch between them"
                 )
             owners[name] = adapter
     return {name: adapter.extra_weights[name].clone() for name, adapter in owners.items()}
 
 
 def check_weight(name: str, weight: Any) -> None:
-    """Raises: ValueError for what is not a finite number."""
+    """Raise ValueError for a weight that is not a finite number."""
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
         raise ValueError(f"the weight of adapter {name!r} must be a finite number, got {weight!r}")
 
 
 def sum_deltas(parts: list[tuple[Delta, float]]) -> Delta:
-    """The sum of weight × delta of one module, on the units that any of them has; gradients flow to the values. In
-    float32, or in float64 where a delta is; a single delta of weight 1 stays as it is, copied."""
+    """Return the sum of weight × delta of one module, on the units of any delta. Gradients flow to the values.
+
+    The sum is computed in float32, or in float64 if a delta has that dtype. A single delta with weight 1 is copied.
+    """
     if len(parts) == 1 and parts[0][1] == 1:
         delta = parts[0][0]
         return Delta(delta.dim, delta.index.clone(), delta.values.clone())
@@ -163,22 +199,39 @@ def sum_deltas(parts: list[tuple[Delta, float]]) -> Delta:
     return Delta(dim, index, total)
 
 
-# ---- does it fit a model -------------------------------------------------------------------------------------
+# ---- the base ------------------------------------------------------------------------------------------------
+
+
+def model_info(model: nn.Module) -> dict[str, Any]:
+    """Return what an adapter stores about its base in `info`: name, model type, and dtype.
+
+    The dtype is the one in which base + delta is rounded, so a merge must use it too.
+    """
+    config = getattr(model, "config", None)
+    info = {
+        "base_model": getattr(config, "_name_or_path", None) or None,
+        "model_type": getattr(config, "model_type", None),
+    }
+    dtype = getattr(model, "dtype", None)
+    return info if dtype is None else {**info, "base_dtype": str(dtype).removeprefix("torch.")}
+
+
+# ---- checks against a model ----------------------------------------------------------------------------------
 
 
 def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:
-    """Raises: ValueError naming what does not fit, where `adapter` is not one of this model's."""
+    """Raise ValueError, naming what does not fit, if `adapter` was not trained on this model."""
     known = {projection.name: projection for projection in projections_of(record.couplings)}
     for path, delta in adapter.deltas.items():
         if path not in known:
             raise ValueError(f"adapter {adapter.name!r} is for another model: this one has no projection {path}")
-        shape = list(shape_of(model, known[path]))
+        shape = list(weight_at(model, known[path]).shape)
         size, shape[delta.dim] = shape[delta.dim], delta.index.numel()
         if delta.dim != known[path].dim or shape != list(delta.values.shape):
             raise ValueError(
                 f"adapter {adapter.name!r} is for another model: {path}.delta has shape "
-                f"{tuple(delta.values.shape)} for dim {delta.dim}, this model asks for dim "
-                f"{known[path].dim} and shape {tuple(shape)}"
+                f"{tuple(delta.values.shape)} for dim {delta.dim}, this model needs dim {known[path].dim} and shape "
+                f"{tuple(shape)}"
             )
         if int(delta.index.max()) >= size:
             raise ValueError(
@@ -188,16 +241,16 @@ def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:
     other_base = difference(record.fingerprint, adapter.fingerprint)
     if other_base:
         raise ValueError(f"adapter {adapter.name!r} was trained on another base: {other_base}")
-    extra.check_fits(model, record, adapter.name, adapter.extra_weights)
+    extra_weights.check_fits(model, record, adapter.name, adapter.extra_weights)
     for path, delta in adapter.deltas.items():
         _check_whole_units(adapter, known[path], delta)
 
 
 def _check_whole_units(adapter: Adapter, projection, delta: Delta) -> None:
     last = int(adapter.selection[projection.name].max())
-    if last >= projection.count:  # in a weight of several projections the element may be another's
+    if last >= projection.count:  # in a weight of several projections, the element may belong to another projection
         raise ValueError(
-            f"adapter {adapter.name!r}: {projection.name} has {projection.count} units, from 0; there is no {last}"
+            f"adapter {adapter.name!r}: {projection.name} has units 0..{projection.count - 1}; there is no unit {last}"
         )
     if not torch.equal(projection.elements(adapter.selection[projection.name]), delta.index):
         raise ValueError(

@@ -1,13 +1,13 @@
-"""Many adapters of one base, served together: a batch whose sequences name theirs (paper, section 3.4).
+"""Many adapters of one base in memory, and batches in which each sequence has its own (S²FT paper, section 3.4).
 
-The base's weights are never written. While a batch runs, every linear layer that an adapter of the bank touches has a
-forward of ours: its own, and :func:`s2ft.ops.multi_adapter_linear` on the output. The adapters that the batch names
-lie packed, projection by projection, in buffers that only grow, in powers of two: so the shapes that a compiled model
-sees stay the same from batch to batch. Packing copies the adapters of a batch that names one which isn't packed
-already, a few milliseconds, which one step of generating outweighs; and nothing has to be moved where adapters come
-and go.
+The base's weights are never written. While a batch runs, each linear layer that an adapter of the bank changes has
+another forward: the layer's own, then :func:`s2ft.ops.multi_adapter_linear` on its output. The adapters of the batch
+are packed into one buffer for each layer. Buffers only grow, in powers of two, so a compiled model sees the same shapes
+from batch to batch. Adapters are packed when a batch names one that is not in the buffers. This takes a few
+milliseconds, less than one step of generation.
 """
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,130 +22,188 @@ from torch import Tensor, nn
 
 from s2ft.adapter.adapter import Adapter, check_fits
 from s2ft.adapter.formats import native
-from s2ft.api import new_attachment
 from s2ft.attached.hosts.compiled import unwrapped
-from s2ft.attached.record import RECORD, Attachment
+from s2ft.attached.record import Attachment, find_attachment, new_attachment
 from s2ft.files.adapter_folder import CONFIG, TENSORS, is_folder
 from s2ft.files.reading import check_adapter_name
-from s2ft.layers import S2ColumnLinear, S2QuantizedColumn, S2QuantizedLinear, S2RowLinear, layers_for
+from s2ft.layers import kind_of
 from s2ft.model.coupling import Projection, projections_of
 from s2ft.model.delta import Delta
 from s2ft.model.weights import find
 from s2ft.ops import multi_adapter_linear
 
-OURS = "_s2ft_bank"  # what marks a forward of ours
+MARK = "_s2ft_bank"  # attribute of a forward that a bank has put on a module
 
 
 class AdapterBank:
-    """Adapters by name, read from disk when a batch first names them, and batches that mix them.
+    """Many adapters of one base in memory, and batches that mix them (S²FT paper, section 3.4).
 
-    ::
+    An adapter is read from its folder when a batch first names it. Adapters may change linear layers, transformers'
+    Conv1D and quantized linear layers. An adapter that changes experts or convolutions, or has extra weights, raises
+    when a batch names it.
 
-        bank = AdapterBank(model, "adapters", limit_bytes=2 << 30)      # adapters/maths, adapters/code, ...
-        bank.add("chat", "elsewhere/chat")
-        with bank.batch(["maths", None, "chat", "maths"]):              # the sequences of the batch; None: the base
-            model.generate(**inputs)
+    `add` and `remove` can be called from other threads at any time: a running batch keeps its adapters. A model runs
+    one batch at a time.
 
     Args:
-        model: a plain base, or one with adapters of which none is active and whose units are where they were. It is
-            the caller's not to change its weights while the bank is used: they are looked at once.
-        directory: every folder in it that holds an adapter is known by the folder's name, those to come too.
-        limit_bytes: of adapters kept in memory; beyond it those used longest ago are let go. The buffers of the
-            largest batch yet come on top. Default: no limit.
-        dtype: to keep adapters in; default: that of the weights they belong to.
+        model: The base, plain or with adapters of which none is active, in layout `indexed`. Do not change its weights
+            while the bank is in use, because the bank checks them only once.
+        directory: A directory of adapters. Each folder in it that holds an adapter is known by its name, also if it is
+            created later.
+        limit_bytes: Limit for the adapters that are kept in memory; the ones that were not used for longest are
+            dropped. The buffers of the largest batch so far are not counted. Default: no limit.
+        dtype: Dtype in which adapters are kept; default: the dtype of the weights that they change.
 
-    Adapters touch linear layers, transformers' Conv1D and quantized linear layers; experts and convolutions are
-    refused when a batch names an adapter that has some. `add` and `remove` may be called from other threads at any
-    time: a batch keeps what it began with. A model runs one batch at a time.
+    Raises:
+        ValueError: An adapter is active on the model or has moved its units, or an argument is not valid.
+        NotADirectoryError: `directory` is not a folder.
+
+    Example:
+        >>> report = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+        >>> s2ft.save_adapter(model, "adapters/math")
+        >>> bank = s2ft.AdapterBank(s2ft.detach(model), "adapters")
+        >>> with bank.batch(["math", None]):  # one name for each sequence; None is the base
+        ...     logits = bank.model(input_ids).logits
+        >>> bank.loaded
+        ['math']
     """
 
     def __init__(
-        self, model: nn.Module, directory=None, *, limit_bytes: int | None = None, dtype: torch.dtype | None = None
+        self,
+        model: nn.Module,
+        directory: str | os.PathLike | None = None,
+        *,
+        limit_bytes: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        """Raises: ValueError for a model with an active adapter or a limit that is none; NotADirectoryError."""
         if limit_bytes is not None and (not isinstance(limit_bytes, int) or limit_bytes < 1):
             raise ValueError(f"limit_bytes must be a whole number above 0, or None, got {limit_bytes!r}")
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise ValueError(f"dtype must be a floating-point dtype, or None, got {dtype!r}")
         if directory is not None and not Path(directory).is_dir():
-            raise NotADirectoryError(f"{directory} is no folder of adapters")
+            raise NotADirectoryError(f"{directory} is not a folder of adapters")
         model = unwrapped(model)
         check_plain(model)
         self.model, self.limit_bytes, self.dtype = model, limit_bytes, dtype
         self._directory = None if directory is None else Path(directory)
         self._entries: dict[str, _Entry] = {}
-        self._removed: set[str] = set()  # of the directory's
-        self._loaded: OrderedDict[str, _Loaded] = OrderedDict()  # the one used last comes last
-        self._lock = threading.Lock()  # of the three above; never held while a file is read
-        self._running = threading.Lock()  # held by a batch, and so is all that follows
+        self._removed: set[str] = set()  # names in the directory that were removed from the bank
+        self._loaded: OrderedDict[str, _Loaded] = OrderedDict()  # the most recently used one is last
+        self._lock = threading.Lock()  # guards the three fields above; never held while a file is read
+        self._running = threading.Lock()  # held by a batch; guards the fields below
         self._bases: dict[Any, _Base] = {}
-        self._sites: dict[str, _Site] = {}
-        self._packed: dict[int, int] = {}  # serial number of a loaded adapter → its place in the sites' buffers
-        self._places = 1  # there are, a power of two
+        self._layers: dict[str, _BankLayer] = {}
+        self._packed: dict[int, int] = {}  # slot in the layers' buffers, by serial number of a loaded adapter
+        self._slots = 1  # number of slots, a power of two
         self._serial = 0
 
     # ---- names ---------------------------------------------------------------------------------------
 
     @property
     def names(self) -> list[str]:
-        """All that are known, sorted."""
+        """Names of all known adapters, sorted.
+
+        Example:
+            >>> s2ft.AdapterBank(model).names
+            []
+        """
         with self._lock:
             found = set(self._entries)
             if self._directory is not None:
-                found |= {folder.name for folder in self._directory.iterdir() if self._has(folder.name)}
+                found |= {folder.name for folder in self._directory.iterdir() if self._in_directory(folder.name)}
         return sorted(found)
 
     @property
     def loaded(self) -> list[str]:
-        """Those in memory; the one used longest ago, which is let go next, comes first."""
+        """Names of the adapters in memory. The first was not used for longest and is dropped next.
+
+        Example:
+            >>> s2ft.AdapterBank(model).loaded
+            []
+        """
         with self._lock:
             return list(self._loaded)
 
     @property
     def loaded_bytes(self) -> int:
+        """Bytes of the adapters in memory, without the buffers of batches.
+
+        Example:
+            >>> s2ft.AdapterBank(model).loaded_bytes
+            0
+        """
         with self._lock:
             return self._bytes()
 
     def __contains__(self, name) -> bool:
         with self._lock:
-            return isinstance(name, str) and (name in self._entries or self._has(name))
+            return isinstance(name, str) and (name in self._entries or self._in_directory(name))
 
     def __len__(self) -> int:
         return len(self.names)
 
-    def add(self, name: str, folder) -> None:
-        """Make the adapter in `folder` known as `name`; it is read when a batch first names it.
+    def add(self, name: str, folder: str | os.PathLike) -> None:
+        """Add the adapter of a folder. It is read when a batch first names it.
 
-        Raises: ValueError for a name that is taken or would be a path; FileNotFoundError where no adapter is.
+        Args:
+            name: Name of the adapter in the bank.
+            folder: The adapter's folder.
+
+        Raises:
+            ValueError: The name is taken or not valid.
+            FileNotFoundError: The folder has no adapter.
+
+        Example:
+            >>> report = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+            >>> s2ft.save_adapter(model, "runs/math")
+            >>> bank = s2ft.AdapterBank(s2ft.detach(model))
+            >>> bank.add("math", "runs/math")
+            >>> "math" in bank
+            True
         """
         check_adapter_name(name)
         folder = Path(folder)
         if not is_folder(folder):
             missing = next((file for file in (CONFIG, TENSORS) if not (folder / file).is_file()), CONFIG)
-            raise FileNotFoundError(f"{folder} is no S²FT adapter: it has no {missing}")
+            raise FileNotFoundError(f"{folder} is not an S²FT adapter: it has no {missing}")
         with self._lock:
-            if name in self._entries or self._has(name):
+            if name in self._entries or self._in_directory(name):
                 raise ValueError(f"there is an adapter called {name!r} already: remove it first")
             self._entries[name] = _Entry(folder)
 
     def remove(self, name: str) -> None:
-        """Forget an adapter; its files stay, and a batch that runs keeps it. Raises: ValueError for an unknown name."""
+        """Remove an adapter from the bank. Its files stay, and a running batch keeps it.
+
+        Args:
+            name: Name of the adapter.
+
+        Raises:
+            ValueError: The name is unknown.
+
+        Example:
+            >>> report = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+            >>> s2ft.save_adapter(model, "adapters/math")
+            >>> bank = s2ft.AdapterBank(s2ft.detach(model), "adapters")
+            >>> bank.remove("math")
+            >>> len(bank)
+            0
+        """
         with self._lock:
             self._entry(name)
-            if self._has(name):
+            if self._in_directory(name):
                 self._removed.add(name)
             del self._entries[name]
             self._loaded.pop(name, None)
 
-    def _has(self, name: str) -> bool:
-        """Whether the directory has an adapter of this name."""
+    def _in_directory(self, name: str) -> bool:
+        """Whether the directory has an adapter with this name that was not removed from the bank."""
         if self._directory is None or name in self._removed or name.startswith(".") or any(c in name for c in "/\\\0"):
             return False
         return bool(name) and is_folder(self._directory / name)
 
     def _entry(self, name: str) -> "_Entry":
         if name not in self._entries:
-            if not isinstance(name, str) or not self._has(name):
+            if not isinstance(name, str) or not self._in_directory(name):
                 raise ValueError(f"the bank has no adapter called {name!r}")
             self._entries[name] = _Entry(self._directory / name)
         return self._entries[name]
@@ -154,27 +212,43 @@ class AdapterBank:
 
     @contextmanager
     def batch(self, names: Sequence[str | None]) -> Iterator[None]:
-        """Within, row b of what the model is given runs with adapter ``names[b]``, or the base where that is None.
+        """Run the model inside this context with one adapter for each sequence of the batch.
 
-        Where a model runs on k times as many rows (beams, several samples), each sequence has k rows that follow each
-        other, as transformers' generate makes them. Any other multiple can't be told from that.
+        Row b of the model's input runs with the adapter ``names[b]``. If the model runs on k times as many rows (beams,
+        or several samples), each name applies to k rows that follow each other, as in transformers' `generate`.
 
-        Raises: ValueError for an unknown name, an adapter of another base or of layers that can't be mixed, or a
-        batch whose adapters exceed the limit; RuntimeError while another batch runs. The model is then as it was.
+        Args:
+            names: An adapter's name for each sequence, or None for the base.
+
+        Returns:
+            A context manager; it gives no value.
+
+        Raises:
+            ValueError: A name is unknown, an adapter has another base or changes layers that can't be mixed, or the
+                batch's adapters exceed `limit_bytes`. The model has not changed.
+            RuntimeError: Another batch is running on this model.
+
+        Example:
+            >>> report = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+            >>> s2ft.save_adapter(model, "adapters/math")
+            >>> bank = s2ft.AdapterBank(s2ft.detach(model), "adapters")
+            >>> with bank.batch(["math", None]):
+            ...     tokens = bank.model.generate(input_ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
+            >>> tokens.shape
+            torch.Size([2, 10])
         """
         names = self._checked(names)
         if not self._running.acquire(blocking=False):
-            raise RuntimeError("a batch runs already, and a model runs one at a time: leave it first")
+            raise RuntimeError("another batch is running, and a model runs one batch at a time: leave that batch first")
         try:
             check_plain(self.model)
-            with torch.inference_mode(False), torch.no_grad():  # buffers live on, in whatever mode the next batch has
-                self._use(
-                    {path: self._site(path, site.dim, None, "the bank changes") for path, site in self._sites.items()}
-                )
-                taken = self._take(list(dict.fromkeys(name for name in names if name is not None)))
-                places = self._pack(list(taken.values()))
-                self._point([-1 if name is None else places[taken[name].serial] for name in names])
-            with _mounted(self._sites.values()):
+            with torch.inference_mode(False), torch.no_grad():  # the next batch may have another mode
+                known = self._layers.items()
+                self._add_layers({path: self._layer_at(path, one.dim, None, "the bank changes") for path, one in known})
+                adapters = self._load(list(dict.fromkeys(name for name in names if name is not None)))
+                slots = self._pack(list(adapters.values()))
+                self._assign_rows([-1 if name is None else slots[adapters[name].serial] for name in names])
+            with _forwards_replaced(self._layers.values()):
                 yield
         finally:
             self._running.release()
@@ -188,34 +262,34 @@ class AdapterBank:
             raise ValueError("names is empty: give one name, or None, for every sequence of the batch")
         return names
 
-    def _take(self, names: list[str]) -> dict[str, "_Loaded"]:
-        """What the batch has, whatever is removed from now on."""
-        with self._lock:  # all or none: nothing is read where one is unknown
+    def _load(self, names: list[str]) -> dict[str, "_Loaded"]:
+        """Load the adapters of a batch. The batch keeps them even if they are removed from the bank."""
+        with self._lock:  # all names first, so that an unknown name raises before any file is read
             entries = {name: self._entry(name) for name in names}
-            taken = {name: self._loaded.get(name) for name in names}
+            adapters = {name: self._loaded.get(name) for name in names}
             for name in names:
                 if name in self._loaded:
                     self._loaded.move_to_end(name)
         for name, entry in entries.items():
-            if taken[name] is None:
-                taken[name] = self._read(name, entry.folder)
-                self._check_limit(taken.values())
-                self._keep(name, entry, taken[name], set(names))
-        self._check_limit(taken.values())
-        return taken
+            if adapters[name] is None:
+                adapters[name] = self._read(name, entry.folder)
+                self._check_limit(adapters.values())
+                self._remember(name, entry, adapters[name], set(names))
+        self._check_limit(adapters.values())
+        return adapters
 
-    def _check_limit(self, taken: Iterable[Optional["_Loaded"]]) -> None:
+    def _check_limit(self, adapters: Iterable[Optional["_Loaded"]]) -> None:
         if self.limit_bytes is None:
             return
-        total = sum(one.bytes for one in taken if one is not None)
+        total = sum(one.bytes for one in adapters if one is not None)
         if total > self.limit_bytes:
             raise ValueError(
-                f"the batch's adapters take {total:,} bytes at least, more than limit_bytes = "
+                f"the batch's adapters need at least {total:,} bytes, more than limit_bytes = "
                 f"{self.limit_bytes:,}: give smaller batches or a higher limit"
             )
 
-    def _keep(self, name: str, entry: "_Entry", loaded: "_Loaded", needed: set[str]) -> None:
-        """Among the loaded, unless it was removed meanwhile; others go, those used longest ago first."""
+    def _remember(self, name: str, entry: "_Entry", loaded: "_Loaded", needed: set[str]) -> None:
+        """Keep an adapter in memory, unless it was removed while it was read, and drop others to stay in the limit."""
         with self._lock:
             if self._entries.get(name) is not entry:
                 return
@@ -235,106 +309,112 @@ class AdapterBank:
         adapter.name = name
         if adapter.extra_weights:
             raise ValueError(
-                f"adapter {name!r} has {next(iter(adapter.extra_weights))} trained whole, and a batch "
-                "has one for all of its rows: serve it merged (s2ft merge), or by load_adapter alone"
+                f"adapter {name!r} has {next(iter(adapter.extra_weights))} trained whole, and a batch has one such "
+                "weight for all of its rows: serve the model merged (s2ft merge), or use load_adapter"
             )
         base = self._base(adapter)
         check_fits(adapter, self.model, base.record)
-        touched = [base.projections[key] for key in adapter.deltas]
-        sites = {one.path: self._site(one.path, one.dim, one.expert, f"adapter {name!r} changes") for one in touched}
-        deltas: dict[str, list[Delta]] = {path: [] for path in sites}
-        for projection, delta in zip(touched, adapter.deltas.values()):
+        changed = [base.projections[key] for key in adapter.deltas]
+        layers = {
+            one.path: self._layer_at(one.path, one.dim, one.expert, f"adapter {name!r} changes") for one in changed
+        }
+        deltas: dict[str, list[Delta]] = {path: [] for path in layers}
+        for projection, delta in zip(changed, adapter.deltas.values()):
             deltas[projection.path].append(delta)
-        parts = {path: self._part(site, deltas[path]) for path, site in sites.items()}
-        self._use(sites)
+        by_layer = {path: self._layer_delta(layer, deltas[path]) for path, layer in layers.items()}
+        self._add_layers(layers)
         self._serial += 1
-        return _Loaded(self._serial, parts)
+        return _Loaded(self._serial, by_layer)
 
     def _base(self, adapter: Adapter) -> "_Base":
-        """The model as the adapter's couplings see it: its family's, or those that the adapter has by hand."""
-        attached = self.model.__dict__.get(RECORD)
+        """The record and the projections of the model, by the couplings of its family or by those of the adapter."""
+        attached = find_attachment(self.model)
         key = None if adapter.couplings is None or attached else tuple(adapter.couplings)
         if key not in self._bases:
             record = attached or new_attachment(self.model, adapter.couplings)
             self._bases[key] = _Base(record, {one.name: one for one in projections_of(record.couplings)})
         return self._bases[key]
 
-    def _site(self, path: str, dim: int, expert: int | None, who: str) -> "_Site":
-        """The one we have of this layer, or a new one where it is new, or was exchanged in the model."""
-        module, known = find(self.model, path), self._sites.get(path)
+    def _layer_at(self, path: str, dim: int, expert: int | None, who: str) -> "_BankLayer":
+        """The known layer at a path, or a new one if the layer is new or was replaced in the model."""
+        module, known = find(self.model, path), self._layers.get(path)
         if known is not None and known.module is module:
             return known
-        if expert is not None or not _mixes(module):
+        if expert is not None or not kind_of(module).is_linear:
             what = "experts" if expert is not None else f"a {type(module).__name__}"
             raise ValueError(
                 f"{who} {path}, {what}: batches mix adapters of linear layers only, so use load_adapter "
                 "and set_adapter instead"
             )
-        return _Site(path, module, dim)
+        return _BankLayer(path, module, dim)
 
-    def _use(self, sites: dict[str, "_Site"]) -> None:
-        if any(self._sites.get(path) is not site for path, site in sites.items()):
-            self._sites.update(sites)
-            self._packed = {}  # not in the buffers of the new ones
+    def _add_layers(self, layers: dict[str, "_BankLayer"]) -> None:
+        if any(self._layers.get(path) is not layer for path, layer in layers.items()):
+            self._layers.update(layers)
+            self._packed = {}  # nothing is in the buffers of the new layers
 
-    def _part(self, site: "_Site", deltas: list[Delta]) -> "_Part":
-        weight = site.module.weight
+    def _layer_delta(self, layer: "_BankLayer", deltas: list[Delta]) -> "_LayerDelta":
+        weight = layer.module.weight
         rows = [delta.values if delta.dim == 0 else delta.values.t() for delta in deltas]
-        values = torch.cat(rows).to(weight.device, self.dtype or self._dtype_of(site), copy=True)
-        return _Part(torch.cat([delta.index for delta in deltas]).to(weight.device), values.contiguous())
+        values = torch.cat(rows).to(weight.device, self.dtype or self._dtype_of(layer), copy=True)
+        return _LayerDelta(torch.cat([delta.index for delta in deltas]).to(weight.device), values.contiguous())
 
-    def _dtype_of(self, site: "_Site") -> torch.dtype:
-        """What the layer computes in: of a quantized one the bytes do not say."""
-        dtype = site.module.weight.dtype
+    def _dtype_of(self, layer: "_BankLayer") -> torch.dtype:
+        """The dtype in which the layer computes. A quantized weight does not have it, so it is the model's."""
+        dtype = layer.module.weight.dtype
         return dtype if dtype.is_floating_point else getattr(self.model, "dtype", torch.get_default_dtype())
 
     # ---- packing -------------------------------------------------------------------------------------
 
-    def _pack(self, taken: list["_Loaded"]) -> dict[int, int]:
-        """Adapters by place in every site's buffers. Nothing is copied where the last ones packed include these."""
-        moved = any(not site.is_in_place(self._dtype_of(site)) for site in self._sites.values())
-        if not moved and all(one.serial in self._packed for one in taken):
+    def _pack(self, adapters: list["_Loaded"]) -> dict[int, int]:
+        """Pack the adapters into the buffers of all layers, unless they are packed already.
+
+        Returns:
+            The slot of each adapter by its serial number.
+        """
+        moved = any(not layer.has_buffers(self._dtype_of(layer)) for layer in self._layers.values())
+        if not moved and all(one.serial in self._packed for one in adapters):
             return self._packed
-        self._packed = {}  # should memory run out half-way
-        self._places = max(self._places, _power(len(taken)))
+        self._packed = {}  # now, because packing may run out of memory half-way
+        self._slots = max(self._slots, _power(len(adapters)))
         bounds = [
-            site.fill([one.parts.get(path) for one in taken], self._dtype_of(site))
-            for path, site in self._sites.items()
+            layer.pack([one.by_layer.get(path) for one in adapters], self._dtype_of(layer))
+            for path, layer in self._layers.items()
         ]
-        padded = [ends + [ends[-1]] * (self._places + 1 - len(ends)) for ends in bounds]
-        for site, offsets in zip(self._sites.values(), torch.tensor(padded).unbind() if padded else ()):
-            site.offsets = offsets.to(site.values.device)
-        self._packed = {one.serial: place for place, one in enumerate(taken)}
+        padded = [ends + [ends[-1]] * (self._slots + 1 - len(ends)) for ends in bounds]
+        for layer, offsets in zip(self._layers.values(), torch.tensor(padded).unbind() if padded else ()):
+            layer.offsets = offsets.to(layer.values.device)
+        self._packed = {one.serial: slot for slot, one in enumerate(adapters)}
         return self._packed
 
-    def _point(self, places: list[int]) -> None:
-        """Tell every site which row has which adapter."""
-        ids, on, repeated = torch.tensor(places), {}, {}
-        for site in self._sites.values():
-            device = site.values.device
-            if device not in on:
-                on[device] = ids.to(device)
-            site.adapter, site.repeated = on[device], repeated
+    def _assign_rows(self, slots: list[int]) -> None:
+        """Set the slot of each sequence in all layers; -1 is the base."""
+        ids, on_device, repeated = torch.tensor(slots), {}, {}
+        for layer in self._layers.values():
+            device = layer.values.device
+            if device not in on_device:
+                on_device[device] = ids.to(device)
+            layer.adapter, layer.repeated = on_device[device], repeated
 
 
 @dataclass(eq=False)
 class _Entry:
-    """One adapter that is known; another one of the same name is another entry."""
+    """A known adapter. If it is removed and added again, it gets a new entry."""
 
     folder: Path
 
 
 @dataclass
 class _Base:
-    """The model as a list of couplings sees it."""
+    """The record and the projections of the model by one list of couplings."""
 
     record: Attachment
     projections: dict[str, Projection]  # by name
 
 
 @dataclass
-class _Part:
-    """What an adapter adds to one layer, be it in several projections."""
+class _LayerDelta:
+    """The delta of one adapter on one layer, with all projections of the layer."""
 
     index: Tensor  # [n] int64
     values: Tensor  # [n, inputs] for dim 0, [n, outputs] for dim 1
@@ -345,76 +425,82 @@ class _Loaded:
     """An adapter in memory."""
 
     serial: int
-    parts: dict[str, _Part]  # by layer
+    by_layer: dict[str, _LayerDelta]
     bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.bytes = sum(
             tensor.numel() * tensor.element_size()
-            for part in self.parts.values()
-            for tensor in (part.index, part.values)
+            for delta in self.by_layer.values()
+            for tensor in (delta.index, delta.values)
         )
 
 
-class _Site:
-    """A layer that adapters of the bank touch, and the packed adapters of the batch (see multi_adapter_linear)."""
+class _BankLayer:
+    """A layer that adapters of the bank change, with the packed adapters of the batch (see multi_adapter_linear)."""
 
     def __init__(self, path: str, module: nn.Module, dim: int) -> None:
         self.path, self.module, self.dim = path, module, dim
         self.values: Tensor | None = None  # [capacity, inputs or outputs]
         self.index: Tensor | None = None  # [capacity]
-        self.offsets: Tensor | None = None  # [places + 1]
+        self.offsets: Tensor | None = None  # [slots + 1]
         self.adapter: Tensor | None = None  # [sequences]
-        self.repeated: dict[tuple, Tensor] = {}  # the same for more rows, shared by all sites of the batch
+        self.repeated: dict[tuple, Tensor] = {}  # `adapter` repeated for more rows, shared by all layers
         self.used = False  # whether a packed adapter has units here
-        self.own: Callable | None = None  # a forward that someone put on the module before
+        self.original_forward: Callable | None = None  # a forward that was set on the module before, not its class's
         self.forward = MethodType(_forward_of(self), module)
 
-    def is_in_place(self, dtype: torch.dtype) -> bool:
+    def has_buffers(self, dtype: torch.dtype) -> bool:
+        """Whether the buffers have this dtype and are on the device of the weight."""
         values = self.values
         return values is not None and values.device == self.module.weight.device and values.dtype == dtype
 
-    def fill(self, parts: list[_Part | None], dtype: torch.dtype) -> list[int]:
-        """Pack these; None has nothing here. Returns: where each begins, and the end of the last."""
+    def pack(self, deltas: list[_LayerDelta | None], dtype: torch.dtype) -> list[int]:
+        """Pack the deltas of adapters into the buffers. None is an adapter that does not change this layer.
+
+        Returns:
+            The start of each adapter in the buffers, and the end of the last.
+        """
         ends = [0]
-        for part in parts:
-            ends.append(ends[-1] + (0 if part is None else part.index.numel()))
+        for delta in deltas:
+            ends.append(ends[-1] + (0 if delta is None else delta.index.numel()))
         self.used = ends[-1] > 0
-        self._make_room(ends[-1], dtype)
-        there = [part for part in parts if part is not None]
-        if there:
+        self._grow(ends[-1], dtype)
+        found = [delta for delta in deltas if delta is not None]
+        if found:
             device = self.values.device
-            torch.cat([part.values.to(device) for part in there], out=self.values[: ends[-1]])
-            torch.cat([part.index.to(device) for part in there], out=self.index[: ends[-1]])
+            torch.cat([delta.values.to(device) for delta in found], out=self.values[: ends[-1]])
+            torch.cat([delta.index.to(device) for delta in found], out=self.index[: ends[-1]])
         return ends
 
-    def _make_room(self, units: int, dtype: torch.dtype) -> None:
+    def _grow(self, units: int, dtype: torch.dtype) -> None:
+        """Allocate buffers for so many units, unless they are large enough."""
         capacity = 0 if self.values is None else self.values.shape[0]
-        if units <= capacity and self.is_in_place(dtype):
+        if units <= capacity and self.has_buffers(dtype):
             return
         module, capacity = self.module, max(capacity, _power(units))
-        self.values = self.index = None  # the old ones go first
-        outputs, inputs = _features(module)
+        self.values = self.index = None  # frees the old buffers before the new ones are allocated
+        outputs, inputs = kind_of(module).shape(module)
         width, device = (inputs, outputs)[self.dim], module.weight.device
         self.values = torch.zeros(capacity, width, dtype=dtype, device=device)
         self.index = torch.zeros(capacity, dtype=torch.int64, device=device)
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
-        """y [rows, ..., outputs] and what the rows' adapters add to it for x [rows, ..., inputs]."""
-        if not torch.compiler.is_compiling() and not self.used:  # compiled, one graph serves all batches
+        """Add the products of the rows' adapters, for x [rows, ..., inputs], to y [rows, ..., outputs]."""
+        if not torch.compiler.is_compiling() and not self.used:  # a compiled graph must serve all batches
             return y
         values = self.values if self.values.dtype == y.dtype else self.values.to(y.dtype)  # autocast
         return multi_adapter_linear(x, y, values, self.index, self.offsets, self._adapter_of(x.shape[0]), self.dim)
 
     def _adapter_of(self, rows: int) -> Tensor:
-        """[rows] int64: adapter of each row, where each sequence has several that follow each other."""
+        """The slot of each row, [rows] int64. The rows of one sequence follow each other."""
         sequences = self.adapter.shape[0]
         if rows == sequences:
             return self.adapter
         if rows % sequences:
             raise ValueError(
                 f"{self.path}: the batch names adapters of {sequences} sequences, but the model runs on "
-                f"{rows} rows, which is no multiple of that"
+                f"{rows} rows, which is not a multiple of {sequences}"
             )
         if torch.compiler.is_compiling():
             return _repeat(self.adapter, rows // sequences)
@@ -428,67 +514,56 @@ def _repeat(adapter: Tensor, times: int) -> Tensor:
     return adapter[:, None].expand(-1, times).reshape(-1)
 
 
-def _forward_of(site: _Site) -> Callable:
-    def forward(module: nn.Module, x: Tensor) -> Tensor:
-        y = type(module).forward(module, x) if site.own is None else site.own(x)
-        return site.add(x, y)
+def _forward_of(layer: _BankLayer) -> Callable:
+    """A forward for the layer's module that adds the products of the adapters."""
 
-    setattr(forward, OURS, True)
+    def forward(module: nn.Module, x: Tensor) -> Tensor:
+        y = type(module).forward(module, x) if layer.original_forward is None else layer.original_forward(x)
+        return layer.add(x, y)
+
+    setattr(forward, MARK, True)
     return forward
 
 
 @contextmanager
-def _mounted(sites) -> Iterator[None]:
-    """Have the sites' modules run our forward. Before and after, nothing of ours is on the model."""
-    if any(hasattr(site.module.__dict__.get("forward"), OURS) for site in sites):
-        raise RuntimeError("a batch of another bank runs on this model, and a model runs one at a time: leave it first")
-    mounted = []
+def _forwards_replaced(layers) -> Iterator[None]:
+    """Replace the forwards of the layers' modules inside this context. Nothing of the bank stays on the model."""
+    if any(hasattr(layer.module.__dict__.get("forward"), MARK) for layer in layers):
+        raise RuntimeError(
+            "a batch of another bank is running on this model, and a model runs one batch at a time: leave that batch "
+            "first"
+        )
+    replaced = []
     try:
-        for site in sites:
-            site.own = site.module.__dict__.get("forward")
-            site.module.forward = site.forward
-            mounted.append(site)
+        for layer in layers:
+            layer.original_forward = layer.module.__dict__.get("forward")
+            layer.module.forward = layer.forward
+            replaced.append(layer)
         yield
     finally:
-        for site in mounted:
-            if site.own is None:
-                del site.module.forward
+        for layer in replaced:
+            if layer.original_forward is None:
+                del layer.module.forward
             else:
-                site.module.forward = site.own
+                layer.module.forward = layer.original_forward
 
 
 def check_plain(model: nn.Module) -> None:
-    """Raises: ValueError for a model whose weights are not those of the base as it was loaded."""
-    record = model.__dict__.get(RECORD)
+    """Raise ValueError if the model's weights are not those of the base in its own order."""
+    record = find_attachment(model)
     if record is None:
         return
     if record.active:
         raise ValueError(
-            f"{', '.join(record.active)} is active on the model, and a bank adds its own adapters to the "
-            "base: set_adapter(model, None) first, or detach"
+            f"{', '.join(record.active)} is active on the model, and a bank adds its own adapters to the base: call "
+            "set_adapter(model, None) first, or detach"
         )
     if record.moves:
         raise ValueError(
-            "the model's units have moved (layout='permuted'), and a bank's adapters are in original "
-            "order: detach first"
+            "the model's units have moved (layout='permuted'), and a bank needs the base's own order: detach first"
         )
 
 
-def _mixes(module) -> bool:
-    """Whether this is a linear layer of a kind we know the forward of."""
-    if isinstance(module, (S2ColumnLinear, S2RowLinear, S2QuantizedLinear)):
-        return True
-    kinds = layers_for(module) if isinstance(module, nn.Module) else None
-    return kinds is not None and kinds[0] in (S2ColumnLinear, S2QuantizedColumn)
-
-
-def _features(module: nn.Module) -> tuple[int, int]:
-    """Outputs and inputs."""
-    if hasattr(module, "nf"):  # Conv1D
-        return module.nf, module.nx
-    return module.out_features, module.in_features
-
-
 def _power(count: int) -> int:
-    """The smallest power of two that is no less."""
+    """The smallest power of two that is at least `count`."""
     return 1 << max(0, count - 1).bit_length()

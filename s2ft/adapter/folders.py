@@ -1,15 +1,15 @@
-"""Which folders hold adapters: an adapter's own, and the output folder of a run."""
+"""The folders that hold adapters: an adapter's own folder, and the output folder of a run."""
 
 from pathlib import Path
 
 from s2ft.files.adapter_folder import is_folder
 
-ADAPTER, RUN = "adapter", "run.json"  # in the output folder of s2ft finetune
-STATE = "trainer_state.json"  # in every checkpoint of a Trainer, beside the adapter's files
+ADAPTER, RUN = "adapter", "run.json"  # names in the output folder of s2ft finetune
+STATE = "trainer_state.json"  # in every checkpoint of a Trainer, next to the adapter's files
 
 
 def adapter_folder(folder: Path) -> Path:
-    """The folder of an adapter's files: `folder`, or its `adapter` where `folder` is the output of a run.
+    """Return the folder of an adapter's files: `folder`, or `folder/adapter` for the output folder of a run.
 
     Raises:
         FileNotFoundError: The run has not saved its adapter yet; the message says how to go on.
@@ -23,13 +23,13 @@ def adapter_folder(folder: Path) -> Path:
             f"{folder} is the output of a run that has saved no adapter yet: finish the run with "
             "--resume, or name one of its checkpoints"
         )
-    return folder  # the reader says what it lacks
+    return folder  # the reader raises the error that names the missing file
 
 
 def adapters_in(directory: Path) -> dict[str, Path]:
-    """The adapters in a directory of adapters or outputs of runs, by the names of the folders in it.
+    """Return the adapters in a directory of adapters or of runs, by the names of the folders in it.
 
-    The output of one run as `directory` holds one adapter, which has the run's name. Checkpoints are left out.
+    The output folder of one run has one adapter, with the name of that folder. Checkpoints are left out.
     """
     if _is_run(directory):
         return {directory.resolve().name: directory / ADAPTER}
@@ -38,7 +38,7 @@ def adapters_in(directory: Path) -> dict[str, Path]:
 
 
 def adapter_named(directory: Path, name: str) -> Path | None:
-    """One of :func:`adapters_in`, without looking at the others; None if there is none of this name."""
+    """Return one adapter of :func:`adapters_in` without looking at the others; None if the name is unknown."""
     if _is_run(directory):
         return directory / ADAPTER if name == directory.resolve().name else None
     return _inside(directory / name)
@@ -49,7 +49,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _inside(folder: Path) -> Path | None:
-    """The adapter that a folder of a directory stands for; None for a checkpoint or any other folder."""
+    """The folder of the adapter that an entry of a directory has; None for a checkpoint or any other entry."""
     if is_folder(folder):
         return None if (folder / STATE).is_file() else folder
     return folder / ADAPTER if is_folder(folder / ADAPTER) else None

@@ -1,4 +1,4 @@
-"""What adapters have in common."""
+"""The units that several adapters train."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,18 +10,24 @@ from s2ft.adapter.adapter import Adapter
 
 @dataclass(frozen=True)
 class Overlap:
-    """What adapters share: by projection, units that two or more of them train, of all units that any trains."""
+    """The units that two or more adapters train. Printed, it is a table by projection.
+
+    Attributes:
+        shared: Number of units that two or more adapters train, by projection.
+        trained: Number of units that at least one adapter trains, by projection.
+    """
 
     shared: dict[str, int]
     trained: dict[str, int]
 
     @property
     def units(self) -> int:
+        """Number of shared units of all projections."""
         return sum(self.shared.values())
 
     @property
     def share(self) -> float:
-        """Of all trained units, 0 to 1."""
+        """Shared units divided by trained units, 0 to 1."""
         return self.units / max(1, sum(self.trained.values()))
 
     def __str__(self) -> str:
@@ -37,7 +43,21 @@ class Overlap:
 
 
 def overlap(adapters: Sequence[Adapter]) -> Overlap:
-    """Units that two or more of `adapters` train."""
+    """Count the units that two or more adapters train.
+
+    Args:
+        adapters: The adapters, of one base.
+
+    Returns:
+        The counts by projection.
+
+    Example:
+        >>> config = s2ft.S2FTConfig(d_ratio=0.1)
+        >>> report = s2ft.attach(model, config, name="math")
+        >>> adapter = s2ft.get_adapter(model, "math")
+        >>> s2ft.adapter.overlap([adapter, adapter]).share
+        1.0
+    """
     shared, trained = {}, {}
     for path in dict.fromkeys(path for adapter in adapters for path in adapter.deltas):
         units = torch.cat([adapter.selection[path] for adapter in adapters if path in adapter.deltas])

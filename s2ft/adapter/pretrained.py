@@ -1,5 +1,7 @@
-"""What a model of transformers does while it trains an adapter: save_pretrained writes the adapter alone, and the
-Trainers of transformers and TRL, as they are, go on from the checkpoints that this gives."""
+"""A model of transformers while it trains an adapter: save_pretrained writes the adapter alone.
+
+The Trainers of transformers and TRL can resume from these checkpoints without changes.
+"""
 
 import json
 from collections.abc import Iterable
@@ -12,19 +14,20 @@ from torch import Tensor, nn
 
 from s2ft.adapter.formats import native
 from s2ft.adapter.hub import write_card
-from s2ft.adapter.store import save_adapter
-from s2ft.attached import extra
+from s2ft.adapter.saving import save_adapter
+from s2ft.attached import extra_weights
 from s2ft.attached.active import set_mounted_deltas
+from s2ft.attached.hosts.attributes import keep_attributes, restore_attributes
 from s2ft.attached.hosts.checkpointing import remove_hooks
-from s2ft.attached.mounting import EXTENSIONS
-from s2ft.attached.record import RECORD, Attachment, attachment_of
+from s2ft.attached.record import Attachment, HostHooks, attachment_of
 from s2ft.attached.report import print_trainable_parameters
 from s2ft.distributed import reshard_all
 from s2ft.files.reading import read_json
 from s2ft.files.writing import replace_file
 from s2ft.model.delta import Delta
 
-# Trainer looks for this name, or for a file of all weights, and hands what the files named in it hold to load_state_dict
+# Trainer resumes from this file, or from one with all weights: it passes the tensors of the files that it names to
+# load_state_dict.
 INDEX = "model.safetensors.index.json"
 ATTRIBUTES = ("save_pretrained", "print_trainable_parameters", "_keys_to_ignore_on_save")
 WHOLE_MODELS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -38,12 +41,26 @@ def save_pretrained(
     push_to_hub: bool = False,
     **options: Any,
 ) -> None:
-    """Save the trainable adapter, not the model: while units are permuted and deltas stand beside the weights, the
-    weights alone would be a checkpoint of the base. :func:`s2ft.merge` gives a model that saves itself whole.
+    """Save the trainable adapter, not the model: the model's weights alone would be a checkpoint of the base.
+
+    To save the whole model, call :func:`s2ft.merge` first.
 
     Args:
-        is_main_process: whether this rank writes. state_dict: gathered, where this rank's own is not whole.
-        push_to_hub: refused, s2ft.push_to_hub does that. options: transformers', which an adapter has no use for.
+        self: Model with a trainable adapter.
+        save_directory: Folder to write to, created if needed.
+        is_main_process: Whether this rank writes.
+        state_dict: A gathered state_dict. Default: the model's own.
+        push_to_hub: Must be False: :func:`s2ft.push_to_hub` uploads adapters.
+        options: Further options of transformers, which are ignored.
+
+    Raises:
+        ValueError: `push_to_hub` is True, or the folder contains a whole model.
+
+    Example:
+        >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+        >>> model.save_pretrained("checkpoint")
+        >>> s2ft.read_adapter("checkpoint").name
+        'default'
     """
     if push_to_hub:
         raise ValueError(
@@ -56,17 +73,17 @@ def save_pretrained(
     save_adapter(self, directory, attachment_of(self).name, state=state_dict)
     write_card(native.read(directory), directory)
     record = attachment_of(self)
-    layers = dict.fromkeys([*record.slices, *extra.trained_parameters(self, record)], native.TENSORS)
+    layers = dict.fromkeys([*record.slices, *extra_weights.trained_parameters(self, record)], native.TENSORS)
     replace_file(
         directory / INDEX, json.dumps({"metadata": {"format": "s2ft"}, "weight_map": layers}, indent=1).encode()
     )
 
 
 def _check_no_model(directory: Path) -> None:
-    """The index that is written would replace that of a sharded model, which then loads with random weights.
+    """Check that the folder has no model, which would load with random weights after its index was replaced.
 
     Raises:
-        ValueError: The folder holds a whole model's weights, or an index that s2ft did not write.
+        ValueError: The folder contains a whole model's weights, or an index that s2ft did not write.
     """
     found = [name for name in WHOLE_MODELS if (directory / name).exists()]
     if (directory / INDEX).exists() and not _is_ours(directory / INDEX):
@@ -80,6 +97,7 @@ def _check_no_model(directory: Path) -> None:
 
 
 def _is_ours(index: Path) -> bool:
+    """Whether s2ft wrote this index."""
     try:
         content = read_json(index)
     except (OSError, ValueError):
@@ -88,10 +106,11 @@ def _is_ours(index: Path) -> bool:
     return isinstance(metadata, dict) and metadata.get("format") == "s2ft"
 
 
-def _take_deltas(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Before load_state_dict: the tensors of an adapter's file go into the trainable layers, after checks.
+def _load_deltas(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Pre-hook of load_state_dict: copy the tensors of an adapter's file into the trainable layers.
 
-    Raises: ValueError where they are another selection's, nothing changed.
+    Raises:
+        ValueError: They are of another selection. Nothing has changed.
     """
     record = attachment_of(model)
     marked = prefix + native.EXTRA
@@ -101,7 +120,7 @@ def _take_deltas(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: An
         if key.startswith(prefix) and key.endswith(".delta") and not key.startswith(marked)
     }
     if not found:
-        return  # a state of the layers' own
+        return  # the state has the layers' s2, not the tensors of an adapter's file
     if found != record.parts.keys():
         raise ValueError(
             "the adapter to load trains other projections than this model: "
@@ -109,27 +128,25 @@ def _take_deltas(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: An
         )
     deltas = {name: _delta(record, name, state, prefix + name) for name in found}
     values = {key.removeprefix(marked): value for key, value in state.items() if key.startswith(marked)}
-    extra.check_same(model, record, values)
-    extra.check_fits(model, record, record.name, values)
+    extra_weights.check_same(model, record, values)
+    extra_weights.check_fits(model, record, record.name, values)
     reshard_all(model)
     set_mounted_deltas(record, deltas)
-    extra.set_trained(model, record, values)
+    extra_weights.set_trained(model, record, values)
     for name in found:
         del state[f"{prefix}{name}.delta"], state[f"{prefix}{name}.index"]
     for name in values:
         del state[marked + name]
-    _ignore_the_base(model, values)
+    _ignore_base_weights(model, values)
 
 
-def _ignore_the_base(model: nn.Module, extra_weights: Iterable[str]) -> None:
-    """Trainer warns of every weight that a checkpoint lacks, but for the ones that a model says it does not save."""
-    model._keys_to_ignore_on_save = set(model.state_dict(keep_vars=True)) - {
-        *attachment_of(model).slices,
-        *extra_weights,
-    }
+def _ignore_base_weights(model: nn.Module, extra_names: Iterable[str]) -> None:
+    """List the base's weights as not saved, so that Trainer does not warn that a checkpoint lacks them."""
+    model._keys_to_ignore_on_save = set(model.state_dict(keep_vars=True)) - {*attachment_of(model).slices, *extra_names}
 
 
 def _delta(record: Attachment, name: str, state: dict[str, Tensor], key: str) -> Delta:
+    """Check and return the delta of one projection from the tensors of an adapter's file."""
     mount, part = record.parts[name]
     index, values = state.get(f"{key}.index"), state[f"{key}.delta"]
     if index is None or not torch.equal(index.long().cpu(), part.elements):
@@ -141,28 +158,22 @@ def _delta(record: Attachment, name: str, state: dict[str, Tensor], key: str) ->
     return Delta(mount.layer.dim, part.elements, values)
 
 
-def _come(model: nn.Module) -> None:
+def _add_to_host(model: nn.Module, record: Attachment) -> None:
+    """Give a model of transformers the functions that save and load its trainable adapter."""
     if not hasattr(type(model), "save_pretrained"):
         return
-    record = attachment_of(model)
-    record.host = {name: model.__dict__[name] for name in ATTRIBUTES if name in model.__dict__}
+    keep_attributes(model, record, ATTRIBUTES)
     # partial objects: torch.load could not make bound methods of a model that it is still loading
     model.save_pretrained = partial(save_pretrained, model)
     model.print_trainable_parameters = partial(print_trainable_parameters, model)
-    _ignore_the_base(model, ())
-    model.register_load_state_dict_pre_hook(_take_deltas)
+    _ignore_base_weights(model, ())
+    model.register_load_state_dict_pre_hook(_load_deltas)
 
 
-def _go(model: nn.Module) -> None:
-    remove_hooks(model._load_state_dict_pre_hooks, lambda wrapped: wrapped.hook is _take_deltas)
-    record = model.__dict__.get(RECORD)  # where an interrupt came before anything, there is none
-    if record is None or record.host is None:
-        return
-    for name in ATTRIBUTES:
-        if name in record.host:
-            model.__dict__[name] = record.host[name]
-        else:
-            model.__dict__.pop(name, None)
+def _remove_from_host(model: nn.Module, record: Attachment) -> None:
+    """Undo :func:`_add_to_host`, whether all, some or none of it was done."""
+    remove_hooks(model._load_state_dict_pre_hooks, lambda wrapped: wrapped.hook is _load_deltas)
+    restore_attributes(model, record, ATTRIBUTES)
 
 
-EXTENSIONS.append((_come, _go))
+HOST_HOOKS = HostHooks(_add_to_host, _remove_from_host)  # for new_attachment

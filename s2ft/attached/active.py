@@ -1,93 +1,125 @@
-"""Which adapters are in a model's weights: putting them in, taking them off, and reading what the trainable one learned.
+"""Active adapters of a model: writing them into the weights, restoring the base, and reading trained deltas.
 
-Before a weight is written, the units that will change are recorded with what they hold (write-ahead). Restoring copies
-the recorded values back. It can be done any number of times, so an interrupt at any moment costs nothing.
+Before a weight is written, the slices that will change are recorded with the values they hold (write-ahead). Restoring
+copies the recorded values back. It can be done any number of times, so an interrupt at any moment loses nothing.
 """
 
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from s2ft.attached import extra
+from s2ft.attached import extra_weights
+from s2ft.attached.checks import check_can_write
 from s2ft.attached.record import Attachment, Mount, Written
 from s2ft.distributed import full_tensors, has_master_copy, reshard_all, write_units
-from s2ft.model.coupling import Projection, projections_of
+from s2ft.model.coupling import Projection
 from s2ft.model.delta import Delta
-from s2ft.model.weights import find, is_quantized, part_of
+from s2ft.model.weights import weight_at
 from s2ft.ops import scatter_add_, swap_
 from s2ft.ops._lock import LOCK, finish_interrupted
 from s2ft.ops._memory import check_private
 
+# ---- which adapters are active -------------------------------------------------------------------------
 
-def take_off(model: nn.Module, record: Attachment) -> None:
-    """Make no adapter active; the weights hold the base, bit for bit."""
+
+def switch(model: nn.Module, record: Attachment, weights: dict[str, float]) -> None:
+    """Make these adapters active in place of those that are.
+
+    Args:
+        model: Model of the record.
+        record: Record that has the adapters.
+        weights: Weights by adapter; empty for the base.
+
+    Raises:
+        ValueError: An adapter can't be written; nothing has changed.
+    """
+    trainable_is_written = weights.get(record.name, 1) != 1
+    if weights == record.active and not trainable_is_written and not record.change_unfinished:
+        return  # if the trainable adapter is written, its values may have changed since
+    reshard_all(model)
+    extra_weights.check_can_put_on(model, record, weights)
+    names = [name for name in weights if name != record.name or trainable_is_written]
+    deltas = {name: mounted_deltas(record) if name == record.name else record.loaded[name].deltas for name in names}
+    if record.name in deltas:  # loaded adapters were checked when they were loaded
+        check_can_write(model, record, deltas[record.name])
+    with LOCK:  # so that stable_weights shows no half of it to another thread
+        deactivate(model, record)
+        activate(model, record, weights, deltas)
+
+
+def deactivate(model: nn.Module, record: Attachment) -> None:
+    """Make no adapter active: the weights hold the base, bit for bit."""
     try:
         _restore_base(model, record)
-    except BaseException:  # an interrupt: no half of it stays
+    except BaseException:  # an interrupt: finish what it cut short
         _restore_base(model, record)
         raise
 
 
 def _restore_base(model: nn.Module, record: Attachment) -> None:
-    record.changing, record.active = True, {}
+    record.change_unfinished, record.active = True, {}
     reshard_all(model)
-    extra.take_off(model, record)
+    extra_weights.take_off(model, record)
     for move in record.moves:
         move.recover(model)
     for mounted in record.mounts.values():
         mounted.layer.unfuse()
         mounted.layer.enabled = False
     for entry in reversed(record.written):
-        with part_of(model, entry.projection) as part:
+        with weight_at(model, entry.projection).shard() as part:
             index, base = entry.index, entry.base
-            if not entry.is_local:  # written before the model was sharded, if it is
-                index, base = part.restrict(record.places(entry.projection, index), base, entry.projection.dim)
+            if not entry.is_local:  # it was written before the model was sharded, if it is sharded
+                index = record.current_positions(entry.projection, index)
+                index, base = part.restrict(index, base, entry.projection.dim)
             if base.numel():
-                # a copy, which swap_ fills with what it replaces: the recorded values must stay
+                # A copy, which swap_ fills with the values that it replaces: the recorded values must stay.
                 base = base.to(device=part.tensor.device, dtype=part.tensor.dtype, copy=True)
                 swap_(part.tensor, index.to(part.tensor.device), base, entry.projection.dim)
     record.written.clear()
-    record.changing = False
+    record.change_unfinished = False
 
 
-def put_on(
+def activate(
     model: nn.Module, record: Attachment, weights: dict[str, float], deltas: dict[str, dict[str, Delta]]
 ) -> None:
-    """Make these adapters active; nothing else may be. Their weighted sum is written into the model in one pass.
+    """Make these adapters active. Their weighted sum is written into the model in one pass.
 
-    The trainable one, where its weight is 1, is added in the forward instead.
+    The forward adds the trainable adapter instead if its weight is 1.
 
     Args:
-        model: with the base in its weights.
-        record: of the model.
-        weights: by adapter.
-        deltas: by adapter, of all that are written.
+        model: Model with the base in its weights and no active adapter.
+        record: Record of the model.
+        weights: Weights by adapter.
+        deltas: Deltas by adapter and projection, of all adapters that are written.
 
     Raises:
-        Exception: whatever fails, with no adapter active.
+        Exception: Any failure, after which no adapter is active.
     """
     trains = weights.get(record.name) == 1
     written = {name: weight for name, weight in weights.items() if not (trains and name == record.name)}
     try:
-        record.changing = True
+        record.change_unfinished = True
         for path in dict.fromkeys(path for name in written for path in deltas[name]):
             parts = [(deltas[name][path], weight) for name, weight in written.items() if path in deltas[name]]
             _write(model, record, record.projections[path], parts)
-        extra.put_on(model, record, weights)
+        extra_weights.put_on(model, record, weights)
         for mounted in record.mounts.values():
             mounted.layer.enabled = trains
         record.active = dict(weights)
-        record.changing = False
+        record.change_unfinished = False
     except BaseException:
-        take_off(model, record)
+        deactivate(model, record)
         raise
 
 
 def write_trained(model: nn.Module, record: Attachment) -> None:
-    """Write the trainable adapter, which is added in the forward, into the weights on top of what is written there.
+    """Write the trainable adapter, which the forward adds, into the weights, on top of what is written there.
 
-    The weights are, bit for bit, those that the forward multiplied by.
+    The weights are then, bit for bit, those that the forward has multiplied by.
     """
+    record.change_unfinished = True
+    for mounted in record.mounts.values():
+        mounted.layer.unfuse()
     for name, delta in mounted_deltas(record).items():
         _write(model, record, record.projections[name], [(delta, 1.0)])
     for mounted in record.mounts.values():
@@ -95,42 +127,36 @@ def write_trained(model: nn.Module, record: Attachment) -> None:
 
 
 def _write(model: nn.Module, record: Attachment, projection: Projection, parts: list[tuple[Delta, float]]) -> None:
-    with part_of(model, projection) as part:
-        weight = part.tensor
+    with weight_at(model, projection).shard() as part:
+        weight, dim = part.tensor, projection.dim
         found = [
-            part.restrict(record.places(projection, delta.index), delta.values, projection.dim) for delta, _ in parts
+            part.restrict(record.current_positions(projection, delta.index), delta.values, dim) for delta, _ in parts
         ]
         index, values = ([one[i].to(weight.device) for one in found] for i in (0, 1))
         with LOCK:
             finish_interrupted()
-            bases = [weight.index_select(projection.dim, one) for one in index]
+            bases = [weight.index_select(dim, one) for one in index]
         for (delta, _), here, base in zip(parts, index, bases):
             record.written.append(Written(projection, delta.index if part.is_full else here, base, not part.is_full))
         if weight.numel():  # else all of it is on other ranks
             check_private(projection.path, weight)
-            scatter_add_(weight, index, values, projection.dim, [weight for _, weight in parts])
+            scatter_add_(weight, index, values, dim, [weight for _, weight in parts])
 
 
-def check_can_write(model: nn.Module, record: Attachment, deltas: dict[str, Delta]) -> None:
-    """Raises: ValueError where a weight that the deltas would change is quantized."""
-    for projection in projections_of(record.couplings):
-        found = find(model, projection.path)
-        if projection.name in deltas and is_quantized(getattr(found, "linear", found)):
-            raise ValueError(
-                f"{projection.path} is quantized, and an adapter can't be written into it: load it with "
-                "trainable=True, which adds it in the forward, or load the base unquantized"
-            )
-
-
-# ---- what the trainable one learned --------------------------------------------------------------------
+# ---- deltas of the trainable adapter -------------------------------------------------------------------
 
 
 def mounted_deltas(record: Attachment, state: Mapping[str, Tensor] | None = None) -> dict[str, Delta]:
-    """The trainable adapter's deltas in original coordinates, copied.
+    """Return copies of the trainable adapter's deltas, by projection, in the base's order.
 
-    Args: state: a state_dict to take every s2 from; default: the layers' own, gathered where they are spread over
-        ranks, for which all of those must call this.
-    Raises: ValueError where it lacks one, or one is not whole; RuntimeError where a rank does not come.
+    Args:
+        record: Record of the model.
+        state: A gathered state_dict that has every s2. Default: the layers' own s2, which are gathered if they are
+            spread over ranks; every one of these ranks must call this.
+
+    Raises:
+        ValueError: The state lacks an s2, or has a shard of one.
+        RuntimeError: A rank did not take part within ten minutes.
     """
     slices = full_tensors(record.slices) if state is None else state
     for path, mount in record.mounts.items():
@@ -139,7 +165,7 @@ def mounted_deltas(record: Attachment, state: Mapping[str, Tensor] | None = None
     for name, (mount, part) in record.parts.items():
         s2, dim = slices[f"{part.projection.path}.s2"].detach(), mount.layer.dim
         values = s2.index_select(dim, part.positions.to(s2.device))
-        if has_master_copy(mount.layer.s2):  # an optimizer's are float32
+        if has_master_copy(mount.layer.s2):  # the optimizer's copy is float32
             values = values.to(record.config.delta_dtype_for(mount.layer.s2.dtype))
         deltas[name] = Delta(dim, part.elements.clone(), values)
     return deltas
@@ -160,7 +186,7 @@ def _check_is_whole(key: str, mount: Mount, slices: Mapping[str, Tensor]) -> Non
 
 
 def set_mounted_deltas(record: Attachment, deltas: dict[str, Delta]) -> None:
-    """Copy deltas of the same selection into the trainable layers, on every rank that has a part of them."""
+    """Copy deltas of the same selection into the trainable layers. Every rank with a shard of them must call this."""
     for name, delta in deltas.items():
         mount, part = record.parts[name]
         write_units(mount.layer.s2, part.positions, delta.values, delta.dim)

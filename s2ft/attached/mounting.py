@@ -1,8 +1,9 @@
-"""A model with trainable layers in place: what s2ft knows about it, and how they come in and go out again.
+"""Trainable layers of a model: how they are mounted and unmounted.
 
-An interrupt, an exception or an out-of-memory error may come at any moment. So the record of what is about to change
-is made first and is on the model before anything changes, and each step of taking changes back works whether the
-change was made, half made, or taken back already. :func:`unmount` and :func:`release` can be called at any time.
+An interrupt, an exception or an out-of-memory error can come at any moment. So the record of a change is on the model
+before anything changes, and each step that takes a change back works whether the change was made, half made, or taken
+back already. :func:`unmount` and :func:`release` can be called at any time. No step runs under torch.no_grad, because
+an interrupt can leave it switched on.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,62 +13,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2ft.attached import extra
+from s2ft.attached import extra_weights
+from s2ft.attached.checks import check_can_move, check_gradients_pass, check_memory, check_not_sharded
+from s2ft.attached.forwards import put_forwards_back, replace_forward, restore_forwards
 from s2ft.attached.hosts.checkpointing import close_blocks, open_blocks
 from s2ft.attached.hosts.quantizers import allow_training, restore_quantizer
 from s2ft.attached.hosts.state_dicts import add_state_hooks, remove_state_hooks
-from s2ft.attached.record import RECORD, Attachment, Mount, Part, attachment_of
+from s2ft.attached.record import Attachment, Mount, Part, attachment_of, clear_attachment, set_attachment
 from s2ft.config import S2FTConfig
-from s2ft.distributed import check_same_as_first_rank, is_sharded
-from s2ft.layers import (
-    NO_FUSE,
-    S2ColumnStack,
-    S2Layer,
-    S2QuantizedLinear,
-    S2RowStack,
-    experts_forward,
-    gate_of,
-    layers_for,
-)
+from s2ft.distributed import check_same_as_first_rank
+from s2ft.layers import EXPERTS, S2Layer, gate_of, kind_of
 from s2ft.model.coupling import Coupling, Projection
 from s2ft.model.fingerprint import digest
 from s2ft.model.permutation import Move, contiguous_range, coupling_order, inverse
-from s2ft.model.weights import (
-    allow_packing,
-    find,
-    is_quantized,
-    layers_that_pack,
-    passes_gradient,
-    position,
-    put,
-    stop_packing,
-    tensors_of,
-)
-from s2ft.ops import act_mul
-from s2ft.ops._memory import check_private
+from s2ft.model.weights import allow_packing, find, layers_that_pack, parameter_position, put, stop_packing
 from s2ft.selection import Selection
 
-# What the packages above do to a model that trainable layers come into, and undo when they go out
-EXTENSIONS: list[tuple[Callable[[nn.Module], None], Callable[[nn.Module], None]]] = []
-
-
-def check_not_sharded(model: nn.Module, what: str) -> None:
-    """Raises: ValueError where weights are spread over ranks, by FSDP2 or ZeRO-3."""
-    path = next((path for path, parameter in model.named_parameters() if is_sharded(parameter)), None)
-    if path is not None:
-        raise ValueError(
-            f"{what} would change the layers of a model that is sharded ({path}), and what shards it "
-            "knows only those that there were: do it before, or s2ft.save_adapter here and go on with a "
-            "base that is not sharded"
-        )
-
-
-# ---- in ----------------------------------------------------------------------------------------------
+# ---- mounting ------------------------------------------------------------------------------------------
 
 
 def claim(model: nn.Module, record: Attachment) -> None:
-    """Give the model its record. Do so before anything changes."""
-    setattr(model, RECORD, record)
+    """Give the model its record. This comes before anything changes."""
+    set_attachment(model, record)
     model._apply = partial(_apply_to_all, model)
     add_state_hooks(model)
 
@@ -75,7 +42,7 @@ def claim(model: nn.Module, record: Attachment) -> None:
 def _apply_to_all(model: nn.Module, function: Callable[[Tensor], Tensor], *args: Any, **options: Any) -> nn.Module:
     """The model's _apply: casts and moves (to, half, cuda) also reach the recorded base, which is in no module."""
     type(model)._apply(model, function, *args, **options)
-    record = model.__dict__[RECORD]
+    record = attachment_of(model)
     for entry in record.written:
         entry.base = function(entry.base)
     record.extra.apply(function)
@@ -83,18 +50,18 @@ def _apply_to_all(model: nn.Module, function: Callable[[Tensor], Tensor], *args:
 
 
 def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: Selection, name: str) -> None:
-    """Freeze the model, move units (layout permuted) and put trainable layers in. Checks come first.
+    """Freeze the model, reorder units (layout `permuted`) and mount trainable layers. All checks come first.
 
     Args:
-        model: with the record on it and the base in its weights.
-        record: of the model; it gets the new adapter.
-        config: of the new adapter.
-        selection: its units.
-        name: its name.
+        model: Model that has the record, with the base in its weights.
+        record: Record of the model. It gets the new adapter, which is active.
+        config: Config of the new adapter.
+        selection: Units of the new adapter.
+        name: Name of the new adapter.
 
     Raises:
-        ValueError: something can't be trained; nothing has changed.
-        RuntimeError: another rank trains other units or has another base.
+        ValueError: Something can't be trained. Nothing has changed.
+        RuntimeError: Another rank trains other units or has another base.
     """
     check_not_sharded(model, "a trainable adapter")
     touched = [
@@ -105,21 +72,21 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
     orders = {}
     if config.layout == "permuted":
         movable = [coupling for coupling in touched if coupling.movable]
-        _check_can_move(model, movable)
+        check_can_move(model, movable)
         orders = {coupling: _order(coupling, selection) for coupling in movable}
     check_gradients_pass(model)
     check_memory(model, [projection for coupling in touched for projection in coupling.projections])
     for coupling in touched:
         if coupling.consumer.expert is not None:
             gate_of(model.get_submodule(coupling.consumer.path.rpartition(".")[0]))
-    whole_names = extra.names_of_modules(model, record.couplings, config.modules_to_save)
+    extra_names = extra_weights.names_of_modules(model, record.couplings, config.modules_to_save)
     check_same_as_first_rank(
         f"adapter {name!r}", {"its selection": selection.digest, "the base": digest(record.fingerprint)}
     )
     try:
         record.name, record.config, record.selection = name, config, selection
         _mount_all(model, record, touched, orders)
-        extra.start(model, record, whole_names, before_forward, before_load)
+        extra_weights.start(model, record, extra_names, before_forward, before_load)
         record.active = {name: 1.0}
     except BaseException:  # out of memory, an interrupt: leave no half-converted model
         unmount(model, record)
@@ -133,20 +100,20 @@ def before_forward(model: nn.Module, inputs: tuple) -> None:
         RuntimeError: A weight or bias of a coupling was unfrozen, which would get no gradient.
     """
     if not torch.compiler.is_compiling() and model.training and torch.is_grad_enabled():
-        extra.watch(model, attachment_of(model))
+        extra_weights.watch(model, attachment_of(model))
 
 
 def before_load(model: nn.Module, *_: Any) -> None:
-    """load_state_dict pre-hook, likewise."""
-    extra.keep_unfrozen(model, attachment_of(model))
+    """Pre-hook of load_state_dict: keep the base of weights that were unfrozen by hand."""
+    extra_weights.keep_unfrozen(model, attachment_of(model))
 
 
 def _mount_all(model: nn.Module, record: Attachment, touched: list[Coupling], orders: dict[Coupling, Tensor]) -> None:
     model.requires_grad_(False)
-    record.unpacked = layers_that_pack(model)
-    stop_packing(model, record.unpacked)
+    record.packing_stopped = layers_that_pack(model)
+    stop_packing(model, record.packing_stopped)
     allow_training(model)
-    sites: dict[str, list[Part]] = {}
+    parts: dict[str, list[Part]] = {}
     for coupling in touched:
         order = orders.get(coupling)
         if order is not None:
@@ -155,19 +122,19 @@ def _mount_all(model: nn.Module, record: Attachment, touched: list[Coupling], or
         for projection in coupling.projections:
             if projection.name in record.selection:
                 part = _part(projection, record.selection[projection.name], order)
-                sites.setdefault(projection.path, []).append(part)
+                parts.setdefault(projection.path, []).append(part)
     tied = {id(weight) for weight in _tied_weights(model)}
-    for path, parts in sites.items():
-        _mount(model, path, parts, record, tied)
+    for path, parts_here in parts.items():
+        _mount(model, path, parts_here, record, tied)
     for coupling in touched:
-        _replace_forward(model, coupling, record)
+        replace_forward(model, coupling, record)
     open_blocks(model, record.mounts)
-    for come, _ in EXTENSIONS:
-        come(model)
+    if record.host_hooks is not None:
+        record.host_hooks.add(model, record)
 
 
 def _tied_weights(model: nn.Module) -> Iterator[Tensor]:
-    """Parameters that more than one module has."""
+    """Yield parameters that more than one module has."""
     seen = set()
     for _, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in seen:
@@ -176,7 +143,7 @@ def _tied_weights(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _part(projection: Projection, units: Tensor, order: Tensor | None) -> Part:
-    """With the elements' present places in the weight as positions."""
+    """Make the part of a projection's units. Its positions are those in the whole weight as it is now."""
     places = units if order is None else inverse(order)[units]
     return Part(projection, projection.elements(places), projection.elements(units))
 
@@ -184,19 +151,19 @@ def _part(projection: Projection, units: Tensor, order: Tensor | None) -> Part:
 def _mount(model: nn.Module, path: str, parts: list[Part], record: Attachment, tied: set) -> None:
     original = find(model, path)
     if isinstance(original, nn.Parameter):
-        made = Mount(None, _stack(original, parts, record.config), parts, position(model, path))
+        made = Mount(None, _stack(original, parts, record.config), parts, parameter_position(model, path))
     else:
         made = Mount(original, _layer(original, parts, record.config), parts)
     made.layer.is_tied = id(made.layer.weight) in tied
     record.mounts[path] = made
     put(model, path, made.layer)
-    if made.original is not None and not isinstance(made.layer, S2QuantizedLinear):
-        # the layer's alone: a second owner would keep them whole where the layer's are sharded or moved
+    if made.original is not None and not made.layer.wraps_plain:
+        # Only the layer keeps them: a second owner would keep them whole where the layer's are sharded or moved.
         made.original.weight = made.original.bias = None
 
 
 def _layer(original: nn.Module, parts: list[Part], config: S2FTConfig) -> S2Layer:
-    """A slice where the parts fill one, else an index; the parts' positions become those in it."""
+    """Make the layer of one module: on a slice if the parts fill one, else on an index. Sets the positions in s2."""
     dim = parts[0].projection.dim
     places = torch.cat([part.positions for part in parts])
     found = contiguous_range(places)
@@ -206,28 +173,27 @@ def _layer(original: nn.Module, parts: list[Part], config: S2FTConfig) -> S2Laye
             part.positions = part.positions - found[0]
     else:
         where = {"index": places}
-        _count_positions(parts)
-    return layers_for(original)[dim].from_module(
-        original, **where, delta_dtype=config.delta_dtype_for(original.weight.dtype)
-    )
+        _number_positions(parts)
+    layer = kind_of(original).layers[dim]
+    return layer.from_module(original, **where, delta_dtype=config.delta_dtype_for(original.weight.dtype))
 
 
 def _stack(original: nn.Parameter, parts: list[Part], config: S2FTConfig) -> S2Layer:
+    """Make the layer of an expert stack."""
     parts.sort(key=lambda part: part.projection.expert)
     index: dict[int, list[Tensor]] = {}
     for part in parts:
         index.setdefault(part.projection.expert, []).append(part.positions)
-    _count_positions(parts)
-    kind = (S2ColumnStack, S2RowStack)[parts[0].projection.dim]
-    return kind(
+    _number_positions(parts)
+    return EXPERTS.layers[parts[0].projection.dim](
         original,
         {expert: torch.cat(places) for expert, places in index.items()},
         config.delta_dtype_for(original.dtype),
     )
 
 
-def _count_positions(parts: list[Part]) -> None:
-    """Parts lie one after the other."""
+def _number_positions(parts: list[Part]) -> None:
+    """Set the parts' positions in an s2 that holds one part after the other."""
     first = 0
     for part in parts:
         part.positions = torch.arange(first, first + part.elements.numel())
@@ -235,162 +201,67 @@ def _count_positions(parts: list[Part]) -> None:
 
 
 def _order(coupling: Coupling, selection: Selection) -> Tensor:
+    """Return the order of the units that moves the selected ones together, shape [units], int64."""
     producers = [selection[p.name] for p in coupling.producers if p.name in selection]
     consumer = selection[coupling.consumer.name] if coupling.consumer.name in selection else None
     return coupling_order(coupling.consumer.count, producers, consumer)
 
 
-def _check_can_move(model: nn.Module, couplings: list[Coupling]) -> None:
-    why = next((why for why in _obstacles(model, couplings) if why), "")
-    if why:
-        raise ValueError(f"{why}, whose units can't change place: use layout='indexed'")
-
-
-def that_can_move(model: nn.Module, couplings: list[Coupling]) -> list[Coupling]:
-    """Those whose units can change place, by themselves and with the weights as they are."""
-    movable = [coupling for coupling in couplings if coupling.movable]
-    return [coupling for coupling, why in zip(movable, _obstacles(model, movable)) if not why]
-
-
-def _obstacles(model: nn.Module, couplings: list[Coupling]) -> Iterator[str]:
-    """For each coupling what of its weights keeps its units in place, in words; empty where nothing does."""
-    owners: dict[int, list[str]] = {}
-    for key, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(key)
-    for coupling in couplings:
-        quantized = [(p.path, found) for p in coupling.projections if is_quantized(found := find(model, p.path))]
-        names = (owners.get(id(tensor), []) for tensor in tensors_of(model, coupling))
-        tied = next((found for found in names if len(found) > 1), None)
-        if quantized:
-            yield f"{quantized[0][0]} is a quantized weight ({type(quantized[0][1]).__name__})"
-        else:
-            yield f"{' and '.join(tied)} are one tied weight" if tied else ""
-
-
-def check_memory(model: nn.Module, projections: list[Projection]) -> None:
-    """Raises: ValueError for weights in shared or read-only memory, or that are computed from other parameters."""
-    for path in dict.fromkeys(projection.path for projection in projections):
-        found = find(model, path)
-        if is_quantized(getattr(found, "linear", found)):
-            continue
-        if isinstance(found, nn.Module) and "weight" not in found._parameters:
-            raise ValueError(
-                f"{path}.weight is no parameter but is computed by a hook, as torch.nn.utils.prune and "
-                "weight_norm do: make it one first (prune.remove, remove_weight_norm)"
-            )
-        weight = found.weight if isinstance(found, nn.Module) else found
-        if not is_sharded(weight):
-            check_private(f"{path}.weight" if isinstance(found, nn.Module) else path, weight)
-
-
-def check_gradients_pass(model: nn.Module) -> None:
-    """Anywhere in the model: layers that aren't trained stand between the loss and those that are."""
-    for path, module in model.named_modules():
-        if is_quantized(module) and not passes_gradient(module):
-            raise ValueError(
-                f"{path} ({type(module.weight).__name__}) passes no gradient to its input, for it "
-                "quantizes that too: use a configuration that quantizes weights only"
-            )
-
-
-def check_can_merge(record: Attachment) -> None:
-    """Raises: ValueError for a quantized base."""
-    for path, mount in record.mounts.items():
-        if isinstance(mount.layer, S2QuantizedLinear):
-            raise ValueError(f"{path}: {NO_FUSE}")
-
-
-# ---- forwards of our own -------------------------------------------------------------------------------
-
-
-def gated_forward(block: nn.Module, x: Tensor, activation: str) -> Tensor:
-    """The forward of a gated FFN, x [..., width] → [..., width], that keeps gate and up for the backward
-    and of their product only what the down projection keeps."""
-    return block.down_proj(act_mul(block.gate_proj(x), block.up_proj(x), activation))
-
-
-def _replace_forward(model: nn.Module, coupling: Coupling, record: Attachment) -> None:
-    """Experts must have :func:`experts_forward`; the block of a gated FFN gets :func:`gated_forward`, unless
-    someone has replaced its forward already.
-
-    They are partial objects: a bound method of the module could not be loaded from a file.
-    """
-    if coupling.consumer.expert is not None:
-        path, forward, options = coupling.consumer.path.rpartition(".")[0], experts_forward, {}
-    elif coupling.activation is not None and record.config.ffn_kernel:
-        path, forward, options = coupling.block, gated_forward, {"activation": coupling.activation}
-    else:
-        return
-    block = model.get_submodule(path)
-    if "forward" in block.__dict__:
-        if forward is experts_forward and path not in record.forwards:
-            raise ValueError(
-                f"the forward of {path} has been replaced, and that one can't run experts that are trained"
-            )
-        return
-    record.forwards[path] = partial(forward, block, **options)
-    block.forward = record.forwards[path]
-
-
-# ---- out -----------------------------------------------------------------------------------------------
+# ---- unmounting ----------------------------------------------------------------------------------------
 
 
 def unmount(model: nn.Module, record: Attachment) -> None:
-    """Take the trainable layers out: plain modules with the weights as they are, units in original order.
+    """Put the plain modules back, with the weights as they are and the units in original order.
 
-    It can be called again where it was interrupted, and does nothing where nothing is mounted. The record still says
-    what was mounted: :meth:`Attachment.forget_mounts` comes after it where the record stays.
+    It can be called again if it was interrupted, and does nothing if nothing is mounted. The record still contains
+    what was mounted; call :meth:`Attachment.forget_mounts` afterwards if the model keeps the record.
     """
-    extra.remove_hooks_of(model, before_forward, before_load)
-    for _, go in EXTENSIONS:
-        go(model)
-    for path, forward in record.forwards.items():
-        block = model.get_submodule(path)
-        if block.__dict__.get("forward") is forward:  # else someone has replaced ours
-            block.__dict__.pop("forward", None)
+    extra_weights.remove_hooks_of(model, before_forward, before_load)
+    if record.host_hooks is not None:
+        record.host_hooks.remove(model, record)
+    restore_forwards(model, record)
     close_blocks(model)
     for path, mounted in reversed(record.mounts.items()):
         if mounted.original is None:
             put(model, path, mounted.layer.weight, mounted.position)
         else:
-            if not isinstance(mounted.layer, S2QuantizedLinear):
+            if not mounted.layer.wraps_plain:
                 mounted.original.weight, mounted.original.bias = mounted.layer.weight, mounted.layer.bias
             mounted.original.train(mounted.layer.training)
             put(model, path, mounted.original)
     for move in reversed(record.moves):
         move.undo(model)
-    allow_packing(model, record.unpacked)
+    allow_packing(model, record.packing_stopped)
     restore_quantizer(model)
 
 
 def remount(model: nn.Module, record: Attachment) -> None:
-    """Take an interrupted :func:`unmount` back: the trainable layers are in place again, and off."""
+    """Undo an interrupted :func:`unmount`: the trainable layers are mounted again, and switched off."""
     for move in record.moves:
         move.do(model)
     model.requires_grad_(False)
     for path, mounted in record.mounts.items():
         put(model, path, mounted.layer)
-        if mounted.original is not None and not isinstance(mounted.layer, S2QuantizedLinear):
+        if mounted.original is not None and not mounted.layer.wraps_plain:
             mounted.original.weight = mounted.original.bias = None
         mounted.layer.s2.requires_grad_(True)
-    for path, forward in record.forwards.items():
-        model.get_submodule(path).__dict__.setdefault("forward", forward)
-    stop_packing(model, record.unpacked)
+    put_forwards_back(model, record)
+    stop_packing(model, record.packing_stopped)
     allow_training(model)
     close_blocks(model)
     open_blocks(model, record.mounts)
-    for come, go in EXTENSIONS:
-        go(model)
-        come(model)
-    extra.start(model, record, list(record.extra.base), before_forward, before_load)
+    if record.host_hooks is not None:
+        record.host_hooks.remove(model, record)
+        record.host_hooks.add(model, record)
+    extra_weights.start(model, record, list(record.extra.base), before_forward, before_load)
 
 
 def release(model: nn.Module, record: Attachment) -> nn.Module:
-    """The plain model with the weights as they are, in original order, and without a record."""
+    """Return the plain model, without a record, with the weights as they are and the units in original order."""
     unmount(model, record)
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(record.required_grad.get(key, parameter.requires_grad))
     remove_state_hooks(model)
     model.__dict__.pop("_apply", None)
-    model.__dict__.pop(RECORD, None)
+    clear_attachment(model)
     return model

@@ -1,98 +1,223 @@
-"""What s2ft knows about a model that it has changed."""
+"""What s2ft knows about a model that it has changed. Only the files of this folder assign these fields."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from s2ft.attached.extra import ExtraWeights
 from s2ft.config import S2FTConfig
 from s2ft.layers import S2Layer
 from s2ft.model.coupling import Coupling, Projection, projections_of
+from s2ft.model.delta import Delta
+from s2ft.model.fingerprint import fingerprint
 from s2ft.model.permutation import Move
+from s2ft.model.registry import couplings_of
 from s2ft.selection import Selection
 
-RECORD = "_s2ft"  # the attribute of the model that holds its Attachment
+_ATTRIBUTE = "_s2ft"  # the attribute of a model that holds its Attachment; no other file knows it
+
+
+class State(Enum):
+    """What a model with adapters computes.
+
+    Attributes:
+        BASE: No adapter is active.
+        WRITTEN: The active adapters are written into the weights. None of them gets gradients.
+        TRAINING: The forward adds the trainable adapter, which gets gradients. Other active adapters are written.
+        FUSED: The same sum as TRAINING, but the trainable adapter is written into the weights until it is unfused.
+    """
+
+    BASE = "base"
+    WRITTEN = "written"
+    TRAINING = "training"
+    FUSED = "fused"
 
 
 @dataclass
 class Part:
-    """The share of one projection in a layer's s2."""
+    """The share of one projection in a layer's s2.
+
+    Attributes:
+        projection: Projection whose units are trained.
+        positions: Positions in s2 along its sliced dimension, shape [n], int64.
+        elements: Rows or columns of the base's weight that these positions train, shape [n], int64, ascending.
+    """
 
     projection: Projection
-    positions: Tensor  # [n] int64, along s2's dim, of the elements below
-    elements: Tensor  # [n] int64, ascending: which of the weight's elements along dim they are in original order
+    positions: Tensor
+    elements: Tensor
 
 
 @dataclass
 class Mount:
-    """One trainable layer and what it stands for."""
+    """One trainable layer and the module or parameter that it replaces.
 
-    original: nn.Module | None  # what it replaced, without weight and bias; None: a parameter
+    Attributes:
+        original: The replaced module, without its weight and bias; None if a parameter was replaced.
+        layer: The trainable layer.
+        parts: One part for each projection that is trained in this weight.
+        position: Position of a replaced parameter among the parameters of its module.
+    """
+
+    original: nn.Module | None
     layer: S2Layer
-    parts: list[Part]  # one for each projection that is trained in this weight
-    position: int | None = None  # of a parameter among its module's
+    parts: list[Part]
+    position: int | None = None
 
 
 @dataclass
 class Written:
-    """Units of a weight that active adapters have overwritten. It is recorded before the weight is written."""
+    """A slice of a weight that active adapters have overwritten. It is recorded before the weight is written.
+
+    Attributes:
+        projection: Projection whose weight was written.
+        index: Overwritten rows or columns, shape [n], int64: in the base's order, or relative to a shard (`is_local`).
+        base: Values that the weight had there before.
+        is_local: Whether the index is relative to this rank's shard.
+    """
 
     projection: Projection
-    index: Tensor  # [n] int64: elements along the projection's dim, in original order; see is_local
-    base: Tensor  # the weight's values there before
-    is_local: bool  # whether the index counts places in this rank's shard instead
+    index: Tensor
+    base: Tensor
+    is_local: bool
+
+
+@dataclass
+class ExtraWeights:
+    """Values of extra weights that a record keeps, by the parameter's name in the model.
+
+    Attributes:
+        base: Values before the trainable adapter's training.
+        trained: Trained values while the parameters hold the base; None while the parameters hold the trained values.
+        overwritten: Base values of the parameters that active loaded adapters have overwritten.
+    """
+
+    base: dict[str, Tensor] = field(default_factory=dict)
+    trained: dict[str, Tensor] | None = None
+    overwritten: dict[str, Tensor] = field(default_factory=dict)
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Cast or move the kept values, as the model's parameters are cast or moved."""
+        self.base = {name: function(value) for name, value in self.base.items()}
+        self.overwritten = {name: function(value) for name, value in self.overwritten.items()}
+        if self.trained is not None:
+            self.trained = {name: function(value) for name, value in self.trained.items()}
+
+
+class LoadedAdapter(Protocol):
+    """What a record reads of a loaded adapter; see :class:`s2ft.Adapter`."""
+
+    name: str
+    selection: Selection
+    deltas: dict[str, Delta]
+    extra_weights: dict[str, Tensor]
+
+    @property
+    def parameters(self) -> int: ...
+
+
+class HostHooks(NamedTuple):
+    """Two functions (model, record) of a module that change a host library's model while layers are mounted.
+
+    The caller that makes a record passes them, because they save and load adapters, which this folder can't do.
+
+    Attributes:
+        add: Runs after the trainable layers are mounted.
+        remove: Runs before they are unmounted. It must be safe at any time, also twice.
+    """
+
+    add: Callable[[nn.Module, "Attachment"], None]
+    remove: Callable[[nn.Module, "Attachment"], None]
 
 
 @dataclass
 class Attachment:
-    """Everything s2ft knows about a model it has changed."""
+    """Everything s2ft knows about a model it has changed.
+
+    Attributes:
+        couplings: Couplings of the model.
+        fingerprint: Hashes of the base's coupled weights, by layer.
+        required_grad: requires_grad of every parameter before s2ft changed the model, by name.
+        is_custom: Whether the user gave the couplings.
+        host_hooks: Functions that run when layers are mounted and unmounted.
+        name: Name of the trainable adapter; None if there is none.
+        config: Config of the trainable adapter.
+        selection: Units of the trainable adapter.
+        moves: Reorderings of couplings, done or about to be done.
+        mounts: Trainable layers by path.
+        forwards: Forwards that s2ft has given to modules, by the module's path.
+        packing_stopped: Paths of the layers that were told to stop packing their weights.
+        extra: Values of extra weights.
+        loaded: Loaded adapters by name.
+        active: Weights of the active adapters by name. It is cleared before anything is restored and assigned after
+            everything is written, so it never names an adapter that the model does not compute with.
+        written: Slices of weights that active adapters have overwritten.
+        replaced_attributes: Attributes of the model that host hooks have replaced; None if they have not run.
+        change_unfinished: Whether a change of the active adapters is under way or was interrupted.
+    """
 
     couplings: list[Coupling]
     fingerprint: dict[str, Any]
-    required_grad: dict[str, bool]  # of every parameter, before
-    given: bool = False  # whether the couplings were given by hand
-    name: str | None = None  # the trainable adapter
+    required_grad: dict[str, bool]
+    is_custom: bool = False
+    host_hooks: HostHooks | None = None
+    name: str | None = None
     config: S2FTConfig | None = None
     selection: Selection | None = None
-    moves: list[Move] = field(default_factory=list)  # of couplings whose units moved, or are about to
-    mounts: dict[str, Mount] = field(default_factory=dict)  # by path
-    forwards: dict[str, Callable] = field(default_factory=dict)  # by path of a module: the one of ours it has
-    others: dict[str, object] = field(default_factory=dict)  # loaded adapters by name
-    active: dict[str, float] = field(default_factory=dict)  # adapters with their weights
-    unpacked: list[str] = field(default_factory=list)  # of stop_packing
-    written: list[Written] = field(default_factory=list)
+    moves: list[Move] = field(default_factory=list)
+    mounts: dict[str, Mount] = field(default_factory=dict)
+    forwards: dict[str, Callable] = field(default_factory=dict)
+    packing_stopped: list[str] = field(default_factory=list)
     extra: ExtraWeights = field(default_factory=ExtraWeights)
-    host: dict[str, Any] | None = None  # attributes of the model that ours stand in for
-    changing: bool = False  # whether a change of what is active is under way, or was interrupted
+    loaded: dict[str, LoadedAdapter] = field(default_factory=dict)
+    active: dict[str, float] = field(default_factory=dict)
+    written: list[Written] = field(default_factory=list)
+    replaced_attributes: dict[str, Any] | None = None
+    change_unfinished: bool = False
+
+    # ---- what is there ---------------------------------------------------------------------------
 
     @property
-    def names(self) -> list[str]:
-        return ([] if self.name is None else [self.name]) + list(self.others)
+    def state(self) -> State:
+        """What the model computes.
 
-    def forget_mounts(self) -> None:
-        """Be the record of a model without trainable layers, whose units lie where they were."""
-        self.name = self.config = self.selection = self.host = None
-        self.extra = ExtraWeights()
-        for done in (self.moves, self.mounts, self.forwards, self.unpacked):
-            done.clear()
-
-    def places(self, projection: Projection, index: Tensor) -> Tensor:
-        """Where elements of a projection lie now that units may have moved. index: [n] int64, in original order."""
-        move = next((move for move in self.moves if move.is_done and projection in move.coupling.projections), None)
-        return index if move is None else move.places(projection)[index]
-
-    @cached_property
-    def projections(self) -> dict[str, Projection]:
-        """By name."""
-        return {projection.name: projection for projection in projections_of(self.couplings)}
+        It is computed and not stored: an interrupt between the change of a layer and the assignment of a stored state
+        would leave a state that is wrong. `active` is assigned last and cleared first, and a layer is fused exactly
+        while it holds the slice that it replaced.
+        """
+        if not self.active:
+            return State.BASE
+        if self.active.get(self.name) != 1:
+            return State.WRITTEN
+        return State.FUSED if any(mount.layer.fused for mount in self.mounts.values()) else State.TRAINING
 
     @property
     def trains(self) -> bool:
-        """Whether the trainable adapter is added in the forward, where it gets gradients."""
-        return self.name is not None and self.active.get(self.name) == 1
+        """Whether the trainable adapter is active with weight 1, so that the forward adds it."""
+        return self.state in (State.TRAINING, State.FUSED)
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all adapters, the trainable one first."""
+        return ([] if self.name is None else [self.name]) + list(self.loaded)
+
+    @property
+    def default_name(self) -> str:
+        """The adapter that is saved where no name is given: the trainable one, else an active one, else the first."""
+        return self.name if self.name is not None else next(iter(self.active), self.names[0])
+
+    @property
+    def custom_couplings(self) -> list[Coupling] | None:
+        """The couplings that the user gave; None for a model of a known family."""
+        return self.couplings if self.is_custom else None
+
+    @cached_property
+    def projections(self) -> dict[str, Projection]:
+        """All projections of the couplings, by name."""
+        return {projection.name: projection for projection in projections_of(self.couplings)}
 
     @property
     def slices(self) -> dict[str, Tensor]:
@@ -101,21 +226,111 @@ class Attachment:
 
     @property
     def parts(self) -> dict[str, tuple[Mount, Part]]:
-        """By the projection's name."""
+        """Every trained part and its mount, by the projection's name."""
         return {part.projection.name: (mount, part) for mount in self.mounts.values() for part in mount.parts}
+
+    def current_positions(self, projection: Projection, index: Tensor) -> Tensor:
+        """Return where rows or columns of the base are in the weight now. index: shape [n], int64, in base order."""
+        move = next((move for move in self.moves if move.is_done and projection in move.coupling.projections), None)
+        return index if move is None else move.places(projection)[index]
+
+    # ---- changes of the record alone -------------------------------------------------------------
+
+    def load(self, adapter: LoadedAdapter) -> None:
+        """Add a loaded adapter, which is not active."""
+        self.loaded[adapter.name] = adapter
+
+    def drop(self, name: str) -> None:
+        """Remove a loaded adapter, which must not be active; nothing happens if none has this name."""
+        self.loaded = {key: adapter for key, adapter in self.loaded.items() if key != name}
+
+    def rename(self, name: str, new: str) -> None:
+        """Rename an adapter. After an interrupt it has its old name everywhere, or its new one everywhere."""
+        before = self.name, self.loaded, self.active
+        loaded = {new if key == name else key: adapter for key, adapter in self.loaded.items()}
+        active = {new if key == name else key: weight for key, weight in self.active.items()}
+        if new in loaded:
+            loaded[new] = replace(loaded[new], name=new)
+        try:
+            self.name, self.loaded, self.active = new if name == self.name else self.name, loaded, active
+        except BaseException:  # an interrupt between two of the three assignments
+            self.name, self.loaded, self.active = before
+            raise
+
+    def forget_mounts(self) -> None:
+        """Reset the fields of the trainable adapter. Call it after :func:`s2ft.attached.mounting.unmount`."""
+        self.name = self.config = self.selection = self.replaced_attributes = None
+        self.extra = ExtraWeights()
+        for collection in (self.moves, self.mounts, self.forwards, self.packing_stopped):
+            collection.clear()
+
+
+# ---- the record of a model -----------------------------------------------------------------------------
+
+
+def find_attachment(model: nn.Module) -> Attachment | None:
+    """Return the model's record, or None for a model that s2ft has not changed."""
+    return model.__dict__.get(_ATTRIBUTE)
 
 
 def attachment_of(model: nn.Module) -> Attachment:
-    """The model's record. Raises: ValueError when nothing is attached."""
-    record = model.__dict__.get(RECORD)
+    """Return the model's record.
+
+    Raises:
+        ValueError: The model has no adapter. The message names the module inside that has one.
+    """
+    record = find_attachment(model)
     if record is None:
-        inside = next((path for path, module in model.named_modules() if RECORD in module.__dict__), None)
+        inside = next((path for path, module in model.named_modules() if find_attachment(module) is not None), None)
         raise ValueError(
             f"{type(model).__name__} has no S²FT adapter: "
             + (
                 "call s2ft.attach or s2ft.load_adapter first"
                 if inside is None
-                else f"it is a wrapper of the model that has one: pass model.{inside}, or accelerator.unwrap_model(model)"
+                else f"it wraps the model that has one: pass model.{inside}, or accelerator.unwrap_model(model)"
             )
         )
     return record
+
+
+def set_attachment(model: nn.Module, record: Attachment) -> None:
+    """Give the model its record."""
+    setattr(model, _ATTRIBUTE, record)
+
+
+def clear_attachment(model: nn.Module) -> None:
+    """Remove the model's record, if it has one."""
+    model.__dict__.pop(_ATTRIBUTE, None)
+
+
+def check_unattached(model: nn.Module) -> None:
+    """Raises: ValueError: The model has an adapter already."""
+    record = find_attachment(model)
+    if record is not None:
+        raise ValueError(
+            f"{type(model).__name__} has an S²FT adapter already ({', '.join(record.names)}): detach or merge it first"
+        )
+
+
+def new_attachment(
+    model: nn.Module, couplings: Sequence[Coupling] | None = None, host_hooks: HostHooks | None = None
+) -> Attachment:
+    """Make a record of a model without adapters; the model does not get it yet.
+
+    Args:
+        model: Model without adapters.
+        couplings: Couplings that the user gave. Default: those of the model's family.
+        host_hooks: Functions that run when trainable layers are mounted and unmounted.
+
+    Raises:
+        ValueError: The model has adapters, or is of no known family and no couplings were given.
+    """
+    check_unattached(model)
+    found = couplings_of(model, couplings)
+    return Attachment(
+        found,
+        fingerprint(model, found),
+        {key: parameter.requires_grad for key, parameter in model.named_parameters()},
+        is_custom=couplings is not None,
+        host_hooks=host_hooks,
+    )

@@ -1,4 +1,4 @@
-"""What is trained, as a table."""
+"""The report of attach: which units are trained, as a table."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from s2ft.attached.extra import names_of_modules, trained_parameters
-from s2ft.attached.heads import fresh_heads
+from s2ft.attached.extra_weights import names_of_modules, trained_parameters
+from s2ft.attached.fresh_heads import fresh_heads
 from s2ft.attached.hosts.compiled import of_compiled
 from s2ft.attached.record import attachment_of
 from s2ft.config import S2FTConfig
 from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
-from s2ft.model.weights import parameters_of, weight_of
+from s2ft.model.weights import count_parameters, weight_at
 from s2ft.selection import Selection
 from s2ft.selection.budget import unit_parameters
 from s2ft.selection.selection import span
@@ -20,7 +20,14 @@ from s2ft.selection.selection import span
 
 @dataclass(frozen=True)
 class Trained:
-    """What is trained of one projection of one layer."""
+    """What is trained of one projection of one layer.
+
+    Attributes:
+        projection: The projection.
+        units: Number of selected units.
+        parameters: Number of trained parameters.
+        dtype: Dtype of the slice.
+    """
 
     projection: Projection
     units: int
@@ -30,31 +37,51 @@ class Trained:
 
 @dataclass(frozen=True)
 class Row:
-    """What is trained of one projection over all layers."""
+    """What is trained of one projection in all layers with the same number of units.
+
+    Attributes:
+        projection: Name of the projection within its layer.
+        layers: Number of layers.
+        units: Selected units in each layer, for example "46 of 1536 channels".
+        parameters: Number of trained parameters in all these layers.
+        dtype: Dtype of the slices.
+    """
 
     projection: str
     layers: int
-    units: str  # e.g. "46 of 1536 channels"
+    units: str
     parameters: int
     dtype: torch.dtype
 
 
 @dataclass(frozen=True)
 class Report:
-    """What attach did, or would do; prints as a table."""
+    """What :func:`s2ft.attach` trains, or would train; prints as a table.
+
+    Attributes:
+        name: Name of the adapter.
+        layout: Layout of the units, `permuted` or `indexed`.
+        rows: One row for each projection and number of units.
+        trainable: Number of trained parameters, with the extra weights.
+        total: Number of parameters of the base model.
+        extra_weights: Number of parameters of each extra weight, by name.
+        fresh_heads: Paths of frozen modules that look new.
+    """
 
     name: str
     layout: str
     rows: list[Row]
-    trainable: int  # parameters in all that is trained
-    total: int  # parameters of the base model
-    extra_weights: dict[str, int] = field(default_factory=dict)  # trained whole: parameters by name
-    fresh_heads: tuple[str, ...] = ()  # frozen modules that look new
+    trainable: int
+    total: int
+    extra_weights: dict[str, int] = field(default_factory=dict)
+    fresh_heads: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module) -> "Report":
-        """What is trained of a model with an adapter attached, read from the layers themselves."""
+        """Make the report of a model with a trainable adapter, from its layers."""
         record = attachment_of(model)
+        if record.name is None:
+            raise ValueError(f"no adapter of {', '.join(record.names)} is trainable: load one with trainable=True")
         parts = [
             Trained(
                 part.projection,
@@ -64,13 +91,13 @@ class Report:
             )
             for mount, part in record.parts.values()
         ]
-        total = parameters_of(model) - sum(part.parameters for part in parts)
+        total = count_parameters(model) - sum(part.parameters for part in parts)
         extra_weights = {name: parameter.numel() for name, parameter in trained_parameters(model, record).items()}
         return cls._from(record.name, record.config, parts, total, extra_weights, fresh_heads(model, record))
 
     @classmethod
     def planned(cls, model: nn.Module, couplings: list[Coupling], config: S2FTConfig, selection: Selection) -> "Report":
-        """What would be trained of the untouched model, whose weights are not looked at."""
+        """Make the report of a selection for a model without adapters. Its weights are not read."""
         parts = []
         for projection in projections_of(couplings):
             if projection.name in selection:
@@ -80,14 +107,14 @@ class Report:
                         projection,
                         units,
                         units * unit_parameters(model, projection),
-                        config.delta_dtype_for(weight_of(model, projection).dtype),
+                        config.delta_dtype_for(weight_at(model, projection).tensor.dtype),
                     )
                 )
         parameters = dict(model.named_parameters())
         extra_weights = {
             name: parameters[name].numel() for name in names_of_modules(model, couplings, config.modules_to_save)
         }
-        return cls._from("planned", config, parts, parameters_of(model), extra_weights)
+        return cls._from("planned", config, parts, count_parameters(model), extra_weights)
 
     @classmethod
     def _from(
@@ -112,6 +139,7 @@ class Report:
 
     @property
     def share(self) -> float:
+        """Trained parameters as a share of the base model's parameters, 0 to 1."""
         return self.trainable / self.total
 
     def __str__(self) -> str:
@@ -132,19 +160,19 @@ class Report:
         )
         if self.fresh_heads:
             lines.append(
-                f"frozen, though new: {', '.join(self.fresh_heads)}; to train and save such a module give "
+                f"frozen, though new: {', '.join(self.fresh_heads)}; to train and save such modules, give "
                 f"S2FTConfig modules_to_save={list(self.fresh_heads)}"
             )
         return "\n".join(lines)
 
 
 def units_of(projection: Projection, units: int) -> str:
-    """E.g. "46 of 1536 channels"."""
+    """Return the number of units in words, for example "46 of 1536 channels"."""
     return f"{units} of {projection.count} {unit_name(projection)}"
 
 
 def _spread(group: list[Trained]) -> tuple[int, str]:
-    """Over how many layers, or weights where there are no experts, and how many units in each."""
+    """Return the number of layers, and the units of each layer in words."""
     one = group[0]
     text = units_of(one.projection, one.units)
     if one.projection.expert is None:
@@ -155,7 +183,7 @@ def _spread(group: list[Trained]) -> tuple[int, str]:
 
 
 def _name_in_layer(projection: Projection) -> str:
-    """The part of the name that all layers have in common: what follows the path's last number, if anything does."""
+    """Return the part of a projection's name that all layers share: the part after the last number in its path."""
     names = projection.path.split(".")
     numbers = [i for i, name in enumerate(names[:-1]) if name.isdigit()]
     shown = projection.path if names[-1].isdigit() or not numbers else ".".join(names[numbers[-1] + 1 :])
@@ -164,8 +192,22 @@ def _name_in_layer(projection: Projection) -> str:
 
 @of_compiled
 def print_trainable_parameters(model: nn.Module) -> None:
-    """One line, as PEFT's models print it, with the numbers of the report: trained slices are part of the base's weights,
-    so that they are not counted again."""
+    """Print one line with the number of trained parameters, as PEFT's models do.
+
+    The numbers are those of the report of :func:`s2ft.attach`. A slice is part of a weight of the base, so it is not
+    counted twice.
+
+    Args:
+        model: Model with a trainable adapter.
+
+    Raises:
+        ValueError: The model has no adapters.
+
+    Example:
+        >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+        >>> s2ft.print_trainable_parameters(model)
+        trainable params: 1,664 || all params: 86,336 || trainable%: 1.9274
+    """
     report = Report.of(model)
     print(
         f"trainable params: {report.trainable:,} || all params: {report.total:,} || trainable%: "

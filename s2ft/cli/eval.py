@@ -1,52 +1,61 @@
 """s2ft eval: score a model, with or without an adapter."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from s2ft.cli.parse import parse, quiet_transformers
+from s2ft.cli.parse import ADAPTER, DTYPE, MODEL, parse, quiet_transformers
+from s2ft.text.models import DTYPES
+from s2ft.text.scoring import TASKS
+from s2ft.train.options import check_fields, option
+
+EXAMPLE = "  s2ft eval --model meta-llama/Llama-3.2-1B --adapter my-run --data test.jsonl --task arithmetic"
 
 
 @dataclass
 class EvalArguments:
-    model: str = field(metadata={"help": "a checkpoint folder, a name on the hub, or a .gguf file"})
-    data: list[str] = field(metadata={"help": "JSON or JSONL files; `answer` is what is scored, else the output's"})
-    task: str = field(
-        metadata={
-            "help": "arithmetic: the last number of the generated text; commonsense: the first "
-            "answer word (true, answer1, …)"
-        }
+    model: str = option(text=MODEL)
+    data: list[str] = option(
+        text="JSON or JSONL files; the field `answer` of a row is scored, or its output if there is none",
+        metavar="FILE",
     )
-    adapter: str | None = field(
-        default=None, metadata={"help": "an adapter folder, or the output folder of s2ft finetune"}
+    task: str = option(
+        text="arithmetic scores the last number of the generated text, commonsense the first answer word "
+        "(true, answer1, ...)",
+        choices=TASKS,
     )
-    batch_size: int = field(default=32, metadata={"help": "prompts generated at once"})
-    max_new_tokens: int = field(default=256, metadata={"help": "longest answer in tokens"})
-    limit: int | None = field(default=None, metadata={"help": "take the first rows only"})
-    dtype: str = field(
-        default="auto",
-        metadata={
-            "help": "auto (with an adapter that of its training, else the checkpoint's), float32, bfloat16, float16"
-        },
-    )
-    output: str | None = field(default=None, metadata={"help": "write accuracy and every answer to this JSON file"})
+    adapter: str | None = option(None, ADAPTER, metavar="DIR")
+    batch_size: int = option(32, "prompts that are answered at once", unit="prompts", least=1)
+    max_new_tokens: int = option(256, "longest answer", unit="tokens", least=1)
+    limit: int | None = option(None, "use the first N rows only", shown="all rows", least=1)
+    dtype: str = option("auto", DTYPE, choices=DTYPES)
+    output: str | None = option(None, "write the accuracy and every answer to this JSON file", metavar="FILE")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def run(arguments: list[str]) -> None:
-    (job,) = parse("eval", "Score a model by greedy generation.", [EvalArguments], arguments)
+    (job,) = parse("eval", "Generate an answer to each row greedily and score it.", [EvalArguments], arguments, EXAMPLE)
     quiet_transformers()
     score(job)
 
 
 def score(job: EvalArguments) -> None:
+    """Score the model and print the accuracy.
+
+    Raises:
+        FileExistsError: The output file exists.
+        FileNotFoundError: The folder of the output file does not exist.
+        ValueError: A row can't be scored, or the model or the adapter can't be loaded.
+    """
     from pathlib import Path
 
-    import torch
-
-    import s2ft.adapter
+    import s2ft
+    from s2ft.text.evaluation import evaluate
     from s2ft.text.examples import read_examples
     from s2ft.text.models import dtype_of_base, load_model
-    from s2ft.train.evaluate import evaluate
+    from s2ft.text.scoring import right_answer
+    from s2ft.train.device import gpu_or_cpu
     from s2ft.train.output import write_json
-    from s2ft.train.scoring import right_answer
 
     output = Path(job.output) if job.output else None
     if output and output.exists():
@@ -54,13 +63,13 @@ def score(job: EvalArguments) -> None:
     if output and not output.parent.is_dir():
         raise FileNotFoundError(f"output {output} is in a folder that doesn't exist")
     examples = read_examples(job.data)[: job.limit]
-    for example in examples:  # before a minute goes into loading the model
+    for example in examples:  # A row that can't be scored is reported before the model is loaded.
         right_answer(example, job.task)
-    dtype = dtype_of_base(s2ft.adapter.read_adapter(job.adapter), job.dtype) if job.adapter else job.dtype
+    dtype = dtype_of_base(s2ft.read_adapter(job.adapter), job.dtype) if job.adapter else job.dtype
     model, tokenizer = load_model(job.model, dtype)
     if job.adapter:
         s2ft.load_adapter(model, job.adapter)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(gpu_or_cpu())
     result = evaluate(model, tokenizer, examples, job.task, job.batch_size, job.max_new_tokens)
     print(result)
     if output:

@@ -1,140 +1,93 @@
-"""s2ft export: write an adapter for other tools, or take one from them."""
+"""s2ft export: write an adapter for other tools, or convert an adapter of another tool."""
 
 import argparse
 
-from s2ft.cli.parse import Help, quiet_transformers
+from s2ft.cli.parse import ADAPTER, BASE, Help, Parser, choice, quiet_transformers
+from s2ft.export import EXPORTS, IMPORTS
 from s2ft.packages import check_packages
+from s2ft.text.models import DTYPES
 
-FORMATS = ("lora", "merged", "gguf")
-DESCRIPTION = """Write an adapter for other tools, load it again and compare before saying so.
+DEFAULT = "lora"
+DESCRIPTION = """Write an adapter for other tools, read it again and compare.
 
-lora     a folder that PEFT and vLLM load; adds the same to every weight
-merged   a stock checkpoint with tokenizer and generation settings, as s2ft merge writes it
-gguf     a .gguf file of the merged model, for llama.cpp; families llama, mistral and qwen2
+{formats}
 
-With --from-lora the other way: a LoRA that is S²FT by its structure becomes an adapter."""
+With --from-lora, convert in the other direction: a LoRA that has the structure of S²FT becomes an adapter."""
 
-
-class Lines(Help, argparse.RawDescriptionHelpFormatter):
-    """The description as it stands."""
+EXAMPLE = "  s2ft export my-run --model meta-llama/Llama-3.2-1B --format lora --output my-lora"
 
 
 def run(arguments: list[str]) -> None:
-    job = _parser().parse_args(arguments)
-    _check(job)
-    check_packages(f"s2ft export --format {job.format}")
+    job = vars(_parser().parse_args(arguments))
+    source, given = _check(job)
+    check_packages(f"s2ft export --format {job['format']}")
     quiet_transformers()
-    print(export(job))
+    if source is not None:
+        from s2ft.export.adapters import convert
+
+        print(convert(job["model"], job[f"from_{source}"], job["output"], job["dtype"], format_name=source, **given))
+    else:
+        print(EXPORTS[job["format"] or DEFAULT].run(job["model"], job["adapter"], job["output"], job["dtype"], **given))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="s2ft export", description=DESCRIPTION, formatter_class=Lines, allow_abbrev=False
+def _parser() -> Parser:
+    formats = "\n".join(f"{name:<9}{export.summary}" for name, export in EXPORTS.items())
+    parser = Parser(
+        prog="s2ft export",
+        usage="s2ft export [ADAPTER] --model MODEL --output DIR [options]",
+        description=DESCRIPTION.format(formats=formats),
+        formatter_class=Help,
+        allow_abbrev=False,
+        epilog=f"example:\n{EXAMPLE}",
     )
+    parser.add_argument("adapter", nargs="?", metavar="ADAPTER", help=ADAPTER)
+    parser.add_argument("--model", required=True, help=BASE)
+    parser.add_argument("--format", choices=tuple(EXPORTS), help=f"the format to write (default: {DEFAULT})")
+    for name in IMPORTS:
+        parser.add_argument(f"--from-{name}", metavar="DIR", help=f"a folder of format {name} to convert to an adapter")
+    parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write; it must not exist")
     parser.add_argument(
-        "adapter", nargs="?", metavar="ADAPTER", help="an adapter folder, or the output folder of s2ft finetune"
+        "--dtype",
+        default="auto",
+        type=choice(DTYPES),
+        metavar=f"{{{','.join(DTYPES)}}}",
+        help="dtype of the weights; auto: the dtype of the training (default: auto)",
     )
+    for name, export in EXPORTS.items():
+        for option, keywords in export.options.items():
+            keywords = {**keywords, "help": f"{name}: {keywords['help']}"}
+            parser.add_argument(_flag(option), default=argparse.SUPPRESS, **keywords)
     parser.add_argument(
-        "--model", required=True, help="the adapter's base: a checkpoint folder, a name on the hub, or a .gguf file"
+        "--name",
+        default=argparse.SUPPRESS,
+        help=f"{', '.join(f'from-{name}' for name in IMPORTS)}: name of the new adapter (default: default)",
     )
-    parser.add_argument("--format", choices=FORMATS, help="what to write; default: lora")
-    parser.add_argument("--from-lora", metavar="DIR", help="a LoRA folder to make an adapter of")
-    parser.add_argument("--output", required=True, help="folder to write; it must not exist")
-    parser.add_argument(
-        "--dtype", default="auto", help="of the weights: auto (that of training), float32, bfloat16, float16"
-    )
-    parser.add_argument(
-        "--rank",
-        type=int,
-        help="lora: the rank of every module; default: the lowest that is enough, of those that vLLM has",
-    )
-    parser.add_argument(
-        "--rank-pattern", action="store_true", help="lora: no zeros to one rank, which PEFT reads and vLLM does not"
-    )
-    parser.add_argument("--max-shard-size", help="merged: largest file of weights, 2GB say; default: transformers'")
-    parser.add_argument("--name", help="from-lora: the new adapter's name; default: default")
     return parser
 
 
-def _check(job) -> None:
-    """Raises: ValueError for options that don't go together."""
-    if (job.adapter is None) == (job.from_lora is None):
-        raise ValueError("give an ADAPTER to export, or --from-lora with a LoRA folder, and not both")
-    if job.from_lora is not None and job.format is not None:
-        raise ValueError("--from-lora writes an adapter, so there is no --format")
-    kind = "from-lora" if job.from_lora is not None else job.format or "lora"
-    for option, kinds in (
-        ("rank", ("lora",)),
-        ("rank_pattern", ("lora",)),
-        ("max_shard_size", ("merged",)),
-        ("name", ("from-lora",)),
-    ):
-        if getattr(job, option) and kind not in kinds:
-            raise ValueError(f"--{option.replace('_', '-')} is for {' and '.join(kinds)}, not for {kind}")
+def _flag(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
 
 
-def export(job) -> str:
-    """What was written, in words."""
-    if job.from_lora is not None:
-        return from_lora(job)
-    if job.format == "merged":
-        from s2ft.export.merged import merge_checkpoint
+def _check(job: dict) -> tuple[str | None, dict]:
+    """Check the options against each other.
 
-        merge_checkpoint(job.model, job.adapter, job.output, job.dtype, job.max_shard_size)
-        return f"merged checkpoint, loaded again and compared: {job.output}"
-    if job.format == "gguf":
-        from s2ft.export.merged import merge_gguf
-
-        file = merge_gguf(job.model, job.adapter, job.output, job.dtype)
-        return f"GGUF of the merged model, loaded again and compared: {file}"
-    return to_lora(job)
-
-
-def to_lora(job) -> str:
-    from s2ft.adapter import read_adapter
-    from s2ft.adapter.formats import lora
-    from s2ft.export.merged import folder_beside
-    from s2ft.text.models import dtype_of_base, load_model
-
-    adapter = read_adapter(job.adapter)
-    with folder_beside(job.output) as beside:
-        model, _ = load_model(job.model, dtype_of_base(adapter, job.dtype))
-        lora.write(adapter, model, beside, job.rank, job.rank_pattern)
-        _compare(lora.read(beside, model), adapter)
-        size, rank = (beside / lora.TENSORS).stat().st_size, lora.rank_of(beside)
-    serving = (
-        ""
-        if job.rank_pattern or rank > lora.RANKS[-1]
-        else f"; vLLM: --enable-lora --max-lora-rank {next(one for one in lora.RANKS if one >= rank)}"
-    )
-    return f"LoRA of rank {rank}, {size:,} bytes, read again and compared: {job.output}{serving}"
-
-
-def from_lora(job) -> str:
-    from s2ft.adapter import read_adapter
-    from s2ft.adapter.formats import lora, native
-    from s2ft.adapter.store import model_info
-    from s2ft.export.merged import folder_beside
-    from s2ft.text.models import load_model
-
-    with folder_beside(job.output) as beside:
-        model, _ = load_model(job.model, job.dtype)
-        adapter = lora.read(job.from_lora, model, job.name or "default")
-        adapter.info |= {**model_info(model), "base_model": job.model}
-        native.write(adapter, beside)
-        _compare(read_adapter(beside), adapter)
-    return f"adapter {adapter.name!r}, {adapter.parameters:,} parameters, read again and compared: {job.output}"
-
-
-def _compare(found, adapter) -> None:
-    """Raises: RuntimeError where a number is another."""
-    import torch
-
-    same = found.selection == adapter.selection and all(
-        delta.values.dtype == adapter.deltas[path].values.dtype
-        and torch.equal(delta.index, adapter.deltas[path].index)
-        and torch.equal(delta.values, adapter.deltas[path].values.cpu())
-        for path, delta in found.deltas.items()
-    )
-    if not same:
-        raise RuntimeError("what was written is not the adapter")
+    Returns:
+        The format to convert from, or None; and the options that were given for the one format of this call.
+    """
+    sources = [name for name in IMPORTS if job[f"from_{name}"] is not None]
+    if (job["adapter"] is None) == (not sources) or len(sources) > 1:
+        flags = " or ".join(f"--from-{name}" for name in IMPORTS)
+        raise ValueError(f"give an ADAPTER to export, or {flags} with a folder to convert, and not both")
+    if sources and job["format"] is not None:
+        raise ValueError(f"--from-{sources[0]} writes an adapter, so there is no --format")
+    kind = f"from-{sources[0]}" if sources else job["format"] or DEFAULT
+    allowed = {name: set(export.options) for name, export in EXPORTS.items()}
+    allowed |= {f"from-{name}": {"name"} for name in IMPORTS}
+    given = {option: job[option] for options in allowed.values() for option in options if option in job}
+    for option in sorted(given.keys() - allowed[kind]):
+        kinds = " and ".join(name for name, options in allowed.items() if option in options)
+        raise ValueError(f"{_flag(option)} is for {kinds}, not for {kind}")
+    if sources:
+        given.setdefault("name", None)
+    return (sources[0] if sources else None), given

@@ -1,42 +1,56 @@
 """s2ft finetune: train an adapter on your data."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
-from s2ft.cli.parse import parse, quiet_transformers
+from s2ft.cli.parse import MODEL, parse, quiet_transformers
+from s2ft.text.scoring import TASKS
+from s2ft.train.options import check_fields, option
 
-DEFAULT_D_RATIO = 0.03  # the paper's, where no ratio is given
+DEFAULT_D_RATIO = 0.03  # The paper's, if the user gives no ratio.
+DATA = "JSON or JSONL files with instruction/input/output, prompt/completion, or messages"
+CALIBRATION = {
+    "text": "rows of the data for the selections activation, product and gradient",
+    "shown": "1 % of the rows, at least 16",
+}
+DESCRIPTION = """Train an adapter on your data.
+
+Several devices: torchrun --nproc-per-node N -m s2ft finetune ...
+             or: accelerate launch -m s2ft finetune ...
+Without any ratio the command trains --d-ratio 0.03."""
+EXAMPLE = """  s2ft finetune --model meta-llama/Llama-3.2-1B --data my-data.jsonl --output my-run --epochs 3
+  s2ft finetune --model meta-llama/Llama-3.2-1B --data my-data.jsonl --output my-run --resume"""
 
 
 @dataclass
 class FinetuneArguments:
-    model: str = field(metadata={"help": "a checkpoint folder, a name on the hub, or a .gguf file"})
-    data: list[str] = field(
-        metadata={"help": "JSON or JSONL files with instruction/input/output, prompt/completion, or messages"}
+    model: str = option(text=MODEL, group="model and data")
+    data: list[str] = option(text=DATA, group="model and data", metavar="FILE")
+    output: str = option(
+        text="folder for the adapter, log.jsonl, loss.png and checkpoints", group="output", metavar="DIR"
     )
-    output: str = field(metadata={"help": "folder for the adapter, log.jsonl, loss.png and checkpoints"})
-    limit: int | None = field(default=None, metadata={"help": "take the first rows only"})
-    name: str = field(default="default", metadata={"help": "the adapter's name"})
-    calibration_examples: int | None = field(
-        default=None,
-        metadata={
-            "help": "rows of the data that a selection by activation, product or gradient looks at; default: one in a "
-            "hundred, but at least 16"
-        },
+    limit: int | None = option(None, "use the first N rows only", group="model and data", shown="all rows", least=1)
+    name: str = option("default", "name of the adapter", group="output")
+    calibration_examples: int | None = option(None, group="selection", **CALIBRATION)
+    eval_data: list[str] | None = option(
+        None,
+        "files with held-out rows: their loss is computed at the end, and every --eval-steps updates",
+        group="evaluation",
+        metavar="FILE",
     )
-    eval_data: list[str] | None = field(
-        default=None,
-        metadata={"help": "files of held-out rows to evaluate on: at the end, and every eval_steps updates"},
+    eval_task: str | None = option(
+        None, "also score generated answers to the held-out rows, as s2ft eval does", group="evaluation", choices=TASKS
     )
-    eval_task: str | None = field(
-        default=None,
-        metadata={
-            "help": "arithmetic or commonsense: score generated answers to the held-out rows too, as s2ft eval does"
-        },
+    eval_limit: int | None = option(
+        None, "use the first N held-out rows only", group="evaluation", shown="all rows", least=1
     )
-    eval_limit: int | None = field(default=None, metadata={"help": "take the first held-out rows only"})
-    max_new_tokens: int = field(default=256, metadata={"help": "longest generated answer in tokens, for eval_task"})
-    resume: bool = field(default=False, metadata={"help": "go on from the newest whole checkpoint in output"})
-    overwrite: bool = field(default=False, metadata={"help": "replace the run that output holds"})
+    max_new_tokens: int = option(
+        256, "longest generated answer for --eval-task", group="evaluation", unit="tokens", least=1
+    )
+    resume: bool = option(False, "continue the run in --output from its newest valid checkpoint", group="output")
+    overwrite: bool = option(False, "replace the run in --output", group="output")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def run(arguments: list[str]) -> None:
@@ -45,10 +59,11 @@ def run(arguments: list[str]) -> None:
 
     job, config, options = parse(
         "finetune",
-        "Train an adapter. One device: run as it is. Several: torchrun "
-        "--nproc-per-node N -m s2ft finetune …, or accelerate launch -m s2ft finetune …",
+        DESCRIPTION,
         [FinetuneArguments, S2FTConfig, TrainOptions],
         arguments,
+        EXAMPLE,
+        {S2FTConfig: "selection"},
     )
     quiet_transformers()
     if not config.ratios and config.units is None:
@@ -57,7 +72,18 @@ def run(arguments: list[str]) -> None:
 
 
 def train(job: FinetuneArguments, config, options) -> None:
-    """Everything is checked before a run in the output folder is touched. The first rank alone holds the folder."""
+    """Train, after everything has been checked. Only the first rank reserves the output folder.
+
+    Args:
+        job: The options of the command.
+        config: The S2FTConfig.
+        options: The TrainOptions.
+
+    Raises:
+        ValueError: An option does not fit the model, the data or the machine.
+        FileExistsError: The output folder holds another run, or another process uses it.
+        OSError: A file can't be written. The message names what is kept.
+    """
     from contextlib import nullcontext
 
     from s2ft.files.reading import check_adapter_name
@@ -65,7 +91,7 @@ def train(job: FinetuneArguments, config, options) -> None:
     from s2ft.train.output import RunFolder
 
     check_packages_of_run(options)
-    check_adapter_name(job.name, "name")  # else saving would refuse it after the training
+    check_adapter_name(job.name, "name")  # Saving would refuse the name only after the training.
     ranks, folder = this_rank(), RunFolder(job.output)
     options.accumulation(ranks.num_processes)
     with folder.reserved(job.resume, job.overwrite) if ranks.is_main_process else nullcontext():
@@ -74,46 +100,53 @@ def train(job: FinetuneArguments, config, options) -> None:
 
 def _train(job: FinetuneArguments, config, options, folder, ranks) -> None:
     import s2ft
+    from s2ft.text.calibration import calibration_for
     from s2ft.text.encoding import context_length, encode_examples
     from s2ft.text.examples import read_examples
     from s2ft.text.models import load_model
     from s2ft.text.prompts import pad_id
-    from s2ft.train.calibration import calibration_for
+    from s2ft.train.device import say_device
     from s2ft.train.finetune import check_ranks_agree, training_arguments
-    from s2ft.train.memory import say_memory
+    from s2ft.train.memory import log_memory
 
     examples = read_examples(job.data)[: job.limit]
+    if ranks.is_main_process:
+        say_device(ranks.device)
     model, tokenizer = load_model(job.model, options.dtype)
     room = min(options.max_length, context_length(model) or options.max_length)
     rows = encode_examples(tokenizer, examples, room)
     held_out = _held_out(job, tokenizer, room)
-    arguments = training_arguments(model, options, len(rows), folder)  # raises for what can't be
+    arguments = training_arguments(model, options, len(rows), folder)  # Raises if an option does not work here.
     calibration = calibration_for(config, tokenizer, rows, job.calibration_examples, options.micro_batch_size)
     if calibration is not None:
         model.to(ranks.device)
     if ranks.is_main_process and not job.resume:
-        say_memory(model, config, rows, options, arguments, pad_id(tokenizer))
+        log_memory(model, config, rows, options, arguments, pad_id(tokenizer))
     report = s2ft.attach(model, config, job.name, calibration)
     check_ranks_agree(model)
     if ranks.is_main_process:
         folder.begin(_run_options(job, config, options), job.resume)
         print(report, flush=True)
-    ranks.wait_for_everyone()  # the others must not look into the folder before it is ready
+    ranks.wait_for_everyone()  # The other ranks must not read the folder before it is ready.
     result = _finetune(model, tokenizer, rows, options, folder, job.resume, held_out)
     if ranks.is_main_process:
-        print(
-            f"{result.steps} steps, {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s, loss "
-            f"{result.loss:.4f}\n"
-            + (
-                f"adapter: {result.adapter}"
-                if result.finished
-                else f"stopped before the end: go on with --resume in {folder.path}"
-            )
-        )
+        print(_summary(result, folder))
+
+
+def _summary(result, folder) -> str:
+    steps = f"{result.steps} step{'s' * (result.steps != 1)}"
+    return (
+        f"{steps}, {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s, loss {result.loss:.4f} "
+        "(mean of the last tenth of the logged steps)\n"
+    ) + (
+        f"adapter: {result.adapter}"
+        if result.finished
+        else f"stopped before the end: go on with --resume in {folder.path}"
+    )
 
 
 def _finetune(model, tokenizer, rows, options, folder, resume, held_out):
-    """Raises: OSError that also says what is kept, where a file can't be written, on a full disk for example."""
+    """Train. If a file can't be written, for example on a full disk, the OSError also names what is kept."""
     from s2ft.cli.main import reason_not_written
     from s2ft.train.finetune import finetune
 
@@ -127,11 +160,11 @@ def _finetune(model, tokenizer, rows, options, folder, resume, held_out):
 
 
 def _held_out(job: FinetuneArguments, tokenizer, room: int):
-    """Raises: ValueError for a task without data, or data that it can't score."""
+    """Read the held-out rows. Raises ValueError for a task without data, or for rows that it can't score."""
     from s2ft.text.encoding import encode_examples
     from s2ft.text.examples import read_examples
-    from s2ft.train.evaluate import HeldOut
-    from s2ft.train.scoring import right_answer
+    from s2ft.text.scoring import right_answer
+    from s2ft.train.held_out import HeldOut
 
     if job.eval_data is None:
         if job.eval_task is not None or job.eval_limit is not None:
@@ -147,7 +180,7 @@ def _held_out(job: FinetuneArguments, tokenizer, room: int):
 
 
 def _run_options(job: FinetuneArguments, config, options) -> dict:
-    """What makes a run this run: --resume must find the same."""
+    """Return the options that --resume compares with those of the run that it continues."""
     return {
         "model": job.model,
         "data": job.data,

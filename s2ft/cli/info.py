@@ -1,27 +1,49 @@
-"""s2ft info: say what an adapter folder holds. Quick: no model, no transformers."""
+"""s2ft info: describe an adapter folder. It loads no model and does not import transformers."""
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
+from s2ft.cli.parse import ADAPTER, parse
+from s2ft.train.options import option
+
 DIMS = {0: "rows", 1: "columns"}
+EXAMPLE = "  s2ft info my-run"
+
+
+@dataclass
+class InfoArguments:
+    folder: str = option(text=ADAPTER, positional=True, metavar="DIR")
 
 
 def run(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="s2ft info", description="Say what an adapter folder holds.")
-    parser.add_argument("folder", help="an adapter folder, or the output folder of s2ft finetune")
-    print(describe(Path(parser.parse_args(arguments).folder)))
+    (job,) = parse(
+        "info",
+        "Print the size, the origin, the settings and the deltas of an adapter.",
+        [InfoArguments],
+        arguments,
+        EXAMPLE,
+    )
+    print(describe(Path(job.folder)))
 
 
 def describe(folder: Path) -> str:
-    """What the adapter is, where it comes from and a table of its deltas. Raises: as `s2ft.adapter.read_adapter`."""
+    """Return a text with the adapter's size, origin, settings, and a table of its deltas.
+
+    Args:
+        folder: An adapter folder, or the output folder of a run.
+
+    Raises:
+        FileNotFoundError: The folder does not exist or has no adapter.
+        ValueError: The adapter is damaged, or it is one of PEFT.
+    """
     from s2ft.adapter import read_adapter
     from s2ft.adapter.folders import adapter_folder
 
     folder = adapter_folder(folder)
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
-            f"{folder} is a PEFT adapter: s2ft export --from-lora makes an S²FT adapter of a LoRA "
-            "that is one by its structure"
+            f"{folder} is a PEFT adapter: s2ft export --from-lora makes an S²FT adapter from a LoRA that changes "
+            "the same few rows or columns"
         )
     adapter = read_adapter(folder)
     size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
@@ -30,17 +52,17 @@ def describe(folder: Path) -> str:
     dtypes = sorted({_dtype(delta) for delta in adapter.deltas.values()})
     lines = [
         f"adapter {adapter.name!r} in {folder}: {adapter.parameters:,} parameters, {size:,} bytes",
-        f"{len(adapter.deltas)} projections, {units:,} units, {' and '.join(dtypes)}; a LoRA of the same ranks has "
-        f"about twice the bytes, {2 * tensors:,} where the weights are square",
+        f"{len(adapter.deltas)} projections, {units:,} units, {' and '.join(dtypes)}; as a LoRA about "
+        f"{2 * tensors:,} bytes, if the weights are square",
         f"trained on: {len(adapter.fingerprint['layers'])} layers in {printable(adapter.fingerprint['dtype'])}"
-        + ("" if adapter.couplings is None else f", {len(adapter.couplings)} couplings given by hand"),
+        + ("" if adapter.couplings is None else f", {len(adapter.couplings)} couplings given by the user"),
         f"selection digest: {adapter.selection.digest}",
     ]
     lines += [f"{printable(key)}: {printable(value)}" for key, value in adapter.info.items() if value is not None]
     config = adapter.config
     lines.append(f"{choice(config)}, seed {config.seed}, layout {config.layout}")
     lines += [
-        f"{name} trained whole: {' × '.join(map(str, value.shape))}, {_name(value.dtype)}"
+        f"{name} trained in full: {' × '.join(map(str, value.shape))}, {_name(value.dtype)}"
         for name, value in adapter.extra_weights.items()
     ]
     width = max(map(len, adapter.deltas))
@@ -50,7 +72,7 @@ def describe(folder: Path) -> str:
 
 
 def _row(path: str, delta, units: int, width: int) -> str:
-    word = "channel" if units == delta.index.numel() else "head"  # of several rows or columns
+    word = "channel" if units == delta.index.numel() else "head"  # A head spans several rows or columns.
     return (
         f"{path:<{width}}  {units:>6} {word + 's' * (units != 1):<8}  {delta.index.numel():>6} {DIMS[delta.dim]:<8} "
         f"{_dtype(delta)}  largest update {delta.values.abs().max():.3g}"
@@ -66,14 +88,14 @@ def _name(dtype) -> str:
 
 
 def printable(value) -> str:
-    """On one line, with nothing that a terminal takes for a command."""
+    """Return the value as text on one line, with control characters escaped."""
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in str(value))
 
 
 def choice(config) -> str:
-    """How the units were chosen, in words."""
+    """Describe how the units were chosen."""
     if config.units is not None:
-        return "units: given by hand"
+        return "units: given by the user"
     words = [
         f"ratios: {', '.join(f'{key}_ratio {value:g}' for key, value in config.ratios.items())}; selection "
         f"{config.selection}"

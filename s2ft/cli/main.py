@@ -1,21 +1,34 @@
-"""Choose the command, run it, and turn a user's mistakes into one line."""
+"""Choose the command, run it, and turn a user's mistake into one line."""
 
 import importlib
 import logging
 import os
 import sys
 
+from s2ft.cli.parse import did_you_mean
+
 COMMANDS = {
     "finetune": "train an adapter on your data",
     "select": "choose units and save them, without training",
-    "eval": "score a model, with or without an adapter, by generation",
+    "eval": "score generated answers of a model, with or without an adapter",
     "generate": "write one answer to a prompt",
-    "serve": "answer over HTTP, with many adapters of one base at once",
-    "merge": "write model and adapter as a stock checkpoint",
-    "export": "write an adapter as LoRA, merged checkpoint or GGUF, or a LoRA as adapter",
-    "fuse": "add adapters up into a new one",
-    "info": "say what an adapter folder holds",
-    "demo": "fine-tune a small model from start to finish, no arguments needed",
+    "serve": "answer over HTTP with many adapters of one base model",
+    "merge": "write base model and adapter as one checkpoint",
+    "export": "write an adapter as LoRA, merged checkpoint or GGUF file, or make an adapter from a LoRA",
+    "combine": "add adapters into a new one",
+    "info": "describe an adapter folder",
+    "demo": "fine-tune a small model from start to finish, without any arguments",
+}
+# Commands by the names that other programs give them.
+OTHER_NAMES = {
+    "eval": "evaluate score test",
+    "export": "convert",
+    "combine": "fuse",
+    "finetune": "fit sft train tune",
+    "generate": "inference run",
+    "generate --chat": "chat",
+    "info": "show",
+    "select": "choose",
 }
 MISTAKES = (
     ValueError,
@@ -26,32 +39,45 @@ MISTAKES = (
     PermissionError,
     ImportError,
 )
-WRITERS = ("PytorchStreamWriter failed", "unexpected pos", "I/O error")  # how torch and safetensors say it
+WRITERS = ("PytorchStreamWriter failed", "unexpected pos", "I/O error")  # in messages of torch and safetensors
 TRACEBACK = "S2FT_TRACEBACK"
+# Loggers whose warnings are about other libraries' optional parts. Their errors are still shown.
+CHATTY = ("accelerate", "bitsandbytes", "httpx", "huggingface_hub", "torch.utils._pytree", "torchao", "transformers")
 
 
 def usage() -> str:
-    lines = [
-        "usage: s2ft [--version] [--help] [--traceback] COMMAND …",
-        "",
-        "Structured sparse fine-tuning of large language models.",
-        "",
-        "commands:",
-    ]
-    lines += [f"  {name:<10}{text}" for name, text in COMMANDS.items()]
+    """Return the help of the command without a command's name."""
     return "\n".join(
         [
-            *lines,
+            "usage: s2ft [--version] [--help] [--traceback] COMMAND ...",
             "",
-            "s2ft COMMAND --help lists the options of a command. --traceback, or "
-            f"{TRACEBACK}=1, shows where an error comes from.",
+            "S²FT: structured sparse fine-tuning of large language models.",
+            "",
+            "commands:",
+            *(f"  {name:<10}{text}" for name, text in COMMANDS.items()),
+            "",
+            "s2ft COMMAND --help lists the options of a command.",
+            f"--traceback, or the variable {TRACEBACK}=1, shows where an error was raised, and all warnings.",
+            "",
+            "example:",
+            "  s2ft finetune --model meta-llama/Llama-3.2-1B --data my-data.jsonl --output my-run",
         ]
     )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status: 0 done, 1 a file could not be read or written (a full disk), 2 a mistake in what was asked for,
-    130 interrupted. Other errors are raised."""
+    """Run a command.
+
+    Args:
+        arguments: Words of the command line; default: those of the process.
+
+    Returns:
+        The exit status. 0: done. 1: a file could not be read or written, for example on a full disk. 2: a mistake of
+        the user. 130: interrupted.
+
+    Raises:
+        Exception: An error that is none of these.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     traceback = "--traceback" in arguments or os.environ.get(TRACEBACK, "") not in ("", "0")
     arguments = [argument for argument in arguments if argument != "--traceback"]
@@ -65,24 +91,23 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
-        print(f"s2ft: there is no command {name!r}\n\n{usage()}", file=sys.stderr)
+        kind = "option" if name.startswith("-") else "command"
+        hint = did_you_mean(name, list(COMMANDS), OTHER_NAMES)
+        say_error("s2ft", f"there is no {kind} {name!r}{hint} (see s2ft --help)")
         return 2
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for chatty in ("httpx", "transformers", "accelerate", "torch"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-    logging.getLogger("s2ft").setLevel(logging.DEBUG if traceback else logging.NOTSET)
+    set_up_logging(traceback)
     try:
-        importlib.import_module(f"s2ft.cli.{name}").run(rest)  # here, so that no command waits for another's imports
+        importlib.import_module(f"s2ft.cli.{name}").run(rest)  # Only the chosen command is imported.
     except MISTAKES as error:
         if traceback:
             raise
-        say_error(name, str(error))
+        say_error(f"s2ft {name}", str(error))
         return 2
     except Exception as error:
         reason = reason_not_written(error)
         if traceback or reason is None:
             raise
-        say_error(name, reason)
+        say_error(f"s2ft {name}", reason)
         return 1
     except KeyboardInterrupt:
         print(f"s2ft {name}: interrupted", file=sys.stderr)
@@ -90,17 +115,28 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def say_error(command: str, reason: str) -> None:
-    """One line on stderr. Of several ranks with the same error one says it."""
-    from s2ft.distributed import should_print
+def set_up_logging(everything: bool) -> None:
+    """Log to stderr, one plain line a message, without the warnings of other libraries unless `everything` is set."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("torch").setLevel(logging.WARNING)
+    for chatty in CHATTY:
+        logging.getLogger(chatty).setLevel(logging.WARNING if everything else logging.ERROR)
+    logging.getLogger("s2ft").setLevel(logging.DEBUG if everything else logging.NOTSET)
 
-    line = f"s2ft {command}: error: " + " ".join(reason.splitlines())
-    if should_print(line):
-        print(line, file=sys.stderr)
+
+def say_error(program: str, reason: str) -> None:
+    """Print one line on stderr. If several ranks have the same error, one of them prints it."""
+    line = f"{program}: error: " + " ".join(reason.splitlines())
+    if "WORLD_SIZE" in os.environ:  # Several ranks may have been started; importing PyTorch takes a second.
+        from s2ft.distributed import should_print
+
+        if not should_print(line):
+            return
+    print(line, file=sys.stderr)
 
 
 def reason_not_written(error: Exception) -> str | None:
-    """What the system said where a file could not be read or written; None for any other error."""
+    """Return the system's message if `error` is a file that could not be read or written, else None."""
     if isinstance(error, OSError):
         return str(error)
     text = str(error).strip().split("\n")[0]

@@ -1,22 +1,34 @@
 """s2ft merge: write model and adapter as a stock checkpoint."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from s2ft.cli.parse import parse, quiet_transformers
+from s2ft.cli.parse import ADAPTER, BASE, parse, quiet_transformers
+from s2ft.text.models import DTYPES
+from s2ft.train.options import check_fields, option
+
+EXAMPLE = "  s2ft merge --model meta-llama/Llama-3.2-1B --adapter my-run --output my-model"
 
 
 @dataclass
 class MergeArguments:
-    model: str = field(metadata={"help": "the adapter's base: a checkpoint folder, a name on the hub, or a .gguf file"})
-    adapter: str = field(metadata={"help": "an adapter folder, or the output folder of s2ft finetune"})
-    output: str = field(metadata={"help": "folder for the checkpoint; it must not exist"})
-    dtype: str = field(default="auto", metadata={"help": "auto (that of training), float32, bfloat16, float16"})
+    model: str = option(text=BASE)
+    adapter: str = option(text=ADAPTER, metavar="DIR")
+    output: str = option(text="folder for the checkpoint; it must not exist", metavar="DIR")
+    dtype: str = option("auto", "dtype of the merged weights; auto: the dtype of the training", choices=DTYPES)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def run(arguments: list[str]) -> None:
-    (job,) = parse("merge", "Write a checkpoint that stock transformers loads.", [MergeArguments], arguments)
+    (job,) = parse(
+        "merge",
+        "Write base model and adapter as one checkpoint, which transformers loads without s2ft.",
+        [MergeArguments],
+        arguments,
+        EXAMPLE,
+    )
     quiet_transformers()
-    from s2ft.export.merged import merge_checkpoint
+    from s2ft.export import EXPORTS
 
-    merge_checkpoint(job.model, job.adapter, job.output, job.dtype)
-    print(f"merged checkpoint, loaded again and compared: {job.output}")
+    print(EXPORTS["merged"].run(job.model, job.adapter, job.output, job.dtype))

@@ -1,38 +1,287 @@
-"""Options from dataclasses: a new field is a new option, as --d-ratio and as --d_ratio."""
+"""Options from dataclasses: a field is an option. Nothing here imports PyTorch, so that ``--help`` is quick."""
 
 import argparse
+import difflib
+import itertools
+import logging
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from types import UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+
+GROUPS = ("model and data", "selection", "training", "evaluation", "output", "devices")  # in this order in the help
+MANY = 8  # so many choices of an option stand in its help text, fewer ones behind its name
+SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+TRUE, FALSE = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
+# Options by the names that other programs give them. They are suggested if the command has the option.
+OTHER_NAMES = {
+    "adapter": "adapter-path lora-path",
+    "batch-size": "bs gradient-accumulation-steps",
+    "data": "dataset dataset-name train-file",
+    "dtype": "precision torch-dtype",
+    "dtype bfloat16": "bf16",
+    "dtype float16": "fp16",
+    "epochs": "num-epochs num-train-epochs",
+    "eval-data": "eval-dataset validation-file",
+    "keep-checkpoints": "save-total-limit",
+    "learning-rate": "lr",
+    "limit": "max-samples",
+    "log-steps": "logging-steps",
+    "match-lora-rank": "lora-rank r rank",
+    "max-length": "cutoff-len max-seq-length",
+    "max-new-tokens": "max-tokens",
+    "micro-batch-size": "per-device-train-batch-size",
+    "model": "base-model model-name-or-path",
+    "optimizer": "optim",
+    "output": "out output-dir",
+    "overwrite": "overwrite-output-dir",
+    "resume": "resume-from-checkpoint",
+    "schedule": "lr-scheduler-type scheduler",
+    "warmup-steps": "warmup-ratio",
+    "weight-decay": "wd",
+}
+
+# Help texts that several commands share.
+MODEL = "a checkpoint folder, a name on the hub, or a .gguf file"
+BASE = f"the adapter's base model: {MODEL}"
+ADAPTER = "an adapter folder, or the output folder of s2ft finetune"
+DTYPE = "dtype of the model's weights; auto: the dtype of the adapter's training, or without adapter the checkpoint's"
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Says a default only where there is one."""
-
-    def _get_help_string(self, action):
-        says_default = action.default is not None and not _is_negation(action)
-        return super()._get_help_string(action) if says_default else action.help
+class UsageError(ValueError):
+    """A mistake in the options of a command."""
 
 
-def _is_negation(action: argparse.Action) -> bool:
-    """Whether this is the --no-… that transformers adds to a switch that is on by default."""
-    return any(option.startswith("--no_") for option in action.option_strings) and action.const is False
+class Parser(argparse.ArgumentParser):
+    """Raises UsageError with one line that names the help, where argparse prints the whole usage and exits."""
+
+    def parse_args(self, arguments: list[str]) -> argparse.Namespace:  # type: ignore[override]
+        known = list(self._option_string_actions)
+        for word in itertools.takewhile(lambda word: word != "--", arguments):
+            # Before argparse, which would first complain about the missing option that a wrong name stands for.
+            if word.startswith("--") and " " not in word and word.partition("=")[0] not in known:
+                self.error(_unknown(word, known))
+        found, unknown = self.parse_known_args(arguments)
+        if unknown:
+            self.error(_unknown(unknown[0], known))
+        return found
+
+    def error(self, message: str) -> NoReturn:
+        message = re.sub(r"/--\w+(_\w+)+", "", message)  # the second spelling of each option
+        message = re.sub(r"^argument ([^:]+): (must )?", lambda m: f"{m[1]} must " if m[2] else f"{m[1]}: ", message)
+        message = message.replace("the following arguments are required:", "missing:")
+        raise UsageError(f"{message} (see {self.prog} --help)")
 
 
-def parse(command: str, description: str, kinds: list[type], arguments: list[str]) -> list:
-    """One object of every dataclass in `kinds`. Exits with 2 on a usage error, with 0 after --help."""
-    from transformers import HfArgumentParser
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of description and example, and shows each option once."""
 
-    parser = HfArgumentParser(
-        kinds, prog=f"s2ft {command}", description=description, formatter_class=Help, allow_abbrev=False
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28, width=min(110, shutil.get_terminal_size().columns - 2))
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        names = ", ".join(name for name in action.option_strings if "_" not in name)
+        takes_value = action.nargs != 0 and action.const is None
+        return f"{names} {self._format_args(action, action.dest.upper())}" if takes_value else names
+
+
+def parse(
+    command: str,
+    description: str,
+    kinds: list[type],
+    arguments: list[str],
+    example: str = "",
+    groups: Mapping[type, str] | None = None,
+) -> list:
+    """Read the options of a command.
+
+    Args:
+        command: Name of the command.
+        description: What the command does.
+        kinds: Dataclasses whose fields are the options; see `s2ft.train.options.option` for their metadata.
+        arguments: Words of the command line after the command's name.
+        example: Command lines for the end of the help.
+        groups: One of GROUPS by dataclass, for the fields that name none.
+
+    Returns:
+        One object of each dataclass.
+
+    Raises:
+        UsageError: An option is unknown, missing, or has a wrong value.
+        SystemExit: The help was asked for and printed.
+    """
+    parser = _parser(command, description, kinds, example, groups or {})
+    found = parser.parse_args(arguments)
+    try:
+        return [kind(**{one.name: getattr(found, one.name) for one in fields(kind)}) for kind in kinds]
+    except ValueError as error:
+        raise UsageError(f"{error} (see {parser.prog} --help)") from error
+
+
+def _parser(command: str, description: str, kinds: list[type], example: str, groups: Mapping[type, str]) -> Parser:
+    parser = Parser(
+        prog=f"s2ft {command}",
+        description=description,
+        formatter_class=Help,
+        allow_abbrev=False,
+        epilog=f"example:\n{example}" if example else None,
     )
-    for action in parser._actions:
-        if _is_negation(action):  # else it has the help text of the switch that it turns off
-            action.help = f"turn --{action.dest.replace('_', '-')} off"
-        action.option_strings.sort(key=lambda option: "_" in option)  # help shows the dashed form first
-    return list(parser.parse_args_into_dataclasses(arguments))
+    options = [
+        (one.metadata.get("group", groups.get(kind)), one, hint)
+        for kind in kinds
+        for one, hint in zip(fields(kind), _hints(kind))
+    ]
+    used = {group for group, _, _ in options}
+    headings = {name: parser.add_argument_group(name) for name in GROUPS if name in used}
+    for group, one, hint in options:
+        _add(headings.get(group, parser), one, hint)
+    required = [
+        f"{action.option_strings[0]} {action.metavar}" if action.option_strings else _positional(action)
+        for action in sorted(parser._actions, key=lambda action: bool(action.option_strings))
+        if action.required or not action.option_strings
+    ]
+    parser.usage = " ".join([parser.prog, *required, "[options]"])
+    return parser
+
+
+def _hints(kind: type) -> list[Any]:
+    hints = get_type_hints(kind)
+    return [hints[one.name] for one in fields(kind)]
+
+
+def _positional(action: argparse.Action) -> str:
+    return f"[{action.metavar}]" if action.nargs == "?" else f"{action.metavar}{' ...' * (action.nargs == '+')}"
+
+
+def _add(group: Any, one: Field, hint: Any) -> None:
+    """Add the option of a field, as --d-ratio and as --d_ratio."""
+    default = one.default if one.default_factory is MISSING else one.default_factory()
+    kind, several = _kind(hint)
+    names = _spellings(one.name)
+    if kind is bool:
+        shown = argparse.SUPPRESS if default else _text(one, default)
+        group.add_argument(*names, nargs="?", const=True, default=default, type=_switch, help=shown)
+        if default:
+            shown = _text(one, None, "off")
+            group.add_argument(*_spellings(f"no_{one.name}"), dest=one.name, action="store_false", help=shown)
+        return
+    choices = [name for name in one.metadata.get("choices", ()) if name is not None]
+    read = choice(choices) if choices else {int: _whole, float: _number, str: str}[kind]
+    settings = {
+        "nargs": "+" if several else None,
+        "default": None if default is MISSING else default,
+        "type": read,
+        "metavar": one.metadata.get("metavar") or _metavar(one.name, kind, choices),
+        "help": _text(one, default),
+    }
+    if not one.metadata.get("positional"):
+        group.add_argument(*names, required=default is MISSING, **settings)
+    elif default is MISSING:
+        group.add_argument(one.name, **settings)
+    else:
+        group.add_argument(one.name, **{**settings, "nargs": "?"})
+
+
+def _spellings(name: str) -> list[str]:
+    return list(dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}")))
+
+
+def _kind(hint: Any) -> tuple[type, bool]:
+    """Return bool, int, float or str, and whether the option takes several values. Text serves for all else."""
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kinds = [kind for kind in parts if kind is not type(None)]
+    if str in kinds or len(kinds) > 1:
+        return str, False
+    several = get_origin(kinds[0]) is list
+    return (get_args(kinds[0])[0] if several else kinds[0]), several
+
+
+def _metavar(name: str, kind: type, choices: list[str]) -> str:
+    if choices:
+        return f"{{{','.join(choices)}}}" if len(choices) < MANY else "NAME"
+    if kind is str:
+        return name.upper()
+    return "RATIO" if name.endswith("_ratio") else {int: "N", float: "X"}[kind]
+
+
+def _text(one: Field, default: Any, key: str = "help") -> str:
+    """Return the help text with the default in its unit."""
+    shown = one.metadata.get("shown")
+    if shown is None and isinstance(default, (int, float, str)) and not isinstance(default, bool):
+        shown = f"{f'{default:g}' if isinstance(default, float) else default} {one.metadata.get('unit', '')}".strip()
+    text, choices = one.metadata.get(key, ""), one.metadata.get("choices", ())
+    if len(choices) >= MANY:
+        text += f": one of {', '.join(choices)}"
+    if shown and key == "help":
+        text += f" (default: {shown})"
+    return text.replace("%", "%%")
+
+
+def _switch(text: str) -> bool:
+    if text.lower() not in TRUE + FALSE:
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
+    return text.lower() in TRUE
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+
+
+def choice(choices: Sequence[str]) -> Callable[[str], str]:
+    """Return a reader of one of the choices, which also takes the short name of a dtype."""
+
+    def read(text: str) -> str:
+        value = text if text in choices else SHORT.get(text, text)
+        if value not in choices:
+            raise argparse.ArgumentTypeError(
+                f"must be one of {', '.join(choices)}, got {text!r}{did_you_mean(text, choices)}"
+            )
+        return value
+
+    return read
+
+
+def did_you_mean(word: str, names: Sequence[str], others: Mapping[str, str] | None = None, prefix: str = "") -> str:
+    """Return "; did you mean ...?" with the closest name, or "" if none is close.
+
+    Args:
+        word: The unknown word.
+        names: The known words.
+        others: Other names of known words, separated by blanks, by the known word. More text may follow that word.
+        prefix: Text before the name in the answer.
+    """
+    own = [name for name, elsewhere in (others or {}).items() if word in elsewhere.split() and name.split()[0] in names]
+    close = own or difflib.get_close_matches(word, names, 1)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+def _unknown(word: str, names: list[str]) -> str:
+    if not word.startswith("-"):
+        return f"unexpected argument {word!r}"
+    option = word.partition("=")[0]
+    known = [name[2:] for name in names if name.startswith("--") and "_" not in name and name != "--help"]
+    spelled = option.lstrip("-").replace("_", "-")
+    return f"there is no option {option}{did_you_mean(spelled, known, OTHER_NAMES, '--')}"
 
 
 def quiet_transformers() -> None:
-    """Its progress bars and hints would stand between our own lines."""
-    from transformers.utils import logging
+    """Turn off the progress bars and hints of other libraries, which would stand between our own lines."""
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

@@ -1,36 +1,41 @@
 """s2ft select: choose units and save them, without training."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from s2ft.cli.finetune import DEFAULT_D_RATIO
-from s2ft.cli.parse import parse, quiet_transformers
+from s2ft.cli.finetune import CALIBRATION, DATA, DEFAULT_D_RATIO
+from s2ft.cli.parse import MODEL, parse, quiet_transformers
+from s2ft.text.models import DTYPES
+from s2ft.train.options import check_fields, option
+
+EXAMPLE = """  s2ft select --model meta-llama/Llama-3.2-1B --d-ratio 0.03 --selection weight --output units.json
+  s2ft finetune --model meta-llama/Llama-3.2-1B --data my-data.jsonl --units units.json --output my-run"""
 
 
 @dataclass
 class SelectArguments:
-    model: str = field(metadata={"help": "a checkpoint folder, a name on the hub, or a .gguf file"})
-    output: str = field(metadata={"help": "JSON file for the selection; it must not exist"})
-    data: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "calibration data, JSON or JSONL as for finetune; for selections by activation, product or gradient"
-        },
+    model: str = option(text=MODEL, group="model and data")
+    output: str = option(text="JSON file for the selection; it must not exist", group="model and data", metavar="FILE")
+    data: list[str] | None = option(
+        None,
+        f"calibration data for the selections activation, product and gradient: {DATA}",
+        group="model and data",
+        metavar="FILE",
     )
-    calibration_examples: int | None = field(
-        default=None, metadata={"help": "rows of the data to look at; default: one in a hundred, but at least 16"}
+    calibration_examples: int | None = option(None, group="model and data", **CALIBRATION)
+    batch_size: int = option(8, "rows of one forward pass", group="model and data", unit="rows", least=1)
+    max_length: int = option(
+        1024, "longest row; a longer row is left out", group="model and data", unit="tokens", least=1
     )
-    batch_size: int = field(default=8, metadata={"help": "rows of one forward pass"})
-    max_length: int = field(default=1024, metadata={"help": "longest row in tokens; a longer one is left out"})
-    dtype: str = field(
-        default="auto",
-        metadata={"help": "dtype of the model's weights: auto (the checkpoint's), float32, bfloat16, float16"},
+    dtype: str = option(
+        "auto",
+        "dtype of the model's weights; auto keeps the checkpoint's dtype",
+        group="model and data",
+        choices=DTYPES,
     )
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_fields(self)
 
 
 def run(arguments: list[str]) -> None:
@@ -38,9 +43,11 @@ def run(arguments: list[str]) -> None:
 
     job, config = parse(
         "select",
-        "Choose the units that a config asks for, print a table of them, and save them.",
+        "Choose the units that a configuration describes, print a table of them, and save them.",
         [SelectArguments, S2FTConfig],
         arguments,
+        EXAMPLE,
+        {S2FTConfig: "selection"},
     )
     quiet_transformers()
     if not config.ratios and config.units is None:
@@ -55,11 +62,21 @@ def run(arguments: list[str]) -> None:
 
 
 def choose(job: SelectArguments, config):
+    """Return the selection.
+
+    Args:
+        job: The options of the command.
+        config: The S2FTConfig.
+
+    Raises:
+        ValueError: The configuration needs calibration data and there is none, or the other way round.
+    """
     import torch
 
     import s2ft
+    from s2ft.text.calibration import needs_calibration
     from s2ft.text.models import load_model
-    from s2ft.train.calibration import needs_calibration
+    from s2ft.train.device import say_device
 
     calibrated = needs_calibration(config)
     if bool(job.data) != calibrated:
@@ -68,14 +85,16 @@ def choose(job: SelectArguments, config):
     if not calibrated:
         return s2ft.select(model, config)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return s2ft.select(model.to(accelerator or "cpu"), config, _calibration(job, config, model, tokenizer))
+    device = accelerator or torch.device("cpu")
+    say_device(device)
+    return s2ft.select(model.to(device), config, _calibration(job, config, model, tokenizer))
 
 
 def _calibration(job: SelectArguments, config, model, tokenizer):
+    from s2ft.text.calibration import calibration_for
     from s2ft.text.encoding import context_length, encode_examples
     from s2ft.text.examples import read_examples
-    from s2ft.train.calibration import calibration_for
 
     room = min(job.max_length, context_length(model) or job.max_length)
-    rows = encode_examples(tokenizer, read_examples(job.data), room)
+    rows = encode_examples(tokenizer, read_examples(job.data or []), room)
     return calibration_for(config, tokenizer, rows, job.calibration_examples, job.batch_size)

@@ -1,59 +1,72 @@
-"""s2ft serve: answer over HTTP with a base and its adapters."""
+"""s2ft serve: answer over HTTP with a base model and its adapters."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from s2ft.cli.parse import parse, quiet_transformers
+from s2ft.cli.parse import MODEL, parse, quiet_transformers
 from s2ft.packages import check_packages
+from s2ft.text.models import DTYPES
+from s2ft.train.options import check_fields, option
+
+EXAMPLE = """  s2ft serve --model meta-llama/Llama-3.2-1B --adapters runs
+  s2ft serve --model meta-llama/Llama-3.2-1B --adapters runs --host 0.0.0.0 --port 80 --api-key SECRET"""
 
 
 @dataclass
 class ServeArguments:
-    model: str = field(metadata={"help": "a checkpoint folder, a name on the hub, or a .gguf file"})
-    adapters: str | None = field(
-        default=None,
-        metadata={
-            "help": "a folder of adapters or of outputs of s2ft finetune; clients name them by their folders. New ones "
-            "are found while it runs"
-        },
+    model: str = option(text=MODEL)
+    adapters: str | None = option(
+        None,
+        "a folder with adapters, or with output folders of s2ft finetune; clients name an adapter by its folder, and "
+        "new folders are found while the server runs",
+        metavar="DIR",
     )
-    engine: str = field(
-        default="transformers",
-        metadata={
-            "help": "transformers: built in; vllm: export the adapters as LoRA and run `vllm serve`",
-            "choices": ["transformers", "vllm"],
-        },
+    engine: str = option(
+        "transformers",
+        "transformers: the built-in server; vllm: export the adapters as LoRA and run `vllm serve`",
+        choices=("transformers", "vllm"),
     )
-    host: str = field(default="127.0.0.1", metadata={"help": "address to listen on; the default is this machine alone"})
-    port: int = field(default=8000, metadata={"help": "0: a free one"})
-    api_key: str | None = field(
-        default=None,
-        metadata={"help": "what clients have to give under /v1 (/health and /metrics are open); or set S2FT_API_KEY"},
+    host: str = option("127.0.0.1", "address to listen on; the default is reached from this machine only")
+    port: int = option(8000, "port to listen on; 0 takes a free one")
+    api_key: str | None = option(
+        None,
+        "key that clients must send for all paths under /v1 (/health and /metrics are open)",
+        shown="the variable S2FT_API_KEY, if it is set",
+        metavar="KEY",
     )
-    served_model_name: str | None = field(
-        default=None, metadata={"help": "what clients call the base; default: the model's name, or its folder's"}
+    served_model_name: str | None = option(
+        None, "name of the base model for clients", shown="the name of the model or of its folder", metavar="NAME"
     )
-    max_batch_size: int = field(default=16, metadata={"help": "answers generated at once"})
-    max_batch_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "of prompts and answers in the batch, which bounds the memory of keys and values. Default: no limit"
-        },
+    max_batch_size: int = option(16, "answers that are generated at once", unit="answers")
+    max_batch_tokens: int | None = option(
+        None,
+        "tokens of all prompts and answers in the batch, which limits the memory of keys and values",
+        shown="no limit",
     )
-    queue_size: int = field(default=256, metadata={"help": "requests that may wait; more are refused with 429"})
-    timeout: float = field(default=300.0, metadata={"help": "seconds for a request, waiting included"})
-    max_tokens_limit: int | None = field(
-        default=None, metadata={"help": "the longest answer in tokens; default: what the context leaves"}
+    queue_size: int = option(256, "requests that may wait; more are refused with status 429", unit="requests")
+    timeout: float = option(300.0, "longest time of a request, waiting included", unit="seconds", metavar="SECONDS")
+    max_tokens_limit: int | None = option(None, "longest answer in tokens", shown="the rest of the context")
+    max_body_bytes: int = option(2 << 20, "largest request in bytes", shown="2097152, which is 2 MiB")
+    adapter_bytes: int | None = option(
+        None, "memory for adapters in bytes; the least recently used ones are removed", shown="no limit"
     )
-    max_body_bytes: int = field(default=2 << 20, metadata={"help": "the largest request"})
-    adapter_bytes: int | None = field(
-        default=None, metadata={"help": "memory for adapters; those used longest ago make room. Default: no limit"}
+    grace: float = option(
+        20.0, "time to finish running requests after SIGTERM or Ctrl-C", unit="seconds", metavar="SECONDS"
     )
-    grace: float = field(default=20.0, metadata={"help": "seconds to finish after SIGTERM or Ctrl-C"})
-    dtype: str = field(default="auto", metadata={"help": "auto (the checkpoint's), float32, bfloat16, float16"})
+    dtype: str = option("auto", "dtype of the model's weights; auto keeps the checkpoint's dtype", choices=DTYPES)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def run(arguments: list[str]) -> None:
-    (job,) = parse("serve", "Serve a base and its adapters with an API like OpenAI's.", [ServeArguments], arguments)
+    (job,) = parse(
+        "serve",
+        "Answer over HTTP with a base model and its adapters. The API is like OpenAI's; a request's `model` names the\n"
+        "adapter.",
+        [ServeArguments],
+        arguments,
+        EXAMPLE,
+    )
     quiet_transformers()
     if job.engine == "vllm":
         check_packages("s2ft serve --engine vllm", "--engine transformers, which serves without it")
@@ -67,11 +80,16 @@ def run(arguments: list[str]) -> None:
 
 
 def check(job: ServeArguments) -> None:
-    """What can be wrong, before minutes go into loading."""
+    """Check the options before the model is loaded, which can take minutes.
+
+    Raises:
+        NotADirectoryError: The folder of adapters does not exist.
+        ValueError: A number is outside its range.
+    """
     from pathlib import Path
 
     if job.adapters is not None and not Path(job.adapters).is_dir():
-        raise NotADirectoryError(f"adapters {job.adapters} is no folder")
+        raise NotADirectoryError(f"adapters {job.adapters} is not a folder")
     if not 0 <= job.port < 1 << 16:
         raise ValueError(f"port must be 0 to 65535, got {job.port}")
     for name in ("max_batch_size", "queue_size", "timeout", "max_body_bytes"):
@@ -82,6 +100,7 @@ def check(job: ServeArguments) -> None:
 
 
 def serve_here(job: ServeArguments) -> None:
+    """Serve with the built-in server until it is stopped."""
     from s2ft.serve.options import Limits, ServerOptions, key_of, served_name
     from s2ft.serve.server import serve
     from s2ft.text.models import load_model
@@ -102,6 +121,7 @@ def serve_here(job: ServeArguments) -> None:
 
 
 def serve_by_vllm(job: ServeArguments) -> None:
+    """Export the adapters as LoRA and replace this process by `vllm serve`. Raises ValueError without adapters."""
     import os
     import tempfile
     from pathlib import Path
@@ -113,7 +133,7 @@ def serve_by_vllm(job: ServeArguments) -> None:
         raise ValueError("--engine vllm serves adapters: give --adapters")
     key = key_of(job.api_key)
     warn_if_open(job.host, key)
-    # the folder stays where vLLM takes this process over, which reads it
+    # vLLM replaces this process and reads the folder, which is therefore not removed. It is, if the export fails.
     with tempfile.TemporaryDirectory(prefix="s2ft-vllm-") as target:
         exported = vllm.export(job.model, job.adapters, Path(target))
         base = job.served_model_name or served_name(job.model)

@@ -1,14 +1,14 @@
-"""How much memory training takes, counted in one step on tensors without data.
+"""Memory of training, counted in one step on tensors without data.
 
-A copy of the model that holds shapes only gets S²FT's own layers and runs a forward, a backward and a step of the
-optimizer on PyTorch's fake tensors, which take the kernels and dtypes of the device and compute nothing. What autograd
-saves on the way is what it would save of a real model, storage by storage. Tensors that depend on no weight are real:
-token ids, masks, positions, and which expert gets which token.
+The step runs on a shadow model: a copy of the model on the meta device, which has S²FT's trainable layers but no data.
+Its tensors are PyTorch's fake tensors. They choose the kernels and dtypes of the device and compute nothing. In the
+forward, the backward and the optimizer's step, autograd saves the same storages as for a real model. Tensors that do
+not depend on weights are real: token ids, masks, positions, and the experts of each token.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from typing import Any, ContextManager, Optional, Tuple, Union
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,12 @@ from s2ft.config import S2FTConfig
 from s2ft.estimation.inputs import made_inputs, shape_of, with_cache
 from s2ft.estimation.memory import free_memory, resident
 from s2ft.estimation.optimizers import OPTIMIZERS, Optimizer, maker
-from s2ft.estimation.result import Estimate, Part
+from s2ft.estimation.result import Estimate, MemoryPart
+from s2ft.estimation.shadow import checkpoint, forget_data, make_shadow
 from s2ft.estimation.step import Step
-from s2ft.estimation.twin import checkpoint, forget_data, twin_of
 from s2ft.model.coupling import Coupling
 
-__all__ = ["OPTIMIZERS", "Estimate", "Part", "estimate"]
+__all__ = ["OPTIMIZERS", "Estimate", "MemoryPart", "estimate"]
 
 
 @of_compiled
@@ -45,48 +45,66 @@ def estimate(
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     couplings: Sequence[Coupling] | None = None,
 ) -> Estimate:
-    """How many bytes training `model` with `config` will take, layer by layer, before anything is attached or loaded.
+    """Estimate the memory of training, layer by layer, before an adapter is attached or weights are loaded.
 
     Args:
-        model: as for :func:`attach`, without adapters; on the meta device, or with weights, of which nothing is read,
-            copied or changed. Hooks on it, forwards that were replaced, and checkpointing that is switched on count;
-            layers that are dropped at random count as if they never were, and a mixture's experts get as many tokens
-            each.
-        config: what to train. Units of all selections are counted as if chosen at random, the same number in every
-            layer: metrics need data, and sizes depend on the number alone.
-        batch: sequences, images or recordings of one forward on one device.
-        length: tokens of each, for a model that takes token ids (of encoder-decoders on both sides).
-        optimizer: a key of OPTIMIZERS, or a class or function that makes a torch optimizer of a list of parameters.
-        gradient_checkpointing: True or "non-reentrant", or "reentrant".
-        autocast: the dtype of torch.autocast around the forward.
-        dtype: of the weights, where they will be loaded in another one than `model` has now.
-        device: "cpu" or "cuda". Default: where a model with weights is, else a GPU where there is one.
-        logits: at how many positions of each row, counted from the end: the model's logits_to_keep. Default: all.
-        accumulation: forwards to a step; with more than one the gradients lie beside the next forward.
-        use_cache: whether keys and values go through a cache. Default: as the model's config says, which is what a
-            plain loop gets; transformers' Trainer and the command line train without.
-        example: a tensor, a tuple of arguments or a dict of them, labels too, that the model is run on instead of
-            inputs made from its config by batch and length. The values are of no matter but in masks and labels.
-        loss: of (model, inputs), what to differentiate. Default: the model's own loss where it gives one, for which
-            inputs that are made have labels; else all its outputs.
-        couplings: as for :func:`attach`.
-    Returns: an :class:`Estimate`.
-    Raises: ValueError or TypeError naming the argument; ValueError where what the model does depends on what it
-        computes, and what :func:`attach` would raise.
+        model: A model without adapters, as for :func:`attach`. It may be on the meta device. Its weights are not read,
+            copied or changed. Its hooks, replaced forwards and gradient checkpointing are taken into account. Layers
+            that are dropped at random count as if none were dropped, and all experts of a mixture get as many tokens.
+        config: What to train. Every selection is counted as random and uniform, because metrics need data and the sizes
+            depend only on the number of units.
+        batch: Number of sequences, images or recordings in one forward on one device.
+        length: Number of tokens of each sequence, for models that take token ids. For an encoder-decoder it applies to
+            both sides.
+        optimizer: A key of ``s2ft.estimation.OPTIMIZERS``, or a class or function that makes a torch optimizer from a
+            list of parameters.
+        gradient_checkpointing: True or "non-reentrant", or "reentrant". Default: as the model is set.
+        autocast: Dtype of ``torch.autocast`` around the forward. Default: no autocast.
+        dtype: Dtype in which the weights will be loaded. Default: the dtype of `model`.
+        device: "cpu" or "cuda". Default: the device of the weights, or for a model on the meta device a GPU if there is
+            one.
+        logits: Number of positions at the end of each row that get logits, the model's ``logits_to_keep``. Default:
+            all.
+        accumulation: Number of forwards per step. With more than one, the gradients exist during the next forward.
+        use_cache: True if keys and values go through a cache. Default: the setting of the model's config, which applies
+            in a plain loop. transformers' Trainer and the command line train without a cache.
+        example: A tensor, a tuple of arguments or a dict of arguments, with labels, to run the model on instead of
+            inputs made from its config, `batch` and `length`. Only the values of masks and labels matter.
+        loss: Function of (model, inputs) that returns what to differentiate. Default: the model's own loss if it
+            returns one, otherwise all its outputs. Inputs that s2ft makes have labels if the model takes them.
+        couplings: The model's couplings, as for :func:`attach`.
+
+    Returns:
+        The estimate, in bytes.
+
+    Raises:
+        TypeError: An argument has a wrong type. The message names it.
+        ValueError: An argument is wrong, :func:`attach` would refuse the model or config, or what the model does
+            depends on values that it computes.
+
+    Example:
+        >>> estimate = s2ft.estimate(model, s2ft.S2FTConfig(d_ratio=0.1), batch=2, length=8, optimizer="adamw")
+        >>> estimate.trained, estimate.gradients, estimate.optimizer
+        (1664, 6656, 13320)
+        >>> print(estimate)
+        part                parameters  trained  gradients  optimizer  kept for backward
+        model.embed_tokens    24.0 KiB        0        0 B        0 B                0 B
+        model.layers.0       147.8 KiB      832    3.2 KiB    6.5 KiB              832 B
+        ...
     """
     _check(config, batch, length, example, accumulation, logits, use_cache, loss)
     make = maker(optimizer)
     place, kernels, notes = _place(model, device)
     with torch.random.fork_rng([kernels] if kernels.type == "cuda" else []), _not_on_meta():
-        twin, record = twin_of(model, config, dtype, couplings)
+        shadow, record = make_shadow(model, config, dtype, couplings)
         if gradient_checkpointing:
-            checkpoint(twin, gradient_checkpointing)
-        forget_data(twin, kernels)
-        inputs = made_inputs(twin, batch, length, logits, kernels) if example is None else example
+            checkpoint(shadow, gradient_checkpointing)
+        forget_data(shadow, kernels)
+        inputs = made_inputs(shadow, batch, length, logits, kernels) if example is None else example
         step = Step(
-            twin.train(),
+            shadow.train(),
             record,
-            with_cache(twin, inputs, use_cache),
+            with_cache(shadow, inputs, use_cache),
             loss,
             kernels,
             autocast,
@@ -95,12 +113,12 @@ def estimate(
         step.run(make, accumulation)
     if config.units is None and (config.selection, config.allocation) != ("random", "uniform"):
         notes += (f"selection={config.selection!r}, allocation={config.allocation!r} is counted as random and uniform",)
-    there = resident(model, place) if dtype is None else 0
-    return Estimate(step.parts(), *shape_of(inputs), str(place), *step.peak(), there, free_memory(place), notes)
+    loaded = resident(model, place) if dtype is None else 0
+    return Estimate(step.parts(), *shape_of(inputs), str(place), *step.peak(), loaded, free_memory(place), notes)
 
 
-def _not_on_meta() -> ContextManager:
-    """Within ``torch.device("meta")``, where a model is made and this may be called, new tensors would have no data."""
+def _not_on_meta() -> AbstractContextManager:
+    """Create new tensors on the CPU. Under ``torch.device("meta")`` they would have no data."""
     return torch.device("cpu") if torch.get_default_device().type == "meta" else nullcontext()
 
 
@@ -111,9 +129,9 @@ def _check(
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
     if example is not None:
         sizes = {"batch": batch, "length": length, "logits": logits}
-        given = [name for name, value in sizes.items() if value is not None]
-        if given:
-            raise ValueError(f"example says what the model is run on: leave out {', '.join(given)}")
+        needless = [name for name, value in sizes.items() if value is not None]
+        if needless:
+            raise ValueError(f"example gives the inputs of the model: leave out {', '.join(needless)}")
         if not isinstance(example, (Tensor, tuple, list, dict)):
             raise TypeError(f"example must be a tensor, a tuple or a dict, got {type(example).__name__}")
         shape_of(example)
@@ -132,11 +150,11 @@ def _check(
 
 
 def _place(model: nn.Module, device: Any) -> tuple[torch.device, torch.device, tuple[str, ...]]:
-    """The device to train on, the one whose kernels are taken, and a note where they are not the same."""
-    here = {tensor.device for tensor in model.parameters()} - {torch.device("meta")}
+    """Return the device to train on, the device whose kernels are counted, and a note if these differ."""
+    devices = {tensor.device for tensor in model.parameters()} - {torch.device("meta")}
     gpu = torch.cuda.is_available()
     if device is None:
-        device = next(iter(here)) if len(here) == 1 else "cuda" if gpu else "cpu"
+        device = next(iter(devices)) if len(devices) == 1 else "cuda" if gpu else "cpu"
     try:
         place = torch.device(device)
     except (RuntimeError, TypeError):
@@ -144,5 +162,5 @@ def _place(model: nn.Module, device: Any) -> tuple[torch.device, torch.device, t
     if place is None or place.type not in ("cpu", "cuda"):
         raise ValueError(f"device must be 'cpu' or 'cuda', got {str(device)!r}")
     if place.type == "cuda" and not gpu:
-        return place, torch.device("cpu"), ("no GPU is here to ask which kernels it takes: the CPU's are counted",)
+        return place, torch.device("cpu"), ("there is no GPU here, so the kernels of the CPU are counted",)
     return place, place, ()

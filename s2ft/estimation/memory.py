@@ -1,4 +1,4 @@
-"""Storages that are alive, and memory that is free."""
+"""Counts storages that are alive, and reads how much memory is free."""
 
 import re
 import weakref
@@ -13,34 +13,36 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
-# which argument is the weight
+# the position of the weight among the arguments
 NORMS = {aten.native_layer_norm.default: 2, aten.native_group_norm.default: 1, aten.native_batch_norm.default: 1}
 INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)
 
 
 class Memory(TorchDispatchMode):
-    """Sees every operator. How many bytes of storages are alive on the device, those of the model itself left out, and
-    the most at once by phase."""
+    """Counts, at every operator, the bytes of storages that are alive on the device, and the largest number by phase.
 
-    def __init__(self, twin: nn.Module, device: torch.device) -> None:
+    The storages of the model itself are not counted.
+    """
+
+    def __init__(self, shadow: nn.Module, device: torch.device) -> None:
         super().__init__()
         self.device, self.phase, self.alive, self.peaks = device, "", 0, Counter()
-        own = (storage for tensor in [*twin.parameters(), *twin.buffers()] for storage in storages(tensor))
-        self._own = {storage._cdata: storage for storage in own}  # alive, even where a layer replaces its weight
+        of_model = (storage for tensor in [*shadow.parameters(), *shadow.buffers()] for storage in storages(tensor))
+        self._of_model = {storage._cdata: storage for storage in of_model}  # held, so that they stay alive
         self._seen: dict[str, set[int]] = {"alive": set(), "saved": set()}
         self._scalar: float | None = None
 
-    def is_new(self, storage: torch.UntypedStorage, list_: str) -> bool:
-        """Whether it is neither the model's nor on this list, where it then is for as long as it lives."""
-        key, seen = storage._cdata, self._seen[list_]
-        if key in self._own or key in seen:
+    def is_new(self, storage: torch.UntypedStorage, purpose: str) -> bool:
+        """Return True the first time that a storage is seen for a purpose, unless it belongs to the model."""
+        key, seen = storage._cdata, self._seen[purpose]
+        if key in self._of_model or key in seen:
             return False
         seen.add(key)
         weakref.finalize(storage, seen.discard, key)
         return True
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.prim.device.default:  # fake tensors ask this more often than anything
+        if function is torch.ops.prim.device.default:  # fake tensors call this more often than any other
             return function(*args)
         if function is aten._local_scalar_dense.default and self._scalar is not None and type(args[0]) is not Tensor:
             return self._scalar
@@ -51,21 +53,21 @@ class Memory(TorchDispatchMode):
         return output
 
     def _run(self, function, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """What the operator gives, put right where PyTorch's fake one gives something else than the real one."""
+        """Run the operator, and correct the result where PyTorch's fake operator differs from the real one."""
         if function in INDEXED:
             args = (args[0], _numbered(args[1]), *args[2:])
         if function is aten._grouped_mm.default and self.device.type == "cpu":
-            return _product(*args)  # the fake one takes bfloat16 only, the CPU's all
+            return _product(*args)  # the fake one takes only bfloat16, the CPU's all dtypes
         output = function(*args, **kwargs)
-        if function is aten.rand.default and len(args[0]) == 0:  # whether a layer is dropped: none is
+        if function is aten.rand.default and len(args[0]) == 0:  # decides if a layer is dropped: none is
             return output.fill_(1)
         if function in NORMS and self.device.type == "cpu" and args[NORMS[function]] is not None:
-            statistics = args[NORMS[function]].dtype  # the weight's; the fake one takes the input's
+            statistics = args[NORMS[function]].dtype  # the weight's dtype; the fake one uses the input's
             return output[0], *(tensor.to(statistics) for tensor in output[1:])
         return output
 
     def watch(self, tensor: Tensor) -> None:
-        """Count it for as long as it lives, if it isn't counted."""
+        """Count a tensor's storages as long as they live. A storage is counted once."""
         for storage in storages(tensor):
             if self.is_new(storage, "alive"):
                 self.alive += storage.nbytes()
@@ -77,7 +79,7 @@ class Memory(TorchDispatchMode):
 
     @contextmanager
     def scalars_are(self, value: float) -> Iterator[None]:
-        """What a tensor without data is asked for as a number has this value inside."""
+        """Inside this context, reading a number from a tensor without data returns `value`."""
         self._scalar = value
         try:
             yield
@@ -86,7 +88,7 @@ class Memory(TorchDispatchMode):
 
 
 def _numbered(indices: Any) -> Any:
-    """Masks that are real as numbers: how many those are shows in the shape, and only a real one knows."""
+    """Replace real masks by indices. The result's shape depends on their values, which a fake mask does not have."""
     if not any(type(index) is Tensor and index.dtype == torch.bool for index in indices):
         return indices
     return [
@@ -96,14 +98,14 @@ def _numbered(indices: Any) -> Any:
     ]
 
 
-def _product(a: Tensor, b: Tensor, offs: Tensor | None = None, *others: Any) -> Tensor:
-    """What a product of groups gives, each side stacked [groups, ...] or with its groups in a row."""
+def _product(a: Tensor, b: Tensor, offs: Tensor | None = None, *rest: Any) -> Tensor:
+    """Return an empty result of a grouped product. A side has shape [groups, ...], or its groups in one dimension."""
     groups = [offs.numel()] if a.dim() == b.dim() == 2 else [a.shape[0]] if a.dim() == b.dim() == 3 else []
     return a.new_empty(*groups, a.shape[-2], b.shape[-1])
 
 
 def storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
-    """One, or those of the tensors that a wrapper holds."""
+    """Yield the storage of a tensor, or the storages of the tensors in a wrapper."""
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
             yield from storages(getattr(tensor, name))
@@ -112,7 +114,7 @@ def storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
 
 
 def bytes_of(tensors: Iterable[Tensor], seen: set[int] | None = None) -> int:
-    """Of their storages, each once, without those already seen."""
+    """Return the bytes of the tensors' storages, without those in `seen`. A storage is counted once."""
     seen, total = set() if seen is None else seen, 0
     for tensor in tensors:
         for storage in storages(tensor):
@@ -126,12 +128,12 @@ def bytes_of(tensors: Iterable[Tensor], seen: set[int] | None = None) -> int:
 
 
 def resident(model: nn.Module, device: torch.device) -> int:
-    """What of the model is on the device already."""
+    """Return the bytes of the model that are on the device already."""
     return bytes_of(tensor for tensor in [*model.parameters(), *model.buffers()] if tensor.device.type == device.type)
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that are free on a GPU, or available on the host, within its control group; None where nothing says so."""
+    """Return the free bytes of a GPU, or of the host within its control group. None if they are not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] if torch.cuda.is_available() else None
     return min((number for number in (_available_on_host(), _left_in_group()) if number is not None), default=None)
@@ -147,7 +149,7 @@ def _available_on_host() -> int | None:
 
 
 def _left_in_group() -> int | None:
-    """Of version 2; files that were read count as used there and are given back when needed."""
+    """Return the bytes left in a control group of version 2. The cache of files counts as free."""
     try:
         with (
             open("/sys/fs/cgroup/memory.max") as most,
@@ -156,5 +158,5 @@ def _left_in_group() -> int | None:
         ):
             cached = re.search(r"^inactive_file (\d+)$", stat.read(), re.MULTILINE)
             return int(most.read()) - int(current.read()) + (int(cached[1]) if cached else 0)
-    except (OSError, ValueError):  # no group, or one without a limit
+    except (OSError, ValueError):  # there is no group, or it has no limit
         return None

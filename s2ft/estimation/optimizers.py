@@ -1,15 +1,15 @@
-"""Optimizers by name. What they hold is measured, after a step on parameters without data."""
+"""Optimizers by name. Their memory is measured after a step on parameters without data."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from s2ft.packages import MissingPackages, is_installed
 
-Optimizer = Union[str, Callable[[list[Tensor]], torch.optim.Optimizer]]
+Optimizer = str | Callable[[list[Tensor]], torch.optim.Optimizer]
 
 
 def _bitsandbytes(name: str, parameters: list[Tensor]) -> torch.optim.Optimizer:
@@ -21,7 +21,7 @@ def _bitsandbytes(name: str, parameters: list[Tensor]) -> torch.optim.Optimizer:
 
 
 def _torch(kind: type, parameters: list[Tensor], **options: Any) -> torch.optim.Optimizer:
-    # on a GPU PyTorch takes all parameters at once by itself, but for those of other types than its own
+    # On a GPU PyTorch updates all parameters at once, but only if their types are its own. These are fake tensors.
     return kind(parameters, foreach=True if parameters[0].device.type == "cuda" else None, **options)
 
 
@@ -37,7 +37,12 @@ OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
 
 
 def maker(optimizer: Optimizer) -> Callable[[list[Tensor]], torch.optim.Optimizer]:
-    """The function that makes one of a list of parameters. Raises: ValueError or TypeError for what is none."""
+    """Return the function that makes the optimizer from a list of parameters.
+
+    Raises:
+        ValueError: The name is unknown.
+        TypeError: `optimizer` is neither a name nor a class or function.
+    """
     if isinstance(optimizer, str):
         if optimizer not in OPTIMIZERS:
             raise ValueError(
@@ -47,7 +52,7 @@ def maker(optimizer: Optimizer) -> Callable[[list[Tensor]], torch.optim.Optimize
         return OPTIMIZERS[optimizer]
     if not callable(optimizer) or isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
-            "optimizer must be a name, or a class or function that makes a torch.optim.Optimizer of a list "
+            "optimizer must be a name, or a class or function that makes a torch.optim.Optimizer from a list "
             f"of parameters, got {type(optimizer).__name__}"
         )
     return optimizer

@@ -1,4 +1,4 @@
-"""What an estimate says, as a table and in a sentence."""
+"""The result of an estimate, and its table."""
 
 import re
 from collections.abc import Iterator
@@ -7,83 +7,153 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Part:
-    """What a layer, or another part of the model, takes: bytes, but for `trained`."""
+class MemoryPart:
+    """The memory of a layer or another part of the model, in bytes except for `trained`.
+
+    Attributes:
+        name: Name of the part.
+        parameters: Frozen weights and deltas. A tied weight counts in the first part that has it.
+        buffers: Buffers.
+        trained: Number of trained parameters, not bytes.
+        gradients: Gradients.
+        optimizer: State of the optimizer.
+        kept: Tensors that autograd saves in the forward for the backward.
+    """
 
     name: str
-    parameters: int  # frozen ones and deltas; a tied weight where it comes first
+    parameters: int
     buffers: int
-    trained: int  # numbers
+    trained: int
     gradients: int
     optimizer: int
-    kept: int  # for backward
+    kept: int
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What training will take, in bytes; prints as a table, a line for each part and alike layers in one."""
+    """The memory of training, in bytes. :func:`s2ft.estimate` makes it. It prints as a table.
 
-    parts: list[Part]
-    batch: int  # sequences, images or recordings of one forward
-    length: int | None  # tokens of each; None where inputs are no tokens
+    The table has a line per part. Consecutive layers with the same numbers share a line.
+
+    Attributes:
+        parts: Memory of the model's parts, in the model's order.
+        batch: Number of sequences, images or recordings in one forward.
+        length: Number of tokens of each, or None if the inputs are not tokens.
+        device: Device of the training.
+        peak: Largest memory in use at one time during a step.
+        peak_in: Phase of the peak: "forward", "backward" or "optimizer".
+        resident: Part of the peak that is on the device already: the weights of a loaded model.
+        free: Free memory of the device, or None if it is not known.
+        notes: Assumptions of the numbers.
+
+    Example:
+        >>> estimate = s2ft.estimate(model, s2ft.S2FTConfig(d_ratio=0.1), batch=2, length=8)
+        >>> estimate.peak_in, estimate.parts[1].name, estimate.parts[1].trained
+        ('backward', 'model.layers.0', 832)
+    """
+
+    parts: list[MemoryPart]
+    batch: int
+    length: int | None
     device: str
-    peak: int  # most that is alive at once in a step, everything together
-    peak_in: str  # forward, backward or optimizer: where
-    resident: int  # of it, what is on the device already: the weights of a model that is loaded
-    free: int | None  # on the device now; None where that isn't known
-    notes: tuple[str, ...]  # what the numbers rest on
+    peak: int
+    peak_in: str
+    resident: int
+    free: int | None
+    notes: tuple[str, ...]
 
     @property
     def parameters(self) -> int:
+        """Bytes of all parameters: frozen weights and deltas."""
         return sum(part.parameters for part in self.parts)
 
     @property
     def buffers(self) -> int:
+        """Bytes of all buffers."""
         return sum(part.buffers for part in self.parts)
 
     @property
     def trained(self) -> int:
-        """Numbers, not bytes."""
+        """Number of trained parameters, not bytes."""
         return sum(part.trained for part in self.parts)
 
     @property
     def gradients(self) -> int:
+        """Bytes of all gradients."""
         return sum(part.gradients for part in self.parts)
 
     @property
     def optimizer(self) -> int:
+        """Bytes of the optimizer's state."""
         return sum(part.optimizer for part in self.parts)
 
     @property
     def kept(self) -> int:
-        """What autograd saves in one forward for the backward, each storage once, without parameters and buffers."""
+        """Bytes that autograd saves in one forward for the backward, without parameters and buffers."""
         return sum(part.kept for part in self.parts)
 
     @property
     def fits(self) -> bool | None:
-        """Whether what is not there yet fits into the memory that is free; None where that isn't known."""
+        """True if the memory that is still needed is free on the device. None if the free memory is not known."""
         return None if self.free is None else self.peak - self.resident <= self.free
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the estimate for JSON.
+
+        Returns:
+            All attributes, and the sums over the parts.
+
+        Example:
+            >>> estimate = s2ft.estimate(model, s2ft.S2FTConfig(d_ratio=0.1), batch=2, length=8)
+            >>> estimate.to_dict()["trained"]
+            1664
+        """
         sums = ("parameters", "buffers", "trained", "gradients", "optimizer", "kept", "fits")
         return {**asdict(self), "notes": list(self.notes), **{name: getattr(self, name) for name in sums}}
 
     def summary(self) -> str:
-        """A short paragraph: what is needed, of what, and whether it fits."""
+        """Return a paragraph with the needed memory, its kinds, and whether it fits.
+
+        Returns:
+            The text, without line breaks.
+
+        Example:
+            >>> s2ft.estimate(model, s2ft.S2FTConfig(d_ratio=0.1), batch=2, length=8).summary()
+            'Training takes ... KiB at most: 343.8 KiB of parameters, 6.5 KiB of gradients, ...'
+        """
+        return f"Training takes {size(self.peak)} at most: {', '.join(self._needs())}. {self._verdict()}"
+
+    def lines(self) -> str:
+        """Return the summary with one line per kind of memory.
+
+        Returns:
+            The text, several lines.
+
+        Example:
+            >>> print(s2ft.estimate(model, s2ft.S2FTConfig(d_ratio=0.1), batch=2, length=8).lines())
+            Training takes ... KiB at most:
+              343.8 KiB of parameters
+              ...
+        """
+        needs = "\n".join(f"  {need}" for need in self._needs())
+        return f"Training takes {size(self.peak)} at most:\n{needs}\n{self._verdict()}"
+
+    def _needs(self) -> list[str]:
+        """Return the kinds of memory and their sizes."""
         inputs = f"{self.batch}" if self.length is None else f"{self.batch} × {self.length} tokens"
-        weights = size(self.parameters + self.buffers)
-        return (
-            f"Training takes {size(self.peak)} at most: {weights} of parameters, {size(self.gradients)} of "
-            f"gradients, {size(self.optimizer)} of optimizer state, {size(self.kept)} kept for backward (batch of "
-            f"{inputs}), and what the {self.peak_in} needs for a moment. {self._verdict()}"
-        )
+        return [
+            f"{size(self.parameters + self.buffers)} of parameters",
+            f"{size(self.gradients)} of gradients",
+            f"{size(self.optimizer)} of optimizer state",
+            f"{size(self.kept)} kept for backward (batch of {inputs})",
+            f"and the temporary memory of the {self.peak_in}",
+        ]
 
     def _verdict(self) -> str:
         needed = self.peak - self.resident
-        more = f" beside the {size(self.resident)} that are loaded" if self.resident else ""
+        more = f" in addition to the {size(self.resident)} that are loaded" if self.resident else ""
         if self.free is None:
-            return f"How much is free on {self.device} is not known."
+            return f"The free memory of {self.device} is not known."
         if self.fits:
             return f"{size(self.free)} are free on {self.device}: it fits."
         return (
@@ -94,7 +164,7 @@ class Estimate:
     def __str__(self) -> str:
         rows = [("part", "parameters", "trained", "gradients", "optimizer", "kept for backward")]
         rows += [(name, *_columns(part)) for name, part in _folded(self.parts)]
-        rows.append(("in all", *_columns(self)))
+        rows.append(("total", *_columns(self)))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [
             "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths)))
@@ -103,7 +173,7 @@ class Estimate:
         return "\n".join([*lines, self.summary(), *(f"note: {note}" for note in self.notes)])
 
 
-def _columns(part: Part | Estimate) -> tuple[str, ...]:
+def _columns(part: MemoryPart | Estimate) -> tuple[str, ...]:
     return (
         size(part.parameters + part.buffers),
         f"{part.trained:,}",
@@ -113,9 +183,9 @@ def _columns(part: Part | Estimate) -> tuple[str, ...]:
     )
 
 
-def _folded(parts: list[Part]) -> Iterator[tuple[str, Part]]:
-    """Consecutive parts whose lines differ in a number of their names only as one line: its name, and one of them."""
-    runs: list[list[Part]] = []
+def _folded(parts: list[MemoryPart]) -> Iterator[tuple[str, MemoryPart]]:
+    """Yield a name and a part for each line. Consecutive parts whose lines differ only in a number share one line."""
+    runs: list[list[MemoryPart]] = []
     for part in parts:
         if runs and _alike(part) == _alike(runs[-1][0]):
             runs[-1].append(part)
@@ -126,13 +196,13 @@ def _folded(parts: list[Part]) -> Iterator[tuple[str, Part]]:
         yield (f"{run[0].name} to {last[-1]}, each" if len(run) > 1 else run[0].name), run[0]
 
 
-def _alike(part: Part) -> tuple[str, ...]:
-    """The line without numbers in the name."""
+def _alike(part: MemoryPart) -> tuple[str, ...]:
+    """Return the line of a part, without the numbers in its name."""
     return re.sub(r"\d+", "#", part.name), *_columns(part)
 
 
 def size(number: int) -> str:
-    """Bytes for people."""
+    """Format a number of bytes, such as 1.5 MiB."""
     for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if number >= 2**power:
             return f"{number / 2**power:,.{2 if power == 30 else 1}f} {unit}"

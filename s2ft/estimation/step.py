@@ -1,4 +1,4 @@
-"""One step of training a model without data, and what is counted in it."""
+"""One training step of a shadow model, and the memory counted in it."""
 
 import re
 from collections import Counter
@@ -19,19 +19,29 @@ from torch.utils._pytree import tree_leaves
 from s2ft.attached.record import Attachment
 from s2ft.estimation.inputs import call, can_be_labelled, labelled
 from s2ft.estimation.memory import Memory, bytes_of, storages
-from s2ft.estimation.result import Part
-from s2ft.estimation.twin import scales_of
+from s2ft.estimation.result import MemoryPart
+from s2ft.layers import kind_of
 
-OUTSIDE = "model and loss"  # the part for what is saved in no module's forward but the model's own
+OUTSIDE = "model and loss"  # the part for tensors that only the model's own forward, or the loss, saves
 COLUMNS = ("parameters", "buffers", "trained", "gradients", "optimizer", "kept")
 
 
 class Step:
-    """Hooks the model, runs it, and has the numbers."""
+    """Registers hooks on the shadow model, runs it, and provides the numbers.
+
+    Args:
+        shadow: Shadow model on fake tensors of `device`, in training mode.
+        record: Its attachment.
+        inputs: Arguments of its forward.
+        loss: Function of (shadow, inputs). Default: the model's own loss, or all its outputs.
+        device: Device whose kernels are counted.
+        autocast: Dtype of autocast, or None.
+        complete: True if no labels may be added to the inputs.
+    """
 
     def __init__(
         self,
-        twin: nn.Module,
+        shadow: nn.Module,
         record: Attachment,
         inputs: Any,
         loss: Callable | None,
@@ -39,31 +49,26 @@ class Step:
         autocast: torch.dtype | None,
         complete: bool,
     ) -> None:
-        """Args:
-        twin: on fake tensors of `device`, in training mode. record: of its couplings.
-        inputs: what it is called with. loss: of (twin, inputs); default: the model's own, or all outputs.
-        complete: no labels are to be added to the inputs.
-        """
-        self.twin, self.inputs, self.loss = twin, inputs, loss
+        self.shadow, self.inputs, self.loss = shadow, inputs, loss
         self.autocast = _autocast(device, autocast)
-        self.trained = {name: p for name, p in twin.named_parameters() if p.requires_grad}
-        self.part_of = _part_names(twin)
-        self.weights = self._weights()  # now, before anything runs: a layer may put something in their place
+        self.trained = {name: p for name, p in shadow.named_parameters() if p.requires_grad}
+        self.part_of = _part_names(shadow)
+        self.weights = self._weights()  # before anything runs, because a layer may replace its weights
         self.kept: Counter = Counter()  # by part
         self.optimizer: Counter = Counter()  # by name
-        self.memory = Memory(twin, device)
-        self.within: list[str] = []  # parts whose forward runs, the innermost last
-        self.broken: str | None = None  # the innermost that an error came out of
+        self.memory = Memory(shadow, device)
+        self.within: list[str] = []  # parts whose forward is running, the innermost last
+        self.broken: str | None = None  # the innermost part that raised an error
         self._hook(record, device)
-        if not complete and can_be_labelled(twin, inputs):
-            self.inputs = labelled(inputs, self._guarded(self._look))
+        if not complete and can_be_labelled(shadow, inputs):
+            self.inputs = labelled(inputs, self._guarded(self._dry_run))
 
     def _hook(self, record: Attachment, device: torch.device) -> None:
-        for name, module in self.twin.named_modules():
+        for name, module in self.shadow.named_modules():
             module.register_forward_pre_hook(partial(self._enter, self.part_of[name]))
             module.register_forward_hook(self._leave, always_call=True)
         for path in {c.consumer.path.rpartition(".")[0] for c in record.couplings if c.consumer.expert is not None}:
-            self.twin.get_submodule(path).register_forward_pre_hook(partial(_deal_tokens, device), with_kwargs=True)
+            self.shadow.get_submodule(path).register_forward_pre_hook(partial(_spread_tokens, device), with_kwargs=True)
 
     def _enter(self, part: str, module: nn.Module, inputs: tuple) -> None:
         self.within.append(part)
@@ -77,7 +82,7 @@ class Step:
     # ---- running ---------------------------------------------------------------------------------
 
     def run(self, make: Callable[[list[Tensor]], torch.optim.Optimizer], accumulation: int) -> None:
-        """Forward, backward and the optimizer's step; twice the first two where gradients are accumulated."""
+        """Run forward, backward and the optimizer's step. With accumulation, forward and backward run twice."""
         with self.memory:
             for number in range(min(accumulation, 2)):
                 self.memory.phase = "forward"
@@ -88,16 +93,17 @@ class Step:
             self.memory.phase = "optimizer"
             self._guarded(partial(self._update, make))
 
-    def _look(self) -> Any:
+    def _dry_run(self) -> Any:
+        """Return the model's output without gradients."""
         with torch.no_grad(), self.memory, self.autocast():
-            return call(self.twin, self.inputs)
+            return call(self.shadow, self.inputs)
 
     def _forward(self, count: bool) -> list[Tensor]:
         hooks = torch.autograd.graph.saved_tensors_hooks(self._save, lambda tensor: tensor)
         with hooks if count else nullcontext(), self.autocast():
             if self.loss is not None:
-                return self._differentiable(self.loss(self.twin, self.inputs))
-            output = call(self.twin, self.inputs)
+                return self._differentiable(self.loss(self.shadow, self.inputs))
+            output = call(self.shadow, self.inputs)
             loss = output.get("loss") if isinstance(output, Mapping) else None
             return self._differentiable(output if loss is None else loss)
 
@@ -105,7 +111,7 @@ class Step:
         leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
         found = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
         if not found:
-            raise ValueError(f"nothing that {type(self.twin).__name__} gives depends on what is trained")
+            raise ValueError(f"no output of {type(self.shadow).__name__} depends on the trained parameters")
         return found
 
     def _save(self, tensor: Tensor) -> Tensor:
@@ -118,7 +124,7 @@ class Step:
         optimizer = make(list(self.trained.values()))
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must make a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        with self.memory.scalars_are(1.0):  # a step may ask for a norm; what it holds does not depend on it
+        with self.memory.scalars_are(1.0):  # a step may read a norm, and its memory does not depend on the value
             optimizer.step()
         seen: set[int] = set()
         for name, parameter in self.trained.items():
@@ -127,17 +133,18 @@ class Step:
                 self.optimizer[name] = bytes_of((leaf for leaf in leaves if isinstance(leaf, Tensor)), seen)
 
     def _guarded(self, run: Callable[[], Any]) -> Any:
+        """Return run(), with an error that names the part of the model if it can't run without data."""
         try:
             return run()
         except UnsupportedOperatorException as error:
             raise ValueError(
-                f"{type(self.twin).__name__} can't be counted: an operator in {self._where()} does not "
-                f"say what it gives for tensors without data ({error})"
+                f"{type(self.shadow).__name__} can't be estimated: an operator in {self._where()} does not "
+                f"support tensors without data ({error})"
             ) from error
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ValueError(
-                f"{type(self.twin).__name__} can't be counted without running it on its weights: what it "
-                f"does in {self._where()} depends on numbers that it computes ({error})"
+                f"{type(self.shadow).__name__} can't be estimated without running it on its weights: its "
+                f"computation in {self._where()} depends on values that it computes ({error})"
             ) from error
 
     def _where(self) -> str:
@@ -146,7 +153,7 @@ class Step:
     # ---- the numbers -----------------------------------------------------------------------------
 
     def peak(self) -> tuple[int, str]:
-        """Bytes, and in which phase. The optimizer's state is there in every step but the first."""
+        """Return the peak in bytes and its phase. In every step but the first, the optimizer's state exists already."""
         most = {
             phase: alive + (0 if phase == "optimizer" else self.optimizer.total())
             for phase, alive in self.memory.peaks.items()
@@ -156,18 +163,18 @@ class Step:
         return self.weights.total() + most[phase], phase
 
     def _weights(self) -> Counter:
-        """Bytes by ("parameters" or "buffers", part), each storage once."""
+        """Return the bytes by ("parameters" or "buffers", part). A storage is counted once."""
         found: Counter = Counter()
         seen: set[int] = set()
-        for kind, tensors in (("parameters", self.twin.named_parameters()), ("buffers", self.twin.named_buffers())):
+        for kind, tensors in (("parameters", self.shadow.named_parameters()), ("buffers", self.shadow.named_buffers())):
             for name, tensor in tensors:
                 found[kind, self.part_of[name.rpartition(".")[0]]] += bytes_of([tensor], seen)
-        for name, module in self.twin.named_modules():
-            found["parameters", self.part_of[name]] += bytes_of(scales_of(module), seen)
+        for name, module in self.shadow.named_modules():
+            found["parameters", self.part_of[name]] += bytes_of(kind_of(module).scales(module), seen)
         return found
 
-    def parts(self) -> list[Part]:
-        """In the order of the model."""
+    def parts(self) -> list[MemoryPart]:
+        """Return the parts in the order of the model."""
         sums: dict[str, Counter] = {name: Counter() for name in dict.fromkeys(self.part_of.values())}
         for (kind, part), number in self.weights.items():
             sums[part][kind] += number
@@ -179,7 +186,7 @@ class Step:
         for name, kept in self.kept.items():
             sums[name]["kept"] += kept
         sums[OUTSIDE] = sums.pop(OUTSIDE)  # last
-        parts = [Part(name, *(counted[column] for column in COLUMNS)) for name, counted in sums.items()]
+        parts = [MemoryPart(name, *(counted[column] for column in COLUMNS)) for name, counted in sums.items()]
         return [part for part in parts if sums[part.name].total()]
 
 
@@ -195,23 +202,31 @@ def _autocast(device: torch.device, dtype: torch.dtype | None) -> Callable:
     return partial(torch.autocast, device.type, dtype)
 
 
-def _deal_tokens(device: torch.device, experts: nn.Module, inputs: tuple, named: dict[str, Any]) -> tuple[tuple, dict]:
-    """Give every expert as many tokens: whom a router chooses its weights know, and what is kept is for all tokens."""
+def _spread_tokens(
+    device: torch.device, experts: nn.Module, inputs: tuple, named: dict[str, Any]
+) -> tuple[tuple, dict]:
+    """Give every expert the same number of tokens.
 
-    def dealt(value: Any) -> Any:
+    The router's choice depends on weights, and the memory depends only on the number of all tokens.
+    """
+
+    def spread(value: Any) -> Any:
         if not isinstance(value, Tensor) or value.is_floating_point():
             return value
         return torch.arange(value.numel(), device=device).reshape(value.shape) % experts.num_experts
 
-    return tuple(map(dealt, inputs)), {name: dealt(value) for name, value in named.items()}
+    return tuple(map(spread, inputs)), {name: spread(value) for name, value in named.items()}
 
 
 # ---- parts of a model ------------------------------------------------------------------------------------
 
 
 def _part_names(model: nn.Module) -> dict[str, str]:
-    """By module, the part it belongs to: its layer, which is its name up to the first number; of what lies beside the
-    layers the first piece of the name that no layer has; OUTSIDE for the model itself."""
+    """Return the part of each module, by name.
+
+    For a module in a layer it is the layer: the name up to the first number. For another module it is the first piece
+    of the name that no layer has. For the model itself it is OUTSIDE.
+    """
     paths = [name for name, _ in model.named_modules(remove_duplicate=False)]
     layers = {path: found[0] for path in paths if (found := re.match(r"(?:[^.]+\.)*?\d+(?=\.|$)", path))}
     around = {parent for layer in set(layers.values()) for parent in _above(layer)} | {""}
@@ -225,6 +240,6 @@ def _part_names(model: nn.Module) -> dict[str, str]:
 
 
 def _above(path: str) -> list[str]:
-    """Of a.b.c: a.b, a and the model itself, ""."""
+    """Return the names of a module's parents: for a.b.c they are a.b, a and "", which is the model."""
     names = path.split(".")
     return [".".join(names[:i]) for i in range(len(names) - 1, -1, -1)]

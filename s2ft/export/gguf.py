@@ -1,8 +1,8 @@
-"""GGUF, the file of llama.cpp: a merged model with everything that llama.cpp needs to run it.
+"""GGUF, the file format of llama.cpp: a merged model with its config and its tokenizer.
 
-Only families and tokenizers are written of which every part is known to be what llama.cpp takes it for; the rest is
-refused with the command of llama.cpp that converts a merged checkpoint. Where the base was a GGUF file itself, its
-metadata is copied, tokenizer and all.
+A family or a tokenizer is written only if llama.cpp is known to compute the same from every part of it. Others are
+refused, and the message names the command of llama.cpp that converts a merged checkpoint. If the base is a GGUF file
+itself, its metadata is copied, including the tokenizer.
 """
 
 import json
@@ -13,6 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s2ft.export.merged import merged_model, temporary_folder
+from s2ft.packages import check_packages
+from s2ft.text.models import load_model, locate
+
+FILE = "model.gguf"
+# A text with the cases in which tokenizers differ
+PROBE = "Some text of words, it's (not) so long\n\n  and\tsome signs: äöü 漢字 \U0001f642 <|im_start|>a+b=c"
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}  # llama.cpp's names by model_type
 COMMAND = (
     "s2ft export --format merged, then llama.cpp's: python convert_hf_to_gguf.py MERGED --outfile model.gguf "
@@ -20,8 +27,8 @@ COMMAND = (
 )
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# How llama.cpp calls a way to cut text into words, by what tokenizer.json has: a regular expression, single digits
-# before GPT-2's, or GPT-2's alone; and whether a word that is a token is taken whole
+# llama.cpp's names of pre-tokenizers. The key is what tokenizer.json has: a regular expression, single digits before
+# GPT-2's expression, or GPT-2's alone; then whether a word that is a token is used as one token (ignore_merges)
 SPLITS = {
     ("split", WORDS + r"\p{N}{1,3}" + REST, True): "llama-bpe",
     ("split", WORDS + r"\p{N}" + REST, False): "qwen2",
@@ -30,12 +37,57 @@ SPLITS = {
 }
 
 
-def write(model, tokenizer, file: Path, base: Path | None = None) -> None:
-    """Write `model`, plain and merged, in its own dtype; tensors of one dim in float32, as llama.cpp wants them.
+def export(model_name: str, adapter: str | Path, output: str | Path, dtype: str = "auto") -> str:
+    """Merge an adapter and write the model as output/model.gguf. Plain transformers loads it again for a comparison.
 
     Args:
-        tokenizer: its tokenizer. base: the GGUF file that the model was loaded from.
-    Raises: ValueError, nothing written, for a model or tokenizer that can't be written surely.
+        model_name: The adapter's base: a checkpoint folder, a name on the hub, or a .gguf file.
+        adapter: The adapter's folder, or the output folder of a run.
+        output: The folder to write; it must not exist.
+        dtype: Dtype of the weights: float32, float16 or bfloat16; "auto" is that of the training.
+
+    Returns:
+        A sentence about the output.
+
+    Raises:
+        FileExistsError: The output exists.
+        ValueError: The base or the adapter can't be loaded, or its family or tokenizer is not written.
+        MissingPackages: The package gguf is not installed.
+        RuntimeError: The file is not the merged model. Nothing is left in any of these cases.
+    """
+    check_packages("s2ft export --format gguf")
+    with temporary_folder(output) as folder:
+        model, tokenizer = merged_model(model_name, adapter, dtype)
+        source, options = locate(model_name)
+        base = Path(source) / options["gguf_file"] if options else None
+        write(model, tokenizer, folder / FILE, base)
+        _compare(model, tokenizer, folder / FILE)
+    return f"GGUF of the merged model, loaded again and compared: {Path(output) / FILE}"
+
+
+def _compare(model, tokenizer, file: Path) -> None:
+    again, again_tokenizer = load_model(str(file), "float32")
+    saved = again.state_dict()
+    different = sorted(saved.keys() ^ model.state_dict().keys()) or sorted(
+        key for key, weight in model.state_dict().items() if not torch.equal(weight.cpu().float(), saved[key])
+    )
+    if different:
+        raise RuntimeError(f"the GGUF file is not the merged model: {', '.join(different[:5])} differ")
+    if again_tokenizer(PROBE)["input_ids"] != tokenizer(PROBE)["input_ids"]:
+        raise RuntimeError("the GGUF file's tokenizer is not the model's: it splits text into other tokens")
+
+
+def write(model, tokenizer, file: Path, base: Path | None = None) -> None:
+    """Write a plain, merged model in its own dtype. Tensors of one dimension are written in float32 for llama.cpp.
+
+    Args:
+        model: The model of transformers.
+        tokenizer: Its tokenizer.
+        file: The file to write.
+        base: The GGUF file from which the model was loaded.
+
+    Raises:
+        ValueError: llama.cpp may compute something else from the model or its tokenizer. Nothing has been written.
     """
     import gguf
 
@@ -43,7 +95,7 @@ def write(model, tokenizer, file: Path, base: Path | None = None) -> None:
     architecture = ARCHITECTURES.get(config.model_type)
     if architecture is None:
         raise ValueError(
-            f"model type {config.model_type} is not written as GGUF here, but {', '.join(ARCHITECTURES)} are: {COMMAND}"
+            f"model type {config.model_type} is not written as GGUF here, only {', '.join(ARCHITECTURES)}: {COMMAND}"
         )
     tensors = dict(_tensors(model, architecture))
     reader = gguf.GGUFReader(base) if base is not None else None
@@ -75,7 +127,7 @@ def write(model, tokenizer, file: Path, base: Path | None = None) -> None:
 
 
 def _tensors(model, architecture: str) -> Iterator[tuple[str, Tensor]]:
-    """By their names in GGUF."""
+    """The model's tensors by their names in GGUF."""
     import gguf
 
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
@@ -97,7 +149,7 @@ def _tensors(model, architecture: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _interleaved(rows: Tensor, heads: int) -> Tensor:
-    """The rows of each head with the two halves in turn: llama.cpp rotates neighbours, transformers the halves."""
+    """Interleave the two halves of each head's rows: llama.cpp rotates neighbours, transformers rotates the halves."""
     return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
@@ -115,7 +167,7 @@ def _add_tensor(writer, name: str, tensor: Tensor) -> None:
 
 
 def _copy(reader, writer, tensors: dict[str, Tensor]) -> None:
-    """All metadata of a GGUF file, and its tensors that the model has none for (frequencies of its positions)."""
+    """Copy all metadata of a GGUF file, and the tensors that the model lacks (frequencies of positions)."""
     import gguf
 
     for field in reader.fields.values():
@@ -143,7 +195,7 @@ def _add(writer, key: str, value: Any) -> None:
 
 
 def _check_config(config) -> None:
-    """Raises: ValueError for what llama.cpp would compute otherwise, or not at all."""
+    """Raise ValueError for a config from which llama.cpp computes something else."""
     rope = getattr(config, "rope_parameters", None) or {}
     unusual = {
         f"positions scaled by {rope.get('rope_type')}": rope.get("rope_type", "default") != "default",
@@ -177,7 +229,7 @@ def _config(config, architecture: str) -> dict[str, Any]:
 
 
 def _tokenizer(tokenizer, config) -> dict[str, Any]:
-    """Of a byte-level BPE that cuts words as one of SPLITS."""
+    """The metadata of a byte-level BPE tokenizer that splits words as one of SPLITS."""
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"a tokenizer without tokenizer.json is not written as GGUF here: {COMMAND}")
     content = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -190,8 +242,8 @@ def _tokenizer(tokenizer, config) -> dict[str, Any]:
         or (content["normalizer"] or {}).get("type", "NFC") != "NFC"
     ):
         raise ValueError(
-            f"a tokenizer of this kind is not written as GGUF here, byte-level BPE that cuts words as "
-            f"{', '.join(SPLITS.values())} is: {COMMAND}"
+            f"a tokenizer of this kind is not written as GGUF here, only byte-level BPE that splits words as "
+            f"{', '.join(SPLITS.values())}: {COMMAND}"
         )
     tokens, kinds = _tokens(tokenizer, config.vocab_size)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]]
@@ -216,7 +268,7 @@ def _tokenizer(tokenizer, config) -> dict[str, Any]:
 
 
 def _split(content: dict[str, Any]) -> tuple[str | None, str | None]:
-    """("split", regular expression), ("digits", None) or ("plain", None); (None, None) for any other way."""
+    """Return ("split", regular expression), ("digits", None) or ("plain", None); (None, None) for any other way."""
     steps = content["pre_tokenizer"] or {}
     steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
     *before, last = steps
@@ -233,11 +285,11 @@ def _split(content: dict[str, Any]) -> tuple[str | None, str | None]:
 
 
 def _tokens(tokenizer, size: int) -> tuple[list[str], list[int]]:
-    """All tokens by number, with llama.cpp's kinds: 1 normal, 3 control, 4 user-defined, 5 unused."""
+    """Return all tokens by number, and llama.cpp's kind of each: 1 normal, 3 control, 4 user-defined, 5 unused."""
     tokens, kinds = [f"[PAD{i}]" for i in range(size)], [5] * size
     for token, number in tokenizer.get_vocab().items():
         if number >= size:
-            raise ValueError(f"the tokenizer has a token {number}, and the model has {size}: {COMMAND}")
+            raise ValueError(f"the tokenizer has a token {number}, but the model has {size} tokens: {COMMAND}")
         tokens[number], kinds[number] = token, 1
     for number, added in tokenizer.added_tokens_decoder.items():
         kinds[number] = 3 if added.special else 4

@@ -1,6 +1,7 @@
-"""A stock checkpoint of a model with an adapter merged in."""
+"""A checkpoint of transformers with an adapter merged into the base."""
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,54 +11,78 @@ from pathlib import Path
 import torch
 
 import s2ft
-from s2ft.packages import check_packages
-from s2ft.text.models import dtype_of_base, load_model, locate
+from s2ft.text.models import dtype_of_base, load_model
 
 
-def merge_checkpoint(
-    model_name: str, adapter: str | Path, output: str | Path, dtype: str = "auto", max_shard_size: str | None = None
-) -> None:
-    """Merge, save with tokenizer and generation settings, load it again with plain transformers and compare.
+def export(
+    model_name: str, adapter: str | Path, output: str | Path, dtype: str = "auto", *, max_shard_size: str | None = None
+) -> str:
+    """Merge an adapter and save the checkpoint with tokenizer and generation settings.
 
-    Written beside `output` and renamed when every weight came back bit for bit.
+    The checkpoint is written to a temporary folder and loaded by plain transformers. The folder is renamed to `output`
+    if every weight is equal bit for bit.
 
-    Args: max_shard_size: of a file of weights, "2GB" say; default: transformers'.
-    Raises: FileExistsError if `output` exists; ValueError or FileNotFoundError for a model or adapter
-    that doesn't load; RuntimeError if the saved checkpoint is not the merged model. Nothing is left then.
+    Args:
+        model_name: The adapter's base: a checkpoint folder, a name on the hub, or a .gguf file.
+        adapter: The adapter's folder, or the output folder of a run.
+        output: The folder to write; it must not exist.
+        dtype: Dtype of the weights; "auto" is that of the training.
+        max_shard_size: The largest file of weights, for example "2GB"; default: that of transformers.
+
+    Returns:
+        A sentence about the output.
+
+    Raises:
+        FileExistsError: The output exists.
+        ValueError: The base or the adapter can't be loaded.
+        FileNotFoundError: The base or the adapter does not exist.
+        RuntimeError: The saved checkpoint is not the merged model. Nothing is left in any of these cases.
     """
-    with folder_beside(output) as beside:
-        model, tokenizer = merged(model_name, adapter, dtype)
-        model.save_pretrained(beside, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
-        tokenizer.save_pretrained(beside)
-        _compare(model, beside)
+    if max_shard_size is not None:
+        _check_size(max_shard_size)
+    with temporary_folder(output) as folder:
+        model, tokenizer = merged_model(model_name, adapter, dtype)
+        model.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
+        tokenizer.save_pretrained(folder)
+        _compare(model, folder)
+    return f"merged checkpoint, loaded again and compared: {output}"
 
 
-def merged(model_name: str, adapter: str | Path, dtype: str = "auto"):
-    """(plain model with the adapter merged in, tokenizer). Raises: ValueError or FileNotFoundError."""
-    saved = s2ft.adapter.read_adapter(adapter)  # a broken adapter is found before a model is loaded
+def _check_size(size: str) -> None:
+    """Raise ValueError unless the text is a size above 0, such as 2GB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?[KMGT]B", size.strip(), re.IGNORECASE)
+    if not found or float(found[1]) == 0:
+        raise ValueError(f"max_shard_size must be a size above 0, such as 2GB, got {size!r}")
+
+
+def merged_model(model_name: str, adapter: str | Path, dtype: str = "auto"):
+    """Load a base and merge an adapter into it. Returns the plain model and its tokenizer."""
+    saved = s2ft.read_adapter(adapter)  # before the model is loaded, so that a damaged adapter is found at once
     model, tokenizer = load_model(model_name, dtype_of_base(saved, dtype))
     s2ft.load_adapter(model, adapter)
     return s2ft.merge(model), tokenizer
 
 
 @contextmanager
-def folder_beside(output: str | Path) -> Iterator[Path]:
-    """An empty folder that becomes `output` where nothing is raised, and is removed where something is.
+def temporary_folder(output: str | Path) -> Iterator[Path]:
+    """Yield an empty folder that is renamed to `output` at the end, or removed if an exception is raised.
 
-    Raises: FileExistsError if `output` exists; FileNotFoundError where its folder doesn't.
+    Raises:
+        FileExistsError: The output exists.
+        FileNotFoundError: The folder that will hold the output does not exist.
     """
     output = Path(output)
     if output.exists():
         raise FileExistsError(f"output {output} exists")
     if not output.absolute().parent.is_dir():
         raise FileNotFoundError(f"output {output} is in a folder that doesn't exist")
-    beside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.absolute().parent))
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.absolute().parent))
     try:
-        yield beside
-        beside.chmod(0o777 & ~_umask())  # mkdtemp's folder is the user's alone
-        os.rename(beside, output)
+        yield folder
+        folder.chmod(0o777 & ~_umask())  # mkdtemp gives access to the user alone
+        os.rename(folder, output)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
@@ -78,38 +103,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-# ---- GGUF ----------------------------------------------------------------------------------------------
-
-PROBE = "Some text of words, it's (not) so long\n\n  and\tsome signs: äöü 漢字 \U0001f642 <|im_start|>a+b=c"
-
-
-def merge_gguf(model_name: str, adapter: str | Path, output: str | Path, dtype: str = "auto") -> Path:
-    """Merge, write as `output`/model.gguf, load it again with plain transformers and compare.
-
-    Returns: the file. Raises: as :func:`merge_checkpoint`; ValueError for a family or a tokenizer that is not written;
-    MissingPackages without the package gguf.
-    """
-    from s2ft.export import gguf
-
-    check_packages("s2ft export --format gguf")
-    with folder_beside(output) as beside:
-        model, tokenizer = merged(model_name, adapter, dtype)
-        source, options = locate(model_name)
-        base = Path(source) / options["gguf_file"] if options else None
-        gguf.write(model, tokenizer, beside / "model.gguf", base)
-        _compare_gguf(model, tokenizer, beside / "model.gguf")
-    return Path(output) / "model.gguf"
-
-
-def _compare_gguf(model, tokenizer, file: Path) -> None:
-    again, words = load_model(str(file), "float32")
-    saved = again.state_dict()
-    different = sorted(saved.keys() ^ model.state_dict().keys()) or sorted(
-        key for key, weight in model.state_dict().items() if not torch.equal(weight.cpu().float(), saved[key])
-    )
-    if different:
-        raise RuntimeError(f"the GGUF file is not the merged model: {', '.join(different[:5])} differ")
-    if words(PROBE)["input_ids"] != tokenizer(PROBE)["input_ids"]:
-        raise RuntimeError("the GGUF file's tokenizer is not the model's: it cuts text in other tokens")

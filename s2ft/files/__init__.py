@@ -1,1 +1,1 @@
-"""Reading files that may be damaged or hostile, and replacing files in one step."""
+"""Files: reading files that may be damaged or hostile, replacing files in one step, and the formats of adapters."""

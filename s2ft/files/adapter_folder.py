@@ -1,6 +1,6 @@
-"""The two files of an adapter folder, which are replaced in one step.
+"""The two files of an adapter folder, and how they are replaced in one step.
 
-A writer puts the new config beside the old one as a pending file, renames the new tensors into place, then renames the
+A writer puts the new config next to the old one as a pending file, renames the new tensors into place, then renames the
 pending config over the config. The rename of the tensors is the moment from which the folder holds the new adapter. A
 reader takes the config whose ``tensors_sha256`` is that of the tensors file. A writer that is stopped at any point
 leaves the old adapter or the new one.
@@ -15,10 +15,10 @@ from typing import TypeVar
 from s2ft.files.reading import open_file, open_regular, read_json
 
 TENSORS = "s2ft_adapter.safetensors"
-CONFIG = "s2ft_config.json"  # not adapter_config.json, which PEFT and AutoModel would take for theirs
-PENDING = f"{CONFIG}.next"  # there while the tensors are replaced, and after a writer was stopped
-KIND = "S²FT adapter"
-ATTEMPTS = 20  # to read a folder that others keep replacing
+CONFIG = "s2ft_config.json"  # PEFT and AutoModel would load an adapter_config.json as their own
+PENDING = f"{CONFIG}.next"  # exists while the tensors are replaced, and after a writer was stopped
+KIND = "an S²FT adapter"
+ATTEMPTS = 20  # at reading a folder that other processes keep replacing
 
 Read = TypeVar("Read")
 
@@ -29,7 +29,7 @@ def is_folder(directory: Path) -> bool:
 
 
 def stamp_of(directory: Path) -> tuple | None:
-    """A value that changes with every save to the folder; None where there is no adapter."""
+    """A value that changes with every save to the folder; None if the folder has no adapter."""
     config, pending, tensors = (_stamp(directory / name) for name in (CONFIG, PENDING, TENSORS))
     return None if tensors is None or (config is None and pending is None) else (config, pending, tensors)
 
@@ -37,13 +37,13 @@ def stamp_of(directory: Path) -> tuple | None:
 def _stamp(path: Path) -> tuple[int, int] | None:
     try:
         found = path.stat()
-    except (OSError, ValueError):  # no such file, or a name that no file can have
+    except (OSError, ValueError):  # the file does not exist, or no file can have this name
         return None
     return (found.st_mtime_ns, found.st_ino) if stat.S_ISREG(found.st_mode) else None
 
 
 def read_folder(directory: Path, read: Callable[[Path], Read]) -> Read:
-    """What `read` makes of the config file that belongs to the folder's tensors.
+    """Call `read` with the config file that belongs to the folder's tensors, and return its result.
 
     Args:
         directory: The adapter's folder.
@@ -64,14 +64,14 @@ def read_folder(directory: Path, read: Callable[[Path], Read]) -> Read:
 
 
 def _config_name(directory: Path) -> str:
-    """The config file that belongs to the tensors file. Only a folder with a pending config has two to choose from."""
+    """The name of the config file that belongs to the tensors file. Only a folder with a pending config has two."""
     if not (directory / PENDING).is_file() or not (directory / TENSORS).is_file():
         return CONFIG
     if not (directory / CONFIG).exists():
         return PENDING
     try:
         pending = read_json(open_file(directory, PENDING, KIND))
-    except ValueError:  # no writer of ours left it
+    except ValueError:  # s2ft did not write it
         return CONFIG
     expected = pending.get("tensors_sha256") if isinstance(pending, dict) else None
     return PENDING if _sha256(open_file(directory, TENSORS, KIND)) == expected else CONFIG

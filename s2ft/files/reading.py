@@ -1,7 +1,6 @@
-"""Reading files that someone else made: bounded, inside their folder, and checked before anything is built of them.
+"""Reading files of unknown origin: limited in size, inside their folder, and checked before they are used.
 
-What a folder holds may come from anywhere. Nothing here runs code of a file, and nothing takes more memory than a
-few times a file's own size.
+Nothing here runs code of a file, and nothing needs more memory than a few times the size of the file.
 """
 
 import json
@@ -17,20 +16,26 @@ from safetensors.torch import load
 from torch import Tensor
 
 MAX_CONFIG = 64 * 2**20  # bytes; mixtures of 256 experts in 60 layers need about 10 MiB
-MAX_HEADER = 32 * 2**20  # of a safetensors file, as the same mixtures need about 13 MiB
-MAX_TENSORS = 64 * 2**30  # of all tensors
+MAX_HEADER = 32 * 2**20  # bytes of a safetensors header; the same mixtures need about 13 MiB
+MAX_TENSORS = 64 * 2**30  # bytes of a safetensors file
 MAX_NAME = 500  # characters
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".npz")  # kinds of files that run code when they are read
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".npz")  # reading such files can run code
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4}
 FLOATS = ("F64", "F32", "F16", "BF16")
 INTEGERS = ("I64", "I32")
 
 
 def open_file(directory: Path, name: str, kind: str) -> Path:
-    """The file `name` of a folder. kind: what the folder should be, for the message.
+    """Return the path of a file in a folder.
 
-    Raises: FileNotFoundError where there is none, naming a pickle that lies there in its stead; ValueError for a
-    link that leads out of the folder.
+    Args:
+        directory: The folder.
+        name: The file's name.
+        kind: What the folder should be, with an article, for the message.
+
+    Raises:
+        FileNotFoundError: The file does not exist. The message names pickles that are there instead.
+        ValueError: The file is a link that leads out of the folder.
     """
     path = directory / name
     if not directory.exists():
@@ -40,9 +45,9 @@ def open_file(directory: Path, name: str, kind: str) -> Path:
             sorted(entry.name for entry in directory.iterdir() if entry.suffix in PICKLES) if directory.is_dir() else []
         )
         raise FileNotFoundError(
-            f"{directory} is no {kind}: it has no {name}"
+            f"{directory} is not {kind}: it has no {name}"
             + (
-                f" ({', '.join(pickles[:3])}: such files run code when they are read and are not; save as safetensors)"
+                f" ({', '.join(pickles[:3])}: such files run code and are not read; save as safetensors)"
                 if pickles
                 else ""
             )
@@ -54,24 +59,23 @@ def open_file(directory: Path, name: str, kind: str) -> Path:
 
 
 def _roots(directory: Path) -> list[Path]:
-    """Where a folder's files may lie: in it, and for a folder in the cache of huggingface_hub in that repository's
-    blobs, which snapshots link to."""
+    """The folders that may hold a folder's files: itself, and the blobs to which snapshots of huggingface_hub link."""
     snapshots = [folder for folder in (directory, *directory.parents) if folder.parent.name == "snapshots"]
     return [directory] + [folder.parent.parent / "blobs" for folder in snapshots]
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
-    """A file of at most `limit` bytes. Raises: ValueError for a bigger one, before it is read."""
+    """Return the content of a file. Raises ValueError, before reading, if it has more than `limit` bytes."""
     with open_regular(path) as file:
         return _read_all(file, path, limit)
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file to read its bytes. A pipe or a device would never end.
+    """Open a file for reading bytes. Pipes and devices are refused, because reading them may never end.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is a folder, a pipe or a device.
+        FileNotFoundError: The file does not exist.
+        ValueError: The path is a folder, a pipe or a device.
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -84,19 +88,19 @@ def _read_all(file: BinaryIO, path: Path, limit: int) -> bytes:
     size = os.fstat(file.fileno()).st_size
     if size > limit:
         raise ValueError(f"{path} has {size:,} bytes; such a file has at most {limit:,}")
-    return file.read(size)  # no more, should it be growing
+    return file.read(size)  # a file that is growing is read up to this size
 
 
 # ---- JSON ----------------------------------------------------------------------------------------------
 
 
 def read_json(path: Path) -> Any:
-    """Raises: ValueError for what is not JSON in UTF-8 with every key once and finite numbers, or too big."""
+    """Return the content of a JSON file. Raises ValueError for a file that is too big, or as :func:`parse_json`."""
     return parse_json(read_bytes(path, MAX_CONFIG), str(path))
 
 
 def parse_json(content: bytes, what: str) -> Any:
-    """Raises: ValueError, beginning with `what`."""
+    """Parse JSON in UTF-8 without duplicate keys, NaN or Infinity. Raises ValueError, beginning with `what`."""
     try:
         return json.loads(content.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant)
     except UnicodeDecodeError as error:
@@ -116,7 +120,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(word: str) -> float:
-    raise ValueError(f"{word} is no number of JSON")
+    raise ValueError(f"{word} is not a number in JSON")
 
 
 # ---- names ---------------------------------------------------------------------------------------------
@@ -126,23 +130,23 @@ PROJECTION = re.compile(rf"{WORD}(?:\.{WORD})*(?:\[[0-9]{{1,9}}\])?(?:\.[a-z])?"
 
 
 def check_projection(name: Any, where: str) -> None:
-    """Raises: ValueError for what is no name of a projection: words with dots between, then the expert's number."""
+    """Raise ValueError unless `name` is a projection's name: words separated by dots, then any expert's number."""
     if not isinstance(name, str) or len(name) > MAX_NAME or not PROJECTION.fullmatch(name):
-        raise ValueError(f"{where}: {shortened(name)} is no name of a projection")
+        raise ValueError(f"{where}: {shortened(name)} is not the name of a projection")
 
 
 def check_parameter(name: Any, where: str) -> None:
-    """Raises: ValueError for what is no name of a parameter: words with dots between."""
+    """Raise ValueError unless `name` is a parameter's name: words separated by dots."""
     if not isinstance(name, str) or len(name) > MAX_NAME or not re.fullmatch(rf"{WORD}(?:\.{WORD})*", name):
-        raise ValueError(f"{where}: {shortened(name)} is no name of a parameter")
+        raise ValueError(f"{where}: {shortened(name)} is not the name of a parameter")
 
 
 def check_adapter_name(name: Any, where: str = "name") -> None:
-    """The one check of adapters' names, before training as well as in files.
+    """Check an adapter's name. Arguments and files are checked by this one rule.
 
     Args:
         name: The name to check.
-        where: What the message begins with: the argument, or the file that has the name.
+        where: The start of the message: the argument, or the file that has the name.
 
     Raises:
         ValueError: It is not a printable word of at most MAX_NAME characters, has a slash, or begins with a dot.
@@ -162,7 +166,7 @@ def check_adapter_name(name: Any, where: str = "name") -> None:
 
 
 def shortened(value: Any) -> str:
-    """In quotes, without anything that a terminal takes for a command, and short."""
+    """The value in quotes, at most about 100 characters long and without control characters for a terminal."""
     text = ascii(value)
     return text if len(text) <= 100 else f"{text[:100]}…"
 
@@ -171,14 +175,18 @@ def shortened(value: Any) -> str:
 
 
 def read_tensors(path: Path, check) -> tuple[dict[str, Tensor], bytes]:
-    """All tensors of a file, and its bytes.
+    """Return all tensors of a safetensors file by name, and the file's bytes.
 
     Args:
-        check: takes the header's entries, {name: (dtype's name, shape)}, and raises ValueError for what is not
-            wanted; nothing but the header has been read then.
-    Raises: ValueError for a file that is truncated, damaged, too big, or of other dtypes than floats and integers.
+        path: The file.
+        check: A function that takes the header's entries, {name: (dtype's name, shape)}, and raises ValueError to
+            refuse the file. It is called before the tensors are read.
+
+    Raises:
+        ValueError: The file is truncated, damaged or too big, has another dtype than floats and integers, or `check`
+            refuses it.
     """
-    with open_regular(path) as file:  # once: another process may replace it
+    with open_regular(path) as file:  # opened once, because another process may replace the file
         check(_entries(file, path))
         file.seek(0)
         blob = _read_all(file, path, MAX_TENSORS)
@@ -189,7 +197,7 @@ def read_tensors(path: Path, check) -> tuple[dict[str, Tensor], bytes]:
 
 
 def _entries(file: BinaryIO, path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """dtype and shape by name, once the header agrees with the file's size."""
+    """Dtype and shape by name, after checking the header against the size of the file."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if size > MAX_TENSORS:
@@ -205,16 +213,16 @@ def _entries(file: BinaryIO, path: Path) -> dict[str, tuple[str, tuple[int, ...]
     entries = {name: _entry(name, entry, path) for name, entry in header.items()}
     needed = 8 + length + sum(BYTES[dtype] * _product(shape) for dtype, shape in entries.values())
     if needed != size:
-        raise ValueError(f"{path} is truncated or damaged: its header speaks of {needed:,} bytes, it has {size:,}")
+        raise ValueError(f"{path} is truncated or damaged: its header describes {needed:,} bytes, it has {size:,}")
     return entries
 
 
 def _entry(name: str, entry: Any, path: Path) -> tuple[str, tuple[int, ...]]:
     dtype, shape = (entry.get("dtype"), entry.get("shape")) if isinstance(entry, dict) else (None, None)
     if not isinstance(dtype, str) or dtype not in BYTES:
-        raise ValueError(f"{path}: {shortened(name)} has dtype {shortened(dtype)}; {', '.join(BYTES)} are read")
+        raise ValueError(f"{path}: {shortened(name)} has dtype {shortened(dtype)}; only {', '.join(BYTES)} are read")
     if not isinstance(shape, list) or len(shape) > 8 or any(type(n) is not int or not 0 <= n < 2**40 for n in shape):
-        raise ValueError(f"{path}: {shortened(name)} has no shape but {shortened(shape)}")
+        raise ValueError(f"{path}: {shortened(name)} has no valid shape, got {shortened(shape)}")
     return dtype, tuple(shape)
 
 
@@ -226,6 +234,6 @@ def _product(shape: tuple[int, ...]) -> int:
 
 
 def check_finite(name: str, values: Tensor) -> None:
-    """Raises: ValueError for a NaN or an infinite value."""
+    """Raise ValueError if the values have a NaN or an infinite value."""
     if not bool(torch.isfinite(values).all()):
         raise ValueError(f"{name} is not finite: it has NaN or infinite values")

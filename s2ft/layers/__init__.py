@@ -1,57 +1,53 @@
-"""Trainable layers: one file a kind of plain layer; layers_for says which takes the place of what, and forward_for how
-a plain one runs on an effective weight."""
+"""Kinds of layers and their trainable layers, with one file for each kind.
 
-from collections.abc import Callable
-from typing import Optional, Tuple, Type
+A new kind is one file, with its trainable layers and a subclass of :class:`Kind`, and its row in `KINDS`.
+"""
 
-from torch import nn
+from typing import Any
 
 from s2ft.layers.base import S2Layer
-from s2ft.layers.conv import CONVOLUTIONS, S2ColumnConv, S2RowConv, conv_forward
-from s2ft.layers.experts import ObservedStack, S2ColumnStack, S2RowStack, S2Stack, experts_forward, gate_of
-from s2ft.layers.linear import S2ColumnLinear, S2RowLinear, linear_forward
-from s2ft.layers.quantized import NO_FUSE, S2QuantizedColumn, S2QuantizedLinear, S2QuantizedRow, quantized_forward
-from s2ft.model.weights import is_conv1d, is_quantized
+from s2ft.layers.conv import CONVOLUTION, S2ColumnConv, S2RowConv
+from s2ft.layers.experts import EXPERTS, ObservedExperts, S2ColumnExperts, S2RowExperts, experts_forward, gate_of
+from s2ft.layers.kind import OTHER, Kind
+from s2ft.layers.linear import CONV1D, LINEAR, S2ColumnLinear, S2RowLinear
+from s2ft.layers.quantized import NO_FUSE, QUANTIZED
 
 __all__ = [
-    "CONVOLUTIONS",
+    "EXPERTS",
+    "KINDS",
+    "LINEAR",
     "NO_FUSE",
-    "ObservedStack",
+    "Kind",
+    "ObservedExperts",
     "S2ColumnConv",
+    "S2ColumnExperts",
     "S2ColumnLinear",
-    "S2ColumnStack",
     "S2Layer",
-    "S2QuantizedColumn",
-    "S2QuantizedLinear",
-    "S2QuantizedRow",
     "S2RowConv",
+    "S2RowExperts",
     "S2RowLinear",
-    "S2RowStack",
-    "S2Stack",
     "experts_forward",
-    "forward_for",
     "gate_of",
-    "layers_for",
+    "kind_of",
 ]
 
+# The first kind that matches is used: a layer that torchao has quantized is an nn.Linear too.
+KINDS: tuple[Kind, ...] = (*QUANTIZED, LINEAR, CONV1D, CONVOLUTION, EXPERTS)
 
-def layers_for(module: nn.Module) -> tuple[type[S2Layer], type[S2Layer]] | None:
-    """The layers that train outputs and inputs of a plain layer; None for a module that has none.
 
-    Subclasses are not taken: what they add to the forward would be lost.
+def kind_of(found: Any) -> Kind:
+    """Find the kind of a module or parameter.
+
+    Args:
+        found: A plain layer, a parameter with the weights of experts, or a trainable layer, which has the kind of the
+            plain layer that it replaces.
+
+    Returns:
+        The kind. For a module that S²FT does not train, its `layers` is None.
     """
-    if is_quantized(module):
-        return S2QuantizedColumn, S2QuantizedRow
-    if type(module) is nn.Linear or is_conv1d(module):
-        return S2ColumnLinear, S2RowLinear
-    if type(module) in CONVOLUTIONS and module.groups == 1:
-        return S2ColumnConv, S2RowConv
-    return None
-
-
-def forward_for(module: nn.Module) -> Callable:
-    """The function (module, x, delta, index, dim) that runs a plain layer, one that :func:`layers_for` knows, on its
-    weight with a delta added; see :func:`s2ft.layers.linear.linear_forward`."""
-    if is_quantized(module):
-        return quantized_forward
-    return conv_forward if type(module) in CONVOLUTIONS else linear_forward
+    if isinstance(found, S2Layer):
+        return found.kind
+    for kind in KINDS:
+        if kind.matches(found):
+            return kind
+    return OTHER

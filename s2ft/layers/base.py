@@ -1,4 +1,4 @@
-"""What every layer with a trainable slice shares: the slice, fusing, and loading a state."""
+"""What every trainable layer shares: the slice, fusing, copies and state dicts."""
 
 import copy
 import warnings
@@ -8,27 +8,36 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from s2ft.model.weights import as_matrix
+from s2ft.layers.kind import Kind
 from s2ft.ops import effective_units
 from s2ft.ops._lock import LOCK, finish_interrupted
 from s2ft.ops._memory import check_private
 
 
 class S2Layer(nn.Module):
-    """A frozen weight with a trainable slice; `dim` is the dimension of the weight, as outputs × inputs, that is sliced.
+    """A layer with a frozen weight and a trainable slice of it (S²FT paper, section 3.2).
 
-    Effective weight = weight, with s2 added to the selected units; the forward is that of the plain layer on the
-    effective weight at every moment. Unfused, `weight` holds the base and the op adds s2 for the length of one
-    product. Fused, `weight` holds the effective weight, the buffer `base` holds the slice it replaced, and the
-    forward is the plain one and cannot train.
+    The effective weight is the weight with `s2` added to the selected units. The forward is always that of the plain
+    layer on the effective weight. Unfused, `weight` holds the base, and the op adds `s2` for the duration of one
+    product. Fused, `weight` holds the effective weight, and the forward is the plain one, which cannot train.
 
-    Parameters: `weight` and `bias` are frozen; `s2` is trainable, of the slice's shape.
+    Attributes:
+        weight: Frozen weight, as the plain layer stores it.
+        bias: Frozen bias [outputs], or None.
+        s2: Trainable slice: [n, inputs] if `dim` is 0, [outputs, n] if `dim` is 1.
+        index: The selected units [n] int64, where they do not fill the range from `start` to `end`; else None.
+        base: The values of the selected units before fusing; None while the layer is not fused.
+        enabled: Whether `s2` is added to the weight.
+        dim: Dimension of the weight, as outputs × inputs, in which units are selected.
+        kind: What S²FT knows about the plain layer.
+        wraps_plain: Whether the layer runs the plain one, which then keeps its weight and bias.
     """
 
     dim: ClassVar[int]
-    transposed = False  # whether the weight is stored as inputs × outputs
-    _looked_at = 0  # the address of the weight that check_private has passed
-    _fused_version = -1  # of s2, as the weight holds it
+    kind: Kind
+    wraps_plain: ClassVar[bool] = False
+    _looked_at = 0  # address of the weight that check_private has checked
+    _fused_version = -1  # version of s2 that the weight holds
     is_tied = False  # whether other modules hold the same weight
 
     @classmethod
@@ -41,36 +50,57 @@ class S2Layer(nn.Module):
         index: Tensor | None = None,
         delta_dtype: torch.dtype | None = None,
     ) -> "S2Layer":
-        """A layer on the very weight and bias of `module`: no copy, and both become frozen."""
+        """Make a trainable layer that uses the weight and bias of a plain layer, without copying them.
+
+        Args:
+            module: The plain layer. Its weight and bias are frozen.
+            start: First selected unit; default: 0.
+            end: End of the selected units (exclusive); default: the number of units.
+            index: The selected units [n] int64, instead of `start` and `end`.
+            delta_dtype: dtype of `s2`; default: that of the weight.
+
+        Returns:
+            The trainable layer, in the mode (training or evaluation) of `module`.
+
+        Raises:
+            ValueError: The selection is empty, names a unit twice or lies outside the weight, or the weight is in
+                shared or read-only memory.
+
+        Example:
+            >>> linear = torch.nn.Linear(8, 16)
+            >>> layer = s2ft.S2ColumnLinear.from_module(linear, 0, 4)
+            >>> layer.s2.shape, layer.weight is linear.weight
+            (torch.Size([4, 8]), True)
+        """
         self = cls.__new__(cls)
         nn.Module.__init__(self)
-        # Hooks registered on the module keep working: both share the dicts they live in.
+        # Hooks registered on the module keep working, because both share the dicts of hooks.
         self.__dict__.update({key: value for key, value in module.__dict__.items() if "_hooks" in key})
-        self._take_over(module)
+        self._copy_settings(module)
         check_private("weight", module.weight)
         self.weight, self.bias = module.weight, module.bias
-        self._select(start, end, index, delta_dtype)
+        self._set_units(start, end, index, delta_dtype)
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
         self.train(module.training)
         return self
 
-    def _take_over(self, module: nn.Module) -> None:
-        """Set what the layer knows about the plain one besides weight and bias."""
+    def _copy_settings(self, module: nn.Module) -> None:
+        """Copy the attributes of the plain layer that the forward needs, besides weight and bias."""
 
     @property
     def matrix(self) -> Tensor:
-        """The weight as outputs × inputs (× taps of a convolution), in its own memory."""
-        return as_matrix(self.weight, transposed=self.transposed)
+        """The weight as outputs × inputs (× taps of a convolution), in the weight's own memory."""
+        return self.kind.view(self.weight)
 
     @property
     def shape(self) -> torch.Size:
-        """Of the weight as outputs × inputs (× taps)."""
+        """The shape of :attr:`matrix`."""
         return self.matrix.shape
 
-    def _select(self, start, end, index, delta_dtype) -> None:
-        """Set start, end, index and s2."""
+    def _set_units(self, start, end, index, delta_dtype) -> None:
+        """Set `start`, `end`, `index` and `s2`."""
         shape = list(self.shape)
         size = shape[self.dim]
         side = f"the weight's {size} {('outputs', 'inputs')[self.dim]}"
@@ -83,40 +113,40 @@ class S2Layer(nn.Module):
             length = end - start
         else:
             if start is not None or end is not None:
-                raise ValueError("give start and end, or index, not both")
+                raise ValueError(f"start and end must be None with an index, got start={start}, end={end}")
             index = torch.as_tensor(index, dtype=torch.int64)
             length = index.numel()
             if index.dim() != 1 or length == 0:
                 raise ValueError(f"index must be a list of at least one unit, got shape {tuple(index.shape)}")
             if int(index.min()) < 0 or int(index.max()) >= size:
-                raise ValueError(f"index must lie within {side}, got {int(index.min())} to {int(index.max())}")
+                raise ValueError(f"index must be within {side}, got {int(index.min())} to {int(index.max())}")
             if index.unique().numel() != length:
-                raise ValueError("index names a unit twice")
+                raise ValueError("index must have each unit once, got a unit twice")
             index = index.to(self.weight.device)
         self.start, self.end = start, end
         self.register_buffer("index", index)
         shape[self.dim] = length
         self.s2 = nn.Parameter(torch.zeros(shape, device=self.weight.device, dtype=delta_dtype or self.weight.dtype))
         self._made = self.s2.dtype
-        self.register_buffer("base", None)  # the replaced slice, while fused
+        self.register_buffer("base", None)
         self.enabled = True
 
     @property
     def delta(self) -> Tensor:
-        """s2, for the forward to add to the weight."""
+        """The slice that the forward adds to the weight, after checks."""
         if not torch.compiler.is_compiling():
             self._check_weight()
             if self.s2.dtype.itemsize < self._made.itemsize:
-                _say_cast(self._made, self.s2.dtype)
+                _warn_about_cast(self._made, self.s2.dtype)
         return self.s2
 
     def _check_weight(self) -> None:
-        """Raises: RuntimeError for a weight that was unfrozen; ValueError for one that lies in shared memory now."""
+        """Raise RuntimeError if the weight was unfrozen, ValueError if it is in shared memory now."""
         weight = self.weight
         if weight.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
-                "weight requires a gradient, which this layer gives to s2 alone: it stays frozen. To train "
-                "more of it select more units, to train all of it detach first"
+                "weight must be frozen, and it requires a gradient: this layer trains s2 only. To train more of the "
+                "weight, select more units; to train all of it, detach first"
             )
         check_private_once(self, weight)
 
@@ -124,26 +154,47 @@ class S2Layer(nn.Module):
 
     @property
     def fused(self) -> bool:
-        """Whether `weight` holds the effective weight now."""
+        """Whether `weight` holds the effective weight."""
         return self.base is not None
 
     def fuse(self) -> None:
-        """Write base + s2 into `weight`, keeping the base slice; fused already: take s2 as it is now."""
+        """Write base + s2 into `weight` and keep the base's values in `base`.
+
+        A fused layer writes the present values of `s2`.
+
+        Raises:
+            RuntimeError: The adapter is off, or the weight is quantized.
+            ValueError: The weight is in shared or read-only memory.
+
+        Example:
+            >>> layer = s2ft.S2RowLinear(8, 16, end=4)
+            >>> layer.fuse()
+            >>> layer.fused
+            True
+        """
         if not self.enabled:
-            raise RuntimeError("this layer's adapter is off: set_adapter first")
+            raise RuntimeError("this layer's adapter is off: call s2ft.set_adapter first")
         check_private("weight", self.weight)
         with LOCK:
             finish_interrupted()
             if self.base is None:
-                # Kept before anything is written, so that unfuse restores it wherever an interrupt falls. Until the
-                # version below is set the next forward writes base + s2 again.
+                # The base is kept before anything is written, so that unfuse restores it after an interrupt at any
+                # moment. Until the version below is set, the next forward writes base + s2 again.
                 self._fused_version = -1
                 self.base = self._units().clone()
             self._write_units(effective_units(self.base, self.s2.detach()))
             self._fused_version = self.s2._version
 
     def unfuse(self) -> None:
-        """Copy the base slice back into `weight`, bit for bit."""
+        """Copy the base's values back into `weight`, bit for bit. A layer that is not fused stays as it is.
+
+        Example:
+            >>> layer = s2ft.S2RowLinear(8, 16, end=4)
+            >>> layer.fuse()
+            >>> layer.unfuse()
+            >>> layer.fused
+            False
+        """
         if self.base is not None:
             with LOCK:
                 self._write_units(self.base)
@@ -154,11 +205,11 @@ class S2Layer(nn.Module):
     def _check_fused(self) -> None:
         if torch.is_grad_enabled() and self.s2.requires_grad and self.training:
             raise RuntimeError(
-                "this layer is fused and in training mode, where s2 would get no gradient: "
-                "call unfuse() to train, or eval() / torch.no_grad() to run it"
+                "this layer is fused and in training mode, where s2 gets no gradient: call unfuse() to train, or run "
+                "the layer in eval() or under torch.no_grad()"
             )
         if not torch.compiler.is_compiling() and self.s2._version != self._fused_version:
-            self.fuse()  # s2 was changed since: by an optimizer, an average of weights, a loaded state
+            self.fuse()  # an optimizer, an average of weights or a loaded state has changed s2
 
     def _units(self) -> Tensor:
         matrix = self.matrix.detach()
@@ -170,22 +221,29 @@ class S2Layer(nn.Module):
         self.write_units_of(self.weight, values)
 
     def write_units_of(self, weight: Tensor, values: Tensor) -> None:
-        """Write `values`, of s2's shape, to the selected units of a weight that is stored as this layer's is."""
-        matrix = as_matrix(weight.detach(), transposed=self.transposed)
+        """Write values to the selected units of a weight.
+
+        Args:
+            weight: A tensor of the shape of this layer's weight.
+            values: Values of the shape of `s2`.
+        """
+        matrix = self.kind.view(weight.detach())
         if self.index is None:
             matrix.narrow(self.dim, self.start, self.end - self.start).copy_(values)
         else:
             matrix.transpose(0, self.dim)[self.index] = values.transpose(0, self.dim)
 
     # ---- copies and states -----------------------------------------------------------------------
-    # Of a weight that no other thread has in use: see stable_weights.
+    # They are taken while no other thread has base + s2 in the weight, see stable_weights.
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "S2Layer":
         return copy_at_rest(self, memo)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and torch.save, which read a tensor's memory later: the weight as a copy. A tied weight goes as it
-        is, so that it is still tied when it is loaded."""
+        """The state for pickle and torch.save, with a copy of the weight, because they read a tensor's memory later.
+
+        A tied weight is not copied, so that it is still tied when it is loaded.
+        """
         state = {**self.__dict__, "_looked_at": 0}
         weight = self._parameters.get("weight")
         if weight is not None and not self.is_tied:
@@ -199,34 +257,34 @@ class S2Layer(nn.Module):
             weight.data = weight.data.clone()  # torch.multiprocessing sends tensors in shared memory
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        """The state's own `base` entry says whether it was fused; the layer takes that state over."""
+        """Load a state. Its entry `base` tells whether the layer was fused, and the layer then is too."""
         with torch.no_grad():
             if state_dict.get(prefix + "weight") is self.weight:
-                pass  # an attached model found that it is the weight that is here
+                pass  # the hook of an attached model found that it equals the weight
             elif prefix + "weight" not in state_dict:
-                self.unfuse()  # s2 alone comes in: it belongs to the base
+                self.unfuse()  # the state has s2 only, which belongs to the base
             if prefix + "base" in state_dict:
                 self.base = self._units().clone() if self.base is None else self.base
             elif prefix + "weight" in state_dict:
-                self.base = None  # the weight that comes in is a base
+                self.base = None  # the weight in the state is a base
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if state_dict.get(prefix + "weight") is self.weight:
-            self._fused_version = -1  # s2 may be another: the next forward writes it
+            self._fused_version = -1  # s2 may have changed: the next forward writes it
         else:
             self._fused_version = self.s2._version
 
     def _selected(self) -> str:
-        """For extra_repr."""
+        """The selected units and the state, for extra_repr."""
         units = f"start={self.start}, end={self.end}" if self.index is None else f"units={self.index.numel()}"
         return units + (", fused" if self.fused else "") + ("" if self.enabled else ", off")
 
 
 def check_private_once(layer: nn.Module, weight: Tensor) -> None:
-    """:func:`check_private`, where the weight's memory is another than at the last call; it is asked in every forward.
+    """Call :func:`check_private` if the weight's memory is not the one of the last call. Every forward calls this.
 
     Args:
-        layer: keeps the address in `_looked_at`.
-        weight: its weight. Only plain parameters on the CPU are looked at.
+        layer: Keeps the address in `_looked_at`.
+        weight: The layer's weight. Only plain parameters on the CPU are checked.
     """
     if weight.device.type == "cpu" and type(weight) is nn.Parameter and weight.data_ptr() != layer._looked_at:
         check_private("weight", weight)
@@ -234,7 +292,7 @@ def check_private_once(layer: nn.Module, weight: Tensor) -> None:
 
 
 def copy_at_rest(layer: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """The __deepcopy__ of a layer whose weight operations write to."""
+    """Deep-copy a layer while no operation has base + delta in its weight."""
     made = memo[id(layer)] = type(layer).__new__(type(layer))
     with LOCK:
         finish_interrupted()
@@ -245,19 +303,19 @@ def copy_at_rest(layer: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 def at_rest(weight: Tensor) -> Tensor:
-    """A copy of `weight`, taken while no operation has base + delta in it."""
+    """Copy a weight while no operation has base + delta in it."""
     with LOCK:
         finish_interrupted()
         return weight.detach().clone()
 
 
 @cache  # once a process
-def _say_cast(made: torch.dtype, now: torch.dtype) -> None:
+def _warn_about_cast(made: torch.dtype, now: torch.dtype) -> None:
     made, now = (str(dtype).removeprefix("torch.") for dtype in (made, now))
     warnings.warn(
-        f"s2 was made as {made} and comes to the forward as {now}. Where FSDP (MixedPrecisionPolicy's "
-        f"param_dtype) or DeepSpeed cast it, updates still add up in {made}, but base + delta is the sum of "
-        f"rounded parts, and not bit for bit the weight that merging writes: leave param_dtype unset and load "
-        f"the base in {now}, or use torch.autocast. Where model.to did, updates below {now}'s step are lost",
+        f"s2 was made as {made} and is {now} in the forward. If FSDP (param_dtype of MixedPrecisionPolicy) or "
+        f"DeepSpeed cast it, updates are still summed in {made}, but base + delta is the sum of rounded parts, and not "
+        f"bit for bit the weight that merging writes: leave param_dtype unset and load the base in {now}, or use "
+        f"torch.autocast. If model.to cast it, updates that are smaller than the step of {now} are lost",
         stacklevel=3,
     )

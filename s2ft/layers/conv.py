@@ -1,23 +1,24 @@
 """Convolutions that train a few output or input channels of a frozen weight."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2ft.layers.base import S2Layer
+from s2ft.layers.kind import Kind
 from s2ft.ops import indexed_conv
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def conv_forward(
-    module: nn.Module,  # nn.Conv1d to Conv3d of one group, or one of the layers below
+    module: nn.Module,  # nn.Conv1d to Conv3d of one group, or S2Conv
     x: Tensor,  # [N, in_channels, ...] or without N
     delta: Tensor | None,  # [n, I, taps] if dim == 0 else [O, n, taps]; None: the weight as it is
     index: Tensor | None,  # [n] int64
     dim: int,
 ) -> Tensor:  # [N, out_channels, ...]
-    """The forward of `module` on its weight with delta added to the channels `index`."""
+    """Run a convolution on its weight with a delta added to some channels."""
     batched = x.dim() == module.weight.dim()
     x, padding = _padded(module, x if batched else x.unsqueeze(0))
     geometry = module.stride, padding, module.dilation
@@ -29,8 +30,11 @@ def conv_forward(
 
 
 def _padded(module: nn.Module, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """x and the padding that the convolution has left to do: PyTorch pads beforehand where the sides differ
-    (padding="same") or are not filled with zeros."""
+    """Pad x where PyTorch pads before the convolution: with sides that differ (padding="same") or no zeros.
+
+    Returns:
+        x and the padding that the convolution still has to do.
+    """
     if module.padding_mode == "zeros" and not isinstance(module.padding, str):
         return x, module.padding
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
@@ -38,12 +42,16 @@ def _padded(module: nn.Module, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
 
 
 class S2Conv(S2Layer):
-    """What S2ColumnConv and S2RowConv share: the forward is the convolution's on the effective weight.
+    """What S2ColumnConv and S2RowConv share: the forward is that of the convolution on the effective weight.
 
-    `s2` is [n, I, taps] or [O, n, taps], taps being all positions of the kernel.
+    `s2` is [n, in_channels, taps] or [out_channels, n, taps], where taps are all positions of the kernel.
     """
 
-    def _take_over(self, module: nn.Module) -> None:
+    @property
+    def kind(self) -> Kind:
+        return CONVOLUTION
+
+    def _copy_settings(self, module: nn.Module) -> None:
         for name in (
             "in_channels",
             "out_channels",
@@ -57,7 +65,7 @@ class S2Conv(S2Layer):
             setattr(self, name, getattr(module, name))
 
     def forward(self, input: Tensor) -> Tensor:
-        """input [N, in_channels, ...] or without N → [N, out_channels, ...]."""
+        """Run the layer: input [N, in_channels, ...] → output [N, out_channels, ...]; N may be missing."""
         if self.fused:
             self._check_fused()
         if self.fused or not self.enabled:
@@ -78,6 +86,25 @@ class S2ColumnConv(S2Conv):
 
 
 class S2RowConv(S2Conv):
-    """Convolution that trains input channels. For the backward it keeps those channels of its input, not the input."""
+    """Convolution that trains input channels. For the backward it keeps only those channels of its input."""
 
     dim = 1
+
+
+class ConvolutionKind(Kind):
+    """Convolutions of one group, over one to three dimensions."""
+
+    name = "nn.Conv1d to Conv3d of one group"
+    layers = (S2ColumnConv, S2RowConv)
+
+    def matches(self, found: Any) -> bool:
+        return type(found) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and found.groups == 1
+
+    def forward(self, module: nn.Module, x: Tensor, delta: Tensor, index: Tensor, dim: int) -> Tensor:
+        return conv_forward(module, x, delta, index, dim)
+
+    def features_last(self, module: nn.Module, x: Tensor) -> Tensor:
+        return x.movedim(1 if x.dim() == module.weight.dim() else 0, -1)  # [N, channels, ...] or [channels, ...]
+
+
+CONVOLUTION = ConvolutionKind()

@@ -1,34 +1,25 @@
-"""Linear layers that train a few output rows or input columns of a frozen weight."""
+"""Linear layers that train a few outputs or inputs of a frozen weight: nn.Linear and transformers' Conv1D."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2ft.layers.base import S2Layer
-from s2ft.model.weights import as_matrix, is_conv1d
+from s2ft.layers.kind import Kind
 from s2ft.ops import indexed_linear, sliced_linear
-
-
-def linear_forward(
-    module: nn.Module,  # nn.Linear, transformers' Conv1D, or one of the layers below
-    x: Tensor,  # [..., I]
-    delta: Tensor,  # [n, I] if dim == 0 else [O, n]
-    index: Tensor,  # [n] int64
-    dim: int,
-) -> Tensor:  # [..., O]
-    """The forward of `module` on its weight with delta added to the units `index`."""
-    weight = as_matrix(module.weight, transposed=is_conv1d(module) or getattr(module, "transposed", False))
-    return indexed_linear(x, weight, delta, index, dim, module.bias)
 
 
 class S2Linear(S2Layer):
     """What S2ColumnLinear and S2RowLinear share: the forward is ``F.linear(x, effective weight, bias)``.
 
-    Parameters: `weight` (out, in) and `bias` (out) are frozen; `s2` is trainable, of the slice's shape. On a
-    Conv1D of transformers `weight` stays (in, out); `s2` has a linear layer's shape all the same.
+    `weight` is [out_features, in_features]. Made from a Conv1D of transformers, it stays [in_features, out_features];
+    `s2` has the shape that it has on an nn.Linear.
     """
+
+    transposed = False  # whether the weight is stored as [in_features, out_features]
 
     def __init__(
         self,
@@ -43,15 +34,22 @@ class S2Linear(S2Layer):
         index: Tensor | None = None,
         delta_dtype: torch.dtype | None = None,
     ) -> None:
-        """Args:
-            in_features, out_features: as in nn.Linear.
-            bias: True or False as in nn.Linear, or the values [out_features] to start from.
-            start, end: the slice; default: from the first to the last unit.
-            index: [n] int64, the units where they are scattered, instead of start and end.
-            device, dtype: of the weight; `s2` follows both.
-            delta_dtype: dtype of `s2` where it shall differ, e.g. float32 on a bfloat16 weight, so that
-                small updates are not rounded away.
-        Raises: ValueError for an empty, reversed or repeated selection or one outside the weight.
+        """Make a layer with new weights, as nn.Linear does.
+
+        Args:
+            in_features: Number of inputs.
+            out_features: Number of outputs.
+            bias: Whether there is a bias, or its first values [out_features].
+            start: First selected unit; default: 0.
+            end: End of the selected units (exclusive); default: the number of units.
+            device: Device of the weight and of `s2`.
+            dtype: dtype of the weight.
+            index: The selected units [n] int64, instead of `start` and `end`.
+            delta_dtype: dtype of `s2`; default: `dtype`. For instance float32 on a bfloat16 weight, so that small
+                updates are not lost by rounding.
+
+        Raises:
+            ValueError: The selection is empty, reversed, names a unit twice or lies outside the weight.
         """
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
@@ -59,17 +57,19 @@ class S2Linear(S2Layer):
             torch.empty(out_features, in_features, device=device, dtype=dtype), requires_grad=False
         )
         self._add_bias(bias)
-        self._select(start, end, index, delta_dtype)
+        self._set_units(start, end, index, delta_dtype)
         self.reset_parameters()
         if isinstance(bias, Tensor):
             with torch.no_grad():
                 self.bias.copy_(bias)
 
-    def _take_over(self, module: nn.Module) -> None:
-        if is_conv1d(module):
-            self.transposed, self.in_features, self.out_features = True, module.nx, module.nf
-        else:
-            self.in_features, self.out_features = module.in_features, module.out_features
+    @property
+    def kind(self) -> Kind:
+        return CONV1D if self.transposed else LINEAR
+
+    def _copy_settings(self, module: nn.Module) -> None:
+        self.transposed = CONV1D.matches(module)
+        self.out_features, self.in_features = self.kind.shape(module)
 
     def _add_bias(self, bias) -> None:
         if isinstance(bias, Tensor) and bias.shape != (self.out_features,):
@@ -80,7 +80,7 @@ class S2Linear(S2Layer):
             self.bias = nn.Parameter(self.weight.new_empty(self.out_features), requires_grad=False)
 
     def reset_parameters(self) -> None:
-        """Initialise weight and bias as nn.Linear does, s2 with zeros."""
+        """Initialise weight and bias as nn.Linear does, and `s2` with zeros."""
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
         if self.bias is not None:
             bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0
@@ -88,8 +88,8 @@ class S2Linear(S2Layer):
         nn.init.zeros_(self.s2)
 
     def forward(self, input: Tensor) -> Tensor:
-        """input [..., in_features] → [..., out_features]."""
-        weight = as_matrix(self.weight, transposed=self.transposed)
+        """Run the layer: input [..., in_features] → output [..., out_features]."""
+        weight = self.weight.t() if self.transposed else self.weight
         if self.fused:
             self._check_fused()
             return F.linear(input, weight, self.bias)
@@ -97,7 +97,7 @@ class S2Linear(S2Layer):
             return F.linear(input, weight, self.bias)
         if self.index is None:
             return sliced_linear(input, weight, self.delta, self.start, self.dim, self.bias)
-        return linear_forward(self, input, self.delta, self.index, self.dim)
+        return indexed_linear(input, weight, self.delta, self.index, self.dim, self.bias)
 
     def extra_repr(self) -> str:
         return (
@@ -107,15 +107,61 @@ class S2Linear(S2Layer):
 
 
 class S2ColumnLinear(S2Linear):
-    """Linear that trains outputs: s2 [end-start, in_features] on ``weight[start:end, :]`` (q, k, v, up, gate)."""
+    """Linear layer that trains outputs (q, k, v, up, gate): `s2` is added to ``weight[start:end, :]``.
+
+    `s2` is [end - start, in_features], or [n, in_features] with an index of n units.
+
+    Example:
+        >>> layer = s2ft.S2ColumnLinear(8, 16, start=4, end=8)
+        >>> layer.s2.shape
+        torch.Size([4, 8])
+        >>> layer(torch.randn(2, 8)).sum().backward()
+        >>> layer.weight.grad is None, layer.s2.grad.shape
+        (True, torch.Size([4, 8]))
+    """
 
     dim = 0
 
 
 class S2RowLinear(S2Linear):
-    """Linear that trains inputs: s2 [out_features, end-start] on ``weight[:, start:end]`` (o, down).
+    """Linear layer that trains inputs (o, down): `s2` is added to ``weight[:, start:end]``.
 
-    For the backward it keeps the slice of its input, not the input.
+    `s2` is [out_features, end - start], or [out_features, n] with an index of n units. For the backward the layer keeps
+    the selected part of its input, not the whole input.
+
+    Example:
+        >>> layer = s2ft.S2RowLinear(8, 16, index=torch.tensor([0, 3, 5]))
+        >>> layer.s2.shape
+        torch.Size([16, 3])
+        >>> layer(torch.randn(2, 8)).shape
+        torch.Size([2, 16])
     """
 
     dim = 1
+
+
+class LinearKind(Kind):
+    """nn.Linear."""
+
+    name = "nn.Linear"
+    layers = (S2ColumnLinear, S2RowLinear)
+    is_linear = True
+
+    def matches(self, found: Any) -> bool:
+        return type(found) is nn.Linear
+
+    def forward(self, module: nn.Module, x: Tensor, delta: Tensor, index: Tensor, dim: int) -> Tensor:
+        return indexed_linear(x, self.view(module.weight), delta, index, dim, module.bias)
+
+
+class Conv1DKind(LinearKind):
+    """The linear layer of GPT-2, whose weight is stored as [inputs, outputs]."""
+
+    name = "transformers' Conv1D"
+    transposed = True
+
+    def matches(self, found: Any) -> bool:
+        return type(found).__name__ == "Conv1D" and type(found).__module__ == "transformers.pytorch_utils"
+
+
+LINEAR, CONV1D = LinearKind(), Conv1DKind()

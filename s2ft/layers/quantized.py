@@ -1,26 +1,30 @@
-"""Linear layers that train a few outputs or inputs beside a quantized weight, which is left as it is."""
+"""Linear layers that train a few outputs or inputs beside a quantized weight, which does not change."""
+
+import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2ft.layers.base import S2Layer
+from s2ft.layers.kind import Kind
 
 NO_FUSE = (
-    "a quantized weight can't take an adapter in without being quantized again: put the adapter on the base "
-    "unquantized, or dequantized (for bitsandbytes model.dequantize(), the very numbers it was trained with), "
-    "by s2ft.load_adapter, and merge there"
+    "an adapter can't be written into a quantized weight without quantizing it again: load the adapter on the "
+    "unquantized base, or on the dequantized one (bitsandbytes: model.dequantize(), which gives the numbers it was "
+    "trained with), by s2ft.load_adapter, and merge there"
 )
 
 
 def quantized_forward(
-    module: nn.Module,  # as it was
+    module: nn.Module,  # the quantized layer
     x: Tensor,  # [..., I]
     delta: Tensor,  # [n, I] if dim == 0 else [O, n]
     index: Tensor,  # [n] int64
     dim: int,
 ) -> Tensor:  # [..., O]
-    """The output of the quantized `module`, plus the part of the delta; hooks on the module are not run."""
+    """Run a quantized layer and add the product with the delta. Hooks on the layer are not run."""
     y, delta = module.forward(x), delta.to(x.dtype)
     if dim == 0:
         return y.index_add(-1, index, F.linear(x, delta).to(y.dtype))
@@ -28,25 +32,34 @@ def quantized_forward(
 
 
 class S2QuantizedLinear(S2Layer):
-    """What S2QuantizedColumn and S2QuantizedRow share: y = the quantized layer's output plus s2's part, two products.
+    """What S2QuantizedColumn and S2QuantizedRow share: the quantized layer's output plus the product with `s2`.
 
-    The effective weight is the dequantized one, with s2 added to the selected units. `linear` is the layer as it was.
+    The effective weight is the dequantized one with `s2` added to the selected units. `linear` is the quantized layer.
     """
+
+    wraps_plain = True
+
+    @property
+    def kind(self) -> Kind:
+        return next(kind for kind in QUANTIZED if kind.matches(self.linear))
 
     @classmethod
     def from_module(
         cls, module: nn.Module, start=None, end=None, *, index=None, delta_dtype=None
     ) -> "S2QuantizedLinear":
-        """A layer around `module` itself, which becomes frozen; delta_dtype: default float32."""
+        """Make a trainable layer around a quantized one, which is frozen; arguments as in :class:`S2Layer`.
+
+        The default of `delta_dtype` is float32.
+        """
         self = cls.__new__(cls)
         nn.Module.__init__(self)
-        # hooks registered on the module see this layer's output: forward runs the module without them
+        # Hooks registered on the module see this layer's output, because forward runs the module without them.
         self.__dict__.update(
             {key: value for key, value in module.__dict__.items() if "_hook" in key and "state_dict" not in key}
         )
         self.linear = module.requires_grad_(False)
         self.in_features, self.out_features = module.in_features, module.out_features
-        self._select(start, end, index, delta_dtype or torch.float32)  # bytes have no gradient
+        self._set_units(start, end, index, delta_dtype or self.kind.delta_dtype(module))
         self.train(module.training)
         return self
 
@@ -64,19 +77,19 @@ class S2QuantizedLinear(S2Layer):
         return torch.Size((self.out_features, self.in_features))
 
     def forward(self, input: Tensor) -> Tensor:
-        """input [..., in_features] → [..., out_features]."""
+        """Run the layer: input [..., in_features] → output [..., out_features]."""
         return (
-            quantized_forward(self.linear, input, self.s2, self._where(), self.dim)
+            quantized_forward(self.linear, input, self.s2, self._selected_units(), self.dim)
             if self.enabled
             else self.linear.forward(input)
         )
 
-    def _where(self) -> Tensor:
-        """The selected units' numbers."""
+    def _selected_units(self) -> Tensor:
+        """The numbers of the selected units, [n] int64."""
         return torch.arange(self.start, self.end, device=self.s2.device) if self.index is None else self.index
 
     def fuse(self) -> None:
-        """Raises: RuntimeError, always."""
+        """Raise RuntimeError: a quantized weight can't be written."""
         raise RuntimeError(NO_FUSE)
 
     def extra_repr(self) -> str:
@@ -84,12 +97,162 @@ class S2QuantizedLinear(S2Layer):
 
 
 class S2QuantizedColumn(S2QuantizedLinear):
-    """Trains outputs."""
+    """Quantized linear layer that trains outputs."""
 
     dim = 0
 
 
 class S2QuantizedRow(S2QuantizedLinear):
-    """Trains inputs. For the backward of s2 it keeps those of its input, not the input."""
+    """Quantized linear layer that trains inputs. For the backward of `s2` it keeps the selected part of its input."""
 
     dim = 1
+
+
+class QuantizedKind(Kind):
+    """What the kinds of quantized linear layers share. `holder` may be the trainable layer around the plain one."""
+
+    layers = (S2QuantizedColumn, S2QuantizedRow)
+    is_linear = True
+    read_only = NO_FUSE
+
+    def shape(self, holder: nn.Module | Tensor, expert: int | None = None) -> torch.Size:
+        return torch.Size((holder.out_features, holder.in_features))
+
+    def matrix(self, holder: nn.Module | Tensor, expert: int | None = None) -> Tensor:
+        return self.dequantized(plain_of(holder)).detach()
+
+    def dequantized(self, module: nn.Module) -> Tensor:
+        """A copy of the weight in floating point, [outputs, inputs]."""
+        raise NotImplementedError
+
+    def parameters(self, module: nn.Module) -> int | None:
+        return module.in_features * module.out_features
+
+    def dtype_name(self, module: nn.Module) -> str:
+        return f"quantized {type(plain_of(module)).__name__}"
+
+    def delta_dtype(self, module: nn.Module) -> torch.dtype:
+        return torch.float32  # the weight's own dtype is that of bytes, which have no gradient
+
+    def forward(self, module: nn.Module, x: Tensor, delta: Tensor, index: Tensor, dim: int) -> Tensor:
+        return quantized_forward(module, x, delta, index, dim)
+
+
+def plain_of(module: nn.Module) -> nn.Module:
+    """Return the quantized layer, given it or the trainable layer around it."""
+    return module.linear if isinstance(module, S2QuantizedLinear) else module
+
+
+def _is_of_bitsandbytes(module: Any, name: str) -> bool:
+    return type(module).__name__ == name and type(module).__module__.startswith("bitsandbytes.")
+
+
+class Linear4bitKind(QuantizedKind):
+    """Linear4bit of bitsandbytes.
+
+    On CPUs with AVX512-BF16, its first forward in evaluation mode packs the weight in another way, for a product in
+    bfloat16. From then on the layer passes no gradient, even in training mode: after one evaluation, training would go
+    wrong without an error. So layers stay unpacked while something is trained.
+    """
+
+    name = "Linear4bit of bitsandbytes"
+
+    def matches(self, found: Any) -> bool:
+        return _is_of_bitsandbytes(found, "Linear4bit")
+
+    def dequantized(self, module: nn.Module) -> Tensor:
+        from bitsandbytes.functional import dequantize_4bit  # installed, because the layer is of that package
+
+        if module.weight.quant_state is None:
+            raise ValueError("a Linear4bit is not quantized yet: move the model to its device first")
+        packed = (module.weight.data, module.weight.quant_state)
+        return dequantize_4bit(*(_unpacked(module) if _is_packed(module) else packed))
+
+    def can_pack(self, module: nn.Module) -> bool:
+        return getattr(module, "support_avx512bf16_for_cpu", False)
+
+    def stop_packing(self, module: nn.Module) -> None:
+        module = plain_of(module)
+        module.support_avx512bf16_for_cpu = False
+        if _is_packed(module):
+            module.weight.data, module.weight.quant_state = _unpacked(module)
+            module.quant_state = module.weight.quant_state
+
+    def allow_packing(self, module: nn.Module) -> None:
+        plain_of(module).support_avx512bf16_for_cpu = True
+
+    def shared(self, module: nn.Module) -> list[Any]:
+        found = (getattr(module.weight, "quant_state", None), getattr(module, "quant_state", None))
+        return [state for state in found if state is not None]
+
+    def scales(self, module: nn.Module) -> list[Tensor]:
+        states = self.shared(module)
+        states += [state.state2 for state in states if state.state2 is not None]
+        return [tensor for state in states for tensor in vars(state).values() if isinstance(tensor, Tensor)]
+
+
+def _is_packed(module: nn.Module) -> bool:
+    return getattr(module.weight.quant_state, "packing_format_for_cpu", False)
+
+
+def _unpacked(module: nn.Module) -> tuple[Tensor, Any]:
+    """The bytes and the quant_state of a packed Linear4bit before it was packed, with scales rounded to bfloat16."""
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
+
+    state = copy.copy(module.weight.quant_state)
+    state.original_nested = False  # scales stay unquantized: quantizing them again would change them
+    state.state2 = state.offset = None
+    scales = state.absmax.t().reshape(-1).float()  # unpack does not change them
+    data, state = unpack(module.weight.data, state)
+    state.absmax = scales
+    return data, state
+
+
+class Linear8bitKind(QuantizedKind):
+    """Linear8bitLt of bitsandbytes with frozen weights (has_fp16_weights=False)."""
+
+    name = "Linear8bitLt of bitsandbytes"
+
+    def matches(self, found: Any) -> bool:
+        return _is_of_bitsandbytes(found, "Linear8bitLt") and not found.state.has_fp16_weights
+
+    def dequantized(self, module: nn.Module) -> Tensor:
+        scale = module.state.SCB if module.weight.SCB is None else module.weight.SCB  # the first forward moves it
+        if scale is None:
+            raise ValueError("a Linear8bitLt is not quantized yet: move the model to its device first")
+        return module.weight.data.float() * (scale.float() / 127)[:, None]
+
+    def shared(self, module: nn.Module) -> list[Any]:
+        return [value for value in self.state(module).values() if isinstance(value, Tensor)]
+
+    def state(self, module: nn.Module) -> dict[str, Any]:
+        return vars(plain_of(module).state)
+
+    def scales(self, module: nn.Module) -> list[Tensor]:
+        found = (self.state(module).get("SCB"), vars(module.weight).get("SCB"))
+        return [tensor for tensor in found if tensor is not None]
+
+
+class TorchaoKind(QuantizedKind):
+    """nn.Linear with a quantized tensor of torchao as its weight."""
+
+    name = "nn.Linear with a weight of torchao"
+
+    def matches(self, found: Any) -> bool:
+        return type(found) is nn.Linear and type(found.weight.data).__module__.startswith("torchao.")
+
+    def dequantized(self, module: nn.Module) -> Tensor:
+        return module.weight.data.dequantize()
+
+    def dtype_name(self, module: nn.Module) -> str:
+        return f"quantized {type(module.weight).__name__}"
+
+    def passes_gradient(self, module: nn.Module) -> bool:
+        # A layer that quantizes its input too passes none, and PyTorch gives no error.
+        weight = module.weight
+        x = torch.zeros(1, module.in_features, dtype=weight.dtype, device=weight.device, requires_grad=True)
+        with torch.enable_grad():
+            return F.linear(x, weight.detach()).requires_grad
+
+
+QUANTIZED = (Linear4bitKind(), Linear8bitKind(), TorchaoKind())

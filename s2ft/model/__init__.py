@@ -1,1 +1,1 @@
-"""What a model is made of: its couplings and its weights."""
+"""What a model consists of: its couplings and its weights."""

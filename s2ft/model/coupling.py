@@ -1,11 +1,10 @@
-"""What a coupled structure is (paper, section 3.2).
+"""What a coupled structure is (S²FT paper, section 3.2).
 
-The units of a coupling pass from its producers to its consumer: unit i of a producer's outputs meets
-unit i of the consumer's inputs. So both sides may be put in a new order together and the model
-computes what it did before.
+The units of a coupling go from its producers to its consumer: unit i of a producer's outputs is unit i of the
+consumer's inputs. So both sides can be put in a new order together, and the model still computes the same.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,26 +16,37 @@ PROJECTIONS = ("q", "k", "v", "o", "u", "g", "d")  # u, g, d: up, gate, down
 
 @dataclass(frozen=True)
 class Projection:
-    """One side of a coupling: a weight whose dim `dim` is made of `count` units of `unit` elements.
+    """One side of a coupling: `count` units of `unit` elements each, along one dimension of a weight.
 
-    Often the units are all there is in that dim. Where the weight holds other projections too (queries, keys
-    and values in one), `size` says how many elements there are in all, `start` where the first unit begins, and
-    `stride` how far it is from one unit to the next. A weight is taken as outputs × inputs, however it is stored.
+    The weight counts as outputs × inputs, however it is stored. Often the units fill the dimension. If the weight
+    contains other projections too (queries, keys and values in one weight), `size`, `start` and `stride` describe where
+    the units are.
+
+    Attributes:
+        key: One of PROJECTIONS.
+        path: Path of the layer in the model; for experts, of the parameter [experts, outputs, inputs].
+        count: Number of units.
+        unit: Elements of one unit.
+        dim: Dimension of the weight: 0 (outputs) for producers, 1 (inputs) for the consumer.
+        start: First element of the first unit.
+        stride: Elements from the start of one unit to the start of the next; default: `unit`.
+        size: All elements of the dimension, if there are more than those of the units.
+        expert: Number of the expert.
     """
 
-    key: str  # one of PROJECTIONS
-    path: str  # the module's name in the model; of experts, the name of their stacked weights [experts, O, I]
-    count: int  # units
-    unit: int  # elements a unit spans
-    dim: int  # of the weight: 0 for producers (outputs), 1 for the consumer (inputs)
-    start: int = 0  # the first unit's first element
-    stride: int | None = None  # from a unit's first element to the next one's; default: unit
-    size: int | None = None  # elements of dim, where there are more than these units'
-    expert: int | None = None  # which of the experts
+    key: str
+    path: str
+    count: int
+    unit: int
+    dim: int
+    start: int = 0
+    stride: int | None = None
+    size: int | None = None
+    expert: int | None = None
 
     @property
     def name(self) -> str:
-        """What selections and adapters call it: its path, then [expert], then its key where it shares a weight."""
+        """The name in selections and adapters: the path, then [expert], then the key if it shares its weight."""
         return (
             self.path
             + ("" if self.expert is None else f"[{self.expert}]")
@@ -44,62 +54,282 @@ class Projection:
         )
 
     @property
-    def site(self) -> tuple[str, int | None]:
-        """The weight it is in; projections of one site are trained as one slice or index."""
+    def weight_key(self) -> tuple[str, int | None]:
+        """Path and expert of the weight. Several projections may share one weight."""
         return self.path, self.expert
 
     @property
     def extent(self) -> int:
-        """Elements of dim."""
+        """All elements of the dimension."""
         return self.count * self.unit if self.size is None else self.size
 
     def elements(self, units: Tensor) -> Tensor:
-        """Element indices [n * unit] int64 along dim of units [n]."""
+        """Return the elements [n * unit] int64 along `dim` of units [n]."""
         first = self.start + units * (self.unit if self.stride is None else self.stride)
         return (first[:, None] + torch.arange(self.unit)).reshape(-1)
 
 
 @dataclass(frozen=True)
 class Vector:
-    """A further parameter or buffer whose dim 0 is made of a coupling's units and moves along with the producers' outputs.
+    """A parameter or buffer whose first dimension is reordered together with the producers' outputs.
 
-    For instance the weight of a norm over all heads (unit head_dim), or of one per head, [heads, head_dim] (unit 1).
+    For instance the weight of a norm over all heads (unit head_dim), or of one norm per head, [heads, head_dim]
+    (unit 1).
+
+    Attributes:
+        path: Path of the tensor in the model.
+        unit: Entries of the first dimension that belong to one unit.
     """
 
-    path: str  # the tensor's name in the model
-    unit: int  # entries of dim 0 that a unit spans
+    path: str
+    unit: int
 
 
 @dataclass(frozen=True)
 class Coupling:
-    """Producers and the consumer of one coupled structure of one layer.
+    """The producers and the consumer of one coupled structure in a layer (S²FT paper, section 3.2).
 
-    Layers are counted through the model: where there are several stacks, the second's come after the
-    first's (encoder, then decoder; text, then vision).
+    Use :meth:`ffn`, :meth:`gated_ffn`, :meth:`attention` and the other class methods to make one.
+
+    Attributes:
+        kind: "ffn", "attention", "cross-attention", "experts" or "shared-expert", or a word of your own.
+        layer: Number of the layer. Layers are counted through the whole model: first those of the encoder, then those
+            of the decoder; first those of the text tower, then those of the vision tower.
+        producers: The projections whose outputs are the units.
+        consumer: The projection whose inputs are the units.
+        vectors: Tensors that are reordered with the producers' outputs, besides their biases.
+        fixed: Whether something outside refers to units by number, so that none can move.
+        block: Path of the module around a gated FFN of a known family.
+        activation: Activation for :func:`s2ft.ops.act_mul`, if that module is ``consumer(activation(gate) * up)``.
+
+    Example:
+        >>> mlp = "model.layers.0.mlp"
+        >>> coupling = s2ft.Coupling.gated_ffn(
+        ...     0, up=f"{mlp}.up_proj", gate=f"{mlp}.gate_proj", down=f"{mlp}.down_proj", channels=128
+        ... )
+        >>> s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.25), couplings=[coupling]).trainable
+        2048
     """
 
-    kind: str  # "ffn", "attention", "cross-attention", "experts" or "shared-expert"
+    kind: str
     layer: int
     producers: tuple[Projection, ...]
     consumer: Projection
-    vectors: tuple[Vector, ...] = ()  # what moves along with the producers, besides their biases
-    fixed: bool = False  # whether something outside numbers the units, so that none can move
-    block: str | None = None  # the module around them, if there is one
-    activation: str | None = None  # of s2ft.ops.act_mul, if block is consumer(activation(gate) * up)
+    vectors: tuple[Vector, ...] = ()
+    fixed: bool = False
+    block: str | None = None
+    activation: str | None = None
+
+    @classmethod
+    def ffn(cls, layer: int, *, up: str, down: str, channels: int, kind: str = "ffn") -> "Coupling":
+        """Describe a feed-forward block of two layers with an elementwise activation between them.
+
+        Args:
+            layer: Number of the layer.
+            up: Path of the first layer in the model. Its outputs are the channels.
+            down: Path of the second layer. Its inputs are the channels.
+            channels: Number of channels.
+            kind: Word for this coupling in reports.
+
+        Returns:
+            The coupling of `up` and `down` by their channels (S²FT paper, section 3.2).
+
+        Example:
+            >>> net = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
+            >>> coupling = s2ft.Coupling.ffn(0, up="0", down="2", channels=32)
+            >>> config = s2ft.S2FTConfig(d_ratio=0.25)
+            >>> s2ft.attach(net, config, couplings=[coupling], example=torch.randn(4, 8)).trainable
+            64
+        """
+        return cls(kind, layer, (Projection("u", up, channels, 1, 0),), Projection("d", down, channels, 1, 1))
+
+    @classmethod
+    def gated_ffn(cls, layer: int, *, up: str, gate: str, down: str, channels: int, kind: str = "ffn") -> "Coupling":
+        """Describe a gated feed-forward block: ``down(activation(gate(x)) * up(x))``.
+
+        Args:
+            layer: Number of the layer.
+            up: Path of the layer without the activation.
+            gate: Path of the layer whose output goes through the activation.
+            down: Path of the last layer. Its inputs are the channels.
+            channels: Number of channels.
+            kind: Word for this coupling in reports.
+
+        Returns:
+            The coupling of `up`, `gate` and `down` by their channels (S²FT paper, section 3.2).
+
+        Example:
+            >>> mlp = "model.layers.0.mlp"
+            >>> coupling = s2ft.Coupling.gated_ffn(
+            ...     0, up=f"{mlp}.up_proj", gate=f"{mlp}.gate_proj", down=f"{mlp}.down_proj", channels=128
+            ... )
+            >>> print(coupling)
+            the ffn coupling of layer 0 (model.layers.0.mlp.up_proj, ... to model.layers.0.mlp.down_proj)
+        """
+        producers = (Projection("u", up, channels, 1, 0), Projection("g", gate, channels, 1, 0))
+        return cls(kind, layer, producers, Projection("d", down, channels, 1, 1))
+
+    @classmethod
+    def packed_gated_ffn(
+        cls, layer: int, *, gate_up: str, down: str, channels: int, kind: str = "ffn", expert: int | None = None
+    ) -> "Coupling":
+        """Describe a gated feed-forward block with gate and up in one weight.
+
+        Args:
+            layer: Number of the layer.
+            gate_up: Path of the layer with 2 * channels outputs, those of gate first.
+            down: Path of the last layer. Its inputs are the channels.
+            channels: Number of channels.
+            kind: Word for this coupling in reports.
+            expert: Which expert, where the paths are those of parameters [experts, outputs, inputs].
+
+        Returns:
+            The coupling of up, gate and `down` by their channels.
+
+        Example:
+            >>> mlp = "model.layers.0.mlp"
+            >>> coupling = s2ft.Coupling.packed_gated_ffn(
+            ...     0, gate_up=f"{mlp}.gate_up_proj", down=f"{mlp}.down_proj", channels=128
+            ... )
+            >>> [projection.name for projection in coupling.producers]
+            ['model.layers.0.mlp.gate_up_proj.u', 'model.layers.0.mlp.gate_up_proj.g']
+        """
+        producers = (
+            Projection("u", gate_up, channels, 1, 0, start=channels, size=2 * channels, expert=expert),
+            Projection("g", gate_up, channels, 1, 0, size=2 * channels, expert=expert),
+        )
+        return cls(kind, layer, producers, Projection("d", down, channels, 1, 1, expert=expert))
+
+    @classmethod
+    def experts(cls, layer: int, *, gate_up: str, down: str, channels: int, experts: int) -> list["Coupling"]:
+        """Describe the experts of a mixture whose weights are parameters [experts, outputs, inputs].
+
+        Args:
+            layer: Number of the layer.
+            gate_up: Path of the parameter with 2 * channels outputs for each expert, those of gate first.
+            down: Path of the parameter whose inputs are the channels.
+            channels: Number of channels of each expert.
+            experts: Number of experts.
+
+        Returns:
+            One coupling for each expert.
+
+        Example:
+            >>> couplings = s2ft.Coupling.experts(
+            ...     0, gate_up="experts.gate_up_proj", down="experts.down_proj", channels=128, experts=8
+            ... )
+            >>> len(couplings), couplings[3].consumer.name
+            (8, 'experts.down_proj[3]')
+        """
+        return [
+            cls.packed_gated_ffn(layer, gate_up=gate_up, down=down, channels=channels, kind="experts", expert=expert)
+            for expert in range(experts)
+        ]
+
+    @classmethod
+    def attention(
+        cls,
+        layer: int,
+        *,
+        q: str,
+        k: str,
+        v: str,
+        o: str,
+        heads: int,
+        head_dim: int,
+        kv_heads: int | None = None,
+        moving: Mapping[str, int] | None = None,
+        fixed: bool = False,
+        kind: str = "attention",
+    ) -> "Coupling":
+        """Describe an attention block with separate q, k and v.
+
+        Args:
+            layer: Number of the layer.
+            q: Path of the query projection.
+            k: Path of the key projection.
+            v: Path of the value projection.
+            o: Path of the output projection. Its inputs are the heads.
+            heads: Number of query heads.
+            head_dim: Size of a head.
+            kv_heads: Number of key/value heads; default: `heads`.
+            moving: Parameters and buffers that are reordered together with the heads, for instance the weight of a norm
+                over all heads: path in the model, and how many entries of its first dimension belong to one head.
+                Biases of `q`, `k` and `v` are found without it.
+            fixed: Whether something outside refers to heads by number, so that they can't move.
+            kind: Word for this coupling in reports.
+
+        Returns:
+            The coupling of `q`, `k`, `v` and `o` by their heads (S²FT paper, section 3.2).
+
+        Example:
+            >>> block = "model.layers.0.self_attn"
+            >>> paths = {name: f"{block}.{name}_proj" for name in "qkvo"}
+            >>> coupling = s2ft.Coupling.attention(0, **paths, heads=4, head_dim=16, kv_heads=2)
+            >>> s2ft.attach(model, s2ft.S2FTConfig(o_ratio=0.25), couplings=[coupling]).trainable
+            1024
+        """
+        counts = (heads, kv_heads or heads, kv_heads or heads)
+        producers = tuple(Projection(key, path, n, head_dim, 0) for key, path, n in zip("qkv", (q, k, v), counts))
+        vectors = tuple(Vector(path, unit) for path, unit in (moving or {}).items())
+        return cls(kind, layer, producers, Projection("o", o, heads, head_dim, 1), vectors, fixed)
+
+    @classmethod
+    def packed_attention(
+        cls,
+        layer: int,
+        *,
+        qkv: str,
+        o: str,
+        heads: int,
+        head_dim: int,
+        kv_heads: int | None = None,
+        interleaved: bool = False,
+        kind: str = "attention",
+    ) -> "Coupling":
+        """Describe an attention block with q, k and v in one weight.
+
+        Args:
+            layer: Number of the layer.
+            qkv: Path of the layer with all of q, k and v.
+            o: Path of the output projection. Its inputs are the heads.
+            heads: Number of query heads.
+            head_dim: Size of a head.
+            kv_heads: Number of key/value heads; default: `heads`.
+            interleaved: Whether the outputs of `qkv` are q, k, v of each head in turn; default: all of q, then all of
+                k, then all of v.
+            kind: Word for this coupling in reports.
+
+        Returns:
+            The coupling of q, k, v and `o` by their heads.
+
+        Example:
+            >>> coupling = s2ft.Coupling.packed_attention(0, qkv="h.0.qkv", o="h.0.out", heads=4, head_dim=16)
+            >>> [projection.name for projection in coupling.projections]
+            ['h.0.qkv.q', 'h.0.qkv.k', 'h.0.qkv.v', 'h.0.out']
+        """
+        counts = (heads, kv_heads or heads, kv_heads or heads)
+        where = {"size": sum(counts) * head_dim, "stride": 3 * head_dim if interleaved else None}
+        starts = [head_dim * (i if interleaved else sum(counts[:i])) for i in range(3)]
+        producers = tuple(
+            Projection(key, qkv, n, head_dim, 0, start=start, **where) for key, n, start in zip("qkv", counts, starts)
+        )
+        return cls(kind, layer, producers, Projection("o", o, heads, head_dim, 1))
 
     @property
     def projections(self) -> Iterator[Projection]:
+        """The producers, then the consumer."""
         yield from self.producers
         yield self.consumer
 
     @property
     def movable(self) -> bool:
-        """Whether single units can change place.
+        """Whether single units can be reordered.
 
-        Grouped-query attention's cannot: several query heads share a key/value head, and one of them
-        outside its group would meet another's keys. Its heads are trained where they lie, which
-        costs nothing, for a head's rows and columns are contiguous as they are. Nor can those of a
-        `fixed` coupling: T5's heads, say, are numbered by a table of position biases that layers share.
+        The heads of grouped-query attention can't be: several query heads share a key/value head, and a query head
+        outside its group would be multiplied by other keys. They are trained in place, which costs nothing, because the
+        rows and columns of a head are contiguous. The units of a `fixed` coupling can't be reordered either: the heads
+        of T5, for instance, have numbers in a table of position biases that all layers share.
         """
         return not self.fixed and len({projection.count for projection in self.projections}) == 1
 
@@ -109,12 +339,28 @@ class Coupling:
         return f"the {self.kind} coupling of layer {self.layer}{expert} ({producers} to {self.consumer.name})"
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Convert to a dict for JSON.
+
+        Example:
+            >>> coupling = s2ft.Coupling.ffn(0, up="0", down="2", channels=32)
+            >>> s2ft.Coupling.from_dict(coupling.to_dict()) == coupling
+            True
+        """
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Coupling":
-        """Raises: TypeError or KeyError for other fields than :meth:`to_dict` writes."""
+        """Make a coupling from a dict of :meth:`to_dict`.
+
+        Raises:
+            TypeError: The dict has other fields.
+            KeyError: A field is missing.
+
+        Example:
+            >>> coupling = s2ft.Coupling.ffn(0, up="0", down="2", channels=32)
+            >>> s2ft.Coupling.from_dict(coupling.to_dict()).consumer.count
+            32
+        """
         return cls(
             **{
                 **values,
@@ -126,10 +372,11 @@ class Coupling:
 
 
 def unit_name(projection: Projection) -> str:
-    """The word for a projection's units."""
+    """Return the word for a projection's units."""
     return "channels" if projection.key in "ugd" else "heads"
 
 
 def projections_of(couplings: list[Coupling]) -> Iterator[Projection]:
+    """Iterate over the projections of all couplings, in their order."""
     for coupling in couplings:
         yield from coupling.projections

@@ -7,8 +7,14 @@ from torch import Tensor
 
 @dataclass
 class Delta:
-    """Effective weight = base, with ``values`` added at ``index`` along ``dim``."""
+    """The effective weight is the base with `values` added at `index` along `dim`.
 
-    dim: int  # 0: rows (outputs), 1: columns (inputs)
-    index: Tensor  # [n] int64, ascending, elements in original order
-    values: Tensor  # [n, I] if dim == 0 else [O, n]
+    Attributes:
+        dim: 0 for outputs (rows), 1 for inputs (columns).
+        index: Elements along `dim` in the base's order, ascending, [n] int64.
+        values: [n, inputs] if `dim` is 0, [outputs, n] if `dim` is 1.
+    """
+
+    dim: int
+    index: Tensor
+    values: Tensor

@@ -1,4 +1,4 @@
-"""A short description of the base model that an adapter belongs to."""
+"""The fingerprint of a base model: it tells whether an adapter belongs to the model."""
 
 import hashlib
 from typing import Any
@@ -7,23 +7,31 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.distributed import is_dtensor, is_partitioned
-from s2ft.model.coupling import Coupling, Projection, projections_of
-from s2ft.model.weights import bias_of, find, is_quantized, matrix_of, weight_of
+from s2ft.model.coupling import Coupling, projections_of
+from s2ft.model.weights import weight_at
 
-SAMPLES = 4  # values of each weight that are kept for comparing across dtypes
-TOLERANCE = 2**-6  # relative; bfloat16's rounding is 2**-9
-QUANTIZED = "quantized"
-QUANTIZATION = 0.5  # mean error to mean value; four bits make about 0.1, two bits 0.35, and another model more than 1
+SAMPLES = 4  # values of each weight in the fingerprint, for comparing weights of different dtypes
+TOLERANCE = 2**-6  # relative error of samples; rounding to bfloat16 gives 2**-9
+QUANTIZED = "quantized"  # how Kind.dtype_name starts for quantized weights
+QUANTIZATION = 0.5  # mean error / mean value of samples; four bits give about 0.1, two bits 0.35, another model over 1
 
 
 def fingerprint(model: nn.Module, couplings: list[Coupling]) -> dict[str, Any]:
-    """What identifies the weights and biases of the couplings, in original order.
+    """Compute the fingerprint of a model's coupled weights and biases, whose units are in the base's order.
 
-    ``{"dtype": …, "layers": {"0": {"digest": …, "samples": [floats]}, …}}``. The digest takes in every
-    element (their sum as integers, and 64 of them by place) and is compared where the dtypes are the
-    same; the samples are compared, within rounding, where a base is loaded in another dtype, and roughly
-    where one side is quantized. Costs one read of the weights. Raises: ValueError for weights on the meta device
-    or sharded.
+    It reads each weight once. A digest depends on every element of a layer: on their sum as integers, and on 64
+    elements by position.
+
+    Args:
+        model: The model.
+        couplings: Its couplings.
+
+    Returns:
+        ``{"dtype": …, "layers": {"0": {"digest": …, "samples": [floats]}, …}}``. :func:`difference` compares the
+        digests of fingerprints of one dtype, else the samples.
+
+    Raises:
+        ValueError: A weight is on the meta device, or sharded.
     """
     layers: dict[str, dict[str, Any]] = {}
     digests: dict[str, Any] = {}
@@ -35,8 +43,10 @@ def fingerprint(model: nn.Module, couplings: list[Coupling]) -> dict[str, Any]:
             if projection.path in seen:  # several projections, or experts, in one weight
                 continue
             seen.add(projection.path)
-            _check_is_here(projection.path, weight_of(model, projection))
-            for name, tensor in (("weight", _weight(model, projection)), ("bias", bias_of(model, projection))):
+            handle = weight_at(model, projection)
+            _check_is_here(projection.path, handle.tensor)
+            weight = handle.matrix if handle.read_only else handle.tensor  # all experts; dequantized where it must be
+            for name, tensor in (("weight", weight), ("bias", handle.bias)):
                 if tensor is not None:
                     digest.update(f"{projection.key}.{name}{tuple(tensor.shape)}".encode())
                     digest.update(_content(tensor.detach()))
@@ -50,40 +60,31 @@ def fingerprint(model: nn.Module, couplings: list[Coupling]) -> dict[str, Any]:
 def _check_is_here(path: str, weight: Tensor) -> None:
     if weight.is_meta:
         raise ValueError(
-            f"{path} is on the meta device: load its weights first (on every rank: FSDP's "
-            "cpu_ram_efficient_loading leaves them to the first alone)"
+            f"{path} is on the meta device: load its weights first, on every rank (cpu_ram_efficient_loading of FSDP "
+            "loads them on the first rank only)"
         )
     if is_partitioned(weight):
         raise ValueError(
-            f"{path} is partitioned by ZeRO-3 already: load the model outside deepspeed.zero.Init (before "
-            "the DeepSpeed config is made, or with zero3_init_flag false), attach or load the adapter, "
-            "then let DeepSpeed have it"
+            f"{path} is partitioned by ZeRO-3 already: load the model outside deepspeed.zero.Init (before the "
+            "DeepSpeed config is made, or with zero3_init_flag false), attach or load the adapter, then pass it to "
+            "DeepSpeed"
         )
     if is_dtensor(weight):
         axes = weight.device_mesh.mesh_dim_names or ()
         if "tp" in axes or any(p.is_shard() and p.dim for p in weight.placements):
             raise ValueError(
-                f"{path} is split over ranks by tensor parallelism ({weight.placements}), where no rank "
-                "has all the units that S²FT selects from and moves: load the model without tp_plan, "
-                "attach, and shard it by FSDP2 or ZeRO"
+                f"{path} is split over ranks by tensor parallelism ({weight.placements}), so no rank has all units "
+                "that S²FT selects from and reorders: load the model without tp_plan, attach, and shard it by FSDP2 or "
+                "ZeRO"
             )
         raise ValueError(f"{path} is sharded (a DTensor): attach or load the adapter first, then shard the model")
 
 
-def _weight(model: nn.Module, projection: Projection) -> Tensor:
-    """As it is stored, all experts of it; of a quantized layer dequantized."""
-    quantized = is_quantized(find(model, projection.path))
-    return matrix_of(model, projection) if quantized else weight_of(model, projection)
-
-
 def _dtype(model: nn.Module, couplings: list[Coupling]) -> str:
-    """In words: of the first quantized weight, where there is one, else of the first consumer."""
-    for projection in projections_of(couplings):
-        found = find(model, projection.path)
-        if is_quantized(found):
-            kind = type(found.weight) if type(found) is nn.Linear else type(found)
-            return f"{QUANTIZED} {kind.__name__}"
-    return str(weight_of(model, couplings[0].consumer).dtype).removeprefix("torch.")
+    """The dtype of the first quantized weight in words, or, without any, of the first consumer."""
+    handles = (weight_at(model, projection) for projection in projections_of(couplings))
+    quantized = (handle.dtype_name for handle in handles if handle.dtype_name.startswith(QUANTIZED))
+    return next(quantized, weight_at(model, couplings[0].consumer).dtype_name)
 
 
 def _every(tensor: Tensor, samples: int) -> Tensor:
@@ -99,18 +100,29 @@ def _content(tensor: Tensor) -> bytes:
 
 
 def digest(fingerprint: dict[str, Any]) -> str:
-    """Of all layers, in 16 hexadecimal digits."""
+    """Hash a fingerprint to 16 hexadecimal digits."""
     layers = "".join(layer["digest"] for layer in fingerprint["layers"].values())
     return hashlib.sha256(layers.encode()).hexdigest()[:16]
 
 
 def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    """What differs between two fingerprints, in words; empty when nothing does."""
+    """Compare two fingerprints.
+
+    Digests are compared if the dtypes are the same. Otherwise samples are compared, with the tolerance of rounding, or,
+    if one side is quantized, with that of quantization.
+
+    Args:
+        ours: The fingerprint of this model.
+        theirs: The fingerprint of the model that an adapter was trained on.
+
+    Returns:
+        The difference in words; empty if both are of one base.
+    """
     mine, other = ours["layers"], theirs["layers"]
     if mine.keys() != other.keys():
         return f"{len(other)} layers against this model's {len(mine)}"
     if any(fingerprint["dtype"].startswith(QUANTIZED) for fingerprint in (ours, theirs)):
-        same = _close_samples  # of the same kind too: devices round differently, and scales may be quantized or not
+        same = _close_samples  # for two quantized ones too: devices round differently, and scales may be quantized
     else:
         same = _same_digest if ours["dtype"] == theirs["dtype"] else _same_samples
     layers = [layer for layer in mine if not same(mine[layer], other[layer])]
@@ -129,6 +141,6 @@ def _same_samples(mine: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def _close_samples(mine: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether one can be the other quantized."""
+    """Whether one may be the quantized form of the other."""
     a, b = torch.tensor(mine["samples"]), torch.tensor(other["samples"])
     return a.shape == b.shape and float((a - b).abs().mean()) <= QUANTIZATION * float(a.abs().mean())

@@ -1,33 +1,34 @@
-"""The order that makes selected units contiguous, and its application to weights and biases."""
+"""The order that makes selected units contiguous, and how it is applied to weights and biases."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from s2ft.model.coupling import Coupling, Projection
-from s2ft.model.weights import bias_of, find, like_matrix, weight_of
+from s2ft.model.weights import find, weight_at
 from s2ft.ops import permute_
 from s2ft.ops._lock import LOCK
 
 
 def coupling_order(count: int, producers: Sequence[Tensor], consumer: Tensor | None) -> Tensor:
-    """New order of a coupling's units: selected ones first, each projection's in one run.
+    """Find an order of a coupling's units in which the selected units come first and those of each projection together.
 
-    The sequence is producer-only, both, consumer-only (paper, section 3.2). Several producers whose
-    selections are nested (as every built-in metric's are) come out contiguous each: outermost first
-    before the consumer's part, innermost first within it. Unselected units only make room: at most
-    twice as many units change place as are selected, whatever the width.
+    The sequence is: units of producers only, units of both sides, units of the consumer only (S²FT paper, section 3.2).
+    If the selections of several producers are nested, as those of every built-in metric are, the units of each producer
+    are contiguous: the outermost selection comes first before the consumer's part, the innermost first within it.
+    Unselected units only make room, so at most twice as many units change place as are selected.
 
     Args:
-        count: units of the coupling.
-        producers: unit numbers [n] of every producer with a selection.
-        consumer: unit numbers [n], or None.
-    Returns: order [count] int64; position i takes the unit order[i].
+        count: Number of units of the coupling.
+        producers: Selected units [n] of every producer that has any.
+        consumer: Selected units [n] of the consumer, or None.
+
+    Returns:
+        The order [count] int64; position i gets unit order[i].
     """
-    depth = torch.zeros(count, dtype=torch.int64)  # in how many producers' selections a unit is
+    depth = torch.zeros(count, dtype=torch.int64)  # number of producers that have selected the unit
     for units in producers:
         depth[units] += 1
     consumed = torch.zeros(count, dtype=torch.bool)
@@ -41,7 +42,7 @@ def coupling_order(count: int, producers: Sequence[Tensor], consumer: Tensor | N
 
 
 def place_first(count: int, chosen: Tensor) -> Tensor:
-    """Order [count] that starts with `chosen`; a unit that has to make room takes a vacated place."""
+    """Find an order [count] that starts with `chosen`. A unit that makes room goes to a place that became free."""
     order = torch.arange(count)
     size = chosen.numel()
     is_chosen = torch.zeros(count, dtype=torch.bool)
@@ -54,20 +55,25 @@ def place_first(count: int, chosen: Tensor) -> Tensor:
 
 
 def inverse(order: Tensor) -> Tensor:
-    """position[unit], given order[position]; both [count] int64."""
+    """Invert an order: position[unit] from order[position], both [count] int64."""
     positions = torch.empty_like(order)
     positions[order] = torch.arange(order.numel())
     return positions
 
 
 def contiguous_range(positions: Tensor) -> tuple[int, int] | None:
-    """(start, end) where positions [n] fill one range, else None."""
+    """Return (start, end) if positions [n] fill one range, else None."""
     start, end = int(positions.min()), int(positions.max()) + 1
     return (start, end) if end - start == positions.numel() else None
 
 
 def element_order(projections: Sequence[Projection], order: Tensor) -> Tensor:
-    """The order [extent] of a weight's elements along dim when the units of these projections of it take `order`."""
+    """The order [extent] of a weight's elements along a dimension, if the units of these projections get `order`.
+
+    Args:
+        projections: Projections of one weight and one dimension.
+        order: Order of the units, [count] int64.
+    """
     elements = torch.arange(projections[0].extent)
     for projection in projections:
         elements[projection.elements(torch.arange(projection.count))] = projection.elements(order)
@@ -75,37 +81,44 @@ def element_order(projections: Sequence[Projection], order: Tensor) -> Tensor:
 
 
 class MovingTensor(NamedTuple):
-    """A tensor of the model that takes a new order, and how."""
+    """A tensor of the model that is reordered.
 
-    tensor: Tensor  # a parameter or buffer, as it is stored
-    view: Callable[[Tensor], Tensor]  # of a tensor of its shape: what is reordered, along dim
-    elements: Tensor  # [size of the view along dim] int64: position i takes elements[i]
+    Attributes:
+        tensor: The parameter or buffer as it is stored.
+        view: Function that views a tensor of that shape so that it can be reordered along `dim`.
+        elements: Order of the view's elements along `dim`, int64; position i gets element elements[i].
+        dim: Dimension of the view.
+    """
+
+    tensor: Tensor
+    view: Callable[[Tensor], Tensor]
+    elements: Tensor
     dim: int
 
 
 def moving_tensors(model: nn.Module, coupling: Coupling, order: Tensor) -> Iterator[MovingTensor]:
-    """Everything that a new order of the coupling's units reorders: weights on both sides, biases and vectors.
+    """Iterate over everything that a new order of a coupling's units reorders: weights, biases and vectors.
 
     Args:
-        model: the model.
-        coupling: whose units take the order.
-        order: [units] int64, position i takes the unit order[i].
+        model: The model.
+        coupling: The coupling.
+        order: Order of its units [count] int64; position i gets unit order[i].
     """
-    sites: dict[tuple, list[Projection]] = {}
+    by_weight: dict[tuple, list[Projection]] = {}
     for projection in coupling.projections:
-        sites.setdefault((projection.site, projection.dim), []).append(projection)
-    for projections in sites.values():
+        by_weight.setdefault((projection.weight_key, projection.dim), []).append(projection)
+    for projections in by_weight.values():
         first, elements = projections[0], element_order(projections, order)
-        yield MovingTensor(weight_of(model, first), partial(like_matrix, model, first), elements, first.dim)
-        bias = bias_of(model, first)
-        if first.dim == 0 and bias is not None:
-            yield MovingTensor(bias, _itself, elements, 0)
+        handle = weight_at(model, first)
+        yield MovingTensor(handle.tensor, handle.view, elements, first.dim)
+        if first.dim == 0 and handle.bias is not None:
+            yield MovingTensor(handle.bias, _unchanged, elements, 0)
     for vector in coupling.vectors:
         moved = Projection("u", vector.path, order.numel(), vector.unit, 0)
         yield MovingTensor(find(model, vector.path), _as_rows, element_order([moved], order), 0)
 
 
-def _itself(tensor: Tensor) -> Tensor:
+def _unchanged(tensor: Tensor) -> Tensor:
     return tensor
 
 
@@ -114,42 +127,46 @@ def _as_rows(tensor: Tensor) -> Tensor:
 
 
 class Move:
-    """One coupling's units in another order, and back, whatever interrupts it.
+    """Puts the units of one coupling in another order, and back. An interrupt at any moment does no harm.
 
-    Before anything is written, what the units that change place hold now is kept. So a change that was interrupted
-    between two tensors can be taken back, any number of times, by :meth:`recover`.
+    Before anything is written, the present values of the units that change place are kept. So :meth:`recover` can
+    revert a change that was interrupted between two tensors, any number of times.
     """
 
     def __init__(self, coupling: Coupling, order: Tensor) -> None:
-        """Args:
-        coupling: whose units move.
-        order: [units] int64, position i takes the unit order[i].
+        """Prepare the change; no weight changes yet.
+
+        Args:
+            coupling: The coupling.
+            order: Order of its units [count] int64; position i gets unit order[i].
         """
         self.coupling, self.order = coupling, order
         self._places: dict[str, Tensor] = {}
-        # (whether the units are in the new order, the present values of all units that a change under way moves)
+        # Whether the units are in the new order, and, during a change, the values that they had before it. Both are in
+        # one tuple, so that they are assigned in one step.
         self._state: tuple[bool, list[Tensor] | None] = (False, None)
 
     @property
     def is_done(self) -> bool:
+        """Whether the units are in the new order."""
         return self._state[0]
 
     def places(self, projection: Projection) -> Tensor:
-        """[extent] int64: where each element of one of the coupling's projections lies now, by original number."""
+        """The new positions [extent] int64 of a projection's elements, by their original number."""
         if projection.name not in self._places:
             self._places[projection.name] = inverse(element_order([projection], self.order))
         return self._places[projection.name]
 
     def do(self, model: nn.Module) -> None:
-        """Put the units in the new order, if they are not."""
+        """Put the units in the new order, unless they are in it."""
         self._change(model, True)
 
     def undo(self, model: nn.Module) -> None:
-        """Put the units back in the original order, if they are not."""
+        """Put the units back in the original order, unless they are in it."""
         self._change(model, False)
 
     def recover(self, model: nn.Module) -> None:
-        """Take an interrupted change back."""
+        """Revert an interrupted change."""
         is_done, kept = self._state
         if kept is None:
             return
@@ -180,5 +197,5 @@ class Move:
 
 
 def _changing(moving: MovingTensor) -> Tensor:
-    """The places whose element another one takes."""
+    """The positions that get another element."""
     return (moving.elements != torch.arange(moving.elements.numel())).nonzero().squeeze(1)

@@ -1,22 +1,39 @@
-"""model_type → the function that lists a model's couplings."""
+"""Lists the couplings of a model, by its model type or as the user describes them, and checks them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from s2ft.layers import layers_for
+from s2ft.layers import KINDS, S2Layer, kind_of
 from s2ft.model.coupling import Coupling, Projection, Vector
+from s2ft.model.custom import checked_couplings
 from s2ft.model.families import FAMILIES
-from s2ft.model.given import given_couplings
-from s2ft.model.weights import find, is_quantized, shape_of, weight_of
+from s2ft.model.weights import find, weight_at
 
 Declaration = Callable[[nn.Module], list[Coupling]]
 _REGISTERED: dict[str, Declaration] = {}  # by register_architecture, before FAMILIES
 
 
 def register_architecture(*model_types: str) -> Callable[[Declaration], Declaration]:
-    """Decorator: the function below lists the couplings of models whose config has this model_type."""
+    """Decorate a function that lists the couplings of a model family.
+
+    Args:
+        *model_types: Values of ``model.config.model_type`` that the function is for.
+
+    Returns:
+        A decorator. The function that it decorates gets a model and returns a list of :class:`Coupling`. It takes
+        precedence over a built-in family.
+
+    Example:
+        >>> @s2ft.register_architecture("my-model")
+        ... def couplings(model):
+        ...     blocks = [f"blocks.{i}" for i in range(model.config.num_layers)]
+        ...     return [
+        ...         s2ft.Coupling.ffn(i, up=f"{block}.fc1", down=f"{block}.fc2", channels=model.config.width)
+        ...         for i, block in enumerate(blocks)
+        ...     ]
+    """
 
     def register(declaration: Declaration) -> Declaration:
         for model_type in model_types:
@@ -27,16 +44,26 @@ def register_architecture(*model_types: str) -> Callable[[Declaration], Declarat
 
 
 def known_architectures() -> list[str]:
+    """The model types whose couplings are known."""
     return sorted({**FAMILIES, **_REGISTERED})
 
 
-def couplings_of(model: nn.Module, given: Sequence[Coupling] | None = None) -> list[Coupling]:
-    """The couplings of `model`, checked against its weights: those of its family, or the ones `given` by hand.
+def couplings_of(model: nn.Module, custom: Sequence[Coupling] | None = None) -> list[Coupling]:
+    """List the couplings of a model and check them against its weights.
 
-    Raises: ValueError for a model type that is not known, or a weight whose shape contradicts the
-    declaration; the message names the known types or the module.
+    Args:
+        model: The model.
+        custom: The couplings that a user describes; default: those of the model's family.
+
+    Returns:
+        The couplings.
+
+    Raises:
+        TypeError: `custom` has something else than couplings.
+        ValueError: The model type is not known, or a weight is missing or has another shape than its coupling states;
+            the message names the known types or the module.
     """
-    couplings = _declared(model) if given is None else given_couplings(given)
+    couplings = _declared(model) if custom is None else checked_couplings(custom)
     check_shapes(model, couplings)
     return couplings
 
@@ -46,21 +73,24 @@ def _declared(model: nn.Module) -> list[Coupling]:
     declaration = _REGISTERED.get(model_type) or FAMILIES.get(model_type)
     if declaration is None:
         raise ValueError(
-            f"{type(model).__name__} (model type {model_type!r}) is not a model family that s2ft "
-            f"knows; known are {', '.join(known_architectures())}. The couplings of others are given by "
-            "hand, attach(..., couplings=[s2ft.Coupling(...), ...]), or by family, "
-            "s2ft.register_architecture"
+            f"{type(model).__name__} (model type {model_type!r}) is not a model family that s2ft knows; known are "
+            f"{', '.join(known_architectures())}. Describe the couplings of this model in attach(..., "
+            "couplings=[s2ft.Coupling.ffn(...), ...]), or those of its family by s2ft.register_architecture"
         )
     couplings = declaration(model)
     if not couplings:
         raise ValueError(
-            f"{type(model).__name__}: the layers of model type {model_type!r} are not where s2ft looks for them"
+            f"{type(model).__name__}: s2ft finds no layers of model type {model_type!r} under their usual names"
         )
     return couplings
 
 
 def check_shapes(model: nn.Module, couplings: list[Coupling]) -> None:
-    """Raises: ValueError for a module or parameter that is missing or whose shape contradicts its coupling."""
+    """Check couplings against the weights of a model.
+
+    Raises:
+        ValueError: A module or parameter is missing, or its shape contradicts its coupling.
+    """
     for coupling in couplings:
         for projection in coupling.projections:
             _check_projection(model, projection)
@@ -80,11 +110,10 @@ def _check_projection(model: nn.Module, projection: Projection) -> None:
             f"{projection.path} must be a parameter [experts, outputs, inputs] with more than "
             f"{projection.expert} experts"
         )
-    if not is_quantized(found) and not weight_of(model, projection).is_floating_point():
-        raise ValueError(
-            f"{projection.path} has {weight_of(model, projection).dtype} weights; S²FT needs floating point"
-        )
-    shape = tuple(shape_of(model, projection))
+    handle = weight_at(model, projection)
+    if not handle.read_only and not handle.tensor.is_floating_point():
+        raise ValueError(f"{projection.path} has {handle.tensor.dtype} weights; S²FT needs floating point")
+    shape = tuple(handle.shape)
     if shape[projection.dim] != projection.extent:
         parts = "" if projection.size is not None else f" = {projection.count} units of {projection.unit}"
         raise ValueError(
@@ -94,13 +123,12 @@ def _check_projection(model: nn.Module, projection: Projection) -> None:
 
 
 def check_module(found: Any, path: str) -> None:
-    """Raises: ValueError for what is no layer that S²FT trains units of."""
-    if not isinstance(found, nn.Module) or layers_for(found) is None:
+    """Raise ValueError unless `found` is a layer of a kind that S²FT trains."""
+    if not isinstance(found, nn.Module) or isinstance(found, S2Layer) or kind_of(found).layers is None:
         groups = getattr(found, "groups", 1)
         raise ValueError(
-            f"{path} is a {type(found).__name__}{f' of {groups} groups' * (groups != 1)}: S²FT "
-            "trains and moves units of nn.Linear, transformers' Conv1D and nn.Conv1d to Conv3d of one "
-            "group, and not of classes derived from them"
+            f"{path} is a {type(found).__name__}{f' of {groups} groups' * (groups != 1)}: S²FT trains units of "
+            f"{', '.join(kind.name for kind in KINDS)}, and not of classes derived from them"
         )
 
 

@@ -1,49 +1,52 @@
-"""Trying couplings out: with the units of one in another order, the model must compute what it did before."""
+"""Verifies couplings: with the units of one in another order, the model must give the same outputs as before."""
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from s2ft.model.coupling import Coupling
+from s2ft.model.modes import evaluation_mode
 from s2ft.model.permutation import Move
-from s2ft.model.weights import allow_packing, layers_that_pack, stop_packing, weight_of
+from s2ft.model.weights import allow_packing, layers_that_pack, stop_packing, weight_at
 
-# how far outputs may move, of the largest: rounding, which a few layers add up
+# By how much outputs may change, relative to the largest output. Rounding errors of a few layers add up.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 NEED_EXAMPLE = (
-    "verify runs the model, and this one needs an input for that: pass example=, a tensor, a tuple of "
-    "arguments or a dict of them, or verify=False"
+    "verify runs the model and needs an input for it: pass example= (a tensor, a tuple of arguments or a dict of "
+    "them), or verify=False"
 )
 
 
 class Trial:
-    """A model's outputs on one small input, to compare with what it gives after a change.
+    """The outputs of a model on one small input, to compare them with its outputs after a change.
 
-    Runs in evaluation mode without gradients; afterwards every module's mode is what it was. Besides the
-    model's own outputs those of the consumers are compared, where an error is largest.
+    The model runs in evaluation mode without gradients. Afterwards every module is in its former mode. The outputs of
+    the consumers are compared too, because there an error is largest.
     """
 
     def __init__(self, model: nn.Module, couplings: list[Coupling], under_way: list[Move], example: Any = None) -> None:
-        """Args:
-            model: to run.
-            couplings: whose consumers are watched.
-            under_way: holds the moves of a check while it runs, so that the caller can take them back.
-            example: tensor, tuple of arguments or dict of them; default: made from the model's config.
+        """Run the model before the change.
+
+        Args:
+            model: The model.
+            couplings: The couplings whose consumers are compared.
+            under_way: A list that contains the moves of a check while it runs, so that the caller can revert them.
+            example: Tensor, tuple of arguments or dict of them; default: made from the model's config.
 
         Raises:
-            ValueError: there is no example that can be run, or it does not reach every coupling.
+            ValueError: There is no example, the model can't run on it, or it does not reach every coupling.
+            TypeError: The example is of another type.
         """
         self.model, self.under_way = model, under_way
-        # quantized weights are integers, whose layers may compute in half precision or on 8-bit activations
+        # Quantized weights are integers. Their layers may compute in half precision or on 8-bit activations.
         self.tolerance = max(
-            TOLERANCE.get(weight_of(model, coupling.consumer).dtype, TOLERANCE[torch.bfloat16])
+            TOLERANCE.get(weight_at(model, coupling.consumer).tensor.dtype, TOLERANCE[torch.bfloat16])
             for coupling in couplings
         )
-        # in half precision a rounding may send a token to another expert, and then its numbers are others
+        # In half precision, rounding may route a token to another expert, which changes its outputs.
         self.routed = self.tolerance > 1e-4 and any(c.consumer.expert is not None for c in couplings)
         built = example is None
         self.example = example_of(model) if built else example
@@ -55,23 +58,25 @@ class Trial:
             self.before = self._run(couplings)
         except Exception as error:
             if built:
-                raise ValueError(f"{NEED_EXAMPLE}. The one made from the config fails: {error}") from error
+                raise ValueError(f"{NEED_EXAMPLE}. The example made from the config fails: {error}") from error
             raise
         for key, tensors in self.before.items():
             if not tensors:
                 raise ValueError(
-                    f"the example does not reach {key or 'an output'}, so nothing can be verified there: "
-                    "pass another as example=, or verify=False"
+                    f"example must reach every coupling, and this one does not reach {key or 'an output'}: pass "
+                    "another as example=, or verify=False"
                 )
             if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-                raise ValueError(f"the example gives NaN or infinity at {key or 'the output'}: pass another")
+                raise ValueError(f"example must give finite numbers, got NaN or infinity at {key or 'the output'}")
 
     def check(self, couplings: list[Coupling]) -> None:
-        """Put the units of couplings that can move in another order, run, and put them back.
+        """Reorder the units of couplings, run the model, and put the units back.
 
         Args:
-            couplings: more than one where they are the experts of a layer, which are many and alike.
-        Raises: ValueError when an output moves by more than rounding; the weights are, bit for bit, as before.
+            couplings: One movable coupling, or those of all experts of a layer, which are many and alike.
+
+        Raises:
+            ValueError: An output changes by more than rounding. The weights are as before, bit for bit.
         """
         moves = [Move(coupling, _cycle(coupling.consumer.count)) for coupling in couplings]
         self.under_way.extend(moves)
@@ -84,40 +89,42 @@ class Trial:
         if moved:
             others = f" or another of the {len(couplings)} experts" if len(couplings) > 1 else ""
             raise ValueError(
-                f"{couplings[0]}{others} is not one: with its {couplings[0].consumer.count} units in "
-                f"another order {moved}. Is a module, a norm or bias (vectors), or the unit wrong?"
+                f"{couplings[0]}{others} is not a coupling of this model: with its {couplings[0].consumer.count} units "
+                f"in another order {moved}. Is a module, a norm or bias (vectors), or the unit wrong?"
             )
 
     def check_unchanged(self) -> None:
-        """Raises: ValueError when the model's outputs are no longer what they were."""
+        """Raise ValueError if the model's outputs have changed."""
         moved = self._moved([])
         if moved:
             raise ValueError(f"attach would change what the model computes: {moved}")
 
     def _moved(self, couplings: list[Coupling]) -> str:
-        """What differs from before, in words; empty when nothing does."""
+        """The first difference from the outputs before, in words; empty if there is none."""
         for key, tensors in self._run(couplings).items():
             for after, before in zip(tensors, self.before[key]):
                 largest = float(before.abs().max())
-                difference = self._difference(after, before, whole=not self.routed or bool(key))
+                difference = self._difference(after, before, every=not self.routed or bool(key))
                 if not difference <= self.tolerance * largest:
                     return (
-                        f"{'the output of ' + key if key else 'an output of the model'} moves by {difference:.3g}, "
-                        f"where the largest is {largest:.3g} and rounding would be {self.tolerance * largest:.3g}"
+                        f"{'the output of ' + key if key else 'an output of the model'} changes by {difference:.3g}; "
+                        f"the largest is {largest:.3g}, and rounding changes it by {self.tolerance * largest:.3g}"
                     )
         return ""
 
     @staticmethod
-    def _difference(after: Tensor, before: Tensor, whole: bool) -> float:
-        """The largest of all differences, or where not whole the median: at least half must agree."""
+    def _difference(after: Tensor, before: Tensor, every: bool) -> float:
+        """The largest difference if every element must agree, else the median: half of them must."""
         if after.shape != before.shape:
             return float("inf")
         differences = (after - before).abs()
-        return float(differences.max() if whole else differences.median())
+        return float(differences.max() if every else differences.median())
 
     def _run(self, couplings: list[Coupling]) -> dict[str, list[Tensor]]:
-        """Outputs of the model (key "") and of the couplings' consumers (by path), as float64; for experts' weights
-        of the module that has them."""
+        """Run the model and return its outputs (key "") and those of the consumers (by path), as float64.
+
+        For experts, the path is that of the module with their weights.
+        """
         found: dict[str, list[Tensor]] = {_module_of(coupling): [] for coupling in couplings}
         handles = [
             self.model.get_submodule(path).register_forward_hook(
@@ -129,7 +136,7 @@ class Trial:
         packing = layers_that_pack(self.model)
         try:
             stop_packing(self.model, packing)
-            with torch.no_grad(), _evaluation(self.model), torch.random.fork_rng(cuda):
+            with torch.no_grad(), evaluation_mode(self.model), torch.random.fork_rng(cuda):
                 torch.manual_seed(0)
                 output = _call(self.model, self.example)
         finally:
@@ -145,26 +152,15 @@ def _module_of(coupling: Coupling) -> str:
 
 
 def _cycle(count: int) -> Tensor:
-    """An order [count] in which every unit takes another's place (of two or more)."""
+    """An order [count] in which no unit keeps its place, if there are two or more."""
     units = torch.randperm(count, generator=torch.Generator().manual_seed(count))
     order = torch.empty_like(units)
     order[units] = units.roll(1)
     return order
 
 
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def _call(model: nn.Module, example: Any) -> Any:
-    """On copies, for a model may write into its inputs."""
+    """Run the model on copies of the example, because a model may write into its inputs."""
     if isinstance(example, dict):
         return model(**{name: _copied(value) for name, value in example.items()})
     values = example if isinstance(example, (tuple, list)) else (example,)
@@ -176,7 +172,10 @@ def _copied(value: Any) -> Any:
 
 
 def _tensors(output: Any, name: str = "") -> Iterator[Tensor]:
-    """Floating-point tensors of a model's output; attention weights and caches lie by heads, which may move."""
+    """Iterate over the floating-point tensors of a model's output.
+
+    Attention weights and caches are left out, because heads that are reordered change them.
+    """
     if "attentions" in name or "cache" in name or "past" in name:
         return
     if isinstance(output, Tensor):
@@ -194,10 +193,16 @@ def _tensors(output: Any, name: str = "") -> Iterator[Tensor]:
 
 
 def example_of(model: nn.Module, rows: int = 2, length: int = 8, device: Any = None) -> dict[str, Tensor] | None:
-    """A small batch for a transformers model: token ids, pixels or sound, as its config has them; None for others.
+    """Make a small batch for a transformers model from its config: token ids, pixels or sound.
 
     Args:
-        rows: sequences, images or recordings. length: tokens of a sequence. device: default: the model's.
+        model: The model.
+        rows: Number of sequences, images or recordings.
+        length: Number of tokens of a sequence.
+        device: Device of the batch; default: that of the model.
+
+    Returns:
+        The arguments of the model's forward by name, or None if they can't be made.
     """
     config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
     if config is None or main is None:

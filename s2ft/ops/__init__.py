@@ -1,4 +1,11 @@
-"""The operators of s2ft. One file an op: schema, reference in PyTorch, fake, gradient, public function."""
+"""The operators of s2ft.
+
+Each file defines one operator: its schema, its reference in PyTorch, its shape function for torch.compile, its gradient
+and its public function. The compiled kernels in csrc/ are registered under the same names.
+
+Kernels and references check their arguments. A public function checks only what a kernel can't: on a GPU, the entries
+of the index of an op that changes a weight.
+"""
 
 from s2ft.ops._effective import effective_units
 from s2ft.ops.act_mul import act_mul

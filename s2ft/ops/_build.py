@@ -1,4 +1,4 @@
-"""What was built, and loading it. Importing :mod:`s2ft` never fails for want of compiled kernels."""
+"""Loads the compiled kernels and reports the build. Importing :mod:`s2ft` works without compiled kernels."""
 
 import importlib
 import json
@@ -13,18 +13,18 @@ from s2ft import __version__
 from s2ft.ops._cuda import version, why_unusable
 
 TORCH_FLOOR = (2, 11)
-RECORD = Path(__file__).parents[1] / "_build.json"  # written by setup.py: what it did and why
+RECORD = Path(__file__).parents[1] / "_build.json"  # written by setup.py: the result of the build and the reason
 DEVICES = ("CPU", "CUDA")
 
 _module: ModuleType | None = None
-_reason: str | None = None  # None until load() ran
-_cuda_reason = ""  # why CUDA tensors run what they run, in words
+_reason: str | None = None  # None until load() has run
+_cuda_reason = ""  # which implementation CUDA tensors use, and why
 _cuda_registered = False
-_silent = False  # nobody is to be told about missing CUDA kernels, or was already
+_silent = False  # no warning about missing CUDA kernels is due: the user chose this, or has been warned
 
 
 def _read_record() -> dict[str, Any]:
-    """setup.py's record; empty where none was written or it cannot be read."""
+    """Read setup.py's record. Returns an empty dict if there is none or it can't be read."""
     try:
         record = json.loads(RECORD.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -50,7 +50,7 @@ def _extension_files() -> list[str]:
 
 
 def load() -> ModuleType | None:
-    """Load the compiled kernels once; None where there are none, with a warning if there should be."""
+    """Load the compiled kernels once. Returns None without them, and warns if the build should have made them."""
     global _module, _reason, _silent
     if _reason is not None:
         return _module
@@ -59,7 +59,7 @@ def load() -> ModuleType | None:
     if record and not record.get("compiled"):
         _reason = str(record.get("reason", "the compiled kernels were not built"))
     elif not files:
-        wanted = bool(record)  # a source tree that nobody built is no fault
+        wanted = bool(record)  # a source tree without a build is not an error
         _reason = (
             "the compiled kernels were built, but the module s2ft._C is missing"
             if record
@@ -69,13 +69,13 @@ def load() -> ModuleType | None:
         try:
             _module = _import_module()
             _reason = str(record.get("reason") or "the compiled kernels are loaded")
-        except Exception as error:  # a wrong ABI shows as ImportError, OSError or RuntimeError
+        except Exception as error:  # a wrong ABI raises ImportError, OSError or RuntimeError
             found = f" (found {', '.join(files)})" if isinstance(error, ModuleNotFoundError) else ""
             _reason = f"the compiled kernels failed to load: {error}{found}"
     if _module is None and wanted:
         warnings.warn(
             f"s2ft: {_reason}. The slower PyTorch implementations are used. Set S2FT_BUILD=cpu "
-            "when installing to see why a build fails, or S2FT_BUILD=none to do without.",
+            "when installing to see why a build fails, or S2FT_BUILD=none to build without kernels.",
             RuntimeWarning,
             stacklevel=3,
         )
@@ -85,7 +85,7 @@ def load() -> ModuleType | None:
 
 
 def _prepare_cuda(record: dict[str, Any]) -> None:
-    """Have the CUDA kernels registered when PyTorch initialises CUDA: a process without CUDA pays nothing."""
+    """Ask PyTorch to register the CUDA kernels when it initialises CUDA. A process without CUDA then pays nothing."""
     global _cuda_reason
     if _module is None:
         _cuda_reason = str(_reason)
@@ -97,14 +97,14 @@ def _prepare_cuda(record: dict[str, Any]) -> None:
 
 
 def _register_cuda() -> None:
-    """Register the CUDA kernels where they can run on every visible GPU; else the PyTorch implementations stay.
+    """Register the CUDA kernels if they can run on every visible GPU. Otherwise the PyTorch implementations stay.
 
-    PyTorch calls this while it initialises CUDA, and an exception would make that fail. So this raises nothing.
+    PyTorch calls this while it initialises CUDA, and an exception would make that fail. This function raises nothing.
     """
     global _cuda_reason, _cuda_registered
     try:
         if torch.version.cuda is None:
-            _cuda_reason = "this PyTorch is not one for CUDA"
+            _cuda_reason = "this PyTorch was not built for CUDA"
             return
         devices = [
             (torch.cuda.get_device_name(number), torch.cuda.get_device_capability(number))
@@ -120,17 +120,17 @@ def _register_cuda() -> None:
 
 
 def warn_without_cuda_kernels() -> None:
-    """Warn, once a process, that CUDA tensors run the PyTorch implementations. For a model that is on CUDA."""
+    """Warn, once per process, that CUDA tensors use the PyTorch implementations. Call it for a model on CUDA."""
     global _silent
     if _silent or _cuda_registered:
         return
     _silent = True
     warnings.warn(
-        f"s2ft: the model is on CUDA, and the PyTorch implementations serve there: {_cuda_reason}. Results "
-        "are the same within rounding; serving many adapters in a batch and the FFN's activation are slower.",
+        f"s2ft: the model is on CUDA and uses the PyTorch implementations there: {_cuda_reason}. Results "
+        "are the same within rounding; batches of many adapters and the FFN's activation are slower.",
         RuntimeWarning,
         stacklevel=4,
-    )  # where the user calls attach
+    )  # the line where the user calls attach
 
 
 def _archs(built: dict[str, Any]) -> list[str]:
@@ -138,20 +138,38 @@ def _archs(built: dict[str, Any]) -> list[str]:
 
 
 def _kernels() -> dict[str, list[str]]:
-    """For every op, the devices that have a compiled kernel, as the dispatcher tells."""
+    """Return the devices with a registered kernel, by op."""
     names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("s2ft::"))
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     return {name.partition("::")[2]: [d for d in DEVICES if has(name, d)] for name in sorted(names)}
 
 
 def build_info() -> dict[str, Any]:
-    """What runs here, and why.
+    """Report which kernels this process uses, and why.
 
-    Keys: ``compiled`` (the compiled kernels are loaded), ``reason`` (a sentence), ``version``, ``torch``,
-    ``compiler``, ``cuda`` (built with CUDA kernels), ``archs`` (of them), ``cuda_version`` (they were built with),
-    ``cuda_reason`` (a sentence: why CUDA tensors run what they run), and ``ops``: for every op the devices with a
-    compiled kernel; the others run its PyTorch implementation. CUDA kernels are registered when PyTorch initialises
-    CUDA, if the driver and every visible GPU can run them.
+    CUDA kernels are registered when PyTorch initialises CUDA, if the driver and every visible GPU can run them. This
+    function does not initialise CUDA, because a process that has done so can't fork workers that use it. Before CUDA is
+    initialised, ``ops`` therefore lists no CUDA kernel and ``cuda_reason`` says that they are not registered yet. Call
+    ``torch.cuda.init()`` first to see what CUDA tensors will use.
+
+    Returns:
+        A dict that can be written as JSON:
+
+        - ``compiled``: True if the compiled kernels are loaded.
+        - ``reason``: Why they are, or are not, as a sentence.
+        - ``version``, ``torch``, ``compiler``: Versions of s2ft, PyTorch and the compiler.
+        - ``cuda``: True if the build has CUDA kernels.
+        - ``archs``: GPU architectures of the CUDA kernels.
+        - ``cuda_version``: CUDA version of the build, or None.
+        - ``cuda_reason``: Which implementation CUDA tensors use and why, as a sentence.
+        - ``ops``: For every op, the devices with a registered kernel. Other devices use the PyTorch implementation.
+
+    Example:
+        >>> info = s2ft.build_info()
+        >>> sorted(info)
+        ['archs', 'compiled', 'compiler', 'cuda', 'cuda_reason', 'cuda_version', 'ops', 'reason', 'torch', 'version']
+        >>> "sliced_linear" in info["ops"]
+        True
     """
     module = load()
     built: dict[str, Any] = module.build_info() if module is not None else {}

@@ -1,14 +1,13 @@
 """The weight that a forward and a backward multiply by: base + delta in the selected units.
 
-This is the reference of what csrc/linear.h does. The sum is written into the weight's own memory
-for the length of one GEMM and the base is copied back, bit for bit. So an op stays a function of its
-arguments: nothing can go stale when a weight is replaced, loaded, sharded, cast or copied, no second
-copy of the slice is kept, and the GEMM sees one dense matrix.
+This is the reference of csrc/linear.h. The sum is written into the weight's own memory for the time of one matrix
+product, and the base is then copied back, bit for bit. An op therefore stays a function of its arguments: nothing is
+cached that a replaced, loaded, sharded, cast or copied weight could make stale, no second copy of the slice is kept,
+and the product multiplies by one dense matrix.
 """
 
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import Union
 
 import torch
 from torch import Tensor
@@ -16,14 +15,26 @@ from torch import Tensor
 from s2ft.ops._lock import LOCK, finish_interrupted, unfinished
 from s2ft.ops._memory import check_writable
 
-Units = Union[int, Tensor]  # start of a contiguous slice, or the index of every unit, int64 [n]
+Units = int | Tensor  # start of a contiguous slice, or the index of every unit, int64 [n]
 
 
 def effective_units(base: Tensor, delta: Tensor) -> Tensor:
-    """base + delta, summed in the wider dtype and rounded once to the dtype of base.
+    """Compute base + delta, summed in the wider dtype and rounded once to the dtype of base.
 
-    Every place that forms an effective weight calls this or its compiled twin, so that the weight
-    trained with is, bit for bit, the weight that merging writes.
+    Every effective weight is formed by this function or by its compiled equivalent. The weight used in training
+    therefore equals, bit for bit, the weight that merging writes.
+
+    Args:
+        base: Base values of the selected units, any shape.
+        delta: Trained update, with base's shape. Its dtype may be wider.
+
+    Returns:
+        The sum, in the dtype of base.
+
+    Example:
+        >>> base = torch.ones(2, dtype=torch.bfloat16)
+        >>> s2ft.ops.effective_units(base, torch.tensor([0.5, 1e-4]))
+        tensor([1.5000, 1.0000], dtype=torch.bfloat16)
     """
     return (base + delta).to(base.dtype)
 
@@ -37,7 +48,7 @@ def _read(weight: Tensor, units: Units, length: int, dim: int) -> Tensor:
 def _write(weight: Tensor, units: Units, values: Tensor, dim: int) -> None:
     if isinstance(units, int):
         weight.narrow(dim, units, values.shape[dim]).copy_(values)
-    elif dim == 1:  # index_copy_ on columns walks the matrix element by element; on the transpose it does not
+    elif dim == 1:  # index_copy_ visits a matrix's columns element by element; on the transpose it does not
         weight.t()[units] = values.t()
     else:
         weight[units] = values
@@ -53,16 +64,16 @@ def with_effective_weight(
     units: Units,
     dim: int,
     dtype: torch.dtype,
-    product: Callable[[Tensor], Tensor],  # takes [O, I] in `dtype`, valid inside it only
+    product: Callable[[Tensor], Tensor],  # its argument [O, I] has dtype `dtype` and is valid during the call only
 ) -> Tensor:
-    """``product(weight with weight[units] += delta)``.
+    """Return product(W), where W is the weight with delta added to its units.
 
-    Products take what they multiply contiguous: of a view with gaps PyTorch makes a batched product, for which it
+    The product must make its other operand contiguous. For a view with gaps PyTorch computes a batched product, and
     copies a frozen weight once for every row of the batch.
     """
     if weight.dtype != dtype or _overlaps(weight):
         return product(_effective_copy(weight, delta, units, dim, dtype))
-    memory = weight.data  # shares memory, not the version counter: the weight counts as unchanged
+    memory = weight.data  # shares the memory but not the version counter: to autograd the weight is unchanged
     check_writable("s2ft", memory)
     with LOCK, _StreamOrder(memory):
         finish_interrupted()
@@ -75,13 +86,13 @@ def with_effective_weight(
                 return product(memory)
             finally:
                 finish_interrupted()
-        except BaseException:  # an interrupt may have come while the base was put back
+        except BaseException:  # an interrupt may have stopped the call above before the base was back
             finish_interrupted()
             raise
 
 
-def in_turn(op: str, reference: Callable) -> Callable:
-    """The reference of an op that changes its first argument: it runs when no other op holds a weight."""
+def exclusive(op: str, reference: Callable) -> Callable:
+    """Wrap the reference of an op that writes to its first argument, so that no other op holds a weight meanwhile."""
 
     @wraps(reference)
     def run(weight: Tensor, *args) -> None:
@@ -94,12 +105,12 @@ def in_turn(op: str, reference: Callable) -> Callable:
 
 
 class _StreamOrder:
-    """Orders what is enqueued inside after all earlier uses of it on the weight's GPU, whatever their stream.
+    """Order the work enqueued inside this context after the work of all earlier such contexts on the weight's GPU.
 
-    A stream that is being captured cannot wait for work outside the graph: replays must be ordered by their caller.
+    A stream that is being captured can't wait for work outside the graph. The caller must order the replays.
     """
 
-    _last: dict[int, torch.cuda.Event] = {}  # of each device
+    _last: dict[int, torch.cuda.Event] = {}  # by device
 
     def __init__(self, weight: Tensor) -> None:
         self.stream = None
@@ -116,7 +127,7 @@ class _StreamOrder:
 
 
 def _effective_copy(weight: Tensor, delta: Tensor, units: Units, dim: int, dtype: torch.dtype) -> Tensor:
-    """The effective weight, rounded to the weight's own dtype, as a matrix of its own in `dtype`."""
+    """Return a copy of the effective weight in `dtype`, rounded to the weight's own dtype first."""
     with LOCK:
         finish_interrupted()
         copy = weight.to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)

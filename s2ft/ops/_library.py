@@ -1,8 +1,8 @@
-"""The one torch Library of s2ft: every op is declared once, here and in Python.
+"""The one torch Library of s2ft. Every op is declared once, in Python.
 
-The schema and the PyTorch reference stand in Python; csrc/ adds kernels for a device and nothing
-else. The dispatcher takes a compiled kernel where there is one and the reference elsewhere, so the
-library gives the same numbers with the compiled module present, absent, or loaded later.
+The schema and the PyTorch reference are Python; csrc/ only adds kernels for a device. The dispatcher calls the compiled
+kernel of a device if there is one, and the reference otherwise. The library therefore gives the same numbers if the
+compiled module is present, absent or loaded later.
 """
 
 from collections.abc import Callable
@@ -20,13 +20,17 @@ def define(
     setup_context: Callable | None = None,
     backward: Callable | None = None,
 ):
-    """Declare one op and return its overload.
+    """Declare one op.
 
     Args:
-        schema: e.g. ``"permute_(Tensor(a!) weight, Tensor order, int dim) -> ()"``.
-        reference: what the op means, in PyTorch; also the kernel of every device without a compiled one.
-        fake: shapes and dtypes only, for torch.compile and meta tensors.
-        setup_context, backward: the gradient; backward calls ops only, so that it compiles too.
+        schema: Schema of the op, such as ``"permute_(Tensor(a!) weight, Tensor order, int dim) -> ()"``.
+        reference: Definition of the op in PyTorch. It is the kernel of every device without a compiled one.
+        fake: Function that returns tensors of the right shape and dtype, for torch.compile and meta tensors.
+        setup_context: Function that saves what the backward needs. Default: the op has no gradient.
+        backward: Gradient. It calls ops only, so that torch.compile can trace it.
+
+    Returns:
+        The op's overload.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
@@ -38,10 +42,13 @@ def define(
 
 
 def autocast_input(op: str, x: Tensor, weight: Tensor) -> Tensor:
-    """x in the dtype to multiply in: autocast's where it is on, else it must be the weight's.
+    """Return x in the dtype of the product: autocast's dtype if autocast is on, otherwise the weight's.
 
-    The weight stays as it is. base + delta is summed in the weight's own dtype and rounded once
-    inside the op: casting both first would lose every update smaller than the low dtype's step.
+    The weight keeps its dtype. base + delta is summed in the weight's dtype and rounded once inside the op. Casting
+    both before the sum would lose every update that is smaller than a step of the low-precision dtype.
+
+    Raises:
+        TypeError: x and weight differ in dtype, and autocast is off.
     """
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
@@ -51,28 +58,13 @@ def autocast_input(op: str, x: Tensor, weight: Tensor) -> Tensor:
     return x
 
 
-def check_linear(op: str, x: Tensor, weight: Tensor, delta: Tensor, dim: int, bias: Tensor | None) -> None:
-    """Checks that sliced_linear and indexed_linear share; ValueError names the argument."""
-    if dim not in (0, 1):
-        raise ValueError(f"{op}: dim must be 0 (outputs) or 1 (inputs), got {dim}")
-    if weight.dim() != 2 or delta.dim() != 2:
-        raise ValueError(
-            f"{op}: weight and delta must be matrices, got shapes {tuple(weight.shape)} and {tuple(delta.shape)}"
-        )
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"{op}: x of shape {tuple(x.shape)} does not fit weight of shape {tuple(weight.shape)}")
-    if delta.shape[1 - dim] != weight.shape[1 - dim]:
-        raise ValueError(
-            f"{op}: delta of shape {tuple(delta.shape)} does not fit dim {dim} of weight of shape {tuple(weight.shape)}"
-        )
-    if bias is not None and bias.shape != (weight.shape[0],):
-        raise ValueError(f"{op}: bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-
-
 def check_index(op: str, index: Tensor, length: int, size: int) -> None:
-    """index is int64 of shape (length,) with every entry in 0..size-1; ValueError otherwise.
+    """Check that `index` is int64 of shape [length] with entries from 0 to size - 1.
 
-    The entries are looked at on the CPU only: on a GPU a look would wait for the device, and a fake tensor has none.
+    The entries are checked on the CPU only. On a GPU the check would wait for the device, and a fake tensor has none.
+
+    Raises:
+        ValueError: It is not.
     """
     if index.dtype != torch.int64 or index.shape != (length,):
         raise ValueError(
@@ -88,13 +80,13 @@ def check_index(op: str, index: Tensor, length: int, size: int) -> None:
 def check_dim(op: str, weight: Tensor, dim: int) -> None:
     if not (1 <= weight.dim() <= 3 and 0 <= dim < weight.dim()):
         raise ValueError(
-            f"{op}: weight must have 1 to 3 dimensions and dim be one of them, "
+            f"{op}: weight must have 1 to 3 dimensions and dim must be one of them, "
             f"got shape {tuple(weight.shape)} and dim {dim}"
         )
 
 
 def check_movable(op: str, weight: Tensor, dim: int, index: Tensor, values: Tensor, name: str) -> None:
-    """values has weight's shape but for the units along dim, which index names one by one."""
+    """Check that `values` has the weight's shape, with as many units along dim as `index` has entries."""
     check_dim(op, weight, dim)
     if index.dtype != torch.int64 or index.dim() != 1:
         raise ValueError(
@@ -106,9 +98,13 @@ def check_movable(op: str, weight: Tensor, dim: int, index: Tensor, values: Tens
 
 
 def check_distinct(op: str, index: Tensor, size: int, name: str = "index") -> None:
-    """Every entry of index in 0..size-1, none twice; ValueError otherwise. On a GPU this waits for it once.
+    """Check that every entry of `index` is from 0 to size - 1 and none occurs twice. On a GPU this waits for it once.
 
-    References call it, and public functions for a GPU; the compiled CPU kernels do the same themselves.
+    References call it on every device, and public functions call it for a GPU. The compiled CPU kernels have a check of
+    their own.
+
+    Raises:
+        ValueError: An entry is out of range, or occurs twice.
     """
     if torch.compiler.is_compiling() or index.numel() == 0:
         return
@@ -122,6 +118,9 @@ def check_distinct(op: str, index: Tensor, size: int, name: str = "index") -> No
 
 
 def count_change(*weights: Tensor) -> None:
-    """Tell autograd that an op of ours wrote to them: a backward that kept one must raise, not go wrong."""
+    """Tell autograd that an op wrote to these tensors.
+
+    A backward that saved one of them then raises instead of computing a wrong gradient.
+    """
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version([weight for weight in weights if not weight.is_inference()])

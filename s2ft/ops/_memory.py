@@ -1,39 +1,39 @@
-"""Where a weight lies: operations write to it, so it must be memory that this process has for itself."""
+"""Checks of the memory of a weight. Operations write to it, so it must be writable and belong to this process alone."""
 
 import sys
 
 from torch import Tensor
 
-MAPS = "/proc/self/maps"  # of Linux
+MAPS = "/proc/self/maps"  # Linux only
 
 
 def check_writable(op: str, weight: Tensor) -> None:
-    """Check that a store to `weight` would not end the process. The compiled kernels do so themselves.
+    """Check that a write to `weight` would not end the process. The compiled kernels have a check of their own.
 
     Args:
-        op: the operation's name, for the message.
-        weight: any tensor; only memory of the CPU is looked at.
+        op: Name of the operation, for the message.
+        weight: Any tensor. Only CPU memory is checked.
 
     Raises:
-        ValueError: it lies in a read-only mapping.
+        ValueError: The tensor is in a read-only mapping.
     """
     found = _mapping_of(weight)
     if found is not None and "w" not in found[0]:
         raise ValueError(
-            f"{op}: weight lies in read-only memory (a memmap of mode 'r', say), and this op writes to it: "
-            "give a copy, weight.clone()"
+            f"{op}: weight is in read-only memory, such as a memmap of mode 'r', and this op writes to it: "
+            "pass a copy, weight.clone()"
         )
 
 
 def check_private(what: str, weight: Tensor) -> None:
-    """Check that `weight` can be written to and that no other process sees what is written.
+    """Check that `weight` is writable and that no other process shares its memory. This takes about 50 µs.
 
     Args:
-        what: the weight's name, for the message.
-        weight: any tensor; only memory of the CPU is looked at. Costs about 50 µs.
+        what: Name of the weight, for the message.
+        weight: Any tensor. Only CPU memory is checked.
 
     Raises:
-        ValueError: it lies in shared memory, a shared mapping of a file, or a read-only mapping.
+        ValueError: The tensor is in shared memory, a shared mapping of a file, or a read-only mapping.
     """
     found = _mapping_of(weight)
     if found is None:
@@ -42,19 +42,19 @@ def check_private(what: str, weight: Tensor) -> None:
     where = f" ({file})" if file else ""
     if "w" not in flags:
         raise ValueError(
-            f"{what} lies in read-only memory{where}, and s2ft writes to the weights that it trains: load "
+            f"{what} is in read-only memory{where}, and s2ft writes to the weights that it trains: load "
             "the model without a memory map, or clone the weight"
         )
     if "s" in flags:
         raise ValueError(
-            f"{what} lies in memory that is shared with other processes{where}. While an operation runs, a "
-            "weight holds base + delta, and another process would take that for the base: give every "
-            "process weights of its own (clone them), and share the trained s2 alone"
+            f"{what} is in memory that is shared with other processes{where}. While an operation runs, a "
+            "weight holds base + delta, and another process would read that as the base: give every "
+            "process its own weights (clone them), and share only the trained s2"
         )
 
 
 def _mapping_of(weight: Tensor) -> tuple[str, str] | None:
-    """The flags, such as "rw-p", and the file of the mapping that a CPU tensor lies in; None where that is unknown."""
+    """Return the flags, such as "rw-p", and the file of a CPU tensor's mapping, or None if they are unknown."""
     if weight.device.type != "cpu" or weight.numel() == 0:
         return None
     if not sys.platform.startswith("linux"):

@@ -1,7 +1,7 @@
 """Convolution whose only trainable weights are those of a few output or input channels.
 
-No device has a kernel of its own: the product is PyTorch's convolution, on a copy of the weight that has
-base + delta in the selected channels. A convolution's weight is small beside its activations.
+There is no compiled kernel: the product is PyTorch's convolution on a copy of the weight that holds base + delta in the
+selected channels. A convolution's weight is small compared with its activations.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from s2ft.ops._lock import LOCK
 
 
 def effective(weight: Tensor, delta: Tensor, index: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """The weight with delta added to its channels, rounded to its own dtype, as a copy in `dtype`."""
+    """Return a copy of the weight in `dtype`, with delta added to its channels and rounded to the weight's dtype."""
     with LOCK:
         copy = weight.detach().clone()
     taps = copy.view(*copy.shape[:2], -1)
@@ -25,7 +25,7 @@ def effective(weight: Tensor, delta: Tensor, index: Tensor, dim: int, dtype: tor
 
 
 def differentiable(weight: Tensor, delta: Tensor, index: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """What :func:`effective` gives, by functions that pass gradients to delta."""
+    """Return the same as :func:`effective`, computed by functions that pass gradients to delta."""
     taps = weight.detach().view(*weight.shape[:2], -1)
     wide = taps.to(torch.promote_types(weight.dtype, delta.dtype))
     return wide.index_add(dim, index, delta.to(wide.dtype)).to(weight.dtype).view(weight.shape).to(dtype)
@@ -86,7 +86,7 @@ def reference_grad_delta(
 
 
 def _gradients(grad, x, weight, stride, padding, dilation, which: int) -> Tensor:
-    """Of a convolution, with respect to x (which = 0) or weight (1)."""
+    """Return the gradient of a convolution with respect to x (which = 0) or weight (which = 1)."""
     return torch.ops.aten.convolution_backward(
         grad, x, weight, None, stride, padding, dilation, False, [0] * len(stride), 1, [which == 0, which == 1, False]
     )[which]
@@ -174,12 +174,36 @@ def indexed_conv(
     padding: Sequence[int] = (0,),
     dilation: Sequence[int] = (1,),
 ) -> Tensor:  # [N, O, ...]
-    """Convolution of x with W, where W = weight and ``W.index_select(dim, index) += delta``; one group.
+    """Compute the convolution of x with W, where W is `weight` with `delta` added to the channels in `index`.
 
-    base + delta is summed in the wider of the two dtypes and rounded once to the weight's. Gradients flow to x,
-    delta and bias, any number of times, never to weight; for dim 1 only the selected channels of x are kept for them.
-    stride, padding and dilation have an entry for each further dimension, or one for all.
-    Raises: ValueError for a wrong shape, dim or index; TypeError for mixed dtypes outside autocast.
+    base + delta is summed in the wider of the two dtypes and rounded once to the weight's dtype. Gradients of any order
+    flow to x, delta and bias, never to weight. For dim 1, only the selected channels of x are saved for the backward.
+    The convolution has one group.
+
+    Args:
+        x: Input, shape [N, I, ...] with one to three further dimensions.
+        weight: Frozen weight, shape [O, I, ...], float32, float64, bfloat16 or float16.
+        delta: Trained update of n channels, shape [n, I, taps] if dim is 0, else [O, n, taps], where taps is the number
+            of positions of the kernel.
+        index: Selected channels, shape [n], int64, without duplicates.
+        dim: 0 if the channels are outputs, 1 if they are inputs.
+        bias: Bias, shape [O]. Default: none.
+        stride: Stride, one entry per further dimension or one for all. Default: 1.
+        padding: Padding on both sides, likewise. Default: 0.
+        dilation: Distance of the kernel's positions, likewise. Default: 1.
+
+    Returns:
+        The output, shape [N, O, ...], in the dtype of x, or in autocast's dtype.
+
+    Raises:
+        ValueError: A shape, `dim` or `index` is wrong.
+        TypeError: x and weight differ in dtype outside autocast.
+
+    Example:
+        >>> x, weight, delta = torch.ones(1, 2, 5), torch.zeros(4, 2, 3), torch.ones(1, 2, 3)
+        >>> y = s2ft.ops.indexed_conv(x, weight, delta, torch.tensor([1]), dim=0, padding=[1])
+        >>> y[0, 1]
+        tensor([4., 6., 6., 6., 4.])
     """
     spatial = weight.dim() - 2
     if spatial not in (1, 2, 3) or x.dim() != weight.dim() or x.shape[1] != weight.shape[1]:
@@ -196,17 +220,17 @@ def indexed_conv(
         raise ValueError(f"indexed_conv: bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
     check_index("indexed_conv", index, delta.shape[dim], weight.shape[dim])
     geometry = [
-        _entries(name, given, spatial)
-        for name, given in (("stride", stride), ("padding", padding), ("dilation", dilation))
+        _entries(name, value, spatial)
+        for name, value in (("stride", stride), ("padding", padding), ("dilation", dilation))
     ]
     x, kept = autocast_input("indexed_conv", x, weight), None
     if dim == 1 and delta.requires_grad and torch.is_grad_enabled():
-        kept = x.index_select(1, index)  # here, where autograd sees that it depends on x
+        kept = x.index_select(1, index)  # here and not in the op, so that autograd sees that it depends on x
     return _op(x, weight, delta, index, dim, bias, kept, *geometry)
 
 
-def _entries(name: str, given: Sequence[int], spatial: int) -> tuple[int, ...]:
-    given = tuple(given)
-    if len(given) not in (1, spatial):
-        raise ValueError(f"indexed_conv: {name} must have {spatial} entries or one, got {given}")
-    return given * spatial if len(given) == 1 else given
+def _entries(name: str, value: Sequence[int], spatial: int) -> tuple[int, ...]:
+    value = tuple(value)
+    if len(value) not in (1, spatial):
+        raise ValueError(f"indexed_conv: {name} must have {spatial} entries or one, got {value}")
+    return value * spatial if len(value) == 1 else value

@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from s2ft.ops import _linear
-from s2ft.ops._library import autocast_input, check_index, check_linear
 
 _op = _linear.define_linear("indexed_linear", "Tensor index")
 
@@ -16,12 +15,31 @@ def indexed_linear(
     dim: int,
     bias: Tensor | None = None,  # [O]
 ) -> Tensor:  # [..., O]
-    """y = x @ Wᵀ + bias, with W = weight and ``W.index_select(dim, index) += delta``.
+    """Compute ``x @ W.t() + bias``, where W is `weight` with `delta` added to the units in `index`.
 
-    The same contract as :func:`s2ft.ops.sliced_linear`, for units that lie anywhere. An index outside
-    the weight raises before anything is written (on CUDA, where looking would stall the device, the
-    layers check it once when they are made).
+    The contract is that of :func:`s2ft.ops.sliced_linear`, for units that are not neighbours. An index outside the
+    weight raises before anything is written. On CUDA the entries of an index are not checked, because the check would
+    stall the device: the layers check their index once, when they are made.
+
+    Args:
+        x: Input, shape [..., I]. Under autocast it is cast to autocast's dtype.
+        weight: Frozen weight, shape [O, I], float32, float64, bfloat16 or float16.
+        delta: Trained update of n units, shape [n, I] if dim is 0, else [O, n]. Its dtype may be wider than the
+            weight's.
+        index: Selected units, shape [n], int64, without duplicates.
+        dim: 0 if the units are outputs (rows of the weight), 1 if they are inputs (columns).
+        bias: Bias, shape [O]. Default: none.
+
+    Returns:
+        The output, shape [..., O], in the dtype of x, or in autocast's dtype.
+
+    Raises:
+        ValueError: A shape or `dim` is wrong, or `index` has an entry outside the weight.
+        TypeError: x and weight differ in dtype outside autocast.
+
+    Example:
+        >>> x, weight, delta = torch.ones(1, 4), torch.zeros(2, 4), torch.ones(2, 2)
+        >>> s2ft.ops.indexed_linear(x, weight, delta, torch.tensor([3, 0]), dim=1)
+        tensor([[2., 2.]])
     """
-    check_linear("indexed_linear", x, weight, delta, dim, bias)
-    check_index("indexed_linear", index, delta.shape[dim], weight.shape[dim])
-    return _linear.apply(_op, autocast_input("indexed_linear", x, weight), weight, delta, index, dim, bias)
+    return _linear.call("indexed_linear", _op, x, weight, delta, index, dim, bias)

@@ -1,4 +1,4 @@
-"""A batch whose sequences name their adapters, each added to the base's output (paper, section 3.4)."""
+"""Add the adapter of each sequence of a batch to the base's output (S²FT paper, section 3.4)."""
 
 from collections.abc import Sequence
 
@@ -35,11 +35,12 @@ def reference(
 def without_waiting(
     x: Tensor, y: Tensor, values: Tensor, index: Tensor, offsets: Tensor, adapter: Tensor, dim: int
 ) -> Tensor:
-    """The reference for a device that the host must not wait for: no size depends on what a tensor holds.
+    """The reference for devices on which the host must not wait: no size depends on the values in a tensor.
 
-    Either every sequence is multiplied by all units of the bank, and what its adapter does not have is masked; or
-    sequence by sequence the units of its adapter are gathered, as many as an adapter can have. The first reads the
-    bank once for all sequences, the second does not grow with the bank. Entries out of range are skipped.
+    It computes in one of two ways. Either it multiplies every sequence by all units of the bank and masks the units
+    that the sequence's adapter does not have. Or it gathers, sequence by sequence, the units of the adapter, as many as
+    an adapter can have. The first way reads the bank once for all sequences; the cost of the second does not grow with
+    the bank. Entries out of range are skipped.
     """
     out = y.clone(memory_format=torch.contiguous_format)
     units, adapters, limit = index.numel(), offsets.numel() - 1, (y, x)[dim].shape[-1]
@@ -65,25 +66,25 @@ def without_waiting(
 
 
 PIECE = 2**24  # elements of an intermediate tensor
-RIDGE = 256  # tokens for which a GPU multiplies by a matrix about as long as it reads it
+RIDGE = 256  # number of tokens at which a GPU takes as long to multiply by a matrix as to read it
 
 
 def _add(
     out: Tensor,  # [B, ..., O], changed in place
     x: Tensor,  # [B, ..., I]
     values: Tensor,  # [n, I] for dim 0, [n, O] for dim 1
-    at: Tensor,  # [n] int64, the output or input that each unit is
-    mine: Tensor,  # [B, n] bool, which units each sequence's adapter has
+    at: Tensor,  # [n] int64, the output or input of each unit
+    mine: Tensor,  # [B, n] bool: True if the sequence's adapter has the unit
     dim: int,
 ) -> None:
-    """Add the units that each sequence's adapter has. Numbers of the others have no effect, not even inf and NaN."""
+    """Add the units of each sequence's adapter. The values of other units have no effect, not even inf and NaN."""
     shape = (len(mine), *[1] * (x.dim() - 2))
-    others = ~mine.view(*shape, -1)
+    not_mine = ~mine.view(*shape, -1)
     if dim == 0:
-        out.index_add_(-1, at, (x @ values.t()).masked_fill(others, 0))
+        out.index_add_(-1, at, (x @ values.t()).masked_fill(not_mine, 0))
         return
     broken = ~values.isfinite().all(1)  # zero times these would be NaN in every sequence
-    out += x.index_select(-1, at).masked_fill(others, 0) @ values.masked_fill(broken[:, None], 0)
+    out += x.index_select(-1, at).masked_fill(not_mine, 0) @ values.masked_fill(broken[:, None], 0)
     out.masked_fill_((mine & broken).any(1).view(*shape, 1), float("nan"))
 
 
@@ -92,7 +93,7 @@ def check_shapes(
 ) -> None:
     if dim not in (0, 1) or x.dim() < 2 or x.shape[:-1] != y.shape[:-1]:
         raise ValueError(
-            f"{OP}: dim must be 0 or 1 and x and y be alike but for their last dimension, got dim {dim} "
+            f"{OP}: dim must be 0 or 1, and x and y must have one shape up to their last dimension, got dim {dim} "
             f"and shapes {tuple(x.shape)} and {tuple(y.shape)}"
         )
     if values.dim() != 2 or values.shape[1] != (x, y)[dim].shape[-1] or index.shape != values.shape[:1]:
@@ -152,51 +153,87 @@ _op = define(
 
 def multi_adapter_linear(
     x: Tensor,  # [B, ..., I]
-    y: Tensor,  # [B, ..., O], the base's output for x
-    values: Tensor,  # [U, I] if dim == 0 else [U, O]: a row for every unit of every adapter
-    index: Tensor,  # [U] int64: the output (dim 0) or input (dim 1) that each unit is; none twice in an adapter
-    offsets: Tensor,  # [A + 1] int64: adapter a has units offsets[a] to offsets[a + 1]
-    adapter: Tensor,  # [B] int64: each sequence's adapter, -1 for none
+    y: Tensor,  # [B, ..., O], the base's output
+    values: Tensor,  # [U, I] if dim == 0 else [U, O], one row per unit of every adapter
+    index: Tensor,  # [U] int64, the output (dim 0) or input (dim 1) of each unit
+    offsets: Tensor,  # [A + 1] int64, where the units of each adapter start
+    adapter: Tensor,  # [B] int64, the adapter of each sequence, -1 for none
     dim: int,
 ) -> Tensor:  # [B, ..., O]
-    """y + x @ Δᵀ, where each of the B sequences has the delta Δ of the adapter it names.
+    """Add to each sequence's output the delta of the sequence's adapter: ``y + x @ delta.t()``.
 
-    For dim 0, ``y[b, ..., index[u]] += x[b] · values[u]``; for dim 1, ``y[b] += x[b, ..., index[u]] * values[u]``
-    over the units u of sequence b's adapter. Adapters may differ in size and none is padded; each is read once
-    for all sequences that name it. :func:`pack_adapters` makes values, index and offsets. Sums are formed in
-    float32 (float64 for float64); x, y and values have one dtype.
+    For dim 0 this is ``y[b, ..., index[u]] += x[b] · values[u]``, and for dim 1 ``y[b] += x[b, ..., index[u]] *
+    values[u]``, over the units u of sequence b's adapter. Adapters may differ in size, and none is padded. Each adapter
+    is read once for all its sequences. Sums are formed in float32, or in float64 for float64 tensors. Gradients flow to
+    x and y; the adapters are frozen (S²FT paper, section 3.4).
 
-    Gradients flow to x and y; the bank is frozen. On CUDA entries out of range are skipped unseen, since
-    looking would stall the device.
-    Raises: ValueError for shapes that do not fit, an adapter, offset or index out of range, or a bank that
-    requires a gradient; TypeError for mixed dtypes.
+    Args:
+        x: Input of the layer, shape [B, ..., I].
+        y: The base's output for x, shape [B, ..., O].
+        values: Deltas of all adapters, one row per unit, shape [U, I] if dim is 0, else [U, O].
+            :func:`pack_adapters` makes values, index and offsets.
+        index: The output (dim 0) or input (dim 1) of each unit, shape [U], int64, without duplicates in an adapter.
+        offsets: Where the adapters' units start, shape [A + 1], int64. Adapter a has the units from offsets[a] to
+            offsets[a + 1] - 1.
+        adapter: The adapter of each sequence, shape [B], int64. -1 means no adapter.
+        dim: 0 if the units are outputs, 1 if they are inputs.
+
+    Returns:
+        The sum, shape [B, ..., O], in the dtype of y.
+
+    Raises:
+        ValueError: Shapes do not fit, `values` requires a gradient, or an adapter, offset or index is out of range. On
+            CUDA an entry out of range is skipped, because a check would stall the device.
+        TypeError: x, y and values differ in dtype.
+
+    Example:
+        >>> one, two = (torch.tensor([0]), torch.ones(1, 3)), (torch.tensor([0, 1]), torch.ones(2, 3))
+        >>> bank = s2ft.ops.pack_adapters([one, two], dim=0)
+        >>> x, y = torch.ones(3, 1, 3), torch.zeros(3, 1, 2)
+        >>> s2ft.ops.multi_adapter_linear(x, y, *bank, torch.tensor([1, 0, -1]), dim=0).tolist()
+        [[[3.0, 3.0]], [[3.0, 0.0]], [[0.0, 0.0]]]
     """
     if x.dtype != y.dtype and torch.is_autocast_enabled(x.device.type):
         x = x.to(y.dtype)
     if not x.dtype == y.dtype == values.dtype:
         raise TypeError(f"{OP}: x is {x.dtype}, y is {y.dtype} and values is {values.dtype}; give all one dtype")
     if values.requires_grad:
-        raise ValueError(f"{OP}: values requires a gradient, but a bank is frozen: give values.detach()")
+        raise ValueError(f"{OP}: values requires a gradient, but a bank is frozen: pass values.detach()")
     if torch.compiler.is_compiling() or torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
         return _op(x, y, values, index, offsets, adapter, dim)
-    with torch._C._AutoDispatchBelowAutograd():  # no gradient: a third of the time of a small call
+    with torch._C._AutoDispatchBelowAutograd():  # without a gradient this saves a third of the time of a small call
         return _op(x, y, values, index, offsets, adapter, dim)
 
 
 def pack_adapters(
-    deltas: Sequence[tuple[Tensor, Tensor]],  # of each adapter: index [n], delta
+    deltas: Sequence[tuple[Tensor, Tensor]],  # of each adapter: index [n] and delta
     dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """values, index and offsets of :func:`multi_adapter_linear`.
+    """Pack the deltas of several adapters for :func:`multi_adapter_linear`.
 
-    A delta has shape [n, I] for dim 0 and [O, n] for dim 1, as an adapter of sliced_linear; all have one dtype.
+    Args:
+        deltas: Index and delta of each adapter. An index has shape [n], int64; a delta has shape [n, I] if dim is 0,
+            else [O, n]. n may differ between adapters. All deltas have one dtype and device.
+        dim: 0 if the units are outputs, 1 if they are inputs.
+
+    Returns:
+        values [U, I] or [U, O], index [U] and offsets [A + 1], where U is the number of all units.
+
+    Raises:
+        ValueError: An index and its delta have different numbers of units.
+
+    Example:
+        >>> deltas = [(torch.tensor([5]), torch.ones(4, 1)), (torch.tensor([0, 2]), torch.ones(4, 2))]
+        >>> values, index, offsets = s2ft.ops.pack_adapters(deltas, dim=1)
+        >>> values.shape, index.tolist(), offsets.tolist()
+        (torch.Size([3, 4]), [5, 0, 2], [0, 1, 3])
     """
     rows = [delta if dim == 0 else delta.t() for _, delta in deltas]
     for (index, _), values in zip(deltas, rows):
         if index.shape != values.shape[:1]:
             raise ValueError(
-                f"pack_adapters: index of shape {tuple(index.shape)} names another number of units than "
-                f"delta has, {values.shape[0]}"
+                f"pack_adapters: index must have shape ({values.shape[0]},), one entry per unit of its delta, "
+                f"got {tuple(index.shape)}"
             )
     sizes = torch.tensor([0] + [len(index) for index, _ in deltas])
     device = rows[0].device

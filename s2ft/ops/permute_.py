@@ -1,9 +1,9 @@
-"""Reorder rows or columns of a weight in place: co-permutation (paper, section 3.2)."""
+"""Reorder the units of a weight in place, for co-permutation (S²FT paper, section 3.2)."""
 
 import torch
 from torch import Tensor
 
-from s2ft.ops._effective import in_turn
+from s2ft.ops._effective import exclusive
 from s2ft.ops._library import check_dim, check_distinct, count_change, define
 
 
@@ -16,13 +16,13 @@ def reference(weight: Tensor, order: Tensor, dim: int) -> None:
         )
     check_distinct("permute_", order, size, name="order")
     moved = (order != torch.arange(order.numel(), device=order.device)).nonzero().squeeze(1)
-    values = weight.index_select(dim, order[moved])  # scratch: only the rows that change place
+    values = weight.index_select(dim, order[moved])  # only the units that move need scratch
     weight.transpose(0, dim)[moved] = values.transpose(0, dim)
 
 
 _op = define(
     "permute_(Tensor(a!) weight, Tensor order, int dim) -> ()",
-    in_turn("permute_", reference),
+    exclusive("permute_", reference),
     lambda weight, order, dim: None,
 )
 
@@ -32,11 +32,24 @@ def permute_(
     order: Tensor,  # [weight.shape[dim]], int64, a permutation
     dim: int,
 ) -> None:
-    """weight := weight.index_select(dim, order), in place.
+    """Reorder the units of a weight in place: ``weight[:] = weight.index_select(dim, order)``.
 
-    ``permute_(weight, order.argsort(), dim)`` is the inverse. Units that keep their place cost next to
-    nothing; scratch is one row for each thread at most (on CUDA 16 MiB).
-    Raises: ValueError for a wrong dim or an order that is no permutation, before anything is written.
+    ``permute_(weight, order.argsort(), dim)`` is the inverse. Units that keep their place cost almost nothing. The
+    scratch memory is at most one row per thread, or 16 MiB on CUDA (S²FT paper, section 3.2).
+
+    Args:
+        weight: Tensor with 1 to 3 dimensions, any dtype of 1, 2, 4 or 8 bytes. It is changed in place.
+        order: Permutation of the units, shape [weight.shape[dim]], int64. Unit order[i] moves to place i.
+        dim: Dimension to reorder.
+
+    Raises:
+        ValueError: `dim` is wrong or `order` is not a permutation. Nothing has been written then.
+
+    Example:
+        >>> weight = torch.arange(6).reshape(3, 2)
+        >>> s2ft.ops.permute_(weight, torch.tensor([2, 0, 1]), 0)
+        >>> weight.tolist()
+        [[4, 5], [0, 1], [2, 3]]
     """
     if weight.is_cuda:
         check_distinct("permute_", order, weight.shape[dim], name="order")

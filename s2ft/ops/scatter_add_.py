@@ -1,11 +1,11 @@
-"""Add deltas to rows or columns of a weight in place: how adapters are fused (paper, section 3.4)."""
+"""Add deltas to units of a weight in place, to fuse and merge adapters (S²FT paper, section 3.4)."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from s2ft.ops._effective import in_turn
+from s2ft.ops._effective import exclusive
 from s2ft.ops._library import check_distinct, check_movable, count_change, define
 
 
@@ -20,8 +20,8 @@ def check(
 ) -> None:
     if not len(index) == len(delta) == len(alpha) or len(replaced) not in (0, len(delta)):
         raise ValueError(
-            f"{op}: index, delta, alpha and replaced must be as many, got {len(index)}, {len(delta)}, "
-            f"{len(alpha)} and {len(replaced)}"
+            f"{op}: index, delta, alpha and replaced must have the same number of entries, got "
+            f"{len(index)}, {len(delta)}, {len(alpha)} and {len(replaced)}"
         )
     for where, values in zip(index, delta):
         check_movable(op, weight, dim, where, values, "delta")
@@ -47,34 +47,54 @@ def reference(
         at = torch.searchsorted(units, where)
         change = total.index_select(dim, at) + factor * values.to(wide)
         total.transpose(0, dim)[at] = change.transpose(0, dim)
-    # On the transpose the index comes first, where torch writes whole rows at a time.
+    # On the transpose the index is the first dimension, where torch writes whole rows at a time.
     weight.transpose(0, dim)[units] = total.to(weight.dtype).transpose(0, dim)
 
 
 _op = define(
     "scatter_add_(Tensor(a!) weight, Tensor[] index, Tensor[] delta, int dim, float[] alpha, "
     "Tensor(b!)[] replaced) -> ()",
-    in_turn("scatter_add_", reference),
+    exclusive("scatter_add_", reference),
     lambda weight, index, delta, dim, alpha, replaced: None,
 )
 
 
 def scatter_add_(
     weight: Tensor,  # 1-D to 3-D, changed in place
-    index: Tensor | Sequence[Tensor],  # [n] int64, no unit twice; or one for each delta
-    delta: Tensor | Sequence[Tensor],  # weight.shape with dim -> n; or several of any n
+    index: Tensor | Sequence[Tensor],  # [n] int64, no unit twice; or one per delta
+    delta: Tensor | Sequence[Tensor],  # weight.shape with dim -> n; or a list, each with its own n
     dim: int,
     alpha: float | Sequence[float] = 1.0,
-    replaced: Tensor | Sequence[Tensor] | None = None,  # as delta, in weight's dtype
+    replaced: Tensor | Sequence[Tensor] | None = None,  # delta's shape, weight's dtype
 ) -> None:
-    """``weight[index] += alpha * delta`` along dim; for lists, the sum of all of them in one pass.
+    """Add deltas to units of a weight in place: ``weight[index] += alpha * delta`` along `dim`.
 
-    Sums are formed in float32 (float64 where weight or delta is), products rounded before they are added,
-    and each touched element is rounded once to the weight's dtype, also where several deltas meet. So one
-    delta with alpha 1 gives :func:`effective_units` bit for bit. Subtracting does not undo the change exactly:
-    give `replaced`, which receives the units as they were before anything was added, and :func:`swap_` it back.
+    Lists are added in one pass. Sums are formed in float32, or in float64 if the weight or a delta has it. Products are
+    rounded before they are added, and every element is rounded once to the weight's dtype, also if several deltas
+    change it. One delta with alpha 1 therefore gives :func:`effective_units`, bit for bit. Subtracting the delta would
+    not restore the old values exactly. To restore them, pass `replaced` and exchange it with :func:`swap_`
+    (S²FT paper, section 3.4).
 
-    Raises: ValueError for a wrong dim, shape, dtype, number or index, before anything is written.
+    Args:
+        weight: Tensor with 1 to 3 dimensions, float32, float64, bfloat16 or float16. It is changed in place.
+        index: Units of the weight, shape [n], int64, without duplicates. For several deltas, a list with one each.
+        delta: Tensor with the weight's shape but n units along `dim`, or a list of such tensors.
+        dim: Dimension of the units.
+        alpha: Factor of the delta, or a list with one factor per delta. Default: 1.
+        replaced: Tensor, or list of tensors, with delta's shape and the weight's dtype. It receives the old values.
+            Default: they are not kept.
+
+    Raises:
+        ValueError: `dim`, a shape, a dtype, a number of entries or an index is wrong. Nothing has been written then.
+
+    Example:
+        >>> weight, old = torch.zeros(3, 2), torch.empty(1, 2)
+        >>> s2ft.ops.scatter_add_(weight, torch.tensor([1]), torch.ones(1, 2), 0, alpha=0.5, replaced=old)
+        >>> weight.tolist()
+        [[0.0, 0.0], [0.5, 0.5], [0.0, 0.0]]
+        >>> s2ft.ops.swap_(weight, torch.tensor([1]), old, 0)  # the old weight, bit for bit
+        >>> weight.any()
+        tensor(False)
     """
     indices, deltas, kept = _as_list(index), _as_list(delta), [] if replaced is None else _as_list(replaced)
     alphas = [float(alpha)] * len(deltas) if isinstance(alpha, (int, float)) else [float(a) for a in alpha]

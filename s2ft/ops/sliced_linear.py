@@ -1,9 +1,8 @@
-"""Linear layer whose only trainable weights are a contiguous slice (paper, section 3.3)."""
+"""Linear layer whose only trainable weights are a contiguous slice (S²FT paper, section 3.3)."""
 
 from torch import Tensor
 
 from s2ft.ops import _linear
-from s2ft.ops._library import autocast_input, check_linear
 
 _op = _linear.define_linear("sliced_linear", "int start")
 
@@ -16,21 +15,39 @@ def sliced_linear(
     dim: int,
     bias: Tensor | None = None,  # [O]
 ) -> Tensor:  # [..., O]
-    """y = x @ Wᵀ + bias, with W = weight and ``W.narrow(dim, start, n) += delta``.
+    """Compute ``x @ W.t() + bias``, where W is `weight` with `delta` added to the units start to start + n - 1.
 
-    One dense GEMM each way. base + delta is summed in the wider of the two dtypes and rounded once
-    to the weight's, so the numbers are those of ``F.linear`` on the merged weight, bit for bit.
-    Gradients flow to x, delta and bias, any number of times, never to weight; for dim 1 only x's slice is kept for them.
-    The weight is written to during the call and is bit-identical after it: calls on the CPU lock each
-    other out, CUDA calls on one weight must share a stream.
+    Each direction is one dense matrix product. base + delta is summed in the wider of the two dtypes and rounded once
+    to the weight's dtype, so the result equals ``F.linear`` on the merged weight, bit for bit. Gradients of any order
+    flow to x, delta and bias, never to weight. For dim 1, only the selected columns of x are saved for the backward
+    (S²FT paper, section 3.3).
 
-    Dtypes: float32, float64, bfloat16, float16; delta may be wider than weight. Under autocast x and
-    the result have autocast's dtype and weight keeps its own.
-    Raises: ValueError for a wrong shape, dim, or a slice that leaves weight; TypeError for mixed x and
-    weight dtypes outside autocast.
+    The weight holds base + delta during the call and has its old bits afterwards. Calls on the CPU therefore exclude
+    each other, and CUDA calls on one weight must share a stream.
+
+    Args:
+        x: Input, shape [..., I]. Under autocast it is cast to autocast's dtype.
+        weight: Frozen weight, shape [O, I], float32, float64, bfloat16 or float16.
+        delta: Trained update of n units, shape [n, I] if dim is 0, else [O, n]. Its dtype may be wider than the
+            weight's.
+        start: First unit of the slice.
+        dim: 0 if the units are outputs (rows of the weight), 1 if they are inputs (columns).
+        bias: Bias, shape [O]. Default: none.
+
+    Returns:
+        The output, shape [..., O], in the dtype of x, or in autocast's dtype.
+
+    Raises:
+        ValueError: A shape or `dim` is wrong, or the slice does not lie inside the weight.
+        TypeError: x and weight differ in dtype outside autocast.
+
+    Example:
+        >>> weight, delta = torch.zeros(4, 3), torch.ones(2, 3, requires_grad=True)
+        >>> y = s2ft.ops.sliced_linear(torch.ones(1, 3), weight, delta, start=1, dim=0)
+        >>> y.tolist()
+        [[0.0, 3.0, 3.0, 0.0]]
+        >>> y.sum().backward()
+        >>> delta.grad.shape
+        torch.Size([2, 3])
     """
-    check_linear("sliced_linear", x, weight, delta, dim, bias)
-    stop = start + delta.shape[dim]
-    if not 0 <= start <= stop <= weight.shape[dim]:
-        raise ValueError(f"sliced_linear: slice {start}:{stop} outside weight.shape[{dim}]={weight.shape[dim]}")
-    return _linear.apply(_op, autocast_input("sliced_linear", x, weight), weight, delta, start, dim, bias)
+    return _linear.call("sliced_linear", _op, x, weight, delta, start, dim, bias)

@@ -1,8 +1,8 @@
-"""Exchange rows or columns of a weight with a saved copy: how an adapter is put on and taken off."""
+"""Exchange units of a weight with a saved copy, which switches an adapter on and off."""
 
 from torch import Tensor
 
-from s2ft.ops._effective import in_turn
+from s2ft.ops._effective import exclusive
 from s2ft.ops._library import check_distinct, check_movable, count_change, define
 
 
@@ -12,14 +12,14 @@ def reference(weight: Tensor, index: Tensor, values: Tensor, dim: int) -> None:
         raise ValueError(f"swap_: values must have weight's dtype {weight.dtype}, got {values.dtype}")
     check_distinct("swap_", index, weight.shape[dim])
     held = weight.index_select(dim, index)
-    # On the transpose the index comes first, where torch writes whole rows at a time.
+    # On the transpose the index is the first dimension, where torch writes whole rows at a time.
     weight.transpose(0, dim)[index] = values.transpose(0, dim)
     values.copy_(held)
 
 
 _op = define(
     "swap_(Tensor(a!) weight, Tensor index, Tensor(b!) values, int dim) -> ()",
-    in_turn("swap_", reference),
+    exclusive("swap_", reference),
     lambda weight, index, values, dim: None,
 )
 
@@ -30,10 +30,24 @@ def swap_(
     values: Tensor,  # weight.shape with dim -> n, same dtype, changed in place
     dim: int,
 ) -> None:
-    """Exchange ``weight[index]`` along dim with values, element for element.
+    """Exchange the units `index` of a weight with `values`, in place.
 
-    A second call with the same arguments gives both back bit for bit, which adding and subtracting
-    would not. Raises: ValueError for a wrong dim, shape, dtype, or index, before anything is written.
+    A second call with the same arguments restores both, bit for bit. Adding and subtracting a delta would not.
+
+    Args:
+        weight: Tensor with 1 to 3 dimensions, any dtype of 1, 2, 4 or 8 bytes. It is changed in place.
+        index: Units of the weight, shape [n], int64, without duplicates.
+        values: Tensor with the weight's shape and dtype, but n units along `dim`. It is changed in place.
+        dim: Dimension of the units.
+
+    Raises:
+        ValueError: `dim`, a shape, a dtype or `index` is wrong. Nothing has been written then.
+
+    Example:
+        >>> weight, values = torch.zeros(3, 2), torch.ones(1, 2)
+        >>> s2ft.ops.swap_(weight, torch.tensor([1]), values, 0)
+        >>> weight.tolist(), values.tolist()
+        ([[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]], [[0.0, 0.0]])
     """
     if weight.is_cuda:
         check_distinct("swap_", index, weight.shape[dim])

@@ -1,4 +1,4 @@
-"""S2FTConfig with PEFT's habits: what to train, which modules, and, once injected, which units."""
+"""The config of S²FT in PEFT: which modules are trained and, after the injection, which units."""
 
 import re
 from dataclasses import dataclass, field, fields, replace
@@ -10,36 +10,69 @@ from peft.config import PeftConfig
 from s2ft.config import CHOOSING, S2FTConfig
 from s2ft.selection import METRICS, Selection
 
-TYPE = "S2FT"
-DIMS = ("outputs", "inputs")  # of a weight's dim 0 and 1
-MOST = 2**24  # units a module can have, in a range that a file writes as 0-9
+TYPE = "S2FT"  # the method's name in PeftType and in adapter_config.json
+DIMS = ("outputs", "inputs")  # names of a weight's dim 0 and 1
+MAX_UNITS = 2**24  # of a module, in a range such as 0-9 that is read from a file
 
 
 @dataclass
 class S2FTPeftConfig(PeftConfig, S2FTConfig):
-    """What to train, in one of three ways:
+    """Config of an S²FT adapter for `peft.get_peft_model` and `PeftModel.add_adapter`.
 
-    - ``d_ratio=0.03, o_ratio=0.1, …``, for the model families that s2ft knows: the same units as :func:`s2ft.attach`
-      trains by the same options. ``layers``, ``exclude_modules`` and ``layers_to_transform`` narrow it down.
-    - ``target_modules=["down_proj"], ratio=0.03``: that share of the units of each of these modules. In a known family
-      the units are the projection's heads or channels; of modules outside any coupling they are single outputs or
-      inputs, as ``dim`` says.
-    - ``units={"model.layers.0.mlp.down_proj": [3, 17], …}``, as a selection, lists, or the file of one: exactly these.
-      So go selections that need calibration: ``units=s2ft.select(model, config, calibration)``.
+    There are three ways to define what is trained:
 
-    Units are chosen when the adapter is injected, and the config then names them (`units`) instead of what they were
-    chosen by (`chosen_by`), so that what is saved has them, and loading chooses nothing. Used again, on another base or
-    with another seed, it means what it was made with: the further adapter gets a copy.
+    - ``d_ratio=0.03, o_ratio=0.1``, for the model families that s2ft knows: the same units that :func:`s2ft.attach`
+      trains with the same options. ``layers``, ``exclude_modules`` and ``layers_to_transform`` restrict them.
+    - ``target_modules=["down_proj"], ratio=0.03``: this share of the units of each of these modules. In a known family
+      the units are heads or channels. In modules outside any coupling they are single outputs or inputs, see ``dim``.
+    - ``units={"model.layers.0.mlp.down_proj": [3, 17]}``: exactly these units, as a selection, as lists, or as the path
+      of a saved selection. A selection that needs calibration data is passed in this way:
+      ``units=s2ft.select(model, config, calibration)``.
 
-    Deltas have the dtype of their weight or, with PEFT's ``autocast_adapter_dtype``, float32 on a half-precision one.
-    Raises: ValueError naming the field when a value or a combination can't be meant.
+    The units are selected when the adapter is injected. From then on the config names them in `units`, and `chosen_by`
+    has the options by which they were selected. A saved adapter therefore has its units, and loading selects nothing.
+    A config can be used again, for another base or with another seed: the next adapter gets a copy with the original
+    options.
+
+    Deltas have the dtype of their weight. With PEFT's ``autocast_adapter_dtype`` they have float32 on a weight in half
+    precision.
+
+    Args:
+        target_modules: Modules to train: ends of their names, a regular expression, or "all-linear".
+        exclude_modules: Modules never to train: ends of their names, or a regular expression.
+        layers_to_transform: Layers to train, by the first number in a module's name.
+        layers_pattern: The word before that number, for example "layers".
+        modules_to_save: Modules to train and save in full besides, for example a new head.
+        ratio: Share of the units of every target module, above 0 and at most 1.
+        dim: "outputs" or "inputs": the units of target modules that are in no coupling.
+        init_weights: True starts the deltas at zero, so that nothing changes; False makes them random, for tests.
+        chosen_by: Written by the injection: the options by which the units were selected.
+        base_fingerprint: Written by the injection: fingerprint that the base must have; None for no check.
+
+    The other arguments are those of :class:`s2ft.S2FTConfig` (ratios by projection, selection, budget, layers and so
+    on) and of `peft.PeftConfig` (task_type, inference_mode and so on).
+
+    Attributes:
+        layout: Always "indexed".
+        ffn_kernel: Always False: PEFT's layers run one by one.
+        delta_dtype: Always None: the dtype is that of the weight, see above.
+
+    Raises:
+        ValueError: A value or a combination of values is not valid; the message names the field.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from s2ft.peft import S2FTPeftConfig
+        >>> config = S2FTPeftConfig(target_modules=["down_proj"], ratio=0.05, task_type="CAUSAL_LM")
+        >>> peft_model = get_peft_model(model, config)
+        >>> peft_model.save_pretrained("math")
     """
 
-    layout: ClassVar[str] = "indexed"  # of S2FTConfig; weights stay where they are
+    layout: ClassVar[str] = "indexed"  # the only layout here: units stay where they are
     ffn_kernel: ClassVar[bool] = False
     delta_dtype: ClassVar[None] = None
-    sites: ClassVar[dict[str, Any] | None] = None  # once injected: s2ft.peft.units.Site by module
-    asked: ClassVar[dict[str, tuple] | None] = None  # what it was made with, and has instead now, by field
+    module_units: ClassVar[dict[str, Any] | None] = None  # s2ft.peft.units.ModuleUnits by module, after the injection
+    changed_fields: ClassVar[dict[str, tuple] | None] = None  # (value at creation, value after the injection) by field
 
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "modules to train: ends of their names, a regular expression, or all-linear"}
@@ -51,26 +84,25 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
         default=None, metadata={"help": "layers to train, by the first number in a module's name"}
     )
     layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "what stands before that number, e.g. layers"}
+        default=None, metadata={"help": "the word before that number, for example layers"}
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "modules to train and save whole besides, e.g. a new head"}
+        default=None, metadata={"help": "modules to train and save in full, for example a new head"}
     )
     ratio: float | None = field(default=None, metadata={"help": "share of the units of every target module"})
     dim: str | None = field(
         default=None,
-        metadata={
-            "help": "outputs or inputs: what a unit is in target modules that are in no coupling that s2ft knows"
-        },
+        metadata={"help": "outputs or inputs: the units of target modules that are in no coupling that s2ft knows"},
     )
     init_weights: bool = field(
-        default=True, metadata={"help": "deltas begin at zero, so that nothing changes; False: random, for tests"}
+        default=True,
+        metadata={"help": "start the deltas at zero, so that nothing changes; False: at random, for tests"},
     )
     chosen_by: dict[str, Any] | None = field(
-        default=None, metadata={"help": "for the record: the options that the units were chosen by"}
+        default=None, metadata={"help": "written by the injection: the options by which the units were selected"}
     )
     base_fingerprint: str | None = field(
-        default=None, metadata={"help": "what the base must be, for the families that s2ft knows; None: not looked at"}
+        default=None, metadata={"help": "written by the injection: fingerprint that the base must have; None: no check"}
     )
 
     def __post_init__(self) -> None:
@@ -82,7 +114,7 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
             value = getattr(self, name)
             setattr(self, name, value if value is None or isinstance(value, str) else set(value))
         if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern says where a layer's number stands, and needs layers_to_transform")
+            raise ValueError("layers_pattern needs layers_to_transform: it tells where a layer's number is in a name")
         if self.dim not in (None, *DIMS):
             raise ValueError(f"dim must be one of {', '.join(DIMS)}, or None, got {self.dim!r}")
         if self.ratio is not None:
@@ -90,18 +122,18 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
         self._check_way()
 
     def _check_way(self) -> None:
-        """One of the three ways, and whole."""
+        """Check that the fields define what is trained in exactly one of the three ways."""
         named = [f"{key}_ratio" for key in self.ratios]
         if self.units is not None and self.ratio is not None:
-            raise ValueError("units says which units are trained, so nothing is left for ratio")
+            raise ValueError("units and ratio exclude each other: units names the trained units")
         if self.ratio is not None and self.target_modules is None:
             raise ValueError(
                 "ratio is the share of units of the target modules: give target_modules, or q_ratio … d_ratio instead"
             )
         if named and self.target_modules is not None:
             raise ValueError(
-                f"target_modules goes with ratio, and {', '.join(named)} without: a projection's ratio "
-                "says which modules are trained"
+                f"target_modules and {', '.join(named)} exclude each other: a projection's ratio defines which modules "
+                "are trained; with target_modules give ratio"
             )
         if self.target_modules is not None and self.layers is not None:
             raise ValueError("layers goes with q_ratio … d_ratio: with target_modules give layers_to_transform")
@@ -114,12 +146,21 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
             )
         if METRICS[self.selection].calibrated:
             raise ValueError(
-                f"selection={self.selection!r} needs calibration data, which PEFT has no place for: give "
+                f"selection={self.selection!r} needs calibration data, for which PEFT has no argument: give "
                 "units=s2ft.select(model, s2ft.S2FTConfig(...), calibration)"
             )
 
     def with_units(self, selection: Selection, paths: list[str], fingerprint: str | None) -> "S2FTPeftConfig":
-        """A copy that names the units, and how they were chosen, instead of the options they were chosen by."""
+        """Return a copy that names the units; the options by which they were selected move to `chosen_by`.
+
+        Args:
+            selection: The selected units.
+            paths: The modules that have them.
+            fingerprint: Fingerprint of the base as JSON text, or None.
+
+        Returns:
+            The copy.
+        """
         if self.units is not None:
             by, chosen_by = {}, self.chosen_by
         else:
@@ -138,30 +179,54 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
             **by,
         )
 
-    def as_asked(self) -> "S2FTPeftConfig":
-        """A copy as it was made, but for what was changed since by hand."""
-        before = {name: was for name, (was, now) in (self.asked or {}).items() if getattr(self, name) == now}
+    def as_created(self) -> "S2FTPeftConfig":
+        """Undo the changes of the injection.
+
+        Returns:
+            A copy with the values before the injection, except for fields that the user has changed since.
+        """
+        before = {name: was for name, (was, now) in (self.changed_fields or {}).items() if getattr(self, name) == now}
         return replace(self, **before)
 
-    def become(self, settled: "S2FTPeftConfig") -> "S2FTPeftConfig":
-        """Name the units that `settled` names; where this config names others, of another adapter, a copy does."""
-        kept = ("units", "base_fingerprint", "chosen_by")
-        same = all(getattr(self, name) == getattr(settled, name) for name in kept)
-        made = self if self.sites is None or same else replace(settled)
-        before = self.as_asked()
-        for name in {f.name for f in fields(self)}:
-            setattr(made, name, getattr(settled, name))
-        made.sites = settled.sites
-        made.note(before)
-        return made
+    def updated_to(self, selected: "S2FTPeftConfig") -> "S2FTPeftConfig":
+        """Take over all fields of a config with units.
 
-    def note(self, before: "S2FTPeftConfig") -> None:
-        """Remember what it was made with."""
-        changed = {f.name: (getattr(before, f.name), getattr(self, f.name)) for f in fields(self)}
-        self.asked = {name: both for name, both in changed.items() if both[0] != both[1]}
+        Args:
+            selected: The config with units, see :meth:`with_units`.
+
+        Returns:
+            This config; or a copy, if this config already names other units for another adapter.
+        """
+        kept = ("units", "base_fingerprint", "chosen_by")
+        same = all(getattr(self, name) == getattr(selected, name) for name in kept)
+        updated = self if self.module_units is None or same else replace(selected)
+        created = self.as_created()
+        for name in {f.name for f in fields(self)}:
+            setattr(updated, name, getattr(selected, name))
+        updated.module_units = selected.module_units
+        updated.remember_created(created)
+        return updated
+
+    def remember_created(self, created: "S2FTPeftConfig") -> None:
+        """Record which fields the injection has changed, for :meth:`as_created`.
+
+        Args:
+            created: The config before the injection.
+        """
+        changed = {f.name: (getattr(created, f.name), getattr(self, f.name)) for f in fields(self)}
+        self.changed_fields = {name: both for name, both in changed.items() if both[0] != both[1]}
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: a module's units are one line of text, 0-3,17."""
+        """Return the fields as JSON values. The units of a module are one text such as "0-3,17".
+
+        Returns:
+            The values by field.
+
+        Example:
+            >>> from s2ft.peft import S2FTPeftConfig
+            >>> S2FTPeftConfig(units={"model.layers.0.mlp.down_proj": [0, 1, 2, 17]}).to_dict()["units"]
+            {'model.layers.0.mlp.down_proj': '0-2,17'}
+        """
         values = super().to_dict()
         for name in ("target_modules", "exclude_modules"):
             values[name] = sorted(values[name]) if isinstance(values[name], set) else values[name]
@@ -171,6 +236,7 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
 
 
 def _text(numbers: list[int]) -> str:
+    """Unit numbers as text: 0-3,17."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:
@@ -181,7 +247,7 @@ def _text(numbers: list[int]) -> str:
 
 
 def _lists(units: Any) -> Any:
-    """What :meth:`S2FTPeftConfig.to_dict` wrote, as lists again; anything else as it is."""
+    """Units that :meth:`S2FTPeftConfig.to_dict` wrote as text become lists again; other values stay as they are."""
     if not isinstance(units, dict):
         return units
     return {name: _numbers(name, text) if isinstance(text, str) else text for name, text in units.items()}
@@ -192,7 +258,7 @@ def _numbers(name: str, text: str) -> list[int]:
     for run in text.split(","):
         found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", run)
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
-        if not first <= last < MOST:
+        if not first <= last < MAX_UNITS:
             raise ValueError(f"units: {name} must be unit numbers such as 0-3,17, got {text[:40]!r}")
         numbers += range(first, last + 1)
     return numbers

@@ -1,4 +1,4 @@
-"""A module with adapters of PEFT on it: the deltas by adapter, their units, and the forward."""
+"""A module with S²FT adapters in PEFT: the deltas by adapter, their units, and the forward."""
 
 import warnings
 from typing import Any
@@ -8,21 +8,24 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import sum_deltas
-from s2ft.layers import CONVOLUTIONS, NO_FUSE, forward_for
+from s2ft.layers import Kind, kind_of
 from s2ft.layers.base import check_private_once, copy_at_rest
 from s2ft.model.delta import Delta
-from s2ft.model.weights import as_matrix, is_conv1d, is_quantized
 from s2ft.ops import effective_units, multi_adapter_linear, pack_adapters, scatter_add_, swap_
 from s2ft.ops._lock import LOCK
 
-BASE = "__base__"  # PEFT's name for no adapter, in mixed batches
+BASE = "__base__"  # PEFT's name for rows of a mixed batch without an adapter
 
 
 class AdapterDelta(nn.Module):
-    """What one adapter adds to a module: trainable `values`, [n, I] or [O, n] (a convolution's have taps behind), and
-    `index` [n] int64, ascending: which outputs (dim 0) or inputs (dim 1) it adds them to.
+    """The delta of one adapter on one module.
 
-    A module, so that a parameter is called s2ft_delta.NAME.values: TRL finds an adapter's parameters by ".NAME.".
+    It is a module so that its parameter is named s2ft_delta.NAME.values: TRL finds an adapter's parameters by ".NAME.".
+
+    Attributes:
+        values: Trainable values, shape [n, in_features] for dim 0 or [out_features, n] for dim 1. Those of a
+            convolution have the kernel's dimensions behind.
+        index: The outputs (dim 0) or inputs (dim 1) to which the values are added, [n] int64, ascending.
     """
 
     def __init__(self, values: Tensor, index: Tensor) -> None:
@@ -35,11 +38,31 @@ class AdapterDelta(nn.Module):
 
 
 class S2FTPeftLayer(nn.Module, BaseTunerLayer):
-    """`base_layer`, and of every adapter its :class:`AdapterDelta` in `s2ft_delta`.
+    """A base layer with the deltas of all its adapters. PEFT creates it when an adapter is injected.
 
-    The forward of active adapters is the base layer's on the weight with their sum added: one product, by the weight
-    that merging writes, bit for bit. Unmerging copies the base back. A quantized base is left as it is, and the sum is
-    a second product beside it.
+    The forward multiplies once, by the weight plus the sum of the active deltas. This is bit for bit the weight that
+    `merge` writes. `unmerge` copies the base back. The weight of a quantized base is not changed: the sum is multiplied
+    separately and added to the output.
+
+    Args:
+        base_layer: The layer to wrap: a linear layer, Conv1D, a convolution or a quantized linear layer.
+        adapter_name: Name of the first adapter.
+        dim: 0 to train outputs, 1 to train inputs.
+        index: Elements of the selected units, [n] int64, ascending.
+        init_weights: True starts the delta at zero, False at random.
+
+    Attributes:
+        base_layer: The layer that this one wraps.
+        s2ft_delta: The :class:`AdapterDelta` of each adapter, by name.
+        dim: 0 if the adapters train outputs, 1 if they train inputs.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from s2ft.peft import S2FTPeftConfig
+        >>> peft_model = get_peft_model(model, S2FTPeftConfig(d_ratio=0.1))
+        >>> layer = model.model.layers[0].mlp.down_proj
+        >>> layer.s2ft_delta["default"].values.shape
+        torch.Size([64, 13])
     """
 
     adapter_layer_names = ("s2ft_delta",)
@@ -47,7 +70,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, dim: int, index: Tensor, init_weights: bool) -> None:
         super().__init__()
-        # Hooks registered on the module see this layer's inputs and outputs: its own are not run by `forward`
+        # The hooks of the module run on this layer instead, because `forward` does not run those of `base_layer`
         self.__dict__.update(
             {
                 key: value
@@ -57,51 +80,68 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         )
         self.base_layer, self.dim = base_layer, dim
         self.s2ft_delta = nn.ModuleDict()
-        self._replaced: tuple[Tensor, Tensor] | None = None  # index and base, while merged
+        self._replaced: tuple[Tensor, Tensor] | None = None  # index and base values, while merged
         self._active_adapter, self.merged_adapters, self._disable_adapters = adapter_name, [], False
-        names = ("nx", "nf") if is_conv1d(base_layer) else ("in_features", "out_features")
-        names = ("in_channels", "out_channels") if type(base_layer) in CONVOLUTIONS else names
-        self.in_features, self.out_features = (getattr(base_layer, name) for name in names)
+        self.out_features, self.in_features = self.kind.shape(base_layer)[:2]
         self.update_layer(adapter_name, dim, index, init_weights)
 
     def check_dim(self, adapter_name: str, dim: int) -> None:
-        """Raises: ValueError where an adapter trains the other side than those that are here."""
+        """Check that an adapter trains the same dim as the adapters of this layer.
+
+        Args:
+            adapter_name: Name of the adapter, for the message.
+            dim: 0 for outputs, 1 for inputs.
+
+        Raises:
+            ValueError: It trains the other dim.
+        """
         if dim != self.dim:
             sides = ("outputs", "inputs")
             raise ValueError(
-                f"adapter {adapter_name!r} trains {sides[dim]} of a module of which another adapter "
-                f"trains {sides[self.dim]}: give both the same dim"
+                f"adapter {adapter_name!r} trains {sides[dim]} of a module, and another adapter trains its "
+                f"{sides[self.dim]}: give both the same dim"
             )
 
     def update_layer(self, adapter_name: str, dim: int, index: Tensor, init_weights: bool) -> None:
-        """Add an adapter."""
-        shape, weight = list(self._shape()), self.base_layer.weight
+        """Add an adapter to this layer.
+
+        Args:
+            adapter_name: Name of the adapter.
+            dim: 0 to train outputs, 1 to train inputs.
+            index: Elements of the selected units, [n] int64, ascending.
+            init_weights: True starts the delta at zero, False at random.
+        """
+        shape, weight = list(self.kind.shape(self.base_layer)), self.base_layer.weight
         shape[dim] = index.numel()
-        quantized = is_quantized(self.base_layer)
-        delta = torch.zeros(shape, dtype=torch.float32 if quantized else weight.dtype, device=weight.device)
+        delta = torch.zeros(shape, dtype=self.kind.delta_dtype(self.base_layer), device=weight.device)
         self.s2ft_delta[adapter_name] = AdapterDelta(
             delta if init_weights else delta.normal_(std=0.1),
             index.to("cpu" if weight.is_meta else weight.device, copy=True),
         )
         self.set_adapter(self.active_adapters)
 
-    def _shape(self) -> torch.Size:
-        """Of the weight as outputs × inputs (× taps)."""
-        if is_quantized(self.base_layer):
-            return torch.Size((self.out_features, self.in_features))
-        return self._matrix().shape
+    @property
+    def kind(self) -> Kind:
+        """The kind of the base layer."""
+        return kind_of(self.base_layer)
 
     def _matrix(self) -> Tensor:
-        return as_matrix(self.base_layer.weight.detach(), transposed=is_conv1d(self.base_layer))
+        return self.kind.matrix(self.base_layer)
 
     # ---- forward -------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """As the base layer's.
+        """Run the base layer with the active adapters.
 
         Args:
-            adapter_names: of a mixed batch, one for every row of x, or "__base__"; where x has k times as many rows
-                (OPT's FFN puts all tokens in a row), each has k that follow each other.
+            x: Input, shape [rows, ..., in_features].
+            args: Further arguments of the base layer.
+            adapter_names: For a mixed batch, the adapter of each row, or "__base__". If x has k times as many rows as
+                there are names (OPT's FFN joins all tokens), each name applies to k rows that follow each other.
+            kwargs: Further arguments of the base layer.
+
+        Returns:
+            Output, shape [rows, ..., out_features].
         """
         if adapter_names is not None:
             adapter_names = self._row_names(x, adapter_names)
@@ -117,7 +157,14 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         return self._product(x, self.delta_of(names))
 
     def delta_of(self, names: list[str]) -> Delta:
-        """The sum of adapters that are here; gradients flow to each."""
+        """Add up the deltas of adapters.
+
+        Args:
+            names: Names of adapters that this layer has.
+
+        Returns:
+            The sum, on the units of any of them. Gradients flow to each delta.
+        """
         parts = [self.s2ft_delta[name] for name in names]
         deltas = [Delta(self.dim, part.index, part.values) for part in parts]
         return deltas[0] if len(deltas) == 1 else sum_deltas([(delta, 1.0) for delta in deltas])
@@ -125,17 +172,17 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     def _product(self, x: Tensor, delta: Delta) -> Tensor:
         if not torch.compiler.is_compiling():
             check_private_once(self, self.base_layer.weight)
-        run, hook = forward_for(self.base_layer), getattr(self.base_layer, "_hf_hook", None)
-        if hook is None or is_quantized(self.base_layer):
+        run, hook = self.kind.forward, getattr(self.base_layer, "_hf_hook", None)
+        if hook is None or self.kind.read_only:
             return run(self.base_layer, x, delta.values, delta.index, self.dim)
-        (x,), _ = hook.pre_forward(self.base_layer, x)  # accelerate's, which brings weights that are elsewhere
+        (x,), _ = hook.pre_forward(self.base_layer, x)  # accelerate's hook loads weights that are offloaded
         values, index = delta.values.to(x.device), delta.index.to(x.device)
         return hook.post_forward(self.base_layer, run(self.base_layer, x, values, index, self.dim))
 
     # ---- mixed batches -------------------------------------------------------------------------------
 
     def _row_names(self, x: Tensor, names: list[str]) -> list[str]:
-        """Of every row of x. Raises: ValueError in PEFT's words, for those who look for them."""
+        """The adapter's name of each row of x. Errors have PEFT's wording, which users search for."""
         if not names or len(x) % len(names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -148,13 +195,13 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         return [name for name in names for _ in range(len(x) // len(names))]
 
     def _mixed(self, x: Tensor, adapter_names: list[str]) -> Tensor:
-        """One product of the base for all and the adapters' parts beside it, or, where that can't be, one product for
-        the rows of each adapter."""
+        """Run a mixed batch: one product by the base for all rows plus the adapters' parts. With gradients, and for
+        convolutions, the rows of each adapter run separately."""
         here = [name for name in dict.fromkeys(adapter_names) if name in self.s2ft_delta]
         if not here:
             return self.base_layer.forward(x)
         needs_grad = torch.is_grad_enabled() and any(self.s2ft_delta[name].values.requires_grad for name in here)
-        if needs_grad or type(self.base_layer) in CONVOLUTIONS:
+        if needs_grad or not self.kind.is_linear:
             return self._row_by_row(x, adapter_names, here)
         y = self.base_layer.forward(x)
         deltas = [self.delta_of([name]) for name in here]
@@ -177,29 +224,35 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     # ---- merge and unmerge ---------------------------------------------------------------------------
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write the sum of the merged and these adapters (default: the active ones) into the weight.
+        """Write the sum of adapters into the weight, together with those that are merged already.
 
-        Raises: ValueError for a quantized base; with safe_merge for a result that is not finite, nothing written.
+        Args:
+            safe_merge: Check first that the result is finite.
+            adapter_names: The adapters; default: the active ones.
+
+        Raises:
+            ValueError: The base is quantized, or `safe_merge` is set and the result is not finite. The weight has not
+                changed.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.s2ft_delta]
         if not names:
             return
-        if is_quantized(self.base_layer):
-            raise ValueError(NO_FUSE)
+        if self.kind.read_only:
+            raise ValueError(self.kind.read_only)
         before = self.merged_adapters
-        self.take_back()
+        self.restore_base()
         try:
             if safe_merge:
                 self._check_finite(before + names)
         except ValueError:
-            self.put_in(before)
+            self.write_sum(before)
             raise
         self.merged_adapters = before + names
-        self.put_in(self.merged_adapters)
+        self.write_sum(self.merged_adapters)
 
     @torch.no_grad()
     def _check_finite(self, names: list[str]) -> None:
-        for name in names:  # one by one, to name it
+        for name in names:  # separately, so that the message names the adapter
             delta = self.delta_of([name])
             if not bool(torch.isfinite(self._effective(delta)).all()):
                 raise ValueError(
@@ -213,49 +266,68 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         return effective_units(self._matrix().index_select(self.dim, delta.index), delta.values.detach())
 
     def unmerge(self) -> None:
-        """Copy the base back, bit for bit."""
+        """Copy the base back into the weight, bit for bit."""
         if not self.merged:
-            warnings.warn("nothing is merged, so there is nothing to unmerge")
+            warnings.warn("nothing is merged, so there is nothing to unmerge", stacklevel=2)
             return
-        self.take_back()
+        self.restore_base()
         self.merged_adapters = []
 
     @torch.no_grad()
-    def put_in(self, names: list[str]) -> None:
-        """Write the sum of `names` into the weight, which must hold the base, and keep what it replaces."""
+    def write_sum(self, names: list[str]) -> None:
+        """Add the sum of adapters to the weight, which must hold the base, and keep the base's values.
+
+        Args:
+            names: Names of adapters that this layer has.
+        """
         if not names:
             return
         delta, matrix = self.delta_of(names), self._matrix()
         index = delta.index.to(matrix.device)
         with LOCK:
-            # kept before anything is written, so that take_back gives the base back wherever an interrupt falls
+            # kept before anything is written, so that restore_base works after an interrupt at any point
             self._replaced = index, matrix.index_select(self.dim, index)
         scatter_add_(matrix, index, delta.values.detach().to(matrix.device), self.dim)
 
     @torch.no_grad()
-    def take_back(self) -> None:
-        """Give the weight its base back; what is called merged stays so."""
+    def restore_base(self) -> None:
+        """Copy the base back into the weight without changing `merged_adapters`."""
         if self._replaced is not None:
             matrix, (index, base) = self._matrix(), self._replaced
-            # a copy, which swap_ fills with what it replaces: the kept values must stay until they are written
+            # swap_ fills its argument with the replaced values, and the kept ones must stay until they are written
             swap_(matrix, index.to(matrix.device), base.to(matrix, copy=True), self.dim)
             self._replaced = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "S2FTPeftLayer":
         return copy_at_rest(self, memo)
 
-    # ---- what PEFT asks ------------------------------------------------------------------------------
+    # ---- called by PEFT ------------------------------------------------------------------------------
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The adapter's delta as a dense tensor like the weight."""
+        """Return an adapter's delta as a dense tensor.
+
+        Args:
+            adapter: Name of the adapter.
+
+        Returns:
+            The delta, with the shape of the base layer's weight.
+        """
         delta = self.delta_of([adapter])
         dense = torch.zeros(self.base_layer.weight.shape, dtype=delta.values.dtype, device=delta.values.device)
-        matrix = as_matrix(dense, transposed=is_conv1d(self.base_layer))
+        matrix = self.kind.view(dense)
         matrix.transpose(0, self.dim)[delta.index] = delta.values.detach().transpose(0, self.dim)
         return dense
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return type(self.base_layer) not in CONVOLUTIONS and not is_quantized(self.base_layer)
+        """Whether PEFT can convert an adapter to a LoRA.
+
+        Args:
+            adapter_name: Name of the adapter.
+
+        Returns:
+            True if the base layer is linear and not quantized.
+        """
+        return self.kind.is_linear and not self.kind.read_only
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}"

@@ -1,4 +1,4 @@
-"""The tuner: S²FT's part of a PeftModel."""
+"""The tuner of S²FT, which PEFT puts into a PeftModel."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,38 +12,51 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import check_weight, sum_deltas
-from s2ft.attached.mounting import check_gradients_pass
+from s2ft.attached.checks import check_gradients_pass
 from s2ft.model.weights import allow_packing, layers_that_pack, stop_packing
 from s2ft.peft.config import S2FTPeftConfig
 from s2ft.peft.layer import BASE, S2FTPeftLayer
-from s2ft.peft.units import settle
+from s2ft.peft.units import select_units
 
-PREFIX = "s2ft_"
+PREFIX = "s2ft_"  # PEFT finds the parameters of adapters by it
 
 
 class S2FTPeftModel(BaseTuner):
-    """Puts an :class:`S2FTPeftLayer` around every module that a config selects units of."""
+    """Wraps each module of which a config selects units in an :class:`S2FTPeftLayer`.
+
+    PEFT creates it: it is `peft_model.base_model`. The methods below are those in which S²FT differs from other tuners.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from s2ft.peft import S2FTPeftConfig
+        >>> type(get_peft_model(model, S2FTPeftConfig(d_ratio=0.1)).base_model).__name__
+        'S2FTPeftModel'
+    """
 
     prefix = PREFIX
     tuner_layer_cls = S2FTPeftLayer
-    target_module_mapping: dict[str, list[str]] = {}  # modules follow from the selection
+    target_module_mapping: dict[str, list[str]] = {}  # the selection defines the modules
 
-    # ---- in ------------------------------------------------------------------------------------------
+    # ---- injecting -----------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """PEFT's, on a config that names the units. Raises: ValueError, as :func:`settle`."""
-        before = self.peft_config[adapter_name].as_asked()
-        config = settle(self.peft_config[adapter_name], model)
-        for path, site in config.sites.items():
+        """Select the units, then inject the adapter as PEFT does.
+
+        Raises:
+            ValueError: As :func:`s2ft.peft.units.select_units`, or another adapter trains the other dim of a module.
+        """
+        created = self.peft_config[adapter_name].as_created()
+        config = select_units(self.peft_config[adapter_name], model)
+        for path, units in config.module_units.items():
             if isinstance(layer := model.get_submodule(path), S2FTPeftLayer):
-                layer.check_dim(adapter_name, site.dim)
+                layer.check_dim(adapter_name, units.dim)
         if not config.inference_mode:
             check_gradients_pass(model)
         self.peft_config[adapter_name] = config
         unpacked = layers_that_pack(model)
         stop_packing(model, unpacked)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config.note(before)  # PEFT shortens long lists of target_modules
+        config.remember_created(created)  # once more, because PEFT shortens long lists of target_modules
         self.__dict__.setdefault("_unpacked", unpacked)
 
     def _prepare_adapter_config(self, peft_config: S2FTPeftConfig, model_config: dict) -> S2FTPeftConfig:
@@ -51,9 +64,9 @@ class S2FTPeftModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: S2FTPeftConfig, key: str):
-        """A target is what units are selected of; PEFT's rules have been asked already."""
+        """A target is a module of which units are selected. The selection has applied PEFT's rules already."""
         found = BaseTuner._check_target_module_exists(peft_config, key)
-        return found if not found or peft_config.sites is None else key in peft_config.sites
+        return found if not found or peft_config.module_units is None else key in peft_config.module_units
 
     def _create_and_replace(
         self,
@@ -65,22 +78,22 @@ class S2FTPeftModel(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        site = peft_config.sites.get(current_key)
-        if site is None:
-            raise ValueError(f"{current_key} has weights in the adapter, and its config names no units of it")
+        units = peft_config.module_units.get(current_key)
+        if units is None:
+            raise ValueError(f"{current_key} has weights in the adapter, but the config names no units of it")
         if isinstance(target, S2FTPeftLayer):
-            target.update_layer(adapter_name, site.dim, site.index, peft_config.init_weights)
+            target.update_layer(adapter_name, units.dim, units.index, peft_config.init_weights)
             return
-        layer = S2FTPeftLayer(target, adapter_name, site.dim, site.index, peft_config.init_weights)
+        layer = S2FTPeftLayer(target, adapter_name, units.dim, units.index, peft_config.init_weights)
         layer.train(target.training)
         if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # a further adapter, which does not train before it is active
+            layer.requires_grad_(False)  # a further adapter is not trained before it is active
         self._replace_module(parent, target_name, layer, target)
 
-    # ---- out -----------------------------------------------------------------------------------------
+    # ---- removing ------------------------------------------------------------------------------------
 
     def unload(self) -> nn.Module:
-        """The base, bit for bit, also where adapters are merged."""
+        """Return the base, bit for bit, even if adapters are merged."""
         for module in self.model.modules():
             if isinstance(module, S2FTPeftLayer) and module.merged:
                 module.unmerge()
@@ -96,10 +109,25 @@ class S2FTPeftModel(BaseTuner):
     def add_weighted_adapter(
         self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str, combination_type: str = "linear"
     ) -> None:
-        """Add the adapter that is the sum of weight × adapter, on the units that any of them has; it does not train.
+        """Add an adapter that is the sum of weight × adapter, on the units of any of them. It is not trainable.
 
-        Raises: ValueError for a name that is unknown or taken, a weight that is no finite number, another combination
-            than "linear", or adapters that each have a module of modules_to_save.
+        Args:
+            adapters: Names of the adapters.
+            weights: Their weights, finite numbers.
+            adapter_name: Name of the sum.
+            combination_type: Must be "linear".
+
+        Raises:
+            ValueError: A name is unknown or taken, a weight is not a finite number, the combination is not "linear", or
+                several of the adapters save the same module by modules_to_save.
+
+        Example:
+            >>> from peft import get_peft_model
+            >>> from s2ft.peft import S2FTPeftConfig
+            >>> peft_model = get_peft_model(model, S2FTPeftConfig(d_ratio=0.1), "math")
+            >>> peft_model.add_adapter("chat", S2FTPeftConfig(d_ratio=0.1, seed=1))
+            >>> peft_model.add_weighted_adapter(["math", "chat"], [0.7, 0.3], "both")
+            >>> peft_model.set_adapter("both")
         """
         self._check_weighted(adapters, weights, adapter_name, combination_type)
         configs = [self.peft_config[name] for name in adapters]
@@ -107,7 +135,7 @@ class S2FTPeftModel(BaseTuner):
         for config in configs:
             for name, numbers in config.units.items():
                 units[name] = sorted({*units.get(name, ()), *numbers})
-        paths = {path for config in configs for path in config.sites}
+        paths = {path for config in configs for path in config.module_units}
         self.peft_config[adapter_name] = replace(
             configs[0],
             units=units,
@@ -128,7 +156,7 @@ class S2FTPeftModel(BaseTuner):
                 if name in layer.s2ft_delta
             ]
             layer.s2ft_delta[adapter_name].values = nn.Parameter(sum_deltas(parts).values.detach(), requires_grad=False)
-        for module in self.model.modules():  # what one of the adapters saves whole, the sum has too
+        for module in self.model.modules():  # the sum gets the modules_to_save of its parts
             if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
                 for name in set(adapters) & set(module.modules_to_save):
                     module.modules_to_save[adapter_name].load_state_dict(module.modules_to_save[name].state_dict())
@@ -138,7 +166,7 @@ class S2FTPeftModel(BaseTuner):
     ) -> None:
         if not adapters or len(adapters) != len(weights):
             raise ValueError(
-                f"weights must be as many as adapters, at least one, got {len(weights)} and {len(adapters)}"
+                f"adapters and weights must have the same length, at least 1, got {len(adapters)} and {len(weights)}"
             )
         for name, weight in zip(adapters, weights):
             if name not in self.peft_config:
@@ -148,14 +176,14 @@ class S2FTPeftModel(BaseTuner):
             raise ValueError(f"there is an adapter called {adapter_name!r} already: give the sum another name")
         if combination_type != "linear":
             raise ValueError(
-                f"combination_type must be linear: deltas are added up as they are, got {combination_type!r}"
+                f"combination_type must be linear, because deltas are added without changes, got {combination_type!r}"
             )
         clashes = [
             path
             for path, module in self.model.named_modules()
             if isinstance(module, ModulesToSaveWrapper) and sum(name in module.modules_to_save for name in adapters) > 1
         ]
-        if clashes:  # in PEFT's words, for those who look for them
+        if clashes:  # the error has PEFT's wording, which users search for
             raise ValueError(
                 "Cannot add weighted adapters if they target the same module with modules_to_save, but "
                 f"found {len(clashes)} such instance(s). They are {', '.join(clashes)}"
@@ -172,7 +200,7 @@ class S2FTPeftModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT enters it around forward and generate: adapter_names, one for each sequence, reach the layers."""
+        """Pass adapter_names, one for each sequence, to the layers. PEFT enters this around forward and generate."""
         names = kwargs.pop("adapter_names", None)
         if names is None:
             yield
@@ -181,7 +209,8 @@ class S2FTPeftModel(BaseTuner):
         beams = kwargs.get("num_beams") or 1
         repeated = [name for name in names for _ in range(beams)]
         encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
-        once = set() if encoder in (None, self.model) else set(encoder.modules())  # it runs before beams are made
+        # an encoder runs before the rows are repeated for beams
+        once = set() if encoder in (None, self.model) else set(encoder.modules())
         handles = [
             module.register_forward_pre_hook(
                 partial(_pass_names, names if module in once else repeated), with_kwargs=True
@@ -196,12 +225,12 @@ class S2FTPeftModel(BaseTuner):
                 handle.remove()
 
     def _check_mixed(self, names: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> None:
-        """In PEFT's words, for those who look for them."""
-        given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 1]
-        if given and len(given[0]) != len(names):
+        """Check the names of a mixed batch. Errors have PEFT's wording, which users search for."""
+        inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 1]
+        if inputs and len(inputs[0]) != len(names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(names)} and {len(given[0])}"
+                f"{len(names)} and {len(inputs[0])}"
             )
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
@@ -218,8 +247,12 @@ class S2FTPeftModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: S2FTPeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """PEFT's; strict about what is s2ft's. Raises: ValueError for weights that are missing, left over or of other
-        units than the config's, before anything is loaded: such an adapter would change the wrong weights."""
+        """Map the names of saved weights as PEFT does, and check them before anything is loaded.
+
+        Raises:
+            ValueError: Weights are missing, left over, or have other units than the config. Such an adapter would
+                change the wrong weights.
+        """
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         layers = {
             f"{path}.s2ft_delta.{adapter_name}": module.s2ft_delta[adapter_name]
@@ -233,9 +266,7 @@ class S2FTPeftModel(BaseTuner):
                 raise ValueError(f"the weights of adapter {adapter_name!r} don't fit its config: {min(keys)} is {what}")
         for key, delta in layers.items():
             if not torch.equal(mapped[f"{key}.index"].cpu(), delta.index.cpu()):
-                raise ValueError(
-                    f"the weights of adapter {adapter_name!r} are of other units than its config names: {key}"
-                )
+                raise ValueError(f"the weights of adapter {adapter_name!r} have other units than its config: {key}")
         return mapped
 
 

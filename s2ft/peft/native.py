@@ -1,4 +1,4 @@
-"""Between a PeftModel's adapters and s2ft's own: the same deltas, in the same coordinates."""
+"""Converting between adapters of a PeftModel and :class:`s2ft.Adapter`: the same deltas in the same coordinates."""
 
 import json
 
@@ -15,22 +15,38 @@ from s2ft.selection.selection import unit_tensors
 
 
 def to_native(model: PeftModel, adapter_name: str = "default") -> Adapter:
-    """An adapter of a model of a known family as s2ft's own, for :func:`s2ft.load_adapter` and arithmetic.
+    """Return an adapter of a PeftModel as an adapter of s2ft.
 
-    Raises: ValueError for an unknown name, or a base of no known family, whose adapters s2ft can't name.
+    Args:
+        model: A PeftModel whose base belongs to a family that s2ft knows.
+        adapter_name: Name of the adapter.
+
+    Returns:
+        The adapter, for :func:`s2ft.load_adapter` and for arithmetic, on the CPU. It shares no memory with the model.
+
+    Raises:
+        ValueError: The name is unknown, or the base belongs to no known family or is sharded.
+
+    Example:
+        >>> from peft import get_peft_model
+        >>> from s2ft.peft import S2FTPeftConfig, to_native
+        >>> peft_model = get_peft_model(model, S2FTPeftConfig(d_ratio=0.1), "math")
+        >>> adapter = to_native(peft_model, "math")
+        >>> base = peft_model.unload()
+        >>> s2ft.load_adapter(base, adapter)
     """
     if adapter_name not in model.peft_config:
         raise ValueError(f"no adapter is called {adapter_name!r}; there are {', '.join(model.peft_config)}")
     config, base = model.peft_config[adapter_name], model.get_base_model()
     if config.base_fingerprint is None:
         raise ValueError(
-            f"adapter {adapter_name!r} has no fingerprint of its base: {type(base).__name__} is of no "
+            f"adapter {adapter_name!r} has no fingerprint of its base: {type(base).__name__} does not belong to a "
             "model family that s2ft knows, or its weights are sharded"
         )
     deltas = {}
-    for path, site in config.sites.items():
+    for path, units in config.module_units.items():
         values = base.get_submodule(path).s2ft_delta[adapter_name].values.detach().cpu()
-        deltas.update(site.deltas(values))
+        deltas.update(units.split(values))
     selection = Selection(unit_tensors(config.units, "units"))
     extra_weights = {
         f"{path}.{name}": value.detach().cpu().clone()
@@ -52,18 +68,34 @@ def to_native(model: PeftModel, adapter_name: str = "default") -> Adapter:
 def from_native(
     model: nn.Module | PeftModel, adapter: Adapter | str, adapter_name: str = "default", **config
 ) -> PeftModel:
-    """A PeftModel with an adapter of s2ft on it: a new one around a plain base, or `model`, if it is one already.
+    """Add an adapter of s2ft to a PeftModel.
 
     Args:
-        adapter: an :class:`s2ft.Adapter`, or the folder of one.
-        config: further fields of :class:`S2FTPeftConfig`, task_type say.
-    Raises: ValueError for an adapter of another base, of experts, or with weights that are trained whole.
+        model: A PeftModel, or a plain base, which is wrapped in a new PeftModel.
+        adapter: An :class:`s2ft.Adapter`, its folder, or its repository on the hub.
+        adapter_name: Name of the adapter in the PeftModel.
+        config: Further fields of :class:`S2FTPeftConfig`, for example task_type.
+
+    Returns:
+        The PeftModel.
+
+    Raises:
+        ValueError: The adapter has another base, changes experts, or has extra weights.
+
+    Example:
+        >>> from s2ft.peft import from_native
+        >>> report = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+        >>> adapter = s2ft.get_adapter(model, "default")
+        >>> model = s2ft.detach(model)
+        >>> peft_model = from_native(model, adapter, "math", task_type="CAUSAL_LM")
+        >>> peft_model.active_adapter
+        'math'
     """
     adapter = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
     if adapter.extra_weights:
         raise ValueError(
-            f"adapter {adapter.name!r} has {next(iter(adapter.extra_weights))} trained whole, which is "
-            "not put on a PeftModel: load it with s2ft.load_adapter"
+            f"adapter {adapter.name!r} has {next(iter(adapter.extra_weights))} trained whole, which can't be added to "
+            "a PeftModel: load it with s2ft.load_adapter"
         )
     settings = S2FTPeftConfig(units=adapter.selection, base_fingerprint=json.dumps(adapter.fingerprint), **config)
     if isinstance(model, PeftModel):
@@ -72,6 +104,6 @@ def from_native(
         model = get_peft_model(model, settings, adapter_name)
     base = model.get_base_model()
     with torch.no_grad():
-        for path, site in model.peft_config[adapter_name].sites.items():
-            base.get_submodule(path).s2ft_delta[adapter_name].values.copy_(site.joined(adapter.deltas))
+        for path, units in model.peft_config[adapter_name].module_units.items():
+            base.get_submodule(path).s2ft_delta[adapter_name].values.copy_(units.join(adapter.deltas))
     return model

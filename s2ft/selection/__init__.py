@@ -1,54 +1,57 @@
-"""Which units are trained: one file a metric, plus calibration, the budget, the allocation and the result."""
+"""Selection: which units are trained (S²FT paper, section 3.2 and its strategies S²FT-R, -W, -A, -S and -G).
 
-from typing import Dict, List, Optional
+Each metric is one file named after it, which defines METRIC, and one row of METRICS in s2ft/config.py. Each allocation
+is one file allocation_<name>.py, which defines ``allocate``, and one row of ALLOCATIONS there.
+"""
+
+from importlib import import_module
 
 import torch
 from torch import Tensor, nn
 
+from s2ft import config as options
 from s2ft.config import S2FTConfig
 from s2ft.model.coupling import Coupling
-from s2ft.selection.activation import activation_scores
-from s2ft.selection.allocation import ALLOCATIONS
+from s2ft.selection.batches import Calibration
 from s2ft.selection.budget import requested_layers, requested_projections, units_per_projection
-from s2ft.selection.calibration import Calibration
-from s2ft.selection.disjoint import allowed_units, units_by_hand
-from s2ft.selection.gradient import gradient_scores
-from s2ft.selection.metric import Metric, Request, shared_by_producers
-from s2ft.selection.product import product_scores
-from s2ft.selection.random import random_scores
+from s2ft.selection.metric import Allocation, Metric, Request, shared_by_producers
+from s2ft.selection.named_units import allowed_units, named_units
 from s2ft.selection.selection import Selection
-from s2ft.selection.weight import weight_scores
 
-METRICS: dict[str, Metric] = {
-    "random": Metric(random_scores, calibrated=False, ordered=False),
-    "weight": Metric(weight_scores, calibrated=False),
-    "activation": Metric(activation_scores, calibrated=True),
-    "product": Metric(product_scores, calibrated=True),
-    "gradient": Metric(gradient_scores, calibrated=True),
+METRICS: dict[str, Metric] = {name: import_module(f"{__name__}.{name}").METRIC for name in options.METRICS}
+ALLOCATIONS: dict[str, Allocation] = {
+    name: import_module(f"{__name__}.allocation_{name}").allocate for name in options.ALLOCATIONS
 }
 
-__all__ = ["METRICS", "Selection", "select"]
+__all__ = ["ALLOCATIONS", "METRICS", "Selection", "select"]
 
 
 def select(
     couplings: list[Coupling], config: S2FTConfig, model: nn.Module | None = None, calibration=None
 ) -> Selection:
-    """The units that `config` asks for, by projection, in original order.
+    """Choose the units that `config` requests.
 
-    Depends on the couplings, the config and, for metrics, the model's weights and the calibration data: the
-    same on every rank and for every layout. Units of the same score are taken by number. The model is
-    afterwards as it was, whatever happens.
+    The result depends on the couplings, the config and, for metrics, on the weights and the calibration data. It is the
+    same on every rank and for every layout. Units with the same score are chosen in the order of their numbers. The
+    model is restored afterwards, also after an error.
 
     Args:
-        model: whose couplings they are; needed but for random selection by ratios.
-        calibration: batches, see :class:`Calibration`; for the metrics that need data and only for them.
-    Raises: ValueError when nothing is asked for, a ratio or budget comes to no unit, a projection, layer or unit
-        that is named does not exist, exclude leaves too few, or calibration is missing, not needed or unusable.
+        couplings: Couplings of the model.
+        config: What to select.
+        model: The model of the couplings. Random selection by ratios does not need it.
+        calibration: Batches of data, see :class:`Calibration`. Required by metrics that use data, and by no others.
+
+    Returns:
+        The selected units, in the base model's order.
+
+    Raises:
+        ValueError: Nothing is requested; a ratio or budget gives no unit; a projection, layer or unit in the config
+            does not exist; `exclude` leaves too few units; or calibration is missing, not needed or unusable.
     """
     if config.units is not None:
         if calibration is not None:
-            raise ValueError("units are given by hand: there is nothing to calibrate")
-        return units_by_hand(couplings, config.units)
+            raise ValueError("the config's units are given, so there is nothing to calibrate: leave out calibration")
+        return named_units(couplings, config.units)
     metric = METRICS[config.selection]
     _check_calibration(config, metric, calibration)
     allowed = allowed_units(couplings, requested_projections(couplings, config), config.exclude)
@@ -72,7 +75,7 @@ def _check_calibration(config: S2FTConfig, metric: Metric, calibration) -> None:
             f"selection={config.selection!r} needs calibration data: pass calibration, an iterable of batches"
         )
     if calibration is not None and not metric.calibrated:
-        raise ValueError(f"selection={config.selection!r} takes no calibration data")
+        raise ValueError(f"selection={config.selection!r} takes no calibration data: leave out calibration")
 
 
 def _check_finite(config: S2FTConfig, scores: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Selection by activation norm (paper, S²FT-A)."""
+"""Selection by activation norm (S²FT-A in the paper)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -7,24 +7,25 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
-from s2ft.layers import CONVOLUTIONS, ObservedStack, experts_forward
+from s2ft.layers import ObservedExperts, experts_forward, kind_of
 from s2ft.model.coupling import Projection
-from s2ft.model.weights import find, position, put
-from s2ft.selection.calibration import hooks_removed, run_forward, stack_of, undisturbed
-from s2ft.selection.metric import Request, squares_by_unit
+from s2ft.model.weights import find, parameter_position, put
+from s2ft.selection.batches import tower_of
+from s2ft.selection.metric import Metric, Request, Units, squares_by_unit
+from s2ft.selection.running import in_evaluation_mode, run_forward, temporary_hooks
 
 
-def activation_scores(request: Request) -> dict[str, Tensor]:
-    """The L2 norm of a unit's activation over the calibration tokens, divided by the root of their number. Where the
-    module sees other positions, such as image patches or sound frames, over those; of an expert the tokens that do
-    not come to it count as zeros.
+def activation_scores(request: Request) -> Units:
+    """Return the activation norm of each unit, as the root mean square over the positions of the calibration data.
 
-    A unit's activation is what it passes on: for the consumer its part of the input, for a producer its part of
-    the output (that of q, k, v, up, gate themselves, before anything follows). All elements that a unit spans
-    count; padding doesn't. No activation is kept: each is reduced to a sum of squares where it appears.
+    The activation of a producer's unit is its part of the projection's output, before any other operation. The
+    activation of a consumer's unit is its part of the input. The norm is the L2 norm over all elements of the unit.
+    Positions are tokens, or other positions such as image patches or sound frames. Padding does not
+    count. For an expert, tokens that the router sends elsewhere count as zeros. No activation is stored: each is
+    reduced to a sum of squares when it is computed.
     """
     sums = _Sums(request)
-    with undisturbed(request.model), _experts_observed(request), hooks_removed() as hooks, torch.no_grad():
+    with in_evaluation_mode(request.model), _experts_observed(request), temporary_hooks() as hooks, torch.no_grad():
         for path, projections in _by_path(request).items():
             hooks += sums.watch(path, projections)
         for batch in request.calibration.batches(request.model):
@@ -33,22 +34,22 @@ def activation_scores(request: Request) -> dict[str, Tensor]:
 
 
 class _Sums:
-    """Sums of squares of every projection's units, and over how many positions."""
+    """Sums of squares of the units of every projection, and the number of positions in each sum."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}  # those of an encoder are not those of its decoder
-        self.stacks = {
-            projection.name: stack_of(request.model, coupling, projection)
+        self.counts: dict[str, int] = {}  # by projection, because an encoder and its decoder have different positions
+        self.towers = {
+            projection.name: tower_of(request.model, coupling, projection)
             for coupling in request.couplings
             for projection in coupling.projections
         }
 
     def watch(self, path: str, projections: list[Projection]) -> list:
-        """Hooks that add up what passes; projections: of the weight `path`, all of one side."""
+        """Register hooks that sum the activations of the weight `path`. All projections must be on one side."""
         module = find(self.request.model, path)
-        if isinstance(module, ObservedStack):
+        if isinstance(module, ObservedExperts):
             owner = find(self.request.model, path.rpartition(".")[0])
             return [
                 owner.register_forward_hook(lambda _, inputs, output: self._count(projections, inputs[0])),
@@ -58,14 +59,15 @@ class _Sums:
         return [
             module.register_forward_hook(
                 lambda _, inputs, output: self._add(
-                    projections, _features_last(module, inputs[0] if consumes else output)
+                    projections, kind_of(module).features_last(module, inputs[0] if consumes else output)
                 )
             )
         ]
 
     def _positions(self, projections: list[Projection], x: Tensor) -> Tensor:
-        """x [..., features] without padding: [positions, features]."""
-        return self.request.calibration.counted(x.detach(), projections[0].name, self.stacks[projections[0].name])
+        """Return x without padding: [..., features] → [positions, features]."""
+        name = projections[0].name
+        return self.request.calibration.without_padding(x.detach(), name, self.towers[name])
 
     def _count(self, projections: list[Projection], x: Tensor) -> None:
         count = len(self._positions(projections, x))
@@ -80,27 +82,32 @@ class _Sums:
 
     def _add_expert(self, projections: list[Projection], inputs: tuple, output: Tensor) -> None:
         x, expert, tokens = inputs
+        calibration = self.request.calibration
         for projection in projections:
             if projection.expert == expert:
-                passed = (output if projection.dim == 0 else x).detach()
-                stack = self.stacks[projection.name]
-                self._add_squares(projection, self.request.calibration.counted(passed, projection.name, stack, tokens))
+                values = (output if projection.dim == 0 else x).detach()
+                tower = self.towers[projection.name]
+                self._add_squares(projection, calibration.without_padding(values, projection.name, tower, tokens))
 
     def _add_squares(self, projection: Projection, x: Tensor) -> None:
         squares = squares_by_unit(x, 1, projection)
         before = self.sums.get(projection.name)
         self.sums[projection.name] = squares if before is None else before + squares
 
-    def scores(self) -> dict[str, Tensor]:
-        """By projection [count] float64. Raises: ValueError for one that saw nothing."""
+    def scores(self) -> Units:
+        """Return the scores by projection, shape [count], float64.
+
+        Raises:
+            ValueError: A projection was never run, or only on padding.
+        """
         scores = {}
         for projection in self.request.projections:
             name, count = projection.name, self.counts.get(projection.name)
             if not count:
-                passed = "passed" if count is None else "has more than padding for"
-                raise ValueError(f"selection={self.request.config.selection!r}: no calibration batch {passed} {name}")
-            none = torch.zeros(projection.count, dtype=torch.float64)  # an expert that no token came to
-            scores[name] = (self.sums.get(name, none) / count).sqrt().cpu()
+                problem = "ran" if count is None else "has more than padding for"
+                raise ValueError(f"selection={self.request.config.selection!r}: no calibration batch {problem} {name}")
+            zeros = torch.zeros(projection.count, dtype=torch.float64)  # of an expert that received no token
+            scores[name] = (self.sums.get(name, zeros) / count).sqrt().cpu()
         return scores
 
 
@@ -111,27 +118,23 @@ def _by_path(request: Request) -> dict[str, list[Projection]]:
     return found
 
 
-def _features_last(module: nn.Module, x: Tensor) -> Tensor:
-    """The activations of a convolution, [N, channels, ...] or [channels, ...], with channels last."""
-    if not isinstance(module, CONVOLUTIONS):
-        return x
-    return x.movedim(1 if x.dim() == module.weight.dim() else 0, -1)
-
-
 @contextmanager
 def _experts_observed(request: Request) -> Iterator[None]:
-    """Inside, the requested stacks of experts are modules, run one expert after the other, so that hooks see what
-    passes each; afterwards everything is in its place again."""
+    """Replace the requested expert stacks by modules that run one expert after the other, so that hooks see each
+    expert.
+
+    Everything is restored afterwards.
+    """
     paths = [path for path, projections in _by_path(request).items() if projections[0].expert is not None]
-    with ExitStack() as back:
+    with ExitStack() as stack:
         for path in paths:
-            parameter, place = find(request.model, path), position(request.model, path)
-            back.callback(put, request.model, path, parameter, place)  # first, for an interrupt may come between
-            put(request.model, path, ObservedStack(parameter))
+            parameter, place = find(request.model, path), parameter_position(request.model, path)
+            stack.callback(put, request.model, path, parameter, place)  # before put, because an interrupt may follow
+            put(request.model, path, ObservedExperts(parameter))
         for path in dict.fromkeys(path.rpartition(".")[0] for path in paths):
             owner = find(request.model, path)
             before = owner.__dict__.get("forward")
-            back.callback(_set_forward, owner, before)
+            stack.callback(_set_forward, owner, before)
             owner.forward = MethodType(experts_forward, owner)
         yield
 
@@ -141,3 +144,6 @@ def _set_forward(module: nn.Module, forward: Callable | None) -> None:
         module.__dict__.pop("forward", None)
     else:
         module.forward = forward
+
+
+METRIC = Metric(activation_scores, calibrated=True)

@@ -1,4 +1,4 @@
-"""How many units of each projection are trained: by ratio, or as many as a number of parameters allows."""
+"""The number of trained units of each projection, from a ratio or from a number of parameters."""
 
 import math
 
@@ -6,22 +6,27 @@ from torch import nn
 
 from s2ft.config import S2FTConfig
 from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
-from s2ft.model.weights import shape_of
+from s2ft.model.weights import weight_at
 
 
 def units_per_projection(
     couplings: list[Coupling], config: S2FTConfig, model: nn.Module | None = None, free: dict[str, int] | None = None
 ) -> dict[str, int]:
-    """Number of trainable units by module path, the same in every layer (paper, section 3.2).
+    """Return the number of units to train, by projection name (S²FT paper, section 3.2).
 
-    A ratio is the share of a projection's units. With a budget of parameters the ratios are scaled to it
-    together, as near as whole units allow and never above: layers then differ by one unit, where the budget
-    doesn't divide. Under allocation "global" only the sum over the layers of a projection counts.
+    A ratio is the share of a projection's units, the same in every layer. With a budget of parameters, all ratios are
+    scaled to the largest whole numbers of units that fit. Layers then differ by one unit if the budget is not a
+    multiple. With allocation "global", only the sum over the layers of a projection counts.
 
     Args:
-        model: for budgets. free: by path, the units that may be chosen, where not all may.
-    Raises: ValueError naming the option for an empty request, a ratio or a budget that comes to no unit, a
-        budget above all that may be chosen, a projection no coupling has, or a layer outside the model.
+        couplings: Couplings of the model.
+        config: What to select.
+        model: The model. Only a budget needs it.
+        free: Number of units that may be chosen, by projection name. Default: all.
+
+    Raises:
+        ValueError: Nothing is requested; a ratio or the budget gives no unit; the budget is larger than all units that
+            may be chosen; or the config names a projection or layer that the model does not have.
     """
     requested = requested_projections(couplings, config)
     if config.budget is None and config.match_lora_rank is None:
@@ -33,8 +38,8 @@ def units_per_projection(
     most = sum(free[path] * costs[path] for path in free)
     if total > most:
         raise ValueError(
-            f"{what} is more than the {most:,} parameters that the projections asked for have to choose "
-            "from: lower it, or name more projections"
+            f"{what} is more than the {most:,} parameters that the requested projections have to choose "
+            "from: lower it, or request more projections"
         )
     units = share_out(total, shares, free, costs)
     _check_none_is_empty(config, requested, units, costs, what)
@@ -42,7 +47,11 @@ def units_per_projection(
 
 
 def requested_projections(couplings: list[Coupling], config: S2FTConfig) -> list[Projection]:
-    """What the ratios and layers name. Raises: ValueError where nothing or something that is not there is named."""
+    """Return the projections that the config's ratios and layers request.
+
+    Raises:
+        ValueError: The config requests nothing, or a projection or layer that the model does not have.
+    """
     if not config.ratios:
         raise ValueError(
             "nothing is selected: set at least one of q_ratio, k_ratio, v_ratio, o_ratio, "
@@ -52,7 +61,7 @@ def requested_projections(couplings: list[Coupling], config: S2FTConfig) -> list
     present = {projection.key for projection in projections_of(couplings)}
     for key in config.ratios:
         if key not in present:
-            raise ValueError(f"{key}_ratio asks for a projection that this model does not have")
+            raise ValueError(f"{key}_ratio requests a projection that this model does not have")
     return [
         projection
         for coupling in couplings
@@ -63,7 +72,11 @@ def requested_projections(couplings: list[Coupling], config: S2FTConfig) -> list
 
 
 def requested_layers(couplings: list[Coupling], config: S2FTConfig) -> set:
-    """Layers to train. Raises: ValueError for one outside the model."""
+    """Return the layers to train.
+
+    Raises:
+        ValueError: The config names a layer that the model does not have.
+    """
     known = {coupling.layer for coupling in couplings}
     if config.layers is None:
         return known
@@ -78,36 +91,48 @@ def _units(projection: Projection, ratio: float) -> int:
     if units == 0:
         raise ValueError(
             f"{projection.key}_ratio={ratio} selects none of the {projection.count} "
-            f"{unit_name(projection)} of {projection.name}; the smallest that selects one is "
+            f"{unit_name(projection)} of {projection.name}; the smallest ratio that selects one is "
             f"{math.ceil(5000 / projection.count) / 10000:g}"
         )
     return units
 
 
 def unit_parameters(model: nn.Module, projection: Projection) -> int:
-    """Trained parameters of one unit."""
-    shape = shape_of(model, projection)
+    """Return the number of trained parameters of one unit."""
+    shape = weight_at(model, projection).shape
     return shape.numel() // shape[projection.dim] * projection.unit
 
 
 def _budget(config: S2FTConfig, model: nn.Module, requested: list[Projection]) -> tuple:
-    """(parameters, the option in words)."""
+    """Return the number of parameters, and the option for messages."""
     if config.budget is not None:
         return config.budget, f"budget={config.budget:,}"
     rank = config.match_lora_rank
-    shapes = {p.site: shape_of(model, p) for p in requested}  # one pair of factors for a weight
+    shapes = {p.weight_key: weight_at(model, p).shape for p in requested}  # LoRA has one pair of factors per weight
     total = sum(rank * (shape[0] + shape[1:].numel()) for shape in shapes.values())
     return total, f"match_lora_rank={rank}, {total:,} parameters,"
 
 
 def share_out(total: int, shares: dict[str, float], free: dict[str, int], costs: dict[str, int]) -> dict[str, int]:
-    """Units by path whose costs add up to `total` or less, until no further unit fits, in the proportion of
-    `shares` and at most `free` of each. What the rounding down leaves goes first where it took most."""
+    """Distribute `total` parameters over the projections in the proportion of `shares`.
+
+    The shares are scaled and rounded down to whole units. The parameters that are left over go to the projections that
+    lost most by the rounding, until no further unit fits.
+
+    Args:
+        total: Number of parameters to distribute.
+        shares: Number of units by projection, to be scaled.
+        free: Largest number of units by projection.
+        costs: Parameters of one unit by projection.
+
+    Returns:
+        Number of units by projection.
+    """
     scale = _scale(total, shares, free, costs)
     exact = {path: min(free[path], scale * shares[path]) for path in shares}
     units = {path: int(amount) for path, amount in exact.items()}
     left = total - sum(units[path] * costs[path] for path in units)
-    order = sorted(units, key=lambda path: round(units[path] - exact[path], 9))  # stable: equal ones by layer
+    order = sorted(units, key=lambda path: round(units[path] - exact[path], 9))  # a stable sort
     fits = True
     while fits:
         fits = False
@@ -118,7 +143,7 @@ def share_out(total: int, shares: dict[str, float], free: dict[str, int], costs:
 
 
 def _scale(total: int, shares: dict[str, float], free: dict[str, int], costs: dict[str, int]) -> float:
-    """The factor of `shares` at which the cost, in fractions of units, is `total`: by halving, from below."""
+    """Find the factor of `shares` at which fractional units cost `total`, by bisection from below."""
     low, high = 0.0, max(free[path] / shares[path] for path in shares)
     for _ in range(100):
         middle = (low + high) / 2
@@ -130,11 +155,11 @@ def _scale(total: int, shares: dict[str, float], free: dict[str, int], costs: di
 def _check_none_is_empty(
     config: S2FTConfig, requested: list[Projection], units: dict[str, int], costs: dict[str, int], what: str
 ) -> None:
-    """Every projection of every layer gets a unit; under allocation "global", every projection."""
+    """Check that every projection of every layer gets a unit. With allocation "global", one layer is enough."""
     for p in requested:
         alike = [p] if config.allocation == "uniform" else [other for other in requested if other.key == p.key]
         if not any(units[other.name] for other in alike):
             raise ValueError(
-                f"{what} is too small: it leaves {p.name} no unit, which has {costs[p.name]:,} "
+                f"{what} is too small: it leaves {p.name} no unit, and a unit of it has {costs[p.name]:,} "
                 f"parameters. Raise it or {p.key}_ratio, or train fewer layers or projections"
             )

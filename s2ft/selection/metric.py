@@ -1,4 +1,4 @@
-"""What every metric gets and gives, and the norms they share."""
+"""The interface of metrics and allocations, and the functions that the metrics share."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,16 +8,18 @@ from torch import Tensor, nn
 
 from s2ft.config import S2FTConfig
 from s2ft.model.coupling import Coupling, Projection
-from s2ft.selection.calibration import Calibration
+from s2ft.selection.batches import Calibration
 
-PIECE = 2**18  # elements that are converted at a time: they stay in the cache, and no copy of a weight is made
+PIECE = 2**18  # number of elements converted at a time: they fit into the cache, and no copy of a weight is made
+
+Units = dict[str, Tensor]  # a tensor by projection name
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be scored: the projections of `couplings` that `config` asks for."""
+    """What a metric scores: the projections of `couplings` that `config` requests."""
 
-    couplings: list[Coupling]  # of the layers that are asked for
+    couplings: list[Coupling]  # couplings of the requested layers
     config: S2FTConfig
     model: nn.Module | None = None
     calibration: Calibration | None = None
@@ -30,17 +32,38 @@ class Request:
 
 @dataclass(frozen=True)
 class Metric:
-    """score: for every projection of the request, by path, a score of each unit [count] float64, not negative."""
+    """A way to score units. A file of this folder defines one as METRIC, and s2ft/config.py lists its name.
 
-    score: Callable[[Request], dict[str, Tensor]]
-    calibrated: bool  # needs calibration data
-    ordered: bool = True  # largest and smallest mean something
+    Attributes:
+        score: Returns, for every projection of the request by name, the score of each unit, shape [count], float64, not
+            negative.
+        calibrated: True if the metric needs calibration data.
+        ordered: False if the scores have no meaning, so that `order` does not apply.
+    """
+
+    score: Callable[[Request], Units]
+    calibrated: bool
+    ordered: bool = True
+
+
+# (request, scores, number of units by projection, masks of the allowed units, take the smallest scores) → chosen units
+Allocation = Callable[[Request, Units, dict[str, int], Units, bool], Units]
 
 
 @torch.no_grad()
 def squares_by_unit(matrix: Tensor, dim: int, projection: Projection) -> Tensor:
-    """Sum of squares of every unit of the projection, [count] float64 on the matrix's device, of matrix [O, I] or
-    [O, I, taps] with the units along `dim`. Float32 within a piece of the matrix, float64 over the pieces."""
+    """Return the sum of squares of every unit of a projection.
+
+    The sums are formed in float32 within a piece of the matrix, and in float64 over the pieces.
+
+    Args:
+        matrix: Tensor of shape [O, I] or [O, I, taps].
+        dim: Dimension of the units in `matrix`.
+        projection: The projection.
+
+    Returns:
+        The sums, shape [count], float64, on the matrix's device.
+    """
     rows = max(1, PIECE // max(1, matrix[:1].numel()))
     total = torch.zeros(matrix.shape[dim], dtype=torch.float64, device=matrix.device)
     for start in range(0, matrix.shape[0], rows):
@@ -57,10 +80,12 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def shared_by_producers(request: Request, scores: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One score for all requested producers of a coupling that have the same units: the root of the sum of their
-    squares. So their rankings are the same, their selections nested, and each contiguous when units move.
-    The consumer keeps its own."""
+def shared_by_producers(request: Request, scores: Units) -> Units:
+    """Give all requested producers of a coupling with the same units one score: the root of their sum of squares.
+
+    Their rankings are then the same and their selections nested, so that each selection is contiguous after
+    co-permutation. The consumer keeps its own scores.
+    """
     shared = dict(scores)
     for coupling in request.couplings:
         groups: dict[int, list[str]] = {}

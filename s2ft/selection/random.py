@@ -1,34 +1,37 @@
-"""Random selection (paper's default, S²FT-R)."""
+"""Random selection (S²FT-R, the paper's default)."""
 
 import hashlib
 
 import torch
 from torch import Tensor
 
-from s2ft.selection.metric import Request
+from s2ft.selection.metric import Metric, Request, Units
 
 
-def random_scores(request: Request) -> dict[str, Tensor]:
-    """A seeded random ranking of the units of every projection: the unit drawn first scores highest.
+def random_scores(request: Request) -> Units:
+    """Return a seeded random ranking of the units of each projection. The first unit drawn has the highest score.
 
-    Producers with the same units share a ranking, so that their selections are nested and come out
-    contiguous after co-permutation; the consumer draws its own. Every draw is seeded by what it is
-    for, so the units of one layer do not depend on which other layers or projections are trained.
+    Producers with the same units share a ranking. Their selections are therefore nested and contiguous after
+    co-permutation. The consumer has a ranking of its own. The seed of a draw contains the coupling and the side, so the
+    units of a layer do not depend on the other layers and projections that are trained.
     """
     scores = {}
     for coupling in request.couplings:
         for projection in coupling.projections:
             if projection.key in request.config.ratios:
                 side = ("producers", "consumer")[projection.dim]
-                what = f"{request.config.seed}/{coupling.kind}/{coupling.layer}/{side}/{projection.count}"
-                what += "" if projection.expert is None else f"/{projection.expert}"
-                scores[projection.name] = _ranks(what, projection.count)
+                purpose = f"{request.config.seed}/{coupling.kind}/{coupling.layer}/{side}/{projection.count}"
+                purpose += "" if projection.expert is None else f"/{projection.expert}"
+                scores[projection.name] = _ranks(purpose, projection.count)
     return scores
 
 
-def _ranks(what: str, count: int) -> Tensor:
-    seed = int.from_bytes(hashlib.sha256(what.encode()).digest()[:8], "little") >> 1
+def _ranks(purpose: str, count: int) -> Tensor:
+    seed = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little") >> 1
     drawn = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     ranks = torch.empty(count, dtype=torch.float64)
     ranks[drawn] = torch.arange(count - 1, -1, -1, dtype=torch.float64)
     return ranks
+
+
+METRIC = Metric(random_scores, calibrated=False, ordered=False)

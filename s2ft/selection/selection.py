@@ -1,4 +1,4 @@
-"""The result of selecting: which units of which projection are trainable, in original order."""
+"""The result of a selection: the trained units of each projection, in the base model's order."""
 
 import hashlib
 import json
@@ -20,7 +20,23 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Selection:
-    """units: module path → sorted unit numbers [n] int64 in the base model's own order. Prints as a table."""
+    """Which units are trained, by projection. :func:`s2ft.select` makes it. It prints as a table.
+
+    ``selection[name]`` returns the units of a projection, and ``name in selection`` tests for one.
+
+    Attributes:
+        units: Sorted unit numbers by projection name, shape [n], int64, in the base model's order.
+
+    Example:
+        >>> selection = s2ft.select(model, s2ft.S2FTConfig(d_ratio=0.02))
+        >>> print(selection)
+        projection   layers units per layer     units
+        down_proj         2               3         6
+        >>> "model.layers.0.mlp.down_proj" in selection
+        True
+        >>> selection["model.layers.0.mlp.down_proj"].shape
+        torch.Size([3])
+    """
 
     units: dict[str, Tensor]
 
@@ -38,60 +54,117 @@ class Selection:
         )
 
     def to_dict(self) -> dict[str, list[int]]:
+        """Return the unit numbers as lists, for JSON and for ``S2FTConfig(units=...)``.
+
+        Returns:
+            Lists of unit numbers by projection name, sorted by name.
+
+        Example:
+            >>> s2ft.select(model, s2ft.S2FTConfig(d_ratio=0.02, seed=1)).to_dict()
+            {'model.layers.0.mlp.down_proj': [...], 'model.layers.1.mlp.down_proj': [...]}
+        """
         return {path: units.tolist() for path, units in sorted(self.units.items())}
 
     @property
     def digest(self) -> str:
-        """sha256 of the selection: equal on all ranks, kept in the adapter."""
+        """The sha256 of the selection. It is the same on all ranks and is saved in the adapter.
+
+        Returns:
+            64 hexadecimal digits.
+
+        Example:
+            >>> len(s2ft.select(model, s2ft.S2FTConfig(d_ratio=0.02)).digest)
+            64
+        """
         return hashlib.sha256(json.dumps(self.to_dict()).encode()).hexdigest()
 
     def __str__(self) -> str:
         groups: dict[str, list[int]] = {}
         for path, units in self.units.items():
             groups.setdefault(_label(path), []).append(units.numel())
-        lines = [f"{'projection':<12}{'layers':>7}{'units a layer':>16}{'units':>10}"]
+        lines = [f"{'projection':<12}{'layers':>7}{'units per layer':>16}{'units':>10}"]
         return "\n".join(
             lines + [f"{name:<12}{len(sizes):>7}{span(sizes):>16}{sum(sizes):>10,}" for name, sizes in groups.items()]
         )
 
     def save(self, path) -> None:
-        """Write as JSON, beside and renamed."""
+        """Write the selection to a JSON file. An existing file is replaced in one step.
+
+        Args:
+            path: File to write.
+
+        Example:
+            >>> selection = s2ft.select(model, s2ft.S2FTConfig(d_ratio=0.02))
+            >>> selection.save("units.json")
+            >>> s2ft.select(model, s2ft.S2FTConfig(units="units.json")) == selection
+            True
+        """
         content = {"schema": SCHEMA, "units": self.to_dict(), "digest": self.digest}
         replace_file(Path(path), json.dumps(content).encode())
 
     @classmethod
     def load(cls, path) -> "Selection":
-        """Read what :meth:`save` wrote, or the selection of an adapter folder.
+        """Read a selection from a file that :meth:`save` wrote, or from an adapter folder.
 
-        Raises: FileNotFoundError; ValueError for a file that holds anything else, saying what.
+        Args:
+            path: File or adapter folder.
+
+        Returns:
+            The selection.
+
+        Raises:
+            FileNotFoundError: The path does not exist.
+            ValueError: The file does not contain a selection, or is damaged.
+
+        Example:
+            >>> report = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.02))
+            >>> s2ft.save_adapter(model, "adapter")
+            >>> s2ft.Selection.load("adapter")["model.layers.1.mlp.down_proj"].numel()
+            3
         """
         path = Path(path)
         if path.is_dir():
             return read_folder(path, _of_adapter)
-        content = _read_object(path, "selection")
+        content = _read_object(path, "a selection")
         if content.keys() != {"schema", "units", "digest"}:
-            raise ValueError(f"{path} is no selection: it must have schema, units and digest, not {sorted(content)}")
+            raise ValueError(f"{path} is not a selection: it must have schema, units and digest, not {sorted(content)}")
         if content["schema"] != SCHEMA or isinstance(content["schema"], bool):
             raise ValueError(f"{path} has schema {content['schema']!r}; this s2ft reads schema {SCHEMA}")
         return _checked(path, content["units"], content["digest"])
 
 
 def _label(name: str) -> str:
-    """What names of a projection in all layers have in common: their last word without the expert's number, two
-    words where several projections share a weight."""
+    """Return the part of a projection's name that all layers share: the last word, without the expert's number.
+
+    If several projections share a weight, it is the last two words.
+    """
     *_, before, last = ["", *re.sub(r"\[\d+\]", "", name).split(".")]
     return f"{before}.{last}" if last in PROJECTIONS and before else last
 
 
 def span(sizes: list[int]) -> str:
-    """ "3" or "3 to 5"."""
+    """Format a range of numbers, such as "3" or "3 to 5"."""
     low, high = min(sizes), max(sizes)
     return str(low) if low == high else f"{low} to {high}"
 
 
 def unit_tensors(units: Any, what: str) -> dict[str, Tensor]:
-    """Sorted unit numbers by path, from lists. Raises: ValueError, naming `what` and the path, for anything that
-    is not a list of different numbers from 0."""
+    """Read units from the value of an option.
+
+    Args:
+        units: Lists of unit numbers by projection name, or the path of a selection file or an adapter folder.
+        what: Name of the option, for messages.
+
+    Returns:
+        Sorted unit numbers by projection name, shape [n], int64.
+
+    Raises:
+        ValueError: The units are not lists of different numbers from 0, or the file does not contain a selection.
+    """
+    return Selection.load(units).units if isinstance(units, str) else _tensors(units, what)
+
+
+def _tensors(units: Any, what: str) -> dict[str, Tensor]:
     if not isinstance(units, dict) or not units or not all(isinstance(path, str) for path in units):
         raise ValueError(f"{what} must give lists of unit numbers by module path, and at least one")
     tensors = {}
@@ -110,23 +183,24 @@ def unit_tensors(units: Any, what: str) -> dict[str, Tensor]:
 
 
 def _of_adapter(path: Path) -> Selection:
-    content = _read_object(path, "adapter config")
+    content = _read_object(path, "an adapter config")
     projections = content.get("projections")
     if not isinstance(projections, dict) or not all(isinstance(entry, dict) for entry in projections.values()):
-        raise ValueError(f"{path} is no S²FT adapter config: it names no projections")
+        raise ValueError(f"{path} is not an S²FT adapter config: it has no projections")
     units = {key: entry.get("units") for key, entry in projections.items()}
     return _checked(path, units, content.get("selection_digest"))
 
 
 def _read_object(path: Path, what: str) -> dict[str, Any]:
-    content = parse_json(read_bytes(path, MAX_CONFIG), f"{path} is no {what}: it")
+    content = parse_json(read_bytes(path, MAX_CONFIG), f"{path} is not {what}: it")
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is no {what}: it holds a {type(content).__name__}, not an object")
+        raise ValueError(f"{path} is not {what}: it contains a {type(content).__name__}, not an object")
     return content
 
 
 def _checked(path: Path, units: Any, digest: Any) -> Selection:
-    selection = Selection(unit_tensors(units, str(path)))
+    """Make the selection of a file, and check it against the digest in the file."""
+    selection = Selection(_tensors(units, str(path)))
     if selection.digest != digest:
         raise ValueError(f"{path}: the units listed are not those that were saved, or not in order")
     return selection

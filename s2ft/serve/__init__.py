@@ -1,1 +1,1 @@
-"""One base and many adapters behind an HTTP API like OpenAI's."""
+"""The server: an API like OpenAI's for a base model and its adapters."""

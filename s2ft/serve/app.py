@@ -1,4 +1,4 @@
-"""The routes."""
+"""The routes of the HTTP API."""
 
 import asyncio
 import hmac
@@ -17,14 +17,21 @@ from s2ft.serve import errors
 from s2ft.serve.errors import CLIENT_CLOSED, ApiError, Disconnected
 from s2ft.serve.job import Event
 from s2ft.serve.metrics import STATUS, CountRequests, Metrics
-from s2ft.serve.registry import Version, why_not
-from s2ft.serve.replies import DONE, ChatReply, CompletionReply, sent
+from s2ft.serve.registry import Version, public_reason
+from s2ft.serve.replies import DONE, ChatReply, CompletionReply, server_sent_event
 from s2ft.serve.schemas import ChatRequest, CompletionRequest, LoadRequest, Sampled, UnloadRequest, parse
 from s2ft.serve.service import Answer, Service
 
 
 def create_app(service: Service, metrics: Metrics) -> FastAPI:
-    """The API over a service. The app starts its engine and stops it."""
+    """Make the ASGI app. It starts the service's engine and stops it.
+
+    The app has no /docs and no /openapi.json, since the bodies of requests are read and checked without FastAPI.
+
+    Args:
+        service: The model with its adapters.
+        metrics: The counters that /metrics returns.
+    """
 
     @asynccontextmanager
     async def engine_runs(app: FastAPI) -> AsyncIterator[None]:
@@ -43,8 +50,8 @@ def create_app(service: Service, metrics: Metrics) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
-    )  # the bodies are read by hand, so it could not tell
-    errors.install(app)
+    )
+    errors.install_handlers(app)
     app.add_middleware(CountRequests, metrics=metrics)
     app.include_router(state_routes(service, metrics))
     app.include_router(model_routes(service))
@@ -52,47 +59,54 @@ def create_app(service: Service, metrics: Metrics) -> FastAPI:
 
 
 def state_routes(service: Service, metrics: Metrics) -> APIRouter:
-    """For those who watch the server; without a key."""
+    """Routes for monitoring, which need no API key."""
     router = APIRouter()
 
     @router.get("/health")
     async def health() -> Response:
+        """GET /health: whether the server runs, and how many requests run and wait."""
         if not service.engine.alive:
             raise ApiError(503, "not_running", "the server is shutting down")
         return JSONResponse({"status": "ok", "running": service.engine.running, "waiting": service.engine.waiting})
 
     @router.get("/metrics")
     def counters() -> Response:
+        """GET /metrics: the counters for Prometheus."""
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     return router
 
 
 def model_routes(service: Service) -> APIRouter:
-    """What needs the key, where there is one."""
+    """Routes under /v1, which need the API key if the server has one."""
     router = APIRouter(prefix="/v1", dependencies=[Depends(_key_check(service.limits.api_key))])
 
     @router.get("/models")
     def models() -> Response:
+        """GET /v1/models: the base and its adapters."""
         names = [service.base, *service.engine.adapters.names]
         return JSONResponse({"object": "list", "data": [_model(service, name) for name in names]})
 
     @router.get("/models/{name:path}")
     def model(name: str) -> Response:
+        """GET /v1/models/NAME: one model."""
         if name != service.base and name not in service.engine.adapters.names:
             raise errors.unknown_model(name)
         return JSONResponse(_model(service, name))
 
     @router.post("/completions")
     async def completions(request: Request) -> Response:
+        """POST /v1/completions: continue a text."""
         return await _answer(service, request, CompletionRequest, CompletionReply)
 
     @router.post("/chat/completions")
     async def chat(request: Request) -> Response:
+        """POST /v1/chat/completions: answer a chat."""
         return await _answer(service, request, ChatRequest, ChatReply)
 
     @router.post("/load_lora_adapter")
     async def load(request: Request) -> Response:
+        """POST /v1/load_lora_adapter: serve an adapter of the directory under a name."""
         body = parse(LoadRequest, await _json(request, service))
         version = await run_in_threadpool(service.engine.adapters.load, body.lora_name, body.lora_path)
         await _check(service, version)
@@ -100,6 +114,7 @@ def model_routes(service: Service) -> APIRouter:
 
     @router.post("/unload_lora_adapter")
     async def unload(request: Request) -> Response:
+        """POST /v1/unload_lora_adapter: stop serving an adapter."""
         body = parse(UnloadRequest, await _json(request, service))
         await run_in_threadpool(service.engine.adapters.unload, body.lora_name)
         return JSONResponse({"status": "ok", "model": body.lora_name})
@@ -122,12 +137,12 @@ def _model(service: Service, name: str) -> dict:
 
 def _key_check(key: str | None):
     async def check(request: Request) -> None:
-        given = request.headers.get("authorization", "")
-        if key is not None and not hmac.compare_digest(given.encode(), f"Bearer {key}".encode()):
+        header = request.headers.get("authorization", "")
+        if key is not None and not hmac.compare_digest(header.encode(), f"Bearer {key}".encode()):
             raise ApiError(
                 401,
                 "invalid_api_key",
-                "give the server's key as Authorization: Bearer KEY",
+                "send the server's key in the header Authorization: Bearer KEY",
                 {"WWW-Authenticate": "Bearer"},
             )
 
@@ -135,24 +150,24 @@ def _key_check(key: str | None):
 
 
 async def _check(service: Service, version: Version) -> None:
-    """Load an adapter once; one that doesn't load is not served."""
+    """Load an adapter once. One that cannot be loaded is removed."""
     try:
         await asyncio.wrap_future(service.engine.check(version))
     except ApiError:
         raise
     except Exception as error:
         service.engine.adapters.unload(version.name)
-        raise ApiError(400, "invalid_adapter", why_not(version, error)) from None
+        raise ApiError(400, "invalid_adapter", public_reason(version, error)) from None
     finally:
-        service.engine.adapters.give_back(version)
+        service.engine.adapters.release(version)
 
 
 async def _json(request: Request, service: Service):
-    """The decoded body. Raises: ApiError 400, 408 and 413."""
+    """Read and decode the body. Raises ApiError 400, 408 or 413."""
     limit, chunks, size = service.limits.max_body_bytes, [], 0
     too_large = ApiError(413, "body_too_large", f"the body has more than {limit:,} bytes", {"Connection": "close"})
     length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length[:20]) > limit:  # before any of it is read
+    if length.isdecimal() and int(length[:20]) > limit:  # before reading any of it
         raise too_large
 
     async def read() -> None:
@@ -168,13 +183,14 @@ async def _json(request: Request, service: Service):
     except asyncio.TimeoutError:
         raise ApiError(408, "timeout", "the body did not arrive in time", {"Connection": "close"}) from None
     try:
-        return json.loads(b"".join(chunks), parse_constant=_no_number)
+        return json.loads(b"".join(chunks), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, "invalid_json", f"the body is not JSON: {str(error)[:200]}") from None
 
 
-def _no_number(word: str):
-    raise ValueError(f"{word} is no number")
+def _refuse_constant(word: str):
+    """Refuse NaN and Infinity, which Python reads but JSON does not have."""
+    raise ValueError(f"{word} is not a JSON number")
 
 
 async def _answer(service: Service, request: Request, kind: type[Sampled], reply: type[CompletionReply]) -> Response:
@@ -189,7 +205,7 @@ async def _answer(service: Service, request: Request, kind: type[Sampled], reply
     shape = reply(body.model, body.with_usage)
     events = answer.events()
     try:
-        first = await anext(events)  # what fails before the first token has a status of its own
+        first = await anext(events)  # an error before the first token has its own status
         if body.stream:
             return EventStream(_stream(request, answer, shape, first, events), answer)
         text, finish = first.text, first.finish
@@ -207,20 +223,20 @@ async def _answer(service: Service, request: Request, kind: type[Sampled], reply
 
 async def _stream(request: Request, answer: Answer, shape: CompletionReply, first: Event, events) -> AsyncIterator[str]:
     for chunk in shape.opening():
-        yield sent(chunk)
+        yield server_sent_event(chunk)
     event = first
     try:
         while True:
             if event.text or event.last:
-                yield sent(shape.chunk(event.text, event.finish))
+                yield server_sent_event(shape.chunk(event.text, event.finish))
             if event.last:
                 break
             event = await anext(events)
         for chunk in shape.closing(answer.usage):
-            yield sent(chunk)
-    except ApiError as error:  # too late for a status
+            yield server_sent_event(chunk)
+    except ApiError as error:  # the status was sent already
         request.scope[STATUS] = error.status
-        yield sent(error.body)
+        yield server_sent_event(error.body)
     except Disconnected:
         request.scope[STATUS] = CLIENT_CLOSED
         return
@@ -228,7 +244,7 @@ async def _stream(request: Request, answer: Answer, shape: CompletionReply, firs
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events of an answer, which is closed however the sending ends."""
+    """Server-sent events of an answer. The answer is closed at the end, also after an error."""
 
     def __init__(self, content: AsyncIterator[str], answer: Answer) -> None:
         super().__init__(content, headers={"Cache-Control": "no-cache"}, media_type="text/event-stream")
@@ -238,6 +254,6 @@ class EventStream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            if not self._answer.told:
+            if not self._answer.ended:
                 scope[STATUS] = CLIENT_CLOSED
             self._answer.close()

@@ -1,34 +1,40 @@
-"""The scheduler: one thread runs the model, and takes waiting sequences into the batch whenever there is room.
+"""The scheduler. One thread runs the model and adds waiting sequences to the batch when there is room.
 
-Each turn drops who was cancelled, runs the prompts of newcomers, and then makes one token for every row. All that
-touches the model happens in this thread; other threads put sequences into the queue and get events by callback.
+Each iteration removes cancelled sequences, runs the prompts of new ones, and generates one token for each row. Only
+this thread uses the model. Other threads put sequences into the queue and get events through callbacks.
 """
 
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 
-from s2ft.serve.batch import Batch, rows_interact
 from s2ft.serve.errors import ApiError, shutting_down
 from s2ft.serve.job import Event, Job
-from s2ft.serve.registry import Adapters, Version, not_loaded
+from s2ft.serve.registry import Adapters, Version, cannot_load
+from s2ft.text.running_batch import RunningBatch, rows_interact
 
 logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """Runs jobs over `model`.
+    """Runs jobs with one model.
 
     Args:
-        max_batch_size: rows that advance together. 1 for models whose rows depend on the longest of the batch.
-        queue_size: jobs that wait; more are refused.
-        max_batch_tokens: of prompts and answers in the batch, padding included, which bounds the memory of keys and
-            values; a longer sequence runs alone. None is no limit.
-        prefill_tokens: of the prompts that are run at once, padding included; a longer prompt runs alone.
-        metrics: see :mod:`s2ft.serve.metrics`; None counts nothing.
+        model: A causal language model of transformers.
+        adapters: The adapters that jobs can use.
+        max_batch_size: Number of sequences that are generated together. Models whose rows depend on the longest row
+            of the batch always use 1.
+        queue_size: Number of jobs that can wait. Further jobs are refused.
+        max_batch_tokens: Largest number of tokens of prompts and answers in the batch, with padding. It bounds the
+            memory of keys and values. A longer sequence runs alone. None is no limit.
+        prefill_tokens: Largest number of prompt tokens that are run at once, with padding. A longer prompt runs alone.
+        metrics: Counters, see :mod:`s2ft.serve.metrics`. None counts nothing.
+
+    Raises:
+        ValueError: A size is below 1.
     """
 
     def __init__(
@@ -48,27 +54,28 @@ class Engine:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if rows_interact(model.config) and max_batch_size > 1:
             logger.warning(
-                "this model's position embeddings depend on the longest sequence of a batch: one runs at a time"
+                "this model's position embeddings depend on the longest sequence of a batch, so one runs at a time"
             )
             max_batch_size = 1
         self.adapters, self.metrics = adapters, metrics
         self.max_batch_size, self.queue_size = max_batch_size, queue_size
         self.max_batch_tokens, self.prefill_tokens = max_batch_tokens, prefill_tokens
-        self.batch = Batch(model, adapters.bank.batch if adapters.bank is not None else None)
-        self.drain_until: float | None = None  # by time.monotonic(); set by a signal handler, so no lock guards it
+        self.batch: RunningBatch[Job] = RunningBatch(model, adapters.bank.batch if adapters.bank is not None else None)
+        self.drain_until: float | None = None  # in time.monotonic(); set by a signal handler, so it has no lock
         self._waiting: deque[Job] = deque()
-        self._errands: deque[tuple[Callable, Future]] = deque()
+        self._checks: deque[tuple[Version, Future]] = deque()
         self._changed = threading.Condition()
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="s2ft-engine", daemon=True)
 
-    # ---- from other threads ----------------------------------------------------------------------
+    # ---- called by other threads -----------------------------------------------------------------
 
     def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Fail what is left and wait for the thread to end."""
+        """Fail all jobs that are left, and wait for the thread to end."""
         with self._changed:
             self._stopped = True
             self._changed.notify()
@@ -77,18 +84,28 @@ class Engine:
 
     @property
     def alive(self) -> bool:
+        """Whether the engine runs and accepts jobs."""
         return self._thread.is_alive() and self.drain_until is None
 
     @property
     def waiting(self) -> int:
+        """Number of jobs in the queue."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
+        """Number of sequences in the batch."""
         return len(self.batch)
 
     def submit(self, job: Job) -> None:
-        """Queue a job. Raises: ApiError 429 or 503; the job's adapter is then given back."""
+        """Add a job to the queue. If it is refused, its adapter is released.
+
+        Args:
+            job: The job.
+
+        Raises:
+            ApiError: 429 if the queue is full, 503 if the server is shutting down.
+        """
         with self._changed:
             refused = None
             if self._stopped or self.drain_until is not None:
@@ -105,7 +122,13 @@ class Engine:
         raise refused
 
     def cancel(self, job: Job) -> None:
-        """Nobody waits for this job any more. It leaves the queue now, or the batch before its next token."""
+        """Cancel a job, for example if its client has disconnected.
+
+        It leaves the queue at once, or the batch before its next token.
+
+        Args:
+            job: The job.
+        """
         with self._changed:
             job.cancelled = True
             waited = job in self._waiting
@@ -115,13 +138,20 @@ class Engine:
             self._release(job)
 
     def check(self, version: Version) -> Future:
-        """Whether an adapter loads: the future raises if not. It is loaded between two tokens."""
+        """Load an adapter between two tokens.
+
+        Args:
+            version: The adapter.
+
+        Returns:
+            A future that raises if the adapter cannot be loaded.
+        """
         with self._changed:
             future: Future = Future()
             if self._stopped:
                 future.set_exception(shutting_down())
             else:
-                self._errands.append((lambda: self._load([version.in_bank]), future))
+                self._checks.append((version, future))
                 self._changed.notify()
             return future
 
@@ -130,25 +160,26 @@ class Engine:
     def _run(self) -> None:
         while self._work_to_do():
             try:
-                self._turn()
-            except Exception as error:  # whatever a model raises, memory that ran out too: the next batch may do
+                self._advance()
+            except Exception as error:  # any error, such as a lack of memory; the next batch may work
                 logger.exception("the batch failed")
-                self._end(self.batch.rows, ApiError(500, "model_failed", f"the model failed: {type(error).__name__}"))
+                failure = ApiError(500, "model_failed", f"the model failed: {type(error).__name__}")
+                self._finish(self.batch.rows, failure)
                 self.batch.clear()
-        self._give_up()
+        self._fail_all()
 
     def _work_to_do(self) -> bool:
-        """Wait until there is something; False once the thread is to end."""
+        """Wait until there is work. False means that the thread must end."""
         with self._changed:
-            while not (self._stopped or self._waiting or self._errands or self.batch.rows):
+            while not (self._stopped or self._waiting or self._checks or self.batch.rows):
                 self._changed.wait()
             return not self._stopped
 
-    def _turn(self) -> None:
+    def _advance(self) -> None:
         if self.drain_until is not None and time.monotonic() > self.drain_until:
-            self._give_up()
+            self._fail_all()
             return
-        self._run_errands()
+        self._run_checks()
         self._drop_cancelled()
         self._admit(self._next())
         if self.batch.rows:
@@ -157,22 +188,23 @@ class Engine:
                 self.metrics.batch_size.observe(len(self.batch))
             self._deliver(self.batch.rows)
 
-    def _run_errands(self) -> None:
-        while self._errands:
-            errand, future = self._errands.popleft()
+    def _run_checks(self) -> None:
+        while self._checks:
+            version, future = self._checks.popleft()
             try:
-                future.set_result(errand())
+                self._load([version.bank_name])
+                future.set_result(None)
             except Exception as error:
                 future.set_exception(error)
 
     def _drop_cancelled(self) -> None:
-        left = [job for job in self.batch.rows if job.cancelled]
-        if left:
+        cancelled = [job for job in self.batch.rows if job.cancelled]
+        if cancelled:
             self.batch.keep([job for job in self.batch.rows if not job.cancelled])
-            self._end(left)
+            self._finish(cancelled)
 
     def _next(self) -> list[Job]:
-        """Those who wait longest, as many as the batch and one pass of the model have room for."""
+        """Return the jobs that have waited longest, as many as fit into the batch and into one pass of the model."""
         chosen: list[Job] = []
         with self._changed:
             while self._waiting and self._has_room([*chosen, self._waiting[0]]):
@@ -180,7 +212,7 @@ class Engine:
         return chosen
 
     def _has_room(self, jobs: list[Job]) -> bool:
-        """Whether these can join the batch. One can that would be alone."""
+        """Whether jobs can join the batch. A single job always can if the batch is empty."""
         batch = [*self.batch.rows, *jobs]
         if len(batch) == 1:
             return True
@@ -190,41 +222,44 @@ class Engine:
         return len(jobs) == 1 or max(len(job.prompt) for job in jobs) * len(jobs) <= self.prefill_tokens
 
     def _admit(self, jobs: list[Job]) -> None:
-        jobs = self._loaded(jobs)
+        jobs = self._load_adapters(jobs)
         if not jobs:
             return
         try:
             self.batch.admit(jobs)
-        except Exception as error:  # the rows that run are as they were
+        except Exception as error:  # the rows of the batch are unchanged
             logger.exception("a prompt failed")
-            self._end(jobs, ApiError(500, "model_failed", f"the model failed: {type(error).__name__}"))
+            self._finish(jobs, ApiError(500, "model_failed", f"the model failed: {type(error).__name__}"))
             return
         if self.metrics:
             self.metrics.prompt_tokens.inc(sum(len(job.prompt) for job in jobs))
         self._deliver(jobs)
 
-    def _loaded(self, jobs: list[Job]) -> list[Job]:
-        """Those of the jobs that can join the batch now: their adapters are in memory beside the others'. One whose
-        adapter doesn't load fails; one whose adapter is too much for the bank's limit waits on."""
+    def _load_adapters(self, jobs: list[Job]) -> list[Job]:
+        """Load the adapters of jobs beside those of the batch, and return the jobs that can join.
+
+        A job whose adapter cannot be loaded fails. A job whose adapter exceeds the bank's limit waits longer.
+        """
         while jobs:
             try:
                 self._load([job.adapter for job in [*self.batch.rows, *jobs]])
                 return jobs
             except Exception:
-                sound = [job for job in jobs if self._loads_alone(job)]
-                if len(sound) == len(jobs):
+                loadable = [job for job in jobs if self._loads_alone(job)]
+                if len(loadable) == len(jobs):
                     with self._changed:
-                        self._waiting.appendleft(sound.pop())
-                jobs = sound
+                        self._waiting.appendleft(loadable.pop())
+                jobs = loadable
         return []
 
     def _loads_alone(self, job: Job) -> bool:
+        """Whether the adapter of a job can be loaded. If not, the job fails."""
         try:
             self._load([job.adapter])
             return True
         except Exception as error:
-            logger.warning("adapter %r doesn't load: %s", job.version.name, error)
-            self._end([job], not_loaded(job.version, error))
+            logger.warning("adapter %r can't be loaded: %s", job.version.name, error)
+            self._finish([job], cannot_load(job.version, error))
             return False
 
     def _load(self, names: list) -> None:
@@ -233,19 +268,19 @@ class Engine:
                 pass
 
     def _deliver(self, jobs: Sequence[Job]) -> None:
-        """Tell every job's client about its newest token, and let the finished ones go."""
-        over = []
+        """Send each client its newest token, and remove the finished jobs."""
+        finished = []
         for job in list(jobs):
             event = job.event()
             if not job.cancelled:
                 self._emit(job, event)
             if event.last:
-                over.append(job)
-        if over:
-            self.batch.keep([job for job in self.batch.rows if job not in over])
-            self._end(over)
+                finished.append(job)
+        if finished:
+            self.batch.keep([job for job in self.batch.rows if job not in finished])
+            self._finish(finished)
 
-    def _end(self, jobs: Sequence[Job], error: ApiError | None = None) -> None:
+    def _finish(self, jobs: Sequence[Job], error: ApiError | None = None) -> None:
         for job in list(jobs):
             if error is not None and not job.cancelled:
                 self._emit(job, Event(error=error))
@@ -254,25 +289,25 @@ class Engine:
     def _emit(self, job: Job, event: Event) -> None:
         try:
             job.emit(event)
-        except RuntimeError:  # the event loop has closed
+        except RuntimeError:  # the event loop is closed
             job.cancelled = True
 
     def _release(self, job: Job) -> None:
-        if job.over:
+        if job.released:
             return
-        job.over = True
+        job.released = True
         if job.version is not None:
-            self.adapters.give_back(job.version)
+            self.adapters.release(job.version)
         if self.metrics:
             self.metrics.generated_tokens.inc(len(job.tokens))
 
-    def _give_up(self) -> None:
-        """The time to finish is over: fail what runs and what waits."""
+    def _fail_all(self) -> None:
+        """Fail all running and waiting jobs."""
         with self._changed:
-            waiting, errands = list(self._waiting), list(self._errands)
+            waiting, checks = list(self._waiting), list(self._checks)
             self._waiting.clear()
-            self._errands.clear()
-        for _, future in errands:
+            self._checks.clear()
+        for _, future in checks:
             future.set_exception(shutting_down())
-        self._end([*self.batch.rows, *waiting], shutting_down())
+        self._finish([*self.batch.rows, *waiting], shutting_down())
         self.batch.clear()

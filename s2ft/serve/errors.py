@@ -1,6 +1,7 @@
-"""Every error is JSON, {"error": {"message", "type", "code"}}, with the status that belongs to it."""
+"""Errors of the API. Each is JSON, {"error": {"message", "type", "code"}}, with a matching status."""
 
 import logging
+from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
@@ -14,47 +15,58 @@ TYPES = {
     503: "unavailable_error",
     504: "timeout_error",
 }
-CODES = {404: "not_found", 405: "method_not_allowed"}  # of what the router refuses
-CLIENT_CLOSED = 499  # nobody reads it; the metrics count it
+CODES = {404: "not_found", 405: "method_not_allowed"}  # codes of the errors of the router
+CLIENT_CLOSED = 499  # the client does not receive it, but the metrics count it
 
 
 class ApiError(Exception):
-    """What a client is told."""
+    """An error that is sent to the client.
 
-    def __init__(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:
+    Args:
+        status: HTTP status.
+        code: A word for programs, such as "model_not_found".
+        message: The text for people.
+        headers: Further headers of the response.
+    """
+
+    def __init__(self, status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.status, self.code, self.message, self.headers = status, code, message, headers
 
     @property
     def body(self) -> dict:
+        """The JSON object of the error."""
         kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "code": self.code}}
 
     def response(self) -> JSONResponse:
+        """The HTTP response of the error."""
         return JSONResponse(self.body, self.status, self.headers)
 
 
 class Disconnected(Exception):
-    """The client has gone."""
+    """The client has disconnected."""
 
 
 def unknown_model(name: str) -> ApiError:
-    return ApiError(404, "model_not_found", f"there is no model {name[:200]!r}; GET /v1/models lists what there is")
+    """The error for a model name that is not served."""
+    return ApiError(404, "model_not_found", f"there is no model {name[:200]!r}; GET /v1/models lists the models")
 
 
 def shutting_down() -> ApiError:
+    """The error for requests during the shutdown."""
     return ApiError(503, "shutting_down", "the server is shutting down", {"Retry-After": "5"})
 
 
-def install(app: FastAPI) -> None:
-    """Have the app answer all errors so, those of unknown routes and those nobody expected too."""
+def install_handlers(app: FastAPI) -> None:
+    """Make an app send all errors as JSON, including those of unknown routes and unexpected ones."""
 
     @app.exception_handler(ApiError)
-    async def known(request: Request, error: ApiError) -> JSONResponse:
+    async def api_error(request: Request, error: ApiError) -> JSONResponse:
         return error.response()
 
     @app.exception_handler(HTTPException)
-    async def by_the_router(request: Request, error: HTTPException) -> JSONResponse:
+    async def router_error(request: Request, error: HTTPException) -> JSONResponse:
         where = f"{request.method} {request.url.path[:200]}"
         return ApiError(
             error.status_code, CODES.get(error.status_code, "http_error"), f"{where}: {error.detail}", error.headers
@@ -63,4 +75,4 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
         logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return ApiError(500, "internal_error", "the server failed; its log says why").response()
+        return ApiError(500, "internal_error", "the server failed; see its log for the reason").response()

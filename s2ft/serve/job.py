@@ -1,33 +1,45 @@
-"""One sequence on its way through the engine, and what its client is told."""
+"""One sequence in the engine, and the events that its client gets."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from s2ft.serve.batch import Row
 from s2ft.serve.errors import ApiError
 from s2ft.serve.registry import Version
-from s2ft.serve.text import TextStream
+from s2ft.text.running_batch import Row
+from s2ft.text.streams import TextStream
 
 
 @dataclass(frozen=True)
 class Event:
-    """What became of a sequence: more text, its end with a reason, or an error."""
+    """News of a sequence: more text, its end, or an error.
+
+    Attributes:
+        text: New text.
+        finish: "stop" or "length" at the end of the sequence, else None.
+        error: The error that ended the sequence, or None.
+    """
 
     text: str = ""
-    finish: str | None = None  # stop, length
+    finish: str | None = None
     error: ApiError | None = None
 
     @property
     def last(self) -> bool:
+        """Whether no event follows."""
         return self.finish is not None or self.error is not None
 
 
 class Job(Row):
-    """A sequence, where its events go, and when it ends.
+    """A sequence with its limits and the callback for its events.
 
     Args:
-        emit: called in the engine's thread; must not block.
-        adapter: as the registry gave it; the engine gives it back.
+        prompt: Token ids of the prompt.
+        max_tokens: Longest answer in tokens.
+        sampler: Chooses the tokens.
+        text: Converts the tokens to text and finds stop strings.
+        ends: Tokens that end the answer.
+        emit: Called with each event in the engine's thread. It must not block.
+        adapter: The acquired adapter, which the engine releases. None is the base.
     """
 
     def __init__(
@@ -40,12 +52,12 @@ class Job(Row):
         emit: Callable[[Event], None],
         adapter: Version | None = None,
     ) -> None:
-        super().__init__(prompt, sampler, None if adapter is None else adapter.in_bank)
+        super().__init__(prompt, sampler, None if adapter is None else adapter.bank_name)
         self.max_tokens, self.text, self.ends, self.emit, self.version = max_tokens, text, ends, emit, adapter
-        self.cancelled = self.over = False
+        self.cancelled = self.released = False
 
     def event(self) -> Event:
-        """What the newest token means for the client."""
+        """Return the event of the newest token."""
         if self.failed:
             return Event(error=ApiError(500, "model_failed", self.failed))
         if self.tokens[-1] in self.ends:

@@ -1,27 +1,27 @@
-"""What Prometheus reads from /metrics."""
+"""The counters that Prometheus reads from /metrics."""
 
 import time
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-STATUS = "s2ft_status"  # in the scope: what became of a request whose headers said otherwise, or that nobody reads
+STATUS = "s2ft_status"  # key in the ASGI scope: the final status, if it differs from that of the headers
 
 
 class Metrics:
-    """Counters of one server, in a registry of its own."""
+    """The counters of one server, in their own registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         kind = dict(registry=self.registry)
         self.requests = Counter(
-            "s2ft_requests", "Requests by route and status; 499: the client went away", ["route", "status"], **kind
+            "s2ft_requests", "Requests by route and status; 499: the client disconnected", ["route", "status"], **kind
         )
         self.prompt_tokens = Counter("s2ft_prompt_tokens", "Tokens of the prompts that were answered", **kind)
         self.generated_tokens = Counter("s2ft_generated_tokens", "Tokens generated", **kind)
-        self.queue_length = Gauge("s2ft_queue_length", "Requests that wait", **kind)
+        self.queue_length = Gauge("s2ft_queue_length", "Requests in the queue", **kind)
         self.running = Gauge("s2ft_running", "Sequences in the running batch", **kind)
-        self.adapters = Gauge("s2ft_adapters", "Adapters that can be asked for", **kind)
+        self.adapters = Gauge("s2ft_adapters", "Adapters that clients can name", **kind)
         self.batch_size = Histogram(
             "s2ft_batch_size", "Sequences per step of the model", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256), **kind
         )
@@ -37,11 +37,12 @@ class Metrics:
         )
 
     def text(self) -> bytes:
+        """The counters in the text format of Prometheus."""
         return generate_latest(self.registry)
 
 
 class CountRequests:
-    """ASGI middleware: counts and times every request by the route that took it."""
+    """ASGI middleware that counts and times each request by its route."""
 
     def __init__(self, app, metrics: Metrics) -> None:
         self.app, self.metrics = app, metrics
@@ -51,15 +52,16 @@ class CountRequests:
             return await self.app(scope, receive, send)
         status, start = 500, time.perf_counter()
 
-        async def seen(message) -> None:
+        async def send_and_note_status(message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            await self.app(scope, receive, seen)
+            await self.app(scope, receive, send_and_note_status)
         finally:
-            route = getattr(scope.get("route"), "path", "unknown")  # not the path: anyone can make up many
+            # The route and not the path, since clients can make up any number of paths.
+            route = getattr(scope.get("route"), "path", "unknown")
             self.metrics.requests.labels(route, str(scope.get(STATUS, status))).inc()
             self.metrics.latency.labels(route).observe(time.perf_counter() - start)

@@ -1,4 +1,4 @@
-"""What a server is started with; needs none of the packages that serving needs."""
+"""The options of a server. This module imports none of the packages that serving needs."""
 
 import ipaddress
 import logging
@@ -7,17 +7,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
-KEY = "S2FT_API_KEY"  # where other users of the machine don't read it, as they do a command line
+KEY = "S2FT_API_KEY"  # other users of the machine can read a command line, but not this variable
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the server allows. `api_key` None lets everyone in."""
+    """Limits of requests.
+
+    Attributes:
+        api_key: The key that clients must send. None accepts all requests.
+        timeout: Seconds from the arrival of a request to the end of its answer.
+        max_body_bytes: Largest body of a request in bytes.
+        max_tokens: Longest answer in tokens. None is the rest of the context.
+
+    Raises:
+        ValueError: A value is not above 0.
+    """
 
     api_key: str | None = None
-    timeout: float = 300.0  # seconds from a request's arrival to its answer's end
+    timeout: float = 300.0
     max_body_bytes: int = 2 << 20
-    max_tokens: int | None = None  # of an answer; None: what the context leaves
+    max_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("timeout", "max_body_bytes", "max_tokens"):
@@ -28,7 +38,25 @@ class Limits:
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """Where to listen, and how much at once."""
+    """Options of a server.
+
+    Attributes:
+        host: Address to listen on.
+        port: Port to listen on. 0 chooses a free one.
+        max_batch_size: Number of answers that are generated together.
+        queue_size: Number of requests that can wait. Further requests get status 429.
+        max_batch_tokens: Largest number of tokens of prompts and answers in the batch. It bounds the memory of keys
+            and values. None is no limit.
+        adapter_bytes: Memory for adapters in bytes. The adapters that were used longest ago are removed. None is no
+            limit.
+        grace: Seconds to finish running requests after SIGTERM or SIGINT.
+        limits: Limits of requests.
+
+    Example:
+        >>> from s2ft.serve.options import Limits, ServerOptions
+        >>> ServerOptions(port=0, limits=Limits(api_key="secret", max_tokens=512)).limits.timeout
+        300.0
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -41,6 +69,7 @@ class ServerOptions:
 
 
 def warn_if_open(host: str, key: str | None) -> None:
+    """Log a warning if other machines can reach the server and it has no key."""
     if key is None and not is_loopback(host):
         logger.warning(
             "warning: %s can be reached from other machines and there is no --api-key: anyone may use this "
@@ -50,6 +79,7 @@ def warn_if_open(host: str, key: str | None) -> None:
 
 
 def is_loopback(host: str) -> bool:
+    """Whether an address can be reached only from this machine."""
     if host == "localhost":
         return True
     try:
@@ -58,16 +88,31 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def key_of(given: str | None) -> str | None:
-    """The key by option or by environment. Raises: ValueError for one that no header can carry."""
-    key = given if given is not None else os.environ.get(KEY) or None
+def key_of(option: str | None) -> str | None:
+    """Return the key of an option, or that of the environment variable S2FT_API_KEY if the option is None.
+
+    Args:
+        option: The value of the option.
+
+    Raises:
+        ValueError: The key cannot be sent in an HTTP header.
+    """
+    key = option if option is not None else os.environ.get(KEY) or None
     if key is not None and (not key or not key.isascii() or not key.isprintable() or " " in key):
         raise ValueError("the API key must be printable ASCII without spaces")
     return key
 
 
 def served_name(model: str) -> str:
-    """What clients call the base: a name on the hub, or the last part of a path."""
+    """Return the name of the base for clients: its name on the hub, or the last part of its path.
+
+    Args:
+        model: A name on the hub, a folder, or a .gguf file.
+
+    Example:
+        >>> s2ft.serve.options.served_name("models/SmolLM2.gguf")
+        'SmolLM2'
+    """
     return (
         Path(model).expanduser().resolve().stem
         if model.endswith(".gguf")

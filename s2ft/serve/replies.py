@@ -1,4 +1,4 @@
-"""Answers in the shapes that OpenAI's API gives them, whole or in chunks."""
+"""Answers in the format of OpenAI's API, complete or in chunks."""
 
 import json
 import secrets
@@ -8,15 +8,20 @@ from collections.abc import Iterator
 DONE = "data: [DONE]\n\n"
 
 
-def sent(event: dict) -> str:
-    """As a server-sent event."""
+def server_sent_event(event: dict) -> str:
+    """Format an object as a server-sent event."""
     return f"data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
 class CompletionReply:
-    """What /v1/completions answers."""
+    """The answers of /v1/completions.
 
-    whole = part = "text_completion"
+    Args:
+        model: The model's name in the request.
+        with_usage: Whether a stream ends with the token counts.
+    """
+
+    answer_type = chunk_type = "text_completion"
     prefix = "cmpl"
 
     def __init__(self, model: str, with_usage: bool = False) -> None:
@@ -24,22 +29,25 @@ class CompletionReply:
         self.id, self.created = f"{self.prefix}-{secrets.token_hex(12)}", int(time.time())
 
     def answer(self, text: str, finish: str, usage: dict) -> dict:
-        return {**self._head(self.whole), "choices": [self._choice(text, finish)], "usage": usage}
+        """Return a complete answer."""
+        return {**self._head(self.answer_type), "choices": [self._choice(text, finish)], "usage": usage}
 
     def opening(self) -> Iterator[dict]:
+        """Yield the chunks before the first text."""
         yield from ()
 
     def chunk(self, text: str, finish: str | None) -> dict:
-        # where usage comes at the end, every chunk has the field
+        """Return a chunk of a stream. If the stream ends with the token counts, each chunk has the field `usage`."""
         return {
-            **self._head(self.part),
+            **self._head(self.chunk_type),
             "choices": [self._chunk_choice(text, finish)],
             **({"usage": None} if self.with_usage else {}),
         }
 
     def closing(self, usage: dict) -> Iterator[dict]:
+        """Yield the chunks after the last text."""
         if self.with_usage:
-            yield {**self._head(self.part), "choices": [], "usage": usage}
+            yield {**self._head(self.chunk_type), "choices": [], "usage": usage}
 
     def _head(self, kind: str) -> dict:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
@@ -51,12 +59,13 @@ class CompletionReply:
 
 
 class ChatReply(CompletionReply):
-    """What /v1/chat/completions answers."""
+    """The answers of /v1/chat/completions."""
 
-    whole, part = "chat.completion", "chat.completion.chunk"
+    answer_type, chunk_type = "chat.completion", "chat.completion.chunk"
     prefix = "chatcmpl"
 
     def opening(self) -> Iterator[dict]:
+        """Yield the chunk with the role."""
         first = self.chunk("", None)
         first["choices"][0]["delta"] = {"role": "assistant", "content": ""}
         yield first

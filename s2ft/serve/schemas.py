@@ -1,4 +1,4 @@
-"""What may be asked, field by field. What can't be done is refused by name, never ignored."""
+"""The fields of requests. A field that the server does not support is an error that names it, and is never ignored."""
 
 from typing import Annotated, Any, Literal
 
@@ -6,17 +6,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from s2ft.serve.errors import ApiError
 
-# fields of OpenAI's API that say nothing about the answer
-WITHOUT_EFFECT = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
-# fields that are refused unless they ask for nothing, and what to say
-NOTHING = (None, False, [], {})
-REFUSED = {
-    "n": ((None, 1), "one answer a request: send it several times, the answers share a batch"),
-    "best_of": ((None, 1), "one answer a request"),
+# fields of OpenAI's API that do not change the answer
+IGNORED_FIELDS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+# unsupported fields: the values that change nothing and are accepted, and the message for any other value
+NOTHING: tuple[Any, ...] = (None, False, [], {})
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "n": ((None, 1), "a request has one answer: send it several times, and the answers share a batch"),
+    "best_of": ((None, 1), "a request has one answer"),
     "logprobs": ((None, False), "log probabilities are not returned"),
     "top_logprobs": ((None, 0), "log probabilities are not returned"),
     "echo": ((None, False), "the prompt is not repeated"),
-    "suffix": ((None, ""), "text is not filled in"),
+    "suffix": ((None, ""), "text before a suffix is not supported"),
     "presence_penalty": ((None, 0, 0.0), "penalties are not applied"),
     "frequency_penalty": ((None, 0, 0.0), "penalties are not applied"),
     "logit_bias": (NOTHING, "logits are not biased"),
@@ -33,16 +33,36 @@ Word = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class Strict(BaseModel):
+    """A JSON object without unknown fields and without conversion of types."""
+
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class StreamOptions(Strict):
+    """Options of a stream.
+
+    Attributes:
+        include_usage: Whether the stream ends with the token counts.
+        include_obfuscation: Has no effect. OpenAI pads the chunks of a stream, and this server does not.
+    """
+
     include_usage: bool = False
-    include_obfuscation: bool = False  # OpenAI pads its chunks with noise; nothing is padded here
+    include_obfuscation: bool = False
 
 
 class Sampled(Strict):
-    """What both kinds of request have."""
+    """The fields that completions and chats have in common.
+
+    Attributes:
+        model: Name of the base or of an adapter.
+        max_tokens: Longest answer in tokens. Default: 16 for a completion, the rest of the context for a chat.
+        temperature: Divisor of the logits, from 0 to 2. 0 always chooses the likeliest token. Default: 1.
+        top_p: Draw among the likeliest tokens with this total probability, from 0 to 1. Default: 1.
+        seed: Seed of the draws. Default: a new seed.
+        stop: One string or up to 16 strings that end the answer. They are not part of it.
+        stream: Whether to send the answer in chunks.
+        stream_options: Options of a stream.
+    """
 
     model: Annotated[str, Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -55,68 +75,122 @@ class Sampled(Strict):
 
     @property
     def stops(self) -> list[str]:
+        """The stop strings as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
     def with_usage(self) -> bool:
+        """Whether a stream ends with the token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-
-class CompletionRequest(Sampled):
-    prompt: str | list[Annotated[int, Field(ge=0)]] | list[str]
-
     @property
-    def asked_tokens(self) -> int | None:
+    def requested_tokens(self) -> int | None:
+        """The length that the client asks for, or None."""
         return self.max_tokens
 
     @property
     def default_tokens(self) -> int | None:
-        return 16  # as OpenAI's API has it
+        """The longest answer if the client asks for no length. None is the rest of the context."""
+        return None
+
+
+class CompletionRequest(Sampled):
+    """Body of /v1/completions.
+
+    Attributes:
+        prompt: A text, a list with one text, or a list of token ids.
+    """
+
+    prompt: str | list[Annotated[int, Field(ge=0)]] | list[str]
+
+    @property
+    def default_tokens(self) -> int | None:
+        """The longest answer if the client asks for no length: 16 tokens, as in OpenAI's API."""
+        return 16
 
 
 class TextPart(Strict):
+    """A part of a message."""
+
     type: Literal["text"]
     text: str
 
 
 class Message(Strict):
+    """A message of a chat.
+
+    Attributes:
+        role: "system", "user", "assistant", or another role of the chat template.
+        content: The text, or parts with text.
+        name: Has no effect.
+    """
+
     role: Word
     content: str | list[TextPart]
     name: str | None = None
 
     def to_dict(self) -> dict[str, str]:
+        """The message for the chat template."""
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": self.role, "content": text}
 
 
 class ChatRequest(Sampled):
+    """Body of /v1/chat/completions.
+
+    Attributes:
+        messages: The conversation.
+        max_completion_tokens: The newer name of `max_tokens`.
+    """
+
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
     @property
-    def asked_tokens(self) -> int | None:
+    def requested_tokens(self) -> int | None:
+        """The length that the client asks for, or None."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-    @property
-    def default_tokens(self) -> int | None:
-        return None  # what there is room for
 
 
 class LoadRequest(Strict):
+    """Body of /v1/load_lora_adapter.
+
+    Attributes:
+        lora_name: The name that clients use.
+        lora_path: The adapter's folder, relative to the directory of adapters.
+    """
+
     lora_name: Word
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
 
 
 class UnloadRequest(Strict):
+    """Body of /v1/unload_lora_adapter.
+
+    Attributes:
+        lora_name: The name of the adapter.
+    """
+
     lora_name: Word
 
 
 def parse(kind: type[Strict], body: Any):
-    """A request of this kind from decoded JSON. Raises: ApiError 400 that names what is wrong."""
+    """Check decoded JSON and convert it to a request.
+
+    Args:
+        kind: The class of the request.
+        body: The decoded JSON.
+
+    Returns:
+        An object of the class.
+
+    Raises:
+        ApiError: 400 with the names of wrong or unsupported fields.
+    """
     if not isinstance(body, dict):
         raise ApiError(400, "invalid_request", f"the body must be a JSON object, got {_kind(body)}")
     if issubclass(kind, Sampled):
-        body = {name: value for name, value in body.items() if name not in WITHOUT_EFFECT}
+        body = {name: value for name, value in body.items() if name not in IGNORED_FIELDS}
         for name, (allowed, why) in REFUSED.items():
             value = body.pop(name, None)
             if not any(type(value) is type(one) and value == one for one in allowed):
@@ -128,7 +202,7 @@ def parse(kind: type[Strict], body: Any):
 
 
 def _first(error: ValidationError) -> str:
-    """The first thing that is wrong, in a line; of a field with several forms, one line for each."""
+    """Return the first problem in one line. A field that allows several types has one message for each."""
     problems = error.errors(include_url=False, include_context=False, include_input=False)
     field = problems[0]["loc"][:1]
     return "; ".join(

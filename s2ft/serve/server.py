@@ -1,4 +1,4 @@
-"""From options to a server that runs until a signal."""
+"""Run a server until it gets a signal."""
 
 import logging
 import signal
@@ -16,22 +16,41 @@ from s2ft.serve.registry import Adapters
 from s2ft.serve.service import Service
 
 logger = logging.getLogger(__name__)
-AFTER_GRACE = 5  # seconds for the last errors to be sent
+AFTER_GRACE = 5  # seconds for sending the last errors
 
 
 def build_app(model, tokenizer, base: str, adapters: str | None, options: ServerOptions):
-    """(the app, its service) for a loaded model."""
+    """Make the ASGI app of a server. The arguments are those of :func:`serve`.
+
+    Returns:
+        The app and its service.
+    """
     metrics = Metrics()
     bank = AdapterBank(model, limit_bytes=options.adapter_bytes)
     known = Adapters(bank, adapters, reserved=[base])
-    known.say()
+    known.log_adapters()
     engine = Engine(model, known, options.max_batch_size, options.queue_size, options.max_batch_tokens, metrics=metrics)
     service = Service(engine, tokenizer, base, options.limits)
     return create_app(service, metrics), service
 
 
 def serve(model, tokenizer, base: str, adapters: str | None, options: ServerOptions) -> None:
-    """Until SIGTERM or SIGINT; then finish what runs, for `grace` seconds at most, and return."""
+    """Serve a model and its adapters until SIGTERM or SIGINT. Then finish the running requests and return.
+
+    The model is moved to the GPU if there is one.
+
+    Args:
+        model: A causal language model of transformers without adapters.
+        tokenizer: The model's tokenizer.
+        base: The name that clients use for the base.
+        adapters: A directory of adapters or of outputs of runs, or None. New adapters are found while the server runs.
+        options: The options of the server.
+
+    Raises:
+        OSError: The server cannot listen on the address.
+        NotADirectoryError: The directory does not exist.
+        ValueError: An adapter has the name of the base, or an option is out of range.
+    """
     model.requires_grad_(False)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     app, service = build_app(model, tokenizer, base, adapters, options)
@@ -47,7 +66,7 @@ def serve(model, tokenizer, base: str, adapters: str | None, options: ServerOpti
     )
     server = Server(config, service.engine, options.grace)
     for number in (signal.SIGTERM, signal.SIGINT):
-        # uvicorn raises the signal again once it has shut down; by then there is nothing left to do
+        # uvicorn raises the signal again after the shutdown, when nothing is left to do
         signal.signal(number, lambda *_: None)
     server.run()
     if not server.started:
@@ -55,21 +74,23 @@ def serve(model, tokenizer, base: str, adapters: str | None, options: ServerOpti
 
 
 class Server(uvicorn.Server):
-    """One that has the engine finish first."""
+    """A server of uvicorn that waits for the engine to finish."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine, grace: float) -> None:
         super().__init__(config)
         self._engine, self._grace = engine, grace
 
     def handle_exit(self, sig, frame) -> None:
+        """Give the engine its grace period, and shut down."""
         if self._engine.drain_until is None:
             self._engine.drain_until = time.monotonic() + self._grace
         super().handle_exit(sig, frame)
 
     async def startup(self, sockets=None) -> None:
+        """Start, and log the address."""
         await super().startup(sockets)
         if self.started:
             for listener in self.servers:
                 for socket in listener.sockets:
-                    host, port = socket.getsockname()[:2]  # the port that was chosen, if any would do
+                    host, port = socket.getsockname()[:2]  # the port that was chosen if the option is 0
                     logger.info("serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)

@@ -1,4 +1,4 @@
-"""Between requests and jobs: the prompt's tokens, the limits, and the events of one job on the event loop."""
+"""Convert requests to jobs: prompts, limits, and the events of a job on the event loop."""
 
 import asyncio
 import threading
@@ -14,17 +14,24 @@ from s2ft.serve.errors import ApiError, Disconnected
 from s2ft.serve.job import Event, Job
 from s2ft.serve.options import Limits
 from s2ft.serve.registry import Version
-from s2ft.serve.sampling import Sampler
 from s2ft.serve.schemas import ChatRequest, CompletionRequest, Sampled
-from s2ft.serve.text import TextStream
 from s2ft.text.encoding import context_length
 from s2ft.text.prompts import encode_prompt, end_ids
+from s2ft.text.sampling import Sampler
+from s2ft.text.streams import TextStream
 
-TOKENS_WITHOUT_A_CONTEXT = 2048  # the most that is generated where neither model nor option says
+TOKENS_WITHOUT_A_CONTEXT = 2048  # the longest answer if neither the model nor an option limits it
 
 
 class Service:
-    """A model with its tokenizer, as requests see it."""
+    """A model with its tokenizer, for requests.
+
+    Args:
+        engine: The engine that runs the model.
+        tokenizer: The model's tokenizer.
+        base: The name of the base for clients.
+        limits: The limits of requests.
+    """
 
     def __init__(self, engine: Engine, tokenizer, base: str, limits: Limits) -> None:
         self.engine, self.base, self.limits = engine, base, limits
@@ -32,28 +39,36 @@ class Service:
         self.context = context_length(engine.batch.model)
         self.vocabulary = engine.batch.model.get_input_embeddings().weight.shape[0]
         self.ends = frozenset(end_ids(tokenizer, engine.batch.model.generation_config))
-        self._encoding, self._decoding = tokenizer, deepcopy(tokenizer)  # two threads use them at the same time
+        # One for each thread, since they work at the same time.
+        self._encoding, self._decoding = tokenizer, deepcopy(tokenizer)
         self._one_at_a_time = threading.Lock()
 
-    def take(self, model: str) -> Version | None:
-        """The adapter that `model` names, None for the base. Raises: ApiError 404."""
-        return None if model == self.base else self.engine.adapters.take(model)
+    def acquire(self, model: str) -> Version | None:
+        """Acquire the adapter that a request names, or return None for the base. Raises ApiError 404."""
+        return None if model == self.base else self.engine.adapters.acquire(model)
 
     def check_model(self, model: str) -> None:
-        """Raises: ApiError 404."""
-        version = self.take(model)
+        """Check that a model is served. Raises ApiError 404."""
+        version = self.acquire(model)
         if version is not None:
-            self.engine.adapters.give_back(version)
+            self.engine.adapters.release(version)
 
     def prompt_ids(self, body: Sampled) -> list[int]:
-        """Raises: ApiError 400 for a prompt that can't be put in tokens."""
+        """Return the token ids of a request's prompt.
+
+        Args:
+            body: The request.
+
+        Raises:
+            ApiError: 400 if the prompt cannot be encoded.
+        """
         with self._one_at_a_time:
             try:
                 ids = self._chat_ids(body) if isinstance(body, ChatRequest) else self._completion_ids(body)
             except TemplateError as error:
                 raise ApiError(400, "invalid_messages", f"the chat template refuses the messages: {error}") from None
             except UnicodeError:
-                raise ApiError(400, "invalid_prompt", "the text has half a surrogate pair, no character") from None
+                raise ApiError(400, "invalid_prompt", "the text contains half of a surrogate pair") from None
         if not ids:
             raise ApiError(400, "empty_prompt", "the prompt has no tokens")
         return ids
@@ -61,14 +76,16 @@ class Service:
     def _chat_ids(self, body: ChatRequest) -> list[int]:
         messages = [message.to_dict() for message in body.messages]
         for message in messages:
-            "".join(message.values()).encode()  # raises UnicodeError here, where tokenizers raise what they like
+            "".join(message.values()).encode()  # raises UnicodeError, while tokenizers raise various errors
         return encode_prompt(self._encoding, messages)
 
     def _completion_ids(self, body: CompletionRequest) -> list[int]:
         prompt = body.prompt
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
             if len(prompt) > 1:
-                raise ApiError(400, "unsupported_parameter", "prompt: one a request; several requests share a batch")
+                raise ApiError(
+                    400, "unsupported_parameter", "prompt: a request has one prompt; several requests share a batch"
+                )
             prompt = prompt[0]
         if isinstance(prompt, list):
             if any(token >= self.vocabulary for token in prompt):
@@ -78,42 +95,70 @@ class Service:
         ids = self._encoding(prompt)["input_ids"]
         return ids[:-1] if ids and ids[-1] == self._encoding.eos_token_id else ids
 
-    def tokens_to_make(self, body: Sampled, prompt: int) -> int:
-        """The most tokens of an answer to a prompt of so many. Raises: ApiError 400 for more than there is room for."""
-        asked, limit = body.asked_tokens, self.limits.max_tokens
-        if limit is not None and asked is not None and asked > limit:
-            raise ApiError(400, "max_tokens_exceeded", f"{asked} tokens asked for; this server makes {limit} at most")
+    def answer_length(self, body: Sampled, prompt: int) -> int:
+        """Return the length limit of an answer.
+
+        Args:
+            body: The request.
+            prompt: Number of tokens of the prompt.
+
+        Raises:
+            ApiError: 400 if the request asks for more tokens than the server or the context allows.
+        """
+        requested, limit = body.requested_tokens, self.limits.max_tokens
+        if limit is not None and requested is not None and requested > limit:
+            raise ApiError(400, "max_tokens_exceeded", f"{requested} tokens requested, but the limit is {limit}")
         if self.context is None:
-            return asked or body.default_tokens or limit or TOKENS_WITHOUT_A_CONTEXT
+            return requested or body.default_tokens or limit or TOKENS_WITHOUT_A_CONTEXT
         room = self.context - prompt
-        if room < (asked or 1):
+        if room < (requested or 1):
             raise ApiError(
                 400,
                 "context_length_exceeded",
-                f"the model's context is {self.context} tokens; the prompt has {prompt}, and {asked or 1} "
-                "at least are to be generated",
+                f"the model's context is {self.context} tokens; the prompt has {prompt}, and at least "
+                f"{requested or 1} must be generated",
             )
-        return asked or min(room, limit or room, body.default_tokens or room)
+        return requested or min(room, limit or room, body.default_tokens or room)
 
     def job(self, body: Sampled, ids: list[int], emit) -> Job:
-        """Raises: ApiError for an unknown model or too many tokens."""
-        most = self.tokens_to_make(body, len(ids))
+        """Make the job of a request.
+
+        Args:
+            body: The request.
+            ids: Token ids of the prompt.
+            emit: Called with each event in the engine's thread.
+
+        Raises:
+            ApiError: The model is unknown, or the answer would be too long.
+        """
+        length = self.answer_length(body, len(ids))
         sampler = Sampler(
             1.0 if body.temperature is None else body.temperature, 1.0 if body.top_p is None else body.top_p, body.seed
         )
-        return Job(ids, most, sampler, TextStream(self._decoding, body.stops), self.ends, emit, self.take(body.model))
+        return Job(
+            ids, length, sampler, TextStream(self._decoding, body.stops), self.ends, emit, self.acquire(body.model)
+        )
 
 
 class Answer:
-    """One job's events on the event loop, its client's going away and its time running out among them.
+    """The events of one job on the event loop, including the client's disconnection and the timeout.
 
-    Whoever makes one closes it: the job then leaves the queue or the batch, if it is still there.
+    It must be closed. The job then leaves the queue or the batch, if it is still there.
+
+    Args:
+        service: The service.
+        request: The HTTP request.
+        body: The body of the request.
+        ids: Token ids of the prompt.
+        arrived: The event loop's time at the arrival of the request.
+
+    Raises:
+        ApiError: The job cannot be queued.
     """
 
     def __init__(self, service: Service, request: Request, body: Sampled, ids: list[int], arrived: float) -> None:
-        """Queue the job; `arrived` is the loop's time. Raises: ApiError where it can't be."""
         self.service, self.arrived = service, arrived
-        self.told = False  # the end, be it an error
+        self.ended = False  # whether the last event was read
         self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue()
         self.job = service.job(body, ids, self._from_the_engine)
         service.engine.submit(self.job)
@@ -125,7 +170,7 @@ class Answer:
 
     def _too_late(self) -> Event:
         seconds = self.service.limits.timeout
-        return Event(error=ApiError(504, "timeout", f"not answered within {seconds:g} seconds"))
+        return Event(error=ApiError(504, "timeout", f"the answer took more than {seconds:g} seconds"))
 
     async def _watch_client(self, request: Request) -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -133,13 +178,13 @@ class Answer:
         self._events.put_nowait(None)
 
     async def events(self) -> AsyncIterator[Event]:
-        """All up to the last. Raises: ApiError; Disconnected."""
+        """Yield all events. Raises the ApiError of the last event, or Disconnected."""
         first = True
         while True:
             event = await self._events.get()
             if event is None:
                 raise Disconnected
-            self.told = event.last
+            self.ended = event.last
             if event.error is not None:
                 raise event.error
             if first and self.service.engine.metrics:
@@ -150,11 +195,13 @@ class Answer:
                 return
 
     def close(self) -> None:
+        """Stop waiting for events and cancel the job."""
         self._timer.cancel()
         self._watch.cancel()
         self.service.engine.cancel(self.job)
 
     @property
     def usage(self) -> dict[str, int]:
-        prompt, made = len(self.job.prompt), len(self.job.tokens)
-        return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+        """The token counts in the format of OpenAI's API."""
+        prompt, generated = len(self.job.prompt), len(self.job.tokens)
+        return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}

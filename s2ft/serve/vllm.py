@@ -1,21 +1,24 @@
-"""Hand the work to vLLM: every adapter as a LoRA, and the command that serves them."""
+"""Serving by vLLM: every adapter is exported as a LoRA, and vLLM is started with the command of this module."""
 
-import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import s2ft
 from s2ft.adapter.folders import adapters_in
+from s2ft.adapter.formats import lora
 from s2ft.text.models import load_model
-
-logger = logging.getLogger(__name__)
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank can be
 
 
 @dataclass(frozen=True)
 class Exported:
-    """An adapter as a LoRA folder."""
+    """An adapter that was exported as a LoRA.
+
+    Attributes:
+        name: Name of the adapter.
+        folder: The LoRA's folder.
+        rank: The LoRA's rank.
+    """
 
     name: str
     folder: Path
@@ -23,8 +26,19 @@ class Exported:
 
 
 def export(model_name: str, directory: str, target: Path) -> list[Exported]:
-    """Every adapter of the directory as a LoRA in `target`. Raises: ValueError for one that is none, or too wide."""
-    lora = _exporter()
+    """Export every adapter of a directory as a LoRA.
+
+    Args:
+        model_name: The adapters' base: a checkpoint folder, a name on the hub, or a .gguf file.
+        directory: A directory of adapters or of runs.
+        target: The folder to write to; each LoRA is a folder in it.
+
+    Returns:
+        The exported adapters, sorted by name.
+
+    Raises:
+        ValueError: The directory has no adapters, an adapter can't be exported, or its rank is too high for vLLM.
+    """
     folders = adapters_in(Path(directory))
     if not folders:
         raise ValueError(f"{directory} has no adapters")
@@ -32,17 +46,26 @@ def export(model_name: str, directory: str, target: Path) -> list[Exported]:
     exported = []
     for name, folder in folders.items():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about ranks; said below, by the adapter's name
-            lora.write(s2ft.adapter.read_adapter(folder), model, target / name)
-        exported.append(Exported(name, target / name, _rank(target / name)))
-        if exported[-1].rank > RANKS[-1]:
-            raise ValueError(f"adapter {name!r} needs rank {exported[-1].rank}; vLLM's limit is {RANKS[-1]}")
+            warnings.simplefilter("ignore")  # a rank that is too high is an error below, with the adapter's name
+            lora.write(s2ft.read_adapter(folder), target / name, model)
+        exported.append(Exported(name, target / name, lora.rank_of(target / name)))
+        if lora.vllm_rank(exported[-1].rank) is None:
+            raise ValueError(f"adapter {name!r} needs rank {exported[-1].rank}; vLLM's limit is {lora.VLLM_RANKS[-1]}")
     return exported
 
 
 def command(model: str, adapters: list[Exported], host: str, port: int, base: str, key: str | None = None) -> list[str]:
-    """The command line of ``vllm serve``."""
-    rank = next(rank for rank in RANKS if rank >= max(one.rank for one in adapters))
+    """Return the command line of ``vllm serve``.
+
+    Args:
+        model: The base, as vLLM loads it.
+        adapters: The exported adapters.
+        host: Address to listen on.
+        port: Port to listen on.
+        base: The name under which the base is served.
+        key: The API key that clients must send; default: none.
+    """
+    rank = lora.vllm_rank(max(one.rank for one in adapters))
     return [
         "vllm",
         "serve",
@@ -60,17 +83,3 @@ def command(model: str, adapters: list[Exported], host: str, port: int, base: st
         "--lora-modules",
         *(f"{one.name}={one.folder}" for one in adapters),
     ]
-
-
-def _exporter():
-    try:
-        from s2ft.adapter.formats import lora
-    except ImportError as error:
-        raise ValueError(f"this s2ft can't write LoRA ({error}), which vLLM needs") from error
-    return lora
-
-
-def _rank(folder: Path) -> int:
-    import json
-
-    return json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"]

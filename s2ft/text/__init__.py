@@ -1,1 +1,4 @@
-"""Language models on disk, prompts and token rows: what training, evaluation, serving and the commands share."""
+"""Language models and their text: loading, data, prompts, token rows, generation and scoring.
+
+Training, the server and the commands share these modules.
+"""

@@ -1,4 +1,7 @@
-"""From examples to token rows and batches. A row that is too long is left out and counted, never cut."""
+"""Convert examples to token rows and batches.
+
+A row that is too long is left out and counted. It is never cut, since the model would then learn to stop early.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -6,16 +9,21 @@ from dataclasses import dataclass
 
 import torch
 
+from s2ft.selection.batches import IGNORED
 from s2ft.text.examples import Example
 from s2ft.text.prompts import encode_example, encode_prompt
 
 logger = logging.getLogger(__name__)
-IGNORED = -100  # the label that torch's cross entropy leaves out
 
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One example as token ids."""
+    """One example as token ids.
+
+    Attributes:
+        prompt: Ids of the prompt. They have no loss.
+        answer: Ids of the answer. They are trained on.
+    """
 
     prompt: list[int]
     answer: list[int]
@@ -25,14 +33,23 @@ class TokenRow:
 
 
 def context_length(model) -> int | None:
-    """The longest sequence that the model was built for; None if it doesn't say."""
+    """Return the longest sequence that the model's config allows, in tokens, or None if it has no such value."""
     return getattr(model.config, "max_position_embeddings", None)
 
 
 def encode_examples(tokenizer, examples: Sequence[Example], max_length: int) -> list[TokenRow]:
-    """Rows of at most `max_length` tokens. Warns with counts of what was left out.
+    """Encode examples as token rows, and log a warning with the number of rows that are left out.
 
-    Raises: ValueError if no row is left.
+    Args:
+        tokenizer: The model's tokenizer.
+        examples: The examples to encode.
+        max_length: Longest row in tokens, prompt and answer together.
+
+    Returns:
+        The rows that fit, in the order of the examples.
+
+    Raises:
+        ValueError: No row fits.
     """
     rows, long_prompts, long_rows = [], 0, 0
     for example in examples:
@@ -44,8 +61,8 @@ def encode_examples(tokenizer, examples: Sequence[Example], max_length: int) -> 
         else:
             long_rows += 1
     counts = (
-        f"{long_prompts} with a prompt that fills {max_length} tokens alone, "
-        f"{long_rows} with prompt and answer longer than that"
+        f"{long_prompts} with a prompt of {max_length} tokens or more, "
+        f"{long_rows} with a prompt and an answer that are longer together"
     )
     if not rows:
         raise ValueError(f"none of {len(examples)} rows fits: {counts}; raise max_length or shorten the data")
@@ -55,17 +72,25 @@ def encode_examples(tokenizer, examples: Sequence[Example], max_length: int) -> 
 
 
 def encode_prompts(tokenizer, examples: Sequence[Example], room: int) -> list[list[int] | None]:
-    """Prompts of at most `room` tokens, None for a longer one. Warns with a count.
+    """Encode the prompts of examples, and log a warning with the number of prompts that are too long.
 
-    Raises: ValueError if no prompt fits.
+    Args:
+        tokenizer: The model's tokenizer.
+        examples: The examples whose prompts are encoded.
+        room: Longest prompt in tokens.
+
+    Returns:
+        Token ids for each example, or None if its prompt is too long.
+
+    Raises:
+        ValueError: No prompt fits.
     """
     prompts = [encode_prompt(tokenizer, example.conversation) for example in examples]
     fitting = [prompt if len(prompt) <= room else None for prompt in prompts]
     left_out = fitting.count(None)
     if left_out == len(prompts):
         raise ValueError(
-            f"none of {len(prompts)} prompts fits into the {room} tokens that the model's context "
-            "leaves beside the answer"
+            f"none of {len(prompts)} prompts fits into the {room} tokens that the model's context leaves for the prompt"
         )
     if left_out:
         logger.warning("left out %d of %d rows: the prompt is longer than %d tokens", left_out, len(prompts), room)
@@ -73,9 +98,23 @@ def encode_prompts(tokenizer, examples: Sequence[Example], room: int) -> list[li
 
 
 def left_pad(sequences: Sequence[Sequence[int]], pad: int) -> dict[str, torch.Tensor]:
-    """input_ids, attention_mask and position_ids, [rows, longest] int64, filled on the left.
+    """Make a batch of sequences, padded on the left.
 
-    Positions start at each row's first token, so that they are the same however the row is filled.
+    Args:
+        sequences: Token ids of each row.
+        pad: The token id to pad with.
+
+    Returns:
+        input_ids, attention_mask and position_ids, each [rows, longest] int64. Positions count from the first token
+        of each row, so that they do not depend on the padding.
+
+    Example:
+        >>> from s2ft.text.encoding import left_pad
+        >>> batch = left_pad([[5, 6, 7], [8]], pad=0)
+        >>> batch["input_ids"].tolist()
+        [[5, 6, 7], [0, 0, 8]]
+        >>> batch["position_ids"].tolist()
+        [[0, 1, 2], [0, 0, 0]]
     """
     longest = max(map(len, sequences))
     input_ids = torch.full((len(sequences), longest), pad)
@@ -89,10 +128,21 @@ def left_pad(sequences: Sequence[Sequence[int]], pad: int) -> dict[str, torch.Te
 
 @dataclass(frozen=True)
 class AnswerCollator:
-    """Batches rows so that all answers stand at the end, and asks for logits there only.
+    """Collate token rows so that all answers end at the last position, and request logits for the answers only.
 
-    The logits of the prompt bear no loss; with a large vocabulary they cost more than anything else.
-    Labels have the length of the kept logits: the longest answer and the position before it.
+    Logits of the prompt have no loss, and with a large vocabulary they are the most expensive part of a step. Labels
+    have the length of the requested logits: the longest answer and the position before it.
+
+    Attributes:
+        pad: The token id to pad with.
+
+    Example:
+        >>> from s2ft.text.encoding import AnswerCollator, TokenRow
+        >>> batch = AnswerCollator(pad=0)([TokenRow(prompt=[5, 6], answer=[7]), TokenRow([8], [9, 10])])
+        >>> batch["labels"].tolist()
+        [[-100, -100, 7], [-100, 9, 10]]
+        >>> model(**batch).loss
+        tensor(4..., grad_fn=...)
     """
 
     pad: int

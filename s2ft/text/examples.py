@@ -1,7 +1,6 @@
-"""Read training and test data: JSON or JSONL of instructions, prompts, or chats."""
+"""Read training and test data from JSON or JSON Lines files of instructions, prompts or chats."""
 
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,27 +11,48 @@ COMPRESSED = {
     b"BZh": "bzip2",
     b"\xfd7zXZ": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
-}  # by the bytes that a file begins with
+}  # the first bytes of a file, and the format that they mark
 SHAPES = "'instruction' and 'output' (and 'input'), 'prompt' and 'completion', or 'messages'"
 
 
 @dataclass(frozen=True)
 class Example:
-    """A conversation up to the answer, the answer, and what it is scored against."""
+    """A conversation and the answer to it.
 
-    conversation: tuple[dict[str, str], ...]  # {"role", "content"} each; the last is not the assistant's
-    output: str  # the target text
-    answer: str | None = None  # what is scored; None: derive it from the output
+    Attributes:
+        conversation: Messages with the keys "role" and "content". The last one is not the assistant's.
+        output: The answer that is trained on.
+        answer: The short answer that is scored. None takes it from `output`.
+    """
+
+    conversation: tuple[dict[str, str], ...]
+    output: str
+    answer: str | None = None
 
     @property
     def question(self) -> str:
+        """The last message before the answer."""
         return self.conversation[-1]["content"]
 
 
 def read_examples(files: str | Path | Iterable[str | Path]) -> list[Example]:
-    """All examples of one or several files, in order.
+    """Read all examples of one or more files.
 
-    Raises: FileNotFoundError for a missing file; ValueError naming file, row or line, and what is wrong.
+    Args:
+        files: A path or several paths. Each file is a JSON list or has one JSON object on each line.
+
+    Returns:
+        The examples in the order of the files and rows.
+
+    Raises:
+        FileNotFoundError: A file does not exist.
+        ValueError: A row cannot be used. The message names the file, the row or line, and the problem.
+
+    Example:
+        >>> from pathlib import Path
+        >>> _ = Path("data.jsonl").write_text('{"instruction": "2+3=", "output": "The answer is 5."}')
+        >>> s2ft.text.examples.read_examples("data.jsonl")
+        [Example(conversation=({'role': 'user', 'content': '2+3='},), output='The answer is 5.', answer=None)]
     """
     if isinstance(files, (str, Path)):
         files = [files]
@@ -46,7 +66,7 @@ def read_examples(files: str | Path | Iterable[str | Path]) -> list[Example]:
 
 
 def read_rows(file: Path) -> list[tuple[str, object]]:
-    """The rows of a .json list or of JSON lines, each with its place ("line 3") for messages."""
+    """Read the rows of a file, each with its place ("line 3") for error messages."""
     if not file.exists():
         raise FileNotFoundError(f"data file {file} doesn't exist")
     if not file.is_file():
@@ -54,7 +74,7 @@ def read_rows(file: Path) -> list[tuple[str, object]]:
     content = file.read_bytes()
     kind = next((kind for start, kind in COMPRESSED.items() if content.startswith(start)), None)
     if kind is not None:
-        raise ValueError(f"{file} is compressed ({kind}): unpack it and give the JSON file in it")
+        raise ValueError(f"{file} is compressed ({kind}): unpack it and give the JSON file that it contains")
     try:
         text = content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
@@ -78,10 +98,11 @@ def _json_list(file: Path, text: str) -> list[tuple[str, object]]:
 
 
 def _row_that_fails(text: str) -> int:
-    """Of a JSON list with a row that Python does not read; rows are numbered from 1."""
+    """Return the number of the first row, from 1, of a JSON list that Python cannot read."""
     decoder, at, row = json.JSONDecoder(), text.index("[") + 1, 1
     while True:
-        at = re.compile(r"[\s,]*").match(text, at).end()
+        while text[at].isspace() or text[at] == ",":
+            at += 1
         try:
             _, at = decoder.raw_decode(text, at)
         except (RecursionError, ValueError):
@@ -90,13 +111,13 @@ def _row_that_fails(text: str) -> int:
 
 
 def _why_not_read(error: Exception) -> str:
-    """JSON that Python's reader refuses although it is well formed: nested too deeply, or a number too long."""
+    """Explain why Python refuses well-formed JSON: the nesting is too deep, or a number is too long."""
     return "it is nested too deeply" if isinstance(error, RecursionError) else f"a number is too long ({error})"
 
 
 def _json_lines(file: Path, text: str) -> list[tuple[str, object]]:
     rows = []
-    for number, line in enumerate(text.split("\n"), 1):  # not splitlines: U+2028 may stand in a JSON string
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would split JSON strings at U+2028
         if line.strip():
             try:
                 rows.append((f"line {number}", json.loads(line)))
@@ -108,7 +129,7 @@ def _json_lines(file: Path, text: str) -> list[tuple[str, object]]:
 
 
 def example_from(row: object, place: str) -> Example:
-    """One row as an Example. Raises: ValueError that begins with `place`."""
+    """Convert one row to an Example. A ValueError begins with `place`."""
     if not isinstance(row, dict):
         raise ValueError(f"{place}: expected an object with {SHAPES}, got {type(row).__name__}")
     answer = _answer(row, place)
@@ -137,13 +158,21 @@ def _text(row: dict, name: str, place: str, may_be_empty: bool = False) -> str:
     return value
 
 
-def check_unicode(text: str, what: str) -> None:
-    """Raises: ValueError, beginning with `what`, for half of a surrogate pair, which no tokenizer takes."""
+def check_unicode(text: str, name: str) -> None:
+    """Check that text is valid Unicode, since tokenizers fail on half of a surrogate pair.
+
+    Args:
+        text: The text to check.
+        name: What the text is, such as "prompt". The error message begins with it.
+
+    Raises:
+        ValueError: The text contains half of a surrogate pair.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{what} is not valid Unicode: character {error.start + 1} is {ascii(text[error.start])}, half "
+            f"{name} is not valid Unicode: character {error.start + 1} is {ascii(text[error.start])}, half "
             "of a surrogate pair"
         ) from None
 

@@ -1,4 +1,4 @@
-"""Load a causal language model and its tokenizer from a folder, the hub, or a GGUF file."""
+"""Load a causal language model and its tokenizer from a folder, from the hub, or from a GGUF file."""
 
 from pathlib import Path
 
@@ -8,13 +8,27 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_model(name: str, dtype: str = "auto"):
-    """(model in eval mode on the CPU, tokenizer).
+    """Load a model and its tokenizer.
 
     Args:
-        name: a local folder (with config.json, or with one .gguf file), a .gguf file, or a name on the hub.
-        dtype: "auto" keeps the checkpoint's own; a GGUF file is unpacked to float32.
-    Raises: FileNotFoundError or ValueError that says what is not there or doesn't load; MissingPackages for a .gguf
-        file without the package that reads it.
+        name: A local folder with config.json or with one .gguf file, a .gguf file, or a name on the hub.
+        dtype: Dtype of the weights: "auto", "float32", "bfloat16" or "float16". "auto" is the checkpoint's dtype,
+            and float32 for a GGUF file.
+
+    Returns:
+        The model, on the CPU and in evaluation mode, and the tokenizer.
+
+    Raises:
+        FileNotFoundError: The path does not exist.
+        ValueError: The dtype is unknown, or the model or the tokenizer cannot be loaded.
+        MissingPackages: The package that reads GGUF files is not installed.
+
+    Example:
+        >>> from transformers import ByT5Tokenizer
+        >>> _ = model.save_pretrained("tiny"), ByT5Tokenizer().save_pretrained("tiny")
+        >>> loaded, tokenizer = s2ft.text.models.load_model("tiny", dtype="bfloat16")
+        >>> loaded.dtype, tokenizer("5")["input_ids"]
+        (torch.bfloat16, [56, 1])
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -37,18 +51,20 @@ def load_model(name: str, dtype: str = "auto"):
 
 
 def dtype_of_base(adapter, dtype: str = "auto") -> str:
-    """The dtype to load an adapter's base in: "auto" is that of training. In another one the sums base + delta
-    round differently, and the model is not the trained one bit for bit."""
+    """Return the dtype in which to load the base of an adapter.
+
+    In another dtype than that of training, the sums of base and delta round differently, and the model is not equal
+    to the trained one bit for bit.
+
+    Args:
+        adapter: The adapter, as :func:`s2ft.read_adapter` returns it.
+        dtype: The dtype that the user chose. "auto" returns the dtype of the adapter's training.
+    """
     return adapter.info.get("base_dtype", "auto") if dtype == "auto" else dtype
 
 
-def load_tokenizer(name: str):
-    """The tokenizer alone; raises as :func:`load_model`."""
-    return _tokenizer(name, *locate(name))
-
-
 def locate(name: str) -> tuple[str, dict[str, str]]:
-    """Where `from_pretrained` finds the model, and the option that a GGUF file needs."""
+    """Return the name or path for `from_pretrained`, and the option that it needs for a GGUF file."""
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -80,23 +96,23 @@ def _tokenizer(name: str, source: str, options: dict):
 def _from_pretrained(kind, what: str, name: str, source: str, options: dict):
     try:
         return kind.from_pretrained(source, **options)
-    except Exception as error:  # readers of broken files raise anything, the tokenizers library a bare Exception
+    except Exception as error:  # a broken file can raise any error; tokenizers raises a plain Exception
         first = str(error).strip().split("\n")[0] or type(error).__name__
         where = "" if Path(source).exists() else " (no such folder here, so it was looked for on the hub)"
         raise ValueError(f"can't load {what} from {name}{where}: {first}") from error
 
 
 def _unpacked() -> dict:
-    """Ask for plain weights, where transformers would otherwise keep GGUF blocks if it has kernels for them."""
+    """Options for plain weights. Otherwise transformers keeps GGUF blocks if it has kernels for them."""
     try:
         from transformers import GgufConfig
-    except ImportError:  # an older transformers always unpacks
+    except ImportError:  # older versions of transformers always unpack
         return {}
     return {"quantization_config": GgufConfig(dequantize=True)}
 
 
 def _forget_packing(model) -> None:
-    """The weights are plain now: nothing may treat the model, or a checkpoint saved from it, as quantized."""
+    """Remove the marks of quantization from a model whose weights are plain now, and so from its checkpoints."""
     for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
         model.__dict__.pop(attribute, None)
     if hasattr(model.config, "quantization_config"):

@@ -1,1 +1,1 @@
-"""Data, prompts, training and evaluation: what the `s2ft` command is made of."""
+"""Training runs: the trainer, its options, checkpoints, loss, and the demo."""

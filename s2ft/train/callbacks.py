@@ -1,7 +1,10 @@
-"""What is shown and written while training: a progress bar and log.jsonl; and stopping early."""
+"""Callbacks of the Trainer: progress, log.jsonl, and an early stop."""
 
 import json
+import logging
+import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -10,34 +13,106 @@ from transformers.trainer_callback import ProgressCallback
 from s2ft.files.writing import replace_file
 from s2ft.train.output import read_log
 
+logger = logging.getLogger(__name__)
+
+
+class Speed:
+    """Counts the tokens that are trained on in a second. Call `start` once, and `lap` for each logged step."""
+
+    def start(self, state) -> None:
+        self.seen, self.clock = state.num_input_tokens_seen, time.perf_counter()
+
+    def lap(self, state) -> float:
+        """Return the tokens per second since the last lap."""
+        now, seen = time.perf_counter(), state.num_input_tokens_seen
+        speed = (seen - self.seen) / (now - self.clock)
+        self.seen, self.clock = seen, now
+        return speed
+
+    def leave_out_evaluation(self) -> None:
+        """Do not count the time since the last lap, which an evaluation took."""
+        self.clock = time.perf_counter()
+
 
 class LossBar(ProgressCallback):
-    """A progress bar that shows loss and learning rate behind it instead of printing a line a step."""
+    """Shows the progress: a bar in a terminal, and a plain line for each logged step anywhere else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_terminal = sys.stderr.isatty()
+        self.speed = Speed()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.speed.start(state)
+        self.first_step, self.begin = state.global_step, time.perf_counter()
+        if self.in_terminal:
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.in_terminal:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if self.in_terminal:
+            super().on_prediction_step(args, state, control, **kwargs)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        super().on_evaluate(args, state, control, **kwargs)
+        self.speed.leave_out_evaluation()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.training_bar is not None and logs and "loss" in logs:
+        if not logs or not state.is_world_process_zero:
+            return
+        if "eval_loss" in logs:
+            accuracy = f", accuracy {logs['eval_accuracy']:.1%}" if "eval_accuracy" in logs else ""
+            self._print(
+                f"step {state.global_step}/{state.max_steps}: evaluation loss {logs['eval_loss']:.4f}{accuracy}"
+            )
+        elif "loss" in logs and self.training_bar is not None:
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.4f}, lr {logs['learning_rate']:.2e}")
+        elif "loss" in logs:
+            self._print(self._line(state, logs))
+
+    def _line(self, state, logs: dict) -> str:
+        """Return the line of a logged step."""
+        done = state.global_step - self.first_step
+        left = (time.perf_counter() - self.begin) / max(1, done) * (state.max_steps - state.global_step)
+        return (
+            f"step {state.global_step}/{state.max_steps}, epoch {state.epoch:.2f}, loss {logs['loss']:.4f}, "
+            f"learning rate {logs['learning_rate']:.2e}, {self.speed.lap(state):,.0f} tokens/s, "
+            f"{timedelta(seconds=round(left))} left"
+        )
+
+    def _print(self, line: str) -> None:
+        if self.training_bar is None:
+            logger.info(line)
+        else:
+            self.training_bar.write(line, file=sys.stderr)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.close()
 
     def close(self) -> None:
-        """Where training ended in an error, so that its message begins a line."""
+        """Close the bar. After an error in the training, its message then begins a new line."""
         if self.training_bar is not None:
             self.training_bar.close()
             self.training_bar = None
 
 
 class JsonlLog(TrainerCallback):
-    """One line a logged step: step, epoch, loss, learning_rate, grad_norm, tokens_per_second; and one an evaluation:
-    step, epoch, eval_loss, eval_accuracy. First rank only.
+    """Writes log.jsonl on the first rank.
 
-    A resumed run keeps the lines up to its checkpoint: those after it are written again.
+    The line of a logged step has step, epoch, loss, learning_rate, grad_norm and tokens_per_second. The line of an
+    evaluation has step, epoch, eval_loss and, if answers are scored, eval_accuracy. A resumed run keeps the lines up
+    to its checkpoint, because it writes the later ones again.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.seen, self.clock = 0, 0.0
+        self.speed = Speed()
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.seen, self.clock = state.num_input_tokens_seen, time.perf_counter()
+        self.speed.start(state)
         if state.is_world_process_zero:
             kept = [line for line in read_log(self.path) if line["step"] <= state.global_step]
             replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
@@ -46,22 +121,20 @@ class JsonlLog(TrainerCallback):
         if not logs or not state.is_world_process_zero:
             return
         if "loss" in logs:
-            now, seen = time.perf_counter(), state.num_input_tokens_seen
             self._write(
                 state,
                 {
                     "loss": logs["loss"],
                     "learning_rate": logs["learning_rate"],
                     "grad_norm": logs.get("grad_norm"),
-                    "tokens_per_second": round((seen - self.seen) / (now - self.clock), 1),
+                    "tokens_per_second": round(self.speed.lap(state), 1),
                 },
             )
-            self.seen, self.clock = seen, now
         elif "eval_loss" in logs:
             self._write(state, {key: logs[key] for key in ("eval_loss", "eval_accuracy") if key in logs})
 
     def on_evaluate(self, args, state, control, **kwargs):
-        self.clock = time.perf_counter()  # the time that it took is none of training
+        self.speed.leave_out_evaluation()
 
     def _write(self, state, values: dict) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -69,7 +142,7 @@ class JsonlLog(TrainerCallback):
 
 
 class EvaluateAfterSaving(TrainerCallback):
-    """Leaves the evaluation of the last step to finetune(), which first saves the adapter."""
+    """Skips the evaluation at the last step. finetune() evaluates after it has saved the adapter."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:
@@ -77,7 +150,7 @@ class EvaluateAfterSaving(TrainerCallback):
 
 
 class StopAfter(TrainerCallback):
-    """Ends a run at a step, with a checkpoint."""
+    """Writes a checkpoint at a step and stops the run."""
 
     def __init__(self, step: int) -> None:
         self.step = step

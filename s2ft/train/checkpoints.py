@@ -1,4 +1,7 @@
-"""Checkpoints that are whole or not there: written beside, sealed with the sums of their files, renamed."""
+"""Checkpoints that are complete or absent.
+
+A checkpoint is written to a temporary folder, sealed with the checksums of its files, and renamed.
+"""
 
 import hashlib
 import json
@@ -11,13 +14,13 @@ from s2ft.files.writing import replace_file
 
 logger = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint-"
-UNFINISHED = ".unfinished"  # the folder in which one is being written
-SEAL = "s2ft_checkpoint.json"  # written last
-STATE = "trainer_state.json"  # transformers writes it last: what marks a checkpoint without a seal
+UNFINISHED = ".unfinished"  # the temporary folder in which a checkpoint is written
+SEAL = "s2ft_checkpoint.json"  # the sizes and checksums of all files; it is written last
+STATE = "trainer_state.json"  # transformers writes it last, so it marks a complete checkpoint without a seal
 
 
 def seal(checkpoint: Path) -> None:
-    """Note size and sum of every file."""
+    """Write the size and the SHA-256 of each file of a checkpoint to its seal."""
     files = {
         str(path.relative_to(checkpoint)): {"bytes": path.stat().st_size, "sha256": _sum(path)}
         for path in sorted(checkpoint.rglob("*"))
@@ -27,8 +30,16 @@ def seal(checkpoint: Path) -> None:
 
 
 def damage(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint, in words; empty where nothing is. Of one without a seal, from a Trainer of
-    transformers' own, only whether it was written to its end."""
+    """Describe what is wrong with a checkpoint.
+
+    A checkpoint without a seal was written by a plain Trainer of transformers. Only its completeness is checked.
+
+    Args:
+        checkpoint: The checkpoint's folder.
+
+    Returns:
+        A description of the first problem, or an empty string.
+    """
     try:
         if not (checkpoint / SEAL).exists():
             json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
@@ -36,7 +47,7 @@ def damage(checkpoint: Path) -> str:
         files = json.loads((checkpoint / SEAL).read_text(encoding="utf-8"))["files"]
         return next(
             (
-                f"{name} is not what was written"
+                f"{name} was changed after it was written"
                 for name, file in files.items()
                 if (checkpoint / name).stat().st_size != file["bytes"] or _sum(checkpoint / name) != file["sha256"]
             ),
@@ -44,39 +55,43 @@ def damage(checkpoint: Path) -> str:
         )
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # a seal or state of anything
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # a damaged file can contain anything
         return f"{SEAL if (checkpoint / SEAL).exists() else STATE} can't be read ({type(error).__name__})"
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Finished or not, whole or not, oldest first."""
+    """List the checkpoints in a folder, damaged ones too, oldest first."""
     found = [path for path in folder.glob(CHECKPOINT + "*") if path.name[len(CHECKPOINT) :].isdigit()]
     return sorted(found, key=lambda path: int(path.name[len(CHECKPOINT) :]))
 
 
-def last_whole(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole; each newer one that isn't is named in a warning."""
+def newest_valid(folder: Path) -> Path | None:
+    """Return the newest valid checkpoint in a folder, or None. Each newer one, which is damaged, is logged."""
     for path in reversed(checkpoints(folder)):
         wrong = damage(path)
         if not wrong:
             return path
-        logger.warning("%s is damaged and left out: %s", path, wrong)
+        logger.warning("%s is damaged and is skipped: %s", path, wrong)
     return None
 
 
-def finish(checkpoint: Path, folder: Path, keep: int, best: Path | None = None) -> None:
-    """Seal a checkpoint that was written beside, put it into `folder` by renaming, and delete the oldest ones there.
+def move_into_place(checkpoint: Path, folder: Path, keep: int, best: Path | None = None) -> None:
+    """Seal a new checkpoint, move it from its temporary folder to `folder`, and delete the oldest checkpoints there.
 
-    Args: keep: how many stay, 0 for all; this one and `best` always do.
+    Args:
+        checkpoint: The new checkpoint, in its temporary folder.
+        folder: The folder that holds the run's checkpoints.
+        keep: Number of checkpoints that stay, 0 for all. The new one and `best` always stay.
+        best: The checkpoint with the best metric, or None.
     """
     seal(checkpoint)
     place = folder / checkpoint.name
-    shutil.rmtree(place, ignore_errors=True)  # of an earlier try, damaged, or resumed from before it
+    shutil.rmtree(place, ignore_errors=True)  # a damaged checkpoint, or one of an earlier attempt
     os.rename(checkpoint, place)
     shutil.rmtree(checkpoint.parent, ignore_errors=True)
     found = checkpoints(folder)
-    others = [path for path in found if path not in (place, best)]
-    for old in others[: len(found) - keep] if keep and len(found) > keep else []:
+    removable = [path for path in found if path not in (place, best)]
+    for old in removable[: len(found) - keep] if keep and len(found) > keep else []:
         shutil.rmtree(old, ignore_errors=True)
 
 

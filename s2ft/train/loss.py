@@ -1,8 +1,10 @@
-"""The loss of a causal language model without its logits, which with a large vocabulary are what a step keeps most of.
-torch's linear_cross_entropy goes through the tokens in pieces.
+"""The loss of a causal language model in chunks of tokens, without keeping the logits.
 
-On a CPU only the tokens that bear a loss are multiplied. On a GPU all are, since the host would wait to count them; the
-command line's batches end with the answers, so that few are multiplied in vain.
+With a large vocabulary, the logits take most of the memory of a step. linear_cross_entropy of torch computes the loss
+from the hidden states and the weight of the output layer.
+
+On a CPU, only the tokens that have a label are multiplied. On a GPU, all tokens are multiplied, since the host would
+have to wait for their count. Batches of the command line end with the answers, so that few tokens have no label.
 """
 
 import contextlib
@@ -14,38 +16,42 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2ft.distributed import is_sharded
-from s2ft.model.weights import is_quantized
+from s2ft.layers import LINEAR, kind_of
+from s2ft.model.modes import evaluation_mode
 from s2ft.text.encoding import IGNORED
 
 SCALE = 1024.0  # a power of two: multiplying by it and back is exact
-PIECE = {"cpu": 2**23, "cuda": 2**26}  # logits alive at once
-TILE = 256  # on a GPU, rows of a piece are a multiple of this, so that its matrix product has no ragged tiles
+CHUNK = {"cpu": 2**23, "cuda": 2**26}  # number of logits that exist at once
+TILE = 256  # on a GPU, the rows of a chunk are a multiple of this, so that its matrix product has full tiles
 logger = logging.getLogger(__name__)
 
 
 class ChunkedLoss:
-    """Stands between a model's output layer and its loss function in a forward that trains on labels; what such a
-    forward returns as logits is none.
+    """Replaces the output layer and the loss function of a model in forward passes that train on labels.
 
-    The output layer hands its input through, what the model does to logits is done to that, and the loss function
-    multiplies by the layer's weight itself. This is the model's own loss where the model does nothing to logits but
-    scale them; :func:`why_not` tries that out.
+    The output layer returns its input, and the loss function multiplies by the layer's weight. The logits of such a
+    forward pass are therefore hidden states. The result equals the model's own loss if the model does nothing to its
+    logits but scale them. :func:`why_not_chunked` checks this.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.head = model.get_output_embeddings()
-        self.plain = self.head.forward
-        self.on, self.trial, self.scale, self.seen = False, False, 1.0, None  # the last three are for trying it out
+        self.head_forward = self.head.forward
+        self.enabled = False
+        self.trial, self.scale = False, 1.0  # used by why_not_chunked, as is `seen`
+        self.seen: Tensor | None = None
 
     def before(self, model: nn.Module, arguments: tuple, options: Mapping) -> None:
-        self.on = options.get("labels") is not None and (model.training or self.trial)
+        """Enable the chunked loss for a forward pass with labels."""
+        self.enabled = options.get("labels") is not None and (model.training or self.trial)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return hidden * self.scale if self.on else self.plain(hidden)
+        """Forward of the output layer."""
+        return hidden * self.scale if self.enabled else self.head_forward(hidden)
 
     def loss(
         self,
-        logits: Tensor,  # [rows, positions, width] where it is on, else of the vocabulary
+        logits: Tensor,  # [rows, positions, width] if enabled, else [rows, positions, vocabulary]
         labels: Tensor,  # [rows, positions]
         vocab_size: int,
         num_items_in_batch=None,
@@ -53,24 +59,28 @@ class ChunkedLoss:
         shift_labels=None,
         **options,
     ) -> Tensor:
-        """In the place of transformers' ForCausalLMLoss, with its arguments; the mean, or the sum over all items."""
+        """Compute the loss with the arguments of transformers' ForCausalLMLoss.
+
+        Returns:
+            The mean over all labels, or the sum divided by `num_items_in_batch` if it is given.
+        """
         from transformers.loss.loss_utils import ForCausalLMLoss
 
-        if not self.on:
+        if not self.enabled:
             return ForCausalLMLoss(
                 logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **options
             )
-        self.on, self.seen = False, logits.detach() if self.trial else None
-        if is_sharded(self.head.weight):  # its own forward gathers it
+        self.enabled, self.seen = False, logits.detach() if self.trial else None
+        if is_sharded(self.head.weight):  # the forward of the output layer gathers the weight
             return ForCausalLMLoss(
                 self.head(logits), labels, vocab_size, num_items_in_batch, ignore_index, shift_labels
             )
         targets = F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
         hidden, targets = logits.flatten(0, -2), targets.to(logits.device).flatten()
-        bearing = targets != ignore_index
-        items = bearing.sum() if num_items_in_batch is None else num_items_in_batch
-        if hidden.device.type == "cpu":  # on a GPU the host would wait there to learn how many rows are left
-            hidden, targets = hidden[bearing], targets[bearing]
+        labelled = targets != ignore_index
+        items = labelled.sum() if num_items_in_batch is None else num_items_in_batch
+        if hidden.device.type == "cpu":  # on a GPU the host would have to wait for the number of rows
+            hidden, targets = hidden[labelled], targets[labelled]
         return sum_of_losses(hidden, self.head.weight, self.head.bias, targets, ignore_index) / items
 
 
@@ -83,84 +93,126 @@ def sum_of_losses(
 ) -> Tensor:  # float32
     """Sum the cross entropy of hidden @ weightᵀ + bias over the rows whose target is not `ignore_index`.
 
-    Gradients have the plain loss's accuracy. In bfloat16 the value is a sum of numbers that are rounded to it, one a
-    piece: off by 0.2 % at most.
+    Gradients are as accurate as those of the plain loss. In bfloat16 the loss of each chunk is rounded to bfloat16,
+    which changes the sum by at most 0.2 %.
+
+    Args:
+        hidden: Input of the output layer, shape [n, width].
+        weight: Weight of the output layer, shape [vocabulary, width].
+        bias: Bias of the output layer, shape [vocabulary], or None.
+        targets: Token ids, shape [n], int64.
+        ignore_index: Target of the rows that have no loss.
+
+    Returns:
+        The sum, a float32 scalar.
+
+    Example:
+        >>> from s2ft.train.loss import sum_of_losses
+        >>> hidden, weight = torch.randn(5, 64), model.lm_head.weight
+        >>> targets = torch.tensor([3, 8, -100, 1, 2])
+        >>> expected = torch.nn.functional.cross_entropy(hidden @ weight.T, targets, reduction="sum")
+        >>> torch.isclose(sum_of_losses(hidden, weight, None, targets), expected)
+        tensor(True)
     """
-    rows, options = piece_of(hidden.device.type, weight.shape[0])
+    rows, options = chunk_of(hidden.device.type, weight.shape[0])
     total = hidden.new_zeros((), dtype=torch.float32)
-    for part, wanted in zip(hidden.split(rows), targets.split(rows)):
+    for chunk, chunk_targets in zip(hidden.split(rows), targets.split(rows)):
         total = total + F.linear_cross_entropy(
-            part, weight, wanted, linear_bias=bias, reduction="sum", ignore_index=ignore_index, options=options
+            chunk, weight, chunk_targets, linear_bias=bias, reduction="sum", ignore_index=ignore_index, options=options
         )
     return total
 
 
-def piece_of(device: str, vocabulary: int) -> tuple[int, "nn.LinearCrossEntropyOptions"]:
+def chunk_of(device: str, vocabulary: int) -> tuple[int, "nn.LinearCrossEntropyOptions"]:
     """Choose how many rows one call of torch's linear_cross_entropy gets, and the options of that call.
 
-    torch must not cut a piece further. Its own choice is a few rows, since it takes a piece for the whole batch, and
-    every cut reads the output layer's weight twice again.
+    The options stop torch from dividing a chunk further. By default it would divide it into a few rows each, and read
+    the weight of the output layer twice for each part.
 
     Args:
-        device: the type of the device, such as "cuda".
-        vocabulary: the number of rows of the output layer's weight.
+        device: Type of the device, such as "cuda".
+        vocabulary: Number of rows of the output layer's weight.
+
+    Returns:
+        The number of rows of a chunk and the options.
     """
-    rows = max(1, PIECE.get(device, PIECE["cuda"]) // vocabulary)
+    rows = max(1, CHUNK.get(device, CHUNK["cuda"]) // vocabulary)
     if device == "cpu":
         return rows, nn.LinearCrossEntropyOptions(chunking_method=None, acc_policy="balanced")
-    # The policy stays torch's: it is "compact" there, but a policy that is named gives up the sums in float32.
+    # torch's default policy on a GPU is "compact", but naming it would turn off the sums in float32.
     return rows - rows % TILE or rows, nn.LinearCrossEntropyOptions(chunking_method=None)
 
 
 @contextlib.contextmanager
 def chunked_loss(model: nn.Module) -> Iterator[ChunkedLoss]:
-    """Inside, the model's loss is :class:`ChunkedLoss`."""
-    fused, before = ChunkedLoss(model), model.__dict__.get("_loss_function")
-    hook = model.register_forward_pre_hook(fused.before, with_kwargs=True)
-    fused.head.forward, model.loss_function = fused.forward, fused.loss
+    """Replace the model's loss by :class:`ChunkedLoss` inside the context.
+
+    Args:
+        model: A causal language model of transformers for which :func:`why_not_chunked` returns an empty string.
+
+    Example:
+        >>> from s2ft.train.loss import chunked_loss
+        >>> expected = model(input_ids, labels=input_ids).loss
+        >>> with chunked_loss(model.train()):
+        ...     loss = model(input_ids, labels=input_ids).loss
+        >>> torch.isclose(loss, expected)
+        tensor(True)
+    """
+    chunked, before = ChunkedLoss(model), model.__dict__.get("_loss_function")
+    hook = model.register_forward_pre_hook(chunked.before, with_kwargs=True)
+    chunked.head.forward, model.loss_function = chunked.forward, chunked.loss
     try:
-        yield fused
+        yield chunked
     finally:
         hook.remove()
-        del fused.head.forward, model._loss_function
+        del chunked.head.forward, model._loss_function
         if before is not None:
             model.loss_function = before
 
 
-def why_not(model: nn.Module, batch: Mapping[str, Tensor]) -> str:
-    """Why :func:`chunked_loss` is not this model's own loss, in words; empty where it is. Runs the model on `batch`."""
+def why_not_chunked(model: nn.Module, batch: Mapping[str, Tensor]) -> str:
+    """Explain why :func:`chunked_loss` cannot replace the model's own loss.
+
+    The model is run on a batch with both losses, and the results are compared.
+
+    Args:
+        model: The model. Its modes are restored.
+        batch: Inputs with labels.
+
+    Returns:
+        The reason, or an empty string if the losses are equal.
+
+    Example:
+        >>> s2ft.train.loss.why_not_chunked(model, {"input_ids": input_ids, "labels": input_ids})
+        ''
+    """
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     head = model.get_output_embeddings()
     if not hasattr(F, "linear_cross_entropy"):
         return f"torch {torch.__version__} has no linear_cross_entropy"
-    if type(head) is not nn.Linear or is_quantized(head) or "forward" in head.__dict__:
+    if kind_of(head) is not LINEAR or "forward" in head.__dict__:
         changed = " whose forward was replaced" if "forward" in head.__dict__ else ""
-        return f"the output layer is a {'quantized ' * is_quantized(head)}{type(head).__name__}{changed}"
+        return f"the output layer is a {'quantized ' * bool(kind_of(head).read_only)}{type(head).__name__}{changed}"
     if getattr(model, "loss_function", None) is not ForCausalLMLoss:
-        return "the model has a loss of its own"
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            return _difference(model, batch)
-    finally:
-        model.train(was_training)
+        return "the model does not use the standard loss of causal language models"
+    with evaluation_mode(model), torch.no_grad():
+        return _difference(model, batch)
 
 
 def _difference(model: nn.Module, batch: Mapping[str, Tensor]) -> str:
     expected, seen = model(**batch).loss, []
-    with chunked_loss(model) as fused:
-        fused.trial = True
-        for fused.scale in (1.0, SCALE):
+    with chunked_loss(model) as chunked:
+        chunked.trial = True
+        for chunked.scale in (1.0, SCALE):
             loss = model(**batch).loss
-            if fused.seen is None:
-                return "its loss function is not called"
-            seen.append((loss, fused.seen))
-            fused.seen = None
+            if chunked.seen is None:
+                return "the model does not call its loss function"
+            seen.append((loss, chunked.seen))
+            chunked.seen = None
     if not torch.equal(seen[0][1] * SCALE, seen[1][1]):
-        return "the model does more to its logits than to scale them"
+        return "the model changes its logits by more than a scale"
     tolerance = 1e-4 if expected.dtype == torch.float32 and model.dtype == torch.float32 else 3e-2
     if not torch.isclose(seen[0][0].float(), expected.float(), rtol=tolerance, atol=tolerance):
-        return f"it gives {float(seen[0][0]):.6g} where the model's own loss is {float(expected):.6g}"
+        return f"the chunked loss is {float(seen[0][0]):.6g}, but the model's own loss is {float(expected):.6g}"
     return ""

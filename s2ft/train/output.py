@@ -1,9 +1,8 @@
-"""The output folder of a run: what stands where, and who may write into it."""
+"""The output folder of a run: its files, and which process may write into it."""
 
 import contextlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,8 @@ from pathlib import Path
 from s2ft.adapter.folders import ADAPTER, RUN
 from s2ft.files.adapter_folder import CONFIG
 from s2ft.files.reading import read_json
-from s2ft.train.checkpoints import UNFINISHED, checkpoints, last_whole
+from s2ft.files.writing import replace_file
+from s2ft.train.checkpoints import UNFINISHED, checkpoints, newest_valid
 from s2ft.train.lock import LOCK, only_run_in
 from s2ft.train.options import NOT_PART_OF_A_RUN
 
@@ -20,7 +20,15 @@ LOG, PLOT, REPORT = "log.jsonl", "loss.png", "report.json"
 
 
 class RunFolder:
-    """adapter/, checkpoint-N/, log.jsonl, loss.png, run.json (the options), report.json under one path."""
+    """The output folder of a run: adapter/, checkpoint-N/, log.jsonl, loss.png, report.json and run.json (the options).
+
+    Example:
+        >>> from s2ft.train.output import RunFolder
+        >>> folder = RunFolder("my-run")
+        >>> folder.begin({"model": "my-model", "adapter.d_ratio": 0.03})
+        >>> folder.title()
+        'my-run (my-model, d_ratio 0.03)'
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -28,8 +36,17 @@ class RunFolder:
         self.run, self.report = self.path / RUN, self.path / REPORT
 
     def check(self, resume: bool = False, overwrite: bool = False) -> None:
-        """Raises: FileExistsError if the folder holds something that this run must not touch;
-        FileNotFoundError if there is no run to resume. Changes nothing."""
+        """Check that a run may use the folder. Nothing is changed.
+
+        Args:
+            resume: Whether the run continues the one in the folder.
+            overwrite: Whether the run replaces the one in the folder.
+
+        Raises:
+            FileExistsError: The folder holds files that this run must not change.
+            FileNotFoundError: There is no run to resume.
+            ValueError: Both resume and overwrite are set.
+        """
         if resume and overwrite:
             raise ValueError("resume and overwrite exclude each other")
         if self.path.exists() and not self.path.is_dir():
@@ -48,31 +65,43 @@ class RunFolder:
 
     @contextlib.contextmanager
     def reserved(self, resume: bool = False, overwrite: bool = False) -> Iterator[None]:
-        """Check the folder and keep other processes' runs out of it. A folder that was made for this and is still
-        empty at the end is removed.
+        """Check the folder and lock it against runs of other processes, inside the context.
+
+        A folder that is created for this and is still empty at the end is removed.
+
+        Args:
+            resume: Whether the run continues the one in the folder.
+            overwrite: Whether the run replaces the one in the folder.
 
         Raises:
-            FileExistsError: As :meth:`check`, or another process runs in the folder; the message names it.
+            FileExistsError: As :meth:`check`, or another process runs in the folder. The message names the process.
             FileNotFoundError: As :meth:`check`.
         """
-        if not self.run.is_file():  # a folder of other files is not touched
+        if not self.run.is_file():  # The lock file is not written into a folder with other files.
             self.check(resume, overwrite)
         with only_run_in(self.path):
             self.check(resume, overwrite)
             yield
 
     def options(self) -> dict:
-        """The options of the run that the folder holds. Raises: ValueError if its run.json can't be read."""
+        """Return the options of the run in the folder. Raises ValueError if its run.json can't be read."""
         options = read_json(self.run)
         if not isinstance(options, dict):
             raise ValueError(f"{self.run} holds no options of a run")
         return options
 
+    def title(self) -> str:
+        """Return the name of the run with its model and ratios, as far as run.json has them."""
+        options = {key.split(".")[-1]: value for key, value in self.options().items()} if self.run.is_file() else {}
+        known = [Path(str(options["model"])).name] if options.get("model") else []
+        known += [f"{key} {value:g}" for key, value in options.items() if key.endswith("_ratio") and value]
+        return f"{self.path.absolute().name}" + (f" ({', '.join(known)})" if known else "")
+
     def kept(self) -> str:
-        """What a run that failed has left to go on from, in words."""
+        """Return a text about what a failed run has left to continue from."""
         if (self.adapter / CONFIG).is_file():
             return f"the trained adapter is saved in {self.adapter}"
-        checkpoint = last_whole(self.path)
+        checkpoint = newest_valid(self.path)
         return (
             "no checkpoint was written, so the run starts again"
             if checkpoint is None
@@ -80,7 +109,15 @@ class RunFolder:
         )
 
     def begin(self, options: dict, resume: bool = False) -> None:
-        """Clear an earlier run away, or check that it is this one. Raises: ValueError naming what differs."""
+        """Remove the files of an earlier run and write run.json, or check that the earlier run has the same options.
+
+        Args:
+            options: The options of this run.
+            resume: Whether this run continues the earlier one.
+
+        Raises:
+            ValueError: The earlier run has other options. The message names them.
+        """
         if resume:
             earlier = self.options()
             different = [
@@ -103,20 +140,18 @@ class RunFolder:
 
 
 def log_failure(what: str, error: Exception) -> None:
-    """Warn of something optional that failed; with --traceback also say where."""
+    """Log a warning about an optional part that failed, with the traceback under --traceback."""
     reason = str(error).strip().split("\n")[0] or type(error).__name__
     logger.warning("warning: %s: %s", what, reason, exc_info=error if logger.isEnabledFor(logging.DEBUG) else None)
 
 
 def write_json(path: Path, value: object) -> None:
-    """Written beside and renamed, so that no reader meets half a file."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    """Replace a JSON file in one step, so that a reader never gets half a file."""
+    replace_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_log(path: Path) -> list[dict]:
-    """The lines of log.jsonl up to the first that is not one of its lines: an interrupt can cut the last one short."""
+    """Return the lines of log.jsonl up to the first damaged one. An interrupt can cut off the last line."""
     lines = []
     if path.is_file():
         for text in path.read_text(encoding="utf-8", errors="replace").splitlines():

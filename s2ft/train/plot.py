@@ -1,40 +1,117 @@
-"""A picture of log.jsonl."""
+"""Draw log.jsonl as a picture."""
 
 from pathlib import Path
 
 from s2ft.train.output import read_log
 
+FEW = 30  # Up to this number of points each one gets a marker.
 
-def plot_loss(log: Path, image: Path, window: int = 10) -> None:
-    """Loss over steps, its running mean over `window` lines, the learning rate, and loss and accuracy of evaluations
-    where there are any, as a PNG file."""
+
+def plot_loss(log: Path, image: Path, title: str = "") -> None:
+    """Write a PNG file with the loss, its running mean, the learning rate and the evaluations of a run.
+
+    Args:
+        log: The log.jsonl of the run.
+        image: The file to write.
+        title: Text above the picture.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
 
-    lines = read_log(log)
-    steps, losses = _series(lines, "loss")
-    means = [sum(losses[max(0, i - window + 1) : i + 1]) / (i + 1 - max(0, i - window + 1)) for i in range(len(losses))]
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = loss_figure(read_log(log), title)
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="step", ylabel="loss")
-    axes.plot(steps, losses, color="tab:blue", alpha=0.35, label="loss")
-    axes.plot(steps, means, color="tab:blue", label=f"mean of {window}")
-    axes.plot(*_series(lines, "eval_loss"), color="tab:orange", marker="o", label="evaluation loss")
-    rate = axes.twinx()
-    rate.set_ylabel("learning rate")
-    rate.plot(*_series(lines, "learning_rate"), color="tab:gray", linestyle=":", label="learning rate")
-    shown = [line for line in axes.lines + rate.lines if len(line.get_xdata())]
-    if any("eval_accuracy" in line for line in lines):
-        accuracy = axes.twinx()
-        accuracy.set_axis_off()
-        accuracy.set_ylim(0, 1)
-        points = _series(lines, "eval_accuracy")
-        shown += accuracy.plot(*points, color="tab:green", marker="s", label=f"accuracy, last {points[1][-1]:.1%}")
-    axes.legend(handles=shown, loc="upper right")
-    axes.set_ylim(bottom=0)
     figure.savefig(image, dpi=120)
 
 
+def loss_figure(lines: list[dict], title: str = ""):
+    """Draw the lines of a log.
+
+    Args:
+        lines: The lines, as :func:`s2ft.train.output.read_log` returns them.
+        title: Text above the picture.
+
+    Returns:
+        A matplotlib Figure: the loss with the learning rate behind it, and below it the accuracy, if there is any.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    accuracies = _series(lines, "eval_accuracy")
+    figure = Figure(figsize=(8, 6 if accuracies[0] else 4.5), layout="constrained")
+    figure.suptitle(title, fontsize="medium")
+    rows = [3, 1] if accuracies[0] else [1]
+    charts = figure.subplots(len(rows), 1, sharex=True, squeeze=False, height_ratios=rows)[:, 0]
+    handles = _draw_loss(charts[0], lines) + _draw_learning_rate(charts[0], lines)
+    if accuracies[0]:
+        handles += charts[1].plot(
+            *accuracies, color="tab:green", marker="s", clip_on=False, label=f"accuracy (last {accuracies[1][-1]:.1%})"
+        )
+        charts[1].set(ylabel="accuracy", ylim=(0, 1))
+        charts[1].yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        charts[1].grid(alpha=0.3)
+    charts[-1].set_xlabel("step")
+    charts[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def _draw_loss(chart, lines: list[dict]) -> list:
+    """Draw the loss, its running mean and the evaluations. Returns the lines for the legend."""
+    steps, losses = _series(lines, "loss")
+    window = max(3, len(losses) // 10) | 1
+    marker = "." if len(losses) <= FEW else None
+    drawn = chart.plot(steps, losses, color="tab:blue", alpha=0.35, marker=marker, label="loss")
+    if len(losses) > window:
+        label = f"mean of {window} points, centred"
+        drawn += chart.plot(steps, centred_mean(losses, window), color="tab:blue", label=label)
+    points = _series(lines, "eval_loss")
+    if points[0]:
+        drawn += chart.plot(*points, color="tab:orange", marker="o", clip_on=False, label="evaluation loss")
+    chart.set_ylabel("loss")
+    chart.margins(x=0.02, y=0.08)
+    chart.grid(alpha=0.3)
+    return drawn
+
+
+def _draw_learning_rate(chart, lines: list[dict]) -> list:
+    """Draw the learning rate as a light area behind the loss, with an axis of its own."""
+    rate = chart.twinx()
+    points = _series(lines, "learning_rate")
+    area = rate.fill_between(*points, color="0.92", label="learning rate")
+    rate.set_ylabel("learning rate", color="0.55")
+    rate.tick_params(colors="0.55")
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    rate.yaxis.get_offset_text().set_color("0.55")
+    rate.set_ylim(bottom=0, top=1.25 * max(points[1], default=1) or 1)
+    chart.set_zorder(rate.get_zorder() + 1)
+    chart.patch.set_visible(False)  # The chart in front would hide the area.
+    return [area]
+
+
+def centred_mean(values: list[float], window: int) -> list[float]:
+    """Return the mean of the points around each point, which does not lag behind the values.
+
+    Args:
+        values: The values.
+        window: Odd number of points. Near the start, where a loss falls steeply, as many points are used before the
+            point as after it. At the end there are fewer points after it.
+
+    Returns:
+        One mean for each value.
+
+    Example:
+        >>> from s2ft.train.plot import centred_mean
+        >>> centred_mean([1.0, 2.0, 3.0, 10.0], 3)
+        [1.0, 2.0, 5.0, 6.5]
+    """
+    means = []
+    for i in range(len(values)):
+        reach = min(window // 2, i)
+        near = values[i - reach : i + reach + 1]
+        means.append(sum(near) / len(near))
+    return means
+
+
 def _series(lines: list[dict], key: str) -> tuple[list, list]:
+    """Return steps and values of a key."""
     found = [(line["step"], line[key]) for line in lines if key in line]
     return [step for step, _ in found], [value for _, value in found]

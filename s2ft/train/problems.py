@@ -1,9 +1,10 @@
-"""The demo's own data: two-step arithmetic word problems with a worked answer.
+"""The data of the demo: arithmetic word problems of two steps, with a worked answer.
 
-Train and held-out problems share neither a template nor a combination of
-numbers: templates are listed apart, and every unordered triple of numbers
-belongs to one side only (`is_held_out`).
+Training problems and held-out problems have no template in common and no combination of numbers. The templates are in
+two lists, and each unordered triple of numbers belongs to one side only (`is_held_out`).
 """
+
+# ruff: noqa: E501 - each template stays on one line
 
 import random
 import zlib
@@ -21,7 +22,15 @@ THINGS = (
 
 @dataclass(frozen=True)
 class Operation:
-    """Two steps over the numbers a, b, c, each within its range (inclusive)."""
+    """Two arithmetic steps over the numbers a, b and c.
+
+    Attributes:
+        first: Operator between a and b.
+        second: Operator between the first result and c.
+        a: Smallest and largest value of a.
+        b: Smallest and largest value of b.
+        c: Smallest and largest value of c.
+    """
 
     first: str
     second: str
@@ -30,7 +39,7 @@ class Operation:
     c: tuple[int, int]
 
     def work(self, a: int, b: int, c: int) -> tuple[str, int] | None:
-        """The worked steps and the result; None where a step is not a positive whole number."""
+        """Return the worked steps and the result, or None if a step does not give a positive whole number."""
         steps, value = [], a
         for sign, number in ((self.first, b), (self.second, c)):
             result = _apply(value, sign, number)
@@ -59,7 +68,7 @@ OPERATIONS = {
     "sub-div": Operation("-", "/", (8, 30), (2, 12), (2, 6)),
 }
 
-TRAIN_TEMPLATES = {
+TRAIN_TEMPLATES: dict[str, tuple[str, ...]] = {
     "add-add": (
         "{n} has {a} {t}. {m} gives {n} {b} more, and then {n} buys another {c}. How many {t} does {n} have now?",
         "There are {a} {t} in a red box, {b} {t} in a blue box and {c} {t} in a green box. How many {t} are there in all?",
@@ -142,7 +151,7 @@ TRAIN_TEMPLATES = {
     ),
 }
 
-HELD_OUT_TEMPLATES = {
+HELD_OUT_TEMPLATES: dict[str, tuple[str, ...]] = {
     "add-add": (
         "A fisherman catches {a} fish in the morning, {b} fish at noon and {c} fish at night. What is the total number of fish he catches?",
         "{n} owns {a} {t}. On a birthday {n} receives {b} {t} from an aunt and {c} {t} from an uncle. How many {t} does {n} own after the birthday?",
@@ -179,7 +188,7 @@ HELD_OUT_TEMPLATES = {
 
 
 def is_held_out(a: int, b: int, c: int) -> bool:
-    """Whether this combination of numbers, in any order, belongs to the held-out side (one in four)."""
+    """Whether a combination of numbers, in any order, belongs to the held-out side. One in four does."""
     return zlib.crc32(repr(sorted((a, b, c))).encode()) % 4 == 0
 
 
@@ -203,9 +212,21 @@ def _draw(rng: random.Random, templates: dict[str, tuple[str, ...]], held_out: b
 
 
 def make_problems(count: int, held_out: bool, seed: int = 0) -> list[dict]:
-    """`count` different problems in a seeded random order, the operations evenly spread.
+    """Make different problems in random order, with the same number of each operation.
 
-    Every problem has `instruction`, `output` (worked answer), `answer`, and says its `template` and `numbers`.
+    Args:
+        count: Number of problems.
+        held_out: Whether to make held-out problems.
+        seed: Seed of the problems and of their order.
+
+    Returns:
+        Problems with the keys `instruction`, `output` (the worked answer), `answer`, `template` and `numbers`.
+
+    Example:
+        >>> from s2ft.train.problems import make_problems
+        >>> problem = make_problems(1, held_out=False)[0]
+        >>> problem["output"].endswith(f"The answer is {problem['answer']}.")
+        True
     """
     rng = random.Random(f"{seed} {'held-out' if held_out else 'train'}")
     templates = HELD_OUT_TEMPLATES if held_out else TRAIN_TEMPLATES

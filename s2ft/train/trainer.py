@@ -1,8 +1,8 @@
-"""transformers' Trainer for a model with an attached adapter, made safe against interrupts.
+"""A Trainer of transformers whose checkpoints are safe against interrupts.
 
-Trainers of transformers and TRL as they are save and resume attached models, see s2ft/adapter/pretrained.py. What
-:class:`AdapterCheckpoints` adds: a checkpoint is written beside and renamed, its files are checked before it is resumed
-from, and the newest whole one is taken.
+The Trainers of transformers and TRL can save and resume attached models, see s2ft/adapter/pretrained.py.
+:class:`AdapterCheckpoints` adds three things: a checkpoint is written to a temporary folder and renamed, its files are
+checked before a run resumes from it, and a damaged checkpoint is skipped in favour of the newest valid one.
 """
 
 import shutil
@@ -10,7 +10,8 @@ from pathlib import Path
 
 from s2ft.packages import check_packages
 
-check_packages("s2ft.train.trainer")  # before Python's own error, which does not say what to install
+# ruff: noqa: E402 - the packages are checked before they are imported
+check_packages("s2ft.train.trainer")  # Python's own error would not name the package to install
 
 import torch
 from accelerate.utils import save_fsdp_optimizer
@@ -18,61 +19,82 @@ from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from s2ft.adapter import restore_adapter
-from s2ft.adapter.store import gathered
+from s2ft.adapter.saving import gather_trained
 from s2ft.attached.record import attachment_of
-from s2ft.train.checkpoints import UNFINISHED, damage, finish, last_whole
+from s2ft.train.checkpoints import UNFINISHED, damage, move_into_place, newest_valid
 
 
 class AdapterCheckpoints:
-    """To be put before a Trainer: ``class Mine(AdapterCheckpoints, SFTTrainer): pass``.
+    """Mixin for Trainers whose checkpoints contain the adapter instead of the model, and survive interrupts.
 
-    Checkpoints hold the deltas, not the model; optimizer, schedule and random states are the Trainer's.
+    Put it before the Trainer class: ``class Trainer(AdapterCheckpoints, SFTTrainer): pass``. The Trainer saves the
+    optimizer, the schedule and the random states as usual. Checkpoints are written to a temporary folder, checksummed
+    and renamed.
+
+    Args:
+        *args: The arguments of the Trainer. The model must have a trainable adapter.
+        **options: The keyword arguments of the Trainer.
+
+    Raises:
+        ValueError: No adapter of the model is trainable.
     """
 
-    _beside: Path | None = None  # where a checkpoint is being written
+    _temporary: Path | None = None  # the folder in which a checkpoint is being written
 
     def __init__(self, *args, **options) -> None:
         super().__init__(*args, **options)
         model = self.accelerator.unwrap_model(self.model)
         if attachment_of(model).name is None:
-            raise ValueError("no adapter of this model is trainable: s2ft.attach, or load_adapter with trainable=True")
-        if self.is_deepspeed_enabled:  # its checkpoints hold no base here, and it would miss it
-            model.register_load_state_dict_post_hook(_miss_no_base)
+            raise ValueError(
+                "no adapter of this model is trainable: call s2ft.attach, or s2ft.load_adapter with trainable=True"
+            )
+        if self.is_deepspeed_enabled:  # its checkpoints omit the base, and it would raise for missing keys
+            model.register_load_state_dict_post_hook(_ignore_missing_base)
 
     def train(self, resume_from_checkpoint=None, *args, **options):
-        """As Trainer's. resume_from_checkpoint: a folder, or True for the newest whole one in output_dir.
+        """Train the adapter.
 
-        Raises: ValueError where there is none, or the one named is damaged.
+        Args:
+            resume_from_checkpoint: A checkpoint's folder, or True for the newest valid one in `args.output_dir`. A
+                damaged checkpoint is reported and skipped.
+            *args: Further arguments of the Trainer's method.
+            **options: Further keyword arguments of the Trainer's method.
+
+        Returns:
+            The TrainOutput of the Trainer.
+
+        Raises:
+            ValueError: There is no valid checkpoint, or the given one is damaged.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole(Path(self.args.output_dir))
+            resume_from_checkpoint = newest_valid(Path(self.args.output_dir))
             if resume_from_checkpoint is None:
-                raise ValueError(f"there is no whole checkpoint in {self.args.output_dir} to resume from")
+                raise ValueError(f"there is no valid checkpoint in {self.args.output_dir} to resume from")
         elif resume_from_checkpoint:
             wrong = damage(Path(resume_from_checkpoint))
             if wrong:
                 raise ValueError(f"checkpoint {resume_from_checkpoint} is damaged: {wrong}")
-        if resume_from_checkpoint and self.is_deepspeed_enabled:  # which then loads its own, and checks nothing
+        if resume_from_checkpoint and self.is_deepspeed_enabled:  # it loads its own checkpoint without our checks
             self._load_from_checkpoint(resume_from_checkpoint)
-        if self.args.should_save:  # what an interrupt left; no rank writes before the first step has joined them all
+        if self.args.should_save:  # an interrupted run may have left it; no rank writes before the first step
             shutil.rmtree(Path(self.args.output_dir) / UNFINISHED, ignore_errors=True)
         return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, *args, **options)
 
     def _get_output_dir(self, trial):
-        return super()._get_output_dir(trial) if self._beside is None else str(self._beside)
+        return super()._get_output_dir(trial) if self._temporary is None else str(self._temporary)
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial))
-        self._beside = folder / UNFINISHED
+        self._temporary = folder / UNFINISHED
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            self._beside = None
+            self._temporary = None
         written = folder / UNFINISHED / f"checkpoint-{self.state.global_step}"
         self._rename_best(written, folder)
-        self.accelerator.wait_for_everyone()  # every rank has written its random state
+        self.accelerator.wait_for_everyone()  # until each rank has written its random state
         if self.args.should_save:
-            finish(
+            move_into_place(
                 written,
                 folder,
                 self.args.save_total_limit or 0,
@@ -81,28 +103,32 @@ class AdapterCheckpoints:
         self.accelerator.wait_for_everyone()
 
     def _rename_best(self, written: Path, folder: Path) -> None:
-        """Where this checkpoint is the best so far its state should not name the folder beside."""
+        """If this checkpoint is the best so far, replace the temporary folder's name in the Trainer's state."""
         if self.state.best_model_checkpoint == str(written):
             self.state.best_model_checkpoint = str(folder / written.name)
             if self.args.should_save:
                 self.state.save_to_json(str(written / TRAINER_STATE_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """With the checks of load_adapter, of the base too."""
+        """Load the adapter with the checks of s2ft.load_adapter, including that of the base model."""
         restore_adapter(self.accelerator.unwrap_model(self.model if model is None else model), resume_from_checkpoint)
 
-    # ---- FSDP2 and DeepSpeed, where Trainer would gather and write the base as well -----------------------
+    # ---- FSDP2 and DeepSpeed: here Trainer would also gather and write the base ---------------------------
 
     @property
     def _sharded(self) -> bool:
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def save_model(self, output_dir=None, _internal_call=False):
-        """As Trainer's; every rank must call it."""
+        """Save the adapter. Each rank must call this method.
+
+        Args:
+            output_dir: The folder. None is `args.output_dir`.
+        """
         if not self._sharded:
             super().save_model(output_dir, _internal_call)
             return
-        self._save(output_dir, state_dict=gathered(self.accelerator.unwrap_model(self.model)))
+        self._save(output_dir, state_dict=gather_trained(self.accelerator.unwrap_model(self.model)))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -126,10 +152,31 @@ class AdapterCheckpoints:
             super()._load_best_model()
 
 
-def _miss_no_base(model, incompatible) -> None:
+def _ignore_missing_base(model, incompatible) -> None:
+    """Keep only the missing keys of trained parameters."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     incompatible.missing_keys[:] = [key for key in incompatible.missing_keys if key in trained]
 
 
 class S2FTTrainer(AdapterCheckpoints, Trainer):
-    """Trainer with :class:`AdapterCheckpoints`."""
+    """The Trainer of transformers with :class:`AdapterCheckpoints`.
+
+    Args:
+        *args: The arguments of transformers' Trainer. The model must have a trainable adapter.
+        **options: The keyword arguments of transformers' Trainer.
+
+    Raises:
+        ValueError: No adapter of the model is trainable.
+
+    Example:
+        >>> from transformers import TrainingArguments
+        >>> from s2ft.train.trainer import S2FTTrainer
+        >>> rows = [{"input_ids": ids, "labels": ids} for ids in input_ids]
+        >>> report = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+        >>> options = dict(max_steps=2, save_steps=2, use_cpu=True, report_to="none", disable_tqdm=True)
+        >>> trainer = S2FTTrainer(model, TrainingArguments("run", **options), train_dataset=rows)
+        >>> trainer.train()
+        {'train_runtime': ...}
+        TrainOutput(global_step=2, ...)
+        >>> s2ft.load_adapter(s2ft.detach(model), "run/checkpoint-2")
+    """

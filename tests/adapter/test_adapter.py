@@ -197,11 +197,11 @@ def test_training_one_adapter_leaves_the_others(tmp_path):
     s2ft.save_adapter(trained(seed=3), tmp_path)
     model = trained(name="mine", steps=1)
     s2ft.load_adapter(model, tmp_path, "other")
-    held = {path: delta.values.clone() for path, delta in attachment_of(model).others["other"].deltas.items()}
+    held = {path: delta.values.clone() for path, delta in attachment_of(model).loaded["other"].deltas.items()}
     s2ft.set_adapter(model, "mine")
     train(model)
     assert all(
-        torch.equal(held[path], delta.values) for path, delta in attachment_of(model).others["other"].deltas.items()
+        torch.equal(held[path], delta.values) for path, delta in attachment_of(model).loaded["other"].deltas.items()
     )
 
 
@@ -216,7 +216,7 @@ def test_names(tmp_path, saved):
     model = trained(name="mine", steps=1)
     with pytest.raises(ValueError, match="no adapter is called 'yours'; there are mine"):
         s2ft.set_adapter(model, "yours")
-    with pytest.raises(ValueError, match="already: load it under another name"):
+    with pytest.raises(ValueError, match="already: choose another name"):
         s2ft.load_adapter(model, saved, "mine")
     with pytest.raises(ValueError, match="word without slashes"):
         s2ft.load_adapter(model, saved, "../up")

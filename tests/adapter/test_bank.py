@@ -16,10 +16,10 @@ from s2ft import S2FTConfig
 from s2ft.adapter import Adapter, read_adapter
 from s2ft.adapter.bank import AdapterBank
 from s2ft.adapter.formats import native
-from s2ft.api import new_attachment
+from s2ft.attached.record import new_attachment
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.delta import Delta
-from s2ft.model.weights import shape_of
+from s2ft.model.weights import weight_at
 
 RATIOS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}
 HEADS = dict(q_ratio=0.5, v_ratio=1.0, o_ratio=0.5)
@@ -58,7 +58,7 @@ def write(model, folder, ratios, seed=0, std=0.1):
     for projection in projections_of(record.couplings):
         if projection.name in selection:
             index = projection.elements(selection[projection.name])
-            shape = list(shape_of(model, projection))
+            shape = list(weight_at(model, projection).shape)
             shape[projection.dim] = len(index)
             deltas[projection.name] = Delta(projection.dim, index, std * torch.randn(shape, generator=generator))
     native.write(Adapter("random", config, selection, record.fingerprint, deltas), folder)
@@ -317,7 +317,7 @@ def test_names_are_no_paths(name, folder, model):
 
 def test_adding_is_checked(folder, model, tmp_path):
     bank = AdapterBank(model, folder)
-    with pytest.raises(FileNotFoundError, match="no S²FT adapter"):
+    with pytest.raises(FileNotFoundError, match="not an S²FT adapter"):
         bank.add("new", tmp_path)
     with pytest.raises(ValueError, match="called 'a' already"):
         bank.add("a", folder / "b")
@@ -372,8 +372,8 @@ def test_what_is_loaded_is_not_read_again(folder, model, monkeypatch):
 
 
 def test_the_base_is_looked_at_once(folder, model, monkeypatch):
-    looks, look = [], s2ft.api.fingerprint
-    monkeypatch.setattr(s2ft.api, "fingerprint", lambda *args: (looks.append(1), look(*args))[1])
+    looks, look = [], s2ft.attached.record.fingerprint
+    monkeypatch.setattr(s2ft.attached.record, "fingerprint", lambda *args: (looks.append(1), look(*args))[1])
     bank = AdapterBank(model, folder)
     for name in "abcde":
         enter(bank, name)
@@ -493,7 +493,7 @@ def test_batches_do_not_nest(folder, model):
     with torch.no_grad(), bank.batch(["a", "b"]):
         before = output_of(model)
         for another in (bank, other):
-            with pytest.raises(RuntimeError, match="one at a time"):
+            with pytest.raises(RuntimeError, match="one batch at a time"):
                 enter(another, "c")
         assert torch.equal(output_of(model), before)
     enter(other, "c")

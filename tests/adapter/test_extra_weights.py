@@ -25,8 +25,9 @@ import s2ft
 from s2ft import S2FTConfig
 from s2ft.adapter.formats import lora, native
 from s2ft.adapter.pretrained import INDEX
-from s2ft.attached import extra
+from s2ft.attached import extra_weights
 from s2ft.attached.mounting import before_forward, before_load
+from s2ft.attached.record import attachment_of, find_attachment
 from s2ft.files.adapter_folder import CONFIG, TENSORS
 
 HEAD = ("classifier.weight", "classifier.bias")
@@ -141,7 +142,7 @@ def test_evaluation_records_nothing():
     model(input_ids=IDS)
     with torch.no_grad():
         model.train()(input_ids=IDS)
-    assert model._s2ft.extra.base == {}
+    assert attachment_of(model).extra.base == {}
 
 
 class Interrupt(BaseException):
@@ -154,7 +155,7 @@ def interrupted(call, line):
 
     def trace(frame, event, _):
         nonlocal lines
-        if frame.f_code.co_filename != extra.__file__:
+        if frame.f_code.co_filename != extra_weights.__file__:
             return None
         if event == "line":
             lines += 1
@@ -345,7 +346,7 @@ SPOILT = {
     "foreign": (dict(tensors=lambda t: t.update({"extra_weights/x": torch.zeros(1)})), "foreign keys"),
     "path up": (
         dict(config=lambda c: c["extra_weights"].update({"../x": {"dtype": "F32", "shape": [1]}})),
-        "is no name of a parameter",
+        "is not the name of a parameter",
     ),
     "unknown": (
         dict(
@@ -361,7 +362,7 @@ SPOILT = {
         ),
         "outside its couplings",
     ),
-    "unknown module": (dict(config=lambda c: c["config"].update(modules_to_save=["nothing"])), "no module of Bert"),
+    "unknown module": (dict(config=lambda c: c["config"].update(modules_to_save=["nothing"])), "not a module of Bert"),
 }
 
 
@@ -374,7 +375,7 @@ def test_hostile_files_are_refused_before_a_weight_moves(case, saved, tmp_path):
     model = classifier()
     with pytest.raises(ValueError, match=message):
         s2ft.load_adapter(model, folder, trainable=True)
-    assert "_s2ft" not in model.__dict__
+    assert find_attachment(model) is None
     assert_states(state_of(model), BASE)
 
 
@@ -473,11 +474,11 @@ def test_arithmetic_passes_them_through_or_refuses():
     assert (0.5 * without).extra_weights == {}
 
 
-def test_fuse_adapters_and_the_command(tmp_path, saved, capsys):
-    from s2ft.cli.fuse import fuse
+def test_combine_adapters_and_the_command(tmp_path, saved, capsys):
+    from s2ft.cli.combine import combine
 
     s2ft.save_adapter(train(attached("frozen", name="plain")), tmp_path / "plain")
-    fuse([str(saved), str(tmp_path / "plain")], None, None, tmp_path / "sum")
+    combine([str(saved), str(tmp_path / "plain")], None, None, tmp_path / "sum")
     model = classifier()
     for folder, name in ((saved, "a"), (tmp_path / "plain", "b")):
         s2ft.load_adapter(model, folder, name, active=False)
@@ -520,7 +521,7 @@ def test_banks_and_loras_refuse_them_by_name(tmp_path):
         with bank.batch(["normed"]):
             pass
     with pytest.raises(ValueError, match="model.norm.weight trained whole.*format merged"):
-        lora.write(native.read(folder), model, tmp_path / "lora")
+        lora.write(native.read(folder), tmp_path / "lora", model)
     assert not (tmp_path / "lora").exists()
 
 
@@ -536,7 +537,7 @@ def test_merging_a_loaded_one_leaves_its_value(tmp_path):
 @pytest.mark.parametrize(
     "modules, message",
     (
-        (["nothing"], "'nothing', which is no module of Bert"),
+        (["nothing"], "'nothing', which is not a module of Bert"),
         (["dense"], "holds bert.encoder.layer.0.*a weight whose units are trained as slices"),
         (["dropout"], "no floating-point weights"),
     ),
@@ -546,7 +547,7 @@ def test_modules_that_cannot_be_meant_are_refused_before_anything_changes(module
     for call in (s2ft.attach, s2ft.plan):
         with pytest.raises(ValueError, match=message):
             call(model, config)
-    assert "_s2ft" not in model.__dict__ and all(p.requires_grad for p in model.parameters())
+    assert find_attachment(model) is None and all(p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("value", ("classifier", [], [""], [1], 5))

@@ -9,7 +9,6 @@ from support.models import model_of, train
 
 import s2ft
 from s2ft import S2FTConfig, Selection
-from s2ft.files import writing
 from s2ft.files.adapter_folder import CONFIG, PENDING, TENSORS, is_folder, stamp_of
 
 
@@ -57,7 +56,7 @@ def test_a_writer_that_is_stopped_leaves_one_of_the_two(call, moment, adapters, 
         raise Stop
 
     monkeypatch.setattr(os, "replace", stop)
-    monkeypatch.setattr(writing.os, "unlink", lambda path: None)  # a killed process tidies nothing up
+    monkeypatch.setattr(os, "unlink", lambda path: None)  # a killed process tidies nothing up
     with pytest.raises(Stop):
         write(adapters[1], tmp_path)
     monkeypatch.undo()

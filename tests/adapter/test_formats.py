@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,10 @@ from s2ft import S2FTConfig
 from s2ft.adapter import hub, read_adapter
 from s2ft.adapter.export import export_lora, import_lora
 from s2ft.adapter.formats import lora, native
+from s2ft.adapter.push import push_to_hub
 from s2ft.adapter.switch import get_adapter
+from s2ft.export import EXPORTS, IMPORTS
+from s2ft.files.formats import ADAPTER_FORMATS, AdapterFormat
 
 RATIOS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}
 FAMILIES = (
@@ -182,7 +186,7 @@ def test_the_rank_is_one_that_vllm_can_be_set_to(ratio, rank, tmp_path):
 def test_too_wide_for_vllm_is_said(tmp_path):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 600), nn.ReLU(), nn.Linear(600, 4))
-    mlp = s2ft.Coupling("ffn", 0, (s2ft.Projection("u", "0", 600, 1, 0),), s2ft.Projection("d", "2", 600, 1, 1))
+    mlp = s2ft.Coupling.ffn(0, up="0", down="2", channels=600)
     s2ft.attach(net, S2FTConfig(u_ratio=0.9, d_ratio=0.01), couplings=[mlp], example=torch.randn(2, 4))
     with pytest.warns(UserWarning, match="rank 540, and vLLM's max_lora_rank is 512 at most"):
         export_lora(net, tmp_path / "a")
@@ -202,7 +206,7 @@ def test_a_module_of_ones_own(tmp_path):
         inner = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 6))
         return nn.Sequential(nn.Linear(6, 6), inner, nn.Linear(6, 6))
 
-    mlp = [s2ft.Coupling("ffn", 0, (s2ft.Projection("u", "1.0", 20, 1, 0),), s2ft.Projection("d", "1.2", 20, 1, 1))]
+    mlp = [s2ft.Coupling.ffn(0, up="1.0", down="1.2", channels=20)]
     model = net()
     s2ft.attach(model, S2FTConfig(u_ratio=0.3, d_ratio=0.2), couplings=mlp, example=torch.randn(2, 6))
     with torch.no_grad():
@@ -223,12 +227,12 @@ def test_experts_and_convolutions_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"down_proj\[0\] is the weight of experts.*export the model merged"):
         export_lora(trained("mixtral", steps=1, d_ratio=0.1), tmp_path / "a")
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
-    mlp = s2ft.Coupling("ffn", 0, (s2ft.Projection("u", "0", 8, 1, 0),), s2ft.Projection("d", "2", 8, 1, 1))
+    mlp = s2ft.Coupling.ffn(0, up="0", down="2", channels=8)
     s2ft.attach(net, S2FTConfig(d_ratio=0.3), couplings=[mlp], example=torch.randn(2, 3, 9, 9))
     with pytest.raises(ValueError, match="2 is a convolution.*export the model merged"):
         export_lora(net, tmp_path / "a")
     assert not (tmp_path / "a").exists()
-    assert list(lora.RANKS) == sorted(lora.RANKS)
+    assert list(lora.VLLM_RANKS) == sorted(lora.VLLM_RANKS)
 
 
 def test_another_model_is_refused(tmp_path):
@@ -236,7 +240,7 @@ def test_another_model_is_refused(tmp_path):
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight[3, 4] += 0.5
     with pytest.raises(ValueError, match="another base"):
-        lora.write(get_adapter(trained("llama", steps=0), "default"), other, tmp_path / "a")
+        lora.write(get_adapter(trained("llama", steps=0), "default"), tmp_path / "a", other)
     assert not (tmp_path / "a").exists()
 
 
@@ -326,10 +330,18 @@ def infinite(model):
 
 
 REFUSED = {
-    "random": (random_lora, {}, "model.layers.0.mlp.down_proj is no S²FT: of lora_A's rows number 0 has 52 numbers"),
-    "twice": (twice, {}, "down_proj is no S²FT: two of lora_A's rows pick the same column"),
+    "random": (
+        random_lora,
+        {},
+        "model.layers.0.mlp.down_proj does not have the structure of S²FT: number 0 of lora_A's rows has 52 values",
+    ),
+    "twice": (twice, {}, "down_proj does not have the structure of S²FT: two of lora_A's rows select the same column"),
     "infinite": (infinite, {}, "lora_B is not finite"),
-    "other side": (one_hot, dict(target_modules=["up_proj"]), "up_proj is no S²FT: of lora_B's columns"),
+    "other side": (
+        one_hot,
+        dict(target_modules=["up_proj"]),
+        "up_proj does not have the structure of S²FT: number [0-9]+ of lora_B's columns",
+    ),
     "embedding": (
         random_lora,
         dict(target_modules=["embed_tokens"]),
@@ -367,17 +379,17 @@ A0, B0 = (f"base_model.model.model.layers.0.mlp.down_proj.lora_{side}.weight" fo
 SPOILT = {
     "no B": (dict(tensors=lambda t: t.pop(B0)), "has no lora_B"),
     "foreign": (dict(tensors=lambda t: t.update(x=torch.ones(1))), "'x' is not the A or B"),
-    "shape": (dict(tensors=lambda t: t.update({A0: torch.ones(4, 3)})), "are no LoRA of its weight"),
-    "rank": (dict(tensors=lambda t: t.update({A0: t[A0][:3].clone(), B0: t[B0][:, :3].clone()})), "to have rank 4"),
+    "shape": (dict(tensors=lambda t: t.update({A0: torch.ones(4, 3)})), "do not fit its weight"),
+    "rank": (dict(tensors=lambda t: t.update({A0: t[A0][:3].clone(), B0: t[B0][:, :3].clone()})), "must have rank 4"),
     "integers": (dict(tensors=lambda t: t.update({A0: t[A0].long()})), "must be a floating-point matrix"),
     "unknown module": (
         dict(tensors=lambda t: t.update({key.replace("mlp.down_proj", "mlp"): t.pop(key) for key in (A0, B0)})),
-        "'model.layers.0.mlp' is no linear layer of this model",
+        "'model.layers.0.mlp' is not a linear layer of this model",
     ),
     "kind": (dict(config=lambda c: c.update(peft_type="LOHA")), "peft_type is 'LOHA'"),
     "unknown": (dict(config=lambda c: c.update(shiny=True)), "'shiny' is True"),
     "alpha": (dict(config=lambda c: c.update(lora_alpha=0)), "lora_alpha must be a positive number"),
-    "pattern": (dict(config=lambda c: c.update(rank_pattern={"(a+)+$": 4})), "is no module's name"),
+    "pattern": (dict(config=lambda c: c.update(rank_pattern={"(a+)+$": 4})), "must be a module's name"),
 }
 
 
@@ -395,6 +407,38 @@ def test_a_pickled_lora_is_not_read(tmp_path):
     (tmp_path / lora.TENSORS).rename(tmp_path / "adapter_model.bin")
     with pytest.raises(FileNotFoundError, match="adapter_model.bin: such files run code"):
         lora.read(tmp_path, model_of("llama"))
+
+
+# ---- the tables of formats -----------------------------------------------------------------------------
+
+
+def test_a_format_is_one_module_and_one_row(tmp_path, monkeypatch):
+    class Nested:
+        """The native format in a folder inside the folder."""
+
+        matches = staticmethod(lambda folder: (folder / "inside").is_dir())
+        read = staticmethod(lambda folder, model=None, name=None: native.read(folder / "inside", model, name))
+
+    monkeypatch.setitem(sys.modules, "nested", Nested)
+    monkeypatch.setitem(ADAPTER_FORMATS, "nested", AdapterFormat("native, one folder deeper", "nested"))
+    native.write(read_adapter(GOLDEN / "schema-2"), tmp_path / "inside")
+    assert_equal_deltas(read_adapter(tmp_path), read_adapter(GOLDEN / "schema-2"))
+    with pytest.raises(FileNotFoundError, match="is not an S²FT adapter"):
+        read_adapter(tmp_path.parent)
+
+
+def test_every_row_has_the_functions_of_its_module():
+    for known in ADAPTER_FORMATS.values():
+        assert all(callable(function) for function in (known.matches, known.read, known.write, known.describe))
+    assert IMPORTS == [name for name in ADAPTER_FORMATS if name != "native"]
+    assert set(IMPORTS) < set(EXPORTS) and all(callable(export.run) for export in EXPORTS.values())
+
+
+def test_a_lora_folder_is_no_adapter_without_its_model(tmp_path):
+    model = trained("llama", steps=1)
+    export_lora(model, tmp_path)
+    with pytest.raises(ValueError, match="is a LoRA.*use s2ft.import_lora"):
+        read_adapter(tmp_path)
 
 
 # ---- the hub -------------------------------------------------------------------------------------------
@@ -450,7 +494,7 @@ PUSHED = {native.CONFIG, native.TENSORS, "README.md"}
 
 def test_pushed_and_loaded_by_name(fake_hub, tmp_path):
     model = trained("llama")
-    assert hub.push_to_hub(model, "org/adapter", token="t", private=True).startswith("https://hub/org/adapter")
+    assert push_to_hub(model, "org/adapter", token="t", private=True).startswith("https://hub/org/adapter")
     assert fake_hub.calls == ["t", ("private", True)]
     assert {path.name for path in (fake_hub.folder / "org/adapter").iterdir()} == PUSHED
     (fake_hub.folder / "org/adapter/setup.py").write_text("import os")
@@ -471,26 +515,26 @@ def test_the_page_names_a_base_that_the_hub_has_and_no_folder_of_this_machine(fa
 
 def test_a_page_that_is_there_stays(fake_hub, tmp_path):
     model = trained("llama")
-    hub.push_to_hub(model, "org/adapter")
+    push_to_hub(model, "org/adapter")
     (fake_hub.folder / "org/adapter/README.md").write_text("by hand")
-    hub.push_to_hub(model, "org/adapter")
+    push_to_hub(model, "org/adapter")
     assert (fake_hub.folder / "org/adapter/README.md").read_text() == "by hand"
     s2ft.save_adapter(model, tmp_path / "saved")
     (tmp_path / "saved/README.md").write_text("newer")
-    hub.push_to_hub(tmp_path / "saved", "org/adapter")
+    push_to_hub(tmp_path / "saved", "org/adapter")
     assert (fake_hub.folder / "org/adapter/README.md").read_text() == "newer"
 
 
 def test_a_folder_is_pushed_when_it_can_be_read(fake_hub, tmp_path):
-    hub.push_to_hub(GOLDEN / "schema-2", "org/golden", revision="dev")
+    push_to_hub(GOLDEN / "schema-2", "org/golden", revision="dev")
     assert fake_hub.calls == [None, ("private", None), ("branch", "dev")]
     assert {path.name for path in (fake_hub.folder / "org/golden").iterdir()} == PUSHED
     shutil.copytree(GOLDEN / "schema-2", tmp_path / "broken")
     (tmp_path / "broken" / native.TENSORS).write_bytes(b"")
     with pytest.raises(ValueError, match="truncated or damaged"):
-        hub.push_to_hub(tmp_path / "broken", "org/broken")
+        push_to_hub(tmp_path / "broken", "org/broken")
     with pytest.raises(ValueError, match="a folder holds one"):
-        hub.push_to_hub(GOLDEN / "schema-2", "org/broken", name="golden")
+        push_to_hub(GOLDEN / "schema-2", "org/broken", name="golden")
     assert not (fake_hub.folder / "org/broken").exists()
 
 
@@ -506,5 +550,5 @@ def test_what_is_here_comes_first_and_what_is_nowhere_is_said(fake_hub, tmp_path
 
 def test_a_repository_without_an_adapter_is_said(fake_hub):
     (fake_hub.folder / "org/empty").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="is no S²FT adapter: it has no s2ft_config.json"):
+    with pytest.raises(FileNotFoundError, match="is not an S²FT adapter: it has no s2ft_config.json"):
         read_adapter(hub.resolve("org/empty"))

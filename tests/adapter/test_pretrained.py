@@ -201,9 +201,9 @@ def test_every_place_has_the_same_counts(capsys):
     model.print_trainable_parameters()
     assert f"all params: {base:,} || trainable%: {100 * report.share:.4f}" in capsys.readouterr().out
     assert f"of {base:,} parameters" in str(report) and "1 of 4 heads" in str(report)
-    assert str(s2ft.status(model)).count("1 of 4 heads") == 2
+    assert s2ft.status(model).details.count("1 of 4 heads") == 2
     s2ft.load_adapter(other := tiny_model(), s2ft.get_adapter(model, "default"))
-    assert str(s2ft.status(other)).count("1 of 4 heads") == 2
+    assert s2ft.status(other).details.count("1 of 4 heads") == 2
 
 
 def test_trainers_card_and_state(tmp_path):

@@ -198,7 +198,7 @@ def test_the_trainable_one_on_top_of_another_trains_alone():
     assert any(not torch.equal(before.deltas[path].values, after.deltas[path].values) for path in before.deltas)
     assert all(
         torch.equal(delta.values, others[path].values)
-        for path, delta in attachment_of(model).others["b"].deltas.items()
+        for path, delta in attachment_of(model).loaded["b"].deltas.items()
     )
     output = output_of(model)
     assert torch.allclose(output_of(s2ft.merge(model)), output, atol=1e-5)
@@ -432,7 +432,7 @@ def test_switching_does_not_recompile():
 def test_deltas_are_kept_where_asked():
     model = model_of(CASE)
     s2ft.load_adapter(model, FIVE["a"], device="cpu")
-    assert all(delta.values.device.type == "cpu" for delta in attachment_of(model).others["a"].deltas.values())
+    assert all(delta.values.device.type == "cpu" for delta in attachment_of(model).loaded["a"].deltas.values())
 
 
 @pytest.mark.parametrize("case", ("phi3-grouped", "gpt2", "mixtral", "deepseek-v3", "t5"))

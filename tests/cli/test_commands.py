@@ -221,7 +221,7 @@ def test_merge_that_is_not_reproduced_leaves_nothing(work, tmp_path, monkeypatch
     compare = merging._compare
     monkeypatch.setattr(merging, "_compare", spoiled)
     with pytest.raises(RuntimeError, match="is not the merged model: lm_head.weight"):
-        merging.merge_checkpoint(str(work / "model"), work / "out/adapter", tmp_path / "merged")
+        merging.export(str(work / "model"), work / "out/adapter", tmp_path / "merged")
     assert not any(tmp_path.iterdir())
 
 

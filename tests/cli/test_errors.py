@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 from train.tiny import save_tiny, sums, write_jsonl
 
 from s2ft.cli.main import COMMANDS, main
+from s2ft.cli.parse import GROUPS
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +115,7 @@ def test_adapter_that_does_not_exist(capsys, tiny, data, tmp_path, command):
 
 
 def test_info_on_a_folder_without_adapter(capsys, tmp_path):
-    assert f"{tmp_path} is no S²FT adapter" in fails(capsys, "info", tmp_path)
+    assert f"{tmp_path} is not an S²FT adapter" in fails(capsys, "info", tmp_path)
     assert f"there is no folder {tmp_path / 'nosuch'}" in fails(capsys, "info", tmp_path / "nosuch")
 
 
@@ -176,33 +178,158 @@ def test_help_of_every_command(capsys, command):
     assert leave.value.code == 0 and f"s2ft {command}" in capsys.readouterr().out
 
 
-def test_every_field_of_the_config_is_an_option_in_both_spellings(capsys):
+def help_of(capsys, command):
+    with pytest.raises(SystemExit) as leave:
+        main([command, "--help"])
+    assert leave.value.code == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_every_field_is_shown_once_and_read_in_both_spellings(capsys):
     from dataclasses import fields
 
     from s2ft import S2FTConfig
+    from s2ft.cli.finetune import FinetuneArguments
+    from s2ft.cli.parse import parse
+    from s2ft.train.options import TrainOptions
 
-    with pytest.raises(SystemExit):
-        main(["finetune", "--help"])
-    printed = capsys.readouterr().out
-    for field in fields(S2FTConfig):
-        assert f"--{field.name}" in printed and f"--{field.name.replace('_', '-')}" in printed
+    printed = help_of(capsys, "finetune").split("options: -h")[1].split("example:")[0]
+    for field in [field for kind in (FinetuneArguments, S2FTConfig, TrainOptions) for field in fields(kind)]:
+        name = f"no-{field.name}" if field.default is True else field.name
+        assert len(re.findall(rf" --{name.replace('_', '-')}(?= [^-])", printed)) >= 1, name
+        assert f"--{name}" not in printed or "_" not in name
+        assert field.metadata["help"].split(";")[0].split(" (")[0] in printed or field.default is True
+    for spelling in ("--d-ratio", "--d_ratio"):
+        (config,) = parse("finetune", "", [S2FTConfig], [spelling, "0.5", "--ffn_kernel", "false"])
+        assert config.d_ratio == 0.5 and config.ffn_kernel is False
 
 
-def test_help_and_info_do_without_transformers():
-    code = (
-        "import sys; from s2ft.cli.main import main; main(['--help']); import s2ft.cli.info; "
-        "print([m for m in ('transformers', 'matplotlib', 'accelerate') if m in sys.modules])"
-    )
+def test_help_has_groups_choices_units_and_an_example(capsys):
+    printed = help_of(capsys, "finetune")
+    places = [printed.index(f"{group}: --") for group in GROUPS]
+    assert places == sorted(places)
+    for words in (
+        "--selection {random,weight,activation,product,gradient}",
+        "one of linear, cosine, cosine_with_restarts",
+        "(default: 64 rows)",
+        "(default: 1 % of the rows, at least 16)",
+    ):
+        assert words in printed
+    for command in COMMANDS:
+        assert f"example: s2ft {command} " in help_of(capsys, command)
+
+
+def test_help_of_a_negated_switch_says_what_it_does(capsys):
+    printed = help_of(capsys, "finetune")
+    assert "--no-chunked-loss compute the loss from all logits at once" in printed
+    assert "--no-ffn-kernel compute act(gate) * up of the FFN in separate steps" in printed
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], *([command, "--help"] for command in COMMANDS)])
+def test_help_does_not_import_pytorch(arguments):
+    code = f"""
+import sys
+from s2ft.cli.main import main
+try:
+    main({arguments!r})
+except SystemExit as leave:
+    assert leave.code == 0
+print([name for name in ("torch", "transformers", "numpy", "matplotlib", "accelerate") if name in sys.modules])
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.rstrip().endswith("[]")
 
 
-def test_help_of_a_switch_and_of_its_negation(capsys):
-    with pytest.raises(SystemExit):
-        main(["finetune", "--help"])
-    printed = " ".join(capsys.readouterr().out.split())
-    for switch in ("ffn-kernel", "chunked-loss"):
-        assert f"--no-{switch}, --no_{switch.replace('-', '_')} turn --{switch} off --" in printed
+@pytest.mark.parametrize("everything", [False, True])
+def test_of_other_libraries_only_errors_are_shown(everything):
+    code = f"""
+import logging
+from s2ft.cli.main import set_up_logging
+set_up_logging({everything})
+for name in ("torchao", "bitsandbytes.backends", "torch.utils._pytree", "s2ft.train"):
+    logging.getLogger(name).warning(name + " warns")
+    logging.getLogger(name).error(name + " fails")
+logging.getLogger("s2ft.train").info("s2ft tells")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = done.stderr.splitlines()
+    assert sum(line.endswith(" fails") for line in lines) == 4 and "s2ft tells" in lines
+    assert sum(line.endswith(" warns") for line in lines) == (4 if everything else 1) and "s2ft.train warns" in lines
+
+
+SUGGESTIONS = [
+    (["eval", "--lr", "1"], "there is no option --lr (see s2ft eval --help)"),
+    (["finetune", "--lr", "1e-4"], "there is no option --lr; did you mean --learning-rate? (see s2ft finetune --help)"),
+    (["finetune", "--num_train_epochs=1"], "there is no option --num_train_epochs; did you mean --epochs?"),
+    (["finetune", "--learning-rat", "1"], "did you mean --learning-rate?"),
+    (["finetune", "--bf16"], "did you mean --dtype bfloat16?"),
+    (["finetune", "--selection", "wieght"], "got 'wieght'; did you mean weight?"),
+    (["finetune", "more"], "unexpected argument 'more'"),
+    (["export", "--format", "gguff"], "(see s2ft export --help)"),
+    (["export", "--lora-rank", "3"], "there is no option --lora-rank; did you mean --rank?"),
+    (["train"], "there is no command 'train'; did you mean finetune? (see s2ft --help)"),
+    (["evaluate"], "did you mean eval?"),
+    (["chat"], "did you mean generate --chat?"),
+    (["fuse"], "did you mean combine?"),
+    (["finetnue"], "did you mean finetune?"),
+    (["--verison"], "there is no option '--verison'"),
+]
+VALUES = [
+    (["--epochs", "many"], "--epochs must be a number, got 'many'"),
+    (["--batch-size", "1.5"], "--batch-size must be a whole number, got '1.5'"),
+    (["--max-steps", str(10**30)], "max_steps must be at most 4294967295"),
+    (["--limit", "0"], "limit must be at least 1, got 0"),
+    (["--limit", "-1"], "limit must be at least 1, got -1"),
+    (["--eval-limit", "0"], "eval_limit must be at least 1, got 0"),
+    (["--schedule", "sine"], "--schedule must be one of linear, cosine, "),
+    (["--dtype", "int8"], "--dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
+    (["--resume", "perhaps"], "--resume must be true or false, got 'perhaps'"),
+    (["--optimizer", "galore_adamw"], "works on the gradients of whole weights"),
+    (["--d-ratio"], "--d-ratio: expected one argument"),
+]
+
+
+@pytest.mark.parametrize(
+    "arguments, message", SUGGESTIONS, ids=lambda value: " ".join(value)[:30] if type(value) is list else ""
+)
+def test_an_unknown_name_gets_the_closest_one(arguments, message, capsys):
+    needed = {"finetune": ["--model", "m", "--data", "d", "--output", "o"]}
+    needed["eval"] = ["--model", "m", "--data", "d", "--task", "arithmetic"]
+    needed["export"] = ["a", "--model", "m", "--output", "o"]
+    command, *rest = arguments
+    assert main([command, *needed.get(command, []), *rest]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message", VALUES, ids=lambda value: " ".join(value)[:30] if type(value) is list else ""
+)
+def test_a_wrong_value_is_one_line(arguments, message, capsys):
+    assert main(["finetune", "--model", "m", "--data", "d", "--output", "o", *arguments]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("s2ft finetune: error: ") and printed.endswith(" (see s2ft finetune --help)\n")
+    assert message in printed and printed.count("\n") == 1
+
+
+def test_a_wrong_name_is_reported_before_what_it_leaves_missing(capsys):
+    assert main(["finetune", "--model_name_or_path", "m"]) == 2
+    assert "no option --model_name_or_path; did you mean --model?" in capsys.readouterr().err
+    assert main(["generate", "--model", "./nowhere", "--prompt", "--- a line"]) == 2
+    assert "./nowhere doesn't exist" in capsys.readouterr().err
+
+
+def test_missing_options_are_named(capsys):
+    assert main(["select", "--d-ratio", "0.1"]) == 2
+    assert capsys.readouterr().err == "s2ft select: error: missing: --model, --output (see s2ft select --help)\n"
+
+
+def test_a_dtype_has_a_short_name():
+    from s2ft.cli.parse import parse
+    from s2ft.train.options import TrainOptions
+
+    (options,) = parse("finetune", "", [TrainOptions], ["--dtype", "bf16", "--autocast", "fp16"])
+    assert (options.dtype, options.autocast) == ("bfloat16", "float16")
 
 
 def test_data_that_python_does_not_read(capsys, tiny, tmp_path):

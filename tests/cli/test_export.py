@@ -25,7 +25,6 @@ from s2ft.adapter import read_adapter
 from s2ft.adapter.formats import lora, native
 from s2ft.cli.main import main
 from s2ft.export import gguf
-from s2ft.export.merged import merge_gguf
 from s2ft.packages import MissingPackages
 from s2ft.text.models import load_model
 
@@ -142,8 +141,13 @@ def test_merged_in_shards(work, tmp_path):
         (["ADAPTER", "--max-shard-size", "1GB"], "--max-shard-size is for merged, not for lora"),
         (["ADAPTER", "--name", "x"], "--name is for from-lora, not for lora"),
         (["ADAPTER", "--rank", 3], "rank must be at least"),
+        (
+            ["ADAPTER", "--format", "merged", "--max-shard-size", "0GB"],
+            "max_shard_size must be a size above 0, such as",
+        ),
+        (["ADAPTER", "--dtype", "int8"], "--dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
         (["nowhere"], "there is no folder nowhere"),
-        (["--from-lora", "ADAPTER"], "is no PEFT LoRA: it has no adapter_config.json"),
+        (["--from-lora", "ADAPTER"], "is not a PEFT LoRA: it has no adapter_config.json"),
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(arguments, message, work, tmp_path, capsys):
@@ -344,7 +348,7 @@ def test_tokenizers_that_are_not_written_as_gguf(pre):
 def test_without_the_package_gguf_it_is_named(work, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(MissingPackages, match="pip install gguf"):
-        merge_gguf(str(work / "model"), work / "adapter", tmp_path / "out")
+        gguf.export(str(work / "model"), work / "adapter", tmp_path / "out")
 
 
 def test_a_gguf_that_is_another_model_is_not_kept(work, tmp_path, monkeypatch):
@@ -352,7 +356,7 @@ def test_a_gguf_that_is_another_model_is_not_kept(work, tmp_path, monkeypatch):
     base_of(tmp_path / "model")
     make_adapter(tmp_path / "model", tmp_path / "adapter")
     with pytest.raises(RuntimeError, match="is not the merged model: model.layers.0.self_attn.k_proj.weight"):
-        merge_gguf(str(tmp_path / "model"), tmp_path / "adapter", tmp_path / "out")
+        gguf.export(str(tmp_path / "model"), tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -369,7 +373,7 @@ def test_info_says_everything(work, capsys):
         f"{adapter.parameters:,} parameters, {size:,} bytes",
         "10 projections",
         "float32",
-        f"twice the bytes, {8 * adapter.parameters:,}",
+        f"as a LoRA about {8 * adapter.parameters:,} bytes",
         "trained on: 2 layers in float32",
         adapter.selection.digest,
         "model_type: llama",

@@ -61,7 +61,7 @@ def commands(work, adapter, output):
         ],
         "merge": ["merge", "--model", work / "model", "--adapter", adapter, "--output", output],
         "export": ["export", adapter, "--model", work / "model", "--output", output],
-        "fuse": ["fuse", adapter, work / "runs/chat", "--output", output],
+        "combine": ["combine", adapter, work / "runs/chat", "--output", output],
     }
 
 
@@ -119,10 +119,10 @@ def test_served_are_runs_by_their_names_and_no_checkpoints(work, caplog, directo
 
     caplog.set_level("INFO")
     known = Adapters(AdapterBank(tiny_model()), work / directory)
-    known.say()
+    known.log_adapters()
     assert known.names == names and said in caplog.text
     for name in names:
-        known.give_back(known.take(name))
+        known.release(known.acquire(name))
 
 
 def test_a_client_loads_the_output_of_a_run(work):

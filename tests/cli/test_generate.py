@@ -8,8 +8,8 @@ from train.tiny import save_tiny, tiny_tokenizer
 
 import s2ft
 from s2ft.cli.main import main
+from s2ft.text.generation import generate
 from s2ft.text.models import load_model
-from s2ft.train.evaluate import generate
 
 UNTIED = dict(tie_word_embeddings=False)
 

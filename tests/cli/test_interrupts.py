@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from train.tiny import save_tiny, sums, write_jsonl
 
-from s2ft.train.checkpoints import checkpoints, last_whole
+from s2ft.train.checkpoints import checkpoints, newest_valid
 from s2ft.train.output import read_log
 
 STEPS, SAVE = 120, 3
@@ -90,7 +90,7 @@ def test_killed_and_resumed_is_as_if_never_killed(work, tmp_path, kills):
     for number in range(kills):
         process = start(work, output, *(["--resume"] if number else []))
         done = kill_at(process, output, min(STEPS - 2, done + moments.randint(1, STEPS // kills - 1)))
-        found = last_whole(output)  # the last one that the log has left behind is there
+        found = newest_valid(output)  # the last one that the log has left behind is there
         assert (done - 1) // SAVE * SAVE <= (int(found.name.rpartition("-")[2]) if found else 0)
     last = start(work, output, "--resume")
     _, errors = last.communicate()

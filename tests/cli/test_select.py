@@ -5,8 +5,8 @@ from train.tiny import save_tiny, sums, write_jsonl
 
 import s2ft
 from s2ft.cli.main import main
+from s2ft.text.calibration import calibration_for
 from s2ft.text.encoding import TokenRow
-from s2ft.train.calibration import calibration_for
 
 RUN = ["--max-steps", "1", "--batch-size", "2", "--micro-batch-size", "2"]
 
@@ -135,7 +135,7 @@ def test_budget_exclude_and_units(work, tmp_path, capsys):
         == 0
     )
     assert "trained" in capsys.readouterr().out and s2ft.Selection.load(tmp_path / "out/adapter") == second
-    assert command("info", tmp_path / "out") == 0 and "units: given by hand" in capsys.readouterr().out
+    assert command("info", tmp_path / "out") == 0 and "units: given by the user" in capsys.readouterr().out
     assert select("third.json", "--units", tmp_path / "out/adapter") == second
 
 
@@ -145,7 +145,7 @@ def test_budget_exclude_and_units(work, tmp_path, capsys):
         (["--budget", "lots"], "budget must be a number of parameters such as 9.2M"),
         (["--budget", "1"], "budget=1 is too small"),
         (["--units", "nowhere.json"], "nowhere.json"),
-        (["--units", "DATA"], "is no selection"),
+        (["--units", "DATA"], "is not a selection"),
         (["--units", "x", "--d-ratio", "0.1"], "nothing is left for d_ratio"),
         (["--selection", "activation"], "selection='activation' needs data"),
         (["--data", "DATA"], "selection='random' takes no data"),
@@ -182,7 +182,7 @@ def test_calibration_without_a_use_is_a_mistake(work, tmp_path, capsys):
         )
         == 2
     )
-    assert "calibration_examples has no use here" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert "calibration_examples has no effect here" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_rows_are_drawn_by_seed():

@@ -246,4 +246,4 @@ def test_modules_are_trained_whole_saved_and_merged(work, tmp_path, capsys):
     )
     assert "trained whole" in capsys.readouterr().err and not (tmp_path / "lora").exists()
     assert main(["info", str(tmp_path / "out")]) == 0
-    assert "model.norm.weight trained whole" in capsys.readouterr().out
+    assert "model.norm.weight trained in full" in capsys.readouterr().out

@@ -11,10 +11,13 @@ import torch
 from filelock import FileLock  # PyTorch needs it too
 from support import sanitizers
 
+from s2ft.ops.act_mul import ACTIVATIONS as PYTHON_ACTIVATIONS
+
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 CODES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+# csrc/core/activation.h has the same order
+ACTIVATIONS = {name: number for number, name in enumerate(PYTHON_ACTIVATIONS)}
 
 
 def pointer(tensor):

@@ -1,9 +1,9 @@
-// Stands in for the CUDA runtime, so that the .cu files of csrc/cuda run on the CPU. For tests only.
+// Replaces the CUDA runtime, so that the .cu files of csrc/cuda run on the CPU. For tests only.
 //
-// Every CUDA thread is a fiber. The blocks of a grid run one after another, and within a block the
-// fibers run in an order that is drawn anew after every barrier: a kernel that depends on an order,
-// or lacks a barrier, gives wrong numbers under some seed. A barrier that only part of a block
-// reaches is an error, as is one that part of a warp reaches for a warp exchange.
+// Every CUDA thread is a fiber. The blocks of a grid run one after another. Within a block the fibers run in random
+// order, which changes after every barrier. A kernel that depends on an order, or lacks a barrier, gives wrong numbers
+// for some seed. It is an error if only a part of a block reaches a block barrier, or a part of a warp reaches a warp
+// exchange.
 #pragma once
 
 #include <ucontext.h>
@@ -52,18 +52,18 @@ struct Fiber {
 
 struct Machine {
   unsigned seed = 0;
-  unsigned max_blocks = 0;  // 0: no limit. Fewer blocks make a grid-stride loop go round more often.
+  unsigned max_blocks = 0;  // 0 for no limit. With fewer blocks a grid-stride loop makes more iterations.
   bool capturing = false;
-  std::string error;     // of the last launch
-  std::string calls;     // runtime calls on streams and events, one a line
+  std::string error;  // of the last launch
+  std::string calls;  // runtime calls on streams and events, one a line
 
   dim3 grid, block, block_index;
   std::vector<Fiber> fibers;
   Fiber* current = nullptr;
   ucontext_t scheduler;
   std::function<void()> kernel;
-  std::vector<uint64_t> lanes;                         // what a warp exchange publishes
-  std::map<int, std::unique_ptr<char[]>> shared;       // by declaration
+  std::vector<uint64_t> lanes;                    // what a warp exchange publishes
+  std::map<int, std::unique_ptr<char[]>> shared;  // by declaration
 };
 
 inline Machine& machine() {
@@ -83,7 +83,7 @@ inline void fiber_main() {
   wait_at(At::finished);
 }
 
-// On its own, for getcontext may return twice as far as the compiler knows.
+// A function of its own, because the compiler must assume that getcontext returns twice.
 inline void prepare_context(Fiber& f) {
   getcontext(&f.context);
   f.context.uc_stack.ss_sp = f.stack.get();
@@ -111,7 +111,7 @@ inline void run_runnable(Machine& m, std::vector<size_t>& order, std::mt19937& r
   }
 }
 
-// Lets fibers [begin, end) go on if all of them that still run stand at `place`.
+// Releases the fibers [begin, end) from the barrier `place` if all of them that have not finished wait there.
 inline bool release(Machine& m, size_t begin, size_t end, At place, bool all_must_live) {
   size_t waiting = 0, finished = 0;
   for (size_t i = begin; i < end; ++i) {
@@ -168,8 +168,8 @@ inline void launch(dim3 grid, dim3 block, std::function<void()> kernel) {
   }
 }
 
-// One allocation a block and declaration, so that an address sanitizer sees overruns; filled with
-// ones (a NaN), so that a read before a write shows.
+// There is one allocation per block and declaration, so that an address sanitizer finds overruns. It is filled with
+// ones, which are a NaN, so that a read before the first write is noticed.
 template <class T>
 T* shared(int declaration, size_t count) {
   std::unique_ptr<char[]>& memory = machine().shared[declaration];
@@ -180,7 +180,7 @@ T* shared(int declaration, size_t count) {
   return reinterpret_cast<T*>(memory.get());
 }
 
-// Every lane publishes a value and reads that of lane `from` of its warp; its own if there is none.
+// Every lane publishes a value and reads the value of lane `from` of its warp, or its own if there is no such lane.
 template <class T>
 T exchange(T value, int from) {
   static_assert(sizeof(T) <= sizeof(uint64_t));

@@ -1,4 +1,4 @@
-// The launchers of csrc/cuda with a C interface, for ctypes, and the simulator's settings.
+// A C interface for ctypes to the launchers of csrc/cuda and to the simulator's settings.
 #include "cuda/launch.h"
 #include "cuda_on_cpu.h"
 
@@ -6,8 +6,8 @@
 
 using namespace s2ft;
 
-// A tensor along one dimension, as tests/cuda_on_cpu/conftest.py lays it out: units, outer, inner, their
-// strides, and whether the units are the last dimension.
+// A tensor along one dimension, in the format of tests/cuda_on_cpu/conftest.py: units, outer, inner, their strides, and
+// 1 if the units are the last dimension.
 static Along along(const int64_t* a) { return Along{a[0], a[1], a[2], a[3], a[4], a[5], a[6] != 0}; }
 
 extern "C" {
@@ -18,7 +18,7 @@ void configure(unsigned seed, unsigned max_blocks, int capturing) {
   simulator::machine().capturing = capturing != 0;
 }
 
-// The runtime calls since the last time.
+// The runtime calls since the last call of this function.
 const char* calls() {
   static std::string text;
   text = std::move(simulator::machine().calls);
@@ -40,8 +40,8 @@ int units(const char* step, int weight_type, int delta_type, void* weight, const
   return -1;
 }
 
-int exchange(int64_t element_size, void* weight, const int64_t* weight_along, void* values,
-             const int64_t* values_along, const int64_t* index) {
+int exchange(int64_t element_size, void* weight, const int64_t* weight_along, void* values, const int64_t* values_along,
+             const int64_t* index) {
   const Exchange e{along(weight_along), along(values_along), index};
   return cuda::exchange_units(e, element_size, weight, values, nullptr);
 }
@@ -62,9 +62,10 @@ int scatter_add(int weight_type, int delta_type, void* weight, const int64_t* we
   for (int64_t j = 0; j < count; ++j)
     parts.push_back({along(delta_alongs + 7 * j), replaced ? along(replaced_alongs + 7 * j) : Along{}, deltas[j],
                      replaced ? replaced[j] : nullptr, indices[j], alphas[j]});
-  const Scatter s{along(weight_along), weight, static_cast<DType>(weight_type), static_cast<DType>(delta_type),
-                  parts.data(), count, replaced != nullptr};
-  std::vector<int64_t> scratch(cuda::scatter_scratch_bytes(s) / 8, -7);   // what uninitialized memory may hold
+  const Scatter s{
+      along(weight_along), weight, static_cast<DType>(weight_type), static_cast<DType>(delta_type), parts.data(), count,
+      replaced != nullptr};
+  std::vector<int64_t> scratch(cuda::scatter_scratch_bytes(s) / 8, -7);  // like uninitialized memory
   return cuda::scatter_add_units(s, scratch.data(), nullptr);
 }
 
@@ -92,7 +93,8 @@ int act_mul_backward(int activation, int dtype, int64_t size, const void* grad, 
 }
 
 int add_adapters(int dtype, const void* x, const void* y, void* out, const int64_t* batch_sizes, const void* values,
-                 const int64_t* index, const int64_t* offsets, const int64_t* adapter, const int64_t* bank_sizes, int dim) {
+                 const int64_t* index, const int64_t* offsets, const int64_t* adapter, const int64_t* bank_sizes,
+                 int dim) {
   const Bank bank{values, index, offsets, bank_sizes[0], bank_sizes[1], bank_sizes[2], dim == 0};
   const Batch batch{x, y, out, adapter, batch_sizes[0], batch_sizes[1], batch_sizes[2], batch_sizes[3]};
   return cuda::add_adapters(bank, batch, static_cast<DType>(dtype), nullptr);
@@ -100,5 +102,4 @@ int add_adapters(int dtype, const void* x, const void* y, void* out, const int64
 
 int ordered_begin(int device, void* stream) { return cuda::ordered_begin(device, stream); }
 int ordered_end(int device, void* stream) { return cuda::ordered_end(device, stream); }
-
 }

@@ -1,4 +1,4 @@
-// Kernels that check the simulator itself: a right one, and two with faults that it must show.
+// Kernels that check the simulator itself: a correct one, and two with faults that it must find.
 #include "cuda_on_cpu.h"
 
 namespace {

@@ -141,5 +141,5 @@ def test_parts_of_what_is_trained_are_refused(tmp_path):
 
 def test_wrappers_are_named():
     wrapper = torch.nn.ModuleDict({"module": attached("llama")})
-    with pytest.raises(ValueError, match="wrapper of the model that has one: pass model.module"):
+    with pytest.raises(ValueError, match="wraps the model that has one: pass model.module"):
         s2ft.get_adapter(wrapper, "default")

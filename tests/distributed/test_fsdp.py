@@ -10,6 +10,7 @@ from runs import attached, check_same_files, files, logits, sharded, train
 from support.models import model_of
 
 import s2ft
+from s2ft.attached.record import attachment_of
 
 WAYS = {
     "blocks": {},
@@ -246,7 +247,7 @@ def test_what_would_change_layers_is_refused_and_changes_nothing(ranks, alone, t
 
 def whole_weights_alive(rank, case):
     model = attached(case)
-    layers = {path: mount.layer for path, mount in model._s2ft.mounts.items()}
+    layers = {path: mount.layer for path, mount in attachment_of(model).mounts.items()}
     whole = {path: weakref.ref(layer.weight.untyped_storage()) for path, layer in layers.items()}
     sharded(model)
     gc.collect()
@@ -262,9 +263,9 @@ def train_cast(rank, way, directory):
     """Steps of a fiftieth of what bfloat16 has at the deltas. What was warned of."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    from s2ft.layers.base import _say_cast
+    from s2ft.layers.base import _warn_about_cast
 
-    _say_cast.cache_clear()
+    _warn_about_cast.cache_clear()
     policy = {
         "uncast": MixedPrecisionPolicy(),
         "cast": MixedPrecisionPolicy(torch.bfloat16),
@@ -282,7 +283,7 @@ def with_deltas():
     """Of about 0.1 in float32, on a base in bfloat16."""
     model, generator = attached("llama", dtype=torch.bfloat16), torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for mount in model._s2ft.mounts.values():
+        for mount in attachment_of(model).mounts.values():
             mount.layer.s2.uniform_(0.08, 0.12, generator=generator)
     return model
 
@@ -296,7 +297,7 @@ def test_updates_below_bfloat16_are_not_lost(ranks, way, tmp_path):
     s2ft.save_adapter(model, tmp_path / "one")
     for said in warned:  # once a process, where the weight of the forward is not the one that merging writes
         assert len(said) == (way != "uncast")
-        assert all("made as float32 and comes to the forward as bfloat16" in one for one in said)
+        assert all("made as float32 and is bfloat16 in the forward" in one for one in said)
     (before, _), (one, _), (two, _) = (files(tmp_path / name) for name in ("before", "one", "two"))
     for key in (key for key in before if key.endswith(".delta")):
         expected, moved = one[key] - before[key], two[key] - before[key]
@@ -339,7 +340,7 @@ def switch_extra_weights(rank, folder, unfrozen):
     same.append(torch.equal(head(), trained))
     s2ft.save_adapter(model, folder)
     s2ft.adapter.restore_adapter(model, folder)
-    gathered = s2ft.adapter.store.gathered(model)["lm_head.weight"]
+    gathered = s2ft.adapter.saving.gather_trained(model)["lm_head.weight"]
     return [*same, torch.equal(head(), trained), torch.equal(gathered, trained)]
 
 

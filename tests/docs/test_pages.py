@@ -8,6 +8,8 @@ import pytest
 
 from s2ft.model.registry import known_architectures
 
+from .blocks import ROOT
+
 
 @pytest.fixture(scope="module")
 def commands():
@@ -25,8 +27,8 @@ def shown_options(name):
 
 
 def test_an_option_has_its_default_and_its_meaning(commands):
-    assert re.search(r"\| `--seed SEED` \| `0` \| .*seed", commands)
-    assert re.search(r"\| `--model MODEL` \| required \| ", commands)
+    assert re.search(r"\| `--seed \w+` \| `?0`? \| .*seed", commands)
+    assert re.search(r"\| `--model \w+` \| required \| ", commands)
 
 
 def test_every_family_is_in_the_table():
@@ -41,3 +43,11 @@ def test_links_of_a_file_of_the_root():
     text = pages.relinked("CHANGELOG.md", "https://example.org/blob/main")
     assert text.startswith("# ")
     assert not re.search(r"\]\((?!https?://|#|[\w/-]+\.md)", text)
+
+
+@pytest.mark.parametrize("name", ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "examples/README.md"])
+def test_links_between_files_of_the_repository(name):
+    """mkdocs checks the links of docs/; these files are outside."""
+    page = ROOT / name
+    links = re.findall(r"\]\((?!https?://|#|mailto:)([^)\s#]+)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if not (page.parent / link).exists()] == []

@@ -36,7 +36,7 @@ def test_values_and_gradients(shape, dtype, device, activation):
     torch.testing.assert_close(act_mul(gate, up, activation), theirs, rtol=rtol, atol=atol)
     ours = act_mul_backward(grad, gate, up, activation)
     gate.requires_grad_(), up.requires_grad_()
-    act, _ = ACTIVATIONS[activation]
+    act = ACTIVATIONS[activation].function
     for got, expected in zip(ours, torch.autograd.grad(act(gate) * up, (gate, up), grad)):
         torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)
 
@@ -158,10 +158,9 @@ def test_keeps_gate_and_up_alone(activation):
 
 @pytest.mark.parametrize("up", (torch.ones(3), torch.ones(2, dtype=torch.float64)))
 def test_bad_arguments(up):
-    with pytest.raises(ValueError, match="one shape and dtype"):
-        act_mul(torch.ones(2), up, "silu")
-    with pytest.raises(ValueError, match="up must have gate's"):  # in C++
-        torch.ops.s2ft.act_mul(torch.ones(2), up, "silu")
+    for call in (act_mul, torch.ops.s2ft.act_mul, reference):
+        with pytest.raises(ValueError, match="up must have gate's"):
+            call(torch.ones(2), up, "silu")
     with pytest.raises(ValueError, match="grad must have gate's"):
         act_mul_backward(up, torch.ones(2), torch.ones(2), "silu")
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from support.tolerances import GEMM
 
+import s2ft
 from s2ft.ops import _linear, indexed_linear, sliced_linear
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -109,10 +110,10 @@ def test_second_derivatives_float64(op, shape, dim):
 
 
 @pytest.mark.parametrize("op,dim", OPS_AND_DIMS, ids=name)
-def test_a_delta_that_needs_a_gradient_needs_its_share_of_x(op, dim):
+def test_a_delta_that_needs_a_gradient_needs_its_columns_of_x(op, dim):
     case = Case(op, SHAPES[0], dim, torch.float32)
     if dim == 1:
-        with pytest.raises(ValueError, match="share of x must be given"):
+        with pytest.raises(ValueError, match="selected columns of x, must be given"):
             getattr(torch.ops.s2ft, op.__name__)(case.x, case.weight, case.delta, case.units, dim, None, None)
 
 
@@ -136,7 +137,7 @@ def test_compiled_kernel_equals_reference(op, shape, dim, dtype, device):
 def test_several_segments(dim, dtype):
     """Heads: runs of neighbouring units, long and short, side by side, in any order."""
     case = Case(indexed_linear, (120, 120, 0, 91), dim, dtype)
-    runs = (range(80, 112), range(0, 16), range(16, 48), range(50, 59), (49,), (113,))
+    runs = (range(80, 112), range(16), range(16, 48), range(50, 59), (49,), (113,))
     case.units = case.index = torch.tensor([unit for run in runs for unit in run])
     before = case.weight.clone()
     assert torch.equal(case.call(), F.linear(case.x, case.effective(), case.bias))
@@ -315,6 +316,36 @@ def test_bad_arguments_raise_and_leave_the_weight(bad):
     with pytest.raises(ValueError, match=message):
         call(weight)
     assert torch.equal(weight, torch.ones(4, 6))
+
+
+DELTA = torch.ones(4, 2, requires_grad=True)
+BAD_COLUMNS = {
+    "reversed": (sliced_linear, torch.ones(2, 6), DELTA, -1, "slice -1:1 outside"),
+    "outside": (sliced_linear, torch.ones(2, 6), DELTA, 5, "slice 5:7 outside"),
+    "x": (sliced_linear, torch.ones(2, 5), DELTA, 4, "x of shape"),
+    "no x": (sliced_linear, torch.ones(()), DELTA, 0, "x of shape"),
+    "delta": (sliced_linear, torch.ones(2, 6), torch.ones(2, requires_grad=True), 0, "must be matrices|be a matrix"),
+    "index dtype": (indexed_linear, torch.ones(2, 6), DELTA, torch.ones(2), "int64"),
+    "index length": (indexed_linear, torch.ones(2, 6), DELTA, torch.arange(3), "shape"),
+    "index high": (indexed_linear, torch.ones(2, 6), DELTA, torch.tensor([0, 6]), "index has 6"),
+    "index low": (indexed_linear, torch.ones(2, 6), DELTA, torch.tensor([0, -1]), "index has -1"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_COLUMNS)
+def test_bad_arguments_are_named_where_x_is_read_before_the_op(bad):
+    """For dim 1 and a trained delta, the selected columns of x are copied first."""
+    op, x, delta, units, message = BAD_COLUMNS[bad]
+    with pytest.raises(ValueError, match=message):
+        op(x, torch.ones(4, 6), delta, units, 1)
+
+
+@pytest.mark.parametrize("op", OPS, ids=name)
+def test_a_correct_call_checks_its_arguments_in_the_kernel_only(op, monkeypatch):
+    monkeypatch.setattr(_linear, "check", lambda *args: pytest.fail("checked twice"))
+    if s2ft.build_info()["ops"][op.__name__]:
+        for dim in (0, 1):
+            Case(op, SHAPES[0], dim, torch.float32).call().sum().backward()
 
 
 def test_mixed_dtypes_outside_autocast_raise():

@@ -46,7 +46,7 @@ def test_a_read_only_weight_is_an_error_and_no_crash(op, read_only):
 def test_a_layer_refuses_read_only_memory(read_only):
     linear = torch.nn.Linear(8, 8, bias=False)
     linear.weight = torch.nn.Parameter(read_only, requires_grad=False)
-    with pytest.raises(ValueError, match="weight lies in read-only memory"):
+    with pytest.raises(ValueError, match="weight is in read-only memory"):
         S2RowLinear.from_module(linear, 0, 2)
 
 

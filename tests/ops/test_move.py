@@ -235,8 +235,8 @@ BAD = {
     ),
     "scatter twice": (lambda w: scatter_add_(w, torch.tensor([1, 1]), torch.ones(2, 6), 0), "twice"),
     "scatter delta": (lambda w: scatter_add_(w, torch.tensor([1, 2]), torch.ones(6, 2), 0), "delta must"),
-    "scatter number": (lambda w: scatter_add_(w, [torch.tensor([1])], [], 0), "as many"),
-    "scatter alphas": (lambda w: scatter_add_(w, torch.tensor([1]), torch.ones(1, 6), 0, [1, 2]), "as many"),
+    "scatter number": (lambda w: scatter_add_(w, [torch.tensor([1])], [], 0), "same number"),
+    "scatter alphas": (lambda w: scatter_add_(w, torch.tensor([1]), torch.ones(1, 6), 0, [1, 2]), "same number"),
     "scatter replaced": (
         lambda w: scatter_add_(w, torch.tensor([1]), torch.ones(1, 6), 0, 1, torch.ones(2, 6)),
         "replaced must",

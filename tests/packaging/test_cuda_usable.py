@@ -8,7 +8,7 @@ from support.models import model_of
 
 import s2ft
 from s2ft.ops import _build
-from s2ft.ops._cuda import serves, version, why_unusable
+from s2ft.ops._cuda import runs_on, version, why_unusable
 
 # architecture, capability, whether the driver compiles PTX, whether the code runs there
 SERVES = [
@@ -42,10 +42,10 @@ DECISIONS = {
     "old GPU": (13000, 13000, ARCHS, [T4], ""),
     "newer driver": (13010, 12060, ("9.0",), [H100], ""),
     "older minor driver, machine code": (12040, 12080, ("9.0+PTX",), [H100], ""),
-    "older minor driver, PTX": (12040, 12080, ("8.0+PTX",), [H100], "8.0+PTX, which does not serve device 0 (H100"),
+    "older minor driver, PTX": (12040, 12080, ("8.0+PTX",), [H100], "8.0+PTX, which does not support device 0 (H100"),
     "PTX": (13000, 13000, ("8.0+PTX",), [H100], ""),
     "no driver": (0, 13000, ARCHS, [], "there is no CUDA driver"),
-    "old driver": (12080, 13000, ARCHS, [H100], "serves CUDA up to 12.8 and the kernels were built with CUDA 13.0"),
+    "old driver": (12080, 13000, ARCHS, [H100], "supports CUDA up to 12.8 and the kernels were built with CUDA 13.0"),
     "too old a GPU": (13000, 13000, ARCHS, [V100], "device 0 (V100, compute capability 7.0)"),
     "one of two": (13000, 13000, ("8.0",), [A100, T4], "device 1 (Tesla T4, compute capability 7.5)"),
     "no GPU": (13000, 13000, ARCHS, [], ""),
@@ -54,7 +54,7 @@ DECISIONS = {
 
 @pytest.mark.parametrize("arch, capability, jit, expected", SERVES, ids=str)
 def test_which_code_runs_where(arch, capability, jit, expected):
-    assert serves(arch, capability, jit) is expected
+    assert runs_on(arch, capability, jit) is expected
 
 
 @pytest.mark.parametrize("case", DECISIONS)
@@ -129,7 +129,7 @@ def test_kernels_are_registered_with_cuda_and_nothing_is_said(fresh):
 @pytest.mark.parametrize(
     "module, device, reason",
     (
-        (Module(driver=12080), H100, "the driver serves CUDA up to 12.8"),
+        (Module(driver=12080), H100, "the driver supports CUDA up to 12.8"),
         (Module(), T4, "device 0 (Tesla T4, compute capability 7.5)"),
         (Module(with_cuda=False), H100, "the CUDA kernels were not built"),
     ),
@@ -139,7 +139,7 @@ def test_what_cannot_run_is_not_registered_and_said_once(fresh, module, device, 
     assert reason in fresh(module, device)
     assert not module.registered
     (message,) = warned()
-    assert reason in message and "PyTorch implementations serve" in message
+    assert reason in message and "uses the PyTorch implementations" in message
 
 
 def test_the_builds_reason_is_given(fresh):
@@ -149,7 +149,7 @@ def test_the_builds_reason_is_given(fresh):
 def test_pytorch_for_another_vendor_registers_nothing(fresh, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     module = Module()
-    assert "not one for CUDA" in fresh(module) and not module.registered
+    assert "not built for CUDA" in fresh(module) and not module.registered
 
 
 def test_a_failure_does_not_reach_pytorch(fresh):

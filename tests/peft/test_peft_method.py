@@ -112,7 +112,7 @@ def test_layers_and_peft_fields_narrow_it_down():
         f"model.layers.{i}.mlp.down_proj" for i in (0, 2)
     }
     assert paths(d_ratio=0.1, exclude_modules=r".*\.[01]\..*") == {"model.layers.2.mlp.down_proj"}
-    with pytest.raises(ValueError, match="d_ratio: modules_to_save or .* leaves none"):
+    with pytest.raises(ValueError, match="d_ratio: modules_to_save, .* excludes all"):
         paths(d_ratio=0.1, o_ratio=0.5, modules_to_save=["down_proj"])
 
 
@@ -145,7 +145,7 @@ def test_projections_that_share_a_module_are_one_delta():
 
 @pytest.mark.parametrize("case", ("mixtral", "qwen3-moe"))
 def test_stacked_experts_are_refused_by_name(case):
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.down_proj\[0\] is one of a stack of experts"):
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.down_proj\[0\] is one expert of a stack"):
         get_peft_model(model_of(case), S2FTPeftConfig(d_ratio=0.2))
     attention = get_peft_model(model_of(case), S2FTPeftConfig(o_ratio=0.5))
     assert len(layers_of(attention)) == 3
@@ -169,9 +169,9 @@ BAD = {
     "nothing": ({}, "nothing is selected"),
     "ratio alone": (dict(ratio=0.1), "give target_modules"),
     "targets alone": (dict(target_modules=["down_proj"]), "target_modules needs ratio"),
-    "targets and d_ratio": (dict(target_modules=["down_proj"], d_ratio=0.1), "goes with ratio"),
-    "ratio and d_ratio": (dict(target_modules=["down_proj"], ratio=0.1, d_ratio=0.1), "goes with ratio"),
-    "units and ratio": (dict(units={"x": [0]}, ratio=0.1, target_modules=["x"]), "nothing is left for ratio"),
+    "targets and d_ratio": (dict(target_modules=["down_proj"], d_ratio=0.1), "exclude each other"),
+    "ratio and d_ratio": (dict(target_modules=["down_proj"], ratio=0.1, d_ratio=0.1), "exclude each other"),
+    "units and ratio": (dict(units={"x": [0]}, ratio=0.1, target_modules=["x"]), "units and ratio exclude each other"),
     "units and d_ratio": (dict(units={"x": [0]}, d_ratio=0.1), "nothing is left for d_ratio"),
     "ratio above one": (dict(target_modules=["down_proj"], ratio=1.5), "ratio must be a number from 0 to 1"),
     "no dim": (dict(target_modules=["down_proj"], ratio=0.1, dim="rows"), "dim must be one of outputs, inputs"),
@@ -192,13 +192,17 @@ def test_configs_that_cannot_be_meant(name):
 
 
 UNFIT = {
-    "another projection": (dict(g_ratio=0.1), "gpt2", "g_ratio asks for a projection that this model does not have"),
-    "unknown units": (dict(units={"model.layers.9.mlp.down_proj": [0]}), "llama", "which is no projection or module"),
+    "another projection": (dict(g_ratio=0.1), "gpt2", "g_ratio requests a projection that this model does not have"),
+    "unknown units": (
+        dict(units={"model.layers.9.mlp.down_proj": [0]}),
+        "llama",
+        "which is not a projection or module",
+    ),
     "unit too high": (dict(units={"model.layers.0.mlp.down_proj": [52]}), "llama", "there is no 52"),
     "units and targets": (
         dict(units={"model.layers.0.mlp.down_proj": [0]}, target_modules=["up_proj"]),
         "llama",
-        "which is none of target_modules",
+        "which is not in target_modules",
     ),
     "targets without units": (
         dict(units={"model.layers.0.mlp.down_proj": [0]}, target_modules=["down_proj"]),
@@ -206,7 +210,11 @@ UNFIT = {
         "units names no unit of it",
     ),
     "dim in a family": (dict(target_modules=["down_proj"], ratio=0.1, dim="outputs"), "llama", "are its inputs"),
-    "outside, no dim": (dict(target_modules=["lm_head"], ratio=0.1), "llama", "dim must say what the units of lm_head"),
+    "outside, no dim": (
+        dict(target_modules=["lm_head"], ratio=0.1),
+        "llama",
+        "dim must be outputs or inputs, the units of lm_head",
+    ),
     "too small a ratio": (dict(target_modules=["down_proj"], ratio=0.001), "llama", "none of the 52 units"),
     "embedding": (dict(target_modules=["embed_tokens"], ratio=0.5, dim="inputs"), "llama", "is a Embedding"),
     "no such module": (dict(target_modules=["nowhere"], ratio=0.5), "llama", "not found in the base model"),
@@ -225,7 +233,9 @@ def test_configs_that_do_not_fit_leave_the_model_as_it_was(name):
 
 def test_a_family_that_is_not_known_needs_targets():
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    with pytest.raises(ValueError, match="not of a model family that s2ft knows: give target_modules, ratio and dim"):
+    with pytest.raises(
+        ValueError, match="not belong to a model family that s2ft knows: give target_modules, ratio and dim"
+    ):
         get_peft_model(net, S2FTPeftConfig(d_ratio=0.5))
 
 
@@ -283,7 +293,7 @@ def test_native_folders_go_both_ways(tmp_path):
 
 def test_an_adapter_of_no_family_has_no_native_form():
     net = get_peft_model(nn.Sequential(nn.Linear(4, 8)), S2FTPeftConfig(target_modules=["0"], ratio=0.5, dim="inputs"))
-    with pytest.raises(ValueError, match="is of no model family that s2ft knows"):
+    with pytest.raises(ValueError, match="does not belong to a model family that s2ft knows"):
         to_native(net)
     with pytest.raises(ValueError, match="no adapter is called 'other'"):
         to_native(net, "other")
@@ -469,7 +479,7 @@ def test_weights_of_other_units_are_refused(tmp_path):
     """The shapes are the same: nothing else would notice, and the wrong channels would change."""
     model, other = peft_of(seed=0, **RATIOS), peft_of(seed=1, **RATIOS)
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="are of other units than its config names"):
+    with pytest.raises(ValueError, match="have other units than its config"):
         set_peft_model_state_dict(model, get_peft_model_state_dict(other))
     assert same_state(model.state_dict(), before)
 
@@ -583,7 +593,7 @@ def test_set_add_and_delete():
 def test_a_config_that_fails_leaves_the_others_as_they_were():
     model = two_of()
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="is no projection or module"):
+    with pytest.raises(ValueError, match="is not a projection or module"):
         model.add_adapter("c", S2FTPeftConfig(units={"nowhere": [0]}))
     assert set(model.peft_config) == {"a", "b"} and same_state(model.state_dict(), before)
 
@@ -616,9 +626,9 @@ def test_a_weighted_sum_is_saved_like_any_other(tmp_path):
     "arguments, message",
     (
         ((["a", "x"], [1, 1], "sum"), "Adapter x does not exist"),
-        ((["a"], [1, 1], "sum"), "as many as adapters"),
+        ((["a"], [1, 1], "sum"), "must have the same length"),
         ((["a"], [float("nan")], "sum"), "must be a finite number"),
-        (([], [], "sum"), "at least one"),
+        (([], [], "sum"), "at least 1"),
         ((["a"], [1], "b"), "there is an adapter called 'b' already"),
         ((["a"], [1], "sum", "svd"), "combination_type must be linear"),
     ),

@@ -129,7 +129,7 @@ def test_one_side_of_a_module():
     """And nothing is added to the modules before it."""
     net = nn.Sequential(nn.Linear(9, 11), nn.Linear(11, 9))
     model = get_peft_model(net, S2FTPeftConfig(target_modules=["1"], ratio=0.4, dim="inputs"), "a")
-    with pytest.raises(ValueError, match="'b' trains outputs of a module of which another adapter trains inputs"):
+    with pytest.raises(ValueError, match="'b' trains outputs of a module, and another adapter trains its inputs"):
         model.add_adapter("b", S2FTPeftConfig(target_modules=["0", "1"], ratio=0.4, dim="outputs"))
     assert set(model.peft_config) == {"a"} and list(layer_of(model).s2ft_delta) == ["a"]
     assert type(net[0]) is nn.Linear

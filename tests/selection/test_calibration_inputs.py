@@ -11,11 +11,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 import s2ft
-from s2ft import Coupling, Projection, S2FTConfig
-from s2ft.model.coupling import projections_of
+from s2ft import Coupling, S2FTConfig
+from s2ft.model.coupling import Projection, projections_of
 from s2ft.model.registry import couplings_of
 from s2ft.selection import METRICS
-from s2ft.selection.calibration import Calibration
+from s2ft.selection.batches import Calibration
 from s2ft.selection.metric import Request
 
 RATIOS = dict(q_ratio=1.0, k_ratio=1.0, v_ratio=1.0, o_ratio=1.0, u_ratio=1.0, g_ratio=1.0, d_ratio=1.0)
@@ -444,39 +444,42 @@ WRONG = {  # case, batches, message
     "a list": ("clip-vision", [{"pixel_values": pixels(1).tolist()}], "needs pixel_values, .*got list"),
     "classes": (
         *changed("vit", labels=CLASSES[:2]),
-        r"batch 0: labels must have shape \(3, ...\) as pixel_values \(3, 3, 12, 12\) ask for, got \(2,\)",
+        r"batch 0: labels must have shape \(3, ...\) to fit pixel_values \(3, 3, 12, 12\), got \(2,\)",
     ),
     "classes as a list": (*changed("vit", labels=[1, 4, 0]), "labels must have shape .* got list"),
     "clip's mask": (
         *changed("clip", attention_mask=mask_of((3, 8, 6), 8)),
-        r"attention_mask must have shape \(3, 10\) as input_ids",
+        r"attention_mask must have shape \(3, 10\) to fit input_ids",
     ),
-    "bert's labels": (*changed("bert", labels=tokens(3, 7)), r"labels must have shape \(3, 8\) as input_ids \(3, 8\)"),
+    "bert's labels": (
+        *changed("bert", labels=tokens(3, 7)),
+        r"labels must have shape \(3, 8\) to fit input_ids \(3, 8\)",
+    ),
     "no sound": ("whisper", [{"labels": tokens(2, 5)}], "batch 0 needs input_features, WhisperForConditional"),
     "flat sound": ("whisper", [{"input_features": sound(2)[0]}], r"needs input_features, .*got shape \(5, 14\)"),
     "frames": (
         *changed("whisper, labels", attention_mask=mask_of((14, 6), 14)),
-        r"attention_mask must have shape \(3, ...\) as input_features",
+        r"attention_mask must have shape \(3, ...\) to fit input_features",
     ),
     "no decoder inputs": ("t5", [text(8)], "needs decoder_input_ids, or labels to make them from, for the decoder of"),
     "sound without decoder inputs": ("whisper", [sound(2)], r"needs decoder_input_ids, .*\(it has input_features\)"),
     "decoder rows": (
         *changed("t5, inputs", decoder_input_ids=tokens(2, 5)),
-        r"decoder_input_ids must have shape \(3, ...\) as input_ids \(3, 8\) ask for, got \(2, 5\)",
+        r"decoder_input_ids must have shape \(3, ...\) to fit input_ids \(3, 8\), got \(2, 5\)",
     ),
     "decoder mask": (
         *changed("t5, inputs", decoder_attention_mask=mask_of((2, 2, 2), 4)),
-        r"decoder_attention_mask must have shape \(3, 5\) as decoder_input_ids",
+        r"decoder_attention_mask must have shape \(3, 5\) to fit decoder_input_ids",
     ),
     "decoder mask by labels": (
         *changed("t5, labels", decoder_attention_mask=mask_of((2, 2, 2), 4)),
-        r"decoder_attention_mask must have shape \(3, 5\) as labels",
+        r"decoder_attention_mask must have shape \(3, 5\) to fit labels",
     ),
     "decoder labels": (
         *changed("t5, both", labels=tokens(3, 4)),
-        r"labels must have shape \(3, 5\) as decoder_input_ids",
+        r"labels must have shape \(3, 5\) to fit decoder_input_ids",
     ),
-    "label rows": (*changed("t5, labels", labels=tokens(2, 5)), r"labels must have shape \(3, ...\) as input_ids"),
+    "label rows": (*changed("t5, labels", labels=tokens(2, 5)), r"labels must have shape \(3, ...\) to fit input_ids"),
 }
 
 
@@ -497,13 +500,13 @@ NEED_LABELS = {"vit": "vit", "bert": "bert", "t5": "t5, inputs", "whisper": "whi
 @pytest.mark.parametrize("case", NEED_LABELS)
 def test_gradient_needs_labels_but_of_causal_models(case):
     _, batches = changed(NEED_LABELS[case], labels=None)
-    with pytest.raises(ValueError, match="needs labels in every calibration batch: .* is no causal language model"):
+    with pytest.raises(ValueError, match="needs labels in every calibration batch: .* is not a causal language model"):
         select(model_of(case), "gradient", batches)
 
 
 def test_gradient_of_a_contrastive_loss():
     case, batches = CASES["clip, other length"]
-    with pytest.raises(ValueError, match="contrastive loss of CLIPModel tells the pairs of a batch apart: one pair"):
+    with pytest.raises(ValueError, match="contrastive loss of CLIPModel compares the pairs of a batch, so one pair"):
         select(model_of(case), "gradient", batches)
 
 

@@ -2,6 +2,7 @@
 
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,13 +10,13 @@ from support.models import ALL_RATIOS, model_of
 from torch.utils.data import DataLoader
 
 import s2ft
-from s2ft import S2FTConfig
+from s2ft import S2FTConfig, config, selection
 from s2ft.attached.record import attachment_of
 from s2ft.model.coupling import projections_of
 from s2ft.model.registry import couplings_of
-from s2ft.model.weights import like_matrix, matrix_of, weight_of
-from s2ft.selection import METRICS
-from s2ft.selection.calibration import Calibration
+from s2ft.model.weights import weight_at
+from s2ft.selection import ALLOCATIONS, METRICS
+from s2ft.selection.batches import Calibration
 from s2ft.selection.metric import Request, shared_by_producers
 
 CALIBRATED = [name for name, metric in METRICS.items() if metric.calibrated]
@@ -69,7 +70,7 @@ def reference(model, metric, batch):
         return reference_gradients(model, batch)
     projections = list(projections_of(couplings_of(model)))
     if metric == "weight":
-        return {p.name: norms(matrix_of(model, p), p) for p in projections}
+        return {p.name: norms(weight_at(model, p).matrix, p) for p in projections}
     seen, hooks = {}, []
     real = batch["attention_mask"].bool()
     for path in {p.path for p in projections if p.expert is None}:
@@ -119,7 +120,7 @@ def reference_gradients(model, batch):
         labels = torch.where(mask * mask.roll(1) == 1, ids, -100)  # neither padding nor what follows it
         model(input_ids=ids[None], attention_mask=mask[None], labels=labels[None]).loss.backward()
         for p in projections_of(couplings_of(model)):
-            totals.setdefault(p.name, []).append(norms(like_matrix(model, p, weight_of(model, p).grad), p))
+            totals.setdefault(p.name, []).append(norms(weight_at(model, p).view(weight_at(model, p).tensor.grad), p))
     model.zero_grad()
     return {name: torch.stack(found).square().mean(0).sqrt() for name, found in totals.items()}
 
@@ -365,8 +366,8 @@ def test_selecting_leaves_the_model(metric, case, checkpointing):
 
 IDS = torch.arange(16).view(2, 8)
 WRONG = {
-    "empty": (lambda: [], ValueError, "calibration is empty"),
-    "all padding": (lambda: [{"input_ids": IDS, "attention_mask": IDS * 0}], ValueError, "gave no tokens"),
+    "empty": (list, ValueError, "calibration is empty"),
+    "all padding": (lambda: [{"input_ids": IDS, "attention_mask": IDS * 0}], ValueError, "it has no tokens"),
     "one batch": (lambda: {"input_ids": IDS}, TypeError, "iterable of batches, got dict"),
     "one tensor": (lambda: IDS, TypeError, "got Tensor"),
     "a number": (lambda: 3, TypeError, "got int"),
@@ -431,3 +432,14 @@ def test_a_model_without_a_loss():
     with pytest.raises(ValueError, match="loss from labels; LlamaModel does not"):
         s2ft.attach(model, S2FTConfig(d_ratio=0.1, selection="gradient"), calibration=[IDS])
     s2ft.attach(model, S2FTConfig(d_ratio=0.1, selection="activation"), calibration=[IDS])
+
+
+# ---- the tables ------------------------------------------------------------------------------------------
+
+
+def test_the_config_offers_the_metrics_and_allocations_that_there_are():
+    assert config.CHOICES["selection"] == tuple(METRICS) == tuple(config.METRICS)
+    assert config.CHOICES["allocation"] == tuple(ALLOCATIONS) == tuple(config.ALLOCATIONS)
+    folder = Path(selection.__file__).parent
+    assert {path.stem.removeprefix("allocation_") for path in folder.glob("allocation_*.py")} == set(ALLOCATIONS)
+    assert {path.stem for path in folder.glob("*.py") if "\nMETRIC = " in path.read_text()} == set(METRICS)

@@ -47,7 +47,7 @@ def test_of_an_adapter_folder(tmp_path):
 def test_table():
     selection = Selection({"0.mlp.up": torch.arange(3), "1.mlp.up": torch.arange(1205), "0.mlp.down": torch.arange(2)})
     assert [line.split() for line in str(selection).splitlines()] == [
-        ["projection", "layers", "units", "a", "layer", "units"],
+        ["projection", "layers", "units", "per", "layer", "units"],
         ["up", "2", "3", "to", "1205", "1,208"],
         ["down", "1", "2", "2"],
     ]
@@ -55,7 +55,7 @@ def test_table():
 
 WRONG = {
     "not JSON": ("{", "not JSON"),
-    "no object": ("[]", "holds a list"),
+    "no object": ("[]", "contains a list"),
     "another file": ({"a": 1}, "must have schema, units and digest"),
     "more": ({"schema": 1, "units": {}, "digest": "", "x": 0}, "must have schema, units and digest"),
     "newer": ({"schema": 2, "units": {"a": [0]}, "digest": ""}, "schema 2; this s2ft reads schema 1"),

@@ -72,10 +72,10 @@ def test_excluding_an_adapter(tmp_path):
 def test_too_few_left():
     model = model_of("llama")
     exclude = {DOWN: list(range(50))}
-    with pytest.raises(ValueError, match=f"exclude leaves 2 channels of {DOWN} to choose from; 5 are asked for"):
+    with pytest.raises(ValueError, match=f"exclude leaves 2 channels of {DOWN} to choose from; 5 are requested"):
         s2ft.attach(model, S2FTConfig(d_ratio=0.1, exclude=exclude))
     everything = {f"model.layers.{i}.mlp.down_proj": list(range(50)) for i in range(3)}
-    with pytest.raises(ValueError, match="exclude leaves 6 channels of the layers' d projections.*15 are asked"):
+    with pytest.raises(ValueError, match="exclude leaves 6 channels of the layers' d projections.*15 are requested"):
         s2ft.attach(model, S2FTConfig(d_ratio=0.1, exclude=everything, selection="weight", allocation="global"))
     with pytest.raises(ValueError, match="more than the 144 parameters"):
         s2ft.attach(model, S2FTConfig(d_ratio=0.1, exclude=everything, budget=145))
@@ -114,8 +114,8 @@ def test_units_by_hand(layout, tmp_path):
         ({DOWN: 3}, f"units: {DOWN} must have a list"),
         ({DOWN: [1.0]}, f"units: {DOWN} must have a list"),
         ({}, "units must give lists of unit numbers by module path, and at least one"),
-        ({"model.layers.9.mlp.down_proj": [1]}, "units names model.layers.9.mlp.down_proj, which is no projection"),
-        ({"lm_head": [1]}, "units names lm_head, which is no projection of this model"),
+        ({"model.layers.9.mlp.down_proj": [1]}, "units names model.layers.9.mlp.down_proj, which is not a projection"),
+        ({"lm_head": [1]}, "units names lm_head, which is not a projection of this model"),
     ],
 )
 def test_units_that_are_wrong(units, message):
@@ -151,7 +151,7 @@ def test_units_by_hand_leave_nothing_to_choose(options):
 
 
 def test_units_by_hand_take_no_calibration_and_no_other_types():
-    with pytest.raises(ValueError, match="nothing to calibrate"):
+    with pytest.raises(ValueError, match="there is nothing to calibrate"):
         s2ft.attach(model_of("llama"), S2FTConfig(units={DOWN: [1]}), calibration=[torch.ones(1, 4).long()])
     for option in ("units", "exclude"):
         with pytest.raises(ValueError, match=f"{option} must be a selection, .*got list"):

@@ -9,10 +9,10 @@ import uvicorn
 from train.tiny import tiny_model, tiny_tokenizer
 
 import s2ft
-from s2ft.serve.batch import Batch, Row
 from s2ft.serve.options import ServerOptions
-from s2ft.serve.sampling import Sampler
 from s2ft.serve.server import Server, build_app
+from s2ft.text.running_batch import Row, RunningBatch
+from s2ft.text.sampling import Sampler
 
 BASE = "tiny"
 DEADLINE = 60.0
@@ -83,4 +83,4 @@ def greedy_row(prompt, adapter=None):
     return Row(prompt, Sampler(), adapter)
 
 
-__all__ = ["BASE", "Batch", "alone", "eventually", "greedy_row", "running", "save_adapters", "text_of"]
+__all__ = ["BASE", "RunningBatch", "alone", "eventually", "greedy_row", "running", "save_adapters", "text_of"]

@@ -343,10 +343,20 @@ def test_a_broken_adapter_fails_its_requests_alone(folder, server):
                     ["torn", "a0", BASE, "torn", "a1", "a2"],
                 )
             )
-        assert [answer.status_code for answer in answers] == [500, 200, 200, 500, 200, 200]
-        assert str(folder) not in error_of(answers[0], 500, "adapter_failed")
+        assert [answer.status_code for answer in answers] == [400, 200, 200, 400, 200, 200]
+        assert str(folder) not in error_of(answers[0], 400, "invalid_adapter")
     finally:
         shutil.rmtree(folder / "torn")
+
+
+def test_an_adapter_of_another_base_is_refused_with_the_reason(folder, server):
+    save_adapters(folder / "other", 1, seed=5, **UNTIED)
+    (folder / "other/a0").rename(folder / "foreign")
+    try:
+        message = error_of(post(server, "/v1/completions", {**GOOD, "model": "foreign"}), 400, "invalid_adapter")
+        assert "was trained on another base" in message and str(folder) not in message
+    finally:
+        shutil.rmtree(folder / "foreign"), shutil.rmtree(folder / "other")
 
 
 def test_new_folders_are_found_and_deleted_ones_are_not_served(folder, server, client):
@@ -367,7 +377,7 @@ def test_nothing_is_left_of_adapters_that_went(server):
     eventually(lambda: not service.engine.running and not service.engine.waiting, "an idle server")
     versions = service.engine.adapters._known.values()
     eventually(lambda: all(version.users == 0 for version in versions), "adapters without users")
-    assert set(service.engine.adapters.bank.names) == {version.in_bank for version in versions}
+    assert set(service.engine.adapters.bank.names) == {version.bank_name for version in versions}
 
 
 def test_metrics(server):

@@ -12,8 +12,8 @@ from s2ft.serve.engine import Engine
 from s2ft.serve.errors import ApiError
 from s2ft.serve.job import Job
 from s2ft.serve.registry import Adapters
-from s2ft.serve.sampling import Sampler
-from s2ft.serve.text import TextStream
+from s2ft.text.sampling import Sampler
+from s2ft.text.streams import TextStream
 
 
 class FakeBank:
@@ -80,7 +80,7 @@ class Client:
 
     def __init__(self, engine, adapter=None, prompt=(5, 6, 7), max_tokens=4, **options):
         self.events, self.done = [], threading.Event()
-        version = None if adapter is None else engine.adapters.take(adapter)
+        version = None if adapter is None else engine.adapters.acquire(adapter)
         self.job = Job(
             prompt, max_tokens, Sampler(**options), TextStream(tiny_tokenizer()), frozenset(), self.told, version
         )
@@ -171,7 +171,7 @@ def test_an_adapter_that_doesnt_load_fails_alone(folder):
         good, bad, other = Client(engine, "a"), Client(engine, "b"), Client(engine, "c")
         gate.open()
         assert good.last().finish == other.last().finish == first.last().finish == "length"
-        assert bad.last().error.status == 500 and bad.last().error.code == "adapter_failed"
+        assert bad.last().error.status == 400 and bad.last().error.code == "invalid_adapter"
 
 
 def test_an_adapter_whose_files_went_while_its_job_waited_is_404(folder):
@@ -277,7 +277,42 @@ def test_adapters_of_a_folder_that_vanished_are_404(folder):
         (folder / "a" / "s2ft_config.json").unlink()
         assert engine.adapters.names == ["b", "c"]
         with pytest.raises(ApiError, match="no model 'a'"):
-            engine.adapters.take("a")
+            engine.adapters.acquire("a")
+
+
+def test_an_adapter_that_can_not_be_loaded_now_is_503(folder):
+    class Full(FakeBank):
+        def batch(self, names):
+            raise MemoryError("no memory is left")
+
+    with engine_over(folder, Full()) as engine:
+        error = Client(engine, "b").last().error
+        assert (error.status, error.code) == (503, "adapter_failed") and "no memory is left" in error.message
+
+
+def test_each_skipped_folder_is_logged_with_the_reason(folder, caplog):
+    for name, files in {
+        "empty": [],
+        "half": ["s2ft_config.json"],
+        "lora": ["adapter_config.json"],
+        "run": ["run.json"],
+        "checkpoint-4": ["s2ft_config.json", "s2ft_adapter.safetensors", "trainer_state.json"],
+        "a\\b": ["s2ft_config.json", "s2ft_adapter.safetensors"],
+        ".hidden": [],
+    }.items():
+        (folder / name).mkdir()
+        for file in files:
+            (folder / name / file).touch()
+    Adapters(FakeBank(), folder).log_adapters()
+    reasons = dict(record.args for record in caplog.records if "is not served" in record.message)
+    assert {path.name: reason.removeprefix(f"{path} ") for path, reason in reasons.items()} == {
+        "a\\b": "its name can't be the name of an adapter",
+        "checkpoint-4": "it is a checkpoint of a training run",
+        "empty": "has no s2ft_config.json and no s2ft_adapter.safetensors",
+        "half": "has no s2ft_adapter.safetensors",
+        "lora": "it is an adapter of PEFT: convert a LoRA with s2ft export --from-lora",
+        "run": "it is the output of a run that has saved no adapter yet",
+    }
 
 
 def test_an_adapter_may_not_have_the_bases_name(folder):

@@ -96,7 +96,7 @@ def test_an_address_that_is_taken(model, capsys):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--adapters", "nowhere"], "nowhere is no folder"),
+        (["--adapters", "nowhere"], "nowhere is not a folder"),
         (["--port", "70000"], "port"),
         (["--queue-size", "0"], "queue_size"),
         (["--api-key", "a b"], "API key"),

@@ -11,7 +11,7 @@ import s2ft
 from s2ft import S2ColumnLinear, S2FTConfig, S2RowLinear
 from s2ft.attached.active import mounted_deltas
 from s2ft.attached.record import attachment_of
-from s2ft.model.weights import like_matrix, weight_of
+from s2ft.model.weights import weight_at
 
 HALVES = (torch.bfloat16, torch.float16)
 halves = pytest.mark.parametrize("half", HALVES, ids=str)
@@ -71,7 +71,7 @@ def test_autocast(case, layout, half):
             mount.layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     plain, projections = s2ft.merge(copy.deepcopy(model)).requires_grad_(False), attachment_of(model).projections
     for projection in projections.values():
-        weight_of(plain, projection).requires_grad_(True)
+        weight_at(plain, projection).tensor.requires_grad_(True)
     seen.clear()
     with torch.autocast("cpu", half):
         # scaled, for the least of float16 is not far
@@ -80,7 +80,8 @@ def test_autocast(case, layout, half):
     assert set(seen) == {half}
     ours, theirs = by_projection(model), {}
     for name, delta in ours.items():
-        whole = like_matrix(plain, projections[name], weight_of(plain, projections[name]).grad)
+        handle = weight_at(plain, projections[name])
+        whole = handle.view(handle.tensor.grad)
         theirs[name] = whole.index_select(delta.dim, delta.index)
     assert within(
         *(

@@ -16,8 +16,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import s2ft
-from s2ft import Coupling, Projection, S2FTConfig
+from s2ft import Coupling, S2FTConfig
 from s2ft.attached.record import attachment_of
+from s2ft.model.coupling import Projection
 
 # llama-grouped and gemma2 have the fused FFN, phi3 and gpt-neox several projections in a weight, gpt2 Conv1D, vit and
 # whisper no tokens, t5 and whisper two stacks, qwen3-moe experts

@@ -12,8 +12,9 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 import s2ft
-from s2ft import Coupling, Projection, S2FTConfig
+from s2ft import Coupling, S2FTConfig
 from s2ft.attached.record import attachment_of
+from s2ft.model.coupling import Projection
 
 BACKEND = "aot_eager"  # traces forward and backward as inductor does, in a fraction of the time
 FAMILIES = (

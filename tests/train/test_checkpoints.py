@@ -7,7 +7,7 @@ import torch
 from adapter.test_pretrained import ROWS, StopAt, assert_same, attached, trainer
 from train.test_finetune import deltas, losses, run
 
-from s2ft.train.checkpoints import SEAL, STATE, UNFINISHED, checkpoints, damage, finish, last_whole, seal
+from s2ft.train.checkpoints import SEAL, STATE, UNFINISHED, checkpoints, damage, move_into_place, newest_valid, seal
 from s2ft.train.trainer import AdapterCheckpoints, S2FTTrainer
 
 
@@ -29,8 +29,8 @@ def flip(path):
 
 
 DAMAGES = {
-    "a bit flipped": (lambda c: flip(c / "optimizer.pt"), "optimizer.pt is not what was written"),
-    "a file cut": (lambda c: (c / "sub/part.bin").write_bytes(b""), "part.bin is not what was written"),
+    "a bit flipped": (lambda c: flip(c / "optimizer.pt"), "optimizer.pt was changed after it was written"),
+    "a file cut": (lambda c: (c / "sub/part.bin").write_bytes(b""), "part.bin was changed after it was written"),
     "a file missing": (lambda c: (c / "optimizer.pt").unlink(), "optimizer.pt is missing"),
     "the state missing": (lambda c: (c / STATE).unlink(), f"{STATE} is missing"),
     "an empty seal": (lambda c: (c / SEAL).write_text(""), f"{SEAL} can't be read"),
@@ -45,17 +45,17 @@ def test_a_damaged_newest_is_named_and_the_last_whole_one_taken(case, tmp_path, 
     spoil, message = DAMAGES[case]
     for step in (9, 10, 20):
         checkpoint(tmp_path, step)
-    assert last_whole(tmp_path).name == "checkpoint-20" and not caplog.text
+    assert newest_valid(tmp_path).name == "checkpoint-20" and not caplog.text
     spoil(tmp_path / "checkpoint-20")
     assert message in damage(tmp_path / "checkpoint-20")
-    assert last_whole(tmp_path).name == "checkpoint-10"
-    assert "checkpoint-20 is damaged and left out" in caplog.text and message in caplog.text
+    assert newest_valid(tmp_path).name == "checkpoint-10"
+    assert "checkpoint-20 is damaged and is skipped" in caplog.text and message in caplog.text
 
 
 def test_none_is_whole(tmp_path):
-    assert last_whole(tmp_path) is None
+    assert newest_valid(tmp_path) is None
     (checkpoint(tmp_path, 3) / "optimizer.pt").unlink()
-    assert last_whole(tmp_path) is None
+    assert newest_valid(tmp_path) is None
 
 
 def test_finishing_seals_renames_and_keeps_the_newest_and_the_best(tmp_path):
@@ -63,10 +63,10 @@ def test_finishing_seals_renames_and_keeps_the_newest_and_the_best(tmp_path):
         checkpoint(tmp_path, step)
     written = checkpoint(tmp_path / UNFINISHED, 4, sealed=False)
     checkpoint(tmp_path, 4)  # of an earlier try
-    finish(written, tmp_path, keep=2, best=tmp_path / "checkpoint-1")
+    move_into_place(written, tmp_path, keep=2, best=tmp_path / "checkpoint-1")
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-4"]
     assert not (tmp_path / UNFINISHED).exists() and not damage(tmp_path / "checkpoint-4")
-    finish(checkpoint(tmp_path / UNFINISHED, 5, sealed=False), tmp_path, keep=0)
+    move_into_place(checkpoint(tmp_path / UNFINISHED, 5, sealed=False), tmp_path, keep=0)
     assert len(checkpoints(tmp_path)) == 3
 
 
@@ -95,7 +95,7 @@ def test_the_trainer_falls_back_and_trains_what_the_whole_run_trains(tmp_path, c
 
 
 def test_nothing_to_resume_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="no whole checkpoint in"):
+    with pytest.raises(ValueError, match="no valid checkpoint in"):
         ours(attached(), tmp_path).train(resume_from_checkpoint=True)
 
 
@@ -115,7 +115,7 @@ def test_an_interrupted_write_leaves_no_checkpoint(tmp_path, monkeypatch):
         broken.train()
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"] and (tmp_path / UNFINISHED).exists()
     ours(attached(), tmp_path, save_steps=2).train(resume_from_checkpoint=True)
-    assert not (tmp_path / UNFINISHED).exists() and last_whole(tmp_path).name == "checkpoint-8"
+    assert not (tmp_path / UNFINISHED).exists() and newest_valid(tmp_path).name == "checkpoint-8"
 
 
 def test_the_best_checkpoint_is_known_by_its_place(tmp_path):
@@ -184,6 +184,6 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint_and_says_so(tmp_path, capl
     run(tmp_path / "cut", save_steps=2, stop_after=6)
     (tmp_path / "cut/checkpoint-6/s2ft_adapter.safetensors").write_bytes(b"")
     _, folder, result = run(tmp_path / "cut", save_steps=2, resume=True)
-    assert "checkpoint-6 is damaged and left out" in caplog.text and "resuming from checkpoint-4" in caplog.text
+    assert "checkpoint-6 is damaged and is skipped" in caplog.text and "resuming from checkpoint-4" in caplog.text
     assert result.steps == 8 and losses(folder) == losses(whole)
     assert all(torch.equal(value, deltas(whole)[key]) for key, value in deltas(folder).items())

@@ -13,9 +13,9 @@ import s2ft
 from s2ft.packages import NEEDS, MissingPackages
 from s2ft.text.encoding import encode_examples
 from s2ft.text.examples import example_from
-from s2ft.train.evaluate import HeldOut
-from s2ft.train.finetune import check_packages_of_run, finetune, say_length
-from s2ft.train.options import TrainOptions
+from s2ft.train.finetune import check_packages_of_run, finetune, log_length
+from s2ft.train.held_out import HeldOut
+from s2ft.train.options import SCHEDULES, TrainOptions
 from s2ft.train.output import RunFolder, read_log
 
 CONFIG = s2ft.S2FTConfig(d_ratio=0.1, v_ratio=0.5)
@@ -179,17 +179,6 @@ def test_warm_up_is_at_most_a_tenth_of_the_run():
     assert TrainOptions(warmup_steps=0).warmup(80) == 0
 
 
-SCHEDULES = [
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
-]
-
-
 def rates(path, schedule, steps):
     return [
         line["learning_rate"]
@@ -236,10 +225,10 @@ def test_what_the_length_of_a_run_means_is_said_once(tmp_path, caplog):
 
 def test_few_updates_are_warned_of(caplog):
     caplog.set_level("INFO")
-    say_length(TrainOptions(warmup_steps=0), 1000)
-    say_length(TrainOptions(warmup_steps=0, max_steps=2), 40)  # asked for
+    log_length(TrainOptions(warmup_steps=0), 1000)
+    log_length(TrainOptions(warmup_steps=0, max_steps=2), 40)  # asked for
     assert not caplog.text
-    say_length(TrainOptions(warmup_steps=0), 48)
+    log_length(TrainOptions(warmup_steps=0), 48)
     assert "48 rows at batch size 64 and 3 epochs are 3 updates" in caplog.text and "--batch-size" in caplog.text
 
 
@@ -341,7 +330,7 @@ def test_every_logger_has_its_package():
 
 def test_a_logger_that_transformers_can_not_use(monkeypatch):
     monkeypatch.setattr("s2ft.packages.is_installed", lambda package: True)
-    with pytest.raises(ValueError, match="report_to: transformers can't use comet_ml here"):
+    with pytest.raises(ValueError, match="report_to: transformers can't use comet_ml with"):
         check_packages_of_run(TrainOptions(report_to=["comet_ml"]))
 
 

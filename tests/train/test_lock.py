@@ -99,5 +99,5 @@ def test_without_locks_a_warning_says_so(tmp_path, monkeypatch, caplog, missing)
     else:
         monkeypatch.setattr(lock.fcntl, "flock", not_supported)
     with only_run_in(tmp_path / "out"):
-        assert "can't be locked here: start no second run" in caplog.text
+        assert "can't be locked here: start no second run in" in caplog.text
     assert not (tmp_path / "out").exists()

@@ -8,14 +8,14 @@ from train.test_finetune import losses, run
 from train.tiny import tiny_model
 
 import s2ft
-from s2ft.train.loss import IGNORED, PIECE, ChunkedLoss, chunked_loss, piece_of, sum_of_losses, why_not
+from s2ft.train.loss import CHUNK, IGNORED, ChunkedLoss, chunk_of, chunked_loss, sum_of_losses, why_not_chunked
 
-# Cases whose loss is not that of a causal language model, or who bend their logits
+# Cases whose loss is not that of a causal language model, or that change their logits
 NOT = {
-    "gemma2": "more to its logits than to scale them",
-    "gemma2-grouped": "more to its logits than to scale them",
-    "bert": "a loss of its own",
-    "roberta": "a loss of its own",
+    "gemma2": "changes its logits by more than a scale",
+    "gemma2-grouped": "changes its logits by more than a scale",
+    "bert": "does not use the standard loss",
+    "roberta": "does not use the standard loss",
 }
 CAUSAL = [case for case in CASES if not case.startswith(("vit", "clip", "t5", "whisper"))]
 
@@ -39,7 +39,7 @@ def gradients(model, batch, **options):
 def test_loss_and_gradients_are_the_models_own_or_it_is_refused(case, dtype):
     model = model_of(case, dtype)
     batch = batch_of(model)
-    assert NOT.get(case, "") in why_not(model, batch) and bool(why_not(model, batch)) == (case in NOT)
+    assert NOT.get(case, "") in why_not_chunked(model, batch) and bool(why_not_chunked(model, batch)) == (case in NOT)
     if case in NOT or "moe" in case and dtype != torch.float32:  # a rounding sends a token to another expert
         return
     s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2))
@@ -61,7 +61,7 @@ def test_pieces_add_up(monkeypatch):
     """Losses of several pieces, the last one short, are those of one."""
     model, ids = tiny_model(), torch.randint(3, 200, (3, 11))
     expected = model(input_ids=ids, labels=ids).loss
-    monkeypatch.setitem(PIECE, "cpu", 7 * model.config.vocab_size)  # 30 tokens in pieces of 7
+    monkeypatch.setitem(CHUNK, "cpu", 7 * model.config.vocab_size)  # 30 tokens in pieces of 7
     with chunked_loss(model.train()):
         torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected, rtol=1e-6, atol=0)
 
@@ -73,7 +73,7 @@ def test_pieces_add_up(monkeypatch):
 )
 def test_torch_does_not_cut_a_piece_on_a_gpu(vocabulary, width, rows, dtype):
     """Left to choose, torch takes 16 rows of 512 and reads the weight 32 times as often."""
-    piece, options = piece_of("cuda", vocabulary)
+    piece, options = chunk_of("cuda", vocabulary)
     chosen = options._adjust(
         num_batches=piece, in_features=width, num_classes=vocabulary, dtype=dtype, device=torch.device("cuda")
     )
@@ -88,7 +88,7 @@ def test_the_host_does_not_wait_for_a_gpu():
     hidden = torch.empty(2, 9, model.config.hidden_size, device="meta")
     labels = torch.empty(2, 9, dtype=torch.int64, device="meta")
     for items in (None, torch.empty((), dtype=torch.int64, device="meta")):
-        fused.on = True
+        fused.enabled = True
         assert fused.loss(hidden, labels, model.config.vocab_size, items).shape == ()
 
 
@@ -117,7 +117,7 @@ def test_evaluation_has_the_models_own_loss_and_logits():
 
 
 def test_no_logits_are_kept(monkeypatch):
-    monkeypatch.setitem(PIECE, "cpu", 2**16)
+    monkeypatch.setitem(CHUNK, "cpu", 2**16)
     model = tiny_model(vocab_size=5000)
     s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
     model.train()
@@ -148,15 +148,15 @@ def test_the_model_is_as_it_was_afterwards():
     with pytest.raises(RuntimeError), chunked_loss(model):
         raise RuntimeError
     assert model.loss_function is own and not model._forward_pre_hooks and "forward" not in model.lm_head.__dict__
-    assert why_not(model, {}) == "the model has a loss of its own"
+    assert why_not_chunked(model, {}) == "the model does not use the standard loss of causal language models"
 
 
 def test_a_torch_without_it_and_a_changed_head_are_named(monkeypatch):
     model = tiny_model()
     model.lm_head.forward = lambda x: x
-    assert why_not(model, {}) == "the output layer is a Linear whose forward was replaced"
+    assert why_not_chunked(model, {}) == "the output layer is a Linear whose forward was replaced"
     monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy")
-    assert "has no linear_cross_entropy" in why_not(tiny_model(), {})
+    assert "has no linear_cross_entropy" in why_not_chunked(tiny_model(), {})
 
 
 def test_runs_with_and_without_it_agree_and_the_log_says_where_it_is_off(tmp_path, caplog):

@@ -1,8 +1,9 @@
-"""PEFT's LoRA format, for what reads that: an S²FT delta is a LoRA of which one side is one-hot.
+"""PEFT's LoRA format, which PEFT and vLLM load: an S²FT delta is a LoRA with one side that is one-hot.
 
-Columns: B = the values [O, r], A = one-hot rows [r, I] that pick the inputs. Rows: B = one-hot columns [O, r] that
-place the outputs, A = the values [r, I]. lora_alpha = r, so the scaling is 1 and B @ A is the delta, every number of
-it, whatever zeros are appended to reach a rank. The other way round such a LoRA is an adapter again.
+A delta of columns has B = the values [O, r] and A = one-hot rows [r, I] that select the inputs. A delta of rows has
+B = one-hot columns [O, r] that select the outputs and A = the values [r, I]. lora_alpha equals r, so the scaling is 1
+and B @ A is exactly the delta. Zeros that are appended to reach a rank change nothing. A LoRA with this structure can
+be read as an adapter again.
 """
 
 import json
@@ -17,45 +18,78 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from s2ft.adapter.adapter import Adapter, check_fits
-from s2ft.api import new_attachment
-from s2ft.attached.record import RECORD, Attachment
+from s2ft.adapter.adapter import Adapter, check_fits, model_info
+from s2ft.attached.record import Attachment, find_attachment, new_attachment
 from s2ft.config import S2FTConfig
 from s2ft.files.reading import FLOATS, check_adapter_name, check_finite, open_file, read_json, read_tensors, shortened
 from s2ft.files.writing import replace_file
+from s2ft.layers import kind_of
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.delta import Delta
-from s2ft.model.weights import find, is_conv1d, shape_of
+from s2ft.model.weights import find, weight_at
 from s2ft.selection import Selection
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
-PREFIX = "base_model.model."  # what PEFT puts before the names of the base's modules
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's max_lora_rank can be
+KIND = "a PEFT LoRA"
+PREFIX = "base_model.model."  # PEFT puts it before the names of the base's modules
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM accepts for --max-lora-rank
 Sides = tuple[Tensor, Tensor]  # B [O, r], A [r, I]
 
 
-# ---- out -----------------------------------------------------------------------------------------------
+def matches(folder: Path) -> bool:
+    """Whether the folder has the config of a LoRA."""
+    try:
+        config = read_json(folder / CONFIG)
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("peft_type") == "LORA"
 
 
-def write(adapter: Adapter, model: nn.Module, directory, rank: int | None = None, rank_pattern: bool = False) -> None:
-    """Save `adapter` as a LoRA of `model`, in the dtype of its deltas. Each file is written beside and renamed.
+def describe(folder: Path) -> str:
+    """The rank in words, and the options with which vLLM loads a folder that :func:`write` wrote."""
+    config = read_json(folder / CONFIG)
+    vllm = None if config["rank_pattern"] else vllm_rank(config["r"])
+    return f"LoRA of rank {config['r']}" + ("" if vllm is None else f" (vLLM: --enable-lora --max-lora-rank {vllm})")
+
+
+def rank_of(folder: Path) -> int:
+    """The rank r of a folder that :func:`write` wrote."""
+    return read_json(Path(folder) / CONFIG)["r"]
+
+
+def vllm_rank(needed: int) -> int | None:
+    """The lowest value of vLLM's --max-lora-rank that is enough for a rank; None if no value is enough."""
+    return next((rank for rank in VLLM_RANKS if rank >= needed), None)
+
+
+# ---- writing -------------------------------------------------------------------------------------------
+
+
+def write(
+    adapter: Adapter, folder, model: nn.Module | None = None, *, rank: int | None = None, rank_pattern: bool = False
+) -> None:
+    """Save an adapter as a LoRA, in the dtype of its deltas. Each file is replaced in one step.
 
     Args:
-        model: the adapter's base, with or without adapters.
-        directory: made if need be.
-        rank: the rank of every module, to which zeros are appended. Default: the lowest that is enough of those
-            that vLLM can be set to, 8 to 512, with a warning where none is.
-        rank_pattern: give every module the rank it needs, without zeros; PEFT reads it, vLLM does not.
-    Raises: ValueError for an adapter of another model; for experts and convolutions, which are no LoRA of a linear
-        layer; for weights that are trained whole; for a rank that is too low. Nothing is written then.
+        adapter: The adapter.
+        folder: The folder, which is created if it is missing.
+        model: The adapter's base model, with or without adapters. It must be given.
+        rank: The rank of every module; zeros are appended to reach it. Default: the lowest rank that is enough and
+            that vLLM can be set to, 8 to 512. A warning is given if the adapter needs a higher rank.
+        rank_pattern: Give each module the rank it needs, without zeros. PEFT reads such a folder, vLLM does not.
+
+    Raises:
+        ValueError: The adapter belongs to another model, changes experts or convolutions, has extra weights, or needs
+            a higher rank. Nothing has been written.
     """
+    model = _required(model, folder)
     record = _record(model)
     check_fits(adapter, model, record)
     if adapter.extra_weights:
         raise ValueError(
-            f"adapter {adapter.name!r} has {next(iter(adapter.extra_weights))} trained whole, which a "
-            "LoRA folder does not hold here: export the model merged (format merged)"
+            f"adapter {adapter.name!r} has {next(iter(adapter.extra_weights))} trained whole, and a LoRA folder "
+            "holds linear layers only: export the model merged (format merged)"
         )
     sides = _sides(adapter, model, record)
     ranks = {path: a.shape[0] for path, (_, a) in sides.items()}
@@ -70,29 +104,33 @@ def write(adapter: Adapter, model: nn.Module, directory, rank: int | None = None
         pattern = {f"^{re.escape(path)}": n for path, n in ranks.items() if n != uniform}
         config["rank_pattern"], config["alpha_pattern"] = pattern, dict(pattern)
     blob = save(tensors, metadata={"format": "pt"})
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    replace_file(directory / TENSORS, blob)
-    replace_file(directory / CONFIG, json.dumps(config, indent=2).encode())
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / TENSORS, blob)
+    replace_file(folder / CONFIG, json.dumps(config, indent=2).encode())
 
 
-def rank_of(directory) -> int:
-    """r of a folder that :func:`write` wrote."""
-    return read_json(Path(directory) / CONFIG)["r"]
+def _required(model: nn.Module | None, folder) -> nn.Module:
+    if model is None:
+        raise ValueError(
+            f"{folder} is a LoRA, which is read and written together with its base model: use s2ft.import_lora, "
+            "s2ft.export_lora or s2ft export"
+        )
+    return model
 
 
 def _record(model: nn.Module, couplings: Sequence[Coupling] | None = None) -> Attachment:
-    """Of a model without adapters one that is not kept."""
-    return model.__dict__[RECORD] if RECORD in model.__dict__ else new_attachment(model, couplings)
+    """The record of the model, or a temporary one for a model without adapters."""
+    return find_attachment(model) or new_attachment(model, couplings)
 
 
 def _sides(adapter: Adapter, model: nn.Module, record: Attachment) -> dict[str, Sides]:
-    """Of every module, with all its projections one after the other."""
+    """The factors of each module, with the projections of one module joined along the rank."""
     parts: dict[str, list[Sides]] = {}
     for projection in projections_of(record.couplings):
         if projection.name in adapter.deltas:
             _check_linear(model, projection)
-            shape = shape_of(model, projection)
+            shape = weight_at(model, projection).shape
             parts.setdefault(projection.path, []).append(_factors(adapter.deltas[projection.name], shape))
     return {
         path: (torch.cat([b for b, _ in sides], 1), torch.cat([a for _, a in sides], 0))
@@ -101,16 +139,16 @@ def _sides(adapter: Adapter, model: nn.Module, record: Attachment) -> dict[str, 
 
 
 def _check_linear(model: nn.Module, projection: Projection) -> None:
-    if projection.expert is not None or len(shape_of(model, projection)) != 2:
+    if not weight_at(model, projection).kind.is_linear:
         kind = "a convolution" if projection.expert is None else "the weight of experts"
         raise ValueError(
-            f"{projection.name} is {kind}, and a LoRA folder has linear layers only: export the model "
-            "merged (format merged), or keep the adapter as it is"
+            f"{projection.name} is {kind}, and a LoRA folder holds linear layers only: export the model merged "
+            "(format merged), or keep the adapter in the format of s2ft"
         )
 
 
 def _factors(delta: Delta, shape: Sequence[int]) -> Sides:
-    """B, A with B @ A = the delta [O, I]."""
+    """The factors B and A, with B @ A = the delta [O, I]."""
     values, n = delta.values.detach().cpu(), delta.index.numel()
     one_hot = torch.zeros(n, shape[delta.dim], dtype=values.dtype)
     one_hot[torch.arange(n), delta.index.cpu()] = 1
@@ -120,27 +158,28 @@ def _factors(delta: Delta, shape: Sequence[int]) -> Sides:
 def _rank(needed: int, asked: int | None, rank_pattern: bool) -> int:
     if asked is not None:
         if isinstance(asked, bool) or not isinstance(asked, int) or asked < needed:
-            raise ValueError(f"rank must be at least {needed}, which the widest slice needs, got {asked!r}")
+            raise ValueError(f"rank must be at least {needed}, the rank of the widest slice, got {asked!r}")
         if rank_pattern:
-            raise ValueError("rank and rank_pattern exclude each other: a pattern gives every module its own rank")
+            raise ValueError("rank and rank_pattern exclude each other: a pattern gives each module its own rank")
         return asked
     if rank_pattern:
         return needed
-    if needed > RANKS[-1]:
+    if vllm_rank(needed) is None:
         warnings.warn(
-            f"the widest slice needs rank {needed}, and vLLM's max_lora_rank is {RANKS[-1]} at most: PEFT "
-            "reads this LoRA, vLLM does not; export the model merged for that"
+            f"the widest slice needs rank {needed}, and vLLM's max_lora_rank is {VLLM_RANKS[-1]} at most: PEFT reads "
+            "this LoRA, vLLM does not. Export the model merged for vLLM",
+            stacklevel=2,
         )
-        return needed
-    return next(rank for rank in RANKS if rank >= needed)
+    return vllm_rank(needed) or needed
 
 
 def _config(model: nn.Module, paths: list[str], rank: int, base: str | None) -> dict[str, Any]:
+    """PEFT's LoraConfig of the modules `paths`, as JSON values."""
     causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if causal else None,
-        "base_model_name_or_path": base or getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "base_model_name_or_path": base or model_info(model)["base_model"],
         "inference_mode": True,
         "r": rank,
         "lora_alpha": rank,
@@ -151,18 +190,14 @@ def _config(model: nn.Module, paths: list[str], rank: int, base: str | None) -> 
         "modules_to_save": None,
         "rank_pattern": {},
         "alpha_pattern": {},
-        "fan_in_fan_out": any(_stored_transposed(find(model, path)) for path in paths),
+        "fan_in_fan_out": any(kind_of(find(model, path)).transposed for path in paths),
         "target_modules": _targets(model, paths),
     }
 
 
-def _stored_transposed(module: nn.Module) -> bool:
-    return is_conv1d(module) or getattr(module, "transposed", False)
-
-
 def _targets(model: nn.Module, paths: list[str]):
-    """What names exactly these modules: the last words of their names where those do, else whole names, else a regular
-    expression. PEFT takes a name for the end of a longer one."""
+    """PEFT's target_modules for exactly these modules: the last words of their names if no other module matches, else
+    the full names, else a regular expression. PEFT also matches a name with the end of a longer one."""
     names = [name for name, module in model.named_modules() if name]
     for targets in (sorted({path.rpartition(".")[2] for path in paths}), sorted(paths)):
         found = {name for name in names if any(name == target or name.endswith(f".{target}") for target in targets)}
@@ -171,9 +206,9 @@ def _targets(model: nn.Module, paths: list[str]):
     return "|".join(re.escape(path) for path in sorted(paths))
 
 
-# ---- in ------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------------
 
-# Fields of PEFT's config that do not change what a LoRA computes, or that are read below.
+# Fields of PEFT's config that are read below, and fields that do not change what a LoRA computes
 READ = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias"}
 HARMLESS = {
     "task_type",
@@ -201,35 +236,49 @@ HARMLESS = {
 }
 
 
-def read(directory, model: nn.Module, name: str = "default", couplings: Sequence[Coupling] | None = None) -> Adapter:
-    """The adapter that a LoRA folder is, if it is one: with every rank one-hot on the side that S²FT trains, the
-    inputs of o and down or the outputs of the rest, up to a factor and to ranks that are zero. Numbers are multiplied
-    by the scaling and that factor, rounded once to the LoRA's dtype: exact where both are powers of two. Heads of which
-    a part is named are filled up with zeros.
+def read(
+    folder, model: nn.Module | None = None, name: str | None = None, couplings: Sequence[Coupling] | None = None
+) -> Adapter:
+    """Read a LoRA that has the structure of S²FT as an adapter.
+
+    Every rank must be one-hot on the side that S²FT trains: the inputs of o and down, the outputs of the other
+    projections. A factor other than 1 and ranks that are zero are allowed. The values are multiplied by the scaling
+    and the factor and rounded once to the LoRA's dtype, which is exact if both are powers of two. Missing elements of
+    a head are filled with zeros.
 
     Args:
-        model: the LoRA's base, with or without adapters.
-        name: the adapter's. couplings: of a model of no known family, given by hand.
-    Raises: FileNotFoundError where a file is missing; ValueError for any other LoRA, naming the module and why.
+        folder: The LoRA's folder.
+        model: The LoRA's base model, with or without adapters. It must be given.
+        name: The adapter's name; default: "default".
+        couplings: The couplings of a model of no known family.
+
+    Returns:
+        The adapter, on the CPU.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: The LoRA has another structure or another base; the message names the module.
     """
+    name = "default" if name is None else name
     check_adapter_name(name, "name")
-    directory = Path(directory)
-    config_path, tensors_path = (open_file(directory, file, "PEFT LoRA") for file in (CONFIG, TENSORS))
+    folder = Path(folder)
+    config_path, tensors_path = (open_file(folder, file, KIND) for file in (CONFIG, TENSORS))
+    model = _required(model, folder)
     config = _checked_config(read_json(config_path), config_path)
     tensors, _ = read_tensors(tensors_path, lambda entries: _check_entries(entries, tensors_path))
     record = _record(model, couplings)
-    given = record.couplings if record.given else None
-    sites: dict[str, list[Projection]] = {}
+    projections: dict[str, list[Projection]] = {}  # by module
     for projection in projections_of(record.couplings):
-        sites.setdefault(projection.path, []).append(projection)
+        projections.setdefault(projection.path, []).append(projection)
     deltas, units = {}, {}
     for path in sorted({key.removeprefix(PREFIX).rsplit(".", 2)[0] for key in tensors}):
-        if path not in sites or sites[path][0].expert is not None:
-            raise ValueError(f"{shortened(path)} is no linear layer of this model that S²FT trains")
+        if path not in projections or projections[path][0].expert is not None:
+            raise ValueError(f"{shortened(path)} is not a linear layer of this model that S²FT can train")
         b, a = (tensors[f"{PREFIX}{path}.lora_{side}.weight"] for side in "BA")
         scaling = _scaling(config, path, a.shape[0], config_path)
-        index, values = _rows_or_columns(path, sites[path][0], b, a, scaling, tuple(shape_of(model, sites[path][0])))
-        for projection, chosen, delta in _split(path, sites[path], index, values):
+        first = projections[path][0]
+        index, values = _rows_or_columns(path, first, b, a, scaling, tuple(weight_at(model, first).shape))
+        for projection, chosen, delta in _split(path, projections[path], index, values):
             units[projection.name], deltas[projection.name] = chosen, delta
     if not deltas:
         raise ValueError(f"{tensors_path} changes nothing: every rank of it is zero")
@@ -242,17 +291,17 @@ def read(directory, model: nn.Module, name: str = "default", couplings: Sequence
         record.fingerprint,
         deltas,
         {key: value for key, value in info.items() if isinstance(value, str)},
-        given,
+        record.custom_couplings,
     )
 
 
 def _checked_config(config: Any, path: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = shortened(config.get("peft_type")) if isinstance(config, dict) else "no object"
-        raise ValueError(f"{path} is of no LoRA: its peft_type is {kind}")
+        kind = shortened(config.get("peft_type")) if isinstance(config, dict) else "missing"
+        raise ValueError(f"{path} is not the config of a LoRA: its peft_type is {kind}")
     for key, value in config.items():
         if key == "bias" and value not in ("none", None) or key not in READ | HARMLESS and value:
-            raise ValueError(f"{path}: {shortened(key)} is {shortened(value)}, and S²FT has no such thing")
+            raise ValueError(f"{path}: {shortened(key)} is {shortened(value)}, which an S²FT adapter can't represent")
     for key in ("r", "lora_alpha"):
         _check_positive(config.get(key), key, path)
     for key in ("rank_pattern", "alpha_pattern"):
@@ -282,20 +331,20 @@ def _check_entries(entries: dict[str, tuple[str, tuple[int, ...]]], path: Path) 
 
 
 def _scaling(config: dict[str, Any], path: str, rank: int, file: Path) -> float:
-    said = _pattern(config.get("rank_pattern"), path, config["r"])
-    if said != rank:
-        raise ValueError(f"{file}: {path} is said to have rank {said}, and its tensors have {rank}")
+    expected = _pattern(config.get("rank_pattern"), path, config["r"])
+    if expected != rank:
+        raise ValueError(f"{file}: {path} must have rank {expected}, but its tensors have rank {rank}")
     alpha = _pattern(config.get("alpha_pattern"), path, config["lora_alpha"])
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _pattern(patterns: dict[str, Any] | None, path: str, default):
-    """As PEFT has it: the first pattern that is the whole name, or its end after a dot. Only names are taken for
-    patterns, with a ^ before or a backslash in them, since expressions of others can take for ever."""
+    """The value of the first pattern that is the whole name, or its end after a dot, as in PEFT. Other regular
+    expressions are refused, because matching one from an unknown origin may never end."""
     for pattern, value in (patterns or {}).items():
         plain = re.sub(r"\\(.)", r"\1", pattern.removeprefix("^"))
         if re.search(r"[^\w.\-]", plain):
-            raise ValueError(f"the pattern {shortened(pattern)} is no module's name, and no other is read")
+            raise ValueError(f"the pattern {shortened(pattern)} must be a module's name: other patterns are not read")
         if path == plain or not pattern.startswith("^") and path.endswith(f".{plain}"):
             return value
     return default
@@ -304,24 +353,25 @@ def _pattern(patterns: dict[str, Any] | None, path: str, default):
 def _rows_or_columns(
     path: str, projection: Projection, b: Tensor, a: Tensor, scaling: float, shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
-    """index [n] and values [n, I] or [O, n], in the order of the ranks that are not zero."""
+    """Return index [n] and values [n, I] or [O, n], in the order of the ranks that are not zero."""
     if (b.shape[0], a.shape[1]) != shape or b.shape[1] != a.shape[0] or b.dtype != a.dtype:
-        raise ValueError(f"{path}: B {tuple(b.shape)} and A {tuple(a.shape)} are no LoRA of its weight {shape}")
+        raise ValueError(f"{path}: B {tuple(b.shape)} and A {tuple(a.shape)} do not fit its weight {shape}")
     check_finite(f"{path}.lora_A", a)
     check_finite(f"{path}.lora_B", b)
     one_hot, values = (b.t(), a) if projection.dim == 0 else (a, b.t())  # both [r, …]
     side = f"lora_{'BA'[projection.dim]}'s {('columns', 'rows')[projection.dim]}"
+    unit = ("row", "column")[projection.dim]
     nonzeros, used = one_hot.count_nonzero(1), values.count_nonzero(1) > 0
     if bool((used & (nonzeros > 1)).any()):
         which = int((used * nonzeros).argmax())
         raise ValueError(
-            f"{path} is no S²FT: of {side} number {which} has {int(nonzeros[which])} numbers that are not "
-            f"zero, and one is all that picks a {('row', 'column')[projection.dim]} of the weight"
+            f"{path} does not have the structure of S²FT: number {which} of {side} has {int(nonzeros[which])} values "
+            f"that are not zero, and exactly one must select a {unit} of the weight"
         )
-    kept = nonzeros == 1  # the rest adds nothing
+    kept = nonzeros == 1  # the other ranks add nothing
     index = one_hot[kept].abs().argmax(1)
     if index.unique().numel() < index.numel():
-        raise ValueError(f"{path} is no S²FT: two of {side} pick the same {('row', 'column')[projection.dim]}")
+        raise ValueError(f"{path} does not have the structure of S²FT: two of {side} select the same {unit}")
     factors = one_hot[kept].double().sum(1) * scaling
     values = (values[kept].double() * factors[:, None]).to(values.dtype)
     check_finite(f"{path}: the LoRA times its scaling", values)
@@ -329,7 +379,7 @@ def _rows_or_columns(
 
 
 def _split(path: str, projections: list[Projection], index: Tensor, values: Tensor):
-    """(projection, units [m], delta) of every projection of one weight that the index names elements of."""
+    """Yield (projection, units [m], delta) for each projection of one weight that has elements in the index."""
     dim, rest = projections[0].dim, set(index.tolist())
     for projection in projections:
         elements = projection.elements(torch.arange(projection.count))
@@ -340,9 +390,9 @@ def _split(path: str, projections: list[Projection], index: Tensor, values: Tens
         place = torch.full((projection.extent,), -1)
         place[index] = torch.arange(index.numel())
         place = place[elements]
-        there = values.index_select(dim, place.clamp(min=0))
+        found = values.index_select(dim, place.clamp(min=0))
         mask = (place >= 0)[:, None] if dim == 0 else (place >= 0)[None, :]
         rest -= set(elements.tolist())
-        yield projection, units, Delta(dim, elements, torch.where(mask, there, 0).contiguous())
+        yield projection, units, Delta(dim, elements, torch.where(mask, found, 0).contiguous())
     if rest:
-        raise ValueError(f"{path}: {('row', 'column')[dim]} {min(rest)} is in no unit that S²FT trains")
+        raise ValueError(f"{path}: {('row', 'column')[dim]} {min(rest)} belongs to no unit that S²FT can train")

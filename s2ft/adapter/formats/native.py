@@ -1,23 +1,24 @@
-"""The native format: deltas and indices in safetensors, the rest in s2ft_config.json.
+"""The native format: deltas and indices in a safetensors file, the rest in s2ft_config.json.
 
-Reading is strict, since a folder may come from anywhere: see :mod:`s2ft.files.reading`.
+Reading is strict, because a folder may have any origin: see :mod:`s2ft.files.reading`.
 """
 
 import hashlib
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 import s2ft
 from s2ft.adapter.adapter import Adapter
 from s2ft.config import S2FTConfig
-from s2ft.files.adapter_folder import CONFIG, KIND, PENDING, TENSORS, read_folder
+from s2ft.files.adapter_folder import CONFIG, KIND, PENDING, TENSORS, is_folder, read_folder
 from s2ft.files.reading import (
     FLOATS,
     INTEGERS,
@@ -34,28 +35,45 @@ from s2ft.files.reading import (
 )
 from s2ft.files.writing import replace_file
 from s2ft.model.coupling import Coupling, projections_of
+from s2ft.model.custom import checked_couplings
 from s2ft.model.delta import Delta
-from s2ft.model.given import given_couplings
 from s2ft.selection import Selection
 
-SCHEMA = 3  # the newest that is read. 2: couplings given by hand; 3: weights that are trained whole
-EXTRA = "extra_weights/"  # before the names of those among the tensors
-# what the config's own digest takes in; the rest has a digest of its own, or says how to read the file
+SCHEMA = 3  # the newest schema that is read. Schema 2 added custom couplings, schema 3 extra weights
+EXTRA = "extra_weights/"  # prefix of the extra weights' names among the tensors
+# Fields that config_sha256 covers. The other fields have a digest of their own, or define how the file is read.
 DIGESTED = ("name", "config", "projections", "base_fingerprint", "info", "couplings", "extra_weights")
 FIELDS = {"schema", "s2ft_version", "selection_digest", "tensors_sha256", "config_sha256", *DIGESTED}
-# fields of S2FTConfig that adapter files know by an older name
+# Fields of S2FTConfig that have an older name in adapter files
 NAMES_IN_FILES = {"ffn_kernel": "fuse_ffn"}
 NAMES_IN_CONFIG = {file: name for name, file in NAMES_IN_FILES.items()}
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-MAX_ELEMENTS = 2**24  # of one side of a weight, where couplings in the file say how many there are
+MAX_ELEMENTS = 2**24  # of one side of a weight whose size is read from couplings in the file
 
 
-def write(adapter: Adapter, directory) -> None:
-    """Save to `directory`, which is made if need be. An adapter in it is replaced in one step, see
-    :mod:`s2ft.files.adapter_folder`.
+def matches(folder: Path) -> bool:
+    """Whether the folder has the files of a native adapter; they are not read."""
+    return is_folder(folder)
 
-    Raises: ValueError for an empty tensor (a shard that was not gathered), a NaN or a name that could not be read
-    again, nothing written.
+
+def describe(folder: Path) -> str:
+    """The adapter's name and size in words."""
+    adapter = read(folder)
+    return f"adapter {adapter.name!r}, {adapter.parameters:,} parameters"
+
+
+def write(adapter: Adapter, folder, model: nn.Module | None = None) -> None:
+    """Save an adapter.
+
+    Args:
+        adapter: The adapter.
+        folder: The folder, which is created if it is missing. An adapter in it is replaced in one step, see
+            :mod:`s2ft.files.adapter_folder`.
+        model: Not used; other formats need it.
+
+    Raises:
+        ValueError: A tensor is empty (a shard that was not gathered) or not finite, or a name could not be read
+            again. Nothing has been written.
     """
     check_adapter_name(adapter.name, "save")
     tensors = {}
@@ -68,7 +86,7 @@ def write(adapter: Adapter, directory) -> None:
     for name, value in adapter.extra_weights.items():
         _check_can_save(name, value)
         tensors[EXTRA + name] = value.detach().cpu().contiguous()
-    schema = 3 if adapter.extra_weights else 2  # what an earlier s2ft can read it can go on reading
+    schema = 3 if adapter.extra_weights else 2  # an earlier s2ft reads every adapter without extra weights
     blob = save(tensors, metadata={"format": "s2ft", "schema": str(schema)})
     config = {
         "schema": schema,
@@ -91,21 +109,21 @@ def write(adapter: Adapter, directory) -> None:
             name: {"dtype": DTYPES[value.dtype], "shape": list(value.shape)}
             for name, value in sorted(adapter.extra_weights.items())
         }
-    config = json.loads(json.dumps(config, allow_nan=False))  # with keys and lists as they will be read
+    config = json.loads(json.dumps(config, allow_nan=False))  # the digest needs keys and lists as they are read
     config["config_sha256"] = _digest(config)
-    _write_folder(Path(directory), json.dumps(config, indent=1).encode(), blob)
+    _write_folder(Path(folder), json.dumps(config, indent=1).encode(), blob)
 
 
 def _check_can_save(name: str, value: Tensor) -> None:
     check_parameter(name, "save")
     if value.dtype not in DTYPES:
-        raise ValueError(f"{name}: weights that are trained whole are saved as {', '.join(FLOATS)}, not {value.dtype}")
+        raise ValueError(f"{name}: extra weights are saved as {', '.join(FLOATS)}, not as {value.dtype}")
     if value.numel() == 0 or not bool(torch.isfinite(value).all()):
         raise ValueError(f"{name}: the weight is empty or not finite, so it is not saved")
 
 
 def _write_folder(directory: Path, config: bytes, tensors: bytes) -> None:
-    """Write an adapter's files, or replace those of another one in one step: see :mod:`s2ft.files.adapter_folder`."""
+    """Write the files of an adapter in one step, see :mod:`s2ft.files.adapter_folder`."""
     directory.mkdir(parents=True, exist_ok=True)
     replace_file(directory / PENDING, config)
     replace_file(directory / TENSORS, tensors)
@@ -120,21 +138,38 @@ def _digest(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def read(directory) -> Adapter:
-    """Load strictly: what is missing, left over, misshapen, damaged or not to be trusted is an error that names it.
+def read(
+    folder, model: nn.Module | None = None, name: str | None = None, couplings: Sequence[Coupling] | None = None
+) -> Adapter:
+    """Read an adapter. Anything missing, left over, misshapen or damaged is an error that names it.
 
-    Raises: FileNotFoundError where a file is missing, ValueError for anything else.
+    Args:
+        folder: The adapter's folder.
+        model: Not used; other formats need it.
+        name: The adapter's name; default: the name in the file.
+        couplings: Not used; the file has them.
+
+    Returns:
+        The adapter, on the CPU.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file is damaged or its content is not valid.
     """
-    return read_files(directory)[0]
+    adapter = read_files(folder)[0]
+    if name is not None:
+        check_adapter_name(name, "name")
+        adapter.name = name
+    return adapter
 
 
-def read_files(directory) -> tuple[Adapter, dict[str, bytes]]:
-    """As :func:`read`, and the bytes of both files by name."""
-    return read_folder(Path(directory), _read)
+def read_files(folder) -> tuple[Adapter, dict[str, bytes]]:
+    """Read an adapter as :func:`read` does. Returns it with the bytes of both files by file name."""
+    return read_folder(Path(folder), _read)
 
 
 def _read(path: Path) -> tuple[Adapter, dict[str, bytes]]:
-    """By the path of the config."""
+    """Read an adapter by the path of its config."""
     tensors_path = open_file(path.parent, TENSORS, KIND)
     content = read_bytes(path, MAX_CONFIG)
     header = _read_header(content, path)
@@ -146,10 +181,10 @@ def _read(path: Path) -> tuple[Adapter, dict[str, bytes]]:
     )
     deltas = {name: _delta(name, entry, tensors) for name, entry in projections.items()}
     if hashlib.sha256(blob).hexdigest() != header.get("tensors_sha256"):
-        raise ValueError(f"{tensors_path} is damaged or from another save than {CONFIG}: its sha256 differs")
+        raise ValueError(f"{tensors_path} is damaged, or was saved with another {CONFIG}: its sha256 differs")
     selection = Selection({name: torch.tensor(entry["units"]) for name, entry in projections.items()})
     if selection.digest != header.get("selection_digest"):
-        raise ValueError(f"{path}: the units listed are not those that were saved")
+        raise ValueError(f"{path}: the units listed are not the ones that were saved")
     adapter = Adapter(
         header["name"],
         _config(header, path),
@@ -169,9 +204,11 @@ def _read_header(content: bytes, path: Path) -> dict[str, Any]:
     header = parse_json(content, str(path))
     schema = header.get("schema") if isinstance(header, dict) else None
     if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
-        raise ValueError(f"{path} is no S²FT adapter config: it has no schema number")
+        raise ValueError(f"{path} is not an S²FT adapter config: it has no schema number")
     if schema > SCHEMA:
-        raise ValueError(f"{path} has schema {shortened(schema)}; this s2ft reads up to {SCHEMA}: update s2ft")
+        raise ValueError(
+            f"{path} has schema {shortened(schema)}; this version of s2ft reads schemas up to {SCHEMA}: update s2ft"
+        )
     foreign = sorted(header.keys() - (FIELDS if schema > 2 else FIELDS - {"extra_weights"}))
     if foreign:
         raise ValueError(f"{path} has foreign fields {shortened(foreign)}")
@@ -185,7 +222,7 @@ def _field(header: dict[str, Any], name: str, kind: type, path: Path) -> Any:
 
 
 def _projections(header: dict[str, Any], path: Path) -> dict[str, Any]:
-    """{name: {"dim": 0 or 1, "units": ascending numbers}}."""
+    """The checked entries by projection: {"dim": 0 or 1, "units": ascending numbers}."""
     projections = _field(header, "projections", dict, path)
     if not projections:
         raise ValueError(f"{path}: projections is empty")
@@ -204,7 +241,7 @@ def _projections(header: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _extra_weights(header: dict[str, Any], path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """dtype and shape of the weights that are trained whole, by name."""
+    """Dtype and shape of each extra weight, by name."""
     if header["schema"] < 3:
         return {}
     found = {}
@@ -220,7 +257,7 @@ def _extra_weights(header: dict[str, Any], path: Path) -> dict[str, tuple[str, t
             raise ValueError(f"{path}: {shortened(name)} in extra_weights must have a floating-point dtype and a shape")
         found[name] = (entry["dtype"], tuple(entry["shape"]))
     if not found:
-        raise ValueError(f"{path}: extra_weights is empty, and schema 3 has at least one")
+        raise ValueError(f"{path}: extra_weights is empty, but an adapter of schema 3 has at least one")
     return found
 
 
@@ -260,13 +297,13 @@ def _couplings(header: dict[str, Any], path: Path) -> list[Coupling] | None:
         for projection in projections_of(couplings):
             check_projection(projection.path, "couplings")
             _check_size(projection)
-        return given_couplings(couplings)
+        return checked_couplings(couplings)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: couplings can't be read: {error}") from None
 
 
 def _check_size(projection) -> None:
-    """Before lists of elements are made of what the file says."""
+    """Check the counts in the file before lists of that size are created."""
     numbers = [
         projection.count,
         projection.unit,
@@ -298,7 +335,7 @@ def _check_entries(
     for name, (dtype, shape) in extra_weights.items():
         if entries[EXTRA + name] != (dtype, shape):
             raise ValueError(
-                f"{path}: {name} must be {dtype} of shape {shape}, as {CONFIG} has it, and is "
+                f"{path}: {name} must be {dtype} of shape {shape}, as in {CONFIG}, but it is "
                 f"{' of shape '.join(map(str, entries[EXTRA + name]))}"
             )
     for name, entry in projections.items():
@@ -311,8 +348,8 @@ def _check_entries(
             )
         if index[0] % len(entry["units"]):
             raise ValueError(
-                f"{name}: {index[0]} elements are no {len(entry['units'])} units: the units listed are "
-                "not those that were saved"
+                f"{name}: {index[0]} elements can't be {len(entry['units'])} units: the units listed are not the ones "
+                "that were saved"
             )
 
 

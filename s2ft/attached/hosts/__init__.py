@@ -1,1 +1,1 @@
-"""What transformers, checkpointing, quantizers and torch.compile need from an attached model."""
+"""Adaptations of an attached model to transformers, gradient checkpointing, quantizers and torch.compile."""

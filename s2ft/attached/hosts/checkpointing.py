@@ -1,8 +1,8 @@
 """Gradients through checkpointed blocks whose inputs are frozen.
 
-A reentrant checkpoint gives no gradient, not even to the weights inside it, where none of its inputs needs one; and
-with the embeddings frozen the first blocks' inputs need none. So the input of such a block is made to need one: of a
-checkpointed block that trains something, and of no other, so that the backward still ends at the lowest of them.
+A reentrant checkpoint gives no gradient, not even to the weights inside it, if none of its inputs requires one. With
+frozen embeddings the inputs of the first blocks require none. So hooks make the input of a checkpointed block require a
+gradient if the block trains something. Other blocks are left alone, so that the backward ends at the lowest of these.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 
 def open_blocks(model: nn.Module, trained: Iterable[str]) -> None:
-    """Hook transformers' checkpointable blocks around the modules `trained`."""
+    """Register hooks on transformers' checkpointable blocks that contain trained modules. trained: paths of modules."""
     around = {parent for path in trained for parent in _parents(path)}
     blocks = [module for path, module in model.named_modules() if path in around and _block_class(module)]
-    if any("__call__" in vars(_block_class(block)) for block in blocks):  # transformers 4: a block's hooks run inside
+    # transformers 4 runs a block's hooks inside its checkpoint
+    if any("__call__" in vars(_block_class(block)) for block in blocks):
         for embeddings in _embeddings(model):
             embeddings.register_forward_hook(_Embeddings(blocks))
     else:
@@ -24,19 +25,20 @@ def open_blocks(model: nn.Module, trained: Iterable[str]) -> None:
 
 
 def close_blocks(model: nn.Module) -> None:
-    """Take the hooks of :func:`open_blocks` off, wherever they are. Handles could be lost by an interrupt."""
+    """Remove the hooks of :func:`open_blocks`. They are searched for, because an interrupt could lose handles."""
     for module in model.modules():
         remove_hooks(module._forward_pre_hooks, lambda hook: hook is _need_gradient)
         remove_hooks(module._forward_hooks, lambda hook: isinstance(hook, _Embeddings))
 
 
 def remove_hooks(hooks: dict[int, Callable], ours: Callable[[Callable], bool]) -> None:
-    """Remove from a module's dict of hooks those that `ours` says yes to."""
+    """Remove the hooks for which `ours` returns True from a module's dict of hooks."""
     for key in [key for key, hook in hooks.items() if ours(hook)]:
         hooks.pop(key, None)
 
 
 def _parents(path: str) -> Iterator[str]:
+    """Yield the paths of the modules that contain the module at `path`."""
     while path := path.rpartition(".")[0]:
         yield path
 
@@ -45,35 +47,36 @@ def _block_class(module: nn.Module) -> type | None:
     return next((kind for kind in type(module).__mro__ if kind.__name__ == "GradientCheckpointingLayer"), None)
 
 
-def _need_gradient(block: nn.Module, inputs: tuple):
+def _need_gradient(block: nn.Module, inputs: tuple) -> tuple | None:
+    """Forward pre-hook: make the first input require a gradient if no input does."""
     if not inputs or not _is_reentrant(block) or any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
         return None
     hidden_states, *rest = inputs
-    return (hidden_states.detach().requires_grad_(), *rest)  # a view: nobody else's tensor is changed
+    return (hidden_states.detach().requires_grad_(), *rest)  # detach gives a view: the caller's tensor does not change
 
 
 def _is_reentrant(block: nn.Module) -> bool:
-    """Whether the block will be run in a reentrant checkpoint now; other kinds look at what is inside."""
+    """Whether the next forward runs the block in a reentrant checkpoint. Other checkpoints need no hook."""
     if not (block.gradient_checkpointing and block.training and torch.is_grad_enabled()):
-        return False  # transformers checkpoints no block then
+        return False  # transformers checkpoints no block in these cases
     if torch.compiler.is_compiling():
-        return False  # in a graph there are no reentrant ones
+        return False  # a compiled graph has no reentrant checkpoints
     return getattr(block._gradient_checkpointing_func, "keywords", {}).get("use_reentrant") is not False
 
 
 class _Embeddings:
-    """The hook for transformers 4: what goes into the lowest block needs a gradient, whichever trains."""
+    """The hook for transformers 4: make the output of the embeddings require a gradient, whichever block trains."""
 
     def __init__(self, blocks: list[nn.Module]) -> None:
         self.blocks = blocks
 
     def __call__(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
-        wanted = isinstance(output, Tensor) and any(map(_is_reentrant, self.blocks)) and not output.requires_grad
-        return output.detach().requires_grad_() if wanted else None
+        is_needed = isinstance(output, Tensor) and any(map(_is_reentrant, self.blocks)) and not output.requires_grad
+        return output.detach().requires_grad_() if is_needed else None
 
 
 def _embeddings(model: nn.Module) -> list[nn.Module]:
-    """Of the model and of the models in it, each once."""
+    """Return the input embeddings of the model and of the models in it, each once."""
     found = {}
     for module in model.modules():
         try:

@@ -1,4 +1,4 @@
-"""Models that torch.compile has wrapped: what changes a model's layers or reads them wants the model inside."""
+"""Models that torch.compile has wrapped: functions that read or change layers need the model inside."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -7,15 +7,17 @@ from torch import nn
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model that torch.compile was given; any other as it is."""
+    """Return the model that torch.compile has wrapped. Any other model is returned unchanged."""
     while "_orig_mod" in getattr(model, "_modules", ()):
         model = model._modules["_orig_mod"]
     return model
 
 
 def of_compiled(function: Callable) -> Callable:
-    """Decorator: of a wrapper that torch.compile made, the function gets the model inside. What was compiled notices
-    that layers were replaced and is compiled again at its next call."""
+    """Decorator: pass the model inside a wrapper of torch.compile to the function.
+
+    The compiled model notices replaced layers and is compiled again at its next call.
+    """
 
     @wraps(function)
     def call(model: nn.Module, *args, **options):

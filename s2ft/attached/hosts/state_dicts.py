@@ -1,11 +1,12 @@
-"""State dicts of models that s2ft has changed: the weights in them are the base's, in the base's own order.
+"""State dicts of models that s2ft has changed: they contain the base's weights in the base's own order.
 
-In layout ``permuted`` the units of coupled weights lie in another order than in the base, and a second thread may be
-running the model. So ``state_dict()`` gives copies of those weights, put back in order, at rest and unfused. They load
-into a plain model of the base, and into one with other units selected. What is loaded into such a model must be its
-base, in either order: the weights are frozen, so loading them changes nothing, and anything else is an error.
+In layout `permuted` the units of coupled weights are in another order than in the base, and another thread may be
+running the model. So ``state_dict()`` returns copies of these weights in original order, unfused, taken while no
+operation has base + delta in them. The copies load into a plain model of the base, and into one with other units
+selected. ``load_state_dict`` accepts only the base, in either order: the weights are frozen, so loading it changes
+nothing, and anything else is an error.
 
-Sharded weights are left as they are: no rank has all the units that would change place.
+Sharded weights stay in their order, because no rank has all the units that would move.
 """
 
 from collections.abc import Iterator
@@ -15,33 +16,34 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.attached.hosts.checkpointing import remove_hooks
-from s2ft.attached.record import RECORD, Attachment
+from s2ft.attached.record import Attachment, find_attachment
 from s2ft.distributed import is_sharded
+from s2ft.layers import kind_of
 from s2ft.layers.base import at_rest
 from s2ft.model.permutation import MovingTensor, inverse, moving_tensors
-from s2ft.model.weights import is_quantized, like_matrix, tensors_of, weight_of
+from s2ft.model.weights import tensors_of, weight_at
 from s2ft.ops import permute_, swap_
 
 
 def add_state_hooks(model: nn.Module) -> None:
-    """Have the model's state dicts hold the base in order, and check what is loaded into it."""
+    """Register hooks that put state dicts in the base's order and check state dicts that are loaded."""
     remove_state_hooks(model)
     model.register_state_dict_post_hook(_put_in_order)
     model.register_load_state_dict_pre_hook(_check_is_base)
 
 
 def remove_state_hooks(model: nn.Module) -> None:
-    """Take these hooks off, if they are there."""
+    """Remove these hooks, if they are registered."""
     remove_hooks(model._state_dict_hooks, lambda hook: hook is _put_in_order)
     remove_hooks(model._load_state_dict_pre_hooks, lambda wrapped: wrapped.hook is _check_is_base)
 
 
 class _BaseOrder:
-    """Copies of a model's weights as its base has them."""
+    """Makes copies of a model's weights in the base's order."""
 
     def __init__(self, model: nn.Module, record: Attachment) -> None:
         self.model, self.record = model, record
-        self.moves: dict[int, list[MovingTensor]] = {}  # by tensor: what puts it back in order
+        self.moves: dict[int, list[MovingTensor]] = {}  # by id of a tensor: the moves that restore its order
         for move in record.moves:
             if move.is_done:
                 for moving in moving_tensors(model, move.coupling, inverse(move.order)):
@@ -53,15 +55,15 @@ class _BaseOrder:
         }
 
     def changed(self, tensor: Tensor) -> bool:
-        """Whether a tensor may differ from what a state dict is to hold."""
+        """Whether a tensor may differ from its entry in a state dict."""
         return id(tensor) in self.moves or id(tensor) in self.layers
 
     def copy_of(self, tensor: Tensor, without_written: bool = False) -> Tensor:
-        """A parameter or buffer at rest, unfused, in original order.
+        """Copy a parameter or buffer, unfused, in original order.
 
         Args:
-            tensor: of the model.
-            without_written: also without the adapters that are written into it.
+            tensor: Parameter or buffer of the model.
+            without_written: Whether to leave out the adapters that are written into it.
         """
         copy, layer = at_rest(tensor), self.layers.get(id(tensor))
         if layer is not None and layer.fused:
@@ -70,27 +72,29 @@ class _BaseOrder:
             view = moving.view(copy)
             permute_(view, moving.elements.to(view.device), moving.dim)
         for entry in reversed(self.record.written) if without_written else ():
-            if not entry.is_local and weight_of(self.model, entry.projection) is tensor:
-                view = like_matrix(self.model, entry.projection, copy)
+            handle = weight_at(self.model, entry.projection)
+            if not entry.is_local and handle.tensor is tensor:
+                view = handle.view(copy)
                 swap_(view, entry.index.to(view.device), entry.base.to(view, copy=True), entry.projection.dim)
         return copy
 
 
 def _tensors(model: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
-    """(key in a state dict, tensor) of parameters and buffers; a tied one comes under each of its names."""
+    """Yield (key in a state dict, tensor) for parameters and buffers; a tied tensor under each of its names."""
     for named in (model.named_parameters, model.named_buffers):
         for name, tensor in named(remove_duplicate=False):
             yield prefix + name, tensor
 
 
 def _put_in_order(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    record = model.__dict__.get(RECORD)
+    """Post-hook of state_dict: replace weights that differ from the base by copies in the base's order."""
+    record = find_attachment(model)
     if record is None or not (record.moves or record.mounts):
         return
     order, copies = _BaseOrder(model, record), {}
     for key, tensor in _tensors(model, prefix):
         found = state.get(key)
-        # keep_vars=True asks for the parameters themselves
+        # keep_vars=True returns the parameters themselves
         if not isinstance(found, Tensor) or found is tensor or is_sharded(tensor) or not order.changed(tensor):
             continue
         if id(tensor) not in copies:
@@ -98,16 +102,16 @@ def _put_in_order(model: nn.Module, state: dict[str, Any], prefix: str, metadata
         state[key] = copies[id(tensor)]
     for path, mounted in record.mounts.items():
         if id(mounted.layer._parameters.get("weight")) in copies:
-            state.pop(f"{prefix}{path}.base", None)  # the weight here is not fused
+            state.pop(f"{prefix}{path}.base", None)  # the copy is not fused
 
 
 def _check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before load_state_dict: weights of couplings must be the base's, and then stay as they are.
+    """Pre-hook of load_state_dict: check that the weights of couplings are the base's, and keep them unchanged.
 
     Raises:
-        ValueError: they are not; nothing has changed.
+        ValueError: They are not. Nothing has changed.
     """
-    record = model.__dict__.get(RECORD)
+    record = find_attachment(model)
     if record is None:
         return
     order, frozen, same = _BaseOrder(model, record), _coupled(model, record), {}
@@ -115,14 +119,14 @@ def _check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any
         found = state.get(key)
         if id(tensor) in frozen and isinstance(found, Tensor) and not is_sharded(tensor) and not is_sharded(found):
             if found.shape != tensor.shape or found.is_meta or tensor.is_meta:
-                continue  # PyTorch says what does not fit
+                continue  # PyTorch raises an error that names what does not fit
             if not _is_same(order, tensor, found):
                 raise ValueError(
                     f"{key} is not the base's weight that this model's adapters belong to: "
                     "s2ft.detach(model) first, load, and attach again or load the adapter again"
                 )
             same[key] = tensor
-    state.update(same)  # each is copied onto itself
+    state.update(same)  # load_state_dict then copies each onto itself
     for path, mounted in record.mounts.items():
         if f"{prefix}{path}.weight" in same:
             state.pop(f"{prefix}{path}.base", None)
@@ -131,16 +135,15 @@ def _check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any
 
 
 def _coupled(model: nn.Module, record: Attachment) -> set:
-    """ids of the tensors that a coupling holds, but for those of quantized layers, which load (and cast) them as they
-    like."""
+    """Return the ids of the couplings' tensors, except those of quantized layers, which load them themselves."""
     found = {id(tensor) for coupling in record.couplings for tensor in tensors_of(model, coupling)}
     return found - {
-        id(parameter) for module in model.modules() if is_quantized(module) for parameter in module.parameters()
+        id(parameter) for module in model.modules() if kind_of(module).read_only for parameter in module.parameters()
     }
 
 
 def _is_same(order: _BaseOrder, tensor: Tensor, found: Tensor) -> bool:
-    """Whether loading `found` into `tensor` gives the base in original order, or what is there now in either order."""
+    """Whether `found` is the base of `tensor` in original order, or the present value of `tensor` in either order."""
     found = found.to(tensor)
     return (
         torch.equal(found, at_rest(tensor))

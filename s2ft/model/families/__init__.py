@@ -1,53 +1,39 @@
-"""Model families: one small file each, with the couplings of the model types it names."""
+"""Model families: a file for each, which lists the couplings of the model types that it names.
+
+A new family is one file, with MODEL_TYPES and couplings(model), and its row in `FILES`.
+"""
 
 from collections.abc import Callable
+from importlib import import_module
 
 from torch import nn
 
 from s2ft.model.coupling import Coupling
-from s2ft.model.families import (
-    bert,
-    clip,
-    cohere,
-    deepseek,
-    gpt2,
-    gpt_neox,
-    gptj,
-    llama,
-    mixtral,
-    olmo2,
-    opt,
-    phi,
-    phi3,
-    stablelm,
-    starcoder2,
-    t5,
-    vit,
-    whisper,
+
+FILES = (
+    "bert",
+    "clip",
+    "cohere",
+    "deepseek",
+    "gpt2",
+    "gpt_neox",
+    "gptj",
+    "llama",
+    "mixtral",
+    "olmo2",
+    "opt",
+    "phi",
+    "phi3",
+    "stablelm",
+    "starcoder2",
+    "t5",
+    "vit",
+    "whisper",
 )
 
-# A new family is one file and its name here.
-_MODULES = (
-    bert,
-    clip,
-    cohere,
-    deepseek,
-    gpt2,
-    gpt_neox,
-    gptj,
-    llama,
-    mixtral,
-    olmo2,
-    opt,
-    phi,
-    phi3,
-    stablelm,
-    starcoder2,
-    t5,
-    vit,
-    whisper,
-)
-
+# model type → the function that lists the couplings of such a model
 FAMILIES: dict[str, Callable[[nn.Module], list[Coupling]]] = {
-    model_type: module.couplings for module in _MODULES for model_type in module.MODEL_TYPES
+    model_type: family.couplings
+    for family in (import_module(f"{__name__}.{file}") for file in FILES)
+    for model_type in family.MODEL_TYPES
 }

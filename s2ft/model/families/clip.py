@@ -1,11 +1,11 @@
-"""CLIP: two towers built alike, or one of them alone. Layers count through the text tower, then the vision tower.
+"""CLIP: two towers of the same structure, or one of them. Layers are counted through the text, then the vision tower.
 
-A tower alone has the names of transformers 5; with those of transformers 4 it is refused.
+A single tower must have the module names of transformers 5. With those of transformers 4 it is refused.
 """
 
 from torch import nn
 
-from s2ft.model.builders import attention, ffn, head_sizes, layers_of
+from s2ft.model.builders import attention_paths, head_sizes, layers_of
 from s2ft.model.coupling import Coupling
 
 MODEL_TYPES = ("clip", "clip_text_model", "clip_vision_model")
@@ -23,7 +23,8 @@ def _tower(model: nn.Module, stack: str, config, first: int) -> list[Coupling]:
     heads, _, head_dim = head_sizes(config)
     found = []
     for i, (path, _) in enumerate(layers_of(model, stack), first):
-        names = ("q_proj", "k_proj", "v_proj", "out_proj")
-        found.append(ffn(i, f"{path}.mlp.fc1", f"{path}.mlp.fc2", config.intermediate_size))
-        found.append(attention(i, [f"{path}.self_attn.{name}" for name in names], heads, head_dim))
+        ffn = {"up": f"{path}.mlp.fc1", "down": f"{path}.mlp.fc2"}
+        found.append(Coupling.ffn(i, **ffn, channels=config.intermediate_size))
+        attention = attention_paths(f"{path}.self_attn", o="out_proj")
+        found.append(Coupling.attention(i, **attention, heads=heads, head_dim=head_dim))
     return found

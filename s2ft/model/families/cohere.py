@@ -1,4 +1,4 @@
-"""Cohere: built like llama; use_qk_norm adds norms with weights [heads, head_dim], whose rows move with the heads."""
+"""Cohere: as llama. use_qk_norm adds norms with weights [heads, head_dim], whose rows are reordered with the heads."""
 
 from torch import nn
 
@@ -9,5 +9,5 @@ MODEL_TYPES = ("cohere",)
 
 
 def couplings(model: nn.Module) -> list[Coupling]:
-    norms = (("q_norm.weight", 1), ("k_norm.weight", 1))
-    return llama_like(model, vectors=norms if model.config.use_qk_norm else ())
+    norms = {"q_norm.weight": 1, "k_norm.weight": 1}
+    return llama_like(model, moving=norms if model.config.use_qk_norm else {})

@@ -1,8 +1,8 @@
-"""DeepSeek-V2 and V3: attention through a low-rank middle, and mixtures with shared experts.
+"""DeepSeek-V2 and V3: attention with low-rank projections, and mixtures with shared experts.
 
-A head's queries come from q_proj or, behind a middle of its own, q_b_proj; its keys and values from kv_b_proj,
-[key, value] head by head. The rotated part of the keys is one for all heads, and the two middles are no units of a
-coupling: q_a_proj and kv_a_proj_with_mqa are not trained.
+q_proj, or q_b_proj after a low-rank q_a_proj, computes the queries. kv_b_proj computes keys and values, [key, value]
+for each head in turn. The rotated part of the keys is shared by all heads. The low-rank dimensions are not units of a
+coupling, so q_a_proj and kv_a_proj_with_mqa are not trained.
 """
 
 from torch import nn

@@ -1,14 +1,16 @@
-"""LLaMA and the families built like it: gated FFN, separate q, k, v, grouped-query attention.
+"""LLaMA and families of the same structure: gated FFN, separate q, k and v, grouped-query attention.
 
-Qwen2 adds q/k/v biases, which move with their rows. Qwen3 and Gemma 3 norm q and k with a weight that
-all heads share, so it stays. Rotary embeddings, sliding windows and the layers without rotary embeddings
-(SmolLM3, Cohere 2) are the same for every head.
+Qwen2 adds biases to q, k and v, which are reordered with their rows. Qwen3 and Gemma 3 normalise q and k by a weight
+that all heads share, so it stays. Rotary embeddings, sliding windows and layers without rotary embeddings (SmolLM3,
+Cohere 2) are the same for every head.
 """
+
+from collections.abc import Mapping
 
 from torch import nn
 
-from s2ft.model.builders import attention, gated_mlp, head_sizes, layers_of
-from s2ft.model.coupling import Coupling, Vector
+from s2ft.model.builders import attention_paths, gated_mlp, head_sizes, layers_of
+from s2ft.model.coupling import Coupling
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "smollm3", "cohere2")
 
@@ -17,23 +19,20 @@ def couplings(model: nn.Module) -> list[Coupling]:
     return llama_like(model)
 
 
-def llama_like(model: nn.Module, vectors: tuple[tuple[str, int], ...] = (), fixed: bool = False) -> list[Coupling]:
-    """Couplings of a model with llama's modules. vectors: (parameter of self_attn, unit) that move with the heads;
-    fixed: whether heads can't move."""
+def llama_like(model: nn.Module, moving: Mapping[str, int] | None = None, fixed: bool = False) -> list[Coupling]:
+    """List the couplings of a model with llama's modules.
+
+    Args:
+        model: The model.
+        moving: Parameters of self_attn that are reordered with the heads, and how many entries belong to one head.
+        fixed: Whether heads can't move.
+    """
     heads, kv_heads, head_dim = head_sizes(model.config)
     found = []
     for i, (path, _) in enumerate(layers_of(model, "layers")):
         block = f"{path}.self_attn"
         found.append(gated_mlp(model, i, f"{path}.mlp"))
-        found.append(
-            attention(
-                i,
-                [f"{block}.{name}_proj" for name in "qkvo"],
-                heads,
-                head_dim,
-                kv_heads,
-                fixed=fixed,
-                vectors=tuple(Vector(f"{block}.{name}", unit) for name, unit in vectors),
-            )
-        )
+        sizes = {"heads": heads, "head_dim": head_dim, "kv_heads": kv_heads}
+        vectors = {f"{block}.{name}": unit for name, unit in (moving or {}).items()}
+        found.append(Coupling.attention(i, **attention_paths(block), **sizes, moving=vectors, fixed=fixed))
     return found

@@ -1,4 +1,4 @@
-"""OLMo 2: built like llama, with norms of q and k over all heads, whose weights move with the heads."""
+"""OLMo 2: as llama, with norms of q and k over all heads, whose weights are reordered with the heads."""
 
 from torch import nn
 
@@ -11,4 +11,4 @@ MODEL_TYPES = ("olmo2",)
 
 def couplings(model: nn.Module) -> list[Coupling]:
     _, _, head_dim = head_sizes(model.config)
-    return llama_like(model, vectors=(("q_norm.weight", head_dim), ("k_norm.weight", head_dim)))
+    return llama_like(model, moving={"q_norm.weight": head_dim, "k_norm.weight": head_dim})

@@ -1,8 +1,8 @@
-"""OPT: biases everywhere, two-layer FFN in the layer itself. Positions are learned and added to the embeddings."""
+"""OPT: biases in all layers, two-layer FFN without a module around it, learned positions added to the embeddings."""
 
 from torch import nn
 
-from s2ft.model.builders import attention, ffn, head_sizes, layers_of
+from s2ft.model.builders import attention_paths, head_sizes, layers_of
 from s2ft.model.coupling import Coupling
 
 MODEL_TYPES = ("opt",)
@@ -12,7 +12,7 @@ def couplings(model: nn.Module) -> list[Coupling]:
     heads, _, head_dim = head_sizes(model.config)
     found = []
     for i, (path, _) in enumerate(layers_of(model, "decoder.layers")):
-        names = ("q_proj", "k_proj", "v_proj", "out_proj")
-        found.append(ffn(i, f"{path}.fc1", f"{path}.fc2", model.config.ffn_dim))
-        found.append(attention(i, [f"{path}.self_attn.{name}" for name in names], heads, head_dim))
+        found.append(Coupling.ffn(i, up=f"{path}.fc1", down=f"{path}.fc2", channels=model.config.ffn_dim))
+        attention = attention_paths(f"{path}.self_attn", o="out_proj")
+        found.append(Coupling.attention(i, **attention, heads=heads, head_dim=head_dim))
     return found

@@ -1,8 +1,8 @@
-"""Phi: biases everywhere, two-layer FFN, `dense` after the heads. qk_layernorm's weights are shared by all heads."""
+"""Phi: biases in all layers, two-layer FFN, output projection `dense`. All heads share the weights of qk_layernorm."""
 
 from torch import nn
 
-from s2ft.model.builders import attention, ffn, head_sizes, layers_of
+from s2ft.model.builders import attention_paths, head_sizes, layers_of
 from s2ft.model.coupling import Coupling
 
 MODEL_TYPES = ("phi",)
@@ -12,7 +12,8 @@ def couplings(model: nn.Module) -> list[Coupling]:
     heads, kv_heads, head_dim = head_sizes(model.config)
     found = []
     for i, (path, _) in enumerate(layers_of(model, "layers")):
-        names = ("q_proj", "k_proj", "v_proj", "dense")
-        found.append(ffn(i, f"{path}.mlp.fc1", f"{path}.mlp.fc2", model.config.intermediate_size))
-        found.append(attention(i, [f"{path}.self_attn.{name}" for name in names], heads, head_dim, kv_heads))
+        ffn = {"up": f"{path}.mlp.fc1", "down": f"{path}.mlp.fc2"}
+        found.append(Coupling.ffn(i, **ffn, channels=model.config.intermediate_size))
+        attention = attention_paths(f"{path}.self_attn", o="dense")
+        found.append(Coupling.attention(i, **attention, heads=heads, head_dim=head_dim, kv_heads=kv_heads))
     return found

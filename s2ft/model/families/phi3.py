@@ -2,8 +2,8 @@
 
 from torch import nn
 
-from s2ft.model.builders import gate_up, head_sizes, layers_of, packed_attention
-from s2ft.model.coupling import Coupling, Projection
+from s2ft.model.builders import head_sizes, layers_of
+from s2ft.model.coupling import Coupling
 
 MODEL_TYPES = ("phi3",)
 
@@ -13,15 +13,8 @@ def couplings(model: nn.Module) -> list[Coupling]:
     channels = model.config.intermediate_size
     found = []
     for i, (path, _) in enumerate(layers_of(model, "layers")):
-        found.append(
-            Coupling(
-                "ffn",
-                i,
-                gate_up(f"{path}.mlp.gate_up_proj", channels),
-                Projection("d", f"{path}.mlp.down_proj", channels, 1, 1),
-            )
-        )
-        found.append(
-            packed_attention(i, f"{path}.self_attn.qkv_proj", f"{path}.self_attn.o_proj", heads, head_dim, kv_heads)
-        )
+        ffn = {"gate_up": f"{path}.mlp.gate_up_proj", "down": f"{path}.mlp.down_proj"}
+        found.append(Coupling.packed_gated_ffn(i, **ffn, channels=channels))
+        attention = {"qkv": f"{path}.self_attn.qkv_proj", "o": f"{path}.self_attn.o_proj"}
+        found.append(Coupling.packed_attention(i, **attention, heads=heads, head_dim=head_dim, kv_heads=kv_heads))
     return found

@@ -1,4 +1,4 @@
-"""StableLM: built like llama. qk_layernorm adds a norm module of its own for every head, and with it heads stay."""
+"""StableLM: as llama. qk_layernorm adds a norm module for every head; heads with it can't be reordered."""
 
 from torch import nn
 

@@ -1,13 +1,12 @@
-"""T5: two-layer or gated FFN, no biases. Layers count through the encoder, then the decoder.
+"""T5: two-layer or gated FFN, no biases. Layers are counted through the encoder, then the decoder.
 
-The first layer of each stack has a table of position biases [buckets, heads], and all layers of the stack add
-what it gives to their heads by number: no head of a self-attention can move, in any layer. Cross-attention
-has no table.
+The first layer of the encoder and of the decoder has a table of position biases [buckets, heads]. All layers add its
+values to their heads by number, so the heads of a self-attention can't be reordered. Cross-attention has no table.
 """
 
 from torch import nn
 
-from s2ft.model.builders import attention, ffn, gated_ffn, layers_of
+from s2ft.model.builders import attention_paths, layers_of
 from s2ft.model.coupling import Coupling
 
 MODEL_TYPES = ("t5",)
@@ -22,13 +21,15 @@ def _block(config, i: int, path: str, block: nn.Module) -> list[Coupling]:
     dense = f"{path}.layer.{len(block.layer) - 1}.DenseReluDense"
     found = [_attention(config, i, f"{path}.layer.0.SelfAttention", kind="attention", fixed=True)]
     if config.is_gated_act:
-        found.append(gated_ffn(i, f"{dense}.wi_1", f"{dense}.wi_0", f"{dense}.wo", config.d_ff))
+        ffn = {"up": f"{dense}.wi_1", "gate": f"{dense}.wi_0", "down": f"{dense}.wo"}
+        found.append(Coupling.gated_ffn(i, **ffn, channels=config.d_ff))
     else:
-        found.append(ffn(i, f"{dense}.wi", f"{dense}.wo", config.d_ff))
+        found.append(Coupling.ffn(i, up=f"{dense}.wi", down=f"{dense}.wo", channels=config.d_ff))
     if block.is_decoder:
         found.append(_attention(config, i, f"{path}.layer.1.EncDecAttention", kind="cross-attention"))
     return found
 
 
 def _attention(config, layer: int, path: str, **more) -> Coupling:
-    return attention(layer, [f"{path}.{name}" for name in "qkvo"], config.num_heads, config.d_kv, **more)
+    paths = attention_paths(path, *"qkvo")
+    return Coupling.attention(layer, **paths, heads=config.num_heads, head_dim=config.d_kv, **more)

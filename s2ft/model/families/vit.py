@@ -1,11 +1,11 @@
-"""ViT: two-layer FFN; q, k and v with or without biases. Positions are learned and added to the embeddings.
+"""ViT: two-layer FFN, q, k and v with or without biases, learned positions that are added to the embeddings.
 
-Modules have the names of transformers 5; a model with those of transformers 4 is refused.
+Modules must have the names of transformers 5. A model with those of transformers 4 is refused.
 """
 
 from torch import nn
 
-from s2ft.model.builders import attention, ffn, head_sizes, layers_of
+from s2ft.model.builders import attention_paths, head_sizes, layers_of
 from s2ft.model.coupling import Coupling
 
 MODEL_TYPES = ("vit",)
@@ -15,6 +15,8 @@ def couplings(model: nn.Module) -> list[Coupling]:
     heads, _, head_dim = head_sizes(model.config)
     found = []
     for i, (path, _) in enumerate(layers_of(model, "layers")):
-        found.append(ffn(i, f"{path}.mlp.fc1", f"{path}.mlp.fc2", model.config.intermediate_size))
-        found.append(attention(i, [f"{path}.attention.{name}_proj" for name in "qkvo"], heads, head_dim))
+        ffn = {"up": f"{path}.mlp.fc1", "down": f"{path}.mlp.fc2"}
+        found.append(Coupling.ffn(i, **ffn, channels=model.config.intermediate_size))
+        attention = attention_paths(f"{path}.attention")
+        found.append(Coupling.attention(i, **attention, heads=heads, head_dim=head_dim))
     return found

@@ -1,13 +1,13 @@
-"""Whisper: two-layer FFN; biases everywhere but on k. Layers count through the encoder, then the decoder.
+"""Whisper: two-layer FFN, biases except on k. Layers are counted through the encoder, then the decoder.
 
-Positions are tables added to the embeddings. The convolutions before the encoder are no part of a coupling.
+Positions are tables that are added to the embeddings. The convolutions before the encoder are not part of a coupling.
 """
 
 from collections.abc import Iterator
 
 from torch import nn
 
-from s2ft.model.builders import attention, ffn, layers_of
+from s2ft.model.builders import attention_paths, layers_of
 from s2ft.model.coupling import Coupling
 
 MODEL_TYPES = ("whisper",)
@@ -28,10 +28,10 @@ def couplings(model: nn.Module) -> list[Coupling]:
 
 
 def _layer(width: int, heads: int, channels: int, i: int, path: str) -> Iterator[Coupling]:
-    yield ffn(i, f"{path}.fc1", f"{path}.fc2", channels)
+    yield Coupling.ffn(i, up=f"{path}.fc1", down=f"{path}.fc2", channels=channels)
     yield _attention(width, heads, i, f"{path}.self_attn", "attention")
 
 
 def _attention(width: int, heads: int, layer: int, path: str, kind: str) -> Coupling:
-    names = ("q_proj", "k_proj", "v_proj", "out_proj")
-    return attention(layer, [f"{path}.{name}" for name in names], heads, width // heads, kind=kind)
+    paths = attention_paths(path, o="out_proj")
+    return Coupling.attention(layer, **paths, heads=heads, head_dim=width // heads, kind=kind)

@@ -52,7 +52,7 @@ def perceptron() -> nn.Module:
 
 
 def couplings() -> list:
-    from s2ft import Coupling, Projection  # not there when schema-1 was made
+    from s2ft.model.coupling import Coupling, Projection  # not there when schema-1 was made
 
     return [Coupling("ffn", 0, (Projection("u", "0", 6, 2, 0),), Projection("d", "2", 6, 2, 1))]
 

@@ -1,0 +1,70 @@
+"""From a model to adapter folders."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from s2ft.adapter.adapter import model_info
+from s2ft.adapter.formats import native
+from s2ft.adapter.switch import get_adapter
+from s2ft.attached import extra_weights
+from s2ft.attached.hosts.compiled import of_compiled
+from s2ft.attached.record import Attachment, attachment_of
+from s2ft.distributed import full_tensors, ranks_sharing, reshard_all, run_on_first_rank
+
+
+@of_compiled
+def save_adapter(
+    model: nn.Module,
+    directory,
+    name: str | None = None,
+    info: dict[str, Any] | None = None,
+    *,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Save one adapter of a model as s2ft_config.json and a safetensors file, in the base's own order.
+
+    The slices of a sharded model (FSDP2, or ZeRO's optimizers) are gathered: every rank must call this. The first rank
+    writes, and the others return when the files are complete. On any other model each rank that calls this writes.
+
+    Args:
+        model: Model with at least one adapter.
+        directory: Folder to write to, created if needed. An adapter in it is replaced in one step.
+        name: Adapter to save. Default: the trainable one, else an active one, else the first.
+        info: JSON values to save with the adapter, for example the name of the base model.
+        state: A state_dict that others have gathered (accelerate, Trainer), with every s2. Default: the model's own.
+
+    Raises:
+        ValueError: No adapter has this name, or a delta is empty or not finite. Nothing is written.
+        RuntimeError: Another rank failed to write, or did not take part within ten minutes.
+
+    Example:
+        >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1), name="math")
+        >>> s2ft.save_adapter(model, "math", info={"data": "gsm8k"})
+        >>> s2ft.read_adapter("math").info["data"]
+        'gsm8k'
+    """
+    record = attachment_of(model)
+    name = record.default_name if name is None else name
+    adapter = get_adapter(model, name, state)
+    adapter.info = {**model_info(model), **adapter.info, **(info or {})}
+    ranks = ranks_sharing(_trained(model, record).values()) if name == record.name and state is None else None
+    run_on_first_rank("saving an adapter", ranks, lambda: native.write(adapter, directory))
+
+
+@of_compiled
+def gather_trained(model: nn.Module) -> dict[str, Tensor]:
+    """Return all trained parameters in full, by their names in the model, for `state` of :func:`save_adapter`.
+
+    Every rank of a sharded model must call this.
+
+    Raises:
+        RuntimeError: A rank did not take part within ten minutes.
+    """
+    reshard_all(model)
+    return full_tensors(_trained(model, attachment_of(model)))
+
+
+def _trained(model: nn.Module, record: Attachment) -> dict[str, Tensor]:
+    return {**record.slices, **extra_weights.trained_parameters(model, record)}

@@ -1,0 +1,146 @@
+"""Whole changes of a model with adapters. Each succeeds, or leaves a model whose base can be restored.
+
+A change that an interrupt, an exception or an out-of-memory error cuts short is finished or taken back in the
+`except` clause, and can be taken back by a later call. No step runs under torch.no_grad, which an interrupt can leave
+switched on.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from s2ft.attached.active import activate, deactivate, switch, write_trained
+from s2ft.attached.mounting import claim, release, remount, unmount
+from s2ft.attached.record import Attachment, LoadedAdapter, find_attachment
+from s2ft.ops._lock import LOCK
+
+
+@contextmanager
+def adapters_off(model: nn.Module, record: Attachment) -> Iterator[None]:
+    """Inside, the model has its record and the base in its weights, so that a trainable adapter can be mounted.
+
+    If the body fails, the loaded adapters are there, those that were active are active again, and a model without
+    loaded adapters is plain.
+    """
+    active = dict(record.active)
+    try:
+        claim(model, record)
+        deactivate(model, record)
+        yield
+    except BaseException:
+        deactivate(model, record)
+        unmount(model, record)
+        if record.loaded:
+            record.forget_mounts()
+            model.requires_grad_(False)
+            activate(model, record, active, {name: record.loaded[name].deltas for name in active})
+        else:
+            release(model, record)
+        raise
+
+
+def load(model: nn.Module, record: Attachment, adapter: LoadedAdapter, active: bool) -> None:
+    """Add a loaded adapter, and make it the active one if `active`. A failure removes it again.
+
+    Args:
+        model: A model that has this record, or that has none yet.
+        record: Record that gets the adapter.
+        adapter: Adapter that fits the model, under a new name.
+        active: Whether it becomes the active adapter.
+    """
+    is_new = find_attachment(model) is None
+    try:
+        if is_new:
+            claim(model, record)
+            model.requires_grad_(False)
+        record.load(adapter)
+        if active:
+            switch(model, record, {adapter.name: 1.0})
+    except BaseException:
+        deactivate(model, record)
+        if is_new:
+            release(model, record)
+        else:
+            record.drop(adapter.name)
+        raise
+
+
+def remove_all(model: nn.Module, record: Attachment) -> None:
+    """Remove all adapters and the record: the model is the plain base, bit for bit."""
+    with LOCK:
+        try:
+            _remove_all(model, record)
+        except BaseException:  # an interrupt: a model in between would compute something else
+            _remove_all(model, record)
+            raise
+
+
+def _remove_all(model: nn.Module, record: Attachment) -> None:
+    if find_attachment(model) is not None:
+        deactivate(model, record)
+        release(model, record)
+
+
+def remove(model: nn.Module, record: Attachment, name: str) -> None:
+    """Remove one adapter; if it is active, no adapter is active afterwards. With the last one the model is plain."""
+    if name in record.active:
+        deactivate(model, record)
+    if record.names == [name]:
+        remove_all(model, record)
+    elif name != record.name:
+        record.drop(name)
+    else:
+        _remove_trainable(model, record)
+
+
+def _remove_trainable(model: nn.Module, record: Attachment) -> None:
+    """Remove the trainable layers. The loaded adapters that were active are active again."""
+    active = dict(record.active)
+    deltas = {name: record.loaded[name].deltas for name in active}
+    with LOCK:
+        try:
+            _unmount_for_good(model, record)
+            activate(model, record, active, deltas)
+        except BaseException:  # an interrupt: a model in between would compute something else
+            _unmount_for_good(model, record)
+            raise
+
+
+def _unmount_for_good(model: nn.Module, record: Attachment) -> None:
+    deactivate(model, record)
+    unmount(model, record)
+    record.forget_mounts()
+    model.requires_grad_(False)
+
+
+def merge_active(model: nn.Module, record: Attachment) -> nn.Module:
+    """Write the active adapters into the weights and return the plain model. A failure leaves the adapter, inactive."""
+    with LOCK:
+        try:
+            if record.trains:
+                write_trained(model, record)
+            return release(model, record)
+        except BaseException:
+            if find_attachment(model) is not None:
+                deactivate(model, record)
+                remount(model, record)
+            raise
+
+
+def fuse_mounted(record: Attachment) -> None:
+    """Fuse every trainable layer. A failure leaves none of them fused."""
+    with LOCK:
+        try:
+            for mounted in record.mounts.values():
+                mounted.layer.fuse()
+        except BaseException:
+            unfuse_mounted(record)
+            raise
+
+
+def unfuse_mounted(record: Attachment) -> None:
+    """Copy the base back into every trainable layer, bit for bit."""
+    with LOCK:
+        for mounted in record.mounts.values():
+            mounted.layer.unfuse()

@@ -1,0 +1,123 @@
+"""Checks that run before an attached model is changed: its adapters' names, and what its weights allow."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from s2ft.attached.record import Attachment
+from s2ft.distributed import is_sharded
+from s2ft.files.reading import check_adapter_name
+from s2ft.layers import kind_of
+from s2ft.model.coupling import Coupling, Projection, projections_of
+from s2ft.model.delta import Delta
+from s2ft.model.weights import tensors_of, weight_at
+from s2ft.ops._memory import check_private
+
+# ---- names ---------------------------------------------------------------------------------------------
+
+
+def check_new_name(record: Attachment | None, name: str) -> None:
+    """Check the name of an adapter that is made, loaded or renamed.
+
+    Args:
+        record: Record of the model; None if it has no adapters.
+        name: Name that the adapter would get.
+
+    Raises:
+        ValueError: The name could not be saved, or another adapter of the model has it.
+    """
+    check_adapter_name(name)
+    if record is not None and name in record.names:
+        raise ValueError(f"there is an adapter called {name!r} already: choose another name")
+
+
+def check_known(record: Attachment, name: str) -> None:
+    """Raise ValueError if the model has no adapter of this name."""
+    if name not in record.names:
+        raise ValueError(f"no adapter is called {name!r}; there are {', '.join(record.names) or 'none'}")
+
+
+# ---- layers and weights --------------------------------------------------------------------------------
+
+
+def check_not_sharded(model: nn.Module, what: str) -> None:
+    """Raise ValueError if FSDP2 or ZeRO-3 has spread weights over ranks. what: the change, for the message."""
+    path = next((path for path, parameter in model.named_parameters() if is_sharded(parameter)), None)
+    if path is not None:
+        raise ValueError(
+            f"{what} would change the layers of a model that is sharded ({path}), and what shards it "
+            "knows only the layers that were there before: do it before sharding, or call s2ft.save_adapter here "
+            "and go on with a base that is not sharded"
+        )
+
+
+def check_can_move(model: nn.Module, couplings: list[Coupling]) -> None:
+    """Raise ValueError if the units of one of the couplings can't be reordered with the weights as they are."""
+    obstacle = next((obstacle for obstacle in _obstacles(model, couplings) if obstacle), "")
+    if obstacle:
+        raise ValueError(f"{obstacle}, whose units can't change place: use layout='indexed'")
+
+
+def movable_couplings(model: nn.Module, couplings: list[Coupling]) -> list[Coupling]:
+    """Return the couplings whose units can be reordered with the weights as they are."""
+    movable = [coupling for coupling in couplings if coupling.movable]
+    return [coupling for coupling, obstacle in zip(movable, _obstacles(model, movable)) if not obstacle]
+
+
+def _obstacles(model: nn.Module, couplings: list[Coupling]) -> Iterator[str]:
+    """Yield for each coupling the reason why its units can't be reordered; an empty string if they can."""
+    owners: dict[int, list[str]] = {}
+    for key, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(key)
+    for coupling in couplings:
+        handles = [weight_at(model, projection) for projection in coupling.projections]
+        read_only = next((handle for handle in handles if handle.read_only), None)
+        names = (owners.get(id(tensor), []) for tensor in tensors_of(model, coupling))
+        tied = next((found for found in names if len(found) > 1), None)
+        if read_only is not None:
+            yield f"{read_only.path} is a quantized weight ({type(read_only.holder).__name__})"
+        else:
+            yield f"{' and '.join(tied)} are one tied weight" if tied else ""
+
+
+def check_memory(model: nn.Module, projections: list[Projection]) -> None:
+    """Raise ValueError for a weight in shared or read-only memory, or computed from other parameters."""
+    for path, projection in {projection.path: projection for projection in projections}.items():
+        handle = weight_at(model, projection)
+        if handle.read_only:
+            continue
+        found = handle.holder
+        if isinstance(found, nn.Module) and "weight" not in found._parameters:
+            raise ValueError(
+                f"{path}.weight is no parameter but is computed by a hook, as torch.nn.utils.prune and "
+                "weight_norm do: make it one first (prune.remove, remove_weight_norm)"
+            )
+        if not is_sharded(handle.tensor):
+            check_private(f"{path}.weight" if isinstance(found, nn.Module) else path, handle.tensor)
+
+
+def check_gradients_pass(model: nn.Module) -> None:
+    """Raise ValueError for a quantized layer, trained or not, that passes no gradient to its input."""
+    for path, module in model.named_modules():
+        if not kind_of(module).passes_gradient(module):
+            raise ValueError(
+                f"{path} ({type(module.weight).__name__}) passes no gradient to its input, because it "
+                "quantizes that too: use a configuration that quantizes weights only"
+            )
+
+
+def check_can_merge(record: Attachment) -> None:
+    """Raise ValueError if a trainable layer has a quantized weight."""
+    for path, mount in record.mounts.items():
+        if mount.layer.kind.read_only:
+            raise ValueError(f"{path}: {mount.layer.kind.read_only}")
+
+
+def check_can_write(model: nn.Module, record: Attachment, deltas: dict[str, Delta]) -> None:
+    """Raise ValueError if a weight that the deltas would change is quantized. deltas: by projection."""
+    for projection in projections_of(record.couplings):
+        if projection.name in deltas and weight_at(model, projection).read_only:
+            raise ValueError(
+                f"{projection.path} is quantized, and an adapter can't be written into it: load it with "
+                "trainable=True, which adds it in the forward, or load the base unquantized"
+            )

@@ -1,0 +1,153 @@
+"""The shadow model: a copy of a model that has S²FT's trainable layers and no data."""
+
+import copy
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from s2ft.attached.mounting import claim, mount
+from s2ft.attached.record import Attachment, check_unattached
+from s2ft.config import S2FTConfig
+from s2ft.distributed import is_sharded
+from s2ft.layers import S2Layer, kind_of
+from s2ft.model.coupling import Coupling
+from s2ft.model.registry import couplings_of
+from s2ft.selection import select
+
+
+def make_shadow(
+    model: nn.Module, config: S2FTConfig, dtype: torch.dtype | None, couplings: Sequence[Coupling] | None
+) -> tuple[nn.Module, Attachment]:
+    """Copy a model to the meta device, with trainable layers in it, and return the copy and its record.
+
+    Quantized weights are shared with the model, because their layers read properties of them.
+    """
+    check_unattached(model)
+    wanted = _wanted_dtypes(model, dtype)
+    memo: dict[int, Any] = {}  # deepcopy uses these objects instead of copies
+    for path, module in model.named_modules():
+        quantized = kind_of(module).read_only
+        if quantized:
+            _check_is_quantized(path, module)
+        memo.update({id(thing): thing for thing in kind_of(module).shared(module)})
+        for name, tensor in _tensors_of(module):
+            if id(tensor) not in memo:
+                shared = quantized and name == "weight"
+                memo[id(tensor)] = (
+                    _shared(tensor)
+                    if shared
+                    else _hollow(f"{path}.{name}", tensor, wanted.get(id(tensor), tensor.dtype))
+                )
+    shadow = copy.deepcopy(model, memo)
+    found = couplings_of(shadow, couplings)
+    record = Attachment(found, {"layers": {}}, {}, is_custom=couplings is not None)  # of no base: nothing is compared
+    plain = (
+        config
+        if config.units is not None
+        else replace(config, selection="random", order="largest", allocation="uniform")
+    )
+    claim(shadow, record)
+    mount(shadow, record, config, select(found, plain, shadow), "estimate")
+    return shadow, record
+
+
+def _tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return a module's parameters, buffers and other tensors, without those of its children."""
+    everything = (*module._parameters.items(), *module._buffers.items(), *vars(module).items())
+    return [(name, tensor) for name, tensor in everything if isinstance(tensor, Tensor)]
+
+
+def _check_is_quantized(path: str, module: nn.Module) -> None:
+    """Raise ValueError for a layer of bitsandbytes that has no quantized data yet."""
+    if module.weight.is_meta:
+        raise ValueError(
+            f"{path} ({type(module).__name__}) is on the meta device, and its quantization is known only "
+            "when it is loaded: estimate the loaded model, or the unquantized one"
+        )
+
+
+def _hollow(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor of the same shape on the meta device."""
+    if is_sharded(tensor) or is_traceable_wrapper_subclass(tensor):
+        raise ValueError(
+            f"{name} is a {type(tensor.data).__name__}, which can't be counted: pass the model before "
+            "it is sharded or wrapped"
+        )
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="meta")
+    return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
+
+
+def _shared(weight: Tensor) -> Tensor:
+    """Return a new parameter that shares the data of a quantized weight."""
+    made = nn.Parameter(weight.detach(), requires_grad=False)
+    made.__dict__.update(vars(weight))
+    return made
+
+
+def _wanted_dtypes(model: nn.Module, dtype: torch.dtype | None) -> dict[int, torch.dtype]:
+    """Return the dtypes of the weights after loading in `dtype`, by id. A model may keep some weights in float32."""
+    if dtype is None:
+        return {}
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+    plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
+    wanted = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():  # buffers outside it are not loaded either
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            found = (kept for pattern, kept in plan.items() if re.search(rf"(^|\.){pattern}(\.|$)", name))
+            wanted[id(tensor)] = next(found, dtype)
+    return wanted
+
+
+def forget_data(shadow: nn.Module, device: torch.device) -> None:
+    """Replace all tensors by fake tensors on `device`."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # with the old tensor, so that its id is not used again
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            made[id(tensor)] = (_fake(tensor, mode, device), tensor)
+        return made[id(tensor)][0]
+
+    for module in shadow.modules():
+        state = {} if isinstance(module, S2Layer) else kind_of(module).state(module)
+        for tensors in (module._parameters, module._buffers, vars(module), state):
+            tensors.update({name: fake(tensor) for name, tensor in tensors.items() if isinstance(tensor, Tensor)})
+
+
+def _fake(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
+    if is_traceable_wrapper_subclass(tensor.data):
+        made = mode.from_tensor(tensor.data).to(device)
+    else:
+        with mode:
+            made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    if isinstance(tensor, nn.Parameter):
+        made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+        made.__dict__.update(
+            {
+                name: _fake(value, mode, device) if isinstance(value, Tensor) else value
+                for name, value in vars(tensor).items()
+            }
+        )
+    return made
+
+
+def checkpoint(shadow: nn.Module, kind: Any) -> None:
+    """Switch gradient checkpointing on.
+
+    Raises:
+        ValueError: `kind` is unknown, or the model does not support checkpointing.
+    """
+    if kind not in (True, "reentrant", "non-reentrant"):
+        raise ValueError(f"gradient_checkpointing must be True, False, 'reentrant' or 'non-reentrant', got {kind!r}")
+    if not getattr(shadow, "supports_gradient_checkpointing", False):
+        raise ValueError(f"gradient_checkpointing: {type(shadow).__name__} does not support it")
+    name = "activation" if hasattr(shadow, "activation_checkpointing_enable") else "gradient"  # transformers 5.2x
+    options = {"use_reentrant": kind == "reentrant", "preserve_rng_state": False}
+    getattr(shadow, f"{name}_checkpointing_enable")(**{f"{name}_checkpointing_kwargs": options})

@@ -1,0 +1,87 @@
+"""Adapters in the formats of other tools: written, or read and saved in the format of s2ft."""
+
+from pathlib import Path
+
+import torch
+
+from s2ft.adapter import Adapter, read_adapter
+from s2ft.adapter.adapter import model_info
+from s2ft.export.merged import temporary_folder
+from s2ft.files.formats import ADAPTER_FORMATS, NATIVE
+from s2ft.text.models import dtype_of_base, load_model
+
+
+def export(
+    model_name: str, adapter: str | Path, output: str | Path, dtype: str = "auto", *, format_name: str, **options
+) -> str:
+    """Write an adapter in another format, read it again and compare.
+
+    Args:
+        model_name: The adapter's base: a checkpoint folder, a name on the hub, or a .gguf file.
+        adapter: The adapter's folder, or the output folder of a run.
+        output: The folder to write; it must not exist.
+        dtype: Dtype of the base's weights; "auto" is that of the training.
+        format_name: Key of ADAPTER_FORMATS.
+        options: Options of the format.
+
+    Returns:
+        A sentence about the output.
+
+    Raises:
+        FileExistsError: The output exists.
+        ValueError: The base or the adapter can't be loaded, or the adapter can't be written in this format.
+        RuntimeError: The files read again are not the adapter. Nothing is left in any of these cases.
+    """
+    target = ADAPTER_FORMATS[format_name]
+    original = read_adapter(adapter)
+    with temporary_folder(output) as folder:
+        model, _ = load_model(model_name, dtype_of_base(original, dtype))
+        target.write(original, folder, model, **options)
+        _check_equal(target.read(folder, model), original)
+        return _sentence(format_name, folder, output)
+
+
+def convert(
+    model_name: str, source: str | Path, output: str | Path, dtype: str = "auto", *, format_name: str, name: str | None
+) -> str:
+    """Read an adapter in another format, save it in the format of s2ft, read it again and compare.
+
+    Args:
+        model_name: The adapter's base: a checkpoint folder, a name on the hub, or a .gguf file.
+        source: The folder to read.
+        output: The folder to write; it must not exist.
+        dtype: Dtype of the base's weights; "auto" is that of the checkpoint.
+        format_name: Key of ADAPTER_FORMATS.
+        name: Name of the new adapter; default: that of the source, or "default".
+
+    Returns:
+        A sentence about the output.
+
+    Raises:
+        FileExistsError: The output exists.
+        ValueError: The base can't be loaded, or the source is not an adapter of it. Nothing is left.
+    """
+    native = ADAPTER_FORMATS[NATIVE]
+    with temporary_folder(output) as folder:
+        model, _ = load_model(model_name, dtype)
+        adapter = ADAPTER_FORMATS[format_name].read(source, model, name)
+        adapter.info |= {**model_info(model), "base_model": model_name}
+        native.write(adapter, folder)
+        _check_equal(native.read(folder), adapter)
+        return _sentence(NATIVE, folder, output)
+
+
+def _sentence(format_name: str, folder: Path, output: str | Path) -> str:
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    return f"{ADAPTER_FORMATS[format_name].describe(folder)}, {size:,} bytes, read again and compared: {output}"
+
+
+def _check_equal(found: Adapter, expected: Adapter) -> None:
+    same = found.selection == expected.selection and all(
+        delta.values.dtype == expected.deltas[path].values.dtype
+        and torch.equal(delta.index, expected.deltas[path].index)
+        and torch.equal(delta.values, expected.deltas[path].values.cpu())
+        for path, delta in found.deltas.items()
+    )
+    if not same:
+        raise RuntimeError("the files that were written do not hold the adapter")

@@ -1,0 +1,109 @@
+"""Checks of couplings that a user describes. The registry checks them against the model."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from s2ft.model.coupling import PROJECTIONS, Coupling, Projection, Vector, projections_of
+
+
+def checked_couplings(couplings: Sequence[Coupling]) -> list[Coupling]:
+    """Check couplings by themselves, without the model.
+
+    Args:
+        couplings: List or tuple of couplings.
+
+    Returns:
+        The couplings as a list, with tuples where the user gave lists.
+
+    Raises:
+        TypeError: Something is of the wrong type; the message names the coupling.
+        ValueError: A field has no valid value, or couplings overlap; the message names the coupling or the weight.
+    """
+    if not isinstance(couplings, (list, tuple)) or not couplings:
+        raise TypeError(f"couplings must be a list of at least one s2ft.Coupling, got {couplings!r}")
+    couplings = [_checked(coupling, f"couplings[{i}]") for i, coupling in enumerate(couplings)]
+    _check_apart(couplings)
+    return couplings
+
+
+def _check_apart(couplings: list[Coupling]) -> None:
+    """Check that a weight has its units on one side, each element in one unit, and that names differ."""
+    names, by_weight = set(), {}
+    for projection in projections_of(couplings):
+        if projection.name in names:
+            raise ValueError(
+                f"couplings must have each projection once, and {projection.name} is there twice: a module is trained "
+                "on one side only, so it can be in one coupling"
+            )
+        names.add(projection.name)
+        by_weight.setdefault(projection.weight_key, []).append(projection)
+    for (path, _), projections in by_weight.items():
+        if len({(projection.dim, projection.size) for projection in projections}) > 1:
+            raise ValueError(
+                f"projections that share a weight must have the same dim and size, and those of {path} differ"
+            )
+        elements = torch.cat([projection.elements(torch.arange(projection.count)) for projection in projections])
+        if elements.unique().numel() < elements.numel():
+            raise ValueError(
+                f"couplings must have each element of a weight in one unit, and an element of {path} is in two: are "
+                "start, stride, unit or size wrong?"
+            )
+
+
+def _checked(coupling: Any, where: str) -> Coupling:
+    if not isinstance(coupling, Coupling):
+        raise TypeError(f"{where} must be an s2ft.Coupling, got {type(coupling).__name__}")
+    if coupling.block is not None or coupling.activation is not None:
+        raise ValueError(f"{where}: block and activation must be None, except in the model families of s2ft")
+    if not isinstance(coupling.kind, str) or not isinstance(coupling.fixed, bool):
+        raise TypeError(f"{where}: kind must be a str and fixed a bool, got {coupling.kind!r} and {coupling.fixed!r}")
+    _check_number(coupling.layer, 0, f"{where}: layer")
+    coupling = replace(coupling, producers=tuple(coupling.producers), vectors=tuple(coupling.vectors))
+    if not coupling.producers:
+        raise ValueError(f"{where}: producers must be at least one Projection, got none")
+    for projection in coupling.producers:
+        _check_projection(projection, 0, where)
+    _check_projection(coupling.consumer, 1, where)
+    for vector in coupling.vectors:
+        if not isinstance(vector, Vector) or not isinstance(vector.path, str):
+            raise TypeError(f"{where}: vectors must be Vector of s2ft.model.coupling, got {vector!r}")
+        _check_number(vector.unit, 1, f"{where}: unit of {vector.path}")
+    return coupling
+
+
+def _check_projection(projection: Any, dim: int, where: str) -> None:
+    if not isinstance(projection, Projection) or not isinstance(projection.path, str):
+        raise TypeError(
+            f"{where}: producers and consumer must be Projection of s2ft.model.coupling, got {projection!r}"
+        )
+    if projection.key not in PROJECTIONS or (projection.key in "od") != (dim == 1):
+        raise ValueError(
+            f"{where}: the key of {projection.path} must be one of "
+            f"{', '.join(('qkvug', 'od')[dim])} on this side, got {projection.key!r}"
+        )
+    if projection.dim != dim:
+        raise ValueError(
+            f"{where}: {projection.path} must have dim {dim} ({('producer', 'consumer')[dim]}), got {projection.dim!r}"
+        )
+    for name, least in (("count", 1), ("unit", 1), ("start", 0), ("stride", 1), ("size", 1), ("expert", 0)):
+        value = getattr(projection, name)
+        if value is not None or name in ("count", "unit", "start"):
+            _check_number(value, least, f"{where}: {name} of {projection.path}")
+    if projection.size is None and (projection.start or projection.stride is not None):
+        raise ValueError(
+            f"{where}: {projection.path} must have size, the number of all elements of dim {dim}, with start or stride"
+        )
+    last = int(projection.elements(torch.tensor([projection.count - 1])).max())
+    if last >= projection.extent:
+        raise ValueError(
+            f"{where}: the last unit of {projection.path} must end within size {projection.size}, and it ends at "
+            f"element {last}"
+        )
+
+
+def _check_number(value: Any, least: int, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{what} must be an integer of at least {least}, got {value!r}")

@@ -1,0 +1,81 @@
+"""Greedy generation in batches, with the trainable adapter fused into the weights for speed."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+
+import s2ft
+from s2ft.model.modes import evaluation_mode
+from s2ft.text.encoding import left_pad
+from s2ft.text.output_head import contiguous_head
+from s2ft.text.prompts import end_ids, pad_id
+
+
+def generate(
+    model, tokenizer, prompts: Sequence[Sequence[int]], batch_size: int, max_new_tokens: int, title: str = "generating"
+) -> list[str]:
+    """Answer prompts greedily.
+
+    The longest prompts are answered first. The prompts of a batch then have similar lengths, and a batch that does
+    not fit into memory fails at the start.
+
+    Args:
+        model: A causal language model, with or without an attached adapter.
+        tokenizer: The model's tokenizer.
+        prompts: Token ids of each prompt.
+        batch_size: Number of prompts that are generated at once.
+        max_new_tokens: Longest answer in tokens. A longer one is cut.
+        title: The label of the progress bar, which is shown only in a terminal.
+
+    Returns:
+        The answers in the order of the prompts, without special tokens and outer white space.
+
+    Example:
+        >>> from transformers import ByT5Tokenizer
+        >>> from s2ft.text.generation import generate
+        >>> texts = generate(model, ByT5Tokenizer(), [[5, 6, 7], [8]], batch_size=2, max_new_tokens=4)
+        >>> len(texts)
+        2
+    """
+    from tqdm.auto import tqdm
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad_id(tokenizer),
+        eos_token_id=end_ids(tokenizer, model.generation_config),
+    )
+    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+    texts = [""] * len(prompts)
+    with generation_mode(model), tqdm(total=len(prompts), desc=title, dynamic_ncols=True, disable=None) as bar:
+        for first in range(0, len(order), batch_size):
+            numbers = order[first : first + batch_size]
+            batch = left_pad([prompts[number] for number in numbers], pad_id(tokenizer))
+            batch.pop("position_ids")  # model.generate computes the same positions from the mask
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            output = model.generate(**batch, generation_config=config)[:, batch["input_ids"].shape[1] :]
+            for number, text in zip(numbers, tokenizer.batch_decode(output, skip_special_tokens=True)):
+                texts[number] = text.strip()
+            bar.update(len(numbers))
+    return texts
+
+
+@contextlib.contextmanager
+def generation_mode(model) -> Iterator[None]:
+    """Evaluation mode without gradients, and with the trainable adapter fused.
+
+    Afterwards the modes of all modules are restored, and the weights are restored bit for bit.
+    """
+    state = s2ft.status(model)
+    fuse = state.active and not any(row.fused for row in state.rows)
+    with evaluation_mode(model):
+        if fuse:
+            s2ft.fuse(model)
+        try:
+            with torch.inference_mode(), contiguous_head(model):
+                yield
+        finally:
+            if fuse:
+                s2ft.unfuse(model)

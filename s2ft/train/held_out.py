@@ -1,0 +1,26 @@
+"""The data that a training run is evaluated on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from s2ft.text.encoding import TokenRow
+from s2ft.text.examples import Example
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows for the evaluation loss and, with a task, examples for the accuracy.
+
+    Attributes:
+        rows: Token rows whose loss is computed.
+        examples: The same data as examples. They are answered only if `task` is set.
+        task: "arithmetic", "commonsense", or None for the loss alone.
+        batch_size: Number of prompts that are generated at once.
+        max_new_tokens: Longest answer in tokens.
+    """
+
+    rows: Sequence[TokenRow]
+    examples: Sequence[Example] = ()
+    task: str | None = None
+    batch_size: int = 32
+    max_new_tokens: int = 256

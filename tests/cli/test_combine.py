@@ -1,0 +1,70 @@
+"""s2ft combine: adapters added up on disk."""
+
+import pytest
+import torch
+from support.models import model_of
+
+import s2ft
+from s2ft import S2FTConfig
+from s2ft.attached.record import attachment_of
+from s2ft.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two adapters of one base, and one of another."""
+    root = tmp_path_factory.mktemp("adapters")
+    for seed, (name, case) in enumerate((("a", "llama"), ("b", "llama"), ("other", "qwen2"))):
+        model = model_of(case)
+        s2ft.attach(model, S2FTConfig(d_ratio=0.5, seed=seed), name=name)
+        for mount in attachment_of(model).mounts.values():
+            torch.nn.init.normal_(mount.layer.s2)
+        s2ft.save_adapter(model, root / name)
+    return root
+
+
+def test_the_sum_is_written_and_the_overlap_said(folders, tmp_path, capsys):
+    assert (
+        main(
+            [
+                "combine",
+                str(folders / "a"),
+                str(folders / "b"),
+                "--weights",
+                "0.7",
+                "-0.3",
+                "--output",
+                str(tmp_path / "sum"),
+            ]
+        )
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert "trained units are shared" in said and "adapter 'sum'" in said
+    a, b, total = (s2ft.read_adapter(folder) for folder in (folders / "a", folders / "b", tmp_path / "sum"))
+    expected = 0.7 * a + -0.3 * b
+    assert total.selection == expected.selection
+    assert all(torch.equal(delta.values, expected.deltas[path].values) for path, delta in total.deltas.items())
+    s2ft.load_adapter(model_of("llama"), tmp_path / "sum", trainable=True)
+
+
+MISTAKES = {
+    "weights": (["a", "b", "--weights", "1"], "2 adapters and 1 weights"),
+    "base": (["a", "other"], "of different bases"),
+    "missing": (["a", "nowhere"], "there is no folder"),
+    "name": (["a", "b", "--name", "../x"], "without slashes"),
+    "not finite": (["a", "b", "--weights", "nan", "1"], "finite number"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_write_nothing(mistake, folders, tmp_path, capsys):
+    arguments, message = MISTAKES[mistake]
+    arguments = [str(folders / word) if word in ("a", "b", "other", "nowhere") else word for word in arguments]
+    assert main(["combine", *arguments, "--output", str(tmp_path / "sum")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "sum").exists()
+
+
+def test_an_output_that_exists(folders, capsys):
+    assert main(["combine", str(folders / "a"), "--output", str(folders / "b")]) == 2
+    assert "exists" in capsys.readouterr().err

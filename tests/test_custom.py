@@ -1,0 +1,564 @@
+"""Couplings that a user describes, and their verification before a weight moves."""
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from support.models import ALL_RATIOS, CASES, inputs_of, model_of, ratios_for
+from support.tolerances import relative_difference
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import s2ft
+from s2ft import Coupling, S2FTConfig
+from s2ft.adapter.formats.native import CONFIG
+from s2ft.attached.record import attachment_of
+from s2ft.model.coupling import Projection, Vector, projections_of
+from s2ft.model.registry import couplings_of
+
+LAYOUTS = ("permuted", "indexed")
+HEADS, WIDTH, CHANNELS = 4, 5, 30  # heads of five elements, in a model of twelve
+
+
+class Bias(nn.Module):
+    """A bias of its own after a linear layer."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.value = nn.Parameter(torch.randn(size))
+
+    def forward(self, x):
+        return x + self.value
+
+
+class Block(nn.Module):
+    """An MLP with a separate bias, and attention whose queries have a norm over all heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(12, CHANNELS), nn.Linear(CHANNELS, 12)
+        self.other = nn.Linear(12, CHANNELS)
+        self.shift, self.dropout = Bias(CHANNELS), nn.Dropout(0.5)
+        self.q, self.k, self.v = (nn.Linear(12, HEADS * WIDTH) for _ in range(3))
+        self.o, self.norm = nn.Linear(HEADS * WIDTH, 12), nn.LayerNorm(HEADS * WIDTH)
+        nn.init.normal_(self.norm.weight)
+        nn.init.normal_(self.norm.bias)
+
+    def forward(self, x):
+        q, k, v = (
+            y.unflatten(-1, (HEADS, WIDTH)).transpose(1, 2) for y in (self.norm(self.q(x)), self.k(x), self.v(x))
+        )
+        x = x + self.o(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.down(self.dropout(torch.relu(self.shift(self.up(x)))) + torch.tanh(self.other(x)))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def couplings():
+    found = []
+    for i in range(2):
+        path = f"blocks.{i}"
+        found.append(
+            Coupling(
+                "ffn",
+                i,
+                (Projection("u", f"{path}.up", CHANNELS, 1, 0), Projection("g", f"{path}.other", CHANNELS, 1, 0)),
+                Projection("d", f"{path}.down", CHANNELS, 1, 1),
+                (Vector(f"{path}.shift.value", 1),),
+            )
+        )
+        producers = tuple(Projection(key, f"{path}.{key}", HEADS, WIDTH, 0) for key in "qkv")
+        found.append(
+            Coupling(
+                "attention",
+                i,
+                producers,
+                Projection("o", f"{path}.o", HEADS, WIDTH, 1),
+                (Vector(f"{path}.norm.weight", WIDTH), Vector(f"{path}.norm.bias", WIDTH)),
+            )
+        )
+    return found
+
+
+def net(dtype=torch.float32):
+    torch.manual_seed(0)
+    return Net().to(dtype)  # in training mode, with dropout
+
+
+def example(dtype=torch.float32):
+    return torch.randn(3, 7, 12, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def fit(model, steps=3):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        model(example()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def states_equal(ours, theirs):
+    ours, theirs = ours.state_dict(), theirs.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_users_own_model_all_the_way(layout, tmp_path):
+    base = net().eval()
+    model = copy.deepcopy(base)
+    report = s2ft.attach(model, S2FTConfig(**ALL_RATIOS, layout=layout), couplings=couplings(), example=example())
+    assert sum(row.layers for row in report.rows) == 14 and len(attachment_of(model).mounts) == 14
+    assert relative_difference(model(example()), base(example())) <= 1e-5
+    fit(model)
+    s2ft.save_adapter(model, tmp_path)
+    assert states_equal(s2ft.detach(copy.deepcopy(model)), base)
+    output, merged = model(example()), s2ft.merge(model)
+    assert relative_difference(merged(example()), output) <= 1e-5
+    for trainable in (False, True):  # nothing but the folder is needed
+        other = copy.deepcopy(base)
+        s2ft.load_adapter(other, tmp_path, trainable=trainable)
+        s2ft.save_adapter(other, tmp_path / "again")
+        assert json.loads((tmp_path / "again" / CONFIG).read_text())["couplings"]
+        assert states_equal(s2ft.merge(other), merged)
+
+
+def test_both_layouts_train_alike_and_like_a_masked_model():
+    states = []
+    for layout in LAYOUTS:
+        model = net().eval()
+        s2ft.attach(model, S2FTConfig(**ALL_RATIOS, layout=layout), couplings=couplings(), example=example())
+        selection = attachment_of(model).selection
+        fit(model)
+        states.append(s2ft.merge(model).state_dict())
+    masked = net().eval().requires_grad_(False)
+    for coupling in couplings():
+        for p in coupling.projections:
+            mask = torch.zeros(p.count).index_fill_(0, selection[p.path], 1).repeat_interleave(p.unit)
+            weight = masked.get_submodule(p.path).weight.requires_grad_(True)
+            weight.register_hook(lambda grad, mask=mask.view((-1, 1) if p.dim == 0 else (1, -1)): grad * mask)
+    optimizer = torch.optim.AdamW([p for p in masked.parameters() if p.requires_grad], lr=1e-2, weight_decay=0)
+    for _ in range(3):
+        masked(example()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for key, weight in masked.state_dict().items():
+        for state in states:
+            torch.testing.assert_close(state[key], weight, rtol=0, atol=1e-3 if key.endswith("weight") else 0)
+
+
+def changed(index, **fields):
+    """The couplings with one of them changed."""
+    found = couplings()
+    found[index] = replace(found[index], **fields)
+    return found
+
+
+def with_heads(count, unit, index=1):
+    whole = couplings()[index]
+    return changed(
+        index,
+        producers=tuple(replace(p, count=count, unit=unit) for p in whole.producers),
+        consumer=replace(whole.consumer, count=count, unit=unit),
+        vectors=(),
+    )
+
+
+def crossed():
+    """Each MLP's first layers with the other's last."""
+    first, _, second, _ = couplings()
+    return [replace(first, consumer=second.consumer), replace(second, consumer=first.consumer)]
+
+
+WRONG = {
+    "another's consumer": (crossed, "ffn coupling of layer 0 .*blocks.0.up.*blocks.1.down"),
+    "a producer missing": (lambda: changed(0, producers=couplings()[0].producers[:1]), "ffn coupling of layer 0"),
+    "unit of heads": (lambda: with_heads(5, 4), "attention coupling of layer 0.*5 units"),
+    "unit of later heads": (lambda: with_heads(10, 2, index=3), "attention coupling of layer 1.*10 units"),
+    "bias missed": (lambda: changed(2, vectors=()), "ffn coupling of layer 1.*norm or bias"),
+    "norm missed": (lambda: changed(1, vectors=()), "attention coupling of layer 0"),
+    "half of the norm": (lambda: changed(3, vectors=couplings()[3].vectors[:1]), "attention coupling of layer 1"),
+}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_coupling_is_refused_and_named(wrong, layout, dtype):
+    make, message = WRONG[wrong]
+    model = net(dtype)
+    base, modes = copy.deepcopy(model), [module.training for module in model.modules()]
+    with pytest.raises(ValueError, match=message):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.2, layout=layout), couplings=make(), example=example(dtype))
+    assert states_equal(model, base) and [module.training for module in model.modules()] == modes
+    assert all(p.requires_grad for p in model.parameters()) and not any(m._forward_hooks for m in model.modules())
+    s2ft.attach(model, S2FTConfig(d_ratio=0.2, layout=layout), couplings=couplings(), example=example(dtype))
+
+
+def test_without_verify_a_wrong_coupling_is_taken_at_its_word():
+    model = net()
+    s2ft.attach(model, S2FTConfig(d_ratio=0.2), couplings=crossed(), verify=False)
+    s2ft.detach(model)
+    assert states_equal(model, net())
+
+
+@pytest.mark.parametrize("wrap", (lambda x: x, lambda x: (x,), lambda x: {"x": x}), ids=("tensor", "tuple", "dict"))
+def test_examples_and_the_mode_come_back(wrap):
+    model = net()
+    model.blocks[1].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    s2ft.attach(model, S2FTConfig(d_ratio=0.2), couplings=couplings(), example=wrap(example()))
+    assert modes == {name: module.training for name, module in model.named_modules()}
+
+
+def test_a_model_that_writes_into_its_input():
+    class Writes(Net):
+        def forward(self, x):
+            return super().forward(x.add_(1.0))
+
+    given = example()
+    s2ft.attach(Writes(), S2FTConfig(d_ratio=0.2), couplings=couplings(), example=given)
+    assert torch.equal(given, example())
+
+
+def test_what_attach_itself_changes_is_seen(monkeypatch):
+    """A fault after the couplings were tried out leaves the base too."""
+    from s2ft.layers import S2ColumnLinear
+
+    model, real = net(), S2ColumnLinear.forward
+    monkeypatch.setattr(S2ColumnLinear, "forward", lambda self, x: real(self, x) * 1.5)
+    with pytest.raises(ValueError, match="attach would change what the model computes"):
+        s2ft.attach(model, S2FTConfig(u_ratio=0.2), couplings=couplings(), example=example())
+    assert states_equal(model, net()) and all(p.requires_grad for p in model.parameters())
+
+
+def test_an_example_is_needed_and_must_reach_the_couplings():
+    with pytest.raises(ValueError, match="pass example=.*verify=False"):
+        s2ft.attach(net(), S2FTConfig(d_ratio=0.2), couplings=couplings())
+    with pytest.raises(TypeError, match="example must be a tensor, a tuple or a dict"):
+        s2ft.attach(net(), S2FTConfig(d_ratio=0.2), couplings=couplings(), example="x")
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        s2ft.attach(net(), S2FTConfig(d_ratio=0.2), couplings=couplings(), example=example() * float("nan"))
+    model = net()
+    model.unused = Block()
+    apart = couplings()[0]
+    unused = replace(
+        apart,
+        layer=2,
+        consumer=replace(apart.consumer, path="unused.down"),
+        vectors=(),
+        producers=tuple(replace(p, path=p.path.replace("blocks.0", "unused")) for p in apart.producers),
+    )
+    with pytest.raises(ValueError, match="does not reach unused.down"):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.2), couplings=[unused], example=example())
+
+
+# ---- a convolutional network ---------------------------------------------------------------------------------
+
+
+class ConvNet(nn.Module):
+    """Convolutions with a norm and a depthwise convolution between them, then linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.depth, self.second = nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Conv2d(16, 8, 3, stride=2, padding=1)
+        self.third, self.head, self.out = nn.Conv2d(8, 12, 1), nn.Linear(12 * 9, 20), nn.Linear(20, 5)
+        for tensor in (*self.norm.parameters(), self.norm.running_mean, self.norm.running_var):
+            nn.init.uniform_(tensor, 0.5, 1.5)
+
+    def forward(self, x):  # [N, 3, 6, 6]
+        x = self.second(self.depth(torch.relu(self.norm(self.first(x)))))
+        return self.out(torch.relu(self.head(torch.relu(self.third(torch.relu(x))).flatten(1))))
+
+
+def image():
+    return torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def conv_couplings():
+    between = [f"norm.{name}" for name in ("weight", "bias", "running_mean", "running_var")]
+    return [
+        Coupling(
+            "ffn",
+            0,
+            (Projection("u", "first", 16, 1, 0),),
+            Projection("d", "second", 16, 1, 1),
+            tuple(Vector(path, 1) for path in (*between, "depth.weight", "depth.bias")),
+        ),
+        Coupling("ffn", 1, (Projection("u", "third", 12, 1, 0),), Projection("d", "head", 12, 9, 1)),
+    ]
+
+
+def conv_net():
+    torch.manual_seed(0)
+    return ConvNet().eval()
+
+
+@pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last), ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_convolutional_network_all_the_way(layout, memory_format, tmp_path):
+    base = conv_net().to(memory_format=memory_format)
+    model = copy.deepcopy(base)
+    report = s2ft.attach(
+        model, S2FTConfig(u_ratio=0.25, d_ratio=0.5, layout=layout), couplings=conv_couplings(), example=image()
+    )
+    assert [(row.projection, row.units, row.parameters) for row in report.rows] == [
+        ("first", "4 of 16 channels", 4 * 27),
+        ("second", "8 of 16 channels", 8 * 8 * 9),
+        ("third", "3 of 12 channels", 3 * 8),
+        ("head", "6 of 12 channels", 20 * 6 * 9),
+    ]
+    assert report.total == sum(p.numel() for p in base.parameters())
+    assert relative_difference(model(image()), base(image())) <= 1e-5
+    moved = {move.coupling.consumer.path for move in attachment_of(model).moves}
+    assert moved == ({"second", "head"} if layout == "permuted" else set())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        model(image()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    s2ft.save_adapter(model, tmp_path)
+    assert states_equal(s2ft.detach(copy.deepcopy(model)), base)
+    output, merged = model(image()), s2ft.merge(model)
+    assert relative_difference(merged(image()), output) <= 1e-5 and not states_equal(merged, base)
+    for trainable in (False, True):
+        other = copy.deepcopy(base)
+        s2ft.load_adapter(other, tmp_path, trainable=trainable)
+        assert states_equal(s2ft.merge(other), merged)
+
+
+def test_a_convolutional_network_trains_like_a_masked_one():
+    states = []
+    for layout in LAYOUTS:
+        model = conv_net()
+        s2ft.attach(
+            model, S2FTConfig(u_ratio=0.25, d_ratio=0.5, layout=layout), couplings=conv_couplings(), example=image()
+        )
+        selection = attachment_of(model).selection
+        _steps(model)
+        states.append(s2ft.merge(model).state_dict())
+    masked = conv_net().requires_grad_(False)
+    for p in projections_of(conv_couplings()):
+        weight = masked.get_submodule(p.path).weight.requires_grad_(True)
+        mask = torch.zeros_like(weight)
+        mask.transpose(0, p.dim)[p.elements(selection[p.name])] = 1
+        weight.register_hook(lambda grad, mask=mask: grad * mask)
+    _steps(masked)
+    for key, weight in masked.state_dict().items():
+        for state in states:
+            torch.testing.assert_close(state[key], weight, rtol=0, atol=1e-5)
+
+
+def _steps(model):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        model(image()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("missing", range(6))
+def test_a_norm_or_depthwise_convolution_missed(missing):
+    first, second = conv_couplings()
+    first = replace(first, vectors=first.vectors[:missing] + first.vectors[missing + 1 :])
+    model = conv_net()
+    with pytest.raises(ValueError, match="the ffn coupling of layer 0 .first to second. is not a coupling"):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.5), couplings=[first, second], example=image())
+    assert states_equal(model, conv_net())
+
+
+@pytest.mark.parametrize("metric", ("weight", "activation", "product"))
+def test_selecting_in_a_convolutional_network(metric):
+    data = None if metric == "weight" else [image()]
+    config = S2FTConfig(u_ratio=0.25, d_ratio=0.5, selection=metric, match_lora_rank=None)
+    model = conv_net()
+    selection = s2ft.select(model, config, data, couplings=conv_couplings())
+    inner = torch.relu(model.norm(model.first(image())))
+    scores = {
+        "weight": model.second.weight.square().sum((0, 2, 3)).sqrt(),
+        "activation": model.depth(inner).square().sum((0, 2, 3)).sqrt(),
+    }
+    scores["product"] = scores["weight"] * scores["activation"]
+    assert torch.equal(selection["second"], scores[metric].topk(8).indices.sort().values)
+    assert states_equal(model, conv_net())
+
+
+def test_budget_of_a_convolutional_network():
+    config = S2FTConfig(u_ratio=0.25, d_ratio=0.5, match_lora_rank=1)
+    report = s2ft.plan(conv_net(), config, couplings=conv_couplings())
+    lora = (16 + 27) + (8 + 16 * 9) + (12 + 8) + (20 + 12 * 9)
+    assert lora - 8 < report.trainable <= lora
+
+
+def test_a_convolution_of_groups_is_refused():
+    model = nn.Sequential(nn.Conv2d(4, 8, 1, groups=2), nn.ReLU(), nn.Conv2d(8, 3, 1))
+    coupling = Coupling("ffn", 0, (Projection("u", "0", 8, 1, 0),), Projection("d", "2", 8, 1, 1))
+    with pytest.raises(ValueError, match="0 is a Conv2d of 2 groups.*of one group"):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.5), couplings=[coupling], example=torch.randn(1, 4, 4, 4))
+
+
+# ---- weights that hold several projections -------------------------------------------------------------------
+
+
+class Fused(nn.Module):
+    """Attention with q, k and v in one weight, head by head, as transformers' Conv1D has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.o = Conv1D(3 * HEADS * WIDTH, 12), nn.Linear(HEADS * WIDTH, 12)
+        nn.init.normal_(self.qkv.weight)
+        nn.init.normal_(self.qkv.bias)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (HEADS, 3, WIDTH)).permute(3, 0, 2, 1, 4)
+        return self.o(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+def fused_coupling(**change):
+    producers = tuple(
+        Projection(key, "qkv", HEADS, WIDTH, 0, start=i * WIDTH, stride=3 * WIDTH, size=3 * HEADS * WIDTH)
+        for i, key in enumerate("qkv")
+    )
+    producers = tuple(replace(p, **change) for p in producers)
+    return Coupling("attention", 0, producers, Projection("o", "o", HEADS, WIDTH, 1))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_projections_that_share_a_weight(layout, tmp_path):
+    torch.manual_seed(0)
+    base = Fused()
+    model = copy.deepcopy(base)
+    s2ft.attach(
+        model,
+        S2FTConfig(q_ratio=0.25, v_ratio=0.5, o_ratio=0.25, layout=layout),
+        couplings=[fused_coupling()],
+        example=example(),
+    )
+    assert model.qkv.s2.shape == (3 * WIDTH, 12) and len(s2ft.status(model).rows) == 3
+    fit(model)
+    s2ft.save_adapter(model, tmp_path)
+    merged = s2ft.merge(model)
+    moved = (merged.qkv.weight != base.qkv.weight).view(12, HEADS, 3, WIDTH).any(3).any(0)  # [heads, q k v]
+    assert moved.sum(0).tolist() == [1, 0, 2]
+    s2ft.load_adapter(base, tmp_path)
+    assert states_equal(s2ft.merge(base), merged)
+
+
+SHARED = {
+    "overlap": (dict(start=0), "an element of qkv is in two"),
+    "too long": (dict(stride=4 * WIDTH), "must end within size 60, and it ends at element"),
+    "size alone": (dict(size=61), "expected a weight with 61 in dim 0"),
+    "no size": (dict(size=None), "qkv must have size, .* with start or stride"),
+    "start": (dict(start=-1), "start of qkv must be an integer of at least 0"),
+    "stride": (dict(stride=0), "stride of qkv must be"),
+}
+
+
+@pytest.mark.parametrize("bad", SHARED)
+def test_shared_weights_that_cannot_be_meant(bad):
+    change, message = SHARED[bad]
+    with pytest.raises(ValueError, match=message):
+        s2ft.attach(Fused(), S2FTConfig(q_ratio=0.5), couplings=[fused_coupling(**change)], example=example())
+
+
+def test_a_wrong_stride_is_found_out():
+    parts = tuple(
+        Projection(key, "qkv", HEADS, WIDTH, 0, start=i * HEADS * WIDTH, size=3 * HEADS * WIDTH)
+        for i, key in enumerate("qkv")
+    )  # all of q, then k, then v
+    with pytest.raises(ValueError, match=r"attention coupling of layer 0 \(qkv.q, qkv.k, qkv.v to o\) is not"):
+        s2ft.attach(
+            Fused(), S2FTConfig(q_ratio=0.5), couplings=[replace(fused_coupling(), producers=parts)], example=example()
+        )
+
+
+UP, DOWN = couplings()[0].producers[0], couplings()[0].consumer
+BAD = {
+    "none": ([], TypeError, "at least one"),
+    "no list": (couplings()[0], TypeError, "must be a list"),
+    "no coupling": ([UP], TypeError, r"couplings\[0\] must be an s2ft.Coupling, got Projection"),
+    "no producer": (changed(1, producers=()), ValueError, r"couplings\[1\]: producers must be at least one"),
+    "key": (changed(0, producers=(replace(UP, key="x"),)), ValueError, "one of q, k, v, u, g on this side, got 'x'"),
+    "side": (changed(0, consumer=replace(DOWN, key="u")), ValueError, "one of o, d on this side"),
+    "dim": (changed(0, consumer=replace(DOWN, dim=0)), ValueError, "blocks.0.down must have dim 1"),
+    "count": (changed(0, consumer=replace(DOWN, count=0)), ValueError, "count of blocks.0.down"),
+    "other count": (changed(0, consumer=replace(DOWN, count=31)), ValueError, "31 = 31 units of 1 in dim 1"),
+    "layer": (changed(0, layer=-1), ValueError, "layer must be"),
+    "twice": (couplings() + couplings()[:1], ValueError, "blocks.0.up is there twice"),
+    "missing module": (changed(0, consumer=replace(DOWN, path="blocks.0.dwon")), ValueError, "no module blocks.0.dwon"),
+    "missing vector": (
+        changed(0, vectors=(Vector("blocks.0.shift", 1),)),
+        ValueError,
+        "no parameter or buffer blocks.0.shift",
+    ),
+    "misshapen vector": (changed(0, vectors=(Vector("blocks.0.shift.value", 2),)), ValueError, "30 units of 2"),
+    "block": (changed(0, block="blocks.0"), ValueError, "block and activation"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_couplings_that_cannot_be_meant(bad):
+    given, error, message = BAD[bad]
+    model = net()
+    with pytest.raises(error, match=message):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.2), couplings=given, example=example())
+    assert states_equal(model, net()) and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    (
+        lambda c: c.update(couplings="x"),
+        lambda c: c["couplings"][0].pop("layer"),
+        lambda c: c["couplings"][0]["consumer"].update(unit="1"),
+        lambda c: c["couplings"][0].update(colour="red"),
+        lambda c: c["couplings"].append(c["couplings"][0]),
+    ),
+)
+def test_stored_couplings_are_read_strictly(spoil, tmp_path):
+    model = net()
+    s2ft.attach(model, S2FTConfig(d_ratio=0.2), couplings=couplings(), example=example())
+    s2ft.save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    spoil(config)
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    model = net()
+    with pytest.raises(ValueError, match="couplings"):
+        s2ft.load_adapter(model, tmp_path)
+    assert states_equal(model, net()) and s2ft.status(model).adapters == []
+
+
+def test_selecting_by_couplings_leaves_the_model():
+    model = net()
+    selection = s2ft.select(model, S2FTConfig(d_ratio=0.2), couplings=couplings())
+    assert selection["blocks.0.down"].numel() == 6 and states_equal(model, net())
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_every_family_stands_the_trial(case, dtype):
+    """Every coupling that can move in a random order, on an input made from the config."""
+    model = model_of(case, dtype)
+    given = {"example": inputs_of(model)} if "cross-attention" in case else {}  # else the cross-attention has no use
+    s2ft.attach(model, S2FTConfig(**ratios_for(case, ALL_RATIOS)), verify=True, **given)
+
+
+@pytest.mark.parametrize("case", ("olmo2", "cohere-normed", "stablelm-normed", "t5"))
+def test_norms_over_heads_and_numbered_heads_matter(case):
+    """What a family's declaration says beside its modules is needed: without it the trial refuses."""
+    model = model_of(case)
+    bare = [replace(coupling, vectors=(), fixed=False, block=None, activation=None) for coupling in couplings_of(model)]
+    with pytest.raises(ValueError, match="the attention coupling of layer 0 .* is not a coupling"):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.2), couplings=bare)
+    assert states_equal(model, model_of(case))

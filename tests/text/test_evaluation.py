@@ -1,0 +1,96 @@
+"""Evaluation: greedy generation in batches gives what single prompts give, and leaves the model as it was."""
+
+import pytest
+import torch
+from train.tiny import sums, tiny_model, tiny_tokenizer
+
+import s2ft
+from s2ft.text.evaluation import evaluate
+from s2ft.text.examples import Example, example_from
+from s2ft.text.generation import generate, generation_mode
+from s2ft.text.prompts import encode_prompt
+
+
+@pytest.fixture
+def model():
+    model = tiny_model()
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.25, o_ratio=0.25))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.5)
+    return model
+
+
+def examples(count=5):
+    return [example_from(row, "row") for row in sums(count)]
+
+
+def test_batches_give_what_single_prompts_give_in_order(model):
+    tokenizer = tiny_tokenizer()
+    prompts = [encode_prompt(tokenizer, [{"role": "user", "content": "a" * n}]) for n in (3, 30, 1, 12, 7)]
+    single = [generate(model, tokenizer, [prompt], 1, 8)[0] for prompt in prompts]
+    assert generate(model, tokenizer, prompts, 2, 8) == single
+
+
+def test_generation_is_that_of_the_trained_model(model):
+    tokenizer = tiny_tokenizer()
+    prompt = encode_prompt(tokenizer, [{"role": "user", "content": "a"}])
+    ids = torch.tensor([prompt])
+    for _ in range(6):  # without cache, without fusing
+        following = model(ids).logits[:, -1].argmax(-1, keepdim=True)
+        ids = torch.cat([ids, following], 1)
+        if following.item() == tokenizer.eos_token_id:
+            break
+    expected = tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True).strip()
+    assert generate(model, tokenizer, [prompt], 1, 6) == [expected]
+
+
+def test_generation_leaves_the_model_as_it_was(model):
+    model.train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    generate(model, tiny_tokenizer(), [[3, 4, 5]], 1, 4)
+    assert model.training and not any(row.fused for row in s2ft.status(model).rows)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert all(parameter.requires_grad == key.endswith("s2") for key, parameter in model.named_parameters())
+
+
+def test_model_comes_back_after_an_error(model):
+    with pytest.raises(RuntimeError), generation_mode(model):
+        assert all(row.fused for row in s2ft.status(model).rows)
+        raise RuntimeError
+    assert not any(row.fused for row in s2ft.status(model).rows)
+
+
+def test_training_goes_on_after_generation(model):
+    generate(model, tiny_tokenizer(), [[3, 4, 5]], 1, 4)
+    model(torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])).loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_plain_model_without_adapter_is_evaluated():
+    result = evaluate(tiny_model(), tiny_tokenizer(), examples(), "arithmetic", batch_size=2, max_new_tokens=4)
+    assert len(result.records) == 5 and 0 <= result.accuracy <= 1 and "of 5" in str(result)
+
+
+def test_accuracy_counts_right_records(monkeypatch):
+    monkeypatch.setattr("s2ft.text.evaluation.generate", lambda *_, **__: ["The answer is 0.", "3", "4", "", "no 4"])
+    result = evaluate(tiny_model(), tiny_tokenizer(), examples(), "arithmetic", max_new_tokens=4)
+    assert [record.right for record in result.records] == [True, False, True, False, False]
+    assert result.accuracy == 2 / 5 and result.to_dict()["right"] == 2
+
+
+def test_prompts_longer_than_the_context_are_counted():
+    rows = [*examples(2), Example(({"role": "user", "content": "x" * 400},), "5", "5")]
+    result = evaluate(tiny_model(), tiny_tokenizer(), rows, "arithmetic", max_new_tokens=4)
+    assert result.left_out == 1 and len(result.records) == 2 and "1 rows left out" in str(result)
+
+
+def test_row_that_can_not_be_scored_is_an_error_before_generation():
+    with pytest.raises(ValueError, match="has no number"):
+        evaluate(tiny_model(), tiny_tokenizer(), [Example(({"role": "user", "content": "x"},), "no")], "arithmetic")
+
+
+def test_sizes_are_checked():
+    with pytest.raises(ValueError, match="batch_size and max_new_tokens"):
+        evaluate(tiny_model(), tiny_tokenizer(), examples(), "arithmetic", batch_size=0)

@@ -1,0 +1,132 @@
+"""Rows that come and go get what they get alone."""
+
+import random
+
+import pytest
+import torch
+from serve.fleet import RunningBatch, alone, greedy_row, save_adapters
+from train.tiny import tiny_model
+
+from s2ft.adapter.bank import AdapterBank
+from s2ft.text.running_batch import rows_interact
+
+UNTIED = dict(tie_word_embeddings=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    save_adapters(folder, 4, **UNTIED)
+    return folder
+
+
+def prompt(length, seed):
+    return torch.randint(3, 259, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def test_rows_join_and_leave_at_any_time(folder):
+    """Each row's tokens are its adapter's alone, however many steps it shares with whom."""
+    model = tiny_model(**UNTIED)
+    batch = RunningBatch(model, AdapterBank(model, folder).batch)
+    draw, done = random.Random(0), []
+    waiting = [
+        (greedy_row(prompt(draw.randint(1, 30), n), draw.choice(["a0", "a1", "a2", "a3", None])), draw.randint(1, 25))
+        for n in range(24)
+    ]
+    wanted = dict(waiting)
+    while waiting or batch.rows:
+        joining = [row for row, _ in waiting[: draw.randint(0, 3)]]
+        waiting = waiting[len(joining) :]
+        if joining:
+            batch.admit(joining)
+        done += [row for row in batch.rows if len(row.tokens) >= wanted[row]]
+        batch.keep([row for row in batch.rows if len(row.tokens) < wanted[row]])
+        if batch.rows:
+            batch.step()
+            longest = max(len(row.prompt) + len(row.tokens) for row in batch.rows)
+            assert batch._mask.shape[1] < longest + 31  # columns of rows that left don't stay for long
+    assert len(done) == 24 and batch._cache is None
+    for row in done:
+        assert row.tokens == alone(row.adapter and folder / row.adapter, row.prompt, len(row.tokens), ends=(), **UNTIED)
+
+
+def test_columns_go_with_the_longest_row():
+    batch = RunningBatch(tiny_model())
+    short, long = greedy_row(prompt(3, 0)), greedy_row(prompt(40, 1))
+    batch.admit([short, long])
+    assert batch._mask.shape == (2, 40)
+    batch.keep([short])
+    assert batch._mask.shape == (1, 3) and batch._cache.layers[0].keys.shape[:3] == (1, 2, 3)
+    batch.keep([])
+    assert batch._cache is None
+
+
+def test_an_error_while_joining_leaves_the_batch_as_it_was(folder):
+    model = tiny_model(**UNTIED)
+    batch = RunningBatch(model, AdapterBank(model, folder).batch)
+    row = greedy_row(prompt(5, 0), "a0")
+    batch.admit([row])
+    with pytest.raises(ValueError, match="unknown"):
+        batch.admit([greedy_row(prompt(9, 1), "unknown")])
+    for _ in range(5):
+        batch.step()
+    assert batch.rows == [row] and row.tokens == alone(folder / "a0", row.prompt, 6, ends=(), **UNTIED)
+
+
+def test_a_row_without_finite_logits_fails_alone(folder):
+    model = tiny_model()
+    model.get_output_embeddings().register_forward_hook(
+        lambda module, inputs, output: torch.cat([output[:1], torch.full_like(output[1:], float("nan"))])
+    )
+    batch = RunningBatch(model)
+    rows = [greedy_row([5, 6]), greedy_row([7])]
+    batch.admit(rows)
+    assert rows[0].tokens and rows[0].failed is None
+    assert not rows[1].tokens and "finite" in rows[1].failed
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma3_text"])
+def test_layers_with_a_window_see_their_window(kind):
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig, MistralConfig
+
+    shape = dict(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        sliding_window=6,
+        max_position_embeddings=128,
+    )
+    torch.manual_seed(0)
+    config = (
+        MistralConfig(**shape)
+        if kind == "mistral"
+        else Gemma3TextConfig(**shape, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    batch = RunningBatch(model)
+    rows = [greedy_row([n % 60 for n in range(3, 3 + length)]) for length in (4, 17, 9)]
+    batch.admit(rows[:2])
+    for _ in range(4):
+        batch.step()
+    batch.admit(rows[2:])
+    for _ in range(15):
+        batch.step()
+    for row in rows:
+        ids = list(row.prompt)
+        with torch.no_grad():
+            for _ in row.tokens:
+                ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        assert row.tokens == ids[len(row.prompt) :]
+
+
+def test_models_whose_rows_depend_on_each_other_are_known():
+    config = tiny_model().config
+    assert not rows_interact(config)
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0}
+    assert rows_interact(config)
+    config.rope_parameters = {"full_attention": {"rope_type": "longrope"}}
+    assert rows_interact(config)

@@ -1,0 +1,54 @@
+"""Progress: a plain line for each logged step where there is no terminal, a bar in a terminal."""
+
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("accelerate")
+
+from s2ft.train.callbacks import LossBar
+
+
+def state(step, zero=True):
+    return SimpleNamespace(
+        global_step=step, max_steps=3, epoch=step / 2, num_input_tokens_seen=100 * step, is_world_process_zero=zero
+    )
+
+
+def train(bar, zero=True):
+    bar.on_train_begin(None, state(0, zero), None)
+    for step in (1, 2, 3):
+        bar.on_step_end(None, state(step, zero), None)
+        bar.on_log(None, state(step, zero), None, {"loss": 1 / step, "learning_rate": 1e-4})
+        bar.on_prediction_step(None, state(step, zero), None, eval_dataloader=[0])
+        bar.on_log(None, state(step, zero), None, {"eval_loss": 0.5, "eval_accuracy": 0.25})
+        bar.on_evaluate(None, state(step, zero), None)
+    bar.on_log(None, state(3, zero), None, {"train_runtime": 1.0})
+    bar.on_train_end(None, state(3, zero), None)
+
+
+def test_without_a_terminal_each_step_is_a_line(caplog, capfd):
+    caplog.set_level("INFO")
+    train(LossBar())
+    line = r"step 2/3, epoch 1\.00, loss 0\.5000, learning rate 1\.00e-04, [\d,]+ tokens/s, 0:00:00 left"
+    assert len(caplog.messages) == 6 and re.fullmatch(line, caplog.messages[2])
+    assert caplog.messages[3] == "step 2/3: evaluation loss 0.5000, accuracy 25.0%"
+    assert not any("\r" in text for text in (caplog.text, *capfd.readouterr()))
+
+
+def test_only_the_first_rank_prints(caplog):
+    caplog.set_level("INFO")
+    train(LossBar(), zero=False)
+    assert caplog.messages == []
+
+
+def test_in_a_terminal_it_is_a_bar(caplog, capsys, monkeypatch):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    bar = LossBar()
+    train(bar)
+    printed = capsys.readouterr().err
+    assert "3/3" in printed and "loss 0.3333, lr 1.00e-04" in printed and caplog.messages == []
+    assert "step 2/3: evaluation loss 0.5000" in printed and bar.training_bar is None
