@@ -264,7 +264,7 @@ def test_restored_into_a_model_that_trains_the_same(how, tmp_path):
     "saved_with, loaded_with, message",
     (
         ("named", "frozen", "classifier.bias trained in full, which is frozen in this model"),
-        ("frozen", "named", "this model trains classifier.bias whole"),
+        ("frozen", "named", "this model trains classifier.bias in full"),
     ),
 )
 def test_restoring_other_extra_weights_is_refused_and_changes_nothing(saved_with, loaded_with, message, tmp_path):
