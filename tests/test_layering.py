@@ -241,3 +241,32 @@ def test_only_the_record_knows_the_name_of_its_attribute():
     assert knowing == [RECORD_FILE]
     assert names_the_attribute(f"model.{name} = 1", name) and names_the_attribute(f"f({name!r})", name)
     assert not names_the_attribute("model.s2ft = 's2ft'", name)
+
+
+# ---- size ----------------------------------------------------------------------------------------------
+
+LONGEST = 52  # lines of a function without its docstring: one screen
+
+
+def body_lines(function):
+    """Lines of a function, from def to its end, without its docstring."""
+    first = function.body[0]
+    is_docstring = isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str)
+    docstring = first.end_lineno - first.lineno + 1 if is_docstring else 0
+    return function.end_lineno - function.lineno + 1 - docstring
+
+
+def too_long(text):
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return [n.name for n in ast.walk(ast.parse(text)) if isinstance(n, functions) and body_lines(n) > LONGEST]
+
+
+def test_functions_fit_on_a_screen():
+    assert {str(path): names for path in ROOT.rglob("*.py") if (names := too_long(path.read_text()))} == {}
+    assert too_long("def f():\n    '''Text.'''\n" + "    x = 1\n" * LONGEST) == ["f"]
+
+
+def test_the_root_holds_at_most_seven_files():
+    """Others belong in a room. What the build writes is not counted."""
+    built = [*ROOT.glob("_C.*"), ROOT / "_build.json"]
+    assert len([path for path in ROOT.iterdir() if path.is_file() and path not in built]) <= 7

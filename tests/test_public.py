@@ -94,3 +94,9 @@ def test_a_full_docstring_lacks_nothing():
 )
 def test_the_check_finds_what_is_missing(removed, lack):
     assert f"double: {lack}" in lacks_of(GOOD.replace(removed, "x" if removed == "x: int" else ""))
+
+
+def test_the_typed_program_uses_every_public_name():
+    """`make types` checks only what tests/typing_use.py uses."""
+    text = Path(__file__).with_name("typing_use.py").read_text(encoding="utf-8")
+    assert [name for name in s2ft.__all__ if f"s2ft.{name}" not in text] == []
