@@ -33,7 +33,7 @@ test-processors: $(VENV)/.installed $(VENV)/.quantized
 test-peft: $(VENV)/.installed
 	$(BIN)/python tests/peft/upstream/run.py
 
-# Types of the public API, as a user's mypy sees them, and of the package itself
+# The public API as a strictly typed program uses it
 types: $(VENV)/.installed
 	$(BIN)/pip install --quiet mypy
 	$(BIN)/mypy

@@ -9,36 +9,44 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:  # for type checkers and editors, which can't follow __getattr__
-    from s2ft import ops
+if TYPE_CHECKING:  # for type checkers, which can't follow __getattr__; `as` exports a name
+    from s2ft import ops as ops
     from s2ft.adapter import (
-        Adapter,
-        AdapterBank,
-        combine_adapters,
-        delete_adapter,
-        disable_adapters,
-        export_lora,
-        get_adapter,
-        import_lora,
-        list_adapters,
-        load_adapter,
-        push_to_hub,
-        read_adapter,
-        rename_adapter,
-        save_adapter,
-        set_adapter,
-        status,
+        Adapter as Adapter,
+        AdapterBank as AdapterBank,
+        combine_adapters as combine_adapters,
+        delete_adapter as delete_adapter,
+        disable_adapters as disable_adapters,
+        export_lora as export_lora,
+        get_adapter as get_adapter,
+        import_lora as import_lora,
+        list_adapters as list_adapters,
+        load_adapter as load_adapter,
+        push_to_hub as push_to_hub,
+        read_adapter as read_adapter,
+        rename_adapter as rename_adapter,
+        save_adapter as save_adapter,
+        set_adapter as set_adapter,
+        status as status,
     )
-    from s2ft.api import attach, detach, fuse, merge, plan, select, unfuse
-    from s2ft.attached.report import print_trainable_parameters
-    from s2ft.config import S2FTConfig
-    from s2ft.estimation import Estimate, estimate
-    from s2ft.layers import S2ColumnLinear, S2RowLinear
-    from s2ft.model.coupling import Coupling
-    from s2ft.model.registry import register_architecture
-    from s2ft.ops._build import build_info
-    from s2ft.ops._lock import stable_weights
-    from s2ft.selection import Selection
+    from s2ft.api import (
+        attach as attach,
+        detach as detach,
+        fuse as fuse,
+        merge as merge,
+        plan as plan,
+        select as select,
+        unfuse as unfuse,
+    )
+    from s2ft.attached.report import print_trainable_parameters as print_trainable_parameters
+    from s2ft.config import S2FTConfig as S2FTConfig
+    from s2ft.estimation import Estimate as Estimate, estimate as estimate
+    from s2ft.layers import S2ColumnLinear as S2ColumnLinear, S2RowLinear as S2RowLinear
+    from s2ft.model.coupling import Coupling as Coupling
+    from s2ft.model.registry import register_architecture as register_architecture
+    from s2ft.ops._build import build_info as build_info
+    from s2ft.ops._lock import stable_weights as stable_weights
+    from s2ft.selection import Selection as Selection
 
 # public name -> the module that has it; tests/test_public.py compares it with the imports above
 _HOMES = {

@@ -18,8 +18,7 @@ from s2ft.model.coupling import Coupling
 from s2ft.model.registry import couplings_of
 from s2ft.model.verify import Trial
 from s2ft.ops._build import warn_without_cuda_kernels
-from s2ft.selection import Selection
-from s2ft.selection import select as select_units
+from s2ft.selection import Selection, select as select_units
 
 # ---- attach ----------------------------------------------------------------------------------------
 
@@ -100,7 +99,7 @@ def _record_for(model: nn.Module, couplings: Sequence[Coupling] | None, name: st
     if record is None:
         return new_attachment(model, couplings, HOST_HOOKS)
     if couplings is not None and list(couplings) != record.couplings:
-        raise ValueError("couplings are in the loaded adapters already, and these are others: leave them out")
+        raise ValueError("couplings differ from those of the loaded adapters: leave the argument out")
     return record
 
 

@@ -265,7 +265,7 @@ class S2FTConfig:
     def _check_layers(self) -> None:
         if isinstance(self.layers, (str, bytes)):
             raise ValueError(f"layers must be a list of layer numbers, got {self.layers!r}")
-        self.layers = list(self.layers)
+        self.layers = list(self.layers or ())
         if not self.layers or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in self.layers):
             raise ValueError(f"layers must be a list of layer numbers from 0, got {self.layers!r}")
         if len(set(self.layers)) != len(self.layers):

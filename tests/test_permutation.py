@@ -4,8 +4,7 @@ import time
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from s2ft.model.coupling import Projection
 from s2ft.model.permutation import contiguous_range, coupling_order, element_order, inverse

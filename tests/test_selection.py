@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from s2ft.config import S2FTConfig
 from s2ft.model.coupling import Coupling, Projection

@@ -160,12 +160,12 @@ def _extra_of_sum(parts: Sequence[tuple[Adapter, float]]) -> dict[str, Tensor]:
         for name in adapter.extra_weights:
             if weight != 1:
                 raise ValueError(
-                    f"adapter {adapter.name!r} has {name} trained whole, which can't be scaled: give the adapter "
+                    f"adapter {adapter.name!r} has {name} trained in full, which can't be scaled: give the adapter "
                     f"weight 1, not {weight:g}"
                 )
             if name in owners:
                 raise ValueError(
-                    f"adapters {owners[name].name!r} and {adapter.name!r} both have {name} trained whole, and "
+                    f"adapters {owners[name].name!r} and {adapter.name!r} both have {name} trained in full, and "
                     "values can't be added: keep the adapters apart and switch between them"
                 )
             owners[name] = adapter

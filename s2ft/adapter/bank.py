@@ -309,7 +309,7 @@ class AdapterBank:
         adapter.name = name
         if adapter.extra_weights:
             raise ValueError(
-                f"adapter {name!r} has {next(iter(adapter.extra_weights))} trained whole, and a batch has one such "
+                f"adapter {name!r} has {next(iter(adapter.extra_weights))} trained in full, and a batch has one such "
                 "weight for all of its rows: serve the model merged (s2ft merge), or use load_adapter"
             )
         base = self._base(adapter)

@@ -59,7 +59,7 @@ def card_of(adapter: Adapter) -> str:
     else:  # a path on the machine of the training must not be published
         base = "path/to/the/base"
     keys = ", ".join(f"{key}_ratio {ratio:g}" for key, ratio in adapter.config.ratios.items()) or "units given by name"
-    whole = f" and {', '.join(adapter.extra_weights)} trained whole" if adapter.extra_weights else ""
+    whole = f" and {', '.join(adapter.extra_weights)} trained in full" if adapter.extra_weights else ""
     return "\n".join(
         [
             "---",

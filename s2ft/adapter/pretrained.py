@@ -63,9 +63,7 @@ def save_pretrained(
         'default'
     """
     if push_to_hub:
-        raise ValueError(
-            "push_to_hub here would name no repository of an adapter: use s2ft.push_to_hub(model, repo_id)"
-        )
+        raise ValueError("push_to_hub must be False while an adapter is trained: use s2ft.push_to_hub(model, repo_id)")
     if not is_main_process:
         return
     directory = Path(save_directory)
@@ -91,8 +89,8 @@ def _check_no_model(directory: Path) -> None:
     if found:
         raise ValueError(
             f"save_directory {directory} holds another model ({found[0]}), which would load with random "
-            "weights after an adapter was saved there: give another folder, or s2ft.merge the model first "
-            "to save it whole"
+            "weights after an adapter was saved there: give another folder, or call s2ft.merge first to save the whole "
+            "model"
         )
 
 

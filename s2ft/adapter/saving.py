@@ -1,5 +1,6 @@
 """From a model to adapter folders."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from s2ft.distributed import full_tensors, ranks_sharing, reshard_all, run_on_fi
 @of_compiled
 def save_adapter(
     model: nn.Module,
-    directory,
+    directory: str | os.PathLike,
     name: str | None = None,
     info: dict[str, Any] | None = None,
     *,

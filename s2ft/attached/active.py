@@ -178,10 +178,10 @@ def _check_is_whole(key: str, mount: Mount, slices: Mapping[str, Tensor]) -> Non
     expected = sum(part.elements.numel() for part in mount.parts)
     if len(shape) < 2 or shape[dim] != expected or 0 in shape:
         raise ValueError(
-            f"{key} has shape {tuple(shape)} here, not {expected} {('rows', 'columns')[dim]}: it is a "
-            "part of what is trained, so nothing is saved. FSDP2 and ZeRO-3 are gathered by themselves; under "
-            "FSDP version 1 do this in FullyShardedDataParallel.summon_full_params(model, "
-            "writeback=False), else give a state that was gathered"
+            f"{key} has shape {tuple(shape)} here, not {expected} {('rows', 'columns')[dim]}: "
+            "this is a shard, so nothing is saved. s2ft gathers the shards of FSDP2 and ZeRO-3 itself. Under FSDP "
+            "version 1 do this inside FullyShardedDataParallel.summon_full_params(model, writeback=False). Else give a "
+            "gathered state"
         )
 
 

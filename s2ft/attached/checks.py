@@ -45,9 +45,9 @@ def check_not_sharded(model: nn.Module, what: str) -> None:
     path = next((path for path, parameter in model.named_parameters() if is_sharded(parameter)), None)
     if path is not None:
         raise ValueError(
-            f"{what} would change the layers of a model that is sharded ({path}), and what shards it "
-            "knows only the layers that were there before: do it before sharding, or call s2ft.save_adapter here "
-            "and go on with a base that is not sharded"
+            f"{what} would change the layers of a model that is sharded ({path}), and FSDP2 and ZeRO-3 know only the "
+            "layers that were there when they sharded it: do this before sharding, or call s2ft.save_adapter now and "
+            "go on with a base that is not sharded"
         )
 
 
@@ -89,8 +89,8 @@ def check_memory(model: nn.Module, projections: list[Projection]) -> None:
         found = handle.holder
         if isinstance(found, nn.Module) and "weight" not in found._parameters:
             raise ValueError(
-                f"{path}.weight is no parameter but is computed by a hook, as torch.nn.utils.prune and "
-                "weight_norm do: make it one first (prune.remove, remove_weight_norm)"
+                f"{path}.weight is not a parameter but is computed by a hook, as by torch.nn.utils.prune and "
+                "weight_norm: make it a parameter first (prune.remove, remove_weight_norm)"
             )
         if not is_sharded(handle.tensor):
             check_private(f"{path}.weight" if isinstance(found, nn.Module) else path, handle.tensor)

@@ -217,12 +217,12 @@ def check_can_put_on(model: nn.Module, record: Attachment, weights: Mapping[str,
         for name in names:
             if weight != 1:
                 raise ValueError(
-                    f"adapter {adapter!r} has {name} trained whole, which can't be scaled: give the "
+                    f"adapter {adapter!r} has {name} trained in full, which can't be scaled: give the "
                     f"adapter weight 1, not {weight:g}"
                 )
             if name in owners:
                 raise ValueError(
-                    f"adapters {owners[name]!r} and {adapter!r} both have {name} trained whole, and the "
+                    f"adapters {owners[name]!r} and {adapter!r} both have {name} trained in full, and the "
                     "model can hold one: make one of them active"
                 )
             owners[name] = adapter
@@ -299,12 +299,12 @@ def check_same(model: nn.Module, record: Attachment, values: Mapping[str, Tensor
     more, less = sorted(values.keys() - ours.keys()), sorted(ours.keys() - values.keys())
     if more:
         raise ValueError(
-            f"the adapter to load has {more[0]} trained whole, which is frozen in this model: name its "
+            f"the adapter to load has {more[0]} trained in full, which is frozen in this model: name its "
             "module in modules_to_save, or set its requires_grad, as in the run that saved it"
         )
     if less:
         raise ValueError(
-            f"this model trains {less[0]} whole, which the adapter to load does not have: freeze it, as "
+            f"this model trains {less[0]} in full, which the adapter to load does not have: freeze it, as "
             "in the run that saved the adapter"
         )
 

@@ -152,7 +152,7 @@ class Report:
         ]
         if self.extra_weights:
             lines.append(
-                f"trained whole: {', '.join(self.extra_weights)} ({sum(self.extra_weights.values()):,} parameters)"
+                f"trained in full: {', '.join(self.extra_weights)} ({sum(self.extra_weights.values()):,} parameters)"
             )
         lines.append(
             f"adapter {self.name!r}, layout {self.layout}: {self.trainable:,} of {self.total:,} parameters "

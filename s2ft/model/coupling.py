@@ -341,6 +341,9 @@ class Coupling:
     def to_dict(self) -> dict[str, Any]:
         """Convert to a dict for JSON.
 
+        Returns:
+            The fields, with dicts for projections and vectors.
+
         Example:
             >>> coupling = s2ft.Coupling.ffn(0, up="0", down="2", channels=32)
             >>> s2ft.Coupling.from_dict(coupling.to_dict()) == coupling
@@ -351,6 +354,12 @@ class Coupling:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Coupling":
         """Make a coupling from a dict of :meth:`to_dict`.
+
+        Args:
+            values: Fields of a coupling.
+
+        Returns:
+            The coupling.
 
         Raises:
             TypeError: The dict has other fields.

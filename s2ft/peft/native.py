@@ -94,8 +94,8 @@ def from_native(
     adapter = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
     if adapter.extra_weights:
         raise ValueError(
-            f"adapter {adapter.name!r} has {next(iter(adapter.extra_weights))} trained whole, which can't be added to "
-            "a PeftModel: load it with s2ft.load_adapter"
+            f"adapter {adapter.name!r} has {next(iter(adapter.extra_weights))} trained in full, which can't be added "
+            "to a PeftModel: load it with s2ft.load_adapter"
         )
     settings = S2FTPeftConfig(units=adapter.selection, base_fingerprint=json.dumps(adapter.fingerprint), **config)
     if isinstance(model, PeftModel):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ class Selection:
             lines + [f"{name:<12}{len(sizes):>7}{span(sizes):>16}{sum(sizes):>10,}" for name, sizes in groups.items()]
         )
 
-    def save(self, path) -> None:
+    def save(self, path: str | PathLike[str]) -> None:
         """Write the selection to a JSON file. An existing file is replaced in one step.
 
         Args:
@@ -103,7 +104,7 @@ class Selection:
         replace_file(Path(path), json.dumps(content).encode())
 
     @classmethod
-    def load(cls, path) -> "Selection":
+    def load(cls, path: str | PathLike[str]) -> "Selection":
         """Read a selection from a file that :meth:`save` wrote, or from an adapter folder.
 
         Args:

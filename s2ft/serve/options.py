@@ -22,6 +22,11 @@ class Limits:
 
     Raises:
         ValueError: A value is not above 0.
+
+    Example:
+        >>> from s2ft.serve.options import Limits
+        >>> Limits(timeout=60, max_tokens=256)
+        Limits(api_key=None, timeout=60, max_body_bytes=2097152, max_tokens=256)
     """
 
     api_key: str | None = None

@@ -6,6 +6,8 @@ import time
 
 import torch
 import uvicorn
+from fastapi import FastAPI
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from s2ft.adapter.bank import AdapterBank
 from s2ft.serve.app import create_app
@@ -19,11 +21,30 @@ logger = logging.getLogger(__name__)
 AFTER_GRACE = 5  # seconds for sending the last errors
 
 
-def build_app(model, tokenizer, base: str, adapters: str | None, options: ServerOptions):
-    """Make the ASGI app of a server. The arguments are those of :func:`serve`.
+def build_app(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str, adapters: str | None, options: ServerOptions
+) -> tuple[FastAPI, Service]:
+    """Make the ASGI app of a server, to run it in a server of your own.
+
+    Args:
+        model: A causal language model of transformers without adapters, on its device.
+        tokenizer: The model's tokenizer.
+        base: The name that clients use for the base.
+        adapters: A directory of adapters or of outputs of runs, or None.
+        options: The options of the server. `host`, `port` and `grace` are not used.
 
     Returns:
         The app and its service.
+
+    Example:
+        >>> from s2ft.serve.options import ServerOptions
+        >>> from s2ft.serve.server import build_app
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> words = Tokenizer(models.WordLevel({"hello": 0, "world": 1, "?": 2}, "?"))
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+        >>> app, service = build_app(model, tokenizer, "base", None, ServerOptions())
+        >>> service.engine.stop()
     """
     metrics = Metrics()
     bank = AdapterBank(model, limit_bytes=options.adapter_bytes)
@@ -34,7 +55,9 @@ def build_app(model, tokenizer, base: str, adapters: str | None, options: Server
     return create_app(service, metrics), service
 
 
-def serve(model, tokenizer, base: str, adapters: str | None, options: ServerOptions) -> None:
+def serve(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str, adapters: str | None, options: ServerOptions
+) -> None:
     """Serve a model and its adapters until SIGTERM or SIGINT. Then finish the running requests and return.
 
     The model is moved to the GPU if there is one.
@@ -50,6 +73,18 @@ def serve(model, tokenizer, base: str, adapters: str | None, options: ServerOpti
         OSError: The server cannot listen on the address.
         NotADirectoryError: The directory does not exist.
         ValueError: An adapter has the name of the base, or an option is out of range.
+
+    Example:
+        Here a timer sends the signal; a server in use gets it from the system.
+
+        >>> import os, signal, threading
+        >>> from tokenizers import Tokenizer, models
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> from s2ft.serve.options import ServerOptions
+        >>> from s2ft.serve.server import serve
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"?": 0}, "?")))
+        >>> threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        >>> serve(model, tokenizer, "base", None, ServerOptions(port=0))
     """
     model.requires_grad_(False)
     model.to("cuda" if torch.cuda.is_available() else "cpu")

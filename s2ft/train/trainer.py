@@ -7,6 +7,7 @@ checked before a run resumes from it, and a damaged checkpoint is skipped in fav
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from s2ft.packages import check_packages
 
@@ -17,6 +18,7 @@ import torch
 from accelerate.utils import save_fsdp_optimizer
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput
 
 from s2ft.adapter import restore_adapter
 from s2ft.adapter.saving import gather_trained
@@ -37,11 +39,23 @@ class AdapterCheckpoints:
 
     Raises:
         ValueError: No adapter of the model is trainable.
+
+    Example:
+        >>> from transformers import Trainer, TrainingArguments
+        >>> from s2ft.train.trainer import AdapterCheckpoints
+        >>> class MyTrainer(AdapterCheckpoints, Trainer): ...
+        >>> report = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+        >>> rows = [{"input_ids": ids, "labels": ids} for ids in input_ids]
+        >>> options = dict(max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True)
+        >>> output = MyTrainer(model, TrainingArguments("run", **options), train_dataset=rows).train()
+        {'train_runtime': ...}
+        >>> output.global_step
+        1
     """
 
     _temporary: Path | None = None  # the folder in which a checkpoint is being written
 
-    def __init__(self, *args, **options) -> None:
+    def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         model = self.accelerator.unwrap_model(self.model)
         if attachment_of(model).name is None:
@@ -51,7 +65,7 @@ class AdapterCheckpoints:
         if self.is_deepspeed_enabled:  # its checkpoints omit the base, and it would raise for missing keys
             model.register_load_state_dict_post_hook(_ignore_missing_base)
 
-    def train(self, resume_from_checkpoint=None, *args, **options):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **options: Any) -> TrainOutput:
         """Train the adapter.
 
         Args:
@@ -119,7 +133,7 @@ class AdapterCheckpoints:
     def _sharded(self) -> bool:
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
-    def save_model(self, output_dir=None, _internal_call=False):
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter. Each rank must call this method.
 
         Args:

@@ -6,8 +6,7 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from support.models import ALL_RATIOS, CASES, model_of, ratios_for, token_batch, train
 from support.pairs import pairs

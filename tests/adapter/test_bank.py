@@ -6,8 +6,7 @@ import threading
 import pytest
 import torch
 import torch._dynamo.testing
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from support.models import ALL_RATIOS, model_of, output_of, ratios_for, token_batch
 from torch import nn
 

@@ -1,4 +1,4 @@
-"""Weights that are trained whole beside the slices: saved, resumed, switched, merged and taken off again."""
+"""Weights that are trained in full beside the slices: saved, resumed, switched, merged and taken off again."""
 
 import copy
 import json
@@ -7,8 +7,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.models import model_of
@@ -264,8 +263,8 @@ def test_restored_into_a_model_that_trains_the_same(how, tmp_path):
 @pytest.mark.parametrize(
     "saved_with, loaded_with, message",
     (
-        ("named", "frozen", "classifier.bias trained whole, which is frozen in this model"),
-        ("frozen", "named", "this model trains classifier.bias whole"),
+        ("named", "frozen", "classifier.bias trained in full, which is frozen in this model"),
+        ("frozen", "named", "this model trains classifier.bias in full"),
     ),
 )
 def test_restoring_other_extra_weights_is_refused_and_changes_nothing(saved_with, loaded_with, message, tmp_path):
@@ -456,7 +455,7 @@ def test_two_that_have_the_same_weight_are_not_active_together():
     with pytest.raises(ValueError, match="'default' and 'other' both have classifier.weight"):
         s2ft.set_adapter(model, {"default": 1, "other": 1})
     for name in ("default", "other"):
-        with pytest.raises(ValueError, match=f"'{name}' has classifier.weight trained whole.*not 0.5"):
+        with pytest.raises(ValueError, match=f"'{name}' has classifier.weight trained in full.*not 0.5"):
             s2ft.set_adapter(model, {name: 0.5})
     assert s2ft.status(model).active == {"default": 1.0}
     assert_states(state_of(model), before)
@@ -469,7 +468,7 @@ def test_arithmetic_passes_them_through_or_refuses():
         assert_states(total.extra_weights, with_head.extra_weights)
         assert total.config.modules_to_save == ["classifier"]
     for wrong in (lambda: with_head + with_head, lambda: 0.5 * with_head, lambda: without - with_head):
-        with pytest.raises(ValueError, match="classifier.weight trained whole"):
+        with pytest.raises(ValueError, match="classifier.weight trained in full"):
             wrong()
     assert (0.5 * without).extra_weights == {}
 
@@ -485,7 +484,7 @@ def test_combine_adapters_and_the_command(tmp_path, saved, capsys):
     s2ft.combine_adapters(model, {"a": 1, "b": 1}, "both")
     s2ft.set_adapter(model, "both")
     assert_states(head_of(model), s2ft.read_adapter(tmp_path / "sum").extra_weights)
-    with pytest.raises(ValueError, match="'a' has classifier.* trained whole"):
+    with pytest.raises(ValueError, match="'a' has classifier.* trained in full"):
         s2ft.combine_adapters(model, {"a": 0.5, "b": 1}, "less")
     s2ft.delete_adapter(model, "both")
     assert_states(state_of(s2ft.detach(model)), BASE)
@@ -505,7 +504,7 @@ def test_a_further_adapter_is_attached_beside_a_loaded_one(saved):
 
 
 def norm_of_llama(tmp_path):
-    """(base, folder of an adapter that has the last norm trained whole)"""
+    """(base, folder of an adapter that has the last norm trained in full)"""
     model = model_of("llama")
     s2ft.attach(model, S2FTConfig(d_ratio=0.1, modules_to_save=["model.norm"]), name="normed")
     with torch.no_grad():
@@ -517,10 +516,10 @@ def norm_of_llama(tmp_path):
 def test_banks_and_loras_refuse_them_by_name(tmp_path):
     model, folder = norm_of_llama(tmp_path)
     bank = s2ft.AdapterBank(model, tmp_path)
-    with pytest.raises(ValueError, match="'normed' has model.norm.weight trained whole"):
+    with pytest.raises(ValueError, match="'normed' has model.norm.weight trained in full"):
         with bank.batch(["normed"]):
             pass
-    with pytest.raises(ValueError, match="model.norm.weight trained whole.*format merged"):
+    with pytest.raises(ValueError, match="model.norm.weight trained in full.*format merged"):
         lora.write(native.read(folder), tmp_path / "lora", model)
     assert not (tmp_path / "lora").exists()
 
@@ -612,7 +611,7 @@ def test_the_report_lists_them_and_counts_them_once(capsys):
     assert planned.extra_weights == report.extra_weights == {"classifier.weight": 96, "classifier.bias": 3}
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     assert report.trainable == planned.trainable == trained and report.total == total
-    assert "trained whole: classifier.weight, classifier.bias (99 parameters)" in str(report)
+    assert "trained in full: classifier.weight, classifier.bias (99 parameters)" in str(report)
     model.print_trainable_parameters()
     assert f"trainable params: {trained:,} || all params: {total:,}" in capsys.readouterr().out
 
@@ -639,7 +638,7 @@ def test_of_a_model_that_no_checkpoint_made_the_structure_says_what_is_a_head():
 def test_the_page_of_the_adapter_names_them(saved):
     from s2ft.adapter.hub import card_of
 
-    assert "and classifier.bias, classifier.weight trained whole" in card_of(s2ft.read_adapter(saved))
+    assert "and classifier.bias, classifier.weight trained in full" in card_of(s2ft.read_adapter(saved))
 
 
 @pytest.mark.parametrize(

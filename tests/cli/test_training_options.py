@@ -215,7 +215,7 @@ def test_modules_are_trained_whole_saved_and_merged(work, tmp_path, capsys):
     for name, value in read_adapter(tmp_path / "kept/adapter").extra_weights.items():
         assert not torch.equal(found[name], base.get_parameter(name))
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3)
-    assert "trained whole: model.embed_tokens.weight, model.norm.weight" in capsys.readouterr().out
+    assert "trained in full: model.embed_tokens.weight, model.norm.weight" in capsys.readouterr().out
     assert (
         main(
             [
@@ -244,6 +244,6 @@ def test_modules_are_trained_whole_saved_and_merged(work, tmp_path, capsys):
         )
         == 2
     )
-    assert "trained whole" in capsys.readouterr().err and not (tmp_path / "lora").exists()
+    assert "trained in full" in capsys.readouterr().err and not (tmp_path / "lora").exists()
     assert main(["info", str(tmp_path / "out")]) == 0
     assert "model.norm.weight trained in full" in capsys.readouterr().out

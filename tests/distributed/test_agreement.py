@@ -134,7 +134,7 @@ def test_parts_of_what_is_trained_are_refused(tmp_path):
         model = attached("llama")
         layer = model.model.layers[0].mlp.up_proj
         layer.s2 = torch.nn.Parameter(part)
-        with pytest.raises(ValueError, match=r"up_proj.s2 has shape .* a part of what is trained, so nothing is saved"):
+        with pytest.raises(ValueError, match=r"up_proj.s2 has shape .* this is a shard, so nothing is saved"):
             s2ft.save_adapter(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 

@@ -76,7 +76,7 @@ def test_in_bfloat16_the_exact_values_are_the_optimizers(ranks, stage, tmp_path)
             assert value.dtype == torch.float32 and not torch.equal(value, value.bfloat16().float()), key
 
 
-# ---- weights that are trained whole ---------------------------------------------------------------------------
+# ---- weights that are trained in full ---------------------------------------------------------------------------
 
 EXTRA = dict(modules_to_save=["model.norm", "lm_head"])
 

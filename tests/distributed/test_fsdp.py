@@ -306,7 +306,7 @@ def test_updates_below_bfloat16_are_not_lost(ranks, way, tmp_path):
         assert torch.cosine_similarity(moved.flatten(), expected.flatten(), 0) > 0.97, key
 
 
-# ---- weights that are trained whole ------------------------------------------------------------------------
+# ---- weights that are trained in full ------------------------------------------------------------------------
 
 EXTRA = dict(modules_to_save=["model.norm", "lm_head"])
 

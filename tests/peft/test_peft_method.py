@@ -545,7 +545,7 @@ def test_modules_to_save_come_along_to_an_adapter_of_s2ft():
     base = model_of("llama")
     s2ft.load_adapter(base, found)
     assert torch.equal(base.model.norm.weight, 2 * model_of("llama").model.norm.weight)
-    with pytest.raises(ValueError, match="model.norm.weight trained whole"):
+    with pytest.raises(ValueError, match="model.norm.weight trained in full"):
         from_native(model_of("llama"), found)
 
 

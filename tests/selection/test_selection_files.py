@@ -5,8 +5,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from support.models import ALL_RATIOS, model_of
 
 import s2ft

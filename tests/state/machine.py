@@ -171,7 +171,7 @@ def load(state: State, trainable: bool = False, active: bool = True) -> None:
         if not (state.lossy and OTHER_BASE in str(error)):
             raise
     else:
-        state.unfrozen = state.unfrozen or (trainable and bool(adapter.extra_weights))  # trained whole with it
+        state.unfrozen = state.unfrozen or (trainable and bool(adapter.extra_weights))  # trained in full with it
         if not trainable:
             state.kept[name] = copy.deepcopy(adapter)
 
@@ -199,11 +199,11 @@ def activate_nothing(state: State) -> None:
 
 @contextmanager
 def unless_trained_whole() -> Iterator[None]:
-    """Sums of adapters with weights that are trained whole are refused, with the model as it was."""
+    """Sums of adapters with weights that are trained in full are refused, with the model as it was."""
     try:
         yield
     except ValueError as error:
-        if "trained whole" not in str(error):
+        if "trained in full" not in str(error):
             raise
 
 
@@ -547,7 +547,7 @@ def interrupted(state: State) -> None:
     except (KeyboardInterrupt, MemoryError):
         pass
     except ValueError as refusal:
-        if not (state.lossy and OTHER_BASE in str(refusal)) and "trained whole" not in str(refusal):
+        if not (state.lossy and OTHER_BASE in str(refusal)) and "trained in full" not in str(refusal):
             raise
     finally:
         again = f" and again at call {tracing.second} after it" if tracing.raised_again else ""

@@ -1,8 +1,7 @@
 """Text that comes in pieces is the text that comes at once, and stop strings are never seen."""
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from train.tiny import tiny_tokenizer
 
 from s2ft.text.streams import TextStream

@@ -88,7 +88,7 @@ def write(
     check_fits(adapter, model, record)
     if adapter.extra_weights:
         raise ValueError(
-            f"adapter {adapter.name!r} has {next(iter(adapter.extra_weights))} trained whole, and a LoRA folder "
+            f"adapter {adapter.name!r} has {next(iter(adapter.extra_weights))} trained in full, and a LoRA folder "
             "holds linear layers only: export the model merged (format merged)"
         )
     sides = _sides(adapter, model, record)

@@ -122,8 +122,8 @@ def _check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any
                 continue  # PyTorch raises an error that names what does not fit
             if not _is_same(order, tensor, found):
                 raise ValueError(
-                    f"{key} is not the base's weight that this model's adapters belong to: "
-                    "s2ft.detach(model) first, load, and attach again or load the adapter again"
+                    f"{key} is not the weight of the base that this model's adapters belong to: call "
+                    "s2ft.detach(model) first, load the state, and attach again or load the adapter again"
                 )
             same[key] = tensor
     state.update(same)  # load_state_dict then copies each onto itself

@@ -1,5 +1,5 @@
 """Made the adapters in this folder: `python make.py NAME`, each with the s2ft of its day (schema-1 before couplings
-could be given, schema-2 before its config had a digest, schema-3 with a weight that is trained whole). They are never
+could be given, schema-2 before its config had a digest, schema-3 with a weight that is trained in full). They are never
 made again, and have to load for ever. What a later schema adds gets a name and a folder of its own."""
 
 import hashlib

@@ -1,0 +1,65 @@
+"""The public API as a program with strict types uses it. `make types` checks this file; nothing runs it."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import s2ft
+
+
+def one_adapter(model: nn.Module, input_ids: Tensor, folder: Path) -> nn.Module:
+    config = s2ft.S2FTConfig(d_ratio=0.03, o_ratio=0.25, selection="weight", layout="permuted")
+    planned = s2ft.plan(model, config)
+    share: float = planned.share
+    selection: s2ft.Selection = s2ft.select(model, config)
+    report = s2ft.attach(model, s2ft.S2FTConfig(units=selection.to_dict()), name="math")
+    trained: int = report.trainable
+    s2ft.print_trainable_parameters(model)
+    s2ft.save_adapter(model, folder)
+    s2ft.fuse(model)
+    s2ft.unfuse(model)
+    s2ft.detach(model)
+    s2ft.load_adapter(model, folder, name="again")
+    s2ft.set_adapter(model, "again")
+    s2ft.set_adapter(model, {"again": 0.5})
+    s2ft.set_adapter(model, None)
+    with s2ft.disable_adapters(model):
+        model(input_ids)
+    names: list[str] = s2ft.list_adapters(model)
+    adapter: s2ft.Adapter = s2ft.get_adapter(model, names[0])
+    s2ft.rename_adapter(model, "again", "math")
+    print(s2ft.status(model), share, trained, adapter)
+    s2ft.delete_adapter(model, "math")
+    merged: nn.Module = s2ft.merge(model)
+    return merged
+
+
+@s2ft.register_architecture("my_model")
+def couplings(model: nn.Module) -> list[s2ft.Coupling]:
+    return [s2ft.Coupling.ffn(0, up="up", down="down", channels=32)]
+
+
+def many_adapters(model: nn.Module, folder: Path) -> None:
+    first: s2ft.Adapter = s2ft.read_adapter(folder / "a")
+    bank = s2ft.AdapterBank(model)
+    bank.add(first.name, folder / "a")
+    with s2ft.stable_weights():
+        pass
+    s2ft.combine_adapters(model, {"a": 0.5, "b": 0.5}, name="both")
+    s2ft.export_lora(model, folder / "lora")
+    s2ft.import_lora(model, folder / "lora", name="lora")
+    print(s2ft.push_to_hub(model, "someone/adapter"), s2ft.__version__)
+
+
+def layers_and_ops() -> Tensor:
+    rows = s2ft.S2ColumnLinear(8, 16, start=0, end=4)
+    columns = s2ft.S2RowLinear(16, 8, start=0, end=4, delta_dtype=torch.float32)
+    x: Tensor = columns(rows(torch.randn(2, 8)))
+    return s2ft.ops.act_mul(x, x, "silu")
+
+
+def memory(model: nn.Module) -> int:
+    found: s2ft.Estimate = s2ft.estimate(model, s2ft.S2FTConfig(d_ratio=0.1), batch_size=1, length=128)
+    info: dict[str, object] = s2ft.build_info()
+    return found.parameters + len(info)
