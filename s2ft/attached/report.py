@@ -144,7 +144,7 @@ class Report:
 
     def __str__(self) -> str:
         width = max(12, *(len(row.projection) + 1 for row in self.rows))
-        lines = [f"{'projection':<{width}}{'layers':>7}  {'units a layer':<24}{'parameters':>14}  dtype"]
+        lines = [f"{'projection':<{width}}{'layers':>7}  {'units per layer':<24}{'parameters':>14}  dtype"]
         lines += [
             f"{row.projection:<{width}}{row.layers:>7}  {row.units:<24}{row.parameters:>14,}  "
             f"{str(row.dtype).removeprefix('torch.')}"
