@@ -40,7 +40,7 @@ types: $(VENV)/.installed
 
 # What pre-commit runs
 lint: $(VENV)/.torch
-	$(BIN)/pip install --quiet ruff clang-format
+	$(BIN)/pip install --quiet ruff==0.17.6 clang-format==23.1.5   # as in .pre-commit-config.yaml
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu')
