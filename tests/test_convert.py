@@ -36,7 +36,7 @@ from s2ft.model.weights import weight_at
 from s2ft.ops.act_mul import ACTIVATIONS
 
 LAYOUTS = ("permuted", "indexed")
-# every projection alone, all together, and the asymmetric pairs of the paper
+# each projection alone, all projections, and the asymmetric pairs of the paper
 REQUESTS = {
     **{key: {key: 0.5} for key in ("q_ratio", "k_ratio", "v_ratio", "o_ratio", "u_ratio", "g_ratio", "d_ratio")},
     "all": ALL_RATIOS,
@@ -57,7 +57,7 @@ def states_equal(ours, theirs):
 @pytest.mark.parametrize(
     "case,request_,layout", [row for row in pairs(CASES, REQUESTS, LAYOUTS) if ratios_for(row[0], REQUESTS[row[1]])]
 )
-def test_attach_leaves_the_logits(case, request_, layout):
+def test_attach_keeps_the_logits(case, request_, layout):
     model = model_of(case)
     with torch.no_grad():
         before = output_of(model)
@@ -87,7 +87,7 @@ def test_every_layer_is_reported_and_trained(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_plan_is_what_attach_reports(case):
+def test_plan_equals_the_report_of_attach(case):
     """plan reads no weight: it gives the same selection on the meta device."""
     model, config = model_of(case), config_for(case, "all")
     planned = s2ft.plan(model, config)
@@ -392,7 +392,7 @@ def test_bad_requests_do_not_change_the_model(bad):
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_unknown_family_names_the_known_ones():
+def test_the_error_for_an_unknown_family_lists_the_known_ones():
     with pytest.raises(ValueError, match="never-heard-of.*llama, mistral, mixtral, olmo2.*couplings="):
         s2ft.attach(Unknown(), S2FTConfig(d_ratio=0.1))
 
@@ -451,7 +451,7 @@ def test_calibration_without_a_use_is_refused():
         s2ft.attach(model_of("llama"), S2FTConfig(d_ratio=0.1), calibration=[torch.ones(1)])
 
 
-def test_a_failure_in_the_middle_leaves_the_base(monkeypatch):
+def test_a_failure_in_the_middle_restores_the_base(monkeypatch):
     import s2ft.attached.mounting as mounting
 
     base = model_of("llama")

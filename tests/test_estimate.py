@@ -405,7 +405,7 @@ def test_gradients_lie_beside_the_next_forward():
     assert (twice.kept, twice.gradients) == (once.kept, once.gradients)
 
 
-# ---- the device of the model; the model does not change --------------------------------------------------------
+# ---- the device of the model; the model does not change ----------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)

@@ -306,7 +306,7 @@ def test_state_dict_round_trips_in_either_state(kind, units, ours, theirs):
     assert torch.equal(target.weight, base) and torch.equal(target.s2, source.s2)
 
 
-def test_loading_s2_alone_into_a_fused_layer(kind, units):
+def test_loading_only_s2_into_a_fused_layer(kind, units):
     layer = layer_of(kind, units).eval()
     base, s2 = layer.weight.clone(), torch.randn_like(layer.s2)
     layer.fuse()
@@ -345,7 +345,7 @@ def test_changing_the_dtype_while_fused(kind, units):
     assert torch.equal(layer.weight, base.to(torch.bfloat16))
 
 
-# ---- the steps of the reference code ----------------------------------------------------------------------------
+# ---- the steps of the reference code -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))

@@ -714,7 +714,7 @@ def test_a_failure_restores_the_quantizer(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ("4bit", "8bit"))
-def test_merging_where_transformers_dequantizes(kind, tmp_path):
+def test_merging_after_transformers_dequantized_the_base(kind, tmp_path):
     """The error of a refused merge recommends this. The result is a plain checkpoint of transformers."""
     model = loaded(kind, tmp_path)
     s2ft.attach(model, UNFUSED)

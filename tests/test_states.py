@@ -94,7 +94,7 @@ def test_a_cast_also_casts_the_saved_base_values(dtype, tmp_path):
 
 @layouts
 @pytest.mark.parametrize("case", CASES)
-def test_a_model_saved_whole_loads(case, layout):
+def test_a_model_saved_with_torch_save_loads(case, layout):
     model = trained(case, layout)
     file = io.BytesIO()
     torch.save(model, file)

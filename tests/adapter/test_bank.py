@@ -410,7 +410,7 @@ def test_a_thousand_adapters(tmp_path):
         assert_close(y[row], expected.detach())
 
 
-# ---- refused adapters and models ---------------------------------------------------------------------------
+# ---- refused adapters and models -------------------------------------------------------------------------
 
 
 def test_another_base_is_refused_before_anything_changes(folder, tmp_path):

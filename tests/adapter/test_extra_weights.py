@@ -118,7 +118,7 @@ def test_switching_restores_the_base_and_the_trained_weights(how, layout):
 
 
 @BOTH
-def test_detaching_an_adapter_that_is_off_gives_the_base(how):
+def test_detaching_an_inactive_adapter_restores_the_base(how):
     model = train(attached(how))
     s2ft.set_adapter(model, None)
     s2ft.set_adapter(model, None)
@@ -198,7 +198,7 @@ def test_an_interrupt_at_any_line_of_a_switch_loses_no_weights(how, again, targe
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.sampled_from(["none", "default", "loaded", "train", "disable", "rename"]), max_size=8))
-def test_any_sequence_of_switches_gives_the_base_back(steps):
+def test_any_sequence_of_switches_restores_the_base(steps):
     model = attached("by hand")
     s2ft.load_adapter(model, s2ft.get_adapter(train(attached(name="loaded")), "loaded"), active=False)
     name = "default"
@@ -490,7 +490,7 @@ def test_combine_adapters_and_the_command(tmp_path, saved, capsys):
     assert_states(state_of(s2ft.detach(model)), BASE)
 
 
-def test_a_further_adapter_is_attached_beside_a_loaded_one(saved):
+def test_an_adapter_is_attached_beside_a_loaded_one(saved):
     model = classifier()
     s2ft.load_adapter(model, saved, "loaded")
     s2ft.attach(model, S2FTConfig(d_ratio=0.05, modules_to_save=["classifier"]), name="second")
@@ -524,13 +524,13 @@ def test_banks_and_lora_export_refuse_them_by_name(tmp_path):
     assert not (tmp_path / "lora").exists()
 
 
-def test_merging_a_loaded_one_leaves_its_value(tmp_path):
+def test_merging_a_loaded_adapter_keeps_its_extra_weights(tmp_path):
     model, folder = norm_of_llama(tmp_path)
     s2ft.load_adapter(model, folder)
     assert torch.equal(s2ft.merge(model).model.norm.weight, native.read(folder).extra_weights["model.norm.weight"])
 
 
-# ---- modules_to_save, and weights that must stay frozen ----------------------------------------------------------
+# ---- modules_to_save, and weights that must stay frozen ----------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ specification.loader.exec_module(golden)
 
 @pytest.mark.parametrize("trainable", (False, True), ids=("applied", "trainable"))
 @pytest.mark.parametrize("name", golden.MODELS)
-def test_golden_adapters_load_for_ever(name, trainable):
+def test_golden_adapters_load(name, trainable):
     model = golden.MODELS[name]()
     s2ft.load_adapter(model, GOLDEN / name, trainable=trainable)
     assert s2ft.status(model).adapters == ["golden"]

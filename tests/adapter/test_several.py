@@ -305,7 +305,7 @@ def test_mistakes_do_not_change_the_model(wrong):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_deleting_the_last_one_gives_the_plain_model():
+def test_deleting_the_last_adapter_gives_the_plain_model():
     model = loaded("ab")
     s2ft.set_adapter(model, "a")
     s2ft.delete_adapter(model, "a")

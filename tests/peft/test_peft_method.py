@@ -371,7 +371,7 @@ def test_several_active_adapters_are_one_sum_with_gradients():
         assert torch.allclose(delta.values.grad, dense.grad[:, delta.index], rtol=1e-4, atol=1e-4)
 
 
-def test_hooks_on_a_module_run_once_and_stay():
+def test_hooks_on_a_module_run_once_and_are_kept():
     model, calls = model_of("llama-grouped"), []
     module = model.model.layers[0].mlp.down_proj
     module.register_forward_hook(lambda *args: calls.append(1))

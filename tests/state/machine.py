@@ -78,7 +78,7 @@ class State:
         self.unfrozen = False  # whether a weight was unfrozen by hand
         self.detail = ""  # text after the name of the last operation in a failure
 
-    # ---- properties that the operations use --------------------------------------------------------------
+    # ---- properties that the operations use ------------------------------------------------------------------
 
     def config(self) -> s2ft.S2FTConfig:
         keys = list(ratios(self.case))
@@ -138,7 +138,7 @@ class State:
         return GEMM[dtype][0]
 
 
-# ---- operations, and the states in which they are possible --------------------------------------------------
+# ---- operations, and the states in which they are possible ---------------------------------------------------
 
 
 def attach(state: State) -> None:

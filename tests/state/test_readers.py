@@ -228,7 +228,7 @@ def test_a_child_forked_inside_stable_weights_can_run_the_layer():
         assert in_child(lambda: tuple(layer(torch.ones(1, 8)).shape)) == (1, 8)
 
 
-# ---- memory that can't be written to -----------------------------------------------------------------------
+# ---- memory that can't be written to -------------------------------------------------------------------
 
 
 @pytest.fixture

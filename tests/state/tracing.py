@@ -1,4 +1,4 @@
-"""Raise an exception at a chosen moment inside s2ft's own Python code."""
+"""Raise an exception at a chosen moment inside the Python code of s2ft."""
 
 import sys
 from pathlib import Path
