@@ -1,7 +1,7 @@
-"""What all tests share: no network, few threads, fixed seeds.
+"""Shared by all tests: no network, few threads, fixed seeds.
 
-S2FT_TEST_THREADS is the number of PyTorch's threads, one by default. S2FT_TEST_ROUNDING, any number, makes every
-product round differently for every layout of its operands, differently for every number: support/rounding.py.
+S2FT_TEST_THREADS is the number of threads of PyTorch, one by default. S2FT_TEST_ROUNDING is any number: it makes every
+product round differently by the layout of its operands and by this number (support/rounding.py).
 """
 
 import gc
@@ -18,7 +18,7 @@ set_up_kernels()
 
 
 def pytest_collection_finish():
-    """Trainers and torch.compile collect garbage often. Nothing that stands now is any: let them leave it out."""
+    """Exclude present objects from garbage collection, because trainers and torch.compile collect often."""
     gc.collect()
     gc.freeze()
 

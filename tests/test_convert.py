@@ -36,7 +36,7 @@ from s2ft.model.weights import weight_at
 from s2ft.ops.act_mul import ACTIVATIONS
 
 LAYOUTS = ("permuted", "indexed")
-# every projection alone, all together, and the asymmetric pairs of the paper
+# each projection alone, all projections, and the asymmetric pairs of the paper
 REQUESTS = {
     **{key: {key: 0.5} for key in ("q_ratio", "k_ratio", "v_ratio", "o_ratio", "u_ratio", "g_ratio", "d_ratio")},
     "all": ALL_RATIOS,
@@ -57,7 +57,7 @@ def states_equal(ours, theirs):
 @pytest.mark.parametrize(
     "case,request_,layout", [row for row in pairs(CASES, REQUESTS, LAYOUTS) if ratios_for(row[0], REQUESTS[row[1]])]
 )
-def test_attach_leaves_the_logits(case, request_, layout):
+def test_attach_keeps_the_logits(case, request_, layout):
     model = model_of(case)
     with torch.no_grad():
         before = output_of(model)
@@ -65,7 +65,7 @@ def test_attach_leaves_the_logits(case, request_, layout):
         assert relative_difference(output_of(model), before) <= LOGITS
 
 
-UNCOUPLED = ("q_a_proj", "kv_a_proj_with_mqa", "shared_expert_gate")  # linear layers that are no part of a coupling
+UNCOUPLED = ("q_a_proj", "kv_a_proj_with_mqa", "shared_expert_gate")  # linear layers that belong to no coupling
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -87,8 +87,8 @@ def test_every_layer_is_reported_and_trained(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_plan_is_what_attach_reports(case):
-    """And no weight is looked at: what is planned on the meta device is the same."""
+def test_plan_equals_the_report_of_attach(case):
+    """plan reads no weight: it gives the same selection on the meta device."""
     model, config = model_of(case), config_for(case, "all")
     planned = s2ft.plan(model, config)
     assert "planned" in str(planned)
@@ -106,7 +106,7 @@ def test_plan_refuses_a_model_with_an_adapter():
 
 @pytest.mark.parametrize("case,layout,dtype", pairs(CASES, LAYOUTS, (torch.float32, torch.bfloat16)), ids=str)
 def test_train_detach_merge(case, layout, dtype, tmp_path):
-    """Only the selected units move; detach is the base; merge is the weight trained with, in a stock checkpoint too."""
+    """Only selected units change; detach restores the base; merge keeps the trained weights, also in a checkpoint."""
     base = model_of(case, dtype)
     model = copy.deepcopy(base)
     s2ft.attach(model, config_for(case, "all", layout=layout))
@@ -133,7 +133,7 @@ def test_train_detach_merge(case, layout, dtype, tmp_path):
             found = by_element[mine].view(p.count, -1).any(1).nonzero().squeeze(1)
             trained = deltas[p.name].values.transpose(0, p.dim).reshape(units.numel(), -1).any(1)
             assert torch.equal(found, units[trained]), p.name
-            # relu leaves the channels that were never active, a router the experts it does not choose
+            # ReLU leaves channels that were never active unchanged, and a router leaves experts that it does not choose
             assert trained.float().mean() >= 0.5 or p.expert is not None
             by_element[mine] = False
     assert not any(change.any() for change in moved.values())
@@ -141,7 +141,7 @@ def test_train_detach_merge(case, layout, dtype, tmp_path):
 
 @pytest.mark.parametrize("case", CASES)
 def test_layouts_train_alike_and_like_masked_full_training(case):
-    """Ten steps: the same losses from both layouts and from a full model whose gradient is masked."""
+    """Ten steps: both layouts have the same losses as a full model whose gradient is masked."""
     losses = {}
     for layout in LAYOUTS:
         model = model_of(case)
@@ -227,7 +227,7 @@ def test_base_model_without_a_head():
     assert len(attachment_of(model).mounts) == 3
 
 
-def test_requires_grad_comes_back():
+def test_detach_restores_requires_grad():
     model = model_of("llama")
     model.model.embed_tokens.requires_grad_(False)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -273,7 +273,7 @@ def test_tied_projections_train_in_place_only():
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_fused_ffn_gives_the_unfused_numbers(dtype):
+def test_the_ffn_kernel_gives_the_numbers_of_plain_pytorch(dtype):
     losses = []
     for fuse in (True, False):
         model = model_of("llama-biased", dtype)
@@ -284,7 +284,7 @@ def test_fused_ffn_gives_the_unfused_numbers(dtype):
 
 
 @pytest.mark.parametrize("case", ("llama", "llama-gelu", "llama-gelu-tanh", "llama-relu"))
-def test_every_activation_fuses_to_the_same_logits_and_gradients(case):
+def test_the_ffn_kernel_gives_the_same_logits_and_gradients_for_every_activation(case):
     logits, gradients = [], []
     for fuse in (True, False):
         model = model_of(case)
@@ -301,8 +301,8 @@ def test_every_activation_fuses_to_the_same_logits_and_gradients(case):
 
 
 @pytest.mark.parametrize("case", ("llama", "llama-gelu", "llama-gelu-tanh", "llama-relu"))
-def test_fused_ffn_keeps_gate_up_and_the_slice(case):
-    """And the weights; but neither the activation of gate nor the product."""
+def test_the_ffn_kernel_keeps_gate_up_and_the_slice_for_backward(case):
+    """It also keeps the weights, but neither the activation of the gate nor the product."""
     model = model_of(case)
     s2ft.attach(model, S2FTConfig(d_ratio=0.1))
     mlp, kept = model.model.layers[0].mlp, []
@@ -318,7 +318,7 @@ def test_fused_ffn_keeps_gate_up_and_the_slice(case):
     assert sorted(kept) == [(7, 5), (7, 52), (7, 52)]
 
 
-def test_fused_ffn_comes_off_and_survives_a_copy():
+def test_detach_removes_the_ffn_kernel_and_a_copy_keeps_it():
     model = model_of("llama")
     s2ft.attach(model, S2FTConfig(d_ratio=0.1))
     other = copy.deepcopy(model)
@@ -328,7 +328,7 @@ def test_fused_ffn_comes_off_and_survives_a_copy():
 
 
 @pytest.mark.parametrize("activation", ("gelu_new", "gelu_fast", "gelu_python", "quick_gelu", "relu2"))
-def test_a_block_with_another_activation_is_left(activation):
+def test_a_block_with_another_activation_does_not_use_the_kernel(activation):
     config = CASES["llama"]()
     config.hidden_act = activation
     model = AutoModelForCausalLM.from_config(config)
@@ -336,7 +336,7 @@ def test_a_block_with_another_activation_is_left(activation):
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
-def test_a_block_whose_activation_or_forward_was_replaced_is_left():
+def test_a_block_whose_activation_or_forward_was_replaced_does_not_use_the_kernel():
     model = model_of("llama")
     layers = model.model.layers
     layers[0].mlp.act_fn = nn.GELU()
@@ -349,8 +349,8 @@ def test_a_block_whose_activation_or_forward_was_replaced_is_left():
 
 
 @pytest.mark.parametrize("name", HIDDEN_ACTS)
-def test_activations_that_fuse_are_pytorchs_own_functions(name):
-    """Bit for bit, in every dtype: a model must not change its numbers by more than the kernel's rounding."""
+def test_activations_of_the_ffn_kernel_equal_pytorchs_functions(name):
+    """They agree bit for bit in every dtype, so that a model changes by no more than the rounding of the kernel."""
     function = ACTIVATIONS[HIDDEN_ACTS[name]].function
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         x = torch.linspace(-12, 12, 10_001).to(dtype)
@@ -381,7 +381,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_bad_requests_leave_the_model(bad):
+def test_bad_requests_do_not_change_the_model(bad):
     config, error, message = BAD[bad]
     model = model_of("llama")
     state, modules = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]
@@ -392,7 +392,7 @@ def test_bad_requests_leave_the_model(bad):
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_unknown_family_names_the_known_ones():
+def test_the_error_for_an_unknown_family_lists_the_known_ones():
     with pytest.raises(ValueError, match="never-heard-of.*llama, mistral, mixtral, olmo2.*couplings="):
         s2ft.attach(Unknown(), S2FTConfig(d_ratio=0.1))
 
@@ -420,8 +420,8 @@ def test_an_unknown_model_of_transformers_is_refused():
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_other_heads_and_single_stacks(kind, case, linears):
-    """The couplings are found wherever the stacks lie, and what is not there is not asked for."""
+def test_models_with_other_heads_and_single_encoders_or_decoders(kind, case, linears):
+    """Couplings are found wherever encoder and decoder lie, and a missing one is not required."""
     model = kind(CASES[case]())
     s2ft.attach(model, config_for(case, "all"))
     assert len(attachment_of(model).mounts) == linears
@@ -451,7 +451,7 @@ def test_calibration_without_a_use_is_refused():
         s2ft.attach(model_of("llama"), S2FTConfig(d_ratio=0.1), calibration=[torch.ones(1)])
 
 
-def test_a_failure_in_the_middle_leaves_the_base(monkeypatch):
+def test_a_failure_in_the_middle_restores_the_base(monkeypatch):
     import s2ft.attached.mounting as mounting
 
     base = model_of("llama")

@@ -1,4 +1,4 @@
-"""Couplings that a user describes, and their verification before a weight moves."""
+"""Couplings that a user describes are verified before a weight changes."""
 
 import copy
 import json
@@ -23,7 +23,7 @@ HEADS, WIDTH, CHANNELS = 4, 5, 30  # heads of five elements, in a model of twelv
 
 
 class Bias(nn.Module):
-    """A bias of its own after a linear layer."""
+    """A separate bias after a linear layer."""
 
     def __init__(self, size):
         super().__init__()
@@ -125,7 +125,7 @@ def test_a_users_own_model_all_the_way(layout, tmp_path):
     assert states_equal(s2ft.detach(copy.deepcopy(model)), base)
     output, merged = model(example()), s2ft.merge(model)
     assert relative_difference(merged(example()), output) <= 1e-5
-    for trainable in (False, True):  # nothing but the folder is needed
+    for trainable in (False, True):  # only the folder is needed
         other = copy.deepcopy(base)
         s2ft.load_adapter(other, tmp_path, trainable=trainable)
         s2ft.save_adapter(other, tmp_path / "again")
@@ -158,7 +158,7 @@ def test_both_layouts_train_alike_and_like_a_masked_model():
 
 
 def changed(index, **fields):
-    """The couplings with one of them changed."""
+    """The couplings of `Net`, one of them changed."""
     found = couplings()
     found[index] = replace(found[index], **fields)
     return found
@@ -175,7 +175,7 @@ def with_heads(count, unit, index=1):
 
 
 def crossed():
-    """Each MLP's first layers with the other's last."""
+    """Couplings that join the first layers of each MLP to the last layer of the other."""
     first, _, second, _ = couplings()
     return [replace(first, consumer=second.consumer), replace(second, consumer=first.consumer)]
 
@@ -205,7 +205,7 @@ def test_a_wrong_coupling_is_refused_and_named(wrong, layout, dtype):
     s2ft.attach(model, S2FTConfig(d_ratio=0.2, layout=layout), couplings=couplings(), example=example(dtype))
 
 
-def test_without_verify_a_wrong_coupling_is_taken_at_its_word():
+def test_without_verify_a_wrong_coupling_is_accepted():
     model = net()
     s2ft.attach(model, S2FTConfig(d_ratio=0.2), couplings=crossed(), verify=False)
     s2ft.detach(model)
@@ -213,7 +213,7 @@ def test_without_verify_a_wrong_coupling_is_taken_at_its_word():
 
 
 @pytest.mark.parametrize("wrap", (lambda x: x, lambda x: (x,), lambda x: {"x": x}), ids=("tensor", "tuple", "dict"))
-def test_examples_and_the_mode_come_back(wrap):
+def test_verification_restores_examples_and_the_mode(wrap):
     model = net()
     model.blocks[1].eval()
     modes = {name: module.training for name, module in model.named_modules()}
@@ -231,8 +231,8 @@ def test_a_model_that_writes_into_its_input():
     assert torch.equal(given, example())
 
 
-def test_what_attach_itself_changes_is_seen(monkeypatch):
-    """A fault after the couplings were tried out leaves the base too."""
+def test_verification_finds_a_fault_of_attach_itself(monkeypatch):
+    """A fault that occurs after the trial of the couplings also leaves the base unchanged."""
     from s2ft.layers import S2ColumnLinear
 
     model, real = net(), S2ColumnLinear.forward
@@ -369,7 +369,7 @@ def _steps(model):
 
 
 @pytest.mark.parametrize("missing", range(6))
-def test_a_norm_or_depthwise_convolution_missed(missing):
+def test_a_missing_norm_or_depthwise_convolution_is_found(missing):
     first, second = conv_couplings()
     first = replace(first, vectors=first.vectors[:missing] + first.vectors[missing + 1 :])
     model = conv_net()
@@ -412,7 +412,7 @@ def test_a_convolution_of_groups_is_refused():
 
 
 class Fused(nn.Module):
-    """Attention with q, k and v in one weight, head by head, as transformers' Conv1D has it."""
+    """Attention with q, k and v in one weight, head by head, as in a Conv1D of transformers."""
 
     def __init__(self):
         super().__init__()
@@ -466,13 +466,13 @@ SHARED = {
 
 
 @pytest.mark.parametrize("bad", SHARED)
-def test_shared_weights_that_cannot_be_meant(bad):
+def test_invalid_shared_weights_are_refused(bad):
     change, message = SHARED[bad]
     with pytest.raises(ValueError, match=message):
         s2ft.attach(Fused(), S2FTConfig(q_ratio=0.5), couplings=[fused_coupling(**change)], example=example())
 
 
-def test_a_wrong_stride_is_found_out():
+def test_verification_finds_a_wrong_stride():
     parts = tuple(
         Projection(key, "qkv", HEADS, WIDTH, 0, start=i * HEADS * WIDTH, size=3 * HEADS * WIDTH)
         for i, key in enumerate("qkv")
@@ -508,7 +508,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_couplings_that_cannot_be_meant(bad):
+def test_invalid_couplings_are_refused(bad):
     given, error, message = BAD[bad]
     model = net()
     with pytest.raises(error, match=message):
@@ -539,7 +539,7 @@ def test_stored_couplings_are_read_strictly(spoil, tmp_path):
     assert states_equal(model, net()) and s2ft.status(model).adapters == []
 
 
-def test_selecting_by_couplings_leaves_the_model():
+def test_selecting_by_couplings_does_not_change_the_model():
     model = net()
     selection = s2ft.select(model, S2FTConfig(d_ratio=0.2), couplings=couplings())
     assert selection["blocks.0.down"].numel() == 6 and states_equal(model, net())
@@ -547,16 +547,16 @@ def test_selecting_by_couplings_leaves_the_model():
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_every_family_stands_the_trial(case, dtype):
-    """Every coupling that can move in a random order, on an input made from the config."""
+def test_verification_accepts_every_family(case, dtype):
+    """The units of every coupling are permuted at random, on an input made from the config."""
     model = model_of(case, dtype)
-    given = {"example": inputs_of(model)} if "cross-attention" in case else {}  # else the cross-attention has no use
+    given = {"example": inputs_of(model)} if "cross-attention" in case else {}  # otherwise it is unused
     s2ft.attach(model, S2FTConfig(**ratios_for(case, ALL_RATIOS)), verify=True, **given)
 
 
 @pytest.mark.parametrize("case", ("olmo2", "cohere-normed", "stablelm-normed", "t5"))
 def test_norms_over_heads_and_numbered_heads_matter(case):
-    """What a family's declaration says beside its modules is needed: without it the trial refuses."""
+    """A family must declare norms over heads and the number of heads: without them verification fails."""
     model = model_of(case)
     bare = [replace(coupling, vectors=(), fixed=False, block=None, activation=None) for coupling in couplings_of(model)]
     with pytest.raises(ValueError, match="the attention coupling of layer 0 .* is not a coupling"):

@@ -1,4 +1,4 @@
-"""Two gloo ranks: DDP and FSDP2 train what one process trains."""
+"""Two gloo ranks under DDP and FSDP2 train the same slices as one process."""
 
 import socket
 
@@ -31,7 +31,7 @@ def network():
 
 
 def train(model, part):
-    """Six AdamW steps; the trained slices, whole. `part` is this rank's rows of the batch."""
+    """Train six AdamW steps on the rows `part` of the batch. Returns the trained slices, unsharded."""
     from torch.distributed.tensor import DTensor
 
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -58,7 +58,7 @@ def wrapped(kind):
 
 
 def run_rank(rank, kind, port, results):
-    set_up_kernels()  # as in the process whose numbers theirs are compared with
+    set_up_kernels()  # as in the process that gives the expected numbers
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
     rows = 4 // RANKS
     slices = train(wrapped(kind), slice(rank * rows, (rank + 1) * rows))

@@ -1,4 +1,4 @@
-"""The examples in docstrings run. Each starts with these names: torch, s2ft, model, input_ids; see `names`."""
+"""Run the examples in docstrings. Each can use the names torch, s2ft, model and input_ids; see `names`."""
 
 import doctest
 import importlib
@@ -19,7 +19,7 @@ MODULES = [found.name for found in pkgutil.walk_packages(s2ft.__path__, "s2ft.")
 
 
 def names():
-    """What an example can use: a LLaMA of two layers, with 4 heads, 2 key/value heads and 128 channels."""
+    """Names for the examples. The model is a LLaMA of two layers, 4 heads, 2 key/value heads and 128 channels."""
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
                          num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
@@ -28,14 +28,14 @@ def names():
 
 
 class Finder(doctest.DocTestFinder):
-    """Finds examples of decorated functions too: doctest takes them for functions of the decorator's module."""
+    """Also find examples of decorated functions: doctest counts them to the module of the decorator."""
 
     def _from_module(self, module, object):
         return super()._from_module(module, inspect.unwrap(object) if inspect.isfunction(object) else object)
 
 
 def examples():
-    """Every docstring with an example, by name."""
+    """All docstrings with an example, by name."""
     finder = Finder(exclude_empty=True)
     for name in MODULES:
         module = importlib.import_module(name)

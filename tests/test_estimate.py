@@ -1,4 +1,4 @@
-"""What training will take, counted before anything is attached, against the same model attached and trained."""
+"""Estimated memory, computed before attach, is compared with the same model attached and trained."""
 
 import copy
 import json
@@ -27,8 +27,8 @@ from s2ft.text.output_head import contiguous_head
 from s2ft.train.loss import chunked_loss
 
 s2ft_estimate = sys.modules["s2ft.estimation"]  # s2ft.estimate itself is the function
-KEPT = 0.05  # of the measured bytes kept for backward; what the issue asks for. Where nothing is random they are equal
-ROUTED = ("mixtral", "qwen2-moe", "qwen3-moe", "deepseek")  # tokens are dealt to experts otherwise
+KEPT = 0.05  # largest relative error of the bytes kept for backward; without randomness they are equal
+ROUTED = ("mixtral", "qwen2-moe", "qwen3-moe", "deepseek")  # the router gives the experts other tokens
 LAYOUTS = ("permuted", "indexed")
 
 
@@ -36,7 +36,7 @@ LAYOUTS = ("permuted", "indexed")
 
 
 def bytes_kept(model, run) -> int:
-    """Of a real forward, as bench/train_step.py counts: every storage that autograd saves, once."""
+    """Bytes that autograd saves in a real forward; each storage counts once, as in bench/train_step.py."""
     own = {storage.data_ptr() for t in [*model.parameters(), *model.buffers()] for storage in storages(t)}
     kept = {}
 
@@ -47,14 +47,14 @@ def bytes_kept(model, run) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = run(model)  # alive while it is counted, so that no address is taken twice
+        output = run(model)  # stays alive while bytes are counted, so that no address is reused
     total = sum(kept.values())
     del output
     return total
 
 
 def training_inputs(model) -> dict[str, Any]:
-    """With labels, for a case whose model has a loss."""
+    """The inputs of a case, with labels where its model has a loss."""
     inputs = inputs_of(model)
     if isinstance(model.config, CLIPConfig):
         return {**inputs, "return_loss": True}
@@ -94,7 +94,7 @@ PRODUCT = [
 ]
 
 
-# of every family the first row; the others differ in numbers of heads and biases
+# the first case of each family; the others differ in numbers of heads and biases
 FIRST = {type(CASES[case]()): case for case in reversed(CASES)}.values()
 
 
@@ -102,7 +102,7 @@ FIRST = {type(CASES[case]()): case for case in reversed(CASES)}.values()
 @pytest.mark.parametrize(
     "case", [case if case in FIRST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 )
-def test_kept_is_what_is_measured(case, layout, dtype):
+def test_kept_bytes_equal_the_measured_ones(case, layout, dtype):
     model, config = model_of(case, dtype), config_for(case, layout=layout)
     inputs = training_inputs(model)
     estimated = s2ft.estimate(model, config, example=inputs)
@@ -130,7 +130,7 @@ def test_inputs_are_made_with_labels(case, labels):
 @pytest.mark.parametrize("num_labels", (1, 4))
 def test_labels_are_of_the_shape_of_the_logits(kind, num_labels):
     if (kind, num_labels) == ("Token", 1):
-        pytest.skip("a token has a class, no value")
+        pytest.skip("a token has a class, not a value")
     auto = {"Token": AutoModelForTokenClassification, "Sequence": AutoModelForSequenceClassification}[kind]
     config = CASES["bert"]()
     config.num_labels = num_labels
@@ -160,7 +160,7 @@ def test_kept_under_checkpointing(case, kind):
     assert estimated.kept == bytes_kept(real, lambda m: m(**inputs))
     assert estimated.kept < s2ft.estimate(model, config, example=inputs).kept / 2
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": kind == "reentrant"})
-    assert s2ft.estimate(model, config, example=inputs).kept == estimated.kept  # what is on counts by itself
+    assert s2ft.estimate(model, config, example=inputs).kept == estimated.kept  # without the argument
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
@@ -171,13 +171,13 @@ def test_kept_under_autocast(case, dtype):
     estimated = s2ft.estimate(model, config, example=inputs, autocast=dtype)
     with torch.autocast("cpu", dtype):
         measured = bytes_kept(attached(model, config), lambda m: m(**inputs))
-    assert estimated.kept == measured  # statistics of a norm of half precision with a float32 weight too
+    assert estimated.kept == measured  # includes the statistics of a half-precision norm with a float32 weight
 
 
 @pytest.mark.parametrize("options", (dict(ffn_kernel=False), dict(delta_dtype="float64"), dict(layers=[1])), ids=str)
 @pytest.mark.parametrize("case", ("llama-grouped", "gemma2", "mixtral", "deepseek-v3", "phi3"))
 def test_kept_with_options_of_the_config(case, options):
-    """Of a mixture's layers that train nothing the experts run as transformers runs them."""
+    """In layers of a mixture that train nothing, the experts run as in transformers."""
     model = model_of(case)
     config = config_for(case, **options)
     inputs = training_inputs(model)
@@ -198,7 +198,7 @@ def test_kept_of_frozen_experts(implementation):
 @pytest.mark.parametrize("attention", ("eager", "sdpa"))
 @pytest.mark.parametrize("case", ("llama-grouped", "phi3", "qwen3"))
 def test_kept_by_attention_and_cache(case, attention, use_cache):
-    """With a cache Phi-3's values are copies, without one views that keep queries and keys alive too."""
+    """With a cache, the values of Phi-3 are copies. Without one, they are views that keep queries and keys alive."""
     model, config = model_of(case), config_for(case)
     model.set_attn_implementation(attention)
     ids = token_batch(model)
@@ -207,7 +207,7 @@ def test_kept_by_attention_and_cache(case, attention, use_cache):
 
 
 def test_kept_with_padding():
-    """A mask that hides something is kept, one that hides nothing is not made."""
+    """A mask that hides positions is kept; a mask that hides none is not created."""
     model, config = model_of("llama-grouped"), config_for("llama-grouped")
     inputs = {**training_inputs(model), "attention_mask": torch.ones(2, 9, dtype=torch.int64)}
     whole = s2ft.estimate(model, config, example=inputs).kept
@@ -225,8 +225,8 @@ def test_kept_with_logits_at_some_positions():
     assert estimated.kept == measured < s2ft.estimate(model, config, 2, 9).kept
 
 
-def test_what_is_put_around_the_model_counts():
-    """The command line's: a loss that keeps no logits, and the output layer's input packed."""
+def test_a_chunked_loss_and_a_packed_head_are_counted():
+    """The command line uses both: a loss that keeps no logits, and a packed input of the output layer."""
     model, config = model_of("llama-grouped"), config_for("llama-grouped")
     inputs = training_inputs(model)
     inputs["labels"] = inputs["labels"].masked_fill(torch.arange(9) < 4, -100)
@@ -237,7 +237,7 @@ def test_what_is_put_around_the_model_counts():
         assert estimated.kept == bytes_kept(real, lambda m: m(**inputs))
 
 
-def test_a_loss_of_ones_own():
+def test_a_custom_loss():
     model, config = model_of("llama-grouped"), config_for("llama-grouped")
     ids = token_batch(model)
 
@@ -253,7 +253,7 @@ NET = Coupling("ffn", 0, (Projection("u", "0", 16, 1, 0),), Projection("d", "3",
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_models_of_ones_own(layout):
+def test_custom_models(layout):
     mlp = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
     net = nn.Sequential(
         nn.Conv2d(3, 16, 3, padding=1),
@@ -278,7 +278,7 @@ QUANTIZED = ("nf4", "fp4", "nf4-bfloat16", "8bit", "torchao-int8", "torchao-floa
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_quantized_bases(kind, dtype, ran):
-    """Before and after a first forward, in which bitsandbytes packs its weights, and the bytes stay what they are."""
+    """Before and after a first forward, in which bitsandbytes packs weights. The bytes of the model do not change."""
     quantized = pytest.importorskip("test_quantized")
     model = quantized.quantized(kind, dtype)
     ids = token_batch(model)
@@ -292,7 +292,7 @@ def test_quantized_bases(kind, dtype, ran):
     assert estimated.parameters - estimated.gradients < dense
     s2ft.attach(model, quantized.INDEXED)
     measured = bytes_kept(model.train(), lambda m: m(input_ids=ids, labels=ids))
-    assert abs(estimated.kept - measured) <= KEPT * measured  # biases that the first forward casts count or not
+    assert abs(estimated.kept - measured) <= KEPT * measured  # the first forward may cast biases
 
 
 # ---- parameters, gradients, optimizer, peak ------------------------------------------------------------------
@@ -303,7 +303,7 @@ def nbytes(tensors) -> int:
 
 
 def real_step(model, optimizer, inputs):
-    """Attached already. The optimizer, after a step."""
+    """Run one step of an attached model. Returns the optimizer."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = optimizer(trained)
     output = model(**inputs)
@@ -365,7 +365,7 @@ def test_optimizers_by_name(name):
         lambda ps: torch.optim.AdamW([{"params": [p], "lr": 1e-3} for p in ps]),
     ),
 )
-def test_optimizers_of_ones_own(optimizer):
+def test_custom_optimizers(optimizer):
     model, config = model_of("llama"), config_for("llama")
     made = real_step(attached(model, config), optimizer, training_inputs(model))
     estimated = s2ft.estimate(model, config, 2, 9, optimizer=optimizer)
@@ -377,7 +377,7 @@ def test_optimizers_of_ones_own(optimizer):
 )
 @pytest.mark.parametrize("case", ("llama-grouped", "gpt2", "t5", "vit"))
 def test_peak_is_that_of_a_real_step(case, options):
-    """Every storage that operators make of real tensors, from the second step on, when the optimizer has its state."""
+    """Counts each storage that operators allocate from the second step on, when the optimizer has its state."""
     model, config = model_of(case), config_for(case)
     inputs = training_inputs(model)
     estimated = s2ft.estimate(model, config, example=inputs, **options)
@@ -405,7 +405,7 @@ def test_gradients_lie_beside_the_next_forward():
     assert (twice.kept, twice.gradients) == (once.kept, once.gradients)
 
 
-# ---- where the model is, and that it stays what it is ----------------------------------------------------------
+# ---- the device of the model; the model does not change ----------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -416,7 +416,7 @@ def test_a_model_on_the_meta_device_is_counted_alike(case, dtype):
         meta = AutoModelForCausalLM.from_config(CASES[case](), dtype=dtype)
     real = AutoModelForCausalLM.from_config(CASES[case](), dtype=dtype)
     with_weights = s2ft.estimate(real, config, 2, 9)
-    with torch.device("meta"):  # where it was made
+    with torch.device("meta"):  # where the model was created
         without = s2ft.estimate(meta, config, 2, 9)
     assert without.parts == with_weights.parts and without.peak == with_weights.peak
     assert with_weights.resident == nbytes([*real.parameters(), *real.buffers()]) and without.resident == 0
@@ -425,7 +425,7 @@ def test_a_model_on_the_meta_device_is_counted_alike(case, dtype):
 
 @pytest.mark.parametrize("case", ("llama-grouped", "t5", "gpt2"))
 def test_weights_in_another_dtype(case):
-    """As from_pretrained loads them: T5 keeps some in float32 where it is loaded in float16."""
+    """from_pretrained does this: T5 keeps some weights in float32 when it is loaded in float16."""
     for dtype in (torch.bfloat16, torch.float16):
         model = model_of(case)
         saved = AUTO.get(type(model.config), AutoModelForCausalLM)
@@ -439,7 +439,7 @@ def test_weights_in_another_dtype(case):
 
 
 def everything(model) -> dict[str, Any]:
-    """What estimating might change."""
+    """All state that an estimate might change."""
     return {
         "tensors": [
             (id(t), t.data_ptr(), t._version, t.requires_grad, id(t.grad), t.device, t.dtype)
@@ -468,8 +468,8 @@ def everything(model) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "case", ("llama-grouped", *(pytest.param(case, marks=pytest.mark.slow) for case in ("mixtral", "whisper")))
 )
-def test_the_model_stays_as_it_is(case, meta, options):
-    """Also where it fails."""
+def test_the_model_does_not_change(case, meta, options):
+    """It does not change when the estimate fails either."""
     model = model_of(case)
     if meta:
         model = model.to("meta")
@@ -488,8 +488,8 @@ def test_the_model_stays_as_it_is(case, meta, options):
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
-def test_layers_that_are_dropped_at_random_count():
-    """And the draw leaves no trace."""
+def test_layers_that_are_dropped_at_random_are_counted():
+    """The random draw does not change the state of the generator."""
     dropping, plain, config = model_of("opt"), model_of("opt"), config_for("opt")
     dropping.model.decoder.layerdrop = 0.9
     before = torch.get_rng_state()
@@ -498,7 +498,7 @@ def test_layers_that_are_dropped_at_random_count():
 
 
 def test_nothing_is_allocated_for_the_weights():
-    """A model whose weights no machine has."""
+    """The weights of this model fit on no machine."""
     config = LlamaConfig(
         hidden_size=2**15, intermediate_size=2**17, num_hidden_layers=40, num_attention_heads=256, vocab_size=2**18
     )
@@ -508,7 +508,7 @@ def test_nothing_is_allocated_for_the_weights():
     assert estimated.parameters > 2**40 and estimated.fits is False
 
 
-# ---- what it says ------------------------------------------------------------------------------------------
+# ---- the report --------------------------------------------------------------------------------------------
 
 
 def test_the_table():
@@ -526,7 +526,7 @@ def test_the_table():
         "lm_head",
         "model and loss",
         "total",
-    ]  # layer 1 is the first to keep what turns keys
+    ]  # layer 1 is the first layer that keeps the rotation of the keys
     assert lines[-1] == estimated.summary()
     values = estimated.to_dict()
     assert values == json.loads(json.dumps(values))
@@ -534,7 +534,7 @@ def test_the_table():
         assert values[name] == getattr(estimated, name) == sum(part[name] for part in values["parts"])
 
 
-def test_alike_layers_are_one_line():
+def test_equal_layers_are_one_line():
     parts = [
         *(MemoryPart(f"a.{i}.b", kept, 0, 0, 0, 0, kept) for i, kept in enumerate((1, 2, 2, 2, 1))),
         MemoryPart("c", 1, 0, 0, 0, 0, 1),
@@ -548,17 +548,17 @@ def test_alike_layers_are_one_line():
     ]
 
 
-def test_layers_have_what_is_theirs():
+def test_each_layer_has_its_own_bytes():
     model = model_of("llama")
     parts = {part.name: part for part in s2ft.estimate(model, S2FTConfig(d_ratio=0.1, layers=[1]), 2, 9).parts}
     own = {part: nbytes(p for name, p in model.named_parameters() if name.startswith(part + ".")) for part in parts}
     trained = parts["model.layers.1"]
     assert trained.trained and trained.gradients == 4 * trained.trained
-    assert trained.parameters == own["model.layers.1"] + trained.gradients  # the delta is float32 too
+    assert trained.parameters == own["model.layers.1"] + trained.gradients  # the slice is float32 too
     for name, part in parts.items():
         if name != "model.layers.1":
             assert (part.parameters, part.trained, part.gradients, part.optimizer) == (own[name], 0, 0, 0)
-    # nothing is kept below the lowest that is trained, everything above
+    # nothing is kept below the lowest trained layer, and everything is kept above it
     assert parts["model.layers.0"].kept == 0 < trained.kept < parts["model.layers.2"].kept
 
 
@@ -591,7 +591,7 @@ def test_weights_that_are_loaded_are_not_needed_again(monkeypatch):
         assert s2ft.estimate(model, S2FTConfig(d_ratio=0.1), 2, 9).fits is fits
 
 
-def test_free_memory_is_what_the_system_says():
+def test_free_memory_is_the_value_of_the_system():
     free = free_memory(torch.device("cpu"))
     assert free is None or 2**20 < free < 2**50
     if not torch.cuda.is_available():
@@ -599,7 +599,7 @@ def test_free_memory_is_what_the_system_says():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-def test_a_gpu_that_is_not_here():
+def test_a_missing_gpu():
     estimated = s2ft.estimate(model_of("llama"), S2FTConfig(d_ratio=0.1), 2, 9, device="cuda")
     assert estimated.device == "cuda" and estimated.free is None and estimated.resident == 0
     assert "the kernels of the CPU are counted" in estimated.notes[0] and estimated.notes[0] in str(estimated)
@@ -632,13 +632,13 @@ def test_units_by_hand_and_budgets():
         assert estimated.trained == s2ft.plan(model, config).trainable and not estimated.notes
 
 
-def test_what_torch_compile_wrapped_is_the_model_inside():
+def test_a_compiled_model_is_estimated_as_the_model_inside():
     model, config = model_of("llama"), S2FTConfig(d_ratio=0.1)
     wrapped = s2ft.estimate(torch.compile(model), config, 2, 9)
     assert wrapped.parts == s2ft.estimate(model, config, 2, 9).parts
 
 
-# ---- what it refuses ---------------------------------------------------------------------------------------
+# ---- refused arguments and models --------------------------------------------------------------------------
 
 LLAMA = S2FTConfig(d_ratio=0.1)
 
@@ -697,7 +697,7 @@ def test_errors_name_the_argument(arguments, options, error, text):
         s2ft.estimate(model_of("llama"), *arguments, **options)
 
 
-def test_what_can_not_be_counted_is_refused_by_name():
+def test_models_that_cannot_be_counted_are_refused_by_name():
     model = model_of("llama")
     with pytest.raises(ValueError, match="logits=3: BertForMaskedLM can't compute logits for some positions"):
         s2ft.estimate(model_of("bert"), LLAMA, 2, 9, logits=3)
@@ -720,7 +720,7 @@ def test_what_can_not_be_counted_is_refused_by_name():
         s2ft.estimate(model, LLAMA, 2, 9)
 
 
-def test_a_course_that_depends_on_weights_is_refused():
+def test_a_forward_that_depends_on_values_is_refused():
     class Early(nn.Sequential):
         def forward(self, x):
             y = self[1](self[0](x))

@@ -1,4 +1,4 @@
-"""Every script of examples/ runs as it is and prints what its docstring promises."""
+"""Every script of examples/ runs unchanged and prints what its docstring promises."""
 
 import ast
 import runpy
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-HELPER = "tiny.py"  # imported by the others
+HELPER = "tiny.py"  # the scripts import it
 PRINTED = {
     "finetune_own_data.py": ["mlp.down_proj", "loss: ", "What is 0 + 0? -> "],
     "classification_head.py": ["score.weight", "loss: ", "the same after reloading: True"],
@@ -36,7 +36,7 @@ def test_a_script_runs(script, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("script", PRINTED)
-def test_a_script_says_how_to_run_it(script):
+def test_the_docstring_of_a_script_contains_its_command(script):
     docstring = ast.get_docstring(ast.parse((EXAMPLES / script).read_text(encoding="utf-8")))
     assert f"python examples/{script}" in docstring and "prints" in docstring
 

@@ -1,4 +1,4 @@
-"""Stacks of experts: the layer by itself, and what is particular about a mixture."""
+"""Experts: the trainable layer alone, and properties that only a mixture has."""
 
 import copy
 
@@ -18,7 +18,7 @@ KINDS = {0: S2ColumnExperts, 1: S2RowExperts}
 INDEX = {0: torch.tensor([3, 1]), 2: torch.tensor([0, 4, 2])}  # expert 1 has no units
 
 
-def stack(dim, dtype=torch.float32):
+def expert_layer(dim, dtype=torch.float32):
     torch.manual_seed(0)
     layer = KINDS[dim](nn.Parameter(torch.randn(3, 6, 5).to(dtype)), INDEX, torch.float32)
     nn.init.normal_(layer.s2)
@@ -36,8 +36,8 @@ def effective(layer, dim):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("dim", (0, 1))
-def test_a_stack_is_its_effective_weight(dim, dtype):
-    layer = stack(dim, dtype)
+def test_expert_layers_compute_with_the_effective_weight(dim, dtype):
+    layer = expert_layer(dim, dtype)
     x, expected = torch.randn(7, 5).to(dtype), effective(layer, dim)
     before = layer.weight.clone()
     for expert in range(3):
@@ -53,8 +53,8 @@ def test_a_stack_is_its_effective_weight(dim, dtype):
 
 
 @pytest.mark.parametrize("dim", (0, 1))
-def test_gradients_of_a_stack(dim):
-    layer = stack(dim)
+def test_gradients_of_an_expert_layer(dim):
+    layer = expert_layer(dim)
     full = effective(layer, dim).requires_grad_()
     inputs = [torch.randn(4, 5) for _ in range(3)]
     layer.begin()
@@ -66,8 +66,8 @@ def test_gradients_of_a_stack(dim):
 
 
 @pytest.mark.parametrize("fused", (False, True))
-def test_a_stacks_state_comes_back(fused):
-    layer, other = stack(0).eval(), stack(0).eval()
+def test_the_state_of_an_expert_layer_loads(fused):
+    layer, other = expert_layer(0).eval(), expert_layer(0).eval()
     nn.init.zeros_(other.s2)
     if fused:
         layer.fuse()
@@ -79,7 +79,7 @@ def test_a_stacks_state_comes_back(fused):
 
 
 @pytest.mark.parametrize("layout", ("permuted", "indexed"))
-def test_experts_move_each_for_itself(layout):
+def test_each_expert_has_its_own_units_and_order(layout):
     base = model_of("mixtral")
     model = copy.deepcopy(base)
     s2ft.attach(model, S2FTConfig(d_ratio=0.25, layout=layout))
@@ -96,8 +96,8 @@ def test_experts_move_each_for_itself(layout):
     )
 
 
-def test_an_expert_that_no_token_comes_to():
-    """Its units get a gradient of zeros, the others' theirs; and no token at all gives nothing."""
+def test_an_expert_without_tokens():
+    """Its units get a gradient of zeros, other experts get theirs. A batch without tokens gives an empty output."""
     model = model_of("mixtral")
     s2ft.attach(model, S2FTConfig(d_ratio=0.25))
     experts = model.model.layers[0].mlp.experts
@@ -107,8 +107,8 @@ def test_an_expert_that_no_token_comes_to():
     assert experts(torch.randn(0, 24), torch.empty(0, 2, dtype=torch.int64), torch.rand(0, 2)).shape == (0, 24)
 
 
-def test_a_loss_on_the_router_still_reaches_what_comes_before():
-    """The weights of the mixture pass a gradient on, as in the plain model."""
+def test_the_gradient_passes_the_router():
+    """The routing weights pass a gradient to the layers below, as in the plain model."""
     model, plain = model_of("qwen3-moe"), model_of("qwen3-moe")
     s2ft.attach(model, S2FTConfig(d_ratio=0.2))
     for each in (model, plain):
@@ -142,7 +142,7 @@ def test_checkpointed_blocks_with_experts_train_alike():
 
 
 def test_experts_whose_forward_was_replaced_are_refused():
-    """Theirs would look for the parameter that a stack has taken the place of."""
+    """The new forward would read a parameter that a trainable layer has replaced."""
     model, base = model_of("mixtral"), model_of("mixtral")
     mine = model.model.layers[1].mlp.experts.forward = lambda *args: args[0]
     with pytest.raises(ValueError, match="forward of model.layers.1.mlp.experts has been replaced"):
@@ -152,7 +152,7 @@ def test_experts_whose_forward_was_replaced_are_refused():
 
 
 def with_experts_of(kind):
-    """A mixtral whose modules of experts are of a class that transformers does not have."""
+    """A Mixtral whose experts are modules of a class that transformers does not have."""
     model = model_of("mixtral")
     for layer in model.model.layers:
         layer.mlp.experts.__class__ = kind
@@ -160,7 +160,7 @@ def with_experts_of(kind):
 
 
 def test_ligers_experts_train():
-    """Liger-Kernel puts this class in transformers' place. It has no _apply_gate, and its activation is silu."""
+    """Liger-Kernel replaces the class of transformers by this one: no _apply_gate, and SiLU as activation."""
 
     class LigerExperts(nn.Module):
         pass

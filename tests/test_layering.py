@@ -1,12 +1,12 @@
-"""The order of the rooms: a module imports only what stands before it."""
+"""The order of the rooms: a module imports only modules of lower rank."""
 
 import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "s2ft"
 
-# From the ground up. A line is a module or a folder; what stands on one line does not import each other. A folder
-# whose modules stand on several lines is listed by module. A module has the rank of the longest name that matches.
+# The lowest rank is first. A line lists modules and folders of one rank, which do not import each other. A folder
+# whose modules have several ranks is listed by module. A module has the rank of the longest name that matches it.
 RANKS = [
     ["packages", "distributed", "files.writing", "files.reading", "model.coupling", "model.delta", "ops._cuda"],
     ["files.adapter_folder", "ops._build", "config", "attached.hosts.compiled", "attached.hosts.checkpointing"],
@@ -35,7 +35,7 @@ RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 
 
 def rank_of(module):
-    """The rank of a module such as "attached.hosts.compiled", and the name in RANKS that it has it from."""
+    """The rank of a module such as "attached.hosts.compiled", and the matching name in RANKS."""
     name = module
     while name and name not in RANK:
         name = name.rpartition(".")[0]
@@ -48,7 +48,7 @@ def module_of(path):
 
 
 def imported(tree):
-    """Modules of s2ft that a module imports, as `from s2ft.x import`, `from s2ft import x`, `import s2ft.x`."""
+    """Modules of s2ft that a module imports by `from s2ft.x import`, `from s2ft import x` or `import s2ft.x`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and not node.level and node.module:
             parts = node.module.split(".")
@@ -89,8 +89,8 @@ def test_every_module_has_a_rank_and_every_rank_a_module():
     assert [name for name in RANK if not any(rank_of(module)[1] == name for module in modules)] == []
 
 
-def test_no_circles_inside_a_room():
-    """Modules of one line of RANKS import each other in one direction only."""
+def test_no_import_cycles_inside_a_room():
+    """Modules of one folder in RANKS import each other in one direction only."""
     graph = {}
     for path in ROOT.rglob("*.py"):
         me = module_of(path)
@@ -110,7 +110,7 @@ def test_no_circles_inside_a_room():
             visit(module)
 
 
-def test_the_check_can_fail():
+def test_the_check_of_imports_can_fail():
     text = (
         "from s2ft.adapter import saving\nimport s2ft.train.trainer\n"
         "from s2ft import layers\nfrom s2ft.ops import act_mul"
@@ -169,7 +169,7 @@ def changes_of_records(text):
     """Lines that assign a field of a record, or of an object in it, or call a method that changes one in place.
 
     It follows a record through the names of one function: from an annotation or a function that returns a record,
-    through attributes, items, loops and `or`. The record's own methods are how others change it.
+    through attributes, items, loops and `or`. Other modules call methods of the record to change it.
     """
     tree = ast.parse(text)
     for function in ast.walk(tree):
@@ -224,7 +224,7 @@ def test_the_check_of_changes_can_fail():
 
 
 def names_the_attribute(text, name):
-    """Whether a module reads or writes the attribute `name`, or has it as a string."""
+    """Whether a module reads or writes the attribute `name`, or contains it as a string."""
     return any(
         getattr(node, "attr", None) == name or (isinstance(node, ast.Constant) and node.value == name)
         for node in ast.walk(ast.parse(text))
@@ -267,6 +267,6 @@ def test_functions_fit_on_a_screen():
 
 
 def test_the_root_holds_at_most_seven_files():
-    """Others belong in a room. What the build writes is not counted."""
+    """Other files belong in a room. Files that the build writes are not counted."""
     built = [*ROOT.glob("_C.*"), ROOT / "_build.json"]
     assert len([path for path in ROOT.iterdir() if path.is_file() and path not in built]) <= 7

@@ -1,4 +1,4 @@
-"""S2ColumnLinear and S2RowLinear: one named test for each property the layers promise."""
+"""S2ColumnLinear and S2RowLinear: one test for each property that the layers promise."""
 
 import copy
 import io
@@ -175,7 +175,7 @@ def test_gradient_scaler(kind, units):
 
 
 def test_equals_masked_full_training(kind, units):
-    """Ten AdamW steps end where a full weight with a masked gradient ends."""
+    """Ten AdamW steps give the same weight as full training with a masked gradient."""
     layer = layer_of(kind, units, torch.float64)
     nn.init.zeros_(layer.s2)
     base = layer.weight.detach().clone()
@@ -223,7 +223,7 @@ def test_compiled_training_equals_eager(kind, units, backend):
         torch.manual_seed(0)
         layer = layer_of(kind, units, torch.bfloat16, delta_dtype=torch.float32)
         forward = torch.compile(layer, fullgraph=True, backend=backend) if compiled else layer
-        optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)  # AdamW makes a whole step of a rounding's sign
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)  # AdamW makes rounding errors full steps
         for _ in range(4):
             loss = forward(torch.randn(3, 11, dtype=torch.bfloat16)).float().pow(2).mean()
             loss.backward()
@@ -237,7 +237,7 @@ def test_compiled_training_equals_eager(kind, units, backend):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, *HALF))
-def test_fused_weight_is_the_weight_trained_with(kind, units, dtype):
+def test_fused_weight_equals_the_weight_in_training(kind, units, dtype):
     layer = layer_of(kind, units, dtype, delta_dtype=torch.float32).eval()
     x, expected = torch.randn(4, 11).to(dtype), effective(layer, units)
     y = layer(x)
@@ -255,7 +255,7 @@ def test_a_thousand_fuse_and_unfuse_restore_the_base_exactly(kind, units, dtype)
     assert torch.equal(layer.weight, weight) and layer.weight.is_leaf and not layer.fused
 
 
-def test_fusing_twice_takes_the_new_s2(kind, units):
+def test_fusing_twice_uses_the_new_s2(kind, units):
     layer = layer_of(kind, units).eval()
     weight = layer.weight.clone()
     layer.fuse()
@@ -267,7 +267,7 @@ def test_fusing_twice_takes_the_new_s2(kind, units):
     assert torch.equal(layer.weight, weight) and torch.equal(effective(layer, units), fused)
 
 
-def test_s2_changed_while_fused_is_seen(kind, units):
+def test_a_change_of_s2_while_fused_is_noticed(kind, units):
     layer = layer_of(kind, units).eval()
     layer.fuse()
     with torch.no_grad():
@@ -306,7 +306,7 @@ def test_state_dict_round_trips_in_either_state(kind, units, ours, theirs):
     assert torch.equal(target.weight, base) and torch.equal(target.s2, source.s2)
 
 
-def test_loading_s2_alone_into_a_fused_layer(kind, units):
+def test_loading_only_s2_into_a_fused_layer(kind, units):
     layer = layer_of(kind, units).eval()
     base, s2 = layer.weight.clone(), torch.randn_like(layer.s2)
     layer.fuse()
@@ -345,13 +345,13 @@ def test_changing_the_dtype_while_fused(kind, units):
     assert torch.equal(layer.weight, base.to(torch.bfloat16))
 
 
-# ---- the reference's own flow ----------------------------------------------------------------------------
+# ---- the steps of the reference code -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("leading", ((5,), (2, 5)), ids=("2d", "3d"))
 @pytest.mark.parametrize("replace", ("data", "copy"))
-def test_the_references_flow(kind, dtype, leading, replace):
+def test_the_steps_of_the_reference_code(kind, dtype, leading, replace):
     """Construct, load_state_dict(strict=False), replace .weight.data by the permuted weight, train."""
     linear = nn.Linear(11, 9, dtype=dtype)
     layer = kind(
@@ -382,7 +382,7 @@ def test_the_references_flow(kind, dtype, leading, replace):
 
 
 def test_weight_replaced_after_training_started(kind):
-    """Nothing of the old weight stays behind, even where no version counter moves."""
+    """The layer uses the new weight only, even if no version counter changes."""
     layer = layer_of(kind, UNITS["slice"])
     step(layer, torch.optim.SGD(layer.parameters(), lr=0.1))
     new = torch.randn_like(layer.weight)
@@ -392,7 +392,7 @@ def test_weight_replaced_after_training_started(kind):
     assert torch.equal(layer.weight, new)
 
 
-def test_hooks_of_the_linear_stay(kind):
+def test_hooks_of_the_linear_layer_are_kept(kind):
     linear, seen = nn.Linear(11, 9), []
     handle = linear.register_forward_hook(lambda *args: seen.append(1))
     layer = kind.from_module(linear, 2, 5)

@@ -1,4 +1,4 @@
-"""Orders: contiguous where they can be, few units moved, fast."""
+"""Orders of units: contiguous where possible, with few units moved, and fast."""
 
 import time
 
@@ -49,7 +49,7 @@ def test_inverse_and_elements():
 
 
 def test_elements_of_projections_that_share_a_weight():
-    """Two heads of q and k, of two elements each: side by side, and head by head."""
+    """Two heads of q and k with two elements each, side by side or interleaved by head."""
     q, k = (Projection(key, "qk", 2, 2, 0, start=start, size=8) for key, start in (("q", 0), ("k", 4)))
     assert k.elements(torch.tensor([1])).tolist() == [6, 7] and (q.name, k.name) == ("qk.q", "qk.k")
     assert element_order([q, k], torch.tensor([1, 0])).tolist() == [2, 3, 0, 1, 6, 7, 4, 5]
@@ -59,7 +59,7 @@ def test_elements_of_projections_that_share_a_weight():
 
 
 def test_a_wide_layer_is_vectorised():
-    """14,336 channels: a Python loop takes seconds; bench/convert.py has the milliseconds."""
+    """14,336 channels: a Python loop would take seconds. bench/convert.py measures the milliseconds."""
     up, down = draw(14336, 430, 0), draw(14336, 430, 1)
     begin = time.perf_counter()
     order = coupling_order(14336, [up], down)

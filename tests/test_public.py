@@ -1,6 +1,6 @@
 """The public names: imported at first use, described in full, and each on a page of the reference.
 
-``python docs/hooks/public_api.py`` prints all that is missing.
+``python docs/hooks/public_api.py`` prints everything that is missing.
 """
 
 import ast
@@ -13,8 +13,8 @@ import pytest
 import s2ft
 
 
-def type_checkers_imports():
-    """public name -> module, as in the imports below ``if TYPE_CHECKING`` of s2ft/__init__.py."""
+def imports_for_type_checkers():
+    """Map each public name to its module, from the imports below ``if TYPE_CHECKING`` of s2ft/__init__.py."""
     tree = ast.parse(Path(s2ft.__file__).read_text(encoding="utf-8"))
     (block,) = [node for node in tree.body if isinstance(node, ast.If)]
     return {
@@ -25,7 +25,7 @@ def type_checkers_imports():
 
 
 def test_type_checkers_see_what_is_imported_at_first_use():
-    assert type_checkers_imports() == s2ft._HOMES
+    assert imports_for_type_checkers() == s2ft._HOMES
 
 
 def test_every_public_name_can_be_imported():
@@ -73,13 +73,13 @@ def double(x: int) -> int:
 '''
 
 
-def lacks_of(source):
+def missing_parts(source):
     with griffe.temporary_visited_module(source) as module:
         return list(public_api._lacks_of_function(module["double"], "double", example=True))
 
 
 def test_a_full_docstring_lacks_nothing():
-    assert lacks_of(GOOD) == []
+    assert missing_parts(GOOD) == []
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_full_docstring_lacks_nothing():
     ],
 )
 def test_the_check_finds_what_is_missing(removed, lack):
-    assert f"double: {lack}" in lacks_of(GOOD.replace(removed, "x" if removed == "x: int" else ""))
+    assert f"double: {lack}" in missing_parts(GOOD.replace(removed, "x" if removed == "x: int" else ""))
 
 
 def test_the_typed_program_uses_every_public_name():

@@ -1,4 +1,4 @@
-"""Adapters on quantized weights, on the CPU: bitsandbytes' and torchao's linear layers."""
+"""Adapters on the quantized linear layers of bitsandbytes and torchao, on the CPU."""
 
 import copy
 import io
@@ -27,14 +27,14 @@ torchao = pytest.importorskip("torchao.quantization")
 
 RATIOS = dict(q_ratio=0.5, k_ratio=0.25, v_ratio=0.5, o_ratio=0.5, u_ratio=0.2, g_ratio=0.1, d_ratio=0.15)
 INDEXED = S2FTConfig(**RATIOS, layout="indexed")
-UNFUSED = S2FTConfig(**RATIOS, layout="indexed", ffn_kernel=False)  # the fused product of an FFN rounds otherwise
+UNFUSED = S2FTConfig(**RATIOS, layout="indexed", ffn_kernel=False)  # the FFN kernel rounds differently
 
 
 # ---- models ---------------------------------------------------------------------------------------------
 
 
 def plain(dtype=torch.float32, seed=0):
-    """A llama, of sizes that all kinds take, with biases, in evaluation mode."""
+    """A LLaMA with biases in evaluation mode; its sizes suit all kinds of quantization."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(
         LlamaConfig(
@@ -84,7 +84,7 @@ KINDS = {
     "torchao-int4": lambda linear: by_torchao(torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4), linear),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
-# of gradients, to those of the dequantized weights: one computes in bfloat16, one in half precision
+# largest relative difference to the gradients of the dequantized weights: two kinds compute in half precision
 GRADIENT = {kind: {"nf4-bfloat16": 0.1, "8bit": 1e-2}.get(kind, 1e-4) for kind in KINDS}
 
 
@@ -102,7 +102,7 @@ def quantized(kind, dtype=torch.float32, seed=0, wanted=is_wanted):
 
 
 def linears(model):
-    """The quantized layers by the projection's path, attached or not."""
+    """The quantized layers, attached or not, by the path of the projection."""
     return {path.removesuffix(".linear"): module for path, module in model.named_modules() if is_quantized(module)}
 
 
@@ -119,7 +119,7 @@ def dense_reference(model):
 
 
 def contents(model):
-    """The bytes of every quantized weight with its scales, in bitsandbytes' and torchao's own terms."""
+    """The bytes of each quantized weight and its scales, as bitsandbytes and torchao store them."""
     found = {}
     for path, module in linears(model).items():
         if type(module) is nn.Linear:
@@ -128,7 +128,7 @@ def contents(model):
                 getattr(module.weight, name).clone() for name in names if getattr(module.weight, name) is not None
             ]
         elif isinstance(module, bnb.nn.Linear4bit):
-            state = module.weight.quant_state.as_dict()  # the scales are quantized too, by scales of their own
+            state = module.weight.quant_state.as_dict()  # the scales are quantized too and have scales themselves
             found[path] = [
                 module.weight.data.clone(),
                 *(state[name].clone() for name in sorted(state) if isinstance(state[name], torch.Tensor)),
@@ -177,7 +177,7 @@ def assert_untouched(model, before):
 @kinds
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_attach_train_detach(kind, dtype):
-    """The logits stay, training moves s2 and nothing else, detach gives the model back."""
+    """attach keeps the logits, training changes only s2, and detach restores the model."""
     model = quantized(kind, dtype)
     types, before, logits = [type(m) for m in model.modules()], kept(model), forward(model)
     report = s2ft.attach(model, UNFUSED)
@@ -229,7 +229,7 @@ def test_gradients_with_eight_bit_activations():
 
 @kinds
 def test_evaluating_in_between_does_not_stop_the_gradient(kind):
-    """bitsandbytes packs 4-bit weights in evaluation on some CPUs, and no gradient passes those."""
+    """On some CPUs bitsandbytes packs 4-bit weights in evaluation, and packed weights pass no gradient."""
     model, never = quantized(kind), quantized(kind)
     with torch.no_grad():
         output_of(model)
@@ -256,7 +256,7 @@ def test_packing_is_allowed_again_after_detach():
     assert allowed() == before
 
 
-def test_packed_weights_are_read_as_they_are():
+def test_packed_weights_are_dequantized():
     model = quantized("nf4")
     before = {path: kind_of(module).matrix(module) for path, module in linears(model).items()}
     with torch.no_grad():
@@ -267,7 +267,7 @@ def test_packed_weights_are_read_as_they_are():
 
 @pytest.mark.parametrize("config", ("Int8DynamicActivationInt8WeightConfig", "Int8DynamicActivationIntxWeightConfig"))
 def test_weights_that_pass_no_gradient_are_refused(config):
-    """And it does not matter that the layer is not trained."""
+    """They are refused even where the layer is not trained."""
     model = plain()
     torchao.quantize_(model, getattr(torchao, config)(), lambda module, path: path.endswith("1.self_attn.o_proj"))
     with pytest.raises(ValueError, match="layers.1.self_attn.o_proj .* passes no gradient .* weights only"):
@@ -275,7 +275,7 @@ def test_weights_that_pass_no_gradient_are_refused(config):
     assert find_attachment(model) is None and not any(m.training for m in model.modules())
 
 
-def test_eight_bit_layers_whose_weights_train_are_no_base():
+def test_eight_bit_layers_whose_weights_train_are_refused():
     model = plain()
     model.model.layers[0].mlp.down_proj = bnb.nn.Linear8bitLt(128, 64, False, has_fp16_weights=True)
     with pytest.raises(ValueError, match="down_proj is a Linear8bitLt"):
@@ -283,7 +283,7 @@ def test_eight_bit_layers_whose_weights_train_are_no_base():
 
 
 @kinds
-def test_hooks_see_what_the_layer_gives(kind):
+def test_hooks_get_the_output_of_the_layer(kind):
     model, seen = quantized(kind), []
     model.model.layers[0].mlp.down_proj.register_forward_hook(lambda module, inputs, output: seen.append(output))
     trained(model, 1)
@@ -342,7 +342,7 @@ def test_quantized_couplings_that_are_not_trained_do_not_matter(kind):
 
 
 @kinds
-def test_an_adapter_comes_back(kind, tmp_path):
+def test_an_adapter_is_saved_and_loaded(kind, tmp_path):
     model = trained(quantized(kind))
     s2ft.save_adapter(model, tmp_path)
     other = quantized(kind)
@@ -352,7 +352,7 @@ def test_an_adapter_comes_back(kind, tmp_path):
 
 
 @kinds
-def test_an_adapter_goes_to_the_unquantized_base_and_back(kind, tmp_path):
+def test_an_adapter_loads_on_the_unquantized_base_and_back(kind, tmp_path):
     model = trained(quantized(kind))
     s2ft.save_adapter(model, tmp_path / "quantized")
     dense = plain()
@@ -372,8 +372,8 @@ def test_an_adapter_goes_to_the_unquantized_base_and_back(kind, tmp_path):
 
 
 @kinds
-def test_merging_on_the_dequantized_base_is_what_was_trained(kind, tmp_path):
-    """Nothing is quantized again: the merged model gives the logits of training, on a base of floats."""
+def test_merging_on_the_dequantized_base_gives_the_trained_logits(kind, tmp_path):
+    """The merged model has floating-point weights and the logits of training: nothing is quantized again."""
     model = quantized(kind)
     base = dense_reference(model)
     s2ft.attach(model, UNFUSED)
@@ -396,8 +396,8 @@ def test_another_base_is_refused(kind, tmp_path):
         assert find_attachment(other) is None
 
 
-def test_adapters_go_from_kind_to_kind(tmp_path):
-    """A base is the same one however it is quantized; where the first consumer is not, too."""
+def test_adapters_load_on_other_kinds_of_quantization(tmp_path):
+    """The fingerprint does not depend on the quantization, nor on whether the first consumer is quantized."""
     s2ft.save_adapter(trained(quantized("nf4")), tmp_path)
     for kind in KINDS:
         s2ft.load_adapter(
@@ -406,7 +406,7 @@ def test_adapters_go_from_kind_to_kind(tmp_path):
 
 
 @kinds
-def test_loading_for_inference_alone_is_refused(kind, tmp_path):
+def test_loading_for_inference_only_is_refused(kind, tmp_path):
     s2ft.save_adapter(trained(quantized(kind)), tmp_path)
     model = quantized(kind)
     model.lm_head.requires_grad_(False)
@@ -457,7 +457,7 @@ def test_fusing_a_model_that_is_quantized_in_part_changes_nothing():
 @kinds
 @pytest.mark.parametrize("selection", ("random", "weight", "activation", "product"))
 def test_selections(kind, selection):
-    """Those of the dequantized weights, and plan agrees with attach."""
+    """The selection equals that of the dequantized weights, and plan agrees with attach."""
     config = S2FTConfig(**RATIOS, layout="indexed", selection=selection)
     model = quantized(kind)
     calibration = None if selection in ("random", "weight") else [token_batch(model)]
@@ -495,7 +495,7 @@ def test_budgets_are_those_of_the_unquantized_model(kind, amount):
 
 @kinds
 def test_verify(kind):
-    """Couplings that are quantized can't be tried out; the others are, and the model attached is compared."""
+    """Quantized couplings can't be tried. The others are tried, and the attached model is compared with the base."""
     model = quantized(kind)
     s2ft.attach(model, INDEXED, verify=True)
     assert train(model)
@@ -545,7 +545,7 @@ def test_copies_and_states(kind):
     fresh = quantized(kind)
     s2ft.attach(fresh, INDEXED)
     state = torch.load(file, weights_only=False)
-    if "4bit" in type(fresh.model.layers[0].mlp.down_proj.linear).__name__:  # it saves scales, but does not load them
+    if "4bit" in type(fresh.model.layers[0].mlp.down_proj.linear).__name__:  # it can save scales but not load them
         state = {key: value for key, value in state.items() if ".linear.weight." not in key}
     fresh.load_state_dict(state)
     assert torch.equal(forward(fresh), logits)
@@ -624,7 +624,7 @@ def deltas_of(model):
 @computes
 @configs
 def test_transformers_trainer(kind, compute, delta_dtype, tmp_path):
-    """It refuses the bare model, before attach and after detach, and trains the attached one, whose bytes stay."""
+    """It refuses the model before attach and after detach. It trains the attached model without changing its bytes."""
     model = loaded(kind, tmp_path, compute)
     before, asked = contents(model), type(model.hf_quantizer)
     with pytest.raises(ValueError, match="purely quantized models"):
@@ -646,8 +646,8 @@ def test_transformers_trainer(kind, compute, delta_dtype, tmp_path):
 
 
 @configs
-def test_trainer_checkpoints_and_goes_on(kind, tmp_path):
-    """Gradient checkpointing of both variants gives the same deltas; an adapter that was loaded trains on."""
+def test_trainer_with_checkpointing_and_a_loaded_adapter(kind, tmp_path):
+    """Both variants of gradient checkpointing give the same deltas, and a loaded adapter can be trained further."""
     found = []
     for more in ({}, dict(use_reentrant=False), dict(use_reentrant=True)):
         model = loaded(kind, tmp_path)
@@ -666,7 +666,7 @@ def test_trainer_checkpoints_and_goes_on(kind, tmp_path):
 
 @configs
 def test_trainer_saves_and_resumes(kind, tmp_path):
-    """Four steps are two, an adapter's checkpoint, and two on a base that is quantized anew, bit for bit."""
+    """Two steps, a checkpoint and two steps on a newly quantized base equal four steps, bit for bit."""
     whole, half, rest = (loaded(kind, tmp_path) for _ in range(3))
     for model in (whole, half, rest):
         s2ft.attach(model, INDEXED)
@@ -682,7 +682,7 @@ def test_trainer_saves_and_resumes(kind, tmp_path):
     run.train()
     checkpoint = tmp_path / "run" / "checkpoint-2"
     size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
-    assert 0 < size < 3 * 4 * s2ft.get_adapter(half, "default").parameters  # no base in it
+    assert 0 < size < 3 * 4 * s2ft.get_adapter(half, "default").parameters  # it does not contain the base
     trainer(rest, tmp_path, **saving).train(resume_from_checkpoint=str(checkpoint))
     theirs = deltas_of(rest)
     assert all(torch.equal(value, theirs[name]) for name, value in deltas_of(whole).items())
@@ -691,7 +691,7 @@ def test_trainer_saves_and_resumes(kind, tmp_path):
 
 
 @configs
-def test_what_the_quantizer_says_is_copied_and_pickled(kind, tmp_path):
+def test_the_properties_of_the_quantizer_are_copied_and_pickled(kind, tmp_path):
     model = loaded(kind, tmp_path)
     asked = type(model.hf_quantizer)
     says = model.hf_quantizer.is_trainable, model.hf_quantizer.is_qat_trainable
@@ -705,7 +705,7 @@ def test_what_the_quantizer_says_is_copied_and_pickled(kind, tmp_path):
     assert model.hf_quantizer.is_qat_trainable
 
 
-def test_a_failure_leaves_what_the_quantizer_says(tmp_path, monkeypatch):
+def test_a_failure_restores_the_quantizer(tmp_path, monkeypatch):
     model = loaded("4bit", tmp_path)
     monkeypatch.setattr("s2ft.attached.mounting._mount", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -714,8 +714,8 @@ def test_a_failure_leaves_what_the_quantizer_says(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ("4bit", "8bit"))
-def test_merging_where_transformers_dequantizes(kind, tmp_path):
-    """The message of a refused merge names this way; what comes out is a stock checkpoint."""
+def test_merging_after_transformers_dequantized_the_base(kind, tmp_path):
+    """The error of a refused merge recommends this. The result is a plain checkpoint of transformers."""
     model = loaded(kind, tmp_path)
     s2ft.attach(model, UNFUSED)
     train(model, 5)
@@ -731,7 +731,7 @@ def test_merging_where_transformers_dequantizes(kind, tmp_path):
 
 @kinds
 def test_compiling(kind):
-    """One graph, and the gradients of the uncompiled layers."""
+    """The model compiles to one graph, with the same gradients as without compilation."""
     torch._dynamo.reset()
     model = quantized(kind)
     del model.model.layers[1:]
@@ -749,7 +749,7 @@ def test_compiling(kind):
 @kinds
 @pytest.mark.parametrize("half", (torch.bfloat16, torch.float16), ids=str)
 def test_autocast_trains(kind, half):
-    """With deltas in float32, whose gradients are so too."""
+    """Autocast trains the deltas in float32."""
     model = quantized(kind)
     before = contents(model)
     s2ft.attach(model, INDEXED)
@@ -763,7 +763,7 @@ def test_autocast_trains(kind, half):
 @kinds
 @pytest.mark.parametrize("reentrant", (False, True), ids=("inside", "reentrant"))
 def test_checkpointing(kind, reentrant):
-    """Gradients are those without, through blocks whose inputs are frozen."""
+    """Checkpointing does not change the deltas, also where the inputs of a block are frozen."""
     found = []
     for on in (False, True):
         model = quantized(kind)
@@ -779,7 +779,7 @@ def test_checkpointing(kind, reentrant):
 
 @pytest.mark.parametrize("kind", ("4bit", "8bit", "torchao-int8"))
 def test_an_exported_lora_on_the_quantized_base_in_peft(kind, tmp_path):
-    """The adapter was trained there, and PEFT gives the same logits there, from the same bytes."""
+    """On the base that the adapter was trained on, PEFT gives the same logits and keeps the same bytes."""
     peft = pytest.importorskip("peft")
     model = loaded(kind, tmp_path)
     base = forward(model)
@@ -800,7 +800,7 @@ def test_an_exported_lora_on_the_quantized_base_in_peft(kind, tmp_path):
     )
 
 
-# ---- weights that are not here --------------------------------------------------------------------------
+# ---- weights that are not available ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ("permuted", "indexed"))

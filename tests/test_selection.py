@@ -1,4 +1,4 @@
-"""Selection: deterministic, in range, as large as asked for."""
+"""A selection is deterministic, in range and of the requested size."""
 
 import pytest
 import torch
@@ -41,8 +41,8 @@ def test_seed_layer_and_side_give_different_units():
     assert len({tuple(units.tolist()) for units in drawn}) == 4
 
 
-def test_the_draw_is_pinned():
-    """Adapters keep their units, but a selection by seed must not change between versions either."""
+def test_the_random_draw_is_pinned():
+    """An adapter file contains its units, but a selection by seed must not change between versions either."""
     assert select([ffn(0)], S2FTConfig(d_ratio=0.1))["0.down"].tolist() == PINNED
 
 
@@ -54,7 +54,7 @@ def test_digest_tells_selections_apart():
     assert one != two and one.digest != two.digest and one == Selection({"a": torch.tensor([1, 2])})
 
 
-def test_a_projection_that_is_not_there():
+def test_a_missing_projection_is_refused():
     with pytest.raises(ValueError, match="v_ratio requests a projection"):
         select(COUPLINGS, S2FTConfig(v_ratio=0.5))
 

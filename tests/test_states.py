@@ -1,4 +1,4 @@
-"""State dicts, files and casts of attached models: the base is in them as the base has it."""
+"""State dicts, files and casts of attached models contain the weights of the base."""
 
 import copy
 import io
@@ -38,7 +38,7 @@ def test_a_state_loads_into_a_plain_model_as_the_base(case, layout):
         {key: value for key, value in model.state_dict().items() if key in base.state_dict()}, strict=False
     )
     names = {name.removesuffix(".weight") for name in base.state_dict()}
-    for name, value in model.state_dict().items():  # a stack of experts has one more word
+    for name, value in model.state_dict().items():  # the key of a trainable expert layer has one more part
         if name not in base.state_dict() and name.removesuffix(".weight") in names:
             plain.get_parameter(name.removesuffix(".weight")).data.copy_(value)
     assert same(plain.state_dict(), base.state_dict())
@@ -53,7 +53,7 @@ def test_the_bases_own_state_changes_nothing(case, layout):
         if fuse:
             s2ft.fuse(model)
         model.load_state_dict(base.state_dict(), strict=False)
-        model.load_state_dict(copy.deepcopy(model.state_dict()), strict=not fuse)  # nor does its own
+        model.load_state_dict(copy.deepcopy(model.state_dict()), strict=not fuse)  # also its own state
         assert torch.allclose(output_of(model), before, rtol=1e-4, atol=1e-5)
     assert same(s2ft.detach(model).state_dict(), base.state_dict())
 
@@ -81,11 +81,11 @@ def test_the_bases_state_leaves_a_written_adapter_in_place(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64), ids=str)
-def test_a_cast_reaches_the_base_that_is_kept(dtype, tmp_path):
+def test_a_cast_also_casts_the_saved_base_values(dtype, tmp_path):
     s2ft.save_adapter(trained("llama-grouped"), tmp_path)
     model, plain = model_of("llama-grouped"), model_of("llama-grouped")
     s2ft.load_adapter(model, tmp_path)
-    for cast in (dtype, torch.float32):  # there and back: rounded as the rest of the model is
+    for cast in (dtype, torch.float32):  # there and back: rounded like the rest of the model
         model.to(cast), plain.to(cast)
         assert same(s2ft.detach(copy.deepcopy(model)).state_dict(), plain.state_dict())
     s2ft.set_adapter(model, None)
@@ -94,7 +94,7 @@ def test_a_cast_reaches_the_base_that_is_kept(dtype, tmp_path):
 
 @layouts
 @pytest.mark.parametrize("case", CASES)
-def test_a_model_saved_whole_loads(case, layout):
+def test_a_model_saved_with_torch_save_loads(case, layout):
     model = trained(case, layout)
     file = io.BytesIO()
     torch.save(model, file)

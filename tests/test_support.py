@@ -1,4 +1,4 @@
-"""What the tests themselves rest on."""
+"""Tests of the helpers that other tests use."""
 
 import itertools
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 from support.pairs import pairs
 
 
-def test_any_two_values_meet():
+def test_pairs_contain_any_two_values():
     lengths = (5, 3, 2)
     rows = pairs(*map(range, lengths))
     assert len(rows) == len(set(rows)) == 15
@@ -22,7 +22,7 @@ def test_a_long_third_parameter_is_refused():
         pairs(*map(range, (3, 2, 5)))
 
 
-# In a process of its own, for products stay divided.
+# This runs in a separate process, because products stay divided.
 DIVIDED = """
 import torch
 from support.rounding import divide_products

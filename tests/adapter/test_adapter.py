@@ -1,4 +1,4 @@
-"""Adapters: what is saved comes back bit for bit, what is wrong is refused and named."""
+"""A saved adapter loads bit for bit. A faulty file is refused, and the error names the fault."""
 
 import copy
 import json
@@ -42,7 +42,7 @@ def saved(tmp_path_factory):
 
 
 def test_an_adapter_of_schema_1_loads(saved, tmp_path):
-    """Written before couplings could be given by hand and before there were budgets, exclusions and units."""
+    """Schema 1 is older than couplings given by hand, budgets, exclusions and units."""
     folder = tmp_path / "old"
     shutil.copytree(saved, folder)
     config = json.loads((folder / CONFIG).read_text())
@@ -99,7 +99,7 @@ def test_restore_copies_into_the_attached_model(tmp_path):
 
 
 def test_an_adapter_crosses_layouts_and_dtypes(tmp_path):
-    """Trained permuted in float32, put on an indexed bfloat16 model: base + delta, rounded once."""
+    """A float32 adapter of layout permuted loads into an indexed bfloat16 model: base + delta, rounded once."""
     s2ft.save_adapter(trained(), tmp_path)
     base, other = model_of("llama", torch.bfloat16), model_of("llama", torch.bfloat16)
     s2ft.attach(other, S2FTConfig(d_ratio=0.1, layout="indexed", seed=5), name="own")
@@ -134,7 +134,7 @@ def test_a_thousand_switches_restore_the_base_exactly(layout, dtype, tmp_path):
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.sampled_from(["a", "b", "c", None, "fuse", "unfuse", "forward"]), max_size=12))
 def test_any_sequence_of_operations(tmp_path_factory, operations):
-    """Whatever was done before, an active adapter gives its own weights and none gives the base."""
+    """After any operations, an active adapter gives its own weights, and no adapter gives the base."""
     folders, base = three_adapters(tmp_path_factory)
     model = model_of("llama")
     s2ft.load_adapter(model, folders["a"], trainable=True)
@@ -172,7 +172,7 @@ def three_adapters(tmp_path_factory):
     return _three, model_of("llama")
 
 
-def test_none_is_the_base_and_the_name_brings_it_back(tmp_path):
+def test_set_adapter_none_gives_the_base_and_the_name_gives_the_adapter(tmp_path):
     base, model = model_of("llama"), trained()
     batch = token_batch(model)
     tuned = model(batch).logits
@@ -192,7 +192,7 @@ def test_switching_between_forward_and_backward_raises(saved):
         loss.backward()
 
 
-def test_training_one_adapter_leaves_the_others(tmp_path):
+def test_training_one_adapter_does_not_change_the_others(tmp_path):
     s2ft.save_adapter(trained(seed=3), tmp_path)
     model = trained(name="mine", steps=1)
     s2ft.load_adapter(model, tmp_path, "other")
@@ -300,7 +300,7 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("attached", (False, True), ids=("plain", "attached"))
-def test_wrong_files_are_named_and_leave_the_model(wrong, attached, saved, tmp_path):
+def test_wrong_files_are_named_and_do_not_change_the_model(wrong, attached, saved, tmp_path):
     spoil, error, message = WRONG[wrong]
     for path in saved.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -316,7 +316,7 @@ def test_wrong_files_are_named_and_leave_the_model(wrong, attached, saved, tmp_p
 
 
 def rewrite_index(folder, value):
-    """An out-of-range index in a file that is whole otherwise."""
+    """Write an index value into a file that is valid otherwise."""
     import hashlib
 
     spoil_tensors(lambda t: t[f"{DOWN}.index"].__setitem__(-1, value))(folder)
@@ -324,7 +324,7 @@ def rewrite_index(folder, value):
     spoil_config(lambda c: c.update(tensors_sha256=digest))(folder)
 
 
-def test_index_out_of_range_in_a_whole_file(saved, tmp_path):
+def test_index_out_of_range_in_a_valid_file(saved, tmp_path):
     for path in saved.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     rewrite_index(tmp_path, 52)

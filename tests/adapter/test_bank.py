@@ -1,4 +1,4 @@
-"""A bank: every sequence of a batch gets what its own adapter alone gives it, and the model stays a plain base."""
+"""AdapterBank: each sequence of a batch gets the output of its own adapter; the model stays a plain base."""
 
 import shutil
 import threading
@@ -45,13 +45,13 @@ CASES = {
     "qwen2-moe": HEADS,
     "deepseek-v3": HEADS,
 }
-LIMIT = 1e-5  # of the largest logit, in float32
+LIMIT = 1e-5  # relative to the largest logit, in float32
 SIDES = (dict(u_ratio=0.2), dict(d_ratio=0.15), dict(v_ratio=1.0), dict(o_ratio=0.5))
 LENGTH = 7
 
 
 def write(model, folder, ratios, seed=0, std=0.1):
-    """A random adapter of the plain `model`, without attaching anything."""
+    """Write a random adapter of the plain `model`, without attaching it."""
     record, config = new_attachment(model), S2FTConfig(**ratios, seed=seed)
     selection, generator, deltas = s2ft.select(model, config), torch.Generator().manual_seed(seed), {}
     for projection in projections_of(record.couplings):
@@ -65,7 +65,7 @@ def write(model, folder, ratios, seed=0, std=0.1):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Five adapters of the llama case: of all projections, and each side of an FFN and of attention alone."""
+    """Five adapters of the llama case: one for all projections, one for each side of an FFN and of attention."""
     root = tmp_path_factory.mktemp("bank")
     for i, ratios in enumerate((RATIOS, *SIDES)):
         write(model_of("llama"), root / "abcde"[i], ratios_for("llama", RATIOS) if i == 0 else ratios, seed=i)
@@ -78,7 +78,7 @@ def model():
 
 
 def alone(case, root, name, run, dtype=torch.float32):
-    """What `run` says of a fresh model with only this adapter."""
+    """What `run` returns for a new model with only this adapter."""
     model = model_of(case, dtype)
     if name is not None:
         s2ft.load_adapter(model, root / name)
@@ -99,7 +99,7 @@ def assert_as_alone(case, root, model, names, limit=LIMIT, dtype=torch.float32):
 
 
 def assert_plain(model, case="llama"):
-    """Nothing of ours is on the model, and its weights are the base's."""
+    """The model has no trace of s2ft, and its weights equal the base."""
     assert not any("forward" in module.__dict__ for module in model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert "_s2ft" not in model.__dict__
@@ -108,7 +108,7 @@ def assert_plain(model, case="llama"):
 
 
 def prompts(model, count, padding=(0, 3, 1, 2, 0)):
-    """Left-padded."""
+    """Left-padded prompts."""
     ids = torch.randint(3, model.config.vocab_size, (count, LENGTH), generator=torch.Generator().manual_seed(5))
     mask = torch.ones_like(ids)
     for row in range(count):
@@ -125,7 +125,7 @@ def generate(model, inputs, rows=slice(None), **options):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_every_sequence_gets_what_its_adapter_alone_gives(case, tmp_path):
+def test_every_sequence_gets_the_output_of_its_adapter_alone(case, tmp_path):
     model = model_of(case)
     for seed in range(2):
         write(model, tmp_path / str(seed), ratios_for(case, CASES[case]), seed)
@@ -140,7 +140,7 @@ def test_both_sides_of_a_coupling(names, folder, model):
 
 
 def test_bfloat16(folder):
-    """base + delta is rounded once where an adapter is written in, here the output is: to within a few roundings."""
+    """A written adapter rounds base + delta, a bank rounds the output: they differ by a few roundings."""
     model = model_of("llama", torch.bfloat16)
     assert_as_alone("llama", folder, model, ["a", "c"], limit=0.05, dtype=torch.bfloat16)
 
@@ -185,8 +185,9 @@ def test_random_batches(tmp_path_factory, names, tokens):
 
 
 def shared(tmp_path_factory, made={}):
-    """Random adapters, each one's logits for six sequences (causal: a prefix has a prefix's), and one bank for all
-    examples."""
+    """Random adapters, their logits for six sequences, and one bank, shared by all examples.
+
+    The model is causal, so that a prefix of a sequence has the same logits."""
     if not made:
         root, model = tmp_path_factory.mktemp("random"), model_of("llama")
         for seed, name in enumerate("abcde"):
@@ -227,7 +228,7 @@ def test_generates_the_tokens_of_separate_runs(options, folder, model):
 
 
 def test_samples_of_one_distribution(folder, model):
-    """Several samples of each sequence: rows that follow each other. Cut to the best token they are greedy."""
+    """Several samples of a sequence are consecutive rows. With top_k=1 they equal the greedy output."""
     inputs, bank = prompts(model, 2), AdapterBank(model, folder)
     with bank.batch(["a", "b"]):
         greedy = generate(model, inputs)
@@ -296,14 +297,14 @@ def test_names_of_a_directory_and_added_ones(folder, model, tmp_path):
     bank.remove("more")
     bank.remove("a")
     assert bank.names == [*"bcde", "later"] and "a" not in bank and bank.loaded == ["later"]
-    bank.add("a", folder / "b")  # another one of that name
+    bank.add("a", folder / "b")  # another adapter of this name
     with torch.no_grad(), bank.batch(["a", "b"]):
         output = output_of(model)
     assert_close(output[0], alone("llama", folder, "b", output_of)[0])
 
 
 @pytest.mark.parametrize("name", ("", "a/b", "../a", ".a", "..", "a\\b", "a\0", "/a", None, 3), ids=repr)
-def test_names_are_no_paths(name, folder, model):
+def test_names_must_not_be_paths(name, folder, model):
     bank = AdapterBank(model, folder)
     with pytest.raises(ValueError, match="name must be a word"):
         bank.add(name, folder / "a")
@@ -337,18 +338,18 @@ def size_of(model, root, *names):
     return bank.loaded_bytes
 
 
-def test_those_used_longest_ago_go_first(folder, model):
+def test_the_least_recently_used_are_removed_first(folder, model):
     bank = AdapterBank(model, folder, limit_bytes=size_of(model, folder, "b", "c", "d"))
     enter(bank, "b", "c", "d")
     enter(bank, "b")
     assert bank.loaded == ["c", "d", "b"]
     enter(bank, "d", "e")
     assert "c" not in bank.loaded and bank.loaded[-1] == "e" and bank.loaded_bytes <= bank.limit_bytes
-    with torch.no_grad(), bank.batch(["c", "e"]):  # c comes back
+    with torch.no_grad(), bank.batch(["c", "e"]):  # c is loaded again
         assert_close(output_of(model)[0], alone("llama", folder, "c", output_of)[0])
 
 
-def test_a_batch_keeps_its_own_and_must_fit(folder, model):
+def test_a_batch_keeps_its_adapters_and_must_fit(folder, model):
     limit = size_of(model, folder, "b", "c")
     bank = AdapterBank(model, folder, limit_bytes=limit)
     for _ in range(3):
@@ -361,7 +362,7 @@ def test_a_batch_keeps_its_own_and_must_fit(folder, model):
     enter(bank, "c")
 
 
-def test_what_is_loaded_is_not_read_again(folder, model, monkeypatch):
+def test_a_loaded_adapter_is_not_read_again(folder, model, monkeypatch):
     reads, read = [], native.read
     monkeypatch.setattr(native, "read", lambda folder: (reads.append(folder.name), read(folder))[1])
     bank = AdapterBank(model, folder)
@@ -370,7 +371,7 @@ def test_what_is_loaded_is_not_read_again(folder, model, monkeypatch):
     assert reads == ["a", "b", "c"]
 
 
-def test_the_base_is_looked_at_once(folder, model, monkeypatch):
+def test_the_base_is_checked_once(folder, model, monkeypatch):
     looks, look = [], s2ft.attached.record.fingerprint
     monkeypatch.setattr(s2ft.attached.record, "fingerprint", lambda *args: (looks.append(1), look(*args))[1])
     bank = AdapterBank(model, folder)
@@ -380,7 +381,7 @@ def test_the_base_is_looked_at_once(folder, model, monkeypatch):
 
 
 def test_a_thousand_adapters(tmp_path):
-    """Known, loaded, and a batch of all."""
+    """A bank finds and loads them all, and one batch uses them all."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4))
     couplings = [Coupling("ffn", 0, (Projection("u", "0", 10, 1, 0),), Projection("d", "2", 10, 1, 1))]
@@ -409,7 +410,7 @@ def test_a_thousand_adapters(tmp_path):
         assert_close(y[row], expected.detach())
 
 
-# ---- what is refused ---------------------------------------------------------------------------------------
+# ---- refused adapters and models -------------------------------------------------------------------------
 
 
 def test_another_base_is_refused_before_anything_changes(folder, tmp_path):
@@ -422,7 +423,7 @@ def test_another_base_is_refused_before_anything_changes(folder, tmp_path):
         enter(bank, None, "a")
     assert bank.loaded == [] and not any("forward" in module.__dict__ for module in other.modules())
     assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
-    enter(bank, None)  # the base alone runs
+    enter(bank, None)  # only the base runs
     with pytest.raises(ValueError, match="'a'"):
         enter(AdapterBank(model_of("llama-wide-heads"), folder), "a")
 
@@ -455,7 +456,7 @@ def test_experts_and_convolutions_are_refused(tmp_path):
         enter(AdapterBank(s2ft.detach(net), tmp_path), "convolutions")
 
 
-def test_a_model_that_is_no_plain_base_is_refused(folder, model):
+def test_a_model_that_is_not_a_plain_base_is_refused(folder, model):
     bank = AdapterBank(model, folder)
     s2ft.load_adapter(model, folder / "a")
     for refused in (lambda: AdapterBank(model, folder), lambda: enter(bank, "b")):
@@ -472,8 +473,8 @@ def test_a_model_that_is_no_plain_base_is_refused(folder, model):
         enter(bank, "b")
 
 
-def test_layers_exchanged_since_are_found(folder, model):
-    """Trainable layers that are off, and the plain ones that come back."""
+def test_layers_replaced_later_are_found(folder, model):
+    """The bank finds inactive trainable layers, and the plain layers after detach."""
     bank = AdapterBank(model, folder)
     enter(bank, "b", "c")
     s2ft.attach(model, S2FTConfig(d_ratio=0.1, layout="indexed"))
@@ -513,7 +514,7 @@ def test_wrong_batches(folder, model):
 # ---- exceptions and threads --------------------------------------------------------------------------------
 
 
-def test_an_exception_leaves_the_model_as_it_was(folder, model, monkeypatch):
+def test_an_exception_does_not_change_the_model(folder, model, monkeypatch):
     bank = AdapterBank(model, folder)
     with pytest.raises(KeyboardInterrupt):
         with bank.batch(["a", "b"]):
@@ -539,7 +540,7 @@ def failing(function, after):
     return run
 
 
-def test_someone_elses_forward_is_kept(folder, model):
+def test_a_replaced_forward_is_kept(folder, model):
     module = model.model.layers[0].mlp.down_proj
     plain, calls = module.forward, []
 
@@ -553,7 +554,7 @@ def test_someone_elses_forward_is_kept(folder, model):
     assert calls == [1] and module.forward is counted
 
 
-def test_a_batch_keeps_what_is_removed_meanwhile(folder, model):
+def test_a_batch_keeps_an_adapter_that_is_removed_meanwhile(folder, model):
     bank = AdapterBank(model, folder)
     with torch.no_grad(), bank.batch(["a", "b"]):
         before = output_of(model)
@@ -564,12 +565,12 @@ def test_a_batch_keeps_what_is_removed_meanwhile(folder, model):
         assert_close(output_of(model)[0], alone("llama", folder, "c", output_of)[0])
 
 
-def test_removed_while_it_is_read_is_used_but_not_kept(folder, model, monkeypatch):
+def test_an_adapter_removed_while_it_is_read_is_used_but_not_kept(folder, model, monkeypatch):
     bank, read = AdapterBank(model, folder), native.read
 
     def slow(where):
         adapter = read(where)
-        bank.remove("b")  # as another thread would
+        bank.remove("b")  # as another thread might do
         return adapter
 
     expected = alone("llama", folder, "b", output_of)
@@ -623,7 +624,7 @@ def test_compiled_once_for_all_batches(folder, model):
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     bank, ids = AdapterBank(model, folder), token_batch(model, 4)
-    enter(bank, *"abcde")  # capacities grow once
+    enter(bank, *"abcde")  # the capacities grow once
     expected = {name: alone("llama", folder, name, lambda model: model(ids).logits) for name in (None, *"abcde")}
     with torch.no_grad():
         for names in (["a", "b", "c", None], ["e", "e", "a", "d"], ["b"] * 4, [None] * 4, ["c", "d", "e", "a"]):
@@ -634,7 +635,7 @@ def test_compiled_once_for_all_batches(folder, model):
             for row, name in enumerate(names):
                 assert_close(output[row], expected[name][row])
             assert counter.frame_count == 1
-        assert torch.equal(compiled(ids).logits, model(ids).logits)  # outside a batch: the base, a graph of its own
+        assert torch.equal(compiled(ids).logits, model(ids).logits)  # outside a batch: the base, in a separate graph
         assert counter.frame_count == 2
         with bank.batch(["a"] * 4):
             compiled(ids)

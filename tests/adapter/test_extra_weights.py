@@ -1,4 +1,4 @@
-"""Weights that are trained in full beside the slices: saved, resumed, switched, merged and taken off again."""
+"""Extra weights, trained in full beside the slices, are saved, resumed, switched, merged and removed."""
 
 import copy
 import json
@@ -53,7 +53,7 @@ def classifier():
 
 
 def attached(how="named", layout="permuted", name="default"):
-    """how: whether the head is named in the config, or unfrozen by hand after attach."""
+    """A classifier with an adapter. `how`: the head is named in the config, or unfrozen by hand after attach."""
     model = classifier()
     s2ft.attach(
         model,
@@ -97,7 +97,7 @@ BOTH = pytest.mark.parametrize("how", ("named", "by hand"))
 
 @BOTH
 @pytest.mark.parametrize("layout", ("permuted", "indexed"))
-def test_the_base_comes_back_and_the_trained_weights_too(how, layout):
+def test_switching_restores_the_base_and_the_trained_weights(how, layout):
     model = train(attached(how, layout))
     trained = head_of(model)
     assert all(not torch.equal(trained[name], BASE[name]) for name in HEAD)
@@ -118,7 +118,7 @@ def test_the_base_comes_back_and_the_trained_weights_too(how, layout):
 
 
 @BOTH
-def test_detaching_an_adapter_that_is_off_gives_the_base(how):
+def test_detaching_an_inactive_adapter_restores_the_base(how):
     model = train(attached(how))
     s2ft.set_adapter(model, None)
     s2ft.set_adapter(model, None)
@@ -131,7 +131,7 @@ def test_a_weight_is_unfrozen_in_the_middle_of_training():
     train(model)
     found = s2ft.get_adapter(model, "default").extra_weights
     assert set(found) == {*HEAD, "bert.embeddings.LayerNorm.weight", "bert.embeddings.LayerNorm.bias"}
-    model.bert.embeddings.LayerNorm.requires_grad_(False)  # trained all the same
+    model.bert.embeddings.LayerNorm.requires_grad_(False)  # it is trained nevertheless
     assert_states(s2ft.get_adapter(model, "default").extra_weights, found)
     assert_states(state_of(s2ft.detach(model)), BASE)
 
@@ -149,7 +149,7 @@ class Interrupt(BaseException):
 
 
 def interrupted(call, line):
-    """Whether `call` was interrupted before the given line, counted as they run, of the file that keeps the values."""
+    """Interrupt `call` before the given line that extra_weights.py runs. Returns whether it was interrupted."""
     lines = 0
 
     def trace(frame, event, _):
@@ -176,8 +176,8 @@ def interrupted(call, line):
 @BOTH
 @pytest.mark.parametrize("again", (None, "default"))
 @pytest.mark.parametrize("target", (None, "default", "loaded"))
-def test_an_interrupt_at_any_line_of_a_switch_loses_neither(how, again, target):
-    """again: the switch that is made after the interrupt."""
+def test_an_interrupt_at_any_line_of_a_switch_loses_no_weights(how, again, target):
+    """`again` is the adapter that is activated after the interrupt."""
     model = train(attached(how))
     s2ft.load_adapter(model, s2ft.get_adapter(train(attached(name="loaded"), 3), "loaded"), active=False)
     trained, line = head_of(model), 1
@@ -198,7 +198,7 @@ def test_an_interrupt_at_any_line_of_a_switch_loses_neither(how, again, target):
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.sampled_from(["none", "default", "loaded", "train", "disable", "rename"]), max_size=8))
-def test_any_sequence_of_switches_gives_the_base_back(steps):
+def test_any_sequence_of_switches_restores_the_base(steps):
     model = attached("by hand")
     s2ft.load_adapter(model, s2ft.get_adapter(train(attached(name="loaded")), "loaded"), active=False)
     name = "default"
@@ -278,7 +278,7 @@ def test_restoring_other_extra_weights_is_refused_and_changes_nothing(saved_with
     assert_states(state_of(model), before)
 
 
-def test_an_adapter_without_them_is_written_as_before(tmp_path):
+def test_an_adapter_without_extra_weights_has_the_older_schema(tmp_path):
     s2ft.save_adapter(train(attached("frozen")), tmp_path)
     header = json.loads((tmp_path / CONFIG).read_text())
     assert header["schema"] == 2 and "extra_weights" not in header and "modules_to_save" not in header["config"]
@@ -304,7 +304,7 @@ def saved(tmp_path_factory):
 
 
 def rewritten(folder, config=lambda content: None, tensors=lambda found: None):
-    """With digests that are right again."""
+    """Change a folder and write digests that fit the change."""
     import hashlib
 
     content, found = json.loads((folder / CONFIG).read_text()), load_file(folder / TENSORS)
@@ -378,7 +378,7 @@ def test_hostile_files_are_refused_before_a_weight_moves(case, saved, tmp_path):
     assert_states(state_of(model), BASE)
 
 
-def test_what_is_not_finite_is_not_saved(tmp_path):
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     model = train(attached())
     with torch.no_grad():
         model.classifier.bias[0] = float("inf")
@@ -430,7 +430,7 @@ def test_trainers_save_and_resume_them_exactly(kind, how, tmp_path, caplog):
 
 
 @BOTH
-def test_accelerates_state_has_them(how, tmp_path):
+def test_the_state_of_accelerate_contains_them(how, tmp_path):
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
@@ -442,13 +442,13 @@ def test_accelerates_state_has_them(how, tmp_path):
     accelerator.prepare(other)
     accelerator.load_state(tmp_path)
     assert_states(state_of(other), state_of(model))
-    assert_states(state_of(s2ft.detach(train(other, 1))), BASE)  # the load came before any training forward
+    assert_states(state_of(s2ft.detach(train(other, 1))), BASE)  # loaded before the first training forward
 
 
 # ---- several adapters --------------------------------------------------------------------------------------
 
 
-def test_two_that_have_the_same_weight_are_not_active_together():
+def test_two_adapters_with_the_same_extra_weight_are_not_active_together():
     model = train(attached())
     s2ft.load_adapter(model, s2ft.get_adapter(train(attached(name="other")), "other"), active=False)
     before = state_of(model)
@@ -461,7 +461,7 @@ def test_two_that_have_the_same_weight_are_not_active_together():
     assert_states(state_of(model), before)
 
 
-def test_arithmetic_passes_them_through_or_refuses():
+def test_arithmetic_keeps_extra_weights_or_refuses():
     with_head = s2ft.get_adapter(train(attached()), "default")
     without = s2ft.get_adapter(train(attached("frozen", name="plain")), "plain")
     for total in (with_head + without, without + with_head, with_head - without):
@@ -490,7 +490,7 @@ def test_combine_adapters_and_the_command(tmp_path, saved, capsys):
     assert_states(state_of(s2ft.detach(model)), BASE)
 
 
-def test_a_further_adapter_is_attached_beside_a_loaded_one(saved):
+def test_an_adapter_is_attached_beside_a_loaded_one(saved):
     model = classifier()
     s2ft.load_adapter(model, saved, "loaded")
     s2ft.attach(model, S2FTConfig(d_ratio=0.05, modules_to_save=["classifier"]), name="second")
@@ -504,7 +504,7 @@ def test_a_further_adapter_is_attached_beside_a_loaded_one(saved):
 
 
 def norm_of_llama(tmp_path):
-    """(base, folder of an adapter that has the last norm trained in full)"""
+    """Returns the base, and the folder of an adapter that trains the last norm in full."""
     model = model_of("llama")
     s2ft.attach(model, S2FTConfig(d_ratio=0.1, modules_to_save=["model.norm"]), name="normed")
     with torch.no_grad():
@@ -513,7 +513,7 @@ def norm_of_llama(tmp_path):
     return model_of("llama"), tmp_path / "normed"
 
 
-def test_banks_and_loras_refuse_them_by_name(tmp_path):
+def test_banks_and_lora_export_refuse_them_by_name(tmp_path):
     model, folder = norm_of_llama(tmp_path)
     bank = s2ft.AdapterBank(model, tmp_path)
     with pytest.raises(ValueError, match="'normed' has model.norm.weight trained in full"):
@@ -524,13 +524,13 @@ def test_banks_and_loras_refuse_them_by_name(tmp_path):
     assert not (tmp_path / "lora").exists()
 
 
-def test_merging_a_loaded_one_leaves_its_value(tmp_path):
+def test_merging_a_loaded_adapter_keeps_its_extra_weights(tmp_path):
     model, folder = norm_of_llama(tmp_path)
     s2ft.load_adapter(model, folder)
     assert torch.equal(s2ft.merge(model).model.norm.weight, native.read(folder).extra_weights["model.norm.weight"])
 
 
-# ---- what is named, and what must not be unfrozen ----------------------------------------------------------
+# ---- modules_to_save, and weights that must stay frozen ----------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -541,7 +541,7 @@ def test_merging_a_loaded_one_leaves_its_value(tmp_path):
         (["dropout"], "no floating-point weights"),
     ),
 )
-def test_modules_that_cannot_be_meant_are_refused_before_anything_changes(modules, message):
+def test_invalid_modules_are_refused_before_anything_changes(modules, message):
     model, config = classifier(), S2FTConfig(d_ratio=0.1, modules_to_save=modules)
     for call in (s2ft.attach, s2ft.plan):
         with pytest.raises(ValueError, match=message):
@@ -550,7 +550,7 @@ def test_modules_that_cannot_be_meant_are_refused_before_anything_changes(module
 
 
 @pytest.mark.parametrize("value", ("classifier", [], [""], [1], 5))
-def test_what_is_no_list_of_names_is_refused(value):
+def test_modules_to_save_must_be_a_list_of_names(value):
     with pytest.raises(ValueError, match="modules_to_save must be a list"):
         S2FTConfig(d_ratio=0.1, modules_to_save=value)
 
@@ -584,12 +584,12 @@ def test_an_unfrozen_weight_of_a_coupling_is_an_error_at_the_next_training_forwa
 
 def test_a_weight_that_an_optimizer_of_deepspeed_holds_is_refused():
     model = attached("by hand")
-    model.classifier.weight._hp_mapping = object()  # by what ZeRO marks it
+    model.classifier.weight._hp_mapping = object()  # the mark of ZeRO
     with pytest.raises(RuntimeError, match="classifier.weight was unfrozen by hand.*modules_to_save"):
         model.train()(input_ids=IDS)
 
 
-def test_hooks_are_there_once_and_go():
+def test_hooks_are_added_once_and_removed():
     model = attached()
     assert list(model._forward_pre_hooks.values()) == [before_forward]
     assert [hook.hook for hook in model._load_state_dict_pre_hooks.values()].count(before_load) == 1
@@ -616,7 +616,7 @@ def test_the_report_lists_them_and_counts_them_once(capsys):
     assert f"trainable params: {trained:,} || all params: {total:,}" in capsys.readouterr().out
 
 
-def test_new_heads_are_named_with_the_words_to_train_them(tmp_path):
+def test_new_heads_are_named_with_the_option_that_trains_them(tmp_path):
     BertModel(BertConfig(**BERT)).save_pretrained(tmp_path)
     model = BertForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
     report = s2ft.attach(model, S2FTConfig(d_ratio=0.1))
@@ -625,17 +625,17 @@ def test_new_heads_are_named_with_the_words_to_train_them(tmp_path):
     assert s2ft.attach(model, S2FTConfig(d_ratio=0.1, modules_to_save=["classifier"])).fresh_heads == ()
     s2ft.merge(model).save_pretrained(tmp_path)
     again = BertForSequenceClassification.from_pretrained(tmp_path)
-    assert s2ft.attach(again, S2FTConfig(d_ratio=0.1)).fresh_heads == ()  # it came with the checkpoint
+    assert s2ft.attach(again, S2FTConfig(d_ratio=0.1)).fresh_heads == ()  # the checkpoint contains the head
 
 
-def test_of_a_model_that_no_checkpoint_made_the_structure_says_what_is_a_head():
+def test_heads_are_found_by_structure_in_a_model_without_a_checkpoint():
     assert s2ft.attach(classifier(), S2FTConfig(d_ratio=0.1)).fresh_heads == ("classifier", "bert.pooler")
     for case in ("llama", "qwen2-grouped-tied", "gpt2", "t5", "bert"):
         report = s2ft.attach(model_of(case), S2FTConfig(d_ratio=0.1))
         assert report.fresh_heads == (), case
 
 
-def test_the_page_of_the_adapter_names_them(saved):
+def test_the_model_card_names_them(saved):
     from s2ft.adapter.hub import card_of
 
     assert "and classifier.bias, classifier.weight trained in full" in card_of(s2ft.read_adapter(saved))
@@ -644,7 +644,7 @@ def test_the_page_of_the_adapter_names_them(saved):
 @pytest.mark.parametrize(
     "value, message", ((torch.zeros(3, dtype=torch.int64), "are saved as F64"), (torch.zeros(0), "empty or not finite"))
 )
-def test_what_could_not_be_read_again_is_not_saved(value, message, saved, tmp_path):
+def test_weights_that_could_not_be_read_are_not_saved(value, message, saved, tmp_path):
     adapter = s2ft.read_adapter(saved)
     adapter.extra_weights["classifier.bias"] = value
     with pytest.raises(ValueError, match=message):

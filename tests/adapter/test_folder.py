@@ -1,4 +1,4 @@
-"""An adapter folder is replaced in one step: whoever reads it gets the old adapter or the new one."""
+"""An adapter folder is replaced in one step: a reader gets the old adapter or the new one."""
 
 import os
 import threading
@@ -29,7 +29,7 @@ def write(adapter, folder):
 
 
 def is_either(found, adapters):
-    """Whether `found` is, number by number, one of the adapters. Returns: its place."""
+    """Check that `found` equals one of the adapters, bit for bit. Returns the position of that adapter."""
     place = [one.name for one in adapters].index(found.name)
     for path, delta in adapters[place].deltas.items():
         assert torch.equal(found.deltas[path].values, delta.values)
@@ -38,7 +38,7 @@ def is_either(found, adapters):
 
 
 class Stop(BaseException):
-    """As a kill or the power does: nothing after it is run."""
+    """Stops the writer like a kill or a power failure."""
 
 
 @pytest.mark.parametrize("moment", ("before", "after"))
@@ -56,7 +56,7 @@ def test_a_writer_that_is_stopped_leaves_one_of_the_two(call, moment, adapters, 
         raise Stop
 
     monkeypatch.setattr(os, "replace", stop)
-    monkeypatch.setattr(os, "unlink", lambda path: None)  # a killed process tidies nothing up
+    monkeypatch.setattr(os, "unlink", lambda path: None)  # a killed process removes no files
     with pytest.raises(Stop):
         write(adapters[1], tmp_path)
     monkeypatch.undo()
@@ -111,7 +111,7 @@ def test_readers_beside_a_writer_always_get_one_of_the_two(adapters, tmp_path):
     assert not wrong and seen
 
 
-def test_every_save_gives_another_stamp(adapters, tmp_path):
+def test_every_save_has_a_new_stamp(adapters, tmp_path):
     assert [stamp_of(folder) for folder in (tmp_path, tmp_path / ("a" * 4000), tmp_path / "\0")] == [None] * 3
     stamps = []
     for turn in range(3):
@@ -120,7 +120,7 @@ def test_every_save_gives_another_stamp(adapters, tmp_path):
     assert len(set(stamps)) == 3
 
 
-def test_a_pending_file_of_anything_changes_nothing(adapters, tmp_path):
+def test_a_pending_file_with_any_content_changes_nothing(adapters, tmp_path):
     write(adapters[0], tmp_path)
     for content in (b"[" * 10**5, b"{}", b"[]", b'{"tensors_sha256": 1}'):
         (tmp_path / PENDING).write_bytes(content)

@@ -1,4 +1,4 @@
-"""Formats: golden adapters, PEFT's LoRA both ways, the hub."""
+"""Formats: golden adapters, import and export of PEFT's LoRA, and the hub."""
 
 import importlib.util
 import json
@@ -76,7 +76,7 @@ specification.loader.exec_module(golden)
 
 @pytest.mark.parametrize("trainable", (False, True), ids=("applied", "trainable"))
 @pytest.mark.parametrize("name", golden.MODELS)
-def test_golden_adapters_load_for_ever(name, trainable):
+def test_golden_adapters_load(name, trainable):
     model = golden.MODELS[name]()
     s2ft.load_adapter(model, GOLDEN / name, trainable=trainable)
     assert s2ft.status(model).adapters == ["golden"]
@@ -105,7 +105,7 @@ def test_golden_adapters_saved_again_are_equal(tmp_path):
 
 def with_peft(model, folder):
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # about keys that are missing, or that PEFT makes up for
+        warnings.simplefilter("error", UserWarning)  # PEFT warns about missing keys
         return peft.PeftModel.from_pretrained(model, folder).eval()
 
 
@@ -125,7 +125,7 @@ def test_peft_computes_what_the_attached_model_does(case, pattern, tmp_path):
         expected, found = output_of(model), output_of(other.base_model.model)
         assert relative(output_of(model_of(case)), expected) > 1e-3
     assert relative(found, expected) < 1e-5
-    for path, module in other.base_model.model.named_modules():  # exact, number by number
+    for path, module in other.base_model.model.named_modules():  # exact, bit for bit
         if hasattr(module, "lora_A"):
             assert module.scaling["default"] == 1.0, path
     merged, stock = s2ft.merge(model).state_dict(), other.merge_and_unload().state_dict()
@@ -135,7 +135,7 @@ def test_peft_computes_what_the_attached_model_does(case, pattern, tmp_path):
 
 @pytest.mark.parametrize("layout", ("permuted", "indexed"))
 @pytest.mark.parametrize("case", ("llama-grouped", "phi3", "gpt2", "gpt-neox", "bert"))
-def test_there_and_back_is_equal(case, layout, tmp_path):
+def test_export_and_import_give_an_equal_adapter(case, layout, tmp_path):
     model = trained(case, layout)
     for i, options in enumerate(({}, {"rank_pattern": True}, {"rank": 100})):
         export_lora(model, tmp_path / str(i), **options)
@@ -143,7 +143,7 @@ def test_there_and_back_is_equal(case, layout, tmp_path):
             assert_equal_deltas(lora.read(tmp_path / str(i), base), get_adapter(model, "default"))
 
 
-def test_there_and_back_in_bfloat16(tmp_path):
+def test_export_and_import_in_bfloat16(tmp_path):
     model = model_of("llama", torch.bfloat16)
     s2ft.attach(model, S2FTConfig(**RATIOS, delta_dtype="bfloat16"))
     train(model)
@@ -156,7 +156,7 @@ def test_there_and_back_in_bfloat16(tmp_path):
     assert all(torch.equal(weight, theirs[key]) for key, weight in ours.items())
 
 
-def test_what_was_imported_trains_on(tmp_path):
+def test_an_imported_adapter_can_be_trained(tmp_path):
     model = trained("llama")
     export_lora(model, tmp_path / "lora")
     native.write(lora.read(tmp_path / "lora", model_of("llama")), tmp_path / "back")
@@ -167,8 +167,8 @@ def test_what_was_imported_trains_on(tmp_path):
     assert train(other)[-1] < train(trained("llama", steps=0), 1)[0]
 
 
-def test_a_whole_trained_head_that_is_zero_comes_back(tmp_path):
-    """What did not change is trained all the same."""
+def test_a_trained_head_whose_delta_is_zero_survives_the_round_trip(tmp_path):
+    """The units of a zero delta still belong to the adapter."""
     model = trained("llama", steps=0)
     export_lora(model, tmp_path)
     assert_equal_deltas(lora.read(tmp_path, model_of("llama")), get_adapter(model, "default"))
@@ -183,7 +183,7 @@ def test_the_rank_is_one_that_vllm_can_be_set_to(ratio, rank, tmp_path):
     assert all(tensor.shape["lora_B" in key] == rank for key, tensor in load_file(tmp_path / lora.TENSORS).items())
 
 
-def test_too_wide_for_vllm_is_said(tmp_path):
+def test_a_rank_too_large_for_vllm_is_reported(tmp_path):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 600), nn.ReLU(), nn.Linear(600, 4))
     mlp = s2ft.Coupling.ffn(0, up="0", down="2", channels=600)
@@ -198,8 +198,8 @@ def test_too_wide_for_vllm_is_said(tmp_path):
     assert not (tmp_path / "b").exists()
 
 
-def test_a_module_of_ones_own(tmp_path):
-    """With a module outside whose name ends like one inside."""
+def test_a_custom_module(tmp_path):
+    """A module outside the couplings has a name with the same ending as one inside."""
 
     def net():
         torch.manual_seed(0)
@@ -256,7 +256,7 @@ def test_a_pattern_saves_bytes(tmp_path):
 
 
 def lora_of_peft(case, folder, change=lambda model: None, **options):
-    """A folder that PEFT itself writes."""
+    """A folder that PEFT wrote."""
     config = peft.LoraConfig(**{**dict(r=4, lora_alpha=4, target_modules=["down_proj"]), **options})
     model = peft.get_peft_model(model_of(case), config)
     with torch.no_grad():
@@ -275,7 +275,7 @@ def layers_of(model):
 
 
 def one_hot(model):
-    """Columns 7, 3 and 11 in this order, with factors, and one rank that is not used."""
+    """Columns 7, 3 and 11 in this order, with factors, and one unused rank."""
     for _, a, b in layers_of(model):
         b.normal_()
         a[0, 7], a[1, 3], a[3, 11] = 1, -2, 0.5
@@ -356,7 +356,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("refused", REFUSED)
-def test_other_loras_are_refused_and_leave_the_model(refused, tmp_path):
+def test_other_loras_are_refused_and_do_not_change_the_model(refused, tmp_path):
     change, options, message = REFUSED[refused]
     lora_of_peft("llama", tmp_path, change, **options)
     model = model_of("llama")
@@ -414,7 +414,7 @@ def test_a_pickled_lora_is_not_read(tmp_path):
 
 def test_a_format_is_one_module_and_one_row(tmp_path, monkeypatch):
     class Nested:
-        """The native format in a folder inside the folder."""
+        """The native format, written into a subfolder."""
 
         matches = staticmethod(lambda folder: (folder / "inside").is_dir())
         read = staticmethod(lambda folder, model=None, name=None: native.read(folder / "inside", model, name))
@@ -434,7 +434,7 @@ def test_every_row_has_the_functions_of_its_module():
     assert set(IMPORTS) < set(EXPORTS) and all(callable(export.run) for export in EXPORTS.values())
 
 
-def test_a_lora_folder_is_no_adapter_without_its_model(tmp_path):
+def test_reading_a_lora_folder_needs_its_model(tmp_path):
     model = trained("llama", steps=1)
     export_lora(model, tmp_path)
     with pytest.raises(ValueError, match="is a LoRA.*use s2ft.import_lora"):
@@ -445,7 +445,7 @@ def test_a_lora_folder_is_no_adapter_without_its_model(tmp_path):
 
 
 class FakeHub:
-    """Repositories as folders, in the place of huggingface_hub's functions."""
+    """Folders serve as repositories; it replaces functions of huggingface_hub."""
 
     def __init__(self, folder, monkeypatch):
         self.folder, self.calls = folder, []
@@ -504,7 +504,7 @@ def test_pushed_and_loaded_by_name(fake_hub, tmp_path):
     assert not (folder / "setup.py").exists()
 
 
-def test_the_page_names_a_base_that_the_hub_has_and_no_folder_of_this_machine(fake_hub, tmp_path):
+def test_the_model_card_names_a_base_of_the_hub_but_no_local_folder(fake_hub, tmp_path):
     model = trained("llama")
     for base, shown in (("org/base", True), (str(tmp_path), False)):
         s2ft.save_adapter(model, tmp_path / "saved", info={"base_model": base})
@@ -513,7 +513,7 @@ def test_the_page_names_a_base_that_the_hub_has_and_no_folder_of_this_machine(fa
         assert (f"base_model: {base}" in page) == shown and (base in page) == shown
 
 
-def test_a_page_that_is_there_stays(fake_hub, tmp_path):
+def test_an_existing_model_card_is_kept(fake_hub, tmp_path):
     model = trained("llama")
     push_to_hub(model, "org/adapter")
     (fake_hub.folder / "org/adapter/README.md").write_text("by hand")
@@ -538,7 +538,7 @@ def test_a_folder_is_pushed_when_it_can_be_read(fake_hub, tmp_path):
     assert not (fake_hub.folder / "org/broken").exists()
 
 
-def test_what_is_here_comes_first_and_what_is_nowhere_is_said(fake_hub, tmp_path, monkeypatch):
+def test_a_local_folder_is_preferred_and_a_missing_adapter_is_reported(fake_hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org/adapter").mkdir(parents=True)
     for name in ("org/adapter", "./org/none", "/none", "none", "a/b/c", "../up", "~/none", "org/..", Path("org/none")):
@@ -548,7 +548,7 @@ def test_what_is_here_comes_first_and_what_is_nowhere_is_said(fake_hub, tmp_path
         hub.resolve("org/none")
 
 
-def test_a_repository_without_an_adapter_is_said(fake_hub):
+def test_a_repository_without_an_adapter_is_reported(fake_hub):
     (fake_hub.folder / "org/empty").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="is not an S²FT adapter: it has no s2ft_config.json"):
         read_adapter(hub.resolve("org/empty"))

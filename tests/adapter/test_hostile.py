@@ -1,4 +1,4 @@
-"""Folders that someone means ill with: each is refused by name before a weight moves."""
+"""Malicious folders: each is refused with an error that names the fault, before a weight changes."""
 
 import copy
 import hashlib
@@ -41,7 +41,7 @@ def selection_digest(config):
 
 
 def rewrite(config=lambda config: None, tensors=lambda tensors: None):
-    """A folder whose digests are right again: whoever means ill can count too."""
+    """Change a folder and write digests that fit the change, as an attacker can do too."""
 
     def change(folder):
         content, found = json.loads((folder / CONFIG).read_text()), load_file(folder / TENSORS)
@@ -59,7 +59,7 @@ def rewrite(config=lambda config: None, tensors=lambda tensors: None):
 
 
 def renamed(new):
-    """DOWN under another name, in both files."""
+    """Rename DOWN in both files."""
 
     def config(content):
         content["projections"][new] = content["projections"].pop(DOWN)
@@ -80,7 +80,7 @@ def tensor(part, change):
 
 
 def text(change):
-    """The config's text as it is, changed."""
+    """Change the text of the config file."""
     return lambda folder: (folder / CONFIG).write_text(change((folder / CONFIG).read_text()))
 
 
@@ -89,7 +89,7 @@ def raw(content):
 
 
 def header(change, length=None):
-    """The header of the safetensors file changed, and its length said to be another."""
+    """Change the header of the safetensors file, and write `length` as its length."""
 
     def spoil(folder):
         blob = (folder / TENSORS).read_bytes()
@@ -108,7 +108,7 @@ def shape(*shape, dtype="F32"):
 
 
 def grown(name, size):
-    """Of `size` bytes, that take no room on the disk."""
+    """Extend a file to `size` bytes that need no disk space."""
     return lambda folder: os.truncate(folder / name, size)
 
 
@@ -148,8 +148,8 @@ def one_file_for_both(folder):
     (folder / TENSORS).symlink_to(CONFIG)
 
 
-def given_by_hand(**changes):
-    """Couplings in the file, of which the consumer is changed."""
+def with_coupling(**changes):
+    """Write a coupling with a changed consumer into the config."""
 
     def config(content):
         producer = dict(
@@ -306,14 +306,14 @@ HOSTILE = {
     "folder for a file": (lambda f: ((f / TENSORS).unlink(), (f / TENSORS).mkdir()), f"no {TENSORS}"),
     "pipe": (lambda f: ((f / TENSORS).unlink(), os.mkfifo(f / TENSORS)), f"no {TENSORS}"),
     # couplings
-    "couplings of huge counts": (given_by_hand(count=2**40), "couplings can't be read: .* has more than"),
-    "couplings of huge units": (given_by_hand(count=2**20, unit=2**20), "couplings can't be read: .* has more than"),
-    "couplings of huge strides": (given_by_hand(size=2**62, stride=2**60), "couplings can't be read: .* has more than"),
-    "couplings of no module": (given_by_hand(path="__class__"), "no module __class__|another model"),
-    "couplings of a path": (given_by_hand(path="../x"), "is not the name of a projection"),
-    "couplings of a list": (given_by_hand(path=["x"]), "is not the name of a projection"),
-    "couplings of words": (given_by_hand(count="52"), "couplings can't be read"),
-    "couplings of another layout": (given_by_hand(count=26), "expected a weight with 26"),
+    "couplings of huge counts": (with_coupling(count=2**40), "couplings can't be read: .* has more than"),
+    "couplings of huge units": (with_coupling(count=2**20, unit=2**20), "couplings can't be read: .* has more than"),
+    "couplings of huge strides": (with_coupling(size=2**62, stride=2**60), "couplings can't be read: .* has more than"),
+    "couplings of no module": (with_coupling(path="__class__"), "no module __class__|another model"),
+    "couplings of a path": (with_coupling(path="../x"), "is not the name of a projection"),
+    "couplings of a list": (with_coupling(path=["x"]), "is not the name of a projection"),
+    "couplings of words": (with_coupling(count="52"), "couplings can't be read"),
+    "couplings of another layout": (with_coupling(count=26), "expected a weight with 26"),
 }
 
 
@@ -324,14 +324,14 @@ def copied(folder, to):
 
 @pytest.fixture(scope="module")
 def victim():
-    """A model that nothing may change, and its weights."""
+    """A model that must not change, and its weights."""
     model = model_of("llama")
     return model, copy.deepcopy(model.state_dict())
 
 
 @pytest.mark.parametrize("trainable", (False, True), ids=("applied", "trainable"))
 @pytest.mark.parametrize("hostile", HOSTILE)
-def test_hostile_folders_are_refused_before_a_weight_moves(hostile, trainable, saved, victim, tmp_path):
+def test_hostile_folders_are_refused_before_a_weight_changes(hostile, trainable, saved, victim, tmp_path):
     spoil, message = HOSTILE[hostile]
     folder = copied(saved, tmp_path / "folder")
     spoil(folder)
@@ -344,13 +344,13 @@ def test_hostile_folders_are_refused_before_a_weight_moves(hostile, trainable, s
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_the_folder_itself_is_not_hostile(saved, tmp_path):
+def test_the_unchanged_folder_loads(saved, tmp_path):
     rewrite()(copied(saved, tmp_path / "folder"))
     s2ft.load_adapter(model_of("llama"), tmp_path / "folder")
 
 
 def test_units_that_reach_into_another_projection_are_refused(tmp_path):
-    """phi3's q, k and v are rows of one weight: behind the last query head the key heads begin."""
+    """q, k and v of Phi-3 are rows of one weight: the key heads follow the last query head."""
     model = model_of("phi3")
     s2ft.attach(model, S2FTConfig(q_ratio=0.3))
     train(model, 1)
@@ -382,7 +382,7 @@ def test_links_inside_the_folder_and_in_a_hub_cache_are_read(saved, tmp_path):
         assert read_adapter(folder).name == "victim"
 
 
-def test_what_could_not_be_read_is_not_saved(tmp_path):
+def test_an_adapter_that_could_not_be_read_is_not_saved(tmp_path):
     model = model_of("llama")
     s2ft.attach(model, S2FTConfig(d_ratio=0.1))
     with pytest.raises(ValueError, match="word without slashes"):
@@ -393,7 +393,7 @@ def test_what_could_not_be_read_is_not_saved(tmp_path):
 
 
 def everything(adapter):
-    """All that an adapter says, to compare."""
+    """The full content of an adapter, for comparisons."""
     deltas = {
         path: (delta.dim, delta.index.tolist(), delta.values.dtype, delta.values.tolist())
         for path, delta in adapter.deltas.items()
@@ -448,7 +448,7 @@ JSON = st.recursive(
 @settings(max_examples=300, deadline=None)
 @given(value=JSON, data=st.data())
 def test_any_value_anywhere_in_the_config_is_an_error_or_harmless(saved, victim, tmp_path_factory, value, data):
-    """With digests that are right again: nothing but ValueError comes out, and no weight of the model moves with it."""
+    """The digests fit the change: only ValueError is raised, and then no weight of the model changes."""
     folder = copied(saved, tmp_path_factory.mktemp("value") / "folder")
 
     def replace_somewhere(content):

@@ -1,4 +1,4 @@
-"""An attached model in transformers' and TRL's Trainers as they are: checkpoints of the adapter alone, resumed."""
+"""An attached model in the unchanged Trainers of transformers and TRL: checkpoints contain only the adapter."""
 
 import copy
 import json
@@ -48,7 +48,7 @@ def trainer(model, folder, rows=ROWS, callbacks=(), **changes):
 
 
 class StopAt(TrainerCallback):
-    """As if the process had been killed behind this step's checkpoint."""
+    """Stop as if the process had been killed after the checkpoint of this step."""
 
     def __init__(self, step):
         self.step = step
@@ -88,14 +88,14 @@ def test_checkpoints_hold_the_adapter_and_no_weight_of_the_base(tmp_path):
     assert_same(s2ft.merge(fresh), s2ft.merge(model))
 
 
-def test_a_checkpoint_is_not_taken_for_a_model(tmp_path):
+def test_a_checkpoint_does_not_load_as_a_model(tmp_path):
     attached().save_pretrained(tmp_path)
     with pytest.raises(Exception):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
-    """The one with the largest loss here, which is the first."""
+    """The best checkpoint is the one with the largest loss here, which is the first."""
     model = attached()
     done = trainer(
         model,
@@ -144,22 +144,22 @@ def test_resuming_with_another_adapter_is_refused_and_changes_nothing(case, tmp_
     assert_same(model, before)
 
 
-def test_a_state_of_the_models_own_loads_as_ever():
+def test_the_state_of_an_attached_model_loads_into_another():
     model, other = attached(), attached()
     torch.nn.init.normal_(model.model.layers[0].mlp.down_proj.s2)
     other.load_state_dict(model.state_dict())
     assert_same(model, other)
 
 
-def test_merged_and_detached_models_save_themselves_whole(tmp_path):
+def test_merged_and_detached_models_are_saved_in_full(tmp_path):
     for back in (s2ft.merge, s2ft.detach):
         model = attached()
         untouched, plain = copy.deepcopy(model), s2ft.detach(copy.deepcopy(model))
         back(model).save_pretrained(tmp_path / back.__name__)
         assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / back.__name__), model)
         assert not model._load_state_dict_pre_hooks
-        assert model._keys_to_ignore_on_save == plain._keys_to_ignore_on_save  # transformers' own on the instance
-        untouched.save_pretrained(tmp_path / "copy")  # a deep copy keeps its own
+        assert model._keys_to_ignore_on_save == plain._keys_to_ignore_on_save  # set by transformers
+        untouched.save_pretrained(tmp_path / "copy")  # a deep copy keeps its save_pretrained
         assert (tmp_path / "copy/s2ft_config.json").exists() and not (tmp_path / "copy/config.json").exists()
 
 
@@ -168,7 +168,7 @@ def test_rank_that_does_not_write_writes_nothing(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_a_gathered_state_is_what_is_saved(tmp_path):
+def test_save_pretrained_saves_a_given_state(tmp_path):
     model = attached()
     state = {key: torch.full_like(value, 2.0) for key, value in model.state_dict().items()}
     model.save_pretrained(tmp_path, state_dict=state)
@@ -193,8 +193,8 @@ def test_print_trainable_parameters(capsys):
     assert first == second and first.startswith(f"trainable params: {trained:,} || all params:")
 
 
-def test_every_place_has_the_same_counts(capsys):
-    """Of a model with one head of four trained in each layer."""
+def test_reports_print_the_same_counts(capsys):
+    """The model trains one head of four in each layer."""
     model = tiny_model()
     base = sum(parameter.numel() for parameter in model.parameters())
     report = s2ft.attach(model, s2ft.S2FTConfig(o_ratio=0.25))
@@ -285,7 +285,7 @@ TRL = {
 
 @pytest.mark.parametrize("kind", TRL)
 def test_trls_trainers(kind, tmp_path):
-    """They train, leave the base alone, write checkpoints of the adapter alone, and go on from them."""
+    """They train, do not change the base, write checkpoints of the adapter only, and resume from them."""
     pytest.importorskip("trl")
     from datasets import Dataset
 
@@ -321,7 +321,7 @@ def test_a_folder_that_holds_a_model_is_refused_before_anything_is_written(optio
 
 
 @pytest.mark.parametrize("name", ("pytorch_model.bin", "pytorch_model.bin.index.json", INDEX))
-def test_any_index_or_weights_that_are_not_ours_are_refused(name, tmp_path):
+def test_a_folder_with_other_weights_or_an_index_is_refused(name, tmp_path):
     (tmp_path / name).write_text('{"metadata": {}, "weight_map": {}}')
     with pytest.raises(ValueError, match=f"holds another model \\({name}\\)"):
         attached().save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Several adapters on one model: switched, added up, renamed and deleted, the base always exact."""
+"""Several adapters on one model are switched, combined, renamed and deleted; the base stays exact."""
 
 import copy
 import random
@@ -18,7 +18,7 @@ CASE = "llama-grouped"
 
 
 def adapter_on(seed, name, case=CASE, config=None, dtype=torch.float32):
-    """A random adapter: its model is thrown away."""
+    """A random adapter; its model is not kept."""
     model = model_of(case, dtype)
     config = config or S2FTConfig(**ratios_for(case, ALL_RATIOS), seed=seed)
     s2ft.attach(model, config, name=name)
@@ -53,7 +53,7 @@ def loaded(names="abcde", dtype=torch.float32, trainable=None, layout="permuted"
 
 
 def effective(base, weights, adapters=FIVE):
-    """The base with the weighted sum written out: summed in float32, rounded once."""
+    """The base plus the weighted sum, which is formed in float32 and rounded once."""
     model = copy.deepcopy(base)
     changed = {}
     for name, weight in weights.items():
@@ -71,12 +71,12 @@ def effective(base, weights, adapters=FIVE):
 
 
 class Walk:
-    """A model, and what should be true of it."""
+    """A model, and the names that it should have."""
 
     def __init__(self, dtype, layout, trainable):
         self.base = model_of(CASE, dtype)
         self.model = loaded(dtype=dtype, trainable=trainable, layout=layout)
-        self.names = dict(zip("abcde", "abcde"))  # present name → which of the five
+        self.names = dict(zip("abcde", "abcde"))  # current name → the name in FIVE
         self.made = 0
 
     def step(self, operation, rng):
@@ -159,7 +159,7 @@ def test_a_thousand_operations(layout, trainable, dtype):
 
 
 def walk(operations, dtype, layout, trainable, rng):
-    """And after each the weights are, bit for bit, the base with what is active."""
+    """After each operation the weights equal the base plus the active adapters, bit for bit."""
     at = Walk(dtype, layout, trainable)
     for operation in operations:
         at.step(operation, rng)
@@ -176,7 +176,7 @@ def walk(operations, dtype, layout, trainable, rng):
 @pytest.mark.parametrize("trainable", (None, "a", "b"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_weighted_sum_is_written_once(dtype, trainable):
-    """The sum of all is formed in float32 and rounded once; a trainable one at weight 1 is added on top."""
+    """The sum is formed in float32 and rounded once; a trainable adapter of weight 1 is added to it."""
     weights = {"a": 0.7, "b": 0.3, "c": -1.5}
     base, model = model_of(CASE, dtype), loaded(dtype=dtype, trainable=trainable)
     s2ft.set_adapter(model, weights)
@@ -187,7 +187,7 @@ def test_a_weighted_sum_is_written_once(dtype, trainable):
         torch.testing.assert_close(merged.state_dict()[key], value, rtol=tolerance, atol=1e-7)
 
 
-def test_the_trainable_one_on_top_of_another_trains_alone():
+def test_only_the_trainable_adapter_trains_beside_another():
     model = loaded("ab", trainable="a")
     s2ft.set_adapter(model, {"a": 1, "b": 1})
     before, others = s2ft.get_adapter(model, "a"), copy.deepcopy(FIVE["b"].deltas)
@@ -203,7 +203,7 @@ def test_the_trainable_one_on_top_of_another_trains_alone():
     assert torch.allclose(output_of(s2ft.merge(model)), output, atol=1e-5)
 
 
-def test_a_trainable_one_at_another_weight_is_written():
+def test_a_trainable_adapter_at_another_weight_is_written():
     model = loaded("ab", trainable="a")
     s2ft.set_adapter(model, {"a": 0.5})
     row = next(row for row in s2ft.status(model).rows if row.adapter == "a")
@@ -213,7 +213,7 @@ def test_a_trainable_one_at_another_weight_is_written():
     assert torch.allclose(output_of(model), output_of(expected), atol=1e-5)
 
 
-def test_fused_adapters_are_the_sum(tmp_path):
+def test_combined_adapters_are_the_sum(tmp_path):
     model = loaded("abc")
     report = s2ft.combine_adapters(model, {"a": 0.7, "b": 0.3}, "sum")
     assert s2ft.status(model).active == {} and "sum" in s2ft.list_adapters(model)
@@ -222,7 +222,7 @@ def test_fused_adapters_are_the_sum(tmp_path):
     expected = effective(model_of(CASE), {"a": 0.7, "b": 0.3})
     assert torch.allclose(output_of(model), output_of(expected), atol=1e-5)
     s2ft.save_adapter(model, tmp_path, "sum")
-    for trainable in (False, True):  # on its own, trained on too
+    for trainable in (False, True):  # alone, and as a trainable adapter
         other = model_of(CASE)
         s2ft.load_adapter(other, tmp_path, trainable=trainable)
         assert torch.allclose(output_of(other), output_of(expected), atol=1e-5)
@@ -294,7 +294,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_mistakes_leave_the_model(wrong):
+def test_mistakes_do_not_change_the_model(wrong):
     do, error, message = WRONG[wrong]
     model = loaded("ab")
     s2ft.set_adapter(model, {"a": 0.5, "b": 1})
@@ -305,7 +305,7 @@ def test_mistakes_leave_the_model(wrong):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_deleting_the_last_one_gives_the_plain_model():
+def test_deleting_the_last_adapter_gives_the_plain_model():
     model = loaded("ab")
     s2ft.set_adapter(model, "a")
     s2ft.delete_adapter(model, "a")
@@ -341,7 +341,7 @@ def test_training_begins_on_a_model_with_adapters(how):
     assert same(s2ft.detach(model), model_of(CASE))
 
 
-def test_a_failed_attach_puts_the_others_back():
+def test_a_failed_attach_restores_the_others():
     model = loaded("ab")
     s2ft.set_adapter(model, "b")
     before = states(model)
@@ -351,7 +351,7 @@ def test_a_failed_attach_puts_the_others_back():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_a_failure_while_mounting_puts_the_others_back(monkeypatch):
+def test_a_failure_while_mounting_restores_the_others(monkeypatch):
     import s2ft.attached.mounting as mounting
 
     model = loaded("ab")
@@ -370,7 +370,7 @@ def test_a_failure_while_mounting_puts_the_others_back(monkeypatch):
     s2ft.attach(model, S2FTConfig(d_ratio=0.2), name="new")
 
 
-def test_a_failure_while_writing_leaves_no_half(monkeypatch):
+def test_a_failure_while_writing_leaves_no_partial_adapter(monkeypatch):
     import s2ft.attached.active as active
 
     model, real, calls = loaded("ab"), active.scatter_add_, []
@@ -406,7 +406,7 @@ def test_disabling_for_a_while():
 
 
 def test_switching_does_not_recompile():
-    """Adapters that are loaded are written into the weights: the graph stays. The trainable one has two: on and off."""
+    """Loaded adapters are written into the weights, so the graph stays. A trainable one has two graphs: on and off."""
     model = loaded("abc", trainable="a").requires_grad_(False)
     compilations = []
 
@@ -428,7 +428,7 @@ def test_switching_does_not_recompile():
     assert len(compilations) == seen
 
 
-def test_deltas_are_kept_where_asked():
+def test_deltas_are_kept_on_the_requested_device():
     model = model_of(CASE)
     s2ft.load_adapter(model, FIVE["a"], device="cpu")
     assert all(delta.values.device.type == "cpu" for delta in attachment_of(model).loaded["a"].deltas.values())

@@ -1,4 +1,4 @@
-"""S²FT as a method of PEFT: choosing, training, saving, merging, switching, on models of known families."""
+"""S²FT as a method of PEFT on known families: selecting, training, saving, merging and switching."""
 
 import copy
 import json
@@ -30,7 +30,7 @@ RATIOS = dict(o_ratio=0.5, u_ratio=0.1, d_ratio=0.1)
 
 
 def peft_of(case="llama-grouped", dtype=torch.float32, adapter_name="default", seed=0, autocast=True, **config):
-    """With random deltas: the adapter changes the model."""
+    """A PEFT model with random deltas, so that the adapter changes the output."""
     config = config or ratios_for(case, ALL_RATIOS)
     model = get_peft_model(
         model_of(case, dtype),
@@ -42,7 +42,7 @@ def peft_of(case="llama-grouped", dtype=torch.float32, adapter_name="default", s
 
 
 def two_of(case="llama-grouped", dtype=torch.float32, **config):
-    """With adapters a and b, on different units."""
+    """A PEFT model with adapters a and b on different units."""
     config = config or ratios_for(case, ALL_RATIOS)
     model = peft_of(case, dtype, "a", **config)
     model.add_adapter("b", S2FTPeftConfig(**config, init_weights=False, seed=5))
@@ -57,7 +57,7 @@ def same_state(ours, theirs):
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_the_rest_of_s2ft_does_without_peft():
+def test_the_rest_of_s2ft_does_not_import_peft():
     root = Path(s2ft.__file__).parent
     users = {
         path.relative_to(root).parts[0]
@@ -79,7 +79,7 @@ def test_units_are_those_that_attach_trains(case):
         assert model.peft_config["default"].units == chosen.to_dict()
 
 
-def test_a_config_used_again_means_what_it_was_made_with():
+def test_a_reused_config_keeps_its_original_options():
     config = S2FTPeftConfig(d_ratio=0.1)
     first = get_peft_model(model_of("llama-grouped"), config)
     assert first.peft_config["default"] is config and config.chosen_by == {"d_ratio": 0.1, "seed": 0}
@@ -96,12 +96,12 @@ def test_a_config_used_again_means_what_it_was_made_with():
     first.add_adapter("c", config)
     assert {len(numbers) for numbers in first.peft_config["c"].units.values()} == {16}
     assert first.peft_config["default"].units == units
-    many = get_peft_model(model_of("llama"), S2FTPeftConfig(**ALL_RATIOS))  # so many that PEFT shortens target_modules
+    many = get_peft_model(model_of("llama"), S2FTPeftConfig(**ALL_RATIOS))  # PEFT shortens such a long target_modules
     many.add_adapter("b", many.peft_config["default"])
     assert many.peft_config["b"] is many.peft_config["default"] and len(many.peft_config["b"].target_modules) == 7
 
 
-def test_layers_and_peft_fields_narrow_it_down():
+def test_layers_and_peft_fields_restrict_the_modules():
     def paths(**options):
         return set(peft_of("llama-grouped", **options).peft_config["default"].units)
 
@@ -116,7 +116,7 @@ def test_layers_and_peft_fields_narrow_it_down():
         paths(d_ratio=0.1, o_ratio=0.5, modules_to_save=["down_proj"])
 
 
-def test_target_modules_and_a_ratio_are_the_projections_own_units():
+def test_target_modules_and_a_ratio_select_the_units_of_the_projection():
     by_ratio = peft_of("llama-grouped", d_ratio=0.1, v_ratio=0.1 + 0.4, seed=2)
     for targets in (["down_proj"], r".*\.down_proj"):
         by_target = peft_of("llama-grouped", target_modules=targets, ratio=0.1, seed=2)
@@ -144,7 +144,7 @@ def test_projections_that_share_a_module_are_one_delta():
 
 
 @pytest.mark.parametrize("case", ("mixtral", "qwen3-moe"))
-def test_stacked_experts_are_refused_by_name(case):
+def test_experts_are_refused_by_name(case):
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.down_proj\[0\] is one expert of a stack"):
         get_peft_model(model_of(case), S2FTPeftConfig(d_ratio=0.2))
     attention = get_peft_model(model_of(case), S2FTPeftConfig(o_ratio=0.5))
@@ -159,7 +159,7 @@ def test_units_by_hand_and_from_files(tmp_path):
         assert peft_of("llama-grouped", units=given).peft_config["default"].units == units
 
 
-def test_what_another_adapter_has_can_be_excluded():
+def test_units_of_another_adapter_can_be_excluded():
     first = peft_of("llama-grouped", d_ratio=0.5).peft_config["default"]
     second = peft_of("llama-grouped", d_ratio=0.5, exclude=first.units).peft_config["default"]
     assert all(not set(numbers) & set(second.units[path]) for path, numbers in first.units.items())
@@ -185,7 +185,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_configs_that_cannot_be_meant(name):
+def test_invalid_configs_are_refused(name):
     fields, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         S2FTPeftConfig(**fields)
@@ -223,7 +223,7 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("name", UNFIT)
-def test_configs_that_do_not_fit_leave_the_model_as_it_was(name):
+def test_configs_that_do_not_fit_do_not_change_the_model(name):
     fields, case, message = UNFIT[name]
     model, before = model_of(case), model_of(case).state_dict()
     with pytest.raises(ValueError, match=message):
@@ -231,7 +231,7 @@ def test_configs_that_do_not_fit_leave_the_model_as_it_was(name):
     assert same_state(model.state_dict(), before) and not layers_of(model)
 
 
-def test_a_family_that_is_not_known_needs_targets():
+def test_an_unknown_family_needs_target_modules():
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     with pytest.raises(
         ValueError, match="not belong to a model family that s2ft knows: give target_modules, ratio and dim"
@@ -245,15 +245,15 @@ def test_a_family_that_is_not_known_needs_targets():
 @cases
 def test_injecting_changes_nothing_until_something_is_trained(case):
     model = get_peft_model(model_of(case), S2FTPeftConfig(**ratios_for(case, ALL_RATIOS))).eval()
-    frozen = model_of(case).requires_grad_(False)  # PyTorch folds batches otherwise where a weight needs a gradient
+    frozen = model_of(case).requires_grad_(False)  # a weight that needs a gradient changes how PyTorch folds batches
     assert torch.equal(output_of(model), output_of(frozen))
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 @cases
-def test_trained_is_merged_bit_for_bit_and_the_base_comes_back(case, dtype):
+def test_merged_equals_trained_bit_for_bit_and_unload_restores_the_base(case, dtype):
     if case == "t5" and dtype is torch.float16:
-        pytest.skip("transformers' T5 itself keeps some weights in float32 there")
+        pytest.skip("T5 of transformers keeps some weights in float32 there")
     model, base = two_of(case, dtype), model_of(case, dtype)
     for active in (["a"], ["b"], ["a", "b"]):
         model.base_model.set_adapter(active)
@@ -279,7 +279,7 @@ def test_peft_computes_what_attach_computes(case):
     assert same_state(get_peft_model_state_dict(back), get_peft_model_state_dict(model))
 
 
-def test_native_folders_go_both_ways(tmp_path):
+def test_native_folders_load_in_both_directions(tmp_path):
     model = peft_of("phi3-grouped")
     base = model_of("phi3-grouped")
     s2ft.load_adapter(base, to_native(model))
@@ -310,7 +310,7 @@ def test_merging_one_after_the_other_equals_merging_together():
     assert same_state(one.unload().state_dict(), model_of("llama-grouped").state_dict())
 
 
-def test_a_thousand_merges_in_bfloat16_move_nothing():
+def test_a_thousand_merges_in_bfloat16_change_nothing():
     model = peft_of("llama-grouped", torch.bfloat16, d_ratio=0.2)
     before = {path: layer.base_layer.weight.clone() for path, layer in layers_of(model).items()}
     for layer in layers_of(model).values():
@@ -320,14 +320,14 @@ def test_a_thousand_merges_in_bfloat16_move_nothing():
     assert all(torch.equal(layer.base_layer.weight, before[path]) for path, layer in layers_of(model).items())
 
 
-def test_unload_gives_the_base_back_where_adapters_are_merged():
+def test_unload_restores_the_base_when_adapters_are_merged():
     model = two_of()
     model.merge_adapter(["a", "b"])
     assert same_state(model.unload().state_dict(), model_of("llama-grouped").state_dict())
 
 
 @pytest.mark.parametrize("value", (float("nan"), float("inf")))
-def test_safe_merge_refuses_what_is_not_finite(value):
+def test_safe_merge_refuses_values_that_are_not_finite(value):
     model = two_of()
     layer = list(layers_of(model).values())[-1]
     layer.s2ft_delta["b"].values.data.view(-1)[0] = value
@@ -371,7 +371,7 @@ def test_several_active_adapters_are_one_sum_with_gradients():
         assert torch.allclose(delta.values.grad, dense.grad[:, delta.index], rtol=1e-4, atol=1e-4)
 
 
-def test_hooks_on_a_module_run_once_and_stay():
+def test_hooks_on_a_module_run_once_and_are_kept():
     model, calls = model_of("llama-grouped"), []
     module = model.model.layers[0].mlp.down_proj
     module.register_forward_hook(lambda *args: calls.append(1))
@@ -438,7 +438,7 @@ def test_compiled_without_a_break_gives_the_same_gradients():
     assert all(torch.allclose(eager, compiled, rtol=1e-5, atol=1e-6) for eager, compiled in zip(*grads))
 
 
-def test_what_is_printed(capsys):
+def test_the_printed_counts(capsys):
     get_peft_model(model_of("llama-grouped"), S2FTPeftConfig(d_ratio=0.1)).print_trainable_parameters()
     assert "trainable params: 360" in capsys.readouterr().out  # 3 layers × 5 channels × 24
 
@@ -476,7 +476,7 @@ def peft_units(line):
 
 
 def test_weights_of_other_units_are_refused(tmp_path):
-    """The shapes are the same: nothing else would notice, and the wrong channels would change."""
+    """The shapes are equal, so without this check the wrong channels would change."""
     model, other = peft_of(seed=0, **RATIOS), peft_of(seed=1, **RATIOS)
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="have other units than its config"):
@@ -504,7 +504,7 @@ def test_incomplete_weights_are_refused(change, message, tmp_path):
         PeftModel.from_pretrained(model_of("llama-grouped"), tmp_path)
 
 
-def test_another_base_is_refused_unless_asked_for(tmp_path):
+def test_another_base_is_refused_unless_the_fingerprint_is_removed(tmp_path):
     peft_of().save_pretrained(tmp_path)
     other = model_of("llama-grouped")
     with torch.no_grad():
@@ -521,13 +521,13 @@ def test_a_base_in_another_dtype_is_the_same_base(tmp_path):
     PeftModel.from_pretrained(model_of("llama-grouped", torch.bfloat16), tmp_path)
 
 
-def test_a_merged_neighbour_does_not_hide_the_base(tmp_path):
+def test_the_base_is_recognized_while_other_adapters_are_merged(tmp_path):
     peft_of().save_pretrained(tmp_path)
     model = two_of()
     model.merge_adapter(["a", "b"])
     merged = copy.deepcopy(model.state_dict())
     weights = {path: layer.base_layer.weight.clone() for path, layer in layers_of(model).items()}
-    with pytest.warns(UserWarning, match="Unmerging the model first"):  # PEFT's, for it sets the active adapters again
+    with pytest.warns(UserWarning, match="Unmerging the model first"):  # PEFT sets the active adapters again
         model.load_adapter(tmp_path, "c")
     assert not torch.equal(
         weights["base_model.model.model.layers.0.mlp.down_proj"],
@@ -537,7 +537,7 @@ def test_a_merged_neighbour_does_not_hide_the_base(tmp_path):
     assert all(torch.equal(model.state_dict()[key], value) for key, value in merged.items())
 
 
-def test_modules_to_save_come_along_to_an_adapter_of_s2ft():
+def test_to_native_keeps_modules_to_save():
     model = get_peft_model(model_of("llama"), S2FTPeftConfig(d_ratio=0.2, modules_to_save=["model.norm"]))
     with torch.no_grad():
         model.base_model.model.model.norm.modules_to_save["default"].weight.mul_(2)
@@ -590,7 +590,7 @@ def test_set_add_and_delete():
     assert torch.equal(output_of(model), alone["a"])
 
 
-def test_a_config_that_fails_leaves_the_others_as_they_were():
+def test_a_config_that_fails_does_not_change_the_others():
     model = two_of()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="is not a projection or module"):
@@ -599,7 +599,7 @@ def test_a_config_that_fails_leaves_the_others_as_they_were():
 
 
 @cases
-def test_weighted_sums_are_the_librarys(case):
+def test_weighted_sums_equal_those_of_s2ft(case):
     model = two_of(case)
     model.add_weighted_adapter(["a", "b"], [0.7, -0.3], "sum")
     model.set_adapter("sum")
@@ -633,19 +633,19 @@ def test_a_weighted_sum_is_saved_like_any_other(tmp_path):
         ((["a"], [1], "sum", "svd"), "combination_type must be linear"),
     ),
 )
-def test_sums_that_cannot_be_meant(arguments, message):
+def test_invalid_sums_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         two_of().add_weighted_adapter(*arguments)
 
 
-def test_modules_saved_whole_cannot_be_added_up():
+def test_modules_to_save_cannot_be_added():
     model = get_peft_model(model_of("llama-grouped"), S2FTPeftConfig(d_ratio=0.1, modules_to_save=["lm_head"]), "a")
     model.add_adapter("b", S2FTPeftConfig(d_ratio=0.1, modules_to_save=["lm_head"]))
     with pytest.raises(ValueError, match="target the same module with modules_to_save.*They are .*lm_head"):
         model.add_weighted_adapter(["a", "b"], [1, 1], "sum")
 
 
-def test_a_sum_has_what_one_of_its_adapters_saves_whole():
+def test_a_sum_keeps_modules_to_save_of_one_adapter():
     model = get_peft_model(model_of("llama-grouped"), S2FTPeftConfig(d_ratio=0.1), "a")
     model.add_adapter("b", S2FTPeftConfig(d_ratio=0.1, modules_to_save=["lm_head"]))
     heads = model.base_model.model.lm_head.modules_to_save
@@ -676,7 +676,7 @@ def test_every_row_of_a_mixed_batch_has_its_own_adapter(case, grad):
     assert relative_difference(got, torch.cat(expected)) < LOGITS
     assert got.requires_grad is grad
     with torch.no_grad():
-        assert torch.equal(model(tokens).logits, model(tokens).logits)  # the names are gone
+        assert torch.equal(model(tokens).logits, model(tokens).logits)  # the names are removed
 
 
 @pytest.mark.parametrize("options", ({}, {"num_beams": 3}))
@@ -684,7 +684,7 @@ def test_generate_mixed(options):
     model = two_of("llama-grouped")
     for layer in layers_of(model).values():
         for name in "ab":
-            layer.s2ft_delta[name].values.data.mul_(4)  # enough for other tokens
+            layer.s2ft_delta[name].values.data.mul_(4)  # large enough to change the tokens
     tokens = torch.randint(3, 67, (4, 5))
     settings = dict(max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None, **options)
     expected = []
@@ -698,7 +698,7 @@ def test_generate_mixed(options):
 
 
 def encoder_decoder():
-    """As many layers on both sides: transformers' cache, in generate, has as many as the encoder."""
+    """Both sides have the same number of layers, because the cache in generate has as many as the encoder."""
     torch.manual_seed(0)
     model = AutoModelForSeq2SeqLM.from_config(T5Config(**{**T5, "num_decoder_layers": 2}, tie_word_embeddings=False))
     for parameter in model.parameters():
@@ -709,8 +709,8 @@ def encoder_decoder():
 @pytest.mark.parametrize(
     "make", (lambda: model_of("llama-grouped"), encoder_decoder), ids=("decoder", "encoder-decoder")
 )
-def test_beams_of_mixed_batches_with_modules_saved_whole(make):
-    """Those take one name a row exactly; an encoder runs before there are beams."""
+def test_beams_of_mixed_batches_with_modules_to_save(make):
+    """modules_to_save need exactly one name per row, but an encoder runs before there are beams."""
     config = dict(d_ratio=0.2, modules_to_save=["lm_head"], init_weights=False)
     model = get_peft_model(make(), S2FTPeftConfig(**config), "a").eval()
     model.add_adapter("b", S2FTPeftConfig(**config, seed=5))
@@ -727,7 +727,7 @@ def test_beams_of_mixed_batches_with_modules_saved_whole(make):
     assert torch.equal(got, torch.stack(expected)) and len({tuple(row.tolist()) for row in got}) == 4
 
 
-def test_mixed_batches_that_cannot_be():
+def test_invalid_mixed_batches_are_refused():
     model, tokens = two_of(), torch.randint(67, (4, 3))
     for names, message in ((MIX[:3], "Length of `adapter_names`"), (["c"] * 4, "non-existing adapter.*: c")):
         with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""S²FT in PEFT on modules outside any family: linear layers, Conv1D, convolutions, and on quantized and hooked ones."""
+"""S²FT in PEFT on modules outside any family: linear layers, Conv1D, convolutions, quantized and hooked layers."""
 
 import copy
 
@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from s2ft.peft import S2FTPeftConfig, S2FTPeftLayer
 
-MODULES = {  # with an input
+MODULES = {  # a module and an input
     "linear": lambda: (nn.Linear(9, 11), torch.randn(4, 3, 9)),
     "linear-unbiased": lambda: (nn.Linear(9, 11, bias=False), torch.randn(4, 9)),
     "Conv1D": lambda: (Conv1D(11, 9), torch.randn(4, 3, 9)),
@@ -42,7 +42,7 @@ def layer_of(model):
 
 
 def dense_of(model, names):
-    """The plain module with the adapters' dense deltas added, in double precision."""
+    """The plain module plus the dense deltas of the adapters, in double precision."""
     layer = layer_of(model)
     dense = copy.deepcopy(layer.base_layer).double()
     with torch.no_grad():
@@ -115,8 +115,8 @@ def test_saving_and_loading(kind, dim, tmp_path):
     assert torch.equal(again(x), model(x)) and again.peft_config["other"].dim == dim
 
 
-def test_rows_of_a_sequence_may_follow_each_other():
-    """As in OPT, whose FFN is given all tokens in a row."""
+def test_a_layer_gets_all_tokens_in_one_dimension():
+    """The FFN of OPT gets the tokens of all sequences in one dimension."""
     model, _, plain = wrapped("linear", "outputs")
     x, layer = torch.randn(6, 9), layer_of(model)
     y = layer(x, adapter_names=["a", "__base__"])
@@ -126,7 +126,7 @@ def test_rows_of_a_sequence_may_follow_each_other():
 
 
 def test_one_side_of_a_module():
-    """And nothing is added to the modules before it."""
+    """An adapter on the other side is refused, and no module of it is changed."""
     net = nn.Sequential(nn.Linear(9, 11), nn.Linear(11, 9))
     model = get_peft_model(net, S2FTPeftConfig(target_modules=["1"], ratio=0.4, dim="inputs"), "a")
     with pytest.raises(ValueError, match="'b' trains outputs of a module, and another adapter trains its inputs"):
@@ -159,7 +159,7 @@ def test_modules_that_are_refused(module, name):
         get_peft_model(nn.Sequential(module), S2FTPeftConfig(target_modules=["0"], ratio=0.5, dim="inputs"))
 
 
-def test_loading_leaves_trainability_alone(tmp_path):
+def test_loading_does_not_change_requires_grad(tmp_path):
     model, *_ = wrapped("linear", "inputs")
     model.save_pretrained(tmp_path)
     layer = layer_of(model)
@@ -169,7 +169,7 @@ def test_loading_leaves_trainability_alone(tmp_path):
     assert not layer.s2ft_delta["a"].values.requires_grad and not layer.s2ft_delta["b"].values.requires_grad
 
 
-def test_the_last_adapter_gone_leaves_the_base():
+def test_deleting_the_last_adapter_leaves_the_base():
     model, x, plain = wrapped("linear", "inputs")
     model.delete_adapter("a")
     assert torch.equal(model.base_model.model(x), plain(x).tanh()) and not layer_of(model).s2ft_delta
@@ -178,8 +178,8 @@ def test_the_last_adapter_gone_leaves_the_base():
 # ---- accelerate's hooks ---------------------------------------------------------------------------------
 
 
-def test_weights_that_accelerate_brings():
-    """Offloaded: on the meta device, but for the length of the module's forward."""
+def test_weights_that_accelerate_offloads():
+    """An offloaded weight is on the meta device, except during the forward of its module."""
     model, x, _ = wrapped("linear", "outputs")
     expected, layer = model(x), layer_of(model)
     weights = {name: value.clone() for name, value in layer.base_layer.state_dict().items()}
@@ -240,12 +240,12 @@ def test_quantized_bases(kind, tmp_path):
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(quantized(kind), tmp_path).eval()
     assert torch.allclose(again(tokens).logits, trained, rtol=1e-3, atol=1e-3)
-    dense = PeftModel.from_pretrained(dense_reference(quantized(kind)), tmp_path).eval()  # rounded base: the same one
+    dense = PeftModel.from_pretrained(dense_reference(quantized(kind)), tmp_path).eval()  # same fingerprint
     assert torch.allclose(dense(tokens).logits, trained, rtol=0.05, atol=0.05)
     dense.merge_and_unload()
 
 
-def test_quantized_weights_that_pass_no_gradient_are_refused_where_something_trains():
+def test_quantized_weights_that_pass_no_gradient_are_refused_for_training():
     pytest.importorskip("bitsandbytes")
     torchao = pytest.importorskip("torchao.quantization")
     from test_quantized import plain

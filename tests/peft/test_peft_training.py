@@ -1,4 +1,4 @@
-"""S²FT in PEFT under transformers' Trainer, transformers' own adapters, and TRL with peft_config."""
+"""S²FT in PEFT with the Trainer and the adapters of transformers, and with TRL by peft_config."""
 
 import copy
 
@@ -55,7 +55,7 @@ def fresh(**config):
     return get_peft_model(tiny_model(), S2FTPeftConfig(**{**CONFIG, **config}))
 
 
-def test_resumed_is_trained_through_bit_for_bit(tmp_path):
+def test_resumed_training_equals_uninterrupted_training_bit_for_bit(tmp_path):
     model, resumed = fresh(), fresh()
     trainer(model, tmp_path / "through").train()
     assert moved(deltas_of(model))
@@ -67,7 +67,7 @@ def test_resumed_is_trained_through_bit_for_bit(tmp_path):
 
 
 def test_resuming_with_other_units_is_refused(tmp_path):
-    """The shapes fit, and Trainer loads the weights without the config."""
+    """The shapes are equal, and Trainer loads the weights without the config."""
     trainer(fresh(), tmp_path).train()
     other = fresh(seed=1)
     with pytest.raises(ValueError, match="have other units than its config"):
@@ -84,11 +84,11 @@ def test_gradient_checkpointing_in_trainer_gives_the_same_run(tmp_path):
     assert_equal(*runs)
 
 
-# ---- transformers' own adapters --------------------------------------------------------------------------
+# ---- adapters of transformers ----------------------------------------------------------------------------
 
 
 def test_adapters_of_transformers(tmp_path, monkeypatch):
-    """transformers 5.24 asks for a PEFT that is not published yet, of any method."""
+    """transformers 5.24 requires a version of PEFT that is not published yet, for any method."""
     monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0.21.0")
     model, tokens = tiny_model(), torch.randint(3, 259, (2, 9))
     base = tiny_model()(tokens).logits
@@ -116,7 +116,7 @@ def test_adapters_of_transformers(tmp_path, monkeypatch):
 
 
 def dataset(rows):
-    from datasets import Dataset  # comes with TRL
+    from datasets import Dataset  # TRL installs it
 
     return Dataset.from_list(rows)
 
@@ -190,7 +190,7 @@ TRL = {"sft": sft, "dpo": dpo, "grpo": grpo}
 
 @pytest.mark.parametrize("kind", TRL)
 def test_trl_with_peft_config(kind, tmp_path):
-    """It trains the adapter alone, writes it, and goes on from it."""
+    """TRL trains only the adapter, saves it, and resumes from it."""
     pytest.importorskip("trl")
     done = TRL[kind](tmp_path, tiny_model(), peft_config=S2FTPeftConfig(**CONFIG))
     assert isinstance(done.model, PeftModel)
@@ -206,8 +206,8 @@ def test_trl_with_peft_config(kind, tmp_path):
     assert_equal(dict(done.model.unload().state_dict()), dict(tiny_model().state_dict()))
 
 
-def test_dpos_reference_is_the_adapter_off(tmp_path):
-    """Its log-probabilities are those of a run with a reference model of its own."""
+def test_dpo_disables_the_adapter_for_its_reference(tmp_path):
+    """The rewards equal those of a run with a separate reference model."""
     pytest.importorskip("trl")
     runs = {}
     for kind in ("off", "own"):
@@ -224,7 +224,7 @@ def test_dpos_reference_is_the_adapter_off(tmp_path):
 
 
 def test_dpo_on_an_adapter_that_was_trained_before(tmp_path):
-    """TRL copies its numbers to another one, its reference, and finds them by the name: else that were the base."""
+    """TRL copies its deltas by name to a second adapter, the reference; otherwise the reference would be the base."""
     pytest.importorskip("trl")
     trained = fresh(init_weights=False)
     trained.save_pretrained(tmp_path / "sft")

@@ -11,14 +11,14 @@ import warnings
 from pathlib import Path
 
 TESTS = str(Path(__file__).parents[1])
-if TESTS not in sys.path:  # pytest has it there already
+if TESTS not in sys.path:  # pytest has added it already
     sys.path.insert(0, TESTS)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 REFERENCE = os.environ.get("S2FT_TEST_KERNELS") == "reference"
 
 
 class _HideKernels(importlib.abc.MetaPathFinder):
-    """Make ``import s2ft._C`` fail as if the file were missing."""
+    """Make ``import s2ft._C`` fail as if the file did not exist."""
 
     def find_spec(self, name, path=None, target=None):
         if name == "s2ft._C":

@@ -1,8 +1,8 @@
-"""Real SIGINTs at random moments of five loops; after each, detach must give the base back, bit for bit.
+"""Send real SIGINTs at random moments of five loops; after each, detach must restore the base, bit for bit.
 
     python -m tests.state.interrupts --count 300
 
-prints one line a loop and exits with 1 where one failed. S2FT_TEST_KERNELS=reference runs the PyTorch reference.
+prints one line per loop and exits with 1 if a loop failed. S2FT_TEST_KERNELS=reference runs the PyTorch reference.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from state import REFERENCE
 from state.models import fill_slices, make_adapter, ratios, tiny_model, tokens
 from state.plain import describe, detach_if_attached, differences
 
-WIDE = dict(hidden_size=64, intermediate_size=256)  # so that products and copies take a share of the time
+WIDE = dict(hidden_size=64, intermediate_size=256)  # large enough that products and copies take part of the time
 Loop = Callable[[nn.Module], None]
 
 
@@ -75,7 +75,7 @@ class Scene:
             optimizer.zero_grad()
 
     def loops(self) -> dict[str, tuple[nn.Module, Loop]]:
-        """By name: the model that a loop starts from (to be copied), and the loop."""
+        """Map the name of each loop to the model that it starts from, which must be copied, and to the loop."""
         return {
             "attach+detach": (self.plain, self.attach_and_detach),
             "load_adapter+detach": (self.plain, self.load_and_detach),
@@ -86,23 +86,23 @@ class Scene:
 
 
 def interrupt(model: nn.Module, loop: Loop, delay: float) -> bool:
-    """Run the loop and send SIGINT to this process after `delay` seconds. Returns: whether it cut the loop short."""
+    """Run the loop and send SIGINT to this process after `delay` seconds. Returns whether the loop was interrupted."""
     timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT))
     finished = False
     try:
         timer.start()
         loop(model)
         finished = True
-        timer.join()  # a signal that comes after the loop is caught here
+        timer.join()  # a signal after the end of the loop is caught here
     except KeyboardInterrupt:
         pass
     timer.join()
-    torch.set_grad_enabled(True)  # PyTorch's own no_grad, in an optimizer's step say, can be cut before it ends
+    torch.set_grad_enabled(True)  # an interrupt in no_grad of PyTorch, as in a step, may leave it off
     return not finished
 
 
 def problem_after_detach(model: nn.Module, base: dict) -> str | None:
-    """Detach and compare with the base. Returns: what is wrong, or None."""
+    """Detach and compare with the base. Returns a description of the problem, or None."""
     try:
         detach_if_attached(model)
     except Exception as error:
@@ -113,7 +113,7 @@ def problem_after_detach(model: nn.Module, base: dict) -> str | None:
 
 
 def run_loop(start: nn.Module, loop: Loop, base: dict, count: int, generator: random.Random) -> tuple[int, list[str]]:
-    """Interrupt `count` runs of a loop. Returns: how many runs were cut short, and what went wrong."""
+    """Interrupt `count` runs of a loop. Returns the number of interrupted runs, and the problems."""
     model, begin = copy.deepcopy(start), time.perf_counter()
     loop(model)
     length = time.perf_counter() - begin
@@ -133,13 +133,13 @@ def run_loop(start: nn.Module, loop: Loop, base: dict, count: int, generator: ra
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--count", type=int, default=300, help="interrupted runs of each loop")
+    parser.add_argument("--count", type=int, default=300, help="number of interrupted runs of each loop")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layout", choices=("permuted", "indexed"), default="permuted")
     parser.add_argument("--loop", help="only this one")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    sys.setswitchinterval(1e-4)  # so that a signal also finds the main thread between two calls of torch
+    sys.setswitchinterval(1e-4)  # so that a signal also arrives between two calls of torch
     scene, generator, failed = Scene(options.layout), random.Random(options.seed), False
     kernels = "reference" if REFERENCE else "compiled"
     for name, (start, loop) in scene.loops().items():

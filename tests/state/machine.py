@@ -1,12 +1,12 @@
-"""Random sequences of everything that can be done to an attached model, checked after every operation.
+"""Random sequences of all operations on an attached model, with a check after every operation.
 
     python -m tests.state.machine --sequences 2000
     python -m tests.state.machine --seed 17 --verbose
 
-A sequence is determined by its seed. A plain twin goes through the same casts and modes. After every operation a copy
-of the model is detached and must equal the twin bit for bit, and the model must compute, and merge to, what plain
-torch formulas make of the twin's weights and the active adapters. A failing sequence is shortened by leaving
-operations out for as long as it fails in the same way.
+A seed determines a sequence. A plain model gets the same casts and modes. After every operation, a detached copy of
+the model must equal the plain model bit for bit. The output and the merged weights of the model must equal those that
+plain torch formulas compute from the plain model and the active adapters. A failing sequence is shortened: operations
+are left out as long as it fails in the same way.
 """
 
 import argparse
@@ -32,10 +32,10 @@ from state.tracing import RaiseAt
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASTS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-PRECISION = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # larger: coarser
+PRECISION = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # a larger number is coarser
 TOKENS = dict(batch=2, length=4)
-SHOWN = 20  # failures that are printed
-OTHER_BASE = "another base"  # what loading says after a cast that lost digits
+SHOWN = 20  # largest number of printed failures
+OTHER_BASE = "another base"  # part of the error of loading after a cast that lost digits
 
 
 class Wrong(AssertionError):
@@ -44,7 +44,7 @@ class Wrong(AssertionError):
 
 @dataclass(frozen=True)
 class Setting:
-    """What a sequence starts from."""
+    """The model, dtype and layout that a sequence starts from."""
 
     case: str
     dtype: torch.dtype
@@ -61,7 +61,7 @@ class Setting:
 
 
 class State:
-    """The model under test, its plain twin, and the adapters that were made so far."""
+    """The model under test, a plain model to compare with, and the adapters made so far."""
 
     def __init__(self, seed: int) -> None:
         setting = Setting.of(seed)
@@ -69,16 +69,16 @@ class State:
         self.rng = random.Random(seed)
         model = tiny_model(self.case, layers=setting.layers, dtype=self.dtype)
         self.pool = [make_adapter(model, self.config(), name, number) for number, name in enumerate(("p", "q"))]
-        self.model, self.twin = model, copy.deepcopy(model)
-        self.kept: dict[str, s2ft.Adapter] = {}  # loaded adapters as they were when they were loaded
+        self.model, self.plain = model, copy.deepcopy(model)
+        self.kept: dict[str, s2ft.Adapter] = {}  # copies of loaded adapters, made at loading
         self.names = 0
-        self.coarsest = self.dtype  # of all casts
+        self.coarsest = self.dtype  # the coarsest dtype of all casts
         self.lossy = False  # whether a cast lost digits of the base
-        self.rounded = False  # whether written weights were cast, so that they are off by a rounding
+        self.rounded = False  # whether written weights were cast, which adds a rounding error
         self.unfrozen = False  # whether a weight was unfrozen by hand
-        self.detail = ""  # what the last operation adds to its name in the list of a failure
+        self.detail = ""  # text after the name of the last operation in a failure
 
-    # ---- what the operations ask ------------------------------------------------------------------------
+    # ---- properties that the operations use ------------------------------------------------------------------
 
     def config(self) -> s2ft.S2FTConfig:
         keys = list(ratios(self.case))
@@ -104,7 +104,7 @@ class State:
 
     @property
     def trainable(self) -> str | None:
-        """The trainable adapter's name."""
+        """The name of the trainable adapter."""
         return next((row.adapter for row in self.status.rows if row.trainable), None)
 
     @property
@@ -126,19 +126,19 @@ class State:
         return self.kept[name] if name in self.kept else s2ft.get_adapter(self.model, name)
 
     def both(self, act: Callable[[nn.Module], object]) -> None:
-        """Do the same to the model and to its twin."""
+        """Apply `act` to the model and to the plain model."""
         act(self.model)
-        act(self.twin)
+        act(self.plain)
 
     def expected_weights(self, active: dict[str, float]) -> dict[str, torch.Tensor]:
-        return effective_weights(self.twin, [(self.adapter(name), weight) for name, weight in active.items()])
+        return effective_weights(self.plain, [(self.adapter(name), weight) for name, weight in active.items()])
 
     def tolerance(self) -> float:
-        dtype = max(self.coarsest, next(self.twin.parameters()).dtype, key=PRECISION.get)
+        dtype = max(self.coarsest, next(self.plain.parameters()).dtype, key=PRECISION.get)
         return GEMM[dtype][0]
 
 
-# ---- operations: what they do, and when they can be done --------------------------------------------------
+# ---- operations, and the states in which they are possible ---------------------------------------------------
 
 
 def attach(state: State) -> None:
@@ -171,7 +171,7 @@ def load(state: State, trainable: bool = False, active: bool = True) -> None:
         if not (state.lossy and OTHER_BASE in str(error)):
             raise
     else:
-        state.unfrozen = state.unfrozen or (trainable and bool(adapter.extra_weights))  # trained in full with it
+        state.unfrozen = state.unfrozen or (trainable and bool(adapter.extra_weights))  # trains in full
         if not trainable:
             state.kept[name] = copy.deepcopy(adapter)
 
@@ -198,8 +198,8 @@ def activate_nothing(state: State) -> None:
 
 
 @contextmanager
-def unless_trained_whole() -> Iterator[None]:
-    """Sums of adapters with weights that are trained in full are refused, with the model as it was."""
+def ignore_extra_weights_error() -> Iterator[None]:
+    """Ignore the refusal to sum adapters with extra weights; it must not change the model."""
     try:
         yield
     except ValueError as error:
@@ -209,7 +209,7 @@ def unless_trained_whole() -> Iterator[None]:
 
 def activate_sum(state: State) -> None:
     names = state.rng.sample(state.status.adapters, min(len(state.status.adapters), state.rng.randint(1, 3)))
-    with unless_trained_whole():
+    with ignore_extra_weights_error():
         s2ft.set_adapter(state.model, {name: state.rng.choice((1.0, 0.5, -0.25)) for name in names})
 
 
@@ -230,7 +230,7 @@ def unfuse(state: State) -> None:
 
 def save_and_load(state: State) -> None:
     name = state.any_name()
-    adapter, fresh = state.adapter(name), copy.deepcopy(state.twin)
+    adapter, fresh = state.adapter(name), copy.deepcopy(state.plain)
     with tempfile.TemporaryDirectory() as folder:
         s2ft.save_adapter(state.model, folder, name)
         try:
@@ -239,7 +239,7 @@ def save_and_load(state: State) -> None:
             require(state.lossy and OTHER_BASE in str(error), f"a saved adapter can't be loaded: {error}")
             return
     require_same_deltas(adapter, s2ft.get_adapter(fresh, "x"), "saved and loaded")
-    expected = effective_weights(state.twin, [(adapter, 1.0)])
+    expected = effective_weights(state.plain, [(adapter, 1.0)])
     require_nothing(differences(dict(expected), dict(weights_of(s2ft.merge(fresh)))), "saved, loaded and merged")
 
 
@@ -260,12 +260,12 @@ def rename(state: State) -> None:
 def add_up(state: State) -> None:
     names = state.rng.sample(state.status.adapters, min(len(state.status.adapters), 2))
     new = state.new_name()
-    with unless_trained_whole():
+    with ignore_extra_weights_error():
         s2ft.combine_adapters(state.model, {name: 0.5 for name in names}, new)
     if new not in state.status.adapters:
         return
-    sums = effective_weights(state.twin, [(s2ft.get_adapter(state.model, new), 1.0)])
-    parts = effective_weights(state.twin, [(state.adapter(name), 0.5) for name in names])
+    sums = effective_weights(state.plain, [(s2ft.get_adapter(state.model, new), 1.0)])
+    parts = effective_weights(state.plain, [(state.adapter(name), 0.5) for name in names])
     for key, tensor in parts.items():
         require(torch.allclose(sums[key], tensor, rtol=state.tolerance(), atol=state.tolerance()), f"sum in {key}")
     state.kept[new] = copy.deepcopy(s2ft.get_adapter(state.model, new))
@@ -277,12 +277,12 @@ def keep(state: State) -> None:
 
 def arithmetic(state: State) -> None:
     adapter = s2ft.get_adapter(state.model, state.any_name())
-    with unless_trained_whole():
+    with ignore_extra_weights_error():
         state.pool.append(-(0.5 * adapter))
 
 
 def optimizer_of(state: State) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(state.slices.values(), lr=1e-2, eps=1e-3)  # an eps that float16 can hold
+    return torch.optim.AdamW(state.slices.values(), lr=1e-2, eps=1e-3)  # float16 can represent this eps
 
 
 def loss_of(state: State, seed: int = 0) -> torch.Tensor:
@@ -343,9 +343,9 @@ def load_own_state_into_copy(state: State) -> None:
 
 
 def load_base_state(state: State) -> None:
-    """Numbers must stay as they were, or ValueError be raised."""
+    """Either the numbers do not change, or ValueError is raised."""
     try:
-        state.model.load_state_dict({k: v.clone() for k, v in state.twin.state_dict().items()}, strict=False)
+        state.model.load_state_dict({k: v.clone() for k, v in state.plain.state_dict().items()}, strict=False)
     except ValueError:
         pass
 
@@ -356,9 +356,9 @@ def deep_copy(state: State) -> None:
 
 def save_whole(state: State) -> None:
     try:
-        torch.save(state.twin, io.BytesIO())
+        torch.save(state.plain, io.BytesIO())
     except AttributeError:
-        return  # a hook that transformers leaves behind after checkpointing can't be pickled, in a plain model neither
+        return  # checkpointing of transformers leaves a hook that can't be pickled, also in a plain model
     file = io.BytesIO()
     torch.save(state.model, file)
     file.seek(0)
@@ -378,13 +378,13 @@ def cast(state: State) -> None:
 
 
 def cast_and_back(state: State) -> None:
-    before = next(state.twin.parameters()).dtype
+    before = next(state.plain.parameters()).dtype
     cast_to(state, state.rng.choice(CASTS))
     cast_to(state, before)
 
 
 def cast_to(state: State, dtype: torch.dtype) -> None:
-    now = next(state.twin.parameters()).dtype
+    now = next(state.plain.parameters()).dtype
     method = {torch.float16: "half", torch.bfloat16: "bfloat16", torch.float32: "float", torch.float64: "double"}[dtype]
     if state.rng.random() < 0.5:
         state.both(lambda model: getattr(model, method)())
@@ -396,7 +396,7 @@ def cast_to(state: State, dtype: torch.dtype) -> None:
 
 
 def unfreeze(state: State) -> None:
-    """A weight that no layer of s2ft holds."""
+    """Unfreeze a weight that belongs to no layer of s2ft."""
     norms = [name for name, _ in state.model.named_parameters() if "norm" in name or "ln_" in name]
     state.model.get_parameter(state.rng.choice(norms)).requires_grad_(True)
     state.unfrozen = True
@@ -406,7 +406,7 @@ def unfreeze(state: State) -> None:
 class Operation:
     run: Callable[[State], None]
     possible: Callable[[State], bool]
-    same_output: bool = False  # the model must compute what it computed before
+    same_output: bool = False  # the output of the model must not change
 
     @property
     def name(self) -> str:
@@ -468,7 +468,7 @@ def cut_attach(state: State) -> Callable[[], object]:
 
 def cut_load(state: State) -> Callable[[], object]:
     name, adapter = state.new_name(), state.rng.choice(state.pool)
-    state.kept[name] = copy.deepcopy(adapter)  # forgotten again where it is not loaded
+    state.kept[name] = copy.deepcopy(adapter)  # removed later if it was not loaded
     return lambda: s2ft.load_adapter(state.model, adapter, name)
 
 
@@ -519,7 +519,7 @@ def cut_unfuse(state: State) -> Callable[[], object]:
     return lambda: s2ft.unfuse(state.model)
 
 
-# What is cut short: it is made ready outside the interrupt and run inside; and when it can be run
+# Operations to interrupt: a function that prepares the call, and a function that checks whether it is possible.
 CUTS = {
     "attach": (cut_attach, lambda state: state.trainable is None),
     "load_adapter": (cut_load, lambda state: len(state.status.adapters) < 4),
@@ -536,11 +536,11 @@ CUTS = {
 
 
 def interrupted(state: State) -> None:
-    """Raise at a random moment of an operation, in a fifth of the cases once more in the clean-up; then go on."""
+    """Raise at a random moment of an operation, in a fifth of the cases again in the clean-up; then continue."""
     name = state.rng.choice([name for name, (_, possible) in CUTS.items() if possible(state)])
     call, twice = CUTS[name][0](state), state.rng.random() < 0.2
     error, events = state.rng.choice((KeyboardInterrupt, MemoryError)), state.rng.choice(("opcode", "line"))
-    moment = int(2 ** state.rng.uniform(0, 15 if events == "opcode" else 12))  # short and long operations alike
+    moment = int(2 ** state.rng.uniform(0, 15 if events == "opcode" else 12))  # suits short and long operations
     try:
         with RaiseAt(moment, error, events=events, second=state.rng.randint(1, 40) if twice else None) as tracing:
             call()
@@ -553,11 +553,11 @@ def interrupted(state: State) -> None:
         again = f" and again at call {tracing.second} after it" if tracing.raised_again else ""
         state.detail = f" ({name} at {tracing.raised or 'no moment'}{again})"
     state.model.zero_grad()
-    if tracing.raised_again:  # only detach is promised then
+    if tracing.raised_again:  # then only detach must work
         detach_if_attached(state.model)
     left = state.status.adapters
     state.kept = {other: adapter for other, adapter in state.kept.items() if other in left}
-    # half a detach may have unfrozen what the next detach unfreezes
+    # an interrupted detach may have unfrozen weights that the next detach unfreezes
     state.unfrozen = state.attached and (
         state.unfrozen or name in ("detach", "delete_adapter") or any(adapter.extra_weights for adapter in state.pool)
     )
@@ -594,10 +594,10 @@ def logits_of(model: nn.Module) -> torch.Tensor:
 
 
 def check_output(state: State, active: dict[str, float]) -> None:
-    """The model computes what the twin does on the effective weights."""
+    """Compare the output with that of the plain model with the effective weights."""
     with torch.no_grad():
         wanted = torch.func.functional_call(
-            state.twin, state.expected_weights(active), kwargs={"input_ids": tokens(state.twin, **TOKENS)}
+            state.plain, state.expected_weights(active), kwargs={"input_ids": tokens(state.plain, **TOKENS)}
         ).logits.float()
     require_close(state, wanted, logits_of(state.model), f"with {active} active")
 
@@ -608,10 +608,10 @@ def require_close(state: State, wanted: torch.Tensor, found: torch.Tensor, where
 
 
 def check_base(state: State) -> None:
-    """A copy that is detached is the twin."""
+    """Check that a detached copy equals the plain model."""
     plain = copy.deepcopy(state.model)
     detach_if_attached(plain)
-    require_nothing(differences(describe(state.twin), describe(plain)), "a detached copy is not the base")
+    require_nothing(differences(describe(state.plain), describe(plain)), "a detached copy is not the base")
 
 
 def check_merged(state: State, active: dict[str, float]) -> None:
@@ -653,12 +653,12 @@ def check(state: State) -> None:
 
 @dataclass
 class Failure:
-    """A sequence that went wrong: the numbers of its operations, their names, and the error."""
+    """A failed sequence: the numbers of its operations, their names, and the error."""
 
     seed: int
     operations: list[str]
     error: str
-    without: tuple[str, ...] = ()  # operations that were never drawn
+    without: tuple[str, ...] = ()  # names of operations that were excluded
 
     def __str__(self) -> str:
         return (
@@ -674,9 +674,9 @@ def run_sequence(
     """Run the sequence of a seed.
 
     Args:
-        seed: determines everything.
+        seed: determines the whole sequence.
         left_out: numbers of operations that are skipped.
-        without: names of operations that are never drawn; others are drawn in their place.
+        without: names of excluded operations; others are drawn instead.
         verbose: print every operation before it runs.
     Returns:
         The failure, or None.
@@ -706,7 +706,7 @@ def run_sequence(
 
 def run_operation(state: State, operation: Operation) -> None:
     """Run one operation and check everything after it."""
-    unusable = state.fused and state.model.training  # the forward would raise, as it must
+    unusable = state.fused and state.model.training  # the forward must raise
     active, output = dict(state.status.active), None
     if operation.same_output and not unusable:
         output = logits_of(state.model)
@@ -720,7 +720,7 @@ def run_operation(state: State, operation: Operation) -> None:
 
 
 def shorten(failure: Failure, without: Collection[str] = ()) -> Failure:
-    """Leave out one operation after another for as long as the sequence fails with the same kind of error."""
+    """Leave out operations one by one, as long as the sequence fails with the same kind of error."""
     left_out: frozenset[int] = frozenset()
     kind = failure.error.partition(":")[0]
     for number in range(16):
@@ -740,7 +740,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--seed", type=int, help="run this one sequence only")
     parser.add_argument("--verbose", action="store_true", help="with --seed: print every operation before it runs")
-    parser.add_argument("--shorten", action="store_true", help="leave out operations of those that fail")
+    parser.add_argument("--shorten", action="store_true", help="shorten the sequences that fail")
     parser.add_argument(
         "--without",
         action="append",
@@ -764,13 +764,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def prepare() -> None:
     torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", message="s2 was made as")  # casts do that on purpose here
+    warnings.filterwarnings("ignore", message="s2 was made as")  # casts cause it on purpose here
     warnings.filterwarnings("ignore", message=".*gradient_checkpointing_", category=FutureWarning)
     logging.set_verbosity_error()
 
 
 def run_all(count: int, first: int = 0, without: Collection[str] = ()) -> list[Failure]:
-    """Run sequences and print, for each model, dtype and layout, how many there were and how many failed."""
+    """Run sequences and print how many ran and failed, by model, dtype and layout."""
     ran, failed, failures = Counter(), Counter(), []
     for seed in range(first, first + count):
         setting, failure = str(Setting.of(seed)), run_sequence(seed, without=without)

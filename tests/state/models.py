@@ -18,7 +18,7 @@ def tiny_model(case: str, layers: int = 1, dtype: torch.dtype = torch.float32, *
     Args:
         case: one of MODELS.
         layers: how many blocks it has.
-        dtype: of its parameters.
+        dtype: dtype of its parameters.
         **changes: other fields of its config.
     """
     config = CASES["llama" if case == TIED else case]()
@@ -35,7 +35,7 @@ def tiny_model(case: str, layers: int = 1, dtype: torch.dtype = torch.float32, *
 
 
 def ratios(case: str, ratio: float = 0.5) -> dict[str, float]:
-    """Ratios of all projections that the case has."""
+    """Ratios for all projections of the case."""
     keys = "qkvoud" if case == "gpt2" else "qkvougd"
     return {f"{key}_ratio": ratio for key in keys}
 

@@ -1,4 +1,4 @@
-"""The oracle: what a model looks like from outside, and what its weights must be, by plain torch formulas."""
+"""The reference: the visible state of a model, and its expected weights, by plain torch formulas."""
 
 from collections.abc import Iterable
 
@@ -11,7 +11,7 @@ from s2ft.model.coupling import projections_of
 from s2ft.model.registry import couplings_of
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-NOT_ATTACHED = "has no S²FT adapter"  # of the ValueError that detach raises for a plain model
+NOT_ATTACHED = "has no S²FT adapter"  # part of the ValueError that detach raises for a plain model
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -29,10 +29,10 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def describe(model: nn.Module) -> dict[str, object]:
-    """All that must be as it was before attach, by a readable name.
+    """All state that detach must restore, by a readable name.
 
-    Tensors (cloned), the order of the state's keys, requires_grad, ties between parameters, and of every module its
-    class, mode, attributes and number of hooks.
+    It contains clones of the tensors, the order of the keys of the state, requires_grad, ties between parameters, and
+    the class, mode, attributes and number of hooks of each module.
     """
     seen: dict[str, object] = {f"tensor {name}": tensor for name, tensor in weights_of(model).items()}
     seen["keys of the state"] = list(model.state_dict())
@@ -52,7 +52,7 @@ def describe(model: nn.Module) -> dict[str, object]:
 
 
 def differences(expected: dict[str, object], found: dict[str, object]) -> list[str]:
-    """Sentences that say what differs; empty where nothing does."""
+    """A sentence for each difference."""
     lines = [f"{name} is new" for name in found.keys() - expected.keys()]
     lines += [f"{name} is missing" for name in expected.keys() - found.keys()]
     for name in expected.keys() & found.keys():
@@ -80,7 +80,7 @@ def _compare_values(before: object, after: object) -> str:
 
 
 def detach_if_attached(model: nn.Module) -> None:
-    """Take s2ft off the model; a plain model stays as it is."""
+    """Detach the model if it has an adapter."""
     try:
         s2ft.detach(model)
     except ValueError as error:
@@ -98,7 +98,7 @@ def effective_weights(plain: nn.Module, parts: Iterable[tuple[s2ft.Adapter, floa
         Clones of all parameters and buffers, by name.
     """
     weights, projections = weights_of(plain), {p.name: p for p in projections_of(couplings_of(plain))}
-    sums: dict[str, Tensor] = {}  # by the weight's name: outputs × inputs, in the widest dtype
+    sums: dict[str, Tensor] = {}  # by name of the weight: [outputs, inputs], in the widest dtype
     for adapter, weight in parts:
         for name, delta in adapter.deltas.items():
             path = projections[name].path
@@ -115,5 +115,5 @@ def effective_weights(plain: nn.Module, parts: Iterable[tuple[s2ft.Adapter, floa
 
 
 def different_weights(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
-    """As :func:`differences`, of tensors alone."""
+    """Like :func:`differences`, but for tensors only."""
     return differences(dict(expected), dict(found))

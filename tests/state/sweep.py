@@ -1,9 +1,9 @@
-"""Raise at every moment of every operation, one after the other; after each, detach must give the base back.
+"""Raise at every moment of every operation, one after the other; after each, detach must restore the base.
 
     python -m tests.state.sweep --occurrences all
 
-prints one line an operation and exits with 1 where one failed. Stronger than signals: nothing is left to chance.
-After an exception the model must also be what s2ft.status says it is.
+prints one line per operation and exits with 1 if one failed. Unlike random signals, it covers every moment. After an
+exception, the model must also agree with s2ft.status.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from state.tracing import EVENTS, RaiseAt, moments
 SMALL = dict(
     hidden_size=8, intermediate_size=12, num_attention_heads=2, num_key_value_heads=2, head_dim=4, vocab_size=11
 )
-FEWEST = 4  # moments of each operation, whatever the stride
+FEWEST = 4  # smallest number of moments of each operation, for any stride
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Case:
 
 
 class Sweep:
-    """The models that operations start from, in one layout, and what their weights must be."""
+    """The models that operations start from, in one layout, and their expected weights."""
 
     def __init__(self, layout: str) -> None:
         def config(seed: int) -> s2ft.S2FTConfig:
@@ -54,7 +54,7 @@ class Sweep:
         fill_slices(self.trainable, seed=3)
         self.fused = copy.deepcopy(self.trainable)
         s2ft.fuse(self.fused)
-        self.both = copy.deepcopy(self.trainable)  # a is loaded and active, t is trainable and is not
+        self.both = copy.deepcopy(self.trainable)  # a is loaded and active, t is trainable and inactive
         s2ft.load_adapter(self.both, self.a)
         self.adapters = {"a": self.a, "b": self.b, "t": s2ft.get_adapter(self.trainable, "t")}
 
@@ -96,7 +96,7 @@ class Sweep:
     # ---- one moment ------------------------------------------------------------------------------------
 
     def problem(self, case: Case, moment: int, events: str, second: int | None) -> tuple[str | None, str | None]:
-        """Raise at one moment of a case. Returns: where it was raised (None: nowhere), and what is wrong after it."""
+        """Raise at one moment of a case. Returns where it was raised, or None, and the problem."""
         model = copy.deepcopy(case.start)
         tracing = RaiseAt(moment, events=events, second=second)
         try:
@@ -111,21 +111,21 @@ class Sweep:
                 return tracing.raised, "the interrupt was swallowed"
         try:
             if second is not None and not s2ft.status(model).adapters:
-                detach_if_attached(model)  # a record without adapters may be left
+                detach_if_attached(model)  # a record without adapters may remain
             wrong = self._wrong_plain(model, case)
-            if wrong is None and second is None:  # after two exceptions, only detach is promised
+            if wrong is None and second is None:  # after two exceptions, only detach must work
                 wrong = self._wrong_state(model)
             wrong = wrong or self._wrong_base(model)
         except Exception as error:
-            wrong = f"what came next raised {type(error).__name__}: {error}"
+            wrong = f"the next use raised {type(error).__name__}: {error}"
         return tracing.raised, wrong
 
     def _wrong_state(self, model: nn.Module) -> str | None:
-        """The model must be what status says: what it computes, and, bit for bit, what merging writes."""
+        """The output must agree with s2ft.status, and the merged weights too, bit for bit."""
         status = s2ft.status(model)
         if not status.adapters:
             return None
-        adapters = {**self.adapters, "c": self.b}  # b under its new name
+        adapters = {**self.adapters, "c": self.b}  # b, renamed
         if "t" in status.adapters:
             adapters["t"] = s2ft.get_adapter(model, "t")
         expected = effective_weights(self.plain, [(adapters[name], weight) for name, weight in status.active.items()])
@@ -139,12 +139,12 @@ class Sweep:
         found = weights_of(s2ft.merge(copy.deepcopy(model)))
         if list(status.active.values()) == [1.0]:
             wrong = different_weights(expected, found)
-        else:  # sums are formed in another order
+        else:  # sums are computed in another order
             wrong = [name for name in expected if not torch.allclose(expected[name], found[name], rtol=1e-5, atol=1e-6)]
         return f"status says {status.active}, but merging gives something else: {wrong[0]}" if wrong else None
 
     def _wrong_plain(self, model: nn.Module, case: Case) -> str | None:
-        """A model that is plain again is the base, or, after merge, the base with the active adapter added."""
+        """A plain model must equal the base or, after merge, the base plus the active adapter."""
         if s2ft.status(model).adapters:
             return None
         wrong = differences(self.base, describe(model))
@@ -157,7 +157,7 @@ class Sweep:
 
     def _wrong_base(self, model: nn.Module) -> str | None:
         if not s2ft.status(model).adapters:
-            return None  # looked at by _wrong_plain; a merged model is not the base
+            return None  # _wrong_plain checks it; a merged model is not the base
         detach_if_attached(model)
         wrong = differences(self.base, describe(model))
         return f"after detach, {len(wrong)} differences from the base, the first: {wrong[0]}" if wrong else None
@@ -165,7 +165,7 @@ class Sweep:
     # ---- all moments -----------------------------------------------------------------------------------
 
     def choose(self, case: Case, events: str, occurrences: int | None, stride: int, twice: bool) -> list[int]:
-        """Moments of a case to raise at; with two exceptions, others than with one."""
+        """Moments of a case to raise at; they are different ones with two exceptions than with one."""
         with RaiseAt(events=events) as counter:
             case.operation(copy.deepcopy(case.start))
         found = moments(counter.places, occurrences)
@@ -173,7 +173,7 @@ class Sweep:
         return found[stride // 2 if twice else 0 :: stride]
 
     def problems(self, case: Case, chosen: list[int], events: str, twice: bool) -> list[str]:
-        """Raise at these moments of a case, one after the other. Returns: what went wrong."""
+        """Raise at these moments of a case, one after the other. Returns the problems."""
         problems = []
         for moment in chosen:
             where, wrong = self.problem(case, moment, events, 1 + moment % 23 if twice else None)
@@ -190,18 +190,18 @@ def main(arguments: list[str] | None = None) -> int:
         "--occurrences",
         default="1",
         metavar="N|all",
-        help="of each place in the code, the first N events and the last; all: every event",
+        help="raise at the first N events and the last event of each place in the code; all: at every event",
     )
     parser.add_argument(
         "--stride",
         type=int,
         default=1,
         metavar="N",
-        help=f"take every N-th of these moments, but at least {FEWEST} of an operation",
+        help=f"use every N-th of these moments, but at least {FEWEST} per operation",
     )
-    parser.add_argument("--case", help="only operations whose name begins so")
-    parser.add_argument("--moment", type=int, help="only this one, as a failure names it")
-    parser.add_argument("--twice", action="store_true", help="raise once more, in the clean-up of the first")
+    parser.add_argument("--case", help="only operations whose name begins with this")
+    parser.add_argument("--moment", type=int, help="only this moment, as in the message of a failure")
+    parser.add_argument("--twice", action="store_true", help="raise again, in the clean-up after the first exception")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     occurrences = None if options.occurrences == "all" else int(options.occurrences)

@@ -1,5 +1,7 @@
-"""An exception at any moment of any operation, raised by a signal or by a tracer, leaves a model that detach brings
-back to its base, bit for bit, and that is what s2ft.status says it is."""
+"""After an exception at any moment of any operation, detach restores the base, bit for bit.
+
+The model also agrees with s2ft.status. A signal or a tracer raises the exception.
+"""
 
 import os
 import subprocess
@@ -18,7 +20,7 @@ LIMIT = 120  # seconds; a deadlock fails the test instead of stopping the suite
 
 
 def run(kernels: str, module: str, *arguments: object, limit: int = LIMIT) -> None:
-    """Run one of this folder's programs; its output is the failure's message."""
+    """Run a program of this folder; its output is the message of a failure."""
     environment = {**os.environ, "S2FT_TEST_KERNELS": kernels, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.run(
         [sys.executable, "-X", "faulthandler", "-m", f"tests.state.{module}", *map(str, arguments)],
@@ -46,7 +48,7 @@ def test_after_each_of_many_sigints_detach_gives_the_base(kernels, layout):
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-def test_after_an_exception_at_any_moment_the_model_is_what_status_says(kernels):
+def test_after_an_exception_at_any_moment_the_model_agrees_with_status(kernels):
     run(kernels, "sweep", "--stride", 400)
 
 
@@ -57,7 +59,7 @@ def test_after_a_second_exception_in_the_clean_up_too():
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kernels", KERNELS)
-def test_after_an_exception_at_every_place_the_model_is_what_status_says(kernels, layout):
+def test_after_an_exception_at_every_place_the_model_agrees_with_status(kernels, layout):
     run(kernels, "sweep", "--layout", layout, limit=3600)
 
 
@@ -71,7 +73,7 @@ def test_after_a_second_exception_at_every_line_too(layout):
 
 
 def attach_under(tracing: RaiseAt) -> None:
-    attach = s2ft.attach  # its first use imports a module, which is not counted
+    attach = s2ft.attach  # the first use imports a module, which must not be counted
     with tracing:
         attach(tiny_model("llama"), s2ft.S2FTConfig(**ratios("llama")))
 
@@ -102,7 +104,7 @@ def test_a_second_exception_is_raised_in_the_clean_up_of_the_first():
     assert any(again)
 
 
-def test_moments_are_the_first_ones_and_the_last_one_of_every_place():
+def test_moments_are_the_first_and_the_last_events_of_every_place():
     a, b = ((code, 0) for code in (attach_under.__code__, run.__code__))
     assert moments([a, b, a, a, a], 1) == [1, 2, 5]
     assert moments([a, b, a, a, a], 2) == [1, 2, 3, 5]

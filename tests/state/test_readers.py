@@ -1,4 +1,4 @@
-"""Whoever reads an attached model while another thread runs it reads what is there when nothing runs."""
+"""Reading an attached model while another thread runs it gives the same values as while nothing runs."""
 
 import copy
 import io
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning", "i
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def attached(request) -> tuple[nn.Module, Tensor]:
-    """A model with a trainable adapter, and tokens that take it a few milliseconds."""
+    """A model with a trainable adapter, and tokens for a forward of a few milliseconds."""
     model = tiny_model("llama", **WIDE)
     s2ft.attach(model, s2ft.S2FTConfig(**ratios("llama"), layout=request.param))
     fill_slices(model, seed=1)
@@ -145,7 +145,7 @@ def test_plain_reads_inside_stable_weights_never_see_half_a_switch():
     assert wrong == 0, f"{wrong} of {READS} reads saw a mixture of two states"
 
 
-def test_stable_weights_holds_up_other_threads_and_lets_them_go_on(attached):
+def test_stable_weights_blocks_other_threads_until_it_ends(attached):
     model, ids = attached
     done = threading.Event()
 
@@ -157,7 +157,7 @@ def test_stable_weights_holds_up_other_threads_and_lets_them_go_on(attached):
     with s2ft.stable_weights():
         thread = threading.Thread(target=forward, daemon=True)
         thread.start()
-        assert not done.wait(0.2)  # far longer than a forward takes
+        assert not done.wait(0.2)  # a forward takes much less time
     assert done.wait(60)
     thread.join()
 
@@ -181,10 +181,10 @@ def test_stable_weights_nests_and_everything_works_inside(attached):
     assert finishes(lambda: model(input_ids=ids)), "stable_weights was not given up"
 
 
-def test_stable_weights_is_given_up_after_an_exception(attached):
+def test_stable_weights_is_released_after_an_exception(attached):
     model, ids = attached
     with pytest.raises(KeyError), s2ft.stable_weights():
-        raise KeyError("an error of the reader's")
+        raise KeyError("an error of the reader")
     assert finishes(lambda: model(input_ids=ids)), "stable_weights was not given up"
 
 
@@ -193,7 +193,7 @@ def test_stable_weights_is_given_up_after_an_exception(attached):
 
 @pytest.fixture
 def one_thread():
-    """PyTorch's own threads do not survive a fork, in nn.Linear neither."""
+    """Use one thread, because threads of PyTorch do not survive a fork, not even in nn.Linear."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -228,7 +228,7 @@ def test_a_child_forked_inside_stable_weights_can_run_the_layer():
         assert in_child(lambda: tuple(layer(torch.ones(1, 8)).shape)) == (1, 8)
 
 
-# ---- memory that can't be written to for a moment ----------------------------------------------------------
+# ---- memory that can't be written to -------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -246,8 +246,8 @@ def test_a_layer_in_shared_memory_is_refused(layer):
     assert same_bits(layer.weight, base)
 
 
-def test_a_layer_that_is_sent_to_a_process_shares_no_weight_that_it_writes_to(layer):
-    """A queue or a pipe of torch.multiprocessing moves the tensors that it sends into shared memory."""
+def test_a_layer_sent_to_a_process_shares_no_weight_that_it_writes_to(layer):
+    """A queue or pipe of torch.multiprocessing moves the tensors that it sends to shared memory."""
     base = layer.weight.detach().clone()
     received = pickle.loads(ForkingPickler.dumps(layer))
     for one in (layer, received):
@@ -272,7 +272,7 @@ def test_an_attached_model_in_shared_memory_is_refused(layout):
 
 
 def mapped(folder: Path, mode: str, shape: tuple[int, ...] = (16, 16)) -> Tensor:
-    """A tensor in the mapping of a file: mode "r" is read-only, "c" copies what is written."""
+    """A tensor in a memory-mapped file: mode "r" is read-only, "c" copies on write."""
     path = folder / "weight.bin"
     np.random.default_rng(0).standard_normal(shape).astype("float32").tofile(path)
     return torch.from_numpy(np.memmap(path, dtype="float32", mode=mode, shape=shape))
@@ -285,7 +285,7 @@ def linear_on(weight: Tensor) -> nn.Linear:
 
 
 def model_on(folder: Path, mode: str) -> nn.Module:
-    """A model whose down projection lies in a mapping."""
+    """A model whose down projection is memory-mapped."""
     model = tiny_model("llama")
     down = model.model.layers[0].mlp.down_proj
     down.weight = nn.Parameter(mapped(folder, mode, tuple(down.weight.shape)), requires_grad=False)
@@ -328,7 +328,7 @@ def test_a_read_only_weight_is_refused(writer, tmp_path):
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_a_weight_in_a_private_mapping_works_and_its_file_stays(writer, tmp_path):
+def test_a_weight_in_a_private_mapping_works_and_its_file_does_not_change(writer, tmp_path):
     WRITERS[writer](tmp_path, "c")
     content = np.fromfile(tmp_path / "weight.bin", dtype="float32")
     expected = np.random.default_rng(0).standard_normal(content.shape).astype("float32")

@@ -1,4 +1,4 @@
-"""After any sequence of operations an attached model is what its status says, and detach gives the base back."""
+"""After any sequence of operations, an attached model agrees with its status, and detach restores the base."""
 
 import os
 
@@ -10,7 +10,7 @@ from state import machine
 from state.models import LAYOUTS, MODELS, ratios, tiny_model
 from state.plain import describe, differences
 
-COUNT = os.environ.get("S2FT_TEST_SEQUENCES")  # how many sequences, in place of the numbers below
+COUNT = os.environ.get("S2FT_TEST_SEQUENCES")  # number of sequences, instead of the numbers below
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.slow)])
@@ -23,7 +23,7 @@ def test_random_sequences(count):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", MODELS)
-def test_detach_leaves_the_model_as_it_was_made(case, layout):
+def test_detach_restores_the_model(case, layout):
     model = tiny_model(case)
     before = describe(model)
     s2ft.attach(model, s2ft.S2FTConfig(**ratios(case), layout=layout))
@@ -46,7 +46,7 @@ def freeze_a_weight(model):
 
 
 @pytest.mark.parametrize("damage", [flip_one_bit, leave_an_attribute, freeze_a_weight], ids=lambda f: f.__name__)
-def test_the_machine_sees_what_detach_leaves_behind(monkeypatch, damage):
+def test_the_machine_finds_changes_that_detach_leaves_behind(monkeypatch, damage):
     def detach(model):
         damage(original(model))
         return model
@@ -59,7 +59,7 @@ def test_the_machine_sees_what_detach_leaves_behind(monkeypatch, damage):
         machine.check(state)
 
 
-def test_the_machine_sees_a_weight_that_is_not_the_base():
+def test_the_machine_finds_a_weight_that_differs_from_the_base():
     state = machine.State(llama_seed())
     machine.attach(state)
     active = dict(state.status.active)
@@ -75,7 +75,7 @@ def test_the_machine_sees_a_weight_that_is_not_the_base():
 
 
 def llama_seed() -> int:
-    """A seed whose sequence starts from a llama in float32."""
+    """A seed whose sequence starts from a LLaMA in float32."""
     return next(
         seed
         for seed in range(1000)

@@ -1,4 +1,4 @@
-"""Threads and children that run a model while the test does something else."""
+"""Threads and child processes that run a model while the test does something else."""
 
 import os
 import pickle
@@ -15,10 +15,10 @@ CHILD_LIMIT = 5  # seconds until a child counts as hung
 
 @contextmanager
 def repeating(function: Callable[[], object]) -> Iterator[None]:
-    """Run `function` in another thread, over and over, without gradients, for the length of the block.
+    """Run `function` repeatedly in another thread, without gradients, until the block ends.
 
     Raises:
-        AssertionError: the function raised, or the thread does not end.
+        AssertionError: the function raised, or the thread did not end.
     """
     stop, running, errors = threading.Event(), threading.Event(), []
 
@@ -34,7 +34,7 @@ def repeating(function: Callable[[], object]) -> Iterator[None]:
 
     thread = threading.Thread(target=loop, daemon=True)
     thread.start()
-    assert running.wait(RANK_TIMEOUT), "the thread does not get to run"
+    assert running.wait(RANK_TIMEOUT), "the thread did not run"
     try:
         yield
     finally:
@@ -45,7 +45,7 @@ def repeating(function: Callable[[], object]) -> Iterator[None]:
 
 
 def finishes(function: Callable[[], object], seconds: float = RANK_TIMEOUT) -> bool:
-    """Run `function` in another thread. Returns: whether it ended in time; what it raised is raised here."""
+    """Run `function` in another thread. Returns whether it ended in time; an exception is raised again here."""
     errors: list[BaseException] = []
 
     def call() -> None:
@@ -66,7 +66,7 @@ def in_child(function: Callable[[], object], limit: int = CHILD_LIMIT) -> object
     """Fork, run `function` in the child, and return what it returned, or the exception that it raised.
 
     Raises:
-        AssertionError: the child was killed by a signal, SIGALRM after `limit` seconds.
+        AssertionError: a signal killed the child. After `limit` seconds this is SIGALRM.
     """
     receive, send = os.pipe()
     child = os.fork()
@@ -78,7 +78,7 @@ def in_child(function: Callable[[], object], limit: int = CHILD_LIMIT) -> object
         except BaseException as error:
             result = error
         try:
-            os.write(send, pickle.dumps(result))  # short: the pipe takes it at once
+            os.write(send, pickle.dumps(result))  # short enough to fit into the pipe
         finally:
             os._exit(0)
     os.close(send)

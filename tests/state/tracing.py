@@ -1,4 +1,4 @@
-"""Raise an exception at a chosen moment inside s2ft's own Python code."""
+"""Raise an exception at a chosen moment inside the Python code of s2ft."""
 
 import sys
 from pathlib import Path
@@ -17,14 +17,14 @@ def _is_ours(frame: FrameType) -> bool:
 class RaiseAt:
     """Context manager: raise `error` just before the `moment`-th opcode or line that s2ft runs, counted from 1.
 
-    An exception raised before an opcode is what s2ft sees where a signal arrives during the call before it. So this
-    covers every moment at which Python can deliver a signal, and more. `second` raises once more: at the n-th call
-    that s2ft makes, or that comes back to it, after the first was raised, which is in its clean-up. That one is raised
-    by a profile function, since Python switches tracing off when a trace function raises.
+    An exception before an opcode has the same effect as a signal that arrives during the previous call. So the opcodes
+    cover every moment at which Python can deliver a signal, and more. `second` raises again at the n-th call from s2ft,
+    or return to it, after the first exception, which is in its clean-up. A profile function raises the second one,
+    because Python switches tracing off when a trace function raises.
 
     Args:
         moment: when to raise; None only counts.
-        error: the class to raise.
+        error: class of the exception.
         events: "opcode" or "line".
         second: when to raise again, counted from 1; None: never.
     """
@@ -40,10 +40,10 @@ class RaiseAt:
         assert events in EVENTS
         self.moment, self.error, self.events, self.second = moment, error, events, second
         self.seen = 0
-        self.places: list[tuple[CodeType, int]] = []  # where every event was; kept where moment is None
+        self.places: list[tuple[CodeType, int]] = []  # place of each event; filled if moment is None
         self.raised: str | None = None  # file and line of the exception
         self.raised_again = False
-        self.ignored = False  # Python dropped an exception that it met in a finalizer
+        self.ignored = False  # Python ignored an exception in a finalizer
         self._calls = 0
 
     def __enter__(self) -> "RaiseAt":
@@ -88,7 +88,7 @@ class RaiseAt:
 
 
 def moments(places: list[tuple[CodeType, int]], occurrences: int | None) -> list[int]:
-    """Which of the events to raise at: of every place the first `occurrences` and the last one; None: all events."""
+    """Numbers of the first `occurrences` events and of the last event of each place; None: all events."""
     if occurrences is None:
         return list(range(1, len(places) + 1))
     found: dict[tuple[CodeType, int], list[int]] = {}

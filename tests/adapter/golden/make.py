@@ -1,6 +1,9 @@
-"""Made the adapters in this folder: `python make.py NAME`, each with the s2ft of its day (schema-1 before couplings
-could be given, schema-2 before its config had a digest, schema-3 with a weight that is trained in full). They are never
-made again, and have to load for ever. What a later schema adds gets a name and a folder of its own."""
+"""Make a golden adapter in this folder: `python make.py NAME`.
+
+Each adapter was made by the version of s2ft that wrote its schema: schema-1 before couplings could be given, schema-2
+before its config had a digest, schema-3 with a weight that is trained in full. The adapters are never made again, and
+every later version must load them. A new schema gets a new name and folder.
+"""
 
 import hashlib
 import json
@@ -19,7 +22,7 @@ RATIOS = dict(q_ratio=0.5, v_ratio=0.5, o_ratio=0.25, u_ratio=0.1, d_ratio=0.2)
 
 
 def numbers(count: int, seed: int) -> torch.Tensor:
-    """[count] float32 in [-0.5, 0.5), the same with every release of torch: 24 bits of sha256 each."""
+    """[count] float32 in [-0.5, 0.5), from 24 bits of sha256 each, so that they are equal in every release of torch."""
     digests = b"".join(hashlib.sha256(f"{seed} {i}".encode()).digest() for i in range(count // 8 + 1))
     words = torch.frombuffer(bytearray(digests), dtype=torch.int32)[:count]
     return (words & 0xFFFFFF).float() / 2**24 - 0.5
@@ -52,7 +55,7 @@ def perceptron() -> nn.Module:
 
 
 def couplings() -> list:
-    from s2ft.model.coupling import Coupling, Projection  # not there when schema-1 was made
+    from s2ft.model.coupling import Coupling, Projection  # did not exist when schema-1 was made
 
     return [Coupling("ffn", 0, (Projection("u", "0", 6, 2, 0),), Projection("d", "2", 6, 2, 1))]
 
@@ -61,7 +64,7 @@ MODELS = {"schema-1": llama, "schema-2": llama, "schema-2-couplings": perceptron
 
 
 def digests(model: nn.Module) -> dict:
-    """sha256 of every weight's bytes."""
+    """The sha256 of the bytes of each weight."""
     return {
         key: hashlib.sha256(weight.detach().contiguous().numpy().tobytes()).hexdigest()
         for key, weight in model.state_dict().items()
@@ -69,7 +72,7 @@ def digests(model: nn.Module) -> dict:
 
 
 def save(model: nn.Module, name: str) -> None:
-    """With deltas given by `numbers`, and the weights that merging must give beside it."""
+    """Save the adapter with deltas from `numbers`, and digests of the merged weights beside it."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with torch.no_grad():
         for i, parameter in enumerate(trained):
