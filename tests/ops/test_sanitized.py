@@ -27,7 +27,7 @@ sys.exit(pytest.main([*options, *sys.argv[2:]], plugins=[Threads()]))
 
 # A call whose delta claims 24 floats, in memory that holds `size` bytes, from byte `offset` on.
 CALL_WITH_A_PLANTED_DELTA = """
-import ctypes, sys, torch, s2ft
+import ctypes, sys, torch, s2ft.ops
 size, offset = map(int, sys.argv[1:])
 memory = torch.zeros(size, dtype=torch.uint8)
 claimed = (ctypes.c_char * 97).from_address(memory.data_ptr())

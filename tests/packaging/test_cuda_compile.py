@@ -68,7 +68,7 @@ def test_the_cuda_build_loads_and_registers_its_kernels_when_told(run, source):
         CXXFLAGS="-O0",
     )
     show = (
-        "import json, s2ft; from s2ft import _C; print(json.dumps([s2ft.build_info(), _C.cuda_versions(), "
+        "import json, torch, s2ft; from s2ft import _C; print(json.dumps([s2ft.build_info(), _C.cuda_versions(), "
         "_C.register_cuda(), _C.register_cuda(), s2ft.build_info()]))"
     )
     result = run(["-c", show], PYTHONPATH=source / "built")
