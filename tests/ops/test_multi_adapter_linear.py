@@ -78,7 +78,7 @@ def test_equals_each_sequence_by_itself(dim, dtype, leading, device):
 @pytest.mark.parametrize("dim", (0, 1))
 @pytest.mark.parametrize("width", (1, 15, 16, 64, 65, 130, 4097))
 def test_widths_and_blocks(dim, dtype, width):
-    """Whole vectors, the remainder behind them, several blocks of outputs or units; up to 5 tokens for one adapter."""
+    """Whole vectors, remainders, several blocks of outputs or units, and 1 to 4 tokens of one adapter at once."""
     inputs, outputs = (width, 200) if dim == 0 else (200, width)
     case = Case(dim, dtype, (11,), inputs, outputs, (150, 2, 5), names=[0, 0, 0, 0, 0, 1, 1, 1, 2, 2, -1])
     with torch.no_grad():

@@ -19,7 +19,7 @@ assert s2ft._C.__file__.startswith(sys.argv[1]), s2ft._C.__file__
 class Threads:
     def pytest_collection_finish(self):
         torch.set_num_threads(3)
-# Left out is what calls the same kernels on the same shapes once more, by way of much Python.
+# These tests call the same kernels on the same shapes again, and need much time in Python.
 again = "not (opcheck or compile or gradcheck or second_derivatives)"
 options = ["-qs", "-p", "no:cacheprovider", "-m", "not slow", "-k", again]
 sys.exit(pytest.main([*options, *sys.argv[2:]], plugins=[Threads()]))
