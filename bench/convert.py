@@ -1,9 +1,9 @@
-"""Ordering and moving one FFN layer's weights, at the width of LLaMA-3-8B by default.
+"""Reordering the weights of one FFN for the permuted layout, by default with the width of LLaMA-3-8B.
 
     python bench/convert.py [--width 4096] [--channels 14336] [--ratio 0.03]
 
-Ordering: from the selections of up, gate and down to the new order. Moving: up, gate and down put in
-it, in place, against indexing with torch, which makes a second matrix of each.
+"order" computes the new order from the selections of up, gate and down. "move" permutes the three weights in place. It
+is compared with indexing in PyTorch, which makes a second matrix of each weight.
 """
 
 import argparse

@@ -1,12 +1,15 @@
-"""What s2ft.estimate says before a model is built, against what training it takes.
+"""The memory that s2ft.estimate predicts, against the memory that training uses.
 
     python bench/estimate.py [--models NAME ...] [--dtype float32|bfloat16|both]
 
-Each model in each dtype is estimated on the meta device here, and built and trained in a process of its own. Measured
-there are bytes kept for backward: every storage that autograd saves during a forward, once; and as growth of the
-process's resident memory (of memory allocated, on a GPU) parameters, gradients and optimizer, after a step on two
-tokens that leaves hardly anything else behind, and the most during a step on the whole batch. The process gives freed
-memory back at once. At the end LLaMA-3-8B's shape is planned, which only takes time.
+Each model in each dtype is estimated on the meta device in this process, and built and trained in a process of its own,
+which measures
+- the bytes kept for backward: every storage that autograd saves during a forward, counted once;
+- parameters, gradients and optimizer states: the growth of memory after a step on two tokens, which leaves hardly
+  anything else;
+- the peak: the largest growth of memory during a step on the whole batch.
+Memory is the resident memory of the process, which returns freed memory at once, or the allocated memory of a GPU. At
+the end a model of LLaMA-3-8B's shape is estimated but not measured.
 """
 
 import argparse
@@ -64,7 +67,7 @@ SHOWN = {"kept": "kept for backward", "state": "weights, gradients, states", "pe
 RESULTS = Path(__file__).parent / "results" / "estimate.json"
 
 
-# ---- estimating, here ------------------------------------------------------------------------------------
+# ---- estimating, in this process ----------------------------------------------------------------------
 
 
 def on_meta(name: str, dtype: torch.dtype) -> torch.nn.Module:
@@ -113,7 +116,7 @@ def measured(name: str, dtype: str, args: argparse.Namespace) -> dict[str, int]:
         "--length",
         str(args.length),
     ]
-    # glibc would keep what was freed, and hide by it what is needed
+    # without this setting glibc would keep freed memory, and the measured growth would be too small
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -122,7 +125,7 @@ def measured(name: str, dtype: str, args: argparse.Namespace) -> dict[str, int]:
 
 
 def measure(name: str, dtype: torch.dtype, batch: int, length: int) -> dict[str, int]:
-    """In bytes. A step of a small model comes first: what libraries take for themselves is no model's."""
+    """Measure in bytes. A small model runs a step before, because the memory of libraries must not count."""
     small = LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=8, vocab_size=99
     )
@@ -134,10 +137,10 @@ def measure(name: str, dtype: torch.dtype, batch: int, length: int) -> dict[str,
         else:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     method = _method(model, batch, length)
-    whole, method.batch = method.batch, method.batch[:1, :2]
+    full_batch, method.batch = method.batch, method.batch[:1, :2]
     _step(method)
     state = _used() - before
-    method.batch = whole
+    method.batch = full_batch
     method()
     _forget_peak()
     _step(method)
@@ -146,7 +149,7 @@ def measure(name: str, dtype: torch.dtype, batch: int, length: int) -> dict[str,
 
 @contextmanager
 def _folder(name: str, dtype: torch.dtype) -> Iterator[str | None]:
-    """The checkpoint of a model that has one: unpacking a GGUF file leaves tens of MiB behind."""
+    """A folder with the checkpoint of SmolLM2, because reading a GGUF file would leave tens of MiB. None for others."""
     if name != SMOLLM:
         yield None
         return
@@ -156,7 +159,7 @@ def _folder(name: str, dtype: torch.dtype) -> Iterator[str | None]:
 
 
 def _step(method: Method) -> None:
-    """One that leaves the gradients there."""
+    """Run a step that keeps the gradients."""
     method.loss().backward()
     method.optimizer.step()
 
@@ -181,7 +184,7 @@ def _forget_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
 
 
 def _most_used() -> int:
@@ -197,15 +200,15 @@ def _of_process(field: str) -> int:
 
 
 def row(name: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
-    said, found = estimated(name, dtype, args), measured(name, dtype, args)
-    ratios = {what: said[what] / found[what] for what in SHOWN}
+    predicted, found = estimated(name, dtype, args), measured(name, dtype, args)
+    ratios = {what: predicted[what] / found[what] for what in SHOWN}
     print(
         f"{name:<14}{dtype:<10}"
-        + "".join(f"{said[what] / 2**20:>10.1f}{found[what] / 2**20:>10.1f}{ratios[what]:>8.4f}" for what in SHOWN)
-        + f"{said['seconds']:>10.1f}",
+        + "".join(f"{predicted[what] / 2**20:>10.1f}{found[what] / 2**20:>10.1f}{ratios[what]:>8.4f}" for what in SHOWN)
+        + f"{predicted['seconds']:>10.1f}",
         flush=True,
     )
-    return {"estimated": said, "measured": found, "estimated to measured": ratios}
+    return {"estimated": predicted, "measured": found, "estimated to measured": ratios}
 
 
 def plan_8b() -> dict[str, float]:
@@ -230,7 +233,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--measure", choices=(SMOLLM, *CONFIGS), help=argparse.SUPPRESS)  # a process of its own
+    parser.add_argument("--measure", choices=(SMOLLM, *CONFIGS), help=argparse.SUPPRESS)  # set in the measuring process
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(measure(args.measure, getattr(torch, args.dtype), args.batch, args.length)))

@@ -1,17 +1,17 @@
-"""Fine-tuning by the command line's training against PEFT's LoRA through transformers' Trainer: speed and memory.
+"""Speed and memory of `s2ft finetune` against PEFT's LoRA in the Trainer of transformers.
 
     python bench/finetune.py [--dtype float32|bfloat16|both] [--rounds 3] [--steps 12] [--model FOLDER_OR_GGUF]
 
-Every run is a process of its own, so that its peak is its own; the methods take turns. All train on the same rows in
-the same order with the same Trainer arguments: batches of --batch rows of the demo's word problems, a gradient step
-each.
+Every run has a process of its own, so that its peak does not depend on other runs. The methods take turns. All train on
+the same rows in the same order with the same arguments of the Trainer. A step is one batch of --batch rows of the
+demo's word problems.
 
     S²FT            s2ft finetune --d-ratio 0.03
-    LoRA, our loss  PEFT r=16 on q, k, v, up, down, with the command line's collator and fused loss
-    LoRA            the same as people run it: rows padded on the right, the model's own loss on all positions
+    LoRA, our loss  PEFT r=16 on q, k, v, up, down, with the collator and the chunked loss of s2ft
+    LoRA            the same in the usual way: rows padded on the right, the model's own loss on all positions
 
-Tokens a second: median over the steps after the second, padding not counted. Memory: the process's peak while it trains
-beyond what it had when the model was loaded (on a GPU: of device memory).
+Tokens per second are the median over the steps after the second one, without padding. Memory is the peak of the process
+during training minus its memory when the model was loaded. On a GPU it is device memory.
 """
 
 import argparse
@@ -45,7 +45,7 @@ METHODS = ("S²FT", "LoRA, our loss", "LoRA")
 
 
 class Memory:
-    """Bytes of this process, or of the GPU where there is one."""
+    """Memory of this process in bytes, or of the GPU if there is one."""
 
     def __init__(self) -> None:
         self.cuda = torch.cuda.is_available()
@@ -53,7 +53,7 @@ class Memory:
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
 
     def peak(self) -> int:
         return (torch.cuda.max_memory_allocated() if self.cuda else self._status("VmHWM")) - self.before
@@ -65,7 +65,7 @@ class Memory:
 
 
 class RightPadded:
-    """Rows as a usual collator makes them: labels on the answers, logits of all positions."""
+    """A common collator: it pads on the right and sets labels on the answers. The model computes all logits."""
 
     def __init__(self, pad: int) -> None:
         self.pad = pad
@@ -109,7 +109,7 @@ def train(method: str, model, tokenizer, rows, options: TrainOptions, folder: Ru
 
 
 def child(args: argparse.Namespace) -> None:
-    """One run; a line of JSON."""
+    """Run one method once and print the result as a line of JSON."""
     model, tokenizer = load_model(args.model or default_model(), args.dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu").train()
     rows = encode_examples(tokenizer, problem_set(args.steps * args.batch, False, 0), 1024)
@@ -162,7 +162,7 @@ def run(method: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(title: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Prints and returns medians, and S²FT's ratios round by round."""
+    """Print and return the medians, and the medians of S²FT's ratios of each round."""
     print(f"{title}\n{'':<16}{'tokens/s':>9}{'S²FT is':>9}{'peak MiB':>10}{'S²FT has':>10}{'last loss':>11}")
     rows = {}
     for method, results in runs.items():
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing, in all")
+    parser.add_argument("--checkpointing", action="store_true", help="use gradient checkpointing for all methods")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--child", choices=METHODS, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What every benchmark shares: the machine's name, interleaved timing, results as JSON and a table."""
+"""Functions that all benchmarks share: a description of the machine, interleaved timing, and results as JSON."""
 
 import json
 import platform
@@ -15,7 +15,7 @@ import s2ft
 
 
 def machine() -> dict[str, Any]:
-    """Enough to read a number by: processor, threads, versions, what is compiled."""
+    """What a reader must know about the machine: processor, threads, versions, and the compiled kernels."""
     if torch.cuda.is_available():
         torch.cuda.init()  # build_info() then lists the CUDA kernels
     info = {
@@ -42,10 +42,20 @@ def _processor() -> str:
 def interleaved(
     steps: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2, flush: bool = False
 ) -> dict[str, list[float]]:
-    """Seconds of every step. All run in each round, so that a machine that drifts slows all alike, in an order
-    drawn anew, so that none always finds in the cache what the one before it left there.
+    """Measure the seconds of every step.
 
-    On a GPU device events take the time; with flush its second-level cache is emptied before each step.
+    Each round runs all steps, so that changes of the machine's speed affect all of them. The order is random in each
+    round, so that no step always profits from the cache contents of another one. On a GPU, times are taken by device
+    events.
+
+    Args:
+        steps: The steps by name.
+        rounds: Number of measured rounds.
+        warmup: Number of rounds before them that are not measured.
+        flush: True empties the GPU's second-level cache before each step.
+
+    Returns:
+        The seconds of each round, by name of the step.
     """
     timed = _device_seconds if torch.cuda.is_available() else _host_seconds
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -81,7 +91,7 @@ def _flush_cache() -> None:
 
 
 def median_ratio(times: dict[str, list[float]], name: str, against: str) -> float:
-    """Median of the ratios round by round: what drifts within the run cancels."""
+    """The median of the ratios of each round. Slow changes of the machine's speed cancel in a ratio."""
     return statistics.median(a / b for a, b in zip(times[name], times[against]))
 
 

@@ -1,10 +1,11 @@
-"""Time and memory of selecting on SmolLM2-135M, each in a process of its own, against plain passes of the model.
+"""Time and memory of every metric on SmolLM2-135M, against a forward and a backward of the model.
 
     python bench/selection.py [--sequences 64] [--length 128] [--batch 4] [--dtype float32]
 
-Memory is the process's largest resident size less that before the first batch (Linux). "forward" is the frozen model's,
-without gradients, and its logits; "backward" is forward and backward to the input embeddings of the frozen model.
-Gradient selection takes sequences one by one, so it stands beside a backward of single sequences too.
+Each run has a process of its own. Memory is the largest resident size of the process minus its size before the first
+batch (Linux). "forward" is a forward of the frozen model without gradients, including its logits. "backward" is a
+forward and a backward to the input embeddings of the frozen model. Gradient selection processes one sequence at a time,
+so there is a backward of single sequences too.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from s2ft.train.demo import default_model
 
 RESULTS = Path(__file__).parent / "results" / "selection.json"
 RATIOS = dict(v_ratio=0.34, o_ratio=0.12, u_ratio=0.03, g_ratio=0.03, d_ratio=0.03)
-# name → (what it stands beside, sequences of a batch; None: as asked for)
+# name → (the run it is compared with, sequences in a batch; None means --batch)
 RUNS = {
     "forward": (None, None),
     "backward": (None, None),
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--only", choices=RUNS, help=argparse.SUPPRESS)  # in the process of its own
+    parser.add_argument("--only", choices=RUNS, help=argparse.SUPPRESS)  # set in the process of a run
     args = parser.parse_args()
     if args.only:
         print(json.dumps(measure(args.only, args)))
@@ -76,7 +77,7 @@ def measure(name: str, args: argparse.Namespace) -> dict:
     )
     batches = list(ids.split(RUNS[name][1] or args.batch))
     plain = {"forward": forward, "backward": backward, "backward of single sequences": backward}
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which was reached while loading
     before, start = peak(), time.perf_counter()
     if name in plain:
         model.requires_grad_(False)
@@ -99,7 +100,7 @@ def backward(model, batch: torch.Tensor) -> None:
 
 
 def peak() -> int:
-    """Largest resident size in bytes, since it was last forgotten."""
+    """The largest resident size in bytes since the last reset."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -1,11 +1,11 @@
-"""Switching one adapter for another over all layers of a model, against unmerging and merging LoRAs.
+"""Switching from one adapter to another in all layers of a model, against unmerging and merging LoRAs.
 
     python bench/switch.py [--channels 46] [--switches 1000] [--model FOLDER_OR_GGUF]
 
-A switch of S²FT: set_adapter to the other of two loaded adapters, each with `channels` of every down_proj. A
-switch of LoRA: PEFT's unmerge_adapter, set_adapter, merge_adapter, with the rank that has as many numbers,
-rounded down. At the end the weights after all the switches are compared, bit for bit, with those of a model
-into which the adapter was loaded freshly; for LoRA the difference is printed.
+A switch of S²FT is set_adapter to the other one of two loaded adapters. Each has `channels` of every down_proj. A
+switch of LoRA is unmerge_adapter and merge_adapter of PEFT. Its rank gives as many numbers, rounded down. After all
+switches the weights are compared, bit for bit, with those of a model into which the adapter was just loaded. For LoRA
+the difference to the base is printed.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def save_random_adapter(base: nn.Module, ratio: float, seed: int, folder: str) -
 
 
 def s2ft_switch(base: nn.Module, folders: dict[str, str]):
-    """The model with both adapters loaded, and a step that switches to the one that is off."""
+    """The model with both adapters loaded, and a step that switches to the inactive one."""
     model = copy.deepcopy(base)
     for name, folder in folders.items():
         s2ft.load_adapter(model, folder, name)
@@ -73,7 +73,7 @@ def same(model: nn.Module, other: nn.Module) -> bool:
 
 
 def drift(model: nn.Module, base: nn.Module) -> float:
-    """The largest change of a weight after all adapters are off."""
+    """The largest difference of a weight to the base, after all adapters are unmerged."""
     weights = dict(base.named_parameters())
     return max(
         (p.float() - weights[key.removeprefix("base_model.model.").replace(".base_layer", "")].float())
@@ -135,7 +135,7 @@ def main() -> None:
         results[dtype] = run(base, args.channels, args.switches, args.rounds)
         print(dtype, results[dtype], flush=True)
         if not results[dtype]["equal to a fresh load"] or not results[dtype]["base restored"]:
-            raise SystemExit("the weights after switching are not those of a fresh load")
+            raise SystemExit("the weights after switching differ from those of a fresh load or of the base")
     save(args.output, {"channels": args.channels, "results": results})
 
 

@@ -1,9 +1,9 @@
-"""One training step of S²FT against LoRA, full fine-tuning and the floor, in one process, steps in turn.
+"""A training step of S²FT against LoRA, full fine-tuning and the frozen model, in one process with the steps in turn.
 
     python bench/train_step.py [--dtype float32|bfloat16|both] [--rounds 12] [--model FOLDER_OR_GGUF]
 
-The floor, "frozen", runs the forward and the gradient of the inputs all the way down and trains nothing.
-Bytes kept for backward: every storage that autograd saves during a forward, once, parameters left out.
+"frozen" is the floor: it runs the forward and the gradients down to the inputs, and trains nothing.
+Bytes kept for backward: every storage that autograd saves during a forward, counted once, without parameters.
 """
 
 import argparse
@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parent / "results" / "train_step.json"
 
 
 class Method:
-    """A model prepared for training and its optimizer; calling it runs one step."""
+    """A model prepared for training, and its optimizer. A call runs one step."""
 
     def __init__(self, model: nn.Module, batch: torch.Tensor, inputs_need_grad: bool = False) -> None:
         self.model, self.batch, self.inputs_need_grad = model.train(), batch, inputs_need_grad
@@ -45,12 +45,12 @@ class Method:
             self.optimizer.zero_grad()
 
     def bytes_kept(self) -> int:
-        own = {t.untyped_storage().data_ptr() for t in [*self.model.parameters(), *self.model.buffers()]}
+        of_model = {t.untyped_storage().data_ptr() for t in [*self.model.parameters(), *self.model.buffers()]}
         kept: dict[int, int] = {}
 
         def pack(tensor):
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
+            if storage.data_ptr() not in of_model:
                 kept[storage.data_ptr()] = storage.nbytes()
             return tensor
 
@@ -72,7 +72,7 @@ def s2ft_model(base: nn.Module, d_ratio: float) -> nn.Module:
 
 
 def lora_model(base: nn.Module, rank: int, targets, copied: bool = True, float32: bool = True) -> nn.Module:
-    """LoRA as PEFT makes it: its adapters are float32 on a half-precision base unless `float32` is False."""
+    """LoRA of PEFT. Its adapters are float32 on a half-precision base too, unless `float32` is False."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")
@@ -80,7 +80,7 @@ def lora_model(base: nn.Module, rank: int, targets, copied: bool = True, float32
 
 
 def lora_of_equal_size(base: nn.Module, parameters: int) -> nn.Module:
-    """LoRA on the same projections as the 16-rank one, its rank chosen for `parameters`."""
+    """LoRA on the same projections as that of rank 16, with the rank that gives about `parameters` parameters."""
     per_rank = sum(
         sum(module.weight.shape) for name, module in base.named_modules() if name.rpartition(".")[2] in LORA_TARGETS
     )

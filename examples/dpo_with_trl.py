@@ -5,10 +5,10 @@ Run it:
     python examples/dpo_with_trl.py
     python examples/dpo_with_trl.py --model HuggingFaceTB/SmolLM2-135M-Instruct
 
-TRL's trainers take an attached model as it is. DPO compares it with a reference model: give it the plain base. The
-trainer switches adapters off by itself for models of PEFT only.
+TRL's trainers accept an attached model without changes. DPO compares it with a reference model: pass the plain base.
+The trainer can use the trained model without its adapter as the reference only for models of PEFT.
 
-It prints what is trained, the loss, and the share of pairs in which the chosen answer has gained on the rejected one.
+It prints what is trained, the loss, and the share of pairs in which training favours the chosen answer.
 """
 
 from datasets import Dataset

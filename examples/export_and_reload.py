@@ -1,4 +1,4 @@
-"""Give an adapter to other programs: as a LoRA for PEFT and vLLM, and merged into a plain checkpoint.
+"""Export an adapter for other programs: as a LoRA for PEFT and vLLM, and merged into a plain checkpoint.
 
 Run it:
 

@@ -25,7 +25,7 @@ SUMS = [{"prompt": f"What is {a} + {b}?", "completion": f"It is {a + b}."} for a
 
 
 def as_chats(rows: list[dict]) -> Dataset:
-    """Rows as conversations, which TRL puts into the model's own chat template."""
+    """Convert rows to conversations, to which TRL applies the chat template of the model."""
     return Dataset.from_list(
         [
             {
@@ -55,7 +55,7 @@ def main() -> None:
     rows = [json.loads(line) for line in Path(job.data).open()] if job.data else SUMS
 
     model, tokenizer = load(job.model)
-    print(s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25)))  # the paper trains d_ratio=0.03
+    print(s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25)))  # the paper uses d_ratio=0.03
     arguments = SFTConfig(
         output_dir=f"{job.output}-run",
         max_steps=job.steps,

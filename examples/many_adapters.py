@@ -6,7 +6,7 @@ Run it:
     python examples/many_adapters.py --model HuggingFaceTB/SmolLM2-135M
 
 It prints the loss of each adapter on its own text, and the continuation of one prompt by the base and by each adapter:
-once switched one after the other, once in a single batch of an AdapterBank. Both give the same tokens.
+first by switching between them, then in a single batch of an AdapterBank. Both give the same tokens.
 """
 
 import torch

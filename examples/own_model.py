@@ -1,12 +1,12 @@
-"""Train a model of your own, of which s2ft knows nothing, by describing its couplings.
+"""Train a model of your own, which s2ft does not know, by describing its couplings.
 
 Run it:
 
     python examples/own_model.py
 
 A coupling says which channels of which layers belong together: channel i of `up` feeds channel i of `down`. s2ft checks
-the description by running the model on an example. It prints what is trained, the loss before and after, and that the
-merged model is a plain one with the trained weights.
+the description by running the model on an example. The script prints what is trained, the loss before and after, the
+type of a merged layer, and the difference of the merged model's outputs.
 """
 
 import torch
@@ -53,7 +53,7 @@ def main() -> None:
 
     with torch.no_grad():
         trained = model(x)
-        s2ft.save_adapter(model, "own-adapter")  # with the couplings: loading needs none
+        s2ft.save_adapter(model, "own-adapter")  # the couplings are saved too, so that loading needs none
         merged = s2ft.merge(model)
         print(f"merged: {type(merged[0].up).__name__}, largest difference {(merged(x) - trained).abs().max():.1e}")
 

@@ -7,7 +7,7 @@ Run it:
 
 The server runs in a thread of this process here. In production, run `s2ft serve --model M --adapters adapters`.
 
-It prints the models that the server lists and an answer of each: the name of an adapter is the name of its model.
+It prints the models that the server lists, and an answer of each. Every adapter is a model with the adapter's name.
 """
 
 import threading

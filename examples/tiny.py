@@ -1,4 +1,4 @@
-"""What the examples share: the option --model, and a tiny model for everyone who gives none.
+"""Code that the examples share: the option --model, and a tiny model that is used without this option.
 
 The tiny model is a LLaMA of two layers with random weights and a tokenizer whose tokens are bytes. It is made in
 milliseconds, without a download. It knows no language, so the examples print losses rather than good answers.

@@ -1,4 +1,4 @@
-"""act_mul, forward and backward, against PyTorch's two operators each way. Floor: a copy of as many bytes."""
+"""act_mul, forward and backward, against PyTorch's two operators. Floor: a copy that moves as many bytes."""
 
 import torch
 from case import Case

@@ -1,4 +1,4 @@
-"""What a benchmark of an op is, and how its numbers are taken."""
+"""The description of a benchmark of an op, and its measurement."""
 
 import statistics
 import time
@@ -14,15 +14,15 @@ Step = Callable[[], Any]
 
 @dataclass
 class Case:
-    """One op at one size: `ours` against `rivals`, and the floor that neither can go below."""
+    """One op at one size: `ours`, its `rivals`, and the floor, a lower bound of the time for all of them."""
 
     op: str
     name: str
     ours: Step
     rivals: dict[str, Step] = field(default_factory=dict)
-    moved: int = 0  # bytes that must be read and written; the floor is a copy that moves as many
-    product: Step | None = None  # the matrix product that must be done; the floor instead of a copy
-    note: dict[str, Any] = field(default_factory=dict)  # anything else to keep with the result
+    moved: int = 0  # bytes that must be read and written; the floor is a copy that moves as many bytes
+    product: Step | None = None  # the matrix product that must be computed; it is the floor instead of a copy
+    note: dict[str, Any] = field(default_factory=dict)  # other numbers to save with the result
 
 
 def copy_of(moved: int, device: str) -> Step:
@@ -33,7 +33,7 @@ def copy_of(moved: int, device: str) -> Step:
 
 
 def measure(case: Case, device: str, seconds: float) -> dict[str, Any]:
-    """Medians and ratios of one case, all its steps in turn, for about `seconds`."""
+    """Measure one case for about `seconds`, its steps in turn. Returns medians and ratios."""
     steps = {"s2ft": case.ours, **case.rivals}
     floor = case.product or (copy_of(case.moved, device) if case.moved else None)
     if floor is not None:

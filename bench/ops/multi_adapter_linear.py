@@ -1,7 +1,7 @@
-"""multi_adapter_linear against LoRA's two batched products and add, adapters of equal bytes.
+"""multi_adapter_linear against LoRA's two batched products and addition. The adapters have the same number of bytes.
 
-LoRA's matrices lie stacked in the order of the batch, so that it pays for no gathering, and in both layouts:
-as PEFT keeps them (A [r, in], B [out, r]) and transposed. Floor: reading the bank at the speed of a copy.
+LoRA's matrices are already in the order of the batch, so that gathering them takes no time. They are measured in both
+layouts: as in PEFT (A [r, in], B [out, r]) and transposed. Floor: reading the bank at the speed of a copy.
 """
 
 import torch
@@ -13,7 +13,7 @@ WIDTH, UNITS, RANK = 2048, 64, 32
 
 
 def block(rows: int, columns: int, copies: int, dtype: torch.dtype, device: str) -> torch.Tensor:
-    """Random numbers, the same for every adapter: drawing 10,000 of them anew would take minutes."""
+    """Random numbers, the same for every adapter, because drawing those of 10,000 adapters would take minutes."""
     return torch.randn(rows, columns, device=device).to(dtype).repeat(copies, 1, 1)
 
 
@@ -34,7 +34,9 @@ def cases_of(device: str, dtype: torch.dtype, adapters: int, tokens: int):
     def lora():
         return y + torch.bmm(torch.bmm(x, a.transpose(1, 2)), b.transpose(1, 2))
 
-    def lora_transposed(a=a.view(adapters, WIDTH, RANK), b=b.view(adapters, RANK, WIDTH)):  # only the layout matters
+    def lora_transposed(
+        a=a.view(adapters, WIDTH, RANK), b=b.view(adapters, RANK, WIDTH)
+    ):  # the values do not matter, only the layout
         return y + torch.bmm(torch.bmm(x, a), b)
 
     for dim in (1, 0):

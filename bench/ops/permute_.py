@@ -1,4 +1,4 @@
-"""permute_ against indexing by torch, which makes a second matrix. Floor: a copy of the weight."""
+"""permute_ against indexing in PyTorch, which makes a second matrix. Floor: a copy of the weight."""
 
 from pathlib import Path
 
@@ -9,14 +9,14 @@ from s2ft.ops import permute_
 
 
 def order_of(size: int, moved: float) -> torch.Tensor:
-    """A permutation in which that fraction of the units changes place."""
+    """A permutation that moves the fraction `moved` of the units."""
     order, chosen = torch.arange(size), torch.randperm(size)[: int(moved * size)]
     order[chosen.sort().values] = chosen[torch.randperm(len(chosen))]
     return order
 
 
 def peak_growth(step) -> float | None:
-    """MiB by which a step raises the process' peak memory above what it holds now; None where it can't be read."""
+    """The MiB by which a step raises the peak memory of the process above its memory before. None if unreadable."""
     try:
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
         before = peak()

@@ -1,9 +1,10 @@
-"""Every op against torch's operators, against LoRA's, and against the floor, all in one run, steps in turn.
+"""Every op against PyTorch's operators, LoRA's operators and the floor, in one run with the steps in turn.
 
     python bench/ops/run.py [op ...] [--seconds 1.0] [--output FILE]
 
-"× floor": s2ft's time over that of what must happen at least (a copy of as many bytes, or the matrix product).
-"2.00 ×" after a rival: s2ft is twice as fast. Medians; on a GPU by device events with the cache emptied.
+"1.50 × floor": s2ft takes 1.5 times as long as the necessary work alone, a copy of as many bytes or the matrix product.
+"2.00 ×" after a rival: s2ft is twice as fast. Times are medians. On a GPU they are taken by device events, and the
+cache is emptied before each step.
 """
 
 import argparse
@@ -23,10 +24,13 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("ops", nargs="*", metavar="op", help=f"of {', '.join(OPS)}; default: all")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each case")
+    parser.add_argument("ops", nargs="*", metavar="op", help=f"one of {', '.join(OPS)}; default: all of them")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time for each case; default: 1")
     parser.add_argument(
-        "--output", type=Path, default=None, help="default: bench/results/ops_{cpu,gpu}.json for all ops"
+        "--output",
+        type=Path,
+        default=None,
+        help="default: bench/results/ops_{cpu,gpu}.json if all ops run, else no file",
     )
     args = parser.parse_args()
     unknown = set(args.ops) - set(OPS)

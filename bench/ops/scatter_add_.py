@@ -1,6 +1,6 @@
-"""scatter_add_ against index_add_ and against what merging a LoRA of as many bytes does.
+"""scatter_add_ against index_add_, and against merging a LoRA of as many bytes.
 
-Floor: a copy that moves the bytes of the delta once and those of the touched units twice.
+Floor: a copy that moves the bytes of the delta once and those of the changed units twice.
 """
 
 import torch
@@ -8,7 +8,7 @@ from case import Case
 
 from s2ft.ops import scatter_add_
 
-RANK = 32  # 2 * 4096 * 32 numbers, as in 64 rows or columns of 4096
+RANK = 32  # 2 * 4096 * 32 numbers, as many as 64 rows or columns of 4096 have
 
 
 def cases(device: str):

@@ -1,7 +1,7 @@
-"""sliced_linear and indexed_linear, forward and backward, against the linear layers that they compete with.
+"""sliced_linear and indexed_linear, forward and backward, against LoRA and against training the whole weight.
 
-Rivals: PEFT's LoRA layer of rank 16, and torch training the whole weight. Floor: the two products of a frozen
-layer, forward and the input's gradient. Trained are 3 % of the inputs or outputs, or three heads of 64.
+LoRA is PEFT's layer with rank 16. Floor: the two products of a frozen layer, the forward and the input's gradient.
+sliced_linear trains 3 % of the inputs or outputs, and indexed_linear trains three heads of 64.
 """
 
 import torch
@@ -23,7 +23,7 @@ def lora_layer(weight: torch.Tensor) -> nn.Module:
 
 
 def step_of(forward, x, grad):
-    """A forward and a backward of `forward`, gradients dropped."""
+    """A step that runs `forward` and its backward. The gradient of x is dropped before each step."""
 
     def step():
         x.grad = None

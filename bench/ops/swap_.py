@@ -1,4 +1,4 @@
-"""swap_ against index_select and index_copy_. Floor: a copy that moves the bytes of the units twice each way."""
+"""swap_ against index_select and index_copy_. Floor: a copy that reads and writes as many bytes."""
 
 import torch
 from case import Case

@@ -1,4 +1,4 @@
-"""Compiles csrc/cuda for the CPU, once a session, and wraps it for tensors."""
+"""Compiles csrc/cuda for the CPU, once for each session, and wraps the kernels as functions of tensors."""
 
 import ctypes
 import os
@@ -25,7 +25,7 @@ def pointer(tensor):
 
 
 def along(tensor, dim):
-    """csrc/core/along.h of a tensor: what csrc/move.h computes."""
+    """The numbers of the struct Along (csrc/core/along.h) for a tensor, as csrc/move.h computes them."""
     last, rank = tensor.dim() - 1, tensor.dim()
     others = [d for d in range(rank) if d != dim]
     sizes, strides = [1] * (3 - rank), [0] * (3 - rank)
@@ -75,7 +75,7 @@ class Runner:
         )
 
     def permute(self, weight, order, dim, lines_at_once=None):
-        """In the scratch that the op would take, or in room for a few lines."""
+        """Permute with as much scratch memory as the op would use, or with memory for `lines_at_once` lines."""
         size = weight.element_size()
         bytes_ = self.library.permute_scratch_bytes(ctypes.c_int64(size), along(weight, dim))
         if lines_at_once is not None:
@@ -201,17 +201,21 @@ def compile_runner(folder, extra_flags=()):
 
 @pytest.fixture(scope="session")
 def sanitized_library(tmp_path_factory):
-    flags = ("-O0", "-Wno-maybe-uninitialized", "-Wno-clobbered")  # the sanitizers' own code sets these off
+    flags = (
+        "-O0",
+        "-Wno-maybe-uninitialized",
+        "-Wno-clobbered",
+    )  # the code that the sanitizers add causes these warnings
     return compile_runner(tmp_path_factory.mktemp("sanitized"), (*sanitizers.FLAGS, *flags))
 
 
 @pytest.fixture(scope="session")
 def built_library(tmp_path_factory):
-    given = os.environ.get("S2FT_TEST_CUDA_ON_CPU")  # set by test_cuda_sanitized.py
-    if given:
-        return given
+    sanitized = os.environ.get("S2FT_TEST_CUDA_ON_CPU")  # set by test_cuda_sanitized.py
+    if sanitized:
+        return sanitized
     folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:  # its own folder is in the one that all workers share
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the folder of a worker is inside the one that all workers share
         folder = folder.parent
     with FileLock(folder / "cuda_on_cpu.lock"):  # the first worker builds, the others wait
         library = folder / "cuda_on_cpu.so"

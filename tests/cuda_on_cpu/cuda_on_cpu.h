@@ -62,7 +62,7 @@ struct Machine {
   Fiber* current = nullptr;
   ucontext_t scheduler;
   std::function<void()> kernel;
-  std::vector<uint64_t> lanes;                    // what a warp exchange publishes
+  std::vector<uint64_t> lanes;                    // values that lanes publish in a warp exchange
   std::map<int, std::unique_ptr<char[]>> shared;  // by declaration
 };
 

@@ -1,4 +1,4 @@
-// Kernels that check the simulator itself: a correct one, and two with faults that it must find.
+// A kernel that checks the simulator itself: it can run correctly, or with one of two faults that must be found.
 #include "cuda_on_cpu.h"
 
 namespace {

@@ -1,4 +1,4 @@
-"""The kernels of act_mul against PyTorch."""
+"""The CUDA kernels of act_mul, run on the CPU, give PyTorch's numbers."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from support.tolerances import GEMM
 from s2ft.ops.act_mul import ACTIVATIONS, reference, reference_backward
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-SIZES = (0, 1, 8, 37, 256 * 8 + 5, 3000)  # packs of 16 bytes, what is left over, and more than one block of both
+SIZES = (0, 1, 8, 37, 256 * 8 + 5, 3000)  # packs of 16 bytes, remainders, and more than one block of both
 
 
 def check(ours, theirs):
@@ -16,7 +16,7 @@ def check(ours, theirs):
 
 
 def shifted(values, offset):
-    """values, `offset` elements behind an address that is a multiple of 16."""
+    """A copy of values whose first element is `offset` elements behind an address divisible by 16."""
     memory = torch.full((values.numel() + offset,), float("nan"), dtype=values.dtype)
     assert memory.data_ptr() % 16 == 0
     memory[offset:] = values
@@ -45,7 +45,7 @@ def test_every_size(runner, activation, dtype):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_misaligned_tensors(runner, activation, dtype):
-    """16 bytes are taken at once only if every tensor allows it."""
+    """The kernel may read 16 bytes at once only if every tensor is aligned."""
     torch.manual_seed(0)
     runner.configure(max_blocks=2)
     for which in range(5):
@@ -62,7 +62,7 @@ def test_misaligned_tensors(runner, activation, dtype):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
 def test_every_16_bit_gate(runner, activation, dtype):
-    """Infinity aside, for which PyTorch's own gelu has two answers."""
+    """Infinity is left out, because PyTorch's gelu has two different results for it."""
     gate = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     gate = gate[~gate.isinf() & ~(gate.abs() > 1e19)]
     up = torch.full_like(gate, 0.5)

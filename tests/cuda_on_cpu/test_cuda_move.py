@@ -1,4 +1,4 @@
-"""The kernels of permute_, swap_ and scatter_add_ against PyTorch."""
+"""The CUDA kernels of permute_, swap_ and scatter_add_, run on the CPU, give PyTorch's numbers."""
 
 import itertools
 
@@ -12,7 +12,7 @@ DTYPES = (torch.uint8, torch.bfloat16, torch.float32, torch.float64)
 
 
 def strided(values, step):
-    """values with `step` elements from one to the next in every dimension."""
+    """A copy of values whose neighbours are `step` elements apart in every dimension."""
     memory = torch.zeros([step * size for size in values.shape], dtype=values.dtype)
     view = memory[tuple(slice(None, None, step) for _ in values.shape)]
     view.copy_(values)
@@ -60,7 +60,7 @@ def test_misaligned_values(runner, offset):
 @pytest.mark.parametrize("shape,dim", CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_permute_and_back(runner, shape, dim, dtype):
-    """In one go and a line or three at a time: what is taken in one round must not be put back in another."""
+    """All lines at once, or one or three at a time. Lines of one round must not be written in another round."""
     torch.manual_seed(0)
     original = torch.randint(0, 200, shape).to(dtype)
     half = torch.arange(shape[dim])
@@ -80,7 +80,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("shape,dim", CASES, ids=str)
 @pytest.mark.parametrize("dtypes", list(itertools.product(FLOATS, FLOATS)), ids=str)
 def test_scatter_add(runner, shape, dim, dtypes):
-    """Several parts that share units: one rounding each, in the order of the parts, whatever the schedule."""
+    """Several parts share units. They are added in their order, and the sum is rounded once, under every schedule."""
     torch.manual_seed(0)
     dtype, delta_dtype = dtypes
     wide = torch.promote_types(torch.promote_types(dtype, delta_dtype), torch.float32)
@@ -103,7 +103,7 @@ def test_scatter_add(runner, shape, dim, dtypes):
 @pytest.mark.parametrize("count", (2, 16, 17, 33, 70))
 @pytest.mark.parametrize("shape,dim", (((6, 8), 0), ((6, 8), 1), ((5,), 0)), ids=str)
 def test_scatter_add_of_any_number_of_parts(runner, shape, dim, count):
-    """All sums are rounded once, and what is replaced is the base, as the reference has it bit for bit."""
+    """Every sum is rounded once, and `replaced` is the base. Both equal the reference bit for bit."""
     torch.manual_seed(count)
     original, n = torch.randn(shape).bfloat16(), shape[dim]
     index = [torch.randperm(n)[: j % (n + 1)] for j in range(count)]

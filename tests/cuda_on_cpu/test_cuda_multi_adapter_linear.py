@@ -1,4 +1,4 @@
-"""The kernels of multi_adapter_linear against its definition."""
+"""The CUDA kernels of multi_adapter_linear, run on the CPU, equal its definition."""
 
 import pytest
 import torch
@@ -20,11 +20,12 @@ def bank_of(dim, dtype, inputs, outputs, sizes):
 
 @pytest.mark.parametrize("dim", (0, 1))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", (1, 3, 9))  # decode, less than a tile, several with one left over
+@pytest.mark.parametrize("tokens", (1, 3, 9))  # decode, less than a tile, several tiles and a remainder
 def test_adds_each_sequences_adapter(runner, dim, dtype, tokens):
     torch.manual_seed(0)
     rtol, atol = GEMM[dtype]
-    # more units than a block holds at once, empty, one; whole packs, odd widths, more than one strip
+    # The adapters have more units than a block holds at once, none, one and a few. The widths are whole packs, odd
+    # numbers, and more than one strip.
     for seed, (inputs, outputs) in enumerate(((48, 56), (37, 45), (64, 1088))):
         bank = bank_of(dim, dtype, inputs, outputs, (34, 0, 1, 7))
         x, y = torch.randn(6, tokens, inputs).to(dtype), torch.randn(6, tokens, outputs).to(dtype)
@@ -38,7 +39,7 @@ def test_adds_each_sequences_adapter(runner, dim, dtype, tokens):
 
 @pytest.mark.parametrize("dim", (0, 1))
 @pytest.mark.parametrize("offset", (1, 3))
-def test_misaligned(runner, dim, offset):
+def test_misaligned_x_and_y(runner, dim, offset):
     bank = bank_of(dim, torch.float32, 16, 16, (5, 2))
     x, y = (torch.randn(3 * 16 + offset)[offset:].view(3, 1, 16) for _ in range(2))
     adapter = torch.tensor([0, 1, 0])
@@ -46,7 +47,7 @@ def test_misaligned(runner, dim, offset):
 
 
 @pytest.mark.parametrize("dim", (0, 1))
-def test_what_is_out_of_range_adds_nothing(runner, dim):
+def test_units_and_adapters_out_of_range_add_nothing(runner, dim):
     values, index, offsets = bank_of(dim, torch.float32, 16, 16, (3, 2))
     index[:] = torch.tensor([99, 4, -1, 2, 7])
     x, y = torch.randn(4, 1, 16), torch.randn(4, 1, 16)

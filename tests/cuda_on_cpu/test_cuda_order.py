@@ -1,10 +1,10 @@
-"""Streams that use one weight wait for each other; the runtime calls are recorded, not run."""
+"""Streams that use one weight wait for each other. The calls of the CUDA runtime are recorded and not run."""
 
 
 def test_the_next_stream_waits_for_the_last_op(runner):
     device, first, second = 0, 16, 32
     assert runner.order("begin", device, first) == 0
-    assert runner.calls() == []  # nothing ran yet
+    assert runner.calls() == []  # no op ran before, so there is nothing to wait for
     assert runner.order("end", device, first) == 0
     assert runner.calls() == ["create", "record on 16"]
     assert runner.order("begin", device, second) == 0
@@ -20,7 +20,7 @@ def test_devices_do_not_wait_for_each_other(runner):
     assert runner.calls() == []
 
 
-def test_a_capturing_stream_is_left_alone(runner):
+def test_a_capturing_stream_neither_waits_nor_records(runner):
     runner.order("end", 3, 16)
     runner.calls()
     runner.configure(capturing=True)

@@ -1,4 +1,4 @@
-"""The same tests once more with the address and undefined-behaviour sanitizers in the kernels."""
+"""Runs the tests of this folder again on kernels with the address and undefined-behaviour sanitizers."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ HERE = Path(__file__).resolve().parent
 FILES = sorted(str(path) for path in HERE.glob("test_*.py") if path != Path(__file__).resolve())
 
 
-# The simulator's own kernel sums `claimed` floats, of which there are 64.
+# The simulator's own kernel adds `claimed` floats, but there are only 64.
 SUM = """
 import ctypes, sys, torch
 values, out = torch.ones(64), torch.zeros(1)

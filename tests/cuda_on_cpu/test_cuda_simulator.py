@@ -1,4 +1,4 @@
-"""The simulator shows the faults it is there to show."""
+"""The simulator finds a missing barrier and a barrier that only a part of a block reaches."""
 
 import ctypes
 
@@ -17,7 +17,7 @@ def block_sum(runner, values, fault):
 
 
 @pytest.mark.parametrize("n", (1, 33, 255, 256))
-def test_a_right_kernel_gives_the_sum_under_every_schedule(runner, n):
+def test_a_correct_kernel_gives_the_sum_under_every_schedule(runner, n):
     values = torch.arange(1.0, n + 1)
     for seed in range(5):
         runner.configure(seed)
@@ -33,7 +33,7 @@ def test_a_missing_barrier_gives_wrong_numbers(runner):
     assert any(result != 256 for result in results)
 
 
-def test_a_barrier_that_part_of_a_block_reaches_is_an_error(runner):
+def test_a_barrier_that_only_a_part_of_a_block_reaches_is_an_error(runner):
     error, _ = block_sum(runner, torch.ones(256), DIVERGENT_BARRIER)
     assert error != 0
     assert b"barrier" in runner.library.last_error()

@@ -1,4 +1,4 @@
-"""The kernels of sliced_linear and indexed_linear: write, sum and restore, against PyTorch."""
+"""The CUDA kernels of sliced_linear and indexed_linear (write, sum and restore), run on the CPU, equal PyTorch."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ UNTOUCHED = 42.0
 
 
 def place(values, layout):
-    """values in memory of the given layout, and that memory as a whole."""
+    """Returns a view with the values in the given layout, and the whole memory of that view."""
     rows, columns = values.shape
     if layout == "transposed":
         memory = torch.empty(columns, rows, dtype=values.dtype)
@@ -19,7 +19,7 @@ def place(values, layout):
     elif layout == "strided":
         memory = torch.full((2 * rows, 3 * columns), UNTOUCHED, dtype=values.dtype)
         view = memory[::2, ::3]
-    elif layout == "off by one":  # no element is aligned to 16 bytes where it would help
+    elif layout == "off by one":  # the rows are not aligned to 16 bytes
         memory = torch.full((rows, columns + 1), UNTOUCHED, dtype=values.dtype)
         view = memory[:, 1:]
     else:
@@ -38,7 +38,7 @@ def delta_shape(weight, n, dim):
 
 
 def unit_choices(size):
-    """Slices and indices: empty, one, aligned, misaligned, all, and scattered."""
+    """Slices and indices: empty, aligned, misaligned, scattered, and all units."""
     yield 0, 0
     yield 0, size
     if size > 2:
@@ -87,7 +87,7 @@ def test_every_layout_and_choice_of_units(runner, layout, shape, dim):
 
 @pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("delta_dtype", DTYPES, ids=str)
-def test_every_pair_of_dtypes_rounds_as_pytorch(runner, weight_dtype, delta_dtype):
+def test_every_pair_of_dtypes_rounds_like_pytorch(runner, weight_dtype, delta_dtype):
     torch.manual_seed(0)
     for scale in (1e-8, 1e-3, 1.0, 3e4):
         values, delta = random((16, 64), weight_dtype), random((16, 64), torch.float64).mul(scale).to(delta_dtype)
@@ -96,7 +96,7 @@ def test_every_pair_of_dtypes_rounds_as_pytorch(runner, weight_dtype, delta_dtyp
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
-def test_every_16_bit_pattern_comes_back(runner, dtype):
+def test_every_16_bit_pattern_is_restored(runner, dtype):
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).reshape(256, 256)
     weight = bits.clone().view(dtype)
     delta, dense = torch.ones(256, 256), torch.empty(256, 256, dtype=dtype)
@@ -111,7 +111,7 @@ def test_every_16_bit_pattern_comes_back(runner, dtype):
 @pytest.mark.parametrize("dim", (0, 1))
 @pytest.mark.parametrize("offset", (0, 1))
 def test_misaligned_buffers(runner, dim, offset):
-    """Whether the fast path is taken depends on every pointer, not on the weight's alone."""
+    """The fast path needs all pointers to be aligned, not only that of the weight."""
     for which in ("delta", "dense"):
         values = random((16, 32), torch.bfloat16)
         shape = delta_shape(values, 16, dim)
@@ -145,7 +145,7 @@ def test_units_out_of_range_are_skipped(runner, dim):
 
 
 @pytest.mark.parametrize("dim", (0, 1))
-def test_a_slice_that_leaves_the_weight_is_cut_there(runner, dim):
+def test_a_slice_beyond_the_weight_is_cut_at_its_end(runner, dim):
     values = random((8, 8), torch.float32)
     weight = values.clone()
     delta, dense = random(delta_shape(values, 4, dim), torch.float32), torch.zeros(delta_shape(values, 4, dim))
@@ -163,6 +163,6 @@ def test_a_unit_named_twice_is_restored(runner, dim):
         runner.configure(seed)
         weight, dense = values.clone(), torch.empty_like(delta)
         runner.units("write", weight, delta, dense, index, dim)
-        assert (weight.select(dim, 7).unsqueeze(dim) == sums).any(dim).all()  # one of them, not two
+        assert (weight.select(dim, 7).unsqueeze(dim) == sums).any(dim).all()  # one of the sums, not two deltas added
         runner.units("restore", weight, None, dense, index, dim)
         assert torch.equal(weight, values)

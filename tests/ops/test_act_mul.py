@@ -1,4 +1,4 @@
-"""act_mul: PyTorch's two operators in one."""
+"""act_mul: an activation and a product in one op, with the numbers of PyTorch's two operators."""
 
 import math
 
@@ -10,7 +10,7 @@ from s2ft.ops import act_mul
 from s2ft.ops.act_mul import ACTIVATIONS, reference, reference_backward
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-SHAPES = ((), (0,), (1,), (17,), (3, 5, 7), (129, 257))  # the last is more than one thread's share
+SHAPES = ((), (0,), (1,), (17,), (3, 5, 7), (129, 257))  # the last one is divided among several threads
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.cuda))
 
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -42,7 +42,7 @@ def test_values_and_gradients(shape, dtype, device, activation):
 
 
 @pytest.mark.parametrize("activation", ("silu", "relu"))
-def test_bfloat16_is_pytorchs_bit_for_bit(activation):
+def test_bfloat16_equals_pytorch_bit_for_bit(activation):
     gates, (gate, up, grad) = all_bfloat16(), inputs((1000, 100), torch.bfloat16)
     one = torch.ones_like(gates)
     for g, u, d in ((gates, one, one), (gate, up, grad)):
@@ -54,11 +54,13 @@ def test_bfloat16_is_pytorchs_bit_for_bit(activation):
 
 
 @pytest.mark.parametrize("activation", ("gelu", "gelu_tanh"))
-def test_bfloat16_gelu_is_pytorchs_but_for_its_cancellation(activation):
-    """Not bit for bit: PyTorch gets the lower tail as 1 + erf or 1 + tanh, whose digits cancel in float32.
-    That aside the two are one bfloat16 apart at most, before the products with up and grad."""
+def test_bfloat16_gelu_is_close_to_pytorch(activation):
+    """Not bit for bit: PyTorch computes the lower tail as 1 + erf or 1 + tanh, whose digits cancel in float32.
+
+    Elsewhere the two differ by at most one bfloat16 step, before the products with up and grad.
+    """
     gate = all_bfloat16()
-    gate = gate[gate.abs() < 1e18]  # far beyond, PyTorch's gelu_tanh has NaN gradients; see test_extreme_values
+    gate = gate[gate.abs() < 1e18]  # beyond, PyTorch's gelu_tanh has NaN gradients; see test_extreme_values
     one = torch.ones_like(gate)
     for ours, theirs in zip(
         (act_mul(gate, one, activation), *act_mul_backward(one, gate, one, activation)),
@@ -71,7 +73,7 @@ def test_bfloat16_gelu_is_pytorchs_but_for_its_cancellation(activation):
 
 
 def exact(gate, activation):
-    """In float64, without cancellation."""
+    """The activation in float64, without cancellation."""
     if activation == "gelu":
         return gate * 0.5 * torch.special.erfc(-gate / math.sqrt(2))
     if activation == "gelu_tanh":
@@ -83,7 +85,7 @@ def exact(gate, activation):
 def test_float32_keeps_its_digits_in_the_lower_tail(activation):
     gate = torch.linspace(-40, 40, 400_001)
     expected = exact(gate.double(), activation)
-    rtol = 2e-5 if activation == "gelu_tanh" else 6e-7  # rounding u once moves e^2u by as much
+    rtol = 2e-5 if activation == "gelu_tanh" else 6e-7  # rounding u once changes e^2u by that much
     ours = act_mul(gate, torch.ones_like(gate), activation).double()
     torch.testing.assert_close(ours, expected, rtol=rtol, atol=1e-36)
 
@@ -91,7 +93,7 @@ def test_float32_keeps_its_digits_in_the_lower_tail(activation):
 @every_activation
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
 def test_extreme_values(dtype, activation):
-    """One at a time: in a longer tensor PyTorch's own gelu overflows at 3e38 and is NaN at infinity."""
+    """One value for each call, because in a longer tensor PyTorch's gelu overflows at 3e38 and is NaN at infinity."""
     for value in (0.0, 1e-38, 80, 100, 2e19, 3e38, math.inf, math.nan):
         for gate in (torch.tensor([value], dtype=dtype), torch.tensor([-value], dtype=dtype)):
             up = torch.full_like(gate, 0.5)
@@ -149,7 +151,7 @@ def test_frozen_inputs_get_no_gradient(activation):
 
 
 @every_activation
-def test_keeps_gate_and_up_alone(activation):
+def test_backward_keeps_only_gate_and_up(activation):
     gate, up, kept = torch.randn(8, requires_grad=True), torch.randn(8), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.data_ptr()), t)[1], lambda t: t):
         act_mul(gate, up, activation)

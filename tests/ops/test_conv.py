@@ -1,4 +1,4 @@
-"""indexed_conv against PyTorch's convolution with the effective weight written out."""
+"""indexed_conv equals PyTorch's convolution with the effective weight."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def tensors(spatial, dim, dtype=torch.float32, delta_dtype=None, index=(4, 0, 3)
 
 
 def effective(weight, delta, index, dim):
-    """A loop over the channels."""
+    """The weight with the delta added, by a loop over the channels."""
     weight = weight.clone()
     for k, channel in enumerate(index.tolist()):
         part = weight.select(dim, channel)
@@ -39,7 +39,7 @@ def effective(weight, delta, index, dim):
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("dim", (0, 1))
 @pytest.mark.parametrize("spatial", (1, 2, 3))
-def test_forward_is_the_convolution_with_the_effective_weight(spatial, dim, geometry, dtype):
+def test_forward_equals_the_convolution_with_the_effective_weight(spatial, dim, geometry, dtype):
     x, weight, delta, index, dim, bias = tensors(spatial, dim, dtype, torch.promote_types(dtype, torch.float32))
     before = weight.clone()
     y = indexed_conv(x, weight, delta, index, dim, bias, **GEOMETRIES[geometry])
@@ -105,8 +105,8 @@ def test_compiles_without_a_break():
 
 
 @pytest.mark.parametrize("dim", (0, 1))
-def test_what_is_kept_for_the_backward(dim):
-    """Trained inputs: their channels of x alone, 3 of 5."""
+def test_backward_keeps_only_the_selected_channels_of_x(dim):
+    """If input channels are trained (dim 1), it keeps their channels of x: 3 of 5."""
     x, weight, delta, index, dim, bias = tensors(2, dim)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
@@ -114,7 +114,7 @@ def test_what_is_kept_for_the_backward(dim):
     assert ((3, 3 if dim else 5, 7, 7) in kept) and not (dim and (3, 5, 7, 7) in kept)
 
 
-def test_autocast_rounds_the_sum_not_its_parts():
+def test_autocast_rounds_the_sum_of_base_and_delta_once():
     x, weight, delta, index, dim, bias = tensors(2, 0)
     with torch.autocast("cpu", torch.bfloat16):
         y = indexed_conv(x, weight, delta * 1e-3, index, dim, bias)
@@ -163,7 +163,7 @@ PLAIN = {
 @pytest.mark.parametrize("batched", (True, False))
 @pytest.mark.parametrize("kind", (S2ColumnConv, S2RowConv))
 @pytest.mark.parametrize("plain", PLAIN)
-def test_layers_are_the_convolution_they_replace(plain, kind, batched):
+def test_layers_equal_the_convolution_they_replace(plain, kind, batched):
     torch.manual_seed(0)
     conv = PLAIN[plain]()
     x = torch.randn(*[2] * batched, 5, *[7] * len(conv.kernel_size))
@@ -179,7 +179,7 @@ def test_layers_are_the_convolution_they_replace(plain, kind, batched):
         weight = layer.weight.clone()
         layer.eval()
         layer.fuse()
-        assert torch.equal(conv(x), layer(x)) and torch.equal(layer(x), y)  # conv has the same weight
+        assert torch.equal(conv(x), layer(x)) and torch.equal(layer(x), y)  # conv and the layer share the weight
         layer.unfuse()
         assert torch.equal(layer.weight, weight)
         layer.enabled = False

@@ -1,4 +1,4 @@
-"""sliced_linear and indexed_linear: the definition, the gradient, every path that runs them."""
+"""sliced_linear and indexed_linear: results and gradients equal the definition on every path that runs them."""
 
 import itertools
 import threading
@@ -19,7 +19,7 @@ SHAPES = ((7, 11, 2, 3), (16, 32, 0, 1), (8, 8, 0, 8), (33, 17, 16, 1))
 
 
 class Case:
-    """Inputs of one call, for a slice or for scattered units of the same number."""
+    """Inputs of one call, for a slice or for the same number of scattered units."""
 
     def __init__(self, op, shape, dim, dtype=torch.float64, leading=(3,), bias=True, device="cpu", delta_dtype=None):
         outputs, inputs, start, units = shape
@@ -104,7 +104,7 @@ def test_opcheck(op, dim):
 
 @pytest.mark.parametrize("op,shape,dim", CASES, ids=name)
 def test_second_derivatives_float64(op, shape, dim):
-    """A gradient penalty, a Hessian-vector product: gradients of gradients, with respect to x, delta and bias."""
+    """A gradient penalty or a Hessian-vector product needs them, with respect to x, delta and bias."""
     case = Case(op, shape, dim)
     assert torch.autograd.gradgradcheck(case.call, (case.x, case.delta, case.bias))
 
@@ -121,7 +121,7 @@ def test_a_delta_that_needs_a_gradient_needs_its_columns_of_x(op, dim):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("op,shape,dim", CASES, ids=name)
 def test_compiled_kernel_equals_reference(op, shape, dim, dtype, device):
-    """The compiled kernel (where one is loaded) against the PyTorch definition of the same op, bit for bit."""
+    """The compiled kernel, if one is loaded, equals the PyTorch definition of the same op, bit for bit."""
     for delta_dtype in DTYPES:
         case = Case(op, shape, dim, dtype, (5,), device=device, delta_dtype=delta_dtype)
         args = (case.weight, case.delta.detach(), case.units, dim)
@@ -135,7 +135,7 @@ def test_compiled_kernel_equals_reference(op, shape, dim, dtype, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("dim", (0, 1))
 def test_several_segments(dim, dtype):
-    """Heads: runs of neighbouring units, long and short, side by side, in any order."""
+    """Heads are runs of neighbouring units. Here they are long and short, adjacent and apart, and in any order."""
     case = Case(indexed_linear, (120, 120, 0, 91), dim, dtype)
     runs = (range(80, 112), range(16), range(16, 48), range(50, 59), (49,), (113,))
     case.units = case.index = torch.tensor([unit for run in runs for unit in run])
@@ -170,7 +170,7 @@ def test_layouts_of_x_and_weight(op, dim, layout):
 @pytest.mark.parametrize("compiled", (False, True), ids=("eager", "compiled"))
 @pytest.mark.parametrize("low", (torch.bfloat16, torch.float16), ids=name)
 def test_autocast(op, dim, low, compiled):
-    """base + delta is summed in float32 and rounded once; the delta's gradient stays float32."""
+    """base + delta is added in float32 and rounded once. The delta's gradient stays float32."""
     case = Case(op, SHAPES[0], dim, torch.float32, (4,))
     call = torch.compile(case.call, fullgraph=True, backend="aot_eager") if compiled else case.call
     with torch.autocast("cpu", low):
@@ -201,7 +201,7 @@ def test_torch_compile_fullgraph(op, dim, dtype):
 
 
 def test_float32_delta_on_bfloat16_weight_is_not_lost():
-    """An update far below a bfloat16 step moves nothing by itself and adds up over the steps."""
+    """An update far below a bfloat16 step changes no weight by itself, but many of them add up to a change."""
     weight, x = torch.ones(4, 4, dtype=torch.bfloat16), torch.eye(4, dtype=torch.bfloat16)
     tiny = torch.full((1, 4), 1e-4)
     assert torch.equal(sliced_linear(x, weight, tiny, 0, 0), F.linear(x, weight))
@@ -209,16 +209,16 @@ def test_float32_delta_on_bfloat16_weight_is_not_lost():
 
 
 @pytest.mark.parametrize("op", OPS, ids=name)
-def test_backward_keeps_the_slice_of_x_only(op):
-    """dim 1 keeps n of I columns (a view would pin all of x); without a trained delta it keeps none."""
+def test_backward_keeps_only_the_selected_columns_of_x(op):
+    """dim 1 keeps n columns of x, as a copy, because a view would keep all of x. A frozen delta keeps none."""
     case = Case(op, (8, 64, 3, 2), 1, torch.float32, (100,))
     for trains, expected in ((True, 100 * 2 * 4), (False, 0)):
         kept = []
-        own = {t.untyped_storage().data_ptr() for t in (case.weight, case.delta, case.bias, case.index)}
+        arguments = {t.untyped_storage().data_ptr() for t in (case.weight, case.delta, case.bias, case.index)}
         delta = case.delta if trains else case.delta.detach()
 
         def pack(tensor):
-            if tensor.untyped_storage().data_ptr() not in own:
+            if tensor.untyped_storage().data_ptr() not in arguments:
                 kept.append(tensor.untyped_storage().nbytes())
             return tensor
 
@@ -229,7 +229,7 @@ def test_backward_keeps_the_slice_of_x_only(op):
 
 @pytest.mark.parametrize("op,dim", OPS_AND_DIMS, ids=name)
 def test_two_forwards_before_backward(op, dim):
-    """A call leaves the weight's version as it was, so an earlier call's backward still runs."""
+    """A call does not change the weight's version, so the backward of an earlier call still runs."""
     case = Case(op, SHAPES[0], dim, torch.float32)
     first, second = case.call(), case.call(x=case.x * 2)
     (first + second).sum().backward()
@@ -247,7 +247,7 @@ def test_delta_changed_between_forward_and_backward_raises():
 
 @pytest.mark.parametrize("op", OPS, ids=name)
 def test_threads_that_share_a_weight(op):
-    """Calls with different deltas on one weight lock each other out and leave the base."""
+    """Calls with different deltas on one weight wait for each other and restore the base."""
     case = Case(op, (64, 64, 5, 20), 1, torch.float32, (50,), bias=False)
     before = case.weight.clone()
     deltas = [torch.randn_like(case.delta) for _ in range(4)]
@@ -255,7 +255,7 @@ def test_threads_that_share_a_weight(op):
     wrong, number = [], torch.get_num_threads()
 
     def work(delta, result):
-        torch.set_num_threads(number)  # MKL's number in a new thread is its own, and with it the order of sums
+        torch.set_num_threads(number)  # a new thread has MKL's default number, which changes the order of sums
         for _ in range(100):
             if not torch.equal(op(case.x, case.weight, delta, case.units, 1), result):
                 wrong.append(True)
@@ -268,7 +268,7 @@ def test_threads_that_share_a_weight(op):
     assert not wrong and torch.equal(case.weight, before)
 
 
-def test_a_failed_product_leaves_the_base(monkeypatch):
+def test_a_failed_product_restores_the_base(monkeypatch):
     case = Case(sliced_linear, SHAPES[0], 1, torch.float32)
     before = case.weight.clone()
 
@@ -282,7 +282,7 @@ def test_a_failed_product_leaves_the_base(monkeypatch):
 
 
 def test_repeated_index_restores_the_base():
-    """The op's contract forbids it, but the base must survive it all the same."""
+    """The op does not allow a repeated index, but the base must be restored all the same."""
     weight, before = (w := torch.randn(6, 6)), w.clone()
     for dim in (0, 1):
         indexed_linear(torch.randn(2, 6), weight, torch.randn(6, 6).narrow(dim, 0, 3), torch.tensor([4, 1, 4]), dim)
@@ -310,7 +310,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_bad_arguments_raise_and_leave_the_weight(bad):
+def test_bad_arguments_raise_and_do_not_change_the_weight(bad):
     call, message = BAD[bad]
     weight = torch.ones(4, 6)
     with pytest.raises(ValueError, match=message):
@@ -334,14 +334,14 @@ BAD_COLUMNS = {
 
 @pytest.mark.parametrize("bad", BAD_COLUMNS)
 def test_bad_arguments_are_named_where_x_is_read_before_the_op(bad):
-    """For dim 1 and a trained delta, the selected columns of x are copied first."""
+    """With dim 1 and a trained delta, the selected columns of x are copied before the op checks its arguments."""
     op, x, delta, units, message = BAD_COLUMNS[bad]
     with pytest.raises(ValueError, match=message):
         op(x, torch.ones(4, 6), delta, units, 1)
 
 
 @pytest.mark.parametrize("op", OPS, ids=name)
-def test_a_correct_call_checks_its_arguments_in_the_kernel_only(op, monkeypatch):
+def test_only_the_kernel_checks_the_arguments_of_a_correct_call(op, monkeypatch):
     monkeypatch.setattr(_linear, "check", lambda *args: pytest.fail("checked twice"))
     if s2ft.build_info()["ops"][op.__name__]:
         for dim in (0, 1):

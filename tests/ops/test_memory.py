@@ -1,4 +1,4 @@
-"""Operations write to weights: memory that can't be written to, or that others see."""
+"""Ops write to weights, so they refuse memory that is read-only or shared with other processes."""
 
 import subprocess
 import sys
@@ -36,7 +36,7 @@ def read_only(tmp_path):
     ],
     ids=("sliced_linear", "reference", "permute_", "swap_", "scatter_add_"),
 )
-def test_a_read_only_weight_is_an_error_and_no_crash(op, read_only):
+def test_a_read_only_weight_raises_instead_of_crashing(op, read_only):
     with pytest.raises(ValueError, match="read-only memory"):
         op(read_only)
 
@@ -74,7 +74,7 @@ def test_a_file_mapped_for_writing_is_shared(tmp_path):
                 check_private("weight", weight)
 
 
-def test_operations_of_other_threads_wait_for_the_end_of_stable_weights():
+def test_ops_of_other_threads_wait_for_the_end_of_stable_weights():
     layer, x = S2RowLinear(64, 64, start=0, end=8), torch.ones(2, 64)
     layer.s2.data.normal_()
     base, done = layer.weight.detach().clone(), threading.Event()
@@ -88,14 +88,14 @@ def test_operations_of_other_threads_wait_for_the_end_of_stable_weights():
         thread.start()
         assert not done.wait(0.05)
         with s2ft.stable_weights():
-            layer(x)  # by the same thread: it does not wait for itself
+            layer(x)  # the thread that holds the lock does not wait for itself
         assert torch.equal(layer.weight, base)
         assert not done.is_set()
     thread.join(10)
     assert done.is_set()
 
 
-def test_the_lock_is_given_back_by_its_owner_alone():
+def test_only_the_owner_can_release_the_lock():
     with pytest.raises(RuntimeError):
         LOCK.release()
 
@@ -134,6 +134,6 @@ print("base back")
 """
 
 
-def test_an_interrupt_of_the_reference_leaves_the_base():
+def test_the_base_is_restored_after_an_interrupt_of_the_reference():
     ran = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=120)
     assert ran.stdout == "base back\n", ran.stderr

@@ -21,7 +21,7 @@ CASES = [(shape, dim) for shape in SHAPES for dim in range(len(shape))]
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape,dim", CASES)
-def test_swap_exchanges_and_comes_back(shape, dim, dtype, device):
+def test_swap_exchanges_and_a_second_swap_restores(shape, dim, dtype, device):
     weight = torch.randn(shape, device=device).to(dtype)
     for units in sorted({0, min(1, shape[dim]), (shape[dim] + 1) // 2, shape[dim]}):
         index = torch.randperm(shape[dim], device=device)[:units]
@@ -40,7 +40,7 @@ def test_swap_exchanges_and_comes_back(shape, dim, dtype, device):
 def test_permute_is_index_select_in_place(shape, dim, dtype, device):
     weight = torch.randn(shape, device=device).to(dtype)
     swapped = torch.arange(shape[dim])
-    swapped[[0, -1] if shape[dim] else []] = swapped[[-1, 0] if shape[dim] else []]  # two units trade places
+    swapped[[0, -1] if shape[dim] else []] = swapped[[-1, 0] if shape[dim] else []]  # only two units move
     for order in (torch.arange(shape[dim]), torch.randperm(shape[dim]), torch.arange(shape[dim]).flip(0), swapped):
         order = order.to(device)
         w = weight.clone()
@@ -55,7 +55,7 @@ def test_permute_is_index_select_in_place(shape, dim, dtype, device):
 @pytest.mark.parametrize("shape,dim", [((7, 200), 1), ((200, 7), 0), ((3, 200, 5), 1), ((2, 66_000), 1)])
 @pytest.mark.parametrize("share", (0.03, 0.06, 0.2, 0.3, 0.9))
 def test_permute_of_a_share_of_the_units(share, shape, dim, dtype, device):
-    """Kernels go different ways for few, some and nearly all."""
+    """Kernels use different code if few, some or nearly all units move."""
     weight = torch.randn(shape).to(dtype)
     moved = torch.randperm(shape[dim])[: int(share * shape[dim])]
     order = torch.arange(shape[dim])
@@ -66,7 +66,7 @@ def test_permute_of_a_share_of_the_units(share, shape, dim, dtype, device):
 
 
 def parts_of(shape, dim, dtype, device, sizes):
-    """An index without repeats and a delta for each of `sizes` units; the parts share units."""
+    """An index without repeats and a delta for each of `sizes`. The parts share units."""
     index = [torch.randperm(shape[dim], device=device)[:size] for size in sizes]
     return index, [torch.randn(*shape[:dim], len(i), *shape[dim + 1 :], device=device).to(dtype) for i in index]
 
@@ -74,7 +74,7 @@ def parts_of(shape, dim, dtype, device, sizes):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case,dtype,delta_dtype", pairs(CASES, DTYPES, DTYPES), ids=str)
 def test_scatter_add_adds_in_the_wider_type_and_rounds_once(case, dtype, delta_dtype, device):
-    """Bit for bit, several deltas that meet in a unit included."""
+    """The result equals the definition bit for bit, also if several deltas change the same unit."""
     shape, dim = case
     n = shape[dim]
     for sizes, alphas in ((((n + 1) // 2,), 1.0), ((n,), -0.3), ((n, n // 2, 0, n), (0.7, -1.1, 5.0, 1 / 3))):
@@ -91,7 +91,7 @@ def test_scatter_add_adds_in_the_wider_type_and_rounds_once(case, dtype, delta_d
         for i, old in zip(index, replaced):
             weight.index_copy_(dim, i, old)
         assert torch.equal(weight, base)
-        scatter_add_(weight, index, delta, dim, alphas)  # and without keeping anything
+        scatter_add_(weight, index, delta, dim, alphas)  # the same without `replaced`
         assert torch.equal(weight, expected.to(dtype))
 
 
@@ -103,7 +103,7 @@ def test_scatter_add_of_one_delta_gives_the_effective_weight():
     assert torch.equal(weight, expected)
 
 
-def test_scatter_add_takes_deltas_of_several_dtypes():
+def test_scatter_add_accepts_deltas_of_several_dtypes():
     weight = torch.zeros(4, 2)
     scatter_add_(
         weight,
@@ -126,16 +126,16 @@ LAYOUTS = {
 @pytest.mark.parametrize("dim", (0, 1))
 def test_layouts(layout, dim):
     weight = LAYOUTS[layout]()
-    whole, order, index = weight.clone(), torch.randperm(weight.shape[dim]), torch.tensor([5, 0, 3])
+    original, order, index = weight.clone(), torch.randperm(weight.shape[dim]), torch.tensor([5, 0, 3])
     permute_(weight, order, dim)
-    assert torch.equal(weight, whole.index_select(dim, order))
-    held = weight.index_select(dim, index)
+    assert torch.equal(weight, original.index_select(dim, order))
+    before = weight.index_select(dim, index)
     delta = LAYOUTS[layout]().narrow(dim, 2, 3)
     scatter_add_(weight, [index, index], [delta, delta.clone()], dim, (1.0, 1.0))
-    assert torch.equal(weight.index_select(dim, index), held + delta + delta)
+    assert torch.equal(weight.index_select(dim, index), before + delta + delta)
     values = torch.zeros_like(weight).narrow(dim, 1, 3)
     swap_(weight, index, values, dim)
-    assert torch.equal(values, held + delta + delta) and not weight.index_select(dim, index).any()
+    assert torch.equal(values, before + delta + delta) and not weight.index_select(dim, index).any()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -173,7 +173,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
-@pytest.mark.skipif(not build_info()["ops"]["permute_"], reason="the reference takes what moves out of the weight")
+@pytest.mark.skipif(not build_info()["ops"]["permute_"], reason="the reference copies the units that move")
 def test_permute_makes_no_second_matrix():
     run = subprocess.run([sys.executable, "-c", GROWTH], capture_output=True, text=True, check=True)
     assert float(run.stdout.splitlines()[-1]) < 4  # MiB
@@ -196,7 +196,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_backward_that_kept_the_weight_raises(change):
+def test_backward_raises_if_the_weight_was_changed(change):
     weight, x = torch.randn(4, 6), torch.randn(3, 6, requires_grad=True)
     y = torch.nn.functional.linear(x, weight)
     CHANGES[change](weight)
@@ -206,7 +206,7 @@ def test_a_backward_that_kept_the_weight_raises(change):
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_torch_compile_fullgraph(change):
-    """The change is seen by what follows it in the graph."""
+    """Later operations of the graph use the changed weight."""
     index, values, order = torch.tensor([1]), torch.randn(1, 6), torch.tensor([1, 0, 2, 3])
 
     def run(w, v):
@@ -256,7 +256,7 @@ BAD = {
 
 
 class NoSingleNumbers(TorchDispatchMode):
-    """Raises where one number is read: on a GPU each is a wait."""
+    """Fails if code reads a single number of a tensor. On a GPU each such read waits for the device."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         assert function.overloadpacket.__name__ != "_local_scalar_dense"
@@ -270,7 +270,7 @@ def test_checking_an_index_does_not_read_its_numbers_one_by_one():
 
 @pytest.mark.parametrize("kernel", (True, False), ids=("kernel", "reference"))
 @pytest.mark.parametrize("bad", BAD)
-def test_bad_arguments_raise_and_leave_the_weight(bad, kernel, monkeypatch):
+def test_bad_arguments_raise_and_do_not_change_the_weight(bad, kernel, monkeypatch):
     for op in () if kernel else ("permute_", "scatter_add_", "swap_"):
         module = sys.modules[f"s2ft.ops.{op}"]
         monkeypatch.setattr(module, "_op", module.reference)

@@ -1,4 +1,4 @@
-"""multi_adapter_linear: every sequence with its own adapter's delta, as if it had the merged weight to itself."""
+"""multi_adapter_linear: every sequence gets the output of the weight that is merged with its own adapter."""
 
 import sys
 
@@ -45,7 +45,7 @@ class Case:
         )
 
     def expected(self):
-        """The definition, sequence by sequence, on full delta matrices."""
+        """The definition: one sequence at a time, with full delta matrices."""
         rows = []
         for x, y, name in zip(self.x, self.y, self.adapter.tolist()):
             full = torch.zeros(self.y.shape[-1], self.x.shape[-1], dtype=self.dtype, device=self.x.device)
@@ -71,14 +71,14 @@ def test_equals_each_sequence_by_itself(dim, dtype, leading, device):
     y = case.y.clone()
     with torch.no_grad():
         assert_close(case.call(), case.expected(), dtype)
-    assert torch.equal(case.y, y)  # a new tensor comes back
+    assert torch.equal(case.y, y)  # the op returns a new tensor
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", (0, 1))
 @pytest.mark.parametrize("width", (1, 15, 16, 64, 65, 130, 4097))
 def test_widths_and_blocks(dim, dtype, width):
-    """Whole vectors, tails, several blocks of outputs or units; 1 to 4 tokens that share an adapter."""
+    """Whole vectors, remainders, several blocks of outputs or units, and 1 to 4 tokens of one adapter at once."""
     inputs, outputs = (width, 200) if dim == 0 else (200, width)
     case = Case(dim, dtype, (11,), inputs, outputs, (150, 2, 5), names=[0, 0, 0, 0, 0, 1, 1, 1, 2, 2, -1])
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_thousands_of_adapters(dim):
         assert_close(case.call(), case.expected(), torch.float32)
 
 
-def test_sequences_without_an_adapter_are_untouched():
+def test_sequences_without_an_adapter_do_not_change():
     case = Case(1, torch.bfloat16, (4, 3), names=[-1, 0, -1, 1])
     out = case.call()
     assert torch.equal(out[[0, 2, 3]], case.y[[0, 2, 3]])  # adapter 1 is empty
@@ -111,7 +111,7 @@ WAITING = ("_local_scalar_dense", "nonzero", "unique", "_unique2", "item", "mask
 
 
 class NoWaiting(TorchDispatchMode):
-    """Raises where the host would need a number that a device holds."""
+    """Fails if the host would have to wait for a number from the device."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         by_mask = function.overloadpacket.__name__ in ("index", "index_put", "index_put_") and any(
@@ -144,7 +144,7 @@ def test_the_check_for_waiting_can_fail(dim):
         ((2, 300), (30,) * 40),
     ),
     ids=str,
-)  # the last two gather each sequence's units
+)  # the last two have so many units that each sequence gathers its own
 def test_the_reference_for_a_gpu_does_not_wait(dim, dtype, leading, sizes):
     case = Case(dim, dtype, leading, sizes=sizes or SIZES)
     if not sizes:
@@ -166,9 +166,9 @@ def test_the_reference_for_a_gpu_in_pieces(dim, monkeypatch):
         assert_close(without_waiting(case.x, case.y, *case.bank, case.adapter, dim), case.expected(), torch.float32)
 
 
-@pytest.mark.parametrize("count", (4, 40))  # adapters: in one product, sequence by sequence
+@pytest.mark.parametrize("count", (4, 40))  # adapters: 4 take one product, 40 take a product for each sequence
 @pytest.mark.parametrize("dim", (0, 1))
-def test_the_reference_for_a_gpu_skips_what_is_out_of_range(dim, count):
+def test_the_reference_for_a_gpu_skips_numbers_out_of_range(dim, count):
     case = Case(dim, torch.float32, (5, 2), sizes=(30,) * count, names=[0, 1, 2, 3, -1])
     values, index, offsets = (tensor.clone() for tensor in case.bank)
     case.adapter[[2, 3]] = torch.tensor([count, -5])
@@ -180,13 +180,13 @@ def test_the_reference_for_a_gpu_skips_what_is_out_of_range(dim, count):
         case.deltas[0] = where[kept], delta.transpose(0, dim)[kept].transpose(0, dim)
         case.adapter[[2, 3]] = -1
         assert_close(out, case.expected(), torch.float32)
-        offsets[1:3] = torch.tensor([99999, 7])  # of no adapter from 0 to 2
+        offsets[1:3] = torch.tensor([99999, 7])  # adapters 0 to 2 have no valid range
         assert torch.equal(without_waiting(case.x, case.y, *case.bank[:2], offsets, case.adapter, dim)[:2], case.y[:2])
 
 
 @pytest.mark.parametrize("count", (4, 40))
 @pytest.mark.parametrize("dim", (0, 1))
-def test_a_broken_adapter_does_not_reach_other_sequences(dim, count):
+def test_nan_in_one_adapter_does_not_change_other_sequences(dim, count):
     case = Case(dim, torch.float32, (4, 2), sizes=(30,) * count, names=[0, 1, -1, 2])
     values = case.bank[0].clone()
     values[30:60, 3] = float("nan")
@@ -220,7 +220,7 @@ def test_gradcheck_opcheck_compile(dim):
 
 
 @pytest.mark.parametrize("dim", (0, 1))
-def test_autocast_takes_the_dtype_of_y(dim):
+def test_autocast_uses_the_dtype_of_y(dim):
     case = Case(dim, torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         out = case.call(x=case.x.float())

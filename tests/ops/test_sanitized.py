@@ -1,4 +1,4 @@
-"""The tests of this folder once more with the address and undefined-behaviour sanitizers in the kernels."""
+"""Runs the tests of this folder again on kernels with the address and undefined-behaviour sanitizers."""
 
 import os
 import subprocess
@@ -12,20 +12,20 @@ from support.sources import copy_sources
 HERE = Path(__file__).resolve().parent
 FILES = sorted(str(path) for path in HERE.glob("test_*.py") if path != Path(__file__).resolve())
 
-# Runs the tests on the module in that folder and no other, and with threads, so that work is also shared out.
+# Runs the tests on the module in the given folder. Three threads are used, so that the kernels divide their work.
 RUN_TESTS = """
 import sys, pytest, torch, s2ft._C
 assert s2ft._C.__file__.startswith(sys.argv[1]), s2ft._C.__file__
 class Threads:
     def pytest_collection_finish(self):
         torch.set_num_threads(3)
-# Left out is what calls the same kernels on the same shapes once more, by way of much Python.
+# These tests call the same kernels on the same shapes again, and need much time in Python.
 again = "not (opcheck or compile or gradcheck or second_derivatives)"
 options = ["-qs", "-p", "no:cacheprovider", "-m", "not slow", "-k", again]
 sys.exit(pytest.main([*options, *sys.argv[2:]], plugins=[Threads()]))
 """
 
-# A call whose delta claims 24 floats, in memory that holds `size` bytes, from byte `offset` on.
+# A call whose delta has 24 floats that begin at byte `offset` of memory with only `size` bytes.
 CALL_WITH_A_PLANTED_DELTA = """
 import ctypes, sys, torch, s2ft.ops
 size, offset = map(int, sys.argv[1:])
@@ -38,7 +38,7 @@ torch.ops.s2ft.sliced_linear(torch.ones(2, 6), torch.ones(8, 6), delta, 2, 0, No
 
 @pytest.fixture
 def sanitized(tmp_path):
-    """run(code, *arguments): Python in a process of its own that has the sanitized build."""
+    """run(code, *arguments) starts Python in a process of its own, with the sanitized build."""
     source = copy_sources(tmp_path / "source")
     environment = sanitizers.environment(PYTHONPATH=str(source / "built"))
     flags = {"CXXFLAGS": " ".join(("-O0", "-g1", *sanitizers.FLAGS)), "LDFLAGS": sanitizers.FLAGS[0]}
@@ -64,7 +64,7 @@ def sanitized(tmp_path):
 
 
 def check_planted_errors(run):
-    """A right call passes. Reading a byte too many ends the process, and so does a misaligned read."""
+    """A correct call passes. A read behind the end of the memory and a misaligned read both end the process."""
     right = run(CALL_WITH_A_PLANTED_DELTA, 97, 0)
     assert right.returncode == 0, right.stderr[-3000:]
     for size, offset, report in ((95, 0, "heap-buffer-overflow"), (97, 1, "misaligned address")):

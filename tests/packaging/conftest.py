@@ -1,4 +1,4 @@
-"""Copies of the source tree to build in, away from the one under test."""
+"""Fixtures that build s2ft in a copy of the source tree, so that the tree under test does not change."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ def source(tmp_path):
 
 @pytest.fixture
 def run(tmp_path):
-    """run(arguments, cwd, **variables): Python in a process of its own, with those variables set."""
+    """run(arguments, cwd, **variables) starts Python in a process of its own, with those environment variables."""
 
     def run(arguments, cwd=tmp_path, check=True, python=sys.executable, **variables):
         environment = dict(os.environ)
@@ -34,10 +34,10 @@ def run(tmp_path):
 
 @pytest.fixture
 def environment(run, tmp_path):
-    """The Python of a new virtual environment that sees this one's packages, s2ft aside."""
+    """The Python of a new virtual environment that has the packages of this one, without s2ft."""
     folder = tmp_path / "environment"
     run(["-m", "venv", "--without-pip", folder])
     (site,) = folder.glob("lib/python*/site-packages")
-    # A path file adds the packages; the path files among them, such as an editable s2ft's, are not read.
+    # A path file adds the packages. Path files in their folder, such as that of an editable s2ft, are not read.
     (site / "packages.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")) + "\n")
     return folder / "bin" / "python"

@@ -1,4 +1,4 @@
-"""s2ft.ops._build: the state it reports for whatever it finds, and that it never raises."""
+"""s2ft.ops._build reports the state of the compiled kernels, and falls back to PyTorch without raising."""
 
 import json
 import warnings
@@ -12,7 +12,7 @@ from s2ft.ops import _build
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
-    """_build as at its first import, with an empty package folder. Returns (folder, load)."""
+    """The module _build in the state of its first import, with an empty package folder. Returns (folder, load)."""
     monkeypatch.setattr(_build, "RECORD", tmp_path / "_build.json")
     monkeypatch.setattr(_build, "_module", None)
     monkeypatch.setattr(_build, "_reason", None)
@@ -23,7 +23,7 @@ def fresh(monkeypatch, tmp_path):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             module = _build.load()
-            _build.load()  # a second call says nothing more
+            _build.load()  # a second call must not warn again
         return module, [str(w.message) for w in caught]
 
     return tmp_path, load
@@ -60,13 +60,13 @@ def test_compiled_agrees_with_the_dispatcher():
         assert info["compiler"] and info["reason"]
 
 
-def test_a_tree_that_nobody_built_is_silent(fresh):
+def test_a_tree_that_was_not_built_is_silent(fresh):
     folder, load = fresh
     assert load() == (None, [])
     assert "not built" in _build.build_info()["reason"]
 
 
-def test_none_is_silent(fresh):
+def test_a_build_with_none_is_silent(fresh):
     folder, load = fresh
     record(folder, mode="none", reason="S2FT_BUILD=none: installed without compiled kernels")
     assert load() == (None, [])
@@ -79,7 +79,7 @@ def test_a_failed_build_warns_once_with_its_reason(fresh):
     assert module is None and len(messages) == 1 and "no compiler" in messages[0]
     assert _build.build_info()["reason"] == "no compiler"
     assert _build.build_info()["compiled"] is False and _build.build_info()["cuda_reason"] == "no compiler"
-    with warnings.catch_warnings():  # who was told so at import is not told again by attach
+    with warnings.catch_warnings():  # the warning at import is not repeated by attach
         warnings.simplefilter("error")
         _build.warn_without_cuda_kernels()
 
@@ -91,7 +91,7 @@ def test_a_module_that_went_missing_warns(fresh):
     assert module is None and len(messages) == 1 and "missing" in messages[0]
 
 
-def test_a_record_that_cannot_be_read_is_as_none(fresh):
+def test_a_record_that_cannot_be_read_counts_as_missing(fresh):
     folder, load = fresh
     (folder / "_build.json").write_text("not json")
     assert load() == (None, [])
@@ -122,8 +122,8 @@ def test_an_older_pytorch_falls_back(fresh, monkeypatch):
     assert module is None and "need PyTorch 2.11 or later" in messages[0]
 
 
-def test_a_file_that_is_no_module_falls_back(run, tmp_path):
-    """In a process of its own, with a module file of garbage in the package."""
+def test_a_file_that_is_not_a_module_falls_back(run, tmp_path):
+    """A process of its own imports a package whose module file has garbage in it."""
     import shutil
     from pathlib import Path
 

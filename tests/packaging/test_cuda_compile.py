@@ -1,4 +1,4 @@
-"""nvcc takes every kernel for every architecture, and the module with them loads without a GPU."""
+"""nvcc compiles every kernel for every architecture, and the module with CUDA kernels loads without a GPU."""
 
 import json
 import os
@@ -18,11 +18,11 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_no_torch_header(source):
-    """Directly or through the headers of csrc: they would tie the kernels to one PyTorch."""
+    """No kernel includes one, directly or through a header of csrc. It would tie the kernels to one PyTorch."""
     seen, queue = set(), [source]
     while queue:
         path = queue.pop()
-        if path in seen or not path.exists():  # cuda_on_cpu.h is the tests' own
+        if path in seen or not path.exists():  # cuda_on_cpu.h belongs to the tests
             continue
         seen.add(path)
         included = re.findall(r'#include\s*[<"]([^>"]+)[>"]', path.read_text())
@@ -57,8 +57,8 @@ def test_compiles_without_warnings_and_spills(source, arch, tmp_path):
 
 @pytest.mark.slow
 @needs_nvcc
-def test_the_cuda_build_loads_and_registers_its_kernels_when_told(run, source):
-    """Importing it does not: nobody has looked whether a GPU can run them."""
+def test_the_cuda_build_loads_and_registers_its_kernels_on_request(run, source):
+    """The import does not register them, because it is not known yet whether a GPU can run them."""
     run(
         ["setup.py", "-q", "build", "--build-lib", "built"],
         cwd=source,
@@ -76,7 +76,7 @@ def test_the_cuda_build_loads_and_registers_its_kernels_when_told(run, source):
     assert before["cuda"] is True and before["archs"] == ["9.0"] and "once PyTorch initialises" in before["cuda_reason"]
     assert before["cuda_version"] == f"{built // 1000}.{built % 1000 // 10}" and driver >= 0
     assert {"sliced_linear", "permute_", "multi_adapter_linear"} <= before["ops"].keys()
-    in_pytorch = {op for op in before["ops"] if op.startswith("indexed_conv")}  # no device has kernels of these
+    in_pytorch = {op for op in before["ops"] if op.startswith("indexed_conv")}  # these have no kernels on any device
     assert len(in_pytorch) == 3
     for info, expected in ((before, ["CPU"]), (after, ["CPU", "CUDA"])):
         for op, devices in info["ops"].items():

@@ -1,4 +1,4 @@
-"""Whether CUDA kernels are registered: the decision as a table, and what is said where they are not."""
+"""When CUDA kernels are registered, and the warning if they are not."""
 
 import warnings
 
@@ -36,7 +36,7 @@ SERVES = [
 ]
 T4, A100, H100, V100 = ("Tesla T4", (7, 5)), ("A100", (8, 0)), ("H100", (9, 0)), ("V100", (7, 0))
 ARCHS = ("7.5", "8.0", "9.0", "10.0", "12.0+PTX")
-# driver, built with, architectures, devices, what the reason has; empty: they are used
+# driver, CUDA of the build, architectures, devices, a part of the reason; it is empty if the kernels are used
 DECISIONS = {
     "served": (13000, 13000, ARCHS, [H100], ""),
     "old GPU": (13000, 13000, ARCHS, [T4], ""),
@@ -69,7 +69,7 @@ def test_versions():
 
 
 class Module:
-    """Stands in for the compiled module."""
+    """Replaces the compiled module."""
 
     registered = 0
 
@@ -88,7 +88,10 @@ class Module:
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """load(module, device): _build after loading this module, as PyTorch initialises CUDA for one GPU."""
+    """load(module, device) prepares _build with this module, then simulates that PyTorch initialises CUDA.
+
+    It returns the `cuda_reason` of build_info().
+    """
     for name, value in (("_cuda_reason", ""), ("_cuda_registered", False), ("_silent", False)):
         monkeypatch.setattr(_build, name, value)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -110,8 +113,8 @@ def fresh(monkeypatch):
     return load
 
 
-def warned():
-    """What a second and a first model on CUDA make s2ft say."""
+def warnings_of_two_calls():
+    """The warnings for two models on CUDA: the second model must not warn again."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         _build.warn_without_cuda_kernels()
@@ -119,11 +122,11 @@ def warned():
     return [str(w.message) for w in caught]
 
 
-def test_kernels_are_registered_with_cuda_and_nothing_is_said(fresh):
+def test_kernels_are_registered_with_cuda_without_a_warning(fresh):
     module = Module()
     assert fresh(module) == "the CUDA kernels are registered" and module.registered == 1
     assert s2ft.build_info()["cuda_version"] == "13.0" and s2ft.build_info()["cuda"] is True
-    assert warned() == []
+    assert warnings_of_two_calls() == []
 
 
 @pytest.mark.parametrize(
@@ -138,11 +141,11 @@ def test_kernels_are_registered_with_cuda_and_nothing_is_said(fresh):
 def test_what_cannot_run_is_not_registered_and_said_once(fresh, module, device, reason):
     assert reason in fresh(module, device)
     assert not module.registered
-    (message,) = warned()
+    (message,) = warnings_of_two_calls()
     assert reason in message and "uses the PyTorch implementations" in message
 
 
-def test_the_builds_reason_is_given(fresh):
+def test_the_reason_of_the_build_is_reported(fresh):
     assert fresh(Module(with_cuda=False), record={"cuda_reason": "CUDA kernels need nvcc"}) == "CUDA kernels need nvcc"
 
 
@@ -156,10 +159,10 @@ def test_a_failure_does_not_reach_pytorch(fresh):
     module = Module()
     module.register_cuda = lambda: 1 / 0
     assert "could not be registered: division by zero" in fresh(module)
-    assert len(warned()) == 1
+    assert len(warnings_of_two_calls()) == 1
 
 
-def test_attach_tells_the_user_of_a_model_on_cuda(monkeypatch):
+def test_attach_warns_for_a_model_on_cuda(monkeypatch):
     calls = []
     monkeypatch.setattr("s2ft.api.warn_without_cuda_kernels", lambda: calls.append(1))
     s2ft.attach(model_of("llama"), s2ft.S2FTConfig(d_ratio=0.2))
@@ -167,7 +170,7 @@ def test_attach_tells_the_user_of_a_model_on_cuda(monkeypatch):
     monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True, raising=False)
 
     def stop(*_):
-        raise InterruptedError  # the rest of attach would take the tensors for what they are not
+        raise InterruptedError  # the tensors are not on CUDA, so the rest of attach must not run
 
     monkeypatch.setattr("s2ft.api.select_units", stop)
     with pytest.raises(InterruptedError):

@@ -1,4 +1,4 @@
-"""Every way to install, each into a folder of its own and run from elsewhere."""
+"""Every way to install s2ft. Each test installs into a folder of its own and runs s2ft from another folder."""
 
 import json
 import tarfile
@@ -12,7 +12,7 @@ def show(run, path):
     return json.loads(run(["-c", SHOW], PYTHONPATH=path).stdout.splitlines()[-1])
 
 
-def test_the_sdist_has_sources_and_tests_and_nothing_built(run, source, tmp_path):
+def test_the_sdist_has_sources_and_tests_and_no_built_files(run, source, tmp_path):
     (source / "s2ft" / "_build.json").write_text("{}")
     (source / "s2ft" / "_C.cpython-311-x86_64-linux-gnu.so").write_text("")
     run(["setup.py", "-q", "sdist", "-d", tmp_path], cwd=source, S2FT_BUILD="none")
@@ -37,7 +37,7 @@ def test_the_wheel_without_kernels_is_for_every_platform(run, source, tmp_path):
 
 
 def check_installed(run, environment, source, from_source):
-    """s2ft, run from another folder, is the installed one and has its kernels; the command is there."""
+    """s2ft, run from another folder, is the installed one and has its kernels. The command s2ft exists."""
     file, info = json.loads(run(["-c", SHOW], python=environment).stdout.splitlines()[-1])
     assert info["compiled"] is True and info["reason"]
     assert file.startswith(str(source)) is from_source

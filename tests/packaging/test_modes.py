@@ -1,4 +1,4 @@
-"""S2FT_BUILD: what each value builds, and what happens when it cannot."""
+"""S2FT_BUILD: what each value builds, and what happens if that fails."""
 
 import json
 
@@ -12,13 +12,13 @@ def build(run, source, check=True, **variables):
 
 
 def show(run, source):
-    """build_info() of what was built, and what importing it wrote to stderr."""
+    """build_info() of the built package, and what its import wrote to stderr."""
     result = run(["-c", SHOW], PYTHONPATH=source / "built")
     return json.loads(result.stdout.splitlines()[-1]), result.stderr
 
 
 def broken_compiler(source):
-    """A source file that no compiler takes."""
+    """Add a source file that does not compile."""
     (source / "csrc" / "cpu" / "broken.cpp").write_text("this is no C++\n")
 
 
@@ -36,7 +36,7 @@ def test_none_builds_no_module_and_does_not_warn(run, source):
     assert "RuntimeWarning" not in stderr
 
 
-def test_none_removes_what_an_earlier_build_left(run, source):
+def test_none_removes_the_module_of_an_earlier_build(run, source):
     stale = source / "built" / "s2ft" / "_C.cpython-311-x86_64-linux-gnu.so"
     stale.parent.mkdir(parents=True)
     stale.write_text("")
@@ -85,7 +85,7 @@ def test_cpu_builds_the_cpu_kernels(run, source):
 
 
 def toolkit(folder, version="13.0", codes=("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")):
-    """A CUDA toolkit whose nvcc answers questions and compiles nothing."""
+    """A CUDA toolkit whose nvcc prints its version and architectures, but compiles nothing."""
     nvcc = folder / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
     listed = "\n".join(codes)
@@ -101,7 +101,7 @@ esac
 
 
 def of_setup(run, source, code, torch_cuda="13.0", check=True, **variables):
-    """Run `code` with what setup.py defines, beside a PyTorch of this CUDA; what it printed."""
+    """Run `code` with the names of setup.py as `setup`, and a PyTorch with this CUDA version. Returns the process."""
     script = (
         f"import json, runpy, sys, torch; torch.version.cuda = {torch_cuda!r}; sys.argv[1:] = ['--name']\n"
         f"setup = runpy.run_path('setup.py')\n{code}"
@@ -122,7 +122,7 @@ SHOW_PLAN = "print(json.dumps([setup['PLAN'].cpp, setup['PLAN'].cuda, setup['PLA
         ("13.0", None, None),
     ),
 )
-def test_auto_takes_an_nvcc_of_no_newer_major_version(run, source, tmp_path, nvcc, torch_cuda, kept):
+def test_auto_uses_an_nvcc_unless_its_major_version_is_newer(run, source, tmp_path, nvcc, torch_cuda, kept):
     result = of_setup(run, source, SHOW_PLAN, torch_cuda, CUDA_HOME=toolkit(tmp_path / "cuda", nvcc))
     cpp, cuda, reason = json.loads(result.stdout.splitlines()[-1])
     assert cpp is True and cuda is bool(kept)
@@ -130,14 +130,14 @@ def test_auto_takes_an_nvcc_of_no_newer_major_version(run, source, tmp_path, nvc
     assert ("installed without CUDA kernels: nvcc in" in result.stderr) is (kept is False)
 
 
-def test_auto_without_nvcc_notes_it_for_who_has_a_gpu(run, source, tmp_path):
+def test_auto_without_nvcc_records_the_reason_without_a_warning(run, source, tmp_path):
     result = of_setup(run, source, SHOW_PLAN, "13.0", CUDA_HOME=tmp_path)
     assert json.loads(result.stdout.splitlines()[-1]) == [
         True,
         False,
         "CUDA kernels need nvcc to be built: set CUDA_HOME to a CUDA toolkit, or put nvcc on PATH",
     ]
-    assert "WARNING" not in result.stderr  # most users of a CUDA PyTorch have none
+    assert "WARNING" not in result.stderr  # most users of a CUDA PyTorch have no nvcc
 
 
 def test_cuda_with_a_newer_nvcc_is_an_error_unless_pytorch_has_no_cuda(run, source, tmp_path):
@@ -155,7 +155,7 @@ def test_cuda_with_a_newer_nvcc_is_an_error_unless_pytorch_has_no_cuda(run, sour
         (("sm_75", "sm_80", "sm_86", "sm_90"), [], ["7.5", "8.0", "9.0+PTX"]),  # CUDA 12.6
         (("sm_75", "sm_80", "sm_86", "sm_90"), [(8, 6), (8, 0)], ["7.5", "8.0", "8.6", "9.0+PTX"]),
         (("sm_75", "sm_80", "sm_90"), [(12, 0)], ["7.5", "8.0", "9.0+PTX"]),
-        ((), [], ["7.5", "8.0", "9.0", "10.0", "12.0+PTX"]),  # an nvcc that does not answer
+        ((), [], ["7.5", "8.0", "9.0", "10.0", "12.0+PTX"]),  # an nvcc that lists nothing
     ),
 )
 def test_default_architectures(run, source, tmp_path, codes, gpus, expected):
@@ -192,23 +192,23 @@ def test_a_list_of_architectures(run, source, tmp_path, listed, expected):
         assert json.loads(result.stdout.splitlines()[-1]) == expected
 
 
-def test_an_nvcc_without_a_toolkit_around_it_comes_second(run, source, tmp_path):
-    """It may be a script that starts the real one; its folder then has no runtime to link with."""
-    script, whole = toolkit(tmp_path / "script"), toolkit(tmp_path / "whole")
-    (whole / "lib64").mkdir()
-    (whole / "lib64" / "libcudart_static.a").write_text("")
+def test_a_toolkit_with_a_runtime_is_preferred(run, source, tmp_path):
+    """nvcc may be a script that starts another one. Its folder then has no runtime to link with."""
+    script, complete = toolkit(tmp_path / "script"), toolkit(tmp_path / "whole")
+    (complete / "lib64").mkdir()
+    (complete / "lib64" / "libcudart_static.a").write_text("")
     code = f"""
-for candidates in ([{str(script)!r}, {str(whole)!r}], [None, {str(script)!r}], ["/nowhere", None]):
+for candidates in ([{str(script)!r}, {str(complete)!r}], [None, {str(script)!r}], ["/nowhere", None]):
     print(setup['toolkit_among'](candidates))
 """
     found = of_setup(run, source, code, S2FT_BUILD="none").stdout.splitlines()[-3:]
-    assert found == [str(whole), str(script), "None"]
+    assert found == [str(complete), str(script), "None"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("listed", ("", "Ampere"))
 def test_auto_keeps_the_cpu_kernels_when_the_cuda_kernels_fail(run, source, tmp_path, listed):
-    """nvcc fails, or the list of architectures is wrong."""
+    """They fail because nvcc fails, or because the list of architectures is wrong."""
     as_cuda_pytorch = (
         "import runpy, sys, torch; torch.version.cuda = '13.0'; "
         "sys.argv[1:] = ['-q', 'build', '--build-lib', 'built']; runpy.run_path('setup.py')"

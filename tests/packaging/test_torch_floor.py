@@ -1,4 +1,4 @@
-"""What a build with a newer PyTorch does not notice, but one with 2.11, the oldest supported, does."""
+"""Errors that appear only in a build with PyTorch 2.11, the oldest supported version."""
 
 from pathlib import Path
 
@@ -16,6 +16,6 @@ def test_no_newer_macro(source):
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.relative_to(CSRC).as_posix())
 def test_pybind11_is_included_without_a_target_version(source):
-    """The pybind11 among the headers of 2.11 is an error where TORCH_TARGET_VERSION is defined."""
+    """The pybind11 in the headers of PyTorch 2.11 does not compile if TORCH_TARGET_VERSION is defined."""
     before, included, _ = source.read_text().partition("#include <pybind11/")
     assert not included or "#undef TORCH_TARGET_VERSION" in before

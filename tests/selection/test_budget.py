@@ -1,4 +1,4 @@
-"""How many units: ratios, budgets, and over which layers."""
+"""The number of units that ratios and budgets select, and how it is allocated to the layers."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def per_layer(selection, name):
     layers=st.sets(st.integers(0, 2), min_size=1),
     allocation=st.sampled_from(["uniform", "global"]),
 )
-def test_never_above_and_within_a_unit(ratios, budget, layers, allocation):
+def test_a_budget_is_never_exceeded_and_missed_by_less_than_a_unit(ratios, budget, layers, allocation):
     config = S2FTConfig(**ratios, budget=budget, layers=sorted(layers), allocation=allocation, selection="weight")
     try:
         selection = s2ft.select(MODEL, config)
@@ -41,23 +41,23 @@ def test_never_above_and_within_a_unit(ratios, budget, layers, allocation):
         assert any(words in str(error) for words in ("is too small", "is more than the", "nothing is selected"))
         return
     spent = parameters(selection)
-    asked = [p for p in PROJECTIONS.values() if p.key in config.ratios and int(p.path.split(".")[2]) in layers]
-    totals = {p.key: [0, 0] for p in asked}
-    for p in asked:
+    requested = [p for p in PROJECTIONS.values() if p.key in config.ratios and int(p.path.split(".")[2]) in layers]
+    totals = {p.key: [0, 0] for p in requested}
+    for p in requested:
         totals[p.key][0] += len(selection[p.path]) if p.path in selection else 0
         totals[p.key][1] += p.count
-    room = [COSTS[p.path] for p in asked if totals[p.key][0] < totals[p.key][1]]
+    room = [COSTS[p.path] for p in requested if totals[p.key][0] < totals[p.key][1]]
     assert spent <= budget and (spent == budget or budget - spent < min(room))
     if allocation == "uniform":
-        assert {p.path for p in asked} == set(selection.units)
+        assert {p.path for p in requested} == set(selection.units)
         for key in totals:
-            sizes = [len(selection[p.path]) for p in asked if p.key == key]
+            sizes = [len(selection[p.path]) for p in requested if p.key == key]
             assert max(sizes) - min(sizes) <= 1
 
 
 @settings(deadline=None)
 @given(data=st.data(), count=st.integers(1, 6))
-def test_sharing_out(data, count):
+def test_share_out_spends_the_total_within_a_unit(data, count):
     names = [str(i) for i in range(count)]
     free = {name: data.draw(st.integers(1, 50)) for name in names}
     costs = {name: data.draw(st.integers(1, 9)) for name in names}
@@ -70,7 +70,7 @@ def test_sharing_out(data, count):
     assert spent == total or total - spent < min(room)
 
 
-def test_ratios_give_the_proportions():
+def test_a_budget_keeps_the_proportions_of_the_ratios():
     selection = s2ft.select(MODEL, S2FTConfig(u_ratio=0.1, d_ratio=0.2, budget=24 * 3 * 30))
     assert per_layer(selection, "up_proj") == [10] * 3 and per_layer(selection, "down_proj") == [20] * 3
 
@@ -80,7 +80,7 @@ def test_a_full_projection_leaves_its_share_to_the_others():
     assert per_layer(selection, "up_proj") == [28] * 3 and per_layer(selection, "down_proj") == [52] * 3
 
 
-def test_a_budget_in_words_and_as_lora():
+def test_a_budget_as_text_and_as_the_rank_of_a_lora():
     units = 3 * 10 * 24
     for budget in (units, str(units), "0.72K", "0.00072 m"):
         assert S2FTConfig(d_ratio=1, budget=budget).budget == units
@@ -91,7 +91,7 @@ def test_a_budget_in_words_and_as_lora():
     assert lora - 24 < report.trainable <= lora
 
 
-def test_the_report_counts_what_is_trained():
+def test_the_report_counts_the_trained_parameters():
     model = model_of("llama-grouped")
     report = s2ft.attach(model, S2FTConfig(**ALL_RATIOS, budget=10_000))
     assert report.trainable == parameters(attachment_of(model).selection) <= 10_000
@@ -102,7 +102,7 @@ def test_the_report_counts_what_is_trained():
 
 
 @pytest.mark.parametrize("order", ("largest", "smallest"))
-def test_global_takes_the_best_of_all_layers(order):
+def test_global_selects_the_best_units_of_all_layers(order):
     config = S2FTConfig(u_ratio=0.1, g_ratio=0.2, d_ratio=0.1, selection="weight", order=order, allocation="global")
     selection = s2ft.select(MODEL, config)
     norms = torch.cat(
@@ -122,7 +122,7 @@ def test_global_takes_the_best_of_all_layers(order):
         assert up <= gate
 
 
-def test_a_layer_may_get_nothing_and_the_model_trains_on():
+def test_a_layer_without_selected_units_is_not_mounted():
     model = model_of("llama")
     with torch.no_grad():
         for i in (0, 2):
@@ -134,7 +134,7 @@ def test_a_layer_may_get_nothing_and_the_model_trains_on():
         s2ft.detach(model)
 
 
-def test_equal_scores_go_by_layer():
+def test_equal_scores_are_selected_in_order_of_layers():
     model = model_of("llama")
     with torch.no_grad():
         for layer in model.model.layers:
@@ -162,7 +162,7 @@ def test_equal_scores_go_by_layer():
         (dict(allocation="layered"), "allocation must be one of uniform, global"),
     ],
 )
-def test_options_that_can_not_be_meant(options, message):
+def test_wrong_options_raise(options, message):
     with pytest.raises(ValueError, match=message):
         S2FTConfig(d_ratio=0.1, **options)
 
@@ -180,6 +180,6 @@ def test_options_that_can_not_be_meant(options, message):
         (dict(budget=10), "nothing is selected"),
     ],
 )
-def test_budgets_that_do_not_fit(options, message):
+def test_budgets_too_small_or_too_large_raise(options, message):
     with pytest.raises(ValueError, match=message):
         s2ft.select(MODEL, S2FTConfig(**options))

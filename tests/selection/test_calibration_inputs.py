@@ -1,6 +1,8 @@
-"""Calibration of models that see more, or other things, than one text: images, sound, an encoder and a decoder,
-two towers; and of modules that are not of transformers. Against all activations stored, and one plain backward
-a sequence."""
+"""Calibration with other inputs than one text: images, sound, an encoder and a decoder, two towers, and modules that
+are not from transformers.
+
+The expected scores come from all activations, stored, and from one backward for each sequence.
+"""
 
 import pytest
 import torch
@@ -27,7 +29,7 @@ def tokens(rows, length, seed=3):
 
 
 def mask_of(lengths, width, left=False):
-    """[rows, width]: ones for as many positions as each row's length."""
+    """A mask of shape [rows, width] with as many ones in each row as its length."""
     mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
     return mask.flip(1) if left else mask
 
@@ -45,12 +47,12 @@ def ignored(ids, mask):
 
 
 def text(width, lengths=(3, 8, 6), left=False):
-    """A tokenizer's batch of three sequences."""
+    """A batch of three sequences, as a tokenizer returns it."""
     return {"input_ids": tokens(3, width), "attention_mask": mask_of(lengths, width, left)}
 
 
-def decoder(width, lengths, given):
-    """The decoder's part of a batch of three: its inputs, the labels they are made from, or both as collators do."""
+def decoder(width, lengths, kind):
+    """The decoder's part of a batch of three sequences: its inputs, the labels that they are made from, or both."""
     ids, mask = tokens(3, width, seed=6), mask_of(lengths, width)
     inputs = {"decoder_input_ids": ids}
     labels = {"labels": ignored(tokens(3, width, seed=7), mask)}
@@ -59,12 +61,12 @@ def decoder(width, lengths, given):
         "labels": labels,
         "both": {**inputs, **labels},
         "all": {**inputs, **labels, "decoder_attention_mask": mask},
-    }[given]
+    }[kind]
 
 
 def seq2seq(first, width, lengths=(5, 2, 4)):
-    """Batches for every way to give the decoder its part, and what counts of it."""
-    return {given: [{**first, **decoder(width, lengths, given)}] for given in ("inputs", "labels", "both", "all")}
+    """Batches by kind of the decoder's part."""
+    return {kind: [{**first, **decoder(width, lengths, kind)}] for kind in ("inputs", "labels", "both", "all")}
 
 
 CROSS = dict(
@@ -89,14 +91,14 @@ CASES = {  # name: (case of support.models, batches)
         [{**text(8), "labels": tokens(3, 8)}, {**text(9, left=True), "labels": tokens(3, 9)}],
     ),
     "bert-cross-attention": ("bert-cross-attention", [{**text(8), **CROSS, "labels": tokens(3, 8)}]),
-    **{f"t5, {given}": ("t5", found) for given, found in seq2seq(text(8), 5).items()},
-    **{f"t5, {given}, equal": ("t5", found) for given, found in seq2seq(text(8), 8).items()},
+    **{f"t5, {kind}": ("t5", found) for kind, found in seq2seq(text(8), 5).items()},
+    **{f"t5, {kind}, equal": ("t5", found) for kind, found in seq2seq(text(8), 8).items()},
     "t5, left": ("t5", [{**text(8, left=True), **decoder(6, (6, 1, 3), "labels")}]),
     "t5, two batches": ("t5-gated", seq2seq(text(8), 5)["labels"] + seq2seq(text(10), 7)["all"]),
-    **{f"whisper, {given}": ("whisper", found) for given, found in seq2seq({"input_features": sound(3)}, 5).items()},
+    **{f"whisper, {kind}": ("whisper", found) for kind, found in seq2seq({"input_features": sound(3)}, 5).items()},
     **{
-        f"whisper, {given}, equal": ("whisper", found)
-        for given, found in seq2seq({"input_features": sound(3)}, 7).items()
+        f"whisper, {kind}, equal": ("whisper", found)
+        for kind, found in seq2seq({"input_features": sound(3)}, 7).items()
     },
     "whisper, masked frames": (
         "whisper",
@@ -106,7 +108,7 @@ CASES = {  # name: (case of support.models, batches)
 
 
 def expected_mask(case, path, batch):
-    """[sequences, length] of what counts at `path`; None where everything does."""
+    """The mask, shape [sequences, length], of the positions that count at `path`. None if all of them do."""
     of_encoder = path.startswith(("encoder.", "model.encoder.")) or any(
         name in path for name in ("EncDecAttention.k", "EncDecAttention.v", "encoder_attn.k", "encoder_attn.v")
     )
@@ -126,7 +128,7 @@ def expected_mask(case, path, batch):
 
 
 def stored_activations(model, batches, case):
-    """[units] by path: every activation stored, one run of the model a batch."""
+    """Scores [units] by path, from every activation, stored, with one run of the model for each batch."""
     rows = {}
     for batch in batches:
         for path, (p, x) in run_and_store(model, couplings_of(model), batch).items():
@@ -155,7 +157,7 @@ def run_and_store(model, couplings, batch):
 
 
 def root_mean_square(projection, x):
-    """[units] of x [positions, features]."""
+    """The root mean square of every unit, shape [units], for x of shape [positions, features]."""
     return x.unflatten(1, (projection.count, projection.unit)).square().sum((0, 2)).div(len(x)).sqrt()
 
 
@@ -197,7 +199,7 @@ def assert_scores(found, expected):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_activations_are_those_stored(name):
+def test_activation_scores_equal_those_of_stored_activations(name):
     case, batches = CASES[name]
     model = model_of(case)
     expected = stored_activations(model, batches, case)
@@ -213,7 +215,7 @@ WITH_LABELS = [name for name, (case, batches) in CASES.items() if all("labels" i
 
 @pytest.mark.parametrize("checkpointing", (False, True))
 @pytest.mark.parametrize("name", WITH_LABELS)
-def test_gradients_are_those_of_one_sequence_at_a_time(name, checkpointing):
+def test_gradient_scores_equal_those_of_one_sequence_at_a_time(name, checkpointing):
     case, batches = CASES[name]
     model = model_of(case)
     expected = plain_gradients(model, batches)
@@ -223,7 +225,7 @@ def test_gradients_are_those_of_one_sequence_at_a_time(name, checkpointing):
 
 
 @pytest.mark.parametrize("name", ("vit", "bert", "t5, labels", "whisper, labels"))
-def test_checkpoints_that_need_an_input_with_a_gradient(name):
+def test_reentrant_checkpointing_needs_no_input_with_a_gradient(name):
     case, batches = CASES[name]
     model = model_of(case)
     expected = plain_gradients(model, batches)
@@ -235,11 +237,11 @@ def test_checkpoints_that_need_an_input_with_a_gradient(name):
 @pytest.mark.parametrize(
     "case, batches", (("whisper", CASES["whisper, labels"][1]), ("opt", [{**text(8), "labels": tokens(3, 8)}]))
 )
-def test_checkpointing_means_no_dropout(case, batches):
+def test_checkpointing_does_not_turn_dropout_on(case, batches):
     model = model_of(case)
     for module in model.modules():
         if isinstance(getattr(module, "dropout", None), float):
-            module.dropout = 0.5  # a function, that takes the block's own training flag
+            module.dropout = 0.5  # used by a function that reads the block's training flag
     expected = plain_gradients(model, batches)
     checkpoint_blocks(model)
     functions = [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()]
@@ -248,7 +250,7 @@ def test_checkpointing_means_no_dropout(case, batches):
 
 
 def test_padding_of_an_encoder_decoder_does_not_count():
-    """Whatever stands there, and however many there are."""
+    """The scores depend neither on the values in padding nor on its length."""
     model = model_of("t5")
     batch = {**text(8, (3, 8, 6)), **decoder(5, (5, 2, 4), "all")}
     longer = {**text(11, (3, 8, 6)), **decoder(9, (5, 2, 4), "all")}
@@ -274,7 +276,7 @@ def test_a_sequence_without_a_label_is_left_out():
         assert_scores(scores_of(model, "gradient", [without]), scores_of(model, "gradient", [others]))
 
 
-def test_a_main_input_alone_is_enough():
+def test_a_batch_may_be_only_the_main_input():
     for case, value in (("vit", pixels(2)), ("clip-vision", pixels(2)), ("bert", tokens(2, 7))):
         model = model_of(case)
         named = [{model.main_input_name: value}]
@@ -295,7 +297,7 @@ SMALL = dict(
 @pytest.mark.parametrize("kind", (BertForSequenceClassification, LlamaForSequenceClassification))
 @pytest.mark.parametrize("values", (CLASSES, torch.tensor([[0.5], [-1.0], [-100.0]])))
 def test_labels_of_whole_sequences(kind, values):
-    """Classes [n], or numbers [n, 1], of which -100 is one like any other."""
+    """Labels are classes [n] or numbers [n, 1]. Among numbers, -100 is a value like any other."""
     config = {BertForSequenceClassification: BertConfig, LlamaForSequenceClassification: LlamaConfig}[kind]
     model = kind(config(**{**SMALL, "num_labels": 5 if values.dim() == 1 else 1})).eval()
     batches = [{**text(8), "labels": values}]
@@ -312,7 +314,7 @@ def test_labels_of_whole_sequences(kind, values):
     )
 
 
-# ---- modules that are not of transformers ----------------------------------------------------------------
+# ---- modules that are not from transformers -----------------------------------------------------------
 
 
 class Perceptron(nn.Module):
@@ -326,7 +328,7 @@ class Perceptron(nn.Module):
 
 
 class Convolutional(nn.Module):
-    """Channels last behind the convolution, as in ConvNeXt: a position is a pixel."""
+    """After the convolution the channels are the last dim, as in ConvNeXt. A position is a pixel."""
 
     def __init__(self):
         super().__init__()
@@ -374,12 +376,12 @@ def test_any_module_with_an_attention_mask():
 
 def test_any_module_from_a_loader():
     model = Perceptron()
-    loader = DataLoader(TensorDataset(ROWS, SCALE), batch_size=3)  # gives lists
+    loader = DataLoader(TensorDataset(ROWS, SCALE), batch_size=3)  # its batches are lists
     assert_scores(scores_of(model, "activation", loader, [MLP]), scores_of(model, "activation", [(ROWS, SCALE)], [MLP]))
 
 
 class Scored(Perceptron):
-    """With a loss of its own, as transformers has it."""
+    """Returns a loss, like a model of transformers."""
 
     def forward(self, x, labels):
         return {"loss": nn.functional.cross_entropy(super().forward(x), labels)}
@@ -394,10 +396,10 @@ def test_any_module_with_a_loss():
         model(ROWS[i : i + 1], labels[i : i + 1])["loss"].backward()
         squares = squares + model.down.weight.grad.double().square().sum(0)
     torch.testing.assert_close(found["down"], (squares / 4).sqrt(), rtol=1e-4, atol=1e-9)
-    assert scores_of(model, "activation", [{"x": ROWS, "labels": labels}], [MLP])  # labels it can't do without
+    assert scores_of(model, "activation", [{"x": ROWS, "labels": labels}], [MLP])  # its forward requires labels
 
 
-# ---- the model stays as it was, errors -------------------------------------------------------------------
+# ---- the model does not change; errors ----------------------------------------------------------------
 
 
 def select(model, metric, batches, couplings=None):
@@ -406,7 +408,7 @@ def select(model, metric, batches, couplings=None):
 
 @pytest.mark.parametrize("name", ("vit", "clip", "clip-vision", "bert", "t5, labels", "whisper, all"))
 @pytest.mark.parametrize("metric", CALIBRATED)
-def test_selecting_leaves_the_model(metric, name):
+def test_selecting_does_not_change_the_model(metric, name):
     case, batches = CASES[name]
     model = model_of(case).train()
     next(model.parameters()).requires_grad_(False)
@@ -420,7 +422,7 @@ def test_selecting_leaves_the_model(metric, name):
 
 
 def changed(name, **values):
-    """The case's batch with other values; None takes one away."""
+    """The case's batch with other values. None removes a value."""
     batch = {**CASES[name][1][0], **values}
     return CASES[name][0], [{key: value for key, value in batch.items() if value is not None}]
 
@@ -485,7 +487,7 @@ WRONG = {  # case, batches, message
 
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("metric", CALIBRATED)
-def test_bad_batches_are_named_and_leave_the_model(metric, wrong):
+def test_bad_batches_raise_and_do_not_change_the_model(metric, wrong):
     case, batches, message = WRONG[wrong]
     model = model_of(case).train()
     before = state(model)
@@ -498,25 +500,25 @@ NEED_LABELS = {"vit": "vit", "bert": "bert", "t5": "t5, inputs", "whisper": "whi
 
 
 @pytest.mark.parametrize("case", NEED_LABELS)
-def test_gradient_needs_labels_but_of_causal_models(case):
+def test_gradient_needs_labels_except_for_causal_models(case):
     _, batches = changed(NEED_LABELS[case], labels=None)
     with pytest.raises(ValueError, match="needs labels in every calibration batch: .* is not a causal language model"):
         select(model_of(case), "gradient", batches)
 
 
-def test_gradient_of_a_contrastive_loss():
+def test_gradient_refuses_a_contrastive_loss():
     case, batches = CASES["clip, other length"]
     with pytest.raises(ValueError, match="contrastive loss of CLIPModel compares the pairs of a batch, so one pair"):
         select(model_of(case), "gradient", batches)
 
 
 @pytest.mark.parametrize("case", ("clip-text", "clip-vision"))
-def test_gradient_of_a_model_without_a_loss(case):
+def test_gradient_refuses_a_model_without_a_loss(case):
     with pytest.raises(ValueError, match="needs a model that computes a loss from labels; CLIP.*Model does not"):
         select(model_of(case), "gradient", CASES[case][1])
 
 
-def test_a_stack_that_sees_nothing_but_padding():
+def test_a_decoder_with_only_padding_raises():
     case, batches = changed("t5, inputs", decoder_attention_mask=mask_of((0, 0, 0), 5))
     with pytest.raises(ValueError, match="no calibration batch has more than padding for decoder.block.0"):
         select(model_of(case), "activation", batches)
@@ -536,7 +538,7 @@ MODULE_WRONG = {
 
 
 @pytest.mark.parametrize("wrong", MODULE_WRONG)
-def test_bad_batches_for_any_module(wrong):
+def test_bad_batches_for_any_module_raise(wrong):
     batch, message = MODULE_WRONG[wrong]
     model = Perceptron()
     before = state(model)

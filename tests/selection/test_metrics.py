@@ -1,4 +1,4 @@
-"""Every metric against the same numbers computed the long way, and the model as it was afterwards."""
+"""Every metric equals a simple computation that stores everything, and selecting does not change the model."""
 
 import weakref
 from dataclasses import replace
@@ -36,7 +36,7 @@ RATIOS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}
 
 
 def batch_of(model, rows=3, length=8, padded=True):
-    """Token ids, with rows of different lengths where padded: two filled on the left, none on the right."""
+    """Token ids. With `padded`, two of the rows are shorter and padded on the left."""
     ids = torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(ids)
     if padded:
@@ -56,13 +56,13 @@ def scores_of(model, metric, data, **config):
 
 
 def norms(matrix, projection):
-    """[units], by a loop over them."""
-    whole = matrix.double().movedim(projection.dim, 0)
-    return torch.stack([whole[projection.elements(torch.tensor([unit]))].norm() for unit in range(projection.count)])
+    """The norm of every unit, shape [units], by a loop over the units."""
+    matrix = matrix.double().movedim(projection.dim, 0)
+    return torch.stack([matrix[projection.elements(torch.tensor([unit]))].norm() for unit in range(projection.count)])
 
 
 def reference(model, metric, batch):
-    """Scores by projection: all activations stored, one full backward a sequence."""
+    """Scores by projection, from all activations, stored, and one full backward for each sequence."""
     if metric == "product":
         weights, activations = (reference(model, name, batch) for name in ("weight", "activation"))
         return {name: weights[name] * activations[name] for name in weights}
@@ -101,7 +101,7 @@ def reference(model, metric, batch):
 
 
 def inside_experts(module, path, real, hidden, chosen, weights):
-    """(input, output) of both weights of every expert, of the tokens that it gets and that are no padding."""
+    """(input, output) of both weights of every expert, for the tokens routed to it, without padding."""
     found = {}
     for expert in range(module.num_experts):
         x = hidden[(chosen == expert).any(1) & real]
@@ -117,7 +117,7 @@ def reference_gradients(model, batch):
     totals = {}
     for ids, mask in zip(batch["input_ids"], batch["attention_mask"]):
         model.zero_grad()
-        labels = torch.where(mask * mask.roll(1) == 1, ids, -100)  # neither padding nor what follows it
+        labels = torch.where(mask * mask.roll(1) == 1, ids, -100)  # neither padding nor the token after it
         model(input_ids=ids[None], attention_mask=mask[None], labels=labels[None]).loss.backward()
         for p in projections_of(couplings_of(model)):
             totals.setdefault(p.name, []).append(norms(weight_at(model, p).view(weight_at(model, p).tensor.grad), p))
@@ -130,7 +130,7 @@ def reference_gradients(model, batch):
 
 @pytest.mark.parametrize("metric", SCORED)
 @pytest.mark.parametrize("case", CASES)
-def test_scores_are_those_computed_the_long_way(case, metric):
+def test_scores_equal_the_simple_computation(case, metric):
     model = model_of(case)
     found = scores_of(model, metric, calibration_for(metric, model))
     expected = reference(model, metric, batch_of(model))
@@ -142,7 +142,7 @@ def test_scores_are_those_computed_the_long_way(case, metric):
 
 @pytest.mark.parametrize("order", ("largest", "smallest"))
 @pytest.mark.parametrize("metric", SCORED)
-def test_the_units_taken_are_the_best(metric, order):
+def test_the_selected_units_have_the_best_scores(metric, order):
     model = model_of("llama")
     data = calibration_for(metric, model)
     selection = s2ft.select(model, S2FTConfig(**RATIOS, selection=metric, order=order), data)
@@ -157,7 +157,7 @@ def test_the_units_taken_are_the_best(metric, order):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_both_layouts_select_alike_and_producers_are_nested(metric):
+def test_both_layouts_select_the_same_units_and_producers_are_nested(metric):
     chosen = []
     for layout in ("permuted", "indexed"):
         model = model_of("llama")
@@ -176,7 +176,7 @@ def test_both_layouts_select_alike_and_producers_are_nested(metric):
     )
 
 
-def test_equal_scores_are_taken_by_number():
+def test_equal_scores_are_selected_in_order_of_units():
     for order in ("largest", "smallest"):
         model = model_of("llama")
         for layer in model.model.layers:
@@ -185,7 +185,7 @@ def test_equal_scores_are_taken_by_number():
         assert units["model.layers.2.mlp.down_proj"].tolist() == [0, 1, 2, 3, 4]
 
 
-def test_producers_of_different_counts_rank_apart():
+def test_producers_with_different_numbers_of_units_share_no_score():
     model = model_of("llama-grouped")
     config = S2FTConfig(**RATIOS, selection="weight")
     request = Request(couplings_of(model), config, model)
@@ -197,14 +197,14 @@ def test_producers_of_different_counts_rank_apart():
 
 
 @pytest.mark.parametrize("metric", CALIBRATED)
-def test_one_batch_or_several_or_a_loader(metric):
+def test_scores_do_not_depend_on_how_data_is_divided_into_batches(metric):
     model = model_of("llama")
-    whole = batch_of(model, rows=4)
-    rows = [{name: value[i] for name, value in whole.items()} for i in range(4)]
-    several = DataLoader(rows, batch_size=3)
-    generator = ({name: value[i : i + 1] for name, value in whole.items()} for i in range(4))
-    expected = scores_of(model, metric, [whole])
-    for data in (several, generator):
+    batch = batch_of(model, rows=4)
+    rows = [{name: value[i] for name, value in batch.items()} for i in range(4)]
+    loader = DataLoader(rows, batch_size=3)
+    generator = ({name: value[i : i + 1] for name, value in batch.items()} for i in range(4))
+    expected = scores_of(model, metric, [batch])
+    for data in (loader, generator):
         for path, values in scores_of(model, metric, data).items():
             torch.testing.assert_close(values, expected[path], rtol=1e-4, atol=1e-9)
 
@@ -223,14 +223,14 @@ def test_padding_does_not_count(metric):
             torch.testing.assert_close(values, expected[path], rtol=1e-3, atol=1e-8)
 
 
-def test_gradient_takes_the_labels_given():
+def test_gradient_uses_the_labels_of_the_batch():
     model = model_of("llama")
     batch = batch_of(model, padded=False)
-    own = scores_of(model, "gradient", [{**batch, "labels": batch["input_ids"]}])
+    labelled = scores_of(model, "gradient", [{**batch, "labels": batch["input_ids"]}])
     plain = scores_of(model, "gradient", [batch])
     other = scores_of(model, "gradient", [{**batch, "labels": batch["input_ids"].flip(0)}])
     path = "model.layers.1.mlp.down_proj"
-    assert torch.equal(own[path], plain[path]) and not torch.allclose(own[path], other[path])
+    assert torch.equal(labelled[path], plain[path]) and not torch.allclose(labelled[path], other[path])
 
 
 @pytest.mark.parametrize("metric", SCORED)
@@ -263,7 +263,7 @@ def checkpoint_blocks(model):
 
 @pytest.mark.parametrize("checkpointing", (False, True))
 def test_one_weight_gradient_is_alive_at_a_time(checkpointing, monkeypatch):
-    """Counted at the moment each is reduced; and only those of the requested projections are computed."""
+    """The test counts them whenever one is reduced. Only gradients of the requested projections are computed."""
     from s2ft.selection import gradient
 
     model = model_of("llama")
@@ -297,7 +297,7 @@ def test_gradient_checkpointing_is_used(monkeypatch):
 
 @pytest.mark.parametrize("metric", ("activation", "product"))
 def test_no_activation_is_kept(metric):
-    """When a layer runs, the activations of those before it are gone."""
+    """When a layer runs, the activations of earlier layers are freed."""
     model = model_of("llama")
     seen, alive = [], []
 
@@ -312,7 +312,7 @@ def test_no_activation_is_kept(metric):
         hook.remove()
 
 
-# ---- the model stays as it was ---------------------------------------------------------------------------
+# ---- the model does not change ------------------------------------------------------------------------
 
 
 def state(model):
@@ -340,7 +340,7 @@ def assert_untouched(model, before):
 
 
 def awkward(case="llama"):
-    """A model with modes, flags and a gradient of its own."""
+    """A model with mixed training modes, frozen parameters and gradients."""
     model = model_of(case).train()
     model.model.layers[1].eval()
     model.model.embed_tokens.requires_grad_(False)
@@ -354,7 +354,7 @@ def awkward(case="llama"):
 @pytest.mark.parametrize("checkpointing", (False, True))
 @pytest.mark.parametrize("case", ("llama", "mixtral"))
 @pytest.mark.parametrize("metric", METRICS)
-def test_selecting_leaves_the_model(metric, case, checkpointing):
+def test_selecting_does_not_change_the_model(metric, case, checkpointing):
     model = awkward(case)
     if checkpointing:
         checkpoint_blocks(model)
@@ -383,7 +383,7 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("metric", CALIBRATED)
-def test_bad_calibration_is_named_and_leaves_the_model(metric, wrong):
+def test_bad_calibration_raises_and_does_not_change_the_model(metric, wrong):
     data, error, message = WRONG[wrong]
     model = awkward()
     before = state(model)
@@ -394,7 +394,7 @@ def test_bad_calibration_is_named_and_leaves_the_model(metric, wrong):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_calibration_where_it_belongs(metric):
+def test_calibration_is_required_or_refused(metric):
     model = awkward()
     before, calibrated = state(model), METRICS[metric].calibrated
     with pytest.raises(ValueError, match="needs calibration data" if calibrated else "takes no calibration data"):
@@ -404,7 +404,7 @@ def test_calibration_where_it_belongs(metric):
 
 @pytest.mark.parametrize("value", (float("nan"), float("inf")))
 @pytest.mark.parametrize("metric", SCORED)
-def test_statistics_that_are_not_finite_name_the_projection(metric, value):
+def test_the_error_for_statistics_that_are_not_finite_names_the_projection(metric, value):
     model = awkward()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 2] = value
@@ -414,11 +414,11 @@ def test_statistics_that_are_not_finite_name_the_projection(metric, value):
     assert [module.training for module in model.model.layers] == [True, False, True]
 
 
-def test_sequences_without_a_label():
+def test_sequences_without_a_label_do_not_count():
     model = model_of("llama")
     config = S2FTConfig(d_ratio=0.1, selection="gradient")
     path = "model.layers.1.mlp.down_proj"
-    labels = IDS.masked_fill(IDS > 7, -100)  # of the first sequence alone
+    labels = IDS.masked_fill(IDS > 7, -100)  # only the first sequence has labels
     assert (
         s2ft.select(model, config, [{"input_ids": IDS, "labels": labels}])[path].tolist()
         == s2ft.select(model, config, [IDS[:1]])[path].tolist()
@@ -427,7 +427,7 @@ def test_sequences_without_a_label():
         s2ft.select(model, config, [{"input_ids": IDS, "labels": labels * 0 - 100}])
 
 
-def test_a_model_without_a_loss():
+def test_gradient_refuses_a_model_without_a_loss():
     model = model_of("llama").model
     with pytest.raises(ValueError, match="loss from labels; LlamaModel does not"):
         s2ft.attach(model, S2FTConfig(d_ratio=0.1, selection="gradient"), calibration=[IDS])
@@ -437,7 +437,7 @@ def test_a_model_without_a_loss():
 # ---- the tables ------------------------------------------------------------------------------------------
 
 
-def test_the_config_offers_the_metrics_and_allocations_that_there_are():
+def test_the_config_lists_every_metric_and_allocation():
     assert config.CHOICES["selection"] == tuple(METRICS) == tuple(config.METRICS)
     assert config.CHOICES["allocation"] == tuple(ALLOCATIONS) == tuple(config.ALLOCATIONS)
     folder = Path(selection.__file__).parent

@@ -1,4 +1,4 @@
-"""Selections as files and as tables."""
+"""Selections are saved to files, loaded from files and adapter folders, and printed as tables."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def test_round_trip(units, tmp_path_factory):
     assert Selection.load(path) == selection and [p.name for p in path.parent.iterdir()] == ["s.json"]
 
 
-def test_of_an_adapter_folder(tmp_path):
+def test_loading_from_an_adapter_folder(tmp_path):
     model = model_of("llama")
     s2ft.attach(model, s2ft.S2FTConfig(**ALL_RATIOS))
     s2ft.save_adapter(model, tmp_path)
@@ -99,7 +99,7 @@ HOSTILE = {
 @pytest.mark.parametrize("inside", (False, True), ids=("file", "adapter folder"))
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_hostile_files_are_refused(hostile, inside, tmp_path):
-    """Before they are read: a pipe or a device never ends."""
+    """They are refused before they are read, because reading a pipe or a device never ends."""
     path = tmp_path / (CONFIG if inside else "s.json")
     HOSTILE[hostile](path)
     with pytest.raises((ValueError, FileNotFoundError)):

@@ -1,4 +1,4 @@
-"""Units that must not be chosen, and units given by hand."""
+"""`exclude`: units that must not be selected. `units`: a selection by hand."""
 
 import copy
 
@@ -17,7 +17,7 @@ DOWN, UP, GATE = (f"model.layers.1.mlp.{name}_proj" for name in ("down", "up", "
 
 @pytest.mark.parametrize("allocation", ("uniform", "global"))
 @pytest.mark.parametrize("metric", METRICS)
-def test_a_second_selection_without_the_first(metric, allocation):
+def test_a_second_selection_excludes_the_first(metric, allocation):
     if metric == "random" and allocation == "global":
         return
     model = model_of("llama")
@@ -30,7 +30,7 @@ def test_a_second_selection_without_the_first(metric, allocation):
         taken = set(first.units.get(path, torch.tensor([])).tolist())
         assert not taken & set(units.tolist()), path
     assert sum(map(len, second.units.values())) == sum(map(len, first.units.values()))
-    for i in range(3):  # nested still
+    for i in range(3):  # the producers are still nested
         up, gate = (
             set(second.units.get(f"model.layers.{i}.mlp.{name}_proj", torch.tensor([])).tolist())
             for name in ("up", "gate")
@@ -40,7 +40,7 @@ def test_a_second_selection_without_the_first(metric, allocation):
 
 @settings(deadline=None, max_examples=30)
 @given(excluded=st.sets(st.integers(0, 51), min_size=1, max_size=40), ratio=st.floats(0.02, 0.2))
-def test_excluded_units_are_never_chosen(excluded, ratio):
+def test_excluded_units_are_never_selected(excluded, ratio):
     model = model_of("llama")
     config = S2FTConfig(d_ratio=ratio, exclude={DOWN: sorted(excluded)})
     units = s2ft.select(model, config)[DOWN]
@@ -68,7 +68,7 @@ def test_excluding_an_adapter(tmp_path):
     assert s2ft.adapter.read_adapter(tmp_path / "second").config == config
 
 
-def test_too_few_left():
+def test_excluding_too_many_units_raises():
     model = model_of("llama")
     exclude = {DOWN: list(range(50))}
     with pytest.raises(ValueError, match=f"exclude leaves 2 channels of {DOWN} to choose from; 5 are requested"):
@@ -83,7 +83,7 @@ def test_too_few_left():
 
 @pytest.mark.parametrize("layout", ("permuted", "indexed"))
 def test_units_by_hand(layout, tmp_path):
-    """Not nested, unsorted, one projection of one layer alone: all of it trains, saves, and comes back."""
+    """A selection that is unsorted, not nested, and has a single projection of one layer trains, saves and loads."""
     units = {DOWN: [7, 3, 51], UP: [0, 1, 2], GATE: [2, 40], "model.layers.2.self_attn.o_proj": [3]}
     model = model_of("llama")
     base = copy.deepcopy(model.state_dict())
@@ -117,7 +117,7 @@ def test_units_by_hand(layout, tmp_path):
         ({"lm_head": [1]}, "units names lm_head, which is not a projection of this model"),
     ],
 )
-def test_units_that_are_wrong(units, message):
+def test_wrong_units_raise(units, message):
     model = model_of("llama")
     with pytest.raises(ValueError, match=message):
         s2ft.attach(model, S2FTConfig(units=units))
@@ -144,12 +144,12 @@ def test_units_that_are_wrong(units, message):
         dict(selection="weight", allocation="global"),
     ],
 )
-def test_units_by_hand_leave_nothing_to_choose(options):
+def test_units_by_hand_exclude_options_that_select(options):
     with pytest.raises(ValueError, match=f"nothing is left for {', '.join(options)}"):
         S2FTConfig(units={DOWN: [1]}, **options)
 
 
-def test_units_by_hand_take_no_calibration_and_no_other_types():
+def test_units_by_hand_refuse_calibration_and_other_types():
     with pytest.raises(ValueError, match="there is nothing to calibrate"):
         s2ft.attach(model_of("llama"), S2FTConfig(units={DOWN: [1]}), calibration=[torch.ones(1, 4).long()])
     for option in ("units", "exclude"):

@@ -1,1 +1,1 @@
-"""What several test files need; no tests."""
+"""Helpers that several test files share. There are no tests here."""

@@ -1,5 +1,9 @@
-"""accelerate shards on accelerators alone: asked for FSDP on CPUs it goes on with DDP and says nothing. After
-:func:`allow` it shards on them too. As a script: run the command line so, for launchers."""
+"""Makes accelerate use FSDP on CPUs, so that the tests can run it without a GPU.
+
+accelerate uses FSDP on accelerators only. If FSDP is requested on CPUs, it uses DDP instead, without a message. After
+:func:`allow` it uses FSDP on CPUs too. A launcher can run this file as a script: it calls :func:`allow` and then the
+command line of s2ft.
+"""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Small random models, one row a case: every model family with what is awkward about it."""
+"""Small random models, one row for each case. The cases cover every model family and its unusual features."""
 
 import functools
 from collections.abc import Callable
@@ -53,8 +53,10 @@ from s2ft.model.registry import couplings_of
 
 SHAPE = dict(hidden_size=24, intermediate_size=52, num_hidden_layers=3, num_attention_heads=4, vocab_size=67)
 ODD = {**SHAPE, "hidden_size": 30, "intermediate_size": 41, "num_attention_heads": 3}
-ROTARY = {**SHAPE, "hidden_size": 32}  # a part of the head is rotated: the part must be even
-IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)  # the families' own are outside the small vocabulary
+ROTARY = {**SHAPE, "hidden_size": 32}  # only a part of each head is rotated, and its size must be even
+IDS = dict(
+    pad_token_id=0, bos_token_id=1, eos_token_id=2
+)  # the defaults of the families are outside the small vocabulary
 WINDOW = dict(sliding_window=4, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
 
 OPT = dict(
@@ -126,7 +128,7 @@ WHISPER = dict(
     suppress_tokens=None,
     begin_suppress_tokens=None,
 )
-# text and vision of other widths, depths and numbers of heads
+# The text and the vision tower have different widths, depths and numbers of heads.
 TOWERS = dict(
     text_config=dict(**SHAPE, **IDS, max_position_embeddings=16, hidden_act="gelu"),
     vision_config=dict(hidden_size=30, intermediate_size=41, num_hidden_layers=2, num_attention_heads=3, **IMAGE),
@@ -237,13 +239,13 @@ AUTO = {
     ViTConfig: AutoModelForImageClassification,
     T5Config: AutoModelForSeq2SeqLM,
     WhisperConfig: AutoModelForSpeechSeq2Seq,
-}  # of all others: causal LM
+}  # all other configs use AutoModelForCausalLM
 
 ALL_RATIOS = dict(q_ratio=0.5, k_ratio=0.5, v_ratio=0.7, o_ratio=0.5, u_ratio=0.2, g_ratio=0.1, d_ratio=0.15)
 
 
 def model_of(case: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model in evaluation mode whose biases and norms are random too, so that they can't hide."""
+    """A model in evaluation mode. Its biases and norms are random too, so that an error in them changes the output."""
     torch.manual_seed(0)
     config = CASES[case]()
     decoder = getattr(config, "is_decoder", False)
@@ -254,24 +256,24 @@ def model_of(case: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
             if parameter.dim() == 1:
                 parameter.normal_(mean=0.5, std=0.3)
             elif parameter.dim() > 1:
-                parameter.normal_(std=0.1)  # the usual initial 0.02 leaves every block a near identity
+                parameter.normal_(std=0.1)  # with the usual 0.02 every block is almost an identity
         for module in model.modules():
             if "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None:
-                module.weight.normal_(mean=0.5, std=0.3)  # norms of single heads are no vectors
+                module.weight.normal_(mean=0.5, std=0.3)  # norms of single heads have weights with two dims
     return model.to(dtype)
 
 
 @functools.cache
 def ratios_of(case: str) -> frozenset[str]:
-    """The options of S2FTConfig that name projections of the case."""
-    with torch.random.fork_rng(devices=[]):  # the first call leaves random numbers as a later one does
+    """The ratio options of S2FTConfig whose projections the case has."""
+    with torch.random.fork_rng(devices=[]):  # the result is cached, so no call may change the random state
         return frozenset(f"{projection.key}_ratio" for projection in projections_of(couplings_of(model_of(case))))
 
 
 def ratios_for(case: str, ratios: dict[str, float]) -> dict[str, float]:
-    """Of `ratios`, those of projections that the case has; one KV head is trained whole or not at all."""
-    whole = ("k_ratio", "v_ratio") if "multi-query" in case else ()
-    return {key: 1.0 if key in whole else ratio for key, ratio in ratios.items() if key in ratios_of(case)}
+    """Restrict `ratios` to projections that the case has. A single KV head can only be trained whole."""
+    one_head = ("k_ratio", "v_ratio") if "multi-query" in case else ()
+    return {key: 1.0 if key in one_head else ratio for key, ratio in ratios.items() if key in ratios_of(case)}
 
 
 def token_batch(model: PreTrainedModel, batch: int = 2, length: int = 9) -> torch.Tensor:
@@ -302,7 +304,7 @@ def inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def output_of(model: PreTrainedModel) -> torch.Tensor:
-    """What a case's model answers to :func:`inputs_of`: logits, or the last hidden state of one without a head."""
+    """The output for :func:`inputs_of`: logits, or the last hidden state if the model has no head."""
     output = model(**inputs_of(model))
     for name in ("logits", "logits_per_text", "last_hidden_state"):
         if name in output:
@@ -311,14 +313,14 @@ def output_of(model: PreTrainedModel) -> torch.Tensor:
 
 
 def loss_of(model: PreTrainedModel) -> torch.Tensor:
-    """Cross entropy with fixed random targets, over all positions of the output's last dim."""
+    """Cross entropy with fixed random targets. The last dim of the output gives the classes."""
     output = output_of(model).float().flatten(0, -2)
     targets = torch.randint(output.shape[-1], (output.shape[0],), generator=torch.Generator().manual_seed(2))
     return torch.nn.functional.cross_entropy(output, targets)
 
 
 def train(model: PreTrainedModel, steps: int = 3, lr: float = 1e-2, weight_decay: float = 0.1) -> list:
-    """A few AdamW steps; the losses. Leaves the model in evaluation mode."""
+    """Run a few AdamW steps and return their losses. The model is in evaluation mode afterwards."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
     model.train()

@@ -1,10 +1,10 @@
-"""Some of all combinations of three parameters: every two values of two parameters meet in one of them."""
+"""A part of all combinations of three parameters. Every pair of values of two parameters is in at least one of them."""
 
 from collections.abc import Iterable
 
 
 def pairs(first: Iterable, second: Iterable, third: Iterable) -> list[tuple]:
-    """A Latin square: all pairs of the first two, the third in turn.
+    """Return a Latin square: all pairs of the first two parameters, and the values of the third in turn.
 
     The third parameter must have no more values than each of the others.
     """

@@ -1,4 +1,4 @@
-"""Two processes of one gloo group on this machine, to which functions are sent."""
+"""Two processes of one gloo group on this machine, which run functions for the tests."""
 
 import os
 import socket
@@ -17,10 +17,10 @@ LIMIT = 120  # seconds for one function
 
 
 class Ranks:
-    """``ranks(function, *args)`` runs ``function(rank, *args)`` on both at once and gives what they return, in order.
+    """``ranks(function, *args)`` runs ``function(rank, *args)`` on both ranks and returns their results in order.
 
-    Functions and arguments are pickled: functions of a module. One that raises fails the call with its traceback.
-    The processes are started by the first call, and again after one that did not answer.
+    Functions and arguments are pickled, so a function must be defined in a module. If it raises, the call fails with
+    its traceback. The first call starts the processes. After a failure the next call starts new ones.
     """
 
     def __init__(self) -> None:
@@ -73,7 +73,7 @@ def free_port() -> int:
 
 
 def _serve(rank: int, port: int, pipe) -> None:
-    set_up_kernels()  # as in the process whose numbers theirs are compared with
+    set_up_kernels()  # the same as in the process that compares the results
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

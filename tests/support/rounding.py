@@ -1,9 +1,9 @@
-"""A processor whose products round differently for every shape, layout and dtype of their operands.
+"""Simulates a processor whose products round differently for every shape, layout and dtype of their operands.
 
-Every product is added up in two parts. Where the parts meet depends on the shapes, strides and dtypes of the operands.
+Every product is the sum of two parts. The shapes, strides and dtypes of the operands determine where it is divided.
 The same operands give the same bits, as on every processor. The same numbers in another layout, or as part of another
-batch, give other bits, as on some processor. A test that compares such products for equality fails here, whatever
-processor it runs on.
+batch, give other bits, as they do on some processors. A test that compares such products for equality fails here on
+every processor.
 """
 
 import os
@@ -24,17 +24,17 @@ PRODUCTS: dict[str, tuple[int, int, int]] = {
     "baddbmm": (1, 2, 1),
 }
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-KEPT: list[torch.library.Library] = []  # products stay divided while it lives
+KEPT: list[torch.library.Library] = []  # the products stay divided while the library exists
 
 
 def place(seed: str, size: int, *operands: torch.Tensor) -> int:
-    """Where the two parts of a sum of `size` terms meet."""
+    """The index at which a sum of `size` terms is divided."""
     layout = [(tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in operands]
     return 1 + zlib.crc32(repr((seed, layout, torch.get_num_threads())).encode()) % (size - 1)
 
 
 def in_two_parts(name: str, seed: str) -> Callable[..., torch.Tensor]:
-    """The product called `name`, added up in two parts."""
+    """The product called `name`, computed as the sum of two parts."""
     position, *dims = PRODUCTS[name]
     kernel = torch.library.get_kernel(f"aten::{name}", "CPU")
 
@@ -70,17 +70,20 @@ def in_place(product: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
 
 
 def set_up_kernels() -> None:
-    """Give this process the threads and the products that the environment asks for (see tests/conftest.py)."""
-    torch.set_num_threads(int(os.environ.get("S2FT_TEST_THREADS", 1)))  # the models are tiny, the runner uses the cores
+    """Set the threads and the products of this process as environment variables say (see tests/conftest.py)."""
+    torch.set_num_threads(int(os.environ.get("S2FT_TEST_THREADS", 1)))  # pytest already runs a worker on each core
     if "S2FT_TEST_ROUNDING" in os.environ:
         KEPT.append(divide_products(os.environ["S2FT_TEST_ROUNDING"]))
 
 
 def divide_products(seed: str) -> torch.library.Library:
-    """Replace PyTorch's products on the CPU for as long as the library that is returned lives.
+    """Replace PyTorch's products on the CPU while the returned library exists.
 
     Args:
-        seed: Another one divides the products in other places.
+        seed: A different seed divides the products at different indices.
+
+    Returns:
+        The library, which the caller must keep.
     """
     warnings.filterwarnings("ignore", "(?s).*Overriding a previously registered kernel")
     library = torch.library.Library("aten", "IMPL")

@@ -1,4 +1,4 @@
-"""Compiling with the address and undefined-behaviour sanitizers, and running what was compiled."""
+"""Compile with the address and undefined-behaviour sanitizers, and run the compiled code."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ FLAGS = ("-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-reco
 
 
 def library(name: str) -> str:
-    """The path of one of the compiler's own libraries; skips the test where there is none."""
+    """The path of one of the compiler's own libraries. Skips the test if there is none."""
     compiler = os.environ.get("CXX", "g++")
     try:
         found = subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
@@ -22,8 +22,11 @@ def library(name: str) -> str:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """For a process that loads sanitized code. libstdc++ comes along, since the address sanitizer looks for
-    the function that throws when the process starts, and Python itself does not load it."""
+    """The environment of a process that loads sanitized code.
+
+    It preloads libstdc++ too. The address sanitizer looks there for the function that throws exceptions when the
+    process starts, and Python itself does not load that library.
+    """
     return {
         **os.environ,
         "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so')}",

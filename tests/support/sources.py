@@ -1,4 +1,4 @@
-"""Copies of the source tree, to build in."""
+"""Copies of the source tree, in which a test can build."""
 
 import shutil
 from pathlib import Path
@@ -8,7 +8,7 @@ BUILT = ("_C.*", "_build.json", "__pycache__", "*.egg-info", "build", "dist")
 
 
 def copy_sources(copy: Path) -> Path:
-    """A fresh copy of what a build needs, with nothing built in it."""
+    """Copy the files that a build needs, without anything that was built. Returns the new folder."""
     for folder in ("csrc", "s2ft", "tests"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns(*BUILT))
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md"):

@@ -1,4 +1,4 @@
-"""The one table of tolerances: (rtol, atol) of a GEMM's result by dtype."""
+"""The tolerances of all tests: (rtol, atol) of the result of a matrix product by dtype."""
 
 import torch
 
@@ -8,7 +8,7 @@ GEMM = {
     torch.float16: (4e-3, 4e-3),
     torch.bfloat16: (3e-2, 3e-2),
 }
-LOGITS = 1e-5  # of the largest logit, float32: attach, merge, export
+LOGITS = 1e-5  # relative to the largest logit, in float32, after attach, merge or export
 
 
 def relative_difference(got: torch.Tensor, expected: torch.Tensor) -> float:
