@@ -1,4 +1,4 @@
-"""Checkpoints are written completely or not at all. A resume reports a corrupt checkpoint and takes the newest valid one."""
+"""Checkpoints are written completely or not at all. A resume reports a corrupt one and takes the newest valid one."""
 
 import shutil
 
@@ -100,7 +100,7 @@ def test_nothing_to_resume_is_an_error(tmp_path):
 
 
 def test_an_interrupted_write_leaves_no_checkpoint(tmp_path, monkeypatch):
-    """Writing the optimizer's file fails. The previous checkpoint stays the newest, and the next run removes the rest."""
+    """Writing the optimizer's file fails. The previous checkpoint stays the newest. The next run cleans up."""
     model = attached()
     broken = ours(model, tmp_path, save_steps=2)
     write = broken._save_optimizer_and_scheduler
