@@ -1,4 +1,4 @@
-"""s2ft combine: adapters added up on disk."""
+"""s2ft combine adds up adapters on disk."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from s2ft.cli.main import main
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Two adapters of one base, and one of another."""
+    """Two adapters of one base and an adapter of another base."""
     root = tmp_path_factory.mktemp("adapters")
     for seed, (name, case) in enumerate((("a", "llama"), ("b", "llama"), ("other", "qwen2"))):
         model = model_of(case)
@@ -23,7 +23,7 @@ def folders(tmp_path_factory):
     return root
 
 
-def test_the_sum_is_written_and_the_overlap_said(folders, tmp_path, capsys):
+def test_the_sum_is_written_and_the_overlap_is_printed(folders, tmp_path, capsys):
     assert (
         main(
             [
@@ -39,8 +39,8 @@ def test_the_sum_is_written_and_the_overlap_said(folders, tmp_path, capsys):
         )
         == 0
     )
-    said = capsys.readouterr().out
-    assert "trained units are shared" in said and "adapter 'sum'" in said
+    printed = capsys.readouterr().out
+    assert "trained units are shared" in printed and "adapter 'sum'" in printed
     a, b, total = (s2ft.read_adapter(folder) for folder in (folders / "a", folders / "b", tmp_path / "sum"))
     expected = 0.7 * a + -0.3 * b
     assert total.selection == expected.selection
@@ -65,6 +65,6 @@ def test_mistakes_write_nothing(mistake, folders, tmp_path, capsys):
     assert message in capsys.readouterr().err and not (tmp_path / "sum").exists()
 
 
-def test_an_output_that_exists(folders, capsys):
+def test_an_existing_output_is_refused(folders, capsys):
     assert main(["combine", str(folders / "a"), "--output", str(folders / "b")]) == 2
     assert "exists" in capsys.readouterr().err

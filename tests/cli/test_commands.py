@@ -36,7 +36,7 @@ def s2ft_command(*arguments):
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A folder with a model, data, and a finished run in out/."""
+    """A folder with a model, data and a finished run in out/."""
     work = tmp_path_factory.mktemp("work")
     save_tiny(work / "model")
     write_jsonl(work / "data.jsonl", sums(12))
@@ -52,7 +52,7 @@ def trained_weights(work):
     return model
 
 
-def test_finetune_writes_what_it_says(work):
+def test_finetune_writes_every_promised_file(work):
     out = work / "out"
     assert {"adapter", "log.jsonl", "loss.png", "run.json", "report.json", "checkpoint-3"} <= {
         path.name for path in out.iterdir()
@@ -79,7 +79,7 @@ def test_default_ratio_is_the_papers(work, tmp_path):
     assert s2ft.adapter.read_adapter(tmp_path / "out/adapter").config.ratios == {"d": 0.03}
 
 
-def test_finetune_again_needs_overwrite_or_resume(work, tmp_path, capsys):
+def test_a_second_finetune_needs_overwrite_or_resume(work, tmp_path, capsys):
     run = [
         "finetune",
         "--model",
@@ -127,7 +127,7 @@ def test_eval_with_and_without_adapter(work, tmp_path, capsys):
         assert content["of"] == 3 and content["records"][0].keys() == {"question", "generated", "answer", "right"}
 
 
-def test_eval_with_adapter_generates_what_the_merged_model_does(work, tmp_path):
+def test_eval_with_an_adapter_generates_the_text_of_the_merged_model(work, tmp_path):
     s2ft_command("merge", "--model", work / "model", "--adapter", work / "out/adapter", "--output", tmp_path / "merged")
     generated = []
     for name, arguments in {
@@ -163,7 +163,7 @@ torch.save({"weights": model.state_dict(), "logits": model(ids).logits.detach(),
 """
 
 
-def test_merged_checkpoint_in_a_process_without_s2ft(work, tmp_path):
+def test_the_merged_checkpoint_loads_in_a_process_without_s2ft(work, tmp_path):
     s2ft_command("merge", "--model", work / "model", "--adapter", work / "out/adapter", "--output", tmp_path / "merged")
     subprocess.run([sys.executable, "-c", LOAD, str(tmp_path / "merged"), str(tmp_path / "seen.pt")], check=True)
     seen = torch.load(tmp_path / "seen.pt")
@@ -179,8 +179,8 @@ def test_merged_checkpoint_in_a_process_without_s2ft(work, tmp_path):
     assert changed and all(key.endswith(("down_proj.weight", "o_proj.weight")) for key in changed)
 
 
-def test_merge_and_eval_take_the_dtype_of_training(work, tmp_path):
-    """A float32 checkpoint trained in bfloat16: the merged weights are those that were trained, bit for bit."""
+def test_merge_and_eval_use_the_dtype_of_training(work, tmp_path):
+    """A float32 checkpoint is trained in bfloat16. Merged weights equal the trained ones, bit for bit."""
     s2ft_command(
         "finetune",
         "--model",
@@ -202,7 +202,7 @@ def test_merge_and_eval_take_the_dtype_of_training(work, tmp_path):
     assert all(weight.dtype == torch.bfloat16 and torch.equal(merged[key], weight) for key, weight in expected.items())
 
 
-def test_merged_folder_is_complete_and_nothing_else_is_left(work, tmp_path):
+def test_the_merged_folder_is_complete_and_no_other_file_is_left(work, tmp_path):
     s2ft_command("merge", "--model", work / "model", "--adapter", work / "out/adapter", "--output", tmp_path / "merged")
     assert {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors"} <= {
         path.name for path in (tmp_path / "merged").iterdir()
@@ -210,7 +210,7 @@ def test_merged_folder_is_complete_and_nothing_else_is_left(work, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
-def test_merge_that_is_not_reproduced_leaves_nothing(work, tmp_path, monkeypatch):
+def test_a_merge_that_fails_its_check_leaves_nothing(work, tmp_path, monkeypatch):
     from s2ft.export import merged as merging
 
     def spoiled(model, folder):
@@ -267,5 +267,5 @@ def test_demo_on_a_tiny_model(work, tmp_path, capsys):
     report = json.loads((tmp_path / "demo/report.json").read_text())
     assert report["problems"] == 4 == len(report["after"]["records"]) and report["adapter_bytes"] > 0
     assert {"adapter", "log.jsonl", "loss.png", "report.json"} <= {p.name for p in (tmp_path / "demo").iterdir()}
-    s2ft_command(*arguments)  # a demo may replace an earlier demo, but nothing else
+    s2ft_command(*arguments)  # a demo replaces an earlier demo and nothing else
     assert main([str(a) for a in ["demo", "--model", tmp_path / "model", "--output", work / "out"]]) == 2

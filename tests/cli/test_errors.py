@@ -1,4 +1,4 @@
-"""A user's mistakes: one clear line on stderr, exit 2, nothing written."""
+"""A user's mistake gives one clear line on stderr and exit status 2, and writes nothing."""
 
 import json
 import os
@@ -23,8 +23,8 @@ def data(tmp_path):
     return write_jsonl(tmp_path / "data.jsonl", sums(4))
 
 
-def fails(capsys, *arguments):
-    """The one line a mistake gives."""
+def error_line(capsys, *arguments):
+    """Run a command that must fail. Returns its one line on stderr."""
     assert main([str(argument) for argument in arguments]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(error) == 1
@@ -32,7 +32,7 @@ def fails(capsys, *arguments):
 
 
 def finetune(capsys, tiny, data, output, *more):
-    return fails(capsys, "finetune", "--model", tiny, "--data", data, "--output", output, *more)
+    return error_line(capsys, "finetune", "--model", tiny, "--data", data, "--output", output, *more)
 
 
 def test_missing_data_file(capsys, tiny, tmp_path):
@@ -77,7 +77,7 @@ def test_nothing_to_resume(capsys, tiny, data, tmp_path):
 def test_every_prompt_longer_than_the_context(capsys, tiny, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "x" * 400, "output": "y"}])
     assert "none of 1 rows fits" in finetune(capsys, tiny, path, tmp_path / "out")
-    assert "none of 1 prompts fits" in fails(
+    assert "none of 1 prompts fits" in error_line(
         capsys,
         "eval",
         "--model",
@@ -110,37 +110,37 @@ def test_model_that_does_not_exist(capsys, data, tmp_path):
 @pytest.mark.parametrize("command", ["eval", "merge"])
 def test_adapter_that_does_not_exist(capsys, tiny, data, tmp_path, command):
     rest = {"eval": ["--data", data, "--task", "arithmetic"], "merge": ["--output", tmp_path / "out"]}[command]
-    message = fails(capsys, command, "--model", tiny, "--adapter", tmp_path / "nowhere", *rest)
+    message = error_line(capsys, command, "--model", tiny, "--adapter", tmp_path / "nowhere", *rest)
     assert "nowhere" in message and not (tmp_path / "out").exists()
 
 
 def test_info_on_a_folder_without_adapter(capsys, tmp_path):
-    assert f"{tmp_path} is not an S²FT adapter" in fails(capsys, "info", tmp_path)
-    assert f"there is no folder {tmp_path / 'nosuch'}" in fails(capsys, "info", tmp_path / "nosuch")
+    assert f"{tmp_path} is not an S²FT adapter" in error_line(capsys, "info", tmp_path)
+    assert f"there is no folder {tmp_path / 'nosuch'}" in error_line(capsys, "info", tmp_path / "nosuch")
 
 
 def test_merge_into_an_existing_folder(capsys, tiny, tmp_path):
-    message = fails(capsys, "merge", "--model", tiny, "--adapter", "x", "--output", tmp_path)
+    message = error_line(capsys, "merge", "--model", tiny, "--adapter", "x", "--output", tmp_path)
     assert f"output {tmp_path} exists" in message
 
 
 def test_eval_with_an_unknown_task(capsys, tiny, data):
-    assert "task must be one of" in fails(capsys, "eval", "--model", tiny, "--data", data, "--task", "poetry")
+    assert "task must be one of" in error_line(capsys, "eval", "--model", tiny, "--data", data, "--task", "poetry")
 
 
 def test_eval_on_data_that_can_not_be_scored(capsys, tiny, tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [{"instruction": "a", "output": "b"}])
-    assert "has no number" in fails(capsys, "eval", "--model", tiny, "--data", path, "--task", "arithmetic")
+    assert "has no number" in error_line(capsys, "eval", "--model", tiny, "--data", path, "--task", "arithmetic")
 
 
 def test_eval_does_not_overwrite(capsys, tiny, data, tmp_path):
     (tmp_path / "r.json").touch()
-    assert "r.json exists" in fails(
+    assert "r.json exists" in error_line(
         capsys, "eval", "--model", tiny, "--data", data, "--task", "arithmetic", "--output", tmp_path / "r.json"
     )
 
 
-def test_traceback_on_demand(tiny, tmp_path, monkeypatch):
+def test_the_traceback_option_raises_the_error(tiny, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError):
         main(["info", str(tmp_path), "--traceback"])
     monkeypatch.setenv("S2FT_TRACEBACK", "1")
@@ -185,7 +185,7 @@ def help_of(capsys, command):
     return " ".join(capsys.readouterr().out.split())
 
 
-def test_every_field_is_shown_once_and_read_in_both_spellings(capsys):
+def test_every_option_is_shown_once_and_read_in_both_spellings(capsys):
     from dataclasses import fields
 
     from s2ft import S2FTConfig
@@ -219,7 +219,7 @@ def test_help_has_groups_choices_units_and_an_example(capsys):
         assert f"example: s2ft {command} " in help_of(capsys, command)
 
 
-def test_help_of_a_negated_switch_says_what_it_does(capsys):
+def test_help_of_a_negated_switch_explains_its_effect(capsys):
     printed = help_of(capsys, "finetune")
     assert "--no-chunked-loss compute the loss from all logits at once" in printed
     assert "--no-ffn-kernel compute act(gate) * up of the FFN in separate steps" in printed
@@ -241,19 +241,19 @@ print([name for name in ("torch", "transformers", "numpy", "matplotlib", "accele
 
 
 @pytest.mark.parametrize("everything", [False, True])
-def test_of_other_libraries_only_errors_are_shown(everything):
+def test_only_errors_of_other_libraries_are_shown(everything):
     code = f"""
 import logging
 from s2ft.cli.main import set_up_logging
 set_up_logging({everything})
 for name in ("torchao", "bitsandbytes.backends", "torch.utils._pytree", "s2ft.train"):
     logging.getLogger(name).warning(name + " warns")
-    logging.getLogger(name).error(name + " fails")
+    logging.getLogger(name).error(name + " error_line")
 logging.getLogger("s2ft.train").info("s2ft tells")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     lines = done.stderr.splitlines()
-    assert sum(line.endswith(" fails") for line in lines) == 4 and "s2ft tells" in lines
+    assert sum(line.endswith(" error_line") for line in lines) == 4 and "s2ft tells" in lines
     assert sum(line.endswith(" warns") for line in lines) == (4 if everything else 1) and "s2ft.train warns" in lines
 
 
@@ -292,7 +292,7 @@ VALUES = [
 @pytest.mark.parametrize(
     "arguments, message", SUGGESTIONS, ids=lambda value: " ".join(value)[:30] if type(value) is list else ""
 )
-def test_an_unknown_name_gets_the_closest_one(arguments, message, capsys):
+def test_an_unknown_name_is_answered_with_the_closest_one(arguments, message, capsys):
     needed = {"finetune": ["--model", "m", "--data", "d", "--output", "o"]}
     needed["eval"] = ["--model", "m", "--data", "d", "--task", "arithmetic"]
     needed["export"] = ["a", "--model", "m", "--output", "o"]
@@ -312,7 +312,7 @@ def test_a_wrong_value_is_one_line(arguments, message, capsys):
     assert message in printed and printed.count("\n") == 1
 
 
-def test_a_wrong_name_is_reported_before_what_it_leaves_missing(capsys):
+def test_a_wrong_name_is_reported_before_a_missing_option(capsys):
     assert main(["finetune", "--model_name_or_path", "m"]) == 2
     assert "no option --model_name_or_path; did you mean --model?" in capsys.readouterr().err
     assert main(["generate", "--model", "./nowhere", "--prompt", "--- a line"]) == 2
@@ -332,7 +332,7 @@ def test_a_dtype_has_a_short_name():
     assert (options.dtype, options.autocast) == ("bfloat16", "float16")
 
 
-def test_data_that_python_does_not_read(capsys, tiny, tmp_path):
+def test_data_that_python_can_not_read(capsys, tiny, tmp_path):
     (tmp_path / "deep.json").write_text("[" * 100000)
     assert "deep.json, row 1: it is nested too deeply" in finetune(
         capsys, tiny, tmp_path / "deep.json", tmp_path / "out"
@@ -344,10 +344,10 @@ def test_data_that_python_does_not_read(capsys, tiny, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_prompts_that_no_tokenizer_takes(capsys, tiny, tmp_path):
-    assert "prompt is not valid Unicode" in fails(capsys, "generate", "--model", tiny, "--prompt", "a\udc80")
+def test_prompts_that_no_tokenizer_can_encode(capsys, tiny, tmp_path):
+    assert "prompt is not valid Unicode" in error_line(capsys, "generate", "--model", tiny, "--prompt", "a\udc80")
     (tmp_path / "prompt.txt").write_bytes(b"\xff")
-    assert "prompt.txt is not UTF-8" in fails(
+    assert "prompt.txt is not UTF-8" in error_line(
         capsys, "generate", "--model", tiny, "--prompt-file", tmp_path / "prompt.txt"
     )
 
@@ -400,7 +400,7 @@ for size, arguments in json.loads(sys.argv[1]):
 """
 
 
-def test_a_full_disk_while_training_says_what_is_kept(tiny, data, tmp_path):
+def test_the_error_of_a_full_disk_in_training_names_the_kept_checkpoint(tiny, data, tmp_path):
     train = [
         "finetune",
         "--model",
@@ -424,7 +424,7 @@ def test_a_full_disk_while_training_says_what_is_kept(tiny, data, tmp_path):
         (2000, train),
         (1 << 30, [*train, "--resume", "--stop-after", "2"]),
         (400, [*train, "--resume"]),
-    ]  # less than the log has
+    ]  # the last limit is smaller than the log
     done = subprocess.run([sys.executable, "-c", FULL, json.dumps(runs)], capture_output=True, text=True)
     (first, (words,)), (stopped, _), (last, (resumed,)) = map(json.loads, done.stdout.splitlines())
     assert (first, stopped, last) == (1, 0, 1) and "Traceback" not in done.stderr

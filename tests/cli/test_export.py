@@ -1,4 +1,4 @@
-"""s2ft export and info: every format on a tiny model, loaded again by what it is for."""
+"""s2ft export and info: every format on a tiny model, loaded again by the library that reads the format."""
 
 import json
 import re
@@ -36,7 +36,7 @@ def s2ft_command(*arguments):
 
 
 def make_adapter(model_folder, folder, **info):
-    """Of random deltas. Returns: the model with it."""
+    """Save an adapter with random deltas. Returns the model to which it is attached."""
     model, _ = load_model(str(model_folder))
     s2ft.attach(model, s2ft.S2FTConfig(**RATIOS), name="tiny")
     torch.manual_seed(1)
@@ -151,8 +151,8 @@ def test_merged_in_shards(work, tmp_path):
     ],
 )
 def test_mistakes_are_one_line_and_write_nothing(arguments, message, work, tmp_path, capsys):
-    given = [work / "adapter" if argument == "ADAPTER" else argument for argument in arguments]
-    command = ["export", *given, "--model", work / "model", "--output", tmp_path / "out"]
+    filled = [work / "adapter" if argument == "ADAPTER" else argument for argument in arguments]
+    command = ["export", *filled, "--model", work / "model", "--output", tmp_path / "out"]
     assert main([str(argument) for argument in command]) == 2
     printed = capsys.readouterr().err
     assert message in printed and printed.count("\n") == 1
@@ -203,7 +203,7 @@ PRE = {
 
 
 def tokenizer_with_merges(pre):
-    """The tiny one with two merges, two added tokens and a gap in its numbers."""
+    """The tiny tokenizer with two merges, two added tokens and a gap in its token ids."""
     content = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
     content["model"]["vocab"] |= {"so": 259, "me": 260}
     content["model"]["merges"] = [["s", "o"], ["m", "e"]]
@@ -285,7 +285,7 @@ def test_gguf_of_a_gguf_keeps_its_metadata(tmp_path):
         "export", tmp_path / "second-adapter", "--model", first, "--format", "gguf", "--output", tmp_path / "second"
     )
     before, after = (GGUFReader(file) for file in (first, tmp_path / "second/model.gguf"))
-    assert list(before.fields) == list(after.fields)  # transformers does not know smollm's way to cut text
+    assert list(before.fields) == list(after.fields)  # transformers does not know how smollm splits text
     assert all(field.contents() == after.fields[key].contents() for key, field in before.fields.items())
     model, _ = load_model(str(first))
     s2ft.load_adapter(model, tmp_path / "second-adapter")
@@ -305,7 +305,7 @@ def test_gguf_of_a_gguf_keeps_its_metadata(tmp_path):
         (GraniteConfig(**SHAPE), "model type granite is not written as GGUF"),
     ],
 )
-def test_models_that_are_not_written_as_gguf(config, message, tmp_path, capsys):
+def test_models_that_can_not_be_written_as_gguf(config, message, tmp_path, capsys):
     base_of(tmp_path / "model", config=config)
     make_adapter(tmp_path / "model", tmp_path / "adapter")
     command = [
@@ -323,9 +323,9 @@ def test_models_that_are_not_written_as_gguf(config, message, tmp_path, capsys):
     assert message in printed and "convert_hf_to_gguf.py" in printed and not (tmp_path / "out").exists()
 
 
-def test_cutting_like_one_and_merging_like_another_is_not_written():
+def test_a_tokenizer_that_splits_as_one_and_merges_as_another_is_refused():
     fast = tokenizer_with_merges("gpt-2")
-    fast.backend_tokenizer.pre_tokenizer = PRE["llama-bpe"]  # which llama.cpp takes for ignore_merges too
+    fast.backend_tokenizer.pre_tokenizer = PRE["llama-bpe"]  # llama.cpp infers ignore_merges from it too
     with pytest.raises(ValueError, match="a tokenizer of this kind"):
         gguf._tokenizer(fast, MODELS["llama"]())
 
@@ -338,20 +338,20 @@ def test_cutting_like_one_and_merging_like_another_is_not_written():
         pre_tokenizers.Sequence([pre_tokenizers.Digits(False), PRE["gpt-2"]]),
     ),
 )
-def test_tokenizers_that_are_not_written_as_gguf(pre):
+def test_tokenizers_that_can_not_be_written_as_gguf(pre):
     fast = tokenizer_with_merges("gpt-2")
     fast.backend_tokenizer.pre_tokenizer = pre
     with pytest.raises(ValueError, match="a tokenizer of this kind.*convert_hf_to_gguf.py"):
         gguf._tokenizer(fast, MODELS["llama"]())
 
 
-def test_without_the_package_gguf_it_is_named(work, tmp_path, monkeypatch):
+def test_a_missing_package_gguf_is_named(work, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(MissingPackages, match="pip install gguf"):
         gguf.export(str(work / "model"), work / "adapter", tmp_path / "out")
 
 
-def test_a_gguf_that_is_another_model_is_not_kept(work, tmp_path, monkeypatch):
+def test_a_gguf_that_differs_from_the_model_is_not_kept(work, tmp_path, monkeypatch):
     monkeypatch.setattr(gguf, "_interleaved", lambda rows, heads: rows)
     base_of(tmp_path / "model")
     make_adapter(tmp_path / "model", tmp_path / "adapter")
@@ -363,7 +363,7 @@ def test_a_gguf_that_is_another_model_is_not_kept(work, tmp_path, monkeypatch):
 # ---- info ----------------------------------------------------------------------------------------------
 
 
-def test_info_says_everything(work, capsys):
+def test_info_prints_everything(work, capsys):
     s2ft_command("info", work / "adapter")
     printed = capsys.readouterr().out
     adapter = read_adapter(work / "adapter")
@@ -384,7 +384,7 @@ def test_info_says_everything(work, capsys):
     assert re.search(r"model.layers.0.self_attn.q_proj +2 heads +16 rows +float32", printed)
 
 
-def test_info_writes_nothing_that_a_terminal_obeys(work, tmp_path, capsys):
+def test_info_escapes_control_characters(work, tmp_path, capsys):
     adapter = read_adapter(work / "adapter")
     adapter.info = {"note\x1b[2J": "first\nadapter 'other'\x07"}
     native.write(adapter, tmp_path)
@@ -393,7 +393,7 @@ def test_info_writes_nothing_that_a_terminal_obeys(work, tmp_path, capsys):
     assert r"note\x1b[2J: first\nadapter 'other'\x07" in printed and "\x1b" not in printed
 
 
-def test_info_of_a_lora_says_what_to_do(tmp_path, capsys):
+def test_info_of_a_lora_names_the_option_that_imports_it(tmp_path, capsys):
     (tmp_path / lora.CONFIG).write_text(json.dumps({"peft_type": "LORA"}))
     assert main(["info", str(tmp_path)]) == 2
     assert "--from-lora" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Where an adapter folder is asked for, the output folder of a run will do."""
+"""Every command that takes an adapter folder takes the output folder of a run too."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from s2ft.cli.main import main
 
 
 def save_run(folder, seed=0, finished=True):
-    """What s2ft finetune leaves: options, a checkpoint, and the adapter if it has come to its end."""
+    """Write the output of s2ft finetune: options, a checkpoint, and the adapter if the run is finished."""
     model = tiny_model()
     s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, seed=seed))
     s2ft.save_adapter(model, folder / "checkpoint-12")
@@ -79,24 +79,24 @@ def test_every_command_takes_the_output_of_a_run(work, tmp_path, command):
     "adapter, message",
     [("stopped", "stopped is the output of a run that has saved no adapter yet"), ("nosuch", "there is no folder")],
 )
-def test_every_command_says_what_is_wrong_with_a_folder(work, tmp_path, capsys, command, adapter, message):
+def test_every_command_names_the_fault_of_a_folder(work, tmp_path, capsys, command, adapter, message):
     line = commands(work, work / adapter, tmp_path / "out")[command]
     assert main([str(word) for word in line]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_the_library_takes_it_too(work):
+def test_load_adapter_takes_the_output_of_a_run(work):
     s2ft.load_adapter(tiny_model(), work / "runs/math")
 
 
-def test_a_checkpoint_can_be_named(work, capsys):
+def test_info_takes_a_checkpoint(work, capsys):
     assert main(["info", str(work / "stopped/checkpoint-12")]) == 0
 
 
 def test_adapters_of_a_directory(work, tmp_path):
     expected = {name: work / "runs" / name / "adapter" for name in ("math", "chat")}
     assert adapters_in(work / "runs") == expected
-    assert adapters_in(work / "runs/math") == {"math": work / "runs/math/adapter"}  # one run alone
+    assert adapters_in(work / "runs/math") == {"math": work / "runs/math/adapter"}  # the output of a single run
     assert adapters_in(work / "runs/math/adapter") == {} == adapters_in(work / "stopped")
     (tmp_path / "a").symlink_to(work / "runs/math/adapter"), (tmp_path / "b.txt").touch()
     assert adapters_in(tmp_path) == {"a": tmp_path / "a"}
@@ -106,21 +106,21 @@ def test_adapters_of_a_directory(work, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "directory, names, said",
+    "directory, names, logged",
     [
         ("runs", ["chat", "math"], "adapters: chat, math"),
         ("runs/math", ["math"], "adapters: math"),
         ("stopped", [], "stopped has no adapters, so the base is served alone"),
     ],
 )
-def test_served_are_runs_by_their_names_and_no_checkpoints(work, caplog, directory, names, said):
+def test_runs_are_served_by_name_and_checkpoints_are_not(work, caplog, directory, names, logged):
     from s2ft.adapter.bank import AdapterBank
     from s2ft.serve.registry import Adapters
 
     caplog.set_level("INFO")
     known = Adapters(AdapterBank(tiny_model()), work / directory)
     known.log_adapters()
-    assert known.names == names and said in caplog.text
+    assert known.names == names and logged in caplog.text
     for name in names:
         known.release(known.acquire(name))
 

@@ -1,4 +1,4 @@
-"""s2ft generate: the answer on stdout, and a user's mistakes in a line."""
+"""s2ft generate prints the answer on stdout and reports a user's mistake in one line."""
 
 import io
 import sys
@@ -16,7 +16,7 @@ UNTIED = dict(tie_word_embeddings=False)
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """model/ and adapter/."""
+    """A folder with model/ and adapter/."""
     import torch
 
     work = tmp_path_factory.mktemp("work")
@@ -43,7 +43,7 @@ def expected(work, prompt, count, adapter=False):
 
 
 @pytest.mark.parametrize("adapter", [False, True])
-def test_a_greedy_answer_is_what_evaluation_generates(capsys, work, adapter):
+def test_a_greedy_answer_equals_that_of_evaluation(capsys, work, adapter):
     options = ["--adapter", work / "adapter"] if adapter else []
     found = answer(capsys, work, "--prompt", "Hello", "--max-new-tokens", 20, *options)
     assert found.endswith("\n") and found.strip() == expected(work, "Hello", 20, adapter)
@@ -64,13 +64,13 @@ def test_the_prompt_comes_from_a_file_or_stdin(capsys, work, tmp_path, monkeypat
     assert answer(capsys, work, "--prompt", "-", "--max-new-tokens", 9) == wanted
 
 
-def test_a_seed_draws_the_same_again(capsys, work):
+def test_a_seed_gives_the_same_answer_again(capsys, work):
     draw = ["--prompt", "Hello", "--max-new-tokens", 20, "--temperature", 1.5, "--top-p", 0.9, "--seed"]
     assert answer(capsys, work, *draw, 1) == answer(capsys, work, *draw, 1) != answer(capsys, work, *draw, 2)
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, words",
     [
         ([], "--prompt or --prompt-file"),
         (["--prompt", "a", "--prompt-file", "b"], "--prompt or --prompt-file"),
@@ -83,7 +83,7 @@ def test_a_seed_draws_the_same_again(capsys, work):
         (["--prompt", "a", "--adapter", "nowhere"], "nowhere"),
     ],
 )
-def test_mistakes_are_one_line(capsys, work, arguments, said):
+def test_mistakes_are_one_line(capsys, work, arguments, words):
     assert main(["generate", "--model", str(work / "model"), *arguments]) == 2
     error = capsys.readouterr().err
-    assert said in error and "Traceback" not in error
+    assert words in error and "Traceback" not in error

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment goes on from its last checkpoint and ends as if it had not been."""
+"""A run that is killed at any moment resumes from its last checkpoint and ends with the same result."""
 
 import json
 import os
@@ -64,33 +64,33 @@ def work(tmp_path_factory):
 
 
 def start(work, output, *more):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # sums depend on how many threads share them
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # the rounding of sums depends on the number of threads
     return subprocess.Popen(
         command(work, output, *more), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
 
 
 def kill_at(process, output, step):
-    """SIGKILL once the log has come to `step`, not long behind the moment. Returns: the last step in the log."""
+    """Send SIGKILL as soon as the log contains `step`. Returns the last step in the log."""
     while max((line[0] for line in logged(output)), default=0) < step:
         try:
             process.wait(timeout=0.01)
         except subprocess.TimeoutExpired:
             continue
-        raise AssertionError(f"it ended by itself: {process.stderr.read()}")
+        raise AssertionError(f"the run ended before it was killed: {process.stderr.read()}")
     process.send_signal(signal.SIGKILL)
     process.communicate()
     return logged(output)[-1][0]
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
-def test_killed_and_resumed_is_as_if_never_killed(work, tmp_path, kills):
+def test_a_run_that_was_killed_and_resumed_equals_an_uninterrupted_one(work, tmp_path, kills):
     output, moments = tmp_path / "out", random.Random(kills)
     done = 0
     for number in range(kills):
         process = start(work, output, *(["--resume"] if number else []))
         done = kill_at(process, output, min(STEPS - 2, done + moments.randint(1, STEPS // kills - 1)))
-        found = newest_valid(output)  # the last one that the log has left behind is there
+        found = newest_valid(output)  # the last checkpoint before the last logged step exists
         assert (done - 1) // SAVE * SAVE <= (int(found.name.rpartition("-")[2]) if found else 0)
     last = start(work, output, "--resume")
     _, errors = last.communicate()

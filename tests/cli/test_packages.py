@@ -1,4 +1,4 @@
-"""A package that a command needs and that is not installed is named at once, with the line that installs it."""
+"""A command names a missing package before it does anything, with the line that installs the package."""
 
 import subprocess
 import sys
@@ -46,14 +46,14 @@ def test_a_missing_package_is_named_before_anything_is_done(modules, command, me
     monkeypatch.chdir(tmp_path)
     (tmp_path / "m.gguf").touch()
     for module in modules:
-        monkeypatch.setitem(sys.modules, module, None)  # Python then finds no such module
+        monkeypatch.setitem(sys.modules, module, None)  # Python then does not find the module
     assert main(command) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
 def without(modules, code):
-    """A process in which these modules can't be imported."""
+    """Run code in a process that can't import these modules."""
     code = f"import sys; sys.modules.update(dict.fromkeys({modules!r})); {code}"
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
@@ -99,12 +99,12 @@ def test_a_run_without_any_optional_package_but_accelerate(tmp_path):
     assert "adapter: " in done.stdout and (tmp_path / "out/adapter/s2ft_config.json").is_file()
 
 
-def test_what_is_installed_passes():
+def test_installed_packages_pass_the_check():
     check_packages("s2ft finetune"), check_packages("export to something that needs nothing")
     assert is_installed("prometheus-client") and not is_installed("no-such-package")
 
 
-def test_no_line_that_installs_needs_s2ft_in_the_index():
+def test_no_install_line_names_s2ft_itself():
     assert all("s2ft" not in package and "[" not in package for packages in NEEDS.values() for package in packages)
     assert (
         str(MissingPackages("a", ["b", "c"]))

@@ -1,4 +1,4 @@
-"""s2ft select, and the selection options of s2ft finetune."""
+"""s2ft select and the selection options of s2ft finetune."""
 
 import pytest
 from train.tiny import save_tiny, sums, write_jsonl
@@ -24,7 +24,7 @@ def command(*arguments):
 
 
 @pytest.mark.parametrize("metric", ("activation", "product", "gradient"))
-def test_select_finds_what_finetune_trains(metric, work, tmp_path, capsys):
+def test_select_finds_the_units_that_finetune_trains(metric, work, tmp_path, capsys):
     choice = [
         "--selection",
         metric,
@@ -105,7 +105,7 @@ def test_budget_exclude_and_units(work, tmp_path, capsys):
         return s2ft.Selection.load(tmp_path / name)
 
     first = select("first.json", "--budget", "0.32k", "--d-ratio", "1")
-    assert [len(units) for units in first.units.values()] == [5, 5]  # of 32 parameters each
+    assert [len(units) for units in first.units.values()] == [5, 5]  # units of 32 parameters each
     second = select(
         "second.json",
         "--match-lora-rank",
@@ -166,7 +166,7 @@ def test_mistakes(arguments, message, work, tmp_path, capsys):
     assert message in capsys.readouterr().err and not (tmp_path / "s.json").exists()
 
 
-def test_calibration_without_a_use_is_a_mistake(work, tmp_path, capsys):
+def test_unused_calibration_options_are_refused(work, tmp_path, capsys):
     assert (
         command(
             "finetune",
@@ -196,6 +196,6 @@ def test_rows_are_drawn_by_seed():
         return [row[1] for batch in batches for row in batch["input_ids"].tolist()], batches
 
     first, batches = drawn(0)
-    assert first == drawn(0)[0] != drawn(1)[0] and len(set(first)) == 16  # 1 % is less
+    assert first == drawn(0)[0] != drawn(1)[0] and len(set(first)) == 16  # 1 % of the rows would be fewer than 16
     assert [len(batch["input_ids"]) for batch in batches] == [5, 5, 5, 1] and batches[0]["labels"].shape == (5, 3)
     assert sorted(drawn(0, 38)[0]) == list(range(2, 40))

@@ -1,4 +1,4 @@
-"""The training options of `s2ft finetune`: each is reachable, does what it says, and refuses what it can't do."""
+"""Each training option of `s2ft finetune` has the promised effect, and impossible values are refused."""
 
 import importlib
 import importlib.util
@@ -62,7 +62,8 @@ def plain(work):
     return deltas(work / "plain")
 
 
-# How far the trained numbers may lie from those of a plain run, of the largest; None: another way to train
+# The largest difference of trained values from those of a plain run, relative to the largest value. None: the option
+# changes the training.
 OPTIONS = {
     "--gradient-checkpointing": ((), 1e-4),
     "--optimizer adamw_torch": ((), 1e-4),
@@ -138,7 +139,7 @@ def test_evaluation_does_not_change_what_is_trained(work, plain, tmp_path):
     assert all(torch.equal(value, plain[key]) for key, value in deltas(tmp_path / "out").items())
 
 
-def test_stopping_and_going_on_is_one_run(work, plain, tmp_path, capsys):
+def test_a_stopped_and_resumed_run_equals_one_run(work, plain, tmp_path, capsys):
     assert finetune(work, tmp_path / "out", "--stop-after", 3) == 0
     assert "stopped before the end: go on with --resume" in capsys.readouterr().out
     assert not (tmp_path / "out/adapter").exists() and (tmp_path / "out/checkpoint-3").is_dir()
@@ -148,26 +149,26 @@ def test_stopping_and_going_on_is_one_run(work, plain, tmp_path, capsys):
     assert report["steps"] == 4 and report["tokens_per_second"] > 0
 
 
-def test_memory_is_said_at_the_start_and_a_lack_of_it_warned_of(work, tmp_path, caplog, monkeypatch):
+def test_memory_is_logged_at_the_start_with_a_warning_if_it_does_not_fit(work, tmp_path, caplog, monkeypatch):
     caplog.set_level("INFO")
     assert finetune(work, tmp_path / "out", steps=1) == 0
-    (said,) = [record for record in caplog.records if "Training takes" in record.message]
-    assert said.levelname == "INFO" and "kept for backward (batch of 2 ×" in said.message
+    (entry,) = [record for record in caplog.records if "Training takes" in record.message]
+    assert entry.levelname == "INFO" and "kept for backward (batch of 2 ×" in entry.message
     caplog.clear()
     monkeypatch.setattr(importlib.import_module("s2ft.estimation"), "free_memory", lambda place: 1000)
     assert finetune(work, tmp_path / "again", steps=1) == 0
-    (said,) = [record for record in caplog.records if "Training takes" in record.message]
-    assert said.levelname == "WARNING" and "It will not fit" in said.message
+    (entry,) = [record for record in caplog.records if "Training takes" in record.message]
+    assert entry.levelname == "WARNING" and "It will not fit" in entry.message
 
 
-def test_a_run_goes_on_where_memory_can_not_be_estimated(work, tmp_path, caplog, monkeypatch):
+def test_a_run_continues_if_memory_can_not_be_estimated(work, tmp_path, caplog, monkeypatch):
     caplog.set_level("INFO")
     monkeypatch.setattr("s2ft.estimate", lambda *args, **options: 1 / 0)
     assert finetune(work, tmp_path / "out", steps=1) == 0
     assert "memory was not estimated: division by zero" in caplog.text
 
 
-@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="no tensorboard")
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
 def test_tensorboard(work, tmp_path, monkeypatch):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
     assert finetune(work, tmp_path / "out", "--report-to", "tensorboard", steps=2) == 0
@@ -196,13 +197,13 @@ MISTAKES = [
 )
 def test_mistakes_are_one_line(arguments, message, work, tmp_path, capsys):
     assert finetune(work, tmp_path / "out", *arguments) == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said.startswith("s2ft finetune: error:") and message in said
+    printed = capsys.readouterr().err.strip().splitlines()[-1]
+    assert printed.startswith("s2ft finetune: error:") and message in printed
     assert not (tmp_path / "out").exists()
 
 
-def test_modules_are_trained_whole_saved_and_merged(work, tmp_path, capsys):
-    """With the fused loss and without, the same; a run that was stopped goes on as if it had not been."""
+def test_modules_are_trained_in_full_saved_and_merged(work, tmp_path, capsys):
+    """The result is the same with and without the chunked loss, and in a run that was stopped and resumed."""
     from s2ft.adapter import read_adapter
     from s2ft.text.models import load_model
 

@@ -12,7 +12,7 @@ from sybil import Example
 
 PORT = "8000"  # the port of `s2ft serve` on the pages
 SHELL_CHARACTERS = set("|<>&;$`*(){}")
-SECONDS = 120.0  # until a server must answer
+SECONDS = 120.0  # the time a server has to open its port
 
 
 class Shell:

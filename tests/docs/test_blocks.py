@@ -1,4 +1,4 @@
-"""Every Python block and every command of README.md and docs/ runs, or says why it can't."""
+"""Every Python block and every command of README.md and docs/ runs, or has a reason why it can't run here."""
 
 import shutil
 
@@ -30,7 +30,7 @@ def names(paths):
 
 
 def with_blocks():
-    """The pages with something to run."""
+    """The pages that have blocks to run."""
     return [page for page in pages() if any(block.reason is None for block in blocks_of(page))]
 
 
@@ -41,7 +41,7 @@ def test_the_blocks_of_a_page_run(page, shell):
 
 
 @pytest.mark.parametrize("page", names(pages()))
-def test_no_block_is_overlooked(page):
+def test_no_block_is_missed(page):
     found = list(fences(page))
     unknown = [(line, language) for line, language in found if language not in (*RUN, *SHOWN)]
     assert unknown == [], f"languages are {', '.join(RUN)} (run) and {', '.join(SHOWN)} (not run)"
@@ -49,7 +49,7 @@ def test_no_block_is_overlooked(page):
     assert len(list(blocks_of(page))) >= visible
 
 
-def test_the_report_names_what_is_left_out():
+def test_the_report_names_the_blocks_that_are_left_out():
     lines = report().splitlines()
     print("\n".join(lines))
     assert lines[0].endswith(f"{len(lines) - 1} left out")

@@ -1,4 +1,4 @@
-"""The pages that are made from the code have what they promise."""
+"""The pages that are generated from the code are complete."""
 
 import re
 
@@ -26,7 +26,7 @@ def shown_options(name):
     return [action for action in command_pages.parser_of(name)._actions if command_pages.shown(action)]
 
 
-def test_an_option_has_its_default_and_its_meaning(commands):
+def test_an_option_has_a_default_and_a_meaning(commands):
     assert re.search(r"\| `--seed \w+` \| `?0`? \| .*seed", commands)
     assert re.search(r"\| `--model \w+` \| required \| ", commands)
 
@@ -38,7 +38,7 @@ def test_every_family_is_in_the_table():
     assert "q k v o u g d" in llama and "move, stay (grouped queries)" in llama and llama.count("yes") == 2
 
 
-def test_links_of_a_file_of_the_root():
+def test_links_of_a_file_in_the_root():
     pages = pytest.importorskip("pages", reason="needs mkdocs")
     text = pages.relinked("CHANGELOG.md", "https://example.org/blob/main")
     assert text.startswith("# ")

@@ -1,4 +1,4 @@
-"""The messages on the page of troubleshooting are messages of s2ft."""
+"""The messages on the troubleshooting page are messages of s2ft."""
 
 import ast
 import re
@@ -9,13 +9,13 @@ PAGE = ROOT / "docs" / "troubleshooting.md"
 
 
 def quoted(page):
-    """The messages: code at the start of a table's row. "…" stands for any text."""
+    """The messages of a page: the code at the start of each table row. "…" stands for any text."""
     for cell in re.findall(r"^\| (`[^|]*) \|", page, re.MULTILINE):
         yield from re.findall(r"`([^`]+)`", cell)
 
 
 def texts():
-    """Every text in the source of s2ft. A value in a formatted text is left out."""
+    """Every string in the source of s2ft. The values of a formatted string are left out."""
     for path in (ROOT / "s2ft").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):

@@ -19,7 +19,7 @@ DEADLINE = 60.0
 
 
 def save_adapters(folder, count, first=0, **changes):
-    """Adapters a0, a1, ... whose deltas are large enough to change nearly every token."""
+    """Save adapters a0, a1, ... whose deltas are large enough to change nearly every token."""
     for number in range(first, first + count):
         model = tiny_model(**changes)
         torch.manual_seed(1000 + number)
@@ -32,7 +32,7 @@ def save_adapters(folder, count, first=0, **changes):
 
 
 def alone(folder, prompt_ids, max_tokens, ends=(2,), **changes):
-    """Greedy tokens of one adapter, written into the weights, without a batch; None is the base."""
+    """Greedy tokens of one adapter that is written into the weights, without a batch. A folder of None is the base."""
     model = tiny_model(**changes)
     if folder is not None:
         s2ft.load_adapter(model, folder)
@@ -47,17 +47,17 @@ def text_of(tokens):
     return tiny_tokenizer().decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def eventually(condition, what="it"):
-    """Poll until true."""
+def eventually(condition, what="the condition"):
+    """Wait until the condition is true."""
     end = time.monotonic() + DEADLINE
     while not condition():
-        assert time.monotonic() < end, f"{what} did not come about"
+        assert time.monotonic() < end, f"timed out waiting for {what}"
         time.sleep(0.005)
 
 
 @contextmanager
 def running(adapters, model=None, **options):
-    """(http://host:port, the service) of a server in a thread."""
+    """Run a server in a thread. Yields (http://host:port, the service)."""
     model = tiny_model() if model is None else model
     app, service = build_app(
         model, tiny_tokenizer(), BASE, None if adapters is None else str(adapters), ServerOptions(**options)

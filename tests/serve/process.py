@@ -15,7 +15,7 @@ DEADLINE = 120.0
 
 
 class Process:
-    """The server's process; what it logged is in `lines`."""
+    """The process of the server. `lines` holds the lines that it logged."""
 
     def __init__(self, *arguments):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}

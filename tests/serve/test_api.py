@@ -1,4 +1,4 @@
-"""The API by the official client and by hand: answers, streams, refusals."""
+"""The API, called by the official client and by plain requests: answers, streams, refusals."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ def post(server, path, body, **options):
 
 
 def error_of(response, status, code):
-    """The message of an error, which must be of this status and shape."""
+    """The message of an error response. The status, the code and the fields of the response are checked."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
     error = response.json()["error"]
@@ -65,7 +65,7 @@ def test_models_are_base_and_adapters(client):
 
 
 @pytest.mark.parametrize("name", [BASE, "a0", "a1", "a2"])
-def test_a_greedy_completion_is_the_adapters(client, folder, name):
+def test_a_greedy_completion_equals_that_of_the_adapter(client, folder, name):
     text, tokens = expected(folder, name, TOKENIZER("Hello")["input_ids"], 20)
     answer = client.completions.create(model=name, prompt="Hello", max_tokens=20, temperature=0)
     assert answer.choices[0].text == text
@@ -86,7 +86,7 @@ def test_chat_uses_the_template(client, folder):
     assert answer.usage.prompt_tokens == len(ids) and answer.usage.completion_tokens == len(tokens)
 
 
-def test_streams_make_the_same_text(client, folder):
+def test_streams_have_the_same_text(client, folder):
     text, tokens = expected(folder, "a2", TOKENIZER("Hello")["input_ids"], 20)
     chunks = list(
         client.completions.create(
@@ -134,7 +134,7 @@ def test_a_stop_string_ends_the_text(client, folder):
     assert answer.choices[0].text == text[: text.index(stop)] and answer.choices[0].finish_reason == "stop"
 
 
-def test_a_seed_draws_the_same_in_any_company(client):
+def test_a_seed_gives_the_same_answer_beside_any_requests(client):
     def draw(seed=5):
         answer = client.completions.create(
             model="a0", prompt="Hello", max_tokens=30, temperature=1.5, top_p=0.9, seed=seed
@@ -153,12 +153,12 @@ GOOD = dict(model=BASE, prompt="a", max_tokens=1)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"model": NaN}', b"[" * 100000, b"1" * 5000])
-def test_a_body_that_is_no_json(server, content):
+def test_a_body_that_is_not_json(server, content):
     error_of(post(server, "/v1/completions", content), 400, "invalid_json")
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, words",
     [
         (dict(prompt=None), "prompt"),
         (dict(prompt={}), "prompt"),
@@ -176,8 +176,8 @@ def test_a_body_that_is_no_json(server, content):
         (dict(prompt=[-1]), "prompt"),
     ],
 )
-def test_a_field_that_is_wrong_is_named(server, change, said):
-    assert said in error_of(post(server, "/v1/completions", {**GOOD, **change}), 400, "invalid_request")
+def test_a_field_that_is_wrong_is_named(server, change, words):
+    assert words in error_of(post(server, "/v1/completions", {**GOOD, **change}), 400, "invalid_request")
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_a_field_that_is_wrong_is_named(server, change, said):
         dict(prompt=["a", "b"]),
     ],
 )
-def test_what_is_not_done_is_refused(server, change):
+def test_an_unsupported_parameter_is_refused(server, change):
     (name,) = change
     assert error_of(post(server, "/v1/completions", {**GOOD, **change}), 400, "unsupported_parameter").startswith(name)
 
@@ -224,7 +224,7 @@ def test_chat_refuses_what_is_not_text(server):
         ("a" * 257, "context_length_exceeded"),
     ],
 )
-def test_prompts_that_cant_be_run(server, prompt, code):
+def test_invalid_prompts_are_refused(server, prompt, code):
     error_of(post(server, "/v1/completions", {**GOOD, "prompt": prompt}), 400, code)
 
 
@@ -243,19 +243,19 @@ def test_unknown_models_are_404_whatever_they_look_like(server, name):
     error_of(post(server, "/v1/completions", {**GOOD, "model": name}), 404, "model_not_found")
 
 
-def test_routes_and_methods_that_are_not_there(server):
+def test_unknown_routes_and_methods(server):
     error_of(httpx.get(f"{server[0]}/nowhere"), 404, "not_found")
     error_of(httpx.get(f"{server[0]}/v1/completions/"), 404, "not_found")
     error_of(httpx.get(f"{server[0]}/v1/completions"), 405, "method_not_allowed")
     error_of(httpx.get(f"{server[0]}/v1/models/unknown"), 404, "model_not_found")
 
 
-def test_what_nobody_expected_is_json_too(server, monkeypatch):
+def test_an_unexpected_error_is_json_without_details(server, monkeypatch):
     monkeypatch.setattr(server[1], "prompt_ids", lambda body: {}["secret"])
     assert "secret" not in error_of(post(server, "/v1/completions", GOOD), 500, "internal_error")
 
 
-def test_a_template_that_refuses_is_told(server, monkeypatch):
+def test_the_error_of_a_chat_template_is_returned(server, monkeypatch):
     monkeypatch.setattr(server[1]._encoding, "chat_template", "{{ raise_exception('users first') }}")
     body = dict(model=BASE, messages=[{"role": "assistant", "content": "a"}])
     assert "users first" in error_of(post(server, "/v1/chat/completions", body), 400, "invalid_messages")
@@ -282,7 +282,7 @@ def test_keys_sizes_and_limits(folder):
         error_of(post(server, "/v1/completions", {**GOOD, "max_tokens": 6}, headers=right), 400, "max_tokens_exceeded")
 
 
-# ---- adapters that come and go -----------------------------------------------------------------------
+# ---- adapters at run time ----------------------------------------------------------------------------
 
 
 def load(server, name, path):
@@ -315,12 +315,12 @@ def test_links_that_lead_outside_are_not_loaded(folder, server, tmp_path):
     error_of(load(server, "new", "link/a0"), 400, "invalid_path")
 
 
-def test_names_are_no_paths(server):
+def test_a_path_is_refused_as_a_name(server):
     for name in ("a/b", "..", ".x", "a\\b"):
         error_of(load(server, name, "a1"), 400, "invalid_name")
 
 
-def test_what_is_no_adapter_is_not_served(folder, server):
+def test_a_folder_without_a_valid_adapter_is_not_served(folder, server):
     for path in ("nowhere", "a" * 4000):
         assert len(error_of(load(server, "new", path), 404, "adapter_not_found")) < 300
     shutil.copytree(folder / "a0", folder / "deep" / "broken")
@@ -331,7 +331,7 @@ def test_what_is_no_adapter_is_not_served(folder, server):
     error_of(post(server, "/v1/completions", {**GOOD, "model": "broken"}), 404, "model_not_found")
 
 
-def test_a_broken_adapter_fails_its_requests_alone(folder, server):
+def test_a_broken_adapter_fails_only_its_own_requests(folder, server):
     shutil.copytree(folder / "a0", folder / "torn")
     tensors = folder / "torn" / "s2ft_adapter.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-8])
@@ -364,7 +364,7 @@ def test_new_folders_are_found_and_deleted_ones_are_not_served(folder, server, c
     text, _ = expected(folder, "a2", TOKENIZER("Hello")["input_ids"], 10)
     assert greedy(client, "later") == text
     shutil.rmtree(folder / "later")
-    shutil.copytree(folder / "a1", folder / "later")  # another adapter of the same name
+    shutil.copytree(folder / "a1", folder / "later")  # another adapter with the same name
     text, _ = expected(folder, "a1", TOKENIZER("Hello")["input_ids"], 10)
     assert greedy(client, "later") == text
     shutil.rmtree(folder / "later")
@@ -372,7 +372,7 @@ def test_new_folders_are_found_and_deleted_ones_are_not_served(folder, server, c
     assert "later" not in [model.id for model in client.models.list()]
 
 
-def test_nothing_is_left_of_adapters_that_went(server):
+def test_removed_adapters_leave_nothing_in_the_bank(server):
     service = server[1]
     eventually(lambda: not service.engine.running and not service.engine.waiting, "an idle server")
     versions = service.engine.adapters._known.values()

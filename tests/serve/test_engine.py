@@ -1,4 +1,4 @@
-"""The scheduler: who waits, who runs, who is dropped, and what an error costs."""
+"""The scheduler: jobs that wait, run or are dropped, and the jobs that an error ends."""
 
 import threading
 import time
@@ -17,7 +17,7 @@ from s2ft.text.streams import TextStream
 
 
 class FakeBank:
-    """Adapters by name that change nothing; at most `limit` of them in a batch; `broken` ones don't load."""
+    """Adapters by name that change nothing. A batch holds at most `limit` of them; `broken` ones can't be loaded."""
 
     def __init__(self, limit=100, broken=()):
         self.names, self.limit, self.broken, self.batches = set(), limit, set(broken), []
@@ -38,7 +38,7 @@ class FakeBank:
 
 
 class Gate:
-    """A model that waits before every pass until it is let go."""
+    """Makes a model wait before every pass until the test releases it."""
 
     def __init__(self, model):
         self.passes, self.entered = threading.Semaphore(0), threading.Event()
@@ -76,17 +76,17 @@ def engine_over(folder, bank=None, gated=False, model=None, **options):
 
 
 class Client:
-    """One job and what it was told."""
+    """One job and the events that it received."""
 
     def __init__(self, engine, adapter=None, prompt=(5, 6, 7), max_tokens=4, **options):
         self.events, self.done = [], threading.Event()
         version = None if adapter is None else engine.adapters.acquire(adapter)
         self.job = Job(
-            prompt, max_tokens, Sampler(**options), TextStream(tiny_tokenizer()), frozenset(), self.told, version
+            prompt, max_tokens, Sampler(**options), TextStream(tiny_tokenizer()), frozenset(), self.receive, version
         )
         engine.submit(self.job)
 
-    def told(self, event):
+    def receive(self, event):
         self.events.append(event)
         if event.last:
             self.done.set()
@@ -101,7 +101,7 @@ def test_jobs_of_several_adapters_share_a_batch(folder):
     bank = FakeBank()
     with engine_over(folder, bank, gated=True) as (engine, gate):
         first = Client(engine)
-        assert gate.entered.wait(30)  # it runs; the others come meanwhile
+        assert gate.entered.wait(30)  # it runs while the others arrive
         clients = [Client(engine, name) for name in ("a", "b", None, "a")]
         gate.open()
         assert all(client.last().finish == "length" for client in [first, *clients])
@@ -164,7 +164,7 @@ def test_an_unloaded_adapter_serves_its_jobs_to_the_end(folder):
         eventually(lambda: not bank.names, "an empty bank")
 
 
-def test_an_adapter_that_doesnt_load_fails_alone(folder):
+def test_an_adapter_that_can_not_be_loaded_fails_only_its_own_jobs(folder):
     with engine_over(folder, FakeBank(broken={"b"}), gated=True) as (engine, gate):
         first = Client(engine)
         assert gate.entered.wait(30)
@@ -174,7 +174,7 @@ def test_an_adapter_that_doesnt_load_fails_alone(folder):
         assert bad.last().error.status == 400 and bad.last().error.code == "invalid_adapter"
 
 
-def test_an_adapter_whose_files_went_while_its_job_waited_is_404(folder):
+def test_an_adapter_whose_files_were_deleted_while_its_job_waited_is_404(folder):
     class Emptied(FakeBank):
         def batch(self, names):
             if "b#0" in names or "b#1" in names:
@@ -187,7 +187,7 @@ def test_an_adapter_whose_files_went_while_its_job_waited_is_404(folder):
         assert Client(engine, "a").last().finish == "length"
 
 
-def test_what_the_bank_has_no_room_for_waits(folder):
+def test_a_job_waits_until_the_bank_has_room(folder):
     bank = FakeBank(limit=1)
     with engine_over(folder, bank, gated=True) as (engine, gate):
         first = Client(engine)
@@ -198,7 +198,7 @@ def test_what_the_bank_has_no_room_for_waits(folder):
         assert all(len({name for name in names if name}) <= 1 for names in bank.batches)
 
 
-def test_an_error_of_the_model_fails_its_batch_and_no_more(folder, caplog):
+def test_an_error_of_the_model_fails_only_its_batch(folder, caplog):
     model = tiny_model()
     fail = threading.Event()
 
@@ -234,7 +234,7 @@ def test_prompts_are_run_together_up_to_a_limit(folder):
 def test_a_batch_has_no_more_tokens_than_allowed(folder):
     bank = FakeBank()
     with engine_over(folder, bank, gated=True, max_batch_tokens=30) as (engine, gate):
-        first = Client(engine)  # 7 tokens of the batch's 30
+        first = Client(engine)  # 7 of the 30 tokens of a batch
         assert gate.entered.wait(30)
         clients = [Client(engine, "a") for _ in range(6)]
         long = Client(engine, "b", prompt=[5] * 30, max_tokens=3)
@@ -244,7 +244,7 @@ def test_a_batch_has_no_more_tokens_than_allowed(folder):
         assert all(len(names) == 1 for names in bank.batches if "b#1" in names)
 
 
-def test_stopping_fails_what_is_left(folder):
+def test_stopping_fails_the_remaining_jobs(folder):
     with engine_over(folder, gated=True, max_batch_size=1) as (engine, gate):
         clients = [Client(engine, "a", max_tokens=200), Client(engine, "b")]
         assert gate.entered.wait(30)
@@ -258,7 +258,7 @@ def test_stopping_fails_what_is_left(folder):
             Client(engine)
 
 
-def test_draining_finishes_until_its_time_is_over(folder):
+def test_draining_finishes_jobs_until_its_time_is_over(folder):
     with engine_over(folder, gated=True, max_batch_size=1) as (engine, gate):
         first, second = Client(engine), Client(engine, "a", max_tokens=200)
         engine.drain_until = time.monotonic() + 1000
@@ -271,7 +271,7 @@ def test_draining_finishes_until_its_time_is_over(folder):
         assert second.last().error.status == 503
 
 
-def test_adapters_of_a_folder_that_vanished_are_404(folder):
+def test_adapters_of_a_deleted_folder_are_404(folder):
     with engine_over(folder) as engine:
         assert engine.adapters.names == ["a", "b", "c"]
         (folder / "a" / "s2ft_config.json").unlink()

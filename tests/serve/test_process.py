@@ -1,4 +1,4 @@
-"""The command as users run it: start, signals, what it says."""
+"""The command as users run it: start, signals and messages."""
 
 import json
 import signal
@@ -31,7 +31,7 @@ def adapters(tmp_path_factory):
 
 
 class Stream(threading.Thread):
-    """A request in a thread of its own: its events, and whether it ended as it should."""
+    """A streamed request in a thread of its own, and its events."""
 
     def __init__(self, url, tokens):
         super().__init__()
@@ -55,7 +55,7 @@ class Stream(threading.Thread):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_what_runs_finish(model, adapters, number):
+def test_running_requests_finish_after_a_signal(model, adapters, number):
     with served("--model", model, "--adapters", adapters) as server:
         stream = Stream(server.url, 300)
         server.signal(number)
@@ -64,7 +64,7 @@ def test_a_signal_lets_what_runs_finish(model, adapters, number):
     assert not [line for line in server.lines if "Traceback" in line]
 
 
-def test_what_takes_longer_than_the_grace_is_told_so(model, adapters):
+def test_a_request_longer_than_the_grace_period_gets_an_error(model, adapters):
     with served("--model", model, "--adapters", adapters, "--grace", "0") as server:
         stream = Stream(server.url, 60000)
         server.signal()
@@ -83,7 +83,7 @@ def test_a_request_out_of_time_is_504(model, adapters):
         assert server.exit_code() == 0
 
 
-def test_an_address_that_is_taken(model, capsys):
+def test_an_address_in_use_is_an_error(model, capsys):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -94,7 +94,7 @@ def test_an_address_that_is_taken(model, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, words",
     [
         (["--adapters", "nowhere"], "nowhere is not a folder"),
         (["--port", "70000"], "port"),
@@ -104,6 +104,6 @@ def test_an_address_that_is_taken(model, capsys):
         (["--max-tokens-limit", "0"], "max-tokens"),
     ],
 )
-def test_mistakes_are_said_before_loading(model, capsys, arguments, said):
+def test_mistakes_are_reported_before_the_model_is_loaded(model, capsys, arguments, words):
     assert main(["serve", "--model", str(model), *arguments]) == 2
-    assert said in capsys.readouterr().err
+    assert words in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Two hundred clients at once, of every kind there is, against a server process with twenty adapters."""
+"""Two hundred clients of all kinds at once use a server process with twenty adapters."""
 
 import asyncio
 import contextlib
@@ -18,12 +18,12 @@ UNTIED = dict(tie_word_embeddings=False)
 PROMPTS = ["Hello", "What is the sum of 3 and 4?"]
 TOKENS = 40
 DOOMED = "a19"
-GROWTH = 16 << 20  # bytes that two rounds more may add to the process
+GROWTH = 16 << 20  # bytes that two more rounds may add to the memory of the process
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A folder with model/ and adapters/, and what each adapter answers alone."""
+    """A folder with model/ and adapters/, and the answers that each adapter gives alone."""
     work = tmp_path_factory.mktemp("work")
     save_tiny(work / "model", **UNTIED)
     names = save_adapters(work / "adapters", 20, **UNTIED)
@@ -40,7 +40,7 @@ def work(tmp_path_factory):
 
 
 class Crowd:
-    """Clients of one round, and what they got."""
+    """The clients of one round and their answers."""
 
     def __init__(self, server, answers, folder, seed):
         self.server, self.answers, self.folder, self.draw = server, answers, folder, random.Random(seed)
@@ -97,7 +97,7 @@ class Crowd:
         self.check(job, "".join([chunk.choices[0].text async for chunk in stream]))
 
     async def vanishing(self):
-        """Goes after the first piece of a stream."""
+        """Disconnect after the first piece of a stream."""
         async with self.plain.stream(
             "POST", "/v1/completions", json={**self.job(), "max_tokens": 200, "stream": True}
         ) as response:
@@ -106,7 +106,7 @@ class Crowd:
         self.seen["vanished"] += 1
 
     async def vanishing_mute(self):
-        """Goes while it waits for its answer, unless it is very quick."""
+        """Disconnect while the answer is awaited, unless the answer is very fast."""
         with contextlib.suppress(httpx.TimeoutException):
             await self.plain.post(
                 "/v1/completions",
@@ -126,7 +126,7 @@ class Crowd:
         self.refused(await self.plain.post("/v1/completions", json={**self.job(), "prompt": "a" * 300}), 400)
 
     async def doomed(self):
-        """Gets the adapter's answer, or is told that it has gone."""
+        """The response is the adapter's answer, or 404 if the adapter was deleted."""
         job = self.job(DOOMED)
         response = await self.plain.post("/v1/completions", json=job)
         if response.status_code == 200:
@@ -135,7 +135,7 @@ class Crowd:
             self.refused(response, 404)
 
     async def delete(self):
-        """Delete an adapter while its answer is on the way: it comes to its end, and the next one is refused."""
+        """Delete an adapter during its answer. The answer is completed, and the next request is refused."""
         job, text = self.job(DOOMED), ""
         async with self.client.completions.with_streaming_response.create(**job, stream=True) as response:
             async for line in response.iter_lines():
@@ -148,7 +148,7 @@ class Crowd:
 
 
 @pytest.mark.slow
-def test_a_crowd_of_every_kind(work):
+def test_two_hundred_clients_of_all_kinds(work):
     work, answers = work
     sizes = []
     with served("--model", work / "model", "--adapters", work / "adapters", "--served-model-name", "model") as server:
@@ -168,8 +168,8 @@ def test_a_crowd_of_every_kind(work):
 
 
 @pytest.mark.slow
-def test_more_than_the_queue_holds(work):
-    """Some are refused with 429, and who is not gets the right answer."""
+def test_more_requests_than_the_queue_holds(work):
+    """Some requests are refused with 429, and all others get the right answer."""
     work, answers = work
     with served(
         "--model",

@@ -1,4 +1,4 @@
-"""What is handed to vLLM, without vLLM."""
+"""The command line and the adapters for vLLM, tested without vLLM."""
 
 import json
 import os
@@ -55,14 +55,14 @@ def test_adapters_are_exported_as_lora(work, tmp_path):
         assert (one.folder / "adapter_model.safetensors").is_file()
 
 
-def test_without_vllm_it_says_so(work, capsys, monkeypatch):
+def test_a_missing_vllm_is_named(work, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     paths = ["--model", str(work / "model"), "--adapters", str(work / "adapters")]
     assert main(["serve", *paths, "--engine", "vllm"]) == 2
     assert "pip install vllm, or --engine transformers" in capsys.readouterr().err
 
 
-def test_vllm_takes_over(work, monkeypatch):
+def test_vllm_replaces_the_process(work, monkeypatch):
     lines = []
     monkeypatch.setattr("s2ft.packages.is_installed", lambda package: True)
     monkeypatch.setattr(os, "execvp", lambda program, line: lines.append(line))

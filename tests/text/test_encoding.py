@@ -1,4 +1,4 @@
-"""Token rows and batches: the loss falls on the answer only, and nothing is cut silently."""
+"""Token rows and batches: only the answer has a loss, and no row is cut silently."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def example(question, output="4"):
     return Example(({"role": "user", "content": question},), output)
 
 
-def test_answers_stand_at_the_end_and_alone_have_labels():
+def test_answers_are_at_the_end_and_only_they_have_labels():
     batch = AnswerCollator(pad=0)(ROWS)
     assert batch["logits_to_keep"] == 5 == batch["labels"].shape[1]
     for number, row in enumerate(ROWS):
@@ -49,7 +49,7 @@ def test_long_rows_are_left_out_and_counted(caplog):
     assert "left out 2 of 3 rows: 1 with a prompt of 120 tokens or more, 1 with a prompt and an answer" in caplog.text
 
 
-def test_a_row_of_exactly_max_length_stays():
+def test_a_row_of_exactly_max_length_is_kept():
     (row,) = encode_examples(tiny_tokenizer(), [example("a")], max_length=10_000)
     assert encode_examples(tiny_tokenizer(), [example("a")], max_length=len(row)) == [row]
 
@@ -69,6 +69,6 @@ def test_no_prompt_left_is_an_error():
         encode_prompts(tiny_tokenizer(), [example("b" * 500)], room=100)
 
 
-def test_left_pad_of_one_sequence_fills_nothing():
+def test_left_pad_adds_nothing_to_one_sequence():
     batch = left_pad([[3, 4]], pad=0)
     assert batch["input_ids"].tolist() == [[3, 4]] and batch["attention_mask"].all()

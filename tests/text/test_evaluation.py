@@ -1,4 +1,4 @@
-"""Evaluation: greedy generation in batches gives what single prompts give, and leaves the model as it was."""
+"""Evaluation: greedy generation in batches equals that of single prompts and restores the model."""
 
 import pytest
 import torch
@@ -26,18 +26,18 @@ def examples(count=5):
     return [example_from(row, "row") for row in sums(count)]
 
 
-def test_batches_give_what_single_prompts_give_in_order(model):
+def test_batches_equal_single_prompts_in_order(model):
     tokenizer = tiny_tokenizer()
     prompts = [encode_prompt(tokenizer, [{"role": "user", "content": "a" * n}]) for n in (3, 30, 1, 12, 7)]
     single = [generate(model, tokenizer, [prompt], 1, 8)[0] for prompt in prompts]
     assert generate(model, tokenizer, prompts, 2, 8) == single
 
 
-def test_generation_is_that_of_the_trained_model(model):
+def test_generation_equals_that_of_the_trained_model(model):
     tokenizer = tiny_tokenizer()
     prompt = encode_prompt(tokenizer, [{"role": "user", "content": "a"}])
     ids = torch.tensor([prompt])
-    for _ in range(6):  # without cache, without fusing
+    for _ in range(6):  # without a cache and without fusing
         following = model(ids).logits[:, -1].argmax(-1, keepdim=True)
         ids = torch.cat([ids, following], 1)
         if following.item() == tokenizer.eos_token_id:
@@ -46,7 +46,7 @@ def test_generation_is_that_of_the_trained_model(model):
     assert generate(model, tokenizer, [prompt], 1, 6) == [expected]
 
 
-def test_generation_leaves_the_model_as_it_was(model):
+def test_generation_restores_the_model(model):
     model.train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     generate(model, tiny_tokenizer(), [[3, 4, 5]], 1, 4)
@@ -55,7 +55,7 @@ def test_generation_leaves_the_model_as_it_was(model):
     assert all(parameter.requires_grad == key.endswith("s2") for key, parameter in model.named_parameters())
 
 
-def test_model_comes_back_after_an_error(model):
+def test_the_model_is_restored_after_an_error(model):
     with pytest.raises(RuntimeError), generation_mode(model):
         assert all(row.fused for row in s2ft.status(model).rows)
         raise RuntimeError

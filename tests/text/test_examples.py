@@ -1,4 +1,4 @@
-"""Data files: every accepted shape, and a clear error for every bad one."""
+"""Data files: every accepted format is read, and every bad row raises a clear error."""
 
 import gzip
 import json
@@ -63,7 +63,7 @@ def test_missing_file(tmp_path):
         read_examples(tmp_path / "nowhere.json")
 
 
-def test_folder_is_no_file(tmp_path):
+def test_a_folder_is_not_a_data_file(tmp_path):
     with pytest.raises(ValueError, match="is not a file"):
         read_examples(tmp_path)
 
@@ -138,7 +138,7 @@ def test_bad_row_is_named(tmp_path, row, message):
         ("a.jsonl", '{"instruction": "a", "output": ' + "9" * 6000 + "}", "a.jsonl, line 1: a number is too long"),
     ],
 )
-def test_json_that_python_does_not_read_names_file_and_row(tmp_path, name, content, message):
+def test_json_that_python_can_not_read_names_file_and_row(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message):
         read(tmp_path, content, name)
 
@@ -162,7 +162,7 @@ def test_a_whole_surrogate_pair_is_a_character(tmp_path):
     assert read(tmp_path, '{"instruction": "\\ud83d\\ude42", "output": "x"}')[0].question == "\U0001f642"
 
 
-def test_compressed_data_says_so(tmp_path):
+def test_compressed_data_is_named(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(json.dumps(GOOD).encode()))
     with pytest.raises(ValueError, match=r"a.jsonl.gz is compressed \(gzip\): unpack it"):
         read_examples(tmp_path / "a.jsonl.gz")

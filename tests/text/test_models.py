@@ -1,4 +1,4 @@
-"""Loading models: folders, GGUF files, and clear errors."""
+"""Loading models from folders and GGUF files, with clear errors."""
 
 import json
 
@@ -75,7 +75,7 @@ def test_gguf_in_a_folder_is_found(gguf_file):
     assert locate(str(gguf_file.parent)) == (str(gguf_file.parent), {"gguf_file": "tiny.gguf"})
 
 
-def test_gguf_takes_a_dtype(gguf_file):
+def test_gguf_is_loaded_in_the_dtype_of_the_caller(gguf_file):
     assert load_model(str(gguf_file), "bfloat16")[0].dtype == torch.bfloat16
 
 
@@ -85,7 +85,7 @@ def test_two_gguf_files_in_a_folder_are_an_error_that_lists_them(tmp_path):
         locate(str(tmp_path))
 
 
-def test_dtype_auto_keeps_the_checkpoints(tmp_path):
+def test_dtype_auto_keeps_the_dtype_of_the_checkpoint(tmp_path):
     save_tiny(tmp_path / "m", dtype=torch.bfloat16)
     assert load_model(str(tmp_path / "m"))[0].dtype == torch.bfloat16
     assert load_model(str(tmp_path / "m"), "float32")[0].dtype == torch.float32
@@ -107,7 +107,7 @@ def test_folder_without_a_model(tmp_path):
         load_model(str(tmp_path))
 
 
-def test_a_file_that_is_no_gguf(tmp_path):
+def test_a_file_that_is_not_gguf(tmp_path):
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ValueError, match="not a .gguf; give the checkpoint's folder"):
         load_model(str(tmp_path / "model.safetensors"))

@@ -1,4 +1,4 @@
-"""Prompts: what is generated from is, token for token, what was trained on."""
+"""Generation uses the same prompt tokens as training."""
 
 import pytest
 from train.tiny import CHAT, tiny_tokenizer
@@ -64,7 +64,7 @@ def test_plain_prompt_without_chat_template():
     assert text.startswith("Below is an instruction") and text.endswith("### Instruction:\n1+1?\n\n### Response:\n")
 
 
-def test_first_token_of_the_tokenizer_is_kept_and_an_end_token_dropped():
+def test_the_tokenizers_first_token_is_kept_and_an_end_token_is_dropped():
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = tiny_tokenizer(None)
@@ -75,7 +75,7 @@ def test_first_token_of_the_tokenizer_is_kept_and_an_end_token_dropped():
     assert ids[0] == 1 and ids[-1] != 2
 
 
-def test_end_ids_join_the_tokenizer_the_settings_and_the_template():
+def test_end_ids_are_those_of_tokenizer_settings_and_template():
     class Settings:
         eos_token_id = [0, 2]
 

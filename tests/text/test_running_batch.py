@@ -1,4 +1,4 @@
-"""Rows that come and go get what they get alone."""
+"""A row that joins or leaves a running batch gets the tokens that it gets alone."""
 
 import random
 
@@ -25,7 +25,7 @@ def prompt(length, seed):
 
 
 def test_rows_join_and_leave_at_any_time(folder):
-    """Each row's tokens are its adapter's alone, however many steps it shares with whom."""
+    """The tokens of a row depend on its adapter only, not on the rows of the same batch."""
     model = tiny_model(**UNTIED)
     batch = RunningBatch(model, AdapterBank(model, folder).batch)
     draw, done = random.Random(0), []
@@ -44,13 +44,13 @@ def test_rows_join_and_leave_at_any_time(folder):
         if batch.rows:
             batch.step()
             longest = max(len(row.prompt) + len(row.tokens) for row in batch.rows)
-            assert batch._mask.shape[1] < longest + 31  # columns of rows that left don't stay for long
+            assert batch._mask.shape[1] < longest + 31  # columns of rows that left are removed soon
     assert len(done) == 24 and batch._cache is None
     for row in done:
         assert row.tokens == alone(row.adapter and folder / row.adapter, row.prompt, len(row.tokens), ends=(), **UNTIED)
 
 
-def test_columns_go_with_the_longest_row():
+def test_columns_of_the_longest_row_are_removed_with_it():
     batch = RunningBatch(tiny_model())
     short, long = greedy_row(prompt(3, 0)), greedy_row(prompt(40, 1))
     batch.admit([short, long])
@@ -61,7 +61,7 @@ def test_columns_go_with_the_longest_row():
     assert batch._cache is None
 
 
-def test_an_error_while_joining_leaves_the_batch_as_it_was(folder):
+def test_an_error_while_joining_does_not_change_the_batch(folder):
     model = tiny_model(**UNTIED)
     batch = RunningBatch(model, AdapterBank(model, folder).batch)
     row = greedy_row(prompt(5, 0), "a0")
@@ -86,7 +86,7 @@ def test_a_row_without_finite_logits_fails_alone(folder):
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma3_text"])
-def test_layers_with_a_window_see_their_window(kind):
+def test_layers_with_a_window_use_only_their_window(kind):
     from transformers import AutoModelForCausalLM, Gemma3TextConfig, MistralConfig
 
     shape = dict(
@@ -123,7 +123,7 @@ def test_layers_with_a_window_see_their_window(kind):
         assert row.tokens == ids[len(row.prompt) :]
 
 
-def test_models_whose_rows_depend_on_each_other_are_known():
+def test_models_whose_rows_depend_on_each_other_are_detected():
     config = tiny_model().config
     assert not rows_interact(config)
     config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0}

@@ -1,4 +1,4 @@
-"""Scoring: the tables of what counts as the answer."""
+"""Scoring: tables of texts and of the answers that are found in them."""
 
 import pytest
 
@@ -82,7 +82,7 @@ def example(output, answer=None):
     return Example(({"role": "user", "content": "q"},), output, answer)
 
 
-def test_right_answer_is_the_field_or_comes_from_the_output():
+def test_the_right_answer_is_the_field_or_is_found_in_the_output():
     assert right_answer(example("3 + 4 = 7. The answer is 7.", "8.0"), "arithmetic") == "8.0"
     assert float(right_answer(example("3 + 4 = 7. The answer is 7."), "arithmetic")) == 7
     assert right_answer(example("the correct answer is answer2"), "commonsense") == "answer2"
@@ -99,7 +99,7 @@ def test_right_answer_is_the_field_or_comes_from_the_output():
         (example("5"), "algebra", "task must be one of arithmetic, commonsense"),
     ],
 )
-def test_what_can_not_be_scored_is_an_error(row, task, message):
+def test_a_row_that_can_not_be_scored_is_an_error(row, task, message):
     with pytest.raises(ValueError, match=message):
         right_answer(row, task)
 

@@ -1,4 +1,4 @@
-"""Progress: a plain line for each logged step where there is no terminal, a bar in a terminal."""
+"""Progress is a bar in a terminal, and a plain line for each logged step elsewhere."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there; a damaged newest one is named and the last whole one taken."""
+"""Checkpoints are written completely or not at all. A resume reports a corrupt one and takes the newest valid one."""
 
 import shutil
 
@@ -41,7 +41,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("case", DAMAGES)
-def test_a_damaged_newest_is_named_and_the_last_whole_one_taken(case, tmp_path, caplog):
+def test_a_corrupt_checkpoint_is_reported_and_the_newest_valid_one_taken(case, tmp_path, caplog):
     spoil, message = DAMAGES[case]
     for step in (9, 10, 20):
         checkpoint(tmp_path, step)
@@ -52,7 +52,7 @@ def test_a_damaged_newest_is_named_and_the_last_whole_one_taken(case, tmp_path, 
     assert "checkpoint-20 is damaged and is skipped" in caplog.text and message in caplog.text
 
 
-def test_none_is_whole(tmp_path):
+def test_no_checkpoint_is_valid(tmp_path):
     assert newest_valid(tmp_path) is None
     (checkpoint(tmp_path, 3) / "optimizer.pt").unlink()
     assert newest_valid(tmp_path) is None
@@ -62,7 +62,7 @@ def test_finishing_seals_renames_and_keeps_the_newest_and_the_best(tmp_path):
     for step in (1, 2, 3):
         checkpoint(tmp_path, step)
     written = checkpoint(tmp_path / UNFINISHED, 4, sealed=False)
-    checkpoint(tmp_path, 4)  # of an earlier try
+    checkpoint(tmp_path, 4)  # left by an earlier run
     move_into_place(written, tmp_path, keep=2, best=tmp_path / "checkpoint-1")
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-4"]
     assert not (tmp_path / UNFINISHED).exists() and not damage(tmp_path / "checkpoint-4")
@@ -81,7 +81,7 @@ def ours(model, folder, **changes):
     )
 
 
-def test_the_trainer_falls_back_and_trains_what_the_whole_run_trains(tmp_path, caplog):
+def test_the_trainer_resumes_from_the_valid_checkpoint_and_equals_an_uninterrupted_run(tmp_path, caplog):
     whole, cut, again = attached(), attached(), attached()
     ours(whole, tmp_path / "whole", save_steps=2).train()
     ours(cut, tmp_path / "cut", save_steps=2, callbacks=[StopAt(6)]).train()
@@ -91,7 +91,7 @@ def test_the_trainer_falls_back_and_trains_what_the_whole_run_trains(tmp_path, c
     ours(again, tmp_path / "cut", save_steps=2).train(resume_from_checkpoint=True)
     assert "checkpoint-6 is damaged" in caplog.text
     assert_same(again, whole)
-    assert not damage(tmp_path / "cut/checkpoint-6")  # written anew in its place
+    assert not damage(tmp_path / "cut/checkpoint-6")  # the resumed run wrote it again
 
 
 def test_nothing_to_resume_is_an_error(tmp_path):
@@ -100,7 +100,7 @@ def test_nothing_to_resume_is_an_error(tmp_path):
 
 
 def test_an_interrupted_write_leaves_no_checkpoint(tmp_path, monkeypatch):
-    """The optimizer's file fails to be written: the checkpoint before stays the newest, and the next run cleans up."""
+    """Writing the optimizer's file fails. The previous checkpoint stays the newest. The next run cleans up."""
     model = attached()
     broken = ours(model, tmp_path, save_steps=2)
     write = broken._save_optimizer_and_scheduler
@@ -118,7 +118,7 @@ def test_an_interrupted_write_leaves_no_checkpoint(tmp_path, monkeypatch):
     assert not (tmp_path / UNFINISHED).exists() and newest_valid(tmp_path).name == "checkpoint-8"
 
 
-def test_the_best_checkpoint_is_known_by_its_place(tmp_path):
+def test_the_trainer_state_names_the_final_path_of_the_best_checkpoint(tmp_path):
     model = attached()
     done = ours(
         model,
@@ -138,7 +138,7 @@ def test_the_best_checkpoint_is_known_by_its_place(tmp_path):
     assert f'"best_model_checkpoint": "{tmp_path}/checkpoint-2"' in (tmp_path / "checkpoint-2" / STATE).read_text()
 
 
-def test_any_trainer_can_have_it(tmp_path):
+def test_adapter_checkpoints_work_with_another_trainer(tmp_path):
     pytest.importorskip("trl")
     from adapter.test_pretrained import TRL, tokenizer_of_tiny, trl_options
     from datasets import Dataset
@@ -164,10 +164,10 @@ def test_a_model_without_trainable_adapter_is_refused(tmp_path):
         ours(tiny_model(), tmp_path)
 
 
-# ---- the command line's runs -------------------------------------------------------------------------------
+# ---- runs of the command line -------------------------------------------------------------------------------
 
 
-def test_n_steps_and_n_more_are_two_n_steps(tmp_path):
+def test_two_runs_of_n_steps_equal_one_of_two_n(tmp_path):
     """train(2N) = train(N) + resume(N), bit for bit, with dropout."""
     changes = {"model_changes": {"attention_dropout": 0.1}}
     _, whole, _ = run(tmp_path / "whole", **changes)
@@ -178,7 +178,7 @@ def test_n_steps_and_n_more_are_two_n_steps(tmp_path):
     assert all(torch.equal(value, deltas(whole)[key]) for key, value in deltas(folder).items())
 
 
-def test_a_run_goes_on_from_the_last_whole_checkpoint_and_says_so(tmp_path, caplog):
+def test_a_run_resumes_from_the_newest_valid_checkpoint_and_logs_it(tmp_path, caplog):
     caplog.set_level("INFO")
     _, whole, _ = run(tmp_path / "whole", save_steps=2)
     run(tmp_path / "cut", save_steps=2, stop_after=6)

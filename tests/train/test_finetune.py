@@ -1,4 +1,4 @@
-"""Training runs: what is trained, written and resumed."""
+"""Training runs train the slices, write the output folder and resume from it."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ OPTIONS = dict(batch_size=4, micro_batch_size=2, max_steps=8, save_steps=4, lear
 
 
 def run(path, resume=False, config=CONFIG, model_changes=None, evaluated=0, **changes):
-    """One run on the tiny model; gives the model, the folder and the result. evaluated: held-out rows."""
+    """Train the tiny model and hold out `evaluated` rows. Returns the model, the folder and the result."""
     tokenizer, model = tiny_tokenizer(), tiny_model(**(model_changes or {}))
     rows = encode_examples(tokenizer, [example_from(row, "row") for row in sums(14)], 256)
     s2ft.attach(model, config)
@@ -74,7 +74,7 @@ def test_log_has_loss_rate_and_speed(whole):
         assert line["tokens_per_second"] > 0
 
 
-def test_everything_is_written_and_the_adapter_loads(whole):
+def test_every_file_is_written_and_the_adapter_loads(whole):
     folder = whole[1]
     assert {path.name for path in folder.path.iterdir()} == {
         "adapter",
@@ -104,8 +104,8 @@ def test_checkpoint_holds_the_adapter_and_no_weights_of_the_base(whole):
     assert not names & {"model.safetensors", "pytorch_model.bin", "config.json"}
 
 
-def interrupted(whole, path):
-    """The folder as it was after step 4, with what an interrupt in the next checkpoint would leave."""
+def interrupted_copy(whole, path):
+    """Copy the folder and leave in it what an interrupt during the checkpoint after step 4 leaves."""
     shutil.copytree(whole[1].path, path)
     shutil.rmtree(path / "adapter"), (path / "report.json").unlink()
     (path / "checkpoint-8" / "trainer_state.json").unlink()
@@ -119,20 +119,20 @@ def test_resumed_run_equals_the_whole_run_exactly(whole, tmp_path, dropout):
     if dropout:
         whole = run(tmp_path / "whole", model_changes={"attention_dropout": dropout})
     _, folder, result = run(
-        interrupted(whole, tmp_path / "again"), resume=True, model_changes={"attention_dropout": dropout}
+        interrupted_copy(whole, tmp_path / "again"), resume=True, model_changes={"attention_dropout": dropout}
     )
     assert result.steps == 8 and losses(folder) == losses(whole[1])
     assert all(torch.equal(value, deltas(whole[1])[key]) for key, value in deltas(folder).items())
 
 
 def test_resume_with_other_options_is_an_error_that_names_them(whole, tmp_path):
-    again = interrupted(whole, tmp_path / "again")
+    again = interrupted_copy(whole, tmp_path / "again")
     with pytest.raises(ValueError, match="other options: learning_rate was 0.01, is 0.5"):
         run(again, resume=True, learning_rate=0.5)
 
 
 def test_resume_with_another_selection_is_an_error(whole, tmp_path):
-    again = interrupted(whole, tmp_path / "again")
+    again = interrupted_copy(whole, tmp_path / "again")
     with pytest.raises(ValueError, match="another selection"):
         run(again, resume=True, config=s2ft.S2FTConfig(d_ratio=0.1, v_ratio=0.5, seed=1))
 
@@ -151,7 +151,7 @@ def test_gradient_checkpointing_gives_the_same_deltas(whole, tmp_path):
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
-def test_accumulation_gives_what_one_large_batch_gives(whole, tmp_path):
+def test_accumulation_equals_one_large_batch(whole, tmp_path):
     _, folder, _ = run(tmp_path / "out", micro_batch_size=4, save_steps=0)
     for (_, ours, *_), (_, theirs, *_) in zip(losses(folder), losses(whole[1])):
         assert ours == pytest.approx(theirs, rel=1e-4)
@@ -188,7 +188,7 @@ def rates(path, schedule, steps):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_update_has_a_positive_learning_rate(tmp_path, schedule):
-    for steps in (1, 11):  # without warm-up and with
+    for steps in (1, 11):  # without and with warm-up
         found = rates(tmp_path / str(steps), schedule, steps)
         assert len(found) == steps and all(0 < rate <= OPTIONS["learning_rate"] for rate in found)
         assert max(found) == OPTIONS["learning_rate"] or schedule == "inverse_sqrt"
@@ -211,44 +211,44 @@ def test_resuming_in_the_warm_up_equals_the_whole_run_exactly(tmp_path, schedule
 
 
 def test_a_run_of_one_update_trains(tmp_path):
-    """The warm-up was one step of it, at learning rate 0."""
+    """Earlier, the warm-up took the only step, with a learning rate of 0."""
     _, folder, result = run(tmp_path / "out", max_steps=-1, epochs=1, batch_size=64, micro_batch_size=8)
     assert result.steps == 1
     assert all(bool((value != 0).any()) for key, value in deltas(folder).items() if key.endswith("delta"))
 
 
-def test_what_the_length_of_a_run_means_is_said_once(tmp_path, caplog):
+def test_a_shortened_warm_up_is_logged_once(tmp_path, caplog):
     caplog.set_level("INFO")
     run(tmp_path / "out", save_steps=0)
     assert caplog.text.count("warm-up is 0 steps instead of 100") == 1
 
 
-def test_few_updates_are_warned_of(caplog):
+def test_a_run_of_few_updates_gets_a_warning(caplog):
     caplog.set_level("INFO")
     log_length(TrainOptions(warmup_steps=0), 1000)
-    log_length(TrainOptions(warmup_steps=0, max_steps=2), 40)  # asked for
+    log_length(TrainOptions(warmup_steps=0, max_steps=2), 40)  # the user chose max_steps, so there is no warning
     assert not caplog.text
     log_length(TrainOptions(warmup_steps=0), 48)
     assert "48 rows at batch size 64 and 3 epochs are 3 updates" in caplog.text and "--batch-size" in caplog.text
 
 
-# ---- what is optional never costs a run ----------------------------------------------------------------
+# ---- an error in an optional part loses no run ---------------------------------------------------------
 
 
-def test_without_matplotlib_the_adapter_is_saved_and_the_package_named(tmp_path, caplog, monkeypatch):
+def test_without_matplotlib_the_adapter_is_saved_and_the_log_names_the_package(tmp_path, caplog, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     _, folder, result = run(tmp_path / "out", save_steps=0, max_steps=2)
     assert result.finished and deltas(folder) and folder.report.is_file() and not folder.plot.exists()
     assert "loss.png was not drawn" in caplog.text and "pip install matplotlib" in caplog.text
 
 
-def test_a_plot_that_fails_costs_nothing(tmp_path, caplog, monkeypatch):
+def test_a_plot_that_fails_loses_nothing(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr("s2ft.train.plot.plot_loss", lambda *args: 1 / 0)
     _, folder, result = run(tmp_path / "out", save_steps=0, max_steps=2)
     assert result.finished and deltas(folder) and "division by zero" in caplog.text
 
 
-def test_a_report_that_can_not_be_written_costs_nothing(tmp_path, caplog, monkeypatch):
+def test_a_report_that_can_not_be_written_loses_nothing(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr("s2ft.train.finetune.write_json", lambda *args: 1 / 0)
     _, folder, result = run(tmp_path / "out", save_steps=0, max_steps=2)
     assert result.finished and deltas(folder) and "report.json was not written" in caplog.text
@@ -316,13 +316,13 @@ def test_the_last_step_is_evaluated_once(tmp_path, eval_steps, steps):
         ({"optimizer": "schedule_free_adamw"}, "schedulefree", "pip install schedulefree"),
     ],
 )
-def test_packages_of_a_run(options, package, message, monkeypatch):
+def test_a_missing_package_of_a_run_is_named(options, package, message, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingPackages, match=message):
         check_packages_of_run(TrainOptions(**options))
 
 
-def test_every_logger_has_its_package():
+def test_every_logger_has_a_package():
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
     assert {f"report_to {name}" for name in INTEGRATION_TO_CALLBACK} <= set(NEEDS)

@@ -1,4 +1,4 @@
-"""Two runs never write into one output folder, and a killed run blocks nothing."""
+"""Two runs never write into one output folder, and a killed run does not block the next one."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ from s2ft.train import lock
 from s2ft.train.lock import LOCK, only_run_in
 from s2ft.train.output import RunFolder
 
-pytestmark = pytest.mark.skipif(lock.fcntl is None, reason="no file locks here")
+pytestmark = pytest.mark.skipif(lock.fcntl is None, reason="this system has no file locks")
 HOLD = """
 import sys
 from pathlib import Path
@@ -25,7 +25,7 @@ with folder.reserved(overwrite=True):
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that holds tmp_path/out until its input ends."""
+    """Another process that locks tmp_path/out until its input ends."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path / "out")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -56,7 +56,7 @@ def test_the_folder_is_free_when_the_process_has_ended(holder, tmp_path, end):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"run.json"}
 
 
-def test_a_new_folder_is_held_before_the_run_begins_and_removed_if_it_does_not(tmp_path):
+def test_a_new_folder_is_locked_before_the_run_begins_and_removed_if_it_does_not_begin(tmp_path):
     with pytest.raises(ZeroDivisionError):
         with RunFolder(tmp_path / "a/b").reserved():
             with pytest.raises(FileExistsError, match=f"process {os.getpid()} on"):
@@ -76,7 +76,7 @@ def test_a_folder_with_foreign_files_is_not_touched(tmp_path):
 
 
 def test_a_lock_that_its_holder_removed_is_taken_again(tmp_path, monkeypatch):
-    """Between opening the file and locking it, the process that held it ends and removes it."""
+    """The process that holds the lock ends and removes the file between our opening and locking it."""
     flock, seen = lock.fcntl.flock, []
 
     def late(file, how):

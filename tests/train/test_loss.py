@@ -1,4 +1,4 @@
-"""The fused loss is the model's own, or says why it is not taken."""
+"""The chunked loss equals the model's own loss, or a message names the reason why it is not used."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from train.tiny import tiny_model
 import s2ft
 from s2ft.train.loss import CHUNK, IGNORED, ChunkedLoss, chunk_of, chunked_loss, sum_of_losses, why_not_chunked
 
-# Cases whose loss is not that of a causal language model, or that change their logits
+# These cases have another loss than that of a causal language model, or change their logits.
 NOT = {
     "gemma2": "changes its logits by more than a scale",
     "gemma2-grouped": "changes its logits by more than a scale",
@@ -36,11 +36,11 @@ def gradients(model, batch, **options):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("case", CAUSAL)
-def test_loss_and_gradients_are_the_models_own_or_it_is_refused(case, dtype):
+def test_loss_and_gradients_equal_the_models_own_or_it_is_refused(case, dtype):
     model = model_of(case, dtype)
     batch = batch_of(model)
     assert NOT.get(case, "") in why_not_chunked(model, batch) and bool(why_not_chunked(model, batch)) == (case in NOT)
-    if case in NOT or "moe" in case and dtype != torch.float32:  # a rounding sends a token to another expert
+    if case in NOT or "moe" in case and dtype != torch.float32:  # a rounding error can send a token to another expert
         return
     s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2))
     model.train()
@@ -57,11 +57,11 @@ def test_loss_and_gradients_are_the_models_own_or_it_is_refused(case, dtype):
             )
 
 
-def test_pieces_add_up(monkeypatch):
-    """Losses of several pieces, the last one short, are those of one."""
+def test_several_chunks_equal_one(monkeypatch):
+    """Several chunks, of which the last is shorter, give the loss of one chunk."""
     model, ids = tiny_model(), torch.randint(3, 200, (3, 11))
     expected = model(input_ids=ids, labels=ids).loss
-    monkeypatch.setitem(CHUNK, "cpu", 7 * model.config.vocab_size)  # 30 tokens in pieces of 7
+    monkeypatch.setitem(CHUNK, "cpu", 7 * model.config.vocab_size)  # 30 tokens in chunks of 7
     with chunked_loss(model.train()):
         torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected, rtol=1e-6, atol=0)
 
@@ -71,8 +71,8 @@ def test_pieces_add_up(monkeypatch):
     "vocabulary, width, rows",
     ((128256, 4096, 512), (151936, 3584, 256), (49152, 576, 1280), (32000, 4096, 2048), (300_000, 1024, 223)),
 )
-def test_torch_does_not_cut_a_piece_on_a_gpu(vocabulary, width, rows, dtype):
-    """Left to choose, torch takes 16 rows of 512 and reads the weight 32 times as often."""
+def test_torch_does_not_split_a_chunk_on_a_gpu(vocabulary, width, rows, dtype):
+    """Without our chunk size, torch takes 16 rows of 512 and reads the weight 32 times as often."""
     piece, options = chunk_of("cuda", vocabulary)
     chosen = options._adjust(
         num_batches=piece, in_features=width, num_classes=vocabulary, dtype=dtype, device=torch.device("cuda")
@@ -82,7 +82,7 @@ def test_torch_does_not_cut_a_piece_on_a_gpu(vocabulary, width, rows, dtype):
 
 
 def test_the_host_does_not_wait_for_a_gpu():
-    """A tensor on "meta" has no numbers, so an operator whose shape depends on them raises."""
+    """A tensor on "meta" has no values, so an operator whose output shape depends on values raises an error."""
     model = tiny_model().to("meta")
     fused = ChunkedLoss(model)
     hidden = torch.empty(2, 9, model.config.hidden_size, device="meta")
@@ -93,8 +93,8 @@ def test_the_host_does_not_wait_for_a_gpu():
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_rows_without_a_loss_may_stay_or_go(dtype):
-    """They stay on a GPU. The numbers are those of the rows that bear a loss."""
+def test_rows_without_a_label_may_be_kept_or_removed(dtype):
+    """On a GPU they are kept. Loss and gradients are those of the rows that have a label."""
     hidden = torch.randn(30, 16).to(dtype).requires_grad_()
     weight, targets = torch.randn(50, 16).to(dtype), torch.randint(0, 50, (30,))
     targets[::3] = IGNORED
@@ -104,7 +104,9 @@ def test_rows_without_a_loss_may_stay_or_go(dtype):
     (theirs,) = torch.autograd.grad(go, hidden)
     rtol, atol = GEMM[dtype]
     torch.testing.assert_close(stay, go, rtol=rtol, atol=atol)
-    torch.testing.assert_close(ours, theirs, rtol=3 * rtol, atol=3 * atol)  # logits, their gradient and hidden's round
+    torch.testing.assert_close(
+        ours, theirs, rtol=3 * rtol, atol=3 * atol
+    )  # the logits, their gradient and that of hidden are rounded
     assert not ours[::3].any()
 
 
@@ -116,7 +118,7 @@ def test_evaluation_has_the_models_own_loss_and_logits():
     assert torch.equal(found.loss, expected.loss) and torch.equal(found.logits, expected.logits)
 
 
-def test_no_logits_are_kept(monkeypatch):
+def test_the_logits_are_not_kept(monkeypatch):
     monkeypatch.setitem(CHUNK, "cpu", 2**16)
     model = tiny_model(vocab_size=5000)
     s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
@@ -134,7 +136,7 @@ def test_no_logits_are_kept(monkeypatch):
         assert largest() < 4 * 64 * 5000 / 2
 
 
-def test_a_forward_without_labels_gives_logits_as_ever():
+def test_a_forward_without_labels_returns_the_logits():
     model, ids = tiny_model(), torch.randint(3, 200, (2, 9))
     expected = model.train()(ids).logits
     with chunked_loss(model):
@@ -142,7 +144,7 @@ def test_a_forward_without_labels_gives_logits_as_ever():
         assert torch.equal(model(ids).logits, expected)
 
 
-def test_the_model_is_as_it_was_afterwards():
+def test_the_model_is_restored_after_an_error():
     model = tiny_model()
     own = model.loss_function = lambda logits, labels, **_: logits.sum()
     with pytest.raises(RuntimeError), chunked_loss(model):
@@ -151,7 +153,7 @@ def test_the_model_is_as_it_was_afterwards():
     assert why_not_chunked(model, {}) == "the model does not use the standard loss of causal language models"
 
 
-def test_a_torch_without_it_and_a_changed_head_are_named(monkeypatch):
+def test_the_reason_names_an_old_torch_or_a_changed_head(monkeypatch):
     model = tiny_model()
     model.lm_head.forward = lambda x: x
     assert why_not_chunked(model, {}) == "the output layer is a Linear whose forward was replaced"
@@ -159,7 +161,7 @@ def test_a_torch_without_it_and_a_changed_head_are_named(monkeypatch):
     assert "has no linear_cross_entropy" in why_not_chunked(tiny_model(), {})
 
 
-def test_runs_with_and_without_it_agree_and_the_log_says_where_it_is_off(tmp_path, caplog):
+def test_runs_with_and_without_it_agree_and_the_log_names_where_it_is_off(tmp_path, caplog):
     caplog.set_level("INFO")
     _, fused, _ = run(tmp_path / "fused", save_steps=0)
     assert "keeps the logits" not in caplog.text

@@ -1,4 +1,4 @@
-"""The output folder: nothing of another run is lost or mixed in."""
+"""The output folder: a run neither loses nor mixes in files of another run."""
 
 import pytest
 
@@ -26,7 +26,7 @@ def test_folder_with_foreign_files_is_never_overwritten(tmp_path):
             RunFolder(tmp_path).check(overwrite=overwrite)
 
 
-def test_overwriting_clears_the_earlier_run_alone(tmp_path):
+def test_overwriting_removes_only_the_earlier_run(tmp_path):
     folder = RunFolder(tmp_path)
     folder.begin({"a": 1})
     folder.log.write_text("{}\n"), (tmp_path / "checkpoint-3").mkdir(), (tmp_path / "notes.txt").touch()
@@ -39,7 +39,7 @@ def test_nothing_to_resume(tmp_path):
         RunFolder(tmp_path / "new").check(resume=True)
 
 
-def test_resume_and_overwrite_exclude_each_other(tmp_path):
+def test_resume_and_overwrite_together_are_refused(tmp_path):
     with pytest.raises(ValueError, match="exclude"):
         RunFolder(tmp_path).check(resume=True, overwrite=True)
 
@@ -58,7 +58,7 @@ def test_a_resumed_run_may_save_more_often(tmp_path):
         folder.begin({"training.save_steps": 9, "model": "b"}, resume=True)
 
 
-def test_log_cut_short_is_read_up_to_there(tmp_path):
+def test_a_truncated_log_is_read_up_to_the_last_full_line(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"ste')
     assert read_log(tmp_path / "log.jsonl") == [{"step": 1}] and read_log(tmp_path / "none") == []
 
@@ -71,6 +71,6 @@ def test_options_that_can_not_be_read_name_the_file(tmp_path, content):
 
 
 @pytest.mark.parametrize("line", ["3", '{"loss": 1}', '{"step": "1"}', "[" * 100000])
-def test_a_log_is_read_up_to_what_is_no_line_of_it(tmp_path, line):
+def test_a_log_is_read_up_to_the_first_invalid_line(tmp_path, line):
     (tmp_path / "log.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
     assert read_log(tmp_path / "log.jsonl") == [{"step": 1}]

@@ -1,4 +1,4 @@
-"""loss.png: a title, whole steps, a mean that does not lag, the learning rate behind the loss, nothing cut off."""
+"""loss.png has a title, whole steps, a mean without lag and the learning rate behind the loss. Nothing is cut off."""
 
 import json
 
@@ -53,7 +53,7 @@ def test_evaluations_are_inside_the_chart_and_the_legend_outside():
 
 
 def test_the_mean_does_not_lag():
-    """On a falling line it is the line, but for the last points, which have fewer after them."""
+    """The mean of a falling line is the line itself, except near its end, where fewer points follow."""
     values = [100.0 - i for i in range(50)]
     found = centred_mean(values, 11)
     assert found[:45] == pytest.approx(values[:45]) and found[-1] == pytest.approx(sum(values[-6:]) / 6)
@@ -69,7 +69,7 @@ def test_the_title_names_run_model_and_ratios(tmp_path):
     assert folder.title() == "run-7 (d_ratio 0.03, o_ratio 0.12)"
 
 
-def test_a_log_becomes_a_picture(tmp_path):
+def test_a_log_is_drawn_into_a_file(tmp_path):
     for name, lines in (("some", log(4)), ("none", [])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         plot_loss(tmp_path / f"{name}.jsonl", tmp_path / f"{name}.png", "a run")

@@ -1,4 +1,4 @@
-"""The demo's problems: train and held-out share nothing, and every worked answer is right."""
+"""The problems of the demo: training and held-out problems share nothing, and every worked answer is right."""
 
 import re
 
@@ -41,12 +41,12 @@ def test_worked_answers_are_right_and_short(side):
         assert "{" not in problem["instruction"]
 
 
-def test_every_operation_stands_on_both_sides_evenly():
+def test_both_sides_have_every_operation_equally_often():
     for side in (TRAIN, HELD_OUT):
         signs = ["".join(re.findall(r" ([-+*/]) ", p["output"])) for p in side]
         counts = {sign: signs.count(sign) for sign in set(signs)}
         assert len(counts) == len(OPERATIONS) and max(counts.values()) - min(counts.values()) <= 1
 
 
-def test_seed_decides():
+def test_the_seed_decides_the_problems():
     assert make_problems(20, False, seed=3) == make_problems(20, False, seed=3) != make_problems(20, False, seed=4)

@@ -53,7 +53,7 @@ def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> 
 
 
 def save_tiny(folder, **changes):
-    """A checkpoint folder like one from the hub."""
+    """Write a checkpoint folder like one from the hub."""
     tiny_model(**changes).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
