@@ -1,4 +1,4 @@
-"""FSDP2 on two ranks trains, saves and switches adapters as one process does. Calls that need full weights are refused."""
+"""FSDP2 on two ranks trains, saves and switches adapters as one process does. Other calls are refused."""
 
 import gc
 import warnings
