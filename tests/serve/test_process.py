@@ -54,7 +54,7 @@ class Stream(threading.Thread):
         return json.loads(self.events[-2])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_running_requests_finish_after_a_signal(model, adapters, number):
     with served("--model", model, "--adapters", adapters) as server:
         stream = Stream(server.url, 300)

@@ -15,7 +15,7 @@ from state.models import LAYOUTS, ratios, tiny_model
 from state.tracing import RaiseAt, moments
 
 ROOT = Path(__file__).parents[2]
-KERNELS = ("compiled", "reference")
+KERNELS = ("compiled", pytest.param("reference", marks=pytest.mark.slow))
 LIMIT = 120  # seconds; a deadlock fails the test instead of stopping the suite
 
 
