@@ -248,12 +248,12 @@ from s2ft.cli.main import set_up_logging
 set_up_logging({everything})
 for name in ("torchao", "bitsandbytes.backends", "torch.utils._pytree", "s2ft.train"):
     logging.getLogger(name).warning(name + " warns")
-    logging.getLogger(name).error(name + " error_line")
+    logging.getLogger(name).error(name + " fails")
 logging.getLogger("s2ft.train").info("s2ft tells")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     lines = done.stderr.splitlines()
-    assert sum(line.endswith(" error_line") for line in lines) == 4 and "s2ft tells" in lines
+    assert sum(line.endswith(" fails") for line in lines) == 4 and "s2ft tells" in lines
     assert sum(line.endswith(" warns") for line in lines) == (4 if everything else 1) and "s2ft.train warns" in lines
 
 

@@ -4,7 +4,7 @@ from support.ranks import Ranks
 
 @pytest.fixture(scope="session")
 def ranks():
-    """See :class:`support.ranks.Ranks`; the same two processes for all tests."""
+    """See :class:`support.ranks.Ranks`. All tests use the same two processes."""
     made = Ranks()
     yield made
     made.close()

@@ -1,4 +1,4 @@
-"""The same training on one process and on two, and what came of it."""
+"""The same training on one process and on two, and the comparison of the saved adapters."""
 
 import json
 
@@ -30,7 +30,7 @@ def rows_of(rank):
 
 
 def train(model, rank=None, steps=STEPS, lr=1e-2, forward=None):
-    """AdamW steps on this rank's half of every batch; rank None: on both halves, one after the other."""
+    """AdamW steps on this rank's half of every batch. A rank of None trains on both halves, one after the other."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.1)
     model.train()
@@ -50,7 +50,7 @@ def blocks_of(model):
 
 
 def sharded(model, blocks=True, offload=False, **options):
-    """FSDP2 around every block and the model, or the model alone."""
+    """Shard every block and the model with FSDP2, or the model only."""
     from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
     if offload:
@@ -61,14 +61,14 @@ def sharded(model, blocks=True, offload=False, **options):
 
 
 def files(directory):
-    """(tensors, config) of a saved adapter; the config without the digest of the tensors."""
+    """(tensors, config) of a saved adapter. The digest of the tensors is removed from the config."""
     config = json.loads((directory / "s2ft_config.json").read_text())
     del config["tensors_sha256"]
     return load_file(directory / "s2ft_adapter.safetensors"), config
 
 
 def check_same_files(ours, theirs, rtol=GEMM[torch.float32][0], atol=GEMM[torch.float32][1], exactly=False):
-    """Same keys, dtypes, indices and config; deltas within rounding."""
+    """Check that keys, dtypes, indices and config are the same, and deltas the same within rounding."""
     (tensors, config), (expected, expected_config) = files(ours), files(theirs)
     assert config == expected_config
     assert tensors.keys() == expected.keys() and tensors

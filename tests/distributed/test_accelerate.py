@@ -1,4 +1,4 @@
-"""accelerate's own loop on two ranks: prepare, backward, clip_grad_norm_, accumulate, save_state, load_state."""
+"""A loop with accelerate on two ranks: prepare, backward, clip_grad_norm_, accumulate, save_state, load_state."""
 
 import os
 
@@ -15,7 +15,7 @@ WAYS = ("ddp", "fsdp", "fsdp root", "fsdp kept", "fsdp checkpointed", "fsdp stat
 
 
 def accelerator_for(way, model, **options):
-    """A fresh one; its states are singletons and its plugins leave variables in the environment."""
+    """A new Accelerator. Its states are singletons and its plugins set environment variables, so both are reset."""
     allow()
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
@@ -47,7 +47,7 @@ class Loop:
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.1, total_iters=steps)
         self.model, self.optimizer, self.schedule = self.accelerator.prepare(model, optimizer, schedule)
         assert isinstance(self.model, DistributedDataParallel if way == "ddp" else FSDPModule)
-        self.schedule.split_batches = True  # one step of the schedule for one of ours
+        self.schedule.split_batches = True  # each call advances the schedule by one step
         self.batches = batches(model, steps)
 
     @property
@@ -68,7 +68,7 @@ class Loop:
         return self
 
 
-def run_whole_and_interrupted(rank, way, layout, directory):
+def run_at_once_and_resumed(rank, way, layout, directory):
     whole = Loop(way, attached("llama-grouped", layout), rank).run(0, 8)
     s2ft.save_adapter(whole.plain, directory / "whole")
     first = Loop(way, attached("llama-grouped", layout), rank).run(0, 4)
@@ -82,13 +82,13 @@ def run_whole_and_interrupted(rank, way, layout, directory):
 @pytest.mark.parametrize("layout", ("permuted", "indexed"))
 @pytest.mark.parametrize("way", WAYS)
 def test_trains_and_resumes_exactly(ranks, way, layout, tmp_path):
-    ranks(run_whole_and_interrupted, way, layout, tmp_path)
+    ranks(run_at_once_and_resumed, way, layout, tmp_path)
     check_same_files(tmp_path / "again", tmp_path / "whole", exactly=True)
     model = attached("llama-grouped", layout)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0.1, total_iters=8)
     model.train()
-    for batch in batches(model, 8):  # one process, twice the accumulation
+    for batch in batches(model, 8):  # one process with twice the accumulation
         for half in (batch[rows_of(0)], batch[rows_of(1)]):
             (model(input_ids=half, labels=half).loss / 2).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)

@@ -1,4 +1,4 @@
-"""Ranks that would train different units are told so; ranks that act alone are not stuck."""
+"""Ranks that would train different units get an error, and a call on a single rank does not block."""
 
 from datetime import timedelta
 
@@ -12,7 +12,7 @@ import s2ft
 from s2ft import distributed
 
 
-def told(act, *kinds):
+def error_of(act, *kinds):
     try:
         act()
     except kinds or (RuntimeError,) as error:
@@ -20,14 +20,14 @@ def told(act, *kinds):
     return ""
 
 
-def attach_alike(rank, seeds, scales, names):
-    """What this rank is told, and whether a model that is refused is as it was."""
+def attach_on_all_ranks(rank, seeds, scales, names):
+    """Attach on every rank. Returns the error message, and whether a refused model is unchanged."""
     model = model_of("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.mul_(scales[rank])
     before = {key: value.clone() for key, value in model.state_dict().items()}
     config = s2ft.S2FTConfig(d_ratio=0.2, seed=seeds[rank])
-    message = told(lambda: s2ft.attach(model, config, names[rank]))
+    message = error_of(lambda: s2ft.attach(model, config, names[rank]))
     same = before.keys() == model.state_dict().keys() and all(
         torch.equal(value, before[key]) for key, value in model.state_dict().items()
     )
@@ -38,16 +38,16 @@ def attach_alike(rank, seeds, scales, names):
 @pytest.mark.parametrize(
     "seeds, scales, word", [((0, 1), (1, 1), "its selection is "), ((0, 0), (1, 2), "the base is ")]
 )
-def test_ranks_that_differ_are_told_and_changed_in_nothing(ranks, seeds, scales, word):
-    answers = ranks(attach_alike, seeds, scales, ("one", "one"))
+def test_ranks_that_differ_get_an_error_and_stay_unchanged(ranks, seeds, scales, word):
+    answers = ranks(attach_on_all_ranks, seeds, scales, ("one", "one"))
     messages = [message for message, _ in answers if message]
     assert len(messages) == 1 and word in messages[0] and "on rank 0" in messages[0] and "on rank 1" in messages[0]
     assert all(same for message, same in answers if message)
-    assert ranks(attach_alike, (3, 3), (1, 1), ("one", "one")) == [("", False)] * 2  # the next time they agree
+    assert ranks(attach_on_all_ranks, (3, 3), (1, 1), ("one", "one")) == [("", False)] * 2  # the next call succeeds
 
 
-def test_adapters_of_other_names_may_differ(ranks):
-    assert [message for message, _ in ranks(attach_alike, (0, 1), (1, 2), ("first", "second"))] == ["", ""]
+def test_adapters_of_different_names_may_differ(ranks):
+    assert [message for message, _ in ranks(attach_on_all_ranks, (0, 1), (1, 2), ("first", "second"))] == ["", ""]
 
 
 def attach_alone(rank):
@@ -63,10 +63,10 @@ def test_attaching_on_one_rank_alone_does_not_wait(ranks):
 
 
 def agree(rank, values):
-    return told(lambda: distributed.check_all_ranks_agree("selection", values[rank]))
+    return error_of(lambda: distributed.check_all_ranks_agree("selection", values[rank]))
 
 
-def test_agreement_is_an_error_on_every_rank(ranks):
+def test_a_disagreement_is_an_error_on_every_rank(ranks):
     assert ranks(agree, ["a", "a"]) == ["", ""]
     for message in ranks(agree, ["a", "b"]):
         assert message == "the ranks differ in their selection (2 on 2 ranks): a on rank 0, b on rank 1"
@@ -78,10 +78,10 @@ def compare_models(rank):
 
     model = model_of("llama")
     s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2, seed=rank), f"of {rank}")
-    return told(lambda: check_ranks_agree(model))
+    return error_of(lambda: check_ranks_agree(model))
 
 
-def test_what_the_command_line_compares(ranks):
+def test_the_command_line_compares_the_selection(ranks):
     for message in ranks(compare_models):
         assert message.startswith("the ranks differ in their selection (2 on 2 ranks)")
 
@@ -96,7 +96,7 @@ def save_on_first_alone(rank, directory):
     patience, distributed.RANK_TIMEOUT = distributed.RANK_TIMEOUT, timedelta(seconds=0.5)
     try:
         if rank == 0:
-            message = told(lambda: s2ft.save_adapter(model, directory / "alone"))
+            message = error_of(lambda: s2ft.save_adapter(model, directory / "alone"))
         dist.barrier()
     finally:
         distributed.RANK_TIMEOUT = patience
@@ -104,7 +104,7 @@ def save_on_first_alone(rank, directory):
     return message
 
 
-def test_saving_a_sharded_model_on_one_rank_alone_writes_nothing_and_says_why(ranks, tmp_path):
+def test_saving_a_sharded_model_on_a_single_rank_writes_nothing_and_names_the_cause(ranks, tmp_path):
     message = ranks(save_on_first_alone, tmp_path)[0]
     assert "waited 0.5 s for rank 1: every rank must call this, not one alone" in message
     assert not (tmp_path / "alone").exists()
@@ -117,19 +117,19 @@ def test_saving_a_sharded_model_on_one_rank_alone_writes_nothing_and_says_why(ra
 def save_where_it_fails(rank, directory):
     model = sharded(attached("llama"))
     train(model, rank, steps=1)
-    message = told(lambda: s2ft.save_adapter(model, directory / "file"), OSError, RuntimeError)
+    message = error_of(lambda: s2ft.save_adapter(model, directory / "file"), OSError, RuntimeError)
     s2ft.save_adapter(model, directory / "good")
     return message, (directory / "good" / "s2ft_config.json").exists()
 
 
-def test_what_the_first_rank_fails_with_reaches_the_others(ranks, tmp_path):
+def test_the_other_ranks_raise_the_error_of_the_first_rank(ranks, tmp_path):
     (tmp_path / "file").write_text("")
     (first, good), (second, there) = ranks(save_where_it_fails, tmp_path)
     assert "exists" in first and second.startswith("rank 0 failed: FileExistsError") and good and there
 
 
-def test_parts_of_what_is_trained_are_refused(tmp_path):
-    """As FSDP version 1 and others leave them: empty, or flat."""
+def test_shards_of_trained_parameters_are_refused(tmp_path):
+    """FSDP version 1 and other libraries leave such shards: empty or flat ones."""
     for part in (torch.empty(0), torch.zeros(5), torch.zeros(0, 24)):
         model = attached("llama")
         layer = model.model.layers[0].mlp.up_proj
@@ -139,7 +139,7 @@ def test_parts_of_what_is_trained_are_refused(tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
-def test_wrappers_are_named():
+def test_the_error_names_the_model_inside_a_wrapper():
     wrapper = torch.nn.ModuleDict({"module": attached("llama")})
     with pytest.raises(ValueError, match="wraps the model that has one: pass model.module"):
         s2ft.get_adapter(wrapper, "default")

@@ -1,4 +1,4 @@
-"""DDP on two ranks trains and saves what one process with twice the accumulation does."""
+"""DDP on two ranks trains and saves the same adapter as one process with twice the accumulation."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ WAYS = {"plain": {}, "static": {"static_graph": True}, "views": {"gradient_as_bu
 
 
 def train_and_save(rank, case, layout, way, directory, checkpointing):
-    """Both ranks save to one folder at once, as a script does that doesn't ask which it is."""
+    """Both ranks save to one folder at once, as a script that does not check its rank does."""
     model = attached(case, layout)
     base = {key: value.detach().clone() for key, value in model.named_parameters() if not value.requires_grad}
     if checkpointing is not None:
@@ -32,7 +32,7 @@ def train_and_save(rank, case, layout, way, directory, checkpointing):
         ("llama", "views", None),
     ],
 )
-def test_two_ranks_train_and_save_what_one_does(ranks, case, way, checkpointing, layout, tmp_path):
+def test_two_ranks_train_and_save_the_adapter_of_one_process(ranks, case, way, checkpointing, layout, tmp_path):
     assert all(ranks(train_and_save, case, layout, way, tmp_path / "two", checkpointing))
     model = attached(case, layout)
     train(model)

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO on two ranks: trains what one process trains, saves what it saves; Trainer resumes exactly."""
+"""DeepSpeed ZeRO on two ranks trains and saves the same adapter as one process, and Trainer resumes exactly."""
 
 import os
 
@@ -57,17 +57,19 @@ def train_and_save(rank, case, layout, stage, directory, half=False):
         ("qwen2-grouped-tied", 3),
     ],
 )
-def test_two_ranks_train_and_save_what_one_does(ranks, case, stage, layout, tmp_path):
+def test_two_ranks_train_and_save_the_adapter_of_one_process(ranks, case, stage, layout, tmp_path):
     ranks(train_and_save, case, layout, stage, tmp_path / "two")
     model = attached(case, layout)
     train(model)
     s2ft.save_adapter(model, tmp_path / "one")
-    check_same_files(tmp_path / "two", tmp_path / "one", rtol=1e-4, atol=1e-4)  # clipping is summed otherwise
+    check_same_files(
+        tmp_path / "two", tmp_path / "one", rtol=1e-4, atol=1e-4
+    )  # DeepSpeed sums the gradient norm in another order
 
 
 @pytest.mark.parametrize("stage", (1, 2, 3))
-def test_in_bfloat16_the_exact_values_are_the_optimizers(ranks, stage, tmp_path):
-    """DeepSpeed casts the model, s2 too; what is saved is float32, not rounded."""
+def test_in_bfloat16_the_saved_values_are_those_of_the_optimizer(ranks, stage, tmp_path):
+    """DeepSpeed casts the model and s2 to bfloat16. The saved deltas are the optimizer's float32 values."""
     ranks(train_and_save, "llama", "permuted", stage, tmp_path, True)
     from safetensors.torch import load_file
 
@@ -82,7 +84,7 @@ EXTRA = dict(modules_to_save=["model.norm", "lm_head"])
 
 
 def train_extra_weights(rank, stage, directory):
-    """Whether the base comes back, and the trained weights after it."""
+    """Whether switching restores the base and then the trained weights."""
     model = attached("llama-grouped", **EXTRA)
     base = model.lm_head.weight.detach().clone()
     engine = engine_for(model, stage)
@@ -118,11 +120,11 @@ def test_a_weight_unfrozen_by_hand_is_refused_before_it_is_trained(ranks, stage)
     ranks(unfreeze_by_hand, stage)
 
 
-# ---- adapters on a model that DeepSpeed has ------------------------------------------------------------------
+# ---- adapters on a model inside DeepSpeed --------------------------------------------------------------------
 
 
-def restore_and_go_on(rank, stage, saved, directory):
-    """What is restored is in the optimizer too, which else would write it over."""
+def restore_and_train(rank, stage, saved, directory):
+    """The optimizer holds the restored values too. Otherwise its next step would overwrite them."""
     engine = engine_for(attached("llama-grouped"), stage)
     run(engine, rank, steps=1)
     s2ft.adapter.restore_adapter(engine.module, saved)
@@ -136,11 +138,11 @@ def restore_and_go_on(rank, stage, saved, directory):
 
 
 @pytest.mark.parametrize("stage", (1, 2, 3))
-def test_restoring(ranks, stage, tmp_path):
+def test_a_restored_adapter_is_not_overwritten_by_the_optimizer(ranks, stage, tmp_path):
     model = attached("llama-grouped")
     train(model, steps=2)
     s2ft.save_adapter(model, tmp_path / "saved")
-    for seen in ranks(restore_and_go_on, stage, tmp_path / "saved", tmp_path):
+    for seen in ranks(restore_and_train, stage, tmp_path / "saved", tmp_path):
         torch.testing.assert_close(seen, logits(model), rtol=1e-5, atol=1e-5)
     check_same_files(tmp_path / "restored", tmp_path / "saved", exactly=True)
     check_same_files(tmp_path / "after", tmp_path / "saved", exactly=True)
@@ -159,12 +161,12 @@ def switch_sharded(rank, case, stage, saved):
     model = attached(case)
     s2ft.adapter.restore_adapter(model, saved[0])
     engine = engine_for(model, stage)
-    told = []
+    refused = []
     for name, act in (("detach", s2ft.detach), ("merge", s2ft.merge), ("fuse", s2ft.fuse)):
         if stage == 3:
             with pytest.raises(ValueError, match="a model that is sharded"):
                 act(model)
-        told.append(name)
+        refused.append(name)
     return switch(model, saved[1], engine)
 
 
@@ -178,9 +180,9 @@ def test_switching_adapters(ranks, case, stage, tmp_path):
         s2ft.save_adapter(model, folder)
     model = attached(case)
     s2ft.adapter.restore_adapter(model, saved[0])
-    expected, said = switch(model, saved[1], model)
+    expected, expected_status = switch(model, saved[1], model)
     for seen, status in ranks(switch_sharded, case, stage, saved):
-        assert status == said
+        assert status == expected_status
         for one, other in zip(seen, expected):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     assert not torch.equal(expected[0], expected[1])
@@ -209,12 +211,12 @@ def test_attaching_to_a_partitioned_model_is_refused(ranks):
 # ---- Trainer ---------------------------------------------------------------------------------------------------
 
 
-def whole_and_resumed(rank, stage, folder):
+def train_at_once_and_resumed(rank, stage, folder):
     from test_trainer import trainer
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     def fresh(**changes):
-        unset_hf_deepspeed_config()  # a model made while there is one for ZeRO-3 is partitioned from the start
+        unset_hf_deepspeed_config()  # under a global ZeRO-3 config, a new model is partitioned at once
         return attached("llama-grouped", **changes)
 
     config = {
@@ -237,10 +239,10 @@ def whole_and_resumed(rank, stage, folder):
 
 
 @pytest.mark.parametrize("stage", (1, 2, 3))
-def test_trainer_checkpoints_the_adapter_alone_and_resumes(ranks, stage, tmp_path):
+def test_trainer_checkpoints_only_the_adapter_and_resumes(ranks, stage, tmp_path):
     from test_trainer import alone
 
-    ranks(whole_and_resumed, stage, tmp_path)
+    ranks(train_at_once_and_resumed, stage, tmp_path)
     check_same_files(tmp_path / "resumed", tmp_path / "final", exactly=True)
     alone("permuted", tmp_path / "alone")
     check_same_files(tmp_path / "final", tmp_path / "alone" / "final", rtol=1e-4, atol=1e-4)

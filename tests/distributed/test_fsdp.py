@@ -1,4 +1,4 @@
-"""FSDP2 on two ranks: trains and saves what one process does, switches adapters; what can't be is refused."""
+"""FSDP2 on two ranks trains, saves and switches adapters as one process does. Other calls are refused."""
 
 import gc
 import warnings
@@ -23,7 +23,7 @@ CASES = ("llama-grouped", "qwen2-grouped-tied", "gpt2", "mixtral", "phi3")
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Adapters trained by one process with twice the accumulation, by case and layout."""
+    """Adapters that one process trained with twice the accumulation, by case and layout."""
     made = {}
 
     def get(case, layout, **changes):
@@ -39,7 +39,7 @@ def alone(tmp_path_factory):
 
 
 def train_and_save(rank, case, layout, way, directory, checkpointing=None, changes={}):
-    """Whether the base is as it was, bit for bit."""
+    """Train and save. Returns whether the base is unchanged, bit for bit."""
     model = attached(case, layout, **changes)
     base = {key: value.detach().clone() for key, value in model.named_parameters() if not value.requires_grad}
     if checkpointing is not None:
@@ -55,7 +55,7 @@ def train_and_save(rank, case, layout, way, directory, checkpointing=None, chang
 @pytest.mark.parametrize(
     "case, way", [(case, "blocks") for case in CASES] + [("llama-grouped", way) for way in WAYS if way != "blocks"]
 )
-def test_two_ranks_train_and_save_what_one_does(ranks, alone, case, way, layout, tmp_path):
+def test_two_ranks_train_and_save_the_adapter_of_one_process(ranks, alone, case, way, layout, tmp_path):
     assert all(ranks(train_and_save, case, layout, way, tmp_path))
     check_same_files(tmp_path, alone(case, layout))
 
@@ -67,7 +67,7 @@ def test_with_gradient_checkpointing(ranks, alone, reentrant, tmp_path):
 
 
 def test_fewer_rows_than_ranks(ranks, alone, tmp_path):
-    """The second rank's part of an s2 of one row is empty."""
+    """The second rank's shard of an s2 with one row is empty."""
     changes = dict(
         units={"model.layers.1.mlp.up_proj": [7], "model.layers.1.mlp.down_proj": [3]},
         **{f"{key}_ratio": 0.0 for key in "qkvougd"},
@@ -88,7 +88,7 @@ def test_the_adapter_loads_into_one_process(ranks, tmp_path):
 
 
 def restore_and_save(rank, case, saved, directory):
-    """After a forward, whose weights the root keeps gathered: what is written there is lost with the next step."""
+    """Restore after a forward, when the root still holds gathered weights, which the next step discards."""
     model = sharded(attached(case), blocks=False)
     before = logits(model)
     s2ft.adapter.restore_adapter(model, saved)
@@ -110,7 +110,7 @@ def test_restoring_into_a_sharded_model(ranks, alone, case, tmp_path):
 
 
 def switch(model, adapters):
-    """Outputs under all kinds of settings, and the status."""
+    """The outputs under several settings of the adapters, and the status."""
     seen = []
     for setting in (
         None,
@@ -128,12 +128,12 @@ def switch(model, adapters):
 
 
 def loaded(case, saved, before=True):
-    """A model with the trained adapter to go on with, and two loaded ones on other units."""
+    """A model with a trainable adapter, and two loaded adapters on other units."""
     model = model_of(case)
     for name in ("a", "b"):
         s2ft.load_adapter(model, saved[name], name, active=False)
     if before:
-        s2ft.set_adapter(model, "a")  # written into the whole weight, taken off in parts
+        s2ft.set_adapter(model, "a")  # written into the full weight and taken off shard by shard
     s2ft.attach(model, s2ft.S2FTConfig(units=s2ft.read_adapter(saved["b"]).selection, layout="permuted"))
     s2ft.adapter.restore_adapter(model, saved["b"])
     if before:
@@ -156,17 +156,17 @@ def test_switching_adapters_on_a_sharded_model(ranks, case, tmp_path):
         train(model, steps=2, lr=0.1)
         s2ft.save_adapter(model, saved.setdefault(name, tmp_path / name))
     model = loaded(case, saved)
-    expected, said = switch(model, saved)
+    expected, expected_status = switch(model, saved)
     for (seen, status), weights in ranks(switch_sharded, case, saved):
-        assert status == said and len(seen) == len(expected)
+        assert status == expected_status and len(seen) == len(expected)
         for one, other in zip(seen, expected):
             assert torch.equal(one, other)
         assert all(torch.equal(value, weights[key]) for key, value in model.named_parameters())
     assert not torch.equal(expected[0], expected[1]) and torch.equal(expected[0], expected[-1])
 
 
-def load_later(rank, case, saved):
-    """Adapters that come when the model is sharded already, beside a trainable one."""
+def load_into_sharded(rank, case, saved):
+    """Load an adapter into a model that is sharded and has a trainable adapter."""
     model = sharded(attached(case))
     s2ft.load_adapter(model, saved, "late")
     late = logits(model)
@@ -180,16 +180,16 @@ def test_loading_into_a_sharded_model(ranks, alone, tmp_path):
     saved = alone("llama-grouped", "permuted")
     model = attached("llama-grouped")
     s2ft.load_adapter(model, saved, "late")
-    for late, base, names in ranks(load_later, "llama-grouped", saved):
+    for late, base, names in ranks(load_into_sharded, "llama-grouped", saved):
         assert torch.equal(late, logits(model)) and names == ["default"]
         assert torch.equal(base, logits(attached("llama-grouped")))
 
 
-# ---- what is refused -----------------------------------------------------------------------------------------
+# ---- calls that are refused ----------------------------------------------------------------------------------------
 
 
-def refused(rank, saved):
-    """Messages, and whether the model trains on as if nothing had been asked."""
+def refused_calls(rank, saved):
+    """Make calls that must fail, then train. Returns the messages, and whether the loaded adapter is unchanged."""
     model = sharded(attached("llama"))
     s2ft.load_adapter(model, saved, "other", active=False)
     tries = {
@@ -198,11 +198,11 @@ def refused(rank, saved):
         "fuse": lambda: s2ft.fuse(model),
         "delete": lambda: s2ft.delete_adapter(model, "default"),
     }
-    told = {}
+    messages = {}
     for name, act in tries.items():
         with pytest.raises(ValueError) as error:
             act()
-        told[name] = str(error.value)
+        messages[name] = str(error.value)
     plain = sharded(model_of("llama"))
     for name, act in {
         "attach": lambda: s2ft.attach(plain, s2ft.S2FTConfig(d_ratio=0.1)),
@@ -210,42 +210,42 @@ def refused(rank, saved):
     }.items():
         with pytest.raises(ValueError) as error:
             act()
-        told[name] = str(error.value)
+        messages[name] = str(error.value)
     again = model_of("llama")
     s2ft.load_adapter(again, saved, "other")
     sharded(again)
     with pytest.raises(ValueError) as error:
         s2ft.attach(again, s2ft.S2FTConfig(d_ratio=0.1))
-    told["attach beside"] = str(error.value)
+    messages["attach beside"] = str(error.value)
     with pytest.raises(ValueError) as error:
         s2ft.delete_adapter(again, "other")
-    told["delete the last"] = str(error.value)
+    messages["delete the last"] = str(error.value)
     expected = model_of("llama")
     s2ft.load_adapter(expected, saved, "other")
     train(model, rank)
     s2ft.save_adapter(model, saved.parent / "after")
-    return told, torch.equal(logits(again), logits(expected))
+    return messages, torch.equal(logits(again), logits(expected))
 
 
-def test_what_would_change_layers_is_refused_and_changes_nothing(ranks, alone, tmp_path):
+def test_calls_that_would_replace_layers_are_refused_and_change_nothing(ranks, alone, tmp_path):
     saved = tmp_path / "saved"
     other = attached("llama", seed=9)
     train(other, steps=1)
     s2ft.save_adapter(other, saved)
-    for told, same in ranks(refused, saved):
+    for messages, same in ranks(refused_calls, saved):
         assert same
         for name in ("detach", "merge", "fuse", "delete", "attach beside", "delete the last"):
-            assert "a model that is sharded" in told[name], name
-        assert told["merge"].startswith("merge") and told["detach"].startswith("detach")
+            assert "a model that is sharded" in messages[name], name
+        assert messages["merge"].startswith("merge") and messages["detach"].startswith("detach")
         for name in ("attach", "load"):
-            assert "attach or load the adapter first, then shard" in told[name]
+            assert "attach or load the adapter first, then shard" in messages[name]
     check_same_files(tmp_path / "after", alone("llama", "permuted"))
 
 
 # ---- memory and precision ---------------------------------------------------------------------------------
 
 
-def whole_weights_alive(rank, case):
+def full_weights_alive(rank, case):
     model = attached(case)
     layers = {path: mount.layer for path, mount in attachment_of(model).mounts.items()}
     whole = {path: weakref.ref(layer.weight.untyped_storage()) for path, layer in layers.items()}
@@ -255,12 +255,12 @@ def whole_weights_alive(rank, case):
 
 
 @pytest.mark.parametrize("case", ("llama", "mixtral"))
-def test_no_whole_weight_is_kept_beside_the_shards(ranks, case):
-    assert ranks(whole_weights_alive, case) == [[], []]
+def test_no_full_weight_is_kept_beside_the_shards(ranks, case):
+    assert ranks(full_weights_alive, case) == [[], []]
 
 
 def train_cast(rank, way, directory):
-    """Steps of a fiftieth of what bfloat16 has at the deltas. What was warned of."""
+    """Train with steps of a fiftieth of the bfloat16 spacing at the deltas. Returns the warnings about s2."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
     from s2ft.layers.base import _warn_about_cast
@@ -280,7 +280,7 @@ def train_cast(rank, way, directory):
 
 
 def with_deltas():
-    """Of about 0.1 in float32, on a base in bfloat16."""
+    """A bfloat16 base with float32 deltas of about 0.1."""
     model, generator = attached("llama", dtype=torch.bfloat16), torch.Generator().manual_seed(3)
     with torch.no_grad():
         for mount in attachment_of(model).mounts.values():
@@ -295,14 +295,16 @@ def test_updates_below_bfloat16_are_not_lost(ranks, way, tmp_path):
     s2ft.save_adapter(model, tmp_path / "before")
     train(model, lr=1e-5)
     s2ft.save_adapter(model, tmp_path / "one")
-    for said in warned:  # once a process, where the weight of the forward is not the one that merging writes
-        assert len(said) == (way != "uncast")
-        assert all("made as float32 and is bfloat16 in the forward" in one for one in said)
+    for one_rank in warned:  # once per process, if the forward's weight differs from the merged one
+        assert len(one_rank) == (way != "uncast")
+        assert all("made as float32 and is bfloat16 in the forward" in one for one in one_rank)
     (before, _), (one, _), (two, _) = (files(tmp_path / name) for name in ("before", "one", "two"))
     for key in (key for key in before if key.endswith(".delta")):
         expected, moved = one[key] - before[key], two[key] - before[key]
-        assert two[key].dtype == torch.float32 and 5e-6 < expected.abs().mean() < 4.5e-5  # a step of bfloat16: 4.9e-4
-        # gradients pass layers in bfloat16, and two ranks round them otherwise; Adam makes much of the smallest
+        assert (
+            two[key].dtype == torch.float32 and 5e-6 < expected.abs().mean() < 4.5e-5
+        )  # the bfloat16 spacing is 4.9e-4
+        # Two ranks round the bfloat16 gradients differently, and Adam enlarges the smallest differences.
         assert torch.cosine_similarity(moved.flatten(), expected.flatten(), 0) > 0.97, key
 
 
@@ -312,14 +314,14 @@ EXTRA = dict(modules_to_save=["model.norm", "lm_head"])
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_two_ranks_train_and_save_extra_weights_as_one_does(ranks, alone, way, tmp_path):
+def test_two_ranks_train_and_save_the_extra_weights_of_one_process(ranks, alone, way, tmp_path):
     assert all(ranks(train_and_save, "llama-grouped", "permuted", way, tmp_path, None, EXTRA))
     assert set(s2ft.read_adapter(tmp_path).extra_weights) == {"model.norm.weight", "lm_head.weight"}
     check_same_files(tmp_path, alone("llama-grouped", "permuted", **EXTRA))
 
 
 def switch_extra_weights(rank, folder, unfrozen):
-    """unfrozen: when, by hand; None: named in the config."""
+    """unfrozen: when the head is unfrozen by hand, before or after sharding. None: the config names it."""
     model = attached("llama-grouped", **({} if unfrozen else EXTRA))
     base = model.lm_head.weight.detach().clone()
     if unfrozen == "before":

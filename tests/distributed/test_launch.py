@@ -1,4 +1,4 @@
-"""The command line under torchrun and under each of examples/accelerate: two processes save what one saves."""
+"""The command line under torchrun and each file of examples/accelerate: two processes save the adapter of one."""
 
 import importlib.util
 import os
@@ -16,14 +16,14 @@ from s2ft.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples" / "accelerate").glob("*.yaml"))
-ON_CPU = str(ROOT / "tests" / "support" / "fsdp_on_cpu.py")  # where accelerate would go on with DDP
+ON_CPU = str(ROOT / "tests" / "support" / "fsdp_on_cpu.py")  # on CPUs, accelerate would use DDP instead
 LEAVES = {"ddp": "optimizer.pt", "fsdp2": "optimizer.bin", "zero2": "zero_to_fp32.py", "zero3": "zero_to_fp32.py"}
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory):
-    """Arguments of a run, without the output; and where one process has done it. The data is of whole batches: of a
-    last one that is not, ranks are given rows again."""
+    """The arguments of a run without --output, and the adapter of one process. The rows fill whole batches, because
+    ranks get rows twice in an incomplete last batch."""
     folder = tmp_path_factory.mktemp("job")
     arguments = [
         "finetune",
@@ -62,7 +62,7 @@ def run(*command):
         **inherited,
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
-        # DeepSpeed wants ninja
+        # DeepSpeed needs ninja on the path
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
     }
@@ -72,9 +72,9 @@ def run(*command):
 
 
 @pytest.mark.slow
-def test_torchrun(job, tmp_path):
+def test_torchrun_saves_the_adapter_of_one_process(job, tmp_path):
     arguments, alone = job
-    said = launch(
+    printed = launch(
         "torch.distributed.run",
         "--nproc-per-node",
         str(RANKS),
@@ -86,7 +86,7 @@ def test_torchrun(job, tmp_path):
         "--output",
         str(tmp_path),
     )
-    assert said.count("adapter:") == 1  # the first rank speaks
+    assert printed.count("adapter:") == 1  # only the first rank prints
     check_same_files(tmp_path / "adapter", alone)
 
 
@@ -104,9 +104,9 @@ def test_torchrun(job, tmp_path):
         for name in EXAMPLES
     ],
 )
-def test_example(job, name, tmp_path):
+def test_example_saves_the_adapter_of_one_process(job, name, tmp_path):
     if name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("no DeepSpeed")
+        pytest.skip("DeepSpeed is not installed")
     arguments, alone = job
     launch(
         "accelerate.commands.launch",
@@ -122,7 +122,9 @@ def test_example(job, name, tmp_path):
         str(tmp_path),
     )
     check_same_files(tmp_path / "adapter", alone, rtol=1e-4, atol=1e-4)
-    assert LEAVES[name] in {path.name for path in (tmp_path / "checkpoint-4").iterdir()}  # it was this way, no other
+    assert LEAVES[name] in {
+        path.name for path in (tmp_path / "checkpoint-4").iterdir()
+    }  # this file is written by this way only
 
 
 def test_every_example_is_tested():
@@ -130,7 +132,7 @@ def test_every_example_is_tested():
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_examples_fix_no_number_of_devices_and_say_how_to_give_it(name):
+def test_examples_name_the_option_for_the_number_of_devices_and_do_not_set_it(name):
     text = (ROOT / "examples" / "accelerate" / f"{name}.yaml").read_text()
     assert f"accelerate launch --config_file examples/accelerate/{name}.yaml --num_processes N -m s2ft finetune" in text
     assert not re.search("^num_processes", text, re.MULTILINE)
@@ -146,7 +148,7 @@ def test_examples_fix_no_number_of_devices_and_say_how_to_give_it(name):
         pytest.param(["--data", "nowhere.jsonl"], "data file nowhere.jsonl doesn't exist", marks=pytest.mark.slow),
     ],
 )
-def test_a_mistake_is_said_by_one_rank(job, tmp_path, arguments, message):
+def test_a_mistake_is_reported_by_one_rank(job, tmp_path, arguments, message):
     done = run(
         "torch.distributed.run",
         "--nproc-per-node",
@@ -160,6 +162,6 @@ def test_a_mistake_is_said_by_one_rank(job, tmp_path, arguments, message):
         "--output",
         str(tmp_path / "out"),
     )
-    said = [line for line in done.stderr.splitlines() if "s2ft finetune: error:" in line]
-    assert done.returncode != 0 and len(said) == 1 and message in said[0], done.stderr[-3000:]
+    printed = [line for line in done.stderr.splitlines() if "s2ft finetune: error:" in line]
+    assert done.returncode != 0 and len(printed) == 1 and message in printed[0], done.stderr[-3000:]
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Weights that are split before attach: by tensor parallelism, by FSDP2 at load. Refused, with a way out."""
+"""Weights that tensor parallelism or FSDP2 split before attach are refused, and the message names a way out."""
 
 import pytest
 from support.models import model_of
@@ -14,15 +14,15 @@ def load_split(rank, folder, way):
     model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
     kinds = {type(parameter.data).__name__ for parameter in model.parameters()}
     before = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
-    told = []
+    messages = []
     for act in (
         lambda: s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1)),
         lambda: s2ft.load_adapter(model, folder / "adapter"),
     ):
         with pytest.raises(ValueError) as error:
             act()
-        told.append(str(error.value))
-    return told, "DTensor" in kinds, before == {key: p.requires_grad for key, p in model.named_parameters()}
+        messages.append(str(error.value))
+    return messages, "DTensor" in kinds, before == {key: p.requires_grad for key, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("way, words", [("tp", "tensor parallelism"), ("fsdp", "then shard the model")])
@@ -31,8 +31,8 @@ def test_weights_that_are_split_are_refused(ranks, way, words, tmp_path):
     model.save_pretrained(tmp_path)
     s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
     s2ft.save_adapter(model, tmp_path / "adapter")
-    for told, split, same in ranks(load_split, tmp_path, way):
-        assert split and same and all(words in message for message in told), told
+    for messages, split, same in ranks(load_split, tmp_path, way):
+        assert split and same and all(words in message for message in messages), messages
 
 
 def parallelize(rank):

@@ -1,5 +1,5 @@
-"""transformers' Trainer on two ranks, DDP and FSDP2: trains what one process trains, checkpoints the adapter alone,
-resumes exactly."""
+"""Trainer of transformers on two ranks, with DDP and FSDP2, trains the adapter of one process, checkpoints only the
+adapter and resumes exactly."""
 
 import os
 from unittest import mock
@@ -22,14 +22,14 @@ ROWS = [
 
 
 def reset(way):
-    """accelerate's states are singletons, and leave variables in the environment."""
+    """Reset the states of accelerate, which are singletons, and remove the environment variables that they set."""
     from accelerate.state import AcceleratorState, PartialState
 
     AcceleratorState._reset_state(True)
     PartialState._reset_state()
     for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_"))]:
         del os.environ[name]
-    if way == "deepspeed":  # accelerate has it only where no one asked for CPUs, and they are all there is
+    if way == "deepspeed":  # accelerate uses it only if no one asks for CPUs, and here are only CPUs
         PartialState(cpu=True)
     else:
         os.environ["ACCELERATE_USE_CPU"] = "true"
@@ -66,7 +66,7 @@ def trainer(way, model, folder, kind=S2FTTrainer, **changes):
     return kind(model=model, args=arguments, train_dataset=ROWS, eval_dataset=ROWS[:8])
 
 
-def whole_and_resumed(rank, way, layout, folder, case="llama-grouped"):
+def train_at_once_and_resumed(rank, way, layout, folder, case="llama-grouped"):
     model = attached(case, layout)
     whole = trainer(way, model, folder / "whole")
     whole.train()
@@ -79,7 +79,7 @@ def whole_and_resumed(rank, way, layout, folder, case="llama-grouped"):
 
 
 def alone(layout, folder, case="llama-grouped"):
-    """One process, twice the accumulation, the same rows in each step."""
+    """One process with twice the accumulation and the same rows in each step."""
     with mock.patch.dict(os.environ):
         made = trainer("ddp", attached(case, layout), folder, gradient_accumulation_steps=2)
         made.train()
@@ -90,7 +90,7 @@ def alone(layout, folder, case="llama-grouped"):
 @pytest.mark.parametrize("layout", ("permuted", "indexed"))
 @pytest.mark.parametrize("way", WAYS)
 def test_trains_checkpoints_and_resumes(ranks, way, layout, tmp_path):
-    losses = ranks(whole_and_resumed, way, layout, tmp_path)[0]
+    losses = ranks(train_at_once_and_resumed, way, layout, tmp_path)[0]
     check_same_files(tmp_path / "resumed", tmp_path / "final", exactly=True)
     expected = alone(layout, tmp_path / "alone")
     assert losses == pytest.approx(expected, rel=1e-4)
@@ -103,7 +103,7 @@ def test_trains_checkpoints_and_resumes(ranks, way, layout, tmp_path):
 
 
 def best(rank, way, folder):
-    """At the end the best checkpoint is loaded: here the first, for the rate is far too high."""
+    """The best checkpoint is loaded at the end. It is the first one here, because the learning rate is far too high."""
     made = trainer(
         way,
         attached("llama"),
@@ -132,7 +132,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(ranks, way, tmp_path):
     )
 
 
-def resume_elsewhere(rank, folder):
+def resume_with_another_selection(rank, folder):
     made = trainer("fsdp", attached("llama", seed=5), folder / "other")
     with pytest.raises(ValueError) as error:
         made.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-2"))
@@ -140,15 +140,15 @@ def resume_elsewhere(rank, folder):
 
 
 def test_resuming_with_another_selection_is_refused_on_every_rank(ranks, tmp_path):
-    ranks(whole_and_resumed, "fsdp", "permuted", tmp_path, "llama")
-    for message in ranks(resume_elsewhere, tmp_path):
+    ranks(train_at_once_and_resumed, "fsdp", "permuted", tmp_path, "llama")
+    for message in ranks(resume_with_another_selection, tmp_path):
         assert "another selection" in message
 
 
-# ---- Trainer of transformers' own --------------------------------------------------------------------------
+# ---- the plain Trainer -------------------------------------------------------------------------------------------
 
 
-def plain(rank, way, folder):
+def train_plain(rank, way, folder):
     for name, resumed in (("whole", None), ("again", str(folder / "whole" / "checkpoint-2"))):
         model = attached("llama-grouped")
         made = trainer(way, model, folder / name, kind=Trainer)
@@ -159,7 +159,7 @@ def plain(rank, way, folder):
 
 @pytest.mark.parametrize("way", ("ddp", "fsdp"))
 def test_plain_trainer_resumes_exactly(ranks, way, tmp_path):
-    """Under FSDP2 it writes the base as well, for all that is S²FT's to say."""
-    ranks(plain, way, tmp_path)
+    """Under FSDP2 its checkpoints contain the base too, which s2ft can't change."""
+    ranks(train_plain, way, tmp_path)
     check_same_files(tmp_path / "again adapter", tmp_path / "whole adapter", exactly=True)
     check_same_files(tmp_path / "whole" / "checkpoint-4", tmp_path / "whole adapter", exactly=True)

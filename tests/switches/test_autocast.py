@@ -1,4 +1,4 @@
-"""Autocast, gradient scaling, and deltas wider than the weights they are added to."""
+"""Autocast, gradient scaling, and deltas with more precision than the weights to which they are added."""
 
 import copy
 
@@ -16,7 +16,7 @@ from s2ft.model.weights import weight_at
 HALVES = (torch.bfloat16, torch.float16)
 halves = pytest.mark.parametrize("half", HALVES, ids=str)
 layouts = pytest.mark.parametrize("layout", ("permuted", "indexed"))
-# no relu, whose gradient jumps where the rounding decides on a sign
+# Without relu: its gradient jumps where rounding changes a sign.
 CASES = ("llama-grouped", "phi3", "gpt2", "bert", "t5-gated", "qwen3-moe")
 
 
@@ -43,7 +43,7 @@ def gradients(model, scale=1.0):
 
 
 def by_projection(model):
-    """The gradients of the slices, in original coordinates: what mounted_deltas gives where the deltas are those."""
+    """The gradients of the slices in the base's coordinates. mounted_deltas converts them in place of the deltas."""
     record, kept = attachment_of(model), {}
     for path, mount in record.mounts.items():
         kept[path] = mount.layer.s2.data
@@ -62,27 +62,27 @@ def within(ours, theirs, tolerance):
 @layouts
 @pytest.mark.parametrize("case", CASES)
 def test_autocast(case, layout, half):
-    """Outputs have autocast's dtype, gradients that of the deltas, and they are those of the merged model's whole
-    weights under autocast."""
+    """Outputs have the dtype of autocast and gradients that of the deltas. The gradients equal those of the merged
+    model's full weights under autocast."""
     model = attached(case, layout=layout)
     seen = []
     for mount in attachment_of(model).mounts.values():
-        if isinstance(mount.layer, (S2ColumnLinear, S2RowLinear)):  # experts have no output of their own
+        if isinstance(mount.layer, (S2ColumnLinear, S2RowLinear)):  # expert layers have no output
             mount.layer.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
     plain, projections = s2ft.merge(copy.deepcopy(model)).requires_grad_(False), attachment_of(model).projections
     for projection in projections.values():
         weight_at(plain, projection).tensor.requires_grad_(True)
     seen.clear()
     with torch.autocast("cpu", half):
-        # scaled, for the least of float16 is not far
+        # The loss is scaled, because small gradients would underflow in float16.
         assert all(gradient.dtype is torch.float32 for gradient in gradients(model, 2.0**12).values())
         gradients(plain, 2.0**12)
     assert set(seen) == {half}
     ours, theirs = by_projection(model), {}
     for name, delta in ours.items():
         handle = weight_at(plain, projections[name])
-        whole = handle.view(handle.tensor.grad)
-        theirs[name] = whole.index_select(delta.dim, delta.index)
+        full = handle.view(handle.tensor.grad)
+        theirs[name] = full.index_select(delta.dim, delta.index)
     assert within(
         *(
             torch.cat([value.flatten() for value in values])
@@ -95,7 +95,7 @@ def test_autocast(case, layout, half):
 @halves
 @pytest.mark.parametrize("reentrant", (False, True), ids=("inside", "reentrant"))
 def test_autocast_with_checkpointing(reentrant, half):
-    """The second forward rounds as the first did."""
+    """The second forward rounds in the same way as the first."""
     model = attached("llama-grouped")
     with torch.autocast("cpu", half):
         expected = gradients(model)
@@ -109,14 +109,14 @@ def test_autocast_with_checkpointing(reentrant, half):
 @layouts
 @pytest.mark.parametrize("delta", (None, "same"), ids=("float32", "same"))
 def test_deltas_on_a_half_precision_base(layout, half, delta):
-    """By default float32; gradients and moments have the delta's dtype, whatever the base's is."""
+    """Deltas are float32 by default. Gradients and moments have the dtype of the delta, not that of the base."""
     model = attached("llama-grouped", half, layout=layout, delta_dtype=str(half).split(".")[1] if delta else None)
     dtype = half if delta else torch.float32
     for p, gradient in zip(slices(model).values(), gradients(model).values()):
         assert p.dtype is gradient.dtype is dtype and gradient.any()
     reference = attached("llama-grouped", torch.float32, layout=layout)
     with torch.no_grad():
-        for path, module in reference.named_modules():  # the half-precision numbers, computed with in float32
+        for path, module in reference.named_modules():  # the same half-precision values, computed in float32
             for name, p in module.named_parameters(recurse=False):
                 p.copy_(model.get_submodule(path).get_parameter(name))
     ours = gradients(model)
@@ -130,8 +130,8 @@ def test_deltas_on_a_half_precision_base(layout, half, delta):
 @layouts
 @pytest.mark.parametrize("autocast", (False, True), ids=("base", "autocast"))
 def test_tiny_updates_add_up(layout, half, autocast):
-    """Each is a ten-thousandth of the base's step; twenty thousand of them move the weight that is multiplied by, on a
-    half-precision base and under autocast of a float32 one, by two steps."""
+    """Each update is a ten-thousandth of the spacing of half precision. Twenty thousand of them move the effective
+    weight by two spacings, both on a half-precision base and on a float32 base under autocast."""
     base = torch.float32 if autocast else half
     model = attached("llama-grouped", base, layout=layout)
     layer = model.model.layers[0].mlp.down_proj
@@ -154,8 +154,8 @@ def test_tiny_updates_add_up(layout, half, autocast):
 
 @pytest.mark.parametrize("case", ("llama-grouped", "gpt2"))
 def test_scaled_gradients_are_the_unscaled_ones(case):
-    """In float16 under autocast, clipped after unscaling: a step is what a step without scaling is, but for what
-    float16 loses without."""
+    """Under float16 autocast, unscaled gradients and their norm equal those without scaling, except for the values
+    that float16 loses without scaling."""
     model, other = attached(case), attached(case)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     found = []
@@ -180,7 +180,7 @@ def test_scaled_gradients_are_the_unscaled_ones(case):
 @layouts
 @pytest.mark.parametrize("what", ("scale", "input"))
 def test_infinite_gradients_are_skipped(what, layout):
-    """A scale that overflows float16, or an input that does: no slice moves, the scale is halved."""
+    """If the scale or the input overflows float16, no slice moves and the scale is halved."""
     model = attached("llama-grouped", layout=layout)
     optimizer = torch.optim.AdamW(slices(model).values(), lr=1e-2)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40 if what == "scale" else 4.0, growth_interval=1000)

@@ -1,4 +1,4 @@
-"""Gradient checkpointing gives the gradients that there are without it, whatever is frozen below."""
+"""Gradient checkpointing does not change the gradients, whichever layers below are frozen."""
 
 import copy
 import functools
@@ -20,18 +20,18 @@ from s2ft import Coupling, S2FTConfig
 from s2ft.attached.record import attachment_of
 from s2ft.model.coupling import Projection
 
-# llama-grouped and gemma2 have the fused FFN, phi3 and gpt-neox several projections in a weight, gpt2 Conv1D, vit and
-# whisper no tokens, t5 and whisper two stacks, qwen3-moe experts
+# llama-grouped and gemma2 have the FFN kernel, phi3 and gpt-neox several projections in a weight, gpt2 has Conv1D, vit
+# and whisper have no tokens, t5 and whisper an encoder and a decoder, qwen3-moe has experts.
 FAMILIES = ("llama-grouped", "qwen2", "gemma2", "phi3", "gpt2", "gpt-neox", "bert", "vit", "t5", "whisper", "qwen3-moe")
-# There transformers itself rounds otherwise when it checkpoints: t5's forward runs without its cache, and of whisper's
-# encoder the gradients of several decoder layers are added up in another order.
+# transformers itself rounds these models differently when it checkpoints: t5's forward runs without its cache, and the
+# gradients that several decoder layers give whisper's encoder are added up in another order.
 ROUNDS = {"t5": 1e-5, "whisper": 1e-5}
 reentrants = pytest.mark.parametrize("reentrant", (False, True), ids=("inside", "reentrant"))
 layouts = pytest.mark.parametrize("layout", ("permuted", "indexed"))
 
 
 def plain(case):
-    """In training mode and without caches, which checkpointing turns off."""
+    """A model in training mode without caches, because checkpointing turns them off."""
     model = model_of(case)
     for module in model.modules():
         if hasattr(getattr(module, "config", None), "use_cache"):
@@ -52,8 +52,8 @@ def enable(model, reentrant, **more):
     return model
 
 
-def without_their_hook(model):
-    """Older versions of transformers have none, and the newest have it for models of tokens alone."""
+def without_transformers_hook(model):
+    """Remove the hook of transformers. Old versions have none, and the newest have it only for models with tokens."""
     model.disable_input_require_grads()
     return model
 
@@ -81,48 +81,48 @@ def everything(case, **more):
 @reentrants
 @layouts
 @pytest.mark.parametrize("case", FAMILIES)
-def test_gradients_are_those_without(case, layout, reentrant):
-    """Switched on before attach and after it, with transformers' own hook and with ours alone."""
+def test_gradients_equal_those_without_checkpointing(case, layout, reentrant):
+    """Checkpointing is enabled before or after attach, with the hook of transformers and with only that of s2ft."""
     config = everything(case, layout=layout)
     expected = gradients(attach(plain(case), config))
     before = attach(enable(plain(case), reentrant), config)
-    after = without_their_hook(enable(attach(plain(case), config), reentrant))
+    after = without_transformers_hook(enable(attach(plain(case), config), reentrant))
     for model in (before, after):
         assert_same(gradients(model), expected, ROUNDS.get(case, 0.0))
 
 
 @reentrants
 @pytest.mark.parametrize("ffn_kernel", (True, False), ids=("fused", "unfused"))
-def test_the_fused_ffn_and_the_old_name(ffn_kernel, reentrant):
+def test_ffn_kernel_and_the_old_method_of_transformers(ffn_kernel, reentrant):
     config = everything("llama-grouped", ffn_kernel=ffn_kernel)
     expected = gradients(attach(plain("llama-grouped"), config))
     model = attach(plain("llama-grouped"), config)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    assert_same(gradients(without_their_hook(model)), expected)
+    assert_same(gradients(without_transformers_hook(model)), expected)
 
 
 @reentrants
 def test_every_second_layer(reentrant):
     config = everything("llama-grouped")
     expected = gradients(attach(plain("llama-grouped"), config))
-    model = without_their_hook(enable(attach(plain("llama-grouped"), config), reentrant, every_n_layers=2))
+    model = without_transformers_hook(enable(attach(plain("llama-grouped"), config), reentrant, every_n_layers=2))
     assert_same(gradients(model), expected)
 
 
 @pytest.mark.filterwarnings("ignore:torch.utils.checkpoint. the use_reentrant parameter")
-def test_a_variant_that_is_not_named():
-    """PyTorch's default, which has been the reentrant one."""
+def test_without_use_reentrant():
+    """Without use_reentrant, PyTorch uses its default, which has been the reentrant variant."""
     config = everything("llama-grouped")
     expected = gradients(attach(plain("llama-grouped"), config))
     model = attach(plain("llama-grouped"), config)
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"preserve_rng_state": True})
-    assert_same(gradients(without_their_hook(model)), expected)
+    assert_same(gradients(without_transformers_hook(model)), expected)
 
 
 @reentrants
-def test_dropout_is_drawn_again_as_it_was(reentrant):
+def test_dropout_is_the_same_in_the_second_forward(reentrant):
     config, found = everything("llama-grouped"), []
     for on in (False, True):
         model = attach(plain("llama-grouped"), config)
@@ -135,8 +135,8 @@ def test_dropout_is_drawn_again_as_it_was(reentrant):
 
 
 @reentrants
-def test_embeddings_that_the_caller_gives(reentrant):
-    """They need no gradient, and transformers' hook sits on the module that is left out."""
+def test_embeddings_from_the_caller(reentrant):
+    """inputs_embeds need no gradient, and the module with the hook of transformers is skipped."""
 
     def loss(model):
         batch = token_batch(model)
@@ -151,7 +151,7 @@ def test_embeddings_that_the_caller_gives(reentrant):
 
 
 def need_gradients(model):
-    """Of what each layer gives, whether it needs a gradient."""
+    """Whether the output of each layer needs a gradient."""
     seen = []
     for layer in model.model.layers:
         layer.register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
@@ -160,10 +160,10 @@ def need_gradients(model):
 
 
 @pytest.mark.parametrize("on", (None, "inside", "reentrant"))
-def test_nothing_flows_below_the_lowest_trained_layer(on):
+def test_no_gradient_below_the_lowest_trained_layer(on):
     model = attach(plain("llama-grouped"), S2FTConfig(d_ratio=0.2, layers=[1]))
     if on:
-        without_their_hook(enable(model, on == "reentrant"))
+        without_transformers_hook(enable(model, on == "reentrant"))
     assert need_gradients(model) == [False, True, True]
     assert attachment_of(model).mounts["model.layers.1.mlp.down_proj"].layer.s2.grad.any()
 
@@ -178,20 +178,20 @@ class CountGradX(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_lowest_trained_layer_passes_nothing_on():
-    """Three down projections: the lowest one's input needs no gradient, so two products are left, whether
-    checkpointing was never on or is off again."""
+def test_the_lowest_trained_layer_computes_no_input_gradient():
+    """Two of three down projections compute a gradient of their input, because the lowest one does not need it. This
+    holds before checkpointing is enabled and after it is disabled again."""
     model = attach(plain("llama-grouped"), S2FTConfig(d_ratio=0.2))
     for _ in range(2):
         with CountGradX() as count:
             loss_of(model).backward()
         assert count.calls == 2
-        without_their_hook(enable(model, True)).activation_checkpointing_disable()
+        without_transformers_hook(enable(model, True)).activation_checkpointing_disable()
 
 
-def test_nothing_changes_where_nothing_is_checkpointed():
-    """In evaluation and without gradients a block gets what it would get: the very tensor."""
-    model = without_their_hook(enable(attach(plain("llama-grouped"), S2FTConfig(d_ratio=0.2)), True))
+def test_block_inputs_are_unchanged_without_checkpointing():
+    """In evaluation and without gradients, the input of a block is not replaced by one that needs a gradient."""
+    model = without_transformers_hook(enable(attach(plain("llama-grouped"), S2FTConfig(d_ratio=0.2)), True))
     seen = []
     model.model.layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].requires_grad))
     model.eval()
@@ -209,7 +209,7 @@ def test_nothing_changes_where_nothing_is_checkpointed():
 
 @pytest.fixture
 def transformers_4(monkeypatch):
-    """There a block is checkpointed with its hooks inside."""
+    """Checkpoint blocks as transformers 4 does: the hooks of a block run inside its checkpoint."""
 
     def call(self, *args, **kwargs):
         run = functools.partial(nn.Module.__call__, self, **kwargs)
@@ -222,23 +222,23 @@ def transformers_4(monkeypatch):
 
 @reentrants
 def test_blocks_whose_hooks_are_inside_the_checkpoint(transformers_4, reentrant):
-    """Then the embeddings have the hook; a copy's looks at the copy's own blocks, and it goes when the adapter goes."""
+    """The hook is on the embeddings then. The hook of a copy checks the copy's blocks, and detach removes it."""
     config = everything("llama-grouped")
     model = attach(plain("llama-grouped"), config)
     expected = gradients(model)
-    other = without_their_hook(enable(copy.deepcopy(model), reentrant))
+    other = without_transformers_hook(enable(copy.deepcopy(model), reentrant))
     assert_same(gradients(other), expected)
     seen = []
     model.get_input_embeddings().register_forward_hook(lambda module, inputs, output: seen.append(output.requires_grad))
     assert_same(gradients(model), expected)
-    without_their_hook(enable(model, reentrant))
+    without_transformers_hook(enable(model, reentrant))
     assert_same(gradients(model), expected)
     assert seen == [False, reentrant]
     s2ft.detach(other)
     assert not other.get_input_embeddings()._forward_hooks and hooks(other) == 0
 
 
-# ---- in and out ----------------------------------------------------------------------------------------------
+# ---- the hooks -----------------------------------------------------------------------------------------------
 
 
 def hooks(model):
@@ -246,10 +246,10 @@ def hooks(model):
 
 
 @pytest.mark.parametrize("back", (s2ft.detach, s2ft.merge))
-def test_hooks_go_when_the_adapter_goes(back):
+def test_detach_and_merge_remove_the_hooks(back):
     model = attach(plain("vit"), everything("vit"))
     other = copy.deepcopy(model)
-    assert hooks(model) == hooks(other) == 4  # three blocks' and the model's own
+    assert hooks(model) == hooks(other) == 4  # those of three blocks and of the model
     back(other)
     assert (hooks(model), hooks(other)) == (4, 0)
     expected = gradients(model)
@@ -318,9 +318,9 @@ def checkpoint_by_hand(model, reentrant):
     return model
 
 
-def test_by_hand():
-    """A reentrant one that is called by hand is known to nobody: where no input of it needs a gradient PyTorch says
-    so, and transformers' switch or the input's own helps."""
+def test_checkpoints_in_user_code():
+    """s2ft can't detect a reentrant checkpoint that user code calls. If no input needs a gradient, PyTorch warns.
+    enable_input_require_grads of transformers, or an input that needs a gradient, solves it."""
     config = everything("llama-grouped")
     expected = gradients(attach(plain("llama-grouped"), config))
     model = checkpoint_by_hand(attach(plain("llama-grouped"), config), reentrant=False)
@@ -333,7 +333,7 @@ def test_by_hand():
 
 
 @reentrants
-def test_by_hand_on_couplings_given_by_hand(reentrant):
+def test_checkpoints_in_user_code_on_custom_couplings(reentrant):
     mlp = Coupling("ffn", 0, (Projection("u", "0", 64, 1, 0),), Projection("d", "2", 64, 1, 1))
     found = []
     for on in (False, True):
@@ -347,7 +347,7 @@ def test_by_hand_on_couplings_given_by_hand(reentrant):
 
 
 def test_pytorchs_wrapper_around_attached_blocks():
-    """What FSDP's checkpointing puts in: paths of modules lead through it, and the adapter is as it was."""
+    """FSDP's checkpointing wraps blocks like this. The wrapper is part of module paths but not of the adapter."""
     config = everything("llama-grouped")
     plain_model = attach(plain("llama-grouped"), config)
     model = attach(plain("llama-grouped"), config)

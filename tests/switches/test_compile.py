@@ -1,4 +1,4 @@
-"""torch.compile of an attached model: one graph, the numbers of the uncompiled one, and nothing stale in it."""
+"""torch.compile of an attached model: one graph, the values of the uncompiled model, and nothing stale."""
 
 import copy
 import logging
@@ -48,13 +48,15 @@ layouts = pytest.mark.parametrize("layout", ("permuted", "indexed"))
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", False)  # pytest would keep every line of it
+    monkeypatch.setattr(
+        logging.getLogger("torch.__trace"), "propagate", False
+    )  # otherwise pytest keeps every line of it
     torch._dynamo.reset()
     counters.clear()
 
 
 def plain(case, layers=None, dtype=torch.float32):
-    """In training mode, without a cache, with the first `layers` of its layers."""
+    """A model in training mode without a cache, with its first `layers` layers."""
     model = model_of(case, dtype)
     for module in list(model.modules()):
         if isinstance(module, nn.ModuleList) and layers:
@@ -99,7 +101,7 @@ def assert_same(ours, theirs, within=LOGITS):
 
 
 def on_tokens(batch=2, length=9):
-    """A loss for :func:`step`, of a causal model on a batch of this size."""
+    """A loss for :func:`step`: that of a causal model on a batch of this size."""
 
     def loss(model):
         tokens = torch.randint(67, (batch, length), generator=torch.Generator().manual_seed(batch * length))
@@ -114,7 +116,7 @@ def on_tokens(batch=2, length=9):
 @pytest.mark.parametrize(
     "case,layout", [*((case, "permuted") for case in FAMILIES), *((case, "indexed") for case in SCATTERED)]
 )
-def test_one_graph_with_the_gradients_of_the_uncompiled(case, layout):
+def test_one_graph_has_the_gradients_of_the_uncompiled_model(case, layout):
     model = attach(plain(case, layers=1), everything(case, layout=layout))
     assert_same(step(model, compiled(model)), step(model))
     assert counters["stats"]["unique_graphs"] == 1
@@ -133,7 +135,7 @@ def test_more_families(case, layout):
     loss_of(compiled(model)).backward()
     ours = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert ours.keys() == expected
-    for name, gradient in ours.items():  # a tower whose output is not asked for has none
+    for name, gradient in ours.items():  # a tower whose output is not used has no gradient
         assert (gradient is None) == (theirs[name] is None), name
         assert gradient is None or not theirs[name].any() or relative_difference(gradient, theirs[name]) <= LOGITS, name
 
@@ -141,8 +143,8 @@ def test_more_families(case, layout):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @layouts
-def test_inductor(layout, dtype):
-    """The default compiler, whose kernels round otherwise: in bfloat16 by the step of that."""
+def test_gradients_with_inductor(layout, dtype):
+    """The kernels of the default compiler round differently, in bfloat16 by about its spacing."""
     skip_where_wrong()
     model = attach(plain("llama-grouped", layers=1, dtype=dtype), everything("llama-grouped", layout=layout))
     assert_same(step(model, torch.compile(model, fullgraph=True)), step(model), GEMM[dtype][0])
@@ -157,7 +159,7 @@ def test_no_graph_breaks(layout):
 
 @pytest.mark.slow
 def test_experts_break_the_graph_where_tokens_are_counted():
-    """Each expert gets as many tokens as chose it, which no graph can know; nothing else of ours breaks one."""
+    """How many tokens an expert gets depends on values, so the graph breaks there. s2ft breaks it nowhere else."""
     model = attach(plain("qwen3-moe", layers=1), everything("qwen3-moe"))
     found = torch._dynamo.explain(model)(**inputs_of(model))
     assert found.graph_break_count > 0
@@ -166,7 +168,7 @@ def test_experts_break_the_graph_where_tokens_are_counted():
     assert_same(step(model, torch.compile(model, backend=BACKEND)), step(model))
 
 
-def test_convolutions_and_couplings_given_by_hand():
+def test_convolutions_and_custom_couplings():
     model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 3, stride=2), nn.Flatten())
     coupling = Coupling("ffn", 0, (Projection("u", "0", 16, 1, 0),), Projection("d", "2", 16, 1, 1))
     x = torch.randn(2, 3, 6, 6)
@@ -174,8 +176,8 @@ def test_convolutions_and_couplings_given_by_hand():
     assert_same(*(step(model, called, lambda m: m(x).square().mean()) for called in (compiled(model), model)))
 
 
-def test_no_recompile_a_batch():
-    """The first other length makes the length a symbol, the first other batch size that; then every size runs."""
+def test_batches_of_new_sizes_are_not_recompiled_each_time():
+    """A second length makes the length symbolic, and a second batch size the batch size. Every size runs after that."""
     model = attach(plain("llama-grouped", layers=1), everything("llama-grouped"))
     called, graphs = compiled(model), []
     for size in ((2, 9), (2, 12), (3, 7), (5, 10)):
@@ -197,7 +199,7 @@ def test_dynamic_shapes_are_one_graph():
 
 @pytest.mark.parametrize("reentrant", (False, True), ids=("inside", "reentrant"))
 def test_checkpointing(reentrant):
-    """Without transformers' hook, which an attached model does not need and which no graph can have in it."""
+    """The hook of transformers is removed: an attached model does not need it, and a graph can't contain it."""
     model = attach(plain("llama-grouped", layers=2), everything("llama-grouped"))
     expected = step(model)
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
@@ -209,7 +211,7 @@ def test_checkpointing(reentrant):
 
 
 def test_transformers_hook_stops_any_frozen_model():
-    """So it is not s2ft that needs it gone."""
+    """The hook stops a model without s2ft too."""
     model = plain("llama-grouped", layers=1)
     model.get_input_embeddings().requires_grad_(False)
     model.activation_checkpointing_enable()
@@ -226,7 +228,7 @@ def test_autocast(dtype):
 
 @layouts
 def test_optimizer_steps_leave_nothing_stale(layout):
-    """Four steps: the same losses, one graph, frozen weights as they were, the weights that merging writes."""
+    """After four steps, losses and merged weights equal the uncompiled ones, and the frozen weights are unchanged."""
     losses, merged = [], []
     for compile_it in (True, False):
         model = attach(plain("llama-grouped", layers=1), everything("llama-grouped", layout=layout))
@@ -244,7 +246,7 @@ def test_optimizer_steps_leave_nothing_stale(layout):
             assert relative_difference(output_of(model), output) <= LOGITS
     assert losses[0] == pytest.approx(losses[1], rel=LOGITS) and losses[0][-1] < losses[0][0]
     assert all(relative_difference(value, merged[1][key]) <= 1e-4 for key, value in merged[0].items())
-    assert counters["stats"]["unique_graphs"] <= 2  # of training and of evaluation
+    assert counters["stats"]["unique_graphs"] <= 2  # one for training and one for evaluation
 
 
 def test_switching_fusing_and_merging_after_compiling():
@@ -263,7 +265,7 @@ def test_switching_fusing_and_merging_after_compiling():
         s2ft.fuse(model)
         assert same() and relative_difference(output_of(called), trained) <= LOGITS
         attachment_of(model).mounts["model.layers.0.mlp.up_proj"].layer.s2.add_(0.1)
-        s2ft.fuse(model)  # again: the numbers have changed, and a graph does not look
+        s2ft.fuse(model)  # fuse again, because the values changed and a graph does not check them
         assert same() and not torch.equal(output_of(called), trained)
         s2ft.unfuse(model)
         attachment_of(model).mounts["model.layers.0.mlp.down_proj"].layer.s2.add_(0.1)
@@ -287,10 +289,10 @@ def test_generating(cache):
     expected = model.generate(tokens, **options)
     model.forward = compiled(model.forward)
     assert torch.equal(model.generate(tokens, **options), expected)
-    assert counters["stats"]["unique_graphs"] in (2, 3)  # the prompt, a token; a token at any place
+    assert counters["stats"]["unique_graphs"] in (2, 3)  # the prompt, a token, and perhaps a token at any position
 
 
-# ---- compiled first, attached then ---------------------------------------------------------------------------
+# ---- compiled before attach ----------------------------------------------------------------------------------
 
 
 def test_attaching_to_a_model_that_is_compiled_in_place():
@@ -306,8 +308,8 @@ def test_attaching_to_a_model_that_is_compiled_in_place():
         assert torch.equal(output_of(model), base)
 
 
-def test_a_wrapper_is_taken_for_the_model_inside(tmp_path):
-    """By every function that takes a model; what it computes is what is attached."""
+def test_a_wrapper_stands_for_the_model_inside(tmp_path):
+    """Every function that takes a model accepts the wrapper, and its outputs are those of the attached model."""
     model = plain("llama-grouped", layers=1)
     called = compiled(model)
     with torch.no_grad():
@@ -340,8 +342,8 @@ def test_a_wrapper_is_taken_for_the_model_inside(tmp_path):
     s2ft.import_lora(compiled(plain("llama-grouped", layers=1)), tmp_path / "lora")
 
 
-def test_layers_that_are_compiled_one_by_one():
-    """Wrappers inside the model: paths lead through them."""
+def test_layers_that_are_compiled_separately():
+    """The wrappers are inside the model and part of module paths."""
     config = everything("llama-grouped")
     model, other = plain("llama-grouped", layers=2), attach(plain("llama-grouped", layers=2), config)
     before = copy.deepcopy(model.state_dict())
@@ -355,8 +357,8 @@ def test_layers_that_are_compiled_one_by_one():
     assert after.keys() == before.keys() and all(torch.equal(value, before[name]) for name, value in after.items())
 
 
-def test_weights_that_are_trained_whole():
-    """Of a model that is compiled as a whole: one graph, and the base comes back."""
+def test_extra_weights():
+    """A compiled model is one graph, and switching restores the base and the extra weights."""
     model = model_of("llama")
     base = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, modules_to_save=["model.norm"]))

@@ -1,4 +1,4 @@
-"""What is done between backward and the next step: accumulating, clipping, and optimizers of all kinds."""
+"""Accumulating and clipping gradients, and optimizers of all kinds."""
 
 import copy
 import warnings
@@ -29,7 +29,7 @@ def slices(model):
 
 
 def frozen(model):
-    """Everything else that the model is made of, copied."""
+    """A copy of every other tensor of the model."""
     return {name: value.clone() for name, value in model.state_dict().items() if not name.endswith(".s2")}
 
 
@@ -42,8 +42,8 @@ def loss(model, batch):
 
 @layouts
 @pytest.mark.parametrize("case", ("llama-grouped", "gpt2", "qwen3-moe"))
-def test_accumulating_is_one_large_batch(case, layout):
-    """Four batches of one sequence, their losses averaged, against one batch of four; the same step follows."""
+def test_accumulating_equals_one_large_batch(case, layout):
+    """The averaged losses of four batches of one sequence give the gradients and the step of one batch of four."""
     model, other = attached(case, layout=layout), attached(case, layout=layout)
     batch = token_batch(model, batch=4)
     for part in batch.split(1):
@@ -75,8 +75,8 @@ def test_gradients_add_up_and_are_zeroed(layout):
 
 @layouts
 @pytest.mark.parametrize("foreach", (False, True))
-def test_clipping_sees_the_slices(layout, foreach):
-    """And nothing else has a gradient: the norm over all parameters is that over the slices."""
+def test_clipping_uses_the_gradients_of_the_slices(layout, foreach):
+    """Only the slices have gradients, so the norm over all parameters is the norm over the slices."""
     model = attached(layout=layout)
     loss_of(model).backward()
     gradients = [p.grad.clone() for p in slices(model).values()]
@@ -110,14 +110,14 @@ optimizers = pytest.mark.parametrize("which", OPTIMIZERS)
 @layouts
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_only_slices_move(which, layout, dtype):
-    """All parameters are given to the optimizer, frozen ones too, with weight decay: it trains, its state has the
-    slices' sizes, and what is frozen is bit for bit what it was, before and after detach."""
+    """The optimizer has all parameters, also frozen ones, and weight decay. The loss falls, the optimizer's state is no
+    larger than the slices, and frozen weights stay the same, bit for bit, before and after detach."""
     base = model_of("llama-grouped", dtype)
     model = copy.deepcopy(base)
     s2ft.attach(model, S2FTConfig(**ratios_for("llama-grouped", ALL_RATIOS), layout=layout))
     before, losses = frozen(model), []
-    given = [p for p in model.parameters() if which != "muon" or p.requires_grad]  # that takes matrices only
-    optimizer = OPTIMIZERS[which](given)
+    candidates = [p for p in model.parameters() if which != "muon" or p.requires_grad]  # Muon takes only matrices
+    optimizer = OPTIMIZERS[which](candidates)
     for _ in range(8):
         optimizer.zero_grad()
         value = loss_of(model.train())
@@ -149,8 +149,8 @@ def test_kinds_of_adamw_agree(which):
 
 
 @optimizers
-def test_an_optimizer_goes_on_from_its_state(which):
-    """Four steps are two, saved and loaded, and two, bit for bit."""
+def test_an_optimizer_resumes_from_its_state(which):
+    """Four steps equal two steps, saving, loading and two more steps, bit for bit."""
 
     def steps(model, optimizer, count):
         for _ in range(count):
@@ -169,8 +169,8 @@ def test_an_optimizer_goes_on_from_its_state(which):
     assert all(torch.equal(p, slices(second)[name]) for name, p in slices(through).items())
 
 
-def test_averages_of_weights_take_the_slices():
-    """An exponential average is a copy of the model whose slices lag behind."""
+def test_averages_of_weights_include_the_slices():
+    """An exponential average is a copy of the model with averaged slices."""
     model = attached()
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
     optimizer, kept = torch.optim.SGD(slices(model).values(), lr=0.5), []
@@ -180,7 +180,7 @@ def test_averages_of_weights_take_the_slices():
         optimizer.step()
         average.update_parameters(model)
         kept.append({name: p.detach().clone() for name, p in slices(model).items()})
-    for name, p in slices(average.module).items():  # the first update copies
+    for name, p in slices(average.module).items():  # the first update copies the weights
         torch.testing.assert_close(p, 0.5 * kept[0][name] + 0.5 * kept[1][name])
     with torch.no_grad():
         assert not torch.equal(average(**inputs_of(model)).logits, model(**inputs_of(model)).logits)
@@ -188,13 +188,13 @@ def test_averages_of_weights_take_the_slices():
 
 # ---- bitsandbytes --------------------------------------------------------------------------------------------
 
-# slices of 4096 numbers and more are kept in eight bits, smaller ones, and few they are not, in float32
+# The moments of slices with 4096 or more values are kept in eight bits, and those of smaller slices in float32.
 EIGHT_BITS = ("AdamW8bit", "Adam8bit", "Lion8bit", "PagedAdamW8bit", "PagedLion8bit")
 WIDE = ("AdamW32bit", "PagedAdamW32bit", "PagedAdamW")
 
 
 def wide(layout, dtype=torch.float32):
-    """A model of which d's slices [256, 32] are above the bound and u's [4, 256] below."""
+    """A model whose d slices [256, 32] are above that limit and whose u slices [4, 256] are below."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
@@ -231,7 +231,7 @@ def run_bitsandbytes(which, layout, device, dtype=torch.float32):
 @layouts
 @pytest.mark.parametrize("which", EIGHT_BITS + WIDE)
 def test_bitsandbytes(which, layout):
-    """Paged ones are plain ones on the CPU: bitsandbytes warns of that."""
+    """Paged optimizers are plain ones on the CPU, and bitsandbytes warns about it."""
     run_bitsandbytes(which, layout, "cpu")
 
 
@@ -243,8 +243,8 @@ def test_bitsandbytes_on_a_gpu(which, layout, dtype):
     run_bitsandbytes(which, layout, "cuda", dtype)
 
 
-def test_eight_bits_come_near_to_adamw():
-    """The same losses as torch's, within what eight bits of the moments lose in eight steps."""
+def test_eight_bit_adamw_is_close_to_adamw():
+    """The loss of eight steps is close to that of AdamW of torch: it differs by at most a tenth of the fall."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     found = []
     for make in (lambda p: torch.optim.AdamW(p, lr=1e-3), lambda p: bitsandbytes.optim.AdamW8bit(p, lr=1e-3)):
@@ -263,7 +263,7 @@ def test_eight_bits_come_near_to_adamw():
 
 @pytest.mark.parametrize("which", ("adamw_bnb_8bit", "paged_adamw_8bit", "adamw_torch_fused", "adafactor"))
 def test_transformers_names_of_optimizers(which, tmp_path):
-    """Through Trainer's optim argument."""
+    """Optimizers that the optim argument of Trainer names."""
     pytest.importorskip("bitsandbytes")
     from transformers import Trainer, TrainingArguments
 
