@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.aliases import GROUPED, ROWS, alias_of, missing
+from support.aliases import GROUPED, ROWS, alias_of, missing, with_dropout
 from support.models import ALL_RATIOS, CASES, block_weights, loss_of, output_of
 from support.tolerances import LOGITS, relative_difference
 from transformers import __version__
@@ -12,6 +12,7 @@ from transformers import __version__
 import s2ft
 from s2ft import S2FTConfig
 from s2ft.attached.active import mounted_deltas
+from s2ft.attached.forwards import gated_forward
 from s2ft.attached.record import attachment_of
 from s2ft.model.coupling import projections_of
 from s2ft.model.families import FAMILIES
@@ -61,11 +62,20 @@ def check_declaration(base):
         assert relative_difference(output_of(s2ft.merge(model)), after) <= LOGITS
 
 
+def check_ffn_kernel(model):
+    """The forward of one op has to be all that the module of a gated FFN computes, also in training."""
+    for coupling in couplings_of(model):
+        if coupling.activation is not None:
+            block, x = model.get_submodule(coupling.block), torch.randn(8, model.config.hidden_size)
+            assert relative_difference(gated_forward(block, x, coupling.activation), block(x)) <= LOGITS, coupling.block
+
+
 @pytest.mark.parametrize("model_type", ROWS)
 def test_the_declaration_of_the_family_is_right(model_type):
     base = base_of(model_type)
     assert any(coupling.movable for coupling in couplings_of(base) if "attention" in coupling.kind)
     check_declaration(base)
+    check_ffn_kernel(with_dropout(base))
 
 
 @pytest.mark.parametrize("model_type", GROUPED)

@@ -71,7 +71,6 @@ ROWS: dict[str, dict] = {
     "ministral": {**HEADS, "head_dim": 10, "sliding_window": 4},
     "ministral3": {**HEADS, "head_dim": 10},
     "nomic_bert": ENCODER,
-    "seed_oss": {**BIASED, "attention_out_bias": True, "head_dim": 10},
     "vaultgemma": {**BIASED, "head_dim": 10, "sliding_window": 4},
     # mixtral
     "mellum": {**EXPERTS, "head_dim": 10, "mlp_layer_types": ["sparse", "dense", "sparse"]},
@@ -117,3 +116,10 @@ def alias_of(model_type: str, **options) -> PreTrainedModel:
     towers = hasattr(config, "vision_config")
     auto = AutoModel if towers else next(auto for auto in AUTO if type(config) in auto._model_mapping)
     return randomized(auto, config)
+
+
+def with_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same type in training mode, with a dropout of 0.5 wherever the config has one."""
+    options = model.config.to_dict()
+    dropouts = [key for key, value in options.items() if "drop" in key and isinstance(value, (int, float))]
+    return alias_of(model.config.model_type, **dict.fromkeys(dropouts, 0.5)).train()

@@ -35,7 +35,6 @@ MODEL_TYPES = (
     "nomic_bert",
     "qwen2",
     "qwen3",
-    "seed_oss",
     "smollm3",
     "vaultgemma",
 )
