@@ -382,13 +382,13 @@ def test_bad_requests_do_not_change_the_model(bad):
 
 
 def test_the_error_for_an_unknown_family_lists_the_known_ones():
-    with pytest.raises(ValueError, match="never-heard-of.*llama, mistral, mixtral, olmo2.*couplings="):
+    with pytest.raises(ValueError, match="never-heard-of.*llama, m2m_100, .*mistral, mistral4, mixtral, mt5, .*olmo2, olmo3.*couplings="):
         s2ft.attach(Unknown(), S2FTConfig(d_ratio=0.1))
 
 
 def test_an_unknown_model_of_transformers_is_refused():
     model = AutoModelForCausalLM.from_config(BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=9))
-    with pytest.raises(ValueError, match="'bloom'.*known are bert, .*whisper.*couplings=.*register"):
+    with pytest.raises(ValueError, match="'bloom'.*known are axk1, bert, .*whisper.*couplings=.*register"):
         s2ft.attach(model, S2FTConfig(d_ratio=0.5))
     assert all(p.requires_grad for p in model.parameters())
 
