@@ -382,7 +382,10 @@ def test_bad_requests_do_not_change_the_model(bad):
 
 
 def test_the_error_for_an_unknown_family_lists_the_known_ones():
-    with pytest.raises(ValueError, match="never-heard-of.*llama, m2m_100, .*mistral, mistral4, mixtral, mt5, .*olmo2, olmo3.*couplings="):
+    with pytest.raises(
+        ValueError,
+        match="never-heard-of.*llama, m2m_100, .*mistral, mistral4, mixtral, mt5, .*olmo2, olmo3.*couplings=",
+    ):
         s2ft.attach(Unknown(), S2FTConfig(d_ratio=0.1))
 
 
