@@ -83,5 +83,13 @@ def test_the_declaration_is_right_with_grouped_queries(model_type):
     check_declaration(base_of(model_type, num_key_value_heads=2))
 
 
+def test_a_wrong_declaration_is_found(monkeypatch):
+    """The norms of OLMo 3 move with the heads, and llama's declaration does not move any norm."""
+    base = base_of("olmo3")
+    monkeypatch.setitem(FAMILIES, "olmo3", FAMILIES["llama"])
+    with pytest.raises(AssertionError, match="<= 1e-05"):
+        check_declaration(base)
+
+
 def test_every_model_type_is_tested():
     assert set(FAMILIES) == CASE_TYPES | set(ROWS) and not CASE_TYPES & set(ROWS)

@@ -71,6 +71,7 @@ ROWS: dict[str, dict] = {
     "ministral": {**HEADS, "head_dim": 10, "sliding_window": 4},
     "ministral3": {**HEADS, "head_dim": 10},
     "nomic_bert": ENCODER,
+    "ultrabert": {**BIASED, "sliding_window": 4},
     "vaultgemma": {**BIASED, "head_dim": 10, "sliding_window": 4},
     # mixtral
     "mellum": {**EXPERTS, "head_dim": 10, "mlp_layer_types": ["sparse", "dense", "sparse"]},

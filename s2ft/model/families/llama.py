@@ -36,6 +36,7 @@ MODEL_TYPES = (
     "qwen2",
     "qwen3",
     "smollm3",
+    "ultrabert",
     "vaultgemma",
 )
 
