@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.models import ALL_RATIOS, CASES, model_of, output_of, ratios_for, token_batch, train
+from support.models import ALL_RATIOS, CASES, block_weights, model_of, output_of, ratios_for, token_batch, train
 from support.pairs import pairs
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
@@ -23,7 +23,6 @@ from transformers import (
     WhisperForCausalLM,
 )
 from transformers.activations import ACT2FN
-from transformers.pytorch_utils import Conv1D
 
 import s2ft
 from s2ft import S2FTConfig
@@ -65,20 +64,10 @@ def test_attach_keeps_the_logits(case, request_, layout):
         assert relative_difference(output_of(model), before) <= LOGITS
 
 
-UNCOUPLED = ("q_a_proj", "kv_a_proj_with_mqa", "shared_expert_gate")  # linear layers that belong to no coupling
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_every_layer_is_reported_and_trained(case):
     model = model_of(case)
-    stacks = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    layers = {f"{stack}.{name}": module for stack in stacks for name, module in stacks[stack].named_modules()}
-    weights = {
-        name
-        for name, module in layers.items()
-        if isinstance(module, (nn.Linear, Conv1D)) and name.rpartition(".")[2] not in UNCOUPLED
-    }
-    weights |= {name for name, parameter in model.named_parameters() if parameter.dim() == 3 and "experts" in name}
+    weights = block_weights(model)
     projections = {(p.path, p.key) for p in projections_of(couplings_of(model))}
     report = s2ft.attach(model, config_for(case, "all"))
     assert set(attachment_of(model).mounts) == weights == {path for path, _ in projections}
@@ -393,13 +382,16 @@ def test_bad_requests_do_not_change_the_model(bad):
 
 
 def test_the_error_for_an_unknown_family_lists_the_known_ones():
-    with pytest.raises(ValueError, match="never-heard-of.*llama, mistral, mixtral, olmo2.*couplings="):
+    with pytest.raises(
+        ValueError,
+        match="never-heard-of.*llama, m2m_100, .*mistral, mistral4, mixtral, mt5, .*olmo2, olmo3.*couplings=",
+    ):
         s2ft.attach(Unknown(), S2FTConfig(d_ratio=0.1))
 
 
 def test_an_unknown_model_of_transformers_is_refused():
     model = AutoModelForCausalLM.from_config(BloomConfig(hidden_size=8, n_layer=1, n_head=2, vocab_size=9))
-    with pytest.raises(ValueError, match="'bloom'.*known are bert, .*whisper.*couplings=.*register"):
+    with pytest.raises(ValueError, match="'bloom'.*known are axk1, bert, .*whisper.*couplings=.*register"):
         s2ft.attach(model, S2FTConfig(d_ratio=0.5))
     assert all(p.requires_grad for p in model.parameters())
 

@@ -12,6 +12,9 @@ A model is supported if s2ft knows the couplings of its `model_type` (the entry 
 table is made from the {cases} small models that the tests run; a new family is in it as soon as it has tests.
 
 - *Family*: the file in `s2ft/model/families` that lists the couplings.
+- *Tests*: models of the types with *all* run in all tests. A type with *declaration* has the same modules as another
+  type of its family. `tests/test_model_types.py` checks that the couplings are right for it: attach keeps the output,
+  every layer of a block trains, merge keeps the trained output, and detach restores the weights.
 - *Projections*: q, k, v and o are trained by attention heads; u (up), g (gate) and d (down) by FFN channels.
 - *move*: the layout `permuted` brings the selected units together, so that they are one slice of the weight.
   *stay*: the units are trained at their places, through an index, with either layout. Heads stay if several query
@@ -26,41 +29,59 @@ table is made from the {cases} small models that the tests run; a new family is 
 
 A model that is not here can be trained too: describe it with [couplings](reference/couplings.md).
 
-| model type | family | tested configurations | projections | channels | heads | LoRA | GGUF |
-|---|---|---|---|---|---|---|---|
+| model type | family | tests | tested configurations | projections | channels | heads | LoRA | GGUF |
+|---|---|---|---|---|---|---|---|---|
 """
 
 
 def page() -> str:
     """The page, in Markdown."""
-    cases = _cases()
+    sys.path.insert(0, str(ROOT / "tests"))
+    import torch
+    from support.aliases import ROWS
+
+    torch.set_num_threads(1)
+    cases = {**_cases(), **_aliases()}
     by_type = defaultdict(dict)
     for case, (model_type, couplings) in cases.items():
         by_type[model_type][case] = couplings
     return INTRODUCTION.format(cases=len(cases)) + "\n".join(
-        row(model_type, by_type[model_type]) for model_type in sorted(by_type)
+        row(model_type, by_type[model_type], "declaration" if model_type in ROWS else "all")
+        for model_type in sorted(by_type)
     ) + "\n"  # fmt: skip
 
 
 def _cases() -> dict[str, tuple[str, list]]:
-    """Model type and couplings of each model of the tests, by the name of the case."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    import torch
+    """Model type and couplings of each model that all tests run, by the name of the case."""
     from support.models import CASES, model_of
 
     from s2ft.model.registry import couplings_of
 
-    torch.set_num_threads(1)
     models = {case: model_of(case) for case in CASES}
     return {case: (model.config.model_type, couplings_of(model)) for case, model in models.items()}
 
 
-def row(model_type: str, cases: dict[str, list]) -> str:
+def _aliases() -> dict[str, tuple[str, list]]:
+    """The same for the model types whose declaration is tested."""
+    from support.aliases import GROUPED, ROWS, alias_of, missing
+
+    from s2ft.model.registry import couplings_of
+
+    here = [model_type for model_type in ROWS if not missing(model_type)]
+    models = {model_type: (model_type, alias_of(model_type)) for model_type in here}
+    for model_type in GROUPED:
+        if model_type in models:
+            models[f"{model_type}-grouped"] = model_type, alias_of(model_type, num_key_value_heads=2)
+    return {case: (model_type, couplings_of(model)) for case, (model_type, model) in models.items()}
+
+
+def row(model_type: str, cases: dict[str, list], tests: str) -> str:
     """One line of the table.
 
     Args:
         model_type: The model type.
         cases: The couplings of its tested configurations, by case.
+        tests: The tests that run it.
     """
     from s2ft.export.gguf import ARCHITECTURES
     from s2ft.model.families import FAMILIES
@@ -74,6 +95,7 @@ def row(model_type: str, cases: dict[str, list]) -> str:
     cells = [
         f"`{model_type}`",
         FAMILIES[model_type].__module__.rpartition(".")[2],
+        tests,
         ", ".join(variant(case, base) for case in cases),
         " ".join(key for key in "qkvougd" if key in keys),
         places(cases, "ugd"),

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 
 import torch
+from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -47,6 +48,7 @@ from transformers import (
     ViTConfig,
     WhisperConfig,
 )
+from transformers.pytorch_utils import Conv1D
 
 from s2ft.model.coupling import projections_of
 from s2ft.model.registry import couplings_of
@@ -245,11 +247,16 @@ ALL_RATIOS = dict(q_ratio=0.5, k_ratio=0.5, v_ratio=0.7, o_ratio=0.5, u_ratio=0.
 
 
 def model_of(case: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model in evaluation mode. Its biases and norms are random too, so that an error in them changes the output."""
-    torch.manual_seed(0)
+    """The model of a case, as :func:`randomized` makes it."""
     config = CASES[case]()
     decoder = getattr(config, "is_decoder", False)
     auto = AutoModelForCausalLM if decoder else AUTO.get(type(config), AutoModelForCausalLM)
+    return randomized(auto, config).to(dtype)
+
+
+def randomized(auto: type, config: PretrainedConfig) -> PreTrainedModel:
+    """A model in evaluation mode. Its biases and norms are random too, so that an error in them changes the output."""
+    torch.manual_seed(0)
     model = auto.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -260,7 +267,7 @@ def model_of(case: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         for module in model.modules():
             if "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None:
                 module.weight.normal_(mean=0.5, std=0.3)  # norms of single heads have weights with two dims
-    return model.to(dtype)
+    return model
 
 
 @functools.cache
@@ -276,6 +283,18 @@ def ratios_for(case: str, ratios: dict[str, float]) -> dict[str, float]:
     return {key: 1.0 if key in one_head else ratio for key, ratio in ratios.items() if key in ratios_of(case)}
 
 
+UNCOUPLED = ("q_a_proj", "kv_a_proj_with_mqa", "shared_expert_gate", "router")  # linear layers of no coupling
+
+
+def block_weights(model: PreTrainedModel) -> set[str]:
+    """The paths of all linear layers and stacked experts of the model's blocks, except those of no coupling."""
+    stacks = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    layers = {f"{stack}.{name}": module for stack in stacks for name, module in stacks[stack].named_modules()}
+    linear = {name for name, module in layers.items() if isinstance(module, (nn.Linear, Conv1D))}
+    coupled = {name for name in linear if name.rpartition(".")[2] not in UNCOUPLED}
+    return coupled | {name for name, param in model.named_parameters() if param.dim() == 3 and "experts" in name}
+
+
 def token_batch(model: PreTrainedModel, batch: int = 2, length: int = 9) -> torch.Tensor:
     return torch.randint(model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
 
@@ -287,11 +306,14 @@ def inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     def pixels(of):
         return torch.randn(2, 3, of.image_size, of.image_size, generator=generator).to(model.dtype)
 
-    if isinstance(config, CLIPConfig):
+    if hasattr(config, "vision_config"):
         tokens = torch.randint(config.text_config.vocab_size, (2, 9), generator=generator)
         return {"input_ids": tokens, "pixel_values": pixels(config.vision_config)}
     if model.main_input_name == "pixel_values":
         return {"pixel_values": pixels(config)}
+    if hasattr(config, "input_feat_per_channel"):  # Speech2Text: time before the features
+        sound = torch.randn(2, 12, config.input_feat_per_channel, generator=generator)
+        return {"input_features": sound.to(model.dtype), "decoder_input_ids": token_batch(model)}
     if model.main_input_name == "input_features":
         sound = torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
         return {"input_features": sound.to(model.dtype), "decoder_input_ids": token_batch(model)}

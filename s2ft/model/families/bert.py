@@ -1,4 +1,6 @@
-"""BERT and RoBERTa: biases in all layers, two-layer FFN, learned positions that are added to the embeddings.
+"""BERT and types with the same modules: biases in all layers, two-layer FFN.
+
+Positions are added to the embeddings, or rotate all heads alike (RoFormer).
 
 In a decoder with cross-attention, the heads of the cross-attention are another coupling.
 """
@@ -8,7 +10,24 @@ from torch import nn
 from s2ft.model.builders import attention_paths, head_sizes, layers_of
 from s2ft.model.coupling import Coupling
 
-MODEL_TYPES = ("bert", "roberta")
+MODEL_TYPES = (
+    "bert",
+    "bert-generation",
+    "camembert",
+    "data2vec-text",
+    "electra",
+    "ernie",
+    "layoutlm",
+    "megatron-bert",
+    "rembert",
+    "roberta",
+    "roberta-prelayernorm",
+    "roc_bert",
+    "roformer",
+    "tapas",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+)
 
 
 def couplings(model: nn.Module) -> list[Coupling]:

@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and V3: attention with low-rank projections, and mixtures with shared experts.
+"""DeepSeek-V2, V3 and types with the same modules: low-rank attention, and mixtures with shared experts.
 
 q_proj, or q_b_proj after a low-rank q_a_proj, computes the queries. kv_b_proj computes keys and values, [key, value]
 for each head in turn. The rotated part of the keys is shared by all heads. The low-rank dimensions are not units of a
@@ -11,7 +11,7 @@ from s2ft.model.builders import layers_of
 from s2ft.model.coupling import Coupling, Projection
 from s2ft.model.families.mixtral import mixture
 
-MODEL_TYPES = ("deepseek_v2", "deepseek_v3")
+MODEL_TYPES = ("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "mistral4", "sarvam_mla", "youtu")
 
 
 def couplings(model: nn.Module) -> list[Coupling]:

@@ -1,4 +1,4 @@
-"""GPT-2: weights stored as inputs × outputs (Conv1D), q, k and v in one weight, biases, two-layer FFN.
+"""GPT, GPT-2 and ImageGPT: weights stored as inputs × outputs (Conv1D), packed q, k and v, biases, two-layer FFN.
 
 A cross-attention has k and v in one weight and q in another.
 """
@@ -10,7 +10,7 @@ from torch import nn
 from s2ft.model.builders import attention_paths, layers_of
 from s2ft.model.coupling import Coupling
 
-MODEL_TYPES = ("gpt2",)
+MODEL_TYPES = ("gpt2", "imagegpt", "openai-gpt")
 
 
 def couplings(model: nn.Module) -> list[Coupling]:

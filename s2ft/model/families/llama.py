@@ -1,8 +1,8 @@
 """LLaMA and families of the same structure: gated FFN, separate q, k and v, grouped-query attention.
 
-Qwen2 adds biases to q, k and v, which are reordered with their rows. Qwen3 and Gemma 3 normalise q and k by a weight
-that all heads share, so it stays. Rotary embeddings, sliding windows and layers without rotary embeddings (SmolLM3,
-Cohere 2) are the same for every head.
+Qwen2 adds biases to q, k and v, which are reordered with their rows. Qwen3, Gemma 3, EXAONE 4 and Hunyuan normalise q
+and k by a weight that all heads share, so it stays. Rotary embeddings, sliding windows and layers without rotary
+embeddings (SmolLM3, Cohere 2) are the same for every head.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,33 @@ from torch import nn
 from s2ft.model.builders import attention_paths, gated_mlp, head_sizes, layers_of
 from s2ft.model.coupling import Coupling
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "smollm3", "cohere2")
+MODEL_TYPES = (
+    "cohere2",
+    "cwm",
+    "ernie4_5",
+    "eurobert",
+    "exaone",
+    "exaone4",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "granite",
+    "helium",
+    "hunyuan_v1_dense",
+    "hyperclovax",
+    "internlm3",
+    "iquestcoder",
+    "llama",
+    "ministral",
+    "ministral3",
+    "mistral",
+    "nomic_bert",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "ultrabert",
+    "vaultgemma",
+)
 
 
 def couplings(model: nn.Module) -> list[Coupling]:

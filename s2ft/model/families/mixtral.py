@@ -1,4 +1,4 @@
-"""Mixtral, Qwen2-MoE and Qwen3-MoE: the attention of llama, and experts in place of the FFN.
+"""Mixtral, Qwen2-MoE, Qwen3-MoE, Phi-3.5-MoE and Mellum: the attention of llama, and experts in place of the FFN.
 
 Channels are selected in each expert separately. Qwen2-MoE also has a shared expert, which processes every token. The
 router is not part of a coupling.
@@ -9,7 +9,7 @@ from torch import nn
 from s2ft.model.builders import attention_paths, experts, gated_mlp, head_sizes, layers_of
 from s2ft.model.coupling import Coupling
 
-MODEL_TYPES = ("mixtral", "qwen2_moe", "qwen3_moe")
+MODEL_TYPES = ("mellum", "mixtral", "phimoe", "qwen2_moe", "qwen3_moe")
 
 
 def couplings(model: nn.Module) -> list[Coupling]:

@@ -1,4 +1,4 @@
-"""OLMo 2: as llama, with norms of q and k over all heads, whose weights are reordered with the heads."""
+"""OLMo 2, OLMo 3 and ESM C: llama with norms of q and k over all heads. Their weights are reordered with the heads."""
 
 from torch import nn
 
@@ -6,7 +6,7 @@ from s2ft.model.builders import head_sizes
 from s2ft.model.coupling import Coupling
 from s2ft.model.families.llama import llama_like
 
-MODEL_TYPES = ("olmo2",)
+MODEL_TYPES = ("esmc", "olmo2", "olmo3")
 
 
 def couplings(model: nn.Module) -> list[Coupling]:

@@ -1,4 +1,6 @@
-"""T5: two-layer or gated FFN, no biases. Layers are counted through the encoder, then the decoder.
+"""T5, mT5, UMT5 and Pop2Piano: two-layer or gated FFN, no biases.
+
+Layers are counted through the encoder, then the decoder.
 
 The first layer of the encoder and of the decoder has a table of position biases [buckets, heads]. All layers add its
 values to their heads by number, so the heads of a self-attention can't be reordered. Cross-attention has no table.
@@ -9,7 +11,7 @@ from torch import nn
 from s2ft.model.builders import attention_paths, layers_of
 from s2ft.model.coupling import Coupling
 
-MODEL_TYPES = ("t5",)
+MODEL_TYPES = ("mt5", "pop2piano", "t5", "umt5")
 
 
 def couplings(model: nn.Module) -> list[Coupling]:

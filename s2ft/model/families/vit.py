@@ -1,4 +1,4 @@
-"""ViT: two-layer FFN, q, k and v with or without biases, learned positions that are added to the embeddings.
+"""ViT, DeiT, I-JEPA and ViT-MSN: two-layer FFN, q, k and v with or without biases, positions in the embeddings.
 
 Modules must have the names of transformers 5. A model with those of transformers 4 is refused.
 """
@@ -8,7 +8,7 @@ from torch import nn
 from s2ft.model.builders import attention_paths, head_sizes, layers_of
 from s2ft.model.coupling import Coupling
 
-MODEL_TYPES = ("vit",)
+MODEL_TYPES = ("deit", "ijepa", "vit", "vit_msn")
 
 
 def couplings(model: nn.Module) -> list[Coupling]:

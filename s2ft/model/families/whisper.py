@@ -1,4 +1,6 @@
-"""Whisper: two-layer FFN, biases except on k. Layers are counted through the encoder, then the decoder.
+"""Whisper and translators of the same structure: two-layer FFN, separate q, k and v.
+
+Layers are counted through the encoder, then the decoder.
 
 Positions are tables that are added to the embeddings. The convolutions before the encoder are not part of a coupling.
 """
@@ -10,7 +12,7 @@ from torch import nn
 from s2ft.model.builders import attention_paths, layers_of
 from s2ft.model.coupling import Coupling
 
-MODEL_TYPES = ("whisper",)
+MODEL_TYPES = ("fsmt", "m2m_100", "pegasus_x", "speech_to_text", "whisper")
 
 
 def couplings(model: nn.Module) -> list[Coupling]:

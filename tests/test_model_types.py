@@ -1,0 +1,95 @@
+"""Model types that have the declaration of another type's family: the declaration is right for each of them."""
+
+import copy
+
+import pytest
+import torch
+from support.aliases import GROUPED, ROWS, alias_of, missing, with_dropout
+from support.models import ALL_RATIOS, CASES, block_weights, loss_of, output_of
+from support.tolerances import LOGITS, relative_difference
+from transformers import __version__
+
+import s2ft
+from s2ft import S2FTConfig
+from s2ft.attached.active import mounted_deltas
+from s2ft.attached.forwards import gated_forward
+from s2ft.attached.record import attachment_of
+from s2ft.model.coupling import projections_of
+from s2ft.model.families import FAMILIES
+from s2ft.model.registry import couplings_of
+
+CASE_TYPES = {make().model_type for make in CASES.values()}
+
+
+def base_of(model_type, **options):
+    if missing(model_type):
+        pytest.skip(f"transformers {__version__} does not have the model type {model_type}")
+    return alias_of(model_type, **options)
+
+
+def states_equal(ours, theirs):
+    ours, theirs = ours.state_dict(), theirs.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def check_declaration(base):
+    """Attach, train one step, merge and detach a copy of `base`, with all its projections.
+
+    Experts without tokens do not train. Their projections are compared with the weights of the blocks only.
+    """
+    model, couplings = copy.deepcopy(base), couplings_of(base)
+    projections = list(projections_of(couplings))
+    assert {p.path for p in projections} == block_weights(base)  # no layer of a block is left out
+    ratios = {key: ratio for key, ratio in ALL_RATIOS.items() if key[0] in {p.key for p in projections}}
+    with torch.no_grad():
+        before = output_of(base)
+        s2ft.attach(model, S2FTConfig(**ratios, layout="permuted"))
+        assert relative_difference(output_of(model), before) <= LOGITS
+
+    loss_of(model).backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    torch.optim.SGD(trained, lr=1.0).step()
+    deltas = mounted_deltas(attachment_of(model))
+    assert deltas.keys() == {p.name for p in projections}
+    changes = {p.name: float(deltas[p.name].values.abs().max()) for p in projections if p.expert is None}
+    rounding = 1e-6 * max(changes.values())  # a gradient of 0 may come out as a rounding error
+    assert [name for name, change in changes.items() if change <= rounding] == []
+
+    with torch.no_grad():
+        after = output_of(model)
+        assert relative_difference(after, before) > LOGITS
+        assert states_equal(s2ft.detach(copy.deepcopy(model)), base)
+        assert relative_difference(output_of(s2ft.merge(model)), after) <= LOGITS
+
+
+def check_ffn_kernel(model):
+    """The forward of one op has to be all that the module of a gated FFN computes, also in training."""
+    for coupling in couplings_of(model):
+        if coupling.activation is not None:
+            block, x = model.get_submodule(coupling.block), torch.randn(8, model.config.hidden_size)
+            assert relative_difference(gated_forward(block, x, coupling.activation), block(x)) <= LOGITS, coupling.block
+
+
+@pytest.mark.parametrize("model_type", ROWS)
+def test_the_declaration_of_the_family_is_right(model_type):
+    base = base_of(model_type)
+    assert any(coupling.movable for coupling in couplings_of(base) if "attention" in coupling.kind)
+    check_declaration(base)
+    check_ffn_kernel(with_dropout(base))
+
+
+@pytest.mark.parametrize("model_type", GROUPED)
+def test_the_declaration_is_right_with_grouped_queries(model_type):
+    check_declaration(base_of(model_type, num_key_value_heads=2))
+
+
+def test_a_wrong_declaration_is_found(monkeypatch):
+    """The norms of OLMo 3 move with the heads, and llama's declaration does not move any norm."""
+    base = base_of("olmo3")
+    monkeypatch.setitem(FAMILIES, "olmo3", FAMILIES["llama"])
+    with pytest.raises(AssertionError, match="<= 1e-05"):
+        check_declaration(base)
+
+
+def test_every_model_type_is_tested():
+    assert set(FAMILIES) == CASE_TYPES | set(ROWS) and not CASE_TYPES & set(ROWS)
