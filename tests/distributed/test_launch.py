@@ -93,14 +93,7 @@ def test_torchrun_saves_the_adapter_of_one_process(job, tmp_path):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(
-            name,
-            marks=[pytest.mark.deepspeed, pytest.mark.slow]
-            if name.startswith("zero")
-            else []
-            if name == "fsdp2"
-            else [pytest.mark.slow],
-        )
+        pytest.param(name, marks=[pytest.mark.slow] + [pytest.mark.deepspeed] * name.startswith("zero"))
         for name in EXAMPLES
     ],
 )

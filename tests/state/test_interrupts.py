@@ -49,11 +49,11 @@ def test_after_each_of_many_sigints_detach_gives_the_base(kernels, layout):
 
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_after_an_exception_at_any_moment_the_model_agrees_with_status(kernels):
-    run(kernels, "sweep", "--stride", 400)
+    run(kernels, "sweep", "--stride", 700)
 
 
 def test_after_a_second_exception_in_the_clean_up_too():
-    run("compiled", "sweep", "--stride", 400, "--twice")
+    run("compiled", "sweep", "--stride", 700, "--twice")
 
 
 @pytest.mark.slow

@@ -274,7 +274,7 @@ def test_switching_fusing_and_merging_after_compiling():
         assert same()
 
 
-@pytest.mark.parametrize("cache", ("static", None))
+@pytest.mark.parametrize("cache", ("static", pytest.param(None, marks=pytest.mark.slow)))
 def test_generating(cache):
     model = attach(plain("llama-grouped", layers=1), everything("llama-grouped")).eval()
     model.config.use_cache = True
