@@ -141,7 +141,8 @@ class Attachment:
         couplings: Couplings of the model.
         fingerprint: Hashes of the base's coupled weights, by layer.
         required_grad: requires_grad of every parameter before s2ft changed the model, by name.
-        is_custom: Whether the user gave the couplings.
+        is_custom: Whether adapters store the couplings, because no family of s2ft has them.
+        weights: What discovery says of every weight of the blocks; empty for all other couplings.
         host_hooks: Functions that run when layers are mounted and unmounted.
         name: Name of the trainable adapter; None if there is none.
         config: Config of the trainable adapter.
@@ -163,6 +164,7 @@ class Attachment:
     fingerprint: dict[str, Any]
     required_grad: dict[str, bool]
     is_custom: bool = False
+    weights: tuple[Any, ...] = ()
     host_hooks: HostHooks | None = None
     name: str | None = None
     config: S2FTConfig | None = None

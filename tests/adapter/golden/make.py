@@ -63,10 +63,7 @@ def couplings() -> list:
 def one_sided() -> list:
     from s2ft import Coupling
 
-    return [
-        Coupling.one_sided(0, path="0", count=6, unit=2, side="outputs"),
-        Coupling.one_sided(0, path="2", count=12),
-    ]
+    return [Coupling.one_sided(0, path="0", count=6, unit=2, side="outputs"), Coupling.one_sided(0, path="2", count=12)]
 
 
 MODELS = {
