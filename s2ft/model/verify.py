@@ -78,7 +78,7 @@ class Trial:
         Raises:
             ValueError: An output changes by more than rounding. The weights are as before, bit for bit.
         """
-        moves = [Move(coupling, _cycle(coupling.consumer.count)) for coupling in couplings]
+        moves = [Move(coupling, cycle(coupling.consumer.count)) for coupling in couplings]
         self.under_way.extend(moves)
         for move in moves:
             move.do(self.model)
@@ -138,12 +138,12 @@ class Trial:
             stop_packing(self.model, packing)
             with torch.no_grad(), evaluation_mode(self.model), torch.random.fork_rng(cuda):
                 torch.manual_seed(0)
-                output = _call(self.model, self.example)
+                output = call(self.model, self.example)
         finally:
             allow_packing(self.model, packing)
             for handle in handles:
                 handle.remove()
-        return {**found, "": [tensor.double() for tensor in _tensors(output)]}
+        return {**found, "": [tensor.double() for tensor in tensors_in(output)]}
 
 
 def _module_of(coupling: Coupling) -> str:
@@ -151,7 +151,7 @@ def _module_of(coupling: Coupling) -> str:
     return path if coupling.consumer.expert is None else path.rpartition(".")[0]
 
 
-def _cycle(count: int) -> Tensor:
+def cycle(count: int) -> Tensor:
     """An order [count] in which no unit keeps its place, if there are two or more."""
     units = torch.randperm(count, generator=torch.Generator().manual_seed(count))
     order = torch.empty_like(units)
@@ -159,7 +159,7 @@ def _cycle(count: int) -> Tensor:
     return order
 
 
-def _call(model: nn.Module, example: Any) -> Any:
+def call(model: nn.Module, example: Any) -> Any:
     """Run the model on copies of the example, because a model may write into its inputs."""
     if isinstance(example, dict):
         return model(**{name: _copied(value) for name, value in example.items()})
@@ -171,7 +171,7 @@ def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def _tensors(output: Any, name: str = "") -> Iterator[Tensor]:
+def tensors_in(output: Any, name: str = "") -> Iterator[Tensor]:
     """Iterate over the floating-point tensors of a model's output.
 
     Attention weights and caches are left out, because heads that are reordered change them.
@@ -183,10 +183,10 @@ def _tensors(output: Any, name: str = "") -> Iterator[Tensor]:
             yield output
     elif isinstance(output, dict):
         for key, value in output.items():
-            yield from _tensors(value, str(key))
+            yield from tensors_in(value, str(key))
     elif isinstance(output, (tuple, list)):
         for value in output:
-            yield from _tensors(value, name)
+            yield from tensors_in(value, name)
 
 
 # ---- an input made from a transformers model's config ---------------------------------------------------

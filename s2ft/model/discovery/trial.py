@@ -1,0 +1,215 @@
+"""Tries couplings on a twin: with units in another order, it must compute the same; with one side moved alone, not.
+
+The twin is in float64, so rounding changes its outputs by a few units of 1e-16 of the largest. A change that is wrong
+changes them by many orders of magnitude more.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s2ft.model.coupling import Coupling, Projection
+from s2ft.model.discovery.structure import Structure, parent_of
+from s2ft.model.modes import evaluation_mode
+from s2ft.model.permutation import Move
+from s2ft.model.verify import TOLERANCE, call, cycle, tensors_in
+from s2ft.model.weights import find
+
+Outputs = dict[str, list[Tensor]]
+
+
+class Trial:
+    """A twin with an input, and what it computes for it.
+
+    Attributes:
+        twin: The twin, in float64.
+        example: The input.
+        called: Call numbers of the modules by path and by pattern.
+    """
+
+    def __init__(self, twin: nn.Module, example: Any) -> None:
+        """Run the twin.
+
+        Raises:
+            ValueError: The outputs are not floating point, not finite, or random.
+            Exception: Whatever the twin raises on this input.
+        """
+        self.twin, self.example = twin, example
+        self.structure = Structure(twin)
+        self.called: dict[str, int] = {}
+        self.before = self._run(count=True)
+        self.structure = Structure(twin, self.called)
+        if not self.before[""]:
+            raise ValueError("the model returns no floating-point tensor")
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in self.before[""]):
+            raise ValueError("the model's output has NaN or infinity")
+        if self._differs(self._run(seed=1), [""]):
+            raise ValueError("the model's output is random in evaluation mode: two runs differ")
+
+    # ---- trials --------------------------------------------------------------------------------------
+
+    def holds(self, couplings: Sequence[Coupling]) -> bool:
+        """Whether the twin computes the same with the units of these couplings in another order, all at once."""
+        return not self._differs(self._run_moved(couplings), self._places(couplings))
+
+    def idle_side(self, couplings: Sequence[Coupling]) -> str | None:
+        """The key of a projection that can be moved alone without any change, so that :meth:`holds` proves nothing."""
+        for key in dict.fromkeys(projection.key for coupling in couplings for projection in coupling.projections):
+            alone = [replace(one, vectors=()) for coupling in couplings for one in _only(coupling, key)]
+            if not self._differs(self._run_moved(alone), self._places(couplings)):
+                return key
+        return None
+
+    def _run_moved(self, couplings: Sequence[Coupling]) -> Outputs:
+        moves = [Move(coupling, cycle(coupling.projections.__next__().count)) for coupling in couplings]
+        try:
+            for move in moves:
+                move.do(self.twin)
+            return self._run()
+        finally:
+            for move in reversed(moves):
+                move.undo(self.twin)
+
+    def _places(self, couplings: Iterable[Coupling]) -> list[str]:
+        """The modules whose outputs are compared: the consumers, where an error is largest, and the model."""
+        return [*dict.fromkeys(map(place_of, couplings)), ""]
+
+    def _differs(self, after: Outputs, places: Iterable[str]) -> bool:
+        return any(
+            _different(now, then)
+            for place in places
+            for now, then in zip(after.get(place, ()), self.before.get(place, ()))
+        )
+
+    # ---- runs ----------------------------------------------------------------------------------------
+
+    def gradients(self) -> set[str]:
+        """The names of the twin's parameters that a loss on its outputs gives a gradient other than zero."""
+        parameters = dict(self.twin.named_parameters())
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        try:
+            with evaluation_mode(self.twin), torch.random.fork_rng([]), torch.enable_grad():
+                torch.manual_seed(0)
+                output = call(self.twin, self.example)
+            tensors = [tensor for tensor in _trained_outputs(output) if tensor.requires_grad]
+            loss = sum((tensor * torch.randn_like(tensor)).sum() for tensor in tensors)
+            if not tensors:
+                return set()
+            found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        finally:
+            self.twin.requires_grad_(False)
+        return {name for name, gradient in zip(parameters, found) if gradient is not None and bool(gradient.any())}
+
+    def _run(self, seed: int = 0, count: bool = False) -> Outputs:
+        found: Outputs = {}
+        handles = [
+            module.register_forward_hook(self._recorder(path, found, count)) for path, module in self._watched(count)
+        ]
+        try:
+            with torch.no_grad(), evaluation_mode(self.twin), torch.random.fork_rng([]):
+                torch.manual_seed(seed)
+                output = call(self.twin, self.example)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {**found, "": list(tensors_in(output))}
+
+    def _watched(self, everything: bool) -> Iterator[tuple[str, nn.Module]]:
+        modules = self.structure.modules
+        if everything:
+            yield from ((path, module) for path, module in modules.items() if path)
+            return
+        stacks = {path for path, module in modules.items() if any(p.dim() == 3 for p in module.parameters(False))}
+        yield from ((path, modules[path]) for path in {*self.structure.layers, *stacks} if path)
+
+    def _recorder(self, path: str, found: Outputs, count: bool):
+        def record(module: nn.Module, inputs: Any, output: Any) -> None:
+            if count:
+                number = len(self.called)
+                self.called.setdefault(path, number)
+                self.called.setdefault(self.structure.pattern(path), number)
+            found.setdefault(path, []).extend(tensor for tensor in tensors_in(output))
+
+        return record
+
+
+def place_of(coupling: Coupling) -> str:
+    """The path of the module whose output a coupling's consumer computes."""
+    path = coupling.consumer.path
+    return path if coupling.consumer.expert is None else parent_of(path)
+
+
+def _different(now: Tensor, then: Tensor) -> bool:
+    if now.shape != then.shape:
+        return True
+    largest = float(then.abs().max()) if then.numel() else 0.0
+    difference = float((now - then).abs().max()) if then.numel() else 0.0
+    return not difference <= TOLERANCE[torch.float64] * largest
+
+
+def _only(coupling: Coupling, key: str) -> Iterator[Coupling]:
+    """The projections of a coupling that have a key, each as a coupling of itself."""
+    for projection in coupling.projections:
+        if projection.key == key:
+            yield replace(coupling, producers=(), consumer=projection)
+
+
+def _trained_outputs(output: Any) -> list[Tensor]:
+    """The tensors that a loss is computed from: the logits if there are any, else all."""
+    named = output.items() if isinstance(output, dict) else ()
+    logits = [tensor for name, value in named if "logits" in name for tensor in tensors_in(value)]
+    return logits or list(tensors_in(output))
+
+
+# ---- what is moved -----------------------------------------------------------------------------------------------
+
+
+def whole_groups(twin: nn.Module, coupling: Coupling) -> Coupling:
+    """The coupling with as many units as its smallest side: with grouped queries, whole groups of heads."""
+    least = min(projection.count for projection in coupling.projections)
+
+    def grown(projection: Projection) -> Projection:
+        times = projection.count // least
+        return replace(projection, count=least, unit=projection.unit * times, stride=None) if times > 1 else projection
+
+    vectors = (replace(one, unit=find(twin, one.path).shape[0] // least) for one in coupling.vectors)
+    producers = tuple(map(grown, coupling.producers))
+    return replace(coupling, producers=producers, consumer=grown(coupling.consumer), vectors=tuple(vectors))
+
+
+def within_groups(twin: nn.Module, coupling: Coupling) -> Coupling | None:
+    """Query heads and what goes with them, reordered within each group; None if a group has one head.
+
+    Heads of a group have the same keys and values, so they may change place. This tells where one head ends.
+    """
+    least = min(projection.count for projection in coupling.projections)
+    many = coupling.consumer.count
+    if many == least:
+        return None
+    producers = tuple(projection for projection in coupling.producers if projection.count == many)
+    keys = {projection.count * projection.unit for projection in coupling.producers if projection.count == least}
+    vectors = tuple(v for v in coupling.vectors if find(twin, v.path).shape[0] == many * v.unit and "k_" not in v.path)
+    del keys
+    return replace(coupling, producers=producers, vectors=vectors)
+
+
+def within_heads(coupling: Coupling) -> Coupling | None:
+    """The elements of every head's values: they may change place even where heads can't. None if that can't be said."""
+    v = next((projection for projection in coupling.producers if projection.key == "v"), None)
+    o = coupling.consumer
+    if v is None or v.unit == 1 or v.unit != o.unit:
+        return None
+    values = _each_head(v, "v")
+    outs = _each_head(o, "o")
+    return replace(coupling, producers=(*values, *outs[1:]), consumer=outs[0], vectors=(), fixed=False)
+
+
+def _each_head(projection: Projection, key: str) -> list[Projection]:
+    stride = projection.unit if projection.stride is None else projection.stride
+    size, dim = projection.extent, projection.dim
+    starts = (projection.start + i * stride for i in range(projection.count))
+    return [Projection(key, projection.path, projection.unit, 1, dim, start=start, size=size) for start in starts]
