@@ -6,7 +6,7 @@ changes them by many orders of magnitude more.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,20 +51,20 @@ class Trial:
 
     # ---- trials --------------------------------------------------------------------------------------
 
-    def holds(self, couplings: Sequence[Coupling]) -> bool:
+    def holds(self, shuffles: Sequence["Shuffle"]) -> bool:
         """Whether the twin computes the same with the units of these couplings in another order, all at once."""
-        return not self._differs(self._run_moved(couplings), self._places(couplings))
+        return not self._differs(self._run_moved(shuffles), self._places(shuffles))
 
-    def idle_side(self, couplings: Sequence[Coupling]) -> str | None:
+    def idle_side(self, shuffles: Sequence["Shuffle"]) -> str | None:
         """The key of a projection that can be moved alone without any change, so that :meth:`holds` proves nothing."""
-        for key in dict.fromkeys(projection.key for coupling in couplings for projection in coupling.projections):
-            alone = [replace(one, vectors=()) for coupling in couplings for one in _only(coupling, key)]
-            if not self._differs(self._run_moved(alone), self._places(couplings)):
+        for key in dict.fromkeys(projection.key for one in shuffles for projection in one.coupling.projections):
+            alone = [shuffle for one in shuffles for shuffle in one.only(key)]
+            if not self._differs(self._run_moved(alone), self._places(shuffles)):
                 return key
         return None
 
-    def _run_moved(self, couplings: Sequence[Coupling]) -> Outputs:
-        moves = [Move(coupling, cycle(coupling.projections.__next__().count)) for coupling in couplings]
+    def _run_moved(self, shuffles: Sequence["Shuffle"]) -> Outputs:
+        moves = [Move(shuffle.coupling, shuffle.order) for shuffle in shuffles]
         try:
             for move in moves:
                 move.do(self.twin)
@@ -73,9 +73,9 @@ class Trial:
             for move in reversed(moves):
                 move.undo(self.twin)
 
-    def _places(self, couplings: Iterable[Coupling]) -> list[str]:
+    def _places(self, shuffles: Iterable["Shuffle"]) -> list[str]:
         """The modules whose outputs are compared: the consumers, where an error is largest, and the model."""
-        return [*dict.fromkeys(map(place_of, couplings)), ""]
+        return [*dict.fromkeys(place_of(shuffle.coupling) for shuffle in shuffles), ""]
 
     def _differs(self, after: Outputs, places: Iterable[str]) -> bool:
         return any(
@@ -151,13 +151,6 @@ def _different(now: Tensor, then: Tensor) -> bool:
     return not difference <= TOLERANCE[torch.float64] * largest
 
 
-def _only(coupling: Coupling, key: str) -> Iterator[Coupling]:
-    """The projections of a coupling that have a key, each as a coupling of itself."""
-    for projection in coupling.projections:
-        if projection.key == key:
-            yield replace(coupling, producers=(), consumer=projection)
-
-
 def _trained_outputs(output: Any) -> list[Tensor]:
     """The tensors that a loss is computed from: the logits if there are any, else all."""
     named = output.items() if isinstance(output, dict) else ()
@@ -168,9 +161,25 @@ def _trained_outputs(output: Any) -> list[Tensor]:
 # ---- what is moved -----------------------------------------------------------------------------------------------
 
 
-def whole_groups(twin: nn.Module, coupling: Coupling) -> Coupling:
-    """The coupling with as many units as its smallest side: with grouped queries, whole groups of heads."""
+class Shuffle(NamedTuple):
+    """Units to reorder, and their new order [count] int64."""
+
+    coupling: Coupling
+    order: Tensor
+
+    def only(self, key: str) -> Iterator["Shuffle"]:
+        """The same for the projections that have a key, without anything else that goes with them."""
+        for projection in self.coupling.projections:
+            if projection.key == key:
+                alone = replace(self.coupling, producers=(), consumer=projection, vectors=())
+                yield Shuffle(alone, self.order)
+
+
+def whole_units(twin: nn.Module, coupling: Coupling) -> Shuffle | None:
+    """All units; with grouped queries, whole groups of heads. None if there is one unit only."""
     least = min(projection.count for projection in coupling.projections)
+    if least == 1:
+        return None
 
     def grown(projection: Projection) -> Projection:
         times = projection.count // least
@@ -178,10 +187,11 @@ def whole_groups(twin: nn.Module, coupling: Coupling) -> Coupling:
 
     vectors = (replace(one, unit=find(twin, one.path).shape[0] // least) for one in coupling.vectors)
     producers = tuple(map(grown, coupling.producers))
-    return replace(coupling, producers=producers, consumer=grown(coupling.consumer), vectors=tuple(vectors))
+    grouped = replace(coupling, producers=producers, consumer=grown(coupling.consumer), vectors=tuple(vectors))
+    return Shuffle(grouped, cycle(least))
 
 
-def within_groups(twin: nn.Module, coupling: Coupling) -> Coupling | None:
+def within_groups(twin: nn.Module, coupling: Coupling) -> Shuffle | None:
     """Query heads and what goes with them, reordered within each group; None if a group has one head.
 
     Heads of a group have the same keys and values, so they may change place. This tells where one head ends.
@@ -191,25 +201,25 @@ def within_groups(twin: nn.Module, coupling: Coupling) -> Coupling | None:
     if many == least:
         return None
     producers = tuple(projection for projection in coupling.producers if projection.count == many)
-    keys = {projection.count * projection.unit for projection in coupling.producers if projection.count == least}
-    vectors = tuple(v for v in coupling.vectors if find(twin, v.path).shape[0] == many * v.unit and "k_" not in v.path)
-    del keys
-    return replace(coupling, producers=producers, vectors=vectors)
+    vectors = tuple(vector for vector in coupling.vectors if find(twin, vector.path).shape[0] == many * vector.unit)
+    size = many // least
+    order = torch.cat([group * size + cycle(size) for group in range(least)])
+    return Shuffle(replace(coupling, producers=producers, vectors=vectors), order)
 
 
-def within_heads(coupling: Coupling) -> Coupling | None:
+def within_heads(coupling: Coupling) -> Shuffle | None:
     """The elements of every head's values: they may change place even where heads can't. None if that can't be said."""
     v = next((projection for projection in coupling.producers if projection.key == "v"), None)
     o = coupling.consumer
-    if v is None or v.unit == 1 or v.unit != o.unit:
+    if v is None or v.unit == 1 or v.unit * v.count * (o.count // v.count) != o.extent or o.count % v.count:
         return None
-    values = _each_head(v, "v")
-    outs = _each_head(o, "o")
-    return replace(coupling, producers=(*values, *outs[1:]), consumer=outs[0], vectors=(), fixed=False)
+    first, *others = _each_head(o)
+    inner = replace(coupling, producers=(*_each_head(v), *others), consumer=first, vectors=(), fixed=False)
+    return Shuffle(inner, cycle(v.unit))
 
 
-def _each_head(projection: Projection, key: str) -> list[Projection]:
+def _each_head(projection: Projection) -> list[Projection]:
     stride = projection.unit if projection.stride is None else projection.stride
-    size, dim = projection.extent, projection.dim
     starts = (projection.start + i * stride for i in range(projection.count))
-    return [Projection(key, projection.path, projection.unit, 1, dim, start=start, size=size) for start in starts]
+    return [replace(projection, count=projection.unit, unit=1, start=start, stride=None, size=projection.extent)
+            for start in starts]
