@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
-
 from s2ft.model.coupling import Coupling, Projection
 from s2ft.model.discovery.proposal import Block, Proposal
 from s2ft.model.discovery.structure import Structure, is_inside, name_and_owner, parent_of
@@ -17,7 +15,8 @@ KEY_AND_VALUE = {"query": ("key", "value"), "queries": ("keys", "values"), "q": 
 ONE_Q = re.compile(r"^w?q(_b|uery)?(_(proj|attn|linear|lin))?$|^query$", re.I)
 ONE_KV = re.compile(r"^w?_?kv(_b)?(_(proj|linear))?$|^wkv_b$|^c_attn$|^key_value$", re.I)
 ONE_QKV = re.compile(
-    r"^w?_?(in_proj_?)?qkv(_(proj|linear|attn|layer))?$|^attn_qkv$|^c_attn$|^query_key_value$|^w_?pack$|^att_proj$", re.I
+    r"^w?_?(in_proj_?)?qkv(_(proj|linear|attn|layer))?$|^attn_qkv$|^c_attn$|^query_key_value$|^w_?pack$|^att_proj$",
+    re.I,
 )
 OUT = re.compile(
     r"^(w?o|out|output|dense|proj|projection|to_out|fc_out|proj_out|linear_out|final_linear|c_proj|dense_output|"
@@ -62,7 +61,9 @@ def attention_blocks(structure: Structure) -> Iterator[Block]:
         if structure.taken.intersection(inputs.paths):
             continue
         for around in dict.fromkeys((inputs.root, parent_of(inputs.root))):
-            outs = [path for path in structure.layers if is_inside(path, around) and _may_be_out(structure, inputs, path)]
+            outs = [
+                path for path in structure.layers if is_inside(path, around) and _may_be_out(structure, inputs, path)
+            ]
             outs.sort(key=structure.place.get)
             proposals = [one for out in outs for one in _proposals(structure, inputs, out, around)]
             if proposals:
@@ -237,9 +238,7 @@ def _packed(paths: tuple[str, ...], sizes: list[int], heads: int, unit: int) -> 
         yield "q, k, v of each group", (q, k, v), kv
 
 
-def _with_gates(
-    structure: Structure, inputs: Inputs, bare: Coupling, around: str
-) -> Iterator[tuple[str, Coupling]]:
+def _with_gates(structure: Structure, inputs: Inputs, bare: Coupling, around: str) -> Iterator[tuple[str, Coupling]]:
     """The coupling, and the coupling with a layer that gates the heads' outputs."""
     yield "", bare
     count, width = bare.consumer.count, bare.consumer.extent

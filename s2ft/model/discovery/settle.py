@@ -1,5 +1,6 @@
 """Decides which proposal of a block is right: the first one that holds on the twin, for all blocks of a pattern."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -7,6 +8,9 @@ from s2ft.model.coupling import Coupling
 from s2ft.model.discovery.proposal import Block, Proposal
 from s2ft.model.discovery.trial import Shuffle, Trial, place_of, whole_units, within_groups, within_heads
 
+FFN = re.compile(
+    r"mlp|ffn?(\.|_|$)|feed_?forward|fc_?\d|intermediate|dense|gate|up_proj|wi|(^|[._])w\d|expert|lin(ear)?_?\d", re.I
+)
 NAMES = {"q": "queries", "k": "keys", "v": "values", "o": "outputs of the heads", "g": "gates", "u": "up", "d": "down"}
 
 
@@ -61,8 +65,9 @@ def settle(trial: Trial, blocks: Sequence[Block]) -> Outcome:
 def _not_reached(block: Block) -> Outcome:
     """Blocks that the example does not run are trained in place, if names and sizes leave no doubt."""
     proposal = block.proposals[0]
-    sure = all(projection.size is None for one in proposal.couplings for projection in one.producers)
-    if sure and "divisor" not in proposal.label:
+    projections = [projection for one in proposal.couplings for projection in one.producers]
+    sure = all(projection.size is None for projection in projections) and "divisor" not in proposal.label
+    if sure and (projections[0].key == "q" or FFN.search(projections[0].path)):
         return Outcome("in place", proposal.label, "not reached by the example; by its names and sizes")
     return Outcome(None, None, "not reached by the example")
 
@@ -100,4 +105,5 @@ def _shuffles(trial: Trial, couplings: Sequence[Coupling]) -> list[list[Shuffle]
 def _moved_words(coupling: Coupling, blocks: int) -> str:
     least = min(projection.count for projection in coupling.projections)
     what = "units" if coupling.consumer.count == least else "groups of heads" if least > 1 else "heads"
-    return f"its {what} in another order give the same output, in {blocks} block{'s' * (blocks != 1)} at once"
+    times = f", in {blocks} blocks at once" if blocks > 1 else ""
+    return f"on the twin, its {what} in another order give the same output{times}"

@@ -163,7 +163,9 @@ class Structure:
         if len(digits) == 1:
             return int(parts[digits[0]])
         inner = parts[digits[0] + 1 : digits[1]]
-        before = (self.modules.get(".".join([*parts[: digits[0]], str(i), *inner])) for i in range(int(parts[digits[0]])))
+        before = (
+            self.modules.get(".".join([*parts[: digits[0]], str(i), *inner])) for i in range(int(parts[digits[0]]))
+        )
         return sum(len(list(one.children())) for one in before if one is not None) + int(parts[digits[1]])
 
     def layer_number(self, path: str) -> int:
