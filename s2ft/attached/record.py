@@ -14,7 +14,7 @@ from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.delta import Delta
 from s2ft.model.fingerprint import fingerprint
 from s2ft.model.permutation import Move
-from s2ft.model.registry import couplings_of
+from s2ft.model.registry import couplings_of, is_known
 from s2ft.selection import Selection
 
 _ATTRIBUTE = "_s2ft"  # the attribute of a model that holds its Attachment; no other file knows it
@@ -213,7 +213,7 @@ class Attachment:
 
     @property
     def custom_couplings(self) -> list[Coupling] | None:
-        """The couplings that the user gave; None for a model of a known family."""
+        """The couplings that the user gave or that trials found; None for a model of a known family."""
         return self.couplings if self.is_custom else None
 
     @cached_property
@@ -315,24 +315,28 @@ def check_unattached(model: nn.Module) -> None:
 
 
 def new_attachment(
-    model: nn.Module, couplings: Sequence[Coupling] | None = None, host_hooks: HostHooks | None = None
+    model: nn.Module,
+    couplings: Sequence[Coupling] | None = None,
+    host_hooks: HostHooks | None = None,
+    example: Any = None,
 ) -> Attachment:
     """Make a record of a model without adapters; the model does not get it yet.
 
     Args:
         model: Model without adapters.
-        couplings: Couplings that the user gave. Default: those of the model's family.
+        couplings: Couplings that the user gave. Default: those of the model's family, or else those that trials find.
         host_hooks: Functions that run when trainable layers are mounted and unmounted.
+        example: Input for the trials.
 
     Raises:
-        ValueError: The model has adapters, or is of no known family and no couplings were given.
+        ValueError: The model has adapters, or no couplings were given and none can be found.
     """
     check_unattached(model)
-    found = couplings_of(model, couplings)
+    found = couplings_of(model, couplings, example)
     return Attachment(
         found,
         fingerprint(model, found),
         {key: parameter.requires_grad for key, parameter in model.named_parameters()},
-        is_custom=couplings is not None,
+        is_custom=couplings is not None or not is_known(model),
         host_hooks=host_hooks,
     )

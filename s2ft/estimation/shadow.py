@@ -23,13 +23,18 @@ from s2ft.selection import select
 
 
 def make_shadow(
-    model: nn.Module, config: S2FTConfig, dtype: torch.dtype | None, couplings: Sequence[Coupling] | None
+    model: nn.Module,
+    config: S2FTConfig,
+    dtype: torch.dtype | None,
+    couplings: Sequence[Coupling] | None,
+    example: Any = None,
 ) -> tuple[nn.Module, Attachment]:
     """Copy a model to the meta device, with trainable layers in it, and return the copy and its record.
 
     Quantized weights are shared with the model, because their layers read properties of them.
     """
     check_unattached(model)
+    found = couplings_of(model, couplings, example)
     wanted = _wanted_dtypes(model, dtype)
     memo: dict[int, Any] = {}  # deepcopy uses these objects instead of copies
     for path, module in model.named_modules():
@@ -46,7 +51,6 @@ def make_shadow(
                     else _hollow(f"{path}.{name}", tensor, wanted.get(id(tensor), tensor.dtype))
                 )
     shadow = copy.deepcopy(model, memo)
-    found = couplings_of(shadow, couplings)
     record = Attachment(found, {"layers": {}}, {}, is_custom=couplings is not None)  # of no base: nothing is compared
     plain = (
         config

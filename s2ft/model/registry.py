@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from s2ft.layers import KINDS, S2Layer, kind_of
 from s2ft.model.coupling import Coupling, Projection, Vector
 from s2ft.model.custom import checked_couplings
+from s2ft.model.discovery import discover
 from s2ft.model.families import FAMILIES
 from s2ft.model.weights import find, weight_at
 
@@ -48,39 +49,50 @@ def known_architectures() -> list[str]:
     return sorted({**FAMILIES, **_REGISTERED})
 
 
-def couplings_of(model: nn.Module, custom: Sequence[Coupling] | None = None) -> list[Coupling]:
+def is_known(model: nn.Module) -> bool:
+    """Whether the couplings of a model's type are declared, by s2ft or by register_architecture."""
+    return _declaration(model) is not None
+
+
+def couplings_of(model: nn.Module, custom: Sequence[Coupling] | None = None, example: Any = None) -> list[Coupling]:
     """List the couplings of a model and check them against its weights.
 
     Args:
         model: The model.
-        custom: The couplings that a user describes; default: those of the model's family.
+        custom: The couplings that a user describes; default: those of the model's family. Where no family is known,
+            they are found by trials on a small copy of the model.
+        example: Input for the trials: a tensor, a tuple of arguments or a dict of them. A transformers model needs
+            none.
 
     Returns:
         The couplings.
 
     Raises:
         TypeError: `custom` has something else than couplings.
-        ValueError: The model type is not known, or a weight is missing or has another shape than its coupling states;
-            the message names the known types or the module.
+        ValueError: The couplings can't be found, or a weight is missing or has another shape than its coupling
+            states; the message says what was tried, or names the module.
     """
-    couplings = _declared(model) if custom is None else checked_couplings(custom)
+    if custom is not None:
+        couplings = checked_couplings(custom)
+    elif is_known(model):
+        couplings = _declared(model)
+    else:
+        couplings = discover(model, example).couplings
     check_shapes(model, couplings)
     return couplings
 
 
-def _declared(model: nn.Module) -> list[Coupling]:
+def _declaration(model: nn.Module) -> Declaration | None:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    declaration = _REGISTERED.get(model_type) or FAMILIES.get(model_type)
-    if declaration is None:
-        raise ValueError(
-            f"{type(model).__name__} (model type {model_type!r}) is not a model family that s2ft knows; known are "
-            f"{', '.join(known_architectures())}. Describe the couplings of this model in attach(..., "
-            "couplings=[s2ft.Coupling.ffn(...), ...]), or those of its family by s2ft.register_architecture"
-        )
-    couplings = declaration(model)
+    return _REGISTERED.get(model_type) or FAMILIES.get(model_type)
+
+
+def _declared(model: nn.Module) -> list[Coupling]:
+    couplings = _declaration(model)(model)
     if not couplings:
         raise ValueError(
-            f"{type(model).__name__}: s2ft finds no layers of model type {model_type!r} under their usual names"
+            f"{type(model).__name__}: s2ft finds no layers of model type {model.config.model_type!r} under their usual "
+            "names"
         )
     return couplings
 
