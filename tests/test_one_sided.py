@@ -130,7 +130,7 @@ def test_budgets_and_allocations(options):
     selection = "weight" if "allocation" in options else "random"
     model, report = attached(selection=selection, **options)
     plan = s2ft.plan(net(), attachment_of(model).config, couplings=couplings())
-    assert plan.trainable == report.trainable and plan.rows == report.rows
+    assert plan.trainable == report.trainable and plan.rows == report.rows and plan.couplings == report.couplings
 
 
 def test_excluded_and_named_units():

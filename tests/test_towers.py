@@ -251,3 +251,17 @@ def test_names_tell_the_towers_of_a_model_of_ones_own():
     assert s2ft.plan(model, S2FTConfig(l_ratio=0.5), couplings=alone).towers == {LANGUAGE: True, VISION: True}
     report = s2ft.plan(model, S2FTConfig(l_ratio=0.5, towers=[VISION]), couplings=alone)
     assert report.towers == {LANGUAGE: False, VISION: True}
+
+
+def test_discovered_couplings_leave_modules_to_save_alone(tmp_path):
+    """A projector that is trained in full is in no coupling, and the report counts the weights of the blocks."""
+    model = llava()
+    config = S2FTConfig(d_ratio=0.25, modules_to_save=["multi_modal_projector"])
+    planned, report = s2ft.plan(model, config), s2ft.attach(model, config)
+    assert report.towers == {LANGUAGE: True, VISION: False, PROJECTOR: True} and report.weights == planned.weights
+    assert sum(report.weights.values()) == 28 - 2 and "weights of the blocks: " in str(report)
+    model(**inputs()).loss.backward()
+    s2ft.save_adapter(model, tmp_path)
+    other = llava()
+    s2ft.load_adapter(other, tmp_path)
+    assert not [n for n in s2ft.read_adapter(tmp_path).couplings if "projector" in str(n)]

@@ -14,7 +14,7 @@ from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.delta import Delta
 from s2ft.model.fingerprint import fingerprint
 from s2ft.model.permutation import Move
-from s2ft.model.registry import couplings_of, is_known
+from s2ft.model.registry import find_couplings
 from s2ft.selection import Selection
 
 _ATTRIBUTE = "_s2ft"  # the attribute of a model that holds its Attachment; no other file knows it
@@ -319,6 +319,7 @@ def new_attachment(
     couplings: Sequence[Coupling] | None = None,
     host_hooks: HostHooks | None = None,
     example: Any = None,
+    modules_to_save: Sequence[str] | None = None,
 ) -> Attachment:
     """Make a record of a model without adapters; the model does not get it yet.
 
@@ -327,16 +328,18 @@ def new_attachment(
         couplings: Couplings that the user gave. Default: those of the model's family, or else those that trials find.
         host_hooks: Functions that run when trainable layers are mounted and unmounted.
         example: Input for the trials.
+        modules_to_save: Modules that are trained in full, see :func:`find_couplings`.
 
     Raises:
         ValueError: The model has adapters, or no couplings were given and none can be found.
     """
     check_unattached(model)
-    found = couplings_of(model, couplings, example)
+    found = find_couplings(model, couplings, example, modules_to_save)
     return Attachment(
-        found,
-        fingerprint(model, found),
+        found.couplings,
+        fingerprint(model, found.couplings),
         {key: parameter.requires_grad for key, parameter in model.named_parameters()},
-        is_custom=couplings is not None or not is_known(model),
+        is_custom=found.is_custom,
+        weights=found.weights,
         host_hooks=host_hooks,
     )

@@ -114,7 +114,7 @@ class Report:
             total=total,
             extra_weights=extra_weights,
             fresh_heads=tuple(fresh_heads(model, record)),
-            towers=_towers(model, parts),
+            towers=_towers(model, [*(part.projection.path for part in parts), *extra_weights]),
             couplings=_counted(map(_moves, record.custom_couplings or ())),
             weights=_counted(row.status for row in record.weights),
         )
@@ -162,7 +162,7 @@ class Report:
             trainable=sum(part.parameters for part in parts) + sum(extra_weights.values()),
             total=count_parameters(model),
             extra_weights=extra_weights,
-            towers=_towers(model, parts),
+            towers=_towers(model, [*(part.projection.path for part in parts), *extra_weights]),
             couplings=_counted(map(_moves, couplings if is_custom else ())),
             weights=_counted(row.status for row in weights),
         )
@@ -202,9 +202,10 @@ class Report:
         if self.towers:
             trained = ", ".join(tower for tower, is_trained in self.towers.items() if is_trained)
             yield f"towers: {trained} trained" + (f"; {frozen} frozen (towers= trains them)" if frozen else "")
-        for what, counts in (("couplings", self.couplings), ("weights of the blocks", self.weights)):
-            if counts:
-                yield f"{what}: {', '.join(f'{count} {status}' for status, count in counts.items())}"
+        what = "weights of the blocks" if self.weights else "couplings"
+        counts = [f"{count} {status}" for status, count in (self.weights or self.couplings).items()]
+        if counts:
+            yield f"{what}: {', '.join(counts)}"
 
 
 def _rows(parts: list[Trained]) -> list[Row]:
@@ -219,11 +220,13 @@ def _rows(parts: list[Trained]) -> list[Row]:
     ]
 
 
-def _towers(model: nn.Module, parts: list[Trained]) -> dict[str, bool]:
-    """Whether anything is trained in each tower of a model with several."""
+def _towers(model: nn.Module, paths: list[str]) -> dict[str, bool]:
+    """Whether anything is trained in each tower of a model with several. paths: what is trained."""
     present = towers_of(model)
-    trained = {tower_of(model, part.projection.path) for part in parts} if len(present) > 1 else set()
-    return {tower: tower in trained for tower in present} if len(present) > 1 else {}
+    if len(present) < 2:
+        return {}
+    trained = {tower_of(model, path) for path in paths}
+    return {tower: tower in trained for tower in present}
 
 
 def _moves(coupling: Coupling) -> str:
