@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from s2ft.layers import ObservedExperts, experts_forward, kind_of
 from s2ft.model.coupling import Projection
 from s2ft.model.weights import find, parameter_position, put
-from s2ft.selection.batches import tower_of
+from s2ft.selection.batches import positions_of
 from s2ft.selection.metric import Metric, Request, Units, squares_by_unit
 from s2ft.selection.running import in_evaluation_mode, run_forward, temporary_hooks
 
@@ -40,8 +40,8 @@ class _Sums:
         self.request = request
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}  # by projection, because an encoder and its decoder have different positions
-        self.towers = {
-            projection.name: tower_of(request.model, coupling, projection)
+        self.positions = {
+            projection.name: positions_of(request.model, coupling, projection)
             for coupling in request.couplings
             for projection in coupling.projections
         }
@@ -67,7 +67,7 @@ class _Sums:
     def _positions(self, projections: list[Projection], x: Tensor) -> Tensor:
         """Return x without padding: [..., features] → [positions, features]."""
         name = projections[0].name
-        return self.request.calibration.without_padding(x.detach(), name, self.towers[name])
+        return self.request.calibration.without_padding(x.detach(), name, self.positions[name])
 
     def _count(self, projections: list[Projection], x: Tensor) -> None:
         count = len(self._positions(projections, x))
@@ -86,8 +86,8 @@ class _Sums:
         for projection in projections:
             if projection.expert == expert:
                 values = (output if projection.dim == 0 else x).detach()
-                tower = self.towers[projection.name]
-                self._add_squares(projection, calibration.without_padding(values, projection.name, tower, tokens))
+                positions = self.positions[projection.name]
+                self._add_squares(projection, calibration.without_padding(values, projection.name, positions, tokens))
 
     def _add_squares(self, projection: Projection, x: Tensor) -> None:
         squares = squares_by_unit(x, 1, projection)
