@@ -15,7 +15,8 @@ from s2ft.attached.record import Attachment, attachment_of, check_unattached, fi
 from s2ft.attached.report import Report
 from s2ft.config import S2FTConfig
 from s2ft.model.coupling import Coupling
-from s2ft.model.registry import couplings_of
+from s2ft.model.registry import Found, find_couplings
+from s2ft.model.towers import couplings_in_towers
 from s2ft.model.verify import Trial
 from s2ft.ops._build import warn_without_cuda_kernels
 from s2ft.selection import Selection, select as select_units
@@ -77,38 +78,41 @@ def attach(
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
     if verify not in (None, True, False):
         raise TypeError(f"verify must be True, False or None, got {verify!r}")
-    record = _record_for(model, couplings, name, example)
+    record = _record_for(model, config, couplings, name, example)
     if any(parameter.is_cuda for parameter in model.parameters()):
         warn_without_cuda_kernels()
     names_of_modules(model, record.couplings, config.modules_to_save)  # checked before calibration, which takes time
     verify = couplings is not None or example is not None if verify is None else verify
     with adapters_off(model, record):
-        selection = select_units(record.couplings, config, model, calibration)
-        trial = _try_out(model, record, example) if verify else None
+        couplings = couplings_in_towers(model, record.couplings, config)
+        selection = select_units(couplings, config, model, calibration)
+        trial = _try_out(model, couplings, record, example) if verify else None
         mount(model, record, config, selection, name)
         if trial is not None:
             trial.check_unchanged()
     return Report.of(model)
 
 
-def _record_for(model: nn.Module, couplings: Sequence[Coupling] | None, name: str, example: Any) -> Attachment:
+def _record_for(
+    model: nn.Module, config: S2FTConfig, couplings: Sequence[Coupling] | None, name: str, example: Any
+) -> Attachment:
     """Return the record of a model that has loaded adapters only, or a new one."""
     record = find_attachment(model)
     if record is not None and record.name is not None:
         check_unattached(model)
     check_new_name(record, name)
     if record is None:
-        return new_attachment(model, couplings, HOST_HOOKS, example)
+        return new_attachment(model, couplings, HOST_HOOKS, example, config.modules_to_save)
     if couplings is not None and list(couplings) != record.couplings:
         raise ValueError("couplings differ from those of the loaded adapters: leave the argument out")
     return record
 
 
-def _try_out(model: nn.Module, record: Attachment, example: Any) -> Trial:
+def _try_out(model: nn.Module, couplings: list[Coupling], record: Attachment, example: Any) -> Trial:
     """Reorder the units of each coupling that can move, run the model, and put them back."""
-    trial = Trial(model, record.couplings, record.moves, example)
+    trial = Trial(model, couplings, record.moves, example)
     groups: dict[tuple, list[Coupling]] = {}  # the experts of a layer are tried out together
-    for coupling in movable_couplings(model, record.couplings):
+    for coupling in movable_couplings(model, couplings):
         one = coupling.main.name if coupling.expert is None else coupling.main.path
         groups.setdefault((coupling.layer, one), []).append(coupling)
     for group in groups.values():
@@ -187,7 +191,7 @@ def plan(
         1664
     """
     found, selection = _chosen(model, config, calibration, couplings, example)
-    return Report.planned(model, found, config, selection)
+    return Report.planned(model, found.couplings, config, selection, found.is_custom, found.weights)
 
 
 def _chosen(
@@ -196,14 +200,15 @@ def _chosen(
     calibration: Iterable[Any] | None,
     couplings: Sequence[Coupling] | None,
     example: Any,
-) -> tuple[list[Coupling], Selection]:
+) -> tuple[Found, Selection]:
     """Return the couplings of a model without adapters, and the units that the config selects."""
     if not isinstance(config, S2FTConfig):
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
     check_unattached(model)
-    found = couplings_of(model, couplings, example)
-    names_of_modules(model, found, config.modules_to_save)  # raises for unknown modules
-    return found, select_units(found, config, model, calibration)
+    found = find_couplings(model, couplings, example, config.modules_to_save)
+    names_of_modules(model, found.couplings, config.modules_to_save)  # raises for unknown modules
+    trained = couplings_in_towers(model, found.couplings, config)
+    return found, select_units(trained, config, model, calibration)
 
 
 # ---- detach, merge, fuse ---------------------------------------------------------------------------
