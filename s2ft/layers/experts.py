@@ -130,8 +130,8 @@ class ObservedExperts(nn.Module):
         super().__init__()
         self.weight, self.transposed = weight, transposed
 
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """Run the experts, see :meth:`S2Experts.forward`."""
+    def forward(self, x: Tensor, offsets: Tensor, tokens: Tensor | None) -> Tensor:
+        """Run the experts, see :meth:`S2Experts.forward`. `tokens` [rows] are the numbers of the rows' tokens."""
         return project(self.weight, x, offsets, self.transposed)
 
 
@@ -140,8 +140,20 @@ def stack_of(weight: Tensor, transposed: bool) -> Tensor:
     return weight.transpose(1, 2) if transposed else weight
 
 
-def project(weights: Tensor | nn.Module, x: Tensor, offsets: Tensor, transposed: bool = False) -> Tensor:
-    """Run the experts of a parameter or a layer: x [rows, inputs] → [rows, outputs]."""
+def project(
+    weights: Tensor | nn.Module, x: Tensor, offsets: Tensor, transposed: bool = False, tokens: Tensor | None = None
+) -> Tensor:
+    """Run the experts of a parameter or a layer: x [rows, inputs] → [rows, outputs].
+
+    Args:
+        weights: The parameter, or the layer that replaces it.
+        x: Inputs of all experts, those of expert 0 first.
+        offsets: Row where each expert's inputs end, [experts] int32.
+        transposed: Whether the parameter is [experts, inputs, outputs].
+        tokens: Numbers of the rows' tokens, [rows], for a layer that is observed; None if they are not known.
+    """
+    if isinstance(weights, ObservedExperts):
+        return weights(x, offsets, tokens)
     if isinstance(weights, nn.Module):
         return weights(x, offsets)
     with _without_autocast(x):
@@ -211,13 +223,15 @@ def experts_forward(
     """
     k = top_k_index.shape[-1]
     experts, order = top_k_index.reshape(-1).sort()
-    x = hidden_states[order // k]
+    tokens = order // k
+    x = hidden_states[tokens]
     first = "gate_up_proj" if getattr(self, "has_gate", True) else "up_proj"
     count = _stored(getattr(self, first)).shape[0]
     offsets = _offsets(experts, count)
     keep = _Here(self, experts, count)
-    inner = keep(_project(self, first, keep(x), offsets, keep.experts))
-    outer = keep(_project(self, "down_proj", activation_of(self)(inner), offsets, keep.experts))
+    rows = (offsets, keep.experts, tokens)
+    inner = keep(_project(self, first, keep(x), *rows))
+    outer = keep(_project(self, "down_proj", activation_of(self)(inner), *rows))
     if getattr(self, "has_post_expert_norm", False):
         outer = self.post_expert_norm(outer)
     weighted = outer * top_k_weights.reshape(-1)[order, None]
@@ -243,8 +257,8 @@ def _offsets(experts: Tensor, count: int) -> Tensor:
     return torch.searchsorted(experts, numbers, right=True, out_int32=True)
 
 
-def _project(self: nn.Module, name: str, x: Tensor, offsets: Tensor, experts: Tensor) -> Tensor:
-    y = project(getattr(self, name), x, offsets, getattr(self, "is_transposed", False))
+def _project(self: nn.Module, name: str, x: Tensor, offsets: Tensor, experts: Tensor, tokens: Tensor) -> Tensor:
+    y = project(getattr(self, name), x, offsets, getattr(self, "is_transposed", False), tokens)
     return y + getattr(self, f"{name}_bias")[experts] if getattr(self, "has_bias", False) else y
 
 
@@ -257,8 +271,9 @@ def _batched_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
     count = _stored(self.gate_up_proj).shape[0]
     each = hidden_states.shape[0] // count
     offsets = torch.arange(each, hidden_states.shape[0] + 1, each, dtype=torch.int32, device=hidden_states.device)
-    gate, up = project(self.gate_up_proj, hidden_states, offsets, transposed=True).chunk(2, dim=-1)
-    return project(self.down_proj, up * self.act_fn(gate), offsets, transposed=True)
+    tokens = torch.arange(hidden_states.shape[0], device=hidden_states.device) % each
+    gate, up = project(self.gate_up_proj, hidden_states, offsets, True, tokens).chunk(2, dim=-1)
+    return project(self.down_proj, up * self.act_fn(gate), offsets, True, tokens)
 
 
 def _sorted_forward(self: nn.Module, inputs: Tensor, expert_size: list[int]) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from s2ft.ops._effective import with_effective_weight
-from s2ft.ops._grouped import ALIGNMENT, grouped_mm, grouped_outer, product
+from s2ft.ops._grouped import ALIGNMENT, grouped_outer, product
 from s2ft.ops._library import autocast_input, check_index, define
 from s2ft.ops._linear import below_autograd
 
