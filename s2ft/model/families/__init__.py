@@ -20,6 +20,7 @@ FILES = (
     "gptj",
     "llama",
     "mixtral",
+    "named",
     "olmo2",
     "opt",
     "phi",

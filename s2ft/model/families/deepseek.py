@@ -2,7 +2,8 @@
 
 q_proj, or q_b_proj after a low-rank q_a_proj, computes the queries. kv_b_proj computes keys and values, [key, value]
 for each head in turn. The rotated part of the keys is shared by all heads. The low-rank dimensions are not units of a
-coupling, so q_a_proj and kv_a_proj_with_mqa are not trained.
+coupling, so q_a_proj and kv_a_proj_with_mqa are not trained. Neither is
+the indexer of DeepSeek-V3.2 and GLM-5: it only chooses tokens, so no gradient reaches it.
 """
 
 from torch import nn
@@ -11,13 +12,13 @@ from s2ft.model.builders import layers_of
 from s2ft.model.coupling import Coupling, Projection
 from s2ft.model.families.mixtral import mixture
 
-MODEL_TYPES = ("axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "mistral4", "sarvam_mla", "youtu")
+MODEL_TYPES = ("axk1", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "minicpm3", "mistral4", "sarvam_mla", "youtu")
 
 
 def couplings(model: nn.Module) -> list[Coupling]:
     found = []
     for i, (path, layer) in enumerate(layers_of(model, "layers")):
-        found += mixture(model, i, f"{path}.mlp", layer.mlp, "shared_experts")
+        found += mixture(model, i, f"{path}.mlp", layer.mlp)
         found.append(_attention(model.config, i, f"{path}.self_attn"))
     return found
 
