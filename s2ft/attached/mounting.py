@@ -77,8 +77,8 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
     check_gradients_pass(model)
     check_memory(model, [projection for coupling in touched for projection in coupling.projections])
     for coupling in touched:
-        if coupling.consumer.expert is not None:
-            gate_of(model.get_submodule(coupling.consumer.path.rpartition(".")[0]))
+        if coupling.expert is not None:
+            gate_of(model.get_submodule(coupling.main.path.rpartition(".")[0]))
     extra_names = extra_weights.names_of_modules(model, record.couplings, config.modules_to_save)
     check_same_as_first_rank(
         f"adapter {name!r}", {"its selection": selection.digest, "the base": digest(record.fingerprint)}
@@ -203,7 +203,7 @@ def _order(coupling: Coupling, selection: Selection) -> Tensor:
     """Return the order of the units that moves the selected ones together, shape [units], int64."""
     producers = [selection[p.name] for p in coupling.producers if p.name in selection]
     consumer = selection[coupling.consumer.name] if coupling.consumer.name in selection else None
-    return coupling_order(coupling.consumer.count, producers, consumer)
+    return coupling_order(coupling.count, producers, consumer)
 
 
 # ---- unmounting ----------------------------------------------------------------------------------------
