@@ -108,7 +108,7 @@ def _try_out(model: nn.Module, record: Attachment, example: Any) -> Trial:
     trial = Trial(model, record.couplings, record.moves, example)
     groups: dict[tuple, list[Coupling]] = {}  # the experts of a layer are tried out together
     for coupling in movable_couplings(model, record.couplings):
-        one = coupling.consumer.name if coupling.consumer.expert is None else coupling.consumer.path
+        one = coupling.main.name if coupling.expert is None else coupling.main.path
         groups.setdefault((coupling.layer, one), []).append(coupling)
     for group in groups.values():
         trial.check(group)

@@ -30,8 +30,8 @@ def replace_forward(model: nn.Module, coupling: Coupling, record: Attachment) ->
     Raises:
         ValueError: Someone else has replaced the forward of experts.
     """
-    if coupling.consumer.expert is not None:
-        path, forward, options = coupling.consumer.path.rpartition(".")[0], experts_forward, {}
+    if coupling.expert is not None:
+        path, forward, options = coupling.main.path.rpartition(".")[0], experts_forward, {}
     elif coupling.activation is not None and record.config.ffn_kernel:
         path, forward, options = coupling.block, gated_forward, {"activation": coupling.activation}
     else:

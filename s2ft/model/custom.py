@@ -62,11 +62,12 @@ def _checked(coupling: Any, where: str) -> Coupling:
         raise TypeError(f"{where}: kind must be a str and fixed a bool, got {coupling.kind!r} and {coupling.fixed!r}")
     _check_number(coupling.layer, 0, f"{where}: layer")
     coupling = replace(coupling, producers=tuple(coupling.producers), vectors=tuple(coupling.vectors))
-    if not coupling.producers:
-        raise ValueError(f"{where}: producers must be at least one Projection, got none")
+    if coupling.is_one_sided:
+        _check_one_sided(coupling, where)
     for projection in coupling.producers:
-        _check_projection(projection, 0, where)
-    _check_projection(coupling.consumer, 1, where)
+        _check_projection(projection, 0, where, coupling.is_one_sided)
+    if coupling.consumer is not None:
+        _check_projection(coupling.consumer, 1, where, coupling.is_one_sided)
     for vector in coupling.vectors:
         if not isinstance(vector, Vector) or not isinstance(vector.path, str):
             raise TypeError(f"{where}: vectors must be Vector of s2ft.model.coupling, got {vector!r}")
@@ -74,15 +75,28 @@ def _checked(coupling: Any, where: str) -> Coupling:
     return coupling
 
 
-def _check_projection(projection: Any, dim: int, where: str) -> None:
+def _check_one_sided(coupling: Coupling, where: str) -> None:
+    if len(list(coupling.projections)) != 1:
+        raise ValueError(
+            f"{where}: a coupling must have producers and a consumer, or, if its layer shares units with no other, "
+            f"exactly one projection; got {len(coupling.producers)} producers and no consumer"
+        )
+    if coupling.vectors:
+        raise ValueError(
+            f"{where}: vectors are reordered with the units, and nothing of a one-sided coupling is: leave them out"
+        )
+
+
+def _check_projection(projection: Any, dim: int, where: str, is_one_sided: bool) -> None:
     if not isinstance(projection, Projection) or not isinstance(projection.path, str):
         raise TypeError(
             f"{where}: producers and consumer must be Projection of s2ft.model.coupling, got {projection!r}"
         )
-    if projection.key not in PROJECTIONS or (projection.key in "od") != (dim == 1):
+    keys = "l" if is_one_sided else ("qkvug", "od")[dim]
+    if projection.key not in PROJECTIONS or projection.key not in keys:
+        place = "in a one-sided coupling" if is_one_sided else "on this side"
         raise ValueError(
-            f"{where}: the key of {projection.path} must be one of "
-            f"{', '.join(('qkvug', 'od')[dim])} on this side, got {projection.key!r}"
+            f"{where}: the key of {projection.path} must be one of {', '.join(keys)} {place}, got {projection.key!r}"
         )
     if projection.dim != dim:
         raise ValueError(

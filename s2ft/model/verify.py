@@ -24,7 +24,7 @@ class Trial:
     """The outputs of a model on one small input, to compare them with its outputs after a change.
 
     The model runs in evaluation mode without gradients. Afterwards every module is in its former mode. The outputs of
-    the consumers are compared too, because there an error is largest.
+    the consumers, and of one-sided layers, are compared too, because there an error is largest.
     """
 
     def __init__(self, model: nn.Module, couplings: list[Coupling], under_way: list[Move], example: Any = None) -> None:
@@ -43,11 +43,11 @@ class Trial:
         self.model, self.under_way = model, under_way
         # Quantized weights are integers. Their layers may compute in half precision or on 8-bit activations.
         self.tolerance = max(
-            TOLERANCE.get(weight_at(model, coupling.consumer).tensor.dtype, TOLERANCE[torch.bfloat16])
+            TOLERANCE.get(weight_at(model, coupling.main).tensor.dtype, TOLERANCE[torch.bfloat16])
             for coupling in couplings
         )
         # In half precision, rounding may route a token to another expert, which changes its outputs.
-        self.routed = self.tolerance > 1e-4 and any(c.consumer.expert is not None for c in couplings)
+        self.routed = self.tolerance > 1e-4 and any(c.expert is not None for c in couplings)
         built = example is None
         self.example = example_of(model) if built else example
         if self.example is None:
@@ -78,7 +78,7 @@ class Trial:
         Raises:
             ValueError: An output changes by more than rounding. The weights are as before, bit for bit.
         """
-        moves = [Move(coupling, _cycle(coupling.consumer.count)) for coupling in couplings]
+        moves = [Move(coupling, _cycle(coupling.count)) for coupling in couplings]
         self.under_way.extend(moves)
         for move in moves:
             move.do(self.model)
@@ -89,7 +89,7 @@ class Trial:
         if moved:
             others = f" or another of the {len(couplings)} experts" if len(couplings) > 1 else ""
             raise ValueError(
-                f"{couplings[0]}{others} is not a coupling of this model: with its {couplings[0].consumer.count} units "
+                f"{couplings[0]}{others} is not a coupling of this model: with its {couplings[0].count} units "
                 f"in another order {moved}. Is a module, a norm or bias (vectors), or the unit wrong?"
             )
 
@@ -147,8 +147,8 @@ class Trial:
 
 
 def _module_of(coupling: Coupling) -> str:
-    path = coupling.consumer.path
-    return path if coupling.consumer.expert is None else path.rpartition(".")[0]
+    path = coupling.main.path
+    return path if coupling.expert is None else path.rpartition(".")[0]
 
 
 def _cycle(count: int) -> Tensor:
