@@ -55,8 +55,8 @@ def attention(
         v: Path of the value projection.
         o: Path of the output projection.
         heads: Number of query heads.
-        more: Other layers whose outputs are split by the heads: path and key, for instance "g" for one whose outputs
-            are multiplied with those of the heads.
+        more: Other layers whose outputs are split by the heads: path, and "q", "k" or "v". One whose outputs are
+            multiplied with those of the heads (a gate) counts to the queries.
         moving: Parameters and buffers that are reordered together with the heads.
         fixed: Whether heads can't move.
         kind: Word for this coupling in reports.
@@ -67,6 +67,16 @@ def attention(
     producers = tuple(Projection(key, path, n, outputs_of(model, path) // n, 0) for key, path, n in sides)
     vectors = tuple(Vector(path, unit) for path, unit in (moving or {}).items())
     return Coupling(kind, layer, producers, Projection("o", o, heads, head_dim, 1), vectors, fixed)
+
+
+def packed_attention(
+    model: nn.Module, layer: int, qkv: str, o: str, heads: int, interleaved: bool = False
+) -> Coupling:
+    """Describe an attention block as :meth:`Coupling.packed_attention` does, with the sizes of its layers."""
+    head_dim = inputs_of(model, o) // heads
+    kv_heads = (outputs_of(model, qkv) // head_dim - heads) // 2
+    sizes = {"heads": heads, "head_dim": head_dim, "kv_heads": kv_heads}
+    return Coupling.packed_attention(layer, qkv=qkv, o=o, **sizes, interleaved=interleaved)
 
 
 def _more(layers: Mapping[str, str], heads: int, kv_heads: int) -> list[tuple[str, str, int]]:
@@ -116,7 +126,8 @@ def gated_mlp(model: nn.Module, layer: int, path: str, channels: int | None = No
 def activation_of(model: nn.Module, mlp: str) -> str | None:
     """The activation that the config names, if the block's module is of the class that this name stands for.
 
-    None too for a block with dropout, which :func:`s2ft.ops.act_mul` does not do.
+    None too for a block with dropout, factors or another dtype between its layers, which :func:`s2ft.ops.act_mul` does
+    not have.
     """
     from transformers.activations import ACT2FN  # not at the top, where it would load transformers with every import
 
@@ -127,7 +138,9 @@ def activation_of(model: nn.Module, mlp: str) -> str | None:
         block = vars(model.get_submodule(mlp))
     except AttributeError:
         return None
-    if any("dropout" in name for name in [*block, *block["_modules"]]):
+    if type(model.get_submodule(mlp)).__name__ == "BeamMLP":  # its activation is computed in float32
+        return None
+    if any(word in name for name in [*block, *block["_modules"]] for word in ("dropout", "multiplier", "sparsity")):
         return None
     untouched = name in HIDDEN_ACTS and type(module) is type(ACT2FN[name]) and "forward" not in module.__dict__
     return HIDDEN_ACTS[name] if untouched else None
@@ -141,17 +154,18 @@ def head_sizes(config) -> tuple[int, int, int]:
 
 
 def moving_with_heads(model: nn.Module, block: str, heads: int, head_dim: int) -> dict[str, int]:
-    """The norms over all heads and the sinks of an attention block, as :meth:`Coupling.attention` takes them.
+    """The norms over all heads, and the sinks and biases with one entry for each, of an attention block, as :meth:`Coupling.attention` takes them.
 
     A norm with `head_dim` entries is shared by all heads, and is left out.
     """
     attention, found = model.get_submodule(block), {}
     for name in ("q_norm", "k_norm"):
         weight = getattr(getattr(attention, name, None), "weight", None)
-        if weight is not None and weight.shape[0] != head_dim:
-            found[f"{block}.{name}.weight"] = head_dim
-    if getattr(attention, "sinks", None) is not None:
-        found[f"{block}.sinks"] = 1
+        if weight is not None and weight.shape[0] not in (head_dim, attention.head_dim):
+            found[f"{block}.{name}.weight"] = attention.head_dim
+    for name in ("sinks", "gate_bias"):
+        if getattr(attention, name, None) is not None:
+            found[f"{block}.{name}"] = 1
     return found
 
 

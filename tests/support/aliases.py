@@ -30,9 +30,33 @@ TRANSLATION = {**WHISPER, **IDS, "max_position_embeddings": 32}
 
 SHORT = {"num_hidden_layers": 2}
 SHARED = {**EXPERTS, **SHORT, "n_routed_experts": 4, "n_shared_experts": 2, "num_shared_experts": 2, "head_dim": 10}
+SHARED_ATTENTION_BIAS = {**EXPERTS, **SHORT, "attention_bias": True}
 DENSE_FIRST = {**SHARED, "first_k_dense_replace": 1, "mlp_layer_types": ["dense", "sparse"]}
 SPARSE = {**LATENT, **SHORT, "mlp_layer_types": ["dense", "sparse"], "index_n_heads": 2, "index_head_dim": 8, "index_topk": 4}
 
+LINEAR = {
+    **SHORT,
+    "head_dim": 10,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 5,
+    "linear_conv_kernel_dim": 3,
+}
+HYBRID = {
+    **HEADS,
+    **SHORT,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 12,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 8,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 4,
+    "mamba_dt_rank": 4,
+}
+MAMBA = {**SHAPE, **IDS, **SHORT, "state_size": 8, "expand": 2, "time_step_rank": 4}
+FALCON = {**SHAPE, **IDS, **SHORT, "ffn_hidden_size": 52, "alibi": False, "bias": True, "parallel_attn": False}
 ENCODER_2 = {**ENCODER, **SHORT}
 PICTURE = {**IMAGES, **SHORT}
 BART = {**TRANSLATION, "encoder_layers": 1, "decoder_layers": 1, "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
@@ -112,7 +136,14 @@ ROWS: dict[str, dict] = {
     # mixtral
     "mellum": {**EXPERTS, "head_dim": 10, "mlp_layer_types": ["sparse", "dense", "sparse"]},
     "phimoe": {**EXPERTS, "attention_bias": True},
+    "afmoe": {**SHARED, "num_dense_layers": 1, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4},
+    "beam": {**DENSE_FIRST, "num_group": 2, "topk_group": 1, "n_group": 2},
     "cohere2_moe": SHARED,
+    "flex_olmo": SHARED_ATTENTION_BIAS,
+    "laguna": {**DENSE_FIRST, "shared_expert_intermediate_size": 21, "num_attention_heads_per_layer": [4, 4]},
+    "mimo_v2_flash": {**DENSE_FIRST, "v_head_dim": 6, "moe_layer_freq": [0, 1], "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_head_dim": 10, "swa_v_head_dim": 6, "add_swa_attention_sink_bias": True},
+    "minimax_m3_vl_text": {**DENSE_FIRST, "shared_intermediate_size": 21, "dense_intermediate_size": 52},
+    "olmoe": SHARED_ATTENTION_BIAS,
     "dots1": {**DENSE_FIRST, "n_group": 2, "topk_group": 1},
     "ernie4_5_moe": {**SHARED, "use_bias": True, "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 2, "moe_layer_start_index": 1},
     "exaone_moe": {**DENSE_FIRST, "n_group": 2, "topk_group": 1},
@@ -124,6 +155,31 @@ ROWS: dict[str, dict] = {
     "minimax_m2": SHARED,
     "sarvam_moe": {**DENSE_FIRST, "n_group": 2, "topk_group": 1},
     "solar_open": SHARED,
+    # codegen, falcon, gpt_bigcode
+    "codegen": {**GPT2, "n_embd": 32, "n_layer": 2, "rotary_dim": 2, "n_head": 8},
+    "falcon": {**FALCON, "multi_query": False},
+    "gpt_bigcode": {**GPT2, "n_layer": 2, "multi_query": False},
+    # hybrid
+    "bamba": {**HYBRID, "attn_layer_indices": [1]},
+    "falcon_h1": {**HYBRID, "mlp_multipliers": [0.7, 1.3], "ssm_multipliers": [0.5, 0.7, 0.9, 1.1, 1.3], "mamba_d_ssm": 48},
+    "falcon_mamba": MAMBA,
+    "granitemoe": {**EXPERTS, **SHORT, "attention_bias": True},
+    "granitemoe_swa": {**EXPERTS, **SHORT, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+    "granitemoehybrid": {**HYBRID, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 21, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoeshared": {**EXPERTS, **SHORT, "shared_intermediate_size": 21},
+    "jamba": {**EXPERTS, **HYBRID, "attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2, "use_mamba_kernels": False},
+    "kimi_linear": {**LATENT, **LINEAR, "q_lora_rank": None, "linear_attn_config": {"head_dim": 6, "num_heads": 4}},
+    "lara_mini": {**EXPERTS, **LINEAR, "shared_expert_intermediate_size": 21},
+    "lfm2": {**HEADS, **SHORT, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "conv_bias": True},
+    "lfm2_moe": {**EXPERTS, **SHORT, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1, "conv_bias": True},
+    "mamba": MAMBA,
+    "mamba2": {**MAMBA, "num_heads": 4, "head_dim": 12, "n_groups": 2, "state_size": 8, "chunk_size": 4},
+    "minimax": {**EXPERTS, **SHORT, "layer_types": ["linear_attention", "full_attention"], "block_size": 4},
+    "olmo_hybrid": {**HEADS, **LINEAR},
+    "qwen3_5_moe_text": {**EXPERTS, **LINEAR, "shared_expert_intermediate_size": 21},
+    "qwen3_5_text": {**HEADS, **LINEAR},
+    "qwen3_next": {**EXPERTS, **LINEAR, "shared_expert_intermediate_size": 21},
+    "recurrent_gemma": {**HEADS, "lru_width": 24, "block_types": ["recurrent", "attention"], "attention_window_size": 4, "num_hidden_layers": 2},
     # named
     **dict.fromkeys(("bart", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart"), BART),
     "trocr": {**BART, "cross_attention_hidden_size": 24, "decoder_layers": 2},
@@ -158,6 +214,13 @@ ROWS: dict[str, dict] = {
     "nanochat": {**HEADS, **SHORT},
     "glm": {**HEADS, **SHORT, "head_dim": 8, "attention_bias": True},
     "glm4": {**HEADS, **SHORT, "head_dim": 8, "attention_bias": True},
+    "bloom": {**SHAPE, **IDS, "n_layer": 2, "n_head": 4, "hidden_dropout": 0.0, "attention_dropout": 0.0},
+    "gpt_neox_japanese": {**SHAPE, **IDS, **SHORT, "intermediate_multiple_size": 2, "hidden_dropout": 0.0, "attention_dropout": 0.0},
+    "persimmon": {**SHAPE, "hidden_size": 32, **IDS, **SHORT, "hidden_dropout": 0.0, "attention_dropout": 0.0},
+    "mpt": {**IDS, "d_model": 24, "n_heads": 4, "n_layers": 2, "vocab_size": 67, "expansion_ratio": 2, "max_seq_len": 32},
+    "albert": {**ENCODER, "embedding_size": 12, "num_hidden_groups": 2},
+    "bitnet": {**HEADS, **SHORT},
+    "modernbert": {**ENCODER_2, **LOCAL},
     "modernbert-decoder": {**ENCODER_2, **LOCAL},
     "audio-spectrogram-transformer": {**ENCODER_2, "num_mel_bins": 8, "max_length": 16, "patch_size": 4, "frequency_stride": 4, "time_stride": 4},
     **dict.fromkeys(("pixio", "vit_mae", "beit", "dinov2", "dinov2_with_registers", "data2vec-vision"), PICTURE),
@@ -188,9 +251,14 @@ ROWS: dict[str, dict] = {
 GROUPED = tuple(
     model_type for model_type, options in ROWS.items() if "num_key_value_heads" in options and "q_lora_rank" not in options
 )  # fmt: skip
+FUSED = "kernels read its weight past the layer"
 # model type → linear layers of its blocks that are in no coupling, by the end of their path, and why
 LEFT_OUT: dict[str, dict[str, str]] = {
     **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), {"indexer.*": "chooses tokens by topk, which passes no gradient"}),
+    "afmoe": {"router.gate": "the router"},
+    **dict.fromkeys(("mamba", "falcon_mamba"), {f"{name}_proj": FUSED for name in ("x", "dt", "out")}),
+    **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid", "mamba2"), {"m*.out_proj": FUSED}),
+    "jamba": {"dt_proj": "the mixer reads its weight past the layer"},
     "hunyuan_v1_moe": {"gate.wg": "the router"},
     "wavlm": {"attention.*": "torch.nn.functional.multi_head_attention_forward reads the weights past the layers"},
     "xmod": {"adapter_modules.*": "adapters of languages"},
@@ -199,7 +267,7 @@ LEFT_OUT: dict[str, dict[str, str]] = {
 DEAD: dict[str, dict[str, str]] = {
     "luke": {"*.layer.1.attention.self.e2?_query": "the last layer's entities reach no logit"},
 }
-NUMBERED = ("beit", "layoutlmv3", "mpnet")  # something outside the couplings numbers all heads
+NUMBERED = ("beit", "bloom", "layoutlmv3", "mpnet", "mpt")  # something outside the couplings numbers all heads
 AUTO = (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,

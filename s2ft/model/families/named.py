@@ -5,17 +5,18 @@ Sizes are those of the layers. An FFN may be packed, with gate and up in one lay
 stacks in their order, so first those of an encoder.
 
 Layer scales, norms over the width and tables of positions that are added to the embeddings concern no unit. Position
-biases of single heads (BEiT, MPNet, LayoutLMv3) do: heads with them stay. WavLM multiplies by the weights of its
+biases of single heads (BEiT, MPNet, LayoutLMv3) and slopes of heads (BLOOM, MPT) do: heads with them stay. WavLM multiplies by the weights of its
 attention without its layers, so a slice in a layer would change nothing: only its FFNs are trained.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from s2ft.model.builders import attention, ffn, heads_in, layers_of
-from s2ft.model.coupling import Coupling
+from s2ft.model.builders import attention, ffn, heads_in, layers_of, packed_attention
+from s2ft.model.coupling import Coupling, Vector
 
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 QKV_OUT = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -27,16 +28,19 @@ class Names:
     """The names of a family's layers.
 
     Attributes:
-        stacks: Lists of blocks in the base model.
+        stacks: Lists of blocks in the base model; * stands for every module of a list.
         up: Path of the FFN's first layer in its block.
         down: Path of the FFN's last layer.
         gate: Path of the FFN's gate, if it is a layer of its own.
         attention: Path of the attention; None if no layer of it can be trained.
-        layers: Paths of q, k, v and o in the attention.
+        layers: Paths of q, k, v and o in the attention; or of q, k and v in one layer, and of o.
+        interleaved: Whether one layer with q, k and v has those of each head in turn.
         cross: Path of the attention to the encoder, in blocks that have one. Its layers have the same names.
         more: Other layers of the attention that are split by its heads, with their keys; a type may lack them.
-        moves: Tensors of the attention whose first dimension has an entry for each head; a type may lack them.
-        numbered: A module or flag of the block that says that something numbers heads, so that they stay.
+        channel_moves: Tensors of the block whose first dimension has an entry for each channel of the FFN.
+        moves: Tensors of the attention whose first dimension is split by the heads; a type may lack them.
+        numbered: Whether something outside numbers the heads, so that they stay; or a module or flag of the block that
+            tells it.
     """
 
     stacks: tuple[str, ...]
@@ -44,11 +48,13 @@ class Names:
     down: str
     gate: str | None = None
     attention: str | None = "self_attn"
-    layers: tuple[str, str, str, str] = QKV_OUT
+    layers: tuple[str, ...] = QKV_OUT
+    interleaved: bool = False
     cross: str | None = None
     more: tuple[tuple[str, str], ...] = ()
+    channel_moves: tuple[str, ...] = ()
     moves: tuple[str, ...] = ()
-    numbered: str | None = None
+    numbered: str | bool = False
 
 
 ENCODER_DECODER = Names(("encoder.layers", "decoder.layers"), "fc1", "fc2", cross="encoder_attn")
@@ -70,6 +76,14 @@ WAV2VEC2 = Names(
 )
 DECODER = Names(("layers",), "fc1", "fc2")
 PLAIN_MLP = Names(("layers",), "mlp.up_proj", "mlp.down_proj", layers=QKVO)
+NEOX = Names(
+    ("layers",),
+    "mlp.dense_h_to_4h",
+    "mlp.dense_4h_to_h",
+    attention="attention",
+    layers=("query_key_value", "dense"),
+    interleaved=True,
+)
 
 NAMES: dict[tuple[str, ...], Names] = {
     ("bart", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart", "trocr"): ENCODER_DECODER,
@@ -119,8 +133,28 @@ NAMES: dict[tuple[str, ...], Names] = {
     ("apertus", "arcee", "jais2", "nemotron"): PLAIN_MLP,
     ("nanochat",): replace(PLAIN_MLP, up="mlp.fc1", down="mlp.fc2"),
     ("glm", "glm4"): replace(PLAIN_MLP, up="mlp.gate_up_proj"),
+    ("modernbert",): Names(("layers",), "mlp.Wi", "mlp.Wo", attention="attn", layers=("Wqkv", "Wo")),
     ("modernbert-decoder",): Names(
         ("layers",), "mlp.Wi", "mlp.Wo", attention="attn", layers=("q_proj", "k_proj", "v_proj", "Wo")
+    ),
+    ("bloom",): replace(NEOX, stacks=("h",), attention="self_attention", numbered=True),
+    ("gpt_neox_japanese",): NEOX,
+    ("persimmon",): replace(NEOX, attention="self_attn"),
+    ("mpt",): Names(
+        ("blocks",), "ffn.up_proj", "ffn.down_proj", attention="attn", layers=("Wqkv", "out_proj"), numbered=True
+    ),
+    ("albert",): Names(
+        ("encoder.albert_layer_groups.*.albert_layers",),
+        "ffn",
+        "ffn_output",
+        attention="attention",
+        layers=("query", "key", "value", "dense"),
+    ),
+    ("bitnet",): replace(
+        PLAIN_MLP,
+        gate="mlp.gate_proj",
+        channel_moves=("mlp.ffn_sub_norm.weight",),
+        moves=("attn_sub_norm.weight",),
     ),
     ("audio-spectrogram-transformer", "pixio", "vit_mae", "vivit"): VIT_LIKE,
     ("beit",): replace(VIT_LIKE, numbered="relative_position_bias"),
@@ -153,28 +187,44 @@ def couplings(model: nn.Module) -> list[Coupling]:
 
 def named(model: nn.Module, names: Names, first: int = 0) -> list[Coupling]:
     """List the couplings of a model whose layers have these names. The first layer gets the number `first`."""
-    blocks = [block for stack in names.stacks for block in layers_of(model, stack)]
+    blocks = [block for stack in names.stacks for block in _blocks(model, stack)]
     return [
         coupling for i, (path, block) in enumerate(blocks, first) for coupling in _block(model, names, i, path, block)
     ]
 
 
+def _blocks(model: nn.Module, stack: str) -> Iterator[tuple[str, nn.Module]]:
+    """Iterate over (path, module) of the blocks of a stack."""
+    outer, _, inner = stack.rpartition(".*.")
+    if not outer:
+        yield from layers_of(model, stack)
+        return
+    for path, module in _blocks(model, outer):
+        yield from ((f"{path}.{inner}.{i}", block) for i, block in enumerate(_get(module, inner) or ()))
+
+
 def _block(model: nn.Module, names: Names, i: int, path: str, block: nn.Module) -> list[Coupling]:
     gate = f"{path}.{names.gate}" if names.gate else None
-    found = [ffn(model, i, f"{path}.{names.up}", f"{path}.{names.down}", gate)]
+    vectors = tuple(Vector(f"{path}.{name}", 1) for name in names.channel_moves)
+    found = [replace(ffn(model, i, f"{path}.{names.up}", f"{path}.{names.down}", gate), vectors=vectors)]
     for name, kind in ((names.attention, "attention"), (names.cross, "cross-attention")):
         if name and _get(block, name) is not None:
-            fixed = kind == "attention" and bool(names.numbered and _get(block, names.numbered))
+            numbered = names.numbered if isinstance(names.numbered, bool) else bool(_get(block, names.numbered))
+            fixed = numbered and kind == "attention"
             found.append(_attention(model, names, i, f"{path}.{name}", fixed=fixed, kind=kind))
     return found
 
 
 def _attention(model: nn.Module, names: Names, layer: int, path: str, **options) -> Coupling:
     block = model.get_submodule(path)
+    heads = heads_in(model, path)
+    if len(names.layers) == 2:
+        qkv, o = (f"{path}.{name}" for name in names.layers)
+        return replace(packed_attention(model, layer, qkv, o, heads, names.interleaved), **options)
     layers = {key: f"{path}.{name}" for key, name in zip("qkvo", names.layers)}
     more = {f"{path}.{name}": key for name, key in names.more if _get(block, name) is not None}
-    moving = {f"{path}.{name}": 1 for name in names.moves if _get(block, name) is not None}
-    return attention(model, layer, **layers, heads=heads_in(model, path), more=more, moving=moving, **options)
+    moving = {f"{path}.{name}": len(tensor) // heads for name in names.moves if (tensor := _get(block, name)) is not None}
+    return attention(model, layer, **layers, heads=heads, more=more, moving=moving, **options)
 
 
 def _get(module: nn.Module, path: str) -> Any:
