@@ -157,9 +157,8 @@ def _mount(model: nn.Module, path: str, parts: list[Part], record: Attachment, t
     made.layer.is_tied = id(made.layer.weight) in tied
     record.mounts[path] = made
     put(model, path, made.layer)
-    if made.original is not None and not made.layer.wraps_plain:
-        # Only the layer keeps them: a second owner would keep them whole where the layer's are sharded or moved.
-        made.original.weight = made.original.bias = None
+    if made.original is not None:
+        made.layer.take_over(made.original)
 
 
 def _layer(original: nn.Module, parts: list[Part], config: S2FTConfig) -> S2Layer:
@@ -226,8 +225,7 @@ def unmount(model: nn.Module, record: Attachment) -> None:
         if mounted.original is None:
             put(model, path, mounted.layer.weight, mounted.position)
         else:
-            if not mounted.layer.wraps_plain:
-                mounted.original.weight, mounted.original.bias = mounted.layer.weight, mounted.layer.bias
+            mounted.layer.give_back(mounted.original)
             mounted.original.train(mounted.layer.training)
             put(model, path, mounted.original)
     for move in reversed(record.moves):
@@ -243,8 +241,8 @@ def remount(model: nn.Module, record: Attachment) -> None:
     model.requires_grad_(False)
     for path, mounted in record.mounts.items():
         put(model, path, mounted.layer)
-        if mounted.original is not None and not mounted.layer.wraps_plain:
-            mounted.original.weight = mounted.original.bias = None
+        if mounted.original is not None:
+            mounted.layer.take_over(mounted.original)
         mounted.layer.s2.requires_grad_(True)
     put_forwards_back(model, record)
     stop_packing(model, record.packing_stopped)

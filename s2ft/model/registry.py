@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from s2ft.layers import KINDS, S2Layer, kind_of
+from s2ft.layers import KINDS, OTHER, S2Layer, kind_of
 from s2ft.model.coupling import Coupling, Projection, Vector
 from s2ft.model.custom import checked_couplings
 from s2ft.model.families import FAMILIES
@@ -124,11 +124,13 @@ def _check_projection(model: nn.Module, projection: Projection) -> None:
 
 def check_module(found: Any, path: str) -> None:
     """Raise ValueError unless `found` is a layer of a kind that S²FT trains."""
-    if not isinstance(found, nn.Module) or isinstance(found, S2Layer) or kind_of(found).layers is None:
+    kind = kind_of(found)
+    if not isinstance(found, nn.Module) or isinstance(found, S2Layer) or kind.layers is None:
         groups = getattr(found, "groups", 1)
+        reason = "" if kind is OTHER else f", {kind.name}"
         raise ValueError(
-            f"{path} is a {type(found).__name__}{f' of {groups} groups' * (groups != 1)}: S²FT trains units of "
-            f"{', '.join(kind.name for kind in KINDS)}, and not of classes derived from them"
+            f"{path} is a {type(found).__name__}{f' of {groups} groups' * (groups != 1)}{reason}: S²FT trains units of "
+            f"{', '.join(kind.name for kind in KINDS if kind.layers is not None)}"
         )
 
 
