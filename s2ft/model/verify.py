@@ -1,6 +1,5 @@
 """Verifies couplings: with the units of one in another order, the model must give the same outputs as before."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from s2ft.model.coupling import Coupling
 from s2ft.model.discovery.examples import example_of, run_example
 from s2ft.model.modes import evaluation_mode
+from s2ft.model.outputs import tensors_in
 from s2ft.model.permutation import Move
 from s2ft.model.weights import allow_packing, layers_that_pack, stop_packing, weight_at
 
@@ -24,7 +24,7 @@ class Trial:
     """The outputs of a model on one small input, to compare them with its outputs after a change.
 
     The model runs in evaluation mode without gradients. Afterwards every module is in its former mode. The outputs of
-    the consumers are compared too, because there an error is largest.
+    the consumers, and of one-sided layers, are compared too, because there an error is largest.
     """
 
     def __init__(self, model: nn.Module, couplings: list[Coupling], under_way: list[Move], example: Any = None) -> None:
@@ -43,11 +43,11 @@ class Trial:
         self.model, self.under_way = model, under_way
         # Quantized weights are integers. Their layers may compute in half precision or on 8-bit activations.
         self.tolerance = max(
-            TOLERANCE.get(weight_at(model, coupling.consumer).tensor.dtype, TOLERANCE[torch.bfloat16])
+            TOLERANCE.get(weight_at(model, coupling.main).tensor.dtype, TOLERANCE[torch.bfloat16])
             for coupling in couplings
         )
         # In half precision, rounding may route a token to another expert, which changes its outputs.
-        self.routed = self.tolerance > 1e-4 and any(c.consumer.expert is not None for c in couplings)
+        self.routed = self.tolerance > 1e-4 and any(c.expert is not None for c in couplings)
         built = example is None
         self.example = example_of(model) if built else example
         if self.example is None:
@@ -60,8 +60,9 @@ class Trial:
             if built:
                 raise ValueError(f"{NEED_EXAMPLE}. The example made from the config fails: {error}") from error
             raise
+        must_run = {"", *(_module_of(coupling) for coupling in couplings if not coupling.is_one_sided)}
         for key, tensors in self.before.items():
-            if not tensors:
+            if not tensors and key in must_run:  # nothing is claimed about a one-sided layer
                 raise ValueError(
                     f"example must reach every coupling, and this one does not reach {key or 'an output'}: pass "
                     "another as example=, or verify=False"
@@ -78,7 +79,7 @@ class Trial:
         Raises:
             ValueError: An output changes by more than rounding. The weights are as before, bit for bit.
         """
-        moves = [Move(coupling, _cycle(coupling.consumer.count)) for coupling in couplings]
+        moves = [Move(coupling, _cycle(coupling.count)) for coupling in couplings]
         self.under_way.extend(moves)
         for move in moves:
             move.do(self.model)
@@ -89,7 +90,7 @@ class Trial:
         if moved:
             others = f" or another of the {len(couplings)} experts" if len(couplings) > 1 else ""
             raise ValueError(
-                f"{couplings[0]}{others} is not a coupling of this model: with its {couplings[0].consumer.count} units "
+                f"{couplings[0]}{others} is not a coupling of this model: with its {couplings[0].count} units "
                 f"in another order {moved}. Is a module, a norm or bias (vectors), or the unit wrong?"
             )
 
@@ -143,12 +144,12 @@ class Trial:
             allow_packing(self.model, packing)
             for handle in handles:
                 handle.remove()
-        return {**found, "": [tensor.double() for tensor in _tensors(output)]}
+        return {**found, "": [tensor.double() for tensor in tensors_in(output)]}
 
 
 def _module_of(coupling: Coupling) -> str:
-    path = coupling.consumer.path
-    return path if coupling.consumer.expert is None else path.rpartition(".")[0]
+    path = coupling.main.path
+    return path if coupling.expert is None else path.rpartition(".")[0]
 
 
 def _cycle(count: int) -> Tensor:
@@ -157,21 +158,3 @@ def _cycle(count: int) -> Tensor:
     order = torch.empty_like(units)
     order[units] = units.roll(1)
     return order
-
-
-def _tensors(output: Any, name: str = "") -> Iterator[Tensor]:
-    """Iterate over the floating-point tensors of a model's output.
-
-    Attention weights and caches are left out, because heads that are reordered change them.
-    """
-    if "attentions" in name or "cache" in name or "past" in name:
-        return
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, dict):
-        for key, value in output.items():
-            yield from _tensors(value, str(key))
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from _tensors(value, name)
