@@ -147,7 +147,7 @@ ROWS: dict[str, dict] = {
     "cohere2_moe": SHARED,
     "flex_olmo": SHARED_ATTENTION_BIAS,
     "laguna": {**DENSE_FIRST, "shared_expert_intermediate_size": 21, "num_attention_heads_per_layer": [4, 4]},
-    "mimo_v2_flash": {**DENSE_FIRST, "v_head_dim": 6, "moe_layer_freq": [0, 1], "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_head_dim": 10, "swa_v_head_dim": 6, "add_swa_attention_sink_bias": True},
+    "mimo_v2_flash": {**DENSE_FIRST, "num_key_value_heads": 2, "v_head_dim": 6, "layer_types": ["full_attention", "sliding_attention"]},
     "minimax_m3_vl_text": {**DENSE_FIRST, "shared_intermediate_size": 21, "dense_intermediate_size": 52},
     "olmoe": SHARED_ATTENTION_BIAS,
     "dots1": {**DENSE_FIRST, "n_group": 2, "topk_group": 1},
