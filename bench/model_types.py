@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -174,40 +175,42 @@ def _why(error: Exception) -> str:
 def _fill(row: dict, model_type: str) -> None:
     import s2ft
     from s2ft.model.discovery.examples import runnable_example
+    from s2ft.model.registry import find_couplings
+    from s2ft.model.towers import tower_of
 
     try:
         model = tiny_model_of(model_type)
     except ValueError as error:
         raise ValueError(f"not built: {error}") from None
-    example, _ = runnable_example(model)
+    example, reached = runnable_example(model)
+    paths = {path for path, _ in model.named_modules()}
     row["inputs"] = " ".join(example)
     before = _outputs(model, example)
     if not _same(_outputs(model, example), before, exactly=True):
         raise ValueError("its output differs from one run to the next")
-    keys = [name for name in s2ft.S2FTConfig.__dataclass_fields__ if re.fullmatch("[a-z]_ratio", name)]
-    report = s2ft.attach(model, s2ft.S2FTConfig(**dict.fromkeys(keys, 0.5)))
-    _coverage(row, model, report)
+    found = find_couplings(model)
+    towers = {coupling: tower_of(model, coupling.main.path) for coupling in found.couplings}
+    trained = [coupling for coupling in found.couplings if towers[coupling] == "language"] or found.couplings
+    ratios = {f"{projection.key}_ratio": 0.5 for coupling in trained for projection in coupling.projections}
+    own = found.couplings if found.is_custom else None  # so that they are not searched for again
+    s2ft.attach(model, s2ft.S2FTConfig(**ratios), couplings=own, verify=False)
+    row["source"] = "discovered" if found.is_custom else "registered"
+    row["towers"] = " ".join(sorted(set(towers.values())))
+    row["weights"] = " ".join(f"{count} {word}" for word, count in Counter(r.status for r in found.weights).items())
+    _coverage(row, found)
     row["output_unchanged"] = _word(_same(_outputs(model, example), before))
-    row["gradients"] = _gradients(model, example)
+    row["gradients"] = _gradients(model, example, paths, reached)
     _check_files(row, model, model_type, example)
 
 
-def _coverage(row: dict, model, report) -> None:
-    """How FFN and attention are covered: confirmed or movable, in place, or one by one."""
-    from s2ft.attached.record import attachment_of
-    from s2ft.model.registry import is_known
-    from s2ft.model.towers import tower_of
-
-    couplings = attachment_of(model).couplings
-    row["source"] = "registered" if is_known(model) else "discovered"
-    moving = "moves" if is_known(model) else "confirmed"
-    whole = [coupling for coupling in couplings if coupling.producers and coupling.consumer is not None]
-    for field, letter in (("ffn", "d"), ("attention", "o")):
-        found = {moving if c.movable else "in place" for c in whole if c.consumer.key == letter}
-        row[field] = " and ".join(sorted(found))
-    row["one_sided"] = len(couplings) - len(whole)
-    row["towers"] = " ".join(sorted({tower_of(model, coupling.main.path) for coupling in couplings}))
-    row["weights"] = " ".join(f"{count} {status}" for status, count in sorted(report.weights.items()))
+def _coverage(row: dict, found) -> None:
+    """How FFN and attention are covered: their units move, or are trained in place; and how many layers one by one."""
+    moving = "confirmed" if found.is_custom else "moves"
+    whole = [coupling for coupling in found.couplings if coupling.producers and coupling.consumer is not None]
+    for field, key in (("ffn", "d"), ("attention", "o")):
+        words = {moving if coupling.movable else "in place" for coupling in whole if coupling.consumer.key == key}
+        row[field] = " and ".join(sorted(words))
+    row["one_sided"] = len(found.couplings) - len(whole)
 
 
 def _outputs(model, example) -> list:
@@ -236,8 +239,8 @@ def _word(good: bool) -> str:
     return "yes" if good else "NO"
 
 
-def _gradients(model, example) -> str:
-    """How many of the deltas get a gradient from the sum of all outputs with random weights."""
+def _gradients(model, example, paths: set[str], reached: dict[str, int]) -> str:
+    """How many of the deltas that run get a gradient from the sum of all outputs with random weights."""
     import torch
 
     from s2ft.model.discovery.examples import run_example
@@ -247,10 +250,17 @@ def _gradients(model, example) -> str:
     outputs = [tensor for tensor in tensors_in(run_example(model, example)) if tensor.requires_grad]
     loss = sum((t.nan_to_num(0, 0, 0) * torch.randn(t.shape, generator=generator)).sum() for t in outputs)
     loss.backward()
-    deltas = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    reached = sum(delta.grad is not None and bool(delta.grad.abs().sum() > 0) for delta in deltas)
+    deltas = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    runs = [delta for name, delta in deltas if _owner(name, paths) in reached]
+    good = sum(delta.grad is not None and bool(delta.grad.abs().sum() > 0) for delta in runs)
     model.zero_grad(set_to_none=True)
-    return f"{reached} of {len(deltas)}"
+    return f"{good} of {len(runs)}" + f" and {len(deltas) - len(runs)} not run" * (len(runs) < len(deltas))
+
+
+def _owner(delta: str, paths: set[str]) -> str:
+    """The path of the module of the plain model that a delta belongs to. Experts hold their weights themselves."""
+    layer = delta.rpartition(".")[0]
+    return layer if layer in paths else layer.rpartition(".")[0]
 
 
 def _check_files(row: dict, model, model_type: str, example) -> None:
@@ -268,7 +278,9 @@ def _check_files(row: dict, model, model_type: str, example) -> None:
         s2ft.save_adapter(model, f"{folder}/adapter")
         s2ft.detach(model)
         s2ft.load_adapter(model, f"{folder}/adapter")
-        row["adapter_again"] = _word(_same(_outputs(model, example), trained, exactly=True))
+        s2ft.save_adapter(model, f"{folder}/again")
+        same_slices = _tensors(f"{folder}/adapter") == _tensors(f"{folder}/again")
+        row["adapter_again"] = _word(same_slices and _same(_outputs(model, example), trained))
         s2ft.merge(model)
         merged = _outputs(model, example)
         model.save_pretrained(f"{folder}/merged")
@@ -276,6 +288,14 @@ def _check_files(row: dict, model, model_type: str, example) -> None:
         same_weights = all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
         close = _same(merged, trained)
         row["merged_again"] = _word(same_weights and close and _same(_outputs(again, example), merged, exactly=True))
+
+
+def _tensors(folder: str) -> dict[str, bytes]:
+    from safetensors import safe_open
+
+    (file,) = Path(folder).glob("*.safetensors")
+    with safe_open(file, "np") as tensors:
+        return {name: tensors.get_tensor(name).tobytes() for name in tensors.keys()}
 
 
 # ---- all types --------------------------------------------------------------------------------------------
@@ -343,7 +363,7 @@ def is_wrong(row: dict) -> bool:
 
 
 def has_all_gradients(row: dict) -> bool:
-    reached, _, deltas = row["gradients"].partition(" of ")
+    reached, _, deltas = row["gradients"].partition(" and ")[0].partition(" of ")
     return bool(deltas) and reached == deltas
 
 

@@ -1,4 +1,4 @@
-"""Builds the twin of a model: a tiny one with the same modules, random weights and float64 numbers, to try couplings on.
+"""Builds the twin of a model: a tiny one with the same modules and random float64 weights, to try couplings on.
 
 On the twin a wrong coupling can't hide: no norm weight is 1, no bias is 0 and no matrix is zero. In float64 rounding
 is a million times smaller than any real change.
