@@ -1,7 +1,8 @@
 """Attaches s2ft to a tiny random model of every model type that transformers maps, and writes what works.
 
-For s2ft.peft and LoRA over the same types see bench/peft_types.py. Each type runs in a process of its own with limits of time and memory. A row says how FFN and attention are covered, and
-whether the model computes the same after attach, trains, merges and loads its adapter again.
+For s2ft.peft and LoRA over the same types see bench/peft_types.py. Each type runs in a process of its own with limits
+of time and memory. A row says how FFN and attention are covered, and whether the model computes the same after attach,
+trains, merges and loads its adapter again.
 
     python bench/model_types.py                     # all types
     python bench/model_types.py --only llama bert   # some
@@ -14,18 +15,18 @@ import copy
 import csv
 import datetime
 import importlib.metadata
-import json
+import multiprocessing
 import os
 import platform
 import re
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
 
 OUTPUT = Path(__file__).parent / "results" / "model_types.csv"
 MAPPINGS = {
@@ -304,22 +305,26 @@ def _tensors(folder: str) -> dict[str, bytes]:
 def run_type(model_type: str) -> dict:
     """Run a type in a child process; the row says so if it takes too long or too much memory."""
     row = dict.fromkeys(FIELDS, "") | {"type": model_type}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    fork = multiprocessing.get_context("fork")  # a child need not import the libraries again
+    receiver, sender = fork.Pipe(duplex=False)
+    child = fork.Process(target=_send_row, args=(model_type, sender), daemon=True)
+    child.start()
+    sender.close()
     try:
-        done = subprocess.run(
-            [sys.executable, __file__, "--child", model_type],
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-            env=environment,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return _named(row, f"took more than {SECONDS} s")
-    lines = [line for line in done.stdout.splitlines() if line.startswith("ROW ")]
-    if not lines:
-        return _named(row, f"ended with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
-    return json.loads(lines[-1][4:])
+        if not receiver.poll(SECONDS):
+            return _named(row, f"took more than {SECONDS} s")
+        return receiver.recv()
+    except EOFError:
+        return _named(row, "its process died, by lack of memory or otherwise")
+    finally:
+        child.kill()
+        child.join()
+
+
+def _send_row(model_type: str, sender) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (GIGABYTES << 30, GIGABYTES << 30))
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
+        sender.send(row_of(model_type))
 
 
 def _named(row: dict, note: str) -> dict:
@@ -393,14 +398,12 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="types without a row in the output")
     parser.add_argument("--workers", type=int, default=1, choices=(1, 2), help="processes at the same time")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="the table")
-    parser.add_argument("--child", metavar="TYPE", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.child:
-        resource.setrlimit(resource.RLIMIT_AS, (GIGABYTES << 30, GIGABYTES << 30))
-        with contextlib.redirect_stdout(sys.stderr):
-            row = row_of(arguments.child)
-        print("ROW " + json.dumps(row))
-        return
+    import torch
+
+    import s2ft  # noqa: F401  # children have the libraries already
+
+    torch.set_num_threads(1)
     rows = read(arguments.output)
     wanted = arguments.only or sorted(types())
     wanted = [name for name in wanted if not (arguments.resume and name in rows)]
