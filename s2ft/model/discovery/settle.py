@@ -11,7 +11,15 @@ from s2ft.model.discovery.trial import Shuffle, Trial, place_of, whole_units, wi
 FFN = re.compile(
     r"mlp|ffn?(\.|_|$)|feed_?forward|fc_?\d|intermediate|dense|gate|up_proj|wi|(^|[._])w\d|expert|lin(ear)?_?\d", re.I
 )
-NAMES = {"q": "queries", "k": "keys", "v": "values", "o": "outputs of the heads", "g": "gates", "u": "up", "d": "down"}
+NAMES = {
+    "q": "queries",
+    "k": "keys",
+    "v": "values",
+    "o": "outputs of the heads",
+    "g": "gate",
+    "u": "channels of up",
+    "d": "down",
+}
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ def _in_place(trial: Trial, blocks: Sequence[Block], why: str) -> Outcome:
 
 def _is_plain(proposal: Proposal) -> bool:
     coupling = proposal.couplings[0]
-    return coupling.consumer.key == "o" and not coupling.vectors and all(p.key != "g" for p in coupling.producers)
+    return coupling.consumer.key == "o" and not coupling.vectors and len(coupling.producers) == 3
 
 
 def _all_couplings(blocks: Sequence[Block], proposal: Proposal) -> tuple[Coupling, ...]:

@@ -1,4 +1,4 @@
-"""Builds the twin of a model: a tiny one with the same modules, random weights and float64 numbers, to try couplings on.
+"""Builds the twin of a model: a tiny one with the same modules and random float64 weights, to try couplings on.
 
 On the twin a wrong coupling can't hide: no norm weight is 1, no bias is 0 and no matrix is zero. In float64 rounding
 is a million times smaller than any real change.
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from s2ft.model.discovery.tiny_config import DEPTH, Level, tiny_config
+from s2ft.model.discovery.tiny_config import DEPTH, Level, config_for, tiny_config
 
 MOST = 60_000_000  # parameters of a twin: 0.5 GB
 COPIED_AT_ONCE = 1_000_000  # a model that is this small needs no smaller twin
@@ -69,9 +69,7 @@ def twins_of(model: nn.Module, tried: list[str]) -> Iterator[nn.Module]:
         yield copied(model)
 
 
-def _same_at_some_depth(
-    model: nn.Module, level: Level, wanted: set, kinds: set, tried: list[str]
-) -> nn.Module | None:
+def _same_at_some_depth(model: nn.Module, level: Level, wanted: set, kinds: set, tried: list[str]) -> nn.Module | None:
     """The twin of the least depth with all kinds of blocks, else of the least with all paths; None if there is none."""
     second = None
     for depth in DEPTHS:
@@ -104,6 +102,7 @@ def tiny_model(model_class: type, config: Any, dtype: torch.dtype = torch.float3
     Raises:
         ValueError: The model would have more than 60 million parameters.
     """
+    config = config_for(model_class, config)
     with _fixed_random_numbers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.device("meta"):

@@ -13,13 +13,20 @@ from s2ft.model.coupling import Coupling
 FILES = (
     "bert",
     "clip",
+    "codegen",
     "cohere",
+    "conformer",
     "deepseek",
+    "diffllama",
+    "falcon",
     "gpt2",
+    "gpt_bigcode",
     "gpt_neox",
     "gptj",
+    "hybrid",
     "llama",
     "mixtral",
+    "named",
     "olmo2",
     "opt",
     "phi",
@@ -29,6 +36,7 @@ FILES = (
     "t5",
     "vit",
     "whisper",
+    "xlm",
 )
 
 # model type → the function that lists the couplings of such a model
