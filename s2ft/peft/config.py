@@ -24,7 +24,8 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
     - ``d_ratio=0.03, o_ratio=0.1``, for the model families that s2ft knows: the same units that :func:`s2ft.attach`
       trains with the same options. ``layers``, ``exclude_modules`` and ``layers_to_transform`` restrict them.
     - ``target_modules=["down_proj"], ratio=0.03``: this share of the units of each of these modules. In a known family
-      the units are heads or channels. In modules outside any coupling they are single outputs or inputs, see ``dim``.
+      the units are heads or channels. In modules outside any coupling they are single inputs, or outputs, see ``dim``.
+      ``target_modules="all-linear"`` takes every linear layer but the output head, in any model that PEFT takes.
     - ``units={"model.layers.0.mlp.down_proj": [3, 17]}``: exactly these units, as a selection, as lists, or as the path
       of a saved selection. A selection that needs calibration data is passed in this way:
       ``units=s2ft.select(model, config, calibration)``.
@@ -44,10 +45,14 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
         layers_pattern: The word before that number, for example "layers".
         modules_to_save: Modules to train and save in full besides, for example a new head.
         ratio: Share of the units of every target module, above 0 and at most 1.
-        dim: "outputs" or "inputs": the units of target modules that are in no coupling.
+        dim: "outputs" or "inputs": the units of target modules that are in no coupling. Default: "inputs".
         init_weights: True starts the deltas at zero, so that nothing changes; False makes them random, for tests.
         chosen_by: Written by the injection: the options by which the units were selected.
         base_fingerprint: Written by the injection: fingerprint that the base must have; None for no check.
+        uncoupled: Written by the injection: the modules that are in no coupling. Their units stay single inputs or
+            outputs, even if a later version of s2ft knows a coupling of them.
+        skipped: Written by the injection: target modules that are not trained, because they have less than one unit at
+            the ratio, or, for "all-linear", because S²FT can't train them. A warning has the reasons.
 
     The other arguments are those of :class:`s2ft.S2FTConfig` (ratios by projection, selection, budget, layers and so
     on) and of `peft.PeftConfig` (task_type, inference_mode and so on).
@@ -92,7 +97,7 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
     ratio: float | None = field(default=None, metadata={"help": "share of the units of every target module"})
     dim: str | None = field(
         default=None,
-        metadata={"help": "outputs or inputs: the units of target modules that are in no coupling that s2ft knows"},
+        metadata={"help": "outputs or inputs (default): the units of target modules in no coupling that s2ft knows"},
     )
     init_weights: bool = field(
         default=True,
@@ -103,6 +108,12 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
     )
     base_fingerprint: str | None = field(
         default=None, metadata={"help": "written by the injection: fingerprint that the base must have; None: no check"}
+    )
+    uncoupled: list[str] | None = field(
+        default=None, metadata={"help": "written by the injection: the target modules that are in no coupling"}
+    )
+    skipped: list[str] | None = field(
+        default=None, metadata={"help": "written by the injection: the target modules that are not trained"}
     )
 
     def __post_init__(self) -> None:
@@ -137,6 +148,8 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
             )
         if self.target_modules is not None and self.layers is not None:
             raise ValueError("layers goes with q_ratio … d_ratio: with target_modules give layers_to_transform")
+        if self.target_modules is not None and self.towers is not None:
+            raise ValueError("towers goes with q_ratio … d_ratio: with target_modules name modules of the towers")
         if self.target_modules is not None and self.ratio is None and self.units is None:
             raise ValueError("target_modules needs ratio, the share of their units to train, or units")
         if not named and self.target_modules is None and self.units is None:
@@ -150,13 +163,24 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
                 "units=s2ft.select(model, s2ft.S2FTConfig(...), calibration)"
             )
 
-    def with_units(self, selection: Selection, paths: list[str], fingerprint: str | None) -> "S2FTPeftConfig":
+    @property
+    def is_uncoupled(self) -> bool:
+        """Whether an injection that knew no coupling of the model, and did not record that in `uncoupled`, chose the
+        units: that of s2ft 0.1."""
+        known = self.base_fingerprint is not None or self.uncoupled is not None
+        return not known and self.chosen_by is not None and self.dim is not None
+
+    def with_units(
+        self, selection: Selection, paths: list[str], fingerprint: str | None, uncoupled: list[str], skipped: list[str]
+    ) -> "S2FTPeftConfig":
         """Return a copy that names the units; the options by which they were selected move to `chosen_by`.
 
         Args:
             selection: The selected units.
             paths: The modules that have them.
             fingerprint: Fingerprint of the base as JSON text, or None.
+            uncoupled: The modules that are in no coupling.
+            skipped: Names of the target modules that are not trained.
 
         Returns:
             The copy.
@@ -169,13 +193,15 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
             chosen_by = {name: value for name, value in by.items() if not isinstance(value, dict)}
             chosen_by["seed"] = self.seed
             by = {name: defaults[name] for name in by}
-        targets = paths if self.target_modules is None else self.target_modules
+        targets = paths if self.target_modules is None or skipped else self.target_modules
         return replace(
             self,
             units=selection.to_dict(),
             target_modules=targets,
             base_fingerprint=fingerprint,
             chosen_by=chosen_by,
+            uncoupled=sorted(uncoupled),
+            skipped=sorted(skipped) or self.skipped,
             **by,
         )
 

@@ -219,7 +219,10 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
             self.base_layer.forward(x[rows]) if name == BASE else self._product(x[rows], self.delta_of([name]))
             for name, rows in groups.items()
         ]
-        return torch.cat(parts)[torch.cat(list(groups.values())).argsort()]
+        order = torch.cat(list(groups.values())).argsort()
+        if isinstance(parts[0], tuple):  # a router returns several tensors
+            return tuple(torch.cat(each)[order] for each in zip(*parts))
+        return torch.cat(parts)[order]
 
     # ---- merge and unmerge ---------------------------------------------------------------------------
 

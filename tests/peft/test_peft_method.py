@@ -168,6 +168,7 @@ def test_units_of_another_adapter_can_be_excluded():
 BAD = {
     "nothing": ({}, "nothing is selected"),
     "ratio alone": (dict(ratio=0.1), "give target_modules"),
+    "towers": (dict(target_modules=["down_proj"], ratio=0.1, towers=["vision"]), "with target_modules name modules of"),
     "targets alone": (dict(target_modules=["down_proj"]), "target_modules needs ratio"),
     "targets and d_ratio": (dict(target_modules=["down_proj"], d_ratio=0.1), "exclude each other"),
     "ratio and d_ratio": (dict(target_modules=["down_proj"], ratio=0.1, d_ratio=0.1), "exclude each other"),
@@ -210,11 +211,6 @@ UNFIT = {
         "units names no unit of it",
     ),
     "dim in a family": (dict(target_modules=["down_proj"], ratio=0.1, dim="outputs"), "llama", "are its inputs"),
-    "outside, no dim": (
-        dict(target_modules=["lm_head"], ratio=0.1),
-        "llama",
-        "dim must be outputs or inputs, the units of lm_head",
-    ),
     "too small a ratio": (dict(target_modules=["down_proj"], ratio=0.001), "llama", "none of the 52 units"),
     "embedding": (dict(target_modules=["embed_tokens"], ratio=0.5, dim="inputs"), "llama", "is a Embedding"),
     "no such module": (dict(target_modules=["nowhere"], ratio=0.5), "llama", "not found in the base model"),
