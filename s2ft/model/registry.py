@@ -106,9 +106,9 @@ def _check_projection(model: nn.Module, projection: Projection) -> None:
     if projection.expert is None:
         check_module(found, projection.path)
     elif not isinstance(found, nn.Parameter) or found.dim() != 3 or projection.expert >= found.shape[0]:
+        sides = "inputs, outputs" if projection.transposed else "outputs, inputs"
         raise ValueError(
-            f"{projection.path} must be a parameter [experts, outputs, inputs] with more than "
-            f"{projection.expert} experts"
+            f"{projection.path} must be a parameter [experts, {sides}] with more than {projection.expert} experts"
         )
     handle = weight_at(model, projection)
     if not handle.read_only and not handle.tensor.is_floating_point():
@@ -141,8 +141,12 @@ def _check_vector(model: nn.Module, vector: Vector, counts: set[int]) -> None:
         parameter = None
     if not isinstance(parameter, Tensor):
         raise ValueError(f"{type(model).__name__} has no parameter or buffer {vector.path}")
-    if parameter.dim() == 0 or parameter.shape[0] not in {count * vector.unit for count in counts}:
+    dim, sizes = int(vector.expert is not None), {count * vector.unit for count in counts}
+    if vector.size is not None:
+        sizes = {vector.size} if vector.start + min(sizes) <= vector.size else set()
+    if parameter.dim() <= dim or parameter.shape[dim] not in sizes or vector.expert and vector.expert >= len(parameter):
+        of = "" if vector.size is None else f" from {vector.start} to {vector.size}"
         raise ValueError(
-            f"{vector.path}: expected {' or '.join(map(str, sorted(counts)))} units of {vector.unit} "
-            f"in dim 0, got shape {tuple(parameter.shape)}"
+            f"{vector.path}: expected {' or '.join(map(str, sorted(counts)))} units of {vector.unit}{of} "
+            f"in dim {dim}, got shape {tuple(parameter.shape)}"
         )

@@ -169,7 +169,7 @@ def _backward(grad_x_op, ctx, grad):
     kept, weight, delta, units = _saved(ctx)
     grad_x = grad_delta = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = _below_autograd(grad_x_op, grad, weight, delta, units, ctx.dim)
+        grad_x = below_autograd(grad_x_op, grad, weight, delta, units, ctx.dim)
     if ctx.needs_input_grad[2]:
         grad_delta = _delta_gradient(grad, kept, delta, units, ctx.dim)
     if ctx.needs_input_grad[5]:
@@ -177,7 +177,7 @@ def _backward(grad_x_op, ctx, grad):
     return grad_x, None, grad_delta, None, None, grad_bias, None
 
 
-def _below_autograd(op: Callable, *args) -> Tensor:
+def below_autograd(op: Callable, *args) -> Tensor:
     """Return op(*args), without the 10 µs of an autograd function in Python if gradients are off."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return op(*args)
