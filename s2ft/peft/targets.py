@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_tar
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from s2ft.layers import OTHER, kind_of
+from s2ft.layers import OTHER, forward_of, kind_of
 from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
 from s2ft.model.registry import check_module
 from s2ft.model.weights import weight_at
@@ -107,6 +107,10 @@ def find_targets(config: S2FTPeftConfig, model: nn.Module, couplings: list[Coupl
         if path and path not in coupled and (_is_target(config, path) if names is None else path in names)
     ]
     targets += [_uncoupled(config, model, path) for path in uncoupled]
+    stacks = [
+        path for path, _ in model.named_parameters() if path not in coupled and _is_target_parameter(config, path)
+    ]
+    targets += [_uncoupled_stack(config, model, path) for path in stacks]
     targets = _large_enough(config, targets, skipped)
     if names is not None:
         _check_units(config, names, model, targets)
@@ -173,16 +177,13 @@ def _apart_from(couplings: list[Coupling], paths: set[str]) -> list[Coupling]:
 def _is_trained(config: S2FTPeftConfig, names: dict[str, Tensor] | None, projection: Projection) -> bool:
     if names is not None:
         trained = projection.name in names
-    elif config.target_modules is not None:
-        trained = projection.expert is None and _is_target(config, projection.path)  # a stack is no module
+    elif projection.expert is not None and not config.ratios:
+        trained = _is_target_parameter(config, projection.path)
+    elif config.target_modules is not None or config.target_parameters is not None:
+        trained = projection.expert is None and _is_target(config, projection.path)
     else:  # PEFT's other fields, such as layers_to_transform, restrict the ratios
         last = SimpleNamespace(**{**vars(config), "target_modules": [projection.path.rpartition(".")[2]]})
         trained = projection.key in config.ratios and _is_target(last, projection.path)
-    if trained and projection.expert is not None:
-        raise ValueError(
-            f"{projection.name} is one expert of a stack, which is a parameter and not a module: PEFT can't train it, "
-            "so use s2ft.attach"
-        )
     return trained
 
 
@@ -191,12 +192,34 @@ def _is_target(config, path: str) -> bool:
     return config.target_modules is not None and bool(check_target_module_exists(config, path))
 
 
+def _is_target_parameter(config, path: str) -> bool:
+    return any(path == name or path.endswith(f".{name}") for name in config.target_parameters or ())
+
+
 def _uncoupled(config: S2FTPeftConfig, model: nn.Module, path: str) -> Targets:
     """A module in no coupling. Its units are single inputs, or single outputs if the config says so."""
     check_module(model.get_submodule(path), path)
     dim = DIMS.index(config.dim or "inputs")
     shape = weight_at(model, Projection("ud"[dim], path, 1, 1, dim)).shape
     return Targets(f"module {path}", 0, (Projection("ud"[dim], path, shape[dim], 1, dim),))
+
+
+def _uncoupled_stack(config: S2FTPeftConfig, model: nn.Module, path: str) -> Targets:
+    """Stacked experts in no coupling. Their units are single inputs, or single outputs if the config says so."""
+    owner, weight = model.get_submodule(path.rpartition(".")[0]), model.get_parameter(path)
+    if weight.dim() != 3:
+        raise ValueError(
+            f"target_parameters names {path}, a parameter of {weight.dim()} dimensions, and stacked experts have 3: "
+            "name the module of a layer in target_modules"
+        )
+    forward_of(owner)  # raises for a module that runs its experts in an unknown way
+    dim, transposed = DIMS.index(config.dim or "inputs"), bool(getattr(owner, "is_transposed", False))
+    count = weight.shape[2 - dim if transposed else 1 + dim]
+    parts = (
+        Projection("ud"[dim], path, count, 1, dim, expert=expert, transposed=transposed)
+        for expert in range(weight.shape[0])
+    )
+    return Targets(f"experts {path}", 0, tuple(parts))
 
 
 def _large_enough(config: S2FTPeftConfig, targets: list[Targets], skipped: dict[str, str]) -> list[Targets]:
@@ -248,7 +271,7 @@ def _check_units(config: S2FTPeftConfig, names: dict[str, Tensor], model: nn.Mod
         raise ValueError(f"units names {min(missing)}, which is not a projection or module of this model")
     if config.target_modules is None:
         return
-    paths = {projection.path for projection in projections_of(targets)}
+    paths = {projection.path for projection in projections_of(targets) if projection.expert is None}
     matched = {path for path, _ in model.named_modules() if path and _is_target(config, path)}
     if paths - matched:
         raise ValueError(f"units names {min(paths - matched)}, which is not in target_modules, or is excluded")

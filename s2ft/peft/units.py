@@ -17,7 +17,7 @@ from s2ft.model.weights import put, weight_at
 from s2ft.peft.config import S2FTPeftConfig
 from s2ft.peft.layer import S2FTPeftLayer
 from s2ft.peft.targets import Targets, find_targets, units_by_name
-from s2ft.selection import select
+from s2ft.selection import Selection, select
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class ModuleUnits:
 
     Attributes:
         dim: The dimension of the weight along which the units lie.
-        index: The elements of all units along `dim`, [n] int64, ascending.
+        index: The elements of all units along `dim`, [n] int64, ascending. Those of stacked experts are counted
+            through: element u of expert e is e times the elements of an expert, plus u.
         parts: The module's projections with their units.
     """
 
@@ -36,23 +37,32 @@ class ModuleUnits:
 
     @classmethod
     def of(cls, parts: list[tuple[Projection, Tensor]]) -> "ModuleUnits":
-        elements = torch.cat([projection.elements(units) for projection, units in parts])
+        elements = torch.cat([_counted_through(projection, projection.elements(units)) for projection, units in parts])
         return cls(parts[0][0].dim, elements.sort().values, tuple(parts))
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weights are stacked experts [experts, inputs, outputs]."""
+        return self.parts[0][0].transposed
 
     def split(self, values: Tensor) -> dict[str, Delta]:
         """Split the values of the module's delta into one delta for each projection. The values are copied."""
         found = {}
         for projection, units in self.parts:
             elements = projection.elements(units)
-            place = torch.searchsorted(self.index, elements).to(values.device)
+            place = torch.searchsorted(self.index, _counted_through(projection, elements)).to(values.device)
             found[projection.name] = Delta(self.dim, elements, values.index_select(self.dim, place))
         return found
 
     def join(self, deltas: dict[str, Delta]) -> Tensor:
         """Join deltas by projection into the values of the module's delta. It is the inverse of :meth:`split`."""
-        parts = [deltas[projection.name] for projection, _ in self.parts]
-        order = torch.cat([delta.index for delta in parts]).argsort()
-        return torch.cat([delta.values for delta in parts], self.dim).index_select(self.dim, order)
+        parts = [(projection, deltas[projection.name]) for projection, _ in self.parts]
+        order = torch.cat([_counted_through(projection, delta.index) for projection, delta in parts]).argsort()
+        return torch.cat([delta.values for _, delta in parts], self.dim).index_select(self.dim, order)
+
+
+def _counted_through(projection: Projection, elements: Tensor) -> Tensor:
+    return elements if projection.expert is None else elements + projection.expert * projection.extent
 
 
 def select_units(config: S2FTPeftConfig, model: nn.Module) -> S2FTPeftConfig:
@@ -75,20 +85,44 @@ def select_units(config: S2FTPeftConfig, model: nn.Module) -> S2FTPeftConfig:
         _check_base(created, base)
         found = find_targets(created, model, couplings)
         check_shapes(model, found.targets)
-        if not found.targets and created.target_modules is not None:
-            config.module_units = {}  # PEFT raises the error that names the pattern without a match
+        if not found.targets and not (created.target_modules is None and created.target_parameters is None):
+            config.module_units, config.expert_units = (
+                {},
+                {},
+            )  # PEFT raises the error that names the pattern without a match
             return config
         selection = select(found.targets, _selection_config(found.config, couplings, found.targets), model)
     found.warn()
+    modules, experts = _by_path(found.targets, selection)
+    selected = found.config.with_units(
+        selection,
+        sorted(modules),
+        sorted(f"{path}.{name}" for path, stacks in experts.items() for name in stacks),
+        None if base is None else json.dumps(base),
+        found.uncoupled,
+        list(found.skipped),
+    )
+    selected.module_units, selected.expert_units = modules, experts
+    return config.updated_to(selected)
+
+
+def _by_path(
+    targets: list[Targets], selection: Selection
+) -> tuple[dict[str, ModuleUnits], dict[str, dict[str, ModuleUnits]]]:
+    """The selected units by module; and those of stacked experts by module and parameter."""
     parts: dict[str, list[tuple[Projection, Tensor]]] = {}
-    for projection in projections_of(found.targets):
+    for projection in projections_of(targets):
         if projection.name in selection:
             parts.setdefault(projection.path, []).append((projection, selection[projection.name]))
-    selected = found.config.with_units(
-        selection, sorted(parts), None if base is None else json.dumps(base), found.uncoupled, list(found.skipped)
-    )
-    selected.module_units = {path: ModuleUnits.of(one) for path, one in parts.items()}
-    return config.updated_to(selected)
+    modules: dict[str, ModuleUnits] = {}
+    experts: dict[str, dict[str, ModuleUnits]] = {}
+    for path, found in parts.items():
+        if found[0][0].expert is None:
+            modules[path] = ModuleUnits.of(found)
+        else:
+            owner, _, name = path.rpartition(".")
+            experts.setdefault(owner, {})[name] = ModuleUnits.of(found)
+    return modules, experts
 
 
 @contextmanager

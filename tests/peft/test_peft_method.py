@@ -143,14 +143,6 @@ def test_projections_that_share_a_module_are_one_delta():
         assert layer.s2ft_delta["default"].values.shape[0] == index.numel() == (18 if "qkv" in path else 5)
 
 
-@pytest.mark.parametrize("case", ("mixtral", "qwen3-moe"))
-def test_experts_are_refused_by_name(case):
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.down_proj\[0\] is one expert of a stack"):
-        get_peft_model(model_of(case), S2FTPeftConfig(d_ratio=0.2))
-    attention = get_peft_model(model_of(case), S2FTPeftConfig(o_ratio=0.5))
-    assert len(layers_of(attention)) == 3
-
-
 def test_units_by_hand_and_from_files(tmp_path):
     units = {"model.layers.1.mlp.down_proj": [3, 4, 5, 51], "model.layers.0.self_attn.k_proj": [1]}
     chosen = s2ft.Selection({path: torch.tensor(numbers) for path, numbers in units.items()})
