@@ -45,8 +45,11 @@ def to_native(model: PeftModel, adapter_name: str = "default") -> Adapter:
         )
     deltas = {}
     for path, units in config.module_units.items():
-        values = base.get_submodule(path).s2ft_delta[adapter_name].values.detach().cpu()
-        deltas.update(units.split(values))
+        deltas.update(units.split(base.get_submodule(path).s2ft_delta[adapter_name].values.detach().cpu()))
+    for path, stacks in config.expert_units.items():
+        for name, units in stacks.items():
+            values = base.get_submodule(path).s2ft_delta[adapter_name][name].values
+            deltas.update(units.split(values.detach().cpu()))
     selection = Selection(unit_tensors(config.units, "units"))
     extra_weights = {
         f"{path}.{name}": value.detach().cpu().clone()
@@ -80,7 +83,7 @@ def from_native(
         The PeftModel.
 
     Raises:
-        ValueError: The adapter has another base, changes experts, or has extra weights.
+        ValueError: The adapter has another base, or has extra weights.
 
     Example:
         >>> from s2ft.peft import from_native
@@ -106,4 +109,8 @@ def from_native(
     with torch.no_grad():
         for path, units in model.peft_config[adapter_name].module_units.items():
             base.get_submodule(path).s2ft_delta[adapter_name].values.copy_(units.join(adapter.deltas))
+        for path, stacks in model.peft_config[adapter_name].expert_units.items():
+            for name, units in stacks.items():
+                values = base.get_submodule(path).s2ft_delta[adapter_name][name].values
+                values.copy_(units.join(adapter.deltas))
     return model
