@@ -5,7 +5,7 @@ Nothing here reads a weight, so a model on the meta device will do.
 
 import re
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cache, cached_property
 
 from torch import nn
 
@@ -31,6 +31,7 @@ def is_inside(path: str, root: str) -> bool:
     return not root or path.startswith(root + ".")
 
 
+@cache
 def name_and_owner(path: str) -> tuple[str, str]:
     """A layer's own name and the path of the block that has it.
 
@@ -68,6 +69,20 @@ class Structure:
     def inputs(self, path: str) -> int:
         """The number of a layer's inputs."""
         return self._sizes[path][1]
+
+    def inside(self, root: str) -> list[str]:
+        """The paths of the layers inside a module, in the model's order."""
+        return self._inside.get(root, [])
+
+    @cached_property
+    def _inside(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for path in self.layers:
+            around = path
+            while around:
+                around = parent_of(around)
+                found.setdefault(around, []).append(path)
+        return found
 
     # ---- order ---------------------------------------------------------------------------------------
 
