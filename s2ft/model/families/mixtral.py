@@ -9,7 +9,7 @@ from torch import nn
 from s2ft.model.builders import attention_paths, experts, gated_mlp, head_sizes, layers_of
 from s2ft.model.coupling import Coupling
 
-MODEL_TYPES = ("mellum", "mixtral", "phimoe", "qwen2_moe", "qwen3_moe")
+MODEL_TYPES = ("mellum", "mixtral", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_vl_moe_text")
 
 
 def couplings(model: nn.Module) -> list[Coupling]:
