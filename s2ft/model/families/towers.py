@@ -141,6 +141,8 @@ def couplings(model: nn.Module) -> list[Coupling]:
         layer += 1
     for path, names in tower.mergers:
         for merger in modules_of(model, path):
+            if merger in _unused(model.config):
+                continue
             found.append(feed_forward(model, layer, merger, names))
             layer += 1
     return found
@@ -178,6 +180,12 @@ def _attention(model: nn.Module, layer: int, path: str, stack: Stack, heads: int
     moving = {name: head_dim for name in names if hasattr(model.get_submodule(name.rpartition(".")[0]), "weight")}
     q, k, v, o = paths
     return Coupling.attention(layer, q=q, k=k, v=v, o=o, **sizes, kv_heads=outputs, moving=moving)
+
+
+def _unused(config) -> set[str]:
+    """The mergers of layers that the tower does not have."""
+    layers = getattr(config, "deepstack_visual_indexes", None) or []
+    return {f"deepstack_merger_list.{i}" for i, layer in enumerate(layers) if layer >= config.depth}
 
 
 def _heads(config) -> int:
