@@ -16,6 +16,7 @@ from s2ft.attached.report import Report
 from s2ft.config import S2FTConfig
 from s2ft.model.coupling import Coupling
 from s2ft.model.registry import couplings_of
+from s2ft.model.towers import couplings_in_towers
 from s2ft.model.verify import Trial
 from s2ft.ops._build import warn_without_cuda_kernels
 from s2ft.selection import Selection, select as select_units
@@ -82,8 +83,9 @@ def attach(
     names_of_modules(model, record.couplings, config.modules_to_save)  # checked before calibration, which takes time
     verify = couplings is not None or example is not None if verify is None else verify
     with adapters_off(model, record):
-        selection = select_units(record.couplings, config, model, calibration)
-        trial = _try_out(model, record, example) if verify else None
+        couplings = couplings_in_towers(model, record.couplings, config)
+        selection = select_units(couplings, config, model, calibration)
+        trial = _try_out(model, couplings, record, example) if verify else None
         mount(model, record, config, selection, name)
         if trial is not None:
             trial.check_unchanged()
@@ -103,11 +105,11 @@ def _record_for(model: nn.Module, couplings: Sequence[Coupling] | None, name: st
     return record
 
 
-def _try_out(model: nn.Module, record: Attachment, example: Any) -> Trial:
+def _try_out(model: nn.Module, couplings: list[Coupling], record: Attachment, example: Any) -> Trial:
     """Reorder the units of each coupling that can move, run the model, and put them back."""
-    trial = Trial(model, record.couplings, record.moves, example)
+    trial = Trial(model, couplings, record.moves, example)
     groups: dict[tuple, list[Coupling]] = {}  # the experts of a layer are tried out together
-    for coupling in movable_couplings(model, record.couplings):
+    for coupling in movable_couplings(model, couplings):
         one = coupling.main.name if coupling.expert is None else coupling.main.path
         groups.setdefault((coupling.layer, one), []).append(coupling)
     for group in groups.values():
@@ -194,7 +196,7 @@ def _chosen(
     check_unattached(model)
     found = couplings_of(model, couplings)
     names_of_modules(model, found, config.modules_to_save)  # raises for unknown modules
-    return found, select_units(found, config, model, calibration)
+    return found, select_units(couplings_in_towers(model, found, config), config, model, calibration)
 
 
 # ---- detach, merge, fuse ---------------------------------------------------------------------------

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1] / "s2ft"
 RANKS = [
     ["packages", "distributed", "files.writing", "files.reading", "model.coupling", "model.delta", "ops._cuda"],
     ["files.adapter_folder", "ops._build", "config", "attached.hosts.compiled", "attached.hosts.checkpointing"],
-    ["files.formats", "ops._lock", "ops._memory", "model.modes"],
+    ["files.formats", "ops._lock", "ops._memory", "model.modes", "model.towers"],
     ["ops._effective", "ops._library"],
     ["ops._linear", "attached.hosts.quantizers"],
     ["ops"],

@@ -18,6 +18,7 @@ from s2ft.distributed import is_sharded
 from s2ft.layers import S2Layer, kind_of
 from s2ft.model.coupling import Coupling
 from s2ft.model.registry import couplings_of
+from s2ft.model.towers import couplings_in_towers
 from s2ft.selection import select
 
 
@@ -53,7 +54,7 @@ def make_shadow(
         else replace(config, selection="random", order="largest", allocation="uniform")
     )
     claim(shadow, record)
-    mount(shadow, record, config, select(found, plain, shadow), "estimate")
+    mount(shadow, record, config, select(couplings_in_towers(shadow, found, config), plain, shadow), "estimate")
     return shadow, record
 
 
