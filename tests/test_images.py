@@ -18,7 +18,7 @@ from s2ft.model.registry import couplings_of
 pytest.importorskip("PIL", reason="pillow is not installed")
 pytest.importorskip("torchvision", reason="torchvision is not installed")
 
-RATIOS = dict(q_ratio=0.5, v_ratio=0.5, o_ratio=0.5, u_ratio=0.25, d_ratio=0.25)
+RATIOS = dict(q_ratio=0.5, k_ratio=0.5, v_ratio=0.5, o_ratio=0.5, u_ratio=0.25, g_ratio=0.25, d_ratio=0.25)
 OPTIONS = dict(max_steps=4, per_device_train_batch_size=4, learning_rate=3e-2, logging_steps=1, use_cpu=True)
 QUIET = dict(report_to=[], save_strategy="no", disable_tqdm=True)
 
