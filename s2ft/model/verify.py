@@ -1,6 +1,5 @@
 """Verifies couplings: with the units of one in another order, the model must give the same outputs as before."""
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.model.coupling import Coupling
+from s2ft.model.discovery.examples import example_of, run_example
 from s2ft.model.modes import evaluation_mode
 from s2ft.model.permutation import Move
 from s2ft.model.weights import allow_packing, layers_that_pack, stop_packing, weight_at
@@ -139,7 +139,7 @@ class Trial:
             stop_packing(self.model, packing)
             with torch.no_grad(), evaluation_mode(self.model), torch.random.fork_rng(cuda):
                 torch.manual_seed(0)
-                output = _call(self.model, self.example)
+                output = run_example(self.model, self.example)
         finally:
             allow_packing(self.model, packing)
             for handle in handles:
@@ -160,18 +160,6 @@ def _cycle(count: int) -> Tensor:
     return order
 
 
-def _call(model: nn.Module, example: Any) -> Any:
-    """Run the model on copies of the example, because a model may write into its inputs."""
-    if isinstance(example, dict):
-        return model(**{name: _copied(value) for name, value in example.items()})
-    values = example if isinstance(example, (tuple, list)) else (example,)
-    return model(*map(_copied, values))
-
-
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
-
-
 def _tensors(output: Any, name: str = "") -> Iterator[Tensor]:
     """Iterate over the floating-point tensors of a model's output.
 
@@ -188,52 +176,3 @@ def _tensors(output: Any, name: str = "") -> Iterator[Tensor]:
     elif isinstance(output, (tuple, list)):
         for value in output:
             yield from _tensors(value, name)
-
-
-# ---- an input made from a transformers model's config ---------------------------------------------------
-
-
-def example_of(model: nn.Module, rows: int = 2, length: int = 8, device: Any = None) -> dict[str, Tensor] | None:
-    """Make a small batch for a transformers model from its config: token ids, pixels or sound.
-
-    Args:
-        model: The model.
-        rows: Number of sequences, images or recordings.
-        length: Number of tokens of a sequence.
-        device: Device of the batch; default: that of the model.
-
-    Returns:
-        The arguments of the model's forward by name, or None if they can't be made.
-    """
-    config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
-    if config is None or main is None:
-        return None
-    takes = inspect.signature(model.forward).parameters
-    names = [main]
-    if "pixel_values" in takes and hasattr(config, "vision_config"):
-        names.append("pixel_values")
-    if "decoder_input_ids" in takes and getattr(config, "is_encoder_decoder", False):
-        names.append("decoder_input_ids")
-    weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-    values = {
-        name: _value(name, config, rows, length, torch.Generator().manual_seed(0)) for name in dict.fromkeys(names)
-    }
-    if any(value is None for value in values.values()):
-        return None
-    return {
-        name: value.to(device or weight.device, weight.dtype if value.is_floating_point() else None)
-        for name, value in values.items()
-    }
-
-
-def _value(name: str, config: Any, rows: int, length: int, generator: torch.Generator) -> Tensor | None:
-    text, vision = getattr(config, "text_config", None) or config, getattr(config, "vision_config", None) or config
-    if name in ("input_ids", "decoder_input_ids") and hasattr(text, "vocab_size"):
-        return torch.randint(text.vocab_size, (rows, length), generator=generator)
-    if name == "pixel_values" and hasattr(vision, "image_size"):
-        size = vision.image_size
-        height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        return torch.randn(rows, getattr(vision, "num_channels", 3), height, width, generator=generator)
-    if name == "input_features" and hasattr(config, "num_mel_bins"):
-        return torch.randn(rows, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
-    return None

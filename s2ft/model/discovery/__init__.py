@@ -1,0 +1,1 @@
+"""Finds the couplings of a model of no known family."""
