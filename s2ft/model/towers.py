@@ -46,9 +46,10 @@ def tower_of(model: nn.Module, path: str) -> str:
         module = None if module is None else module._modules.get(name)
         in_layers = in_layers or name.isdigit()
         words = set(name.lower().split("_"))
+        projects = not in_layers and words & PROJECTION and name != "proj_out"
         if tower in ("vision", "audio"):
-            tower = "projector" if words & PROJECTOR else tower
-        elif tower is None and not in_layers and words & PROJECTION and len(words) > 1 and name != "proj_out":
+            tower = "projector" if words & PROJECTOR or (projects and words & WORDS[tower]) else tower
+        elif tower is None and projects and len(words) > 1:
             tower = "projector"
         elif tower is None:
             tower = _tower_of_name(name) or _tower_of_module(config, configs, name, module)

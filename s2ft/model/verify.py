@@ -1,6 +1,5 @@
 """Verifies couplings: with the units of one in another order, the model must give the same outputs as before."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from s2ft.model.coupling import Coupling
 from s2ft.model.discovery.examples import example_of, run_example
 from s2ft.model.modes import evaluation_mode
+from s2ft.model.outputs import tensors_in
 from s2ft.model.permutation import Move
 from s2ft.model.weights import allow_packing, layers_that_pack, stop_packing, weight_at
 
@@ -144,7 +144,7 @@ class Trial:
             allow_packing(self.model, packing)
             for handle in handles:
                 handle.remove()
-        return {**found, "": [tensor.double() for tensor in _tensors(output)]}
+        return {**found, "": [tensor.double() for tensor in tensors_in(output)]}
 
 
 def _module_of(coupling: Coupling) -> str:
@@ -158,21 +158,3 @@ def _cycle(count: int) -> Tensor:
     order = torch.empty_like(units)
     order[units] = units.roll(1)
     return order
-
-
-def _tensors(output: Any, name: str = "") -> Iterator[Tensor]:
-    """Iterate over the floating-point tensors of a model's output.
-
-    Attention weights and caches are left out, because heads that are reordered change them.
-    """
-    if "attentions" in name or "cache" in name or "past" in name:
-        return
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, dict):
-        for key, value in output.items():
-            yield from _tensors(value, str(key))
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from _tensors(value, name)
