@@ -16,7 +16,9 @@ FILES = (
     "codegen",
     "cohere",
     "composite",
+    "conformer",
     "deepseek",
+    "diffllama",
     "falcon",
     "gemma4",
     "glm4v",
@@ -39,6 +41,7 @@ FILES = (
     "towers",
     "vit",
     "whisper",
+    "xlm",
 )
 
 # model type → the function that lists the couplings of such a model
