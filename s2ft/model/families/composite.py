@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch import nn
 
 from s2ft.model.coupling import Coupling, Projection
-from s2ft.model.families.towers import feed_forward, modules_of
+from s2ft.model.families.towers import GATED, ffn_of, modules_of
 
 # model type → the projector's path and its layers, or None if it is not an FFN
 LLAVA = ("multi_modal_projector", ("linear_1", "linear_2"))
@@ -34,7 +34,7 @@ PROJECTORS: dict[str, tuple[str, tuple[str, ...]] | None] = {
     "glmga": None,
     "got_ocr2": None,
     "hyperclovax_vision_v2": None,
-    "idefics2": ("connector.modality_projection", ("up_proj", "gate_proj", "down_proj")),
+    "idefics2": ("connector.modality_projection", GATED),
     "idefics3": None,
     "instructblip": None,
     "internvl": LLAVA,
@@ -73,20 +73,24 @@ MODEL_TYPES = tuple(PROJECTORS)
 
 
 def couplings(model: nn.Module) -> list[Coupling]:
-    """The couplings, or none if a part is of a type without a declaration."""
     from s2ft.model.families import FAMILIES  # not at the top: it imports this file
 
     found, layer = [], 0
     for path, part in _parts(model):
-        if part.config.model_type not in FAMILIES:
-            return []
         own = FAMILIES[part.config.model_type](part)
-        if not own:
-            return []
         used = [coupling for coupling in own if coupling.layer < _layers_used(model, part)]
         found += [_under(path, layer, coupling) for coupling in used]
-        layer += 1 + max(coupling.layer for coupling in used)
+        layer += 1 + max((coupling.layer for coupling in used), default=-1)
     return found + _projector(model, layer)
+
+
+def undeclared_parts(model: nn.Module) -> list[str]:
+    """The model types without a declaration among the parts of a model that this file declares."""
+    from s2ft.model.families import FAMILIES
+
+    if getattr(getattr(model, "config", None), "model_type", None) not in PROJECTORS:
+        return []
+    return [part.config.model_type for _, part in _parts(model) if part.config.model_type not in FAMILIES]
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -118,17 +122,11 @@ def _projector(model: nn.Module, layer: int) -> list[Coupling]:
     if row is None:
         return []
     path, names = row
-    base = getattr(model, model.base_model_prefix, None) and f"{model.base_model_prefix}."
-    found = []
-    for projector in modules_of(model, f"{base or ''}{path}"):
-        if model.config.model_type in HALVED:
-            found.append(_halved(model, layer, projector, names))
-        else:
-            found.append(feed_forward(model, layer, projector, names, kind="projector"))
-    return found
+    build = _halved if model.config.model_type in HALVED else ffn_of
+    return [build(model, layer, projector, names, kind="projector") for projector in modules_of(model, path)]
 
 
-def _halved(model: nn.Module, layer: int, path: str, names: tuple[str, str]) -> Coupling:
+def _halved(model: nn.Module, layer: int, path: str, names: tuple[str, str], kind: str) -> Coupling:
     """A gated FFN whose first layer computes the values, then the gate."""
     up, down = (f"{path}.{name}" for name in names)
     channels = model.get_submodule(down).in_features
@@ -136,7 +134,7 @@ def _halved(model: nn.Module, layer: int, path: str, names: tuple[str, str]) -> 
         Projection("u", up, channels, 1, 0, size=2 * channels),
         Projection("g", up, channels, 1, 0, start=channels, size=2 * channels),
     )
-    return Coupling("projector", layer, producers, Projection("d", down, channels, 1, 1))
+    return Coupling(kind, layer, producers, Projection("d", down, channels, 1, 1))
 
 
 def _under(path: str, first: int, coupling: Coupling) -> Coupling:

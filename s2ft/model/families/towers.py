@@ -1,193 +1,145 @@
-"""Vision towers, audio encoders and resamplers of multimodal models, as rows of one table.
-
-A row names the lists of blocks, the layers of their attention and FFN, and the FFNs outside the lists (mergers). Numbers
-of heads and channels are those of the weights.
+"""Vision towers, audio encoders and resamplers of multimodal models: rows of names, and the FFNs outside the blocks.
 
 Heads can move: positions are added to the embeddings, rotate all heads alike, or are a table of relative positions that
 all heads share (GOT-OCR 2). Only the norms of InternVL's queries and keys are over all heads, and move with them.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 
 from torch import nn
 
-from s2ft.model.builders import layers_of
+from s2ft.model.builders import ffn, under_base
 from s2ft.model.coupling import Coupling
+from s2ft.model.families.named import CLIP_LIKE, QKVO, Names, named
 
-SEPARATE = ("q_proj", "k_proj", "v_proj", "out_proj")
-GATED = ("up_proj", "gate_proj", "down_proj")
+PROJECTED = ("q_proj", "k_proj", "v_proj", "projection_layer")
+QKV = ("qkv", "proj")
+QWEN2 = Names(("blocks",), "mlp.fc1", "mlp.fc2", attention="attn", layers=QKV)
+QWEN2_5 = replace(QWEN2, up="mlp.up_proj", down="mlp.down_proj", gate="mlp.gate_proj")
+QWEN3 = replace(QWEN2, up="mlp.linear_fc1", down="mlp.linear_fc2")
+LLAMA4 = replace(CLIP_LIKE, stacks=("model.layers",), layers=QKVO)
+PIXTRAL = Names(
+    ("transformer.layers",),
+    "feed_forward.up_proj",
+    "feed_forward.down_proj",
+    gate="feed_forward.gate_proj",
+    attention="attention",
+    layers=QKVO,
+)
+MOONVIT = Names(
+    ("layers",), "mlp.fc1", "mlp.fc2", attention="attn", layers=("q_proj", "k_proj", "v_proj", "proj")
+)
+INTERNVL = Names(
+    ("encoder.layer",),
+    "mlp.fc1",
+    "mlp.fc2",
+    attention="attention",
+    layers=PROJECTED,
+    moves=("q_norm.weight", "k_norm.weight"),
+)
+GEMMA4 = Names(  # a module that clips inputs and outputs is around each layer
+    ("encoder.layers",),
+    "mlp.up_proj.linear",
+    "mlp.down_proj.linear",
+    gate="mlp.gate_proj.linear",
+    layers=tuple(f"{name}.linear" for name in QKVO),
+)
+OVIS2 = Names(
+    ("transformer.encoder.layers",), "ffn.up_proj", "ffn.down_proj", gate="ffn.gate_proj", attention="attention"
+)
 
-
-@dataclass(frozen=True)
-class Stack:
-    """The names in a list of blocks.
-
-    Attributes:
-        blocks: Path of the list in the tower.
-        attention: Path of the attention in a block.
-        layers: Its layers: q, k, v, o or qkv, o.
-        ffn: Path of the FFN in a block.
-        channels: Its layers: up, down or up, gate, down.
-        norms: Norms over all heads of q or k in the attention, where there are any.
-    """
-
-    blocks: str = "encoder.layers"
-    attention: str = "self_attn"
-    layers: tuple[str, ...] = SEPARATE
-    ffn: str = "mlp"
-    channels: tuple[str, ...] = ("fc1", "fc2")
-    norms: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Tower:
-    """A tower: its lists of blocks, and its FFNs outside of them as (path, layers).
-
-    A path that ends with ``.*`` is a list of modules.
-    """
-
-    stacks: tuple[Stack, ...]
-    mergers: tuple[tuple[str, tuple[str, ...]], ...] = ()
-
-
-CLIP = Tower((Stack(),))
-QWEN2 = Stack("blocks", "attn", ("qkv", "proj"))
-QWEN2_5 = Stack("blocks", "attn", ("qkv", "proj"), channels=GATED)
-QWEN3 = Stack("blocks", "attn", ("qkv", "proj"), channels=("linear_fc1", "linear_fc2"))
-QWEN2_MERGER = (("merger", ("mlp.0", "mlp.2")),)
-QWEN3_MERGER = (("merger", ("linear_fc1", "linear_fc2")),)
-DEEPSTACK = (("deepstack_merger_list.*", ("linear_fc1", "linear_fc2")),)
-GLM_MERGER = (("merger", GATED),)
-INTERNVL = ("q_proj", "k_proj", "v_proj", "projection_layer")
-MLLAMA = ("q_proj", "k_proj", "v_proj", "o_proj")
-WHISPER = Tower((Stack("layers", ffn=""),))
-PACKED_CLIP = Tower((Stack(layers=("qkv", "projection")),))
-SAM = Tower((Stack("layers", "attn", ("qkv", "proj"), channels=("lin1", "lin2")),))
-MOONVIT = Tower((Stack("layers", "attn", ("q_proj", "k_proj", "v_proj", "proj")),))
-GEMMA4 = tuple(f"{name}.linear" for name in MLLAMA)  # a module that clips inputs and outputs around each layer
-
-TOWERS: dict[str, Tower] = {
+NAMES: dict[tuple[str, ...], Names] = {
     # vision
-    "blip_2_vision_model": PACKED_CLIP,
-    "cosmos3_edge_vision": CLIP,
-    "exaone4_5_vision": Tower((QWEN2_5,), QWEN2_MERGER),
-    "gemma4_vision": Tower(
-        (Stack(layers=GEMMA4, channels=tuple(f"{name}.linear" for name in GATED)),),
+    ("blip_2_vision_model", "instructblip_vision_model"): replace(CLIP_LIKE, layers=("qkv", "projection")),
+    (
+        "cosmos3_edge_vision",
+        "granite_docling_vision",
+        "idefics2_vision",
+        "idefics3_vision",
+        "smolvlm_vision",
+        "video_llama_3_vision",
+    ): CLIP_LIKE,
+    (
+        "exaone4_5_vision",
+        "glm4v_moe_vision",
+        "glm4v_vision",
+        "glm_ocr_vision",
+        "qwen2_5_vl_vision",
+    ): QWEN2_5,
+    ("gemma4_vision",): GEMMA4,
+    ("got_ocr2_vision", "pp_chart2table_vision"): Names(
+        ("layers",), "mlp.lin1", "mlp.lin2", attention="attn", layers=QKV
     ),
-    "glm4v_moe_vision": Tower((QWEN2_5,), GLM_MERGER),
-    "glm4v_vision": Tower((QWEN2_5,), GLM_MERGER),
-    "glm_ocr_vision": Tower((QWEN2_5,), GLM_MERGER),
-    "got_ocr2_vision": SAM,
-    "granite_docling_vision": CLIP,
-    "idefics2_vision": CLIP,
-    "idefics3_vision": CLIP,
-    "instructblip_vision_model": PACKED_CLIP,
-    "internvl_vision": Tower(
-        (Stack("encoder.layer", "attention", INTERNVL, norms=("q_norm", "k_norm")),),
-    ),
-    "janus_vision_model": Tower((Stack(layers=INTERNVL),)),
-    "kimi_k25_vision": MOONVIT,
-    "llama4_vision_model": Tower(
-        (Stack("model.layers", layers=MLLAMA),),
-        (("vision_adapter.mlp", ("fc1", "fc2")),),
-    ),
-    "mllama_vision_model": Tower(
-        (Stack("transformer.layers", layers=MLLAMA), Stack("global_transformer.layers", layers=MLLAMA)),
-    ),
-    "muse_glimmer_vision": MOONVIT,
-    "ovis2_vision": Tower(
-        (Stack("transformer.encoder.layers", "attention", ffn="ffn", channels=GATED),),
-    ),
-    "paddleocr_vl_vision": Tower((Stack("vision_model.encoder.layers"),)),
-    "pixtral": Tower(
-        (Stack("transformer.layers", "attention", MLLAMA, "feed_forward", GATED),),
-    ),
-    "qianfan_ocr_vision": Tower(
-        (Stack("layers", "attention", INTERNVL, norms=("q_norm", "k_norm")),),
-    ),
-    "qwen2_5_omni_vision_encoder": Tower(
-        (Stack("blocks", "attn", ("q", "k", "v", "proj"), channels=GATED),), QWEN2_MERGER
-    ),
-    "qwen2_5_vl_vision": Tower((QWEN2_5,), QWEN2_MERGER),
-    "qwen2_vl_vision": Tower((QWEN2,), QWEN2_MERGER),
-    "qwen3_5_moe_vision": Tower((QWEN3,), QWEN3_MERGER),
-    "qwen3_5_vision": Tower((QWEN3,), QWEN3_MERGER),
-    "qwen3_vl_moe_vision": Tower((QWEN3,), QWEN3_MERGER + DEEPSTACK),
-    "qwen3_vl_vision": Tower((QWEN3,), QWEN3_MERGER + DEEPSTACK),
-    "siglip2_vision_model": CLIP,
-    "siglip_vision_model": CLIP,
-    "smolvlm_vision": CLIP,
-    "video_llama_3_vision": CLIP,
+    ("internvl_vision",): INTERNVL,
+    ("janus_vision_model",): replace(CLIP_LIKE, layers=PROJECTED),
+    ("kimi_k25_vision", "muse_glimmer_vision"): MOONVIT,
+    ("llama4_vision_model",): LLAMA4,
+    ("mllama_vision_model",): replace(LLAMA4, stacks=("transformer.layers", "global_transformer.layers")),
+    ("ovis2_vision",): OVIS2,
+    ("paddleocr_vl_vision",): replace(CLIP_LIKE, stacks=("vision_model.encoder.layers",)),
+    ("pixtral",): PIXTRAL,
+    ("qianfan_ocr_vision",): replace(INTERNVL, stacks=("layers",)),
+    ("qwen2_5_omni_vision_encoder",): replace(QWEN2_5, layers=("q", "k", "v", "proj")),
+    ("qwen2_vl_vision",): QWEN2,
+    ("qwen3_5_moe_vision", "qwen3_5_vision", "qwen3_vl_moe_vision", "qwen3_vl_vision"): QWEN3,
     # audio
-    "audioflamingo3_encoder": WHISPER,
-    "qwen2_5_omni_audio_encoder": WHISPER,
-    "qwen2_audio_encoder": WHISPER,
-    "voxtral_encoder": WHISPER,
+    (
+        "audioflamingo3_encoder",
+        "qwen2_5_omni_audio_encoder",
+        "qwen2_audio_encoder",
+        "voxtral_encoder",
+    ): Names(("layers",), "fc1", "fc2"),
     # between a tower and the language model
-    "idefics2_perceiver": Tower((Stack("layers", layers=MLLAMA, channels=GATED),)),
+    ("idefics2_perceiver",): Names(("layers",), "mlp.up_proj", "mlp.down_proj", gate="mlp.gate_proj", layers=QKVO),
 }
-MODEL_TYPES = tuple(TOWERS)
+BY_TYPE = {model_type: names for model_types, names in NAMES.items() for model_type in model_types}
+MODEL_TYPES = tuple(BY_TYPE)
+
+# model type → path and layers (up, down, gate) of the FFNs outside the blocks; * stands for every module of a list
+GATED = ("up_proj", "down_proj", "gate_proj")
+MLP = ("merger", ("mlp.0", "mlp.2"))
+LINEAR_FC = ("linear_fc1", "linear_fc2")
+MERGERS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
+    **dict.fromkeys(("exaone4_5_vision", "qwen2_5_omni_vision_encoder", "qwen2_5_vl_vision", "qwen2_vl_vision"), (MLP,)),
+    **dict.fromkeys(("glm4v_moe_vision", "glm4v_vision", "glm_ocr_vision"), (("merger", GATED),)),
+    **dict.fromkeys(("qwen3_5_moe_vision", "qwen3_5_vision"), (("merger", LINEAR_FC),)),
+    **dict.fromkeys(
+        ("qwen3_vl_moe_vision", "qwen3_vl_vision"), (("merger", LINEAR_FC), ("deepstack_merger_list.*", LINEAR_FC))
+    ),
+    "llama4_vision_model": (("vision_adapter.mlp", ("fc1", "fc2")),),
+}
 
 
 def couplings(model: nn.Module) -> list[Coupling]:
-    tower = TOWERS[model.config.model_type]
-    heads = _heads(model.config)
-    found, layer = [], 0
-    for stack in tower.stacks:
-        for layer, (path, block) in enumerate(layers_of(model, stack.blocks), layer):
-            found.append(feed_forward(model, layer, f"{path}.{stack.ffn}".rstrip("."), stack.channels))
-            found.append(_attention(model, layer, f"{path}.{stack.attention}", stack, heads))
-        layer += 1
-    for path, names in tower.mergers:
-        for merger in modules_of(model, path):
-            if merger in _unused(model.config):
-                continue
-            found.append(feed_forward(model, layer, merger, names))
-            layer += 1
-    return found
+    model_type = model.config.model_type
+    found = named(model, (BY_TYPE[model_type],))
+    first = 1 + max((coupling.layer for coupling in found), default=-1)
+    mergers = [
+        (merger, names)
+        for path, names in MERGERS.get(model_type, ())
+        for merger in modules_of(model, path)
+        if merger not in _unused(model.config)
+    ]
+    return found + [ffn_of(model, layer, merger, names) for layer, (merger, names) in enumerate(mergers, first)]
 
 
-def feed_forward(model: nn.Module, layer: int, path: str, names: tuple[str, ...], kind: str = "ffn") -> Coupling:
-    """The FFN of a module whose layers have `names`: up, down or up, gate, down."""
-    paths = [f"{path}.{name}" for name in names]
-    channels = model.get_submodule(paths[-1]).in_features
-    if len(paths) == 2:
-        return Coupling.ffn(layer, up=paths[0], down=paths[1], channels=channels, kind=kind)
-    return Coupling.gated_ffn(layer, up=paths[0], gate=paths[1], down=paths[2], channels=channels, kind=kind)
+def ffn_of(model: nn.Module, layer: int, path: str, names: tuple[str, ...], kind: str = "ffn") -> Coupling:
+    """The FFN of a module whose layers have `names`: up, down and perhaps gate."""
+    return ffn(model, layer, *(f"{path}.{name}" for name in names), kind=kind)
 
 
 def modules_of(model: nn.Module, path: str) -> Iterator[str]:
-    """Iterate over the path, if the model has that module; of a path ``list.*`` over the modules of the list."""
+    """Iterate over the path in the base model, if it has that module; of ``list.*`` over the modules of the list."""
+    found = under_base(model, path.removesuffix(".*"))
     try:
-        module = model.get_submodule(path.removesuffix(".*"))
+        module = model.get_submodule(found)
     except AttributeError:
         return
-    if path.endswith(".*"):
-        yield from (f"{path[:-2]}.{i}" for i in range(len(module)))
-    else:
-        yield path
-
-
-def _attention(model: nn.Module, layer: int, path: str, stack: Stack, heads: int) -> Coupling:
-    paths = [f"{path}.{name}" for name in stack.layers]
-    head_dim = model.get_submodule(paths[-1]).in_features // heads
-    outputs = model.get_submodule(paths[-2]).out_features // head_dim
-    sizes = {"heads": heads, "head_dim": head_dim}
-    if len(paths) == 2:  # one weight with the queries and twice the key/value heads
-        return Coupling.packed_attention(layer, qkv=paths[0], o=paths[1], **sizes, kv_heads=(outputs - heads) // 2)
-    names = (f"{path}.{norm}.weight" for norm in stack.norms)
-    moving = {name: head_dim for name in names if hasattr(model.get_submodule(name.rpartition(".")[0]), "weight")}
-    q, k, v, o = paths
-    return Coupling.attention(layer, q=q, k=k, v=v, o=o, **sizes, kv_heads=outputs, moving=moving)
+    yield from (f"{found}.{i}" for i in range(len(module))) if path.endswith(".*") else (found,)
 
 
 def _unused(config) -> set[str]:
     """The mergers of layers that the tower does not have."""
     layers = getattr(config, "deepstack_visual_indexes", None) or []
     return {f"deepstack_merger_list.{i}" for i, layer in enumerate(layers) if layer >= config.depth}
-
-
-def _heads(config) -> int:
-    names = ("num_attention_heads", "num_heads", "encoder_attention_heads", "resampler_n_heads")
-    return next(value for name in names if (value := getattr(config, name, None)))
