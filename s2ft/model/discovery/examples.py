@@ -270,8 +270,14 @@ _TOKEN_KEYS = {
     "audio": ("audio_token_id", "audio_token_index", "audio_token"),
 }
 # Entries of configs that say how many tokens stand for an image.
-_HINTS = ("num_query_tokens", "image_seq_length", "image_seq_len", "mm_tokens_per_image", "num_image_tokens",
-          "latent_query_num")
+_HINTS = (
+    "num_query_tokens",
+    "image_seq_length",
+    "image_seq_len",
+    "mm_tokens_per_image",
+    "num_image_tokens",
+    "latent_query_num",
+)
 _GUESSES = (4, 1, 16, 9, 64, 25, 49, 36, 17, 5, 8, 2, 3, 6, 10, 12, 18, 32, 100, 144, 196, 256)
 
 
@@ -327,7 +333,9 @@ def _with_text(inputs: _Inputs, media: list[_Medium]) -> Iterator[Media]:
     known = all(medium.tokens for medium in media)
     hints = [getattr(config, key, None) for config in inputs.configs("vision_config", "text_config") for key in _HINTS]
     guesses = [[hint] * len(media) for hint in dict.fromkeys(hints) if isinstance(hint, int) and hint < 600]
-    guesses = [[medium.tokens for medium in media], *guesses] if known else guesses + [[n] * len(media) for n in _GUESSES]
+    guesses = (
+        [[medium.tokens for medium in media], *guesses] if known else guesses + [[n] * len(media) for n in _GUESSES]
+    )
     if None in ids and "image_embeds_position_mask" not in inputs.takes:
         guesses = [[0] * len(media)]
     elif not known and any(hasattr(owner, _METHODS[media[0].kind]) for owner in _owners(inputs.model)):
@@ -435,7 +443,14 @@ def _patch_side(vision: list[Any]) -> int:
 
 def _sounds(inputs: _Inputs) -> Iterator[Media]:
     audio = inputs.configs("audio_config", "encoder_config", "audio_encoder_config", "encoder", "speech_config")
-    keys = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "n_mels", "input_dim", "feature_size")
+    keys = (
+        "num_mel_bins",
+        "input_feat_per_channel",
+        "feature_projection_input_dim",
+        "n_mels",
+        "input_dim",
+        "feature_size",
+    )
     bins = _first(audio, keys) or 80
     positions = _first(audio, ("max_source_positions",))
     for steps in dict.fromkeys((2 * positions if positions else 128, 128, 256)):

@@ -163,7 +163,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "attention_head_dim": 2 * WIDTH // HEADS,
         "kv_channels": HEAD_DIM,
         "num_query_groups": HEADS,
-        "hybrid_layer_ids": lambda config: [i for i, kind in enumerate(config["layers_block_type"]) if kind == "hybrid"],
+        "hybrid_layer_ids": lambda config: [
+            i for i, kind in enumerate(config["layers_block_type"]) if kind == "hybrid"
+        ],
     },
     # Layers of a kind are given by a period or by numbers, which a shallow model would not reach.
     "jamba": {"attn_layer_offset": 2, "attn_layer_period": 4},

@@ -69,9 +69,7 @@ def twins_of(model: nn.Module, tried: list[str]) -> Iterator[nn.Module]:
         yield copied(model)
 
 
-def _same_at_some_depth(
-    model: nn.Module, level: Level, wanted: set, kinds: set, tried: list[str]
-) -> nn.Module | None:
+def _same_at_some_depth(model: nn.Module, level: Level, wanted: set, kinds: set, tried: list[str]) -> nn.Module | None:
     """The twin of the least depth with all kinds of blocks, else of the least with all paths; None if there is none."""
     second = None
     for depth in DEPTHS:
