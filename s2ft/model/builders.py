@@ -69,9 +69,7 @@ def attention(
     return Coupling(kind, layer, producers, Projection("o", o, heads, head_dim, 1), vectors, fixed)
 
 
-def packed_attention(
-    model: nn.Module, layer: int, qkv: str, o: str, heads: int, interleaved: bool = False
-) -> Coupling:
+def packed_attention(model: nn.Module, layer: int, qkv: str, o: str, heads: int, interleaved: bool = False) -> Coupling:
     """Describe an attention block as :meth:`Coupling.packed_attention` does, with the sizes of its layers."""
     head_dim = inputs_of(model, o) // heads
     kv_heads = (outputs_of(model, qkv) // head_dim - heads) // 2
@@ -154,7 +152,7 @@ def head_sizes(config) -> tuple[int, int, int]:
 
 
 def moving_with_heads(model: nn.Module, block: str, heads: int, head_dim: int) -> dict[str, int]:
-    """The norms over all heads, and the sinks and biases with one entry for each, of an attention block, as :meth:`Coupling.attention` takes them.
+    """The norms, sinks and biases of an attention block that move, as :meth:`Coupling.attention` takes them.
 
     A norm with `head_dim` entries is shared by all heads, and is left out.
     """

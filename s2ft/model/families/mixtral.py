@@ -4,7 +4,7 @@ Channels are selected in each expert separately. An expert that processes every 
 Some layers may have a plain FFN. The router is not part of a coupling.
 
 Norms of q and k over all heads (MiniMax M2, OLMoE) and sinks (Flint) move with the heads. A norm of each head that all
-heads share stays. A gate of the heads' outputs (Trinity, Laguna) has the key of the queries, for it is computed beside them.
+heads share stays. A gate of the heads' outputs (Trinity, Laguna) belongs to the queries.
 """
 
 from torch import nn
