@@ -45,6 +45,7 @@ MODEL_TYPES = (
     "phimoe",
     "qwen2_moe",
     "qwen3_moe",
+    "qwen3_vl_moe_text",
     "sarvam_moe",
     "solar_open",
 )
