@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from s2ft.layers import KINDS, S2Layer, kind_of
 from s2ft.model.coupling import Coupling, Projection, Vector
 from s2ft.model.custom import checked_couplings
-from s2ft.model.families import FAMILIES
+from s2ft.model.families import FAMILIES, check_release
 from s2ft.model.weights import find, weight_at
 
 Declaration = Callable[[nn.Module], list[Coupling]]
@@ -77,6 +77,8 @@ def _declared(model: nn.Module) -> list[Coupling]:
             f"{', '.join(known_architectures())}. Describe the couplings of this model in attach(..., "
             "couplings=[s2ft.Coupling.ffn(...), ...]), or those of its family by s2ft.register_architecture"
         )
+    if model_type not in _REGISTERED:
+        check_release(model_type)
     couplings = declaration(model)
     if not couplings:
         raise ValueError(

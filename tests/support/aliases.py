@@ -4,6 +4,7 @@ Heads can move in every row: an error in a coupling changes the output only if i
 are also run with grouped queries, where heads stay.
 """
 
+import transformers
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -16,6 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from s2ft.model.families import is_too_old
 from support.models import BERT, DEEPSEEK, GPT2, IDS, IMAGE, MOE, ODD, SHAPE, T5, TOWERS, WHISPER, randomized
 
 HEADS = {**SHAPE, **IDS, "num_key_value_heads": 4}
@@ -81,7 +83,7 @@ ROWS: dict[str, dict] = {
     "olmo3": {**BIASED, "sliding_window": 4},
     # t5
     "mt5": {**T5, **IDS},
-    "pop2piano": {**T5, **IDS},
+    "pop2piano": {**T5, **IDS, "num_decoder_layers": 2},
     "umt5": {**T5, **IDS},
     # vit
     "deit": {**IMAGES, "architectures": ["DeiTForImageClassification"]},
@@ -107,8 +109,8 @@ AUTO = (
 
 
 def missing(model_type: str) -> bool:
-    """Whether this version of transformers lacks the model type."""
-    return model_type not in CONFIG_MAPPING
+    """Whether this release of transformers lacks the model type, or the modules that its family describes."""
+    return model_type not in CONFIG_MAPPING or is_too_old(transformers.__version__, model_type)
 
 
 def alias_of(model_type: str, **options) -> PreTrainedModel:

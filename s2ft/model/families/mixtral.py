@@ -10,6 +10,7 @@ from s2ft.model.builders import attention_paths, experts, gated_mlp, head_sizes,
 from s2ft.model.coupling import Coupling
 
 MODEL_TYPES = ("mellum", "mixtral", "phimoe", "qwen2_moe", "qwen3_moe")
+SINCE = {"phimoe": "5.1"}
 
 
 def couplings(model: nn.Module) -> list[Coupling]:
