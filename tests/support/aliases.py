@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from s2ft.model.families import is_too_old
 from support.models import BERT, DEEPSEEK, GPT2, IDS, IMAGE, MOE, ODD, SHAPE, T5, TOWERS, WHISPER, randomized
 
 HEADS = {**SHAPE, **IDS, "num_key_value_heads": 4}
@@ -509,7 +510,7 @@ ROWS: dict[str, dict] = {
     # t5
     "mt5": {**T5, **IDS},
     "longt5": {**T5, **IDS, "local_radius": 3, "global_block_size": 4},
-    "pop2piano": {**T5, **IDS},
+    "pop2piano": {**T5, **IDS, "num_decoder_layers": 2},
     "umt5": {**T5, **IDS},
     # vit
     "deit": {**IMAGES, "architectures": ["DeiTForImageClassification"]},
@@ -575,8 +576,8 @@ CLASSES = {"emu3_text_model": "Emu3ForCausalLM"}  # types that no auto class has
 
 
 def missing(model_type: str) -> bool:
-    """Whether this version of transformers lacks the model type."""
-    return model_type not in CONFIG_MAPPING
+    """Whether this release of transformers lacks the model type, or the modules that its family describes."""
+    return model_type not in CONFIG_MAPPING or is_too_old(transformers.__version__, model_type)
 
 
 def alias_of(model_type: str, **options) -> PreTrainedModel:
