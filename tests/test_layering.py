@@ -13,7 +13,7 @@ RANKS = [
     ["files.adapter_folder", "ops._build", "config", "attached.hosts.compiled", "attached.hosts.checkpointing"],
     ["files.formats", "ops._lock", "ops._memory", "model.modes", "model.outputs", "model.towers"],
     ["ops._effective", "ops._library"],
-    ["ops._linear", "attached.hosts.quantizers"],
+    ["ops._linear", "ops._grouped", "attached.hosts.quantizers"],
     ["ops"],
     ["layers.kind"],
     ["layers.base"],

@@ -27,7 +27,7 @@ class Projection:
 
     Attributes:
         key: One of PROJECTIONS.
-        path: Path of the layer in the model; for experts, of the parameter [experts, outputs, inputs].
+        path: Path of the layer in the model; for experts, of the parameter with the weights of all of them.
         count: Number of units.
         unit: Elements of one unit.
         dim: Dimension of the weight: 0 (outputs) for producers, 1 (inputs) for the consumer, either for key "l".
@@ -35,6 +35,7 @@ class Projection:
         stride: Elements from the start of one unit to the start of the next; default: `unit`.
         size: All elements of the dimension, if there are more than those of the units.
         expert: Number of the expert.
+        transposed: For an expert, whether the parameter is [experts, inputs, outputs], not [experts, outputs, inputs].
     """
 
     key: str
@@ -46,6 +47,7 @@ class Projection:
     stride: int | None = None
     size: int | None = None
     expert: int | None = None
+    transposed: bool = False
 
     @property
     def name(self) -> str:
@@ -82,10 +84,17 @@ class Vector:
     Attributes:
         path: Path of the tensor in the model.
         unit: Entries of the first dimension that belong to one unit.
+        expert: Number of the expert, for a tensor of all experts, [experts, entries]; `unit`, `start` and `size` are
+            about its entries then.
+        start: First entry of the first unit.
+        size: All entries of the first dimension, if there are more than those of the units.
     """
 
     path: str
     unit: int
+    expert: int | None = None
+    start: int = 0
+    size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -206,18 +215,40 @@ class Coupling:
         return cls(kind, layer, producers, Projection("d", down, channels, 1, 1, expert=expert))
 
     @classmethod
-    def experts(cls, layer: int, *, gate_up: str, down: str, channels: int, experts: int) -> list["Coupling"]:
+    def experts(
+        cls,
+        layer: int,
+        *,
+        down: str,
+        channels: int,
+        experts: int,
+        gate_up: str | None = None,
+        up: str | None = None,
+        transposed: bool = False,
+        interleaved: bool = False,
+        bias: str | None = None,
+        kind: str = "experts",
+    ) -> list["Coupling"]:
         """Describe the experts of a mixture whose weights are parameters [experts, outputs, inputs].
 
         Args:
             layer: Number of the layer.
-            gate_up: Path of the parameter with 2 * channels outputs for each expert, those of gate first.
             down: Path of the parameter whose inputs are the channels.
             channels: Number of channels of each expert.
             experts: Number of experts.
+            gate_up: Path of the parameter with 2 * channels outputs for each expert, those of gate first.
+            up: Path of the parameter whose outputs are the channels, instead of `gate_up`: experts without a gate.
+            transposed: Whether the parameters are [experts, inputs, outputs].
+            interleaved: Whether the outputs of `gate_up` are gate and up of each channel in turn.
+            bias: Path of the parameter [experts, outputs] with the biases of `gate_up` or `up`. They are reordered with
+                the channels, and stay frozen.
+            kind: Word for these couplings in reports.
 
         Returns:
             One coupling for each expert.
+
+        Raises:
+            TypeError: Neither or both of `gate_up` and `up` are given.
 
         Example:
             >>> couplings = s2ft.Coupling.experts(
@@ -226,10 +257,24 @@ class Coupling:
             >>> len(couplings), couplings[3].consumer.name
             (8, 'experts.down_proj[3]')
         """
-        return [
-            cls.packed_gated_ffn(layer, gate_up=gate_up, down=down, channels=channels, kind="experts", expert=expert)
-            for expert in range(experts)
-        ]
+        if (gate_up is None) == (up is None):
+            raise TypeError(f"experts needs gate_up or up, and not both, got gate_up={gate_up!r} and up={up!r}")
+        both = {"size": 2 * channels, "stride": 2 if interleaved else None}
+        if up is not None:
+            sides, vectors = [("u", up, {})], [{"unit": 1}]
+        elif interleaved:
+            sides, vectors = [("u", gate_up, {"start": 1, **both}), ("g", gate_up, both)], [{"unit": 2}]
+        else:
+            sides = [("u", gate_up, {"start": channels, **both}), ("g", gate_up, both)]
+            vectors = [{"unit": 1, "start": start, "size": 2 * channels} for start in (channels, 0)]
+
+        def coupling(expert: int) -> "Coupling":
+            where = {"expert": expert, "transposed": transposed}
+            producers = tuple(Projection(key, path, channels, 1, 0, **more, **where) for key, path, more in sides)
+            moving = tuple(Vector(bias, expert=expert, **more) for more in vectors) if bias is not None else ()
+            return cls(kind, layer, producers, Projection("d", down, channels, 1, 1, **where), moving)
+
+        return [coupling(expert) for expert in range(experts)]
 
     @classmethod
     def attention(

@@ -41,9 +41,9 @@ def _check_apart(couplings: list[Coupling]) -> None:
         names.add(projection.name)
         by_weight.setdefault(projection.weight_key, []).append(projection)
     for (path, _), projections in by_weight.items():
-        if len({(projection.dim, projection.size) for projection in projections}) > 1:
+        if len({(projection.dim, projection.size, projection.transposed) for projection in projections}) > 1:
             raise ValueError(
-                f"projections that share a weight must have the same dim and size, and those of {path} differ"
+                f"projections that share a weight must have the same dim, size and transposed: those of {path} differ"
             )
         elements = torch.cat([projection.elements(torch.arange(projection.count)) for projection in projections])
         if elements.unique().numel() < elements.numel():
@@ -71,7 +71,10 @@ def _checked(coupling: Any, where: str) -> Coupling:
     for vector in coupling.vectors:
         if not isinstance(vector, Vector) or not isinstance(vector.path, str):
             raise TypeError(f"{where}: vectors must be Vector of s2ft.model.coupling, got {vector!r}")
-        _check_number(vector.unit, 1, f"{where}: unit of {vector.path}")
+        for name, least in (("unit", 1), ("expert", 0), ("start", 0), ("size", 1)):
+            value = getattr(vector, name)
+            if value is not None or name in ("unit", "start"):
+                _check_number(value, least, f"{where}: {name} of {vector.path}")
     return coupling
 
 
@@ -106,6 +109,11 @@ def _check_projection(projection: Any, dim: int, where: str, is_one_sided: bool)
         value = getattr(projection, name)
         if value is not None or name in ("count", "unit", "start"):
             _check_number(value, least, f"{where}: {name} of {projection.path}")
+    if not isinstance(projection.transposed, bool) or projection.transposed and projection.expert is None:
+        raise ValueError(
+            f"{where}: transposed of {projection.path} must be a bool, and can be True for an expert only, got "
+            f"{projection.transposed!r}"
+        )
     if projection.size is None and (projection.start or projection.stride is not None):
         raise ValueError(
             f"{where}: {projection.path} must have size, the number of all elements of dim {dim}, with start or stride"

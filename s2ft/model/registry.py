@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from s2ft.layers import KINDS, S2Layer, kind_of
+from s2ft.layers import KINDS, OTHER, S2Layer, kind_of
 from s2ft.model.coupling import Coupling, Projection, Vector
 from s2ft.model.custom import checked_couplings
-from s2ft.model.discovery import WeightRow, discover
+from s2ft.model.discovery import Discovery, WeightRow, discover
+from s2ft.model.discovery.structure import layers_of_blocks
 from s2ft.model.families import FAMILIES
 from s2ft.model.weights import find, weight_at
 
@@ -110,6 +111,33 @@ def find_couplings(
     return found
 
 
+def explain(model: nn.Module, example: Any = None) -> Discovery:
+    """Say of every weight of a model's blocks how it is trained, and why.
+
+    Args:
+        model: The model. It may be on the meta device.
+        example: As for :func:`couplings_of`.
+
+    Returns:
+        The couplings, declared or found by trials, with a row for each weight. It prints as a table.
+
+    Raises:
+        ValueError: As for :func:`couplings_of`.
+    """
+    found = find_couplings(model, example=example)
+    if found.weights:
+        return Discovery(found.couplings, list(found.weights))
+    family = f"declared for model type {model.config.model_type}"
+    rows = {p.path: WeightRow(p.path, _word(c), family, c) for c in found.couplings for p in c.projections}
+    for path in layers_of_blocks(model):
+        rows.setdefault(path, WeightRow(path, "untouched", "in no coupling of its family"))
+    return Discovery(found.couplings, list(rows.values()))
+
+
+def _word(coupling: Coupling) -> str:
+    return "one-sided" if coupling.is_one_sided else "movable" if coupling.movable else "in place"
+
+
 def _discovered(model: nn.Module, example: Any, modules: Sequence[str]) -> Found:
     discovery = discover(model, example)
 
@@ -157,9 +185,9 @@ def _check_projection(model: nn.Module, projection: Projection) -> None:
     if projection.expert is None:
         check_module(found, projection.path)
     elif not isinstance(found, nn.Parameter) or found.dim() != 3 or projection.expert >= found.shape[0]:
+        sides = "inputs, outputs" if projection.transposed else "outputs, inputs"
         raise ValueError(
-            f"{projection.path} must be a parameter [experts, outputs, inputs] with more than "
-            f"{projection.expert} experts"
+            f"{projection.path} must be a parameter [experts, {sides}] with more than {projection.expert} experts"
         )
     handle = weight_at(model, projection)
     if not handle.read_only and not handle.tensor.is_floating_point():
@@ -175,11 +203,13 @@ def _check_projection(model: nn.Module, projection: Projection) -> None:
 
 def check_module(found: Any, path: str) -> None:
     """Raise ValueError unless `found` is a layer of a kind that S²FT trains."""
-    if not isinstance(found, nn.Module) or isinstance(found, S2Layer) or kind_of(found).layers is None:
+    kind = kind_of(found)
+    if not isinstance(found, nn.Module) or isinstance(found, S2Layer) or kind.layers is None:
         groups = getattr(found, "groups", 1)
+        reason = "" if kind is OTHER else f", {kind.name}"
         raise ValueError(
-            f"{path} is a {type(found).__name__}{f' of {groups} groups' * (groups != 1)}: S²FT trains units of "
-            f"{', '.join(kind.name for kind in KINDS)}, and not of classes derived from them"
+            f"{path} is a {type(found).__name__}{f' of {groups} groups' * (groups != 1)}{reason}: S²FT trains units of "
+            f"{', '.join(kind.name for kind in KINDS if kind.layers is not None)}"
         )
 
 
@@ -190,8 +220,12 @@ def _check_vector(model: nn.Module, vector: Vector, counts: set[int]) -> None:
         parameter = None
     if not isinstance(parameter, Tensor):
         raise ValueError(f"{type(model).__name__} has no parameter or buffer {vector.path}")
-    if parameter.dim() == 0 or parameter.shape[0] not in {count * vector.unit for count in counts}:
+    dim, sizes = int(vector.expert is not None), {count * vector.unit for count in counts}
+    if vector.size is not None:
+        sizes = {vector.size} if vector.start + min(sizes) <= vector.size else set()
+    if parameter.dim() <= dim or parameter.shape[dim] not in sizes or vector.expert and vector.expert >= len(parameter):
+        of = "" if vector.size is None else f" from {vector.start} to {vector.size}"
         raise ValueError(
-            f"{vector.path}: expected {' or '.join(map(str, sorted(counts)))} units of {vector.unit} "
-            f"in dim 0, got shape {tuple(parameter.shape)}"
+            f"{vector.path}: expected {' or '.join(map(str, sorted(counts)))} units of {vector.unit}{of} "
+            f"in dim {dim}, got shape {tuple(parameter.shape)}"
         )

@@ -7,7 +7,7 @@ from typing import Any
 
 from s2ft.model.coupling import Coupling, Projection
 from s2ft.model.discovery.proposal import Block, Proposal
-from s2ft.model.discovery.structure import Structure, is_inside, name_and_owner, parent_of
+from s2ft.model.discovery.structure import Structure, name_and_owner, parent_of
 from s2ft.model.discovery.vectors import vector_choices
 
 QUERIES = ("query", "queries", "q")  # in this order: "q" is also the first letter of other words
@@ -61,9 +61,7 @@ def attention_blocks(structure: Structure) -> Iterator[Block]:
         if structure.taken.intersection(inputs.paths):
             continue
         for around in dict.fromkeys((inputs.root, parent_of(inputs.root))):
-            outs = [
-                path for path in structure.layers if is_inside(path, around) and _may_be_out(structure, inputs, path)
-            ]
+            outs = [path for path in structure.inside(around) if _may_be_out(structure, inputs, path)]
             outs.sort(key=structure.place.get)
             proposals = [one for out in outs for one in _proposals(structure, inputs, out, around)]
             if proposals:
@@ -239,12 +237,12 @@ def _packed(paths: tuple[str, ...], sizes: list[int], heads: int, unit: int) -> 
 
 
 def _with_gates(structure: Structure, inputs: Inputs, bare: Coupling, around: str) -> Iterator[tuple[str, Coupling]]:
-    """The coupling, and the coupling with a layer that gates the heads' outputs."""
+    """The coupling, and the coupling with a layer that gates the heads' outputs. It counts to the queries."""
     yield "", bare
     count, width = bare.consumer.count, bare.consumer.extent
-    for path in structure.layers:
+    for path in structure.inside(around):
         name, owner = name_and_owner(path)
         near = owner in (inputs.root, around) and path not in inputs.paths and path != bare.consumer.path
         if near and OUTPUT_GATE.search(name) and structure.outputs(path) in (count, width):
-            gate = Projection("g", path, count, structure.outputs(path) // count, 0)
+            gate = Projection("q", path, count, structure.outputs(path) // count, 0)
             yield f", gate {structure.pattern(path)}", replace(bare, producers=(*bare.producers, gate))

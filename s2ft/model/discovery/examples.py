@@ -256,6 +256,8 @@ _TOKEN_KEYS = {
     "image": ("image_token_id", "image_token_index", "media_token_id", "im_token_id", "image_token", "boi_token_id"),
     "audio": ("audio_token_id", "audio_token_index", "audio_token"),
 }
+# Entries of configs that say how many tokens stand for an image.
+_HINTS = ("num_query_tokens", "image_seq_length", "image_seq_len", "mm_tokens_per_image", "num_image_tokens")
 _GUESSES = (4, 1, 16, 9, 64, 25, 49, 36, 17, 5, 8, 2, 3, 6, 10, 12, 18, 32, 100, 144, 196, 256)
 
 
@@ -309,7 +311,9 @@ def _with_text(inputs: _Inputs, media: list[_Medium]) -> Iterator[Media]:
     ids = [_first(inputs.configs("text_config"), _TOKEN_KEYS[medium.kind]) for medium in media]
     values = {name: value for medium in media for name, value in medium.values.items()}
     known = all(medium.tokens for medium in media)
-    guesses = [[medium.tokens for medium in media]] if known else [[guess] * len(media) for guess in _GUESSES]
+    hints = [getattr(config, key, None) for config in inputs.configs("vision_config", "text_config") for key in _HINTS]
+    guesses = [[hint] * len(media) for hint in dict.fromkeys(hints) if isinstance(hint, int) and hint < 600]
+    guesses = [[medium.tokens for medium in media], *guesses] if known else guesses + [[n] * len(media) for n in _GUESSES]
     if None in ids:
         guesses = [[0] * len(media)]
     elif not known and any(hasattr(owner, _METHODS[media[0].kind]) for owner in _owners(inputs.model)):
@@ -321,6 +325,7 @@ def _with_text(inputs: _Inputs, media: list[_Medium]) -> Iterator[Media]:
             "token_type_ids": (kinds > 0).long(),
             "mm_token_type_ids": kinds,
             "qformer_input_ids": inputs.tokens(8),
+            "image_attention_mask": torch.ones(*tokens.shape, 1, dtype=torch.int64),
             "image_embeds_position_mask": (kinds == 1).long(),
             "bbox": torch.zeros(*tokens.shape, 4, dtype=torch.int64),
         }

@@ -8,7 +8,7 @@ from torch import nn
 
 from s2ft.model.coupling import Coupling, Projection
 from s2ft.model.discovery.proposal import Block, Proposal
-from s2ft.model.discovery.structure import NO_BLOCK_LAYER, PROJECTOR, Structure, is_inside, parent_of
+from s2ft.model.discovery.structure import NO_BLOCK_LAYER, PROJECTOR, Structure, parent_of
 from s2ft.model.discovery.vectors import vector_choices
 
 GATE = re.compile(r"gate|(^|[._])w1$|w_0$|wi_0$|linear_1$|fc1_g$|act_fn", re.I)
@@ -50,7 +50,7 @@ def _find_ups(structure: Structure, down: str) -> tuple[str, list[str]] | None:
         around = parent_of(around)
         if isinstance(structure.modules[around], nn.ModuleList):
             continue
-        near = [path for path in structure.layers if _may_be_up(structure, path, down, around)]
+        near = [path for path in structure.inside(around) if _may_be_up(structure, path, down)]
         channels, width = structure.inputs(down), structure.outputs(down)
         for count in (channels, 2 * channels):
             for fits in (True, False):  # layers whose inputs have the size of down's outputs come first
@@ -60,10 +60,9 @@ def _find_ups(structure: Structure, down: str) -> tuple[str, list[str]] | None:
     return None
 
 
-def _may_be_up(structure: Structure, path: str, down: str, around: str) -> bool:
+def _may_be_up(structure: Structure, path: str, down: str) -> bool:
     return (
-        is_inside(path, around)
-        and path not in structure.taken
+        path not in structure.taken
         and structure.block_of(path) == structure.block_of(down)
         and structure.place[path] < structure.place[down]
         and structure.is_called(path) == structure.is_called(down)

@@ -5,11 +5,12 @@ Nothing here reads a weight, so a model on the meta device will do.
 
 import re
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cache, cached_property
 
 from torch import nn
 
 from s2ft.layers import kind_of
+from s2ft.model.towers import tower_of
 
 # Layers that read the model's outputs or choose experts: training some of their units is not what S²FT is for.
 NO_BLOCK_LAYER = re.compile(
@@ -18,7 +19,6 @@ NO_BLOCK_LAYER = re.compile(
 )
 PROJECTOR = re.compile(r"projector|merger|connector|aligner|resampler|adapter|qformer|multi_modal|feature_projection")
 NESTED_STACKS = ("blocks", "layers", "layer", "block")
-OTHER_TOWER = re.compile(r"vision|visual|image|vit|audio|speech|sound")
 
 
 def parent_of(path: str) -> str:
@@ -31,6 +31,7 @@ def is_inside(path: str, root: str) -> bool:
     return not root or path.startswith(root + ".")
 
 
+@cache
 def name_and_owner(path: str) -> tuple[str, str]:
     """A layer's own name and the path of the block that has it.
 
@@ -68,6 +69,20 @@ class Structure:
     def inputs(self, path: str) -> int:
         """The number of a layer's inputs."""
         return self._sizes[path][1]
+
+    def inside(self, root: str) -> list[str]:
+        """The paths of the layers inside a module, in the model's order."""
+        return self._inside.get(root, [])
+
+    @cached_property
+    def _inside(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for path in self.layers:
+            around = path
+            while around:
+                around = parent_of(around)
+                found.setdefault(around, []).append(path)
+        return found
 
     # ---- order ---------------------------------------------------------------------------------------
 
@@ -148,7 +163,7 @@ class Structure:
             if block := self.block_of(path):
                 stacks.setdefault(self._stack_of(block), set()).add(block)
         first, numbers = 0, {}
-        for stack in sorted(stacks, key=lambda stack: bool(OTHER_TOWER.search(stack))):
+        for stack in sorted(stacks, key=lambda stack: tower_of(self.model, min(stacks[stack])) != "language"):
             numbers[stack] = first
             first += max(self._number_within(block) for block in stacks[stack]) + 1
         return numbers
@@ -172,3 +187,9 @@ class Structure:
         """The number of the layer that a path is in, counted through the stacks; 0 outside of all."""
         block = self.block_of(path)
         return self._first_numbers[self._stack_of(block)] + self._number_within(block) if block else 0
+
+
+def layers_of_blocks(model: nn.Module) -> list[str]:
+    """The paths of the linear layers and convolutions in the numbered blocks of a model."""
+    structure = Structure(model)
+    return [path for path in structure.layers if structure.block_of(path)]

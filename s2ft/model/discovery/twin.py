@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from s2ft.model.discovery.tiny_config import DEPTH, Level, tiny_config
+from s2ft.model.discovery.tiny_config import DEPTH, Level, config_for, tiny_config
 
 MOST = 60_000_000  # parameters of a twin: 0.5 GB
 COPIED_AT_ONCE = 1_000_000  # a model that is this small needs no smaller twin
@@ -104,6 +104,7 @@ def tiny_model(model_class: type, config: Any, dtype: torch.dtype = torch.float3
     Raises:
         ValueError: The model would have more than 60 million parameters.
     """
+    config = config_for(model_class, config)
     with _fixed_random_numbers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.device("meta"):

@@ -9,13 +9,14 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from s2ft.model.builders import attention_paths, gated_mlp, head_sizes, layers_of
+from s2ft.model.builders import attention_paths, gated_mlp, head_sizes, layers_of, moving_with_heads
 from s2ft.model.coupling import Coupling
 
 MODEL_TYPES = (
     "cohere2",
     "cwm",
     "ernie4_5",
+    "emu3_text_model",
     "eurobert",
     "exaone",
     "exaone4",
@@ -23,6 +24,8 @@ MODEL_TYPES = (
     "gemma2",
     "gemma3_text",
     "granite",
+    "granite_swa",
+    "gte",
     "helium",
     "hunyuan_v1_dense",
     "hyperclovax",
@@ -33,8 +36,10 @@ MODEL_TYPES = (
     "ministral3",
     "mistral",
     "nomic_bert",
+    "olmo",
     "qwen2",
     "qwen3",
+    "seed_oss",
     "smollm3",
     "ultrabert",
     "vaultgemma",
@@ -60,5 +65,6 @@ def llama_like(model: nn.Module, moving: Mapping[str, int] | None = None, fixed:
         found.append(gated_mlp(model, i, f"{path}.mlp"))
         sizes = {"heads": heads, "head_dim": head_dim, "kv_heads": kv_heads}
         vectors = {f"{block}.{name}": unit for name, unit in (moving or {}).items()}
+        vectors |= moving_with_heads(model, block, heads, head_dim) if moving is None else {}
         found.append(Coupling.attention(i, **attention_paths(block), **sizes, moving=vectors, fixed=fixed))
     return found
