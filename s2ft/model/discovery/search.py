@@ -41,7 +41,7 @@ def discover(model: nn.Module, example: Any = None) -> Discovery:
     """
     key = _key(model) if example is None else None
     if key not in _FOUND:
-        found = _discover(model, example)
+        found = search(model, trial_of(model, example))
         if key is None:
             return found
         if len(_FOUND) >= REMEMBERED:
@@ -61,8 +61,12 @@ def _key(model: nn.Module) -> tuple | None:
     return modules, sizes, config.to_json_string()
 
 
-def _discover(model: nn.Module, example: Any) -> Discovery:
-    trial = trial_of(model, example)
+def search(model: nn.Module, trial: Trial) -> Discovery:
+    """Find the couplings of a model, by trials on a twin of it.
+
+    Raises:
+        ValueError: Nothing in the model can be trained.
+    """
     structure = Structure(model, trial.called)
     findings = Findings(structure, trial)
     for propose in PROPOSERS:
