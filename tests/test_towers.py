@@ -265,3 +265,20 @@ def test_discovered_couplings_leave_modules_to_save_alone(tmp_path):
     other = llava()
     s2ft.load_adapter(other, tmp_path)
     assert not [n for n in s2ft.read_adapter(tmp_path).couplings if "projector" in str(n)]
+
+
+def test_calibration_with_images_and_padding():
+    """The mask of the tokens is not applied to patches, of which there may be as many."""
+    model, batch = llava(), inputs()
+    del batch["labels"]
+    images = torch.cat([batch["pixel_values"]] * 2)
+    ids = torch.tensor([[39, 39, 39, 39], [39, 39, 39, 39]])
+    mask = torch.tensor([[1, 1, 1, 1], [0, 1, 1, 1]])
+    config = S2FTConfig(u_ratio=0.25, d_ratio=0.25, towers=[LANGUAGE, PROJECTOR, VISION], selection="activation")
+    padded = {"input_ids": ids, "attention_mask": mask, "pixel_values": images}
+    chosen = [
+        s2ft.select(model, config, [{**padded, **change}], couplings=couplings())
+        for change in ({}, {"attention_mask": torch.ones_like(mask)})
+    ]
+    outside = [name for name in chosen[0].units if tower_of(model, name) != LANGUAGE]
+    assert len(outside) == 6 and all(torch.equal(chosen[0][name], chosen[1][name]) for name in outside)

@@ -38,7 +38,7 @@ def tower_of(model: nn.Module, path: str) -> str:
         One of "language", "vision", "audio", "projector". A model of one tower has one name for all of its paths. In a
         composite model, everything outside the other towers is language.
     """
-    if _has_one_tower(model):
+    if has_one_tower(model):
         return _tower_of_inputs(model) or "language"
     config = getattr(model, "config", None)
     configs, tower, module, in_layers = _configs(config), None, model, False
@@ -58,7 +58,7 @@ def tower_of(model: nn.Module, path: str) -> str:
 
 def towers_of(model: nn.Module) -> list[str]:
     """Return the towers that a model has, in the order of TOWERS. They contain all of its parameters."""
-    if _has_one_tower(model):
+    if has_one_tower(model):
         return [tower_of(model, "")]
     found = {tower_of(model, path) for path in {name.rpartition(".")[0] for name, _ in model.named_parameters()}}
     return [tower for tower in TOWERS if tower in found]
@@ -158,7 +158,7 @@ def _configs(config: Any) -> dict[str, Any]:
     return found
 
 
-def _has_one_tower(model: nn.Module) -> bool:
+def has_one_tower(model: nn.Module) -> bool:
     """Whether a transformers model has no parts for text besides parts for something else."""
     config = getattr(model, "config", None)
     if not hasattr(config, "sub_configs"):  # not a model of transformers: only names can tell
