@@ -94,13 +94,13 @@ def ffn(model: nn.Module, layer: int, up: str, down: str, gate: str | None = Non
 
 
 def heads_in(model: nn.Module, block: str) -> int:
-    """The number of query heads of an attention block, by its module or the module inside, else by the config."""
+    """The number of query heads of an attention block, by its module or the module inside, else by its config."""
     block = model.get_submodule(block)
     for module in (block, *block.children()):
         for name in ("num_heads", "num_attention_heads", "n_heads", "nh", "n_head"):
             if isinstance(getattr(module, name, None), int):
                 return getattr(module, name)
-    return model.config.num_attention_heads
+    return getattr(block, "config", model.config).num_attention_heads
 
 
 def experts(model: nn.Module, layer: int, path: str) -> list[Coupling]:
@@ -161,7 +161,7 @@ def moving_with_heads(model: nn.Module, block: str, heads: int, head_dim: int) -
     attention, found = model.get_submodule(block), {}
     for name in ("q_norm", "k_norm"):
         weight = getattr(getattr(attention, name, None), "weight", None)
-        if weight is not None and weight.shape[0] not in (head_dim, attention.head_dim):
+        if weight is not None and weight.dim() == 1 and weight.shape[0] not in (head_dim, attention.head_dim):
             found[f"{block}.{name}.weight"] = attention.head_dim
     for name in ("sinks", "gate_bias"):
         if getattr(attention, name, None) is not None:

@@ -4,6 +4,9 @@ Heads can move in every row: an error in a coupling changes the output only if i
 are also run with grouped queries, where heads stay.
 """
 
+from types import SimpleNamespace
+
+import transformers
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -55,6 +58,7 @@ HYBRID = {
     "mamba_chunk_size": 4,
     "mamba_dt_rank": 4,
 }
+PARAKEET = {**HEADS, **SHORT, "num_mel_bins": 16, "subsampling_factor": 4, "subsampling_conv_channels": 8, "conv_kernel_size": 3, "dropout": 0.0, "activation_dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0, "dropout_positions": 0.0}
 MAMBA = {**SHAPE, **IDS, **SHORT, "state_size": 8, "expand": 2, "time_step_rank": 4}
 FALCON = {**SHAPE, **IDS, **SHORT, "ffn_hidden_size": 52, "alibi": False, "bias": True, "parallel_attn": False}
 ENCODER_2 = {**ENCODER, **SHORT}
@@ -100,6 +104,7 @@ ROWS: dict[str, dict] = {
     # clip
     "metaclip_2": {**TOWERS, "text_config": {**TOWERS["text_config"], "eos_token_id": 47}},  # 47 is in both sequences
     "tipsv2_text_model": {**SHAPE, **IDS, "max_position_embeddings": 16},
+    "siglip": {**TOWERS, "text_config": {**TOWERS["text_config"], "projection_size": 30}},
     # deepseek
     "axk1": LATENT,
     "glm4_moe_lite": LATENT,
@@ -127,6 +132,7 @@ ROWS: dict[str, dict] = {
     "ministral3": {**HEADS, "head_dim": 10},
     "nomic_bert": ENCODER,
     "ultrabert": {**BIASED, "sliding_window": 4},
+    "molmo2_text": {**HEADS, **SHORT},
     "granite_swa": {**BIASED, **SHORT, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
     "gte": {**ENCODER, **SHORT},
     "emu3_text_model": {**BIASED, **SHORT},
@@ -141,7 +147,7 @@ ROWS: dict[str, dict] = {
     "cohere2_moe": SHARED,
     "flex_olmo": SHARED_ATTENTION_BIAS,
     "laguna": {**DENSE_FIRST, "shared_expert_intermediate_size": 21, "num_attention_heads_per_layer": [4, 4]},
-    "mimo_v2_flash": {**DENSE_FIRST, "v_head_dim": 6, "moe_layer_freq": [0, 1], "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_head_dim": 10, "swa_v_head_dim": 6, "add_swa_attention_sink_bias": True},
+    "mimo_v2_flash": {**DENSE_FIRST, "num_key_value_heads": 2, "v_head_dim": 6, "layer_types": ["full_attention", "sliding_attention"]},
     "minimax_m3_vl_text": {**DENSE_FIRST, "shared_intermediate_size": 21, "dense_intermediate_size": 52},
     "olmoe": SHARED_ATTENTION_BIAS,
     "dots1": {**DENSE_FIRST, "n_group": 2, "topk_group": 1},
@@ -155,6 +161,16 @@ ROWS: dict[str, dict] = {
     "minimax_m2": SHARED,
     "sarvam_moe": {**DENSE_FIRST, "n_group": 2, "topk_group": 1},
     "solar_open": SHARED,
+    # conformer
+    "lasr_ctc": {"encoder_config": PARAKEET, "vocab_size": 67},
+    "parakeet_ctc": {"encoder_config": PARAKEET, "vocab_size": 67, "pad_token_id": 0},
+    "wav2vec2-bert": {**SOUND, "feature_projection_input_dim": 10, "position_embeddings_type": "relative"},
+    "wav2vec2-conformer": {**SOUND, "position_embeddings_type": "relative"},
+    # diffllama
+    "diffllama": {**HEADS, **SHORT},
+    "doge": {**HEADS, **SHORT},
+    # xlm
+    **dict.fromkeys(("flaubert", "xlm"), {**IDS, "emb_dim": 24, "n_layers": 2, "n_heads": 4, "vocab_size": 67, "n_words": 67, "dropout": 0.0, "attention_dropout": 0.0, "max_position_embeddings": 32}),
     # codegen, falcon, gpt_bigcode
     "codegen": {**GPT2, "n_embd": 32, "n_layer": 2, "rotary_dim": 2, "n_head": 8},
     "falcon": {**FALCON, "multi_query": False},
@@ -171,6 +187,7 @@ ROWS: dict[str, dict] = {
     "kimi_linear": {**LATENT, **LINEAR, "q_lora_rank": None, "linear_attn_config": {"head_dim": 6, "num_heads": 4}},
     "lara_mini": {**EXPERTS, **LINEAR, "shared_expert_intermediate_size": 21},
     "lfm2": {**HEADS, **SHORT, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "conv_bias": True},
+    "lfm3": {**HEADS, **SHORT, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False, "conv_bias": True},
     "lfm2_moe": {**EXPERTS, **SHORT, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1, "conv_bias": True},
     "mamba": MAMBA,
     "mamba2": {**MAMBA, "num_heads": 4, "head_dim": 12, "n_groups": 2, "state_size": 8, "chunk_size": 4},
@@ -231,11 +248,28 @@ ROWS: dict[str, dict] = {
     "videomae": {**PICTURE, "num_frames": 2},
     "siglip_vision_model": {**PICTURE},
     **dict.fromkeys(("data2vec-audio", "hubert", "sew", "unispeech", "unispeech-sat", "wav2vec2", "wavlm", "sew-d"), SOUND),
+    "apertus1p5_text": {**BIASED, **SHORT},
+    "bigbird_pegasus": {**BART, "attention_type": "original_full"},
+    "convnext": {"num_labels": 5, "hidden_sizes": [12, 16], "depths": [1, 1], "num_stages": 2, "image_size": 32},
+    "convnextv2": {"num_labels": 5, "hidden_sizes": [12, 16], "depths": [1, 1], "num_stages": 2, "image_size": 32},
+    "deberta": {**ENCODER_2, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_relative_positions": 8},
+    **dict.fromkeys(("donut-swin", "swin", "swinv2"), {"num_labels": 5, "embed_dim": 12, "depths": [1, 1], "num_heads": [2, 4], "window_size": 2, "image_size": 16, "patch_size": 4, "mlp_ratio": 2.0}),
+    "fnet": {**ENCODER_2, "type_vocab_size": 2},
+    "funnel": {**IDS, "d_model": 24, "n_head": 4, "d_head": 6, "d_inner": 41, "vocab_size": 67, "block_sizes": [1, 1], "num_decoder_layers": 1, "hidden_dropout": 0.0, "attention_dropout": 0.0},
+    "hiera": {"num_labels": 5, "embed_dim": 12, "depths": [1, 1], "num_heads": [1, 2], "image_size": [32, 32], "patch_stride": [4, 4], "query_stride": [2, 2], "num_query_pool": 1, "masked_unit_size": [4, 4]},
+    "led": {**BART, "attention_window": 4, "max_encoder_position_embeddings": 32, "max_decoder_position_embeddings": 32},
+    "mobilebert": {**ENCODER_2, "embedding_size": 12, "intra_bottleneck_size": 16, "num_feedforward_networks": 2},
+    "prophetnet": {**IDS, "hidden_size": 24, "vocab_size": 67, "num_encoder_layers": 1, "num_decoder_layers": 1, "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4, "encoder_ffn_dim": 41, "decoder_ffn_dim": 41, "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0},
+    "segformer": {"num_labels": 5, "num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [12, 16], "patch_sizes": [3, 3], "strides": [2, 2], "num_attention_heads": [2, 4], "mlp_ratios": [2, 2], "image_size": 16, "decoder_hidden_size": 12},
+    "speecht5": {**SOUND, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 41, "decoder_ffn_dim": 41},
+    "t5gemma": {"encoder": {**HEADS, **SHORT, "head_dim": 10}, "decoder": {**HEADS, **SHORT, "head_dim": 10}, "vocab_size": 67},
+    "xlnet": {**IDS, "d_model": 24, "n_layer": 2, "n_head": 4, "d_inner": 41, "vocab_size": 67, "dropout": 0.0},
     # olmo2
     "esmc": {**SHAPE, **IDS, "mask_token_id": 3},
     "olmo3": {**BIASED, "sliding_window": 4},
     # t5
     "mt5": {**T5, **IDS},
+    "longt5": {**T5, **IDS, "local_radius": 3, "global_block_size": 4},
     "pop2piano": {**T5, **IDS},
     "umt5": {**T5, **IDS},
     # vit
@@ -258,7 +292,16 @@ LEFT_OUT: dict[str, dict[str, str]] = {
     "afmoe": {"router.gate": "the router"},
     **dict.fromkeys(("mamba", "falcon_mamba"), {f"{name}_proj": FUSED for name in ("x", "dt", "out")}),
     **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid", "mamba2"), {"m*.out_proj": FUSED}),
+    "kimi_linear": dict.fromkeys(("f_a_proj", "g_a_proj"), "its outputs are low-rank, and units of no coupling"),
     "jamba": {"dt_proj": "the mixer reads its weight past the layer"},
+    "doge": {"dt_proj": "its inputs are all values, and its outputs are few"},
+    "hiera": {"layers.0.proj": "changes the width between stages"},
+    "mobilebert": dict.fromkeys(("bottleneck.*", "bottleneck.dense"), "changes the width, and its units are of no coupling"),
+    "prophetnet": {"relative_pos_embeddings": "its outputs are those of all heads for each distance"},
+    **dict.fromkeys(("donut-swin", "swin", "swinv2"), {
+        "downsample.reduction": "changes the width between stages",
+        "continuous_position_bias_mlp.*": "computes position biases",
+    }),
     "hunyuan_v1_moe": {"gate.wg": "the router"},
     "wavlm": {"attention.*": "torch.nn.functional.multi_head_attention_forward reads the weights past the layers"},
     "xmod": {"adapter_modules.*": "adapters of languages"},
@@ -267,7 +310,10 @@ LEFT_OUT: dict[str, dict[str, str]] = {
 DEAD: dict[str, dict[str, str]] = {
     "luke": {"*.layer.1.attention.self.e2?_query": "the last layer's entities reach no logit"},
 }
-NUMBERED = ("beit", "bloom", "layoutlmv3", "mpnet", "mpt")  # something outside the couplings numbers all heads
+NUMBERED = (
+    *("beit", "bloom", "diffllama", "doge", "donut-swin", "funnel", "layoutlmv3", "mpnet", "mpt"),
+    *("swin", "swinv2"),
+)  # something outside the couplings numbers all heads
 AUTO = (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
@@ -279,6 +325,9 @@ AUTO = (
 )  # the first that has the type
 
 
+CLASSES = {"emu3_text_model": "Emu3ForCausalLM"}  # types that no auto class has
+
+
 def missing(model_type: str) -> bool:
     """Whether this version of transformers lacks the model type."""
     return model_type not in CONFIG_MAPPING
@@ -287,13 +336,15 @@ def missing(model_type: str) -> bool:
 def alias_of(model_type: str, **options) -> PreTrainedModel:
     """A random model of the row, in evaluation mode, with `options` in place of the row's."""
     config = AutoConfig.for_model(model_type, **{**ROWS[model_type], **options})
-    towers = hasattr(config, "vision_config")
+    if model_type in CLASSES:
+        return randomized(SimpleNamespace(from_config=getattr(transformers, CLASSES[model_type])._from_config), config)
+    towers = hasattr(config, "text_config")
     auto = AutoModel if towers else next(auto for auto in AUTO if type(config) in auto._model_mapping)
     return randomized(auto, config)
 
 
 def with_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same type in training mode, with a dropout of 0.5 wherever the config has one."""
+    """A model of the same type in training mode, with a dropout of 0.5 wherever the config has one, except in attention."""
     options = model.config.to_dict()
-    dropouts = [key for key, value in options.items() if "drop" in key and type(value) in (int, float)]
+    dropouts = [key for key, value in options.items() if "drop" in key and "attention" not in key and type(value) in (int, float)]
     return alias_of(model.config.model_type, **dict.fromkeys(dropouts, 0.5)).train()

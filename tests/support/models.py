@@ -308,6 +308,7 @@ def token_batch(model: PreTrainedModel, batch: int = 2, length: int = 9) -> torc
 
 MORE_INPUTS = {
     "bros": {"bbox": torch.rand(2, 9, 4, generator=torch.Generator().manual_seed(3))},
+    "led": {"global_attention_mask": torch.eye(9, dtype=torch.int64)[:2]},
     "longformer": {"global_attention_mask": torch.eye(9, dtype=torch.int64)[:2]},
     "luke": {"entity_ids": torch.tensor([[1, 2], [3, 4]]), "entity_position_ids": torch.tensor([[[1, 2], [3, -1]]] * 2)},
     "vit_mae": {"noise": torch.rand(2, 9, generator=torch.Generator().manual_seed(3))},
@@ -329,12 +330,16 @@ def inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     if model.main_input_name == "pixel_values":
         return {"pixel_values": pixels(config), **MORE_INPUTS.get(config.model_type, {})}
     if model.main_input_name == "input_values":  # sound, or its spectrogram
-        shape = (2, config.max_length, config.num_mel_bins) if hasattr(config, "num_mel_bins") else (2, 2000)
+        shape = (2, config.max_length, config.num_mel_bins) if hasattr(config, "frequency_stride") else (2, 400 if hasattr(config, "conv_stride") else 2000)
         inputs = {"input_values": torch.randn(*shape, generator=generator).to(model.dtype)}
         return inputs | ({"decoder_input_ids": token_batch(model, length=7)} if config.is_encoder_decoder else {})
     if hasattr(config, "input_feat_per_channel"):  # Speech2Text: time before the features
         sound = torch.randn(2, 12, config.input_feat_per_channel, generator=generator)
         return {"input_features": sound.to(model.dtype), "decoder_input_ids": token_batch(model)}
+    if model.main_input_name == "input_features" and not config.is_encoder_decoder:
+        encoder = getattr(config, "encoder_config", config)
+        features = getattr(encoder, "num_mel_bins", None) or config.feature_projection_input_dim
+        return {"input_features": torch.randn(2, 40, features, generator=generator).to(model.dtype)}
     if model.main_input_name == "input_features":
         sound = torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
         return {"input_features": sound.to(model.dtype), "decoder_input_ids": token_batch(model)}

@@ -15,7 +15,9 @@ FILES = (
     "clip",
     "codegen",
     "cohere",
+    "conformer",
     "deepseek",
+    "diffllama",
     "falcon",
     "gpt2",
     "gpt_bigcode",
@@ -34,6 +36,7 @@ FILES = (
     "t5",
     "vit",
     "whisper",
+    "xlm",
 )
 
 # model type → the function that lists the couplings of such a model

@@ -36,6 +36,7 @@ MODEL_TYPES = (
     "lara_mini",
     "lfm2",
     "lfm2_moe",
+    "lfm3",
     "mamba",
     "mamba2",
     "minimax",

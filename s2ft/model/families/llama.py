@@ -35,6 +35,7 @@ MODEL_TYPES = (
     "ministral",
     "ministral3",
     "mistral",
+    "molmo2_text",
     "nomic_bert",
     "olmo",
     "qwen2",

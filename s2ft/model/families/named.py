@@ -5,7 +5,9 @@ Sizes are those of the layers. An FFN may be packed, with gate and up in one lay
 stacks in their order, so first those of an encoder.
 
 Layer scales, norms over the width and tables of positions that are added to the embeddings concern no unit. Position
-biases of single heads (BEiT, MPNet, LayoutLMv3) and slopes of heads (BLOOM, MPT) do: heads with them stay. WavLM multiplies by the weights of its
+biases of single heads (BEiT, MPNet, Swin) and slopes of heads (BLOOM, MPT) do: heads with them stay. So do those of
+Funnel, whose parameters have the heads in their second dimension, and the channels of ConvNeXt V2 with its norm of
+responses. FNet has no attention, and XLNet's has no layers. WavLM multiplies by the weights of its
 attention without its layers, so a slice in a layer would change nothing: only its FFNs are trained.
 """
 
@@ -15,8 +17,8 @@ from typing import Any
 
 from torch import nn
 
-from s2ft.model.builders import attention, ffn, heads_in, layers_of, packed_attention
-from s2ft.model.coupling import Coupling, Vector
+from s2ft.model.builders import attention, ffn, heads_in, layers_of, outputs_of, packed_attention
+from s2ft.model.coupling import Coupling, Projection, Vector
 
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 QKV_OUT = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -39,6 +41,7 @@ class Names:
         more: Other layers of the attention that are split by its heads, with their keys; a type may lack them.
         channel_moves: Tensors of the block whose first dimension has an entry for each channel of the FFN.
         moves: Tensors of the attention whose first dimension is split by the heads; a type may lack them.
+        channels_stay: Whether the FFN's channels can't move.
         numbered: Whether something outside numbers the heads, so that they stay; or a module or flag of the block that
             tells it.
     """
@@ -54,10 +57,14 @@ class Names:
     more: tuple[tuple[str, str], ...] = ()
     channel_moves: tuple[str, ...] = ()
     moves: tuple[str, ...] = ()
+    channels_stay: bool = False
     numbered: str | bool = False
 
 
 ENCODER_DECODER = Names(("encoder.layers", "decoder.layers"), "fc1", "fc2", cross="encoder_attn")
+BART_DECODER = Names(("decoder.layers",), "fc1", "fc2", cross="encoder_attn")
+PROPHETNET = ("query_proj", "key_proj", "value_proj", "out_proj")
+PROPHETNET_FFN = ("feed_forward.intermediate", "feed_forward.output")
 BERT_LIKE = Names(
     ("encoder.layer",), "intermediate.dense", "output.dense", attention="attention", layers=BERT, cross="crossattention"
 )
@@ -116,6 +123,31 @@ NAMES: dict[tuple[str, ...], Names] = {
     ("luke",): replace(
         BERT_LIKE, more=(("self.w2e_query", "q"), ("self.e2w_query", "q"), ("self.e2e_query", "q"))
     ),
+    ("deberta",): replace(
+        BERT_LIKE,
+        layers=("self.in_proj", "output.dense"),
+        interleaved=True,
+        more=(("self.pos_proj", "k"), ("self.pos_q_proj", "q")),
+        moves=("self.q_bias", "self.v_bias"),
+    ),
+    ("fnet",): replace(BERT_LIKE, attention=None),
+    ("funnel",): Names(
+        ("encoder.blocks.*", "decoder.layers"),
+        "ffn.linear_1",
+        "ffn.linear_2",
+        attention="attention",
+        layers=("q_head", "k_head", "v_head", "post_proj"),
+        numbered=True,
+    ),
+    ("xlnet",): Names(("layer",), "ff.layer_1", "ff.layer_2", attention=None),
+    ("t5gemma",): Names(
+        ("encoder.layers", "decoder.layers"),
+        "mlp.up_proj",
+        "mlp.down_proj",
+        gate="mlp.gate_proj",
+        layers=QKVO,
+        cross="cross_attn",
+    ),
     ("nystromformer",): replace(BERT_LIKE, moves=("self.conv.weight",)),
     ("mpnet",): replace(BERT_LIKE, layers=("attn.q", "attn.k", "attn.v", "attn.o"), numbered="attention.attn"),
     ("distilbert",): Names(
@@ -130,7 +162,7 @@ NAMES: dict[tuple[str, ...], Names] = {
         ("h",), "ffn.0", "ffn.2", attention="multi_head_attention", layers=("Wq", "Wk", "Wv", "dense")
     ),
     ("gpt_neo",): Names(("h",), "mlp.c_fc", "mlp.c_proj", attention="attn.attention"),
-    ("apertus", "arcee", "jais2", "nemotron"): PLAIN_MLP,
+    ("apertus", "apertus1p5_text", "arcee", "jais2", "nemotron"): PLAIN_MLP,
     ("nanochat",): replace(PLAIN_MLP, up="mlp.fc1", down="mlp.fc2"),
     ("glm", "glm4"): replace(PLAIN_MLP, up="mlp.gate_up_proj"),
     ("modernbert",): Names(("layers",), "mlp.Wi", "mlp.Wo", attention="attn", layers=("Wqkv", "Wo")),
@@ -160,8 +192,19 @@ NAMES: dict[tuple[str, ...], Names] = {
     ("beit",): replace(VIT_LIKE, numbered="relative_position_bias"),
     ("dinov2", "dinov2_with_registers"): replace(VIT_LIKE, stacks=("encoder.layer",)),
     ("dinov3_vit",): replace(VIT_LIKE, stacks=("layer",), up="mlp.up_proj", down="mlp.down_proj"),
-    ("siglip_text_model", "siglip_vision_model", "siglip2_text_model", "siglip2_vision_model"): CLIP_LIKE,
-    ("videomae", "vilt", "yolos"): replace(
+    ("convnext",): Names(("encoder.stages.*.layers",), "pwconv1", "pwconv2", attention=None),
+    ("convnextv2",): Names(("encoder.stages.*.layers",), "pwconv1", "pwconv2", attention=None, channels_stay=True),
+    ("swin",): replace(VIT_LIKE, stacks=("encoder.layers.*.blocks",), numbered=True),
+    ("donut-swin", "swinv2"): replace(BERT_LIKE, stacks=("encoder.layers.*.blocks",), numbered=True),
+    ("hiera",): Names(
+        ("encoder.stages.*.layers",), "mlp.fc1", "mlp.fc2", attention="attn", layers=("qkv", "proj")
+    ),
+    ("segformer",): replace(
+        VIT_LIKE,
+        stacks=("stages.*.blocks",),
+        channel_moves=("mlp.dwconv.dwconv.weight", "mlp.dwconv.dwconv.bias"),
+    ),
+    ("videomae", "yolos"): replace(
         BERT_LIKE, layers=("attention.query", "attention.key", "attention.value", "output.dense")
     ),
     ("data2vec-vision",): replace(
@@ -173,40 +216,69 @@ NAMES: dict[tuple[str, ...], Names] = {
     ("wavlm",): replace(WAV2VEC2, attention=None),
     ("sew-d",): replace(DEBERTA, stacks=("encoder.encoder.layer",)),
 }
-BY_TYPE = {model_type: names for model_types, names in NAMES.items() for model_type in model_types}
-MODEL_TYPES = (*BY_TYPE, "git")
-GIT_IMAGES = replace(CLIP_LIKE, stacks=("image_encoder.vision_model.encoder.layers",))
+# Types with stacks of several structures
+SEVERAL: dict[tuple[str, ...], tuple[Names, ...]] = {
+    ("git",): (BERT_LIKE, replace(CLIP_LIKE, stacks=("image_encoder.vision_model.encoder.layers",))),
+    ("bigbird_pegasus",): (
+        Names(("encoder.layers",), "fc1", "fc2", layers=("self.query", "self.key", "self.value", "output")),
+        BART_DECODER,
+    ),
+    ("led",): (
+        Names(
+            ("encoder.layers",),
+            "fc1",
+            "fc2",
+            layers=tuple(f"longformer_self_attn.{name}" for name in ("query", "key", "value")) + ("output",),
+            more=tuple((f"longformer_self_attn.{name}_global", name[0]) for name in ("query", "key", "value")),
+        ),
+        BART_DECODER,
+    ),
+    ("mobilebert",): (
+        BERT_LIKE,
+        Names(("encoder.layer.*.ffn",), "intermediate.dense", "output.dense", attention=None),
+    ),
+    ("prophetnet",): (
+        Names(("encoder.layers",), *PROPHETNET_FFN, layers=PROPHETNET),
+        Names(("decoder.layers",), *PROPHETNET_FFN, layers=PROPHETNET, cross="cross_attn", numbered=True),
+    ),
+    ("speecht5",): (
+        replace(WAV2VEC2, stacks=("encoder.wrapped_encoder.layers",)),
+        replace(
+            WAV2VEC2, stacks=("decoder.wrapped_decoder.layers",), attention="self_attn", cross="encoder_attn"
+        ),
+    ),
+}
+BY_TYPE = {model_type: (names,) for model_types, names in NAMES.items() for model_type in model_types} | {
+    model_type: names for model_types, names in SEVERAL.items() for model_type in model_types
+}
+MODEL_TYPES = tuple(BY_TYPE)
 
 
 def couplings(model: nn.Module) -> list[Coupling]:
-    if model.config.model_type == "git":
-        text = named(model, BERT_LIKE)
-        return text + named(model, GIT_IMAGES, first=len({coupling.layer for coupling in text}))
-    return named(model, BY_TYPE[model.config.model_type])
-
-
-def named(model: nn.Module, names: Names, first: int = 0) -> list[Coupling]:
-    """List the couplings of a model whose layers have these names. The first layer gets the number `first`."""
-    blocks = [block for stack in names.stacks for block in _blocks(model, stack)]
-    return [
-        coupling for i, (path, block) in enumerate(blocks, first) for coupling in _block(model, names, i, path, block)
+    blocks = [
+        (names, path, block)
+        for names in BY_TYPE[model.config.model_type]
+        for stack in names.stacks
+        for path, block in _blocks(model, stack)
     ]
+    return [found for i, (names, path, block) in enumerate(blocks) for found in _block(model, names, i, path, block)]
 
 
 def _blocks(model: nn.Module, stack: str) -> Iterator[tuple[str, nn.Module]]:
     """Iterate over (path, module) of the blocks of a stack."""
-    outer, _, inner = stack.rpartition(".*.")
-    if not outer:
+    outer, star, inner = stack.rpartition(".*")
+    if not star:
         yield from layers_of(model, stack)
         return
     for path, module in _blocks(model, outer):
-        yield from ((f"{path}.{inner}.{i}", block) for i, block in enumerate(_get(module, inner) or ()))
+        blocks = _get(module, inner[1:]) if inner else module
+        yield from ((f"{path}{inner}.{i}", block) for i, block in enumerate(blocks or ()))
 
 
 def _block(model: nn.Module, names: Names, i: int, path: str, block: nn.Module) -> list[Coupling]:
     gate = f"{path}.{names.gate}" if names.gate else None
     vectors = tuple(Vector(f"{path}.{name}", 1) for name in names.channel_moves)
-    found = [replace(ffn(model, i, f"{path}.{names.up}", f"{path}.{names.down}", gate), vectors=vectors)]
+    found = [replace(ffn(model, i, f"{path}.{names.up}", f"{path}.{names.down}", gate), vectors=vectors, fixed=names.channels_stay)]
     for name, kind in ((names.attention, "attention"), (names.cross, "cross-attention")):
         if name and _get(block, name) is not None:
             numbered = names.numbered if isinstance(names.numbered, bool) else bool(_get(block, names.numbered))
@@ -218,12 +290,15 @@ def _block(model: nn.Module, names: Names, i: int, path: str, block: nn.Module) 
 def _attention(model: nn.Module, names: Names, layer: int, path: str, **options) -> Coupling:
     block = model.get_submodule(path)
     heads = heads_in(model, path)
-    if len(names.layers) == 2:
-        qkv, o = (f"{path}.{name}" for name in names.layers)
-        return replace(packed_attention(model, layer, qkv, o, heads, names.interleaved), **options)
-    layers = {key: f"{path}.{name}" for key, name in zip("qkvo", names.layers)}
     more = {f"{path}.{name}": key for name, key in names.more if _get(block, name) is not None}
     moving = {f"{path}.{name}": len(tensor) // heads for name in names.moves if (tensor := _get(block, name)) is not None}
+    if len(names.layers) == 2:
+        qkv, o = (f"{path}.{name}" for name in names.layers)
+        packed = packed_attention(model, layer, qkv, o, heads, names.interleaved)
+        extra = tuple(Projection(key, at, heads, outputs_of(model, at) // heads, 0) for at, key in more.items())
+        vectors = tuple(Vector(at, unit) for at, unit in moving.items())
+        return replace(packed, producers=packed.producers + extra, vectors=vectors, **options)
+    layers = {key: f"{path}.{name}" for key, name in zip("qkvo", names.layers)}
     return attention(model, layer, **layers, heads=heads, more=more, moving=moving, **options)
 
 
