@@ -18,6 +18,10 @@ from s2ft.selection import Selection
 from s2ft.selection.selection import unit_tensors
 
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
+HEADS = {  # which PEFT trains in full by itself, by the task
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 SHOWN = 5  # names in a warning
 
 
@@ -136,7 +140,10 @@ def _named_linears(config: S2FTPeftConfig, model: nn.Module) -> tuple[S2FTPeftCo
         return config, {}
     named = _maybe_include_all_linear_layers(replace(config), model)
     inside = tuple(f"{path}." for path, one in model.named_modules() if isinstance(one, AuxiliaryTrainingWrapper))
-    named.target_modules = {path for path in named.target_modules if not path.startswith(inside)}
+    heads = HEADS.get(config.task_type, ())
+    named.target_modules = {
+        path for path in named.target_modules if not path.startswith(inside) and path.partition(".")[0] not in heads
+    }
     owners, skipped = _owners(model), {}
     for path in sorted(named.target_modules):
         reason = _obstacle(model.get_submodule(path), owners)
