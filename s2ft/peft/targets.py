@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from s2ft.layers import OTHER, forward_of, kind_of
 from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
 from s2ft.model.registry import check_module
+from s2ft.model.towers import couplings_in_towers
 from s2ft.model.weights import weight_at
 from s2ft.peft.config import DIMS, S2FTPeftConfig
 from s2ft.selection import Selection
@@ -98,6 +99,8 @@ def find_targets(config: S2FTPeftConfig, model: nn.Module, couplings: list[Coupl
         )
     names = None if config.units is None else units_by_name(config.units, "units")
     couplings = _apart_from(couplings, set(config.uncoupled or ()) if names is not None else set())
+    if config.ratios:
+        couplings = couplings_in_towers(model, couplings, config)
     targets = []
     for coupling in couplings:
         trained = tuple(projection for projection in coupling.projections if _is_trained(config, names, projection))
