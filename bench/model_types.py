@@ -1,7 +1,8 @@
 """Attaches s2ft to a tiny random model of every model type that transformers maps, and writes what works.
 
-For s2ft.peft and LoRA over the same types see bench/peft_types.py. Each type runs in a process of its own with limits of time and memory. A row says how FFN and attention are covered, and
-whether the model computes the same after attach, trains, merges and loads its adapter again.
+For s2ft.peft and LoRA over the same types see bench/peft_types.py. Each type runs in a process of its own with limits
+of time and memory. A row says how FFN and attention are covered, and whether the model computes the same after attach,
+trains, merges and loads its adapter again.
 
     python bench/model_types.py                     # all types
     python bench/model_types.py --only llama bert   # some
@@ -14,17 +15,18 @@ import copy
 import csv
 import datetime
 import importlib.metadata
-import json
+import multiprocessing
 import os
 import platform
 import re
 import resource
-import subprocess
-import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
 
 OUTPUT = Path(__file__).parent / "results" / "model_types.csv"
 MAPPINGS = {
@@ -64,6 +66,7 @@ DEFAULTS: dict[str, dict] = {
     "esm": {"vocab_size": 33, "mask_token_id": 32, "pad_token_id": 1},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0, "text_config": {"hidden_size_per_layer_input": 0}},
     "granite4_vision": {"downsample_rate": "4/8", "deepstack_layer_map": [[-2, 1]], "spatial_target_layers": [2]},
+    "gemma3": {"vision_config": {"image_size": 896, "patch_size": 14}},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "mamba"], "num_hidden_layers": 4},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
@@ -174,40 +177,42 @@ def _why(error: Exception) -> str:
 def _fill(row: dict, model_type: str) -> None:
     import s2ft
     from s2ft.model.discovery.examples import runnable_example
+    from s2ft.model.registry import find_couplings
+    from s2ft.model.towers import tower_of
 
     try:
         model = tiny_model_of(model_type)
     except ValueError as error:
         raise ValueError(f"not built: {error}") from None
-    example, _ = runnable_example(model)
+    example, reached = runnable_example(model)
+    paths = {path for path, _ in model.named_modules()}
     row["inputs"] = " ".join(example)
     before = _outputs(model, example)
     if not _same(_outputs(model, example), before, exactly=True):
         raise ValueError("its output differs from one run to the next")
-    keys = [name for name in s2ft.S2FTConfig.__dataclass_fields__ if re.fullmatch("[a-z]_ratio", name)]
-    report = s2ft.attach(model, s2ft.S2FTConfig(**dict.fromkeys(keys, 0.5)))
-    _coverage(row, model, report)
+    found = find_couplings(model)
+    towers = {coupling: tower_of(model, coupling.main.path) for coupling in found.couplings}
+    trained = [coupling for coupling in found.couplings if towers[coupling] == "language"] or found.couplings
+    ratios = {f"{projection.key}_ratio": 0.5 for coupling in trained for projection in coupling.projections}
+    own = found.couplings if found.is_custom else None  # so that they are not searched for again
+    s2ft.attach(model, s2ft.S2FTConfig(**ratios), couplings=own, verify=False)
+    row["source"] = "discovered" if found.is_custom else "registered"
+    row["towers"] = " ".join(sorted(set(towers.values())))
+    row["weights"] = " ".join(f"{count} {word}" for word, count in Counter(r.status for r in found.weights).items())
+    _coverage(row, found)
     row["output_unchanged"] = _word(_same(_outputs(model, example), before))
-    row["gradients"] = _gradients(model, example)
+    row["gradients"] = _gradients(model, example, paths, reached)
     _check_files(row, model, model_type, example)
 
 
-def _coverage(row: dict, model, report) -> None:
-    """How FFN and attention are covered: confirmed or movable, in place, or one by one."""
-    from s2ft.attached.record import attachment_of
-    from s2ft.model.registry import is_known
-    from s2ft.model.towers import tower_of
-
-    couplings = attachment_of(model).couplings
-    row["source"] = "registered" if is_known(model) else "discovered"
-    moving = "moves" if is_known(model) else "confirmed"
-    whole = [coupling for coupling in couplings if coupling.producers and coupling.consumer is not None]
-    for field, letter in (("ffn", "d"), ("attention", "o")):
-        found = {moving if c.movable else "in place" for c in whole if c.consumer.key == letter}
-        row[field] = " and ".join(sorted(found))
-    row["one_sided"] = len(couplings) - len(whole)
-    row["towers"] = " ".join(sorted({tower_of(model, coupling.main.path) for coupling in couplings}))
-    row["weights"] = " ".join(f"{count} {status}" for status, count in sorted(report.weights.items()))
+def _coverage(row: dict, found) -> None:
+    """How FFN and attention are covered: their units move, or are trained in place; and how many layers one by one."""
+    moving = "confirmed" if found.is_custom else "moves"
+    whole = [coupling for coupling in found.couplings if coupling.producers and coupling.consumer is not None]
+    for field, key in (("ffn", "d"), ("attention", "o")):
+        words = {moving if coupling.movable else "in place" for coupling in whole if coupling.consumer.key == key}
+        row[field] = " and ".join(sorted(words))
+    row["one_sided"] = len(found.couplings) - len(whole)
 
 
 def _outputs(model, example) -> list:
@@ -236,8 +241,8 @@ def _word(good: bool) -> str:
     return "yes" if good else "NO"
 
 
-def _gradients(model, example) -> str:
-    """How many of the deltas get a gradient from the sum of all outputs with random weights."""
+def _gradients(model, example, paths: set[str], reached: dict[str, int]) -> str:
+    """How many of the deltas that run get a gradient from the sum of all outputs with random weights."""
     import torch
 
     from s2ft.model.discovery.examples import run_example
@@ -247,10 +252,17 @@ def _gradients(model, example) -> str:
     outputs = [tensor for tensor in tensors_in(run_example(model, example)) if tensor.requires_grad]
     loss = sum((t.nan_to_num(0, 0, 0) * torch.randn(t.shape, generator=generator)).sum() for t in outputs)
     loss.backward()
-    deltas = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    reached = sum(delta.grad is not None and bool(delta.grad.abs().sum() > 0) for delta in deltas)
+    deltas = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    runs = [delta for name, delta in deltas if _owner(name, paths) in reached]
+    good = sum(delta.grad is not None and bool(delta.grad.abs().sum() > 0) for delta in runs)
     model.zero_grad(set_to_none=True)
-    return f"{reached} of {len(deltas)}"
+    return f"{good} of {len(runs)}" + f" and {len(deltas) - len(runs)} not run" * (len(runs) < len(deltas))
+
+
+def _owner(delta: str, paths: set[str]) -> str:
+    """The path of the module of the plain model that a delta belongs to. Experts hold their weights themselves."""
+    layer = delta.rpartition(".")[0]
+    return layer if layer in paths else layer.rpartition(".")[0]
 
 
 def _check_files(row: dict, model, model_type: str, example) -> None:
@@ -268,7 +280,9 @@ def _check_files(row: dict, model, model_type: str, example) -> None:
         s2ft.save_adapter(model, f"{folder}/adapter")
         s2ft.detach(model)
         s2ft.load_adapter(model, f"{folder}/adapter")
-        row["adapter_again"] = _word(_same(_outputs(model, example), trained, exactly=True))
+        s2ft.save_adapter(model, f"{folder}/again")
+        same_slices = _tensors(f"{folder}/adapter") == _tensors(f"{folder}/again")
+        row["adapter_again"] = _word(same_slices and _same(_outputs(model, example), trained))
         s2ft.merge(model)
         merged = _outputs(model, example)
         model.save_pretrained(f"{folder}/merged")
@@ -278,28 +292,40 @@ def _check_files(row: dict, model, model_type: str, example) -> None:
         row["merged_again"] = _word(same_weights and close and _same(_outputs(again, example), merged, exactly=True))
 
 
+def _tensors(folder: str) -> dict[str, bytes]:
+    from safetensors import safe_open
+
+    (file,) = Path(folder).glob("*.safetensors")
+    with safe_open(file, "np") as tensors:
+        return {name: tensors.get_tensor(name).tobytes() for name in tensors.keys()}
+
+
 # ---- all types --------------------------------------------------------------------------------------------
 
 
 def run_type(model_type: str) -> dict:
     """Run a type in a child process; the row says so if it takes too long or too much memory."""
     row = dict.fromkeys(FIELDS, "") | {"type": model_type}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    fork = multiprocessing.get_context("fork")  # a child need not import the libraries again
+    receiver, sender = fork.Pipe(duplex=False)
+    child = fork.Process(target=_send_row, args=(model_type, sender), daemon=True)
+    child.start()
+    sender.close()
     try:
-        done = subprocess.run(
-            [sys.executable, __file__, "--child", model_type],
-            capture_output=True,
-            text=True,
-            timeout=SECONDS,
-            env=environment,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return _named(row, f"took more than {SECONDS} s")
-    lines = [line for line in done.stdout.splitlines() if line.startswith("ROW ")]
-    if not lines:
-        return _named(row, f"ended with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
-    return json.loads(lines[-1][4:])
+        if not receiver.poll(SECONDS):
+            return _named(row, f"took more than {SECONDS} s")
+        return receiver.recv()
+    except EOFError:
+        return _named(row, "its process died, by lack of memory or otherwise")
+    finally:
+        child.kill()
+        child.join()
+
+
+def _send_row(model_type: str, sender) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (GIGABYTES << 30, GIGABYTES << 30))
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
+        sender.send(row_of(model_type))
 
 
 def _named(row: dict, note: str) -> dict:
@@ -343,7 +369,7 @@ def is_wrong(row: dict) -> bool:
 
 
 def has_all_gradients(row: dict) -> bool:
-    reached, _, deltas = row["gradients"].partition(" of ")
+    reached, _, deltas = row["gradients"].partition(" and ")[0].partition(" of ")
     return bool(deltas) and reached == deltas
 
 
@@ -373,19 +399,13 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="types without a row in the output")
     parser.add_argument("--workers", type=int, default=1, choices=(1, 2), help="processes at the same time")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="the table")
-    parser.add_argument("--child", metavar="TYPE", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.child:
-        resource.setrlimit(resource.RLIMIT_AS, (GIGABYTES << 30, GIGABYTES << 30))
-        with contextlib.redirect_stdout(sys.stderr):
-            row = row_of(arguments.child)
-        print("ROW " + json.dumps(row))
-        return
+    row_of("llama")  # imports everything once, which the children then have
     rows = read(arguments.output)
     wanted = arguments.only or sorted(types())
     wanted = [name for name in wanted if not (arguments.resume and name in rows)]
     with ThreadPoolExecutor(arguments.workers) as pool:
-        for row in pool.map(run_type, wanted):
+        for row in (done.result() for done in as_completed([pool.submit(run_type, name) for name in wanted])):
             rows[row["type"]] = row
             write(arguments.output, rows)
             print(

@@ -237,12 +237,12 @@ def _packed(paths: tuple[str, ...], sizes: list[int], heads: int, unit: int) -> 
 
 
 def _with_gates(structure: Structure, inputs: Inputs, bare: Coupling, around: str) -> Iterator[tuple[str, Coupling]]:
-    """The coupling, and the coupling with a layer that gates the heads' outputs."""
+    """The coupling, and the coupling with a layer that gates the heads' outputs. It counts to the queries."""
     yield "", bare
     count, width = bare.consumer.count, bare.consumer.extent
     for path in structure.inside(around):
         name, owner = name_and_owner(path)
         near = owner in (inputs.root, around) and path not in inputs.paths and path != bare.consumer.path
         if near and OUTPUT_GATE.search(name) and structure.outputs(path) in (count, width):
-            gate = Projection("g", path, count, structure.outputs(path) // count, 0)
+            gate = Projection("q", path, count, structure.outputs(path) // count, 0)
             yield f", gate {structure.pattern(path)}", replace(bare, producers=(*bare.producers, gate))

@@ -292,7 +292,7 @@ def _media(inputs: _Inputs, kind: str, layouts: Callable[[_Inputs], Iterator[Med
         if tokens:
             known = True
             yield _Medium(kind, values, tokens)
-        else:
+        elif not known:
             unknown.append(_Medium(kind, values, None))
     if not known:
         yield from unknown
@@ -320,7 +320,7 @@ def _tokens_for(encode: Callable, model: nn.Module, values: Media) -> int | None
     features = found if features is None else features
     while isinstance(features, (tuple, list)) and features and isinstance(features[0], (tuple, list)):
         features = features[0]
-    parts = [part for part in (features if isinstance(features, (tuple, list)) else [features])]
+    parts = list(features if isinstance(features, (tuple, list)) else [features])
     if not parts or not all(isinstance(part, Tensor) and part.dim() for part in parts):
         return None
     return sum(part.numel() // part.shape[-1] for part in parts) // ROWS
@@ -395,6 +395,7 @@ def _pictures(inputs: _Inputs, channels: int, side: int) -> Iterator[Media]:
     flat = inputs.normal(ROWS, channels, side, side)
     more = {"image_sizes": sizes, "high_res_pixel_values": inputs.normal(ROWS, channels, 2 * side, 2 * side)}
     yield {"pixel_values": flat, **more}
+    yield {"pixel_values": flat}
     for tiles in (1, 5, 3, 2, 4):
         values = inputs.normal(ROWS, tiles, channels, side, side)
         ones = torch.ones(ROWS, tiles, side, side, dtype=torch.int64)
@@ -456,7 +457,7 @@ def _sounds(inputs: _Inputs) -> Iterator[Media]:
     for steps in dict.fromkeys((2 * positions if positions else 128, 128, 256)):
         for shape in ((bins, steps), (steps, bins), (steps, 2 * bins), (steps, 4 * bins)):
             ones = torch.ones(ROWS, steps, dtype=torch.int64)
-            masks = {name: ones for name in ("input_features_mask", "feature_attention_mask")}
+            masks = dict.fromkeys(("input_features_mask", "feature_attention_mask"), ones)
             if "input_ids" not in inputs.takes:
                 yield {"input_features": inputs.normal(ROWS, *shape), "attention_mask": ones, **masks}
             yield {"input_features": inputs.normal(ROWS, *shape), **masks}

@@ -10,6 +10,7 @@ from functools import cache, cached_property
 from torch import nn
 
 from s2ft.layers import kind_of
+from s2ft.model.towers import tower_of
 
 # Layers that read the model's outputs or choose experts: training some of their units is not what S²FT is for.
 NO_BLOCK_LAYER = re.compile(
@@ -18,7 +19,6 @@ NO_BLOCK_LAYER = re.compile(
 )
 PROJECTOR = re.compile(r"projector|merger|connector|aligner|resampler|adapter|qformer|multi_modal|feature_projection")
 NESTED_STACKS = ("blocks", "layers", "layer", "block")
-OTHER_TOWER = re.compile(r"vision|visual|image|vit|audio|speech|sound")
 
 
 def parent_of(path: str) -> str:
@@ -163,7 +163,7 @@ class Structure:
             if block := self.block_of(path):
                 stacks.setdefault(self._stack_of(block), set()).add(block)
         first, numbers = 0, {}
-        for stack in sorted(stacks, key=lambda stack: bool(OTHER_TOWER.search(stack))):
+        for stack in sorted(stacks, key=lambda stack: tower_of(self.model, min(stacks[stack])) != "language"):
             numbers[stack] = first
             first += max(self._number_within(block) for block in stacks[stack]) + 1
         return numbers
@@ -187,3 +187,9 @@ class Structure:
         """The number of the layer that a path is in, counted through the stacks; 0 outside of all."""
         block = self.block_of(path)
         return self._first_numbers[self._stack_of(block)] + self._number_within(block) if block else 0
+
+
+def layers_of_blocks(model: nn.Module) -> list[str]:
+    """The paths of the linear layers and convolutions in the numbered blocks of a model."""
+    structure = Structure(model)
+    return [path for path in structure.layers if structure.block_of(path)]

@@ -61,8 +61,11 @@ class Trial:
 
     def idle_side(self, shuffles: Sequence["Shuffle"]) -> str | None:
         """The key of a projection that can be moved alone without any change, so that :meth:`holds` proves nothing."""
-        for key in dict.fromkeys(projection.key for one in shuffles for projection in one.coupling.projections):
-            alone = [shuffle for one in shuffles for shuffle in one.only(key)]
+        sides: dict[tuple[str, str], list[Shuffle]] = {}
+        for shuffle in shuffles:
+            for projection, alone in shuffle.sides():
+                sides.setdefault((projection.key, self.structure.pattern(projection.path)), []).append(alone)
+        for (key, _), alone in sides.items():
             if not self._differs(self._run_moved(alone, "next"), self._places(shuffles)):
                 return key
         return None
@@ -186,12 +189,11 @@ class Shuffle(NamedTuple):
             within[:2] = torch.tensor([1, 0])
         return torch.cat([group * size + within for group in range(self.groups)])
 
-    def only(self, key: str) -> Iterator["Shuffle"]:
-        """The same for the projections that have a key, without anything else that goes with them."""
+    def sides(self) -> Iterator[tuple[Projection, "Shuffle"]]:
+        """Each projection, and the same for it alone, without anything else that goes with it."""
         for projection in self.coupling.projections:
-            if projection.key == key:
-                alone = replace(self.coupling, producers=(), consumer=projection, vectors=())
-                yield Shuffle(alone, self.groups)
+            alone = replace(self.coupling, producers=(), consumer=projection, vectors=())
+            yield projection, Shuffle(alone, self.groups)
 
 
 def whole_units(twin: nn.Module, coupling: Coupling) -> Shuffle | None:
@@ -199,6 +201,8 @@ def whole_units(twin: nn.Module, coupling: Coupling) -> Shuffle | None:
     least = min(projection.count for projection in coupling.projections)
     if least == 1:
         return None
+    if coupling.consumer.count == least and all(projection.count == least for projection in coupling.producers):
+        return Shuffle(coupling)
 
     def grown(projection: Projection) -> Projection:
         times = projection.count // least

@@ -57,6 +57,8 @@ NAMES: dict[tuple[str, ...], Names] = {
         "granite_docling_vision",
         "idefics2_vision",
         "idefics3_vision",
+        "siglip2_vision_model",
+        "siglip_vision_model",
         "smolvlm_vision",
         "video_llama_3_vision",
     ): CLIP_LIKE,
