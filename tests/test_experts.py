@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
-from support.models import ALL_RATIOS, inputs_of, model_of, output_of, ratios_for, train
+from support.models import ALL_RATIOS, SHAPE, inputs_of, model_of, output_of, randomized, ratios_for, train
 from support.tolerances import relative_difference
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import s2ft
 from s2ft import S2FTConfig
@@ -141,11 +142,25 @@ def test_experts_forward_equals_that_of_transformers():
     experts = model.model.layers[0].mlp.experts
     x, chosen, weights = torch.randn(9, 24), torch.randint(4, (9, 2)), torch.rand(9, 2)
     assert torch.equal(experts_forward(experts, x, chosen, weights), experts(x, chosen, weights))
-    s2ft.attach(model, S2FTConfig(d_ratio=0.25, u_ratio=0.25, layout="indexed"))
+    s2ft.attach(model, S2FTConfig(d_ratio=0.25, u_ratio=0.25, layout="indexed", ffn_kernel=False))
     train(model, 2)
     trained = experts(x, chosen, weights)
     s2ft.merge(model)
     assert torch.equal(trained, experts(x, chosen, weights))
+
+
+@pytest.mark.parametrize("act", ("silu", "gelu", "gelu_new"))
+def test_the_kernel_between_the_products(act):
+    """act_mul is used if the module computes act(gate) * up by an activation that it has, and gives the same."""
+    from transformers import MixtralConfig
+
+    config = MixtralConfig(**{**SHAPE, "intermediate_size": 56, "hidden_act": act}, num_key_value_heads=4)
+    model = randomized(AutoModelForCausalLM, config)
+    s2ft.attach(model, S2FTConfig(d_ratio=0.25))
+    experts = model.model.layers[0].mlp.experts
+    assert experts.forward.keywords == ({} if act == "gelu_new" else {"activation": act})
+    x, chosen, weights = torch.randn(9, 24), torch.randint(8, (9, 2)), torch.rand(9, 2)
+    assert relative_difference(experts(x, chosen, weights), experts_forward(experts, x, chosen, weights)) <= 1e-5
 
 
 def test_the_host_reads_no_result_of_the_routing():
