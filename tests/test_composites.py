@@ -54,7 +54,11 @@ def test_every_coupling_is_confirmed_and_every_slice_gets_a_gradient(model_type)
 def test_the_language_model_alone_is_trained_by_default():
     model = model_of("llava_next")
     s2ft.attach(model, S2FTConfig(d_ratio=0.5, o_ratio=0.5))
-    assert {tower_of(model, name) for name in trained(model)} == {"language"} and towers_of(model) == ["language", "vision", "projector"]
+    assert {tower_of(model, name) for name in trained(model)} == {"language"} and towers_of(model) == [
+        "language",
+        "vision",
+        "projector",
+    ]
 
 
 @pytest.mark.parametrize("tower", ["vision", "projector"])

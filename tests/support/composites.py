@@ -19,15 +19,19 @@ HALF = {**MROPE["rope_parameters"], "mrope_section": [8, 4, 4], "partial_rotary_
 # entries that the default config of a class lacks, though configs of real checkpoints have them
 LACKING: dict[str, dict] = {
     **dict.fromkeys(
-        ("glm46v", "glm4v", "glm_ocr", "glmga", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl"),
+        ("glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl"),
         {"text_config": MROPE},
     ),
+    **dict.fromkeys(("blip-2", "instructblip"), {"image_token_index": 50265}),
     "gemma3": {"vision_config": {"image_size": 256}},  # 256 tokens an image
     "gemma4": {"vision_config": {"model_type": "gemma4_vision"}},
     "glm4v_moe": {"text_config": {"rope_parameters": HALF}},
+    **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), {"image_grid_pinpoints": [[112, 112]]}),
     "qwen2_audio": {"ignore_index": -100},
+    **dict.fromkeys(("got_ocr2", "pp_chart2table"), {"vision_config": {"image_size": 128}}),
     "shieldgemma2": {"vision_config": {"image_size": 256}},
 }
+
 
 def missing(model_type: str) -> bool:
     """Whether this version of transformers lacks the model type."""
