@@ -23,7 +23,7 @@ import resource
 import tempfile
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
@@ -66,6 +66,7 @@ DEFAULTS: dict[str, dict] = {
     "esm": {"vocab_size": 33, "mask_token_id": 32, "pad_token_id": 1},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0, "text_config": {"hidden_size_per_layer_input": 0}},
     "granite4_vision": {"downsample_rate": "4/8", "deepstack_layer_map": [[-2, 1]], "spatial_target_layers": [2]},
+    "gemma3": {"vision_config": {"image_size": 896, "patch_size": 14}},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "mamba"], "num_hidden_layers": 4},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
@@ -399,16 +400,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, choices=(1, 2), help="processes at the same time")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="the table")
     arguments = parser.parse_args()
-    import torch
-
-    import s2ft  # noqa: F401  # children have the libraries already
-
-    torch.set_num_threads(1)
+    row_of("llama")  # imports everything once, which the children then have
     rows = read(arguments.output)
     wanted = arguments.only or sorted(types())
     wanted = [name for name in wanted if not (arguments.resume and name in rows)]
     with ThreadPoolExecutor(arguments.workers) as pool:
-        for row in pool.map(run_type, wanted):
+        for row in (done.result() for done in as_completed([pool.submit(run_type, name) for name in wanted])):
             rows[row["type"]] = row
             write(arguments.output, rows)
             print(

@@ -6,10 +6,12 @@ import pytest
 import torch
 from support.images import MODELS, batch, rows
 from support.tolerances import LOGITS, relative_difference
+from train.tiny import sums, write_jsonl
 from transformers import Trainer, TrainingArguments
 
 import s2ft
 from s2ft import S2FTConfig
+from s2ft.cli import main
 from s2ft.attached.active import mounted_deltas
 from s2ft.attached.record import attachment_of
 from s2ft.model.coupling import projections_of
@@ -56,7 +58,14 @@ def changed(before, after):
 
 
 @pytest.mark.parametrize(
-    "name, train", [("qwen2_5_vl", with_trl), ("gemma3", with_trl), ("qwen2_5_vl", with_trainer), ("llava", with_trainer)]
+    "name, train",
+    [
+        ("qwen2_5_vl", with_trl),
+        ("gemma3", with_trl),
+        ("llava", with_trainer),
+        pytest.param("qwen2_5_vl", with_trainer, marks=pytest.mark.slow),
+        pytest.param("gemma3", with_trainer, marks=pytest.mark.slow),
+    ],
 )
 def test_a_model_with_images_is_trained_merged_and_reloaded(name, train, tmp_path):
     model, processor = MODELS[name]()
@@ -82,3 +91,21 @@ def test_a_model_with_images_is_trained_merged_and_reloaded(name, train, tmp_pat
     assert equal(reloaded.state_dict(), merged.state_dict())
     with torch.no_grad():
         assert relative_difference(reloaded(**inputs).logits, trained) <= LOGITS
+
+
+# ---- the commands ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_finetune_trains_the_language_model_on_text_and_export_writes_the_whole_checkpoint(name, tmp_path):
+    model, processor = MODELS[name]()
+    model.save_pretrained(tmp_path / "base"), processor.save_pretrained(tmp_path / "base")
+    data = write_jsonl(tmp_path / "rows.jsonl", sums(16))
+    run, merged = str(tmp_path / "run"), str(tmp_path / "merged")
+    base = str(tmp_path / "base")
+    assert main(["finetune", "--model", base, "--data", str(data), "--output", run, "--max-steps", "3"]) == 0
+    assert main(["export", run, "--model", base, "--format", "merged", "--output", merged]) == 0
+    after = type(model).from_pretrained(merged).state_dict()
+    moved = changed(model.state_dict(), after)
+    assert moved and all("language_model" in weight and "down_proj" in weight for weight in moved)

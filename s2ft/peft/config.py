@@ -46,6 +46,10 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
         layers_to_transform: Layers to train, by the first number in a module's name.
         layers_pattern: The word before that number, for example "layers".
         modules_to_save: Modules to train and save in full besides, for example a new head.
+        trainable_token_indices: Tokens whose embeddings are trained besides, as in PEFT's LoRA: their numbers, or such
+            lists by the embedding's name.
+        ensure_weight_tying: Whether an embedding in `modules_to_save` or `trainable_token_indices` and the head that is
+            tied to it are trained as one weight. Otherwise PEFT warns, and they are two weights after the training.
         ratio: Share of the units of every target module and of every expert, above 0 and at most 1.
         dim: "outputs" or "inputs": the units of target modules that are in no coupling. Default: "inputs".
         init_weights: True starts the deltas at zero, so that nothing changes; False makes them random, for tests.
@@ -99,6 +103,12 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
     )
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "modules to train and save in full, for example a new head"}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "tokens whose embeddings are trained, or such lists by the embedding's name"}
+    )
+    ensure_weight_tying: bool = field(
+        default=False, metadata={"help": "train an embedding and the head that is tied to it as one weight"}
     )
     ratio: float | None = field(default=None, metadata={"help": "share of the units of every target module"})
     dim: str | None = field(

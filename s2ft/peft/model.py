@@ -117,11 +117,16 @@ class S2FTPeftModel(BaseTuner):
         return [f"{path}.{name}" for path, units in peft_config.expert_units.items() for name in units]
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Replace a module. PEFT's own step reads the module's `weight`, which a module of experts has not got."""
-        if S2FTPeftExperts in (type(new_module), type(child)):
-            setattr(parent, child_name, new_module)
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
+        """Replace a module. PEFT's own step also assigns the old module's weight, which not every module has."""
+        setattr(parent, child_name, new_module)
+
+    def _add_modules_to_save_to_tie(self, peft_config: S2FTPeftConfig, tied_weight_keys: list[str]) -> None:
+        """Train the input embedding and the weights that are tied to it as one weight. PEFT ties `modules_to_tie`."""
+        embedding = self.model.get_input_embeddings()
+        name = next(path for path, module in self.model.named_modules() if module is embedding)
+        tied = {key.rpartition(".")[2] for key in (name, *tied_weight_keys)}
+        others = [one for one in peft_config.modules_to_save or () if one.rpartition(".")[2] not in tied]
+        peft_config.modules_to_save, peft_config.modules_to_tie = [*others, name], set(tied_weight_keys)
 
     # ---- removing ------------------------------------------------------------------------------------
 
@@ -204,6 +209,11 @@ class S2FTPeftModel(BaseTuner):
             check_weight(name, weight)
         if adapter_name in self.peft_config:
             raise ValueError(f"there is an adapter called {adapter_name!r} already: give the sum another name")
+        with_tokens = [name for name in adapters if self.peft_config[name].trainable_token_indices is not None]
+        if with_tokens:
+            raise ValueError(
+                f"adapter {with_tokens[0]!r} has trainable_token_indices, and embeddings of tokens can't be added up"
+            )
         if combination_type != "linear":
             raise ValueError(
                 f"combination_type must be linear, because deltas are added without changes, got {combination_type!r}"

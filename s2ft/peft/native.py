@@ -25,7 +25,8 @@ def to_native(model: PeftModel, adapter_name: str = "default") -> Adapter:
         The adapter, for :func:`s2ft.load_adapter` and for arithmetic, on the CPU. It shares no memory with the model.
 
     Raises:
-        ValueError: The name is unknown, or the base belongs to no known family or is sharded.
+        ValueError: The name is unknown, the base belongs to no known family or is sharded, or the adapter trains
+            modules in no coupling, or single tokens.
 
     Example:
         >>> from peft import get_peft_model
@@ -42,6 +43,11 @@ def to_native(model: PeftModel, adapter_name: str = "default") -> Adapter:
         raise ValueError(
             f"adapter {adapter_name!r} has no fingerprint of its base: {type(base).__name__} does not belong to a "
             "model family that s2ft knows, or its weights are sharded"
+        )
+    if config.trainable_token_indices is not None:
+        raise ValueError(
+            f"adapter {adapter_name!r} has embeddings of single tokens (trainable_token_indices), which an adapter of "
+            "s2ft can't hold: keep it in PEFT's form, or merge it"
         )
     deltas = {}
     for path, units in config.module_units.items():

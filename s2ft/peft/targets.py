@@ -12,12 +12,17 @@ from torch import Tensor, nn
 from s2ft.layers import OTHER, forward_of, kind_of
 from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
 from s2ft.model.registry import check_module
+from s2ft.model.towers import couplings_in_towers
 from s2ft.model.weights import weight_at
 from s2ft.peft.config import DIMS, S2FTPeftConfig
 from s2ft.selection import Selection
 from s2ft.selection.selection import unit_tensors
 
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
+HEADS = {  # which PEFT trains in full by itself, by the task
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 SHOWN = 5  # names in a warning
 
 
@@ -94,6 +99,8 @@ def find_targets(config: S2FTPeftConfig, model: nn.Module, couplings: list[Coupl
         )
     names = None if config.units is None else units_by_name(config.units, "units")
     couplings = _apart_from(couplings, set(config.uncoupled or ()) if names is not None else set())
+    if config.ratios:
+        couplings = couplings_in_towers(model, couplings, config)
     targets = []
     for coupling in couplings:
         trained = tuple(projection for projection in coupling.projections if _is_trained(config, names, projection))
@@ -136,7 +143,10 @@ def _named_linears(config: S2FTPeftConfig, model: nn.Module) -> tuple[S2FTPeftCo
         return config, {}
     named = _maybe_include_all_linear_layers(replace(config), model)
     inside = tuple(f"{path}." for path, one in model.named_modules() if isinstance(one, AuxiliaryTrainingWrapper))
-    named.target_modules = {path for path in named.target_modules if not path.startswith(inside)}
+    heads = HEADS.get(config.task_type, ())
+    named.target_modules = {
+        path for path in named.target_modules if not path.startswith(inside) and path.partition(".")[0] not in heads
+    }
     owners, skipped = _owners(model), {}
     for path in sorted(named.target_modules):
         reason = _obstacle(model.get_submodule(path), owners)

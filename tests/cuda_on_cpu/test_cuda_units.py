@@ -178,7 +178,12 @@ def test_units_of_several_matrices(runner, dim, transposed):
         memory = random(shape, dtype)
         weight = memory.transpose(1, 2) if transposed else memory
         size = weight.shape[1 + dim]
-        chosen = [torch.tensor([0, size - 1]), torch.tensor([], dtype=torch.int64), torch.randperm(size)[:3], torch.tensor([0])]
+        chosen = [
+            torch.tensor([0, size - 1]),
+            torch.tensor([], dtype=torch.int64),
+            torch.randperm(size)[:3],
+            torch.tensor([0]),
+        ]
         index = torch.cat([matrix * size + units for matrix, units in enumerate(chosen)])
         base = torch.cat([weight[g].index_select(dim, units) for g, units in enumerate(chosen)], dim)
         delta, before, dense = random(base.shape, torch.float32), memory.clone(), torch.empty_like(base)

@@ -140,6 +140,8 @@ def _prepared(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     model = model.to(dtype).eval().requires_grad_(True)
     make_general(model)
     if dtype == torch.float64:
+        if getattr(getattr(model, "config", None), "_attn_implementation", None) not in (None, "eager", "sdpa"):
+            model.set_attn_implementation("eager")  # other kernels need a GPU or half precision
         model.register_forward_pre_hook(_enter_float64, prepend=True)
         model.register_forward_hook(_leave_float64, always_call=True)
     return model

@@ -114,7 +114,9 @@ def _layers_used(model: nn.Module, part: nn.Module) -> int | float:
     if chosen is None or vision is None or part.config.model_type != vision.model_type:
         return float("inf")
     depth = vision.num_hidden_layers
-    return max(layer if layer >= 0 else depth + 1 + layer for layer in ([chosen] if isinstance(chosen, int) else chosen))
+    return max(
+        layer if layer >= 0 else depth + 1 + layer for layer in ([chosen] if isinstance(chosen, int) else chosen)
+    )
 
 
 def _projector(model: nn.Module, layer: int) -> list[Coupling]:

@@ -32,6 +32,7 @@ MODEL_TYPES = (
     "flex_olmo",
     "flint",
     "glm4_moe",
+    "glm4v_moe_text",
     "hunyuan_v1_moe",
     "hy_v3",
     "kolibri1",

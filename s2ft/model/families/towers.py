@@ -27,9 +27,7 @@ PIXTRAL = Names(
     attention="attention",
     layers=QKVO,
 )
-MOONVIT = Names(
-    ("layers",), "mlp.fc1", "mlp.fc2", attention="attn", layers=("q_proj", "k_proj", "v_proj", "proj")
-)
+MOONVIT = Names(("layers",), "mlp.fc1", "mlp.fc2", attention="attn", layers=("q_proj", "k_proj", "v_proj", "proj"))
 INTERNVL = Names(
     ("encoder.layer",),
     "mlp.fc1",
@@ -49,6 +47,15 @@ OVIS2 = Names(
     ("transformer.encoder.layers",), "ffn.up_proj", "ffn.down_proj", gate="ffn.gate_proj", attention="attention"
 )
 
+QFORMER = Names(  # its FFN for the queries; the one for text gets no gradient in the last layer
+    ("encoder.layer",),
+    "intermediate_query.dense",
+    "output_query.dense",
+    attention="attention",
+    layers=("attention.query", "attention.key", "attention.value", "output.dense"),
+    cross="crossattention",
+)
+
 NAMES: dict[tuple[str, ...], Names] = {
     # vision
     ("blip_2_vision_model", "instructblip_vision_model"): replace(CLIP_LIKE, layers=("qkv", "projection")),
@@ -57,16 +64,12 @@ NAMES: dict[tuple[str, ...], Names] = {
         "granite_docling_vision",
         "idefics2_vision",
         "idefics3_vision",
+        "siglip2_vision_model",
+        "siglip_vision_model",
         "smolvlm_vision",
         "video_llama_3_vision",
     ): CLIP_LIKE,
-    (
-        "exaone4_5_vision",
-        "glm4v_moe_vision",
-        "glm4v_vision",
-        "glm_ocr_vision",
-        "qwen2_5_vl_vision",
-    ): QWEN2_5,
+    ("exaone4_5_vision", "glm4v_moe_vision", "glm4v_vision", "glm_ocr_vision", "qwen2_5_vl_vision"): QWEN2_5,
     ("gemma4_vision",): GEMMA4,
     ("got_ocr2_vision", "pp_chart2table_vision"): Names(
         ("layers",), "mlp.lin1", "mlp.lin2", attention="attn", layers=QKV
@@ -84,13 +87,11 @@ NAMES: dict[tuple[str, ...], Names] = {
     ("qwen2_vl_vision",): QWEN2,
     ("qwen3_5_moe_vision", "qwen3_5_vision", "qwen3_vl_moe_vision", "qwen3_vl_vision"): QWEN3,
     # audio
-    (
-        "audioflamingo3_encoder",
-        "qwen2_5_omni_audio_encoder",
-        "qwen2_audio_encoder",
-        "voxtral_encoder",
-    ): Names(("layers",), "fc1", "fc2"),
+    ("audioflamingo3_encoder", "qwen2_5_omni_audio_encoder", "qwen2_audio_encoder", "voxtral_encoder"): Names(
+        ("layers",), "fc1", "fc2"
+    ),
     # between a tower and the language model
+    ("blip_2_qformer", "instructblip_qformer"): QFORMER,
     ("idefics2_perceiver",): Names(("layers",), "mlp.up_proj", "mlp.down_proj", gate="mlp.gate_proj", layers=QKVO),
 }
 BY_TYPE = {model_type: names for model_types, names in NAMES.items() for model_type in model_types}
@@ -101,7 +102,9 @@ GATED = ("up_proj", "down_proj", "gate_proj")
 MLP = ("merger", ("mlp.0", "mlp.2"))
 LINEAR_FC = ("linear_fc1", "linear_fc2")
 MERGERS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
-    **dict.fromkeys(("exaone4_5_vision", "qwen2_5_omni_vision_encoder", "qwen2_5_vl_vision", "qwen2_vl_vision"), (MLP,)),
+    **dict.fromkeys(
+        ("exaone4_5_vision", "qwen2_5_omni_vision_encoder", "qwen2_5_vl_vision", "qwen2_vl_vision"), (MLP,)
+    ),
     **dict.fromkeys(("glm4v_moe_vision", "glm4v_vision", "glm_ocr_vision"), (("merger", GATED),)),
     **dict.fromkeys(("qwen3_5_moe_vision", "qwen3_5_vision"), (("merger", LINEAR_FC),)),
     **dict.fromkeys(
