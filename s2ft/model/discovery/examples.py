@@ -121,7 +121,9 @@ def _copied(value: Any) -> Any:
 
 def _is_plain(example: Any) -> bool:
     """Whether an input is one of the last resorts, which are few."""
-    return not any("pixel" in name or "input_features" in name or "input_values" in name for name in example)
+    return not any(
+        "pixel" in name or "patches" in name or "input_features" in name or "input_values" in name for name in example
+    )
 
 
 def _try(model: nn.Module, example: Any) -> tuple[dict[str, int], str]:
@@ -400,6 +402,10 @@ def _images(inputs: _Inputs) -> Iterator[Media]:
         yield from _patches_in_a_grid(inputs, vision, channels)
     if "image_position_ids" in inputs.takes or "spatial_shapes" in inputs.takes:
         yield from _patches_with_places(inputs, vision, channels)
+    if "flattened_patches" in inputs.takes:
+        patches = inputs.normal(ROWS, 16, 2 + channels * _patch_side(vision) ** 2)
+        patches[..., :2] = torch.cartesian_prod(torch.arange(1.0, 5), torch.arange(1.0, 5))  # rows and columns
+        yield {"flattened_patches": patches}
     if "pixel_values" in inputs.takes:
         for side in dict.fromkeys((_image_side(vision), 32, 64, 224)):
             yield from _pictures(inputs, channels, side)

@@ -191,6 +191,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     # Parts that must fit together.
     "aria": {"projector_patch_to_query_dict": {7**2: 16, SIDE**2: 16}},
     "dots3_note_text": {"head_dim": HEAD_DIM + _HALF},
+    "mistral4": {"qk_nope_head_dim": _HALF, "qk_head_dim": HEAD_DIM, "head_dim": HEAD_DIM},  # half of a head is rotated
     "fun_asr_nano": {"adaptor_config.intermediate_size": WIDTH // 4},
 }
 
@@ -250,6 +251,9 @@ def _make_images_small(entries: dict) -> None:
         old, patch = vision["image_size"], vision["patch_size"]
         whole = old[0] if isinstance(old, list) else old
         vision["image_size"] = [SIDE * patch] * len(old) if isinstance(old, list) else SIDE * patch
+        if isinstance(entries.get("image_grid_pinpoints"), list):  # sizes of pictures that are cut into images
+            pictures = entries["image_grid_pinpoints"]
+            entries["image_grid_pinpoints"] = [[side * SIDE * patch // whole for side in sides] for sides in pictures]
         for key in ("mm_tokens_per_image", "image_seq_length", "image_seq_len"):
             if _is_size(entries.get(key)):
                 entries[key] = max(1, entries[key] * SIDE**2 // (whole // patch) ** 2)
@@ -281,6 +285,8 @@ def _cut_entry(key: str, value: Any, entries: dict, level: Level, depth: int) ->
         return _rope(value, rotated // 2) if level == Level.ALL else value
     if key in _AS_IT_IS:
         return value
+    if key == "use_cache":
+        return False  # some caches ask for entries that configs lack, and a forward needs none
     if isinstance(value, dict):
         return _cut(value, level, depth)
     if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
