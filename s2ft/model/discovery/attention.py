@@ -156,15 +156,19 @@ def _head_counts(structure: Structure, inputs: Inputs, out: str, around: str) ->
 
 def _counts_of(owner: Any, source: str, width: int) -> Iterator[tuple[str, int]]:
     for name in HEADS:
-        if _is_count(count := getattr(owner, name, None)):
+        if (count := _count(owner, name)) is not None:
             yield f"{source}.{name}", count
     for name in HEAD_SIZES:
-        if _is_count(size := getattr(owner, name, None)) and width % size == 0:
+        if (size := _count(owner, name)) is not None and width % size == 0:
             yield f"{source}.{name}", width // size
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _count(owner: Any, name: str) -> int | None:
+    try:
+        value = getattr(owner, name, None)
+    except Exception:  # configs whose layers differ refuse to name one number for all
+        return None
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 def _divisors(number: int) -> list[int]:

@@ -10,6 +10,7 @@ from functools import cache, cached_property
 from torch import nn
 
 from s2ft.layers import kind_of
+from s2ft.model.discovery.past import reads_past
 from s2ft.model.towers import tower_of
 
 # Layers that read the model's outputs or choose experts: training some of their units is not what S²FT is for.
@@ -106,7 +107,12 @@ class Structure:
         around = parent_of(path)
         while around and isinstance(self.modules[around], (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
             around = parent_of(around)
-        return not self.is_called(path) and bool(around) and self.is_called(around)
+        return bool(self.called) and not self.is_called(path) and (not around or self.is_called(around))
+
+    def is_read_past(self, path: str) -> bool:
+        """Whether the block around a layer, or a parameter of experts, may use the weight without running the layer."""
+        around, _, name = path.rpartition(".")
+        return path in self.layers and reads_past(self.modules[around], name)
 
     # ---- numbers -------------------------------------------------------------------------------------
 
@@ -157,13 +163,16 @@ class Structure:
 
     @cached_property
     def _first_numbers(self) -> dict[str, int]:
-        """The number of the first block of each stack: the stacks of the language come first."""
+        """The number of the first block of each stack: encoder before decoder, language before other towers."""
         stacks: dict[str, set[str]] = {}
         for path in self.modules:
             if block := self.block_of(path):
                 stacks.setdefault(self._stack_of(block), set()).add(block)
+        ordered = list(stacks)
+        if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            ordered.sort(key=lambda stack: tower_of(self.model, min(stacks[stack])) != "language")
         first, numbers = 0, {}
-        for stack in sorted(stacks, key=lambda stack: tower_of(self.model, min(stacks[stack])) != "language"):
+        for stack in ordered:
             numbers[stack] = first
             first += max(self._number_within(block) for block in stacks[stack]) + 1
         return numbers

@@ -95,18 +95,18 @@ class Trial:
 
     def gradients(self) -> set[str]:
         """The names of the twin's parameters that a loss on its outputs gives a gradient other than zero."""
-        parameters = dict(self.twin.named_parameters())
+        parameters = {name: one for name, one in self.twin.named_parameters() if one.is_floating_point()}
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         try:
             with evaluation_mode(self.twin), torch.random.fork_rng([]), torch.enable_grad():
                 torch.manual_seed(0)
                 output = run_example(self.twin, self.example)
-            tensors = [tensor for tensor in _trained_outputs(output) if tensor.requires_grad]
-            loss = sum((tensor * torch.randn_like(tensor)).sum() for tensor in tensors)
-            if not tensors:
-                return set()
-            found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+                tensors = [tensor for tensor in _trained_outputs(output) if tensor.requires_grad]
+                if not tensors:
+                    return set()
+                loss = sum((_finite(tensor) * torch.randn_like(tensor)).sum() for tensor in tensors)
+                found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         finally:
             self.twin.requires_grad_(False)
         return {name for name, gradient in zip(parameters, found) if gradient is not None and bool(gradient.any())}
@@ -158,6 +158,10 @@ def _different(now: Tensor, then: Tensor) -> bool:
         return False
     now, then = now[finite], then[finite]
     return not float((now - then).abs().max()) <= TOLERANCE * float(then.abs().max())
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    return tensor.masked_fill(~torch.isfinite(tensor), 0.0)
 
 
 def _trained_outputs(output: Any) -> list[Tensor]:
