@@ -6,7 +6,19 @@ from functools import partial
 
 import pytest
 import torch
-from support.aliases import DEAD, GROUPED, LEFT_OUT, NUMBERED, ROWS, alias_of, missing, with_dropout
+from support.aliases import (
+    DEAD,
+    GROUPED,
+    LEFT_OUT,
+    NUMBERED,
+    RARE,
+    RARELY_GROUPED,
+    ROWS,
+    VARIANTS,
+    alias_of,
+    missing,
+    with_dropout,
+)
 from support.models import ALL_RATIOS, CASES, block_weights, inputs_of, loss_of, output_of
 from support.tolerances import LOGITS, relative_difference
 from transformers import __version__
@@ -76,7 +88,12 @@ def check_ffn_kernel(model):
             assert relative_difference(gated_forward(block, x, coupling.activation), block(x)) <= LOGITS, coupling.block
 
 
-@pytest.mark.parametrize("model_type", ROWS)
+def often(rows, rare):
+    """Parameters for rows; those that another row covers are slow."""
+    return [pytest.param(row, marks=pytest.mark.slow) if row in rare else row for row in rows]
+
+
+@pytest.mark.parametrize("model_type", often(ROWS, RARE))
 def test_the_declaration_of_the_family_is_right(model_type):
     base = base_of(model_type)
     movable = [coupling.movable for coupling in couplings_of(base) if "attention" in coupling.kind]
@@ -85,9 +102,15 @@ def test_the_declaration_of_the_family_is_right(model_type):
     check_ffn_kernel(with_dropout(base))
 
 
-@pytest.mark.parametrize("model_type", GROUPED)
+@pytest.mark.parametrize("model_type", often(GROUPED, RARELY_GROUPED))
 def test_the_declaration_is_right_with_grouped_queries(model_type):
     check_declaration(base_of(model_type, num_key_value_heads=2))
+
+
+@pytest.mark.parametrize("variant", often(VARIANTS, set(VARIANTS) - {"falcon-groups", "gpt_bigcode-multi-query"}))
+def test_other_layouts_of_a_type(variant):
+    model_type, options = VARIANTS[variant]
+    check_declaration(base_of(model_type, **options))
 
 
 def test_a_wrong_declaration_is_found(monkeypatch):

@@ -244,7 +244,9 @@ AUTO = {
     WhisperConfig: AutoModelForSpeechSeq2Seq,
 }  # all other configs use AutoModelForCausalLM
 
-ALL_RATIOS = dict(q_ratio=0.5, k_ratio=0.5, v_ratio=0.7, o_ratio=0.5, u_ratio=0.2, g_ratio=0.1, d_ratio=0.15, l_ratio=0.2)
+ALL_RATIOS = dict(
+    q_ratio=0.5, k_ratio=0.5, v_ratio=0.7, o_ratio=0.5, u_ratio=0.2, g_ratio=0.1, d_ratio=0.15, l_ratio=0.2
+)
 
 
 def model_of(case: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -299,7 +301,8 @@ def block_weights(model: PreTrainedModel, left_out: Iterable[str] = ()) -> set[s
     linear = {name for name, module in layers.items() if isinstance(module, (nn.Linear, Conv1D))}
     patterns = [f"*.{end}" for end in (*UNCOUPLED, *left_out)]
     coupled = {name for name in linear if not any(fnmatchcase(name, pattern) for pattern in patterns)}
-    return coupled | {name for name, param in model.named_parameters() if param.dim() == 3 and "experts" in name}
+    stacked = {name for name, param in model.named_parameters() if param.dim() == 3}
+    return coupled | {name for name in stacked if "experts" in name or name.endswith("put_linear.weight")}  # JetMoE
 
 
 def token_batch(model: PreTrainedModel, batch: int = 2, length: int = 9) -> torch.Tensor:
@@ -310,7 +313,10 @@ MORE_INPUTS = {
     "bros": {"bbox": torch.rand(2, 9, 4, generator=torch.Generator().manual_seed(3))},
     "led": {"global_attention_mask": torch.eye(9, dtype=torch.int64)[:2]},
     "longformer": {"global_attention_mask": torch.eye(9, dtype=torch.int64)[:2]},
-    "luke": {"entity_ids": torch.tensor([[1, 2], [3, 4]]), "entity_position_ids": torch.tensor([[[1, 2], [3, -1]]] * 2)},
+    "luke": {
+        "entity_ids": torch.tensor([[1, 2], [3, 4]]),
+        "entity_position_ids": torch.tensor([[[1, 2], [3, -1]]] * 2),
+    },
     "vit_mae": {"noise": torch.rand(2, 9, generator=torch.Generator().manual_seed(3))},
 }  # model type → inputs of its model that the config does not tell
 
@@ -330,7 +336,11 @@ def inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     if model.main_input_name == "pixel_values":
         return {"pixel_values": pixels(config), **MORE_INPUTS.get(config.model_type, {})}
     if model.main_input_name == "input_values":  # sound, or its spectrogram
-        shape = (2, config.max_length, config.num_mel_bins) if hasattr(config, "frequency_stride") else (2, 400 if hasattr(config, "conv_stride") else 2000)
+        shape = (
+            (2, config.max_length, config.num_mel_bins)
+            if hasattr(config, "frequency_stride")
+            else (2, 400 if hasattr(config, "conv_stride") else 2000)
+        )
         inputs = {"input_values": torch.randn(*shape, generator=generator).to(model.dtype)}
         return inputs | ({"decoder_input_ids": token_batch(model, length=7)} if config.is_encoder_decoder else {})
     if hasattr(config, "input_feat_per_channel"):  # Speech2Text: time before the features

@@ -28,7 +28,9 @@ def couplings(model: nn.Module) -> list[Coupling]:
     (up, down), names, positions = NAMES[model.config.model_type]
     found = []
     for i, (path, layer) in enumerate(layers_of(model, "encoder.layers")):
-        found += [ffn(model, i, f"{path}.{name}.{up}", f"{path}.{name}.{down}") for name in FFNS if hasattr(layer, name)]
+        found += [
+            ffn(model, i, f"{path}.{name}.{up}", f"{path}.{name}.{down}") for name in FFNS if hasattr(layer, name)
+        ]
         found.append(_attention(model, i, f"{path}.self_attn", names, positions))
         found += [_convolution(model, i, f"{path}.{name}") for name in CONVOLUTIONS if hasattr(layer, name)]
     return found

@@ -4,7 +4,7 @@ Channels are selected in each expert separately. An expert that processes every 
 Some layers may have a plain FFN. The router is not part of a coupling.
 
 Norms of q and k over all heads (MiniMax M2, OLMoE) and sinks (Flint) move with the heads. A norm of each head that all
-heads share stays. A gate of the heads' outputs (Trinity, Laguna) has the key of the queries, for it is computed beside them.
+heads share stays. A gate of the heads' outputs (Trinity, Laguna) belongs to the queries.
 """
 
 from torch import nn
@@ -32,6 +32,7 @@ MODEL_TYPES = (
     "flex_olmo",
     "flint",
     "glm4_moe",
+    "glm4v_moe_text",
     "hunyuan_v1_moe",
     "hy_v3",
     "kolibri1",
@@ -45,6 +46,7 @@ MODEL_TYPES = (
     "phimoe",
     "qwen2_moe",
     "qwen3_moe",
+    "qwen3_vl_moe_text",
     "sarvam_moe",
     "solar_open",
 )
@@ -90,6 +92,7 @@ def dense(model: nn.Module, layer: int, path: str, kind: str = "ffn") -> Couplin
     """Describe a gated feed-forward block under any of its names."""
     block = model.get_submodule(path)
     up, down, gate = next(names for names in FFNS if hasattr(block, names[0]))
-    if gate == "gate_proj":
+    if gate == "gate_proj" and hasattr(block, gate):
         return gated_mlp(model, layer, path, inputs_of(model, f"{path}.{down}"), kind=kind)
-    return ffn(model, layer, f"{path}.{up}", f"{path}.{down}", gate and f"{path}.{gate}", kind=kind)
+    gate = f"{path}.{gate}" if gate and hasattr(block, gate) else None
+    return ffn(model, layer, f"{path}.{up}", f"{path}.{down}", gate, kind=kind)

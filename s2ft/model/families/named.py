@@ -76,10 +76,7 @@ DEBERTA = replace(
 CLIP_LIKE = Names(("encoder.layers",), "mlp.fc1", "mlp.fc2")
 VIT_LIKE = Names(("layers",), "mlp.fc1", "mlp.fc2", attention="attention", layers=QKVO)
 WAV2VEC2 = Names(
-    ("encoder.layers",),
-    "feed_forward.intermediate_dense",
-    "feed_forward.output_dense",
-    attention="attention",
+    ("encoder.layers",), "feed_forward.intermediate_dense", "feed_forward.output_dense", attention="attention"
 )
 DECODER = Names(("layers",), "fc1", "fc2")
 PLAIN_MLP = Names(("layers",), "mlp.up_proj", "mlp.down_proj", layers=QKVO)
@@ -101,28 +98,15 @@ NAMES: dict[tuple[str, ...], Names] = {
         down="ffn.fc2",
         cross="cross_attention",
     ),
-    ("moonshine",): replace(
-        ENCODER_DECODER, up="mlp.fc1", down="mlp.fc2", layers=QKVO
-    ),
+    ("moonshine",): replace(ENCODER_DECODER, up="mlp.fc1", down="mlp.fc2", layers=QKVO),
     ("biogpt", "xglm"): DECODER,
-    (
-        "big_bird",
-        "bros",
-        "esm",
-        "markuplm",
-        "splinter",
-        "visual_bert",
-        "xmod",
-        "yoso",
-    ): BERT_LIKE,
+    ("big_bird", "bros", "esm", "markuplm", "splinter", "visual_bert", "xmod", "yoso"): BERT_LIKE,
     ("deberta-v2",): DEBERTA,
     ("layoutlmv3",): replace(BERT_LIKE, numbered="attention.self.config.has_relative_attention_bias"),
     ("longformer",): replace(
         BERT_LIKE, more=(("self.query_global", "q"), ("self.key_global", "k"), ("self.value_global", "v"))
     ),
-    ("luke",): replace(
-        BERT_LIKE, more=(("self.w2e_query", "q"), ("self.e2w_query", "q"), ("self.e2e_query", "q"))
-    ),
+    ("luke",): replace(BERT_LIKE, more=(("self.w2e_query", "q"), ("self.e2w_query", "q"), ("self.e2e_query", "q"))),
     ("deberta",): replace(
         BERT_LIKE,
         layers=("self.in_proj", "output.dense"),
@@ -158,9 +142,7 @@ NAMES: dict[tuple[str, ...], Names] = {
         layers=("q_lin", "k_lin", "v_lin", "out_lin"),
     ),
     ("jina_embeddings_v3",): Names(("layers",), "mlp.fc1", "mlp.fc2", layers=QKVO),
-    ("ctrl",): Names(
-        ("h",), "ffn.0", "ffn.2", attention="multi_head_attention", layers=("Wq", "Wk", "Wv", "dense")
-    ),
+    ("ctrl",): Names(("h",), "ffn.0", "ffn.2", attention="multi_head_attention", layers=("Wq", "Wk", "Wv", "dense")),
     ("gpt_neo",): Names(("h",), "mlp.c_fc", "mlp.c_proj", attention="attn.attention"),
     ("apertus", "apertus1p5_text", "arcee", "jais2", "nemotron"): PLAIN_MLP,
     ("nanochat",): replace(PLAIN_MLP, up="mlp.fc1", down="mlp.fc2"),
@@ -183,10 +165,7 @@ NAMES: dict[tuple[str, ...], Names] = {
         layers=("query", "key", "value", "dense"),
     ),
     ("bitnet",): replace(
-        PLAIN_MLP,
-        gate="mlp.gate_proj",
-        channel_moves=("mlp.ffn_sub_norm.weight",),
-        moves=("attn_sub_norm.weight",),
+        PLAIN_MLP, gate="mlp.gate_proj", channel_moves=("mlp.ffn_sub_norm.weight",), moves=("attn_sub_norm.weight",)
     ),
     ("audio-spectrogram-transformer", "pixio", "vit_mae", "vivit"): VIT_LIKE,
     ("beit",): replace(VIT_LIKE, numbered="relative_position_bias"),
@@ -196,13 +175,9 @@ NAMES: dict[tuple[str, ...], Names] = {
     ("convnextv2",): Names(("encoder.stages.*.layers",), "pwconv1", "pwconv2", attention=None, channels_stay=True),
     ("swin",): replace(VIT_LIKE, stacks=("encoder.layers.*.blocks",), numbered=True),
     ("donut-swin", "swinv2"): replace(BERT_LIKE, stacks=("encoder.layers.*.blocks",), numbered=True),
-    ("hiera",): Names(
-        ("encoder.stages.*.layers",), "mlp.fc1", "mlp.fc2", attention="attn", layers=("qkv", "proj")
-    ),
+    ("hiera",): Names(("encoder.stages.*.layers",), "mlp.fc1", "mlp.fc2", attention="attn", layers=("qkv", "proj")),
     ("segformer",): replace(
-        VIT_LIKE,
-        stacks=("stages.*.blocks",),
-        channel_moves=("mlp.dwconv.dwconv.weight", "mlp.dwconv.dwconv.bias"),
+        VIT_LIKE, stacks=("stages.*.blocks",), channel_moves=("mlp.dwconv.dwconv.weight", "mlp.dwconv.dwconv.bias")
     ),
     ("videomae", "yolos"): replace(
         BERT_LIKE, layers=("attention.query", "attention.key", "attention.value", "output.dense")
@@ -233,19 +208,14 @@ SEVERAL: dict[tuple[str, ...], tuple[Names, ...]] = {
         ),
         BART_DECODER,
     ),
-    ("mobilebert",): (
-        BERT_LIKE,
-        Names(("encoder.layer.*.ffn",), "intermediate.dense", "output.dense", attention=None),
-    ),
+    ("mobilebert",): (BERT_LIKE, Names(("encoder.layer.*.ffn",), "intermediate.dense", "output.dense", attention=None)),
     ("prophetnet",): (
         Names(("encoder.layers",), *PROPHETNET_FFN, layers=PROPHETNET),
         Names(("decoder.layers",), *PROPHETNET_FFN, layers=PROPHETNET, cross="cross_attn", numbered=True),
     ),
     ("speecht5",): (
         replace(WAV2VEC2, stacks=("encoder.wrapped_encoder.layers",)),
-        replace(
-            WAV2VEC2, stacks=("decoder.wrapped_decoder.layers",), attention="self_attn", cross="encoder_attn"
-        ),
+        replace(WAV2VEC2, stacks=("decoder.wrapped_decoder.layers",), attention="self_attn", cross="encoder_attn"),
     ),
 }
 BY_TYPE = {model_type: (names,) for model_types, names in NAMES.items() for model_type in model_types} | {
@@ -255,12 +225,12 @@ MODEL_TYPES = tuple(BY_TYPE)
 
 
 def couplings(model: nn.Module) -> list[Coupling]:
-    blocks = [
-        (names, path, block)
-        for names in BY_TYPE[model.config.model_type]
-        for stack in names.stacks
-        for path, block in _blocks(model, stack)
-    ]
+    return named(model, BY_TYPE[model.config.model_type])
+
+
+def named(model: nn.Module, rows: tuple[Names, ...]) -> list[Coupling]:
+    """List the couplings of a model whose layers have the names of these rows, one row after another."""
+    blocks = [(names, path, block) for names in rows for stack in names.stacks for path, block in _blocks(model, stack)]
     return [found for i, (names, path, block) in enumerate(blocks) for found in _block(model, names, i, path, block)]
 
 
@@ -278,7 +248,13 @@ def _blocks(model: nn.Module, stack: str) -> Iterator[tuple[str, nn.Module]]:
 def _block(model: nn.Module, names: Names, i: int, path: str, block: nn.Module) -> list[Coupling]:
     gate = f"{path}.{names.gate}" if names.gate else None
     vectors = tuple(Vector(f"{path}.{name}", 1) for name in names.channel_moves)
-    found = [replace(ffn(model, i, f"{path}.{names.up}", f"{path}.{names.down}", gate), vectors=vectors, fixed=names.channels_stay)]
+    found = [
+        replace(
+            ffn(model, i, f"{path}.{names.up}", f"{path}.{names.down}", gate),
+            vectors=vectors,
+            fixed=names.channels_stay,
+        )
+    ]
     for name, kind in ((names.attention, "attention"), (names.cross, "cross-attention")):
         if name and _get(block, name) is not None:
             numbered = names.numbered if isinstance(names.numbered, bool) else bool(_get(block, names.numbered))
@@ -291,7 +267,9 @@ def _attention(model: nn.Module, names: Names, layer: int, path: str, **options)
     block = model.get_submodule(path)
     heads = heads_in(model, path)
     more = {f"{path}.{name}": key for name, key in names.more if _get(block, name) is not None}
-    moving = {f"{path}.{name}": len(tensor) // heads for name in names.moves if (tensor := _get(block, name)) is not None}
+    moving = {
+        f"{path}.{name}": len(tensor) // heads for name in names.moves if (tensor := _get(block, name)) is not None
+    }
     if len(names.layers) == 2:
         qkv, o = (f"{path}.{name}" for name in names.layers)
         packed = packed_attention(model, layer, qkv, o, heads, names.interleaved)

@@ -41,9 +41,7 @@ def _delta_producers(model, path: str, block: nn.Module, heads: int, parts: tupl
         others = ("in_proj_ba",)
     elif hasattr(block, "in_proj_qkv"):
         size = outputs_of(model, f"{path}.in_proj_qkv")
-        found = [
-            Projection(key, f"{path}.in_proj_qkv", heads, u, 0, start=start, size=size) for key, start, u in parts
-        ]
+        found = [Projection(key, f"{path}.in_proj_qkv", heads, u, 0, start=start, size=size) for key, start, u in parts]
         others = ("in_proj_z", "in_proj_b", "in_proj_a")
     else:
         found = [Projection(key, f"{path}.{key}_proj", heads, u, 0) for key, _, u in parts]
@@ -55,7 +53,7 @@ def _delta_producers(model, path: str, block: nn.Module, heads: int, parts: tupl
 
 
 def delta_attention(model: nn.Module, layer: int, path: str) -> list[Coupling]:
-    """The heads of Kimi Delta Attention. They stay: A_log, [1, 1, heads, 1], has them in a dimension that can't move."""
+    """The heads of Kimi Delta Attention. They stay, for A_log, [1, 1, heads, 1], can't be reordered."""
     block = model.get_submodule(path)
     gates = ("forget_gate.f_b_proj", "forget_gate.f_proj", "b_proj", "g_b_proj", "g_proj")
     more = {f"{path}.{name}": "q" for name in gates if _has(block, name)}
