@@ -89,13 +89,6 @@ def find_targets(config: S2FTPeftConfig, model: nn.Module, couplings: list[Coupl
         ValueError: Something can't be trained; the message names the field or module.
     """
     config, skipped = _named_linears(config, model)
-    if config.ratios and not couplings:
-        kind = getattr(getattr(model, "config", None), "model_type", None)
-        raise ValueError(
-            f"{', '.join(f'{key}_ratio' for key in config.ratios)}: {type(model).__name__} (model type {kind!r}) does "
-            "not belong to a model family that s2ft knows: give target_modules and ratio, for instance "
-            f"target_modules={ALL_LINEAR!r}"
-        )
     names = None if config.units is None else units_by_name(config.units, "units")
     couplings = _apart_from(couplings, set(config.uncoupled or ()) if names is not None else set())
     targets = []
