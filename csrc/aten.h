@@ -25,6 +25,9 @@ inline Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<
   return call("aten::linear", "", x, weight, bias);
 }
 
+// The same values in the same memory, in a tensor that autograd does not take for a view.
+inline Tensor not_a_view(const Tensor& t) { return call("aten::_unsafe_view", "", t, t.sizes()); }
+
 inline Tensor matmul(const Tensor& a, const Tensor& b) { return call("aten::matmul", "", a, b); }
 
 // Products of groups of rows of x with the matrices of w, in one kernel. Group g ends before row offsets[g].

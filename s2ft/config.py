@@ -147,7 +147,7 @@ class S2FTConfig:
     u_ratio: float = _ratio("FFN channels of up_proj")
     g_ratio: float = _ratio("FFN channels of gate_proj")
     d_ratio: float = _ratio("FFN channels of down_proj")
-    l_ratio: float = _ratio("inputs or outputs of linear layers that share their units with no other layer")
+    l_ratio: float = _ratio("the inputs or outputs of linear layers that are in no coupling of several layers")
     selection: str = field(
         default="random",
         metadata={"help": "how units are chosen: " + _listed(METRICS), "choices": CHOICES["selection"]},

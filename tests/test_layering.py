@@ -9,8 +9,9 @@ ROOT = Path(__file__).parents[1] / "s2ft"
 # whose modules have several ranks is listed by module. A module has the rank of the longest name that matches it.
 RANKS = [
     ["packages", "distributed", "files.writing", "files.reading", "model.coupling", "model.delta", "ops._cuda"],
+    ["model.discovery.tiny_config", "attached.hosts.sentence_transformers"],
     ["files.adapter_folder", "ops._build", "config", "attached.hosts.compiled", "attached.hosts.checkpointing"],
-    ["files.formats", "ops._lock", "ops._memory", "model.modes"],
+    ["files.formats", "ops._lock", "ops._memory", "model.modes", "model.outputs", "model.towers"],
     ["ops._effective", "ops._library"],
     ["ops._linear", "ops._grouped", "attached.hosts.quantizers"],
     ["ops"],
@@ -19,7 +20,8 @@ RANKS = [
     ["layers"],
     ["model.weights"],
     ["model.builders", "model.custom", "model.permutation", "model.fingerprint"],
-    ["model.families"],
+    ["model.families", "model.discovery.examples", "model.discovery.twin"],
+    ["model.discovery"],
     ["model.registry", "model.verify"],
     ["selection"],
     ["attached"],

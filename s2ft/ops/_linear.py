@@ -43,9 +43,11 @@ def check(op: str, x: Tensor, weight: Tensor, delta: Tensor, units: Units, dim: 
 
 def reference(x, weight, delta, units, dim, bias, kept):
     bias = None if bias is None else bias.to(x.dtype)
-    return with_effective_weight(
+    y = with_effective_weight(
         weight, delta, units, dim, x.dtype, lambda effective: F.linear(x.contiguous(), effective, bias)
     )
+    # F.linear may return a view. A model may change the output in place, which autograd refuses for a view of an op.
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
 
 def reference_grad_x(grad, weight, delta, units, dim):

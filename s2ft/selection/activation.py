@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from s2ft.layers import ObservedExperts, forward_of, kind_of
 from s2ft.model.coupling import Projection
 from s2ft.model.weights import find, parameter_position, put
-from s2ft.selection.batches import tower_of
+from s2ft.selection.batches import positions_of
 from s2ft.selection.metric import Metric, Request, Units, squares_by_unit
 from s2ft.selection.running import in_evaluation_mode, run_forward, temporary_hooks
 
@@ -40,8 +40,8 @@ class _Sums:
         self.request = request
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}  # by projection, because an encoder and its decoder have different positions
-        self.towers = {
-            projection.name: tower_of(request.model, coupling, projection)
+        self.positions = {
+            projection.name: positions_of(request.model, coupling, projection)
             for coupling in request.couplings
             for projection in coupling.projections
         }
@@ -67,7 +67,7 @@ class _Sums:
     def _positions(self, projections: list[Projection], x: Tensor) -> Tensor:
         """Return x without padding: [..., features] → [positions, features]."""
         name = projections[0].name
-        return self.request.calibration.without_padding(x.detach(), name, self.towers[name])
+        return self.request.calibration.without_padding(x.detach(), name, self.positions[name])
 
     def _count(self, projections: list[Projection], x: Tensor) -> None:
         count = len(self._positions(projections, x))
@@ -88,8 +88,8 @@ class _Sums:
             rows = slice(ends[projection.expert], ends[projection.expert + 1])
             values = (output if projection.dim == 0 else x).detach()[rows]
             here = None if tokens is None else tokens[rows]
-            tower = self.towers[projection.name]
-            values = self.request.calibration.without_padding(values, projection.name, tower, here)
+            positions = self.positions[projection.name]
+            values = self.request.calibration.without_padding(values, projection.name, positions, here)
             self._add_squares(projection, values)
 
     def _add_squares(self, projection: Projection, x: Tensor) -> None:

@@ -15,6 +15,7 @@ WIDTH, HEADS, HEAD_DIM = 64, 4, 16
 FFN_WIDTH, EXPERT_WIDTH = 96, 48
 VOCABULARY, POSITIONS = 256, 128
 DEPTH = 3
+SIDE = 8  # patches of an image in a row
 
 
 class Level(IntEnum):
@@ -48,7 +49,9 @@ _WIDTHS = {
     r"|projection_dim|out_hidden_size|output_dim|output_hidden_size|proj_hidden_size|projection_hidden_size"
     r"|projector_hidden_size|aligner_hidden_size|backbone_hidden_size|attention_hidden_size|embed_size|embed_dims"
     r"|cross_attention_hidden_size|text_embed_dim|vision_embed_dim|vision_output_dim|text_dim|vision_dim|kv_dim"
-    r"|lm_hidden_size|input_dim_text|d_embed|lru_width": WIDTH,
+    r"|lm_hidden_size|input_dim_text|d_embed|lru_width|d_latents|hidden_size_global|moe_hidden_size|ple_embed_dim"
+    r"|adapter_in_dim|adapter_out_dim|adapter_input_size|image_token_embed_dim": WIDTH,
+    r"base_channels": 32,
     r"hidden_size_per_layer_input": HEAD_DIM,
     r"intermediate_size|ffn_dim|d_ff|n_inner|mlp_dim|ffn_hidden_size|dense_intermediate_size|intermediate_dim"
     r"|linear_units|mlp_hidden_size|dim_ff|block_ff_dim|intermediate_size_mlp|mlp_intermediate_size"
@@ -74,7 +77,7 @@ _HEAD_DIMS = {
     r"head_dim|attention_head_dim|d_kv|kv_channels|global_head_dim|attention_head_size|swa_head_dim|head_size"
     r"|resampler_head_dim|attention_key_size|v_head_dim|swa_v_head_dim|qk_nope_head_dim|mamba_d_head"
     r"|mamba_head_dim|mamba_headdim|linear_key_head_dim|linear_value_head_dim|index_head_dim": HEAD_DIM,
-    r"qk_rope_head_dim": HEAD_DIM // 2,
+    r"qk_rope_head_dim|rotary_dim": HEAD_DIM // 2,
     r"qk_head_dim": HEAD_DIM + HEAD_DIM // 2,
 }
 _OTHER_SIZES = {
@@ -87,9 +90,11 @@ _OTHER_SIZES = {
     r"mamba_d_state|state_size|ssm_state_size": 8,
     r"mamba_dt_rank|time_step_rank": 4,
     r"mamba_chunk_size|chunk_size": 16,
-    r"index_topk": 4,
+    r"index_topk": 16,
     r"sliding_window|attention_window_size|local_attention|swa_window_size": _at_most(32),
-    r"num_image_tokens": 16,
+    r"num_image_tokens|num_latents": 16,
+    r"num_res_blocks": _at_most(1),
+    r"split_ngram_parts": _at_most(4),
 }
 _VOCABULARY_AND_EXPERTS = {
     r"num_experts|num_local_experts|n_routed_experts|moe_num_experts|num_routed_experts|moe_n_experts"
@@ -97,7 +102,7 @@ _VOCABULARY_AND_EXPERTS = {
     r"num_experts_per_tok|num_experts_per_token|moe_top_k|moe_topk|moe_k|top_k_experts|num_selected_experts|top_k"
     r"|experts_per_token|moe_router_topk|num_experts_per_topk|moe_num_active_primary_experts": _at_most(2),
     r"vocab_size|entity_vocab_size|codebook_size|n_vocab|vocab_size_per_layer_input|num_embeddings"
-    r"|output_vocab_size": VOCABULARY,
+    r"|output_vocab_size|ngram_vocab_size_base|encoder_hash_byte_group_vocab": VOCABULARY,
 }
 
 
@@ -126,9 +131,55 @@ _LEFT_OUT = (
 )
 _AS_IT_IS = ("id2label", "label2id", "quantization_config")
 
-# Entries that the rules above get wrong, by model type and dotted key, at level ALL. Applied to a config and to the
-# configs inside it, where the key exists. Reasons stand at the end of the lines.
-EXCEPTIONS: dict[str, dict[str, Any]] = {}
+_HALF = HEAD_DIM // 2
+
+# Entries that the rules above get wrong, by model type and dotted key: a value, or a function of the cut config. They
+# are used at levels that cut widths, for a config and for the configs inside it, and only where the key exists.
+EXCEPTIONS: dict[str, dict[str, Any]] = {
+    # The width of a later stage is a multiple of that of the first, and must be divisible by its heads 3, 6, 12, 24.
+    **{name: {"embed_dim": 48} for name in ("swin", "swinv2", "donut-swin", "maskformer-swin", "swin2sr")},
+    "florence_vision": {
+        "embed_dim": [16, 32, 64, 64],
+        "num_heads": [2, 2, 4, 4],
+        "num_groups": [2, 2, 4, 4],
+        "depths": [1, 1, 2, 1],
+    },
+    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.3, "image_size": 64},
+    "muse_spark_audio": {"num_hidden_layers": 4, "hidden_sizes": [16, 32, 32, 64]},  # one width for each stage
+    "mimi": {"upsample_groups": WIDTH},  # one group for each channel
+    "wavtokenizer_encoder": {"codebook_dim": WIDTH},
+    # The tokens of images end where those of sound begin.
+    "apertus1p5": {
+        "image_token_offset": 100,
+        "audio_token_offset": 164,
+        "vision_config.codebook_size": 64,
+        "audio_config.codebook_size": 64,
+    },
+    # State spaces: expansion times width is heads times their width.
+    "mamba2": {"num_heads": 8, "head_dim": HEAD_DIM},
+    "zamba": {"attention_hidden_size": 2 * WIDTH, "attention_head_dim": 2 * WIDTH // HEADS},
+    "zamba2": {
+        "attention_hidden_size": 2 * WIDTH,
+        "attention_head_dim": 2 * WIDTH // HEADS,
+        "kv_channels": HEAD_DIM,
+        "num_query_groups": HEADS,
+        "hybrid_layer_ids": lambda config: [
+            i for i, kind in enumerate(config["layers_block_type"]) if kind == "hybrid"
+        ],
+    },
+    # Layers of a kind are given by a period or by numbers, which a shallow model would not reach.
+    "jamba": {"attn_layer_offset": 2, "attn_layer_period": 4},
+    "bamba": {"attn_layer_indices": [1]},
+    "molmo2_adapter": {"vision_feature_layer": [-1, -2]},
+    "granite4_vision": {"deepstack_layer_map": [[-2, 0]], "spatial_target_layers": [1]},
+    "dory": {"n_input_layers": 1, "n_output_layers": 1, "n_recurrent_layers": lambda c: c["num_hidden_layers"] - 2},
+    "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": lambda c: 2 * c["H_cycles"] * (c["L_cycles"] + 1)},
+    "blenderbot": {"decoder_layers": 2},  # the cache of its decoder has as many layers as its encoder
+    # Parts that must fit together.
+    "aria": {"projector_patch_to_query_dict": {SIDE**2: 16}},
+    "dots3_note_text": {"head_dim": HEAD_DIM + _HALF},
+    "fun_asr_nano": {"adaptor_config.intermediate_size": WIDTH // 4},
+}
 
 
 def tiny_config(config: Any, level: Level = Level.ALL, depth: int = DEPTH) -> Any:
@@ -142,10 +193,21 @@ def tiny_config(config: Any, level: Level = Level.ALL, depth: int = DEPTH) -> An
     Returns:
         A config of the same class.
     """
-    entries = {key: value for key, value in config.to_dict().items() if key not in _LEFT_OUT}
+    entries = {key: value for key, value in copy.deepcopy(config.to_dict()).items() if key not in _LEFT_OUT}
+    if level < Level.DEPTH_AND_VOCABULARY:
+        _make_images_small(entries)
     entries = _cut(entries, level, depth)
     _renumber_tokens(entries, {})
     return type(config).from_dict(entries)
+
+
+def config_for(model_class: type, config: Any) -> Any:
+    """The config that a model class takes: the one given, or the one inside it that is of the right class."""
+    wanted = getattr(model_class, "config_class", None)
+    if wanted is None or isinstance(config, wanted):
+        return config
+    inside = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    return next((one for one in inside if isinstance(one, wanted)), config)
 
 
 def _is_size(value: Any) -> bool:
@@ -156,25 +218,62 @@ def _cut(entries: dict, level: Level, depth: int) -> dict:
     """Cut the sizes of a config given as a dict, and of the configs inside it."""
     if any(not isinstance(key, str) for key in entries):
         return entries
+    layers = entries.get("num_hidden_layers")
     entries = _shallow(copy.deepcopy(entries), depth, level)
+    if entries.get("num_kv_shared_layers") and entries.get("num_hidden_layers") != layers:
+        entries["num_kv_shared_layers"] = 0  # the layers whose keys and values others use may be gone
     cut = {key: _cut_entry(key, value, entries, level, depth) for key, value in entries.items()}
     if level < Level.DEPTH_AND_VOCABULARY:
-        _keep_parts_of_heads(cut)
+        _keep_parts_of_heads(entries, cut)
         for key, value in EXCEPTIONS.get(entries.get("model_type"), {}).items():
-            if key in cut:
-                cut[key] = copy.deepcopy(value)
+            _set(cut, key, value(cut) if callable(value) else copy.deepcopy(value))
     return cut
+
+
+def _make_images_small(entries: dict) -> None:
+    """Cut images to SIDE patches a side, in a config or in one inside it, with the numbers of tokens for an image."""
+    inside = [value for value in entries.values() if isinstance(value, dict)]
+    for vision in filter(_can_be_smaller, [entries, *inside]):
+        old, patch = vision["image_size"], vision["patch_size"]
+        whole = old[0] if isinstance(old, list) else old
+        vision["image_size"] = [SIDE * patch] * len(old) if isinstance(old, list) else SIDE * patch
+        for key in ("mm_tokens_per_image", "image_seq_length", "image_seq_len"):
+            if _is_size(entries.get(key)):
+                entries[key] = max(1, entries[key] * SIDE**2 // (whole // patch) ** 2)
+    for config in inside:
+        _make_images_small(config)
+
+
+def _can_be_smaller(entries: dict) -> bool:
+    """Whether images are cut into one grid of patches: no windows, no stages, no fixed table of another size."""
+    size, patch = entries.get("image_size"), entries.get("patch_size")
+    sides = size if isinstance(size, list) else [size]
+    squares = all(_is_size(side) for side in sides) and len(set(sides)) == 1 and _is_size(patch)
+    stages = any("window" in str(key) or key in ("depths", "num_position_embeddings") for key in entries)
+    return squares and sides[0] > SIDE * patch and not stages
+
+
+def _set(entries: dict, dotted: str, value: Any) -> None:
+    """Set an entry of a config, or of a config inside it, that exists."""
+    *inside, key = dotted.split(".")
+    for name in inside:
+        entries = entries.get(name) or {}
+    if key in entries:
+        entries[key] = value
 
 
 def _cut_entry(key: str, value: Any, entries: dict, level: Level, depth: int) -> Any:
     if key in ("rope_scaling", "rope_parameters") and isinstance(value, dict):
-        return value if level == Level.DEPTH_AND_VOCABULARY else _rope(value)
+        rotated = HEAD_DIM // 2 if entries.get("kv_lora_rank") else HEAD_DIM
+        return _rope(value, rotated // 2) if level == Level.ALL else value
     if key in _AS_IT_IS:
         return value
     if isinstance(value, dict):
         return _cut(value, level, depth)
     if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
         return [_cut(entry, level, depth) for entry in value]
+    if isinstance(value, list) and "intermediate_size" in key and level < Level.DEPTH_AND_VOCABULARY:
+        return [_cut_entry(key, entry, entries, level, depth) for entry in value]
     if not _is_size(value):
         return value
     size = next((size for keys, size in _RULES[level] if keys.fullmatch(key)), value)
@@ -192,8 +291,6 @@ def _shallow(entries: dict, depth: int, level: Level) -> dict:
         kept = _layers_of_each_kind(list(zip(*lists.values())), min(depth, count))
         for name, value in lists.items():
             entries[name] = [value[layer] for layer in kept]
-        if isinstance(entries.get("intermediate_size"), list) and level < Level.DEPTH_AND_VOCABULARY:
-            entries["intermediate_size"] = [FFN_WIDTH] * len(kept)
         if isinstance(entries.get("per_layer_config"), dict):
             entries["per_layer_config"] = _per_layer(entries["per_layer_config"], kept, level)
         entries[key] = len(kept)
@@ -223,16 +320,16 @@ def _per_layer(layers: dict, kept: list[int], level: Level) -> dict:
     return {kept.index(layer): _cut(config, level, DEPTH) for layer, config in found.items()}
 
 
-def _rope(entries: dict) -> dict:
-    """Cut what position embeddings say about elements of a head: its frequencies, and its sections."""
+def _rope(entries: dict, frequencies: int) -> dict:
+    """Cut what position embeddings say about the frequencies of a head, and about sections of them."""
     entries = copy.deepcopy(entries)
     for key, value in entries.items():
         if isinstance(value, dict):
-            entries[key] = _rope(value)
-        elif key == "mrope_section":
-            entries[key] = _sections(value, round(HEAD_DIM // 2 * entries.get("partial_rotary_factor", 1)))
+            entries[key] = _rope(value, frequencies)
+        elif key == "mrope_section" and value:
+            entries[key] = _sections(value, round(frequencies * entries.get("partial_rotary_factor", 1)))
         elif key in ("short_factor", "long_factor") and isinstance(value, list):
-            entries[key] = [1.0] * (HEAD_DIM // 2)
+            entries[key] = [1.0] * frequencies
         elif key == "original_max_position_embeddings" and _is_size(value):
             entries[key] = POSITIONS // 2
     return entries
@@ -245,10 +342,12 @@ def _sections(old: list[int], total: int) -> list[int]:
     return new
 
 
-def _keep_parts_of_heads(entries: dict) -> None:
-    """With latent attention, head_dim is the part of a head that is rotated."""
-    if entries.get("kv_lora_rank") and _is_size(entries.get("qk_rope_head_dim")) and _is_size(entries.get("head_dim")):
-        entries["head_dim"] = entries["qk_rope_head_dim"]
+def _keep_parts_of_heads(old: dict, new: dict) -> None:
+    """With latent attention, head_dim is the part of a head that is rotated, or the whole."""
+    rotated, rest = old.get("qk_rope_head_dim"), old.get("qk_nope_head_dim")
+    if old.get("kv_lora_rank") and _is_size(rotated) and _is_size(old.get("head_dim")):
+        whole = _is_size(rest) and old["head_dim"] == rotated + rest
+        new["head_dim"] = new["qk_rope_head_dim"] + (new["qk_nope_head_dim"] if whole else 0)
 
 
 def _renumber_tokens(entries: dict, new: dict[int, int]) -> None:

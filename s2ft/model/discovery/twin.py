@@ -1,4 +1,4 @@
-"""Builds the twin of a model: a tiny one with the same modules, random weights and float64 numbers, to try couplings on.
+"""Builds the twin of a model: a tiny one with the same modules and random float64 weights, to try couplings on.
 
 On the twin a wrong coupling can't hide: no norm weight is 1, no bias is 0 and no matrix is zero. In float64 rounding
 is a million times smaller than any real change.
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from s2ft.model.discovery.tiny_config import DEPTH, Level, tiny_config
+from s2ft.model.discovery.tiny_config import DEPTH, Level, config_for, tiny_config
 
 MOST = 60_000_000  # parameters of a twin: 0.5 GB
 COPIED_AT_ONCE = 1_000_000  # a model that is this small needs no smaller twin
@@ -53,7 +53,7 @@ def twins_of(model: nn.Module, tried: list[str]) -> Iterator[nn.Module]:
     """Iterate over twins of a model, the smallest first, and append to `tried` why others can't be built."""
     size = sum(parameter.numel() for parameter in model.parameters())
     if size <= COPIED_AT_ONCE and not _is_quantized(model):
-        yield _copied(model)
+        yield copied(model)
         return
     wanted, rows = paths_and_classes(model), kinds_of_blocks(model)
     if hasattr(type(model), "_from_config") and getattr(model, "config", None) is not None:
@@ -66,12 +66,10 @@ def twins_of(model: nn.Module, tried: list[str]) -> Iterator[nn.Module]:
     elif size > COPIED_AT_ONCE * 50 and 4 * 8 * size > _free_memory():
         tried.append(f"a copy of the model: {size / 1e9:.1f} billion parameters are too many in float64")
     else:
-        yield _copied(model)
+        yield copied(model)
 
 
-def _same_at_some_depth(
-    model: nn.Module, level: Level, wanted: set, kinds: set, tried: list[str]
-) -> nn.Module | None:
+def _same_at_some_depth(model: nn.Module, level: Level, wanted: set, kinds: set, tried: list[str]) -> nn.Module | None:
     """The twin of the least depth with all kinds of blocks, else of the least with all paths; None if there is none."""
     second = None
     for depth in DEPTHS:
@@ -104,6 +102,7 @@ def tiny_model(model_class: type, config: Any, dtype: torch.dtype = torch.float3
     Raises:
         ValueError: The model would have more than 60 million parameters.
     """
+    config = config_for(model_class, config)
     with _fixed_random_numbers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.device("meta"):
@@ -124,7 +123,7 @@ def _from_config(model_class: type, config: Any, dtype: torch.dtype) -> nn.Modul
     return model_class(config)
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module) -> nn.Module:
     """A float64 copy of a model. Weights on meta become random ones."""
     with _fixed_random_numbers():
         if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):

@@ -1,6 +1,8 @@
-"""CLIP and MetaCLIP 2: two towers of the same structure, or one. Layers are counted through the text tower first.
+"""CLIP, SigLIP and MetaCLIP 2: two towers of the same structure, or one. Layers are counted through the text first.
 
 A single tower must have the module names of transformers 5. With those of transformers 4 it is refused.
+
+SigLIP's pooling head is not trained: PyTorch's own attention reads its weights past the layers.
 """
 
 from torch import nn
@@ -8,7 +10,8 @@ from torch import nn
 from s2ft.model.builders import attention_paths, head_sizes, layers_of
 from s2ft.model.coupling import Coupling
 
-MODEL_TYPES = ("clip", "clip_text_model", "clip_vision_model", "metaclip_2", "tipsv2_text_model")
+MODEL_TYPES = ("clip", "clip_text_model", "clip_vision_model", "metaclip_2", "siglip", "tipsv2_text_model")
+SINCE = {"clip_text_model": "5.6", "clip_vision_model": "5.6"}
 
 
 def couplings(model: nn.Module) -> list[Coupling]:
