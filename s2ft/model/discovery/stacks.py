@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from s2ft.layers import gate_of
+from s2ft.layers import forward_of
 from s2ft.model.coupling import Coupling
 from s2ft.model.discovery.proposal import Block, Proposal
 from s2ft.model.discovery.structure import Structure
@@ -17,7 +17,7 @@ def stack_blocks(structure: Structure) -> Iterator[Block]:
         if not all(isinstance(weight, nn.Parameter) and weight.dim() == 3 for weight in (up, down)):
             continue
         try:
-            gate_of(module)
+            forward_of(module)
         except ValueError:
             continue
         experts, _, channels = down.shape
