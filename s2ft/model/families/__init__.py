@@ -19,6 +19,7 @@ FILES = (
     "deepseek",
     "diffllama",
     "falcon",
+    "gemma3n",
     "gpt2",
     "gpt_bigcode",
     "gpt_neox",

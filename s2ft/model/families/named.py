@@ -22,6 +22,7 @@ from s2ft.model.coupling import Coupling, Projection, Vector
 
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 QKV_OUT = ("q_proj", "k_proj", "v_proj", "out_proj")
+SELF_AND_OUTPUT = ("attention.query", "attention.key", "attention.value", "output.dense")
 BERT = ("self.query", "self.key", "self.value", "output.dense")
 
 
@@ -175,17 +176,23 @@ NAMES: dict[tuple[str, ...], Names] = {
     ("convnextv2",): Names(("encoder.stages.*.layers",), "pwconv1", "pwconv2", attention=None, channels_stay=True),
     ("swin",): replace(VIT_LIKE, stacks=("encoder.layers.*.blocks",), numbered=True),
     ("donut-swin", "swinv2"): replace(BERT_LIKE, stacks=("encoder.layers.*.blocks",), numbered=True),
+    ("focalnet",): Names(("encoder.stages.*.layers",), "mlp.fc1", "mlp.fc2", attention=None),
+    ("pvt",): Names(("encoder.block.*",), "mlp.dense1", "mlp.dense2", attention="attention", layers=BERT),
+    ("pvt_v2",): Names(
+        ("encoder.layers.*.blocks",),
+        "mlp.dense1",
+        "mlp.dense2",
+        attention="attention",
+        layers=("query", "key", "value", "proj"),
+        channel_moves=("mlp.dwconv.dwconv.weight", "mlp.dwconv.dwconv.bias"),
+    ),
     ("hiera",): Names(("encoder.stages.*.layers",), "mlp.fc1", "mlp.fc2", attention="attn", layers=("qkv", "proj")),
     ("segformer",): replace(
         VIT_LIKE, stacks=("stages.*.blocks",), channel_moves=("mlp.dwconv.dwconv.weight", "mlp.dwconv.dwconv.bias")
     ),
-    ("videomae", "yolos"): replace(
-        BERT_LIKE, layers=("attention.query", "attention.key", "attention.value", "output.dense")
-    ),
+    ("videomae", "yolos"): replace(BERT_LIKE, layers=SELF_AND_OUTPUT),
     ("data2vec-vision",): replace(
-        BERT_LIKE,
-        layers=("attention.query", "attention.key", "attention.value", "output.dense"),
-        numbered="attention.attention.relative_position_bias",
+        BERT_LIKE, layers=SELF_AND_OUTPUT, numbered="attention.attention.relative_position_bias"
     ),
     ("data2vec-audio", "hubert", "sew", "unispeech", "unispeech-sat", "wav2vec2"): WAV2VEC2,
     ("wavlm",): replace(WAV2VEC2, attention=None),
