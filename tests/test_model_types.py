@@ -19,9 +19,9 @@ from support.aliases import (
     missing,
     with_dropout,
 )
-from support.models import ALL_RATIOS, CASES, block_weights, inputs_of, loss_of, output_of
+from support.models import ALL_RATIOS, CASES, block_weights, inputs_of, loss_of, output_of, randomized, token_batch
 from support.tolerances import LOGITS, relative_difference
-from transformers import __version__
+from transformers import AutoConfig, AutoModelForCausalLM, __version__
 
 import s2ft
 from s2ft import S2FTConfig
@@ -114,6 +114,17 @@ def test_the_declaration_is_right_with_grouped_queries(model_type):
 def test_other_layouts_of_a_type(variant):
     model_type, options = VARIANTS[variant]
     check_declaration(base_of(model_type, **options))
+
+
+def test_a_decoder_alone_has_no_cross_attention():
+    """BART's decoder has the layers, and runs them only with an encoder. They would get no gradient."""
+    options = {**ROWS["bart"], "is_encoder_decoder": False, "is_decoder": True}
+    base = randomized(AutoModelForCausalLM, AutoConfig.for_model("bart", **options))
+    assert {coupling.kind for coupling in couplings_of(base)} == {"ffn", "attention"}
+    ratios = dict.fromkeys(("q_ratio", "k_ratio", "v_ratio", "o_ratio", "u_ratio", "d_ratio"), 0.5)
+    s2ft.attach(base, S2FTConfig(**ratios), verify=True, example={"input_ids": token_batch(base)})
+    loss_of(base).backward()
+    assert all(parameter.grad is not None for parameter in base.parameters() if parameter.requires_grad)
 
 
 def test_a_wrong_declaration_is_found(monkeypatch):

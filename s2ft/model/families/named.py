@@ -262,12 +262,19 @@ def _block(model: nn.Module, names: Names, i: int, path: str, block: nn.Module) 
             fixed=names.channels_stay,
         )
     ]
-    for name, kind in ((names.attention, "attention"), (names.cross, "cross-attention")):
+    cross = names.cross if _has_encoder(model.config) else None
+    for name, kind in ((names.attention, "attention"), (cross, "cross-attention")):
         if name and _get(block, name) is not None:
             numbered = names.numbered if isinstance(names.numbered, bool) else bool(_get(block, names.numbered))
             fixed = numbered and kind == "attention"
             found.append(_attention(model, names, i, f"{path}.{name}", fixed=fixed, kind=kind))
     return found
+
+
+def _has_encoder(config: Any) -> bool:
+    """Whether a decoder attends to an encoder. Alone, BART's decoder never runs the cross-attention that it has."""
+    own = getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False)
+    return own or getattr(config, "cross_attention_hidden_size", None) is not None
 
 
 def _attention(model: nn.Module, names: Names, layer: int, path: str, **options) -> Coupling:
