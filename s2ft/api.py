@@ -110,7 +110,7 @@ def _record_for(
 
 def _try_out(model: nn.Module, couplings: list[Coupling], record: Attachment, example: Any) -> Trial:
     """Reorder the units of each coupling that can move, run the model, and put them back."""
-    trial = Trial(model, couplings, record.moves, example)
+    trial = Trial(model, couplings, record.moves, example, reach_all=not record.weights)
     groups: dict[tuple, list[Coupling]] = {}  # the experts of a layer are tried out together
     for coupling in movable_couplings(model, couplings):
         one = coupling.main.name if coupling.expert is None else coupling.main.path

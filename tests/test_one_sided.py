@@ -269,3 +269,36 @@ def test_one_sided_couplings_keep_their_fields():
         assert list(projections_of([coupling])) == [coupling.main] and coupling.count == coupling.main.count
     assert str(couplings("outputs")[1]) == "the linear coupling of layer 0 (outputs of last)"
     assert Projection("l", "last", 5, 4, 1).elements(torch.tensor([1])).tolist() == [4, 5, 6, 7]
+
+
+def nothing(header):
+    header["couplings"][0]["consumer"] = None
+
+
+def another_key(header):
+    header["couplings"][0]["consumer"]["key"] = "d"
+
+
+SPOILT = {
+    "neither side": (nothing, "exactly one projection; got 0 producers"),
+    "key of another side": (another_key, "must be one of l in a one-sided coupling, got 'd'"),
+    "older schema": (lambda header: header.update(schema=3), "extra_weights is missing"),
+}
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_spoilt_files_are_refused(spoilt, tmp_path):
+    change, message = SPOILT[spoilt]
+    model, _ = attached()
+    s2ft.save_adapter(model, tmp_path)
+    header = json.loads((tmp_path / CONFIG).read_text())
+    change(header)
+    (tmp_path / CONFIG).write_text(json.dumps(header))
+    with pytest.raises(ValueError, match=message):
+        s2ft.read_adapter(tmp_path)
+
+
+def test_configs_without_the_new_options_are_saved_as_before():
+    values = S2FTConfig(d_ratio=0.1).to_dict()
+    assert not {"l_ratio", "towers", "modules_to_save"} & values.keys() and S2FTConfig(**values).l_ratio == 0
+    assert S2FTConfig(l_ratio=0.5, towers=["vision"]).to_dict()["towers"] == ["vision"]

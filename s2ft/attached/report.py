@@ -12,9 +12,9 @@ from s2ft.attached.extra_weights import names_of_modules, trained_parameters
 from s2ft.attached.fresh_heads import fresh_heads
 from s2ft.attached.hosts.compiled import of_compiled
 from s2ft.attached.record import attachment_of
-from s2ft.config import S2FTConfig
+from s2ft.config import TOWERS, S2FTConfig
 from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
-from s2ft.model.towers import tower_of, towers_of
+from s2ft.model.towers import tower_of
 from s2ft.model.weights import count_parameters, weight_at
 from s2ft.selection import Selection
 from s2ft.selection.budget import unit_parameters
@@ -71,8 +71,8 @@ class Report:
         total: Number of parameters of the base model.
         extra_weights: Number of parameters of each extra weight, by name.
         fresh_heads: Paths of frozen modules that look new.
-        towers: Whether anything is trained in a tower (language, vision, audio, projector), by tower; empty for a model
-            of one tower.
+        towers: Whether anything is trained in a tower (language, vision, audio, projector), for towers with couplings
+            or with extra weights; empty if there is one.
         couplings: Number of couplings that are movable, in place and one-sided; empty for a model of a known family.
         weights: Number of weights of the blocks by what discovery says of them: confirmed, in place, one-sided,
             untouched; empty for all other couplings.
@@ -114,7 +114,7 @@ class Report:
             total=total,
             extra_weights=extra_weights,
             fresh_heads=tuple(fresh_heads(model, record)),
-            towers=_towers(model, [*(part.projection.path for part in parts), *extra_weights]),
+            towers=_towers(model, record.couplings, parts, extra_weights),
             couplings=_counted(map(_moves, record.custom_couplings or ())),
             weights=_counted(row.status for row in record.weights),
         )
@@ -162,7 +162,7 @@ class Report:
             trainable=sum(part.parameters for part in parts) + sum(extra_weights.values()),
             total=count_parameters(model),
             extra_weights=extra_weights,
-            towers=_towers(model, [*(part.projection.path for part in parts), *extra_weights]),
+            towers=_towers(model, couplings, parts, extra_weights),
             couplings=_counted(map(_moves, couplings if is_custom else ())),
             weights=_counted(row.status for row in weights),
         )
@@ -220,13 +220,13 @@ def _rows(parts: list[Trained]) -> list[Row]:
     ]
 
 
-def _towers(model: nn.Module, paths: list[str]) -> dict[str, bool]:
-    """Whether anything is trained in each tower of a model with several. paths: what is trained."""
-    present = towers_of(model)
-    if len(present) < 2:
-        return {}
-    trained = {tower_of(model, path) for path in paths}
-    return {tower: tower in trained for tower in present}
+def _towers(
+    model: nn.Module, couplings: list[Coupling], parts: list[Trained], extra_weights: Iterable[str]
+) -> dict[str, bool]:
+    """Whether anything is trained in each tower that has couplings, or in which something is trained in full."""
+    trained = {tower_of(model, path) for path in (*(part.projection.path for part in parts), *extra_weights)}
+    present = trained | {tower_of(model, coupling.main.path) for coupling in couplings}
+    return {tower: tower in trained for tower in TOWERS if tower in present} if len(present) > 1 else {}
 
 
 def _moves(coupling: Coupling) -> str:

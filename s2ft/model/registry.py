@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from s2ft.layers import KINDS, OTHER, S2Layer, kind_of
 from s2ft.model.coupling import Coupling, Projection, Vector
 from s2ft.model.custom import checked_couplings
-from s2ft.model.discovery import WeightRow, discover
+from s2ft.model.discovery import Discovery, WeightRow, discover
+from s2ft.model.discovery.structure import layers_of_blocks
 from s2ft.model.families import FAMILIES
 from s2ft.model.weights import find, weight_at
 
@@ -108,6 +109,33 @@ def find_couplings(
         found = _discovered(model, example, modules_to_save or ())
     check_shapes(model, found.couplings)
     return found
+
+
+def explain(model: nn.Module, example: Any = None) -> Discovery:
+    """Say of every weight of a model's blocks how it is trained, and why.
+
+    Args:
+        model: The model. It may be on the meta device.
+        example: As for :func:`couplings_of`.
+
+    Returns:
+        The couplings, declared or found by trials, with a row for each weight. It prints as a table.
+
+    Raises:
+        ValueError: As for :func:`couplings_of`.
+    """
+    found = find_couplings(model, example=example)
+    if found.weights:
+        return Discovery(found.couplings, list(found.weights))
+    family = f"declared for model type {model.config.model_type}"
+    rows = {p.path: WeightRow(p.path, _word(c), family, c) for c in found.couplings for p in c.projections}
+    for path in layers_of_blocks(model):
+        rows.setdefault(path, WeightRow(path, "untouched", "in no coupling of its family"))
+    return Discovery(found.couplings, list(rows.values()))
+
+
+def _word(coupling: Coupling) -> str:
+    return "one-sided" if coupling.is_one_sided else "movable" if coupling.movable else "in place"
 
 
 def _discovered(model: nn.Module, example: Any, modules: Sequence[str]) -> Found:

@@ -4,6 +4,16 @@ from pathlib import Path
 
 from s2ft.packages import check_packages
 
+AUTO = (
+    "AutoModelForImageTextToText",
+    "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSpeechSeq2Seq",
+    "AutoModelForMaskedLM",
+    "AutoModelForImageClassification",
+    "AutoModelForCTC",
+    "AutoModel",
+)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -48,6 +58,40 @@ def load_model(name: str, dtype: str = "auto"):
         _forget_packing(model)
         model.config._name_or_path = model.name_or_path = name
     return model.eval(), tokenizer
+
+
+def hollow_model(name: str):
+    """Build a model on the meta device from its config, without reading weights.
+
+    Args:
+        name: A local folder with config.json, a .gguf file, or a name on the hub.
+
+    Returns:
+        The model, of the class that its config names, else of the first auto class that has its type.
+
+    Raises:
+        FileNotFoundError: The path does not exist.
+        ValueError: The config can't be loaded, or no model can be built from it.
+
+    Example:
+        >>> _ = model.save_pretrained("tiny")
+        >>> hollow = s2ft.text.models.hollow_model("tiny")
+        >>> type(hollow).__name__, hollow.device.type
+        ('LlamaForCausalLM', 'meta')
+    """
+    import torch
+    import transformers
+
+    source, options = locate(name)
+    config = _from_pretrained(transformers.AutoConfig, "a config", name, source, options)
+    named = (getattr(transformers, architecture, None) for architecture in config.architectures or ())
+    autos = (getattr(transformers, auto) for auto in AUTO)
+    known = (auto._model_mapping[type(config)] for auto in autos if type(config) in auto._model_mapping)
+    model_class = next((found for found in (*named, *known) if isinstance(found, type)), None)
+    if model_class is None:
+        raise ValueError(f"transformers has no model for {name} (model type {config.model_type!r})")
+    with torch.device("meta"):
+        return model_class._from_config(config)
 
 
 def dtype_of_base(adapter, dtype: str = "auto") -> str:

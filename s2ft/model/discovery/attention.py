@@ -156,15 +156,19 @@ def _head_counts(structure: Structure, inputs: Inputs, out: str, around: str) ->
 
 def _counts_of(owner: Any, source: str, width: int) -> Iterator[tuple[str, int]]:
     for name in HEADS:
-        if _is_count(count := getattr(owner, name, None)):
+        if (count := _count(owner, name)) is not None:
             yield f"{source}.{name}", count
     for name in HEAD_SIZES:
-        if _is_count(size := getattr(owner, name, None)) and width % size == 0:
+        if (size := _count(owner, name)) is not None and width % size == 0:
             yield f"{source}.{name}", width // size
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _count(owner: Any, name: str) -> int | None:
+    try:
+        value = getattr(owner, name, None)
+    except Exception:  # configs whose layers differ refuse to name one number for all
+        return None
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
 
 
 def _divisors(number: int) -> list[int]:
@@ -237,12 +241,12 @@ def _packed(paths: tuple[str, ...], sizes: list[int], heads: int, unit: int) -> 
 
 
 def _with_gates(structure: Structure, inputs: Inputs, bare: Coupling, around: str) -> Iterator[tuple[str, Coupling]]:
-    """The coupling, and the coupling with a layer that gates the heads' outputs."""
+    """The coupling, and the coupling with a layer that gates the heads' outputs. It counts to the queries."""
     yield "", bare
     count, width = bare.consumer.count, bare.consumer.extent
     for path in structure.inside(around):
         name, owner = name_and_owner(path)
         near = owner in (inputs.root, around) and path not in inputs.paths and path != bare.consumer.path
         if near and OUTPUT_GATE.search(name) and structure.outputs(path) in (count, width):
-            gate = Projection("g", path, count, structure.outputs(path) // count, 0)
+            gate = Projection("q", path, count, structure.outputs(path) // count, 0)
             yield f", gate {structure.pattern(path)}", replace(bare, producers=(*bare.producers, gate))

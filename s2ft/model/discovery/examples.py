@@ -5,6 +5,7 @@ its forward; how many tokens stand for an image is asked from the model itself.
 """
 
 import inspect
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from s2ft.model.modes import evaluation_mode
 
 ROWS, LENGTH = 2, 24
 SAMPLES = 8000  # of a recording
+MOST_GUESSES = 30  # of the number of tokens that stand for an image of one layout
 Media = dict[str, Tensor]
 
 
@@ -209,17 +211,16 @@ def examples_of(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 def _candidates(inputs: _Inputs) -> Iterator[dict[str, Tensor]]:
     images, sounds = list(_media(inputs, "image", _images)), list(_media(inputs, "audio", _sounds))
     if "input_ids" in inputs.takes:
-        for image in images if sounds else ():
-            for sound in sounds:
-                yield from _with_text(inputs, [image, sound])
-        for one in (*images, *sounds):
-            yield from _with_text(inputs, [one])
+        both = [[image, sound] for image in images for sound in sounds]
+        for media in (*both[:4], *([one] for one in (*images, *sounds))):
+            yield from itertools.islice(_with_text(inputs, media), MOST_GUESSES)
     for one in (*images, *sounds):
         yield from _decoded(inputs, one.values)
     plain = inputs.tokens()
     for length in (LENGTH, 64, 8):
         for values in _text_variants(inputs, plain if length == LENGTH else inputs.tokens(length)):
             yield from _decoded(inputs, values)
+    yield from _codebooks(inputs)
 
 
 def _decoded(inputs: _Inputs, values: Media) -> Iterator[Media]:
@@ -227,6 +228,18 @@ def _decoded(inputs: _Inputs, values: Media) -> Iterator[Media]:
     if "decoder_input_ids" in inputs.takes:
         yield {**values, "decoder_input_ids": inputs.tokens(8)}
     yield dict(values)
+
+
+def _codebooks(inputs: _Inputs) -> Iterator[Media]:
+    """Tokens of several codebooks at each place, as models of sound have them."""
+    count = _first(inputs.configs("decoder_config", "decoder"), ("num_codebooks", "num_channels"))
+    if count is None:
+        return
+    for depth in (count, count + 1):
+        tokens = torch.stack([inputs.tokens(8) for _ in range(depth)], dim=-1)
+        yield {"input_ids": tokens}
+        yield {"input_ids": inputs.tokens(), "decoder_input_ids": tokens}
+    yield {"input_ids": torch.cat([inputs.tokens(8) for _ in range(count)])}
 
 
 def _text_variants(inputs: _Inputs, tokens: Tensor) -> Iterator[Media]:
@@ -257,7 +270,14 @@ _TOKEN_KEYS = {
     "audio": ("audio_token_id", "audio_token_index", "audio_token"),
 }
 # Entries of configs that say how many tokens stand for an image.
-_HINTS = ("num_query_tokens", "image_seq_length", "image_seq_len", "mm_tokens_per_image", "num_image_tokens")
+_HINTS = (
+    "num_query_tokens",
+    "image_seq_length",
+    "image_seq_len",
+    "mm_tokens_per_image",
+    "num_image_tokens",
+    "latent_query_num",
+)
 _GUESSES = (4, 1, 16, 9, 64, 25, 49, 36, 17, 5, 8, 2, 3, 6, 10, 12, 18, 32, 100, 144, 196, 256)
 
 
@@ -272,7 +292,7 @@ def _media(inputs: _Inputs, kind: str, layouts: Callable[[_Inputs], Iterator[Med
         if tokens:
             known = True
             yield _Medium(kind, values, tokens)
-        else:
+        elif not known:
             unknown.append(_Medium(kind, values, None))
     if not known:
         yield from unknown
@@ -300,7 +320,7 @@ def _tokens_for(encode: Callable, model: nn.Module, values: Media) -> int | None
     features = found if features is None else features
     while isinstance(features, (tuple, list)) and features and isinstance(features[0], (tuple, list)):
         features = features[0]
-    parts = [part for part in (features if isinstance(features, (tuple, list)) else [features])]
+    parts = list(features if isinstance(features, (tuple, list)) else [features])
     if not parts or not all(isinstance(part, Tensor) and part.dim() for part in parts):
         return None
     return sum(part.numel() // part.shape[-1] for part in parts) // ROWS
@@ -313,8 +333,10 @@ def _with_text(inputs: _Inputs, media: list[_Medium]) -> Iterator[Media]:
     known = all(medium.tokens for medium in media)
     hints = [getattr(config, key, None) for config in inputs.configs("vision_config", "text_config") for key in _HINTS]
     guesses = [[hint] * len(media) for hint in dict.fromkeys(hints) if isinstance(hint, int) and hint < 600]
-    guesses = [[medium.tokens for medium in media], *guesses] if known else guesses + [[n] * len(media) for n in _GUESSES]
-    if None in ids:
+    guesses = (
+        [[medium.tokens for medium in media], *guesses] if known else guesses + [[n] * len(media) for n in _GUESSES]
+    )
+    if None in ids and "image_embeds_position_mask" not in inputs.takes:
         guesses = [[0] * len(media)]
     elif not known and any(hasattr(owner, _METHODS[media[0].kind]) for owner in _owners(inputs.model)):
         guesses = guesses[:1]  # the model has refused this layout
@@ -340,11 +362,10 @@ def _text_around(inputs: _Inputs, ids: list[int | None], counts: list[int]) -> t
     kinds = torch.zeros_like(tokens)
     place = 3
     for token, count in zip(ids, counts):
-        if token is None:
-            continue
         if start is not None and start != token:
             tokens[:, place - 1] = start
-        tokens[:, place : place + count] = token
+        if token is not None:
+            tokens[:, place : place + count] = token
         kinds[:, place : place + count] = 1 if token == ids[0] else 3
         place += count + 3
     return tokens, kinds
@@ -374,6 +395,7 @@ def _pictures(inputs: _Inputs, channels: int, side: int) -> Iterator[Media]:
     flat = inputs.normal(ROWS, channels, side, side)
     more = {"image_sizes": sizes, "high_res_pixel_values": inputs.normal(ROWS, channels, 2 * side, 2 * side)}
     yield {"pixel_values": flat, **more}
+    yield {"pixel_values": flat}
     for tiles in (1, 5, 3, 2, 4):
         values = inputs.normal(ROWS, tiles, channels, side, side)
         ones = torch.ones(ROWS, tiles, side, side, dtype=torch.int64)
@@ -422,13 +444,20 @@ def _patch_side(vision: list[Any]) -> int:
 
 def _sounds(inputs: _Inputs) -> Iterator[Media]:
     audio = inputs.configs("audio_config", "encoder_config", "audio_encoder_config", "encoder", "speech_config")
-    keys = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim", "n_mels", "input_dim", "feature_size")
+    keys = (
+        "num_mel_bins",
+        "input_feat_per_channel",
+        "feature_projection_input_dim",
+        "n_mels",
+        "input_dim",
+        "feature_size",
+    )
     bins = _first(audio, keys) or 80
     positions = _first(audio, ("max_source_positions",))
     for steps in dict.fromkeys((2 * positions if positions else 128, 128, 256)):
-        for shape in ((bins, steps), (steps, bins)):
+        for shape in ((bins, steps), (steps, bins), (steps, 2 * bins), (steps, 4 * bins)):
             ones = torch.ones(ROWS, steps, dtype=torch.int64)
-            masks = {name: ones for name in ("input_features_mask", "feature_attention_mask")}
+            masks = dict.fromkeys(("input_features_mask", "feature_attention_mask"), ones)
             if "input_ids" not in inputs.takes:
                 yield {"input_features": inputs.normal(ROWS, *shape), "attention_mask": ones, **masks}
             yield {"input_features": inputs.normal(ROWS, *shape), **masks}

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from s2ft.model.coupling import Coupling
 
-STATUSES = ("confirmed", "in place", "one-sided", "untouched")
+STATUSES = ("confirmed", "movable", "in place", "one-sided", "untouched")
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class WeightRow:
         path: Path of the layer, or of the parameter with the weights of experts.
         status: "confirmed": a trial showed that its units can move together with those of other weights. "in place":
             it is part of an attention or FFN whose units stay where they are. "one-sided": it is trained by itself.
-            "untouched": it is not trained.
+            "untouched": it is not trained. "movable": as confirmed, but a family of s2ft declares it, without a trial.
         reason: Why, in words.
         coupling: The coupling that it is in, the first one for experts; None if it is untouched.
     """

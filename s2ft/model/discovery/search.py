@@ -18,7 +18,9 @@ from s2ft.model.discovery.structure import Structure
 from s2ft.model.discovery.trial import Trial
 from s2ft.model.discovery.twin import copied, twins_of
 
-COPIED_WITH_EXAMPLE = 20_000_000  # parameters of a transformers model that is tried on the user's example
+COPIED_WITH_EXAMPLE = 20_000_000  # parameters up to which a transformers model is tried on the user's own example
+REMEMBERED = 8  # results that are kept, because plan, select and attach often follow each other
+_FOUND: dict[tuple, Discovery] = {}
 PROPOSERS = (attention_blocks, stack_blocks, ffn_blocks)
 
 
@@ -37,7 +39,34 @@ def discover(model: nn.Module, example: Any = None) -> Discovery:
             in the model can be trained. The message says what was tried.
         TypeError: The example is of another type.
     """
-    trial = trial_of(model, example)
+    key = _key(model) if example is None else None
+    if key not in _FOUND:
+        found = search(model, trial_of(model, example))
+        if key is None:
+            return found
+        if len(_FOUND) >= REMEMBERED:
+            _FOUND.pop(next(iter(_FOUND)))
+        _FOUND[key] = found
+    found = _FOUND[key]
+    return Discovery(list(found.couplings), list(found.weights))
+
+
+def _key(model: nn.Module) -> tuple | None:
+    """What decides the result of a search without an example: the classes and sizes of all modules, and the config."""
+    config = getattr(model, "config", None)
+    if not hasattr(config, "to_json_string"):
+        return None
+    modules = tuple((path, type(module)) for path, module in model.named_modules())
+    sizes = tuple((path, tuple(parameter.shape)) for path, parameter in model.named_parameters())
+    return modules, sizes, config.to_json_string()
+
+
+def search(model: nn.Module, trial: Trial) -> Discovery:
+    """Find the couplings of a model, by trials on a twin of it.
+
+    Raises:
+        ValueError: Nothing in the model can be trained.
+    """
     structure = Structure(model, trial.called)
     findings = Findings(structure, trial)
     for propose in PROPOSERS:

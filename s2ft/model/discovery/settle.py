@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from s2ft.model.coupling import Coupling
 from s2ft.model.discovery.proposal import Block, Proposal
@@ -11,7 +12,15 @@ from s2ft.model.discovery.trial import Shuffle, Trial, place_of, whole_units, wi
 FFN = re.compile(
     r"mlp|ffn?(\.|_|$)|feed_?forward|fc_?\d|intermediate|dense|gate|up_proj|wi|(^|[._])w\d|expert|lin(ear)?_?\d", re.I
 )
-NAMES = {"q": "queries", "k": "keys", "v": "values", "o": "outputs of the heads", "g": "gates", "u": "up", "d": "down"}
+NAMES = {
+    "q": "queries",
+    "k": "keys",
+    "v": "values",
+    "o": "outputs of the heads",
+    "g": "gate",
+    "u": "channels of up",
+    "d": "down",
+}
 
 
 @dataclass(frozen=True)
@@ -44,22 +53,40 @@ def settle(trial: Trial, blocks: Sequence[Block]) -> Outcome:
     idle, tried = None, set()
     for proposal in sorted(first.proposals, key=lambda one: -one.couplings[0].consumer.count):
         couplings = _all_couplings(blocks, proposal)
-        if couplings in tried:
+        if not couplings or couplings in tried:
             continue
         tried.add(couplings)
-        shuffles = _shuffles(trial, couplings)
-        if not shuffles or not all(trial.holds(one) for one in shuffles):
-            continue
-        found = next((key for one in shuffles if (key := trial.idle_side(one))), None)
-        if found is None:
+        verdict = judge(trial, couplings)
+        if verdict.confirmed:
             return Outcome("confirmed", proposal.label, _moved_words(couplings[0], len(blocks)))
-        idle = idle or found
+        idle = idle or verdict.idle
     why = (
         f"to reorder the {NAMES.get(idle, idle)} alone changes nothing, so a trial proves nothing"
         if idle
         else f"with its units in another order the output changes, in each of {len(tried)} ways to read the block"
     )
     return _in_place(trial, blocks, why)
+
+
+class Verdict(NamedTuple):
+    """What a trial of couplings says.
+
+    Attributes:
+        confirmed: Whether their units can move, and the trial could have told otherwise.
+        idle: The key of a side that can move alone, if the units can move.
+    """
+
+    confirmed: bool
+    idle: str | None = None
+
+
+def judge(trial: Trial, couplings: Sequence[Coupling]) -> Verdict:
+    """Try couplings, all at once: alike ones of different blocks, or those of the experts of a layer."""
+    shuffles = _shuffles(trial, couplings)
+    if not shuffles or not all(trial.holds(one) for one in shuffles):
+        return Verdict(False)
+    idle = next((key for one in shuffles if (key := trial.idle_side(one))), None)
+    return Verdict(idle is None, idle)
 
 
 def _not_reached(block: Block) -> Outcome:
@@ -84,7 +111,7 @@ def _in_place(trial: Trial, blocks: Sequence[Block], why: str) -> Outcome:
 
 def _is_plain(proposal: Proposal) -> bool:
     coupling = proposal.couplings[0]
-    return coupling.consumer.key == "o" and not coupling.vectors and all(p.key != "g" for p in coupling.producers)
+    return coupling.consumer.key == "o" and not coupling.vectors and len(coupling.producers) == 3
 
 
 def _all_couplings(blocks: Sequence[Block], proposal: Proposal) -> tuple[Coupling, ...]:

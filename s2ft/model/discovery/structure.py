@@ -10,6 +10,8 @@ from functools import cache, cached_property
 from torch import nn
 
 from s2ft.layers import kind_of
+from s2ft.model.discovery.past import reads_past
+from s2ft.model.towers import tower_of
 
 # Layers that read the model's outputs or choose experts: training some of their units is not what S²FT is for.
 NO_BLOCK_LAYER = re.compile(
@@ -18,7 +20,6 @@ NO_BLOCK_LAYER = re.compile(
 )
 PROJECTOR = re.compile(r"projector|merger|connector|aligner|resampler|adapter|qformer|multi_modal|feature_projection")
 NESTED_STACKS = ("blocks", "layers", "layer", "block")
-OTHER_TOWER = re.compile(r"vision|visual|image|vit|audio|speech|sound")
 
 
 def parent_of(path: str) -> str:
@@ -106,7 +107,12 @@ class Structure:
         around = parent_of(path)
         while around and isinstance(self.modules[around], (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
             around = parent_of(around)
-        return not self.is_called(path) and bool(around) and self.is_called(around)
+        return bool(self.called) and not self.is_called(path) and (not around or self.is_called(around))
+
+    def is_read_past(self, path: str) -> bool:
+        """Whether the block around a layer, or a parameter of experts, may use the weight without running the layer."""
+        around, _, name = path.rpartition(".")
+        return path in self.layers and reads_past(self.modules[around], name)
 
     # ---- numbers -------------------------------------------------------------------------------------
 
@@ -157,13 +163,16 @@ class Structure:
 
     @cached_property
     def _first_numbers(self) -> dict[str, int]:
-        """The number of the first block of each stack: the stacks of the language come first."""
+        """The number of the first block of each stack: encoder before decoder, language before other towers."""
         stacks: dict[str, set[str]] = {}
         for path in self.modules:
             if block := self.block_of(path):
                 stacks.setdefault(self._stack_of(block), set()).add(block)
+        ordered = list(stacks)
+        if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            ordered.sort(key=lambda stack: tower_of(self.model, min(stacks[stack])) != "language")
         first, numbers = 0, {}
-        for stack in sorted(stacks, key=lambda stack: bool(OTHER_TOWER.search(stack))):
+        for stack in ordered:
             numbers[stack] = first
             first += max(self._number_within(block) for block in stacks[stack]) + 1
         return numbers
@@ -187,3 +196,9 @@ class Structure:
         """The number of the layer that a path is in, counted through the stacks; 0 outside of all."""
         block = self.block_of(path)
         return self._first_numbers[self._stack_of(block)] + self._number_within(block) if block else 0
+
+
+def layers_of_blocks(model: nn.Module) -> list[str]:
+    """The paths of the linear layers and convolutions in the numbered blocks of a model."""
+    structure = Structure(model)
+    return [path for path in structure.layers if structure.block_of(path)]

@@ -15,6 +15,7 @@ WIDTH, HEADS, HEAD_DIM = 64, 4, 16
 FFN_WIDTH, EXPERT_WIDTH = 96, 48
 VOCABULARY, POSITIONS = 256, 128
 DEPTH = 3
+SIDE = 8  # patches of an image in a row
 
 
 class Level(IntEnum):
@@ -162,17 +163,20 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "attention_head_dim": 2 * WIDTH // HEADS,
         "kv_channels": HEAD_DIM,
         "num_query_groups": HEADS,
-        "hybrid_layer_ids": lambda config: [i for i, kind in enumerate(config["layers_block_type"]) if kind == "hybrid"],
+        "hybrid_layer_ids": lambda config: [
+            i for i, kind in enumerate(config["layers_block_type"]) if kind == "hybrid"
+        ],
     },
     # Layers of a kind are given by a period or by numbers, which a shallow model would not reach.
     "jamba": {"attn_layer_offset": 2, "attn_layer_period": 4},
     "bamba": {"attn_layer_indices": [1]},
     "molmo2_adapter": {"vision_feature_layer": [-1, -2]},
-    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "spatial_target_layers": [1]},
+    "granite4_vision": {"deepstack_layer_map": [[-2, 0]], "spatial_target_layers": [1]},
     "dory": {"n_input_layers": 1, "n_output_layers": 1, "n_recurrent_layers": lambda c: c["num_hidden_layers"] - 2},
     "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": lambda c: 2 * c["H_cycles"] * (c["L_cycles"] + 1)},
     "blenderbot": {"decoder_layers": 2},  # the cache of its decoder has as many layers as its encoder
     # Parts that must fit together.
+    "aria": {"projector_patch_to_query_dict": {SIDE**2: 16}},
     "dots3_note_text": {"head_dim": HEAD_DIM + _HALF},
     "fun_asr_nano": {"adaptor_config.intermediate_size": WIDTH // 4},
 }
@@ -189,7 +193,9 @@ def tiny_config(config: Any, level: Level = Level.ALL, depth: int = DEPTH) -> An
     Returns:
         A config of the same class.
     """
-    entries = {key: value for key, value in config.to_dict().items() if key not in _LEFT_OUT}
+    entries = {key: value for key, value in copy.deepcopy(config.to_dict()).items() if key not in _LEFT_OUT}
+    if level < Level.DEPTH_AND_VOCABULARY:
+        _make_images_small(entries)
     entries = _cut(entries, level, depth)
     _renumber_tokens(entries, {})
     return type(config).from_dict(entries)
@@ -222,6 +228,29 @@ def _cut(entries: dict, level: Level, depth: int) -> dict:
         for key, value in EXCEPTIONS.get(entries.get("model_type"), {}).items():
             _set(cut, key, value(cut) if callable(value) else copy.deepcopy(value))
     return cut
+
+
+def _make_images_small(entries: dict) -> None:
+    """Cut images to SIDE patches a side, in a config or in one inside it, with the numbers of tokens for an image."""
+    inside = [value for value in entries.values() if isinstance(value, dict)]
+    for vision in filter(_can_be_smaller, [entries, *inside]):
+        old, patch = vision["image_size"], vision["patch_size"]
+        whole = old[0] if isinstance(old, list) else old
+        vision["image_size"] = [SIDE * patch] * len(old) if isinstance(old, list) else SIDE * patch
+        for key in ("mm_tokens_per_image", "image_seq_length", "image_seq_len"):
+            if _is_size(entries.get(key)):
+                entries[key] = max(1, entries[key] * SIDE**2 // (whole // patch) ** 2)
+    for config in inside:
+        _make_images_small(config)
+
+
+def _can_be_smaller(entries: dict) -> bool:
+    """Whether images are cut into one grid of patches: no windows, no stages, no fixed table of another size."""
+    size, patch = entries.get("image_size"), entries.get("patch_size")
+    sides = size if isinstance(size, list) else [size]
+    squares = all(_is_size(side) for side in sides) and len(set(sides)) == 1 and _is_size(patch)
+    stages = any("window" in str(key) or key in ("depths", "num_position_embeddings") for key in entries)
+    return squares and sides[0] > SIDE * patch and not stages
 
 
 def _set(entries: dict, dotted: str, value: Any) -> None:

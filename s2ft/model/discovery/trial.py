@@ -61,8 +61,11 @@ class Trial:
 
     def idle_side(self, shuffles: Sequence["Shuffle"]) -> str | None:
         """The key of a projection that can be moved alone without any change, so that :meth:`holds` proves nothing."""
-        for key in dict.fromkeys(projection.key for one in shuffles for projection in one.coupling.projections):
-            alone = [shuffle for one in shuffles for shuffle in one.only(key)]
+        sides: dict[tuple[str, str], list[Shuffle]] = {}
+        for shuffle in shuffles:
+            for projection, alone in shuffle.sides():
+                sides.setdefault((projection.key, self.structure.pattern(projection.path)), []).append(alone)
+        for (key, _), alone in sides.items():
             if not self._differs(self._run_moved(alone, "next"), self._places(shuffles)):
                 return key
         return None
@@ -92,18 +95,18 @@ class Trial:
 
     def gradients(self) -> set[str]:
         """The names of the twin's parameters that a loss on its outputs gives a gradient other than zero."""
-        parameters = dict(self.twin.named_parameters())
+        parameters = {name: one for name, one in self.twin.named_parameters() if one.is_floating_point()}
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         try:
             with evaluation_mode(self.twin), torch.random.fork_rng([]), torch.enable_grad():
                 torch.manual_seed(0)
                 output = run_example(self.twin, self.example)
-            tensors = [tensor for tensor in _trained_outputs(output) if tensor.requires_grad]
-            loss = sum((tensor * torch.randn_like(tensor)).sum() for tensor in tensors)
-            if not tensors:
-                return set()
-            found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+                tensors = [tensor for tensor in _trained_outputs(output) if tensor.requires_grad]
+                if not tensors:
+                    return set()
+                loss = sum((_finite(tensor) * torch.randn_like(tensor)).sum() for tensor in tensors)
+                found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         finally:
             self.twin.requires_grad_(False)
         return {name for name, gradient in zip(parameters, found) if gradient is not None and bool(gradient.any())}
@@ -157,6 +160,10 @@ def _different(now: Tensor, then: Tensor) -> bool:
     return not float((now - then).abs().max()) <= TOLERANCE * float(then.abs().max())
 
 
+def _finite(tensor: Tensor) -> Tensor:
+    return tensor.masked_fill(~torch.isfinite(tensor), 0.0)
+
+
 def _trained_outputs(output: Any) -> list[Tensor]:
     """The tensors that a loss is computed from: the logits if there are any, else all."""
     named = output.items() if isinstance(output, dict) else ()
@@ -186,12 +193,11 @@ class Shuffle(NamedTuple):
             within[:2] = torch.tensor([1, 0])
         return torch.cat([group * size + within for group in range(self.groups)])
 
-    def only(self, key: str) -> Iterator["Shuffle"]:
-        """The same for the projections that have a key, without anything else that goes with them."""
+    def sides(self) -> Iterator[tuple[Projection, "Shuffle"]]:
+        """Each projection, and the same for it alone, without anything else that goes with it."""
         for projection in self.coupling.projections:
-            if projection.key == key:
-                alone = replace(self.coupling, producers=(), consumer=projection, vectors=())
-                yield Shuffle(alone, self.groups)
+            alone = replace(self.coupling, producers=(), consumer=projection, vectors=())
+            yield projection, Shuffle(alone, self.groups)
 
 
 def whole_units(twin: nn.Module, coupling: Coupling) -> Shuffle | None:
@@ -199,6 +205,8 @@ def whole_units(twin: nn.Module, coupling: Coupling) -> Shuffle | None:
     least = min(projection.count for projection in coupling.projections)
     if least == 1:
         return None
+    if coupling.consumer.count == least and all(projection.count == least for projection in coupling.producers):
+        return Shuffle(coupling)
 
     def grown(projection: Projection) -> Projection:
         times = projection.count // least

@@ -1,4 +1,4 @@
-"""Builds the twin of a model: a tiny one with the same modules, random weights and float64 numbers, to try couplings on.
+"""Builds the twin of a model: a tiny one with the same modules and random float64 weights, to try couplings on.
 
 On the twin a wrong coupling can't hide: no norm weight is 1, no bias is 0 and no matrix is zero. In float64 rounding
 is a million times smaller than any real change.
@@ -52,7 +52,8 @@ def twin_of(model: nn.Module) -> nn.Module:
 def twins_of(model: nn.Module, tried: list[str]) -> Iterator[nn.Module]:
     """Iterate over twins of a model, the smallest first, and append to `tried` why others can't be built."""
     size = sum(parameter.numel() for parameter in model.parameters())
-    if size <= COPIED_AT_ONCE and not _is_quantized(model):
+    on_meta = any(parameter.is_meta for parameter in model.parameters())
+    if size <= COPIED_AT_ONCE and not on_meta and not _is_quantized(model):
         yield copied(model)
         return
     wanted, rows = paths_and_classes(model), kinds_of_blocks(model)
@@ -69,9 +70,7 @@ def twins_of(model: nn.Module, tried: list[str]) -> Iterator[nn.Module]:
         yield copied(model)
 
 
-def _same_at_some_depth(
-    model: nn.Module, level: Level, wanted: set, kinds: set, tried: list[str]
-) -> nn.Module | None:
+def _same_at_some_depth(model: nn.Module, level: Level, wanted: set, kinds: set, tried: list[str]) -> nn.Module | None:
     """The twin of the least depth with all kinds of blocks, else of the least with all paths; None if there is none."""
     second = None
     for depth in DEPTHS:
@@ -142,6 +141,8 @@ def _prepared(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     model = model.to(dtype).eval().requires_grad_(True)
     make_general(model)
     if dtype == torch.float64:
+        if getattr(getattr(model, "config", None), "_attn_implementation", None) not in (None, "eager", "sdpa"):
+            model.set_attn_implementation("eager")  # other kernels need a GPU or half precision
         model.register_forward_pre_hook(_enter_float64, prepend=True)
         model.register_forward_hook(_leave_float64, always_call=True)
     return model
