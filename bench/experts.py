@@ -61,24 +61,30 @@ def base_model(experts: int, dtype: torch.dtype, layers: int) -> nn.Module:
 
 
 class Step:
-    """Forward and backward of a model, and its optimizer's step if it is asked for."""
+    """Forward and backward of a model, and the step of its optimizer."""
 
     def __init__(self, model: nn.Module, batch: Tensor) -> None:
         self.model, self.batch = model.train(), batch
         self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5) if self.trained else None
 
-    def __call__(self, update: bool = False) -> None:
+    def gradients(self) -> None:
         embedded = self.model.get_input_embeddings()(self.batch).detach().requires_grad_()
         self.model(inputs_embeds=embedded, labels=self.batch).loss.backward()
+
+    def __call__(self) -> tuple[float, float]:
+        """Run one step. Returns the process times of forward and backward, and of the whole step."""
+        begin = time.process_time()
+        self.gradients()
+        between = time.process_time()
         if self.optimizer is not None:
-            if update:
-                self.optimizer.step()
+            self.optimizer.step()
             self.optimizer.zero_grad()
+        return between - begin, time.process_time() - begin
 
     def operators(self) -> int:
         with _Count() as count:
-            self()
+            self.gradients()
         return count.operators
 
 
@@ -116,16 +122,15 @@ def steps_of(base: nn.Module, batch: Tensor) -> dict[str, Step]:
     return {name: Step(model, batch) for name, model in made.items()}
 
 
-def measure(steps: dict[str, Step], rounds: int, update: bool) -> dict[str, list[float]]:
-    """The process time of every step by round. The order is random in each round."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
+def measure(steps: dict[str, Step], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """The two times of every step by round. The order is random in each round."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     order = random.Random(0)
-    for i in range(2 + rounds):
+    for i in range(1 + rounds):
         for name, step in order.sample(list(steps.items()), len(steps)):
-            begin = time.process_time()
-            step(update)
-            if i >= 2:
-                times[name].append(time.process_time() - begin)
+            found = step()
+            if i >= 1:
+                times[name].append(found)
     return times
 
 
@@ -133,7 +138,8 @@ def run(experts: int, dtype: torch.dtype, args: argparse.Namespace) -> dict[str,
     base = base_model(experts, dtype, args.layers)
     batch = torch.randint(512, (4, 128), generator=torch.Generator().manual_seed(0))
     steps = steps_of(base, batch)
-    times, updated = (measure(steps, args.rounds, update) for update in (False, True))
+    measured = measure(steps, args.rounds)
+    times, updated = ({name: [pair[i] for pair in found] for name, found in measured.items()} for i in (0, 1))
     operators = {name: step.operators() for name, step in steps.items()}
     lora = "LoRA r=8 on gate_up and down"
     return {
@@ -177,7 +183,7 @@ def main() -> None:
             title = f"{experts} experts, {dtype}"
             results[title] = run(experts, getattr(torch, dtype), args)
             print(table(title, results[title]), flush=True)
-    save(args.output, {"results": results})
+            save(args.output, {"results": results})
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
-from support.models import ALL_RATIOS, inputs_of, model_of, output_of, ratios_for, train
+from support.aliases import alias_of
+from support.models import ALL_RATIOS, SHAPE, inputs_of, model_of, output_of, randomized, ratios_for, train
 from support.tolerances import relative_difference
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import s2ft
-from s2ft import S2FTConfig
+from s2ft import Coupling, S2FTConfig
 from s2ft.attached.record import attachment_of
 from s2ft.layers import S2ColumnExperts, S2RowExperts
 from s2ft.layers.experts import experts_forward, project
@@ -141,11 +143,25 @@ def test_experts_forward_equals_that_of_transformers():
     experts = model.model.layers[0].mlp.experts
     x, chosen, weights = torch.randn(9, 24), torch.randint(4, (9, 2)), torch.rand(9, 2)
     assert torch.equal(experts_forward(experts, x, chosen, weights), experts(x, chosen, weights))
-    s2ft.attach(model, S2FTConfig(d_ratio=0.25, u_ratio=0.25, layout="indexed"))
+    s2ft.attach(model, S2FTConfig(d_ratio=0.25, u_ratio=0.25, layout="indexed", ffn_kernel=False))
     train(model, 2)
     trained = experts(x, chosen, weights)
     s2ft.merge(model)
     assert torch.equal(trained, experts(x, chosen, weights))
+
+
+@pytest.mark.parametrize("act", ("silu", "gelu", "gelu_new"))
+def test_the_kernel_between_the_products(act):
+    """act_mul is used if the module computes act(gate) * up by an activation that it has, and gives the same."""
+    from transformers import MixtralConfig
+
+    config = MixtralConfig(**{**SHAPE, "intermediate_size": 56, "hidden_act": act}, num_key_value_heads=4)
+    model = randomized(AutoModelForCausalLM, config)
+    s2ft.attach(model, S2FTConfig(d_ratio=0.25))
+    experts = model.model.layers[0].mlp.experts
+    assert experts.forward.keywords == ({} if act == "gelu_new" else {"activation": act})
+    x, chosen, weights = torch.randn(9, 24), torch.randint(8, (9, 2)), torch.rand(9, 2)
+    assert relative_difference(experts(x, chosen, weights), experts_forward(experts, x, chosen, weights)) <= 1e-5
 
 
 def test_the_host_reads_no_result_of_the_routing():
@@ -242,6 +258,53 @@ def test_experts_whose_activation_is_not_known_are_refused(layout, monkeypatch):
         s2ft.attach(model, S2FTConfig(d_ratio=0.2, layout=layout))
     assert s2ft.status(model).adapters == [] and all(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(value, base.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+LAYOUTS = {
+    "biases stay": {"bias": None},
+    "gate and up in two halves": {"interleaved": False},
+    "not transposed": {"transposed": False},
+}
+
+
+@pytest.mark.parametrize("wrong", LAYOUTS)
+def test_a_wrong_layout_of_experts_is_found(wrong):
+    """The experts of GPT-OSS are transposed, with gate and up in turn, and with biases."""
+    model = alias_of("gpt_oss", hidden_size=32, intermediate_size=16, num_local_experts=2)
+    block = "model.layers.0.mlp.experts"
+    right = dict(
+        gate_up=f"{block}.gate_up_proj",
+        down=f"{block}.down_proj",
+        channels=16,
+        experts=2,
+        transposed=True,
+        interleaved=True,
+        bias=f"{block}.gate_up_proj_bias",
+    )
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="is not a coupling of this model|expected a weight with"):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.2), couplings=Coupling.experts(0, **{**right, **LAYOUTS[wrong]}))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    s2ft.attach(model, S2FTConfig(d_ratio=0.2), couplings=Coupling.experts(0, **right))
+
+
+@pytest.mark.parametrize("model_type", ("gpt_oss", "llama4_text", "nemotron_h"))
+def test_merged_experts_of_every_layout_load_in_transformers(model_type, tmp_path):
+    model = alias_of(model_type)
+    ratios = dict(d_ratio=0.2, u_ratio=0.2, o_ratio=0.5)
+    s2ft.attach(model, S2FTConfig(**ratios))
+    train(model, 1)
+    merged = s2ft.merge(copy.deepcopy(model))
+    merged.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert all(torch.equal(value, merged.state_dict()[key]) for key, value in again.state_dict().items())
+    assert torch.equal(output_of(again), output_of(merged))
+    assert relative_difference(output_of(again), output_of(model)) <= 1e-5
+
+
+def test_experts_need_one_of_gate_up_and_up():
+    with pytest.raises(TypeError, match="gate_up or up"):
+        Coupling.experts(0, down="down", channels=4, experts=2)
 
 
 WRONG = {

@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from s2ft.attached.record import Attachment
-from s2ft.layers import forward_of
+from s2ft.layers import act_mul_of, forward_of
 from s2ft.model.coupling import Coupling
 from s2ft.ops import act_mul
 
@@ -33,7 +33,9 @@ def replace_forward(model: nn.Module, coupling: Coupling, record: Attachment) ->
     for path in experts_modules(coupling):
         block = model.get_submodule(path)
         if "forward" not in block.__dict__:
-            _put(block, path, partial(forward_of(block), block), record)
+            activation = act_mul_of(block) if record.config.ffn_kernel else None
+            options = {} if activation is None else {"activation": activation}
+            _put(block, path, partial(forward_of(block), block, **options), record)
         elif path not in record.forwards:
             raise ValueError(f"the forward of {path} has been replaced, and the new one can't run trainable experts")
     if coupling.activation is not None and record.config.ffn_kernel:

@@ -8,7 +8,15 @@ from typing import Any
 from s2ft.layers.base import S2Layer
 from s2ft.layers.conv import CONVOLUTION, S2ColumnConv, S2RowConv
 from s2ft.layers.derived import DERIVED, S2ColumnOwnForward, S2RowOwnForward
-from s2ft.layers.experts import EXPERTS, TRANSPOSED_EXPERTS, ObservedExperts, S2ColumnExperts, S2RowExperts, forward_of
+from s2ft.layers.experts import (
+    EXPERTS,
+    TRANSPOSED_EXPERTS,
+    ObservedExperts,
+    S2ColumnExperts,
+    S2RowExperts,
+    act_mul_of,
+    forward_of,
+)
 from s2ft.layers.kind import OTHER, Kind
 from s2ft.layers.linear import CONV1D, LINEAR, S2ColumnLinear, S2RowLinear
 from s2ft.layers.quantized import NO_FUSE, QUANTIZED
@@ -31,6 +39,7 @@ __all__ = [
     "S2RowLinear",
     "S2RowOwnForward",
     "TRANSPOSED_EXPERTS",
+    "act_mul_of",
     "forward_of",
     "kind_of",
 ]

@@ -8,6 +8,7 @@ in transformers' own `grouped_mm`. The host never waits for the routing.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from s2ft.distributed import Shard
 from s2ft.layers.base import S2Layer
 from s2ft.layers.kind import Kind
-from s2ft.ops import grouped_linear
+from s2ft.ops import act_mul, grouped_linear
 from s2ft.ops._grouped import grouped_mm
+from s2ft.ops.act_mul import ACTIVATIONS
 
 
 class S2Experts(S2Layer):
@@ -206,6 +208,29 @@ def activation_of(experts: nn.Module) -> Callable[[Tensor], Tensor]:
     )
 
 
+def act_mul_of(experts: nn.Module) -> str | None:
+    """Find the activation with which :func:`s2ft.ops.act_mul` computes what is between a module's two products.
+
+    Returns:
+        The activation; None if the class computes anything else there.
+    """
+    from transformers.activations import ACT2FN  # not at the top, where it would load transformers with every import
+    from transformers.integrations import moe
+
+    if type(experts).__name__ == "LigerExperts":
+        return "silu"
+    default = getattr(moe, "_default_apply_gate", None)
+    if default is None or getattr(type(experts), "_apply_gate", None) is not default or not experts.has_gate:
+        return None
+    kinds = {type(ACT2FN[name]): act for act, row in ACTIVATIONS.items() for name in row.hidden_acts}
+    return kinds.get(type(experts.act_fn))
+
+
+def _act_mul(activation: str, gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return act_mul(gate.contiguous(), up.contiguous(), activation)
+
+
 def _silu_gate(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
@@ -216,11 +241,14 @@ def experts_forward(
     hidden_states: Tensor,  # [tokens, width]
     top_k_index: Tensor,  # [tokens, k] int64
     top_k_weights: Tensor,  # [tokens, k]
+    activation: str | None = None,
 ) -> Tensor:  # [tokens, width]
     """Run a module of experts, down(act(gate) * up) of each, and sum their weighted outputs of every token.
 
-    The steps and their rounding are those of transformers' `grouped_mm`.
+    The steps and their rounding are those of transformers' `grouped_mm`. With an `activation`, act_mul computes
+    act(gate) * up. For the backward it keeps gate and up, and not act(gate).
     """
+    act = activation_of(self) if activation is None else partial(_act_mul, activation)
     k = top_k_index.shape[-1]
     experts, order = top_k_index.reshape(-1).sort()
     tokens = order // k
@@ -231,7 +259,7 @@ def experts_forward(
     keep = _Here(self, experts, count)
     rows = (offsets, keep.experts, tokens)
     inner = keep(_project(self, first, keep(x), *rows))
-    outer = keep(_project(self, "down_proj", activation_of(self)(inner), *rows))
+    outer = keep(_project(self, "down_proj", act(inner), *rows))
     if getattr(self, "has_post_expert_norm", False):
         outer = self.post_expert_norm(outer)
     weighted = outer * top_k_weights.reshape(-1)[order, None]

@@ -102,10 +102,23 @@ def heads_in(model: nn.Module, block: str) -> int:
 
 
 def experts(model: nn.Module, layer: int, path: str) -> list[Coupling]:
-    """One coupling for each expert of a module with transformers' weights [experts, outputs, inputs]."""
-    count, _, channels = model.get_submodule(path).down_proj.shape
-    paths = {"gate_up": f"{path}.gate_up_proj", "down": f"{path}.down_proj"}
-    return Coupling.experts(layer, **paths, channels=channels, experts=count)
+    """One coupling for each expert of a module of transformers that has the weights of all experts in one parameter.
+
+    The module says how it stores them: transposed, gate and up in turn, with biases, without a gate.
+    """
+    block = model.get_submodule(path)
+    transposed = getattr(block, "is_transposed", type(block).__name__ == "Llama4TextExperts")
+    first = "gate_up_proj" if getattr(block, "has_gate", True) else "up_proj"
+    return Coupling.experts(
+        layer,
+        **{first.removesuffix("_proj"): f"{path}.{first}"},
+        down=f"{path}.down_proj",
+        channels=block.down_proj.shape[1 if transposed else 2],
+        experts=block.down_proj.shape[0],
+        transposed=transposed,
+        interleaved=not getattr(block, "is_concatenated", True),
+        bias=f"{path}.{first}_bias" if getattr(block, "has_bias", False) else None,
+    )
 
 
 def gated_mlp(model: nn.Module, layer: int, path: str, channels: int | None = None, kind: str = "ffn") -> Coupling:

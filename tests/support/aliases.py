@@ -165,6 +165,14 @@ ROWS: dict[str, dict] = {
     "olmo": {**BIASED, **SHORT, "clip_qkv": 0.3},
     "seed_oss": {**BIASED, **SHORT, "head_dim": 10},
     "vaultgemma": {**BIASED, "head_dim": 10, "sliding_window": 4},
+    # gpt_oss and jetmoe
+    "aria_text": {**BIASED, **SHORT, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 2, "head_dim": 6},
+    "gpt_oss": {**EXPERTS, **SHORT, "head_dim": 8, "sliding_window": 4},
+    "jetmoe": {**SHAPE, **IDS, **SHORT, "num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2, "kv_channels": 6},
+    "llama4_text": {**EXPERTS, **SHORT, "head_dim": 8, "intermediate_size_mlp": 41, "interleave_moe_layer_step": 2, "moe_layers": [1]},
+    "muse_spark_text": {**DENSE_FIRST, **LOCAL},
+    "nemotron_h": {**SHARED, "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 12, "n_groups": 1, "chunk_size": 4, "moe_shared_expert_intermediate_size": 21},
+    "openai_privacy_filter": {**EXPERTS, **SHORT, "head_dim": 8, "sliding_window": 4},
     # mixtral
     "mellum": {**EXPERTS, "head_dim": 10, "mlp_layer_types": ["sparse", "dense", "sparse"]},
     "phimoe": {**EXPERTS, "attention_bias": True},
@@ -570,7 +578,7 @@ LEFT_OUT: dict[str, dict[str, str]] = {
     **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), {"indexer.*": "chooses tokens by topk, which passes no gradient"}),
     "afmoe": {"router.gate": "the router"},
     **dict.fromkeys(("mamba", "falcon_mamba"), {f"{name}_proj": FUSED for name in ("x", "dt", "out")}),
-    **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid", "mamba2"), {"m*.out_proj": FUSED}),
+    **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid", "mamba2", "nemotron_h"), {"m*.out_proj": FUSED}),
     "kimi_linear": dict.fromkeys(("f_a_proj", "g_a_proj"), "its outputs are low-rank, and units of no coupling"),
     "jamba": {"dt_proj": "the mixer reads its weight past the layer"},
     "gemma3n_text": {"altup.*": "mixes four streams", "altup_*.*": "mixes four streams"},
@@ -589,6 +597,7 @@ LEFT_OUT: dict[str, dict[str, str]] = {
         },
     ),
     "hunyuan_v1_moe": {"gate.wg": "the router"},
+    "jetmoe": {"router.layer": "the router"},
     "wavlm": {"attention.*": "torch.nn.functional.multi_head_attention_forward reads the weights past the layers"},
     "xmod": {"adapter_modules.*": "adapters of languages"},
 }
@@ -596,10 +605,11 @@ LEFT_OUT: dict[str, dict[str, str]] = {
 DEAD: dict[str, dict[str, str]] = {
     "luke": {"*.layer.1.attention.self.e2?_query": "the last layer's entities reach no logit"}
 }
+# Something outside the couplings numbers all heads: a table of biases, or the keys that JetMoE's experts share
 NUMBERED = (
-    *("beit", "bloom", "diffllama", "doge", "donut-swin", "funnel", "layoutlmv3", "mpnet", "mpt"),
+    *("beit", "bloom", "diffllama", "doge", "donut-swin", "funnel", "jetmoe", "layoutlmv3", "mpnet", "mpt"),
     *("swin", "swinv2"),
-)  # something outside the couplings numbers all heads
+)
 AUTO = (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,

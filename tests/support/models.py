@@ -301,7 +301,8 @@ def block_weights(model: PreTrainedModel, left_out: Iterable[str] = ()) -> set[s
     linear = {name for name, module in layers.items() if isinstance(module, (nn.Linear, Conv1D))}
     patterns = [f"*.{end}" for end in (*UNCOUPLED, *left_out)]
     coupled = {name for name in linear if not any(fnmatchcase(name, pattern) for pattern in patterns)}
-    return coupled | {name for name, param in model.named_parameters() if param.dim() == 3 and "experts" in name}
+    stacked = {name for name, param in model.named_parameters() if param.dim() == 3}
+    return coupled | {name for name in stacked if "experts" in name or name.endswith("put_linear.weight")}  # JetMoE
 
 
 def token_batch(model: PreTrainedModel, batch: int = 2, length: int = 9) -> torch.Tensor:

@@ -90,6 +90,7 @@ def dense(model: nn.Module, layer: int, path: str, kind: str = "ffn") -> Couplin
     """Describe a gated feed-forward block under any of its names."""
     block = model.get_submodule(path)
     up, down, gate = next(names for names in FFNS if hasattr(block, names[0]))
-    if gate == "gate_proj":
+    if gate == "gate_proj" and hasattr(block, gate):
         return gated_mlp(model, layer, path, inputs_of(model, f"{path}.{down}"), kind=kind)
-    return ffn(model, layer, f"{path}.{up}", f"{path}.{down}", gate and f"{path}.{gate}", kind=kind)
+    gate = f"{path}.{gate}" if gate and hasattr(block, gate) else None
+    return ffn(model, layer, f"{path}.{up}", f"{path}.{down}", gate, kind=kind)
