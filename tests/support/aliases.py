@@ -139,6 +139,7 @@ ROWS: dict[str, dict] = {
     "sarvam_mla": LATENT,
     "youtu": LATENT,
     "deepseek_v32": SPARSE,
+    "hy_v4": {**SPARSE, "head_dim": 4, "indexer_types": ["full", "shared"]},
     "glm_moe_dsa": {**SPARSE, "indexer_types": ["full", "shared"]},
     # gpt2
     "imagegpt": GPT2,
@@ -168,10 +169,35 @@ ROWS: dict[str, dict] = {
     # gpt_oss and jetmoe
     "aria_text": {**BIASED, **SHORT, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 2, "head_dim": 6},
     "gpt_oss": {**EXPERTS, **SHORT, "head_dim": 8, "sliding_window": 4},
-    "jetmoe": {**SHAPE, **IDS, **SHORT, "num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2, "kv_channels": 6},
-    "llama4_text": {**EXPERTS, **SHORT, "head_dim": 8, "intermediate_size_mlp": 41, "interleave_moe_layer_step": 2, "moe_layers": [1]},
+    "jetmoe": {
+        **SHAPE,
+        **IDS,
+        **SHORT,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_key_value_heads": 2,
+        "kv_channels": 6,
+    },
+    "llama4_text": {
+        **EXPERTS,
+        **SHORT,
+        "head_dim": 8,
+        "intermediate_size_mlp": 41,
+        "interleave_moe_layer_step": 2,
+        "moe_layers": [1],
+    },
     "muse_spark_text": {**DENSE_FIRST, **LOCAL},
-    "nemotron_h": {**SHARED, "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"], "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 12, "n_groups": 1, "chunk_size": 4, "moe_shared_expert_intermediate_size": 21},
+    "nemotron_h": {
+        **SHARED,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+        "ssm_state_size": 8,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 12,
+        "n_groups": 1,
+        "chunk_size": 4,
+        "moe_shared_expert_intermediate_size": 21,
+    },
     "openai_privacy_filter": {**EXPERTS, **SHORT, "head_dim": 8, "sliding_window": 4},
     # mixtral
     "mellum": {**EXPERTS, "head_dim": 10, "mlp_layer_types": ["sparse", "dense", "sparse"]},
@@ -240,6 +266,15 @@ ROWS: dict[str, dict] = {
     "falcon": {**FALCON, "multi_query": False},
     "gpt_bigcode": {**GPT2, "n_layer": 2, "multi_query": False},
     # hybrid
+    "bailing_hybrid": {
+        **LATENT,
+        **LINEAR,
+        "q_lora_rank": None,
+        "layer_group_size": 2,
+        "num_experts": 4,
+        "num_shared_experts": 1,
+        "head_dim": 6,
+    },
     "bamba": {**HYBRID, "attn_layer_indices": [1]},
     "falcon_h1": {
         **HYBRID,
@@ -575,7 +610,9 @@ GROUPED = tuple(
 FUSED = "kernels read its weight past the layer"
 # model type → linear layers of its blocks that are in no coupling, by the end of their path, and why
 LEFT_OUT: dict[str, dict[str, str]] = {
-    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa"), {"indexer.*": "chooses tokens by topk, which passes no gradient"}),
+    **dict.fromkeys(
+        ("deepseek_v32", "glm_moe_dsa", "hy_v4"), {"indexer.*": "chooses tokens by topk, which passes no gradient"}
+    ),
     "afmoe": {"router.gate": "the router"},
     **dict.fromkeys(("mamba", "falcon_mamba"), {f"{name}_proj": FUSED for name in ("x", "dt", "out")}),
     **dict.fromkeys(("bamba", "falcon_h1", "granitemoehybrid", "mamba2", "nemotron_h"), {"m*.out_proj": FUSED}),
@@ -627,6 +664,7 @@ RARE = frozenset(
         "apertus1p5_text",
         "arcee",
         "audio-spectrogram-transformer",
+        "bailing_hybrid",
         "bamba",
         "beam",
         "big_bird",
