@@ -36,7 +36,7 @@ def couplings(model: nn.Module) -> list[Coupling]:
 
 
 def latent_attention(model: nn.Module, layer: int, path: str) -> Coupling:
-    """Describe an attention with low-rank keys and values, with the gate of its heads and their sinks, if it has them."""
+    """Describe an attention with low-rank keys and values, and the gate and the sinks of its heads."""
     block, heads = model.get_submodule(path), heads_in(model, path)
     q = f"{path}.q_b_proj" if getattr(block, "q_b_proj", None) is not None else f"{path}.q_proj"
     value, both = inputs_of(model, f"{path}.o_proj") // heads, outputs_of(model, f"{path}.kv_b_proj") // heads
