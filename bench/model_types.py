@@ -23,7 +23,7 @@ import resource
 import tempfile
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
@@ -405,7 +405,7 @@ def main() -> None:
     wanted = arguments.only or sorted(types())
     wanted = [name for name in wanted if not (arguments.resume and name in rows)]
     with ThreadPoolExecutor(arguments.workers) as pool:
-        for row in pool.map(run_type, wanted):
+        for row in (done.result() for done in as_completed([pool.submit(run_type, name) for name in wanted])):
             rows[row["type"]] = row
             write(arguments.output, rows)
             print(

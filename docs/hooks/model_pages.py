@@ -30,7 +30,8 @@ table is made from the {cases} small models that the tests run; a new family is 
 - Bases that are quantized by bitsandbytes or torchao are tested with `llama`. Other families use the same layers;
   weights of experts that are stacked in one parameter are not quantized by these libraries.
 
-A model that is not here can be trained too: describe it with [couplings](reference/couplings.md).
+A model that is not here can be trained too: [All model types](model-types.md) shows what s2ft finds in other models of
+transformers. Describe your own with [couplings](reference/couplings.md), or let s2ft find them.
 
 | model type | family | tests | tested configurations | projections | channels | heads | LoRA | GGUF |
 |---|---|---|---|---|---|---|---|---|

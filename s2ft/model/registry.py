@@ -11,7 +11,7 @@ from s2ft.model.coupling import Coupling, Projection, Vector
 from s2ft.model.custom import checked_couplings
 from s2ft.model.discovery import Discovery, WeightRow, discover
 from s2ft.model.discovery.structure import layers_of_blocks
-from s2ft.model.families import FAMILIES
+from s2ft.model.families import FAMILIES, composite
 from s2ft.model.weights import find, weight_at
 
 Declaration = Callable[[nn.Module], list[Coupling]]
@@ -52,8 +52,9 @@ def known_architectures() -> list[str]:
 
 
 def is_known(model: nn.Module) -> bool:
-    """Whether the couplings of a model's type are declared, by s2ft or by register_architecture."""
-    return _declaration(model) is not None
+    """Whether the couplings of a model's type, and of its parts', are declared, by s2ft or by register_architecture."""
+    declaration = _declaration(model)
+    return declaration is not None and not (declaration is composite.couplings and composite.undeclared_parts(model))
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,13 @@
-"""Load a causal language model and its tokenizer from a folder, from the hub, or from a GGUF file."""
+"""Load a causal language model and its tokenizer from a folder, from the hub, or from a GGUF file.
+
+A model with towers for images or sound is loaded whole.
+"""
 
 from pathlib import Path
 
 from s2ft.packages import check_packages
 
+MODEL = "a causal language model"  # in errors
 AUTO = (
     "AutoModelForImageTextToText",
     "AutoModelForCausalLM",
@@ -42,8 +46,6 @@ def load_model(name: str, dtype: str = "auto"):
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    from transformers import AutoModelForCausalLM
-
     source, options = locate(name)
     if options:
         check_packages("a model in a .gguf file")
@@ -53,7 +55,7 @@ def load_model(name: str, dtype: str = "auto"):
     model_options = dict(options, dtype=dtype)
     if options:
         model_options |= _unpacked()
-    model = _from_pretrained(AutoModelForCausalLM, "a causal language model", name, source, model_options)
+    model = _from_pretrained(_auto_class(name, source, options), MODEL, name, source, model_options)
     if options:
         _forget_packing(model)
         model.config._name_or_path = model.name_or_path = name
@@ -135,6 +137,19 @@ def _tokenizer(name: str, source: str, options: dict):
     from transformers import AutoTokenizer
 
     return _from_pretrained(AutoTokenizer, "a tokenizer", name, source, options)
+
+
+def _auto_class(name: str, source: str, options: dict):
+    """The class of transformers that loads the whole checkpoint, also the towers for images and sound if it has any."""
+    import transformers
+
+    if options:  # a GGUF file holds a language model
+        return transformers.AutoModelForCausalLM
+    config = _from_pretrained(transformers.AutoConfig, MODEL, name, source, {})
+    latest = getattr(transformers, "AutoModelForMultimodalLM", None)  # transformers 4 has the other only
+    auto = latest or transformers.AutoModelForImageTextToText
+    multimodal = type(config) in auto._model_mapping and not config.is_encoder_decoder
+    return auto if multimodal else transformers.AutoModelForCausalLM
 
 
 def _from_pretrained(kind, what: str, name: str, source: str, options: dict):

@@ -32,6 +32,7 @@ MODEL_TYPES = (
     "flex_olmo",
     "flint",
     "glm4_moe",
+    "glm4v_moe_text",
     "hunyuan_v1_moe",
     "hy_v3",
     "kolibri1",
@@ -45,6 +46,7 @@ MODEL_TYPES = (
     "phimoe",
     "qwen2_moe",
     "qwen3_moe",
+    "qwen3_vl_moe_text",
     "sarvam_moe",
     "solar_open",
 )

@@ -232,12 +232,12 @@ MODEL_TYPES = tuple(BY_TYPE)
 
 
 def couplings(model: nn.Module) -> list[Coupling]:
-    blocks = [
-        (names, path, block)
-        for names in BY_TYPE[model.config.model_type]
-        for stack in names.stacks
-        for path, block in _blocks(model, stack)
-    ]
+    return named(model, BY_TYPE[model.config.model_type])
+
+
+def named(model: nn.Module, rows: tuple[Names, ...]) -> list[Coupling]:
+    """List the couplings of a model whose layers have the names of these rows, one row after another."""
+    blocks = [(names, path, block) for names in rows for stack in names.stacks for path, block in _blocks(model, stack)]
     return [found for i, (names, path, block) in enumerate(blocks) for found in _block(model, names, i, path, block)]
 
 
