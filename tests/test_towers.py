@@ -282,3 +282,38 @@ def test_calibration_with_images_and_padding():
     ]
     outside = [name for name in chosen[0].units if tower_of(model, name) != LANGUAGE]
     assert len(outside) == 6 and all(torch.equal(chosen[0][name], chosen[1][name]) for name in outside)
+
+
+PEFT_CHOICES = {
+    "default": (None, {LANGUAGE}),
+    "vision": ([VISION], {VISION}),
+    "all": ([LANGUAGE, VISION], {LANGUAGE, VISION}),
+}
+
+
+@pytest.mark.parametrize("choice", PEFT_CHOICES)
+def test_the_peft_method_trains_the_same_towers(choice, monkeypatch):
+    peft = pytest.importorskip("peft")
+    from s2ft.model import registry
+    from s2ft.peft import S2FTPeftConfig
+
+    monkeypatch.setitem(registry._REGISTERED, "llava", lambda model: couplings())
+    towers, expected = PEFT_CHOICES[choice]
+    base = llava()
+    report = s2ft.plan(base, S2FTConfig(d_ratio=0.25, towers=towers))
+    model = peft.get_peft_model(base, S2FTPeftConfig(d_ratio=0.25, towers=towers))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert {tower_of(model.get_base_model(), name.removeprefix("base_model.model.")) for name in trained} == expected
+    assert model.get_nb_trainable_parameters()[0] == report.trainable
+
+
+def test_the_peft_method_refuses_what_attach_refuses(monkeypatch):
+    peft = pytest.importorskip("peft")
+    from s2ft.model import registry
+    from s2ft.peft import S2FTPeftConfig
+
+    monkeypatch.setitem(registry._REGISTERED, "llava", lambda model: couplings())
+    with pytest.raises(ValueError, match="towers names audio"):
+        peft.get_peft_model(llava(), S2FTPeftConfig(d_ratio=0.25, towers=[AUDIO]))
+    with pytest.raises(ValueError, match="towers goes with q_ratio"):
+        S2FTPeftConfig(target_modules=["fc2"], ratio=0.25, towers=[VISION])

@@ -24,7 +24,8 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
     - ``d_ratio=0.03, o_ratio=0.1``, for the model families that s2ft knows: the same units that :func:`s2ft.attach`
       trains with the same options. ``layers``, ``exclude_modules`` and ``layers_to_transform`` restrict them.
     - ``target_modules=["down_proj"], ratio=0.03``: this share of the units of each of these modules. In a known family
-      the units are heads or channels. In modules outside any coupling they are single outputs or inputs, see ``dim``.
+      the units are heads or channels. In modules outside any coupling they are single inputs, or outputs, see ``dim``.
+      ``target_modules="all-linear"`` takes every linear layer but the output head, in any model that PEFT takes.
     - ``units={"model.layers.0.mlp.down_proj": [3, 17]}``: exactly these units, as a selection, as lists, or as the path
       of a saved selection. A selection that needs calibration data is passed in this way:
       ``units=s2ft.select(model, config, calibration)``.
@@ -39,15 +40,25 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
 
     Args:
         target_modules: Modules to train: ends of their names, a regular expression, or "all-linear".
+        target_parameters: Stacked experts to train: ends of the names of the parameters that hold them all, for example
+            "mlp.experts.down_proj". Each expert gets its own units.
         exclude_modules: Modules never to train: ends of their names, or a regular expression.
         layers_to_transform: Layers to train, by the first number in a module's name.
         layers_pattern: The word before that number, for example "layers".
         modules_to_save: Modules to train and save in full besides, for example a new head.
-        ratio: Share of the units of every target module, above 0 and at most 1.
-        dim: "outputs" or "inputs": the units of target modules that are in no coupling.
+        trainable_token_indices: Tokens whose embeddings are trained besides, as in PEFT's LoRA: their numbers, or such
+            lists by the embedding's name.
+        ensure_weight_tying: Whether an embedding in `modules_to_save` or `trainable_token_indices` and the head that is
+            tied to it are trained as one weight. Otherwise PEFT warns, and they are two weights after the training.
+        ratio: Share of the units of every target module and of every expert, above 0 and at most 1.
+        dim: "outputs" or "inputs": the units of target modules that are in no coupling. Default: "inputs".
         init_weights: True starts the deltas at zero, so that nothing changes; False makes them random, for tests.
         chosen_by: Written by the injection: the options by which the units were selected.
         base_fingerprint: Written by the injection: fingerprint that the base must have; None for no check.
+        uncoupled: Written by the injection: the modules that are in no coupling. Their units stay single inputs or
+            outputs, even if a later version of s2ft knows a coupling of them.
+        skipped: Written by the injection: target modules that are not trained, because they have less than one unit at
+            the ratio, or, for "all-linear", because S²FT can't train them. A warning has the reasons.
 
     The other arguments are those of :class:`s2ft.S2FTConfig` (ratios by projection, selection, budget, layers and so
     on) and of `peft.PeftConfig` (task_type, inference_mode and so on).
@@ -72,10 +83,14 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
     ffn_kernel: ClassVar[bool] = False
     delta_dtype: ClassVar[None] = None
     module_units: ClassVar[dict[str, Any] | None] = None  # s2ft.peft.units.ModuleUnits by module, after the injection
+    expert_units: ClassVar[dict[str, dict[str, Any]]] = {}  # the same by module and parameter, of stacked experts
     changed_fields: ClassVar[dict[str, tuple] | None] = None  # (value at creation, value after the injection) by field
 
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "modules to train: ends of their names, a regular expression, or all-linear"}
+    )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "stacked experts to train: ends of the names of their parameters"}
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "modules never to train: ends of their names, or a regular expression"}
@@ -89,10 +104,16 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "modules to train and save in full, for example a new head"}
     )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "tokens whose embeddings are trained, or such lists by the embedding's name"}
+    )
+    ensure_weight_tying: bool = field(
+        default=False, metadata={"help": "train an embedding and the head that is tied to it as one weight"}
+    )
     ratio: float | None = field(default=None, metadata={"help": "share of the units of every target module"})
     dim: str | None = field(
         default=None,
-        metadata={"help": "outputs or inputs: the units of target modules that are in no coupling that s2ft knows"},
+        metadata={"help": "outputs or inputs (default): the units of target modules in no coupling that s2ft knows"},
     )
     init_weights: bool = field(
         default=True,
@@ -104,13 +125,21 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
     base_fingerprint: str | None = field(
         default=None, metadata={"help": "written by the injection: fingerprint that the base must have; None: no check"}
     )
+    uncoupled: list[str] | None = field(
+        default=None, metadata={"help": "written by the injection: the target modules that are in no coupling"}
+    )
+    skipped: list[str] | None = field(
+        default=None, metadata={"help": "written by the injection: the target modules that are not trained"}
+    )
 
     def __post_init__(self) -> None:
         self.units = _lists(self.units)
         PeftConfig.__post_init__(self)
         S2FTConfig.__post_init__(self)
         self.peft_type = PeftType(TYPE)
-        for name in ("target_modules", "exclude_modules"):
+        if isinstance(self.target_parameters, str):
+            raise ValueError(f"target_parameters must be a list of names, got {self.target_parameters!r}")
+        for name in ("target_modules", "target_parameters", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, value if value is None or isinstance(value, str) else set(value))
         if self.layers_pattern and self.layers_to_transform is None:
@@ -124,22 +153,25 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
     def _check_way(self) -> None:
         """Check that the fields define what is trained in exactly one of the three ways."""
         named = [f"{key}_ratio" for key in self.ratios]
+        is_targeted = self.target_modules is not None or self.target_parameters is not None
         if self.units is not None and self.ratio is not None:
             raise ValueError("units and ratio exclude each other: units names the trained units")
-        if self.ratio is not None and self.target_modules is None:
+        if self.ratio is not None and not is_targeted:
             raise ValueError(
                 "ratio is the share of units of the target modules: give target_modules, or q_ratio … d_ratio instead"
             )
-        if named and self.target_modules is not None:
+        if named and is_targeted:
             raise ValueError(
-                f"target_modules and {', '.join(named)} exclude each other: a projection's ratio defines which modules "
-                "are trained; with target_modules give ratio"
+                f"target_modules or target_parameters and {', '.join(named)} exclude each other: a projection's ratio "
+                "defines which modules are trained; with target_modules give ratio"
             )
-        if self.target_modules is not None and self.layers is not None:
+        if is_targeted and self.layers is not None:
             raise ValueError("layers goes with q_ratio … d_ratio: with target_modules give layers_to_transform")
-        if self.target_modules is not None and self.ratio is None and self.units is None:
+        if is_targeted and self.towers is not None:
+            raise ValueError("towers goes with q_ratio … d_ratio: with target_modules name modules of the towers")
+        if is_targeted and self.ratio is None and self.units is None:
             raise ValueError("target_modules needs ratio, the share of their units to train, or units")
-        if not named and self.target_modules is None and self.units is None:
+        if not named and not is_targeted and self.units is None:
             raise ValueError(
                 "nothing is selected: set one of q_ratio, k_ratio, v_ratio, o_ratio, u_ratio, g_ratio, "
                 "d_ratio above 0, or give target_modules and ratio, or units"
@@ -150,13 +182,31 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
                 "units=s2ft.select(model, s2ft.S2FTConfig(...), calibration)"
             )
 
-    def with_units(self, selection: Selection, paths: list[str], fingerprint: str | None) -> "S2FTPeftConfig":
+    @property
+    def is_uncoupled(self) -> bool:
+        """Whether an injection that knew no coupling of the model, and did not record that in `uncoupled`, chose the
+        units: that of s2ft 0.1."""
+        known = self.base_fingerprint is not None or self.uncoupled is not None
+        return not known and self.chosen_by is not None and self.dim is not None
+
+    def with_units(
+        self,
+        selection: Selection,
+        paths: list[str],
+        parameters: list[str],
+        fingerprint: str | None,
+        uncoupled: list[str],
+        skipped: list[str],
+    ) -> "S2FTPeftConfig":
         """Return a copy that names the units; the options by which they were selected move to `chosen_by`.
 
         Args:
             selection: The selected units.
             paths: The modules that have them.
+            parameters: The stacked experts that have them.
             fingerprint: Fingerprint of the base as JSON text, or None.
+            uncoupled: The modules that are in no coupling.
+            skipped: Names of the target modules that are not trained.
 
         Returns:
             The copy.
@@ -169,13 +219,16 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
             chosen_by = {name: value for name, value in by.items() if not isinstance(value, dict)}
             chosen_by["seed"] = self.seed
             by = {name: defaults[name] for name in by}
-        targets = paths if self.target_modules is None else self.target_modules
+        targets = paths or None if self.target_modules is None or skipped else self.target_modules
         return replace(
             self,
             units=selection.to_dict(),
             target_modules=targets,
+            target_parameters=parameters or None,
             base_fingerprint=fingerprint,
             chosen_by=chosen_by,
+            uncoupled=sorted(uncoupled),
+            skipped=sorted(skipped) or self.skipped,
             **by,
         )
 
@@ -203,7 +256,7 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
         created = self.as_created()
         for name in {f.name for f in fields(self)}:
             setattr(updated, name, getattr(selected, name))
-        updated.module_units = selected.module_units
+        updated.module_units, updated.expert_units = selected.module_units, selected.expert_units
         updated.remember_created(created)
         return updated
 
@@ -228,7 +281,7 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
             {'model.layers.0.mlp.down_proj': '0-2,17'}
         """
         values = super().to_dict()
-        for name in ("target_modules", "exclude_modules"):
+        for name in ("target_modules", "target_parameters", "exclude_modules"):
             values[name] = sorted(values[name]) if isinstance(values[name], set) else values[name]
         if isinstance(self.units, dict):
             values["units"] = {name: _text(numbers) for name, numbers in sorted(self.units.items())}

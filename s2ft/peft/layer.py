@@ -37,6 +37,39 @@ class AdapterDelta(nn.Module):
         return f"units={self.index.numel()}, values={tuple(self.values.shape)}, dtype={self.values.dtype}"
 
 
+def sum_of_adapters(dim: int, parts: list[tuple[AdapterDelta, float]]) -> Delta:
+    """Add up deltas of adapters on one weight.
+
+    Args:
+        dim: The dimension of the weight along which their units lie.
+        parts: The deltas and the weight of each.
+
+    Returns:
+        The sum, on the units of any of them. Gradients flow to each delta.
+    """
+    deltas = [(Delta(dim, part.index, part.values), weight) for part, weight in parts]
+    return deltas[0][0] if len(deltas) == 1 and deltas[0][1] == 1 else sum_deltas(deltas)
+
+
+def check_same_dim(adapter_name: str, dim: int, other: int) -> None:
+    """Raise ValueError if an adapter trains another dim of a weight than the adapters that are there."""
+    if dim != other:
+        sides = ("outputs", "inputs")
+        raise ValueError(
+            f"adapter {adapter_name!r} trains {sides[dim]} of a module, and another adapter trains its "
+            f"{sides[other]}: give both the same dim"
+        )
+
+
+def hooks_of(module: nn.Module) -> dict[str, Any]:
+    """The hooks of a module that run on its wrapper instead, because the wrapper calls only the module's forward."""
+    return {
+        key: value
+        for key, value in module.__dict__.items()
+        if "_hook" in key and "state_dict" not in key and key != "_hf_hook"
+    }
+
+
 class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     """A base layer with the deltas of all its adapters. PEFT creates it when an adapter is injected.
 
@@ -70,14 +103,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, dim: int, index: Tensor, init_weights: bool) -> None:
         super().__init__()
-        # The hooks of the module run on this layer instead, because `forward` does not run those of `base_layer`
-        self.__dict__.update(
-            {
-                key: value
-                for key, value in base_layer.__dict__.items()
-                if "_hook" in key and "state_dict" not in key and key != "_hf_hook"
-            }
-        )
+        self.__dict__.update(hooks_of(base_layer))
         self.base_layer, self.dim = base_layer, dim
         self.s2ft_delta = nn.ModuleDict()
         self._replaced: tuple[Tensor, Tensor] | None = None  # index and base values, while merged
@@ -95,12 +121,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: It trains the other dim.
         """
-        if dim != self.dim:
-            sides = ("outputs", "inputs")
-            raise ValueError(
-                f"adapter {adapter_name!r} trains {sides[dim]} of a module, and another adapter trains its "
-                f"{sides[self.dim]}: give both the same dim"
-            )
+        check_same_dim(adapter_name, dim, self.dim)
 
     def update_layer(self, adapter_name: str, dim: int, index: Tensor, init_weights: bool) -> None:
         """Add an adapter to this layer.
@@ -165,9 +186,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         Returns:
             The sum, on the units of any of them. Gradients flow to each delta.
         """
-        parts = [self.s2ft_delta[name] for name in names]
-        deltas = [Delta(self.dim, part.index, part.values) for part in parts]
-        return deltas[0] if len(deltas) == 1 else sum_deltas([(delta, 1.0) for delta in deltas])
+        return sum_of_adapters(self.dim, [(self.s2ft_delta[name], 1.0) for name in names])
 
     def _product(self, x: Tensor, delta: Delta) -> Tensor:
         if not torch.compiler.is_compiling():
@@ -219,7 +238,10 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
             self.base_layer.forward(x[rows]) if name == BASE else self._product(x[rows], self.delta_of([name]))
             for name, rows in groups.items()
         ]
-        return torch.cat(parts)[torch.cat(list(groups.values())).argsort()]
+        order = torch.cat(list(groups.values())).argsort()
+        if isinstance(parts[0], tuple):  # a router returns several tensors
+            return tuple(torch.cat(each)[order] for each in zip(*parts))
+        return torch.cat(parts)[order]
 
     # ---- merge and unmerge ---------------------------------------------------------------------------
 
@@ -301,7 +323,22 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     def __deepcopy__(self, memo: dict[int, Any]) -> "S2FTPeftLayer":
         return copy_at_rest(self, memo)
 
-    # ---- called by PEFT ------------------------------------------------------------------------------
+    # ---- called by the tuner and by PEFT -------------------------------------------------------------
+
+    def deltas_of(self, adapter: str) -> dict[str, AdapterDelta]:
+        """The deltas of an adapter, by what stands between the adapter's name and theirs in a state dict."""
+        return {"": self.s2ft_delta[adapter]}
+
+    def set_sum(self, adapter: str, parts: list[tuple[str, float]]) -> None:
+        """Make the delta of an adapter the sum of others. It has the units of any of them, and is not trainable.
+
+        Args:
+            adapter: Name of the adapter.
+            parts: Names of other adapters, with and without a delta here, and their weights.
+        """
+        here = [(self.s2ft_delta[name], weight) for name, weight in parts if name in self.s2ft_delta]
+        total = sum_of_adapters(self.dim, here).values.detach().clone()
+        self.s2ft_delta[adapter].values = nn.Parameter(total, requires_grad=False)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return an adapter's delta as a dense tensor.

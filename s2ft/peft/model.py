@@ -1,20 +1,22 @@
 """The tuner of S²FT, which PEFT puts into a PeftModel."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _get_submodules
 from torch import Tensor, nn
 
-from s2ft.adapter.adapter import check_weight, sum_deltas
+from s2ft.adapter.adapter import check_weight
 from s2ft.attached.checks import check_gradients_pass
 from s2ft.model.weights import allow_packing, layers_that_pack, stop_packing
 from s2ft.peft.config import S2FTPeftConfig
+from s2ft.peft.experts import S2FTPeftExperts
 from s2ft.peft.layer import BASE, S2FTPeftLayer
 from s2ft.peft.units import select_units
 
@@ -50,6 +52,9 @@ class S2FTPeftModel(BaseTuner):
         for path, units in config.module_units.items():
             if isinstance(layer := model.get_submodule(path), S2FTPeftLayer):
                 layer.check_dim(adapter_name, units.dim)
+        for path, stacks in config.expert_units.items():
+            if isinstance(layer := model.get_submodule(path), S2FTPeftExperts):
+                layer.check_dims(adapter_name, stacks)
         if not config.inference_mode:
             check_gradients_pass(model)
         self.peft_config[adapter_name] = config
@@ -89,6 +94,39 @@ class S2FTPeftModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # a further adapter is not trained before it is active
         self._replace_module(parent, target_name, layer, target)
+
+    def _inject_parameters(
+        self, peft_config: S2FTPeftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Wrap the modules with stacked experts. PEFT calls this for a config with `target_parameters`.
+
+        Returns:
+            The names of the parameters.
+        """
+        for path, units in peft_config.expert_units.items():
+            parent, target, name = _get_submodules(model, path)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                if isinstance(target, S2FTPeftExperts):
+                    target.update_experts(adapter_name, units, peft_config.init_weights)
+                    continue
+                layer = S2FTPeftExperts(target, adapter_name, units, peft_config.init_weights)
+            layer.train(target.training)
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, name, layer, target)
+        return [f"{path}.{name}" for path, units in peft_config.expert_units.items() for name in units]
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Replace a module. PEFT's own step also assigns the old module's weight, which not every module has."""
+        setattr(parent, child_name, new_module)
+
+    def _add_modules_to_save_to_tie(self, peft_config: S2FTPeftConfig, tied_weight_keys: list[str]) -> None:
+        """Train the input embedding and the weights that are tied to it as one weight. PEFT ties `modules_to_tie`."""
+        embedding = self.model.get_input_embeddings()
+        name = next(path for path, module in self.model.named_modules() if module is embedding)
+        tied = {key.rpartition(".")[2] for key in (name, *tied_weight_keys)}
+        others = [one for one in peft_config.modules_to_save or () if one.rpartition(".")[2] not in tied]
+        peft_config.modules_to_save, peft_config.modules_to_tie = [*others, name], set(tied_weight_keys)
 
     # ---- removing ------------------------------------------------------------------------------------
 
@@ -136,10 +174,12 @@ class S2FTPeftModel(BaseTuner):
             for name, numbers in config.units.items():
                 units[name] = sorted({*units.get(name, ()), *numbers})
         paths = {path for config in configs for path in config.module_units}
+        stacks = {path for config in configs for path in config.target_parameters or ()}
         self.peft_config[adapter_name] = replace(
             configs[0],
             units=units,
-            target_modules=paths,
+            target_modules=paths or None,
+            target_parameters=stacks or None,
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,
@@ -150,12 +190,7 @@ class S2FTPeftModel(BaseTuner):
         )
         self.inject_adapter(self.model, adapter_name)
         for layer in self._layers(adapter_name):
-            parts = [
-                (layer.delta_of([name]), float(weight))
-                for name, weight in zip(adapters, weights)
-                if name in layer.s2ft_delta
-            ]
-            layer.s2ft_delta[adapter_name].values = nn.Parameter(sum_deltas(parts).values.detach(), requires_grad=False)
+            layer.set_sum(adapter_name, list(zip(adapters, map(float, weights))))
         for module in self.model.modules():  # the sum gets the modules_to_save of its parts
             if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
                 for name in set(adapters) & set(module.modules_to_save):
@@ -174,6 +209,11 @@ class S2FTPeftModel(BaseTuner):
             check_weight(name, weight)
         if adapter_name in self.peft_config:
             raise ValueError(f"there is an adapter called {adapter_name!r} already: give the sum another name")
+        with_tokens = [name for name in adapters if self.peft_config[name].trainable_token_indices is not None]
+        if with_tokens:
+            raise ValueError(
+                f"adapter {with_tokens[0]!r} has trainable_token_indices, and embeddings of tokens can't be added up"
+            )
         if combination_type != "linear":
             raise ValueError(
                 f"combination_type must be linear, because deltas are added without changes, got {combination_type!r}"
@@ -255,17 +295,18 @@ class S2FTPeftModel(BaseTuner):
         """
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         layers = {
-            f"{path}.s2ft_delta.{adapter_name}": module.s2ft_delta[adapter_name]
+            f"{path}.s2ft_delta.{adapter_name}.{name}": delta
             for path, module in model.named_modules()
             if isinstance(module, S2FTPeftLayer) and adapter_name in module.s2ft_delta
+            for name, delta in module.deltas_of(adapter_name).items()
         }
-        expected = {f"{key}.{part}" for key in layers for part in ("values", "index")}
+        expected = {f"{key}{part}" for key in layers for part in ("values", "index")}
         found = {key for key in mapped if ".s2ft_delta." in key}
         for what, keys in (("missing", expected - found), ("left over", found - expected)):
             if keys:
                 raise ValueError(f"the weights of adapter {adapter_name!r} don't fit its config: {min(keys)} is {what}")
         for key, delta in layers.items():
-            if not torch.equal(mapped[f"{key}.index"].cpu(), delta.index.cpu()):
+            if not torch.equal(mapped[f"{key}index"].cpu(), delta.index.cpu()):
                 raise ValueError(f"the weights of adapter {adapter_name!r} have other units than its config: {key}")
         return mapped
 

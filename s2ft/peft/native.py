@@ -25,7 +25,8 @@ def to_native(model: PeftModel, adapter_name: str = "default") -> Adapter:
         The adapter, for :func:`s2ft.load_adapter` and for arithmetic, on the CPU. It shares no memory with the model.
 
     Raises:
-        ValueError: The name is unknown, or the base belongs to no known family or is sharded.
+        ValueError: The name is unknown, the base belongs to no known family or is sharded, or the adapter trains
+            modules in no coupling, or single tokens.
 
     Example:
         >>> from peft import get_peft_model
@@ -43,10 +44,18 @@ def to_native(model: PeftModel, adapter_name: str = "default") -> Adapter:
             f"adapter {adapter_name!r} has no fingerprint of its base: {type(base).__name__} does not belong to a "
             "model family that s2ft knows, or its weights are sharded"
         )
+    if config.trainable_token_indices is not None:
+        raise ValueError(
+            f"adapter {adapter_name!r} has embeddings of single tokens (trainable_token_indices), which an adapter of "
+            "s2ft can't hold: keep it in PEFT's form, or merge it"
+        )
     deltas = {}
     for path, units in config.module_units.items():
-        values = base.get_submodule(path).s2ft_delta[adapter_name].values.detach().cpu()
-        deltas.update(units.split(values))
+        deltas.update(units.split(base.get_submodule(path).s2ft_delta[adapter_name].values.detach().cpu()))
+    for path, stacks in config.expert_units.items():
+        for name, units in stacks.items():
+            values = base.get_submodule(path).s2ft_delta[adapter_name][name].values
+            deltas.update(units.split(values.detach().cpu()))
     selection = Selection(unit_tensors(config.units, "units"))
     extra_weights = {
         f"{path}.{name}": value.detach().cpu().clone()
@@ -80,7 +89,7 @@ def from_native(
         The PeftModel.
 
     Raises:
-        ValueError: The adapter has another base, changes experts, or has extra weights.
+        ValueError: The adapter has another base, or has extra weights.
 
     Example:
         >>> from s2ft.peft import from_native
@@ -106,4 +115,8 @@ def from_native(
     with torch.no_grad():
         for path, units in model.peft_config[adapter_name].module_units.items():
             base.get_submodule(path).s2ft_delta[adapter_name].values.copy_(units.join(adapter.deltas))
+        for path, stacks in model.peft_config[adapter_name].expert_units.items():
+            for name, units in stacks.items():
+                values = base.get_submodule(path).s2ft_delta[adapter_name][name].values
+                values.copy_(units.join(adapter.deltas))
     return model

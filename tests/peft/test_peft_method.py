@@ -143,14 +143,6 @@ def test_projections_that_share_a_module_are_one_delta():
         assert layer.s2ft_delta["default"].values.shape[0] == index.numel() == (18 if "qkv" in path else 5)
 
 
-@pytest.mark.parametrize("case", ("mixtral", "qwen3-moe"))
-def test_experts_are_refused_by_name(case):
-    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.experts\.down_proj\[0\] is one expert of a stack"):
-        get_peft_model(model_of(case), S2FTPeftConfig(d_ratio=0.2))
-    attention = get_peft_model(model_of(case), S2FTPeftConfig(o_ratio=0.5))
-    assert len(layers_of(attention)) == 3
-
-
 def test_units_by_hand_and_from_files(tmp_path):
     units = {"model.layers.1.mlp.down_proj": [3, 4, 5, 51], "model.layers.0.self_attn.k_proj": [1]}
     chosen = s2ft.Selection({path: torch.tensor(numbers) for path, numbers in units.items()})
@@ -168,6 +160,7 @@ def test_units_of_another_adapter_can_be_excluded():
 BAD = {
     "nothing": ({}, "nothing is selected"),
     "ratio alone": (dict(ratio=0.1), "give target_modules"),
+    "towers": (dict(target_modules=["down_proj"], ratio=0.1, towers=["vision"]), "with target_modules name modules of"),
     "targets alone": (dict(target_modules=["down_proj"]), "target_modules needs ratio"),
     "targets and d_ratio": (dict(target_modules=["down_proj"], d_ratio=0.1), "exclude each other"),
     "ratio and d_ratio": (dict(target_modules=["down_proj"], ratio=0.1, d_ratio=0.1), "exclude each other"),
@@ -210,11 +203,6 @@ UNFIT = {
         "units names no unit of it",
     ),
     "dim in a family": (dict(target_modules=["down_proj"], ratio=0.1, dim="outputs"), "llama", "are its inputs"),
-    "outside, no dim": (
-        dict(target_modules=["lm_head"], ratio=0.1),
-        "llama",
-        "dim must be outputs or inputs, the units of lm_head",
-    ),
     "too small a ratio": (dict(target_modules=["down_proj"], ratio=0.001), "llama", "none of the 52 units"),
     "embedding": (dict(target_modules=["embed_tokens"], ratio=0.5, dim="inputs"), "llama", "is a Embedding"),
     "no such module": (dict(target_modules=["nowhere"], ratio=0.5), "llama", "not found in the base model"),

@@ -1,0 +1,289 @@
+"""Which modules a config trains, and which of the requested ones it can't."""
+
+import warnings
+from collections import Counter
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from s2ft.layers import OTHER, forward_of, kind_of
+from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
+from s2ft.model.registry import check_module
+from s2ft.model.towers import couplings_in_towers
+from s2ft.model.weights import weight_at
+from s2ft.peft.config import DIMS, S2FTPeftConfig
+from s2ft.selection import Selection
+from s2ft.selection.selection import unit_tensors
+
+ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
+HEADS = {  # which PEFT trains in full by itself, by the task
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+SHOWN = 5  # names in a warning
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The trained projections of one coupling, or of one module outside any. A selection treats it as a coupling."""
+
+    kind: str
+    layer: int
+    projections: tuple[Projection, ...]
+    vectors: tuple = ()
+
+    @property
+    def producers(self) -> tuple[Projection, ...]:
+        return tuple(projection for projection in self.projections if projection.dim == 0)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a config trains of a model.
+
+    Attributes:
+        config: The config, with the names of the modules in place of "all-linear".
+        targets: The projections from which units are selected.
+        uncoupled: Paths of the modules that are in no coupling. Their units are single inputs or outputs.
+        skipped: Why modules or projections that the config asks for are not trained, by name.
+    """
+
+    config: S2FTPeftConfig
+    targets: list[Targets]
+    uncoupled: list[str]
+    skipped: dict[str, str]
+
+    def warn(self) -> None:
+        """Warn about what is not trained, with the count and the first names."""
+        if not self.skipped:
+            return
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.skipped.items():
+            by_reason.setdefault(reason, []).append(name)
+        parts = (
+            f"{len(names)} {reason} ({', '.join(names[:SHOWN])}{', ...' * (len(names) > SHOWN)})"
+            for reason, names in by_reason.items()
+        )
+        trained = sum(len(target.projections) for target in self.targets)
+        warnings.warn(
+            f"{len(self.skipped)} of {len(self.skipped) + trained} layers are not trained: {'; '.join(parts)}. "
+            "config.skipped has their names",
+            stacklevel=2,
+        )
+
+
+def find_targets(config: S2FTPeftConfig, model: nn.Module, couplings: list[Coupling]) -> Found:
+    """Find what a config trains of a model.
+
+    Args:
+        config: The config, with its options or with the units of an earlier selection.
+        model: The base, without the layers of adapters.
+        couplings: Its couplings.
+
+    Returns:
+        The targets.
+
+    Raises:
+        ValueError: Something can't be trained; the message names the field or module.
+    """
+    config, skipped = _named_linears(config, model)
+    if config.ratios and not couplings:
+        kind = getattr(getattr(model, "config", None), "model_type", None)
+        raise ValueError(
+            f"{', '.join(f'{key}_ratio' for key in config.ratios)}: {type(model).__name__} (model type {kind!r}) does "
+            "not belong to a model family that s2ft knows: give target_modules and ratio, for instance "
+            f"target_modules={ALL_LINEAR!r}"
+        )
+    names = None if config.units is None else units_by_name(config.units, "units")
+    couplings = _apart_from(couplings, set(config.uncoupled or ()) if names is not None else set())
+    if config.ratios:
+        couplings = couplings_in_towers(model, couplings, config)
+    targets = []
+    for coupling in couplings:
+        trained = tuple(projection for projection in coupling.projections if _is_trained(config, names, projection))
+        if trained:
+            targets.append(Targets(coupling.kind, coupling.layer, trained))
+    _check_coupled(config, couplings, targets)
+    coupled = {projection.path for projection in projections_of(couplings)}
+    uncoupled = [
+        path
+        for path, _ in model.named_modules()
+        if path and path not in coupled and (_is_target(config, path) if names is None else path in names)
+    ]
+    targets += [_uncoupled(config, model, path) for path in uncoupled]
+    stacks = [
+        path for path, _ in model.named_parameters() if path not in coupled and _is_target_parameter(config, path)
+    ]
+    targets += [_uncoupled_stack(config, model, path) for path in stacks]
+    targets = _large_enough(config, targets, skipped)
+    if names is not None:
+        _check_units(config, names, model, targets)
+    trained = {projection.path for projection in projections_of(targets)}
+    return Found(config, targets, [path for path in uncoupled if path in trained], skipped)
+
+
+def units_by_name(units, field: str) -> dict[str, Tensor]:
+    """Return the units of a config's field as tensors, by projection. The field may be the path of a selection."""
+    return Selection.load(units).units if isinstance(units, str) else unit_tensors(units, field)
+
+
+# ---- all-linear ----------------------------------------------------------------------------------------
+
+
+def _named_linears(config: S2FTPeftConfig, model: nn.Module) -> tuple[S2FTPeftConfig, dict[str, str]]:
+    """Replace "all-linear" by the names of the modules that can be trained. PEFT decides which are linear layers.
+
+    Returns:
+        A config with names, and why other linear layers are left out, by name.
+    """
+    if not isinstance(config.target_modules, str) or config.target_modules.lower() != ALL_LINEAR:
+        return config, {}
+    named = _maybe_include_all_linear_layers(replace(config), model)
+    inside = tuple(f"{path}." for path, one in model.named_modules() if isinstance(one, AuxiliaryTrainingWrapper))
+    heads = HEADS.get(config.task_type, ())
+    named.target_modules = {
+        path for path in named.target_modules if not path.startswith(inside) and path.partition(".")[0] not in heads
+    }
+    owners, skipped = _owners(model), {}
+    for path in sorted(named.target_modules):
+        reason = _obstacle(model.get_submodule(path), owners)
+        if reason is not None and _is_target(named, path):
+            skipped[path] = reason
+    if skipped and not any(_is_target(named, path) for path in named.target_modules - skipped.keys()):
+        name = min(skipped)
+        raise ValueError(f"target_modules={ALL_LINEAR!r}: no linear layer can be trained; {name} {skipped[name]}")
+    named.target_modules -= skipped.keys()
+    return named, skipped
+
+
+def _owners(model: nn.Module) -> Counter:
+    """In how many places each module and parameter is, by its id."""
+    modules = list(model.modules())
+    parts = (part for one in modules for part in (*one._modules.values(), *one._parameters.values()))
+    return Counter(id(part) for part in parts)
+
+
+def _obstacle(module: nn.Module, owners: Counter) -> str | None:
+    """Why a linear layer can't be trained, as a sentence without its subject; None if it can."""
+    kind = kind_of(module)
+    if kind.layers is None:
+        return f"of type {type(module).__name__}" if kind is OTHER else f"of the kind {kind.name}"
+    if owners[id(module)] > 1 or owners[id(module.weight)] > 1:
+        return "with a weight that other modules use too"
+    return None
+
+
+# ---- what is trained -----------------------------------------------------------------------------------
+
+
+def _apart_from(couplings: list[Coupling], paths: set[str]) -> list[Coupling]:
+    """The couplings without modules that were in none when the adapter was made, by an older version of s2ft."""
+    return [one for one in couplings if not any(projection.path in paths for projection in one.projections)]
+
+
+def _is_trained(config: S2FTPeftConfig, names: dict[str, Tensor] | None, projection: Projection) -> bool:
+    if names is not None:
+        trained = projection.name in names
+    elif projection.expert is not None and not config.ratios:
+        trained = _is_target_parameter(config, projection.path)
+    elif config.target_modules is not None or config.target_parameters is not None:
+        trained = projection.expert is None and _is_target(config, projection.path)
+    else:  # PEFT's other fields, such as layers_to_transform, restrict the ratios
+        last = SimpleNamespace(**{**vars(config), "target_modules": [projection.path.rpartition(".")[2]]})
+        trained = projection.key in config.ratios and _is_target(last, projection.path)
+    return trained
+
+
+def _is_target(config, path: str) -> bool:
+    """Whether PEFT's rules make the module a target."""
+    return config.target_modules is not None and bool(check_target_module_exists(config, path))
+
+
+def _is_target_parameter(config, path: str) -> bool:
+    return any(path == name or path.endswith(f".{name}") for name in config.target_parameters or ())
+
+
+def _uncoupled(config: S2FTPeftConfig, model: nn.Module, path: str) -> Targets:
+    """A module in no coupling. Its units are single inputs, or single outputs if the config says so."""
+    check_module(model.get_submodule(path), path)
+    dim = DIMS.index(config.dim or "inputs")
+    shape = weight_at(model, Projection("ud"[dim], path, 1, 1, dim)).shape
+    return Targets(f"module {path}", 0, (Projection("ud"[dim], path, shape[dim], 1, dim),))
+
+
+def _uncoupled_stack(config: S2FTPeftConfig, model: nn.Module, path: str) -> Targets:
+    """Stacked experts in no coupling. Their units are single inputs, or single outputs if the config says so."""
+    owner, weight = model.get_submodule(path.rpartition(".")[0]), model.get_parameter(path)
+    if weight.dim() != 3:
+        raise ValueError(
+            f"target_parameters names {path}, a parameter of {weight.dim()} dimensions, and stacked experts have 3: "
+            "name the module of a layer in target_modules"
+        )
+    forward_of(owner)  # raises for a module that runs its experts in an unknown way
+    dim, transposed = DIMS.index(config.dim or "inputs"), bool(getattr(owner, "is_transposed", False))
+    count = weight.shape[2 - dim if transposed else 1 + dim]
+    parts = (
+        Projection("ud"[dim], path, count, 1, dim, expert=expert, transposed=transposed)
+        for expert in range(weight.shape[0])
+    )
+    return Targets(f"experts {path}", 0, tuple(parts))
+
+
+def _large_enough(config: S2FTPeftConfig, targets: list[Targets], skipped: dict[str, str]) -> list[Targets]:
+    """The targets that have a unit to train at the config's ratio. The others are added to `skipped`.
+
+    Raises:
+        ValueError: None of them has.
+    """
+    if config.ratio is None:
+        return targets
+    found = []
+    for target in targets:
+        counts = {one: int(config.ratio * one.count + 0.5) for one in target.projections}
+        small = [one.name for one, count in counts.items() if count == 0]
+        skipped.update(dict.fromkeys(small, f"with less than one unit at ratio={config.ratio}"))
+        if len(small) < len(counts):
+            found.append(replace(target, projections=tuple(one for one, count in counts.items() if count)))
+    if targets and not found:
+        largest = max(projections_of(targets), key=lambda projection: projection.count)
+        raise ValueError(
+            f"ratio={config.ratio} selects none of the {largest.count} {unit_name(largest)} of {largest.name}, and no "
+            "target module has more units: use a higher ratio"
+        )
+    return found
+
+
+# ---- checks --------------------------------------------------------------------------------------------
+
+
+def _check_coupled(config: S2FTPeftConfig, couplings: list[Coupling], targets: list[Targets]) -> None:
+    """Check the fields that concern modules in couplings."""
+    left = {projection.key for projection in projections_of(targets)}
+    for key in {projection.key for projection in projections_of(couplings)} & config.ratios.keys() - left:
+        raise ValueError(
+            f"{key}_ratio: modules_to_save, exclude_modules or layers_to_transform excludes all of its modules"
+        )
+    for projection in projections_of(targets):
+        if config.dim is not None and config.dim != DIMS[projection.dim]:
+            raise ValueError(
+                f"dim={config.dim!r}, but the units of {projection.path} are its {DIMS[projection.dim]}: dim is for "
+                "modules that are in no coupling"
+            )
+
+
+def _check_units(config: S2FTPeftConfig, names: dict[str, Tensor], model: nn.Module, targets: list[Targets]) -> None:
+    """Check that all named units exist, and that they belong to the target modules."""
+    missing = names.keys() - {projection.name for projection in projections_of(targets)}
+    if missing:
+        raise ValueError(f"units names {min(missing)}, which is not a projection or module of this model")
+    if config.target_modules is None:
+        return
+    paths = {projection.path for projection in projections_of(targets) if projection.expert is None}
+    matched = {path for path, _ in model.named_modules() if path and _is_target(config, path)}
+    if paths - matched:
+        raise ValueError(f"units names {min(paths - matched)}, which is not in target_modules, or is excluded")
+    if matched - paths:
+        raise ValueError(f"target_modules has {min(matched - paths)}, but units names no unit of it")

@@ -1,0 +1,184 @@
+"""target_modules="all-linear" and other wide choices: what is trained, what is left out, and that it is said."""
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from support.models import model_of, output_of
+from support.tolerances import LOGITS, relative_difference
+from torch import nn
+from transformers import FalconConfig, FalconForCausalLM
+
+from s2ft.peft import S2FTPeftConfig, S2FTPeftLayer
+
+
+def layers_of(model):
+    return {path: module for path, module in model.named_modules() if isinstance(module, S2FTPeftLayer)}
+
+
+def injected(model, **config):
+    return get_peft_model(model, S2FTPeftConfig(**config, init_weights=False)).eval()
+
+
+def names_of(model):
+    return set(model.peft_config["default"].units)
+
+
+@pytest.mark.parametrize("case", ("bert", "vit", "opt", "llama-grouped", "gpt2", "deepseek-v3"))
+def test_all_linear_trains_what_lora_trains(case, tmp_path):
+    base = model_of(case)
+    model = injected(copy.deepcopy(base), target_modules="all-linear", ratio=0.5)
+    config = model.peft_config["default"]
+    assert not config.skipped
+    if case != "deepseek-v3":  # in which PEFT makes "all-linear" mean the stacked experts too
+        lora = get_peft_model(copy.deepcopy(base), LoraConfig(target_modules="all-linear", r=2))
+        assert set(layers_of(model)) == {name for name, module in lora.named_modules() if hasattr(module, "lora_A")}
+    coupled = {name for name in layers_of(model) if name.removeprefix("base_model.model.") not in config.uncoupled}
+    assert coupled and all(layers_of(model)[f"base_model.model.{name}"].dim == 1 for name in config.uncoupled)
+    output = output_of(model)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base, tmp_path).merge_and_unload()
+    merged = model.merge_and_unload()
+    assert relative_difference(output_of(merged), output) <= LOGITS
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in merged.state_dict().items())
+
+
+def test_small_layers_are_left_out_with_a_warning(tmp_path):
+    base = model_of("llama-grouped")
+    with pytest.warns(UserWarning, match=r"12 of 21 layers are not trained: 12 with less than one unit at ratio=0.05"):
+        model = injected(copy.deepcopy(base), target_modules="all-linear", ratio=0.05)
+    config = model.peft_config["default"]
+    assert len(config.skipped) == 12 and all("self_attn" in name for name in config.skipped)
+    assert len(names_of(model)) == 9
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base, tmp_path)
+    assert again.peft_config["default"].skipped == config.skipped and names_of(again) == names_of(model)
+    assert relative_difference(output_of(again), output_of(model)) <= LOGITS
+
+
+def test_parts_of_a_packed_weight_are_left_out_alone():
+    with pytest.warns(UserWarning, match=r"attn.*qkv_proj\.k"):
+        model = injected(model_of("phi3-grouped"), target_modules=["qkv_proj"], ratio=0.2)
+    assert {name.rpartition(".")[2] for name in names_of(model)} == {"q"}
+    assert {name.rpartition(".")[2] for name in model.peft_config["default"].skipped} == {"k", "v"}
+
+
+def test_only_small_layers_are_an_error():
+    with pytest.raises(ValueError, match=r"ratio=0.001 selects none of the 52 channels .* use a higher ratio"):
+        injected(model_of("llama-grouped"), target_modules="all-linear", ratio=0.001)
+
+
+def test_units_outside_couplings_are_single_inputs_by_default():
+    model = injected(model_of("llama"), target_modules=["lm_head"], ratio=0.25)
+    (layer,) = layers_of(model).values()
+    assert layer.dim == 1 and model.peft_config["default"].uncoupled == ["lm_head"]
+    model = injected(model_of("llama"), target_modules=["lm_head"], ratio=0.25, dim="outputs")
+    assert next(iter(layers_of(model).values())).dim == 0
+
+
+def test_a_family_that_is_declared_later_does_not_change_an_adapter():
+    name, case = "model.layers.0.self_attn.o_proj", "llama-grouped"
+    as_heads = injected(model_of(case), units={name: [0, 2]})
+    assert layers_of(as_heads).popitem()[1].s2ft_delta["default"].values.shape == (24, 12)
+    recorded = dict(uncoupled=[name], chosen_by={"ratio": 0.1, "seed": 0})
+    by_an_older_version = dict(dim="inputs", chosen_by={"ratio": 0.1, "seed": 0})
+    for options in (recorded, by_an_older_version):
+        single = injected(
+            model_of(case),
+            units={name: [0, 2]},
+            target_modules=["o_proj"],
+            exclude_modules=["1.self_attn.o_proj", "2.self_attn.o_proj"],
+            **options,
+        )
+        assert layers_of(single).popitem()[1].s2ft_delta["default"].values.shape == (24, 2)
+
+
+def test_a_second_adapter_leaves_the_first_ones_head_alone():
+    model = injected(model_of("llama"), target_modules="all-linear", ratio=0.5, modules_to_save=["lm_head"])
+    model.add_adapter("b", S2FTPeftConfig(target_modules="all-linear", ratio=0.5, seed=1))
+    assert set(model.peft_config["b"].units) == names_of(model)
+
+
+# ---- layers that can't be trained, and derived ones -----------------------------------------------------
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(11, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.tied = nn.Linear(8, 11, bias=False)
+        self.tied.weight = self.embed.weight
+
+    def forward(self, x):
+        x = self.embed(x)
+        return self.tied(self.two(torch.relu(self.one(self.attention(x, x, x)[0]))))
+
+
+def test_all_linear_leaves_out_what_could_not_be_trained_or_merged():
+    with pytest.warns(
+        UserWarning, match=r"2 of 4 layers .* out_proj of nn.MultiheadAttention.* \(attention.out_proj\)"
+    ):
+        model = injected(Net(), target_modules="all-linear", ratio=0.5)
+    assert names_of(model) == {"one", "two"}
+    assert model.peft_config["default"].skipped == ["attention.out_proj", "tied"]
+    with pytest.raises(
+        ValueError, match="attention.out_proj is a NonDynamicallyQuantizableLinear, out_proj of nn.Multi"
+    ):
+        injected(Net(), target_modules=["out_proj"], ratio=0.5)
+
+
+def test_nothing_that_can_be_trained_is_an_error_with_the_reason():
+    net = nn.Module()
+    net.attention = nn.MultiheadAttention(8, 2)
+    with pytest.raises(ValueError, match="no linear layer can be trained; attention.out_proj of the kind out_proj of"):
+        injected(net, target_modules="all-linear", ratio=0.5)
+
+
+class Router(nn.Linear):
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits, logits.softmax(-1)
+
+
+class Routed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.router, self.out = Router(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        logits, weights = self.router(x)
+        return self.out(logits * weights)
+
+
+def test_layers_with_a_forward_of_their_own():
+    x = torch.randn(4, 6)
+    model = injected(Routed(), target_modules="all-linear", ratio=0.5)
+    model.add_adapter("b", S2FTPeftConfig(target_modules="all-linear", ratio=0.5, seed=1, init_weights=False))
+    outputs = {"__base__": Routed()(x), "default": model(x)}
+    model.set_adapter("b")
+    outputs["b"] = model(x)
+    model.eval()
+    mixed = model(x, adapter_names=["b", "__base__", "default", "b"])
+    expected = torch.stack([outputs[name][i] for i, name in enumerate(("b", "__base__", "default", "b"))])
+    torch.testing.assert_close(mixed, expected)
+    model.train()(x).square().sum().backward()
+    assert all(layer.s2ft_delta["b"].values.grad.abs().max() > 0 for layer in layers_of(model).values())
+    merged = model.merge_and_unload()
+    assert type(merged.router) is Router
+    torch.testing.assert_close(merged(x), outputs["b"])
+
+
+def test_layers_of_a_class_that_computes_the_same():
+    sizes = dict(vocab_size=31, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    torch.manual_seed(0)
+    base = FalconForCausalLM(FalconConfig(**sizes)).eval()
+    x = torch.randint(31, (2, 5))
+    model = get_peft_model(copy.deepcopy(base), S2FTPeftConfig(target_modules="all-linear", ratio=0.5, dim=None))
+    assert relative_difference(model(x).logits, base(x).logits) <= LOGITS and len(layers_of(model)) == 4
+    assert json.dumps(model.peft_config["default"].to_dict())

@@ -1,0 +1,116 @@
+"""Weights that PEFT trains in full beside the slices: heads, embeddings, single tokens."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from support.models import model_of, output_of, token_batch
+from support.tolerances import LOGITS, relative_difference
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
+
+import s2ft
+from s2ft.peft import S2FTPeftConfig, to_native
+
+SHAPE = dict(hidden_size=24, intermediate_size=52, num_hidden_layers=2, num_attention_heads=4, vocab_size=61)
+CLASSIFIERS = {
+    "llama": lambda: LlamaForSequenceClassification(LlamaConfig(**SHAPE, num_labels=3, pad_token_id=0)),
+    "bert": lambda: BertForSequenceClassification(BertConfig(**SHAPE, num_labels=3)),
+    "bert-tokens": lambda: BertForTokenClassification(BertConfig(**SHAPE, num_labels=3)),
+}
+TASKS = {"llama": "SEQ_CLS", "bert": "SEQ_CLS", "bert-tokens": "TOKEN_CLS"}
+
+
+def classifier(name):
+    torch.manual_seed(0)
+    return CLASSIFIERS[name]().eval()
+
+
+def fit(model, steps=2):
+    """Train a model, with labels if it takes some, and return it in evaluation mode."""
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=0.02)
+    for _ in range(steps):
+        output_of(model).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def same_state(ours, theirs):
+    ours, theirs = ours.state_dict(), theirs.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def check_round_trip(base, model, folder):
+    """Save, load and merge. Returns the merged model."""
+    output = output_of(model)
+    assert relative_difference(output, output_of(base)) > 1e-3
+    model.save_pretrained(folder)
+    again = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
+    assert torch.equal(output_of(again), output)
+    merged = model.merge_and_unload()
+    assert same_state(merged, again.merge_and_unload()) and relative_difference(output_of(merged), output) <= LOGITS
+    return merged
+
+
+@pytest.mark.parametrize("choice", (dict(target_modules="all-linear", ratio=0.5), dict(d_ratio=0.5)), ids=("all", "d"))
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_classifier_with_its_head(name, choice, tmp_path):
+    """PEFT puts the head into modules_to_save by itself, from the task."""
+    base = classifier(name)
+    model = fit(get_peft_model(copy.deepcopy(base), S2FTPeftConfig(**choice, task_type=TASKS[name])))
+    head = "score" if name == "llama" else "classifier"
+    merged = check_round_trip(base, model, tmp_path)
+    assert type(getattr(merged, head)) is nn.Linear
+    assert not torch.equal(getattr(merged, head).weight, getattr(base, head).weight)
+
+
+def test_embedding_and_head_beside_the_slices(tmp_path):
+    base = model_of("llama")
+    config = S2FTPeftConfig(target_modules="all-linear", ratio=0.5, modules_to_save=["embed_tokens", "lm_head"])
+    merged = check_round_trip(base, fit(get_peft_model(copy.deepcopy(base), config)), tmp_path)
+    assert not torch.equal(merged.model.embed_tokens.weight, base.model.embed_tokens.weight)
+    assert not torch.equal(merged.lm_head.weight, base.lm_head.weight)
+
+
+def test_tied_head_stays_tied_where_the_config_says_so(tmp_path):
+    base = model_of("qwen2-grouped-tied")
+    config = dict(d_ratio=0.2, modules_to_save=["embed_tokens"])
+    model = fit(get_peft_model(copy.deepcopy(base), S2FTPeftConfig(**config, ensure_weight_tying=True)))
+    merged = check_round_trip(base, model, tmp_path)
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    assert not torch.equal(merged.lm_head.weight, base.lm_head.weight)
+    with pytest.warns(UserWarning, match="`ensure_weight_tying` is not set to True"):
+        get_peft_model(copy.deepcopy(base), S2FTPeftConfig(**config))
+
+
+@pytest.mark.parametrize("case", ("llama", "qwen2-grouped-tied"))
+def test_single_tokens_are_trained(case, tmp_path):
+    base = model_of(case)
+    tokens = token_batch(base)[0, :2].unique().tolist()
+    options = dict(d_ratio=0.2, trainable_token_indices=tokens)
+    model = fit(get_peft_model(copy.deepcopy(base), S2FTPeftConfig(**options)))
+    with pytest.raises(ValueError, match="trainable_token_indices"):
+        to_native(model)
+    model.add_adapter("b", S2FTPeftConfig(d_ratio=0.2))
+    with pytest.raises(ValueError, match="trainable_token_indices"):
+        model.add_weighted_adapter(["default", "b"], [1.0, 1.0], "sum")
+    model.delete_adapter("b")
+    merged = check_round_trip(base, model, tmp_path)
+    changed = (merged.model.embed_tokens.weight != base.model.embed_tokens.weight).any(1).nonzero().flatten()
+    assert changed.tolist() == tokens
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == ("tied" in case)
+
+
+def test_classifier_converts_to_native():
+    model = fit(get_peft_model(classifier("bert"), S2FTPeftConfig(d_ratio=0.5, task_type="SEQ_CLS")))
+    native = classifier("bert")
+    s2ft.load_adapter(native, to_native(model))
+    assert relative_difference(output_of(native), output_of(model)) <= LOGITS
