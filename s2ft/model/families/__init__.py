@@ -20,6 +20,7 @@ FILES = (
     "deepseek",
     "diffllama",
     "falcon",
+    "gemma3n",
     "gemma4",
     "glm4v",
     "gpt2",
