@@ -24,9 +24,9 @@ LACKING: dict[str, dict] = {
     ),
     **dict.fromkeys(("blip-2", "instructblip"), {"image_token_index": 50265}),
     "gemma3": {"vision_config": {"image_size": 256}},  # 256 tokens an image
+    "internvl": {"vision_config": {"image_size": [56, 56]}},
     "gemma4": {"vision_config": {"model_type": "gemma4_vision"}},
     "glm4v_moe": {"text_config": {"rope_parameters": HALF}},
-    **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), {"image_grid_pinpoints": [[112, 112]]}),
     "qwen2_audio": {"ignore_index": -100},
     "qwen2_5_omni_thinker": {"text_config": MROPE, "vision_start_token_id": 151652},
     "voxtral": {"audio_token_id": 24},
@@ -34,6 +34,7 @@ LACKING: dict[str, dict] = {
     **dict.fromkeys(("got_ocr2", "pp_chart2table"), {"vision_config": {"image_size": 128}}),
     "shieldgemma2": {"vision_config": {"image_size": 256}},
 }
+RAISES = {"llama4": "Llama4ForConditionalGeneration of transformers 5.24 has no image_outputs for its output"}
 # entries of the tiny config that depend on each other
 TINY: dict[str, Callable[[Any], dict[str, dict]]] = {
     "aria": lambda config: {"": {"projector_patch_to_query_dict": {49: 16}}},
@@ -135,5 +136,10 @@ def _own_examples(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
         yield {**own, "attention_mask": torch.ones_like(own["input_ids"]), "pixel_values": pixels, **question}
 
 
-def labelled(example: dict[str, Any]) -> dict[str, Any]:
-    return {**copy.deepcopy(example), "labels": example["input_ids"].clone()}
+def logits_of(model: PreTrainedModel, example: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**copy.deepcopy(example)).logits
+
+
+def loss_of(model: PreTrainedModel, example: dict[str, Any]) -> torch.Tensor:
+    return model(**copy.deepcopy(example), labels=example["input_ids"].clone()).loss
