@@ -5,8 +5,8 @@ Run it:
     python examples/images_with_trl.py
     python examples/images_with_trl.py --model Qwen/Qwen2.5-VL-3B-Instruct
 
-The whole model is attached. By default its language model is trained, and the vision tower and the projector are frozen;
---towers names what to train instead. The rows are chats with a picture of one color.
+The whole model is attached. By default its language model is trained, and the vision tower and the projector are
+frozen; --towers names what to train instead. The rows are chats with a picture of one color.
 
 It prints what is trained, the loss, and that the merged model gives the same output after reloading.
 """

@@ -104,7 +104,7 @@ def _record_for(
         check_unattached(model)
     check_new_name(record, name)
     if record is None:
-        return new_attachment(model, couplings, HOST_HOOKS, example, config.modules_to_save)
+        return new_attachment(model, couplings, HOST_HOOKS, example, config)
     if couplings is not None and list(couplings) != record.couplings:
         raise ValueError("couplings differ from those of the loaded adapters: leave the argument out")
     return record
@@ -207,7 +207,7 @@ def _chosen(
     if not isinstance(config, S2FTConfig):
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
     check_unattached(model)
-    found = find_couplings(model, couplings, example, config.modules_to_save)
+    found = find_couplings(model, couplings, example, config)
     names_of_modules(model, found.couplings, config.modules_to_save)  # raises for unknown modules
     trained = couplings_in_towers(model, found.couplings, config)
     return found, select_units(trained, config, model, calibration)

@@ -12,8 +12,6 @@ from transformers import Trainer, TrainingArguments
 import s2ft
 from s2ft import S2FTConfig
 from s2ft.cli import main
-from s2ft.attached.active import mounted_deltas
-from s2ft.attached.record import attachment_of
 from s2ft.model.coupling import projections_of
 from s2ft.model.registry import couplings_of
 

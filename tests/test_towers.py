@@ -253,18 +253,30 @@ def test_names_tell_the_towers_of_a_model_of_ones_own():
     assert report.towers == {LANGUAGE: False, VISION: True}
 
 
-def test_discovered_couplings_leave_modules_to_save_alone(tmp_path):
-    """A projector that is trained in full is in no coupling, and the report counts the weights of the blocks."""
-    model = llava()
-    config = S2FTConfig(d_ratio=0.25, modules_to_save=["multi_modal_projector"])
+@pytest.mark.parametrize("found_by", ["declaration", "trials"])
+def test_a_frozen_projector_can_be_trained_in_full(found_by, tmp_path, monkeypatch):
+    """It is then in no coupling. The adapter has the couplings that are left."""
+    from s2ft.model import registry
+
+    for types in (registry.FAMILIES, registry._REGISTERED):
+        monkeypatch.delitem(types, "llava", raising=False)
+    if found_by == "declaration":
+        monkeypatch.setitem(registry._REGISTERED, "llava", lambda model: couplings())
+    model, config = llava(), S2FTConfig(d_ratio=0.25, modules_to_save=["multi_modal_projector"])
     planned, report = s2ft.plan(model, config), s2ft.attach(model, config)
     assert report.towers == {LANGUAGE: True, VISION: False, PROJECTOR: True} and report.weights == planned.weights
-    assert sum(report.weights.values()) == 28 - 2 and "weights of the blocks: " in str(report)
+    assert bool(report.weights) == (found_by == "trials")
     model(**inputs()).loss.backward()
     s2ft.save_adapter(model, tmp_path)
+    saved = s2ft.read_adapter(tmp_path)
+    assert saved.couplings and not [one for one in saved.couplings if "projector" in str(one)]
+    assert len(saved.extra_weights) == 4
     other = llava()
     s2ft.load_adapter(other, tmp_path)
-    assert not [n for n in s2ft.read_adapter(tmp_path).couplings if "projector" in str(n)]
+    assert set(s2ft.merge(other).state_dict()) == set(llava().state_dict())
+    if found_by == "declaration":
+        with pytest.raises(ValueError, match="as slices"):
+            s2ft.plan(llava(), S2FTConfig(d_ratio=0.25, modules_to_save=["mlp"]))
 
 
 def test_calibration_with_images_and_padding():

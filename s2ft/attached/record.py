@@ -319,7 +319,7 @@ def new_attachment(
     couplings: Sequence[Coupling] | None = None,
     host_hooks: HostHooks | None = None,
     example: Any = None,
-    modules_to_save: Sequence[str] | None = None,
+    config: S2FTConfig | None = None,
 ) -> Attachment:
     """Make a record of a model without adapters; the model does not get it yet.
 
@@ -328,13 +328,13 @@ def new_attachment(
         couplings: Couplings that the user gave. Default: those of the model's family, or else those that trials find.
         host_hooks: Functions that run when trainable layers are mounted and unmounted.
         example: Input for the trials.
-        modules_to_save: Modules that are trained in full, see :func:`find_couplings`.
+        config: What will be trained, see :func:`find_couplings`.
 
     Raises:
         ValueError: The model has adapters, or no couplings were given and none can be found.
     """
     check_unattached(model)
-    found = find_couplings(model, couplings, example, modules_to_save)
+    found = find_couplings(model, couplings, example, config)
     return Attachment(
         found.couplings,
         fingerprint(model, found.couplings),

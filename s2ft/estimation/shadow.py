@@ -34,7 +34,7 @@ def make_shadow(
     Quantized weights are shared with the model, because their layers read properties of them.
     """
     check_unattached(model)
-    found = find_couplings(model, couplings, example, config.modules_to_save)
+    found = find_couplings(model, couplings, example, config)
     wanted = _wanted_dtypes(model, dtype)
     memo: dict[int, Any] = {}  # deepcopy uses these objects instead of copies
     for path, module in model.named_modules():

@@ -6,12 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from s2ft.config import S2FTConfig
 from s2ft.layers import KINDS, OTHER, S2Layer, kind_of
 from s2ft.model.coupling import Coupling, Projection, Vector
 from s2ft.model.custom import checked_couplings
 from s2ft.model.discovery import Discovery, WeightRow, discover
 from s2ft.model.discovery.structure import layers_of_blocks
 from s2ft.model.families import FAMILIES, check_release, composite
+from s2ft.model.towers import tower_of, trained_towers
 from s2ft.model.weights import find, weight_at
 
 Declaration = Callable[[nn.Module], list[Coupling]]
@@ -78,10 +80,7 @@ def couplings_of(model: nn.Module, custom: Sequence[Coupling] | None = None, exa
 
 
 def find_couplings(
-    model: nn.Module,
-    custom: Sequence[Coupling] | None = None,
-    example: Any = None,
-    modules_to_save: Sequence[str] | None = None,
+    model: nn.Module, custom: Sequence[Coupling] | None = None, example: Any = None, config: S2FTConfig | None = None
 ) -> Found:
     """Find the couplings of a model and check them against its weights.
 
@@ -91,8 +90,8 @@ def find_couplings(
             they are found by trials on a small copy of the model.
         example: Input for the trials: a tensor, a tuple of arguments or a dict of them. A transformers model needs
             none.
-        modules_to_save: Modules that are trained in full, as in S2FTConfig. Couplings that are found in them are left
-            out.
+        config: What will be trained. Couplings in its `modules_to_save` are left out where trials found them, or where
+            their tower is frozen. Default: no module is trained in full.
 
     Returns:
         The couplings, and where they are from.
@@ -105,9 +104,11 @@ def find_couplings(
     if custom is not None:
         found = Found(checked_couplings(custom), is_custom=True)
     elif is_known(model):
-        found = Found(_declared(model), is_custom=False)
+        declared = _declared(model)
+        couplings = _outside_saved_modules(model, declared, config)
+        found = Found(couplings, is_custom=len(couplings) < len(declared))
     else:
-        found = _discovered(model, example, modules_to_save or ())
+        found = _discovered(model, example, (config and config.modules_to_save) or ())
     check_shapes(model, found.couplings)
     return found
 
@@ -139,15 +140,28 @@ def _word(coupling: Coupling) -> str:
     return "one-sided" if coupling.is_one_sided else "movable" if coupling.movable else "in place"
 
 
+def _outside_saved_modules(model: nn.Module, couplings: list[Coupling], config: S2FTConfig | None) -> list[Coupling]:
+    """Leave out couplings of frozen towers in modules that are trained in full, such as a projector."""
+    if config is None or config.modules_to_save is None:
+        return couplings
+    trained = trained_towers(model, config.towers)
+    return [c for c in couplings if tower_of(model, c.main.path) in trained or _is_outside(c, config.modules_to_save)]
+
+
+def _is_outside(coupling: Coupling, modules: Sequence[str]) -> bool:
+    return all(_is_free(projection.path, modules) for projection in coupling.projections)
+
+
+def _is_free(path: str, modules: Sequence[str]) -> bool:
+    """Whether a path is in none of the modules, which are given by their paths or by the last parts of them."""
+    above = [path[:end] for end, character in enumerate(path) if character == "."] + [path]
+    return not any(one == module or one.endswith(f".{module}") for module in modules for one in above)
+
+
 def _discovered(model: nn.Module, example: Any, modules: Sequence[str]) -> Found:
     discovery = discover(model, example)
-
-    def is_free(path: str) -> bool:
-        above = [path[:end] for end, character in enumerate(path) if character == "."] + [path]
-        return not any(one == module or one.endswith(f".{module}") for module in modules for one in above)
-
-    couplings = [c for c in discovery.couplings if all(is_free(projection.path) for projection in c.projections)]
-    return Found(couplings, True, tuple(row for row in discovery.weights if is_free(row.path)))
+    couplings = [coupling for coupling in discovery.couplings if _is_outside(coupling, modules)]
+    return Found(couplings, True, tuple(row for row in discovery.weights if _is_free(row.path, modules)))
 
 
 def _declaration(model: nn.Module) -> Declaration | None:

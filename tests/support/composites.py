@@ -1,6 +1,7 @@
 """Tiny models of the composite types, with an input that reaches their towers."""
 
 import copy
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,17 +20,43 @@ HALF = {**MROPE["rope_parameters"], "mrope_section": [8, 4, 4], "partial_rotary_
 # entries that the default config of a class lacks, though configs of real checkpoints have them
 LACKING: dict[str, dict] = {
     **dict.fromkeys(
-        ("glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_5_omni_thinker", "qwen2_5_vl", "qwen2_vl"),
-        {"text_config": MROPE},
+        ("glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_5_vl", "qwen2_vl"), {"text_config": MROPE}
     ),
     **dict.fromkeys(("blip-2", "instructblip"), {"image_token_index": 50265}),
     "gemma3": {"vision_config": {"image_size": 256}},  # 256 tokens an image
+    "internvl": {"vision_config": {"image_size": [56, 56]}},
     "gemma4": {"vision_config": {"model_type": "gemma4_vision"}},
     "glm4v_moe": {"text_config": {"rope_parameters": HALF}},
-    **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), {"image_grid_pinpoints": [[112, 112]]}),
     "qwen2_audio": {"ignore_index": -100},
+    "qwen2_5_omni_thinker": {"text_config": MROPE, "vision_start_token_id": 151652},
+    "voxtral": {"audio_token_id": 24},
+    "vipllava": {"vision_feature_layer": [-2, 0]},
     **dict.fromkeys(("got_ocr2", "pp_chart2table"), {"vision_config": {"image_size": 128}}),
     "shieldgemma2": {"vision_config": {"image_size": 256}},
+}
+RAISES = {"llama4": "Llama4ForConditionalGeneration of transformers 5.24 has no image_outputs for its output"}
+# entries of the tiny config that depend on each other
+TINY: dict[str, Callable[[Any], dict[str, dict]]] = {
+    "aria": lambda config: {"": {"projector_patch_to_query_dict": {49: 16}}},
+    **dict.fromkeys(
+        ("blip-2", "instructblip"),
+        lambda config: {"text_config": {"word_embed_proj_dim": config.text_config.hidden_size}},
+    ),
+    "llama4": lambda config: {
+        "vision_config": {
+            "intermediate_size": 4 * config.vision_config.hidden_size,
+            "projector_input_dim": config.vision_config.vision_output_dim,
+            "projector_output_dim": config.vision_config.vision_output_dim,
+        }
+    },
+    "mllama": lambda config: {
+        "text_config": {"cross_attention_layers": [1]},
+        "vision_config": {
+            "intermediate_layers_indices": [0],
+            "vision_output_dim": 2 * config.vision_config.hidden_size,
+        },
+    },
+    "voxtral": lambda config: {"audio_config": {"intermediate_size": 4 * config.audio_config.hidden_size}},
 }
 
 
@@ -53,8 +80,11 @@ def composite_of(model_type: str, change: dict[str, dict] | None = None) -> PreT
     values = CONFIG_MAPPING[model_type]().to_dict()
     for part, entries in (*LACKING.get(model_type, {}).items(), *(change or {}).items()):
         values[part] = {**(values[part] or {}), **copy.deepcopy(entries)} if isinstance(entries, dict) else entries
-    config = CONFIG_MAPPING[model_type].from_dict(values)
-    return tiny_model(getattr(transformers, _class_of(model_type)), tiny_config(config))
+    config = tiny_config(CONFIG_MAPPING[model_type].from_dict(values))
+    for part, entries in TINY.get(model_type, lambda _: {})(config).items():
+        for key, value in entries.items():
+            setattr(getattr(config, part) if part else config, key, value)
+    return tiny_model(getattr(transformers, _class_of(model_type)), config)
 
 
 def example_for(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -65,7 +95,7 @@ def example_for(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """
     parts = [part for _, part in composite._parts(model)]
     failures = []
-    for example in examples_of(model):
+    for example in (*_own_examples(model), *examples_of(model)):
         reached: set[nn.Module] = set()
         hooks = [part.register_forward_hook(lambda module, *_: reached.add(module)) for part in parts]
         try:
@@ -78,8 +108,38 @@ def example_for(model: PreTrainedModel) -> dict[str, torch.Tensor]:
                 hook.remove()
         if len(reached) == len(parts) and "input_ids" in example:
             return example
-    raise AssertionError(f"{type(model).__name__} runs on no input that reaches all towers: {failures}")
+    raise AssertionError(
+        f"{type(model).__name__} runs on no input that reaches all towers: {sorted(set(failures))[:5]}"
+    )
 
 
-def labelled(example: dict[str, Any]) -> dict[str, Any]:
-    return {**copy.deepcopy(example), "labels": example["input_ids"].clone()}
+def _own_examples(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
+    """Inputs of types with a layout of their own."""
+    config, generator = model.config, torch.Generator().manual_seed(0)
+    text, vision = config.get_text_config(), getattr(config, "vision_config", None)
+    tokens = torch.randint(3, text.vocab_size - 8, (2, 12), generator=generator)
+    if config.model_type == "mllama":
+        side, tiles = vision.image_size, vision.max_num_tiles
+        yield {
+            "input_ids": tokens,
+            "attention_mask": torch.ones_like(tokens),
+            "pixel_values": torch.randn(2, 1, tiles, 3, side, side, generator=generator),
+            "aspect_ratio_ids": torch.ones(2, 1, dtype=torch.int64),
+            "aspect_ratio_mask": torch.ones(2, 1, tiles, dtype=torch.int64),
+            "cross_attention_mask": torch.ones(2, 12, 1, tiles, dtype=torch.int64),
+        }
+    if config.model_type in ("blip-2", "instructblip"):
+        image = torch.full((2, config.num_query_tokens), config.image_token_index)
+        own = {"input_ids": torch.cat([image, tokens], dim=1)}
+        pixels = torch.randn(2, 3, vision.image_size, vision.image_size, generator=generator)
+        question = {"qformer_input_ids": tokens} if config.model_type == "instructblip" else {}
+        yield {**own, "attention_mask": torch.ones_like(own["input_ids"]), "pixel_values": pixels, **question}
+
+
+def logits_of(model: PreTrainedModel, example: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        return model(**copy.deepcopy(example)).logits
+
+
+def loss_of(model: PreTrainedModel, example: dict[str, Any]) -> torch.Tensor:
+    return model(**copy.deepcopy(example), labels=example["input_ids"].clone()).loss

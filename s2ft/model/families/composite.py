@@ -23,7 +23,6 @@ PROJECTORS: dict[str, tuple[str, tuple[str, ...]] | None] = {
     "aya_vision": LLAVA,
     "blip-2": None,
     "cohere2_vision": LLAVA,
-    "cosmos3_edge": ("projector", ("linear_fc1", "linear_fc2")),
     "exaone4_5": None,
     "gemma3": None,
     "gemma4": None,

@@ -1,4 +1,4 @@
-"""The language models of GLM-4.1V and GLM-OCR: separate q, k and v, gate and up in one weight, norms after each part."""
+"""The language models of GLM-4.1V and GLM-OCR: separate q, k and v, gate and up in one weight, four norms."""
 
 from torch import nn
 

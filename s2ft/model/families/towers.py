@@ -60,7 +60,6 @@ NAMES: dict[tuple[str, ...], Names] = {
     # vision
     ("blip_2_vision_model", "instructblip_vision_model"): replace(CLIP_LIKE, layers=("qkv", "projection")),
     (
-        "cosmos3_edge_vision",
         "granite_docling_vision",
         "idefics2_vision",
         "idefics3_vision",
