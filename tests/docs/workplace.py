@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from support.encoders import save_encoder
 from tokenizers import models
 from train.tiny import save_tiny, sums, tiny_tokenizer, write_jsonl
 
@@ -14,11 +15,13 @@ def fill(folder: Path) -> Path:
     """Write the model and the data files.
 
     - path/to/model: a LLaMA with a tokenizer and a chat template
+    - path/to/encoder: a BERT with a tokenizer
     - data.jsonl: 16 rows of instruction, output and answer; held-out.jsonl: 4 of them
     - chats.jsonl: 8 conversations
     """
     save_tiny(folder / "path/to/model", **SHAPE)
     with_merges().save_pretrained(folder / "path/to/model")
+    save_encoder(folder / "path/to/encoder")
     write_jsonl(folder / "data.jsonl", sums(16))
     write_jsonl(folder / "held-out.jsonl", sums(4))
     write_jsonl(folder / "chats.jsonl", [{"messages": messages(row)} for row in sums(8)])

@@ -287,7 +287,7 @@ def ratios_for(case: str, ratios: dict[str, float]) -> dict[str, float]:
     return {key: 1.0 if key in one_head else ratio for key, ratio in ratios.items() if key in ratios_of(case)}
 
 
-UNCOUPLED = ("q_a_proj", "kv_a_proj_with_mqa", "shared_expert_gate", "router")  # linear layers of no coupling
+UNCOUPLED = ("q_a_proj", "kv_a_proj_with_mqa", "shared_expert_gate", "router", ".mlp.gate")  # linear layers of no coupling
 
 
 def block_weights(model: PreTrainedModel) -> set[str]:
@@ -295,7 +295,7 @@ def block_weights(model: PreTrainedModel) -> set[str]:
     stacks = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     layers = {f"{stack}.{name}": module for stack in stacks for name, module in stacks[stack].named_modules()}
     linear = {name for name, module in layers.items() if isinstance(module, (nn.Linear, Conv1D))}
-    coupled = {name for name in linear if name.rpartition(".")[2] not in UNCOUPLED}
+    coupled = {name for name in linear if not name.endswith(UNCOUPLED)}
     return coupled | {name for name, param in model.named_parameters() if param.dim() == 3 and "experts" in name}
 
 
