@@ -25,7 +25,16 @@ inline Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<
   return call("aten::linear", "", x, weight, bias);
 }
 
+// The same values in the same memory, in a tensor that autograd does not take for a view.
+inline Tensor not_a_view(const Tensor& t) { return call("aten::_unsafe_view", "", t, t.sizes()); }
+
 inline Tensor matmul(const Tensor& a, const Tensor& b) { return call("aten::matmul", "", a, b); }
+
+// Products of groups of rows of x with the matrices of w, in one kernel. Group g ends before row offsets[g].
+inline Tensor grouped_mm(const Tensor& x, const Tensor& w, const Tensor& offsets) {
+  return call("aten::_grouped_mm", "", x, w, std::optional<Tensor>(offsets), std::optional<Tensor>(),
+              std::optional<ScalarType>());
+}
 
 inline Tensor mul(const Tensor& a, const Tensor& b) { return call("aten::mul", "Tensor", a, b); }
 
@@ -53,6 +62,15 @@ inline Tensor in_dtype(const Tensor& t, ScalarType dtype) {
 
 inline Tensor dense_copy(const Tensor& t, ScalarType dtype) {
   Tensor copy = torch::stable::new_empty(t, t.sizes(), dtype);
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+// A copy in host memory. For a tensor on a GPU this waits for it.
+inline Tensor on_cpu(const Tensor& t) {
+  if (t.is_cpu()) return dense(t);
+  Tensor copy = torch::stable::new_empty(t, t.sizes(), std::nullopt, std::nullopt,
+                                         torch::stable::Device(torch::headeronly::DeviceType::CPU));
   torch::stable::copy_(copy, t);
   return copy;
 }

@@ -1,4 +1,5 @@
-// The body of sliced_linear, indexed_linear and their input gradients, shared by all devices.
+// The body of sliced_linear, indexed_linear and their input gradients, shared by all devices. grouped_linear.h uses it
+// too.
 //
 // To the caller the ops are functions. Inside, base + delta is written into the weight's own memory for the time of one
 // matrix product, and the base is then copied back, bit for bit. A forward is therefore one dense product, only the
@@ -51,15 +52,24 @@ inline void check_bias(const LinearArgs& a, const std::optional<Tensor>& bias) {
   check_same_device(*bias, a.weight, a.op, "bias");
 }
 
+// A weight is a matrix, or several matrices [matrices, O, I].
+inline void set_strides(Units* units, const Tensor& weight) {
+  const bool several = weight.dim() == 3;
+  units->outer_stride = weight.stride(several);
+  units->inner_stride = weight.stride(several + 1);
+  units->matrix_stride = several ? weight.stride(0) : 0;
+}
+
 // The units of `weight` that a delta changes. The caller sets start or index.
 inline Units units_of(const Tensor& weight, const Tensor& delta, int64_t dim) {
   Units units{};
+  const bool several = weight.dim() == 3;
   units.rows = dim == 0;
-  units.limit = weight.size(dim);
+  units.per_matrix = several ? weight.size(1 + dim) : 0;
+  units.limit = several ? weight.size(0) * units.per_matrix : weight.size(dim);
   units.outer = delta.size(0);
   units.inner = delta.size(1);
-  units.outer_stride = weight.stride(0);
-  units.inner_stride = weight.stride(1);
+  set_strides(&units, weight);
   return units;
 }
 
@@ -140,8 +150,7 @@ class EffectiveWeight {
     target.weight = tensor_.mutable_data_ptr();
     target.dense = effective.mutable_data_ptr();
     Units units = units_;
-    units.outer_stride = tensor_.stride(0);
-    units.inner_stride = tensor_.stride(1);
+    set_strides(&units, tensor_);
     device_.restore(units, target);
   }
 
@@ -172,7 +181,9 @@ Tensor multiply(const LinearArgs& a, const Units& units, const Tensor& x, const 
   EffectiveWeight<Device> effective(a, units, x.scalar_type());
   Tensor y = aten::linear(aten::dense(x), effective.tensor(), cast_bias);
   effective.restore();
-  return y;
+  // With a bias, linear() returns a view of its matrix product. A model may change the output in place (OLMo's
+  // clip_qkv), and autograd refuses that for a view that an op of ours returns.
+  return bias && x.dim() > 2 ? aten::not_a_view(y) : y;
 }
 
 template <class Device>

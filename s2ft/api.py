@@ -16,7 +16,8 @@ from s2ft.attached.record import Attachment, attachment_of, check_unattached, fi
 from s2ft.attached.report import Report
 from s2ft.config import S2FTConfig
 from s2ft.model.coupling import Coupling
-from s2ft.model.registry import couplings_of
+from s2ft.model.registry import Found, find_couplings
+from s2ft.model.towers import couplings_in_towers
 from s2ft.model.verify import Trial
 from s2ft.ops._build import warn_without_cuda_kernels
 from s2ft.selection import Selection, select as select_units
@@ -44,18 +45,19 @@ def attach(
     can have one trainable adapter.
 
     Args:
-        model: Model of a known family, or any model with `couplings`, without a trainable adapter. Its weights are
-            floating-point, or for layout `indexed` quantized by bitsandbytes or torchao.
+        model: Any model of transformers, or any model with `couplings` or an `example`, without a trainable adapter.
+            Its weights are floating-point, or for layout `indexed` quantized by bitsandbytes or torchao.
         config: What to train.
         name: Name of the new adapter.
         calibration: Batches for selections that need data, see :func:`select`.
-        couplings: Couplings of a model of no known family. Their layers are nn.Linear, Conv1D of transformers,
+        couplings: Couplings of a model of no known family; default: those that s2ft finds by trials on a small copy of
+            it, see `s2ft couplings`. Their layers are nn.Linear, Conv1D of transformers,
             nn.Conv1d to nn.Conv3d with one group, or expert stacks; each layer is in one coupling. The adapter stores
             them, so that loading needs none.
         verify: Whether to try the couplings out: reorder the units of each one that can move, run the model in
             evaluation mode, and run it attached. Default: True if `couplings` or `example` are given.
-        example: Input for `verify`: a tensor, a tuple of arguments, or a dict of them. Default: made from the config
-            of a transformers model.
+        example: Input for `verify`, and for the search for couplings: a tensor, a tuple of arguments, or a dict of
+            them. Default: made from the config of a transformers model.
 
     Returns:
         A report of what is trained. It prints as a table.
@@ -78,39 +80,42 @@ def attach(
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
     if verify not in (None, True, False):
         raise TypeError(f"verify must be True, False or None, got {verify!r}")
-    record = _record_for(model, couplings, name)
+    record = _record_for(model, config, couplings, name, example)
     if any(parameter.is_cuda for parameter in model.parameters()):
         warn_without_cuda_kernels()
     names_of_modules(model, record.couplings, config.modules_to_save)  # checked before calibration, which takes time
     verify = couplings is not None or example is not None if verify is None else verify
     with adapters_off(model, record):
-        selection = select_units(record.couplings, config, model, calibration)
-        trial = _try_out(model, record, example) if verify else None
+        couplings = couplings_in_towers(model, record.couplings, config)
+        selection = select_units(couplings, config, model, calibration)
+        trial = _try_out(model, couplings, record, example) if verify else None
         mount(model, record, config, selection, name)
         if trial is not None:
             trial.check_unchanged()
     return Report.of(model)
 
 
-def _record_for(model: nn.Module, couplings: Sequence[Coupling] | None, name: str) -> Attachment:
+def _record_for(
+    model: nn.Module, config: S2FTConfig, couplings: Sequence[Coupling] | None, name: str, example: Any
+) -> Attachment:
     """Return the record of a model that has loaded adapters only, or a new one."""
     record = find_attachment(model)
     if record is not None and record.name is not None:
         check_unattached(model)
     check_new_name(record, name)
     if record is None:
-        return new_attachment(model, couplings, HOST_HOOKS)
+        return new_attachment(model, couplings, HOST_HOOKS, example, config.modules_to_save)
     if couplings is not None and list(couplings) != record.couplings:
         raise ValueError("couplings differ from those of the loaded adapters: leave the argument out")
     return record
 
 
-def _try_out(model: nn.Module, record: Attachment, example: Any) -> Trial:
+def _try_out(model: nn.Module, couplings: list[Coupling], record: Attachment, example: Any) -> Trial:
     """Reorder the units of each coupling that can move, run the model, and put them back."""
-    trial = Trial(model, record.couplings, record.moves, example)
+    trial = Trial(model, couplings, record.moves, example, reach_all=not record.weights)
     groups: dict[tuple, list[Coupling]] = {}  # the experts of a layer are tried out together
-    for coupling in movable_couplings(model, record.couplings):
-        one = coupling.consumer.name if coupling.consumer.expert is None else coupling.consumer.path
+    for coupling in movable_couplings(model, couplings):
+        one = coupling.main.name if coupling.expert is None else coupling.main.path
         groups.setdefault((coupling.layer, one), []).append(coupling)
     for group in groups.values():
         trial.check(group)
@@ -124,6 +129,7 @@ def select(
     calibration: Iterable[Any] | None = None,
     *,
     couplings: Sequence[Coupling] | None = None,
+    example: Any = None,
 ) -> Selection:
     """Return the units that :func:`attach` would train. The model does not change.
 
@@ -137,6 +143,7 @@ def select(
             arguments. Labels are used for the gradient only: causal models use the tokens if there are none, and all
             other models need them.
         couplings: As for :func:`attach`.
+        example: As for :func:`attach`. Nothing but the search for couplings uses it.
 
     Returns:
         The selection. It prints as a table, and has `save` and `load`.
@@ -151,7 +158,7 @@ def select(
         >>> selection["model.layers.0.mlp.down_proj"].shape
         torch.Size([13])
     """
-    return _chosen(model, config, calibration, couplings)[1]
+    return _chosen(model, config, calibration, couplings, example)[1]
 
 
 @of_compiled
@@ -161,6 +168,7 @@ def plan(
     calibration: Iterable[Any] | None = None,
     *,
     couplings: Sequence[Coupling] | None = None,
+    example: Any = None,
 ) -> Report:
     """Return the report that :func:`attach` would return. The model does not change.
 
@@ -171,6 +179,7 @@ def plan(
         config: What to train.
         calibration: As for :func:`select`.
         couplings: As for :func:`attach`.
+        example: As for :func:`attach`. Nothing but the search for couplings uses it.
 
     Returns:
         The report. It prints as a table.
@@ -183,20 +192,25 @@ def plan(
         >>> s2ft.plan(model, s2ft.S2FTConfig(d_ratio=0.1)).trainable
         1664
     """
-    found, selection = _chosen(model, config, calibration, couplings)
-    return Report.planned(model, found, config, selection)
+    found, selection = _chosen(model, config, calibration, couplings, example)
+    return Report.planned(model, found.couplings, config, selection, found.is_custom, found.weights)
 
 
 def _chosen(
-    model: nn.Module, config: S2FTConfig, calibration: Iterable[Any] | None, couplings: Sequence[Coupling] | None
-) -> tuple[list[Coupling], Selection]:
+    model: nn.Module,
+    config: S2FTConfig,
+    calibration: Iterable[Any] | None,
+    couplings: Sequence[Coupling] | None,
+    example: Any,
+) -> tuple[Found, Selection]:
     """Return the couplings of a model without adapters, and the units that the config selects."""
     if not isinstance(config, S2FTConfig):
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
     check_unattached(model)
-    found = couplings_of(model, couplings)
-    names_of_modules(model, found, config.modules_to_save)  # raises for unknown modules
-    return found, select_units(found, config, model, calibration)
+    found = find_couplings(model, couplings, example, config.modules_to_save)
+    names_of_modules(model, found.couplings, config.modules_to_save)  # raises for unknown modules
+    trained = couplings_in_towers(model, found.couplings, config)
+    return found, select_units(trained, config, model, calibration)
 
 
 # ---- detach, merge, fuse ---------------------------------------------------------------------------

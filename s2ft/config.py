@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-PROJECTIONS = ("q", "k", "v", "o", "u", "g", "d")  # as in s2ft.model.coupling, which imports PyTorch
+PROJECTIONS = ("q", "k", "v", "o", "u", "g", "d", "l")  # as in s2ft.model.coupling, which imports PyTorch
+TOWERS = ("language", "vision", "audio", "projector")  # the parts of a model that takes images or sound besides text
 METRICS = {  # a metric is a row here and a file s2ft/selection/<name>.py
     "random": "at random",
     "weight": "by weight norm",
@@ -34,10 +35,12 @@ CHOOSING = (
     "order",
     "allocation",
     "layers",
+    "towers",
     "budget",
     "match_lora_rank",
     "exclude",
 )  # options that choose units, which have no use if the units are given
+LATER = ("l_ratio", "towers", "modules_to_save")  # fields that adapter files have only if they are set
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
@@ -106,6 +109,7 @@ class S2FTConfig:
         u_ratio: Share of the FFN channels of up_proj.
         g_ratio: Share of the FFN channels of gate_proj.
         d_ratio: Share of the FFN channels of down_proj.
+        l_ratio: Share of the inputs or outputs of linear layers that are in no coupling of several layers.
         selection: How units are chosen: `random`, or by the norm of `weight`, `activation`, their `product`, or
             `gradient` (S²FT paper, section 3.1). The last three need calibration data.
         order: Which end of the ranking is chosen: `largest` or `smallest`.
@@ -120,6 +124,8 @@ class S2FTConfig:
             leaves them in place.
         seed: Seed of the random selection, and of the command line's choice of calibration rows.
         layers: Numbers of the layers to train. Default: all.
+        towers: Parts of a model of images or sound and text to train: `language`, `vision`, `audio`, `projector`.
+            Default: the language model if there is one, and everything in all other models.
         delta_dtype: Dtype of the slices. Default: the weight's, but at least float32.
         modules_to_save: Modules to train in full and to save with the slices, such as a new head: their paths, or the
             last parts of their paths.
@@ -141,6 +147,7 @@ class S2FTConfig:
     u_ratio: float = _ratio("FFN channels of up_proj")
     g_ratio: float = _ratio("FFN channels of gate_proj")
     d_ratio: float = _ratio("FFN channels of down_proj")
+    l_ratio: float = _ratio("the inputs or outputs of linear layers that are in no coupling of several layers")
     selection: str = field(
         default="random",
         metadata={"help": "how units are chosen: " + _listed(METRICS), "choices": CHOICES["selection"]},
@@ -194,6 +201,14 @@ class S2FTConfig:
         default=0, metadata={"help": "seed of the random selection and of the choice of calibration rows"}
     )
     layers: list[int] | None = field(default=None, metadata={"help": "layers to train", "shown": "all layers"})
+    towers: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "parts of a model to train: " + ", ".join(TOWERS),
+            "shown": "the language model if the model has one besides other parts, else everything",
+            "choices": TOWERS,
+        },
+    )
     delta_dtype: str | None = field(
         default=None,
         metadata={
@@ -231,6 +246,8 @@ class S2FTConfig:
             raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
         if self.layers is not None:
             self._check_layers()
+        if self.towers is not None:
+            self._check_towers()
         if self.modules_to_save is not None:
             self.modules_to_save = _names("modules_to_save", self.modules_to_save)
         if self.budget is not None:
@@ -271,9 +288,15 @@ class S2FTConfig:
         if len(set(self.layers)) != len(self.layers):
             raise ValueError(f"layers names a layer twice: {self.layers!r}")
 
+    def _check_towers(self) -> None:
+        wanted = [] if isinstance(self.towers, (str, bytes)) else list(self.towers)
+        if not wanted or any(tower not in TOWERS for tower in wanted) or len(set(wanted)) < len(wanted):
+            raise ValueError(f"towers must be a list of different names of {', '.join(TOWERS)}, got {self.towers!r}")
+        self.towers = wanted
+
     @property
     def ratios(self) -> dict[str, float]:
-        """Ratios above 0, by the projection's key: q, k, v, o, u, g or d."""
+        """Ratios above 0, by the projection's key: q, k, v, o, u, g, d or l."""
         return {key: value for key in PROJECTIONS if (value := getattr(self, f"{key}_ratio")) > 0}
 
     def delta_dtype_for(self, weight_dtype: "torch.dtype") -> "torch.dtype":
@@ -296,6 +319,7 @@ class S2FTConfig:
         """Return the configuration for JSON.
 
         Returns:
-            The fields as JSON values. `modules_to_save` is left out if it is None, as in older files.
+            The fields as JSON values. `l_ratio`, `towers` and `modules_to_save` are left out if they have no effect, as
+            in older files.
         """
-        return {name: value for name, value in asdict(self).items() if name != "modules_to_save" or value is not None}
+        return {name: value for name, value in asdict(self).items() if name not in LATER or value}

@@ -15,6 +15,7 @@ PRINTED = {
     "many_adapters.py": ["sea: loss", "city: loss", "one batch gives the same tokens: True"],
     "serve_and_query.py": ["models: base, polite", "base: ", "polite: "],
     "dpo_with_trl.py": ["loss: 0.693 before", "pairs in which the chosen answer gains: "],
+    "images_with_trl.py": ["mlp.down_proj", "loss: ", "the same after reloading: True"],
     "own_model.py": ["up", "down", "loss: ", "merged: Linear"],
     "export_and_reload.py": ["LoRA in PEFT: ", "merged: "],
 }

@@ -4,65 +4,61 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
-from support.models import ALL_RATIOS, inputs_of, model_of, output_of, ratios_for, train
+from support.aliases import alias_of
+from support.models import ALL_RATIOS, SHAPE, inputs_of, model_of, output_of, randomized, ratios_for, train
 from support.tolerances import relative_difference
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import s2ft
-from s2ft import S2FTConfig
+from s2ft import Coupling, S2FTConfig
 from s2ft.attached.record import attachment_of
 from s2ft.layers import S2ColumnExperts, S2RowExperts
+from s2ft.layers.experts import experts_forward, project
 
 KINDS = {0: S2ColumnExperts, 1: S2RowExperts}
 INDEX = {0: torch.tensor([3, 1]), 2: torch.tensor([0, 4, 2])}  # expert 1 has no units
 
 
-def expert_layer(dim, dtype=torch.float32):
+OFFSETS = torch.tensor([3, 3, 7], dtype=torch.int32)  # expert 1 has no tokens either
+
+
+def expert_layer(dim, dtype=torch.float32, transposed=False):
     torch.manual_seed(0)
-    layer = KINDS[dim](nn.Parameter(torch.randn(3, 6, 5).to(dtype)), INDEX, torch.float32)
+    shape = (3, 5, 6) if transposed else (3, 6, 5)
+    layer = KINDS[dim](nn.Parameter(torch.randn(shape).to(dtype)), INDEX, torch.float32, transposed)
     nn.init.normal_(layer.s2)
     return layer
 
 
 def effective(layer, dim):
+    """The weights with the slices added, as they are stored."""
     weight = layer.weight.detach().clone()
+    matrices = weight.transpose(1, 2) if layer.transposed else weight
     parts = iter(layer.s2.detach().unbind(dim))
     for expert, units in INDEX.items():
         for unit in units.tolist():
-            weight[expert].select(dim, unit).copy_(weight[expert].select(dim, unit) + next(parts))
+            matrices[expert].select(dim, unit).copy_(matrices[expert].select(dim, unit) + next(parts))
     return weight
 
 
+@pytest.mark.parametrize("transposed", (False, True))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("dim", (0, 1))
-def test_expert_layers_compute_with_the_effective_weight(dim, dtype):
-    layer = expert_layer(dim, dtype)
+def test_expert_layers_compute_with_the_effective_weight(dim, dtype, transposed):
+    layer = expert_layer(dim, dtype, transposed)
     x, expected = torch.randn(7, 5).to(dtype), effective(layer, dim)
     before = layer.weight.clone()
-    for expert in range(3):
-        assert torch.equal(layer(x, expert), F.linear(x, expected[expert]))
+    assert torch.equal(layer(x, OFFSETS), project(expected, x, OFFSETS, transposed))
     assert torch.equal(layer.weight, before)
     layer.eval()
     layer.fuse()
-    assert torch.equal(layer.weight, expected) and torch.equal(layer(x, 2), F.linear(x, expected[2]))
+    assert torch.equal(layer.weight, expected)
+    assert torch.equal(layer(x, OFFSETS), project(expected, x, OFFSETS, transposed))
     layer.unfuse()
     assert torch.equal(layer.weight, before)
     layer.enabled = False
-    assert torch.equal(layer(x, 0), F.linear(x, before[0]))
-
-
-@pytest.mark.parametrize("dim", (0, 1))
-def test_gradients_of_an_expert_layer(dim):
-    layer = expert_layer(dim)
-    full = effective(layer, dim).requires_grad_()
-    inputs = [torch.randn(4, 5) for _ in range(3)]
-    layer.begin()
-    sum(layer(x, expert).square().sum() for expert, x in enumerate(inputs)).backward()
-    layer.end()
-    sum(F.linear(x, full[expert]).square().sum() for expert, x in enumerate(inputs)).backward()
-    expected = torch.cat([full.grad[expert].index_select(dim, units) for expert, units in INDEX.items()], dim)
-    assert relative_difference(layer.s2.grad, expected) <= 1e-6
+    assert torch.equal(layer(x, OFFSETS), project(before, x, OFFSETS, transposed))
 
 
 @pytest.mark.parametrize("fused", (False, True))
@@ -72,10 +68,19 @@ def test_the_state_of_an_expert_layer_loads(fused):
     if fused:
         layer.fuse()
     other.load_state_dict(layer.state_dict())
-    x = torch.randn(3, 5)
-    assert other.fused == fused and torch.equal(other(x, 0), layer(x, 0))
+    x = torch.randn(7, 5)
+    assert other.fused == fused and torch.equal(other(x, OFFSETS), layer(x, OFFSETS))
     layer.unfuse(), other.unfuse()
-    assert torch.equal(other.weight, layer.weight) and torch.equal(other(x, 2), layer(x, 2))
+    assert torch.equal(other.weight, layer.weight) and torch.equal(other(x, OFFSETS), layer(x, OFFSETS))
+
+
+def test_units_of_a_loaded_state_are_used():
+    """The op's numbers of the units follow the index of the state."""
+    layer, other = expert_layer(0), expert_layer(0)
+    other.index.copy_(torch.tensor([0, 5, 1, 3, 2]))
+    layer.load_state_dict(other.state_dict())
+    x = torch.randn(7, 5)
+    assert torch.equal(layer(x, OFFSETS), other(x, OFFSETS))
 
 
 @pytest.mark.parametrize("layout", ("permuted", "indexed"))
@@ -105,6 +110,71 @@ def test_an_expert_without_tokens():
     first, second, third = experts.down_proj.s2.grad.split(experts.down_proj.counts, 1)
     assert first.abs().sum() > 0 and second.abs().sum() > 0 and torch.equal(third, torch.zeros_like(third))
     assert experts(torch.randn(0, 24), torch.empty(0, 2, dtype=torch.int64), torch.rand(0, 2)).shape == (0, 24)
+
+
+def test_tokens_of_experts_of_other_devices_add_nothing():
+    """With expert parallelism, such experts have the numbers after those of this device."""
+    model = model_of("mixtral")
+    s2ft.attach(model, S2FTConfig(d_ratio=0.25, u_ratio=0.25))
+    experts = model.model.layers[0].mlp.experts
+    for layer in (experts.gate_up_proj, experts.down_proj):
+        nn.init.normal_(layer.s2, std=0.1)
+    x, weights = torch.randn(5, 24), torch.rand(5, 2)
+    chosen = torch.tensor([[0, 3], [3, 3], [2, 1], [3, 0], [1, 0]])  # there are 3 experts here
+    grads = []
+    for masked in (False, True):
+        experts._is_expert_parallel = masked
+        given = x.clone().requires_grad_()
+        if masked:
+            y = experts(given, chosen, weights)
+        else:  # the same with expert 0 at weight 0
+            y = experts(given, chosen.masked_fill(chosen == 3, 0), weights.masked_fill(chosen == 3, 0.0))
+        y.square().sum().backward()
+        grads.append((y.detach(), given.grad, experts.down_proj.s2.grad, experts.gate_up_proj.s2.grad))
+        model.zero_grad()
+    for ours, theirs in zip(*grads):
+        assert relative_difference(ours, theirs) <= 1e-5
+
+
+def test_experts_forward_equals_that_of_transformers():
+    """Outputs are those of transformers' grouped_mm, bit for bit, also with effective weights after a merge."""
+    model = model_of("qwen3-moe")
+    model.set_experts_implementation("grouped_mm")
+    experts = model.model.layers[0].mlp.experts
+    x, chosen, weights = torch.randn(9, 24), torch.randint(4, (9, 2)), torch.rand(9, 2)
+    assert torch.equal(experts_forward(experts, x, chosen, weights), experts(x, chosen, weights))
+    s2ft.attach(model, S2FTConfig(d_ratio=0.25, u_ratio=0.25, layout="indexed", ffn_kernel=False))
+    train(model, 2)
+    trained = experts(x, chosen, weights)
+    s2ft.merge(model)
+    assert torch.equal(trained, experts(x, chosen, weights))
+
+
+@pytest.mark.parametrize("act", ("silu", "gelu", "gelu_new"))
+def test_the_kernel_between_the_products(act):
+    """act_mul is used if the module computes act(gate) * up by an activation that it has, and gives the same."""
+    from transformers import MixtralConfig
+
+    config = MixtralConfig(**{**SHAPE, "intermediate_size": 56, "hidden_act": act}, num_key_value_heads=4)
+    model = randomized(AutoModelForCausalLM, config)
+    s2ft.attach(model, S2FTConfig(d_ratio=0.25))
+    experts = model.model.layers[0].mlp.experts
+    assert experts.forward.keywords == ({} if act == "gelu_new" else {"activation": act})
+    x, chosen, weights = torch.randn(9, 24), torch.randint(8, (9, 2)), torch.rand(9, 2)
+    assert relative_difference(experts(x, chosen, weights), experts_forward(experts, x, chosen, weights)) <= 1e-5
+
+
+def test_the_host_reads_no_result_of_the_routing():
+    """On a GPU it would wait for it. Fake tensors raise if a value is read."""
+    from torch._subclasses import FakeTensorMode
+
+    model = model_of("qwen3-moe")
+    s2ft.attach(model, S2FTConfig(d_ratio=0.3, u_ratio=0.2))
+    experts = model.model.layers[0].mlp.experts
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        y = experts(torch.randn(9, 24), torch.randint(4, (9, 2)), torch.rand(9, 2))
+        y.sum().backward()
+    assert y.shape == (9, 24)
 
 
 def test_the_gradient_passes_the_router():
@@ -188,6 +258,53 @@ def test_experts_whose_activation_is_not_known_are_refused(layout, monkeypatch):
         s2ft.attach(model, S2FTConfig(d_ratio=0.2, layout=layout))
     assert s2ft.status(model).adapters == [] and all(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(value, base.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+LAYOUTS = {
+    "biases stay": {"bias": None},
+    "gate and up in two halves": {"interleaved": False},
+    "not transposed": {"transposed": False},
+}
+
+
+@pytest.mark.parametrize("wrong", LAYOUTS)
+def test_a_wrong_layout_of_experts_is_found(wrong):
+    """The experts of GPT-OSS are transposed, with gate and up in turn, and with biases."""
+    model = alias_of("gpt_oss", hidden_size=32, intermediate_size=16, num_local_experts=2)
+    block = "model.layers.0.mlp.experts"
+    right = dict(
+        gate_up=f"{block}.gate_up_proj",
+        down=f"{block}.down_proj",
+        channels=16,
+        experts=2,
+        transposed=True,
+        interleaved=True,
+        bias=f"{block}.gate_up_proj_bias",
+    )
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="is not a coupling of this model|expected a weight with"):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.2), couplings=Coupling.experts(0, **{**right, **LAYOUTS[wrong]}))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    s2ft.attach(model, S2FTConfig(d_ratio=0.2), couplings=Coupling.experts(0, **right))
+
+
+@pytest.mark.parametrize("model_type", ("gpt_oss", "llama4_text", "nemotron_h"))
+def test_merged_experts_of_every_layout_load_in_transformers(model_type, tmp_path):
+    model = alias_of(model_type)
+    ratios = dict(d_ratio=0.2, u_ratio=0.2, o_ratio=0.5)
+    s2ft.attach(model, S2FTConfig(**ratios))
+    train(model, 1)
+    merged = s2ft.merge(copy.deepcopy(model))
+    s2ft.save_merged(model, tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert all(torch.equal(value, merged.state_dict()[key]) for key, value in again.state_dict().items())
+    assert torch.equal(output_of(again), output_of(merged))
+    assert relative_difference(output_of(again), output_of(model)) <= 1e-5
+
+
+def test_experts_need_one_of_gate_up_and_up():
+    with pytest.raises(TypeError, match="gate_up or up"):
+        Coupling.experts(0, down="down", channels=4, experts=2)
 
 
 WRONG = {

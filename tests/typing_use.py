@@ -37,7 +37,8 @@ def one_adapter(model: nn.Module, input_ids: Tensor, folder: Path) -> nn.Module:
 
 @s2ft.register_architecture("my_model")
 def couplings(model: nn.Module) -> list[s2ft.Coupling]:
-    return [s2ft.Coupling.ffn(0, up="up", down="down", channels=32)]
+    alone = s2ft.Coupling.one_sided(0, path="head", count=8, side="outputs")
+    return [s2ft.Coupling.ffn(0, up="up", down="down", channels=32), alone]
 
 
 def many_adapters(model: nn.Module, folder: Path) -> None:

@@ -25,7 +25,7 @@ std::vector<Run> runs_of(const Units& u) {
   if (!u.index) return {{0, units}};
   std::vector<Run> runs;
   for (int64_t k = 0; k < units; ++k)
-    if (k > 0 && u.index[k] == u.index[k - 1] + 1)
+    if (k > 0 && u.index[k] == u.index[k - 1] + 1 && !(u.per_matrix && u.index[k] % u.per_matrix == 0))
       ++runs.back().length;
     else
       runs.push_back({k, 1});

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "../act_mul.h"
+#include "../grouped_linear.h"
 #include "../linear.h"
 #include "../multi_adapter_linear.h"
 #include "../permute.h"
@@ -92,6 +93,8 @@ void add_kernels(StableLibrary& library) {
   library.impl("sliced_linear_grad_x", TORCH_BOX(&sliced_linear_grad_x<Cuda>));
   library.impl("indexed_linear", TORCH_BOX(&indexed_linear<Cuda>));
   library.impl("indexed_linear_grad_x", TORCH_BOX(&indexed_linear_grad_x<Cuda>));
+  library.impl("grouped_linear", TORCH_BOX(&grouped_linear<Cuda>));
+  library.impl("grouped_linear_grad_x", TORCH_BOX(&grouped_linear_grad_x<Cuda>));
   library.impl("act_mul", TORCH_BOX(&act_mul<Cuda>));
   library.impl("act_mul_backward", TORCH_BOX(&act_mul_backward<Cuda>));
   library.impl("multi_adapter_linear", TORCH_BOX(&multi_adapter_linear<Cuda>));

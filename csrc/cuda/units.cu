@@ -1,4 +1,5 @@
-// Kernels over the units of a weight, which sliced_linear and indexed_linear run before and after their product.
+// Kernels over the units of a weight, which sliced_linear, indexed_linear and grouped_linear run before and after their
+// product.
 //
 // One work item is one element of the set of units, or Width neighbours if the weight and the dense buffers hold them
 // side by side and aligned to 16 bytes. Items are numbered in the order of the dense buffer. Its accesses are therefore
@@ -58,7 +59,7 @@ bool wide(const Units& units, const UnitsData& data, int64_t element_size, int64
   if (!units.rows && (units.index || units.start < 0 || units.start + units.inner > units.limit)) return false;
   const int64_t first = units.rows ? 0 : units.start;
   return aligned16(data.weight) && aligned16(data.dense) && aligned16(data.delta) && aligned16(first * element_size) &&
-         aligned16(units.outer_stride * element_size);
+         aligned16(units.outer_stride * element_size) && aligned16(units.matrix_stride * element_size);
 }
 
 template <class W, class D>

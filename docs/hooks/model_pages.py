@@ -15,11 +15,14 @@ table is made from the {cases} small models that the tests run; a new family is 
 - *Tests*: models of the types with *all* run in all tests. A type with *declaration* has the same modules as another
   type of its family. `tests/test_model_types.py` checks that the couplings are right for it: attach keeps the output,
   every layer of a block trains, merge keeps the trained output, and detach restores the weights.
-- *Projections*: q, k, v and o are trained by attention heads; u (up), g (gate) and d (down) by FFN channels.
+- *Projections*: q, k, v and o are trained by attention heads; u (up), g (gate) and d (down) by FFN channels; l are
+  other linear layers, by single inputs or outputs. Linear attention, state spaces and convolutions in place of
+  attention have the letters of attention. A gate of an attention's output belongs to q.
 - *move*: the layout `permuted` brings the selected units together, so that they are one slice of the weight.
   *stay*: the units are trained at their places, through an index, with either layout. Heads stay if several query
   heads share a key/value head (*grouped queries*), or if another module numbers them (*numbered*): a table of position
-  biases, or norms for single heads. The results are the same.
+  biases, or norms for single heads. A layer that shares its units with no other one (*one-sided*) stays too. The
+  results are the same.
 - *LoRA*: `s2ft export --format lora` writes adapters that PEFT and vLLM load. Every model can be merged into a plain
   checkpoint.
 - *GGUF*: `s2ft export --format gguf` writes the merged model for llama.cpp. For other families, merge first and use
@@ -27,7 +30,8 @@ table is made from the {cases} small models that the tests run; a new family is 
 - Bases that are quantized by bitsandbytes or torchao are tested with `llama`. Other families use the same layers;
   weights of experts that are stacked in one parameter are not quantized by these libraries.
 
-A model that is not here can be trained too: describe it with [couplings](reference/couplings.md).
+A model that is not here can be trained too: [All model types](model-types.md) shows what s2ft finds in other models of
+transformers. Describe your own with [couplings](reference/couplings.md), or let s2ft find them.
 
 | model type | family | tests | tested configurations | projections | channels | heads | LoRA | GGUF |
 |---|---|---|---|---|---|---|---|---|
@@ -97,8 +101,8 @@ def row(model_type: str, cases: dict[str, list], tests: str) -> str:
         FAMILIES[model_type].__module__.rpartition(".")[2],
         tests,
         ", ".join(variant(case, base) for case in cases),
-        " ".join(key for key in "qkvougd" if key in keys),
-        places(cases, "ugd"),
+        " ".join(key for key in "qkvougdl" if key in keys),
+        places(cases, "ugdl"),
         places(cases, "qkvo"),
         "not for experts" if experts else "yes",
         "yes" if model_type in ARCHITECTURES else "",
@@ -113,7 +117,7 @@ def variant(case: str, base: str) -> str:
 
 def places(cases: dict[str, list], keys: str) -> str:
     """Whether the units of projections move or stay, and when."""
-    found = {place(coupling) for couplings in cases.values() for coupling in couplings if coupling.consumer.key in keys}
+    found = {place(coupling) for couplings in cases.values() for coupling in couplings if coupling.main.key in keys}
     return ", ".join(sorted(found))
 
 
@@ -121,4 +125,6 @@ def place(coupling) -> str:
     """Whether the units of a coupling move or stay."""
     if coupling.movable:
         return "move"
+    if coupling.consumer is None or not coupling.producers:
+        return "stay (one-sided)"
     return "stay (numbered)" if coupling.fixed else "stay (grouped queries)"

@@ -1,7 +1,7 @@
 """Hook of mkdocs: adds the pages that are made from the code, and fails if a public name is not documented.
 
-The pages are reference/*.md, cli.md, supported-models.md, changelog.md and, from CONTRIBUTING.md, contributing.md. They
-are never written to the repository.
+The pages are reference/*.md, cli.md, supported-models.md, model-types.md, changelog.md and, from
+CONTRIBUTING.md, contributing.md. They are never written to the repository.
 """
 
 import logging
@@ -14,6 +14,7 @@ from typing import Any
 import command_pages
 import model_pages
 import public_api
+import type_pages
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
@@ -60,6 +61,7 @@ def generated(repository: str) -> dict[str, str]:
     pages["reference/index.md"] = index()
     pages["cli.md"] = command_pages.page()
     pages["supported-models.md"] = model_pages.page()
+    pages["model-types.md"] = type_pages.page()
     pages["changelog.md"] = relinked("CHANGELOG.md", repository)
     if (ROOT / "CONTRIBUTING.md").is_file():
         pages["contributing.md"] = relinked("CONTRIBUTING.md", repository)

@@ -58,8 +58,8 @@ GROUPS = (
           _of("s2ft", "S2RowLinear S2ColumnLinear")),
     Group("ops", "Operators", "The operators of `s2ft.ops`. Each runs in PyTorch, and in a compiled kernel if there is "
           "one for the device.",
-          _of("s2ft.ops", "sliced_linear indexed_linear indexed_conv multi_adapter_linear pack_adapters act_mul "
-              "effective_units permute_ swap_ scatter_add_") + _of("s2ft", "build_info")),
+          _of("s2ft.ops", "sliced_linear indexed_linear grouped_linear indexed_conv multi_adapter_linear pack_adapters "
+              "act_mul effective_units permute_ swap_ scatter_add_") + _of("s2ft", "build_info")),
     Group("estimation", "Estimation", "Find out how much memory a training run takes before it starts.",
           _of("s2ft", "estimate Estimate")),
     Group("peft", "PEFT", "S²FT as a method of PEFT. `import s2ft.peft` registers it.",

@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from s2ft.attached.record import Attachment
-from s2ft.layers import experts_forward
+from s2ft.layers import act_mul_of, forward_of
 from s2ft.model.coupling import Coupling
 from s2ft.ops import act_mul
 
@@ -24,25 +24,36 @@ def gated_forward(block: nn.Module, x: Tensor, activation: str) -> Tensor:
 def replace_forward(model: nn.Module, coupling: Coupling, record: Attachment) -> None:
     """Give the coupling's block the forward that its trainable layers need.
 
-    Experts must have :func:`experts_forward`. A gated FFN gets :func:`gated_forward`, unless someone else has replaced
-    its forward already.
+    A module of experts must have that of :func:`s2ft.layers.forward_of`. A gated FFN gets :func:`gated_forward`, unless
+    someone else has replaced its forward already.
 
     Raises:
         ValueError: Someone else has replaced the forward of experts.
     """
-    if coupling.consumer.expert is not None:
-        path, forward, options = coupling.consumer.path.rpartition(".")[0], experts_forward, {}
-    elif coupling.activation is not None and record.config.ffn_kernel:
-        path, forward, options = coupling.block, gated_forward, {"activation": coupling.activation}
-    else:
-        return
-    block = model.get_submodule(path)
-    if "forward" in block.__dict__:
-        if forward is experts_forward and path not in record.forwards:
+    for path in experts_modules(coupling):
+        block = model.get_submodule(path)
+        if "forward" not in block.__dict__:
+            activation = act_mul_of(block) if record.config.ffn_kernel else None
+            options = {} if activation is None else {"activation": activation}
+            _put(block, path, partial(forward_of(block), block, **options), record)
+        elif path not in record.forwards:
             raise ValueError(f"the forward of {path} has been replaced, and the new one can't run trainable experts")
-        return
-    record.forwards[path] = partial(forward, block, **options)
-    block.forward = record.forwards[path]
+    if coupling.activation is not None and record.config.ffn_kernel:
+        block = model.get_submodule(coupling.block)
+        if "forward" not in block.__dict__:
+            forward = partial(gated_forward, block, activation=coupling.activation)
+            _put(block, coupling.block, forward, record)
+
+
+def _put(block: nn.Module, path: str, forward: partial, record: Attachment) -> None:
+    record.forwards[path] = forward
+    block.forward = forward
+
+
+def experts_modules(coupling: Coupling) -> list[str]:
+    """The paths of the modules whose parameters are the coupling's experts; none if it is not about experts."""
+    paths = (projection.path.rpartition(".")[0] for projection in coupling.projections if projection.expert is not None)
+    return list(dict.fromkeys(paths))
 
 
 def restore_forwards(model: nn.Module, record: Attachment) -> None:

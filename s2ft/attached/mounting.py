@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from s2ft.attached import extra_weights
 from s2ft.attached.checks import check_can_move, check_gradients_pass, check_memory, check_not_sharded
-from s2ft.attached.forwards import put_forwards_back, replace_forward, restore_forwards
+from s2ft.attached.forwards import experts_modules, put_forwards_back, replace_forward, restore_forwards
 from s2ft.attached.hosts.checkpointing import close_blocks, open_blocks
 from s2ft.attached.hosts.quantizers import allow_training, restore_quantizer
 from s2ft.attached.hosts.state_dicts import add_state_hooks, remove_state_hooks
 from s2ft.attached.record import Attachment, Mount, Part, attachment_of, clear_attachment, set_attachment
 from s2ft.config import S2FTConfig
 from s2ft.distributed import check_same_as_first_rank
-from s2ft.layers import EXPERTS, S2Layer, gate_of, kind_of
+from s2ft.layers import EXPERTS, S2Layer, forward_of, kind_of
 from s2ft.model.coupling import Coupling, Projection
 from s2ft.model.fingerprint import digest
 from s2ft.model.permutation import Move, contiguous_range, coupling_order, inverse
@@ -77,8 +77,8 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
     check_gradients_pass(model)
     check_memory(model, [projection for coupling in touched for projection in coupling.projections])
     for coupling in touched:
-        if coupling.consumer.expert is not None:
-            gate_of(model.get_submodule(coupling.consumer.path.rpartition(".")[0]))
+        for module in experts_modules(coupling):
+            forward_of(model.get_submodule(module))
     extra_names = extra_weights.names_of_modules(model, record.couplings, config.modules_to_save)
     check_same_as_first_rank(
         f"adapter {name!r}", {"its selection": selection.digest, "the base": digest(record.fingerprint)}
@@ -157,9 +157,8 @@ def _mount(model: nn.Module, path: str, parts: list[Part], record: Attachment, t
     made.layer.is_tied = id(made.layer.weight) in tied
     record.mounts[path] = made
     put(model, path, made.layer)
-    if made.original is not None and not made.layer.wraps_plain:
-        # Only the layer keeps them: a second owner would keep them whole where the layer's are sharded or moved.
-        made.original.weight = made.original.bias = None
+    if made.original is not None:
+        made.layer.take_over(made.original)
 
 
 def _layer(original: nn.Module, parts: list[Part], config: S2FTConfig) -> S2Layer:
@@ -189,6 +188,7 @@ def _stack(original: nn.Parameter, parts: list[Part], config: S2FTConfig) -> S2L
         original,
         {expert: torch.cat(places) for expert, places in index.items()},
         config.delta_dtype_for(original.dtype),
+        parts[0].projection.transposed,
     )
 
 
@@ -204,7 +204,7 @@ def _order(coupling: Coupling, selection: Selection) -> Tensor:
     """Return the order of the units that moves the selected ones together, shape [units], int64."""
     producers = [selection[p.name] for p in coupling.producers if p.name in selection]
     consumer = selection[coupling.consumer.name] if coupling.consumer.name in selection else None
-    return coupling_order(coupling.consumer.count, producers, consumer)
+    return coupling_order(coupling.count, producers, consumer)
 
 
 # ---- unmounting ----------------------------------------------------------------------------------------
@@ -225,8 +225,7 @@ def unmount(model: nn.Module, record: Attachment) -> None:
         if mounted.original is None:
             put(model, path, mounted.layer.weight, mounted.position)
         else:
-            if not mounted.layer.wraps_plain:
-                mounted.original.weight, mounted.original.bias = mounted.layer.weight, mounted.layer.bias
+            mounted.layer.give_back(mounted.original)
             mounted.original.train(mounted.layer.training)
             put(model, path, mounted.original)
     for move in reversed(record.moves):
@@ -242,8 +241,8 @@ def remount(model: nn.Module, record: Attachment) -> None:
     model.requires_grad_(False)
     for path, mounted in record.mounts.items():
         put(model, path, mounted.layer)
-        if mounted.original is not None and not mounted.layer.wraps_plain:
-            mounted.original.weight = mounted.original.bias = None
+        if mounted.original is not None:
+            mounted.layer.take_over(mounted.original)
         mounted.layer.s2.requires_grad_(True)
     put_forwards_back(model, record)
     stop_packing(model, record.packing_stopped)

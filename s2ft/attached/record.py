@@ -14,7 +14,7 @@ from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.delta import Delta
 from s2ft.model.fingerprint import fingerprint
 from s2ft.model.permutation import Move
-from s2ft.model.registry import couplings_of
+from s2ft.model.registry import find_couplings
 from s2ft.selection import Selection
 
 _ATTRIBUTE = "_s2ft"  # the attribute of a model that holds its Attachment; no other file knows it
@@ -141,7 +141,8 @@ class Attachment:
         couplings: Couplings of the model.
         fingerprint: Hashes of the base's coupled weights, by layer.
         required_grad: requires_grad of every parameter before s2ft changed the model, by name.
-        is_custom: Whether the user gave the couplings.
+        is_custom: Whether adapters store the couplings, because no family of s2ft has them.
+        weights: What discovery says of every weight of the blocks; empty for all other couplings.
         host_hooks: Functions that run when layers are mounted and unmounted.
         name: Name of the trainable adapter; None if there is none.
         config: Config of the trainable adapter.
@@ -163,6 +164,7 @@ class Attachment:
     fingerprint: dict[str, Any]
     required_grad: dict[str, bool]
     is_custom: bool = False
+    weights: tuple[Any, ...] = ()
     host_hooks: HostHooks | None = None
     name: str | None = None
     config: S2FTConfig | None = None
@@ -211,7 +213,7 @@ class Attachment:
 
     @property
     def custom_couplings(self) -> list[Coupling] | None:
-        """The couplings that the user gave; None for a model of a known family."""
+        """The couplings that the user gave or that trials found; None for a model of a known family."""
         return self.couplings if self.is_custom else None
 
     @cached_property
@@ -313,24 +315,31 @@ def check_unattached(model: nn.Module) -> None:
 
 
 def new_attachment(
-    model: nn.Module, couplings: Sequence[Coupling] | None = None, host_hooks: HostHooks | None = None
+    model: nn.Module,
+    couplings: Sequence[Coupling] | None = None,
+    host_hooks: HostHooks | None = None,
+    example: Any = None,
+    modules_to_save: Sequence[str] | None = None,
 ) -> Attachment:
     """Make a record of a model without adapters; the model does not get it yet.
 
     Args:
         model: Model without adapters.
-        couplings: Couplings that the user gave. Default: those of the model's family.
+        couplings: Couplings that the user gave. Default: those of the model's family, or else those that trials find.
         host_hooks: Functions that run when trainable layers are mounted and unmounted.
+        example: Input for the trials.
+        modules_to_save: Modules that are trained in full, see :func:`find_couplings`.
 
     Raises:
-        ValueError: The model has adapters, or is of no known family and no couplings were given.
+        ValueError: The model has adapters, or no couplings were given and none can be found.
     """
     check_unattached(model)
-    found = couplings_of(model, couplings)
+    found = find_couplings(model, couplings, example, modules_to_save)
     return Attachment(
-        found,
-        fingerprint(model, found),
+        found.couplings,
+        fingerprint(model, found.couplings),
         {key: parameter.requires_grad for key, parameter in model.named_parameters()},
-        is_custom=couplings is not None,
+        is_custom=found.is_custom,
+        weights=found.weights,
         host_hooks=host_hooks,
     )

@@ -1,7 +1,9 @@
 """The report of attach: which units are trained, as a table."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,12 +12,15 @@ from s2ft.attached.extra_weights import names_of_modules, trained_parameters
 from s2ft.attached.fresh_heads import fresh_heads
 from s2ft.attached.hosts.compiled import of_compiled
 from s2ft.attached.record import attachment_of
-from s2ft.config import S2FTConfig
+from s2ft.config import TOWERS, S2FTConfig
 from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
+from s2ft.model.towers import tower_of
 from s2ft.model.weights import count_parameters, weight_at
 from s2ft.selection import Selection
 from s2ft.selection.budget import unit_parameters
 from s2ft.selection.selection import span
+
+STATUSES = ("confirmed", "movable", "in place", "one-sided", "untouched")
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,11 @@ class Report:
         total: Number of parameters of the base model.
         extra_weights: Number of parameters of each extra weight, by name.
         fresh_heads: Paths of frozen modules that look new.
+        towers: Whether anything is trained in a tower (language, vision, audio, projector), for towers with couplings
+            or with extra weights; empty if there is one.
+        couplings: Number of couplings that are movable, in place and one-sided; empty for a model of a known family.
+        weights: Number of weights of the blocks by what discovery says of them: confirmed, in place, one-sided,
+            untouched; empty for all other couplings.
     """
 
     name: str
@@ -75,6 +85,9 @@ class Report:
     total: int
     extra_weights: dict[str, int] = field(default_factory=dict)
     fresh_heads: tuple[str, ...] = ()
+    towers: dict[str, bool] = field(default_factory=dict)
+    couplings: dict[str, int] = field(default_factory=dict)
+    weights: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module) -> "Report":
@@ -93,11 +106,39 @@ class Report:
         ]
         total = count_parameters(model) - sum(part.parameters for part in parts)
         extra_weights = {name: parameter.numel() for name, parameter in trained_parameters(model, record).items()}
-        return cls._from(record.name, record.config, parts, total, extra_weights, fresh_heads(model, record))
+        return cls(
+            name=record.name,
+            layout=record.config.layout,
+            rows=_rows(parts),
+            trainable=sum(part.parameters for part in parts) + sum(extra_weights.values()),
+            total=total,
+            extra_weights=extra_weights,
+            fresh_heads=tuple(fresh_heads(model, record)),
+            towers=_towers(model, record.couplings, parts, extra_weights),
+            couplings=_counted(map(_moves, record.custom_couplings or ())),
+            weights=_counted(row.status for row in record.weights),
+        )
 
     @classmethod
-    def planned(cls, model: nn.Module, couplings: list[Coupling], config: S2FTConfig, selection: Selection) -> "Report":
-        """Make the report of a selection for a model without adapters. Its weights are not read."""
+    def planned(
+        cls,
+        model: nn.Module,
+        couplings: list[Coupling],
+        config: S2FTConfig,
+        selection: Selection,
+        is_custom: bool = False,
+        weights: Sequence[Any] = (),
+    ) -> "Report":
+        """Make the report of a selection for a model without adapters. Its weights are not read.
+
+        Args:
+            model: The model.
+            couplings: Its couplings.
+            config: What to train.
+            selection: The selected units.
+            is_custom: Whether the couplings are those of no known family.
+            weights: What discovery found about every weight of the blocks.
+        """
         parts = []
         for projection in projections_of(couplings):
             if projection.name in selection:
@@ -114,28 +155,17 @@ class Report:
         extra_weights = {
             name: parameters[name].numel() for name in names_of_modules(model, couplings, config.modules_to_save)
         }
-        return cls._from("planned", config, parts, count_parameters(model), extra_weights)
-
-    @classmethod
-    def _from(
-        cls,
-        name: str,
-        config: S2FTConfig,
-        parts: list[Trained],
-        total: int,
-        extra_weights: dict[str, int],
-        heads: Sequence[str] = (),
-    ) -> "Report":
-        groups: dict[tuple, list[Trained]] = {}
-        for part in parts:
-            alike = (_name_in_layer(part.projection), part.projection.key, part.projection.count, part.units)
-            groups.setdefault(alike, []).append(part)
-        rows = [
-            Row(shown, *_spread(group), sum(part.parameters for part in group), group[0].dtype)
-            for (shown, *_), group in groups.items()
-        ]
-        trainable = sum(row.parameters for row in rows) + sum(extra_weights.values())
-        return cls(name, config.layout, rows, trainable, total, extra_weights, tuple(heads))
+        return cls(
+            name="planned",
+            layout=config.layout,
+            rows=_rows(parts),
+            trainable=sum(part.parameters for part in parts) + sum(extra_weights.values()),
+            total=count_parameters(model),
+            extra_weights=extra_weights,
+            towers=_towers(model, couplings, parts, extra_weights),
+            couplings=_counted(map(_moves, couplings if is_custom else ())),
+            weights=_counted(row.status for row in weights),
+        )
 
     @property
     def share(self) -> float:
@@ -144,9 +174,10 @@ class Report:
 
     def __str__(self) -> str:
         width = max(12, *(len(row.projection) + 1 for row in self.rows))
-        lines = [f"{'projection':<{width}}{'layers':>7}  {'units per layer':<24}{'parameters':>14}  dtype"]
+        units = max(24, *(len(row.units) for row in self.rows))
+        lines = [f"{'projection':<{width}}{'layers':>7}  {'units per layer':<{units}}{'parameters':>14}  dtype"]
         lines += [
-            f"{row.projection:<{width}}{row.layers:>7}  {row.units:<24}{row.parameters:>14,}  "
+            f"{row.projection:<{width}}{row.layers:>7}  {row.units:<{units}}{row.parameters:>14,}  "
             f"{str(row.dtype).removeprefix('torch.')}"
             for row in self.rows
         ]
@@ -158,12 +189,53 @@ class Report:
             f"adapter {self.name!r}, layout {self.layout}: {self.trainable:,} of {self.total:,} parameters "
             f"are trained ({self.share:.2%})"
         )
+        lines += self._about_couplings()
         if self.fresh_heads:
             lines.append(
                 f"frozen, though new: {', '.join(self.fresh_heads)}; to train and save such modules, give "
                 f"S2FTConfig modules_to_save={list(self.fresh_heads)}"
             )
         return "\n".join(lines)
+
+    def _about_couplings(self) -> Iterator[str]:
+        frozen = ", ".join(tower for tower, is_trained in self.towers.items() if not is_trained)
+        if self.towers:
+            trained = ", ".join(tower for tower, is_trained in self.towers.items() if is_trained)
+            yield f"towers: {trained} trained" + (f"; {frozen} frozen (towers= trains them)" if frozen else "")
+        what = "weights of the blocks" if self.weights else "couplings"
+        counts = [f"{count} {status}" for status, count in (self.weights or self.couplings).items()]
+        if counts:
+            yield f"{what}: {', '.join(counts)}"
+
+
+def _rows(parts: list[Trained]) -> list[Row]:
+    """Group what is trained: one row for each projection and number of units."""
+    groups: dict[tuple, list[Trained]] = {}
+    for part in parts:
+        alike = (_name_in_layer(part.projection), part.projection.key, part.projection.count, part.units)
+        groups.setdefault(alike, []).append(part)
+    return [
+        Row(shown, *_spread(group), sum(part.parameters for part in group), group[0].dtype)
+        for (shown, *_), group in groups.items()
+    ]
+
+
+def _towers(
+    model: nn.Module, couplings: list[Coupling], parts: list[Trained], extra_weights: Iterable[str]
+) -> dict[str, bool]:
+    """Whether anything is trained in each tower that has couplings, or in which something is trained in full."""
+    trained = {tower_of(model, path) for path in (*(part.projection.path for part in parts), *extra_weights)}
+    present = trained | {tower_of(model, coupling.main.path) for coupling in couplings}
+    return {tower: tower in trained for tower in TOWERS if tower in present} if len(present) > 1 else {}
+
+
+def _moves(coupling: Coupling) -> str:
+    return "one-sided" if coupling.is_one_sided else "movable" if coupling.movable else "in place"
+
+
+def _counted(statuses: Iterable[str]) -> dict[str, int]:
+    counts = Counter(statuses)
+    return {status: counts[status] for status in STATUSES if status in counts}
 
 
 def units_of(projection: Projection, units: int) -> str:

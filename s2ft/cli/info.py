@@ -55,24 +55,35 @@ def describe(folder: Path) -> str:
         f"{len(adapter.deltas)} projections, {units:,} units, {' and '.join(dtypes)}; as a LoRA about "
         f"{2 * tensors:,} bytes, if the weights are square",
         f"trained on: {len(adapter.fingerprint['layers'])} layers in {printable(adapter.fingerprint['dtype'])}"
-        + ("" if adapter.couplings is None else f", {len(adapter.couplings)} couplings given by the user"),
+        + ("" if adapter.couplings is None else f", {len(adapter.couplings)} couplings in the file"),
         f"selection digest: {adapter.selection.digest}",
     ]
     lines += [f"{printable(key)}: {printable(value)}" for key, value in adapter.info.items() if value is not None]
     config = adapter.config
-    lines.append(f"{choice(config)}, seed {config.seed}, layout {config.layout}")
+    towers = f", towers {' '.join(config.towers)}" if config.towers else ""
+    lines.append(f"{choice(config)}{towers}, seed {config.seed}, layout {config.layout}")
     lines += [
         f"{name} trained in full: {' × '.join(map(str, value.shape))}, {_name(value.dtype)}"
         for name, value in adapter.extra_weights.items()
     ]
-    width = max(map(len, adapter.deltas))
-    return "\n".join(
-        [*lines, *(_row(path, delta, adapter.selection[path].numel(), width) for path, delta in adapter.deltas.items())]
+    width, one_sided = max(map(len, adapter.deltas)), _one_sided(adapter)
+    rows = (
+        _row(path, delta, adapter.selection[path].numel(), width, path in one_sided)
+        for path, delta in adapter.deltas.items()
     )
+    return "\n".join([*lines, *rows])
 
 
-def _row(path: str, delta, units: int, width: int) -> str:
-    word = "channel" if units == delta.index.numel() else "head"  # A head spans several rows or columns.
+def _one_sided(adapter) -> set[str]:
+    """The names of the projections of one-sided couplings; those of a known family are in its code, not in the file."""
+    return {coupling.main.name for coupling in adapter.couplings or () if coupling.is_one_sided}
+
+
+def _row(path: str, delta, units: int, width: int, one_sided: bool) -> str:
+    if one_sided:
+        word = ("output", "input")[delta.dim] if units == delta.index.numel() else "group"
+    else:
+        word = "channel" if units == delta.index.numel() else "head"  # A head spans several rows or columns.
     return (
         f"{path:<{width}}  {units:>6} {word + 's' * (units != 1):<8}  {delta.index.numel():>6} {DIMS[delta.dim]:<8} "
         f"{_dtype(delta)}  largest update {delta.values.abs().max():.3g}"

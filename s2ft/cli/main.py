@@ -17,6 +17,7 @@ COMMANDS = {
     "export": "write an adapter as LoRA, merged checkpoint or GGUF file, or make an adapter from a LoRA",
     "combine": "add adapters into a new one",
     "info": "describe an adapter folder",
+    "couplings": "print which layers of a model share units, and how each weight is trained",
     "demo": "fine-tune a small model from start to finish, without any arguments",
 }
 # Commands by the names that other programs give them.
@@ -27,6 +28,7 @@ OTHER_NAMES = {
     "finetune": "fit sft train tune",
     "generate": "inference run",
     "generate --chat": "chat",
+    "couplings": "inspect layers structure",
     "info": "show",
     "select": "choose",
 }

@@ -96,7 +96,7 @@ def estimate(
     make = maker(optimizer)
     place, kernels, notes = _place(model, device)
     with torch.random.fork_rng([kernels] if kernels.type == "cuda" else []), _not_on_meta():
-        shadow, record = make_shadow(model, config, dtype, couplings)
+        shadow, record = make_shadow(model, config, dtype, couplings, example)
         if gradient_checkpointing:
             checkpoint(shadow, gradient_checkpointing)
         forget_data(shadow, kernels)

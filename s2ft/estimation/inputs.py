@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2ft.model.verify import example_of
+from s2ft.model.discovery.examples import example_of
 
 LOSSES = ("labels", "return_loss")  # inputs that make a model compute its loss
 

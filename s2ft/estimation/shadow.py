@@ -17,18 +17,24 @@ from s2ft.config import S2FTConfig
 from s2ft.distributed import is_sharded
 from s2ft.layers import S2Layer, kind_of
 from s2ft.model.coupling import Coupling
-from s2ft.model.registry import couplings_of
+from s2ft.model.registry import find_couplings
+from s2ft.model.towers import couplings_in_towers
 from s2ft.selection import select
 
 
 def make_shadow(
-    model: nn.Module, config: S2FTConfig, dtype: torch.dtype | None, couplings: Sequence[Coupling] | None
+    model: nn.Module,
+    config: S2FTConfig,
+    dtype: torch.dtype | None,
+    couplings: Sequence[Coupling] | None,
+    example: Any = None,
 ) -> tuple[nn.Module, Attachment]:
     """Copy a model to the meta device, with trainable layers in it, and return the copy and its record.
 
     Quantized weights are shared with the model, because their layers read properties of them.
     """
     check_unattached(model)
+    found = find_couplings(model, couplings, example, config.modules_to_save)
     wanted = _wanted_dtypes(model, dtype)
     memo: dict[int, Any] = {}  # deepcopy uses these objects instead of copies
     for path, module in model.named_modules():
@@ -45,15 +51,16 @@ def make_shadow(
                     else _hollow(f"{path}.{name}", tensor, wanted.get(id(tensor), tensor.dtype))
                 )
     shadow = copy.deepcopy(model, memo)
-    found = couplings_of(shadow, couplings)
-    record = Attachment(found, {"layers": {}}, {}, is_custom=couplings is not None)  # of no base: nothing is compared
+    nothing = {"layers": {}}  # the fingerprint of no base: nothing is compared
+    record = Attachment(found.couplings, nothing, {}, is_custom=found.is_custom)
     plain = (
         config
         if config.units is not None
         else replace(config, selection="random", order="largest", allocation="uniform")
     )
+    selection = select(couplings_in_towers(shadow, found.couplings, config), plain, shadow)
     claim(shadow, record)
-    mount(shadow, record, config, select(found, plain, shadow), "estimate")
+    mount(shadow, record, config, selection, "estimate")
     return shadow, record
 
 

@@ -67,7 +67,7 @@ class Step:
         for name, module in self.shadow.named_modules():
             module.register_forward_pre_hook(partial(self._enter, self.part_of[name]))
             module.register_forward_hook(self._leave, always_call=True)
-        for path in {c.consumer.path.rpartition(".")[0] for c in record.couplings if c.consumer.expert is not None}:
+        for path in {c.main.path.rpartition(".")[0] for c in record.couplings if c.expert is not None}:
             self.shadow.get_submodule(path).register_forward_pre_hook(partial(_spread_tokens, device), with_kwargs=True)
 
     def _enter(self, part: str, module: nn.Module, inputs: tuple) -> None:

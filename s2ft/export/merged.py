@@ -87,9 +87,7 @@ def temporary_folder(output: str | Path) -> Iterator[Path]:
 
 
 def _compare(model, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    saved, merged = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").state_dict(), model.state_dict()
+    saved, merged = type(model).from_pretrained(folder, dtype="auto").state_dict(), model.state_dict()
     different = sorted(saved.keys() ^ merged.keys()) or sorted(
         key
         for key, weight in merged.items()

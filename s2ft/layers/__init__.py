@@ -7,7 +7,16 @@ from typing import Any
 
 from s2ft.layers.base import S2Layer
 from s2ft.layers.conv import CONVOLUTION, S2ColumnConv, S2RowConv
-from s2ft.layers.experts import EXPERTS, ObservedExperts, S2ColumnExperts, S2RowExperts, experts_forward, gate_of
+from s2ft.layers.derived import DERIVED, S2ColumnOwnForward, S2RowOwnForward
+from s2ft.layers.experts import (
+    EXPERTS,
+    TRANSPOSED_EXPERTS,
+    ObservedExperts,
+    S2ColumnExperts,
+    S2RowExperts,
+    act_mul_of,
+    forward_of,
+)
 from s2ft.layers.kind import OTHER, Kind
 from s2ft.layers.linear import CONV1D, LINEAR, S2ColumnLinear, S2RowLinear
 from s2ft.layers.quantized import NO_FUSE, QUANTIZED
@@ -17,22 +26,27 @@ __all__ = [
     "KINDS",
     "LINEAR",
     "NO_FUSE",
+    "OTHER",
     "Kind",
     "ObservedExperts",
     "S2ColumnConv",
     "S2ColumnExperts",
     "S2ColumnLinear",
+    "S2ColumnOwnForward",
     "S2Layer",
     "S2RowConv",
     "S2RowExperts",
     "S2RowLinear",
-    "experts_forward",
-    "gate_of",
+    "S2RowOwnForward",
+    "TRANSPOSED_EXPERTS",
+    "act_mul_of",
+    "forward_of",
     "kind_of",
 ]
 
-# The first kind that matches is used: a layer that torchao has quantized is an nn.Linear too.
-KINDS: tuple[Kind, ...] = (*QUANTIZED, LINEAR, CONV1D, CONVOLUTION, EXPERTS)
+# The first kind that matches is used: a layer that torchao has quantized is an nn.Linear too, and layers of derived
+# classes are of the last kinds.
+KINDS: tuple[Kind, ...] = (*QUANTIZED, LINEAR, CONV1D, CONVOLUTION, EXPERTS, *DERIVED)
 
 
 def kind_of(found: Any) -> Kind:

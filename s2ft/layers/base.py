@@ -30,12 +30,10 @@ class S2Layer(nn.Module):
         enabled: Whether `s2` is added to the weight.
         dim: Dimension of the weight, as outputs × inputs, in which units are selected.
         kind: What S²FT knows about the plain layer.
-        wraps_plain: Whether the layer runs the plain one, which then keeps its weight and bias.
     """
 
     dim: ClassVar[int]
     kind: Kind
-    wraps_plain: ClassVar[bool] = False
     _looked_at = 0  # address of the weight that check_private has checked
     _fused_version = -1  # version of s2 that the weight holds
     is_tied = False  # whether other modules hold the same weight
@@ -88,6 +86,17 @@ class S2Layer(nn.Module):
 
     def _copy_settings(self, module: nn.Module) -> None:
         """Copy the attributes of the plain layer that the forward needs, besides weight and bias."""
+
+    def take_over(self, module: nn.Module) -> None:
+        """Remove the weight and bias from the plain layer that this layer replaces in a model.
+
+        Only this layer keeps them: a second owner would keep them whole where this layer's are sharded or moved.
+        """
+        module.weight = module.bias = None
+
+    def give_back(self, module: nn.Module) -> None:
+        """Undo :meth:`take_over`: the plain layer gets the weight and bias as they are now."""
+        module.weight, module.bias = self.weight, self.bias
 
     @property
     def matrix(self) -> Tensor:

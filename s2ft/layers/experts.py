@@ -1,11 +1,14 @@
-"""Experts whose weights are one parameter [experts, outputs, inputs], and layers that train a few units of each.
+"""Experts whose weights are one parameter for all of them, and layers that train a few units of each.
 
-transformers stores the experts of a mixture in this way: `gate_up_proj` and `down_proj` of one module. A trainable
-layer replaces the parameter, and :func:`experts_forward` becomes the forward of the module. It runs the experts that
-have tokens one after the other.
+transformers stores the experts of a mixture in this way: `gate_up_proj` and `down_proj` of one module, each [experts,
+outputs, inputs], in some families [experts, inputs, outputs]. A trainable layer replaces the parameter, and a function
+of this file becomes the forward of the module. Tokens are sorted by expert, and each weight is one grouped product, as
+in transformers' own `grouped_mm`. The host never waits for the routing.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,70 +18,96 @@ from torch import Tensor, nn
 from s2ft.distributed import Shard
 from s2ft.layers.base import S2Layer
 from s2ft.layers.kind import Kind
-from s2ft.ops import indexed_linear
+from s2ft.ops import act_mul, grouped_linear
+from s2ft.ops._grouped import grouped_mm
+from s2ft.ops.act_mul import ACTIVATIONS
 
 
 class S2Experts(S2Layer):
     """What S2ColumnExperts and S2RowExperts share. Each expert has its own units: any number of them, or none.
 
-    `weight` is [experts, outputs, inputs]. `s2` contains the slices of the experts one after the other along `dim`:
-    [n, inputs] or [outputs, n]. `index` [n] has the units in the same order, `counts` the number of units of each
-    expert.
+    `weight` is [experts, outputs, inputs], or [experts, inputs, outputs] if `transposed`. `s2` contains the slices of
+    the experts one after the other along `dim`: [n, inputs] or [outputs, n]. `index` [n] has the units in the same
+    order, `counts` the number of units of each expert.
     """
 
-    def __init__(self, weight: nn.Parameter, index: dict[int, Tensor], delta_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        weight: nn.Parameter,
+        index: dict[int, Tensor],
+        delta_dtype: torch.dtype | None = None,
+        transposed: bool = False,
+    ) -> None:
         """Make a trainable layer that uses a parameter without copying it.
 
         Args:
-            weight: The weights [experts, outputs, inputs]. They are frozen.
+            weight: The weights of all experts. They are frozen.
             index: The selected units [n] int64 by expert, each unit once.
             delta_dtype: dtype of `s2`; default: that of the weight.
+            transposed: Whether the weights are [experts, inputs, outputs].
         """
         super().__init__()
-        self.weight, self.bias = weight.requires_grad_(False), None
+        self.weight, self.bias, self.transposed = weight.requires_grad_(False), None, transposed
+        shape = list(self.stack.shape[1:])
         self.counts = [index[e].numel() if e in index else 0 for e in range(weight.shape[0])]
+        first = [torch.full_like(index[e], e * shape[self.dim]) for e in sorted(index)]
         joined = torch.cat([index[e] for e in sorted(index)])
         self.register_buffer("index", joined.to(weight.device))
-        shape = [weight.shape[1], weight.shape[2]]
+        # What the op adds to the number of a unit, because it counts through all experts.
+        self.register_buffer("first", torch.cat(first).to(weight.device), persistent=False)
         shape[self.dim] = joined.numel()
         self.s2 = nn.Parameter(torch.zeros(shape, device=weight.device, dtype=delta_dtype or weight.dtype))
         self._made = self.s2.dtype
         self.register_buffer("base", None)
         self.enabled = True
-        self._parts: tuple[Tensor, ...] | None = None
 
     @property
     def kind(self) -> Kind:
-        return EXPERTS
+        return TRANSPOSED_EXPERTS if self.transposed else EXPERTS
 
-    def forward(self, x: Tensor, expert: int) -> Tensor:
-        """Run one expert on its effective weight: x [tokens, inputs] → [tokens, outputs]."""
-        if self.fused or not self.enabled or not self.counts[expert]:
-            return F.linear(x, self.weight[expert])
-        parts = self._parts if self._parts is not None else self.s2.split(self.counts, self.dim)
-        return indexed_linear(x, self.weight[expert], parts[expert], self.index.split(self.counts)[expert], self.dim)
+    @property
+    def stack(self) -> Tensor:
+        """The weights as [experts, outputs, inputs], in their own memory."""
+        return stack_of(self.weight, self.transposed)
 
-    def begin(self) -> None:
-        """Split s2 before a forward over all experts. Every split makes a gradient of all of s2, so one is enough."""
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """Run the experts on their effective weights.
+
+        Args:
+            x: Inputs of all experts [rows, inputs], those of expert 0 first.
+            offsets: Row where each expert's inputs end, [experts] int32. Rows after the last are undefined.
+
+        Returns:
+            The outputs [rows, outputs].
+        """
         if self.fused:
             self._check_fused()
-        self._parts = self.delta.split(self.counts, self.dim)
+        elif self.enabled:
+            with _without_autocast(x):
+                return grouped_linear(
+                    x.to(self.weight.dtype),
+                    self.stack,
+                    self.delta,
+                    self.index + self.first,
+                    offsets,
+                    self.dim,
+                    max(self.counts),
+                )
+        return project(self.weight, x, offsets, self.transposed)
 
-    def end(self) -> None:
-        """Drop the split after the forward over all experts."""
-        self._parts = None
+    def _by_expert(self, weight: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """View a tensor of the weight's shape as [experts, units, elements of a unit], and find the units there."""
+        stack = stack_of(weight.detach(), self.transposed)
+        size = stack.shape[1 + self.dim]
+        return stack.transpose(1, 1 + self.dim), (self.first // size, self.index)
 
     def _units(self) -> Tensor:
-        found = [
-            weight.index_select(self.dim, index)
-            for weight, index in zip(self.weight.detach(), self.index.split(self.counts))
-        ]
-        return torch.cat(found, self.dim)
+        experts, places = self._by_expert(self.weight)
+        return experts[places].transpose(0, self.dim).contiguous()
 
     def write_units_of(self, weight: Tensor, values: Tensor) -> None:
-        parts = zip(weight.detach(), self.index.split(self.counts), values.split(self.counts, self.dim))
-        for matrix, index, part in parts:
-            matrix.transpose(0, self.dim)[index] = part.transpose(0, self.dim)
+        experts, places = self._by_expert(weight)
+        experts[places] = values.transpose(0, self.dim)
 
     def extra_repr(self) -> str:
         return f"experts={len(self.counts)}, weight={tuple(self.weight.shape[1:])}, {self._selected()}"
@@ -96,29 +125,78 @@ class S2RowExperts(S2Experts):
     dim = 1
 
 
-def experts_forward(
-    self: nn.Module,
-    hidden_states: Tensor,  # [tokens, width]
-    top_k_index: Tensor,  # [tokens, k] int64
-    top_k_weights: Tensor,  # [tokens, k]
-) -> Tensor:  # [tokens, width]
-    """Run a module of experts: down(act(gate) * up) of each expert, weighted and summed in float32 or wider."""
-    trained = [layer for layer in (self.gate_up_proj, self.down_proj) if isinstance(layer, S2Experts)]
-    for layer in trained:
-        layer.begin()
-    try:
-        return _run_experts(self, hidden_states, top_k_index, top_k_weights)
-    finally:
-        for layer in trained:
-            layer.end()
+class ObservedExperts(nn.Module):
+    """Experts that train nothing. They replace the parameter, so that a hook sees what each expert gets and returns."""
+
+    def __init__(self, weight: nn.Parameter, transposed: bool = False) -> None:
+        super().__init__()
+        self.weight, self.transposed = weight, transposed
+
+    def forward(self, x: Tensor, offsets: Tensor, tokens: Tensor | None) -> Tensor:
+        """Run the experts, see :meth:`S2Experts.forward`. `tokens` [rows] are the numbers of the rows' tokens."""
+        return project(self.weight, x, offsets, self.transposed)
 
 
-def gate_of(experts: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Find how a module of experts computes act(gate) * up from the output of its `gate_up_proj`.
+def stack_of(weight: Tensor, transposed: bool) -> Tensor:
+    """View the weights of all experts as [experts, outputs, inputs]."""
+    return weight.transpose(1, 2) if transposed else weight
+
+
+def project(
+    weights: Tensor | nn.Module, x: Tensor, offsets: Tensor, transposed: bool = False, tokens: Tensor | None = None
+) -> Tensor:
+    """Run the experts of a parameter or a layer: x [rows, inputs] → [rows, outputs].
+
+    Args:
+        weights: The parameter, or the layer that replaces it.
+        x: Inputs of all experts, those of expert 0 first.
+        offsets: Row where each expert's inputs end, [experts] int32.
+        transposed: Whether the parameter is [experts, inputs, outputs].
+        tokens: Numbers of the rows' tokens, [rows], for a layer that is observed; None if they are not known.
+    """
+    if isinstance(weights, ObservedExperts):
+        return weights(x, offsets, tokens)
+    if isinstance(weights, nn.Module):
+        return weights(x, offsets)
+    with _without_autocast(x):
+        return grouped_mm(x.to(weights.dtype), stack_of(weights, transposed).transpose(1, 2), offsets)
+
+
+def _without_autocast(x: Tensor) -> AbstractContextManager:
+    """Compute in the weight's dtype, as transformers' grouped product does also under autocast."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
+
+
+# ---- forwards of the modules around --------------------------------------------------------------------------
+
+
+def forward_of(experts: nn.Module) -> Callable[..., Tensor]:
+    """Find the function that runs a module of experts whose parameters may be trainable layers.
+
+    Returns:
+        A function of the module and the arguments of its forward.
+
+    Raises:
+        ValueError: The class of the module does not define how its experts compute.
+    """
+    name = type(experts).__name__
+    if name in _FORWARDS:  # these compute without _apply_gate and act_fn
+        return _FORWARDS[name]
+    activation_of(experts)
+    return experts_forward
+
+
+def activation_of(experts: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Find what a module of experts computes between its two products: mostly act(gate) * up.
 
     Raises:
         ValueError: The class of the module does not define it.
     """
+    if not getattr(experts, "has_gate", True) and hasattr(experts, "act_fn"):
+        return experts.act_fn
     apply_gate = getattr(experts, "_apply_gate", None)
     if apply_gate is not None:
         return apply_gate
@@ -130,53 +208,122 @@ def gate_of(experts: nn.Module) -> Callable[[Tensor], Tensor]:
     )
 
 
+def act_mul_of(experts: nn.Module) -> str | None:
+    """Find the activation with which :func:`s2ft.ops.act_mul` computes what is between a module's two products.
+
+    Returns:
+        The activation; None if the class computes anything else there.
+    """
+    from transformers.activations import ACT2FN  # not at the top, where it would load transformers with every import
+    from transformers.integrations import moe
+
+    if type(experts).__name__ == "LigerExperts":
+        return "silu"
+    default = getattr(moe, "_default_apply_gate", None)
+    if default is None or getattr(type(experts), "_apply_gate", None) is not default or not experts.has_gate:
+        return None
+    kinds = {type(ACT2FN[name]): act for act, row in ACTIVATIONS.items() for name in row.hidden_acts}
+    return kinds.get(type(experts.act_fn))
+
+
+def _act_mul(activation: str, gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return act_mul(gate.contiguous(), up.contiguous(), activation)
+
+
 def _silu_gate(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
 
-def _run_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    gated = gate_of(self)
-    k, flat = top_k_index.shape[1], top_k_index.reshape(-1)
-    order = flat.argsort(stable=True)  # the places of each expert follow each other
-    counts = torch.bincount(flat, minlength=self.num_experts).tolist()
-    outputs: list[Tensor] = []
-    for expert, places in enumerate(order.split(counts)):
-        if places.numel() and expert < self.num_experts:  # higher numbers are experts of other devices
-            tokens = places // k
-            inner = gated(_project(self.gate_up_proj, hidden_states[tokens], expert, tokens))
-            outputs.append(_project(self.down_proj, inner, expert, tokens) * top_k_weights.reshape(-1)[places, None])
-    wide = torch.promote_types(hidden_states.dtype, torch.float32)
-    result = torch.zeros(hidden_states.shape, dtype=wide, device=hidden_states.device)
-    if outputs:
-        here = order[: sum(counts[: self.num_experts])] // k
-        result = result.index_add(0, here, torch.cat(outputs).to(wide))
-    return result.to(hidden_states.dtype)
+def experts_forward(
+    self: nn.Module,
+    hidden_states: Tensor,  # [tokens, width]
+    top_k_index: Tensor,  # [tokens, k] int64
+    top_k_weights: Tensor,  # [tokens, k]
+    activation: str | None = None,
+) -> Tensor:  # [tokens, width]
+    """Run a module of experts, down(act(gate) * up) of each, and sum their weighted outputs of every token.
+
+    The steps and their rounding are those of transformers' `grouped_mm`. With an `activation`, act_mul computes
+    act(gate) * up. For the backward it keeps gate and up, and not act(gate).
+    """
+    act = activation_of(self) if activation is None else partial(_act_mul, activation)
+    k = top_k_index.shape[-1]
+    experts, order = top_k_index.reshape(-1).sort()
+    tokens = order // k
+    x = hidden_states[tokens]
+    first = "gate_up_proj" if getattr(self, "has_gate", True) else "up_proj"
+    count = _stored(getattr(self, first)).shape[0]
+    offsets = _offsets(experts, count)
+    keep = _Here(self, experts, count)
+    rows = (offsets, keep.experts, tokens)
+    inner = keep(_project(self, first, keep(x), *rows))
+    outer = keep(_project(self, "down_proj", act(inner), *rows))
+    if getattr(self, "has_post_expert_norm", False):
+        outer = self.post_expert_norm(outer)
+    weighted = outer * top_k_weights.reshape(-1)[order, None]
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+    return weighted[places].view(-1, k, outer.shape[1]).sum(1).to(hidden_states.dtype)
 
 
-def _project(weights: nn.Parameter | nn.Module, x: Tensor, expert: int, tokens: Tensor) -> Tensor:
-    if isinstance(weights, ObservedExperts):
-        return weights(x, expert, tokens)
-    return weights(x, expert) if isinstance(weights, nn.Module) else F.linear(x, weights[expert])
+class _Here:
+    """Sets the rows of experts of other devices to zero. Such experts have the numbers after those of this device."""
+
+    def __init__(self, owner: nn.Module, experts: Tensor, count: int) -> None:
+        # transformers says whether there are any; a class without its flag may have them.
+        self.others = (experts >= count)[:, None] if getattr(owner, "_is_expert_parallel", True) else None
+        self.experts = experts if self.others is None else experts.clamp(max=count - 1)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return rows if self.others is None else rows.masked_fill(self.others, 0.0)
 
 
-class ObservedExperts(nn.Module):
-    """Experts that train nothing. They replace the parameter, so that a hook sees what each expert gets and returns."""
+def _offsets(experts: Tensor, count: int) -> Tensor:
+    """The row where each expert ends, [count] int32, from the sorted experts of all rows. Nothing waits for a GPU."""
+    numbers = torch.arange(count, device=experts.device)
+    return torch.searchsorted(experts, numbers, right=True, out_int32=True)
 
-    def __init__(self, weight: nn.Parameter) -> None:
-        super().__init__()
-        self.weight = weight
 
-    def forward(self, x: Tensor, expert: int, tokens: Tensor) -> Tensor:
-        """Run one expert: x [n, inputs] → [n, outputs]. `tokens` [n] are the numbers of its tokens in the batch."""
-        return F.linear(x, self.weight[expert])
+def _project(self: nn.Module, name: str, x: Tensor, offsets: Tensor, experts: Tensor, tokens: Tensor) -> Tensor:
+    y = project(getattr(self, name), x, offsets, getattr(self, "is_transposed", False), tokens)
+    return y + getattr(self, f"{name}_bias")[experts] if getattr(self, "has_bias", False) else y
+
+
+def _stored(weights: Tensor | nn.Module) -> Tensor:
+    return weights.weight if isinstance(weights, nn.Module) else weights
+
+
+def _batched_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+    """Llama 4: every expert gets every token, already weighted. hidden_states is [experts * tokens, width]."""
+    count = _stored(self.gate_up_proj).shape[0]
+    each = hidden_states.shape[0] // count
+    offsets = torch.arange(each, hidden_states.shape[0] + 1, each, dtype=torch.int32, device=hidden_states.device)
+    tokens = torch.arange(hidden_states.shape[0], device=hidden_states.device) % each
+    gate, up = project(self.gate_up_proj, hidden_states, offsets, True, tokens).chunk(2, dim=-1)
+    return project(self.down_proj, up * self.act_fn(gate), offsets, True, tokens)
+
+
+def _sorted_forward(self: nn.Module, inputs: Tensor, expert_size: list[int]) -> Tensor:
+    """JetMoE: one product of all experts. `inputs` [rows, width] are sorted, with expert_size rows for each."""
+    offsets = torch.tensor(expert_size, device=inputs.device).cumsum(0, dtype=torch.int32)
+    return project(self.weight, inputs, offsets)
+
+
+_FORWARDS = {"Llama4TextExperts": _batched_forward, "JetMoeParallelExperts": _sorted_forward}
+
+
+# ---- the kind --------------------------------------------------------------------------------------------
 
 
 class ExpertsKind(Kind):
-    """The weights of all experts of a layer in one parameter [experts, outputs, inputs]."""
+    """The weights of all experts of a layer in one parameter."""
 
-    name = "parameters [experts, outputs, inputs]"
     layers = (S2ColumnExperts, S2RowExperts)
+
+    def __init__(self, transposed: bool = False) -> None:
+        self.transposed = transposed
+        self.name = f"parameters [experts, {'inputs, outputs' if transposed else 'outputs, inputs'}]"
 
     def matches(self, found: Any) -> bool:
         return isinstance(found, Tensor)
@@ -185,13 +332,16 @@ class ExpertsKind(Kind):
         return holder.weight if isinstance(holder, nn.Module) else holder
 
     def view(self, tensor: Tensor, expert: int | None = None) -> Tensor:
-        return tensor[expert]
+        return tensor[expert].t() if self.transposed else tensor[expert]
 
     def shard(self, shard: Shard, expert: int | None = None) -> Shard:
         weights, start = shard.tensor, shard.start
         number = expert - start[0]
         is_here = 0 <= number < weights.shape[0]
-        return Shard(weights[number] if is_here else weights.new_empty(0, *weights.shape[2:]), start[1:])
+        matrix = weights[number] if is_here else weights.new_empty(0, *weights.shape[2:])
+        start = start[1:]
+        return Shard(matrix.t(), start[::-1]) if self.transposed else Shard(matrix, start)
 
 
 EXPERTS = ExpertsKind()
+TRANSPOSED_EXPERTS = ExpertsKind(transposed=True)

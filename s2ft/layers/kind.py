@@ -44,7 +44,8 @@ class Kind:
     def matches(self, found: Any) -> bool:
         """Whether a module or parameter of a plain model is of this kind.
 
-        Subclasses of a layer are not, because a trainable layer would lose what they add to the forward.
+        Layers of derived classes have kinds of their own, because a trainable layer of the parent's kind would lose
+        what the class adds to the forward.
         """
         return False
 

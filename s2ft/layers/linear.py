@@ -70,6 +70,9 @@ class S2Linear(S2Layer):
     def _copy_settings(self, module: nn.Module) -> None:
         self.transposed = CONV1D.matches(module)
         self.out_features, self.in_features = self.kind.shape(module)
+        if type(module) is not nn.Linear:  # other modules may read the settings of a derived class
+            own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+            self.__dict__.update({name: value for name, value in own.items() if name not in vars(self)})
 
     def _add_bias(self, bias) -> None:
         if isinstance(bias, Tensor) and bias.shape != (self.out_features,):
@@ -161,7 +164,13 @@ class Conv1DKind(LinearKind):
     transposed = True
 
     def matches(self, found: Any) -> bool:
-        return type(found).__name__ == "Conv1D" and type(found).__module__ == "transformers.pytorch_utils"
+        return is_conv1d(found, derived=False)
+
+
+def is_conv1d(found: Any, derived: bool = True) -> bool:
+    """Whether a module is transformers' Conv1D, or of a class derived from it. Nothing is imported for that."""
+    classes = type(found).__mro__ if derived else (type(found),)
+    return any(one.__name__ == "Conv1D" and one.__module__ == "transformers.pytorch_utils" for one in classes)
 
 
 LINEAR, CONV1D = LinearKind(), Conv1DKind()

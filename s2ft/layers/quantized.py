@@ -37,8 +37,6 @@ class S2QuantizedLinear(S2Layer):
     The effective weight is the dequantized one with `s2` added to the selected units. `linear` is the quantized layer.
     """
 
-    wraps_plain = True
-
     @property
     def kind(self) -> Kind:
         return next(kind for kind in QUANTIZED if kind.matches(self.linear))
@@ -62,6 +60,12 @@ class S2QuantizedLinear(S2Layer):
         self._set_units(start, end, index, delta_dtype or self.kind.delta_dtype(module))
         self.train(module.training)
         return self
+
+    def take_over(self, module: nn.Module) -> None:
+        """Change nothing: this layer runs the quantized one, which keeps its weight and bias."""
+
+    def give_back(self, module: nn.Module) -> None:
+        """Change nothing."""
 
     @property
     def weight(self) -> Tensor:

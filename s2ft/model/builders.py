@@ -1,11 +1,11 @@
 """What model families read from a transformers model: sizes, paths of layers, the activation of an FFN."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from torch import nn
 
-from s2ft.model.coupling import Coupling
+from s2ft.model.coupling import Coupling, Projection, Vector
 from s2ft.ops.act_mul import ACTIVATIONS
 
 # hidden_act of a config → activation of act_mul
@@ -17,11 +17,108 @@ def attention_paths(block: str, q: str = "q_proj", k: str = "k_proj", v: str = "
     return {"q": f"{block}.{q}", "k": f"{block}.{k}", "v": f"{block}.{v}", "o": f"{block}.{o}"}
 
 
+def inputs_of(model: nn.Module, path: str) -> int:
+    """The number of inputs of a linear layer."""
+    layer = model.get_submodule(path)
+    return layer.nx if hasattr(layer, "nx") else layer.in_features
+
+
+def outputs_of(model: nn.Module, path: str) -> int:
+    """The number of outputs of a linear layer."""
+    layer = model.get_submodule(path)
+    return layer.nf if hasattr(layer, "nf") else layer.out_features
+
+
+def attention(
+    model: nn.Module,
+    layer: int,
+    *,
+    q: str,
+    k: str,
+    v: str,
+    o: str,
+    heads: int,
+    more: Mapping[str, str] | None = None,
+    moving: Mapping[str, int] | None = None,
+    fixed: bool = False,
+    kind: str = "attention",
+) -> Coupling:
+    """Describe an attention block as :meth:`Coupling.attention` does, with the sizes of its layers.
+
+    Heads of q may be wider than those of o, for instance if q also computes a gate of the output.
+
+    Args:
+        model: The model.
+        layer: Number of the layer.
+        q: Path of the query projection.
+        k: Path of the key projection.
+        v: Path of the value projection.
+        o: Path of the output projection.
+        heads: Number of query heads.
+        more: Other layers whose outputs are split by the heads: path, and "q", "k" or "v". One whose outputs are
+            multiplied with those of the heads (a gate) counts to the queries.
+        moving: Parameters and buffers that are reordered together with the heads.
+        fixed: Whether heads can't move.
+        kind: Word for this coupling in reports.
+    """
+    head_dim = inputs_of(model, o) // heads
+    kv_heads = outputs_of(model, v) // head_dim
+    sides = [("q", q, heads), ("k", k, kv_heads), ("v", v, kv_heads), *_more(more or {}, heads, kv_heads)]
+    producers = tuple(Projection(key, path, n, outputs_of(model, path) // n, 0) for key, path, n in sides)
+    vectors = tuple(Vector(path, unit) for path, unit in (moving or {}).items())
+    return Coupling(kind, layer, producers, Projection("o", o, heads, head_dim, 1), vectors, fixed)
+
+
+def packed_attention(model: nn.Module, layer: int, qkv: str, o: str, heads: int, interleaved: bool = False) -> Coupling:
+    """Describe an attention block as :meth:`Coupling.packed_attention` does, with the sizes of its layers."""
+    head_dim = inputs_of(model, o) // heads
+    kv_heads = (outputs_of(model, qkv) // head_dim - heads) // 2
+    sizes = {"heads": heads, "head_dim": head_dim, "kv_heads": kv_heads}
+    return Coupling.packed_attention(layer, qkv=qkv, o=o, **sizes, interleaved=interleaved)
+
+
+def _more(layers: Mapping[str, str], heads: int, kv_heads: int) -> list[tuple[str, str, int]]:
+    return [(key, path, kv_heads if key in "kv" else heads) for path, key in layers.items()]
+
+
+def ffn(model: nn.Module, layer: int, up: str, down: str, gate: str | None = None, kind: str = "ffn") -> Coupling:
+    """Describe a feed-forward block with the sizes of its layers: packed if `up` also computes the gate."""
+    channels = inputs_of(model, down)
+    if gate is not None:
+        return Coupling.gated_ffn(layer, up=up, gate=gate, down=down, channels=channels, kind=kind)
+    if outputs_of(model, up) == 2 * channels:
+        return Coupling.packed_gated_ffn(layer, gate_up=up, down=down, channels=channels, kind=kind)
+    return Coupling.ffn(layer, up=up, down=down, channels=channels, kind=kind)
+
+
+def heads_in(model: nn.Module, block: str) -> int:
+    """The number of query heads of an attention block, by its module or the module inside, else by its config."""
+    block = model.get_submodule(block)
+    for module in (block, *block.children()):
+        for name in ("num_heads", "num_attention_heads", "n_heads", "nh", "n_head"):
+            if isinstance(getattr(module, name, None), int):
+                return getattr(module, name)
+    return getattr(block, "config", model.config).num_attention_heads
+
+
 def experts(model: nn.Module, layer: int, path: str) -> list[Coupling]:
-    """One coupling for each expert of a module with transformers' weights [experts, outputs, inputs]."""
-    count, _, channels = model.get_submodule(path).down_proj.shape
-    paths = {"gate_up": f"{path}.gate_up_proj", "down": f"{path}.down_proj"}
-    return Coupling.experts(layer, **paths, channels=channels, experts=count)
+    """One coupling for each expert of a module of transformers that has the weights of all experts in one parameter.
+
+    The module says how it stores them: transposed, gate and up in turn, with biases, without a gate.
+    """
+    block = model.get_submodule(path)
+    transposed = getattr(block, "is_transposed", type(block).__name__ == "Llama4TextExperts")
+    first = "gate_up_proj" if getattr(block, "has_gate", True) else "up_proj"
+    return Coupling.experts(
+        layer,
+        **{first.removesuffix("_proj"): f"{path}.{first}"},
+        down=f"{path}.down_proj",
+        channels=block.down_proj.shape[1 if transposed else 2],
+        experts=block.down_proj.shape[0],
+        transposed=transposed,
+        interleaved=not getattr(block, "is_concatenated", True),
+        bias=f"{path}.{first}_bias" if getattr(block, "has_bias", False) else None,
+    )
 
 
 def gated_mlp(model: nn.Module, layer: int, path: str, channels: int | None = None, kind: str = "ffn") -> Coupling:
@@ -38,14 +135,23 @@ def gated_mlp(model: nn.Module, layer: int, path: str, channels: int | None = No
 
 
 def activation_of(model: nn.Module, mlp: str) -> str | None:
-    """The activation that the config names, if the block's module is of the class that this name stands for."""
+    """The activation that the config names, if the block's module is of the class that this name stands for.
+
+    None too for a block with dropout, factors or another dtype between its layers, which :func:`s2ft.ops.act_mul` does
+    not have.
+    """
     from transformers.activations import ACT2FN  # not at the top, where it would load transformers with every import
 
     # gemma has both attributes, and uses the first
     name = getattr(model.config, "hidden_activation", None) or model.config.hidden_act
     try:
         module = model.get_submodule(f"{mlp}.act_fn")
+        block = vars(model.get_submodule(mlp))
     except AttributeError:
+        return None
+    if type(model.get_submodule(mlp)).__name__ == "BeamMLP":  # its activation is computed in float32
+        return None
+    if any(word in name for name in [*block, *block["_modules"]] for word in ("dropout", "multiplier", "sparsity")):
         return None
     untouched = name in HIDDEN_ACTS and type(module) is type(ACT2FN[name]) and "forward" not in module.__dict__
     return HIDDEN_ACTS[name] if untouched else None
@@ -56,6 +162,22 @@ def head_sizes(config) -> tuple[int, int, int]:
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
+
+
+def moving_with_heads(model: nn.Module, block: str, heads: int, head_dim: int) -> dict[str, int]:
+    """The norms, sinks and biases of an attention block that move, as :meth:`Coupling.attention` takes them.
+
+    A norm with `head_dim` entries is shared by all heads, and is left out.
+    """
+    attention, found = model.get_submodule(block), {}
+    for name in ("q_norm", "k_norm"):
+        weight = getattr(getattr(attention, name, None), "weight", None)
+        if weight is not None and weight.dim() == 1 and weight.shape[0] not in (head_dim, attention.head_dim):
+            found[f"{block}.{name}.weight"] = attention.head_dim
+    for name in ("sinks", "gate_bias"):
+        if getattr(attention, name, None) is not None:
+            found[f"{block}.{name}"] = 1
+    return found
 
 
 def under_base(model: nn.Module, name: str) -> str:

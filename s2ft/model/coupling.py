@@ -2,6 +2,8 @@
 
 The units of a coupling go from its producers to its consumer: unit i of a producer's outputs is unit i of the
 consumer's inputs. So both sides can be put in a new order together, and the model still computes the same.
+
+A linear layer that shares its units with no other layer is a one-sided coupling: one projection, trained in place.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PROJECTIONS = ("q", "k", "v", "o", "u", "g", "d")  # u, g, d: up, gate, down
+PROJECTIONS = ("q", "k", "v", "o", "u", "g", "d", "l")  # u, g, d: up, gate, down; l: linear layer in no coupling
+SIDES = ("outputs", "inputs")  # names of a weight's dim 0 and 1
 
 
 @dataclass(frozen=True)
@@ -24,14 +27,15 @@ class Projection:
 
     Attributes:
         key: One of PROJECTIONS.
-        path: Path of the layer in the model; for experts, of the parameter [experts, outputs, inputs].
+        path: Path of the layer in the model; for experts, of the parameter with the weights of all of them.
         count: Number of units.
         unit: Elements of one unit.
-        dim: Dimension of the weight: 0 (outputs) for producers, 1 (inputs) for the consumer.
+        dim: Dimension of the weight: 0 (outputs) for producers, 1 (inputs) for the consumer, either for key "l".
         start: First element of the first unit.
         stride: Elements from the start of one unit to the start of the next; default: `unit`.
         size: All elements of the dimension, if there are more than those of the units.
         expert: Number of the expert.
+        transposed: For an expert, whether the parameter is [experts, inputs, outputs], not [experts, outputs, inputs].
     """
 
     key: str
@@ -43,6 +47,7 @@ class Projection:
     stride: int | None = None
     size: int | None = None
     expert: int | None = None
+    transposed: bool = False
 
     @property
     def name(self) -> str:
@@ -79,24 +84,33 @@ class Vector:
     Attributes:
         path: Path of the tensor in the model.
         unit: Entries of the first dimension that belong to one unit.
+        expert: Number of the expert, for a tensor of all experts, [experts, entries]; `unit`, `start` and `size` are
+            about its entries then.
+        start: First entry of the first unit.
+        size: All entries of the first dimension, if there are more than those of the units.
     """
 
     path: str
     unit: int
+    expert: int | None = None
+    start: int = 0
+    size: int | None = None
 
 
 @dataclass(frozen=True)
 class Coupling:
     """The producers and the consumer of one coupled structure in a layer (S²FT paper, section 3.2).
 
-    Use :meth:`ffn`, :meth:`gated_ffn`, :meth:`attention` and the other class methods to make one.
+    Use :meth:`ffn`, :meth:`gated_ffn`, :meth:`attention` and the other class methods to make one. A layer that shares
+    its units with no other layer is a one-sided coupling, see :meth:`one_sided`: it has one producer and no consumer,
+    or a consumer and no producers.
 
     Attributes:
-        kind: "ffn", "attention", "cross-attention", "experts" or "shared-expert", or a word of your own.
+        kind: "ffn", "attention", "cross-attention", "experts", "shared-expert" or "linear", or a word of your own.
         layer: Number of the layer. Layers are counted through the whole model: first those of the encoder, then those
             of the decoder; first those of the text tower, then those of the vision tower.
-        producers: The projections whose outputs are the units.
-        consumer: The projection whose inputs are the units.
+        producers: The projections whose outputs are the units. Empty if a one-sided coupling trains inputs.
+        consumer: The projection whose inputs are the units. None if a one-sided coupling trains outputs.
         vectors: Tensors that are reordered with the producers' outputs, besides their biases.
         fixed: Whether something outside refers to units by number, so that none can move.
         block: Path of the module around a gated FFN of a known family.
@@ -114,7 +128,7 @@ class Coupling:
     kind: str
     layer: int
     producers: tuple[Projection, ...]
-    consumer: Projection
+    consumer: Projection | None
     vectors: tuple[Vector, ...] = ()
     fixed: bool = False
     block: str | None = None
@@ -201,18 +215,40 @@ class Coupling:
         return cls(kind, layer, producers, Projection("d", down, channels, 1, 1, expert=expert))
 
     @classmethod
-    def experts(cls, layer: int, *, gate_up: str, down: str, channels: int, experts: int) -> list["Coupling"]:
+    def experts(
+        cls,
+        layer: int,
+        *,
+        down: str,
+        channels: int,
+        experts: int,
+        gate_up: str | None = None,
+        up: str | None = None,
+        transposed: bool = False,
+        interleaved: bool = False,
+        bias: str | None = None,
+        kind: str = "experts",
+    ) -> list["Coupling"]:
         """Describe the experts of a mixture whose weights are parameters [experts, outputs, inputs].
 
         Args:
             layer: Number of the layer.
-            gate_up: Path of the parameter with 2 * channels outputs for each expert, those of gate first.
             down: Path of the parameter whose inputs are the channels.
             channels: Number of channels of each expert.
             experts: Number of experts.
+            gate_up: Path of the parameter with 2 * channels outputs for each expert, those of gate first.
+            up: Path of the parameter whose outputs are the channels, instead of `gate_up`: experts without a gate.
+            transposed: Whether the parameters are [experts, inputs, outputs].
+            interleaved: Whether the outputs of `gate_up` are gate and up of each channel in turn.
+            bias: Path of the parameter [experts, outputs] with the biases of `gate_up` or `up`. They are reordered with
+                the channels, and stay frozen.
+            kind: Word for these couplings in reports.
 
         Returns:
             One coupling for each expert.
+
+        Raises:
+            TypeError: Neither or both of `gate_up` and `up` are given.
 
         Example:
             >>> couplings = s2ft.Coupling.experts(
@@ -221,10 +257,24 @@ class Coupling:
             >>> len(couplings), couplings[3].consumer.name
             (8, 'experts.down_proj[3]')
         """
-        return [
-            cls.packed_gated_ffn(layer, gate_up=gate_up, down=down, channels=channels, kind="experts", expert=expert)
-            for expert in range(experts)
-        ]
+        if (gate_up is None) == (up is None):
+            raise TypeError(f"experts needs gate_up or up, and not both, got gate_up={gate_up!r} and up={up!r}")
+        both = {"size": 2 * channels, "stride": 2 if interleaved else None}
+        if up is not None:
+            sides, vectors = [("u", up, {})], [{"unit": 1}]
+        elif interleaved:
+            sides, vectors = [("u", gate_up, {"start": 1, **both}), ("g", gate_up, both)], [{"unit": 2}]
+        else:
+            sides = [("u", gate_up, {"start": channels, **both}), ("g", gate_up, both)]
+            vectors = [{"unit": 1, "start": start, "size": 2 * channels} for start in (channels, 0)]
+
+        def coupling(expert: int) -> "Coupling":
+            where = {"expert": expert, "transposed": transposed}
+            producers = tuple(Projection(key, path, channels, 1, 0, **more, **where) for key, path, more in sides)
+            moving = tuple(Vector(bias, expert=expert, **more) for more in vectors) if bias is not None else ()
+            return cls(kind, layer, producers, Projection("d", down, channels, 1, 1, **where), moving)
+
+        return [coupling(expert) for expert in range(experts)]
 
     @classmethod
     def attention(
@@ -316,11 +366,73 @@ class Coupling:
         )
         return cls(kind, layer, producers, Projection("o", o, heads, head_dim, 1))
 
+    @classmethod
+    def one_sided(
+        cls,
+        layer: int,
+        *,
+        path: str,
+        count: int,
+        unit: int = 1,
+        side: str = "inputs",
+        kind: str = "linear",
+        expert: int | None = None,
+    ) -> "Coupling":
+        """Describe a linear layer that shares its units with no other layer. ``l_ratio`` sets how much is trained.
+
+        Nothing of it is ever moved: the units are trained in place in both layouts.
+
+        Args:
+            layer: Number of the layer.
+            path: Path of the layer in the model.
+            count: Number of units.
+            unit: Inputs or outputs of one unit. The units fill the side: ``count * unit`` elements.
+            side: Which side is trained: "inputs" or "outputs".
+            kind: Word for this coupling in reports.
+            expert: Which expert, where the path is that of a parameter [experts, outputs, inputs].
+
+        Returns:
+            The coupling.
+
+        Raises:
+            ValueError: `side` is neither "inputs" nor "outputs".
+
+        Example:
+            >>> coupling = s2ft.Coupling.one_sided(0, path="model.layers.0.mlp.down_proj", count=128)
+            >>> s2ft.attach(model, s2ft.S2FTConfig(l_ratio=0.25), couplings=[coupling]).trainable
+            2048
+        """
+        if side not in SIDES:
+            raise ValueError(f"side must be 'inputs' or 'outputs', got {side!r}")
+        projection = Projection("l", path, count, unit, SIDES.index(side), expert=expert)
+        return cls(kind, layer, (), projection) if projection.dim == 1 else cls(kind, layer, (projection,), None)
+
     @property
     def projections(self) -> Iterator[Projection]:
         """The producers, then the consumer."""
         yield from self.producers
-        yield self.consumer
+        if self.consumer is not None:
+            yield self.consumer
+
+    @property
+    def main(self) -> Projection:
+        """The consumer, or the first producer of a coupling without one. It names the coupling."""
+        return next(iter(self.producers)) if self.consumer is None else self.consumer
+
+    @property
+    def count(self) -> int:
+        """Number of units of :attr:`main`; in grouped-query attention the keys and values have fewer."""
+        return self.main.count
+
+    @property
+    def expert(self) -> int | None:
+        """Number of the expert; None outside expert stacks."""
+        return self.main.expert
+
+    @property
+    def is_one_sided(self) -> bool:
+        """Whether there is only one side, so that nothing can be reordered together."""
+        return self.consumer is None or not self.producers
 
     @property
     def movable(self) -> bool:
@@ -329,14 +441,19 @@ class Coupling:
         The heads of grouped-query attention can't be: several query heads share a key/value head, and a query head
         outside its group would be multiplied by other keys. They are trained in place, which costs nothing, because the
         rows and columns of a head are contiguous. The units of a `fixed` coupling can't be reordered either: the heads
-        of T5, for instance, have numbers in a table of position biases that all layers share.
+        of T5, for instance, have numbers in a table of position biases that all layers share. The units of a one-sided
+        coupling are known on one side only.
         """
-        return not self.fixed and len({projection.count for projection in self.projections}) == 1
+        counts = {projection.count for projection in self.projections}
+        return not self.fixed and not self.is_one_sided and len(counts) == 1
 
     def __str__(self) -> str:
-        expert = "" if self.consumer.expert is None else f", expert {self.consumer.expert}"
-        producers = ", ".join(projection.name for projection in self.producers)
-        return f"the {self.kind} coupling of layer {self.layer}{expert} ({producers} to {self.consumer.name})"
+        expert = "" if self.expert is None else f", expert {self.expert}"
+        if self.is_one_sided:
+            parts = f"{SIDES[self.main.dim]} of {self.main.name}"
+        else:
+            parts = f"{', '.join(projection.name for projection in self.producers)} to {self.main.name}"
+        return f"the {self.kind} coupling of layer {self.layer}{expert} ({parts})"
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a dict for JSON.
@@ -374,7 +491,7 @@ class Coupling:
             **{
                 **values,
                 "producers": tuple(Projection(**one) for one in values["producers"]),
-                "consumer": Projection(**values["consumer"]),
+                "consumer": None if values["consumer"] is None else Projection(**values["consumer"]),
                 "vectors": tuple(Vector(**one) for one in values["vectors"]),
             }
         )
@@ -382,6 +499,9 @@ class Coupling:
 
 def unit_name(projection: Projection) -> str:
     """Return the word for a projection's units."""
+    if projection.key == "l":
+        side = SIDES[projection.dim]
+        return side if projection.unit == 1 else f"groups of {projection.unit} {side}"
     return "channels" if projection.key in "ugd" else "heads"
 
 

@@ -41,9 +41,9 @@ def _check_apart(couplings: list[Coupling]) -> None:
         names.add(projection.name)
         by_weight.setdefault(projection.weight_key, []).append(projection)
     for (path, _), projections in by_weight.items():
-        if len({(projection.dim, projection.size) for projection in projections}) > 1:
+        if len({(projection.dim, projection.size, projection.transposed) for projection in projections}) > 1:
             raise ValueError(
-                f"projections that share a weight must have the same dim and size, and those of {path} differ"
+                f"projections that share a weight must have the same dim, size and transposed: those of {path} differ"
             )
         elements = torch.cat([projection.elements(torch.arange(projection.count)) for projection in projections])
         if elements.unique().numel() < elements.numel():
@@ -62,27 +62,44 @@ def _checked(coupling: Any, where: str) -> Coupling:
         raise TypeError(f"{where}: kind must be a str and fixed a bool, got {coupling.kind!r} and {coupling.fixed!r}")
     _check_number(coupling.layer, 0, f"{where}: layer")
     coupling = replace(coupling, producers=tuple(coupling.producers), vectors=tuple(coupling.vectors))
-    if not coupling.producers:
-        raise ValueError(f"{where}: producers must be at least one Projection, got none")
+    if coupling.is_one_sided:
+        _check_one_sided(coupling, where)
     for projection in coupling.producers:
-        _check_projection(projection, 0, where)
-    _check_projection(coupling.consumer, 1, where)
+        _check_projection(projection, 0, where, coupling.is_one_sided)
+    if coupling.consumer is not None:
+        _check_projection(coupling.consumer, 1, where, coupling.is_one_sided)
     for vector in coupling.vectors:
         if not isinstance(vector, Vector) or not isinstance(vector.path, str):
             raise TypeError(f"{where}: vectors must be Vector of s2ft.model.coupling, got {vector!r}")
-        _check_number(vector.unit, 1, f"{where}: unit of {vector.path}")
+        for name, least in (("unit", 1), ("expert", 0), ("start", 0), ("size", 1)):
+            value = getattr(vector, name)
+            if value is not None or name in ("unit", "start"):
+                _check_number(value, least, f"{where}: {name} of {vector.path}")
     return coupling
 
 
-def _check_projection(projection: Any, dim: int, where: str) -> None:
+def _check_one_sided(coupling: Coupling, where: str) -> None:
+    if len(list(coupling.projections)) != 1:
+        raise ValueError(
+            f"{where}: a coupling must have producers and a consumer, or, if its layer shares units with no other, "
+            f"exactly one projection; got {len(coupling.producers)} producers and no consumer"
+        )
+    if coupling.vectors:
+        raise ValueError(
+            f"{where}: vectors are reordered with the units, and nothing of a one-sided coupling is: leave them out"
+        )
+
+
+def _check_projection(projection: Any, dim: int, where: str, is_one_sided: bool) -> None:
     if not isinstance(projection, Projection) or not isinstance(projection.path, str):
         raise TypeError(
             f"{where}: producers and consumer must be Projection of s2ft.model.coupling, got {projection!r}"
         )
-    if projection.key not in PROJECTIONS or (projection.key in "od") != (dim == 1):
+    keys = "l" if is_one_sided else ("qkvug", "od")[dim]
+    if projection.key not in PROJECTIONS or projection.key not in keys:
+        place = "in a one-sided coupling" if is_one_sided else "on this side"
         raise ValueError(
-            f"{where}: the key of {projection.path} must be one of "
-            f"{', '.join(('qkvug', 'od')[dim])} on this side, got {projection.key!r}"
+            f"{where}: the key of {projection.path} must be one of {', '.join(keys)} {place}, got {projection.key!r}"
         )
     if projection.dim != dim:
         raise ValueError(
@@ -92,6 +109,11 @@ def _check_projection(projection: Any, dim: int, where: str) -> None:
         value = getattr(projection, name)
         if value is not None or name in ("count", "unit", "start"):
             _check_number(value, least, f"{where}: {name} of {projection.path}")
+    if not isinstance(projection.transposed, bool) or projection.transposed and projection.expert is None:
+        raise ValueError(
+            f"{where}: transposed of {projection.path} must be a bool, and can be True for an expert only, got "
+            f"{projection.transposed!r}"
+        )
     if projection.size is None and (projection.start or projection.stride is not None):
         raise ValueError(
             f"{where}: {projection.path} must have size, the number of all elements of dim {dim}, with start or stride"

@@ -81,10 +81,10 @@ def _check_is_here(path: str, weight: Tensor) -> None:
 
 
 def _dtype(model: nn.Module, couplings: list[Coupling]) -> str:
-    """The dtype of the first quantized weight in words, or, without any, of the first consumer."""
+    """The dtype of the first quantized weight in words, or, without any, of the first consumer or one-sided layer."""
     handles = (weight_at(model, projection) for projection in projections_of(couplings))
     quantized = (handle.dtype_name for handle in handles if handle.dtype_name.startswith(QUANTIZED))
-    return next(quantized, weight_at(model, couplings[0].consumer).dtype_name)
+    return next(quantized, weight_at(model, couplings[0].main).dtype_name)
 
 
 def _every(tensor: Tensor, samples: int) -> Tensor:

@@ -1,6 +1,7 @@
 """The order that makes selected units contiguous, and how it is applied to weights and biases."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -114,8 +115,9 @@ def moving_tensors(model: nn.Module, coupling: Coupling, order: Tensor) -> Itera
         if first.dim == 0 and handle.bias is not None:
             yield MovingTensor(handle.bias, _unchanged, elements, 0)
     for vector in coupling.vectors:
-        moved = Projection("u", vector.path, order.numel(), vector.unit, 0)
-        yield MovingTensor(find(model, vector.path), _as_rows, element_order([moved], order), 0)
+        moved = Projection("u", vector.path, order.numel(), vector.unit, 0, start=vector.start, size=vector.size)
+        view = _as_rows if vector.expert is None else partial(_rows_of, vector.expert)
+        yield MovingTensor(find(model, vector.path), view, element_order([moved], order), 0)
 
 
 def _unchanged(tensor: Tensor) -> Tensor:
@@ -124,6 +126,10 @@ def _unchanged(tensor: Tensor) -> Tensor:
 
 def _as_rows(tensor: Tensor) -> Tensor:
     return tensor.view(tensor.shape[0], -1)
+
+
+def _rows_of(expert: int, tensor: Tensor) -> Tensor:
+    return _as_rows(tensor[expert])
 
 
 class Move:

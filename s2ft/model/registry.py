@@ -1,14 +1,17 @@
 """Lists the couplings of a model, by its model type or as the user describes them, and checks them."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from s2ft.layers import KINDS, S2Layer, kind_of
+from s2ft.layers import KINDS, OTHER, S2Layer, kind_of
 from s2ft.model.coupling import Coupling, Projection, Vector
 from s2ft.model.custom import checked_couplings
-from s2ft.model.families import FAMILIES, check_release
+from s2ft.model.discovery import Discovery, WeightRow, discover
+from s2ft.model.discovery.structure import layers_of_blocks
+from s2ft.model.families import FAMILIES, check_release, composite
 from s2ft.model.weights import find, weight_at
 
 Declaration = Callable[[nn.Module], list[Coupling]]
@@ -48,41 +51,118 @@ def known_architectures() -> list[str]:
     return sorted({**FAMILIES, **_REGISTERED})
 
 
-def couplings_of(model: nn.Module, custom: Sequence[Coupling] | None = None) -> list[Coupling]:
-    """List the couplings of a model and check them against its weights.
+def is_known(model: nn.Module) -> bool:
+    """Whether the couplings of a model's type, and of its parts', are declared, by s2ft or by register_architecture."""
+    declaration = _declaration(model)
+    return declaration is not None and not (declaration is composite.couplings and composite.undeclared_parts(model))
+
+
+@dataclass(frozen=True)
+class Found:
+    """The couplings of a model, and where they are from.
+
+    Attributes:
+        couplings: The couplings.
+        is_custom: Whether adapters must store them, because no family has them.
+        weights: What discovery says of every weight of the blocks; empty for all other couplings.
+    """
+
+    couplings: list[Coupling]
+    is_custom: bool
+    weights: tuple[WeightRow, ...] = ()
+
+
+def couplings_of(model: nn.Module, custom: Sequence[Coupling] | None = None, example: Any = None) -> list[Coupling]:
+    """List the couplings of a model as :func:`find_couplings` does, without the rest."""
+    return find_couplings(model, custom, example).couplings
+
+
+def find_couplings(
+    model: nn.Module,
+    custom: Sequence[Coupling] | None = None,
+    example: Any = None,
+    modules_to_save: Sequence[str] | None = None,
+) -> Found:
+    """Find the couplings of a model and check them against its weights.
 
     Args:
         model: The model.
-        custom: The couplings that a user describes; default: those of the model's family.
+        custom: The couplings that a user describes; default: those of the model's family. Where no family is known,
+            they are found by trials on a small copy of the model.
+        example: Input for the trials: a tensor, a tuple of arguments or a dict of them. A transformers model needs
+            none.
+        modules_to_save: Modules that are trained in full, as in S2FTConfig. Couplings that are found in them are left
+            out.
 
     Returns:
-        The couplings.
+        The couplings, and where they are from.
 
     Raises:
         TypeError: `custom` has something else than couplings.
-        ValueError: The model type is not known, or a weight is missing or has another shape than its coupling states;
-            the message names the known types or the module.
+        ValueError: The couplings can't be found, or a weight is missing or has another shape than its coupling
+            states; the message says what was tried, or names the module.
     """
-    couplings = _declared(model) if custom is None else checked_couplings(custom)
-    check_shapes(model, couplings)
-    return couplings
+    if custom is not None:
+        found = Found(checked_couplings(custom), is_custom=True)
+    elif is_known(model):
+        found = Found(_declared(model), is_custom=False)
+    else:
+        found = _discovered(model, example, modules_to_save or ())
+    check_shapes(model, found.couplings)
+    return found
+
+
+def explain(model: nn.Module, example: Any = None) -> Discovery:
+    """Say of every weight of a model's blocks how it is trained, and why.
+
+    Args:
+        model: The model. It may be on the meta device.
+        example: As for :func:`couplings_of`.
+
+    Returns:
+        The couplings, declared or found by trials, with a row for each weight. It prints as a table.
+
+    Raises:
+        ValueError: As for :func:`couplings_of`.
+    """
+    found = find_couplings(model, example=example)
+    if found.weights:
+        return Discovery(found.couplings, list(found.weights))
+    family = f"declared for model type {model.config.model_type}"
+    rows = {p.path: WeightRow(p.path, _word(c), family, c) for c in found.couplings for p in c.projections}
+    for path in layers_of_blocks(model):
+        rows.setdefault(path, WeightRow(path, "untouched", "in no coupling of its family"))
+    return Discovery(found.couplings, list(rows.values()))
+
+
+def _word(coupling: Coupling) -> str:
+    return "one-sided" if coupling.is_one_sided else "movable" if coupling.movable else "in place"
+
+
+def _discovered(model: nn.Module, example: Any, modules: Sequence[str]) -> Found:
+    discovery = discover(model, example)
+
+    def is_free(path: str) -> bool:
+        above = [path[:end] for end, character in enumerate(path) if character == "."] + [path]
+        return not any(one == module or one.endswith(f".{module}") for module in modules for one in above)
+
+    couplings = [c for c in discovery.couplings if all(is_free(projection.path) for projection in c.projections)]
+    return Found(couplings, True, tuple(row for row in discovery.weights if is_free(row.path)))
+
+
+def _declaration(model: nn.Module) -> Declaration | None:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return _REGISTERED.get(model_type) or FAMILIES.get(model_type)
 
 
 def _declared(model: nn.Module) -> list[Coupling]:
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    declaration = _REGISTERED.get(model_type) or FAMILIES.get(model_type)
-    if declaration is None:
-        raise ValueError(
-            f"{type(model).__name__} (model type {model_type!r}) is not a model family that s2ft knows; known are "
-            f"{', '.join(known_architectures())}. Describe the couplings of this model in attach(..., "
-            "couplings=[s2ft.Coupling.ffn(...), ...]), or those of its family by s2ft.register_architecture"
-        )
-    if model_type not in _REGISTERED:
-        check_release(model_type)
-    couplings = declaration(model)
+    if model.config.model_type not in _REGISTERED:
+        check_release(model.config.model_type)
+    couplings = _declaration(model)(model)
     if not couplings:
         raise ValueError(
-            f"{type(model).__name__}: s2ft finds no layers of model type {model_type!r} under their usual names"
+            f"{type(model).__name__}: s2ft finds no layers of model type {model.config.model_type!r} under their usual "
+            "names"
         )
     return couplings
 
@@ -108,9 +188,9 @@ def _check_projection(model: nn.Module, projection: Projection) -> None:
     if projection.expert is None:
         check_module(found, projection.path)
     elif not isinstance(found, nn.Parameter) or found.dim() != 3 or projection.expert >= found.shape[0]:
+        sides = "inputs, outputs" if projection.transposed else "outputs, inputs"
         raise ValueError(
-            f"{projection.path} must be a parameter [experts, outputs, inputs] with more than "
-            f"{projection.expert} experts"
+            f"{projection.path} must be a parameter [experts, {sides}] with more than {projection.expert} experts"
         )
     handle = weight_at(model, projection)
     if not handle.read_only and not handle.tensor.is_floating_point():
@@ -126,11 +206,13 @@ def _check_projection(model: nn.Module, projection: Projection) -> None:
 
 def check_module(found: Any, path: str) -> None:
     """Raise ValueError unless `found` is a layer of a kind that S²FT trains."""
-    if not isinstance(found, nn.Module) or isinstance(found, S2Layer) or kind_of(found).layers is None:
+    kind = kind_of(found)
+    if not isinstance(found, nn.Module) or isinstance(found, S2Layer) or kind.layers is None:
         groups = getattr(found, "groups", 1)
+        reason = "" if kind is OTHER else f", {kind.name}"
         raise ValueError(
-            f"{path} is a {type(found).__name__}{f' of {groups} groups' * (groups != 1)}: S²FT trains units of "
-            f"{', '.join(kind.name for kind in KINDS)}, and not of classes derived from them"
+            f"{path} is a {type(found).__name__}{f' of {groups} groups' * (groups != 1)}{reason}: S²FT trains units of "
+            f"{', '.join(kind.name for kind in KINDS if kind.layers is not None)}"
         )
 
 
@@ -141,8 +223,12 @@ def _check_vector(model: nn.Module, vector: Vector, counts: set[int]) -> None:
         parameter = None
     if not isinstance(parameter, Tensor):
         raise ValueError(f"{type(model).__name__} has no parameter or buffer {vector.path}")
-    if parameter.dim() == 0 or parameter.shape[0] not in {count * vector.unit for count in counts}:
+    dim, sizes = int(vector.expert is not None), {count * vector.unit for count in counts}
+    if vector.size is not None:
+        sizes = {vector.size} if vector.start + min(sizes) <= vector.size else set()
+    if parameter.dim() <= dim or parameter.shape[dim] not in sizes or vector.expert and vector.expert >= len(parameter):
+        of = "" if vector.size is None else f" from {vector.start} to {vector.size}"
         raise ValueError(
-            f"{vector.path}: expected {' or '.join(map(str, sorted(counts)))} units of {vector.unit} "
-            f"in dim 0, got shape {tuple(parameter.shape)}"
+            f"{vector.path}: expected {' or '.join(map(str, sorted(counts)))} units of {vector.unit}{of} "
+            f"in dim {dim}, got shape {tuple(parameter.shape)}"
         )

@@ -1,14 +1,14 @@
 """Verifies couplings: with the units of one in another order, the model must give the same outputs as before."""
 
-import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from s2ft.model.coupling import Coupling
+from s2ft.model.discovery.examples import example_of, run_example
 from s2ft.model.modes import evaluation_mode
+from s2ft.model.outputs import tensors_in
 from s2ft.model.permutation import Move
 from s2ft.model.weights import allow_packing, layers_that_pack, stop_packing, weight_at
 
@@ -24,10 +24,17 @@ class Trial:
     """The outputs of a model on one small input, to compare them with its outputs after a change.
 
     The model runs in evaluation mode without gradients. Afterwards every module is in its former mode. The outputs of
-    the consumers are compared too, because there an error is largest.
+    the consumers, and of one-sided layers, are compared too, because there an error is largest.
     """
 
-    def __init__(self, model: nn.Module, couplings: list[Coupling], under_way: list[Move], example: Any = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        couplings: list[Coupling],
+        under_way: list[Move],
+        example: Any = None,
+        reach_all: bool = True,
+    ) -> None:
         """Run the model before the change.
 
         Args:
@@ -35,6 +42,7 @@ class Trial:
             couplings: The couplings whose consumers are compared.
             under_way: A list that contains the moves of a check while it runs, so that the caller can revert them.
             example: Tensor, tuple of arguments or dict of them; default: made from the model's config.
+            reach_all: Whether the example must reach every coupling.
 
         Raises:
             ValueError: There is no example, the model can't run on it, or it does not reach every coupling.
@@ -43,11 +51,11 @@ class Trial:
         self.model, self.under_way = model, under_way
         # Quantized weights are integers. Their layers may compute in half precision or on 8-bit activations.
         self.tolerance = max(
-            TOLERANCE.get(weight_at(model, coupling.consumer).tensor.dtype, TOLERANCE[torch.bfloat16])
+            TOLERANCE.get(weight_at(model, coupling.main).tensor.dtype, TOLERANCE[torch.bfloat16])
             for coupling in couplings
         )
         # In half precision, rounding may route a token to another expert, which changes its outputs.
-        self.routed = self.tolerance > 1e-4 and any(c.consumer.expert is not None for c in couplings)
+        self.routed = self.tolerance > 1e-4 and any(c.expert is not None for c in couplings)
         built = example is None
         self.example = example_of(model) if built else example
         if self.example is None:
@@ -60,8 +68,9 @@ class Trial:
             if built:
                 raise ValueError(f"{NEED_EXAMPLE}. The example made from the config fails: {error}") from error
             raise
+        must_run = {"", *(_module_of(coupling) for coupling in couplings if not coupling.is_one_sided)}
         for key, tensors in self.before.items():
-            if not tensors:
+            if not tensors and key in must_run:  # nothing is claimed about a one-sided layer
                 raise ValueError(
                     f"example must reach every coupling, and this one does not reach {key or 'an output'}: pass "
                     "another as example=, or verify=False"
@@ -78,7 +87,7 @@ class Trial:
         Raises:
             ValueError: An output changes by more than rounding. The weights are as before, bit for bit.
         """
-        moves = [Move(coupling, _cycle(coupling.consumer.count)) for coupling in couplings]
+        moves = [Move(coupling, _cycle(coupling.count)) for coupling in couplings]
         self.under_way.extend(moves)
         for move in moves:
             move.do(self.model)
@@ -89,7 +98,7 @@ class Trial:
         if moved:
             others = f" or another of the {len(couplings)} experts" if len(couplings) > 1 else ""
             raise ValueError(
-                f"{couplings[0]}{others} is not a coupling of this model: with its {couplings[0].consumer.count} units "
+                f"{couplings[0]}{others} is not a coupling of this model: with its {couplings[0].count} units "
                 f"in another order {moved}. Is a module, a norm or bias (vectors), or the unit wrong?"
             )
 
@@ -138,17 +147,17 @@ class Trial:
             stop_packing(self.model, packing)
             with torch.no_grad(), evaluation_mode(self.model), torch.random.fork_rng(cuda):
                 torch.manual_seed(0)
-                output = _call(self.model, self.example)
+                output = run_example(self.model, self.example)
         finally:
             allow_packing(self.model, packing)
             for handle in handles:
                 handle.remove()
-        return {**found, "": [tensor.double() for tensor in _tensors(output)]}
+        return {**found, "": [tensor.double() for tensor in tensors_in(output)]}
 
 
 def _module_of(coupling: Coupling) -> str:
-    path = coupling.consumer.path
-    return path if coupling.consumer.expert is None else path.rpartition(".")[0]
+    path = coupling.main.path
+    return path if coupling.expert is None else path.rpartition(".")[0]
 
 
 def _cycle(count: int) -> Tensor:
@@ -157,82 +166,3 @@ def _cycle(count: int) -> Tensor:
     order = torch.empty_like(units)
     order[units] = units.roll(1)
     return order
-
-
-def _call(model: nn.Module, example: Any) -> Any:
-    """Run the model on copies of the example, because a model may write into its inputs."""
-    if isinstance(example, dict):
-        return model(**{name: _copied(value) for name, value in example.items()})
-    values = example if isinstance(example, (tuple, list)) else (example,)
-    return model(*map(_copied, values))
-
-
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _tensors(output: Any, name: str = "") -> Iterator[Tensor]:
-    """Iterate over the floating-point tensors of a model's output.
-
-    Attention weights and caches are left out, because heads that are reordered change them.
-    """
-    if "attentions" in name or "cache" in name or "past" in name:
-        return
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
-    elif isinstance(output, dict):
-        for key, value in output.items():
-            yield from _tensors(value, str(key))
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from _tensors(value, name)
-
-
-# ---- an input made from a transformers model's config ---------------------------------------------------
-
-
-def example_of(model: nn.Module, rows: int = 2, length: int = 8, device: Any = None) -> dict[str, Tensor] | None:
-    """Make a small batch for a transformers model from its config: token ids, pixels or sound.
-
-    Args:
-        model: The model.
-        rows: Number of sequences, images or recordings.
-        length: Number of tokens of a sequence.
-        device: Device of the batch; default: that of the model.
-
-    Returns:
-        The arguments of the model's forward by name, or None if they can't be made.
-    """
-    config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
-    if config is None or main is None:
-        return None
-    takes = inspect.signature(model.forward).parameters
-    names = [main]
-    if "pixel_values" in takes and hasattr(config, "vision_config"):
-        names.append("pixel_values")
-    if "decoder_input_ids" in takes and getattr(config, "is_encoder_decoder", False):
-        names.append("decoder_input_ids")
-    weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-    values = {
-        name: _value(name, config, rows, length, torch.Generator().manual_seed(0)) for name in dict.fromkeys(names)
-    }
-    if any(value is None for value in values.values()):
-        return None
-    return {
-        name: value.to(device or weight.device, weight.dtype if value.is_floating_point() else None)
-        for name, value in values.items()
-    }
-
-
-def _value(name: str, config: Any, rows: int, length: int, generator: torch.Generator) -> Tensor | None:
-    text, vision = getattr(config, "text_config", None) or config, getattr(config, "vision_config", None) or config
-    if name in ("input_ids", "decoder_input_ids") and hasattr(text, "vocab_size"):
-        return torch.randint(text.vocab_size, (rows, length), generator=generator)
-    if name == "pixel_values" and hasattr(vision, "image_size"):
-        size = vision.image_size
-        height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        return torch.randn(rows, getattr(vision, "num_channels", 3), height, width, generator=generator)
-    if name == "input_features" and hasattr(config, "num_mel_bins"):
-        return torch.randn(rows, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
-    return None

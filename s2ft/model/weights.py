@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.distributed import Shard, gathered_parameter, is_dtensor, is_partitioned, own_shard
-from s2ft.layers import LINEAR, OTHER, Kind, kind_of
+from s2ft.layers import EXPERTS, LINEAR, OTHER, TRANSPOSED_EXPERTS, Kind, kind_of
 from s2ft.model.coupling import Coupling, Projection
 
 
@@ -118,6 +118,8 @@ def weight_at(model: nn.Module, projection: Projection) -> WeightHandle:
     if type(found) is nn.Linear and type(found.weight) is nn.Parameter:  # nearly all are; a quantized tensor is not
         return WeightHandle(projection.path, found, LINEAR)
     kind = kind_of(found)
+    if kind is EXPERTS and projection.transposed:  # nothing but the projection says it
+        kind = TRANSPOSED_EXPERTS
     return WeightHandle(projection.path, found, LINEAR if kind is OTHER else kind, projection.expert)
 
 

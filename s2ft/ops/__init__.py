@@ -9,6 +9,7 @@ of the index of an op that changes a weight.
 
 from s2ft.ops._effective import effective_units
 from s2ft.ops.act_mul import act_mul
+from s2ft.ops.grouped_linear import grouped_linear
 from s2ft.ops.indexed_conv import indexed_conv
 from s2ft.ops.indexed_linear import indexed_linear
 from s2ft.ops.multi_adapter_linear import multi_adapter_linear, pack_adapters
@@ -20,6 +21,7 @@ from s2ft.ops.swap_ import swap_
 __all__ = [
     "act_mul",
     "effective_units",
+    "grouped_linear",
     "indexed_conv",
     "indexed_linear",
     "multi_adapter_linear",

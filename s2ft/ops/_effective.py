@@ -15,7 +15,9 @@ from torch import Tensor
 from s2ft.ops._lock import LOCK, finish_interrupted, unfinished
 from s2ft.ops._memory import check_writable
 
-Units = int | Tensor  # start of a contiguous slice, or the index of every unit, int64 [n]
+# Start of a contiguous slice, or the index of every unit, int64 [n]. Of several matrices [matrices, O, I], unit u of
+# matrix g has the index g * size + u, where size is the number of units of one matrix.
+Units = int | Tensor
 
 
 def effective_units(base: Tensor, delta: Tensor) -> Tensor:
@@ -42,16 +44,32 @@ def effective_units(base: Tensor, delta: Tensor) -> Tensor:
 def _read(weight: Tensor, units: Units, length: int, dim: int) -> Tensor:
     if isinstance(units, int):
         return weight.narrow(dim, units, length).clone()
+    if weight.dim() == 3:
+        found = _by_unit(weight, dim)[_places(weight, units, dim)]
+        return found if dim == 0 else found.t().contiguous()
     return weight.index_select(dim, units)
 
 
 def _write(weight: Tensor, units: Units, values: Tensor, dim: int) -> None:
     if isinstance(units, int):
         weight.narrow(dim, units, values.shape[dim]).copy_(values)
+    elif weight.dim() == 3:
+        _by_unit(weight, dim)[_places(weight, units, dim)] = values.transpose(0, dim)
     elif dim == 1:  # index_copy_ visits a matrix's columns element by element; on the transpose it does not
         weight.t()[units] = values.t()
     else:
         weight[units] = values
+
+
+def _by_unit(weight: Tensor, dim: int) -> Tensor:
+    """View several matrices as [matrices, units, elements of a unit]."""
+    return weight.transpose(1, 1 + dim)
+
+
+def _places(weight: Tensor, units: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """The matrix of each unit, and its number there."""
+    size = weight.shape[1 + dim]
+    return units // size, units % size
 
 
 def _overlaps(weight: Tensor) -> bool:
@@ -59,12 +77,14 @@ def _overlaps(weight: Tensor) -> bool:
 
 
 def with_effective_weight(
-    weight: Tensor,  # [O, I], the same bits afterwards
+    weight: Tensor,  # [O, I] or [matrices, O, I], the same bits afterwards
     delta: Tensor,  # [n, I] if dim == 0 else [O, n]
     units: Units,
     dim: int,
     dtype: torch.dtype,
-    product: Callable[[Tensor], Tensor],  # its argument [O, I] has dtype `dtype` and is valid during the call only
+    product: Callable[
+        [Tensor], Tensor
+    ],  # its argument, of the weight's shape, has dtype `dtype` and is valid during the call only
 ) -> Tensor:
     """Return product(W), where W is the weight with delta added to its units.
 

@@ -43,9 +43,11 @@ def check(op: str, x: Tensor, weight: Tensor, delta: Tensor, units: Units, dim: 
 
 def reference(x, weight, delta, units, dim, bias, kept):
     bias = None if bias is None else bias.to(x.dtype)
-    return with_effective_weight(
+    y = with_effective_weight(
         weight, delta, units, dim, x.dtype, lambda effective: F.linear(x.contiguous(), effective, bias)
     )
+    # F.linear may return a view. A model may change the output in place, which autograd refuses for a view of an op.
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
 
 def reference_grad_x(grad, weight, delta, units, dim):
@@ -169,7 +171,7 @@ def _backward(grad_x_op, ctx, grad):
     kept, weight, delta, units = _saved(ctx)
     grad_x = grad_delta = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = _below_autograd(grad_x_op, grad, weight, delta, units, ctx.dim)
+        grad_x = below_autograd(grad_x_op, grad, weight, delta, units, ctx.dim)
     if ctx.needs_input_grad[2]:
         grad_delta = _delta_gradient(grad, kept, delta, units, ctx.dim)
     if ctx.needs_input_grad[5]:
@@ -177,7 +179,7 @@ def _backward(grad_x_op, ctx, grad):
     return grad_x, None, grad_delta, None, None, grad_bias, None
 
 
-def _below_autograd(op: Callable, *args) -> Tensor:
+def below_autograd(op: Callable, *args) -> Tensor:
     """Return op(*args), without the 10 µs of an autograd function in Python if gradients are off."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return op(*args)

@@ -7,10 +7,10 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
-from s2ft.layers import ObservedExperts, experts_forward, kind_of
+from s2ft.layers import ObservedExperts, forward_of, kind_of
 from s2ft.model.coupling import Projection
 from s2ft.model.weights import find, parameter_position, put
-from s2ft.selection.batches import tower_of
+from s2ft.selection.batches import positions_of
 from s2ft.selection.metric import Metric, Request, Units, squares_by_unit
 from s2ft.selection.running import in_evaluation_mode, run_forward, temporary_hooks
 
@@ -40,8 +40,8 @@ class _Sums:
         self.request = request
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}  # by projection, because an encoder and its decoder have different positions
-        self.towers = {
-            projection.name: tower_of(request.model, coupling, projection)
+        self.positions = {
+            projection.name: positions_of(request.model, coupling, projection)
             for coupling in request.couplings
             for projection in coupling.projections
         }
@@ -53,7 +53,7 @@ class _Sums:
             owner = find(self.request.model, path.rpartition(".")[0])
             return [
                 owner.register_forward_hook(lambda _, inputs, output: self._count(projections, inputs[0])),
-                module.register_forward_hook(lambda _, inputs, output: self._add_expert(projections, inputs, output)),
+                module.register_forward_hook(lambda _, inputs, output: self._add_experts(projections, inputs, output)),
             ]
         consumes = projections[0].dim == 1
         return [
@@ -67,7 +67,7 @@ class _Sums:
     def _positions(self, projections: list[Projection], x: Tensor) -> Tensor:
         """Return x without padding: [..., features] → [positions, features]."""
         name = projections[0].name
-        return self.request.calibration.without_padding(x.detach(), name, self.towers[name])
+        return self.request.calibration.without_padding(x.detach(), name, self.positions[name])
 
     def _count(self, projections: list[Projection], x: Tensor) -> None:
         count = len(self._positions(projections, x))
@@ -80,14 +80,17 @@ class _Sums:
         for projection in projections:
             self._add_squares(projection, x)
 
-    def _add_expert(self, projections: list[Projection], inputs: tuple, output: Tensor) -> None:
-        x, expert, tokens = inputs
-        calibration = self.request.calibration
+    def _add_experts(self, projections: list[Projection], inputs: tuple, output: Tensor) -> None:
+        """Add what the experts of one weight got or returned. Their rows stand one after the other."""
+        x, offsets, tokens = inputs
+        ends = [0, *offsets.tolist()]
         for projection in projections:
-            if projection.expert == expert:
-                values = (output if projection.dim == 0 else x).detach()
-                tower = self.towers[projection.name]
-                self._add_squares(projection, calibration.without_padding(values, projection.name, tower, tokens))
+            rows = slice(ends[projection.expert], ends[projection.expert + 1])
+            values = (output if projection.dim == 0 else x).detach()[rows]
+            here = None if tokens is None else tokens[rows]
+            positions = self.positions[projection.name]
+            values = self.request.calibration.without_padding(values, projection.name, positions, here)
+            self._add_squares(projection, values)
 
     def _add_squares(self, projection: Projection, x: Tensor) -> None:
         squares = squares_by_unit(x, 1, projection)
@@ -120,22 +123,21 @@ def _by_path(request: Request) -> dict[str, list[Projection]]:
 
 @contextmanager
 def _experts_observed(request: Request) -> Iterator[None]:
-    """Replace the requested expert stacks by modules that run one expert after the other, so that hooks see each
-    expert.
+    """Replace the requested parameters of experts by modules, so that hooks see what each expert gets and returns.
 
     Everything is restored afterwards.
     """
-    paths = [path for path, projections in _by_path(request).items() if projections[0].expert is not None]
+    stacks = {path: found[0] for path, found in _by_path(request).items() if found[0].expert is not None}
     with ExitStack() as stack:
-        for path in paths:
+        for path, projection in stacks.items():
             parameter, place = find(request.model, path), parameter_position(request.model, path)
             stack.callback(put, request.model, path, parameter, place)  # before put, because an interrupt may follow
-            put(request.model, path, ObservedExperts(parameter))
-        for path in dict.fromkeys(path.rpartition(".")[0] for path in paths):
+            put(request.model, path, ObservedExperts(parameter, projection.transposed))
+        for path in dict.fromkeys(path.rpartition(".")[0] for path in stacks):
             owner = find(request.model, path)
             before = owner.__dict__.get("forward")
             stack.callback(_set_forward, owner, before)
-            owner.forward = MethodType(experts_forward, owner)
+            owner.forward = MethodType(forward_of(owner), owner)
         yield
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from s2ft.model.coupling import Coupling, Projection
+from s2ft.model.towers import has_one_tower, tower_of
 
 IGNORED = -100  # the label that torch's cross entropy ignores
 MAIN_INPUTS = {  # a model's main input: its description, and its number of dimensions, or the smallest one
@@ -85,7 +86,7 @@ class Calibration:
         if empty:
             raise ValueError("calibration is empty: it has no tokens")
 
-    def without_padding(self, x: Tensor, path: str, tower: str, rows: Tensor | None = None) -> Tensor:
+    def without_padding(self, x: Tensor, path: str, positions: str, rows: Tensor | None = None) -> Tensor:
         """Remove the padded positions from the activations of a module.
 
         If the mask has other positions than the activations (it masks tokens, and the activations have one row per
@@ -94,7 +95,7 @@ class Calibration:
         Args:
             x: Activations, shape [..., features].
             path: Name of the module, for messages.
-            tower: Tower of the module, see :func:`tower_of`.
+            positions: Which positions the module has, see :func:`positions_of`.
             rows: If x has only some positions of the batch, their numbers, shape [n].
 
         Returns:
@@ -103,7 +104,7 @@ class Calibration:
         Raises:
             ValueError: Some positions are padded, and x does not have the batch as its first dimension.
         """
-        mask = self._masks.get(tower)
+        mask = self._masks.get(positions)
         if mask is not None and rows is not None:
             x = x[mask.flatten().to(x.device)[rows]]
         elif mask is not None:
@@ -120,24 +121,24 @@ class Calibration:
 # ---- which positions are padding -----------------------------------------------------------------------
 
 
-def tower_of(model: nn.Module, coupling: Coupling, projection: Projection) -> str:
-    """Return the tower of a model whose positions a projection's activations have.
+def positions_of(model: nn.Module, coupling: Coupling, projection: Projection) -> str:
+    """Return which positions a projection's activations have.
 
-    The towers are "encoder", "decoder", "tokens" for a model with one tower, and "other" for towers without padding.
-    The names decide, because an encoder and a decoder may have inputs of equal length.
+    They are those of the "encoder" or the "decoder", the "tokens" of a model that is neither, or "other" ones without
+    padding. The names decide, because an encoder and a decoder may have inputs of equal length.
     """
-    names = projection.path.split(".")
     if coupling.kind == "cross-attention" and projection.key in ("k", "v"):
         return "encoder"
-    if any(name == "visual" or name.startswith(("vision", "image_", "audio")) for name in names):
+    tower = "language" if has_one_tower(model) else tower_of(model, projection.path)
+    if tower in ("vision", "projector") or (tower == "audio" and not is_encoder_decoder(model)):
         return "other"  # images or sound beside the text
     if not is_encoder_decoder(model):
         return "tokens"
-    return next((name for name in names if name in ("encoder", "decoder")), "other")
+    return next((name for name in projection.path.split(".") if name in ("encoder", "decoder")), "other")
 
 
 def _masks(batch: Batch, encoder_decoder: bool) -> dict[str, Tensor]:
-    """Return the mask of each tower with padding: True for positions that count, shape [sequences, length]."""
+    """Return a mask for each kind of positions with padding: True for those that count, shape [sequences, length]."""
     get = batch.named.get
     if encoder_decoder:
         masks = {"encoder": get("attention_mask"), "decoder": get("decoder_attention_mask")}
@@ -146,8 +147,8 @@ def _masks(batch: Batch, encoder_decoder: bool) -> dict[str, Tensor]:
             masks["decoder"] = labels != IGNORED
     else:
         masks = {"tokens": get("attention_mask"), "encoder": get("encoder_attention_mask")}
-    masks = {tower: mask != 0 for tower, mask in masks.items() if isinstance(mask, Tensor) and mask.dim() == 2}
-    return {tower: mask for tower, mask in masks.items() if not bool(mask.all())}
+    masks = {name: mask != 0 for name, mask in masks.items() if isinstance(mask, Tensor) and mask.dim() == 2}
+    return {name: mask for name, mask in masks.items() if not bool(mask.all())}
 
 
 # ---- checking a batch ------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import math
 
 from torch import nn
 
-from s2ft.config import S2FTConfig
+from s2ft.config import PROJECTIONS, S2FTConfig
 from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
 from s2ft.model.weights import weight_at
 
@@ -55,13 +55,17 @@ def requested_projections(couplings: list[Coupling], config: S2FTConfig) -> list
     if not config.ratios:
         raise ValueError(
             "nothing is selected: set at least one of q_ratio, k_ratio, v_ratio, o_ratio, "
-            "u_ratio, g_ratio, d_ratio above 0"
+            "u_ratio, g_ratio, d_ratio, l_ratio above 0"
         )
     layers = requested_layers(couplings, config)
-    present = {projection.key for projection in projections_of(couplings)}
+    found = {projection.key for projection in projections_of(couplings)}
+    present = [key for key in PROJECTIONS if key in found]
     for key in config.ratios:
-        if key not in present:
-            raise ValueError(f"{key}_ratio requests a projection that this model does not have")
+        if key not in found:
+            raise ValueError(
+                f"{key}_ratio requests a projection that this model does not have: it has {', '.join(present)}, so set "
+                f"{' or '.join(f'{one}_ratio' for one in present)}"
+            )
     return [
         projection
         for coupling in couplings
@@ -88,6 +92,8 @@ def requested_layers(couplings: list[Coupling], config: S2FTConfig) -> set:
 
 def _units(projection: Projection, ratio: float) -> int:
     units = int(ratio * projection.count + 0.5)
+    if projection.key == "l":  # layers of very different sizes share this ratio
+        return max(1, units)
     if units == 0:
         raise ValueError(
             f"{projection.key}_ratio={ratio} selects none of the {projection.count} "

@@ -22,6 +22,7 @@ def random_scores(request: Request) -> Units:
                 side = ("producers", "consumer")[projection.dim]
                 purpose = f"{request.config.seed}/{coupling.kind}/{coupling.layer}/{side}/{projection.count}"
                 purpose += "" if projection.expert is None else f"/{projection.expert}"
+                purpose += f"/{projection.path}" if projection.key == "l" else ""  # a layer has many of one kind
                 scores[projection.name] = _ranks(purpose, projection.count)
     return scores
 

@@ -1,9 +1,23 @@
-"""Load a causal language model and its tokenizer from a folder, from the hub, or from a GGUF file."""
+"""Load a causal language model and its tokenizer from a folder, from the hub, or from a GGUF file.
+
+A model with towers for images or sound is loaded whole.
+"""
 
 from pathlib import Path
 
 from s2ft.packages import check_packages
 
+MODEL = "a causal language model"  # in errors
+AUTO = (
+    "AutoModelForImageTextToText",
+    "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSpeechSeq2Seq",
+    "AutoModelForMaskedLM",
+    "AutoModelForImageClassification",
+    "AutoModelForCTC",
+    "AutoModel",
+)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -32,8 +46,6 @@ def load_model(name: str, dtype: str = "auto"):
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    from transformers import AutoModelForCausalLM
-
     source, options = locate(name)
     if options:
         check_packages("a model in a .gguf file")
@@ -43,11 +55,45 @@ def load_model(name: str, dtype: str = "auto"):
     model_options = dict(options, dtype=dtype)
     if options:
         model_options |= _unpacked()
-    model = _from_pretrained(AutoModelForCausalLM, "a causal language model", name, source, model_options)
+    model = _from_pretrained(_auto_class(name, source, options), MODEL, name, source, model_options)
     if options:
         _forget_packing(model)
         model.config._name_or_path = model.name_or_path = name
     return model.eval(), tokenizer
+
+
+def hollow_model(name: str):
+    """Build a model on the meta device from its config, without reading weights.
+
+    Args:
+        name: A local folder with config.json, a .gguf file, or a name on the hub.
+
+    Returns:
+        The model, of the class that its config names, else of the first auto class that has its type.
+
+    Raises:
+        FileNotFoundError: The path does not exist.
+        ValueError: The config can't be loaded, or no model can be built from it.
+
+    Example:
+        >>> _ = model.save_pretrained("tiny")
+        >>> hollow = s2ft.text.models.hollow_model("tiny")
+        >>> type(hollow).__name__, hollow.device.type
+        ('LlamaForCausalLM', 'meta')
+    """
+    import torch
+    import transformers
+
+    source, options = locate(name)
+    config = _from_pretrained(transformers.AutoConfig, "a config", name, source, options)
+    named = (getattr(transformers, architecture, None) for architecture in config.architectures or ())
+    autos = (getattr(transformers, auto) for auto in AUTO)
+    known = (auto._model_mapping[type(config)] for auto in autos if type(config) in auto._model_mapping)
+    model_class = next((found for found in (*named, *known) if isinstance(found, type)), None)
+    if model_class is None:
+        raise ValueError(f"transformers has no model for {name} (model type {config.model_type!r})")
+    with torch.device("meta"):
+        return model_class._from_config(config)
 
 
 def dtype_of_base(adapter, dtype: str = "auto") -> str:
@@ -91,6 +137,19 @@ def _tokenizer(name: str, source: str, options: dict):
     from transformers import AutoTokenizer
 
     return _from_pretrained(AutoTokenizer, "a tokenizer", name, source, options)
+
+
+def _auto_class(name: str, source: str, options: dict):
+    """The class of transformers that loads the whole checkpoint, also the towers for images and sound if it has any."""
+    import transformers
+
+    if options:  # a GGUF file holds a language model
+        return transformers.AutoModelForCausalLM
+    config = _from_pretrained(transformers.AutoConfig, MODEL, name, source, {})
+    latest = getattr(transformers, "AutoModelForMultimodalLM", None)  # transformers 4 has the other only
+    auto = latest or transformers.AutoModelForImageTextToText
+    multimodal = type(config) in auto._model_mapping and not config.is_encoder_decoder
+    return auto if multimodal else transformers.AutoModelForCausalLM
 
 
 def _from_pretrained(kind, what: str, name: str, source: str, options: dict):

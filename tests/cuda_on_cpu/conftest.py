@@ -45,9 +45,16 @@ class Runner:
         self.library.configure(seed, max_blocks, int(capturing))
 
     def units(self, step, weight, delta, dense, units, dim):
-        """units is the start of a slice or an index tensor; dense has the shape of the set of units."""
+        """units is the start of a slice or an index tensor; dense has the shape of the set of units.
+
+        Of several matrices [matrices, O, I], the units are counted through all of them.
+        """
         index = units if isinstance(units, torch.Tensor) else None
-        numbers = [0 if index is not None else units, weight.shape[dim], *dense.shape, *weight.stride()]
+        several = weight.dim() == 3
+        size = weight.shape[dim + several]
+        limit, matrices = (len(weight) * size, (size, weight.stride(0))) if several else (size, (0, 0))
+        start = 0 if index is not None else units
+        numbers = [start, limit, *dense.shape, *weight.stride()[-2:], *matrices]
         delta_code = CODES[weight.dtype if delta is None else delta.dtype]
         error = self.library.units(
             step.encode(),

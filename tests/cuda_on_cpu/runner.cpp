@@ -30,8 +30,8 @@ const char* last_error() { return cuda::error_text(0); }
 
 int units(const char* step, int weight_type, int delta_type, void* weight, const void* delta, void* dense,
           const int64_t* index, int64_t start, int64_t limit, int64_t outer, int64_t inner, int64_t outer_stride,
-          int64_t inner_stride, int rows) {
-  const Units u{index, start, limit, outer, inner, outer_stride, inner_stride, rows != 0};
+          int64_t inner_stride, int64_t per_matrix, int64_t matrix_stride, int rows) {
+  const Units u{index, start, limit, outer, inner, outer_stride, inner_stride, rows != 0, per_matrix, matrix_stride};
   const UnitsData data{static_cast<DType>(weight_type), static_cast<DType>(delta_type), weight, delta, dense};
   const std::string which = step;
   if (which == "write") return cuda::write_units(u, data, nullptr);

@@ -1,4 +1,4 @@
-"""The CUDA kernels of sliced_linear and indexed_linear (write, sum and restore), run on the CPU, equal PyTorch."""
+"""The CUDA kernels of sliced_linear, indexed_linear and grouped_linear (write, sum and restore), run on the CPU."""
 
 import pytest
 import torch
@@ -166,3 +166,38 @@ def test_a_unit_named_twice_is_restored(runner, dim):
         assert (weight.select(dim, 7).unsqueeze(dim) == sums).any(dim).all()  # one of the sums, not two deltas added
         runner.units("restore", weight, None, dense, index, dim)
         assert torch.equal(weight, values)
+
+
+@pytest.mark.parametrize("transposed", (False, True))
+@pytest.mark.parametrize("dim", (0, 1))
+def test_units_of_several_matrices(runner, dim, transposed):
+    """The weights of experts: unit u of matrix g is number g * size + u. A matrix may have no units."""
+    torch.manual_seed(0)
+    for (rows, columns), dtype in ((shape, dtype) for shape in ((5, 7), (16, 24)) for dtype in DTYPES):
+        shape = (4, columns, rows) if transposed else (4, rows, columns)
+        memory = random(shape, dtype)
+        weight = memory.transpose(1, 2) if transposed else memory
+        size = weight.shape[1 + dim]
+        chosen = [
+            torch.tensor([0, size - 1]),
+            torch.tensor([], dtype=torch.int64),
+            torch.randperm(size)[:3],
+            torch.tensor([0]),
+        ]
+        index = torch.cat([matrix * size + units for matrix, units in enumerate(chosen)])
+        base = torch.cat([weight[g].index_select(dim, units) for g, units in enumerate(chosen)], dim)
+        delta, before, dense = random(base.shape, torch.float32), memory.clone(), torch.empty_like(base)
+
+        runner.units("sum", weight, delta, dense, index, dim)
+        assert torch.equal(dense, effective(base, delta)) and torch.equal(memory, before)
+        runner.units("write", weight, delta, dense, index, dim)
+        assert torch.equal(dense, base)
+        first = 0
+        for g, units in enumerate(chosen):
+            part = delta.narrow(dim, first, len(units))
+            values = before[g].t() if transposed else before[g]
+            expected = values.index_copy(dim, units, effective(values.index_select(dim, units), part))
+            assert torch.equal(weight[g], expected)
+            first += len(units)
+        runner.units("restore", weight, None, dense, index, dim)
+        assert torch.equal(memory, before)

@@ -5,6 +5,7 @@ import re
 import command_pages
 import model_pages
 import pytest
+import type_pages
 from support.aliases import missing
 
 from s2ft.model.registry import known_architectures
@@ -38,6 +39,24 @@ def test_every_family_is_in_the_table():
     assert {re.match(r"\| `([\w-]+)`", row)[1] for row in rows} == known
     (llama,) = [row for row in rows if row.startswith("| `llama`")]
     assert "q k v o u g d" in llama and "move, stay (grouped queries)" in llama and llama.count("yes") == 2
+
+
+def test_every_type_of_the_benchmark_is_in_the_table_with_its_result():
+    rows = [line for line in type_pages.page().splitlines() if line.startswith("| `")]
+    assert len(rows) == len(type_pages.TABLE.read_text().splitlines()) - 2
+    (llama,) = [row for row in rows if row.startswith("| `llama`")]
+    assert "registered" in llama and "pass" in llama
+
+
+def test_a_failing_check_is_named(tmp_path):
+    head, names, *_ = type_pages.TABLE.read_text().splitlines()
+    cells = dict.fromkeys(names.split(","), "yes") | {"type": "odd", "one_sided": "2", "gradients": "3 of 4"}
+    (tmp_path / "rows.csv").write_text("\n".join([head, names, ",".join(cells.values())]))
+    row = type_pages.page(tmp_path / "rows.csv").splitlines()[-1]
+    assert "gradients: 3 of 4" in row and "pass" not in row
+    cells |= {"gradients": "4 of 4 and 1 not run", "merged_again": "NO"}
+    (tmp_path / "rows.csv").write_text("\n".join([head, names, ",".join(cells.values())]))
+    assert "merge" in type_pages.page(tmp_path / "rows.csv").splitlines()[-1]
 
 
 def test_links_of_a_file_in_the_root():

@@ -236,6 +236,18 @@ def test_two_forwards_before_backward(op, dim):
     assert case.delta.grad is not None
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("leading", [(3,), (2, 3), (2, 1, 3)])
+@pytest.mark.parametrize("op", OPS)
+def test_the_output_may_be_changed_in_place(op, leading, bias):
+    """OLMo's clip_qkv does it. Autograd refuses it for an output that is a view."""
+    case = Case(op, SHAPES[0], 0, leading=leading, bias=bias)
+    inputs = [case.x, case.delta]
+    expected = torch.autograd.grad(F.linear(case.x, case.effective(), case.bias).clamp(-1, 1).square().sum(), inputs)
+    found = torch.autograd.grad(case.call().clamp_(-1, 1).square().sum(), inputs)
+    assert all(torch.allclose(ours, theirs, *GEMM[torch.float64]) for ours, theirs in zip(found, expected))
+
+
 def test_delta_changed_between_forward_and_backward_raises():
     case = Case(sliced_linear, SHAPES[0], 1, torch.float32)
     y = case.call()

@@ -17,7 +17,7 @@ import torch.multiprocessing
 from torch import Tensor, nn
 
 import s2ft
-from s2ft.ops import indexed_linear, permute_, scatter_add_, sliced_linear, swap_
+from s2ft.ops import grouped_linear, indexed_linear, permute_, scatter_add_, sliced_linear, swap_
 from state.models import LAYOUTS, fill_slices, make_adapter, ratios, tiny_model, tokens
 from state.plain import different_weights, effective_weights, same_bits, weights_of
 from state.threads import finishes, in_child, repeating
@@ -314,6 +314,9 @@ WRITERS = {
     "load_adapter": lambda folder, mode: s2ft.load_adapter(*adapter_for(folder, mode)),
     "sliced_linear": lambda folder, mode: sliced_linear(torch.ones(1, 16), mapped(folder, mode), ONES, 0, 1),
     "indexed_linear": lambda folder, mode: indexed_linear(torch.ones(1, 16), mapped(folder, mode), ONES, INDEX, 1),
+    "grouped_linear": lambda folder, mode: grouped_linear(
+        torch.ones(1, 16), mapped(folder, mode)[None], ONES, INDEX, torch.tensor([1], dtype=torch.int32), 1, 2
+    ),
     "swap_": lambda folder, mode: swap_(mapped(folder, mode), INDEX, ONES.clone(), 1),
     "permute_": lambda folder, mode: permute_(mapped(folder, mode), torch.arange(16).flip(0), 1),
     "scatter_add_": lambda folder, mode: scatter_add_(mapped(folder, mode), [INDEX], [ONES], 1, [1.0]),

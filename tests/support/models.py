@@ -1,7 +1,8 @@
 """Small random models, one row for each case. The cases cover every model family and its unusual features."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
 
 import torch
 import transformers
@@ -247,7 +248,9 @@ AUTO = {
     WhisperConfig: AutoModelForSpeechSeq2Seq,
 }  # all other configs use AutoModelForCausalLM
 
-ALL_RATIOS = dict(q_ratio=0.5, k_ratio=0.5, v_ratio=0.7, o_ratio=0.5, u_ratio=0.2, g_ratio=0.1, d_ratio=0.15)
+ALL_RATIOS = dict(
+    q_ratio=0.5, k_ratio=0.5, v_ratio=0.7, o_ratio=0.5, u_ratio=0.2, g_ratio=0.1, d_ratio=0.15, l_ratio=0.2
+)
 
 
 def model_of(case: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -287,20 +290,45 @@ def ratios_for(case: str, ratios: dict[str, float]) -> dict[str, float]:
     return {key: 1.0 if key in one_head else ratio for key, ratio in ratios.items() if key in ratios_of(case)}
 
 
-UNCOUPLED = ("q_a_proj", "kv_a_proj_with_mqa", "shared_expert_gate", "router", ".mlp.gate")  # linear layers of no coupling
+UNCOUPLED = (
+    "q_a_proj",
+    "kv_a_proj_with_mqa",
+    "shared_expert_gate",
+    "router",
+    "mlp.gate",
+)  # linear layers of no coupling
 
 
-def block_weights(model: PreTrainedModel) -> set[str]:
-    """The paths of all linear layers and stacked experts of the model's blocks, except those of no coupling."""
+def block_weights(model: PreTrainedModel, left_out: Iterable[str] = ()) -> set[str]:
+    """The paths of all linear layers and stacked experts of the model's blocks, except those of no coupling.
+
+    Args:
+        model: The model.
+        left_out: Ends of the paths of more layers of no coupling; * stands for any letters.
+    """
     stacks = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     layers = {f"{stack}.{name}": module for stack in stacks for name, module in stacks[stack].named_modules()}
     linear = {name for name, module in layers.items() if isinstance(module, (nn.Linear, Conv1D))}
-    coupled = {name for name in linear if not name.endswith(UNCOUPLED)}
-    return coupled | {name for name, param in model.named_parameters() if param.dim() == 3 and "experts" in name}
+    patterns = [f"*.{end}" for end in (*UNCOUPLED, *left_out)]
+    coupled = {name for name in linear if not any(fnmatchcase(name, pattern) for pattern in patterns)}
+    stacked = {name for name, param in model.named_parameters() if param.dim() == 3}
+    return coupled | {name for name in stacked if "experts" in name or name.endswith("put_linear.weight")}  # JetMoE
 
 
 def token_batch(model: PreTrainedModel, batch: int = 2, length: int = 9) -> torch.Tensor:
     return torch.randint(model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+MORE_INPUTS = {
+    "bros": {"bbox": torch.rand(2, 9, 4, generator=torch.Generator().manual_seed(3))},
+    "led": {"global_attention_mask": torch.eye(9, dtype=torch.int64)[:2]},
+    "longformer": {"global_attention_mask": torch.eye(9, dtype=torch.int64)[:2]},
+    "luke": {
+        "entity_ids": torch.tensor([[1, 2], [3, 4]]),
+        "entity_position_ids": torch.tensor([[[1, 2], [3, -1]]] * 2),
+    },
+    "vit_mae": {"noise": torch.rand(2, 9, generator=torch.Generator().manual_seed(3))},
+}  # model type → inputs of its model that the config does not tell
 
 
 def inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -308,21 +336,35 @@ def inputs_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     config, generator = model.config, torch.Generator().manual_seed(1)
 
     def pixels(of):
-        return torch.randn(2, 3, of.image_size, of.image_size, generator=generator).to(model.dtype)
+        frames = [of.num_frames] if hasattr(of, "num_frames") else []
+        size = of.image_size if isinstance(of.image_size, (list, tuple)) else [of.image_size] * 2
+        return torch.randn(2, *frames, 3, *size, generator=generator).to(model.dtype)
 
     if hasattr(config, "vision_config"):
-        tokens = torch.randint(config.text_config.vocab_size, (2, 9), generator=generator)
+        tokens = torch.randint(getattr(config, "text_config", config).vocab_size, (2, 9), generator=generator)
         return {"input_ids": tokens, "pixel_values": pixels(config.vision_config)}
     if model.main_input_name == "pixel_values":
-        return {"pixel_values": pixels(config)}
+        return {"pixel_values": pixels(config), **MORE_INPUTS.get(config.model_type, {})}
+    if model.main_input_name == "input_values":  # sound, or its spectrogram
+        shape = (
+            (2, config.max_length, config.num_mel_bins)
+            if hasattr(config, "frequency_stride")
+            else (2, 400 if hasattr(config, "conv_stride") else 2000)
+        )
+        inputs = {"input_values": torch.randn(*shape, generator=generator).to(model.dtype)}
+        return inputs | ({"decoder_input_ids": token_batch(model, length=7)} if config.is_encoder_decoder else {})
     if hasattr(config, "input_feat_per_channel"):  # Speech2Text: time before the features
         sound = torch.randn(2, 12, config.input_feat_per_channel, generator=generator)
         return {"input_features": sound.to(model.dtype), "decoder_input_ids": token_batch(model)}
+    if model.main_input_name == "input_features" and not config.is_encoder_decoder:
+        encoder = getattr(config, "encoder_config", config)
+        features = getattr(encoder, "num_mel_bins", None) or config.feature_projection_input_dim
+        return {"input_features": torch.randn(2, 40, features, generator=generator).to(model.dtype)}
     if model.main_input_name == "input_features":
         sound = torch.randn(2, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
         return {"input_features": sound.to(model.dtype), "decoder_input_ids": token_batch(model)}
-    inputs = {"input_ids": token_batch(model)}
-    if getattr(config, "add_cross_attention", False):
+    inputs = {"input_ids": token_batch(model), **MORE_INPUTS.get(config.model_type, {})}
+    if getattr(config, "add_cross_attention", False) or getattr(config, "cross_attention_hidden_size", None):
         inputs["encoder_hidden_states"] = torch.randn(2, 6, config.hidden_size, generator=generator).to(model.dtype)
     if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = token_batch(model, length=7)

@@ -5,6 +5,7 @@ import json
 import numpy
 import pytest
 import torch
+from support.images import MODELS
 from train.tiny import save_tiny, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -132,3 +133,12 @@ def test_folder_without_tokenizer(tmp_path):
         file.unlink()
     with pytest.raises(ValueError, match="can't load a tokenizer from"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_checkpoint_of_images_and_text_is_loaded_whole(name, tmp_path):
+    model, processor = MODELS[name]()
+    model.save_pretrained(tmp_path), processor.save_pretrained(tmp_path)
+    loaded, tokenizer = load_model(str(tmp_path))
+    assert type(loaded) is type(model) and tokenizer("a")["input_ids"] == processor.tokenizer("a")["input_ids"]
+    assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in loaded.state_dict().items())

@@ -39,7 +39,8 @@ from s2ft.model.custom import checked_couplings
 from s2ft.model.delta import Delta
 from s2ft.selection import Selection
 
-SCHEMA = 3  # the newest schema that is read. Schema 2 added custom couplings, schema 3 extra weights
+# The newest schema that is read. Schema 2 added custom couplings, 3 extra weights, 4 one-sided couplings and towers
+SCHEMA = 4
 EXTRA = "extra_weights/"  # prefix of the extra weights' names among the tensors
 # Fields that config_sha256 covers. The other fields have a digest of their own, or define how the file is read.
 DIGESTED = ("name", "config", "projections", "base_fingerprint", "info", "couplings", "extra_weights")
@@ -86,7 +87,7 @@ def write(adapter: Adapter, folder, model: nn.Module | None = None) -> None:
     for name, value in adapter.extra_weights.items():
         _check_can_save(name, value)
         tensors[EXTRA + name] = value.detach().cpu().contiguous()
-    schema = 3 if adapter.extra_weights else 2  # an earlier s2ft reads every adapter without extra weights
+    schema = _lowest_schema(adapter)
     blob = save(tensors, metadata={"format": "s2ft", "schema": str(schema)})
     config = {
         "schema": schema,
@@ -112,6 +113,13 @@ def write(adapter: Adapter, folder, model: nn.Module | None = None) -> None:
     config = json.loads(json.dumps(config, allow_nan=False))  # the digest needs keys and lists as they are read
     config["config_sha256"] = _digest(config)
     _write_folder(Path(folder), json.dumps(config, indent=1).encode(), blob)
+
+
+def _lowest_schema(adapter: Adapter) -> int:
+    """The oldest schema that can hold the adapter, so that an earlier s2ft reads all that it can."""
+    if adapter.config.l_ratio or adapter.config.towers or any(c.is_one_sided for c in adapter.couplings or ()):
+        return 4
+    return 3 if adapter.extra_weights else 2
 
 
 def _check_can_save(name: str, value: Tensor) -> None:
@@ -242,7 +250,7 @@ def _projections(header: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _extra_weights(header: dict[str, Any], path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Dtype and shape of each extra weight, by name."""
-    if header["schema"] < 3:
+    if header["schema"] < 3 or (header["schema"] > 3 and "extra_weights" not in header):
         return {}
     found = {}
     for name, entry in _field(header, "extra_weights", dict, path).items():
@@ -257,7 +265,7 @@ def _extra_weights(header: dict[str, Any], path: Path) -> dict[str, tuple[str, t
             raise ValueError(f"{path}: {shortened(name)} in extra_weights must have a floating-point dtype and a shape")
         found[name] = (entry["dtype"], tuple(entry["shape"]))
     if not found:
-        raise ValueError(f"{path}: extra_weights is empty, but an adapter of schema 3 has at least one")
+        raise ValueError(f"{path}: extra_weights is empty, but an adapter with this field has at least one")
     return found
 
 

@@ -1,11 +1,14 @@
-"""CLIP and MetaCLIP 2: two towers of the same structure, or one. Layers are counted through the text tower first."""
+"""CLIP, SigLIP and MetaCLIP 2: two towers of the same structure, or one. Layers are counted through the text first.
+
+SigLIP's pooling head is not trained: PyTorch's own attention reads its weights past the layers.
+"""
 
 from torch import nn
 
 from s2ft.model.builders import attention_paths, head_sizes, layers_of
 from s2ft.model.coupling import Coupling
 
-MODEL_TYPES = ("clip", "clip_text_model", "clip_vision_model", "metaclip_2", "tipsv2_text_model")
+MODEL_TYPES = ("clip", "clip_text_model", "clip_vision_model", "metaclip_2", "siglip", "tipsv2_text_model")
 SINCE = {"clip_text_model": "5.6", "clip_vision_model": "5.6"}
 
 

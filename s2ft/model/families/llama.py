@@ -9,12 +9,13 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from s2ft.model.builders import attention_paths, gated_mlp, head_sizes, layers_of
+from s2ft.model.builders import attention_paths, gated_mlp, head_sizes, layers_of, moving_with_heads
 from s2ft.model.coupling import Coupling
 
 MODEL_TYPES = (
     "cohere2",
     "cwm",
+    "emu3_text_model",
     "ernie4_5",
     "eurobert",
     "exaone",
@@ -23,6 +24,8 @@ MODEL_TYPES = (
     "gemma2",
     "gemma3_text",
     "granite",
+    "granite_swa",
+    "gte",
     "helium",
     "hunyuan_v1_dense",
     "hyperclovax",
@@ -32,9 +35,17 @@ MODEL_TYPES = (
     "ministral",
     "ministral3",
     "mistral",
+    "molmo2_text",
     "nomic_bert",
+    "olmo",
+    "paddleocr_vl_text",
     "qwen2",
+    "qwen2_5_omni_text",
+    "qwen2_5_vl_text",
+    "qwen2_vl_text",
     "qwen3",
+    "qwen3_vl_text",
+    "seed_oss",
     "smollm3",
     "ultrabert",
     "vaultgemma",
@@ -60,5 +71,6 @@ def llama_like(model: nn.Module, moving: Mapping[str, int] | None = None, fixed:
         found.append(gated_mlp(model, i, f"{path}.mlp"))
         sizes = {"heads": heads, "head_dim": head_dim, "kv_heads": kv_heads}
         vectors = {f"{block}.{name}": unit for name, unit in (moving or {}).items()}
+        vectors |= moving_with_heads(model, block, heads, head_dim) if moving is None else {}
         found.append(Coupling.attention(i, **attention_paths(block), **sizes, moving=vectors, fixed=fixed))
     return found

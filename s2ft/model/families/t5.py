@@ -1,4 +1,4 @@
-"""T5, mT5, UMT5 and Pop2Piano: two-layer or gated FFN, no biases.
+"""T5, mT5, UMT5, LongT5 and Pop2Piano: two-layer or gated FFN, no biases.
 
 Layers are counted through the encoder, then the decoder.
 
@@ -11,7 +11,8 @@ from torch import nn
 from s2ft.model.builders import attention_paths, layers_of
 from s2ft.model.coupling import Coupling
 
-MODEL_TYPES = ("mt5", "pop2piano", "t5", "umt5")
+MODEL_TYPES = ("longt5", "mt5", "pop2piano", "t5", "umt5")
+SELF_ATTENTIONS = ("SelfAttention", "LocalSelfAttention", "TransientGlobalSelfAttention")
 
 
 def couplings(model: nn.Module) -> list[Coupling]:
@@ -21,7 +22,8 @@ def couplings(model: nn.Module) -> list[Coupling]:
 
 def _block(config, i: int, path: str, block: nn.Module) -> list[Coupling]:
     dense = f"{path}.layer.{len(block.layer) - 1}.DenseReluDense"
-    found = [_attention(config, i, f"{path}.layer.0.SelfAttention", kind="attention", fixed=True)]
+    name = next(name for name in SELF_ATTENTIONS if hasattr(block.layer[0], name))
+    found = [_attention(config, i, f"{path}.layer.0.{name}", kind="attention", fixed=True)]
     if config.is_gated_act:
         ffn = {"up": f"{dense}.wi_1", "gate": f"{dense}.wi_0", "down": f"{dense}.wo"}
         found.append(Coupling.gated_ffn(i, **ffn, channels=config.d_ff))

@@ -1,8 +1,8 @@
 """Make a golden adapter in this folder: `python make.py NAME`.
 
 Each adapter was made by the version of s2ft that wrote its schema: schema-1 before couplings could be given, schema-2
-before its config had a digest, schema-3 with a weight that is trained in full. The adapters are never made again, and
-every later version must load them. A new schema gets a new name and folder.
+before its config had a digest, schema-3 with a weight that is trained in full, schema-4 with one-sided couplings. The
+adapters are never made again, and every later version must load them. A new schema gets a new name and folder.
 """
 
 import hashlib
@@ -60,7 +60,19 @@ def couplings() -> list:
     return [Coupling("ffn", 0, (Projection("u", "0", 6, 2, 0),), Projection("d", "2", 6, 2, 1))]
 
 
-MODELS = {"schema-1": llama, "schema-2": llama, "schema-2-couplings": perceptron, "schema-3": llama}
+def one_sided() -> list:
+    from s2ft import Coupling
+
+    return [Coupling.one_sided(0, path="0", count=6, unit=2, side="outputs"), Coupling.one_sided(0, path="2", count=12)]
+
+
+MODELS = {
+    "schema-1": llama,
+    "schema-2": llama,
+    "schema-2-couplings": perceptron,
+    "schema-3": llama,
+    "schema-4": perceptron,
+}
 
 
 def digests(model: nn.Module) -> dict:
@@ -90,6 +102,9 @@ def make(name: str) -> None:
         )
     elif name == "schema-3":
         s2ft.attach(model, S2FTConfig(**RATIOS, modules_to_save=["model.norm"]), name="golden")
+    elif name == "schema-4":
+        config = S2FTConfig(l_ratio=0.3, towers=["language"])
+        s2ft.attach(model, config, name="golden", couplings=one_sided(), verify=False)
     else:
         layout = {"schema-1": "permuted", "schema-2": "indexed"}[name]
         s2ft.attach(model, S2FTConfig(**RATIOS, layout=layout), name="golden")

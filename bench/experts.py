@@ -1,0 +1,190 @@
+"""A training step of a mixture of experts: S²FT against the frozen model and LoRA, in one process, steps in turn.
+
+    python bench/experts.py [--experts 32 128] [--dtype float32 bfloat16] [--rounds 15]
+
+The model is a Qwen3-MoE of 4 layers, width 256, with 4 experts of width 256 for each token. "frozen" is the floor: the
+forward by transformers' grouped_mm and the gradients down to the inputs. Times are those of the process, which other
+processes on the machine change little: forward and backward, and once more with AdamW's step. An operator is what
+PyTorch dispatches, without views; on a GPU each is at least one launch.
+"""
+
+import argparse
+import copy
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import median_ratio, save
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import s2ft
+
+RESULTS = Path(__file__).parent / "results" / "experts.json"
+VIEWS = (
+    "view",
+    "reshape",
+    "transpose",
+    "aten.t.",
+    "permute",
+    "expand",
+    "select",
+    "slice",
+    "split",
+    "squeeze",
+    "detach",
+)
+
+
+def base_model(experts: int, dtype: torch.dtype, layers: int) -> nn.Module:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        moe_intermediate_size=256,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        num_experts=experts,
+        num_experts_per_tok=4,
+        vocab_size=512,
+        experts_implementation="grouped_mm",
+        use_cache=False,
+    )
+    return Qwen3MoeForCausalLM(config).to(dtype).requires_grad_(False)
+
+
+class Step:
+    """Forward and backward of a model, and the step of its optimizer."""
+
+    def __init__(self, model: nn.Module, batch: Tensor) -> None:
+        self.model, self.batch = model.train(), batch
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5) if self.trained else None
+
+    def gradients(self) -> None:
+        embedded = self.model.get_input_embeddings()(self.batch).detach().requires_grad_()
+        self.model(inputs_embeds=embedded, labels=self.batch).loss.backward()
+
+    def __call__(self) -> tuple[float, float]:
+        """Run one step. Returns the process times of forward and backward, and of the whole step."""
+        begin = time.process_time()
+        self.gradients()
+        between = time.process_time()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return between - begin, time.process_time() - begin
+
+    def operators(self) -> int:
+        with _Count() as count:
+            self.gradients()
+        return count.operators
+
+
+class _Count(TorchDispatchMode):
+    operators = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operators += not any(view in str(function) for view in VIEWS)
+        return function(*args, **(kwargs or {}))
+
+
+def s2ft_model(base: nn.Module, **ratios: float) -> nn.Module:
+    model = copy.deepcopy(base)
+    s2ft.attach(model, s2ft.S2FTConfig(**ratios), verify=False)
+    return model
+
+
+def lora_model(base: nn.Module, *names: str) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=8, lora_alpha=16, target_modules=[], target_parameters=[f"mlp.experts.{name}" for name in names]
+    )
+    return get_peft_model(copy.deepcopy(base), config)
+
+
+def steps_of(base: nn.Module, batch: Tensor) -> dict[str, Step]:
+    made = {
+        "frozen": copy.deepcopy(base),
+        "S²FT d=0.125": s2ft_model(base, d_ratio=0.125),
+        "S²FT d=u=0.125": s2ft_model(base, d_ratio=0.125, u_ratio=0.125),
+        "S²FT o=0.25": s2ft_model(base, o_ratio=0.25),
+        "LoRA r=8 on gate_up and down": lora_model(base, "gate_up_proj", "down_proj"),
+    }
+    return {name: Step(model, batch) for name, model in made.items()}
+
+
+def measure(steps: dict[str, Step], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """The two times of every step by round. The order is random in each round."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    order = random.Random(0)
+    for i in range(1 + rounds):
+        for name, step in order.sample(list(steps.items()), len(steps)):
+            found = step()
+            if i >= 1:
+                times[name].append(found)
+    return times
+
+
+def run(experts: int, dtype: torch.dtype, args: argparse.Namespace) -> dict[str, Any]:
+    base = base_model(experts, dtype, args.layers)
+    batch = torch.randint(512, (4, 128), generator=torch.Generator().manual_seed(0))
+    steps = steps_of(base, batch)
+    measured = measure(steps, args.rounds)
+    times, updated = ({name: [pair[i] for pair in found] for name, found in measured.items()} for i in (0, 1))
+    operators = {name: step.operators() for name, step in steps.items()}
+    lora = "LoRA r=8 on gate_up and down"
+    return {
+        name: {
+            "seconds": statistics.median(times[name]),
+            "ratio to frozen": median_ratio(times, name, "frozen"),
+            "ratio to LoRA": median_ratio(times, name, lora),
+            "ratio to frozen, with AdamW": median_ratio(updated, name, "frozen"),
+            "ratio to LoRA, with AdamW": median_ratio(updated, name, lora),
+            "operators": operators[name],
+            "operators, ratio to frozen": operators[name] / operators["frozen"],
+            "trained parameters": sum(parameter.numel() for parameter in steps[name].trained),
+            "all seconds": times[name],
+        }
+        for name in steps
+    }
+
+
+def table(title: str, rows: dict[str, Any]) -> str:
+    lines = [f"{title:<30}{'ms':>6}{'to frozen':>11}{'to LoRA':>9}{'with AdamW':>12}{'operators':>11}{'':>7}"]
+    lines += [
+        f"{name:<30}{1000 * row['seconds']:>6.0f}{row['ratio to frozen']:>11.3f}{row['ratio to LoRA']:>9.3f}"
+        f"{row['ratio to frozen, with AdamW']:>12.3f}{row['operators']:>11}{row['operators, ratio to frozen']:>7.2f}"
+        for name, row in rows.items()
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--experts", type=int, nargs="+", default=[32, 128])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results = {}
+    for experts in args.experts:
+        for dtype in args.dtype:
+            title = f"{experts} experts, {dtype}"
+            results[title] = run(experts, getattr(torch, dtype), args)
+            print(table(title, results[title]), flush=True)
+    save(args.output, {"results": results})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,420 @@
+"""Attaches s2ft to a tiny random model of every model type that transformers maps, and writes what works.
+
+For s2ft.peft and LoRA over the same types see bench/peft_types.py. Each type runs in a process of its own with limits
+of time and memory. A row says how FFN and attention are covered, and whether the model computes the same after attach,
+trains, merges and loads its adapter again.
+
+    python bench/model_types.py                     # all types
+    python bench/model_types.py --only llama bert   # some
+    python bench/model_types.py --resume            # those that have no row yet
+"""
+
+import argparse
+import contextlib
+import copy
+import csv
+import datetime
+import importlib.metadata
+import multiprocessing
+import os
+import platform
+import re
+import resource
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
+
+OUTPUT = Path(__file__).parent / "results" / "model_types.csv"
+MAPPINGS = {
+    "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "image-text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "seq2seq": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "masked": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "image-classification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    "speech-seq2seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+    "ctc": "MODEL_FOR_CTC_MAPPING_NAMES",
+    "text-encoding": "MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES",
+}
+FIELDS = (
+    *("type", "mappings", "class", "source", "ffn", "attention", "one_sided", "towers", "weights", "inputs"),
+    *("output_unchanged", "gradients", "adapter_again", "merged_again", "seconds", "note"),
+)
+CHECKS = ("output_unchanged", "gradients", "adapter_again", "merged_again")
+NOT_FOUND = re.compile(r"requires the (\S+) library|No module named '(\S+)'")
+CLOSE = 1e-4  # relative difference of outputs that are the same but for rounding
+SECONDS, GIGABYTES = 240, 6
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]}
+
+# Entries that the default config of a class lacks, so that no model can be made from it or run. Configs of real
+# checkpoints have them.
+DEFAULTS: dict[str, dict] = {
+    "chameleon": {"vocabulary_map": {}},
+    "emu3": {"vocabulary_map": {}},
+    "cohere_compass": {
+        "text_config": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}
+    },
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense"] + 31 * ["sparse"], "num_experts_per_tok": 2}},
+    "deepseek_v2": {"num_experts_per_tok": 6, "n_group": 1, "topk_group": 1},
+    "diffusion_gemma": {"text_config": {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 704}},
+    "dots1": {"n_routed_experts": 128, "n_shared_experts": 1, "num_experts_per_tok": 6, "moe_intermediate_size": 1408},
+    "esm": {"vocab_size": 33, "mask_token_id": 32, "pad_token_id": 1},
+    "gemma4_assistant": {"hidden_size_per_layer_input": 0, "text_config": {"hidden_size_per_layer_input": 0}},
+    "granite4_vision": {"downsample_rate": "4/8", "deepstack_layer_map": [[-2, 1]], "spatial_target_layers": [2]},
+    "gemma3": {"vision_config": {"image_size": 896, "patch_size": 14}},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "mamba"], "num_hidden_layers": 4},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "hunyuan_vl": {"text_config": {"head_dim": 128, "rope_parameters": {**MROPE, "mrope_section": [16, 16, 16, 16]}}},
+    **{name: {"image_token_index": 50265} for name in ("blip-2", "instructblip", "instructblipvideo")},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "ministral": {"head_dim": 128},
+    "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
+    "reformer": {"is_decoder": True},
+    "wav2vec2-bert": {"vocab_size": 40},
+    "wav2vec2-conformer": {"vocab_size": 40},
+    **{
+        name: {"text_config": {"rope_parameters": MROPE}}
+        for name in ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "glm46v", "glm4v", "glm_ocr", "glmga")
+    },
+    "glm4v_moe": {
+        "text_config": {"rope_parameters": {**MROPE, "mrope_section": [8, 4, 4], "partial_rotary_factor": 0.5}}
+    },
+}
+
+
+def types() -> dict[str, list[tuple[str, str]]]:
+    """For each model type its mappings with the model class."""
+    from transformers.models.auto import modeling_auto
+
+    found: dict[str, list[tuple[str, str]]] = {}
+    for mapping, name in MAPPINGS.items():
+        for model_type, names in getattr(modeling_auto, name).items():
+            found.setdefault(model_type, []).append((mapping, names if isinstance(names, str) else names[0]))
+    return found
+
+
+def default_config(model_type: str):
+    """The default config of a model type, with the entries that it lacks."""
+    from transformers import CONFIG_MAPPING, BertConfig, ViTConfig, Wav2Vec2Config
+
+    kind = CONFIG_MAPPING[model_type]
+    decoder = {"is_decoder": True, "add_cross_attention": True}
+    if model_type == "encoder-decoder":
+        config = kind.from_encoder_decoder_configs(BertConfig(), BertConfig(**decoder))
+    elif model_type == "vision-encoder-decoder":
+        config = kind.from_encoder_decoder_configs(ViTConfig(), BertConfig(**decoder))
+    elif model_type == "speech-encoder-decoder":
+        config = kind.from_encoder_decoder_configs(Wav2Vec2Config(), BertConfig(**decoder))
+    else:
+        config = kind()
+    if config.model_type.endswith("encoder-decoder"):
+        config.decoder_start_token_id, config.pad_token_id = 1, 0
+    if model_type not in DEFAULTS:
+        return config
+    return type(config).from_dict(_updated(config.to_dict(), DEFAULTS[model_type]))
+
+
+def _updated(entries: dict, more: dict) -> dict:
+    for key, value in more.items():
+        nested = isinstance(value, dict) and isinstance(entries.get(key), dict) and key.endswith("_config")
+        entries[key] = _updated(entries[key], value) if nested else copy.deepcopy(value)
+    return entries
+
+
+def tiny_model_of(model_type: str, dtype=None):
+    """A tiny random model of a type, by the first mapping that has the type."""
+    import torch
+    import transformers
+
+    from s2ft.model.discovery.tiny_config import Level, tiny_config
+    from s2ft.model.discovery.twin import tiny_model
+
+    model_class = getattr(transformers, types()[model_type][0][1])
+    config, failures = default_config(model_type), []
+    for level in Level:
+        try:
+            return tiny_model(model_class, tiny_config(config, level), dtype or torch.float32)
+        except ImportError:
+            raise
+        except Exception as error:
+            failures.append(f"{level.name}: {type(error).__name__}: {error}")
+    raise ValueError("can't be built. " + "; ".join(failures))
+
+
+# ---- one type, in a process of its own --------------------------------------------------------------------
+
+
+def row_of(model_type: str) -> dict:
+    """What works for a type."""
+    import torch
+
+    torch.set_num_threads(1)
+    rows = types()[model_type]
+    row = dict.fromkeys(FIELDS, "")
+    row.update(type=model_type, mappings=" ".join(mapping for mapping, _ in rows), **{"class": rows[0][1]})
+    start = time.perf_counter()
+    try:
+        _fill(row, model_type)
+    except Exception as error:  # the row says why
+        row["note"] = _why(error)
+    row["seconds"] = f"{time.perf_counter() - start:.1f}"
+    return row
+
+
+def _why(error: Exception) -> str:
+    missing = NOT_FOUND.search(str(error))
+    if missing and isinstance(error, ImportError):
+        return f"not built: needs the package {missing[1] or missing[2]}"
+    return f"{type(error).__name__}: " + " ".join(str(error).split())[:600]
+
+
+def _fill(row: dict, model_type: str) -> None:
+    import s2ft
+    from s2ft.model.discovery.examples import runnable_example
+    from s2ft.model.registry import find_couplings
+    from s2ft.model.towers import tower_of
+
+    try:
+        model = tiny_model_of(model_type)
+    except ValueError as error:
+        raise ValueError(f"not built: {error}") from None
+    example, reached = runnable_example(model)
+    paths = {path for path, _ in model.named_modules()}
+    row["inputs"] = " ".join(example)
+    before = _outputs(model, example)
+    if not _same(_outputs(model, example), before, exactly=True):
+        raise ValueError("its output differs from one run to the next")
+    found = find_couplings(model)
+    towers = {coupling: tower_of(model, coupling.main.path) for coupling in found.couplings}
+    trained = [coupling for coupling in found.couplings if towers[coupling] == "language"] or found.couplings
+    ratios = {f"{projection.key}_ratio": 0.5 for coupling in trained for projection in coupling.projections}
+    own = found.couplings if found.is_custom else None  # so that they are not searched for again
+    s2ft.attach(model, s2ft.S2FTConfig(**ratios), couplings=own, verify=False)
+    row["source"] = "discovered" if found.is_custom else "registered"
+    row["towers"] = " ".join(sorted(set(towers.values())))
+    row["weights"] = " ".join(f"{count} {word}" for word, count in Counter(r.status for r in found.weights).items())
+    _coverage(row, found)
+    row["output_unchanged"] = _word(_same(_outputs(model, example), before))
+    row["gradients"] = _gradients(model, example, paths, reached)
+    _check_files(row, model, model_type, example)
+
+
+def _coverage(row: dict, found) -> None:
+    """How FFN and attention are covered: their units move, or are trained in place; and how many layers one by one."""
+    moving = "confirmed" if found.is_custom else "moves"
+    whole = [coupling for coupling in found.couplings if coupling.producers and coupling.consumer is not None]
+    for field, key in (("ffn", "d"), ("attention", "o")):
+        words = {moving if coupling.movable else "in place" for coupling in whole if coupling.consumer.key == key}
+        row[field] = " and ".join(sorted(words))
+    row["one_sided"] = len(found.couplings) - len(whole)
+
+
+def _outputs(model, example) -> list:
+    import torch
+
+    from s2ft.model.discovery.examples import run_example
+    from s2ft.model.outputs import tensors_in
+
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return [tensor.clone() for tensor in tensors_in(run_example(model, example))]
+
+
+def _same(after: list, before: list, exactly: bool = False) -> bool:
+    import torch
+
+    if exactly:
+        return len(after) == len(before) and all(map(torch.equal, after, before))
+    return len(after) == len(before) and all(
+        bool(((a - b).abs().nan_to_num(0) <= CLOSE * b.nan_to_num(0, 0, 0).abs().max() + 1e-12).all())
+        for a, b in zip(after, before)
+    )
+
+
+def _word(good: bool) -> str:
+    return "yes" if good else "NO"
+
+
+def _gradients(model, example, paths: set[str], reached: dict[str, int]) -> str:
+    """How many of the deltas that run get a gradient from the sum of all outputs with random weights."""
+    import torch
+
+    from s2ft.model.discovery.examples import run_example
+    from s2ft.model.outputs import tensors_in
+
+    generator = torch.Generator().manual_seed(0)
+    outputs = [tensor for tensor in tensors_in(run_example(model, example)) if tensor.requires_grad]
+    loss = sum((t.nan_to_num(0, 0, 0) * torch.randn(t.shape, generator=generator)).sum() for t in outputs)
+    loss.backward()
+    deltas = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    runs = [delta for name, delta in deltas if _owner(name, paths) in reached]
+    good = sum(delta.grad is not None and bool(delta.grad.abs().sum() > 0) for delta in runs)
+    model.zero_grad(set_to_none=True)
+    return f"{good} of {len(runs)}" + f" and {len(deltas) - len(runs)} not run" * (len(runs) < len(deltas))
+
+
+def _owner(delta: str, paths: set[str]) -> str:
+    """The path of the module of the plain model that a delta belongs to. Experts hold their weights themselves."""
+    layer = delta.rpartition(".")[0]
+    return layer if layer in paths else layer.rpartition(".")[0]
+
+
+def _check_files(row: dict, model, model_type: str, example) -> None:
+    """Train by a made-up step, save and load the adapter, merge, and load the merged checkpoint."""
+    import torch
+
+    import s2ft
+
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for delta in (parameter for parameter in model.parameters() if parameter.requires_grad):
+            delta += 0.01 * torch.randn(delta.shape, generator=generator)
+    trained = _outputs(model, example)
+    with tempfile.TemporaryDirectory() as folder:
+        s2ft.save_adapter(model, f"{folder}/adapter")
+        s2ft.detach(model)
+        s2ft.load_adapter(model, f"{folder}/adapter")
+        s2ft.save_adapter(model, f"{folder}/again")
+        same_slices = _tensors(f"{folder}/adapter") == _tensors(f"{folder}/again")
+        row["adapter_again"] = _word(same_slices and _same(_outputs(model, example), trained))
+        s2ft.merge(model)
+        merged = _outputs(model, example)
+        model.save_pretrained(f"{folder}/merged")
+        again = type(model).from_pretrained(f"{folder}/merged").eval()
+        same_weights = all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+        close = _same(merged, trained)
+        row["merged_again"] = _word(same_weights and close and _same(_outputs(again, example), merged, exactly=True))
+
+
+def _tensors(folder: str) -> dict[str, bytes]:
+    from safetensors import safe_open
+
+    (file,) = Path(folder).glob("*.safetensors")
+    with safe_open(file, "np") as tensors:
+        return {name: tensors.get_tensor(name).tobytes() for name in tensors.keys()}
+
+
+# ---- all types --------------------------------------------------------------------------------------------
+
+
+def run_type(model_type: str) -> dict:
+    """Run a type in a child process; the row says so if it takes too long or too much memory."""
+    row = dict.fromkeys(FIELDS, "") | {"type": model_type}
+    fork = multiprocessing.get_context("fork")  # a child need not import the libraries again
+    receiver, sender = fork.Pipe(duplex=False)
+    child = fork.Process(target=_send_row, args=(model_type, sender), daemon=True)
+    child.start()
+    sender.close()
+    try:
+        if not receiver.poll(SECONDS):
+            return _named(row, f"took more than {SECONDS} s")
+        return receiver.recv()
+    except EOFError:
+        return _named(row, "its process died, by lack of memory or otherwise")
+    finally:
+        child.kill()
+        child.join()
+
+
+def _send_row(model_type: str, sender) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (GIGABYTES << 30, GIGABYTES << 30))
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
+        sender.send(row_of(model_type))
+
+
+def _named(row: dict, note: str) -> dict:
+    rows = types()[row["type"]]
+    return row | {"mappings": " ".join(mapping for mapping, _ in rows), "class": rows[0][1], "note": note}
+
+
+def read(path: Path) -> dict[str, dict]:
+    """The rows of a file by type."""
+    if not path.exists():
+        return {}
+    with path.open() as file:
+        lines = [line for line in file if not line.startswith("#")]
+    return {row["type"]: row for row in csv.DictReader(lines)}
+
+
+def write(path: Path, rows: dict[str, dict]) -> None:
+    versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", newline="") as file:
+        file.write(
+            f"# {platform.machine()} {platform.system()}, {datetime.date.today()}, {versions}, float32, one thread\n"
+        )
+        table = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows[name] for name in sorted(rows))
+
+
+def is_whole(row: dict) -> bool:
+    """FFN and attention are both in couplings."""
+    return bool(row["ffn"] and row["attention"])
+
+
+def is_attached(row: dict) -> bool:
+    return bool(row["source"])
+
+
+def is_wrong(row: dict) -> bool:
+    """s2ft took the type, and it computes something else or can't be saved."""
+    return is_attached(row) and any(row[check] == "NO" for check in CHECKS)
+
+
+def has_all_gradients(row: dict) -> bool:
+    reached, _, deltas = row["gradients"].partition(" and ")[0].partition(" of ")
+    return bool(deltas) and reached == deltas
+
+
+def print_summary(rows: dict[str, dict]) -> None:
+    counted = {
+        "types": lambda row: True,
+        "FFN and attention": is_whole,
+        "attached": is_attached,
+        "refused": lambda row: not is_attached(row) and row["note"],
+        "all gradients": has_all_gradients,
+        "merge": lambda row: row["merged_again"] == "yes",
+        "adapter": lambda row: row["adapter_again"] == "yes",
+        "wrong": is_wrong,
+    }
+    print(f"{'':22}" + "".join(f"{name:>19}" for name in counted))
+    for mapping in (*MAPPINGS, "all"):
+        chosen = [row for row in rows.values() if mapping == "all" or mapping in row["mappings"].split()]
+        print(f"{mapping:22}" + "".join(f"{sum(bool(test(row)) for row in chosen):19}" for test in counted.values()))
+    for row in rows.values():
+        if is_wrong(row):
+            print("WRONG:", row["type"], {check: row[check] for check in CHECKS})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", metavar="TYPE", help="these types")
+    parser.add_argument("--resume", action="store_true", help="types without a row in the output")
+    parser.add_argument("--workers", type=int, default=1, choices=(1, 2), help="processes at the same time")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="the table")
+    arguments = parser.parse_args()
+    row_of("llama")  # imports everything once, which the children then have
+    rows = read(arguments.output)
+    wanted = arguments.only or sorted(types())
+    wanted = [name for name in wanted if not (arguments.resume and name in rows)]
+    with ThreadPoolExecutor(arguments.workers) as pool:
+        for row in (done.result() for done in as_completed([pool.submit(run_type, name) for name in wanted])):
+            rows[row["type"]] = row
+            write(arguments.output, rows)
+            print(
+                *(row[field] for field in ("type", "source", "ffn", "attention", *CHECKS, "note")),
+                sep=" | ",
+                flush=True,
+            )
+    print_summary(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,280 @@
+"""Linear layers of classes derived from nn.Linear or transformers' Conv1D.
+
+What such a class adds to the forward must not be lost. A class that computes the same as its parent is trained as its
+parent is. Every other class runs its own forward on the effective weight.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from s2ft.layers.base import S2Layer
+from s2ft.layers.kind import Kind
+from s2ft.layers.linear import CONV1D, LinearKind, is_conv1d
+from s2ft.ops import effective_units
+from s2ft.ops._lock import LOCK, finish_interrupted
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # of a weight to which a delta can be added
+OWN_NAMES = ("s2", "index", "base", "start", "end", "enabled", "dim", "kind", "plain")  # of a trainable layer
+SIMPLE = (bool, int, float, str, type(None))  # settings that tell two layers of one class apart
+
+# ---- which classes compute the same as nn.Linear -------------------------------------------------------
+
+_proven: dict[tuple, bool] = {}  # by class and settings
+
+
+def computes_linear(module: nn.Module) -> bool:
+    """Whether a layer derived from nn.Linear computes ``F.linear(x, weight, bias)`` and nothing else.
+
+    That is certain if it has nn.Linear's forward. Else a small copy of the layer in float64 has to give the same output
+    and the same gradients, in training and in evaluation mode. A layer with further tensors, or with settings that are
+    neither numbers nor strings, is not tried: they may change what it computes.
+    """
+    if module._modules or module._buffers.keys() or module._parameters.keys() - {"weight", "bias"}:
+        return False
+    if type(module).forward is nn.Linear.forward:
+        return True
+    settings = {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name not in ("training", "in_features", "out_features")
+    }
+    if not all(isinstance(value, SIMPLE) for value in settings.values()):
+        return False
+    key = (type(module), module.bias is None, repr(sorted(settings.items())))
+    if key not in _proven:
+        _proven[key] = _proves_linear(module)
+    return _proven[key]
+
+
+def _proves_linear(module: nn.Module) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, short, many, deep = (
+        torch.randn(*shape, dtype=torch.float64, generator=generator)
+        for shape in ((3, 5), (3,), (5,), (4, 5), (2, 4, 5))
+    )
+    bias = None if module.bias is None else bias
+    no_hooks = {name: value for name, value in vars(nn.Module()).items() if "_hook" in name}
+
+    def own(x: Tensor, weight: Tensor, training: bool) -> Tensor:
+        attributes = {**no_hooks, "training": training, "in_features": 5, "out_features": 3}
+        return run_on(module, {"weight": weight, "bias": bias}, {}, (x,), **attributes)
+
+    def linear(x: Tensor, weight: Tensor, training: bool) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    for x in (short, 1e3 * many, 1e-3 * deep):
+        for training in (False, True):
+            expected = _with_gradients(linear, x, weight, training)
+            try:
+                found = _with_gradients(own, x, weight, training)
+                torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+            except Exception:  # a failure of any kind: the forward needs or returns something else
+                return False
+    return True
+
+
+def _with_gradients(function: Callable, x: Tensor, weight: Tensor, training: bool) -> tuple[Tensor, ...]:
+    """Return the output of a function of x and weight, and the gradients of a weighted sum of it."""
+    with torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
+        x, weight = (one.clone().requires_grad_() for one in (x, weight))
+        y = function(x.clone(), weight, training)
+        factors = torch.arange(1.0, y.numel() + 1, dtype=torch.float64).view(*x.shape[:-1], 3)
+        return y, *torch.autograd.grad((y * factors).sum(), (x, weight))
+
+
+# ---- the forward of the class on another weight --------------------------------------------------------
+
+
+def run_on(
+    module: nn.Module,
+    parameters: dict[str, Tensor | None],
+    buffers: dict[str, Tensor | None],
+    args: tuple,
+    kwargs: dict[str, Any] | None = None,
+    **attributes: Any,
+) -> Any:
+    """Run the forward of a layer's class on other tensors. The layer does not change, and its hooks do not run.
+
+    Args:
+        module: The layer.
+        parameters: Parameters to use in place of those of the same names.
+        buffers: Buffers to use in place of those of the same names.
+        args: Arguments of the forward.
+        kwargs: Keyword arguments of the forward.
+        attributes: Other attributes to use in place of the layer's.
+
+    Returns:
+        What the forward returns.
+    """
+    # A second object with the same attributes, so that threads that run the layer at once don't disturb each other
+    other = object.__new__(type(module))
+    other.__dict__.update(module.__dict__, **attributes)
+    other.__dict__["_parameters"] = {**module._parameters, **parameters}
+    other.__dict__["_buffers"] = {**module._buffers, **buffers}
+    return type(module).forward(other, *args, **(kwargs or {}))
+
+
+def effective_weight(weight: Tensor, delta: Tensor, index: Tensor, dim: int, transposed: bool) -> Tensor:
+    """Copy a weight with a delta added to its units. Gradients flow to the delta.
+
+    Args:
+        weight: The weight as it is stored, [outputs, inputs], or [inputs, outputs] if `transposed`.
+        delta: [n, inputs] if `dim` is 0, [outputs, n] if `dim` is 1.
+        index: The units [n] int64.
+        dim: 0 for outputs, 1 for inputs.
+        transposed: How the weight is stored.
+
+    Returns:
+        The effective weight, stored as `weight` is. It equals the weight that merging writes, bit for bit.
+    """
+    dim, delta = (1 - dim, delta.t()) if transposed else (dim, delta)
+    with LOCK:  # no operation of another thread has its own sum in the weight meanwhile
+        finish_interrupted()
+        base = weight.detach().index_select(dim, index)
+        return weight.detach().index_copy(dim, index, effective_units(base, delta))
+
+
+class S2OwnForward(S2Layer):
+    """What S2ColumnOwnForward and S2RowOwnForward share: the plain layer's forward, run on the effective weight.
+
+    The layer has the parameters, buffers and modules of the plain one under the same names. A forward copies the
+    weight, and a backward computes the gradient of all of it before it takes that of the selected units. So a step
+    costs as much as full training of this layer, while optimizer and adapter have the slice only.
+
+    Attributes:
+        plain: The plain layer. It is not a submodule. Its tensors may be missing, because this layer has them.
+    """
+
+    plain: nn.Module
+
+    @property
+    def kind(self) -> Kind:
+        return OWN_CONV1D if is_conv1d(self.plain) else OWN_LINEAR
+
+    def _copy_settings(self, module: nn.Module) -> None:
+        names = [*module._parameters, *module._buffers, *module._modules]
+        taken = next((name for name in names if name in OWN_NAMES), None)
+        if taken is not None:
+            raise ValueError(
+                f"a {type(module).__name__} has a tensor or module {taken!r}, a name that its trainable layer uses for "
+                "itself: rename it in the class"
+            )
+        for name, parameter in module._parameters.items():
+            self.register_parameter(name, None if parameter is None else parameter.requires_grad_(False))
+        for name, buffer in module._buffers.items():
+            self.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
+        for name, child in module._modules.items():
+            self.add_module(name, None if child is None else child.requires_grad_(False))
+        self.__dict__["plain"] = module  # not as a submodule
+
+    def __getattr__(self, name: str) -> Any:
+        """Find what this layer has not got in the plain one, because other modules may read its settings."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "plain" not in self.__dict__ or name in OWN_NAMES:
+                raise
+            return getattr(self.plain, name)
+
+    def take_over(self, module: nn.Module) -> None:
+        for tensors in (module._parameters, module._buffers):
+            tensors.update(dict.fromkeys(tensors))
+
+    def give_back(self, module: nn.Module) -> None:
+        module._parameters.update({name: self._parameters[name] for name in module._parameters})
+        module._buffers.update({name: self._buffers[name] for name in module._buffers})
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the plain layer's forward on the effective weight; its arguments and what it returns are those."""
+        weight = self.weight
+        if self.fused:
+            self._check_fused()
+        elif self.enabled:
+            index = self.index
+            if index is None:
+                index = torch.arange(self.start, self.end, device=weight.device)
+            weight = effective_weight(weight, self.delta, index, self.dim, self.kind.transposed)
+        parameters = {name: self._parameters[name] for name in self.plain._parameters}
+        buffers = {name: self._buffers[name] for name in self.plain._buffers}
+        parameters["weight"] = weight
+        return run_on(self.plain, parameters, buffers, args, kwargs, training=self.training, _modules=self._modules)
+
+    def extra_repr(self) -> str:
+        return f"{type(self.plain).__name__}, weight={tuple(self.shape)}, {self._selected()}"
+
+
+class S2ColumnOwnForward(S2OwnForward):
+    """Layer of a class derived from nn.Linear that trains outputs."""
+
+    dim = 0
+
+
+class S2RowOwnForward(S2OwnForward):
+    """Layer of a class derived from nn.Linear that trains inputs."""
+
+    dim = 1
+
+
+# ---- kinds ---------------------------------------------------------------------------------------------
+
+
+def _can_add(found: Any) -> bool:
+    """Whether the weight is a plain parameter in a dtype in which a delta can be added, and not a packed one."""
+    weight = getattr(found, "weight", None)
+    return type(weight) is nn.Parameter and weight.dim() == 2 and weight.dtype in DTYPES
+
+
+class OutProjectionKind(Kind):
+    """`out_proj` of nn.MultiheadAttention, which reads its weight and never runs it. A trainable layer in its place
+    would change nothing and get no gradient."""
+
+    name = "out_proj of nn.MultiheadAttention, which uses the weight without running the layer"
+
+    def matches(self, found: Any) -> bool:
+        return isinstance(found, NonDynamicallyQuantizableLinear)
+
+
+class SameForwardKind(LinearKind):
+    """A class derived from nn.Linear that computes the same, for instance transformers' FalconLinear."""
+
+    name = "classes derived from nn.Linear"
+
+    def matches(self, found: Any) -> bool:
+        return isinstance(found, nn.Linear) and _can_add(found) and computes_linear(found)
+
+
+class OwnForwardKind(Kind):
+    """A class derived from nn.Linear or Conv1D with a forward of its own, such as a router that picks experts."""
+
+    layers = (S2ColumnOwnForward, S2RowOwnForward)
+
+    def __init__(self, transposed: bool) -> None:
+        self.transposed = transposed
+        self.name = f"classes derived from {CONV1D.name if transposed else 'nn.Linear'}, with their own forward"
+
+    def matches(self, found: Any) -> bool:
+        is_derived = is_conv1d(found) if self.transposed else isinstance(found, nn.Linear)
+        return is_derived and _can_add(found)
+
+    def forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        x, delta, index, dim, *args = args
+        weight = effective_weight(module.weight, delta, index, dim, self.transposed)
+        return run_on(module, {"weight": weight}, {}, (x, *args), kwargs)
+
+    def features_last(self, module: nn.Module, x: Any) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f"a {type(module).__name__} returns a {type(x).__name__}, so calibration data can't score its outputs: "
+                "use another selection for it, or exclude it"
+            )
+        return x
+
+
+OUT_PROJECTION, SAME_FORWARD = OutProjectionKind(), SameForwardKind()
+OWN_LINEAR, OWN_CONV1D = OwnForwardKind(transposed=False), OwnForwardKind(transposed=True)
+DERIVED = (OUT_PROJECTION, SAME_FORWARD, OWN_LINEAR, OWN_CONV1D)

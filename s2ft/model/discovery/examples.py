@@ -1,0 +1,491 @@
+"""Makes small inputs for a model from its config: tokens, images and sound, the richest first.
+
+An input that reaches every tower of a model is worth most. Which inputs a model takes is read from the arguments of
+its forward; how many tokens stand for an image is asked from the model itself.
+"""
+
+import inspect
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s2ft.model.modes import evaluation_mode
+
+ROWS, LENGTH = 2, 24
+SAMPLES = 8000  # of a recording
+MOST_GUESSES = 30  # of the number of tokens that stand for an image of one layout
+Media = dict[str, Tensor]
+
+
+# ---- one plain batch of any size --------------------------------------------------------------------------
+
+
+def example_of(model: nn.Module, rows: int = 2, length: int = 8, device: Any = None) -> dict[str, Tensor] | None:
+    """Make a small batch for a transformers model from its config: token ids, pixels or sound.
+
+    Args:
+        model: The model.
+        rows: Number of sequences, images or recordings.
+        length: Number of tokens of a sequence.
+        device: Device of the batch; default: that of the model.
+
+    Returns:
+        The arguments of the model's forward by name, or None if they can't be made.
+    """
+    config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
+    if config is None or main is None:
+        return None
+    takes = inspect.signature(model.forward).parameters
+    names = [main]
+    if "pixel_values" in takes and hasattr(config, "vision_config"):
+        names.append("pixel_values")
+    if "decoder_input_ids" in takes and getattr(config, "is_encoder_decoder", False):
+        names.append("decoder_input_ids")
+    weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    values = {
+        name: _value(name, config, rows, length, torch.Generator().manual_seed(0)) for name in dict.fromkeys(names)
+    }
+    if any(value is None for value in values.values()):
+        return None
+    return {
+        name: value.to(device or weight.device, weight.dtype if value.is_floating_point() else None)
+        for name, value in values.items()
+    }
+
+
+def _value(name: str, config: Any, rows: int, length: int, generator: torch.Generator) -> Tensor | None:
+    text, vision = getattr(config, "text_config", None) or config, getattr(config, "vision_config", None) or config
+    if name in ("input_ids", "decoder_input_ids") and hasattr(text, "vocab_size"):
+        return torch.randint(text.vocab_size, (rows, length), generator=generator)
+    if name == "pixel_values" and hasattr(vision, "image_size"):
+        size = vision.image_size
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        return torch.randn(rows, getattr(vision, "num_channels", 3), height, width, generator=generator)
+    if name == "input_features" and hasattr(config, "num_mel_bins"):
+        return torch.randn(rows, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
+    return None
+
+
+# ---- the first batch that runs ----------------------------------------------------------------------------
+
+
+def runnable_example(model: nn.Module, example: Any = None) -> tuple[Any, dict[str, int]]:
+    """Find an input on which the model runs.
+
+    Args:
+        model: The model.
+        example: Tensor, tuple of arguments or dict of them; default: the first of :func:`examples_of` that runs.
+
+    Returns:
+        The input, and the paths of the modules that it reaches, each with the place of its first call.
+
+    Raises:
+        ValueError: The model runs on none; the message says what was tried.
+        TypeError: `example` is of another type.
+    """
+    if example is not None and not isinstance(example, (Tensor, tuple, list, dict)):
+        raise TypeError(f"example must be a tensor, a tuple or a dict, got {type(example).__name__}")
+    failed: list[str] = []
+    for candidate in examples_of(model) if example is None else [example]:
+        order, failure = _try(model, candidate)
+        if not failure:
+            return candidate, order
+        named = ", ".join(candidate) if isinstance(candidate, dict) else "the given one"
+        failed.append(f"{named}: {failure}")
+    what = "the example given" if example is not None else "any input that s2ft makes"
+    tried = "; ".join(dict.fromkeys(failed)) or "no input: its config names no tokens, images or sound"
+    raise ValueError(f"{type(model).__name__} does not run on {what}. Tried: {tried}. Pass another as example=")
+
+
+def run_example(model: nn.Module, example: Any) -> Any:
+    """Run the model on copies of the example, because a model may write into its inputs."""
+    if isinstance(example, dict):
+        return model(**{name: _copied(value) for name, value in example.items()})
+    values = example if isinstance(example, (tuple, list)) else (example,)
+    return model(*map(_copied, values))
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _try(model: nn.Module, example: Any) -> tuple[dict[str, int], str]:
+    """Run the model once. Returns the order of the calls, and why the example is no good if it is not."""
+    order: dict[str, int] = {}
+    handles = [
+        module.register_forward_hook(lambda module, args, output, path=path: _note(order, path))
+        for path, module in model.named_modules()
+    ]
+    try:
+        with torch.no_grad(), evaluation_mode(model), torch.random.fork_rng(_cuda_devices(model)):
+            torch.manual_seed(0)
+            output = run_example(model, example)
+    except Exception as error:  # models refuse inputs in many ways; every one only rules this input out
+        return order, f"{type(error).__name__}: {str(error)[:200]}"
+    finally:
+        for handle in handles:
+            handle.remove()
+    return order, "" if all(map(_is_finite, _floats(output))) else "its output has NaN or infinity"
+
+
+def _note(order: dict[str, int], path: str) -> None:
+    order.setdefault(path, len(order))
+
+
+def _cuda_devices(model: nn.Module) -> list[torch.device]:
+    return sorted({parameter.device for parameter in model.parameters() if parameter.is_cuda}, key=str)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # Classes that can't be chosen get the lowest number or minus infinity in some models.
+    return not bool(torch.isnan(tensor).any()) and bool(torch.isfinite(tensor).any())
+
+
+def _floats(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        if output.is_floating_point() and output.numel():
+            yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from _floats(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _floats(value)
+
+
+# ---- candidates -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Inputs:
+    """What inputs are made from."""
+
+    model: nn.Module
+    config: Any
+    takes: frozenset[str]
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def tokens(self, length: int = LENGTH) -> Tensor:
+        """Token ids [ROWS, length] that stand for nothing else in the config."""
+        size = _first(self.configs("text_config", "decoder", "text_encoder"), ("vocab_size", "n_vocab")) or 100
+        special = _special_tokens(self.config.to_dict())
+        usual = torch.tensor([token for token in range(size) if token not in special] or [0])
+        return usual[torch.randint(len(usual), (ROWS, length), generator=self.generator)]
+
+    def configs(self, *names: str) -> list[Any]:
+        """The configs of these names inside the config, then the config itself."""
+        inside = [getattr(self.config, name, None) for name in names]
+        return [config for config in inside if config is not None and hasattr(config, "to_dict")] + [self.config]
+
+
+def examples_of(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Iterate over inputs that a model of transformers may run on, those that reach most of it first.
+
+    Args:
+        model: The model.
+
+    Yields:
+        Arguments of the model's forward by name, on the device and in the precision of the model.
+    """
+    if getattr(model, "config", None) is None or not hasattr(model.config, "to_dict"):
+        return
+    inputs = _Inputs(model, model.config, frozenset(inspect.signature(model.forward).parameters))
+    weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    for example in _candidates(inputs):
+        named = {name: value for name, value in example.items() if name in inputs.takes}
+        if named:
+            yield {
+                name: value.to(weight.device, weight.dtype if value.is_floating_point() else None)
+                for name, value in named.items()
+            }
+
+
+def _candidates(inputs: _Inputs) -> Iterator[dict[str, Tensor]]:
+    images, sounds = list(_media(inputs, "image", _images)), list(_media(inputs, "audio", _sounds))
+    if "input_ids" in inputs.takes:
+        both = [[image, sound] for image in images for sound in sounds]
+        for media in (*both[:4], *([one] for one in (*images, *sounds))):
+            yield from itertools.islice(_with_text(inputs, media), MOST_GUESSES)
+    for one in (*images, *sounds):
+        yield from _decoded(inputs, one.values)
+    plain = inputs.tokens()
+    for length in (LENGTH, 64, 8):
+        for values in _text_variants(inputs, plain if length == LENGTH else inputs.tokens(length)):
+            yield from _decoded(inputs, values)
+    yield from _codebooks(inputs)
+
+
+def _decoded(inputs: _Inputs, values: Media) -> Iterator[Media]:
+    """With inputs of the decoder if there is one, and without."""
+    if "decoder_input_ids" in inputs.takes:
+        yield {**values, "decoder_input_ids": inputs.tokens(8)}
+    yield dict(values)
+
+
+def _codebooks(inputs: _Inputs) -> Iterator[Media]:
+    """Tokens of several codebooks at each place, as models of sound have them."""
+    count = _first(inputs.configs("decoder_config", "decoder"), ("num_codebooks", "num_channels"))
+    if count is None:
+        return
+    for depth in (count, count + 1):
+        tokens = torch.stack([inputs.tokens(8) for _ in range(depth)], dim=-1)
+        yield {"input_ids": tokens}
+        yield {"input_ids": inputs.tokens(), "decoder_input_ids": tokens}
+    yield {"input_ids": torch.cat([inputs.tokens(8) for _ in range(count)])}
+
+
+def _text_variants(inputs: _Inputs, tokens: Tensor) -> Iterator[Media]:
+    """Tokens alone, and with the arguments that some models ask for."""
+    mask = torch.ones_like(tokens)
+    yield {"input_ids": tokens, "attention_mask": mask}
+    yield {"input_ids": tokens}
+    yield {"input_ids": tokens, "attention_mask": mask, "bbox": torch.zeros(*tokens.shape, 4, dtype=torch.int64)}
+    yield {"input_ids": tokens, "attention_mask": mask, "qformer_input_ids": tokens}
+    yield {"inputs": tokens}
+
+
+# ---- images and sound -------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Medium:
+    """Images or sound for ROWS rows, with the number of tokens that stand for them in a row, if that is known."""
+
+    kind: str
+    values: Media
+    tokens: int | None
+
+
+_METHODS = {"image": "get_image_features", "audio": "get_audio_features"}
+_TOKEN_KEYS = {
+    "image": ("image_token_id", "image_token_index", "media_token_id", "im_token_id", "image_token", "boi_token_id"),
+    "audio": ("audio_token_id", "audio_token_index", "audio_token"),
+}
+# Entries of configs that say how many tokens stand for an image.
+_HINTS = (
+    "num_query_tokens",
+    "image_seq_length",
+    "image_seq_len",
+    "mm_tokens_per_image",
+    "num_image_tokens",
+    "latent_query_num",
+)
+_GUESSES = (4, 1, 16, 9, 64, 25, 49, 36, 17, 5, 8, 2, 3, 6, 10, 12, 18, 32, 100, 144, 196, 256)
+
+
+def _media(inputs: _Inputs, kind: str, layouts: Callable[[_Inputs], Iterator[Media]]) -> Iterator[_Medium]:
+    """Images or sound in the layouts that the model encodes; in all layouts if there are none."""
+    found = [{name: value for name, value in layout.items() if name in inputs.takes} for layout in layouts(inputs)]
+    found = [values for values in found if values]
+    encode = next((method for owner in _owners(inputs.model) if (method := getattr(owner, _METHODS[kind], None))), None)
+    unknown, known = [], False
+    for values in found:
+        tokens = None if encode is None else _tokens_for(encode, inputs.model, values)
+        if tokens:
+            known = True
+            yield _Medium(kind, values, tokens)
+        elif not known:
+            unknown.append(_Medium(kind, values, None))
+    if not known:
+        yield from unknown
+
+
+def _owners(model: nn.Module) -> list[Any]:
+    return [model, getattr(model, "model", None), getattr(model, "base_model", None)]
+
+
+def _tokens_for(encode: Callable, model: nn.Module, values: Media) -> int | None:
+    """How many tokens a row of images or sound becomes, or None if the model can't encode it."""
+    takes = inspect.signature(encode).parameters
+    weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
+    given = {
+        name: value.to(weight.device, weight.dtype if value.is_floating_point() else None)
+        for name, value in values.items()
+        if name in takes or name in ("pixel_values", "input_features", "input_values")
+    }
+    try:
+        with torch.no_grad(), evaluation_mode(model):
+            found = encode(**given)
+    except Exception:  # another layout may fit
+        return None
+    features = getattr(found, "pooler_output", None)
+    features = found if features is None else features
+    while isinstance(features, (tuple, list)) and features and isinstance(features[0], (tuple, list)):
+        features = features[0]
+    parts = list(features if isinstance(features, (tuple, list)) else [features])
+    if not parts or not all(isinstance(part, Tensor) and part.dim() for part in parts):
+        return None
+    return sum(part.numel() // part.shape[-1] for part in parts) // ROWS
+
+
+def _with_text(inputs: _Inputs, media: list[_Medium]) -> Iterator[Media]:
+    """Images and sound with text in which tokens stand for them."""
+    ids = [_first(inputs.configs("text_config"), _TOKEN_KEYS[medium.kind]) for medium in media]
+    values = {name: value for medium in media for name, value in medium.values.items()}
+    known = all(medium.tokens for medium in media)
+    hints = [getattr(config, key, None) for config in inputs.configs("vision_config", "text_config") for key in _HINTS]
+    guesses = [[hint] * len(media) for hint in dict.fromkeys(hints) if isinstance(hint, int) and hint < 600]
+    guesses = (
+        [[medium.tokens for medium in media], *guesses] if known else guesses + [[n] * len(media) for n in _GUESSES]
+    )
+    if None in ids and "image_embeds_position_mask" not in inputs.takes:
+        guesses = [[0] * len(media)]
+    elif not known and any(hasattr(owner, _METHODS[media[0].kind]) for owner in _owners(inputs.model)):
+        guesses = guesses[:1]  # the model has refused this layout
+    for counts in guesses:
+        tokens, kinds = _text_around(inputs, ids, counts)
+        extra = {
+            "attention_mask": torch.ones_like(tokens),
+            "token_type_ids": (kinds > 0).long(),
+            "mm_token_type_ids": kinds,
+            "qformer_input_ids": inputs.tokens(8),
+            "image_attention_mask": torch.ones(*tokens.shape, 1, dtype=torch.int64),
+            "image_embeds_position_mask": (kinds == 1).long(),
+            "bbox": torch.zeros(*tokens.shape, 4, dtype=torch.int64),
+        }
+        yield from _decoded(inputs, {"input_ids": tokens, **values, **extra})
+    yield from _decoded(inputs, {"input_ids": inputs.tokens(), **values})
+
+
+def _text_around(inputs: _Inputs, ids: list[int | None], counts: list[int]) -> tuple[Tensor, Tensor]:
+    """Token ids with `counts` tokens of these ids in the midst, and for each token: 0 text, 1 image, 3 sound."""
+    start = _first(inputs.configs("text_config"), ("vision_start_token_id", "boi_token_id", "image_start_token_id"))
+    tokens = inputs.tokens(LENGTH + sum(counts))
+    kinds = torch.zeros_like(tokens)
+    place = 3
+    for token, count in zip(ids, counts):
+        if start is not None and start != token:
+            tokens[:, place - 1] = start
+        if token is not None:
+            tokens[:, place : place + count] = token
+        kinds[:, place : place + count] = 1 if token == ids[0] else 3
+        place += count + 3
+    return tokens, kinds
+
+
+def _images(inputs: _Inputs) -> Iterator[Media]:
+    vision = inputs.configs("vision_config", "vision_tower_config", "vq_config", "encoder", "image_config")
+    channels = _first(vision, ("num_channels", "in_channels", "in_chans")) or 3
+    if "image_grid_thw" in inputs.takes:
+        yield from _patches_in_a_grid(inputs, vision, channels)
+    if "image_position_ids" in inputs.takes or "spatial_shapes" in inputs.takes:
+        yield from _patches_with_places(inputs, vision, channels)
+    if "pixel_values" in inputs.takes:
+        for side in dict.fromkeys((_image_side(vision), 32, 64, 224)):
+            yield from _pictures(inputs, channels, side)
+
+
+def _image_side(vision: list[Any]) -> int:
+    size = _first(vision, ("image_size", "img_size", "input_size"), whole=False)
+    if isinstance(size, dict):
+        size = size.get("height") or size.get("shortest_edge")
+    return (max(size) if isinstance(size, (list, tuple)) else size) or 32
+
+
+def _pictures(inputs: _Inputs, channels: int, side: int) -> Iterator[Media]:
+    sizes = torch.tensor([[side, side]] * ROWS)
+    flat = inputs.normal(ROWS, channels, side, side)
+    more = {"image_sizes": sizes, "high_res_pixel_values": inputs.normal(ROWS, channels, 2 * side, 2 * side)}
+    yield {"pixel_values": flat, **more}
+    yield {"pixel_values": flat}
+    for tiles in (1, 5, 3, 2, 4):
+        values = inputs.normal(ROWS, tiles, channels, side, side)
+        ones = torch.ones(ROWS, tiles, side, side, dtype=torch.int64)
+        yield {
+            "pixel_values": values,
+            "pixel_attention_mask": ones.bool(),
+            "image_sizes": sizes,
+            "aspect_ratio_ids": torch.ones(ROWS, 1, dtype=torch.int64),
+            "aspect_ratio_mask": torch.ones(ROWS, 1, tiles, dtype=torch.int64),
+        }
+
+
+def _patches_in_a_grid(inputs: _Inputs, vision: list[Any], channels: int) -> Iterator[Media]:
+    """Patches one after another, and the sizes of the grid of each image in patches."""
+    merge = _first(vision, ("spatial_merge_size", "merge_size")) or 2
+    frames = _first(vision, ("temporal_patch_size",)) or 1
+    patch = _patch_side(vision)
+    side = 2 * merge
+    count = ROWS * side * side
+    grid = torch.tensor([[1, side, side]] * ROWS)
+    more = {"image_grid_thw": grid, "image_merge_sizes": torch.tensor([merge] * ROWS)}
+    for shape in ((channels * frames * patch * patch,), (channels * patch * patch,), (channels, patch, patch)):
+        yield {"pixel_values": inputs.normal(count, *shape), **more}
+        yield {"pixel_values": inputs.normal(1, count, *shape), **more}
+
+
+def _patches_with_places(inputs: _Inputs, vision: list[Any], channels: int) -> Iterator[Media]:
+    """Patches of each image with their places in it."""
+    patch = _patch_side(vision)
+    side = 2 * (_first(vision, ("spatial_merge_size", "pooling_kernel_size", "downsample_factor")) or 2)
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    places = torch.stack((columns, rows), dim=-1).reshape(1, side * side, 2).repeat(ROWS, 1, 1)
+    yield {
+        "pixel_values": inputs.normal(ROWS, side * side, channels * patch * patch),
+        "image_position_ids": places,
+        "pixel_position_ids": places,
+        "pixel_attention_mask": torch.ones(ROWS, side * side, dtype=torch.int64),
+        "spatial_shapes": torch.tensor([[side, side]] * ROWS),
+    }
+
+
+def _patch_side(vision: list[Any]) -> int:
+    size = _first(vision, ("patch_size", "model_patch_size"), whole=False) or 16
+    return size[-1] if isinstance(size, (list, tuple)) else size
+
+
+def _sounds(inputs: _Inputs) -> Iterator[Media]:
+    audio = inputs.configs("audio_config", "encoder_config", "audio_encoder_config", "encoder", "speech_config")
+    keys = (
+        "num_mel_bins",
+        "input_feat_per_channel",
+        "feature_projection_input_dim",
+        "n_mels",
+        "input_dim",
+        "feature_size",
+    )
+    bins = _first(audio, keys) or 80
+    positions = _first(audio, ("max_source_positions",))
+    for steps in dict.fromkeys((2 * positions if positions else 128, 128, 256)):
+        for shape in ((bins, steps), (steps, bins), (steps, 2 * bins), (steps, 4 * bins)):
+            ones = torch.ones(ROWS, steps, dtype=torch.int64)
+            masks = dict.fromkeys(("input_features_mask", "feature_attention_mask"), ones)
+            if "input_ids" not in inputs.takes:
+                yield {"input_features": inputs.normal(ROWS, *shape), "attention_mask": ones, **masks}
+            yield {"input_features": inputs.normal(ROWS, *shape), **masks}
+            yield {"input_features": inputs.normal(ROWS, *shape)}
+    for shape in ((SAMPLES,), (1, SAMPLES)):
+        yield {"input_values": inputs.normal(ROWS, *shape)}
+        yield {"input_values": inputs.normal(ROWS, *shape), "padding_mask": torch.ones(ROWS, SAMPLES).bool()}
+
+
+# ---- reading configs --------------------------------------------------------------------------------------
+
+
+def _first(configs: list[Any], keys: tuple[str, ...], whole: bool = True) -> Any:
+    """The first entry of these keys that a config has; with `whole`, the first whole number."""
+    for config in configs:
+        for key in keys:
+            value = getattr(config, key, None)
+            if value is not None and (not whole or (isinstance(value, int) and not isinstance(value, bool))):
+                return value
+    return None
+
+
+def _special_tokens(entries: dict) -> set[int]:
+    """Ids of all tokens that a config names."""
+    found: set[int] = set()
+    for key, value in entries.items():
+        if isinstance(value, dict):
+            found |= _special_tokens(value)
+        elif isinstance(key, str) and re.fullmatch(r".*(token_id|token_index|_token|token_ids)", key):
+            found |= {token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)}
+    return found

@@ -1,0 +1,271 @@
+"""Builds the twin of a model: a tiny one with the same modules and random float64 weights, to try couplings on.
+
+On the twin a wrong coupling can't hide: no norm weight is 1, no bias is 0 and no matrix is zero. In float64 rounding
+is a million times smaller than any real change.
+"""
+
+import contextlib
+import copy
+import itertools
+import os
+import re
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from s2ft.model.discovery.tiny_config import DEPTH, Level, config_for, tiny_config
+
+MOST = 60_000_000  # parameters of a twin: 0.5 GB
+COPIED_AT_ONCE = 1_000_000  # a model that is this small needs no smaller twin
+DEPTHS = (DEPTH, 6, 12, 128)
+SPREAD = 0.2  # of what is added to norm weights and biases
+_LOW = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def twin_of(model: nn.Module) -> nn.Module:
+    """Build the tiny twin of a model.
+
+    Args:
+        model: The model. Its weights may be quantized, in half precision, on another device, or on meta.
+
+    Returns:
+        A model with modules of the same classes under the same paths, apart from numbers in them. It is on the CPU, in
+        float64 and in evaluation mode. The model itself and the global random state are as before.
+
+    Raises:
+        ValueError: No twin can be built; the message says what was tried.
+    """
+    tried: list[str] = []
+    for twin in twins_of(model, tried):
+        return twin
+    raise ValueError(
+        f"s2ft can't build a small copy of {type(model).__name__} to try couplings on. Tried: {'; '.join(tried)}. "
+        "Describe its couplings in attach(..., couplings=[...])"
+    )
+
+
+def twins_of(model: nn.Module, tried: list[str]) -> Iterator[nn.Module]:
+    """Iterate over twins of a model, the smallest first, and append to `tried` why others can't be built."""
+    size = sum(parameter.numel() for parameter in model.parameters())
+    on_meta = any(parameter.is_meta for parameter in model.parameters())
+    if size <= COPIED_AT_ONCE and not on_meta and not _is_quantized(model):
+        yield copied(model)
+        return
+    wanted, rows = paths_and_classes(model), kinds_of_blocks(model)
+    if hasattr(type(model), "_from_config") and getattr(model, "config", None) is not None:
+        for level in Level:
+            twin = _same_at_some_depth(model, level, wanted, rows, tried)
+            if twin is not None:
+                yield twin
+    if _is_quantized(model):
+        tried.append("a copy of the model: its weights are quantized")
+    elif size > COPIED_AT_ONCE * 50 and 4 * 8 * size > _free_memory():
+        tried.append(f"a copy of the model: {size / 1e9:.1f} billion parameters are too many in float64")
+    else:
+        yield copied(model)
+
+
+def _same_at_some_depth(model: nn.Module, level: Level, wanted: set, kinds: set, tried: list[str]) -> nn.Module | None:
+    """The twin of the least depth with all kinds of blocks, else of the least with all paths; None if there is none."""
+    second = None
+    for depth in DEPTHS:
+        try:
+            twin = tiny_model(type(model), tiny_config(model.config, level, depth), torch.float64)
+        except Exception as error:  # configs fail in many ways; every one only rules this level out
+            tried.append(f"{level.name} with {depth} layers: {type(error).__name__}: {str(error)[:200]}")
+            continue
+        missing = wanted ^ paths_and_classes(twin)
+        if missing:
+            tried.append(f"{level.name} with {depth} layers: other modules than the model, such as {min(missing)}")
+        elif kinds == kinds_of_blocks(twin):
+            return twin
+        else:
+            second = second or twin
+    return second
+
+
+def tiny_model(model_class: type, config: Any, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Build a model from a tiny config, with random weights of which none is special.
+
+    Args:
+        model_class: A model class of transformers.
+        config: Its config, cut by :func:`tiny_config`.
+        dtype: Type of the weights. With float64 the forward computes in float64 wherever the model asks for less.
+
+    Returns:
+        The model on the CPU in evaluation mode.
+
+    Raises:
+        ValueError: The model would have more than 60 million parameters.
+    """
+    config = config_for(model_class, config)
+    with _fixed_random_numbers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with torch.device("meta"):
+            shadow = _from_config(model_class, copy.deepcopy(config), dtype)
+        size = sum(parameter.numel() for parameter in shadow.parameters())
+        if size > MOST:
+            raise ValueError(f"{size / 1e6:.0f} million parameters, at most {MOST / 1e6:.0f}")
+        with torch.device("cpu"):
+            model = _from_config(model_class, config, dtype)
+    return _prepared(model, dtype)
+
+
+def _from_config(model_class: type, config: Any, dtype: torch.dtype) -> nn.Module:
+    if hasattr(model_class, "_from_config"):
+        # The product of all experts at once does not exist in float64.
+        more = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
+        return model_class._from_config(config, dtype=dtype, **more)
+    return model_class(config)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A float64 copy of a model. Weights on meta become random ones."""
+    with _fixed_random_numbers():
+        if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+            twin = copy.deepcopy(model).to_empty(device="cpu")
+            for tensor in (*twin.parameters(), *twin.buffers()):
+                if tensor.is_floating_point():
+                    tensor.detach().zero_()
+        else:
+            twin = copy.deepcopy(model).to("cpu")
+    return _prepared(twin, torch.float64)
+
+
+def _prepared(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    model = model.to(dtype).eval().requires_grad_(True)
+    make_general(model)
+    if dtype == torch.float64:
+        if getattr(getattr(model, "config", None), "_attn_implementation", None) not in (None, "eager", "sdpa"):
+            model.set_attn_implementation("eager")  # other kernels need a GPU or half precision
+        model.register_forward_pre_hook(_enter_float64, prepend=True)
+        model.register_forward_hook(_leave_float64, always_call=True)
+    return model
+
+
+@contextlib.contextmanager
+def _fixed_random_numbers() -> Iterator[None]:
+    """Draw the same random numbers every time, and leave the global generators as they were."""
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(0)
+        yield
+
+
+# ---- weights of which none is special ---------------------------------------------------------------------
+
+
+def make_general(model: nn.Module) -> None:
+    """Change weights so that none is special: no norm weight of 1, no bias of 0, no matrix that hardly matters."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and parameter.numel():
+                _make_general(parameter, generator)
+        for path, buffer in model.named_buffers():
+            if _is_trained_buffer(model, path, buffer):
+                buffer += SPREAD * _normal(buffer, generator) * (0.1 if path.endswith("running_var") else 1)
+
+
+def _make_general(parameter: Tensor, generator: torch.Generator) -> None:
+    noise = _normal(parameter, generator)
+    if not bool(torch.isfinite(parameter).all()) or float(parameter.abs().max()) > 1e4:
+        parameter.zero_()  # memory that nobody has initialized
+    if parameter.dim() < 2:
+        parameter += SPREAD * noise
+        return
+    usual = (parameter.numel() // parameter.shape[0]) ** -0.5 if parameter.dim() != 3 else parameter.shape[-1] ** -0.5
+    spread = float(parameter.std(correction=0))
+    if spread < 1e-6:
+        parameter += usual * noise
+    elif spread < usual:
+        parameter *= usual / spread
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like.dtype)
+
+
+def _is_trained_buffer(model: nn.Module, path: str, buffer: Tensor) -> bool:
+    """Whether a buffer is part of the weights: it is saved, and is a vector of moderate numbers."""
+    owner, _, name = path.rpartition(".")
+    saved = name not in model.get_submodule(owner)._non_persistent_buffers_set
+    vector = buffer.dim() == 1 and buffer.is_floating_point() and buffer.numel() > 0
+    return saved and vector and bool(torch.isfinite(buffer).all()) and float(buffer.abs().max()) < 1e3
+
+
+# ---- float64 in the forward ---------------------------------------------------------------------------------
+
+
+class _InFloat64(TorchDispatchMode):
+    """Computes in float64 where a model asks for float32 or less, as norms and rotary embeddings do."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if kwargs.get("dtype") in _LOW:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
+
+
+_under_way = threading.local()
+
+
+def _enter_float64(module: nn.Module, args: Any) -> None:
+    modes = _under_way.__dict__.setdefault("modes", [])
+    mode = _InFloat64()
+    modes.append((module, mode, torch.get_default_dtype()))
+    torch.set_default_dtype(torch.float64)
+    mode.__enter__()
+
+
+def _leave_float64(module: nn.Module, args: Any, output: Any) -> None:
+    modes = _under_way.__dict__.setdefault("modes", [])
+    if modes and modes[-1][0] is module:
+        _, mode, dtype = modes.pop()
+        mode.__exit__(None, None, None)
+        torch.set_default_dtype(dtype)
+
+
+# ---- structure --------------------------------------------------------------------------------------------
+
+
+def pattern_of(path: str) -> str:
+    """A path with * for every number in it."""
+    return re.sub(r"\d+", "*", path)
+
+
+def paths_and_classes(model: nn.Module) -> set[tuple[str, str]]:
+    """The patterns of the paths of all modules, with the names of their classes."""
+    return {(pattern_of(path), _class_of(module)) for path, module in model.named_modules()}
+
+
+def kinds_of_blocks(model: nn.Module) -> set[tuple[str, frozenset]]:
+    """The kinds of blocks in every list of modules: what modules such a block has."""
+    return {
+        (pattern_of(f"{path}.{name}"), frozenset(paths_and_classes(block)))
+        for path, stack in model.named_modules()
+        if isinstance(stack, nn.ModuleList)
+        for name, block in stack.named_children()
+    }
+
+
+def _class_of(module: nn.Module) -> str:
+    return "Linear" if isinstance(module, nn.Linear) else type(module).__name__  # quantizers replace the class
+
+
+def _is_quantized(model: nn.Module) -> bool:
+    return getattr(model, "hf_quantizer", None) is not None or bool(getattr(model, "is_quantized", False)) or any(
+        not parameter.is_floating_point() for parameter in itertools.islice(model.parameters(), 1000)
+    )  # fmt: skip
+
+
+def _free_memory() -> int:
+    """Bytes of memory that are free, as far as the system tells."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return 0

@@ -1,0 +1,287 @@
+"""Families that differ in the names of their layers only: an attention with separate q, k and v, and an FFN.
+
+Most are encoders of text, sound and images, translators, and older decoders. `NAMES` has a row for each way of naming.
+Sizes are those of the layers. An FFN may be packed, with gate and up in one layer. Layers are counted through the
+stacks in their order, so first those of an encoder.
+
+Layer scales, norms over the width and tables of positions that are added to the embeddings concern no unit. Position
+biases of single heads (BEiT, MPNet, Swin) and slopes of heads (BLOOM, MPT) do: heads with them stay. So do those of
+Funnel, whose parameters have the heads in their second dimension, and the channels of ConvNeXt V2 with its norm of
+responses. FNet has no attention, and XLNet's has no layers. WavLM multiplies by the weights of its
+attention without its layers, so a slice in a layer would change nothing: only its FFNs are trained.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from s2ft.model.builders import attention, ffn, heads_in, layers_of, outputs_of, packed_attention
+from s2ft.model.coupling import Coupling, Projection, Vector
+
+QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
+QKV_OUT = ("q_proj", "k_proj", "v_proj", "out_proj")
+BERT = ("self.query", "self.key", "self.value", "output.dense")
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names of a family's layers.
+
+    Attributes:
+        stacks: Lists of blocks in the base model; * stands for every module of a list.
+        up: Path of the FFN's first layer in its block.
+        down: Path of the FFN's last layer.
+        gate: Path of the FFN's gate, if it is a layer of its own.
+        attention: Path of the attention; None if no layer of it can be trained.
+        layers: Paths of q, k, v and o in the attention; or of q, k and v in one layer, and of o.
+        interleaved: Whether one layer with q, k and v has those of each head in turn.
+        cross: Path of the attention to the encoder, in blocks that have one. Its layers have the same names.
+        more: Other layers of the attention that are split by its heads, with their keys; a type may lack them.
+        channel_moves: Tensors of the block whose first dimension has an entry for each channel of the FFN.
+        moves: Tensors of the attention whose first dimension is split by the heads; a type may lack them.
+        channels_stay: Whether the FFN's channels can't move.
+        numbered: Whether something outside numbers the heads, so that they stay; or a module or flag of the block that
+            tells it.
+    """
+
+    stacks: tuple[str, ...]
+    up: str
+    down: str
+    gate: str | None = None
+    attention: str | None = "self_attn"
+    layers: tuple[str, ...] = QKV_OUT
+    interleaved: bool = False
+    cross: str | None = None
+    more: tuple[tuple[str, str], ...] = ()
+    channel_moves: tuple[str, ...] = ()
+    moves: tuple[str, ...] = ()
+    channels_stay: bool = False
+    numbered: str | bool = False
+
+
+ENCODER_DECODER = Names(("encoder.layers", "decoder.layers"), "fc1", "fc2", cross="encoder_attn")
+BART_DECODER = Names(("decoder.layers",), "fc1", "fc2", cross="encoder_attn")
+PROPHETNET = ("query_proj", "key_proj", "value_proj", "out_proj")
+PROPHETNET_FFN = ("feed_forward.intermediate", "feed_forward.output")
+BERT_LIKE = Names(
+    ("encoder.layer",), "intermediate.dense", "output.dense", attention="attention", layers=BERT, cross="crossattention"
+)
+DEBERTA = replace(
+    BERT_LIKE,
+    layers=("self.query_proj", "self.key_proj", "self.value_proj", "output.dense"),
+    more=(("self.pos_key_proj", "k"), ("self.pos_query_proj", "q")),
+)
+CLIP_LIKE = Names(("encoder.layers",), "mlp.fc1", "mlp.fc2")
+VIT_LIKE = Names(("layers",), "mlp.fc1", "mlp.fc2", attention="attention", layers=QKVO)
+WAV2VEC2 = Names(
+    ("encoder.layers",), "feed_forward.intermediate_dense", "feed_forward.output_dense", attention="attention"
+)
+DECODER = Names(("layers",), "fc1", "fc2")
+PLAIN_MLP = Names(("layers",), "mlp.up_proj", "mlp.down_proj", layers=QKVO)
+NEOX = Names(
+    ("layers",),
+    "mlp.dense_h_to_4h",
+    "mlp.dense_4h_to_h",
+    attention="attention",
+    layers=("query_key_value", "dense"),
+    interleaved=True,
+)
+
+NAMES: dict[tuple[str, ...], Names] = {
+    ("bart", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart", "trocr"): ENCODER_DECODER,
+    ("seamless_m4t", "seamless_m4t_v2"): replace(
+        ENCODER_DECODER,
+        stacks=("text_encoder.layers", "text_decoder.layers"),
+        up="ffn.fc1",
+        down="ffn.fc2",
+        cross="cross_attention",
+    ),
+    ("moonshine",): replace(ENCODER_DECODER, up="mlp.fc1", down="mlp.fc2", layers=QKVO),
+    ("biogpt", "xglm"): DECODER,
+    ("big_bird", "bros", "esm", "markuplm", "splinter", "visual_bert", "xmod", "yoso"): BERT_LIKE,
+    ("deberta-v2",): DEBERTA,
+    ("layoutlmv3",): replace(BERT_LIKE, numbered="attention.self.config.has_relative_attention_bias"),
+    ("longformer",): replace(
+        BERT_LIKE, more=(("self.query_global", "q"), ("self.key_global", "k"), ("self.value_global", "v"))
+    ),
+    ("luke",): replace(BERT_LIKE, more=(("self.w2e_query", "q"), ("self.e2w_query", "q"), ("self.e2e_query", "q"))),
+    ("deberta",): replace(
+        BERT_LIKE,
+        layers=("self.in_proj", "output.dense"),
+        interleaved=True,
+        more=(("self.pos_proj", "k"), ("self.pos_q_proj", "q")),
+        moves=("self.q_bias", "self.v_bias"),
+    ),
+    ("fnet",): replace(BERT_LIKE, attention=None),
+    ("funnel",): Names(
+        ("encoder.blocks.*", "decoder.layers"),
+        "ffn.linear_1",
+        "ffn.linear_2",
+        attention="attention",
+        layers=("q_head", "k_head", "v_head", "post_proj"),
+        numbered=True,
+    ),
+    ("xlnet",): Names(("layer",), "ff.layer_1", "ff.layer_2", attention=None),
+    ("t5gemma",): Names(
+        ("encoder.layers", "decoder.layers"),
+        "mlp.up_proj",
+        "mlp.down_proj",
+        gate="mlp.gate_proj",
+        layers=QKVO,
+        cross="cross_attn",
+    ),
+    ("nystromformer",): replace(BERT_LIKE, moves=("self.conv.weight",)),
+    ("mpnet",): replace(BERT_LIKE, layers=("attn.q", "attn.k", "attn.v", "attn.o"), numbered="attention.attn"),
+    ("distilbert",): Names(
+        ("transformer.layer",),
+        "ffn.lin1",
+        "ffn.lin2",
+        attention="attention",
+        layers=("q_lin", "k_lin", "v_lin", "out_lin"),
+    ),
+    ("jina_embeddings_v3",): Names(("layers",), "mlp.fc1", "mlp.fc2", layers=QKVO),
+    ("ctrl",): Names(("h",), "ffn.0", "ffn.2", attention="multi_head_attention", layers=("Wq", "Wk", "Wv", "dense")),
+    ("gpt_neo",): Names(("h",), "mlp.c_fc", "mlp.c_proj", attention="attn.attention"),
+    ("apertus", "apertus1p5_text", "arcee", "jais2", "nemotron"): PLAIN_MLP,
+    ("nanochat",): replace(PLAIN_MLP, up="mlp.fc1", down="mlp.fc2"),
+    ("glm", "glm4"): replace(PLAIN_MLP, up="mlp.gate_up_proj"),
+    ("modernbert",): Names(("layers",), "mlp.Wi", "mlp.Wo", attention="attn", layers=("Wqkv", "Wo")),
+    ("modernbert-decoder",): Names(
+        ("layers",), "mlp.Wi", "mlp.Wo", attention="attn", layers=("q_proj", "k_proj", "v_proj", "Wo")
+    ),
+    ("bloom",): replace(NEOX, stacks=("h",), attention="self_attention", numbered=True),
+    ("gpt_neox_japanese",): NEOX,
+    ("persimmon",): replace(NEOX, attention="self_attn"),
+    ("mpt",): Names(
+        ("blocks",), "ffn.up_proj", "ffn.down_proj", attention="attn", layers=("Wqkv", "out_proj"), numbered=True
+    ),
+    ("albert",): Names(
+        ("encoder.albert_layer_groups.*.albert_layers",),
+        "ffn",
+        "ffn_output",
+        attention="attention",
+        layers=("query", "key", "value", "dense"),
+    ),
+    ("bitnet",): replace(
+        PLAIN_MLP, gate="mlp.gate_proj", channel_moves=("mlp.ffn_sub_norm.weight",), moves=("attn_sub_norm.weight",)
+    ),
+    ("audio-spectrogram-transformer", "pixio", "vit_mae", "vivit"): VIT_LIKE,
+    ("beit",): replace(VIT_LIKE, numbered="relative_position_bias"),
+    ("dinov2", "dinov2_with_registers"): replace(VIT_LIKE, stacks=("encoder.layer",)),
+    ("dinov3_vit",): replace(VIT_LIKE, stacks=("layer",), up="mlp.up_proj", down="mlp.down_proj"),
+    ("convnext",): Names(("encoder.stages.*.layers",), "pwconv1", "pwconv2", attention=None),
+    ("convnextv2",): Names(("encoder.stages.*.layers",), "pwconv1", "pwconv2", attention=None, channels_stay=True),
+    ("swin",): replace(VIT_LIKE, stacks=("encoder.layers.*.blocks",), numbered=True),
+    ("donut-swin", "swinv2"): replace(BERT_LIKE, stacks=("encoder.layers.*.blocks",), numbered=True),
+    ("hiera",): Names(("encoder.stages.*.layers",), "mlp.fc1", "mlp.fc2", attention="attn", layers=("qkv", "proj")),
+    ("segformer",): replace(
+        VIT_LIKE, stacks=("stages.*.blocks",), channel_moves=("mlp.dwconv.dwconv.weight", "mlp.dwconv.dwconv.bias")
+    ),
+    ("videomae", "yolos"): replace(
+        BERT_LIKE, layers=("attention.query", "attention.key", "attention.value", "output.dense")
+    ),
+    ("data2vec-vision",): replace(
+        BERT_LIKE,
+        layers=("attention.query", "attention.key", "attention.value", "output.dense"),
+        numbered="attention.attention.relative_position_bias",
+    ),
+    ("data2vec-audio", "hubert", "sew", "unispeech", "unispeech-sat", "wav2vec2"): WAV2VEC2,
+    ("wavlm",): replace(WAV2VEC2, attention=None),
+    ("sew-d",): replace(DEBERTA, stacks=("encoder.encoder.layer",)),
+}
+# Types with stacks of several structures
+SEVERAL: dict[tuple[str, ...], tuple[Names, ...]] = {
+    ("git",): (BERT_LIKE, replace(CLIP_LIKE, stacks=("image_encoder.vision_model.encoder.layers",))),
+    ("bigbird_pegasus",): (
+        Names(("encoder.layers",), "fc1", "fc2", layers=("self.query", "self.key", "self.value", "output")),
+        BART_DECODER,
+    ),
+    ("led",): (
+        Names(
+            ("encoder.layers",),
+            "fc1",
+            "fc2",
+            layers=tuple(f"longformer_self_attn.{name}" for name in ("query", "key", "value")) + ("output",),
+            more=tuple((f"longformer_self_attn.{name}_global", name[0]) for name in ("query", "key", "value")),
+        ),
+        BART_DECODER,
+    ),
+    ("mobilebert",): (BERT_LIKE, Names(("encoder.layer.*.ffn",), "intermediate.dense", "output.dense", attention=None)),
+    ("prophetnet",): (
+        Names(("encoder.layers",), *PROPHETNET_FFN, layers=PROPHETNET),
+        Names(("decoder.layers",), *PROPHETNET_FFN, layers=PROPHETNET, cross="cross_attn", numbered=True),
+    ),
+    ("speecht5",): (
+        replace(WAV2VEC2, stacks=("encoder.wrapped_encoder.layers",)),
+        replace(WAV2VEC2, stacks=("decoder.wrapped_decoder.layers",), attention="self_attn", cross="encoder_attn"),
+    ),
+}
+BY_TYPE = {model_type: (names,) for model_types, names in NAMES.items() for model_type in model_types} | {
+    model_type: names for model_types, names in SEVERAL.items() for model_type in model_types
+}
+MODEL_TYPES = tuple(BY_TYPE)
+
+
+def couplings(model: nn.Module) -> list[Coupling]:
+    return named(model, BY_TYPE[model.config.model_type])
+
+
+def named(model: nn.Module, rows: tuple[Names, ...]) -> list[Coupling]:
+    """List the couplings of a model whose layers have the names of these rows, one row after another."""
+    blocks = [(names, path, block) for names in rows for stack in names.stacks for path, block in _blocks(model, stack)]
+    return [found for i, (names, path, block) in enumerate(blocks) for found in _block(model, names, i, path, block)]
+
+
+def _blocks(model: nn.Module, stack: str) -> Iterator[tuple[str, nn.Module]]:
+    """Iterate over (path, module) of the blocks of a stack."""
+    outer, star, inner = stack.rpartition(".*")
+    if not star:
+        yield from layers_of(model, stack)
+        return
+    for path, module in _blocks(model, outer):
+        blocks = _get(module, inner[1:]) if inner else module
+        yield from ((f"{path}{inner}.{i}", block) for i, block in enumerate(blocks or ()))
+
+
+def _block(model: nn.Module, names: Names, i: int, path: str, block: nn.Module) -> list[Coupling]:
+    gate = f"{path}.{names.gate}" if names.gate else None
+    vectors = tuple(Vector(f"{path}.{name}", 1) for name in names.channel_moves)
+    found = [
+        replace(
+            ffn(model, i, f"{path}.{names.up}", f"{path}.{names.down}", gate),
+            vectors=vectors,
+            fixed=names.channels_stay,
+        )
+    ]
+    for name, kind in ((names.attention, "attention"), (names.cross, "cross-attention")):
+        if name and _get(block, name) is not None:
+            numbered = names.numbered if isinstance(names.numbered, bool) else bool(_get(block, names.numbered))
+            fixed = numbered and kind == "attention"
+            found.append(_attention(model, names, i, f"{path}.{name}", fixed=fixed, kind=kind))
+    return found
+
+
+def _attention(model: nn.Module, names: Names, layer: int, path: str, **options) -> Coupling:
+    block = model.get_submodule(path)
+    heads = heads_in(model, path)
+    more = {f"{path}.{name}": key for name, key in names.more if _get(block, name) is not None}
+    moving = {
+        f"{path}.{name}": len(tensor) // heads for name in names.moves if (tensor := _get(block, name)) is not None
+    }
+    if len(names.layers) == 2:
+        qkv, o = (f"{path}.{name}" for name in names.layers)
+        packed = packed_attention(model, layer, qkv, o, heads, names.interleaved)
+        extra = tuple(Projection(key, at, heads, outputs_of(model, at) // heads, 0) for at, key in more.items())
+        vectors = tuple(Vector(at, unit) for at, unit in moving.items())
+        return replace(packed, producers=packed.producers + extra, vectors=vectors, **options)
+    layers = {key: f"{path}.{name}" for key, name in zip("qkvo", names.layers)}
+    return attention(model, layer, **layers, heads=heads, more=more, moving=moving, **options)
+
+
+def _get(module: nn.Module, path: str) -> Any:
+    """What has this path in a module, or None."""
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module

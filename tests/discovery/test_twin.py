@@ -1,0 +1,274 @@
+"""Twins: tiny configs keep the structure of a model, and tiny models hide nothing."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    BartConfig,
+    DeepseekV3Config,
+    FalconConfig,
+    Gemma3Config,
+    GptOssConfig,
+    JambaConfig,
+    LlamaConfig,
+    LlavaConfig,
+    MambaConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen2_5_VLConfig,
+    Qwen3NextConfig,
+    SwinConfig,
+    ViTConfig,
+    WhisperConfig,
+)
+
+from s2ft.model.discovery.examples import run_example, runnable_example
+from s2ft.model.discovery.tiny_config import HEADS, Level, tiny_config
+from s2ft.model.discovery.twin import kinds_of_blocks, paths_and_classes, twin_of
+from s2ft.model.outputs import tensors_in
+
+LLAMA_8B = dict(
+    hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8
+)
+
+
+def on_meta(config, kind=AutoModelForCausalLM):
+    with torch.device("meta"):
+        return kind.from_config(config)
+
+
+def example_that_runs(twin):
+    return runnable_example(twin)[0]
+
+
+# ---- configs ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heads, small", [(32, HEADS), (8, HEADS // 2), (1, 1)])
+def test_grouped_queries_stay_grouped(heads, small):
+    config = LlamaConfig(**{**LLAMA_8B, "num_key_value_heads": heads})
+    assert tiny_config(config).num_key_value_heads == small
+    assert config.num_key_value_heads == heads
+
+
+def test_every_kind_of_layer_stays_and_the_commonest_twice():
+    kinds = ["linear_attention"] * 3 + ["full_attention"]
+    config = tiny_config(Qwen3NextConfig(num_hidden_layers=48, layer_types=kinds * 12))
+    assert len(config.layer_types) == config.num_hidden_layers
+    assert config.layer_types.count("full_attention") >= 1
+    assert config.layer_types.count("linear_attention") >= 2
+
+
+def test_tokens_are_inside_the_vocabulary_and_different():
+    config = tiny_config(Qwen2_5_VLConfig())
+    tokens = [config.image_token_id, config.video_token_id, config.vision_start_token_id]
+    assert len(set(tokens)) == 3
+    assert max(tokens) < config.text_config.vocab_size <= 256
+
+
+def test_sections_of_position_embeddings_fill_the_small_heads():
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    config = tiny_config(Qwen2_5_VLConfig(text_config={"rope_parameters": rope}))
+    text = config.text_config
+    assert sum(text.rope_parameters["mrope_section"]) == text.hidden_size // text.num_attention_heads // 2
+
+
+def test_images_and_the_tokens_for_them_shrink_together():
+    config = tiny_config(Gemma3Config(vision_config={"image_size": 896, "patch_size": 14}))
+    side = config.vision_config.image_size // config.vision_config.patch_size
+    assert (side, config.mm_tokens_per_image) == (8, 4)
+
+
+def test_a_later_level_cuts_less():
+    config = LlamaConfig(**LLAMA_8B, head_dim=128)
+    assert tiny_config(config, Level.KEEP_HEAD_DIMS).head_dim == 128
+    last = tiny_config(config, Level.DEPTH_AND_VOCABULARY)
+    assert (last.hidden_size, last.num_hidden_layers, last.vocab_size) == (4096, 3, 256)
+
+
+# ---- twins ------------------------------------------------------------------------------------------------
+
+STRUCTURES = {
+    "llama": LlamaConfig(**LLAMA_8B),
+    "one key/value head": FalconConfig(),
+    "experts": MixtralConfig(),
+    "experts with biases": GptOssConfig(),
+    "latent attention": DeepseekV3Config(num_hidden_layers=8),
+    "linear attention": Qwen3NextConfig(num_hidden_layers=8),
+    "state space": MambaConfig(num_hidden_layers=4),
+    "layers by a period": JambaConfig(num_hidden_layers=16),
+    "decoder alone": BartConfig(is_decoder=True),
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_a_twin_has_the_modules_of_the_model_and_runs(name):
+    model = on_meta(STRUCTURES[name])
+    twin = twin_of(model)
+    assert paths_and_classes(twin) == paths_and_classes(model)
+    assert kinds_of_blocks(twin) == kinds_of_blocks(model)
+    assert {parameter.dtype for parameter in twin.parameters()} == {torch.float64}
+    assert sum(parameter.numel() for parameter in twin.parameters()) < 2e6
+    example_that_runs(twin)
+
+
+def test_the_example_of_a_model_with_images_reaches_both_towers():
+    twin = twin_of(on_meta(LlavaConfig(), AutoModelForImageTextToText))
+    example, reached = runnable_example(twin)
+    assert "pixel_values" in example
+    for tower in ("model.language_model.layers.0.mlp.down_proj", "model.vision_tower.encoder.layers.0.mlp.fc2"):
+        assert any(path.endswith(tower.removeprefix("model.")) for path in reached), tower
+
+
+@pytest.mark.parametrize("config", [ViTConfig(), SwinConfig(), WhisperConfig()], ids=lambda config: config.model_type)
+def test_a_twin_of_images_or_sound_runs(config):
+    kinds = {"vit": "ViTForImageClassification", "swin": "SwinForImageClassification"}
+    import transformers
+
+    kind = getattr(transformers, kinds.get(config.model_type, "WhisperForConditionalGeneration"))
+    with torch.device("meta"):
+        model = kind(config)
+    example_that_runs(twin_of(model))
+
+
+def test_nothing_in_a_twin_is_special():
+    twin = twin_of(on_meta(LlamaConfig(**LLAMA_8B, attention_bias=True)))
+    for name, parameter in twin.named_parameters():
+        assert float(parameter.detach().std()) > 1e-3, name
+        if "norm" in name:
+            assert bool((parameter != 1).all()), name
+
+
+def test_a_twin_computes_in_float64_where_the_model_asks_for_float32():
+    """Norms convert to float32. On the twin, its rounding must not hide a small change."""
+    twin = twin_of(on_meta(LlamaConfig(**LLAMA_8B)))
+    example = example_that_runs(twin)
+    norm = dict(twin.named_modules())["model.layers.0.input_layernorm"]
+    found = []
+    norm.register_forward_hook(lambda module, args, output: found.append(output))
+    with torch.no_grad():
+        before = next(tensors_in(run_example(twin, example)))
+        twin.model.embed_tokens.weight *= 1 + 1e-13
+        after = next(tensors_in(run_example(twin, example)))
+    assert found[0].dtype == torch.float64 and before.dtype == torch.float64
+    assert torch.get_default_dtype() == torch.float32
+    assert 0 < float((after - before).abs().max()) < 1e-10
+
+
+def test_a_failing_twin_leaves_the_default_dtype():
+    twin = twin_of(on_meta(LlamaConfig(**LLAMA_8B)))
+    with pytest.raises(ValueError):
+        twin()
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.zeros(1).float().dtype == torch.float32
+
+
+def test_a_twin_is_the_same_every_time_and_leaves_random_state():
+    model = on_meta(LlamaConfig(**LLAMA_8B))
+    state = torch.get_rng_state()
+    first, second = twin_of(model), twin_of(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
+
+
+def test_a_small_model_is_copied_and_stays_as_it_is():
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    twin = twin_of(model)
+    assert twin.config.hidden_size == 32
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert model.dtype == torch.bfloat16 and not model._forward_hooks
+
+
+def test_an_own_module_without_a_config_is_copied():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 4))
+    nn.init.zeros_(model[2].weight)
+    twin = twin_of(model)
+    assert float(twin[2].weight.abs().min()) > 0
+    assert float(model[2].weight.abs().max()) == 0
+
+
+def test_a_model_that_differs_from_its_config_is_copied():
+    small = dict(hidden_size=256, intermediate_size=256, num_hidden_layers=2, vocab_size=4096)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**{**LLAMA_8B, **small}))
+    model.model.layers[0].mlp = nn.Linear(256, 256)
+    assert isinstance(twin_of(model).model.layers[0].mlp, nn.Linear)
+
+
+def test_too_large_a_model_that_no_config_builds_is_refused_with_what_was_tried():
+    class Broken(PretrainedConfig):
+        model_type = "broken"
+
+        def to_dict(self):
+            raise RuntimeError("no dict of this one")
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_8B))
+    model.config = Broken()
+    with pytest.raises(ValueError, match=r"small copy of LlamaForCausalLM.*no dict of this one.*too many"):
+        twin_of(model)
+
+
+# ---- examples ---------------------------------------------------------------------------------------------
+
+
+def test_no_example_that_runs_is_an_error_that_says_what_was_tried():
+    twin = twin_of(on_meta(LlamaConfig(**LLAMA_8B)))
+    twin.model.layers[1].forward = None
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM does not run on any input.*input_ids.*NoneType"):
+        runnable_example(twin)
+
+
+def test_a_given_example_that_does_not_run_is_refused():
+    twin = twin_of(on_meta(LlamaConfig(**LLAMA_8B)))
+    with pytest.raises(ValueError, match="does not run on the example given"):
+        runnable_example(twin, {"input_ids": torch.zeros(2, 4)})
+    with pytest.raises(TypeError, match="example must be a tensor"):
+        runnable_example(twin, "text")
+
+
+def test_an_example_with_nan_is_refused():
+    model = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        runnable_example(model, torch.full((1, 2), torch.nan))
+
+
+def test_the_order_of_calls_is_that_of_the_forward():
+    twin = twin_of(on_meta(LlamaConfig(**LLAMA_8B)))
+    _, order = runnable_example(twin)
+    assert order["model.layers.0.mlp.up_proj"] < order["model.layers.0.mlp.down_proj"] < order["lm_head"]
+
+
+# ---- all types --------------------------------------------------------------------------------------------
+
+
+def benchmark():
+    path = Path(__file__).parents[2] / "bench" / "model_types.py"
+    spec = importlib.util.spec_from_file_location("model_types", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_nearly_all_types_build_a_tiny_model():
+    """Types that need packages which are not here don't count."""
+    types = benchmark()
+    failed, count = {}, 0
+    for model_type in types.types():
+        try:
+            types.tiny_model_of(model_type)
+        except ImportError:
+            continue
+        except Exception as error:
+            failed[model_type] = str(error)
+        count += 1
+    assert count > 380 and len(failed) <= 8, failed

@@ -1,0 +1,121 @@
+"""Multimodal models have the couplings of their parts: each one is confirmed by an input that reaches all towers."""
+
+import copy
+
+import pytest
+import torch
+from support.composites import composite_of, example_for, labelled, missing
+from support.tolerances import LOGITS, relative_difference
+from transformers import __version__
+
+import s2ft
+from s2ft import S2FTConfig
+from s2ft.model.coupling import projections_of
+from s2ft.model.families import FAMILIES, composite, towers
+from s2ft.model.registry import couplings_of, is_known
+from s2ft.model.towers import tower_of, towers_of
+
+FAST = ("gemma4", "idefics2", "internvl", "llava_next", "mllama", "qwen2_audio", "qwen3_vl")
+TYPES = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in composite.MODEL_TYPES]
+
+
+def model_of(model_type, change=None):
+    if missing(model_type):
+        pytest.skip(f"transformers {__version__} does not have the model type {model_type}")
+    return composite_of(model_type, change)
+
+
+def everything(model):
+    """A config that trains a part of every projection, in all towers that have couplings."""
+    couplings = couplings_of(model)
+    ratios = {f"{projection.key}_ratio": 0.5 for projection in projections_of(couplings)}
+    return S2FTConfig(**ratios, towers=sorted({tower_of(model, coupling.main.path) for coupling in couplings}))
+
+
+def trained(model):
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_every_coupling_is_confirmed_and_every_slice_gets_a_gradient(model_type):
+    model = model_of(model_type)
+    assert is_known(model)
+    example = example_for(model)
+    with torch.no_grad():
+        before = model(**copy.deepcopy(example)).logits
+    s2ft.attach(model, everything(model), example=example, verify=True)
+    with torch.no_grad():
+        assert relative_difference(model(**copy.deepcopy(example)).logits, before) <= LOGITS
+    model(**labelled(example)).loss.backward()
+    slices = trained(model)
+    assert [name for name, slice_ in slices.items() if slice_.grad is None or not slice_.grad.any()] == []
+
+
+def test_the_language_model_alone_is_trained_by_default():
+    model = model_of("llava_next")
+    s2ft.attach(model, S2FTConfig(d_ratio=0.5, o_ratio=0.5))
+    assert {tower_of(model, name) for name in trained(model)} == {"language"} and towers_of(model) == [
+        "language",
+        "vision",
+        "projector",
+    ]
+
+
+@pytest.mark.parametrize("tower", ["vision", "projector"])
+def test_a_tower_is_chosen(tower):
+    model = model_of("llava_next")
+    s2ft.attach(model, S2FTConfig(d_ratio=0.5, towers=[tower]))
+    assert {tower_of(model, name) for name in trained(model)} == {tower}
+
+
+def test_a_tower_that_is_not_there_is_named_and_the_model_stays():
+    model = model_of("llava_next")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="audio, which LlavaNext.* does not have: it has language, vision, projector"):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.5, towers=["audio"]))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_layers_after_the_last_that_is_used_are_left_out():
+    used = {}
+    for chosen in (-1, -2, [0, 1]):
+        model = model_of("llava_next")
+        model.config.vision_feature_layer = chosen
+        paths = {c.main.path for c in couplings_of(model) if "vision_tower" in c.main.path}
+        used[str(chosen)] = len({path.split(".layers.")[1].split(".")[0] for path in paths})
+    depth = model.config.vision_config.num_hidden_layers
+    assert used == {"-1": depth, "-2": depth - 1, "[0, 1]": 1}
+
+
+def test_layers_are_counted_through_the_language_model_then_the_tower_then_the_projector():
+    found = couplings_of(model_of("qwen3_vl"))
+    order = {}
+    for coupling in found:
+        order.setdefault(coupling.layer, set()).add(".".join(coupling.main.path.split(".")[:3]))
+    assert sorted(order) == list(range(len(order)))
+    parts = [next(iter(paths)).split(".")[1] for _, paths in sorted(order.items())]
+    assert parts == sorted(parts) and all(len(paths) == 1 for paths in order.values())
+
+
+def test_a_part_without_a_declaration_leaves_the_whole_model_to_discovery(monkeypatch):
+    model = model_of("llava_next")
+    monkeypatch.delitem(FAMILIES, "clip_vision_model")
+    assert composite.undeclared_parts(model) == ["clip_vision_model"] and not is_known(model)
+
+
+def test_a_wrong_declaration_of_a_tower_is_found(monkeypatch):
+    """The norms of InternVL's queries and keys move with the heads, and CLIP's names do not move any norm."""
+    model = model_of("internvl", {"vision_config": {"use_qk_norm": True}})
+    example = example_for(model)
+    row = towers.BY_TYPE["internvl_vision"]
+    monkeypatch.setitem(towers.BY_TYPE, "internvl_vision", type(row)(**{**vars(row), "moves": ()}))
+    with pytest.raises(ValueError, match="is not a coupling of this model"):
+        s2ft.attach(model, everything(model), example=example, verify=True)
+
+
+def test_the_base_model_has_the_same_couplings_as_the_one_with_a_head():
+    model = model_of("llava_next")
+    assert [str(c).replace("model.", "") for c in couplings_of(model.model)] == [
+        str(c).replace("model.", "") for c in couplings_of(model)
+    ]

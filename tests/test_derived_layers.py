@@ -1,0 +1,271 @@
+"""Layers of classes derived from nn.Linear and Conv1D: what the class adds to the forward is kept."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.tolerances import GEMM, relative_difference
+from torch import nn
+from transformers.models.falcon.modeling_falcon import FalconLinear
+from transformers.pytorch_utils import Conv1D
+
+import s2ft
+from s2ft import Coupling, S2FTConfig
+from s2ft.attached.record import attachment_of
+from s2ft.layers import S2ColumnLinear, S2Layer, S2RowOwnForward, kind_of
+from s2ft.layers.derived import computes_linear
+
+WIDTH, CHANNELS = 6, 10
+
+
+class Renamed(nn.Linear):
+    """Another name, the same forward."""
+
+
+class Scaled(nn.Linear):
+    """A parameter, a buffer and a layer of its own, as in the heads and decoupled layers of transformers."""
+
+    def __init__(self, *sizes, **options):
+        super().__init__(*sizes, **options)
+        self.scale = nn.Parameter(torch.rand(self.out_features) + 0.5)
+        self.register_buffer("shift", torch.randn(self.out_features))
+        self.register_buffer("seen", torch.zeros(()), persistent=False)
+        self.more = nn.Linear(self.out_features, self.out_features)
+        self.factor = 2.0
+
+    def forward(self, x, plus=0.0):
+        self.seen.add_(1)
+        return self.more(super().forward(x)) * self.scale * self.factor + self.shift + plus
+
+
+class Router(nn.Linear):
+    """Returns more than one tensor, as routers do."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits, logits.softmax(-1)
+
+
+class Flipped(Conv1D):
+    def forward(self, x):
+        return super().forward(x) * 3
+
+
+def made(cls, outputs=CHANNELS, inputs=WIDTH, dtype=torch.float32):
+    torch.manual_seed(0)
+    sizes = (outputs, inputs) if issubclass(cls, Conv1D) else (inputs, outputs)
+    return cls(*sizes).to(dtype)
+
+
+def tensors(found):
+    return found if isinstance(found, tuple) else (found,)
+
+
+@pytest.mark.parametrize("cls", (Scaled, Router, Flipped))
+@pytest.mark.parametrize("dim", (0, 1))
+@pytest.mark.parametrize("units", (dict(start=1, end=4), dict(index=torch.tensor([4, 0, 2]))), ids=("slice", "index"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_own_forward_runs_on_the_merged_weight_bit_for_bit(cls, dim, units, dtype):
+    plain = made(cls, dtype=dtype)
+    kind, merged = kind_of(plain), copy.deepcopy(plain)
+    layer = kind.layers[dim].from_module(plain, **units, delta_dtype=torch.float32)
+    nn.init.normal_(layer.s2)
+    x = torch.randn(3, WIDTH).to(dtype)
+    got = tensors(layer(x))
+    index = units.get("index", torch.arange(1, 4))
+    for one, two in zip(got, tensors(kind.forward(plain, x, layer.s2, index, dim))):
+        assert torch.equal(one, two)
+    matrix = kind.matrix(merged)
+    matrix.index_copy_(dim, index, (matrix.index_select(dim, index) + layer.s2.detach()).to(dtype))
+    for one, two in zip(got, tensors(merged(x))):
+        assert torch.equal(one, two)
+    layer.eval().fuse()
+    assert torch.equal(layer.weight, merged.weight)
+    for one, two in zip(got, tensors(layer(x))):
+        assert torch.equal(one, two)
+    layer.unfuse()
+    assert torch.equal(layer.weight, made(cls, dtype=dtype).weight)
+
+
+@pytest.mark.parametrize("dim", (0, 1))
+def test_gradient_of_own_forward_is_that_of_the_weight_at_the_units(dim):
+    full, index = made(Scaled, dtype=torch.float64), torch.tensor([4, 0, 2])
+    x = torch.randn(5, WIDTH, dtype=torch.float64)
+    full(x).square().sum().backward()
+    layer = kind_of(full).layers[dim].from_module(made(Scaled, dtype=torch.float64), index=index)
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(layer.s2.grad, full.weight.grad.index_select(dim, index))
+    assert [name for name, parameter in layer.named_parameters() if parameter.requires_grad] == ["s2"]
+
+
+def test_the_class_tells_which_forward_runs():
+    assert (
+        kind_of(made(Renamed)).layers[0] is S2ColumnLinear and kind_of(made(FalconLinear)).layers[0] is S2ColumnLinear
+    )
+    layer = kind_of(made(FalconLinear)).layers[0].from_module(made(FalconLinear), 0, 2)
+    x = torch.randn(4, WIDTH)
+    assert relative_difference(layer(x), made(FalconLinear)(x)) <= GEMM[torch.float32][0]
+    for other in (Scaled, Router, Flipped):
+        assert kind_of(made(other)).layers[1] is S2RowOwnForward
+
+
+def forwards():
+    """Forwards that a check on one small input could take for that of nn.Linear."""
+
+    class Identity(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return 2 * gradient
+
+    yield "noise in training", lambda self, x: F.linear(x, self.weight, self.bias) + self.training * 0.1
+    yield "another gradient", lambda self, x: F.linear(Identity.apply(x), self.weight, self.bias)
+    yield "a limit", lambda self, x: F.linear(x.clamp(-100, 100), self.weight, self.bias)
+    yield "no bias", lambda self, x: F.linear(x, self.weight)
+    yield "a little more", lambda self, x: F.linear(x, self.weight, self.bias) * (1 + 1e-6)
+    yield "two outputs", lambda self, x: (F.linear(x, self.weight, self.bias),) * 2
+    yield "a setting", lambda self, x: F.linear(x, self.weight, self.bias) + self.setting
+
+
+@pytest.mark.parametrize("name,forward", list(forwards()), ids=[name for name, _ in forwards()])
+def test_another_forward_is_not_taken_for_that_of_linear(name, forward):
+    cls = type("Other", (nn.Linear,), {"forward": forward})
+    for setting in (0, 1) if name == "a setting" else (1,):
+        module = cls(WIDTH, CHANNELS)
+        module.setting = setting
+        assert computes_linear(module) == (setting == 0)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = made(FalconLinear), made(Scaled, WIDTH, CHANNELS)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)), plus=self.down.factor)
+
+
+EXAMPLE = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(0))
+COUPLING = Coupling.ffn(0, up="up", down="down", channels=CHANNELS)
+
+
+def attached(layout, name="default", seed=0):
+    torch.manual_seed(0)
+    model = Net()
+    base = copy.deepcopy(model)
+    config = S2FTConfig(u_ratio=0.3, d_ratio=0.3, layout=layout, seed=seed)
+    s2ft.attach(model, config, couplings=[COUPLING], example=EXAMPLE, name=name)
+    return model, base
+
+
+def fit(model):
+    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=0.05)
+    for _ in range(3):
+        model(EXAMPLE).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def same_states(ours, theirs):
+    ours, theirs = ours.state_dict(), theirs.state_dict()
+    return list(ours) == list(theirs) and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("layout", ("permuted", "indexed"))
+def test_a_model_with_derived_layers_all_the_way(layout, tmp_path):
+    model, base = attached(layout)
+    assert isinstance(model.down, S2RowOwnForward) and len(attachment_of(model).mounts) == 2
+    assert relative_difference(model(EXAMPLE), base(EXAMPLE)) <= 1e-5
+    fit(model)
+    assert all(mount.layer.s2.abs().max() > 0 for mount in attachment_of(model).mounts.values())
+    state = model.state_dict()  # with the base's names and values, and those of the layers
+    assert all(torch.equal(state[key], value) for key, value in base.state_dict().items())
+    s2ft.save_adapter(model, tmp_path)
+    assert same_states(s2ft.detach(copy.deepcopy(model)), base)
+    output = model(EXAMPLE)
+    s2ft.fuse(model.eval())
+    assert relative_difference(model(EXAMPLE), output) <= 1e-5
+    s2ft.unfuse(model)
+    merged = s2ft.merge(model)
+    assert type(merged.down) is Scaled and relative_difference(merged(EXAMPLE), output) <= 1e-5
+    for trainable in (False, True):
+        other = copy.deepcopy(base)
+        s2ft.load_adapter(other, tmp_path, trainable=trainable)
+        assert same_states(s2ft.merge(other), merged)
+
+
+def test_switching_on_derived_layers_restores_the_base(tmp_path):
+    outputs = {}
+    for name, seed in (("one", 1), ("two", 2)):
+        model, base = attached("indexed", name, seed)
+        fit(model)
+        outputs[name] = model(EXAMPLE)
+        s2ft.save_adapter(model, tmp_path / name)
+    for name in outputs:
+        s2ft.load_adapter(base, tmp_path / name)
+    for name, output in outputs.items():
+        s2ft.set_adapter(base, name)
+        assert relative_difference(base(EXAMPLE), output) <= 1e-5
+    assert same_states(s2ft.detach(base), Net())
+
+
+def test_copies_pickles_and_casts_keep_the_tensors_of_the_class():
+    model, _ = attached("indexed")
+    fit(model)
+    buffer = io.BytesIO()
+    torch.save(model.down, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(model.down), torch.load(buffer, weights_only=False)):
+        x = torch.randn(3, CHANNELS)
+        assert torch.equal(other(x), model.down(x)) and other.scale is not model.down.scale
+        other.to(torch.float64)
+        assert other(x.double()).dtype is torch.float64
+    seen = model.down.seen.item()
+    model.to(torch.float64)  # replaces buffers, which the plain layer gets back
+    model(EXAMPLE.double())
+    assert model.down.seen == seen + 1
+    plain = s2ft.detach(model)
+    assert plain.down.shift.dtype is plain.down.weight.dtype is torch.float64 and "seen" not in plain.down.state_dict()
+
+
+def test_hooks_of_a_derived_layer_run_once():
+    plain, seen = made(Scaled), []
+    plain.register_forward_hook(lambda *args: seen.append(1))
+    S2RowOwnForward.from_module(plain, 0, 2)(torch.randn(2, WIDTH))
+    assert seen == [1]
+
+
+@pytest.mark.slow
+def test_compiled_own_forward_trains_as_eager():
+    losses = []
+    for compiled in (False, True):
+        model, _ = attached("indexed")
+        forward = torch.compile(model, backend="aot_eager") if compiled else model
+        for _ in range(2):
+            loss = forward(EXAMPLE).square().mean()
+            loss.backward()
+            with torch.no_grad():
+                model.down.s2.sub_(model.down.s2.grad)
+            losses.append(loss.item())
+    assert losses[:2] == pytest.approx(losses[2:], rel=1e-5)
+
+
+def test_out_projection_of_multihead_attention_is_refused_by_name():
+    net = nn.Module()
+    net.attention = nn.MultiheadAttention(WIDTH, 2)
+    net.up = nn.Linear(4, WIDTH)
+    coupling = Coupling.ffn(0, up="up", down="attention.out_proj", channels=WIDTH)
+    with pytest.raises(ValueError, match="out_proj of nn.MultiheadAttention, which uses the weight without running"):
+        s2ft.attach(net, S2FTConfig(d_ratio=0.5), couplings=[coupling], example=torch.zeros(1, 4))
+    assert not any(isinstance(module, S2Layer) for module in net.modules())
+
+
+def test_a_packed_weight_of_a_derived_class_is_refused():
+    module = made(Renamed)
+    module.weight = nn.Parameter(module.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+    assert kind_of(module).layers is None

@@ -1,0 +1,343 @@
+"""Couplings found by trials: the declared ones again, no wrong ones, and what becomes of every other weight."""
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.aliases import GROUPED, ROWS, alias_of, missing
+from support.models import CASES, inputs_of, model_of
+from support.nets import Block, Net, batch
+from support.tolerances import relative_difference
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import s2ft
+from s2ft import Coupling, S2FTConfig
+from s2ft.cli.main import main
+from s2ft.model import registry
+from s2ft.model.discovery import discover, search as search_module
+from s2ft.model.discovery.search import trial_of
+from s2ft.model.discovery.settle import judge
+
+# ---- the declared couplings are found again --------------------------------------------------------------------
+
+# The inputs made from a config have no states of an encoder, which cross-attention needs.
+GIVEN = ("bert-cross-attention", "gpt2-cross-attention", "bert-generation")
+FAST = ("llama-grouped", "phi3-multi-query", "gpt-neox", "olmo2-grouped", "qwen2-moe")
+
+
+def declared(model):
+    """The declared couplings. What only a known block has, the kernel of its FFN, is left out."""
+    found = [replace(one, block=None, activation=None) for one in registry.couplings_of(model)]
+    return {one for one in found if not one.is_one_sided}
+
+
+def check_found_again(model, example=None):
+    found = {one for one in discover(model, example).couplings if not one.is_one_sided}
+    assert found == declared(model)
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
+def test_discovery_finds_the_declared_couplings(case):
+    model = model_of(case)
+    check_found_again(model, inputs_of(model) if case in GIVEN else None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ROWS)
+def test_discovery_finds_the_couplings_of_types_with_the_same_modules(model_type):
+    if missing(model_type):
+        pytest.skip("this version of transformers lacks the type")
+    for options in ({}, {"num_key_value_heads": 2}) if model_type in GROUPED else ({},):
+        model = alias_of(model_type, **options)
+        check_found_again(model, inputs_of(model) if model_type in GIVEN else None)
+
+
+def test_a_model_on_meta_is_enough_and_layers_are_numbered():
+    with torch.device("meta"):
+        model = model_of("whisper")
+    found = discover(model).couplings
+    assert [one.layer for one in found] == sorted(one.layer for one in found)
+    assert {one.layer for one in found} == set(range(5))  # 2 of the encoder, 3 of the decoder
+    assert set(found) == declared(model)
+
+
+# ---- wrong couplings are refused ---------------------------------------------------------------------------------
+
+
+def olmo():
+    """A twin with grouped queries and norms over all heads, and its couplings of layers 0 and 1."""
+    trial = trial_of(model_of("olmo2"))
+    found = discover(trial.twin).couplings
+    return trial, {(one.kind, one.layer): one for one in found}
+
+
+def halved(one):
+    parts = [replace(p, count=2 * p.count, unit=p.unit // 2) for p in one.projections]
+    vectors = tuple(replace(vector, unit=vector.unit // 2) for vector in one.vectors)
+    return replace(one, producers=tuple(parts[:-1]), consumer=parts[-1], vectors=vectors)
+
+
+WRONG = {
+    "heads of half the width": lambda found: halved(found["attention", 0]),
+    "no vectors": lambda found: replace(found["attention", 0], vectors=()),
+    "one vector of two": lambda found: replace(found["attention", 0], vectors=found["attention", 0].vectors[:1]),
+    "no keys": lambda found: replace(
+        found["attention", 0], producers=tuple(p for p in found["attention", 0].producers if p.key != "k")
+    ),
+    "values of another layer": lambda found: replace(
+        found["attention", 0], producers=(*found["attention", 0].producers[:2], found["attention", 1].producers[2])
+    ),
+    "down of another layer": lambda found: replace(found["ffn", 0], consumer=found["ffn", 1].consumer),
+    "no gate": lambda found: replace(found["ffn", 0], producers=found["ffn", 0].producers[:1]),
+}
+
+
+@pytest.fixture(scope="module")
+def olmo_twin():
+    return olmo()
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_coupling_is_refused(wrong, olmo_twin):
+    trial, found = olmo_twin
+    assert not judge(trial, [WRONG[wrong](found)]).confirmed
+    assert all(judge(trial, [one]).confirmed for (_, layer), one in found.items() if layer == 0)
+
+
+def test_queries_and_values_of_other_groups_are_refused():
+    """With grouped queries q and k differ in size. Heads that belong to other keys are refused too."""
+    trial = trial_of(model_of("llama-grouped"))
+    one = next(c for c in discover(trial.twin).couplings if c.kind == "attention")
+    q, k, v = one.producers
+    assert judge(trial, [one]).confirmed
+    ungrouped = replace(one, producers=(q, *(replace(p, count=q.count, unit=p.unit // 2) for p in (k, v))))
+    assert not judge(trial, [ungrouped]).confirmed
+
+
+def test_another_order_of_a_packed_weight_is_refused():
+    trial = trial_of(model_of("gpt-neox"))
+    one = next(c for c in discover(trial.twin).couplings if c.kind == "attention")
+    path, o = one.producers[0].path, one.consumer
+    apart = Coupling.packed_attention(0, qkv=path, o=o.path, heads=o.count, head_dim=o.unit)
+    assert judge(trial, [one]).confirmed and not judge(trial, [apart]).confirmed
+
+
+def test_heads_with_numbers_stay_and_cross_attention_moves():
+    found = discover(model_of("t5")).couplings
+    assert {(one.kind, one.fixed) for one in found} == {("attention", True), ("cross-attention", False), ("ffn", False)}
+
+
+def test_a_trial_that_could_not_fail_confirms_nothing():
+    """The attention sees one token: queries and keys can be in any order, so their heads are not confirmed."""
+    found = discover(Net(), batch()[:, :1])
+    rows = {row.path: row for row in found.weights}
+    assert rows["blocks.0.attention.q_proj"].status == "in place"
+    assert "alone changes nothing" in rows["blocks.0.attention.q_proj"].reason
+    assert rows["blocks.0.fc1"].status == "confirmed"
+
+
+# ---- what becomes of every weight --------------------------------------------------------------------------------
+
+
+def test_an_own_module_needs_no_number_of_heads():
+    found = discover(Net(), batch())
+    assert {(one.kind, one.consumer.key, one.count) for one in found.couplings} == {
+        ("attention", "o", 4),
+        ("ffn", "d", 40),
+    }
+    assert {row.status for row in found.weights} == {"confirmed"} and len(found.weights) == 18
+    assert "18 confirmed" in str(found)
+
+
+def test_a_layer_without_a_gradient_is_left_out():
+    """The output of the last block is not used, as in many vision towers."""
+    found = discover(Net(lambda outputs: outputs[-2]), batch())
+    rows = {row.path: row for row in found.weights}
+    assert rows["blocks.2.fc1"].status == "untouched" and "no gradient" in rows["blocks.2.fc1"].reason
+    assert {one.layer for one in found.couplings} == {0, 1}
+
+
+class Bypassed(Block):
+    """The output projection's weight is used without its layer, as in nn.MultiheadAttention."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(24, 24)
+
+    def forward(self, x):
+        return F.linear(super().forward(x), self.last.weight)
+
+
+def test_a_layer_whose_forward_is_not_called_is_untouched():
+    torch.manual_seed(0)
+    rows = {row.path: row for row in discover(nn.ModuleList([Bypassed()])[0], batch()).weights}
+    assert rows["last"].status == "untouched" and "runs without it" in rows["last"].reason
+
+
+class Lone(nn.Module):
+    """A layer that shares its units with no other."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.mix, self.rest = nn.Linear(24, 24), Block()
+
+    def forward(self, x):
+        return self.rest(torch.softmax(self.mix(x), -1))
+
+
+def test_a_layer_in_no_coupling_is_one_sided():
+    found = discover(Lone(), batch())
+    one = next(one for one in found.couplings if one.is_one_sided)
+    assert (one.main.path, one.main.key, one.count) == ("mix", "l", 24)
+    assert next(row for row in found.weights if row.path == "mix").status == "one-sided"
+
+
+# ---- attach, save, load ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unknown(monkeypatch):
+    """A llama model of a type that no family has."""
+    for table in (registry.FAMILIES, registry._REGISTERED):
+        monkeypatch.delitem(table, "llama", raising=False)
+    return model_of("llama")
+
+
+def test_attach_without_couplings_trains_and_loading_needs_no_search(unknown, tmp_path, monkeypatch):
+    plain, inputs = copy.deepcopy(unknown), inputs_of(unknown)
+    before = unknown(**inputs).logits
+    report = s2ft.attach(unknown, S2FTConfig(d_ratio=0.2, o_ratio=0.5))
+    assert "confirmed" in str(report) and relative_difference(unknown(**inputs).logits, before) < 1e-5
+    unknown(**inputs).logits.square().mean().backward()
+    slices = [parameter for parameter in unknown.parameters() if parameter.requires_grad]
+    assert slices and all(parameter.grad.any() for parameter in slices)
+    with torch.no_grad():
+        for parameter in slices:
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    trained = unknown(**inputs).logits
+    s2ft.save_adapter(unknown, tmp_path)
+
+    def no_search(*_):
+        raise AssertionError("loading must not search")
+
+    monkeypatch.setattr(registry, "discover", no_search)
+    s2ft.load_adapter(plain, tmp_path)
+    assert relative_difference(plain(**inputs).logits, trained) < 1e-5
+    assert torch.equal(s2ft.merge(unknown)(**inputs).logits, plain(**inputs).logits)
+
+
+def test_plan_select_and_estimate_find_the_same_couplings(unknown):
+    config = S2FTConfig(d_ratio=0.2, o_ratio=0.5)
+    with torch.device("meta"):
+        hollow = LlamaForCausalLM(unknown.config)
+    planned = s2ft.plan(hollow, config)
+    assert sum(part.trained for part in s2ft.estimate(hollow, config, 1, 4).parts) > 0
+    assert set(s2ft.select(unknown, config).units) == {
+        f"model.layers.{i}.{name}" for i in range(3) for name in ("mlp.down_proj", "self_attn.o_proj")
+    }
+    assert planned.trainable == s2ft.attach(unknown, config).trainable
+
+
+def test_an_own_module_is_attached_with_an_example():
+    model, x, config = Net(), batch(), S2FTConfig(d_ratio=0.2, q_ratio=0.5)
+    before = model(x)
+    assert s2ft.plan(model, config, example=x).trainable == s2ft.attach(model, config, example=x).trainable
+    assert relative_difference(model(x), before) < 1e-5
+
+
+def test_a_search_is_done_once_for_models_that_are_alike(monkeypatch):
+    count = []
+    monkeypatch.setattr(search_module, "_FOUND", {})
+    monkeypatch.setattr(
+        search_module, "search", lambda *args, search=search_module.search: count.append(1) or search(*args)
+    )
+    model = model_of("opt")
+    assert discover(model).couplings == discover(copy.deepcopy(model)).couplings and len(count) == 1
+    discover(model_of("opt-post-norm"))
+    assert len(count) == 2
+
+
+# ---- bad input ---------------------------------------------------------------------------------------------------
+
+
+class NoisyNet(Net):
+    def forward(self, x):
+        return super().forward(x + torch.randn_like(x))
+
+
+class ChoosingNet(Net):
+    def forward(self, x):
+        return super().forward(x).argmax(-1)
+
+
+class Frozen(nn.Module):
+    """Nothing but a table and a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(24)
+
+    def forward(self, x):
+        return self.norm(x)
+
+
+BAD = {
+    "no example": (Net, None, ValueError, "pass example="),
+    "an example that does not run": (Net, torch.randn(2, 7, 5), ValueError, "mat1 and mat2"),
+    "an example of another type": (Net, "text", TypeError, "example must be a tensor"),
+    "random outputs": (NoisyNet, batch(), ValueError, "random"),
+    "outputs that are choices": (ChoosingNet, batch(), ValueError, "no floating-point"),
+    "nothing to train": (Frozen, batch(), ValueError, "nothing that it can train"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_and_the_model_untouched(case):
+    make, example, error, words = BAD[case]
+    model = make().train()
+    state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    with pytest.raises(error, match=words):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.2), example=example)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(module.training and not module._forward_hooks for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_transformers_model_that_no_input_fits_says_what_was_tried(unknown):
+    unknown.__class__ = type("Odd", (LlamaForCausalLM,), {"forward": lambda self, input_ids: input_ids.no_such_thing})
+    with pytest.raises(ValueError, match=r"no small copy of it runs. Tried: .*input_ids: AttributeError"):
+        s2ft.plan(unknown, S2FTConfig(d_ratio=0.2))
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_a_table_or_json(unknown, tmp_path, capsys):
+    unknown.config.save_pretrained(tmp_path)
+    assert main(["couplings", str(tmp_path)]) == 0
+    assert "model.layers.*.mlp.down_proj" in (table := capsys.readouterr().out) and "21 confirmed" in table
+    assert main(["couplings", str(tmp_path), "--json"]) == 0
+    written = json.loads(capsys.readouterr().out)
+    couplings = [Coupling.from_dict(one) for one in written["couplings"]]
+    assert set(couplings) == set(discover(unknown).couplings) and len(written["weights"]) == 21
+
+
+def test_the_command_says_what_a_family_declares(tmp_path, capsys):
+    LlamaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2).save_pretrained(
+        tmp_path
+    )
+    assert main(["couplings", str(tmp_path)]) == 0
+    assert "declared for model type llama" in capsys.readouterr().out
+
+
+def test_found_couplings_pass_the_checks_of_couplings_given_by_hand():
+    found = discover(model_of("phi3-grouped")).couplings
+    assert s2ft.plan(model_of("phi3-grouped"), S2FTConfig(d_ratio=0.2), couplings=found).trainable > 0

@@ -1,0 +1,111 @@
+"""Models with images are trained whole: which towers, by which trainers, and that merged and reloaded models are equal."""
+
+import copy
+
+import pytest
+import torch
+from support.images import MODELS, batch, rows
+from support.tolerances import LOGITS, relative_difference
+from train.tiny import sums, write_jsonl
+from transformers import Trainer, TrainingArguments
+
+import s2ft
+from s2ft import S2FTConfig
+from s2ft.cli import main
+from s2ft.attached.active import mounted_deltas
+from s2ft.attached.record import attachment_of
+from s2ft.model.coupling import projections_of
+from s2ft.model.registry import couplings_of
+
+pytest.importorskip("PIL", reason="pillow is not installed")
+pytest.importorskip("torchvision", reason="torchvision is not installed")
+
+RATIOS = dict(q_ratio=0.5, k_ratio=0.5, v_ratio=0.5, o_ratio=0.5, u_ratio=0.25, g_ratio=0.25, d_ratio=0.25)
+OPTIONS = dict(max_steps=4, per_device_train_batch_size=4, learning_rate=3e-2, logging_steps=1, use_cpu=True)
+QUIET = dict(report_to=[], save_strategy="no", disable_tqdm=True)
+
+
+def with_trl(model, processor, folder):
+    """Train with TRL's SFTTrainer and return the losses of the steps."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    config = SFTConfig(str(folder), **OPTIONS, **QUIET, bf16=False, max_length=None)
+    return losses_of(SFTTrainer(model, config, train_dataset=Dataset.from_list(rows()), processing_class=processor))
+
+
+def with_trainer(model, processor, folder):
+    """Train on one prepared batch with the Trainer of transformers and return the losses of the steps."""
+    prepared = batch(processor)
+    config = TrainingArguments(str(folder), **OPTIONS, **QUIET, remove_unused_columns=False)
+    return losses_of(Trainer(model, config, train_dataset=list(range(8)), data_collator=lambda _: dict(prepared)))
+
+
+def losses_of(trainer):
+    trainer.train()
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+def equal(ours, theirs):
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def changed(before, after):
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+# ---- training ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, train",
+    [
+        ("qwen2_5_vl", with_trl),
+        ("gemma3", with_trl),
+        ("llava", with_trainer),
+        pytest.param("qwen2_5_vl", with_trainer, marks=pytest.mark.slow),
+        pytest.param("gemma3", with_trainer, marks=pytest.mark.slow),
+    ],
+)
+def test_a_model_with_images_is_trained_merged_and_reloaded(name, train, tmp_path):
+    model, processor = MODELS[name]()
+    base = copy.deepcopy(model)
+    s2ft.attach(model, S2FTConfig(**RATIOS))
+    losses = train(model, processor, tmp_path / "run")
+    assert losses[-1] < losses[0]
+    model.eval()
+    inputs = batch(processor)
+    with torch.no_grad():
+        trained = model(**inputs).logits
+    s2ft.save_adapter(model, tmp_path / "adapter")
+    merged = s2ft.merge(model)
+    language = {f"{p.path}.weight" for p in projections_of(couplings_of(base)) if "language_model" in p.path}
+    assert changed(base.state_dict(), merged.state_dict()) == language  # every slice, and nothing else
+
+    fresh = copy.deepcopy(base)
+    s2ft.load_adapter(fresh, tmp_path / "adapter")
+    assert equal(s2ft.merge(fresh).state_dict(), merged.state_dict())
+
+    merged.save_pretrained(tmp_path / "merged")
+    reloaded = type(merged).from_pretrained(tmp_path / "merged", dtype="auto").eval()
+    assert equal(reloaded.state_dict(), merged.state_dict())
+    with torch.no_grad():
+        assert relative_difference(reloaded(**inputs).logits, trained) <= LOGITS
+
+
+# ---- the commands ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_finetune_trains_the_language_model_on_text_and_export_writes_the_whole_checkpoint(name, tmp_path):
+    model, processor = MODELS[name]()
+    model.save_pretrained(tmp_path / "base"), processor.save_pretrained(tmp_path / "base")
+    data = write_jsonl(tmp_path / "rows.jsonl", sums(16))
+    run, merged = str(tmp_path / "run"), str(tmp_path / "merged")
+    base = str(tmp_path / "base")
+    assert main(["finetune", "--model", base, "--data", str(data), "--output", run, "--max-steps", "3"]) == 0
+    assert main(["export", run, "--model", base, "--format", "merged", "--output", merged]) == 0
+    after = type(model).from_pretrained(merged).state_dict()
+    moved = changed(model.state_dict(), after)
+    assert moved and all("language_model" in weight and "down_proj" in weight for weight in moved)
