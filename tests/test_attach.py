@@ -414,6 +414,8 @@ def test_an_unknown_model_of_transformers_is_refused():
 )
 def test_models_with_other_heads_and_single_encoders_or_decoders(kind, case, linears):
     """Couplings are found wherever encoder and decoder lie, and a missing one is not required."""
+    if case not in CASES:
+        pytest.skip(f"this transformers is too old for {case}")
     model = kind(CASES[case]())
     s2ft.attach(model, config_for(case, "all"))
     assert len(attachment_of(model).mounts) == linears

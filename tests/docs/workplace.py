@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from support.encoders import save_encoder
 from support.images import qwen2_5_vl
 from tokenizers import models
 from train.tiny import save_tiny, sums, tiny_tokenizer, write_jsonl
@@ -15,12 +16,14 @@ def fill(folder: Path) -> Path:
     """Write the model and the data files.
 
     - path/to/model: a LLaMA with a tokenizer and a chat template
+    - path/to/encoder: a BERT with a tokenizer
     - path/to/vision-model: a Qwen2.5-VL with a processor
     - data.jsonl: 16 rows of instruction, output and answer; held-out.jsonl: 4 of them
     - chats.jsonl: 8 conversations
     """
     save_tiny(folder / "path/to/model", **SHAPE)
     with_merges().save_pretrained(folder / "path/to/model")
+    save_encoder(folder / "path/to/encoder")
     for part in qwen2_5_vl():
         part.save_pretrained(folder / "path/to/vision-model")
     write_jsonl(folder / "data.jsonl", sums(16))

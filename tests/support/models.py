@@ -290,7 +290,13 @@ def ratios_for(case: str, ratios: dict[str, float]) -> dict[str, float]:
     return {key: 1.0 if key in one_head else ratio for key, ratio in ratios.items() if key in ratios_of(case)}
 
 
-UNCOUPLED = ("q_a_proj", "kv_a_proj_with_mqa", "shared_expert_gate", "router")  # linear layers of no coupling
+UNCOUPLED = (
+    "q_a_proj",
+    "kv_a_proj_with_mqa",
+    "shared_expert_gate",
+    "router",
+    "mlp.gate",
+)  # linear layers of no coupling
 
 
 def block_weights(model: PreTrainedModel, left_out: Iterable[str] = ()) -> set[str]:

@@ -6,7 +6,6 @@ is a million times smaller than any real change.
 
 import contextlib
 import copy
-import itertools
 import os
 import re
 import threading
@@ -52,7 +51,8 @@ def twin_of(model: nn.Module) -> nn.Module:
 def twins_of(model: nn.Module, tried: list[str]) -> Iterator[nn.Module]:
     """Iterate over twins of a model, the smallest first, and append to `tried` why others can't be built."""
     size = sum(parameter.numel() for parameter in model.parameters())
-    if size <= COPIED_AT_ONCE and not _is_quantized(model):
+    on_meta = any(parameter.is_meta for parameter in model.parameters())
+    if size <= COPIED_AT_ONCE and not on_meta and not _is_quantized(model):
         yield copied(model)
         return
     wanted, rows = paths_and_classes(model), kinds_of_blocks(model)
@@ -257,9 +257,10 @@ def _class_of(module: nn.Module) -> str:
 
 
 def _is_quantized(model: nn.Module) -> bool:
-    return getattr(model, "hf_quantizer", None) is not None or bool(getattr(model, "is_quantized", False)) or any(
-        not parameter.is_floating_point() for parameter in itertools.islice(model.parameters(), 1000)
-    )  # fmt: skip
+    """Whether weights are integers, or tensors of a class of their own as those of torchao."""
+    return bool(getattr(model, "is_quantized", False)) or any(
+        not parameter.is_floating_point() or type(parameter.data) is not Tensor for parameter in model.parameters()
+    )
 
 
 def _free_memory() -> int:

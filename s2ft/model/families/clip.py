@@ -1,7 +1,5 @@
 """CLIP, SigLIP and MetaCLIP 2: two towers of the same structure, or one. Layers are counted through the text first.
 
-A single tower must have the module names of transformers 5. With those of transformers 4 it is refused.
-
 SigLIP's pooling head is not trained: PyTorch's own attention reads its weights past the layers.
 """
 

@@ -72,10 +72,11 @@ MODEL_TYPES = tuple(PROJECTORS)
 
 
 def couplings(model: nn.Module) -> list[Coupling]:
-    from s2ft.model.families import FAMILIES  # not at the top: it imports this file
+    from s2ft.model.families import FAMILIES, check_release  # not at the top: it imports this file
 
     found, layer = [], 0
     for path, part in _parts(model):
+        check_release(part.config.model_type)
         own = FAMILIES[part.config.model_type](part)
         used = [coupling for coupling in own if coupling.layer < _layers_used(model, part)]
         found += [_under(path, layer, coupling) for coupling in used]

@@ -13,6 +13,7 @@ from s2ft.model.builders import attention_paths, layers_of
 from s2ft.model.coupling import Coupling
 
 MODEL_TYPES = ("fsmt", "m2m_100", "pegasus_x", "speech_to_text", "whisper")
+SINCE = {"fsmt": "5.18"}  # before, its decoder sees the first token only
 
 
 def couplings(model: nn.Module) -> list[Coupling]:
