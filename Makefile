@@ -55,6 +55,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench/switch.py
 	$(BIN)/python bench/selection.py
 	$(BIN)/python bench/bank.py
+	$(BIN)/python bench/discovery.py
 	$(BIN)/python bench/ops/run.py
 
 # Build the documentation in site/. A broken link, a missing page or a public name without a full docstring is an

@@ -183,7 +183,7 @@ def main() -> None:
             title = f"{experts} experts, {dtype}"
             results[title] = run(experts, getattr(torch, dtype), args)
             print(table(title, results[title]), flush=True)
-    save(args.output, {"results": results})
+            save(args.output, {"results": results})
 
 
 if __name__ == "__main__":

@@ -74,13 +74,23 @@ DEFAULTS: dict[str, dict] = {
     **{name: {"image_token_index": 50265} for name in ("blip-2", "instructblip", "instructblipvideo")},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "ministral": {"head_dim": 128},
+    "moonshine_streaming": {"num_key_value_heads": 8},
     "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
     "reformer": {"is_decoder": True},
     "wav2vec2-bert": {"vocab_size": 40},
     "wav2vec2-conformer": {"vocab_size": 40},
     **{
         name: {"text_config": {"rope_parameters": MROPE}}
-        for name in ("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "glm46v", "glm4v", "glm_ocr", "glmga")
+        for name in (
+            "qwen2_vl",
+            "qwen2_5_vl",
+            "qwen2_5_omni_thinker",
+            "glm46v",
+            "glm4v",
+            "glm_ocr",
+            "glmga",
+            "paddleocr_vl",
+        )
     },
     "glm4v_moe": {
         "text_config": {"rope_parameters": {**MROPE, "mrope_section": [8, 4, 4], "partial_rotary_factor": 0.5}}

@@ -28,12 +28,10 @@ from s2ft.text.models import AUTO
 
 RESULTS = Path(__file__).parent / "results" / "wrong_couplings.json"
 TYPES = (
-    "afmoe albert apertus bart bert bitnet blenderbot clip codegen cohere cohere2 ctrl data2vec-audio deberta-v2 "
-    "deepseek_v2 deepseek_v3 deit dinov2 distilbert dots1 electra ernie4_5 exaone4 flaubert gemma gemma2 "
-    "gemma3_text glm glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite helium hubert jais2 llama m2m_100 "
-    "marian minimax_m2 ministral mistral mixtral modernbert mpt nanochat nemotron olmo2 olmoe opt pegasus persimmon "
-    "phi phi3 qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next roberta seed_oss siglip smollm3 stablelm starcoder2 t5 vit "
-    "wav2vec2 whisper xglm xlm"
+    "llama qwen3 gemma2 gemma3_text t5 bart bert clip codegen cohere deberta-v2 deepseek_v3 deit distilbert exaone4 "
+    "flaubert glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gpt_oss gptj granite hubert m2m_100 minimax_m2 mixtral "
+    "modernbert mpt nemotron olmo2 olmoe opt persimmon phi phi3 qwen2_moe qwen3_moe qwen3_next siglip starcoder2 "
+    "vit wav2vec2 whisper xlm"
 ).split()
 
 
@@ -45,7 +43,11 @@ def main() -> None:
     warnings.simplefilter("ignore")
     rows = []
     for model_type in options.types or TYPES:
-        found = list(_row(model_type))
+        try:
+            found = list(_row(model_type))
+        except (ValueError, TypeError) as error:  # the default config is invalid in some versions of transformers
+            print(f"{model_type}: not tried, {error}", flush=True)
+            continue
         rows += found
         counts = Counter(row["accepted"] for row in found)
         print(f"{model_type}: {counts[False]} refused, {counts[True]} accepted", flush=True)
@@ -81,7 +83,12 @@ def wrong_couplings(trial: Trial) -> Iterator[tuple[str, list[Coupling]]]:
             groups.setdefault(pattern, []).append(coupling)
     for couplings in groups.values():
         if trial.structure.is_called(place_of(couplings[0])):
-            yield from _variants(couplings)
+            yield from ((words, wrong) for words, wrong in _variants(couplings) if all(map(_fits, wrong)))
+
+
+def _fits(coupling: Coupling) -> bool:
+    """Whether the units are within their weights. attach refuses others without a trial."""
+    return all(int(one.elements(torch.tensor([one.count - 1])).max()) < one.extent for one in coupling.projections)
 
 
 def _variants(couplings: list[Coupling]) -> Iterator[tuple[str, list[Coupling]]]:

@@ -10,6 +10,7 @@ from s2ft.attached.changes import adapters_off, fuse_mounted, merge_active, remo
 from s2ft.attached.checks import check_can_merge, check_new_name, check_not_sharded, movable_couplings
 from s2ft.attached.extra_weights import names_of_modules
 from s2ft.attached.hosts.compiled import of_compiled
+from s2ft.attached.hosts.sentence_transformers import with_rest_frozen
 from s2ft.attached.mounting import mount
 from s2ft.attached.record import Attachment, attachment_of, check_unattached, find_attachment, new_attachment
 from s2ft.attached.report import Report
@@ -24,6 +25,7 @@ from s2ft.selection import Selection, select as select_units
 # ---- attach ----------------------------------------------------------------------------------------
 
 
+@with_rest_frozen
 @of_compiled
 def attach(
     model: nn.Module,

@@ -295,7 +295,7 @@ def test_merged_experts_of_every_layout_load_in_transformers(model_type, tmp_pat
     s2ft.attach(model, S2FTConfig(**ratios))
     train(model, 1)
     merged = s2ft.merge(copy.deepcopy(model))
-    s2ft.save_merged(model, tmp_path)
+    merged.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     assert all(torch.equal(value, merged.state_dict()[key]) for key, value in again.state_dict().items())
     assert torch.equal(output_of(again), output_of(merged))

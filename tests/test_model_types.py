@@ -19,9 +19,9 @@ from support.aliases import (
     missing,
     with_dropout,
 )
-from support.models import ALL_RATIOS, CASES, block_weights, inputs_of, loss_of, output_of
+from support.models import ALL_RATIOS, CASES, block_weights, inputs_of, loss_of, output_of, randomized, token_batch
 from support.tolerances import LOGITS, relative_difference
-from transformers import __version__
+from transformers import AutoConfig, AutoModelForCausalLM, __version__
 
 import s2ft
 from s2ft import S2FTConfig
@@ -29,9 +29,10 @@ from s2ft.attached.active import mounted_deltas
 from s2ft.attached.forwards import gated_forward
 from s2ft.attached.record import attachment_of
 from s2ft.model.coupling import projections_of
-from s2ft.model.families import FAMILIES
+from s2ft.model.families import FAMILIES, is_too_old
 from s2ft.model.families.llama import llama_like
 from s2ft.model.registry import couplings_of
+from s2ft.model.towers import tower_of
 
 CASE_TYPES = {make().model_type for make in CASES.values()}
 
@@ -58,9 +59,11 @@ def check_declaration(base):
     assert weights - paths == set()  # no layer of a block is left out
     assert all("conv" in path for path in paths - weights)
     ratios = {key: ratio for key, ratio in ALL_RATIOS.items() if key[0] in {p.key for p in projections}}
+    towers = sorted({tower_of(base, path) for path in paths})
     with torch.no_grad():
         before = output_of(base)
-        s2ft.attach(model, S2FTConfig(**ratios, layout="permuted"), verify=True, example=inputs_of(base))
+        config = S2FTConfig(**ratios, layout="permuted", towers=towers if len(towers) > 1 else None)
+        s2ft.attach(model, config, verify=True, example=inputs_of(base))
         assert relative_difference(output_of(model), before) <= LOGITS
 
     loss_of(model).backward()
@@ -107,10 +110,21 @@ def test_the_declaration_is_right_with_grouped_queries(model_type):
     check_declaration(base_of(model_type, num_key_value_heads=2))
 
 
-@pytest.mark.parametrize("variant", often(VARIANTS, set(VARIANTS) - {"falcon-groups", "gpt_bigcode-multi-query"}))
+@pytest.mark.parametrize("variant", often(VARIANTS, set(VARIANTS) - {"falcon-groups"}))
 def test_other_layouts_of_a_type(variant):
     model_type, options = VARIANTS[variant]
     check_declaration(base_of(model_type, **options))
+
+
+def test_a_decoder_alone_has_no_cross_attention():
+    """BART's decoder has the layers, and runs them only with an encoder. They would get no gradient."""
+    options = {**ROWS["bart"], "is_encoder_decoder": False, "is_decoder": True}
+    base = randomized(AutoModelForCausalLM, AutoConfig.for_model("bart", **options))
+    assert {coupling.kind for coupling in couplings_of(base)} == {"ffn", "attention"}
+    ratios = dict.fromkeys(("q_ratio", "k_ratio", "v_ratio", "o_ratio", "u_ratio", "d_ratio"), 0.5)
+    s2ft.attach(base, S2FTConfig(**ratios), verify=True, example={"input_ids": token_batch(base)})
+    loss_of(base).backward()
+    assert all(parameter.grad is not None for parameter in base.parameters() if parameter.requires_grad)
 
 
 def test_a_wrong_declaration_is_found(monkeypatch):
@@ -122,4 +136,7 @@ def test_a_wrong_declaration_is_found(monkeypatch):
 
 
 def test_every_model_type_is_tested():
-    assert set(FAMILIES) == CASE_TYPES | set(ROWS) and not CASE_TYPES & set(ROWS)
+    assert {model_type for model_type in FAMILIES if not is_too_old(__version__, model_type)} == {
+        model_type for model_type in (*CASE_TYPES, *ROWS) if not is_too_old(__version__, model_type)
+    }
+    assert not CASE_TYPES & set(ROWS)

@@ -16,19 +16,20 @@ namespace {
 constexpr int64_t kBlock = 4096;
 
 // Neighbouring units, which are one span of a line. A slice is one run, and a set of heads has one run per head.
+// `offset` is that of the first unit in the weight.
 struct Run {
-  int64_t first, length;
+  int64_t first, length, offset;
 };
 
 std::vector<Run> runs_of(const Units& u) {
   const int64_t units = u.rows ? u.outer : u.inner;
-  if (!u.index) return {{0, units}};
+  if (!u.index) return {{0, units, u.unit_offset(u.start)}};
   std::vector<Run> runs;
   for (int64_t k = 0; k < units; ++k)
     if (k > 0 && u.index[k] == u.index[k - 1] + 1 && !(u.per_matrix && u.index[k] % u.per_matrix == 0))
       ++runs.back().length;
     else
-      runs.push_back({k, 1});
+      runs.push_back({k, 1, u.unit_offset(u.index[k])});
   return runs;
 }
 
@@ -41,7 +42,8 @@ void for_spans(const Units& u, const std::vector<Run>& runs, int64_t begin, int6
     return;
   }
   for (int64_t line = begin; line < end; ++line)
-    for (const Run& run : runs) f(u.offset(line, run.first), line * u.inner + run.first, run.length, u.inner_stride);
+    for (const Run& run : runs)
+      f(line * u.outer_stride + run.offset, line * u.inner + run.first, run.length, u.inner_stride);
 }
 
 // Makes two passes over each block of lines: `first` for all its units, then `second`.

@@ -12,7 +12,7 @@ from s2ft.model.coupling import Coupling, Projection, Vector
 from s2ft.model.custom import checked_couplings
 from s2ft.model.discovery import Discovery, WeightRow, discover
 from s2ft.model.discovery.structure import layers_of_blocks
-from s2ft.model.families import FAMILIES, composite
+from s2ft.model.families import FAMILIES, check_release, composite
 from s2ft.model.towers import tower_of, trained_towers
 from s2ft.model.weights import find, weight_at
 
@@ -170,6 +170,9 @@ def _declaration(model: nn.Module) -> Declaration | None:
 
 
 def _declared(model: nn.Module) -> list[Coupling]:
+    model_type = model.config.model_type
+    if model_type not in _REGISTERED:
+        check_release(model_type)
     couplings = _declaration(model)(model)
     if not couplings:
         raise ValueError(

@@ -8,6 +8,8 @@ from peft import PeftType
 from peft.config import PeftConfig
 
 from s2ft.config import CHOOSING, S2FTConfig
+from s2ft.model.coupling import Coupling
+from s2ft.model.custom import checked_couplings
 from s2ft.selection import METRICS, Selection
 
 TYPE = "S2FT"  # the method's name in PeftType and in adapter_config.json
@@ -55,6 +57,8 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
         init_weights: True starts the deltas at zero, so that nothing changes; False makes them random, for tests.
         chosen_by: Written by the injection: the options by which the units were selected.
         base_fingerprint: Written by the injection: fingerprint that the base must have; None for no check.
+        couplings: Couplings of a model of no known family, as :class:`s2ft.Coupling` objects. The injection writes down
+            those that it finds, so that loading has the same.
         uncoupled: Written by the injection: the modules that are in no coupling. Their units stay single inputs or
             outputs, even if a later version of s2ft knows a coupling of them.
         skipped: Written by the injection: target modules that are not trained, because they have less than one unit at
@@ -125,6 +129,9 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
     base_fingerprint: str | None = field(
         default=None, metadata={"help": "written by the injection: fingerprint that the base must have; None: no check"}
     )
+    couplings: list[Any] | None = field(
+        default=None, metadata={"help": "couplings of a model of no known family; the injection writes those it finds"}
+    )
     uncoupled: list[str] | None = field(
         default=None, metadata={"help": "written by the injection: the target modules that are in no coupling"}
     )
@@ -137,6 +144,9 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
         PeftConfig.__post_init__(self)
         S2FTConfig.__post_init__(self)
         self.peft_type = PeftType(TYPE)
+        if self.couplings is not None:
+            found = (Coupling.from_dict(one) if isinstance(one, dict) else one for one in self.couplings)
+            self.couplings = [one.to_dict() for one in checked_couplings(list(found))]
         if isinstance(self.target_parameters, str):
             raise ValueError(f"target_parameters must be a list of names, got {self.target_parameters!r}")
         for name in ("target_modules", "target_parameters", "exclude_modules"):

@@ -9,6 +9,7 @@ from torch import nn
 
 from s2ft.adapter import Adapter, read_adapter
 from s2ft.config import S2FTConfig
+from s2ft.model.coupling import Coupling
 from s2ft.peft.config import S2FTPeftConfig
 from s2ft.selection import Selection
 from s2ft.selection.selection import unit_tensors
@@ -70,6 +71,7 @@ def to_native(model: PeftModel, adapter_name: str = "default") -> Adapter:
         json.loads(config.base_fingerprint),
         deltas,
         {"base_model": config.base_model_name_or_path},
+        None if config.couplings is None else [Coupling.from_dict(one) for one in config.couplings],
         extra_weights=extra_weights,
     )
 
@@ -106,7 +108,8 @@ def from_native(
             f"adapter {adapter.name!r} has {next(iter(adapter.extra_weights))} trained in full, which can't be added "
             "to a PeftModel: load it with s2ft.load_adapter"
         )
-    settings = S2FTPeftConfig(units=adapter.selection, base_fingerprint=json.dumps(adapter.fingerprint), **config)
+    config = {"couplings": adapter.couplings, "base_fingerprint": json.dumps(adapter.fingerprint), **config}
+    settings = S2FTPeftConfig(units=adapter.selection, **config)
     if isinstance(model, PeftModel):
         model.add_adapter(adapter_name, settings)
     else:

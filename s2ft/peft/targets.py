@@ -1,12 +1,15 @@
 """Which modules a config trains, and which of the requested ones it can't."""
 
+import inspect
 import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cache
 from types import SimpleNamespace
 
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 
 from s2ft.layers import OTHER, forward_of, kind_of
@@ -90,13 +93,6 @@ def find_targets(config: S2FTPeftConfig, model: nn.Module, couplings: list[Coupl
         ValueError: Something can't be trained; the message names the field or module.
     """
     config, skipped = _named_linears(config, model)
-    if config.ratios and not couplings:
-        kind = getattr(getattr(model, "config", None), "model_type", None)
-        raise ValueError(
-            f"{', '.join(f'{key}_ratio' for key in config.ratios)}: {type(model).__name__} (model type {kind!r}) does "
-            "not belong to a model family that s2ft knows: give target_modules and ratio, for instance "
-            f"target_modules={ALL_LINEAR!r}"
-        )
     names = None if config.units is None else units_by_name(config.units, "units")
     couplings = _apart_from(couplings, set(config.uncoupled or ()) if names is not None else set())
     if config.ratios:
@@ -147,9 +143,11 @@ def _named_linears(config: S2FTPeftConfig, model: nn.Module) -> tuple[S2FTPeftCo
     named.target_modules = {
         path for path in named.target_modules if not path.startswith(inside) and path.partition(".")[0] not in heads
     }
-    owners, skipped = _owners(model), {}
+    owners, skipped, saves_heads = _owners(model), {}, _saves_heads(model)
     for path in sorted(named.target_modules):
-        reason = _obstacle(model.get_submodule(path), owners)
+        reason = _obstacle(model, path, owners)
+        if reason is None and path in EMBEDDING_LAYER_NAMES and not saves_heads:
+            reason = "that is a head, which PEFT can't save for this model"
         if reason is not None and _is_target(named, path):
             skipped[path] = reason
     if skipped and not any(_is_target(named, path) for path in named.target_modules - skipped.keys()):
@@ -166,14 +164,41 @@ def _owners(model: nn.Module) -> Counter:
     return Counter(id(part) for part in parts)
 
 
-def _obstacle(module: nn.Module, owners: Counter) -> str | None:
+def _saves_heads(model: nn.Module) -> bool:
+    """Whether PEFT can save a head in `target_modules`. It asks the model for its embeddings then, which may fail."""
+    try:
+        getattr(model, "get_input_embeddings", list)()
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _obstacle(model: nn.Module, path: str, owners: Counter) -> str | None:
     """Why a linear layer can't be trained, as a sentence without its subject; None if it can."""
+    module = model.get_submodule(path)
+    parent, _, name = path.rpartition(".")
     kind = kind_of(module)
     if kind.layers is None:
         return f"of type {type(module).__name__}" if kind is OTHER else f"of the kind {kind.name}"
     if owners[id(module)] > 1 or owners[id(module.weight)] > 1:
         return "with a weight that other modules use too"
+    if _only_reads_weight(type(model.get_submodule(parent)), name):
+        return "whose weight is used without running the layer"
     return None
+
+
+@cache
+def _only_reads_weight(parent: type, name: str) -> bool:
+    """Whether the code of a class reads the weight of a layer and never calls the layer, such as some routers do.
+
+    A layer in its place would have no effect. If there is no code to read, the layer counts as one that is called.
+    """
+    try:
+        own = [one for one in parent.__mro__ if not f"{one.__module__}.".startswith(("torch.", "builtins."))]
+        code = "".join(map(inspect.getsource, own))
+    except (OSError, TypeError):
+        return False
+    return f"self.{name}.weight" in code and f"self.{name}(" not in code
 
 
 # ---- what is trained -----------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ def select_units(config: S2FTPeftConfig, model: nn.Module) -> S2FTPeftConfig:
     """
     with without_adapters(model):
         created = config.as_created()
-        couplings = _couplings(created, model)
+        couplings, is_known = _couplings(created, model), _is_known(model)
         base = _fingerprint(model, couplings)
         _check_base(created, base)
         found = find_targets(created, model, couplings)
@@ -102,6 +102,8 @@ def select_units(config: S2FTPeftConfig, model: nn.Module) -> S2FTPeftConfig:
         found.uncoupled,
         list(found.skipped),
     )
+    if couplings and not is_known:
+        selected.couplings = [coupling.to_dict() for coupling in couplings]  # loading finds none again
     selected.module_units, selected.expert_units = modules, experts
     return config.updated_to(selected)
 
@@ -141,10 +143,28 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def _couplings(config: S2FTPeftConfig, model: nn.Module) -> list[Coupling]:
-    """The model's couplings; none for a model of no known family, in which all units are single inputs or outputs."""
-    if config.is_uncoupled or getattr(getattr(model, "config", None), "model_type", None) not in known_architectures():
+    """The model's couplings; none for a model of no known family, in which all units are single inputs or outputs.
+
+    Raises:
+        ValueError: A projection's ratio is asked for in a model whose couplings can't be found.
+    """
+    if config.couplings is not None:
+        return [Coupling.from_dict(one) for one in config.couplings]
+    if _is_known(model):
+        return [] if config.is_uncoupled else couplings_of(model)
+    if not config.ratios:
         return []
-    return couplings_of(model)
+    try:
+        return couplings_of(model)
+    except ValueError as error:
+        raise ValueError(
+            f"{', '.join(f'{key}_ratio' for key in config.ratios)}: {error}. Or give target_modules and ratio, for "
+            "instance target_modules='all-linear'"
+        ) from None
+
+
+def _is_known(model: nn.Module) -> bool:
+    return getattr(getattr(model, "config", None), "model_type", None) in known_architectures()
 
 
 # ---- the base ------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from s2ft.packages import check_packages
 
-MODEL = "a causal language model"  # in errors
 AUTO = (
     "AutoModelForImageTextToText",
     "AutoModelForCausalLM",
@@ -18,6 +17,7 @@ AUTO = (
     "AutoModelForCTC",
     "AutoModel",
 )
+MODEL = "a causal language model"  # in errors
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 

@@ -22,6 +22,8 @@ from transformers.trainer_utils import TrainOutput
 
 from s2ft.adapter import restore_adapter
 from s2ft.adapter.saving import gather_trained
+from s2ft.attached.hosts.compiled import unwrapped
+from s2ft.attached.hosts.sentence_transformers import check_rest_frozen
 from s2ft.attached.record import attachment_of
 from s2ft.train.checkpoints import UNFINISHED, damage, move_into_place, newest_valid
 
@@ -58,10 +60,11 @@ class AdapterCheckpoints:
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         model = self.accelerator.unwrap_model(self.model)
-        if attachment_of(model).name is None:
+        if attachment_of(unwrapped(model)).name is None:
             raise ValueError(
                 "no adapter of this model is trainable: call s2ft.attach, or s2ft.load_adapter with trainable=True"
             )
+        check_rest_frozen(model)
         if self.is_deepspeed_enabled:  # its checkpoints omit the base, and it would raise for missing keys
             model.register_load_state_dict_post_hook(_ignore_missing_base)
 

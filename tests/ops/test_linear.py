@@ -363,3 +363,22 @@ def test_only_the_kernel_checks_the_arguments_of_a_correct_call(op, monkeypatch)
 def test_mixed_dtypes_outside_autocast_raise():
     with pytest.raises(TypeError, match="x is torch.float32 and weight is torch.bfloat16"):
         sliced_linear(torch.ones(2, 6), torch.ones(4, 6, dtype=torch.bfloat16), torch.ones(2, 6), 0, 0)
+
+
+@pytest.mark.parametrize("shape", ((6,), (3, 6), (2, 3, 6)))
+@pytest.mark.parametrize("bias", (False, True))
+@pytest.mark.parametrize("dim", (0, 1))
+def test_output_can_be_written_to(shape, bias, dim):
+    """As nn.ReLU(inplace=True) does, and the attention of Longformer."""
+    torch.manual_seed(0)
+    x, weight, index = torch.randn(shape, requires_grad=True), torch.randn(4, 6), torch.tensor([0, 2])
+    delta = torch.randn((2, 6) if dim == 0 else (4, 2), requires_grad=True)
+    bias = torch.randn(4) if bias else None
+    for op, units in ((sliced_linear, 1), (indexed_linear, index)):
+        grads = []
+        for write in (True, False):
+            y = op(x, weight, delta, units, dim, bias)
+            y = y.mul_(2).relu_() if write else (y * 2).relu()
+            grads.append(torch.autograd.grad(y.square().sum(), (x, delta)))
+        for one, two in zip(*grads):
+            torch.testing.assert_close(one, two)

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from support.models import model_of, output_of
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
-from transformers import FalconConfig, FalconForCausalLM
+from transformers import FalconConfig, FalconForCausalLM, HubertConfig, HubertForCTC
 
 from s2ft.peft import S2FTPeftConfig, S2FTPeftLayer
 
@@ -182,3 +182,32 @@ def test_layers_of_a_class_that_computes_the_same():
     model = get_peft_model(copy.deepcopy(base), S2FTPeftConfig(target_modules="all-linear", ratio=0.5, dim=None))
     assert relative_difference(model(x).logits, base(x).logits) <= LOGITS and len(layers_of(model)) == 4
     assert json.dumps(model.peft_config["default"].to_dict())
+
+
+class Reader(nn.Module):
+    """Reads the weight of its layer, as the routers of some mixtures do."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.called = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = x.to(self.called.weight.dtype)
+        return self.called(nn.functional.linear(x, self.read.weight))
+
+
+def test_all_linear_leaves_out_layers_that_never_run():
+    with pytest.warns(UserWarning, match=r"1 whose weight is used without running the layer \(0.read\)"):
+        model = injected(nn.Sequential(Reader()), target_modules="all-linear", ratio=0.5)
+    assert names_of(model) == {"0.called"}
+
+
+def test_all_linear_leaves_out_a_head_that_peft_cannot_save(tmp_path):
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20, vocab_size=9)
+    front = dict(conv_dim=(8,), conv_stride=(2,), conv_kernel=(4,), num_conv_pos_embedding_groups=2)
+    torch.manual_seed(0)
+    base = HubertForCTC(HubertConfig(**sizes, **front, num_conv_pos_embeddings=4))
+    with pytest.warns(UserWarning, match="that is a head"):
+        model = injected(copy.deepcopy(base), target_modules="all-linear", ratio=0.5)
+    model.save_pretrained(tmp_path)
+    assert PeftModel.from_pretrained(base, tmp_path).peft_config["default"].skipped == ["lm_head"]

@@ -203,7 +203,7 @@ UNFIT = {
         "units names no unit of it",
     ),
     "dim in a family": (dict(target_modules=["down_proj"], ratio=0.1, dim="outputs"), "llama", "are its inputs"),
-    "too small a ratio": (dict(target_modules=["down_proj"], ratio=0.001), "llama", "none of the 52 units"),
+    "too small a ratio": (dict(target_modules=["down_proj"], ratio=0.001), "llama", "none of the 52 channels"),
     "embedding": (dict(target_modules=["embed_tokens"], ratio=0.5, dim="inputs"), "llama", "is a Embedding"),
     "no such module": (dict(target_modules=["nowhere"], ratio=0.5), "llama", "not found in the base model"),
     "unknown exclude": (dict(d_ratio=0.1, exclude={"nowhere": [0]}), "llama", "exclude names nowhere"),
@@ -222,7 +222,7 @@ def test_configs_that_do_not_fit_do_not_change_the_model(name):
 def test_an_unknown_family_needs_target_modules():
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     with pytest.raises(
-        ValueError, match="not belong to a model family that s2ft knows: give target_modules, ratio and dim"
+        ValueError, match="d_ratio: .* give target_modules and ratio, for instance target_modules='all-l"
     ):
         get_peft_model(net, S2FTPeftConfig(d_ratio=0.5))
 

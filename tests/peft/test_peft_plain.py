@@ -11,7 +11,8 @@ from support.tolerances import GEMM
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from s2ft.peft import S2FTPeftConfig, S2FTPeftLayer
+import s2ft
+from s2ft.peft import S2FTPeftConfig, S2FTPeftLayer, from_native, to_native
 
 MODULES = {  # a module and an input
     "linear": lambda: (nn.Linear(9, 11), torch.randn(4, 3, 9)),
@@ -259,3 +260,37 @@ def test_quantized_weights_that_pass_no_gradient_are_refused_for_training():
     with pytest.raises(ValueError, match="layers.1.self_attn.o_proj .* passes no gradient"):
         get_peft_model(model, S2FTPeftConfig(d_ratio=0.1))
     get_peft_model(model, S2FTPeftConfig(d_ratio=0.1, inference_mode=True))
+
+
+def two_layers():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def test_couplings_of_a_model_of_no_known_family_are_saved_with_the_adapter(tmp_path, monkeypatch):
+    coupling, x = s2ft.Coupling.ffn(0, up="0", down="2", channels=8), torch.randn(3, 4)
+    for given in (True, False):
+        if not given:  # as a search for couplings would find them
+            monkeypatch.setattr("s2ft.peft.units.couplings_of", lambda model: [coupling])
+        couplings = [coupling] if given else None
+        model = get_peft_model(two_layers(), S2FTPeftConfig(u_ratio=0.5, d_ratio=0.5, couplings=couplings))
+        monkeypatch.undo()
+        with torch.no_grad():
+            for layer in (module for module in model.modules() if isinstance(module, S2FTPeftLayer)):
+                layer.s2ft_delta["default"].values.normal_()
+        folder = tmp_path / str(given)
+        model.save_pretrained(folder)
+        again = PeftModel.from_pretrained(two_layers(), folder)
+        assert set(again.peft_config["default"].units) == {"0", "2"} and torch.equal(again(x), model(x))
+        native, adapter = two_layers(), to_native(model)
+        s2ft.load_adapter(native, adapter)
+        torch.testing.assert_close(native(x), model(x))
+        torch.testing.assert_close(from_native(two_layers(), adapter)(x), model(x))
+
+
+def test_wrong_couplings_are_refused():
+    with pytest.raises(ValueError, match="expected a weight with 9"):
+        wrong = s2ft.Coupling.ffn(0, up="0", down="2", channels=9)
+        get_peft_model(two_layers(), S2FTPeftConfig(d_ratio=0.5, couplings=[wrong]))
+    with pytest.raises(TypeError, match="couplings"):
+        S2FTPeftConfig(d_ratio=0.5, couplings=["0"])

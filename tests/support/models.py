@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 
 import torch
+import transformers
 from torch import nn
 from transformers import (
     AutoModel,
@@ -52,6 +53,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from s2ft.model.coupling import projections_of
+from s2ft.model.families import is_too_old
 from s2ft.model.registry import couplings_of
 
 SHAPE = dict(hidden_size=24, intermediate_size=52, num_hidden_layers=3, num_attention_heads=4, vocab_size=67)
@@ -182,12 +184,12 @@ CASES: dict[str, Callable[[], PretrainedConfig]] = {
     "cohere2": lambda: Cohere2Config(**SHAPE, **IDS, num_key_value_heads=4, head_dim=10, **WINDOW),
     "olmo2": lambda: Olmo2Config(**ODD, **IDS, num_key_value_heads=3, attention_bias=True),
     "olmo2-grouped": lambda: Olmo2Config(**SHAPE, **IDS, num_key_value_heads=2),
-    "stablelm": lambda: StableLmConfig(**ROTARY, num_key_value_heads=4, use_qkv_bias=True),
-    "stablelm-parallel": lambda: StableLmConfig(**ROTARY, num_key_value_heads=2, use_parallel_residual=True),
-    "stablelm-normed": lambda: StableLmConfig(**ROTARY, num_key_value_heads=4, qk_layernorm=True),
-    "phi": lambda: PhiConfig(**{**ODD, "hidden_size": 36}, num_key_value_heads=3),
-    "phi-normed": lambda: PhiConfig(**ROTARY, num_key_value_heads=4, qk_layernorm=True),
-    "phi-multi-query": lambda: PhiConfig(**ROTARY, num_key_value_heads=1),
+    "stablelm": lambda: StableLmConfig(**ROTARY, **IDS, num_key_value_heads=4, use_qkv_bias=True),
+    "stablelm-parallel": lambda: StableLmConfig(**ROTARY, **IDS, num_key_value_heads=2, use_parallel_residual=True),
+    "stablelm-normed": lambda: StableLmConfig(**ROTARY, **IDS, num_key_value_heads=4, qk_layernorm=True),
+    "phi": lambda: PhiConfig(**{**ODD, "hidden_size": 36}, **IDS, num_key_value_heads=3),
+    "phi-normed": lambda: PhiConfig(**ROTARY, **IDS, num_key_value_heads=4, qk_layernorm=True),
+    "phi-multi-query": lambda: PhiConfig(**ROTARY, **IDS, num_key_value_heads=1),
     "starcoder2": lambda: Starcoder2Config(**SHAPE, **IDS, num_key_value_heads=4, sliding_window=4),
     "starcoder2-grouped": lambda: Starcoder2Config(**SHAPE, **IDS, num_key_value_heads=2, use_bias=False),
     "phi3": lambda: Phi3Config(**ODD, **IDS, num_key_value_heads=3),
@@ -233,6 +235,8 @@ CASES: dict[str, Callable[[], PretrainedConfig]] = {
     "t5-gated": lambda: T5Config(**T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
     "whisper": lambda: WhisperConfig(**WHISPER, **IDS),
 }
+# Older releases of transformers lack the modules of some cases.
+CASES = {case: make for case, make in CASES.items() if not is_too_old(transformers.__version__, make().model_type)}
 AUTO = {
     BertConfig: AutoModelForMaskedLM,
     RobertaConfig: AutoModelForMaskedLM,

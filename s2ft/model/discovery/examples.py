@@ -7,6 +7,7 @@ its forward; how many tokens stand for an image is asked from the model itself.
 import inspect
 import itertools
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from s2ft.model.modes import evaluation_mode
 
 ROWS, LENGTH = 2, 24
 SAMPLES = 8000  # of a recording
+LONGEST = 20  # seconds in which inputs with images and sound are tried
 MOST_GUESSES = 30  # of the number of tokens that stand for an image of one layout
 Media = dict[str, Tensor]
 
@@ -91,7 +93,10 @@ def runnable_example(model: nn.Module, example: Any = None) -> tuple[Any, dict[s
     if example is not None and not isinstance(example, (Tensor, tuple, list, dict)):
         raise TypeError(f"example must be a tensor, a tuple or a dict, got {type(example).__name__}")
     failed: list[str] = []
+    start = time.monotonic()
     for candidate in examples_of(model) if example is None else [example]:
+        if failed and time.monotonic() - start > LONGEST and not _is_plain(candidate):
+            continue
         order, failure = _try(model, candidate)
         if not failure:
             return candidate, order
@@ -112,6 +117,13 @@ def run_example(model: nn.Module, example: Any) -> Any:
 
 def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _is_plain(example: Any) -> bool:
+    """Whether an input is one of the last resorts, which are few."""
+    return not any(
+        "pixel" in name or "patches" in name or "input_features" in name or "input_values" in name for name in example
+    )
 
 
 def _try(model: nn.Module, example: Any) -> tuple[dict[str, int], str]:
@@ -266,7 +278,16 @@ class _Medium:
 
 _METHODS = {"image": "get_image_features", "audio": "get_audio_features"}
 _TOKEN_KEYS = {
-    "image": ("image_token_id", "image_token_index", "media_token_id", "im_token_id", "image_token", "boi_token_id"),
+    "image": (
+        "image_token_id",
+        "image_token_index",
+        "media_token_id",
+        "im_token_id",
+        "image_token",
+        "boi_token_id",
+        "image_patch_id",
+        "video_token_index",
+    ),
     "audio": ("audio_token_id", "audio_token_index", "audio_token"),
 }
 # Entries of configs that say how many tokens stand for an image.
@@ -331,15 +352,18 @@ def _with_text(inputs: _Inputs, media: list[_Medium]) -> Iterator[Media]:
     ids = [_first(inputs.configs("text_config"), _TOKEN_KEYS[medium.kind]) for medium in media]
     values = {name: value for medium in media for name, value in medium.values.items()}
     known = all(medium.tokens for medium in media)
-    hints = [getattr(config, key, None) for config in inputs.configs("vision_config", "text_config") for key in _HINTS]
-    guesses = [[hint] * len(media) for hint in dict.fromkeys(hints) if isinstance(hint, int) and hint < 600]
-    guesses = (
-        [[medium.tokens for medium in media], *guesses] if known else guesses + [[n] * len(media) for n in _GUESSES]
-    )
+    configs = inputs.configs("vision_config", "text_config")
+    hints = {getattr(config, key, None): None for config in configs for key in _HINTS}
+    tiles = next((value.shape[1] for value in values.values() if value.dim() == 5), 1)
+    likely = [hint * tiles for hint in hints if isinstance(hint, int) and hint * tiles < 600]
+    if known:
+        guesses = [[medium.tokens for medium in media]]
+    else:
+        guesses = [[count] * len(media) for count in (*likely, *_GUESSES)]
     if None in ids and "image_embeds_position_mask" not in inputs.takes:
         guesses = [[0] * len(media)]
     elif not known and any(hasattr(owner, _METHODS[media[0].kind]) for owner in _owners(inputs.model)):
-        guesses = guesses[:1]  # the model has refused this layout
+        guesses = guesses[: max(len(likely), 1)]  # the model has refused this layout
     for counts in guesses:
         tokens, kinds = _text_around(inputs, ids, counts)
         extra = {
@@ -378,6 +402,10 @@ def _images(inputs: _Inputs) -> Iterator[Media]:
         yield from _patches_in_a_grid(inputs, vision, channels)
     if "image_position_ids" in inputs.takes or "spatial_shapes" in inputs.takes:
         yield from _patches_with_places(inputs, vision, channels)
+    if "flattened_patches" in inputs.takes:
+        patches = inputs.normal(ROWS, 16, 2 + channels * _patch_side(vision) ** 2)
+        patches[..., :2] = torch.cartesian_prod(torch.arange(1.0, 5), torch.arange(1.0, 5))  # rows and columns
+        yield {"flattened_patches": patches}
     if "pixel_values" in inputs.takes:
         for side in dict.fromkeys((_image_side(vision), 32, 64, 224)):
             yield from _pictures(inputs, channels, side)
@@ -452,7 +480,7 @@ def _sounds(inputs: _Inputs) -> Iterator[Media]:
         "input_dim",
         "feature_size",
     )
-    bins = _first(audio, keys) or 80
+    bins = (_first(audio, keys) or 80) * (_first(audio, ("num_stacked_frames",)) or 1)
     positions = _first(audio, ("max_source_positions",))
     for steps in dict.fromkeys((2 * positions if positions else 128, 128, 256)):
         for shape in ((bins, steps), (steps, bins), (steps, 2 * bins), (steps, 4 * bins)):

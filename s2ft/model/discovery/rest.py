@@ -45,7 +45,10 @@ class Findings:
         """Add the couplings of a block, or remember why its layers are in none."""
         found = outcome.couplings(block)
         paths = {projection.path for one in found for projection in one.projections}
-        if not found or self._is_taken(paths):
+        past = next(filter(self.structure.is_read_past, sorted(paths)), None)
+        if past is not None:
+            outcome = Outcome(None, None, f"of its block, {past.rpartition('.')[2]} may be used without its layer")
+        if not found or past is not None or self._is_taken(paths):
             for projection in block.proposals[0].couplings[0].projections:
                 self._why.setdefault(projection.path, outcome.reason)
             return
@@ -85,6 +88,8 @@ class Findings:
             return WeightRow(path, "untouched", HEAD)
         if structure.is_bypassed(path):
             return WeightRow(path, "untouched", "its block runs without it, so only its weight may be used")
+        if structure.is_read_past(path):
+            return WeightRow(path, "untouched", "its block's code may use its weight without its layer")
         if not self._alive.has_gradient(path):
             return WeightRow(path, "untouched", NO_GRADIENT)
         coupling = Coupling.one_sided(structure.layer_number(path), path=path, count=structure.inputs(path))

@@ -10,6 +10,7 @@ from functools import cache, cached_property
 from torch import nn
 
 from s2ft.layers import kind_of
+from s2ft.model.discovery.past import reads_past
 from s2ft.model.towers import tower_of
 
 # Layers that read the model's outputs or choose experts: training some of their units is not what S²FT is for.
@@ -107,6 +108,11 @@ class Structure:
         while around and isinstance(self.modules[around], (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
             around = parent_of(around)
         return bool(self.called) and not self.is_called(path) and (not around or self.is_called(around))
+
+    def is_read_past(self, path: str) -> bool:
+        """Whether the block around a layer, or a parameter of experts, may use the weight without running the layer."""
+        around, _, name = path.rpartition(".")
+        return path in self.layers and reads_past(self.modules[around], name)
 
     # ---- numbers -------------------------------------------------------------------------------------
 

@@ -37,6 +37,11 @@ def _key_value_heads(old: int, key: str, config: dict) -> int:
     return min(old, HEADS if old == heads else 1 if old == 1 else HEADS // 2)
 
 
+def _embedding_width(old: int, key: str, config: dict) -> int:
+    """The width, or half of it if embeddings had another width before: then a layer projects them."""
+    return WIDTH if old == config.get("hidden_size") else WIDTH // 2
+
+
 def _at_most(most: int) -> Size:
     return lambda old, key, config: min(old, most)
 
@@ -51,6 +56,7 @@ _WIDTHS = {
     r"|cross_attention_hidden_size|text_embed_dim|vision_embed_dim|vision_output_dim|text_dim|vision_dim|kv_dim"
     r"|lm_hidden_size|input_dim_text|d_embed|lru_width|d_latents|hidden_size_global|moe_hidden_size|ple_embed_dim"
     r"|adapter_in_dim|adapter_out_dim|adapter_input_size|image_token_embed_dim": WIDTH,
+    r"word_embed_proj_dim": _embedding_width,
     r"base_channels": 32,
     r"hidden_size_per_layer_input": HEAD_DIM,
     r"intermediate_size|ffn_dim|d_ff|n_inner|mlp_dim|ffn_hidden_size|dense_intermediate_size|intermediate_dim"
@@ -107,7 +113,7 @@ _VOCABULARY_AND_EXPERTS = {
 
 
 def _compiled(*tables: dict[str, Size]) -> list[tuple[re.Pattern, Size]]:
-    prefix = r"(?:text_|vision_|audio_|encoder_|decoder_|num_encoder_|num_decoder_)?"
+    prefix = r"(?:text_|vision_|audio_|encoder_|decoder_|cross_|num_encoder_|num_decoder_)?"
     return [(re.compile(f"{prefix}(?:{keys})"), size) for table in tables for keys, size in table.items()]
 
 
@@ -172,12 +178,20 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "molmo2_adapter": {"vision_feature_layer": [-1, -2]},
     "granite4_vision": {"deepstack_layer_map": [[-2, 0]], "spatial_target_layers": [1]},
-    "dory": {"n_input_layers": 1, "n_output_layers": 1, "n_recurrent_layers": lambda c: c["num_hidden_layers"] - 2},
+    # Its dict names attention and FFN of a layer as two layers.
+    "dory": {
+        "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp", "sliding_attention", "mlp"],
+        "num_hidden_layers": 6,
+        "n_input_layers": 2,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 2,
+    },
     "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": lambda c: 2 * c["H_cycles"] * (c["L_cycles"] + 1)},
     "blenderbot": {"decoder_layers": 2},  # the cache of its decoder has as many layers as its encoder
     # Parts that must fit together.
-    "aria": {"projector_patch_to_query_dict": {SIDE**2: 16}},
+    "aria": {"projector_patch_to_query_dict": {7**2: 16, SIDE**2: 16}},
     "dots3_note_text": {"head_dim": HEAD_DIM + _HALF},
+    "mistral4": {"qk_nope_head_dim": _HALF, "qk_head_dim": HEAD_DIM, "head_dim": HEAD_DIM},  # half of a head is rotated
     "fun_asr_nano": {"adaptor_config.intermediate_size": WIDTH // 4},
 }
 
@@ -237,6 +251,9 @@ def _make_images_small(entries: dict) -> None:
         old, patch = vision["image_size"], vision["patch_size"]
         whole = old[0] if isinstance(old, list) else old
         vision["image_size"] = [SIDE * patch] * len(old) if isinstance(old, list) else SIDE * patch
+        if isinstance(entries.get("image_grid_pinpoints"), list):  # sizes of pictures that are cut into images
+            pictures = entries["image_grid_pinpoints"]
+            entries["image_grid_pinpoints"] = [[side * SIDE * patch // whole for side in sides] for sides in pictures]
         for key in ("mm_tokens_per_image", "image_seq_length", "image_seq_len"):
             if _is_size(entries.get(key)):
                 entries[key] = max(1, entries[key] * SIDE**2 // (whole // patch) ** 2)
@@ -268,6 +285,8 @@ def _cut_entry(key: str, value: Any, entries: dict, level: Level, depth: int) ->
         return _rope(value, rotated // 2) if level == Level.ALL else value
     if key in _AS_IT_IS:
         return value
+    if key == "use_cache":
+        return False  # some caches ask for entries that configs lack, and a forward needs none
     if isinstance(value, dict):
         return _cut(value, level, depth)
     if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):

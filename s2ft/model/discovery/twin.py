@@ -52,8 +52,7 @@ def twin_of(model: nn.Module) -> nn.Module:
 def twins_of(model: nn.Module, tried: list[str]) -> Iterator[nn.Module]:
     """Iterate over twins of a model, the smallest first, and append to `tried` why others can't be built."""
     size = sum(parameter.numel() for parameter in model.parameters())
-    on_meta = any(parameter.is_meta for parameter in model.parameters())
-    if size <= COPIED_AT_ONCE and not on_meta and not _is_quantized(model):
+    if size <= COPIED_AT_ONCE and not _is_quantized(model):
         yield copied(model)
         return
     wanted, rows = paths_and_classes(model), kinds_of_blocks(model)

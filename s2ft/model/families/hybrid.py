@@ -24,6 +24,7 @@ from s2ft.model.families.recurrent import (
 )
 
 MODEL_TYPES = (
+    "bailing_hybrid",
     "bamba",
     "falcon_h1",
     "falcon_mamba",

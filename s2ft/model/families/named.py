@@ -22,6 +22,7 @@ from s2ft.model.coupling import Coupling, Projection, Vector
 
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 QKV_OUT = ("q_proj", "k_proj", "v_proj", "out_proj")
+SELF_AND_OUTPUT = ("attention.query", "attention.key", "attention.value", "output.dense")
 BERT = ("self.query", "self.key", "self.value", "output.dense")
 
 
@@ -175,17 +176,23 @@ NAMES: dict[tuple[str, ...], Names] = {
     ("convnextv2",): Names(("encoder.stages.*.layers",), "pwconv1", "pwconv2", attention=None, channels_stay=True),
     ("swin",): replace(VIT_LIKE, stacks=("encoder.layers.*.blocks",), numbered=True),
     ("donut-swin", "swinv2"): replace(BERT_LIKE, stacks=("encoder.layers.*.blocks",), numbered=True),
+    ("focalnet",): Names(("encoder.stages.*.layers",), "mlp.fc1", "mlp.fc2", attention=None),
+    ("pvt",): Names(("encoder.block.*",), "mlp.dense1", "mlp.dense2", attention="attention", layers=BERT),
+    ("pvt_v2",): Names(
+        ("encoder.layers.*.blocks",),
+        "mlp.dense1",
+        "mlp.dense2",
+        attention="attention",
+        layers=("query", "key", "value", "proj"),
+        channel_moves=("mlp.dwconv.dwconv.weight", "mlp.dwconv.dwconv.bias"),
+    ),
     ("hiera",): Names(("encoder.stages.*.layers",), "mlp.fc1", "mlp.fc2", attention="attn", layers=("qkv", "proj")),
     ("segformer",): replace(
         VIT_LIKE, stacks=("stages.*.blocks",), channel_moves=("mlp.dwconv.dwconv.weight", "mlp.dwconv.dwconv.bias")
     ),
-    ("videomae", "yolos"): replace(
-        BERT_LIKE, layers=("attention.query", "attention.key", "attention.value", "output.dense")
-    ),
+    ("videomae", "yolos"): replace(BERT_LIKE, layers=SELF_AND_OUTPUT),
     ("data2vec-vision",): replace(
-        BERT_LIKE,
-        layers=("attention.query", "attention.key", "attention.value", "output.dense"),
-        numbered="attention.attention.relative_position_bias",
+        BERT_LIKE, layers=SELF_AND_OUTPUT, numbered="attention.attention.relative_position_bias"
     ),
     ("data2vec-audio", "hubert", "sew", "unispeech", "unispeech-sat", "wav2vec2"): WAV2VEC2,
     ("wavlm",): replace(WAV2VEC2, attention=None),
@@ -255,12 +262,19 @@ def _block(model: nn.Module, names: Names, i: int, path: str, block: nn.Module) 
             fixed=names.channels_stay,
         )
     ]
-    for name, kind in ((names.attention, "attention"), (names.cross, "cross-attention")):
+    cross = names.cross if _has_encoder(model.config) else None
+    for name, kind in ((names.attention, "attention"), (cross, "cross-attention")):
         if name and _get(block, name) is not None:
             numbered = names.numbered if isinstance(names.numbered, bool) else bool(_get(block, names.numbered))
             fixed = numbered and kind == "attention"
             found.append(_attention(model, names, i, f"{path}.{name}", fixed=fixed, kind=kind))
     return found
+
+
+def _has_encoder(config: Any) -> bool:
+    """Whether a decoder attends to an encoder. Alone, BART's decoder never runs the cross-attention that it has."""
+    own = getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False)
+    return own or getattr(config, "cross_attention_hidden_size", None) is not None
 
 
 def _attention(model: nn.Module, names: Names, layer: int, path: str, **options) -> Coupling:

@@ -1,7 +1,4 @@
-"""ViT, DeiT, I-JEPA and ViT-MSN: two-layer FFN, q, k and v with or without biases, positions in the embeddings.
-
-Modules must have the names of transformers 5. A model with those of transformers 4 is refused.
-"""
+"""ViT, DeiT, I-JEPA and ViT-MSN: two-layer FFN, q, k and v with or without biases, positions in the embeddings."""
 
 from torch import nn
 
@@ -9,6 +6,7 @@ from s2ft.model.builders import attention_paths, head_sizes, layers_of
 from s2ft.model.coupling import Coupling
 
 MODEL_TYPES = ("deit", "ijepa", "vit", "vit_msn")
+SINCE = "5.9"
 
 
 def couplings(model: nn.Module) -> list[Coupling]:
