@@ -77,6 +77,7 @@ DEFAULTS: dict[str, dict] = {
     "moonshine_streaming": {"num_key_value_heads": 8},
     "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
     "reformer": {"is_decoder": True},
+    "xmod": {"default_language": "en_XX"},
     "wav2vec2-bert": {"vocab_size": 40},
     "wav2vec2-conformer": {"vocab_size": 40},
     **{

@@ -6,7 +6,6 @@ is a million times smaller than any real change.
 
 import contextlib
 import copy
-import itertools
 import os
 import re
 import threading
@@ -258,9 +257,10 @@ def _class_of(module: nn.Module) -> str:
 
 
 def _is_quantized(model: nn.Module) -> bool:
-    return getattr(model, "hf_quantizer", None) is not None or bool(getattr(model, "is_quantized", False)) or any(
-        not parameter.is_floating_point() for parameter in itertools.islice(model.parameters(), 1000)
-    )  # fmt: skip
+    """Whether weights are integers, or tensors of a class of their own as those of torchao."""
+    return bool(getattr(model, "is_quantized", False)) or any(
+        not parameter.is_floating_point() or type(parameter.data) is not Tensor for parameter in model.parameters()
+    )
 
 
 def _free_memory() -> int:
