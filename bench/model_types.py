@@ -77,6 +77,7 @@ DEFAULTS: dict[str, dict] = {
     "moonshine_streaming": {"num_key_value_heads": 8},
     "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
     "reformer": {"is_decoder": True},
+    "xmod": {"default_language": "en_XX"},
     "wav2vec2-bert": {"vocab_size": 40},
     "wav2vec2-conformer": {"vocab_size": 40},
     **{
@@ -299,7 +300,7 @@ def _check_files(row: dict, model, model_type: str, example) -> None:
         again = type(model).from_pretrained(f"{folder}/merged").eval()
         same_weights = all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
         close = _same(merged, trained)
-        row["merged_again"] = _word(same_weights and close and _same(_outputs(again, example), merged, exactly=True))
+        row["merged_again"] = _word(same_weights and close and _same(_outputs(again, example), merged))
 
 
 def _tensors(folder: str) -> dict[str, bytes]:

@@ -21,8 +21,8 @@ Of these types, {attached} can be trained, {whole} of them with FFN and attentio
   they lie, through an index. The results are the same.
 - *Others*: layers that are in no coupling of several layers and can be trained one by one (`l_ratio`).
 - *Towers*: the parts of the model that have couplings. `towers=` chooses among them.
-- *Checks*: attach changes no output, every slice that runs gets a gradient, a saved adapter loads again bit for bit, and
-  the merged checkpoint loads again bit for bit and computes what was trained. A word stands for a check that fails.
+- *Checks*: attach changes no output, every slice that runs gets a gradient, a saved adapter loads again bit for bit,
+  and the merged checkpoint loads again bit for bit and computes what was trained. A word stands for a check that fails.
 
 | model type | mappings | found | FFN | attention | others | towers | checks | note |
 |---|---|---|---|---|---|---|---|---|

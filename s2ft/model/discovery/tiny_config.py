@@ -108,7 +108,7 @@ _VOCABULARY_AND_EXPERTS = {
     r"num_experts_per_tok|num_experts_per_token|moe_top_k|moe_topk|moe_k|top_k_experts|num_selected_experts|top_k"
     r"|experts_per_token|moe_router_topk|num_experts_per_topk|moe_num_active_primary_experts": _at_most(2),
     r"vocab_size|entity_vocab_size|codebook_size|n_vocab|vocab_size_per_layer_input|num_embeddings"
-    r"|output_vocab_size|ngram_vocab_size_base|encoder_hash_byte_group_vocab": VOCABULARY,
+    r"|output_vocab_size|unpadded_vocab_size|ngram_vocab_size_base|encoder_hash_byte_group_vocab": VOCABULARY,
 }
 
 
