@@ -49,6 +49,7 @@ lint: $(VENV)/.torch
 # All benchmarks except bench/against.py, which needs a second checkout, and bench/vllm_export.py, which needs vLLM
 bench: $(VENV)/.installed
 	$(BIN)/python bench/train_step.py
+	$(BIN)/python bench/experts.py
 	$(BIN)/python bench/finetune.py
 	$(BIN)/python bench/estimate.py
 	$(BIN)/python bench/convert.py
