@@ -572,7 +572,16 @@ ROWS: dict[str, dict] = {
         "mlp_ratios": [2, 2],
         "image_size": 16,
     },
-    # gemma3n
+    # gemma3n, gemma4
+    "gemma4_unified_text": {
+        **HEADS,
+        **SHORT,
+        "head_dim": 10,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 4,
+        "global_head_dim": 12,
+        "num_global_key_value_heads": 4,
+    },
     "gemma3n_text": {
         **HEADS,
         **SHORT,
