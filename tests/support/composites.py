@@ -73,18 +73,33 @@ def _class_of(model_type: str) -> str | None:
     return None
 
 
+def part_types() -> set[str]:
+    """The model types of the parts of all composite types."""
+    found = set()
+    for model_type in composite.MODEL_TYPES:
+        if not missing(model_type):
+            config = _config_of(model_type)
+            parts = [getattr(config, name, None) for name in config.sub_configs]
+            found |= {part.model_type for part in parts if part is not None}
+    return found
+
+
 def composite_of(model_type: str, change: dict[str, dict] | None = None) -> PreTrainedModel:
     """A tiny model of the type with random norms and biases, in evaluation mode."""
     import transformers
 
-    values = CONFIG_MAPPING[model_type]().to_dict()
-    for part, entries in (*LACKING.get(model_type, {}).items(), *(change or {}).items()):
-        values[part] = {**(values[part] or {}), **copy.deepcopy(entries)} if isinstance(entries, dict) else entries
-    config = tiny_config(CONFIG_MAPPING[model_type].from_dict(values))
+    config = tiny_config(_config_of(model_type, change))
     for part, entries in TINY.get(model_type, lambda _: {})(config).items():
         for key, value in entries.items():
             setattr(getattr(config, part) if part else config, key, value)
     return tiny_model(getattr(transformers, _class_of(model_type)), config)
+
+
+def _config_of(model_type: str, change: dict[str, dict] | None = None):
+    values = CONFIG_MAPPING[model_type]().to_dict()
+    for part, entries in (*LACKING.get(model_type, {}).items(), *(change or {}).items()):
+        values[part] = {**(values[part] or {}), **copy.deepcopy(entries)} if isinstance(entries, dict) else entries
+    return CONFIG_MAPPING[model_type].from_dict(values)
 
 
 def example_for(model: PreTrainedModel) -> dict[str, torch.Tensor]:

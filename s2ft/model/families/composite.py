@@ -26,6 +26,7 @@ PROJECTORS: dict[str, tuple[str, tuple[str, ...]] | None] = {
     "exaone4_5": None,
     "gemma3": None,
     "gemma4": None,
+    "gemma4_unified": None,
     "glm46v": None,
     "glm4v": None,
     "glm4v_moe": None,

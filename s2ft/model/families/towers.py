@@ -60,7 +60,6 @@ NAMES: dict[tuple[str, ...], Names] = {
     # vision
     ("blip_2_vision_model", "instructblip_vision_model"): replace(CLIP_LIKE, layers=("qkv", "projection")),
     (
-        "granite_docling_vision",
         "idefics2_vision",
         "idefics3_vision",
         "siglip2_vision_model",
@@ -75,7 +74,7 @@ NAMES: dict[tuple[str, ...], Names] = {
     ),
     ("internvl_vision",): INTERNVL,
     ("janus_vision_model",): replace(CLIP_LIKE, layers=PROJECTED),
-    ("kimi_k25_vision", "muse_glimmer_vision"): MOONVIT,
+    ("kimi_k25_vision",): MOONVIT,
     ("llama4_vision_model",): LLAMA4,
     ("mllama_vision_model",): replace(LLAMA4, stacks=("transformer.layers", "global_transformer.layers")),
     ("ovis2_vision",): OVIS2,
