@@ -66,7 +66,8 @@ def attention_blocks(structure: Structure) -> Iterator[Block]:
             proposals = [one for out in outs for one in _proposals(structure, inputs, out, around)]
             if proposals:
                 kinds = type(structure.modules[inputs.root]).__name__, type(structure.modules[around]).__name__
-                names = ", ".join(map(structure.pattern, inputs.paths))
+                own = (name for name, _ in structure.modules[inputs.root].named_parameters(recurse=False))
+                names = ", ".join([*map(structure.pattern, inputs.paths), *own])  # some blocks of a stack have sinks
                 yield Block(f"attention of {names} ({', '.join(kinds)})", tuple(_finest_first(proposals)))
                 break
 
