@@ -1,6 +1,6 @@
 """S²FT as a method of PEFT with target_modules="all-linear" on a tiny model of every type of transformers.
 
-    python bench/peft_types.py [--types bert llama ...] [--workers 2] [--ratio 0.5]
+    python bench/peft_types.py [--types bert llama ...] [--again] [--workers 2] [--ratio 0.5]
 
 A type passes if S²FT can be injected, the model still computes the same, every delta whose module runs gets a gradient
 where a full weight gets one, the adapter is saved and loaded by PEFT, and the loaded one merges into the same weights,
@@ -12,6 +12,7 @@ The rows are in bench/results/peft_types.json.
 
 import argparse
 import copy
+import inspect
 import io
 import json
 import multiprocessing as mp
@@ -28,49 +29,16 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS
 import torch
 import transformers
 from harness import machine
+from model_types import tiny_model_of, types
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers.models.auto import modeling_auto
 
 from s2ft.model.discovery.examples import run_example, runnable_example
-from s2ft.model.discovery.tiny_config import Level, tiny_config
-from s2ft.model.discovery.twin import tiny_model
 from s2ft.peft import S2FTPeftConfig, S2FTPeftLayer
 
 RESULTS = Path(__file__).parent / "results" / "peft_types.json"
-KINDS_OF_MODELS = (
-    "CAUSAL_LM",
-    "IMAGE_TEXT_TO_TEXT",
-    "SEQ_TO_SEQ_CAUSAL_LM",
-    "MASKED_LM",
-    "IMAGE_CLASSIFICATION",
-    "SPEECH_SEQ_2_SEQ",
-    "CTC",
-    "TEXT_ENCODING",
-)
-SECONDS = 240  # of one type
+SECONDS = 120  # of one type
 CLOSE = 1e-4  # relative difference of outputs that are the same but for rounding
-
-
-def classes() -> dict[str, str]:
-    """The name of a model class for each model type: that of the first mapping that has the type."""
-    found: dict[str, str] = {}
-    for kind in KINDS_OF_MODELS:
-        for model_type, name in getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES").items():
-            found.setdefault(model_type, name if isinstance(name, str) else name[0])
-    return dict(sorted(found.items()))
-
-
-def build(model_type: str, name: str) -> nn.Module:
-    """A tiny model, cut as far as it can be built."""
-    config, failed = transformers.CONFIG_MAPPING[model_type](), []
-    for level in Level:
-        for one in (config, getattr(config, "text_config", None)):
-            try:
-                return tiny_model(getattr(transformers, name), tiny_config(one, level))
-            except Exception as error:  # configs fail in many ways; each one only rules this cut out
-                failed.append(f"{type(error).__name__}: {error}")
-    raise ValueError(failed[0])
 
 
 def short(error: BaseException) -> str:
@@ -107,6 +75,8 @@ def gradients(model: nn.Module, example: Any) -> None:
 def without_gradient(base: nn.Module, model: PeftModel, example: Any) -> tuple[int, list[str]]:
     """How many modules run and get a gradient in full training, and which of those get none in their delta."""
     full = copy.deepcopy(base).requires_grad_(True)
+    if isinstance(example, dict) and "use_cache" in inspect.signature(base.forward).parameters:
+        example = {**example, "use_cache": False}  # a cache may be written to between forward and backward
     gradients(full, example)
     gradients(model, example)
     trained = {
@@ -129,7 +99,7 @@ def check(model_type: str, name: str, ratio: float) -> dict[str, Any]:
     """The row of one model type."""
     row: dict[str, Any] = {"type": model_type, "class": name}
     try:
-        base = build(model_type, name).float()
+        base = tiny_model_of(model_type)
     except Exception as error:
         return {**row, "built": short(error)}
     try:
@@ -188,9 +158,9 @@ def child(pipe, *args) -> None:
         pipe.send(check(*args))
 
 
-def run(types: dict[str, str], ratio: float, workers: int) -> list[dict[str, Any]]:
+def run(names: dict[str, str], ratio: float, workers: int) -> list[dict[str, Any]]:
     """Check each type in a process of its own, which may die or be stopped."""
-    context, waiting, running, rows = mp.get_context("fork"), list(types.items()), {}, []
+    context, waiting, running, rows = mp.get_context("fork"), list(names.items()), {}, []
     while waiting or running:
         while waiting and len(running) < workers:
             model_type, name = waiting.pop(0)
@@ -217,28 +187,39 @@ def run(types: dict[str, str], ratio: float, workers: int) -> list[dict[str, Any
     return sorted(rows, key=lambda row: row["type"])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--types", nargs="*")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--ratio", type=float, default=0.5)
-    options = parser.parse_args()
-    types = {key: name for key, name in classes().items() if not options.types or key in options.types}
-    rows = run(types, options.ratio, options.workers)
+def passes(row: dict[str, Any]) -> bool:
+    return row.get("s2ft") == "ok"
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, int]:
+    """The counts of a table."""
     taken = [row for row in rows if row.get("lora") == "ok"]
-    passed = [row for row in taken if row.get("s2ft") == "ok"]
-    total = {
+    return {
         "types": len(rows),
         "built": sum("built" not in row for row in rows),
         "lora": len(taken),
-        "s2ft": sum(row.get("s2ft") == "ok" for row in rows),
-        "s2ft_of_lora": len(passed),
+        "s2ft": sum(map(passes, rows)),
+        "s2ft_of_lora": sum(map(passes, taken)),
         "with_example": sum("lora" in row and "example" not in row for row in rows),
     }
-    print(total)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--types", nargs="*", help="check these types only, and write no table")
+    parser.add_argument("--again", action="store_true", help="check the rows of the table that do not pass once more")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--ratio", type=float, default=0.5)
+    options = parser.parse_args()
+    names = {key: found[0][1] for key, found in sorted(types().items()) if not options.types or key in options.types}
+    kept = [row for row in json.loads(RESULTS.read_text())["rows"] if passes(row)] if options.again else []
+    for row in kept:
+        names.pop(row["type"], None)
+    rows = sorted(kept + run(names, options.ratio, options.workers), key=lambda row: row["type"])
+    print(summary(rows))
     if not options.types:
-        result = {**machine(), "transformers": transformers.__version__, "ratio": options.ratio, **total, "rows": rows}
-        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+        head = {**machine(), "transformers": transformers.__version__, "ratio": options.ratio, **summary(rows)}
+        RESULTS.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
