@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 
-.PHONY: demo test test-all test-processors test-peft types lint bench docs clean
+.PHONY: demo test test-all test-processors test-peft test-transformers types lint bench docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/s2ft demo
@@ -33,6 +33,13 @@ test-processors: $(VENV)/.installed $(VENV)/.quantized
 # Run PEFT's own tests on S²FT. They are in the source distribution of the installed version of PEFT.
 test-peft: $(VENV)/.installed
 	$(BIN)/python tests/peft/upstream/run.py
+
+# Run the tables of model types with older releases of transformers, each in an environment that takes all other packages
+# from $(VENV). RELEASES="5.9.0 5.24.0" names other releases.
+RELEASES ?= 5.0.0 5.6.0 5.12.0
+
+test-transformers: $(VENV)/.installed
+	$(foreach release,$(RELEASES),$(BIN)/python tests/support/releases.py $(release) &&) true
 
 # Check the types of the public API as a strictly typed program uses it.
 types: $(VENV)/.installed

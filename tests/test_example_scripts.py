@@ -16,9 +16,16 @@ PRINTED = {
     "serve_and_query.py": ["models: base, polite", "base: ", "polite: "],
     "dpo_with_trl.py": ["loss: 0.693 before", "pairs in which the chosen answer gains: "],
     "images_with_trl.py": ["mlp.down_proj", "loss: ", "the same after reloading: True"],
+    "embeddings.py": [
+        "attention.output.dense",
+        "questions that find their answer: ",
+        "adapter: the same similarities: True",
+        "merged model: the same similarities: True",
+    ],
     "own_model.py": ["up", "down", "loss: ", "merged: Linear"],
     "export_and_reload.py": ["LoRA in PEFT: ", "merged: "],
 }
+NEEDS = {"embeddings.py": "sentence_transformers"}
 
 
 def test_every_script_is_tested():
@@ -27,6 +34,8 @@ def test_every_script_is_tested():
 
 @pytest.mark.parametrize("script", PRINTED)
 def test_a_script_runs(script, tmp_path, monkeypatch, capsys):
+    if script in NEEDS:
+        pytest.importorskip(NEEDS[script], reason=f"{NEEDS[script]} is not installed")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.setattr(sys, "argv", [script])

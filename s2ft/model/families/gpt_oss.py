@@ -14,6 +14,7 @@ from s2ft.model.families.mixtral import mixture, self_attention
 from s2ft.model.families.recurrent import mamba
 
 MODEL_TYPES = ("aria_text", "gpt_oss", "llama4_text", "muse_spark_text", "nemotron_h", "openai_privacy_filter")
+SINCE = {"aria_text": "5.18", "gpt_oss": "5.7", "nemotron_h": "5.15"}
 # Layers from the model's width to that of the experts, and back
 WIDTHS = ("pre_expert_proj", "post_expert_proj", "fc1_latent_proj", "fc2_latent_proj")
 

@@ -47,6 +47,13 @@ MODEL_TYPES = (
     "qwen3_next",
     "recurrent_gemma",
 )
+SINCE = {
+    "granitemoe": "5.14",
+    "granitemoehybrid": "5.14",
+    "granitemoeshared": "5.14",
+    "olmo_hybrid": "5.15",
+    "recurrent_gemma": "5.14",
+}
 Part = Callable[[nn.Module, int, str], list[Coupling]]
 
 

@@ -50,7 +50,7 @@ MODEL_TYPES = (
     "sarvam_moe",
     "solar_open",
 )
-SINCE = {"phimoe": "5.1"}
+SINCE = {"afmoe": "5.5", "hunyuan_v1_moe": "5.1", "phimoe": "5.1"}
 SHARED = ("shared_expert", "shared_experts", "shared_mlp")  # names of the expert that processes every token
 GATES = ("gate_proj", "g_proj")  # names of the gate of an attention's output
 # Names of a feed-forward block's layers: up, down and gate, or up and gate in one

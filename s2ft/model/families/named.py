@@ -229,6 +229,21 @@ BY_TYPE = {model_type: (names,) for model_types, names in NAMES.items() for mode
     model_type: names for model_types, names in SEVERAL.items() for model_type in model_types
 }
 MODEL_TYPES = tuple(BY_TYPE)
+SINCE = {
+    "audio-spectrogram-transformer": "5.9",
+    "beit": "5.9",
+    "dinov2": "5.18",
+    "dinov2_with_registers": "5.18",
+    "layoutlmv3": "5.24",
+    "moonshine": "5.2",
+    "pixio": "5.9",
+    "segformer": "5.9",
+    "sew-d": "5.18",
+    "swin": "5.9",
+    "videomae": "5.6",
+    "vit_mae": "5.9",
+    "vivit": "5.9",
+}
 
 
 def couplings(model: nn.Module) -> list[Coupling]:

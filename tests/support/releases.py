@@ -1,0 +1,30 @@
+"""Runs the tables of model types with another release of transformers: python tests/support/releases.py 5.0.0."""
+
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TESTS = ("tests/test_model_types.py", "tests/test_attach.py", "tests/test_families.py")
+
+
+def environment(release: str) -> Path:
+    """Make an environment with this release, which takes all other packages from this one. Returns its Python."""
+    folder = Path(sys.prefix) / "releases" / release
+    python = folder / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    where = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    packages = Path(subprocess.run(where, check=True, capture_output=True, text=True).stdout.strip())
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")  # after those of the environment
+    subprocess.run([python, "-m", "pip", "install", "--quiet", f"transformers=={release}"], check=True)
+    return python
+
+
+def main(release: str) -> int:
+    python = environment(release)
+    return subprocess.run([python, "-m", "pytest", "-n", "auto", "-m", "not slow", *TESTS], cwd=ROOT).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
