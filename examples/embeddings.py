@@ -41,9 +41,9 @@ def embedding_model(name: str | None) -> SentenceTransformer:
         name = "tiny-encoder"
         set_seed(0)
         tokenizer = tiny_tokenizer()
-        config = BertConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                            num_attention_heads=4, max_position_embeddings=128, pad_token_id=0,
-                            initializer_range=0.2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+        dropouts = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        config = BertConfig(vocab_size=len(tokenizer), pad_token_id=0, initializer_range=0.2, **sizes, **dropouts)
         BertModel(config).save_pretrained(name)
         tokenizer.save_pretrained(name)
     return SentenceTransformer(name, device="cpu")

@@ -22,7 +22,7 @@ from support.aliases import (
 from support.composites import part_types
 from support.models import ALL_RATIOS, CASES, block_weights, inputs_of, loss_of, output_of, randomized, token_batch
 from support.tolerances import LOGITS, relative_difference
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, __version__
+from transformers import AutoConfig, AutoModelForCausalLM, __version__
 
 import s2ft
 from s2ft import S2FTConfig

@@ -220,7 +220,11 @@ def act_mul_of(experts: nn.Module) -> str | None:
     if type(experts).__name__ == "LigerExperts":
         return "silu"
     default = getattr(moe, "_default_apply_gate", None)
-    if default is None or getattr(type(experts), "_apply_gate", None) is not default or not getattr(experts, "has_gate", True):
+    if (
+        default is None
+        or getattr(type(experts), "_apply_gate", None) is not default
+        or not getattr(experts, "has_gate", True)
+    ):
         return None
     kinds = {type(ACT2FN[name]): act for act, row in ACTIVATIONS.items() for name in row.hidden_acts}
     return kinds.get(type(experts.act_fn))
