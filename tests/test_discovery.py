@@ -76,6 +76,15 @@ def test_discovery_finds_the_couplings_of_types_with_the_same_modules(model_type
         check_found_again(model, inputs_of(model) if model_type in GIVEN else None)
 
 
+def test_experts_are_tried_on_a_given_example():
+    """The grouped product, which transformers prefers, takes no float64."""
+    model = model_of("qwen3-moe")
+    model.set_experts_implementation("grouped_mm")
+    found = discover(model, inputs_of(model)).couplings
+    assert {coupling.kind for coupling in found} == {"experts", "attention", "ffn"}
+    assert not any(coupling.is_one_sided for coupling in found)
+
+
 def test_a_model_on_meta_is_enough_and_layers_are_numbered():
     with torch.device("meta"):
         model = model_of("whisper")

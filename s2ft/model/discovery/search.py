@@ -118,8 +118,6 @@ def trial_of(model: nn.Module, example: Any = None) -> Trial:
         return _trial_on(model, example)
     tried: list[str] = []
     for twin in twins_of(model, tried):
-        if hasattr(twin, "set_experts_implementation"):
-            twin.set_experts_implementation("eager")  # the grouped matrix product of PyTorch takes no float64
         for make in (lambda twin: runnable_example(twin)[0], example_of):
             try:
                 return Trial(twin, make(twin))

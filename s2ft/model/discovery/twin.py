@@ -117,9 +117,7 @@ def tiny_model(model_class: type, config: Any, dtype: torch.dtype = torch.float3
 
 def _from_config(model_class: type, config: Any, dtype: torch.dtype) -> nn.Module:
     if hasattr(model_class, "_from_config"):
-        # The product of all experts at once does not exist in float64.
-        more = {"experts_implementation": "eager"} if dtype == torch.float64 else {}
-        return model_class._from_config(config, dtype=dtype, **more)
+        return model_class._from_config(config, dtype=dtype)
     return model_class(config)
 
 
@@ -142,6 +140,8 @@ def _prepared(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     if dtype == torch.float64:
         if getattr(getattr(model, "config", None), "_attn_implementation", None) not in (None, "eager", "sdpa"):
             model.set_attn_implementation("eager")  # other kernels need a GPU or half precision
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")  # the grouped matrix product of PyTorch takes no float64
         model.register_forward_pre_hook(_enter_float64, prepend=True)
         model.register_forward_hook(_leave_float64, always_call=True)
     return model
