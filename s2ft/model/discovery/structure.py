@@ -196,8 +196,8 @@ class Structure:
 
     def _stack_of(self, block: str) -> str:
         """A name for the stack of a block: lists of one module (attentions, ffns) are one stack, but not two coders."""
-        *around, name = block.split(".")[: self.stack_digits(block)[0]]
-        return ".".join([*around, name] if "coder" in name else around)
+        around = block.split(".")[: self.stack_digits(block)[0]]  # empty if the model is a list of blocks itself
+        return ".".join(around if around and "coder" in around[-1] else around[:-1])
 
     def _number_within(self, block: str) -> int:
         parts, digits = block.split("."), self.stack_digits(block)
