@@ -469,7 +469,8 @@ def write(path: Path, rows: dict[str, dict]) -> None:
     path.parent.mkdir(exist_ok=True)
     with path.open("w", newline="") as file:
         file.write(
-            f"# {platform.machine()} {platform.system()}, {datetime.date.today()}, {versions}, float32, one thread\n"
+            f"# {platform.machine()} {platform.system()}, {os.cpu_count()} cores, {datetime.date.today()}, {versions}, "
+            "float32, one thread; made: UTC\n"
         )
         table = csv.DictWriter(file, FIELDS, lineterminator="\n")
         table.writeheader()
