@@ -257,6 +257,8 @@ def test_tied_projections_train_in_place_only():
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     s2ft.attach(model, S2FTConfig(d_ratio=0.1, layout="indexed"))
     train(model)
+    with pytest.raises(ValueError, match="layers.0.mlp.down_proj and .*layers.1.mlp.down_proj are one tied weight"):
+        s2ft.merge(model)
     s2ft.detach(model)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 

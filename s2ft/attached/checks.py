@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from s2ft.attached.record import Attachment
 from s2ft.distributed import is_sharded
@@ -107,17 +107,35 @@ def check_gradients_pass(model: nn.Module) -> None:
 
 
 def check_can_merge(record: Attachment) -> None:
-    """Raise ValueError if a trainable layer has a quantized weight."""
+    """Raise ValueError if a trainable layer has a quantized weight, or one that another trainable layer has too."""
     for path, mount in record.mounts.items():
         if mount.layer.kind.read_only:
             raise ValueError(f"{path}: {mount.layer.kind.read_only}")
+    _check_apart({path: mount.layer.weight for path, mount in record.mounts.items()})
 
 
 def check_can_write(model: nn.Module, record: Attachment, deltas: dict[str, Delta]) -> None:
-    """Raise ValueError if a weight that the deltas would change is quantized. deltas: by projection."""
-    for projection in projections_of(record.couplings):
-        if projection.name in deltas and weight_at(model, projection).read_only:
+    """Raise ValueError if a weight that the deltas would change is quantized, or tied to another one of theirs.
+
+    deltas: by projection.
+    """
+    changed = [projection for projection in projections_of(record.couplings) if projection.name in deltas]
+    for projection in changed:
+        if weight_at(model, projection).read_only:
             raise ValueError(
                 f"{projection.path} is quantized, and an adapter can't be written into it: load it with "
                 "trainable=True, which adds it in the forward, or load the base unquantized"
+            )
+    _check_apart({projection.path: weight_at(model, projection).tensor for projection in changed})
+
+
+def _check_apart(weights: dict[str, Tensor]) -> None:
+    """Raise ValueError if two paths have one tied weight. Their updates differ, so that none of them could be kept."""
+    paths: dict[int, str] = {}
+    for path, weight in weights.items():
+        other = paths.setdefault(id(weight), path)
+        if other != path:
+            raise ValueError(
+                f"{other} and {path} are one tied weight, and an adapter that trains each by itself can't be written "
+                "into it: train one of them only, by couplings= or by the config's layers"
             )

@@ -174,6 +174,8 @@ def _has_language_model(model: nn.Module) -> bool:
     config = getattr(model, "config", None)
     if not _configs(config):
         return False
+    if _tower_of_inputs(model) and "language" not in map(_tower_of_name, _configs(config)):
+        return False  # it hears or sees, and has no more than a head for text, such as a model with CTC
     base = getattr(model, getattr(model, "base_model_prefix", "") or "", model)
     if getattr(config, "is_encoder_decoder", False) and hasattr(base, "decoder"):
         return False

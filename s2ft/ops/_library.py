@@ -13,6 +13,15 @@ from torch import Tensor
 LIBRARY = torch.library.Library("s2ft", "DEF")
 
 
+def own_output(y: Tensor) -> Tensor:
+    """Return the same values as a tensor that is no view.
+
+    Products of PyTorch may return a view. A model may change the output in place, which autograd refuses for a view
+    that an op returns.
+    """
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+
+
 def define(
     schema: str,
     reference: Callable,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s2ft.ops._effective import Units, with_effective_weight
-from s2ft.ops._library import autocast_input, check_index, define
+from s2ft.ops._library import autocast_input, check_index, define, own_output
 
 
 def check(op: str, x: Tensor, weight: Tensor, delta: Tensor, units: Units, dim: int, bias: Tensor | None) -> None:
@@ -46,8 +46,7 @@ def reference(x, weight, delta, units, dim, bias, kept):
     y = with_effective_weight(
         weight, delta, units, dim, x.dtype, lambda effective: F.linear(x.contiguous(), effective, bias)
     )
-    # F.linear may return a view. A model may change the output in place, which autograd refuses for a view of an op.
-    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+    return own_output(y)
 
 
 def reference_grad_x(grad, weight, delta, units, dim):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from s2ft.ops._effective import effective_units
-from s2ft.ops._library import autocast_input, check_index, define
+from s2ft.ops._library import autocast_input, check_index, define, own_output
 from s2ft.ops._lock import LOCK
 
 
@@ -44,17 +44,8 @@ def reference(
     dilation: list[int],
 ) -> Tensor:
     bias = None if bias is None else bias.detach().to(x.dtype)
-    return torch.ops.aten.convolution(
-        x.detach(),
-        effective(weight, delta, index, dim, x.dtype),
-        bias,
-        stride,
-        padding,
-        dilation,
-        False,
-        [0] * len(stride),
-        1,
-    )
+    weight, zero = effective(weight, delta, index, dim, x.dtype), [0] * len(stride)
+    return own_output(torch.ops.aten.convolution(x.detach(), weight, bias, stride, padding, dilation, False, zero, 1))
 
 
 def reference_grad_x(

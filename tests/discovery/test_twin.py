@@ -27,6 +27,7 @@ from transformers import (
     WhisperConfig,
 )
 
+from s2ft.model.discovery import discover
 from s2ft.model.discovery.examples import run_example, runnable_example
 from s2ft.model.discovery.tiny_config import HEADS, Level, tiny_config
 from s2ft.model.discovery.twin import kinds_of_blocks, paths_and_classes, twin_of
@@ -272,3 +273,20 @@ def test_nearly_all_types_build_a_tiny_model():
             failed[model_type] = str(error)
         count += 1
     assert count > 380 and len(failed) <= 8, failed
+
+
+def test_layers_with_one_weight_are_left_out():
+    model = nn.Sequential()
+    model.blocks = nn.Sequential(*(nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)) for _ in range(3)))
+    model.blocks[1][0].weight = model.blocks[0][0].weight
+    found = discover(model, torch.randn(2, 8))
+    trained = {projection.path for one in found.couplings for projection in one.projections}
+    assert not trained & {"blocks.0.0", "blocks.1.0"} and {"blocks.2.0", "blocks.2.2"} <= trained
+    assert [row.reason for row in found.weights if row.path == "blocks.1.0"] == ["one weight with that of blocks.0.0"]
+
+
+def test_a_model_may_be_a_list_of_blocks_itself():
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 8)) for _ in range(3)))
+    found = discover(model, torch.randn(2, 8))
+    assert [one.layer for one in found.couplings] == [0, 1, 2]
+    assert [one.consumer.path for one in found.couplings] == ["0.2", "1.2", "2.2"]

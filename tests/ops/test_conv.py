@@ -189,3 +189,12 @@ def test_layers_equal_the_convolution_they_replace(plain, kind, batched):
 
 def test_the_op_is_public():
     assert s2ft.ops.indexed_conv is indexed_conv
+
+
+def test_a_model_may_change_the_output_in_place():
+    x, weight, delta, index, dim, bias = tensors(1, 0)
+    delta.requires_grad_()
+    y = indexed_conv(x, weight, delta, index, dim, bias)
+    y += 1.0
+    y.sum().backward()
+    assert delta.grad.abs().sum() > 0

@@ -67,6 +67,9 @@ class Findings:
 
     def add_one_sided(self) -> None:
         """Cover every layer of the blocks that is in no coupling, or say why it is not trained."""
+        for path, other in self.structure.shared.items():
+            if self._is_in_block(path):
+                self._rows[path] = WeightRow(path, "untouched", f"one weight with that of {other}")
         for path in self.structure.layers:
             if path not in self._rows and self._is_in_block(path):
                 self._rows[path] = self._lone(path)

@@ -19,7 +19,7 @@ def stack_blocks(structure: Structure) -> Iterator[Block]:
     for path, module in structure.modules.items():
         for up, down in PAIRS:
             found = _stack(module, up), _stack(module, down)
-            if None in found or not _runs(module, up):
+            if None in found or not _runs(module, up) or f"{path}.{up}" in structure.shared:
                 continue
             proposals = tuple(_proposals(structure, path, up, down, *found))
             if proposals:
@@ -65,5 +65,7 @@ def stacked_weights(structure: Structure) -> Iterator[str]:
     """Iterate over the paths of the parameters that are stacked weights of experts."""
     for path, module in structure.modules.items():
         for name, parameter in module.named_parameters(recurse=False):
+            if f"{path}.{name}" in structure.shared:
+                continue
             if parameter.dim() == 3 and ("expert" in f"{path}.{name}".lower() or "Expert" in type(module).__name__):
                 yield f"{path}.{name}"

@@ -45,12 +45,24 @@ def name_and_owner(path: str) -> tuple[str, str]:
     return bare.rpartition(".")[2], parent_of(bare)
 
 
+def _shared_weights(modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Paths of the weights that more than one of the modules holds, each with another path of the same weight."""
+    holders: dict[int, list[str]] = {}
+    for path, module in modules.items():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 1:
+                holders.setdefault(id(parameter), []).append(path if name == "weight" else f"{path}.{name}")
+    return {path: paths[path == paths[0]] for paths in holders.values() if len(paths) > 1 for path in paths}
+
+
 class Structure:
     """The layers of a model, with the order in which a run calls them.
 
     Attributes:
         model: The model, or its twin.
         layers: Every layer that S²FT can train, by path, in the model's order.
+        shared: Weights that several modules hold, by the path of a layer or of a stack of experts, with another of
+            their paths. They are not in `layers`: what is trained in one place would be merged into the other too.
         called: Call numbers of modules by pattern and by path, from a run of the twin; empty before a run.
         taken: Paths of the layers that are in a coupling already.
     """
@@ -58,7 +70,12 @@ class Structure:
     def __init__(self, model: nn.Module, called: Mapping[str, int] | None = None) -> None:
         self.model = model
         self.modules = dict(model.named_modules())
-        self.layers = {path: module for path, module in self.modules.items() if kind_of(module).layers is not None}
+        self.shared = _shared_weights(self.modules)
+        self.layers = {
+            path: module
+            for path, module in self.modules.items()
+            if kind_of(module).layers is not None and path not in self.shared
+        }
         self.called = dict(called or {})
         self.taken: set[str] = set()
         self._sizes = {path: tuple(kind_of(module).shape(module)[:2]) for path, module in self.layers.items()}
@@ -179,8 +196,8 @@ class Structure:
 
     def _stack_of(self, block: str) -> str:
         """A name for the stack of a block: lists of one module (attentions, ffns) are one stack, but not two coders."""
-        *around, name = block.split(".")[: self.stack_digits(block)[0]]
-        return ".".join([*around, name] if "coder" in name else around)
+        around = block.split(".")[: self.stack_digits(block)[0]]  # empty if the model is a list of blocks itself
+        return ".".join(around if around and "coder" in around[-1] else around[:-1])
 
     def _number_within(self, block: str) -> int:
         parts, digits = block.split("."), self.stack_digits(block)

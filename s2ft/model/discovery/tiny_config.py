@@ -152,6 +152,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.3, "image_size": 64},
     "muse_spark_audio": {"num_hidden_layers": 4, "hidden_sizes": [16, 32, 32, 64]},  # one width for each stage
+    # Attention in its last stage, of 1/32 of the image's side, has more than one token then.
+    "mobilevit": {"image_size": 128},
+    "deepseek_v4": {"compress_rates.heavily_compressed_attention": 8},  # less than the length of an input
     "mimi": {"upsample_groups": WIDTH},  # one group for each channel
     "wavtokenizer_encoder": {"codebook_dim": WIDTH},
     # The tokens of images end where those of sound begin.
@@ -163,7 +166,6 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     # State spaces: expansion times width is heads times their width.
     "mamba2": {"num_heads": 8, "head_dim": HEAD_DIM},
-    "zamba": {"attention_hidden_size": 2 * WIDTH, "attention_head_dim": 2 * WIDTH // HEADS},
     "zamba2": {
         "attention_hidden_size": 2 * WIDTH,
         "attention_head_dim": 2 * WIDTH // HEADS,
@@ -175,6 +177,13 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
     # Layers of a kind are given by a period or by numbers, which a shallow model would not reach.
     "jamba": {"attn_layer_offset": 2, "attn_layer_period": 4},
+    "qwen4_exp_text": {"indexer_head_dim": HEAD_DIM, "indexer_budget": 16},
+    "zamba": {
+        "attention_hidden_size": 2 * WIDTH,
+        "attention_head_dim": 2 * WIDTH // HEADS,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],  # the second shares weights
+        "num_hidden_layers": 4,
+    },
     "bamba": {"attn_layer_indices": [1]},
     "molmo2_adapter": {"vision_feature_layer": [-1, -2]},
     "granite4_vision": {"deepstack_layer_map": [[-2, 0]], "spatial_target_layers": [1]},

@@ -107,6 +107,11 @@ class Trial:
                     return set()
                 loss = sum((_finite(tensor) * torch.randn_like(tensor)).sum() for tensor in tensors)
                 found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        except Exception as error:  # the model's own backward refuses
+            raise ValueError(
+                f"{type(self.twin).__name__} computes no gradients in evaluation mode, in which s2ft tries couplings "
+                f"out, so describe them in couplings=: {type(error).__name__}: {error}"
+            ) from error
         finally:
             self.twin.requires_grad_(False)
         return {name for name, gradient in zip(parameters, found) if gradient is not None and bool(gradient.any())}

@@ -15,7 +15,8 @@ def couplings(model: nn.Module) -> list[Coupling]:
     heads, kv_heads, head_dim = head_sizes(model.config)
     sizes = {"heads": heads, "head_dim": head_dim, "kv_heads": kv_heads}
     found = []
-    for i, (path, layer) in enumerate(layers_of(model, "layers")):
+    layers = [*layers_of(model, "layers")] or [*layers_of(model, "model.layers")]  # without or with a head
+    for i, (path, layer) in enumerate(layers):
         crosses = hasattr(layer, "cross_attn")
         name, kind = ("cross_attn", "cross-attention") if crosses else ("self_attn", "attention")
         found.append(gated_mlp(model, i, f"{path}.mlp"))
