@@ -128,3 +128,21 @@ def test_the_base_model_has_the_same_couplings_as_the_one_with_a_head():
     assert [str(c).replace("model.", "") for c in couplings_of(model.model)] == [
         str(c).replace("model.", "") for c in couplings_of(model)
     ]
+
+
+@pytest.mark.parametrize("older", ["", "qwen3_vl"], ids=["none", "that of the whole"])
+def test_a_vision_tower_whose_config_has_no_type_of_its_own_is_found(older):
+    """Older releases of transformers have such configs."""
+    model = model_of("qwen3_vl")
+    expected = couplings_of(model)
+    model.model.visual.config.model_type = older
+    assert couplings_of(model) == expected and any("visual" in coupling.main.path for coupling in expected)
+
+
+def test_the_layers_used_are_read_under_their_older_name():
+    model = model_of("llava_next")
+    model.config.vision_feature_layers = model.config.__dict__.pop(
+        "vision_feature_layer"
+    )  # VipLLaVA's in transformers 5.0
+    depth = model.config.vision_config.num_hidden_layers
+    assert sum("vision_tower" in coupling.main.path for coupling in couplings_of(model)) == 2 * (depth - 1)

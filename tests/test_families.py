@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models import model_of
+from support.models import CASES, model_of
+from transformers import CLIPTextModelWithProjection
 
 import s2ft
 from s2ft.model import families
@@ -54,3 +55,12 @@ def test_a_family_that_the_user_registers_needs_no_release(monkeypatch):
     monkeypatch.setitem(registry._REGISTERED, "llama", families.FAMILIES["llama"])
     monkeypatch.setitem(SINCE, "llama", "999.0")
     assert registry.couplings_of(model_of("llama"))
+
+
+def test_the_layers_of_a_tower_inside_one_more_module_are_found(monkeypatch):
+    """CLIP's towers with a projection have no prefix of their own in older releases of transformers."""
+    monkeypatch.setattr(CLIPTextModelWithProjection, "base_model_prefix", "clip")
+    model = CLIPTextModelWithProjection(CASES["clip-text"]())
+    found = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.5, o_ratio=0.5))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert found.trainable > 0 and all(name.startswith("text_model.encoder.layers.") for name in trained)

@@ -19,7 +19,7 @@ from support.aliases import (
     missing,
     with_dropout,
 )
-from support.composites import part_types
+from support.composites import missing as lacks_composite, part_types
 from support.models import ALL_RATIOS, CASES, block_weights, inputs_of, loss_of, output_of, randomized, token_batch
 from support.tolerances import LOGITS, relative_difference
 from transformers import AutoConfig, AutoModelForCausalLM, __version__
@@ -142,4 +142,6 @@ def test_every_model_type_is_tested():
     composites = set(composite.MODEL_TYPES)  # tests/test_composites.py tests them with their parts
     known = {kind for kind in FAMILIES if not is_too_old(__version__, kind)}
     assert CASE_TYPES | set(ROWS) <= set(FAMILIES) and not CASE_TYPES & set(ROWS)
+    if any(map(lacks_composite, composites)):
+        pytest.skip(f"transformers {__version__} lacks composite types, and nothing else names their parts")
     assert known <= CASE_TYPES | set(ROWS) | composites | part_types()

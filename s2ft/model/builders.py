@@ -187,10 +187,14 @@ def under_base(model: nn.Module, name: str) -> str:
 
 
 def layers_of(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """Iterate over (path, module) of the layers in a list of modules of the base model, if it has that list."""
-    path = under_base(model, name)
-    try:
-        layers = model.get_submodule(path)
-    except AttributeError:
+    """Iterate over (path, module) of the layers in a list of modules of the base model, if it has that list.
+
+    A tower with a head, and in older releases of transformers every tower, has the list inside one more module.
+    """
+    for path in (under_base(model, name), f"text_model.{name}", f"vision_model.{name}"):
+        try:
+            layers = model.get_submodule(path)
+        except AttributeError:
+            continue
+        yield from ((f"{path}.{i}", module) for i, module in enumerate(layers))
         return
-    yield from ((f"{path}.{i}", module) for i, module in enumerate(layers))

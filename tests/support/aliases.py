@@ -645,6 +645,7 @@ LEFT_OUT: dict[str, dict[str, str]] = {
     ),
     "hunyuan_v1_moe": {"gate.wg": "the router"},
     "jetmoe": {"router.layer": "the router"},
+    "lfm2_moe": {"feed_forward.gate": "the router, a linear layer in older releases of transformers"},
     "wavlm": {"attention.*": "torch.nn.functional.multi_head_attention_forward reads the weights past the layers"},
     "xmod": {"adapter_modules.*": "adapters of languages"},
 }

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel, __version__
 from transformers.models.auto import modeling_auto
 
 from s2ft.model.discovery.examples import examples_of
 from s2ft.model.discovery.tiny_config import tiny_config
 from s2ft.model.discovery.twin import tiny_model
-from s2ft.model.families import composite
+from s2ft.model.families import composite, is_too_old
 from s2ft.model.modes import evaluation_mode
 
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]}}
@@ -20,8 +20,11 @@ HALF = {**MROPE["rope_parameters"], "mrope_section": [8, 4, 4], "partial_rotary_
 # entries that the default config of a class lacks, though configs of real checkpoints have them
 LACKING: dict[str, dict] = {
     **dict.fromkeys(
-        ("glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_5_vl", "qwen2_vl"), {"text_config": MROPE}
+        ("glm46v", "glm4v", "glm_ocr", "glmga", "paddleocr_vl", "qwen2_5_vl", "qwen2_vl"),
+        {"text_config": {**MROPE, "pad_token_id": 0}},
     ),
+    "llama4": {"pad_token_id": 0},
+    "qwen3_vl_moe": {"text_config": {"pad_token_id": 0}},
     **dict.fromkeys(("blip-2", "instructblip"), {"image_token_index": 50265}),
     "gemma3": {"vision_config": {"image_size": 256}},  # 256 tokens an image
     "internvl": {"vision_config": {"image_size": [56, 56]}},
@@ -30,7 +33,7 @@ LACKING: dict[str, dict] = {
     "qwen2_audio": {"ignore_index": -100},
     "qwen2_5_omni_thinker": {"text_config": MROPE, "vision_start_token_id": 151652},
     "voxtral": {"audio_token_id": 24},
-    "vipllava": {"vision_feature_layer": [-2, 0]},
+    "vipllava": {"vision_feature_layers": [-2, 0]},
     **dict.fromkeys(("got_ocr2", "pp_chart2table"), {"vision_config": {"image_size": 128}}),
     "shieldgemma2": {"vision_config": {"image_size": 256}},
 }
@@ -61,8 +64,10 @@ TINY: dict[str, Callable[[Any], dict[str, dict]]] = {
 
 
 def missing(model_type: str) -> bool:
-    """Whether this version of transformers lacks the model type."""
-    return model_type not in CONFIG_MAPPING or _class_of(model_type) is None
+    """Whether this release of transformers lacks the model type, or is too old for the family of a part."""
+    if model_type not in CONFIG_MAPPING or _class_of(model_type) is None:
+        return True
+    return any(is_too_old(__version__, part) for part in _parts_of(model_type))
 
 
 def _class_of(model_type: str) -> str | None:
@@ -75,13 +80,13 @@ def _class_of(model_type: str) -> str | None:
 
 def part_types() -> set[str]:
     """The model types of the parts of all composite types."""
-    found = set()
-    for model_type in composite.MODEL_TYPES:
-        if not missing(model_type):
-            config = _config_of(model_type)
-            parts = [getattr(config, name, None) for name in config.sub_configs]
-            found |= {part.model_type for part in parts if part is not None}
-    return found
+    return {part for model_type in composite.MODEL_TYPES if not missing(model_type) for part in _parts_of(model_type)}
+
+
+def _parts_of(model_type: str) -> list[str]:
+    config = _config_of(model_type)
+    parts = [getattr(config, name, None) for name in config.sub_configs]
+    return [composite.part_type(config, part) for part in parts if part is not None]
 
 
 def composite_of(model_type: str, change: dict[str, dict] | None = None) -> PreTrainedModel:

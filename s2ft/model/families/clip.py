@@ -9,7 +9,6 @@ from s2ft.model.builders import attention_paths, head_sizes, layers_of
 from s2ft.model.coupling import Coupling
 
 MODEL_TYPES = ("clip", "clip_text_model", "clip_vision_model", "metaclip_2", "siglip", "tipsv2_text_model")
-SINCE = {"clip_text_model": "5.6", "clip_vision_model": "5.6"}
 
 
 def couplings(model: nn.Module) -> list[Coupling]:

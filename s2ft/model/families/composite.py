@@ -9,11 +9,12 @@ those after the last `vision_feature_layer`, and a pooling head.
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from s2ft.model.coupling import Coupling, Projection
-from s2ft.model.families.towers import GATED, ffn_of, modules_of
+from s2ft.model.families import towers
 
 # model type → the projector's path and its layers, or None if it is not an FFN
 LLAVA = ("multi_modal_projector", ("linear_1", "linear_2"))
@@ -34,7 +35,7 @@ PROJECTORS: dict[str, tuple[str, tuple[str, ...]] | None] = {
     "glmga": None,
     "got_ocr2": None,
     "hyperclovax_vision_v2": None,
-    "idefics2": ("connector.modality_projection", GATED),
+    "idefics2": ("connector.modality_projection", towers.GATED),
     "idefics3": None,
     "instructblip": None,
     "internvl": LLAVA,
@@ -77,8 +78,9 @@ def couplings(model: nn.Module) -> list[Coupling]:
 
     found, layer = [], 0
     for path, part in _parts(model):
-        check_release(part.config.model_type)
-        own = FAMILIES[part.config.model_type](part)
+        kind = part_type(model.config, part.config)
+        check_release(kind)
+        own = towers.couplings(part, kind) if kind in towers.BY_TYPE else FAMILIES[kind](part)
         used = [coupling for coupling in own if coupling.layer < _layers_used(model, part)]
         found += [_under(path, layer, coupling) for coupling in used]
         layer += 1 + max((coupling.layer for coupling in used), default=-1)
@@ -91,7 +93,16 @@ def undeclared_parts(model: nn.Module) -> list[str]:
 
     if getattr(getattr(model, "config", None), "model_type", None) not in PROJECTORS:
         return []
-    return [part.config.model_type for _, part in _parts(model) if part.config.model_type not in FAMILIES]
+    kinds = [part_type(model.config, part.config) for _, part in _parts(model)]
+    return [kind for kind in kinds if kind not in FAMILIES]
+
+
+def part_type(whole: Any, part: Any) -> str:
+    """The model type in the config of a part.
+
+    In older releases of transformers the configs of some vision towers have no model type, or that of the whole.
+    """
+    return f"{whole.model_type}_vision" if part.model_type in ("", whole.model_type) else part.model_type
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -101,7 +112,7 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     parts = []
     for path, module in model.named_modules():
         inside = any(path.startswith(f"{outer}.") for outer, _ in parts)
-        own = isinstance(module, PreTrainedModel) and module.config.model_type != model.config.model_type
+        own = isinstance(module, PreTrainedModel) and type(module.config) is not type(model.config)
         if own and not inside and any(isinstance(child, nn.Linear) for child in module.modules()):
             parts.append((path, module))
     language = model.config.get_text_config(decoder=True).model_type
@@ -110,7 +121,8 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _layers_used(model: nn.Module, part: nn.Module) -> int | float:
     """The number of layers of a part whose outputs the model uses."""
-    chosen = getattr(model.config, "vision_feature_layer", None)
+    older = getattr(model.config, "vision_feature_layers", None)  # VipLLaVA's name in older releases
+    chosen = getattr(model.config, "vision_feature_layer", older)
     vision = getattr(model.config, "vision_config", None)
     if chosen is None or vision is None or part.config.model_type != vision.model_type:
         return float("inf")
@@ -125,8 +137,8 @@ def _projector(model: nn.Module, layer: int) -> list[Coupling]:
     if row is None:
         return []
     path, names = row
-    build = _halved if model.config.model_type in HALVED else ffn_of
-    return [build(model, layer, projector, names, kind="projector") for projector in modules_of(model, path)]
+    build = _halved if model.config.model_type in HALVED else towers.ffn_of
+    return [build(model, layer, projector, names, kind="projector") for projector in towers.modules_of(model, path)]
 
 
 def _halved(model: nn.Module, layer: int, path: str, names: tuple[str, str], kind: str) -> Coupling:

@@ -112,8 +112,8 @@ MERGERS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
 }
 
 
-def couplings(model: nn.Module) -> list[Coupling]:
-    model_type = model.config.model_type
+def couplings(model: nn.Module, model_type: str | None = None) -> list[Coupling]:
+    model_type = model_type or model.config.model_type
     found = named(model, (BY_TYPE[model_type],))
     first = 1 + max((coupling.layer for coupling in found), default=-1)
     mergers = [
