@@ -61,7 +61,9 @@ def check_declaration(base):
     paths, weights = {p.path for p in projections}, block_weights(base, LEFT_OUT.get(model_type, ()))
     assert weights - paths == set()  # no layer of a block is left out
     assert all("conv" in path for path in paths - weights)
-    ratios = {key: ratio for key, ratio in ALL_RATIOS.items() if key[0] in {p.key for p in projections}}
+    ratios = {
+        key: ratio for key, ratio in {**ALL_RATIOS, "l_ratio": 0.2}.items() if key[0] in {p.key for p in projections}
+    }
     towers = sorted({tower_of(base, path) for path in paths})
     with torch.no_grad():
         before = output_of(base)

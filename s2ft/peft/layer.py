@@ -326,7 +326,14 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     # ---- called by the tuner and by PEFT -------------------------------------------------------------
 
     def deltas_of(self, adapter: str) -> dict[str, AdapterDelta]:
-        """The deltas of an adapter, by what stands between the adapter's name and theirs in a state dict."""
+        """Return the deltas of an adapter, by what stands between the adapter's name and theirs in a state dict.
+
+        Args:
+            adapter: Name of the adapter.
+
+        Returns:
+            The deltas by suffix; a layer with one weight has the suffix "".
+        """
         return {"": self.s2ft_delta[adapter]}
 
     def set_sum(self, adapter: str, parts: list[tuple[str, float]]) -> None:

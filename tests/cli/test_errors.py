@@ -91,16 +91,15 @@ def test_every_prompt_longer_than_the_context(capsys, tiny, tmp_path):
     )
 
 
-def test_model_of_an_unknown_family_lists_the_known_ones(capsys, data, tmp_path):
+def test_model_without_the_projection_of_the_default_ratio(capsys, data, tmp_path):
     from train.tiny import tiny_tokenizer
-    from transformers import BloomConfig, BloomForCausalLM
+    from transformers import MambaConfig, MambaForCausalLM
 
-    BloomForCausalLM(BloomConfig(vocab_size=259, hidden_size=8, n_layer=1, n_head=2)).save_pretrained(
-        tmp_path / "model"
-    )
+    sizes = {"vocab_size": 259, "hidden_size": 8, "num_hidden_layers": 1, "state_size": 4, "time_step_rank": 2}
+    MambaForCausalLM(MambaConfig(**sizes)).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     message = finetune(capsys, tmp_path / "model", data, tmp_path / "out")
-    assert "bloom" in message and "llama" in message and not (tmp_path / "out").exists()
+    assert "it has l, so set l_ratio" in message and not (tmp_path / "out").exists()
 
 
 def test_model_that_does_not_exist(capsys, data, tmp_path):

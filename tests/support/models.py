@@ -248,9 +248,7 @@ AUTO = {
     WhisperConfig: AutoModelForSpeechSeq2Seq,
 }  # all other configs use AutoModelForCausalLM
 
-ALL_RATIOS = dict(
-    q_ratio=0.5, k_ratio=0.5, v_ratio=0.7, o_ratio=0.5, u_ratio=0.2, g_ratio=0.1, d_ratio=0.15, l_ratio=0.2
-)
+ALL_RATIOS = dict(q_ratio=0.5, k_ratio=0.5, v_ratio=0.7, o_ratio=0.5, u_ratio=0.2, g_ratio=0.1, d_ratio=0.15)
 
 
 def model_of(case: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
