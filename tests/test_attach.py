@@ -12,11 +12,11 @@ from transformers import (
     AutoModelForCausalLM,
     BertForSequenceClassification,
     BertModel,
+    BitConfig,
+    BitForImageClassification,
     CLIPForImageClassification,
     CLIPTextModelWithProjection,
     OPTModel,
-    ResNetConfig,
-    ResNetForImageClassification,
     T5EncoderModel,
     T5Model,
     ViTModel,
@@ -389,10 +389,11 @@ def test_the_error_for_an_unknown_module_says_what_to_pass():
         s2ft.attach(Unknown(), S2FTConfig(d_ratio=0.1))
 
 
-def test_a_model_of_transformers_without_linear_layers_in_its_blocks_is_refused():
-    config = ResNetConfig(embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic")
-    model = ResNetForImageClassification(config)
-    with pytest.raises(ValueError, match="ResNetForImageClassification: s2ft finds nothing that it can train"):
+def test_a_model_of_transformers_in_which_nothing_can_be_trained_is_refused():
+    """Its convolutions are of classes of its own, which standardise their weights."""
+    config = BitConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_groups=2)
+    model = BitForImageClassification(config)
+    with pytest.raises(ValueError, match="BitForImageClassification: s2ft finds nothing that it can train"):
         s2ft.attach(model, S2FTConfig(d_ratio=0.5))
     assert all(p.requires_grad for p in model.parameters())
 
