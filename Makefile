@@ -76,10 +76,13 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	$(BIN)/pip install --quiet --no-build-isolation -e ".[test]"
 	touch $@
 
-# Packages for the tests of quantized bases. The tests are skipped where these packages can't be installed. They are
-# not in the extra `test`, because transformers imports them wherever they are installed.
+# Packages for the tests of quantized bases and of training with images. The tests are skipped where these packages
+# can't be installed. They are not in the extra `test`, because transformers imports them wherever they are installed,
+# and because a torchvision belongs to one torch.
 $(VENV)/.quantized: $(VENV)/.installed
 	$(BIN)/pip install --quiet bitsandbytes torchao || echo "no bitsandbytes or torchao: quantized bases are not tested"
+	$(BIN)/pip install --quiet torchvision "torch==$$($(BIN)/python -c 'import torch; print(torch.__version__)')" \
+		|| echo "no torchvision for this torch: training with images is not tested"
 	touch $@
 
 # The packages of the extra `docs`, without building the kernels a second time.

@@ -25,7 +25,7 @@ PRINTED = {
     "own_model.py": ["up", "down", "loss: ", "merged: Linear"],
     "export_and_reload.py": ["LoRA in PEFT: ", "merged: "],
 }
-NEEDS = {"embeddings.py": "sentence_transformers"}
+NEEDS = {"images_with_trl.py": "torchvision", "embeddings.py": "sentence_transformers"}
 
 
 def test_every_script_is_tested():

@@ -6,6 +6,7 @@ from support.encoders import save_encoder
 from support.images import qwen2_5_vl
 from tokenizers import models
 from train.tiny import save_tiny, sums, tiny_tokenizer, write_jsonl
+from transformers.utils import is_torchvision_available
 
 SHAPE = dict(
     hidden_size=64, intermediate_size=128, max_position_embeddings=1024
@@ -17,15 +18,16 @@ def fill(folder: Path) -> Path:
 
     - path/to/model: a LLaMA with a tokenizer and a chat template
     - path/to/encoder: a BERT with a tokenizer
-    - path/to/vision-model: a Qwen2.5-VL with a processor
+    - path/to/vision-model: a Qwen2.5-VL with a processor, where torchvision is installed
     - data.jsonl: 16 rows of instruction, output and answer; held-out.jsonl: 4 of them
     - chats.jsonl: 8 conversations
     """
     save_tiny(folder / "path/to/model", **SHAPE)
     with_merges().save_pretrained(folder / "path/to/model")
     save_encoder(folder / "path/to/encoder")
-    for part in qwen2_5_vl():
-        part.save_pretrained(folder / "path/to/vision-model")
+    if is_torchvision_available():  # the processor needs it
+        for part in qwen2_5_vl():
+            part.save_pretrained(folder / "path/to/vision-model")
     write_jsonl(folder / "data.jsonl", sums(16))
     write_jsonl(folder / "held-out.jsonl", sums(4))
     write_jsonl(folder / "chats.jsonl", [{"messages": messages(row)} for row in sums(8)])

@@ -137,6 +137,8 @@ def test_folder_without_tokenizer(tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_checkpoint_of_images_and_text_is_loaded_whole(name, tmp_path):
+    if name == "qwen2_5_vl":
+        pytest.importorskip("torchvision", reason="its processor needs torchvision")
     model, processor = MODELS[name]()
     model.save_pretrained(tmp_path), processor.save_pretrained(tmp_path)
     loaded, tokenizer = load_model(str(tmp_path))
