@@ -35,8 +35,6 @@ from s2ft.model.families.llama import llama_like
 from s2ft.model.registry import couplings_of
 from s2ft.model.towers import tower_of
 
-# vision towers of models that have them only on request, or that discovery handles
-TOWERS_WITHOUT_A_WHOLE = {"gemma4_vision", "granite_docling_vision", "muse_glimmer_vision"}
 CASE_TYPES = {make().model_type for make in CASES.values()}
 
 
