@@ -181,9 +181,9 @@ Tensor multiply(const LinearArgs& a, const Units& units, const Tensor& x, const 
   EffectiveWeight<Device> effective(a, units, x.scalar_type());
   Tensor y = aten::linear(aten::dense(x), effective.tensor(), cast_bias);
   effective.restore();
-  // With a bias, linear() returns a view of its matrix product. A model may change the output in place (OLMo's
+  // Unless x is a matrix, linear() may return a view of its product. A model may change the output in place (OLMo's
   // clip_qkv), and autograd refuses that for a view that an op of ours returns.
-  return bias && x.dim() > 2 ? aten::not_a_view(y) : y;
+  return x.dim() == 2 ? y : aten::not_a_view(y);
 }
 
 template <class Device>
