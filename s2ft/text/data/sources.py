@@ -341,6 +341,7 @@ def _hub(
     streaming: bool,
 ) -> Source:
     import datasets
+    from huggingface_hub.constants import is_offline_mode
 
     try:
         found = datasets.load_dataset(
