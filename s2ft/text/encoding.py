@@ -97,12 +97,13 @@ def encode_prompts(tokenizer, examples: Sequence[Example], room: int) -> list[li
     return fitting
 
 
-def left_pad(sequences: Sequence[Sequence[int]], pad: int) -> dict[str, torch.Tensor]:
+def left_pad(sequences: Sequence[Sequence[int]], pad: int, multiple: int = 1) -> dict[str, torch.Tensor]:
     """Make a batch of sequences, padded on the left.
 
     Args:
         sequences: Token ids of each row.
         pad: The token id to pad with.
+        multiple: The length of the batch is a multiple of this number.
 
     Returns:
         input_ids, attention_mask and position_ids, each [rows, longest] int64. Positions count from the first token
@@ -116,7 +117,7 @@ def left_pad(sequences: Sequence[Sequence[int]], pad: int) -> dict[str, torch.Te
         >>> batch["position_ids"].tolist()
         [[0, 1, 2], [0, 0, 0]]
     """
-    longest = max(map(len, sequences))
+    longest = -(-max(map(len, sequences)) // multiple) * multiple
     input_ids = torch.full((len(sequences), longest), pad)
     attention_mask = torch.zeros_like(input_ids)
     for row, ids in enumerate(sequences):
