@@ -3,11 +3,11 @@
 import copy
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from jinja2 import TemplateError
-
-from s2ft.text.prompts import PromptFormat, encode_prompt, end_ids, prompt_format
+from s2ft.text.prompts import PromptFormat, encode_prompt, end_ids
+from s2ft.text.templates import template_of
 
 logger = logging.getLogger(__name__)
 KEY = "prompt"  # in the info of an adapter
@@ -32,8 +32,8 @@ def recorded_format(info: Mapping[str, Any], name: str = "the adapter") -> Promp
         return None
     try:
         return PromptFormat.from_dict(info[KEY])
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"the prompt that is recorded in {name} can't be read: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the prompt that {name} records can't be read: {error}") from None
 
 
 class Prompter:
@@ -51,7 +51,7 @@ class Prompter:
         ends: The tokens that end an answer.
         is_chat: Whether prompts are messages in a template. If not, prompts are plain text: the adapter was trained on
             plain text, or there is no adapter and the base has no template.
-        replaces_template: Whether the tokenizer has another template, which the recorded one replaces.
+        replaces_template: Whether the base has another template, which the recorded one replaces.
 
     Raises:
         ValueError: The recorded format can't be read.
@@ -68,30 +68,26 @@ class Prompter:
     def __init__(
         self, tokenizer, info: Mapping[str, Any] | None = None, generation_config=None, name: str = "the adapter"
     ) -> None:
-        recorded = recorded_format(info or {}, name)
         own = tokenizer.chat_template
-        self.format = prompt_format(tokenizer) if recorded is None else recorded
-        self.tokenizer = copy.copy(tokenizer)  # shares the vocabulary, but has a template of its own
+        recorded = recorded_format(info or {}, name)
+        self.format = recorded or PromptFormat("chat", template_of(tokenizer))
+        self.tokenizer = copy.copy(tokenizer)  # shares the vocabulary, and has a template of its own
         self.format.apply_to(self.tokenizer)
-        if not self.tokenizer.chat_template:  # trained on plain text, and the base has no template either
-            prompt_format(tokenizer).apply_to(self.tokenizer)
         self.ends = frozenset(end_ids(self.tokenizer, generation_config))
         self.is_chat = self.format.form == "chat" and (info is not None or bool(own))
-        self.replaces_template = bool(own) and own != self.tokenizer.chat_template
+        self.replaces_template = recorded is not None and bool(own) and own != self.tokenizer.chat_template
 
-    def messages(self, conversation: Sequence[dict], system: str | None = None) -> list[dict]:
-        """Return a conversation with the system prompt, unless it begins with one.
+    def messages(self, conversation: Sequence[Mapping], system: str | None = None) -> list[dict[str, Any]]:
+        """Return a conversation with the system prompt, unless it has one.
 
         Args:
             conversation: Messages with the keys "role" and "content".
             system: Another system prompt than the recorded one. An empty text is none.
         """
-        system = self.format.system if system is None else system
-        if not system or (conversation and conversation[0]["role"] == "system"):
-            return list(conversation)
-        return [{"role": "system", "content": system}, *conversation]
+        form = self.format if system is None else replace(self.format, system=system or None)
+        return form.conversation(conversation)
 
-    def encode(self, conversation: Sequence[dict], system: str | None = None) -> list[int]:
+    def encode(self, conversation: Sequence[Mapping], system: str | None = None) -> list[int]:
         """Return the token ids of a conversation, up to where the assistant's answer begins.
 
         Args:
@@ -101,15 +97,11 @@ class Prompter:
         Raises:
             ValueError: The template refuses the messages.
         """
-        try:
-            return encode_prompt(self.tokenizer, self.messages(conversation, system))
-        except TemplateError as error:
-            raise ValueError(f"the chat template refuses the messages: {error}") from None
+        return encode_prompt(self.tokenizer, self.messages(conversation, system))
 
     def encode_text(self, text: str) -> list[int]:
         """Return the token ids of a text that the model continues, without an end token."""
-        ids = self.tokenizer(text)["input_ids"]
-        return ids[:-1] if ids and ids[-1] == self.tokenizer.eos_token_id else ids
+        return encode_prompt(self.tokenizer, text)
 
 
 def say_which_template(prompter: Prompter, name: str) -> None:
