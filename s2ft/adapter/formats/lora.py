@@ -22,7 +22,16 @@ from torch import Tensor, nn
 from s2ft.adapter.adapter import Adapter, check_fits, model_info
 from s2ft.attached.record import Attachment, find_attachment, new_attachment
 from s2ft.config import S2FTConfig
-from s2ft.files.reading import FLOATS, check_adapter_name, check_finite, open_file, parse_json, read_json, read_tensors, shortened
+from s2ft.files.reading import (
+    FLOATS,
+    check_adapter_name,
+    check_finite,
+    open_file,
+    parse_json,
+    read_json,
+    read_tensors,
+    shortened,
+)
 from s2ft.files.writing import replace_file
 from s2ft.layers import kind_of
 from s2ft.model.coupling import Coupling, Projection, projections_of
