@@ -24,7 +24,7 @@ from s2ft.serve.schemas import ChatRequest, CompletionRequest, LoadRequest, Samp
 from s2ft.serve.service import Answer, Service
 
 
-def create_app(service: Service, metrics: Metrics) -> FastAPI:
+def create_app(service: Service, metrics: Metrics, access_log: str = "text") -> FastAPI:
     """Make the ASGI app. It starts the service's engine and stops it.
 
     The app has no /docs and no /openapi.json, since the bodies of requests are read and checked without FastAPI.
@@ -32,6 +32,7 @@ def create_app(service: Service, metrics: Metrics) -> FastAPI:
     Args:
         service: The model with its adapters.
         metrics: The counters that /metrics returns.
+        access_log: "text" or "json" for one line a request in the log, or "off".
     """
 
     @asynccontextmanager
@@ -54,7 +55,7 @@ def create_app(service: Service, metrics: Metrics) -> FastAPI:
         openapi_url=None,
     )
     errors.install_handlers(app)
-    app.add_middleware(Access, metrics=metrics, log=service.limits.access_log)
+    app.add_middleware(Access, metrics=metrics, log=access_log)
     app.include_router(state_routes(service, metrics))
     app.include_router(model_routes(service))
     return app
