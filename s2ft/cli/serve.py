@@ -117,9 +117,7 @@ def serve_here(job: ServeArguments) -> None:
     from s2ft.serve.server import check_adapters, serve
     from s2ft.text.models import load_model
 
-    limits = Limits(
-        key_of(job.api_key), job.timeout, job.max_body_bytes, job.max_tokens_limit, job.ignore_unsupported
-    )
+    limits = Limits(key_of(job.api_key), job.timeout, job.max_body_bytes, job.max_tokens_limit, job.ignore_unsupported)
     options = ServerOptions(
         job.host,
         job.port,

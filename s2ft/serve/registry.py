@@ -11,13 +11,13 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from s2ft.adapter.folders import ADAPTER, STATE
 from s2ft.files.adapter_folder import CONFIG, stamp_of
 from s2ft.files.reading import check_adapter_name
 from s2ft.serve.errors import ApiError, unknown_model
 from s2ft.serve.sources import grouped, some, source_of
+from s2ft.text.adapter_prompts import recorded_format
 from s2ft.text.prompts import PromptFormat
 
 logger = logging.getLogger(__name__)
@@ -223,7 +223,7 @@ class Adapters:
         """Check an adapter and add it. One that can't be served is noted, and None is returned."""
         bank_name = f"{name}#{self._added}"  # unique, since an earlier version may still be in use
         try:
-            prompt = _prompt_of(self.bank.check(folder).info)
+            prompt = recorded_format(self.bank.check(folder).info)
             self.bank.add(bank_name, folder)
         except FileNotFoundError:  # it was removed meanwhile
             return None
@@ -294,16 +294,6 @@ class Adapters:
             raise ValueError(f"{all_of}adapter {name!r} can't be served: {refused[name].reason}")
 
 
-def _prompt_of(info: dict[str, Any]) -> PromptFormat | None:
-    """Return the format of prompts in an adapter's metadata. Raises ValueError if it can't be read."""
-    recorded = info.get("prompt")
-    if recorded is None:
-        return None
-    if not isinstance(recorded, dict):
-        raise ValueError(f"the prompt in its info must be an object, got {type(recorded).__name__}")
-    return PromptFormat.from_dict(recorded)
-
-
 def _named_by_client(directories: Sequence[Path], path: str) -> tuple[Path, tuple]:
     """Return the adapter's folder at a path of a client, and its stamp. Raises ApiError 400 or 404."""
     for place in [_inside(directory, path) for directory in directories]:
@@ -343,7 +333,9 @@ def cannot_load(version: Version, error: Exception) -> ApiError:
         return ApiError(404, "model_not_found", f"adapter {version.name!r} was removed before it could be loaded")
     if isinstance(error, ValueError):  # a damaged adapter, or one that does not fit the base: trying again is no use
         return invalid_adapter(version.name, _reason(error, version.folder))
-    return ApiError(503, "adapter_failed", f"adapter {version.name!r} can't be loaded: {_reason(error, version.folder)}")
+    return ApiError(
+        503, "adapter_failed", f"adapter {version.name!r} can't be loaded: {_reason(error, version.folder)}"
+    )
 
 
 def _reason(error: Exception, folder: Path) -> str:

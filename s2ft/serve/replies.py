@@ -64,11 +64,7 @@ class CompletionReply:
 
     def answer(self, choices: Sequence[Choice], usage: dict) -> dict:
         """Return a complete answer."""
-        return {
-            **self._head(self.answer_type),
-            "choices": [self._choice(choice) for choice in choices],
-            "usage": usage,
-        }
+        return {**self._head(self.answer_type), "choices": [self._choice(choice) for choice in choices], "usage": usage}
 
     def opening(self, count: int) -> Iterator[dict]:
         """Yield the chunks before the first text of so many choices."""
@@ -92,11 +88,7 @@ class CompletionReply:
             yield {**self._head(self.chunk_type), "choices": [], "usage": usage}
 
     def _chunk(self, choice: dict) -> dict:
-        return {
-            **self._head(self.chunk_type),
-            "choices": [choice],
-            **({"usage": None} if self.with_usage else {}),
-        }
+        return {**self._head(self.chunk_type), "choices": [choice], **({"usage": None} if self.with_usage else {})}
 
     def _head(self, kind: str) -> dict:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
@@ -168,11 +160,7 @@ class ChatReply(CompletionReply):
         return {"content": content, "refusal": None}
 
     def _named(self, token: int, logprob: float) -> dict:
-        return {
-            "token": self.names.text(token),
-            "logprob": _finite(logprob),
-            "bytes": list(self.names.bytes(token)),
-        }
+        return {"token": self.names.text(token), "logprob": _finite(logprob), "bytes": list(self.names.bytes(token))}
 
 
 def _finite(logprob: float) -> float:

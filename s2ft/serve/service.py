@@ -5,7 +5,6 @@ import hashlib
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import contextmanager
 from copy import deepcopy
 from functools import cached_property, partial
 
@@ -18,12 +17,14 @@ from s2ft.serve.errors import ApiError, Disconnected
 from s2ft.serve.job import Event, Job
 from s2ft.serve.options import Limits
 from s2ft.serve.registry import Version
-from s2ft.serve.schemas import ChatRequest, CompletionRequest, Sampled
+from s2ft.serve.schemas import ChatRequest, Sampled
+from s2ft.text.adapter_prompts import KEY, Prompter
 from s2ft.text.encoding import context_length
-from s2ft.text.prompts import PromptFormat, encode_prompt, end_ids, prompt_format
+from s2ft.text.prompts import PromptFormat
 from s2ft.text.sampling import Sampler
 from s2ft.text.streams import TextStream, TokenNames
 
+PROMPTERS = 64  # formats of prompts that are kept; most servers have a few
 TOKENS_WITHOUT_A_CONTEXT = 2048  # the longest answer if neither the model nor an option limits it
 
 
@@ -44,9 +45,8 @@ class Service:
         self.vocabulary = engine.batch.model.get_input_embeddings().weight.shape[0]
         # One for each thread, since they work at the same time.
         self._encoding, self._decoding = tokenizer, deepcopy(tokenizer)
-        self._own_format = prompt_format(tokenizer)
         self._one_at_a_time = threading.Lock()
-        self._ends: dict[PromptFormat, frozenset[int]] = {}
+        self._prompters: dict[PromptFormat | None, Prompter] = {}
 
     @cached_property
     def names(self) -> TokenNames:
@@ -76,7 +76,9 @@ class Service:
             if body.scored is not None:
                 _ = self.names
             return [
-                self._job(body, ids[number // body.choices], number % body.choices, ends, partial(emit, number), version)
+                self._job(
+                    body, ids[number // body.choices], number % body.choices, ends, partial(emit, number), version
+                )
                 for number in range(count)
             ]
         except BaseException:
@@ -96,52 +98,45 @@ class Service:
         Raises:
             ApiError: 400 if a prompt cannot be encoded.
         """
-        with self._one_at_a_time, self._templates_of(self._format_of(version)) as prompt:
+        with self._one_at_a_time:
+            prompter = self._prompter(None if version is None else version.prompt)
             try:
-                found = [self._chat_ids(body, prompt)] if isinstance(body, ChatRequest) else self._completion_ids(body)
-            except TemplateError as error:
-                raise ApiError(400, "invalid_messages", f"the chat template refuses the messages: {error}") from None
+                if isinstance(body, ChatRequest):
+                    found = [self._chat_ids(body, prompter)]
+                else:
+                    found = [self._ids_of(prompt, prompter) for prompt in body.prompts]
             except UnicodeError:
                 raise ApiError(400, "invalid_prompt", "the text contains half of a surrogate pair") from None
-            if prompt not in self._ends:
-                self._ends[prompt] = frozenset(end_ids(self._encoding, self.engine.batch.model.generation_config))
-            ends = self._ends[prompt]
         if not found or not all(found):
             raise ApiError(400, "empty_prompt", "the prompt has no tokens")
-        return found, ends
+        return found, prompter.ends
 
-    def _format_of(self, version: Version | None) -> PromptFormat:
-        """The format that the adapter was trained with. The tokenizer's own for the base and adapters without one."""
-        recorded = None if version is None else version.prompt
-        return self._own_format if recorded is None or recorded.form == "text" else recorded
+    def _prompter(self, recorded: PromptFormat | None) -> Prompter:
+        """The maker of prompts for a recorded format. Adapters of one format share it."""
+        if recorded not in self._prompters:
+            if len(self._prompters) >= PROMPTERS:
+                self._prompters.pop(next(iter(self._prompters)))
+            info = None if recorded is None else {KEY: recorded.to_dict()}
+            self._prompters[recorded] = Prompter(self._encoding, info, self.engine.batch.model.generation_config)
+        return self._prompters[recorded]
 
-    @contextmanager
-    def _templates_of(self, prompt: PromptFormat):
-        """Give the tokenizer the chat template of a format inside the context. Called with the lock held."""
-        own = self._encoding.chat_template
-        try:
-            prompt.apply_to(self._encoding)
-            yield prompt
-        finally:
-            self._encoding.chat_template = own
-
-    def _chat_ids(self, body: ChatRequest, prompt: PromptFormat) -> list[int]:
+    @staticmethod
+    def _chat_ids(body: ChatRequest, prompter: Prompter) -> list[int]:
         messages = [message.to_dict() for message in body.messages]
         for message in messages:
             "".join(message.values()).encode()  # raises UnicodeError, while tokenizers raise various errors
-        return encode_prompt(self._encoding, prompt.conversation(messages))
+        try:
+            return prompter.encode(messages)
+        except (TemplateError, ValueError) as error:
+            raise ApiError(400, "invalid_messages", f"the chat template refuses the messages: {error}") from None
 
-    def _completion_ids(self, body: CompletionRequest) -> list[list[int]]:
-        return [self._ids_of(prompt) for prompt in body.prompts]
-
-    def _ids_of(self, prompt: str | list[int]) -> list[int]:
+    def _ids_of(self, prompt: str | list[int], prompter: Prompter) -> list[int]:
         if isinstance(prompt, list):
             if any(token >= self.vocabulary for token in prompt):
                 raise ApiError(400, "invalid_prompt", f"prompt: tokens must be below {self.vocabulary}")
             return prompt
         prompt.encode()
-        ids = self._encoding(prompt)["input_ids"]
-        return ids[:-1] if ids and ids[-1] == self._encoding.eos_token_id else ids
+        return prompter.encode_text(prompt)
 
     # ---- jobs ------------------------------------------------------------------------------------
 
