@@ -67,10 +67,14 @@ def train(parsed) -> None:
         check_upload(arguments)
         if ranks.is_main_process:
             logger.info(batches)
-        _train(parsed, folder, ranks, resume)
+        # The adapter is uploaded once, at the end. The trainer would upload every checkpoint.
+        uploads, arguments.push_to_hub = arguments.push_to_hub, False
+        result = _train(parsed, folder, ranks, resume)
+        if ranks.is_main_process:
+            _finish(result, folder, arguments, uploads)
 
 
-def _train(parsed, folder, ranks, resume) -> None:
+def _train(parsed, folder, ranks, resume):
     import s2ft
     from s2ft.adapter import add_info
     from s2ft.config import S2FTConfig
@@ -97,7 +101,7 @@ def _train(parsed, folder, ranks, resume) -> None:
     if calibration is not None and getattr(model, "hf_quantizer", None) is None:
         model.to(ranks.device)
     if ranks.is_main_process and not resume:
-        log_memory(model, tokenizer, config, rows, arguments, options)
+        log_memory(model, config, rows, arguments, options, tokenizer)
     report = s2ft.attach(model, config, options.name, calibration)
     add_info(model, {"prompt": prompt.to_dict(), "training": _training(parsed, rows)})
     check_ranks_agree(model)
@@ -105,9 +109,7 @@ def _train(parsed, folder, ranks, resume) -> None:
         folder.begin(run_options("sft", parsed.objects, parsed.given), bool(resume), parsed.config_text())
         print(report, flush=True)
     ranks.wait_for_everyone()  # The other ranks must not read the folder before it is ready.
-    result = _sft(model, tokenizer, rows, arguments, folder, options, resume, held_out)
-    if ranks.is_main_process:
-        _finish(result, folder, arguments)
+    return _sft(model, tokenizer, rows, arguments, folder, options, resume, held_out)
 
 
 def _read(parsed):
@@ -190,10 +192,8 @@ def _sft(model, tokenizer, rows, arguments, folder, options, resume, held_out):
     from s2ft.cli.main import reason_not_written
     from s2ft.train.sft import sft
 
-    # The adapter is uploaded once, at the end. The trainer would upload every checkpoint.
-    quiet = replace_arguments(arguments)
     try:
-        return sft(model, tokenizer, rows, quiet, folder, options=options, resume=resume, held_out=held_out)
+        return sft(model, tokenizer, rows, arguments, folder, options=options, resume=resume, held_out=held_out)
     except Exception as error:
         reason = reason_not_written(error)
         if reason is None:
@@ -201,7 +201,7 @@ def _sft(model, tokenizer, rows, arguments, folder, options, resume, held_out):
         raise OSError(f"{reason}; {folder.kept()}") from error
 
 
-def _finish(result, folder, arguments) -> None:
+def _finish(result, folder, arguments, uploads: bool) -> None:
     """Print the summary, and upload the adapter if that was asked for."""
     from s2ft.train.preparation import upload
 
@@ -214,7 +214,7 @@ def _finish(result, folder, arguments) -> None:
         print(f"stopped before the end: go on with --resume in {folder.path}")
         return
     print(f"adapter: {result.adapter}")
-    if arguments.push_to_hub:
+    if uploads:
         try:
             print(f"uploaded: {upload(arguments, folder)}")
         except Exception as error:

@@ -70,7 +70,7 @@ def sft(
     folder: RunFolder,
     *,
     options: RunOptions | None = None,
-    resume: bool = False,
+    resume: bool | Path = False,
     held_out: HeldOut | None = None,
 ) -> Finetuned:
     """Train the attached adapter of a model by TRL's SFTTrainer, and save it.
@@ -86,7 +86,8 @@ def sft(
         arguments: The SFTArguments of the run.
         folder: The output folder. The adapter is saved to `folder.adapter`.
         options: Options that TRL's arguments do not have.
-        resume: Continue from the newest valid checkpoint, or from the start if there is none.
+        resume: Continue from the newest valid checkpoint, or from the start if there is none. A path names another
+            checkpoint of the run.
         held_out: Data to evaluate on, or None.
 
     Returns:
@@ -97,7 +98,7 @@ def sft(
         MissingPackages: A package that the run needs is not installed.
     """
     options = options or RunOptions()
-    checkpoint = newest_valid(folder.path) if resume else None
+    checkpoint = resume if isinstance(resume, Path) else newest_valid(folder.path) if resume else None
     if resume:
         logger.info("resuming from %s", checkpoint.name if checkpoint else "the start: there is no valid checkpoint")
     trainer = trainer_for(model, tokenizer, train, arguments, folder, options, held_out)
