@@ -5,6 +5,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 from s2ft.text.models import DTYPES
+from s2ft.text.scoring import TASKS
 
 AUTOCAST = ("none", "bfloat16", "float16")
 # The schedules of transformers that need no metric of an evaluation, with the arguments that transformers asks for.
@@ -19,6 +20,8 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "constant": {},
     "constant_with_warmup": {},
 }
+DEFAULT_BATCH, MOST_ROWS = 64, 8  # rows of one update, and of one forward pass on one device, if nothing else is given
+KERNELS = ("s2ft", "liger")
 LARGEST = 2**32 - 1  # the largest whole number of an option: NumPy's generator takes no larger seed
 
 
@@ -250,6 +253,150 @@ class TrainOptions:
             The fields, as values that JSON can hold.
         """
         return asdict(self)
+
+
+@dataclass
+class ModelOptions:
+    """How the base model is loaded. The names are those of TRL's ModelConfig.
+
+    Raises:
+        ValueError: A value is not allowed, or two options contradict each other. The message names them.
+
+    Example:
+        >>> from s2ft.train.options import ModelOptions
+        >>> ModelOptions("meta-llama/Llama-3.2-1B", load_in_4bit=True).quantized
+        True
+    """
+
+    model_name_or_path: str = option(text="a checkpoint folder, a name on the hub, or a .gguf file")
+    model_revision: str = option("main", "branch, tag or commit of the model on the hub")
+    dtype: str = option("auto", "dtype of the model's weights; auto keeps the checkpoint's dtype", choices=DTYPES)
+    attn_implementation: str | None = option(
+        None,
+        "attention of the model by its name in transformers: eager, sdpa, flash_attention_2, flex_attention, ...",
+        metavar="NAME",
+        shown="transformers' choice",
+    )
+    load_in_8bit: bool = option(False, "load the weights in 8 bit by bitsandbytes; the layout is then indexed")
+    load_in_4bit: bool = option(False, "load the weights in 4 bit by bitsandbytes; the layout is then indexed")
+    bnb_4bit_quant_type: str = option("nf4", "kind of 4-bit numbers", choices=("fp4", "nf4"))
+    use_bnb_nested_quant: bool = option(False, "quantize the scales of 4-bit weights too")
+    bnb_4bit_quant_storage: str | None = option(
+        None, "dtype in which 4-bit weights are stored", choices=("uint8", "float16", "bfloat16", "float32")
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ValueError("load_in_8bit and load_in_4bit exclude each other")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the weights are quantized while they are loaded."""
+        return self.load_in_8bit or self.load_in_4bit
+
+
+@dataclass
+class RunOptions:
+    """Options of a run that TRL's arguments do not have.
+
+    Raises:
+        ValueError: A value is not allowed. The message names the field.
+
+    Example:
+        >>> from s2ft.train.options import RunOptions
+        >>> RunOptions(batch_size=32).per_device(devices=4)
+        (8, 1)
+    """
+
+    name: str = option("default", "name of the adapter")
+    batch_size: int | None = option(
+        None,
+        "rows of one update, over all devices; replaces --per-device-train-batch-size and "
+        "--gradient-accumulation-steps",
+        unit="rows",
+        least=1,
+        shown=f"{DEFAULT_BATCH} rows, if none of the three is given",
+    )
+    calibration_examples: int | None = option(
+        None,
+        "rows of the data for the selections activation, product and gradient",
+        shown="1 % of the rows, at least 16",
+        least=1,
+    )
+    eval_task: str | None = option(
+        None, "also score generated answers to the held-out rows, as s2ft eval does", choices=TASKS
+    )
+    eval_limit: int | None = option(None, "use the first N held-out rows only", shown="all rows", least=1)
+    max_new_tokens: int = option(256, "longest generated answer for --eval-task", unit="tokens", least=1)
+    early_stopping_patience: int | None = option(
+        None,
+        "stop after so many evaluations without a better one; the best checkpoint becomes the adapter",
+        unit="evaluations",
+        shown="no early stop",
+        least=1,
+    )
+    early_stopping_threshold: float = option(
+        0.0, "smallest change of the metric that counts as better for --early-stopping-patience", least=0
+    )
+    chunked_loss: bool = option(
+        True,
+        "compute the loss in pieces without keeping all logits, if the model's own loss allows it",
+        off="compute the loss from all logits at once; without this option it is computed in pieces, which needs less "
+        "memory",
+    )
+    kernels: str = option(
+        "s2ft", "kernels of the frozen layers: s2ft's own, or also Liger's (package liger-kernel)", choices=KERNELS
+    )
+    overwrite: bool = option(False, "replace the run in --output")
+    stop_after: int = option(
+        0, "write a checkpoint at this update and stop; continue with --resume; 0 trains to the end", least=0
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def per_device(self, devices: int) -> tuple[int, int]:
+        """Divide `batch_size` among devices.
+
+        Args:
+            devices: Number of devices.
+
+        Returns:
+            Rows of one forward pass on one device, at most 8, and the number of passes whose gradients are added up.
+
+        Raises:
+            ValueError: `batch_size` cannot be divided. The message names the nearest sizes that can.
+        """
+        return divide_batch(self.batch_size or DEFAULT_BATCH, devices)
+
+
+def divide_batch(rows: int, devices: int, micro: int | None = None) -> tuple[int, int]:
+    """Divide the rows of one update among devices and forward passes.
+
+    Args:
+        rows: Rows of one update, over all devices.
+        devices: Number of devices.
+        micro: Rows of one forward pass on one device; default: the largest divisor up to 8.
+
+    Returns:
+        Rows of one forward pass on one device, and the number of passes whose gradients are added up.
+
+    Raises:
+        ValueError: The rows cannot be divided. The message names the nearest numbers that can.
+    """
+    least = (micro or 1) * devices
+    if rows % least:
+        below, above = rows // least * least, -(-rows // least) * least
+        nearest = f"{below} or {above}" if below else str(above)
+        passes = f"{micro} rows a forward pass on " if micro else ""
+        raise ValueError(
+            f"batch_size {rows} can't be divided into {passes}{devices} device{'s' * (devices != 1)}: the nearest "
+            f"size{'s are' if below else ' is'} {nearest}"
+        )
+    each = rows // devices
+    found = micro or max(size for size in range(1, MOST_ROWS + 1) if each % size == 0)
+    return found, each // found
 
 
 # options that may differ when a run is resumed
