@@ -72,7 +72,16 @@ def test_each_line_is_answered_with_the_prompt_of_the_adapter(chat, capsys, work
 def test_adapters_are_switched_in_mid_conversation(chat, work, tmp_path):
     """Each answer is that of a chat which had the adapter from the beginning and the same messages before."""
     both = ["--adapter", work / "runs"]
-    lines = ["Hello", "/adapter talk", "next", "/adapter base", "and then?", "/adapter math", "last", f"/save {tmp_path}/a"]
+    lines = [
+        "Hello",
+        "/adapter talk",
+        "next",
+        "/adapter base",
+        "and then?",
+        "/adapter math",
+        "what is the sum?",
+        f"/save {tmp_path}/a",
+    ]
     status, out, err = chat(lines, *both)
     assert status == 0 and "(adapter talk)" in err and "(the model without an adapter)" in err
     said = json.loads((tmp_path / "a").read_text())["messages"]

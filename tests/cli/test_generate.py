@@ -105,6 +105,13 @@ def test_a_seed_gives_the_same_answer_again(capsys, work):
     assert answer(capsys, work, *draw, 1) == answer(capsys, work, *draw, 1) != answer(capsys, work, *draw, 2)
 
 
+def test_options_of_the_sampling_are_those_of_the_sampler(capsys, work):
+    draw = ["--prompt", "Hello", "--max-new-tokens", 20, "--temperature", 1.5, "--seed", 1]
+    greedy = answer(capsys, work, "--prompt", "Hello", "--max-new-tokens", 20)
+    assert answer(capsys, work, *draw, "--top-k", 1) == greedy == answer(capsys, work, *draw, "--min-p", 1)
+    assert answer(capsys, work, "--prompt", "Hello", "--max-new-tokens", 20, "--repetition-penalty", 9) != greedy
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -115,6 +122,8 @@ def test_a_seed_gives_the_same_answer_again(capsys, work):
         (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens"),
         (["--prompt", "a", "--top-p", "0"], "top_p"),
         (["--prompt", "a", "--temperature", "-1"], "temperature"),
+        (["--prompt", "a", "--min-p", "2"], "min_p must be from 0 to 1"),
+        (["--prompt", "a", "--repetition-penalty", "0"], "repetition_penalty must be above 0"),
         (["--prompt", "a" * 300], "context is 256"),
         (["--prompt", "a", "--adapter", "nowhere"], "adapter nowhere doesn't exist"),
         (["--prompt", "a", "--raw", "--system", "b"], "raw is without a chat template, so there is no system"),
