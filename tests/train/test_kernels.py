@@ -13,9 +13,6 @@ from types import MethodType, ModuleType, SimpleNamespace
 import numpy
 import pytest
 import torch
-from tests.support.models import model_of, output_of
-from tests.support.tolerances import relative_difference
-from tests.train.tiny import tiny_model
 from torch import nn
 from transformers.models.llama import modeling_llama
 
@@ -23,6 +20,9 @@ import s2ft
 from s2ft.packages import MissingPackages
 from s2ft.train import kernels
 from s2ft.train.kernels import apply_kernels, plain_kernels
+from tests.support.models import model_of, output_of
+from tests.support.tolerances import relative_difference
+from tests.train.tiny import tiny_model
 
 IDS = torch.arange(16).view(2, 8) + 5
 
@@ -111,8 +111,8 @@ def test_a_model_made_later_is_plain_and_an_estimate_does_not_meet_the_kernels(l
 def test_kernels_that_can_not_run_are_refused(liger, monkeypatch):
     with pytest.raises(ValueError, match="kernels must be one of s2ft, liger, got 'ligger'"):
         apply_kernels(tiny_model(), "ligger")
-    with pytest.raises(ValueError, match="has none for models of type 'gpt_neox', only for llama, mixtral"):
-        apply_kernels(model_of("gpt_neox"), "liger")
+    with pytest.raises(ValueError, match="has none for models of type 'phi', only for llama, mixtral"):
+        apply_kernels(model_of("phi"), "liger")
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="need a GPU.*leave out --kernels liger"):
         apply_kernels(tiny_model(), "liger")
