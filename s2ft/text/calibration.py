@@ -1,10 +1,10 @@
 """Draw calibration data for a selection from the training data."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from s2ft.selection import METRICS
-from s2ft.text.encoding import AnswerCollator, TokenRow
+from s2ft.text.collator import TokenCollator
 from s2ft.text.prompts import pad_id
 
 SHARE = 0.01  # share of the rows that is drawn, as in the paper
@@ -16,15 +16,13 @@ def needs_calibration(config) -> bool:
     return config.units is None and METRICS[config.selection].calibrated
 
 
-def calibration_for(
-    config, tokenizer, rows: Sequence[TokenRow], examples: int | None, batch_size: int
-) -> Iterator[dict] | None:
+def calibration_for(config, tokenizer, rows, examples: int | None, batch_size: int) -> Iterator[dict] | None:
     """Draw rows with the config's seed and collate them as for training.
 
     Args:
         config: The S2FTConfig of the run.
         tokenizer: The model's tokenizer.
-        rows: The rows of the training data.
+        rows: The token rows of the training data, see :func:`s2ft.text.encoding.tokenize_rows`.
         examples: Number of rows to draw. None draws 1 % of the rows, but at least 16.
         batch_size: Rows in a batch.
 
@@ -45,6 +43,9 @@ def calibration_for(
         examples = min(len(rows), max(LEAST, round(SHARE * len(rows))))
     if not 1 <= examples <= len(rows):
         raise ValueError(f"calibration_examples must be from 1 to the {len(rows)} rows there are, got {examples}")
-    drawn = random.Random(config.seed).sample(list(rows), examples)
-    collate = AnswerCollator(pad_id(tokenizer))
-    return (collate(drawn[start : start + batch_size]) for start in range(0, examples, batch_size))
+    drawn = random.Random(config.seed).sample(range(len(rows)), examples)
+    collate = TokenCollator(pad_id(tokenizer))
+    return (
+        collate([rows[number] for number in drawn[start : start + batch_size]])
+        for start in range(0, examples, batch_size)
+    )

@@ -1,76 +1,247 @@
-"""Prompts: the chat template of the tokenizer, or a plain instruction prompt if it has none.
+"""Prompts: a chat template, or plain text.
 
-Training and generation build the prompt with the same function, so that both use the same tokens.
+Training and generation build the prompt with the same functions, so that both use the same tokens.
 """
 
-from collections.abc import Sequence
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
-from s2ft.text.examples import Example
+from s2ft.text.data import DataOptions, form_of
+from s2ft.text.templates import (
+    Conversation,
+    Rendered,
+    TemplateError,
+    alpaca_template,
+    begin_ids,
+    marked_template,
+    render,
+    render_chat,
+    template_of,
+)
+from s2ft.text.tokens import encode_rendered
 
-PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-HEADINGS = {"user": "### Instruction:", "assistant": "### Response:"}
+logger = logging.getLogger(__name__)
 
-Conversation = Sequence[dict[str, str]]
+FORMS = ("chat", "text")
+BUILT_IN = {"alpaca": alpaca_template}  # names that --chat-template takes beside files and template text
+PROBE = (
+    {"role": "user", "content": "first question"},
+    {"role": "assistant", "content": "first answer"},
+    {"role": "user", "content": "second question"},
+    {"role": "assistant", "content": "second answer"},
+)
 
 
-def prompt_text(tokenizer, conversation: Conversation) -> str:
-    """Return the conversation as text that ends where the assistant's answer begins."""
-    if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=True)
-    return plain_prompt(conversation)
+@dataclass(frozen=True)
+class PromptFormat:
+    """How prompts are built. An adapter records the format that it was trained with.
 
-
-def plain_prompt(conversation: Conversation) -> str:
-    """Return the prompt for tokenizers without a chat template: blocks with headings under a preamble.
-
-    A system message replaces the preamble.
+    Attributes:
+        form: "chat" puts messages into a chat template. "text" uses texts as they are.
+        template: The Jinja chat template. None with form "text".
+        system: System prompt of the conversations that have none, or None.
 
     Example:
-        >>> print(s2ft.text.prompts.plain_prompt([{"role": "user", "content": "2+3="}]))
-        Below is an instruction that describes a task. ...
-        <BLANKLINE>
-        ### Instruction:
-        2+3=
-        <BLANKLINE>
-        ### Response:
-        <BLANKLINE>
+        >>> from s2ft.text.prompts import PromptFormat
+        >>> prompt = PromptFormat(template="{{ messages[0].content }}", system="Be brief.")
+        >>> prompt == PromptFormat.from_dict(prompt.to_dict())
+        True
+        >>> prompt.conversation([{"role": "user", "content": "2+3="}])[0]
+        {'role': 'system', 'content': 'Be brief.'}
     """
-    system = [message["content"] for message in conversation if message["role"] == "system"]
-    blocks = system or [PREAMBLE]
-    blocks += [
-        f"{HEADINGS.get(message['role'], '### ' + message['role'].capitalize() + ':')}\n{message['content']}"
-        for message in conversation
-        if message["role"] != "system"
+
+    form: str = "chat"
+    template: str | None = None
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(FORMS)}, got {self.form!r}")
+        for name in ("template", "system"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"{name} must be text, got {type(value).__name__}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as values that JSON can hold."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "PromptFormat":
+        """Return the format that :meth:`to_dict` described.
+
+        Args:
+            values: The fields by name. Unknown names are ignored, so that formats of later versions can be read.
+        """
+        return cls(**{name: values[name] for name in ("form", "template", "system") if name in values})
+
+    def apply_to(self, tokenizer):
+        """Give a tokenizer the chat template of this format. Returns the tokenizer."""
+        if self.form == "chat" and self.template:
+            tokenizer.chat_template = self.template
+        return tokenizer
+
+    def conversation(self, messages: Conversation) -> list[dict[str, Any]]:
+        """Return messages with the system prompt of this format in front, unless they have one."""
+        messages = [dict(message) for message in messages]
+        if self.system is None or any(message["role"] == "system" for message in messages):
+            return messages
+        return [{"role": "system", "content": self.system}, *messages]
+
+
+def prompt_format(
+    tokenizer, form: str = "chat", chat_template: str | Path | None = None, system: str | None = None
+) -> PromptFormat:
+    """Choose the format of prompts for a tokenizer, and check that the template works.
+
+    Args:
+        tokenizer: The model's tokenizer. It is not changed.
+        form: "chat" or "text".
+        chat_template: A file with a Jinja template, the text of a template, or "alpaca". None uses the tokenizer's
+            own template, or "alpaca" if it has none.
+        system: System prompt for conversations without one.
+
+    Returns:
+        The format. If TRL has a version of the template for training, and the template writes an answer differently
+        when other messages follow it, the format has TRL's version.
+
+    Raises:
+        FileNotFoundError: The file of the template does not exist.
+        ValueError: The template is invalid, leaves out an answer or the system prompt, or form "text" is combined
+            with a template or a system prompt.
+
+    Example:
+        >>> from transformers import ByT5Tokenizer
+        >>> from s2ft.text.prompts import prompt_format
+        >>> print(prompt_format(ByT5Tokenizer(), chat_template="alpaca").template[:40])
+        {%- set system = messages | selectattr('
+    """
+    if form == "text":
+        if chat_template is not None or system is not None:
+            option = "chat_template" if chat_template is not None else "system"
+            raise ValueError(f"{option} has no effect on plain text: give form='chat', or leave {option} out")
+        return PromptFormat("text")
+    template = template_of(tokenizer) if chat_template is None else _read_template(tokenizer, chat_template)
+    name = "the tokenizer's chat template" if chat_template is None else f"chat_template {_name_of(chat_template)}"
+    template = _checked(tokenizer, template, name)
+    if system is not None:
+        _check_system(tokenizer, template, system, name)
+    return PromptFormat("chat", template, system)
+
+
+def prompt_for_rows(tokenizer, rows, options: DataOptions) -> PromptFormat:
+    """Choose the format of prompts for rows of data.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        rows: The rows, as :func:`s2ft.text.data.load_rows` returns them.
+        options: The options of the data: the form, the chat template and the system prompt.
+
+    Raises:
+        ValueError: See :func:`prompt_format`.
+    """
+    return prompt_format(tokenizer, form_of(rows, options), options.chat_template, options.system_prompt)
+
+
+def _name_of(chat_template: str | Path) -> str:
+    text = str(chat_template)
+    return text if "{" not in text else "(given as text)"
+
+
+def _read_template(tokenizer, chat_template: str | Path) -> str:
+    text = str(chat_template)
+    if text in BUILT_IN:
+        return BUILT_IN[text](tokenizer)
+    if "{{" in text or "{%" in text:
+        return text
+    path = Path(text).expanduser()
+    if path.is_dir() and (path / "chat_template.jinja").is_file():
+        path = path / "chat_template.jinja"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"chat_template {text} is no file, no template text, and no name of a built-in template "
+            f"({', '.join(BUILT_IN)})"
+        )
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"chat_template {text} is not UTF-8 text: {error}") from None
+
+
+def _checked(tokenizer, template: str, name: str) -> str:
+    """Return the template, or TRL's version of it. Raises ValueError if it is invalid or leaves out the last answer."""
+    try:
+        text = render(tokenizer, PROBE, template)
+        prompt = render(tokenizer, PROBE[:-1], template, prompt=True)
+    except TemplateError as error:
+        raise ValueError(f"{name}: {error}") from None
+    missing = [part for part in ("second question",) if part not in prompt]
+    missing += [part for part in ("second answer",) if part not in text]
+    if missing:
+        raise ValueError(
+            f"{name} leaves out the {'answer' if 'answer' in missing[0] else 'question'} of a chat: with the last "
+            f"messages 'second question' and 'second answer' it writes {text[-160:]!r}; give another one with "
+            "chat_template"
+        )
+    marked = marked_template(tokenizer, template)
+    if marked and marked != template and render(tokenizer, PROBE, marked) != text:
+        logger.info(
+            "chat template: TRL's version for training, since the model's own writes an answer differently when other "
+            "messages follow it"
+        )
+        return marked
+    return template
+
+
+def _check_system(tokenizer, template: str, system: str, name: str) -> None:
+    messages = [{"role": "system", "content": system}, *PROBE[:1]]
+    try:
+        text = render(tokenizer, messages, template, prompt=True)
+    except TemplateError as error:
+        raise ValueError(f"{name} takes no system prompt: {error}") from None
+    if system.strip() not in text:
+        raise ValueError(f"{name} leaves out the system prompt: give another one with chat_template")
+
+
+def prompt_text(tokenizer, conversation: Conversation | str, tools: list | None = None) -> str:
+    """Return the text that ends where the assistant's answer begins.
+
+    Args:
+        tokenizer: The model's tokenizer. Without a chat template, the prompt of Alpaca is used.
+        conversation: Messages for the chat template, or a text, which is returned as it is.
+        tools: Schemas of the tools that the assistant can call.
+    """
+    if isinstance(conversation, str):
+        return conversation
+    return render(tokenizer, conversation, template_of(tokenizer), tools=tools, prompt=True)
+
+
+def encode_prompt(tokenizer, conversation: Conversation | str, tools: list | None = None) -> list[int]:
+    """Return the token ids of a prompt. Training begins with the same ids.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        conversation: Messages for the chat template, or a text. A text begins with the tokens that the tokenizer puts
+            before every text.
+        tools: Schemas of the tools that the assistant can call.
+    """
+    ((ids, _),) = encode_rendered(tokenizer, [rendered_prompt(tokenizer, conversation, tools)])
+    return ids
+
+
+def rendered_prompt(tokenizer, conversation: Conversation | str, tools: list | None = None) -> Rendered:
+    """Return a prompt as text, with the positions where the answers in it begin."""
+    text = prompt_text(tokenizer, conversation, tools)
+    if isinstance(conversation, str):
+        return Rendered(text, begin=tuple(begin_ids(tokenizer)))
+    earlier = [
+        prompt_text(tokenizer, conversation[:number], tools)
+        for number, message in enumerate(conversation)
+        if number and message["role"] == "assistant"
     ]
-    return "\n\n".join([*blocks, HEADINGS["assistant"] + "\n"])
-
-
-def answer_text(tokenizer, conversation: Conversation, output: str) -> str:
-    """Return the answer that the model should write, with the end-of-turn token."""
-    end = tokenizer.eos_token or ""
-    if not tokenizer.chat_template:
-        return output + end
-    prompt = prompt_text(tokenizer, conversation)
-    text = tokenizer.apply_chat_template([*conversation, {"role": "assistant", "content": output}], tokenize=False)
-    if not text.startswith(prompt) or output.strip() not in text[len(prompt) :]:
-        return output + end  # the template changes earlier turns or the answer itself
-    rest = text[len(prompt) :].rstrip()  # templates write a line break after the end-of-turn token
-    return rest if not rest.endswith(output.strip()) else rest + end
-
-
-def encode_prompt(tokenizer, conversation: Conversation) -> list[int]:
-    """Return the token ids of the prompt, with the beginning-of-text token if the tokenizer uses one."""
-    text = prompt_text(tokenizer, conversation)
-    if tokenizer.chat_template:  # the template contains the first token
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
-    ids = tokenizer(text)["input_ids"]
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-
-
-def encode_example(tokenizer, example: Example) -> tuple[list[int], list[int]]:
-    """Return the ids of the prompt and of the answer. Only the answer has a loss."""
-    answer = answer_text(tokenizer, example.conversation, example.output)
-    return encode_prompt(tokenizer, example.conversation), tokenizer(answer, add_special_tokens=False)["input_ids"]
+    return Rendered(text, tuple(len(prompt) for prompt in earlier if text.startswith(prompt)))
 
 
 def end_ids(tokenizer, generation_config=None) -> list[int]:
@@ -81,8 +252,11 @@ def end_ids(tokenizer, generation_config=None) -> list[int]:
     ids = {tokenizer.eos_token_id}
     configured = getattr(generation_config, "eos_token_id", None)
     ids.update(configured if isinstance(configured, (list, tuple)) else [configured])
-    probe = answer_text(tokenizer, [{"role": "user", "content": "a"}], "a")
-    last = tokenizer(probe, add_special_tokens=False)["input_ids"][-1:]
+    try:
+        text = render_chat(tokenizer, PROBE[:2], template_of(tokenizer)).text.rstrip()
+    except TemplateError:
+        text = ""
+    last = tokenizer(text, add_special_tokens=False)["input_ids"][-1:]
     ids.update(token for token in last if token in tokenizer.all_special_ids)
     return sorted(ids - {None})
 

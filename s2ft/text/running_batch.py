@@ -17,6 +17,7 @@ from transformers import DynamicCache
 
 from s2ft.text.encoding import left_pad
 from s2ft.text.output_head import contiguous_head
+from s2ft.text.sampling import Score, score
 
 
 class Row:
@@ -26,13 +27,16 @@ class Row:
         prompt: Token ids of the prompt.
         sampler: The :class:`~s2ft.text.sampling.Sampler` that chooses the tokens.
         adapter: Name of the adapter in the bank. None is the base.
+        logprobs: How many of the likeliest tokens are scored at each place, beside the chosen token. None scores none.
         tokens: The generated tokens.
+        scores: The :class:`~s2ft.text.sampling.Score` of each generated token, if `logprobs` is not None.
         failed: Why the sequence cannot continue, or None.
     """
 
-    def __init__(self, prompt: Sequence[int], sampler, adapter: str | None = None) -> None:
-        self.prompt, self.sampler, self.adapter = list(prompt), sampler, adapter
+    def __init__(self, prompt: Sequence[int], sampler, adapter: str | None = None, logprobs: int | None = None) -> None:
+        self.prompt, self.sampler, self.adapter, self.logprobs = list(prompt), sampler, adapter, logprobs
         self.tokens: list[int] = []
+        self.scores: list[Score] = []
         self.failed: str | None = None
 
 
@@ -93,6 +97,45 @@ class RunningBatch(Generic[R]):
         self._choose(rows, logits)
 
     @torch.inference_mode()
+    def replace(self, row: R) -> None:
+        """Run the prompt of a new row in place of the only row, and choose its first token.
+
+        The keys and values of the beginning that both sequences share are used again. The new row must run with the
+        weights and the adapter of the earlier one. After an error the batch must be cleared.
+
+        Args:
+            row: The new row. The batch has one row, or none.
+
+        Example:
+            >>> from s2ft.text.running_batch import Row, RunningBatch
+            >>> from s2ft.text.sampling import Sampler
+            >>> batch, first = RunningBatch(model.eval()), Row([5, 6, 7], Sampler())
+            >>> batch.replace(first)
+            >>> batch.replace(Row([5, 6, 7, *first.tokens, 8], Sampler()))  # the model runs two tokens
+        """
+        if len(self.rows) > 1:
+            raise ValueError(f"the batch must have at most one row, it has {len(self.rows)}")
+        same = self._shared_with(row) if self.rows and not rows_interact(self.model.config) else 0
+        if not same:
+            self.clear()
+            return self.admit([row])
+        for layer in _layers(self._cache):
+            layer.keys, layer.values = layer.keys[:, :, :same], layer.values[:, :, :same]
+        rest = torch.tensor([row.prompt[same:]], device=self.model.device)
+        self._mask = torch.ones(1, len(row.prompt), dtype=torch.long, device=self.model.device)
+        positions = torch.arange(same, len(row.prompt), device=self.model.device)[None]
+        self.rows = [row]
+        self._choose(self.rows, self._forward(self.rows, self._cache, rest, self._mask, positions))
+
+    def _shared_with(self, row: R) -> int:
+        """The number of tokens at the beginning of a row whose keys and values the batch has; at least one is run."""
+        if not bool(self._mask.all()):
+            return 0  # columns of padding, from a row that has left the batch
+        earlier = [*self.rows[0].prompt, *self.rows[0].tokens][: self._mask.shape[1]]
+        pairs = zip(earlier, row.prompt[:-1])
+        return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(earlier), len(row.prompt) - 1))
+
+    @torch.inference_mode()
     def step(self) -> None:
         """Generate one more token for each row. After an error the batch must be cleared."""
         last = torch.tensor([[row.tokens[-1]] for row in self.rows], device=self.model.device)
@@ -145,8 +188,12 @@ class RunningBatch(Generic[R]):
         for row, top, token, row_logits in zip(rows, best.tolist(), likeliest.tolist(), logits):
             if not abs(top) < float("inf"):
                 row.failed = "the model's output is not a finite number"
-            else:
-                row.tokens.append(token if row.sampler.greedy else row.sampler.choose(row_logits))
+                continue
+            if not (row.sampler.greedy and row.sampler.plain):
+                token = row.sampler.choose(row_logits, row.tokens, row.prompt)
+            row.tokens.append(token)
+            if row.logprobs is not None:
+                row.scores.append(score(row_logits, token, row.logprobs))
 
     def _join(self, cache: DynamicCache, mask: Tensor) -> None:
         if not self.rows:

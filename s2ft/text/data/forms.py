@@ -1,0 +1,346 @@
+"""The forms of rows. A new form is one function and one row of the table `FORMS`.
+
+Each function converts a row of the data to a normalised row with one of these contents:
+
+- `messages`: a chat that ends with an answer of the assistant,
+- `prompt` and `completion`: both text, or both lists of messages,
+- `text`: plain text.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Row = Mapping[str, Any]
+ROLES = {  # names of roles in ShareGPT data, and the roles of chat templates
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "developer": "developer",
+    "tool": "tool",
+    "function": "tool",
+    "ipython": "tool",
+    "tool_response": "tool",
+    "observation": "tool",
+    "function_call": "function_call",
+    "tool_call": "function_call",
+}
+OF_A_MESSAGE = ("name", "tool_call_id", "reasoning_content", "thinking")  # fields that templates may use
+
+
+class BadRow(ValueError):
+    """A row cannot be used. The message names the field."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of rows.
+
+    Attributes:
+        needs: Fields by which the form is recognised.
+        convert: Function that converts a row.
+    """
+
+    needs: tuple[str, ...]
+    convert: Callable[[Row, bool], dict[str, Any]]
+
+
+def _messages(row: Row, _scored: bool) -> dict[str, Any]:
+    return {"messages": chat(row["messages"], "messages")}
+
+
+def _conversations(row: Row, _scored: bool) -> dict[str, Any]:
+    field = "conversations" if "conversations" in row else "conversation"
+    messages = read_messages(row[field], field)
+    if row.get("system") is not None and text(row, "system", may_be_empty=True).strip():
+        messages = [{"role": "system", "content": row["system"]}, *messages]
+    return {"messages": check_chat(messages, field)}
+
+
+def _prompt_completion(row: Row, scored: bool) -> dict[str, Any]:
+    kinds = [isinstance(row[name], str) for name in ("prompt", "completion")]
+    if kinds[0] != kinds[1] and all(isinstance(row[name], (str, list)) for name in ("prompt", "completion")):
+        raise BadRow("fields 'prompt' and 'completion' must both be text or both be lists of messages")
+    if not isinstance(row["prompt"], list):
+        return {"prompt": text(row, "prompt", may_be_empty=True), "completion": answer_text(row, "completion", scored)}
+    prompt, completion = (read_messages(row[name], name) for name in ("prompt", "completion"))
+    if not prompt or not completion:
+        raise BadRow(f"field {'prompt' if not prompt else 'completion'!r} has no messages")
+    check_chat([*prompt, *completion], "completion")
+    if not any(message["role"] == "assistant" for message in completion):
+        raise BadRow("field 'completion' has no message of the assistant")
+    return {"prompt": prompt, "completion": completion[: last_answer(completion) + 1]}
+
+
+def _question(prompt: str, output: str) -> Callable[[Row, bool], dict[str, Any]]:
+    """A form with a question and an answer, which become a chat."""
+
+    def convert(row: Row, scored: bool) -> dict[str, Any]:
+        question, answer = text(row, prompt), answer_text(row, output, scored)
+        if prompt == "instruction" and row.get("input") is not None and text(row, "input", may_be_empty=True).strip():
+            question = f"{question}\n\n{row['input']}"
+        system = text(row, "system", may_be_empty=True) if row.get("system") is not None else ""
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return {"messages": [{"role": "system", "content": system}] * bool(system.strip()) + messages}
+
+    return convert
+
+
+def _text(row: Row, _scored: bool) -> dict[str, Any]:
+    return {"text": text(row, "text")}
+
+
+FORMS = {  # the first form whose fields a row has
+    "messages": Form(("messages",), _messages),
+    "ShareGPT": Form(("conversations",), _conversations),
+    "ShareGPT, one conversation": Form(("conversation",), _conversations),
+    "prompt and completion": Form(("prompt", "completion"), _prompt_completion),
+    "instruction": Form(("instruction", "output"), _question("instruction", "output")),
+    "instruction and response": Form(("instruction", "response"), _question("instruction", "response")),
+    "prompt and response": Form(("prompt", "response"), _question("prompt", "response")),
+    "question and response": Form(("question", "response"), _question("question", "response")),
+    "question and answer": Form(("question", "answer"), _question("question", "answer")),
+    "text": Form(("text",), _text),
+}
+OPTIONAL = ("input", "system", "answer", "tools")
+FIELDS = tuple(dict.fromkeys([*(name for form in FORMS.values() for name in form.needs), *OPTIONAL]))
+KNOWN = "messages, conversations, prompt and completion, instruction and output, question and answer, or text"
+
+
+def normalised(row: object, renamed: Mapping[str, str], scored: bool = False) -> dict[str, Any]:
+    """Convert a row of the data to a normalised row.
+
+    Args:
+        row: The row.
+        renamed: Our name of a field, by its name in the data.
+        scored: Whether the row is for evaluation. The output may then be empty if the row has a field `answer`.
+
+    Returns:
+        The contents described at the top of this module, and `answer` and `tools` if the row has them.
+
+    Raises:
+        BadRow: The row cannot be used.
+
+    Example:
+        >>> from s2ft.text.data.forms import normalised
+        >>> normalised({"question": "2+3=", "answer": 5}, {})["messages"][1]
+        {'role': 'assistant', 'content': '5'}
+    """
+    if not isinstance(row, Mapping):
+        raise BadRow(f"expected an object with {KNOWN}, got {type(row).__name__}")
+    found = {name: value for name, value in row.items() if name not in renamed}
+    found |= {renamed[name]: value for name, value in row.items() if name in renamed}
+    if renamed:
+        missing = [name for name in renamed if name not in row]
+        if missing and not any(name in row for name in renamed):
+            raise BadRow(f"has no field {missing[0]!r}, which fields names; it has {_listed(row)}")
+    present = {name for name, value in found.items() if value is not None}
+    fitting = [form for form in FORMS.values() if present.issuperset(form.needs)]
+    named = [form for form in fitting if set(form.needs) & set(renamed.values())]
+    form = next(iter([*named, *fitting]), None)
+    if form is None:
+        raise BadRow(_why_no_form(found, present))
+    result = form.convert(found, scored)
+    answer = None if form.needs == ("question", "answer") else _short_answer(found)
+    if answer is not None:
+        result["answer"] = answer
+    if found.get("tools"):
+        result["tools"] = _tools(found["tools"])
+    return result
+
+
+def _why_no_form(row: Row, present: set[str]) -> str:
+    """Explain which field is missing from the form that the row resembles most."""
+    for form in FORMS.values():
+        partly = [name for name in form.needs if name in present]
+        if partly and len(partly) < len(form.needs):
+            missing = [name for name in form.needs if name not in present]
+            others = [
+                name for other in FORMS.values() if set(partly) <= set(other.needs) for name in other.needs
+                if name not in present
+            ]  # fmt: skip
+            how = "is null" if missing[0] in row else "is missing"
+            options = " or ".join(repr(name) for name in dict.fromkeys(others))
+            more = f" (with {partly[0]!r} a row needs {options})" if len(set(others)) > 1 else ""
+            return f"field {missing[0]!r} {how}{more}; it has {_listed(row)}"
+    output = [name for name in ("output", "completion", "response") if name in present]
+    if output:
+        return f"field 'instruction' is missing, which belongs to {output[0]!r}; it has {_listed(row)}"
+    return f"needs {KNOWN}; it has {_listed(row)}; fields=OUR_NAME=NAME_IN_THE_DATA (--fields) maps other names"
+
+
+def _listed(row: Row) -> str:
+    return ", ".join(map(repr, row)) or "nothing"
+
+
+def text(row: Row, name: str, may_be_empty: bool = False) -> str:
+    """Return a field that must be text. A number is converted to text."""
+    value = row[name]
+    if isinstance(value, bool):
+        value = str(value).lower()
+    elif isinstance(value, (int, float)):
+        value = str(value)
+    if not isinstance(value, str):
+        raise BadRow(f"field {name!r} must be text, got {type(value).__name__}")
+    if not value.strip() and not may_be_empty:
+        raise BadRow(f"field {name!r} is empty")
+    check_unicode(value, f"field {name!r}")
+    return value
+
+
+def answer_text(row: Row, name: str, scored: bool) -> str:
+    """Return the text of the answer, which may be empty if only the field `answer` is scored."""
+    return text(row, name, may_be_empty=scored and row.get("answer") is not None)
+
+
+def _short_answer(row: Row) -> str | None:
+    value = row.get("answer")
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if value is None:
+        return None
+    if not isinstance(value, (str, bool, int, float)):
+        raise BadRow(f"field 'answer' must be text or a number, got {type(value).__name__}")
+    return text({"answer": value}, "answer", may_be_empty=True)
+
+
+def _tools(value: object) -> list:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise BadRow("field 'tools' is text but not JSON") from None
+    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
+        raise BadRow("field 'tools' must be a list of objects")
+    return value
+
+
+def chat(value: object, field: str) -> list[dict[str, Any]]:
+    """Read a list of messages and check that it is a chat with an answer."""
+    return check_chat(read_messages(value, field), field)
+
+
+def read_messages(value: object, field: str) -> list[dict[str, Any]]:
+    """Read a list of messages: role and content, or from and value."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            pass
+    if not isinstance(value, list):
+        raise BadRow(f"field {field!r} must be a list of messages, got {type(value).__name__}")
+    return [_message(message, f"{field}[{number}]") for number, message in enumerate(value)]
+
+
+def _message(message: object, place: str) -> dict[str, Any]:
+    if not isinstance(message, Mapping):
+        raise BadRow(f"{place} must be an object with 'role' and 'content', got {type(message).__name__}")
+    names = ("role", "content") if "role" in message else ("from", "value")
+    if "role" not in message and "from" not in message:
+        raise BadRow(f"{place} needs 'role' and 'content', or 'from' and 'value'; it has {_listed(message)}")
+    role = message[names[0]]
+    if not isinstance(role, str) or not role.strip():
+        raise BadRow(f"{place} has the role {role!r}")
+    known = ROLES.get(role.strip().lower())
+    if known is None and names[0] == "from":
+        raise BadRow(f"{place} has the role {role!r}; known are {', '.join(ROLES)}")
+    calls = message.get("tool_calls")
+    content = _content(message.get(names[1]), f"{place}.{names[1]}", may_be_null=bool(calls))
+    result: dict[str, Any] = {"role": known if names[0] == "from" else role.strip(), "content": content}
+    if result["role"] == "function_call":
+        result = {"role": "assistant", "content": ""}
+        calls = _calls_in_text(content, place)
+    if calls:
+        result["tool_calls"] = [_tool_call(call, place) for call in calls]
+    return result | {name: message[name] for name in OF_A_MESSAGE if message.get(name) is not None}
+
+
+def _content(value: object, place: str, may_be_null: bool) -> str:
+    """Return the text of a message. A list of text parts is joined, as chat templates do."""
+    if value is None and may_be_null:
+        return ""
+    if isinstance(value, list):
+        value = "".join(_part(part, f"{place}[{number}]") for number, part in enumerate(value))
+    if not isinstance(value, str):
+        raise BadRow(f"{place} must be text, got {'null' if value is None else type(value).__name__}")
+    check_unicode(value, place)
+    return value
+
+
+def _part(part: object, place: str) -> str:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    raise BadRow(f"{place} must be a part of type 'text', got {kind!r}: this command trains on text only")
+
+
+def _calls_in_text(content: str, place: str) -> list:
+    try:
+        calls = json.loads(content)
+    except ValueError:
+        raise BadRow(f"{place} is a function call, but its value is not JSON") from None
+    return calls if isinstance(calls, list) else [calls]
+
+
+def _tool_call(call: object, place: str) -> dict[str, Any]:
+    """Return a tool call with its arguments as an object, which is what chat templates write as JSON."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise BadRow(f"{place} has a tool call without a name")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            raise BadRow(f"{place} calls {function['name']} with arguments that are not JSON") from None
+    extra = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    return extra | {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def check_chat(messages: list[dict[str, Any]], field: str) -> list[dict[str, Any]]:
+    """Check that a chat has an answer after a question, and leave out the messages after the last answer."""
+    if len(messages) < 2:
+        raise BadRow(f"field {field!r} must be a list of at least two messages")
+    last = last_answer(messages)
+    if last < 0:
+        raise BadRow(f"field {field!r} has no message of the assistant")
+    if not any(message["role"] != "system" for message in messages[:last]):
+        raise BadRow(f"field {field!r} has no message before the assistant's")
+    answers = [message for message in messages if message["role"] == "assistant"]
+    for number, message in enumerate(answers, 1):
+        if not message["content"].strip() and not message.get("tool_calls"):
+            raise BadRow(f"field {field!r}: the assistant's message {number} is empty")
+    return messages[: last + 1]
+
+
+def last_answer(messages: list[dict[str, Any]]) -> int:
+    """Position of the assistant's last message, or -1."""
+    return next((n for n in reversed(range(len(messages))) if messages[n]["role"] == "assistant"), -1)
+
+
+def check_unicode(text: str, name: str) -> None:
+    """Check that text is valid Unicode, since tokenizers fail on half of a surrogate pair.
+
+    Args:
+        text: The text to check.
+        name: What the text is, such as "prompt". The error message begins with it.
+
+    Raises:
+        BadRow: The text contains half of a surrogate pair.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRow(
+            f"{name} is not valid Unicode: character {error.start + 1} is {ascii(text[error.start])}, half "
+            "of a surrogate pair"
+        ) from None

@@ -1,0 +1,293 @@
+"""Load normalised rows: read sources, convert their rows, and report the rows that cannot be used."""
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from s2ft.text.data.forms import BadRow, normalised
+from s2ft.text.data.options import DataOptions
+from s2ft.text.data.scratch import scratch_file
+from s2ft.text.data.sources import Rows, Source, UnreadableRow, open_source
+
+logger = logging.getLogger(__name__)
+
+COLUMNS = ("messages", "prompt", "completion", "text", "answer", "tools", "place")
+AS_JSON = ("messages", "prompt", "completion", "tools")  # columns that can hold any value
+SHOWN = 3  # bad rows that a message shows
+FEW = 1000  # bad rows after which a streamed data set without a good row is given up
+
+
+def load_rows(
+    options: DataOptions,
+    *,
+    data: Sequence[str] | None = None,
+    split: str | None = None,
+    limit: int | None = None,
+    scored: bool = False,
+):
+    """Load the rows of data sets in their normalised form.
+
+    Args:
+        options: The options of the data.
+        data: Files, folders or names to read in place of those that the options name.
+        split: The split to read. None reads `options.dataset_train_split`.
+        limit: Read the first rows only. None reads as many as `options.limit` says.
+        scored: Whether the rows are for evaluation. The output may then be empty if there is a field `answer`.
+
+    Returns:
+        A datasets.Dataset in a temporary file, or a datasets.IterableDataset if the options ask for streaming. Each row
+        has `messages`, or `prompt` and `completion`, or `text`, and perhaps `answer` and `tools`; the others are None.
+        `place` names the file and the row.
+
+    Raises:
+        FileNotFoundError: A file does not exist.
+        ValueError: No data is named, a source cannot be read, rows cannot be used, or no row is left.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from s2ft.text.data import DataOptions, load_rows
+        >>> _ = Path("sums.jsonl").write_text('{"instruction": "2+3=", "output": 5}')
+        >>> rows = load_rows(DataOptions(data=["sums.jsonl"]))
+        >>> rows[0]["messages"], rows[0]["place"]
+        ([{'role': 'user', 'content': '2+3='}, {'role': 'assistant', 'content': '5'}], 'sums.jsonl, line 1')
+    """
+    entries = _entries(options, data, split)
+    if not entries:
+        raise ValueError("no data was given: name files, folders or data sets with data (--data)")
+    limit = options.limit if limit is None else limit
+    if options.is_streamed:
+        return _streamed(entries, options, limit, scored)
+    parts = []
+    for entry in entries:
+        wanted = None if limit is None or _fractions(entries) else limit - sum(map(len, parts))
+        if wanted == 0:
+            break
+        parts.append(_stored(entry, options, wanted, scored))
+    rows = _mixed(parts, _fractions(entries))
+    return rows.select(range(min(limit, len(rows)))) if limit is not None else rows
+
+
+def load_split(options: DataOptions, *, seed: int, evaluates: bool = True, eval_limit: int | None = None):
+    """Load the training rows and the held-out rows.
+
+    Args:
+        options: The options of the data.
+        seed: Seed of the rows that `test_split_size` holds out.
+        evaluates: Whether the run evaluates. If it does, `dataset_name` has a test split and neither `eval_data` nor
+            `test_split_size` is given, that split is read.
+        eval_limit: Use the first held-out rows only.
+
+    Returns:
+        The training rows, and the held-out rows or None.
+
+    Raises:
+        ValueError: See :func:`load_rows`. Or a streamed data set is to be split.
+    """
+    train = load_rows(options)
+    if options.eval_data:
+        return train, load_rows(options, data=options.eval_data, limit=eval_limit or 1 << 62)
+    if options.test_split_size is not None:
+        if options.is_streamed:
+            raise ValueError("test_split_size can't split a data set that is streamed: give eval_data")
+        size = options.test_split_size
+        if size >= len(train):
+            raise ValueError(f"test_split_size {size} must be smaller than the {len(train)} rows there are")
+        parts = train.train_test_split(
+            test_size=int(size) if size >= 1 else size,
+            seed=seed,
+            train_indices_cache_file_name=scratch_file("train-rows.arrow"),
+            test_indices_cache_file_name=scratch_file("test-rows.arrow"),
+        )
+        held_out = parts["test"]
+        return parts["train"], held_out.select(range(min(eval_limit or len(held_out), len(held_out))))
+    if evaluates and options.dataset_name:
+        return train, load_rows(options, split=options.dataset_test_split, limit=eval_limit or 1 << 62)
+    return train, None
+
+
+def _entries(options: DataOptions, data: Sequence[str] | None, split: str | None) -> list[dict[str, Any]]:
+    """What is read, as the arguments of `open_source` and the fraction of a mixture."""
+    split = split or options.dataset_train_split
+    if data is None and options.datasets:
+        return [{"split": split, **entry} for entry in options.datasets]
+    names = data if data is not None else options.data or [options.dataset_name] * bool(options.dataset_name)
+    of_hub = {"split": split, "name": options.dataset_config, "revision": options.dataset_revision}
+    return [{"path": str(name), **of_hub} for name in names]
+
+
+def _fractions(entries: Sequence[dict[str, Any]]) -> list[float] | None:
+    fractions = [entry.get("fraction") for entry in entries]
+    if all(fraction is None for fraction in fractions):
+        return None
+    if not all(isinstance(fraction, (int, float)) and fraction > 0 for fraction in fractions):
+        raise ValueError(f"datasets: fraction must be a positive number in every entry or in none, got {fractions}")
+    return [fraction / sum(fractions) for fraction in fractions]
+
+
+def _open(entry: dict[str, Any], streaming: bool) -> list[Source]:
+    arguments = {name: value for name, value in entry.items() if name != "fraction"}
+    return open_source(**arguments, streaming=streaming)
+
+
+def _features():
+    from datasets import Features, Json, Value
+
+    return Features({name: Json() if name in AS_JSON else Value("string") for name in COLUMNS})
+
+
+def _stored(entry: dict[str, Any], options: DataOptions, limit: int | None, scored: bool):
+    """Write the normalised rows of one entry to a temporary file and open it. The rows are never held in memory."""
+    from datasets import Dataset
+    from datasets.arrow_writer import ArrowWriter
+
+    problems = Problems(options.skip_bad_rows)
+    path, read = scratch_file("rows.arrow"), 0
+    slice_of = entry["split"].partition("[")[1] and entry["split"]
+    with ArrowWriter(features=_features(), path=path) as writer:
+        for source in _open(entry, streaming=False):
+            for row in _converted(source.read(), options, scored, problems):
+                writer.write(row)
+                read += 1
+                if read == limit and not slice_of:
+                    break
+            if read == limit and not slice_of:
+                break
+        writer.finalize()
+    problems.check(read)
+    rows = Dataset.from_file(path)
+    return rows.select(_slice(slice_of, len(rows))) if slice_of and _is_local(entry) else rows
+
+
+def _is_local(entry: dict[str, Any]) -> bool:
+    """Whether the slice of a split is taken here. For data sets of the hub, datasets takes it."""
+    from pathlib import Path
+
+    return Path(entry["path"]).expanduser().exists() or bool(entry.get("data_files"))
+
+
+def _slice(split: str, rows: int) -> range:
+    """The rows that a split such as train[:10%] names."""
+    from datasets import ReadInstruction
+
+    (found,) = ReadInstruction.from_spec(split).to_absolute({split.partition("[")[0]: rows})
+    return range(found.from_ or 0, rows if found.to is None else found.to)
+
+
+def _mixed(parts: list, fractions: list[float] | None):
+    from datasets import concatenate_datasets
+
+    if fractions:
+        total = min(len(part) / share for part, share in zip(parts, fractions))
+        parts = [part.select(range(min(len(part), round(share * total)))) for part, share in zip(parts, fractions)]
+    return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+
+
+def form_of(rows, options: DataOptions) -> str:
+    """Return the form of prompts for rows: "text" if all are texts, else "chat".
+
+    Args:
+        rows: Rows as :func:`load_rows` returns them. Of rows that are streamed only the first one is looked at.
+        options: The options of the data, which may name the form. A chat template or a system prompt says "chat".
+    """
+    if options.form != "auto":
+        return options.form
+    if options.chat_template is not None or options.system_prompt is not None:
+        return "chat"
+    if not hasattr(rows, "data"):
+        first = next(iter(rows))
+        return "chat" if first["messages"] is not None or isinstance(first["prompt"], list) else "text"
+    table = rows.with_format("arrow")
+    chats = sum(len(part["messages"]) - part["messages"].null_count for part in table.iter(FEW))
+    lists = sum(str(value).startswith("[") for part in table.iter(FEW) for value in part["prompt"].to_pylist() if value)
+    if not chats and not lists:
+        return "text"
+    texts = len(rows) - chats - lists
+    if texts:
+        logger.info("%d of %d rows have no messages: their prompts become messages of the user", texts, len(rows))
+    return "chat"
+
+
+class Problems:
+    """The rows of a data set that cannot be used.
+
+    Args:
+        skip: Whether they are left out. Otherwise they are an error.
+        at_once: Whether a row raises an error as soon as it is read, which is so for rows that are streamed.
+    """
+
+    def __init__(self, skip: bool, at_once: bool = False) -> None:
+        self.skip, self.at_once, self.count, self.shown = skip, at_once, 0, []
+
+    def add(self, problem: str, good: int = 0) -> None:
+        """Count a bad row, and keep its description if it is among the first."""
+        self.count += 1
+        if len(self.shown) < SHOWN:
+            self.shown.append(problem)
+        if self.at_once and (not self.skip or (not good and self.count >= FEW)):
+            self.check(good)
+
+    def check(self, good: int) -> None:
+        """Raise ValueError if there are bad rows that must not be left out, or no good row."""
+        if not self.count and not good:
+            raise ValueError("the data has no rows")
+        if not self.count:
+            return
+        of = f"{self.count} of {self.count + good} row{'s' * (self.count + good != 1)}"
+        listed = "".join(f"\n  {problem}" for problem in self.shown)
+        more = f"\n  and {self.count - len(self.shown)} more" if self.count > len(self.shown) else ""
+        if not self.skip:
+            raise ValueError(
+                f"{of} can't be used:{listed}{more}\n"
+                "correct them, or leave them out with skip_bad_rows (--skip-bad-rows)"
+            )
+        if not good:
+            raise ValueError(f"none of {self.count} rows can be used:{listed}{more}")
+        logger.warning("left out %s that can't be used:%s%s", of, listed, more)
+
+
+def _converted(rows: Rows, options: DataOptions, scored: bool, problems: Problems) -> Iterator[dict[str, Any]]:
+    renamed, good = options.renamed, 0
+    for place, row in rows:
+        try:
+            if isinstance(row, UnreadableRow):
+                raise BadRow(row.problem)
+            found = normalised(row, renamed, scored)
+        except BadRow as error:
+            problems.add(f"{place}: {error}", good)
+            continue
+        good += 1
+        yield {name: _cell(name, place if name == "place" else found.get(name)) for name in COLUMNS}
+
+
+def _cell(name: str, value: Any) -> Any:
+    """The value of a column as it is stored. Texts in a JSON column are written as JSON, or "5" would be a number."""
+    return json.dumps(value) if name in AS_JSON and value is not None else value
+
+
+def _streamed(entries: list[dict[str, Any]], options: DataOptions, limit: int | None, scored: bool):
+    """Read, convert and mix the rows while they are used."""
+    from datasets import IterableDataset, concatenate_datasets, interleave_datasets
+
+    parts = [
+        IterableDataset.from_generator(_generate, gen_kwargs={"entry": entry, "options": options, "scored": scored})
+        for entry in entries
+    ]
+    fractions = _fractions(entries)
+    if fractions:
+        rows = interleave_datasets(parts, probabilities=fractions, seed=0, stopping_strategy="first_exhausted")
+    else:
+        rows = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+    rows = rows.take(limit) if limit is not None else rows
+    if next(iter(rows), None) is None:  # bad data is reported before the training
+        raise ValueError("the data has no rows")
+    return rows
+
+
+def _generate(entry: dict[str, Any], options: DataOptions, scored: bool) -> Iterable[Mapping[str, Any]]:
+    good, problems = 0, Problems(options.skip_bad_rows, at_once=True)
+    for source in _open(entry, streaming=True):
+        for row in _converted(source.read(), options, scored, problems):
+            good += 1
+            yield {name: json.loads(row[name]) if name in AS_JSON and row[name] else row[name] for name in COLUMNS}
+    problems.check(good)

@@ -1,0 +1,129 @@
+"""Options that say which data is read and how. This module imports no PyTorch, so that ``--help`` is quick."""
+
+from dataclasses import MISSING, dataclass, field
+from typing import Any
+
+FILES = "json, jsonl, csv, tsv or parquet, also compressed"
+
+
+def _option(default: Any = MISSING, text: str = "", **metadata: Any) -> Any:
+    """A field with its help. A list is copied for each object."""
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"help": text, **metadata})
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+@dataclass
+class DataOptions:
+    """Which data is read, and how. The names `dataset_...`, `datasets`, `streaming` and `test_split_size` are TRL's.
+
+    The help text of each field describes it, see `s2ft sft --help`.
+
+    Raises:
+        ValueError: A value is not allowed, or options contradict each other. The message names the field.
+
+    Example:
+        >>> from s2ft.text.data import DataOptions
+        >>> DataOptions(data=["chats.jsonl"], fields=["instruction=question"]).renamed
+        {'question': 'instruction'}
+    """
+
+    data: list[str] = _option([], f"files ({FILES}), folders, or names of data sets on the hub", metavar="FILE_OR_NAME")
+    eval_data: list[str] = _option([], "held-out data, as for --data", metavar="FILE_OR_NAME")
+    dataset_name: str | None = _option(None, "a file, a folder, or the name of a data set on the hub", metavar="NAME")
+    dataset_config: str | None = _option(None, "configuration of the data sets on the hub", metavar="NAME")
+    dataset_train_split: str = _option("train", "split to train on, such as train or train[:1000]", metavar="SPLIT")
+    dataset_test_split: str = _option(
+        "test", "split to evaluate on, if the run evaluates and no --eval-data is given", metavar="SPLIT"
+    )
+    dataset_revision: str | None = _option(None, "branch, tag or commit of the data sets on the hub", metavar="NAME")
+    dataset_streaming: bool = _option(False, "read the rows while training, without storing them; needs --max-steps")
+    datasets: list[dict[str, Any]] = _option(
+        [],
+        "a mixture, in a configuration file only: for each data set path, and optionally name, data_dir, data_files, "
+        "split, revision, columns and fraction",
+    )
+    streaming: bool = _option(False, "another name of --dataset-streaming")
+    test_split_size: float | None = _option(
+        None, "rows to hold out from the training data: a share below 1, or a number of rows", metavar="SHARE"
+    )
+    limit: int | None = _option(None, "use the first N rows only", shown="all rows", least=1)
+    fields: list[str] = _option(
+        [],
+        "names of fields in the data, such as instruction=question output=reply: OUR_NAME=NAME_IN_THE_DATA",
+        metavar="OURS=THEIRS",
+    )
+    form: str = _option(
+        "auto",
+        "chat puts every prompt into the chat template; text uses prompt, completion and text as they are; auto: text "
+        "if all rows are texts",
+        choices=("auto", "chat", "text"),
+    )
+    chat_template: str | None = _option(
+        None,
+        "a file with a Jinja chat template, its text, or alpaca",
+        metavar="FILE",
+        shown="the tokenizer's template, or alpaca if it has none",
+    )
+    system_prompt: str | None = _option(None, "system prompt of the chats that have none", metavar="TEXT")
+    skip_bad_rows: bool = _option(False, "leave out rows that can't be used; otherwise they are an error")
+    too_long: str | None = _option(
+        None,
+        "what happens to rows longer than --max-length",
+        choices=("leave_out", "cut"),
+        shown="chats are left out, plain texts are cut into several rows",
+    )
+    last_answer_only: bool = _option(False, "compute the loss on the last answer of a chat only")
+
+    def __post_init__(self) -> None:
+        self.data, self.eval_data, self.fields = (
+            [value] if isinstance(value, str) else list(value or ())
+            for value in (self.data, self.eval_data, self.fields)
+        )
+        for name, choices in (("form", ("auto", "chat", "text")), ("too_long", (None, "leave_out", "cut"))):
+            if getattr(self, name) not in choices:
+                listed = ", ".join(choice for choice in choices if choice)
+                raise ValueError(f"{name} must be one of {listed}, got {getattr(self, name)!r}")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1, got {self.limit}")
+        size = self.test_split_size
+        if size is not None and not (0 < size < 1 or (size >= 1 and size == int(size))):
+            raise ValueError(f"test_split_size must be a share between 0 and 1 or a number of rows, got {size}")
+        if size is not None and self.eval_data:
+            raise ValueError("test_split_size and eval_data both say what to evaluate on: give one of them")
+        self._check_sources()
+        _ = self.renamed
+
+    def _check_sources(self) -> None:
+        given = [name for name in ("data", "dataset_name", "datasets") if getattr(self, name)]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} both say what to train on: give one of them")
+        for number, entry in enumerate(self.datasets, 1):
+            known = ("path", "name", "data_dir", "data_files", "split", "revision", "columns", "fraction")
+            if not isinstance(entry, dict) or not entry.get("path"):
+                raise ValueError(f"datasets, entry {number}: needs 'path', got {entry!r}")
+            for key in entry:
+                if key not in known:
+                    raise ValueError(f"datasets, entry {number}: unknown key {key!r}; known are {', '.join(known)}")
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        """Our name of a field, by its name in the data."""
+        from s2ft.text.data.forms import FIELDS
+
+        renamed = {}
+        for pair in self.fields:
+            ours, equals, theirs = pair.partition("=")
+            if not (equals and ours and theirs):
+                raise ValueError(f"fields must be OUR_NAME=NAME_IN_THE_DATA, such as output=reply, got {pair!r}")
+            if ours not in FIELDS:
+                raise ValueError(f"fields: {ours!r} is no field of s2ft; choose from {', '.join(FIELDS)}")
+            if theirs in renamed:
+                raise ValueError(f"fields: {theirs!r} has two meanings, {renamed[theirs]!r} and {ours!r}")
+            renamed[theirs] = ours
+        return renamed
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the rows are read while training."""
+        return self.streaming or self.dataset_streaming

@@ -1,0 +1,277 @@
+"""Render chats with a Jinja chat template, and find the parts of the text that the assistant writes."""
+
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from s2ft.packages import is_installed
+
+logger = logging.getLogger(__name__)
+
+PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+# The prompt for tokenizers without a chat template. FIRST stands for the tokens with which the tokenizer begins a text.
+ALPACA = """FIRST
+{%- set system = messages | selectattr('role', 'equalto', 'system') | map(attribute='content') | list -%}
+{{- (system | join('\\n\\n')) or 'PREAMBLE' -}}
+{%- for message in messages if message['role'] != 'system' -%}
+    {%- if message['role'] == 'assistant' -%}
+        {{- '\\n\\n### Response:\\n' -}}
+        {%- generation -%}
+            {{- message['content'] -}}{{- eos_token -}}
+        {%- endgeneration -%}
+    {%- elif message['role'] == 'user' -%}
+        {{- '\\n\\n### Instruction:\\n' + message['content'] -}}
+    {%- else -%}
+        {{- '\\n\\n### ' + (message['role'] | capitalize) + ':\\n' + message['content'] -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '\\n\\n### Response:\\n' -}}{%- endif -%}
+""".replace("PREAMBLE", PREAMBLE)
+MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+Message = Mapping[str, Any]
+Conversation = Sequence[Message]
+
+
+class TemplateError(ValueError):
+    """A chat template cannot render a chat, or it leaves a part of the chat out."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A text, and what is known of its parts. Positions count characters.
+
+    Attributes:
+        text: The whole text.
+        prompts: Positions where an answer begins, after the text that generation continues.
+        spans: Beginning and end of each part that is trained on.
+        begin: Ids of the tokens that stand before the text.
+        other_prompt: Whether generation would continue a text with which this one does not begin.
+    """
+
+    text: str
+    prompts: tuple[int, ...] = ()
+    spans: tuple[tuple[int, int], ...] = ()
+    begin: tuple[int, ...] = ()
+    other_prompt: bool = False
+
+
+def alpaca_template(tokenizer) -> str:
+    """Return the prompt of Alpaca as a chat template, with the beginning-of-text token if the tokenizer adds one."""
+    names = {tokenizer.convert_tokens_to_ids(token): name for name, token in named_tokens(tokenizer).items()}
+    first = [names[token] for token in begin_ids(tokenizer) if token in names]
+    return ALPACA.replace("FIRST\n", "".join("{{- " + name + " -}}\n" for name in first))
+
+
+def named_tokens(tokenizer) -> dict[str, str]:
+    """The special tokens of a tokenizer by name, such as bos_token."""
+    return {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+
+
+def begin_ids(tokenizer) -> list[int]:
+    """Return the tokens that the tokenizer puts before a text."""
+    whole = tokenizer("a")["input_ids"]
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    return next((whole[:n] for n in range(len(whole)) if bare and whole[n : n + len(bare)] == bare), [])
+
+
+def template_of(tokenizer) -> str:
+    """Return the chat template of a tokenizer, or the prompt of Alpaca if it has none."""
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several by name
+        template = template.get("default") or next(iter(template.values()), None)
+    return template or alpaca_template(tokenizer)
+
+
+def render(tokenizer, messages: Conversation, template: str, *, tools: list | None = None, prompt: bool = False) -> str:
+    """Return a chat as text.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        messages: The messages.
+        template: The chat template.
+        tools: Schemas of the tools that the assistant can call.
+        prompt: Whether the text ends where the assistant's answer begins.
+
+    Raises:
+        TemplateError: The template refuses the messages, or it is not a valid template.
+    """
+    try:
+        return tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            chat_template=template,
+            tools=tools or None,
+            tokenize=False,
+            add_generation_prompt=prompt,
+        )
+    except Exception as error:  # a template can raise any error of Jinja and of Python
+        line = f"line {error.lineno}: " if hasattr(error, "lineno") else ""
+        raise TemplateError(f"the chat template can't render the messages: {line}{error}") from error
+
+
+def marked_template(tokenizer, template: str) -> str | None:
+    """Return a template that marks the assistant's text: this one, or TRL's version of it. None if there is none."""
+    if MARKED.search(template):
+        return template
+    if template not in _MARKED:
+        _MARKED[template] = _trl_version(tokenizer, template)
+    return _MARKED[template]
+
+
+_MARKED: dict[str, str | None] = {}
+
+
+class _Holder:
+    """A tokenizer with another chat template, for functions that read the template from the tokenizer."""
+
+    def __init__(self, tokenizer, template: str) -> None:
+        self._tokenizer, self.chat_template = tokenizer, template
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def apply_chat_template(self, *arguments: Any, **options: Any) -> Any:
+        return self._tokenizer.apply_chat_template(*arguments, **{"chat_template": self.chat_template, **options})
+
+
+def _trl_version(tokenizer, template: str) -> str | None:
+    if not is_installed("trl"):
+        return None
+    from trl.chat_template_utils import get_training_chat_template
+
+    try:
+        return get_training_chat_template(_Holder(tokenizer, template))
+    except Exception:  # TRL does not know the template, or the template fails on TRL's own messages
+        return None
+
+
+def _render_marked(tokenizer, messages: Conversation, template: str, tools: list | None) -> tuple[str, list]:
+    """Return the text and the marked parts as pairs of positions."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+        texts, spans = render_jinja_template(
+            conversations=[[dict(message) for message in messages]],
+            tools=tools or None,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+    except Exception as error:
+        raise TemplateError(f"the chat template can't render the messages: {error}") from error
+    return texts[0], [tuple(span) for span in spans[0]]
+
+
+def render_chat(
+    tokenizer,
+    messages: Conversation,
+    template: str,
+    *,
+    tools: list | None = None,
+    loss_on: str = "assistant",
+    first: int = 0,
+) -> Rendered:
+    """Render a chat and find the assistant's text in it.
+
+    The marks `{% generation %}` of the template say what the assistant writes. Without marks, each answer is what the
+    template adds to the prompt of that answer, up to the end-of-turn token.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        messages: The messages. The last one is the assistant's.
+        template: The chat template.
+        tools: Schemas of the tools that the assistant can call.
+        loss_on: "assistant" trains on every answer, "last" on the last one, "all" on the whole text.
+        first: The first message that is trained on. Those before it are a prompt.
+
+    Raises:
+        TemplateError: The template refuses the messages, leaves an answer out, or changes an answer that other
+            messages follow.
+    """
+    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    prompts = {number: render(tokenizer, messages[:number], template, tools=tools, prompt=True)
+               for number in answers if number}  # fmt: skip
+    text = render(tokenizer, messages, template, tools=tools)
+    marked = marked_template(tokenizer, template)
+    spans: list | None = None
+    if marked:
+        marked_text, marks = _render_marked(tokenizer, messages, marked, tools)
+        spans = marks if marked_text == text and marks else None
+    trained = answers[-1:] if loss_on in ("last", "all") else [number for number in answers if number >= first]
+    if spans is None:
+        text, spans = _answers_by_prompts(tokenizer, messages, template, tools, text, prompts, trained)
+    else:
+        for number in trained:
+            _check_kept(messages[number], text)
+        start = _common(prompts.get(trained[0], ""), text)
+        spans = [span for span in spans if span[1] > start]
+    if loss_on == "all":
+        opening = prompts.get(min((number for number in answers if number >= first), default=0), "") if first else ""
+        spans = [(_common(opening, text), len(text))]
+    fitting = [len(prompt) for prompt in prompts.values() if text.startswith(prompt)]
+    return Rendered(text, tuple(fitting), tuple(spans), (), len(fitting) < len(prompts))
+
+
+def _answers_by_prompts(tokenizer, messages, template, tools, text, prompts, trained) -> tuple[str, list]:
+    """Find the answers by their prompts. Returns the text, which ends with the last answer, and the spans."""
+    end = tokenizer.eos_token or ""
+    last = len(messages) - 1
+    answer = plain_text(messages[last])
+    start = len(prompts[last]) if last in prompts else max(text.find(answer), 0)
+    if text.startswith(prompts.get(last, "")) and _kept(messages[last], text[start:]):
+        text = text.rstrip()  # templates write a line break after the end-of-turn token
+        if text.endswith(answer.strip()):
+            text += end
+    elif last in prompts and not _kept(messages[last], text):
+        raise TemplateError(f"the chat template leaves out the assistant's answer {shorten(answer)}")
+    else:  # The template changes the prompt when an answer follows, but generation continues the prompt.
+        start, text = len(prompts[last]), prompts[last] + answer + end
+    spans = []
+    for number in trained[:-1]:
+        through = render(tokenizer, messages[: number + 1], template, tools=tools).rstrip()
+        begin = len(prompts[number]) if number in prompts else max(text.find(plain_text(messages[number])), 0)
+        if not (text.startswith(prompts.get(number, "")) and text.startswith(through)) or not _kept(
+            messages[number], through[begin:]
+        ):
+            _check_kept(messages[number], text)
+            raise TemplateError(
+                f"the chat template writes the answer {shorten(plain_text(messages[number]))} differently when other "
+                'messages follow it: train on the last answer only (loss_on="last"), or give a chat template that '
+                "keeps the answers"
+            )
+        spans.append((begin, len(through)))
+    return text, [*spans, (start, len(text))]
+
+
+def plain_text(message: Message) -> str:
+    """Return the text of a message, without parts of other kinds."""
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "".join(part.get("text", "") for part in content if isinstance(part, Mapping))
+
+
+def _kept(message: Message, text: str) -> bool:
+    """Whether a text has what the assistant says: the text after its thoughts, and the names of the tools it calls."""
+    said = plain_text(message).split("</think>")[-1].strip()
+    calls = [call.get("function", call) for call in message.get("tool_calls") or ()]
+    return said in text and all(str(call.get("name", "")) in text for call in calls)
+
+
+def _check_kept(message: Message, text: str) -> None:
+    if not _kept(message, text):
+        what = shorten(plain_text(message)) if plain_text(message).strip() else "that calls a tool"
+        raise TemplateError(f"the chat template leaves out the assistant's answer {what}")
+
+
+def shorten(text: str, length: int = 40) -> str:
+    """Return a text in quotes for a message, at most so many characters of it."""
+    return json.dumps(text if len(text) <= length else text[: length - 1] + "…", ensure_ascii=False)
+
+
+def _common(first: Sequence, second: Sequence) -> int:
+    """Return the number of leading items that two sequences have in common."""
+    return next((n for n, pair in enumerate(zip(first, second)) if pair[0] != pair[1]), min(len(first), len(second)))
