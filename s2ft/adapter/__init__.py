@@ -6,7 +6,7 @@ from s2ft.adapter.export import export_lora, import_lora
 from s2ft.adapter.loading import load_adapter, read_adapter, restore_adapter
 from s2ft.adapter.overlap import Overlap, overlap
 from s2ft.adapter.push import push_to_hub
-from s2ft.adapter.saving import save_adapter
+from s2ft.adapter.saving import add_info, save_adapter
 from s2ft.adapter.switch import (
     combine_adapters,
     delete_adapter,
@@ -22,6 +22,7 @@ __all__ = [
     "Adapter",
     "AdapterBank",
     "Overlap",
+    "add_info",
     "delete_adapter",
     "disable_adapters",
     "export_lora",

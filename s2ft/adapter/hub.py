@@ -40,7 +40,7 @@ def resolve(directory_or_repo, **options) -> Path:
     except (OSError, ValueError) as error:  # the hub's errors are OSErrors: no such repository, no network
         first = str(error).strip().split("\n")[0]
         raise FileNotFoundError(
-            f"there is no folder {directory_or_repo}, and the hub gives no adapter of this name: "
+            f"adapter {directory_or_repo} doesn't exist as a folder, and the hub gives no adapter of this name: "
             f"{first or type(error).__name__}"
         ) from error
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from s2ft.adapter.adapter import Adapter, check_fits
+from s2ft.adapter.adapter import Adapter, check_fits, model_info
 from s2ft.adapter.hub import resolve
 from s2ft.adapter.pretrained import HOST_HOOKS
 from s2ft.attached import extra_weights
@@ -103,6 +103,8 @@ def load_adapter(
         set_mounted_deltas(record, adapter.deltas)
         extra_weights.unfreeze(model, record, adapter.extra_weights)
         extra_weights.set_trained(model, record, adapter.extra_weights)
+        of_the_base = model_info(model)  # saving writes these values again
+        record.add_info({key: value for key, value in adapter.info.items() if key not in of_the_base})
 
 
 @of_compiled

@@ -1,5 +1,6 @@
 """From a model to adapter folders."""
 
+import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -52,6 +53,34 @@ def save_adapter(
     adapter.info = {**model_info(model), **adapter.info, **(info or {})}
     ranks = ranks_sharing(_trained(model, record).values()) if name == record.name and state is None else None
     run_on_first_rank("saving an adapter", ranks, lambda: native.write(adapter, directory))
+
+
+@of_compiled
+def add_info(model: nn.Module, info: dict[str, Any]) -> None:
+    """Add values to the info of the trainable adapter: every checkpoint and the saved adapter have them.
+
+    Args:
+        model: Model with a trainable adapter.
+        info: JSON values by name. A name that the adapter has already gets the new value.
+
+    Raises:
+        ValueError: The model has no trainable adapter, or a value is not one that JSON can hold.
+
+    Example:
+        >>> from s2ft.adapter import add_info
+        >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1), name="math")
+        >>> add_info(model, {"data": "gsm8k"})
+        >>> s2ft.save_adapter(model, "math")
+        >>> s2ft.read_adapter("math").info["data"]
+        'gsm8k'
+    """
+    record = attachment_of(model)
+    if record.name is None:
+        raise ValueError(f"the model trains no adapter; it has {', '.join(record.names)}: call s2ft.attach first")
+    try:
+        record.add_info(json.loads(json.dumps(info, allow_nan=False)))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"info must have values that JSON can hold: {error}") from None
 
 
 @of_compiled

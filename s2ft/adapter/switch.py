@@ -126,6 +126,7 @@ def get_adapter(model: nn.Module, name: str, state: Mapping[str, Tensor] | None 
         record.selection,
         record.fingerprint,
         mounted_deltas(record, state),
+        dict(record.info),
         couplings=record.custom_couplings,
         extra_weights=trained_values(model, record, state),
     )

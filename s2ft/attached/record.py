@@ -147,6 +147,7 @@ class Attachment:
         name: Name of the trainable adapter; None if there is none.
         config: Config of the trainable adapter.
         selection: Units of the trainable adapter.
+        info: JSON values that are saved with the trainable adapter.
         moves: Reorderings of couplings, done or about to be done.
         mounts: Trainable layers by path.
         forwards: Forwards that s2ft has given to modules, by the module's path.
@@ -169,6 +170,7 @@ class Attachment:
     name: str | None = None
     config: S2FTConfig | None = None
     selection: Selection | None = None
+    info: dict[str, Any] = field(default_factory=dict)
     moves: list[Move] = field(default_factory=list)
     mounts: dict[str, Mount] = field(default_factory=dict)
     forwards: dict[str, Callable] = field(default_factory=dict)
@@ -246,6 +248,10 @@ class Attachment:
         """Remove a loaded adapter, which must not be active; nothing happens if none has this name."""
         self.loaded = {key: adapter for key, adapter in self.loaded.items() if key != name}
 
+    def add_info(self, info: dict[str, Any]) -> None:
+        """Add values to the info of the trainable adapter."""
+        self.info = {**self.info, **info}
+
     def rename(self, name: str, new: str) -> None:
         """Rename an adapter. After an interrupt it has its old name everywhere, or its new one everywhere."""
         before = self.name, self.loaded, self.active
@@ -262,7 +268,7 @@ class Attachment:
     def forget_mounts(self) -> None:
         """Reset the fields of the trainable adapter. Call it after :func:`s2ft.attached.mounting.unmount`."""
         self.name = self.config = self.selection = self.replaced_attributes = None
-        self.extra = ExtraWeights()
+        self.extra, self.info = ExtraWeights(), {}
         for collection in (self.moves, self.mounts, self.forwards, self.packing_stopped):
             collection.clear()
 

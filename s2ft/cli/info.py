@@ -12,7 +12,7 @@ EXAMPLE = "  s2ft info my-run"
 
 @dataclass
 class InfoArguments:
-    folder: str = option(text=ADAPTER, positional=True, metavar="DIR")
+    folder: str = option(text=ADAPTER, positional=True, metavar="ADAPTER")
 
 
 def run(arguments: list[str]) -> None:
@@ -23,23 +23,23 @@ def run(arguments: list[str]) -> None:
         arguments,
         EXAMPLE,
     )
-    print(describe(Path(job.folder)))
+    print(describe(job.folder))
 
 
-def describe(folder: Path) -> str:
+def describe(name: str | Path) -> str:
     """Return a text with the adapter's size, origin, settings, and a table of its deltas.
 
     Args:
-        folder: An adapter folder, or the output folder of a run.
+        name: An adapter's folder, the output folder of a run, or a name on the hub.
 
     Raises:
-        FileNotFoundError: The folder does not exist or has no adapter.
+        FileNotFoundError: There is no such folder or name, or the folder has no adapter.
         ValueError: The adapter is damaged, or it is one of PEFT.
     """
     from s2ft.adapter import read_adapter
-    from s2ft.adapter.folders import adapter_folder
+    from s2ft.adapter.hub import resolve
 
-    folder = adapter_folder(folder)
+    folder = resolve(name)
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
             f"{folder} is a PEFT adapter: s2ft export --from-lora makes an S²FT adapter from a LoRA that changes "
@@ -58,7 +58,7 @@ def describe(folder: Path) -> str:
         + ("" if adapter.couplings is None else f", {len(adapter.couplings)} couplings in the file"),
         f"selection digest: {adapter.selection.digest}",
     ]
-    lines += [f"{printable(key)}: {printable(value)}" for key, value in adapter.info.items() if value is not None]
+    lines += [f"{printable(key)}: {_value(key, value)}" for key, value in adapter.info.items() if value is not None]
     config = adapter.config
     towers = f", towers {' '.join(config.towers)}" if config.towers else ""
     lines.append(f"{choice(config)}{towers}, seed {config.seed}, layout {config.layout}")
@@ -96,6 +96,17 @@ def _dtype(delta) -> str:
 
 def _name(dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _value(key: str, value) -> str:
+    """Return a value of the adapter's info as text. The prompt's template is many lines, so its length is shown."""
+    if key != "prompt" or not isinstance(value, dict):
+        return printable(value)
+    template, system = value.get("template"), value.get("system")
+    words = [printable(value.get("form"))]
+    words += [] if template is None else [f"template of {len(str(template)):,} characters"]
+    words += [] if system is None else [f"system prompt {printable(system)!r}"]
+    return ", ".join(words)
 
 
 def printable(value) -> str:

@@ -4,14 +4,16 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 
 from s2ft.cli.parse import did_you_mean
 
 COMMANDS = {
-    "finetune": "train an adapter on your data",
+    "sft": "train an adapter on your data; s2ft finetune is the same",
     "select": "choose units and save them, without training",
     "eval": "score generated answers of a model, with or without an adapter",
     "generate": "write one answer to a prompt",
+    "chat": "talk to a model in several turns, and switch adapters meanwhile",
     "serve": "answer over HTTP with many adapters of one base model",
     "merge": "write base model and adapter as one checkpoint",
     "export": "write an adapter as LoRA, merged checkpoint or GGUF file, or make an adapter from a LoRA",
@@ -20,14 +22,15 @@ COMMANDS = {
     "couplings": "print which layers of a model share units, and how each weight is trained",
     "demo": "fine-tune a small model from start to finish, without any arguments",
 }
+SAME = {"finetune": "sft"}  # other names of commands
 # Commands by the names that other programs give them.
 OTHER_NAMES = {
     "eval": "evaluate score test",
     "export": "convert",
     "combine": "fuse",
-    "finetune": "fit sft train tune",
+    "sft": "fit train tune fine-tune",
+    "sft --push-to-hub": "push upload",
     "generate": "inference run",
-    "generate --chat": "chat",
     "couplings": "inspect layers structure",
     "info": "show",
     "select": "choose",
@@ -44,7 +47,18 @@ MISTAKES = (
 WRITERS = ("PytorchStreamWriter failed", "unexpected pos", "I/O error")  # in messages of torch and safetensors
 TRACEBACK = "S2FT_TRACEBACK"
 # Loggers whose warnings are about other libraries' optional parts. Their errors are still shown.
-CHATTY = ("accelerate", "bitsandbytes", "httpx", "huggingface_hub", "torch.utils._pytree", "torchao", "transformers")
+CHATTY = (
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "fsspec",
+    "httpx",
+    "huggingface_hub",
+    "torch.utils._pytree",
+    "torchao",
+    "transformers",
+    "trl",
+)
 
 
 def usage() -> str:
@@ -62,7 +76,7 @@ def usage() -> str:
             f"--traceback, or the variable {TRACEBACK}=1, shows where an error was raised, and all warnings.",
             "",
             "example:",
-            "  s2ft finetune --model meta-llama/Llama-3.2-1B --data my-data.jsonl --output my-run",
+            "  s2ft sft --model meta-llama/Llama-3.2-1B --data my-data.jsonl --output my-run",
         ]
     )
 
@@ -92,14 +106,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"s2ft {__version__}")
         return 0
     name, *rest = arguments
-    if name not in COMMANDS:
+    if name not in COMMANDS and name not in SAME:
         kind = "option" if name.startswith("-") else "command"
         hint = did_you_mean(name, list(COMMANDS), OTHER_NAMES)
         say_error("s2ft", f"there is no {kind} {name!r}{hint} (see s2ft --help)")
         return 2
     set_up_logging(traceback)
     try:
-        importlib.import_module(f"s2ft.cli.{name}").run(rest)  # Only the chosen command is imported.
+        importlib.import_module(f"s2ft.cli.{SAME.get(name, name)}").run(rest)  # Only the chosen command is imported.
     except MISTAKES as error:
         if traceback:
             raise
@@ -124,6 +138,10 @@ def set_up_logging(everything: bool) -> None:
     for chatty in CHATTY:
         logging.getLogger(chatty).setLevel(logging.WARNING if everything else logging.ERROR)
     logging.getLogger("s2ft").setLevel(logging.DEBUG if everything else logging.NOTSET)
+    if not everything:
+        warnings.simplefilter("ignore", FutureWarning)  # of what will change in other libraries
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", module=rf"(torch|datasets|peft|{'|'.join(CHATTY)})(\.|$)")
 
 
 def say_error(program: str, reason: str) -> None:

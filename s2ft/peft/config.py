@@ -63,6 +63,8 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
             outputs, even if a later version of s2ft knows a coupling of them.
         skipped: Written by the injection: target modules that are not trained, because they have less than one unit at
             the ratio, or, for "all-linear", because S²FT can't train them. A warning has the reasons.
+        info: JSON values that are saved with the adapter, as in `info` of :class:`s2ft.Adapter`: for example the prompt
+            that it is trained with.
 
     The other arguments are those of :class:`s2ft.S2FTConfig` (ratios by projection, selection, budget, layers and so
     on) and of `peft.PeftConfig` (task_type, inference_mode and so on).
@@ -137,6 +139,9 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
     )
     skipped: list[str] | None = field(
         default=None, metadata={"help": "written by the injection: the target modules that are not trained"}
+    )
+    info: dict[str, Any] | None = field(
+        default=None, metadata={"help": "JSON values that are saved with the adapter, for example its prompt"}
     )
 
     def __post_init__(self) -> None:

@@ -70,7 +70,7 @@ def to_native(model: PeftModel, adapter_name: str = "default") -> Adapter:
         selection,
         json.loads(config.base_fingerprint),
         deltas,
-        {"base_model": config.base_model_name_or_path},
+        {"base_model": config.base_model_name_or_path, **(config.info or {})},
         None if config.couplings is None else [Coupling.from_dict(one) for one in config.couplings],
         extra_weights=extra_weights,
     )
@@ -108,7 +108,12 @@ def from_native(
             f"adapter {adapter.name!r} has {next(iter(adapter.extra_weights))} trained in full, which can't be added "
             "to a PeftModel: load it with s2ft.load_adapter"
         )
-    config = {"couplings": adapter.couplings, "base_fingerprint": json.dumps(adapter.fingerprint), **config}
+    config = {
+        "couplings": adapter.couplings,
+        "base_fingerprint": json.dumps(adapter.fingerprint),
+        "info": adapter.info or None,
+        **config,
+    }
     settings = S2FTPeftConfig(units=adapter.selection, **config)
     if isinstance(model, PeftModel):
         model.add_adapter(adapter_name, settings)

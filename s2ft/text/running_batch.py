@@ -93,6 +93,45 @@ class RunningBatch(Generic[R]):
         self._choose(rows, logits)
 
     @torch.inference_mode()
+    def replace(self, row: R) -> None:
+        """Run the prompt of a new row in place of the only row, and choose its first token.
+
+        The keys and values of the beginning that both sequences share are used again. The new row must run with the
+        weights and the adapter of the earlier one. After an error the batch must be cleared.
+
+        Args:
+            row: The new row. The batch has one row, or none.
+
+        Example:
+            >>> from s2ft.text.running_batch import Row, RunningBatch
+            >>> from s2ft.text.sampling import Sampler
+            >>> batch, first = RunningBatch(model.eval()), Row([5, 6, 7], Sampler())
+            >>> batch.replace(first)
+            >>> batch.replace(Row([5, 6, 7, *first.tokens, 8], Sampler()))  # the model runs two tokens
+        """
+        if len(self.rows) > 1:
+            raise ValueError(f"the batch must have at most one row, it has {len(self.rows)}")
+        same = self._shared_with(row) if self.rows and not rows_interact(self.model.config) else 0
+        if not same:
+            self.clear()
+            return self.admit([row])
+        for layer in _layers(self._cache):
+            layer.keys, layer.values = layer.keys[:, :, :same], layer.values[:, :, :same]
+        rest = torch.tensor([row.prompt[same:]], device=self.model.device)
+        self._mask = torch.ones(1, len(row.prompt), dtype=torch.long, device=self.model.device)
+        positions = torch.arange(same, len(row.prompt), device=self.model.device)[None]
+        self.rows = [row]
+        self._choose(self.rows, self._forward(self.rows, self._cache, rest, self._mask, positions))
+
+    def _shared_with(self, row: R) -> int:
+        """The number of tokens at the beginning of a row whose keys and values the batch has; at least one is run."""
+        if not bool(self._mask.all()):
+            return 0  # columns of padding, from a row that has left the batch
+        earlier = [*self.rows[0].prompt, *self.rows[0].tokens][: self._mask.shape[1]]
+        pairs = zip(earlier, row.prompt[:-1])
+        return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(earlier), len(row.prompt) - 1))
+
+    @torch.inference_mode()
     def step(self) -> None:
         """Generate one more token for each row. After an error the batch must be cleared."""
         last = torch.tensor([[row.tokens[-1]] for row in self.rows], device=self.model.device)

@@ -124,6 +124,19 @@ class SFTArguments(RunArguments, SFTConfig):
         default=True, metadata={"help": "compute the loss on the assistant's turns of a chat only"}
     )
 
+    packing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "pack several rows into one sequence of --max-length tokens; refused where the model would mix up "
+            "the rows; an update is then so many packs, with more rows in it",
+            "shown": "rows are not packed",
+        },
+    )
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={"help": "order of the rows: group_by_length, random, sequential, batch_rebalance"},
+    )
+
     def __post_init__(self) -> None:
         if self.dataset_kwargs:
             raise ValueError(

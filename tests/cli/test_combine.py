@@ -51,7 +51,7 @@ def test_the_sum_is_written_and_the_overlap_is_printed(folders, tmp_path, capsys
 MISTAKES = {
     "weights": (["a", "b", "--weights", "1"], "2 adapters and 1 weights"),
     "base": (["a", "other"], "of different bases"),
-    "missing": (["a", "nowhere"], "there is no folder"),
+    "missing": (["a", "nowhere"], "nowhere doesn't exist"),
     "name": (["a", "b", "--name", "../x"], "without slashes"),
     "not finite": (["a", "b", "--weights", "nan", "1"], "finite number"),
 }

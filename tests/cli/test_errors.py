@@ -115,7 +115,7 @@ def test_adapter_that_does_not_exist(capsys, tiny, data, tmp_path, command):
 
 def test_info_on_a_folder_without_adapter(capsys, tmp_path):
     assert f"{tmp_path} is not an S²FT adapter" in error_line(capsys, "info", tmp_path)
-    assert f"there is no folder {tmp_path / 'nosuch'}" in error_line(capsys, "info", tmp_path / "nosuch")
+    assert f"{tmp_path / 'nosuch'} doesn't exist" in error_line(capsys, "info", tmp_path / "nosuch")
 
 
 def test_merge_into_an_existing_folder(capsys, tiny, tmp_path):

@@ -146,7 +146,7 @@ def test_merged_in_shards(work, tmp_path):
             "max_shard_size must be a size above 0, such as",
         ),
         (["ADAPTER", "--dtype", "int8"], "--dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
-        (["nowhere"], "there is no folder nowhere"),
+        (["nowhere"], "adapter nowhere doesn't exist"),
         (["--from-lora", "ADAPTER"], "is not a PEFT LoRA: it has no adapter_config.json"),
     ],
 )

@@ -77,7 +77,7 @@ def test_every_command_takes_the_output_of_a_run(work, tmp_path, command):
 @pytest.mark.parametrize("command", NAMES)
 @pytest.mark.parametrize(
     "adapter, message",
-    [("stopped", "stopped is the output of a run that has saved no adapter yet"), ("nosuch", "there is no folder")],
+    [("stopped", "stopped is the output of a run that has saved no adapter yet"), ("nosuch", "nosuch doesn't exist")],
 )
 def test_every_command_names_the_fault_of_a_folder(work, tmp_path, capsys, command, adapter, message):
     line = commands(work, work / adapter, tmp_path / "out")[command]

@@ -15,13 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import Adapter, check_fits, model_info
 from s2ft.attached.record import Attachment, find_attachment, new_attachment
 from s2ft.config import S2FTConfig
-from s2ft.files.reading import FLOATS, check_adapter_name, check_finite, open_file, read_json, read_tensors, shortened
+from s2ft.files.reading import (
+    FLOATS,
+    check_adapter_name,
+    check_finite,
+    open_file,
+    parse_json,
+    read_json,
+    read_tensors,
+    shortened,
+)
 from s2ft.files.writing import replace_file
 from s2ft.layers import kind_of
 from s2ft.model.coupling import Coupling, Projection, projections_of
@@ -32,6 +42,7 @@ from s2ft.selection import Selection
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 KIND = "a PEFT LoRA"
+PROMPT = "prompt"  # key of an adapter's info, and of the metadata of the tensors file; PEFT and vLLM ignore it
 PREFIX = "base_model.model."  # PEFT puts it before the names of the base's modules
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM accepts for --max-lora-rank
 Sides = tuple[Tensor, Tensor]  # B [O, r], A [r, I]
@@ -103,7 +114,8 @@ def write(
     if rank_pattern:
         pattern = {f"^{re.escape(path)}": n for path, n in ranks.items() if n != uniform}
         config["rank_pattern"], config["alpha_pattern"] = pattern, dict(pattern)
-    blob = save(tensors, metadata={"format": "pt"})
+    prompt = {PROMPT: json.dumps(adapter.info[PROMPT])} if PROMPT in adapter.info else {}
+    blob = save(tensors, metadata={"format": "pt", **prompt})
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     replace_file(folder / TENSORS, blob)
@@ -283,16 +295,23 @@ def read(
     if not deltas:
         raise ValueError(f"{tensors_path} changes nothing: every rank of it is zero")
     selection = Selection({key: units[key] for key in sorted(units)})
-    info = {"base_model": config.get("base_model_name_or_path"), "converted_from": "LoRA"}
+    texts = {"base_model": config.get("base_model_name_or_path"), "converted_from": "LoRA"}
     return Adapter(
         name,
         S2FTConfig(units=selection.to_dict(), layout="indexed"),
         selection,
         record.fingerprint,
         deltas,
-        {key: value for key, value in info.items() if isinstance(value, str)},
+        {**{key: value for key, value in texts.items() if isinstance(value, str)}, **_prompt_of(tensors_path)},
         record.custom_couplings,
     )
+
+
+def _prompt_of(path: Path) -> dict[str, Any]:
+    """The prompt that :func:`write` has put into the metadata of a tensors file, as a part of an adapter's info."""
+    with safe_open(path, "pt") as file:
+        saved = (file.metadata() or {}).get(PROMPT)
+    return {} if saved is None else {PROMPT: parse_json(saved.encode(), f"{path}: the prompt in its metadata")}
 
 
 def _checked_config(config: Any, path: Path) -> dict[str, Any]:

@@ -176,6 +176,25 @@ def read_files(folder) -> tuple[Adapter, dict[str, bytes]]:
     return read_folder(Path(folder), _read)
 
 
+def read_info(folder) -> dict[str, Any]:
+    """Read the info of an adapter, without its tensors. This takes a fraction of the time of :func:`read`.
+
+    Args:
+        folder: The adapter's folder.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: The config is damaged.
+    """
+
+    def read_header(path: Path) -> dict[str, Any]:
+        header = _read_header(read_bytes(path, MAX_CONFIG), path)
+        _check_digest(header, path)
+        return _field(header, "info", dict, path)
+
+    return read_folder(Path(folder), read_header)
+
+
 def _read(path: Path) -> tuple[Adapter, dict[str, bytes]]:
     """Read an adapter by the path of its config."""
     tensors_path = open_file(path.parent, TENSORS, KIND)
@@ -203,8 +222,7 @@ def _read(path: Path) -> tuple[Adapter, dict[str, bytes]]:
         _couplings(header, path),
         {name: _finite(name, tensors[EXTRA + name]) for name in extra_weights},
     )
-    if header["schema"] > 1 and header.get("config_sha256", _digest(header)) != _digest(header):
-        raise ValueError(f"{path} is damaged: its config_sha256 differs")
+    _check_digest(header, path)
     return adapter, {CONFIG: content, TENSORS: blob}
 
 
@@ -221,6 +239,11 @@ def _read_header(content: bytes, path: Path) -> dict[str, Any]:
     if foreign:
         raise ValueError(f"{path} has foreign fields {shortened(foreign)}")
     return header
+
+
+def _check_digest(header: dict[str, Any], path: Path) -> None:
+    if header["schema"] > 1 and header.get("config_sha256", _digest(header)) != _digest(header):
+        raise ValueError(f"{path} is damaged: its config_sha256 differs")
 
 
 def _field(header: dict[str, Any], name: str, kind: type, path: Path) -> Any:

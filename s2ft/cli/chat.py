@@ -1,0 +1,321 @@
+"""s2ft chat: talk to a model in several turns, and switch its adapters meanwhile."""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from s2ft.cli.parse import DTYPE, MODEL, did_you_mean, parse, quiet_transformers
+from s2ft.cli.sampling import SamplingArguments
+from s2ft.text.models import DTYPES
+from s2ft.train.options import check_fields, option
+
+BASE = "base"  # the model without an adapter, in /adapter
+HELP = """/adapter NAME   go on with another adapter; /adapter base is the model without one; /adapter alone lists them
+/system TEXT    set the system prompt; /system alone shows it
+/undo           take back the last message and its answer
+/reset          begin a new conversation
+/save FILE      write the conversation as a JSONL row, which s2ft sft can train on
+/help           this list
+/exit           end, like Ctrl-D
+
+A line that ends with \\ goes on in the next one. A message that begins with / is written with //.
+Ctrl-C stops an answer."""
+DESCRIPTION = f"""Talk to a model in the terminal, with or without adapters.
+
+Prompts have the chat template and the system prompt that the present adapter was trained with. If stdin is no terminal,
+each of its lines is a message, and only the answers are printed.
+
+in the chat:
+{HELP}"""
+EXAMPLE = """  s2ft chat --model meta-llama/Llama-3.2-1B-Instruct --adapter my-run
+  s2ft chat --model meta-llama/Llama-3.2-1B-Instruct --adapter math=runs/7 support=runs/9 --temperature 0.7
+  s2ft chat --model meta-llama/Llama-3.2-1B-Instruct --adapter runs"""
+
+
+@dataclass
+class ChatArguments:
+    model: str = option(text=MODEL)
+    adapter: list[str] | None = option(
+        None,
+        "one or more adapters: the output folder of a run, an adapter's folder, a checkpoint, a name on the hub, each "
+        "also as NAME=FOLDER; or a directory of adapters or runs. The chat begins with the first",
+        metavar="ADAPTER",
+    )
+    system: str | None = option(None, "system prompt", shown="the one of the training, if it had one", metavar="TEXT")
+    dtype: str = option("auto", DTYPE, choices=DTYPES)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def run(arguments: list[str]) -> None:
+    job, sampling = parse("chat", DESCRIPTION, [ChatArguments, SamplingArguments], arguments, EXAMPLE)
+    quiet_transformers()
+    Talk(load(job), sampling, job.system).loop()
+
+
+# ---- adapters by name ----------------------------------------------------------------------------------
+
+
+def adapters_by_name(words: list[str]) -> dict[str, str | Path]:
+    """Return the folder or hub name of each adapter that --adapter names, by the name in the chat.
+
+    Raises:
+        FileNotFoundError: A folder does not exist.
+        ValueError: Two adapters have the same name, or one has the name of the base.
+    """
+    found: dict[str, str | Path] = {}
+    for name, source in (pair for word in words for pair in _named(word)):
+        if name == BASE:
+            raise ValueError(f"adapter {source} can't be called {BASE!r}, the word for the model: give NAME={source}")
+        if name in found:
+            raise ValueError(f"{found[name]} and {source} are both called {name!r}: give one as NAME={source}")
+        found[name] = source
+    return found
+
+
+def _named(word: str) -> list[tuple[str, str | Path]]:
+    """The adapters of one word of --adapter: one by its own name or by that of its folder, or all of a directory."""
+    from s2ft.adapter.folders import ADAPTER, adapters_in
+    from s2ft.files.adapter_folder import is_folder
+
+    name, equals, source = word.partition("=")
+    if equals and not Path(word).exists():
+        return [(name, source)]
+    path = Path(word).expanduser().absolute()
+    is_one = is_folder(path) or is_folder(path / ADAPTER)
+    inside = adapters_in(path) if path.is_dir() and not is_one else {}
+    return list(inside.items()) or [(path.parent.name if path.name == ADAPTER and is_one else path.name, word)]
+
+
+class Adapters:
+    """A model and the adapters that it can be switched to. An adapter is read when it is first used.
+
+    Attributes:
+        present: Name of the adapter that the model computes with, or BASE.
+    """
+
+    def __init__(self, model, tokenizer, folders: dict[str, Path]) -> None:
+        self.model, self.tokenizer, self.folders = model, tokenizer, folders
+        self.present = BASE
+        self._prompters: dict[str, Any] = {}
+
+    def __str__(self) -> str:
+        names = [*self.folders, BASE]
+        return "adapters: " + ", ".join(f"{name} (on)" if name == self.present else name for name in names)
+
+    def switch(self, name: str):
+        """Switch the model to an adapter, or to BASE. Returns the Prompter of the adapter.
+
+        Raises:
+            ValueError: The name is unknown, or the adapter is not one of this model. The present one stays.
+        """
+        import s2ft
+        from s2ft.text.adapter_prompts import Prompter, say_which_template
+
+        if name not in (BASE, *self.folders):
+            raise ValueError(f"there is no adapter {name!r}{did_you_mean(name, list(self.folders))}; {self}")
+        if name not in self._prompters:
+            adapter = None if name == BASE else s2ft.read_adapter(self.folders[name])
+            info = None if adapter is None else adapter.info
+            prompter = Prompter(self.tokenizer, info, self.model.generation_config, f"adapter {name!r}")
+            if adapter is not None:
+                s2ft.load_adapter(self.model, adapter, name, active=False)
+                say_which_template(prompter, f"adapter {name}")
+            self._prompters[name] = prompter
+        if s2ft.list_adapters(self.model):
+            s2ft.set_adapter(self.model, None if name == BASE else name)
+        self.present = name
+        return self._prompters[name]
+
+
+def load(job: ChatArguments) -> Adapters:
+    """Load the model. The folders of the adapters are looked up first, so that a wrong one is found at once."""
+    import s2ft
+    from s2ft.adapter.hub import resolve
+    from s2ft.text.models import dtype_of_base, load_model
+    from s2ft.train.device import gpu_or_cpu
+
+    folders = {name: resolve(source) for name, source in adapters_by_name(job.adapter or []).items()}
+    first = next(iter(folders.values()), None)
+    dtype = job.dtype if first is None else dtype_of_base(s2ft.read_adapter(first), job.dtype)
+    model, tokenizer = load_model(job.model, dtype)
+    return Adapters(model.to(gpu_or_cpu()), tokenizer, folders)
+
+
+# ---- the chat ------------------------------------------------------------------------------------------
+
+
+class Talk:
+    """A chat in the terminal.
+
+    Args:
+        adapters: The model with its adapters. The chat begins with the first.
+        sampling: How tokens are chosen.
+        system: System prompt. None is the one that the adapter was trained with.
+    """
+
+    def __init__(self, adapters: Adapters, sampling: SamplingArguments, system: str | None) -> None:
+        from s2ft.text.chat import Chat
+
+        self.adapters = adapters
+        self.is_terminal = sys.stdin.isatty()
+        prompter = adapters.switch(next(iter(adapters.folders), BASE))
+        self.chat = Chat(adapters.model, prompter, sampling.sampler, sampling.max_new_tokens, system, sampling.seed)
+
+    def loop(self) -> None:
+        """Answer messages until the input ends.
+
+        Raises:
+            ValueError: A line of a script is wrong. In a terminal the chat goes on.
+        """
+        if self.is_terminal:
+            self._greet()
+        for line in self._lines():
+            try:
+                if line.startswith("/") and not line.startswith("//"):
+                    if self._command(line):
+                        return
+                elif line.strip():
+                    self._answer(line[1:] if line.startswith("//") else line)
+            except (ValueError, OSError) as error:
+                if not self.is_terminal:
+                    raise
+                say(f"error: {error}")
+
+    def _greet(self) -> None:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # gives input() a history and editing
+
+        if self.adapters.folders:
+            say(str(self.adapters))
+        say("/help lists the commands, Ctrl-D ends the chat")
+
+    def _lines(self) -> Iterator[str]:
+        """The lines of the input. A line that ends with a backslash is joined with the next one."""
+        held = ""
+        while True:
+            try:
+                line = input(("… " if held else f"{self.adapters.present}> ") if self.is_terminal else "")
+            except EOFError:
+                if held:
+                    yield held
+                if self.is_terminal:
+                    print()
+                return
+            except KeyboardInterrupt:
+                if not self.is_terminal:
+                    raise
+                held = ""
+                say("\n/exit or Ctrl-D ends the chat")
+                continue
+            if line.endswith("\\"):
+                held += line[:-1] + "\n"
+            else:
+                yield held + line
+                held = ""
+
+    def _answer(self, message: str) -> None:
+        from s2ft.text.examples import check_unicode
+
+        check_unicode(message, "message")
+        dropped = self.chat.last.dropped
+        written = False
+        with stopped_by_interrupt(self.chat):
+            for piece in self.chat.answer(message):
+                print(piece, end="", flush=True)
+                written = written or bool(piece)
+        print(flush=True)
+        last = self.chat.last
+        if last.cut:
+            say(f"(cut after {last.tokens} tokens)")
+        if last.dropped > dropped:
+            say(f"(the context is full: the model no longer sees the first {last.dropped} messages)")
+        if not written:
+            say("(no answer: the message is not kept)")
+
+    # ---- commands --------------------------------------------------------------------------------
+
+    def _command(self, line: str) -> bool:
+        """Run a command of the chat. Returns whether the chat ends."""
+        name, _, rest = line.strip().partition(" ")
+        rest = rest.strip()
+        if name in ("/exit", "/quit"):
+            return True
+        commands: dict[str, Callable[[str], None]] = {
+            "/adapter": self._adapter,
+            "/system": self._system,
+            "/undo": self._undo,
+            "/reset": self._reset,
+            "/save": self._save,
+            "/help": lambda rest: say(HELP),
+        }
+        if name not in commands:
+            raise ValueError(f"there is no {name}{did_you_mean(name, [*commands, '/exit'])} (see /help)")
+        commands[name](rest)
+        return False
+
+    def _adapter(self, name: str) -> None:
+        if name:
+            self.chat.use(self.adapters.switch(name))
+            say(f"(adapter {name})" if name != BASE else "(the model without an adapter)")
+        else:
+            say(str(self.adapters))
+
+    def _system(self, text: str) -> None:
+        if text:
+            self.chat.system = text
+            return
+        messages = self.chat.transcript()
+        system = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
+        say("there is no system prompt" if system is None else system)
+
+    def _undo(self, rest: str) -> None:
+        if not self.chat.undo():
+            raise ValueError("there is nothing to undo")
+
+    def _reset(self, rest: str) -> None:
+        self.chat.reset()
+
+    def _save(self, name: str) -> None:
+        import json
+
+        if not name:
+            raise ValueError("/save needs a file")
+        if not self.chat.messages:
+            raise ValueError("there is no conversation to save")
+        path = Path(name).expanduser()
+        if path.exists():
+            raise FileExistsError(f"{path} exists: choose another file")
+        path.write_text(json.dumps({"messages": self.chat.transcript()}, ensure_ascii=False) + "\n", encoding="utf-8")
+        say(f"({len(self.chat.messages)} messages in {path})")
+
+
+def say(text: str) -> None:
+    """Print what is not an answer to stderr, so that stdout has the answers alone."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def stopped_by_interrupt(chat) -> Iterator[None]:
+    """Inside, Ctrl-C ends the answer after the present token. A second one raises KeyboardInterrupt."""
+    import signal
+    import threading
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def stop(number, frame) -> None:
+        chat.stopped = True
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

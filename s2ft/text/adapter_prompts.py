@@ -1,0 +1,198 @@
+"""The prompt of an adapter: the format that it was trained with, which everything that runs the adapter uses.
+
+Other programs know the chat template of a tokenizer and nothing else. For them the system prompt becomes the template's
+default.
+"""
+
+import copy
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from s2ft.text.prompts import PromptFormat, encode_prompt, end_ids, prompt_text
+from s2ft.text.templates import template_of
+
+logger = logging.getLogger(__name__)
+KEY = "prompt"  # in the info of an adapter
+QUESTION = {"role": "user", "content": "Is 2 + 3 = 5?"}
+PROBES = ([QUESTION], [{"role": "system", "content": "Answer yes or no."}, QUESTION])
+
+
+def recorded_format(info: Mapping[str, Any], name: str = "the adapter") -> PromptFormat | None:
+    """Return the format that an adapter was trained with, or None for an adapter that does not record one.
+
+    Args:
+        info: The `info` of the adapter.
+        name: The adapter's name, for the error message.
+
+    Raises:
+        ValueError: What is recorded is not a format.
+
+    Example:
+        >>> from s2ft.text.adapter_prompts import recorded_format
+        >>> recorded_format({"prompt": {"form": "chat", "template": "{{ messages }}", "system": "Be brief."}}).system
+        'Be brief.'
+    """
+    if KEY not in info:
+        return None
+    try:
+        return PromptFormat.from_dict(info[KEY])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the prompt that {name} records can't be read: {error}") from None
+
+
+class Prompter:
+    """Makes the prompts of one adapter, or of the base.
+
+    Args:
+        tokenizer: The base's tokenizer. It is not changed.
+        info: The `info` of the adapter. None is the base.
+        generation_config: The model's generation_config, which can name further end tokens.
+        name: The adapter's name, for messages.
+
+    Attributes:
+        format: The :class:`~s2ft.text.prompts.PromptFormat`: the recorded one, or the base's own.
+        tokenizer: A copy of the tokenizer with the template of the format.
+        ends: The tokens that end an answer.
+        is_chat: Whether prompts are messages in a template. If not, prompts are plain text: the adapter was trained on
+            plain text, or there is no adapter and the base has no template.
+        replaces_template: Whether the base has another template, which the recorded one replaces.
+
+    Raises:
+        ValueError: The recorded format can't be read.
+
+    Example:
+        >>> from transformers import ByT5Tokenizer
+        >>> from s2ft.text.adapter_prompts import Prompter
+        >>> info = {"prompt": {"form": "chat", "template": "{{ messages[-1]['content'] }}", "system": None}}
+        >>> prompter = Prompter(ByT5Tokenizer(), info)
+        >>> prompter.tokenizer.decode(prompter.encode([{"role": "user", "content": "2+3="}]))
+        '2+3='
+    """
+
+    def __init__(
+        self, tokenizer, info: Mapping[str, Any] | None = None, generation_config=None, name: str = "the adapter"
+    ) -> None:
+        own = tokenizer.chat_template
+        recorded = recorded_format(info or {}, name)
+        self.format = recorded or PromptFormat("chat", template_of(tokenizer))
+        self.tokenizer = copy.copy(tokenizer)  # shares the vocabulary, and has a template of its own
+        self.format.apply_to(self.tokenizer)
+        self.ends = frozenset(end_ids(self.tokenizer, generation_config))
+        self.is_chat = self.format.form == "chat" and (info is not None or bool(own))
+        self.replaces_template = recorded is not None and bool(own) and own != self.tokenizer.chat_template
+
+    def messages(self, conversation: Sequence[Mapping], system: str | None = None) -> list[dict[str, Any]]:
+        """Return a conversation with the system prompt, unless it has one.
+
+        Args:
+            conversation: Messages with the keys "role" and "content".
+            system: Another system prompt than the recorded one. An empty text is none.
+        """
+        form = self.format if system is None else replace(self.format, system=system or None)
+        return form.conversation(conversation)
+
+    def encode(self, conversation: Sequence[Mapping], system: str | None = None) -> list[int]:
+        """Return the token ids of a conversation, up to where the assistant's answer begins.
+
+        Args:
+            conversation: Messages with the keys "role" and "content".
+            system: As in :meth:`messages`.
+
+        Raises:
+            ValueError: The template refuses the messages.
+        """
+        return encode_prompt(self.tokenizer, self.messages(conversation, system))
+
+    def encode_text(self, text: str) -> list[int]:
+        """Return the token ids of a text that the model continues, without an end token."""
+        return encode_prompt(self.tokenizer, text)
+
+
+def say_which_template(prompter: Prompter, name: str) -> None:
+    """Log that the template which an adapter was trained with is used in place of the base's own, if it is another."""
+    if prompter.replaces_template:
+        logger.info("prompts have the chat template that %s was trained with, not the base's own", name)
+
+
+# ---- for other programs --------------------------------------------------------------------------------
+
+
+def standalone_template(prompt: PromptFormat) -> str | None:
+    """Return a chat template that needs no other setting: a chat without a system message gets the system prompt.
+
+    Args:
+        prompt: The format.
+
+    Returns:
+        The template, or None for a format without one.
+
+    Example:
+        >>> from transformers import ByT5Tokenizer
+        >>> from s2ft.text.adapter_prompts import standalone_template
+        >>> from s2ft.text.prompts import PromptFormat
+        >>> template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"
+        >>> alone = standalone_template(PromptFormat("chat", template, "Be brief."))
+        >>> chat = [{"role": "user", "content": "2+3="}]
+        >>> ByT5Tokenizer().apply_chat_template(chat, chat_template=alone, tokenize=False)
+        '[system] Be brief. [user] 2+3= '
+    """
+    if prompt.template is None or not prompt.system:
+        return prompt.template
+    system = json.dumps(prompt.system, ensure_ascii=False)  # a text in quotes, with the escapes that Jinja knows
+    return (
+        "{%- if not messages or messages[0]['role'] != 'system' -%}"
+        f"{{%- set messages = [{{'role': 'system', 'content': {system}}}] + messages -%}}"
+        "{%- endif -%}" + prompt.template
+    )
+
+
+def give_prompt(tokenizer, info: Mapping[str, Any], name: str):
+    """Give a tokenizer the chat template that an adapter was trained with, with its system prompt as the default.
+
+    A tokenizer is not changed if the adapter records no template.
+
+    Args:
+        tokenizer: The base's tokenizer.
+        info: The `info` of the adapter.
+        name: The adapter's name, for messages.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: The recorded format can't be read, or its template can't have a default system prompt.
+    """
+    prompter = Prompter(tokenizer, info, name=name)
+    if recorded_format(info) is None or prompter.format.template is None:
+        return tokenizer
+    if prompter.replaces_template:
+        logger.info("the chat template is the one that %s was trained with, not the base's own", name)
+    elif not tokenizer.chat_template:
+        logger.info("the base has no chat template, and gets the one that %s was trained with", name)
+    tokenizer.chat_template = standalone_template(prompter.format)
+    if prompter.format.system:
+        logger.info("the chat template has the system prompt of the training as its default")
+    check_same_prompts(tokenizer, prompter)
+    return tokenizer
+
+
+def check_same_prompts(tokenizer, prompter: Prompter) -> None:
+    """Check that a tokenizer makes the prompts that a Prompter makes, from the messages alone.
+
+    Raises:
+        ValueError: It makes another one, which the message has.
+    """
+    for conversation in PROBES:
+        try:
+            expected = prompt_text(prompter.tokenizer, prompter.messages(conversation))
+        except ValueError:  # the template takes no system message
+            continue
+        found = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        if found != expected:
+            raise ValueError(
+                f"the chat template makes another prompt with a default system prompt: {found[:200]!r} instead of "
+                f"{expected[:200]!r}; merge without it, and send the system prompt with each request"
+            )
