@@ -29,7 +29,7 @@ RANKS = [
     ["api"],
     ["estimation", "text"],
     ["train", "peft", "export"],
-    ["serve"],
+    ["serve", "integrations"],
     ["cli"],
     ["__main__"],
 ]
