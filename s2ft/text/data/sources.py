@@ -66,6 +66,7 @@ def quiet_datasets() -> None:
     import datasets
 
     datasets.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # one line for each retry
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
 
@@ -340,14 +341,20 @@ def _hub(
     streaming: bool,
 ) -> Source:
     import datasets
+    from huggingface_hub.constants import is_offline_mode
 
     try:
         found = datasets.load_dataset(
             path, name, split=split, revision=revision, data_dir=data_dir, data_files=data_files, streaming=streaming
         )
     except Exception as error:  # the hub, the network and each reader have their own kinds of errors
+        way_out = (
+            "HF_HUB_OFFLINE is set, so only what was downloaded before can be used"
+            if is_offline_mode()
+            else "without a network, set HF_HUB_OFFLINE=1 to use what was downloaded before"
+        )
         raise ValueError(
             f"data set {path} can't be loaded: there is no such file or folder here, and the hub says: "
-            f"{_reason(error)}. Without a network, set HF_HUB_OFFLINE=1 to use what was downloaded before"
+            f"{_reason(error).rstrip('.')}; {way_out}"
         ) from error
     return Source(path, dataset=found)
