@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 
 from s2ft.cli.parse import did_you_mean
 
