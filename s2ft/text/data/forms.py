@@ -109,7 +109,7 @@ FORMS = {  # the first form whose fields a row has
     "question and answer": Form(("question", "answer"), _question("question", "answer")),
     "text": Form(("text",), _text),
 }
-OPTIONAL = ("input", "system", "answer", "tools")
+OPTIONAL = ("input", "system", "answer", "tools", "chosen", "rejected")
 FIELDS = tuple(dict.fromkeys([*(name for form in FORMS.values() for name in form.needs), *OPTIONAL]))
 KNOWN = "messages, conversations, prompt and completion, instruction and output, question and answer, or text"
 
