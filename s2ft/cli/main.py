@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     name, *rest = arguments
     if name not in COMMANDS and name not in SAME:
         kind = "option" if name.startswith("-") else "command"
-        hint = did_you_mean(name, list(COMMANDS), OTHER_NAMES)
+        hint = did_you_mean(name, [*COMMANDS, *SAME], OTHER_NAMES)
         say_error("s2ft", f"there is no {kind} {name!r}{hint} (see s2ft --help)")
         return 2
     set_up_logging(traceback)

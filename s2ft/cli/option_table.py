@@ -57,7 +57,7 @@ OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "data_seed": ("", "seed of the order of the rows"),
     },
     "batches": {
-        "batch_size": ("bs", ""),
+        "batch_size": ("", ""),
         "per_device_train_batch_size": ("micro-batch-size", "rows of one forward pass on one device"),
         "gradient_accumulation_steps": ("", "forward passes whose gradients are added up"),
         "packing": ("", "put several rows into one row of --max-length tokens"),
@@ -128,6 +128,7 @@ RENAMED = {("S2FTConfig", "seed"): "selection_seed"}
 MORE_METADATA = {"selection_seed": {"shown": "the run's seed"}, "data_seed": {"shown": "the run's seed"}}
 # Options that other programs or older versions have. They are suggested.
 ELSEWHERE = {
+    "batch-size": "bs",
     "bf16": "autocast precision mixed-precision",
     "dtype": "torchdtype",
     "max-length": "cutoff-len max-seq-length max-seq-len sequence-len",

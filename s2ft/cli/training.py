@@ -347,12 +347,16 @@ class TrainingParser(TrlParser):
     # ---- what is said --------------------------------------------------------------------------------------
 
     def short_name(self, name: str) -> str:
-        """The first short name of an option on the command line, else its full one."""
-        return f"--{[*SHORT_NAMES.get(name, ()), name][0].replace('_', '-')}"
+        """The name of an option on the command line: the shorter one of its full name and its first short name."""
+        return f"--{min([*SHORT_NAMES.get(name, ())[:1], name], key=len).replace('_', '-')}"
+
+    def _argument(self, match: re.Match) -> str:
+        name = self.short_name(self._option_string_actions[match[1].split("/")[0]].dest)
+        return f"{name} must " if match[2] else f"{name}: "
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError with one line."""
-        message = re.sub(r"^argument ([^:]+): (must )?", _argument, " ".join(message.split()))
+        message = re.sub(r"^argument ([^:]+): (must )?", self._argument, " ".join(message.split()))
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
@@ -391,12 +395,6 @@ def _loader() -> type:
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), [*"-+0123456789"])
     return Loader
-
-
-def _argument(match: re.Match) -> str:
-    names = [name for name in match[1].split("/") if "_" not in name]
-    shown = min(names or [match[1]], key=len)
-    return f"{shown} must " if match[2] else f"{shown}: "
 
 
 def _spellings(name: str) -> list[str]:
