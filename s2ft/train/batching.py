@@ -127,7 +127,7 @@ class Batching:
         Returns:
             The rows of the training.
         """
-        rows = rows.select_columns([name for name in ("input_ids", "labels") if name in (rows.column_names or ())])
+        rows = rows.select_columns(["input_ids", "labels"])
         if self.packed:
             from trl import pack_dataset
 
