@@ -91,7 +91,8 @@ class AdapterBank:
         self._loaded: OrderedDict[str, _Loaded] = OrderedDict()  # the most recently used one is last
         self._lock = threading.Lock()  # guards the three fields above; never held while a file is read
         self._running = threading.Lock()  # held by a batch; guards the fields below
-        self._bases: dict[Any, _Base] = {}
+        self._bases: dict[Any, _Base] = {}  # guarded by the lock below, since adapters are checked during a batch
+        self._making_base = threading.Lock()
         self._layers: dict[str, _BankLayer] = {}
         self._packed: dict[int, int] = {}  # slot in the layers' buffers, by serial number of a loaded adapter
         self._slots = 1  # number of slots, a power of two
@@ -170,6 +171,32 @@ class AdapterBank:
             if name in self._entries or self._in_directory(name):
                 raise ValueError(f"there is an adapter called {name!r} already: remove it first")
             self._entries[name] = _Entry(folder)
+
+    def check(self, folder: str | os.PathLike) -> Adapter:
+        """Check that batches can use the adapter of a folder, without reading its values.
+
+        Its units and shapes and the fingerprint of its base are compared with the model. It can be called from other
+        threads while a batch runs.
+
+        Args:
+            folder: The adapter's folder.
+
+        Returns:
+            The adapter. Its values are on the meta device.
+
+        Raises:
+            FileNotFoundError: The folder has no adapter.
+            ValueError: The adapter is damaged, has another base, or changes layers that can't be mixed.
+
+        Example:
+            >>> report = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1), name="math")
+            >>> s2ft.save_adapter(model, "runs/math")
+            >>> s2ft.AdapterBank(s2ft.detach(model)).check("runs/math").name
+            'math'
+        """
+        adapter = native.read_without_values(Path(folder))
+        self._changed_by(adapter)
+        return adapter
 
     def remove(self, name: str) -> None:
         """Remove an adapter from the bank. Its files stay, and a running batch keeps it.
@@ -307,17 +334,7 @@ class AdapterBank:
     def _read(self, name: str, folder: Path) -> "_Loaded":
         adapter = native.read(folder)
         adapter.name = name
-        if adapter.extra_weights:
-            raise ValueError(
-                f"adapter {name!r} has {next(iter(adapter.extra_weights))} trained in full, and a batch has one such "
-                "weight for all of its rows: serve the model merged (s2ft merge), or use load_adapter"
-            )
-        base = self._base(adapter)
-        check_fits(adapter, self.model, base.record)
-        changed = [base.projections[key] for key in adapter.deltas]
-        layers = {
-            one.path: self._layer_at(one.path, one.dim, one.expert, f"adapter {name!r} changes") for one in changed
-        }
+        changed, layers = self._changed_by(adapter)
         deltas: dict[str, list[Delta]] = {path: [] for path in layers}
         for projection, delta in zip(changed, adapter.deltas.values()):
             deltas[projection.path].append(delta)
@@ -326,14 +343,31 @@ class AdapterBank:
         self._serial += 1
         return _Loaded(self._serial, by_layer)
 
+    def _changed_by(self, adapter: Adapter) -> tuple[list[Projection], dict[str, "_BankLayer"]]:
+        """Check an adapter against the model. Returns its projections in order, and the layers that it changes."""
+        if adapter.extra_weights:
+            raise ValueError(
+                f"adapter {adapter.name!r} has {next(iter(adapter.extra_weights))} trained in full, and a batch has one "
+                "such weight for all of its rows: serve the model merged (s2ft merge), or use load_adapter"
+            )
+        base = self._base(adapter)
+        check_fits(adapter, self.model, base.record)
+        changed = [base.projections[key] for key in adapter.deltas]
+        layers = {
+            one.path: self._layer_at(one.path, one.dim, one.expert, f"adapter {adapter.name!r} changes")
+            for one in changed
+        }
+        return changed, layers
+
     def _base(self, adapter: Adapter) -> "_Base":
         """The record and the projections of the model, by the couplings of its family or by those of the adapter."""
         attached = find_attachment(self.model)
         key = None if adapter.couplings is None or attached else tuple(adapter.couplings)
-        if key not in self._bases:
-            record = attached or new_attachment(self.model, adapter.couplings)
-            self._bases[key] = _Base(record, {one.name: one for one in projections_of(record.couplings)})
-        return self._bases[key]
+        with self._making_base:
+            if key not in self._bases:
+                record = attached or new_attachment(self.model, adapter.couplings)
+                self._bases[key] = _Base(record, {one.name: one for one in projections_of(record.couplings)})
+            return self._bases[key]
 
     def _layer_at(self, path: str, dim: int, expert: int | None, who: str) -> "_BankLayer":
         """The known layer at a path, or a new one if the layer is new or was replaced in the model."""

@@ -8,18 +8,20 @@ from s2ft.text.models import DTYPES
 from s2ft.train.options import check_fields, option
 
 EXAMPLE = """  s2ft serve --model meta-llama/Llama-3.2-1B --adapters runs
+  s2ft serve --model meta-llama/Llama-3.2-1B --adapters runs math=old-runs/7 --check
   s2ft serve --model meta-llama/Llama-3.2-1B --adapters runs --host 0.0.0.0 --port 80 --api-key SECRET"""
 
 
 @dataclass
 class ServeArguments:
     model: str = option(text=MODEL)
-    adapters: str | None = option(
-        None,
-        "a folder with adapters, or with output folders of s2ft finetune; clients name an adapter by its folder, and "
-        "new folders are found while the server runs",
+    adapters: list[str] = option(
+        [],
+        "directories of adapters or of output folders of s2ft sft, or single ones, also as NAME=DIR; clients name an "
+        "adapter by its folder, and new folders are found while the server runs",
         metavar="DIR",
     )
+    check: bool = option(False, "read all adapters, compare them with the base, and end without serving")
     engine: str = option(
         "transformers",
         "transformers: the built-in server; vllm: export the adapters as LoRA and run `vllm serve`",
@@ -52,6 +54,14 @@ class ServeArguments:
     grace: float = option(
         20.0, "time to finish running requests after SIGTERM or Ctrl-C", unit="seconds", metavar="SECONDS"
     )
+    access_log: str = option(
+        "text", "one line a request in the log, as text or as JSON, or off", choices=("text", "json", "off")
+    )
+    ignore_unsupported: bool = option(
+        False,
+        "ignore fields of requests that the server does not support, such as tools; the header X-Ignored-Parameters "
+        "of the answer names them",
+    )
     dtype: str = option("auto", "dtype of the model's weights; auto keeps the checkpoint's dtype", choices=DTYPES)
 
     def __post_init__(self) -> None:
@@ -83,13 +93,15 @@ def check(job: ServeArguments) -> None:
     """Check the options before the model is loaded, which can take minutes.
 
     Raises:
-        NotADirectoryError: The folder of adapters does not exist.
-        ValueError: A number is outside its range.
+        NotADirectoryError: A folder of adapters does not exist.
+        ValueError: A number is outside its range, or a folder can't be served.
     """
-    from pathlib import Path
+    from s2ft.serve.sources import source_of
 
-    if job.adapters is not None and not Path(job.adapters).is_dir():
-        raise NotADirectoryError(f"adapters {job.adapters} is not a folder")
+    for adapters in job.adapters:
+        source_of(adapters)
+    if job.check and not job.adapters:
+        raise ValueError("--check checks adapters: give --adapters")
     if not 0 <= job.port < 1 << 16:
         raise ValueError(f"port must be 0 to 65535, got {job.port}")
     for name in ("max_batch_size", "queue_size", "timeout", "max_body_bytes"):
@@ -102,10 +114,10 @@ def check(job: ServeArguments) -> None:
 def serve_here(job: ServeArguments) -> None:
     """Serve with the built-in server until it is stopped."""
     from s2ft.serve.options import Limits, ServerOptions, key_of, served_name
-    from s2ft.serve.server import serve
+    from s2ft.serve.server import check_adapters, serve
     from s2ft.text.models import load_model
 
-    limits = Limits(key_of(job.api_key), job.timeout, job.max_body_bytes, job.max_tokens_limit)
+    limits = Limits(key_of(job.api_key), job.timeout, job.max_body_bytes, job.max_tokens_limit, job.ignore_unsupported)
     options = ServerOptions(
         job.host,
         job.port,
@@ -114,10 +126,14 @@ def serve_here(job: ServeArguments) -> None:
         job.max_batch_tokens,
         job.adapter_bytes,
         job.grace,
+        job.access_log,
         limits,
     )
     model, tokenizer = load_model(job.model, job.dtype)
-    serve(model, tokenizer, job.served_model_name or served_name(job.model), job.adapters, options)
+    base = job.served_model_name or served_name(job.model)
+    if job.check:
+        return check_adapters(model, base, job.adapters)
+    serve(model, tokenizer, base, job.adapters, options)
 
 
 def serve_by_vllm(job: ServeArguments) -> None:
@@ -129,7 +145,7 @@ def serve_by_vllm(job: ServeArguments) -> None:
     from s2ft.serve import vllm
     from s2ft.serve.options import key_of, served_name, warn_if_open
 
-    if job.adapters is None:
+    if not job.adapters:
         raise ValueError("--engine vllm serves adapters: give --adapters")
     key = key_of(job.api_key)
     warn_if_open(job.host, key)

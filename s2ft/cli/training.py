@@ -32,7 +32,7 @@ from s2ft.train.arguments import RunArguments
 SAVE_STEPS = next(one.default for one in fields(RunArguments) if one.name == "save_steps")
 logger = logging.getLogger(__name__)
 MORE = "more options of transformers and TRL"
-REQUIRED = ("model_name_or_path", "output_dir")
+REQUIRED = (("model_name_or_path",), ("data", "dataset_name", "datasets"), ("output_dir",))  # one of each
 TAKEN = {short for names in SHORT_NAMES.values() for short in names}
 NOT_WRITTEN = ("hub_token", "resume_from_checkpoint", "overwrite")  # secrets and what concerns one call only
 LATEST = "latest"  # --resume without a checkpoint
@@ -122,11 +122,11 @@ def parse_training(
     arguments = list(arguments)
     parser = TrainingParser([*kinds, LoraOptions], "--help-all" in arguments, command, description, example)
     given = parser.given(arguments)
-    missing = [name for name in REQUIRED if given.get(name) is None]
+    missing = [names[0] for names in REQUIRED if not any(given.get(name) for name in names)]
     if missing:
         parser.error(f"missing: {', '.join(parser.short_name(name) for name in missing)}")
     _take_lora(given)
-    filled = {**given, **_evaluation(given)}
+    filled = {**given, **_evaluation(given), **_text_field(given)}
     objects: dict[type, Any] = {}
     for kind in kinds:
         values = {
@@ -164,6 +164,13 @@ def _evaluation(given: dict[str, Any]) -> dict[str, Any]:
         found.setdefault("eval_strategy", given.get("save_strategy", "steps").replace("best", "steps"))
         found.setdefault("eval_steps", given.get("save_steps", SAVE_STEPS))
     return {key: value for key, value in found.items() if key not in given or given[key] == 0}
+
+
+def _text_field(given: dict[str, Any]) -> dict[str, Any]:
+    """TRL's name of the field with the text, as one of the fields that are renamed."""
+    if given.get("dataset_text_field", "text") == "text":
+        return {}
+    return {"fields": [*given.get("fields", []), f"text={given['dataset_text_field']}"]}
 
 
 def _take_lora(given: dict[str, Any]) -> None:
@@ -246,6 +253,8 @@ class TrainingParser(TrlParser):
         hidden = kind is LoraOptions or not (own or self.everything)
         group = self.groups[GROUP_OF.get(one.name) or KIND_GROUPS.get(kind.__name__, MORE)]
         one.metadata = {"aliases": [word for name in SHORT_NAMES.get(one.name, ()) for word in _spellings(name)]}
+        if _list_of(hint):
+            one.metadata["action"] = "extend"  # --field a=b --field c=d
         before = len(group._group_actions)
         self._parse_dataclass_field(group, one)
         for action in group._group_actions[before:]:
@@ -397,6 +406,12 @@ def _takes(hint: Any, kind: type) -> bool:
     return (get_origin(hint) or hint) is kind
 
 
+def _list_of(hint: Any) -> Any:
+    """The type of the items if a type takes lists, else None."""
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return next((get_args(part)[0] for part in parts if get_origin(part) is list), None)
+
+
 def _word_of(value: bool, action: argparse.Action) -> str:
     """The word that YAML reads as true or false: `eval_strategy: no`."""
     if value is False and action.choices is not None and "no" in action.choices:
@@ -452,12 +467,10 @@ def _complete(action: argparse.Action, metadata: Any, hint: Any) -> None:
     if plain[0] is bool:
         action.nargs, action.const, action.type, action.choices = "?", True, _switch, None
         return
-    listed = [part for part in plain if get_origin(part) is list]
     if action.dest == "datasets":
         action.type = lambda path: {"path": path}
-    elif listed:
-        action.nargs, item = "+", get_args(listed[0])[0]
-        action.type = _number(int, False) if item is int else str
+    elif item := _list_of(hint):
+        action.nargs, action.type = "+", _number(int, False) if item is int else str
     elif str not in plain and plain[0] in (int, float):
         action.type = _number(plain[0], type(None) in parts)
     elif any(_takes(part, dict) for part in plain):
@@ -482,8 +495,8 @@ def _metavar(action: argparse.Action, plain: list, choices: list[str]) -> str:
 def _help(one: Field, metadata: Any, negated: bool) -> str:
     """The help text of an option, with its default. Of a long text of another package, the first sentence."""
     text = HELP.get(one.name) or metadata.get("help", one.name.replace("_", " "))
-    if negated:
-        return help_text({**metadata, "off": metadata.get("off", f"do not {text}")}, None, "off")
     text = re.split(r"\. (?=[A-Z])", text)[0]
     text = text if text.endswith("...") else text.rstrip(".")
+    if negated:
+        return help_text({**metadata, "off": metadata.get("off", f"turn off: {text[:1].lower()}{text[1:]}")}, None, "off")
     return help_text({**metadata, "help": text, **MORE_METADATA.get(one.name, {})}, _default_of(one))

@@ -7,11 +7,12 @@ import json
 import os
 import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor
 
@@ -21,6 +22,14 @@ MAX_TENSORS = 64 * 2**30  # bytes of a safetensors file
 MAX_NAME = 500  # characters
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".npz")  # reading such files can run code
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4}
+TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+}
 FLOATS = ("F64", "F32", "F16", "BF16")
 INTEGERS = ("I64", "I32")
 
@@ -174,6 +183,30 @@ def shortened(value: Any) -> str:
 # ---- safetensors ---------------------------------------------------------------------------------------
 
 
+def read_some_tensors(path: Path, check, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Return some tensors of a safetensors file by name. The others are on the meta device and are not read.
+
+    Args:
+        path: The file.
+        check: As for :func:`read_tensors`.
+        wanted: Takes a tensor's name, and returns whether it is read.
+
+    Raises:
+        ValueError: As for :func:`read_tensors`, but damage inside the tensors is not found.
+    """
+    with open_regular(path) as file:
+        entries = _entries(file, path)
+    check(entries)
+    try:
+        with safe_open(path, "pt") as file:
+            return {
+                name: file.get_tensor(name) if wanted(name) else torch.empty(shape, dtype=TYPES[dtype], device="meta")
+                for name, (dtype, shape) in entries.items()
+            }
+    except (SafetensorError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{path} is truncated or damaged: {error}") from None
+
+
 def read_tensors(path: Path, check) -> tuple[dict[str, Tensor], bytes]:
     """Return all tensors of a safetensors file by name, and the file's bytes.
 
@@ -234,6 +267,6 @@ def _product(shape: tuple[int, ...]) -> int:
 
 
 def check_finite(name: str, values: Tensor) -> None:
-    """Raise ValueError if the values have a NaN or an infinite value."""
-    if not bool(torch.isfinite(values).all()):
+    """Raise ValueError if the values have a NaN or an infinite value. Values on the meta device are not checked."""
+    if not values.is_meta and not bool(torch.isfinite(values).all()):
         raise ValueError(f"{name} is not finite: it has NaN or infinite values")

@@ -14,16 +14,17 @@ from starlette.requests import ClientDisconnect
 
 import s2ft
 from s2ft.serve import errors
+from s2ft.serve.access import Access, record_of
 from s2ft.serve.errors import CLIENT_CLOSED, ApiError, Disconnected
 from s2ft.serve.job import Event
-from s2ft.serve.metrics import STATUS, CountRequests, Metrics
-from s2ft.serve.registry import Version, public_reason
-from s2ft.serve.replies import DONE, ChatReply, CompletionReply, server_sent_event
+from s2ft.serve.metrics import Metrics
+from s2ft.serve.registry import Version, cannot_load
+from s2ft.serve.replies import DONE, ChatReply, Choice, CompletionReply, server_sent_event
 from s2ft.serve.schemas import ChatRequest, CompletionRequest, LoadRequest, Sampled, UnloadRequest, parse
 from s2ft.serve.service import Answer, Service
 
 
-def create_app(service: Service, metrics: Metrics) -> FastAPI:
+def create_app(service: Service, metrics: Metrics, access_log: str = "text") -> FastAPI:
     """Make the ASGI app. It starts the service's engine and stops it.
 
     The app has no /docs and no /openapi.json, since the bodies of requests are read and checked without FastAPI.
@@ -31,6 +32,7 @@ def create_app(service: Service, metrics: Metrics) -> FastAPI:
     Args:
         service: The model with its adapters.
         metrics: The counters that /metrics returns.
+        access_log: "text" or "json" for one line a request in the log, or "off".
     """
 
     @asynccontextmanager
@@ -42,6 +44,7 @@ def create_app(service: Service, metrics: Metrics) -> FastAPI:
     metrics.queue_length.set_function(lambda: service.engine.waiting)
     metrics.running.set_function(lambda: service.engine.running)
     metrics.adapters.set_function(lambda: len(service.engine.adapters.names))
+    metrics.refused.set_function(lambda: len(service.engine.adapters.refused))
     app = FastAPI(
         title="s2ft",
         version=s2ft.__version__,
@@ -52,7 +55,7 @@ def create_app(service: Service, metrics: Metrics) -> FastAPI:
         openapi_url=None,
     )
     errors.install_handlers(app)
-    app.add_middleware(CountRequests, metrics=metrics)
+    app.add_middleware(Access, metrics=metrics, log=access_log)
     app.include_router(state_routes(service, metrics))
     app.include_router(model_routes(service))
     return app
@@ -156,8 +159,8 @@ async def _check(service: Service, version: Version) -> None:
     except ApiError:
         raise
     except Exception as error:
-        service.engine.adapters.unload(version.name)
-        raise ApiError(400, "invalid_adapter", public_reason(version, error)) from None
+        service.engine.adapters.refuse(version, error)
+        raise cannot_load(version, error) from None
     finally:
         service.engine.adapters.release(version)
 
@@ -194,25 +197,30 @@ def _refuse_constant(word: str):
 
 
 async def _answer(service: Service, request: Request, kind: type[Sampled], reply: type[CompletionReply]) -> Response:
-    arrived = asyncio.get_running_loop().time()
+    arrived, record = asyncio.get_running_loop().time(), record_of(request.scope)
+    ignored: list[str] | None = [] if service.limits.ignore_unsupported else None
     try:
-        body = parse(kind, await _json(request, service))
-        service.check_model(body.model)
-        ids = await run_in_threadpool(service.prompt_ids, body)
-        answer = Answer(service, request, body, ids, arrived)
+        body = parse(kind, await _json(request, service), ignored)
     except ClientDisconnect:
         return Response(status_code=CLIENT_CLOSED)
-    shape = reply(body.model, body.with_usage)
-    events = answer.events()
+    answer = Answer(service, request, record, arrived)
     try:
+        jobs = await run_in_threadpool(service.jobs, body, answer.emit)
+        record.model = body.model  # it is served, so that the metrics have a bounded number of names
+        answer.start(jobs, body.choices)
+        scored = body.scored is not None
+        shape = reply(body.model, service.names if scored else None, body.with_usage, scored)
+        events = answer.events()
         first = await anext(events)  # an error before the first token has its own status
+        headers = {"X-Ignored-Parameters": ", ".join(ignored)} if ignored else {}
         if body.stream:
-            return EventStream(_stream(request, answer, shape, first, events), answer)
-        text, finish = first.text, first.finish
-        async for event in events:
-            text, finish = text + event.text, event.finish
+            return EventStream(_stream(answer, shape, first, events), answer, headers)
+        choices = [Choice(number) for number in range(len(jobs))]
+        choices[first[0]].add(first[1])
+        async for number, event in events:
+            choices[number].add(event)
         answer.close()
-        return JSONResponse(shape.answer(text, finish, answer.usage))
+        return JSONResponse(shape.answer(choices, answer.usage), headers=headers)
     except Disconnected:
         answer.close()
         return Response(status_code=CLIENT_CLOSED)
@@ -221,24 +229,21 @@ async def _answer(service: Service, request: Request, kind: type[Sampled], reply
         raise
 
 
-async def _stream(request: Request, answer: Answer, shape: CompletionReply, first: Event, events) -> AsyncIterator[str]:
-    for chunk in shape.opening():
+async def _stream(answer: Answer, shape: CompletionReply, first: tuple[int, Event], events) -> AsyncIterator[str]:
+    for chunk in shape.opening(len(answer.jobs)):
         yield server_sent_event(chunk)
-    event = first
     try:
-        while True:
-            if event.text or event.last:
-                yield server_sent_event(shape.chunk(event.text, event.finish))
-            if event.last:
-                break
-            event = await anext(events)
+        for chunk in filter(None, [shape.chunk(*first)]):
+            yield server_sent_event(chunk)
+        async for number, event in events:
+            for chunk in filter(None, [shape.chunk(number, event)]):
+                yield server_sent_event(chunk)
         for chunk in shape.closing(answer.usage):
             yield server_sent_event(chunk)
     except ApiError as error:  # the status was sent already
-        request.scope[STATUS] = error.status
-        yield server_sent_event(error.body)
+        answer.record.status = error.status
+        yield server_sent_event(error.body(answer.record.id))
     except Disconnected:
-        request.scope[STATUS] = CLIENT_CLOSED
         return
     yield DONE
 
@@ -246,8 +251,8 @@ async def _stream(request: Request, answer: Answer, shape: CompletionReply, firs
 class EventStream(StreamingResponse):
     """Server-sent events of an answer. The answer is closed at the end, also after an error."""
 
-    def __init__(self, content: AsyncIterator[str], answer: Answer) -> None:
-        super().__init__(content, headers={"Cache-Control": "no-cache"}, media_type="text/event-stream")
+    def __init__(self, content: AsyncIterator[str], answer: Answer, headers: dict[str, str]) -> None:
+        super().__init__(content, headers={"Cache-Control": "no-cache", **headers}, media_type="text/event-stream")
         self._answer = answer
 
     async def __call__(self, scope, receive, send) -> None:
@@ -255,5 +260,5 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             if not self._answer.ended:
-                scope[STATUS] = CLIENT_CLOSED
+                self._answer.record.status = CLIENT_CLOSED
             self._answer.close()

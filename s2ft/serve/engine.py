@@ -31,7 +31,7 @@ class Engine:
         max_batch_tokens: Largest number of tokens of prompts and answers in the batch, with padding. It bounds the
             memory of keys and values. A longer sequence runs alone. None is no limit.
         prefill_tokens: Largest number of prompt tokens that are run at once, with padding. A longer prompt runs alone.
-        metrics: Counters, see :mod:`s2ft.serve.metrics`. None counts nothing.
+        metrics: Histogram of batch sizes, see :mod:`s2ft.serve.metrics`. None counts nothing.
 
     Raises:
         ValueError: A size is below 1.
@@ -97,28 +97,28 @@ class Engine:
         """Number of sequences in the batch."""
         return len(self.batch)
 
-    def submit(self, job: Job) -> None:
-        """Add a job to the queue. If it is refused, its adapter is released.
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Add the jobs of a request to the queue, all or none. If they are refused, their adapters are released.
 
         Args:
-            job: The job.
+            jobs: The jobs.
 
         Raises:
-            ApiError: 429 if the queue is full, 503 if the server is shutting down.
+            ApiError: 429 if the queue has no room for all of them, 503 if the server is shutting down.
         """
         with self._changed:
             refused = None
             if self._stopped or self.drain_until is not None:
                 refused = shutting_down()
-            elif len(self._waiting) >= self.queue_size:
-                refused = ApiError(
-                    429, "queue_full", f"{self.queue_size} requests wait already: try again later", {"Retry-After": "1"}
-                )
+            elif len(self._waiting) + len(jobs) > self.queue_size:
+                waiting = f"{len(self._waiting)} answers of {self.queue_size} wait already"
+                refused = ApiError(429, "queue_full", f"{waiting}: try again later", {"Retry-After": "1"})
             if refused is None:
-                self._waiting.append(job)
+                self._waiting += jobs
                 self._changed.notify()
                 return
-        self._release(job)
+        for job in jobs:
+            self._release(job)
         raise refused
 
     def cancel(self, job: Job) -> None:
@@ -231,8 +231,6 @@ class Engine:
             logger.exception("a prompt failed")
             self._finish(jobs, ApiError(500, "model_failed", f"the model failed: {type(error).__name__}"))
             return
-        if self.metrics:
-            self.metrics.prompt_tokens.inc(sum(len(job.prompt) for job in jobs))
         self._deliver(jobs)
 
     def _load_adapters(self, jobs: list[Job]) -> list[Job]:
@@ -260,6 +258,8 @@ class Engine:
         except Exception as error:
             logger.warning("adapter %r can't be loaded: %s", job.version.name, error)
             self._finish([job], cannot_load(job.version, error))
+            if isinstance(error, ValueError):
+                self.adapters.refuse(job.version, error)
             return False
 
     def _load(self, names: list) -> None:
@@ -298,8 +298,6 @@ class Engine:
         job.released = True
         if job.version is not None:
             self.adapters.release(job.version)
-        if self.metrics:
-            self.metrics.generated_tokens.inc(len(job.tokens))
 
     def _fail_all(self) -> None:
         """Fail all running and waiting jobs."""

@@ -1,4 +1,4 @@
-"""Errors of the API. Each is JSON, {"error": {"message", "type", "code"}}, with a matching status."""
+"""Errors of the API. Each is JSON, {"error": {"message", "type", "code", "request_id"}}, with a matching status."""
 
 import logging
 from collections.abc import Mapping
@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+
+from s2ft.serve.access import record_of
 
 logger = logging.getLogger(__name__)
 TYPES = {
@@ -33,15 +35,15 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.code, self.message, self.headers = status, code, message, headers
 
-    @property
-    def body(self) -> dict:
-        """The JSON object of the error."""
+    def body(self, request_id: str) -> dict:
+        """The JSON object of the error, with the id of its request."""
         kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "code": self.code}}
+        return {"error": {"message": self.message, "type": kind, "code": self.code, "request_id": request_id}}
 
-    def response(self) -> JSONResponse:
-        """The HTTP response of the error."""
-        return JSONResponse(self.body, self.status, self.headers)
+    def response(self, request_id: str) -> JSONResponse:
+        """The HTTP response of the error, with the id of its request."""
+        headers = {**(self.headers or {}), "X-Request-Id": request_id}
+        return JSONResponse(self.body(request_id), self.status, headers)
 
 
 class Disconnected(Exception):
@@ -63,16 +65,18 @@ def install_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> JSONResponse:
-        return error.response()
+        return error.response(record_of(request.scope).id)
 
     @app.exception_handler(HTTPException)
     async def router_error(request: Request, error: HTTPException) -> JSONResponse:
         where = f"{request.method} {request.url.path[:200]}"
-        return ApiError(
-            error.status_code, CODES.get(error.status_code, "http_error"), f"{where}: {error.detail}", error.headers
-        ).response()
+        code = CODES.get(error.status_code, "http_error")
+        answer = ApiError(error.status_code, code, f"{where}: {error.detail}", error.headers)
+        return answer.response(record_of(request.scope).id)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return ApiError(500, "internal_error", "the server failed; see its log for the reason").response()
+        request_id = record_of(request.scope).id
+        logger.error("%s: %s %s failed", request_id, request.method, request.url.path, exc_info=error)
+        failed = ApiError(500, "internal_error", "the server failed; see its log for the reason")
+        return failed.response(request_id)

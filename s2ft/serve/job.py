@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from s2ft.serve.errors import ApiError
 from s2ft.serve.registry import Version
 from s2ft.text.running_batch import Row
+from s2ft.text.sampling import Score
 from s2ft.text.streams import TextStream
 
 
@@ -17,11 +18,13 @@ class Event:
         text: New text.
         finish: "stop" or "length" at the end of the sequence, else None.
         error: The error that ended the sequence, or None.
+        score: The log probabilities of the new token, if they were requested and the token is part of the answer.
     """
 
     text: str = ""
     finish: str | None = None
     error: ApiError | None = None
+    score: Score | None = None
 
     @property
     def last(self) -> bool:
@@ -40,6 +43,7 @@ class Job(Row):
         ends: Tokens that end the answer.
         emit: Called with each event in the engine's thread. It must not block.
         adapter: The acquired adapter, which the engine releases. None is the base.
+        logprobs: How many of the likeliest tokens are scored at each place; None: no log probabilities.
     """
 
     def __init__(
@@ -51,8 +55,9 @@ class Job(Row):
         ends: frozenset[int],
         emit: Callable[[Event], None],
         adapter: Version | None = None,
+        logprobs: int | None = None,
     ) -> None:
-        super().__init__(prompt, sampler, None if adapter is None else adapter.bank_name)
+        super().__init__(prompt, sampler, None if adapter is None else adapter.bank_name, logprobs)
         self.max_tokens, self.text, self.ends, self.emit, self.version = max_tokens, text, ends, emit, adapter
         self.cancelled = self.released = False
 
@@ -62,10 +67,11 @@ class Job(Row):
             return Event(error=ApiError(500, "model_failed", self.failed))
         if self.tokens[-1] in self.ends:
             return Event(self.text.flush(), "stop")
+        score = self.scores[-1] if self.scores else None
         text = self.text.push(self.tokens[-1])
         if self.text.stopped:
-            return Event(text, "stop")
+            return Event(text, "stop", score=score)
         if len(self.tokens) < self.max_tokens:
-            return Event(text)
+            return Event(text, score=score)
         text += self.text.flush()
-        return Event(text, "stop" if self.text.stopped else "length")
+        return Event(text, "stop" if self.text.stopped else "length", score=score)

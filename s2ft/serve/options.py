@@ -19,6 +19,8 @@ class Limits:
         timeout: Seconds from the arrival of a request to the end of its answer.
         max_body_bytes: Largest body of a request in bytes.
         max_tokens: Longest answer in tokens. None is the rest of the context.
+        ignore_unsupported: Whether fields that the server does not support are ignored. The header
+            X-Ignored-Parameters of the answer names them. Otherwise they are an error.
 
     Raises:
         ValueError: A value is not above 0.
@@ -26,13 +28,14 @@ class Limits:
     Example:
         >>> from s2ft.serve.options import Limits
         >>> Limits(timeout=60, max_tokens=256)
-        Limits(api_key=None, timeout=60, max_body_bytes=2097152, max_tokens=256)
+        Limits(api_key=None, timeout=60, max_body_bytes=2097152, max_tokens=256, ignore_unsupported=False)
     """
 
     api_key: str | None = None
     timeout: float = 300.0
     max_body_bytes: int = 2 << 20
     max_tokens: int | None = None
+    ignore_unsupported: bool = False
 
     def __post_init__(self) -> None:
         for name in ("timeout", "max_body_bytes", "max_tokens"):
@@ -55,6 +58,7 @@ class ServerOptions:
         adapter_bytes: Memory for adapters in bytes. The adapters that were used longest ago are removed. None is no
             limit.
         grace: Seconds to finish running requests after SIGTERM or SIGINT.
+        access_log: "text" or "json" for one line a request in the log, or "off".
         limits: Limits of requests.
 
     Example:
@@ -70,6 +74,7 @@ class ServerOptions:
     max_batch_tokens: int | None = None
     adapter_bytes: int | None = None
     grace: float = 20.0
+    access_log: str = "text"
     limits: Limits = field(default_factory=Limits)
 
 

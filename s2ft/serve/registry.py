@@ -1,21 +1,27 @@
-"""The adapters that are served: those in a directory, and those that clients load.
+"""The adapters that are served: those of the server's sources, and those that clients load.
 
 A request keeps the version of the adapter with which it began. A version that was unloaded, deleted or replaced gets no
-new requests, and is removed from the bank after its last one.
+new requests, and is removed from the bank after its last one. An adapter that does not fit the base, or is damaged, is
+refused when it is first seen, until its folder changes.
 """
 
 import logging
+import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from s2ft.adapter.folders import ADAPTER, RUN, STATE, adapter_named, adapters_in
-from s2ft.files.adapter_folder import CONFIG, TENSORS, stamp_of
+from s2ft.adapter.folders import ADAPTER, STATE
+from s2ft.files.adapter_folder import CONFIG, stamp_of
 from s2ft.files.reading import check_adapter_name
 from s2ft.serve.errors import ApiError, unknown_model
+from s2ft.serve.sources import grouped, some, source_of
+from s2ft.text.adapter_prompts import recorded_format
+from s2ft.text.prompts import PromptFormat
 
 logger = logging.getLogger(__name__)
+SHOWN = 20  # names in the line of the log that lists the adapters
 
 
 @dataclass(eq=False)
@@ -27,6 +33,7 @@ class Version:
         bank_name: The name in the bank, which is different for each version.
         folder: The adapter's folder.
         stamp: Changes with each save to the folder.
+        prompt: The format of prompts that the adapter was trained with, or None if it is not recorded.
         users: Number of requests that use this version.
         retired: Whether new requests no longer get this version.
     """
@@ -35,8 +42,24 @@ class Version:
     bank_name: str
     folder: Path
     stamp: tuple
+    prompt: PromptFormat | None
     users: int = 0
     retired: bool = False
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A saved state of an adapter that can't be served.
+
+    Attributes:
+        folder: The adapter's folder.
+        stamp: Changes with each save to the folder.
+        reason: The reason, without the name and the path.
+    """
+
+    folder: Path
+    stamp: tuple
+    reason: str
 
 
 class Adapters:
@@ -44,58 +67,76 @@ class Adapters:
 
     Args:
         bank: The :class:`s2ft.AdapterBank` that loads the adapters.
-        directory: A directory whose folders are adapters or outputs of runs, named by the folders. Checkpoints are not
-            served. None serves the base alone.
+        sources: Where adapters are looked for, see :func:`s2ft.serve.sources.source_of`. None serves the base alone.
         reserved: Names of the base.
 
     Raises:
-        NotADirectoryError: The directory does not exist.
-        ValueError: A folder has the name of the base.
+        NotADirectoryError: A folder does not exist.
+        ValueError: A source can't be used, or two adapters, or an adapter and the base, have the same name.
     """
 
-    def __init__(self, bank, directory=None, reserved: Sequence[str] = ()) -> None:
+    def __init__(self, bank, sources: Sequence[str] = (), reserved: Sequence[str] = ()) -> None:
         self.bank, self.reserved = bank, tuple(reserved)
-        self.directory = None if directory is None else Path(directory)
-        if self.directory is not None and not self.directory.is_dir():
-            raise NotADirectoryError(f"the directory of adapters {directory} does not exist")
+        self.sources = [source_of(str(text)) for text in sources]
         self._known: dict[str, Version] = {}
+        self._refused: dict[str, Refused] = {}
         self._unloaded: set[str] = set()  # unloaded by clients; their folders still exist
         self._added = 0
         self._lock = threading.Lock()
-        taken = sorted(self._folders().keys() & set(self.reserved))
-        if taken:
-            raise ValueError(
-                f"adapter {taken[0]!r} has the name of the base: rename its folder, or give the base "
-                "another name with --served-model-name"
-            )
+        self._check_names()
+
+    def _check_names(self) -> None:
+        """Raise ValueError if two adapters, or an adapter and the base, have the same name."""
+        found: dict[str, Path] = {}
+        for source in self.sources:
+            for name, folder in source.folders().items():
+                if name in self.reserved:
+                    raise ValueError(
+                        f"adapter {name!r} has the name of the base: rename its folder, or give the base another name "
+                        "with --served-model-name"
+                    )
+                if name in found and found[name].resolve() != folder.resolve():
+                    raise ValueError(
+                        f"two adapters are called {name!r}, {found[name]} and {folder}: name one of them with "
+                        "--adapters NAME=DIR, or leave out its directory"
+                    )
+                found.setdefault(name, folder)
 
     @property
     def names(self) -> list[str]:
         """The names that clients can use, sorted."""
         with self._lock:
-            names = self._known.keys() | self._folders().keys()
-            return sorted(name for name in names if self._current(name))
+            return sorted(name for name in self._known.keys() | self._folders().keys() if self._current(name))
 
-    def acquire(self, name: str) -> Version:
-        """Get the present version of an adapter for a request, which must release it.
+    @property
+    def refused(self) -> dict[str, Refused]:
+        """The adapters that can't be served, by name, as :attr:`names` last saw them."""
+        with self._lock:
+            return dict(self._refused)
+
+    def acquire(self, name: str, count: int = 1) -> Version:
+        """Get the present version of an adapter for sequences, each of which must release it.
 
         Args:
             name: The adapter's name.
+            count: Number of sequences.
 
         Raises:
-            ApiError: 404 if there is no such adapter.
+            ApiError: 404 if there is no such adapter, 400 if it can't be served.
         """
         with self._lock:
             version = self._current(name)
+            if version is None and name in self._refused:
+                raise invalid_adapter(name, self._refused[name].reason)
             if version is None:
                 raise unknown_model(name)
-            version.users += 1
+            version.users += count
             return version
 
-    def release(self, version: Version) -> None:
-        """End the use of a version by a request."""
+    def release(self, version: Version, count: int = 1) -> None:
+        """End the use of a version by so many sequences."""
         with self._lock:
-            version.users -= 1
+            version.users -= count
             self._forget_unused(version)
 
     def load(self, name: str, path: str) -> Version:
@@ -103,30 +144,27 @@ class Adapters:
 
         Args:
             name: The name that clients use.
-            path: The adapter's folder, relative to the directory.
+            path: The adapter's folder or a run's, relative to one of the directories.
 
         Raises:
-            ApiError: 400 or 404 if the name or the path cannot be used.
+            ApiError: 400 or 404 if the name or the path cannot be used, or the adapter cannot be served.
         """
-        if self.directory is None:
-            raise ApiError(400, "no_directory", "the server was started without --adapters, so it can't load adapters")
+        directories = [source.folder for source in self.sources if source.name is None]
+        if not directories:
+            raise ApiError(
+                400, "no_directory", "the server was started without a directory of adapters, so it can't load others"
+            )
         try:
             check_adapter_name(name)
         except ValueError as error:
             raise ApiError(400, "invalid_name", str(error)) from None
-        folder = _inside(self.directory, path)
         with self._lock:
             if name in self.reserved or self._current(name):
                 raise ApiError(400, "name_taken", f"there is already a model {name!r}: unload it first")
-            if stamp_of(folder) is None:  # it may be the output of a run
-                folder = _inside(self.directory, f"{path}/{ADAPTER}")
-            stamp = stamp_of(folder)
-            if stamp is None:
-                raise ApiError(404, "adapter_not_found", f"there is no adapter at {path[:200]!r}: it has no {CONFIG}")
-            try:
-                version = self._add(name, folder, stamp)
-            except (ValueError, OSError):
-                raise ApiError(400, "invalid_adapter", f"{path[:200]!r} contains no complete adapter") from None
+            folder, stamp = _named_by_client(directories, path)
+            version = self._add(name, folder, stamp)
+            if version is None:
+                raise invalid_adapter(name, self._refused.pop(name).reason)
             self._unloaded.discard(name)
             version.users += 1
             return version
@@ -147,6 +185,13 @@ class Adapters:
             self._retire(version)
             self._unloaded.add(name)
 
+    def refuse(self, version: Version, error: Exception) -> None:
+        """Stop serving a version that could not be loaded, until its folder changes."""
+        with self._lock:
+            if not version.retired:
+                self._retire(version)
+                self._note_refused(version.name, version.folder, version.stamp, error)
+
     # ---- called with the lock held ---------------------------------------------------------------
 
     def _current(self, name: str) -> Version | None:
@@ -155,26 +200,44 @@ class Adapters:
         if version is not None and stamp_of(version.folder) != version.stamp:
             self._retire(version)
             version = None
-        if version is None and self.directory is not None and name not in self._unloaded and name not in self.reserved:
-            version = self._add_found(self.directory, name)
+        if version is None and name not in self._unloaded and name not in self.reserved:
+            version = self._add_found(name)
         return version
 
-    def _add_found(self, directory: Path, name: str) -> Version | None:
-        """Add an adapter of the directory, if it has one of this name."""
+    def _add_found(self, name: str) -> Version | None:
+        """Add an adapter of the sources, if they have one of this name that can be served."""
         try:
             check_adapter_name(name)
-            folder = adapter_named(directory, name)
-            stamp = None if folder is None else stamp_of(folder)
-            return None if folder is None or stamp is None else self._add(name, folder, stamp)
-        except (ValueError, OSError):  # an incomplete adapter, or a name that no file can have
+            folder = next((folder for source in self.sources if (folder := source.find(name)) is not None), None)
+        except (ValueError, OSError):  # a name that no file can have
+            folder = None
+        stamp = None if folder is None else stamp_of(folder)
+        if folder is None or stamp is None:
+            self._refused.pop(name, None)
             return None
+        if name in self._refused and (self._refused[name].folder, self._refused[name].stamp) == (folder, stamp):
+            return None
+        return self._add(name, folder, stamp)
 
-    def _add(self, name: str, folder: Path, stamp: tuple) -> Version:
+    def _add(self, name: str, folder: Path, stamp: tuple) -> Version | None:
+        """Check an adapter and add it. One that can't be served is noted, and None is returned."""
         bank_name = f"{name}#{self._added}"  # unique, since an earlier version may still be in use
-        self.bank.add(bank_name, folder)
+        try:
+            prompt = recorded_format(self.bank.check(folder).info)
+            self.bank.add(bank_name, folder)
+        except FileNotFoundError:  # it was removed meanwhile
+            return None
+        except (ValueError, OSError) as error:
+            self._note_refused(name, folder, stamp, error)
+            return None
         self._added += 1
-        self._known[name] = Version(name, bank_name, folder, stamp)
+        self._refused.pop(name, None)
+        self._known[name] = Version(name, bank_name, folder, stamp, prompt)
         return self._known[name]
+
+    def _note_refused(self, name: str, folder: Path, stamp: tuple, error: Exception) -> None:
+        self._refused[name] = Refused(folder, stamp, _reason(error, folder))
+        logger.debug("adapter %r is refused: %s", name, error)
 
     def _retire(self, version: Version) -> None:
         version.retired = True
@@ -185,37 +248,62 @@ class Adapters:
         if version.retired and not version.users:
             self.bank.remove(version.bank_name)
 
-    # ---- folders ---------------------------------------------------------------------------------
-
     def _folders(self) -> dict[str, Path]:
-        if self.directory is None:
-            return {}
-        try:
-            return adapters_in(self.directory)
-        except OSError as error:  # the directory was deleted; loaded adapters can still be served
-            logger.warning("can't look for adapters: %s", error)
-            return {}
+        found: dict[str, Path] = {}
+        for source in self.sources:
+            try:
+                found = {**source.folders(), **found}
+            except OSError as error:  # the directory was deleted; loaded adapters can still be served
+                logger.warning("can't look for adapters: %s", error)
+        return found
+
+    # ---- the log ---------------------------------------------------------------------------------
 
     def log_adapters(self) -> None:
-        """Log the adapters, each folder that is skipped with the reason, and the expected layout if there are none."""
-        if self.directory is None:
-            return
-        names = self.names
-        for folder in _skipped(self.directory, names):
-            logger.warning("warning: %s is not served: %s", folder, why_skipped(folder))
+        """Log the adapters, and the folders that are not served with the reasons.
+
+        Raises:
+            ValueError: An adapter that was named by itself, or all adapters that were found, can't be served.
+        """
+        names, refused = self.names, self.refused
+        found = [*names, *refused]
+        for source in self.sources:
+            for line in grouped(source.skipped(found)):
+                logger.warning("warning: not served: %s", line)
+        for line in grouped({name: one.reason for name, one in refused.items()}):
+            logger.warning("warning: not served: %s", line)
+        self._check_refused(names, refused)
         if names:
-            logger.info("adapters: %s", ", ".join(names))
-        else:
+            logger.info("serving %d adapter%s: %s", len(names), "s" * (len(names) > 1), some(names, SHOWN))
+        elif self.sources:
+            where = some([str(source.folder) for source in self.sources])
             logger.warning(
-                "warning: %s has no adapters, so the base is served alone; adapters are expected as "
-                "%s/NAME/%s or, in the output of a run, as %s/NAME/%s/%s; checkpoints are not served",
-                self.directory,
-                self.directory,
+                "warning: no adapters in %s, so the base is served alone; adapters are expected as DIR/NAME/%s or, in "
+                "the output of a run, as DIR/NAME/%s/%s; checkpoints are not served",
+                where,
                 CONFIG,
-                self.directory,
                 ADAPTER,
                 CONFIG,
             )
+
+    def _check_refused(self, names: Sequence[str], refused: dict[str, Refused]) -> None:
+        single = [source.name for source in self.sources if source.name in refused]
+        if single or (refused and not names):
+            name = single[0] if single else next(iter(refused))
+            all_of = "" if single else f"none of the {len(refused)} adapters found can be served; "
+            raise ValueError(f"{all_of}adapter {name!r} can't be served: {refused[name].reason}")
+
+
+def _named_by_client(directories: Sequence[Path], path: str) -> tuple[Path, tuple]:
+    """Return the adapter's folder at a path of a client, and its stamp. Raises ApiError 400 or 404."""
+    for place in [_inside(directory, path) for directory in directories]:
+        for folder in (place, place / ADAPTER):  # it may be the output of a run
+            stamp = stamp_of(folder)
+            if stamp is not None and (folder / STATE).is_file():
+                raise ApiError(400, "invalid_adapter", f"{path[:200]!r} is a checkpoint of a training run")
+            if stamp is not None:
+                return folder, stamp
+    raise ApiError(404, "adapter_not_found", f"there is no adapter at {path[:200]!r}: it has no {CONFIG}")
 
 
 def _inside(directory: Path, path: str) -> Path:
@@ -234,40 +322,24 @@ def _inside(directory: Path, path: str) -> Path:
     return folder
 
 
-def _skipped(directory: Path, served: Sequence[str]) -> list[Path]:
-    """List the folders of a directory that are not served. Parts of the output of one run are not listed."""
-    if (directory / RUN).is_file():
-        return []
-    return [
-        folder
-        for folder in sorted(directory.iterdir())
-        if folder.is_dir() and not folder.name.startswith(".") and folder.name not in served
-    ]
-
-
-def why_skipped(folder: Path) -> str:
-    """Explain why a folder in the directory of adapters is not served."""
-    if (folder / STATE).is_file():
-        return "it is a checkpoint of a training run"
-    if (folder / "adapter_config.json").is_file():
-        return "it is an adapter of PEFT: convert a LoRA with s2ft export --from-lora"
-    if (folder / RUN).is_file() and not (folder / ADAPTER).is_dir():
-        return "it is the output of a run that has saved no adapter yet"
-    place = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
-    missing = [name for name in (CONFIG, TENSORS) if not (place / name).is_file()]
-    return f"{place} has no {' and no '.join(missing)}" if missing else "its name can't be the name of an adapter"
+def invalid_adapter(name: str, reason: str) -> ApiError:
+    """Return the error for an adapter that can't be served."""
+    return ApiError(400, "invalid_adapter", f"adapter {name!r} can't be served: {reason}")
 
 
 def cannot_load(version: Version, error: Exception) -> ApiError:
     """Return the error for an adapter that cannot be loaded. It does not contain the folder's path."""
     if isinstance(error, FileNotFoundError):
         return ApiError(404, "model_not_found", f"adapter {version.name!r} was removed before it could be loaded")
-    message = f"adapter {version.name!r} can't be loaded: {public_reason(version, error)}"
     if isinstance(error, ValueError):  # a damaged adapter, or one that does not fit the base: trying again is no use
-        return ApiError(400, "invalid_adapter", message)
-    return ApiError(503, "adapter_failed", message)
+        return invalid_adapter(version.name, _reason(error, version.folder))
+    return ApiError(
+        503, "adapter_failed", f"adapter {version.name!r} can't be loaded: {_reason(error, version.folder)}"
+    )
 
 
-def public_reason(version: Version, error: Exception) -> str:
-    """Return an error's message with the adapter's name in place of its path."""
-    return str(error).replace(str(version.folder), version.name).replace(version.bank_name, version.name)
+def _reason(error: Exception, folder: Path) -> str:
+    """Return an error's message without the adapter's path, and without its name in front."""
+    text = str(error).replace(f"{folder}/", "").replace(str(folder), "the folder")
+    named = re.match(r"adapter '[^']*'(:?) ", text)
+    return text if named is None else ("" if named[1] else "it ") + text[named.end() :]

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from s2ft.serve.errors import ApiError
 
@@ -11,15 +11,9 @@ IGNORED_FIELDS = ("user", "metadata", "store", "service_tier", "safety_identifie
 # unsupported fields: the values that change nothing and are accepted, and the message for any other value
 NOTHING: tuple[Any, ...] = (None, False, [], {})
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "n": ((None, 1), "a request has one answer: send it several times, and the answers share a batch"),
-    "best_of": ((None, 1), "a request has one answer"),
-    "logprobs": ((None, False), "log probabilities are not returned"),
-    "top_logprobs": ((None, 0), "log probabilities are not returned"),
+    "best_of": ((None, 1), "all answers are returned: use n"),
     "echo": ((None, False), "the prompt is not repeated"),
     "suffix": ((None, ""), "text before a suffix is not supported"),
-    "presence_penalty": ((None, 0, 0.0), "penalties are not applied"),
-    "frequency_penalty": ((None, 0, 0.0), "penalties are not applied"),
-    "logit_bias": (NOTHING, "logits are not biased"),
     "tools": (NOTHING, "tools are not called"),
     "functions": (NOTHING, "functions are not called"),
     "tool_choice": ((None, "none", "auto"), "tools are not called"),
@@ -29,7 +23,17 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "modalities": ((None, ["text"]), "answers are plain text"),
 }
 
+MOST_CHOICES = 128
+TOP = 20  # likeliest tokens whose log probabilities can be requested
 Word = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+Tokens = list[Annotated[int, Field(ge=0)]]
+Nothing = Annotated[list[Any], Field(max_length=0)] | None
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
 
 class Strict(BaseModel):
@@ -56,8 +60,16 @@ class Sampled(Strict):
     Attributes:
         model: Name of the base or of an adapter.
         max_tokens: Longest answer in tokens. Default: 16 for a completion, the rest of the context for a chat.
+        n: Number of answers. Default: 1.
         temperature: Divisor of the logits, from 0 to 2. 0 always chooses the likeliest token. Default: 1.
         top_p: Draw among the likeliest tokens with this total probability, from 0 to 1. Default: 1.
+        top_k: Draw among so many likeliest tokens. Default, 0 and -1: all.
+        min_p: Leave out tokens below this share of the likeliest token's probability, from 0 to 1. Default: 0.
+        presence_penalty: Subtracted from the logits of tokens that are in the answer, from -2 to 2. Default: 0.
+        frequency_penalty: The same, as many times as the token is in the answer, from -2 to 2. Default: 0.
+        repetition_penalty: Divides the positive logits of tokens in the prompt and the answer, and multiplies the
+            others. Above 0; default: 1.
+        logit_bias: Added to the logits of tokens, from -100 to 100 by token id.
         seed: Seed of the draws. Default: a new seed.
         stop: One string or up to 16 strings that end the answer. They are not part of it.
         stream: Whether to send the answer in chunks.
@@ -66,12 +78,34 @@ class Sampled(Strict):
 
     model: Annotated[str, Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    top_p: Share | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Share | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
+    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=1024)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Word | Annotated[list[Word], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+
+    @property
+    def choices(self) -> int:
+        """Number of answers for each prompt."""
+        return self.n or 1
+
+    @property
+    def scored(self) -> int | None:
+        """How many of the likeliest tokens get log probabilities at each place. None: no log probabilities."""
+        return None
+
+    @property
+    def biases(self) -> dict[int, float]:
+        """The biases by token."""
+        return {int(token): bias for token, bias in (self.logit_bias or {}).items()}
 
     @property
     def stops(self) -> list[str]:
@@ -98,10 +132,24 @@ class CompletionRequest(Sampled):
     """Body of /v1/completions.
 
     Attributes:
-        prompt: A text, a list with one text, or a list of token ids.
+        prompt: A text, a list of token ids, or a list of texts or of such lists, each with its own answers.
+        logprobs: Number of likeliest tokens that get log probabilities beside the chosen one, from 0 to 20. Default:
+            no log probabilities.
     """
 
-    prompt: str | list[Annotated[int, Field(ge=0)]] | list[str]
+    prompt: str | Tokens | list[str] | list[Tokens]
+    logprobs: Annotated[int, Field(ge=0, le=TOP)] | None = None
+
+    @property
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts as a list."""
+        single = isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int)
+        return [self.prompt] if single else self.prompt  # type: ignore[list-item, return-value]
+
+    @property
+    def scored(self) -> int | None:
+        """How many of the likeliest tokens get log probabilities at each place. None: no log probabilities."""
+        return self.logprobs
 
     @property
     def default_tokens(self) -> int | None:
@@ -123,11 +171,21 @@ class Message(Strict):
         role: "system", "user", "assistant", or another role of the chat template.
         content: The text, or parts with text.
         name: Has no effect.
+        refusal: Must be empty, as in the answers of this server. So must the fields below.
+        tool_calls: Must be empty.
+        function_call: Must be empty.
+        audio: Must be empty.
+        annotations: Must be empty.
     """
 
     role: Word
     content: str | list[TextPart]
     name: str | None = None
+    refusal: None = None
+    tool_calls: Nothing = None
+    function_call: None = None
+    audio: None = None
+    annotations: Nothing = None
 
     def to_dict(self) -> dict[str, str]:
         """The message for the chat template."""
@@ -141,10 +199,25 @@ class ChatRequest(Sampled):
     Attributes:
         messages: The conversation.
         max_completion_tokens: The newer name of `max_tokens`.
+        logprobs: Whether the answer has log probabilities.
+        top_logprobs: Number of likeliest tokens that get log probabilities beside the chosen one, from 0 to 20.
     """
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=TOP)] | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        return self
+
+    @property
+    def scored(self) -> int | None:
+        """How many of the likeliest tokens get log probabilities at each place. None: no log probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def requested_tokens(self) -> int | None:
@@ -174,12 +247,13 @@ class UnloadRequest(Strict):
     lora_name: Word
 
 
-def parse(kind: type[Strict], body: Any):
+def parse(kind: type[Strict], body: Any, ignored: list[str] | None = None):
     """Check decoded JSON and convert it to a request.
 
     Args:
         kind: The class of the request.
         body: The decoded JSON.
+        ignored: Gets the names of unsupported fields, which are then ignored. None refuses them.
 
     Returns:
         An object of the class.
@@ -193,8 +267,14 @@ def parse(kind: type[Strict], body: Any):
         body = {name: value for name, value in body.items() if name not in IGNORED_FIELDS}
         for name, (allowed, why) in REFUSED.items():
             value = body.pop(name, None)
-            if not any(type(value) is type(one) and value == one for one in allowed):
+            if any(type(value) is type(one) and value == one for one in allowed):
+                continue
+            if ignored is None:
                 raise ApiError(400, "unsupported_parameter", f"{name}: {why}")
+            ignored.append(name)
+        if ignored is not None:
+            ignored += sorted(body.keys() - kind.model_fields.keys())
+            body = {name: value for name, value in body.items() if name in kind.model_fields}
     try:
         return kind.model_validate(body)
     except ValidationError as error:

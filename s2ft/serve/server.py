@@ -3,6 +3,7 @@
 import logging
 import signal
 import time
+from collections.abc import Sequence
 
 import torch
 import uvicorn
@@ -10,6 +11,7 @@ from fastapi import FastAPI
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from s2ft.adapter.bank import AdapterBank
+from s2ft.adapter.loading import read_adapter
 from s2ft.serve.app import create_app
 from s2ft.serve.engine import Engine
 from s2ft.serve.metrics import Metrics
@@ -22,7 +24,11 @@ AFTER_GRACE = 5  # seconds for sending the last errors
 
 
 def build_app(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str, adapters: str | None, options: ServerOptions
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    base: str,
+    adapters: str | Sequence[str] | None,
+    options: ServerOptions,
 ) -> tuple[FastAPI, Service]:
     """Make the ASGI app of a server, to run it in a server of your own.
 
@@ -30,11 +36,17 @@ def build_app(
         model: A causal language model of transformers without adapters, on its device.
         tokenizer: The model's tokenizer.
         base: The name that clients use for the base.
-        adapters: A directory of adapters or of outputs of runs, or None.
+        adapters: One or several directories of adapters or of runs, adapters, or outputs of runs, also as NAME=DIR.
+            None serves the base alone.
         options: The options of the server. `host`, `port` and `grace` are not used.
 
     Returns:
         The app and its service.
+
+    Raises:
+        NotADirectoryError: A directory does not exist.
+        ValueError: Two models have the same name, or an adapter that was named by itself, or all that were found,
+            can't be served.
 
     Example:
         >>> from s2ft.serve.options import ServerOptions
@@ -47,16 +59,54 @@ def build_app(
         >>> service.engine.stop()
     """
     metrics = Metrics()
-    bank = AdapterBank(model, limit_bytes=options.adapter_bytes)
-    known = Adapters(bank, adapters, reserved=[base])
+    known = adapters_of(model, base, adapters, options.adapter_bytes)
     known.log_adapters()
     engine = Engine(model, known, options.max_batch_size, options.queue_size, options.max_batch_tokens, metrics=metrics)
     service = Service(engine, tokenizer, base, options.limits)
-    return create_app(service, metrics), service
+    return create_app(service, metrics, options.access_log), service
+
+
+def adapters_of(
+    model: PreTrainedModel, base: str, adapters: str | Sequence[str] | None, limit_bytes: int | None = None
+) -> Adapters:
+    """Return the adapters of a server, see :func:`build_app`. `limit_bytes` limits those in memory."""
+    sources = [] if adapters is None else [adapters] if isinstance(adapters, str) else list(adapters)
+    return Adapters(AdapterBank(model, limit_bytes=limit_bytes), sources, reserved=[base])
+
+
+def check_adapters(model: PreTrainedModel, base: str, adapters: str | Sequence[str] | None) -> None:
+    """Read every adapter of a server completely, and compare it with the base. One is in memory at a time.
+
+    Args:
+        model: The base.
+        base: The name that clients use for the base.
+        adapters: As in :func:`build_app`.
+
+    Raises:
+        NotADirectoryError: A directory does not exist.
+        ValueError: Two models have the same name, or adapters can't be served. The log has the reasons.
+    """
+    known = adapters_of(model, base, adapters, limit_bytes=1)
+    for name in known.names:
+        version = known.acquire(name)
+        try:
+            read_adapter(version.folder)
+        except (ValueError, OSError) as error:
+            known.refuse(version, error)
+        finally:
+            known.release(version)
+    known.log_adapters()
+    if known.refused:
+        count = len(known.refused)
+        raise ValueError(f"{count} of {count + len(known.names)} adapters can't be served; the reasons are above")
 
 
 def serve(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, base: str, adapters: str | None, options: ServerOptions
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    base: str,
+    adapters: str | Sequence[str] | None,
+    options: ServerOptions,
 ) -> None:
     """Serve a model and its adapters until SIGTERM or SIGINT. Then finish the running requests and return.
 
@@ -66,13 +116,13 @@ def serve(
         model: A causal language model of transformers without adapters.
         tokenizer: The model's tokenizer.
         base: The name that clients use for the base.
-        adapters: A directory of adapters or of outputs of runs, or None. New adapters are found while the server runs.
+        adapters: As in :func:`build_app`. New adapters are found while the server runs.
         options: The options of the server.
 
     Raises:
         OSError: The server cannot listen on the address.
-        NotADirectoryError: The directory does not exist.
-        ValueError: An adapter has the name of the base, or an option is out of range.
+        NotADirectoryError: A directory does not exist.
+        ValueError: Adapters can't be served, see :func:`build_app`, or an option is out of range.
 
     Example:
         Here a timer sends the signal; a server in use gets it from the system.

@@ -1,12 +1,13 @@
 """Serving by vLLM: every adapter is exported as a LoRA, and vLLM is started with the command of this module."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import s2ft
-from s2ft.adapter.folders import adapters_in
 from s2ft.adapter.formats import lora
+from s2ft.serve.sources import source_of
 from s2ft.text.models import load_model
 
 
@@ -25,23 +26,23 @@ class Exported:
     rank: int
 
 
-def export(model_name: str, directory: str, target: Path) -> list[Exported]:
-    """Export every adapter of a directory as a LoRA.
+def export(model_name: str, sources: Sequence[str], target: Path) -> list[Exported]:
+    """Export every adapter of some sources as a LoRA.
 
     Args:
         model_name: The adapters' base: a checkpoint folder, a name on the hub, or a .gguf file.
-        directory: A directory of adapters or of runs.
+        sources: Directories of adapters or of runs, or single ones, see :func:`s2ft.serve.sources.source_of`.
         target: The folder to write to; each LoRA is a folder in it.
 
     Returns:
         The exported adapters, sorted by name.
 
     Raises:
-        ValueError: The directory has no adapters, an adapter can't be exported, or its rank is too high for vLLM.
+        ValueError: There are no adapters, an adapter can't be exported, or its rank is too high for vLLM.
     """
-    folders = adapters_in(Path(directory))
+    folders = {name: folder for source in map(source_of, sources) for name, folder in source.folders().items()}
     if not folders:
-        raise ValueError(f"{directory} has no adapters")
+        raise ValueError(f"{', '.join(sources)}: there are no adapters")
     model, _ = load_model(model_name)
     exported = []
     for name, folder in folders.items():

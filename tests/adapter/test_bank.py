@@ -1,5 +1,6 @@
 """AdapterBank: each sequence of a batch gets the output of its own adapter; the model stays a plain base."""
 
+import copy
 import shutil
 import threading
 
@@ -648,3 +649,21 @@ def test_compiled_with_several_rows_a_sequence(folder, model):
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad(), bank.batch(["a", "b"]):
         assert_close(compiled(ids).logits, model(ids).logits)
+
+
+def test_an_adapter_is_checked_without_its_values(folder, model, tmp_path, monkeypatch):
+    bank = AdapterBank(model)
+    monkeypatch.setattr(native, "read_tensors", None)  # reading all tensors would raise
+    found = bank.check(folder / "a")
+    assert all(delta.values.is_meta and not delta.index.is_meta for delta in found.deltas.values())
+    assert bank.loaded == [] and bank.names == []
+    shutil.copytree(folder / "a", tmp_path / "cut")
+    tensors = tmp_path / "cut" / native.TENSORS
+    tensors.write_bytes(tensors.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        bank.check(tmp_path / "cut")
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():
+        parameter.data += 1
+    with pytest.raises(ValueError, match="another base"):
+        AdapterBank(other).check(folder / "a")

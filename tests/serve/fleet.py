@@ -59,9 +59,8 @@ def eventually(condition, what="the condition"):
 def running(adapters, model=None, **options):
     """Run a server in a thread. Yields (http://host:port, the service)."""
     model = tiny_model() if model is None else model
-    app, service = build_app(
-        model, tiny_tokenizer(), BASE, None if adapters is None else str(adapters), ServerOptions(**options)
-    )
+    sources = [] if adapters is None else [str(one) for one in (adapters if isinstance(adapters, list) else [adapters])]
+    app, service = build_app(model, tiny_tokenizer(), BASE, sources, ServerOptions(**options))
     server = Server(
         uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5),
         service.engine,

@@ -52,7 +52,8 @@ def error_of(response, status, code):
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
     error = response.json()["error"]
-    assert error.keys() == {"message", "type", "code"} and error["code"] == code
+    assert error.keys() == {"message", "type", "code", "request_id"} and error["code"] == code
+    assert error["request_id"] == response.headers["x-request-id"]
     return error["message"]
 
 
@@ -170,7 +171,18 @@ def test_a_body_that_is_not_json(server, content):
         (dict(stop=""), "stop"),
         (dict(stop=["a"] * 17), "stop"),
         (dict(model=""), "model"),
-        (dict(top_k=3), "top_k"),
+        (dict(top_k=-2), "top_k"),
+        (dict(min_p=1.5), "min_p"),
+        (dict(n=0), "n"),
+        (dict(n=129), "n"),
+        (dict(logprobs=21), "logprobs"),
+        (dict(logprobs=True), "logprobs"),
+        (dict(presence_penalty=2.5), "presence_penalty"),
+        (dict(repetition_penalty=0), "repetition_penalty"),
+        (dict(logit_bias={"a": 1}), "logit_bias"),
+        (dict(logit_bias={"1": 101}), "logit_bias"),
+        (dict(logit_bias={"259": 1}), "logit_bias"),
+        (dict(min_tokens=3), "min_tokens"),
         (dict(stream="yes"), "stream"),
         (dict(model=None), "model"),
         (dict(prompt=[-1]), "prompt"),
@@ -183,14 +195,10 @@ def test_a_field_that_is_wrong_is_named(server, change, words):
 @pytest.mark.parametrize(
     "change",
     [
-        dict(n=2),
-        dict(logprobs=0),
-        dict(logprobs=2),
         dict(echo=True),
         dict(best_of=3),
-        dict(logit_bias={"1": 5}),
-        dict(presence_penalty=0.5),
-        dict(prompt=["a", "b"]),
+        dict(suffix="b"),
+        dict(response_format={"type": "json_object"}),
     ],
 )
 def test_an_unsupported_parameter_is_refused(server, change):
@@ -208,7 +216,8 @@ def test_chat_refuses_what_is_not_text(server):
         "invalid_request",
     )
     error_of(post(server, "/v1/chat/completions", {**good, "messages": []}), 400, "invalid_request")
-    error_of(post(server, "/v1/chat/completions", {**good, "logprobs": True}), 400, "unsupported_parameter")
+    for wrong in (dict(logprobs=2), dict(top_logprobs=2), dict(logprobs=True, top_logprobs=21)):
+        error_of(post(server, "/v1/chat/completions", {**good, **wrong}), 400, "invalid_request")
     error_of(
         post(server, "/v1/chat/completions", {**good, "tools": [{"type": "function"}]}), 400, "unsupported_parameter"
     )
@@ -251,12 +260,12 @@ def test_unknown_routes_and_methods(server):
 
 
 def test_an_unexpected_error_is_json_without_details(server, monkeypatch):
-    monkeypatch.setattr(server[1], "prompt_ids", lambda body: {}["secret"])
+    monkeypatch.setattr(server[1], "prompt_ids", lambda body, version: {}["secret"])
     assert "secret" not in error_of(post(server, "/v1/completions", GOOD), 500, "internal_error")
 
 
 def test_the_error_of_a_chat_template_is_returned(server, monkeypatch):
-    monkeypatch.setattr(server[1]._encoding, "chat_template", "{{ raise_exception('users first') }}")
+    monkeypatch.setattr(server[1]._prompter(None).tokenizer, "chat_template", "{{ raise_exception('users first') }}")
     body = dict(model=BASE, messages=[{"role": "assistant", "content": "a"}])
     assert "users first" in error_of(post(server, "/v1/chat/completions", body), 400, "invalid_messages")
 

@@ -3,6 +3,7 @@
 import threading
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 from serve.fleet import eventually
@@ -21,6 +22,9 @@ class FakeBank:
 
     def __init__(self, limit=100, broken=()):
         self.names, self.limit, self.broken, self.batches = set(), limit, set(broken), []
+
+    def check(self, folder):
+        return SimpleNamespace(info={})
 
     def add(self, name, folder):
         self.names.add(name)
@@ -65,7 +69,7 @@ def folder(tmp_path):
 def engine_over(folder, bank=None, gated=False, model=None, **options):
     model = tiny_model() if model is None else model
     gate = Gate(model) if gated else None
-    engine = Engine(model, Adapters(bank or FakeBank(), folder), **options)
+    engine = Engine(model, Adapters(bank or FakeBank(), [folder]), **options)
     engine.start()
     try:
         yield (engine, gate) if gated else engine
@@ -84,7 +88,7 @@ class Client:
         self.job = Job(
             prompt, max_tokens, Sampler(**options), TextStream(tiny_tokenizer()), frozenset(), self.receive, version
         )
-        engine.submit(self.job)
+        engine.submit([self.job])
 
     def receive(self, event):
         self.events.append(event)
@@ -303,24 +307,26 @@ def test_each_skipped_folder_is_logged_with_the_reason(folder, caplog):
         (folder / name).mkdir()
         for file in files:
             (folder / name / file).touch()
-    Adapters(FakeBank(), folder).log_adapters()
-    reasons = dict(record.args for record in caplog.records if "is not served" in record.message)
-    assert {path.name: reason.removeprefix(f"{path} ") for path, reason in reasons.items()} == {
-        "a\\b": "its name can't be the name of an adapter",
-        "checkpoint-4": "it is a checkpoint of a training run",
-        "empty": "has no s2ft_config.json and no s2ft_adapter.safetensors",
-        "half": "has no s2ft_adapter.safetensors",
-        "lora": "it is an adapter of PEFT: convert a LoRA with s2ft export --from-lora",
-        "run": "it is the output of a run that has saved no adapter yet",
-    }
+    with caplog.at_level("INFO"):
+        Adapters(FakeBank(), [folder]).log_adapters()
+    lines = [record.getMessage().replace(f"{folder}/", "") for record in caplog.records]
+    assert sorted(lines) == [
+        "serving 3 adapters: a, b, c",
+        "warning: not served: a\\b: its name can't be the name of an adapter",
+        "warning: not served: checkpoint-4: it is a checkpoint of a training run",
+        "warning: not served: empty: it has no s2ft_config.json and no s2ft_adapter.safetensors",
+        "warning: not served: half: it has no s2ft_adapter.safetensors",
+        "warning: not served: lora: it is an adapter of PEFT: convert a LoRA with s2ft export --from-lora",
+        "warning: not served: run: it is the output of a run that has saved no adapter yet",
+    ]
 
 
 def test_an_adapter_may_not_have_the_bases_name(folder):
     with pytest.raises(ValueError, match="served-model-name"):
-        Adapters(FakeBank(), folder, reserved=["b"])
+        Adapters(FakeBank(), [folder], reserved=["b"])
 
 
 def test_models_with_rows_that_depend_on_each_other_run_one_at_a_time(folder, caplog):
     model = tiny_model()
     model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    assert Engine(model, Adapters(FakeBank(), folder)).max_batch_size == 1 and "one runs at a time" in caplog.text
+    assert Engine(model, Adapters(FakeBank(), [folder])).max_batch_size == 1 and "one runs at a time" in caplog.text

@@ -83,7 +83,7 @@ class Crowd:
         self.seen["answered"] += 1
 
     def refused(self, response, status):
-        if response.status_code != status or response.json()["error"].keys() != {"message", "type", "code"}:
+        if response.status_code != status or response.json()["error"]["request_id"] != response.headers["x-request-id"]:
             self.wrong.append((status, response.status_code, response.text))
         self.seen[status] += 1
 

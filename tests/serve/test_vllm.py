@@ -47,7 +47,7 @@ def test_the_command_line(tmp_path):
 
 
 def test_adapters_are_exported_as_lora(work, tmp_path):
-    exported = vllm.export(str(work / "model"), str(work / "adapters"), tmp_path)
+    exported = vllm.export(str(work / "model"), [str(work / "adapters")], tmp_path)
     assert [one.name for one in exported] == ["a0", "a1"]
     for one in exported:
         config = json.loads((one.folder / "adapter_config.json").read_text())
@@ -90,4 +90,4 @@ def test_vllm_replaces_the_process(work, monkeypatch):
 
 def test_a_folder_without_adapters(work, tmp_path):
     with pytest.raises(ValueError, match="no adapters"):
-        vllm.export(str(work / "model"), str(tmp_path), tmp_path / "out")
+        vllm.export(str(work / "model"), [str(tmp_path)], tmp_path / "out")

@@ -30,6 +30,7 @@ from s2ft.files.reading import (
     open_file,
     parse_json,
     read_bytes,
+    read_some_tensors,
     read_tensors,
     shortened,
 )
@@ -195,19 +196,42 @@ def read_info(folder) -> dict[str, Any]:
     return read_folder(Path(folder), read_header)
 
 
-def _read(path: Path) -> tuple[Adapter, dict[str, bytes]]:
-    """Read an adapter by the path of its config."""
+def read_without_values(folder) -> Adapter:
+    """Read an adapter as :func:`read` does, but leave its values in the file.
+
+    Args:
+        folder: The adapter's folder.
+
+    Returns:
+        The adapter. The values of its deltas and its extra weights are on the meta device.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file is damaged or its content is not valid. Damage inside the values is not found.
+    """
+    return read_folder(Path(folder), lambda path: _read(path, False)[0])
+
+
+def _read(path: Path, with_values: bool = True) -> tuple[Adapter, dict[str, bytes]]:
+    """Read an adapter by the path of its config. Without values the bytes of the files are not returned."""
     tensors_path = open_file(path.parent, TENSORS, KIND)
     content = read_bytes(path, MAX_CONFIG)
     header = _read_header(content, path)
     check_adapter_name(_field(header, "name", str, path), str(path))
     projections = _projections(header, path)
     extra_weights = _extra_weights(header, path)
-    tensors, blob = read_tensors(
-        tensors_path, lambda entries: _check_entries(entries, projections, extra_weights, tensors_path)
-    )
+
+    indices = {f"{name}.index" for name in projections}
+
+    def check(entries: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+        _check_entries(entries, projections, extra_weights, tensors_path)
+
+    if with_values:
+        tensors, blob = read_tensors(tensors_path, check)
+    else:
+        tensors, blob = read_some_tensors(tensors_path, check, lambda name: name in indices), None
     deltas = {name: _delta(name, entry, tensors) for name, entry in projections.items()}
-    if hashlib.sha256(blob).hexdigest() != header.get("tensors_sha256"):
+    if blob is not None and hashlib.sha256(blob).hexdigest() != header.get("tensors_sha256"):
         raise ValueError(f"{tensors_path} is damaged, or was saved with another {CONFIG}: its sha256 differs")
     selection = Selection({name: torch.tensor(entry["units"]) for name, entry in projections.items()})
     if selection.digest != header.get("selection_digest"):
@@ -223,7 +247,7 @@ def _read(path: Path) -> tuple[Adapter, dict[str, bytes]]:
         {name: _finite(name, tensors[EXTRA + name]) for name in extra_weights},
     )
     _check_digest(header, path)
-    return adapter, {CONFIG: content, TENSORS: blob}
+    return adapter, {} if blob is None else {CONFIG: content, TENSORS: blob}
 
 
 def _read_header(content: bytes, path: Path) -> dict[str, Any]:

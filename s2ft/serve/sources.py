@@ -1,0 +1,128 @@
+"""Where the adapters of a server come from: directories of adapters or of runs, and single adapters."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from s2ft.adapter.folders import ADAPTER, STATE, adapter_named, adapters_in, is_run
+from s2ft.files.adapter_folder import CONFIG, TENSORS, is_folder
+from s2ft.files.reading import check_adapter_name
+
+
+@dataclass(frozen=True)
+class Source:
+    """A directory with many adapters, or one adapter.
+
+    Attributes:
+        folder: A directory of adapters or of runs; with a name, an adapter's folder or the output folder of a run.
+        name: The name of the only adapter. None if the folder has many, which are named by their folders.
+    """
+
+    folder: Path
+    name: str | None = None
+
+    def find(self, name: str) -> Path | None:
+        """Return the folder of an adapter, or None if there is none of this name."""
+        if self.name is None:
+            return adapter_named(self.folder, name)
+        return self._only() if name == self.name else None
+
+    def folders(self) -> dict[str, Path]:
+        """Return the folders of all adapters by name. Raises OSError if the directory was deleted."""
+        if self.name is None:
+            return adapters_in(self.folder)
+        only = self._only()
+        return {} if only is None else {self.name: only}
+
+    def skipped(self, found: Sequence[str]) -> dict[str, str]:
+        """Return the other folders of the source by path, with the reason why they are no adapters.
+
+        Args:
+            found: Names of the adapters.
+        """
+        if self.name is not None:
+            return {} if self._only() else {str(self.folder): why_skipped(self.folder)}
+        others = [
+            entry
+            for entry in sorted(self.folder.iterdir())
+            if entry.is_dir() and not entry.name.startswith(".") and entry.name not in found
+        ]
+        return {str(entry): why_skipped(entry) for entry in others}
+
+    def _only(self) -> Path | None:
+        return next((folder for folder in (self.folder, self.folder / ADAPTER) if is_folder(folder)), None)
+
+
+def source_of(text: str) -> Source:
+    """Return the source that an argument names.
+
+    Args:
+        text: A directory of adapters or of runs, an adapter's folder, the output folder of a run, or NAME=DIR.
+
+    Raises:
+        NotADirectoryError: The folder does not exist.
+        ValueError: The folder is a checkpoint, the name is not valid, or NAME=DIR names a directory of adapters.
+    """
+    name, separator, path = text.partition("=")
+    if not separator or Path(text).is_dir():
+        name, path = "", text
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise NotADirectoryError(f"adapters: {path or text!r} is not a folder")
+    if (folder / STATE).is_file():
+        raise ValueError(
+            f"adapters: {folder} is a checkpoint of a training run, and checkpoints are not served: give the run's "
+            f"folder, or copy the files {CONFIG} and {TENSORS} to a folder of their own"
+        )
+    is_one = is_folder(folder) or is_run(folder)
+    if name and not is_one:
+        inside = ", ".join(sorted(adapters_in(folder))[:3])
+        raise ValueError(
+            f"adapters: {text} gives a name to one adapter, but {folder} is neither an adapter nor the output of a run"
+            + (f"; it has {inside} in it: give the directory without {name}=" if inside else "")
+        )
+    if name:
+        check_adapter_name(name, f"adapters: {text}")
+    return Source(folder, name or _own_name(folder)) if is_one else Source(folder)
+
+
+def _own_name(folder: Path) -> str:
+    """The name of a single adapter: that of its folder, or of the run that it is the adapter of."""
+    folder = folder.resolve()
+    return folder.parent.name if folder.name == ADAPTER and is_run(folder.parent) else folder.name
+
+
+def why_skipped(folder: Path) -> str:
+    """Explain why a folder is not served."""
+    if (folder / STATE).is_file():
+        return "it is a checkpoint of a training run"
+    if (folder / "adapter_config.json").is_file():
+        return "it is an adapter of PEFT: convert a LoRA with s2ft export --from-lora"
+    if is_run(folder) and not (folder / ADAPTER).is_dir():
+        return "it is the output of a run that has saved no adapter yet"
+    place = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
+    missing = [name for name in (CONFIG, TENSORS) if not (place / name).is_file()]
+    return f"it has no {' and no '.join(missing)}" if missing else "its name can't be the name of an adapter"
+
+
+def grouped(reasons: dict[str, str], shown: int = 5) -> list[str]:
+    """Format names with their reasons, one line for each reason.
+
+    Args:
+        reasons: Reasons by name.
+        shown: Number of names in a line. The others are counted.
+
+    Example:
+        >>> s2ft.serve.sources.grouped({"a": "it is empty", "b": "it is empty"})
+        ['a, b: it is empty']
+    """
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        by_reason.setdefault(reason, []).append(name)
+    return [f"{some(names, shown)}: {reason}" for reason, names in by_reason.items()]
+
+
+def some(names: Sequence[str], shown: int = 5) -> str:
+    """Format the first names, and the number of the others."""
+    rest = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
