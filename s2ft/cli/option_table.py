@@ -25,7 +25,7 @@ OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "dataset_revision": ("", ""),
         "dataset_streaming": ("", ""),
         "datasets": ("", ""),
-        "fields": ("field", ""),
+        "field": ("", ""),
         "form": ("", ""),
         "chat_template": ("chat-template-path", ""),
         "system_prompt": ("", ""),

@@ -3,13 +3,13 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from s2ft.cli.finetune import CALIBRATION, DATA, DEFAULT_D_RATIO
 from s2ft.cli.parse import MODEL, parse, quiet_transformers
+from s2ft.text.data.options import FILES
 from s2ft.text.models import DTYPES
-from s2ft.train.options import check_fields, option
+from s2ft.train.options import CALIBRATION, DEFAULT_D_RATIO, check_fields, option
 
 EXAMPLE = """  s2ft select --model meta-llama/Llama-3.2-1B --d-ratio 0.03 --selection weight --output units.json
-  s2ft finetune --model meta-llama/Llama-3.2-1B --data my-data.jsonl --units units.json --output my-run"""
+  s2ft sft --model meta-llama/Llama-3.2-1B --data my-data.jsonl --units units.json --output my-run"""
 
 
 @dataclass
@@ -18,7 +18,7 @@ class SelectArguments:
     output: str = option(text="JSON file for the selection; it must not exist", group="model and data", metavar="FILE")
     data: list[str] | None = option(
         None,
-        f"calibration data for the selections activation, product and gradient: {DATA}",
+        f"calibration data for the selections activation, product and gradient: {FILES}",
         group="model and data",
         metavar="FILE",
     )

@@ -5,9 +5,9 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 from s2ft.cli.parse import quiet_transformers
+from s2ft.train.options import DEFAULT_D_RATIO
 
 logger = logging.getLogger(__name__)
-DEFAULT_D_RATIO = 0.03  # The paper's, if the user gives no ratio.
 DESCRIPTION = """Train an adapter on your data. s2ft finetune is another name of this command.
 
 The names of the options are those of TRL and transformers, with dashes or underscores; many have a short name.

@@ -9,6 +9,7 @@ import re
 import types
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -120,7 +121,7 @@ def parse_training(
         SystemExit: The help was asked for and printed.
     """
     arguments = list(arguments)
-    parser = TrainingParser([*kinds, LoraOptions], "--help-all" in arguments, command, description, example)
+    parser = _parser((*kinds, LoraOptions), "--help-all" in arguments, command, description, example)
     given = parser.given(arguments)
     missing = [names[0] for names in REQUIRED if not any(given.get(name) for name in names)]
     if missing:
@@ -170,7 +171,7 @@ def _text_field(given: dict[str, Any]) -> dict[str, Any]:
     """TRL's name of the field with the text, as one of the fields that are renamed."""
     if given.get("dataset_text_field", "text") == "text":
         return {}
-    return {"fields": [*given.get("fields", []), f"text={given['dataset_text_field']}"]}
+    return {"field": [*given.get("field", []), f"text={given['dataset_text_field']}"]}
 
 
 def _take_lora(given: dict[str, Any]) -> None:
@@ -329,6 +330,8 @@ class TrainingParser(TrlParser):
         if value is None or _takes(hint, type(value)) and isinstance(value, (list, dict)):
             read = action.type if isinstance(value, list) and action.nargs == "+" else None
             return [read(str(item)) if not isinstance(item, dict) else item for item in value] if read else value
+        if isinstance(value, dict) and action.dest == "field":  # `field: {instruction: question}`
+            return value
         if isinstance(value, (list, dict)):
             raise ValueError(f"must be one value, got {value!r}")
         if action.nargs == 0:  # no_...: true
@@ -351,6 +354,9 @@ class TrainingParser(TrlParser):
         """Raise UsageError with one line."""
         message = re.sub(r"^argument ([^:]+): (must )?", _argument, " ".join(message.split()))
         raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+_parser = cache(TrainingParser)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Score generated text as LLM-Adapters does: by its last number, or by its first answer word."""
 
 import re
+from typing import TYPE_CHECKING
 
-from s2ft.text.examples import Example
+if TYPE_CHECKING:  # examples import PyTorch, and the commands need only TASKS for their help
+    from s2ft.text.examples import Example
 
 TASKS = ("arithmetic", "commonsense")
 TOLERANCE = 1e-3
@@ -43,7 +45,7 @@ def first_word(text: str, answer: str) -> str | None:
     return found.group() if found else None
 
 
-def right_answer(example: Example, task: str) -> str:
+def right_answer(example: "Example", task: str) -> str:
     """Return the answer that an example is scored against.
 
     Args:
