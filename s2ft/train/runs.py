@@ -191,14 +191,17 @@ class _Changed:
         self.trained = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
         configs = (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
         self.configs = [(config, dict(vars(config))) for config in configs if config is not None]
-        self.tags = getattr(model, "model_tags", None)
+        self.tags = model.__dict__.get("model_tags")
 
     def undo_always(self) -> None:
         """Undo what no run needs. TRL rounds the trained parameters of a quantized model to bfloat16, and adds tags."""
         for parameter, data in self.trained.items():
             if parameter.dtype != data.dtype:
                 parameter.data = data.to(parameter.device)
-        self.trained, self.model.model_tags = {}, self.tags
+        self.trained = {}
+        self.model.__dict__.pop("model_tags", None)
+        if self.tags is not None:
+            self.model.model_tags = self.tags
 
     def undo(self) -> None:
         """Undo the changes that TRL's own loss needs: the model's forward, and values of its configs."""
