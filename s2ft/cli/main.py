@@ -4,11 +4,14 @@ import importlib
 import logging
 import os
 import sys
+import warnings
+from collections.abc import Sequence
 
 from s2ft.cli.parse import did_you_mean
+from s2ft.out_of_memory import OutOfMemory, first_line, is_out_of_memory
 
 COMMANDS = {
-    "finetune": "train an adapter on your data",
+    "sft": "train an adapter on your data; s2ft finetune is the same",
     "select": "choose units and save them, without training",
     "eval": "score generated answers of a model, with or without an adapter",
     "generate": "write one answer to a prompt",
@@ -21,12 +24,14 @@ COMMANDS = {
     "couplings": "print which layers of a model share units, and how each weight is trained",
     "demo": "fine-tune a small model from start to finish, without any arguments",
 }
+SAME = {"finetune": "sft"}  # other names of commands
 # Commands by the names that other programs give them.
 OTHER_NAMES = {
     "eval": "evaluate score test",
     "export": "convert",
     "combine": "fuse",
-    "finetune": "fit sft train tune",
+    "sft": "fit train tune fine-tune",
+    "sft --push-to-hub": "push upload",
     "generate": "inference run",
     "couplings": "inspect layers structure",
     "info": "show",
@@ -42,9 +47,27 @@ MISTAKES = (
     ImportError,
 )
 WRITERS = ("PytorchStreamWriter failed", "unexpected pos", "I/O error")  # in messages of torch and safetensors
+# What takes less memory, for commands that do not count it.
+SMALLER = {
+    "merge": "a smaller --dtype, such as bfloat16, takes less memory",
+    "export": "a smaller --dtype, such as bfloat16, takes less memory",
+    "select": "a smaller --dtype, such as bfloat16, or fewer --calibration-examples take less memory",
+    "serve": "a smaller --dtype, such as bfloat16, or a smaller --max-batch-size take less memory",
+}
 TRACEBACK = "S2FT_TRACEBACK"
 # Loggers whose warnings are about other libraries' optional parts. Their errors are still shown.
-CHATTY = ("accelerate", "bitsandbytes", "httpx", "huggingface_hub", "torch.utils._pytree", "torchao", "transformers")
+CHATTY = (
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "fsspec",
+    "httpx",
+    "huggingface_hub",
+    "torch.utils._pytree",
+    "torchao",
+    "transformers",
+    "trl",
+)
 
 
 def usage() -> str:
@@ -62,7 +85,7 @@ def usage() -> str:
             f"--traceback, or the variable {TRACEBACK}=1, shows where an error was raised, and all warnings.",
             "",
             "example:",
-            "  s2ft finetune --model meta-llama/Llama-3.2-1B --data my-data.jsonl --output my-run",
+            "  s2ft sft --model meta-llama/Llama-3.2-1B --data my-data.jsonl --output my-run",
         ]
     )
 
@@ -92,22 +115,27 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"s2ft {__version__}")
         return 0
     name, *rest = arguments
-    if name not in COMMANDS:
+    if name not in COMMANDS and name not in SAME:
         kind = "option" if name.startswith("-") else "command"
         hint = did_you_mean(name, list(COMMANDS), OTHER_NAMES)
         say_error("s2ft", f"there is no {kind} {name!r}{hint} (see s2ft --help)")
         return 2
     set_up_logging(traceback)
     try:
-        importlib.import_module(f"s2ft.cli.{name}").run(rest)  # Only the chosen command is imported.
+        importlib.import_module(f"s2ft.cli.{SAME.get(name, name)}").run(rest)  # Only the chosen command is imported.
     except MISTAKES as error:
         if traceback:
             raise
         say_error(f"s2ft {name}", str(error))
         return 2
     except Exception as error:
+        if traceback:
+            raise
+        if is_out_of_memory(error):
+            say_error(f"s2ft {name}", *explain(error, name))
+            return 1
         reason = reason_not_written(error)
-        if traceback or reason is None:
+        if reason is None:
             raise
         say_error(f"s2ft {name}", reason)
         return 1
@@ -124,17 +152,28 @@ def set_up_logging(everything: bool) -> None:
     for chatty in CHATTY:
         logging.getLogger(chatty).setLevel(logging.WARNING if everything else logging.ERROR)
     logging.getLogger("s2ft").setLevel(logging.DEBUG if everything else logging.NOTSET)
+    if not everything:
+        warnings.simplefilter("ignore", FutureWarning)  # of what will change in other libraries
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("ignore", module=rf"(torch|datasets|peft|{'|'.join(CHATTY)})(\.|$)")
 
 
-def say_error(program: str, reason: str) -> None:
-    """Print one line on stderr. If several ranks have the same error, one of them prints it."""
+def say_error(program: str, reason: str, more: Sequence[str] = ()) -> None:
+    """Print one line on stderr, and `more` lines. If several ranks have the same error, one of them prints it."""
     line = f"{program}: error: " + " ".join(reason.splitlines())
     if "WORLD_SIZE" in os.environ:  # Several ranks may have been started; importing PyTorch takes a second.
         from s2ft.distributed import should_print
 
         if not should_print(line):
             return
-    print(line, file=sys.stderr)
+    print("\n".join([line, *more]), file=sys.stderr)
+
+
+def explain(error: BaseException, command: str) -> tuple[str, list[str]]:
+    """Return what to print of an out-of-memory error: the reason, and lines with what to change."""
+    if isinstance(error, OutOfMemory):
+        return error.reason, [*error.advice, *([error.kept] if error.kept else [])]
+    return f"out of memory: {first_line(error)}", [SMALLER[command]] if command in SMALLER else []
 
 
 def reason_not_written(error: Exception) -> str | None:

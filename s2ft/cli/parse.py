@@ -13,6 +13,7 @@ from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 GROUPS = ("model and data", "selection", "training", "evaluation", "output", "devices")  # in this order in the help
 MANY = 8  # so many choices of an option stand in its help text, fewer ones behind its name
+MOST = 16  # so many choices are listed in an error, of more the closest ones
 SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 TRUE, FALSE = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
 # Options by the names that other programs give them. They are suggested if the command has the option.
@@ -163,10 +164,10 @@ def _add(group: Any, one: Field, hint: Any) -> None:
     kind, several = _kind(hint)
     names = _spellings(one.name)
     if kind is bool:
-        shown = argparse.SUPPRESS if default else _text(one, default)
+        shown = argparse.SUPPRESS if default else help_text(one.metadata, default)
         group.add_argument(*names, nargs="?", const=True, default=default, type=_switch, help=shown)
         if default:
-            shown = _text(one, None, "off")
+            shown = help_text(one.metadata, None, "off")
             group.add_argument(*_spellings(f"no_{one.name}"), dest=one.name, action="store_false", help=shown)
         return
     choices = [name for name in one.metadata.get("choices", ()) if name is not None]
@@ -176,7 +177,7 @@ def _add(group: Any, one: Field, hint: Any) -> None:
         "default": None if default is MISSING else default,
         "type": read,
         "metavar": one.metadata.get("metavar") or _metavar(one.name, kind, choices),
-        "help": _text(one, default),
+        "help": help_text(one.metadata, default),
     }
     if not one.metadata.get("positional"):
         group.add_argument(*names, required=default is MISSING, **settings)
@@ -208,12 +209,18 @@ def _metavar(name: str, kind: type, choices: list[str]) -> str:
     return "RATIO" if name.endswith("_ratio") else {int: "N", float: "X"}[kind]
 
 
-def _text(one: Field, default: Any, key: str = "help") -> str:
-    """Return the help text with the default in its unit."""
-    shown = one.metadata.get("shown")
+def help_text(metadata: Mapping[str, Any], default: Any, key: str = "help") -> str:
+    """Return the help text of a field with its default in its unit.
+
+    Args:
+        metadata: The metadata of the field, see `s2ft.train.options.option`.
+        default: The default value.
+        key: "help", or "off" for the text of ``--no-...``.
+    """
+    shown = metadata.get("shown")
     if shown is None and isinstance(default, (int, float, str)) and not isinstance(default, bool):
-        shown = f"{f'{default:g}' if isinstance(default, float) else default} {one.metadata.get('unit', '')}".strip()
-    text, choices = one.metadata.get(key, ""), one.metadata.get("choices", ())
+        shown = f"{f'{default:g}' if isinstance(default, float) else default} {metadata.get('unit', '')}".strip()
+    text, choices = metadata.get(key, ""), metadata.get("choices", ())
     if len(choices) >= MANY:
         text += f": one of {', '.join(choices)}"
     if shown and key == "help":
@@ -247,8 +254,9 @@ def choice(choices: Sequence[str]) -> Callable[[str], str]:
     def read(text: str) -> str:
         value = text if text in choices else SHORT.get(text, text)
         if value not in choices:
+            some = choices if len(choices) <= MOST else difflib.get_close_matches(text, choices, 5, 0) + ["..."]
             raise argparse.ArgumentTypeError(
-                f"must be one of {', '.join(choices)}, got {text!r}{did_you_mean(text, choices)}"
+                f"must be one of {', '.join(some)}, got {text!r}{did_you_mean(text, choices)}"
             )
         return value
 
@@ -265,7 +273,8 @@ def did_you_mean(word: str, names: Sequence[str], others: Mapping[str, str] | No
         prefix: Text before the name in the answer.
     """
     own = [name for name, elsewhere in (others or {}).items() if word in elsewhere.split() and name.split()[0] in names]
-    close = own or difflib.get_close_matches(word, names, 1)
+    begun = [name for name in names if len(word) > 2 and name.startswith(word)]
+    close = own or begun[:1] or difflib.get_close_matches(word, names, 1)
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 

@@ -8,7 +8,10 @@ from s2ft.adapter import Adapter, read_adapter
 from s2ft.adapter.adapter import model_info
 from s2ft.export.merged import temporary_folder
 from s2ft.files.formats import ADAPTER_FORMATS, NATIVE
+from s2ft.text.adapter_prompts import give_prompt, recorded_format
 from s2ft.text.models import dtype_of_base, load_model
+
+TEMPLATE = "chat_template.jinja"  # transformers' name of the file
 
 
 def export(
@@ -35,8 +38,12 @@ def export(
     target = ADAPTER_FORMATS[format_name]
     original = read_adapter(adapter)
     with temporary_folder(output) as folder:
-        model, _ = load_model(model_name, dtype_of_base(original, dtype))
+        model, tokenizer = load_model(model_name, dtype_of_base(original, dtype))
         target.write(original, folder, model, **options)
+        prompt = recorded_format(original.info)
+        if prompt is not None and prompt.template:  # vLLM takes the file by --chat-template
+            give_prompt(tokenizer, original.info, f"adapter {original.name!r}")
+            (folder / TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
         _check_equal(target.read(folder, model), original)
         return _sentence(format_name, folder, output)
 

@@ -111,7 +111,7 @@ def write(model, tokenizer, file: Path, base: Path | None = None) -> None:
         }[model.dtype]
     )
     if reader is not None:
-        _copy(reader, writer, tensors)
+        _copy(reader, writer, tensors, tokenizer.chat_template)
     else:
         for key, value in metadata.items():
             _add(writer, key, value)
@@ -166,9 +166,15 @@ def _add_tensor(writer, name: str, tensor: Tensor) -> None:
 # ---- metadata ------------------------------------------------------------------------------------------
 
 
-def _copy(reader, writer, tensors: dict[str, Tensor]) -> None:
-    """Copy all metadata of a GGUF file, and the tensors that the model lacks (frequencies of positions)."""
+def _copy(reader, writer, tensors: dict[str, Tensor], chat_template: str | None) -> None:
+    """Copy all metadata of a GGUF file, and the tensors that the model lacks (frequencies of positions).
+
+    The chat template is the one that is given, which an adapter may have changed.
+    """
     import gguf
+
+    if chat_template and "tokenizer.chat_template" not in reader.fields:
+        writer.add_string("tokenizer.chat_template", chat_template)
 
     for field in reader.fields.values():
         if not field.name.startswith("GGUF.") and field.name not in (
@@ -177,7 +183,8 @@ def _copy(reader, writer, tensors: dict[str, Tensor]) -> None:
             "general.quantization_version",
         ):
             of = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(field.name, field.contents(), field.types[0], of)
+            is_template = field.name == "tokenizer.chat_template" and chat_template
+            writer.add_key_value(field.name, chat_template if is_template else field.contents(), field.types[0], of)
     for tensor in reader.tensors:
         if tensor.name not in tensors and tensor.name != "output.weight":
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)

@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer
 
 import s2ft
+from s2ft.text.adapter_prompts import give_prompt
 from s2ft.text.models import dtype_of_base, load_model
 
 
@@ -44,7 +46,7 @@ def export(
         model, tokenizer = merged_model(model_name, adapter, dtype)
         model.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
         tokenizer.save_pretrained(folder)
-        _compare(model, folder)
+        _compare(model, tokenizer, folder)
     return f"merged checkpoint, loaded again and compared: {output}"
 
 
@@ -56,11 +58,15 @@ def _check_size(size: str) -> None:
 
 
 def merged_model(model_name: str, adapter: str | Path, dtype: str = "auto"):
-    """Load a base and merge an adapter into it. Returns the plain model and its tokenizer."""
+    """Load a base and merge an adapter into it.
+
+    Returns:
+        The plain model, and its tokenizer with the chat template that the adapter was trained with.
+    """
     saved = s2ft.read_adapter(adapter)  # before the model is loaded, so that a damaged adapter is found at once
     model, tokenizer = load_model(model_name, dtype_of_base(saved, dtype))
-    s2ft.load_adapter(model, adapter)
-    return s2ft.merge(model), tokenizer
+    s2ft.load_adapter(model, saved)
+    return s2ft.merge(model), give_prompt(tokenizer, saved.info, f"adapter {saved.name!r}")
 
 
 @contextmanager
@@ -86,7 +92,7 @@ def temporary_folder(output: str | Path) -> Iterator[Path]:
         raise
 
 
-def _compare(model, folder: Path) -> None:
+def _compare(model, tokenizer, folder: Path) -> None:
     saved, merged = type(model).from_pretrained(folder, dtype="auto").state_dict(), model.state_dict()
     different = sorted(saved.keys() ^ merged.keys()) or sorted(
         key
@@ -95,6 +101,8 @@ def _compare(model, folder: Path) -> None:
     )
     if different:
         raise RuntimeError(f"the saved checkpoint is not the merged model: {', '.join(different[:5])} differ")
+    if AutoTokenizer.from_pretrained(folder).chat_template != tokenizer.chat_template:
+        raise RuntimeError("the saved checkpoint has another chat template than the merged model")
 
 
 def _umask() -> int:

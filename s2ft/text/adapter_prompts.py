@@ -1,16 +1,25 @@
-"""The prompt of an adapter: the format that it was trained with, which everything that runs the adapter uses."""
+"""The prompt of an adapter: the format that it was trained with, which everything that runs the adapter uses.
+
+Other programs know the chat template of a tokenizer and nothing else. For them the system prompt becomes the template's
+default.
+"""
 
 import copy
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from s2ft.text.prompts import PromptFormat, encode_prompt, end_ids
+import s2ft
+from s2ft.text.models import dtype_of_base, load_model
+from s2ft.text.prompts import PromptFormat, encode_prompt, end_ids, prompt_text
 from s2ft.text.templates import template_of
 
 logger = logging.getLogger(__name__)
 KEY = "prompt"  # in the info of an adapter
+QUESTION = {"role": "user", "content": "Is 2 + 3 = 5?"}
+PROBES = ([QUESTION], [{"role": "system", "content": "Answer yes or no."}, QUESTION])
 
 
 def recorded_format(info: Mapping[str, Any], name: str = "the adapter") -> PromptFormat | None:
@@ -30,9 +39,12 @@ def recorded_format(info: Mapping[str, Any], name: str = "the adapter") -> Promp
     """
     if KEY not in info:
         return None
+    values = info[KEY]
     try:
-        return PromptFormat.from_dict(info[KEY])
-    except (TypeError, ValueError) as error:
+        if not isinstance(values, Mapping):
+            raise ValueError(f"it must be an object, got {type(values).__name__}")
+        return PromptFormat.from_dict(dict(values))
+    except ValueError as error:
         raise ValueError(f"the prompt that {name} records can't be read: {error}") from None
 
 
@@ -104,7 +116,115 @@ class Prompter:
         return encode_prompt(self.tokenizer, text)
 
 
+def load_with_adapter(model_name: str, adapter_name: str | None, dtype: str = "auto"):
+    """Load a model, and an adapter if one is named.
+
+    Args:
+        model_name: As in :func:`s2ft.text.models.load_model`.
+        adapter_name: As in :func:`s2ft.read_adapter`, or None.
+        dtype: Dtype of the weights. "auto" is that of the adapter's training, or without adapter the checkpoint's.
+
+    Returns:
+        The model, on the CPU and in evaluation mode, and the :class:`Prompter` of the adapter or of the base.
+
+    Raises:
+        FileNotFoundError: The model or the adapter does not exist.
+        ValueError: The model or the adapter can't be loaded.
+    """
+    # The adapter is read before the model is loaded, so that a mistake in it is found at once.
+    adapter = None if adapter_name is None else s2ft.read_adapter(adapter_name)
+    info, name = (None, "") if adapter is None else (adapter.info, f"adapter {adapter_name}")
+    recorded_format(info or {}, name)
+    model, tokenizer = load_model(model_name, dtype if adapter is None else dtype_of_base(adapter, dtype))
+    prompter = Prompter(tokenizer, info, model.generation_config, name)
+    if adapter is not None:
+        s2ft.load_adapter(model, adapter)
+        say_which_template(prompter, name)
+    return model, prompter
+
+
 def say_which_template(prompter: Prompter, name: str) -> None:
     """Log that the template which an adapter was trained with is used in place of the base's own, if it is another."""
     if prompter.replaces_template:
         logger.info("prompts have the chat template that %s was trained with, not the base's own", name)
+
+
+# ---- for other programs --------------------------------------------------------------------------------
+
+
+def standalone_template(prompt: PromptFormat) -> str | None:
+    """Return a chat template that needs no other setting: a chat without a system message gets the system prompt.
+
+    Args:
+        prompt: The format.
+
+    Returns:
+        The template, or None for a format without one.
+
+    Example:
+        >>> from transformers import ByT5Tokenizer
+        >>> from s2ft.text.adapter_prompts import standalone_template
+        >>> from s2ft.text.prompts import PromptFormat
+        >>> template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"
+        >>> alone = standalone_template(PromptFormat("chat", template, "Be brief."))
+        >>> chat = [{"role": "user", "content": "2+3="}]
+        >>> ByT5Tokenizer().apply_chat_template(chat, chat_template=alone, tokenize=False)
+        '[system] Be brief. [user] 2+3= '
+    """
+    if prompt.template is None or not prompt.system:
+        return prompt.template
+    system = json.dumps(prompt.system, ensure_ascii=False)  # a text in quotes, with the escapes that Jinja knows
+    return (
+        "{%- if not messages or messages[0]['role'] != 'system' -%}"
+        f"{{%- set messages = [{{'role': 'system', 'content': {system}}}] + messages -%}}"
+        "{%- endif -%}" + prompt.template
+    )
+
+
+def give_prompt(tokenizer, info: Mapping[str, Any], name: str):
+    """Give a tokenizer the chat template that an adapter was trained with, with its system prompt as the default.
+
+    A tokenizer is not changed if the adapter records no template.
+
+    Args:
+        tokenizer: The base's tokenizer.
+        info: The `info` of the adapter.
+        name: The adapter's name, for messages.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: The recorded format can't be read, or its template can't have a default system prompt.
+    """
+    prompter = Prompter(tokenizer, info, name=name)
+    if recorded_format(info) is None or prompter.format.template is None:
+        return tokenizer
+    if prompter.replaces_template:
+        logger.info("the chat template is the one that %s was trained with, not the base's own", name)
+    elif not tokenizer.chat_template:
+        logger.info("the base has no chat template, and gets the one that %s was trained with", name)
+    tokenizer.chat_template = standalone_template(prompter.format)
+    if prompter.format.system:
+        logger.info("the chat template has the system prompt of the training as its default")
+    check_same_prompts(tokenizer, prompter)
+    return tokenizer
+
+
+def check_same_prompts(tokenizer, prompter: Prompter) -> None:
+    """Check that a tokenizer makes the prompts that a Prompter makes, from the messages alone.
+
+    Raises:
+        ValueError: It makes another one, which the message has.
+    """
+    for conversation in PROBES:
+        try:
+            expected = prompt_text(prompter.tokenizer, prompter.messages(conversation))
+        except ValueError:  # the template takes no system message
+            continue
+        found = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        if found != expected:
+            raise ValueError(
+                f"the chat template makes another prompt with a default system prompt: {found[:200]!r} instead of "
+                f"{expected[:200]!r}; merge without it, and send the system prompt with each request"
+            )

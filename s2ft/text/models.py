@@ -4,6 +4,7 @@ A model with towers for images or sound is loaded whole.
 """
 
 from pathlib import Path
+from typing import Any
 
 from s2ft.packages import check_packages
 
@@ -21,16 +22,28 @@ MODEL = "a causal language model"  # in errors
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def load_model(name: str, dtype: str = "auto"):
+def load_model(
+    name: str,
+    dtype: str = "auto",
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    quantization: Any = None,
+    **model_options: Any,
+):
     """Load a model and its tokenizer.
 
     Args:
         name: A local folder with config.json or with one .gguf file, a .gguf file, or a name on the hub.
         dtype: Dtype of the weights: "auto", "float32", "bfloat16" or "float16". "auto" is the checkpoint's dtype,
             and float32 for a GGUF file.
+        revision: Branch, tag or commit on the hub, of the model and of the tokenizer; default: the main branch.
+        trust_remote_code: Whether code that the model or the tokenizer brings along is run.
+        quantization: A quantization config of transformers, to quantize the weights while they are loaded.
+        **model_options: More arguments of `from_pretrained` for the model, such as `attn_implementation`.
 
     Returns:
-        The model, on the CPU and in evaluation mode, and the tokenizer.
+        The model, on the CPU unless `model_options` has a device_map, in evaluation mode, and the tokenizer.
 
     Raises:
         FileNotFoundError: The path does not exist.
@@ -40,26 +53,36 @@ def load_model(name: str, dtype: str = "auto"):
     Example:
         >>> from transformers import ByT5Tokenizer
         >>> _ = model.save_pretrained("tiny"), ByT5Tokenizer().save_pretrained("tiny")
-        >>> loaded, tokenizer = s2ft.text.models.load_model("tiny", dtype="bfloat16")
-        >>> loaded.dtype, tokenizer("5")["input_ids"]
-        (torch.bfloat16, [56, 1])
+        >>> loaded, tokenizer = s2ft.text.models.load_model("tiny", "bfloat16", attn_implementation="eager")
+        >>> loaded.dtype, loaded.config._attn_implementation, tokenizer("5")["input_ids"]
+        (torch.bfloat16, 'eager', [56, 1])
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     source, options = locate(name)
-    if options:
+    is_gguf = bool(options)
+    if is_gguf:
         check_packages("a model in a .gguf file")
+        if quantization is not None:
+            raise ValueError(f"{name} is a GGUF file, which can't be quantized again: give the checkpoint's folder")
+        dtype = "float32" if dtype == "auto" else dtype
+    options = {**options, **_remote(revision, trust_remote_code)}
+    _check_hub(name, source, options.get("revision"))
     tokenizer = _tokenizer(name, source, options)
-    if options and dtype == "auto":
-        dtype = "float32"
-    model_options = dict(options, dtype=dtype)
-    if options:
-        model_options |= _unpacked()
-    model = _from_pretrained(_auto_class(name, source, options), MODEL, name, source, model_options)
-    if options:
+    wanted = {**options, **(_unpacked() if is_gguf else {}), "dtype": dtype, **model_options}
+    if quantization is not None:
+        wanted["quantization_config"] = quantization
+    model = _from_pretrained(_auto_class(name, source, options, is_gguf), MODEL, name, source, wanted)
+    if is_gguf:
         _forget_packing(model)
         model.config._name_or_path = model.name_or_path = name
     return model.eval(), tokenizer
+
+
+def _remote(revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that differ from its defaults."""
+    options: dict[str, Any] = {"revision": revision} if revision not in (None, "main") else {}
+    return {**options, "trust_remote_code": True} if trust_remote_code else options
 
 
 def hollow_model(name: str):
@@ -85,6 +108,7 @@ def hollow_model(name: str):
     import transformers
 
     source, options = locate(name)
+    _check_hub(name, source, None)
     config = _from_pretrained(transformers.AutoConfig, "a config", name, source, options)
     named = (getattr(transformers, architecture, None) for architecture in config.architectures or ())
     autos = (getattr(transformers, auto) for auto in AUTO)
@@ -133,19 +157,41 @@ def locate(name: str) -> tuple[str, dict[str, str]]:
     return name, {}
 
 
+def _check_hub(name: str, source: str, revision: str | None) -> None:
+    """Raise ValueError if a name is on no hub that can be reached, before each file is asked for many times."""
+    from huggingface_hub import HfApi, constants, errors, try_to_load_from_cache
+
+    if Path(source).exists() or constants.HF_HUB_OFFLINE:
+        return
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            HfApi().model_info(name, revision=revision, timeout=10)
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
+        where = f" in revision {revision}" if revision else ""
+        raise ValueError(
+            f"there is no folder {name} here, and no such model on the hub{where}; a private model needs `hf auth login`"
+        ) from error
+    except Exception as error:  # each network error has a class of its own
+        first = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"there is no folder {name} here, and the hub can't be reached ({first}); HF_HUB_OFFLINE=1 uses only models "
+            "that were downloaded before"
+        ) from error
+
+
 def _tokenizer(name: str, source: str, options: dict):
     from transformers import AutoTokenizer
 
     return _from_pretrained(AutoTokenizer, "a tokenizer", name, source, options)
 
 
-def _auto_class(name: str, source: str, options: dict):
+def _auto_class(name: str, source: str, options: dict, is_gguf: bool):
     """The class of transformers that loads the whole checkpoint, also the towers for images and sound if it has any."""
     import transformers
 
-    if options:  # a GGUF file holds a language model
+    if is_gguf:  # it holds a language model
         return transformers.AutoModelForCausalLM
-    config = _from_pretrained(transformers.AutoConfig, MODEL, name, source, {})
+    config = _from_pretrained(transformers.AutoConfig, MODEL, name, source, options)
     latest = getattr(transformers, "AutoModelForMultimodalLM", None)  # transformers 4 has the other only
     auto = latest or transformers.AutoModelForImageTextToText
     multimodal = type(config) in auto._model_mapping and not config.is_encoder_decoder

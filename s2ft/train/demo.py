@@ -12,15 +12,16 @@ from pathlib import Path
 import torch
 
 import s2ft
+from s2ft.adapter import add_info
 from s2ft.config import S2FTConfig
 from s2ft.packages import check_packages
-from s2ft.text.encoding import encode_examples
+from s2ft.text.encoding import tokenize_rows
 from s2ft.text.evaluation import Evaluation, evaluate
 from s2ft.text.examples import Example
 from s2ft.text.models import load_model
+from s2ft.text.prompts import PromptFormat, prompt_format
 from s2ft.train.device import gpu_or_cpu
-from s2ft.train.finetune import finetune
-from s2ft.train.options import DemoOptions, TrainOptions
+from s2ft.train.options import DemoOptions
 from s2ft.train.output import RunFolder, write_json
 from s2ft.train.problems import make_problems
 
@@ -33,6 +34,7 @@ HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # prompt in place of the chat template, and 3 % with this text and 256 new tokens.
 ASK = " Let's think step by step."
 SHOWN = 3
+MAX_LENGTH = 1024
 
 
 def default_model() -> str:
@@ -53,6 +55,15 @@ def problem_set(count: int, held_out: bool, seed: int) -> list[Example]:
         Example(({"role": "user", "content": problem["instruction"] + ASK},), problem["output"], problem["answer"])
         for problem in make_problems(count, held_out, seed)
     ]
+
+
+def token_rows(tokenizer, examples: list[Example], prompt: PromptFormat | None = None):
+    """Return problems as token rows, a Dataset with the columns input_ids and labels."""
+    from datasets import Dataset
+
+    rows = [{"messages": [*one.conversation, {"role": "assistant", "content": one.output}]} for one in examples]
+    prompt = prompt or prompt_format(tokenizer)
+    return tokenize_rows(Dataset.from_list(rows), tokenizer, prompt, max_length=MAX_LENGTH).dataset
 
 
 def faster_dtype() -> str:
@@ -113,6 +124,8 @@ def _run_demo(options: DemoOptions, folder: RunFolder, name: str) -> dict:
     with clock.phase("load"):
         model, tokenizer = load_model(name, dtype)
         model.to(gpu_or_cpu())
+        prompt = prompt_format(tokenizer)
+        prompt.apply_to(tokenizer)
 
     def score(title: str) -> Evaluation:
         with clock.phase(title):
@@ -122,12 +135,13 @@ def _run_demo(options: DemoOptions, folder: RunFolder, name: str) -> dict:
 
     before = score("base")
     print(f"base: {before}")
-    rows = encode_examples(tokenizer, train, max_length=1024)
+    rows = token_rows(tokenizer, train, prompt)
     attached = s2ft.attach(model, S2FTConfig(d_ratio=options.d_ratio, o_ratio=options.o_ratio, seed=options.seed))
+    add_info(model, {"prompt": prompt.to_dict()})
     print(attached)
     folder.begin({"demo": True, **asdict(options)})
     with clock.phase("training"):
-        training = finetune(model, tokenizer, rows, _train_options(options), folder)
+        training = _train(model, tokenizer, rows, options, folder)
     after = score("tuned")
     print(f"tuned: {after}")
     report = _report(name, dtype, attached, before, after, training, clock, folder)
@@ -140,16 +154,20 @@ def _is_demo(folder: RunFolder) -> bool:
     return folder.run.is_file() and "demo" in folder.options()
 
 
-def _train_options(options: DemoOptions) -> TrainOptions:
-    return TrainOptions(
+def _train(model, tokenizer, rows, options: DemoOptions, folder: RunFolder):
+    from s2ft.train.arguments import SFTArguments
+    from s2ft.train.sft import sft
+
+    arguments = SFTArguments(
+        output_dir=str(folder.path),
         learning_rate=options.learning_rate,
         max_steps=options.steps,
-        batch_size=options.batch_size,
-        micro_batch_size=options.batch_size,
+        per_device_train_batch_size=options.batch_size,
         warmup_steps=options.steps // 10,
         save_steps=0,
-        data_seed=options.seed,
+        seed=options.seed,
     )
+    return sft(model, tokenizer, rows, arguments, folder)
 
 
 def _report(

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from s2ft.text.encoding import TokenRow
 from s2ft.text.examples import Example
 
 
@@ -12,14 +12,14 @@ class HeldOut:
     """Rows for the evaluation loss and, with a task, examples for the accuracy.
 
     Attributes:
-        rows: Token rows whose loss is computed.
+        rows: Token rows whose loss is computed, a Dataset with the columns input_ids and labels.
         examples: The same data as examples. They are answered only if `task` is set.
         task: "arithmetic", "commonsense", or None for the loss alone.
         batch_size: Number of prompts that are generated at once.
         max_new_tokens: Longest answer in tokens.
     """
 
-    rows: Sequence[TokenRow]
+    rows: Any
     examples: Sequence[Example] = ()
     task: str | None = None
     batch_size: int = 32

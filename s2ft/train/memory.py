@@ -1,48 +1,71 @@
 """Log the memory that a run needs before it starts."""
 
 import logging
-from collections.abc import Sequence
 from functools import partial
 
 import torch
 
 import s2ft
-from s2ft.text.encoding import AnswerCollator, TokenRow
+from s2ft.text.prompts import pad_id
+from s2ft.train.batching import Batching, choose_batching, row_lengths
 from s2ft.train.loss import chunked_loss, why_not_chunked
-from s2ft.train.options import TrainOptions
+from s2ft.train.options import RunOptions
+from s2ft.train.runs import needs_trl_loss
+from s2ft.train.sft import is_checkpointed
 
 logger = logging.getLogger(__name__)
 
 
-def log_memory(model, config, rows: Sequence[TokenRow], options: TrainOptions, arguments, pad: int) -> None:
+def log_memory(model, config, train, arguments, options: RunOptions, tokenizer) -> None:
     """Log the memory that a step on the longest rows needs on one device, with a warning if it is more than is free.
 
     Args:
         model: The model without an adapter.
         config: The S2FTConfig of the run.
-        rows: The rows of the training data.
-        options: The options of the run.
-        arguments: The Trainer's arguments, which determine the optimizer.
-        pad: The token id to pad with.
+        train: The token rows of the training data. Nothing is logged for a stream, whose longest row is not known.
+        arguments: The SFTArguments of the run.
+        options: Options that TRL's arguments do not have.
+        tokenizer: The model's tokenizer.
     """
-    collate = AnswerCollator(pad)
-    longest = collate(sorted(rows, key=len)[-options.micro_batch_size :])
+    if not hasattr(train, "__len__"):
+        logger.info("memory was not estimated: the longest row of streamed data is not known")
+        return
+    trl_loss = needs_trl_loss(arguments)
+    batching = choose_batching(model, pad_id(tokenizer), train, arguments, trl_loss)
+    longest = longest_batch(train, arguments, batching)
     try:
-        chunked = options.chunked_loss and not options.compile and not why_not_chunked(model, collate(list(rows[:1])))
+        chunked = options.chunked_loss and not arguments.torch_compile and not trl_loss
+        chunked = chunked and not why_not_chunked(model, batching.collator([train[0]]))
         found = s2ft.estimate(
             model,
             config,
             example=longest,
             optimizer=_optimizer(arguments),
             loss=_loss if chunked else None,
-            gradient_checkpointing=options.gradient_checkpointing,
+            gradient_checkpointing=is_checkpointed(arguments),
             accumulation=arguments.gradient_accumulation_steps,
-            autocast=None if options.autocast == "none" else getattr(torch, options.autocast),
+            autocast=torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None,
         )
     except Exception as error:  # a model may fail on tensors without data, and the run does not need the estimate
         logger.info("memory was not estimated: %s", str(error).split("\n")[0] or type(error).__name__)
         return
     logger.log(logging.WARNING if found.fits is False else logging.INFO, "%s", found.lines())
+
+
+def longest_batch(train, arguments, batching: Batching) -> dict:
+    """Return the largest batch that the training may have: its longest rows, or full packs of labelled tokens.
+
+    Args:
+        train: The token rows, a Dataset.
+        arguments: The SFTArguments.
+        batching: How rows become batches.
+    """
+    rows = arguments.per_device_train_batch_size
+    if batching.packed:
+        full = list(range(arguments.max_length))  # the values do not matter
+        return batching.collator([{"input_ids": full, "labels": full}] * rows)
+    lengths = row_lengths(train)
+    return batching.collator([train[row] for row in sorted(range(len(train)), key=lengths.__getitem__)[-rows:]])
 
 
 def _optimizer(arguments):

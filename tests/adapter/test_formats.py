@@ -17,7 +17,7 @@ from torch import nn
 
 import s2ft
 from s2ft import S2FTConfig
-from s2ft.adapter import hub, read_adapter
+from s2ft.adapter import add_info, hub, read_adapter
 from s2ft.adapter.export import export_lora, import_lora
 from s2ft.adapter.formats import lora, native
 from s2ft.adapter.push import push_to_hub
@@ -154,6 +154,16 @@ def test_export_and_import_in_bfloat16(tmp_path):
     assert s2ft.status(other).adapters == ["back"]
     ours, theirs = s2ft.merge(model).state_dict(), s2ft.merge(other).state_dict()
     assert all(torch.equal(weight, theirs[key]) for key, weight in ours.items())
+
+
+def test_the_prompt_survives_the_round_trip(tmp_path):
+    """It is in the metadata of the tensors file, where PEFT and vLLM leave it alone."""
+    model = trained("llama")
+    prompt = {"form": "chat", "template": "{{ messages }}\n", "system": "Kürze!"}
+    add_info(model, {"prompt": prompt})
+    export_lora(model, tmp_path / "lora")
+    assert lora.read(tmp_path / "lora", model_of("llama")).info["prompt"] == prompt
+    peft.PeftModel.from_pretrained(model_of("llama"), tmp_path / "lora")
 
 
 def test_an_imported_adapter_can_be_trained(tmp_path):

@@ -279,6 +279,14 @@ def test_native_folders_load_in_both_directions(tmp_path):
     assert set(back.peft_config) == {"mine", "again"}
 
 
+def test_info_is_saved_and_kept_in_both_directions(tmp_path):
+    info = {"prompt": {"form": "chat", "template": "{{ messages }}", "system": None}}
+    peft_of("llama", d_ratio=0.1, info=info).save_pretrained(tmp_path)
+    adapter = to_native(PeftModel.from_pretrained(model_of("llama"), tmp_path))
+    assert adapter.info["prompt"] == info["prompt"]
+    assert from_native(model_of("llama"), adapter).peft_config["default"].info["prompt"] == info["prompt"]
+
+
 def test_an_adapter_of_no_family_has_no_native_form():
     net = get_peft_model(nn.Sequential(nn.Linear(4, 8)), S2FTPeftConfig(target_modules=["0"], ratio=0.5, dim="inputs"))
     with pytest.raises(ValueError, match="does not belong to a model family that s2ft knows"):

@@ -61,6 +61,32 @@ def test_columns_of_the_longest_row_are_removed_with_it():
     assert batch._cache is None
 
 
+@pytest.mark.parametrize("rest", [[], [9], [9, 10, 11]], ids=len)
+@pytest.mark.parametrize("kept", [0, 1, 8, 12, 99], ids="{} kept".format)
+def test_a_row_that_replaces_another_gets_the_tokens_that_it_gets_alone(kept, rest):
+    """The keys of the common beginning are used again, and none of another beginning."""
+    model = tiny_model(**UNTIED)
+    batch, first = RunningBatch(model), greedy_row(prompt(9, 0))
+    batch.replace(first)
+    for _ in range(5):
+        batch.step()
+    row = greedy_row([*[*first.prompt, *first.tokens][:kept], *rest] or [5])
+    ran = []
+    model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: ran.append(inputs[0].numel()))
+    batch.replace(row)
+    for _ in range(5):
+        batch.step()
+    assert batch.rows == [row] and row.tokens == alone(None, row.prompt, 6, ends=(), **UNTIED)
+    assert ran[0] == len(row.prompt) - min(kept, 14, len(row.prompt) - 1)  # the last token had no keys yet
+
+
+def test_a_row_never_replaces_several():
+    batch = RunningBatch(tiny_model())
+    batch.admit([greedy_row([5]), greedy_row([6])])
+    with pytest.raises(ValueError, match="at most one row, it has 2"):
+        batch.replace(greedy_row([7]))
+
+
 def test_an_error_while_joining_does_not_change_the_batch(folder):
     model = tiny_model(**UNTIED)
     batch = RunningBatch(model, AdapterBank(model, folder).batch)

@@ -1,0 +1,224 @@
+"""s2ft sft: train an adapter on your data."""
+
+import logging
+from contextlib import nullcontext
+from dataclasses import replace
+
+from s2ft.cli.parse import quiet_transformers
+
+logger = logging.getLogger(__name__)
+DEFAULT_D_RATIO = 0.03  # The paper's, if the user gives no ratio.
+DESCRIPTION = """Train an adapter on your data. s2ft finetune is another name of this command.
+
+The names of the options are those of TRL and transformers, with dashes or underscores; many have a short name.
+--config reads them from a YAML file, such as the config.yaml that each run writes into its folder.
+Without any ratio the command trains --d-ratio 0.03.
+
+Several devices: torchrun --nproc-per-node N -m s2ft sft ...
+             or: accelerate launch -m s2ft sft ..."""
+EXAMPLE = """  s2ft sft --model meta-llama/Llama-3.2-1B --data my-data.jsonl --output my-run --epochs 3
+  s2ft sft --model meta-llama/Llama-3.2-1B --data my-data.jsonl --output my-run --resume
+  s2ft sft --config my-run/config.yaml --output another-run --lr 1e-4"""
+
+
+def run(arguments: list[str]) -> None:
+    from s2ft.packages import check_packages
+
+    check_packages("s2ft sft")
+    from s2ft.cli.training import parse_training
+    from s2ft.config import S2FTConfig
+    from s2ft.text.data import DataOptions
+    from s2ft.train.arguments import SFTArguments
+    from s2ft.train.options import ModelOptions, RunOptions
+
+    quiet_transformers()
+    kinds = [ModelOptions, DataOptions, S2FTConfig, SFTArguments, RunOptions]
+    parsed = parse_training("sft", kinds, arguments, DESCRIPTION, EXAMPLE)
+    if not parsed[S2FTConfig].ratios and parsed[S2FTConfig].units is None:
+        parsed.objects[S2FTConfig] = replace(parsed[S2FTConfig], d_ratio=DEFAULT_D_RATIO)
+    train(parsed)
+
+
+def train(parsed) -> None:
+    """Train, after everything has been checked. Only the first rank reserves the output folder.
+
+    Args:
+        parsed: The options, see :func:`s2ft.cli.training.parse_training`.
+
+    Raises:
+        ValueError: An option does not fit the model, the data or the machine.
+        FileExistsError: The output folder holds another run, or another process uses it.
+        OSError: A file can't be written. The message names what is kept.
+    """
+    from s2ft.files.reading import check_adapter_name
+    from s2ft.train.arguments import SFTArguments
+    from s2ft.train.options import RunOptions
+    from s2ft.train.output import RunFolder
+    from s2ft.train.preparation import check_upload, checkpoint_to_resume, set_batches
+    from s2ft.train.sft import check_packages_of_run, this_rank
+
+    arguments, options = parsed[SFTArguments], parsed[RunOptions]
+    check_packages_of_run(arguments)
+    check_adapter_name(options.name, "name")  # Saving would refuse the name only after the training.
+    ranks, folder = this_rank(), RunFolder(arguments.output_dir)
+    batches = set_batches(arguments, options, parsed.given)
+    resume = checkpoint_to_resume(arguments.resume_from_checkpoint, folder.path)
+    with folder.reserved(bool(resume), options.overwrite) if ranks.is_main_process else nullcontext():
+        check_upload(arguments)
+        if ranks.is_main_process:
+            logger.info(batches)
+        # The adapter is uploaded once, at the end. The trainer would upload every checkpoint.
+        uploads, arguments.push_to_hub = arguments.push_to_hub, False
+        result = _train(parsed, folder, ranks, resume)
+        if ranks.is_main_process:
+            _finish(result, folder, arguments, uploads)
+
+
+def _train(parsed, folder, ranks, resume):
+    import s2ft
+    from s2ft.adapter import add_info
+    from s2ft.config import S2FTConfig
+    from s2ft.text.calibration import calibration_for
+    from s2ft.train.arguments import SFTArguments
+    from s2ft.train.device import say_device
+    from s2ft.train.loading import fit_layout, load_base
+    from s2ft.train.memory import log_memory
+    from s2ft.train.options import ModelOptions, RunOptions
+    from s2ft.train.preparation import run_options
+    from s2ft.train.sft import check_ranks_agree, check_run
+
+    arguments, options = parsed[SFTArguments], parsed[RunOptions]
+    train_rows, held_out_rows = _read(parsed)
+    if ranks.is_main_process:
+        say_device(ranks.device)
+    model, tokenizer = load_base(parsed[ModelOptions], arguments)
+    prompt, rows, held_out = _tokenize(parsed, model, tokenizer, train_rows, held_out_rows, ranks)
+    config = parsed.objects[S2FTConfig] = fit_layout(parsed[S2FTConfig], model, "layout" in parsed.given)
+    check_run(model, rows, arguments)
+    calibration = calibration_for(
+        config, tokenizer, rows, options.calibration_examples, arguments.per_device_train_batch_size
+    )
+    if calibration is not None and getattr(model, "hf_quantizer", None) is None:
+        model.to(ranks.device)
+    if ranks.is_main_process and not resume:
+        log_memory(model, config, rows, arguments, options, tokenizer)
+    report = s2ft.attach(model, config, options.name, calibration)
+    add_info(model, {"prompt": prompt.to_dict(), "training": _training(parsed, rows)})
+    check_ranks_agree(model)
+    if ranks.is_main_process:
+        folder.begin(run_options("sft", parsed.objects, parsed.given), bool(resume), parsed.config_text())
+        print(report, flush=True)
+    ranks.wait_for_everyone()  # The other ranks must not read the folder before it is ready.
+    return _sft(model, tokenizer, rows, arguments, folder, options, resume, held_out)
+
+
+def _read(parsed):
+    """Read the training rows and the held-out rows. Raises ValueError if the run evaluates and has no held-out rows."""
+    from s2ft.text.data import DataOptions, load_split
+    from s2ft.text.examples import examples_of
+    from s2ft.text.scoring import right_answer
+    from s2ft.train.arguments import SFTArguments
+    from s2ft.train.options import RunOptions
+
+    arguments, options = parsed[SFTArguments], parsed[RunOptions]
+    evaluates = arguments.eval_strategy != "no" or options.eval_task is not None
+    train, held_out = load_split(
+        parsed[DataOptions], seed=arguments.seed, evaluates=evaluates, eval_limit=options.eval_limit
+    )
+    if held_out is None and (evaluates or options.eval_limit is not None):
+        name = "eval_task" if options.eval_task else "eval_limit" if options.eval_limit else "an evaluation"
+        raise ValueError(
+            f"{name} needs held-out rows: give eval_data, test_split_size, or a dataset_name that has a split "
+            f"{parsed[DataOptions].dataset_test_split!r}"
+        )
+    if options.eval_task is not None:
+        for example in examples_of(held_out):
+            right_answer(example, options.eval_task)
+    return (train.shuffle(seed=arguments.seed) if arguments.shuffle_dataset else train), held_out
+
+
+def _tokenize(parsed, model, tokenizer, train_rows, held_out_rows, ranks):
+    """Choose the prompt's format, set it in the tokenizer, and convert the rows to tokens."""
+    from s2ft.text.data import DataOptions
+    from s2ft.text.encoding import context_length, tokenize_rows
+    from s2ft.text.examples import examples_of
+    from s2ft.text.prompts import prompt_for_rows
+    from s2ft.train.arguments import SFTArguments
+    from s2ft.train.held_out import HeldOut
+    from s2ft.train.options import RunOptions
+
+    data, arguments, options = parsed[DataOptions], parsed[SFTArguments], parsed[RunOptions]
+    prompt = prompt_for_rows(tokenizer, train_rows, data)
+    prompt.apply_to(tokenizer)
+    everything = not arguments.assistant_only_loss
+    how = {
+        "max_length": min(arguments.max_length or 1 << 30, context_length(model) or 1 << 30),
+        "too_long": data.too_long,
+        "loss_on": "last" if data.last_answer_only else "all" if everything else "assistant",
+        "completion_only": arguments.completion_only_loss is not False,
+        "skip_bad_rows": data.skip_bad_rows,
+        "processes": arguments.dataset_num_proc,
+    }
+    rows = tokenize_rows(train_rows, tokenizer, prompt, **how)
+    if ranks.is_main_process:
+        logger.info(str(rows))
+    if held_out_rows is None:
+        return prompt, rows.dataset, None
+    examples = list(examples_of(held_out_rows)) if options.eval_task else ()
+    tokens = tokenize_rows(held_out_rows, tokenizer, prompt, **how).dataset
+    return prompt, rows.dataset, HeldOut(tokens, examples, options.eval_task, max_new_tokens=options.max_new_tokens)
+
+
+def _training(parsed, rows) -> dict:
+    """What an adapter tells of its training. Names of data sets on the hub are told, and no paths."""
+    from pathlib import Path
+
+    from s2ft.text.data import DataOptions
+    from s2ft.train.arguments import SFTArguments
+
+    data, arguments = parsed[DataOptions], parsed[SFTArguments]
+    names = [*data.data, *filter(None, [data.dataset_name]), *(entry["path"] for entry in data.datasets)]
+    return {
+        "method": "sft",
+        "rows": len(rows) if hasattr(rows, "__len__") else None,
+        "data": [name for name in names if "/" in name and not Path(name).expanduser().exists()],
+        "epochs": arguments.num_train_epochs,
+        "max_steps": arguments.max_steps if arguments.max_steps > 0 else None,
+        "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
+        "learning_rate": arguments.learning_rate,
+        "seed": arguments.seed,
+    }
+
+
+def _sft(model, tokenizer, rows, arguments, folder, options, resume, held_out):
+    """Train. If a file can't be written, for example on a full disk, the OSError also names what is kept."""
+    from s2ft.cli.main import reason_not_written
+    from s2ft.train.sft import sft
+
+    try:
+        return sft(model, tokenizer, rows, arguments, folder, options=options, resume=resume, held_out=held_out)
+    except Exception as error:
+        reason = reason_not_written(error)
+        if reason is None:
+            raise
+        raise OSError(f"{reason}; {folder.kept()}") from error
+
+
+def _finish(result, folder, arguments, uploads: bool) -> None:
+    """Print the summary, and upload the adapter if that was asked for."""
+    from s2ft.train.preparation import upload
+
+    steps = f"{result.steps} step{'s' * (result.steps != 1)}"
+    print(
+        f"{steps}, {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s, loss {result.loss:.4f} "
+        "(mean of the last tenth of the logged steps)"
+    )
+    if not result.finished:
+        print(f"stopped before the end: go on with --resume in {folder.path}")
+        return
+    print(f"adapter: {result.adapter}")
+    if uploads:
+        try:
+            print(f"uploaded: {upload(arguments, folder)}")
+        except Exception as error:
+            raise OSError(f"the adapter was not uploaded: {error}; {folder.kept()}") from error

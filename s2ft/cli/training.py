@@ -1,0 +1,502 @@
+"""Options of the training commands: TRL's parser, with short names, groups, config files and errors that help."""
+
+import argparse
+import copy
+import json
+import logging
+import os
+import re
+import types
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from trl import ModelConfig
+from trl.scripts.utils import TrlParser
+
+from s2ft.cli.option_table import (
+    ELSEWHERE,
+    GROUP_OF,
+    HELP,
+    KIND_GROUPS,
+    MORE_METADATA,
+    NOT_USED,
+    OPTIONS,
+    RENAMED,
+    SHORT_NAMES,
+)
+from s2ft.cli.parse import FALSE, TRUE, Help, UsageError, choice, did_you_mean, help_text
+from s2ft.train.arguments import RunArguments
+
+SAVE_STEPS = next(one.default for one in fields(RunArguments) if one.name == "save_steps")
+logger = logging.getLogger(__name__)
+MORE = "more options of transformers and TRL"
+REQUIRED = (("model_name_or_path",), ("data", "dataset_name", "datasets"), ("output_dir",))  # one of each
+TAKEN = {short for names in SHORT_NAMES.values() for short in names}
+NOT_WRITTEN = ("hub_token", "resume_from_checkpoint", "overwrite")  # secrets and what concerns one call only
+LATEST = "latest"  # --resume without a checkpoint
+LORA = [one.name for one in fields(ModelConfig) if one.name.startswith("lora_") or one.name.startswith("use_")]
+LORA = [name for name in LORA if name != "use_bnb_nested_quant"]
+
+
+def _lora_options() -> type:
+    """A dataclass of the options of `trl sft` that S²FT replaces."""
+    kept = [(one.name, one.type, field(default=one.default)) for one in fields(ModelConfig) if one.name in LORA]
+    return make_dataclass("LoraOptions", [*kept, (NOT_USED, bool, field(default=False))])
+
+
+LoraOptions = _lora_options()
+
+
+@dataclass
+class Parsed:
+    """The options of a training command.
+
+    Attributes:
+        objects: One object of each dataclass.
+        given: The options that the command line or the config file sets, by their full names.
+    """
+
+    objects: dict[type, Any]
+    given: dict[str, Any]
+
+    def __getitem__(self, kind: type) -> Any:
+        return self.objects[kind]
+
+    def config(self) -> dict[str, Any]:
+        """The given options that differ from their defaults, without secrets and what concerns one call only."""
+        defaults = {
+            RENAMED.get((kind.__name__, one.name), one.name): _default(one)
+            for kind in self.objects
+            for one in fields(kind)
+        }
+        return {
+            key: value
+            for key, value in self.given.items()
+            if key not in NOT_WRITTEN and (key not in defaults or value != defaults[key])
+        }
+
+    def config_text(self) -> str:
+        """The text of config.yaml, which `--config` reads."""
+        import yaml
+
+        body = yaml.safe_dump(self.config(), sort_keys=False, allow_unicode=True, width=110)
+        return f"# {versions()}\n{body}"
+
+
+def versions() -> str:
+    """The versions of the packages that determine a run."""
+    from importlib.metadata import version
+
+    from s2ft import __version__
+
+    return ", ".join(
+        [f"s2ft {__version__}"]
+        + [f"{package} {version(package)}" for package in ("torch", "transformers", "trl", "datasets")]
+    )
+
+
+def parse_training(
+    command: str, kinds: Sequence[type], arguments: Sequence[str], description: str = "", example: str = ""
+) -> Parsed:
+    """Read the options of a training command from the command line and from the file of `--config`.
+
+    The command line takes precedence over the file. An option has TRL's name, with dashes or underscores, and may have
+    short names.
+
+    Args:
+        command: Name of the command.
+        kinds: Dataclasses whose fields are the options.
+        arguments: Words of the command line after the command's name.
+        description: What the command does.
+        example: Command lines for the end of the help.
+
+    Returns:
+        The objects, and what was given.
+
+    Raises:
+        UsageError: An option or a key is unknown, missing, given twice, or has a wrong value.
+        SystemExit: The help was asked for and printed.
+    """
+    arguments = list(arguments)
+    parser = TrainingParser([*kinds, LoraOptions], "--help-all" in arguments, command, description, example)
+    given = parser.given(arguments)
+    missing = [names[0] for names in REQUIRED if not any(given.get(name) for name in names)]
+    if missing:
+        parser.error(f"missing: {', '.join(parser.short_name(name) for name in missing)}")
+    _take_lora(given)
+    filled = {**given, **_evaluation(given), **_text_field(given)}
+    objects: dict[type, Any] = {}
+    for kind in kinds:
+        values = {
+            one.name: copy.deepcopy(filled[name])
+            for one in fields(kind)
+            if one.init and (name := RENAMED.get((kind.__name__, one.name), one.name)) in filled
+        }
+        try:
+            objects[kind] = kind(**values)
+        except ValueError as error:
+            parser.error(str(error))
+    _share_seed(objects, given)
+    return Parsed(objects, given)
+
+
+def _share_seed(objects: dict[type, Any], given: dict[str, Any]) -> None:
+    """Give the selection the seed of the run, unless it has its own."""
+    seed = next((value.seed for kind, value in objects.items() if kind.__name__ != "S2FTConfig"
+                 and hasattr(value, "seed")), 0)  # fmt: skip
+    for kind, value in objects.items():
+        if kind.__name__ == "S2FTConfig" and "selection_seed" not in given:
+            value.seed = seed
+
+
+def _evaluation(given: dict[str, Any]) -> dict[str, Any]:
+    """The options that follow from those of the evaluation: when to evaluate, and that the best checkpoint is kept."""
+    found: dict[str, Any] = {}
+    if given.get("eval_steps") == 0:
+        found = {"eval_steps": None}
+    elif given.get("eval_steps"):
+        found = {"eval_strategy": "steps"}
+    if given.get("early_stopping_patience"):
+        found["load_best_model_at_end"] = True
+    if {**found, **given}.get("load_best_model_at_end"):
+        found.setdefault("eval_strategy", given.get("save_strategy", "steps").replace("best", "steps"))
+        found.setdefault("eval_steps", given.get("save_steps", SAVE_STEPS))
+    return {key: value for key, value in found.items() if key not in given or given[key] == 0}
+
+
+def _text_field(given: dict[str, Any]) -> dict[str, Any]:
+    """TRL's name of the field with the text, as one of the fields that are renamed."""
+    if given.get("dataset_text_field", "text") == "text":
+        return {}
+    return {"fields": [*given.get("fields", []), f"text={given['dataset_text_field']}"]}
+
+
+def _take_lora(given: dict[str, Any]) -> None:
+    """Turn the rank of a LoRA into the size of the selection, drop its other options, and log that."""
+    found = {name: given.pop(name) for name in [*LORA, NOT_USED] if name in given}
+    if not found:
+        return
+    taken = {}
+    sizes = ("match_lora_rank", "budget", "units")
+    if found.get("use_peft", True) and not any(name.endswith("_ratio") or name in sizes for name in given):
+        taken = {"match_lora_rank": found["lora_r"]} if "lora_r" in found else {}
+    if found.get("lora_modules_to_save") and "modules_to_save" not in given:
+        taken["modules_to_save"] = found["lora_modules_to_save"]
+    given.update(taken)
+    ignored = [name for name in found if name not in ("use_peft", "lora_r" if "match_lora_rank" in taken else "",
+               "lora_modules_to_save" if "modules_to_save" in taken else "")]  # fmt: skip
+    said = [f"{key} {value}" for key, value in taken.items()]
+    logger.info(
+        "S²FT takes the place of LoRA%s%s",
+        f": {', '.join(said)}" if said else "",
+        f"; not used: {', '.join(ignored)}" if ignored else "",
+    )
+
+
+def _default(one: Field) -> Any:
+    return one.default_factory() if one.default_factory is not MISSING else one.default
+
+
+class TrainingParser(TrlParser):
+    """TRL's parser with short names and groups. An error is one line.
+
+    Args:
+        kinds: Dataclasses whose fields are the options. Dataclasses that have a field in common share the option.
+        everything: Whether the help shows all options.
+        command: Name of the command.
+        description: What the command does.
+        example: Command lines for the end of the help.
+    """
+
+    def __init__(
+        self, kinds: Iterable[type], everything: bool = False, command: str = "", description: str = "", example=""
+    ) -> None:
+        self.everything, self.groups, self.hints = everything, {}, {}
+        self.options: dict[str, argparse.Action] = {}
+        super().__init__(
+            [],
+            prog=f"s2ft {command}",
+            description=description,
+            formatter_class=Help,
+            allow_abbrev=False,
+            epilog=f"example:\n{example}" if example else None,
+            add_help=False,
+        )
+        self.add_argument("--help", "-h", action="help", help="show the options that are often needed")
+        self.add_argument("--help-all", action="help", help="show all options, also TRL's and transformers' others")
+        self.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="read options from a YAML file")
+        self.groups = {name: self.add_argument_group(name) for name in [*OPTIONS, MORE]}
+        ordered = [(one, kind) for kind in kinds for one in self._fields(kind)]
+        places = {name: place for place, name in enumerate(GROUP_OF)}
+        for one, kind in sorted(ordered, key=lambda pair: places.get(pair[0].name, len(places))):
+            self._add(one, kind)
+        self.usage = f"{self.prog} [--config FILE] --model MODEL --data DATA --output DIR [options]"
+
+    def _fields(self, kind: type) -> list[Field]:
+        """Copies of a dataclass's fields, with resolved types and their names on the command line."""
+        hints, found = get_type_hints(kind), []
+        for one in fields(kind):
+            if one.init:
+                one = copy.copy(one)
+                one.type = hints[one.name]
+                one.name = RENAMED.get((kind.__name__, one.name), one.name)
+                found.append(one)
+        return found
+
+    def _add(self, one: Field, kind: type) -> None:
+        """Add the option of a field to its group, unless another dataclass has it, or another option has its name."""
+        if one.name in self.options or one.name in TAKEN:
+            return
+        own, metadata, hint = one.name in GROUP_OF or kind.__name__ in KIND_GROUPS, one.metadata, one.type
+        hidden = kind is LoraOptions or not (own or self.everything)
+        group = self.groups[GROUP_OF.get(one.name) or KIND_GROUPS.get(kind.__name__, MORE)]
+        one.metadata = {"aliases": [word for name in SHORT_NAMES.get(one.name, ()) for word in _spellings(name)]}
+        if _list_of(hint):
+            one.metadata["action"] = "extend"  # --field a=b --field c=d
+        before = len(group._group_actions)
+        self._parse_dataclass_field(group, one)
+        for action in group._group_actions[before:]:
+            negated = action.nargs == 0
+            _complete(action, metadata, hint)
+            action.help = argparse.SUPPRESS if hidden else _help(one, metadata, negated)
+        self.options[one.name] = group._group_actions[before]
+        self.hints[one.name] = hint
+        if self.options[one.name].const is True and _default(one) is True and not hidden:
+            self.options[one.name].help = argparse.SUPPRESS  # the help shows --no-... in its place
+        if one.name == "resume_from_checkpoint":
+            self.options[one.name].nargs, self.options[one.name].const = "?", LATEST
+
+    # ---- reading -------------------------------------------------------------------------------------------
+
+    def given(self, arguments: list[str]) -> dict[str, Any]:
+        """Return the options that the command line and the config file set. Raises UsageError."""
+        self._check_names(arguments)
+        found, unknown = self.parse_known_args(arguments)
+        if unknown:
+            self.error(f"unexpected argument {unknown[0]!r}")
+        given = vars(found)
+        given = {key: value for key, value in given.items() if key not in ("help", "help_all")}
+        path = given.pop("config", None)
+        return {**(self._from_file(path) if path else {}), **given}
+
+    def _check_names(self, arguments: list[str]) -> None:
+        """Check for unknown options and for two names of one option, before argparse complains about others."""
+        spelled: dict[str, str] = {}
+        for word in arguments:
+            if word == "--":
+                break
+            name = word.partition("=")[0]
+            if not word.startswith("--") or " " in name:
+                continue
+            action = self._option_string_actions.get(name)
+            if action is None:
+                self.error(f"there is no option {name}{self._nearest(name)}")
+            plain = name.replace("_", "-")
+            if spelled.setdefault(action.dest, plain) != plain and not action.dest == "help":
+                self.error(f"{spelled[action.dest]} and {plain} are the same option: give one of them")
+
+    def _nearest(self, name: str) -> str:
+        known = [word[2:] for word in self._option_string_actions if word.startswith("--") and "_" not in word]
+        return did_you_mean(name.lstrip("-").replace("_", "-"), known, ELSEWHERE, "--")
+
+    def _from_file(self, path: str) -> dict[str, Any]:
+        """Return the options of a config file by their full names."""
+        values = read_config(path)
+        for key, value in (values.pop("env", None) or {}).items():
+            os.environ[str(key)] = str(value)
+        found: dict[str, Any] = {}
+        spelled: dict[str, str] = {}
+        for key, value in values.items():
+            action = self._option_string_actions.get(f"--{str(key).replace('-', '_')}")
+            if action is None or action.dest in ("config", "help", "help_all"):
+                nearest = self._nearest(str(key)).replace("--", "").replace("-", "_")
+                self.error(f"config {path}: there is no option {key!r}{nearest}")
+            if action.dest in found:
+                self.error(f"config {path}: {spelled[action.dest]} and {key} are the same option: keep one of them")
+            spelled[action.dest] = str(key)
+            try:
+                found[action.dest] = self._value(action, value)
+            except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+                message = re.sub(r"^(must|expected) ", r"\1 ", str(error))
+                self.error(f"config {path}: {key} {message}")
+        return found
+
+    def _value(self, action: argparse.Action, value: Any) -> Any:
+        """Convert a value of YAML as argparse converts the words of a command line."""
+        hint = self.hints[action.dest]
+        if value is None or _takes(hint, type(value)) and isinstance(value, (list, dict)):
+            read = action.type if isinstance(value, list) and action.nargs == "+" else None
+            return [read(str(item)) if not isinstance(item, dict) else item for item in value] if read else value
+        if isinstance(value, (list, dict)):
+            raise ValueError(f"must be one value, got {value!r}")
+        if action.nargs == 0:  # no_...: true
+            return not _switch(str(value))
+        if isinstance(value, bool) and not _takes(hint, bool):
+            value = _word_of(value, action)
+        found = (action.type or str)(str(value))
+        if action.choices is not None and found not in action.choices:
+            known = [str(known) for known in action.choices]
+            raise ValueError(f"must be one of {', '.join(known)}, got {value!r}{did_you_mean(str(value), known)}")
+        return [found] if action.nargs == "+" else found
+
+    # ---- what is said --------------------------------------------------------------------------------------
+
+    def short_name(self, name: str) -> str:
+        """The first short name of an option on the command line, else its full one."""
+        return f"--{[*SHORT_NAMES.get(name, ()), name][0].replace('_', '-')}"
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError with one line."""
+        message = re.sub(r"^argument ([^:]+): (must )?", _argument, " ".join(message.split()))
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Return the content of a YAML file of options.
+
+    Raises:
+        UsageError: The file does not exist, is not YAML, or holds no options.
+    """
+    import yaml
+
+    try:
+        found = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), _loader())
+    except FileNotFoundError:
+        raise UsageError(f"config {path} doesn't exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"config {path} can't be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"config {path} must hold lines such as 'learning_rate: 2e-4', got {type(found).__name__}")
+    if not isinstance(found.get("env") or {}, dict):
+        raise UsageError(f"config {path}: env must hold lines such as 'NAME: value', got {found['env']!r}")
+    return found
+
+
+def _loader() -> type:
+    """PyYAML's safe loader, which also reads 1e-6 as a number."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), [*"-+0123456789"])
+    return Loader
+
+
+def _argument(match: re.Match) -> str:
+    names = [name for name in match[1].split("/") if "_" not in name]
+    shown = min(names or [match[1]], key=len)
+    return f"{shown} must " if match[2] else f"{shown}: "
+
+
+def _spellings(name: str) -> list[str]:
+    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
+
+
+def _takes(hint: Any, kind: type) -> bool:
+    """Whether a type takes values of `kind`."""
+    if hint is Any:
+        return True
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_takes(part, kind) for part in get_args(hint))
+    return (get_origin(hint) or hint) is kind
+
+
+def _list_of(hint: Any) -> Any:
+    """The type of the items if a type takes lists, else None."""
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return next((get_args(part)[0] for part in parts if get_origin(part) is list), None)
+
+
+def _word_of(value: bool, action: argparse.Action) -> str:
+    """The word that YAML reads as true or false: `eval_strategy: no`."""
+    if value is False and action.choices is not None and "no" in action.choices:
+        return "no"
+    if value is True and action.const == LATEST:
+        return LATEST
+    raise ValueError(f"must not be {str(value).lower()}; put a word into quotes")
+
+
+def _switch(text: str) -> bool:
+    if text.lower() not in TRUE + FALSE:
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
+    return text.lower() in TRUE
+
+
+def _number(kind: type, optional: bool):
+    what = "a whole number" if kind is int else "a number"
+
+    def read(text: str) -> Any:
+        if optional and text.lower() in ("none", "null"):
+            return None
+        for as_kind in dict.fromkeys((int, kind)):  # a whole number stays one: it is shown and written so
+            try:
+                return as_kind(text)
+            except ValueError:
+                continue
+        raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
+
+    return read
+
+
+def _dictionary(text: str) -> Any:
+    """Read a dictionary in JSON. Another text is the name of a file."""
+    if not text.lstrip().startswith("{"):
+        return text
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a dictionary in JSON, got {text!r}: {error}") from None
+
+
+def _default_of(one: Field) -> Any:
+    return None if one.default is MISSING and one.default_factory is MISSING else _default(one)
+
+
+def _complete(action: argparse.Action, metadata: Any, hint: Any) -> None:
+    """Replace what argparse does on its own: defaults, requirements, errors about numbers and choices."""
+    action.default, action.required = argparse.SUPPRESS, False
+    if action.nargs == 0:
+        return
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    plain = [part for part in parts if part is not type(None)]
+    if plain[0] is bool:
+        action.nargs, action.const, action.type, action.choices = "?", True, _switch, None
+        return
+    if action.dest == "datasets":
+        action.type = lambda path: {"path": path}
+    elif item := _list_of(hint):
+        action.nargs, action.type = "+", _number(int, False) if item is int else str
+    elif str not in plain and plain[0] in (int, float):
+        action.type = _number(plain[0], type(None) in parts)
+    elif any(_takes(part, dict) for part in plain):
+        action.type = _dictionary
+    choices = [str(value) for value in metadata.get("choices") or action.choices or () if value is not None]
+    if choices:
+        action.type, action.choices = choice(choices), choices
+    action.metavar = metadata.get("metavar") or _metavar(action, plain, choices)
+
+
+def _metavar(action: argparse.Action, plain: list, choices: list[str]) -> str:
+    if choices:
+        return f"{{{','.join(choices)}}}" if len(choices) < 8 else "NAME"
+    if any(_takes(part, dict) for part in plain):
+        return "JSON"
+    if action.dest.endswith("_ratio"):
+        return "RATIO"
+    kinds = {int: "N", float: "X"}
+    return kinds.get(plain[0], "N" if int in plain and str not in plain else action.dest.split("_")[-1].upper())
+
+
+def _help(one: Field, metadata: Any, negated: bool) -> str:
+    """The help text of an option, with its default. Of a long text of another package, the first sentence."""
+    text = HELP.get(one.name) or metadata.get("help", one.name.replace("_", " "))
+    text = re.split(r"\. (?=[A-Z])", text)[0]
+    text = text if text.endswith("...") else text.rstrip(".")
+    if negated:
+        return help_text({**metadata, "off": metadata.get("off", f"turn off: {text[:1].lower()}{text[1:]}")}, None, "off")
+    return help_text({**metadata, "help": text, **MORE_METADATA.get(one.name, {})}, _default_of(one))

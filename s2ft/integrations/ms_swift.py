@@ -1,0 +1,50 @@
+"""`--tuner_type s2ft` in ms-swift.
+
+    swift sft --model … --dataset … \
+        --external_plugins "$(python -m s2ft.integrations.ms_swift)" \
+        --tuner_type s2ft --model_kwargs '{"s2ft": {"d_ratio": 0.03, "o_ratio": 0.1}}'
+
+ms-swift reads plugins by the path of their file; `python -m s2ft.integrations.ms_swift` prints the path of this one.
+"""
+
+import json
+import os
+from typing import Any
+
+from peft import PeftModel, get_peft_model
+from swift.tuner_plugin import PeftTuner, tuners_map
+
+from s2ft.integrations.settings import config_from
+
+NAME = "s2ft"
+
+
+class S2FTTuner(PeftTuner):
+    """ms-swift's tuner that trains S²FT adapters in PEFT's form. Saving and loading are those of its PEFT tuners."""
+
+    @staticmethod
+    def prepare_model(args: Any, model: Any) -> PeftModel:
+        """Add a new adapter to the model.
+
+        Args:
+            args: ms-swift's arguments. `model_kwargs` has the settings in its key "s2ft".
+            model: The base.
+
+        Returns:
+            The model with the adapter.
+
+        Raises:
+            ValueError: The settings are missing or wrong.
+        """
+        given = args.model_kwargs
+        settings = (json.loads(given) if isinstance(given, str) else given or {}).get(NAME)
+        task_type = args.task_type.upper() if args.task_type in ("causal_lm", "seq_cls") else None
+        modules = args.modules_to_save or None
+        config = config_from(settings, 'model_kwargs["s2ft"]', task_type=task_type, modules_to_save=modules)
+        return get_peft_model(model, config)
+
+
+tuners_map[NAME] = S2FTTuner
+
+if __name__ == "__main__":
+    print(os.path.abspath(__file__))

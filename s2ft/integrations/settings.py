@@ -1,0 +1,62 @@
+"""The settings of an adapter as the configuration files of other programs have them."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import Field, fields
+from typing import Any
+
+from s2ft.peft import S2FTPeftConfig
+
+# Fields that the injection writes, that the program knows itself, or that hold no value of a configuration file.
+NOT_SETTINGS = (
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"),
+    *("base_fingerprint", "chosen_by", "couplings", "init_weights", "skipped", "uncoupled"),
+)
+
+
+def settings_fields() -> dict[str, Field]:
+    """Return the fields of :class:`s2ft.peft.S2FTPeftConfig` that a configuration file can set.
+
+    Returns:
+        The fields by name.
+
+    Example:
+        >>> from s2ft.integrations.settings import settings_fields
+        >>> settings_fields()["d_ratio"].default
+        0.0
+    """
+    return {one.name: one for one in fields(S2FTPeftConfig) if one.init and one.name not in NOT_SETTINGS}
+
+
+def config_from(settings: Any, where: str, **defaults: Any) -> S2FTPeftConfig:
+    """Make the config of an adapter from the settings in another program's configuration file.
+
+    Args:
+        settings: The settings by name, such as ``{"d_ratio": 0.03, "seed": 7}``.
+        where: The place of the settings, which errors name: ``s2ft`` in ``s2ft: {d_ratio: 0.03}``.
+        defaults: Values of fields that the settings don't have. None has no effect.
+
+    Returns:
+        The config.
+
+    Raises:
+        ValueError: The settings are no mapping, select nothing, or one of them is unknown or has a wrong value.
+
+    Example:
+        >>> from s2ft.integrations.settings import config_from
+        >>> config_from({"d_ratio": 0.1}, "s2ft", task_type="CAUSAL_LM").ratios
+        {'d': 0.1}
+    """
+    if not isinstance(settings, Mapping) or not settings:
+        raise ValueError(f"{where} must say what is trained, for example {where}: {{d_ratio: 0.03}}, got {settings!r}")
+    known = settings_fields()
+    for name in settings:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, 1)
+            nearest = f"; the nearest one is {close[0]}" if close else f"; there are {', '.join(sorted(known))}"
+            raise ValueError(f"{where} has no setting {name!r}{nearest}")
+    given = {**defaults, **{name: value for name, value in settings.items() if value is not None}}
+    try:
+        return S2FTPeftConfig(**{name: value for name, value in given.items() if value is not None})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error

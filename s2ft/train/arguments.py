@@ -1,0 +1,198 @@
+"""Arguments of TRL's trainers with the defaults of s2ft. Values that cannot work with S²FT are refused."""
+
+import math
+import os
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from trl import SFTConfig
+
+from s2ft.train.options import LARGEST
+
+DEFAULT_WARMUP = 100  # updates of the default warm-up, which is at most a tenth of the run
+POSITIVE = ("learning_rate", "num_train_epochs", "logging_steps")
+FINITE = ("learning_rate", "num_train_epochs", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2",
+          "adam_epsilon", "label_smoothing_factor")  # fmt: skip
+# Arguments that cannot work, with the reason and the way out.
+REFUSED = {
+    "auto_find_batch_size": "the updates would depend on the memory that is free, so no run could be resumed exactly; "
+    "s2ft estimate says which batch fits",
+    "use_liger_kernel": "it replaces the FFN after s2ft has attached to it; set kernels: liger instead",
+    "optim_target_modules": "it is for optimizers that work on the gradients of whole weights, which s2ft does not "
+    "train",
+    "save_only_model": "a checkpoint without the optimizer cannot be resumed exactly; the adapter is saved in any case",
+    "include_for_metrics": "the metrics of a run are the loss and, with eval_task, the accuracy",
+    "batch_eval_metrics": "the metrics of a run are the loss and, with eval_task, the accuracy",
+    "do_predict": "s2ft eval scores answers of a trained model",
+    "hub_always_push": "the adapter is uploaded once, at the end",
+    "ignore_data_skip": "a resumed run would train on rows again, so it would not equal an uninterrupted one",
+}
+
+
+@dataclass
+class RunArguments:
+    """Defaults of s2ft for the arguments of a trainer. The class is a base beside one of TRL's configurations.
+
+    Raises:
+        ValueError: A value is out of range, or cannot work with S²FT. The message names the argument.
+    """
+
+    learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate"})
+    warmup_steps: float | None = field(
+        default=None,
+        metadata={
+            "help": "updates of the linear warm-up; a number below 1 is a share of the run",
+            "shown": f"{DEFAULT_WARMUP}, but at most a tenth of the run",
+        },
+    )
+    bf16: bool | None = field(
+        default=False, metadata={"help": "multiply in bfloat16 while the weights keep their dtype"}
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "compute activations again in the backward pass: less memory, more time"}
+    )
+    logging_steps: float = field(default=1, metadata={"help": "updates between two lines of log.jsonl"})
+    save_steps: float = field(default=200, metadata={"help": "updates between two checkpoints; 0 writes none"})
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "number of checkpoints to keep, the newest ones; 0 keeps all"}
+    )
+    report_to: None | str | list[str] = field(
+        default="none",
+        metadata={"help": "more loggers by their names in transformers: tensorboard, wandb, ...", "metavar": "NAME"},
+    )
+    disable_tqdm: bool | None = field(default=True, metadata={"help": "turn off the trainer's own progress bar"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "remove columns that the model does not take"})
+    prediction_loss_only: bool = field(default=True, metadata={"help": "keep only the loss of an evaluation"})
+    include_num_input_tokens_seen: str | bool = field(
+        default="non_padding", metadata={"help": "which tokens are counted: all, non_padding, no"}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "let DistributedDataParallel look for unused parameters"}
+    )
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.save_steps == 0:
+            self.save_strategy, self.save_steps = "no", 500
+        self.save_total_limit = self.save_total_limit or None
+        self._limited_warmup = self.warmup_steps is None
+        self.warmup_steps = DEFAULT_WARMUP if self.warmup_steps is None else self.warmup_steps
+        if getattr(self, "activation_checkpointing", True) is None:  # transformers 5.2x has a new name, and warns
+            self.activation_checkpointing = self.gradient_checkpointing
+            self.gradient_checkpointing_kwargs, self.activation_checkpointing_kwargs = (
+                None,
+                self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs,
+            )
+        # Without a GPU, accelerate needs this. Otherwise each process of a launcher would have rank 0.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
+        if self.run_name is None and self.output_dir:
+            self.run_name = os.path.basename(os.path.abspath(self.output_dir))
+        if self.data_seed is None:
+            self.data_seed = self.seed
+        super().__post_init__()
+        # One process trains on one device, and torchrun or accelerate start several processes. With several visible
+        # devices Trainer would choose nn.DataParallel, which copies modules and loses the adapter's state.
+        self._n_gpu = min(self.n_gpu, 1)
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Return the number of updates of the warm-up.
+
+        Args:
+            num_training_steps: Number of updates of the run.
+
+        Returns:
+            The number that `warmup_steps` says. The default is limited to a tenth of the run, because a short run
+            would otherwise end before it reaches its learning rate.
+        """
+        steps = super().get_warmup_steps(num_training_steps)
+        return min(steps, num_training_steps // 10) if self._limited_warmup else steps
+
+
+@dataclass
+class SFTArguments(RunArguments, SFTConfig):
+    """TRL's SFTConfig with the defaults of s2ft: a larger learning rate, loss on the answers, exact checkpoints.
+
+    Raises:
+        ValueError: A value is out of range, or cannot work with S²FT. The message names the argument.
+
+    Example:
+        >>> from s2ft.train.arguments import SFTArguments
+        >>> arguments = SFTArguments(output_dir="my-run", num_train_epochs=2)
+        >>> arguments.learning_rate, arguments.assistant_only_loss, arguments.get_warmup_steps(200)
+        (0.0002, True, 20)
+    """
+
+    assistant_only_loss: bool = field(
+        default=True, metadata={"help": "compute the loss on the assistant's turns of a chat only"}
+    )
+
+    packing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "pack several rows into one sequence of --max-length tokens; refused where the model would mix up "
+            "the rows; an update is then so many packs, with more rows in it",
+            "shown": "rows are not packed",
+        },
+    )
+    train_sampling_strategy: str = field(
+        default="group_by_length",
+        metadata={"help": "order of the rows: group_by_length, random, sequential, batch_rebalance"},
+    )
+
+    def __post_init__(self) -> None:
+        if self.dataset_kwargs:
+            raise ValueError(
+                f"dataset_kwargs is not used: s2ft prepares the rows itself, got {self.dataset_kwargs!r}; leave it out"
+            )
+        if self.truncation_mode != "keep_start":
+            raise ValueError(
+                f"truncation_mode {self.truncation_mode!r} does not work here: a row that is too long is left out or cut "
+                "at its end, see too_long"
+            )
+        if self.use_cpu is False and self.pad_to_multiple_of == "auto":
+            self.pad_to_multiple_of = "none"  # "auto" is for a device that s2ft does not know
+        super().__post_init__()
+
+
+def _check(arguments: Any) -> None:
+    for name in FINITE:
+        value = getattr(arguments, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{name} must be a finite number, got {value!r}")
+    for name in POSITIVE:
+        value = getattr(arguments, name)
+        if not value > 0 and not (name == "num_train_epochs" and arguments.max_steps > 0):
+            raise ValueError(f"{name} must be positive, got {value}")
+    least = {"weight_decay": 0, "max_grad_norm": 0, "save_steps": 0, "save_total_limit": 0, "seed": 0, "data_seed": 0}
+    least |= {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
+    least |= {"max_length": 2, "eval_steps": 0, "warmup_steps": 0, "neftune_noise_alpha": 0}
+    for name, smallest in least.items():
+        value = getattr(arguments, name, None)
+        if value is not None and value < smallest:
+            raise ValueError(f"{name} must be at least {smallest}, got {value}")
+    if not 0 <= arguments.label_smoothing_factor < 1:
+        raise ValueError(
+            f"label_smoothing_factor must be at least 0 and below 1, got {arguments.label_smoothing_factor}"
+        )
+    for one in fields(arguments):
+        value = getattr(arguments, one.name)
+        if isinstance(value, int) and not isinstance(value, bool) and value > LARGEST:
+            raise ValueError(f"{one.name} must be at most {LARGEST}, got {value}")
+    _refuse(arguments)
+
+
+def _refuse(arguments: Any) -> None:
+    for name, reason in REFUSED.items():
+        if getattr(arguments, name, None):
+            raise ValueError(f"{name} does not work here: {reason}")
+    strategy = str(getattr(arguments.hub_strategy, "value", arguments.hub_strategy))
+    if strategy not in ("end", "every_save"):
+        raise ValueError(f"hub_strategy {strategy!r} does not work here: the adapter is uploaded once, at the end")
+    optimizer = str(getattr(arguments.optim, "value", arguments.optim))
+    if optimizer.startswith(("galore", "apollo")):
+        raise ValueError(
+            f"optim {optimizer!r} works on the gradients of whole weights, which s2ft does not train: choose another "
+            "one, such as adamw_torch_fused"
+        )

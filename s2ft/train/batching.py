@@ -1,0 +1,301 @@
+"""Which rows form a batch: rows of similar length padded, rows in a random order padded, or rows packed into one.
+
+Packed rows need an attention that keeps them apart. :func:`why_not_packed` tries it on the model. Attention over
+sequences of different lengths (flash or flex attention on a GPU) then needs no padding at all, which is the default
+there. Elsewhere the rows of a batch have similar lengths. TRL packs the rows.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+
+from s2ft.model.modes import evaluation_mode
+from s2ft.text.collator import TokenCollator
+from s2ft.text.encoding import IGNORED
+
+logger = logging.getLogger(__name__)
+BY_LENGTH = "group_by_length"  # a value of transformers' train_sampling_strategy
+VARLEN = ("flash", "flex")  # attention that computes nothing between the rows of one sequence, by its name
+TRIAL = 48  # tokens of a row in the trial of packing
+
+
+@dataclass(frozen=True)
+class PackedCollator:
+    """Make batches of rows that are packed, or pack the rows of a batch into one sequence.
+
+    Positions begin at 0 with each row. There is no attention mask, since models find the rows by their positions. Where
+    the model computes attention between all positions of a sequence, each pack stays a sequence of its own. Only
+    positions that predict a label get logits if all packs are one sequence.
+
+    Attributes:
+        pad: The token id to pad with.
+        flat: Whether all rows become one sequence without padding.
+        chosen_logits: Whether the model can be asked for the logits of chosen positions.
+        multiple: The length of a batch is a multiple of this number.
+
+    Example:
+        >>> from s2ft.train.batching import PackedCollator
+        >>> row = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 6, -100, -100, 9], "seq_lengths": [2, 3]}
+        >>> batch = PackedCollator(pad=0)([row])
+        >>> batch["position_ids"].tolist(), batch["logits_to_keep"].tolist(), batch["shift_labels"].tolist()
+        ([[0, 1, 0, 1, 2]], [0, 3], [[6, 9]])
+    """
+
+    pad: int
+    flat: bool = True
+    chosen_logits: bool = True
+    multiple: int = 1
+
+    def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict:
+        parts = [self._pack(row) for row in rows]
+        if self.flat:
+            parts = [tuple(torch.cat(column) for column in zip(*parts))]
+        longest = -(-max(len(ids) for ids, _, _ in parts) // self.multiple) * self.multiple
+        filled = zip((self.pad, IGNORED, 0), zip(*parts))
+        input_ids, labels, position_ids = (
+            torch.stack([nn.functional.pad(part, (0, longest - len(part)), value=value) for part in column])
+            for value, column in filled
+        )
+        batch = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        if self.flat:
+            batch |= _boundaries(position_ids[0])
+        targets = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+        if self.chosen_logits and len(parts) == 1:
+            chosen = (targets[0] != IGNORED).nonzero()[:, 0]
+            chosen = chosen if len(chosen) else torch.tensor([0])
+            targets = targets[:, chosen]
+            batch["logits_to_keep"] = chosen
+        return {**batch, "labels": targets, "shift_labels": targets}
+
+    @staticmethod
+    def _pack(row: Mapping[str, Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the ids, the labels and the positions of a row, or of a pack with the lengths of its rows."""
+        lengths = row.get("seq_lengths") or [len(row["input_ids"])]
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        labels = torch.tensor(row["labels"], dtype=torch.int64)
+        labels[positions == 0] = IGNORED
+        return torch.tensor(row["input_ids"], dtype=torch.int64), labels, positions
+
+
+def _boundaries(positions: Tensor) -> dict[str, Tensor | int]:
+    """Return where rows begin in one sequence, as flash attention and kernels of recurrent layers want it.
+
+    Models would find it from the positions themselves, but in each layer, and on a GPU the host would wait each time.
+    """
+    starts = (positions == 0).nonzero()[:, 0]
+    bounds = torch.cat([starts, torch.tensor([len(positions)])]).to(torch.int32)
+    longest = int(bounds.diff().max())
+    numbers = torch.repeat_interleave(torch.arange(len(starts), dtype=torch.int32), bounds.diff())
+    return {
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "seq_idx": numbers[None],
+    }
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How the rows of a run become batches.
+
+    Attributes:
+        collator: Makes a batch of rows.
+        packed: Whether the rows of the training data are packed before the training.
+        by_length: Whether the rows of a batch have similar lengths.
+        why: The reason, for the log.
+    """
+
+    collator: Callable[[Sequence[Mapping]], dict]
+    packed: bool
+    by_length: bool
+    why: str
+
+    def prepare(self, rows, arguments):
+        """Shuffle and pack the rows if the arguments say so.
+
+        Args:
+            rows: The token rows, a Dataset or an IterableDataset.
+            arguments: The SFTArguments of the run.
+
+        Returns:
+            The rows of the training.
+        """
+        rows = rows.select_columns([name for name in ("input_ids", "labels") if name in (rows.column_names or ())])
+        if self.packed:
+            from trl import pack_dataset
+
+            if arguments.shuffle_dataset:
+                rows = rows.shuffle(seed=arguments.seed)
+            rows = pack_dataset(rows, arguments.max_length, arguments.packing_strategy)
+        return rows.shuffle(seed=arguments.seed) if arguments.shuffle_dataset else rows
+
+    def line(self, rows: int | None, packs: int | None) -> str:
+        """Return one line about the batches.
+
+        Args:
+            rows: Number of rows, or None if it is not known.
+            packs: Number of packs, or None if it is not known.
+        """
+        found = f"{rows:,} rows in {packs:,} packs, " if self.packed and rows and packs else ""
+        return f"batches: {found}{self.why}"
+
+
+def choose_batching(model: nn.Module, pad: int, rows, arguments, all_logits: bool = False) -> Batching:
+    """Choose how rows become batches.
+
+    Args:
+        model: The model. It is run on two short rows if rows may be packed.
+        pad: The token id to pad with.
+        rows: The token rows, a Dataset or an IterableDataset.
+        arguments: The SFTArguments. `packing` None and the default `train_sampling_strategy` leave the choice to this
+            function.
+        all_logits: Whether batches have labels for all positions, which TRL's own loss needs.
+
+    Raises:
+        ValueError: `packing` or `padding_free` is set, and the model mixes up packed rows.
+    """
+    multiple = arguments.pad_to_multiple_of if isinstance(arguments.pad_to_multiple_of, int) else 1
+    by_length, varlen = arguments.train_sampling_strategy == BY_LENGTH, has_varlen_attention(model)
+    sized, keep = hasattr(rows, "__len__"), takes(model, "logits_to_keep") and not all_logits
+    asked = "packing" if arguments.packing else "padding_free" if arguments.padding_free else ""
+    packed = PackedCollator(pad, arguments.padding_free or varlen, keep, multiple)
+    reason, because = None, ""  # not tried
+    if asked or (arguments.packing is None and by_length and varlen):
+        reason = why_not_packed(model, rows, packed)
+    if asked and reason:
+        raise ValueError(f"{asked} would mix up rows in this model: {reason}; leave {asked} out, rows are then padded")
+    if arguments.packing:
+        return Batching(packed, True, False, f"packed to at most {arguments.max_length:,} tokens")
+    if reason == "":
+        return Batching(packed, False, sized and by_length, f"without padding, {_attention(model)} keeps rows apart")
+    if reason:
+        because = f" ({_attention(model)} would mix up rows without padding: {reason})"
+    padded = TokenCollator(pad, keep, multiple)
+    if by_length and sized:
+        return Batching(padded, False, True, f"padded, rows of similar length{because}")
+    order = f"{arguments.train_sampling_strategy} order" if sized else "the order of the stream"
+    return Batching(padded, False, False, f"padded, rows in {order}{because}")
+
+
+def takes(model: nn.Module, name: str) -> bool:
+    """Return whether the model's forward has a parameter of this name."""
+    return name in inspect.signature(type(model).forward).parameters
+
+
+def has_varlen_attention(model: nn.Module) -> bool:
+    """Return whether the attention of a model on a GPU computes nothing between the rows of one sequence."""
+    return next(model.parameters()).is_cuda and _attention(model).startswith(VARLEN)
+
+
+def _attention(model: nn.Module) -> str:
+    return str(getattr(model.config, "_attn_implementation", None) or "attention").removeprefix("paged|")
+
+
+def why_not_packed(model: nn.Module, rows, collator: PackedCollator = PackedCollator(0)) -> str:
+    """Explain why rows of one sequence would not be kept apart by the model, by a trial on two short rows.
+
+    The logits of a row must not change with the row before it in the sequence, and must be those of the row alone.
+
+    Args:
+        model: The model. Its modes are restored.
+        rows: Token rows. The first two are tried.
+        collator: Makes the batches of the run.
+
+    Returns:
+        The reason, or an empty string if the rows are kept apart.
+
+    Example:
+        >>> from s2ft.train.batching import why_not_packed
+        >>> why_not_packed(model, [{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9, 10]}])
+        ''
+    """
+    if not takes(model, "position_ids"):
+        return f"{type(model).__name__} takes no position_ids"
+    first, second = _two_rows(rows)
+    other = [(token + 1) % model.config.get_text_config().vocab_size for token in first]
+    with evaluation_mode(model), torch.no_grad():
+        try:
+            alone = _last_logits(model, collator, [second])
+            after, after_other = (_last_logits(model, collator, [before, second]) for before in (first, other))
+        except Exception as error:  # the model's code may not take packed rows at all
+            return f"it fails on packed rows: {str(error).strip().split(chr(10))[0] or type(error).__name__}"
+    exact = model.dtype == torch.float32
+    scale = float(alone.std())
+    if float((after - after_other).abs().max()) > (1e-4 if exact else 1e-2) * scale:
+        return "a row depends on the row before it"
+    if float((after - alone).abs().max()) > (1e-3 if exact else 1e-1) * scale:
+        return "a packed row gets other logits than the row alone"
+    return ""
+
+
+def _two_rows(rows) -> tuple[list[int], list[int]]:
+    found = [list(row["input_ids"][:TRIAL]) for row, _ in zip(rows, range(2))]
+    return found[0], found[-1]
+
+
+def _last_logits(model: nn.Module, collator: PackedCollator, rows: list[list[int]]) -> Tensor:
+    """Return the logits of the last of some rows that are packed, [tokens, vocabulary]."""
+    ids = [token for row in rows for token in row]
+    batch = replace(collator, chosen_logits=False, multiple=1)(
+        [{"input_ids": ids, "labels": ids, "seq_lengths": [len(row) for row in rows]}]
+    )
+    del batch["labels"], batch["shift_labels"]
+    batch = {name: value.to(model.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    return model(**batch).logits[0, -len(rows[-1]) :].float()
+
+
+class LengthSampler(Sampler[int]):
+    """Order rows so that the rows of an update have similar lengths, in an order that depends only on seed and epoch.
+
+    The sampler of transformers draws from the global random state, which differs after a resume. This one can therefore
+    be resumed exactly. The longest rows come first, so that too little memory shows at once. The other updates are
+    shuffled: transformers sorts them by length.
+
+    Args:
+        lengths: Length of each row in tokens.
+        rows: Rows of one update.
+        seed: Seed of the order.
+
+    Example:
+        >>> from s2ft.train.batching import LengthSampler
+        >>> order = list(LengthSampler([3, 9, 4, 8], rows=2, seed=0))
+        >>> sorted(order[:2]), sorted(order[2:])
+        ([1, 3], [0, 2])
+    """
+
+    def __init__(self, lengths: Sequence[int], rows: int, seed: int) -> None:
+        self.lengths, self.rows, self.seed, self.epoch = lengths, rows, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        from transformers.trainer_pt_utils import get_length_grouped_indices
+
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = get_length_grouped_indices(self.lengths, self.rows, generator=generator)
+        updates = [order[start : start + self.rows] for start in range(0, len(order), self.rows)]
+        whole = len(order) // self.rows  # an incomplete update stays the last one
+        shuffled = [0, *(1 + torch.randperm(max(whole - 1, 0), generator=generator)).tolist()][:whole]
+        yield from (row for update in [*shuffled, *range(whole, len(updates))] for row in updates[update])
+
+
+def row_lengths(rows: Any) -> list[int]:
+    """Return the number of tokens of each row of a Dataset, without making Python lists of the tokens."""
+    from pyarrow import compute
+
+    found: list[int] = []
+    for batch in rows.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=10_000):
+        found += compute.list_value_length(batch["input_ids"]).to_pylist()
+    return found

@@ -1,0 +1,451 @@
+"""Train an attached model on token rows by TRL's SFTTrainer, and save its adapter."""
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import s2ft
+from s2ft.adapter.saving import gather_trained
+from s2ft.attached.record import attachment_of
+from s2ft.distributed import check_all_ranks_agree
+from s2ft.packages import check_packages
+from s2ft.text.output_head import contiguous_head
+from s2ft.text.prompts import pad_id
+from s2ft.train.checkpoints import newest_valid
+from s2ft.train.held_out import HeldOut
+from s2ft.train.loss import chunked_loss, smoothed_loss, why_not_chunked
+from s2ft.train.options import RunOptions
+from s2ft.train.output import RunFolder, log_failure, read_log, write_json
+
+logger = logging.getLogger(__name__)
+FEW_STEPS = 10  # a warning is logged for a run with fewer updates
+OF_IMAGES = ("image", "images", "pixel_values")
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """The result of a run. The trained adapter is also in the model.
+
+    Attributes:
+        steps: Number of updates, including those before a resume.
+        loss: Mean loss of the last tenth of the logged steps.
+        seconds: Time of this process, from where it resumed.
+        adapter: Folder of the saved adapter.
+        tokens_per_second: Tokens that this process trained on in a second, over all devices, without padding.
+        finished: False if `stop_after` ended the run.
+        best_step: The step whose adapter was saved, if that is the one with the best evaluation, else None.
+    """
+
+    steps: int
+    loss: float
+    seconds: float
+    adapter: Path
+    tokens_per_second: float
+    finished: bool
+    best_step: int | None = None
+
+    def to_dict(self) -> dict:
+        """The result as values that JSON can hold."""
+        found = {
+            "steps": self.steps,
+            "loss": self.loss,
+            "seconds": round(self.seconds, 2),
+            "tokens_per_second": round(self.tokens_per_second, 1),
+        }
+        return found if self.best_step is None else {**found, "best_step": self.best_step}
+
+
+def sft(
+    model,
+    tokenizer,
+    train,
+    arguments,
+    folder: RunFolder,
+    *,
+    options: RunOptions | None = None,
+    resume: bool | Path = False,
+    held_out: HeldOut | None = None,
+) -> Finetuned:
+    """Train the attached adapter of a model by TRL's SFTTrainer, and save it.
+
+    The adapter is saved as soon as it is trained. The report, the last evaluation and the plot follow. An error in one
+    of them is logged and does not end the run. Under torchrun or accelerate each rank calls this function with the
+    same arguments, and the first rank writes the files.
+
+    Args:
+        model: A causal language model with a trainable adapter.
+        tokenizer: The model's tokenizer.
+        train: The token rows, a Dataset or an IterableDataset with the columns input_ids and labels.
+        arguments: The SFTArguments of the run.
+        folder: The output folder. The adapter is saved to `folder.adapter`.
+        options: Options that TRL's arguments do not have.
+        resume: Continue from the newest valid checkpoint, or from the start if there is none. A path names another
+            checkpoint of the run.
+        held_out: Data to evaluate on, or None.
+
+    Returns:
+        The loss, the time and the folder of the adapter.
+
+    Raises:
+        ValueError: The arguments do not fit the data, the model or the installed packages.
+        MissingPackages: A package that the run needs is not installed.
+    """
+    options = options or RunOptions()
+    checkpoint = resume if isinstance(resume, Path) else newest_valid(folder.path) if resume else None
+    if resume:
+        logger.info("resuming from %s", checkpoint.name if checkpoint else "the start: there is no valid checkpoint")
+    trainer = trainer_for(model, tokenizer, train, arguments, folder, options, held_out)
+    seen = 0 if checkpoint is None else _state_of(checkpoint).num_input_tokens_seen
+    example = trainer.data_collator([next(iter(train))])
+    start = time.perf_counter()
+    with (
+        contiguous_head(model),
+        loss_for(model, arguments, options, example),
+        checkpointing(model, arguments),
+        _restored(model, trainer),
+    ):
+        _train(trainer, checkpoint)
+        seconds = time.perf_counter() - start
+        finished = not _was_stopped(trainer)
+        if finished:
+            _save(model, folder, trainer)
+        result = _result(trainer, folder, seconds, seen, finished)
+        if finished and trainer.is_world_process_zero():
+            with log_errors(f"{folder.report} was not written"):
+                write_json(folder.report, result.to_dict())
+        if finished and held_out is not None and result.best_step is None and not _is_evaluated(trainer, folder):
+            trainer.evaluate()
+    if trainer.is_world_process_zero():
+        _plot(folder)
+    trainer.accelerator.wait_for_everyone()
+    return result
+
+
+def _result(trainer, folder: RunFolder, seconds: float, seen: int, finished: bool) -> Finetuned:
+    losses = [line["loss"] for line in read_log(folder.log) if "loss" in line]
+    last = losses[-max(1, len(losses) // 10) :]
+    return Finetuned(
+        trainer.state.global_step,
+        sum(last) / max(1, len(last)),
+        seconds,
+        folder.adapter,
+        (trainer.state.num_input_tokens_seen - seen) / seconds,
+        finished,
+        _best_step(trainer),
+    )
+
+
+def _best_step(trainer) -> int | None:
+    """Return the step of the best checkpoint if its adapter was loaded at the end, and log it."""
+    best = trainer.state.best_model_checkpoint
+    if not trainer.args.load_best_model_at_end or best is None:
+        return None
+    step = int(Path(best).name.rpartition("-")[2])
+    if trainer.is_world_process_zero():
+        name, value = trainer.args.metric_for_best_model, trainer.state.best_metric
+        logger.info("the adapter is that of the best evaluation, step %d: %s %.4f", step, name, value)
+    return step
+
+
+def _train(trainer, checkpoint: Path | None) -> None:
+    """Train to the last step. An error after it, such as one of a logger, is logged, so that the adapter is saved."""
+    from s2ft.train.callbacks import LossBar
+
+    if checkpoint is not None and _is_complete(checkpoint):
+        _take_over(trainer, checkpoint)
+        return
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except Exception as error:
+        # With several ranks, others may wait for this one, so the run cannot continue.
+        if trainer.args.world_size > 1 or not 0 < trainer.state.max_steps <= trainer.state.global_step:
+            raise
+        log_failure("all steps are trained, but the trainer failed after the last one", error)
+    finally:
+        next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, LossBar)).close()
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint is that of the last step. The Trainer would train one more step from it."""
+    state = _state_of(checkpoint)
+    return 0 < state.max_steps <= state.global_step
+
+
+def _take_over(trainer, checkpoint: Path) -> None:
+    """Put the model and the Trainer into the state after the last step."""
+    from s2ft.train.trainer import restore_adapter
+
+    trainer.state = _state_of(checkpoint)
+    trainer.state.is_world_process_zero = trainer.is_world_process_zero()
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    restore_adapter(trainer.accelerator.unwrap_model(trainer.model), best or checkpoint)
+
+
+def _was_stopped(trainer) -> bool:
+    """Whether `stop_after` ended the run before its last step."""
+    from s2ft.train.callbacks import StopAfter
+
+    stops = [callback.step for callback in trainer.callback_handler.callbacks if isinstance(callback, StopAfter)]
+    return trainer.state.global_step < trainer.state.max_steps and any(s <= trainer.state.global_step for s in stops)
+
+
+def _save(model, folder: RunFolder, trainer) -> None:
+    trained = gather_trained(model)  # on each rank, since a sharded adapter is spread over all of them
+    if trainer.is_world_process_zero():
+        s2ft.save_adapter(model, folder.adapter, state=trained)
+
+
+def _is_evaluated(trainer, folder: RunFolder) -> bool:
+    """Whether the log has an evaluation of the last step. The first rank reads the log and tells the others."""
+    from accelerate.utils import broadcast_object_list
+
+    found = [any("eval_loss" in line and line["step"] == trainer.state.global_step for line in read_log(folder.log))]
+    return broadcast_object_list(found)[0]
+
+
+def _plot(folder: RunFolder) -> None:
+    with log_errors(f"{folder.plot} was not drawn"):
+        check_packages("loss.png")
+        from s2ft.train.plot import plot_loss
+
+        plot_loss(folder.log, folder.plot, folder.title())
+
+
+@contextlib.contextmanager
+def log_errors(failure: str) -> Iterator[None]:
+    """Log an error that is raised inside the context, with `failure` and the reason, and continue."""
+    try:
+        yield
+    except Exception as error:
+        log_failure(failure, error)
+
+
+def trainer_for(
+    model,
+    tokenizer,
+    train,
+    arguments,
+    folder: RunFolder,
+    options: RunOptions | None = None,
+    held_out: HeldOut | None = None,
+):
+    """Make the Trainer of a run, with its callbacks. The arguments are those of :func:`sft`."""
+    from transformers import EarlyStoppingCallback
+    from transformers.trainer_callback import PrinterCallback
+
+    from s2ft.train.batching import choose_batching
+    from s2ft.train.callbacks import EvaluateAfterSaving, JsonlLog, LossBar, StopAfter
+    from s2ft.train.runs import SFTRunTrainer, needs_trl_loss
+
+    options = options or RunOptions()
+    check_run(model, train, arguments)
+    batching = choose_batching(model, pad_id(tokenizer), train, arguments, needs_trl_loss(arguments))
+    rows = batching.prepare(train, arguments)
+    callbacks: list[Any] = [LossBar(), JsonlLog(folder.log)]
+    if not arguments.load_best_model_at_end:
+        callbacks.append(EvaluateAfterSaving())
+    if options.early_stopping_patience:
+        arguments.restore_callback_states_from_checkpoint = True  # a resumed run goes on counting
+        callbacks.append(EarlyStoppingCallback(options.early_stopping_patience, options.early_stopping_threshold))
+    if options.stop_after:
+        callbacks.append(StopAfter(options.stop_after))
+    trainer = SFTRunTrainer(
+        model, arguments, rows, batching, tokenizer=tokenizer, held_out=held_out, callbacks=callbacks
+    )
+    trainer.remove_callback(PrinterCallback)  # LossBar shows the same values
+    if trainer.is_world_process_zero():
+        logger.info(batching.line(_count(train), _count(rows)))
+        log_length(trainer.args, _count(rows))
+    return trainer
+
+
+def _count(rows) -> int | None:
+    return len(rows) if hasattr(rows, "__len__") else None
+
+
+def check_run(model, train, arguments) -> None:
+    """Check that a run can work with its rows, its model and this machine. Nothing is written.
+
+    Args:
+        model: The model, whose dtype is used.
+        train: The token rows.
+        arguments: The SFTArguments.
+
+    Raises:
+        ValueError: The rows have images, a stream has no number of steps, or the dtype does not work here.
+        MissingPackages: See :func:`check_packages_of_run`.
+    """
+    check_packages_of_run(arguments)
+    columns = train.column_names or ()
+    images = [name for name in OF_IMAGES if name in columns]
+    if images:
+        raise ValueError(
+            f"the rows have images (column {images[0]!r}), which s2ft sft does not train on: use S2FTTrainer or TRL's "
+            "SFTTrainer with AdapterCheckpoints, see docs/howto/images.md"
+        )
+    if _count(train) is None and arguments.max_steps <= 0:
+        raise ValueError("max_steps must be positive for streamed data, whose number of rows is not known")
+    half = next(model.parameters()).dtype == torch.float16
+    if (half or arguments.fp16) and not torch.cuda.is_available():
+        raise ValueError("training in float16 needs a GPU: set dtype to bfloat16 or float32, and fp16 to false")
+    arguments.fp16 = arguments.fp16 or half
+
+
+@contextlib.contextmanager
+def loss_for(model, arguments, options: RunOptions, batch: dict) -> Iterator[None]:
+    """Use the chunked loss inside the context if the options ask for it and it equals the model's own loss.
+
+    Otherwise the model's own loss is used, and the reason is logged. TRL's own loss, if the arguments ask for it,
+    replaces both.
+    """
+    from s2ft.train.runs import needs_trl_loss
+
+    reason = "this was asked for"
+    if needs_trl_loss(arguments):
+        reason = "TRL computes it"
+    elif options.chunked_loss:
+        batch = {key: value.to(model.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+        reason = "the model is compiled as a whole" if arguments.torch_compile else why_not_chunked(model, batch)
+        if reason:
+            logger.info("the loss keeps the logits: %s", reason)
+    smoothing = arguments.label_smoothing_factor
+    if not reason:
+        loss = chunked_loss(model, in_evaluation=True, label_smoothing=smoothing)
+    else:
+        loss = smoothed_loss(model, smoothing) if smoothing else contextlib.nullcontext()
+    with loss:
+        yield
+
+
+@contextlib.contextmanager
+def _restored(model, trainer) -> Iterator[None]:
+    """Undo at the end what TRL's loss and NEFTune change in the model, after an error too."""
+    try:
+        yield
+    finally:
+        trainer.restore_model()
+        handle = getattr(trainer, "neftune_hook_handle", None)
+        if handle is not None:
+            handle.remove()
+            model.get_input_embeddings().__dict__.pop("neftune_noise_alpha", None)
+
+
+def _state_of(checkpoint: Path):
+    from transformers.trainer import TRAINER_STATE_NAME, TrainerState
+
+    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+
+
+def this_rank():
+    """Join the launched processes and return accelerate's state, which has the rank of this one.
+
+    Without a GPU, accelerate needs `cpu=True`. Otherwise each process would have rank 0, and all would write to the
+    same folder.
+    """
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def check_ranks_agree(model) -> None:
+    """Check that all ranks train the same units, since statistics may round differently on different devices.
+
+    Raises:
+        RuntimeError: The ranks have selected different units. It is raised on each rank.
+    """
+    check_all_ranks_agree("selection", attachment_of(model).selection.digest)
+
+
+@contextlib.contextmanager
+def checkpointing(model, arguments) -> Iterator[None]:
+    """Turn on activation checkpointing inside the context if the arguments ask for it.
+
+    Blocks then keep only their inputs, and compute the rest again in the backward pass.
+    """
+    if not is_checkpointed(arguments):
+        yield
+        return
+    given = getattr(arguments, "activation_checkpointing_kwargs", None) or arguments.gradient_checkpointing_kwargs
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # transformers 5.2x
+    getattr(model, f"{kind}_checkpointing_enable")(
+        **{f"{kind}_checkpointing_kwargs": {"use_reentrant": False, **(given or {})}}
+    )
+    if hasattr(model, "_require_grads_hooks") or hasattr(model, "_require_grads_hook"):
+        model.disable_input_require_grads()  # not needed, and the backward pass would continue down to the embeddings
+    try:
+        yield
+    finally:
+        getattr(model, f"{kind}_checkpointing_disable")()
+
+
+def is_checkpointed(arguments) -> bool:
+    """Return whether the arguments ask for activation checkpointing, which has two names in transformers."""
+    return bool(arguments.gradient_checkpointing or getattr(arguments, "activation_checkpointing", False))
+
+
+def check_packages_of_run(arguments) -> None:
+    """Check that the packages of a run are installed: those of training, of the optimizer, and of loggers.
+
+    Args:
+        arguments: The SFTArguments.
+
+    Raises:
+        MissingPackages: Names the packages that are missing and the line that installs them.
+        ValueError: transformers does not know a logger, or cannot use it here.
+    """
+    check_packages("s2ft sft")
+    check_packages(f"optimizer {getattr(arguments.optim, 'value', arguments.optim)}")
+    loggers = [name for name in arguments.report_to or [] if name != "none"]
+    if not loggers:
+        return
+    from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+
+    get_reporting_integration_callbacks(loggers)  # ValueError for an unknown name
+    for name in loggers:
+        check_packages(f"report_to {name}")
+    available = get_available_reporting_integrations() + ["flyte"]  # transformers omits it
+    for name in loggers:
+        if name not in available:
+            raise ValueError(f"report_to: transformers can't use {name} with its present installation and settings")
+
+
+def updates(arguments, rows: int | None) -> int:
+    """Return the number of updates of a run on so many rows or packs."""
+    if arguments.max_steps > 0 or rows is None:
+        return arguments.max_steps
+    batches = math.ceil(rows / (arguments.train_batch_size * arguments.world_size))
+    each = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
+    return math.ceil(each * arguments.num_train_epochs)
+
+
+def log_length(arguments, rows: int | None) -> None:
+    """Log a warm-up that is shorter than the default, and a warning about a run with few updates."""
+    steps = updates(arguments, rows)
+    warmup = arguments.get_warmup_steps(steps)
+    if getattr(arguments, "_limited_warmup", False) and warmup < arguments.warmup_steps:
+        logger.info(
+            "warm-up is %d step%s instead of %d: at most a tenth of the run's %d",
+            warmup,
+            "" if warmup == 1 else "s",
+            arguments.warmup_steps,
+            steps,
+        )
+    if arguments.max_steps <= 0 and steps < FEW_STEPS:
+        batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        logger.warning(
+            "warning: %d %s at batch size %d and %g epochs are %d update%s, which may be too few to learn "
+            "anything: lower --batch-size, or raise --epochs",
+            rows,
+            "packs" if arguments.packing else "rows",
+            batch,
+            arguments.num_train_epochs,
+            steps,
+            "" if steps == 1 else "s",
+        )

@@ -1,0 +1,84 @@
+"""Prompts are made by the format that an adapter was trained with, here and in other programs."""
+
+import pytest
+from train.tiny import CHAT, tiny_tokenizer
+
+from s2ft.text.adapter_prompts import Prompter, check_same_prompts, give_prompt, recorded_format
+from s2ft.text.prompts import PromptFormat, prompt_text
+
+OTHER = CHAT.replace("<|im_start|>", "<|endoftext|>")
+ASK = [{"role": "user", "content": "2+3?"}]
+SYSTEMS = ["Be brief.", 'Say "yes"\n\tor \\n {{ no }} {% raw %} äöü 漢\N{SLIGHTLY SMILING FACE} \u2028 it\'s %}']
+
+
+def info_of(template=OTHER, system=None, form="chat"):
+    return {"prompt": PromptFormat(form, template, system).to_dict()}
+
+
+def test_each_adapter_has_its_own_template_and_the_tokenizer_keeps_its():
+    tokenizer = tiny_tokenizer()
+    first, second, base = (Prompter(tokenizer, info) for info in (info_of(), info_of(CHAT, "Be brief."), None))
+    assert tokenizer.decode(first.encode(ASK)).startswith("<|endoftext|>user")
+    assert tokenizer.decode(second.encode(ASK)).startswith("<|im_start|>system\nBe brief.")
+    assert tokenizer.decode(base.encode(ASK)).startswith("<|im_start|>user") and tokenizer.chat_template == CHAT
+    assert first.replaces_template and not second.replaces_template and not base.replaces_template
+    assert first.encode_text("2+3?") == base.encode_text("2+3?") == tokenizer("2+3?")["input_ids"]
+
+
+def test_a_system_message_of_the_conversation_wins():
+    prompter = Prompter(tiny_tokenizer(), info_of(system="Be brief."))
+    own = [{"role": "system", "content": "Be long."}, *ASK]
+    assert prompter.messages(own) == own and prompter.messages(ASK, "") == ASK
+    assert prompter.messages(ASK, "Other.")[0]["content"] == "Other."
+
+
+@pytest.mark.parametrize(
+    "template, info, is_chat",
+    [
+        (CHAT, None, True),
+        (None, None, False),  # a base that knows no chats continues text
+        (None, {}, True),  # an adapter of an earlier version was trained on chats
+        (CHAT, info_of(None, form="text"), False),
+        (None, info_of(), True),
+    ],
+)
+def test_what_is_a_chat(template, info, is_chat):
+    prompter = Prompter(tiny_tokenizer(template), info)
+    assert prompter.is_chat == is_chat
+    assert prompter.encode(ASK) and prompter.encode_text("a")
+
+
+@pytest.mark.parametrize("wrong", ["chat", ["chat"], {"form": "chit"}, {"form": "chat", "template": 3}], ids=str)
+def test_a_damaged_record_is_named(wrong):
+    with pytest.raises(ValueError, match="the prompt that adapter 'a' records can't be read"):
+        Prompter(tiny_tokenizer(), {"prompt": wrong}, name="adapter 'a'")
+
+
+def test_an_adapter_without_a_record_has_no_format():
+    assert recorded_format({}) is None and recorded_format(info_of()).template == OTHER
+
+
+@pytest.mark.parametrize("template", [CHAT, OTHER, None], ids=["same", "other", "none"])
+@pytest.mark.parametrize("system", [None, *SYSTEMS], ids=["none", "simple", "hostile"])
+def test_other_programs_make_the_prompt_of_the_training(template, system, caplog):
+    caplog.set_level("INFO")
+    tokenizer = give_prompt(tiny_tokenizer(template), info_of(system=system), "adapter 'a'")
+    chat = [*ASK, {"role": "assistant", "content": "5"}, {"role": "user", "content": "sure?"}]
+    for messages in (ASK, chat, [{"role": "system", "content": "Other."}, *chat]):
+        expected = [{"role": "system", "content": system}, *messages] if system else messages
+        expected = messages if messages[0]["role"] == "system" else expected
+        found = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert found == prompt_text(tiny_tokenizer(OTHER), expected)
+    said = {CHAT: "was trained with, not the base's own", None: "the base has no chat template"}
+    assert said.get(template, "") in caplog.text and ("default" in caplog.text) == bool(system)
+
+
+def test_a_tokenizer_is_not_changed_by_an_adapter_of_plain_text_or_of_an_earlier_version():
+    for info in ({}, info_of(None, form="text")):
+        assert give_prompt(tiny_tokenizer(), info, "a").chat_template == CHAT
+        assert give_prompt(tiny_tokenizer(None), info, "a").chat_template is None
+
+
+def test_another_prompt_of_another_program_is_an_error():
+    with pytest.raises(ValueError, match="makes another prompt"):
+        check_same_prompts(tiny_tokenizer(), Prompter(tiny_tokenizer(), info_of()))

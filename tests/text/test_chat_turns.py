@@ -1,0 +1,109 @@
+"""A chat answers as the model does that runs the whole prompt, whatever it keeps of earlier turns."""
+
+import pytest
+from serve.fleet import alone
+from train.tiny import CHAT, tiny_model, tiny_tokenizer
+
+from s2ft.text.adapter_prompts import Prompter
+from s2ft.text.chat import Chat
+from s2ft.text.sampling import Sampler
+
+UNTIED = dict(tie_word_embeddings=False)
+
+
+def chat_of(new=12, system=None, info=None, seed=None, temperature=0.0, **changes):
+    prompter = Prompter(tiny_tokenizer(), info)
+    model = tiny_model(**{**UNTIED, **changes})
+    return Chat(model, prompter, lambda seed: Sampler(temperature, seed=seed), new, system, seed)
+
+
+def ask(chat, text):
+    return "".join(chat.answer(text))
+
+
+def text_from_scratch(messages, new):
+    """The answer of a model that runs the prompt as a whole."""
+    ids = tiny_tokenizer().apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    tokens = alone(None, ids, new, **UNTIED)
+    return tiny_tokenizer().decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def test_every_turn_is_answered_as_from_scratch():
+    chat = chat_of()
+    for number, text in enumerate(("hi", "what is 2+3?", "and 4+4?", "thanks")):
+        expected = text_from_scratch([*chat.messages, {"role": "user", "content": text}], 12)
+        assert ask(chat, text) == expected and len(chat.messages) == 2 * number + 2
+    assert chat.undo() and len(chat.messages) == 6
+    expected = text_from_scratch([*chat.messages, {"role": "user", "content": "else?"}], 12)
+    assert ask(chat, "else?") == expected
+    chat.reset()
+    assert ask(chat, "hi") == text_from_scratch([{"role": "user", "content": "hi"}], 12)
+    assert chat.undo() and not chat.undo()
+
+
+def test_a_later_turn_runs_only_what_is_new():
+    chat, ran = chat_of(), []
+    ask(chat, "a question that is long")
+    chat.model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: ran.append(inputs[0].numel()))
+    ask(chat, "next")
+    assert ran[0] < 60 and set(ran[1:]) <= {1}  # the template's words and the message, not the first turn
+
+
+def test_the_recorded_system_prompt_is_used_unless_another_is_given():
+    info = {"prompt": {"form": "chat", "template": CHAT, "system": "Be brief."}}
+    chat = chat_of(info=info)
+    recorded = [{"role": "system", "content": "Be brief."}]
+    assert chat.transcript() == recorded
+    assert ask(chat, "hi") == text_from_scratch([*recorded, {"role": "user", "content": "hi"}], 12)
+    for system in ("Be long.", ""):
+        chat = chat_of(info=info, system=system)
+        given = [{"role": "system", "content": system}] if system else []
+        assert ask(chat, "hi") == text_from_scratch([*given, {"role": "user", "content": "hi"}], 12)
+
+
+def test_the_oldest_turns_are_dropped_when_the_context_is_full():
+    chat, dropped = chat_of(max_position_embeddings=192), []
+    for number in range(8):
+        text = f"question {number}"
+        ask(chat, text)
+        dropped.append(chat.last.dropped)
+        kept = [*chat.messages[dropped[-1] : -2], {"role": "user", "content": text}]
+        assert chat.messages[-1]["content"] == text_from_scratch(kept, 12)
+    assert dropped[0] == 0 < dropped[-1] and dropped == sorted(dropped) and len(chat.messages) == 16
+
+
+def test_a_message_that_never_fits_is_refused_and_not_kept():
+    chat = chat_of(max_position_embeddings=64)
+    with pytest.raises(ValueError, match=r"the model's context is 64 tokens, and the message takes 1\d\d"):
+        ask(chat, "x" * 99)
+    assert chat.messages == []
+
+
+def test_a_stopped_answer_is_kept_as_far_as_it_came():
+    chat = chat_of()
+    answer = chat.answer("hi")
+    written = next(answer)
+    chat.stopped = True
+    written += "".join(answer)
+    assert chat.messages[-1]["content"] == written and not chat.last.cut
+    expected = text_from_scratch([*chat.messages, {"role": "user", "content": "on"}], 12)
+    assert ask(chat, "on") == expected
+
+
+def test_an_answer_that_is_left_in_the_middle_leaves_a_chat_that_goes_on():
+    chat = chat_of()
+    answer = chat.answer("hi")
+    for _ in range(6):
+        next(answer)
+    answer.close()
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"]
+    expected = text_from_scratch([*chat.messages, {"role": "user", "content": "on"}], 12)
+    assert ask(chat, "on") == expected
+
+
+def test_a_seed_gives_the_same_conversation_and_each_answer_its_own_draw():
+    first, second, other = (chat_of(temperature=1.0, seed=seed) for seed in (1, 1, 2))
+    for chat in (first, second, other):
+        ask(chat, "hi")
+    assert first.messages == second.messages != other.messages
+    assert first.undo() and ask(first, "hi") != second.messages[-1]["content"]
