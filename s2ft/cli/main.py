@@ -5,8 +5,10 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 
 from s2ft.cli.parse import did_you_mean
+from s2ft.out_of_memory import OutOfMemory, first_line, is_out_of_memory
 
 COMMANDS = {
     "sft": "train an adapter on your data; s2ft finetune is the same",
