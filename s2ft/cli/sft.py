@@ -52,6 +52,7 @@ def train(parsed) -> None:
     """
     from s2ft.files.reading import check_adapter_name
     from s2ft.train.arguments import SFTArguments
+    from s2ft.train.kernels import check_kernels
     from s2ft.train.options import RunOptions
     from s2ft.train.output import RunFolder
     from s2ft.train.preparation import check_upload, checkpoint_to_resume, set_batches
@@ -59,6 +60,7 @@ def train(parsed) -> None:
 
     arguments, options = parsed[SFTArguments], parsed[RunOptions]
     check_packages_of_run(arguments)
+    check_kernels(options.kernels)
     check_adapter_name(options.name, "name")  # Saving would refuse the name only after the training.
     ranks, folder = this_rank(), RunFolder(arguments.output_dir)
     batches = set_batches(arguments, options, parsed.given)
@@ -81,6 +83,7 @@ def _train(parsed, folder, ranks, resume):
     from s2ft.text.calibration import calibration_for
     from s2ft.train.arguments import SFTArguments
     from s2ft.train.device import say_device
+    from s2ft.train.kernels import apply_kernels
     from s2ft.train.loading import fit_layout, load_base
     from s2ft.train.memory import log_memory
     from s2ft.train.options import ModelOptions, RunOptions
@@ -103,6 +106,7 @@ def _train(parsed, folder, ranks, resume):
     if ranks.is_main_process and not resume:
         log_memory(model, config, rows, arguments, options, tokenizer)
     report = s2ft.attach(model, config, options.name, calibration)
+    apply_kernels(model, options.kernels)
     add_info(model, {"prompt": prompt.to_dict(), "training": _training(parsed, rows)})
     check_ranks_agree(model)
     if ranks.is_main_process:
