@@ -10,6 +10,8 @@ from s2ft.cli.parse import did_you_mean
 
 COMMANDS = {
     "sft": "train an adapter on your data; s2ft finetune is the same",
+    "dpo": "train an adapter on pairs of a better and a worse answer",
+    "grpo": "train an adapter by the rewards of its own answers",
     "select": "choose units and save them, without training",
     "eval": "score generated answers of a model, with or without an adapter",
     "generate": "write one answer to a prompt",

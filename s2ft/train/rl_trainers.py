@@ -12,20 +12,10 @@ from trl.trainer.utils import RepeatSampler
 import s2ft
 from s2ft.text.prompts import encode_prompt, end_ids
 from s2ft.train.reference import Reference
-from s2ft.train.trainer import AdapterCheckpoints
+from s2ft.train.run_trainer import Changed, RunTrainer
 
 
-class OneModel(AdapterCheckpoints):
-    """What the Trainers of this module share: checkpoints of the adapter, nothing sent, and no file but checkpoints."""
-
-    def _send_telemetry(self) -> None:
-        """Nothing is sent."""
-
-    def create_model_card(self, *args: Any, **options: Any) -> None:
-        """Nothing is written: the adapter gets its own card when it is saved."""
-
-
-class DPORunTrainer(OneModel, DPOTrainer):
+class DPORunTrainer(RunTrainer, DPOTrainer):
     """TRL's DPOTrainer on pairs of token rows. Its reference model is the model itself without the adapter.
 
     Args:
@@ -44,22 +34,29 @@ class DPORunTrainer(OneModel, DPOTrainer):
         self, model, arguments, pairs, *, tokenizer, held_out=None, callbacks: Sequence[Any] | None = None
     ) -> None:
         refuse_sharding(arguments, "s2ft dpo")
+        self._changed = Changed(model)
         super().__init__(
             model,
             ref_model=Reference(model),
-            args=arguments,
+            args=_for_trl(arguments),
             train_dataset=pairs,
             eval_dataset=held_out,
             processing_class=copy.copy(tokenizer),
             callbacks=list(callbacks or ()),
         )
+        self._changed.undo_always()
+        self.processing_class = None  # checkpoints need no tokenizer
+
+    def restore_model(self) -> None:
+        """Give the model its own forward and config back, which TRL has changed."""
+        self._changed.undo()
 
     def _prepare_dataset(self, dataset, *args: Any, **options: Any):
         """Return the rows as they are: s2ft has encoded them."""
         return dataset
 
 
-class GRPORunTrainer(OneModel, GRPOTrainer):
+class GRPORunTrainer(RunTrainer, GRPOTrainer):
     """TRL's GRPOTrainer. Its reference model is the model itself without the adapter.
 
     Answers are generated with the adapter fused into the weights, by the prompts and end tokens of `s2ft generate`.
@@ -82,23 +79,27 @@ class GRPORunTrainer(OneModel, GRPOTrainer):
     ) -> None:
         refuse_sharding(arguments, "s2ft grpo")
         _check_rows(arguments, prompts)
-        beta, arguments.beta = arguments.beta, 0.0  # with a beta, TRL would load the base a second time
-        try:
-            super().__init__(
-                model,
-                reward_funcs=list(rewards),
-                args=arguments,
-                train_dataset=prompts,
-                eval_dataset=held_out,
-                processing_class=copy.copy(tokenizer),
-                callbacks=list(callbacks or ()),
-            )
-        finally:
-            arguments.beta = beta
-        self.beta = beta
-        self.ref_model = Reference(model) if beta else None
+        self._changed = Changed(model)
+        for_trl = _for_trl(arguments)
+        for_trl.beta = 0.0  # with a beta, TRL would load the base a second time
+        super().__init__(
+            model,
+            reward_funcs=list(rewards),
+            args=for_trl,
+            train_dataset=prompts,
+            eval_dataset=held_out,
+            processing_class=copy.copy(tokenizer),
+            callbacks=list(callbacks or ()),
+        )
+        self._changed.undo_always()
+        self.beta = for_trl.beta = arguments.beta
+        self.ref_model = Reference(model) if self.beta else None
         self.eos_token_ids = end_ids(tokenizer, model.generation_config)
         self.generation_kwargs["eos_token_id"] = self.generation_config.eos_token_id = self.eos_token_ids
+
+    def restore_model(self) -> None:
+        """Give the model its own forward and config back, which TRL has changed."""
+        self._changed.undo()
 
     def _tokenize_prompts(self, prompts: list):
         """Return the token ids of prompts. A text begins as a text of the training does, and has no end token."""
@@ -170,6 +171,15 @@ def refuse_sharding(arguments, command: str) -> None:
             "without the adapter, which was tried on one device and on several with a whole model each; start it "
             "without FSDP and DeepSpeed"
         )
+
+
+def _for_trl(arguments):
+    """Return a copy of the arguments for TRL. The functions of s2ft turn checkpointing on; see sft.checkpointing."""
+    arguments = copy.copy(arguments)
+    arguments.gradient_checkpointing, arguments.gradient_checkpointing_kwargs = False, None
+    if hasattr(arguments, "activation_checkpointing"):
+        arguments.activation_checkpointing, arguments.activation_checkpointing_kwargs = False, None
+    return arguments
 
 
 def _check_rows(arguments, prompts) -> None:
