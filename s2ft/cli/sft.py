@@ -140,8 +140,11 @@ def _read(parsed):
         parsed[DataOptions], seed=arguments.seed, evaluates=evaluates, eval_limit=options.eval_limit
     )
     if held_out is None and (evaluates or options.eval_limit is not None):
-        name = "eval_task" if options.eval_task else "eval_limit" if options.eval_limit else "eval_strategy"
-        raise ValueError(f"{name} needs held-out rows: give eval_data or test_split_size")
+        name = "eval_task" if options.eval_task else "eval_limit" if options.eval_limit else "an evaluation"
+        raise ValueError(
+            f"{name} needs held-out rows: give eval_data, test_split_size, or a dataset_name that has a split "
+            f"{parsed[DataOptions].dataset_test_split!r}"
+        )
     if options.eval_task is not None:
         for example in examples_of(held_out):
             right_answer(example, options.eval_task)

@@ -126,7 +126,7 @@ def parse_training(
     if missing:
         parser.error(f"missing: {', '.join(parser.short_name(name) for name in missing)}")
     _take_lora(given)
-    filled = {**given, **_evaluation(given)}
+    filled = {**given, **_evaluation(given), **_text_field(given)}
     objects: dict[type, Any] = {}
     for kind in kinds:
         values = {
@@ -164,6 +164,13 @@ def _evaluation(given: dict[str, Any]) -> dict[str, Any]:
         found.setdefault("eval_strategy", given.get("save_strategy", "steps").replace("best", "steps"))
         found.setdefault("eval_steps", given.get("save_steps", SAVE_STEPS))
     return {key: value for key, value in found.items() if key not in given or given[key] == 0}
+
+
+def _text_field(given: dict[str, Any]) -> dict[str, Any]:
+    """TRL's name of the field with the text, as one of the fields that are renamed."""
+    if given.get("dataset_text_field", "text") == "text":
+        return {}
+    return {"fields": [*given.get("fields", []), f"text={given['dataset_text_field']}"]}
 
 
 def _take_lora(given: dict[str, Any]) -> None:
@@ -488,8 +495,8 @@ def _metavar(action: argparse.Action, plain: list, choices: list[str]) -> str:
 def _help(one: Field, metadata: Any, negated: bool) -> str:
     """The help text of an option, with its default. Of a long text of another package, the first sentence."""
     text = HELP.get(one.name) or metadata.get("help", one.name.replace("_", " "))
-    if negated:
-        return help_text({**metadata, "off": metadata.get("off", f"do not {text}")}, None, "off")
     text = re.split(r"\. (?=[A-Z])", text)[0]
     text = text if text.endswith("...") else text.rstrip(".")
+    if negated:
+        return help_text({**metadata, "off": metadata.get("off", f"turn off: {text[:1].lower()}{text[1:]}")}, None, "off")
     return help_text({**metadata, "help": text, **MORE_METADATA.get(one.name, {})}, _default_of(one))

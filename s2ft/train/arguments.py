@@ -22,6 +22,10 @@ REFUSED = {
     "optim_target_modules": "it is for optimizers that work on the gradients of whole weights, which s2ft does not "
     "train",
     "save_only_model": "a checkpoint without the optimizer cannot be resumed exactly; the adapter is saved in any case",
+    "include_for_metrics": "the metrics of a run are the loss and, with eval_task, the accuracy",
+    "batch_eval_metrics": "the metrics of a run are the loss and, with eval_task, the accuracy",
+    "do_predict": "s2ft eval scores answers of a trained model",
+    "hub_always_push": "the adapter is uploaded once, at the end",
     "ignore_data_skip": "a resumed run would train on rows again, so it would not equal an uninterrupted one",
 }
 
@@ -142,6 +146,11 @@ class SFTArguments(RunArguments, SFTConfig):
             raise ValueError(
                 f"dataset_kwargs is not used: s2ft prepares the rows itself, got {self.dataset_kwargs!r}; leave it out"
             )
+        if self.truncation_mode != "keep_start":
+            raise ValueError(
+                f"truncation_mode {self.truncation_mode!r} does not work here: a row that is too long is left out or cut "
+                "at its end, see too_long"
+            )
         if self.use_cpu is False and self.pad_to_multiple_of == "auto":
             self.pad_to_multiple_of = "none"  # "auto" is for a device that s2ft does not know
         super().__post_init__()
@@ -178,6 +187,9 @@ def _refuse(arguments: Any) -> None:
     for name, reason in REFUSED.items():
         if getattr(arguments, name, None):
             raise ValueError(f"{name} does not work here: {reason}")
+    strategy = str(getattr(arguments.hub_strategy, "value", arguments.hub_strategy))
+    if strategy not in ("end", "every_save"):
+        raise ValueError(f"hub_strategy {strategy!r} does not work here: the adapter is uploaded once, at the end")
     optimizer = str(getattr(arguments.optim, "value", arguments.optim))
     if optimizer.startswith(("galore", "apollo")):
         raise ValueError(

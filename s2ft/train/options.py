@@ -202,10 +202,10 @@ def divide_batch(rows: int, devices: int, micro: int | None = None) -> tuple[int
     if rows % least:
         below, above = rows // least * least, -(-rows // least) * least
         nearest = f"{below} or {above}" if below else str(above)
-        passes = f"{micro} rows a forward pass on " if micro else ""
+        passes = f"per_device_train_batch_size {micro} × " if micro else ""
         raise ValueError(
-            f"batch_size {rows} can't be divided into {passes}{devices} device{'s' * (devices != 1)}: the nearest "
-            f"size{'s are' if below else ' is'} {nearest}"
+            f"batch_size {rows} must be a multiple of {least} ({passes}{devices} device{'s' * (devices != 1)}): the "
+            f"nearest size{'s are' if below else ' is'} {nearest}"
         )
     each = rows // devices
     found = micro or max(size for size in range(1, MOST_ROWS + 1) if each % size == 0)

@@ -47,7 +47,8 @@ def set_batches(arguments: Any, options: RunOptions, given: dict[str, Any]) -> s
                 f"{micro * passes * devices} rows: leave one of them out"
             )
         if passes:
-            micro = divide_batch(total, devices * passes, 1)[1]
+            divide_batch(total, devices * passes)
+            micro = total // (devices * passes)
         micro, passes = divide_batch(total, devices, micro)
         arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = micro, passes
     micro, passes = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
@@ -74,8 +75,8 @@ def check_upload(arguments: Any) -> None:
     try:
         HfApi(token=arguments.hub_token).whoami()
     except Exception as error:  # each error of the network has a class of its own
-        first = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"push_to_hub: the hub does not let you write: {first}; run `hf auth login` first") from error
+        first = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
+        raise ValueError(f"push_to_hub: the hub does not let you write ({first}): run `hf auth login` first") from error
 
 
 def upload(arguments: Any, folder: RunFolder) -> str:

@@ -133,7 +133,7 @@ def run_trainer(trainer, model, folder: RunFolder, checkpoint: Path | None) -> F
         folder: The output folder.
         checkpoint: The checkpoint to begin from, or None.
     """
-    seen = 0 if checkpoint is None else _tokens_seen(checkpoint)
+    seen = 0 if checkpoint is None else _state_of(checkpoint).num_input_tokens_seen
     start = time.perf_counter()
     _train(trainer, checkpoint)
     seconds = time.perf_counter() - start
@@ -194,6 +194,9 @@ def _train(trainer, checkpoint: Path | None) -> None:
     """Train to the last step. An error after it, such as one of a logger, is logged, so that the adapter is saved."""
     from s2ft.train.callbacks import LossBar
 
+    if checkpoint is not None and _is_complete(checkpoint):
+        _take_over(trainer, checkpoint)
+        return
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
@@ -203,6 +206,22 @@ def _train(trainer, checkpoint: Path | None) -> None:
         log_failure("all steps are trained, but the trainer failed after the last one", error)
     finally:
         next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, LossBar)).close()
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint is that of the last step. The Trainer would train one more step from it."""
+    state = _state_of(checkpoint)
+    return 0 < state.max_steps <= state.global_step
+
+
+def _take_over(trainer, checkpoint: Path) -> None:
+    """Put the model and the Trainer into the state after the last step."""
+    from s2ft.train.trainer import restore_adapter
+
+    trainer.state = _state_of(checkpoint)
+    trainer.state.is_world_process_zero = trainer.is_world_process_zero()
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    restore_adapter(trainer.accelerator.unwrap_model(trainer.model), best or checkpoint)
 
 
 def _was_stopped(trainer) -> bool:
@@ -369,10 +388,10 @@ def restored(model, trainer) -> Iterator[None]:
             model.get_input_embeddings().__dict__.pop("neftune_noise_alpha", None)
 
 
-def _tokens_seen(checkpoint: Path) -> int:
+def _state_of(checkpoint: Path):
     from transformers.trainer import TRAINER_STATE_NAME, TrainerState
 
-    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).num_input_tokens_seen
+    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
 
 def this_rank():
