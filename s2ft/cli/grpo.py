@@ -14,7 +14,7 @@ GRPOTrainer: it generates several answers to each prompt, and answers with a hig
 likely. The options are those of s2ft sft and of TRL's GRPOConfig. --batch-size counts answers.
 
 --rewards answer_equal  1 for the answer of the column answer: a number, a letter or a text. It is read from
-                        <answer>...</answer>, \\\\boxed{...} or ####, else from the end of the text
+                        <answer>...</answer>, \\boxed{...} or ####, else from the end of the text
 --rewards format        1 for a text that marks exactly one answer in one of these ways
 --rewards FILE.py:NAME  a function of yours, with TRL's signature: f(completions, answer, **_) -> list of numbers"""
 EXAMPLE = """  s2ft grpo --model my-model --data problems.jsonl --rewards answer_equal format --output my-run
@@ -75,7 +75,7 @@ def _train(parsed, folder, ranks, resume):
     config = parsed.objects[S2FTConfig] = fit_layout(parsed[S2FTConfig], model, "layout" in parsed.given)
     if needs_calibration(config):
         raise ValueError(
-            f"selection {config.selection} needs answers to calibrate on, and s2ft grpo has none: choose the units with "
+            f"selection {config.selection} needs answers to calibrate on, and s2ft grpo has none: choose units with "
             "s2ft select, and give the file with units"
         )
     if ranks.is_main_process and not resume:
