@@ -15,7 +15,21 @@ from s2ft.train.reference import Reference
 from s2ft.train.run_trainer import Changed, RunTrainer
 
 
-class DPORunTrainer(RunTrainer, DPOTrainer):
+class RLTrainer(RunTrainer):
+    """What the two Trainers share: they leave the model, the tokenizer and the arguments as they were."""
+
+    def __init__(self, model, *args: Any, args_of_run, tokenizer, **options: Any) -> None:
+        self._changed, self._given, self._pad_token = Changed(model), tokenizer, tokenizer.pad_token
+        super().__init__(model, *args, args=_for_trl(args_of_run), processing_class=tokenizer, **options)
+        self._changed.undo_always()
+
+    def restore_model(self) -> None:
+        """Give the model its own forward and config back, and the tokenizer its own padding, which TRL has changed."""
+        self._changed.undo()
+        self._given.pad_token = self._pad_token
+
+
+class DPORunTrainer(RLTrainer, DPOTrainer):
     """TRL's DPOTrainer on pairs of token rows. Its reference model is the model itself without the adapter.
 
     Args:
@@ -34,29 +48,23 @@ class DPORunTrainer(RunTrainer, DPOTrainer):
         self, model, arguments, pairs, *, tokenizer, held_out=None, callbacks: Sequence[Any] | None = None
     ) -> None:
         refuse_sharding(arguments, "s2ft dpo")
-        self._changed = Changed(model)
         super().__init__(
             model,
             ref_model=Reference(model),
-            args=_for_trl(arguments),
+            args_of_run=arguments,
             train_dataset=pairs,
             eval_dataset=held_out,
-            processing_class=copy.copy(tokenizer),
+            tokenizer=tokenizer,
             callbacks=list(callbacks or ()),
         )
-        self._changed.undo_always()
         self.processing_class = None  # checkpoints need no tokenizer
-
-    def restore_model(self) -> None:
-        """Give the model its own forward and config back, which TRL has changed."""
-        self._changed.undo()
 
     def _prepare_dataset(self, dataset, *args: Any, **options: Any):
         """Return the rows as they are: s2ft has encoded them."""
         return dataset
 
 
-class GRPORunTrainer(RunTrainer, GRPOTrainer):
+class GRPORunTrainer(RLTrainer, GRPOTrainer):
     """TRL's GRPOTrainer. Its reference model is the model itself without the adapter.
 
     Answers are generated with the adapter fused into the weights, by the prompts and end tokens of `s2ft generate`.
@@ -79,27 +87,21 @@ class GRPORunTrainer(RunTrainer, GRPOTrainer):
     ) -> None:
         refuse_sharding(arguments, "s2ft grpo")
         _check_rows(arguments, prompts)
-        self._changed = Changed(model)
-        for_trl = _for_trl(arguments)
-        for_trl.beta = 0.0  # with a beta, TRL would load the base a second time
+        without_beta = copy.copy(arguments)
+        without_beta.beta = 0.0  # with a beta, TRL would load the base a second time
         super().__init__(
             model,
             reward_funcs=list(rewards),
-            args=for_trl,
+            args_of_run=without_beta,
             train_dataset=prompts,
             eval_dataset=held_out,
-            processing_class=copy.copy(tokenizer),
+            tokenizer=tokenizer,
             callbacks=list(callbacks or ()),
         )
-        self._changed.undo_always()
-        self.beta = for_trl.beta = arguments.beta
+        self.beta = self.args.beta = arguments.beta
         self.ref_model = Reference(model) if self.beta else None
         self.eos_token_ids = end_ids(tokenizer, model.generation_config)
         self.generation_kwargs["eos_token_id"] = self.generation_config.eos_token_id = self.eos_token_ids
-
-    def restore_model(self) -> None:
-        """Give the model its own forward and config back, which TRL has changed."""
-        self._changed.undo()
 
     def _tokenize_prompts(self, prompts: list):
         """Return the token ids of prompts. A text begins as a text of the training does, and has no end token."""
