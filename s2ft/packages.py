@@ -31,6 +31,7 @@ NEEDS = {
     "s2ft serve --engine vllm": ("vllm",),
     "s2ft export --format gguf": ("gguf",),
     "a model in a .gguf file": ("gguf",),
+    "kernels liger": ("liger-kernel",),
     "a model in 4 or 8 bit": ("bitsandbytes",),
     "loss.png": ("matplotlib",),
     "s2ft.peft": ("peft",),

@@ -22,7 +22,7 @@ class EvalArguments:
         "(true, answer1, ...)",
         choices=TASKS,
     )
-    adapter: str | None = option(None, ADAPTER, metavar="DIR")
+    adapter: str | None = option(None, ADAPTER, metavar="ADAPTER")
     batch_size: int = option(32, "prompts that are answered at once", unit="prompts", least=1)
     max_new_tokens: int = option(256, "longest answer", unit="tokens", least=1)
     limit: int | None = option(None, "use the first N rows only", shown="all rows", least=1)
@@ -49,10 +49,9 @@ def score(job: EvalArguments) -> None:
     """
     from pathlib import Path
 
-    import s2ft
+    from s2ft.text.adapter_prompts import load_with_adapter
     from s2ft.text.evaluation import evaluate
     from s2ft.text.examples import read_examples
-    from s2ft.text.models import dtype_of_base, load_model
     from s2ft.text.scoring import right_answer
     from s2ft.train.device import gpu_or_cpu
     from s2ft.train.output import write_json
@@ -65,12 +64,11 @@ def score(job: EvalArguments) -> None:
     examples = read_examples(job.data)[: job.limit]
     for example in examples:  # A row that can't be scored is reported before the model is loaded.
         right_answer(example, job.task)
-    dtype = dtype_of_base(s2ft.read_adapter(job.adapter), job.dtype) if job.adapter else job.dtype
-    model, tokenizer = load_model(job.model, dtype)
-    if job.adapter:
-        s2ft.load_adapter(model, job.adapter)
+    model, prompter = load_with_adapter(job.model, job.adapter, job.dtype)
     model.to(gpu_or_cpu())
-    result = evaluate(model, tokenizer, examples, job.task, job.batch_size, job.max_new_tokens)
+    result = evaluate(
+        model, prompter.tokenizer, examples, job.task, job.batch_size, job.max_new_tokens, prompt=prompter.format
+    )
     print(result)
     if output:
         write_json(output, {"model": job.model, "adapter": job.adapter, "data": job.data, **result.to_dict()})

@@ -44,25 +44,18 @@ def generate(job: GenerateArguments, sampling: SamplingArguments) -> None:
     Raises:
         ValueError: An option is wrong, the model can't be loaded, or the generation failed.
     """
-    import s2ft
-    from s2ft.text.adapter_prompts import Prompter, say_which_template
+    from s2ft.text.adapter_prompts import load_with_adapter
     from s2ft.text.chat import pieces
-    from s2ft.text.models import dtype_of_base, load_model
     from s2ft.text.running_batch import Row, RunningBatch
     from s2ft.train.device import gpu_or_cpu
 
     prompt = read_prompt(job)
-    adapter = s2ft.read_adapter(job.adapter) if job.adapter else None
-    model, tokenizer = load_model(job.model, job.dtype if adapter is None else dtype_of_base(adapter, job.dtype))
-    prompter = Prompter(tokenizer, adapter and adapter.info, model.generation_config)
-    if adapter is not None:
-        s2ft.load_adapter(model, adapter)
-        say_which_template(prompter, f"adapter {job.adapter}")
+    model, prompter = load_with_adapter(job.model, job.adapter, job.dtype)
     row = Row(prompt_ids(prompter, prompt, job), sampling.sampler())
     check_room(model, len(row.prompt), sampling.max_new_tokens)
     batch: RunningBatch[Row] = RunningBatch(model.to(gpu_or_cpu()))
     batch.admit([row])
-    for piece in pieces(batch, row, tokenizer, prompter.ends, sampling.max_new_tokens):
+    for piece in pieces(batch, row, prompter.tokenizer, prompter.ends, sampling.max_new_tokens):
         print(piece, end="", flush=True)
     print()
 

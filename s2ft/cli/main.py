@@ -5,8 +5,10 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 
 from s2ft.cli.parse import did_you_mean
+from s2ft.out_of_memory import OutOfMemory, first_line, is_out_of_memory
 
 COMMANDS = {
     "sft": "train an adapter on your data; s2ft finetune is the same",
@@ -47,6 +49,13 @@ MISTAKES = (
     ImportError,
 )
 WRITERS = ("PytorchStreamWriter failed", "unexpected pos", "I/O error")  # in messages of torch and safetensors
+# What takes less memory, for commands that do not count it.
+SMALLER = {
+    "merge": "a smaller --dtype, such as bfloat16, takes less memory",
+    "export": "a smaller --dtype, such as bfloat16, takes less memory",
+    "select": "a smaller --dtype, such as bfloat16, or fewer --calibration-examples take less memory",
+    "serve": "a smaller --dtype, such as bfloat16, or a smaller --max-batch-size take less memory",
+}
 TRACEBACK = "S2FT_TRACEBACK"
 # Loggers whose warnings are about other libraries' optional parts. Their errors are still shown.
 CHATTY = (
@@ -122,8 +131,13 @@ def main(arguments: list[str] | None = None) -> int:
         say_error(f"s2ft {name}", str(error))
         return 2
     except Exception as error:
+        if traceback:
+            raise
+        if is_out_of_memory(error):
+            say_error(f"s2ft {name}", *explain(error, name))
+            return 1
         reason = reason_not_written(error)
-        if traceback or reason is None:
+        if reason is None:
             raise
         say_error(f"s2ft {name}", reason)
         return 1
@@ -146,15 +160,22 @@ def set_up_logging(everything: bool) -> None:
         warnings.filterwarnings("ignore", module=rf"(torch|datasets|peft|{'|'.join(CHATTY)})(\.|$)")
 
 
-def say_error(program: str, reason: str) -> None:
-    """Print one line on stderr. If several ranks have the same error, one of them prints it."""
+def say_error(program: str, reason: str, more: Sequence[str] = ()) -> None:
+    """Print one line on stderr, and `more` lines. If several ranks have the same error, one of them prints it."""
     line = f"{program}: error: " + " ".join(reason.splitlines())
     if "WORLD_SIZE" in os.environ:  # Several ranks may have been started; importing PyTorch takes a second.
         from s2ft.distributed import should_print
 
         if not should_print(line):
             return
-    print(line, file=sys.stderr)
+    print("\n".join([line, *more]), file=sys.stderr)
+
+
+def explain(error: BaseException, command: str) -> tuple[str, list[str]]:
+    """Return what to print of an out-of-memory error: the reason, and lines with what to change."""
+    if isinstance(error, OutOfMemory):
+        return error.reason, [*error.advice, *([error.kept] if error.kept else [])]
+    return f"out of memory: {first_line(error)}", [SMALLER[command]] if command in SMALLER else []
 
 
 def reason_not_written(error: Exception) -> str | None:

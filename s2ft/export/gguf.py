@@ -184,9 +184,7 @@ def _copy(reader, writer, tensors: dict[str, Tensor], chat_template: str | None)
         ):
             of = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
             is_template = field.name == "tokenizer.chat_template" and chat_template
-            writer.add_key_value(
-                field.name, chat_template if is_template else field.contents(), field.types[0], of
-            )
+            writer.add_key_value(field.name, chat_template if is_template else field.contents(), field.types[0], of)
     for tensor in reader.tensors:
         if tensor.name not in tensors and tensor.name != "output.weight":
             writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import s2ft
+from s2ft.text.models import dtype_of_base, load_model
 from s2ft.text.prompts import PromptFormat, encode_prompt, end_ids, prompt_text
 from s2ft.text.templates import template_of
 
@@ -37,9 +39,12 @@ def recorded_format(info: Mapping[str, Any], name: str = "the adapter") -> Promp
     """
     if KEY not in info:
         return None
+    values = info[KEY]
     try:
-        return PromptFormat.from_dict(info[KEY])
-    except (TypeError, ValueError) as error:
+        if not isinstance(values, Mapping):
+            raise ValueError(f"it must be an object, got {type(values).__name__}")
+        return PromptFormat.from_dict(dict(values))
+    except ValueError as error:
         raise ValueError(f"the prompt that {name} records can't be read: {error}") from None
 
 
@@ -109,6 +114,33 @@ class Prompter:
     def encode_text(self, text: str) -> list[int]:
         """Return the token ids of a text that the model continues, without an end token."""
         return encode_prompt(self.tokenizer, text)
+
+
+def load_with_adapter(model_name: str, adapter_name: str | None, dtype: str = "auto"):
+    """Load a model, and an adapter if one is named.
+
+    Args:
+        model_name: As in :func:`s2ft.text.models.load_model`.
+        adapter_name: As in :func:`s2ft.read_adapter`, or None.
+        dtype: Dtype of the weights. "auto" is that of the adapter's training, or without adapter the checkpoint's.
+
+    Returns:
+        The model, on the CPU and in evaluation mode, and the :class:`Prompter` of the adapter or of the base.
+
+    Raises:
+        FileNotFoundError: The model or the adapter does not exist.
+        ValueError: The model or the adapter can't be loaded.
+    """
+    # The adapter is read before the model is loaded, so that a mistake in it is found at once.
+    adapter = None if adapter_name is None else s2ft.read_adapter(adapter_name)
+    info, name = (None, "") if adapter is None else (adapter.info, f"adapter {adapter_name}")
+    recorded_format(info or {}, name)
+    model, tokenizer = load_model(model_name, dtype if adapter is None else dtype_of_base(adapter, dtype))
+    prompter = Prompter(tokenizer, info, model.generation_config, name)
+    if adapter is not None:
+        s2ft.load_adapter(model, adapter)
+        say_which_template(prompter, name)
+    return model, prompter
 
 
 def say_which_template(prompter: Prompter, name: str) -> None:
