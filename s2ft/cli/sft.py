@@ -51,14 +51,16 @@ def train(parsed) -> None:
         OSError: A file can't be written. The message names what is kept.
     """
     from s2ft.files.reading import check_adapter_name
+    from s2ft.packages import check_packages
     from s2ft.train.arguments import SFTArguments
-    from s2ft.train.options import RunOptions
+    from s2ft.train.options import ModelOptions, RunOptions
     from s2ft.train.output import RunFolder
     from s2ft.train.preparation import check_upload, checkpoint_to_resume, set_batches
     from s2ft.train.sft import check_packages_of_run, this_rank
 
     arguments, options = parsed[SFTArguments], parsed[RunOptions]
     check_packages_of_run(arguments)
+    check_packages("a model in 4 or 8 bit" if parsed[ModelOptions].quantized else "")
     check_adapter_name(options.name, "name")  # Saving would refuse the name only after the training.
     ranks, folder = this_rank(), RunFolder(arguments.output_dir)
     batches = set_batches(arguments, options, parsed.given)
