@@ -12,6 +12,8 @@ from s2ft.out_of_memory import OutOfMemory, first_line, is_out_of_memory
 
 COMMANDS = {
     "sft": "train an adapter on your data; s2ft finetune is the same",
+    "dpo": "train an adapter on pairs of a better and a worse answer",
+    "grpo": "train an adapter by the rewards of its own answers",
     "select": "choose units and save them, without training",
     "eval": "score generated answers of a model, with or without an adapter",
     "generate": "write one answer to a prompt",
