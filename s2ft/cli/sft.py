@@ -224,8 +224,11 @@ def naming_what_is_kept(folder) -> Iterator[None]:
 
 
 def _finish(result, folder, arguments, uploads: bool) -> None:
-    """Print the summary, and upload the adapter if that was asked for."""
+    """Print the summary, write the model card, and upload the adapter if that was asked for."""
+    from s2ft.adapter import read_adapter
+    from s2ft.adapter.hub import write_card
     from s2ft.train.preparation import upload
+    from s2ft.train.sft import log_errors
 
     steps = f"{result.steps} step{'s' * (result.steps != 1)}"
     quality = f"loss {result.loss:.4f}" if result.reward is None else f"reward {result.reward:.3f}"
@@ -236,6 +239,8 @@ def _finish(result, folder, arguments, uploads: bool) -> None:
     if not result.finished:
         print(f"stopped before the end: go on with --resume in {folder.path}")
         return
+    with log_errors("the model card was not written"):
+        write_card(read_adapter(result.adapter), result.adapter)
     print(f"adapter: {result.adapter}")
     if uploads:
         try:
