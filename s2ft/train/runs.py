@@ -19,14 +19,15 @@ from s2ft.train.output import log_failure
 from s2ft.train.trainer import AdapterCheckpoints
 
 
-class SFTRunTrainer(AdapterCheckpoints, SFTTrainer):
+class TokenRowTrainer(SFTTrainer):
     """TRL's SFTTrainer on token rows, with the loss of s2ft where logits are only computed for labels.
 
-    TRL's own loss is used where only it has what the arguments ask for: ``loss_type="dft"`` and
+    The model can have any trainable parameters, so that other methods can be compared under the same conditions. TRL's
+    own loss is used where only it has what the arguments ask for: ``loss_type="dft"`` and
     ``router_aux_loss_coef``. The trainer does not change the tokenizer or the model's config, and sends no telemetry.
 
     Args:
-        model: The model, with a trainable adapter.
+        model: The model.
         arguments: The SFTArguments.
         rows: The token rows to train on, as :meth:`~s2ft.train.batching.Batching.prepare` returns them.
         batching: How rows become batches.
@@ -183,11 +184,16 @@ class SFTRunTrainer(AdapterCheckpoints, SFTTrainer):
         return sum(right for right, _ in counts) / sum(count for _, count in counts)
 
 
+class SFTRunTrainer(AdapterCheckpoints, TokenRowTrainer):
+    """:class:`TokenRowTrainer` for an attached model, with the checkpoints of s2ft. The arguments are the same."""
+
+
 class _Changed:
     """What TRL's constructor changes in a model, and how it was before."""
 
     def __init__(self, model) -> None:
-        self.model, self.forward = model, model.__dict__.get("forward")
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model  # as TRL does
+        self.forward = self.model.__dict__.get("forward")
         self.trained = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
         configs = (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
         self.configs = [(config, dict(vars(config))) for config in configs if config is not None]
