@@ -82,11 +82,7 @@ def train(method: str, model, tokenizer, rows, arguments: SFTArguments, folder: 
     batching = choose_batching(base, pad_id(tokenizer), rows, arguments)
     example = batching.collator([rows[0]])
     assert not why_not_chunked(base, example)
-    with (
-        contiguous_head(base),
-        loss_for(base, arguments, RunOptions(), example),
-        checkpointing(base, arguments),
-    ):
+    with contiguous_head(base), loss_for(base, arguments, RunOptions(), example), checkpointing(base, arguments):
         model = lora_model(base, 16, LORA_TARGETS, copied=False)
         TokenRowTrainer(
             model, arguments, batching.prepare(rows, arguments), batching, tokenizer=tokenizer, callbacks=callbacks

@@ -20,10 +20,12 @@ from s2ft.cli.option_table import (
     ELSEWHERE,
     GROUP_OF,
     HELP,
+    HELP_OF,
     KIND_GROUPS,
     MORE_METADATA,
     NOT_USED,
     OPTIONS,
+    OWN_NAMES,
     RENAMED,
     SHORT_NAMES,
 )
@@ -229,6 +231,7 @@ class TrainingParser(TrlParser):
         self.add_argument("--help-all", action="help", help="show all options, also TRL's and transformers' others")
         self.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="read options from a YAML file")
         self.groups = {name: self.add_argument_group(name) for name in [*OPTIONS, MORE]}
+        self.own_names = {name for kind in kinds for name in OWN_NAMES.get(kind.__name__, ())}
         ordered = [(one, kind) for kind in kinds for one in self._fields(kind)]
         places = {name: place for place, name in enumerate(GROUP_OF)}
         for one, kind in sorted(ordered, key=lambda pair: places.get(pair[0].name, len(places))):
@@ -248,12 +251,13 @@ class TrainingParser(TrlParser):
 
     def _add(self, one: Field, kind: type) -> None:
         """Add the option of a field to its group, unless another dataclass has it, or another option has its name."""
-        if one.name in self.options or one.name in TAKEN:
+        if one.name in self.options or (one.name in TAKEN and one.name not in self.own_names):
             return
         own, metadata, hint = one.name in GROUP_OF or kind.__name__ in KIND_GROUPS, one.metadata, one.type
         hidden = kind is LoraOptions or not (own or self.everything)
         group = self.groups[GROUP_OF.get(one.name) or KIND_GROUPS.get(kind.__name__, MORE)]
-        one.metadata = {"aliases": [word for name in SHORT_NAMES.get(one.name, ()) for word in _spellings(name)]}
+        short = [name for name in SHORT_NAMES.get(one.name, ()) if name not in self.own_names]
+        one.metadata = {"aliases": [word for name in short for word in _spellings(name)]}
         if _list_of(hint):
             one.metadata["action"] = "extend"  # --field a=b --field c=d
         before = len(group._group_actions)
@@ -261,7 +265,7 @@ class TrainingParser(TrlParser):
         for action in group._group_actions[before:]:
             negated = action.nargs == 0
             _complete(action, metadata, hint)
-            action.help = argparse.SUPPRESS if hidden else _help(one, metadata, negated)
+            action.help = argparse.SUPPRESS if hidden else _help(one, metadata, negated, kind)
         self.options[one.name] = group._group_actions[before]
         self.hints[one.name] = hint
         if self.options[one.name].const is True and _default(one) is True and not hidden:
@@ -347,12 +351,16 @@ class TrainingParser(TrlParser):
     # ---- what is said --------------------------------------------------------------------------------------
 
     def short_name(self, name: str) -> str:
-        """The first short name of an option on the command line, else its full one."""
-        return f"--{[*SHORT_NAMES.get(name, ()), name][0].replace('_', '-')}"
+        """The name of an option on the command line: the shorter one of its full name and its first short name."""
+        return f"--{min([*SHORT_NAMES.get(name, ())[:1], name], key=len).replace('_', '-')}"
+
+    def _argument(self, match: re.Match) -> str:
+        name = self.short_name(self._option_string_actions[match[1].split("/")[0]].dest)
+        return f"{name} must " if match[2] else f"{name}: "
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError with one line."""
-        message = re.sub(r"^argument ([^:]+): (must )?", _argument, " ".join(message.split()))
+        message = re.sub(r"^argument ([^:]+): (must )?", self._argument, " ".join(message.split()))
         raise UsageError(f"{message} (see {self.prog} --help)")
 
 
@@ -391,12 +399,6 @@ def _loader() -> type:
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), [*"-+0123456789"])
     return Loader
-
-
-def _argument(match: re.Match) -> str:
-    names = [name for name in match[1].split("/") if "_" not in name]
-    shown = min(names or [match[1]], key=len)
-    return f"{shown} must " if match[2] else f"{shown}: "
 
 
 def _spellings(name: str) -> list[str]:
@@ -498,9 +500,9 @@ def _metavar(action: argparse.Action, plain: list, choices: list[str]) -> str:
     return kinds.get(plain[0], "N" if int in plain and str not in plain else action.dest.split("_")[-1].upper())
 
 
-def _help(one: Field, metadata: Any, negated: bool) -> str:
+def _help(one: Field, metadata: Any, negated: bool, kind: type) -> str:
     """The help text of an option, with its default. Of a long text of another package, the first sentence."""
-    text = HELP.get(one.name) or metadata.get("help", one.name.replace("_", " "))
+    text = HELP_OF.get((kind.__name__, one.name)) or HELP.get(one.name) or metadata.get("help", one.name.replace("_", " "))
     text = re.split(r"\. (?=[A-Z])", text)[0]
     text = text if text.endswith("...") else text.rstrip(".")
     if negated:

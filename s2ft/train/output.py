@@ -123,9 +123,7 @@ class RunFolder:
         """
         if resume:
             earlier = self.options()
-            different = [
-                key for key in {**earlier, **options} if earlier.get(key) != options.get(key)
-            ]
+            different = [key for key in {**earlier, **options} if earlier.get(key) != options.get(key)]
             if different:
                 raise ValueError(
                     f"the run in {self.path} was started with other options: "
