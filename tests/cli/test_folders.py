@@ -110,7 +110,7 @@ def test_adapters_of_a_directory(work, tmp_path):
     [
         ("runs", ["chat", "math"], "serving 2 adapters: chat, math"),
         ("runs/math", ["math"], "serving 1 adapter: math"),
-        ("stopped", [], "stopped, so the base is served alone"),
+        ("stopped", [], "the base is served alone"),
     ],
 )
 def test_runs_are_served_by_name_and_checkpoints_are_not(work, caplog, directory, names, logged):
