@@ -48,8 +48,8 @@ class AdapterBank:
     Args:
         model: The base, plain or with adapters of which none is active, in layout `indexed`. Do not change its weights
             while the bank is in use, because the bank checks them only once.
-        directory: A directory of adapters or of output folders of runs. Each folder in it that holds an adapter is known
-            by its name, also if it is created later.
+        directory: A directory of adapters or of outputs of runs. Each folder in it that holds an adapter is known by its
+            name, also if it is created later.
         limit_bytes: Limit for the adapters that are kept in memory; the ones that were not used for longest are
             dropped. The buffers of the largest batch so far are not counted. Default: no limit.
         dtype: Dtype in which adapters are kept; default: the dtype of the weights that they change.
