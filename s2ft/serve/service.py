@@ -11,11 +11,11 @@ from functools import cached_property, partial
 from fastapi import Request
 from jinja2 import TemplateError
 
-from s2ft.serve.access import Record
 from s2ft.serve.engine import Engine
 from s2ft.serve.errors import ApiError, Disconnected
 from s2ft.serve.job import Event, Job
 from s2ft.serve.options import Limits
+from s2ft.serve.record import Record
 from s2ft.serve.registry import Version
 from s2ft.serve.schemas import ChatRequest, Sampled
 from s2ft.text.adapter_prompts import KEY, Prompter
