@@ -12,6 +12,8 @@ from s2ft.out_of_memory import OutOfMemory, first_line, is_out_of_memory
 
 COMMANDS = {
     "sft": "train an adapter on your data; s2ft finetune is the same",
+    "dpo": "train an adapter on pairs of a better and a worse answer",
+    "grpo": "train an adapter by the rewards of its own answers",
     "select": "choose units and save them, without training",
     "eval": "score generated answers of a model, with or without an adapter",
     "generate": "write one answer to a prompt",
@@ -117,7 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     name, *rest = arguments
     if name not in COMMANDS and name not in SAME:
         kind = "option" if name.startswith("-") else "command"
-        hint = did_you_mean(name, list(COMMANDS), OTHER_NAMES)
+        hint = did_you_mean(name, [*COMMANDS, *SAME], OTHER_NAMES)
         say_error("s2ft", f"there is no {kind} {name!r}{hint} (see s2ft --help)")
         return 2
     set_up_logging(traceback)

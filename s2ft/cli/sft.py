@@ -1,13 +1,14 @@
 """s2ft sft: train an adapter on your data."""
 
 import logging
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 from s2ft.cli.parse import quiet_transformers
+from s2ft.train.options import DEFAULT_D_RATIO
 
 logger = logging.getLogger(__name__)
-DEFAULT_D_RATIO = 0.03  # The paper's, if the user gives no ratio.
 DESCRIPTION = """Train an adapter on your data. s2ft finetune is another name of this command.
 
 The names of the options are those of TRL and transformers, with dashes or underscores; many have a short name.
@@ -34,31 +35,34 @@ def run(arguments: list[str]) -> None:
     quiet_transformers()
     kinds = [ModelOptions, DataOptions, S2FTConfig, SFTArguments, RunOptions]
     parsed = parse_training("sft", kinds, arguments, DESCRIPTION, EXAMPLE)
-    if not parsed[S2FTConfig].ratios and parsed[S2FTConfig].units is None:
-        parsed.objects[S2FTConfig] = replace(parsed[S2FTConfig], d_ratio=DEFAULT_D_RATIO)
-    train(parsed)
+    train(parsed, SFTArguments, _train)
 
 
-def train(parsed) -> None:
+def train(parsed, kind: type, body: Callable) -> None:
     """Train, after everything has been checked. Only the first rank reserves the output folder.
 
     Args:
         parsed: The options, see :func:`s2ft.cli.training.parse_training`.
+        kind: The class of the trainer's arguments.
+        body: Function of the options, the output folder, the rank and what to resume, which trains and returns the
+            result.
 
     Raises:
         ValueError: An option does not fit the model, the data or the machine.
         FileExistsError: The output folder holds another run, or another process uses it.
         OSError: A file can't be written. The message names what is kept.
     """
+    from s2ft.config import S2FTConfig
     from s2ft.files.reading import check_adapter_name
-    from s2ft.train.arguments import SFTArguments
     from s2ft.train.kernels import check_kernels
     from s2ft.train.options import RunOptions
     from s2ft.train.output import RunFolder
     from s2ft.train.preparation import check_upload, checkpoint_to_resume, set_batches
     from s2ft.train.sft import check_packages_of_run, this_rank
 
-    arguments, options = parsed[SFTArguments], parsed[RunOptions]
+    if not parsed[S2FTConfig].ratios and parsed[S2FTConfig].units is None:
+        parsed.objects[S2FTConfig] = replace(parsed[S2FTConfig], d_ratio=DEFAULT_D_RATIO)
+    arguments, options = parsed[kind], parsed[RunOptions]
     check_packages_of_run(arguments)
     check_kernels(options.kernels)
     check_adapter_name(options.name, "name")  # Saving would refuse the name only after the training.
@@ -71,24 +75,20 @@ def train(parsed) -> None:
             logger.info(batches)
         # The adapter is uploaded once, at the end. The trainer would upload every checkpoint.
         uploads, arguments.push_to_hub = arguments.push_to_hub, False
-        result = _train(parsed, folder, ranks, resume)
+        result = body(parsed, folder, ranks, resume)
         if ranks.is_main_process:
             _finish(result, folder, arguments, uploads)
 
 
 def _train(parsed, folder, ranks, resume):
-    import s2ft
-    from s2ft.adapter import add_info
     from s2ft.config import S2FTConfig
     from s2ft.text.calibration import calibration_for
     from s2ft.train.arguments import SFTArguments
     from s2ft.train.device import say_device
-    from s2ft.train.kernels import apply_kernels
     from s2ft.train.loading import fit_layout, load_base
     from s2ft.train.memory import log_memory
     from s2ft.train.options import ModelOptions, RunOptions
-    from s2ft.train.preparation import run_options
-    from s2ft.train.sft import check_ranks_agree, check_run
+    from s2ft.train.sft import check_run, sft
 
     arguments, options = parsed[SFTArguments], parsed[RunOptions]
     train_rows, held_out_rows = _read(parsed)
@@ -101,19 +101,33 @@ def _train(parsed, folder, ranks, resume):
     calibration = calibration_for(
         config, tokenizer, rows, options.calibration_examples, arguments.per_device_train_batch_size
     )
-    if calibration is not None and getattr(model, "hf_quantizer", None) is None:
-        model.to(ranks.device)
     if ranks.is_main_process and not resume:
         log_memory(model, config, rows, arguments, options, tokenizer)
-    report = s2ft.attach(model, config, options.name, calibration)
-    apply_kernels(model, options.kernels)
-    add_info(model, {"prompt": prompt.to_dict(), "training": _training(parsed, rows)})
+    begin("sft", parsed, arguments, model, prompt, rows, folder, ranks, resume, calibration)
+    with naming_what_is_kept(folder):
+        return sft(model, tokenizer, rows, arguments, folder, options=options, resume=resume, held_out=held_out)
+
+
+def begin(command, parsed, arguments, model, prompt, rows, folder, ranks, resume, calibration=None) -> None:
+    """Attach the adapter to the model, record its prompt and training, and write the options into the output folder."""
+    import s2ft
+    from s2ft.adapter import add_info
+    from s2ft.config import S2FTConfig
+    from s2ft.train.kernels import apply_kernels
+    from s2ft.train.options import RunOptions
+    from s2ft.train.preparation import run_options
+    from s2ft.train.sft import check_ranks_agree
+
+    if calibration is not None and getattr(model, "hf_quantizer", None) is None:
+        model.to(ranks.device)
+    report = s2ft.attach(model, parsed[S2FTConfig], parsed[RunOptions].name, calibration)
+    apply_kernels(model, parsed[RunOptions].kernels)
+    add_info(model, {"prompt": prompt.to_dict(), "training": _training(command, parsed, arguments, rows)})
     check_ranks_agree(model)
     if ranks.is_main_process:
-        folder.begin(run_options("sft", parsed.objects, parsed.given), bool(resume), parsed.config_text())
+        folder.begin(run_options(command, parsed.objects, parsed.given), bool(resume), parsed.config_text())
         print(report, flush=True)
     ranks.wait_for_everyone()  # The other ranks must not read the folder before it is ready.
-    return _sft(model, tokenizer, rows, arguments, folder, options, resume, held_out)
 
 
 def _read(parsed):
@@ -173,17 +187,16 @@ def _tokenize(parsed, model, tokenizer, train_rows, held_out_rows, ranks):
     return prompt, rows.dataset, HeldOut(tokens, examples, options.eval_task, max_new_tokens=options.max_new_tokens)
 
 
-def _training(parsed, rows) -> dict:
+def _training(command, parsed, arguments, rows) -> dict:
     """What an adapter tells of its training. Names of data sets on the hub are told, and no paths."""
     from pathlib import Path
 
     from s2ft.text.data import DataOptions
-    from s2ft.train.arguments import SFTArguments
 
-    data, arguments = parsed[DataOptions], parsed[SFTArguments]
+    data = parsed[DataOptions]
     names = [*data.data, *filter(None, [data.dataset_name]), *(entry["path"] for entry in data.datasets)]
     return {
-        "method": "sft",
+        "method": command,
         "rows": len(rows) if hasattr(rows, "__len__") else None,
         "data": [name for name in names if "/" in name and not Path(name).expanduser().exists()],
         "epochs": arguments.num_train_epochs,
@@ -194,13 +207,13 @@ def _training(parsed, rows) -> dict:
     }
 
 
-def _sft(model, tokenizer, rows, arguments, folder, options, resume, held_out):
-    """Train. If a file can't be written, for example on a full disk, the OSError also names what is kept."""
+@contextmanager
+def naming_what_is_kept(folder) -> Iterator[None]:
+    """If a file can't be written inside the context, for example on a full disk, the OSError names what is kept."""
     from s2ft.cli.main import reason_not_written
-    from s2ft.train.sft import sft
 
     try:
-        return sft(model, tokenizer, rows, arguments, folder, options=options, resume=resume, held_out=held_out)
+        yield
     except Exception as error:
         reason = reason_not_written(error)
         if reason is None:
@@ -213,8 +226,9 @@ def _finish(result, folder, arguments, uploads: bool) -> None:
     from s2ft.train.preparation import upload
 
     steps = f"{result.steps} step{'s' * (result.steps != 1)}"
+    quality = f"loss {result.loss:.4f}" if result.reward is None else f"reward {result.reward:.3f}"
     print(
-        f"{steps}, {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s, loss {result.loss:.4f} "
+        f"{steps}, {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s, {quality} "
         "(mean of the last tenth of the logged steps)"
     )
     if not result.finished:

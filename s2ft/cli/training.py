@@ -9,6 +9,7 @@ import re
 import types
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -19,10 +20,12 @@ from s2ft.cli.option_table import (
     ELSEWHERE,
     GROUP_OF,
     HELP,
+    HELP_OF,
     KIND_GROUPS,
     MORE_METADATA,
     NOT_USED,
     OPTIONS,
+    OWN_NAMES,
     RENAMED,
     SHORT_NAMES,
 )
@@ -120,7 +123,7 @@ def parse_training(
         SystemExit: The help was asked for and printed.
     """
     arguments = list(arguments)
-    parser = TrainingParser([*kinds, LoraOptions], "--help-all" in arguments, command, description, example)
+    parser = _parser((*kinds, LoraOptions), "--help-all" in arguments, command, description, example)
     given = parser.given(arguments)
     missing = [names[0] for names in REQUIRED if not any(given.get(name) for name in names)]
     if missing:
@@ -170,7 +173,7 @@ def _text_field(given: dict[str, Any]) -> dict[str, Any]:
     """TRL's name of the field with the text, as one of the fields that are renamed."""
     if given.get("dataset_text_field", "text") == "text":
         return {}
-    return {"fields": [*given.get("fields", []), f"text={given['dataset_text_field']}"]}
+    return {"field": [*given.get("field", []), f"text={given['dataset_text_field']}"]}
 
 
 def _take_lora(given: dict[str, Any]) -> None:
@@ -228,6 +231,7 @@ class TrainingParser(TrlParser):
         self.add_argument("--help-all", action="help", help="show all options, also TRL's and transformers' others")
         self.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="read options from a YAML file")
         self.groups = {name: self.add_argument_group(name) for name in [*OPTIONS, MORE]}
+        self.own_names = {name for kind in kinds for name in OWN_NAMES.get(kind.__name__, ())}
         ordered = [(one, kind) for kind in kinds for one in self._fields(kind)]
         places = {name: place for place, name in enumerate(GROUP_OF)}
         for one, kind in sorted(ordered, key=lambda pair: places.get(pair[0].name, len(places))):
@@ -247,12 +251,13 @@ class TrainingParser(TrlParser):
 
     def _add(self, one: Field, kind: type) -> None:
         """Add the option of a field to its group, unless another dataclass has it, or another option has its name."""
-        if one.name in self.options or one.name in TAKEN:
+        if one.name in self.options or (one.name in TAKEN and one.name not in self.own_names):
             return
         own, metadata, hint = one.name in GROUP_OF or kind.__name__ in KIND_GROUPS, one.metadata, one.type
         hidden = kind is LoraOptions or not (own or self.everything)
         group = self.groups[GROUP_OF.get(one.name) or KIND_GROUPS.get(kind.__name__, MORE)]
-        one.metadata = {"aliases": [word for name in SHORT_NAMES.get(one.name, ()) for word in _spellings(name)]}
+        short = [name for name in SHORT_NAMES.get(one.name, ()) if name not in self.own_names]
+        one.metadata = {"aliases": [word for name in short for word in _spellings(name)]}
         if _list_of(hint):
             one.metadata["action"] = "extend"  # --field a=b --field c=d
         before = len(group._group_actions)
@@ -260,7 +265,7 @@ class TrainingParser(TrlParser):
         for action in group._group_actions[before:]:
             negated = action.nargs == 0
             _complete(action, metadata, hint)
-            action.help = argparse.SUPPRESS if hidden else _help(one, metadata, negated)
+            action.help = argparse.SUPPRESS if hidden else _help(one, metadata, negated, kind)
         self.options[one.name] = group._group_actions[before]
         self.hints[one.name] = hint
         if self.options[one.name].const is True and _default(one) is True and not hidden:
@@ -329,6 +334,8 @@ class TrainingParser(TrlParser):
         if value is None or _takes(hint, type(value)) and isinstance(value, (list, dict)):
             read = action.type if isinstance(value, list) and action.nargs == "+" else None
             return [read(str(item)) if not isinstance(item, dict) else item for item in value] if read else value
+        if isinstance(value, dict) and action.dest == "field":  # `field: {instruction: question}`
+            return value
         if isinstance(value, (list, dict)):
             raise ValueError(f"must be one value, got {value!r}")
         if action.nargs == 0:  # no_...: true
@@ -344,13 +351,20 @@ class TrainingParser(TrlParser):
     # ---- what is said --------------------------------------------------------------------------------------
 
     def short_name(self, name: str) -> str:
-        """The first short name of an option on the command line, else its full one."""
-        return f"--{[*SHORT_NAMES.get(name, ()), name][0].replace('_', '-')}"
+        """The name of an option on the command line: the shorter one of its full name and its first short name."""
+        return f"--{min([*SHORT_NAMES.get(name, ())[:1], name], key=len).replace('_', '-')}"
+
+    def _argument(self, match: re.Match) -> str:
+        name = self.short_name(self._option_string_actions[match[1].split("/")[0]].dest)
+        return f"{name} must " if match[2] else f"{name}: "
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError with one line."""
-        message = re.sub(r"^argument ([^:]+): (must )?", _argument, " ".join(message.split()))
+        message = re.sub(r"^argument ([^:]+): (must )?", self._argument, " ".join(message.split()))
         raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+_parser = cache(TrainingParser)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -385,12 +399,6 @@ def _loader() -> type:
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), [*"-+0123456789"])
     return Loader
-
-
-def _argument(match: re.Match) -> str:
-    names = [name for name in match[1].split("/") if "_" not in name]
-    shown = min(names or [match[1]], key=len)
-    return f"{shown} must " if match[2] else f"{shown}: "
 
 
 def _spellings(name: str) -> list[str]:
@@ -492,9 +500,9 @@ def _metavar(action: argparse.Action, plain: list, choices: list[str]) -> str:
     return kinds.get(plain[0], "N" if int in plain and str not in plain else action.dest.split("_")[-1].upper())
 
 
-def _help(one: Field, metadata: Any, negated: bool) -> str:
+def _help(one: Field, metadata: Any, negated: bool, kind: type) -> str:
     """The help text of an option, with its default. Of a long text of another package, the first sentence."""
-    text = HELP.get(one.name) or metadata.get("help", one.name.replace("_", " "))
+    text = HELP_OF.get((kind.__name__, one.name)) or HELP.get(one.name) or metadata.get("help", one.name.replace("_", " "))
     text = re.split(r"\. (?=[A-Z])", text)[0]
     text = text if text.endswith("...") else text.rstrip(".")
     if negated:

@@ -82,6 +82,7 @@ class Adapters:
         self._refused: dict[str, Refused] = {}
         self._unloaded: set[str] = set()  # unloaded by clients; their folders still exist
         self._added = 0
+        self._started = False  # whether the adapters at start were logged; later ones are logged when they are seen
         self._lock = threading.Lock()
         self._check_names()
 
@@ -106,7 +107,7 @@ class Adapters:
     def names(self) -> list[str]:
         """The names that clients can use, sorted."""
         with self._lock:
-            return sorted(name for name in self._known.keys() | self._folders().keys() if self._current(name))
+            return [name for name in sorted(self._known.keys() | self._folders().keys()) if self._current(name)]
 
     @property
     def refused(self) -> dict[str, Refused]:
@@ -233,15 +234,19 @@ class Adapters:
         self._added += 1
         self._refused.pop(name, None)
         self._known[name] = Version(name, bank_name, folder, stamp, prompt)
+        if self._started:
+            logger.info("new adapter: %s", name)
         return self._known[name]
 
     def _note_refused(self, name: str, folder: Path, stamp: tuple, error: Exception) -> None:
         self._refused[name] = Refused(folder, stamp, _reason(error, folder))
-        logger.debug("adapter %r is refused: %s", name, error)
+        if self._started:
+            logger.warning("warning: not served: %s: %s", name, self._refused[name].reason)
 
     def _retire(self, version: Version) -> None:
         version.retired = True
         del self._known[version.name]
+        logger.info("no longer served: %s", version.name)
         self._forget_unused(version)
 
     def _forget_unused(self, version: Version) -> None:
@@ -260,21 +265,16 @@ class Adapters:
     # ---- the log ---------------------------------------------------------------------------------
 
     def log_adapters(self) -> None:
-        """Log the adapters, and the folders that are not served with the reasons.
+        """Log the adapters that are served, and those that are not, with the reasons.
 
         Raises:
             ValueError: An adapter that was named by itself, or all adapters that were found, can't be served.
         """
-        names, refused = self.names, self.refused
-        found = [*names, *refused]
-        for source in self.sources:
-            for line in grouped(source.skipped(found)):
-                logger.warning("warning: not served: %s", line)
-        for line in grouped({name: one.reason for name, one in refused.items()}):
-            logger.warning("warning: not served: %s", line)
+        names, refused = self.log_skipped()
+        self._started = True
         self._check_refused(names, refused)
         if names:
-            logger.info("serving %d adapter%s: %s", len(names), "s" * (len(names) > 1), some(names, SHOWN))
+            logger.info("serving %s: %s", _counted(names), some(names, SHOWN))
         elif self.sources:
             where = some([str(source.folder) for source in self.sources])
             logger.warning(
@@ -286,12 +286,39 @@ class Adapters:
                 CONFIG,
             )
 
+    def log_skipped(self) -> tuple[list[str], dict[str, Refused]]:
+        """Log the folders that are not served, with the reasons. Returns the adapters that are, and those refused."""
+        names, refused = self.names, self.refused
+        for source in self.sources:
+            for line in grouped(source.skipped([*names, *refused])):
+                logger.warning("warning: not served: %s", line)
+        for line in grouped({name: one.reason for name, one in refused.items()}):
+            logger.warning("warning: not served: %s", line)
+        return names, refused
+
+    def log_fitting(self) -> None:
+        """Log the adapters that fit the base, and the folders that are not served, with the reasons.
+
+        Raises:
+            ValueError: An adapter can't be served.
+        """
+        names, refused = self.log_skipped()
+        if names:
+            logger.info("%s fit%s the base: %s", _counted(names), "s" * (len(names) == 1), some(names, SHOWN))
+        if refused:
+            count = len(refused)
+            raise ValueError(f"{count} of {count + len(names)} adapters can't be served; the reasons are above")
+
     def _check_refused(self, names: Sequence[str], refused: dict[str, Refused]) -> None:
         single = [source.name for source in self.sources if source.name in refused]
         if single or (refused and not names):
             name = single[0] if single else next(iter(refused))
             all_of = "" if single else f"none of the {len(refused)} adapters found can be served; "
             raise ValueError(f"{all_of}adapter {name!r} can't be served: {refused[name].reason}")
+
+
+def _counted(names: Sequence[str]) -> str:
+    return f"{len(names)} adapter{'s' * (len(names) != 1)}"
 
 
 def _named_by_client(directories: Sequence[Path], path: str) -> tuple[Path, tuple]:

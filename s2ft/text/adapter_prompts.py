@@ -174,10 +174,11 @@ def standalone_template(prompt: PromptFormat) -> str | None:
     if prompt.template is None or not prompt.system:
         return prompt.template
     system = json.dumps(prompt.system, ensure_ascii=False)  # a text in quotes, with the escapes that Jinja knows
+    # transformers and llama.cpp drop the line break after a block, so the template begins a line as before.
     return (
         "{%- if not messages or messages[0]['role'] != 'system' -%}"
         f"{{%- set messages = [{{'role': 'system', 'content': {system}}}] + messages -%}}"
-        "{%- endif -%}" + prompt.template
+        "{%- endif %}\n" + prompt.template
     )
 
 

@@ -1,16 +1,15 @@
 """Convert pairs of a better and a worse answer to token rows, with the prompts and answers of the other training."""
 
-import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from s2ft.text.collator import TokenCollator
 from s2ft.text.data.scratch import scratch_file
 from s2ft.text.encoding import IGNORED, ROWS, TOO_LONG, Rendered, _bad_rows, _Tokenize
-from s2ft.text.prompts import PromptFormat
+from s2ft.text.prompts import PromptFormat, pad_id
 from s2ft.text.tokens import encode_rendered
 
-logger = logging.getLogger(__name__)
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")  # the columns of TRL's DPOTrainer
 
 
@@ -124,7 +123,7 @@ def encode_pairs(
         >>> from datasets import Dataset
         >>> from transformers import ByT5Tokenizer
         >>> from s2ft.text.pairs import encode_pairs
-        >>> from s2ft.text.prompts import PromptFormat
+        >>> from s2ft.text.prompts import PromptFormat, pad_id
         >>> rows = Dataset.from_list([{"prompt": "2+3=", "chosen": "5", "rejected": "6", "tools": None, "place": "a"}])
         >>> encode_pairs(rows, ByT5Tokenizer(), PromptFormat("text"), max_length=20).dataset[0]
         {'prompt_ids': [53, 46, 54, 64], 'chosen_ids': [56, 1], 'rejected_ids': [57, 1]}
@@ -160,3 +159,46 @@ def encode_pairs(
     rows = rows.select(kept) if len(kept) < len(notes) else rows
     tokens = {name: sum(map(len, rows[name])) for name in IDS}
     return TokenPairs(rows, *tokens.values(), notes.count("long"), notes.count("cut"), len(bad))
+
+
+class ChosenRows(Sequence):
+    """The prompts of pairs with their better answers, as token rows.
+
+    Args:
+        pairs: A Dataset of :func:`encode_pairs`.
+
+    Example:
+        >>> from s2ft.text.pairs import ChosenRows
+        >>> ChosenRows([{"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8]}])[0]
+        {'input_ids': [5, 6, 7], 'labels': [-100, -100, 7]}
+    """
+
+    def __init__(self, pairs) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, number):
+        return token_row(self.pairs[number], "chosen_ids")
+
+
+def token_row(pair: Mapping[str, list[int]], answer: str) -> dict[str, list[int]]:
+    """Return the prompt of a pair with one of its answers, "chosen_ids" or "rejected_ids", as a token row."""
+    prompt, ids = pair["prompt_ids"], pair[answer]
+    return {"input_ids": [*prompt, *ids], "labels": [IGNORED] * len(prompt) + list(ids)}
+
+
+def longest_batch(pairs, tokenizer, rows: int) -> dict:
+    """Return the largest batch of token rows that training on pairs has: both answers of the longest pairs.
+
+    Args:
+        pairs: A Dataset of :func:`encode_pairs`.
+        tokenizer: The model's tokenizer.
+        rows: Number of pairs in a batch.
+    """
+    lengths = [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in
+               zip(*(pairs[name] for name in IDS))]  # fmt: skip
+    longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-rows:]
+    answers = [(pairs[number], answer) for number in longest for answer in IDS[1:]]
+    return TokenCollator(pad_id(tokenizer))([token_row(pair, answer) for pair, answer in answers])

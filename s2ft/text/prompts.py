@@ -118,6 +118,8 @@ def prompt_format(
         >>> print(prompt_format(ByT5Tokenizer(), chat_template="alpaca").template[:40])
         {%- set system = messages | selectattr('
     """
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     if form == "text":
         if chat_template is not None or system is not None:
             option = "chat_template" if chat_template is not None else "system"

@@ -108,9 +108,9 @@ def test_adapters_of_a_directory(work, tmp_path):
 @pytest.mark.parametrize(
     "directory, names, logged",
     [
-        ("runs", ["chat", "math"], "adapters: chat, math"),
-        ("runs/math", ["math"], "adapters: math"),
-        ("stopped", [], "stopped has no adapters, so the base is served alone"),
+        ("runs", ["chat", "math"], "serving 2 adapters: chat, math"),
+        ("runs/math", ["math"], "serving 1 adapter: math"),
+        ("stopped", [], "the base is served alone"),
     ],
 )
 def test_runs_are_served_by_name_and_checkpoints_are_not(work, caplog, directory, names, logged):
@@ -118,7 +118,7 @@ def test_runs_are_served_by_name_and_checkpoints_are_not(work, caplog, directory
     from s2ft.serve.registry import Adapters
 
     caplog.set_level("INFO")
-    known = Adapters(AdapterBank(tiny_model()), work / directory)
+    known = Adapters(AdapterBank(tiny_model()), [work / directory])
     known.log_adapters()
     assert known.names == names and logged in caplog.text
     for name in names:
@@ -129,5 +129,5 @@ def test_a_client_loads_the_output_of_a_run(work):
     from s2ft.adapter.bank import AdapterBank
     from s2ft.serve.registry import Adapters
 
-    known = Adapters(AdapterBank(tiny_model()), work)
+    known = Adapters(AdapterBank(tiny_model()), [work])
     assert known.load("mine", "runs/math").folder == (work / "runs/math/adapter").resolve()

@@ -6,7 +6,6 @@ from train.tiny import save_tiny, sums, write_jsonl
 import s2ft
 from s2ft.cli.main import main
 from s2ft.text.calibration import calibration_for
-from s2ft.text.encoding import TokenRow
 
 RUN = ["--max-steps", "1", "--batch-size", "2", "--micro-batch-size", "2"]
 
@@ -188,7 +187,7 @@ def test_unused_calibration_options_are_refused(work, tmp_path, capsys):
 def test_rows_are_drawn_by_seed():
     from train.tiny import tiny_tokenizer
 
-    rows = [TokenRow([1, i], [2, 3]) for i in range(2, 40)]
+    rows = [{"input_ids": [1, i, 2, 3], "labels": [-100, -100, 2, 3]} for i in range(2, 40)]
 
     def drawn(seed, examples=None):
         config = s2ft.S2FTConfig(d_ratio=0.1, selection="activation", seed=seed)

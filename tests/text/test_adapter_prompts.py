@@ -3,7 +3,7 @@
 import pytest
 from train.tiny import CHAT, tiny_tokenizer
 
-from s2ft.text.adapter_prompts import Prompter, check_same_prompts, give_prompt, recorded_format
+from s2ft.text.adapter_prompts import Prompter, check_same_prompts, give_prompt, recorded_format, standalone_template
 from s2ft.text.prompts import PromptFormat, prompt_text
 
 OTHER = CHAT.replace("<|im_start|>", "<|endoftext|>")
@@ -71,6 +71,17 @@ def test_other_programs_make_the_prompt_of_the_training(template, system, caplog
         assert found == prompt_text(tiny_tokenizer(OTHER), expected)
     said = {CHAT: "was trained with, not the base's own", None: "the base has no chat template"}
     assert said.get(template, "") in caplog.text and ("default" in caplog.text) == bool(system)
+
+
+@pytest.mark.parametrize("begin", ["\n", "  ", "\n\n  ", "  {% if true %}x{% endif %}\n"], ids=repr)
+def test_a_default_system_prompt_keeps_the_white_space_of_the_template(begin):
+    template, messages = begin + CHAT, [{"role": "system", "content": "Be brief."}, *ASK]
+    alone = standalone_template(PromptFormat("chat", template, "Be brief."))
+    found, expected = (
+        tiny_tokenizer().apply_chat_template(chat, chat_template=one, tokenize=False)
+        for one, chat in ((alone, ASK), (template, messages))
+    )
+    assert found == expected
 
 
 def test_a_tokenizer_is_not_changed_by_an_adapter_of_plain_text_or_of_an_earlier_version():
