@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 LOSS_ON = {"assistant": "all answers of the assistant", "last": "the last answer", "all": "the whole text"}
 TOO_LONG = ("leave_out", "cut")
-ROWS = 1000  # rows that are tokenized at once
+ROWS = 200  # rows that are tokenized at once; more need more memory and are no faster
 
 
 def context_length(model) -> int | None:
