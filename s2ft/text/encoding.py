@@ -7,7 +7,7 @@ on cut answers learns to stop early. A plain text that is too long is cut into s
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +18,10 @@ from s2ft.text.examples import Example
 from s2ft.text.prompts import PromptFormat, encode_prompt
 from s2ft.text.templates import Rendered, TemplateError, begin_ids, render_chat, template_of
 from s2ft.text.tokens import encode_rendered
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +51,11 @@ class Tokenized:
         cut: Rows that were cut.
         bad: Rows left out because the chat template cannot render them.
         other_prompts: Rows whose template writes another prompt when an answer follows it.
+
+    Example:
+        >>> from s2ft.text.encoding import Tokenized
+        >>> print(Tokenized(None, rows=2, tokens=100, supervised=25, long_prompts=0, long_rows=1, cut=0, bad=0))
+        2 token rows, 100 tokens; the loss falls on 25 of them (25.0%): all answers ...; 1 too long row left out
     """
 
     dataset: Any
@@ -173,8 +182,8 @@ def _has_loss(labels: Sequence[int]) -> bool:
 
 
 def tokenize_rows(
-    dataset,
-    tokenizer,
+    dataset: "Dataset | IterableDataset",
+    tokenizer: "PreTrainedTokenizerBase",
     prompt: PromptFormat,
     *,
     max_length: int,

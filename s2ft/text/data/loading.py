@@ -4,12 +4,15 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from s2ft.text.data.forms import BadRow, normalised
 from s2ft.text.data.options import DataOptions
 from s2ft.text.data.scratch import scratch_file
 from s2ft.text.data.sources import Rows, Source, UnreadableRow, open_source
+
+if TYPE_CHECKING:  # only the commands that read data import datasets
+    from datasets import Dataset, IterableDataset
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +51,7 @@ def load_rows(
     limit: int | None = None,
     scored: bool = False,
     shape: Shape = EXAMPLES,
-):
+) -> "Dataset | IterableDataset":
     """Load the rows of data sets in their normalised form.
 
     Args:
@@ -94,7 +97,7 @@ def load_rows(
 
 def load_split(
     options: DataOptions, *, seed: int, evaluates: bool = True, eval_limit: int | None = None, shape: Shape = EXAMPLES
-):
+) -> "tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]":
     """Load the training rows and the held-out rows.
 
     Args:
@@ -109,7 +112,16 @@ def load_split(
         The training rows, and the held-out rows or None.
 
     Raises:
+        FileNotFoundError: A file does not exist.
         ValueError: See :func:`load_rows`. Or a streamed data set is to be split.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from s2ft.text.data import DataOptions, load_split
+        >>> _ = Path("sums.jsonl").write_text('{"question": "2+3=", "answer": 5}\\n' * 10)
+        >>> train, held_out = load_split(DataOptions(data=["sums.jsonl"], test_split_size=0.2), seed=0)
+        >>> len(train), len(held_out)
+        (8, 2)
     """
     train = load_rows(options, shape=shape)
     if options.eval_data:
