@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from s2ft.packages import check_packages
 from s2ft.text.data.forms import BadRow, normalised
 from s2ft.text.data.options import DataOptions
 from s2ft.text.data.scratch import scratch_file
@@ -69,6 +70,7 @@ def load_rows(
 
     Raises:
         FileNotFoundError: A file does not exist.
+        MissingPackages: The package datasets is not installed.
         ValueError: No data is named, a source cannot be read, rows cannot be used, or no row is left.
 
     Example:
@@ -79,6 +81,7 @@ def load_rows(
         >>> rows[0]["messages"], rows[0]["place"]
         ([{'role': 'user', 'content': '2+3='}, {'role': 'assistant', 'content': '5'}], 'sums.jsonl, line 1')
     """
+    check_packages("reading data")
     entries = _entries(options, data, split)
     if not entries:
         raise ValueError("no data was given: name files, folders or data sets with data (--data)")
