@@ -5,6 +5,7 @@ on cut answers learns to stop early. A plain text that is too long is cut into s
 """
 
 import logging
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -241,7 +242,7 @@ def tokenize_rows(
         features=_features(note=True),
         cache_file_name=scratch_file("tokens.arrow"),
         load_from_cache_file=False,
-        new_fingerprint="tokens",
+        new_fingerprint=secrets.token_hex(8),  # later maps of datasets name their files by it
         num_proc=processes,
         desc="tokenizing",
     )
@@ -317,6 +318,8 @@ def _stream(dataset, job: _Tokenize, skip_bad_rows: bool) -> Tokenized:
         bad = [note.removeprefix("bad ") for note in converted["note"] if note.startswith("bad ")]
         if bad and not skip_bad_rows:
             raise ValueError(_bad_rows(bad, len(next(iter(batch.values())))))
+        for problem in bad:
+            logger.warning("left out a row that can't be used: %s", problem)
         kept = [number for number, ids in enumerate(converted["input_ids"]) if ids]
         return {name: [converted[name][number] for number in kept] for name in ("input_ids", "labels")}
 

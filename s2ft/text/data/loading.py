@@ -10,7 +10,7 @@ from s2ft.packages import check_packages
 from s2ft.text.data.forms import BadRow, normalised
 from s2ft.text.data.options import DataOptions
 from s2ft.text.data.scratch import scratch_file
-from s2ft.text.data.sources import Rows, Source, UnreadableRow, open_source
+from s2ft.text.data.sources import BUILDERS, Rows, Source, UnreadableRow, is_pattern, open_source
 
 if TYPE_CHECKING:  # only the commands that read data import datasets
     from datasets import Dataset, IterableDataset
@@ -196,7 +196,7 @@ def _stored(entry: dict[str, Any], options: DataOptions, limit: int | None, scor
             if read == limit and not slice_of:
                 break
         writer.finalize()
-    problems.check(read)
+    problems.check(read, entry["path"])
     rows = Dataset.from_file(path)
     return rows.select(_slice(slice_of, len(rows))) if slice_of and _is_local(entry) else rows
 
@@ -205,7 +205,7 @@ def _is_local(entry: dict[str, Any]) -> bool:
     """Whether the slice of a split is taken here. For data sets of the hub, datasets takes it."""
     from pathlib import Path
 
-    return Path(entry["path"]).expanduser().exists() or bool(entry.get("data_files"))
+    return entry["path"] in BUILDERS or Path(entry["path"]).expanduser().exists() or is_pattern(entry["path"])
 
 
 def _slice(split: str, rows: int) -> range:
@@ -269,10 +269,10 @@ class Problems:
         if self.at_once and (not self.skip or (not good and self.count >= FEW)):
             self.check(good)
 
-    def check(self, good: int) -> None:
+    def check(self, good: int, name: str = "the data") -> None:
         """Raise ValueError if there are bad rows that must not be left out, or no good row."""
         if not self.count and not good:
-            raise ValueError("the data has no rows")
+            raise ValueError(f"{name} has no rows")
         if not self.count:
             return
         of = f"{self.count} of {self.count + good} row{'s' * (self.count + good != 1)}"
@@ -334,4 +334,4 @@ def _generate(entry: dict[str, Any], options: DataOptions, scored: bool, shape: 
         for row in _converted(source.read(), options, scored, problems, shape):
             good += 1
             yield {name: json.loads(value) if name in shape.as_json and value else value for name, value in row.items()}
-    problems.check(good)
+    problems.check(good, entry["path"])
