@@ -131,7 +131,8 @@ _TAKES_PARTS: dict[str, bool] = {}
 def _keeps_text(tokenizer, template: str, content: Any) -> bool:
     message = [{"role": "user", "content": content}]
     try:
-        return "text of a message" in tokenizer.apply_chat_template(message, chat_template=template, tokenize=False)
+        text = tokenizer.apply_chat_template(message, chat_template=template, tokenize=False)
+        return "text of a message" in text and "type" not in text  # not the list itself as text
     except Exception:
         return False
 
