@@ -205,6 +205,18 @@ def test_the_written_config_gives_the_same_options_and_no_secret(tmp_path):
     assert run_options("sft", kinds[0], first.given) == run_options("sft", kinds[1], again.given)
 
 
+def test_a_resumed_run_may_log_save_and_evaluate_more_often():
+    def options(*words):
+        parsed = parse(*NEEDED, *words)
+        return run_options("sft", {kind: parsed[kind] for kind in KINDS}, parsed.given)
+
+    free = ["--log-steps", 5, "--save-steps", 7, "--eval-steps", 3, "--report-to", "tensorboard", "--stop-after", 4]
+    assert options() == options(*free) == options("--epochs", 3) == options("--resume", "--overwrite", "--run-name", "a")
+    for bound in (["--lr", 1], ["--seed", 1], ["--limit", 5], ["--packing"], ["--load-in-4bit"], ["--name", "a"],
+                  ["--load-best-model-at-end"], ["--batch-size", 8, "--epochs", 2]):  # fmt: skip
+        assert options() != options(*bound), bound
+
+
 def test_options_of_lora_become_the_size_of_the_selection(tmp_path, caplog):
     caplog.set_level("INFO")
     lora = {
