@@ -202,10 +202,10 @@ def test_the_merged_folder_is_complete_and_no_other_file_is_left(work, tmp_path)
 def test_a_merge_that_fails_its_check_leaves_nothing(work, tmp_path, monkeypatch):
     from s2ft.export import merged as merging
 
-    def spoiled(model, folder):
+    def spoiled(model, tokenizer, folder):
         with torch.no_grad():
             model.lm_head.weight[0, 0] += 1
-        return compare(model, folder)
+        return compare(model, tokenizer, folder)
 
     compare = merging._compare
     monkeypatch.setattr(merging, "_compare", spoiled)

@@ -56,10 +56,12 @@ def test_an_option_has_trls_name_and_a_short_one(words):
 def test_every_option_of_the_dataclasses_is_reachable_by_its_own_name():
     from dataclasses import fields
 
+    from s2ft.cli.grpo import RewardOptions
     from s2ft.cli.option_table import GROUP_OF, RENAMED, SHORT_NAMES
     from s2ft.cli.training import TAKEN
+    from s2ft.train.rl_arguments import DPOArguments, GRPOArguments
 
-    parser = TrainingParser(KINDS)
+    parser = TrainingParser([*KINDS, DPOArguments, RewardOptions, GRPOArguments])
     for kind in KINDS:
         for one in fields(kind):
             name = RENAMED.get((kind.__name__, one.name), one.name)
