@@ -213,7 +213,9 @@ def test_a_resumed_run_may_log_save_and_evaluate_more_often():
         return run_options("sft", {kind: parsed[kind] for kind in KINDS}, parsed.given)
 
     free = ["--log-steps", 5, "--save-steps", 7, "--eval-steps", 3, "--report-to", "tensorboard", "--stop-after", 4]
-    assert options() == options(*free) == options("--epochs", 3) == options("--resume", "--overwrite", "--run-name", "a")
+    assert (
+        options() == options(*free) == options("--epochs", 3) == options("--resume", "--overwrite", "--run-name", "a")
+    )
     for bound in (["--lr", 1], ["--seed", 1], ["--limit", 5], ["--packing"], ["--load-in-4bit"], ["--name", "a"],
                   ["--load-best-model-at-end"], ["--batch-size", 8, "--epochs", 2]):  # fmt: skip
         assert options() != options(*bound), bound
