@@ -239,20 +239,24 @@ def test_options_of_lora_become_the_size_of_the_selection(tmp_path, caplog):
     assert from_yaml(tmp_path, {**lora, "use_peft": False})[S2FTConfig].match_lora_rank is None
 
 
-EVALUATION = {
-    "eval_steps: 5": ("steps", 5, False),
-    "eval_steps: 0": ("no", None, False),
-    "eval_strategy: epoch": ("epoch", None, False),
-    "{load_best_model_at_end: true, save_steps: 7}": ("steps", 7, True),
-    "{early_stopping_patience: 2, eval_steps: 3, save_steps: 6}": ("steps", 3, True),
-    "{load_best_model_at_end: true, save_strategy: epoch}": ("epoch", 200, True),
+EVALUATION = {  # → when to evaluate, and every how many updates to save
+    "eval_steps: 5": ("steps", 5, 200, False),
+    "eval_steps: 0": ("no", None, 200, False),
+    "eval_strategy: epoch": ("epoch", None, 200, False),
+    "eval_strategy: steps": ("steps", 200, 200, False),
+    "{eval_strategy: steps, logging_steps: 7}": ("steps", 7, 200, False),  # as in transformers
+    "{load_best_model_at_end: true, save_steps: 7}": ("steps", 7, 7, True),
+    "{early_stopping_patience: 2, eval_steps: 3}": ("steps", 3, 3, True),
+    "{early_stopping_patience: 2, eval_steps: 3, save_steps: 6}": ("steps", 3, 6, True),
+    "{load_best_model_at_end: true, save_strategy: epoch}": ("epoch", None, 200, True),
 }
 
 
 @pytest.mark.parametrize("text", EVALUATION)
 def test_the_options_of_an_evaluation_need_each_other_only_once(text, tmp_path):
     arguments = from_yaml(tmp_path, text, *NEEDED)[SFTArguments]
-    assert (arguments.eval_strategy, arguments.eval_steps, arguments.load_best_model_at_end) == EVALUATION[text]
+    found = arguments.eval_strategy, arguments.eval_steps, arguments.save_steps, arguments.load_best_model_at_end
+    assert found == EVALUATION[text]
 
 
 def test_the_field_of_the_text_has_trls_name_too():
