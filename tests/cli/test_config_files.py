@@ -139,7 +139,8 @@ WRONG = [
     ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "dataset_kwargs is not used"),
     ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_8bit and load_in_4bit exclude each other"),
     ({"env": [1]}, "env must hold lines such as"),
-    ("a: [", "is not YAML"),
+    ("a: [", "can't be read as YAML"),
+    ("lr: 1\nseed: 2\nlr: 3", "lr stands twice"),
     ("- a", "must hold lines such as 'learning_rate: 2e-4', got list"),
 ]
 
