@@ -21,8 +21,8 @@ LOG, PLOT, REPORT = "log.jsonl", "loss.png", "report.json"
 class RunFolder:
     """The output folder of a run.
 
-    It holds adapter/, checkpoint-N/, log.jsonl, loss.png, report.json, config.yaml (the options that the user has given)
-    and run.json (all options that determine the result).
+    It holds adapter/, checkpoint-N/, log.jsonl, loss.png, report.json, config.yaml (the options that the user has
+    given) and run.json (all options that determine the result).
 
     Example:
         >>> from s2ft.train.output import RunFolder
