@@ -1,17 +1,21 @@
 """Export of a merged model as a GGUF file, by the converter of llama.cpp where it is installed, else by our writer."""
 
+import logging
 import shutil
+from collections.abc import Callable
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from s2ft.export.gguf_writer import KINDS, PLAIN, kind_of_dtype, write
+from s2ft.export.gguf_writer import ARCHITECTURES, KINDS, PLAIN, kind_of_dtype, write
 from s2ft.export.llama_cpp import CONVERTER, QUANTIZER, VARIABLE, Tools, convert, find_tools, quantize
 from s2ft.export.merged import merged_model, temporary_folder
 from s2ft.packages import check_packages
 from s2ft.text.models import load_model, locate
 
+logger = logging.getLogger(__name__)
 FILE = "model.gguf"
 OUTTYPES = (*PLAIN, "Q8_0")  # what the converter writes itself
 WRITERS = ("auto", "llama.cpp", "s2ft")
@@ -86,18 +90,35 @@ def write_merged(
     _check_quantizer(kind, tools, by_converter)  # before a model is loaded
     model, tokenizer = merged_model(model_name, adapter, dtype)
     kind = kind or kind_of_dtype(model.dtype)
-    direct = kind in (OUTTYPES if by_converter else KINDS)
-    first = folder / (FILE if direct else "unquantized.gguf")
-    plain = kind if direct else kind_of_dtype(model.dtype)
-    names = [_convert(tools.converter, model, tokenizer, first, plain)] if by_converter else ["s2ft"]
+    if by_converter:
+        try:
+            names = _write(folder, kind, OUTTYPES, tools, model, partial(_convert, tools.converter, model, tokenizer))
+        except ValueError as error:
+            if writer != "auto" or model.config.model_type not in ARCHITECTURES:
+                raise
+            logger.warning("%s; s2ft writes the file instead", error)
+            by_converter = False
     if not by_converter:
-        write(model, tokenizer, first, base, plain)
-    if not direct:
-        quantize(tools.quantizer, first, folder / FILE, kind)
-        names.append(f"llama.cpp's {tools.quantizer.name}")
-        first.unlink()
+        names = _write(folder, kind, KINDS, tools, model, partial(_write_ourselves, model, tokenizer, base))
     compared = _compare(model, tokenizer, folder / FILE)
     return model, tokenizer, f"{kind}, written by {' and '.join(names)}, {compared}"
+
+
+def _write(folder: Path, kind: str, direct: tuple[str, ...], tools: Tools, model, first: Callable) -> list[str]:
+    """Write the file, through a plain one and llama-quantize if the first program does not have the type.
+
+    Returns:
+        The names of the programs that were used.
+    """
+    if kind in direct:
+        return [first(folder / FILE, kind)]
+    plain = folder / "unquantized.gguf"
+    name = first(plain, kind_of_dtype(model.dtype))
+    if tools.quantizer is None:
+        raise ValueError(_needs_quantizer(kind))
+    quantize(tools.quantizer, plain, folder / FILE, kind)
+    plain.unlink()
+    return [name, f"llama.cpp's {tools.quantizer.name}"]
 
 
 def _known(quantization: str | None) -> str | None:
@@ -130,23 +151,30 @@ def _uses_converter(tools: Tools, writer: str, base: Path | None) -> bool:
 
 def _check_quantizer(kind: str | None, tools: Tools, by_converter: bool) -> None:
     if kind is not None and tools.quantizer is None and kind not in (OUTTYPES if by_converter else KINDS):
-        alone = ", ".join(name.lower() for name in KINDS)
-        raise ValueError(
-            f"quantization {kind.lower()} needs llama.cpp's {QUANTIZER[0]}, which is not on the PATH: --llama-cpp DIR "
-            f"or {VARIABLE} names the folder of llama.cpp; the writer s2ft has {alone}"
-        )
+        raise ValueError(_needs_quantizer(kind))
+
+
+def _needs_quantizer(kind: str) -> str:
+    return (
+        f"quantization {kind.lower()} needs llama.cpp's {QUANTIZER[0]}, which is not on the PATH: --llama-cpp DIR or "
+        f"{VARIABLE} names the folder of llama.cpp; --writer s2ft has {', '.join(name.lower() for name in KINDS)}"
+    )
+
+
+def _write_ourselves(model, tokenizer, base: Path | None, file: Path, kind: str) -> str:
+    write(model, tokenizer, file, base, kind)
+    return "s2ft"
 
 
 def _convert(converter: Path, model, tokenizer, file: Path, kind: str) -> str:
     """Save a checkpoint beside the file, convert it and remove it. Returns the name of the converter."""
     checkpoint = file.parent / "checkpoint"
-    model.save_pretrained(checkpoint)
-    tokenizer.save_pretrained(checkpoint)
     try:
+        model.save_pretrained(checkpoint)
+        tokenizer.save_pretrained(checkpoint)
         convert(converter, checkpoint, file, kind.lower())
-    except ValueError as error:
-        raise ValueError(f"{error}; --writer s2ft writes the families llama, mistral and qwen2 without it") from error
-    shutil.rmtree(checkpoint)
+    finally:
+        shutil.rmtree(checkpoint, ignore_errors=True)
     return f"llama.cpp's {converter.name}"
 
 
