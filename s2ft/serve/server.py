@@ -107,7 +107,7 @@ def serve(
 ) -> None:
     """Serve a model and its adapters until SIGTERM or SIGINT. Then finish the running requests and return.
 
-    The model is moved to the GPU if there is one.
+    The model is moved to the GPU if there is one, unless it is quantized.
 
     Args:
         model: A causal language model of transformers without adapters.
@@ -134,7 +134,8 @@ def serve(
         >>> serve(model, tokenizer, "base", None, ServerOptions(port=0))
     """
     model.requires_grad_(False)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if not getattr(model, "is_quantized", False):  # a quantized one is on its device, and may refuse to move
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
     app, service = build_app(model, tokenizer, base, adapters, options)
     warn_if_open(options.host, options.limits.api_key)
     config = uvicorn.Config(
