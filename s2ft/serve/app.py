@@ -238,7 +238,7 @@ async def _answer(service: Service, request: Request, kind: type[Sampled], reply
 
 def _as_header(names: list[str]) -> str:
     """Names of fields, which clients can make up, as the value of a header."""
-    return ", ".join(quote(name, safe="")[:100] for name in names[:20])
+    return ", ".join(quote(name, safe="", errors="replace")[:100] for name in names[:20])
 
 
 async def _stream(answer: Answer, shape: CompletionReply, first: tuple[int, Event], events) -> AsyncIterator[str]:
