@@ -20,6 +20,7 @@ from s2ft.serve.registry import Adapters
 from s2ft.serve.service import Service
 
 logger = logging.getLogger(__name__)
+KEEP_ALIVE = 75  # seconds; longer than clients and proxies keep idle connections, which then never meet a closed one
 AFTER_GRACE = 5  # seconds for sending the last errors
 
 
@@ -145,6 +146,7 @@ def serve(
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=int(options.grace + AFTER_GRACE),
     )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its lines about start and end are said below
