@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from s2ft.cli.parse import MODEL, parse, quiet_transformers
 from s2ft.cli.plan import check_ratios, hollow, with_default
@@ -113,6 +113,7 @@ def _rows(job: EstimateArguments, config, model):
     )
     rows = rows_of(model, config, **({"ratios": job.ratios} if job.ratios else {}))
     bits = "4bit" if job.load_in_4bit else "8bit" if job.load_in_8bit else None
+    config = replace(config, layout="indexed") if bits else config  # the layout that sft takes for quantized weights
     rows, found = with_memory(rows, model, config, step, device, bits, room)
     return rows, found, room
 

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from train.tiny import save_tiny, sums, write_jsonl
 
 from s2ft.cli.main import main
-from tests.train.tiny import save_tiny, sums, write_jsonl
 
 GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB.")
 
