@@ -61,6 +61,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench/estimate.py
 	$(BIN)/python bench/convert.py
 	$(BIN)/python bench/switch.py
+	$(BIN)/python bench/serve.py
 	$(BIN)/python bench/selection.py
 	$(BIN)/python bench/bank.py
 	$(BIN)/python bench/discovery.py

@@ -100,8 +100,11 @@ def _name(dtype) -> str:
 
 def _value(key: str, value) -> str:
     """Return a value of the adapter's info as text. The prompt's template is many lines, so its length is shown."""
-    if key != "prompt" or not isinstance(value, dict):
+    if not isinstance(value, dict):
         return printable(value)
+    if key != "prompt":
+        kept = {name: one for name, one in value.items() if one not in (None, [], {})}
+        return ", ".join(f"{printable(name)} {printable(one)}" for name, one in kept.items())
     template, system = value.get("template"), value.get("system")
     words = [printable(value.get("form"))]
     words += [] if template is None else [f"template of {len(str(template)):,} characters"]

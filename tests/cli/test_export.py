@@ -439,6 +439,17 @@ def test_info_prints_everything(work, capsys):
     assert re.search(r"model.layers.0.self_attn.q_proj +2 heads +16 rows +float32", printed)
 
 
+def test_info_describes_the_prompt_and_the_training(work, tmp_path, capsys):
+    adapter = read_adapter(work / "adapter")
+    adapter.info = {"prompt": TRAINED, "training": {"method": "sft", "data": [], "epochs": 2}}
+    native.write(adapter, tmp_path)
+    s2ft_command("info", tmp_path)
+    printed = capsys.readouterr().out
+    template = len(OTHER)
+    assert f"prompt: chat, template of {template} characters, system prompt 'Say \"yes\".\\\\n'" in printed
+    assert "training: method sft, epochs 2\n" in printed
+
+
 def test_info_escapes_control_characters(work, tmp_path, capsys):
     adapter = read_adapter(work / "adapter")
     adapter.info = {"note\x1b[2J": "first\nadapter 'other'\x07"}
