@@ -55,7 +55,7 @@ def _train(parsed, folder, ranks, resume):
     from s2ft.text.calibration import needs_calibration
     from s2ft.text.data.preferences import PROMPTS
     from s2ft.train.device import say_device
-    from s2ft.train.grpo import grpo, largest_batch
+    from s2ft.train.grpo import check_count, grpo, largest_batch
     from s2ft.train.loading import fit_layout, load_base
     from s2ft.train.memory import log_memory_of_batch
     from s2ft.train.options import ModelOptions, RunOptions
@@ -72,6 +72,7 @@ def _train(parsed, folder, ranks, resume):
     model, tokenizer = load_base(parsed[ModelOptions], arguments)
     prompt, rows, held_out, longest = _prompts(parsed, model, tokenizer, train_rows, held_out_rows, ranks)
     check_columns(rewards, rows.column_names)
+    check_count(arguments, rows)
     config = parsed.objects[S2FTConfig] = fit_layout(parsed[S2FTConfig], model, "layout" in parsed.given)
     if needs_calibration(config):
         raise ValueError(

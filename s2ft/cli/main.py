@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -164,8 +165,11 @@ def set_up_logging(everything: bool) -> None:
 
 
 def say_error(program: str, reason: str, more: Sequence[str] = ()) -> None:
-    """Print one line on stderr, and `more` lines. If several ranks have the same error, one of them prints it."""
-    line = f"{program}: error: " + " ".join(reason.splitlines())
+    """Print one line on stderr, and `more` lines. If several ranks have the same error, one of them prints it.
+
+    Lines of the reason that begin with two spaces, such as a list of bad rows, stay lines.
+    """
+    line = f"{program}: error: " + re.sub(r"\n(?!  )", " ", reason)
     if "WORLD_SIZE" in os.environ:  # Several ranks may have been started; importing PyTorch takes a second.
         from s2ft.distributed import should_print
 

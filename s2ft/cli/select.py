@@ -1,9 +1,10 @@
 """s2ft select: choose units and save them, without training."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from s2ft.cli.parse import MODEL, parse, quiet_transformers
+from s2ft.config import S2FTConfig
 from s2ft.text.data.options import DATA, ReadingOptions
 from s2ft.text.models import DTYPES
 from s2ft.train.options import CALIBRATION, DEFAULT_D_RATIO, check_fields, option
@@ -38,16 +39,21 @@ class SelectArguments:
         check_fields(self)
 
 
-def run(arguments: list[str]) -> None:
-    from s2ft.config import S2FTConfig
+@dataclass
+class Choice(S2FTConfig):
+    """An S2FTConfig with the seed that runs of s2ft sft have by default, so that both choose the same units."""
 
+    seed: int = field(default=42, metadata={"help": "seed of the random selection and of the calibration rows"})
+
+
+def run(arguments: list[str]) -> None:
     job, config, reading = parse(
         "select",
         "Choose the units that a configuration describes, print a table of them, and save them.",
-        [SelectArguments, S2FTConfig, ReadingOptions],
+        [SelectArguments, Choice, ReadingOptions],
         arguments,
         EXAMPLE,
-        {S2FTConfig: "selection", ReadingOptions: "model and data"},
+        {Choice: "selection", ReadingOptions: "model and data"},
     )
     quiet_transformers()
     if not config.ratios and config.units is None:

@@ -54,8 +54,9 @@ def train(parsed, kind: type, body: Callable) -> None:
     """
     from s2ft.config import S2FTConfig
     from s2ft.files.reading import check_adapter_name
+    from s2ft.packages import check_packages
     from s2ft.train.kernels import check_kernels
-    from s2ft.train.options import RunOptions
+    from s2ft.train.options import ModelOptions, RunOptions
     from s2ft.train.output import RunFolder
     from s2ft.train.preparation import check_upload, checkpoint_to_resume, set_batches
     from s2ft.train.sft import check_packages_of_run, this_rank
@@ -64,6 +65,7 @@ def train(parsed, kind: type, body: Callable) -> None:
         parsed.objects[S2FTConfig] = replace(parsed[S2FTConfig], d_ratio=DEFAULT_D_RATIO)
     arguments, options = parsed[kind], parsed[RunOptions]
     check_packages_of_run(arguments)
+    check_packages("a model in 4 or 8 bit" if parsed[ModelOptions].quantized else "")
     check_kernels(options.kernels)
     check_adapter_name(options.name, "name")  # Saving would refuse the name only after the training.
     ranks, folder = this_rank(), RunFolder(arguments.output_dir)
@@ -222,8 +224,11 @@ def naming_what_is_kept(folder) -> Iterator[None]:
 
 
 def _finish(result, folder, arguments, uploads: bool) -> None:
-    """Print the summary, and upload the adapter if that was asked for."""
+    """Print the summary, write the model card, and upload the adapter if that was asked for."""
+    from s2ft.adapter import read_adapter
+    from s2ft.adapter.hub import write_card
     from s2ft.train.preparation import upload
+    from s2ft.train.sft import log_errors
 
     steps = f"{result.steps} step{'s' * (result.steps != 1)}"
     quality = f"loss {result.loss:.4f}" if result.reward is None else f"reward {result.reward:.3f}"
@@ -234,6 +239,8 @@ def _finish(result, folder, arguments, uploads: bool) -> None:
     if not result.finished:
         print(f"stopped before the end: go on with --resume in {folder.path}")
         return
+    with log_errors("the model card was not written"):
+        write_card(read_adapter(result.adapter), result.adapter)
     print(f"adapter: {result.adapter}")
     if uploads:
         try:

@@ -146,12 +146,10 @@ def parse_training(
 
 
 def _share_seed(objects: dict[type, Any], given: dict[str, Any]) -> None:
-    """Give the selection the seed of the run, unless it has its own."""
-    seed = next((value.seed for kind, value in objects.items() if kind.__name__ != "S2FTConfig"
-                 and hasattr(value, "seed")), 0)  # fmt: skip
+    """Give the selection the seed that the run is given, unless it has its own."""
     for kind, value in objects.items():
-        if kind.__name__ == "S2FTConfig" and "selection_seed" not in given:
-            value.seed = seed
+        if kind.__name__ == "S2FTConfig" and "selection_seed" not in given and "seed" in given:
+            value.seed = given["seed"]
 
 
 def _evaluation(given: dict[str, Any]) -> dict[str, Any]:
@@ -397,7 +395,9 @@ def _loader() -> type:
     class Loader(yaml.SafeLoader):
         pass
 
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), [*"-+0123456789"])
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), [*"-+0123456789"]
+    )
     return Loader
 
 
@@ -506,5 +506,7 @@ def _help(one: Field, metadata: Any, negated: bool, kind: type) -> str:
     text = re.split(r"\. (?=[A-Z])", text)[0]
     text = text if text.endswith("...") else text.rstrip(".")
     if negated:
-        return help_text({**metadata, "off": metadata.get("off", f"turn off: {text[:1].lower()}{text[1:]}")}, None, "off")
+        return help_text(
+            {**metadata, "off": metadata.get("off", f"turn off: {text[:1].lower()}{text[1:]}")}, None, "off"
+        )
     return help_text({**metadata, "help": text, **MORE_METADATA.get(one.name, {})}, _default_of(one))

@@ -15,11 +15,12 @@ from starlette.requests import ClientDisconnect
 
 import s2ft
 from s2ft.serve import errors
-from s2ft.serve.access import Access, record_of
+from s2ft.serve.access import Access
 from s2ft.serve.description import NO_PAGE, describe
 from s2ft.serve.errors import CLIENT_CLOSED, ApiError, Disconnected
 from s2ft.serve.job import Event
 from s2ft.serve.metrics import Metrics
+from s2ft.serve.record import record_of
 from s2ft.serve.registry import Version, cannot_load
 from s2ft.serve.replies import DONE, ChatReply, Choice, CompletionReply, server_sent_event
 from s2ft.serve.schemas import ChatRequest, CompletionRequest, LoadRequest, Sampled, UnloadRequest, parse

@@ -17,7 +17,6 @@ from s2ft.text.templates import (
     begin_ids,
     marked_template,
     render,
-    render_chat,
     template_of,
 )
 from s2ft.text.tokens import encode_rendered
@@ -255,7 +254,7 @@ def end_ids(tokenizer, generation_config=None) -> list[int]:
     configured = getattr(generation_config, "eos_token_id", None)
     ids.update(configured if isinstance(configured, (list, tuple)) else [configured])
     try:
-        text = render_chat(tokenizer, PROBE[:2], template_of(tokenizer)).text.rstrip()
+        text = render(tokenizer, PROBE[:2], template_of(tokenizer)).rstrip()
     except TemplateError:
         text = ""
     last = tokenizer(text, add_special_tokens=False)["input_ids"][-1:]

@@ -153,8 +153,8 @@ class SFTArguments(RunArguments, SFTConfig):
             )
         if self.truncation_mode != "keep_start":
             raise ValueError(
-                f"truncation_mode {self.truncation_mode!r} does not work here: a row that is too long is left out or cut "
-                "at its end, see too_long"
+                f"truncation_mode {self.truncation_mode!r} does not work here: a row that is too long is left out or "
+                "cut at its end, see too_long"
             )
         if self.use_cpu is False and self.pad_to_multiple_of == "auto":
             self.pad_to_multiple_of = "none"  # "auto" is for a device that s2ft does not know

@@ -70,6 +70,7 @@ def grpo(
     check_dtype(model, arguments)
     check_columns(rewards, train.column_names)
     arguments.set_generation()
+    check_count(arguments, train)
     checkpoint = checkpoint_of(folder, resume)
     trainer = GRPORunTrainer(
         model,
@@ -97,3 +98,19 @@ def largest_batch(arguments, longest_prompt: int) -> dict:
     answer = list(range(arguments.max_completion_length))  # the values do not matter
     row = {"input_ids": [0] * longest_prompt + answer, "labels": [IGNORED] * longest_prompt + answer}
     return TokenCollator(0)([row] * arguments.per_device_train_batch_size)
+
+
+def check_count(arguments, prompts) -> None:
+    """Raise ValueError if there are fewer prompts than one generation takes.
+
+    Args:
+        arguments: The GRPOArguments.
+        prompts: The rows.
+    """
+    needed = arguments.generation_batch_size // arguments.num_generations
+    if len(prompts) < needed:
+        raise ValueError(
+            f"there {'is 1 prompt' if len(prompts) == 1 else f'are {len(prompts)} prompts'}, and each generation takes "
+            f"{needed} (generation_batch_size {arguments.generation_batch_size} divided by num_generations "
+            f"{arguments.num_generations}): lower batch_size or raise num_generations"
+        )

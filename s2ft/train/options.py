@@ -23,7 +23,6 @@ DEFAULT_D_RATIO = 0.03  # the paper's, for a run without any ratio
 CALIBRATION = {
     "text": "rows of the data for the selections activation, product and gradient",
     "shown": "1 % of the rows, at least 16",
-    "least": 1,
 }
 KERNELS = ("s2ft", "liger")
 LARGEST = 2**32 - 1  # the largest whole number of an option: NumPy's generator takes no larger seed

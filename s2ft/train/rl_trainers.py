@@ -79,14 +79,13 @@ class GRPORunTrainer(RLTrainer, GRPOTrainer):
         callbacks: More callbacks.
 
     Raises:
-        ValueError: The model would be sharded, or there are fewer rows than prompts of one generation.
+        ValueError: The model would be sharded.
     """
 
     def __init__(
         self, model, rewards, arguments, prompts, *, tokenizer, held_out=None, callbacks: Sequence[Any] | None = None
     ) -> None:
         refuse_sharding(arguments, "s2ft grpo")
-        _check_rows(arguments, prompts)
         without_beta = copy.copy(arguments)
         without_beta.beta = 0.0  # with a beta, TRL would load the base a second time
         super().__init__(
@@ -182,13 +181,3 @@ def _for_trl(arguments):
     if hasattr(arguments, "activation_checkpointing"):
         arguments.activation_checkpointing, arguments.activation_checkpointing_kwargs = False, None
     return arguments
-
-
-def _check_rows(arguments, prompts) -> None:
-    needed = arguments.generation_batch_size // arguments.num_generations
-    if hasattr(prompts, "__len__") and len(prompts) < needed:
-        raise ValueError(
-            f"there are {len(prompts)} prompts, and each generation takes {needed} (generation_batch_size "
-            f"{arguments.generation_batch_size} divided by num_generations {arguments.num_generations}): lower "
-            "batch_size or raise num_generations"
-        )

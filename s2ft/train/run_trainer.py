@@ -8,7 +8,7 @@ from s2ft.train.output import log_failure
 from s2ft.train.trainer import AdapterCheckpoints
 
 
-class RunTrainer(AdapterCheckpoints):
+class RunMethods:
     """Mixin for TRL's Trainers in a run: nothing is sent, no update is wasted, a failed evaluation is logged."""
 
     def _send_telemetry(self) -> None:
@@ -55,11 +55,16 @@ class RunTrainer(AdapterCheckpoints):
             return {}
 
 
+class RunTrainer(AdapterCheckpoints, RunMethods):
+    """:class:`RunMethods` with the checkpoints of s2ft."""
+
+
 class Changed:
     """What TRL's constructor changes in a model, and how it was before."""
 
     def __init__(self, model) -> None:
-        self.model, self.forward = model, model.__dict__.get("forward")
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model  # as TRL does
+        self.forward = self.model.__dict__.get("forward")
         self.trained = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
         configs = (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
         self.configs = [(config, dict(vars(config))) for config in configs if config is not None]

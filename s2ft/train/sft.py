@@ -505,7 +505,7 @@ def log_length(arguments, rows: int | None) -> None:
             "warning: %d %s at batch size %d and %g epochs are %d update%s, which may be too few to learn "
             "anything: lower --batch-size, or raise --epochs",
             rows,
-            "packs" if arguments.packing else "rows",
+            "packs" if getattr(arguments, "packing", False) else "rows",
             batch,
             arguments.num_train_epochs,
             steps,

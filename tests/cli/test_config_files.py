@@ -79,7 +79,9 @@ def test_the_help_shows_an_option_once_with_one_line_of_text(capsys):
         options = [word for line in printed.splitlines() if line.startswith("  --") for word in line.split()[:1]]
         assert len(options) == len(set(options)) and ("--no-dataloader-in-order" in printed) == more
         assert ("--ddp-timeout" in printed) == more and "--no-assistant-only-loss" in printed
-        assert "lora" not in printed.split("example")[0].replace("match-lora-rank", "").lower().replace("as lora of", "")
+        assert "lora" not in printed.split("example")[0].replace("match-lora-rank", "").lower().replace(
+            "as lora of", ""
+        )
 
 
 def test_repeated_lists_add_up_and_switches_take_words(tmp_path):
@@ -89,8 +91,8 @@ def test_repeated_lists_add_up_and_switches_take_words(tmp_path):
     assert parsed[SFTArguments].packing is False and parsed[RunOptions].chunked_loss is False
 
 
-def test_the_selection_has_the_seed_of_the_run_unless_it_has_its_own():
-    assert parse(*NEEDED)[S2FTConfig].seed == 42
+def test_the_selection_has_the_seed_that_the_run_is_given_unless_it_has_its_own():
+    assert parse(*NEEDED)[S2FTConfig].seed == S2FTConfig().seed
     assert parse(*NEEDED, "--seed", 7)[S2FTConfig].seed == 7
     assert parse(*NEEDED, "--seed", 7, "--selection-seed", 0)[S2FTConfig].seed == 0
 
@@ -110,7 +112,9 @@ def test_an_unknown_option_is_answered_with_the_nearest_one(word, tmp_path):
     assert SUGGESTED[word] in message(parse, *NEEDED, word, "1")
     key = word[2:].replace("-", "_")
     said = message(from_yaml, tmp_path, {"model": "m", key: 1})
-    assert f"run.yaml: there is no option '{key}'" in said and SUGGESTED[word].replace("--", "").replace("-", "_") in said
+    assert (
+        f"run.yaml: there is no option '{key}'" in said and SUGGESTED[word].replace("--", "").replace("-", "_") in said
+    )
 
 
 WRONG = [
@@ -203,7 +207,15 @@ def test_the_written_config_gives_the_same_options_and_no_secret(tmp_path):
 
 def test_options_of_lora_become_the_size_of_the_selection(tmp_path, caplog):
     caplog.set_level("INFO")
-    lora = {"model": "m", "data": "d", "output": "o", "use_peft": True, "lora_r": 16, "lora_alpha": 32, "use_dora": True}
+    lora = {
+        "model": "m",
+        "data": "d",
+        "output": "o",
+        "use_peft": True,
+        "lora_r": 16,
+        "lora_alpha": 32,
+        "use_dora": True,
+    }
     assert from_yaml(tmp_path, lora)[S2FTConfig].match_lora_rank == 16
     assert "S²FT takes the place of LoRA: match_lora_rank 16; not used: lora_alpha, use_dora" in caplog.text
     given = from_yaml(tmp_path, {**lora, "d_ratio": 0.1, "lora_modules_to_save": ["lm_head"]})[S2FTConfig]

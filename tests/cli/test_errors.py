@@ -221,8 +221,7 @@ WITH_TRL = ("sft", "dpo", "grpo")  # the help of these lists TRL's options
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [["--version"], ["--help"], *([command, "--help"] for command in COMMANDS if command not in WITH_TRL)],
+    "arguments", [["--version"], ["--help"], *([command, "--help"] for command in COMMANDS if command not in WITH_TRL)]
 )
 def test_help_does_not_import_pytorch(arguments):
     code = f"""
@@ -282,7 +281,6 @@ VALUES = [
     (["--dtype", "int8"], "--dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
     (["--overwrite", "perhaps"], "--overwrite must be true or false, got 'perhaps'"),
     (["--d-ratio"], "--d-ratio: expected one argument"),
-
 ]
 
 
@@ -331,13 +329,9 @@ def test_a_dtype_has_a_short_name():
 
 def test_data_that_python_can_not_read(capsys, tiny, tmp_path):
     (tmp_path / "deep.json").write_text("[" * 100000)
-    assert "deep.json, row 1: it is nested too deeply" in sft(
-        capsys, tiny, tmp_path / "deep.json", tmp_path / "out"
-    )
+    assert "deep.json, row 1: it is nested too deeply" in sft(capsys, tiny, tmp_path / "deep.json", tmp_path / "out")
     (tmp_path / "half.jsonl").write_text('{"instruction": "\\ud800", "output": "x"}\n')
-    assert "half.jsonl, line 1: field 'instruction'" in sft(
-        capsys, tiny, tmp_path / "half.jsonl", tmp_path / "out"
-    )
+    assert "half.jsonl, line 1: field 'instruction'" in sft(capsys, tiny, tmp_path / "half.jsonl", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -85,8 +85,18 @@ def test_every_command_names_the_fault_of_a_folder(work, tmp_path, capsys, comma
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_load_adapter_takes_the_output_of_a_run(work):
+def test_the_api_takes_the_output_of_a_run(work):
     s2ft.load_adapter(tiny_model(), work / "runs/math")
+    selection = s2ft.Selection.load(work / "runs/math")
+    assert selection == s2ft.read_adapter(work / "runs/math").selection
+    model = tiny_model()
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, exclude=str(work / "runs/math")))
+    assert s2ft.adapter.overlap([s2ft.get_adapter(model, "default"), s2ft.read_adapter(work / "runs/math")]).units == 0
+    bank = s2ft.AdapterBank(tiny_model(), work / "runs")
+    bank.add("mine", work / "runs/math")
+    assert bank.names == ["chat", "math", "mine"]
+    with bank.batch(["math", "mine"]):
+        assert bank.loaded == ["math", "mine"]
 
 
 def test_info_takes_a_checkpoint(work, capsys):

@@ -1,4 +1,4 @@
-"""s2ft select and the selection options of s2ft finetune."""
+"""s2ft select and the selection options of s2ft sft."""
 
 import pytest
 from train.tiny import save_tiny, sums, write_jsonl
@@ -54,15 +54,7 @@ def test_select_finds_the_units_that_finetune_trains(metric, work, tmp_path, cap
     assert "down_proj" in capsys.readouterr().out
     assert (
         command(
-            "finetune",
-            "--model",
-            work / "model",
-            "--data",
-            work / "data.jsonl",
-            "--output",
-            tmp_path / "out",
-            *choice,
-            *RUN,
+            "sft", "--model", work / "model", "--data", work / "data.jsonl", "--output", tmp_path / "out", *choice, *RUN
         )
         == 0
     )
@@ -75,7 +67,7 @@ def test_select_finds_the_units_that_finetune_trains(metric, work, tmp_path, cap
 
 def test_a_calibrated_run_resumes(work, tmp_path):
     arguments = [
-        "finetune",
+        "sft",
         "--model",
         work / "model",
         "--data",
@@ -120,7 +112,7 @@ def test_budget_exclude_and_units(work, tmp_path, capsys):
     assert not any(set(units.tolist()) & set(first[path].tolist()) for path, units in second.units.items())
     assert (
         command(
-            "finetune",
+            "sft",
             "--model",
             work / "model",
             "--data",
@@ -149,7 +141,7 @@ def test_budget_exclude_and_units(work, tmp_path, capsys):
         (["--selection", "activation"], "selection='activation' needs data"),
         (["--data", "DATA"], "selection='random' takes no data"),
         (["--selection", "gradient", "--data", "DATA", "--calibration-examples", "21"], "from 1 to the 20 rows"),
-        (["--selection", "gradient", "--data", "DATA", "--calibration-examples", "0"], "from 1 to the 20 rows"),
+        (["--selection", "gradient", "--data", "DATA", "--calibration-examples", "0"], "calibration_examples must be at least 1"),
         (["--output", "EXISTS"], "exists: choose another"),
         (["--output", "no/folder/s.json"], "there is no folder"),
         (["--batch-size", "0"], "batch_size must be at least 1"),
@@ -168,7 +160,7 @@ def test_mistakes(arguments, message, work, tmp_path, capsys):
 def test_unused_calibration_options_are_refused(work, tmp_path, capsys):
     assert (
         command(
-            "finetune",
+            "sft",
             "--model",
             work / "model",
             "--data",

@@ -5,12 +5,12 @@ import re
 
 import httpx
 import pytest
-from serve.fleet import BASE, running, save_adapters
+from serve.fleet import BASE, eventually, running, save_adapters
 from train.tiny import tiny_model
 
 from s2ft.serve import metrics
-from s2ft.serve.access import Record
 from s2ft.serve.options import Limits
+from s2ft.serve.record import Record
 
 UNTIED = dict(tie_word_embeddings=False)
 GOOD = dict(model="a0", prompt="Hello", max_tokens=3, temperature=0, logit_bias={"2": -100})
@@ -25,9 +25,17 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def log(caplog):
-    """The lines of the access log."""
+    """A function that waits for so many lines of the access log. They are written after the answers are sent."""
     caplog.set_level("INFO")
-    return lambda: [record.getMessage() for record in caplog.records if record.name == "s2ft.serve.access"]
+
+    def lines(count):
+        def found():
+            return [record.getMessage() for record in caplog.records if record.name == "s2ft.serve.access"]
+
+        eventually(lambda: len(found()) >= count, "the log")
+        return found()
+
+    return lines
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +63,7 @@ def test_each_request_is_a_line_with_its_id(url, log):
     wrong = complete(url, model="unknown\nmodel")
     assert wrong.json()["error"]["request_id"] == wrong.headers["x-request-id"]
     httpx.get(f"{url}/health"), httpx.get(f"{url}/metrics")
-    lines = [re.sub(r"^\S+ | \S+$", "", line) for line in log()]  # without the time and the seconds
+    lines = [re.sub(r"^\S+ | \S+$", "", line) for line in log(3)]  # without the time and the seconds
     ids = ["abc-1", made, wrong.headers["x-request-id"]]
     assert re.fullmatch("req-[0-9a-f]{24}", made) and len(set(ids)) == 3
     assert lines == [
@@ -73,7 +81,7 @@ def test_an_id_that_is_not_safe_in_a_log_is_replaced(url, sent):
 
 def test_a_path_can_not_write_a_line_of_its_own(url, log):
     httpx.get(f"{url}/a%0Ab%20c")
-    (line,) = log()
+    (line,) = log(1)
     assert "GET /a%0Ab%20c 404" in line and "\n" not in line
 
 
@@ -83,7 +91,7 @@ def test_an_unexpected_error_has_the_id_of_its_request(folder, log, caplog, monk
         answer = complete(url, {"X-Request-Id": "abc-2"})
         assert answer.status_code == 500 and answer.json()["error"]["request_id"] == "abc-2"
         assert answer.headers.get_list("x-request-id") == ["abc-2"]
-        assert "abc-2: POST /v1/completions failed" in caplog.text and " 500 model=- " in log()[0]
+        assert "abc-2: POST /v1/completions failed" in caplog.text and " 500 model=- " in log(1)[0]
 
 
 def test_json_lines_and_ignored_parameters(folder, log):
@@ -92,7 +100,7 @@ def test_json_lines_and_ignored_parameters(folder, log):
         answer = complete(url, {"X-Request-Id": "1"}, tools=[{"type": "function"}], min_tokens=3, echo=False)
         assert answer.status_code == 200 and answer.headers["x-ignored-parameters"] == "tools, min_tokens"
         assert complete(url, top_k="many").status_code == 400  # a supported one is checked
-    found = json.loads(log()[0])
+    found = json.loads(log(2)[0])
     assert found.pop("time") and found.pop("seconds") >= 0
     assert found == {
         "id": "1",
@@ -116,7 +124,7 @@ def test_counters_have_the_name_of_the_model(url):
     }
     before = {line: value_of(url, line) for line in lines}
     complete(url), complete(url, model="nobody")
-    assert {line: value_of(url, line) - before[line] for line in lines} == lines
+    eventually(lambda: {line: value_of(url, line) - before[line] for line in lines} == lines, "the counters")
     assert "nobody" not in httpx.get(f"{url}/metrics").text
 
 

@@ -185,7 +185,7 @@ def test_rows_that_the_template_refuses_are_named_and_can_be_left_out(tmp_path):
     rows = [{"messages": [{"role": "system", "content": "a"}, QUESTION, ANSWER]}, {"messages": [QUESTION, ANSWER]}]
     dataset = load_rows(DataOptions(data=[str(write_jsonl(tmp_path / "a.jsonl", rows))]))
     with pytest.raises(
-        ValueError, match="1 of 2 rows can't be used:\n  .*a.jsonl, line 1: the chat template can't.*System"
+        ValueError, match="1 of 2 rows can't be used; .*:\n  .*a.jsonl, line 1: the chat template can't.*System"
     ):
         tokens(dataset, tiny_tokenizer(gemma))
     tokenized = tokens(dataset, tiny_tokenizer(gemma), skip_bad_rows=True)

@@ -37,12 +37,7 @@ FORMS = {
         "chosen": {"from": "gpt", "value": "5"},
         "rejected": {"from": "gpt", "value": "6"},
     },
-    "null fields": {
-        "prompt": [user("2+3=")],
-        "chosen": [assistant("5")],
-        "rejected": [assistant("6")],
-        "tools": None,
-    },
+    "null fields": {"prompt": [user("2+3=")], "chosen": [assistant("5")], "rejected": [assistant("6")], "tools": None},
 }
 
 
@@ -77,7 +72,10 @@ def test_a_system_prompt_and_earlier_turns_belong_to_the_prompt():
         ({"prompt": "a", "chosen": "b", "rejected": [assistant("c")]}, "must both be text or both be messages"),
         ({"prompt": [], "chosen": "b", "rejected": "c"}, "there is no prompt"),
         ({"chosen": [assistant("b")], "rejected": [assistant("c")]}, "there is no prompt"),
-        ({"prompt": "a", "chosen": [user("b")], "rejected": [user("c")]}, "'chosen' must begin and end with a message of"),
+        (
+            {"prompt": "a", "chosen": [user("b")], "rejected": [user("c")]},
+            "'chosen' must begin and end with a message of",
+        ),
         ({"prompt": 5, "chosen": "b", "rejected": "c"}, "field 'prompt' must be a list of messages, got int"),
         ({"prompt": "a", "chosen": "\ud800", "rejected": "c"}, "not valid Unicode"),
         ("text", "expected an object with chosen and rejected, got str"),

@@ -46,9 +46,7 @@ def run(path, resume=False, options=None, **changes):
     if not resume:
         folder.begin({})
     rows = prompts(tokenizer)
-    result = grpo(
-        model, tokenizer, rows, REWARDS, arguments(path, **changes), folder, resume=resume, options=options
-    )
+    result = grpo(model, tokenizer, rows, REWARDS, arguments(path, **changes), folder, resume=resume, options=options)
     return model, folder, result
 
 
@@ -56,7 +54,9 @@ def logged(folder):
     return [(line["step"], line["loss"], line.get("reward"), line.get("kl")) for line in read_log(folder.log)]
 
 
-@pytest.mark.parametrize("changes", [{}, {"beta": 0.1, "num_iterations": 2}], ids=["plain", "reference and two updates"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"beta": 0.1, "num_iterations": 2}], ids=["plain", "reference and two updates"]
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(changes, tmp_path):
     """That includes the generated answers, and the order of the rows in a later epoch."""
     _, whole, result = run(tmp_path / "whole", save_steps=0, **changes)
@@ -96,7 +96,9 @@ def test_answers_are_generated_with_the_adapter_in_the_weights(tmp_path, monkeyp
 
     def watched(*args, **options):
         rows = zip(options["input_ids"], options["attention_mask"])
-        found.append(([ids[mask.bool()].tolist() for ids, mask in rows], {row.fused for row in s2ft.status(model).rows}))
+        found.append(
+            ([ids[mask.bool()].tolist() for ids, mask in rows], {row.fused for row in s2ft.status(model).rows})
+        )
         return generate(*args, **options)
 
     monkeypatch.setattr(model, "generate", watched)
@@ -163,8 +165,9 @@ def test_numbers_that_do_not_fit_together_are_refused(changes, words, tmp_path):
 def test_fewer_prompts_than_one_generation_takes_are_refused(tmp_path):
     model, tokenizer = tiny_model(), tiny_tokenizer()
     s2ft.attach(model, CONFIG)
-    with pytest.raises(ValueError, match="there are 1 prompts, and each generation takes 2"):
-        GRPORunTrainer(model, REWARDS, arguments(tmp_path), prompts(tokenizer, ROWS[:1]), tokenizer=tokenizer)
+    rows = prompts(tokenizer, ROWS[:1])
+    with pytest.raises(ValueError, match="there is 1 prompt, and each generation takes 2"):
+        grpo(model, tokenizer, rows, REWARDS, arguments(tmp_path), RunFolder(tmp_path))
 
 
 def test_a_missing_column_is_named_before_the_training(tmp_path):

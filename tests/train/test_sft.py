@@ -57,7 +57,9 @@ def run(path, resume=False, config=CONFIG, model_changes=None, evaluated=0, opti
     folder = RunFolder(path)
     folder.check(resume=resume)
     folder.begin({"learning_rate": changes.get("learning_rate", 0)}, resume)
-    held_out = HeldOut(rows.select(range(evaluated)) if isinstance(evaluated, int) else evaluated) if evaluated else None
+    held_out = (
+        HeldOut(rows.select(range(evaluated)) if isinstance(evaluated, int) else evaluated) if evaluated else None
+    )
     arguments = arguments_for(path, **changes)
     options = RunOptions(**(options or {}))
     result = sft(model, tiny_tokenizer(), rows, arguments, folder, options=options, resume=resume, held_out=held_out)
@@ -318,7 +320,6 @@ def other_rows():
     return Dataset.from_list(
         [{**row, "labels": [label if label < 0 else 3 + label % 7 for label in row["labels"]]} for row in token_rows(6)]
     )
-
 
 
 def test_the_best_adapter_is_saved_and_an_early_stop_is_resumed(tmp_path, caplog):
