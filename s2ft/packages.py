@@ -30,6 +30,7 @@ NEEDS = {
     "s2ft serve": ("fastapi", "uvicorn", "prometheus-client"),
     "s2ft serve --engine vllm": ("vllm",),
     "s2ft export --format gguf": ("gguf",),
+    "s2ft export --format ollama": ("gguf",),
     "a model in a .gguf file": ("gguf",),
     "kernels liger": ("liger-kernel",),
     "a model in 4 or 8 bit": ("bitsandbytes",),

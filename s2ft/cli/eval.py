@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from s2ft.cli.parse import ADAPTER, DTYPE, MODEL, parse, quiet_transformers
+from s2ft.text.data.options import DATA, ReadingOptions
 from s2ft.text.models import DTYPES
 from s2ft.text.scoring import TASKS
 from s2ft.train.options import check_fields, option
@@ -14,8 +15,7 @@ EXAMPLE = "  s2ft eval --model meta-llama/Llama-3.2-1B --adapter my-run --data t
 class EvalArguments:
     model: str = option(text=MODEL)
     data: list[str] = option(
-        text="JSON or JSONL files; the field `answer` of a row is scored, or its output if there is none",
-        metavar="FILE",
+        text=f"{DATA}; the field `answer` of a row is scored, or its output if there is none", metavar="FILE_OR_NAME"
     )
     task: str = option(
         text="arithmetic scores the last number of the generated text, commonsense the first answer word "
@@ -34,13 +34,18 @@ class EvalArguments:
 
 
 def run(arguments: list[str]) -> None:
-    (job,) = parse("eval", "Generate an answer to each row greedily and score it.", [EvalArguments], arguments, EXAMPLE)
+    description = "Generate an answer to each row greedily and score it."
+    job, reading = parse("eval", description, [EvalArguments, ReadingOptions], arguments, EXAMPLE)
     quiet_transformers()
-    score(job)
+    score(job, reading)
 
 
-def score(job: EvalArguments) -> None:
+def score(job: EvalArguments, reading: ReadingOptions) -> None:
     """Score the model and print the accuracy.
+
+    Args:
+        job: The options of the command.
+        reading: How the data is read.
 
     Raises:
         FileExistsError: The output file exists.
@@ -61,7 +66,7 @@ def score(job: EvalArguments) -> None:
         raise FileExistsError(f"output {output} exists")
     if output and not output.parent.is_dir():
         raise FileNotFoundError(f"output {output} is in a folder that doesn't exist")
-    examples = read_examples(job.data)[: job.limit]
+    examples = read_examples(reading.of(job.data, "test", job.limit))
     for example in examples:  # A row that can't be scored is reported before the model is loaded.
         right_answer(example, job.task)
     model, prompter = load_with_adapter(job.model, job.adapter, job.dtype)

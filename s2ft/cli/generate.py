@@ -1,5 +1,6 @@
 """s2ft generate: write one answer to the terminal, token by token."""
 
+import sys
 from dataclasses import dataclass
 
 from s2ft.cli.parse import ADAPTER, DTYPE, MODEL, parse, quiet_transformers
@@ -52,12 +53,14 @@ def generate(job: GenerateArguments, sampling: SamplingArguments) -> None:
     prompt = read_prompt(job)
     model, prompter = load_with_adapter(job.model, job.adapter, job.dtype)
     row = Row(prompt_ids(prompter, prompt, job), sampling.sampler())
-    check_room(model, len(row.prompt), sampling.max_new_tokens)
+    limit = longest_answer(model, len(row.prompt), sampling.max_new_tokens)
     batch: RunningBatch[Row] = RunningBatch(model.to(gpu_or_cpu()))
     batch.admit([row])
-    for piece in pieces(batch, row, prompter.tokenizer, prompter.ends, sampling.max_new_tokens):
+    for piece in pieces(batch, row, prompter.tokenizer, prompter.ends, limit):
         print(piece, end="", flush=True)
     print()
+    if limit < sampling.max_new_tokens and len(row.tokens) == limit and row.tokens[-1] not in prompter.ends:
+        print(f"(cut after {limit} tokens: the model's context is full)", file=sys.stderr)
 
 
 def read_prompt(job: GenerateArguments) -> str:
@@ -66,7 +69,6 @@ def read_prompt(job: GenerateArguments) -> str:
     Raises:
         ValueError: There is no prompt, there are two, or it is not valid text.
     """
-    import sys
     from pathlib import Path
 
     from s2ft.text.examples import check_unicode
@@ -92,13 +94,15 @@ def prompt_ids(prompter, prompt: str, job: GenerateArguments) -> list[int]:
     return prompter.encode_text(prompt)
 
 
-def check_room(model, prompt: int, new: int) -> None:
-    """Raise ValueError if `prompt` tokens and `new` ones are more than the model's context."""
+def longest_answer(model, prompt: int, new: int) -> int:
+    """Return `new`, or what the model's context leaves for an answer to `prompt` tokens.
+
+    Raises:
+        ValueError: It leaves nothing.
+    """
     from s2ft.text.encoding import context_length
 
     context = context_length(model)
-    if context is not None and prompt + new > context:
-        raise ValueError(
-            f"the model's context is {context} tokens: a prompt of {prompt} tokens and {new} new ones are too many; "
-            "lower --max-new-tokens"
-        )
+    if context is not None and prompt >= context:
+        raise ValueError(f"the model's context is {context} tokens, and the prompt has {prompt}: shorten it")
+    return new if context is None else min(new, context - prompt)

@@ -3,6 +3,7 @@
 import importlib
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -119,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     name, *rest = arguments
     if name not in COMMANDS and name not in SAME:
         kind = "option" if name.startswith("-") else "command"
-        hint = did_you_mean(name, list(COMMANDS), OTHER_NAMES)
+        hint = did_you_mean(name, [*COMMANDS, *SAME], OTHER_NAMES)
         say_error("s2ft", f"there is no {kind} {name!r}{hint} (see s2ft --help)")
         return 2
     set_up_logging(traceback)
@@ -161,8 +162,11 @@ def set_up_logging(everything: bool) -> None:
 
 
 def say_error(program: str, reason: str, more: Sequence[str] = ()) -> None:
-    """Print one line on stderr, and `more` lines. If several ranks have the same error, one of them prints it."""
-    line = f"{program}: error: " + " ".join(reason.splitlines())
+    """Print one line on stderr, and `more` lines. If several ranks have the same error, one of them prints it.
+
+    Lines of the reason that begin with two spaces, such as a list of bad rows, stay lines.
+    """
+    line = f"{program}: error: " + re.sub(r"\n(?!  )", " ", reason)
     if "WORLD_SIZE" in os.environ:  # Several ranks may have been started; importing PyTorch takes a second.
         from s2ft.distributed import should_print
 

@@ -25,7 +25,7 @@ OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "dataset_revision": ("", ""),
         "dataset_streaming": ("", ""),
         "datasets": ("", ""),
-        "fields": ("field", ""),
+        "field": ("", ""),
         "form": ("", ""),
         "chat_template": ("chat-template-path", ""),
         "system_prompt": ("", ""),
@@ -38,10 +38,10 @@ OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "num_train_epochs": ("epochs num-epochs", "passes over the data"),
         "max_steps": ("", "number of updates; a positive number replaces --epochs"),
         "learning_rate": ("lr", "peak learning rate; the paper uses 2e-4 for commonsense and 1e-3 for arithmetic"),
-        "lr_scheduler_type": ("schedule scheduler", "learning-rate schedule after the warm-up: linear, cosine, constant, ..."),
+        "lr_scheduler_type": ("schedule scheduler", "schedule after the warm-up: linear, cosine, constant, ..."),
         "lr_scheduler_kwargs": ("", "arguments of the schedule, as a dictionary in JSON"),
         "warmup_steps": ("warmup-ratio", ""),
-        "optim": ("optimizer", "optimizer by its name in transformers: adamw_torch_fused, sgd, adafactor, adamw_8bit, ..."),
+        "optim": ("optimizer", "optimizer by its name in transformers: sgd, adafactor, adamw_8bit, ..."),
         "optim_args": ("", "arguments of the optimizer, as name=value,name=value"),
         "weight_decay": ("", "weight decay of the deltas"),
         "adam_beta1": ("beta1", "first decay rate of Adam"),
@@ -72,7 +72,7 @@ OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "precompute_ref_log_probs": ("", "run the reference on all pairs before the training: faster steps"),
     },
     "batches": {
-        "batch_size": ("bs", ""),
+        "batch_size": ("", ""),
         "per_device_train_batch_size": ("micro-batch-size", "rows of one forward pass on one device"),
         "gradient_accumulation_steps": ("", "forward passes whose gradients are added up"),
         "packing": ("", "put several rows into one row of --max-length tokens"),
@@ -147,9 +147,13 @@ HELP_OF = {
 OWN_NAMES = {"DPOArguments": ("label_smoothing",), "GRPOArguments": ("epsilon",)}
 # Fields that are another option on the command line, because another dataclass has the name.
 RENAMED = {("S2FTConfig", "seed"): "selection_seed"}
-MORE_METADATA = {"selection_seed": {"shown": "the run's seed"}, "data_seed": {"shown": "the run's seed"}}
+MORE_METADATA = {
+    "selection_seed": {"shown": "--seed if that is given, else 0"},
+    "data_seed": {"shown": "the run's seed"},
+}
 # Options that other programs or older versions have. They are suggested.
 ELSEWHERE = {
+    "batch-size": "bs",
     "bf16": "autocast precision mixed-precision",
     "dtype": "torchdtype",
     "max-length": "cutoff-len max-seq-length max-seq-len sequence-len",

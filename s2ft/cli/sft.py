@@ -6,9 +6,9 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 from s2ft.cli.parse import quiet_transformers
+from s2ft.train.options import DEFAULT_D_RATIO
 
 logger = logging.getLogger(__name__)
-DEFAULT_D_RATIO = 0.03  # The paper's, if the user gives no ratio.
 DESCRIPTION = """Train an adapter on your data. s2ft finetune is another name of this command.
 
 The names of the options are those of TRL and transformers, with dashes or underscores; many have a short name.
@@ -54,7 +54,9 @@ def train(parsed, kind: type, body: Callable) -> None:
     """
     from s2ft.config import S2FTConfig
     from s2ft.files.reading import check_adapter_name
-    from s2ft.train.options import RunOptions
+    from s2ft.packages import check_packages
+    from s2ft.train.kernels import check_kernels
+    from s2ft.train.options import ModelOptions, RunOptions
     from s2ft.train.output import RunFolder
     from s2ft.train.preparation import check_upload, checkpoint_to_resume, set_batches
     from s2ft.train.sft import check_packages_of_run, this_rank
@@ -63,6 +65,8 @@ def train(parsed, kind: type, body: Callable) -> None:
         parsed.objects[S2FTConfig] = replace(parsed[S2FTConfig], d_ratio=DEFAULT_D_RATIO)
     arguments, options = parsed[kind], parsed[RunOptions]
     check_packages_of_run(arguments)
+    check_packages("a model in 4 or 8 bit" if parsed[ModelOptions].quantized else "")
+    check_kernels(options.kernels)
     check_adapter_name(options.name, "name")  # Saving would refuse the name only after the training.
     ranks, folder = this_rank(), RunFolder(arguments.output_dir)
     batches = set_batches(arguments, options, parsed.given)
@@ -111,6 +115,7 @@ def begin(command, parsed, arguments, model, prompt, rows, folder, ranks, resume
     import s2ft
     from s2ft.adapter import add_info
     from s2ft.config import S2FTConfig
+    from s2ft.train.kernels import apply_kernels
     from s2ft.train.options import RunOptions
     from s2ft.train.preparation import run_options
     from s2ft.train.sft import check_ranks_agree
@@ -118,6 +123,7 @@ def begin(command, parsed, arguments, model, prompt, rows, folder, ranks, resume
     if calibration is not None and getattr(model, "hf_quantizer", None) is None:
         model.to(ranks.device)
     report = s2ft.attach(model, parsed[S2FTConfig], parsed[RunOptions].name, calibration)
+    apply_kernels(model, parsed[RunOptions].kernels)
     add_info(model, {"prompt": prompt.to_dict(), "training": _training(command, parsed, arguments, rows)})
     check_ranks_agree(model)
     if ranks.is_main_process:
@@ -218,8 +224,11 @@ def naming_what_is_kept(folder) -> Iterator[None]:
 
 
 def _finish(result, folder, arguments, uploads: bool) -> None:
-    """Print the summary, and upload the adapter if that was asked for."""
+    """Print the summary, write the model card, and upload the adapter if that was asked for."""
+    from s2ft.adapter import read_adapter
+    from s2ft.adapter.hub import write_card
     from s2ft.train.preparation import upload
+    from s2ft.train.sft import log_errors
 
     steps = f"{result.steps} step{'s' * (result.steps != 1)}"
     quality = f"loss {result.loss:.4f}" if result.reward is None else f"reward {result.reward:.3f}"
@@ -230,6 +239,8 @@ def _finish(result, folder, arguments, uploads: bool) -> None:
     if not result.finished:
         print(f"stopped before the end: go on with --resume in {folder.path}")
         return
+    with log_errors("the model card was not written"):
+        write_card(read_adapter(result.adapter), result.adapter)
     print(f"adapter: {result.adapter}")
     if uploads:
         try:

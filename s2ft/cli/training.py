@@ -9,6 +9,7 @@ import re
 import types
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -122,7 +123,7 @@ def parse_training(
         SystemExit: The help was asked for and printed.
     """
     arguments = list(arguments)
-    parser = TrainingParser([*kinds, LoraOptions], "--help-all" in arguments, command, description, example)
+    parser = _parser((*kinds, LoraOptions), "--help-all" in arguments, command, description, example)
     given = parser.given(arguments)
     missing = [names[0] for names in REQUIRED if not any(given.get(name) for name in names)]
     if missing:
@@ -145,12 +146,10 @@ def parse_training(
 
 
 def _share_seed(objects: dict[type, Any], given: dict[str, Any]) -> None:
-    """Give the selection the seed of the run, unless it has its own."""
-    seed = next((value.seed for kind, value in objects.items() if kind.__name__ != "S2FTConfig"
-                 and hasattr(value, "seed")), 0)  # fmt: skip
+    """Give the selection the seed that the run is given, unless it has its own."""
     for kind, value in objects.items():
-        if kind.__name__ == "S2FTConfig" and "selection_seed" not in given:
-            value.seed = seed
+        if kind.__name__ == "S2FTConfig" and "selection_seed" not in given and "seed" in given:
+            value.seed = given["seed"]
 
 
 def _evaluation(given: dict[str, Any]) -> dict[str, Any]:
@@ -172,7 +171,7 @@ def _text_field(given: dict[str, Any]) -> dict[str, Any]:
     """TRL's name of the field with the text, as one of the fields that are renamed."""
     if given.get("dataset_text_field", "text") == "text":
         return {}
-    return {"fields": [*given.get("fields", []), f"text={given['dataset_text_field']}"]}
+    return {"field": [*given.get("field", []), f"text={given['dataset_text_field']}"]}
 
 
 def _take_lora(given: dict[str, Any]) -> None:
@@ -333,6 +332,8 @@ class TrainingParser(TrlParser):
         if value is None or _takes(hint, type(value)) and isinstance(value, (list, dict)):
             read = action.type if isinstance(value, list) and action.nargs == "+" else None
             return [read(str(item)) if not isinstance(item, dict) else item for item in value] if read else value
+        if isinstance(value, dict) and action.dest == "field":  # `field: {instruction: question}`
+            return value
         if isinstance(value, (list, dict)):
             raise ValueError(f"must be one value, got {value!r}")
         if action.nargs == 0:  # no_...: true
@@ -348,13 +349,20 @@ class TrainingParser(TrlParser):
     # ---- what is said --------------------------------------------------------------------------------------
 
     def short_name(self, name: str) -> str:
-        """The first short name of an option on the command line, else its full one."""
-        return f"--{[*SHORT_NAMES.get(name, ()), name][0].replace('_', '-')}"
+        """The name of an option on the command line: the shorter one of its full name and its first short name."""
+        return f"--{min([*SHORT_NAMES.get(name, ())[:1], name], key=len).replace('_', '-')}"
+
+    def _argument(self, match: re.Match) -> str:
+        name = self.short_name(self._option_string_actions[match[1].split("/")[0]].dest)
+        return f"{name} must " if match[2] else f"{name}: "
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError with one line."""
-        message = re.sub(r"^argument ([^:]+): (must )?", _argument, " ".join(message.split()))
+        message = re.sub(r"^argument ([^:]+): (must )?", self._argument, " ".join(message.split()))
         raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+_parser = cache(TrainingParser)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -387,14 +395,10 @@ def _loader() -> type:
     class Loader(yaml.SafeLoader):
         pass
 
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), [*"-+0123456789"])
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), [*"-+0123456789"]
+    )
     return Loader
-
-
-def _argument(match: re.Match) -> str:
-    names = [name for name in match[1].split("/") if "_" not in name]
-    shown = min(names or [match[1]], key=len)
-    return f"{shown} must " if match[2] else f"{shown}: "
 
 
 def _spellings(name: str) -> list[str]:
@@ -502,5 +506,7 @@ def _help(one: Field, metadata: Any, negated: bool, kind: type) -> str:
     text = re.split(r"\. (?=[A-Z])", text)[0]
     text = text if text.endswith("...") else text.rstrip(".")
     if negated:
-        return help_text({**metadata, "off": metadata.get("off", f"turn off: {text[:1].lower()}{text[1:]}")}, None, "off")
+        return help_text(
+            {**metadata, "off": metadata.get("off", f"turn off: {text[:1].lower()}{text[1:]}")}, None, "off"
+        )
     return help_text({**metadata, "help": text, **MORE_METADATA.get(one.name, {})}, _default_of(one))

@@ -1,12 +1,13 @@
 """The prompt of an adapter: the format that it was trained with, which everything that runs the adapter uses.
 
 Other programs know the chat template of a tokenizer and nothing else. For them the system prompt becomes the template's
-default.
+default, and marks that only training needs are taken out, since not every program knows them.
 """
 
 import copy
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,13 @@ from s2ft.text.templates import template_of
 logger = logging.getLogger(__name__)
 KEY = "prompt"  # in the info of an adapter
 QUESTION = {"role": "user", "content": "Is 2 + 3 = 5?"}
-PROBES = ([QUESTION], [{"role": "system", "content": "Answer yes or no."}, QUESTION])
+PROBES = (
+    [QUESTION],
+    [{"role": "system", "content": "Answer yes or no."}, QUESTION],
+    [QUESTION, {"role": "assistant", "content": "Yes."}, QUESTION],
+)
+# transformers' marks around what the assistant writes: llama-cpp-python, minijinja and others fail on them.
+BEGIN, END = re.compile(r"\{%([-+]?)\s*generation\s*([-+]?)%\}"), re.compile(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}")
 
 
 def recorded_format(info: Mapping[str, Any], name: str = "the adapter") -> PromptFormat | None:
@@ -153,7 +160,9 @@ def say_which_template(prompter: Prompter, name: str) -> None:
 
 
 def standalone_template(prompt: PromptFormat) -> str | None:
-    """Return a chat template that needs no other setting: a chat without a system message gets the system prompt.
+    """Return a chat template for other programs: a chat without a system message gets the system prompt.
+
+    The template has no marks of the assistant's words, which only training needs.
 
     Args:
         prompt: The format.
@@ -171,13 +180,17 @@ def standalone_template(prompt: PromptFormat) -> str | None:
         >>> ByT5Tokenizer().apply_chat_template(chat, chat_template=alone, tokenize=False)
         '[system] Be brief. [user] 2+3= '
     """
-    if prompt.template is None or not prompt.system:
-        return prompt.template
+    if prompt.template is None:
+        return None
+    template = END.sub(r"{%\1 endif \2%}", BEGIN.sub(r"{%\1 if true \2%}", prompt.template))
+    if not prompt.system:
+        return template
     system = json.dumps(prompt.system, ensure_ascii=False)  # a text in quotes, with the escapes that Jinja knows
+    # transformers and llama.cpp drop the line break after a block, so the template begins a line as before.
     return (
         "{%- if not messages or messages[0]['role'] != 'system' -%}"
         f"{{%- set messages = [{{'role': 'system', 'content': {system}}}] + messages -%}}"
-        "{%- endif -%}" + prompt.template
+        "{%- endif %}\n" + template
     )
 
 

@@ -249,8 +249,8 @@ def _answers_by_prompts(tokenizer, messages, template, tools, text, prompts, tra
         text = text.rstrip()  # templates write a line break after the end-of-turn token
         if text.endswith(answer.strip()):
             text += end
-    elif last in prompts and not _kept(messages[last], text):
-        raise TemplateError(f"the chat template leaves out the assistant's answer {shorten(answer)}")
+    elif last not in prompts or not _kept(messages[last], text):
+        raise _left_out(messages[last])
     else:  # The template changes the prompt when an answer follows, but generation continues the prompt.
         start, text = len(prompts[last]), prompts[last] + answer + end
     spans = []
@@ -287,8 +287,13 @@ def _kept(message: Message, text: str) -> bool:
 
 def _check_kept(message: Message, text: str) -> None:
     if not _kept(message, text):
-        what = shorten(plain_text(message)) if plain_text(message).strip() else "that calls a tool"
-        raise TemplateError(f"the chat template leaves out the assistant's answer {what}")
+        raise _left_out(message)
+
+
+def _left_out(message: Message) -> TemplateError:
+    said = plain_text(message)
+    what = shorten(said) if said.strip() else "that calls a tool"
+    return TemplateError(f"the chat template leaves out the assistant's answer {what}")
 
 
 def shorten(text: str, length: int = 40) -> str:

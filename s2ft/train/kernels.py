@@ -22,8 +22,30 @@ WAY_OUT = "leave out --kernels liger"
 _replaced: dict[tuple[str, str], tuple[object, object]] = {}
 
 
+def check_kernels(name: str) -> None:
+    """Check that kernels can run here, before a model is loaded.
+
+    Args:
+        name: One of KERNELS.
+
+    Raises:
+        ValueError: The name is unknown, or there is no GPU for the kernels.
+        MissingPackages: Their package is not installed.
+    """
+    if name not in KERNELS:
+        raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, got {name!r}")
+    if name == "s2ft":
+        return
+    check_packages("kernels liger", WAY_OUT)
+    # Triton's interpreter runs kernels on the CPU, thousands of times slower, for tests.
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"kernels liger need a GPU, and PyTorch finds none here: {WAY_OUT}")
+
+
 def apply_kernels(model, name: str) -> None:
     """Let the frozen layers of a model run on kernels of another package. It may be attached before or after.
+
+    A model whose couplings are found by trials is attached before, since the trials run on the CPU.
 
     Liger-Kernel works on a GPU. Its rotary positions replace a function of transformers, so that other models of the
     same type in this process run on them too; its norms are those of this model only.
@@ -40,14 +62,9 @@ def apply_kernels(model, name: str) -> None:
         >>> from s2ft.train.kernels import apply_kernels
         >>> apply_kernels(model, "s2ft")
     """
-    if name not in KERNELS:
-        raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, got {name!r}")
+    check_kernels(name)
     if name == "s2ft":
         return
-    check_packages("kernels liger", WAY_OUT)
-    # Triton's interpreter runs kernels on the CPU, thousands of times slower, for tests.
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"kernels liger need a GPU, and PyTorch finds none here: {WAY_OUT}")
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 

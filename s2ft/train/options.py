@@ -19,6 +19,11 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "constant_with_warmup": {},
 }
 DEFAULT_BATCH, MOST_ROWS = 64, 8  # rows of one update, and of one forward pass on one device, if nothing else is given
+DEFAULT_D_RATIO = 0.03  # the paper's, for a run without any ratio
+CALIBRATION = {
+    "text": "rows of the data for the selections activation, product and gradient",
+    "shown": "1 % of the rows, at least 16",
+}
 KERNELS = ("s2ft", "liger")
 LARGEST = 2**32 - 1  # the largest whole number of an option: NumPy's generator takes no larger seed
 
@@ -131,12 +136,7 @@ class RunOptions:
         least=1,
         shown=f"{DEFAULT_BATCH} rows, if none of the three is given",
     )
-    calibration_examples: int | None = option(
-        None,
-        "rows of the data for the selections activation, product and gradient",
-        shown="1 % of the rows, at least 16",
-        least=1,
-    )
+    calibration_examples: int | None = option(None, **CALIBRATION)
     eval_task: str | None = option(
         None, "also score generated answers to the held-out rows, as s2ft eval does", choices=TASKS
     )

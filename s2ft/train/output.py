@@ -21,8 +21,8 @@ LOG, PLOT, REPORT = "log.jsonl", "loss.png", "report.json"
 class RunFolder:
     """The output folder of a run.
 
-    It holds adapter/, checkpoint-N/, log.jsonl, loss.png, report.json, config.yaml (the options that the user has given)
-    and run.json (all options that determine the result).
+    It holds adapter/, checkpoint-N/, log.jsonl, loss.png, report.json, config.yaml (the options that the user has
+    given) and run.json (all options that determine the result).
 
     Example:
         >>> from s2ft.train.output import RunFolder
@@ -123,9 +123,7 @@ class RunFolder:
         """
         if resume:
             earlier = self.options()
-            different = [
-                key for key in {**earlier, **options} if earlier.get(key) != options.get(key)
-            ]
+            different = [key for key in {**earlier, **options} if earlier.get(key) != options.get(key)]
             if different:
                 raise ValueError(
                     f"the run in {self.path} was started with other options: "

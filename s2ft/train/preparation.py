@@ -122,8 +122,9 @@ def run_options(command: str, objects: dict[type, Any], given: dict[str, Any]) -
             found.update({f"model.{one.name}": getattr(value, one.name) for one in fields(kind)[1:]})
         elif hasattr(value, "output_dir"):
             best = value.load_best_model_at_end
-            names = [one.name for one in fields(kind) if one.init and _belongs(one.name, best)]
-            found.update({f"training.{name}": _plain(getattr(value, name)) for name in names if name in given})
+            defaults = {one.name: one.default for one in fields(kind) if one.init and _belongs(one.name, best)}
+            changed = [name for name in defaults if given.get(name, defaults[name]) != defaults[name]]
+            found.update({f"training.{name}": _plain(given[name]) for name in changed})
             found.update({f"training.{name}": getattr(value, name) for name in (MICRO, PASSES, "seed", "data_seed")})
         else:
             names = [one.name for one in fields(kind) if _belongs(one.name, False) and one.name != "batch_size"]

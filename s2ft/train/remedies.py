@@ -113,7 +113,8 @@ def explain_out_of_memory(model: nn.Module, step: Callable[[], Step], kept: Call
         if not is_out_of_memory(error):
             raise
         reason = f"out of memory on {device}: {first_line(error)}"
-        raise OutOfMemory(reason, _advice(model, step, room, device), kept()) from error
+        left = f"{kept()}; --resume takes the options of the run, and others start it again with --overwrite"
+        raise OutOfMemory(reason, _advice(model, step, room, device), left) from error
 
 
 def _advice(model: nn.Module, step: Callable[[], Step], room: int | None, device: torch.device) -> list[str]:
@@ -206,9 +207,7 @@ def loss_in_chunks(model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
 def quantizable(model: nn.Module) -> list[int]:
     """Return the number of weights of each linear layer that bitsandbytes quantizes: all but the output layer."""
     head = model.get_output_embeddings()
-    return [
-        layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head
-    ]
+    return [layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
 
 
 def _hollow(model: nn.Module) -> tuple[nn.Module, str | None]:

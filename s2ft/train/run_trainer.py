@@ -8,7 +8,7 @@ from s2ft.train.output import log_failure
 from s2ft.train.trainer import AdapterCheckpoints
 
 
-class RunTrainer(AdapterCheckpoints):
+class RunMethods:
     """Mixin for TRL's Trainers in a run: nothing is sent, no update is wasted, a failed evaluation is logged."""
 
     def _send_telemetry(self) -> None:
@@ -55,22 +55,30 @@ class RunTrainer(AdapterCheckpoints):
             return {}
 
 
+class RunTrainer(AdapterCheckpoints, RunMethods):
+    """:class:`RunMethods` with the checkpoints of s2ft."""
+
+
 class Changed:
     """What TRL's constructor changes in a model, and how it was before."""
 
     def __init__(self, model) -> None:
-        self.model, self.forward = model, model.__dict__.get("forward")
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model  # as TRL does
+        self.forward = self.model.__dict__.get("forward")
         self.trained = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
         configs = (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
         self.configs = [(config, dict(vars(config))) for config in configs if config is not None]
-        self.tags = getattr(model, "model_tags", None)
+        self.tags = model.__dict__.get("model_tags")
 
     def undo_always(self) -> None:
         """Undo what no run needs. TRL rounds the trained parameters of a quantized model to bfloat16, and adds tags."""
         for parameter, data in self.trained.items():
             if parameter.dtype != data.dtype:
                 parameter.data = data.to(parameter.device)
-        self.trained, self.model.model_tags = {}, self.tags
+        self.trained = {}
+        self.model.__dict__.pop("model_tags", None)
+        if self.tags is not None:
+            self.model.model_tags = self.tags
 
     def undo(self) -> None:
         """Undo the changes that TRL's own loss needs: the model's forward, and values of its configs."""

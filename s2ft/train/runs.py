@@ -13,17 +13,19 @@ from s2ft.text.encoding import IGNORED
 from s2ft.text.evaluation import evaluate
 from s2ft.train.batching import BY_LENGTH, Batching, LengthSampler, row_lengths
 from s2ft.train.held_out import HeldOut
-from s2ft.train.run_trainer import Changed, RunTrainer
+from s2ft.train.run_trainer import Changed, RunMethods
+from s2ft.train.trainer import AdapterCheckpoints
 
 
-class SFTRunTrainer(RunTrainer, SFTTrainer):
+class TokenRowTrainer(RunMethods, SFTTrainer):
     """TRL's SFTTrainer on token rows, with the loss of s2ft where logits are only computed for labels.
 
-    TRL's own loss is used where only it has what the arguments ask for: ``loss_type="dft"`` and
+    The model can have any trainable parameters, so that other methods can be compared under the same conditions. TRL's
+    own loss is used where only it has what the arguments ask for: ``loss_type="dft"`` and
     ``router_aux_loss_coef``. The trainer does not change the tokenizer or the model's config, and sends no telemetry.
 
     Args:
-        model: The model, with a trainable adapter.
+        model: The model.
         arguments: The SFTArguments.
         rows: The token rows to train on, as :meth:`~s2ft.train.batching.Batching.prepare` returns them.
         batching: How rows become batches.
@@ -135,6 +137,10 @@ class SFTRunTrainer(RunTrainer, SFTTrainer):
             counts = [(scored.right, len(scored.records))]
         counts = gather_object(counts)
         return sum(right for right, _ in counts) / sum(count for _, count in counts)
+
+
+class SFTRunTrainer(AdapterCheckpoints, TokenRowTrainer):
+    """:class:`TokenRowTrainer` for an attached model, with the checkpoints of s2ft. The arguments are the same."""
 
 
 def needs_trl_loss(arguments) -> bool:

@@ -23,6 +23,7 @@ from s2ft.train.held_out import HeldOut
 from s2ft.train.loss import chunked_loss, smoothed_loss, why_not_chunked
 from s2ft.train.options import RunOptions
 from s2ft.train.output import RunFolder, log_failure, read_log, write_json
+from s2ft.train.remedies import Step, explain_out_of_memory, step_of
 
 logger = logging.getLogger(__name__)
 FEW_STEPS = 10  # a warning is logged for a run with fewer updates
@@ -105,6 +106,7 @@ def sft(
     trainer = trainer_for(model, tokenizer, train, arguments, folder, options, held_out)
     example = trainer.data_collator([next(iter(train))])
     with (
+        explain_out_of_memory(model, lambda: _step(arguments, train, options), folder.kept),
         contiguous_head(model),
         loss_for(model, arguments, options, example),
         checkpointing(model, arguments),
@@ -375,6 +377,15 @@ def loss_for(model, arguments, options: RunOptions, batch: dict) -> Iterator[Non
         yield
 
 
+def _step(arguments, train, options: RunOptions) -> Step:
+    """Return the largest step of a run."""
+    from s2ft.train.batching import row_lengths
+
+    known = not arguments.packing and hasattr(train, "__len__")
+    length = max(row_lengths(train)) if known else arguments.max_length
+    return step_of(arguments, length, options.chunked_loss and not arguments.torch_compile)
+
+
 @contextlib.contextmanager
 def restored(model, trainer) -> Iterator[None]:
     """Undo at the end what TRL's loss and NEFTune change in the model, after an error too."""
@@ -494,7 +505,7 @@ def log_length(arguments, rows: int | None) -> None:
             "warning: %d %s at batch size %d and %g epochs are %d update%s, which may be too few to learn "
             "anything: lower --batch-size, or raise --epochs",
             rows,
-            "packs" if arguments.packing else "rows",
+            "packs" if getattr(arguments, "packing", False) else "rows",
             batch,
             arguments.num_train_epochs,
             steps,

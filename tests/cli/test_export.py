@@ -24,7 +24,7 @@ import s2ft
 from s2ft.adapter import read_adapter
 from s2ft.adapter.formats import lora, native
 from s2ft.cli.main import main
-from s2ft.export import gguf
+from s2ft.export import gguf, gguf_writer
 from s2ft.packages import MissingPackages
 from s2ft.text.models import load_model
 
@@ -223,7 +223,7 @@ def test_an_output_that_exists_is_kept(work, tmp_path, capsys):
 
 # ---- GGUF ----------------------------------------------------------------------------------------------
 
-QWEN2, LLAMA3 = (gguf.WORDS + digits + gguf.REST for digits in (r"\p{N}", r"\p{N}{1,3}"))
+QWEN2, LLAMA3 = (gguf_writer.WORDS + digits + gguf_writer.REST for digits in (r"\p{N}", r"\p{N}{1,3}"))
 SHAPE = dict(
     vocab_size=270,
     hidden_size=32,
@@ -382,7 +382,7 @@ def test_a_tokenizer_that_splits_as_one_and_merges_as_another_is_refused():
     fast = tokenizer_with_merges("gpt-2")
     fast.backend_tokenizer.pre_tokenizer = PRE["llama-bpe"]  # llama.cpp infers ignore_merges from it too
     with pytest.raises(ValueError, match="a tokenizer of this kind"):
-        gguf._tokenizer(fast, MODELS["llama"]())
+        gguf_writer._tokenizer(fast, MODELS["llama"]())
 
 
 @pytest.mark.parametrize(
@@ -397,7 +397,7 @@ def test_tokenizers_that_can_not_be_written_as_gguf(pre):
     fast = tokenizer_with_merges("gpt-2")
     fast.backend_tokenizer.pre_tokenizer = pre
     with pytest.raises(ValueError, match="a tokenizer of this kind.*convert_hf_to_gguf.py"):
-        gguf._tokenizer(fast, MODELS["llama"]())
+        gguf_writer._tokenizer(fast, MODELS["llama"]())
 
 
 def test_a_missing_package_gguf_is_named(work, tmp_path, monkeypatch):
@@ -407,7 +407,7 @@ def test_a_missing_package_gguf_is_named(work, tmp_path, monkeypatch):
 
 
 def test_a_gguf_that_differs_from_the_model_is_not_kept(work, tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf, "_interleaved", lambda rows, heads: rows)
+    monkeypatch.setattr(gguf_writer, "_interleaved", lambda rows, heads: rows)
     base_of(tmp_path / "model")
     make_adapter(tmp_path / "model", tmp_path / "adapter")
     with pytest.raises(RuntimeError, match="is not the merged model: model.layers.0.self_attn.k_proj.weight"):

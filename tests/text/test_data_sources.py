@@ -175,10 +175,9 @@ def test_bad_rows_are_counted_and_the_first_shown(tmp_path):
     with pytest.raises(ValueError) as error:
         load(path)
     assert str(error.value).splitlines() == [
-        "5 of 11 rows can't be used:",
+        "5 of 11 rows can't be used; correct them, or leave them out with skip_bad_rows (--skip-bad-rows):",
         *(f"  {path}, line {n}: field 'output' is empty" for n in (7, 8, 9)),
         "  and 2 more",
-        "correct them, or leave them out with skip_bad_rows (--skip-bad-rows)",
     ]
 
 

@@ -14,6 +14,7 @@ from s2ft.text.data.sources import Rows, Source, UnreadableRow, open_source
 logger = logging.getLogger(__name__)
 
 SHOWN = 3  # bad rows that a message shows
+SKIP = "skip_bad_rows (--skip-bad-rows)"
 FEW = 1000  # bad rows after which a streamed data set without a good row is given up
 
 
@@ -263,10 +264,7 @@ class Problems:
         listed = "".join(f"\n  {problem}" for problem in self.shown)
         more = f"\n  and {self.count - len(self.shown)} more" if self.count > len(self.shown) else ""
         if not self.skip:
-            raise ValueError(
-                f"{of} can't be used:{listed}{more}\n"
-                "correct them, or leave them out with skip_bad_rows (--skip-bad-rows)"
-            )
+            raise ValueError(f"{of} can't be used; correct them, or leave them out with {SKIP}:{listed}{more}")
         if not good:
             raise ValueError(f"none of {self.count} rows can be used:{listed}{more}")
         logger.warning("left out %s that can't be used:%s%s", of, listed, more)

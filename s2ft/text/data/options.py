@@ -4,6 +4,7 @@ from dataclasses import MISSING, dataclass, field as dataclass_field
 from pathlib import Path
 from typing import Any
 
+DATA = "files, folders, or names of data sets on the hub"
 FILES = "json, jsonl, csv, tsv or parquet, also compressed"
 
 
@@ -129,3 +130,39 @@ class DataOptions:
     def is_streamed(self) -> bool:
         """Whether the rows are read while training."""
         return self.streaming or self.dataset_streaming
+
+
+@dataclass
+class ReadingOptions:
+    """How a command reads the data that its own options name.
+
+    Example:
+        >>> from s2ft.text.data.options import ReadingOptions
+        >>> ReadingOptions(field=["question=q"]).of(["test.jsonl"], split="test").dataset_train_split
+        'test'
+    """
+
+    split: str | None = _option(None, "split of a folder or of a data set on the hub", metavar="SPLIT")
+    field: list[str] = _option(
+        [], "other names of fields in the data, as OURS=THEIRS: instruction=question", metavar="OURS=THEIRS"
+    )
+    skip_bad_rows: bool = _option(False, "leave out rows that can't be used; otherwise they are an error")
+
+    def __post_init__(self) -> None:
+        self.of(["data"], "train")  # ValueError for a wrong field
+
+    def of(self, data: list[str], split: str, limit: int | None = None) -> DataOptions:
+        """Return the options that :func:`s2ft.text.data.load_rows` takes.
+
+        Args:
+            data: Files, folders or names of data sets.
+            split: The split that is read if the user names none.
+            limit: Read the first rows only.
+        """
+        return DataOptions(
+            data=data,
+            dataset_train_split=self.split or split,
+            field=self.field,
+            skip_bad_rows=self.skip_bad_rows,
+            limit=limit,
+        )

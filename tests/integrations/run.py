@@ -1,0 +1,207 @@
+"""S²FT inside other training programs, tried with the real ones: python tests/integrations/run.py [NAME ...]
+
+For each program this makes an environment of its own, which takes PyTorch and all packages that the program does not
+ask for from this one. There it trains a tiny model by the program's own command. What the program fed to the model is
+recorded, and `s2ft.train.sft`, which `s2ft sft` calls, trains on the same batches in the same order. The two adapters
+are compared, and so are the program's merged model and s2ft's. The exit status is 1 if a program failed, or if its
+adapter differs by more than rounding.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import s2ft
+import s2ft.peft
+from s2ft.config import S2FTConfig
+from s2ft.train.arguments import SFTArguments
+from s2ft.train.options import RunOptions
+from s2ft.train.output import RunFolder
+from s2ft.train.sft import sft
+from tests.integrations.workplace import BATCH, PROGRAMS, RATE, SETTINGS, STEPS, Program, lay_out
+
+ROUNDING = 1e-6  # of deltas of about STEPS * RATE, in float32
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How the values of two adapters differ.
+
+    Attributes:
+        equal: Whether they are equal bit for bit.
+        largest: The largest difference of two values.
+        size: The largest value.
+    """
+
+    equal: bool
+    largest: float
+    size: float
+
+    def __str__(self) -> str:
+        return "equal, bit for bit" if self.equal else f"differs by {self.largest:.1e} of {self.size:.1e}"
+
+
+def environment(name: str, program: Program) -> Path:
+    """Make the environment of a program, or take the one that is there. Returns the folder of its programs."""
+    if not program.packages and not program.alone:
+        return Path(sys.executable).parent
+    folder = Path(sys.prefix) / "integrations" / name.removesuffix("-v1")
+    python, done = folder / "bin" / "python", folder / "installed"
+    if done.is_file():
+        return python.parent
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    where = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    packages = Path(subprocess.run(where, check=True, capture_output=True, text=True).stdout.strip())
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")  # after those of the environment
+    install = [python, "-m", "pip", "install", "--quiet"]
+    if program.packages:
+        subprocess.run([*install, *program.packages], check=True)
+    if program.alone:
+        subprocess.run([*install, "--no-deps", *program.alone], check=True)
+    for module in program.stand_ins:  # its wheels need a CUDA build of PyTorch, and text needs nothing of it
+        subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", module], check=True)
+        (packages / f"{module}.py").write_text("")
+    done.touch()
+    return python.parent
+
+
+def run(command: list, folder: Path, program: Program, **variables: str) -> None:
+    """Run a command of the program. Its output is shown if it fails."""
+    paths = [str(ROOT), *([str(ROOT / "tests" / "integrations" / "capture")] if variables else [])]
+    settings = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    log = folder / "output.log"
+    with log.open("a") as output:
+        done = subprocess.run(
+            list(map(str, command)),
+            cwd=folder,
+            env={**os.environ, **settings, **program.environment, **variables},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{log.read_text()[-3000:]}")
+
+
+def base(folder: Path):
+    return AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+
+
+def trained_by_s2ft(folder: Path, batches: list[dict], program: Program, layout: str, chunked: bool) -> s2ft.Adapter:
+    """Train on the recorded batches as `s2ft sft` does."""
+    rows = [
+        {"input_ids": ids.tolist(), "labels": labels.tolist()}
+        for batch in batches
+        for ids, labels in zip(batch["input_ids"], batch["labels"])
+    ]
+    model = base(folder)
+    s2ft.attach(model, S2FTConfig(**SETTINGS, layout=layout, ffn_kernel=layout == "permuted"))
+    arguments = SFTArguments(
+        output_dir=str(folder / "ours"),
+        max_steps=STEPS,
+        per_device_train_batch_size=BATCH,
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        optim="adamw_torch",
+        save_steps=0,
+        train_sampling_strategy="sequential",
+        **program.arguments,
+    )
+    with tempfile.TemporaryDirectory(dir=folder) as out:
+        run_folder = RunFolder(Path(out))
+        run_folder.begin(dict(SETTINGS))
+        options = RunOptions(chunked_loss=chunked)
+        sft(model, AutoTokenizer.from_pretrained(folder / "base"), Dataset.from_list(rows), arguments, run_folder,
+            options=options)  # fmt: skip
+    return s2ft.get_adapter(model, "default")
+
+
+def difference(ours: s2ft.Adapter, theirs: s2ft.Adapter) -> Difference:
+    assert ours.deltas.keys() == theirs.deltas.keys(), "other modules are trained"
+    pairs = [(delta, theirs.deltas[name]) for name, delta in ours.deltas.items()]
+    assert all(torch.equal(one.index, other.index) for one, other in pairs), "other units are trained"
+    return Difference(
+        all(torch.equal(one.values, other.values) for one, other in pairs),
+        max(float((one.values - other.values).abs().max()) for one, other in pairs),
+        max(float(one.values.abs().max()) for one, _ in pairs),
+    )
+
+
+def is_merged(folder: Path, merged: Path, adapter: s2ft.Adapter) -> bool:
+    """Whether the program's merged weights are those that s2ft merges, bit for bit."""
+    model = base(folder)
+    s2ft.load_adapter(model, adapter)
+    expected = s2ft.merge(model).state_dict()
+    found = {name: value for file in merged.glob("*.safetensors") for name, value in load_file(file).items()}
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def try_program(name: str, folder: Path) -> bool:
+    """Train with the program and with s2ft, and print what came of it. Returns whether the adapters agree."""
+    program = PROGRAMS[name]
+    programs = environment(name, program)
+    lay_out(folder)
+    captured = folder / "batches.pt"
+    run(program.train(folder, programs), folder, program, S2FT_CAPTURE=str(captured))
+    batches = torch.load(captured)
+    shapes = {tuple(batch["input_ids"].shape) for batch in batches}
+    labels = sum(int((batch["labels"] != -100).sum()) for batch in batches)
+    print(
+        f"{name}: {len(batches)} batches of {', '.join(map(str, sorted(shapes)))} tokens, {labels} labels", flush=True
+    )
+    theirs = s2ft.peft.to_native(PeftModel.from_pretrained(base(folder), str(folder / program.adapter)))
+    found = []
+    for layout in ("indexed", "permuted"):
+        for chunked in (False, True):
+            ours = trained_by_s2ft(folder, batches, program, layout, chunked)
+            found.append(difference(ours, theirs))
+            print(f"  {layout}, {'chunked loss' if chunked else 'loss of all logits'}: {found[-1]}", flush=True)
+    agrees = len(batches) == STEPS and all(one.largest <= ROUNDING for one in found)
+    if program.merge:
+        run(program.merge(folder, programs), folder, program)
+        equal = is_merged(folder, folder / program.merged, theirs)
+        print(f"  merged model: {'equal, bit for bit' if equal else 'differs'}", flush=True)
+        agrees = agrees and equal
+    return agrees
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(PROGRAMS)} (default: all)")
+    parser.add_argument("--keep", type=Path, help="a new folder in which the files are kept")
+    arguments = parser.parse_args()
+    unknown = sorted(set(arguments.names) - set(PROGRAMS))
+    if unknown:
+        parser.error(f"there is no program {unknown[0]!r}; there are {', '.join(PROGRAMS)}")
+    failed = []
+    for name in arguments.names or PROGRAMS:
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = arguments.keep / name if arguments.keep else Path(temporary)
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                agrees = try_program(name, folder)
+            except (RuntimeError, subprocess.CalledProcessError) as error:
+                print(f"{name}: {error}", flush=True)
+                agrees = False
+        if not agrees:
+            failed.append(name)
+    print(f"{len(arguments.names or PROGRAMS) - len(failed)} passed, {len(failed)} failed")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
