@@ -1,21 +1,20 @@
-"""Speed and memory of `s2ft finetune` against PEFT's LoRA in the Trainer of transformers.
+"""Speed and memory of `s2ft sft` against PEFT's LoRA in TRL's SFTTrainer.
 
     python bench/finetune.py [--dtype float32|bfloat16|both] [--rounds 3] [--steps 12] [--model FOLDER_OR_GGUF]
 
 Every run has a process of its own, so that its peak does not depend on other runs. The methods take turns. All train on
-the same rows in the same order with the same arguments of the Trainer. A step is one batch of --batch rows of the
-demo's word problems.
+the same rows in the same order with the same arguments. A step is one batch of --batch rows of the demo's word
+problems.
 
-    S²FT            s2ft finetune --d-ratio 0.03
-    LoRA, our loss  PEFT r=16 on q, k, v, up, down, with the collator and the chunked loss of s2ft
-    LoRA            the same in the usual way: rows padded on the right, the model's own loss on all positions
+    S²FT            s2ft sft --d-ratio 0.03
+    LoRA, our loss  PEFT r=16 on q, k, v, up, down in the same trainer, with the batches and the loss of s2ft
+    LoRA            the same in TRL's SFTTrainer as it is: rows padded on the right, and TRL's loss
 
 Tokens per second are the median over the steps after the second one, without padding. Memory is the peak of the process
 during training minus its memory when the model was loaded. On a GPU it is device memory.
 """
 
 import argparse
-import contextlib
 import json
 import statistics
 import subprocess
@@ -29,16 +28,18 @@ from harness import save
 from train_step import LORA_TARGETS, lora_model
 
 import s2ft
-from s2ft.text.encoding import IGNORED, AnswerCollator, encode_examples
 from s2ft.text.models import load_model
 from s2ft.text.output_head import contiguous_head
 from s2ft.text.prompts import pad_id
+from s2ft.train.arguments import SFTArguments
+from s2ft.train.batching import choose_batching
 from s2ft.train.callbacks import JsonlLog
-from s2ft.train.demo import default_model, problem_set
-from s2ft.train.finetune import finetune, training_arguments
-from s2ft.train.loss import chunked_loss, why_not_chunked
-from s2ft.train.options import TrainOptions
+from s2ft.train.demo import default_model, problem_set, token_rows
+from s2ft.train.loss import why_not_chunked
+from s2ft.train.options import RunOptions
 from s2ft.train.output import RunFolder, read_log
+from s2ft.train.runs import SFTTrainer, TokenRowTrainer
+from s2ft.train.sft import checkpointing, loss_for, sft
 
 RESULTS = Path(__file__).parent / "results" / "finetune.json"
 METHODS = ("S²FT", "LoRA, our loss", "LoRA")
@@ -64,68 +65,48 @@ class Memory:
         return int(line.split()[1]) * 1024
 
 
-class RightPadded:
-    """A common collator: it pads on the right and sets labels on the answers. The model computes all logits."""
-
-    def __init__(self, pad: int) -> None:
-        self.pad = pad
-
-    def __call__(self, rows) -> dict[str, torch.Tensor]:
-        longest = max(map(len, rows))
-        ids = torch.full((len(rows), longest), self.pad)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
-        for number, row in enumerate(rows):
-            ids[number, : len(row)] = torch.tensor(row.prompt + row.answer)
-            labels[number, len(row.prompt) : len(row)] = torch.tensor(row.answer)
-            mask[number, : len(row)] = 1
-        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def train(method: str, model, tokenizer, rows, options: TrainOptions, folder: RunFolder) -> None:
+def train(method: str, model, tokenizer, rows, arguments: SFTArguments, folder: RunFolder) -> None:
     if method == "S²FT":
         s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.03))
-        finetune(model, tokenizer, rows, options, folder)
+        sft(model, tokenizer, rows, arguments, folder)
         return
-    from transformers import Trainer
-
-    ours, pad = method != "LoRA", pad_id(tokenizer)
-    collator = AnswerCollator(pad) if ours else RightPadded(pad)
-    if ours:
-        assert not why_not_chunked(model, dict(collator(rows[:1])))
-    base = model
-    model = lora_model(base, 16, LORA_TARGETS, copied=False)
-    trainer = Trainer(
-        model=model,
-        args=training_arguments(base, options, len(rows), folder),
-        train_dataset=list(rows),
-        data_collator=collator,
-        callbacks=[JsonlLog(folder.log)],
-    )
-    with (
-        contiguous_head(base) if ours else contextlib.nullcontext(),
-        chunked_loss(base) if ours else contextlib.nullcontext(),
-    ):
-        trainer.train()
+    base, callbacks = model, [JsonlLog(folder.log)]
+    if method == "LoRA":
+        model = lora_model(base, 16, LORA_TARGETS, copied=False)
+        arguments.assistant_only_loss = False  # the rows have labels
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        SFTTrainer(
+            model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks
+        ).train()
+        return
+    batching = choose_batching(base, pad_id(tokenizer), rows, arguments)
+    example = batching.collator([rows[0]])
+    assert not why_not_chunked(base, example)
+    with contiguous_head(base), loss_for(base, arguments, RunOptions(), example), checkpointing(base, arguments):
+        model = lora_model(base, 16, LORA_TARGETS, copied=False)
+        TokenRowTrainer(
+            model, arguments, batching.prepare(rows, arguments), batching, tokenizer=tokenizer, callbacks=callbacks
+        ).train()
 
 
 def child(args: argparse.Namespace) -> None:
     """Run one method once and print the result as a line of JSON."""
     model, tokenizer = load_model(args.model or default_model(), args.dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu").train()
-    rows = encode_examples(tokenizer, problem_set(args.steps * args.batch, False, 0), 1024)
-    options = TrainOptions(
-        learning_rate=2e-4,
-        max_steps=args.steps,
-        batch_size=args.batch,
-        micro_batch_size=args.batch,
-        warmup_steps=1,
-        save_steps=0,
-        gradient_checkpointing=args.checkpointing,
-    )
-    memory = Memory()
+    rows = token_rows(tokenizer, problem_set(args.steps * args.batch, False, 0))
     with tempfile.TemporaryDirectory() as path:
-        folder = RunFolder(path)
-        train(args.child, model, tokenizer, rows, options, folder)
+        arguments = SFTArguments(
+            output_dir=path,
+            learning_rate=2e-4,
+            max_steps=args.steps,
+            per_device_train_batch_size=args.batch,
+            warmup_steps=1,
+            save_steps=0,
+            gradient_checkpointing=args.checkpointing,
+            train_sampling_strategy="sequential",
+        )
+        memory, folder = Memory(), RunFolder(path)
+        train(args.child, model, tokenizer, rows, arguments, folder)
         lines = read_log(folder.log)
     print(
         "RESULT"

@@ -5,8 +5,9 @@ Run it:
     python examples/dpo_with_trl.py
     python examples/dpo_with_trl.py --model HuggingFaceTB/SmolLM2-135M-Instruct
 
-TRL's trainers accept an attached model without changes. DPO compares it with a reference model: pass the plain base.
-The trainer can use the trained model without its adapter as the reference only for models of PEFT.
+TRL's trainers accept an attached model without changes. DPO compares it with a reference model. `Reference` is the
+model itself without its adapter, so that one model is in memory. Without it, TRL would load the base a second time.
+The command `s2ft dpo` does the same without Python.
 
 It prints what is trained, the loss, and the share of pairs in which training favours the chosen answer.
 """
@@ -16,6 +17,7 @@ from tiny import load, options
 from trl import DPOConfig, DPOTrainer
 
 import s2ft
+from s2ft.train.reference import Reference
 
 PAIRS = [{"prompt": f"{a} + 1 = ", "chosen": f"{a + 1}", "rejected": "no idea"} for a in range(16)]
 
@@ -23,7 +25,6 @@ PAIRS = [{"prompt": f"{a} + 1 = ", "chosen": f"{a + 1}", "rejected": "no idea"} 
 def main() -> None:
     job = options(__doc__).parse_args()
     model, tokenizer = load(job.model)
-    reference, _ = load(job.model)
     print(s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25)))
     arguments = DPOConfig(
         output_dir="dpo-run",
@@ -40,7 +41,7 @@ def main() -> None:
     )
     pairs = Dataset.from_list(PAIRS)
     trainer = DPOTrainer(
-        model, reference, arguments, train_dataset=pairs, eval_dataset=pairs, processing_class=tokenizer
+        model, Reference(model), arguments, train_dataset=pairs, eval_dataset=pairs, processing_class=tokenizer
     )
     trainer.train()
     after = trainer.evaluate()

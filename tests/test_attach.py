@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from support.models import ALL_RATIOS, CASES, block_weights, model_of, output_of, ratios_for, token_batch, train
-from support.pairs import pairs
+from support.pairs import pairs, pairs_mostly_slow
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
 from transformers import (
@@ -94,7 +94,9 @@ def test_plan_refuses_a_model_with_an_adapter():
         s2ft.plan(model, S2FTConfig(d_ratio=0.1))
 
 
-@pytest.mark.parametrize("case,layout,dtype", pairs(CASES, LAYOUTS, (torch.float32, torch.bfloat16)), ids=str)
+@pytest.mark.parametrize(
+    "case,layout,dtype", pairs_mostly_slow(CASES, LAYOUTS, (torch.float32, torch.bfloat16)), ids=str
+)
 def test_train_detach_merge(case, layout, dtype, tmp_path):
     """Only selected units change; detach restores the base; merge keeps the trained weights, also in a checkpoint."""
     base = model_of(case, dtype)

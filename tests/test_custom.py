@@ -548,7 +548,7 @@ def test_selecting_by_couplings_does_not_change_the_model():
     assert selection["blocks.0.down"].numel() == 6 and states_equal(model, net())
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)), ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_verification_accepts_every_family(case, dtype):
     """The units of every coupling are permuted at random, on an input made from the config."""

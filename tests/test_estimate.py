@@ -144,8 +144,7 @@ def test_labels_are_of_the_shape_of_the_logits(kind, num_labels):
 SOME = [
     "llama-grouped",
     "mixtral",
-    "whisper",
-    *(pytest.param(case, marks=pytest.mark.slow) for case in ("phi3", "gpt2", "t5", "bert", "vit", "clip")),
+    *(pytest.param(case, marks=pytest.mark.slow) for case in ("whisper", "phi3", "gpt2", "t5", "bert", "vit", "clip")),
 ]
 
 
@@ -175,7 +174,10 @@ def test_kept_under_autocast(case, dtype):
 
 
 @pytest.mark.parametrize("options", (dict(ffn_kernel=False), dict(delta_dtype="float64"), dict(layers=[1])), ids=str)
-@pytest.mark.parametrize("case", ("llama-grouped", "gemma2", "mixtral", "deepseek-v3", "phi3"))
+@pytest.mark.parametrize(
+    "case",
+    ("llama-grouped", "mixtral", *(pytest.param(c, marks=pytest.mark.slow) for c in ("gemma2", "deepseek-v3", "phi3"))),
+)
 def test_kept_with_options_of_the_config(case, options):
     """In layers of a mixture that train nothing, the experts run as in transformers."""
     model = model_of(case)
@@ -274,8 +276,17 @@ def test_custom_models(layout):
 QUANTIZED = ("nf4", "fp4", "nf4-bfloat16", "8bit", "torchao-int8", "torchao-float8", "torchao-int4")
 
 
-@pytest.mark.parametrize("ran", (False, True))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize(
+    "ran,dtype",
+    [
+        (True, torch.bfloat16),
+        *(
+            pytest.param(*both, marks=pytest.mark.slow)
+            for both in ((False, torch.float32), (True, torch.float32), (False, torch.bfloat16))
+        ),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_quantized_bases(kind, dtype, ran):
     """Before and after a first forward, in which bitsandbytes packs weights. The bytes of the model do not change."""

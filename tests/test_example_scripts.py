@@ -15,6 +15,7 @@ PRINTED = {
     "many_adapters.py": ["sea: loss", "city: loss", "one batch gives the same tokens: True"],
     "serve_and_query.py": ["models: base, polite", "base: ", "polite: "],
     "dpo_with_trl.py": ["loss: 0.693 before", "pairs in which the chosen answer gains: "],
+    "grpo_reasoning_gym.py": ["mlp.down_proj", "reward of each update: ", "score of other problems: "],
     "images_with_trl.py": ["mlp.down_proj", "loss: ", "the same after reloading: True"],
     "embeddings.py": [
         "attention.output.dense",
@@ -25,7 +26,11 @@ PRINTED = {
     "own_model.py": ["up", "down", "loss: ", "merged: Linear"],
     "export_and_reload.py": ["LoRA in PEFT: ", "merged: "],
 }
-NEEDS = {"images_with_trl.py": "torchvision", "embeddings.py": "sentence_transformers"}
+NEEDS = {
+    "images_with_trl.py": "torchvision",
+    "embeddings.py": "sentence_transformers",
+    "grpo_reasoning_gym.py": "reasoning_gym",
+}
 
 
 def test_every_script_is_tested():

@@ -102,7 +102,7 @@ def test_finetune_trains_the_language_model_on_text_and_export_writes_the_whole_
     data = write_jsonl(tmp_path / "rows.jsonl", sums(16))
     run, merged = str(tmp_path / "run"), str(tmp_path / "merged")
     base = str(tmp_path / "base")
-    assert main(["finetune", "--model", base, "--data", str(data), "--output", run, "--max-steps", "3"]) == 0
+    assert main(["sft", "--model", base, "--data", str(data), "--output", run, "--max-steps", "3"]) == 0
     assert main(["export", run, "--model", base, "--format", "merged", "--output", merged]) == 0
     after = type(model).from_pretrained(merged).state_dict()
     moved = changed(model.state_dict(), after)

@@ -44,7 +44,7 @@ def couplings(model: nn.Module) -> list[s2ft.Coupling]:
 def many_adapters(model: nn.Module, folder: Path) -> None:
     first: s2ft.Adapter = s2ft.read_adapter(folder / "a")
     bank = s2ft.AdapterBank(model)
-    bank.add(first.name, folder / "a")
+    bank.add(bank.check(folder / "a").name, folder / "a")
     with s2ft.stable_weights():
         pass
     s2ft.combine_adapters(model, {"a": 0.5, "b": 0.5}, name="both")

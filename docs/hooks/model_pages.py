@@ -87,7 +87,7 @@ def row(model_type: str, cases: dict[str, list], tests: str) -> str:
         cases: The couplings of its tested configurations, by case.
         tests: The tests that run it.
     """
-    from s2ft.export.gguf import ARCHITECTURES
+    from s2ft.export.gguf_writer import ARCHITECTURES
     from s2ft.model.families import FAMILIES
 
     base = min(cases, key=len)

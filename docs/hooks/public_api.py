@@ -65,7 +65,8 @@ GROUPS = (
     Group("peft", "PEFT", "S²FT as a method of PEFT. `import s2ft.peft` registers it.",
           _of("s2ft.peft", "S2FTPeftConfig S2FTPeftModel S2FTPeftLayer to_native from_native")),
     Group("training", "Training", "Train with transformers and TRL.",
-          _of("s2ft.train.trainer", "S2FTTrainer AdapterCheckpoints") + _of("s2ft.train.options", "TrainOptions")),
+          _of("s2ft.train.trainer", "S2FTTrainer AdapterCheckpoints") + _of("s2ft.train.arguments", "SFTArguments")
+          + _of("s2ft.train.options", "ModelOptions RunOptions")),
     Group("serving", "Serving", "Serve a base model and its adapters over HTTP.",
           _of("s2ft.serve.server", "serve build_app") + _of("s2ft.serve.options", "ServerOptions Limits")),
 )  # fmt: skip

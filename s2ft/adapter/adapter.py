@@ -150,7 +150,12 @@ def weighted_sum(parts: Sequence[tuple[Adapter, float]], name: str) -> Adapter:
         ffn_kernel=first.config.ffn_kernel,
         modules_to_save=modules or None,
     )
-    info = {**first.info, "sum_of": [[adapter.name, float(weight)] for adapter, weight in parts]}
+    prompts = [{"prompt": adapter.info["prompt"]} for adapter, _ in parts if "prompt" in adapter.info]
+    info = {
+        **first.info,
+        **(prompts[0] if prompts else {}),
+        "sum_of": [[adapter.name, float(weight)] for adapter, weight in parts],
+    }
     return Adapter(name, config, selection, first.fingerprint, deltas, info, first.couplings, extra_weights)
 
 

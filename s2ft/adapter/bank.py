@@ -24,7 +24,7 @@ from s2ft.adapter.adapter import Adapter, check_fits
 from s2ft.adapter.formats import native
 from s2ft.attached.hosts.compiled import unwrapped
 from s2ft.attached.record import Attachment, find_attachment, new_attachment
-from s2ft.files.adapter_folder import CONFIG, TENSORS, is_folder
+from s2ft.files.adapter_folder import CONFIG, TENSORS, is_folder, own_folder
 from s2ft.files.reading import check_adapter_name
 from s2ft.layers import kind_of
 from s2ft.model.coupling import Projection, projections_of
@@ -48,8 +48,8 @@ class AdapterBank:
     Args:
         model: The base, plain or with adapters of which none is active, in layout `indexed`. Do not change its weights
             while the bank is in use, because the bank checks them only once.
-        directory: A directory of adapters. Each folder in it that holds an adapter is known by its name, also if it is
-            created later.
+        directory: A directory of adapters or of outputs of runs. Each folder in it that holds an adapter is known by its
+            name, also if it is created later.
         limit_bytes: Limit for the adapters that are kept in memory; the ones that were not used for longest are
             dropped. The buffers of the largest batch so far are not counted. Default: no limit.
         dtype: Dtype in which adapters are kept; default: the dtype of the weights that they change.
@@ -148,7 +148,7 @@ class AdapterBank:
 
         Args:
             name: Name of the adapter in the bank.
-            folder: The adapter's folder.
+            folder: The adapter's folder, or the output folder of a run.
 
         Raises:
             ValueError: The name is taken or not valid.
@@ -163,7 +163,7 @@ class AdapterBank:
             True
         """
         check_adapter_name(name)
-        folder = Path(folder)
+        folder = own_folder(Path(folder))
         if not is_folder(folder):
             missing = next((file for file in (CONFIG, TENSORS) if not (folder / file).is_file()), CONFIG)
             raise FileNotFoundError(f"{folder} is not an S²FT adapter: it has no {missing}")
@@ -226,13 +226,13 @@ class AdapterBank:
         """Whether the directory has an adapter with this name that was not removed from the bank."""
         if self._directory is None or name in self._removed or name.startswith(".") or any(c in name for c in "/\\\0"):
             return False
-        return bool(name) and is_folder(self._directory / name)
+        return bool(name) and is_folder(own_folder(self._directory / name))
 
     def _entry(self, name: str) -> "_Entry":
         if name not in self._entries:
             if not isinstance(name, str) or not self._in_directory(name):
                 raise ValueError(f"the bank has no adapter called {name!r}")
-            self._entries[name] = _Entry(self._directory / name)
+            self._entries[name] = _Entry(own_folder(self._directory / name))
         return self._entries[name]
 
     # ---- batches -------------------------------------------------------------------------------------

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from s2ft.files.adapter_folder import is_folder
+from s2ft.files.adapter_folder import ADAPTER, is_folder, own_folder
 
-ADAPTER = "adapter"  # the folder of the adapter in the output folder of a run
 OPTIONS, RUN = "config.yaml", "run.json"  # the file with the options of a run, and its name in older runs
 STATE = "trainer_state.json"  # in every checkpoint of a Trainer, next to the adapter's files
 
@@ -19,10 +18,8 @@ def adapter_folder(folder: Path) -> Path:
         FileNotFoundError: The folder does not exist, the run has not saved its adapter yet, or it is a directory of
             several adapters. The message says what to give instead.
     """
-    if is_folder(folder):
-        return folder
-    if is_folder(folder / ADAPTER):
-        return folder / ADAPTER
+    if is_folder(own_folder(folder)):
+        return own_folder(folder)
     if not folder.exists():
         raise FileNotFoundError(f"adapter {folder} doesn't exist")
     if is_run(folder):

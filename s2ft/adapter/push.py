@@ -28,7 +28,7 @@ def push_to_hub(
 
     Args:
         model_or_folder: A model with adapters, or a folder that :func:`s2ft.save_adapter` wrote.
-        repo_id: The repository, as "org/name".
+        repo_id: The repository, as "org/name". A name without owner is one of your own.
         name: The adapter of the model; default as in :func:`s2ft.save_adapter`.
         revision: The branch, which is created if it does not exist; default: the repository's main branch.
         private: Whether a repository that is created now is private.
@@ -61,13 +61,15 @@ def _upload(folder: Path, repo_id: str, revision, private, token, message: str) 
     from huggingface_hub import CommitOperationAdd, HfApi  # imported here, because `import s2ft.adapter` is faster so
 
     adapter, files = native.read_files(folder)
-    if (folder / CARD).exists():
+    card = card_of(adapter).encode()
+    if (folder / CARD).exists() and (folder / CARD).read_bytes() != card:  # A card that was written by hand.
         files[CARD] = (folder / CARD).read_bytes()
     api = HfApi(token=token)
-    api.create_repo(repo_id, private=private, exist_ok=True)
+    made = api.create_repo(repo_id, private=private, exist_ok=True)
+    repo_id = getattr(made, "repo_id", repo_id)  # with the owner, if only a name was given
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     if CARD not in files and not api.file_exists(repo_id, CARD, revision=revision):
-        files[CARD] = card_of(adapter).encode()
+        files[CARD] = card
     operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in files.items()]
     return str(api.create_commit(repo_id, operations, commit_message=message, revision=revision).commit_url)

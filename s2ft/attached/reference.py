@@ -30,14 +30,13 @@ def without_trainable(model: nn.Module) -> Iterator[None]:
         yield
         return
     layers = [mount.layer for mount in record.mounts.values()]
-    fused = [layer for layer in layers if layer.fused]
     with ExitStack() as stack:
         for layer in layers:
+            if layer.fused:
+                stack.callback(layer.fuse)
+                layer.unfuse()
             stack.callback(setattr, layer, "enabled", True)
             layer.enabled = False
-        for layer in fused:
-            stack.callback(layer.fuse)
-            layer.unfuse()
         stack.enter_context(_base_of_extra_weights(model, record))
         yield
 

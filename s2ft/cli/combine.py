@@ -61,4 +61,13 @@ def combine(folders: list[str], weights: list[float] | None, name: str | None, o
     check_adapter_name(name)
     adapters = [read_adapter(folder) for folder in folders]
     native.write(weighted_sum(list(zip(adapters, weights)), name), output)
-    return f"{overlap(adapters)}\nadapter {name!r}: {output}"
+    lines = [str(overlap(adapters)), *_prompt_line(adapters)]
+    return "\n".join([*lines, f"adapter {name!r}: {output}"])
+
+
+def _prompt_line(adapters: list) -> list[str]:
+    """A line about the prompt of the sum, if the adapters were trained with different ones."""
+    recorded = [adapter for adapter in adapters if "prompt" in adapter.info]
+    if all(adapter.info["prompt"] == recorded[0].info["prompt"] for adapter in recorded):
+        return []
+    return [f"the adapters were trained with different prompts; the sum records that of {recorded[0].name!r}"]

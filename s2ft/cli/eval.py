@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from s2ft.cli.parse import ADAPTER, DTYPE, MODEL, parse, quiet_transformers
+from s2ft.text.data.options import DATA, ReadingOptions
 from s2ft.text.models import DTYPES
 from s2ft.text.scoring import TASKS
 from s2ft.train.options import check_fields, option
@@ -14,15 +15,14 @@ EXAMPLE = "  s2ft eval --model meta-llama/Llama-3.2-1B --adapter my-run --data t
 class EvalArguments:
     model: str = option(text=MODEL)
     data: list[str] = option(
-        text="JSON or JSONL files; the field `answer` of a row is scored, or its output if there is none",
-        metavar="FILE",
+        text=f"{DATA}; the field `answer` of a row is scored, or its output if there is none", metavar="FILE_OR_NAME"
     )
     task: str = option(
         text="arithmetic scores the last number of the generated text, commonsense the first answer word "
         "(true, answer1, ...)",
         choices=TASKS,
     )
-    adapter: str | None = option(None, ADAPTER, metavar="DIR")
+    adapter: str | None = option(None, ADAPTER, metavar="ADAPTER")
     batch_size: int = option(32, "prompts that are answered at once", unit="prompts", least=1)
     max_new_tokens: int = option(256, "longest answer", unit="tokens", least=1)
     limit: int | None = option(None, "use the first N rows only", shown="all rows", least=1)
@@ -34,13 +34,18 @@ class EvalArguments:
 
 
 def run(arguments: list[str]) -> None:
-    (job,) = parse("eval", "Generate an answer to each row greedily and score it.", [EvalArguments], arguments, EXAMPLE)
+    description = "Generate an answer to each row greedily and score it."
+    job, reading = parse("eval", description, [EvalArguments, ReadingOptions], arguments, EXAMPLE)
     quiet_transformers()
-    score(job)
+    score(job, reading)
 
 
-def score(job: EvalArguments) -> None:
+def score(job: EvalArguments, reading: ReadingOptions) -> None:
     """Score the model and print the accuracy.
+
+    Args:
+        job: The options of the command.
+        reading: How the data is read.
 
     Raises:
         FileExistsError: The output file exists.
@@ -49,10 +54,9 @@ def score(job: EvalArguments) -> None:
     """
     from pathlib import Path
 
-    import s2ft
+    from s2ft.text.adapter_prompts import load_with_adapter
     from s2ft.text.evaluation import evaluate
     from s2ft.text.examples import read_examples
-    from s2ft.text.models import dtype_of_base, load_model
     from s2ft.text.scoring import right_answer
     from s2ft.train.device import gpu_or_cpu
     from s2ft.train.output import write_json
@@ -62,15 +66,14 @@ def score(job: EvalArguments) -> None:
         raise FileExistsError(f"output {output} exists")
     if output and not output.parent.is_dir():
         raise FileNotFoundError(f"output {output} is in a folder that doesn't exist")
-    examples = read_examples(job.data)[: job.limit]
+    examples = read_examples(reading.of(job.data, "test", job.limit))
     for example in examples:  # A row that can't be scored is reported before the model is loaded.
         right_answer(example, job.task)
-    dtype = dtype_of_base(s2ft.read_adapter(job.adapter), job.dtype) if job.adapter else job.dtype
-    model, tokenizer = load_model(job.model, dtype)
-    if job.adapter:
-        s2ft.load_adapter(model, job.adapter)
+    model, prompter = load_with_adapter(job.model, job.adapter, job.dtype)
     model.to(gpu_or_cpu())
-    result = evaluate(model, tokenizer, examples, job.task, job.batch_size, job.max_new_tokens)
+    result = evaluate(
+        model, prompter.tokenizer, examples, job.task, job.batch_size, job.max_new_tokens, prompt=prompter.format
+    )
     print(result)
     if output:
         write_json(output, {"model": job.model, "adapter": job.adapter, "data": job.data, **result.to_dict()})

@@ -53,10 +53,12 @@ def _parser() -> Parser:
         metavar=f"{{{','.join(DTYPES)}}}",
         help="dtype of the weights; auto: the dtype of the training (default: auto)",
     )
-    for name, export in EXPORTS.items():
-        for option, keywords in export.options.items():
-            keywords = {**keywords, "help": f"{name}: {keywords['help']}"}
-            parser.add_argument(_flag(option), default=argparse.SUPPRESS, **keywords)
+    for option, keywords in {
+        name: text for export in EXPORTS.values() for name, text in export.options.items()
+    }.items():
+        owners = ", ".join(name for name, export in EXPORTS.items() if option in export.options)
+        keywords = {**keywords, "help": f"{owners}: {keywords['help']}"}
+        parser.add_argument(_flag(option), default=argparse.SUPPRESS, **keywords)
     parser.add_argument(
         "--name",
         default=argparse.SUPPRESS,

@@ -1,5 +1,6 @@
 """s2ft generate: write one answer to the terminal, token by token."""
 
+import sys
 from dataclasses import dataclass
 
 from s2ft.cli.parse import ADAPTER, DTYPE, MODEL, parse, quiet_transformers
@@ -44,27 +45,22 @@ def generate(job: GenerateArguments, sampling: SamplingArguments) -> None:
     Raises:
         ValueError: An option is wrong, the model can't be loaded, or the generation failed.
     """
-    import s2ft
-    from s2ft.text.adapter_prompts import Prompter, say_which_template
+    from s2ft.text.adapter_prompts import load_with_adapter
     from s2ft.text.chat import pieces
-    from s2ft.text.models import dtype_of_base, load_model
     from s2ft.text.running_batch import Row, RunningBatch
     from s2ft.train.device import gpu_or_cpu
 
     prompt = read_prompt(job)
-    adapter = s2ft.read_adapter(job.adapter) if job.adapter else None
-    model, tokenizer = load_model(job.model, job.dtype if adapter is None else dtype_of_base(adapter, job.dtype))
-    prompter = Prompter(tokenizer, adapter and adapter.info, model.generation_config)
-    if adapter is not None:
-        s2ft.load_adapter(model, adapter)
-        say_which_template(prompter, f"adapter {job.adapter}")
+    model, prompter = load_with_adapter(job.model, job.adapter, job.dtype)
     row = Row(prompt_ids(prompter, prompt, job), sampling.sampler())
-    check_room(model, len(row.prompt), sampling.max_new_tokens)
+    limit = longest_answer(model, len(row.prompt), sampling.max_new_tokens)
     batch: RunningBatch[Row] = RunningBatch(model.to(gpu_or_cpu()))
     batch.admit([row])
-    for piece in pieces(batch, row, tokenizer, prompter.ends, sampling.max_new_tokens):
+    for piece in pieces(batch, row, prompter.tokenizer, prompter.ends, limit):
         print(piece, end="", flush=True)
     print()
+    if limit < sampling.max_new_tokens and len(row.tokens) == limit and row.tokens[-1] not in prompter.ends:
+        print(f"(cut after {limit} tokens: the model's context is full)", file=sys.stderr)
 
 
 def read_prompt(job: GenerateArguments) -> str:
@@ -73,7 +69,6 @@ def read_prompt(job: GenerateArguments) -> str:
     Raises:
         ValueError: There is no prompt, there are two, or it is not valid text.
     """
-    import sys
     from pathlib import Path
 
     from s2ft.text.examples import check_unicode
@@ -99,13 +94,15 @@ def prompt_ids(prompter, prompt: str, job: GenerateArguments) -> list[int]:
     return prompter.encode_text(prompt)
 
 
-def check_room(model, prompt: int, new: int) -> None:
-    """Raise ValueError if `prompt` tokens and `new` ones are more than the model's context."""
+def longest_answer(model, prompt: int, new: int) -> int:
+    """Return `new`, or what the model's context leaves for an answer to `prompt` tokens.
+
+    Raises:
+        ValueError: It leaves nothing.
+    """
     from s2ft.text.encoding import context_length
 
     context = context_length(model)
-    if context is not None and prompt + new > context:
-        raise ValueError(
-            f"the model's context is {context} tokens: a prompt of {prompt} tokens and {new} new ones are too many; "
-            "lower --max-new-tokens"
-        )
+    if context is not None and prompt >= context:
+        raise ValueError(f"the model's context is {context} tokens, and the prompt has {prompt}: shorten it")
+    return new if context is None else min(new, context - prompt)

@@ -3,13 +3,18 @@
 import importlib
 import logging
 import os
+import re
 import sys
 import warnings
+from collections.abc import Sequence
 
 from s2ft.cli.parse import did_you_mean
+from s2ft.out_of_memory import OutOfMemory, first_line, is_out_of_memory
 
 COMMANDS = {
     "sft": "train an adapter on your data; s2ft finetune is the same",
+    "dpo": "train an adapter on pairs of a better and a worse answer",
+    "grpo": "train an adapter by the rewards of its own answers",
     "select": "choose units and save them, without training",
     "eval": "score generated answers of a model, with or without an adapter",
     "generate": "write one answer to a prompt",
@@ -45,6 +50,13 @@ MISTAKES = (
     ImportError,
 )
 WRITERS = ("PytorchStreamWriter failed", "unexpected pos", "I/O error")  # in messages of torch and safetensors
+# What takes less memory, for commands that do not count it.
+SMALLER = {
+    "merge": "a smaller --dtype, such as bfloat16, takes less memory",
+    "export": "a smaller --dtype, such as bfloat16, takes less memory",
+    "select": "a smaller --dtype, such as bfloat16, or fewer --calibration-examples take less memory",
+    "serve": "a smaller --dtype, such as bfloat16, or a smaller --max-batch-size take less memory",
+}
 TRACEBACK = "S2FT_TRACEBACK"
 # Loggers whose warnings are about other libraries' optional parts. Their errors are still shown.
 CHATTY = (
@@ -108,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     name, *rest = arguments
     if name not in COMMANDS and name not in SAME:
         kind = "option" if name.startswith("-") else "command"
-        hint = did_you_mean(name, list(COMMANDS), OTHER_NAMES)
+        hint = did_you_mean(name, [*COMMANDS, *SAME], OTHER_NAMES)
         say_error("s2ft", f"there is no {kind} {name!r}{hint} (see s2ft --help)")
         return 2
     set_up_logging(traceback)
@@ -120,8 +132,13 @@ def main(arguments: list[str] | None = None) -> int:
         say_error(f"s2ft {name}", str(error))
         return 2
     except Exception as error:
+        if traceback:
+            raise
+        if is_out_of_memory(error):
+            say_error(f"s2ft {name}", *explain(error, name))
+            return 1
         reason = reason_not_written(error)
-        if traceback or reason is None:
+        if reason is None:
             raise
         say_error(f"s2ft {name}", reason)
         return 1
@@ -144,15 +161,25 @@ def set_up_logging(everything: bool) -> None:
         warnings.filterwarnings("ignore", module=rf"(torch|datasets|peft|{'|'.join(CHATTY)})(\.|$)")
 
 
-def say_error(program: str, reason: str) -> None:
-    """Print one line on stderr. If several ranks have the same error, one of them prints it."""
-    line = f"{program}: error: " + " ".join(reason.splitlines())
+def say_error(program: str, reason: str, more: Sequence[str] = ()) -> None:
+    """Print one line on stderr, and `more` lines. If several ranks have the same error, one of them prints it.
+
+    Lines of the reason that begin with two spaces, such as a list of bad rows, stay lines.
+    """
+    line = f"{program}: error: " + re.sub(r"\n(?!  )", " ", reason)
     if "WORLD_SIZE" in os.environ:  # Several ranks may have been started; importing PyTorch takes a second.
         from s2ft.distributed import should_print
 
         if not should_print(line):
             return
-    print(line, file=sys.stderr)
+    print("\n".join([line, *more]), file=sys.stderr)
+
+
+def explain(error: BaseException, command: str) -> tuple[str, list[str]]:
+    """Return what to print of an out-of-memory error: the reason, and lines with what to change."""
+    if isinstance(error, OutOfMemory):
+        return error.reason, [*error.advice, *([error.kept] if error.kept else [])]
+    return f"out of memory: {first_line(error)}", [SMALLER[command]] if command in SMALLER else []
 
 
 def reason_not_written(error: Exception) -> str | None:

@@ -13,16 +13,35 @@ OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "trust_remote_code": ("", "run the Python code that a model or tokenizer on the hub brings along"),
         "model_init_kwargs": ("", "more arguments of from_pretrained, as a dictionary in JSON"),
     },
-    "data": {"max_length": ("", "longest row in tokens"), "chat_template": ("chat-template-path", "")},
+    "data": {
+        "data": ("", ""),
+        "eval_data": ("", ""),
+        "test_split_size": ("", ""),
+        "limit": ("max-samples", ""),
+        "dataset_name": ("", ""),
+        "dataset_config": ("", ""),
+        "dataset_train_split": ("", ""),
+        "dataset_test_split": ("", ""),
+        "dataset_revision": ("", ""),
+        "dataset_streaming": ("", ""),
+        "datasets": ("", ""),
+        "field": ("", ""),
+        "form": ("", ""),
+        "chat_template": ("chat-template-path", ""),
+        "system_prompt": ("", ""),
+        "max_length": ("", "longest row in tokens"),
+        "too_long": ("", ""),
+        "skip_bad_rows": ("", ""),
+    },
     "selection": {},
     "training": {
         "num_train_epochs": ("epochs num-epochs", "passes over the data"),
         "max_steps": ("", "number of updates; a positive number replaces --epochs"),
         "learning_rate": ("lr", "peak learning rate; the paper uses 2e-4 for commonsense and 1e-3 for arithmetic"),
-        "lr_scheduler_type": ("schedule scheduler", "learning-rate schedule after the warm-up: linear, cosine, constant, ..."),
+        "lr_scheduler_type": ("schedule scheduler", "schedule after the warm-up: linear, cosine, constant, ..."),
         "lr_scheduler_kwargs": ("", "arguments of the schedule, as a dictionary in JSON"),
         "warmup_steps": ("warmup-ratio", ""),
-        "optim": ("optimizer", "optimizer by its name in transformers: adamw_torch_fused, sgd, adafactor, adamw_8bit, ..."),
+        "optim": ("optimizer", "optimizer by its name in transformers: sgd, adafactor, adamw_8bit, ..."),
         "optim_args": ("", "arguments of the optimizer, as name=value,name=value"),
         "weight_decay": ("", "weight decay of the deltas"),
         "adam_beta1": ("beta1", "first decay rate of Adam"),
@@ -37,8 +56,23 @@ OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "seed": ("", "seed of the selection, of the order of the rows and of dropout"),
         "data_seed": ("", "seed of the order of the rows"),
     },
+    "rewards and preferences": {
+        "rewards": ("", ""),
+        "reward_weights": ("", "weight of each reward in the sum"),
+        "num_generations": ("", "answers to each prompt, which are compared with each other"),
+        "max_completion_length": ("", "longest generated answer in tokens"),
+        "temperature": ("", "temperature of the generated answers"),
+        "top_p": ("", "generate from the likeliest tokens with this probability together"),
+        "top_k": ("", "generate from so many of the likeliest tokens; 0: from all"),
+        "steps_per_generation": ("", "forward passes that use answers generated at once"),
+        "num_iterations": ("", "updates with the same answers"),
+        "epsilon": ("", "how far an update may change the probability of an answer, as a share"),
+        "beta": ("", "how strongly the model is kept near the base, which is the reference"),
+        "label_smoothing": ("", "share of the pairs whose preference may be wrong, for some losses"),
+        "precompute_ref_log_probs": ("", "run the reference on all pairs before the training: faster steps"),
+    },
     "batches": {
-        "batch_size": ("bs", ""),
+        "batch_size": ("", ""),
         "per_device_train_batch_size": ("micro-batch-size", "rows of one forward pass on one device"),
         "gradient_accumulation_steps": ("", "forward passes whose gradients are added up"),
         "packing": ("", "put several rows into one row of --max-length tokens"),
@@ -104,15 +138,25 @@ SHORT_NAMES = {
     for name, (names, _) in options.items()
 }
 HELP = {name: text for options in OPTIONS.values() for name, (_, text) in options.items() if text}
+# Help texts of options that mean something else in another command than in s2ft sft.
+HELP_OF = {
+    ("DPOArguments", "loss_type"): "sigmoid, ipo, hinge, robust, sft, ...; several are added with --loss-weights",
+    ("GRPOArguments", "loss_type"): "dapo, grpo, dr_grpo, bnpo, cispo, ...",
+}
+# Options of a command that have the short name of another option in s2ft sft.
+OWN_NAMES = {"DPOArguments": ("label_smoothing",), "GRPOArguments": ("epsilon",)}
 # Fields that are another option on the command line, because another dataclass has the name.
 RENAMED = {("S2FTConfig", "seed"): "selection_seed"}
-MORE_METADATA = {"selection_seed": {"shown": "the run's seed"}, "data_seed": {"shown": "the run's seed"}}
+MORE_METADATA = {
+    "selection_seed": {"shown": "--seed if that is given, else 0"},
+    "data_seed": {"shown": "the run's seed"},
+}
 # Options that other programs or older versions have. They are suggested.
 ELSEWHERE = {
+    "batch-size": "bs",
     "bf16": "autocast precision mixed-precision",
     "dtype": "torchdtype",
     "max-length": "cutoff-len max-seq-length max-seq-len sequence-len",
-    "limit": "max-samples",
     "match-lora-rank": "lora-rank r rank",
     "train-sampling-strategy group_by_length": "group-by-length",
     "eval-data": "eval-dataset validation-file",

@@ -11,7 +11,7 @@ from dataclasses import MISSING, Field, fields
 from types import UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
-GROUPS = ("model and data", "selection", "training", "evaluation", "output", "devices")  # in this order in the help
+GROUPS = ("model and data", "selection")  # in this order in the help
 MANY = 8  # so many choices of an option stand in its help text, fewer ones behind its name
 MOST = 16  # so many choices are listed in an error, of more the closest ones
 SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
@@ -19,29 +19,17 @@ TRUE, FALSE = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
 # Options by the names that other programs give them. They are suggested if the command has the option.
 OTHER_NAMES = {
     "adapter": "adapter-path lora-path",
-    "batch-size": "bs gradient-accumulation-steps",
-    "data": "dataset dataset-name train-file",
+    "batch-size": "bs",
+    "data": "dataset dataset-name",
     "dtype": "precision torch-dtype",
     "dtype bfloat16": "bf16",
     "dtype float16": "fp16",
-    "epochs": "num-epochs num-train-epochs",
-    "eval-data": "eval-dataset validation-file",
-    "keep-checkpoints": "save-total-limit",
-    "learning-rate": "lr",
     "limit": "max-samples",
-    "log-steps": "logging-steps",
     "match-lora-rank": "lora-rank r rank",
     "max-length": "cutoff-len max-seq-length",
     "max-new-tokens": "max-tokens",
-    "micro-batch-size": "per-device-train-batch-size",
     "model": "base-model model-name-or-path",
-    "optimizer": "optim",
     "output": "out output-dir",
-    "overwrite": "overwrite-output-dir",
-    "resume": "resume-from-checkpoint",
-    "schedule": "lr-scheduler-type scheduler",
-    "warmup-steps": "warmup-ratio",
-    "weight-decay": "wd",
 }
 
 # Help texts that several commands share.

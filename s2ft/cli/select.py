@@ -1,15 +1,16 @@
 """s2ft select: choose units and save them, without training."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from s2ft.cli.finetune import CALIBRATION, DATA, DEFAULT_D_RATIO
 from s2ft.cli.parse import MODEL, parse, quiet_transformers
+from s2ft.config import S2FTConfig
+from s2ft.text.data.options import DATA, ReadingOptions
 from s2ft.text.models import DTYPES
-from s2ft.train.options import check_fields, option
+from s2ft.train.options import CALIBRATION, DEFAULT_D_RATIO, check_fields, option
 
 EXAMPLE = """  s2ft select --model meta-llama/Llama-3.2-1B --d-ratio 0.03 --selection weight --output units.json
-  s2ft finetune --model meta-llama/Llama-3.2-1B --data my-data.jsonl --units units.json --output my-run"""
+  s2ft sft --model meta-llama/Llama-3.2-1B --data my-data.jsonl --units units.json --output my-run"""
 
 
 @dataclass
@@ -20,7 +21,7 @@ class SelectArguments:
         None,
         f"calibration data for the selections activation, product and gradient: {DATA}",
         group="model and data",
-        metavar="FILE",
+        metavar="FILE_OR_NAME",
     )
     calibration_examples: int | None = option(None, group="model and data", **CALIBRATION)
     batch_size: int = option(8, "rows of one forward pass", group="model and data", unit="rows", least=1)
@@ -38,16 +39,21 @@ class SelectArguments:
         check_fields(self)
 
 
-def run(arguments: list[str]) -> None:
-    from s2ft.config import S2FTConfig
+@dataclass
+class Choice(S2FTConfig):
+    """An S2FTConfig with the seed that runs of s2ft sft have by default, so that both choose the same units."""
 
-    job, config = parse(
+    seed: int = field(default=42, metadata={"help": "seed of the random selection and of the calibration rows"})
+
+
+def run(arguments: list[str]) -> None:
+    job, config, reading = parse(
         "select",
         "Choose the units that a configuration describes, print a table of them, and save them.",
-        [SelectArguments, S2FTConfig],
+        [SelectArguments, Choice, ReadingOptions],
         arguments,
         EXAMPLE,
-        {S2FTConfig: "selection"},
+        {Choice: "selection", ReadingOptions: "model and data"},
     )
     quiet_transformers()
     if not config.ratios and config.units is None:
@@ -56,17 +62,18 @@ def run(arguments: list[str]) -> None:
         raise FileExistsError(f"output {job.output} exists: choose another")
     if not Path(job.output).absolute().parent.is_dir():
         raise FileNotFoundError(f"there is no folder for output {job.output}")
-    selection = choose(job, config)
+    selection = choose(job, config, reading)
     selection.save(job.output)
     print(f"{selection}\nselection: {job.output}")
 
 
-def choose(job: SelectArguments, config):
+def choose(job: SelectArguments, config, reading: ReadingOptions):
     """Return the selection.
 
     Args:
         job: The options of the command.
         config: The S2FTConfig.
+        reading: How the data is read.
 
     Raises:
         ValueError: The configuration needs calibration data and there is none, or the other way round.
@@ -87,14 +94,18 @@ def choose(job: SelectArguments, config):
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = accelerator or torch.device("cpu")
     say_device(device)
-    return s2ft.select(model.to(device), config, _calibration(job, config, model, tokenizer))
+    return s2ft.select(model.to(device), config, _calibration(job, config, reading, model, tokenizer))
 
 
-def _calibration(job: SelectArguments, config, model, tokenizer):
+def _calibration(job: SelectArguments, config, reading: ReadingOptions, model, tokenizer):
     from s2ft.text.calibration import calibration_for
-    from s2ft.text.encoding import context_length, encode_examples
-    from s2ft.text.examples import read_examples
+    from s2ft.text.data import load_rows
+    from s2ft.text.encoding import context_length, tokenize_rows
+    from s2ft.text.prompts import prompt_for_rows
 
+    options = reading.of(job.data or [], "train")
+    rows = load_rows(options)
+    prompt = prompt_for_rows(tokenizer, rows, options)
     room = min(job.max_length, context_length(model) or job.max_length)
-    rows = encode_examples(tokenizer, read_examples(job.data or []), room)
-    return calibration_for(config, tokenizer, rows, job.calibration_examples, job.batch_size)
+    tokenized = tokenize_rows(rows, tokenizer, prompt, max_length=room, skip_bad_rows=options.skip_bad_rows)
+    return calibration_for(config, tokenizer, tokenized.dataset, job.calibration_examples, job.batch_size)

@@ -153,5 +153,6 @@ def serve_by_vllm(job: ServeArguments) -> None:
     with tempfile.TemporaryDirectory(prefix="s2ft-vllm-") as target:
         exported = vllm.export(job.model, job.adapters, Path(target))
         base = job.served_model_name or served_name(job.model)
-        line = vllm.command(job.model, exported, job.host, job.port, base, key)
+        template = vllm.write_template(exported, Path(target))
+        line = vllm.command(job.model, exported, job.host, job.port, base, key, template)
         os.execvp(line[0], line)

@@ -9,6 +9,7 @@ import re
 import types
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -19,10 +20,12 @@ from s2ft.cli.option_table import (
     ELSEWHERE,
     GROUP_OF,
     HELP,
+    HELP_OF,
     KIND_GROUPS,
     MORE_METADATA,
     NOT_USED,
     OPTIONS,
+    OWN_NAMES,
     RENAMED,
     SHORT_NAMES,
 )
@@ -32,7 +35,7 @@ from s2ft.train.arguments import RunArguments
 SAVE_STEPS = next(one.default for one in fields(RunArguments) if one.name == "save_steps")
 logger = logging.getLogger(__name__)
 MORE = "more options of transformers and TRL"
-REQUIRED = ("model_name_or_path", "output_dir")
+REQUIRED = (("model_name_or_path",), ("data", "dataset_name", "datasets"), ("output_dir",))  # one of each
 TAKEN = {short for names in SHORT_NAMES.values() for short in names}
 NOT_WRITTEN = ("hub_token", "resume_from_checkpoint", "overwrite")  # secrets and what concerns one call only
 LATEST = "latest"  # --resume without a checkpoint
@@ -120,13 +123,13 @@ def parse_training(
         SystemExit: The help was asked for and printed.
     """
     arguments = list(arguments)
-    parser = TrainingParser([*kinds, LoraOptions], "--help-all" in arguments, command, description, example)
+    parser = _parser((*kinds, LoraOptions), "--help-all" in arguments, command, description, example)
     given = parser.given(arguments)
-    missing = [name for name in REQUIRED if given.get(name) is None]
+    missing = [names[0] for names in REQUIRED if not any(given.get(name) for name in names)]
     if missing:
         parser.error(f"missing: {', '.join(parser.short_name(name) for name in missing)}")
     _take_lora(given)
-    filled = {**given, **_evaluation(given)}
+    filled = {**given, **_evaluation(given), **_text_field(given)}
     objects: dict[type, Any] = {}
     for kind in kinds:
         values = {
@@ -143,12 +146,10 @@ def parse_training(
 
 
 def _share_seed(objects: dict[type, Any], given: dict[str, Any]) -> None:
-    """Give the selection the seed of the run, unless it has its own."""
-    seed = next((value.seed for kind, value in objects.items() if kind.__name__ != "S2FTConfig"
-                 and hasattr(value, "seed")), 0)  # fmt: skip
+    """Give the selection the seed that the run is given, unless it has its own."""
     for kind, value in objects.items():
-        if kind.__name__ == "S2FTConfig" and "selection_seed" not in given:
-            value.seed = seed
+        if kind.__name__ == "S2FTConfig" and "selection_seed" not in given and "seed" in given:
+            value.seed = given["seed"]
 
 
 def _evaluation(given: dict[str, Any]) -> dict[str, Any]:
@@ -164,6 +165,13 @@ def _evaluation(given: dict[str, Any]) -> dict[str, Any]:
         found.setdefault("eval_strategy", given.get("save_strategy", "steps").replace("best", "steps"))
         found.setdefault("eval_steps", given.get("save_steps", SAVE_STEPS))
     return {key: value for key, value in found.items() if key not in given or given[key] == 0}
+
+
+def _text_field(given: dict[str, Any]) -> dict[str, Any]:
+    """TRL's name of the field with the text, as one of the fields that are renamed."""
+    if given.get("dataset_text_field", "text") == "text":
+        return {}
+    return {"field": [*given.get("field", []), f"text={given['dataset_text_field']}"]}
 
 
 def _take_lora(given: dict[str, Any]) -> None:
@@ -221,6 +229,7 @@ class TrainingParser(TrlParser):
         self.add_argument("--help-all", action="help", help="show all options, also TRL's and transformers' others")
         self.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="read options from a YAML file")
         self.groups = {name: self.add_argument_group(name) for name in [*OPTIONS, MORE]}
+        self.own_names = {name for kind in kinds for name in OWN_NAMES.get(kind.__name__, ())}
         ordered = [(one, kind) for kind in kinds for one in self._fields(kind)]
         places = {name: place for place, name in enumerate(GROUP_OF)}
         for one, kind in sorted(ordered, key=lambda pair: places.get(pair[0].name, len(places))):
@@ -240,18 +249,21 @@ class TrainingParser(TrlParser):
 
     def _add(self, one: Field, kind: type) -> None:
         """Add the option of a field to its group, unless another dataclass has it, or another option has its name."""
-        if one.name in self.options or one.name in TAKEN:
+        if one.name in self.options or (one.name in TAKEN and one.name not in self.own_names):
             return
         own, metadata, hint = one.name in GROUP_OF or kind.__name__ in KIND_GROUPS, one.metadata, one.type
         hidden = kind is LoraOptions or not (own or self.everything)
         group = self.groups[GROUP_OF.get(one.name) or KIND_GROUPS.get(kind.__name__, MORE)]
-        one.metadata = {"aliases": [word for name in SHORT_NAMES.get(one.name, ()) for word in _spellings(name)]}
+        short = [name for name in SHORT_NAMES.get(one.name, ()) if name not in self.own_names]
+        one.metadata = {"aliases": [word for name in short for word in _spellings(name)]}
+        if _list_of(hint):
+            one.metadata["action"] = "extend"  # --field a=b --field c=d
         before = len(group._group_actions)
         self._parse_dataclass_field(group, one)
         for action in group._group_actions[before:]:
             negated = action.nargs == 0
             _complete(action, metadata, hint)
-            action.help = argparse.SUPPRESS if hidden else _help(one, metadata, negated)
+            action.help = argparse.SUPPRESS if hidden else _help(one, metadata, negated, kind)
         self.options[one.name] = group._group_actions[before]
         self.hints[one.name] = hint
         if self.options[one.name].const is True and _default(one) is True and not hidden:
@@ -320,6 +332,8 @@ class TrainingParser(TrlParser):
         if value is None or _takes(hint, type(value)) and isinstance(value, (list, dict)):
             read = action.type if isinstance(value, list) and action.nargs == "+" else None
             return [read(str(item)) if not isinstance(item, dict) else item for item in value] if read else value
+        if isinstance(value, dict) and action.dest == "field":  # `field: {instruction: question}`
+            return value
         if isinstance(value, (list, dict)):
             raise ValueError(f"must be one value, got {value!r}")
         if action.nargs == 0:  # no_...: true
@@ -335,13 +349,20 @@ class TrainingParser(TrlParser):
     # ---- what is said --------------------------------------------------------------------------------------
 
     def short_name(self, name: str) -> str:
-        """The first short name of an option on the command line, else its full one."""
-        return f"--{[*SHORT_NAMES.get(name, ()), name][0].replace('_', '-')}"
+        """The name of an option on the command line: the shorter one of its full name and its first short name."""
+        return f"--{min([*SHORT_NAMES.get(name, ())[:1], name], key=len).replace('_', '-')}"
+
+    def _argument(self, match: re.Match) -> str:
+        name = self.short_name(self._option_string_actions[match[1].split("/")[0]].dest)
+        return f"{name} must " if match[2] else f"{name}: "
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError with one line."""
-        message = re.sub(r"^argument ([^:]+): (must )?", _argument, " ".join(message.split()))
+        message = re.sub(r"^argument ([^:]+): (must )?", self._argument, " ".join(message.split()))
         raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+_parser = cache(TrainingParser)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -374,14 +395,10 @@ def _loader() -> type:
     class Loader(yaml.SafeLoader):
         pass
 
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), [*"-+0123456789"])
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), [*"-+0123456789"]
+    )
     return Loader
-
-
-def _argument(match: re.Match) -> str:
-    names = [name for name in match[1].split("/") if "_" not in name]
-    shown = min(names or [match[1]], key=len)
-    return f"{shown} must " if match[2] else f"{shown}: "
 
 
 def _spellings(name: str) -> list[str]:
@@ -395,6 +412,12 @@ def _takes(hint: Any, kind: type) -> bool:
     if get_origin(hint) in (Union, types.UnionType):
         return any(_takes(part, kind) for part in get_args(hint))
     return (get_origin(hint) or hint) is kind
+
+
+def _list_of(hint: Any) -> Any:
+    """The type of the items if a type takes lists, else None."""
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return next((get_args(part)[0] for part in parts if get_origin(part) is list), None)
 
 
 def _word_of(value: bool, action: argparse.Action) -> str:
@@ -452,12 +475,10 @@ def _complete(action: argparse.Action, metadata: Any, hint: Any) -> None:
     if plain[0] is bool:
         action.nargs, action.const, action.type, action.choices = "?", True, _switch, None
         return
-    listed = [part for part in plain if get_origin(part) is list]
     if action.dest == "datasets":
         action.type = lambda path: {"path": path}
-    elif listed:
-        action.nargs, item = "+", get_args(listed[0])[0]
-        action.type = _number(int, False) if item is int else str
+    elif item := _list_of(hint):
+        action.nargs, action.type = "+", _number(int, False) if item is int else str
     elif str not in plain and plain[0] in (int, float):
         action.type = _number(plain[0], type(None) in parts)
     elif any(_takes(part, dict) for part in plain):
@@ -479,11 +500,13 @@ def _metavar(action: argparse.Action, plain: list, choices: list[str]) -> str:
     return kinds.get(plain[0], "N" if int in plain and str not in plain else action.dest.split("_")[-1].upper())
 
 
-def _help(one: Field, metadata: Any, negated: bool) -> str:
+def _help(one: Field, metadata: Any, negated: bool, kind: type) -> str:
     """The help text of an option, with its default. Of a long text of another package, the first sentence."""
-    text = HELP.get(one.name) or metadata.get("help", one.name.replace("_", " "))
-    if negated:
-        return help_text({**metadata, "off": metadata.get("off", f"do not {text}")}, None, "off")
+    text = HELP_OF.get((kind.__name__, one.name)) or HELP.get(one.name) or metadata.get("help", one.name.replace("_", " "))
     text = re.split(r"\. (?=[A-Z])", text)[0]
     text = text if text.endswith("...") else text.rstrip(".")
+    if negated:
+        return help_text(
+            {**metadata, "off": metadata.get("off", f"turn off: {text[:1].lower()}{text[1:]}")}, None, "off"
+        )
     return help_text({**metadata, "help": text, **MORE_METADATA.get(one.name, {})}, _default_of(one))

@@ -1,305 +1,238 @@
-"""GGUF, the file format of llama.cpp: a merged model with its config and its tokenizer.
+"""Export of a merged model as a GGUF file, by the converter of llama.cpp where it is installed, else by our writer."""
 
-A family or a tokenizer is written only if llama.cpp is known to compute the same from every part of it. Others are
-refused, and the message names the command of llama.cpp that converts a merged checkpoint. If the base is a GGUF file
-itself, its metadata is copied, including the tokenizer.
-"""
-
-import json
-from collections.abc import Iterator
+import logging
+import shutil
+from collections.abc import Callable
+from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
+from s2ft.export.gguf_writer import ARCHITECTURES, KINDS, PLAIN, kind_of_dtype, write
+from s2ft.export.llama_cpp import CONVERTER, QUANTIZER, VARIABLE, Tools, convert, find_tools, quantize
 from s2ft.export.merged import merged_model, temporary_folder
 from s2ft.packages import check_packages
 from s2ft.text.models import load_model, locate
 
+logger = logging.getLogger(__name__)
 FILE = "model.gguf"
+OUTTYPES = (*PLAIN, "Q8_0")  # what the converter writes itself
+WRITERS = ("auto", "llama.cpp", "s2ft")
+# The largest error of a tensor, relative to its norm, by the first letters of its type. On normal weights the types
+# stay at a third to two thirds of it.
+LARGEST_ERROR = {"F32": 0.0, "F16": 1e-3, "BF16": 5e-3, "Q8": 0.015, "Q6": 0.04, "Q5": 0.08, "Q4": 0.15, "Q3": 0.3}
+OTHERS = 0.7  # of all other types, those of 2 bits and less
 # A text with the cases in which tokenizers differ
 PROBE = "Some text of words, it's (not) so long\n\n  and\tsome signs: äöü 漢字 \U0001f642 <|im_start|>a+b=c"
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}  # llama.cpp's names by model_type
-COMMAND = (
-    "s2ft export --format merged, then llama.cpp's: python convert_hf_to_gguf.py MERGED --outfile model.gguf "
-    "--outtype f16"
-)
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# llama.cpp's names of pre-tokenizers. The key is what tokenizer.json has: a regular expression, single digits before
-# GPT-2's expression, or GPT-2's alone; then whether a word that is a token is used as one token (ignore_merges)
-SPLITS = {
-    ("split", WORDS + r"\p{N}{1,3}" + REST, True): "llama-bpe",
-    ("split", WORDS + r"\p{N}" + REST, False): "qwen2",
-    ("digits", None, False): "smollm",
-    ("plain", None, False): "gpt-2",
-}
 
 
-def export(model_name: str, adapter: str | Path, output: str | Path, dtype: str = "auto") -> str:
-    """Merge an adapter and write the model as output/model.gguf. Plain transformers loads it again for a comparison.
+def export(
+    model_name: str,
+    adapter: str | Path,
+    output: str | Path,
+    dtype: str = "auto",
+    *,
+    quantization: str | None = None,
+    llama_cpp: str | None = None,
+    writer: str = "auto",
+) -> str:
+    """Merge an adapter and write the model as output/model.gguf. The file is loaded again for a comparison.
 
     Args:
         model_name: The adapter's base: a checkpoint folder, a name on the hub, or a .gguf file.
         adapter: The adapter's folder, or the output folder of a run.
         output: The folder to write; it must not exist.
-        dtype: Dtype of the weights: float32, float16 or bfloat16; "auto" is that of the training.
+        dtype: Dtype of the merged weights: float32, float16 or bfloat16; "auto" is that of the training.
+        quantization: Type of the weights in the file, such as "q8_0" or "q4_k_m"; default: that of the dtype.
+        llama_cpp: Folder of llama.cpp; default: that of the variable LLAMA_CPP_DIR, else what is on the PATH.
+        writer: "llama.cpp" uses its converter, "s2ft" our own writer, and "auto" the converter if it is installed.
+            A base that is a GGUF file is always written by our own, which copies its metadata.
 
     Returns:
         A sentence about the output.
 
     Raises:
         FileExistsError: The output exists.
-        ValueError: The base or the adapter can't be loaded, or its family or tokenizer is not written.
+        FileNotFoundError: `llama_cpp` does not exist.
+        ValueError: The base or the adapter can't be loaded, its family or tokenizer is not written, or a tool of
+            llama.cpp is missing or fails.
         MissingPackages: The package gguf is not installed.
         RuntimeError: The file is not the merged model. Nothing is left in any of these cases.
     """
-    check_packages("s2ft export --format gguf")
     with temporary_folder(output) as folder:
-        model, tokenizer = merged_model(model_name, adapter, dtype)
-        source, options = locate(model_name)
-        base = Path(source) / options["gguf_file"] if options else None
-        write(model, tokenizer, folder / FILE, base)
-        _compare(model, tokenizer, folder / FILE)
-    return f"GGUF of the merged model, loaded again and compared: {Path(output) / FILE}"
+        model, tokenizer, how = write_merged(folder, model_name, adapter, dtype, quantization, llama_cpp, writer)
+    return f"GGUF of the merged model, {how}: {Path(output) / FILE}"
 
 
-def _compare(model, tokenizer, file: Path) -> None:
-    again, again_tokenizer = load_model(str(file), "float32")
-    saved = again.state_dict()
-    different = sorted(saved.keys() ^ model.state_dict().keys()) or sorted(
-        key for key, weight in model.state_dict().items() if not torch.equal(weight.cpu().float(), saved[key])
+def write_merged(
+    folder: Path,
+    model_name: str,
+    adapter: str | Path,
+    dtype: str = "auto",
+    quantization: str | None = None,
+    llama_cpp: str | None = None,
+    writer: str = "auto",
+):
+    """Write model.gguf into a folder and compare it. The arguments are those of :func:`export`.
+
+    Returns:
+        The merged model, its tokenizer, and how the file was written and compared.
+    """
+    check_packages("s2ft export --format gguf")
+    if writer not in WRITERS:
+        raise ValueError(f"writer must be one of {', '.join(WRITERS)}, got {writer!r}")
+    kind = _known(quantization)
+    tools = find_tools(llama_cpp)
+    source, options = locate(model_name)
+    base = Path(source) / options["gguf_file"] if options else None
+    by_converter = _uses_converter(tools, writer, base)
+    _check_quantizer(kind, tools, by_converter)  # before a model is loaded
+    model, tokenizer = merged_model(model_name, adapter, dtype)
+    kind = kind or kind_of_dtype(model.dtype)
+    if by_converter:
+        try:
+            names = _write(folder, kind, OUTTYPES, tools, model, partial(_convert, tools.converter, model, tokenizer))
+        except ValueError as error:
+            if writer != "auto" or model.config.model_type not in ARCHITECTURES:
+                raise
+            logger.warning("%s; s2ft writes the file instead", error)
+            by_converter = False
+    if not by_converter:
+        names = _write(folder, kind, KINDS, tools, model, partial(_write_ourselves, model, tokenizer, base))
+    compared = _compare(model, tokenizer, folder / FILE)
+    return model, tokenizer, f"{kind}, written by {' and '.join(names)}, {compared}"
+
+
+def _write(folder: Path, kind: str, direct: tuple[str, ...], tools: Tools, model, first: Callable) -> list[str]:
+    """Write the file, through a plain one and llama-quantize if the first program does not have the type.
+
+    Returns:
+        The names of the programs that were used.
+    """
+    if kind in direct:
+        return [first(folder / FILE, kind)]
+    plain = folder / "unquantized.gguf"
+    name = first(plain, kind_of_dtype(model.dtype))
+    if tools.quantizer is None:
+        raise ValueError(_needs_quantizer(kind))
+    quantize(tools.quantizer, plain, folder / FILE, kind)
+    plain.unlink()
+    return [name, f"llama.cpp's {tools.quantizer.name}"]
+
+
+def _known(quantization: str | None) -> str | None:
+    """Return the name in capital letters. Raises ValueError for a type that llama.cpp does not have."""
+    if quantization is None:
+        return None
+    import gguf
+
+    known = [kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in gguf.LlamaFileType][:-1]
+    name = quantization.upper()
+    if name not in known:
+        close = "".join(f"; did you mean {kind.lower()}?" for kind in get_close_matches(name, known, 1))
+        raise ValueError(
+            f"quantization must be a type of llama.cpp, such as q8_0 or q4_k_m, got {quantization!r}{close}"
+        )
+    return name
+
+
+def _uses_converter(tools: Tools, writer: str, base: Path | None) -> bool:
+    if writer == "llama.cpp":
+        if base is not None:
+            raise ValueError(f"writer llama.cpp: {base.name} is a GGUF file, whose metadata only the writer s2ft keeps")
+        if tools.converter is None:
+            raise ValueError(
+                f"writer llama.cpp: {CONVERTER[0]} is not on the PATH; --llama-cpp DIR or {VARIABLE} names the folder "
+                "of llama.cpp"
+            )
+    return writer != "s2ft" and tools.converter is not None and base is None
+
+
+def _check_quantizer(kind: str | None, tools: Tools, by_converter: bool) -> None:
+    if kind is not None and tools.quantizer is None and kind not in (OUTTYPES if by_converter else KINDS):
+        raise ValueError(_needs_quantizer(kind))
+
+
+def _needs_quantizer(kind: str) -> str:
+    return (
+        f"quantization {kind.lower()} needs llama.cpp's {QUANTIZER[0]}, which is not on the PATH: --llama-cpp DIR or "
+        f"{VARIABLE} names the folder of llama.cpp; --writer s2ft has {', '.join(name.lower() for name in KINDS)}"
     )
+
+
+def _write_ourselves(model, tokenizer, base: Path | None, file: Path, kind: str) -> str:
+    write(model, tokenizer, file, base, kind)
+    return "s2ft"
+
+
+def _convert(converter: Path, model, tokenizer, file: Path, kind: str) -> str:
+    """Save a checkpoint beside the file, convert it and remove it. Returns the name of the converter."""
+    checkpoint = file.parent / "checkpoint"
+    try:
+        model.save_pretrained(checkpoint)
+        tokenizer.save_pretrained(checkpoint)
+        convert(converter, checkpoint, file, kind.lower())
+    finally:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    return f"llama.cpp's {converter.name}"
+
+
+# ---- comparison ----------------------------------------------------------------------------------------
+
+
+def _compare(model, tokenizer, file: Path) -> str:
+    """Compare a file with the model. Returns what was compared.
+
+    Raises:
+        RuntimeError: A weight, or the tokenizer, is not that of the model.
+    """
+    import gguf
+
+    reader = gguf.GGUFReader(file)
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    try:
+        again, again_tokenizer = load_model(str(file), "float32")
+    except ValueError:  # transformers reads fewer families than llama.cpp's converter writes
+        return _only_read(reader, file)
+    errors = _errors(again.state_dict(), model.state_dict())
+    largest = _largest_error(model, kinds)
+    different = sorted(key for key, error in errors.items() if not error <= largest)
     if different:
         raise RuntimeError(f"the GGUF file is not the merged model: {', '.join(different[:5])} differ")
     if again_tokenizer(PROBE)["input_ids"] != tokenizer(PROBE)["input_ids"]:
         raise RuntimeError("the GGUF file's tokenizer is not the model's: it splits text into other tokens")
+    worst = max(errors.values())
+    return "loaded again and compared" + (f" (weights differ by {worst:.1%} at most)" if worst else "")
 
 
-def write(model, tokenizer, file: Path, base: Path | None = None) -> None:
-    """Write a plain, merged model in its own dtype. Tensors of one dimension are written in float32 for llama.cpp.
+def _errors(saved: dict[str, torch.Tensor], model: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The error of each tensor relative to its norm; infinite for one that only one side has."""
+    found = dict.fromkeys(saved.keys() ^ model.keys(), float("inf"))
+    for key in saved.keys() & model.keys():
+        expected = model[key].detach().cpu().float()
+        if saved[key].shape != expected.shape:
+            found[key] = float("inf")
+        elif torch.equal(saved[key], expected):
+            found[key] = 0.0
+        else:
+            found[key] = float((saved[key] - expected).norm() / expected.norm().clamp(min=1e-30))
+    return found
 
-    Args:
-        model: The model of transformers.
-        tokenizer: Its tokenizer.
-        file: The file to write.
-        base: The GGUF file from which the model was loaded.
 
-    Raises:
-        ValueError: llama.cpp may compute something else from the model or its tokenizer. Nothing has been written.
-    """
+def _largest_error(model, kinds: dict[str, str]) -> float:
+    """The largest error that the types of a file explain: none if one of them is the model's own dtype."""
+    exact = {"F32", kind_of_dtype(model.dtype)}
+    used = [kind for kind in kinds.values() if kind not in exact]
+    allowed = (LARGEST_ERROR.get(kind, LARGEST_ERROR.get(kind[:2], OTHERS)) for kind in used)
+    return max(allowed, default=0.0)
+
+
+def _only_read(reader, file: Path) -> str:
     import gguf
 
-    config = model.config
-    architecture = ARCHITECTURES.get(config.model_type)
-    if architecture is None:
-        raise ValueError(
-            f"model type {config.model_type} is not written as GGUF here, only {', '.join(ARCHITECTURES)}: {COMMAND}"
-        )
-    tensors = dict(_tensors(model, architecture))
-    reader = gguf.GGUFReader(base) if base is not None else None
-    if reader is None:
-        _check_config(config)
-        metadata = {**_config(config, architecture), **_tokenizer(tokenizer, config)}
-    writer = gguf.GGUFWriter(file, architecture)
-    writer.add_file_type(
-        {
-            torch.float32: gguf.LlamaFileType.ALL_F32,
-            torch.float16: gguf.LlamaFileType.MOSTLY_F16,
-            torch.bfloat16: gguf.LlamaFileType.MOSTLY_BF16,
-        }[model.dtype]
-    )
-    if reader is not None:
-        _copy(reader, writer, tensors, tokenizer.chat_template)
-    else:
-        for key, value in metadata.items():
-            _add(writer, key, value)
-    for name, tensor in tensors.items():
-        _add_tensor(writer, name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-# ---- tensors -------------------------------------------------------------------------------------------
-
-
-def _tensors(model, architecture: str) -> Iterator[tuple[str, Tensor]]:
-    """The model's tensors by their names in GGUF."""
-    import gguf
-
-    kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
-    names = gguf.get_tensor_name_map(kinds[architecture], model.config.num_hidden_layers)
-    heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
-    for key, tensor in model.state_dict().items():
-        if key == "lm_head.weight" and model.config.tie_word_embeddings:
-            continue
-        path, _, part = key.rpartition(".")
-        name = names.get_name(path)
-        if name is None:
-            raise ValueError(f"{key} has no place in a GGUF file of architecture {architecture}: {COMMAND}")
-        if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{key} has NaN or infinite values")
-        last = path.rpartition(".")[2]
-        if architecture == "llama" and last in heads:
-            tensor = _interleaved(tensor, heads[last])
-        yield f"{name}.{part}", tensor.detach().cpu()
-
-
-def _interleaved(rows: Tensor, heads: int) -> Tensor:
-    """Interleave the two halves of each head's rows: llama.cpp rotates neighbours, transformers rotates the halves."""
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-
-
-def _add_tensor(writer, name: str, tensor: Tensor) -> None:
-    import gguf
-
-    if tensor.dtype == torch.bfloat16 and tensor.dim() > 1:  # numpy has no bfloat16
-        packed = gguf.quants.quantize(tensor.float().numpy(), gguf.GGMLQuantizationType.BF16)
-        writer.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType.BF16)
-    else:
-        writer.add_tensor(name, (tensor.float() if tensor.dim() == 1 else tensor).contiguous().numpy())
-
-
-# ---- metadata ------------------------------------------------------------------------------------------
-
-
-def _copy(reader, writer, tensors: dict[str, Tensor], chat_template: str | None) -> None:
-    """Copy all metadata of a GGUF file, and the tensors that the model lacks (frequencies of positions).
-
-    The chat template is the one that is given, which an adapter may have changed.
-    """
-    import gguf
-
-    if chat_template and "tokenizer.chat_template" not in reader.fields:
-        writer.add_string("tokenizer.chat_template", chat_template)
-
-    for field in reader.fields.values():
-        if not field.name.startswith("GGUF.") and field.name not in (
-            "general.architecture",
-            "general.file_type",
-            "general.quantization_version",
-        ):
-            of = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
-            is_template = field.name == "tokenizer.chat_template" and chat_template
-            writer.add_key_value(
-                field.name, chat_template if is_template else field.contents(), field.types[0], of
-            )
     for tensor in reader.tensors:
-        if tensor.name not in tensors and tensor.name != "output.weight":
-            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-
-
-def _add(writer, key: str, value: Any) -> None:
-    kinds = {
-        bool: writer.add_bool,
-        str: writer.add_string,
-        int: writer.add_uint32,
-        float: writer.add_float32,
-        list: writer.add_array,
-    }
-    kinds[type(value)](key, value)
-
-
-def _check_config(config) -> None:
-    """Raise ValueError for a config from which llama.cpp computes something else."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    unusual = {
-        f"positions scaled by {rope.get('rope_type')}": rope.get("rope_type", "default") != "default",
-        f"activation {config.hidden_act}": config.hidden_act != "silu",
-        "biases": getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False),
-        "a sliding window": getattr(config, "sliding_window", None) is not None
-        and getattr(config, "use_sliding_window", True),
-    }
-    for what, found in unusual.items():
-        if found:
-            raise ValueError(f"a {config.model_type} with {what} is not written as GGUF here: {COMMAND}")
-
-
-def _config(config, architecture: str) -> dict[str, Any]:
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    values = {
-        "block_count": config.num_hidden_layers,
-        "context_length": config.max_position_embeddings,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.intermediate_size,
-        "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads,
-        "attention.key_length": head_dim,
-        "attention.value_length": head_dim,
-        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "rope.dimension_count": head_dim,
-        "rope.freq_base": float((getattr(config, "rope_parameters", None) or {}).get("rope_theta", 1e4)),
-        "vocab_size": config.vocab_size,
-    }
-    return {f"{architecture}.{key}": value for key, value in values.items()}
-
-
-def _tokenizer(tokenizer, config) -> dict[str, Any]:
-    """The metadata of a byte-level BPE tokenizer that splits words as one of SPLITS."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"a tokenizer without tokenizer.json is not written as GGUF here: {COMMAND}")
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
-    bpe = content["model"]
-    split = SPLITS.get((*_split(content), bool(bpe.get("ignore_merges"))))
-    if (
-        bpe["type"] != "BPE"
-        or bpe.get("byte_fallback")
-        or split is None
-        or (content["normalizer"] or {}).get("type", "NFC") != "NFC"
-    ):
-        raise ValueError(
-            f"a tokenizer of this kind is not written as GGUF here, only byte-level BPE that splits words as "
-            f"{', '.join(SPLITS.values())}: {COMMAND}"
-        )
-    tokens, kinds = _tokens(tokenizer, config.vocab_size)
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]]
-    sample = tokenizer("a")["input_ids"]
-    values = {
-        "model": "gpt2",
-        "pre": split,
-        "tokens": tokens,
-        "token_type": kinds,
-        "merges": merges,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "unknown_token_id": tokenizer.unk_token_id,
-        "padding_token_id": tokenizer.pad_token_id,
-        "add_bos_token": sample[0] == tokenizer.bos_token_id,
-        "add_eos_token": sample[-1] == tokenizer.eos_token_id,
-    }
-    metadata = {f"tokenizer.ggml.{key}": value for key, value in values.items() if value is not None and value != []}
-    if isinstance(tokenizer.chat_template, str):
-        metadata["tokenizer.chat_template"] = tokenizer.chat_template
-    return metadata
-
-
-def _split(content: dict[str, Any]) -> tuple[str | None, str | None]:
-    """Return ("split", regular expression), ("digits", None) or ("plain", None); (None, None) for any other way."""
-    steps = content["pre_tokenizer"] or {}
-    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
-    *before, last = steps
-    if last.get("type") != "ByteLevel" or last.get("add_prefix_space") or len(before) > 1:
-        return None, None
-    if not before:
-        return ("plain", None) if last.get("use_regex", True) else (None, None)
-    first, gpt2 = before[0], last.get("use_regex", True)
-    if first == {"type": "Digits", "individual_digits": True} and gpt2:
-        return "digits", None
-    if first.get("type") == "Split" and first.get("behavior") == "Isolated" and not first.get("invert") and not gpt2:
-        return "split", first["pattern"].get("Regex")
-    return None, None
-
-
-def _tokens(tokenizer, size: int) -> tuple[list[str], list[int]]:
-    """Return all tokens by number, and llama.cpp's kind of each: 1 normal, 3 control, 4 user-defined, 5 unused."""
-    tokens, kinds = [f"[PAD{i}]" for i in range(size)], [5] * size
-    for token, number in tokenizer.get_vocab().items():
-        if number >= size:
-            raise ValueError(f"the tokenizer has a token {number}, but the model has {size} tokens: {COMMAND}")
-        tokens[number], kinds[number] = token, 1
-    for number, added in tokenizer.added_tokens_decoder.items():
-        kinds[number] = 3 if added.special else 4
-    return tokens, kinds
+        values = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        if not bool(torch.isfinite(values).all()):
+            raise RuntimeError(f"{tensor.name} in {file.name} has NaN or infinite values")
+    return f"read again, {len(reader.tensors)} tensors (transformers can't load this family for a comparison)"

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from s2ft.files.reading import open_file, open_regular, read_json
 
+ADAPTER = "adapter"  # the folder of the adapter in the output folder of a run
 TENSORS = "s2ft_adapter.safetensors"
 CONFIG = "s2ft_config.json"  # PEFT and AutoModel would load an adapter_config.json as their own
 PENDING = f"{CONFIG}.next"  # exists while the tensors are replaced, and after a writer was stopped
@@ -26,6 +27,12 @@ Read = TypeVar("Read")
 def is_folder(directory: Path) -> bool:
     """Whether the folder has the files of an adapter; they are not read."""
     return stamp_of(directory) is not None
+
+
+def own_folder(directory: Path) -> Path:
+    """The folder of an adapter's files: the directory, or the folder in it if it is the output of a run."""
+    inside = directory / ADAPTER
+    return inside if not is_folder(directory) and is_folder(inside) else directory
 
 
 def stamp_of(directory: Path) -> tuple | None:

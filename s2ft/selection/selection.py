@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2ft.files.adapter_folder import read_folder
+from s2ft.files.adapter_folder import own_folder, read_folder
 from s2ft.files.reading import MAX_CONFIG, parse_json, read_bytes
 from s2ft.files.writing import replace_file
 from s2ft.model.coupling import PROJECTIONS
@@ -108,7 +108,7 @@ class Selection:
         """Read a selection from a file that :meth:`save` wrote, or from an adapter folder.
 
         Args:
-            path: File or adapter folder.
+            path: File, adapter folder, or output folder of a run.
 
         Returns:
             The selection.
@@ -125,7 +125,7 @@ class Selection:
         """
         path = Path(path)
         if path.is_dir():
-            return read_folder(path, _of_adapter)
+            return read_folder(own_folder(path), _of_adapter)
         content = _read_object(path, "a selection")
         if content.keys() != {"schema", "units", "digest"}:
             raise ValueError(f"{path} is not a selection: it must have schema, units and digest, not {sorted(content)}")

@@ -1,47 +1,20 @@
-"""One record for each request: its id, the line of the access log, and the counters by model."""
+"""The middleware that gives each request an id, and logs and counts it at its end."""
 
 import json
 import logging
 import re
 import secrets
 import time
-from dataclasses import dataclass, field
 from urllib.parse import quote
 
 from s2ft.serve.metrics import Metrics
+from s2ft.serve.record import RECORD, Record
 
 logger = logging.getLogger(__name__)
 HEADER = "x-request-id"
-RECORD = "s2ft_record"  # key in the ASGI scope
 ID = re.compile(r"[\w.:+/=@-]{1,128}", re.ASCII)  # ids of clients that are safe in a log and in a header
 QUIET = ("/health", "/metrics")  # routes that are not logged if they succeed, since monitors call them all the time
 FORMATS = ("text", "json", "off")
-
-
-@dataclass
-class Record:
-    """What is known of a request at its end.
-
-    Attributes:
-        id: The id that the client sent, or a new one.
-        model: The base or the adapter that answers, or None if the request names no model that is served.
-        prompt_tokens: Tokens of the prompts.
-        generated_tokens: Tokens of the answers.
-        status: The HTTP status. It differs from that of the headers if a stream fails.
-        started: When the request arrived, in time.perf_counter().
-    """
-
-    id: str
-    model: str | None = None
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    status: int | None = None
-    started: float = field(default_factory=time.perf_counter)
-
-
-def record_of(scope) -> Record:
-    """Return the record of a request by its ASGI scope."""
-    return scope[RECORD]
 
 
 class Access:

@@ -5,6 +5,7 @@ import hmac
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -14,10 +15,12 @@ from starlette.requests import ClientDisconnect
 
 import s2ft
 from s2ft.serve import errors
-from s2ft.serve.access import Access, record_of
+from s2ft.serve.access import Access
+from s2ft.serve.description import NO_PAGE, describe
 from s2ft.serve.errors import CLIENT_CLOSED, ApiError, Disconnected
 from s2ft.serve.job import Event
 from s2ft.serve.metrics import Metrics
+from s2ft.serve.record import record_of
 from s2ft.serve.registry import Version, cannot_load
 from s2ft.serve.replies import DONE, ChatReply, Choice, CompletionReply, server_sent_event
 from s2ft.serve.schemas import ChatRequest, CompletionRequest, LoadRequest, Sampled, UnloadRequest, parse
@@ -26,8 +29,6 @@ from s2ft.serve.service import Answer, Service
 
 def create_app(service: Service, metrics: Metrics, access_log: str = "text") -> FastAPI:
     """Make the ASGI app. It starts the service's engine and stops it.
-
-    The app has no /docs and no /openapi.json, since the bodies of requests are read and checked without FastAPI.
 
     Args:
         service: The model with its adapters.
@@ -52,8 +53,8 @@ def create_app(service: Service, metrics: Metrics, access_log: str = "text") -> 
         redirect_slashes=False,
         docs_url=None,
         redoc_url=None,
-        openapi_url=None,
     )
+    app.openapi = partial(describe, app)  # type: ignore[method-assign]
     errors.install_handlers(app)
     app.add_middleware(Access, metrics=metrics, log=access_log)
     app.include_router(state_routes(service, metrics))
@@ -71,6 +72,11 @@ def state_routes(service: Service, metrics: Metrics) -> APIRouter:
         if not service.engine.alive:
             raise ApiError(503, "not_running", "the server is shutting down")
         return JSONResponse({"status": "ok", "running": service.engine.running, "waiting": service.engine.waiting})
+
+    @router.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        """GET /docs: where the description of the API is."""
+        raise ApiError(404, "not_found", NO_PAGE)
 
     @router.get("/metrics")
     def counters() -> Response:

@@ -1,11 +1,8 @@
 """The counters that Prometheus reads from /metrics."""
 
-from typing import TYPE_CHECKING
-
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-if TYPE_CHECKING:
-    from s2ft.serve.access import Record
+from s2ft.serve.record import Record
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 COARSE = (0.1, 0.5, 1, 2.5, 10, 60, 300)  # by model: there may be hundreds of them
@@ -53,7 +50,7 @@ class Metrics:
             "s2ft_first_token_seconds", "From a request's arrival to its first token", buckets=SECONDS, **kind
         )
 
-    def count(self, route: str, record: "Record", seconds: float) -> None:
+    def count(self, route: str, record: Record, seconds: float) -> None:
         """Count a request at its end.
 
         Args:

@@ -82,7 +82,9 @@ class Adapters:
         self._refused: dict[str, Refused] = {}
         self._unloaded: set[str] = set()  # unloaded by clients; their folders still exist
         self._added = 0
-        self._lock = threading.Lock()
+        self._started = False  # whether the adapters at start were logged; later ones are logged when they are seen
+        self._lock = threading.Lock()  # guards the fields above; the engine needs it, so no adapter is read meanwhile
+        self._checking = threading.Lock()  # held while an adapter is checked; taken before the other lock
         self._check_names()
 
     def _check_names(self) -> None:
@@ -104,9 +106,13 @@ class Adapters:
 
     @property
     def names(self) -> list[str]:
-        """The names that clients can use, sorted."""
+        """The names that clients can use, sorted. New folders are checked first, which may take a while."""
         with self._lock:
-            return sorted(name for name in self._known.keys() | self._folders().keys() if self._current(name))
+            candidates = sorted(self._known.keys() | self._refused.keys() | self._folders().keys())
+        for name in candidates:
+            self._refresh(name)
+        with self._lock:
+            return sorted(self._known)
 
     @property
     def refused(self) -> dict[str, Refused]:
@@ -124,8 +130,9 @@ class Adapters:
         Raises:
             ApiError: 404 if there is no such adapter, 400 if it can't be served.
         """
+        self._refresh(name)
         with self._lock:
-            version = self._current(name)
+            version = self._known.get(name)
             if version is None and name in self._refused:
                 raise invalid_adapter(name, self._refused[name].reason)
             if version is None:
@@ -158,16 +165,20 @@ class Adapters:
             check_adapter_name(name)
         except ValueError as error:
             raise ApiError(400, "invalid_name", str(error)) from None
-        with self._lock:
-            if name in self.reserved or self._current(name):
+        self._refresh(name)
+        with self._checking:
+            if name in self.reserved or name in self._known:
                 raise ApiError(400, "name_taken", f"there is already a model {name!r}: unload it first")
             folder, stamp = _named_by_client(directories, path)
-            version = self._add(name, folder, stamp)
-            if version is None:
-                raise invalid_adapter(name, self._refused.pop(name).reason)
-            self._unloaded.discard(name)
-            version.users += 1
-            return version
+            self._examine(name, folder, stamp)
+            with self._lock:
+                version = self._known.get(name)
+                if version is None:
+                    refused = self._refused.pop(name, None)
+                    raise invalid_adapter(name, "it was removed" if refused is None else refused.reason)
+                self._unloaded.discard(name)
+                version.users += 1
+                return version
 
     def unload(self, name: str) -> None:
         """Stop serving an adapter. Running requests keep it.
@@ -178,8 +189,9 @@ class Adapters:
         Raises:
             ApiError: 404 if there is no such adapter.
         """
+        self._refresh(name)
         with self._lock:
-            version = self._current(name)
+            version = self._known.get(name)
             if version is None:
                 raise unknown_model(name)
             self._retire(version)
@@ -192,56 +204,73 @@ class Adapters:
                 self._retire(version)
                 self._note_refused(version.name, version.folder, version.stamp, error)
 
+    # ---- folders and their checks ----------------------------------------------------------------
+
+    def _refresh(self, name: str) -> None:
+        """Bring what is known of a name up to date with its folder. A new or changed adapter is checked."""
+        with self._lock:
+            if self._is_current(name):
+                return  # without waiting for the checks of other adapters
+        with self._checking:
+            with self._lock:
+                version = self._known.get(name)
+                if version is not None and not self._is_current(name):
+                    self._retire(version)
+                if name in self._known or name in self._unloaded or name in self.reserved:
+                    return
+                found = self._find(name)
+                known = self._refused.get(name)
+                if found is None:
+                    self._refused.pop(name, None)
+                if found is None or (known is not None and (known.folder, known.stamp) == found):
+                    return
+            self._examine(name, *found)
+
+    def _examine(self, name: str, folder: Path, stamp: tuple) -> None:
+        """Check an adapter, and add it or note why it can't be served. Other requests go on meanwhile."""
+        try:
+            prompt = recorded_format(self.bank.check(folder).info)
+            with self._lock:
+                bank_name = f"{name}#{self._added}"  # unique, since an earlier version may still be in use
+                self.bank.add(bank_name, folder)
+                self._added += 1
+                self._refused.pop(name, None)
+                self._known[name] = Version(name, bank_name, folder, stamp, prompt)
+        except FileNotFoundError:  # it was removed meanwhile
+            return
+        except (ValueError, OSError) as error:
+            with self._lock:
+                self._note_refused(name, folder, stamp, error)
+            return
+        if self._started:
+            logger.info("new adapter: %s", name)
+
     # ---- called with the lock held ---------------------------------------------------------------
 
-    def _current(self, name: str) -> Version | None:
-        """Return the version for new requests. It is replaced or removed if its folder has changed."""
+    def _is_current(self, name: str) -> bool:
+        """Whether there is a version for new requests whose folder has not changed."""
         version = self._known.get(name)
-        if version is not None and stamp_of(version.folder) != version.stamp:
-            self._retire(version)
-            version = None
-        if version is None and name not in self._unloaded and name not in self.reserved:
-            version = self._add_found(name)
-        return version
+        return version is not None and stamp_of(version.folder) == version.stamp
 
-    def _add_found(self, name: str) -> Version | None:
-        """Add an adapter of the sources, if they have one of this name that can be served."""
+    def _find(self, name: str) -> tuple[Path, tuple] | None:
+        """Return the folder of an adapter of the sources, and its stamp; None if there is none of this name."""
         try:
             check_adapter_name(name)
             folder = next((folder for source in self.sources if (folder := source.find(name)) is not None), None)
         except (ValueError, OSError):  # a name that no file can have
-            folder = None
+            return None
         stamp = None if folder is None else stamp_of(folder)
-        if folder is None or stamp is None:
-            self._refused.pop(name, None)
-            return None
-        if name in self._refused and (self._refused[name].folder, self._refused[name].stamp) == (folder, stamp):
-            return None
-        return self._add(name, folder, stamp)
-
-    def _add(self, name: str, folder: Path, stamp: tuple) -> Version | None:
-        """Check an adapter and add it. One that can't be served is noted, and None is returned."""
-        bank_name = f"{name}#{self._added}"  # unique, since an earlier version may still be in use
-        try:
-            prompt = recorded_format(self.bank.check(folder).info)
-            self.bank.add(bank_name, folder)
-        except FileNotFoundError:  # it was removed meanwhile
-            return None
-        except (ValueError, OSError) as error:
-            self._note_refused(name, folder, stamp, error)
-            return None
-        self._added += 1
-        self._refused.pop(name, None)
-        self._known[name] = Version(name, bank_name, folder, stamp, prompt)
-        return self._known[name]
+        return None if folder is None or stamp is None else (folder, stamp)
 
     def _note_refused(self, name: str, folder: Path, stamp: tuple, error: Exception) -> None:
         self._refused[name] = Refused(folder, stamp, _reason(error, folder))
-        logger.debug("adapter %r is refused: %s", name, error)
+        if self._started:
+            logger.warning("warning: not served: %s: %s", name, self._refused[name].reason)
 
     def _retire(self, version: Version) -> None:
         version.retired = True
         del self._known[version.name]
+        logger.info("no longer served: %s", version.name)
         self._forget_unused(version)
 
     def _forget_unused(self, version: Version) -> None:
@@ -260,21 +289,16 @@ class Adapters:
     # ---- the log ---------------------------------------------------------------------------------
 
     def log_adapters(self) -> None:
-        """Log the adapters, and the folders that are not served with the reasons.
+        """Log the adapters that are served, and those that are not, with the reasons.
 
         Raises:
             ValueError: An adapter that was named by itself, or all adapters that were found, can't be served.
         """
-        names, refused = self.names, self.refused
-        found = [*names, *refused]
-        for source in self.sources:
-            for line in grouped(source.skipped(found)):
-                logger.warning("warning: not served: %s", line)
-        for line in grouped({name: one.reason for name, one in refused.items()}):
-            logger.warning("warning: not served: %s", line)
+        names, refused = self.log_skipped()
+        self._started = True
         self._check_refused(names, refused)
         if names:
-            logger.info("serving %d adapter%s: %s", len(names), "s" * (len(names) > 1), some(names, SHOWN))
+            logger.info("serving %s: %s", _counted(names), some(names, SHOWN))
         elif self.sources:
             where = some([str(source.folder) for source in self.sources])
             logger.warning(
@@ -286,12 +310,39 @@ class Adapters:
                 CONFIG,
             )
 
+    def log_skipped(self) -> tuple[list[str], dict[str, Refused]]:
+        """Log the folders that are not served, with the reasons. Returns the adapters that are, and those refused."""
+        names, refused = self.names, self.refused
+        for source in self.sources:
+            for line in grouped(source.skipped([*names, *refused])):
+                logger.warning("warning: not served: %s", line)
+        for line in grouped({name: one.reason for name, one in refused.items()}):
+            logger.warning("warning: not served: %s", line)
+        return names, refused
+
+    def log_fitting(self) -> None:
+        """Log the adapters that fit the base, and the folders that are not served, with the reasons.
+
+        Raises:
+            ValueError: An adapter can't be served.
+        """
+        names, refused = self.log_skipped()
+        if names:
+            logger.info("%s fit%s the base: %s", _counted(names), "s" * (len(names) == 1), some(names, SHOWN))
+        if refused:
+            count = len(refused)
+            raise ValueError(f"{count} of {count + len(names)} adapters can't be served; the reasons are above")
+
     def _check_refused(self, names: Sequence[str], refused: dict[str, Refused]) -> None:
         single = [source.name for source in self.sources if source.name in refused]
         if single or (refused and not names):
             name = single[0] if single else next(iter(refused))
             all_of = "" if single else f"none of the {len(refused)} adapters found can be served; "
             raise ValueError(f"{all_of}adapter {name!r} can't be served: {refused[name].reason}")
+
+
+def _counted(names: Sequence[str]) -> str:
+    return f"{len(names)} adapter{'s' * (len(names) != 1)}"
 
 
 def _named_by_client(directories: Sequence[Path], path: str) -> tuple[Path, tuple]:

@@ -104,12 +104,11 @@ class CompletionReply:
     _chunk_choice = _choice
 
     def _logprobs(self, choice: Choice) -> dict:
-        tokens, offsets = [], [choice.offset]
+        offsets = [choice.offset]
         for score in choice.scores:
-            tokens.append(self.names.text(score.token))
-            offsets.append(offsets[-1] + len(tokens[-1]))
+            offsets.append(offsets[-1] + len(self.names.text(score.token)))
         return {
-            "tokens": tokens,
+            "tokens": [self.names.key(score.token) for score in choice.scores],
             "token_logprobs": [_finite(score.logprob) for score in choice.scores],
             "top_logprobs": [self._top(score) for score in choice.scores],
             "text_offset": offsets[:-1],
@@ -119,7 +118,7 @@ class CompletionReply:
         """The likeliest tokens and the chosen one. Of several tokens with the same text the likeliest counts."""
         found: dict[str, float] = {}
         for token, logprob in (*score.top, (score.token, score.logprob)):
-            found.setdefault(self.names.text(token), _finite(logprob))
+            found.setdefault(self.names.key(token), _finite(logprob))
         return found
 
 

@@ -95,10 +95,7 @@ def check_adapters(model: PreTrainedModel, base: str, adapters: str | Sequence[s
             known.refuse(version, error)
         finally:
             known.release(version)
-    known.log_adapters()
-    if known.refused:
-        count = len(known.refused)
-        raise ValueError(f"{count} of {count + len(known.names)} adapters can't be served; the reasons are above")
+    known.log_fitting()
 
 
 def serve(
@@ -149,6 +146,7 @@ def serve(
         server_header=False,
         timeout_graceful_shutdown=int(options.grace + AFTER_GRACE),
     )
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its lines about start and end are said below
     server = Server(config, service.engine, options.grace)
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn raises the signal again after the shutdown, when nothing is left to do

@@ -9,13 +9,12 @@ from copy import deepcopy
 from functools import cached_property, partial
 
 from fastapi import Request
-from jinja2 import TemplateError
 
-from s2ft.serve.access import Record
 from s2ft.serve.engine import Engine
 from s2ft.serve.errors import ApiError, Disconnected
 from s2ft.serve.job import Event, Job
 from s2ft.serve.options import Limits
+from s2ft.serve.record import Record
 from s2ft.serve.registry import Version
 from s2ft.serve.schemas import ChatRequest, Sampled
 from s2ft.text.adapter_prompts import KEY, Prompter
@@ -47,6 +46,7 @@ class Service:
         self._encoding, self._decoding = tokenizer, deepcopy(tokenizer)
         self._one_at_a_time = threading.Lock()
         self._prompters: dict[PromptFormat | None, Prompter] = {}
+        self._prompter(None)  # now, and not at the first request
 
     @cached_property
     def names(self) -> TokenNames:
@@ -127,8 +127,8 @@ class Service:
             "".join(message.values()).encode()  # raises UnicodeError, while tokenizers raise various errors
         try:
             return prompter.encode(messages)
-        except (TemplateError, ValueError) as error:
-            raise ApiError(400, "invalid_messages", f"the chat template refuses the messages: {error}") from None
+        except ValueError as error:
+            raise ApiError(400, "invalid_messages", str(error)) from None
 
     def _ids_of(self, prompt: str | list[int], prompter: Prompter) -> list[int]:
         if isinstance(prompt, list):

@@ -68,7 +68,7 @@ def source_of(text: str) -> Source:
         name, path = "", text
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise NotADirectoryError(f"adapters: {path or text!r} is not a folder")
+        raise NotADirectoryError(f"adapters: {path or text} is not a folder")
     if (folder / STATE).is_file():
         raise ValueError(
             f"adapters: {folder} is a checkpoint of a training run, and checkpoints are not served: give the run's "

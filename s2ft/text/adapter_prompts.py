@@ -1,23 +1,32 @@
 """The prompt of an adapter: the format that it was trained with, which everything that runs the adapter uses.
 
 Other programs know the chat template of a tokenizer and nothing else. For them the system prompt becomes the template's
-default.
+default, and marks that only training needs are taken out, since not every program knows them.
 """
 
 import copy
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import s2ft
+from s2ft.text.models import dtype_of_base, load_model
 from s2ft.text.prompts import PromptFormat, encode_prompt, end_ids, prompt_text
 from s2ft.text.templates import template_of
 
 logger = logging.getLogger(__name__)
 KEY = "prompt"  # in the info of an adapter
 QUESTION = {"role": "user", "content": "Is 2 + 3 = 5?"}
-PROBES = ([QUESTION], [{"role": "system", "content": "Answer yes or no."}, QUESTION])
+PROBES = (
+    [QUESTION],
+    [{"role": "system", "content": "Answer yes or no."}, QUESTION],
+    [QUESTION, {"role": "assistant", "content": "Yes."}, QUESTION],
+)
+# transformers' marks around what the assistant writes: llama-cpp-python, minijinja and others fail on them.
+BEGIN, END = re.compile(r"\{%([-+]?)\s*generation\s*([-+]?)%\}"), re.compile(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}")
 
 
 def recorded_format(info: Mapping[str, Any], name: str = "the adapter") -> PromptFormat | None:
@@ -37,9 +46,12 @@ def recorded_format(info: Mapping[str, Any], name: str = "the adapter") -> Promp
     """
     if KEY not in info:
         return None
+    values = info[KEY]
     try:
-        return PromptFormat.from_dict(info[KEY])
-    except (TypeError, ValueError) as error:
+        if not isinstance(values, Mapping):
+            raise ValueError(f"it must be an object, got {type(values).__name__}")
+        return PromptFormat.from_dict(dict(values))
+    except ValueError as error:
         raise ValueError(f"the prompt that {name} records can't be read: {error}") from None
 
 
@@ -111,6 +123,33 @@ class Prompter:
         return encode_prompt(self.tokenizer, text)
 
 
+def load_with_adapter(model_name: str, adapter_name: str | None, dtype: str = "auto"):
+    """Load a model, and an adapter if one is named.
+
+    Args:
+        model_name: As in :func:`s2ft.text.models.load_model`.
+        adapter_name: As in :func:`s2ft.read_adapter`, or None.
+        dtype: Dtype of the weights. "auto" is that of the adapter's training, or without adapter the checkpoint's.
+
+    Returns:
+        The model, on the CPU and in evaluation mode, and the :class:`Prompter` of the adapter or of the base.
+
+    Raises:
+        FileNotFoundError: The model or the adapter does not exist.
+        ValueError: The model or the adapter can't be loaded.
+    """
+    # The adapter is read before the model is loaded, so that a mistake in it is found at once.
+    adapter = None if adapter_name is None else s2ft.read_adapter(adapter_name)
+    info, name = (None, "") if adapter is None else (adapter.info, f"adapter {adapter_name}")
+    recorded_format(info or {}, name)
+    model, tokenizer = load_model(model_name, dtype if adapter is None else dtype_of_base(adapter, dtype))
+    prompter = Prompter(tokenizer, info, model.generation_config, name)
+    if adapter is not None:
+        s2ft.load_adapter(model, adapter)
+        say_which_template(prompter, name)
+    return model, prompter
+
+
 def say_which_template(prompter: Prompter, name: str) -> None:
     """Log that the template which an adapter was trained with is used in place of the base's own, if it is another."""
     if prompter.replaces_template:
@@ -121,7 +160,9 @@ def say_which_template(prompter: Prompter, name: str) -> None:
 
 
 def standalone_template(prompt: PromptFormat) -> str | None:
-    """Return a chat template that needs no other setting: a chat without a system message gets the system prompt.
+    """Return a chat template for other programs: a chat without a system message gets the system prompt.
+
+    The template has no marks of the assistant's words, which only training needs.
 
     Args:
         prompt: The format.
@@ -139,13 +180,17 @@ def standalone_template(prompt: PromptFormat) -> str | None:
         >>> ByT5Tokenizer().apply_chat_template(chat, chat_template=alone, tokenize=False)
         '[system] Be brief. [user] 2+3= '
     """
-    if prompt.template is None or not prompt.system:
-        return prompt.template
+    if prompt.template is None:
+        return None
+    template = END.sub(r"{%\1 endif \2%}", BEGIN.sub(r"{%\1 if true \2%}", prompt.template))
+    if not prompt.system:
+        return template
     system = json.dumps(prompt.system, ensure_ascii=False)  # a text in quotes, with the escapes that Jinja knows
+    # transformers and llama.cpp drop the line break after a block, so the template begins a line as before.
     return (
         "{%- if not messages or messages[0]['role'] != 'system' -%}"
         f"{{%- set messages = [{{'role': 'system', 'content': {system}}}] + messages -%}}"
-        "{%- endif -%}" + prompt.template
+        "{%- endif %}\n" + template
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from s2ft.selection.batches import IGNORED
+from s2ft.text.data.loading import SHOWN, SKIP
 from s2ft.text.data.scratch import scratch_file
 from s2ft.text.examples import Example
 from s2ft.text.prompts import PromptFormat, encode_prompt
@@ -22,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 LOSS_ON = {"assistant": "all answers of the assistant", "last": "the last answer", "all": "the whole text"}
 TOO_LONG = ("leave_out", "cut")
-SHOWN = 3  # bad rows that an error shows
 ROWS = 1000  # rows that are tokenized at once
 
 
@@ -286,10 +286,7 @@ def _token_counts(rows) -> tuple[int, int]:
 def _bad_rows(bad: Sequence[str], of: int) -> str:
     shown = "".join(f"\n  {problem}" for problem in bad[:SHOWN])
     more = f"\n  and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-    return (
-        f"{len(bad)} of {of} rows can't be used:{shown}{more}\n"
-        "Correct them, or leave them out with skip_bad_rows (--skip-bad-rows)"
-    )
+    return f"{len(bad)} of {of} rows can't be used; correct them, or leave them out with {SKIP}:{shown}{more}"
 
 
 def _nothing_left(of: int, max_length: int, counts: dict[str, int], bad: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from s2ft.text.encoding import context_length, encode_prompts
 from s2ft.text.examples import Example
 from s2ft.text.generation import generate
+from s2ft.text.prompts import PromptFormat
 from s2ft.text.scoring import is_right, right_answer
 
 
@@ -81,6 +82,7 @@ def evaluate(
     batch_size: int = 32,
     max_new_tokens: int = 256,
     title: str = "evaluating",
+    prompt: PromptFormat | None = None,
 ) -> Evaluation:
     """Answer examples greedily and score the answers.
 
@@ -92,6 +94,7 @@ def evaluate(
         batch_size: Number of prompts that are generated at once.
         max_new_tokens: Longest answer in tokens. A longer one is cut and scored.
         title: The label of the progress bar, which is shown only in a terminal.
+        prompt: The format of prompts. The tokenizer must have its template. None uses the tokenizer's chat template.
 
     Returns:
         The accuracy and a record for each example. Examples whose prompt is too long are counted in `left_out`.
@@ -112,7 +115,7 @@ def evaluate(
         raise ValueError(f"batch_size and max_new_tokens must be at least 1, got {batch_size} and {max_new_tokens}")
     answers = [right_answer(example, task) for example in examples]
     room = (context_length(model) or 1 << 30) - max_new_tokens
-    prompts = encode_prompts(tokenizer, examples, room)
+    prompts = encode_prompts(tokenizer, examples, room, prompt)
     kept = [(number, prompt) for number, prompt in enumerate(prompts) if prompt is not None]
     start = time.perf_counter()
     texts = generate(model, tokenizer, [prompt for _, prompt in kept], batch_size, max_new_tokens, title)

@@ -169,13 +169,13 @@ def _check_hub(name: str, source: str, revision: str | None) -> None:
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError) as error:
         where = f" in revision {revision}" if revision else ""
         raise ValueError(
-            f"there is no folder {name} here, and no such model on the hub{where}; a private model needs `hf auth login`"
+            f"there is no folder {name} here, and no such model on the hub{where}; a private one needs `hf auth login`"
         ) from error
     except Exception as error:  # each network error has a class of its own
         first = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(
-            f"there is no folder {name} here, and the hub can't be reached ({first}); HF_HUB_OFFLINE=1 uses only models "
-            "that were downloaded before"
+            f"there is no folder {name} here, and the hub can't be reached ({first}); HF_HUB_OFFLINE=1 uses only "
+            "models that were downloaded before"
         ) from error
 
 

@@ -17,7 +17,6 @@ from s2ft.text.templates import (
     begin_ids,
     marked_template,
     render,
-    render_chat,
     template_of,
 )
 from s2ft.text.tokens import encode_rendered
@@ -118,6 +117,8 @@ def prompt_format(
         >>> print(prompt_format(ByT5Tokenizer(), chat_template="alpaca").template[:40])
         {%- set system = messages | selectattr('
     """
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     if form == "text":
         if chat_template is not None or system is not None:
             option = "chat_template" if chat_template is not None else "system"
@@ -253,7 +254,7 @@ def end_ids(tokenizer, generation_config=None) -> list[int]:
     configured = getattr(generation_config, "eos_token_id", None)
     ids.update(configured if isinstance(configured, (list, tuple)) else [configured])
     try:
-        text = render_chat(tokenizer, PROBE[:2], template_of(tokenizer)).text.rstrip()
+        text = render(tokenizer, PROBE[:2], template_of(tokenizer)).rstrip()
     except TemplateError:
         text = ""
     last = tokenizer(text, add_special_tokens=False)["input_ids"][-1:]

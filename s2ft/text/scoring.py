@@ -1,11 +1,17 @@
-"""Score generated text as LLM-Adapters does: by its last number, or by its first answer word."""
+"""Score generated text as LLM-Adapters does: by its last number, or by its first answer word.
+
+A right answer that is a letter from A to E is compared with the last such letter that stands alone in the text.
+"""
 
 import re
+from typing import TYPE_CHECKING
 
-from s2ft.text.examples import Example
+if TYPE_CHECKING:  # examples import PyTorch, and the commands need only TASKS for their help
+    from s2ft.text.examples import Example
 
 TASKS = ("arithmetic", "commonsense")
 TOLERANCE = 1e-3
+LETTERS = re.compile(r"\b([A-E])\b")  # choices, as in AQuA
 # A minus is a sign only if it cannot be a subtraction: "8-3" ends in 3, "= -3" ends in -3.
 NUMBER = re.compile(r"((?<![\w.)\]])-\$?|\$-?)?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 # Families of answer words. The right answer determines which family is searched for.
@@ -43,7 +49,7 @@ def first_word(text: str, answer: str) -> str | None:
     return found.group() if found else None
 
 
-def right_answer(example: Example, task: str) -> str:
+def right_answer(example: "Example", task: str) -> str:
     """Return the answer that an example is scored against.
 
     Args:
@@ -57,6 +63,8 @@ def right_answer(example: Example, task: str) -> str:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
     if task == "arithmetic":
         source = example.output if example.answer is None else example.answer
+        if example.answer is not None and LETTERS.fullmatch(source.strip()):
+            return source.strip()
         number = last_number(source)
         if number is None:
             raise ValueError(f"{source!r} has no number, which task arithmetic needs")
@@ -74,5 +82,7 @@ def is_right(text: str, answer: str, task: str) -> bool:
     """Whether generated text contains the right answer."""
     if task == "commonsense":
         return first_word(text, answer) == answer
+    if LETTERS.fullmatch(answer):
+        return LETTERS.findall(text)[-1:] == [answer]
     number, expected = last_number(text), last_number(answer)
     return number is not None and expected is not None and abs(number - expected) <= TOLERANCE

@@ -72,6 +72,11 @@ class TokenNames:
         """Return the text of a token, with a replacement character in place of a part of a character."""
         return self.bytes(token).decode("utf-8", errors="replace")
 
+    def key(self, token: int) -> str:
+        """Return the text of a token, or, for a part of a character, its bytes as in ``bytes:\\xe2\\x82``."""
+        text = self.text(token)
+        return text if BROKEN not in text else "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.bytes(token))
+
 
 def _bytes_of(tokenizer, token: int) -> bytes:
     text = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -99,17 +99,41 @@ def render(tokenizer, messages: Conversation, template: str, *, tools: list | No
     Raises:
         TemplateError: The template refuses the messages, or it is not a valid template.
     """
+    messages = as_template_takes(tokenizer, messages, template)
+    options = {"chat_template": template, "tools": tools or None, "tokenize": False, "add_generation_prompt": prompt}
     try:
-        return tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            chat_template=template,
-            tools=tools or None,
-            tokenize=False,
-            add_generation_prompt=prompt,
-        )
+        return tokenizer.apply_chat_template(messages, **options)
     except Exception as error:  # a template can raise any error of Jinja and of Python
-        line = f"line {error.lineno}: " if hasattr(error, "lineno") else ""
-        raise TemplateError(f"the chat template can't render the messages: {line}{error}") from error
+        raise TemplateError(f"the chat template can't render the messages: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return (f"line {error.lineno}: " if hasattr(error, "lineno") else "") + str(error).strip().split("\n")[0]
+
+
+def as_template_takes(tokenizer, messages: Conversation, template: str) -> list[dict[str, Any]]:
+    """Return messages with their contents as text, or as lists of parts if the template takes only those.
+
+    Templates of models that take images are often of the second kind.
+    """
+    if template not in _TAKES_PARTS:
+        _TAKES_PARTS[template] = not _keeps_text(tokenizer, template, "text of a message") and _keeps_text(
+            tokenizer, template, [{"type": "text", "text": "text of a message"}]
+        )
+    if not _TAKES_PARTS[template]:
+        return [dict(message) for message in messages]
+    return [{**message, "content": [{"type": "text", "text": plain_text(message)}]} for message in messages]
+
+
+_TAKES_PARTS: dict[str, bool] = {}
+
+
+def _keeps_text(tokenizer, template: str, content: Any) -> bool:
+    message = [{"role": "user", "content": content}]
+    try:
+        return "text of a message" in tokenizer.apply_chat_template(message, chat_template=template, tokenize=False)
+    except Exception:
+        return False
 
 
 def marked_template(tokenizer, template: str) -> str | None:
@@ -154,14 +178,14 @@ def _render_marked(tokenizer, messages: Conversation, template: str, tools: list
 
     try:
         texts, spans = render_jinja_template(
-            conversations=[[dict(message) for message in messages]],
+            conversations=[as_template_takes(tokenizer, messages, template)],
             tools=tools or None,
             chat_template=template,
             return_assistant_tokens_mask=True,
             **tokenizer.special_tokens_map,
         )
     except Exception as error:
-        raise TemplateError(f"the chat template can't render the messages: {error}") from error
+        raise TemplateError(f"the chat template can't render the messages: {_reason(error)}") from error
     return texts[0], [tuple(span) for span in spans[0]]
 
 
@@ -225,8 +249,8 @@ def _answers_by_prompts(tokenizer, messages, template, tools, text, prompts, tra
         text = text.rstrip()  # templates write a line break after the end-of-turn token
         if text.endswith(answer.strip()):
             text += end
-    elif last in prompts and not _kept(messages[last], text):
-        raise TemplateError(f"the chat template leaves out the assistant's answer {shorten(answer)}")
+    elif last not in prompts or not _kept(messages[last], text):
+        raise _left_out(messages[last])
     else:  # The template changes the prompt when an answer follows, but generation continues the prompt.
         start, text = len(prompts[last]), prompts[last] + answer + end
     spans = []
@@ -263,8 +287,13 @@ def _kept(message: Message, text: str) -> bool:
 
 def _check_kept(message: Message, text: str) -> None:
     if not _kept(message, text):
-        what = shorten(plain_text(message)) if plain_text(message).strip() else "that calls a tool"
-        raise TemplateError(f"the chat template leaves out the assistant's answer {what}")
+        raise _left_out(message)
+
+
+def _left_out(message: Message) -> TemplateError:
+    said = plain_text(message)
+    what = shorten(said) if said.strip() else "that calls a tool"
+    return TemplateError(f"the chat template leaves out the assistant's answer {what}")
 
 
 def shorten(text: str, length: int = 40) -> str:

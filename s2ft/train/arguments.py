@@ -14,6 +14,7 @@ DEFAULT_WARMUP = 100  # updates of the default warm-up, which is at most a tenth
 POSITIVE = ("learning_rate", "num_train_epochs", "logging_steps")
 FINITE = ("learning_rate", "num_train_epochs", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2",
           "adam_epsilon", "label_smoothing_factor")  # fmt: skip
+DICTIONARIES = ("model_init_kwargs", "lr_scheduler_kwargs", "gradient_checkpointing_kwargs")
 # Arguments that cannot work, with the reason and the way out.
 REFUSED = {
     "auto_find_batch_size": "the updates would depend on the memory that is free, so no run could be resumed exactly; "
@@ -22,6 +23,10 @@ REFUSED = {
     "optim_target_modules": "it is for optimizers that work on the gradients of whole weights, which s2ft does not "
     "train",
     "save_only_model": "a checkpoint without the optimizer cannot be resumed exactly; the adapter is saved in any case",
+    "include_for_metrics": "the metrics of a run are the loss and, with eval_task, the accuracy",
+    "batch_eval_metrics": "the metrics of a run are the loss and, with eval_task, the accuracy",
+    "do_predict": "s2ft eval scores answers of a trained model",
+    "hub_always_push": "the adapter is uploaded once, at the end",
     "ignore_data_skip": "a resumed run would train on rows again, so it would not equal an uninterrupted one",
 }
 
@@ -88,6 +93,10 @@ class RunArguments:
         if self.data_seed is None:
             self.data_seed = self.seed
         super().__post_init__()
+        for name in DICTIONARIES:
+            value = getattr(self, name, None)
+            if value is not None and not isinstance(value, dict):
+                raise ValueError(f"{name} must be a dictionary, got {value!r}")
         # One process trains on one device, and torchrun or accelerate start several processes. With several visible
         # devices Trainer would choose nn.DataParallel, which copies modules and loses the adapter's state.
         self._n_gpu = min(self.n_gpu, 1)
@@ -142,6 +151,11 @@ class SFTArguments(RunArguments, SFTConfig):
             raise ValueError(
                 f"dataset_kwargs is not used: s2ft prepares the rows itself, got {self.dataset_kwargs!r}; leave it out"
             )
+        if self.truncation_mode != "keep_start":
+            raise ValueError(
+                f"truncation_mode {self.truncation_mode!r} does not work here: a row that is too long is left out or "
+                "cut at its end, see too_long"
+            )
         if self.use_cpu is False and self.pad_to_multiple_of == "auto":
             self.pad_to_multiple_of = "none"  # "auto" is for a device that s2ft does not know
         super().__post_init__()
@@ -178,6 +192,9 @@ def _refuse(arguments: Any) -> None:
     for name, reason in REFUSED.items():
         if getattr(arguments, name, None):
             raise ValueError(f"{name} does not work here: {reason}")
+    strategy = str(getattr(arguments.hub_strategy, "value", arguments.hub_strategy))
+    if strategy not in ("end", "every_save"):
+        raise ValueError(f"hub_strategy {strategy!r} does not work here: the adapter is uploaded once, at the end")
     optimizer = str(getattr(arguments.optim, "value", arguments.optim))
     if optimizer.startswith(("galore", "apollo")):
         raise ValueError(

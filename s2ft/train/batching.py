@@ -6,6 +6,7 @@ there. Elsewhere the rows of a batch have similar lengths. TRL packs the rows.
 """
 
 import inspect
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -65,7 +66,7 @@ class PackedCollator:
         batch = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
         if self.flat:
             batch |= _boundaries(position_ids[0])
-        targets = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+        targets = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:].contiguous()
         if self.chosen_logits and len(parts) == 1:
             chosen = (targets[0] != IGNORED).nonzero()[:, 0]
             chosen = chosen if len(chosen) else torch.tensor([0])
@@ -127,14 +128,15 @@ class Batching:
         Returns:
             The rows of the training.
         """
-        rows = rows.select_columns([name for name in ("input_ids", "labels") if name in (rows.column_names or ())])
+        rows = rows.select_columns(["input_ids", "labels"])
         if self.packed:
             from trl import pack_dataset
 
             if arguments.shuffle_dataset:
                 rows = rows.shuffle(seed=arguments.seed)
             rows = pack_dataset(rows, arguments.max_length, arguments.packing_strategy)
-        return rows.shuffle(seed=arguments.seed) if arguments.shuffle_dataset else rows
+        rows = rows.shuffle(seed=arguments.seed) if arguments.shuffle_dataset else rows
+        return rows if hasattr(rows, "__len__") else endless(rows)
 
     def line(self, rows: int | None, packs: int | None) -> str:
         """Return one line about the batches.
@@ -145,6 +147,35 @@ class Batching:
         """
         found = f"{rows:,} rows in {packs:,} packs, " if self.packed and rows and packs else ""
         return f"batches: {found}{self.why}"
+
+
+def endless(rows):
+    """Return a stream that begins again at its end, in another order if the rows are shuffled.
+
+    To a Trainer it is one long epoch, so that a resumed run skips exactly the rows that were trained on.
+
+    Args:
+        rows: An IterableDataset.
+
+    Returns:
+        An IterableDataset with the columns input_ids and labels, and seq_lengths if the rows are packed.
+    """
+    from datasets import IterableDataset
+    from datasets.iterable_dataset import ExamplesIterable
+
+    return IterableDataset(ExamplesIterable(_repeat, {"rows": rows}))
+
+
+def _repeat(rows) -> Iterator[tuple[int, dict]]:
+    number = 0
+    for epoch in itertools.count():
+        rows.set_epoch(epoch)
+        before = number
+        for row in rows:
+            yield number, row
+            number += 1
+        if number == before:
+            raise ValueError("the streamed data has no row")
 
 
 def choose_batching(model: nn.Module, pad: int, rows, arguments, all_logits: bool = False) -> Batching:

@@ -16,6 +16,11 @@ from s2ft.train.output import read_log
 logger = logging.getLogger(__name__)
 
 
+# Values of DPO and GRPO that log.jsonl gets too, by the beginning of their names, and those of the progress.
+LOGGED = ("reward", "kl", "entropy", "logps/", "completions/mean_length", "completions/clipped_ratio", "frac_reward")
+SHOWN = {"reward": "reward {:.3f}", "rewards/accuracies": "chosen above rejected {:.0%}"}
+
+
 class Speed:
     """Counts the tokens that are trained on in a second. Call `start` once, and `lap` for each logged step."""
 
@@ -67,9 +72,10 @@ class LossBar(ProgressCallback):
             accuracy = f", accuracy {logs['eval_accuracy']:.1%}" if "eval_accuracy" in logs else ""
             self._print(
                 f"step {state.global_step}/{state.max_steps}: evaluation loss {logs['eval_loss']:.4f}{accuracy}"
+                + shown(logs, "eval_")
             )
         elif "loss" in logs and self.training_bar is not None:
-            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4f}, lr {logs['learning_rate']:.2e}")
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4f}{shown(logs)}, lr {logs['learning_rate']:.2e}")
         elif "loss" in logs:
             self._print(self._line(state, logs))
 
@@ -78,8 +84,8 @@ class LossBar(ProgressCallback):
         done = state.global_step - self.first_step
         left = (time.perf_counter() - self.begin) / max(1, done) * (state.max_steps - state.global_step)
         return (
-            f"step {state.global_step}/{state.max_steps}, epoch {state.epoch:.2f}, loss {logs['loss']:.4f}, "
-            f"learning rate {logs['learning_rate']:.2e}, {self.speed.lap(state):,.0f} tokens/s, "
+            f"step {state.global_step}/{state.max_steps}, epoch {state.epoch:.2f}, loss {logs['loss']:.4f}"
+            f"{shown(logs)}, learning rate {logs['learning_rate']:.2e}, {self.speed.lap(state):,.0f} tokens/s, "
             f"{timedelta(seconds=round(left))} left"
         )
 
@@ -103,8 +109,8 @@ class JsonlLog(TrainerCallback):
     """Writes log.jsonl on the first rank.
 
     The line of a logged step has step, epoch, loss, learning_rate, grad_norm and tokens_per_second. The line of an
-    evaluation has step, epoch, eval_loss and, if answers are scored, eval_accuracy. A resumed run keeps the lines up
-    to its checkpoint, because it writes the later ones again.
+    evaluation has step, epoch, eval_loss and, if answers are scored, eval_accuracy. Both have the
+    rewards of DPO and GRPO. A resumed run keeps the lines up to its checkpoint, because it writes the later ones again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -128,10 +134,12 @@ class JsonlLog(TrainerCallback):
                     "learning_rate": logs["learning_rate"],
                     "grad_norm": logs.get("grad_norm"),
                     "tokens_per_second": round(self.speed.lap(state), 1),
+                    **_more(logs, ""),
                 },
             )
         elif "eval_loss" in logs:
-            self._write(state, {key: logs[key] for key in ("eval_loss", "eval_accuracy") if key in logs})
+            evaluated = {key: logs[key] for key in ("eval_loss", "eval_accuracy") if key in logs}
+            self._write(state, {**evaluated, **_more(logs, "eval_")})
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.speed.leave_out_evaluation()
@@ -158,3 +166,14 @@ class StopAfter(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= self.step:
             control.should_save = control.should_training_stop = True
+
+
+def shown(logs: dict, prefix: str = "") -> str:
+    """Return the values of DPO and GRPO for a line of progress."""
+    return "".join(
+        f", {text.format(logs[prefix + key])}" for key, text in SHOWN.items() if logs.get(prefix + key) is not None
+    )
+
+
+def _more(logs: dict, prefix: str) -> dict:
+    return {key: value for key, value in logs.items() if key.startswith(tuple(prefix + name for name in LOGGED))}

@@ -196,9 +196,7 @@ def chunk_of(device: str, vocabulary: int) -> tuple[int, "nn.LinearCrossEntropyO
 
 
 @contextlib.contextmanager
-def chunked_loss(
-    model: nn.Module, in_evaluation: bool = False, label_smoothing: float = 0.0
-) -> Iterator[ChunkedLoss]:
+def chunked_loss(model: nn.Module, in_evaluation: bool = False, label_smoothing: float = 0.0) -> Iterator[ChunkedLoss]:
     """Replace the model's loss by :class:`ChunkedLoss` inside the context.
 
     Args:

@@ -32,14 +32,26 @@ def log_memory(model, config, train, arguments, options: RunOptions, tokenizer) 
         return
     trl_loss = needs_trl_loss(arguments)
     batching = choose_batching(model, pad_id(tokenizer), train, arguments, trl_loss)
-    longest = longest_batch(train, arguments, batching)
+    chunked = options.chunked_loss and not arguments.torch_compile and not trl_loss
+    log_memory_of_batch(model, config, longest_batch(train, arguments, batching), arguments, chunked)
+
+
+def log_memory_of_batch(model, config, batch: dict, arguments, chunked: bool) -> None:
+    """Log the memory that a step on a batch needs on one device, with a warning if it is more than is free.
+
+    Args:
+        model: The model without an adapter.
+        config: The S2FTConfig of the run.
+        batch: The largest batch of the run.
+        arguments: The arguments of the trainer.
+        chunked: Whether the loss is computed without keeping all logits, if the model allows it.
+    """
     try:
-        chunked = options.chunked_loss and not arguments.torch_compile and not trl_loss
-        chunked = chunked and not why_not_chunked(model, batching.collator([train[0]]))
+        chunked = chunked and not why_not_chunked(model, batch)
         found = s2ft.estimate(
             model,
             config,
-            example=longest,
+            example=batch,
             optimizer=_optimizer(arguments),
             loss=_loss if chunked else None,
             gradient_checkpointing=is_checkpointed(arguments),

@@ -1,13 +1,11 @@
 """Options of training and of the demo. This module imports no PyTorch, so that ``--help`` is quick."""
 
-import math
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from s2ft.text.models import DTYPES
 from s2ft.text.scoring import TASKS
 
-AUTOCAST = ("none", "bfloat16", "float16")
 # The schedules of transformers that need no metric of an evaluation, with the arguments that transformers asks for.
 SCHEDULES: dict[str, dict[str, Any]] = {
     "linear": {},
@@ -21,6 +19,11 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "constant_with_warmup": {},
 }
 DEFAULT_BATCH, MOST_ROWS = 64, 8  # rows of one update, and of one forward pass on one device, if nothing else is given
+DEFAULT_D_RATIO = 0.03  # the paper's, for a run without any ratio
+CALIBRATION = {
+    "text": "rows of the data for the selections activation, product and gradient",
+    "shown": "1 % of the rows, at least 16",
+}
 KERNELS = ("s2ft", "liger")
 LARGEST = 2**32 - 1  # the largest whole number of an option: NumPy's generator takes no larger seed
 
@@ -68,191 +71,6 @@ def check_fields(options: Any) -> None:
             raise ValueError(f"{one.name} must be at most {LARGEST}, got {value}")
         if choices is not None and value not in choices:
             raise ValueError(f"{one.name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-@dataclass
-class TrainOptions:
-    """How to train. The defaults are those of the S²FT paper, where it gives one.
-
-    The help text of each field describes it, see `s2ft finetune --help`.
-
-    Raises:
-        ValueError: A value is out of range. The message names the field.
-
-    Example:
-        >>> from s2ft.train.options import TrainOptions
-        >>> options = TrainOptions(epochs=2, batch_size=32)
-        >>> options.steps(rows=1000), options.accumulation(devices=2)
-        (64, 2)
-    """
-
-    learning_rate: float = option(
-        2e-4, "peak learning rate; the paper uses 2e-4 for commonsense and 1e-3 for arithmetic", group="training"
-    )
-    epochs: float = option(3.0, "passes over the data", group="training", unit="epochs")
-    max_steps: int = option(
-        -1, "number of updates; a positive number replaces --epochs", group="training", shown="as --epochs says"
-    )
-    batch_size: int = option(64, "rows of one update, over all devices", group="training", unit="rows", least=1)
-    micro_batch_size: int = option(
-        8,
-        "rows of one forward pass on one device; gradients are accumulated up to --batch-size",
-        group="devices",
-        unit="rows",
-        least=1,
-    )
-    warmup_steps: int = option(
-        100, "linear warm-up, limited to a tenth of all updates", group="training", unit="updates", least=0
-    )
-    schedule: str = option(
-        "linear", "learning-rate schedule after the warm-up", group="training", choices=tuple(SCHEDULES)
-    )
-    weight_decay: float = option(0.0, "weight decay of the deltas", group="training", least=0)
-    max_grad_norm: float = option(
-        1.0, "clip the norm of the gradient to this value; 0 turns clipping off", group="training", least=0
-    )
-    max_length: int = option(
-        1024,
-        "longest row; a longer row is left out, and the log says how many",
-        group="model and data",
-        unit="tokens",
-        least=2,
-    )
-    dtype: str = option(
-        "auto", "dtype of the model's weights; auto keeps the checkpoint's dtype", group="devices", choices=DTYPES
-    )
-    optimizer: str = option(
-        "adamw_torch_fused",
-        "optimizer by its name in transformers: adamw_torch_fused, sgd, adafactor, adamw_8bit, paged_adamw_8bit "
-        "(both need bitsandbytes), ...",
-        group="training",
-        metavar="NAME",
-    )
-    autocast: str = option(
-        "none",
-        "multiply in this dtype while the weights keep theirs; float16 needs a GPU and uses a loss scaler; none "
-        "multiplies in the dtype of the weights",
-        group="devices",
-        choices=AUTOCAST,
-    )
-    gradient_checkpointing: bool = option(
-        False, "compute activations again in the backward pass: less memory, more time", group="devices"
-    )
-    compile: bool = option(False, "compile the model with torch.compile", group="devices")
-    chunked_loss: bool = option(
-        True,
-        "compute the loss in pieces without keeping all logits, if the model's own loss allows it",
-        group="devices",
-        off="compute the loss from all logits at once; without this option it is computed in pieces, which needs less "
-        "memory",
-    )
-    log_steps: int = option(1, "updates between two lines of log.jsonl", group="output", unit="update", least=1)
-    report_to: list[str] = option(
-        [],
-        "more loggers by their names in transformers, if they are installed: tensorboard, wandb, ...",
-        group="output",
-        metavar="NAME",
-        shown="none",
-    )
-    eval_steps: int = option(
-        0,
-        "updates between two evaluations on the held-out rows; 0 evaluates at the end only",
-        group="evaluation",
-        least=0,
-    )
-    save_steps: int = option(
-        200, "updates between two checkpoints; 0 writes none", group="output", unit="updates", least=0
-    )
-    keep_checkpoints: int = option(
-        2, "number of checkpoints to keep, the newest ones; 0 keeps all", group="output", unit="checkpoints", least=0
-    )
-    stop_after: int = option(
-        0,
-        "write a checkpoint at this update and stop; continue with --resume; 0 trains to the end",
-        group="output",
-        least=0,
-    )
-    data_seed: int = option(42, "seed of the order of the rows and of dropout", group="training", least=0)
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        for name in ("learning_rate", "epochs", "weight_decay", "max_grad_norm"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
-        if self.max_steps <= 0 and not self.epochs > 0:
-            raise ValueError(f"epochs must be positive, got {self.epochs}")
-        if self.optimizer.startswith(("galore", "apollo")):
-            raise ValueError(
-                f"optimizer {self.optimizer!r} works on the gradients of whole weights, which s2ft does not train: "
-                "choose another one, such as adamw_torch_fused"
-            )
-
-    def accumulation(self, devices: int) -> int:
-        """Return the number of forward passes of one update on one device.
-
-        Args:
-            devices: Number of devices.
-
-        Returns:
-            The number of passes whose gradients are added up.
-
-        Raises:
-            ValueError: `batch_size` is not a multiple of `micro_batch_size` times `devices`.
-        """
-        at_once = self.micro_batch_size * devices
-        if self.batch_size % at_once:
-            raise ValueError(
-                f"batch_size {self.batch_size} must be a multiple of micro_batch_size "
-                f"{self.micro_batch_size} times {devices} device{'s' * (devices != 1)}"
-            )
-        return self.batch_size // at_once
-
-    def steps(self, rows: int) -> int:
-        """Return the number of updates of a run.
-
-        Args:
-            rows: Number of rows of the training data.
-
-        Returns:
-            `max_steps` if it is positive, else the updates of all epochs.
-        """
-        return self.max_steps if self.max_steps > 0 else max(1, math.ceil(-(-rows // self.batch_size) * self.epochs))
-
-    def warmup(self, steps: int) -> int:
-        """Return the number of warm-up steps of a run.
-
-        Args:
-            steps: Number of updates of the run.
-
-        Returns:
-            `warmup_steps`, but at most a tenth of `steps`. Otherwise a short run would end before it reaches its
-            learning rate.
-        """
-        return min(self.warmup_steps, steps // 10)
-
-    def schedule_arguments(self, steps: int) -> dict[str, Any]:
-        """Return the arguments that transformers needs for the schedule.
-
-        Args:
-            steps: Number of updates of the run.
-
-        Returns:
-            Arguments by name. `warmup_stable_decay` lowers the learning rate over the last tenth of the run,
-            `cosine_with_min_lr` ends at a tenth of the learning rate, and the other schedules need no argument.
-        """
-        if self.schedule == "warmup_stable_decay":
-            return {"num_decay_steps": max(1, steps // 10)}
-        return SCHEDULES[self.schedule]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the options by name.
-
-        Returns:
-            The fields, as values that JSON can hold.
-        """
-        return asdict(self)
 
 
 @dataclass
@@ -318,12 +136,7 @@ class RunOptions:
         least=1,
         shown=f"{DEFAULT_BATCH} rows, if none of the three is given",
     )
-    calibration_examples: int | None = option(
-        None,
-        "rows of the data for the selections activation, product and gradient",
-        shown="1 % of the rows, at least 16",
-        least=1,
-    )
+    calibration_examples: int | None = option(None, **CALIBRATION)
     eval_task: str | None = option(
         None, "also score generated answers to the held-out rows, as s2ft eval does", choices=TASKS
     )
@@ -389,10 +202,10 @@ def divide_batch(rows: int, devices: int, micro: int | None = None) -> tuple[int
     if rows % least:
         below, above = rows // least * least, -(-rows // least) * least
         nearest = f"{below} or {above}" if below else str(above)
-        passes = f"{micro} rows a forward pass on " if micro else ""
+        passes = f"per_device_train_batch_size {micro} × " if micro else ""
         raise ValueError(
-            f"batch_size {rows} can't be divided into {passes}{devices} device{'s' * (devices != 1)}: the nearest "
-            f"size{'s are' if below else ' is'} {nearest}"
+            f"batch_size {rows} must be a multiple of {least} ({passes}{devices} device{'s' * (devices != 1)}): the "
+            f"nearest size{'s are' if below else ' is'} {nearest}"
         )
     each = rows // devices
     found = micro or max(size for size in range(1, MOST_ROWS + 1) if each % size == 0)

@@ -7,20 +7,22 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from s2ft.adapter.folders import ADAPTER, RUN
+from s2ft.adapter.folders import ADAPTER, OPTIONS, RUN
 from s2ft.files.adapter_folder import CONFIG
 from s2ft.files.reading import read_json
 from s2ft.files.writing import replace_file
 from s2ft.train.checkpoints import UNFINISHED, checkpoints, newest_valid
 from s2ft.train.lock import LOCK, only_run_in
-from s2ft.train.options import NOT_PART_OF_A_RUN
 
 logger = logging.getLogger(__name__)
 LOG, PLOT, REPORT = "log.jsonl", "loss.png", "report.json"
 
 
 class RunFolder:
-    """The output folder of a run: adapter/, checkpoint-N/, log.jsonl, loss.png, report.json and run.json (the options).
+    """The output folder of a run.
+
+    It holds adapter/, checkpoint-N/, log.jsonl, loss.png, report.json, config.yaml (the options that the user has
+    given) and run.json (all options that determine the result).
 
     Example:
         >>> from s2ft.train.output import RunFolder
@@ -33,7 +35,7 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.adapter, self.log, self.plot = self.path / ADAPTER, self.path / LOG, self.path / PLOT
-        self.run, self.report = self.path / RUN, self.path / REPORT
+        self.run, self.report, self.config = self.path / RUN, self.path / REPORT, self.path / OPTIONS
 
     def check(self, resume: bool = False, overwrite: bool = False) -> None:
         """Check that a run may use the folder. Nothing is changed.
@@ -108,35 +110,34 @@ class RunFolder:
             else f"{checkpoint} is kept: go on from it with --resume"
         )
 
-    def begin(self, options: dict, resume: bool = False) -> None:
+    def begin(self, options: dict, resume: bool = False, config: str | None = None) -> None:
         """Remove the files of an earlier run and write run.json, or check that the earlier run has the same options.
 
         Args:
-            options: The options of this run.
+            options: The options of this run that determine its result.
             resume: Whether this run continues the earlier one.
+            config: The text of config.yaml, or None for a run that no config file can repeat.
 
         Raises:
             ValueError: The earlier run has other options. The message names them.
         """
         if resume:
             earlier = self.options()
-            different = [
-                key
-                for key in options
-                if key.split(".")[-1] not in NOT_PART_OF_A_RUN and earlier.get(key) != options[key]
-            ]
+            different = [key for key in {**earlier, **options} if earlier.get(key) != options.get(key)]
             if different:
                 raise ValueError(
                     f"the run in {self.path} was started with other options: "
-                    + "; ".join(f"{key} was {earlier.get(key)!r}, is {options[key]!r}" for key in different)
+                    + "; ".join(f"{key} was {earlier.get(key)!r}, is {options.get(key)!r}" for key in different)
                 )
             return
         for path in (self.adapter, self.path / UNFINISHED, *checkpoints(self.path)):
             shutil.rmtree(path, ignore_errors=True)
-        for path in (self.log, self.plot, self.report):
+        for path in (self.log, self.plot, self.report, self.config):
             path.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.run, options)
+        if config is not None:
+            replace_file(self.config, config.encode())
 
 
 def log_failure(what: str, error: Exception) -> None:

@@ -12,20 +12,24 @@ from trl.trainer.utils import RepeatSampler
 import s2ft
 from s2ft.text.prompts import encode_prompt, end_ids
 from s2ft.train.reference import Reference
-from s2ft.train.trainer import AdapterCheckpoints
+from s2ft.train.run_trainer import Changed, RunTrainer
 
 
-class OneModel(AdapterCheckpoints):
-    """What the Trainers of this module share: checkpoints of the adapter, nothing sent, and no file but checkpoints."""
+class RLTrainer(RunTrainer):
+    """What the two Trainers share: they leave the model, the tokenizer and the arguments as they were."""
 
-    def _send_telemetry(self) -> None:
-        """Nothing is sent."""
+    def __init__(self, model, *args: Any, args_of_run, tokenizer, **options: Any) -> None:
+        self._changed, self._given, self._pad_token = Changed(model), tokenizer, tokenizer.pad_token
+        super().__init__(model, *args, args=_for_trl(args_of_run), processing_class=tokenizer, **options)
+        self._changed.undo_always()
 
-    def create_model_card(self, *args: Any, **options: Any) -> None:
-        """Nothing is written: the adapter gets its own card when it is saved."""
+    def restore_model(self) -> None:
+        """Give the model its own forward and config back, and the tokenizer its own padding, which TRL has changed."""
+        self._changed.undo()
+        self._given.pad_token = self._pad_token
 
 
-class DPORunTrainer(OneModel, DPOTrainer):
+class DPORunTrainer(RLTrainer, DPOTrainer):
     """TRL's DPOTrainer on pairs of token rows. Its reference model is the model itself without the adapter.
 
     Args:
@@ -47,19 +51,20 @@ class DPORunTrainer(OneModel, DPOTrainer):
         super().__init__(
             model,
             ref_model=Reference(model),
-            args=arguments,
+            args_of_run=arguments,
             train_dataset=pairs,
             eval_dataset=held_out,
-            processing_class=copy.copy(tokenizer),
+            tokenizer=tokenizer,
             callbacks=list(callbacks or ()),
         )
+        self.processing_class = None  # checkpoints need no tokenizer
 
     def _prepare_dataset(self, dataset, *args: Any, **options: Any):
         """Return the rows as they are: s2ft has encoded them."""
         return dataset
 
 
-class GRPORunTrainer(OneModel, GRPOTrainer):
+class GRPORunTrainer(RLTrainer, GRPOTrainer):
     """TRL's GRPOTrainer. Its reference model is the model itself without the adapter.
 
     Answers are generated with the adapter fused into the weights, by the prompts and end tokens of `s2ft generate`.
@@ -74,29 +79,26 @@ class GRPORunTrainer(OneModel, GRPOTrainer):
         callbacks: More callbacks.
 
     Raises:
-        ValueError: The model would be sharded, or there are fewer rows than prompts of one generation.
+        ValueError: The model would be sharded.
     """
 
     def __init__(
         self, model, rewards, arguments, prompts, *, tokenizer, held_out=None, callbacks: Sequence[Any] | None = None
     ) -> None:
         refuse_sharding(arguments, "s2ft grpo")
-        _check_rows(arguments, prompts)
-        beta, arguments.beta = arguments.beta, 0.0  # with a beta, TRL would load the base a second time
-        try:
-            super().__init__(
-                model,
-                reward_funcs=list(rewards),
-                args=arguments,
-                train_dataset=prompts,
-                eval_dataset=held_out,
-                processing_class=copy.copy(tokenizer),
-                callbacks=list(callbacks or ()),
-            )
-        finally:
-            arguments.beta = beta
-        self.beta = beta
-        self.ref_model = Reference(model) if beta else None
+        without_beta = copy.copy(arguments)
+        without_beta.beta = 0.0  # with a beta, TRL would load the base a second time
+        super().__init__(
+            model,
+            reward_funcs=list(rewards),
+            args_of_run=without_beta,
+            train_dataset=prompts,
+            eval_dataset=held_out,
+            tokenizer=tokenizer,
+            callbacks=list(callbacks or ()),
+        )
+        self.beta = self.args.beta = arguments.beta
+        self.ref_model = Reference(model) if self.beta else None
         self.eos_token_ids = end_ids(tokenizer, model.generation_config)
         self.generation_kwargs["eos_token_id"] = self.generation_config.eos_token_id = self.eos_token_ids
 
@@ -172,11 +174,10 @@ def refuse_sharding(arguments, command: str) -> None:
         )
 
 
-def _check_rows(arguments, prompts) -> None:
-    needed = arguments.generation_batch_size // arguments.num_generations
-    if hasattr(prompts, "__len__") and len(prompts) < needed:
-        raise ValueError(
-            f"there are {len(prompts)} prompts, and each generation takes {needed} (generation_batch_size "
-            f"{arguments.generation_batch_size} divided by num_generations {arguments.num_generations}): lower "
-            "batch_size or raise num_generations"
-        )
+def _for_trl(arguments):
+    """Return a copy of the arguments for TRL. The functions of s2ft turn checkpointing on; see sft.checkpointing."""
+    arguments = copy.copy(arguments)
+    arguments.gradient_checkpointing, arguments.gradient_checkpointing_kwargs = False, None
+    if hasattr(arguments, "activation_checkpointing"):
+        arguments.activation_checkpointing, arguments.activation_checkpointing_kwargs = False, None
+    return arguments

@@ -6,27 +6,26 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, get_scheduler
+from transformers import Trainer
 from trl import SFTTrainer
 
 from s2ft.text.encoding import IGNORED
 from s2ft.text.evaluation import evaluate
 from s2ft.train.batching import BY_LENGTH, Batching, LengthSampler, row_lengths
 from s2ft.train.held_out import HeldOut
-from s2ft.train.options import SCHEDULES
-from s2ft.train.output import log_failure
+from s2ft.train.run_trainer import Changed, RunMethods
 from s2ft.train.trainer import AdapterCheckpoints
 
 
-class SFTRunTrainer(AdapterCheckpoints, SFTTrainer):
+class TokenRowTrainer(RunMethods, SFTTrainer):
     """TRL's SFTTrainer on token rows, with the loss of s2ft where logits are only computed for labels.
 
-    TRL's own loss is used where only it has what the arguments ask for: ``loss_type="dft"`` and
+    The model can have any trainable parameters, so that other methods can be compared under the same conditions. TRL's
+    own loss is used where only it has what the arguments ask for: ``loss_type="dft"`` and
     ``router_aux_loss_coef``. The trainer does not change the tokenizer or the model's config, and sends no telemetry.
 
     Args:
-        model: The model, with a trainable adapter.
+        model: The model.
         arguments: The SFTArguments.
         rows: The token rows to train on, as :meth:`~s2ft.train.batching.Batching.prepare` returns them.
         batching: How rows become batches.
@@ -49,7 +48,7 @@ class SFTRunTrainer(AdapterCheckpoints, SFTTrainer):
         self._batching, self._held_out, self._text_tokenizer = batching, held_out, tokenizer
         self._sampler: LengthSampler | None = None
         self._evaluated = torch.zeros(2)  # sum of the loss, number of labels
-        self._changed = _Changed(model)
+        self._changed = Changed(model)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`(label_smoothing_factor|use_liger_kernel)", FutureWarning)
             super().__init__(
@@ -75,12 +74,6 @@ class SFTRunTrainer(AdapterCheckpoints, SFTTrainer):
     def restore_model(self) -> None:
         """Give the model its own forward and config back, which TRL has changed for its loss."""
         self._changed.undo()
-
-    def _send_telemetry(self) -> None:
-        pass
-
-    def create_model_card(self, *args, **options) -> None:
-        """Write no model card into checkpoints. The command writes one beside the adapter."""
 
     # ---- batches -----------------------------------------------------------------------------------------
 
@@ -122,44 +115,7 @@ class SFTRunTrainer(AdapterCheckpoints, SFTTrainer):
         self._evaluated = self._evaluated.to(loss.device) + torch.stack([loss.float() * count, count.float()])
         return loss, logits, labels
 
-    def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """Make the schedule of transformers without its first step, whose learning rate of 0 wastes an update.
-
-        Schedules whose arguments are needed but not given get those of :data:`~s2ft.train.options.SCHEDULES`.
-        """
-        if self.lr_scheduler is not None:
-            return self.lr_scheduler
-        warmup = self.args.get_warmup_steps(num_training_steps)
-        skipped = 1 if warmup else 0
-        schedule = get_scheduler(
-            self.args.lr_scheduler_type,
-            optimizer=self.optimizer if optimizer is None else optimizer,
-            num_warmup_steps=warmup + skipped,
-            num_training_steps=num_training_steps + skipped,
-            scheduler_specific_kwargs=self.args.lr_scheduler_kwargs or self._schedule_arguments(num_training_steps),
-        )
-        if skipped and isinstance(schedule, LambdaLR):
-            schedule = LambdaLR(schedule.optimizer, [_one_later(rate) for rate in schedule.lr_lambdas])
-        self.lr_scheduler, self._created_lr_scheduler = schedule, True
-        return schedule
-
-    def _schedule_arguments(self, steps: int) -> dict:
-        name = str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type))
-        if name == "warmup_stable_decay":
-            return {"num_decay_steps": max(1, steps // 10)}
-        return dict(SCHEDULES.get(name, {}))
-
     # ---- evaluation --------------------------------------------------------------------------------------
-
-    def evaluate(self, *args, **options):
-        """Evaluate. An error is logged and training continues, unless there are other ranks, which would wait."""
-        try:
-            return super().evaluate(*args, **options)
-        except Exception as error:
-            if self.args.world_size > 1 or self.args.load_best_model_at_end:
-                raise
-            log_failure(f"the evaluation at step {self.state.global_step} failed", error)
-            return {}
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **options):
         """Compute the loss, as the mean over all labels, and, with a task, the accuracy."""
@@ -183,31 +139,8 @@ class SFTRunTrainer(AdapterCheckpoints, SFTTrainer):
         return sum(right for right, _ in counts) / sum(count for _, count in counts)
 
 
-class _Changed:
-    """What TRL's constructor changes in a model, and how it was before."""
-
-    def __init__(self, model) -> None:
-        self.model, self.forward = model, model.__dict__.get("forward")
-        self.trained = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
-        configs = (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
-        self.configs = [(config, dict(vars(config))) for config in configs if config is not None]
-        self.tags = getattr(model, "model_tags", None)
-
-    def undo_always(self) -> None:
-        """Undo what no run needs. TRL rounds the trained parameters of a quantized model to bfloat16, and adds tags."""
-        for parameter, data in self.trained.items():
-            if parameter.dtype != data.dtype:
-                parameter.data = data.to(parameter.device)
-        self.trained, self.model.model_tags = {}, self.tags
-
-    def undo(self) -> None:
-        """Undo the changes that TRL's own loss needs: the model's forward, and values of its configs."""
-        self.model.__dict__.pop("forward", None)
-        if self.forward is not None:
-            self.model.forward = self.forward
-        for config, values in self.configs:
-            vars(config).clear()
-            vars(config).update(values)
+class SFTRunTrainer(AdapterCheckpoints, TokenRowTrainer):
+    """:class:`TokenRowTrainer` for an attached model, with the checkpoints of s2ft. The arguments are the same."""
 
 
 def needs_trl_loss(arguments) -> bool:
@@ -228,7 +161,3 @@ def _for_trl(arguments, batching: Batching):
     if hasattr(arguments, "activation_checkpointing"):
         arguments.activation_checkpointing, arguments.activation_checkpointing_kwargs = False, None
     return arguments
-
-
-def _one_later(rate):
-    return lambda step: rate(step + 1)

@@ -23,6 +23,7 @@ from s2ft.train.held_out import HeldOut
 from s2ft.train.loss import chunked_loss, smoothed_loss, why_not_chunked
 from s2ft.train.options import RunOptions
 from s2ft.train.output import RunFolder, log_failure, read_log, write_json
+from s2ft.train.remedies import Step, explain_out_of_memory, step_of
 
 logger = logging.getLogger(__name__)
 FEW_STEPS = 10  # a warning is logged for a run with fewer updates
@@ -41,6 +42,7 @@ class Finetuned:
         tokens_per_second: Tokens that this process trained on in a second, over all devices, without padding.
         finished: False if `stop_after` ended the run.
         best_step: The step whose adapter was saved, if that is the one with the best evaluation, else None.
+        reward: Mean reward of the last tenth of the logged steps, or None if nothing was rewarded.
     """
 
     steps: int
@@ -50,6 +52,7 @@ class Finetuned:
     tokens_per_second: float
     finished: bool
     best_step: int | None = None
+    reward: float | None = None
 
     def to_dict(self) -> dict:
         """The result as values that JSON can hold."""
@@ -59,7 +62,8 @@ class Finetuned:
             "seconds": round(self.seconds, 2),
             "tokens_per_second": round(self.tokens_per_second, 1),
         }
-        return found if self.best_step is None else {**found, "best_step": self.best_step}
+        more = {"best_step": self.best_step, "reward": self.reward}
+        return {**found, **{name: value for name, value in more.items() if value is not None}}
 
 
 def sft(
@@ -70,7 +74,7 @@ def sft(
     folder: RunFolder,
     *,
     options: RunOptions | None = None,
-    resume: bool = False,
+    resume: bool | Path = False,
     held_out: HeldOut | None = None,
 ) -> Finetuned:
     """Train the attached adapter of a model by TRL's SFTTrainer, and save it.
@@ -86,7 +90,8 @@ def sft(
         arguments: The SFTArguments of the run.
         folder: The output folder. The adapter is saved to `folder.adapter`.
         options: Options that TRL's arguments do not have.
-        resume: Continue from the newest valid checkpoint, or from the start if there is none.
+        resume: Continue from the newest valid checkpoint, or from the start if there is none. A path names another
+            checkpoint of the run.
         held_out: Data to evaluate on, or None.
 
     Returns:
@@ -97,48 +102,82 @@ def sft(
         MissingPackages: A package that the run needs is not installed.
     """
     options = options or RunOptions()
-    checkpoint = newest_valid(folder.path) if resume else None
-    if resume:
-        logger.info("resuming from %s", checkpoint.name if checkpoint else "the start: there is no valid checkpoint")
+    checkpoint = checkpoint_of(folder, resume)
     trainer = trainer_for(model, tokenizer, train, arguments, folder, options, held_out)
-    seen = 0 if checkpoint is None else _tokens_seen(checkpoint)
     example = trainer.data_collator([next(iter(train))])
-    start = time.perf_counter()
     with (
+        explain_out_of_memory(model, lambda: _step(arguments, train, options), folder.kept),
         contiguous_head(model),
         loss_for(model, arguments, options, example),
         checkpointing(model, arguments),
-        _restored(model, trainer),
+        restored(model, trainer),
     ):
-        _train(trainer, checkpoint)
-        seconds = time.perf_counter() - start
-        finished = not _was_stopped(trainer)
-        if finished:
-            _save(model, folder, trainer)
-        result = _result(trainer, folder, seconds, seen, finished)
-        if finished and trainer.is_world_process_zero():
-            with log_errors(f"{folder.report} was not written"):
-                write_json(folder.report, result.to_dict())
-        if finished and held_out is not None and result.best_step is None and not _is_evaluated(trainer, folder):
-            trainer.evaluate()
-    if trainer.is_world_process_zero():
-        _plot(folder)
-    trainer.accelerator.wait_for_everyone()
+        result = run_trainer(trainer, model, folder, checkpoint)
+    finish(trainer, folder)
     return result
 
 
+def checkpoint_of(folder: RunFolder, resume: bool | Path) -> Path | None:
+    """Return the checkpoint that a run begins from, and log it. The arguments are those of :func:`sft`."""
+    if not resume:
+        return None
+    checkpoint = resume if isinstance(resume, Path) else newest_valid(folder.path)
+    logger.info("resuming from %s", checkpoint.name if checkpoint else "the start: there is no valid checkpoint")
+    return checkpoint
+
+
+def run_trainer(trainer, model, folder: RunFolder, checkpoint: Path | None) -> Finetuned:
+    """Train, save the adapter, write the report, and evaluate unless the log has an evaluation of the last step.
+
+    Args:
+        trainer: A Trainer with the callbacks of :func:`callbacks_of`.
+        model: The model, with the adapter.
+        folder: The output folder.
+        checkpoint: The checkpoint to begin from, or None.
+    """
+    seen = 0 if checkpoint is None else _state_of(checkpoint).num_input_tokens_seen
+    start = time.perf_counter()
+    _train(trainer, checkpoint)
+    seconds = time.perf_counter() - start
+    finished = not _was_stopped(trainer)
+    if finished:
+        _save(model, folder, trainer)
+    result = _result(trainer, folder, seconds, seen, finished)
+    if finished and trainer.is_world_process_zero():
+        with log_errors(f"{folder.report} was not written"):
+            write_json(folder.report, result.to_dict())
+    evaluates = finished and trainer.eval_dataset is not None and result.best_step is None
+    if evaluates and not _is_evaluated(trainer, folder):
+        trainer.evaluate()
+    return result
+
+
+def finish(trainer, folder: RunFolder) -> None:
+    """Draw the plot of a run, and wait for the other ranks."""
+    if trainer.is_world_process_zero():
+        _plot(folder)
+    trainer.accelerator.wait_for_everyone()
+
+
 def _result(trainer, folder: RunFolder, seconds: float, seen: int, finished: bool) -> Finetuned:
-    losses = [line["loss"] for line in read_log(folder.log) if "loss" in line]
-    last = losses[-max(1, len(losses) // 10) :]
+    lines = read_log(folder.log)
     return Finetuned(
         trainer.state.global_step,
-        sum(last) / max(1, len(last)),
+        _last_mean(lines, "loss") or 0.0,
         seconds,
         folder.adapter,
         (trainer.state.num_input_tokens_seen - seen) / seconds,
         finished,
         _best_step(trainer),
+        _last_mean(lines, "reward"),
     )
+
+
+def _last_mean(lines: list[dict], name: str) -> float | None:
+    """The mean of a value over the last tenth of its lines, or None without any."""
+    values = [line[name] for line in lines if line.get(name) is not None]
+    last = values[-max(1, len(values) // 10) :]
+    return sum(last) / len(last) if last else None
 
 
 def _best_step(trainer) -> int | None:
@@ -157,6 +196,9 @@ def _train(trainer, checkpoint: Path | None) -> None:
     """Train to the last step. An error after it, such as one of a logger, is logged, so that the adapter is saved."""
     from s2ft.train.callbacks import LossBar
 
+    if checkpoint is not None and _is_complete(checkpoint):
+        _take_over(trainer, checkpoint)
+        return
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except Exception as error:
@@ -166,6 +208,22 @@ def _train(trainer, checkpoint: Path | None) -> None:
         log_failure("all steps are trained, but the trainer failed after the last one", error)
     finally:
         next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, LossBar)).close()
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint is that of the last step. The Trainer would train one more step from it."""
+    state = _state_of(checkpoint)
+    return 0 < state.max_steps <= state.global_step
+
+
+def _take_over(trainer, checkpoint: Path) -> None:
+    """Put the model and the Trainer into the state after the last step."""
+    from s2ft.train.trainer import restore_adapter
+
+    trainer.state = _state_of(checkpoint)
+    trainer.state.is_world_process_zero = trainer.is_world_process_zero()
+    best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    restore_adapter(trainer.accelerator.unwrap_model(trainer.model), best or checkpoint)
 
 
 def _was_stopped(trainer) -> bool:
@@ -217,25 +275,16 @@ def trainer_for(
     held_out: HeldOut | None = None,
 ):
     """Make the Trainer of a run, with its callbacks. The arguments are those of :func:`sft`."""
-    from transformers import EarlyStoppingCallback
     from transformers.trainer_callback import PrinterCallback
 
     from s2ft.train.batching import choose_batching
-    from s2ft.train.callbacks import EvaluateAfterSaving, JsonlLog, LossBar, StopAfter
     from s2ft.train.runs import SFTRunTrainer, needs_trl_loss
 
     options = options or RunOptions()
     check_run(model, train, arguments)
     batching = choose_batching(model, pad_id(tokenizer), train, arguments, needs_trl_loss(arguments))
     rows = batching.prepare(train, arguments)
-    callbacks: list[Any] = [LossBar(), JsonlLog(folder.log)]
-    if not arguments.load_best_model_at_end:
-        callbacks.append(EvaluateAfterSaving())
-    if options.early_stopping_patience:
-        arguments.restore_callback_states_from_checkpoint = True  # a resumed run goes on counting
-        callbacks.append(EarlyStoppingCallback(options.early_stopping_patience, options.early_stopping_threshold))
-    if options.stop_after:
-        callbacks.append(StopAfter(options.stop_after))
+    callbacks = callbacks_of(arguments, folder, options)
     trainer = SFTRunTrainer(
         model, arguments, rows, batching, tokenizer=tokenizer, held_out=held_out, callbacks=callbacks
     )
@@ -244,6 +293,23 @@ def trainer_for(
         logger.info(batching.line(_count(train), _count(rows)))
         log_length(trainer.args, _count(rows))
     return trainer
+
+
+def callbacks_of(arguments, folder: RunFolder, options: RunOptions) -> list[Any]:
+    """Make the callbacks of a run: progress, log.jsonl, and when it stops. The arguments are those of :func:`sft`."""
+    from transformers import EarlyStoppingCallback
+
+    from s2ft.train.callbacks import EvaluateAfterSaving, JsonlLog, LossBar, StopAfter
+
+    callbacks: list[Any] = [LossBar(), JsonlLog(folder.log)]
+    if not arguments.load_best_model_at_end:
+        callbacks.append(EvaluateAfterSaving())
+    if options.early_stopping_patience:
+        arguments.restore_callback_states_from_checkpoint = True  # a resumed run goes on counting
+        callbacks.append(EarlyStoppingCallback(options.early_stopping_patience, options.early_stopping_threshold))
+    if options.stop_after:
+        callbacks.append(StopAfter(options.stop_after))
+    return callbacks
 
 
 def _count(rows) -> int | None:
@@ -272,6 +338,11 @@ def check_run(model, train, arguments) -> None:
         )
     if _count(train) is None and arguments.max_steps <= 0:
         raise ValueError("max_steps must be positive for streamed data, whose number of rows is not known")
+    check_dtype(model, arguments)
+
+
+def check_dtype(model, arguments) -> None:
+    """Check that the dtype of a model works here, and turn on the loss scaler of float16."""
     half = next(model.parameters()).dtype == torch.float16
     if (half or arguments.fp16) and not torch.cuda.is_available():
         raise ValueError("training in float16 needs a GPU: set dtype to bfloat16 or float32, and fp16 to false")
@@ -291,7 +362,9 @@ def loss_for(model, arguments, options: RunOptions, batch: dict) -> Iterator[Non
     if needs_trl_loss(arguments):
         reason = "TRL computes it"
     elif options.chunked_loss:
-        batch = {key: value.to(model.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+        batch = {
+            key: value.to(model.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()
+        }
         reason = "the model is compiled as a whole" if arguments.torch_compile else why_not_chunked(model, batch)
         if reason:
             logger.info("the loss keeps the logits: %s", reason)
@@ -304,8 +377,17 @@ def loss_for(model, arguments, options: RunOptions, batch: dict) -> Iterator[Non
         yield
 
 
+def _step(arguments, train, options: RunOptions) -> Step:
+    """Return the largest step of a run."""
+    from s2ft.train.batching import row_lengths
+
+    known = not arguments.packing and hasattr(train, "__len__")
+    length = max(row_lengths(train)) if known else arguments.max_length
+    return step_of(arguments, length, options.chunked_loss and not arguments.torch_compile)
+
+
 @contextlib.contextmanager
-def _restored(model, trainer) -> Iterator[None]:
+def restored(model, trainer) -> Iterator[None]:
     """Undo at the end what TRL's loss and NEFTune change in the model, after an error too."""
     try:
         yield
@@ -317,10 +399,10 @@ def _restored(model, trainer) -> Iterator[None]:
             model.get_input_embeddings().__dict__.pop("neftune_noise_alpha", None)
 
 
-def _tokens_seen(checkpoint: Path) -> int:
+def _state_of(checkpoint: Path):
     from transformers.trainer import TRAINER_STATE_NAME, TrainerState
 
-    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).num_input_tokens_seen
+    return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
 
 def this_rank():
@@ -423,7 +505,7 @@ def log_length(arguments, rows: int | None) -> None:
             "warning: %d %s at batch size %d and %g epochs are %d update%s, which may be too few to learn "
             "anything: lower --batch-size, or raise --epochs",
             rows,
-            "packs" if arguments.packing else "rows",
+            "packs" if getattr(arguments, "packing", False) else "rows",
             batch,
             arguments.num_train_epochs,
             steps,

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from support.models import ALL_RATIOS, CASES, model_of, ratios_for, token_batch, train
-from support.pairs import pairs
+from support.pairs import pairs_mostly_slow
 
 import s2ft
 from s2ft import S2FTConfig
@@ -57,7 +57,9 @@ def test_an_adapter_of_schema_1_loads(saved, tmp_path):
     assert equal(old, new) and not equal(old, model_of("llama"))
 
 
-@pytest.mark.parametrize("case,layout,dtype", pairs(CASES, LAYOUTS, (torch.float32, torch.bfloat16)), ids=str)
+@pytest.mark.parametrize(
+    "case,layout,dtype", pairs_mostly_slow(CASES, LAYOUTS, (torch.float32, torch.bfloat16)), ids=str
+)
 def test_saved_and_loaded_on_a_fresh_base_gives_the_effective_weights(case, layout, dtype, tmp_path):
     model = trained(case, dtype, layout)
     s2ft.save_adapter(model, tmp_path)
@@ -157,8 +159,23 @@ def test_an_adapter_crosses_layouts_and_dtypes(tmp_path):
 # ---- switching -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout,dtype",
+    [
+        ("permuted", torch.bfloat16),
+        ("indexed", torch.float16),
+        *(
+            pytest.param(*both, marks=pytest.mark.slow)
+            for both in (
+                ("permuted", torch.float32),
+                ("permuted", torch.float16),
+                ("indexed", torch.float32),
+                ("indexed", torch.bfloat16),
+            )
+        ),
+    ],
+    ids=str,
+)
 def test_a_thousand_switches_restore_the_base_exactly(layout, dtype, tmp_path):
     base = model_of("llama", dtype)
     s2ft.save_adapter(trained(seed=3, name="b"), tmp_path)

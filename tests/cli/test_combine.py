@@ -6,6 +6,7 @@ from support.models import model_of
 
 import s2ft
 from s2ft import S2FTConfig
+from s2ft.adapter.formats import native
 from s2ft.attached.record import attachment_of
 from s2ft.cli.main import main
 
@@ -46,6 +47,21 @@ def test_the_sum_is_written_and_the_overlap_is_printed(folders, tmp_path, capsys
     assert total.selection == expected.selection
     assert all(torch.equal(delta.values, expected.deltas[path].values) for path, delta in total.deltas.items())
     s2ft.load_adapter(model_of("llama"), tmp_path / "sum", trainable=True)
+
+
+def test_a_sum_records_the_first_prompt_and_another_one_is_said(folders, tmp_path, capsys):
+    paths = {"none": folders / "a"}
+    for name in ("x", "y"):
+        adapter = s2ft.read_adapter(folders / "b")
+        adapter.name, adapter.info["prompt"] = name, {"form": "chat", "template": name, "system": None}
+        native.write(adapter, tmp_path / name)
+        paths[name] = tmp_path / name
+    for names in (["none"], ["none", "x"], ["x", "x"], ["none", "y", "x"]):
+        output = tmp_path / "-".join(["sum", *names])
+        assert main(["combine", *(str(paths[name]) for name in names), "--output", str(output)]) == 0
+        expected = next((name for name in names if name != "none"), None)
+        assert s2ft.read_adapter(output).info.get("prompt", {}).get("template") == expected
+        assert (f"different prompts; the sum records that of '{expected}'" in capsys.readouterr().out) == ("y" in names)
 
 
 MISTAKES = {

@@ -40,9 +40,7 @@ def work(tmp_path_factory):
     work = tmp_path_factory.mktemp("work")
     save_tiny(work / "model")
     write_jsonl(work / "data.jsonl", sums(12))
-    s2ft_command(
-        "finetune", "--model", work / "model", "--data", work / "data.jsonl", "--output", work / "out", *TRAINING
-    )
+    s2ft_command("sft", "--model", work / "model", "--data", work / "data.jsonl", "--output", work / "out", *TRAINING)
     return work
 
 
@@ -62,7 +60,7 @@ def test_finetune_writes_every_promised_file(work):
 
 def test_default_ratio_is_the_papers(work, tmp_path):
     s2ft_command(
-        "finetune",
+        "sft",
         "--model",
         work / "model",
         "--data",
@@ -80,16 +78,7 @@ def test_default_ratio_is_the_papers(work, tmp_path):
 
 
 def test_a_second_finetune_needs_overwrite_or_resume(work, tmp_path, capsys):
-    run = [
-        "finetune",
-        "--model",
-        work / "model",
-        "--data",
-        work / "data.jsonl",
-        "--output",
-        tmp_path / "out",
-        *TRAINING,
-    ]
+    run = ["sft", "--model", work / "model", "--data", work / "data.jsonl", "--output", tmp_path / "out", *TRAINING]
     s2ft_command(*run)
     first = (tmp_path / "out/log.jsonl").read_text()
     assert main([str(a) for a in run]) == 2
@@ -182,7 +171,7 @@ def test_the_merged_checkpoint_loads_in_a_process_without_s2ft(work, tmp_path):
 def test_merge_and_eval_use_the_dtype_of_training(work, tmp_path):
     """A float32 checkpoint is trained in bfloat16. Merged weights equal the trained ones, bit for bit."""
     s2ft_command(
-        "finetune",
+        "sft",
         "--model",
         work / "model",
         "--data",
@@ -213,10 +202,10 @@ def test_the_merged_folder_is_complete_and_no_other_file_is_left(work, tmp_path)
 def test_a_merge_that_fails_its_check_leaves_nothing(work, tmp_path, monkeypatch):
     from s2ft.export import merged as merging
 
-    def spoiled(model, folder):
+    def spoiled(model, tokenizer, folder):
         with torch.no_grad():
             model.lm_head.weight[0, 0] += 1
-        return compare(model, folder)
+        return compare(model, tokenizer, folder)
 
     compare = merging._compare
     monkeypatch.setattr(merging, "_compare", spoiled)

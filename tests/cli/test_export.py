@@ -24,7 +24,7 @@ import s2ft
 from s2ft.adapter import read_adapter
 from s2ft.adapter.formats import lora, native
 from s2ft.cli.main import main
-from s2ft.export import gguf
+from s2ft.export import gguf, gguf_writer
 from s2ft.packages import MissingPackages
 from s2ft.text.models import load_model
 
@@ -131,6 +131,61 @@ def test_merged_in_shards(work, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "merged")("12+3=").input_ids == tiny_tokenizer()("12+3=").input_ids
 
 
+OTHER = tiny_tokenizer().chat_template.replace("<|im_start|>", "<|endoftext|>")
+ASK = [{"role": "user", "content": "2+3?"}]
+TRAINED = {"form": "chat", "template": OTHER, "system": 'Say "yes".\n'}
+PROMPT = '<|endoftext|>system\nSay "yes".\n<|im_end|>\n<|endoftext|>user\n2+3?<|im_end|>\n<|endoftext|>assistant\n'
+
+
+@pytest.fixture(scope="module", params=["without", "another", "gguf"])
+def prompted(request, work, tmp_path_factory):
+    """A base without a chat template, with another one, or in a GGUF file, and an adapter that records TRAINED."""
+    folder = tmp_path_factory.mktemp(request.param)
+    base = folder / "model"
+    base_of(base, pre="smollm")
+    if request.param == "without":
+        tokenizer_with_merges("smollm", None).save_pretrained(base)
+        (base / "chat_template.jinja").unlink()
+    if request.param == "gguf":
+        model, tokenizer = load_model(str(base))
+        gguf.write(model, tokenizer, folder / "model.gguf")
+        base = folder / "model.gguf"
+    make_adapter(base, folder / "adapter", prompt=TRAINED)
+    return base, folder / "adapter"
+
+
+@pytest.mark.parametrize("kind", ["merged", "gguf"])
+def test_other_programs_get_the_prompt_of_the_training(prompted, kind, tmp_path, capsys, caplog):
+    """The template is the adapter's, not the base's, and its system prompt is the default."""
+    caplog.set_level("INFO")
+    base, adapter = prompted
+    s2ft_command("export", adapter, "--model", base, "--format", kind, "--output", tmp_path / "out")
+    _, tokenizer = load_model(str(tmp_path / "out"))
+    assert tokenizer.apply_chat_template(ASK, tokenize=False, add_generation_prompt=True) == PROMPT
+    own = [{"role": "system", "content": "No."}, *ASK]
+    assert tokenizer.apply_chat_template(own, tokenize=False).startswith("<|endoftext|>system\nNo.<|im_end|>")
+    assert "has the system prompt of the training as its default" in caplog.text
+    said = "not the base's own" if load_model(str(base))[1].chat_template else "the base has no chat template"
+    assert said in caplog.text
+
+
+def test_a_lora_has_the_template_of_the_training_for_vllm(prompted, tmp_path):
+    base, adapter = prompted
+    s2ft_command("export", adapter, "--model", base, "--output", tmp_path / "lora")
+    template = (tmp_path / "lora/chat_template.jinja").read_text()
+    tokenizer = load_model(str(base))[1]
+    text = tokenizer.apply_chat_template(ASK, chat_template=template, tokenize=False, add_generation_prompt=True)
+    assert text == PROMPT
+
+
+def test_an_adapter_of_plain_text_leaves_the_template_of_the_base(work, tmp_path):
+    make_adapter(work / "model", tmp_path / "adapter", prompt={"form": "text", "template": None, "system": None})
+    s2ft_command("merge", "--model", work / "model", "--adapter", tmp_path / "adapter", "--output", tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tiny_tokenizer().chat_template
+    s2ft_command("export", tmp_path / "adapter", "--model", work / "model", "--output", tmp_path / "lora")
+    assert not (tmp_path / "lora/chat_template.jinja").exists()
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [
@@ -168,7 +223,7 @@ def test_an_output_that_exists_is_kept(work, tmp_path, capsys):
 
 # ---- GGUF ----------------------------------------------------------------------------------------------
 
-QWEN2, LLAMA3 = (gguf.WORDS + digits + gguf.REST for digits in (r"\p{N}", r"\p{N}{1,3}"))
+QWEN2, LLAMA3 = (gguf_writer.WORDS + digits + gguf_writer.REST for digits in (r"\p{N}", r"\p{N}{1,3}"))
 SHAPE = dict(
     vocab_size=270,
     hidden_size=32,
@@ -202,7 +257,7 @@ PRE = {
 }
 
 
-def tokenizer_with_merges(pre):
+def tokenizer_with_merges(pre, chat_template=tiny_tokenizer().chat_template):
     """The tiny tokenizer with two merges, two added tokens and a gap in its token ids."""
     content = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
     content["model"]["vocab"] |= {"so": 259, "me": 260}
@@ -211,7 +266,7 @@ def tokenizer_with_merges(pre):
     backend = Tokenizer.from_str(json.dumps(content))
     backend.pre_tokenizer = PRE[pre]
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>")
-    fast.chat_template = tiny_tokenizer().chat_template
+    fast.chat_template = chat_template
     fast.add_tokens(["<think>"])
     return fast
 
@@ -327,7 +382,7 @@ def test_a_tokenizer_that_splits_as_one_and_merges_as_another_is_refused():
     fast = tokenizer_with_merges("gpt-2")
     fast.backend_tokenizer.pre_tokenizer = PRE["llama-bpe"]  # llama.cpp infers ignore_merges from it too
     with pytest.raises(ValueError, match="a tokenizer of this kind"):
-        gguf._tokenizer(fast, MODELS["llama"]())
+        gguf_writer._tokenizer(fast, MODELS["llama"]())
 
 
 @pytest.mark.parametrize(
@@ -342,7 +397,7 @@ def test_tokenizers_that_can_not_be_written_as_gguf(pre):
     fast = tokenizer_with_merges("gpt-2")
     fast.backend_tokenizer.pre_tokenizer = pre
     with pytest.raises(ValueError, match="a tokenizer of this kind.*convert_hf_to_gguf.py"):
-        gguf._tokenizer(fast, MODELS["llama"]())
+        gguf_writer._tokenizer(fast, MODELS["llama"]())
 
 
 def test_a_missing_package_gguf_is_named(work, tmp_path, monkeypatch):
@@ -352,7 +407,7 @@ def test_a_missing_package_gguf_is_named(work, tmp_path, monkeypatch):
 
 
 def test_a_gguf_that_differs_from_the_model_is_not_kept(work, tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf, "_interleaved", lambda rows, heads: rows)
+    monkeypatch.setattr(gguf_writer, "_interleaved", lambda rows, heads: rows)
     base_of(tmp_path / "model")
     make_adapter(tmp_path / "model", tmp_path / "adapter")
     with pytest.raises(RuntimeError, match="is not the merged model: model.layers.0.self_attn.k_proj.weight"):

@@ -85,8 +85,18 @@ def test_every_command_names_the_fault_of_a_folder(work, tmp_path, capsys, comma
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_load_adapter_takes_the_output_of_a_run(work):
+def test_the_api_takes_the_output_of_a_run(work):
     s2ft.load_adapter(tiny_model(), work / "runs/math")
+    selection = s2ft.Selection.load(work / "runs/math")
+    assert selection == s2ft.read_adapter(work / "runs/math").selection
+    model = tiny_model()
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, exclude=str(work / "runs/math")))
+    assert s2ft.adapter.overlap([s2ft.get_adapter(model, "default"), s2ft.read_adapter(work / "runs/math")]).units == 0
+    bank = s2ft.AdapterBank(tiny_model(), work / "runs")
+    bank.add("mine", work / "runs/math")
+    assert bank.names == ["chat", "math", "mine"]
+    with bank.batch(["math", "mine"]):
+        assert bank.loaded == ["math", "mine"]
 
 
 def test_info_takes_a_checkpoint(work, capsys):
@@ -108,9 +118,9 @@ def test_adapters_of_a_directory(work, tmp_path):
 @pytest.mark.parametrize(
     "directory, names, logged",
     [
-        ("runs", ["chat", "math"], "adapters: chat, math"),
-        ("runs/math", ["math"], "adapters: math"),
-        ("stopped", [], "stopped has no adapters, so the base is served alone"),
+        ("runs", ["chat", "math"], "serving 2 adapters: chat, math"),
+        ("runs/math", ["math"], "serving 1 adapter: math"),
+        ("stopped", [], "the base is served alone"),
     ],
 )
 def test_runs_are_served_by_name_and_checkpoints_are_not(work, caplog, directory, names, logged):
@@ -118,7 +128,7 @@ def test_runs_are_served_by_name_and_checkpoints_are_not(work, caplog, directory
     from s2ft.serve.registry import Adapters
 
     caplog.set_level("INFO")
-    known = Adapters(AdapterBank(tiny_model()), work / directory)
+    known = Adapters(AdapterBank(tiny_model()), [work / directory])
     known.log_adapters()
     assert known.names == names and logged in caplog.text
     for name in names:
@@ -129,5 +139,5 @@ def test_a_client_loads_the_output_of_a_run(work):
     from s2ft.adapter.bank import AdapterBank
     from s2ft.serve.registry import Adapters
 
-    known = Adapters(AdapterBank(tiny_model()), work)
+    known = Adapters(AdapterBank(tiny_model()), [work])
     assert known.load("mine", "runs/math").folder == (work / "runs/math/adapter").resolve()

@@ -4,14 +4,16 @@ import io
 import sys
 
 import pytest
-from train.tiny import save_tiny, tiny_tokenizer
+from train.tiny import CHAT, save_tiny, tiny_tokenizer
 
 import s2ft
+from s2ft.adapter.formats import native
 from s2ft.cli.main import main
 from s2ft.text.generation import generate
 from s2ft.text.models import load_model
 
 UNTIED = dict(tie_word_embeddings=False)
+OTHER = CHAT.replace("<|im_start|>", "<|endoftext|>")
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +44,52 @@ def expected(work, prompt, count, adapter=False):
     return generate(model, tokenizer, [tokenizer(prompt, add_special_tokens=False)["input_ids"]], 1, count)[0]
 
 
+def chat_text(*messages, template=None):
+    messages = [{"role": role, "content": content} for role, content in messages]
+    return tiny_tokenizer().apply_chat_template(
+        messages, chat_template=template, tokenize=False, add_generation_prompt=True
+    )
+
+
+HELLO = chat_text(("user", "Hello"))
+
+
 @pytest.mark.parametrize("adapter", [False, True])
 def test_a_greedy_answer_equals_that_of_evaluation(capsys, work, adapter):
     options = ["--adapter", work / "adapter"] if adapter else []
     found = answer(capsys, work, "--prompt", "Hello", "--max-new-tokens", 20, *options)
-    assert found.endswith("\n") and found.strip() == expected(work, "Hello", 20, adapter)
+    assert found.endswith("\n") and found.strip() == expected(work, HELLO, 20, adapter)
 
 
-def test_chat_puts_the_prompt_in_the_template(capsys, work):
-    text = tiny_tokenizer().apply_chat_template(
-        [{"role": "user", "content": "Hello"}], tokenize=False, add_generation_prompt=True
+def test_raw_continues_the_text(capsys, work):
+    assert answer(capsys, work, "--prompt", "Hello", "--raw", "--max-new-tokens", 9).strip() == expected(
+        work, "Hello", 9
     )
-    assert answer(capsys, work, "--prompt", "Hello", "--chat", "--max-new-tokens", 9).strip() == expected(work, text, 9)
+
+
+def test_the_prompt_is_that_of_the_training(capsys, work, tmp_path):
+    """The template and the system prompt are in the adapter. A checkpoint and the output of a run have them too."""
+    adapter = s2ft.read_adapter(work / "adapter")
+    adapter.info["prompt"] = {"form": "chat", "template": OTHER, "system": "Be brief."}
+    native.write(adapter, tmp_path / "adapter")
+    (tmp_path / "config.yaml").touch()
+    ask = ["--adapter", tmp_path, "--prompt", "Hello", "--max-new-tokens", 9]
+    for options, wanted in {
+        (): chat_text(("system", "Be brief."), ("user", "Hello"), template=OTHER),
+        ("--system", "Be long."): chat_text(("system", "Be long."), ("user", "Hello"), template=OTHER),
+        ("--system", ""): chat_text(("user", "Hello"), template=OTHER),
+        ("--raw",): "Hello",
+    }.items():
+        assert answer(capsys, work, *ask, *options).strip() == expected(work, wanted, 9, adapter=True), options
+
+
+def test_an_adapter_of_plain_text_continues_the_prompt_unless_asked_for_a_chat(capsys, work, tmp_path):
+    adapter = s2ft.read_adapter(work / "adapter")
+    adapter.info["prompt"] = {"form": "text", "template": None, "system": None}
+    native.write(adapter, tmp_path)
+    ask = ["--adapter", tmp_path, "--prompt", "Hello", "--max-new-tokens", 9]
+    assert answer(capsys, work, *ask).strip() == expected(work, "Hello", 9, adapter=True)
+    assert answer(capsys, work, *ask, "--chat").strip() == expected(work, HELLO, 9, adapter=True)
 
 
 def test_the_prompt_comes_from_a_file_or_stdin(capsys, work, tmp_path, monkeypatch):
@@ -69,6 +105,13 @@ def test_a_seed_gives_the_same_answer_again(capsys, work):
     assert answer(capsys, work, *draw, 1) == answer(capsys, work, *draw, 1) != answer(capsys, work, *draw, 2)
 
 
+def test_options_of_the_sampling_are_those_of_the_sampler(capsys, work):
+    draw = ["--prompt", "Hello", "--max-new-tokens", 20, "--temperature", 1.5, "--seed", 1]
+    greedy = answer(capsys, work, "--prompt", "Hello", "--max-new-tokens", 20)
+    assert answer(capsys, work, *draw, "--top-k", 1) == greedy == answer(capsys, work, *draw, "--min-p", 1)
+    assert answer(capsys, work, "--prompt", "Hello", "--max-new-tokens", 20, "--repetition-penalty", 9) != greedy
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -79,8 +122,11 @@ def test_a_seed_gives_the_same_answer_again(capsys, work):
         (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens"),
         (["--prompt", "a", "--top-p", "0"], "top_p"),
         (["--prompt", "a", "--temperature", "-1"], "temperature"),
+        (["--prompt", "a", "--min-p", "2"], "min_p must be from 0 to 1"),
+        (["--prompt", "a", "--repetition-penalty", "0"], "repetition_penalty must be above 0"),
         (["--prompt", "a" * 300], "context is 256"),
-        (["--prompt", "a", "--adapter", "nowhere"], "nowhere"),
+        (["--prompt", "a", "--adapter", "nowhere"], "adapter nowhere doesn't exist"),
+        (["--prompt", "a", "--raw", "--system", "b"], "raw is without a chat template, so there is no system"),
     ],
 )
 def test_mistakes_are_one_line(capsys, work, arguments, words):

@@ -23,7 +23,7 @@ def command(work, output, *more):
         sys.executable,
         "-m",
         "s2ft.cli",
-        "finetune",
+        "sft",
         "--model",
         str(work / "model"),
         "--data",

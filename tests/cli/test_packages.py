@@ -10,13 +10,15 @@ from s2ft.cli.main import main
 from s2ft.packages import NEEDS, MissingPackages, check_packages, is_installed
 
 OUT = ["--output", "out"]
-TRAIN = ["finetune", "--model", "./nowhere", "--data", "nowhere.jsonl", *OUT]
+TRAIN = ["sft", "--model", "./nowhere", "--data", "nowhere.jsonl", *OUT]
 CASES = [
+    (["accelerate"], TRAIN, "s2ft sft needs the package accelerate, which is not installed: pip install accelerate"),
     (
-        ["accelerate"],
+        ["trl", "datasets"],
         TRAIN,
-        "s2ft finetune needs the package accelerate, which is not installed: pip install accelerate",
+        "s2ft sft needs the packages trl and datasets, which are not installed: pip install trl",
     ),
+    (["bitsandbytes"], [*TRAIN, "--load-in-4bit"], "a model in 4 or 8 bit needs the package bitsandbytes"),
     (["bitsandbytes"], [*TRAIN, "--optimizer", "adamw_8bit"], "optimizer adamw_8bit needs the package bitsandbytes"),
     (["accelerate"], ["demo", *OUT], "s2ft demo needs the package accelerate"),
     (
@@ -66,11 +68,11 @@ def test_importing_a_module_without_its_package(module, package):
     )
 
 
-def test_a_run_without_any_optional_package_but_accelerate(tmp_path):
+def test_a_run_without_any_optional_package_but_those_of_training(tmp_path):
     save_tiny(tmp_path / "model")
     write_jsonl(tmp_path / "data.jsonl", sums(4))
     line = [
-        "finetune",
+        "sft",
         "--model",
         str(tmp_path / "model"),
         "--data",
@@ -82,17 +84,7 @@ def test_a_run_without_any_optional_package_but_accelerate(tmp_path):
         "--d-ratio",
         "0.1",
     ]
-    others = [
-        "matplotlib",
-        "peft",
-        "trl",
-        "gguf",
-        "fastapi",
-        "uvicorn",
-        "prometheus_client",
-        "tensorboard",
-        "bitsandbytes",
-    ]
+    others = ["matplotlib", "peft", "gguf", "fastapi", "uvicorn", "prometheus_client", "tensorboard", "bitsandbytes"]
     done = without(others, f"from s2ft.cli.main import main; sys.exit(main({line!r}))")
     assert done.returncode == 0, done.stderr[-2000:]
     assert "loss.png was not drawn: loss.png needs the package matplotlib" in done.stderr
@@ -100,7 +92,7 @@ def test_a_run_without_any_optional_package_but_accelerate(tmp_path):
 
 
 def test_installed_packages_pass_the_check():
-    check_packages("s2ft finetune"), check_packages("export to something that needs nothing")
+    check_packages("s2ft sft"), check_packages("export to something that needs nothing")
     assert is_installed("prometheus-client") and not is_installed("no-such-package")
 
 

@@ -1,4 +1,4 @@
-"""s2ft select and the selection options of s2ft finetune."""
+"""s2ft select and the selection options of s2ft sft."""
 
 import pytest
 from train.tiny import save_tiny, sums, write_jsonl
@@ -6,7 +6,6 @@ from train.tiny import save_tiny, sums, write_jsonl
 import s2ft
 from s2ft.cli.main import main
 from s2ft.text.calibration import calibration_for
-from s2ft.text.encoding import TokenRow
 
 RUN = ["--max-steps", "1", "--batch-size", "2", "--micro-batch-size", "2"]
 
@@ -55,15 +54,7 @@ def test_select_finds_the_units_that_finetune_trains(metric, work, tmp_path, cap
     assert "down_proj" in capsys.readouterr().out
     assert (
         command(
-            "finetune",
-            "--model",
-            work / "model",
-            "--data",
-            work / "data.jsonl",
-            "--output",
-            tmp_path / "out",
-            *choice,
-            *RUN,
+            "sft", "--model", work / "model", "--data", work / "data.jsonl", "--output", tmp_path / "out", *choice, *RUN
         )
         == 0
     )
@@ -76,7 +67,7 @@ def test_select_finds_the_units_that_finetune_trains(metric, work, tmp_path, cap
 
 def test_a_calibrated_run_resumes(work, tmp_path):
     arguments = [
-        "finetune",
+        "sft",
         "--model",
         work / "model",
         "--data",
@@ -121,7 +112,7 @@ def test_budget_exclude_and_units(work, tmp_path, capsys):
     assert not any(set(units.tolist()) & set(first[path].tolist()) for path, units in second.units.items())
     assert (
         command(
-            "finetune",
+            "sft",
             "--model",
             work / "model",
             "--data",
@@ -150,7 +141,7 @@ def test_budget_exclude_and_units(work, tmp_path, capsys):
         (["--selection", "activation"], "selection='activation' needs data"),
         (["--data", "DATA"], "selection='random' takes no data"),
         (["--selection", "gradient", "--data", "DATA", "--calibration-examples", "21"], "from 1 to the 20 rows"),
-        (["--selection", "gradient", "--data", "DATA", "--calibration-examples", "0"], "from 1 to the 20 rows"),
+        (["--selection", "gradient", "--data", "DATA", "--calibration-examples", "0"], "calibration_examples must be at least 1"),
         (["--output", "EXISTS"], "exists: choose another"),
         (["--output", "no/folder/s.json"], "there is no folder"),
         (["--batch-size", "0"], "batch_size must be at least 1"),
@@ -169,7 +160,7 @@ def test_mistakes(arguments, message, work, tmp_path, capsys):
 def test_unused_calibration_options_are_refused(work, tmp_path, capsys):
     assert (
         command(
-            "finetune",
+            "sft",
             "--model",
             work / "model",
             "--data",
@@ -188,7 +179,7 @@ def test_unused_calibration_options_are_refused(work, tmp_path, capsys):
 def test_rows_are_drawn_by_seed():
     from train.tiny import tiny_tokenizer
 
-    rows = [TokenRow([1, i], [2, 3]) for i in range(2, 40)]
+    rows = [{"input_ids": [1, i, 2, 3], "labels": [-100, -100, 2, 3]} for i in range(2, 40)]
 
     def drawn(seed, examples=None):
         config = s2ft.S2FTConfig(d_ratio=0.1, selection="activation", seed=seed)

@@ -74,7 +74,7 @@ def test_a_disagreement_is_an_error_on_every_rank(ranks):
 
 
 def compare_models(rank):
-    from s2ft.train.finetune import check_ranks_agree
+    from s2ft.train.sft import check_ranks_agree
 
     model = model_of("llama")
     s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2, seed=rank), f"of {rank}")

@@ -21,6 +21,7 @@ def fill(folder: Path) -> Path:
     - path/to/vision-model: a Qwen2.5-VL with a processor, where torchvision is installed
     - data.jsonl: 16 rows of instruction, output and answer; held-out.jsonl: 4 of them
     - chats.jsonl: 8 conversations
+    - preferences.jsonl, problems.jsonl: 8 pairs of answers, and 8 questions with answers; trl-preferences.jsonl: texts
     """
     save_tiny(folder / "path/to/model", **SHAPE)
     with_merges().save_pretrained(folder / "path/to/model")
@@ -30,6 +31,12 @@ def fill(folder: Path) -> Path:
             part.save_pretrained(folder / "path/to/vision-model")
     write_jsonl(folder / "data.jsonl", sums(16))
     write_jsonl(folder / "held-out.jsonl", sums(4))
+    pairs = [{"question": row["instruction"], "chosen": row["answer"], "rejected": "no idea"} for row in sums(8)]
+    write_jsonl(folder / "preferences.jsonl", pairs)
+    texts = [{"prompt": row["question"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in pairs]
+    write_jsonl(folder / "trl-preferences.jsonl", texts)
+    problems = [{"question": row["instruction"], "answer": row["answer"]} for row in sums(8)]
+    write_jsonl(folder / "problems.jsonl", problems)
     write_jsonl(folder / "chats.jsonl", [{"messages": messages(row)} for row in sums(8)])
     return folder
 

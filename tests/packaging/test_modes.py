@@ -100,13 +100,13 @@ esac
     return folder
 
 
-def of_setup(run, source, code, torch_cuda="13.0", check=True, **variables):
+def of_setup(run_script, source, code, torch_cuda="13.0", check=True, **variables):
     """Run `code` with the names of setup.py as `setup`, and a PyTorch with this CUDA version. Returns the process."""
     script = (
         f"import json, runpy, sys, torch; torch.version.cuda = {torch_cuda!r}; sys.argv[1:] = ['--name']\n"
         f"setup = runpy.run_path('setup.py')\n{code}"
     )
-    return run(["-c", script], cwd=source, check=check, **variables)
+    return run_script(script, source, check, **variables)
 
 
 SHOW_PLAN = "print(json.dumps([setup['PLAN'].cpp, setup['PLAN'].cuda, setup['PLAN'].cuda_reason]))"
@@ -122,16 +122,16 @@ SHOW_PLAN = "print(json.dumps([setup['PLAN'].cpp, setup['PLAN'].cuda, setup['PLA
         ("13.0", None, None),
     ),
 )
-def test_auto_uses_an_nvcc_unless_its_major_version_is_newer(run, source, tmp_path, nvcc, torch_cuda, kept):
-    result = of_setup(run, source, SHOW_PLAN, torch_cuda, CUDA_HOME=toolkit(tmp_path / "cuda", nvcc))
+def test_auto_uses_an_nvcc_unless_its_major_version_is_newer(run_script, source, tmp_path, nvcc, torch_cuda, kept):
+    result = of_setup(run_script, source, SHOW_PLAN, torch_cuda, CUDA_HOME=toolkit(tmp_path / "cuda", nvcc))
     cpp, cuda, reason = json.loads(result.stdout.splitlines()[-1])
     assert cpp is True and cuda is bool(kept)
     assert ("nvcc in" in reason and "of CUDA 13 and PyTorch" in reason) is (kept is False)
     assert ("installed without CUDA kernels: nvcc in" in result.stderr) is (kept is False)
 
 
-def test_auto_without_nvcc_records_the_reason_without_a_warning(run, source, tmp_path):
-    result = of_setup(run, source, SHOW_PLAN, "13.0", CUDA_HOME=tmp_path)
+def test_auto_without_nvcc_records_the_reason_without_a_warning(run_script, source, tmp_path):
+    result = of_setup(run_script, source, SHOW_PLAN, "13.0", CUDA_HOME=tmp_path)
     assert json.loads(result.stdout.splitlines()[-1]) == [
         True,
         False,
@@ -140,11 +140,11 @@ def test_auto_without_nvcc_records_the_reason_without_a_warning(run, source, tmp
     assert "WARNING" not in result.stderr  # most users of a CUDA PyTorch have no nvcc
 
 
-def test_cuda_with_a_newer_nvcc_is_an_error_unless_pytorch_has_no_cuda(run, source, tmp_path):
+def test_cuda_with_a_newer_nvcc_is_an_error_unless_pytorch_has_no_cuda(run_script, source, tmp_path):
     home = toolkit(tmp_path / "cuda", "13.0")
-    result = of_setup(run, source, SHOW_PLAN, "12.8", check=False, CUDA_HOME=home, S2FT_BUILD="cuda")
+    result = of_setup(run_script, source, SHOW_PLAN, "12.8", check=False, CUDA_HOME=home, S2FT_BUILD="cuda")
     assert result.returncode != 0 and "is of CUDA 13 and PyTorch" in result.stderr
-    result = of_setup(run, source, SHOW_PLAN, None, CUDA_HOME=home, S2FT_BUILD="cuda")
+    result = of_setup(run_script, source, SHOW_PLAN, None, CUDA_HOME=home, S2FT_BUILD="cuda")
     assert json.loads(result.stdout.splitlines()[-1]) == [True, True, ""]
 
 
@@ -158,12 +158,12 @@ def test_cuda_with_a_newer_nvcc_is_an_error_unless_pytorch_has_no_cuda(run, sour
         ((), [], ["7.5", "8.0", "9.0", "10.0", "12.0+PTX"]),  # an nvcc that lists nothing
     ),
 )
-def test_default_architectures(run, source, tmp_path, codes, gpus, expected):
+def test_default_architectures(run_script, source, tmp_path, codes, gpus, expected):
     code = (
         f"torch.cuda.device_count = lambda: {len(gpus)}; torch.cuda.get_device_capability = {gpus}.__getitem__\n"
         "print(json.dumps(setup['cuda_archs'](setup['PLAN'].home)))"
     )
-    result = of_setup(run, source, code, CUDA_HOME=toolkit(tmp_path / "cuda", codes=codes))
+    result = of_setup(run_script, source, code, CUDA_HOME=toolkit(tmp_path / "cuda", codes=codes))
     assert json.loads(result.stdout.splitlines()[-1]) == expected
 
 
@@ -177,9 +177,9 @@ def test_default_architectures(run, source, tmp_path, codes, gpus, expected):
         ("9.0+ptx", None),
     ),
 )
-def test_a_list_of_architectures(run, source, tmp_path, listed, expected):
+def test_a_list_of_architectures(run_script, source, tmp_path, listed, expected):
     result = of_setup(
-        run,
+        run_script,
         source,
         "print(json.dumps(setup['cuda_archs'](setup['PLAN'].home)))",
         check=False,
@@ -192,7 +192,7 @@ def test_a_list_of_architectures(run, source, tmp_path, listed, expected):
         assert json.loads(result.stdout.splitlines()[-1]) == expected
 
 
-def test_a_toolkit_with_a_runtime_is_preferred(run, source, tmp_path):
+def test_a_toolkit_with_a_runtime_is_preferred(run_script, source, tmp_path):
     """nvcc may be a script that starts another one. Its folder then has no runtime to link with."""
     script, complete = toolkit(tmp_path / "script"), toolkit(tmp_path / "whole")
     (complete / "lib64").mkdir()
@@ -201,7 +201,7 @@ def test_a_toolkit_with_a_runtime_is_preferred(run, source, tmp_path):
 for candidates in ([{str(script)!r}, {str(complete)!r}], [None, {str(script)!r}], ["/nowhere", None]):
     print(setup['toolkit_among'](candidates))
 """
-    found = of_setup(run, source, code, S2FT_BUILD="none").stdout.splitlines()[-3:]
+    found = of_setup(run_script, source, code, S2FT_BUILD="none").stdout.splitlines()[-3:]
     assert found == [str(complete), str(script), "None"]
 
 

@@ -193,13 +193,7 @@ def test_a_field_that_is_wrong_is_named(server, change, words):
 
 
 @pytest.mark.parametrize(
-    "change",
-    [
-        dict(echo=True),
-        dict(best_of=3),
-        dict(suffix="b"),
-        dict(response_format={"type": "json_object"}),
-    ],
+    "change", [dict(echo=True), dict(best_of=3), dict(suffix="b"), dict(response_format={"type": "json_object"})]
 )
 def test_an_unsupported_parameter_is_refused(server, change):
     (name,) = change

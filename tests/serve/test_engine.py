@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -319,6 +320,30 @@ def test_each_skipped_folder_is_logged_with_the_reason(folder, caplog):
         "warning: not served: lora: it is an adapter of PEFT: convert a LoRA with s2ft export --from-lora",
         "warning: not served: run: it is the output of a run that has saved no adapter yet",
     ]
+
+
+def test_the_check_of_an_adapter_does_not_hold_up_the_others(folder):
+    begun, go = threading.Event(), threading.Event()
+
+    class Slow(FakeBank):
+        def check(self, folder):
+            if folder.name == "b":
+                begun.set()
+                assert go.wait(30)
+            return super().check(folder)
+
+    adapters = Adapters(Slow(), [folder])
+    adapters.release(adapters.acquire("a"))
+    with ThreadPoolExecutor(1) as pool:
+        names = pool.submit(lambda: adapters.names)
+        try:
+            assert begun.wait(30)
+            version = adapters.acquire("a")  # the check of b has not ended
+            adapters.release(version)
+            assert not names.done()
+        finally:
+            go.set()
+        assert names.result(30) == ["a", "b", "c"]
 
 
 def test_an_adapter_may_not_have_the_bases_name(folder):

@@ -10,6 +10,7 @@ from train.tiny import save_tiny
 
 from s2ft.cli.main import main
 from s2ft.serve import vllm
+from s2ft.text.prompts import PromptFormat
 
 UNTIED = dict(tie_word_embeddings=False)
 
@@ -53,6 +54,17 @@ def test_adapters_are_exported_as_lora(work, tmp_path):
         config = json.loads((one.folder / "adapter_config.json").read_text())
         assert config["peft_type"] == "LORA" and config["r"] == one.rank
         assert (one.folder / "adapter_model.safetensors").is_file()
+
+
+def test_vllm_gets_the_chat_template_that_all_adapters_were_trained_with(work, tmp_path, caplog):
+    prompt, other = PromptFormat("chat", "{{ messages }}", "Be brief."), PromptFormat("chat", "{{ messages }}")
+    same = [vllm.Exported(name, tmp_path / name, 8, prompt) for name in "ab"]
+    file = vllm.write_template(same, tmp_path)
+    assert file.read_text().endswith("{{ messages }}") and "Be brief." in file.read_text() and not caplog.text
+    assert f"--chat-template {file} --lora-modules" in " ".join(vllm.command("m", same, "h", 1, "base", None, file))
+    assert vllm.write_template([*same, vllm.Exported("c", tmp_path, 8, other)], tmp_path) is None
+    assert "trained with different prompts" in caplog.text
+    assert vllm.write_template(vllm.export(str(work / "model"), [str(work / "adapters")], tmp_path), tmp_path) is None
 
 
 def test_a_missing_vllm_is_named(work, capsys, monkeypatch):

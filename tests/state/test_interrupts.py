@@ -35,7 +35,8 @@ def run(kernels: str, module: str, *arguments: object, limit: int = LIMIT) -> No
     assert process.returncode == 0, process.stdout
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", ("compiled", "reference"))
 def test_after_a_sigint_detach_gives_the_base(kernels):
     run(kernels, "interrupts", "--count", 15)
 
@@ -52,6 +53,7 @@ def test_after_an_exception_at_any_moment_the_model_agrees_with_status(kernels):
     run(kernels, "sweep", "--stride", 700)
 
 
+@pytest.mark.slow
 def test_after_a_second_exception_in_the_clean_up_too():
     run("compiled", "sweep", "--stride", 700, "--twice")
 

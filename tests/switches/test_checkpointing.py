@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from support.models import ALL_RATIOS, inputs_of, loss_of, model_of, ratios_for, token_batch
+from support.pairs import pairs_mostly_slow
 from support.tolerances import relative_difference
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -78,9 +79,7 @@ def everything(case, **more):
     return S2FTConfig(**ratios_for(case, ALL_RATIOS), **more)
 
 
-@reentrants
-@layouts
-@pytest.mark.parametrize("case", FAMILIES)
+@pytest.mark.parametrize("case,layout,reentrant", pairs_mostly_slow(FAMILIES, ("permuted", "indexed"), (False, True)))
 def test_gradients_equal_those_without_checkpointing(case, layout, reentrant):
     """Checkpointing is enabled before or after attach, with the hook of transformers and with only that of s2ft."""
     config = everything(case, layout=layout)

@@ -114,7 +114,11 @@ def on_tokens(batch=2, length=9):
 
 
 @pytest.mark.parametrize(
-    "case,layout", [*((case, "permuted") for case in FAMILIES), *((case, "indexed") for case in SCATTERED)]
+    "case,layout",
+    [
+        *((case, "indexed" if case in SCATTERED else "permuted") for case in FAMILIES),
+        *(pytest.param(case, "permuted", marks=pytest.mark.slow) for case in SCATTERED),
+    ],
 )
 def test_one_graph_has_the_gradients_of_the_uncompiled_model(case, layout):
     model = attach(plain(case, layers=1), everything(case, layout=layout))
@@ -185,6 +189,7 @@ def test_batches_of_new_sizes_are_not_recompiled_each_time():
     assert graphs == [1, 2, 3, 3]
 
 
+@pytest.mark.slow
 def test_dynamic_shapes_are_one_graph():
     model = attach(plain("llama-grouped", layers=1), everything("llama-grouped", layout="indexed"))
     called = compiled(model, dynamic=True)
@@ -196,7 +201,7 @@ def test_dynamic_shapes_are_one_graph():
 # ---- with other switches -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reentrant", (False, True), ids=("inside", "reentrant"))
+@pytest.mark.parametrize("reentrant", (False, pytest.param(True, marks=pytest.mark.slow)), ids=("inside", "reentrant"))
 def test_checkpointing(reentrant):
     """The hook of transformers is removed: an attached model does not need it, and a graph can't contain it."""
     model = attach(plain("llama-grouped", layers=2), everything("llama-grouped"))
@@ -218,14 +223,14 @@ def test_transformers_hook_stops_any_frozen_model():
         loss_of(compiled(model))
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)), ids=str)
 def test_autocast(dtype):
     model = attach(plain("llama-grouped", layers=1), everything("llama-grouped"))
     with torch.autocast("cpu", dtype):
         assert_same(step(model, compiled(model)), step(model), GEMM[dtype][0])
 
 
-@layouts
+@pytest.mark.parametrize("layout", ("permuted", pytest.param("indexed", marks=pytest.mark.slow)))
 def test_optimizer_steps_leave_nothing_stale(layout):
     """After four steps, losses and merged weights equal the uncompiled ones, and the frozen weights are unchanged."""
     losses, merged = [], []

@@ -1,9 +1,11 @@
 """Prompts are made by the format that an adapter was trained with, here and in other programs."""
 
 import pytest
+from jinja2 import TemplateSyntaxError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from train.tiny import CHAT, tiny_tokenizer
 
-from s2ft.text.adapter_prompts import Prompter, check_same_prompts, give_prompt, recorded_format
+from s2ft.text.adapter_prompts import Prompter, check_same_prompts, give_prompt, recorded_format, standalone_template
 from s2ft.text.prompts import PromptFormat, prompt_text
 
 OTHER = CHAT.replace("<|im_start|>", "<|endoftext|>")
@@ -71,6 +73,34 @@ def test_other_programs_make_the_prompt_of_the_training(template, system, caplog
         assert found == prompt_text(tiny_tokenizer(OTHER), expected)
     said = {CHAT: "was trained with, not the base's own", None: "the base has no chat template"}
     assert said.get(template, "") in caplog.text and ("default" in caplog.text) == bool(system)
+
+
+@pytest.mark.parametrize(
+    "marks", [("{% generation %}", "{% endgeneration %}"), ("{%- generation -%}", "{%-endgeneration%}")]
+)
+def test_other_programs_get_no_marks_of_training(marks):
+    """Plain Jinja doesn't know the marks, and the prompt is the same without them."""
+    template = CHAT.replace("{{ '<|im_start|>' + m", f"\n{marks[0]}\n{{{{ '<|im_start|>' + m").replace(
+        "}}{% endfor", f"}}}} {marks[1]}\n{{% endfor"
+    )
+    alone = standalone_template(PromptFormat("chat", template))
+    plain = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    chat = [*ASK, {"role": "assistant", "content": "5"}]
+    expected = tiny_tokenizer().apply_chat_template(chat, chat_template=template, tokenize=False)
+    assert plain.from_string(alone).render(messages=chat) == expected and "<|im_end|>" in expected
+    with pytest.raises(TemplateSyntaxError):
+        plain.from_string(template)
+
+
+@pytest.mark.parametrize("begin", ["\n", "  ", "\n\n  ", "  {% if true %}x{% endif %}\n"], ids=repr)
+def test_a_default_system_prompt_keeps_the_white_space_of_the_template(begin):
+    template, messages = begin + CHAT, [{"role": "system", "content": "Be brief."}, *ASK]
+    alone = standalone_template(PromptFormat("chat", template, "Be brief."))
+    found, expected = (
+        tiny_tokenizer().apply_chat_template(chat, chat_template=one, tokenize=False)
+        for one, chat in ((alone, ASK), (template, messages))
+    )
+    assert found == expected
 
 
 def test_a_tokenizer_is_not_changed_by_an_adapter_of_plain_text_or_of_an_earlier_version():

@@ -5,8 +5,9 @@ import torch
 from train.tiny import sums, tiny_model, tiny_tokenizer
 
 import s2ft
+from s2ft.text.data.forms import normalised
 from s2ft.text.evaluation import evaluate
-from s2ft.text.examples import Example, example_from
+from s2ft.text.examples import Example, examples_of
 from s2ft.text.generation import generate, generation_mode
 from s2ft.text.prompts import encode_prompt
 
@@ -23,7 +24,7 @@ def model():
 
 
 def examples(count=5):
-    return [example_from(row, "row") for row in sums(count)]
+    return list(examples_of(normalised(row, {}) for row in sums(count)))
 
 
 def test_batches_equal_single_prompts_in_order(model):

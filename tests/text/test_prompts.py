@@ -1,67 +1,166 @@
-"""Generation uses the same prompt tokens as training."""
+"""Chat templates: generation continues the tokens that training begins with, and answers are found in the text."""
+
+from pathlib import Path
 
 import pytest
+import trl
+from text.merging_tokenizers import TOKENIZERS
 from train.tiny import CHAT, tiny_tokenizer
+from trl.chat_template_utils import get_training_chat_template
 
-from s2ft.text.examples import Example
-from s2ft.text.prompts import encode_example, encode_prompt, end_ids, pad_id, prompt_text
+from s2ft.text.prompts import PromptFormat, encode_prompt, end_ids, pad_id, prompt_format, prompt_text
+from s2ft.text.templates import TemplateError, as_template_takes, render_chat, template_of
+from s2ft.text.tokens import encode_rendered
 
+OF_TRL = Path(trl.__file__).parent / "chat_templates"
+ASK = {"role": "user", "content": "1+1?"}
 TALK = (
     {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "1+1?"},
+    ASK,
     {"role": "assistant", "content": "2"},
     {"role": "user", "content": "and 2+2?"},
 )
+ROLE = "{{ '<|im_start|>' + m['role'] + '\n' + m['content']"
 THINKING = CHAT.replace(
-    "{{ '<|im_start|>' + m['role'] + '\n' + m['content']",
-    "{{ '<|im_start|>' + m['role'] + '\n' + ('<think></think>' if loop.last and m['role'] == "
-    "'assistant' else '') + m['content']",
+    ROLE,
+    "{{ '<|im_start|>' + m['role'] + '\n' + ('<think></think>' if loop.last and m['role'] == 'assistant' else '')"
+    " + m['content']",
 )
 TRIMMING = CHAT.replace("m['content']", "m['content'] | trim")
 REWRITING = CHAT.replace("m['content'] +", "(m['content'] if loop.last else '') +")
 ENDLESS = CHAT.replace("<|im_end|>", "")
-TEMPLATES = {
-    "chat": CHAT,
-    "plain": None,
-    "thinking": THINKING,
-    "trimming": TRIMMING,
-    "rewriting": REWRITING,
-    "without end of turn": ENDLESS,
-}
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+COLON = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + (eos_token if m['role'] == 'assistant' else '\n\n') }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+STABLE = {"chat": CHAT, "alpaca": None, "trimming": TRIMMING, "mistral": MISTRAL, "colon": COLON, "endless": ENDLESS}
+TEMPLATES = {**STABLE, "thinking": THINKING, "rewriting": REWRITING}
 
 
-@pytest.fixture(params=TEMPLATES)
-def tokenizer(request):
-    return tiny_tokenizer(TEMPLATES[request.param])
+def encoded(tokenizer, *messages, loss_on="assistant"):
+    """Ids and labels of a chat."""
+    return encode_rendered(tokenizer, [render_chat(tokenizer, messages, template_of(tokenizer), loss_on=loss_on)])[0]
 
 
-def test_training_prompt_is_the_generation_prompt(tokenizer):
-    prompt, answer = encode_example(tokenizer, Example(TALK, " The answer is 4."))
-    assert prompt == encode_prompt(tokenizer, TALK)
-    assert tokenizer.decode(prompt) == prompt_text(tokenizer, TALK)
+def answer(text):
+    return {"role": "assistant", "content": text}
 
 
-def test_answer_ends_with_one_end_of_turn_and_holds_the_output(tokenizer):
-    _, answer = encode_example(tokenizer, Example(TALK, "The answer is 4."))
-    assert answer[-1] == tokenizer.eos_token_id and answer.count(tokenizer.eos_token_id) == 1
-    assert "The answer is 4." in tokenizer.decode(answer)
+def trained_text(tokenizer, labels):
+    return tokenizer.decode([label for label in labels if label >= 0])
 
 
-def test_chat_answer_continues_the_template_exactly():
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("text", ["The answer is 4.", " The answer is 4.", "\n\nThe answer"])
+def test_training_begins_with_the_tokens_of_generation(name, kind, text):
+    tokenizer = TOKENIZERS[kind](TEMPLATES[name])
+    ids, labels = encoded(tokenizer, *TALK, answer(text), loss_on="last")
+    prompt = encode_prompt(tokenizer, TALK)
+    assert ids[: len(prompt)] == prompt and set(labels[: len(prompt)]) == {-100}
+    assert labels[len(prompt) :] == ids[len(prompt) :] and ids[-1] == tokenizer.eos_token_id
+    assert text.strip() in trained_text(tokenizer, labels)
+    written = render_chat(tokenizer, [*TALK, answer(text)], template_of(tokenizer), loss_on="last").text
+    assert tokenizer.decode(ids) == written
+
+
+@pytest.mark.parametrize("kind", ["merging", "SentencePiece"])
+def test_the_tokenizers_of_these_tests_merge_prompts_and_answers(kind):
+    tokenizer = TOKENIZERS[kind](COLON)
+    prompt, whole = (tokenizer.encode(text, add_special_tokens=False) for text in ("a: ", "a: The"))
+    assert whole[: len(prompt)] != prompt
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("name", STABLE)
+def test_each_turn_of_a_chat_begins_with_the_tokens_of_generation(name, kind):
+    tokenizer = TOKENIZERS[kind](STABLE[name])
+    chat = [ASK, answer(" The first"), ASK, answer("\n\nThe second"), ASK, answer("The third")]
+    ids, labels = encoded(tokenizer, *chat)
+    for number in (1, 3, 5):
+        prompt = encode_prompt(tokenizer, chat[:number])
+        assert ids[: len(prompt)] == prompt and labels[len(prompt) - 1] == -100 and labels[len(prompt)] >= 0
+    assert [text in trained_text(tokenizer, labels) for text in ("first", "second", "third", "1+1")] == [1, 1, 1, 0]
+
+
+def test_answers_end_with_the_end_of_turn_and_nothing_else_is_trained():
     tokenizer = tiny_tokenizer()
-    prompt, answer = encode_example(tokenizer, Example(TALK, "4"))
-    whole = tokenizer.apply_chat_template([*TALK, {"role": "assistant", "content": "4"}], tokenize=False)
-    assert tokenizer.decode(prompt + answer) + "\n" == whole
+    ids, labels = encoded(tokenizer, *TALK, answer("4"))
+    assert trained_text(tokenizer, labels) == "2<|im_end|>4<|im_end|>"
+    whole = tokenizer.apply_chat_template([*TALK, answer("4")], tokenize=False)
+    assert tokenizer.decode(ids) + "\n" == whole
+    assert trained_text(tokenizer, encoded(tokenizer, *TALK, answer("4"), loss_on="all")[1]) == whole[:-1]
 
 
-def test_thinking_block_of_the_template_is_kept():
+def test_thinking_block_of_the_last_answer_is_kept_and_earlier_answers_need_another_template():
     tokenizer = tiny_tokenizer(THINKING)
-    assert tokenizer.decode(encode_example(tokenizer, Example(TALK, "4"))[1]) == "<think></think>4<|im_end|>"
+    assert trained_text(tokenizer, encoded(tokenizer, *TALK, answer("4"), loss_on="last")[1]).startswith("<think></th")
+    with pytest.raises(TemplateError, match='answer "4" differently when other messages follow it: train on the last'):
+        encoded(tokenizer, ASK, answer("4"), ASK, answer("5"))
 
 
-def test_plain_prompt_without_chat_template():
+def test_template_that_drops_earlier_answers_is_refused_for_chats_that_have_some():
+    with pytest.raises(TemplateError, match='leaves out the assistant\'s answer "the first one"'):
+        encoded(tiny_tokenizer(REWRITING), ASK, answer("the first one"), ASK, answer("5"))
+
+
+def test_tool_calls_are_trained_and_a_template_that_drops_them_is_refused():
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    messages = ASK, {"role": "assistant", "content": "", "tool_calls": [call]}
+    qwen = tiny_tokenizer((OF_TRL / "qwen2_5.jinja").read_text())
+    assert '"arguments": {"a": 2}' in trained_text(qwen, encoded(qwen, *messages)[1])
+    with pytest.raises(TemplateError, match="leaves out the assistant's answer that calls a tool"):
+        encoded(tiny_tokenizer(), *messages)
+
+
+def test_chat_that_begins_with_the_assistant():
+    tokenizer = tiny_tokenizer()
+    _, labels = encoded(tokenizer, answer("Hello!"), ASK, answer("2"))
+    assert trained_text(tokenizer, labels) == "Hello!<|im_end|>2<|im_end|>"
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in OF_TRL.glob("*.jinja") if not p.stem.endswith("_training")))
+def test_templates_of_trl_have_its_assistant_masks_and_the_prompts_of_generation(name):
+    tokenizer = tiny_tokenizer((OF_TRL / f"{name}.jinja").read_text())
+    prompt_format(tokenizer).apply_to(tokenizer)
+    chat = [ASK, answer("It is 2."), {"role": "user", "content": "And 7-2?"}, answer("Five,\n\nof course.")]
+    rendered = render_chat(tokenizer, chat, tokenizer.chat_template)
+    ((ids, labels),) = encode_rendered(tokenizer, [rendered])
+    assert trained_text(tokenizer, labels).count("It is 2.") == 1 and "1+1" not in trained_text(tokenizer, labels)
+    if not rendered.other_prompt:
+        for number in (1, 3):
+            prompt = encode_prompt(tokenizer, chat[:number])
+            assert ids[: len(prompt)] == prompt
+    try:
+        marked = get_training_chat_template(tokenizer) or tokenizer.chat_template
+    except Exception:
+        return  # TRL does not know the template, or knows it for images only
+    chat = as_template_takes(tokenizer, chat, tokenizer.chat_template)
+    expected = tokenizer.apply_chat_template(
+        chat, chat_template=marked, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert ids == expected["input_ids"]
+    assert [label >= 0 for label in labels] == [bool(bit) for bit in expected["assistant_masks"]]
+
+
+def test_template_that_changes_earlier_answers_is_replaced_by_that_of_trl(caplog):
+    caplog.set_level("INFO")
+    qwen = (OF_TRL / "qwen3.jinja").read_text()
+    assert prompt_format(tiny_tokenizer(qwen)).template == (OF_TRL / "qwen3_training.jinja").read_text()
+    assert "TRL's version for training" in caplog.text
+    llama = (OF_TRL / "llama3.jinja").read_text()
+    assert prompt_format(tiny_tokenizer(llama)).template == llama
+
+
+def test_alpaca_is_the_prompt_of_tokenizers_without_a_template():
     text = prompt_text(tiny_tokenizer(None), TALK[1:2])
     assert text.startswith("Below is an instruction") and text.endswith("### Instruction:\n1+1?\n\n### Response:\n")
+    text = prompt_text(tiny_tokenizer(None), TALK)
+    assert text.startswith("Be brief.\n\n### Instruction:\n1+1?\n\n### Response:\n2<|im_end|>\n\n### Instruction:\nand")
 
 
 def test_the_tokenizers_first_token_is_kept_and_an_end_token_is_dropped():
@@ -71,8 +170,22 @@ def test_the_tokenizers_first_token_is_kept_and_an_end_token_is_dropped():
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
     )
-    ids = encode_prompt(tokenizer, TALK[1:2])
-    assert ids[0] == 1 and ids[-1] != 2
+    for prompt in (TALK[1:2], "a text"):
+        ids = encode_prompt(tokenizer, prompt)
+        assert ids[:2] == [1, tokenizer.encode(prompt_text(tokenizer, prompt).removeprefix(SPECIAL_START))[1]]
+        assert ids[-1] != 2
+
+
+SPECIAL_START = "<|im_start|>"
+
+
+@pytest.mark.parametrize("template", [None, CHAT, ENDLESS])
+def test_tokenizer_without_end_and_padding_tokens(template):
+    tokenizer = tiny_tokenizer(template)
+    tokenizer.eos_token = None
+    _, labels = encoded(tokenizer, *TALK, answer("4"))
+    assert "4" in trained_text(tokenizer, labels) and "None" not in trained_text(tokenizer, labels)
+    assert pad_id(tokenizer) == 0
 
 
 def test_end_ids_are_those_of_tokenizer_settings_and_template():
@@ -81,8 +194,50 @@ def test_end_ids_are_those_of_tokenizer_settings_and_template():
 
     assert end_ids(tiny_tokenizer(), Settings) == [0, 2]
     assert end_ids(tiny_tokenizer(CHAT.replace("<|im_end|>", "<|endoftext|>"))) == [0, 2]
+    assert end_ids(tiny_tokenizer(None)) == [2]
 
 
 def test_padding_token_needs_no_change_of_the_tokenizer():
     tokenizer = tiny_tokenizer()
     assert tokenizer.pad_token is None and pad_id(tokenizer) == tokenizer.eos_token_id
+
+
+def test_template_is_a_file_a_text_or_a_name(tmp_path):
+    tokenizer = tiny_tokenizer()
+    (tmp_path / "chat_template.jinja").write_text(TRIMMING)
+    for given in (tmp_path / "chat_template.jinja", str(tmp_path), TRIMMING):
+        assert prompt_format(tokenizer, chat_template=given) == PromptFormat("chat", TRIMMING)
+    assert "### Response" in prompt_format(tokenizer, chat_template="alpaca").template
+    assert prompt_format(tokenizer).template == tokenizer.chat_template == CHAT
+    several = tiny_tokenizer()
+    several.chat_template = {"tool_use": TRIMMING, "default": CHAT}
+    assert prompt_format(several).template == CHAT
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"chat_template": "nowhere.jinja"}, "chat_template nowhere.jinja is no file, no template text, and no name"),
+        ({"chat_template": "{% for m in messages %}"}, "can't render the messages: line 1: Unexpected end of template"),
+        ({"chat_template": "{{ messages[0]['content'] }}"}, "leaves out the question of a chat"),
+        ({"chat_template": CHAT.replace("m['content']", "(m['content'] if m['role'] == 'user' else '')")},
+         "leaves out the answer of a chat"),
+        ({"chat_template": MISTRAL, "system": "Be brief."}, "leaves out the system prompt"),
+        ({"chat_template": str(OF_TRL / "gemma.jinja"), "system": "Be brief."}, "takes no system prompt: .*not supported"),
+        ({"form": "text", "system": "Be brief."}, "system has no effect on plain text"),
+        ({"form": "prose"}, "form must be one of chat, text, got 'prose'"),
+    ],
+)  # fmt: skip
+def test_format_that_can_not_work_is_refused(options, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        prompt_format(tiny_tokenizer(), **options)
+
+
+def test_format_is_recorded_and_read_again():
+    prompt = prompt_format(tiny_tokenizer(), system="Be brief.")
+    assert PromptFormat.from_dict({**prompt.to_dict(), "of a later version": 1}) == prompt
+    other = prompt.apply_to(tiny_tokenizer(None))
+    assert prompt_text(other, prompt.conversation([ASK])).startswith("<|im_start|>system\nBe brief.<|im_end|>")
+    assert prompt.conversation(TALK) == list(TALK)
+    with pytest.raises(ValueError, match="template must be text, got list"):
+        PromptFormat.from_dict({"template": []})

@@ -42,6 +42,10 @@ def test_no_number(text):
     assert last_number(text) is None and not is_right(text, "5", "arithmetic")
 
 
+def test_letter_is_a_right_answer_of_arithmetic():
+    assert right_answer(Example("Which? (A) 5 (B) 6", "so B", "B"), "arithmetic") == "B"
+
+
 @pytest.mark.parametrize(
     "text, answer, right",
     [
@@ -51,6 +55,9 @@ def test_no_number(text):
         ("6, no, 7", "6", False),
         ("-6", "6", False),
         ("1,000", "1000", True),
+        ("A rope of 5 m: the answer is C.", "C", True),
+        ("The answer is C, not D", "C", False),
+        ("CD 5", "C", False),
     ],
 )
 def test_arithmetic(text, answer, right):
@@ -93,7 +100,7 @@ def test_the_right_answer_is_the_field_or_is_found_in_the_output():
     "row, task, message",
     [
         (example("no"), "arithmetic", "has no number"),
-        (example("5", "A"), "arithmetic", "'A' has no number"),
+        (example("5", "F"), "arithmetic", "'F' has no number"),
         (example("no"), "commonsense", "has no answer word"),
         (example("true", "yes"), "commonsense", "'yes' is not"),
         (example("5"), "algebra", "task must be one of arithmetic, commonsense"),

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from adapter.test_pretrained import ROWS, StopAt, assert_same, attached, trainer
-from train.test_finetune import deltas, losses, run
+from train.test_sft import deltas, losses, run
 
 from s2ft.train.checkpoints import SEAL, STATE, UNFINISHED, checkpoints, damage, move_into_place, newest_valid, seal
 from s2ft.train.trainer import AdapterCheckpoints, S2FTTrainer
@@ -167,21 +167,10 @@ def test_a_model_without_trainable_adapter_is_refused(tmp_path):
 # ---- runs of the command line -------------------------------------------------------------------------------
 
 
-def test_two_runs_of_n_steps_equal_one_of_two_n(tmp_path):
-    """train(2N) = train(N) + resume(N), bit for bit, with dropout."""
-    changes = {"model_changes": {"attention_dropout": 0.1}}
-    _, whole, _ = run(tmp_path / "whole", **changes)
-    _, folder, first = run(tmp_path / "halves", stop_after=4, **changes)
-    assert not first.finished and first.steps == 4 and not folder.adapter.exists()
-    _, folder, second = run(tmp_path / "halves", resume=True, **changes)
-    assert second.finished and losses(folder) == losses(whole)
-    assert all(torch.equal(value, deltas(whole)[key]) for key, value in deltas(folder).items())
-
-
 def test_a_run_resumes_from_the_newest_valid_checkpoint_and_logs_it(tmp_path, caplog):
     caplog.set_level("INFO")
     _, whole, _ = run(tmp_path / "whole", save_steps=2)
-    run(tmp_path / "cut", save_steps=2, stop_after=6)
+    run(tmp_path / "cut", save_steps=2, options={"stop_after": 6})
     (tmp_path / "cut/checkpoint-6/s2ft_adapter.safetensors").write_bytes(b"")
     _, folder, result = run(tmp_path / "cut", save_steps=2, resume=True)
     assert "checkpoint-6 is damaged and is skipped" in caplog.text and "resuming from checkpoint-4" in caplog.text

@@ -4,11 +4,20 @@ import pytest
 import torch
 from support.models import CASES, inputs_of, model_of
 from support.tolerances import GEMM
-from train.test_finetune import losses, run
+from train.test_sft import losses, run
 from train.tiny import tiny_model
 
 import s2ft
-from s2ft.train.loss import CHUNK, IGNORED, ChunkedLoss, chunk_of, chunked_loss, sum_of_losses, why_not_chunked
+from s2ft.train.loss import (
+    CHUNK,
+    IGNORED,
+    ChunkedLoss,
+    chunk_of,
+    chunked_loss,
+    smoothed_loss,
+    sum_of_losses,
+    why_not_chunked,
+)
 
 # These cases have another loss than that of a causal language model, or change their logits.
 NOT = {
@@ -110,6 +119,43 @@ def test_rows_without_a_label_may_be_kept_or_removed(dtype):
     assert not ours[::3].any()
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_label_smoothing_needs_no_logits(dtype):
+    """The loss and its gradient are those of torch's cross entropy with label smoothing."""
+    hidden = torch.randn(30, 16).to(dtype).requires_grad_()
+    weight, bias, targets = torch.randn(50, 16).to(dtype), torch.randn(50).to(dtype), torch.randint(0, 50, (30,))
+    targets[::3] = IGNORED
+    ours = sum_of_losses(hidden, weight, bias, targets, label_smoothing=0.2)
+    (gradient,) = torch.autograd.grad(ours, hidden)
+    exact = hidden.detach().double().requires_grad_()
+    logits = exact @ weight.double().T + bias.double()
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=0.2)
+    (theirs,) = torch.autograd.grad(expected, exact)
+    rtol, atol = GEMM[dtype]
+    torch.testing.assert_close(ours, expected.float(), rtol=rtol, atol=atol)
+    torch.testing.assert_close(gradient, theirs.to(dtype), rtol=10 * rtol, atol=10 * atol)
+
+
+def test_label_smoothing_where_the_logits_are_kept(tmp_path):
+    """The two ways to compute it agree, and a loss of the model's own is refused."""
+    _, chunked, _ = run(tmp_path / "chunked", save_steps=0, label_smoothing_factor=0.2)
+    _, plain, _ = run(tmp_path / "plain", save_steps=0, label_smoothing_factor=0.2, options={"chunked_loss": False})
+    for (_, ours, *_), (_, theirs, *_) in zip(losses(chunked), losses(plain)):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    model = tiny_model()
+    model.loss_function = lambda logits, labels, **_: logits.sum()
+    with pytest.raises(ValueError, match="label_smoothing_factor needs a model with the standard loss"):
+        with smoothed_loss(model, 0.1):
+            pass
+
+
+def test_in_evaluation_the_chunked_loss_can_replace_the_models_own():
+    model, ids = tiny_model(), torch.randint(3, 200, (2, 9))
+    expected = model(input_ids=ids, labels=ids).loss
+    with chunked_loss(model, in_evaluation=True):
+        torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected, rtol=1e-5, atol=0)
+
+
 def test_evaluation_has_the_models_own_loss_and_logits():
     model, ids = tiny_model(), torch.randint(3, 200, (2, 9))
     expected = model(input_ids=ids, labels=ids)
@@ -165,6 +211,6 @@ def test_runs_with_and_without_it_agree_and_the_log_names_where_it_is_off(tmp_pa
     caplog.set_level("INFO")
     _, fused, _ = run(tmp_path / "fused", save_steps=0)
     assert "keeps the logits" not in caplog.text
-    _, plain, _ = run(tmp_path / "plain", save_steps=0, chunked_loss=False)
+    _, plain, _ = run(tmp_path / "plain", save_steps=0, options={"chunked_loss": False})
     for (_, ours, *_), (_, theirs, *_) in zip(losses(fused), losses(plain)):
         assert ours == pytest.approx(theirs, rel=1e-5)

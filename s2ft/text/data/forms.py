@@ -109,7 +109,7 @@ FORMS = {  # the first form whose fields a row has
     "question and answer": Form(("question", "answer"), _question("question", "answer")),
     "text": Form(("text",), _text),
 }
-OPTIONAL = ("input", "system", "answer", "tools")
+OPTIONAL = ("input", "system", "answer", "tools", "chosen", "rejected")
 FIELDS = tuple(dict.fromkeys([*(name for form in FORMS.values() for name in form.needs), *OPTIONAL]))
 KNOWN = "messages, conversations, prompt and completion, instruction and output, question and answer, or text"
 
@@ -140,7 +140,7 @@ def normalised(row: object, renamed: Mapping[str, str], scored: bool = False) ->
     if renamed:
         missing = [name for name in renamed if name not in row]
         if missing and not any(name in row for name in renamed):
-            raise BadRow(f"has no field {missing[0]!r}, which fields names; it has {_listed(row)}")
+            raise BadRow(f"has no field {missing[0]!r}, which field names; it has {_listed(row)}")
     present = {name for name, value in found.items() if value is not None}
     fitting = [form for form in FORMS.values() if present.issuperset(form.needs)]
     named = [form for form in fitting if set(form.needs) & set(renamed.values())]
@@ -173,7 +173,7 @@ def _why_no_form(row: Row, present: set[str]) -> str:
     output = [name for name in ("output", "completion", "response") if name in present]
     if output:
         return f"field 'instruction' is missing, which belongs to {output[0]!r}; it has {_listed(row)}"
-    return f"needs {KNOWN}; it has {_listed(row)}; fields=OUR_NAME=NAME_IN_THE_DATA (--fields) maps other names"
+    return f"needs {KNOWN}; it has {_listed(row)}; --field OURS=THEIRS maps other names"
 
 
 def _listed(row: Row) -> str:

@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from s2ft.text.data.forms import BadRow, normalised
@@ -12,10 +13,31 @@ from s2ft.text.data.sources import Rows, Source, UnreadableRow, open_source
 
 logger = logging.getLogger(__name__)
 
-COLUMNS = ("messages", "prompt", "completion", "text", "answer", "tools", "place")
-AS_JSON = ("messages", "prompt", "completion", "tools")  # columns that can hold any value
 SHOWN = 3  # bad rows that a message shows
+SKIP = "skip_bad_rows (--skip-bad-rows)"
 FEW = 1000  # bad rows after which a streamed data set without a good row is given up
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the normalised rows of a kind of training have.
+
+    Attributes:
+        columns: Names of the columns. Each shape has "place", the file and the row.
+        as_json: Columns that can hold any value. The others hold text.
+        normalise: Function that converts a row: of the row, our names of its fields, and whether it is for evaluation.
+    """
+
+    columns: tuple[str, ...]
+    as_json: tuple[str, ...]
+    normalise: Callable[[object, Mapping[str, str], bool], dict[str, Any]]
+
+
+EXAMPLES = Shape(
+    ("messages", "prompt", "completion", "text", "answer", "tools", "place"),
+    ("messages", "prompt", "completion", "tools"),
+    normalised,
+)
 
 
 def load_rows(
@@ -25,6 +47,7 @@ def load_rows(
     split: str | None = None,
     limit: int | None = None,
     scored: bool = False,
+    shape: Shape = EXAMPLES,
 ):
     """Load the rows of data sets in their normalised form.
 
@@ -34,6 +57,7 @@ def load_rows(
         split: The split to read. None reads `options.dataset_train_split`.
         limit: Read the first rows only. None reads as many as `options.limit` says.
         scored: Whether the rows are for evaluation. The output may then be empty if there is a field `answer`.
+        shape: The kind of rows: by default examples with an answer.
 
     Returns:
         A datasets.Dataset in a temporary file, or a datasets.IterableDataset if the options ask for streaming. Each row
@@ -57,18 +81,20 @@ def load_rows(
         raise ValueError("no data was given: name files, folders or data sets with data (--data)")
     limit = options.limit if limit is None else limit
     if options.is_streamed:
-        return _streamed(entries, options, limit, scored)
+        return _streamed(entries, options, limit, scored, shape)
     parts = []
     for entry in entries:
         wanted = None if limit is None or _fractions(entries) else limit - sum(map(len, parts))
         if wanted == 0:
             break
-        parts.append(_stored(entry, options, wanted, scored))
+        parts.append(_stored(entry, options, wanted, scored, shape))
     rows = _mixed(parts, _fractions(entries))
     return rows.select(range(min(limit, len(rows)))) if limit is not None else rows
 
 
-def load_split(options: DataOptions, *, seed: int, evaluates: bool = True, eval_limit: int | None = None):
+def load_split(
+    options: DataOptions, *, seed: int, evaluates: bool = True, eval_limit: int | None = None, shape: Shape = EXAMPLES
+):
     """Load the training rows and the held-out rows.
 
     Args:
@@ -77,6 +103,7 @@ def load_split(options: DataOptions, *, seed: int, evaluates: bool = True, eval_
         evaluates: Whether the run evaluates. If it does, `dataset_name` has a test split and neither `eval_data` nor
             `test_split_size` is given, that split is read.
         eval_limit: Use the first held-out rows only.
+        shape: The kind of rows.
 
     Returns:
         The training rows, and the held-out rows or None.
@@ -84,9 +111,9 @@ def load_split(options: DataOptions, *, seed: int, evaluates: bool = True, eval_
     Raises:
         ValueError: See :func:`load_rows`. Or a streamed data set is to be split.
     """
-    train = load_rows(options)
+    train = load_rows(options, shape=shape)
     if options.eval_data:
-        return train, load_rows(options, data=options.eval_data, limit=eval_limit or 1 << 62)
+        return train, load_rows(options, data=options.eval_data, limit=eval_limit or 1 << 62, shape=shape)
     if options.test_split_size is not None:
         if options.is_streamed:
             raise ValueError("test_split_size can't split a data set that is streamed: give eval_data")
@@ -102,7 +129,7 @@ def load_split(options: DataOptions, *, seed: int, evaluates: bool = True, eval_
         held_out = parts["test"]
         return parts["train"], held_out.select(range(min(eval_limit or len(held_out), len(held_out))))
     if evaluates and options.dataset_name:
-        return train, load_rows(options, split=options.dataset_test_split, limit=eval_limit or 1 << 62)
+        return train, load_rows(options, split=options.dataset_test_split, limit=eval_limit or 1 << 62, shape=shape)
     return train, None
 
 
@@ -130,13 +157,13 @@ def _open(entry: dict[str, Any], streaming: bool) -> list[Source]:
     return open_source(**arguments, streaming=streaming)
 
 
-def _features():
+def _features(shape: Shape):
     from datasets import Features, Json, Value
 
-    return Features({name: Json() if name in AS_JSON else Value("string") for name in COLUMNS})
+    return Features({name: Json() if name in shape.as_json else Value("string") for name in shape.columns})
 
 
-def _stored(entry: dict[str, Any], options: DataOptions, limit: int | None, scored: bool):
+def _stored(entry: dict[str, Any], options: DataOptions, limit: int | None, scored: bool, shape: Shape):
     """Write the normalised rows of one entry to a temporary file and open it. The rows are never held in memory."""
     from datasets import Dataset
     from datasets.arrow_writer import ArrowWriter
@@ -144,9 +171,9 @@ def _stored(entry: dict[str, Any], options: DataOptions, limit: int | None, scor
     problems = Problems(options.skip_bad_rows)
     path, read = scratch_file("rows.arrow"), 0
     slice_of = entry["split"].partition("[")[1] and entry["split"]
-    with ArrowWriter(features=_features(), path=path) as writer:
+    with ArrowWriter(features=_features(shape), path=path) as writer:
         for source in _open(entry, streaming=False):
-            for row in _converted(source.read(), options, scored, problems):
+            for row in _converted(source.read(), options, scored, problems, shape):
                 writer.write(row)
                 read += 1
                 if read == limit and not slice_of:
@@ -237,40 +264,42 @@ class Problems:
         listed = "".join(f"\n  {problem}" for problem in self.shown)
         more = f"\n  and {self.count - len(self.shown)} more" if self.count > len(self.shown) else ""
         if not self.skip:
-            raise ValueError(
-                f"{of} can't be used:{listed}{more}\n"
-                "correct them, or leave them out with skip_bad_rows (--skip-bad-rows)"
-            )
+            raise ValueError(f"{of} can't be used; correct them, or leave them out with {SKIP}:{listed}{more}")
         if not good:
             raise ValueError(f"none of {self.count} rows can be used:{listed}{more}")
         logger.warning("left out %s that can't be used:%s%s", of, listed, more)
 
 
-def _converted(rows: Rows, options: DataOptions, scored: bool, problems: Problems) -> Iterator[dict[str, Any]]:
+def _converted(
+    rows: Rows, options: DataOptions, scored: bool, problems: Problems, shape: Shape
+) -> Iterator[dict[str, Any]]:
     renamed, good = options.renamed, 0
     for place, row in rows:
         try:
             if isinstance(row, UnreadableRow):
                 raise BadRow(row.problem)
-            found = normalised(row, renamed, scored)
+            found = shape.normalise(row, renamed, scored)
         except BadRow as error:
             problems.add(f"{place}: {error}", good)
             continue
         good += 1
-        yield {name: _cell(name, place if name == "place" else found.get(name)) for name in COLUMNS}
+        found["place"] = place
+        yield {name: _cell(found.get(name), name in shape.as_json) for name in shape.columns}
 
 
-def _cell(name: str, value: Any) -> Any:
+def _cell(value: Any, as_json: bool) -> Any:
     """The value of a column as it is stored. Texts in a JSON column are written as JSON, or "5" would be a number."""
-    return json.dumps(value) if name in AS_JSON and value is not None else value
+    return json.dumps(value) if as_json and value is not None else value
 
 
-def _streamed(entries: list[dict[str, Any]], options: DataOptions, limit: int | None, scored: bool):
+def _streamed(entries: list[dict[str, Any]], options: DataOptions, limit: int | None, scored: bool, shape: Shape):
     """Read, convert and mix the rows while they are used."""
     from datasets import IterableDataset, concatenate_datasets, interleave_datasets
 
     parts = [
-        IterableDataset.from_generator(_generate, gen_kwargs={"entry": entry, "options": options, "scored": scored})
+        IterableDataset.from_generator(
+            _generate, gen_kwargs={"entry": entry, "options": options, "scored": scored, "shape": shape}
+        )
         for entry in entries
     ]
     fractions = _fractions(entries)
@@ -284,10 +313,10 @@ def _streamed(entries: list[dict[str, Any]], options: DataOptions, limit: int | 
     return rows
 
 
-def _generate(entry: dict[str, Any], options: DataOptions, scored: bool) -> Iterable[Mapping[str, Any]]:
+def _generate(entry: dict[str, Any], options: DataOptions, scored: bool, shape: Shape) -> Iterable[Mapping[str, Any]]:
     good, problems = 0, Problems(options.skip_bad_rows, at_once=True)
     for source in _open(entry, streaming=True):
-        for row in _converted(source.read(), options, scored, problems):
+        for row in _converted(source.read(), options, scored, problems, shape):
             good += 1
-            yield {name: json.loads(row[name]) if name in AS_JSON and row[name] else row[name] for name in COLUMNS}
+            yield {name: json.loads(value) if name in shape.as_json and value else value for name, value in row.items()}
     problems.check(good)

@@ -1,16 +1,18 @@
 """Options that say which data is read and how. This module imports no PyTorch, so that ``--help`` is quick."""
 
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field as dataclass_field
+from pathlib import Path
 from typing import Any
 
+DATA = "files, folders, or names of data sets on the hub"
 FILES = "json, jsonl, csv, tsv or parquet, also compressed"
 
 
 def _option(default: Any = MISSING, text: str = "", **metadata: Any) -> Any:
     """A field with its help. A list is copied for each object."""
     if isinstance(default, list):
-        return field(default_factory=default.copy, metadata={"help": text, **metadata})
-    return field(default=default, metadata={"help": text, **metadata})
+        return dataclass_field(default_factory=default.copy, metadata={"help": text, **metadata})
+    return dataclass_field(default=default, metadata={"help": text, **metadata})
 
 
 @dataclass
@@ -24,7 +26,7 @@ class DataOptions:
 
     Example:
         >>> from s2ft.text.data import DataOptions
-        >>> DataOptions(data=["chats.jsonl"], fields=["instruction=question"]).renamed
+        >>> DataOptions(data=["chats.jsonl"], field=["instruction=question"]).renamed
         {'question': 'instruction'}
     """
 
@@ -48,9 +50,9 @@ class DataOptions:
         None, "rows to hold out from the training data: a share below 1, or a number of rows", metavar="SHARE"
     )
     limit: int | None = _option(None, "use the first N rows only", shown="all rows", least=1)
-    fields: list[str] = _option(
+    field: list[str] = _option(
         [],
-        "names of fields in the data, such as instruction=question output=reply: OUR_NAME=NAME_IN_THE_DATA",
+        "other names of fields in the data, as OURS=THEIRS: instruction=question output=reply",
         metavar="OURS=THEIRS",
     )
     form: str = _option(
@@ -76,10 +78,11 @@ class DataOptions:
     last_answer_only: bool = _option(False, "compute the loss on the last answer of a chat only")
 
     def __post_init__(self) -> None:
-        self.data, self.eval_data, self.fields = (
-            [value] if isinstance(value, str) else list(value or ())
-            for value in (self.data, self.eval_data, self.fields)
-        )
+        if isinstance(self.field, dict):  # in a configuration file
+            self.field = [f"{ours}={theirs}" for ours, theirs in self.field.items()]
+        for name in ("data", "eval_data", "field"):
+            value = getattr(self, name)
+            setattr(self, name, [str(value)] if isinstance(value, (str, Path)) else list(value or ()))
         for name, choices in (("form", ("auto", "chat", "text")), ("too_long", (None, "leave_out", "cut"))):
             if getattr(self, name) not in choices:
                 listed = ", ".join(choice for choice in choices if choice)
@@ -112,14 +115,14 @@ class DataOptions:
         from s2ft.text.data.forms import FIELDS
 
         renamed = {}
-        for pair in self.fields:
+        for pair in self.field:
             ours, equals, theirs = pair.partition("=")
             if not (equals and ours and theirs):
-                raise ValueError(f"fields must be OUR_NAME=NAME_IN_THE_DATA, such as output=reply, got {pair!r}")
+                raise ValueError(f"field must be OUR_NAME=NAME_IN_THE_DATA, such as output=reply, got {pair!r}")
             if ours not in FIELDS:
-                raise ValueError(f"fields: {ours!r} is no field of s2ft; choose from {', '.join(FIELDS)}")
+                raise ValueError(f"field: {ours!r} is no field of s2ft; choose from {', '.join(FIELDS)}")
             if theirs in renamed:
-                raise ValueError(f"fields: {theirs!r} has two meanings, {renamed[theirs]!r} and {ours!r}")
+                raise ValueError(f"field: {theirs!r} has two meanings, {renamed[theirs]!r} and {ours!r}")
             renamed[theirs] = ours
         return renamed
 
@@ -127,3 +130,39 @@ class DataOptions:
     def is_streamed(self) -> bool:
         """Whether the rows are read while training."""
         return self.streaming or self.dataset_streaming
+
+
+@dataclass
+class ReadingOptions:
+    """How a command reads the data that its own options name.
+
+    Example:
+        >>> from s2ft.text.data.options import ReadingOptions
+        >>> ReadingOptions(field=["question=q"]).of(["test.jsonl"], split="test").dataset_train_split
+        'test'
+    """
+
+    split: str | None = _option(None, "split of a folder or of a data set on the hub", metavar="SPLIT")
+    field: list[str] = _option(
+        [], "other names of fields in the data, as OURS=THEIRS: instruction=question", metavar="OURS=THEIRS"
+    )
+    skip_bad_rows: bool = _option(False, "leave out rows that can't be used; otherwise they are an error")
+
+    def __post_init__(self) -> None:
+        self.of(["data"], "train")  # ValueError for a wrong field
+
+    def of(self, data: list[str], split: str, limit: int | None = None) -> DataOptions:
+        """Return the options that :func:`s2ft.text.data.load_rows` takes.
+
+        Args:
+            data: Files, folders or names of data sets.
+            split: The split that is read if the user names none.
+            limit: Read the first rows only.
+        """
+        return DataOptions(
+            data=data,
+            dataset_train_split=self.split or split,
+            field=self.field,
+            skip_bad_rows=self.skip_bad_rows,
+            limit=limit,
+        )

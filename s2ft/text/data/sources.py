@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from s2ft.text.data.scratch import scratch_file
+
 logger = logging.getLogger(__name__)
 
 KINDS = {  # endings of files, and what reads them
@@ -66,6 +68,7 @@ def quiet_datasets() -> None:
     import datasets
 
     datasets.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # one line for each retry
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
 
@@ -150,7 +153,7 @@ def _file(path: Path, kind: str | None = None) -> Source:
     if not path.stat().st_size:
         raise ValueError(f"{path} is empty")
     packed = _packing(path)
-    kind = kind or KINDS.get(Path(path.name.removesuffix(path.suffix if packed else "")).suffix)
+    kind = kind or KINDS.get(Path(path.name.removesuffix(path.suffix if path.suffix in COMPRESSED else "")).suffix)
     if kind in (None, "json"):
         with path.open("rb") as file:
             mark = file.read(8)
@@ -161,7 +164,7 @@ def _file(path: Path, kind: str | None = None) -> Source:
         kind = "json"
     if kind == "json":
         return Source(str(path), lambda: _json(path, packed))
-    return Source(str(path), lambda: _table(path, kind))
+    return Source(str(path), lambda: _table(path, kind, packed))
 
 
 def _packing(path: Path) -> str | None:
@@ -268,21 +271,31 @@ def _why_not_read(error: Exception) -> str:
     return "it is nested too deeply" if isinstance(error, RecursionError) else f"a number is too long ({error})"
 
 
-def _table(path: Path, kind: str) -> Rows:
-    """Read a table piece by piece. The cells of CSV files are text, so that 007 stays 007."""
-    import datasets
-
-    options = {"dtype": str, "keep_default_na": False} if kind in ("csv", "tsv") else {}
-    if kind == "tsv":
-        options["sep"] = "\t"
+def _table(path: Path, kind: str, packed: str | None) -> Rows:
+    """Read a table piece by piece."""
     try:
-        rows = datasets.load_dataset(
-            "csv" if kind == "tsv" else kind, data_files=[str(path)], split="train", streaming=True, **options
-        )
+        rows = _cells(path, kind, packed) if kind in ("csv", "tsv") else _columns(path, kind)
         for number, row in enumerate(rows, 1):
             yield f"{path}, row {number}", row
     except Exception as error:  # pyarrow and pandas raise many kinds
         raise ValueError(f"{path} can't be read as {kind}: {_reason(error)}") from error
+
+
+def _cells(path: Path, kind: str, packed: str | None) -> Iterator[dict[str, str]]:
+    """The rows of a CSV file. All cells are text, so that 007 stays 007. The reader of datasets can't do that."""
+    import pandas
+
+    separator = "\t" if kind == "tsv" else ","
+    options = {"dtype": str, "keep_default_na": False, "compression": packed}
+    for part in pandas.read_csv(path, sep=separator, chunksize=10_000, **options):
+        yield from part.to_dict("records")
+
+
+def _columns(path: Path, kind: str) -> Iterator[dict[str, Any]]:
+    import datasets
+
+    cache = str(Path(scratch_file("cache")).parent)  # for lock files
+    yield from datasets.load_dataset(kind, data_files=[str(path)], split="train", streaming=True, cache_dir=cache)
 
 
 def _reason(error: BaseException) -> str:
@@ -314,7 +327,9 @@ def _folder(path: Path, split: str, data_files: Any) -> list[Source]:
         raise ValueError(f"data folder {path} has no file of the kinds {', '.join(KINDS)}")
     base = split.partition("[")[0]
     if base not in by_split:
-        raise ValueError(f"data folder {path} has no split {base!r}; it has {', '.join(map(repr, by_split))}")
+        raise ValueError(
+            f"data folder {path} has no split {base!r}; it has {', '.join(repr(str(name)) for name in by_split)}"
+        )
     return [_file(file) for file in by_split[base]]
 
 
@@ -340,14 +355,20 @@ def _hub(
     streaming: bool,
 ) -> Source:
     import datasets
+    from huggingface_hub.constants import is_offline_mode
 
     try:
         found = datasets.load_dataset(
             path, name, split=split, revision=revision, data_dir=data_dir, data_files=data_files, streaming=streaming
         )
     except Exception as error:  # the hub, the network and each reader have their own kinds of errors
+        way_out = (
+            "HF_HUB_OFFLINE is set, so only what was downloaded before can be used"
+            if is_offline_mode()
+            else "without a network, set HF_HUB_OFFLINE=1 to use what was downloaded before"
+        )
         raise ValueError(
             f"data set {path} can't be loaded: there is no such file or folder here, and the hub says: "
-            f"{_reason(error)}. Without a network, set HF_HUB_OFFLINE=1 to use what was downloaded before"
+            f"{_reason(error).rstrip('.')}; {way_out}"
         ) from error
     return Source(path, dataset=found)

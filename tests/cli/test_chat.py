@@ -1,0 +1,181 @@
+"""s2ft chat: a script gives it lines, and reads the answers on stdout."""
+
+import io
+import json
+import signal
+import sys
+
+import pytest
+import torch
+from train.tiny import CHAT, save_tiny, tiny_model
+
+import s2ft
+from s2ft.adapter import add_info
+from s2ft.cli import chat as command
+from s2ft.cli.main import main
+from s2ft.text.adapter_prompts import load_with_adapter
+from s2ft.text.chat import Chat
+from s2ft.text.sampling import Sampler
+
+UNTIED = dict(tie_word_embeddings=False)
+OTHER = CHAT.replace("<|im_start|>", "<|endoftext|>")
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with model/ and the outputs of two runs, runs/math and runs/talk."""
+    work = tmp_path_factory.mktemp("work")
+    save_tiny(work / "model", **UNTIED)
+    for seed, (name, template) in enumerate({"math": CHAT, "talk": OTHER}.items()):
+        model = tiny_model(**UNTIED)
+        s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2, o_ratio=0.5, seed=seed))
+        torch.manual_seed(seed)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.3 * torch.randn_like(parameter)
+        add_info(model, {"prompt": {"form": "chat", "template": template, "system": f"Be {name}."}})
+        s2ft.save_adapter(model, work / "runs" / name / "adapter")
+        (work / "runs" / name / "config.yaml").touch()
+    return work
+
+
+@pytest.fixture
+def chat(work, monkeypatch, capsys):
+    """A function that gives lines to the command and returns its status, the answers and the other output."""
+
+    def run(lines, *arguments, terminal=False):
+        stdin = io.StringIO("".join(f"{line}\n" for line in lines))
+        stdin.isatty = lambda: terminal
+        monkeypatch.setattr(sys, "stdin", stdin)
+        line = ["chat", "--model", work / "model", "--max-new-tokens", 9, *arguments]
+        status = main([str(word) for word in line])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def answer(capsys, work, *arguments):
+    line = ["generate", "--model", work / "model", "--max-new-tokens", 9, *arguments]
+    assert main([str(word) for word in line]) == 0
+    return capsys.readouterr().out
+
+
+def test_each_line_is_answered_with_the_prompt_of_the_adapter(chat, capsys, work):
+    wanted = answer(capsys, work, "--prompt", "Hello", "--adapter", work / "runs/talk")
+    assert chat(["Hello"], "--adapter", work / "runs/talk")[:2] == (0, wanted)
+    wanted = answer(capsys, work, "--prompt", "Hello\nyou", "--system", "S")
+    assert chat(["", "Hello\\", "you"], "--system", "S")[:2] == (0, wanted)
+    assert chat(["//x"])[1] == answer(capsys, work, "--prompt", "/x")
+
+
+def test_adapters_are_switched_in_mid_conversation(chat, work, tmp_path):
+    """Each answer is that of a chat which had the adapter from the beginning and the same messages before."""
+    both = ["--adapter", work / "runs"]
+    lines = [
+        "Hello",
+        "/adapter talk",
+        "next",
+        "/adapter base",
+        "and then?",
+        "/adapter math",
+        "what is the sum?",
+        f"/save {tmp_path}/a",
+    ]
+    status, out, err = chat(lines, *both)
+    assert status == 0 and "(adapter talk)" in err and "(the model without an adapter)" in err
+    said = json.loads((tmp_path / "a").read_text())["messages"]
+    assert out == "".join(one["content"] + "\n" for one in said if one["role"] == "assistant")
+    assert said[0] == {"role": "system", "content": "Be math."}
+    for turn, name in enumerate(("math", "talk", None, "math")):
+        model, prompter = load_with_adapter(str(work / "model"), name and str(work / "runs" / name))
+        alone = Chat(model, prompter, lambda seed: Sampler(), 9)
+        alone.messages = said[1 : 1 + 2 * turn]
+        assert "".join(alone.answer(said[1 + 2 * turn]["content"])) == said[2 + 2 * turn]["content"], name
+
+
+def test_a_trained_run_and_names_of_one_s_own(chat, work):
+    err = chat(["/adapter"], "--adapter", f"a={work / 'runs/math'}", work / "runs/talk/adapter")[2]
+    assert "adapters: a (on), talk, base" in err
+    err = chat(["/adapter"], "--adapter", work / "runs")[2]
+    assert "adapters: math (on), talk, base" in err
+
+
+def test_undo_reset_system_and_save(chat, tmp_path):
+    lines = [
+        "Hello",
+        "/undo",
+        "Hello",
+        "/system Be brief.",
+        "more",
+        "/system",
+        f"/save {tmp_path}/a.jsonl",
+        "/exit",
+        "x",
+    ]
+    status, out, err = chat(lines)
+    messages = json.loads((tmp_path / "a.jsonl").read_text())["messages"]
+    assert status == 0 and [one["role"] for one in messages] == ["system", *["user", "assistant"] * 2]
+    assert out.startswith((messages[2]["content"] + "\n") * 2) and messages[0]["content"] == "Be brief."
+    assert "Be brief.\n(4 messages in" in err
+    assert chat(["Hello", "/reset", "Hello"])[1] == (messages[2]["content"] + "\n") * 2
+
+
+@pytest.mark.parametrize(
+    "lines, options, message",
+    [
+        (["/adaptor x"], [], "there is no /adaptor; did you mean /adapter? (see /help)"),
+        (["/adapter maths"], ["--adapter", "RUNS"], "there is no adapter 'maths'; did you mean math?"),
+        (["/undo"], [], "there is nothing to undo"),
+        (["/save x"], [], "there is no conversation to save"),
+        (["Hello", "/save RUNS"], [], "exists: choose another file"),
+        (["x" * 300], [], "the model's context is 256 tokens"),
+        ([], ["--adapter", "nosuch"], "adapter nosuch doesn't exist"),
+        ([], ["--adapter", "RUNS/math", "RUNS/math"], "are both called 'math': give one as NAME="),
+        ([], ["--adapter", "base=RUNS/math"], "can't be called 'base'"),
+        ([], ["--top-p", "0"], "top_p must be above 0"),
+    ],
+)
+def test_mistakes_end_a_script_with_one_line(chat, work, lines, options, message):
+    place = lambda text: text.replace("RUNS", str(work / "runs"))  # noqa: E731
+    status, _, err = chat([place(line) for line in lines], *map(place, options))
+    assert status == 2 and message in err and "Traceback" not in err
+
+
+def test_mistakes_do_not_end_a_chat_in_a_terminal(chat):
+    status, out, err = chat(["/adaptor x", "Hello"], terminal=True)
+    assert status == 0 and "error: there is no /adaptor" in err and len(out) > 9
+
+
+def test_an_adapter_of_another_model_leaves_the_present_one(chat, work, tmp_path):
+    other = tiny_model(seed=5, **UNTIED)
+    s2ft.attach(other, s2ft.S2FTConfig(d_ratio=0.2))
+    s2ft.save_adapter(other, tmp_path / "other")
+    lines = ["Hello", "/adapter other", "/adapter"]
+    err = chat(lines, "--adapter", work / "runs/math", tmp_path / "other", terminal=True)[2]
+    assert "was trained on another base" in err and "math (on), other, base" in err
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_chat(chat, monkeypatch, tmp_path):
+    printed = []
+
+    def interrupted(*words, **options):
+        printed.append(words)
+        if len(printed) == 3:
+            signal.raise_signal(signal.SIGINT)
+        print(*words, **options)
+
+    monkeypatch.setattr(command, "print", interrupted, raising=False)
+    before = signal.getsignal(signal.SIGINT)
+    status, _, _ = chat(["Hello", "more", f"/save {tmp_path}/a"], "--max-new-tokens", 20)
+    first, second = [one for one in json.loads((tmp_path / "a").read_text())["messages"] if one["role"] == "assistant"]
+    assert status == 0 and 0 < len(first["content"]) < len(second["content"])
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_ctrl_c_ends_the_chat(chat, monkeypatch):
+    def interrupted(*words, **options):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(command, "print", interrupted, raising=False)
+    assert chat(["Hello", "more"], "--max-new-tokens", 20)[0] == 130

@@ -1,0 +1,280 @@
+"""Options of the training commands: TRL's names, short names, config files, and errors that name the nearest one."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from s2ft.config import S2FTConfig
+from s2ft.text.data import DataOptions
+from s2ft.train.options import ModelOptions, RunOptions
+from s2ft.train.preparation import run_options, set_batches
+
+pytest.importorskip("trl")
+from s2ft.cli.parse import UsageError
+from s2ft.cli.training import TrainingParser, parse_training
+from s2ft.train.arguments import SFTArguments
+
+KINDS = [ModelOptions, DataOptions, S2FTConfig, SFTArguments, RunOptions]
+NEEDED = ["--model", "m", "--data", "d", "--output", "o"]
+
+
+def parse(*words):
+    return parse_training("sft", KINDS, [str(word) for word in words])
+
+
+def from_yaml(tmp_path, text, *words):
+    (tmp_path / "run.yaml").write_text(text if isinstance(text, str) else yaml.safe_dump(text))
+    return parse("--config", tmp_path / "run.yaml", *words)
+
+
+def message(call, *arguments):
+    with pytest.raises(UsageError) as error:
+        call(*arguments)
+    assert "\n" not in str(error.value) and "see s2ft sft --help" in str(error.value) or "config" in str(error.value)
+    return str(error.value)
+
+
+# ---- names ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--learning_rate", "1e-3", "--num_train_epochs", "2", "--per_device_train_batch_size", "4"],
+        ["--learning-rate", "1e-3", "--num-train-epochs", "2", "--per-device-train-batch-size", "4"],
+        ["--lr=1e-3", "--epochs=2", "--micro-batch-size=4"],
+    ],
+    ids=["underscores", "dashes", "short"],
+)
+def test_an_option_has_trls_name_and_a_short_one(words):
+    arguments = parse(*NEEDED, *words)[SFTArguments]
+    assert (arguments.learning_rate, arguments.num_train_epochs, arguments.per_device_train_batch_size) == (1e-3, 2, 4)
+
+
+def test_every_option_of_the_dataclasses_is_reachable_by_its_own_name():
+    from dataclasses import fields
+
+    from s2ft.cli.option_table import GROUP_OF, RENAMED, SHORT_NAMES
+    from s2ft.cli.training import TAKEN
+
+    parser = TrainingParser(KINDS)
+    for kind in KINDS:
+        for one in fields(kind):
+            name = RENAMED.get((kind.__name__, one.name), one.name)
+            assert name in parser.options or name in TAKEN, name
+    assert {name for name in GROUP_OF if name not in parser.options} == set()
+    names = [short for shorts in SHORT_NAMES.values() for short in shorts]
+    assert len(names) == len(set(names)), "a short name stands for two options"
+
+
+def test_the_help_shows_an_option_once_with_one_line_of_text(capsys):
+    for words, more in ((["--help"], False), (["--help-all"], True)):
+        with pytest.raises(SystemExit):
+            parse(*words)
+        printed = capsys.readouterr().out
+        headings = [line for line in printed.splitlines() if line.endswith(":") and not line.startswith(" ")]
+        assert headings[:5] == ["options:", "model:", "data:", "selection:", "training:"]
+        options = [word for line in printed.splitlines() if line.startswith("  --") for word in line.split()[:1]]
+        assert len(options) == len(set(options)) and ("--no-dataloader-in-order" in printed) == more
+        assert ("--ddp-timeout" in printed) == more and "--no-assistant-only-loss" in printed
+        assert "lora" not in printed.split("example")[0].replace("match-lora-rank", "").lower().replace(
+            "as lora of", ""
+        )
+
+
+def test_repeated_lists_add_up_and_switches_take_words(tmp_path):
+    parsed = parse(*NEEDED, "--field", "instruction=q", "--field", "output=a", "--packing", "no", "--no-chunked-loss")
+    assert parsed[DataOptions].renamed == {"q": "instruction", "a": "output"}
+    assert from_yaml(tmp_path, {"field": {"output": "a"}}, *NEEDED)[DataOptions].renamed == {"a": "output"}
+    assert parsed[SFTArguments].packing is False and parsed[RunOptions].chunked_loss is False
+
+
+def test_the_selection_has_the_seed_that_the_run_is_given_unless_it_has_its_own():
+    assert parse(*NEEDED)[S2FTConfig].seed == S2FTConfig().seed
+    assert parse(*NEEDED, "--seed", 7)[S2FTConfig].seed == 7
+    assert parse(*NEEDED, "--seed", 7, "--selection-seed", 0)[S2FTConfig].seed == 0
+
+
+SUGGESTED = {
+    "--learning-rat": "did you mean --learning-rate?",
+    "--lora-rank": "did you mean --match-lora-rank?",
+    "--autocast": "did you mean --bf16?",
+    "--max_seq_length": "did you mean --max-length?",
+    "--group-by-length": "did you mean --train-sampling-strategy group_by_length?",
+    "--epoch": "did you mean --epochs?",
+}
+
+
+@pytest.mark.parametrize("word", SUGGESTED)
+def test_an_unknown_option_is_answered_with_the_nearest_one(word, tmp_path):
+    assert SUGGESTED[word] in message(parse, *NEEDED, word, "1")
+    key = word[2:].replace("-", "_")
+    said = message(from_yaml, tmp_path, {"model": "m", key: 1})
+    assert (
+        f"run.yaml: there is no option '{key}'" in said and SUGGESTED[word].replace("--", "").replace("-", "_") in said
+    )
+
+
+WRONG = [
+    ({"learning_rate": [1]}, "learning_rate must be one value, got [1]"),
+    ({"learning_rate": "much"}, "learning_rate must be a number, got 'much'"),
+    ({"lr": -1}, "learning_rate must be positive, got -1"),
+    ({"max_steps": 1.5}, "max_steps must be a whole number, got '1.5'"),
+    ({"packing": "perhaps"}, "packing must be true or false, got 'perhaps'"),
+    ({"optim": "adam"}, "did you mean adamw_torch?"),
+    ({"dtype": True}, "dtype must not be true; put a word into quotes"),
+    ({"model_init_kwargs": 3}, "model_init_kwargs"),
+    ({"seed": 10**30}, "seed must be at most 4294967295"),
+    ({"label_smoothing_factor": 1}, "label_smoothing_factor must be at least 0 and below 1"),
+    ({"use_liger_kernel": True}, "use_liger_kernel does not work here: "),
+    ({"auto_find_batch_size": True}, "auto_find_batch_size does not work here: "),
+    ({"save_only_model": True}, "save_only_model does not work here: "),
+    ({"optim": "galore_adamw"}, "works on the gradients of whole weights"),
+    ({"hub_strategy": "all_checkpoints"}, "the adapter is uploaded once, at the end"),
+    ({"truncation_mode": "keep_end"}, "see too_long"),
+    ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "dataset_kwargs is not used"),
+    ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_8bit and load_in_4bit exclude each other"),
+    ({"env": [1]}, "env must hold lines such as"),
+    ("a: [", "is not YAML"),
+    ("- a", "must hold lines such as 'learning_rate: 2e-4', got list"),
+]
+
+
+@pytest.mark.parametrize("wrong, said", WRONG, ids=lambda value: str(value)[:40] if type(value) is not str else "")
+def test_a_wrong_value_in_a_config_is_one_line(wrong, said, tmp_path):
+    if isinstance(wrong, dict):
+        wrong = {"model": "m", "data": "d", "output": "o", **wrong}
+    assert said in message(from_yaml, tmp_path, wrong)
+
+
+def test_a_key_and_its_short_name_are_an_error_that_names_both(tmp_path):
+    said = message(from_yaml, tmp_path, "lr: 1e-4\nlearning_rate: 1e-3\n")
+    assert "run.yaml: lr and learning_rate are the same option: keep one of them" in said
+    assert "--lr and --learning-rate are the same option" in message(parse, *NEEDED, "--lr", 1, "--learning_rate", 2)
+
+
+def test_what_is_missing_is_named_by_its_short_name():
+    assert message(parse, "--lr", "1").startswith("missing: --model, --data, --output")
+    assert parse("--model", "m", "--dataset_name", "d", "--output", "o")[DataOptions].dataset_name == "d"
+
+
+# ---- config files --------------------------------------------------------------------------------------
+
+FULL = """
+model_name_or_path: m
+output-dir: o
+learning_rate: 2e-5            # a word for PyYAML, and a number here
+eval_strategy: no              # false for YAML
+packing: false
+lr_scheduler_type: cosine_with_min_lr
+lr_scheduler_kwargs: {min_lr: 1e-6}
+model_init_kwargs:
+  attn_implementation: eager
+layers: [0, 1]
+report_to: [tensorboard]
+budget: 9.2M
+datasets:
+  - {path: x, split: train, fraction: 0.5}
+  - {path: y, fraction: 0.5}
+env: {S2FT_OF_A_CONFIG: 1}
+"""
+
+
+def test_a_config_holds_lists_dictionaries_switches_and_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("S2FT_OF_A_CONFIG", "")
+    parsed = from_yaml(tmp_path, FULL, "--layers", "1", "--max-steps", "3")
+    arguments = parsed[SFTArguments]
+    assert arguments.learning_rate == 2e-5 and arguments.lr_scheduler_kwargs == {"min_lr": 1e-6}
+    assert arguments.eval_strategy == "no" and arguments.packing is False and arguments.report_to == ["tensorboard"]
+    assert arguments.model_init_kwargs == {"attn_implementation": "eager"} and arguments.max_steps == 3
+    assert [entry["path"] for entry in parsed[DataOptions].datasets] == ["x", "y"]
+    assert parsed[S2FTConfig].layers == [1] and parsed[S2FTConfig].budget == 9_200_000  # the command line overrides
+    assert os.environ["S2FT_OF_A_CONFIG"] == "1"
+
+
+def test_the_written_config_gives_the_same_options_and_no_secret(tmp_path):
+    first = from_yaml(tmp_path, FULL, "--hub-token", "secret", "--resume", "--num-train-epochs", "3")
+    text = first.config_text()
+    assert "secret" not in text and "resume" not in text and "num_train_epochs" not in text  # 3 is the default
+    assert text.startswith("# s2ft ") and "torch" in text.splitlines()[0] and "trl" in text.splitlines()[0]
+    again = from_yaml(tmp_path, text)
+    assert again.config_text() == text
+    kinds = [{kind: parsed[kind] for kind in KINDS} for parsed in (first, again)]
+    assert run_options("sft", kinds[0], first.given) == run_options("sft", kinds[1], again.given)
+
+
+def test_options_of_lora_become_the_size_of_the_selection(tmp_path, caplog):
+    caplog.set_level("INFO")
+    lora = {
+        "model": "m",
+        "data": "d",
+        "output": "o",
+        "use_peft": True,
+        "lora_r": 16,
+        "lora_alpha": 32,
+        "use_dora": True,
+    }
+    assert from_yaml(tmp_path, lora)[S2FTConfig].match_lora_rank == 16
+    assert "S²FT takes the place of LoRA: match_lora_rank 16; not used: lora_alpha, use_dora" in caplog.text
+    given = from_yaml(tmp_path, {**lora, "d_ratio": 0.1, "lora_modules_to_save": ["lm_head"]})[S2FTConfig]
+    assert given.match_lora_rank is None and given.modules_to_save == ["lm_head"]
+    assert from_yaml(tmp_path, {**lora, "use_peft": False})[S2FTConfig].match_lora_rank is None
+
+
+EVALUATION = {
+    "eval_steps: 5": ("steps", 5, False),
+    "eval_steps: 0": ("no", None, False),
+    "eval_strategy: epoch": ("epoch", None, False),
+    "{load_best_model_at_end: true, save_steps: 7}": ("steps", 7, True),
+    "{early_stopping_patience: 2, eval_steps: 3, save_steps: 6}": ("steps", 3, True),
+    "{load_best_model_at_end: true, save_strategy: epoch}": ("epoch", 200, True),
+}
+
+
+@pytest.mark.parametrize("text", EVALUATION)
+def test_the_options_of_an_evaluation_need_each_other_only_once(text, tmp_path):
+    arguments = from_yaml(tmp_path, text, *NEEDED)[SFTArguments]
+    assert (arguments.eval_strategy, arguments.eval_steps, arguments.load_best_model_at_end) == EVALUATION[text]
+
+
+def test_the_field_of_the_text_has_trls_name_too():
+    assert parse(*NEEDED, "--dataset_text_field", "body")[DataOptions].renamed == {"body": "text"}
+
+
+# ---- batches -------------------------------------------------------------------------------------------
+
+BATCHES = {  # rows, per device, passes, devices → per device, passes
+    (None, None, None, 1): (8, 8),
+    (None, None, None, 3): (7, 3),
+    (None, 2, None, 4): (2, 1),
+    (None, None, 3, 1): (8, 3),
+    (4, None, None, 1): (4, 1),
+    (32, None, None, 2): (8, 2),
+    (12, None, None, 1): (6, 2),
+    (64, 2, None, 2): (2, 16),
+    (64, None, 16, 1): (4, 16),
+    (16, 4, 2, 2): (4, 2),
+    (7, None, None, 2): "batch_size 7 must be a multiple of 2 (2 devices): the nearest sizes are 6 or 8",
+    (3, None, None, 4): "batch_size 3 must be a multiple of 4 (4 devices): the nearest size is 4",
+    (10, 4, None, 1): "multiple of 4 (per_device_train_batch_size 4 × 1 device): the nearest sizes are 8 or 12",
+    (16, 4, 3, 1): "batch_size 16 contradicts per_device_train_batch_size 4 × gradient_accumulation_steps 3 × 1 device "
+    "= 12 rows: leave one of them out",
+}
+
+
+@pytest.mark.parametrize("case", BATCHES, ids=str)
+def test_rows_of_an_update_are_divided_among_devices_and_passes(case):
+    rows, micro, passes, devices = case
+    names = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": passes}
+    given = {name: value for name, value in names.items() if value is not None}
+    arguments = SimpleNamespace(world_size=devices, **{"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, **given})  # fmt: skip
+    if isinstance(BATCHES[case], str):
+        with pytest.raises(ValueError) as error:
+            set_batches(arguments, RunOptions(batch_size=rows), given)
+        assert BATCHES[case] in str(error.value)
+        return
+    line = set_batches(arguments, RunOptions(batch_size=rows), given)
+    found = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+    assert found == BATCHES[case] and line.startswith(f"{found[0] * found[1] * devices} rows an update")

@@ -1,0 +1,116 @@
+"""s2ft dpo and s2ft grpo from the command line: their folders, their config files, and what they refuse."""
+
+import json
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+from train.tiny import save_tiny, write_jsonl
+
+import s2ft
+from s2ft.cli.main import main
+from s2ft.train.output import read_log
+
+PAIRS = [{"question": f"{a}+1=", "chosen": str(a + 1), "rejected": "no idea"} for a in range(12)]
+TASKS = [{"question": f"{a}+1=", "answer": str(a + 1)} for a in range(8)]
+SHORT = "def short(completions, **_):\n    return [-len(text[0]['content']) / 10 for text in completions]\n"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    work = tmp_path_factory.mktemp("work")
+    save_tiny(work / "model")
+    write_jsonl(work / "pairs.jsonl", PAIRS)
+    write_jsonl(work / "held-out.jsonl", PAIRS[:3])
+    write_jsonl(work / "tasks.jsonl", TASKS)
+    (work / "mine.py").write_text(SHORT)
+    return work
+
+
+@pytest.fixture(autouse=True)
+def _there(work, monkeypatch):
+    monkeypatch.chdir(work)
+
+
+def run(command, output, *more):
+    data = "pairs.jsonl" if command == "dpo" else "tasks.jsonl"
+    own = ["--rewards", "mine.py:short", "--num-generations", 4, "--max-completion-length", 8]
+    arguments = [command, "--model", "model", "--data", data, "--output", output, "--max-steps", 2, "--batch-size", 4]
+    return main([str(word) for word in [*arguments, "--lr", 1e-2, *(own if command == "grpo" else []), *more]])
+
+
+def test_dpo_writes_a_run_with_its_prompt(work, capsys):
+    assert run("dpo", "dpo", "--eval-data", "held-out.jsonl", "--beta", 0.2) == 0
+    assert "adapter: dpo/adapter" in capsys.readouterr().out
+    info = s2ft.read_adapter("dpo/adapter").info
+    assert info["training"]["method"] == "dpo" and "<|im_start|>" in info["prompt"]["template"]
+    first, *_, last = read_log(work / "dpo" / "log.jsonl")
+    assert {"loss", "rewards/accuracies", "rewards/margins", "logps/chosen"} <= first.keys()
+    assert {"eval_loss", "eval_rewards/accuracies"} <= last.keys()
+    config = yaml.safe_load((work / "dpo" / "config.yaml").read_text())
+    assert config["beta"] == 0.2 and config["batch_size"] == 4
+    assert main(["dpo", "--config", "dpo/config.yaml", "--output", "dpo-again"]) == 0
+    assert adapter("dpo") == adapter("dpo-again")
+
+
+def test_grpo_writes_a_run_with_its_prompt(work, capsys):
+    assert run("grpo", "grpo", "--epsilon", 0.3, "--beta", 0.1) == 0
+    assert "reward -" in capsys.readouterr().out
+    info = s2ft.read_adapter("grpo/adapter").info
+    assert info["training"]["method"] == "grpo" and "<|im_start|>" in info["prompt"]["template"]
+    first, *_ = read_log(work / "grpo" / "log.jsonl")
+    assert {"loss", "reward", "rewards/short/mean", "kl", "completions/mean_length"} <= first.keys()
+    options = json.loads((work / "grpo" / "run.json").read_text())
+    assert options["rewards"] == ["mine.py:short"] and options["training.epsilon"] == 0.3
+    assert "training.adam_epsilon" not in options
+    assert main(["grpo", "--config", "grpo/config.yaml", "--output", "grpo-again"]) == 0
+    assert adapter("grpo") == adapter("grpo-again")
+
+
+def adapter(run):
+    found = load_file(f"{run}/adapter/s2ft_adapter.safetensors")
+    return {name: tensor.tolist() for name, tensor in found.items()}
+
+
+def test_a_run_goes_on_only_with_the_same_rewards(capsys):
+    assert run("grpo", "stopped", "--stop-after", 1) == 0
+    assert run("grpo", "stopped", "--resume", "--rewards", "format") == 2
+    assert "rewards was ['mine.py:short'], is ['mine.py:short', 'format']" in capsys.readouterr().err
+    assert run("grpo", "stopped", "--resume") == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "more", "words"),
+    [
+        ("dpo", ["--data", "tasks.jsonl"], "tasks.jsonl, line 1: field 'chosen' is missing: a row has chosen and"),
+        ("dpo", ["--sync-ref-model", "true"], "sync_ref_model does not work here"),
+        ("dpo", ["--eval-task", "arithmetic"], "eval_task is an option of s2ft sft"),
+        ("dpo", ["--max-length", "8"], "none of 12 pairs can be used: 12 are longer than max_length 8"),
+        ("dpo", ["--bete", "0.1"], "there is no option --bete; did you mean --beta?"),
+        ("grpo", ["--rewards", "answer_equals"], "no built-in reward 'answer_equals'; did you mean answer_equal?"),
+        ("grpo", ["--rewards", "mine.py:shrot"], "mine.py has no function 'shrot'; did you mean short?"),
+        ("grpo", ["--rewards", "nosuch.py"], "file nosuch.py doesn't exist"),
+        ("grpo", ["--use-vllm", "true"], "use_vllm does not work here"),
+        ("grpo", ["--reward-weights", "1", "2"], "reward_weights has 2 numbers for 1 rewards (mine.py:short)"),
+        (
+            "grpo",
+            ["--num-generations", "3"],
+            "4 answers are generated at once, which is no multiple of num_generations",
+        ),
+        ("grpo", ["--selection", "activation"], "selection activation needs answers to calibrate on"),
+        ("grpo", ["--max-completion-length", "255"], "none of 8 prompts fits into the 1 tokens"),
+        ("grpo", ["--limit", "1", "--num-generations", "2"], "there is 1 prompt, and each generation takes 2"),
+    ],
+)
+def test_mistakes_are_one_line_and_write_nothing(command, more, words, work, capsys):
+    with_file = [*more, "mine.py:short"] if "--rewards" in more else more
+    assert run(command, "refused", *with_file) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"s2ft {command}: error: ") and words in error
+    assert not (work / "refused").exists()
+
+
+def test_a_reward_that_fails_is_named_and_the_run_can_go_on(work, capsys):
+    (work / "fails.py").write_text("def broken(completions, **_):\n    return 1 / 0\n")
+    assert run("grpo", "failed", "--rewards", "fails.py") == 2
+    assert "reward fails.py:broken raised ZeroDivisionError in line 2: division by zero" in capsys.readouterr().err

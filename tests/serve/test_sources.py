@@ -1,0 +1,163 @@
+"""Where adapters come from, which of them are served, and what the log says of the others."""
+
+import shutil
+
+import httpx
+import pytest
+from serve.fleet import BASE, eventually, running, save_adapters
+from train.tiny import save_tiny, tiny_model
+
+from s2ft.cli.main import main
+from s2ft.serve.sources import grouped, source_of
+
+UNTIED = dict(tie_word_embeddings=False)
+
+
+@pytest.fixture(scope="module")
+def spare(tmp_path_factory):
+    """Adapters a0 and a1 of the base, and a0 of another base in foreign/."""
+    folder = tmp_path_factory.mktemp("spare")
+    save_adapters(folder, 2, **UNTIED)
+    save_adapters(folder / "foreign", 1, seed=5, **UNTIED)
+    return folder
+
+
+def make_run(spare, folder, name="a0"):
+    """The output folder of a run: an adapter, a checkpoint, the options."""
+    shutil.copytree(spare / name, folder / "adapter")
+    shutil.copytree(spare / name, folder / "checkpoint-4")
+    (folder / "checkpoint-4" / "trainer_state.json").touch()
+    (folder / "config.yaml").touch()
+    return folder
+
+
+def damage(folder):
+    """Change one byte of the first delta. The index tensors are behind the deltas."""
+    with open(folder / "s2ft_adapter.safetensors", "r+b") as file:
+        place = 8 + int.from_bytes(file.read(8), "little") + 1
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 1]))
+
+
+def served(url):
+    return [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]]
+
+
+def complete(url, name):
+    return httpx.post(f"{url}/v1/completions", json=dict(model=name, prompt="a", max_tokens=2))
+
+
+def test_runs_adapters_and_directories_are_served_under_their_names(spare, tmp_path):
+    runs = tmp_path / "runs"
+    make_run(spare, runs / "math"), make_run(spare, runs / "chat", "a1")
+    single = make_run(spare, tmp_path / "single")
+    shutil.copytree(spare / "a1", tmp_path / "plain")
+    sources = [runs, single, tmp_path / "plain", f"seventh={make_run(spare, tmp_path / 'old-7')}"]
+    sources += [make_run(spare, tmp_path / "inner") / "adapter"]
+    with running(sources, tiny_model(**UNTIED)) as (url, _):
+        assert served(url) == [BASE, "chat", "inner", "math", "plain", "seventh", "single"]
+        assert [complete(url, name).status_code for name in ("math", "seventh", "inner")] == [200] * 3
+        assert complete(url, "checkpoint-4").status_code == 404
+        shutil.rmtree(single)
+        make_run(spare, runs / "new")
+        assert served(url) == [BASE, "chat", "inner", "math", "new", "plain", "seventh"]
+        load = dict(lora_name="old", lora_path="math/checkpoint-4")
+        answer = httpx.post(f"{url}/v1/load_lora_adapter", json=load)
+        assert answer.status_code == 400 and "checkpoint" in answer.json()["error"]["message"]
+
+
+def test_an_adapter_that_can_not_be_served_is_left_out_and_named(spare, tmp_path, caplog):
+    for name in ("good", "torn"):
+        shutil.copytree(spare / "a0", tmp_path / name)
+    for name in ("foreign", "foreign-2"):
+        shutil.copytree(spare / "foreign" / "a0", tmp_path / name)
+    tensors = tmp_path / "torn" / "s2ft_adapter.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-8])
+    with caplog.at_level("INFO"), running(tmp_path, tiny_model(**UNTIED)) as (url, _):
+        lines = [record.getMessage() for record in caplog.records]
+        assert "serving 1 adapter: good" in lines
+        base = "it was trained on another base: 2 of 2 layers differ, the first is layer 0"
+        assert f"warning: not served: foreign, foreign-2: {base}" in lines
+        assert any(line.startswith("warning: not served: torn: ") and "truncated" in line for line in lines)
+        assert served(url) == [BASE, "good"]
+        refused = complete(url, "foreign")
+        assert refused.status_code == 400 and "another base" in refused.json()["error"]["message"]
+        assert "s2ft_adapters_refused 3.0" in httpx.get(f"{url}/metrics").text
+        shutil.rmtree(tmp_path / "foreign")  # replaced by one that fits
+        shutil.copytree(spare / "a1", tmp_path / "foreign")
+        assert complete(url, "foreign").status_code == 200
+        shutil.copytree(spare / "foreign" / "a0", tmp_path / "late")
+        assert served(url) == [BASE, "foreign", "good"]
+        assert f"warning: not served: late: {base}" in caplog.text
+
+
+def test_damage_inside_the_values_is_found_when_the_adapter_is_loaded(spare, tmp_path):
+    shutil.copytree(spare / "a0", tmp_path / "a0")
+    damage(tmp_path / "a0")
+    with running(tmp_path, tiny_model(**UNTIED)) as (url, service):
+        assert served(url) == [BASE, "a0"]
+        assert complete(url, "a0").json()["error"]["code"] == "invalid_adapter"
+        eventually(lambda: not service.engine.adapters.bank.names, "an empty bank")
+        assert served(url) == [BASE]
+        assert complete(url, "a0").status_code == 400
+
+
+def test_a_start_with_only_wrong_adapters_or_a_named_one_is_refused(spare, tmp_path):
+    shutil.copytree(spare / "a0", tmp_path / "all" / "good")
+    shutil.copytree(spare / "foreign" / "a0", tmp_path / "wrong" / "bad")
+    for sources, words in (
+        ([tmp_path / "wrong"], "none of the 1 adapters found can be served; adapter 'bad'"),
+        ([tmp_path / "all", f"x={tmp_path / 'wrong' / 'bad'}"], "adapter 'x' can't be served: it was trained on"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            with running(sources, tiny_model(**UNTIED)):
+                pass
+
+
+def test_sources_that_make_no_sense_are_refused(spare, tmp_path):
+    run = make_run(spare, tmp_path / "run")
+    for text, words in (
+        ("nowhere", "adapters: nowhere is not a folder"),
+        (f"a={tmp_path}/nowhere", "nowhere is not a folder"),
+        (f"{run}/checkpoint-4", "is a checkpoint of a training run"),
+        (f"a={run}/checkpoint-4", "is a checkpoint of a training run"),
+        (f"a={tmp_path}", "it has run in it: give the directory without a="),
+        (f"a/b={run}", "name must be a word without slashes"),
+    ):
+        with pytest.raises((ValueError, NotADirectoryError), match=words):
+            source_of(text)
+    for names in (["run", "run"], [BASE]):
+        sources = [f"{name}={path}" for name, path in zip(names, (run, spare / "a0"))]
+        with pytest.raises(ValueError, match="two adapters are called 'run'|has the name of the base"):
+            with running(sources, tiny_model(**UNTIED)):
+                pass
+
+
+def test_a_run_without_an_adapter_is_served_when_it_has_saved_one(spare, tmp_path, caplog):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").touch()
+    with running([run], tiny_model(**UNTIED)) as (url, _):
+        assert served(url) == [BASE] and "has saved no adapter yet" in caplog.text
+        shutil.copytree(spare / "a0", run / "adapter")
+        assert served(url) == [BASE, "run"]
+
+
+def test_the_check_reads_every_adapter_and_does_not_serve(spare, tmp_path, capsys, caplog):
+    save_tiny(tmp_path / "model", **UNTIED)
+    for name in ("good", "flipped"):
+        shutil.copytree(spare / "a0", tmp_path / "adapters" / name)
+    command = ["serve", "--model", str(tmp_path / "model"), "--adapters", str(tmp_path / "adapters"), "--check"]
+    with caplog.at_level("INFO"):
+        assert main(command) == 0
+    assert "serving" not in caplog.text and "2 adapters fit the base: flipped, good" in caplog.text
+    damage(tmp_path / "adapters" / "flipped")
+    assert main(command) == 2
+    assert "1 of 2 adapters can't be served" in capsys.readouterr().err and "flipped" in caplog.text
+
+
+def test_names_with_one_reason_share_a_line():
+    reasons = {f"a{n}": "is empty" for n in range(7)} | {"b": "is a checkpoint"}
+    assert grouped(reasons) == ["a0, a1, a2, a3, a4 and 2 more: is empty", "b: is a checkpoint"]

@@ -1,0 +1,167 @@
+"""Rows of dpo and grpo: every form gives the same pair or prompt, and a row that can't be used says why."""
+
+import json
+
+import pytest
+from train.tiny import tiny_tokenizer
+
+from s2ft.text.data import DataOptions, load_rows
+from s2ft.text.data.forms import BadRow
+from s2ft.text.data.preferences import PAIRS, PROMPTS, form_of_prompts, pair, scored_prompt, with_columns
+from s2ft.text.pairs import ChosenRows, encode_pairs, longest_batch
+from s2ft.text.prompts import PromptFormat, encode_prompt, prompt_format
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+ASKED = {"prompt": [user("2+3=")], "chosen": [assistant("5")], "rejected": [assistant("6")]}
+FORMS = {
+    "messages": ASKED,
+    "question": {"question": "2+3=", "chosen": "5", "rejected": "6"},
+    "instruction": {"instruction": "2+3=", "input": "", "chosen": "5", "rejected": 6},
+    "whole chats": {"chosen": [user("2+3="), assistant("5")], "rejected": [user("2+3="), assistant("6")]},
+    "whole chats and the prompt's text": {
+        "prompt": "2+3=",
+        "chosen": [user("2+3="), assistant("5")],
+        "rejected": [user("2+3="), assistant("6")],
+    },
+    "text and messages": {"prompt": "2+3=", "chosen": [assistant("5")], "rejected": [assistant("6")]},
+    "ShareGPT": {
+        "conversations": [{"from": "human", "value": "2+3="}],
+        "chosen": {"from": "gpt", "value": "5"},
+        "rejected": {"from": "gpt", "value": "6"},
+    },
+    "null fields": {"prompt": [user("2+3=")], "chosen": [assistant("5")], "rejected": [assistant("6")], "tools": None},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_pair_is_the_same_pair(form):
+    assert pair(FORMS[form], {}) == ASKED
+
+
+def test_texts_stay_texts():
+    assert pair({"prompt": "2+3=", "chosen": "5", "rejected": "6"}, {}) == (
+        {"prompt": "2+3=", "chosen": "5", "rejected": "6"}
+    )
+    found = pair({"chosen": "\n\nHuman: 2+3=\n\nAssistant: 5", "rejected": "\n\nHuman: 2+3=\n\nAssistant: 6"}, {})
+    assert found == {"prompt": "\n\nHuman: 2+3=\n\nAssistant:", "chosen": " 5", "rejected": " 6"}
+
+
+def test_a_system_prompt_and_earlier_turns_belong_to_the_prompt():
+    found = pair({"system": "Be brief.", "question": "2+3=", "chosen": "5", "rejected": "6"}, {})
+    assert found["prompt"] == [{"role": "system", "content": "Be brief."}, user("2+3=")]
+    turns = [user("hi"), assistant("hello"), user("2+3=")]
+    chats = {name: [*turns, *ASKED[name]] for name in ("chosen", "rejected")}
+    assert pair(chats, {}) == {**ASKED, "prompt": turns}
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "a", "chosen": "b"}, "field 'rejected' is missing: a row has chosen and rejected; it has 'prompt'"),
+        ({"prompt": "a", "chosen": "b", "rejected": None}, "field 'rejected' is missing"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "'chosen' and 'rejected' are the same answer"),
+        ({"prompt": "a", "chosen": " ", "rejected": "b"}, "field 'chosen' is empty"),
+        ({"prompt": "a", "chosen": "b", "rejected": [assistant("c")]}, "must both be text or both be messages"),
+        ({"prompt": [], "chosen": "b", "rejected": "c"}, "there is no prompt"),
+        ({"chosen": [assistant("b")], "rejected": [assistant("c")]}, "there is no prompt"),
+        (
+            {"prompt": "a", "chosen": [user("b")], "rejected": [user("c")]},
+            "'chosen' must begin and end with a message of",
+        ),
+        ({"prompt": 5, "chosen": "b", "rejected": "c"}, "field 'prompt' must be a list of messages, got int"),
+        ({"prompt": "a", "chosen": "\ud800", "rejected": "c"}, "not valid Unicode"),
+        ("text", "expected an object with chosen and rejected, got str"),
+    ],
+)
+def test_a_pair_that_cannot_be_used_says_why(row, words):
+    with pytest.raises(BadRow) as error:
+        pair(row, {})
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"question": "2+3=", "answer": "3+2 #### 5", "level": 1}, {"answer": "3+2 #### 5", "level": 1}),
+        ({"prompt": [user("2+3=")], "answer": 5}, {"answer": "5"}),
+        ({"messages": [user("2+3="), assistant("5")]}, {"answer": "5"}),
+        ({"messages": [user("2+3=")], "metadata": {"seed": 1}}, {"metadata": {"seed": 1}}),
+        ({"instruction": "2+3=", "output": "5"}, {"answer": "5", "output": "5"}),
+    ],
+)
+def test_prompts_keep_the_columns_for_the_rewards(row, columns):
+    assert scored_prompt(row, {}) == {"prompt": [user("2+3=")], "columns": columns}
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"text": "a"}, "needs prompt, messages, instruction or question; it has 'text'; fields=prompt="),
+        ({"messages": [assistant("a")]}, "field 'messages' has no message before the assistant's"),
+        ({"prompt": "a", "tools": [{}]}, "field 'tools' is not used by s2ft grpo"),
+    ],
+)
+def test_a_prompt_that_cannot_be_used_says_why(row, words):
+    with pytest.raises(BadRow) as error:
+        scored_prompt(row, {})
+    assert words in str(error.value)
+
+
+# ---- files, and token rows -----------------------------------------------------------------------------
+
+
+def written(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_files_are_read_with_renamed_fields_and_bad_rows_are_named(tmp_path):
+    path = written(tmp_path / "pairs.jsonl", [{"q": "2+3=", "good": "5", "bad": "6"}, {"q": "a", "good": "b"}])
+    options = dict(data=[path], fields=["question=q", "chosen=good", "rejected=bad"])
+    with pytest.raises(ValueError, match=r"1 of 2 rows can't be used:\n.*pairs.jsonl, line 2: field 'rejected' is"):
+        load_rows(DataOptions(**options), shape=PAIRS)
+    (row,) = load_rows(DataOptions(**options, skip_bad_rows=True), shape=PAIRS)
+    assert {name: row[name] for name in ASKED} == ASKED
+
+
+def test_texts_that_look_like_json_stay_texts(tmp_path):
+    path = written(tmp_path / "tasks.jsonl", [{"prompt": "5", "answer": "1"}, {"prompt": "[1]", "extra": "2"}])
+    rows = load_rows(DataOptions(data=[path]), shape=PROMPTS)
+    assert form_of_prompts(rows, DataOptions()) == "text"
+    assert list(with_columns(rows, PromptFormat("text"))) == [
+        {"prompt": "5", "answer": "1", "extra": None},
+        {"prompt": "[1]", "answer": None, "extra": "2"},
+    ]
+    chats = with_columns(rows, PromptFormat("chat", "{{ messages }}", "Be brief."))
+    assert chats[0]["prompt"] == [{"role": "system", "content": "Be brief."}, user("5")]
+
+
+def test_a_pair_has_the_prompt_of_generation_and_ends_after_the_end_of_turn(tmp_path):
+    tokenizer = tiny_tokenizer()
+    rows = load_rows(DataOptions(data=[written(tmp_path / "pairs.jsonl", [ASKED])]), shape=PAIRS)
+    found = encode_pairs(rows, tokenizer, prompt_format(tokenizer), max_length=100)
+    (row,) = found.dataset
+    assert row["prompt_ids"] == encode_prompt(tokenizer, ASKED["prompt"])
+    assert [tokenizer.decode(row[name]) for name in ("chosen_ids", "rejected_ids")] == ["5<|im_end|>", "6<|im_end|>"]
+    assert str(found).startswith("1 pair: ")
+    assert ChosenRows(found.dataset)[0]["labels"][-2:] == row["chosen_ids"]
+    assert longest_batch(found.dataset, tokenizer, 4)["input_ids"].shape == (2, len(row["prompt_ids"]) + 2)
+
+
+def test_long_pairs_are_left_out_or_cut(tmp_path):
+    tokenizer = tiny_tokenizer()
+    long = {**ASKED, "chosen": [assistant("5" * 90)]}
+    rows = load_rows(DataOptions(data=[written(tmp_path / "pairs.jsonl", [ASKED, long])]), shape=PAIRS)
+    how = dict(tokenizer=tokenizer, prompt=prompt_format(tokenizer))
+    assert str(encode_pairs(rows, max_length=100, **how)).endswith("; 1 too long pair left out")
+    assert len(encode_pairs(rows, max_length=100, too_long="cut", **how).dataset) == 2
+    with pytest.raises(ValueError, match="none of 2 pairs can be used: 2 are longer than max_length 20"):
+        encode_pairs(rows, max_length=20, **how)

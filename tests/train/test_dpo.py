@@ -1,0 +1,198 @@
+"""DPO: the reference is the model without its adapter, one model is in memory, and a resumed run is exact."""
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from support.tolerances import LOGITS, relative_difference
+from train.tiny import tiny_model, tiny_tokenizer
+from trl.trainer import dpo_trainer
+
+import s2ft
+from s2ft.text.data.preferences import pair
+from s2ft.text.pairs import encode_pairs
+from s2ft.text.prompts import prompt_format
+from s2ft.train.dpo import dpo
+from s2ft.train.options import RunOptions
+from s2ft.train.output import RunFolder, read_log
+from s2ft.train.reference import Reference
+from s2ft.train.rl_arguments import DPOArguments
+from s2ft.train.rl_trainers import DPORunTrainer
+
+ROWS = [{"question": f"{a}+1=", "chosen": f"{a + 1}", "rejected": "no idea"} for a in range(12)]
+# No layer is permuted and no kernel replaces the FFN's, so that every sum has the order of the untouched base.
+SAME_ORDER = dict(layout="indexed", ffn_kernel=False)
+MIXED = s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25)
+
+
+def pairs(tokenizer, rows=ROWS, **options):
+    found = Dataset.from_list([{**pair(row, {}), "tools": None, "place": "row"} for row in rows])
+    return encode_pairs(found, tokenizer, prompt_format(tokenizer), **{"max_length": 100, **options})
+
+
+def arguments(path, **changes):
+    more = dict(per_device_train_batch_size=4, learning_rate=1e-2, warmup_steps=0, save_steps=2, max_steps=4, seed=3)
+    return DPOArguments(output_dir=str(path), **{**more, **changes})
+
+
+def run(path, config=MIXED, resume=False, options=None, **changes):
+    """Train the tiny model. Returns the model and the folder."""
+    model, tokenizer, folder = tiny_model(), tiny_tokenizer(), RunFolder(path)
+    s2ft.attach(model, config)
+    if not resume:
+        folder.begin({})
+    rows = pairs(tokenizer).dataset
+    dpo(model, tokenizer, rows, arguments(path, **changes), folder, resume=resume, options=options, held_out=None)
+    return model, folder
+
+
+def losses(folder):
+    return [(line["step"], line["loss"], line["rewards/margins"]) for line in read_log(folder.log) if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("dpo") / "whole", save_steps=0)
+
+
+def test_the_loss_begins_at_log_2_and_the_chosen_answers_gain(whole):
+    _, folder = whole
+    first, *_, last = losses(folder)
+    assert first[1] == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-6) and first[2] == 0
+    assert last[1] < first[1] and last[2] > 0
+    assert s2ft.read_adapter(folder.adapter).parameters > 0
+
+
+# ---- the reference -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extra", [None, ["norm"]], ids=["slices", "extra weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_reference_equals_the_untouched_base_bit_for_bit(dtype, extra):
+    base, model = tiny_model(dtype=dtype), tiny_model(dtype=dtype)
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, u_ratio=0.1, v_ratio=0.5, modules_to_save=extra, **SAME_ORDER))
+    move(model)
+    ids = torch.arange(60).view(3, 20)
+    with torch.no_grad():
+        assert not torch.equal(model(ids).logits, base(ids).logits)
+        assert torch.equal(Reference(model)(input_ids=ids).logits, base(ids).logits)
+
+
+def test_in_a_permuted_model_the_reference_is_the_model_of_the_start():
+    base, model = tiny_model(), tiny_model()
+    s2ft.attach(model, MIXED)
+    ids = torch.arange(60).view(3, 20)
+    start = model(ids).logits
+    move(model)
+    assert torch.equal(Reference(model)(input_ids=ids).logits, start)
+    assert relative_difference(start, base(ids).logits) < LOGITS  # the channels are summed in another order
+
+
+@pytest.mark.parametrize("extra", [None, ["norm", "embed_tokens"]], ids=["slices", "extra weights"])
+def test_the_reference_may_run_between_forward_and_backward(extra):
+    """It must not write into weights that the backward pass needs."""
+    model = tiny_model().train()
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25, modules_to_save=extra))
+    move(model)
+    ids = torch.arange(60).view(3, 20)
+    found = []
+    for runs in (False, True):
+        loss = model(ids, labels=ids).loss
+        if runs:
+            Reference(model)(input_ids=ids)
+        loss.backward()
+        found.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
+        model.zero_grad()
+    assert all(torch.equal(one, other) for one, other in zip(*found))
+    assert model.training and s2ft.status(model).active == {"default": 1.0}
+
+
+def test_the_reference_may_run_while_the_adapter_is_fused():
+    model = tiny_model()
+    s2ft.attach(model, MIXED)
+    move(model)
+    ids = torch.arange(60).view(3, 20)
+    expected = Reference(model)(input_ids=ids).logits
+    s2ft.fuse(model)
+    assert torch.equal(Reference(model)(input_ids=ids).logits, expected)
+    assert all(row.fused for row in s2ft.status(model).rows)
+
+
+def move(model):
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+
+
+def test_no_second_model_is_loaded_and_the_model_is_restored(tmp_path, monkeypatch):
+    def load(*args, **options):
+        raise AssertionError("a second model is loaded")
+
+    monkeypatch.setattr(dpo_trainer, "create_model_from_path", load)
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    s2ft.attach(model, MIXED)
+    config = dict(vars(model.config))
+    trainer = DPORunTrainer(model, arguments(tmp_path), pairs(tokenizer).dataset, tokenizer=tokenizer)
+    assert list(trainer.ref_model.parameters()) == [] and list(trainer.ref_model.buffers()) == []
+    trainer.train()
+    trainer.restore_model()
+    assert vars(model.config) == config and "forward" not in vars(model) and tokenizer.pad_token is None
+
+
+def test_log_probabilities_computed_before_the_training_are_the_same(tmp_path, whole):
+    _, folder = run(tmp_path / "before", save_steps=0, precompute_ref_log_probs=True)
+    assert losses(folder) == losses(whole[1])
+
+
+def test_a_trained_adapter_goes_on_from_its_base(tmp_path):
+    """The reference is the base, not the adapter that the training begins with."""
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    s2ft.attach(model, MIXED)
+    move(model)
+    found = []
+    for before in (False, True):
+        changed = copy.deepcopy(model)
+        options = arguments(tmp_path / str(before), max_steps=1, save_steps=0, precompute_ref_log_probs=before)
+        folder = RunFolder(tmp_path / str(before))
+        folder.begin({})
+        dpo(changed, tokenizer, pairs(tokenizer).dataset, options, folder)
+        found.append(losses(folder))
+    assert found[0] == found[1] and found[0][0][2] != 0
+
+
+# ---- runs ----------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, whole):
+    run(tmp_path, options=RunOptions(stop_after=2))
+    _, folder = run(tmp_path, resume=True)
+    assert losses(folder) == losses(whole[1])
+    one, other = (load_file(found.adapter / "s2ft_adapter.safetensors") for found in (folder, whole[1]))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sync_ref_model": True}, "sync_ref_model does not work here: the reference is the base"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor does not work here"),
+        ({"padding_free": True}, "padding_free does not work here"),
+        ({"learning_rate": 0}, "learning_rate must be positive"),
+    ],
+)
+def test_what_cannot_work_is_refused(changes, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        arguments(tmp_path, **changes)
+
+
+def test_a_sharded_model_is_refused(tmp_path):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    s2ft.attach(model, MIXED)
+    found = arguments(tmp_path)
+    found.fsdp = ["full_shard"]
+    with pytest.raises(ValueError, match=r"s2ft dpo does not shard the model \(fsdp\)"):
+        DPORunTrainer(model, found, pairs(tokenizer).dataset, tokenizer=tokenizer)

@@ -1,0 +1,178 @@
+"""GRPO: answers are generated with the adapter, one model is in memory, and a resumed run is exact."""
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from train.tiny import tiny_model, tiny_tokenizer
+from trl.trainer import grpo_trainer
+
+import s2ft
+from s2ft.text.data.preferences import scored_prompt, with_columns
+from s2ft.text.prompts import encode_prompt, prompt_format
+from s2ft.train.grpo import grpo
+from s2ft.train.options import RunOptions
+from s2ft.train.output import RunFolder, read_log
+from s2ft.train.rewards import checked, load_rewards
+from s2ft.train.rl_arguments import GRPOArguments
+from s2ft.train.rl_trainers import GRPORunTrainer
+
+CONFIG = s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25)
+ROWS = [{"question": f"{a}+1=", "answer": str(a + 1), "level": a % 3} for a in range(8)]
+
+
+def short(completions, **_):
+    return [-len(completion[0]["content"]) / 10 for completion in completions]
+
+
+REWARDS = [checked(short, "short")]
+
+
+def prompts(tokenizer, rows=ROWS):
+    found = Dataset.from_list([{**scored_prompt(row, {}), "place": "row"} for row in rows])
+    return with_columns(found, prompt_format(tokenizer))
+
+
+def arguments(path, **changes):
+    more = dict(per_device_train_batch_size=8, num_generations=4, max_completion_length=8, learning_rate=1e-2)
+    more |= dict(warmup_steps=0, save_steps=2, max_steps=6, seed=3, lr_scheduler_type="constant")
+    return GRPOArguments(output_dir=str(path), **{**more, **changes})
+
+
+def run(path, resume=False, options=None, **changes):
+    """Train the tiny model; 8 prompts are 4 updates, so 6 updates reach the second epoch."""
+    model, tokenizer, folder = tiny_model(), tiny_tokenizer(), RunFolder(path)
+    s2ft.attach(model, CONFIG)
+    if not resume:
+        folder.begin({})
+    rows = prompts(tokenizer)
+    result = grpo(model, tokenizer, rows, REWARDS, arguments(path, **changes), folder, resume=resume, options=options)
+    return model, folder, result
+
+
+def logged(folder):
+    return [(line["step"], line["loss"], line.get("reward"), line.get("kl")) for line in read_log(folder.log)]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"beta": 0.1, "num_iterations": 2}], ids=["plain", "reference and two updates"]
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(changes, tmp_path):
+    """That includes the generated answers, and the order of the rows in a later epoch."""
+    _, whole, result = run(tmp_path / "whole", save_steps=0, **changes)
+    run(tmp_path / "half", options=RunOptions(stop_after=4), **changes)
+    _, half, _ = run(tmp_path / "half", resume=True, **changes)
+    assert logged(half) == logged(whole) and result.reward is not None
+    one, other = (load_file(found.adapter / "s2ft_adapter.safetensors") for found in (half, whole))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_no_second_model_is_loaded_and_the_model_is_restored(tmp_path, monkeypatch):
+    def load(*args, **options):
+        raise AssertionError("a second model is loaded")
+
+    monkeypatch.setattr(grpo_trainer, "create_model_from_path", load)
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    base = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    s2ft.attach(model, CONFIG)
+    config = dict(vars(model.generation_config))
+    options = arguments(tmp_path, beta=0.1, max_steps=2, save_steps=0)
+    trainer = GRPORunTrainer(model, REWARDS, options, prompts(tokenizer), tokenizer=tokenizer)
+    assert list(trainer.ref_model.parameters()) == []
+    trainer.train()
+    trainer.restore_model()
+    assert vars(model.generation_config) == config and "forward" not in vars(model)
+    s2ft.detach(model)
+    assert all(torch.equal(parameter, base[name]) for name, parameter in model.named_parameters())
+
+
+def test_answers_are_generated_with_the_adapter_in_the_weights(tmp_path, monkeypatch):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    s2ft.attach(model, CONFIG)
+    trainer = GRPORunTrainer(
+        model, REWARDS, arguments(tmp_path, max_steps=1, save_steps=0), prompts(tokenizer), tokenizer=tokenizer
+    )
+    generate, found = model.generate, []
+
+    def watched(*args, **options):
+        rows = zip(options["input_ids"], options["attention_mask"])
+        found.append(
+            ([ids[mask.bool()].tolist() for ids, mask in rows], {row.fused for row in s2ft.status(model).rows})
+        )
+        return generate(*args, **options)
+
+    monkeypatch.setattr(model, "generate", watched)
+    trainer.train()
+    ((asked, fused),) = found
+    assert fused == {True} and {row.fused for row in s2ft.status(model).rows} == {False}
+    expected = [encode_prompt(tokenizer, [{"role": "user", "content": row["question"]}]) for row in ROWS]
+    assert len(asked) == 8 and all(ids in expected for ids in asked)
+
+
+def test_the_prompt_is_that_of_generation(tmp_path):
+    tokenizer, model = tiny_tokenizer(), tiny_model()
+    s2ft.attach(model, CONFIG)
+    rows = prompts(tokenizer)
+    trainer = GRPORunTrainer(model, REWARDS, arguments(tmp_path), rows, tokenizer=tokenizer)
+    asked = [row["prompt"] for row in rows]
+    assert trainer._tokenize_prompts(asked)[0] == [encode_prompt(tokenizer, prompt) for prompt in asked]
+    assert trainer._tokenize_prompts(["a b"])[0] == [encode_prompt(tokenizer, "a b")]
+    assert tokenizer.eos_token_id in trainer.generation_config.eos_token_id
+
+
+def test_the_columns_reach_the_rewards(tmp_path):
+    seen = []
+
+    def reward(prompts, completions, answer, level, **_):
+        seen.extend(zip([prompt[-1]["content"] for prompt in prompts], answer, level))
+        return [0.0] * len(completions)
+
+    model, tokenizer, folder = tiny_model(), tiny_tokenizer(), RunFolder(tmp_path)
+    s2ft.attach(model, CONFIG)
+    folder.begin({})
+    options = arguments(tmp_path, max_steps=1, save_steps=0)
+    grpo(model, tokenizer, prompts(tokenizer), [checked(reward, "reward")], options, folder)
+    assert seen and set(seen) <= {(row["question"], row["answer"], row["level"]) for row in ROWS}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"use_vllm": True}, r"use_vllm does not work here: .*\(issue 17\)"),
+        ({"use_transformers_continuous_batching": True}, "use_transformers_continuous_batching does not work here"),
+        ({"sync_ref_model": True, "beta": 0.1}, "sync_ref_model does not work here"),
+        ({"num_generations": 1}, "num_generations must be at least 2"),
+        ({"generation_batch_size": 8, "steps_per_generation": 1}, "say the same: give one of them"),
+    ],
+)
+def test_what_cannot_work_is_refused(changes, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        arguments(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_generations": 3}, "8 answers are generated at once, which is no multiple of num_generations, 3: .* 9"),
+        ({"num_iterations": 3, "save_steps": 4}, "save_steps 4 must be a multiple of 3, .*: the nearest is 3 or 6"),
+    ],
+)
+def test_numbers_that_do_not_fit_together_are_refused(changes, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        arguments(tmp_path, **changes).set_generation()
+
+
+def test_fewer_prompts_than_one_generation_takes_are_refused(tmp_path):
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    s2ft.attach(model, CONFIG)
+    rows = prompts(tokenizer, ROWS[:1])
+    with pytest.raises(ValueError, match="there is 1 prompt, and each generation takes 2"):
+        grpo(model, tokenizer, rows, REWARDS, arguments(tmp_path), RunFolder(tmp_path))
+
+
+def test_a_missing_column_is_named_before_the_training(tmp_path):
+    model, tokenizer, folder = tiny_model(), tiny_tokenizer(), RunFolder(tmp_path)
+    s2ft.attach(model, CONFIG)
+    rows = prompts(tokenizer, [{"question": "1+1="}])
+    with pytest.raises(ValueError, match="reward answer_equal needs a column 'answer'"):
+        grpo(model, tokenizer, rows, load_rewards(["answer_equal"]), arguments(tmp_path), folder)

@@ -1,0 +1,176 @@
+"""Kernels of Liger-Kernel around an attached model.
+
+The package needs a GPU and Triton, so most tests run on a stand-in that replaces what Liger-Kernel replaces: a function
+and a class of transformers' module, and the forwards of the model's norms. The last test runs the real kernels in
+Triton's interpreter, where both packages are installed.
+"""
+
+import importlib.util
+import os
+import sys
+from types import MethodType, ModuleType, SimpleNamespace
+
+import numpy
+import pytest
+import torch
+from torch import nn
+from transformers.models.llama import modeling_llama
+
+import s2ft
+from s2ft.packages import MissingPackages
+from s2ft.train import kernels
+from s2ft.train.kernels import apply_kernels, plain_kernels
+from tests.support.models import model_of, output_of
+from tests.support.tolerances import relative_difference
+from tests.train.tiny import tiny_model
+
+IDS = torch.arange(16).view(2, 8) + 5
+
+
+class FasterNorm(nn.Module):
+    calls = 0
+
+    def forward(self, hidden_states):
+        FasterNorm.calls += 1
+        scale = torch.rsqrt(hidden_states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * (hidden_states * scale)
+
+
+@pytest.fixture
+def liger(monkeypatch):
+    """A package with the structure of Liger-Kernel. Its `options` are those of the last call."""
+    original, norm = modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaRMSNorm
+    package, seen = ModuleType("liger_kernel.transformers"), SimpleNamespace(options=None, rotated=0)
+
+    def rotate(*args, **options):
+        seen.rotated += 1
+        return original(*args, **options)
+
+    def apply(model, **options):
+        seen.options = options
+        modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaRMSNorm = rotate, FasterNorm
+        for module in model.modules():
+            if isinstance(module, norm):
+                module.forward = MethodType(FasterNorm.forward, module)
+
+    package._apply_liger_kernel_to_instance = apply
+    patches = ModuleType("liger_kernel.transformers.monkey_patch")
+    patches.MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": apply, "mixtral": apply}
+    for module in (ModuleType("liger_kernel"), package, patches):
+        module.__spec__ = importlib.util.spec_from_loader(module.__name__, None)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(kernels, "_replaced", {})
+    yield seen
+    modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaRMSNorm = original, norm
+
+
+def step_of(model):
+    """The loss of a model and the gradients of its trained parameters."""
+    loss = model(IDS, labels=IDS).loss
+    loss.backward()
+    return loss.detach(), [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize("attach_first", (False, True))
+def test_an_attached_model_trains_on_the_other_kernels(liger, attach_first):
+    config = s2ft.S2FTConfig(d_ratio=0.2, u_ratio=0.1, q_ratio=0.5)
+    plain, model = tiny_model(), tiny_model()
+    s2ft.attach(plain, config)
+    steps = [lambda: s2ft.attach(model, config), lambda: apply_kernels(model, "liger")]
+    for step in steps if attach_first else reversed(steps):
+        step()
+    (expected, gradients), called = step_of(plain), FasterNorm.calls
+    found, others = step_of(model)
+    assert FasterNorm.calls > called and liger.rotated  # the model really runs on them
+    assert relative_difference(found, expected) <= 1e-6
+    assert all(relative_difference(one, other) <= 1e-4 for one, other in zip(others, gradients, strict=True))
+    s2ft.detach(model)
+    assert all(torch.equal(value, tiny_model().state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_ffn_and_loss_stay_those_of_s2ft(liger):
+    model = tiny_model()
+    apply_kernels(model, "liger")
+    assert liger.options == dict.fromkeys(kernels.LEFT_TO_S2FT, False)
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2))
+    assert model.model.layers[0].mlp.forward.func.__name__ == "gated_forward"
+
+
+def test_a_model_made_later_is_plain_and_an_estimate_does_not_meet_the_kernels(liger):
+    original = modeling_llama.apply_rotary_pos_emb
+    apply_kernels(tiny_model(), "liger")
+    called, rotated = FasterNorm.calls, liger.rotated
+    with plain_kernels():
+        assert modeling_llama.apply_rotary_pos_emb is original
+        s2ft.estimate(tiny_model(), s2ft.S2FTConfig(d_ratio=0.2), batch=1, length=8)
+    assert modeling_llama.apply_rotary_pos_emb is not original
+    assert (FasterNorm.calls, liger.rotated) == (called, rotated)
+
+
+def test_kernels_that_can_not_run_are_refused(liger, monkeypatch):
+    with pytest.raises(ValueError, match="kernels must be one of s2ft, liger, got 'ligger'"):
+        apply_kernels(tiny_model(), "ligger")
+    with pytest.raises(ValueError, match="has none for models of type 'phi', only for llama, mixtral"):
+        apply_kernels(model_of("phi"), "liger")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="need a GPU.*leave out --kernels liger"):
+        apply_kernels(tiny_model(), "liger")
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    with pytest.raises(MissingPackages, match="pip install liger-kernel"):
+        apply_kernels(tiny_model(), "liger")
+
+
+def test_experts_that_run_on_ligers_forward_are_refused_by_name():
+    class LigerExperts(nn.Module):
+        def forward(self, hidden_states, top_k_index, top_k_weights):
+            raise AssertionError("it would read the parameters that attach replaces")
+
+    model = model_of("mixtral")
+    for layer in model.model.layers:
+        layer.mlp.experts.forward = MethodType(LigerExperts.forward, layer.mlp.experts)
+    with pytest.raises(ValueError, match="replaced by .*LigerExperts.forward.*swiglu=False"):
+        s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.25))
+
+
+# ---- the real package ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    """Triton's interpreter. Two things of Liger's norms do not exist in it: numbers as tensors, and CUDA's rsqrt."""
+    pytest.importorskip("liger_kernel", reason="needs liger-kernel")
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("set TRITON_INTERPRET=1 before Triton is imported")
+    convert = interpreter._implicit_cvt
+
+    def also_floats(value):
+        if not isinstance(value, float):
+            return convert(value)
+        return tl.tensor(interpreter.TensorHandle(numpy.array([value], dtype=numpy.float32), tl.float32), tl.float32)
+
+    monkeypatch.setattr(interpreter, "_implicit_cvt", also_floats)
+    monkeypatch.setattr("liger_kernel.ops.rms_norm.rsqrt", lambda x: tl.sqrt(1.0 / x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ("llama", "qwen3", "gemma2", "mixtral"))
+@pytest.mark.parametrize("attach_first", (False, True))
+def test_the_real_kernels(interpreter, case, attach_first):
+    config = s2ft.S2FTConfig(d_ratio=0.25, o_ratio=0.5)
+    plain, model = model_of(case), model_of(case)
+    s2ft.attach(plain, config)
+    steps = [lambda: s2ft.attach(model, config), lambda: apply_kernels(model, "liger")]
+    for step in steps if attach_first else reversed(steps):
+        step()
+    with plain_kernels():
+        expected, gradients = step_of(plain)
+    found, others = step_of(model)
+    assert relative_difference(found, expected) <= 1e-5
+    assert all(relative_difference(one, other) <= 1e-3 for one, other in zip(others, gradients, strict=True))
+    s2ft.detach(model)
+    assert all(torch.equal(value, model_of(case).state_dict()[key]) for key, value in model.state_dict().items())
+    assert relative_difference(output_of(model), output_of(model_of(case))) <= 1e-5

@@ -1,0 +1,504 @@
+"""Training runs train the slices, write the output folder and resume from it."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from train.tiny import sums, tiny_model, tiny_tokenizer
+
+pytest.importorskip("trl")
+
+from datasets import Dataset, IterableDataset
+
+import s2ft
+from s2ft.packages import NEEDS, MissingPackages
+from s2ft.train.arguments import SFTArguments
+from s2ft.train.held_out import HeldOut
+from s2ft.train.options import SCHEDULES, RunOptions
+from s2ft.train.output import RunFolder, read_log
+from s2ft.train.sft import check_packages_of_run, log_length, sft
+
+CONFIG = s2ft.S2FTConfig(d_ratio=0.1, v_ratio=0.5)
+ARGUMENTS = dict(
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=2,
+    max_steps=8,
+    save_steps=4,
+    learning_rate=1e-2,
+    save_total_limit=0,
+)
+
+
+def token_rows(count=14):
+    """Rows of different lengths whose answers have labels."""
+    tokenizer, rows = tiny_tokenizer(), []
+    for number, row in enumerate(sums(count)):
+        question = tokenizer(row["instruction"] * (1 + number % 3))["input_ids"]
+        answer = [*tokenizer(row["output"])["input_ids"], tokenizer.eos_token_id]
+        rows.append({"input_ids": question + answer, "labels": [-100] * len(question) + answer})
+    return Dataset.from_list(rows)
+
+
+def arguments_for(path, **changes):
+    return SFTArguments(output_dir=str(path), **{**ARGUMENTS, **changes})
+
+
+def run(path, resume=False, config=CONFIG, model_changes=None, evaluated=0, options=None, data=None, **changes):
+    """Train the tiny model and evaluate on the first `evaluated` rows, or on other rows.
+
+    Returns the model, the folder and the result.
+    """
+    rows = token_rows() if data is None else data
+    model = tiny_model(**(model_changes or {}))
+    s2ft.attach(model, config)
+    folder = RunFolder(path)
+    folder.check(resume=resume)
+    folder.begin({"learning_rate": changes.get("learning_rate", 0)}, resume)
+    held_out = (
+        HeldOut(rows.select(range(evaluated)) if isinstance(evaluated, int) else evaluated) if evaluated else None
+    )
+    arguments = arguments_for(path, **changes)
+    options = RunOptions(**(options or {}))
+    result = sft(model, tiny_tokenizer(), rows, arguments, folder, options=options, resume=resume, held_out=held_out)
+    return model, folder, result
+
+
+def evaluations(folder):
+    return [line["step"] for line in read_log(folder.log) if "eval_loss" in line]
+
+
+def deltas(folder):
+    return load_file(folder.adapter / "s2ft_adapter.safetensors")
+
+
+def losses(folder):
+    return [
+        (line["step"], line["loss"], line["learning_rate"], line["grad_norm"])
+        for line in read_log(folder.log)
+        if "loss" in line
+    ]
+
+
+def check_same(ours, theirs):
+    assert losses(ours) == losses(theirs)
+    assert all(torch.equal(value, deltas(theirs)[key]) for key, value in deltas(ours).items())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("runs") / "whole")
+
+
+def test_loss_falls_and_only_the_slices_move(whole):
+    model, folder, result = whole
+    logged = [loss for _, loss, *_ in losses(folder)]
+    assert result.steps == 8 == len(logged) and logged[-1] < logged[0]
+    base, plain = tiny_model().state_dict(), s2ft.merge(model).state_dict()
+    changed = {key for key in base if not torch.equal(base[key], plain[key])}
+    assert changed == {
+        f"model.layers.{i}.{name}.weight" for i in (0, 1) for name in ("mlp.down_proj", "self_attn.v_proj")
+    }
+    moved = (base["model.layers.0.mlp.down_proj.weight"] != plain["model.layers.0.mlp.down_proj.weight"]).any(0)
+    assert moved.sum() == 6
+
+
+def test_log_has_loss_rate_and_speed(whole):
+    for line in read_log(whole[1].log):
+        assert line.keys() == {"step", "epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second"}
+        assert line["tokens_per_second"] > 0
+
+
+def test_every_file_is_written_and_the_adapter_loads(whole):
+    """TRL's model card is not among them: it describes a model, not an adapter of s2ft."""
+    folder = whole[1]
+    assert {path.name for path in folder.path.iterdir()} == {
+        "adapter",
+        "log.jsonl",
+        "loss.png",
+        "run.json",
+        "report.json",
+        "checkpoint-4",
+        "checkpoint-8",
+    }
+    assert folder.plot.read_bytes().startswith(b"\x89PNG")
+    assert json.loads(folder.report.read_text())["steps"] == 8
+    s2ft.load_adapter(tiny_model(), folder.adapter)
+
+
+def test_checkpoint_holds_the_adapter_and_no_weights_of_the_base(whole):
+    checkpoint = whole[1].path / "checkpoint-4"
+    names = {path.name for path in checkpoint.iterdir()}
+    assert {
+        "s2ft_adapter.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "trainer_state.json",
+        "s2ft_checkpoint.json",
+    } <= names
+    assert not names & {"model.safetensors", "pytorch_model.bin", "config.json", "tokenizer.json"}
+
+
+def interrupted_copy(whole, path):
+    """Copy the folder and leave in it what an interrupt during the checkpoint after step 4 leaves."""
+    shutil.copytree(whole[1].path, path)
+    shutil.rmtree(path / "adapter"), (path / "report.json").unlink()
+    (path / "checkpoint-8" / "trainer_state.json").unlink()
+    with (path / "log.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')
+    return path
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_resumed_run_equals_the_whole_run_exactly(whole, tmp_path, dropout):
+    if dropout:
+        whole = run(tmp_path / "whole", model_changes={"attention_dropout": dropout})
+    _, folder, result = run(
+        interrupted_copy(whole, tmp_path / "again"), resume=True, model_changes={"attention_dropout": dropout}
+    )
+    assert result.steps == 8
+    check_same(folder, whole[1])
+
+
+def stream():
+    rows = list(token_rows())
+    return IterableDataset.from_generator(lambda: iter(rows)).shuffle(seed=3, buffer_size=5)
+
+
+# Resumed at step 4 or 6, in the second epoch: an order that depends on a random state would differ.
+RESUMED = {
+    "by length": {"gradient_accumulation_steps": 1, "max_steps": 12},
+    "packed": {"packing": True, "max_length": 128, "max_steps": 12, "gradient_accumulation_steps": 1},
+    "in one sequence": {"padding_free": True},
+    "in random order": {"train_sampling_strategy": "random"},
+    "shuffled before": {"train_sampling_strategy": "sequential", "shuffle_dataset": True},
+    "NEFTune and label smoothing": {"neftune_noise_alpha": 5.0, "label_smoothing_factor": 0.1},
+    "streamed": {"data": stream},
+    "TRL's loss": {"loss_type": "dft"},
+}
+
+
+@pytest.mark.parametrize("case", RESUMED)
+def test_two_runs_of_n_steps_equal_one_of_two_n(case, tmp_path):
+    """train(2N) = train(N) + resume(N), bit for bit, with dropout."""
+    changes = {"model_changes": {"attention_dropout": 0.1}, "save_steps": 100, **RESUMED[case]}
+    half = changes.get("max_steps", 8) // 2
+    make = changes.pop("data", None)
+    _, whole, _ = run(tmp_path / "whole", data=make and make(), **changes)
+    _, folder, first = run(tmp_path / "halves", options={"stop_after": half}, data=make and make(), **changes)
+    assert not first.finished and first.steps == half and not folder.adapter.exists()
+    _, folder, second = run(tmp_path / "halves", resume=True, data=make and make(), **changes)
+    assert second.finished
+    check_same(folder, whole)
+
+
+def test_resume_with_another_selection_is_an_error(whole, tmp_path):
+    again = interrupted_copy(whole, tmp_path / "again")
+    with pytest.raises(ValueError, match="another selection"):
+        run(again, resume=True, config=s2ft.S2FTConfig(d_ratio=0.1, v_ratio=0.5, seed=1))
+
+
+def test_resume_of_a_finished_run_changes_nothing(whole, tmp_path):
+    shutil.copytree(whole[1].path, tmp_path / "again")
+    _, folder, result = run(tmp_path / "again", resume=True)
+    check_same(folder, whole[1])
+
+
+def test_gradient_checkpointing_gives_the_same_deltas(whole, tmp_path):
+    model, folder, _ = run(tmp_path / "out", gradient_checkpointing=True, save_steps=0)
+    for key, value in deltas(folder).items():
+        torch.testing.assert_close(value, deltas(whole[1])[key], rtol=1e-3, atol=1e-5)
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def test_accumulation_equals_one_large_batch(whole, tmp_path):
+    changes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "save_steps": 0}
+    _, folder, _ = run(tmp_path / "out", **changes)
+    for (_, ours, *_), (_, theirs, *_) in zip(losses(folder), losses(whole[1])):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_half_precision_base_keeps_float32_deltas(tmp_path):
+    _, folder, _ = run(tmp_path / "out", model_changes={"dtype": torch.bfloat16}, max_steps=2, save_steps=0)
+    assert all(value.dtype == torch.float32 for key, value in deltas(folder).items() if key.endswith("delta"))
+
+
+def test_float16_without_a_gpu_is_an_error(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(ValueError, match="float16 needs a GPU"):
+        run(tmp_path / "out", model_changes={"dtype": torch.float16})
+
+
+# ---- what TRL changes in a model and does besides ------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"loss_type": "dft"}, {"neftune_noise_alpha": 5.0}])
+def test_the_model_and_the_tokenizer_are_as_before_after_a_run(changes, tmp_path):
+    tokenizer, model = tiny_tokenizer(), tiny_model()
+    s2ft.attach(model, CONFIG)
+    hooks = {name: len(module._forward_hooks) for name, module in model.named_modules()}
+    before = dict(vars(model.config)), dict(vars(model.generation_config)), set(model.__dict__)
+    folder = RunFolder(tmp_path / "out")
+    folder.begin({})
+    sft(model, tokenizer, token_rows(), arguments_for(folder.path, max_steps=1, **changes), folder)
+    assert (dict(vars(model.config)), dict(vars(model.generation_config))) == before[:2]
+    assert set(model.__dict__) ^ before[2] <= {"_is_accelerate_prepared"}
+    assert hooks == {name: len(module._forward_hooks) for name, module in model.named_modules()}
+    assert tokenizer.pad_token is None and not hasattr(model.get_input_embeddings(), "neftune_noise_alpha")
+
+
+def test_noise_of_neftune_is_removed_after_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("s2ft.train.callbacks.JsonlLog.on_log", lambda *args, **options: 1 / 0)
+    model = tiny_model()
+    s2ft.attach(model, CONFIG)
+    with pytest.raises(ZeroDivisionError):
+        sft(
+            model,
+            tiny_tokenizer(),
+            token_rows(),
+            arguments_for(tmp_path / "out", neftune_noise_alpha=5.0),
+            RunFolder(tmp_path / "out"),
+        )
+    assert not model.get_input_embeddings()._forward_hooks and "forward" not in model.__dict__
+
+
+def test_deltas_of_a_quantized_model_stay_float32(tmp_path):
+    """TRL rounds all trained parameters of a model that is loaded in 4 or 8 bit to bfloat16."""
+    model = tiny_model()
+    model.is_loaded_in_4bit = True  # TRL reads only this
+    s2ft.attach(model, CONFIG)
+    folder = RunFolder(tmp_path / "out")
+    folder.begin({})
+    sft(model, tiny_tokenizer(), token_rows(), arguments_for(folder.path, max_steps=1), folder)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_nothing_is_sent(tmp_path, monkeypatch):
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *args, **options: pytest.fail("telemetry"))
+    monkeypatch.delenv("CI", raising=False)
+    run(tmp_path / "out", max_steps=1, save_steps=0)
+
+
+def test_the_evaluation_loss_is_the_mean_over_all_labels(tmp_path):
+    """Trainer would take the mean of the batches' means, which depends on which rows form a batch."""
+    model, folder, _ = run(tmp_path / "out", evaluated=5, max_steps=2, save_steps=0, per_device_eval_batch_size=2)
+    total = count = 0
+    for row in list(token_rows())[:5]:
+        labels = torch.tensor([row["labels"]])
+        number = int((labels[:, 1:] != -100).sum())
+        total += float(model(input_ids=torch.tensor([row["input_ids"]]), labels=labels).loss.detach()) * number
+        count += number
+    (found,) = [line["eval_loss"] for line in read_log(folder.log) if "eval_loss" in line]
+    assert found == pytest.approx(total / count, rel=1e-5)
+
+
+def test_rows_with_images_and_streams_without_an_end_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="the rows have images .*AdapterCheckpoints"):
+        run(tmp_path / "out", data=token_rows().add_column("images", [[]] * 14))
+    with pytest.raises(ValueError, match="max_steps must be positive for streamed data"):
+        run(tmp_path / "other", data=stream(), max_steps=-1)
+
+
+# ---- the best checkpoint -------------------------------------------------------------------------------
+
+BEST = dict(
+    eval_strategy="steps",
+    eval_steps=2,
+    save_steps=2,
+    load_best_model_at_end=True,
+    metric_for_best_model="loss",
+    max_steps=20,
+)
+
+
+def other_rows():
+    """Rows whose answers are tokens that the training makes less likely, so that the first evaluation is the best."""
+    return Dataset.from_list(
+        [{**row, "labels": [label if label < 0 else 3 + label % 7 for label in row["labels"]]} for row in token_rows(6)]
+    )
+
+
+def test_the_best_adapter_is_saved_and_an_early_stop_is_resumed(tmp_path, caplog):
+    caplog.set_level("INFO")
+    _, folder, result = run(tmp_path / "whole", evaluated=other_rows(), options={"early_stopping_patience": 3}, **BEST)
+    found = {line["step"]: line["eval_loss"] for line in read_log(folder.log) if "eval_loss" in line}
+    best = min(found, key=found.__getitem__)
+    assert result.finished and result.best_step == best < result.steps < 20 and max(found) == best + 6
+    assert f"the adapter is that of the best evaluation, step {best}" in caplog.text
+    saved = load_file(folder.path / f"checkpoint-{best}" / "s2ft_adapter.safetensors")
+    assert all(torch.equal(value, saved[key]) for key, value in deltas(folder).items())
+    options = {"early_stopping_patience": 3}
+    run(tmp_path / "cut", evaluated=other_rows(), options={**options, "stop_after": best + 3}, **BEST)
+    _, again, resumed = run(tmp_path / "cut", resume=True, evaluated=other_rows(), options=options, **BEST)
+    assert resumed.steps == result.steps and resumed.best_step == best
+    check_same(again, folder)
+
+
+# ---- learning rates ------------------------------------------------------------------------------------
+
+
+def rates(path, schedule, steps, **changes):
+    changes = {"gradient_accumulation_steps": 1, "save_steps": 0, **changes}
+    _, folder, _ = run(path, lr_scheduler_type=schedule, max_steps=steps, **changes)
+    return [line["learning_rate"] for line in read_log(folder.log)]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_update_has_a_positive_learning_rate(tmp_path, schedule):
+    for steps in (1, 11):  # without and with warm-up
+        found = rates(tmp_path / str(steps), schedule, steps)
+        assert len(found) == steps and all(0 < rate <= ARGUMENTS["learning_rate"] for rate in found)
+        assert max(found) == ARGUMENTS["learning_rate"] or schedule == "inverse_sqrt"
+
+
+def test_warm_up_rises_in_equal_parts_to_the_learning_rate(tmp_path):
+    found = rates(tmp_path / "out", "linear", 20)  # 2 steps of warm-up
+    assert found[:4] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2, 1e-2 * 17 / 18])
+    assert found[-1] == pytest.approx(1e-2 / 18)
+    assert rates(tmp_path / "given", "linear", 8, warmup_steps=4)[:5] == pytest.approx(
+        [2e-3, 4e-3, 6e-3, 8e-3, 1e-2]
+    )  # a given warm-up is not shortened
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_resuming_in_the_warm_up_equals_the_whole_run_exactly(tmp_path, schedule):
+    changes = dict(lr_scheduler_type=schedule, max_steps=20, save_steps=1, gradient_accumulation_steps=1)
+    _, folder, _ = run(tmp_path / "whole", **changes)
+    run(tmp_path / "again", options={"stop_after": 1}, **changes)
+    _, again, _ = run(tmp_path / "again", resume=True, **changes)
+    check_same(again, folder)
+
+
+def test_a_run_of_one_update_trains(tmp_path):
+    """Earlier, the warm-up took the only step, with a learning rate of 0."""
+    changes = dict(max_steps=-1, num_train_epochs=1, per_device_train_batch_size=8, gradient_accumulation_steps=8)
+    _, folder, result = run(tmp_path / "out", **changes)
+    assert result.steps == 1
+    assert all(bool((value != 0).any()) for key, value in deltas(folder).items() if key.endswith("delta"))
+
+
+def test_a_shortened_warm_up_is_logged_once(tmp_path, caplog):
+    caplog.set_level("INFO")
+    run(tmp_path / "out", save_steps=0)
+    assert caplog.text.count("warm-up is 0 steps instead of 100") == 1
+
+
+def test_a_run_of_few_updates_gets_a_warning(tmp_path, caplog):
+    caplog.set_level("INFO")
+    changes = dict(warmup_steps=0, per_device_train_batch_size=8, gradient_accumulation_steps=8)
+    log_length(arguments_for(tmp_path, **changes, max_steps=-1), 1000)
+    log_length(arguments_for(tmp_path, **changes, max_steps=2), 40)  # the user chose max_steps, so there is no warning
+    assert not caplog.text
+    log_length(arguments_for(tmp_path, **changes, max_steps=-1), 48)
+    assert "48 rows at batch size 64 and 3 epochs are 3 updates" in caplog.text and "--batch-size" in caplog.text
+
+
+# ---- an error in an optional part loses no run ---------------------------------------------------------
+
+
+def test_without_matplotlib_the_adapter_is_saved_and_the_log_names_the_package(tmp_path, caplog, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    _, folder, result = run(tmp_path / "out", save_steps=0, max_steps=2)
+    assert result.finished and deltas(folder) and folder.report.is_file() and not folder.plot.exists()
+    assert "loss.png was not drawn" in caplog.text and "pip install matplotlib" in caplog.text
+
+
+def test_a_report_that_can_not_be_written_loses_nothing(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("s2ft.train.sft.write_json", lambda *args: 1 / 0)
+    _, folder, result = run(tmp_path / "out", save_steps=0, max_steps=2)
+    assert result.finished and deltas(folder) and "report.json was not written" in caplog.text
+
+
+def test_an_evaluation_that_fails_leaves_the_adapter_saved(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("trl.SFTTrainer.evaluation_loop", lambda *args, **options: 1 / 0)
+    _, folder, result = run(tmp_path / "out", evaluated=3, eval_strategy="steps", eval_steps=3, save_steps=0)
+    assert result.finished and result.steps == 8 and deltas(folder)
+    for step in (3, 6, 8):
+        assert f"the evaluation at step {step} failed: division by zero" in caplog.text
+
+
+def test_an_interrupt_in_the_last_evaluation_leaves_the_adapter_saved(tmp_path, monkeypatch):
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("trl.SFTTrainer.evaluation_loop", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "out", evaluated=3, save_steps=0)
+    assert deltas(RunFolder(tmp_path / "out"))
+
+
+def test_a_logger_that_fails_at_the_end_leaves_the_adapter_saved(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("s2ft.train.callbacks.LossBar.on_train_end", lambda *args, **options: 1 / 0)
+    _, folder, result = run(tmp_path / "out", save_steps=0)
+    assert result.finished and deltas(folder) and "the trainer failed after the last one" in caplog.text
+
+
+def test_an_error_in_the_middle_is_raised(tmp_path, monkeypatch):
+    monkeypatch.setattr("s2ft.train.callbacks.JsonlLog.on_log", lambda *args, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "out", save_steps=0)
+    assert not (tmp_path / "out/adapter").exists()
+
+
+def test_a_run_that_ended_before_its_adapter_was_saved_is_resumed(whole, tmp_path):
+    shutil.copytree(whole[1].path, tmp_path / "again")
+    shutil.rmtree(tmp_path / "again/adapter"), (tmp_path / "again/report.json").unlink()
+    _, folder, result = run(tmp_path / "again", resume=True)
+    assert result.finished
+    check_same(folder, whole[1])
+
+
+@pytest.mark.parametrize("eval_steps, steps", [(0, [8]), (2, [2, 4, 6, 8]), (3, [3, 6, 8]), (20, [8])])
+def test_the_last_step_is_evaluated_once(tmp_path, eval_steps, steps):
+    changes = {"eval_strategy": "steps", "eval_steps": eval_steps} if eval_steps else {}
+    _, folder, _ = run(tmp_path / "out", evaluated=3, **changes)
+    assert evaluations(folder) == steps
+    run(tmp_path / "out", resume=True, evaluated=3, **changes)
+    assert evaluations(folder) == steps
+
+
+# ---- packages ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, package, message",
+    [
+        ({}, "trl", "s2ft sft needs the package trl, which is not installed: pip install"),
+        ({"optim": "adamw_8bit"}, "bitsandbytes", "optimizer adamw_8bit .* pip install bitsandbytes"),
+        ({"optim": "schedule_free_adamw"}, "schedulefree", "pip install schedulefree"),
+    ],
+)
+def test_a_missing_package_of_a_run_is_named(options, package, message, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingPackages, match=message):
+        check_packages_of_run(arguments_for(tmp_path, **options))
+
+
+def test_every_logger_has_a_package():
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    assert {f"report_to {name}" for name in INTEGRATION_TO_CALLBACK} <= set(NEEDS)
+
+
+def test_a_logger_that_transformers_can_not_use(tmp_path, monkeypatch):
+    monkeypatch.setattr("s2ft.packages.is_installed", lambda package: True)
+    with pytest.raises(ValueError, match="report_to: transformers can't use comet_ml with"):
+        check_packages_of_run(arguments_for(tmp_path, report_to=["comet_ml"]))
+
+
+def test_every_optimizer_that_needs_bitsandbytes_is_known():
+    from transformers.training_args import OptimizerNames
+
+    from s2ft.packages import BITSANDBYTES
+
+    words = ("bnb", "8bit", "lion", "ademamix", "paged")
+    others = ("galore", "adamw_torch")
+    assert {
+        name.value
+        for name in OptimizerNames
+        if any(word in name.value for word in words) and not name.value.startswith(others)
+    } <= set(BITSANDBYTES)
