@@ -12,10 +12,12 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 import yaml
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from train.tiny import save_tiny, tiny_model
 
 import s2ft
+from s2ft.adapter import read_adapter
+from s2ft.files.formats import ADAPTER_FORMATS
 from s2ft.integrations.__main__ import main as print_path
 from s2ft.integrations.settings import config_from
 from s2ft.peft import S2FTPeftConfig, to_native
@@ -42,6 +44,44 @@ def fake(monkeypatch):
     yield modules
     for name in ("axolotl", "ms_swift", "llamafactory"):
         sys.modules.pop(f"s2ft.integrations.{name}", None)
+
+
+# ---- the saved adapter ---------------------------------------------------------------------------------
+
+
+def test_a_folder_of_peft_becomes_an_adapter_of_s2ft_and_back(tmp_path):
+    """Bit for bit, and the base stays as it was."""
+    base = tiny_model()
+    before, modes = (
+        {name: p.clone() for name, p in base.named_parameters()},
+        [p.requires_grad for p in base.parameters()],
+    )
+    trained = get_peft_model(tiny_model(), S2FTPeftConfig(**SETTINGS, init_weights=False))
+    trained.save_pretrained(tmp_path / "peft")
+    form = ADAPTER_FORMATS["peft"]
+    assert form.matches(tmp_path / "peft") and not ADAPTER_FORMATS["lora"].matches(tmp_path / "peft")
+    read = form.read(tmp_path / "peft", base, "math")
+    assert read.name == "math" and [p.requires_grad for p in base.parameters()] == modes
+    assert all(torch.equal(p, before[name]) for name, p in base.named_parameters())
+    expected = to_native(trained)
+    assert_equal(read, expected)
+    form.write(read, tmp_path / "again", base)
+    assert_equal(form.read(tmp_path / "again", base), expected)
+    s2ft.load_adapter(base, read)
+    for model in (None, base):
+        with pytest.raises(ValueError, match="s2ft export --from-peft .*again --model BASE --output ADAPTER makes"):
+            form.read(tmp_path / "again", model)
+    with pytest.raises(ValueError, match="--from-peft"):
+        read_adapter(tmp_path / "again")
+
+
+def assert_equal(ours, theirs):
+    assert ours.deltas.keys() == theirs.deltas.keys() and len(ours.deltas) == 2
+    for name, delta in ours.deltas.items():
+        assert delta.values.any() and torch.equal(delta.index, theirs.deltas[name].index)
+        assert torch.equal(delta.values, theirs.deltas[name].values)
+    assert ours.extra_weights.keys() == theirs.extra_weights.keys()
+    assert all(torch.equal(value, theirs.extra_weights[name]) for name, value in ours.extra_weights.items())
 
 
 # ---- settings ------------------------------------------------------------------------------------------
@@ -123,12 +163,8 @@ def test_trl_trains_the_adapter_that_an_attached_model_gets_in_its_trainer(trl_r
     tokenizer = __import__("transformers").AutoTokenizer.from_pretrained(folder / "base")
     trl.SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer).train()
     ours = s2ft.get_adapter(model, "default")
-    assert ours.deltas.keys() == theirs.deltas.keys() and len(ours.deltas) == 2
-    for name, delta in ours.deltas.items():
-        assert delta.values.any() and torch.equal(delta.index, theirs.deltas[name].index)
-        assert torch.equal(delta.values, theirs.deltas[name].values)
-    assert ours.extra_weights.keys() == theirs.extra_weights.keys() and len(ours.extra_weights) == 1
-    assert all(torch.equal(value, theirs.extra_weights[name]) for name, value in ours.extra_weights.items())
+    assert_equal(ours, theirs)
+    assert len(ours.extra_weights) == 1
 
 
 @pytest.mark.parametrize(
