@@ -294,6 +294,9 @@ class PeftPlugin:
 def llamafactory(fake):
     calls = []
 
+    def read():
+        return sys.modules["llamafactory.hparams.parser"].read_args()
+
     def module(given, second=False):
         merged = {
             "PeftPlugin": PeftPlugin,
@@ -303,16 +306,13 @@ def llamafactory(fake):
             "llamafactory": {},
             "llamafactory__extras": {},
             "llamafactory__extras__misc": {"is_env_enabled": lambda name: second},
-            "llamafactory__launcher": {"launch": lambda: calls.append(("launch", sys.argv[1:]))},
+            "llamafactory__launcher": {"launch": lambda: calls.append(("launch", read()))},
             "llamafactory__hparams": {},
-            "llamafactory__hparams__parser": {"read_args": lambda: given},
+            "llamafactory__hparams__parser": {"read_args": lambda args: given},
             "llamafactory__model": {},
             "llamafactory__model__adapter": {"LoraConfig": None},
             "llamafactory__train": {},
-            "llamafactory__train__tuner": {
-                "run_exp": lambda args: calls.append(("train", args)),
-                "export_model": lambda args: calls.append(("export", args)),
-            },
+            "llamafactory__train__tuner": {"run_exp": lambda: calls.append(("train", read()))},
             "llamafactory__v1": {},
             "llamafactory__v1__launcher": {
                 "main": lambda: calls.append(("v1", sys.argv[1:])),
@@ -343,21 +343,21 @@ def test_llamafactory_trains_what_its_file_says(llamafactory, monkeypatch):
     assert (config.d_ratio, config.seed, config.modules_to_save) == (0.25, 3, ["norm"])
 
 
-def test_llamafactory_exports_and_runs_other_commands(llamafactory, monkeypatch):
+def test_llamafactory_runs_other_commands_and_files(llamafactory, monkeypatch):
     module, calls = llamafactory
     monkeypatch.setattr(sys, "argv", ["x"])
     module({"finetuning_type": "s2ft", "adapter_name_or_path": "a"}).main(["export", "run.yaml"])
     module({"finetuning_type": "lora"}).main(["train", "run.yaml"])
-    module({}).main(["version"])
-    assert calls[0] == ("export", {"finetuning_type": "lora", "adapter_name_or_path": "a"})
-    assert calls[1:] == [("train", {"finetuning_type": "lora"}), ("launch", ["version"])]
+    module(["--stage", "sft"]).main(["chat"])
+    assert calls[0] == ("launch", {"finetuning_type": "lora", "adapter_name_or_path": "a"})
+    assert calls[1:] == [("train", {"finetuning_type": "lora"}), ("launch", ["--stage", "sft"])]
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"finetuning_type": "lora", "s2ft": SETTINGS}, "finetuning_type is 'lora'"),
-        ({"finetuning_type": "s2ft"}, "s2ft must say what is trained"),
+        ({"finetuning_type": "s2ft", "do_train": True}, "s2ft must say what is trained"),
         ({"finetuning_type": "s2ft", "s2ft": {"d_rati": 1}}, "the nearest one is d_ratio"),
     ],
 )
