@@ -45,7 +45,7 @@ GROUPS = (
     Group("attach", "Attach and merge", "Make a model trainable by S²FT, and make a plain model of it again.",
           _of("s2ft", "attach plan detach merge fuse unfuse stable_weights print_trainable_parameters")),
     Group("config", "Configuration", "One dataclass holds the options of an adapter. Each field is also an option of "
-          "`s2ft finetune`.", _of("s2ft", "S2FTConfig")),
+          "`s2ft sft`.", _of("s2ft", "S2FTConfig")),
     Group("adapters", "Adapters", "Save and load adapters, switch between them, combine them, and give them to other "
           "programs.",
           _of("s2ft", "save_adapter load_adapter read_adapter set_adapter disable_adapters list_adapters get_adapter "
