@@ -85,12 +85,13 @@ def run(arguments: list[str]) -> None:
         EXAMPLE,
     )
     quiet_transformers()
-    if job.engine == "vllm":
+    by_vllm = job.engine == "vllm" and not job.check
+    if by_vllm:
         check_packages("s2ft serve --engine vllm", "--engine transformers, which serves without it")
     else:
         check_packages("s2ft serve")
     check(job)
-    if job.engine == "vllm":
+    if by_vllm:
         serve_by_vllm(job)
     else:
         serve_here(job)

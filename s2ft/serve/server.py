@@ -64,6 +64,7 @@ def build_app(
     known.log_adapters()
     engine = Engine(model, known, options.max_batch_size, options.queue_size, options.max_batch_tokens, metrics=metrics)
     service = Service(engine, tokenizer, base, options.limits)
+    service.log_templates()
     return create_app(service, metrics, options.access_log), service
 
 

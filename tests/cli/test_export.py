@@ -194,7 +194,7 @@ def test_an_adapter_of_plain_text_leaves_the_template_of_the_base(work, tmp_path
         (["--from-lora", "LORA", "--format", "lora"], "so there is no --format"),
         (["ADAPTER", "--format", "merged", "--rank", 8], "--rank is for lora, not for merged"),
         (["ADAPTER", "--max-shard-size", "1GB"], "--max-shard-size is for merged, not for lora"),
-        (["ADAPTER", "--name", "x"], "--name is for from-lora, not for lora"),
+        (["ADAPTER", "--name", "x"], "--name is for from-lora and from-peft, not for lora"),
         (["ADAPTER", "--rank", 3], "rank must be at least"),
         (
             ["ADAPTER", "--format", "merged", "--max-shard-size", "0GB"],

@@ -5,8 +5,9 @@ import shutil
 import subprocess
 
 import pytest
+from cli.test_export import base_of
 from support.go_template import render
-from train.tiny import save_tiny, sums, tiny_tokenizer, write_jsonl
+from train.tiny import sums, tiny_tokenizer, write_jsonl
 
 from s2ft.cli.main import main
 from s2ft.export.ollama import modelfile
@@ -128,7 +129,7 @@ def test_plain_text_has_no_turns_and_a_system_prompt_is_quoted():
 
 
 def test_the_command(tmp_path, capsys):
-    save_tiny(tmp_path / "model")
+    base_of(tmp_path / "model", pre="llama-bpe")
     data = write_jsonl(tmp_path / "data.jsonl", sums(8))
     train = ["--model", tmp_path / "model", "--data", data, "--output", tmp_path / "run", "--max-steps", 1]
     train += ["--batch-size", 4, "--save-steps", 0, "--system-prompt", "Be brief."]
