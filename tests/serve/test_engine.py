@@ -137,7 +137,7 @@ def test_the_answers_of_a_request_are_queued_together_or_not_at_all(folder):
         second = Client(engine)
         version = engine.adapters.acquire("a", 2)
         jobs = [Job([5], 2, Sampler(), TextStream(tiny_tokenizer()), frozenset(), print, version) for _ in range(2)]
-        with pytest.raises(ApiError, match="1 answers of 2 wait already"):
+        with pytest.raises(ApiError, match="1 of 2 places in the queue are taken, and the request needs 2"):
             engine.submit(jobs)
         assert version.users == 0 and engine.waiting == 1
         gate.open()
