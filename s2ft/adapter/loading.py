@@ -24,7 +24,7 @@ def read_adapter(adapter: str | os.PathLike) -> Adapter:
     """Read and check the files of an adapter.
 
     Args:
-        adapter: Adapter folder, output folder of `s2ft finetune`, or a repository on the hub, "org/name" or
+        adapter: Adapter folder, output folder of `s2ft sft`, or a repository on the hub, "org/name" or
             "org/name@revision".
 
     Returns:

@@ -12,7 +12,7 @@ EXAMPLE = "  s2ft combine math-run chat-run --weights 0.7 0.3 --output math-and-
 @dataclass
 class CombineArguments:
     adapters: list[str] = option(
-        text="adapter folders, or output folders of s2ft finetune", positional=True, metavar="ADAPTER"
+        text="adapter folders, or output folders of s2ft sft", positional=True, metavar="ADAPTER"
     )
     output: str = option(text="folder for the new adapter; it must not exist", metavar="DIR")
     weights: list[float] | None = option(None, "one weight for each adapter", shown="1 for each", metavar="W")

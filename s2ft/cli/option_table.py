@@ -161,6 +161,7 @@ ELSEWHERE = {
     "train-sampling-strategy group_by_length": "group-by-length",
     "eval-data": "eval-dataset validation-file",
     "data": "dataset train-file",
+    "use-cpu": "no-cuda",
     "weight-decay": "wd",
 }
 # Options of `trl sft` that have no meaning here. They are accepted, and a line says so.

@@ -155,16 +155,19 @@ def _share_seed(objects: dict[type, Any], given: dict[str, Any]) -> None:
 def _evaluation(given: dict[str, Any]) -> dict[str, Any]:
     """The options that follow from those of the evaluation: when to evaluate, and that the best checkpoint is kept."""
     found: dict[str, Any] = {}
-    if given.get("eval_steps") == 0:
-        found = {"eval_steps": None}
-    elif given.get("eval_steps"):
+    every, save = given.get("eval_steps"), given.get("save_strategy", "steps")
+    best = given.get("load_best_model_at_end", bool(given.get("early_stopping_patience")))
+    if best:
+        found = {"load_best_model_at_end": True, "eval_strategy": "steps" if every or save == "best" else save}
+    elif every:
         found = {"eval_strategy": "steps"}
-    if given.get("early_stopping_patience"):
-        found["load_best_model_at_end"] = True
-    if {**found, **given}.get("load_best_model_at_end"):
-        found.setdefault("eval_strategy", given.get("save_strategy", "steps").replace("best", "steps"))
-        found.setdefault("eval_steps", given.get("save_steps", SAVE_STEPS))
-    return {key: value for key, value in found.items() if key not in given or given[key] == 0}
+    if every == 0:
+        found["eval_steps"] = None
+    if not every and {**found, **given}.get("eval_strategy") == "steps" and (best or "logging_steps" not in given):
+        found["eval_steps"] = given.get("save_steps") or SAVE_STEPS  # transformers would take those of the log: 1
+    if best and every and "save_steps" not in given:
+        found["save_steps"] = every  # so that each evaluation has a checkpoint
+    return {key: value for key, value in found.items() if key not in given or key == "eval_steps"}
 
 
 def _text_field(given: dict[str, Any]) -> dict[str, Any]:
@@ -380,7 +383,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"config {path} can't be read: {error}") from error
     except yaml.YAMLError as error:
-        raise UsageError(f"config {path} is not YAML: {' '.join(str(error).split())}") from error
+        raise UsageError(f"config {path} can't be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
         raise UsageError(f"config {path} must hold lines such as 'learning_rate: 2e-4', got {type(found).__name__}")
     if not isinstance(found.get("env") or {}, dict):
@@ -389,15 +392,19 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def _loader() -> type:
-    """PyYAML's safe loader, which also reads 1e-6 as a number."""
+    """PyYAML's safe loader, which also reads 1e-6 as a number, and refuses a key that stands twice."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        def construct_mapping(self, node, deep=False):
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            twice = [key for place, key in enumerate(keys) if key in keys[:place]]
+            if twice:
+                raise yaml.YAMLError(f"{twice[0]} stands twice, on line {node.start_mark.line + 1} or below")
+            return super().construct_mapping(node, deep)
 
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), [*"-+0123456789"]
-    )
+    number = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, [*"-+0123456789"])
     return Loader
 
 
@@ -478,7 +485,7 @@ def _complete(action: argparse.Action, metadata: Any, hint: Any) -> None:
     if action.dest == "datasets":
         action.type = lambda path: {"path": path}
     elif item := _list_of(hint):
-        action.nargs, action.type = "+", _number(int, False) if item is int else str
+        action.nargs, action.type = "+", _number(item, False) if item in (int, float) else str
     elif str not in plain and plain[0] in (int, float):
         action.type = _number(plain[0], type(None) in parts)
     elif any(_takes(part, dict) for part in plain):
@@ -502,7 +509,9 @@ def _metavar(action: argparse.Action, plain: list, choices: list[str]) -> str:
 
 def _help(one: Field, metadata: Any, negated: bool, kind: type) -> str:
     """The help text of an option, with its default. Of a long text of another package, the first sentence."""
-    text = HELP_OF.get((kind.__name__, one.name)) or HELP.get(one.name) or metadata.get("help", one.name.replace("_", " "))
+    text = (
+        HELP_OF.get((kind.__name__, one.name)) or HELP.get(one.name) or metadata.get("help", one.name.replace("_", " "))
+    )
     text = re.split(r"\. (?=[A-Z])", text)[0]
     text = text if text.endswith("...") else text.rstrip(".")
     if negated:

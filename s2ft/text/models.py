@@ -80,9 +80,9 @@ def load_model(
 
 
 def _remote(revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
-    """The arguments of `from_pretrained` that differ from its defaults."""
-    options: dict[str, Any] = {"revision": revision} if revision not in (None, "main") else {}
-    return {**options, "trust_remote_code": True} if trust_remote_code else options
+    """The arguments of `from_pretrained` about the hub. Without an answer about code it asks the user, and waits."""
+    chosen = {"revision": revision} if revision not in (None, "main") else {}
+    return {**chosen, "trust_remote_code": trust_remote_code}
 
 
 def hollow_model(name: str):
@@ -203,6 +203,8 @@ def _from_pretrained(kind, what: str, name: str, source: str, options: dict):
         return kind.from_pretrained(source, **options)
     except Exception as error:  # a broken file can raise any error; tokenizers raises a plain Exception
         first = str(error).strip().split("\n")[0] or type(error).__name__
+        if "custom code" in str(error):
+            first = "it brings Python code along, which runs only with trust_remote_code (--trust-remote-code)"
         where = "" if Path(source).exists() else " (no such folder here, so it was looked for on the hub)"
         raise ValueError(f"can't load {what} from {name}{where}: {first}") from error
 

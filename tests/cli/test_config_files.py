@@ -56,10 +56,12 @@ def test_an_option_has_trls_name_and_a_short_one(words):
 def test_every_option_of_the_dataclasses_is_reachable_by_its_own_name():
     from dataclasses import fields
 
+    from s2ft.cli.grpo import RewardOptions
     from s2ft.cli.option_table import GROUP_OF, RENAMED, SHORT_NAMES
     from s2ft.cli.training import TAKEN
+    from s2ft.train.rl_arguments import DPOArguments, GRPOArguments
 
-    parser = TrainingParser(KINDS)
+    parser = TrainingParser([*KINDS, DPOArguments, RewardOptions, GRPOArguments])
     for kind in KINDS:
         for one in fields(kind):
             name = RENAMED.get((kind.__name__, one.name), one.name)
@@ -137,7 +139,8 @@ WRONG = [
     ({"dataset_kwargs": {"skip_prepare_dataset": True}}, "dataset_kwargs is not used"),
     ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_8bit and load_in_4bit exclude each other"),
     ({"env": [1]}, "env must hold lines such as"),
-    ("a: [", "is not YAML"),
+    ("a: [", "can't be read as YAML"),
+    ("lr: 1\nseed: 2\nlr: 3", "lr stands twice"),
     ("- a", "must hold lines such as 'learning_rate: 2e-4', got list"),
 ]
 
@@ -205,6 +208,20 @@ def test_the_written_config_gives_the_same_options_and_no_secret(tmp_path):
     assert run_options("sft", kinds[0], first.given) == run_options("sft", kinds[1], again.given)
 
 
+def test_a_resumed_run_may_log_save_and_evaluate_more_often():
+    def options(*words):
+        parsed = parse(*NEEDED, *words)
+        return run_options("sft", {kind: parsed[kind] for kind in KINDS}, parsed.given)
+
+    free = ["--log-steps", 5, "--save-steps", 7, "--eval-steps", 3, "--report-to", "tensorboard", "--stop-after", 4]
+    assert (
+        options() == options(*free) == options("--epochs", 3) == options("--resume", "--overwrite", "--run-name", "a")
+    )
+    for bound in (["--lr", 1], ["--seed", 1], ["--limit", 5], ["--packing"], ["--load-in-4bit"], ["--name", "a"],
+                  ["--load-best-model-at-end"], ["--batch-size", 8, "--epochs", 2]):  # fmt: skip
+        assert options() != options(*bound), bound
+
+
 def test_options_of_lora_become_the_size_of_the_selection(tmp_path, caplog):
     caplog.set_level("INFO")
     lora = {
@@ -223,20 +240,24 @@ def test_options_of_lora_become_the_size_of_the_selection(tmp_path, caplog):
     assert from_yaml(tmp_path, {**lora, "use_peft": False})[S2FTConfig].match_lora_rank is None
 
 
-EVALUATION = {
-    "eval_steps: 5": ("steps", 5, False),
-    "eval_steps: 0": ("no", None, False),
-    "eval_strategy: epoch": ("epoch", None, False),
-    "{load_best_model_at_end: true, save_steps: 7}": ("steps", 7, True),
-    "{early_stopping_patience: 2, eval_steps: 3, save_steps: 6}": ("steps", 3, True),
-    "{load_best_model_at_end: true, save_strategy: epoch}": ("epoch", 200, True),
+EVALUATION = {  # → when to evaluate, and every how many updates to save
+    "eval_steps: 5": ("steps", 5, 200, False),
+    "eval_steps: 0": ("no", None, 200, False),
+    "eval_strategy: epoch": ("epoch", None, 200, False),
+    "eval_strategy: steps": ("steps", 200, 200, False),
+    "{eval_strategy: steps, logging_steps: 7}": ("steps", 7, 200, False),  # as in transformers
+    "{load_best_model_at_end: true, save_steps: 7}": ("steps", 7, 7, True),
+    "{early_stopping_patience: 2, eval_steps: 3}": ("steps", 3, 3, True),
+    "{early_stopping_patience: 2, eval_steps: 3, save_steps: 6}": ("steps", 3, 6, True),
+    "{load_best_model_at_end: true, save_strategy: epoch}": ("epoch", None, 200, True),
 }
 
 
 @pytest.mark.parametrize("text", EVALUATION)
 def test_the_options_of_an_evaluation_need_each_other_only_once(text, tmp_path):
     arguments = from_yaml(tmp_path, text, *NEEDED)[SFTArguments]
-    assert (arguments.eval_strategy, arguments.eval_steps, arguments.load_best_model_at_end) == EVALUATION[text]
+    found = arguments.eval_strategy, arguments.eval_steps, arguments.save_steps, arguments.load_best_model_at_end
+    assert found == EVALUATION[text]
 
 
 def test_the_field_of_the_text_has_trls_name_too():

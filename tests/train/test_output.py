@@ -50,12 +50,17 @@ def test_output_that_is_a_file(tmp_path):
         RunFolder(tmp_path / "x").check()
 
 
-def test_a_resumed_run_may_save_more_often(tmp_path):
+def test_a_resumed_run_must_have_the_options_of_the_run(tmp_path):
     folder = RunFolder(tmp_path)
-    folder.begin({"training.save_steps": 5, "model": "a"})
-    folder.begin({"training.save_steps": 9, "model": "a"}, resume=True)
-    with pytest.raises(ValueError, match="model was 'a', is 'b'"):
-        folder.begin({"training.save_steps": 9, "model": "b"}, resume=True)
+    folder.begin({"training.seed": 5, "model": "a"}, config="model: a\n")
+    assert folder.config.read_text() == "model: a\n"
+    folder.begin({"training.seed": 5, "model": "a"}, resume=True)
+    for options, said in (
+        ({"training.seed": 5, "model": "b"}, "model was 'a', is 'b'"),
+        ({"model": "a"}, "seed was 5"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            folder.begin(options, resume=True)
 
 
 def test_a_truncated_log_is_read_up_to_the_last_full_line(tmp_path):

@@ -1,0 +1,121 @@
+"""The options of a training command say how its base model is loaded."""
+
+import importlib.util
+import shutil
+
+import pytest
+import torch
+from train.tiny import save_tiny
+
+import s2ft
+from s2ft.text.models import load_model
+from s2ft.train.loading import fit_layout, load_base, quantization_config
+from s2ft.train.options import ModelOptions
+
+pytest.importorskip("trl")
+from s2ft.train.arguments import SFTArguments
+
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return str(save_tiny(tmp_path_factory.mktemp("model"), hidden_size=64, intermediate_size=128))
+
+
+def arguments(tmp_path, **changes):
+    return SFTArguments(output_dir=str(tmp_path), use_cpu=True, **changes)
+
+
+WORDS = {  # options of the model, arguments of the trainer → what load_model gets
+    (): {"dtype": "auto", "revision": "main", "trust_remote_code": False, "quantization": None},
+    (("model_revision", "v2"), ("dtype", "bfloat16")): {"revision": "v2", "dtype": "bfloat16"},
+    (("trust_remote_code", True),): {"trust_remote_code": True},
+    (("attn_implementation", "eager"),): {"attn_implementation": "eager"},
+    (("model_init_kwargs", '{"dtype": "float16", "rope_theta": 3, "revision": "v3"}'),): {
+        "dtype": "float16",
+        "rope_theta": 3,
+        "revision": "v3",
+    },
+}
+
+
+@pytest.mark.parametrize("given", WORDS, ids=str)
+def test_every_option_reaches_the_loader(given, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        "s2ft.train.loading.load_model", lambda *words, **options: seen.update(options, words=words) or (1, 2)
+    )
+    of_trainer = {name: value for name, value in given if name in ("trust_remote_code", "model_init_kwargs")}
+    of_model = {name: value for name, value in given if name not in of_trainer}
+    load_base(ModelOptions("name", **of_model), arguments(tmp_path, **of_trainer))
+    seen["dtype"] = seen["words"][1]
+    assert seen["words"][0] == "name" and {name: seen[name] for name in WORDS[given]} == WORDS[given]
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_base_that_is_quantized_while_it_is_loaded_trains_in_place(bits, tiny, tmp_path, caplog):
+    caplog.set_level("INFO")
+    model, _ = load_base(ModelOptions(tiny, **{f"load_in_{bits}bit": True}), arguments(tmp_path))
+    layer = model.model.layers[0].mlp.down_proj
+    assert type(layer).__name__ == {4: "Linear4bit", 8: "Linear8bitLt"}[bits]
+    config = fit_layout(s2ft.S2FTConfig(d_ratio=0.2), model, chosen=False)
+    assert config.layout == "indexed" and "layout indexed" in caplog.text
+    s2ft.attach(model, config)
+    ids = torch.arange(8)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert all(value.grad.abs().sum() > 0 for value in model.parameters() if value.requires_grad)
+    chosen = s2ft.S2FTConfig(d_ratio=0.2)
+    assert fit_layout(chosen, model, chosen=True) is chosen  # attach explains why this cannot work
+
+
+@needs_bitsandbytes
+def test_the_options_of_bitsandbytes_have_trls_names():
+    options = ModelOptions("m", load_in_4bit=True, bnb_4bit_quant_type="fp4", use_bnb_nested_quant=True,
+                           bnb_4bit_quant_storage="bfloat16")  # fmt: skip
+    config = quantization_config(options, "float32")
+    assert config.bnb_4bit_compute_dtype == torch.float32 and config.bnb_4bit_quant_type == "fp4"
+    assert config.bnb_4bit_use_double_quant and config.bnb_4bit_quant_storage == torch.bfloat16
+
+
+def test_a_gguf_file_is_not_quantized_again(tmp_path):
+    (tmp_path / "m.gguf").touch()
+    with pytest.raises(ValueError, match="is a GGUF file, which can't be quantized again"):
+        load_model(str(tmp_path / "m.gguf"), quantization=object())
+
+
+def test_special_tokens_must_be_in_the_vocabulary(tiny, tmp_path):
+    _, tokenizer = load_base(ModelOptions(tiny), arguments(tmp_path, eos_token="<|endoftext|>"))
+    assert tokenizer.eos_token == "<|endoftext|>"
+    with pytest.raises(ValueError, match="eos_token '<no>' is not in the vocabulary"):
+        load_base(ModelOptions(tiny), arguments(tmp_path, eos_token="<no>"))
+
+
+CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_of_a_checkpoint_runs_only_if_it_is_trusted(tiny, tmp_path):
+    import json
+
+    folder = tmp_path / "own"
+    shutil.copytree(tiny, folder)
+    (folder / "own_code.py").write_text(CODE)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnModel"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_base(ModelOptions(str(folder)), arguments(tmp_path))
+    model, _ = load_base(ModelOptions(str(folder)), arguments(tmp_path, trust_remote_code=True))
+    assert type(model).__name__ == "OwnModel"
