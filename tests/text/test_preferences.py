@@ -104,7 +104,7 @@ def test_prompts_keep_the_columns_for_the_rewards(row, columns):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"text": "a"}, "needs prompt, messages, instruction or question; it has 'text'; fields=prompt="),
+        ({"text": "a"}, "needs prompt, messages, instruction or question; it has 'text'; field=prompt="),
         ({"messages": [assistant("a")]}, "field 'messages' has no message before the assistant's"),
         ({"prompt": "a", "tools": [{}]}, "field 'tools' is not used by s2ft grpo"),
     ],
@@ -125,7 +125,7 @@ def written(path, rows):
 
 def test_files_are_read_with_renamed_fields_and_bad_rows_are_named(tmp_path):
     path = written(tmp_path / "pairs.jsonl", [{"q": "2+3=", "good": "5", "bad": "6"}, {"q": "a", "good": "b"}])
-    options = dict(data=[path], fields=["question=q", "chosen=good", "rejected=bad"])
+    options = dict(data=[path], field=["question=q", "chosen=good", "rejected=bad"])
     with pytest.raises(ValueError, match=r"1 of 2 rows can't be used:\n.*pairs.jsonl, line 2: field 'rejected' is"):
         load_rows(DataOptions(**options), shape=PAIRS)
     (row,) = load_rows(DataOptions(**options, skip_bad_rows=True), shape=PAIRS)

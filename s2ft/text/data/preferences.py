@@ -197,7 +197,7 @@ def scored_prompt(row: object, renamed: Mapping[str, str], _scored: bool = False
     prompt, used = _question(found)
     if prompt is None:
         raise BadRow(
-            f"needs {needs}; it has {_listed(found)}; fields=prompt=NAME_IN_THE_DATA (--fields) maps other names"
+            f"needs {needs}; it has {_listed(found)}; field=prompt=NAME_IN_THE_DATA (--field) maps other names"
         )
     if found.get("tools"):
         raise BadRow("field 'tools' is not used by s2ft grpo, whose answers call no tools: leave it out")
