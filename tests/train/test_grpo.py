@@ -186,7 +186,7 @@ def test_the_reward_rises(tmp_path):
         texts = [completion[0]["content"] for completion in completions]
         return [sum("a" <= letter <= "z" for letter in text) / max(1, len(text)) for text in texts]
 
-    model, tokenizer, folder = tiny_model(), tiny_tokenizer(), RunFolder(tmp_path)
+    model, tokenizer, folder = tiny_model(initializer_range=0.15), tiny_tokenizer(), RunFolder(tmp_path)
     s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.5, o_ratio=0.5))
     folder.begin({})
     options = arguments(tmp_path, per_device_train_batch_size=64, num_generations=16, max_steps=40, save_steps=0)
