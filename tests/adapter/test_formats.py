@@ -557,7 +557,9 @@ def test_a_local_folder_is_preferred_and_a_missing_adapter_is_reported(fake_hub,
         with pytest.raises(FileNotFoundError, match=f"adapter {Path(name).expanduser()} doesn't exist$"):
             hub.resolve(name)
     assert fake_hub.calls == []
-    with pytest.raises(FileNotFoundError, match="org/none doesn't exist as a folder, and the hub gives no adapter.*404 Client Error.$"):
+    with pytest.raises(
+        FileNotFoundError, match="org/none doesn't exist as a folder, and the hub gives no adapter.*404 Client Error.$"
+    ):
         hub.resolve("org/none")
 
 
