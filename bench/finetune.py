@@ -100,7 +100,7 @@ def child(args: argparse.Namespace) -> None:
             learning_rate=2e-4,
             max_steps=args.steps,
             per_device_train_batch_size=args.batch,
-            warmup_steps=1,
+            warmup_steps=0,  # TRL alone would give the first step of a warm-up a learning rate of 0
             save_steps=0,
             gradient_checkpointing=args.checkpointing,
             train_sampling_strategy="sequential",
