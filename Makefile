@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 
-.PHONY: demo test test-all test-processors test-peft test-transformers types lint bench docs clean
+.PHONY: demo test test-all test-processors test-peft test-integrations test-transformers types lint bench docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/s2ft demo
@@ -34,6 +34,11 @@ test-processors: $(VENV)/.installed $(VENV)/.quantized
 test-peft: $(VENV)/.installed
 	$(BIN)/python tests/peft/upstream/run.py
 
+# Train with the real Axolotl, ms-swift, LlamaFactory and TRL, each in an environment of its own, and compare the adapters
+# with those of s2ft. PROGRAMS="trl axolotl" names some of them. It downloads packages and takes about 15 minutes.
+test-integrations: $(VENV)/.installed
+	$(BIN)/python tests/integrations/run.py $(PROGRAMS)
+
 # Run the tables of model types with older releases of transformers, each in an environment that takes all other packages
 # from $(VENV). RELEASES="5.9.0 5.24.0" names other releases.
 RELEASES ?= 5.0.0 5.6.0 5.12.0
@@ -61,6 +66,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench/estimate.py
 	$(BIN)/python bench/convert.py
 	$(BIN)/python bench/switch.py
+	$(BIN)/python bench/serve.py
 	$(BIN)/python bench/selection.py
 	$(BIN)/python bench/bank.py
 	$(BIN)/python bench/discovery.py

@@ -5,18 +5,21 @@
     random     rows in random order, padded to the longest of a batch
     by length  rows of similar length in a batch, padded; the default without attention over sequences of any length
     packed     packed by TRL into sequences of the longest row (packing: true)
-    one row    the rows of a batch in one sequence without padding (padding_free: true); the default with flash attention
+    one row    the rows of a batch in one sequence, without padding (padding_free: true); default with flash attention
 
 The lengths are spread evenly on a logarithmic scale, as those of chats are, from 16 to --longest tokens. The last third
 of a row has labels. All ways train on the same rows, an epoch each. The ways take turns. Tokens are counted without
-padding. --smoke uses a small random model.
+padding. Seconds of the processor are counted too, since they depend less on what else a machine does; they mean nothing
+on a GPU. --smoke uses a small random model.
 """
 
 import argparse
 import math
 import statistics
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -63,8 +66,8 @@ def small_model() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     return LlamaForCausalLM(config), PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
 
 
-def tokens_per_second(way: str, model, tokenizer, rows: Dataset, args: argparse.Namespace) -> float:
-    """Train one epoch and return the speed. The slices are put back, so that each way begins from the same model."""
+def speed(way: str, model, tokenizer, rows: Dataset, args: argparse.Namespace) -> dict[str, float]:
+    """Train one epoch and return tokens per second, of the clock and of the processor."""
     s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.03))
     with tempfile.TemporaryDirectory() as path:
         arguments = SFTArguments(
@@ -76,9 +79,12 @@ def tokens_per_second(way: str, model, tokenizer, rows: Dataset, args: argparse.
             save_steps=0,
             **WAYS[way],
         )
+        start = time.process_time()
         result = sft(model, tokenizer, rows, arguments, RunFolder(path))
-    s2ft.detach(model)
-    return result.tokens_per_second
+        busy = time.process_time() - start
+    s2ft.detach(model)  # puts the weights back
+    tokens = result.tokens_per_second * result.seconds
+    return {"tokens_per_second": result.tokens_per_second, "tokens_per_processor_second": tokens / busy}
 
 
 def main() -> None:
@@ -95,16 +101,23 @@ def main() -> None:
     model, tokenizer = small_model() if args.smoke else load_model(args.model or default_model(), args.dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu").train()
     rows = mixed_rows(args.rows, args.longest, model.config.vocab_size)
-    speeds: dict[str, list[float]] = {way: [] for way in WAYS}
+    runs: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for number in range(args.rounds):
         for way in [*list(WAYS)[number % 4 :], *list(WAYS)[: number % 4]]:
-            speeds[way].append(tokens_per_second(way, model, tokenizer, rows, args))
-    print(f"{'':<12}{'tokens/s':>10}{'against random':>16}")
+            runs[way].append(speed(way, model, tokenizer, rows, args))
+    print(f"{'':<12}{'tokens/s':>10}{'to random':>11}{'a processor second':>20}{'to random':>11}")
     results = {}
-    for way, found in speeds.items():
-        ratio = statistics.median(mine / other for mine, other in zip(found, speeds["random"]))
-        results[way] = {"tokens_per_second": statistics.median(found), "ratio": ratio, "runs": found}
-        print(f"{way:<12}{results[way]['tokens_per_second']:>10.0f}{ratio:>15.2f}×")
+    for way, found in runs.items():
+        row: dict[str, Any] = {"runs": found}
+        for name in found[0]:
+            row[name] = statistics.median(run[name] for run in found)
+            row[f"{name}_to_random"] = statistics.median(a[name] / b[name] for a, b in zip(found, runs["random"]))
+        results[way] = row
+        wall, busy = (f"tokens_per_{name}" for name in ("second", "processor_second"))
+        print(
+            f"{way:<12}{row[wall]:>10.0f}{row[wall + '_to_random']:>10.2f}×"
+            f"{row[busy]:>20.0f}{row[busy + '_to_random']:>10.2f}×"
+        )
     if not args.smoke:
         kept = {key: getattr(args, key) for key in ("dtype", "batch", "rows", "longest")}
         save(args.output, {**kept, "attention": model.config._attn_implementation, "results": results})

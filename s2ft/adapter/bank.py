@@ -48,8 +48,8 @@ class AdapterBank:
     Args:
         model: The base, plain or with adapters of which none is active, in layout `indexed`. Do not change its weights
             while the bank is in use, because the bank checks them only once.
-        directory: A directory of adapters or of outputs of runs. Each folder in it that holds an adapter is known by its
-            name, also if it is created later.
+        directory: A directory of adapters or of outputs of runs. Each folder in it that holds an adapter is known by
+            its name, also if it is created later.
         limit_bytes: Limit for the adapters that are kept in memory; the ones that were not used for longest are
             dropped. The buffers of the largest batch so far are not counted. Default: no limit.
         dtype: Dtype in which adapters are kept; default: the dtype of the weights that they change.
@@ -344,7 +344,7 @@ class AdapterBank:
         return _Loaded(self._serial, by_layer)
 
     def _changed_by(self, adapter: Adapter) -> tuple[list[Projection], dict[str, "_BankLayer"]]:
-        """Check an adapter against the model. Returns its projections in order, and the layers that it changes."""
+        """Check an adapter against the model. Return its projections in order and its layers."""
         if adapter.extra_weights:
             raise ValueError(
                 f"adapter {adapter.name!r} has {next(iter(adapter.extra_weights))} trained in full, and a batch has one "

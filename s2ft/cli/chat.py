@@ -14,7 +14,7 @@ from s2ft.train.options import check_fields, option
 
 BASE = "base"  # the model without an adapter, in /adapter
 HELP = """/adapter NAME   go on with another adapter; /adapter base is the model without one; /adapter alone lists them
-/system TEXT    set the system prompt; /system alone shows it
+/system TEXT    set the system prompt; /system "" removes it; /system alone shows it
 /undo           take back the last message and its answer
 /reset          begin a new conversation
 /save FILE      write the conversation as a JSONL row, which s2ft sft can train on
@@ -125,6 +125,8 @@ class Adapters:
             if adapter is not None:
                 s2ft.load_adapter(self.model, adapter, name, active=False)
                 say_which_template(prompter, f"adapter {name}")
+                if not prompter.is_chat:
+                    say(f"(adapter {name} was trained on plain text; the chat has the template of the base)")
             self._prompters[name] = prompter
         if s2ft.list_adapters(self.model):
             s2ft.set_adapter(self.model, None if name == BASE else name)
@@ -267,7 +269,7 @@ class Talk:
 
     def _system(self, text: str) -> None:
         if text:
-            self.chat.system = text
+            self.chat.system = "" if text in ('""', "''") else text
             return
         messages = self.chat.transcript()
         system = messages[0]["content"] if messages and messages[0]["role"] == "system" else None

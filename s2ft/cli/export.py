@@ -12,7 +12,8 @@ DESCRIPTION = """Write an adapter for other tools, read it again and compare.
 
 {formats}
 
-With --from-lora, convert in the other direction: a LoRA that has the structure of S²FT becomes an adapter."""
+With --from-lora, convert in the other direction: a LoRA that has the structure of S²FT becomes an adapter. --from-peft
+does so with an adapter that PEFT saved, for example in Axolotl."""
 
 EXAMPLE = "  s2ft export my-run --model meta-llama/Llama-3.2-1B --format lora --output my-lora"
 

@@ -38,9 +38,10 @@ def describe(name: str | Path) -> str:
     """
     from s2ft.adapter import read_adapter
     from s2ft.adapter.hub import resolve
+    from s2ft.files.formats import ADAPTER_FORMATS
 
     folder = resolve(name)
-    if (folder / "adapter_config.json").is_file():
+    if (folder / "adapter_config.json").is_file() and not ADAPTER_FORMATS["peft"].matches(folder):
         raise ValueError(
             f"{folder} is a PEFT adapter: s2ft export --from-lora makes an S²FT adapter from a LoRA that changes "
             "the same few rows or columns"
@@ -100,8 +101,11 @@ def _name(dtype) -> str:
 
 def _value(key: str, value) -> str:
     """Return a value of the adapter's info as text. The prompt's template is many lines, so its length is shown."""
-    if key != "prompt" or not isinstance(value, dict):
+    if not isinstance(value, dict):
         return printable(value)
+    if key != "prompt":
+        kept = {name: one for name, one in value.items() if one not in (None, [], {})}
+        return ", ".join(f"{printable(name)} {printable(one)}" for name, one in kept.items())
     template, system = value.get("template"), value.get("system")
     words = [printable(value.get("form"))]
     words += [] if template is None else [f"template of {len(str(template)):,} characters"]

@@ -24,6 +24,8 @@ COMMANDS = {
     "export": "write an adapter as LoRA, merged checkpoint or GGUF file, or make an adapter from a LoRA",
     "combine": "add adapters into a new one",
     "info": "describe an adapter folder",
+    "plan": "print what ratios train of a model, and the LoRA ranks of the same size",
+    "estimate": "print the memory that training a model takes",
     "couplings": "print which layers of a model share units, and how each weight is trained",
     "demo": "fine-tune a small model from start to finish, without any arguments",
 }
@@ -38,6 +40,7 @@ OTHER_NAMES = {
     "generate": "inference run",
     "couplings": "inspect layers structure",
     "info": "show",
+    "estimate": "memory vram",
     "select": "choose",
 }
 MISTAKES = (

@@ -63,6 +63,13 @@ class ServeArguments:
         "of the answer names them",
     )
     dtype: str = option("auto", "dtype of the model's weights; auto keeps the checkpoint's dtype", choices=DTYPES)
+    load_in_4bit: bool = option(False, "load the weights in 4 bit by bitsandbytes")
+    load_in_8bit: bool = option(False, "load the weights in 8 bit by bitsandbytes")
+    attn_implementation: str | None = option(
+        None, "attention of the model by its name in transformers", shown="transformers' choice", metavar="NAME"
+    )
+    revision: str = option("main", "branch, tag or commit of the model on the hub")
+    trust_remote_code: bool = option(False, "run the code that the model brings along")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -78,12 +85,13 @@ def run(arguments: list[str]) -> None:
         EXAMPLE,
     )
     quiet_transformers()
-    if job.engine == "vllm":
+    by_vllm = job.engine == "vllm" and not job.check
+    if by_vllm:
         check_packages("s2ft serve --engine vllm", "--engine transformers, which serves without it")
     else:
         check_packages("s2ft serve")
     check(job)
-    if job.engine == "vllm":
+    if by_vllm:
         serve_by_vllm(job)
     else:
         serve_here(job)
@@ -115,7 +123,6 @@ def serve_here(job: ServeArguments) -> None:
     """Serve with the built-in server until it is stopped."""
     from s2ft.serve.options import Limits, ServerOptions, key_of, served_name
     from s2ft.serve.server import check_adapters, serve
-    from s2ft.text.models import load_model
 
     limits = Limits(key_of(job.api_key), job.timeout, job.max_body_bytes, job.max_tokens_limit, job.ignore_unsupported)
     options = ServerOptions(
@@ -129,11 +136,28 @@ def serve_here(job: ServeArguments) -> None:
         job.access_log,
         limits,
     )
-    model, tokenizer = load_model(job.model, job.dtype)
+    model, tokenizer = load(job)
     base = job.served_model_name or served_name(job.model)
     if job.check:
         return check_adapters(model, base, job.adapters)
     serve(model, tokenizer, base, job.adapters, options)
+
+
+def load(job: ServeArguments):
+    """Load the model and its tokenizer."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from s2ft.train.loading import load_base
+    from s2ft.train.options import ModelOptions
+
+    options = ModelOptions(
+        job.model, job.revision, job.dtype, job.attn_implementation, job.load_in_8bit, job.load_in_4bit
+    )
+    gpu = torch.cuda.is_available()
+    device = SimpleNamespace(use_cpu=not gpu, device="cuda" if gpu else "cpu", trust_remote_code=job.trust_remote_code)
+    return load_base(options, device)
 
 
 def serve_by_vllm(job: ServeArguments) -> None:

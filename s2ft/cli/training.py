@@ -485,7 +485,7 @@ def _complete(action: argparse.Action, metadata: Any, hint: Any) -> None:
     if action.dest == "datasets":
         action.type = lambda path: {"path": path}
     elif item := _list_of(hint):
-        action.nargs, action.type = "+", _number(int, False) if item is int else str
+        action.nargs, action.type = "+", _number(item, False) if item in (int, float) else str
     elif str not in plain and plain[0] in (int, float):
         action.type = _number(plain[0], type(None) in parts)
     elif any(_takes(part, dict) for part in plain):

@@ -153,9 +153,7 @@ def _check(pieces: Pieces, render: Render) -> None:
         for length in (1, 3, 5):
             messages = [*before, *turns[:length]]
             if pieces.render(messages) != render(messages, True):
-                raise NotWritten(
-                    f"it renders {len(messages)} messages in a way that the pieces of a turn don't explain"
-                )
+                raise NotWritten(f"it renders {len(messages)} messages unlike the turns of which they consist")
 
 
 def _go(text: str) -> str:

@@ -62,6 +62,10 @@ ADAPTER_FORMATS = {
             },
         },
     ),
+    "peft": AdapterFormat(
+        "a folder that PEFT loads as S²FT after `import s2ft.peft`, as training by PEFT's form saves it",
+        "s2ft.adapter.formats.peft",
+    ),
 }
 
 

@@ -16,6 +16,7 @@ other commands of llamafactory-cli are taken too, and know the saved adapters. O
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from llamafactory.extras.misc import is_env_enabled
@@ -85,33 +86,33 @@ def add_adapter(model: Any, config: Mapping[str, Any], is_train: bool = False) -
 
 
 def run_first() -> None:
-    """Run the command of the first version. `finetuning_type: s2ft` is LoRA to it but for the adapter's config."""
+    """Run the command of the first version, to which `finetuning_type: s2ft` is LoRA with another config."""
     from llamafactory import launcher
-    from llamafactory.hparams.parser import read_args
+    from llamafactory.hparams import parser
     from llamafactory.train import tuner
 
-    runs = {"train": tuner.run_exp, "export": tuner.export_model}
-    if len(sys.argv) < 2 or sys.argv[1] not in runs:
+    parser.read_args = partial(_read, parser.read_args)
+    if sys.argv[1:2] == ["train"]:  # launch() would start the processes of several devices without S²FT
+        sys.argv.pop(1)
+        tuner.run_exp()
+    else:
         launcher.launch()
-        return
-    run = runs[sys.argv.pop(1)]
-    given = read_args()
-    run(_as_lora(given) if isinstance(given, dict) else None)
 
 
-def _as_lora(given: dict[str, Any]) -> dict[str, Any]:
-    """Replace what the file says about S²FT by what the first version takes."""
-    settings, is_chosen = given.pop(NAME, None), given.get("finetuning_type") == NAME
-    if settings and not is_chosen:
-        raise ValueError(f"there is a block s2ft, but finetuning_type is {given.get('finetuning_type')!r}, not s2ft")
-    if not is_chosen:
+def _read(read_args: Callable[..., Any], args: Any = None) -> Any:
+    """Read the configuration as the first version does, and replace what it says about S²FT."""
+    given = read_args(args)
+    if not isinstance(given, dict) or not (NAME in given or given.get("finetuning_type") == NAME):
         return given
-    if settings is not None or not given.get("adapter_name_or_path"):
+    if given.get("finetuning_type") != NAME:
+        raise ValueError(f"there is a block s2ft, but finetuning_type is {given.get('finetuning_type')!r}, not s2ft")
+    settings = given.get(NAME)
+    if settings is not None or given.get("do_train"):
         config_from(settings, NAME)  # an error comes before the model is loaded
     from llamafactory.model import adapter
 
     adapter.LoraConfig = _replacing_lora(settings)
-    return {**given, "finetuning_type": "lora"}
+    return {**{name: value for name, value in given.items() if name != NAME}, "finetuning_type": "lora"}
 
 
 def _replacing_lora(settings: Any) -> Callable[..., S2FTPeftConfig]:

@@ -1,14 +1,20 @@
 """`--tuner_type s2ft` in ms-swift.
 
     swift sft --model … --dataset … \
-        --external_plugins "$(python -m s2ft.integrations.ms_swift)" \
+        --external_plugins "$(python -m s2ft.integrations ms_swift)" \
         --tuner_type s2ft --model_kwargs '{"s2ft": {"d_ratio": 0.03, "o_ratio": 0.1}}'
 
-ms-swift reads plugins by the path of their file; `python -m s2ft.integrations.ms_swift` prints the path of this one.
+ms-swift loads plugins by the path of their file, which `python -m s2ft.integrations ms_swift` prints.
 """
 
 import json
 import os
+import sys
+
+# ms-swift puts the folder of a plugin first into the path, where the trl.py of this folder would hide the package trl.
+sys.path[:] = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))]
+
+# ruff: noqa: E402 - the path is put right before anything is imported
 from typing import Any
 
 from peft import PeftModel, get_peft_model
@@ -36,8 +42,8 @@ class S2FTTuner(PeftTuner):
         Raises:
             ValueError: The settings are missing or wrong.
         """
-        given = args.model_kwargs
-        settings = (json.loads(given) if isinstance(given, str) else given or {}).get(NAME)
+        given = args.model_kwargs or {}
+        settings = (json.loads(given) if isinstance(given, str) else given).get(NAME)
         task_type = args.task_type.upper() if args.task_type in ("causal_lm", "seq_cls") else None
         modules = args.modules_to_save or None
         config = config_from(settings, 'model_kwargs["s2ft"]', task_type=task_type, modules_to_save=modules)
@@ -45,6 +51,3 @@ class S2FTTuner(PeftTuner):
 
 
 tuners_map[NAME] = S2FTTuner
-
-if __name__ == "__main__":
-    print(os.path.abspath(__file__))

@@ -10,7 +10,7 @@ from s2ft.peft import S2FTPeftConfig
 # Fields that the injection writes, that the program knows itself, or that hold no value of a configuration file.
 NOT_SETTINGS = (
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"),
-    *("base_fingerprint", "chosen_by", "couplings", "init_weights", "skipped", "uncoupled"),
+    *("base_fingerprint", "chosen_by", "couplings", "info", "init_weights", "skipped", "uncoupled"),
 )
 
 

@@ -1,6 +1,7 @@
 """Converting between adapters of a PeftModel and :class:`s2ft.Adapter`: the same deltas in the same coordinates."""
 
 import json
+import os
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -128,3 +129,46 @@ def from_native(
                 values = base.get_submodule(path).s2ft_delta[adapter_name][name].values
                 values.copy_(units.join(adapter.deltas))
     return model
+
+
+def read_folder(folder: str | os.PathLike, model: nn.Module, name: str) -> Adapter:
+    """Read a folder that a PeftModel saved as an adapter of s2ft.
+
+    Args:
+        folder: The folder.
+        model: The adapter's base. It gets the adapter for the time of the call.
+        name: Name of the adapter.
+
+    Returns:
+        The adapter.
+    """
+    modes = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    peft_model = PeftModel.from_pretrained(model, os.fspath(folder), adapter_name=name)
+    try:
+        return to_native(peft_model, name)
+    finally:
+        _leave(peft_model, modes)
+
+
+def write_folder(adapter: Adapter, folder: str | os.PathLike, model: nn.Module) -> None:
+    """Save an adapter of s2ft as a PeftModel saves it.
+
+    Args:
+        adapter: The adapter.
+        folder: The folder.
+        model: The adapter's base. It gets the adapter for the time of the call.
+    """
+    modes = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    peft_model = from_native(model, adapter)
+    try:
+        peft_model.save_pretrained(os.fspath(folder))
+    finally:
+        _leave(peft_model, modes)
+
+
+def _leave(peft_model: PeftModel, modes: list[tuple[nn.Parameter, bool]]) -> None:
+    """Take the adapter off the base, which is as before then."""
+    base = peft_model.unload()
+    for parameter, requires_grad in modes:
+        parameter.requires_grad_(requires_grad)
+    vars(base).pop("peft_config", None)

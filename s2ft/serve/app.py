@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
+from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -218,7 +219,7 @@ async def _answer(service: Service, request: Request, kind: type[Sampled], reply
         shape = reply(body.model, service.names if scored else None, body.with_usage, scored)
         events = answer.events()
         first = await anext(events)  # an error before the first token has its own status
-        headers = {"X-Ignored-Parameters": ", ".join(ignored)} if ignored else {}
+        headers = {"X-Ignored-Parameters": _as_header(ignored)} if ignored else {}
         if body.stream:
             return EventStream(_stream(answer, shape, first, events), answer, headers)
         choices = [Choice(number) for number in range(len(jobs))]
@@ -233,6 +234,11 @@ async def _answer(service: Service, request: Request, kind: type[Sampled], reply
     except BaseException:
         answer.close()
         raise
+
+
+def _as_header(names: list[str]) -> str:
+    """Names of fields, which clients can make up, as the value of a header."""
+    return ", ".join(quote(name, safe="", errors="replace")[:100] for name in names[:20])
 
 
 async def _stream(answer: Answer, shape: CompletionReply, first: tuple[int, Event], events) -> AsyncIterator[str]:

@@ -115,6 +115,12 @@ class Adapters:
             return sorted(self._known)
 
     @property
+    def prompts(self) -> dict[str, PromptFormat | None]:
+        """The recorded formats of prompts by name, as :attr:`names` last saw the adapters."""
+        with self._lock:
+            return {name: version.prompt for name, version in sorted(self._known.items())}
+
+    @property
     def refused(self) -> dict[str, Refused]:
         """The adapters that can't be served, by name, as :attr:`names` last saw them."""
         with self._lock:

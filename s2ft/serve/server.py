@@ -20,6 +20,7 @@ from s2ft.serve.registry import Adapters
 from s2ft.serve.service import Service
 
 logger = logging.getLogger(__name__)
+KEEP_ALIVE = 75  # seconds; longer than clients and proxies keep idle connections, which then never meet a closed one
 AFTER_GRACE = 5  # seconds for sending the last errors
 
 
@@ -63,6 +64,7 @@ def build_app(
     known.log_adapters()
     engine = Engine(model, known, options.max_batch_size, options.queue_size, options.max_batch_tokens, metrics=metrics)
     service = Service(engine, tokenizer, base, options.limits)
+    service.log_templates()
     return create_app(service, metrics, options.access_log), service
 
 
@@ -107,7 +109,7 @@ def serve(
 ) -> None:
     """Serve a model and its adapters until SIGTERM or SIGINT. Then finish the running requests and return.
 
-    The model is moved to the GPU if there is one.
+    The model is moved to the GPU if there is one, unless it is quantized.
 
     Args:
         model: A causal language model of transformers without adapters.
@@ -134,7 +136,8 @@ def serve(
         >>> serve(model, tokenizer, "base", None, ServerOptions(port=0))
     """
     model.requires_grad_(False)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if not getattr(model, "is_quantized", False):  # a quantized one is on its device, and may refuse to move
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
     app, service = build_app(model, tokenizer, base, adapters, options)
     warn_if_open(options.host, options.limits.api_key)
     config = uvicorn.Config(
@@ -144,6 +147,7 @@ def serve(
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=int(options.grace + AFTER_GRACE),
     )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its lines about start and end are said below

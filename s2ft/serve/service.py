@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -17,12 +18,14 @@ from s2ft.serve.options import Limits
 from s2ft.serve.record import Record
 from s2ft.serve.registry import Version
 from s2ft.serve.schemas import ChatRequest, Sampled
+from s2ft.serve.sources import some
 from s2ft.text.adapter_prompts import KEY, Prompter
 from s2ft.text.encoding import context_length
 from s2ft.text.prompts import PromptFormat
 from s2ft.text.sampling import Sampler
 from s2ft.text.streams import TextStream, TokenNames
 
+logger = logging.getLogger(__name__)
 PROMPTERS = 64  # formats of prompts that are kept; most servers have a few
 TOKENS_WITHOUT_A_CONTEXT = 2048  # the longest answer if neither the model nor an option limits it
 
@@ -119,6 +122,14 @@ class Service:
             info = None if recorded is None else {KEY: recorded.to_dict()}
             self._prompters[recorded] = Prompter(self._encoding, info, self.engine.batch.model.generation_config)
         return self._prompters[recorded]
+
+    def log_templates(self) -> None:
+        """Log the adapters that were trained with another chat template than the base's own, which they use."""
+        with self._one_at_a_time:
+            formats = self.engine.adapters.prompts
+            others = [name for name, found in formats.items() if self._prompter(found).replaces_template]
+        if others:
+            logger.info("chats use the template of the training, not the base's own, with %s", some(others))
 
     @staticmethod
     def _chat_ids(body: ChatRequest, prompter: Prompter) -> list[int]:

@@ -97,7 +97,7 @@ def why_skipped(folder: Path) -> str:
     if (folder / STATE).is_file():
         return "it is a checkpoint of a training run"
     if (folder / "adapter_config.json").is_file():
-        return "it is an adapter of PEFT: convert a LoRA with s2ft export --from-lora"
+        return "it is an adapter of PEFT: convert it with s2ft export --from-peft, or a LoRA with --from-lora"
     if is_run(folder) and not (folder / ADAPTER).is_dir():
         return "it is the output of a run that has saved no adapter yet"
     place = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder

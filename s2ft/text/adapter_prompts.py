@@ -94,7 +94,8 @@ class Prompter:
         self.format.apply_to(self.tokenizer)
         self.ends = frozenset(end_ids(self.tokenizer, generation_config))
         self.is_chat = self.format.form == "chat" and (info is not None or bool(own))
-        self.replaces_template = recorded is not None and bool(own) and own != self.tokenizer.chat_template
+        replaced = template_of(tokenizer) if own and recorded is not None and recorded.template else None
+        self.replaces_template = replaced is not None and replaced != self.format.template
 
     def messages(self, conversation: Sequence[Mapping], system: str | None = None) -> list[dict[str, Any]]:
         """Return a conversation with the system prompt, unless it has one.

@@ -6,7 +6,7 @@ Training and generation build the prompt with the same functions, so that both u
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from s2ft.text.data import DataOptions, form_of
 from s2ft.text.templates import (
@@ -20,6 +20,10 @@ from s2ft.text.templates import (
     template_of,
 )
 from s2ft.text.tokens import encode_rendered
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +68,11 @@ class PromptFormat:
                 raise ValueError(f"{name} must be text, got {type(value).__name__}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as values that JSON can hold."""
+        """Return the fields by name.
+
+        Returns:
+            Values that JSON can hold.
+        """
         return asdict(self)
 
     @classmethod
@@ -73,17 +81,34 @@ class PromptFormat:
 
         Args:
             values: The fields by name. Unknown names are ignored, so that formats of later versions can be read.
+
+        Returns:
+            The format.
         """
         return cls(**{name: values[name] for name in ("form", "template", "system") if name in values})
 
-    def apply_to(self, tokenizer):
-        """Give a tokenizer the chat template of this format. Returns the tokenizer."""
+    def apply_to(self, tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
+        """Give a tokenizer the chat template of this format.
+
+        Args:
+            tokenizer: The tokenizer. It is changed, unless the format has no template.
+
+        Returns:
+            The tokenizer.
+        """
         if self.form == "chat" and self.template:
             tokenizer.chat_template = self.template
         return tokenizer
 
     def conversation(self, messages: Conversation) -> list[dict[str, Any]]:
-        """Return messages with the system prompt of this format in front, unless they have one."""
+        """Return messages with the system prompt of this format in front, unless they have one.
+
+        Args:
+            messages: The messages.
+
+        Returns:
+            Copies of the messages.
+        """
         messages = [dict(message) for message in messages]
         if self.system is None or any(message["role"] == "system" for message in messages):
             return messages
@@ -91,7 +116,10 @@ class PromptFormat:
 
 
 def prompt_format(
-    tokenizer, form: str = "chat", chat_template: str | Path | None = None, system: str | None = None
+    tokenizer: "PreTrainedTokenizerBase",
+    form: str = "chat",
+    chat_template: str | Path | None = None,
+    system: str | None = None,
 ) -> PromptFormat:
     """Choose the format of prompts for a tokenizer, and check that the template works.
 
@@ -132,7 +160,9 @@ def prompt_format(
     return PromptFormat("chat", template, system)
 
 
-def prompt_for_rows(tokenizer, rows, options: DataOptions) -> PromptFormat:
+def prompt_for_rows(
+    tokenizer: "PreTrainedTokenizerBase", rows: "Dataset | IterableDataset", options: DataOptions
+) -> PromptFormat:
     """Choose the format of prompts for rows of data.
 
     Args:
@@ -140,8 +170,21 @@ def prompt_for_rows(tokenizer, rows, options: DataOptions) -> PromptFormat:
         rows: The rows, as :func:`s2ft.text.data.load_rows` returns them.
         options: The options of the data: the form, the chat template and the system prompt.
 
+    Returns:
+        The format.
+
     Raises:
+        FileNotFoundError: The file of the template does not exist.
         ValueError: See :func:`prompt_format`.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> from transformers import ByT5Tokenizer
+        >>> from s2ft.text.data import DataOptions
+        >>> from s2ft.text.prompts import prompt_for_rows
+        >>> rows = Dataset.from_list([{"messages": None, "prompt": None, "text": "Lima is in Peru."}])
+        >>> prompt_for_rows(ByT5Tokenizer(), rows, DataOptions()).form
+        'text'
     """
     return prompt_format(tokenizer, form_of(rows, options), options.chat_template, options.system_prompt)
 
@@ -219,7 +262,9 @@ def prompt_text(tokenizer, conversation: Conversation | str, tools: list | None 
     return render(tokenizer, conversation, template_of(tokenizer), tools=tools, prompt=True)
 
 
-def encode_prompt(tokenizer, conversation: Conversation | str, tools: list | None = None) -> list[int]:
+def encode_prompt(
+    tokenizer: "PreTrainedTokenizerBase", conversation: Conversation | str, tools: list | None = None
+) -> list[int]:
     """Return the token ids of a prompt. Training begins with the same ids.
 
     Args:
@@ -227,6 +272,19 @@ def encode_prompt(tokenizer, conversation: Conversation | str, tools: list | Non
         conversation: Messages for the chat template, or a text. A text begins with the tokens that the tokenizer puts
             before every text.
         tools: Schemas of the tools that the assistant can call.
+
+    Returns:
+        The token ids.
+
+    Raises:
+        ValueError: The chat template refuses the messages.
+
+    Example:
+        >>> from transformers import ByT5Tokenizer
+        >>> from s2ft.text.prompts import encode_prompt
+        >>> tokenizer = ByT5Tokenizer(chat_template="{{ messages[0]['content'] }}")
+        >>> encode_prompt(tokenizer, [{"role": "user", "content": "2+3="}])
+        [53, 46, 54, 64]
     """
     ((ids, _),) = encode_rendered(tokenizer, [rendered_prompt(tokenizer, conversation, tools)])
     return ids

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FEW = 1024  # the likeliest tokens that mostly have the probability of top_p
 GREEDY = 1e-5  # a lower temperature would overflow and choose the likeliest token anyway
 
 
@@ -146,9 +147,15 @@ class Sampler:
         if 0 < self.top_k < len(likely):
             likely = likely.where(likely >= likely.topk(self.top_k).values[-1], 0)
         if self.top_p < 1:
-            ordered, order = likely.sort(descending=True, stable=True)
-            before = ordered.cumsum(0) - ordered
-            out = before >= self.top_p * ordered.sum()
-            out[0] = False
-            likely = likely.index_fill(0, order[out], 0)
+            kept = _likeliest(likely, self.top_p * likely.sum())
+            likely = torch.zeros_like(likely).index_copy(0, kept, likely[kept])
         return likely.where(likely >= self.min_p * likely.max(), 0) if self.min_p else likely
+
+
+def _likeliest(likely: Tensor, total: Tensor) -> Tensor:
+    """Return the fewest tokens, at least one, whose probabilities sum up to a total."""
+    ordered, order = likely.topk(min(FEW, len(likely)))
+    if ordered.sum() < total:  # seldom; sorting all tokens takes much longer
+        ordered, order = likely.sort(descending=True, stable=True)
+    before = ordered.cumsum(0) - ordered
+    return order[: max(1, int((before < total).sum()))]

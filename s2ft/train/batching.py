@@ -23,6 +23,7 @@ from s2ft.text.encoding import IGNORED
 logger = logging.getLogger(__name__)
 BY_LENGTH = "group_by_length"  # a value of transformers' train_sampling_strategy
 VARLEN = ("flash", "flex")  # attention that computes nothing between the rows of one sequence, by its name
+JITTER = 0.2  # lengths that differ by less than this share can be in one update
 TRIAL = 48  # tokens of a row in the trial of packing
 
 
@@ -285,9 +286,9 @@ def _last_logits(model: nn.Module, collator: PackedCollator, rows: list[list[int
 class LengthSampler(Sampler[int]):
     """Order rows so that the rows of an update have similar lengths, in an order that depends only on seed and epoch.
 
-    The sampler of transformers draws from the global random state, which differs after a resume. This one can therefore
-    be resumed exactly. The longest rows come first, so that too little memory shows at once. The other updates are
-    shuffled: transformers sorts them by length.
+    The rows are sorted by their lengths times a random number, so that each epoch has other updates, and the updates
+    are shuffled. The longest rows come first, so that too little memory shows at once. The sampler of transformers
+    draws from the global random state, which differs after a resume, and does not shuffle the updates.
 
     Args:
         lengths: Length of each row in tokens.
@@ -312,10 +313,12 @@ class LengthSampler(Sampler[int]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        from transformers.trainer_pt_utils import get_length_grouped_indices
-
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = get_length_grouped_indices(self.lengths, self.rows, generator=generator)
+        lengths = torch.tensor(self.lengths, dtype=torch.float64)
+        varied = lengths * (1 + JITTER * torch.rand(len(lengths), generator=generator, dtype=torch.float64))
+        order = varied.argsort(descending=True)
+        longest = int(lengths.argmax())
+        order = [longest, *(row for row in order.tolist() if row != longest)]
         updates = [order[start : start + self.rows] for start in range(0, len(order), self.rows)]
         whole = len(order) // self.rows  # an incomplete update stays the last one
         shuffled = [0, *(1 + torch.randperm(max(whole - 1, 0), generator=generator)).tolist()][:whole]

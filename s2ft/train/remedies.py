@@ -167,10 +167,11 @@ class Count:
             bits: "4bit" or "8bit" for a base that is quantized; default: as the model is.
         """
         if step not in self._peaks:
-            self._peaks[step] = self._peak(step)
+            self._peaks[step] = self.estimate(step).peak
         return self._peaks[step] - self.saved(bits or self.bits)
 
-    def _peak(self, step: Step) -> int:
+    def estimate(self, step: Step) -> s2ft.Estimate:
+        """Return the estimate of a step on weights that are not quantized."""
         with plain_kernels():
             return s2ft.estimate(
                 self.hollow,
@@ -186,7 +187,7 @@ class Count:
                 use_cache=False,
                 loss=loss_in_chunks if step.chunked_loss else None,
                 couplings=self.couplings,
-            ).peak
+            )
 
     def saved(self, bits: str | None) -> int:
         """Return the bytes that a quantized base saves. The largest weight is unpacked for its product."""

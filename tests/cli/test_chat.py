@@ -11,6 +11,7 @@ from train.tiny import CHAT, save_tiny, tiny_model
 
 import s2ft
 from s2ft.adapter import add_info
+from s2ft.adapter.formats import native
 from s2ft.cli import chat as command
 from s2ft.cli.main import main
 from s2ft.text.adapter_prompts import load_with_adapter
@@ -99,6 +100,15 @@ def test_a_trained_run_and_names_of_one_s_own(chat, work):
     assert "adapters: a (on), talk, base" in err
     err = chat(["/adapter"], "--adapter", work / "runs")[2]
     assert "adapters: math (on), talk, base" in err
+
+
+def test_an_adapter_of_plain_text_chats_in_the_template_of_the_base(chat, work, tmp_path):
+    adapter = s2ft.read_adapter(work / "runs/math")
+    adapter.info["prompt"] = {"form": "text", "template": None, "system": None}
+    native.write(adapter, tmp_path / "text")
+    _, out, err = chat(["Hello"], "--adapter", tmp_path / "text")
+    assert "adapter text was trained on plain text" in err
+    assert out == chat(['/system ""', "Hello"], "--adapter", work / "runs/math")[1]  # the same without a system prompt
 
 
 def test_undo_reset_system_and_save(chat, tmp_path):

@@ -194,7 +194,7 @@ def test_an_adapter_of_plain_text_leaves_the_template_of_the_base(work, tmp_path
         (["--from-lora", "LORA", "--format", "lora"], "so there is no --format"),
         (["ADAPTER", "--format", "merged", "--rank", 8], "--rank is for lora, not for merged"),
         (["ADAPTER", "--max-shard-size", "1GB"], "--max-shard-size is for merged, not for lora"),
-        (["ADAPTER", "--name", "x"], "--name is for from-lora, not for lora"),
+        (["ADAPTER", "--name", "x"], "--name is for from-lora and from-peft, not for lora"),
         (["ADAPTER", "--rank", 3], "rank must be at least"),
         (
             ["ADAPTER", "--format", "merged", "--max-shard-size", "0GB"],
@@ -437,6 +437,17 @@ def test_info_prints_everything(work, capsys):
     ):
         assert words in printed, words
     assert re.search(r"model.layers.0.self_attn.q_proj +2 heads +16 rows +float32", printed)
+
+
+def test_info_describes_the_prompt_and_the_training(work, tmp_path, capsys):
+    adapter = read_adapter(work / "adapter")
+    adapter.info = {"prompt": TRAINED, "training": {"method": "sft", "data": [], "epochs": 2}}
+    native.write(adapter, tmp_path)
+    s2ft_command("info", tmp_path)
+    printed = capsys.readouterr().out
+    template = len(OTHER)
+    assert f"prompt: chat, template of {template} characters, system prompt 'Say \"yes\".\\\\n'" in printed
+    assert "training: method sft, epochs 2\n" in printed
 
 
 def test_info_escapes_control_characters(work, tmp_path, capsys):

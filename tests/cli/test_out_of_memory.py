@@ -1,10 +1,12 @@
 """Commands for which memory is too small end with one error that says what to change, and not with a traceback."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from train.tiny import save_tiny, sums, write_jsonl
 
 from s2ft.cli.main import main
-from tests.train.tiny import save_tiny, sums, write_jsonl
 
 GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB.")
 
@@ -33,11 +35,11 @@ def fails_at(step):
 
 def stored(count, step):
     """Instead of an estimate: bytes that grow with the tokens, and that checkpointing halves."""
-    return step.batch * step.length * 10_000 // (1 + step.gradient_checkpointing)
+    return SimpleNamespace(peak=step.batch * step.length * 10_000 // (1 + step.gradient_checkpointing))
 
 
 def test_training(work, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("s2ft.train.remedies.Count._peak", stored)
+    monkeypatch.setattr("s2ft.train.remedies.Count.estimate", stored)
     monkeypatch.setattr("s2ft.train.runs.SFTRunTrainer.training_step", fails_at(1))
     options = ["--batch-size", "4", "--max-steps", "3", "--save-steps", "1", "--max-length", "200"]
     command = ["sft", "--model", work / "model", "--data", work / "data.jsonl", "--output", tmp_path / "run", *options]

@@ -114,3 +114,8 @@ def test_a_reward_that_fails_is_named_and_the_run_can_go_on(work, capsys):
     (work / "fails.py").write_text("def broken(completions, **_):\n    return 1 / 0\n")
     assert run("grpo", "failed", "--rewards", "fails.py") == 2
     assert "reward fails.py:broken raised ZeroDivisionError in line 2: division by zero" in capsys.readouterr().err
+
+
+def test_weights_of_rewards_are_numbers(work):
+    assert run("grpo", "weighted", "--rewards", "format", "--reward-weights", 1, 0.5, "--max-steps", 1) == 0
+    assert yaml.safe_load((work / "weighted" / "config.yaml").read_text())["reward_weights"] == [1, 0.5]

@@ -141,7 +141,10 @@ def test_budget_exclude_and_units(work, tmp_path, capsys):
         (["--selection", "activation"], "selection='activation' needs data"),
         (["--data", "DATA"], "selection='random' takes no data"),
         (["--selection", "gradient", "--data", "DATA", "--calibration-examples", "21"], "from 1 to the 20 rows"),
-        (["--selection", "gradient", "--data", "DATA", "--calibration-examples", "0"], "calibration_examples must be from 1 to the 20 rows"),
+        (
+            ["--selection", "gradient", "--data", "DATA", "--calibration-examples", "0"],
+            "calibration_examples must be from 1 to the 20 rows",
+        ),
         (["--output", "EXISTS"], "exists: choose another"),
         (["--output", "no/folder/s.json"], "there is no folder"),
         (["--batch-size", "0"], "batch_size must be at least 1"),

@@ -26,7 +26,7 @@ def job(tmp_path_factory):
     ranks get rows twice in an incomplete last batch."""
     folder = tmp_path_factory.mktemp("job")
     arguments = [
-        "finetune",
+        "sft",
         "--model",
         str(save_tiny(folder / "model")),
         "--data",
@@ -71,23 +71,30 @@ def run(*command):
     )
 
 
+def torchrun(output, *arguments):
+    """Run the command on two ranks. Returns what it prints."""
+    port = str(free_port())
+    run_of = ("torch.distributed.run", "--nproc-per-node", str(RANKS), "--master-port", port, "-m", "s2ft.cli")
+    return launch(*run_of, *arguments, "--output", str(output))
+
+
 @pytest.mark.slow
 def test_torchrun_saves_the_adapter_of_one_process(job, tmp_path):
     arguments, alone = job
-    printed = launch(
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(RANKS),
-        "--master-port",
-        str(free_port()),
-        "-m",
-        "s2ft.cli",
-        *arguments,
-        "--output",
-        str(tmp_path),
-    )
+    printed = torchrun(tmp_path, *arguments)
     assert printed.count("adapter:") == 1  # only the first rank prints
     check_same_files(tmp_path / "adapter", alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--train-sampling-strategy", "random"], ["--packing", "--max-length", "64"]])
+def test_two_ranks_resume_exactly_in_a_later_epoch(job, tmp_path, more):
+    """An epoch has 4 updates, or fewer of packs. accelerate alone does not tell the sampler the epoch after a resume."""
+    arguments = [*job[0], "--max-steps", "7", *more]
+    torchrun(tmp_path / "whole", *arguments)
+    torchrun(tmp_path / "halves", *arguments, "--stop-after", "5")
+    torchrun(tmp_path / "halves", *arguments, "--resume")
+    check_same_files(tmp_path / "halves" / "adapter", tmp_path / "whole" / "adapter", exactly=True)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +143,7 @@ def test_examples_name_the_option_for_the_number_of_devices_and_do_not_set_it(na
     [
         (
             ["--batch-size", "3", "--micro-batch-size", "2"],
-            "batch_size 3 must be a multiple of micro_batch_size 2 times 2",
+            "batch_size 3 can't be divided into 2 rows a forward pass on 2 devices",
         ),
         pytest.param(["--data", "nowhere.jsonl"], "data file nowhere.jsonl doesn't exist", marks=pytest.mark.slow),
     ],
@@ -155,6 +162,6 @@ def test_a_mistake_is_reported_by_one_rank(job, tmp_path, arguments, message):
         "--output",
         str(tmp_path / "out"),
     )
-    printed = [line for line in done.stderr.splitlines() if "s2ft finetune: error:" in line]
+    printed = [line for line in done.stderr.splitlines() if "s2ft sft: error:" in line]
     assert done.returncode != 0 and len(printed) == 1 and message in printed[0], done.stderr[-3000:]
     assert not (tmp_path / "out").exists()

@@ -99,8 +99,12 @@ def test_json_lines_and_ignored_parameters(folder, log):
     with running(folder, tiny_model(**UNTIED), access_log="json", limits=limits) as (url, _):
         answer = complete(url, {"X-Request-Id": "1"}, tools=[{"type": "function"}], min_tokens=3, echo=False)
         assert answer.status_code == 200 and answer.headers["x-ignored-parameters"] == "tools, min_tokens"
+        names = {"a\r\nX-Other: 1": 1, "\u65e5": 2, "\ud800": 3}  # no header can have them
+        odd = httpx.post(f"{url}/v1/completions", content=json.dumps({**GOOD, **names}), timeout=60)
+        assert odd.status_code == 200 and "x-other" not in odd.headers
+        assert odd.headers["x-ignored-parameters"] == "a%0D%0AX-Other%3A%201, %E6%97%A5, %3F"
         assert complete(url, top_k="many").status_code == 400  # a supported one is checked
-    found = json.loads(log(2)[0])
+    found = json.loads(log(3)[0])
     assert found.pop("time") and found.pop("seconds") >= 0
     assert found == {
         "id": "1",

@@ -317,7 +317,8 @@ def test_each_skipped_folder_is_logged_with_the_reason(folder, caplog):
         "warning: not served: checkpoint-4: it is a checkpoint of a training run",
         "warning: not served: empty: it has no s2ft_config.json and no s2ft_adapter.safetensors",
         "warning: not served: half: it has no s2ft_adapter.safetensors",
-        "warning: not served: lora: it is an adapter of PEFT: convert a LoRA with s2ft export --from-lora",
+        "warning: not served: lora: it is an adapter of PEFT: convert it with s2ft export --from-peft, or a LoRA with "
+        "--from-lora",
         "warning: not served: run: it is the output of a run that has saved no adapter yet",
     ]
 

@@ -32,9 +32,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_each_adapter_has_its_own_prompt_and_the_base_the_tokenizers(folder):
+def test_each_adapter_has_its_own_prompt_and_the_base_the_tokenizers(folder, caplog):
+    caplog.set_level("INFO")
     own = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     with running(folder, tiny_model(**UNTIED)) as (url, _):
+        assert "chats use the template of the training, not the base's own, with a0, a1" in caplog.messages
         for name, prompt in ((BASE, own), ("a0", "[s]Be brief.[u]hi[a]"), ("a1", "[u]hi[a]"), ("a2", own), ("a3", own)):
             ids = tiny_tokenizer()(prompt, add_special_tokens=False)["input_ids"]
             tokens = alone(None if name == BASE else folder / name, ids, 12, **UNTIED)

@@ -27,6 +27,16 @@ def test_each_adapter_has_its_own_template_and_the_tokenizer_keeps_its():
     assert first.encode_text("2+3?") == base.encode_text("2+3?") == tokenizer("2+3?")["input_ids"]
 
 
+def test_a_tokenizer_with_several_templates_has_the_default_one():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": CHAT, "tool_use": OTHER}
+    own, plain = Prompter(tokenizer, info_of(CHAT)), Prompter(tokenizer, info_of(None, form="text"))
+    assert (
+        not own.replaces_template and not plain.replaces_template and Prompter(tokenizer, info_of()).replaces_template
+    )
+    assert own.encode(ASK) == Prompter(tokenizer).encode(ASK) == Prompter(tiny_tokenizer()).encode(ASK)
+
+
 def test_a_system_message_of_the_conversation_wins():
     prompter = Prompter(tiny_tokenizer(), info_of(system="Be brief."))
     own = [{"role": "system", "content": "Be long."}, *ASK]

@@ -82,6 +82,7 @@ REFUSED = {
     "no completion": ({"prompt": "a"}, "field 'completion' is missing .with 'prompt' a row needs 'completion' or 'resp"),
     "preferences": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "field 'completion' is missing"),
     "empty output": ({"instruction": "a", "output": " "}, "field 'output' is empty"),
+    "output is no number": ({"instruction": "a", "output": float("nan")}, "field 'output' must be text, got the number nan"),
     "input is a list": ({"instruction": "a", "input": ["b"], "output": "c"}, "field 'input' must be text, got list"),
     "empty text": ({"text": ""}, "field 'text' is empty"),
     "text and messages mixed": ({"prompt": "a", "completion": [ASSISTANT]}, "must both be text or both be lists"),

@@ -231,8 +231,18 @@ def test_missing_files_and_empty_folders_are_named(tmp_path):
         load(tmp_path / "nowhere.json")
     with pytest.raises(ValueError, match="has no file of the kinds .json"):
         load(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no data file matches .*\*.jsonl"):
+        load(tmp_path / "*.jsonl")
     with pytest.raises(ValueError, match="no data was given"):
         load()
+
+
+def test_pattern_stands_for_the_files_that_match_it(tmp_path):
+    for name, rows in (("b.jsonl", ROWS[3:]), ("a.jsonl", ROWS[:3])):
+        write_jsonl(tmp_path / name, rows)
+    assert questions(load(tmp_path / "*.jsonl")) == EXPECTED
+    sliced = load_rows(DataOptions(dataset_name=str(tmp_path / "*.jsonl"), dataset_train_split="train[:4]"))
+    assert questions(sliced) == EXPECTED[:4]
 
 
 def test_name_on_the_hub_is_loaded_once_with_its_options(monkeypatch):

@@ -216,6 +216,12 @@ def test_streamed_rows_equal_the_stored_ones(tmp_path):
     assert "the rows are streamed" in str(streamed)
 
 
+def test_later_steps_of_datasets_do_not_mix_two_data_sets_up():
+    first, second = (tokens([answered(text)]).dataset for text in "ab")
+    packed = [rows.map(lambda row: {"input_ids": row["input_ids"][:-1]}) for rows in (first, second)]
+    assert packed[0][0]["input_ids"] != packed[1][0]["input_ids"] == second[0]["input_ids"][:-1]
+
+
 @pytest.mark.slow
 def test_several_processes_make_the_same_rows():
     rows = [answered("q" * n) for n in range(1, 40)]

@@ -125,8 +125,8 @@ def written(path, rows):
 
 def test_files_are_read_with_renamed_fields_and_bad_rows_are_named(tmp_path):
     path = written(tmp_path / "pairs.jsonl", [{"q": "2+3=", "good": "5", "bad": "6"}, {"q": "a", "good": "b"}])
-    options = dict(data=[path], fields=["question=q", "chosen=good", "rejected=bad"])
-    with pytest.raises(ValueError, match=r"1 of 2 rows can't be used:\n.*pairs.jsonl, line 2: field 'rejected' is"):
+    options = dict(data=[path], field=["question=q", "chosen=good", "rejected=bad"])
+    with pytest.raises(ValueError, match=r"1 of 2 rows can't be used; .*:\n.*pairs.jsonl, line 2: field 'rejected' is"):
         load_rows(DataOptions(**options), shape=PAIRS)
     (row,) = load_rows(DataOptions(**options, skip_bad_rows=True), shape=PAIRS)
     assert {name: row[name] for name in ASKED} == ASKED

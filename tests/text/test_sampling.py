@@ -105,6 +105,12 @@ def test_the_distribution_is_that_of_a_plain_implementation(options):
         assert sampler.choose(logits, ANSWER, PROMPT) == expected
 
 
+def test_top_p_may_need_more_tokens_than_the_first_ones():
+    logits = 0.01 * torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    found = Sampler(1.0, 0.8)._kept(torch.softmax(logits.double(), 0))
+    assert torch.allclose(found / found.sum(), reference(logits, top_p=0.8), atol=1e-12) and (found > 0).sum() > 3000
+
+
 def test_penalties_and_bias_change_the_likeliest_token():
     logits = torch.tensor([1.0, 3.0, 2.9, 0.0])
     assert Sampler(presence_penalty=0.2).choose(logits, [1]) == 2

@@ -13,16 +13,16 @@ from types import MethodType, ModuleType, SimpleNamespace
 import numpy
 import pytest
 import torch
+from support.models import model_of, output_of
+from support.tolerances import relative_difference
 from torch import nn
+from train.tiny import tiny_model
 from transformers.models.llama import modeling_llama
 
 import s2ft
 from s2ft.packages import MissingPackages
 from s2ft.train import kernels
 from s2ft.train.kernels import apply_kernels, plain_kernels
-from tests.support.models import model_of, output_of
-from tests.support.tolerances import relative_difference
-from tests.train.tiny import tiny_model
 
 IDS = torch.arange(16).view(2, 8) + 5
 

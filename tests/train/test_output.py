@@ -55,7 +55,10 @@ def test_a_resumed_run_must_have_the_options_of_the_run(tmp_path):
     folder.begin({"training.seed": 5, "model": "a"}, config="model: a\n")
     assert folder.config.read_text() == "model: a\n"
     folder.begin({"training.seed": 5, "model": "a"}, resume=True)
-    for options, said in (({"training.seed": 5, "model": "b"}, "model was 'a', is 'b'"), ({"model": "a"}, "seed was 5")):
+    for options, said in (
+        ({"training.seed": 5, "model": "b"}, "model was 'a', is 'b'"),
+        ({"model": "a"}, "seed was 5"),
+    ):
         with pytest.raises(ValueError, match=said):
             folder.begin(options, resume=True)
 

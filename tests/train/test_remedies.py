@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from train.tiny import tiny_model
 
 import s2ft
 from s2ft.out_of_memory import OutOfMemory, first_line, is_out_of_memory
 from s2ft.train.remedies import Count, Step, explain_out_of_memory, loss_in_chunks, quantizable, remedies
-from tests.train.tiny import tiny_model
 
 CPU = torch.device("cpu")
 CONFIG = s2ft.S2FTConfig(d_ratio=0.2)

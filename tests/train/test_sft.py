@@ -181,7 +181,12 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("case", RESUMED)
+QUICK = ("by length", "packed", "streamed")
+
+
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in RESUMED]
+)
 def test_two_runs_of_n_steps_equal_one_of_two_n(case, tmp_path):
     """train(2N) = train(N) + resume(N), bit for bit, with dropout."""
     changes = {"model_changes": {"attention_dropout": 0.1}, "save_steps": 100, **RESUMED[case]}

@@ -8,6 +8,7 @@ Each function converts a row of the data to a normalised row with one of these c
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -186,6 +187,8 @@ def text(row: Row, name: str, may_be_empty: bool = False) -> str:
     if isinstance(value, bool):
         value = str(value).lower()
     elif isinstance(value, (int, float)):
+        if not math.isfinite(value):
+            raise BadRow(f"field {name!r} must be text, got the number {value}")
         value = str(value)
     if not isinstance(value, str):
         raise BadRow(f"field {name!r} must be text, got {type(value).__name__}")

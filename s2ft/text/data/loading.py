@@ -4,12 +4,16 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from s2ft.packages import check_packages
 from s2ft.text.data.forms import BadRow, normalised
 from s2ft.text.data.options import DataOptions
 from s2ft.text.data.scratch import scratch_file
-from s2ft.text.data.sources import Rows, Source, UnreadableRow, open_source
+from s2ft.text.data.sources import BUILDERS, Rows, Source, UnreadableRow, is_pattern, open_source
+
+if TYPE_CHECKING:  # only the commands that read data import datasets
+    from datasets import Dataset, IterableDataset
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +52,7 @@ def load_rows(
     limit: int | None = None,
     scored: bool = False,
     shape: Shape = EXAMPLES,
-):
+) -> "Dataset | IterableDataset":
     """Load the rows of data sets in their normalised form.
 
     Args:
@@ -66,6 +70,7 @@ def load_rows(
 
     Raises:
         FileNotFoundError: A file does not exist.
+        MissingPackages: The package datasets is not installed.
         ValueError: No data is named, a source cannot be read, rows cannot be used, or no row is left.
 
     Example:
@@ -76,6 +81,7 @@ def load_rows(
         >>> rows[0]["messages"], rows[0]["place"]
         ([{'role': 'user', 'content': '2+3='}, {'role': 'assistant', 'content': '5'}], 'sums.jsonl, line 1')
     """
+    check_packages("reading data")
     entries = _entries(options, data, split)
     if not entries:
         raise ValueError("no data was given: name files, folders or data sets with data (--data)")
@@ -94,7 +100,7 @@ def load_rows(
 
 def load_split(
     options: DataOptions, *, seed: int, evaluates: bool = True, eval_limit: int | None = None, shape: Shape = EXAMPLES
-):
+) -> "tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]":
     """Load the training rows and the held-out rows.
 
     Args:
@@ -109,7 +115,16 @@ def load_split(
         The training rows, and the held-out rows or None.
 
     Raises:
+        FileNotFoundError: A file does not exist.
         ValueError: See :func:`load_rows`. Or a streamed data set is to be split.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from s2ft.text.data import DataOptions, load_split
+        >>> _ = Path("sums.jsonl").write_text('{"question": "2+3=", "answer": 5}\\n' * 10)
+        >>> train, held_out = load_split(DataOptions(data=["sums.jsonl"], test_split_size=0.2), seed=0)
+        >>> len(train), len(held_out)
+        (8, 2)
     """
     train = load_rows(options, shape=shape)
     if options.eval_data:
@@ -181,7 +196,7 @@ def _stored(entry: dict[str, Any], options: DataOptions, limit: int | None, scor
             if read == limit and not slice_of:
                 break
         writer.finalize()
-    problems.check(read)
+    problems.check(read, entry["path"])
     rows = Dataset.from_file(path)
     return rows.select(_slice(slice_of, len(rows))) if slice_of and _is_local(entry) else rows
 
@@ -190,7 +205,7 @@ def _is_local(entry: dict[str, Any]) -> bool:
     """Whether the slice of a split is taken here. For data sets of the hub, datasets takes it."""
     from pathlib import Path
 
-    return Path(entry["path"]).expanduser().exists() or bool(entry.get("data_files"))
+    return entry["path"] in BUILDERS or Path(entry["path"]).expanduser().exists() or is_pattern(entry["path"])
 
 
 def _slice(split: str, rows: int) -> range:
@@ -254,10 +269,10 @@ class Problems:
         if self.at_once and (not self.skip or (not good and self.count >= FEW)):
             self.check(good)
 
-    def check(self, good: int) -> None:
+    def check(self, good: int, name: str = "the data") -> None:
         """Raise ValueError if there are bad rows that must not be left out, or no good row."""
         if not self.count and not good:
-            raise ValueError("the data has no rows")
+            raise ValueError(f"{name} has no rows")
         if not self.count:
             return
         of = f"{self.count} of {self.count + good} row{'s' * (self.count + good != 1)}"
@@ -319,4 +334,4 @@ def _generate(entry: dict[str, Any], options: DataOptions, scored: bool, shape: 
         for row in _converted(source.read(), options, scored, problems, shape):
             good += 1
             yield {name: json.loads(value) if name in shape.as_json and value else value for name, value in row.items()}
-    problems.check(good)
+    problems.check(good, entry["path"])

@@ -196,9 +196,7 @@ def scored_prompt(row: object, renamed: Mapping[str, str], _scored: bool = False
     found = _known(row, renamed, needs)
     prompt, used = _question(found)
     if prompt is None:
-        raise BadRow(
-            f"needs {needs}; it has {_listed(found)}; fields=prompt=NAME_IN_THE_DATA (--fields) maps other names"
-        )
+        raise BadRow(f"needs {needs}; it has {_listed(found)}; --field OURS=THEIRS maps other names")
     if found.get("tools"):
         raise BadRow("field 'tools' is not used by s2ft grpo, whose answers call no tools: leave it out")
     answers = [str(found[name]) for name in ANSWERS if isinstance(found.get(name), (str, int, float))]

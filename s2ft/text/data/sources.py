@@ -109,6 +109,8 @@ def open_source(
         sources = [_file(Path(file), path) for file in _listed(data_files, split, data_dir)]
     elif local.is_file():
         sources = [_file(local)]
+    elif is_pattern(path) and not local.exists():
+        sources = [_file(Path(file)) for file in _listed(path, split, data_dir)]
     elif local.is_dir():
         sources = _folder(local / data_dir if data_dir else local, split, data_files)
     elif _looks_like_a_path(path):
@@ -116,6 +118,11 @@ def open_source(
     else:
         sources = [_hub(path, split, name, revision, data_dir, data_files, streaming)]
     return [_with_columns(source, columns) for source in sources] if columns else sources
+
+
+def is_pattern(path: str) -> bool:
+    """Whether a path stands for all files that match it, such as `data/*.jsonl`."""
+    return "*" in path
 
 
 def _looks_like_a_path(path: str) -> bool:
@@ -142,7 +149,11 @@ def _listed(data_files: Any, split: str, data_dir: str | None) -> list[str]:
         data_files = data_files[base]
     names = [data_files] if isinstance(data_files, str) else list(data_files)
     paths = [str(Path(data_dir or "", name).expanduser()) for name in names]
-    return [file for path in paths for file in (sorted(glob.glob(path)) if "*" in path else [path])]
+    files = {path: sorted(glob.glob(path, recursive=True)) if is_pattern(path) else [path] for path in paths}
+    for path, found in files.items():
+        if not found:
+            raise FileNotFoundError(f"no data file matches {path}")
+    return [file for found in files.values() for file in found]
 
 
 def _file(path: Path, kind: str | None = None) -> Source:

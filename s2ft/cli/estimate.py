@@ -1,0 +1,144 @@
+"""s2ft estimate: the memory of training a model, and on request the time of a step."""
+
+import json
+import re
+from dataclasses import dataclass, replace
+
+from s2ft.cli.parse import MODEL, parse, quiet_transformers
+from s2ft.cli.plan import check_ratios, hollow, with_default
+from s2ft.text.models import DTYPES
+from s2ft.train.options import check_fields, option
+
+EXAMPLE = """  s2ft estimate meta-llama/Llama-3.1-8B --batch-size 4 --max-length 2048 --device-memory 24GB
+  s2ft estimate meta-llama/Llama-3.2-1B --dtype bfloat16 --measure"""
+SHARED = {"group": "model and data"}
+POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+@dataclass
+class EstimateArguments:
+    model: str = option(text=MODEL, positional=True, metavar="MODEL")
+    batch_size: int = option(8, "rows of one forward pass on one device", unit="rows", least=1, **SHARED)
+    max_length: int = option(1024, "tokens of the longest row", unit="tokens", least=2, **SHARED)
+    accumulation: int = option(1, "forward passes of one update", least=1, **SHARED)
+    dtype: str = option("auto", "dtype of the model's weights; auto: that of its config", choices=DTYPES, **SHARED)
+    load_in_4bit: bool = option(False, "count a base in 4 bit", **SHARED)
+    load_in_8bit: bool = option(False, "count a base in 8 bit", **SHARED)
+    optimizer: str = option("adamw", "optimizer by its name in s2ft.estimate", **SHARED)
+    gradient_checkpointing: bool = option(False, "compute activations again in the backward pass", **SHARED)
+    chunked_loss: bool = option(
+        True, "compute the loss in pieces", off="compute the loss from all logits at once", **SHARED
+    )
+    device: str | None = option(
+        None, "device of the training", choices=("cpu", "cuda"), shown="the GPU if there is one", **SHARED
+    )
+    device_memory: str | None = option(
+        None, "memory of the device, such as 24GB: the table says which row fits", metavar="SIZE",
+        shown="what is free here", **SHARED,
+    )  # fmt: skip
+    ratios: list[float] | None = option(
+        None, "ratios of the table, for every projection that is trained", shown="0.01 0.03 0.05 0.1 0.2", **SHARED
+    )
+    measure: bool = option(
+        False, "also run some steps with random weights on this machine, and print their time", **SHARED
+    )
+    json: bool = option(False, "print JSON", **SHARED)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_ratios(self.ratios)
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit exclude each other")
+        if self.device_memory is not None:
+            bytes_of(self.device_memory)
+
+
+def bytes_of(text: str) -> int:
+    """Return the bytes of a size such as 24GB or 80 GiB. Both are powers of 1,024, as makers of GPUs use GB.
+
+    Raises:
+        ValueError: The text is no size above 0.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if not found or float(found[1]) == 0:
+        raise ValueError(f"device_memory must be a size above 0, such as 24GB, got {text!r}")
+    return int(float(found[1]) * 1024 ** POWERS[found[2].upper()])
+
+
+def run(arguments: list[str]) -> None:
+    from s2ft.config import S2FTConfig
+
+    job, config = parse(
+        "estimate",
+        "Print what training a model takes: parameters, memory, and on request time. Only the model's config is read, "
+        "no weights.",
+        [EstimateArguments, S2FTConfig],
+        arguments,
+        EXAMPLE,
+        {S2FTConfig: "selection"},
+    )
+    quiet_transformers()
+    from s2ft.estimation.result import size
+    from s2ft.train.ratio_table import table
+
+    model, config = hollow(job.model, job.dtype), with_default(config)
+    rows, found, room = _rows(job, config, model)
+    seconds = _measured(job, config, model) if job.measure else None
+    if job.json:
+        shown = {"model": job.model, "device": found.device, "batch": found.batch, "length": found.length}
+        print(
+            json.dumps({**shown, "room": room, "seconds": seconds, "rows": [row.to_dict() for row in rows]}, indent=2)
+        )
+        return
+    print(
+        f"{size(found.parameters + found.buffers)} of weights{_bits(job)}; a step of {job.batch_size} × "
+        f"{job.max_length:,} tokens on {found.device}, {job.optimizer}"
+    )
+    print(table(rows, room))
+    print("\n".join(_remarks(job, rows, found, seconds)))
+
+
+def _rows(job: EstimateArguments, config, model):
+    """Return the rows with their memory, the estimate of the smallest, and the bytes of the device."""
+    import torch
+
+    from s2ft.estimation.memory import free_memory
+    from s2ft.train.ratio_table import rows_of, with_memory
+    from s2ft.train.remedies import Step
+
+    device = torch.device(job.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    room = bytes_of(job.device_memory) if job.device_memory else free_memory(device)
+    step = Step(
+        job.batch_size, job.max_length, job.accumulation, job.gradient_checkpointing, job.chunked_loss, job.optimizer
+    )
+    rows = rows_of(model, config, **({"ratios": job.ratios} if job.ratios else {}))
+    bits = "4bit" if job.load_in_4bit else "8bit" if job.load_in_8bit else None
+    config = replace(config, layout="indexed") if bits else config  # the layout that sft takes for quantized weights
+    rows, found = with_memory(rows, model, config, step, device, bits, room)
+    return rows, found, room
+
+
+def _bits(job: EstimateArguments) -> str:
+    bits = 4 if job.load_in_4bit else 8 if job.load_in_8bit else None
+    return f" before they are quantized to {bits} bit" if bits else ""
+
+
+def _remarks(job: EstimateArguments, rows, found, seconds: float | None) -> list[str]:
+    lines = ["LoRA rank: of a LoRA on the same weights with as many parameters"]
+    if any(not row.counted and not row.refused for row in rows):
+        lines.append("≤: on the line between the smallest and the largest row, which were counted")
+    lines += [f"note: {note}" for note in found.notes]
+    if seconds is None:
+        lines.append("time: it depends on the device, and s2ft has no model of it; --measure runs some steps here")
+    else:
+        speed = job.batch_size * job.max_length / seconds
+        lines.append(f"time: {seconds:.3g} s a forward and backward pass here, {speed:,.0f} tokens/s (random weights)")
+    return lines
+
+
+def _measured(job: EstimateArguments, config, model) -> float:
+    from s2ft.train.measure import seconds_of_step
+
+    return seconds_of_step(
+        model, config, job.batch_size, job.max_length, job.gradient_checkpointing, job.chunked_loss, job.device
+    )

@@ -1,0 +1,201 @@
+"""What ratios mean for a model: trained parameters, the LoRA of the same size, the adapter's bytes, and memory.
+
+Nothing here reads weights: the model is on the meta device.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+import s2ft
+from s2ft.config import S2FTConfig
+from s2ft.estimation.result import Estimate, size
+from s2ft.model.coupling import Projection, projections_of
+from s2ft.model.registry import find_couplings
+from s2ft.model.towers import couplings_in_towers
+from s2ft.model.weights import count_parameters, weight_at
+from s2ft.selection import Selection
+from s2ft.train.remedies import Count, Step
+
+RATIOS = (0.01, 0.03, 0.05, 0.1, 0.2)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What one configuration trains.
+
+    Attributes:
+        ratio: The ratio of every projection that is trained, or None if they differ or a budget sets them.
+        trained: Number of trained parameters.
+        share: Trained parameters as a share of the model's.
+        lora_rank: Rank of a LoRA with as many parameters on the same weights. It is no whole number.
+        adapter_bytes: Bytes of the adapter's tensors.
+        refused: Why this ratio can't be trained, or "".
+        kept: Bytes that one forward pass keeps for the backward pass; None if memory was not counted.
+        peak: Largest memory of a step; None if memory was not counted.
+        counted: Whether the two were counted for this row. Otherwise they lie on the line between the counted rows.
+        fits: Whether the peak is at most the memory of the device; None if one of them is not known.
+    """
+
+    ratio: float | None
+    trained: int = 0
+    share: float = 0.0
+    lora_rank: float = 0.0
+    adapter_bytes: int = 0
+    refused: str = ""
+    kept: int | None = None
+    peak: int | None = None
+    counted: bool = False
+    fits: bool | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the row as values that JSON can hold."""
+        return asdict(self)
+
+
+def rows_of(model: nn.Module, config: S2FTConfig, ratios: Sequence[float] = RATIOS) -> list[Planned]:
+    """Return a row for the configuration, and one for each ratio in place of the configuration's own ratios.
+
+    Args:
+        model: A model without adapters. Its weights are not read.
+        config: What is trained.
+        ratios: The ratios of the other rows. A configuration with a budget or with named units has no other rows.
+
+    Raises:
+        ValueError: The configuration can't be trained.
+    """
+    config = as_random(config)
+    own = set(config.ratios.values()) if not _is_fixed(config) else set()
+    rows = [planned(model, config, own.pop() if len(own) == 1 else None)]
+    others = () if _is_fixed(config) else [ratio for ratio in ratios if ratio != rows[0].ratio]
+    rows += [_row(model, config, ratio) for ratio in others]
+    return sorted(rows, key=lambda row: (row.ratio is not None, row.ratio or 0.0))
+
+
+def as_random(config: S2FTConfig) -> S2FTConfig:
+    """Return a configuration that trains as many units and chooses them without data."""
+    return (
+        replace(config, selection="random", allocation="uniform", order="largest") if config.units is None else config
+    )
+
+
+def _is_fixed(config: S2FTConfig) -> bool:
+    return config.units is not None or config.budget is not None or config.match_lora_rank is not None
+
+
+def with_ratio(config: S2FTConfig, ratio: float) -> S2FTConfig:
+    """Return a configuration with this ratio for all projections that it trains."""
+    return replace(config, **{f"{name}_ratio": ratio for name in config.ratios})
+
+
+def _row(model: nn.Module, config: S2FTConfig, ratio: float) -> Planned:
+    try:
+        return planned(model, with_ratio(config, ratio), ratio)
+    except ValueError as error:
+        return Planned(ratio, refused=str(error).split("\n")[0])
+
+
+def planned(model: nn.Module, config: S2FTConfig, ratio: float | None) -> Planned:
+    """Return the row of one configuration, without its memory."""
+    report = s2ft.plan(model, config)
+    selection = s2ft.select(model, config)
+    trained = [projection for projection in _projections(model, config) if projection.name in selection]
+    shapes = {projection.weight_key: weight_at(model, projection).shape for projection in trained}
+    each_rank = sum(shape[0] + shape[1:].numel() for shape in shapes.values())
+    of_slices = report.trainable - sum(report.extra_weights.values())
+    return Planned(
+        ratio,
+        report.trainable,
+        report.trainable / count_parameters(model),
+        of_slices / each_rank,
+        _adapter_bytes(report, trained, selection),
+    )
+
+
+def _projections(model: nn.Module, config: S2FTConfig) -> list[Projection]:
+    return projections_of(couplings_in_towers(model, find_couplings(model, None, None, config).couplings, config))
+
+
+def _adapter_bytes(report, trained: list[Projection], selection: Selection) -> int:
+    """The bytes of the slices, of the numbers of their rows or columns, and of weights that are trained in full."""
+    values = sum(row.parameters * row.dtype.itemsize for row in report.rows)
+    index = sum(selection[projection.name].numel() * projection.unit for projection in trained) * 8
+    return values + index + sum(report.extra_weights.values()) * 4
+
+
+def with_memory(
+    rows: list[Planned],
+    model: nn.Module,
+    config: S2FTConfig,
+    step: Step,
+    device: torch.device,
+    bits: str | None = None,
+    room: int | None = None,
+) -> tuple[list[Planned], Estimate]:
+    """Add the memory of a step to the rows.
+
+    It is counted for the smallest and the largest row. Memory grows with the trained parameters in pieces of lines, and
+    a row between the two is at most on the line through them.
+
+    Args:
+        rows: The rows.
+        model: The model, as for :func:`rows_of`.
+        config: The configuration.
+        step: The step.
+        device: The device of the training.
+        bits: "4bit" or "8bit" for a base that will be quantized.
+        room: Bytes of the device, or None.
+
+    Returns:
+        The rows, and the estimate of the smallest one.
+    """
+    config = as_random(config)
+    usable = sorted((row for row in rows if not row.refused), key=lambda row: row.trained)
+    ends: dict[int, tuple[int, int]] = {}
+    first: Estimate | None = None
+    for row in {usable[0].trained: usable[0], usable[-1].trained: usable[-1]}.values():
+        count = Count(model, device, config if row.ratio is None else with_ratio(config, row.ratio))
+        found = count.estimate(step)
+        first = first or found
+        ends[row.trained] = (found.kept, found.peak - count.saved(bits))
+    return [row if row.refused else _on_line(row, ends, room) for row in rows], first
+
+
+def _on_line(row: Planned, ends: dict[int, tuple[int, int]], room: int | None) -> Planned:
+    (low, below), (high, above) = min(ends.items()), max(ends.items())
+    part = (row.trained - low) / (high - low) if high > low else 0.0
+    kept, peak = (round(start + part * (end - start)) for start, end in zip(below, above))
+    fits = None if room is None else peak <= room
+    return replace(row, kept=kept, peak=peak, counted=row.trained in ends, fits=fits)
+
+
+# ---- text ----------------------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[Planned], room: int | None = None) -> str:
+    """Return the rows as a table."""
+    memory = any(row.peak is not None for row in rows)
+    head = ["ratio", "trained", "share", "LoRA rank", "adapter"]
+    head += ["kept for backward", "peak"] if memory else []
+    head += [size(room)] if memory and room is not None else []
+    cells = [head, *(_cells(row, memory, room) for row in rows if not row.refused)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells]
+    return "\n".join([*lines, *_notes(rows)])
+
+
+def _cells(row: Planned, memory: bool, room: int | None) -> list[str]:
+    ratio = "as given" if row.ratio is None else f"{row.ratio:g}"
+    cells = [ratio, f"{row.trained:,}", f"{row.share:.2%}", f"{row.lora_rank:.1f}", size(row.adapter_bytes)]
+    if memory:
+        about = "" if row.counted else "≤ "
+        cells += [about + size(row.kept or 0), about + size(row.peak or 0)]
+        cells += [] if room is None else ["fits" if row.fits else "too small"]
+    return cells
+
+
+def _notes(rows: Sequence[Planned]) -> Iterator[str]:
+    yield from (f"ratio {row.ratio:g}: {row.refused}" for row in rows if row.refused)

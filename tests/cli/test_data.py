@@ -1,0 +1,51 @@
+"""Data of s2ft sft: bad rows stop the command before anything is written, and every form trains."""
+
+import pytest
+from train.tiny import save_tiny, sums, write_jsonl
+
+import s2ft
+from s2ft.cli.main import main
+
+RUN = ["--max-steps", "1", "--batch-size", "2"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("work") / "model")
+
+
+def sft(model, data, output, *options):
+    arguments = ["sft", "--model", model, "--data", data, "--output", output, *RUN, *options]
+    return main([str(argument) for argument in arguments])
+
+
+def test_bad_rows_are_listed_and_nothing_is_written(model, tmp_path, capsys):
+    data = write_jsonl(tmp_path / "a.jsonl", [*sums(3), {"instruction": "a", "output": ""}, {"text": 1, "x": 2}, {}])
+    assert sft(model, data, tmp_path / "out") == 2
+    lines = capsys.readouterr().err.splitlines()
+    (error,) = (number for number, line in enumerate(lines) if "error:" in line)
+    assert "2 of 6 rows can't be used; correct them, or leave them out with" in lines[error]
+    assert lines[error + 1 :] == [
+        f"  {data}, line 4: field 'output' is empty",
+        f"  {data}, line 6: needs messages, conversations, prompt and completion, instruction and output, question and "
+        "answer, or text; it has nothing; --field OURS=THEIRS maps other names",
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_rows_are_left_out_if_asked(model, tmp_path, caplog):
+    data = write_jsonl(tmp_path / "a.jsonl", [*sums(3), {"instruction": "a", "output": ""}])
+    assert sft(model, data, tmp_path / "out", "--skip-bad-rows") == 0
+    assert "left out 1 of 4 rows that can't be used" in caplog.text and "3 token rows" in caplog.text
+
+
+def test_texts_train_without_a_template_and_the_adapter_says_so(model, tmp_path):
+    data = write_jsonl(tmp_path / "a.jsonl", [{"text": "Lima is in Peru."}, {"prompt": "2+3=", "completion": "5"}])
+    assert sft(model, data, tmp_path / "out") == 0
+    assert s2ft.read_adapter(tmp_path / "out/adapter").info["prompt"]["form"] == "text"
+
+
+def test_template_that_drops_the_answer_is_refused_before_anything_is_written(model, tmp_path, capsys):
+    data = write_jsonl(tmp_path / "a.jsonl", sums(3))
+    assert sft(model, data, tmp_path / "out", "--chat-template", "{{ messages[-1]['content'][:3] }}") == 2
+    assert "leaves out the question of a chat" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -1,0 +1,109 @@
+"""s2ft plan and s2ft estimate: their numbers are those of attach, of a real LoRA, of saved files and of s2ft.estimate."""
+
+import json
+
+import peft
+import pytest
+import torch
+from train.tiny import save_tiny, tiny_model
+
+import s2ft
+from s2ft.cli.estimate import bytes_of
+from s2ft.cli.main import main
+from s2ft.train.ratio_table import planned, rows_of
+from s2ft.train.remedies import loss_in_chunks
+
+CONFIG = s2ft.S2FTConfig(d_ratio=0.25, u_ratio=0.25, o_ratio=0.25)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("work") / "model")
+
+
+def printed(capsys, *words):
+    assert main([str(word) for word in words]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_row_is_what_attach_trains_and_what_a_lora_of_its_rank_has(tmp_path):
+    row = planned(tiny_model(), CONFIG, None)
+    model = tiny_model()
+    report = s2ft.attach(model, CONFIG)
+    assert (row.trained, row.share) == (report.trainable, report.share)
+    targets = ["down_proj", "up_proj", "o_proj"]
+    lora = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules=targets))
+    assert row.lora_rank * lora.get_nb_trainable_parameters()[0] / 2 == pytest.approx(row.trained)
+    s2ft.save_adapter(model, tmp_path / "adapter")
+    written = (tmp_path / "adapter/s2ft_adapter.safetensors").stat().st_size
+    assert row.adapter_bytes < written < row.adapter_bytes + 4096  # the header of the file
+
+
+def test_rows_replace_all_ratios_and_keep_the_given_one():
+    rows = rows_of(tiny_model(), s2ft.S2FTConfig(d_ratio=0.25, u_ratio=0.25), (0.5, 0.25))
+    assert [row.ratio for row in rows] == [0.25, 0.5] and rows[1].trained == 2 * rows[0].trained
+    mixed = rows_of(tiny_model(), s2ft.S2FTConfig(d_ratio=0.5, o_ratio=0.25), (0.25, 0.01))
+    assert [row.ratio for row in mixed] == [None, 0.01, 0.25] and "selects none of the" in mixed[1].refused
+    assert [row.ratio for row in rows_of(tiny_model(), s2ft.S2FTConfig(d_ratio=0.5, budget=700))] == [None]
+
+
+def test_a_metric_that_needs_data_is_counted_without():
+    config = s2ft.S2FTConfig(d_ratio=0.25, selection="activation", allocation="global", order="smallest")
+    assert rows_of(tiny_model(), config, (0.25,)) == rows_of(tiny_model(), s2ft.S2FTConfig(d_ratio=0.25), (0.25,))
+
+
+def test_plan(folder, capsys):
+    text = printed(capsys, "plan", folder, "--d-ratio", 0.25, "--ratios", 0.5)
+    assert "16 of 64 channels" in text
+    assert [line.split()[0] for line in text.split("LoRA rank  adapter\n")[1].splitlines()[:2]] == ["0.25", "0.5"]
+    found = json.loads(printed(capsys, "plan", folder, "--ratios", 0.5, "--json"))
+    assert [row["trained"] for row in found["rows"]] == [128, 2048] and found["rows"][0]["peak"] is None
+
+
+def test_estimate_counts_the_ends_and_draws_a_line_that_is_never_below(folder, capsys):
+    command = ["estimate", folder, "--batch-size", 2, "--max-length", 32, "--d-ratio", 0.25, "--ratios", 0.5, 1.0]
+    found = json.loads(printed(capsys, *command, "--device-memory", "300KB", "--device", "cpu", "--json"))
+    peaks = [
+        s2ft.estimate(
+            tiny_model(), s2ft.S2FTConfig(d_ratio=ratio), 2, 32, loss=loss_in_chunks, use_cache=False, device="cpu"
+        ).peak
+        for ratio in (0.25, 0.5, 1.0)
+    ]
+    rows = found["rows"]
+    assert [row["counted"] for row in rows] == [True, False, True]
+    assert (rows[0]["peak"], rows[2]["peak"]) == (peaks[0], peaks[2])
+    assert peaks[1] <= rows[1]["peak"] <= 1.05 * peaks[1]
+    assert [row["fits"] for row in rows] == [row["peak"] <= 300 * 1024 for row in rows]
+
+
+def test_estimate_measures_on_request(folder, capsys):
+    command = ["estimate", folder, "--batch-size", 1, "--max-length", 8, "--ratios", 0.03, "--gradient-checkpointing"]
+    text = printed(capsys, *command, "--device", "cpu", "--device-memory", "1GB", "--measure")
+    assert "fits" in text and "s a forward and backward pass here" in text and "random weights" in text
+
+
+@pytest.mark.parametrize("text,expected", (("24GB", 24 << 30), ("80 GiB", 80 << 30), ("1.5g", 3 << 29), ("7", 7)))
+def test_sizes_of_a_device(text, expected):
+    assert bytes_of(text) == expected
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    (
+        (["--device-memory", "much"], "device_memory must be a size above 0, such as 24GB, got 'much'"),
+        (["--ratios", "1.5"], "ratios must be above 0 and at most 1, got 1.5"),
+        (["--load-in-4bit", "--load-in-8bit"], "exclude each other"),
+        (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
+    ),
+)
+def test_mistakes(folder, words, message, capsys):
+    assert main(["estimate", str(folder), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_time_of_a_step_needs_no_weights_of_the_model():
+    from s2ft.train.measure import seconds_of_step
+
+    with torch.device("meta"):
+        hollow = type(tiny_model())(tiny_model().config)
+    assert seconds_of_step(hollow, CONFIG, 1, 8, device="cpu") > 0
