@@ -43,6 +43,7 @@ def _train(parsed, folder, ranks, resume):
     from s2ft.train.loading import fit_layout, load_base
     from s2ft.train.memory import log_memory_of_batch
     from s2ft.train.options import ModelOptions, RunOptions
+    from s2ft.train.remedies import explain_out_of_memory, step_of
     from s2ft.train.rl_arguments import DPOArguments
 
     arguments, options = parsed[DPOArguments], parsed[RunOptions]
@@ -57,7 +58,11 @@ def _train(parsed, folder, ranks, resume):
     if ranks.is_main_process and not resume:
         log_memory_of_batch(model, config, longest_batch(rows, tokenizer, micro), arguments, chunked=True)
     begin("dpo", parsed, arguments, model, prompt, rows, folder, ranks, resume, calibration)
-    with naming_what_is_kept(folder):
+
+    def step():
+        return step_of(arguments, longest_batch(rows, tokenizer, 1)["input_ids"].shape[1], True, sequences=2)
+
+    with naming_what_is_kept(folder), explain_out_of_memory(model, step, folder.kept):
         return dpo(model, tokenizer, rows, arguments, folder, options=options, resume=resume, held_out=held_out)
 
 

@@ -59,6 +59,7 @@ def score(job: EvalArguments, reading: ReadingOptions) -> None:
     from s2ft.text.examples import read_examples
     from s2ft.text.scoring import right_answer
     from s2ft.train.device import gpu_or_cpu
+    from s2ft.train.generation_memory import explain_generation
     from s2ft.train.output import write_json
 
     output = Path(job.output) if job.output else None
@@ -70,10 +71,11 @@ def score(job: EvalArguments, reading: ReadingOptions) -> None:
     for example in examples:  # A row that can't be scored is reported before the model is loaded.
         right_answer(example, job.task)
     model, prompter = load_with_adapter(job.model, job.adapter, job.dtype)
-    model.to(gpu_or_cpu())
-    result = evaluate(
-        model, prompter.tokenizer, examples, job.task, job.batch_size, job.max_new_tokens, prompt=prompter.format
-    )
+    with explain_generation(model, job.batch_size, job.max_new_tokens):
+        model.to(gpu_or_cpu())
+        result = evaluate(
+            model, prompter.tokenizer, examples, job.task, job.batch_size, job.max_new_tokens, prompt=prompter.format
+        )
     print(result)
     if output:
         write_json(output, {"model": job.model, "adapter": job.adapter, "data": job.data, **result.to_dict()})

@@ -49,15 +49,17 @@ def generate(job: GenerateArguments, sampling: SamplingArguments) -> None:
     from s2ft.text.chat import pieces
     from s2ft.text.running_batch import Row, RunningBatch
     from s2ft.train.device import gpu_or_cpu
+    from s2ft.train.generation_memory import explain_generation
 
     prompt = read_prompt(job)
     model, prompter = load_with_adapter(job.model, job.adapter, job.dtype)
     row = Row(prompt_ids(prompter, prompt, job), sampling.sampler())
     limit = longest_answer(model, len(row.prompt), sampling.max_new_tokens)
-    batch: RunningBatch[Row] = RunningBatch(model.to(gpu_or_cpu()))
-    batch.admit([row])
-    for piece in pieces(batch, row, prompter.tokenizer, prompter.ends, limit):
-        print(piece, end="", flush=True)
+    with explain_generation(model, 1, limit):
+        batch: RunningBatch[Row] = RunningBatch(model.to(gpu_or_cpu()))
+        batch.admit([row])
+        for piece in pieces(batch, row, prompter.tokenizer, prompter.ends, limit):
+            print(piece, end="", flush=True)
     print()
     if limit < sampling.max_new_tokens and len(row.tokens) == limit and row.tokens[-1] not in prompter.ends:
         print(f"(cut after {limit} tokens: the model's context is full)", file=sys.stderr)

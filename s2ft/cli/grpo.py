@@ -61,6 +61,7 @@ def _train(parsed, folder, ranks, resume):
     from s2ft.train.loading import fit_layout, load_base
     from s2ft.train.memory import log_memory_of_batch
     from s2ft.train.options import ModelOptions, RunOptions
+    from s2ft.train.remedies import explain_out_of_memory, step_of
     from s2ft.train.rewards import check_columns, load_rewards
     from s2ft.train.rl_arguments import GRPOArguments
 
@@ -85,7 +86,12 @@ def _train(parsed, folder, ranks, resume):
         batch = largest_batch(arguments, longest)
         log_memory_of_batch(model, config, batch, arguments, chunked=True)
     begin("grpo", parsed, arguments, model, prompt, rows, folder, ranks, resume)
-    with naming_what_is_kept(folder):
+
+    def step():
+        answer = arguments.max_completion_length
+        return step_of(arguments, longest + answer, True, prompt=longest, shortens="--max-completion-length")
+
+    with naming_what_is_kept(folder), explain_out_of_memory(model, step, folder.kept):
         return grpo(
             model, tokenizer, rows, rewards, arguments, folder, options=options, resume=resume, held_out=held_out
         )

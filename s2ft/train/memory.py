@@ -8,8 +8,9 @@ import torch
 import s2ft
 from s2ft.text.prompts import pad_id
 from s2ft.train.batching import Batching, choose_batching, row_lengths
-from s2ft.train.loss import chunked_loss, why_not_chunked
+from s2ft.train.loss import why_not_chunked
 from s2ft.train.options import RunOptions
+from s2ft.train.remedies import loss_in_chunks
 from s2ft.train.runs import needs_trl_loss
 from s2ft.train.sft import is_checkpointed
 
@@ -53,7 +54,7 @@ def log_memory_of_batch(model, config, batch: dict, arguments, chunked: bool) ->
             config,
             example=batch,
             optimizer=_optimizer(arguments),
-            loss=_loss if chunked else None,
+            loss=loss_in_chunks if chunked else None,
             gradient_checkpointing=is_checkpointed(arguments),
             accumulation=arguments.gradient_accumulation_steps,
             autocast=torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None,
@@ -85,8 +86,3 @@ def _optimizer(arguments):
 
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     return partial(kind, **options)
-
-
-def _loss(model, inputs):
-    with chunked_loss(model):
-        return model(**inputs).loss

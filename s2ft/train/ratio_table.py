@@ -77,9 +77,9 @@ def rows_of(model: nn.Module, config: S2FTConfig, ratios: Sequence[float] = RATI
 
 def as_random(config: S2FTConfig) -> S2FTConfig:
     """Return a configuration that trains as many units and chooses them without data."""
-    return (
-        replace(config, selection="random", allocation="uniform", order="largest") if config.units is None else config
-    )
+    if config.units is not None:
+        return config
+    return replace(config, selection="random", allocation="uniform", order="largest")
 
 
 def _is_fixed(config: S2FTConfig) -> bool:

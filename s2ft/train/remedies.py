@@ -20,9 +20,10 @@ from s2ft.attached.hosts.compiled import unwrapped
 from s2ft.attached.record import find_attachment
 from s2ft.estimation.memory import free_memory, resident
 from s2ft.estimation.result import size
-from s2ft.out_of_memory import OutOfMemory, first_line, is_out_of_memory
+from s2ft.model.coupling import Coupling
 from s2ft.train.kernels import plain_kernels
 from s2ft.train.loss import chunked_loss
+from s2ft.train.out_of_memory import OutOfMemory, first_line, is_out_of_memory
 
 logger = logging.getLogger(__name__)
 BITS = {"4bit": 4.5, "8bit": 8.1}  # of one weight in bitsandbytes' blocks, with their scales
@@ -42,6 +43,8 @@ class Step:
         optimizer: As for :func:`s2ft.estimate`.
         autocast: As for :func:`s2ft.estimate`.
         sequences: Sequences of one row: 2 for pairs of a chosen and a rejected answer.
+        prompt: Tokens of the longest row that no option shortens.
+        shortens: The option that shortens the rest.
     """
 
     batch: int
@@ -52,6 +55,8 @@ class Step:
     optimizer: Any = "adamw"
     autocast: torch.dtype | None = None
     sequences: int = 1
+    prompt: int = 0
+    shortens: str = "--max-length"
 
 
 @dataclass(frozen=True)
@@ -69,14 +74,14 @@ class Remedy:
     price: str
 
 
-def step_of(arguments, length: int, chunked: bool, sequences: int = 1) -> Step:
+def step_of(arguments, length: int, chunked: bool, **more: Any) -> Step:
     """Return the step of a run.
 
     Args:
         arguments: The arguments of a Trainer.
         length: Tokens of the longest row.
         chunked: Whether the loss is computed without keeping the logits.
-        sequences: Sequences of one row.
+        more: Further fields of the step.
     """
     from transformers import Trainer
 
@@ -89,7 +94,7 @@ def step_of(arguments, length: int, chunked: bool, sequences: int = 1) -> Step:
         chunked,
         partial(kind, **options),
         torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None,
-        sequences,
+        **more,
     )
 
 
@@ -152,9 +157,8 @@ class Count:
 
     def __init__(self, model: nn.Module, device: torch.device, config: s2ft.S2FTConfig | None = None) -> None:
         model = unwrapped(model)
-        record = find_attachment(model)
-        self.config = config or record.config
-        self.couplings = record.custom_couplings if record is not None else None
+        attached, self.couplings = _attached(model)
+        self.config = config or attached
         self.dtype, self.device = model.dtype, device
         self.hollow, self.bits = _hollow(model)
         self._peaks: dict[Step, int] = {}
@@ -211,6 +215,12 @@ def quantizable(model: nn.Module) -> list[int]:
     return [layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
 
 
+def _attached(model: nn.Module) -> tuple[s2ft.S2FTConfig | None, list[Coupling] | None]:
+    """What the adapter of a model trains, and the couplings that are of no known family."""
+    record = find_attachment(model)
+    return (None, None) if record is None else (record.config, record.custom_couplings)
+
+
 def _hollow(model: nn.Module) -> tuple[nn.Module, str | None]:
     """A plain model of the same config without data, and how the given one is quantized."""
     config = copy.deepcopy(model.config)
@@ -262,13 +272,13 @@ def _same_result(count: Count, step: Step, room: int | None) -> Iterator[Remedy]
 
 def _other_result(count: Count, step: Step, room: int | None) -> Iterator[Remedy]:
     """Changes after which the run is another one."""
-    length = step.length // 2
+    length = (step.length - step.prompt) // 2
     if length >= SHORTEST:
-        peak = count(replace(step, length=length))
+        peak = count(replace(step, length=step.prompt + length))
         if room is not None and peak > room and length // 2 >= SHORTEST:
             length //= 2
-            peak = count(replace(step, length=length))
-        yield Remedy(f"--max-length {length}", peak, "longer rows are cut or left out")
+            peak = count(replace(step, length=step.prompt + length))
+        yield Remedy(f"{step.shortens} {length}", peak, "longer rows are cut or left out")
     if count.bits is None and count.saved("4bit"):
         yield Remedy("--load-in-4bit", count(step, "4bit"), "a coarser base")
 

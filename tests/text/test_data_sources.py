@@ -216,7 +216,7 @@ def test_no_row_left_says_why(tmp_path):
         ("a.jsonl", b'{"instruction": "a", "output": ' + b"9" * 6000 + b"}", "a.jsonl, line 1: a number is too long"),
         ("a.parquet", b"no parquet", "a.parquet can't be read as parquet"),
         ("a.csv", b'question,answer\n"a,b\n', "a.csv can't be read as csv"),
-        ("a.jsonl.gz", gzip.compress(lines().encode())[:40], "can't be read"),
+        ("a.jsonl.gz", gzip.compress(lines().encode(), mtime=0)[:40], "can't be read"),
         ("a.txt", b"plain", "a.txt is plain text: write JSON lines"),
     ],
 )

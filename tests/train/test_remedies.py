@@ -7,7 +7,7 @@ import torch
 from train.tiny import tiny_model
 
 import s2ft
-from s2ft.out_of_memory import OutOfMemory, first_line, is_out_of_memory
+from s2ft.train.out_of_memory import OutOfMemory, first_line, is_out_of_memory
 from s2ft.train.remedies import Count, Step, explain_out_of_memory, loss_in_chunks, quantizable, remedies
 
 CPU = torch.device("cpu")
@@ -111,5 +111,7 @@ def test_an_estimate_that_fails_does_not_hide_the_error(attached):
             raise ON_GPU
 
 
-def test_pairs_count_twice(count):
+def test_pairs_count_twice_and_prompts_are_not_shortened(count):
     assert count(replace(STEP, batch=4, sequences=2)) == count(STEP)
+    step = replace(STEP, batch=1, prompt=100, length=300, shortens="--max-completion-length")
+    assert "--max-completion-length 100" in [remedy.switches for remedy in remedies(count, step, None)]
