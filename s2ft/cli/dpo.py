@@ -2,6 +2,7 @@
 
 import logging
 
+from s2ft.cli.config_files import set_environment
 from s2ft.cli.parse import quiet_transformers
 
 logger = logging.getLogger(__name__)
@@ -18,6 +19,7 @@ def run(arguments: list[str]) -> None:
     from s2ft.packages import check_packages
 
     check_packages("s2ft dpo")
+    set_environment(arguments)
     from s2ft.cli.sft import train
     from s2ft.cli.training import parse_training
     from s2ft.config import S2FTConfig

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 
+from s2ft.cli.config_files import set_environment
 from s2ft.cli.parse import quiet_transformers
 from s2ft.train.options import option
 
@@ -35,6 +36,7 @@ def run(arguments: list[str]) -> None:
     from s2ft.packages import check_packages
 
     check_packages("s2ft grpo")
+    set_environment(arguments)
     from s2ft.cli.sft import train
     from s2ft.cli.training import parse_training
     from s2ft.config import S2FTConfig
