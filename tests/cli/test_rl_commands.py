@@ -91,6 +91,8 @@ def test_a_run_goes_on_only_with_the_same_rewards(capsys):
         ("dpo", ["--eval-task", "arithmetic"], "eval_task is an option of s2ft sft"),
         ("dpo", ["--max-length", "8"], "none of 12 pairs can be used: 12 are longer than max_length 8"),
         ("dpo", ["--bete", "0.1"], "there is no option --bete; did you mean --beta?"),
+        ("dpo", ["--dtype", "float16"], "training in float16 needs a GPU"),
+        ("dpo", ["--fsdp", "full_shard"], "s2ft dpo does not shard the model (fsdp)"),
         ("grpo", ["--rewards", "answer_equals"], "no built-in reward 'answer_equals'; did you mean answer_equal?"),
         ("grpo", ["--rewards", "mine.py:shrot"], "mine.py has no function 'shrot'; did you mean short?"),
         ("grpo", ["--rewards", "nosuch.py"], "file nosuch.py doesn't exist"),
