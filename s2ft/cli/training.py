@@ -36,7 +36,13 @@ logger = logging.getLogger(__name__)
 MORE = "more options of transformers and TRL"
 REQUIRED = (("model_name_or_path",), ("data", "dataset_name", "datasets"), ("output_dir",))  # one of each
 TAKEN = {short for names in SHORT_NAMES.values() for short in names}
-NOT_WRITTEN = ("hub_token", "resume_from_checkpoint", "overwrite")  # secrets and what concerns one call only
+# Secrets, and what concerns one call only.
+NOT_WRITTEN = ("hub_token", "resume_from_checkpoint", "overwrite", "stop_after")
+    "hub_token",
+    "resume_from_checkpoint",
+    "overwrite",
+    "stop_after",
+)  # secrets and what concerns one call only
 LATEST = "latest"  # --resume without a checkpoint
 LORA = [one.name for one in fields(ModelConfig) if one.name.startswith("lora_") or one.name.startswith("use_")]
 LORA = [name for name in LORA if name != "use_bnb_nested_quant"]
