@@ -38,11 +38,6 @@ REQUIRED = (("model_name_or_path",), ("data", "dataset_name", "datasets"), ("out
 TAKEN = {short for names in SHORT_NAMES.values() for short in names}
 # Secrets, and what concerns one call only.
 NOT_WRITTEN = ("hub_token", "resume_from_checkpoint", "overwrite", "stop_after")
-    "hub_token",
-    "resume_from_checkpoint",
-    "overwrite",
-    "stop_after",
-)  # secrets and what concerns one call only
 LATEST = "latest"  # --resume without a checkpoint
 LORA = [one.name for one in fields(ModelConfig) if one.name.startswith("lora_") or one.name.startswith("use_")]
 LORA = [name for name in LORA if name != "use_bnb_nested_quant"]
