@@ -347,8 +347,8 @@ class AdapterBank:
         """Check an adapter against the model. Return its projections in order and its layers."""
         if adapter.extra_weights:
             raise ValueError(
-                f"adapter {adapter.name!r} has {next(iter(adapter.extra_weights))} trained in full, and a batch has one "
-                "such weight for all of its rows: serve the model merged (s2ft merge), or use load_adapter"
+                f"adapter {adapter.name!r} has {next(iter(adapter.extra_weights))} trained in full. A batch has one "
+                "such weight for all rows: serve the model merged (s2ft merge), or use load_adapter"
             )
         base = self._base(adapter)
         check_fits(adapter, self.model, base.record)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from s2ft.files.adapter_folder import ADAPTER, is_folder, own_folder
+from s2ft.files.formats import ADAPTER_FORMATS
 
 OPTIONS, RUN = "config.yaml", "run.json"  # the file with the options of a run, and its name in older runs
 STATE = "trainer_state.json"  # in every checkpoint of a Trainer, next to the adapter's files
@@ -30,7 +31,7 @@ def adapter_folder(folder: Path) -> Path:
             + ("" if newest is None else f", or name one of its checkpoints, such as {newest}")
         )
     inside = sorted(adapters_in(folder)) if folder.is_dir() else []
-    if inside:
+    if inside and not any(known.matches(folder) for known in ADAPTER_FORMATS.values()):
         raise FileNotFoundError(
             f"{folder} is no adapter but has adapters in it, {', '.join(inside[:3])}{' …' if inside[3:] else ''}: give "
             f"one of them, such as {folder / inside[0]}"

@@ -2,6 +2,7 @@
 
 import logging
 
+from s2ft.cli.config_files import set_environment
 from s2ft.cli.parse import quiet_transformers
 
 logger = logging.getLogger(__name__)
@@ -18,6 +19,7 @@ def run(arguments: list[str]) -> None:
     from s2ft.packages import check_packages
 
     check_packages("s2ft dpo")
+    set_environment(arguments)
     from s2ft.cli.sft import train
     from s2ft.cli.training import parse_training
     from s2ft.config import S2FTConfig
@@ -43,12 +45,16 @@ def _train(parsed, folder, ranks, resume):
     from s2ft.train.options import ModelOptions, RunOptions
     from s2ft.train.remedies import explain_out_of_memory, step_of
     from s2ft.train.rl_arguments import DPOArguments
+    from s2ft.train.rl_trainers import refuse_sharding
+    from s2ft.train.sft import check_dtype
 
     arguments, options = parsed[DPOArguments], parsed[RunOptions]
+    refuse_sharding(arguments, "s2ft dpo")
     train_rows, held_out_rows = _read(parsed)
     if ranks.is_main_process:
         say_device(ranks.device)
     model, tokenizer = load_base(parsed[ModelOptions], arguments)
+    check_dtype(model, arguments)
     prompt, rows, held_out = _encode(parsed, model, tokenizer, train_rows, held_out_rows, ranks)
     config = parsed.objects[S2FTConfig] = fit_layout(parsed[S2FTConfig], model, "layout" in parsed.given)
     micro = arguments.per_device_train_batch_size

@@ -3,6 +3,7 @@
 import logging
 from dataclasses import dataclass
 
+from s2ft.cli.config_files import set_environment
 from s2ft.cli.parse import quiet_transformers
 from s2ft.train.options import option
 
@@ -35,6 +36,7 @@ def run(arguments: list[str]) -> None:
     from s2ft.packages import check_packages
 
     check_packages("s2ft grpo")
+    set_environment(arguments)
     from s2ft.cli.sft import train
     from s2ft.cli.training import parse_training
     from s2ft.config import S2FTConfig
@@ -62,8 +64,11 @@ def _train(parsed, folder, ranks, resume):
     from s2ft.train.remedies import explain_out_of_memory, step_of
     from s2ft.train.rewards import check_columns, load_rewards
     from s2ft.train.rl_arguments import GRPOArguments
+    from s2ft.train.rl_trainers import refuse_sharding
+    from s2ft.train.sft import check_dtype
 
     arguments, options = parsed[GRPOArguments], parsed[RunOptions]
+    refuse_sharding(arguments, "s2ft grpo")
     arguments.set_generation()
     rewards = load_rewards(parsed[RewardOptions].rewards)
     _check_weights(arguments, rewards)
@@ -71,6 +76,7 @@ def _train(parsed, folder, ranks, resume):
     if ranks.is_main_process:
         say_device(ranks.device)
     model, tokenizer = load_base(parsed[ModelOptions], arguments)
+    check_dtype(model, arguments)
     prompt, rows, held_out, longest = _prompts(parsed, model, tokenizer, train_rows, held_out_rows, ranks)
     check_columns(rewards, rows.column_names)
     check_count(arguments, rows)

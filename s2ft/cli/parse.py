@@ -43,8 +43,25 @@ class UsageError(ValueError):
     """A mistake in the options of a command."""
 
 
+class Collect(argparse._StoreAction):
+    """Stores the value of an option. Another use of an option that takes several values adds its values to them."""
+
+    given = False
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        if self.given and isinstance(values, list):
+            values = getattr(namespace, self.dest) + values
+        self.given = True
+        super().__call__(parser, namespace, values, option_string)
+
+
 class Parser(argparse.ArgumentParser):
     """Raises UsageError with one line that names the help, where argparse prints the whole usage and exits."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        for name in (None, "store"):
+            self.register("action", name, Collect)
 
     def parse_args(self, arguments: list[str]) -> argparse.Namespace:  # type: ignore[override]
         known = list(self._option_string_actions)

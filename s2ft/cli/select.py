@@ -1,6 +1,6 @@
 """s2ft select: choose units and save them, without training."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from s2ft.cli.parse import MODEL, parse, quiet_transformers
@@ -39,21 +39,14 @@ class SelectArguments:
         check_fields(self)
 
 
-@dataclass
-class Choice(S2FTConfig):
-    """An S2FTConfig with the seed that runs of s2ft sft have by default, so that both choose the same units."""
-
-    seed: int = field(default=42, metadata={"help": "seed of the random selection and of the calibration rows"})
-
-
 def run(arguments: list[str]) -> None:
     job, config, reading = parse(
         "select",
         "Choose the units that a configuration describes, print a table of them, and save them.",
-        [SelectArguments, Choice, ReadingOptions],
+        [SelectArguments, S2FTConfig, ReadingOptions],
         arguments,
         EXAMPLE,
-        {Choice: "selection", ReadingOptions: "model and data"},
+        {S2FTConfig: "selection", ReadingOptions: "model and data"},
     )
     quiet_transformers()
     if not config.ratios and config.units is None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
+from s2ft.cli.config_files import set_environment
 from s2ft.cli.parse import quiet_transformers
 from s2ft.train.options import DEFAULT_D_RATIO
 
@@ -26,6 +27,7 @@ def run(arguments: list[str]) -> None:
     from s2ft.packages import check_packages
 
     check_packages("s2ft sft")
+    set_environment(arguments)
     from s2ft.cli.training import parse_training
     from s2ft.config import S2FTConfig
     from s2ft.text.data import DataOptions

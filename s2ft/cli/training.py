@@ -4,18 +4,17 @@ import argparse
 import copy
 import json
 import logging
-import os
 import re
 import types
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from trl import ModelConfig
 from trl.scripts.utils import TrlParser
 
+from s2ft.cli.config_files import read_config, set_environment
 from s2ft.cli.option_table import (
     ELSEWHERE,
     GROUP_OF,
@@ -37,7 +36,8 @@ logger = logging.getLogger(__name__)
 MORE = "more options of transformers and TRL"
 REQUIRED = (("model_name_or_path",), ("data", "dataset_name", "datasets"), ("output_dir",))  # one of each
 TAKEN = {short for names in SHORT_NAMES.values() for short in names}
-NOT_WRITTEN = ("hub_token", "resume_from_checkpoint", "overwrite")  # secrets and what concerns one call only
+# Secrets, and what concerns one call only.
+NOT_WRITTEN = ("hub_token", "resume_from_checkpoint", "overwrite", "stop_after")
 LATEST = "latest"  # --resume without a checkpoint
 LORA = [one.name for one in fields(ModelConfig) if one.name.startswith("lora_") or one.name.startswith("use_")]
 LORA = [name for name in LORA if name != "use_bnb_nested_quant"]
@@ -123,6 +123,7 @@ def parse_training(
         SystemExit: The help was asked for and printed.
     """
     arguments = list(arguments)
+    set_environment(arguments)
     parser = _parser((*kinds, LoraOptions), "--help-all" in arguments, command, description, example)
     given = parser.given(arguments)
     missing = [names[0] for names in REQUIRED if not any(given.get(name) for name in names)]
@@ -310,8 +311,7 @@ class TrainingParser(TrlParser):
     def _from_file(self, path: str) -> dict[str, Any]:
         """Return the options of a config file by their full names."""
         values = read_config(path)
-        for key, value in (values.pop("env", None) or {}).items():
-            os.environ[str(key)] = str(value)
+        values.pop("env", None)
         found: dict[str, Any] = {}
         spelled: dict[str, str] = {}
         for key, value in values.items():
@@ -325,8 +325,7 @@ class TrainingParser(TrlParser):
             try:
                 found[action.dest] = self._value(action, value)
             except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-                message = re.sub(r"^(must|expected) ", r"\1 ", str(error))
-                self.error(f"config {path}: {key} {message}")
+                self.error(f"config {path}: {key} {error}")
         return found
 
     def _value(self, action: argparse.Action, value: Any) -> Any:
@@ -366,46 +365,6 @@ class TrainingParser(TrlParser):
 
 
 _parser = cache(TrainingParser)
-
-
-def read_config(path: str | Path) -> dict[str, Any]:
-    """Return the content of a YAML file of options.
-
-    Raises:
-        UsageError: The file does not exist, is not YAML, or holds no options.
-    """
-    import yaml
-
-    try:
-        found = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), _loader())
-    except FileNotFoundError:
-        raise UsageError(f"config {path} doesn't exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"config {path} can't be read: {error}") from error
-    except yaml.YAMLError as error:
-        raise UsageError(f"config {path} can't be read as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(found, dict):
-        raise UsageError(f"config {path} must hold lines such as 'learning_rate: 2e-4', got {type(found).__name__}")
-    if not isinstance(found.get("env") or {}, dict):
-        raise UsageError(f"config {path}: env must hold lines such as 'NAME: value', got {found['env']!r}")
-    return found
-
-
-def _loader() -> type:
-    """PyYAML's safe loader, which also reads 1e-6 as a number, and refuses a key that stands twice."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node, deep=False):
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            twice = [key for place, key in enumerate(keys) if key in keys[:place]]
-            if twice:
-                raise yaml.YAMLError(f"{twice[0]} stands twice, on line {node.start_mark.line + 1} or below")
-            return super().construct_mapping(node, deep)
-
-    number = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, [*"-+0123456789"])
-    return Loader
 
 
 def _spellings(name: str) -> list[str]:

@@ -111,8 +111,9 @@ class Engine:
             if self._stopped or self.drain_until is not None:
                 refused = shutting_down()
             elif len(self._waiting) + len(jobs) > self.queue_size:
-                waiting = f"{len(self._waiting)} answers of {self.queue_size} wait already"
-                refused = ApiError(429, "queue_full", f"{waiting}: try again later", {"Retry-After": "1"})
+                taken = f"{len(self._waiting)} of {self.queue_size} places in the queue are taken"
+                needed = f"the request needs {len(jobs)}: try again later"
+                refused = ApiError(429, "queue_full", f"{taken}, and {needed}", {"Retry-After": "1"})
             if refused is None:
                 self._waiting += jobs
                 self._changed.notify()

@@ -15,7 +15,7 @@ from typing import Any
 import s2ft
 from s2ft.text.models import dtype_of_base, load_model
 from s2ft.text.prompts import PromptFormat, encode_prompt, end_ids, prompt_text
-from s2ft.text.templates import template_of
+from s2ft.text.templates import as_template_takes, template_of
 
 logger = logging.getLogger(__name__)
 KEY = "prompt"  # in the info of an adapter
@@ -236,7 +236,8 @@ def check_same_prompts(tokenizer, prompter: Prompter) -> None:
             expected = prompt_text(prompter.tokenizer, prompter.messages(conversation))
         except ValueError:  # the template takes no system message
             continue
-        found = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        messages = as_template_takes(tokenizer, conversation, tokenizer.chat_template)
+        found = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         if found != expected:
             raise ValueError(
                 f"the chat template makes another prompt with a default system prompt: {found[:200]!r} instead of "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from s2ft.selection.batches import IGNORED
-from s2ft.text.data.loading import SHOWN, SKIP
+from s2ft.text.data.loading import Problems
 from s2ft.text.data.scratch import scratch_file
 from s2ft.text.examples import Example
 from s2ft.text.prompts import PromptFormat, encode_prompt
@@ -259,9 +259,7 @@ def _features(note: bool = False):
 def _counted(rows, of: int, job: _Tokenize, skip_bad_rows: bool) -> Tokenized:
     """Check the notes, and leave out the rows without tokens."""
     notes = rows.data.column("note").to_pylist()
-    bad = [note.removeprefix("bad ") for note in notes if note.startswith("bad ")]
-    if bad and not skip_bad_rows:
-        raise ValueError(_bad_rows(bad, of))
+    bad = check_notes(notes, of, skip_bad_rows)
     left_out = {"long prompt", "long row"}
     kept = [number for number, note in enumerate(notes) if note not in left_out and not note.startswith("bad ")]
     counts = {name: notes.count(note) for name, note in
@@ -280,7 +278,29 @@ def _counted(rows, of: int, job: _Tokenize, skip_bad_rows: bool) -> Tokenized:
     if len(kept) < len(notes):
         rows = rows.select(kept)
     tokens, supervised = _token_counts(rows)
-    return Tokenized(rows, len(rows), tokens, supervised, job.loss_on, bad=len(bad), **counts)
+    return Tokenized(rows, len(rows), tokens, supervised, job.loss_on, bad=bad, **counts)
+
+
+def check_notes(notes: Sequence[str], of: int, skip_bad_rows: bool) -> int:
+    """Report the rows whose note says that they are bad.
+
+    Args:
+        notes: What was noted of the rows. A bad row has "bad " and the problem.
+        of: Number of rows.
+        skip_bad_rows: Whether bad rows are left out.
+
+    Returns:
+        The number of bad rows.
+
+    Raises:
+        ValueError: There are bad rows that must not be left out, or all rows are bad.
+    """
+    problems = Problems(skip_bad_rows)
+    for note in notes:
+        if note.startswith("bad "):
+            problems.add(note.removeprefix("bad "))
+    problems.check(of - problems.count)
+    return problems.count
 
 
 def _token_counts(rows) -> tuple[int, int]:
@@ -293,33 +313,26 @@ def _token_counts(rows) -> tuple[int, int]:
     return tokens, supervised
 
 
-def _bad_rows(bad: Sequence[str], of: int) -> str:
-    shown = "".join(f"\n  {problem}" for problem in bad[:SHOWN])
-    more = f"\n  and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-    return f"{len(bad)} of {of} rows can't be used; correct them, or leave them out with {SKIP}:{shown}{more}"
-
-
-def _nothing_left(of: int, max_length: int, counts: dict[str, int], bad: Sequence[str]) -> str:
+def _nothing_left(of: int, max_length: int, counts: dict[str, int], bad: int) -> str:
     reasons = [
-        (counts["long_prompts"], f"{counts['long_prompts']} with a prompt of {max_length} tokens or more"),
-        (counts["long_rows"], f"{counts['long_rows']} with a prompt and an answer that are longer together"),
-        (len(bad), f"{len(bad)} that can't be used, such as {bad[0] if bad else ''}"),
+        (counts["long_prompts"], f"with a prompt of {max_length} tokens or more"),
+        (counts["long_rows"], "with a prompt and an answer that are longer together"),
+        (bad, "that the chat template can't render"),
     ]
-    text = ", ".join(reason for count, reason in reasons if count) or "all are empty"
-    advice = "; raise max_length, shorten the data, or give too_long='cut'" if not bad else ""
-    return f"none of {of} rows fits: {text}{advice}"
+    text = ", ".join(f"{count} {reason}" for count, reason in reasons if count) or "all are empty"
+    return f"none of {of} rows fits: {text}; raise max_length, shorten the data, or give too_long='cut'"
 
 
 def _stream(dataset, job: _Tokenize, skip_bad_rows: bool) -> Tokenized:
     """Tokenize rows as they are read. Bad rows raise when they come."""
 
+    problems = Problems(skip_bad_rows, at_once=True)
+
     def convert(batch: Mapping[str, list]) -> dict[str, list]:
         converted = job(batch)
-        bad = [note.removeprefix("bad ") for note in converted["note"] if note.startswith("bad ")]
-        if bad and not skip_bad_rows:
-            raise ValueError(_bad_rows(bad, len(next(iter(batch.values())))))
-        for problem in bad:
-            logger.warning("left out a row that can't be used: %s", problem)
+        for note in converted["note"]:
+            if note.startswith("bad "):
+                problems.add(note.removeprefix("bad "))
         kept = [number for number, ids in enumerate(converted["input_ids"]) if ids]
         return {name: [converted[name][number] for number in kept] for name in ("input_ids", "labels")}
 

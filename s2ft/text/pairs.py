@@ -1,12 +1,13 @@
 """Convert pairs of a better and a worse answer to token rows, with the prompts and answers of the other training."""
 
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from s2ft.text.collator import TokenCollator
 from s2ft.text.data.scratch import scratch_file
-from s2ft.text.encoding import IGNORED, ROWS, TOO_LONG, Rendered, _bad_rows, _Tokenize
+from s2ft.text.encoding import IGNORED, ROWS, TOO_LONG, Rendered, _Tokenize, check_notes
 from s2ft.text.prompts import PromptFormat, pad_id
 from s2ft.text.tokens import encode_rendered
 
@@ -141,24 +142,22 @@ def encode_pairs(
         features=Features({name: List(Value("int32")) for name in IDS} | {"note": Value("string")}),
         cache_file_name=scratch_file("pairs.arrow"),
         load_from_cache_file=False,
-        new_fingerprint="pairs",
+        new_fingerprint=secrets.token_hex(8),  # later maps of datasets name their files by it
         num_proc=processes,
         desc="tokenizing",
     )
     notes = rows.data.column("note").to_pylist()
-    bad = [note.removeprefix("bad ") for note in notes if note.startswith("bad ")]
-    if bad and not skip_bad_rows:
-        raise ValueError(_bad_rows(bad, len(notes)))
+    bad = check_notes(notes, len(notes), skip_bad_rows)
     kept = [number for number, note in enumerate(notes) if note in ("", "cut")]
     if not kept:
         raise ValueError(
             f"none of {len(notes)} pairs can be used: {notes.count('long')} are longer than max_length {max_length}, "
-            f"{len(bad)} are wrong{f', such as {bad[0]}' if bad else '; raise max_length, or shorten the data'}"
+            f"{bad} are wrong; raise max_length, or shorten the data"
         )
     rows = rows.remove_columns("note")
     rows = rows.select(kept) if len(kept) < len(notes) else rows
     tokens = {name: sum(map(len, rows[name])) for name in IDS}
-    return TokenPairs(rows, *tokens.values(), notes.count("long"), notes.count("cut"), len(bad))
+    return TokenPairs(rows, *tokens.values(), notes.count("long"), notes.count("cut"), bad)
 
 
 class ChosenRows(Sequence):

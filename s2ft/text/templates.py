@@ -1,15 +1,12 @@
 """Render chats with a Jinja chat template, and find the parts of the text that the assistant writes."""
 
 import json
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from s2ft.packages import is_installed
-
-logger = logging.getLogger(__name__)
 
 PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 # The prompt for tokenizers without a chat template. FIRST stands for the tokens with which the tokenizer begins a text.
@@ -131,7 +128,8 @@ _TAKES_PARTS: dict[str, bool] = {}
 def _keeps_text(tokenizer, template: str, content: Any) -> bool:
     message = [{"role": "user", "content": content}]
     try:
-        return "text of a message" in tokenizer.apply_chat_template(message, chat_template=template, tokenize=False)
+        text = tokenizer.apply_chat_template(message, chat_template=template, tokenize=False)
+        return "text of a message" in text and "type" not in text  # not the list itself as text
     except Exception:
         return False
 
@@ -230,11 +228,11 @@ def render_chat(
     else:
         for number in trained:
             _check_kept(messages[number], text)
-        start = _common(prompts.get(trained[0], ""), text)
+        start = in_common(prompts.get(trained[0], ""), text)
         spans = [span for span in spans if span[1] > start]
     if loss_on == "all":
         opening = prompts.get(min((number for number in answers if number >= first), default=0), "") if first else ""
-        spans = [(_common(opening, text), len(text))]
+        spans = [(in_common(opening, text), len(text))]
     fitting = [len(prompt) for prompt in prompts.values() if text.startswith(prompt)]
     return Rendered(text, tuple(fitting), tuple(spans), (), len(fitting) < len(prompts))
 
@@ -301,6 +299,6 @@ def shorten(text: str, length: int = 40) -> str:
     return json.dumps(text if len(text) <= length else text[: length - 1] + "…", ensure_ascii=False)
 
 
-def _common(first: Sequence, second: Sequence) -> int:
+def in_common(first: Sequence, second: Sequence) -> int:
     """Return the number of leading items that two sequences have in common."""
     return next((n for n, pair in enumerate(zip(first, second)) if pair[0] != pair[1]), min(len(first), len(second)))

@@ -7,7 +7,7 @@ of the answer into one token. Such a text is encoded in two parts, so that train
 from collections.abc import Sequence
 
 from s2ft.selection.batches import IGNORED
-from s2ft.text.templates import Rendered
+from s2ft.text.templates import Rendered, in_common
 
 ANCHORS = ("\n", ".", "a")  # texts before a continuation, which the tokenizer must not merge with it
 
@@ -36,19 +36,17 @@ def encode_rendered(tokenizer, rendered: Sequence[Rendered]) -> list[tuple[list[
             rows.append(_encode_in_parts(tokenizer, one))
         else:
             offsets = encoded["offset_mapping"][at] if fast else None
-            labels = _labels(tokenizer, one, ids[at], offsets)
-            rows.append(([*one.begin, *ids[at]], [*(_begin_labels(one)), *labels]))
+            labels = _labels_by_prefixes(tokenizer, one, ids[at]) if offsets is None else _labels(one, ids[at], offsets)
+            rows.append(_after_begin(one, ids[at], labels))
         at += 1 + len(one.prompts)
     return rows
 
 
-def _begin_labels(one: Rendered) -> list[int]:
-    return [IGNORED] * len(one.begin)
+def _after_begin(one: Rendered, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+    return [*one.begin, *ids], [IGNORED] * len(one.begin) + labels
 
 
-def _labels(tokenizer, one: Rendered, ids: list[int], offsets) -> list[int]:
-    if offsets is None:
-        return _labels_by_prefixes(tokenizer, one, ids)
+def _labels(one: Rendered, ids: list[int], offsets: Sequence[tuple[int, int]]) -> list[int]:
     labels, spans, at = [], one.spans, 0
     for token, (start, end) in zip(ids, offsets):
         while at < len(spans) and start >= spans[at][1]:
@@ -57,11 +55,11 @@ def _labels(tokenizer, one: Rendered, ids: list[int], offsets) -> list[int]:
     return labels
 
 
-def _labels_by_prefixes(tokenizer, one: Rendered, ids: list[int]) -> list[int]:
-    """Labels for tokenizers that do not say where their tokens stand in the text."""
+def _labels_by_prefixes(tokenizer, one: Rendered, ids: list[int], cuts: Sequence[int] = ()) -> list[int]:
+    """Labels for texts in parts, and for tokenizers that do not say where their tokens stand in the text."""
     labels = [IGNORED] * len(ids)
     for span in one.spans:
-        first, last = (_common(_encode(tokenizer, one.text[:position]), ids) for position in span)
+        first, last = (in_common(_encode_parts(tokenizer, one.text[:position], cuts), ids) for position in span)
         labels[first:last] = ids[first:last]
     return labels
 
@@ -74,11 +72,7 @@ def _encode_in_parts(tokenizer, one: Rendered) -> tuple[list[int], list[int]]:
         if whole[: len(head)] != head:
             cuts.append(prompt)
     whole = _encode_parts(tokenizer, one.text, cuts)
-    labels = [IGNORED] * len(whole)
-    for span in one.spans:
-        first, last = (_common(_encode_parts(tokenizer, one.text[:position], cuts), whole) for position in span)
-        labels[first:last] = whole[first:last]
-    return [*one.begin, *whole], [*_begin_labels(one), *labels]
+    return _after_begin(one, whole, _labels_by_prefixes(tokenizer, one, whole, cuts))
 
 
 def _encode_parts(tokenizer, text: str, cuts: Sequence[int]) -> list[int]:
@@ -105,7 +99,3 @@ def continuation_ids(tokenizer, text: str) -> list[int]:
 
 def _encode(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
-
-
-def _common(first: Sequence[int], second: Sequence[int]) -> int:
-    return next((n for n, pair in enumerate(zip(first, second)) if pair[0] != pair[1]), min(len(first), len(second)))

@@ -34,10 +34,11 @@ def log_memory(model, config, train, arguments, options: RunOptions, tokenizer) 
     trl_loss = needs_trl_loss(arguments)
     batching = choose_batching(model, pad_id(tokenizer), train, arguments, trl_loss)
     chunked = options.chunked_loss and not arguments.torch_compile and not trl_loss
-    log_memory_of_batch(model, config, longest_batch(train, arguments, batching), arguments, chunked)
+    longest, short = longest_batch(train, arguments, batching), batching.collator([train[0]])
+    log_memory_of_batch(model, config, longest, arguments, chunked, short)
 
 
-def log_memory_of_batch(model, config, batch: dict, arguments, chunked: bool) -> None:
+def log_memory_of_batch(model, config, batch: dict, arguments, chunked: bool, short: dict | None = None) -> None:
     """Log the memory that a step on a batch needs on one device, with a warning if it is more than is free.
 
     Args:
@@ -46,9 +47,10 @@ def log_memory_of_batch(model, config, batch: dict, arguments, chunked: bool) ->
         batch: The largest batch of the run.
         arguments: The arguments of the trainer.
         chunked: Whether the loss is computed without keeping all logits, if the model allows it.
+        short: A batch on which the model is run to find out whether it allows it. None is `batch`.
     """
     try:
-        chunked = chunked and not why_not_chunked(model, batch)
+        chunked = chunked and not why_not_chunked(model, batch if short is None else short)
         found = s2ft.estimate(
             model,
             config,

@@ -212,10 +212,6 @@ def divide_batch(rows: int, devices: int, micro: int | None = None) -> tuple[int
     return found, each // found
 
 
-# options that may differ when a run is resumed
-NOT_PART_OF_A_RUN = ("log_steps", "report_to", "eval_steps", "save_steps", "keep_checkpoints", "stop_after")
-
-
 @dataclass
 class DemoOptions:
     """Options of ``s2ft demo``. With the defaults it takes some minutes on two CPU cores.

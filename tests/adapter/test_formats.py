@@ -551,10 +551,15 @@ def test_a_folder_is_pushed_when_it_can_be_read(fake_hub, tmp_path):
 def test_a_local_folder_is_preferred_and_a_missing_adapter_is_reported(fake_hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org/adapter").mkdir(parents=True)
-    for name in ("org/adapter", "./org/none", "/none", "none", "a/b/c", "../up", "~/none", "org/..", Path("org/none")):
-        assert hub.resolve(name) == Path(name).expanduser()
+    for name in ("org/adapter", "org/.."):
+        assert hub.resolve(name) == Path(name)
+    for name in ("./org/none", "/none", "none", "a/b/c", "../up", "~/none", Path("org/none")):
+        with pytest.raises(FileNotFoundError, match=f"adapter {Path(name).expanduser()} doesn't exist$"):
+            hub.resolve(name)
     assert fake_hub.calls == []
-    with pytest.raises(FileNotFoundError, match="no folder org/none, and the hub gives no adapter.*404 Client Error.$"):
+    with pytest.raises(
+        FileNotFoundError, match="org/none doesn't exist as a folder, and the hub gives no adapter.*404 Client Error.$"
+    ):
         hub.resolve("org/none")
 
 

@@ -9,7 +9,9 @@ import torch
 from train.tiny import save_tiny, sums, write_jsonl
 
 import s2ft
+from s2ft.cli.chat import ChatArguments
 from s2ft.cli.main import main
+from s2ft.cli.parse import parse
 from s2ft.text.models import load_model
 
 TRAINING = [
@@ -258,3 +260,9 @@ def test_demo_on_a_tiny_model(work, tmp_path, capsys):
     assert {"adapter", "log.jsonl", "loss.png", "report.json"} <= {p.name for p in (tmp_path / "demo").iterdir()}
     s2ft_command(*arguments)  # a demo replaces an earlier demo and nothing else
     assert main([str(a) for a in ["demo", "--model", tmp_path / "model", "--output", work / "out"]]) == 2
+
+
+def test_a_repeated_option_of_several_values_adds_to_them():
+    arguments = ["--model", "m", "--adapter", "math=a", "b", "--adapter", "c", "--model", "n"]
+    (job,) = parse("chat", "", [ChatArguments], arguments)
+    assert (job.adapter, job.model) == (["math=a", "b", "c"], "n")

@@ -197,6 +197,17 @@ def test_a_config_holds_lists_dictionaries_switches_and_the_environment(tmp_path
     assert os.environ["S2FT_OF_A_CONFIG"] == "1"
 
 
+def test_the_environment_is_set_before_other_libraries_are_imported(tmp_path):
+    import subprocess
+    import sys
+
+    (tmp_path / "run.yaml").write_text("env: {HF_HUB_OFFLINE: 1}\nmodel: m\n")
+    code = "from s2ft.cli.main import main; main(['sft', '--config', 'run.yaml'])\n"
+    code += "import huggingface_hub.constants as hub; print(hub.HF_HUB_OFFLINE)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert "missing: --data, --output" in done.stderr and done.stdout.strip() == "True"
+
+
 def test_the_written_config_gives_the_same_options_and_no_secret(tmp_path):
     first = from_yaml(tmp_path, FULL, "--hub-token", "secret", "--resume", "--num-train-epochs", "3")
     text = first.config_text()

@@ -34,6 +34,7 @@ def test_bad_rows_are_listed_and_nothing_is_written(model, tmp_path, capsys):
 
 
 def test_bad_rows_are_left_out_if_asked(model, tmp_path, caplog):
+    caplog.set_level("INFO")
     data = write_jsonl(tmp_path / "a.jsonl", [*sums(3), {"instruction": "a", "output": ""}])
     assert sft(model, data, tmp_path / "out", "--skip-bad-rows") == 0
     assert "left out 1 of 4 rows that can't be used" in caplog.text and "3 token rows" in caplog.text

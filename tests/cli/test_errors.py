@@ -24,10 +24,10 @@ def data(tmp_path):
 
 
 def error_line(capsys, *arguments):
-    """Run a command that must fail. Returns its one line on stderr."""
+    """Run a command that must fail. Returns its one error on stderr, with the lines that list bad rows."""
     assert main([str(argument) for argument in arguments]) == 2
-    error = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert len(error) == 1
+    before, *error = re.split(r"^s2ft \w+: error: ", capsys.readouterr().err, flags=re.MULTILINE)
+    assert len(error) == 1 and all(line.startswith("  ") for line in error[0].splitlines()[1:])
     return error[0]
 
 

@@ -134,7 +134,7 @@ def test_every_example_is_tested():
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_examples_name_the_option_for_the_number_of_devices_and_do_not_set_it(name):
     text = (ROOT / "examples" / "accelerate" / f"{name}.yaml").read_text()
-    assert f"accelerate launch --config_file examples/accelerate/{name}.yaml --num_processes N -m s2ft finetune" in text
+    assert f"accelerate launch --config_file examples/accelerate/{name}.yaml --num_processes N -m s2ft sft" in text
     assert not re.search("^num_processes", text, re.MULTILINE)
 
 

@@ -244,7 +244,7 @@ def _llamafactory_v1(folder: Path, programs: Path) -> list:
 LLAMA_FACTORY = ("llamafactory==0.9.5",)
 PROGRAMS = {
     "trl": Program((), _trl, "out"),
-    # Axolotl asks for xformers, bitsandbytes, flash-linear-attention and cloud storage of four providers, among others.
+    # Axolotl also asks for xformers, bitsandbytes, flash-linear-attention and the cloud storage of four providers.
     # What it imports without a GPU is listed here.
     "axolotl": Program(
         (),

@@ -231,6 +231,13 @@ def test_invalid_prompts_are_refused(server, prompt, code):
     error_of(post(server, "/v1/completions", {**GOOD, "prompt": prompt}), 400, code)
 
 
+def test_more_answers_than_the_queue_holds_are_refused(server):
+    message = error_of(
+        post(server, "/v1/completions", {**GOOD, "prompt": ["a"] * 100, "n": 3}), 400, "too_many_answers"
+    )
+    assert message == "300 answers requested, but the queue has 256 places"
+
+
 def test_prompt_and_answer_have_to_fit_the_context(server):
     error_of(
         post(server, "/v1/completions", {**GOOD, "prompt": "a" * 250, "max_tokens": 7}), 400, "context_length_exceeded"

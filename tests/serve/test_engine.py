@@ -130,6 +130,20 @@ def test_the_queue_is_bounded_and_cancelled_jobs_leave_it(folder):
         eventually(lambda: all(one.users == 0 for one in engine.adapters._known.values()), "free adapters")
 
 
+def test_the_answers_of_a_request_are_queued_together_or_not_at_all(folder):
+    with engine_over(folder, gated=True, max_batch_size=1, queue_size=2) as (engine, gate):
+        first = Client(engine)
+        assert gate.entered.wait(30)
+        second = Client(engine)
+        version = engine.adapters.acquire("a", 2)
+        jobs = [Job([5], 2, Sampler(), TextStream(tiny_tokenizer()), frozenset(), print, version) for _ in range(2)]
+        with pytest.raises(ApiError, match="1 of 2 places in the queue are taken, and the request needs 2"):
+            engine.submit(jobs)
+        assert version.users == 0 and engine.waiting == 1
+        gate.open()
+        assert first.last().finish == second.last().finish == "length"
+
+
 def test_a_cancelled_job_leaves_the_batch_and_the_others_go_on(folder):
     with engine_over(folder, gated=True) as (engine, gate):
         gone, stays = Client(engine, "a", max_tokens=200), Client(engine, "b", max_tokens=200)

@@ -108,6 +108,22 @@ def test_tool_calls_keep_their_own_arguments_only(tmp_path):
     assert [row["messages"][1]["tool_calls"][0]["function"]["arguments"] for row in rows] == [{"a": 1}, {"b": [2.5]}]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_values_in_tool_calls_are_exact(tmp_path, streaming):
+    arguments = {"a": 0.1234567890123456, "b": 2**63, "c": "\u2028 \x00 é", "d": None, "e": 1e-320, "f": "5"}
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    chats = [{"messages": [CHAT["messages"][0], {"role": "assistant", "tool_calls": [call]}]}] * 2 + [CHAT]
+    rows = load(write_jsonl(tmp_path / "a.jsonl", chats), streaming=streaming)
+    parts = [rows] if streaming else [rows, rows.select([1, 0]), rows.train_test_split(1, seed=0)["train"]]
+    for part in parts:
+        found = [row["messages"][1].get("tool_calls") for row in part]
+        assert [call] in found and all(one in ([call], None) for one in found)
+    big = [{"messages": [CHAT["messages"][0], {"role": "assistant", "tool_calls": [
+        {"function": {"name": "f", "arguments": {"a": 2**70}}}]}]}]  # fmt: skip
+    with pytest.raises(ValueError, match="line 1: a whole number has more than 64 bits"):
+        list(load(write_jsonl(tmp_path / "b.jsonl", big), streaming=streaming))
+
+
 def test_limit_counts_over_all_files(tmp_path):
     first, second = (
         write_jsonl(tmp_path / name, rows) for name, rows in (("a.jsonl", ROWS[:4]), ("b.jsonl", ROWS[4:]))
@@ -216,7 +232,7 @@ def test_no_row_left_says_why(tmp_path):
         ("a.jsonl", b'{"instruction": "a", "output": ' + b"9" * 6000 + b"}", "a.jsonl, line 1: a number is too long"),
         ("a.parquet", b"no parquet", "a.parquet can't be read as parquet"),
         ("a.csv", b'question,answer\n"a,b\n', "a.csv can't be read as csv"),
-        ("a.jsonl.gz", gzip.compress(lines().encode())[:40], "can't be read"),
+        ("a.jsonl.gz", gzip.compress(lines().encode(), mtime=0)[:40], "can't be read"),
         ("a.txt", b"plain", "a.txt is plain text: write JSON lines"),
     ],
 )

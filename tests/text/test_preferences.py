@@ -104,7 +104,7 @@ def test_prompts_keep_the_columns_for_the_rewards(row, columns):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"text": "a"}, "needs prompt, messages, instruction or question; it has 'text'; fields=prompt="),
+        ({"text": "a"}, "needs prompt, messages, instruction or question; it has 'text'; --field OURS=THEIRS"),
         ({"messages": [assistant("a")]}, "field 'messages' has no message before the assistant's"),
         ({"prompt": "a", "tools": [{}]}, "field 'tools' is not used by s2ft grpo"),
     ],

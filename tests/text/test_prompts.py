@@ -220,6 +220,7 @@ def test_template_is_a_file_a_text_or_a_name(tmp_path):
         ({"chat_template": "nowhere.jinja"}, "chat_template nowhere.jinja is no file, no template text, and no name"),
         ({"chat_template": "{% for m in messages %}"}, "can't render the messages: line 1: Unexpected end of template"),
         ({"chat_template": "{{ messages[0]['content'] }}"}, "leaves out the question of a chat"),
+        ({"chat_template": "{{ messages[-1]['content'][:3] }}"}, "leaves out the question of a chat"),
         ({"chat_template": CHAT.replace("m['content']", "(m['content'] if m['role'] == 'user' else '')")},
          "leaves out the answer of a chat"),
         ({"chat_template": MISTRAL, "system": "Be brief."}, "leaves out the system prompt"),

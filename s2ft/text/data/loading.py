@@ -173,9 +173,11 @@ def _open(entry: dict[str, Any], streaming: bool) -> list[Source]:
 
 
 def _features(shape: Shape):
-    from datasets import Features, Json, Value
+    from datasets import Features, Value
 
-    return Features({name: Json() if name in shape.as_json else Value("string") for name in shape.columns})
+    from s2ft.text.data.columns import ExactJson
+
+    return Features({name: ExactJson() if name in shape.as_json else Value("string") for name in shape.columns})
 
 
 def _stored(entry: dict[str, Any], options: DataOptions, limit: int | None, scored: bool, shape: Shape):
@@ -198,6 +200,7 @@ def _stored(entry: dict[str, Any], options: DataOptions, limit: int | None, scor
         writer.finalize()
     problems.check(read, entry["path"])
     rows = Dataset.from_file(path)
+    rows.info.features = _features(shape)
     return rows.select(_slice(slice_of, len(rows))) if slice_of and _is_local(entry) else rows
 
 
@@ -288,23 +291,22 @@ class Problems:
 def _converted(
     rows: Rows, options: DataOptions, scored: bool, problems: Problems, shape: Shape
 ) -> Iterator[dict[str, Any]]:
+    from s2ft.text.data.columns import as_json
+
     renamed, good = options.renamed, 0
     for place, row in rows:
         try:
             if isinstance(row, UnreadableRow):
                 raise BadRow(row.problem)
-            found = shape.normalise(row, renamed, scored)
+            found = {**shape.normalise(row, renamed, scored), "place": place}
+            cells = {
+                name: as_json(found.get(name)) if name in shape.as_json else found.get(name) for name in shape.columns
+            }
         except BadRow as error:
             problems.add(f"{place}: {error}", good)
             continue
         good += 1
-        found["place"] = place
-        yield {name: _cell(found.get(name), name in shape.as_json) for name in shape.columns}
-
-
-def _cell(value: Any, as_json: bool) -> Any:
-    """The value of a column as it is stored. Texts in a JSON column are written as JSON, or "5" would be a number."""
-    return json.dumps(value) if as_json and value is not None else value
+        yield cells
 
 
 def _streamed(entries: list[dict[str, Any]], options: DataOptions, limit: int | None, scored: bool, shape: Shape):

@@ -14,8 +14,6 @@ from typing import Any
 
 from s2ft.text.data.scratch import scratch_file
 
-logger = logging.getLogger(__name__)
-
 KINDS = {  # endings of files, and what reads them
     ".json": "json",
     ".jsonl": "json",
