@@ -20,6 +20,7 @@ from train.tiny import tiny_model
 from transformers.models.llama import modeling_llama
 
 import s2ft
+from s2ft.cli.main import main
 from s2ft.packages import MissingPackages
 from s2ft.train import kernels
 from s2ft.train.kernels import apply_kernels, plain_kernels
@@ -133,6 +134,14 @@ def test_experts_that_run_on_ligers_forward_are_refused_by_name():
         s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.25))
 
 
+def test_the_command_says_so_before_it_reads_anything(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    command = ["sft", "--model", "nowhere", "--data", "nothing.jsonl", "--output", str(tmp_path / "run")]
+    assert main([*command, "--kernels", "liger"]) == 2
+    assert "pip install liger-kernel, or leave out --kernels liger" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 # ---- the real package ----------------------------------------------------------------------------------
 
 
@@ -174,3 +183,27 @@ def test_the_real_kernels(interpreter, case, attach_first):
     s2ft.detach(model)
     assert all(torch.equal(value, model_of(case).state_dict()[key]) for key, value in model.state_dict().items())
     assert relative_difference(output_of(model), output_of(model_of(case))) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case,by_class", (("llama", True), ("llama", False), ("mixtral", True)))
+def test_the_real_ffn_that_a_user_has_applied(interpreter, case, by_class, monkeypatch):
+    """Liger's own FFN and experts, in place of the classes of transformers or in a loaded model."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    plain = model_of(case)
+    module, config = sys.modules[type(plain).__module__], s2ft.S2FTConfig(d_ratio=0.25, u_ratio=0.25)
+    s2ft.attach(plain, config)
+    expected, gradients = step_of(plain)
+    for name, value in dict(vars(module)).items():
+        monkeypatch.setattr(module, name, value)  # restored at the end
+    if by_class:
+        MODEL_TYPE_TO_APPLY_LIGER_FN[case](fused_linear_cross_entropy=False)
+    model = model_of(case)
+    if not by_class:
+        _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False)
+    s2ft.attach(model, config)
+    found, others = step_of(model)
+    assert relative_difference(found, expected) <= 1e-5
+    assert all(relative_difference(one, other) <= 1e-3 for one, other in zip(others, gradients, strict=True))
