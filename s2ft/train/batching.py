@@ -25,6 +25,7 @@ BY_LENGTH = "group_by_length"  # a value of transformers' train_sampling_strateg
 VARLEN = ("flash", "flex")  # attention that computes nothing between the rows of one sequence, by its name
 JITTER = 0.2  # lengths that differ by less than this share can be in one update
 TRIAL = 48  # tokens of a row in the trial of packing
+AMONG = 64  # rows of which the shortest is tried
 
 
 @dataclass(frozen=True)
@@ -323,6 +324,15 @@ class LengthSampler(Sampler[int]):
         whole = len(order) // self.rows  # an incomplete update stays the last one
         shuffled = [0, *(1 + torch.randperm(max(whole - 1, 0), generator=generator)).tolist()][:whole]
         yield from (row for update in [*shuffled, *range(whole, len(updates))] for row in updates[update])
+
+
+def short_row(rows) -> Mapping[str, Sequence[int]]:
+    """Return the shortest of the first token rows. A trial of the model on it takes the least time.
+
+    Args:
+        rows: Token rows, also a stream of them.
+    """
+    return min(itertools.islice(rows, AMONG), key=lambda row: len(row["input_ids"]))
 
 
 def row_lengths(rows: Any) -> list[int]:

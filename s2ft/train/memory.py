@@ -7,7 +7,7 @@ import torch
 
 import s2ft
 from s2ft.text.prompts import pad_id
-from s2ft.train.batching import Batching, choose_batching, row_lengths
+from s2ft.train.batching import Batching, choose_batching, row_lengths, short_row
 from s2ft.train.loss import why_not_chunked
 from s2ft.train.options import RunOptions
 from s2ft.train.remedies import loss_in_chunks
@@ -34,7 +34,7 @@ def log_memory(model, config, train, arguments, options: RunOptions, tokenizer) 
     trl_loss = needs_trl_loss(arguments)
     batching = choose_batching(model, pad_id(tokenizer), train, arguments, trl_loss)
     chunked = options.chunked_loss and not arguments.torch_compile and not trl_loss
-    longest, short = longest_batch(train, arguments, batching), batching.collator([train[0]])
+    longest, short = longest_batch(train, arguments, batching), batching.collator([short_row(train)])
     log_memory_of_batch(model, config, longest, arguments, chunked, short)
 
 

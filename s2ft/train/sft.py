@@ -101,10 +101,12 @@ def sft(
         ValueError: The arguments do not fit the data, the model or the installed packages.
         MissingPackages: A package that the run needs is not installed.
     """
+    from s2ft.train.batching import short_row
+
     options = options or RunOptions()
     checkpoint = checkpoint_of(folder, resume)
     trainer = trainer_for(model, tokenizer, train, arguments, folder, options, held_out)
-    example = trainer.data_collator([next(iter(train))])
+    example = trainer.data_collator([short_row(train)])
     with (
         explain_out_of_memory(model, lambda: _step(arguments, train, options), folder.kept),
         contiguous_head(model),
