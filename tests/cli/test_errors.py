@@ -392,6 +392,7 @@ for size, arguments in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_the_error_of_a_full_disk_in_training_names_the_kept_checkpoint(tiny, data, tmp_path):
     train = [
         "sft",

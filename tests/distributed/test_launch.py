@@ -138,6 +138,7 @@ def test_examples_name_the_option_for_the_number_of_devices_and_do_not_set_it(na
     assert not re.search("^num_processes", text, re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -145,7 +146,7 @@ def test_examples_name_the_option_for_the_number_of_devices_and_do_not_set_it(na
             ["--batch-size", "3", "--micro-batch-size", "2"],
             "batch_size 3 can't be divided into 2 rows a forward pass on 2 devices",
         ),
-        pytest.param(["--data", "nowhere.jsonl"], "data file nowhere.jsonl doesn't exist", marks=pytest.mark.slow),
+        (["--data", "nowhere.jsonl"], "data file nowhere.jsonl doesn't exist"),
     ],
 )
 def test_a_mistake_is_reported_by_one_rank(job, tmp_path, arguments, message):
