@@ -433,8 +433,9 @@ def test_a_format_is_one_module_and_one_row(tmp_path, monkeypatch):
     monkeypatch.setitem(ADAPTER_FORMATS, "nested", AdapterFormat("native, one folder deeper", "nested"))
     native.write(read_adapter(GOLDEN / "schema-2"), tmp_path / "inside")
     assert_equal_deltas(read_adapter(tmp_path), read_adapter(GOLDEN / "schema-2"))
+    (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="is not an S²FT adapter"):
-        read_adapter(tmp_path.parent)
+        read_adapter(tmp_path / "empty")
 
 
 def test_every_row_has_the_functions_of_its_module():
