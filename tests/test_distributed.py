@@ -67,7 +67,7 @@ def run_rank(rank, kind, port, results):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("kind", ("ddp", "fsdp2"))
+@pytest.mark.parametrize("kind", ("fsdp2", pytest.param("ddp", marks=pytest.mark.slow)))
 def test_two_ranks_train_what_one_trains(kind, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

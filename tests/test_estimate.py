@@ -327,7 +327,7 @@ def real_step(model, optimizer, inputs):
     return optimizer
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)), ids=str)
 @pytest.mark.parametrize(
     "case", ("llama-grouped", "qwen2-grouped-tied", "phi3", "gpt2", "mixtral", "t5", "whisper", "clip", "opt-post-norm")
 )
@@ -419,7 +419,7 @@ def test_gradients_lie_beside_the_next_forward():
 # ---- the device of the model; the model does not change ----------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)), ids=str)
 @pytest.mark.parametrize("case", ("llama-grouped", "qwen2-grouped-tied", "gemma2", "mixtral", "gpt2", "phi3"))
 def test_a_model_on_the_meta_device_is_counted_alike(case, dtype):
     config = config_for(case, layout="indexed")

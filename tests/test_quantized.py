@@ -729,7 +729,10 @@ def test_merging_after_transformers_dequantized_the_base(kind, tmp_path):
     assert relative_difference(forward(again), forward(model)) <= LOGITS
 
 
-@kinds
+@pytest.mark.parametrize(
+    "kind",
+    [kind if kind in ("nf4", "8bit", "torchao-int4") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS],
+)
 def test_compiling(kind):
     """The model compiles to one graph, with the same gradients as without compilation."""
     torch._dynamo.reset()
