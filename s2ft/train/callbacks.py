@@ -150,7 +150,7 @@ class JsonlLog(TrainerCallback):
 
 
 class EvaluateAfterSaving(TrainerCallback):
-    """Skips the evaluation at the last step. finetune() evaluates after it has saved the adapter."""
+    """Skips the evaluation at the last step. The run evaluates after it has saved the adapter."""
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:

@@ -1,4 +1,4 @@
-"""The commands end to end on a tiny model: finetune, eval, merge, info, demo."""
+"""The commands end to end on a tiny model: sft, eval, merge, info, demo."""
 
 import json
 import subprocess

@@ -11,7 +11,7 @@ from s2ft.cli.main import main
 
 
 def save_run(folder, seed=0, finished=True):
-    """Write the output of s2ft finetune: options, a checkpoint, and the adapter if the run is finished."""
+    """Write the output of s2ft sft: options, a checkpoint, and the adapter if the run is finished."""
     model = tiny_model()
     s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, seed=seed))
     s2ft.save_adapter(model, folder / "checkpoint-12")
