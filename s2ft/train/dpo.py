@@ -11,10 +11,7 @@ from s2ft.train.sft import (
     check_dtype,
     check_packages_of_run,
     checkpoint_of,
-    checkpointing,
-    finish,
     log_length,
-    restored,
     run_trainer,
 )
 
@@ -54,8 +51,6 @@ def dpo(
         ValueError: The arguments do not fit the data, the model or the installed packages.
         MissingPackages: A package that the run needs is not installed.
     """
-    from transformers.trainer_callback import PrinterCallback
-
     from s2ft.train.rl_trainers import DPORunTrainer
 
     options = options or RunOptions()
@@ -70,10 +65,6 @@ def dpo(
         held_out=held_out,
         callbacks=callbacks_of(arguments, folder, options),
     )
-    trainer.remove_callback(PrinterCallback)  # LossBar shows the same values
     if trainer.is_world_process_zero():
         log_length(trainer.args, len(train))
-    with checkpointing(model, arguments), restored(model, trainer):
-        result = run_trainer(trainer, model, folder, checkpoint)
-    finish(trainer, folder)
-    return result
+    return run_trainer(trainer, model, arguments, folder, checkpoint)

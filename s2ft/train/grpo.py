@@ -10,17 +10,7 @@ from s2ft.text.encoding import IGNORED
 from s2ft.train.options import RunOptions
 from s2ft.train.output import RunFolder
 from s2ft.train.rewards import check_columns
-from s2ft.train.sft import (
-    Finetuned,
-    callbacks_of,
-    check_dtype,
-    check_packages_of_run,
-    checkpoint_of,
-    checkpointing,
-    finish,
-    restored,
-    run_trainer,
-)
+from s2ft.train.sft import Finetuned, callbacks_of, check_dtype, check_packages_of_run, checkpoint_of, run_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +51,6 @@ def grpo(
         ValueError: The arguments do not fit the data, the model or the installed packages.
         MissingPackages: A package that the run needs is not installed.
     """
-    from transformers.trainer_callback import PrinterCallback
-
     from s2ft.train.rl_trainers import GRPORunTrainer
 
     options = options or RunOptions()
@@ -81,11 +69,7 @@ def grpo(
         held_out=held_out,
         callbacks=callbacks_of(arguments, folder, options),
     )
-    trainer.remove_callback(PrinterCallback)  # LossBar shows the same values
-    with checkpointing(model, arguments), restored(model, trainer):
-        result = run_trainer(trainer, model, folder, checkpoint)
-    finish(trainer, folder)
-    return result
+    return run_trainer(trainer, model, arguments, folder, checkpoint)
 
 
 def largest_batch(arguments, longest_prompt: int) -> dict:

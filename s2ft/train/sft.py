@@ -111,12 +111,8 @@ def sft(
         explain_out_of_memory(model, lambda: _step(arguments, train, options), folder.kept),
         contiguous_head(model),
         loss_for(model, arguments, options, example),
-        checkpointing(model, arguments),
-        restored(model, trainer),
     ):
-        result = run_trainer(trainer, model, folder, checkpoint)
-    finish(trainer, folder)
-    return result
+        return run_trainer(trainer, model, arguments, folder, checkpoint)
 
 
 def checkpoint_of(folder: RunFolder, resume: bool | Path) -> Path | None:
@@ -128,15 +124,29 @@ def checkpoint_of(folder: RunFolder, resume: bool | Path) -> Path | None:
     return checkpoint
 
 
-def run_trainer(trainer, model, folder: RunFolder, checkpoint: Path | None) -> Finetuned:
-    """Train, save the adapter, write the report, and evaluate unless the log has an evaluation of the last step.
+def run_trainer(trainer, model, arguments, folder: RunFolder, checkpoint: Path | None) -> Finetuned:
+    """Train, save the adapter, write the report, evaluate, and draw the plot.
 
     Args:
         trainer: A Trainer with the callbacks of :func:`callbacks_of`.
         model: The model, with the adapter.
+        arguments: The arguments of the run.
         folder: The output folder.
         checkpoint: The checkpoint to begin from, or None.
     """
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)  # LossBar shows the same values
+    with checkpointing(model, arguments), restored(model, trainer):
+        result = _train_and_save(trainer, model, folder, checkpoint)
+    if trainer.is_world_process_zero():
+        _plot(folder)
+    trainer.accelerator.wait_for_everyone()
+    return result
+
+
+def _train_and_save(trainer, model, folder: RunFolder, checkpoint: Path | None) -> Finetuned:
+    """Train, save the adapter, write the report, and evaluate unless the log has an evaluation of the last step."""
     seen = 0 if checkpoint is None else _state_of(checkpoint).num_input_tokens_seen
     start = time.perf_counter()
     _train(trainer, checkpoint)
@@ -152,13 +162,6 @@ def run_trainer(trainer, model, folder: RunFolder, checkpoint: Path | None) -> F
     if evaluates and not _is_evaluated(trainer, folder):
         trainer.evaluate()
     return result
-
-
-def finish(trainer, folder: RunFolder) -> None:
-    """Draw the plot of a run, and wait for the other ranks."""
-    if trainer.is_world_process_zero():
-        _plot(folder)
-    trainer.accelerator.wait_for_everyone()
 
 
 def _result(trainer, folder: RunFolder, seconds: float, seen: int, finished: bool) -> Finetuned:
@@ -277,8 +280,6 @@ def trainer_for(
     held_out: HeldOut | None = None,
 ):
     """Make the Trainer of a run, with its callbacks. The arguments are those of :func:`sft`."""
-    from transformers.trainer_callback import PrinterCallback
-
     from s2ft.train.batching import choose_batching
     from s2ft.train.runs import SFTRunTrainer, needs_trl_loss
 
@@ -290,7 +291,6 @@ def trainer_for(
     trainer = SFTRunTrainer(
         model, arguments, rows, batching, tokenizer=tokenizer, held_out=held_out, callbacks=callbacks
     )
-    trainer.remove_callback(PrinterCallback)  # LossBar shows the same values
     if trainer.is_world_process_zero():
         logger.info(batching.line(_count(train), _count(rows)))
         log_length(trainer.args, _count(rows))
