@@ -17,7 +17,9 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch import Tensor, nn
 
-RANK_TIMEOUT = timedelta(minutes=10)  # as NCCL's default
+from s2ft.ranks.heartbeat import Heartbeat, heartbeat, wait_for_key
+
+RANK_TIMEOUT = timedelta(minutes=10)  # as NCCL's default; a rank that says that it works is waited for without limit
 _counts: Counter = Counter()  # calls by name, the same on every rank: they number the keys in the store
 
 
@@ -106,54 +108,81 @@ def wait_for_ranks(what: str, ranks: list[int], value: str = "") -> str:
         The key in the store under which each rank has left its value: `key/rank`.
 
     Raises:
-        RuntimeError: A rank did not call within RANK_TIMEOUT. Else NCCL would abort, and gloo would hang longer.
+        RuntimeError: A rank has ended, or did not call within RANK_TIMEOUT although it does no long work (see
+            :func:`working`). Else NCCL would abort, and gloo would hang longer.
     """
     call = f"s2ft/{what}/{ranks[0]}+{len(ranks)}"
     _counts[call] += 1
     key, store, me = f"{call}/{_counts[call]}", _store(), dist.get_rank()
-    store.set(f"{key}/{me}", value)
-    for rank in ranks:
-        try:
-            store.wait([f"{key}/{rank}"], RANK_TIMEOUT)
-        except dist.DistError as error:
-            store.delete_key(f"{key}/{me}")
-            _counts[call] -= 1  # so that the next call of all ranks has the same number
-            raise RuntimeError(
-                f"{what}: rank {me} waited {RANK_TIMEOUT.total_seconds():g} s for rank {rank}: every "
-                "rank must call this, not one alone"
-            ) from error
+    try:
+        store.set(f"{key}/{me}", value)
+        for rank in ranks:
+            why = wait_for_key(store, f"{key}/{rank}", rank, RANK_TIMEOUT.total_seconds())
+            if why:
+                store.delete_key(f"{key}/{me}")
+                _counts[call] -= 1  # so that the next call of all ranks has the same number
+                raise RuntimeError(f"{what}: rank {me} waited for rank {rank}: {why}")
+    except dist.DistNetworkError as error:
+        raise RuntimeError(
+            f"{what}: rank {me} can't reach the store of the ranks: the process that has it, rank 0 or the launcher's "
+            "agent, has ended"
+        ) from error
     return key
 
 
-def run_on_first_rank(what: str, ranks: list[int] | None, act: Callable[[], None]) -> None:
-    """Run a function on the first of several ranks while the others wait for it.
+@contextmanager
+def working() -> Iterator[None]:
+    """Inside, other ranks that wait for this one wait as long as its process lives, instead of for RANK_TIMEOUT."""
+    if not is_distributed():
+        yield
+        return
+    with _heartbeat().working():
+        yield
+
+
+def run_on_ranks(what: str, ranks: list[int] | None, runs: bool, act: Callable[[], None]) -> None:
+    """Run a function on some of the ranks that call this, while the others wait until it has ended everywhere.
 
     Args:
         what: Name of the call, for messages.
-        ranks: Ranks that call this. None: this rank runs the function by itself.
-        act: The function.
+        ranks: Ranks that call this. None: this rank calls it by itself.
+        runs: Whether this rank runs the function.
+        act: The function. It may take any time.
 
     Raises:
-        Exception: Any exception of `act`, on the first rank.
-        RuntimeError: `act` failed on the first rank, or a rank did not call in time.
+        Exception: Any exception of `act`, on the rank that ran it.
+        RuntimeError: `act` failed on another rank, or a rank has ended or did not call in time.
     """
     if ranks is None:
-        act()
-        return
-    failure = ""
-    if dist.get_rank() == ranks[0]:
-        try:
+        if runs:
             act()
-        except BaseException as error:
-            wait_for_ranks(what, ranks, f"{type(error).__name__}: {error}")
-            raise
-    failure = _store().get(f"{wait_for_ranks(what, ranks)}/{ranks[0]}").decode()
-    if failure:
-        raise RuntimeError(f"rank {ranks[0]} failed: {failure}")
+        return
+    try:
+        with working():
+            if runs:
+                act()
+    except BaseException as error:
+        wait_for_ranks(what, ranks, f"{type(error).__name__}: {error}")
+        raise
+    key = wait_for_ranks(what, ranks)
+    for rank in ranks:
+        failure = _store().get(f"{key}/{rank}").decode()
+        if failure:
+            raise RuntimeError(f"rank {rank} failed: {failure}")
 
 
-def _store():
-    return dist.distributed_c10d._get_default_store()
+def run_on_first_rank(what: str, ranks: list[int] | None, act: Callable[[], None]) -> None:
+    """Run a function on the first of several ranks while the others wait for it, as :func:`run_on_ranks` does."""
+    run_on_ranks(what, ranks, ranks is None or dist.get_rank() == ranks[0], act)
+
+
+def _heartbeat() -> Heartbeat:
+    return heartbeat(dist.distributed_c10d._get_default_store(), dist.get_rank())
+
+
+def _store() -> dist.Store:
+    """The store of the process group. Whoever uses it gives signs of life from then on."""
+    return _heartbeat().of
 
 
 # ---- tensors that are spread over ranks ----------------------------------------------------------------
