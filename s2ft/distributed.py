@@ -31,6 +31,11 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def all_ranks() -> list[int] | None:
+    """All ranks, or None if this process is not one of several."""
+    return list(range(dist.get_world_size())) if is_distributed() else None
+
+
 def check_same_as_first_rank(what: str, values: Mapping[str, str]) -> None:
     """Compare values with those of the first rank that calls this, without waiting for any rank.
 
