@@ -43,17 +43,21 @@ class Ranks:
 
     Args:
         count: Number of ranks.
+        agent: Whether this process has the ranks' store, as the agent of torchrun does. Otherwise rank 0 has it.
     """
 
-    def __init__(self, count: int = RANKS) -> None:
-        self.count, self.pipes, self.processes = count, [], []
+    def __init__(self, count: int = RANKS, agent: bool = False) -> None:
+        self.count, self.agent, self.pipes, self.processes = count, agent, [], []
 
     def start(self) -> None:
         context, port = mp.get_context("forkserver"), free_port()
         context.set_forkserver_preload(PRELOADED)  # imported once, not by each process
+        if self.agent:
+            self.store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
         for rank in range(self.count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.count, port, theirs), daemon=True)
+            arguments = (rank, self.count, port, self.agent, theirs)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()  # so that the end of the process is the end of the pipe
             self.pipes.append(ours)
@@ -113,7 +117,7 @@ def _received(pipe) -> Outcome:
         return Outcome(died=True)
 
 
-def _serve(rank: int, count: int, port: int, pipe) -> None:
+def _serve(rank: int, count: int, port: int, agent: bool, pipe) -> None:
     set_up_kernels()  # the same as in the process that compares the results
     os.environ.update(
         RANK=str(rank),
@@ -124,6 +128,7 @@ def _serve(rank: int, count: int, port: int, pipe) -> None:
         MASTER_PORT=str(port),
         ACCELERATE_USE_CPU="true",
         OMP_NUM_THREADS="1",
+        TORCHELASTIC_USE_AGENT_STORE=str(agent),
     )
     dist.init_process_group("gloo", timeout=timedelta(seconds=LIMIT))
     while True:
