@@ -111,6 +111,8 @@ def take_up(model: nn.Module) -> bool:
     for move in record.moves:
         move.finish(model)
     record.awaits_weights, record.has_taken_up = False, True
+    for mount in record.mounts.values():
+        mount.layer._first_values = None
     mark_layers(record)
     return True
 
