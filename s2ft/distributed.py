@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -172,6 +173,11 @@ def is_partitioned(tensor: Tensor) -> bool:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this tensor is spread over ranks."""
     return is_dtensor(tensor) or is_partitioned(tensor)
+
+
+def full_shape(tensor: Tensor) -> torch.Size:
+    """The shape of a tensor in full. While ZeRO-3 has partitioned a parameter, its own shape is empty."""
+    return getattr(tensor, "ds_shape", tensor.shape)
 
 
 def has_master_copy(tensor: Tensor) -> bool:
