@@ -146,7 +146,12 @@ class Trial:
         packing = layers_that_pack(self.model)
         try:
             stop_packing(self.model, packing)
-            with torch.no_grad(), evaluation_mode(self.model), torch.random.fork_rng(cuda), gathered_forwards(self.model):
+            with (
+                torch.no_grad(),
+                evaluation_mode(self.model),
+                torch.random.fork_rng(cuda),
+                gathered_forwards(self.model),
+            ):
                 torch.manual_seed(0)
                 output = run_example(self.model, self.example)
         finally:

@@ -69,5 +69,7 @@ def stacked_weights(structure: Structure) -> Iterator[str]:
         for name, parameter in module.named_parameters(recurse=False):
             if f"{path}.{name}" in structure.shared:
                 continue
-            if len(full_shape(parameter)) == 3 and ("expert" in f"{path}.{name}".lower() or "Expert" in type(module).__name__):
+            if len(full_shape(parameter)) == 3 and (
+                "expert" in f"{path}.{name}".lower() or "Expert" in type(module).__name__
+            ):
                 yield f"{path}.{name}"
