@@ -268,6 +268,17 @@ def full_values(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor.detach()
 
 
+def is_in_engine(model: nn.Module) -> bool:
+    """Whether DeepSpeed's engine holds a model: it runs every module by hooks of ZeRO-3, or trains its parameters.
+
+    A model that deepspeed.zero.Init has partitioned is in no engine until deepspeed.initialize.
+    """
+    # The engine of ZeRO-3 gives every module a dict of parameters of its own class.
+    if any(type(module._parameters).__name__ == "ZeROOrderedDict" for module in model.modules()):
+        return True
+    return any(map(has_master_copy, model.parameters()))
+
+
 def has_master_copy(tensor: Tensor) -> bool:
     """Whether ZeRO's optimizer has the exact values of this parameter, and would overwrite the parameter with them."""
     return hasattr(tensor, "_hp_mapping") or hasattr(tensor, "_z3_optimizer")
