@@ -303,6 +303,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return is_dtensor(tensor) or is_partitioned(tensor)
 
 
+def full_shape(tensor: Tensor) -> torch.Size:
+    """The shape of a tensor in full. While ZeRO-3 has partitioned a parameter, its own shape is empty."""
+    return getattr(tensor, "ds_shape", tensor.shape)
+
+
 def has_numbers(tensor: Tensor) -> bool:
     """Whether the values of a parameter can be read: here, spread over ranks, or from a file (`_s2ft_values`)."""
     return not tensor.is_meta or hasattr(tensor, "_s2ft_values")
@@ -332,6 +337,17 @@ def full_values(tensor: Tensor) -> Iterator[Tensor]:
             yield tensor.detach()
     else:
         yield tensor.detach()
+
+
+def is_in_engine(model: nn.Module) -> bool:
+    """Whether DeepSpeed's engine holds a model: it runs every module by hooks of ZeRO-3, or trains its parameters.
+
+    A model that deepspeed.zero.Init has partitioned is in no engine until deepspeed.initialize.
+    """
+    # The engine of ZeRO-3 gives every module a dict of parameters of its own class.
+    if any(type(module._parameters).__name__ == "ZeROOrderedDict" for module in model.modules()):
+        return True
+    return any(map(has_master_copy, model.parameters()))
 
 
 def has_master_copy(tensor: Tensor) -> bool:
