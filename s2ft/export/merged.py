@@ -56,7 +56,7 @@ def export(
         _check_size(max_shard_size)
     saved = s2ft.read_adapter(
         adapter
-    )  # before anything of the base is read, so that a damaged adapter is found at once
+    )  # first, so that a damaged adapter is found at once
     with temporary_folder(output) as folder:
         try:
             model, weights = model_on_disk(model_name, dtype_of_base(saved, dtype))
