@@ -268,6 +268,21 @@ def full_values(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor.detach()
 
 
+@contextmanager
+def without_zero_init() -> Iterator[None]:
+    """Inside, transformers builds models in full. While a config of ZeRO-3 lives, it would partition each new one."""
+    transformers = sys.modules.get("transformers.integrations.deepspeed")
+    if transformers is None or not transformers.is_deepspeed_zero3_enabled():
+        yield
+        return
+    config = transformers._hf_deepspeed_config_weak_ref()  # transformers gives out only what is in it
+    transformers.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        transformers.set_hf_deepspeed_config(config)
+
+
 def is_in_engine(model: nn.Module) -> bool:
     """Whether DeepSpeed's engine holds a model: it runs every module by hooks of ZeRO-3, or trains its parameters.
 
