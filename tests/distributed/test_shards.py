@@ -156,7 +156,7 @@ def decided(rank, able, fails):
         return {"units": [rank, 2]}
 
     try:
-        return distributed.decide("a test", able[rank], compute)
+        return distributed.decide("a test", able[rank], compute).value
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
