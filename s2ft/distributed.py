@@ -339,6 +339,21 @@ def full_values(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor.detach()
 
 
+@contextmanager
+def without_zero_init() -> Iterator[None]:
+    """Inside, transformers builds models in full. While a config of ZeRO-3 lives, it would partition each new one."""
+    transformers = sys.modules.get("transformers.integrations.deepspeed")
+    if transformers is None or not transformers.is_deepspeed_zero3_enabled():
+        yield
+        return
+    config = transformers._hf_deepspeed_config_weak_ref()  # transformers gives out only what is in it
+    transformers.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        transformers.set_hf_deepspeed_config(config)
+
+
 def is_in_engine(model: nn.Module) -> bool:
     """Whether DeepSpeed's engine holds a model: it runs every module by hooks of ZeRO-3, or trains its parameters.
 
@@ -440,12 +455,35 @@ def write_units(tensor: Tensor, index: Tensor, values: Tensor, dim: int) -> None
     full = _full_tensor(tensor)
     full.index_copy_(dim, index.to(full.device), values.to(full))
     if has_master_copy(tensor):
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        safe_set_full_fp32_param(tensor, full)
+        _write_master_copy(tensor, full)
     if ranks is not None:
         with gathered_parameter(tensor):
             tensor.data.copy_(full)
+
+
+def _write_master_copy(tensor: Tensor, full: Tensor) -> None:
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    if is_partitioned(tensor):  # by the own part, because DeepSpeed cuts a full value only if all parts are equal
+        safe_set_local_fp32_param(tensor, own_part_of(tensor, full))
+    else:
+        safe_set_full_fp32_param(tensor, full)
+
+
+def own_part_of(tensor: Tensor, full: Tensor) -> Tensor:
+    """Cut this rank's part out of full values of a parameter that ZeRO-3 has partitioned.
+
+    Args:
+        tensor: The parameter.
+        full: Values of its full shape.
+
+    Returns:
+        The part [n]. All ranks have parts of one size; the last ones are filled up with zeros.
+    """
+    size = tensor.ds_tensor.numel()
+    start = size * dist.get_rank(tensor.ds_process_group)
+    part = full.flatten()[start : start + size]
+    return torch.cat([part, part.new_zeros(size - part.numel())])
 
 
 @contextmanager
