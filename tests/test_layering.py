@@ -12,7 +12,7 @@ RANKS = [
     ["packages", "distributed", "files.writing", "files.reading", "model.coupling", "model.delta", "ops._cuda"],
     ["model.discovery.tiny_config", "attached.hosts.sentence_transformers"],
     ["files.adapter_folder", "ops._build", "config", "attached.hosts.compiled", "attached.hosts.checkpointing"],
-    ["files.streaming", "model.conversion", "model.modes", "model.outputs", "model.towers"],
+    ["files.streaming", "model.conversion", "model.gathering", "model.modes", "model.outputs", "model.towers"],
     ["files.formats", "ops._lock", "ops._memory", "model.checkpoint"],
     ["ops._effective", "ops._library"],
     ["ops._linear", "ops._grouped", "attached.hosts.quantizers"],
