@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # for type checkers, which can't follow __getattr__; `as` exp
     from s2ft.config import S2FTConfig as S2FTConfig
     from s2ft.estimation import Estimate as Estimate, estimate as estimate
     from s2ft.layers import S2ColumnLinear as S2ColumnLinear, S2RowLinear as S2RowLinear
+    from s2ft.model.checkpoint import weights_on_disk as weights_on_disk
     from s2ft.model.coupling import Coupling as Coupling
     from s2ft.model.registry import register_architecture as register_architecture
     from s2ft.ops._build import build_info as build_info
@@ -80,6 +81,7 @@ _HOMES = {
     "estimate": "s2ft.estimation",
     "S2ColumnLinear": "s2ft.layers",
     "S2RowLinear": "s2ft.layers",
+    "weights_on_disk": "s2ft.model.checkpoint",
     "Coupling": "s2ft.model.coupling",
     "register_architecture": "s2ft.model.registry",
     "build_info": "s2ft.ops._build",

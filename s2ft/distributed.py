@@ -9,19 +9,20 @@ import json
 import math
 import os
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-RANK_TIMEOUT = timedelta(minutes=10)  # as NCCL's default
+from s2ft.ranks.heartbeat import Heartbeat, heartbeat, wait_for_key, wait_until
+
+RANK_TIMEOUT = timedelta(minutes=10)  # as NCCL's default; a rank that says that it works is waited for without limit
 _counts: Counter = Counter()  # calls by name, the same on every rank: they number the keys in the store
 
 
@@ -31,6 +32,11 @@ _counts: Counter = Counter()  # calls by name, the same on every rank: they numb
 def is_distributed() -> bool:
     """Whether this process is one of several ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def all_ranks() -> list[int] | None:
+    """All ranks, or None if this process is not one of several."""
+    return list(range(dist.get_world_size())) if is_distributed() else None
 
 
 def check_same_as_first_rank(what: str, values: Mapping[str, str]) -> None:
@@ -110,53 +116,98 @@ def wait_for_ranks(what: str, ranks: list[int], value: str = "") -> str:
         The key in the store under which each rank has left its value: `key/rank`.
 
     Raises:
-        RuntimeError: A rank did not call within RANK_TIMEOUT. Else NCCL would abort, and gloo would hang longer.
+        RuntimeError: A rank has ended, or did not call within RANK_TIMEOUT although it does no long work (see
+            :func:`working`). Else NCCL would abort, and gloo would hang longer.
     """
     call = f"s2ft/{what}/{ranks[0]}+{len(ranks)}"
     _counts[call] += 1
     key, store, me = f"{call}/{_counts[call]}", _store(), dist.get_rank()
-    store.set(f"{key}/{me}", value)
-    for rank in ranks:
-        try:
-            store.wait([f"{key}/{rank}"], RANK_TIMEOUT)
-        except dist.DistError as error:
-            store.delete_key(f"{key}/{me}")
-            _counts[call] -= 1  # so that the next call of all ranks has the same number
-            raise RuntimeError(
-                f"{what}: rank {me} waited {RANK_TIMEOUT.total_seconds():g} s for rank {rank}: every "
-                "rank must call this, not one alone"
-            ) from error
+    with _explain_lost_store(what):
+        store.set(f"{key}/{me}", value)
+        for rank in ranks:
+            why = wait_for_key(store, f"{key}/{rank}", rank, RANK_TIMEOUT.total_seconds())
+            if why:
+                store.delete_key(f"{key}/{me}")
+                _counts[call] -= 1  # so that the next call of all ranks has the same number
+                raise RuntimeError(f"{what}: rank {me} waited for rank {rank}: {why}")
     return key
 
 
-def run_on_first_rank(what: str, ranks: list[int] | None, act: Callable[[], None]) -> None:
-    """Run a function on the first of several ranks while the others wait for it.
+@contextmanager
+def _explain_lost_store(what: str) -> Iterator[None]:
+    try:
+        yield
+    except dist.DistNetworkError as error:
+        raise RuntimeError(
+            f"{what}: rank {dist.get_rank()} can't reach the store of the ranks: the process that has it, rank 0 or "
+            "the launcher's agent, has ended"
+        ) from error
+
+
+@contextmanager
+def working() -> Iterator[None]:
+    """Inside, other ranks that wait for this one wait as long as its process lives, instead of for RANK_TIMEOUT."""
+    if not is_distributed():
+        yield
+        return
+    with _heartbeat().working():
+        yield
+
+
+def run_on_ranks(what: str, ranks: list[int] | None, runs: bool, act: Callable[[], None]) -> None:
+    """Run a function on some of the ranks that call this, while the others wait until it has ended everywhere.
 
     Args:
         what: Name of the call, for messages.
-        ranks: Ranks that call this. None: this rank runs the function by itself.
-        act: The function.
+        ranks: Ranks that call this. None: this rank calls it by itself.
+        runs: Whether this rank runs the function.
+        act: The function. It may take any time.
 
     Raises:
-        Exception: Any exception of `act`, on the first rank.
-        RuntimeError: `act` failed on the first rank, or a rank did not call in time.
+        Exception: Any exception of `act`, on the rank that ran it.
+        RuntimeError: `act` failed on another rank, or a rank has ended or did not call in time.
     """
     if ranks is None:
-        act()
-        return
-    failure = ""
-    if dist.get_rank() == ranks[0]:
-        try:
+        if runs:
             act()
-        except BaseException as error:
-            wait_for_ranks(what, ranks, f"{type(error).__name__}: {error}")
-            raise
-    failure = _store().get(f"{wait_for_ranks(what, ranks)}/{ranks[0]}").decode()
-    if failure:
-        raise RuntimeError(f"rank {ranks[0]} failed: {failure}")
+        return
+    try:
+        if runs:
+            with working():
+                act()
+    except BaseException as error:
+        wait_for_ranks(what, ranks, f"{type(error).__name__}: {error}")
+        raise
+    key = wait_for_ranks(what, ranks)
+    for rank in ranks:
+        failure = _store().get(f"{key}/{rank}").decode()
+        if failure:
+            raise RuntimeError(f"rank {rank} failed: {failure}")
 
 
-def decide(what: str, is_able: bool, compute: Callable[[], Any]) -> Any:
+def run_on_first_rank(what: str, ranks: list[int] | None, act: Callable[[], None]) -> None:
+    """Run a function on the first of several ranks while the others wait for it, as :func:`run_on_ranks` does."""
+    run_on_ranks(what, ranks, ranks is None or dist.get_rank() == ranks[0], act)
+
+
+class Decision(NamedTuple):
+    """A value that :func:`decide` found.
+
+    Attributes:
+        value: The value; None if no rank could compute it.
+        key: Where the ranks have left it in the store; empty if there is only one rank.
+    """
+
+    value: Any
+    key: str
+
+    @property
+    def is_for_others(self) -> bool:
+        """Whether another rank has asked for the value so far because it can't compute it."""
+        return bool(self.key) and _store().add(f"{self.key}/asked", 0) > 0
+
+
+def decide(what: str, is_able: bool, compute: Callable[[], Any]) -> Decision:
     """Compute a value on the ranks that can compute it, and give it to those that can't.
 
     A rank that can compute it does not wait for any rank, and is not compared with others: use
@@ -165,53 +216,73 @@ def decide(what: str, is_able: bool, compute: Callable[[], Any]) -> Any:
     Args:
         what: Name of the value, for the key and for messages. The nth call with this name on each rank belong together.
         is_able: Whether this rank can compute the value: mostly whether its model has the numbers.
-        compute: Returns the value, of types that JSON has. If the weights are sharded, it runs on all of their ranks.
+        compute: Returns the value, of types that JSON has. It may take any time. If the weights are sharded, it runs on
+            all of their ranks.
 
     Returns:
         The value; None if no rank can compute it.
 
     Raises:
         Exception: Any exception of `compute`, on a rank that runs it.
-        RuntimeError: `compute` failed on the first rank, or no rank left a value in time.
+        RuntimeError: `compute` failed on the rank that this one waits for, or that rank has ended, or no rank that can
+            compute the value did call in time.
     """
     if not is_distributed():
-        return compute() if is_able else None
+        return Decision(compute() if is_able else None, "")
     call = f"decision on {what}"
     _counts[call] += 1
     key, store = f"s2ft/{call}/{_counts[call]}", _store()
     if not is_able:
-        return _decided(what, key)
+        return Decision(_decided(what, key), key)
+    rank = str(dist.get_rank())
+    leads = store.compare_set(f"{key}/by", "", rank).decode() == rank
     try:
-        value = compute()
+        with working():
+            value = compute()
     except BaseException as error:
-        store.compare_set(key, "", json.dumps({"rank": dist.get_rank(), "error": f"{type(error).__name__}: {error}"}))
+        if leads:
+            store.set(key, json.dumps({"error": f"{type(error).__name__}: {error}"}))
         raise
-    store.compare_set(key, "", json.dumps({"rank": dist.get_rank(), "value": value}))
-    return value
+    if leads:
+        store.set(key, json.dumps({"value": value}))
+    return Decision(value, key)
 
 
 def _decided(what: str, key: str) -> Any:
     """Wait for the value that a rank leaves at `key`; None if no rank is able to compute it."""
-    store = _store()
-    store.add(f"{key}/unable", 1)
-    end = time.monotonic() + RANK_TIMEOUT.total_seconds()
-    while not store.check([key]):
-        if store.add(f"{key}/unable", 0) == dist.get_world_size():
-            return None
-        if time.monotonic() > end:
+    store, asked = _store(), f"{key}/asked"
+
+    def by() -> int | None:
+        return int(store.get(f"{key}/by")) if store.check([f"{key}/by"]) else None
+
+    with _explain_lost_store(what):
+        store.add(asked, 1)
+        why = wait_until(
+            store,
+            lambda: store.check([key]) or store.add(asked, 0) == dist.get_world_size(),
+            by,
+            RANK_TIMEOUT.total_seconds(),
+        )
+        if why:
             raise RuntimeError(
-                f"{what}: rank {dist.get_rank()} has no weights (its model is on the meta device) and waited "
-                f"{RANK_TIMEOUT.total_seconds():g} s for a rank that has: every rank must call this, not one alone"
+                f"{what}: rank {dist.get_rank()} has no weights (its model is on the meta device) and waited for "
+                f"{'a rank that has them' if by() is None else f'rank {by()}'}: {why}"
             )
-        time.sleep(0.02)
+        if not store.check([key]):
+            return None
     first = json.loads(store.get(key))
     if "error" in first:
         raise RuntimeError(f"rank {first['rank']} failed: {first['error']}")
     return first["value"]
 
 
-def _store():
-    return dist.distributed_c10d._get_default_store()
+def _heartbeat() -> Heartbeat:
+    return heartbeat(dist.distributed_c10d._get_default_store(), dist.get_rank())
+
+
+def _store() -> dist.Store:
+    """The store of the process group. Whoever uses it gives signs of life from then on."""
+    return _heartbeat().of
 
 
 # ---- tensors that are spread over ranks ----------------------------------------------------------------
@@ -232,6 +303,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return is_dtensor(tensor) or is_partitioned(tensor)
 
 
+def full_shape(tensor: Tensor) -> torch.Size:
+    """The shape of a tensor in full. While ZeRO-3 has partitioned a parameter, its own shape is empty."""
+    return getattr(tensor, "ds_shape", tensor.shape)
+
+
 def has_numbers(tensor: Tensor) -> bool:
     """Whether the values of a parameter can be read: here, spread over ranks, or from a file (`_s2ft_values`)."""
     return not tensor.is_meta or hasattr(tensor, "_s2ft_values")
@@ -241,8 +317,8 @@ def has_numbers(tensor: Tensor) -> bool:
 def full_values(tensor: Tensor) -> Iterator[Tensor]:
     """Inside, the complete values of a parameter or buffer, detached. They must not be written.
 
-    They are in the tensor's own memory if it is complete here. If it is spread over ranks, every one of these ranks must
-    call this, for the same tensors in the same order: the values are gathered, and freed afterwards.
+    They are in the tensor's own memory if it is complete here. If it is spread over ranks, every one of these ranks
+    must call this, for the same tensors in the same order: the values are gathered, and freed afterwards.
 
     Raises:
         ValueError: The tensor is on the meta device, and its values are in no file.
@@ -261,6 +337,17 @@ def full_values(tensor: Tensor) -> Iterator[Tensor]:
             yield tensor.detach()
     else:
         yield tensor.detach()
+
+
+def is_in_engine(model: nn.Module) -> bool:
+    """Whether DeepSpeed's engine holds a model: it runs every module by hooks of ZeRO-3, or trains its parameters.
+
+    A model that deepspeed.zero.Init has partitioned is in no engine until deepspeed.initialize.
+    """
+    # The engine of ZeRO-3 gives every module a dict of parameters of its own class.
+    if any(type(module._parameters).__name__ == "ZeROOrderedDict" for module in model.modules()):
+        return True
+    return any(map(has_master_copy, model.parameters()))
 
 
 def has_master_copy(tensor: Tensor) -> bool:

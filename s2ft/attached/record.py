@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from s2ft.config import S2FTConfig
-from s2ft.distributed import decide
+from s2ft.distributed import Decision, decide, reshard_all
 from s2ft.layers import S2Layer
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.delta import Delta
@@ -143,6 +143,7 @@ class Attachment:
         couplings: Couplings of the model.
         fingerprint: Hashes of the base's coupled weights, by layer; None while no rank has the weights.
         required_grad: requires_grad of every parameter before s2ft changed the model, by name.
+        base: How the ranks have found the fingerprint.
         is_custom: Whether adapters store the couplings, because no family of s2ft has them.
         weights: What discovery says of every weight of the blocks; empty for all other couplings.
         host_hooks: Functions that run when layers are mounted and unmounted.
@@ -166,6 +167,7 @@ class Attachment:
     couplings: list[Coupling]
     fingerprint: dict[str, Any] | None
     required_grad: dict[str, bool]
+    base: Decision = Decision(None, "")
     is_custom: bool = False
     weights: tuple[Any, ...] = ()
     host_hooks: HostHooks | None = None
@@ -343,11 +345,14 @@ def new_attachment(
     """
     check_unattached(model)
     found = find_couplings(model, couplings, example, config)
+    reshard_all(model)
+    base = decide("the base", have_numbers(model, found.couplings), lambda: fingerprint(model, found.couplings))
     return Attachment(
         found.couplings,
-        decide("the base", have_numbers(model, found.couplings), lambda: fingerprint(model, found.couplings)),
+        base.value,
         {key: parameter.requires_grad for key, parameter in model.named_parameters()},
         is_custom=found.is_custom,
         weights=found.weights,
         host_hooks=host_hooks,
+        base=base,
     )

@@ -74,7 +74,7 @@ def _select_where_weights_are(
         f"selection={config.selection!r}",
         is_able,
         lambda: {k: v.tolist() for k, v in _select(couplings, config, model, calibration, metric).units.items()},
-    )
+    ).value
     if units is None:
         raise ValueError(
             f"selection={config.selection!r} reads the weights, and they are on the meta device"

@@ -156,7 +156,7 @@ def decided(rank, able, fails):
         return {"units": [rank, 2]}
 
     try:
-        return distributed.decide("a test", able[rank], compute)
+        return distributed.decide("a test", able[rank], compute).value
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
@@ -175,4 +175,7 @@ def test_ranks_without_numbers_get_what_another_rank_decides(ranks, able, expect
 
 
 def test_a_decision_that_fails_is_an_error_on_every_rank(ranks):
-    assert ranks(decided, (True, False), True) == ["ValueError: no data", "RuntimeError: rank 0 failed: ValueError: no data"]
+    assert ranks(decided, (True, False), True) == [
+        "ValueError: no data",
+        "RuntimeError: rank 0 failed: ValueError: no data",
+    ]
