@@ -7,6 +7,7 @@ The expected scores come from all activations, stored, and from one backward for
 import pytest
 import torch
 from support.models import model_of
+from support.pairs import in_turn
 from test_metrics import assert_untouched, norms, state
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -213,14 +214,7 @@ def test_activation_scores_equal_those_of_stored_activations(name):
 WITH_LABELS = [name for name, (case, batches) in CASES.items() if all("labels" in batch for batch in batches)]
 
 
-@pytest.mark.parametrize(
-    "name, checkpointing",
-    [
-        pytest.param(name, checkpointing, marks=[pytest.mark.slow] * (number % 2 == checkpointing))
-        for number, name in enumerate(WITH_LABELS)
-        for checkpointing in (False, True)
-    ],
-)
+@pytest.mark.parametrize("name, checkpointing", in_turn(WITH_LABELS, (False, True)))
 def test_gradient_scores_equal_those_of_one_sequence_at_a_time(name, checkpointing):
     case, batches = CASES[name]
     model = model_of(case)

@@ -90,4 +90,14 @@ def greedy_row(prompt, adapter=None):
     return Row(prompt, Sampler(), adapter)
 
 
-__all__ = ["BASE", "RunningBatch", "alone", "eventually", "greedy_row", "running", "running_server", "save_adapters", "text_of"]
+__all__ = [
+    "BASE",
+    "RunningBatch",
+    "alone",
+    "eventually",
+    "greedy_row",
+    "running",
+    "running_server",
+    "save_adapters",
+    "text_of",
+]
