@@ -7,7 +7,7 @@ from torch import nn
 
 from s2ft.adapter.pretrained import HOST_HOOKS
 from s2ft.attached.changes import adapters_off, fuse_mounted, merge_active, remove_all, unfuse_mounted
-from s2ft.attached.checks import check_can_fuse, check_can_merge, check_new_name, check_not_sharded, movable_couplings
+from s2ft.attached.checks import check_can_fuse, check_can_merge, check_new_name, check_not_in_engine, movable_couplings
 from s2ft.attached.extra_weights import names_of_modules
 from s2ft.attached.hosts.compiled import of_compiled
 from s2ft.attached.hosts.sentence_transformers import with_rest_frozen
@@ -249,7 +249,7 @@ def detach(model: nn.Module) -> nn.Module:
         True
     """
     record = attachment_of(model)
-    check_not_sharded(model, "detach")
+    check_not_in_engine(model, "detach")
     remove_all(model, record)
     return model
 
@@ -277,7 +277,7 @@ def merge(model: nn.Module) -> nn.Module:
         []
     """
     record = attachment_of(model)
-    check_not_sharded(model, "merge")
+    check_not_in_engine(model, "merge")
     if not record.active:
         raise ValueError("no adapter is active, so there is nothing to merge: set_adapter first, or detach")
     if record.trains:

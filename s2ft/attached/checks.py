@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from s2ft.attached.record import Attachment
-from s2ft.distributed import is_dtensor, is_partitioned, is_sharded, will_be_loaded_again
+from s2ft.distributed import is_dtensor, is_in_engine, is_sharded, will_be_loaded_again
 from s2ft.files.reading import check_adapter_name
 from s2ft.layers import kind_of
 from s2ft.model.coupling import Coupling, Projection, projections_of
@@ -50,14 +50,13 @@ def check_has_arrived(record: Attachment) -> None:
 # ---- layers and weights --------------------------------------------------------------------------------
 
 
-def check_not_sharded(model: nn.Module, what: str) -> None:
-    """Raise ValueError if ZeRO-3 has spread weights over ranks. what: the change, for the message."""
-    path = next((path for path, parameter in model.named_parameters() if is_partitioned(parameter)), None)
-    if path is not None:
+def check_not_in_engine(model: nn.Module, what: str) -> None:
+    """Raise ValueError if DeepSpeed's engine holds the model. what: the change, for the message."""
+    if is_in_engine(model):
         raise ValueError(
-            f"{what} would change the layers of a model that is sharded ({path}), and ZeRO-3 knows only the layers "
-            "that were there when it sharded the model: do this before sharding, or call s2ft.save_adapter now and go "
-            "on with a base that is not sharded"
+            f"{what} would change the layers of a model that DeepSpeed's engine holds, and its hooks and its optimizer "
+            "know only what was there when deepspeed.initialize made them: do this before deepspeed.initialize (before "
+            "Trainer.train, or accelerator.prepare), or call s2ft.save_adapter now and go on with a new model"
         )
 
 

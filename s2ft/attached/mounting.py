@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from s2ft.attached import extra_weights
 from s2ft.attached.arrival import add_arrival_hooks, after_apply, expect_weights, mark_layers, remove_arrival_hooks
-from s2ft.attached.checks import check_can_move, check_gradients_pass, check_memory, check_not_sharded, check_shards
+from s2ft.attached.checks import check_can_move, check_gradients_pass, check_memory, check_not_in_engine, check_shards
 from s2ft.attached.forwards import experts_modules, put_forwards_back, replace_forward, restore_forwards
 from s2ft.attached.hosts.checkpointing import close_blocks, open_blocks
 from s2ft.attached.hosts.quantizers import allow_training, restore_quantizer
@@ -67,7 +67,7 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
         ValueError: Something can't be trained. Nothing has changed.
         RuntimeError: Another rank trains other units or has another base.
     """
-    check_not_sharded(model, "a trainable adapter")
+    check_not_in_engine(model, "a trainable adapter")
     reshard_all(model)
     touched = [
         coupling
