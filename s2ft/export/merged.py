@@ -54,9 +54,7 @@ def export(
     """
     if max_shard_size is not None:
         _check_size(max_shard_size)
-    saved = s2ft.read_adapter(
-        adapter
-    )  # first, so that a damaged adapter is found at once
+    saved = s2ft.read_adapter(adapter)  # first, so that a damaged adapter is found at once
     with temporary_folder(output) as folder:
         try:
             model, weights = model_on_disk(model_name, dtype_of_base(saved, dtype))
