@@ -370,6 +370,16 @@ def has_master_copy(tensor: Tensor) -> bool:
     return hasattr(tensor, "_hp_mapping") or hasattr(tensor, "_z3_optimizer")
 
 
+def will_be_loaded_again() -> bool:
+    """Whether accelerate will send the model of every rank to the meta device, shard it, and broadcast the weights.
+
+    The units need not move before that: the first rank would need copies of the weights in the base's order.
+    """
+    names = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    wanted = all(os.environ.get(name, "").lower() in ("1", "true", "yes") for name in names)
+    return wanted and os.environ.get("FSDP_VERSION", "1") == "2" and is_distributed()
+
+
 def reshard_all(model: nn.Module) -> None:
     """Make FSDP2 free the full parameters that it kept after a forward, so that the trained shards are used again."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
@@ -532,11 +542,13 @@ class Shard:
 
 
 def own_shard(tensor: Tensor) -> Shard:
-    """Return this rank's shard of a DTensor, of any mesh and placements.
+    """Return this rank's shard of a DTensor, of any mesh and placements, or all of another tensor.
 
     Raises:
         ValueError: The shard is not one range along each dimension.
     """
+    if not is_dtensor(tensor):
+        return Shard(tensor.detach())
     shard = tensor.detach().to_local()
     return Shard(shard, [_own_start(tensor, dim, shard.shape[dim]) for dim in range(tensor.dim())])
 
@@ -601,5 +613,8 @@ def _own_part(full: Tensor, like: Tensor, dim: int | None = None) -> Tensor:
 
 
 def write_full_values(tensor: Tensor, full: Tensor) -> None:
-    """Write the complete values, which every rank has, into this rank's shard of a DTensor, in place."""
-    tensor.detach().to_local().copy_(_own_part(full, tensor))
+    """Write the complete values, which every rank has, into a tensor or this rank's shard of it, in place."""
+    if is_dtensor(tensor):
+        tensor.detach().to_local().copy_(_own_part(full, tensor))
+    else:
+        tensor.detach().copy_(full)
