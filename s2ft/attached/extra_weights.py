@@ -164,10 +164,10 @@ def keep_unfrozen(model: nn.Module, record: Attachment) -> None:
 def _keep(record: Attachment, parameters: Mapping[str, Tensor]) -> None:
     new = {name: parameter for name, parameter in parameters.items() if name not in record.extra.base}
     if new:
-        record.extra.base = {**record.extra.base, **_copies(new)}
+        record.extra.base = {**record.extra.base, **copies(new)}
 
 
-def _copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return full copies. Parameters that are spread over ranks are gathered: each of these ranks must call this."""
     return {name: value.clone() for name, value in full_tensors(parameters).items()}
 
@@ -183,7 +183,7 @@ def take_off(model: nn.Module, record: Attachment) -> None:
     parameters = dict(model.named_parameters())
     aside = extra.trained or {}
     if extra.base.keys() - aside.keys():  # parameters that hold trained values
-        extra.trained = {**aside, **_copies({name: parameters[name] for name in extra.base if name not in aside})}
+        extra.trained = {**aside, **copies({name: parameters[name] for name in extra.base if name not in aside})}
     _write(parameters, {**extra.overwritten, **extra.base})
     extra.overwritten = {}
 
@@ -203,7 +203,7 @@ def put_on(model: nn.Module, record: Attachment, weights: Mapping[str, float]) -
             extra.trained = None
         return
     parameters = dict(model.named_parameters())
-    extra.overwritten = _copies({name: parameters[name] for name in values})
+    extra.overwritten = copies({name: parameters[name] for name in values})
     _write(parameters, {**values, **trained})
     if record.name in weights:
         extra.trained = None
@@ -260,7 +260,7 @@ def trained_values(
             _check_in_state(name, parameter, state)
         found = {name: state[name].detach().clone() for name in left}
     else:
-        found = _copies(left) if left else {}
+        found = copies(left) if left else {}
     return {name: found[name] if name in found else aside[name].clone() for name in parameters}
 
 
@@ -314,6 +314,9 @@ def set_trained(model: nn.Module, record: Attachment, values: Mapping[str, Tenso
     if not values:
         return
     keep_unfrozen(model, record)
+    if record.awaits_weights:
+        record.extra.arriving = {name: value.clone() for name, value in values.items()}
+        return
     if record.extra.trained is not None:  # the adapter is not active
         record.extra.trained = {**record.extra.trained, **{name: value.clone() for name, value in values.items()}}
         return

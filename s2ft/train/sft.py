@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import s2ft
 from s2ft.adapter.saving import gather_trained
 from s2ft.attached.record import attachment_of
-from s2ft.distributed import check_all_ranks_agree
+from s2ft.distributed import all_ranks, check_all_ranks_agree, run_on_ranks
 from s2ft.packages import check_packages
 from s2ft.text.output_head import contiguous_head
 from s2ft.text.prompts import pad_id
@@ -242,8 +243,8 @@ def _was_stopped(trainer) -> bool:
 
 def _save(model, folder: RunFolder, trainer) -> None:
     trained = gather_trained(model)  # on each rank, since a sharded adapter is spread over all of them
-    if trainer.is_world_process_zero():
-        s2ft.save_adapter(model, folder.adapter, state=trained)
+    save = partial(s2ft.save_adapter, model, folder.adapter, state=trained)
+    run_on_ranks("saving the adapter of the run", all_ranks(), trainer.is_world_process_zero(), save)
 
 
 def _is_evaluated(trainer, folder: RunFolder) -> bool:
