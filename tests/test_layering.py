@@ -15,7 +15,7 @@ RANKS = [
     ["ops._effective", "ops._library"],
     ["ops._linear", "ops._grouped", "attached.hosts.quantizers"],
     ["ops"],
-    ["layers.kind"],
+    ["layers.kind", "split"],
     ["layers.base"],
     ["layers"],
     ["model.weights"],
