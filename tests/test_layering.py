@@ -8,6 +8,7 @@ ROOT = Path(__file__).parents[1] / "s2ft"
 # The lowest rank is first. A line lists modules and folders of one rank, which do not import each other. A folder
 # whose modules have several ranks is listed by module. A module has the rank of the longest name that matches it.
 RANKS = [
+    ["ranks"],
     ["packages", "distributed", "files.writing", "files.reading", "model.coupling", "model.delta", "ops._cuda"],
     ["model.discovery.tiny_config", "attached.hosts.sentence_transformers"],
     ["files.adapter_folder", "ops._build", "config", "attached.hosts.compiled", "attached.hosts.checkpointing"],

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from s2ft.config import S2FTConfig
+from s2ft.distributed import Decision, decide, reshard_all
 from s2ft.layers import S2Layer
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.delta import Delta
 from s2ft.model.fingerprint import fingerprint
 from s2ft.model.permutation import Move
 from s2ft.model.registry import find_couplings
+from s2ft.model.weights import have_numbers
 from s2ft.selection import Selection
 
 _ATTRIBUTE = "_s2ft"  # the attribute of a model that holds its Attachment; no other file knows it
@@ -139,8 +141,9 @@ class Attachment:
 
     Attributes:
         couplings: Couplings of the model.
-        fingerprint: Hashes of the base's coupled weights, by layer.
+        fingerprint: Hashes of the base's coupled weights, by layer; None while no rank has the weights.
         required_grad: requires_grad of every parameter before s2ft changed the model, by name.
+        base: How the ranks have found the fingerprint.
         is_custom: Whether adapters store the couplings, because no family of s2ft has them.
         weights: What discovery says of every weight of the blocks; empty for all other couplings.
         host_hooks: Functions that run when layers are mounted and unmounted.
@@ -162,8 +165,9 @@ class Attachment:
     """
 
     couplings: list[Coupling]
-    fingerprint: dict[str, Any]
+    fingerprint: dict[str, Any] | None
     required_grad: dict[str, bool]
+    base: Decision = Decision(None, "")
     is_custom: bool = False
     weights: tuple[Any, ...] = ()
     host_hooks: HostHooks | None = None
@@ -341,11 +345,14 @@ def new_attachment(
     """
     check_unattached(model)
     found = find_couplings(model, couplings, example, config)
+    reshard_all(model)
+    base = decide("the base", have_numbers(model, found.couplings), lambda: fingerprint(model, found.couplings))
     return Attachment(
         found.couplings,
-        fingerprint(model, found.couplings),
+        base.value,
         {key: parameter.requires_grad for key, parameter in model.named_parameters()},
         is_custom=found.is_custom,
         weights=found.weights,
         host_hooks=host_hooks,
+        base=base,
     )

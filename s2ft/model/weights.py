@@ -4,14 +4,14 @@ Code that reads or writes a weight finds it once, by :func:`weight_at`, and uses
 contains how its weight is stored, see :class:`s2ft.layers.Kind`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from s2ft.distributed import Shard, gathered_parameter, is_dtensor, is_partitioned, own_shard
+from s2ft.distributed import Shard, full_values, gathered_parameter, has_numbers, is_dtensor, is_partitioned, own_shard
 from s2ft.layers import EXPERTS, LINEAR, OTHER, TRANSPOSED_EXPERTS, Kind, kind_of
 from s2ft.model.coupling import Coupling, Projection
 
@@ -89,6 +89,20 @@ class WeightHandle:
         """View a tensor of the stored weight's shape, for instance its gradient, as :attr:`matrix` views the weight."""
         return self.kind.view(tensor, self.expert)
 
+    def full(self) -> AbstractContextManager[Tensor]:
+        """Open the complete weight for reading: as it is stored, with all experts, or dequantized.
+
+        :meth:`view` of it is the matrix of this projection. A weight that is whole here is not copied. One that is
+        spread over ranks is gathered, and every one of these ranks must call this. One on the meta device is read from
+        its file, if it has one (`_s2ft_values`).
+
+        Raises:
+            ValueError: The weight is on the meta device, and there is no file to read it from.
+        """
+        if self.read_only:
+            return nullcontext(self.matrix)
+        return full_values(self.tensor)
+
     def shard(self) -> AbstractContextManager[Shard]:
         """Open the part of :attr:`matrix` that this rank can write, in the weight's own memory.
 
@@ -131,6 +145,11 @@ def tensors_of(model: nn.Module, coupling: Coupling) -> list[Tensor]:
         bias = handle.bias if projection.dim == 0 else None
         tensors += [handle.tensor] + ([] if bias is None else [bias])
     return tensors
+
+
+def have_numbers(model: nn.Module, couplings: Iterable[Coupling]) -> bool:
+    """Whether the values of all weights, biases and vectors of these couplings can be read on this rank."""
+    return all(has_numbers(tensor) for coupling in couplings for tensor in tensors_of(model, coupling))
 
 
 def count_parameters(model: nn.Module) -> int:
