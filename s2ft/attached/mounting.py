@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.attached import extra_weights
-from s2ft.attached.checks import check_can_move, check_gradients_pass, check_memory, check_not_sharded
+from s2ft.attached.checks import check_can_move, check_gradients_pass, check_memory
 from s2ft.attached.forwards import experts_modules, put_forwards_back, replace_forward, restore_forwards
 from s2ft.attached.hosts.checkpointing import close_blocks, open_blocks
 from s2ft.attached.hosts.quantizers import allow_training, restore_quantizer
@@ -64,7 +64,7 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
         ValueError: Something can't be trained. Nothing has changed.
         RuntimeError: Another rank trains other units or has another base.
     """
-    pass  # TEMP
+    # TEMP
     touched = [
         coupling
         for coupling in record.couplings
@@ -75,7 +75,10 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
     if config.layout == "permuted":
         movable = [coupling for coupling in touched if coupling.movable]
         check_can_move(model, movable)
-        moves = {coupling: _move(model, coupling, selection) for coupling in movable}
+        for coupling in movable:
+            blocks = unit_blocks(model, coupling)
+            if blocks is not None:  # else the units are trained in place
+                moves[coupling] = Move(coupling, order_in_blocks(blocks, *_selected(coupling, selection)))
     check_gradients_pass(model)
     check_memory(model, [projection for coupling in touched for projection in coupling.projections])
     for coupling in touched:
@@ -120,7 +123,7 @@ def _mount_all(model: nn.Module, record: Attachment, touched: list[Coupling], mo
         if coupling in moves:
             record.moves.append(moves[coupling])
             record.moves[-1].do(model)
-        order = _order(coupling, record.selection) if coupling in moves else None
+        order = _order(coupling, record.selection) if coupling.movable and record.config.layout == "permuted" else None
         for projection in coupling.projections:
             if projection.name in record.selection:
                 part = _part(projection, record.selection[projection.name], order)
@@ -175,9 +178,9 @@ def _layer(original: nn.Module, parts: list[Part], record: Attachment) -> S2Laye
     else:
         where = {"index": places}
         _number_positions(parts)
-    kind = kind_of(original)
-    if kind is SPLIT_LINEAR:  # its units are elsewhere than in one process, but s2 has the same order
-        where = {"index": _current_index(parts, record)}
+    kind, current = kind_of(original), _current_index(parts, record)
+    if kind is SPLIT_LINEAR or not (found is None or torch.equal(current, torch.arange(*found))):
+        where = {"index": current}  # tensor parallelism: units are elsewhere, and s2 has the same order
     delta_dtype = record.config.delta_dtype_for(original.weight.dtype)
     layer = kind.layers[dim].from_module(original, **where, delta_dtype=delta_dtype)
     install_style(original, layer)
@@ -185,10 +188,11 @@ def _layer(original: nn.Module, parts: list[Part], record: Attachment) -> S2Laye
 
 
 def _current_index(parts: list[Part], record: Attachment) -> Tensor:
-    """Where the units of s2 are in the weight now, in the order of s2, shape [n], int64."""
+    """Where the units of s2 are in the weight once the moves are done, in the order of s2, shape [n], int64."""
     index = torch.empty(sum(part.elements.numel() for part in parts), dtype=torch.int64)
     for part in parts:
-        index[part.positions] = record.current_positions(part.projection, part.elements)
+        move = next((move for move in record.moves if part.projection in move.coupling.projections), None)
+        index[part.positions] = part.elements if move is None else move.places(part.projection)[part.elements]
     return index
 
 
@@ -222,14 +226,6 @@ def _order(coupling: Coupling, selection: Selection) -> Tensor:
     optimizer's state have the same order on any number of ranks.
     """
     return coupling_order(coupling.count, *_selected(coupling, selection))
-
-
-def _move(model: nn.Module, coupling: Coupling, selection: Selection) -> Move:
-    """Make the move that brings the selected units together, with tensor parallelism within each rank's part."""
-    blocks = unit_blocks(model, coupling)
-    if blocks is None:
-        return Move(coupling, _order(coupling, selection))
-    return Move(coupling, order_in_blocks(blocks, *_selected(coupling, selection)))
 
 
 def _selected(coupling: Coupling, selection: Selection) -> tuple[list[Tensor], Tensor | None]:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from s2ft.distributed import is_dtensor
 from s2ft.model.coupling import Projection
 from s2ft.model.weights import weight_at
 from s2ft.selection.metric import Metric, Request, Units, squares_by_unit
@@ -54,8 +55,9 @@ def _collect(model: nn.Module, projections: list[Projection], sums: dict[str, Te
     """Return a hook that adds a weight's squared gradient norms to `sums` and deletes the gradient."""
 
     def hook(weight: nn.Parameter) -> None:
+        gradient = weight.grad.full_tensor() if is_dtensor(weight.grad) else weight.grad
         for projection in projections:
-            squares = squares_by_unit(weight_at(model, projection).view(weight.grad), projection.dim, projection)
+            squares = squares_by_unit(weight_at(model, projection).view(gradient), projection.dim, projection)
             sums[projection.name] = sums[projection.name] + squares if projection.name in sums else squares
         weight.grad = None
 

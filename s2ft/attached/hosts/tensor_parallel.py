@@ -5,7 +5,7 @@ that brings inputs and outputs into the layouts that the split needs. A trainabl
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from s2ft.distributed import is_dtensor
 from s2ft.layers import SPLIT_LINEAR, kind_of
-from s2ft.model.coupling import Coupling, Projection, Vector, projections_of, unit_name
-from s2ft.model.weights import find, weight_at
-from s2ft.split import Split, split_of
+from s2ft.layers.split import split_of
+from s2ft.model.coupling import Coupling, Projection, Vector, projections_of
+from s2ft.model.weights import find, split_of_units, weight_at
 
 STYLES = ("ColwiseParallel", "RowwiseParallel", "PackedColwiseParallel")  # of transformers, for linear layers
 WITHOUT = "load the model without tensor parallelism, attach, and shard it by FSDP2 or ZeRO"
@@ -115,50 +115,32 @@ def unit_blocks(model: nn.Module, coupling: Coupling) -> Tensor | None:
         coupling: A coupling whose units may move.
 
     Returns:
-        The ranks [units] int64, or None if no weight is split along the units.
-
-    Raises:
-        ValueError: A unit is divided among ranks, or its rank differs between two weights, so that no unit can move
-            within the part of one rank.
+        The ranks [units] int64; all 0 if no weight is split along the units. None if a unit is divided among ranks, or
+        two weights have it on different ranks, so that no rank can reorder its own parts by itself.
     """
-    found: tuple[str, Tensor] | None = None
-    for path, owners in _owners(model, coupling):
-        if bool((owners != owners[:, :1]).any()):
-            raise ValueError(
-                f"tensor parallelism divides single {unit_name(coupling.main)} of {path} among ranks, so that they can't "
-                "change place: use layout='indexed'"
-            )
-        if found is not None and not torch.equal(found[1], owners[:, 0]):
-            raise ValueError(
-                f"tensor parallelism gives {unit_name(coupling.main)} of {found[0]} and {path} to different ranks, so "
-                "that they can't change place together: use layout='indexed'"
-            )
-        found = path, owners[:, 0]
-    return None if found is None else found[1]
+    blocks = torch.zeros(coupling.count, dtype=torch.int64)
+    for number, owners in enumerate(_owners(model, coupling)):
+        blocks = owners[:, 0] if number == 0 else blocks
+        if bool((owners != blocks[:, None]).any()):
+            return None
+    return blocks
 
 
-def _owners(model: nn.Module, coupling: Coupling):
-    """Yield (path, ranks [units, elements of a unit]) for every weight and vector that is split along the units."""
+def _owners(model: nn.Module, coupling: Coupling) -> Iterator[Tensor]:
+    """Yield the ranks [units, elements of a unit] for every weight and vector that is split along the units."""
     units = torch.arange(coupling.count)
     for projection in coupling.projections:
-        split = split_along_units(model, projection)
+        split = split_of_units(model, projection)
         if split is not None:
-            yield projection.path, split.owners[projection.elements(units)].view(coupling.count, -1)
+            yield split.owners[projection.elements(units)].view(coupling.count, -1)
     for vector in coupling.vectors:
         tensor = find(model, vector.path)
         split = split_of(tensor) if is_dtensor(tensor) and "tp" in (tensor.device_mesh.mesh_dim_names or ()) else None
         if split is not None and split.dim == (vector.expert is not None):
-            yield vector.path, split.owners[_entries(vector, units)].view(coupling.count, -1)
+            yield split.owners[_entries(vector, units)].view(coupling.count, -1)
 
 
 def _entries(vector: Vector, units: Tensor) -> Tensor:
-    return Projection("u", vector.path, len(units), vector.unit, 0, start=vector.start, size=vector.size).elements(units)
-
-
-def split_along_units(model: nn.Module, projection: Projection) -> Split | None:
-    """How tensor parallelism has split the units of a projection; None if every rank has all of them."""
-    handle = weight_at(model, projection)
-    split = split_of(handle.tensor) if handle.kind is SPLIT_LINEAR else None
-    return split if split is not None and split.dim == projection.dim else None
-
-
+    return Projection("u", vector.path, len(units), vector.unit, 0, start=vector.start, size=vector.size).elements(
+        units
+    )
