@@ -9,7 +9,6 @@ import json
 import math
 import os
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from s2ft.ranks.heartbeat import Heartbeat, heartbeat, wait_for_key
+from s2ft.ranks.heartbeat import Heartbeat, heartbeat, wait_for_key, wait_until
 
 RANK_TIMEOUT = timedelta(minutes=10)  # as NCCL's default; a rank that says that it works is waited for without limit
 _counts: Counter = Counter()  # calls by name, the same on every rank: they number the keys in the store
@@ -123,7 +122,7 @@ def wait_for_ranks(what: str, ranks: list[int], value: str = "") -> str:
     call = f"s2ft/{what}/{ranks[0]}+{len(ranks)}"
     _counts[call] += 1
     key, store, me = f"{call}/{_counts[call]}", _store(), dist.get_rank()
-    try:
+    with _explain_lost_store(what):
         store.set(f"{key}/{me}", value)
         for rank in ranks:
             why = wait_for_key(store, f"{key}/{rank}", rank, RANK_TIMEOUT.total_seconds())
@@ -131,12 +130,18 @@ def wait_for_ranks(what: str, ranks: list[int], value: str = "") -> str:
                 store.delete_key(f"{key}/{me}")
                 _counts[call] -= 1  # so that the next call of all ranks has the same number
                 raise RuntimeError(f"{what}: rank {me} waited for rank {rank}: {why}")
+    return key
+
+
+@contextmanager
+def _explain_lost_store(what: str) -> Iterator[None]:
+    try:
+        yield
     except dist.DistNetworkError as error:
         raise RuntimeError(
-            f"{what}: rank {me} can't reach the store of the ranks: the process that has it, rank 0 or the launcher's "
-            "agent, has ended"
+            f"{what}: rank {dist.get_rank()} can't reach the store of the ranks: the process that has it, rank 0 or "
+            "the launcher's agent, has ended"
         ) from error
-    return key
 
 
 @contextmanager
@@ -167,8 +172,8 @@ def run_on_ranks(what: str, ranks: list[int] | None, runs: bool, act: Callable[[
             act()
         return
     try:
-        with working():
-            if runs:
+        if runs:
+            with working():
                 act()
     except BaseException as error:
         wait_for_ranks(what, ranks, f"{type(error).__name__}: {error}")
@@ -245,26 +250,30 @@ def decide(what: str, is_able: bool, compute: Callable[[], Any]) -> Decision:
 
 def _decided(what: str, key: str) -> Any:
     """Wait for the value that a rank leaves at `key`; None if no rank is able to compute it."""
-    store, me, patience = _store(), dist.get_rank(), RANK_TIMEOUT.total_seconds()
-    store.add(f"{key}/asked", 1)
-    end = time.monotonic() + patience
-    while not store.check([f"{key}/by"]):
-        if store.add(f"{key}/asked", 0) == dist.get_world_size():
-            return None
-        if time.monotonic() > end:
+    store, asked = _store(), f"{key}/asked"
+
+    def by() -> int | None:
+        return int(store.get(f"{key}/by")) if store.check([f"{key}/by"]) else None
+
+    with _explain_lost_store(what):
+        store.add(asked, 1)
+        why = wait_until(
+            store,
+            lambda: store.check([key]) or store.add(asked, 0) == dist.get_world_size(),
+            by,
+            RANK_TIMEOUT.total_seconds(),
+        )
+        if why:
             raise RuntimeError(
-                f"{what}: rank {me} has no weights (its model is on the meta device) and waited {patience:g} s for a "
-                "rank that has: every rank must call this, not one alone"
+                f"{what}: rank {dist.get_rank()} has no weights (its model is on the meta device) and waited for "
+                f"{'a rank that has them' if by() is None else f'rank {by()}'}: {why}"
             )
-        time.sleep(0.02)
-    rank = int(store.get(f"{key}/by"))
-    why = wait_for_key(store, key, rank, patience)
-    if why:
-        raise RuntimeError(f"{what}: rank {me} waited for rank {rank}, which has the weights: {why}")
-    found = json.loads(store.get(key))
-    if "error" in found:
-        raise RuntimeError(f"rank {rank} failed: {found['error']}")
-    return found["value"]
+        if not store.check([key]):
+            return None
+    first = json.loads(store.get(key))
+    if "error" in first:
+        raise RuntimeError(f"rank {first['rank']} failed: {first['error']}")
+    return first["value"]
 
 
 def _heartbeat() -> Heartbeat:
@@ -292,6 +301,11 @@ def is_partitioned(tensor: Tensor) -> bool:
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this tensor is spread over ranks."""
     return is_dtensor(tensor) or is_partitioned(tensor)
+
+
+def full_shape(tensor: Tensor) -> torch.Size:
+    """The shape of a tensor in full. While ZeRO-3 has partitioned a parameter, its own shape is empty."""
+    return getattr(tensor, "ds_shape", tensor.shape)
 
 
 def has_numbers(tensor: Tensor) -> bool:
@@ -323,6 +337,17 @@ def full_values(tensor: Tensor) -> Iterator[Tensor]:
             yield tensor.detach()
     else:
         yield tensor.detach()
+
+
+def is_in_engine(model: nn.Module) -> bool:
+    """Whether DeepSpeed's engine holds a model: it runs every module by hooks of ZeRO-3, or trains its parameters.
+
+    A model that deepspeed.zero.Init has partitioned is in no engine until deepspeed.initialize.
+    """
+    # The engine of ZeRO-3 gives every module a dict of parameters of its own class.
+    if any(type(module._parameters).__name__ == "ZeROOrderedDict" for module in model.modules()):
+        return True
+    return any(map(has_master_copy, model.parameters()))
 
 
 def has_master_copy(tensor: Tensor) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from s2ft.attached.record import Attachment
-from s2ft.distributed import is_sharded
+from s2ft.distributed import is_dtensor, is_in_engine, is_sharded
 from s2ft.files.reading import check_adapter_name
 from s2ft.layers import kind_of
 from s2ft.model.coupling import Coupling, Projection, projections_of
@@ -41,13 +41,31 @@ def check_known(record: Attachment, name: str) -> None:
 
 
 def check_not_sharded(model: nn.Module, what: str) -> None:
-    """Raise ValueError if FSDP2 or ZeRO-3 has spread weights over ranks. what: the change, for the message."""
-    path = next((path for path, parameter in model.named_parameters() if is_sharded(parameter)), None)
+    """Raise ValueError if FSDP2 has spread weights over ranks, or DeepSpeed's engine holds the model.
+
+    Weights that deepspeed.zero.Init has partitioned can be changed until deepspeed.initialize makes the engine.
+
+    Args:
+        model: The model.
+        what: The change, for the message.
+    """
+    path = next((path for path, parameter in model.named_parameters() if is_dtensor(parameter)), None)
     if path is not None:
         raise ValueError(
-            f"{what} would change the layers of a model that is sharded ({path}), and FSDP2 and ZeRO-3 know only the "
-            "layers that were there when they sharded it: do this before sharding, or call s2ft.save_adapter now and "
-            "go on with a base that is not sharded"
+            f"{what} would change the layers of a model that is sharded ({path}), and FSDP2 knows only the "
+            "layers that were there when it sharded the model: do this before sharding, or call s2ft.save_adapter now "
+            "and go on with a base that is not sharded"
+        )
+    check_not_in_engine(model, what)
+
+
+def check_not_in_engine(model: nn.Module, what: str) -> None:
+    """Raise ValueError if DeepSpeed's engine holds the model. what: the change, for the message."""
+    if is_in_engine(model):
+        raise ValueError(
+            f"{what} would change the layers of a model that DeepSpeed's engine holds, and its hooks and its optimizer "
+            "know only what was there when deepspeed.initialize made them: do this before deepspeed.initialize (before "
+            "Trainer.train, or accelerator.prepare), or call s2ft.save_adapter now and go on with a new model"
         )
 
 

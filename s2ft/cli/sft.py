@@ -196,6 +196,7 @@ def _training(command, parsed, arguments, rows) -> dict:
     from pathlib import Path
 
     from s2ft.text.data import DataOptions
+    from s2ft.train.parallel import rows_of_update
 
     data = parsed[DataOptions]
     names = [*data.data, *filter(None, [data.dataset_name]), *(entry["path"] for entry in data.datasets)]
@@ -205,7 +206,7 @@ def _training(command, parsed, arguments, rows) -> dict:
         "data": [name for name in names if "/" in name and not Path(name).expanduser().exists()],
         "epochs": arguments.num_train_epochs,
         "max_steps": arguments.max_steps if arguments.max_steps > 0 else None,
-        "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
+        "batch_size": rows_of_update(arguments),
         "learning_rate": arguments.learning_rate,
         "seed": arguments.seed,
     }

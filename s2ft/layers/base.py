@@ -106,7 +106,7 @@ class S2Layer(nn.Module):
     @property
     def shape(self) -> torch.Size:
         """The shape of :attr:`matrix`."""
-        return self.matrix.shape
+        return self.kind.shape(self)
 
     def _set_units(self, start, end, index, delta_dtype) -> None:
         """Set `start`, `end`, `index` and `s2`."""

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2ft.distributed import Shard
+from s2ft.distributed import Shard, full_shape
 from s2ft.layers.base import S2Layer
 from s2ft.layers.kind import Kind
 from s2ft.ops import act_mul, grouped_linear
@@ -48,8 +48,10 @@ class S2Experts(S2Layer):
         """
         super().__init__()
         self.weight, self.bias, self.transposed = weight.requires_grad_(False), None, transposed
-        shape = list(self.stack.shape[1:])
-        self.counts = [index[e].numel() if e in index else 0 for e in range(weight.shape[0])]
+        experts, *shape = full_shape(weight)
+        if transposed:
+            shape = shape[::-1]
+        self.counts = [index[e].numel() if e in index else 0 for e in range(experts)]
         first = [torch.full_like(index[e], e * shape[self.dim]) for e in sorted(index)]
         joined = torch.cat([index[e] for e in sorted(index)])
         self.register_buffer("index", joined.to(weight.device))
@@ -110,7 +112,7 @@ class S2Experts(S2Layer):
         experts[places] = values.transpose(0, self.dim)
 
     def extra_repr(self) -> str:
-        return f"experts={len(self.counts)}, weight={tuple(self.weight.shape[1:])}, {self._selected()}"
+        return f"experts={len(self.counts)}, weight={tuple(full_shape(self.weight)[1:])}, {self._selected()}"
 
 
 class S2ColumnExperts(S2Experts):

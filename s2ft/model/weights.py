@@ -11,7 +11,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from s2ft.distributed import Shard, full_values, gathered_parameter, has_numbers, is_dtensor, is_partitioned, own_shard
+from s2ft.distributed import (
+    Shard,
+    full_shape,
+    full_values,
+    gathered_parameter,
+    has_numbers,
+    is_dtensor,
+    is_partitioned,
+    own_shard,
+)
 from s2ft.layers import EXPERTS, LINEAR, OTHER, TRANSPOSED_EXPERTS, Kind, kind_of
 from s2ft.layers.split import Split
 from s2ft.model.coupling import Coupling, Projection
@@ -167,7 +176,7 @@ def have_numbers(model: nn.Module, couplings: Iterable[Coupling]) -> bool:
 def count_parameters(model: nn.Module) -> int:
     """Count a model's parameters; a packed weight counts as the parameters that it stands for."""
     packed = {id(m.weight): count for m in model.modules() if (count := kind_of(m).parameters(m)) is not None}
-    return sum(packed.get(id(parameter), parameter.numel()) for parameter in model.parameters())
+    return sum(packed.get(id(parameter), full_shape(parameter).numel()) for parameter in model.parameters())
 
 
 def layers_that_pack(model: nn.Module) -> list[str]:

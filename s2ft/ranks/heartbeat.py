@@ -130,13 +130,29 @@ def wait_for_key(store: dist.Store, key: str, rank: int, patience: float) -> str
     Returns:
         An empty string if the key is set, else the reason why this rank must not wait any longer.
     """
+    return wait_until(store, lambda: store.check([key]), lambda: rank, patience)
+
+
+def wait_until(store: dist.Store, is_done: Callable[[], bool], rank: Callable[[], int | None], patience: float) -> str:
+    """Wait for something that another rank does. The arguments and the result are those of :func:`wait_for_key`.
+
+    Args:
+        store: Store of the process group.
+        is_done: Whether it is done.
+        rank: Returns the rank that does it, or None if no one knows it yet.
+        patience: Seconds to wait for a rank that lives and does not work.
+    """
     vigil, start = Vigil(patience, SILENCE), time.monotonic()
-    while not store.check([key]):  # store.wait() would print a warning each time that it ends without the key
-        why = vigil.why_end(store.get(_key(rank)).decode() if store.check([_key(rank)]) else "")
-        if why and not store.check([key]):
+    while not is_done():  # store.wait() would print a warning each time that it ends without the key
+        why = vigil.why_end(_sign(store, rank()))
+        if why and not is_done():
             return why
         time.sleep(min(LONGEST_PAUSE, 0.001 + (time.monotonic() - start) / 10))
     return ""
+
+
+def _sign(store: dist.Store, rank: int | None) -> str:
+    return store.get(_key(rank)).decode() if rank is not None and store.check([_key(rank)]) else ""
 
 
 def _key(rank: int) -> str:

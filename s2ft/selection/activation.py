@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from s2ft.distributed import is_dtensor
 from s2ft.layers import ObservedExperts, forward_of, kind_of
 from s2ft.model.coupling import Projection
+from s2ft.model.gathering import gathered_forwards
 from s2ft.model.weights import find, parameter_position, put, split_of_units
 from s2ft.selection.batches import positions_of
 from s2ft.selection.metric import Metric, Request, Units, squares_by_unit
@@ -26,7 +27,13 @@ def activation_scores(request: Request) -> Units:
     reduced to a sum of squares when it is computed.
     """
     sums = _Sums(request)
-    with in_evaluation_mode(request.model), _experts_observed(request), temporary_hooks() as hooks, torch.no_grad():
+    with (
+        in_evaluation_mode(request.model),
+        _experts_observed(request),
+        gathered_forwards(request.model),
+        temporary_hooks() as hooks,
+        torch.no_grad(),
+    ):
         for path, projections in _by_path(request).items():
             hooks += sums.watch(path, projections)
         for batch in request.calibration.batches(request.model):

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from s2ft.distributed import is_dtensor
 from s2ft.model.coupling import Projection
+from s2ft.model.gathering import gathered_forwards
 from s2ft.model.weights import weight_at
 from s2ft.selection.metric import Metric, Request, Units, squares_by_unit
 from s2ft.selection.running import in_evaluation_mode, keep_checkpointing, loss_of, single_sequences, temporary_hooks
@@ -21,11 +22,16 @@ def gradient_scores(request: Request) -> Units:
     """
     sums: dict[str, Tensor] = {}
     count = 0
-    with in_evaluation_mode(request.model), temporary_hooks() as hooks, torch.enable_grad():
+    with (
+        in_evaluation_mode(request.model),
+        gathered_forwards(request.model) as gathered,
+        temporary_hooks() as hooks,
+        torch.enable_grad(),
+    ):
         request.model.requires_grad_(False)
         for weight, projections in _weights(request):
-            weight.requires_grad_(True)
-            hooks.append(weight.register_post_accumulate_grad_hook(_collect(request.model, projections, sums)))
+            leaf = gathered.leaf(weight).requires_grad_(True)
+            hooks.append(leaf.register_post_accumulate_grad_hook(_collect(request.model, projections, sums)))
         hooks += keep_checkpointing(request.model)
         for batch in request.calibration.batches(request.model):
             for sequence in single_sequences(request.model, batch):

@@ -23,6 +23,7 @@ from s2ft.train.held_out import HeldOut
 from s2ft.train.loss import chunked_loss, smoothed_loss, why_not_chunked
 from s2ft.train.options import RunOptions
 from s2ft.train.output import RunFolder, log_failure, read_log, write_json
+from s2ft.train.parallel import devices_of, rows_of_update
 from s2ft.train.remedies import Step, explain_out_of_memory, step_of
 
 logger = logging.getLogger(__name__)
@@ -484,7 +485,7 @@ def updates(arguments, rows: int | None) -> int:
     """Return the number of updates of a run on so many rows or packs."""
     if arguments.max_steps > 0 or rows is None:
         return arguments.max_steps
-    batches = math.ceil(rows / (arguments.train_batch_size * arguments.world_size))
+    batches = math.ceil(rows / (arguments.train_batch_size * devices_of(arguments).groups))
     each = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
     return math.ceil(each * arguments.num_train_epochs)
 
@@ -502,7 +503,7 @@ def log_length(arguments, rows: int | None) -> None:
             steps,
         )
     if arguments.max_steps <= 0 and steps < FEW_STEPS:
-        batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        batch = rows_of_update(arguments)
         logger.warning(
             "warning: %d %s at batch size %d and %g epochs are %d update%s, which may be too few to learn "
             "anything: lower --batch-size, or raise --epochs",
