@@ -54,9 +54,9 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
     for _ in range(args.rounds):
         for way in WAYS:
             runs[way].append(json.loads(run([f"--way={way}", f"--folder={folder}"]).splitlines()[-1]))
-        different = filecmp.cmpfiles(
-            *(folder / way for way in WAYS), ["model.safetensors", "config.json"], shallow=False
-        )
+        files = ["model.safetensors", "config.json"]
+        files = ["model.safetensors", "config.json"]
+        different = filecmp.cmpfiles(*(folder / way for way in WAYS), files, shallow=False)
         if different[1] or different[2]:
             raise SystemExit(f"the two ways wrote different files: {different[1] + different[2]}")
     stored = stored_bytes(folder / "large/base/model.safetensors")
@@ -90,7 +90,7 @@ def make(folder: Path, args: argparse.Namespace) -> None:
         "num_hidden_layers": args.layers,
         "hidden_size": args.width,
         "intermediate_size": args.channels,
-        "num_attention_heads": 8,
+        "num_attention_heads": 32,
         "vocab_size": 4096,
         "dtype": "bfloat16",
     }
@@ -101,7 +101,7 @@ def make(folder: Path, args: argparse.Namespace) -> None:
         model = LlamaForCausalLM._from_config(LlamaConfig(**shape))
     model.save_pretrained(folder / "base")
     ByT5Tokenizer().save_pretrained(folder / "base")
-    s2ft.attach(model, s2ft.S2FTConfig(o_ratio=0.25, d_ratio=0.03))
+    s2ft.attach(model, s2ft.S2FTConfig(o_ratio=0.03, d_ratio=0.03))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.normal_(std=0.01)

@@ -17,7 +17,7 @@ import s2ft
 from s2ft.adapter.adapter import check_fits
 from s2ft.attached.checks import check_can_write
 from s2ft.attached.record import new_attachment
-from s2ft.export.streamed import Changes, DiskSource, write_config, write_weights
+from s2ft.export.streamed import Changes, DiskSource, give_generation_config, write_config, write_weights
 from s2ft.model.checkpoint import StoredWeights, read_from
 from s2ft.model.conversion import CannotStream
 from s2ft.text.adapter_prompts import give_prompt
@@ -53,16 +53,15 @@ def export(
         RuntimeError: The saved checkpoint is not the merged model. Nothing is left in any of these cases.
     """
     if max_shard_size is not None:
-        _check_size(max_shard_size)
-    saved = s2ft.read_adapter(
-        adapter
-    )  # first, so that a damaged adapter is found at once
+        check_size(max_shard_size)
+    saved = s2ft.read_adapter(adapter)  # first, so that a damaged adapter is found at once
     with temporary_folder(output) as folder:
         try:
             model, weights = model_on_disk(model_name, dtype_of_base(saved, dtype))
             tokenizer = give_prompt(load_tokenizer(model_name), saved.info, f"adapter {saved.name!r}")
             compare = _write_streamed(folder, model, weights, saved, max_shard_size)
-            write_config(folder, model, locate(model_name)[0])
+            give_generation_config(model, locate(model_name)[0])
+            write_config(folder, model)
         except CannotStream as reason:
             logger.info("merging in memory, which has to hold the whole model: %s", reason)
             model, tokenizer = merged_model(model_name, adapter, dtype)
@@ -87,7 +86,7 @@ def _write_streamed(
     return write_weights(folder, model, DiskSource(weights), changes, max_shard_size)
 
 
-def _check_size(size: str) -> None:
+def check_size(size: str) -> None:
     """Raise ValueError unless the text is a size above 0, such as 2GB."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?[KMGT]B", size.strip(), re.IGNORECASE)
     if not found or float(found[1]) == 0:

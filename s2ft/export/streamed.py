@@ -263,22 +263,26 @@ def _compare(
         raise RuntimeError(f"the saved checkpoint is not the merged model: {', '.join(different[:5])} differ")
 
 
-def write_config(folder: Path, model: nn.Module, source: str) -> None:
-    """Write the config and the generation settings of a merged model, as `save_pretrained` writes them.
+def give_generation_config(model: nn.Module, source: str) -> None:
+    """Give a model on the meta device the generation settings that its base has, as `from_pretrained` does.
 
     Args:
-        folder: The folder.
-        model: The plain model on the meta device.
-        source: Folder or name of the base, which may have generation settings.
+        model: The model.
+        source: Folder or name of the base.
     """
-    model.config.dtype = str(model.dtype).removeprefix("torch.")
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder)
-    if model.can_generate():
-        from transformers import GenerationConfig
+    from transformers import GenerationConfig
 
+    if model.can_generate():
         try:
             model.generation_config = GenerationConfig.from_pretrained(source)
         except OSError:  # it has none: those of the model's config hold
             pass
+
+
+def write_config(folder: Path, model: nn.Module) -> None:
+    """Write the config and the generation settings of a model, as `save_pretrained` writes them."""
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
         model.generation_config.save_pretrained(folder)

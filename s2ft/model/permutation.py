@@ -248,11 +248,13 @@ class Move:
             self.do(model)
 
     def forget(self, model: nn.Module) -> None:
-        """Make a change pending again, if the reordered weights have gone to the meta device.
+        """Make a change pending again, if the reordered weights have gone to the meta device."""
+        if self._is_without_numbers(model):
+            self.start_again()
 
-        What is loaded into them is in the base's order.
-        """
-        if self.is_done and self._is_without_numbers(model):
+    def start_again(self) -> None:
+        """Make a change pending again, because the weights have been loaded in the base's order, or will be."""
+        if self.is_done:
             self._state, self.is_pending = (False, None), True
 
     def _is_without_numbers(self, model: nn.Module) -> bool:

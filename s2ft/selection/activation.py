@@ -12,6 +12,7 @@ from s2ft.layers import ObservedExperts, forward_of, kind_of
 from s2ft.model.coupling import Projection
 from s2ft.model.gathering import gathered_forwards
 from s2ft.model.weights import find, parameter_position, put, split_of_units
+from s2ft.ranks.fsdp import following
 from s2ft.selection.batches import positions_of
 from s2ft.selection.metric import Metric, Request, Units, squares_by_unit
 from s2ft.selection.running import in_evaluation_mode, run_forward, temporary_hooks
@@ -145,7 +146,10 @@ def _experts_observed(request: Request) -> Iterator[None]:
         for path, projection in stacks.items():
             parameter, place = find(request.model, path), parameter_position(request.model, path)
             stack.callback(put, request.model, path, parameter, place)  # before put, because an interrupt may follow
-            put(request.model, path, ObservedExperts(parameter, projection.transposed))
+            observed, owner = ObservedExperts(parameter, projection.transposed), path.rpartition(".")
+            put(request.model, path, observed)
+            there, here = (observed, "weight"), (find(request.model, owner[0]), owner[2])
+            stack.enter_context(following(request.model, here, there))
         for path in dict.fromkeys(path.rpartition(".")[0] for path in stacks):
             owner = find(request.model, path)
             before = owner.__dict__.get("forward")
