@@ -70,8 +70,11 @@ def check_shards(model: nn.Module, couplings: list[Coupling]) -> None:
     managed = managed_by_fsdp(model)
     for coupling in couplings:
         for projection in coupling.projections:
-            weight = weight_at(model, projection).tensor
-            if is_dtensor(weight) and id(weight) not in managed:
+            handle = weight_at(model, projection)
+            weight, (owner, _, name) = handle.tensor, projection.path.rpartition(".")
+            is_module = isinstance(handle.holder, nn.Module)
+            place = (id(handle.holder), "weight") if is_module else (id(model.get_submodule(owner)), name)
+            if is_dtensor(weight) and place not in managed:
                 raise ValueError(
                     f"{projection.path} is spread over ranks ({weight.placements}), and not by FSDP2: load the model "
                     "without tensor parallelism (tp_plan), attach, and shard it by FSDP2 or ZeRO"

@@ -25,7 +25,7 @@ def load_split(rank, folder, way):
     return messages, "DTensor" in kinds, before == {key: p.requires_grad for key, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("way, words", [("tp", "tensor parallelism"), ("fsdp", "then shard the model")])
+@pytest.mark.parametrize("way, words", [("tp", "tensor parallelism")])
 def test_weights_that_are_split_are_refused(ranks, way, words, tmp_path):
     model = model_of("llama")
     model.save_pretrained(tmp_path)
