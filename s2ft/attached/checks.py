@@ -71,8 +71,10 @@ def check_shards(model: nn.Module, couplings: list[Coupling]) -> None:
     for coupling in couplings:
         for projection in coupling.projections:
             handle = weight_at(model, projection)
-            weight = handle.tensor
-            if is_dtensor(weight) and handle.split is None and id(weight) not in managed:
+            weight, (owner, _, name) = handle.tensor, projection.path.rpartition(".")
+            is_module = isinstance(handle.holder, nn.Module)
+            place = (id(handle.holder), "weight") if is_module else (id(model.get_submodule(owner)), name)
+            if is_dtensor(weight) and handle.split is None and place not in managed:
                 raise ValueError(
                     f"{projection.path} is spread over ranks ({weight.placements}), and neither FSDP2 nor a style of "
                     "tensor parallelism that s2ft knows has done it: load the model without it, attach, and shard it "
