@@ -52,6 +52,7 @@ def fingerprint(model: nn.Module, couplings: list[Coupling]) -> dict[str, Any]:
                         digest.update(f"{projection.key}.{name}{tuple(tensor.shape)}".encode())
                         digest.update(_content(tensor))
                         layer["samples"] += _every(tensor, SAMPLES).double().tolist()
+            del weight, bias, tensor  # before the next one is read
         layer["digest"] = digest.hexdigest()[:16]
     for layer in layers.values():
         layer["samples"] = [float(f"{value:.5g}") for value in layer["samples"]]
@@ -72,7 +73,9 @@ def _every(tensor: Tensor, samples: int) -> Tensor:
 
 def _content(tensor: Tensor) -> bytes:
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    total = int(tensor.contiguous().view(integers).sum(dtype=torch.int64))
+    flat = tensor.contiguous().view(-1).view(integers)
+    # PyTorch would make a copy in int64 before it sums; NumPy needs none, and an eighth of the time.
+    total = int(flat.numpy().sum(dtype="int64") if flat.device.type == "cpu" else flat.sum(dtype=torch.int64))
     some = _every(tensor, 64).contiguous().view(integers)
     return total.to_bytes(8, "little", signed=True) + some.cpu().numpy().tobytes()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from s2ft.train.options import DEFAULT_BATCH, ModelOptions, RunOptions, divide_batch
 from s2ft.train.output import DEVICES, ROWS, RunFolder
+from s2ft.train.parallel import devices_of
 
 logger = logging.getLogger(__name__)
 MICRO, PASSES = "per_device_train_batch_size", "gradient_accumulation_steps"
@@ -35,7 +36,8 @@ def set_batches(arguments: Any, options: RunOptions, given: dict[str, Any]) -> s
     Raises:
         ValueError: The rows can't be divided, or the three options contradict each other.
     """
-    devices, total = arguments.world_size, options.batch_size
+    shared, total = devices_of(arguments), options.batch_size
+    devices = shared.groups
     micro = arguments.per_device_train_batch_size if MICRO in given else None
     passes = arguments.gradient_accumulation_steps if PASSES in given else None
     if total is None and micro is None and passes is None:
@@ -43,7 +45,7 @@ def set_batches(arguments: Any, options: RunOptions, given: dict[str, Any]) -> s
     if total is not None:
         if micro and passes and micro * passes * devices != total:
             raise ValueError(
-                f"batch_size {total} contradicts {MICRO} {micro} × {PASSES} {passes} × {_devices(devices)} = "
+                f"batch_size {total} contradicts {MICRO} {micro} × {PASSES} {passes} × {shared} = "
                 f"{micro * passes * devices} rows: leave one of them out"
             )
         if passes:
@@ -54,12 +56,8 @@ def set_batches(arguments: Any, options: RunOptions, given: dict[str, Any]) -> s
     micro, passes = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
     return (
         f"{micro * passes * devices} rows an update: {micro} rows × {passes} forward pass{'es' * (passes != 1)} × "
-        f"{_devices(devices)}"
+        f"{shared}"
     )
-
-
-def _devices(count: int) -> str:
-    return f"{count} device{'s' * (count != 1)}"
 
 
 def check_upload(arguments: Any) -> None:
