@@ -281,6 +281,8 @@ def test_trainer_checkpoints_only_the_adapter_and_resumes(ranks, stage, tmp_path
     alone("permuted", tmp_path / "alone")
     check_same_files(tmp_path / "final", tmp_path / "alone" / "final", rtol=1e-4, atol=1e-4)
     names = {str(path.relative_to(tmp_path)) for path in (tmp_path / "whole" / "checkpoint-4").rglob("*")}
-    assert not any("states" in name or "global_step" in name for name in names), names  # DeepSpeed's would have the base
+    assert not any("states" in name or "global_step" in name for name in names), (
+        names
+    )  # DeepSpeed's would have the base
     state = torch.load(tmp_path / "whole" / "checkpoint-4" / "optimizer.pt")
     assert all(name.endswith(".s2") for group in state["parameter_names"] for name in group)
