@@ -1,7 +1,5 @@
 """Models that tensor parallelism has split before attach: the same units, the same training, the same adapter."""
 
-
-
 import pytest
 import torch
 from distributed.runs import batches, check_same_files, train
