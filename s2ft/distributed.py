@@ -270,10 +270,10 @@ def _decided(what: str, key: str) -> Any:
             )
         if not store.check([key]):
             return None
-    first = json.loads(store.get(key))
-    if "error" in first:
-        raise RuntimeError(f"rank {first['rank']} failed: {first['error']}")
-    return first["value"]
+    found = json.loads(store.get(key))
+    if "error" in found:
+        raise RuntimeError(f"rank {by()} failed: {found['error']}")
+    return found["value"]
 
 
 def _heartbeat() -> Heartbeat:
@@ -339,6 +339,21 @@ def full_values(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor.detach()
 
 
+@contextmanager
+def without_zero_init() -> Iterator[None]:
+    """Inside, transformers builds models in full. While a config of ZeRO-3 lives, it would partition each new one."""
+    transformers = sys.modules.get("transformers.integrations.deepspeed")
+    if transformers is None or not transformers.is_deepspeed_zero3_enabled():
+        yield
+        return
+    config = transformers._hf_deepspeed_config_weak_ref()  # transformers gives out only what is in it
+    transformers.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        transformers.set_hf_deepspeed_config(config)
+
+
 def is_in_engine(model: nn.Module) -> bool:
     """Whether DeepSpeed's engine holds a model: it runs every module by hooks of ZeRO-3, or trains its parameters.
 
@@ -353,6 +368,16 @@ def is_in_engine(model: nn.Module) -> bool:
 def has_master_copy(tensor: Tensor) -> bool:
     """Whether ZeRO's optimizer has the exact values of this parameter, and would overwrite the parameter with them."""
     return hasattr(tensor, "_hp_mapping") or hasattr(tensor, "_z3_optimizer")
+
+
+def will_be_loaded_again() -> bool:
+    """Whether accelerate will send the model of every rank to the meta device, shard it, and broadcast the weights.
+
+    The units need not move before that: the first rank would need copies of the weights in the base's order.
+    """
+    names = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    wanted = all(os.environ.get(name, "").lower() in ("1", "true", "yes") for name in names)
+    return wanted and os.environ.get("FSDP_VERSION", "1") == "2" and is_distributed()
 
 
 def reshard_all(model: nn.Module) -> None:
@@ -430,12 +455,35 @@ def write_units(tensor: Tensor, index: Tensor, values: Tensor, dim: int) -> None
     full = _full_tensor(tensor)
     full.index_copy_(dim, index.to(full.device), values.to(full))
     if has_master_copy(tensor):
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        safe_set_full_fp32_param(tensor, full)
+        _write_master_copy(tensor, full)
     if ranks is not None:
         with gathered_parameter(tensor):
             tensor.data.copy_(full)
+
+
+def _write_master_copy(tensor: Tensor, full: Tensor) -> None:
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    if is_partitioned(tensor):  # by the own part, because DeepSpeed cuts a full value only if all parts are equal
+        safe_set_local_fp32_param(tensor, own_part_of(tensor, full))
+    else:
+        safe_set_full_fp32_param(tensor, full)
+
+
+def own_part_of(tensor: Tensor, full: Tensor) -> Tensor:
+    """Cut this rank's part out of full values of a parameter that ZeRO-3 has partitioned.
+
+    Args:
+        tensor: The parameter.
+        full: Values of its full shape.
+
+    Returns:
+        The part [n]. All ranks have parts of one size; the last ones are filled up with zeros.
+    """
+    size = tensor.ds_tensor.numel()
+    start = size * dist.get_rank(tensor.ds_process_group)
+    part = full.flatten()[start : start + size]
+    return torch.cat([part, part.new_zeros(size - part.numel())])
 
 
 @contextmanager
@@ -494,11 +542,13 @@ class Shard:
 
 
 def own_shard(tensor: Tensor) -> Shard:
-    """Return this rank's shard of a DTensor, of any mesh and placements.
+    """Return this rank's shard of a DTensor, of any mesh and placements, or all of another tensor.
 
     Raises:
         ValueError: The shard is not one range along each dimension.
     """
+    if not is_dtensor(tensor):
+        return Shard(tensor.detach())
     shard = tensor.detach().to_local()
     return Shard(shard, [_own_start(tensor, dim, shard.shape[dim]) for dim in range(tensor.dim())])
 
@@ -563,5 +613,8 @@ def _own_part(full: Tensor, like: Tensor, dim: int | None = None) -> Tensor:
 
 
 def write_full_values(tensor: Tensor, full: Tensor) -> None:
-    """Write the complete values, which every rank has, into this rank's shard of a DTensor, in place."""
-    tensor.detach().to_local().copy_(_own_part(full, tensor))
+    """Write the complete values, which every rank has, into a tensor or this rank's shard of it, in place."""
+    if is_dtensor(tensor):
+        tensor.detach().to_local().copy_(_own_part(full, tensor))
+    else:
+        tensor.detach().copy_(full)

@@ -119,10 +119,12 @@ def begin(command, parsed, arguments, model, prompt, rows, folder, ranks, resume
     from s2ft.config import S2FTConfig
     from s2ft.train.kernels import apply_kernels
     from s2ft.train.options import RunOptions
+    from s2ft.train.parallel import has_weights, is_spread
     from s2ft.train.preparation import run_options
     from s2ft.train.sft import check_ranks_agree
 
-    if calibration is not None and getattr(model, "hf_quantizer", None) is None:
+    placed = getattr(model, "hf_quantizer", None) is not None or is_spread(model) or not has_weights(model)
+    if calibration is not None and not placed:
         model.to(ranks.device)
     report = s2ft.attach(model, parsed[S2FTConfig], parsed[RunOptions].name, calibration)
     apply_kernels(model, parsed[RunOptions].kernels)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2ft.distributed import Shard, full_shape
-from s2ft.layers.base import S2Layer
+from s2ft.layers.base import S2Layer, beside
 from s2ft.layers.kind import Kind
 from s2ft.ops import act_mul, grouped_linear
 from s2ft.ops._grouped import grouped_mm
@@ -54,14 +54,11 @@ class S2Experts(S2Layer):
         self.counts = [index[e].numel() if e in index else 0 for e in range(experts)]
         first = [torch.full_like(index[e], e * shape[self.dim]) for e in sorted(index)]
         joined = torch.cat([index[e] for e in sorted(index)])
-        self.register_buffer("index", joined.to(weight.device))
+        self.register_buffer("index", beside(joined, weight))
         # What the op adds to the number of a unit, because it counts through all experts.
-        self.register_buffer("first", torch.cat(first).to(weight.device), persistent=False)
+        self.register_buffer("first", beside(torch.cat(first), weight), persistent=False)
         shape[self.dim] = joined.numel()
-        self.s2 = nn.Parameter(torch.zeros(shape, device=weight.device, dtype=delta_dtype or weight.dtype))
-        self._made = self.s2.dtype
-        self.register_buffer("base", None)
-        self.enabled = True
+        self._make_s2(shape, delta_dtype or weight.dtype)
 
     @property
     def kind(self) -> Kind:

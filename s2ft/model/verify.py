@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s2ft.distributed import reshard_all
 from s2ft.model.coupling import Coupling
 from s2ft.model.discovery.examples import example_of, run_example
 from s2ft.model.gathering import gathered_forwards
@@ -156,6 +157,7 @@ class Trial:
                 output = run_example(self.model, self.example)
         finally:
             allow_packing(self.model, packing)
+            reshard_all(self.model)  # so that units move on the shards, not on gathered weights
             for handle in handles:
                 handle.remove()
         return {**found, "": [tensor.double() for tensor in tensors_in(output)]}

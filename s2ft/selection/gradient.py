@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from s2ft.distributed import full_values
 from s2ft.model.coupling import Projection
 from s2ft.model.gathering import gathered_forwards
 from s2ft.model.weights import weight_at
@@ -17,7 +18,8 @@ def gradient_scores(request: Request) -> Units:
     Sequences (images, recordings) are processed one by one, so that the score does not depend on their batches. Squared
     norms are summed, because a sum of gradients would need a second copy of the weights. Only one weight gradient
     exists at a time: it is reduced and deleted as soon as the backward has computed it. A model that checkpoints its
-    blocks also does so here.
+    blocks also does so here. If the model is sharded, every rank runs it on the same sequences, and each gradient of a
+    weight is gathered.
     """
     sums: dict[str, Tensor] = {}
     count = 0
@@ -60,9 +62,10 @@ def _collect(model: nn.Module, projections: list[Projection], sums: dict[str, Te
     """Return a hook that adds a weight's squared gradient norms to `sums` and deletes the gradient."""
 
     def hook(weight: nn.Parameter) -> None:
-        for projection in projections:
-            squares = squares_by_unit(weight_at(model, projection).view(weight.grad), projection.dim, projection)
-            sums[projection.name] = sums[projection.name] + squares if projection.name in sums else squares
+        with full_values(weight.grad) as gradient:
+            for projection in projections:
+                squares = squares_by_unit(weight_at(model, projection).view(gradient), projection.dim, projection)
+                sums[projection.name] = sums[projection.name] + squares if projection.name in sums else squares
         weight.grad = None
 
     return hook

@@ -111,6 +111,8 @@ def hollow_model(name: str):
     import torch
     import transformers
 
+    from s2ft.distributed import without_zero_init
+
     source, options = locate(name)
     _check_hub(name, source, None)
     config = _from_pretrained(transformers.AutoConfig, "a config", name, source, options)
@@ -120,7 +122,7 @@ def hollow_model(name: str):
     model_class = next((found for found in (*named, *known) if isinstance(found, type)), None)
     if model_class is None:
         raise ValueError(f"transformers has no model for {name} (model type {config.model_type!r})")
-    with torch.device("meta"):
+    with torch.device("meta"), without_zero_init():
         return model_class._from_config(config)
 
 

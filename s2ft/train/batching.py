@@ -226,7 +226,9 @@ def _repeat(rows) -> Iterator[tuple[int, dict]]:
             raise ValueError("the streamed data has no row")
 
 
-def choose_batching(model: nn.Module, pad: int, rows, arguments, all_logits: bool = False) -> Batching:
+def choose_batching(
+    model: nn.Module, pad: int, rows, arguments, all_logits: bool = False, trial: Callable[..., str] | None = None
+) -> Batching:
     """Choose how rows become batches.
 
     Args:
@@ -236,6 +238,7 @@ def choose_batching(model: nn.Module, pad: int, rows, arguments, all_logits: boo
         arguments: The SFTArguments. `packing` None and the default `train_sampling_strategy` leave the choice to this
             function.
         all_logits: Whether batches have labels for all positions, which TRL's own loss needs.
+        trial: Runs :func:`why_not_packed`, with the same arguments. The default runs it on this device.
 
     Raises:
         ValueError: `packing` or `padding_free` is set, and the model mixes up packed rows, or rows are divided among
@@ -251,7 +254,7 @@ def choose_batching(model: nn.Module, pad: int, rows, arguments, all_logits: boo
     packed = PackedCollator(pad, arguments.padding_free or varlen, keep, multiple)
     reason, because = None, ""  # not tried
     if asked or (arguments.packing is None and by_length and varlen):
-        reason = why_not_packed(model, rows, packed)
+        reason = (trial or why_not_packed)(model, rows, packed)
     if asked and reason:
         raise ValueError(f"{asked} would mix up rows in this model: {reason}; leave {asked} out, rows are then padded")
     if arguments.packing:

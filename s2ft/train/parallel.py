@@ -5,8 +5,14 @@ those of transformers' DistributedConfig in `model_init_kwargs`.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from torch import nn
+
+from s2ft.distributed import decide, has_numbers, is_sharded
+from s2ft.model.gathering import gathered_forwards
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,35 @@ def loading_config(arguments: Any) -> dict[str, Any] | None:
             "examples/accelerate/tensor.yaml, whose dp_shard_size shards over the other devices"
         )
     return dict(given)
+
+
+def run_where_weights_are(what: str, model: nn.Module, run: Callable[[], Any]) -> Any:
+    """Run a model before the training on the devices that have its weights, and give the result to the others.
+
+    Args:
+        what: Name of the result, for messages.
+        model: The model. It may be on the meta device, or spread over the devices.
+        run: Runs the model and returns a value that JSON has.
+
+    Returns:
+        The value.
+    """
+
+    def gathered() -> Any:
+        with gathered_forwards(model):
+            return run()
+
+    return decide(what, has_weights(model), gathered).value
+
+
+def has_weights(model: nn.Module) -> bool:
+    """Return whether this device can run the model: its weights are here, or spread over the devices."""
+    return all(has_numbers(parameter) for parameter in model.parameters())
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Return whether the weights are spread over the devices already, before a Trainer prepares the model."""
+    return any(is_sharded(parameter) for parameter in model.parameters())
 
 
 def _tensor_size(loading: dict[str, Any], count: int) -> int:

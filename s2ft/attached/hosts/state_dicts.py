@@ -90,6 +90,8 @@ def _put_in_order(model: nn.Module, state: dict[str, Any], prefix: str, metadata
     record = find_attachment(model)
     if record is None or not (record.moves or record.mounts):
         return
+    if record.awaits_weights:
+        return  # no unit has moved and no trainable layer runs
     order, copies = _BaseOrder(model, record), {}
     for key, tensor in _tensors(model, prefix):
         found = state.get(key)
@@ -111,8 +113,8 @@ def _check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any
         ValueError: They are not. Nothing has changed.
     """
     record = find_attachment(model)
-    if record is None:
-        return
+    if record is None or record.awaits_weights:
+        return  # weights that arrive are checked when they are complete, see s2ft.attached.arrival
     order, frozen, same = _BaseOrder(model, record), _coupled(model, record), {}
     for key, tensor in _tensors(model, prefix):
         found = state.get(key)
