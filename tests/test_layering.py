@@ -17,6 +17,7 @@ RANKS = [
     ["ops._effective", "ops._library"],
     ["ops._linear", "ops._grouped", "attached.hosts.quantizers"],
     ["ops"],
+    ["layers.split"],
     ["layers.kind"],
     ["layers.base"],
     ["layers"],

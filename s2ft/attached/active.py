@@ -192,7 +192,4 @@ def set_mounted_deltas(record: Attachment, deltas: dict[str, Delta]) -> None:
     """Copy deltas of the same selection into the trainable layers. Every rank with a shard of them must call this."""
     for name, delta in deltas.items():
         mount, part = record.parts[name]
-        if mount.layer.s2.is_meta:
-            mount.layer.set_first_values(part.positions, delta.values)
-        else:
-            write_units(mount.layer.s2, part.positions, delta.values, delta.dim)
+        write_units(mount.layer.s2, part.positions, delta.values, delta.dim)

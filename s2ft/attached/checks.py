@@ -61,7 +61,7 @@ def check_not_in_engine(model: nn.Module, what: str) -> None:
 
 
 def check_shards(model: nn.Module, couplings: list[Coupling]) -> None:
-    """Raise ValueError for a weight that is spread over ranks by something else than FSDP2.
+    """Raise ValueError for a weight that is spread over ranks by something else than FSDP2 and tensor parallelism.
 
     Raises:
         RuntimeError: This version of PyTorch does not have what a model of FSDP2 needs.
@@ -70,17 +70,20 @@ def check_shards(model: nn.Module, couplings: list[Coupling]) -> None:
     managed = managed_by_fsdp(model)
     for coupling in couplings:
         for projection in coupling.projections:
-            weight = weight_at(model, projection).tensor
-            if is_dtensor(weight) and id(weight) not in managed:
+            handle = weight_at(model, projection)
+            weight = handle.tensor
+            if is_dtensor(weight) and handle.split is None and id(weight) not in managed:
                 raise ValueError(
-                    f"{projection.path} is spread over ranks ({weight.placements}), and not by FSDP2: load the model "
-                    "without tensor parallelism (tp_plan), attach, and shard it by FSDP2 or ZeRO"
+                    f"{projection.path} is spread over ranks ({weight.placements}), and neither FSDP2 nor a style of "
+                    "tensor parallelism that s2ft knows has done it: load the model without it, attach, and shard it "
+                    "by FSDP2 or ZeRO"
                 )
 
 
 def check_can_fuse(model: nn.Module) -> None:
-    """Raise ValueError if weights are spread over ranks."""
-    path = next((path for path, parameter in model.named_parameters() if is_sharded(parameter)), None)
+    """Raise ValueError if FSDP2 or ZeRO-3 has spread weights over ranks. Tensor parallelism is no obstacle."""
+    sharded = (path for path, parameter in model.named_parameters() if is_sharded(parameter))
+    path = next((path for path in sharded if not is_split_only(find(model, path))), None)
     if path is not None:
         raise ValueError(
             f"fuse writes the adapter into whole weights, and this model is sharded ({path}): s2ft.merge writes it "

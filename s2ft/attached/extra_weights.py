@@ -114,7 +114,19 @@ def unfreeze(model: nn.Module, record: Attachment, names: Iterable[str]) -> None
     chosen = {name: parameters[name] for name in names}
     _keep(record, chosen)
     for parameter in chosen.values():
-        parameter.requires_grad_(True)
+        (_with_address(model, parameter) if parameter.is_meta else parameter).requires_grad_(True)
+
+
+def _with_address(model: nn.Module, parameter: nn.Parameter) -> nn.Parameter:
+    """Put a parameter on the CPU in place of one on the meta device. Its memory is never written, so it costs nothing.
+
+    accelerate tells the parameters of an optimizer apart by their address, and those on the meta device have none.
+    """
+    made = nn.Parameter(torch.empty_like(parameter, device="cpu"))
+    for module in model.modules():
+        for name in [name for name, found in module._parameters.items() if found is parameter]:
+            module._parameters[name] = made
+    return made
 
 
 def watch(model: nn.Module, record: Attachment) -> None:

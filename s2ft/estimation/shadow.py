@@ -62,7 +62,7 @@ def make_shadow(
     claim(shadow, record)
     mount(shadow, record, config, selection, "estimate")
     for mounted in record.mounts.values():
-        mounted.layer.drop_units()
+        mounted.layer.drop_data()
     return shadow, record
 
 

@@ -41,7 +41,7 @@ class S2Layer(nn.Module):
     _fused_version = -1  # version of s2 that the weight holds
     is_tied = False  # whether other modules hold the same weight
     awaits_order = False  # whether the units of the weight must be reordered before this layer may run
-    _first_values: Tensor | None = None  # of s2 while s2 is on the meta device, in full; None: zeros
+    _first_values: Tensor | None = None  # of an s2 that is on the meta device, in full; None: zeros
 
     @classmethod
     def from_module(
@@ -140,7 +140,16 @@ class S2Layer(nn.Module):
         self.start, self.end = start, end
         self.register_buffer("index", index)
         shape[self.dim] = length
-        self.s2 = nn.Parameter(torch.zeros(shape, device=self.weight.device, dtype=delta_dtype or self.weight.dtype))
+        self._make_s2(shape, delta_dtype or self.weight.dtype)
+
+    def _make_s2(self, shape: list[int], dtype: torch.dtype) -> None:
+        """Make an s2 of zeros, and what else the layer trains with.
+
+        If the weight is on the meta device, s2 is on the CPU: accelerate tells the parameters of an optimizer apart by
+        their address, and those on the meta device have none.
+        """
+        device = "cpu" if self.weight.is_meta else self.weight.device
+        self.s2 = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
         self._made = self.s2.dtype
         self.register_buffer("base", None)
         self.enabled = True
@@ -201,7 +210,7 @@ class S2Layer(nn.Module):
                 # moment. Until the version below is set, the next forward writes base + s2 again.
                 self._fused_version = -1
                 self.base = self._units().clone()
-            self._write_units(effective_units(self.base, self.s2.detach()))
+            self._write_units(self._effective(self.base))
             self._fused_version = self.s2._version
 
     def unfuse(self) -> None:
@@ -236,6 +245,9 @@ class S2Layer(nn.Module):
             return matrix.narrow(self.dim, self.start, self.end - self.start)
         return matrix.index_select(self.dim, self.index)
 
+    def _effective(self, base: Tensor) -> Tensor:
+        return effective_units(base, self.s2.detach())
+
     def _write_units(self, values: Tensor) -> None:
         self.write_units_of(self.weight, values)
 
@@ -254,27 +266,23 @@ class S2Layer(nn.Module):
 
     # ---- the meta device -------------------------------------------------------------------------
 
-    def set_first_values(self, units: Tensor, values: Tensor) -> None:
-        """Keep values for an s2 on the meta device. It gets them when it leaves that device.
-
-        Args:
-            units: Positions in s2 along `dim`, [n] int64.
-            values: Values there: n along `dim`.
-        """
-        if self._first_values is None:
-            self._first_values = torch.zeros(self.s2.shape, dtype=self.s2.dtype)
-        self._first_values.index_copy_(self.dim, units, values.to(self._first_values))
-
     def _apply(self, fn, recurse=True):
-        """Move or cast the layer. The selected units are kept on the way over the meta device, and s2 starts there."""
+        """Move or cast the layer. The units are kept on the way over the meta device, and so is s2 until it is sharded.
+
+        While the weight is on the meta device, fn may be that of to_empty, which would leave no values in s2.
+        """
         units = {name: buffer for name in UNITS if (buffer := self._buffers.get(name)) is not None}
-        was_meta = self.s2.is_meta
+        weight_was_here, before = not self.weight.is_meta, own_shard(self.s2)
         super()._apply(fn, recurse)
-        for name, before in units.items():
-            if self._buffers[name] is not before:
-                self._buffers[name] = beside(before, self._buffers[name])
-        if was_meta and not self.s2.is_meta:
+        for name, numbers in units.items():
+            if self._buffers[name] is not numbers:
+                self._buffers[name] = beside(numbers, self._buffers[name])
+        if not self.s2.is_meta and before.tensor.is_meta:
             self.start_s2()
+        elif not self.s2.is_meta and not weight_was_here:
+            own_shard(self.s2).tensor.copy_(before.tensor)
+        elif self.s2.is_meta and not before.tensor.is_meta:
+            self._first_values = before.tensor if before.is_full else None
         return self
 
     def leave_units_out_of_states(self) -> None:
@@ -282,19 +290,23 @@ class S2Layer(nn.Module):
         if self.index is not None:
             self._non_persistent_buffers_set.add("index")
 
-    def drop_units(self) -> None:
-        """Send the numbers of the selected units to the meta device too, for a model that never gets any data."""
-        self._buffers.update(
-            {name: value.to("meta") for name in UNITS if (value := self._buffers.get(name)) is not None}
-        )
+    def drop_data(self) -> None:
+        """Send s2 and the selected units to the meta device too, for a model that never gets any data."""
+        self.s2 = nn.Parameter(self.s2.to("meta"))
+        for name in UNITS:
+            if self._buffers.get(name) is not None:
+                self._buffers[name] = self._buffers[name].to("meta")
 
     def start_s2(self) -> None:
         """Give s2, which was on the meta device, the values that training starts from."""
         if self._first_values is None:
             own_shard(self.s2).tensor.zero_()
         else:
-            write_full_values(self.s2, self._first_values)
-            self._first_values = None
+            write_full_values(self.s2, self._first_values.to(self.s2.dtype))
+
+    def forget_first_values(self) -> None:
+        """Free what was kept for an s2 on the meta device."""
+        self._first_values = None
 
     # ---- copies and states -----------------------------------------------------------------------
     # They are taken while no other thread has base + s2 in the weight, see stable_weights.

@@ -58,10 +58,7 @@ class S2Experts(S2Layer):
         # What the op adds to the number of a unit, because it counts through all experts.
         self.register_buffer("first", beside(torch.cat(first), weight), persistent=False)
         shape[self.dim] = joined.numel()
-        self.s2 = nn.Parameter(torch.zeros(shape, device=weight.device, dtype=delta_dtype or weight.dtype))
-        self._made = self.s2.dtype
-        self.register_buffer("base", None)
-        self.enabled = True
+        self._make_s2(shape, delta_dtype or weight.dtype)
 
     @property
     def kind(self) -> Kind:

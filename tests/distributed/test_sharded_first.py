@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from runs import attached, batches, blocks_of, check_same_files, files, logits, rows_of, sharded, train
+from runs import batches, check_same_files, logits, sharded, train
 from support.models import ALL_RATIOS, model_of, ratios_for
 
 import s2ft
-from s2ft.attached.record import attachment_of
 
 WAYS = {
     "blocks": {},
