@@ -47,5 +47,5 @@ if __name__ == "__main__":
     from s2ft.cli.main import main
 
     status = main()
-    print(f"ran as {AcceleratorState._shared_state["distributed_type"].name}", flush=True)
+    print("ran as", AcceleratorState._shared_state["distributed_type"].name, flush=True)
     sys.exit(status)
