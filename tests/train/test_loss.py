@@ -43,8 +43,7 @@ def gradients(model, batch, **options):
     return loss.detach(), found
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("case", CAUSAL)
+@pytest.mark.parametrize("case, dtype", in_turn(CAUSAL, (torch.float32, torch.bfloat16)), ids=str)
 def test_loss_and_gradients_equal_the_models_own_or_it_is_refused(case, dtype):
     model = model_of(case, dtype)
     batch = batch_of(model)
