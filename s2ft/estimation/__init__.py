@@ -8,6 +8,7 @@ not depend on weights are real: token ids, masks, positions, and the experts of 
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,12 +19,13 @@ from s2ft.config import S2FTConfig
 from s2ft.estimation.inputs import made_inputs, shape_of, with_cache
 from s2ft.estimation.memory import free_memory, resident
 from s2ft.estimation.optimizers import OPTIMIZERS, Optimizer, maker
-from s2ft.estimation.result import Estimate, MemoryPart
+from s2ft.estimation.result import Estimate, MemoryPart, size_of
 from s2ft.estimation.shadow import checkpoint, forget_data, make_shadow
 from s2ft.estimation.step import Step
+from s2ft.estimation.strategy import Strategy, check_devices, smallest, strategy_of
 from s2ft.model.coupling import Coupling
 
-__all__ = ["OPTIMIZERS", "Estimate", "MemoryPart", "estimate"]
+__all__ = ["OPTIMIZERS", "Estimate", "MemoryPart", "Strategy", "estimate"]
 
 
 @of_compiled
@@ -44,8 +46,13 @@ def estimate(
     example: Any = None,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     couplings: Sequence[Coupling] | None = None,
+    strategy: str | Strategy | None = None,
+    devices: int | None = None,
+    memory: int | str | None = None,
 ) -> Estimate:
     """Estimate the memory of training, layer by layer, before an adapter is attached or weights are loaded.
+
+    With a strategy, all numbers are those of one of several devices, the one that has most. No process group is needed.
 
     Args:
         model: A model without adapters, as for :func:`attach`. It may be on the meta device. Its weights are not read,
@@ -65,7 +72,8 @@ def estimate(
             one.
         logits: Number of positions at the end of each row that get logits, the model's ``logits_to_keep``. Default:
             all.
-        accumulation: Number of forwards per step. With more than one, the gradients exist during the next forward.
+        accumulation: Number of forwards per step. With more than one, the gradients exist during the next forward. As
+            in transformers' Trainer, devices exchange gradients only after the last one.
         use_cache: True if keys and values go through a cache. Default: the setting of the model's config, which applies
             in a plain loop. transformers' Trainer and the command line train without a cache.
         example: A tensor, a tuple of arguments or a dict of arguments, with labels, to run the model on instead of
@@ -73,9 +81,14 @@ def estimate(
         loss: Function of (model, inputs) that returns what to differentiate. Default: the model's own loss if it
             returns one, otherwise all its outputs. Inputs that s2ft makes have labels if the model takes them.
         couplings: The model's couplings, as for :func:`attach`.
+        strategy: "ddp", "fsdp2", "zero1", "zero2", "zero3", "tp", "tp+fsdp2", or a :class:`Strategy` with further
+            settings. Default: one device.
+        devices: Number of devices. Default with a strategy: the smallest number on which the step fits.
+        memory: Memory of one device in bytes, or such as "80GB". Default: what is free on `device` here.
 
     Returns:
-        The estimate, in bytes.
+        The estimate, in bytes. If no number of devices fits, it is that of the largest number that was tried, and a
+        note says so.
 
     Raises:
         TypeError: An argument has a wrong type. The message names it.
@@ -91,30 +104,46 @@ def estimate(
         model.embed_tokens    24.0 KiB        0        0 B        0 B                0 B
         model.layers.0       147.8 KiB      832    3.2 KiB    6.5 KiB              832 B
         ...
+        >>> sharded = s2ft.estimate(model, s2ft.S2FTConfig(d_ratio=0.1), 2, 8, strategy="fsdp2", memory="400KB")
+        >>> sharded.devices, sharded.fits
+        (..., True)
     """
     _check(config, batch, length, example, accumulation, logits, use_cache, loss)
+    strategy = strategy_of(strategy)
+    check_devices(strategy, devices)
+    memory = size_of(memory, "memory")
     make = maker(optimizer)
     place, kernels, notes = _place(model, device)
-    with torch.random.fork_rng([kernels] if kernels.type == "cuda" else []), _not_on_meta():
-        shadow, record = make_shadow(model, config, dtype, couplings, example)
-        if gradient_checkpointing:
-            checkpoint(shadow, gradient_checkpointing)
-        forget_data(shadow, kernels)
-        inputs = made_inputs(shadow, batch, length, logits, kernels) if example is None else example
-        step = Step(
-            shadow.train(),
-            record,
-            with_cache(shadow, inputs, use_cache),
-            loss,
-            kernels,
-            autocast,
-            complete=example is not None or loss is not None,
-        )
-        step.run(make, accumulation)
     if config.units is None and (config.selection, config.allocation) != ("random", "uniform"):
         notes += (f"selection={config.selection!r}, allocation={config.allocation!r} is counted as random and uniform",)
-    loaded = resident(model, place) if dtype is None else 0
-    return Estimate(step.parts(), *shape_of(inputs), str(place), *step.peak(), loaded, free_memory(place), notes)
+    loaded = resident(model, place) if dtype is None and memory is None else 0
+    room = free_memory(place) if memory is None else memory
+
+    def count(number: int) -> Estimate:
+        with torch.random.fork_rng([kernels] if kernels.type == "cuda" else []), _not_on_meta():
+            shadow, record = make_shadow(model, config, dtype, couplings, example)
+            if gradient_checkpointing:
+                checkpoint(shadow, gradient_checkpointing)
+            forget_data(shadow, kernels)
+            inputs = made_inputs(shadow, batch, length, logits, kernels) if example is None else example
+            step = Step(
+                shadow.train(),
+                record,
+                with_cache(shadow, inputs, use_cache),
+                loss,
+                kernels,
+                autocast,
+                complete=example is not None or loss is not None,
+                strategy=strategy,
+                devices=number,
+            )
+            step.run(make, accumulation)
+        shape, name = shape_of(inputs), strategy and strategy.name
+        rank = step.rank
+        found = Estimate(step.parts(), *shape, str(place), *step.peak(), loaded, room, notes)
+        return replace(found, strategy=name, devices=number, host=rank.on_host(), communication=rank.buffers())
+
+    return count(devices or 1) if strategy is None or devices is not None else smallest(count, strategy)
 
 
 def _not_on_meta() -> AbstractContextManager:

@@ -45,6 +45,12 @@ class Estimate:
         resident: Part of the peak that is on the device already: the weights of a loaded model.
         free: Free memory of the device, or None if it is not known.
         notes: Assumptions of the numbers.
+        strategy: How the training is spread over devices, or None for one device. With a strategy the numbers are those
+            of one device.
+        devices: Number of devices.
+        host: Memory of the host that one device uses for what is offloaded.
+        communication: Part of the peak that is held for communication during the whole step: DDP's buckets, ZeRO's
+            reduction buffers.
 
     Example:
         >>> estimate = s2ft.estimate(model, s2ft.S2FTConfig(d_ratio=0.1), batch=2, length=8)
@@ -61,6 +67,10 @@ class Estimate:
     resident: int
     free: int | None
     notes: tuple[str, ...]
+    strategy: str | None = None
+    devices: int = 1
+    host: int = 0
+    communication: int = 0
 
     @property
     def parameters(self) -> int:
@@ -207,3 +217,25 @@ def size(number: int) -> str:
         if number >= 2**power:
             return f"{number / 2**power:,.{2 if power == 30 else 1}f} {unit}"
     return f"{number} B"
+
+
+POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def size_of(value: int | str | None, name: str) -> int | None:
+    """Return the bytes of a size such as 24GB or 80 GiB. Both are powers of 1,024, as makers of GPUs use GB.
+
+    Args:
+        value: Bytes, a text, or None.
+        name: Name of the argument, for the error.
+
+    Raises:
+        ValueError: It is no size above 0.
+    """
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    text = value.strip() if isinstance(value, str) else ""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text, re.IGNORECASE)
+    if not found or float(found[1]) == 0:
+        raise ValueError(f"{name} must be a size above 0, such as 24GB, got {value!r}")
+    return int(float(found[1]) * 1024 ** POWERS[found[2].upper()])

@@ -19,7 +19,9 @@ from torch.utils._pytree import tree_leaves
 from s2ft.attached.record import Attachment
 from s2ft.estimation.inputs import call, can_be_labelled, labelled
 from s2ft.estimation.memory import Memory, bytes_of, storages
+from s2ft.estimation.ranks import rank_of
 from s2ft.estimation.result import MemoryPart
+from s2ft.estimation.strategy import Strategy
 from s2ft.layers import kind_of
 
 OUTSIDE = "model and loss"  # the part for tensors that only the model's own forward, or the loss, saves
@@ -37,6 +39,8 @@ class Step:
         device: Device whose kernels are counted.
         autocast: Dtype of autocast, or None.
         complete: True if no labels may be added to the inputs.
+        strategy: How the training is spread over devices, or None.
+        devices: Number of devices over which the strategy spreads the model.
     """
 
     def __init__(
@@ -48,15 +52,17 @@ class Step:
         device: torch.device,
         autocast: torch.dtype | None,
         complete: bool,
+        strategy: Strategy | None = None,
+        devices: int = 1,
     ) -> None:
         self.shadow, self.inputs, self.loss = shadow, inputs, loss
         self.autocast = _autocast(device, autocast)
         self.trained = {name: p for name, p in shadow.named_parameters() if p.requires_grad}
         self.part_of = _part_names(shadow)
+        self.memory = Memory(shadow, device)
+        self.rank = rank_of(shadow, self.memory, strategy, devices)
         self.weights = self._weights()  # before anything runs, because a layer may replace its weights
         self.kept: Counter = Counter()  # by part
-        self.optimizer: Counter = Counter()  # by name
-        self.memory = Memory(shadow, device)
         self.within: list[str] = []  # parts whose forward is running, the innermost last
         self.broken: str | None = None  # the innermost part that raised an error
         self._hook(record, device)
@@ -83,15 +89,27 @@ class Step:
 
     def run(self, make: Callable[[list[Tensor]], torch.optim.Optimizer], accumulation: int) -> None:
         """Run forward, backward and the optimizer's step. With accumulation, forward and backward run twice."""
+        forwards = min(accumulation, 2)
         with self.memory:
-            for number in range(min(accumulation, 2)):
-                self.memory.phase = "forward"
-                outputs = self._guarded(partial(self._forward, count=number == 0))
-                self.memory.phase = "backward"
-                self._guarded(partial(_backward, outputs))
-                del outputs
+            self.rank.start()
+            if self.rank.rehearses:
+                self._forward_and_backward(count=False, last=True, phases=("", ""))
+            for number in range(forwards):
+                self._forward_and_backward(count=number == 0, last=number == forwards - 1)
             self.memory.phase = "optimizer"
-            self._guarded(partial(self._update, make))
+            self._guarded(partial(self.rank.update, make))
+
+    def _forward_and_backward(
+        self, count: bool, last: bool, phases: tuple[str, str] = ("forward", "backward")
+    ) -> None:
+        self.memory.phase = phases[0]
+        self.rank.before_forward(last)
+        with self.rank.context():
+            outputs = self._guarded(partial(self._forward, count=count))
+            self.memory.phase = phases[1]
+            self._guarded(partial(_backward, outputs))
+        del outputs
+        self.rank.after_backward()
 
     def _dry_run(self) -> Any:
         """Return the model's output without gradients."""
@@ -120,18 +138,6 @@ class Step:
                 self.kept[self.within[-1] if self.within else OUTSIDE] += storage.nbytes()
         return tensor
 
-    def _update(self, make: Callable[[list[Tensor]], torch.optim.Optimizer]) -> None:
-        optimizer = make(list(self.trained.values()))
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must make a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        with self.memory.scalars_are(1.0):  # a step may read a norm, and its memory does not depend on the value
-            optimizer.step()
-        seen: set[int] = set()
-        for name, parameter in self.trained.items():
-            if parameter in optimizer.state:
-                leaves = tree_leaves(dict(optimizer.state[parameter]))
-                self.optimizer[name] = bytes_of((leaf for leaf in leaves if isinstance(leaf, Tensor)), seen)
-
     def _guarded(self, run: Callable[[], Any]) -> Any:
         """Return run(), with an error that names the part of the model if it can't run without data."""
         try:
@@ -154,8 +160,9 @@ class Step:
 
     def peak(self) -> tuple[int, str]:
         """Return the peak in bytes and its phase. In every step but the first, the optimizer's state exists already."""
+        states = 0 if self.rank.offload else self.rank.states.total()
         most = {
-            phase: alive + (0 if phase == "optimizer" else self.optimizer.total())
+            phase: alive + (0 if phase == "optimizer" else states)
             for phase, alive in self.memory.peaks.items()
             if phase
         }
@@ -166,12 +173,17 @@ class Step:
         """Return the bytes by ("parameters" or "buffers", part). A storage is counted once."""
         found: Counter = Counter()
         seen: set[int] = set()
-        for kind, tensors in (("parameters", self.shadow.named_parameters()), ("buffers", self.shadow.named_buffers())):
-            for name, tensor in tensors:
-                found[kind, self.part_of[name.rpartition(".")[0]]] += bytes_of([tensor], seen)
+        for name, tensor in self.shadow.named_parameters():
+            found["parameters", self._part(name)] += self.rank.resident(name, tensor, seen)
+        for name, tensor in self.shadow.named_buffers():
+            found["buffers", self._part(name)] += bytes_of([tensor], seen)
         for name, module in self.shadow.named_modules():
             found["parameters", self.part_of[name]] += bytes_of(kind_of(module).scales(module), seen)
         return found
+
+    def _part(self, name: str) -> str:
+        """Return the part of a parameter or buffer."""
+        return self.part_of[name.rpartition(".")[0]]
 
     def parts(self) -> list[MemoryPart]:
         """Return the parts in the order of the model."""
@@ -179,10 +191,10 @@ class Step:
         for (kind, part), number in self.weights.items():
             sums[part][kind] += number
         for name, parameter in self.trained.items():
-            counted = sums[self.part_of[name.rpartition(".")[0]]]
+            counted = sums[self._part(name)]
             counted["trained"] += parameter.numel()
-            counted["gradients"] += 0 if parameter.grad is None else bytes_of([parameter.grad])
-            counted["optimizer"] += self.optimizer[name]
+            counted["gradients"] += self.rank.gradient(name)
+            counted["optimizer"] += self.rank.states[name] + self.rank.masters[name]
         for name, kept in self.kept.items():
             sums[name]["kept"] += kept
         sums[OUTSIDE] = sums.pop(OUTSIDE)  # last

@@ -10,6 +10,7 @@ from s2ft.config import S2FTConfig
 from s2ft.packages import check_packages
 from s2ft.text.models import DTYPES, load_model
 from s2ft.train.options import ModelOptions
+from s2ft.train.parallel import loading_config
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ def load_base(options: ModelOptions, arguments: Any):
     dtype = _name(more.pop("dtype", more.pop("torch_dtype", options.dtype)))
     quantization = more.pop("quantization_config", None) or quantization_config(options, dtype)
     more.setdefault("attn_implementation", options.attn_implementation)
+    more.setdefault("distributed_config", loading_config(arguments))
     if quantization is not None and not arguments.use_cpu:
         more.setdefault("device_map", {"": arguments.device})
     model, tokenizer = load_model(
@@ -56,18 +58,19 @@ def load_base(options: ModelOptions, arguments: Any):
 def quantization_config(options: ModelOptions, dtype: str = "auto"):
     """Return the quantization config of transformers for the options, or None.
 
-    Args:
-        options: How the model is loaded.
-        dtype: Dtype in which a 4-bit layer multiplies; "auto": bfloat16.
+        Args:
+            options: How the model is loaded.
+            dtype: Dtype in which a 4-bit layer multiplies; "auto": bfloat16.
 
-    Raises:
-        MissingPackages: bitsandbytes is not installed.
+        Raises:
+            MissingPackages: bitsandbytes is not installed.
 
-    Example:
-        >>> from s2ft.train.loading import quantization_config
-        >>> from s2ft.train.options import ModelOptions
-        >>> print(quantization_config(ModelOptions("my-model")))
-        None
+        Example:
+            >>> from s2ft.train.loading import quantization_config
+            >>> from s2ft.train.options import ModelOptions
+    from s2ft.train.parallel import loading_config
+            >>> print(quantization_config(ModelOptions("my-model")))
+            None
     """
     if not options.quantized:
         return None

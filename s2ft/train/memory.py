@@ -10,6 +10,7 @@ from s2ft.text.prompts import pad_id
 from s2ft.train.batching import Batching, choose_batching, row_lengths, short_row
 from s2ft.train.loss import why_not_chunked
 from s2ft.train.options import RunOptions
+from s2ft.train.parallel import is_spread
 from s2ft.train.remedies import loss_in_chunks
 from s2ft.train.runs import needs_trl_loss
 from s2ft.train.sft import is_checkpointed
@@ -30,6 +31,9 @@ def log_memory(model, config, train, arguments, options: RunOptions, tokenizer) 
     """
     if not hasattr(train, "__len__"):
         logger.info("memory was not estimated: the longest row of streamed data is not known")
+        return
+    if is_spread(model):
+        logger.info("memory was not estimated: the weights are spread over the devices; see s2ft estimate")
         return
     trl_loss = needs_trl_loss(arguments)
     batching = choose_batching(model, pad_id(tokenizer), train, arguments, trl_loss)

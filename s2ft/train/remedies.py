@@ -18,6 +18,7 @@ from torch import nn
 import s2ft
 from s2ft.attached.hosts.compiled import unwrapped
 from s2ft.attached.record import find_attachment
+from s2ft.distributed import without_zero_init
 from s2ft.estimation.memory import free_memory, resident
 from s2ft.estimation.result import size
 from s2ft.model.coupling import Coupling
@@ -230,7 +231,7 @@ def _hollow(model: nn.Module) -> tuple[nn.Module, str | None]:
         bits = "4bit"
     elif getattr(quantized, "load_in_8bit", False):
         bits = "8bit"
-    with plain_kernels(), torch.device("meta"):
+    with plain_kernels(), torch.device("meta"), without_zero_init():
         return type(model)._from_config(config), bits
 
 

@@ -111,13 +111,47 @@ def test_extra_weights_are_trained_and_saved_as_by_one_process(ranks, stage, tmp
 def unfreeze_by_hand(rank, stage):
     model = attached("llama-grouped")
     model.lm_head.requires_grad_(True)
-    with pytest.raises(RuntimeError, match="lm_head.weight was unfrozen by hand, and DeepSpeed holds it"):
+    with pytest.raises(RuntimeError, match="lm_head.weight was unfrozen by hand, and DeepSpeed already holds it"):
         run(engine_for(model, stage), rank, steps=1)
 
 
 @pytest.mark.parametrize("stage", (1, 3))
 def test_a_weight_unfrozen_by_hand_is_refused_before_it_is_trained(ranks, stage):
     ranks(unfreeze_by_hand, stage)
+
+
+def restore_uneven_parts(rank, stage, saved, directory):
+    """Whether a slice is restored whose number of values the ranks can't divide evenly."""
+    model = uneven()
+    assert model.down.s2.numel() % 2
+    engine = engine_for(model, stage)
+    s2ft.adapter.restore_adapter(engine.module, saved)
+    s2ft.save_adapter(engine.module, directory)
+
+
+def uneven():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = torch.nn.Linear(5, 9), torch.nn.Linear(9, 5)
+
+        def forward(self, x):
+            return self.down(self.up(x).relu())
+
+    torch.manual_seed(3)
+    model = Net()
+    coupling = s2ft.Coupling.ffn(0, up="up", down="down", channels=9)
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.34), couplings=[coupling], example=torch.ones(2, 5))
+    return model
+
+
+@pytest.mark.parametrize("stage", (1, 2, 3))
+def test_a_slice_is_restored_that_the_ranks_cannot_divide(ranks, stage, tmp_path):
+    model = uneven()
+    torch.nn.init.normal_(model.down.s2)
+    s2ft.save_adapter(model, tmp_path / "saved")
+    ranks(restore_uneven_parts, stage, tmp_path / "saved", tmp_path / "restored")
+    check_same_files(tmp_path / "restored", tmp_path / "saved", exactly=True)
 
 
 # ---- adapters on a model inside DeepSpeed --------------------------------------------------------------------

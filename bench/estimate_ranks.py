@@ -1,0 +1,153 @@
+"""What s2ft.estimate predicts for one of several devices, against what real ranks use.
+
+    python bench/estimate_ranks.py [--ranks 2 4] [--strategies ddp fsdp2 ...] [--models llama ...]
+
+Each rank is a process of a gloo group on this machine. The kept bytes are those that autograd saves in a forward. All
+other bytes are read from PyTorch's profiler, which reports each allocation of a process: weights on this rank,
+gradients and states after a step, and the largest sum during the second step. ZeRO needs DeepSpeed.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the measurement is that of the tests
+
+import torch
+from harness import save
+from support.rank_memory import measure
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+)
+
+import s2ft
+
+SHAPE = dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=8, vocab_size=8000)
+IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {  # random weights, near 20M parameters
+    "llama": lambda: LlamaConfig(**SHAPE, **IDS, num_key_value_heads=4),
+    "qwen2": lambda: Qwen2Config(**SHAPE, **IDS, num_key_value_heads=4, tie_word_embeddings=True),
+    "gemma2": lambda: Gemma2Config(**SHAPE, **IDS, num_key_value_heads=4, head_dim=48, sliding_window=64),
+    "gpt2": lambda: GPT2Config(n_embd=384, n_layer=6, n_head=8, vocab_size=8000, bos_token_id=1, eos_token_id=2),
+    "mixtral": lambda: MixtralConfig(**{**SHAPE, "intermediate_size": 512}, **IDS, num_local_experts=4),
+}
+STRATEGIES = {
+    "ddp": s2ft.Strategy("ddp"),
+    "fsdp2": s2ft.Strategy("fsdp2"),
+    "fsdp2-kept": s2ft.Strategy("fsdp2", reshard_after_forward=False),
+    "fsdp2-blocks": s2ft.Strategy("fsdp2", wrap="blocks"),
+    "zero1": s2ft.Strategy("zero1", reduce_bucket_size=10_000_000),
+    "zero2": s2ft.Strategy("zero2"),
+    "zero3": s2ft.Strategy("zero3"),
+    "zero3-small": s2ft.Strategy(
+        "zero3", reduce_bucket_size=150_000, prefetch_bucket_size=500_000, max_reuse_distance=0, persistence_threshold=0
+    ),
+}
+CONFIG = s2ft.S2FTConfig(d_ratio=0.03, o_ratio=0.1)
+SHOWN = {"weights": "weights", "states": "gradients, states", "kept": "kept for backward", "peak": "peak of a step"}
+RESULTS = Path(__file__).parent / "results" / "estimate_ranks.json"
+
+
+def build(name: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32)
+
+
+def estimated(name: str, strategy: s2ft.Strategy, ranks: int, args: argparse.Namespace) -> dict[str, int]:
+    with torch.device("meta"):
+        model = build(name)
+    model.config.use_cache = False
+    found = s2ft.estimate(model, CONFIG, args.batch, args.length, device="cpu", strategy=strategy, devices=ranks)
+    return {
+        "weights": found.parameters + found.buffers,
+        "states": found.gradients + found.optimizer,
+        "kept": found.kept,
+        "peak": found.peak,
+    }
+
+
+# ---- measuring, in processes of their own ----------------------------------------------------------------
+
+
+def measured(name: str, strategy: str, ranks: int, args: argparse.Namespace) -> list[dict[str, int]]:
+    """Return the bytes of each rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, __file__, "--measure", name, "--strategies", strategy]
+    command += ["--batch", str(args.batch), "--length", str(args.length)]
+    started = []
+    for rank in range(ranks):
+        own = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks)
+        own |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS=1, DS_ACCELERATOR="cpu")
+        environment = {**os.environ, **{key: str(value) for key, value in own.items()}}
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment))
+    outputs = [process.communicate() for process in started]
+    for process, (_, errors) in zip(started, outputs):
+        if process.returncode:
+            raise RuntimeError(f"measuring {name} with {strategy} failed:\n{errors.decode()[-3000:]}")
+    return [json.loads(output.decode().splitlines()[-1]) for output, _ in outputs]
+
+
+def measure_here(name: str, strategy: s2ft.Strategy, batch: int, length: int) -> dict[str, int]:
+    torch.distributed.init_process_group("gloo")
+
+    def inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        model.config.use_cache = False
+        tokens = torch.randint(model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
+        return {"input_ids": tokens, "labels": tokens}
+
+    return measure(lambda: build(name), CONFIG, strategy, inputs)
+
+
+# ---- all together ----------------------------------------------------------------------------------------
+
+
+def row(name: str, strategy: str, ranks: int, args: argparse.Namespace) -> dict[str, Any]:
+    predicted = estimated(name, STRATEGIES[strategy], ranks, args)
+    each = measured(name, strategy, ranks, args)
+    found = {what: max(rank[what] for rank in each) for what in SHOWN}
+    ratios = {what: predicted[what] / found[what] for what in SHOWN}
+    cells = (f"{predicted[what] / 2**20:>9.2f}{found[what] / 2**20:>9.2f}{ratios[what]:>8.4f}" for what in SHOWN)
+    print(f"{name:<10}{strategy:<14}{ranks:>5}" + "".join(cells), flush=True)
+    return {"estimated": predicted, "measured": each, "estimated to the largest measured": ratios}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--models", nargs="+", choices=CONFIGS, default=list(CONFIGS))
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=list(STRATEGIES))
+    parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4])
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--measure", choices=CONFIGS, help=argparse.SUPPRESS)  # set in the measuring processes
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure_here(args.measure, STRATEGIES[args.strategies[0]], args.batch, args.length)))
+        return
+    print(f"MiB estimated, measured (the rank with most), and their ratio; {args.batch} × {args.length} tokens a rank")
+    print(f"{'model':<10}{'strategy':<14}{'ranks':>5}" + "".join(f"{title:>26}" for title in SHOWN.values()))
+    results = {
+        f"{name}, {strategy}, {ranks} ranks": row(name, strategy, ranks, args)
+        for strategy in args.strategies
+        for ranks in args.ranks
+        for name in args.models
+    }
+    save(args.output, {"batch": args.batch, "length": args.length, "results": results})
+
+
+if __name__ == "__main__":
+    main()
