@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from support.models import ALL_RATIOS, inputs_of, loss_of, model_of, ratios_for, token_batch
+from support.pairs import pairs_mostly_slow
 from support.tolerances import LOGITS, relative_difference
 
 import s2ft
@@ -265,8 +266,7 @@ def test_eight_bit_adamw_is_close_to_adamw():
 
 
 @pytest.mark.parametrize(
-    "which",
-    ("adamw_bnb_8bit", "adafactor", *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_NAMES)),
+    "which", ("adamw_bnb_8bit", "adafactor", *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_NAMES))
 )
 def test_transformers_names_of_optimizers(which, tmp_path):
     """Optimizers that the optim argument of Trainer names."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.models import CASES, inputs_of, model_of
+from support.pairs import in_turn
 from support.tolerances import GEMM
 from train.test_sft import losses, run
 from train.tiny import tiny_model
