@@ -21,6 +21,8 @@ ON_CPU = str(ROOT / "tests" / "support" / "fsdp_on_cpu.py")  # on CPUs, accelera
 KIND = {name: "DEEPSPEED" for name in ("zero1", "zero2", "zero3")}
 KIND |= {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "context": "FSDP", "tensor": "MULTI_CPU"}
 SIZES = {"context": "--parallelism_config_cp_size", "tensor": "--parallelism_config_tp_size"}
+# torchrun binds a free port itself. One that a test chose could be taken by another process before it is used.
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS))
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def job(tmp_path_factory):
 
 def launch(*command):
     done = run(*command)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr  # all of it: the report of torchrun comes after the error of a rank
     return done.stdout
 
 
@@ -79,9 +81,7 @@ def run(*command):
 
 def torchrun(output, *arguments):
     """Run the command on two ranks. Returns what it prints."""
-    port = str(free_port())
-    run_of = ("torch.distributed.run", "--nproc-per-node", str(RANKS), "--master-port", port, "-m", "s2ft.cli")
-    return launch(*run_of, *arguments, "--output", str(output))
+    return launch(*TORCHRUN, "-m", "s2ft.cli", *arguments, "--output", str(output))
 
 
 @pytest.mark.slow
@@ -237,19 +237,7 @@ def test_the_slurm_script_is_valid():
     ],
 )
 def test_a_mistake_is_reported_by_one_rank(job, tmp_path, arguments, message):
-    done = run(
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(RANKS),
-        "--master-port",
-        str(free_port()),
-        "-m",
-        "s2ft",
-        *job[0],
-        *arguments,
-        "--output",
-        str(tmp_path / "out"),
-    )
+    done = run(*TORCHRUN, "-m", "s2ft", *job[0], *arguments, "--output", str(tmp_path / "out"))
     printed = [line for line in done.stderr.splitlines() if "s2ft sft: error:" in line]
     assert done.returncode != 0 and len(printed) == 1 and message in printed[0], done.stderr[-3000:]
     assert not (tmp_path / "out").exists()
