@@ -270,10 +270,10 @@ def _decided(what: str, key: str) -> Any:
             )
         if not store.check([key]):
             return None
-    first = json.loads(store.get(key))
-    if "error" in first:
-        raise RuntimeError(f"rank {first['rank']} failed: {first['error']}")
-    return first["value"]
+    found = json.loads(store.get(key))
+    if "error" in found:
+        raise RuntimeError(f"rank {by()} failed: {found['error']}")
+    return found["value"]
 
 
 def _heartbeat() -> Heartbeat:

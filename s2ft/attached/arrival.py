@@ -107,13 +107,20 @@ def take_up(model: nn.Module) -> bool:
                 "the weights were loaded, and the slices (s2) are still on the meta device: call model.to_empty(device="
                 "...) before you load the state of the base, or load a state that has the slices"
             )
-    _keep_extra_base(model, record)
-    for move in record.moves:
-        move.finish(model)
-    record.awaits_weights, record.has_taken_up = False, True
+    try:
+        for move in record.moves:
+            move.finish(model)
+        _keep_extra_base(model, record)
+        record.awaits_weights, record.has_taken_up = False, True
+    except BaseException:  # an interrupt: the next call starts from the base's order again
+        for move in record.moves:
+            move.postpone(model)
+        raise
     for mount in record.mounts.values():
-        mount.layer._first_values = None
+        mount.layer.forget_first_values()
     mark_layers(record)
+    values, record.extra.arriving = record.extra.arriving, {}
+    extra_weights.set_trained(model, record, values)
     return True
 
 
@@ -143,7 +150,7 @@ def _check_is_base(model: nn.Module, record: Attachment) -> None:
 
 
 def _keep_extra_base(model: nn.Module, record: Attachment) -> None:
-    """Keep the base of the extra weights, which this rank may not have had, then give them their trained values."""
+    """Keep the base of the extra weights, which this rank may not have had."""
     names = list(record.extra.base)
     if names:
         parameters = {name: model.get_parameter(name) for name in names}
@@ -152,8 +159,6 @@ def _keep_extra_base(model: nn.Module, record: Attachment) -> None:
             record.extra.base = extra_weights.copies(parameters)
         else:
             record.extra.base = {name: _sent(record, name, parameters[name], source) for name in names}
-    values, record.extra.arriving = record.extra.arriving, {}
-    extra_weights.set_trained(model, record, values)
 
 
 def _rank_that_has(record: Attachment, ranks: list[int] | None) -> int | None:

@@ -257,6 +257,11 @@ class Attachment:
 
     # ---- changes of the record alone -------------------------------------------------------------
 
+    def expect_base(self, fingerprint: dict[str, Any]) -> None:
+        """Expect weights of this fingerprint to arrive, if no rank has weights yet."""
+        if self.fingerprint is None:
+            self.fingerprint = fingerprint
+
     def load(self, adapter: LoadedAdapter) -> None:
         """Add a loaded adapter, which is not active."""
         self.loaded[adapter.name] = adapter

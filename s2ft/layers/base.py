@@ -304,6 +304,10 @@ class S2Layer(nn.Module):
         else:
             write_full_values(self.s2, self._first_values.to(self.s2.dtype))
 
+    def forget_first_values(self) -> None:
+        """Free what was kept for an s2 on the meta device."""
+        self._first_values = None
+
     # ---- copies and states -----------------------------------------------------------------------
     # They are taken while no other thread has base + s2 in the weight, see stable_weights.
 

@@ -247,6 +247,11 @@ class Move:
         if self.is_pending:
             self.do(model)
 
+    def postpone(self, model: nn.Module) -> None:
+        """Put the units back in the original order, to be reordered later."""
+        self._change(model, False)
+        self.is_pending = True
+
     def forget(self, model: nn.Module) -> None:
         """Make a change pending again, if the reordered weights have gone to the meta device."""
         if self._is_without_numbers(model):

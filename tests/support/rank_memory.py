@@ -48,7 +48,7 @@ def measure(
         if checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         batch = inputs(model)
-        run = RUNS[strategy.name if strategy else None](model, strategy)
+        run = RUNS[strategy.name if strategy else None](model, strategy, accumulation)
         run.step(batch, accumulation, loss)
         states = run.states()
         run.forget()
@@ -57,7 +57,7 @@ def measure(
         run.step(batch, accumulation, loss)
         with record_function(END):
             pass
-    result = {"weights": run.weights(), "states": states, "peak": _peak(profiler) - run.padding}
+    result = {"weights": run.weights(), "states": states, "peak": _peak(profiler)}
     run.forget()
     return {**result, "kept": _kept(run, batch, loss)}
 
@@ -92,7 +92,7 @@ def _kept(run: "Run", batch: dict[str, Tensor], loss: Callable | None) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = run.loss(batch, loss)  # stays alive while bytes are counted
     total = sum(kept.values())
-    output.backward()
+    run.backward(output)
     return total
 
 
@@ -109,9 +109,7 @@ def _bytes(tensors) -> int:
 class Run:
     """Training on one device, in a plain loop."""
 
-    padding = 0  # bytes that no strategy needs
-
-    def __init__(self, model: nn.Module, strategy: s2ft.Strategy | None) -> None:
+    def __init__(self, model: nn.Module, strategy: s2ft.Strategy | None, accumulation: int) -> None:
         self.module, self.strategy = model, strategy
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.model = self.wrapped(model)
@@ -128,16 +126,13 @@ class Run:
         for number in range(accumulation):
             self.synchronize(number == accumulation - 1)
             self.backward(self.loss(batch, loss))
-        self.update()
+        self.optimizer.step()
 
     def synchronize(self, last: bool) -> None:
         """Exchange gradients in the next backward, or not."""
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
-
-    def update(self) -> None:
-        self.optimizer.step()
 
     def forget(self) -> None:
         self.optimizer.zero_grad()
@@ -204,4 +199,69 @@ class FsdpRun(Run):
         return super().weights()
 
 
-RUNS: dict[str | None, type[Run]] = {None: Run, "ddp": DdpRun, "fsdp2": FsdpRun}
+class ZeroRun(Run):
+    """DeepSpeed's engine. Its optimizer updates a flat partition, and it has the gradients until the step."""
+
+    def __init__(self, model: nn.Module, strategy: s2ft.Strategy, accumulation: int) -> None:
+        import deepspeed
+
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+        zero = {
+            "stage": int(strategy.name[-1]),
+            "reduce_bucket_size": strategy.reduce_bucket_size,
+            "overlap_comm": strategy.overlap_comm,
+            "stage3_prefetch_bucket_size": strategy.prefetch_bucket_size,
+            "stage3_max_live_parameters": strategy.max_live_parameters,
+            "stage3_max_reuse_distance": strategy.max_reuse_distance,
+            "stage3_param_persistence_threshold": strategy.persistence_threshold,
+        }
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": accumulation,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": zero,
+        }
+        self.module = model
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        self.engine = self.model = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+        self.optimizer, self.gradients = self.engine.optimizer, 0
+        if not self.engine.optimizer.__class__.__name__.endswith("Stage3"):
+            step = self.optimizer.step
+            self.optimizer.step = lambda *args, **named: (self._note_gradients(), step(*args, **named))[1]
+
+    def _note_gradients(self) -> None:
+        self.gradients = _bytes(g for group in self.optimizer.averaged_gradients.values() for g in group)
+
+    def step(self, batch: dict[str, Tensor], accumulation: int, loss: Callable | None) -> None:
+        for _ in range(accumulation):
+            self.engine.backward(self.loss(batch, loss))
+            self.engine.step()
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+        self.engine.step()
+
+    def forget(self) -> None:
+        """The engine has forgotten its gradients."""
+
+    def weights(self) -> int:
+        parts = [p.ds_tensor for p in self.module.parameters() if hasattr(p, "ds_tensor")]
+        return _bytes([*(parts or self.module.parameters()), *self.module.buffers()])
+
+    def states(self) -> int:
+        of_zero = self.optimizer
+        inner = [value for state in of_zero.optimizer.state.values() for value in state.values()]
+        if hasattr(of_zero, "grad_partitions_flat_buffer"):
+            masters = [p for p in of_zero.fp32_partitioned_groups_flat if p.dtype != of_zero.lp_param_buffer.dtype]
+            return _bytes([*inner, *masters, of_zero.grad_partitions_flat_buffer])
+        return _bytes([*inner, *of_zero.single_partition_of_fp32_groups]) + self.gradients
+
+
+RUNS: dict[str | None, type[Run]] = {
+    None: Run,
+    "ddp": DdpRun,
+    "fsdp2": FsdpRun,
+    "zero1": ZeroRun,
+    "zero2": ZeroRun,
+    "zero3": ZeroRun,
+}
