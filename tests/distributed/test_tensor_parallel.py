@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from distributed.runs import STEPS, batches, check_same_files
+from distributed.runs import STEPS, batches, check_same_files, train as train_halves
 from support.models import ALL_RATIOS, model_of, ratios_for
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -201,3 +201,45 @@ def test_a_rank_without_units_takes_part(ranks, tmp_path):
         assert torch.equal(a, b) and bool(a.any())
     assert torch.equal(first[1], second[1])
     assert not torch.equal(first[3], first[2])  # a copy has an s2 and a forward of its own
+
+
+# ---- tensor parallelism and other strategies -----------------------------------------------------------
+
+TWO_DIMENSIONS = {"fsdp_size": 2}
+
+
+def train_in_groups(rank, folder, case, layout, tp, sizes):
+    """As train_and_save, with each data-parallel rank on its half of every batch."""
+    model = load(folder, tp, **sizes)
+    before = logits(model)
+    s2ft.attach(model, config_of(case, layout))
+    unchanged = logits(model)
+    train_halves(model, rank // tp if sizes else None)
+    s2ft.save_adapter(model, folder / "split")
+    after = logits(model)
+    s2ft.detach(model)
+    return before, unchanged, after, logits(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case, layout, tp, sizes",
+    [
+        ("llama", "permuted", 4, {}),
+        ("llama", "permuted", 2, TWO_DIMENSIONS),
+        ("llama-biased", "indexed", 2, TWO_DIMENSIONS),
+        ("qwen2-grouped-tied", "permuted", 2, {"dp_replicate_size": 2}),
+    ],
+)
+def test_four_ranks_equal_one_process(four_ranks, tmp_path, case, layout, tp, sizes):
+    model_of(case).save_pretrained(tmp_path)
+    model = load(tmp_path, 1)
+    s2ft.attach(model, config_of(case, layout))
+    train_halves(model)
+    s2ft.save_adapter(model, tmp_path / "adapter")
+    after = logits(model)
+    for b, u, a, r in four_ranks(train_in_groups, tmp_path, case, layout, tp, sizes):
+        torch.testing.assert_close(u, b)
+        torch.testing.assert_close(a, after, rtol=1e-4, atol=1e-4)
+        assert torch.equal(r, b)
+    check_same_files(tmp_path / "split", tmp_path / "adapter", atol=1e-4)
