@@ -41,7 +41,9 @@ if TYPE_CHECKING:  # for type checkers, which can't follow __getattr__; `as` exp
     from s2ft.attached.report import print_trainable_parameters as print_trainable_parameters
     from s2ft.config import S2FTConfig as S2FTConfig
     from s2ft.estimation import Estimate as Estimate, Strategy as Strategy, estimate as estimate
+    from s2ft.export.from_model import save_merged as save_merged
     from s2ft.layers import S2ColumnLinear as S2ColumnLinear, S2RowLinear as S2RowLinear
+    from s2ft.model.checkpoint import weights_on_disk as weights_on_disk
     from s2ft.model.coupling import Coupling as Coupling
     from s2ft.model.registry import register_architecture as register_architecture
     from s2ft.ops._build import build_info as build_info
@@ -79,8 +81,10 @@ _HOMES = {
     "Estimate": "s2ft.estimation",
     "Strategy": "s2ft.estimation",
     "estimate": "s2ft.estimation",
+    "save_merged": "s2ft.export.from_model",
     "S2ColumnLinear": "s2ft.layers",
     "S2RowLinear": "s2ft.layers",
+    "weights_on_disk": "s2ft.model.checkpoint",
     "Coupling": "s2ft.model.coupling",
     "register_architecture": "s2ft.model.registry",
     "build_info": "s2ft.ops._build",

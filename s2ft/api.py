@@ -7,7 +7,7 @@ from torch import nn
 
 from s2ft.adapter.pretrained import HOST_HOOKS
 from s2ft.attached.changes import adapters_off, fuse_mounted, merge_active, remove_all, unfuse_mounted
-from s2ft.attached.checks import check_can_merge, check_new_name, check_not_sharded, movable_couplings
+from s2ft.attached.checks import check_can_fuse, check_can_merge, check_new_name, check_not_in_engine, movable_couplings
 from s2ft.attached.extra_weights import names_of_modules
 from s2ft.attached.hosts.compiled import of_compiled
 from s2ft.attached.hosts.sentence_transformers import with_rest_frozen
@@ -15,6 +15,7 @@ from s2ft.attached.mounting import mount
 from s2ft.attached.record import Attachment, attachment_of, check_unattached, find_attachment, new_attachment
 from s2ft.attached.report import Report
 from s2ft.config import S2FTConfig
+from s2ft.distributed import decide
 from s2ft.model.coupling import Coupling
 from s2ft.model.registry import Found, find_couplings
 from s2ft.model.towers import couplings_in_towers
@@ -110,8 +111,18 @@ def _record_for(
     return record
 
 
-def _try_out(model: nn.Module, couplings: list[Coupling], record: Attachment, example: Any) -> Trial:
-    """Reorder the units of each coupling that can move, run the model, and put them back."""
+def _try_out(model: nn.Module, couplings: list[Coupling], record: Attachment, example: Any) -> Trial | None:
+    """Reorder the units of each coupling that can move, run the model, and put them back.
+
+    Ranks whose model is on the meta device wait for those that can run it.
+    """
+    tried: list[Trial] = []
+    is_able = not any(parameter.is_meta for parameter in model.parameters())
+    decide("the trial of the couplings", is_able, lambda: tried.append(_trial(model, couplings, record, example)))
+    return tried[0] if tried else None
+
+
+def _trial(model: nn.Module, couplings: list[Coupling], record: Attachment, example: Any) -> Trial:
     trial = Trial(model, couplings, record.moves, example, reach_all=not record.weights)
     groups: dict[tuple, list[Coupling]] = {}  # the experts of a layer are tried out together
     for coupling in movable_couplings(model, couplings):
@@ -229,8 +240,8 @@ def detach(model: nn.Module) -> nn.Module:
         The same model.
 
     Raises:
-        ValueError: The model has no adapters, or is sharded. ``set_adapter(model, None)`` restores the base of a
-            sharded model.
+        ValueError: The model has no adapters, or ZeRO-3 has sharded it. ``set_adapter(model, None)`` restores the base
+            of such a model.
 
     Example:
         >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
@@ -238,7 +249,7 @@ def detach(model: nn.Module) -> nn.Module:
         True
     """
     record = attachment_of(model)
-    check_not_sharded(model, "detach")
+    check_not_in_engine(model, "detach")
     remove_all(model, record)
     return model
 
@@ -257,7 +268,7 @@ def merge(model: nn.Module) -> nn.Module:
         The same model, without adapters.
 
     Raises:
-        ValueError: No adapter is active, the base is quantized, or the model is sharded.
+        ValueError: No adapter is active, the base is quantized, or ZeRO-3 has sharded the model.
 
     Example:
         >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
@@ -266,7 +277,7 @@ def merge(model: nn.Module) -> nn.Module:
         []
     """
     record = attachment_of(model)
-    check_not_sharded(model, "merge")
+    check_not_in_engine(model, "merge")
     if not record.active:
         raise ValueError("no adapter is active, so there is nothing to merge: set_adapter first, or detach")
     if record.trains:
@@ -294,7 +305,7 @@ def fuse(model: nn.Module) -> None:
         'fused'
     """
     record = attachment_of(model)
-    check_not_sharded(model, "fuse")
+    check_can_fuse(model)
     if record.trains:
         check_can_merge(record)
         fuse_mounted(record)

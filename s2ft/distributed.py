@@ -6,6 +6,7 @@ every rank must call it. Each rank writes its own shard.
 """
 
 import json
+import math
 import os
 import sys
 from collections import Counter
@@ -13,11 +14,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-RANK_TIMEOUT = timedelta(minutes=10)  # as NCCL's default
+from s2ft.ranks.heartbeat import Heartbeat, heartbeat, wait_for_key, wait_until
+
+RANK_TIMEOUT = timedelta(minutes=10)  # as NCCL's default; a rank that says that it works is waited for without limit
 _counts: Counter = Counter()  # calls by name, the same on every rank: they number the keys in the store
 
 
@@ -27,6 +32,11 @@ _counts: Counter = Counter()  # calls by name, the same on every rank: they numb
 def is_distributed() -> bool:
     """Whether this process is one of several ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def all_ranks() -> list[int] | None:
+    """All ranks, or None if this process is not one of several."""
+    return list(range(dist.get_world_size())) if is_distributed() else None
 
 
 def check_same_as_first_rank(what: str, values: Mapping[str, str]) -> None:
@@ -106,54 +116,173 @@ def wait_for_ranks(what: str, ranks: list[int], value: str = "") -> str:
         The key in the store under which each rank has left its value: `key/rank`.
 
     Raises:
-        RuntimeError: A rank did not call within RANK_TIMEOUT. Else NCCL would abort, and gloo would hang longer.
+        RuntimeError: A rank has ended, or did not call within RANK_TIMEOUT although it does no long work (see
+            :func:`working`). Else NCCL would abort, and gloo would hang longer.
     """
     call = f"s2ft/{what}/{ranks[0]}+{len(ranks)}"
     _counts[call] += 1
     key, store, me = f"{call}/{_counts[call]}", _store(), dist.get_rank()
-    store.set(f"{key}/{me}", value)
-    for rank in ranks:
-        try:
-            store.wait([f"{key}/{rank}"], RANK_TIMEOUT)
-        except dist.DistError as error:
-            store.delete_key(f"{key}/{me}")
-            _counts[call] -= 1  # so that the next call of all ranks has the same number
-            raise RuntimeError(
-                f"{what}: rank {me} waited {RANK_TIMEOUT.total_seconds():g} s for rank {rank}: every "
-                "rank must call this, not one alone"
-            ) from error
+    with _explain_lost_store(what):
+        store.set(f"{key}/{me}", value)
+        for rank in ranks:
+            why = wait_for_key(store, f"{key}/{rank}", rank, RANK_TIMEOUT.total_seconds())
+            if why:
+                store.delete_key(f"{key}/{me}")
+                _counts[call] -= 1  # so that the next call of all ranks has the same number
+                raise RuntimeError(f"{what}: rank {me} waited for rank {rank}: {why}")
     return key
 
 
-def run_on_first_rank(what: str, ranks: list[int] | None, act: Callable[[], None]) -> None:
-    """Run a function on the first of several ranks while the others wait for it.
+@contextmanager
+def _explain_lost_store(what: str) -> Iterator[None]:
+    try:
+        yield
+    except dist.DistNetworkError as error:
+        raise RuntimeError(
+            f"{what}: rank {dist.get_rank()} can't reach the store of the ranks: the process that has it, rank 0 or "
+            "the launcher's agent, has ended"
+        ) from error
+
+
+@contextmanager
+def working() -> Iterator[None]:
+    """Inside, other ranks that wait for this one wait as long as its process lives, instead of for RANK_TIMEOUT."""
+    if not is_distributed():
+        yield
+        return
+    with _heartbeat().working():
+        yield
+
+
+def run_on_ranks(what: str, ranks: list[int] | None, runs: bool, act: Callable[[], None]) -> None:
+    """Run a function on some of the ranks that call this, while the others wait until it has ended everywhere.
 
     Args:
         what: Name of the call, for messages.
-        ranks: Ranks that call this. None: this rank runs the function by itself.
-        act: The function.
+        ranks: Ranks that call this. None: this rank calls it by itself.
+        runs: Whether this rank runs the function.
+        act: The function. It may take any time.
 
     Raises:
-        Exception: Any exception of `act`, on the first rank.
-        RuntimeError: `act` failed on the first rank, or a rank did not call in time.
+        Exception: Any exception of `act`, on the rank that ran it.
+        RuntimeError: `act` failed on another rank, or a rank has ended or did not call in time.
     """
     if ranks is None:
-        act()
-        return
-    failure = ""
-    if dist.get_rank() == ranks[0]:
-        try:
+        if runs:
             act()
-        except BaseException as error:
-            wait_for_ranks(what, ranks, f"{type(error).__name__}: {error}")
-            raise
-    failure = _store().get(f"{wait_for_ranks(what, ranks)}/{ranks[0]}").decode()
-    if failure:
-        raise RuntimeError(f"rank {ranks[0]} failed: {failure}")
+        return
+    try:
+        if runs:
+            with working():
+                act()
+    except BaseException as error:
+        wait_for_ranks(what, ranks, f"{type(error).__name__}: {error}")
+        raise
+    key = wait_for_ranks(what, ranks)
+    for rank in ranks:
+        failure = _store().get(f"{key}/{rank}").decode()
+        if failure:
+            raise RuntimeError(f"rank {rank} failed: {failure}")
 
 
-def _store():
-    return dist.distributed_c10d._get_default_store()
+def run_on_first_rank(what: str, ranks: list[int] | None, act: Callable[[], None]) -> None:
+    """Run a function on the first of several ranks while the others wait for it, as :func:`run_on_ranks` does."""
+    run_on_ranks(what, ranks, ranks is None or dist.get_rank() == ranks[0], act)
+
+
+class Decision(NamedTuple):
+    """A value that :func:`decide` found.
+
+    Attributes:
+        value: The value; None if no rank could compute it.
+        key: Where the ranks have left it in the store; empty if there is only one rank.
+    """
+
+    value: Any
+    key: str
+
+    @property
+    def is_for_others(self) -> bool:
+        """Whether another rank has asked for the value so far because it can't compute it."""
+        return bool(self.key) and _store().add(f"{self.key}/asked", 0) > 0
+
+
+def decide(what: str, is_able: bool, compute: Callable[[], Any]) -> Decision:
+    """Compute a value on the ranks that can compute it, and give it to those that can't.
+
+    A rank that can compute it does not wait for any rank, and is not compared with others: use
+    :func:`check_same_as_first_rank` for that. A rank that can't takes the value of the first rank that could.
+
+    Args:
+        what: Name of the value, for the key and for messages. The nth call with this name on each rank belong together.
+        is_able: Whether this rank can compute the value: mostly whether its model has the numbers.
+        compute: Returns the value, of types that JSON has. It may take any time. If the weights are sharded, it runs on
+            all of their ranks.
+
+    Returns:
+        The value; None if no rank can compute it.
+
+    Raises:
+        Exception: Any exception of `compute`, on a rank that runs it.
+        RuntimeError: `compute` failed on the rank that this one waits for, or that rank has ended, or no rank that can
+            compute the value did call in time.
+    """
+    if not is_distributed():
+        return Decision(compute() if is_able else None, "")
+    call = f"decision on {what}"
+    _counts[call] += 1
+    key, store = f"s2ft/{call}/{_counts[call]}", _store()
+    if not is_able:
+        return Decision(_decided(what, key), key)
+    rank = str(dist.get_rank())
+    leads = store.compare_set(f"{key}/by", "", rank).decode() == rank
+    try:
+        with working():
+            value = compute()
+    except BaseException as error:
+        if leads:
+            store.set(key, json.dumps({"error": f"{type(error).__name__}: {error}"}))
+        raise
+    if leads:
+        store.set(key, json.dumps({"value": value}))
+    return Decision(value, key)
+
+
+def _decided(what: str, key: str) -> Any:
+    """Wait for the value that a rank leaves at `key`; None if no rank is able to compute it."""
+    store, asked = _store(), f"{key}/asked"
+
+    def by() -> int | None:
+        return int(store.get(f"{key}/by")) if store.check([f"{key}/by"]) else None
+
+    with _explain_lost_store(what):
+        store.add(asked, 1)
+        why = wait_until(
+            store,
+            lambda: store.check([key]) or store.add(asked, 0) == dist.get_world_size(),
+            by,
+            RANK_TIMEOUT.total_seconds(),
+        )
+        if why:
+            raise RuntimeError(
+                f"{what}: rank {dist.get_rank()} has no weights (its model is on the meta device) and waited for "
+                f"{'a rank that has them' if by() is None else f'rank {by()}'}: {why}"
+            )
+        if not store.check([key]):
+            return None
+    found = json.loads(store.get(key))
+    if "error" in found:
+        raise RuntimeError(f"rank {by()} failed: {found['error']}")
+    return found["value"]
+
+
+def _heartbeat() -> Heartbeat:
+    return heartbeat(dist.distributed_c10d._get_default_store(), dist.get_rank())
+
+
+def _store() -> dist.Store:
+    """The store of the process group. Whoever uses it gives signs of life from then on."""
+    return _heartbeat().of
 
 
 # ---- tensors that are spread over ranks ----------------------------------------------------------------
@@ -174,9 +303,81 @@ def is_sharded(tensor: Tensor) -> bool:
     return is_dtensor(tensor) or is_partitioned(tensor)
 
 
+def full_shape(tensor: Tensor) -> torch.Size:
+    """The shape of a tensor in full. While ZeRO-3 has partitioned a parameter, its own shape is empty."""
+    return getattr(tensor, "ds_shape", tensor.shape)
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """Whether the values of a parameter can be read: here, spread over ranks, or from a file (`_s2ft_values`)."""
+    return not tensor.is_meta or hasattr(tensor, "_s2ft_values")
+
+
+@contextmanager
+def full_values(tensor: Tensor) -> Iterator[Tensor]:
+    """Inside, the complete values of a parameter or buffer, detached. They must not be written.
+
+    They are in the tensor's own memory if it is complete here. If it is spread over ranks, every one of these ranks
+    must call this, for the same tensors in the same order: the values are gathered, and freed afterwards.
+
+    Raises:
+        ValueError: The tensor is on the meta device, and its values are in no file.
+    """
+    if tensor.is_meta:
+        if not has_numbers(tensor):
+            raise ValueError(
+                "a weight is on the meta device, so it has no values yet: load the weights first, or call this on all "
+                "ranks, one of which has them"
+            )
+        yield tensor._s2ft_values().detach()
+    elif is_dtensor(tensor):
+        yield _full_tensor(tensor)
+    elif is_partitioned(tensor):
+        with gathered_parameter(tensor, read_only=True):
+            yield tensor.detach()
+    else:
+        yield tensor.detach()
+
+
+@contextmanager
+def without_zero_init() -> Iterator[None]:
+    """Inside, transformers builds models in full. While a config of ZeRO-3 lives, it would partition each new one."""
+    transformers = sys.modules.get("transformers.integrations.deepspeed")
+    if transformers is None or not transformers.is_deepspeed_zero3_enabled():
+        yield
+        return
+    config = transformers._hf_deepspeed_config_weak_ref()  # transformers gives out only what is in it
+    transformers.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        transformers.set_hf_deepspeed_config(config)
+
+
+def is_in_engine(model: nn.Module) -> bool:
+    """Whether DeepSpeed's engine holds a model: it runs every module by hooks of ZeRO-3, or trains its parameters.
+
+    A model that deepspeed.zero.Init has partitioned is in no engine until deepspeed.initialize.
+    """
+    # The engine of ZeRO-3 gives every module a dict of parameters of its own class.
+    if any(type(module._parameters).__name__ == "ZeROOrderedDict" for module in model.modules()):
+        return True
+    return any(map(has_master_copy, model.parameters()))
+
+
 def has_master_copy(tensor: Tensor) -> bool:
     """Whether ZeRO's optimizer has the exact values of this parameter, and would overwrite the parameter with them."""
     return hasattr(tensor, "_hp_mapping") or hasattr(tensor, "_z3_optimizer")
+
+
+def will_be_loaded_again() -> bool:
+    """Whether accelerate will send the model of every rank to the meta device, shard it, and broadcast the weights.
+
+    The units need not move before that: the first rank would need copies of the weights in the base's order.
+    """
+    names = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+    wanted = all(os.environ.get(name, "").lower() in ("1", "true", "yes") for name in names)
+    return wanted and os.environ.get("FSDP_VERSION", "1") == "2" and is_distributed()
 
 
 def reshard_all(model: nn.Module) -> None:
@@ -215,6 +416,12 @@ def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: _full_tensor(tensor) for name, tensor in tensors.items()}
 
 
+def full_copy(tensor: Tensor) -> Tensor:
+    """Gather a DTensor into a new tensor. Every rank that has a shard must call this."""
+    full = _full_tensor(tensor)
+    return full.clone() if full.data_ptr() == tensor.detach().to_local().data_ptr() else full
+
+
 def _full_tensor(tensor: Tensor) -> Tensor:
     if is_dtensor(tensor):  # an offloaded tensor is gathered on the device of the ranks' mesh
         return tensor.detach().to(tensor.device_mesh.device_type).full_tensor()
@@ -248,23 +455,51 @@ def write_units(tensor: Tensor, index: Tensor, values: Tensor, dim: int) -> None
     full = _full_tensor(tensor)
     full.index_copy_(dim, index.to(full.device), values.to(full))
     if has_master_copy(tensor):
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        safe_set_full_fp32_param(tensor, full)
+        _write_master_copy(tensor, full)
     if ranks is not None:
         with gathered_parameter(tensor):
             tensor.data.copy_(full)
 
 
+def _write_master_copy(tensor: Tensor, full: Tensor) -> None:
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    if is_partitioned(tensor):  # by the own part, because DeepSpeed cuts a full value only if all parts are equal
+        safe_set_local_fp32_param(tensor, own_part_of(tensor, full))
+    else:
+        safe_set_full_fp32_param(tensor, full)
+
+
+def own_part_of(tensor: Tensor, full: Tensor) -> Tensor:
+    """Cut this rank's part out of full values of a parameter that ZeRO-3 has partitioned.
+
+    Args:
+        tensor: The parameter.
+        full: Values of its full shape.
+
+    Returns:
+        The part [n]. All ranks have parts of one size; the last ones are filled up with zeros.
+    """
+    size = tensor.ds_tensor.numel()
+    start = size * dist.get_rank(tensor.ds_process_group)
+    part = full.flatten()[start : start + size]
+    return torch.cat([part, part.new_zeros(size - part.numel())])
+
+
 @contextmanager
-def gathered_parameter(tensor: Tensor) -> Iterator[None]:
-    """Inside, a parameter of ZeRO-3 is complete. Every rank must enter; the values that the first rank writes stay."""
+def gathered_parameter(tensor: Tensor, read_only: bool = False) -> Iterator[None]:
+    """Inside, a parameter of ZeRO-3 is complete. Every rank must enter; the values that the first rank writes stay.
+
+    Args:
+        tensor: Any parameter; nothing happens for one that is not of ZeRO-3.
+        read_only: Whether nothing is written inside.
+    """
     if not is_partitioned(tensor):
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
+    with deepspeed.zero.GatheredParameters([tensor], modifier_rank=None if read_only else 0):
         yield
 
 
@@ -307,10 +542,79 @@ class Shard:
 
 
 def own_shard(tensor: Tensor) -> Shard:
-    """Return this rank's shard of a DTensor. Ranks have equal shares, rounded up; the last ranks have the rest."""
-    start = [0] * tensor.dim()
-    for mesh_dim, placement in enumerate(tensor.placements):
-        if placement.is_shard():
-            size, mesh = tensor.shape[placement.dim], tensor.device_mesh
-            start[placement.dim] = min(size, mesh.get_local_rank(mesh_dim) * -(-size // mesh.size(mesh_dim)))
-    return Shard(tensor.detach().to_local(), start)
+    """Return this rank's shard of a DTensor, of any mesh and placements, or all of another tensor.
+
+    Raises:
+        ValueError: The shard is not one range along each dimension.
+    """
+    if not is_dtensor(tensor):
+        return Shard(tensor.detach())
+    shard = tensor.detach().to_local()
+    return Shard(shard, [_own_start(tensor, dim, shard.shape[dim]) for dim in range(tensor.dim())])
+
+
+def _own_start(tensor: Tensor, dim: int, length: int) -> int:
+    """Where this rank's shard of a DTensor begins along a dimension."""
+    mesh, size = tensor.device_mesh, tensor.shape[dim]
+    cutting = [axis for axis, placement in enumerate(tensor.placements) if is_cut(placement, dim)]
+    if not cutting:
+        return 0
+    if len(cutting) == 1:  # equal shares, rounded up; the last ranks have the rest
+        return min(size, mesh.get_local_rank(cutting[0]) * -(-size // mesh.size(cutting[0])))
+    own = _own_part(torch.arange(size), tensor, dim)
+    if own.numel() and not torch.equal(own, torch.arange(int(own[0]), int(own[0]) + length)):
+        raise ValueError(f"a weight is spread over ranks as {tensor.placements}, which gives a rank no single range")
+    return int(own[0]) if own.numel() else size
+
+
+def is_cut(placement: Any, dim: int | None = None) -> bool:
+    """Whether a placement of a DTensor cuts it along a dimension; None: along any."""
+    cuts = placement.is_shard() or hasattr(placement, "split_factor")  # is_shard does not count _StridedShard
+    return cuts and dim in (None, placement.dim)
+
+
+def stays_in_blocks(tensor: Tensor, dim: int, order: Tensor) -> bool:
+    """Whether an order of a DTensor's elements moves none from one rank's shard to another's.
+
+    Args:
+        tensor: The DTensor.
+        dim: Dimension that is reordered.
+        order: The order, [tensor.shape[dim]] int64.
+    """
+    axes = [axis for axis, placement in enumerate(tensor.placements) if is_cut(placement, dim)]
+    blocks = math.prod(tensor.device_mesh.size(axis) for axis in axes)
+    if blocks > 1 and order.numel() % blocks:
+        return False
+    size = order.numel() // blocks
+    return torch.equal(order // size, torch.arange(order.numel()) // size)
+
+
+def _own_part(full: Tensor, like: Tensor, dim: int | None = None) -> Tensor:
+    """Cut a tensor that every rank has as a DTensor is cut, without communication.
+
+    Args:
+        full: Tensor of the shape of `like`; with `dim`, one of its size along that dimension.
+        like: The DTensor.
+        dim: Dimension of `like` that `full` stands for.
+    """
+    from torch.distributed.tensor import Replicate, Shard as Cut, distribute_tensor
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    placements = list(like.placements)
+    if dim is not None:
+        for axis, placement in enumerate(placements):
+            if not is_cut(placement, dim):
+                placements[axis] = Replicate()
+            elif hasattr(placement, "split_factor"):
+                placements[axis] = _StridedShard(0, split_factor=placement.split_factor)
+            else:
+                placements[axis] = Cut(0)
+    return distribute_tensor(full, like.device_mesh, placements, src_data_rank=None).to_local()
+
+
+def write_full_values(tensor: Tensor, full: Tensor) -> None:
+    """Write the complete values, which every rank has, into a tensor or this rank's shard of it, in place."""
+    if is_dtensor(tensor):
+        tensor.detach().to_local().copy_(_own_part(full, tensor))
+    else:
+        tensor.detach().copy_(full)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.models import ALL_RATIOS, AUTO, CASES, inputs_of, model_of, ratios_for, token_batch
+from support.pairs import in_turn, pairs_mostly_slow
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -75,6 +76,11 @@ def config_for(case, **more):
     return S2FTConfig(**ratios_for(case, ALL_RATIOS), **more)
 
 
+def rarely(cases, more):
+    """Cases, and the names of more cases that are slow."""
+    return [*cases, *(pytest.param(case, marks=pytest.mark.slow) for case in more.split())]
+
+
 def check_kept(case, estimated, measured):
     assert measured > 0
     if case.startswith(ROUTED):
@@ -94,13 +100,14 @@ PRODUCT = [
 ]
 
 
-# the first case of each family; the others differ in numbers of heads and biases
-FIRST = {type(CASES[case]()): case for case in reversed(CASES)}.values()
+# a case of each kind of block; the others differ in numbers of heads, biases and norms
+KINDS_OF_BLOCKS = ("llama-grouped", "gemma2", "cohere", "phi3", "gpt2", "gpt-neox", "mixtral", "qwen3-moe", "deepseek-v3",
+                   "opt", "bert", "vit", "clip", "t5", "whisper")  # fmt: skip
 
 
 @pytest.mark.parametrize("layout,dtype", PRODUCT)
 @pytest.mark.parametrize(
-    "case", [case if case in FIRST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+    "case", [case if case in KINDS_OF_BLOCKS else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 )
 def test_kept_bytes_equal_the_measured_ones(case, layout, dtype):
     model, config = model_of(case, dtype), config_for(case, layout=layout)
@@ -141,15 +148,14 @@ def test_labels_are_of_the_shape_of_the_logits(kind, num_labels):
     assert s2ft.estimate(model, config_for("bert"), 2, 9).kept == measured
 
 
-SOME = [
-    "llama-grouped",
-    "mixtral",
-    *(pytest.param(case, marks=pytest.mark.slow) for case in ("whisper", "phi3", "gpt2", "t5", "bert", "vit", "clip")),
-]
+def some(cases, values):
+    """Cases with values in turn, and more cases that are slow."""
+    more = ("whisper", "phi3", "gpt2", "t5", "bert", "vit", "clip")
+    slow = [pytest.param(case, value, marks=pytest.mark.slow) for case in more for value in values]
+    return in_turn(cases, values) + slow
 
 
-@pytest.mark.parametrize("kind", ("reentrant", "non-reentrant"))
-@pytest.mark.parametrize("case", SOME)
+@pytest.mark.parametrize("case, kind", some(("llama-grouped", "mixtral"), ("reentrant", "non-reentrant")))
 def test_kept_under_checkpointing(case, kind):
     model, config = model_of(case), config_for(case)
     inputs = training_inputs(model)
@@ -162,8 +168,11 @@ def test_kept_under_checkpointing(case, kind):
     assert s2ft.estimate(model, config, example=inputs).kept == estimated.kept  # without the argument
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize("case", ["phi-normed", "bert-cross-attention", *SOME])
+@pytest.mark.parametrize(
+    "case, dtype",
+    some(("llama-grouped", "phi-normed", "mixtral", "bert-cross-attention"), (torch.bfloat16, torch.float16)),
+    ids=str,
+)
 def test_kept_under_autocast(case, dtype):
     model, config = model_of(case), config_for(case)
     inputs = training_inputs(model)
@@ -174,10 +183,7 @@ def test_kept_under_autocast(case, dtype):
 
 
 @pytest.mark.parametrize("options", (dict(ffn_kernel=False), dict(delta_dtype="float64"), dict(layers=[1])), ids=str)
-@pytest.mark.parametrize(
-    "case",
-    ("llama-grouped", "mixtral", *(pytest.param(c, marks=pytest.mark.slow) for c in ("gemma2", "deepseek-v3", "phi3"))),
-)
+@pytest.mark.parametrize("case", rarely(("llama-grouped", "mixtral"), "gemma2 deepseek-v3 phi3"))
 def test_kept_with_options_of_the_config(case, options):
     """In layers of a mixture that train nothing, the experts run as in transformers."""
     model = model_of(case)
@@ -196,9 +202,10 @@ def test_kept_of_frozen_experts(implementation):
     check_kept("mixtral", estimated.kept, bytes_kept(attached(model, config), lambda m: m(**inputs)))
 
 
-@pytest.mark.parametrize("use_cache", (True, False))
-@pytest.mark.parametrize("attention", ("eager", "sdpa"))
-@pytest.mark.parametrize("case", ("llama-grouped", "phi3", "qwen3"))
+@pytest.mark.parametrize(
+    "case, attention, use_cache",
+    pairs_mostly_slow(("llama-grouped", "phi3", "qwen3", "phi3-grouped"), ("eager", "sdpa"), (True, False)),
+)
 def test_kept_by_attention_and_cache(case, attention, use_cache):
     """With a cache, the values of Phi-3 are copies. Without one, they are views that keep queries and keys alive."""
     model, config = model_of(case), config_for(case)
@@ -329,7 +336,7 @@ def real_step(model, optimizer, inputs):
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)), ids=str)
 @pytest.mark.parametrize(
-    "case", ("llama-grouped", "qwen2-grouped-tied", "phi3", "gpt2", "mixtral", "t5", "whisper", "clip", "opt-post-norm")
+    "case", rarely(("llama-grouped", "qwen2-grouped-tied", "mixtral", "t5"), "phi3 gpt2 whisper clip opt-post-norm")
 )
 def test_parameters_gradients_and_optimizer_are_real_storages(case, dtype):
     model = model_of(case, dtype)
@@ -384,9 +391,13 @@ def test_custom_optimizers(optimizer):
 
 
 @pytest.mark.parametrize(
-    "options", (dict(), dict(gradient_checkpointing=True), dict(optimizer="sgd"), dict(accumulation=4)), ids=str
+    "case, options",
+    in_turn(
+        ("llama-grouped", "gpt2", "t5", "vit"),
+        (dict(), dict(gradient_checkpointing=True), dict(optimizer="sgd"), dict(accumulation=4)),
+    ),
+    ids=str,
 )
-@pytest.mark.parametrize("case", ("llama-grouped", "gpt2", "t5", "vit"))
 def test_peak_is_that_of_a_real_step(case, options):
     """Counts each storage that operators allocate from the second step on, when the optimizer has its state."""
     model, config = model_of(case), config_for(case)
@@ -420,7 +431,7 @@ def test_gradients_lie_beside_the_next_forward():
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)), ids=str)
-@pytest.mark.parametrize("case", ("llama-grouped", "qwen2-grouped-tied", "gemma2", "mixtral", "gpt2", "phi3"))
+@pytest.mark.parametrize("case", rarely(("qwen2-grouped-tied", "gemma2", "mixtral"), "llama-grouped gpt2 phi3"))
 def test_a_model_on_the_meta_device_is_counted_alike(case, dtype):
     config = config_for(case, layout="indexed")
     with torch.device("meta"):
@@ -434,7 +445,7 @@ def test_a_model_on_the_meta_device_is_counted_alike(case, dtype):
     assert all(p.is_meta for p in meta.parameters())
 
 
-@pytest.mark.parametrize("case", ("llama-grouped", "t5", "gpt2"))
+@pytest.mark.parametrize("case", rarely(("llama-grouped", "t5"), "gpt2"))
 def test_weights_in_another_dtype(case):
     """from_pretrained does this: T5 keeps some weights in float32 when it is loaded in float16."""
     for dtype in (torch.bfloat16, torch.float16):
@@ -476,9 +487,7 @@ def everything(model) -> dict[str, Any]:
     ),
 )
 @pytest.mark.parametrize("meta", (False, True))
-@pytest.mark.parametrize(
-    "case", ("llama-grouped", *(pytest.param(case, marks=pytest.mark.slow) for case in ("mixtral", "whisper")))
-)
+@pytest.mark.parametrize("case", rarely(("llama-grouped",), "mixtral whisper"))
 def test_the_model_does_not_change(case, meta, options):
     """It does not change when the estimate fails either."""
     model = model_of(case)

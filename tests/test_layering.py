@@ -8,13 +8,16 @@ ROOT = Path(__file__).parents[1] / "s2ft"
 # The lowest rank is first. A line lists modules and folders of one rank, which do not import each other. A folder
 # whose modules have several ranks is listed by module. A module has the rank of the longest name that matches it.
 RANKS = [
+    ["ranks"],
     ["packages", "distributed", "files.writing", "files.reading", "model.coupling", "model.delta", "ops._cuda"],
     ["model.discovery.tiny_config", "attached.hosts.sentence_transformers"],
     ["files.adapter_folder", "ops._build", "config", "attached.hosts.compiled", "attached.hosts.checkpointing"],
-    ["files.formats", "ops._lock", "ops._memory", "model.modes", "model.outputs", "model.towers"],
+    ["files.streaming", "model.conversion", "model.gathering", "model.modes", "model.outputs", "model.towers"],
+    ["files.formats", "ops._lock", "ops._memory", "model.checkpoint"],
     ["ops._effective", "ops._library"],
     ["ops._linear", "ops._grouped", "attached.hosts.quantizers"],
     ["ops"],
+    ["layers.split"],
     ["layers.kind"],
     ["layers.base"],
     ["layers"],

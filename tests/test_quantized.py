@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from support.models import model_of, output_of, token_batch, train
+from support.pairs import in_turn, pairs_mostly_slow
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, TorchAoConfig, TrainerCallback
@@ -83,7 +84,10 @@ KINDS = {
     "torchao-float8": lambda linear: by_torchao(torchao.Float8WeightOnlyConfig(), linear),
     "torchao-int4": lambda linear: by_torchao(torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4), linear),
 }
-kinds = pytest.mark.parametrize("kind", KINDS)
+RARE = ("fp4", "nf4-bfloat16", "torchao-float8")  # layers of the same classes as others
+kinds = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=pytest.mark.slow) if kind in RARE else kind for kind in KINDS]
+)
 # largest relative difference to the gradients of the dequantized weights: two kinds compute in half precision
 GRADIENT = {kind: {"nf4-bfloat16": 0.1, "8bit": 1e-2}.get(kind, 1e-4) for kind in KINDS}
 
@@ -174,8 +178,7 @@ def assert_untouched(model, before):
 # ---- attach, train, detach ------------------------------------------------------------------------------
 
 
-@kinds
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("kind, dtype", in_turn(KINDS, (torch.float32, torch.bfloat16)), ids=str)
 def test_attach_train_detach(kind, dtype):
     """attach keeps the logits, training changes only s2, and detach restores the model."""
     model = quantized(kind, dtype)
@@ -296,9 +299,9 @@ def test_hooks_get_the_output_of_the_layer(kind):
     assert len(seen) == 1 and torch.equal(seen[0], expected)
 
 
-@kinds
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("autocast", (False, True), ids=("plain", "autocast"))
+@pytest.mark.parametrize(
+    "kind, dtype, autocast", pairs_mostly_slow(KINDS, (torch.float32, torch.bfloat16), (False, True)), ids=str
+)
 def test_outputs_have_the_dtype_of_the_layers(kind, dtype, autocast):
     model = quantized(kind, dtype)
     for name, width in (("up_proj", 64), ("down_proj", 128)):
@@ -454,8 +457,7 @@ def test_fusing_a_model_that_is_quantized_in_part_changes_nothing():
 # ---- selecting ------------------------------------------------------------------------------------------
 
 
-@kinds
-@pytest.mark.parametrize("selection", ("random", "weight", "activation", "product"))
+@pytest.mark.parametrize("kind, selection", in_turn(KINDS, ("random", "weight", "activation", "product")))
 def test_selections(kind, selection):
     """The selection equals that of the dequantized weights, and plan agrees with attach."""
     config = S2FTConfig(**RATIOS, layout="indexed", selection=selection)
@@ -486,8 +488,7 @@ def test_selecting_by_gradient_is_refused(kind):
     assert_untouched(model, before)
 
 
-@kinds
-@pytest.mark.parametrize("amount", (dict(budget=5000), dict(match_lora_rank=8)), ids=str)
+@pytest.mark.parametrize("kind, amount", in_turn(KINDS, (dict(budget=5000), dict(match_lora_rank=8))), ids=str)
 def test_budgets_are_those_of_the_unquantized_model(kind, amount):
     config = S2FTConfig(d_ratio=0.1, v_ratio=0.5, layout="indexed", **amount)
     assert s2ft.attach(quantized(kind), config).rows == s2ft.attach(plain(), config).rows
@@ -562,7 +563,6 @@ CONFIGS = {
     "torchao-int4": lambda compute: TorchAoConfig(torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4)),
 }
 configs = pytest.mark.parametrize("kind", CONFIGS)
-computes = pytest.mark.parametrize("compute", (torch.float32, torch.bfloat16), ids=str)
 
 
 def loaded(kind, folder, compute=torch.float32):
@@ -575,8 +575,7 @@ def loaded(kind, folder, compute=torch.float32):
     ).eval()
 
 
-@computes
-@pytest.mark.parametrize("kind", ("4bit", "8bit"))
+@pytest.mark.parametrize("kind, compute", in_turn(("4bit", "8bit"), (torch.float32, torch.bfloat16)), ids=str)
 def test_models_that_transformers_quantizes(kind, compute, tmp_path):
     model = loaded(kind, tmp_path, compute)
     assert len(linears(model)) == 14
@@ -620,9 +619,11 @@ def deltas_of(model):
     return {name: delta.values for name, delta in mounted_deltas(attachment_of(model)).items()}
 
 
-@pytest.mark.parametrize("delta_dtype", ("float32", "bfloat16"))
-@computes
-@configs
+@pytest.mark.parametrize(
+    "kind, compute, delta_dtype",
+    pairs_mostly_slow(CONFIGS, (torch.float32, torch.bfloat16), ("float32", "bfloat16")),
+    ids=str,
+)
 def test_transformers_trainer(kind, compute, delta_dtype, tmp_path):
     """It refuses the model before attach and after detach. It trains the attached model without changing its bytes."""
     model = loaded(kind, tmp_path, compute)
@@ -730,8 +731,7 @@ def test_merging_after_transformers_dequantized_the_base(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind",
-    [kind if kind in ("nf4", "8bit", "torchao-int4") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS],
+    "kind", [kind if kind in ("nf4", "torchao-int4") else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 )
 def test_compiling(kind):
     """The model compiles to one graph, with the same gradients as without compilation."""
@@ -749,8 +749,7 @@ def test_compiling(kind):
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
 
 
-@kinds
-@pytest.mark.parametrize("half", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("kind, half", in_turn(KINDS, (torch.bfloat16, torch.float16)), ids=str)
 def test_autocast_trains(kind, half):
     """Autocast trains the deltas in float32."""
     model = quantized(kind)
@@ -763,8 +762,7 @@ def test_autocast_trains(kind, half):
     assert_same_contents(contents(model), before)
 
 
-@kinds
-@pytest.mark.parametrize("reentrant", (False, True), ids=("inside", "reentrant"))
+@pytest.mark.parametrize("kind, reentrant", in_turn(KINDS, (False, True)))
 def test_checkpointing(kind, reentrant):
     """Checkpointing does not change the deltas, also where the inputs of a block are frozen."""
     found = []

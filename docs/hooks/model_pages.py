@@ -2,6 +2,8 @@
 
 import sys
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -45,38 +47,35 @@ def page() -> str:
     from support.aliases import ROWS
 
     torch.set_num_threads(1)
-    cases = {**_cases(), **_aliases()}
-    by_type = defaultdict(dict)
-    for case, (model_type, couplings) in cases.items():
-        by_type[model_type][case] = couplings
-    return INTRODUCTION.format(cases=len(cases)) + "\n".join(
-        row(model_type, by_type[model_type], "declaration" if model_type in ROWS else "all")
+    by_type = makers()
+    return INTRODUCTION.format(cases=sum(map(len, by_type.values()))) + "\n".join(
+        row(model_type, couplings(by_type[model_type]), "declaration" if model_type in ROWS else "all")
         for model_type in sorted(by_type)
     ) + "\n"  # fmt: skip
 
 
-def _cases() -> dict[str, tuple[str, list]]:
-    """Model type and couplings of each model that all tests run, by the name of the case."""
+def makers() -> dict[str, dict[str, Callable]]:
+    """The functions that make the models of the table, by model type and case: those that all tests run, and those of
+    types whose declaration is tested."""
+    from support.aliases import GROUPED, ROWS, alias_of, missing
     from support.models import CASES, model_of
 
+    found = defaultdict(dict)
+    for case, config in CASES.items():
+        found[config().model_type][case] = partial(model_of, case)
+    for model_type in ROWS:
+        if not missing(model_type):
+            found[model_type][model_type] = partial(alias_of, model_type)
+            if model_type in GROUPED:
+                found[model_type][f"{model_type}-grouped"] = partial(alias_of, model_type, num_key_value_heads=2)
+    return found
+
+
+def couplings(cases: dict[str, Callable]) -> dict[str, list]:
+    """The couplings of the models of these cases."""
     from s2ft.model.registry import couplings_of
 
-    models = {case: model_of(case) for case in CASES}
-    return {case: (model.config.model_type, couplings_of(model)) for case, model in models.items()}
-
-
-def _aliases() -> dict[str, tuple[str, list]]:
-    """The same for the model types whose declaration is tested."""
-    from support.aliases import GROUPED, ROWS, alias_of, missing
-
-    from s2ft.model.registry import couplings_of
-
-    here = [model_type for model_type in ROWS if not missing(model_type)]
-    models = {model_type: (model_type, alias_of(model_type)) for model_type in here}
-    for model_type in GROUPED:
-        if model_type in models:
-            models[f"{model_type}-grouped"] = model_type, alias_of(model_type, num_key_value_heads=2)
-    return {case: (model_type, couplings_of(model)) for case, (model_type, model) in models.items()}
+    return {case: couplings_of(make()) for case, make in cases.items()}
 
 
 def row(model_type: str, cases: dict[str, list], tests: str) -> str:

@@ -243,7 +243,8 @@ def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:
                 f"adapter {adapter.name!r}: {path}.index has {int(delta.index.max())}, "
                 f"outside the weight's 0..{size - 1}"
             )
-    other_base = difference(record.fingerprint, adapter.fingerprint)
+    known_base = record.fingerprint is not None  # else the weights are compared when they arrive
+    other_base = difference(record.fingerprint, adapter.fingerprint) if known_base else ""
     if other_base:
         raise ValueError(f"adapter {adapter.name!r} was trained on another base: {other_base}")
     extra_weights.check_fits(model, record, adapter.name, adapter.extra_weights)

@@ -91,6 +91,7 @@ def load_adapter(
     if record is None:
         record = new_attachment(model, adapter.couplings, HOST_HOOKS)
     check_fits(adapter, model, record)
+    record.expect_base(adapter.fingerprint)
     if not trainable:
         check_can_write(model, record, adapter.deltas)
         check_memory(model, [record.projections[path] for path in adapter.deltas])

@@ -9,7 +9,7 @@ from s2ft.adapter.adapter import Adapter, check_weight, weighted_sum
 from s2ft.adapter.overlap import Overlap, overlap
 from s2ft.attached.active import mounted_deltas, switch
 from s2ft.attached.changes import fuse_mounted, remove
-from s2ft.attached.checks import check_known, check_new_name, check_not_sharded
+from s2ft.attached.checks import check_known, check_new_name, check_not_in_engine
 from s2ft.attached.extra_weights import trained_values
 from s2ft.attached.hosts.compiled import of_compiled
 from s2ft.attached.record import Attachment, State, attachment_of
@@ -208,7 +208,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     record = attachment_of(model)
     check_known(record, name)
     if name == record.name or len(record.names) == 1:
-        check_not_sharded(model, "deleting the trainable or the last adapter")
+        check_not_in_engine(model, "deleting the trainable or the last adapter")
     remove(model, record, name)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from s2ft.attached import extra_weights
-from s2ft.attached.checks import check_can_write
+from s2ft.attached.checks import check_can_write, check_can_write_now, check_has_arrived
 from s2ft.attached.record import Attachment, Mount, Written
 from s2ft.distributed import full_tensors, has_master_copy, reshard_all, write_units
 from s2ft.model.coupling import Projection
@@ -39,6 +39,8 @@ def switch(model: nn.Module, record: Attachment, weights: dict[str, float]) -> N
     reshard_all(model)
     extra_weights.check_can_put_on(model, record, weights)
     names = [name for name in weights if name != record.name or trainable_is_written]
+    if names:
+        check_can_write_now(model, record)
     deltas = {name: mounted_deltas(record) if name == record.name else record.loaded[name].deltas for name in names}
     if record.name in deltas:  # loaded adapters were checked when they were loaded
         check_can_write(model, record, deltas[record.name])
@@ -155,9 +157,10 @@ def mounted_deltas(record: Attachment, state: Mapping[str, Tensor] | None = None
             spread over ranks; every one of these ranks must call this.
 
     Raises:
-        ValueError: The state lacks an s2, or has a shard of one.
+        ValueError: The state lacks an s2, or has a shard of one, or the weights have not arrived.
         RuntimeError: A rank did not take part within ten minutes.
     """
+    check_has_arrived(record)
     slices = full_tensors(record.slices) if state is None else state
     for path, mount in record.mounts.items():
         _check_is_whole(f"{path}.s2", mount, slices)

@@ -5,13 +5,14 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from s2ft.attached.record import Attachment
-from s2ft.distributed import is_sharded
+from s2ft.distributed import is_dtensor, is_in_engine, is_partitioned, is_sharded, will_be_loaded_again
 from s2ft.files.reading import check_adapter_name
 from s2ft.layers import kind_of
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.delta import Delta
 from s2ft.model.weights import tensors_of, weight_at
 from s2ft.ops._memory import check_private
+from s2ft.ranks.fsdp import check_can_follow, managed_by_fsdp
 
 # ---- names ---------------------------------------------------------------------------------------------
 
@@ -37,17 +38,71 @@ def check_known(record: Attachment, name: str) -> None:
         raise ValueError(f"no adapter is called {name!r}; there are {', '.join(record.names) or 'none'}")
 
 
+def check_has_arrived(record: Attachment) -> None:
+    """Raise ValueError if the model is still on the meta device."""
+    if record.fingerprint is None or any(mount.layer.s2.is_meta for mount in record.mounts.values()):
+        raise ValueError(
+            "the weights of this model have not arrived on this rank (it is on the meta device): prepare the model "
+            "with accelerate, or load its weights, before you read, save or switch its adapters"
+        )
+
+
 # ---- layers and weights --------------------------------------------------------------------------------
 
 
-def check_not_sharded(model: nn.Module, what: str) -> None:
-    """Raise ValueError if FSDP2 or ZeRO-3 has spread weights over ranks. what: the change, for the message."""
-    path = next((path for path, parameter in model.named_parameters() if is_sharded(parameter)), None)
+def check_not_in_engine(model: nn.Module, what: str) -> None:
+    """Raise ValueError if DeepSpeed's engine holds the model. what: the change, for the message."""
+    if is_in_engine(model):
+        raise ValueError(
+            f"{what} would change the layers of a model that DeepSpeed's engine holds, and its hooks and its optimizer "
+            "know only what was there when deepspeed.initialize made them: do this before deepspeed.initialize (before "
+            "Trainer.train, or accelerator.prepare), or call s2ft.save_adapter now and go on with a new model"
+        )
+
+
+def check_shards(model: nn.Module, couplings: list[Coupling]) -> None:
+    """Raise ValueError for a weight that is spread over ranks by something else than FSDP2 and tensor parallelism.
+
+    Raises:
+        RuntimeError: This version of PyTorch does not have what a model of FSDP2 needs.
+    """
+    check_can_follow(model)
+    managed = managed_by_fsdp(model)
+    for coupling in couplings:
+        for projection in coupling.projections:
+            handle = weight_at(model, projection)
+            weight, (owner, _, name) = handle.tensor, projection.path.rpartition(".")
+            is_module = isinstance(handle.holder, nn.Module)
+            place = (id(handle.holder), "weight") if is_module else (id(model.get_submodule(owner)), name)
+            if is_dtensor(weight) and handle.split is None and place not in managed:
+                raise ValueError(
+                    f"{projection.path} is spread over ranks ({weight.placements}), and neither FSDP2 nor a style of "
+                    "tensor parallelism that s2ft knows has done it: load the model without it, attach, and shard it "
+                    "by FSDP2 or ZeRO"
+                )
+
+
+def check_can_fuse(model: nn.Module) -> None:
+    """Raise ValueError if FSDP2 or ZeRO-3 has spread weights over ranks. Tensor parallelism is no obstacle."""
+    path = next((path for path, parameter in model.named_parameters() if is_partitioned(parameter)), None)
+    if path is None and managed_by_fsdp(model):
+        path = next(path for path, parameter in model.named_parameters() if is_dtensor(parameter))
     if path is not None:
         raise ValueError(
-            f"{what} would change the layers of a model that is sharded ({path}), and FSDP2 and ZeRO-3 know only the "
-            "layers that were there when they sharded it: do this before sharding, or call s2ft.save_adapter now and "
-            "go on with a base that is not sharded"
+            f"fuse writes the adapter into whole weights, and this model is sharded ({path}): s2ft.merge writes it "
+            "into the shards for good, and set_adapter(model, None) restores the base of a sharded model"
+        )
+
+
+def check_can_write_now(model: nn.Module, record: Attachment) -> None:
+    """Raise ValueError if the weights are not here yet, so that an adapter would be written into nothing."""
+    weights = [tensor for coupling in record.couplings for tensor in tensors_of(model, coupling)]
+    if any(weight.is_meta for weight in weights) or (
+        will_be_loaded_again() and not any(is_sharded(weight) for weight in weights)
+    ):
+        raise ValueError(
+            "the weights have not arrived on every rank, so an adapter can't be written into them: load it with "
+            "trainable=True or active=False, and make it active when the model has been prepared and its weights loaded"
         )
 
 

@@ -114,7 +114,19 @@ def unfreeze(model: nn.Module, record: Attachment, names: Iterable[str]) -> None
     chosen = {name: parameters[name] for name in names}
     _keep(record, chosen)
     for parameter in chosen.values():
-        parameter.requires_grad_(True)
+        (_with_address(model, parameter) if parameter.is_meta else parameter).requires_grad_(True)
+
+
+def _with_address(model: nn.Module, parameter: nn.Parameter) -> nn.Parameter:
+    """Put a parameter on the CPU in place of one on the meta device. Its memory is never written, so it costs nothing.
+
+    accelerate tells the parameters of an optimizer apart by their address, and those on the meta device have none.
+    """
+    made = nn.Parameter(torch.empty_like(parameter, device="cpu"))
+    for module in model.modules():
+        for name in [name for name, found in module._parameters.items() if found is parameter]:
+            module._parameters[name] = made
+    return made
 
 
 def watch(model: nn.Module, record: Attachment) -> None:
@@ -164,10 +176,10 @@ def keep_unfrozen(model: nn.Module, record: Attachment) -> None:
 def _keep(record: Attachment, parameters: Mapping[str, Tensor]) -> None:
     new = {name: parameter for name, parameter in parameters.items() if name not in record.extra.base}
     if new:
-        record.extra.base = {**record.extra.base, **_copies(new)}
+        record.extra.base = {**record.extra.base, **copies(new)}
 
 
-def _copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return full copies. Parameters that are spread over ranks are gathered: each of these ranks must call this."""
     return {name: value.clone() for name, value in full_tensors(parameters).items()}
 
@@ -183,7 +195,7 @@ def take_off(model: nn.Module, record: Attachment) -> None:
     parameters = dict(model.named_parameters())
     aside = extra.trained or {}
     if extra.base.keys() - aside.keys():  # parameters that hold trained values
-        extra.trained = {**aside, **_copies({name: parameters[name] for name in extra.base if name not in aside})}
+        extra.trained = {**aside, **copies({name: parameters[name] for name in extra.base if name not in aside})}
     _write(parameters, {**extra.overwritten, **extra.base})
     extra.overwritten = {}
 
@@ -203,7 +215,7 @@ def put_on(model: nn.Module, record: Attachment, weights: Mapping[str, float]) -
             extra.trained = None
         return
     parameters = dict(model.named_parameters())
-    extra.overwritten = _copies({name: parameters[name] for name in values})
+    extra.overwritten = copies({name: parameters[name] for name in values})
     _write(parameters, {**values, **trained})
     if record.name in weights:
         extra.trained = None
@@ -260,7 +272,7 @@ def trained_values(
             _check_in_state(name, parameter, state)
         found = {name: state[name].detach().clone() for name in left}
     else:
-        found = _copies(left) if left else {}
+        found = copies(left) if left else {}
     return {name: found[name] if name in found else aside[name].clone() for name in parameters}
 
 
@@ -314,6 +326,9 @@ def set_trained(model: nn.Module, record: Attachment, values: Mapping[str, Tenso
     if not values:
         return
     keep_unfrozen(model, record)
+    if record.awaits_weights:
+        record.extra.arriving = {name: value.clone() for name, value in values.items()}
+        return
     if record.extra.trained is not None:  # the adapter is not active
         record.extra.trained = {**record.extra.trained, **{name: value.clone() for name, value in values.items()}}
         return

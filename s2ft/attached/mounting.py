@@ -14,19 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.attached import extra_weights
-from s2ft.attached.checks import check_can_move, check_gradients_pass, check_memory, check_not_sharded
+from s2ft.attached.arrival import add_arrival_hooks, after_apply, expect_weights, mark_layers, remove_arrival_hooks
+from s2ft.attached.checks import check_can_move, check_gradients_pass, check_memory, check_not_in_engine, check_shards
 from s2ft.attached.forwards import experts_modules, put_forwards_back, replace_forward, restore_forwards
 from s2ft.attached.hosts.checkpointing import close_blocks, open_blocks
 from s2ft.attached.hosts.quantizers import allow_training, restore_quantizer
 from s2ft.attached.hosts.state_dicts import add_state_hooks, remove_state_hooks
-from s2ft.attached.record import Attachment, Mount, Part, attachment_of, clear_attachment, set_attachment
+from s2ft.attached.hosts.tensor_parallel import check_split_layers, install_style, unit_blocks
+from s2ft.attached.record import Attachment, Mount, Part, applied, attachment_of, clear_attachment, set_attachment
 from s2ft.config import S2FTConfig
-from s2ft.distributed import check_same_as_first_rank
-from s2ft.layers import EXPERTS, S2Layer, forward_of, kind_of
+from s2ft.distributed import check_same_as_first_rank, reshard_all
+from s2ft.layers import EXPERTS, SPLIT_LINEAR, S2Layer, forward_of, kind_of
 from s2ft.model.coupling import Coupling, Projection
 from s2ft.model.fingerprint import digest
-from s2ft.model.permutation import Move, contiguous_range, coupling_order, inverse
+from s2ft.model.permutation import Move, contiguous_range, coupling_order, inverse, order_in_blocks
 from s2ft.model.weights import allow_packing, find, layers_that_pack, parameter_position, put, stop_packing
+from s2ft.ranks.fsdp import Place, follow, release_slices, shard_slices
 from s2ft.selection import Selection
 
 # ---- mounting ------------------------------------------------------------------------------------------
@@ -37,6 +40,7 @@ def claim(model: nn.Module, record: Attachment) -> None:
     set_attachment(model, record)
     model._apply = partial(_apply_to_all, model)
     add_state_hooks(model)
+    add_arrival_hooks(model)
 
 
 def _apply_to_all(model: nn.Module, function: Callable[[Tensor], Tensor], *args: Any, **options: Any) -> nn.Module:
@@ -44,8 +48,9 @@ def _apply_to_all(model: nn.Module, function: Callable[[Tensor], Tensor], *args:
     type(model)._apply(model, function, *args, **options)
     record = attachment_of(model)
     for entry in record.written:
-        entry.base = function(entry.base)
+        entry.base = applied(function, entry.base)
     record.extra.apply(function)
+    after_apply(model, record)
     return model
 
 
@@ -63,18 +68,24 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
         ValueError: Something can't be trained. Nothing has changed.
         RuntimeError: Another rank trains other units or has another base.
     """
-    check_not_sharded(model, "a trainable adapter")
+    check_not_in_engine(model, "a trainable adapter")
+    reshard_all(model)
     touched = [
         coupling
         for coupling in record.couplings
         if any(projection.name in selection for projection in coupling.projections)
     ]
-    orders = {}
+    check_split_layers(model, touched)
+    moves = {}
     if config.layout == "permuted":
         movable = [coupling for coupling in touched if coupling.movable]
         check_can_move(model, movable)
-        orders = {coupling: _order(coupling, selection) for coupling in movable}
+        for coupling in movable:
+            blocks = unit_blocks(model, coupling)
+            if blocks is not None:  # else the units are trained in place
+                moves[coupling] = Move(coupling, order_in_blocks(blocks, *_selected(coupling, selection)))
     check_gradients_pass(model)
+    check_shards(model, touched)
     check_memory(model, [projection for coupling in touched for projection in coupling.projections])
     for coupling in touched:
         for module in experts_modules(coupling):
@@ -85,7 +96,7 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
     )
     try:
         record.name, record.config, record.selection = name, config, selection
-        _mount_all(model, record, touched, orders)
+        _mount_all(model, record, touched, moves)
         extra_weights.start(model, record, extra_names, before_forward, before_load)
         record.active = {name: 1.0}
     except BaseException:  # out of memory, an interrupt: leave no half-converted model
@@ -108,17 +119,18 @@ def before_load(model: nn.Module, *_: Any) -> None:
     extra_weights.keep_unfrozen(model, attachment_of(model))
 
 
-def _mount_all(model: nn.Module, record: Attachment, touched: list[Coupling], orders: dict[Coupling, Tensor]) -> None:
+def _mount_all(model: nn.Module, record: Attachment, touched: list[Coupling], moves: dict[Coupling, Move]) -> None:
     model.requires_grad_(False)
+    expect_weights(model, record)
     record.packing_stopped = layers_that_pack(model)
     stop_packing(model, record.packing_stopped)
     allow_training(model)
     parts: dict[str, list[Part]] = {}
     for coupling in touched:
-        order = orders.get(coupling)
-        if order is not None:
-            record.moves.append(Move(coupling, order))
-            record.moves[-1].do(model)
+        if coupling in moves:
+            record.moves.append(moves[coupling])
+            record.moves[-1].do(model, later=record.awaits_weights)
+        order = _order(coupling, record.selection) if coupling.movable and record.config.layout == "permuted" else None
         for projection in coupling.projections:
             if projection.name in record.selection:
                 part = _part(projection, record.selection[projection.name], order)
@@ -126,11 +138,39 @@ def _mount_all(model: nn.Module, record: Attachment, touched: list[Coupling], or
     tied = {id(weight) for weight in _tied_weights(model)}
     for path, parts_here in parts.items():
         _mount(model, path, parts_here, record, tied)
+    follow(model, _places_of_layers(model, record))
+    shard_slices(model, [mounted.layer for mounted in record.mounts.values()])
+    mark_layers(record)
     for coupling in touched:
         replace_forward(model, coupling, record)
     open_blocks(model, record.mounts)
     if record.host_hooks is not None:
         record.host_hooks.add(model, record)
+
+
+def _places_of_layers(model: nn.Module, record: Attachment) -> dict[tuple[int, str], Place]:
+    """Where the trainable layers have the parameters that FSDP2 knows in the replaced modules."""
+    moved = {}
+    for path, mounted in record.mounts.items():
+        if mounted.original is None:
+            owner, _, name = path.rpartition(".")
+            moved[id(model.get_submodule(owner)), name] = (mounted.layer, "weight")
+        else:
+            moved |= {(id(mounted.original), name): (mounted.layer, name) for name in mounted.original._parameters}
+    return moved
+
+
+def _places_of_originals(model: nn.Module, record: Attachment) -> dict[tuple[int, str], Place]:
+    """Where the replaced modules had the parameters that FSDP2 knows in the trainable layers."""
+    moved = {}
+    for path, mounted in record.mounts.items():
+        if mounted.original is None:
+            owner, _, name = path.rpartition(".")
+            moved[id(mounted.layer), "weight"] = (model.get_submodule(owner), name)
+        else:
+            names = mounted.original._parameters
+            moved |= {(id(mounted.layer), name): (mounted.original, name) for name in names}
+    return moved
 
 
 def _tied_weights(model: nn.Module) -> Iterator[Tensor]:
@@ -143,7 +183,7 @@ def _tied_weights(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _part(projection: Projection, units: Tensor, order: Tensor | None) -> Part:
-    """Make the part of a projection's units. Its positions are those in the whole weight as it is now."""
+    """Make the part of a projection's units. Its positions are those in the whole weight, if its units have `order`."""
     places = units if order is None else inverse(order)[units]
     return Part(projection, projection.elements(places), projection.elements(units))
 
@@ -153,7 +193,7 @@ def _mount(model: nn.Module, path: str, parts: list[Part], record: Attachment, t
     if isinstance(original, nn.Parameter):
         made = Mount(None, _stack(original, parts, record.config), parts, parameter_position(model, path))
     else:
-        made = Mount(original, _layer(original, parts, record.config), parts)
+        made = Mount(original, _layer(original, parts, record), parts)
     made.layer.is_tied = id(made.layer.weight) in tied
     record.mounts[path] = made
     put(model, path, made.layer)
@@ -161,7 +201,7 @@ def _mount(model: nn.Module, path: str, parts: list[Part], record: Attachment, t
         made.layer.take_over(made.original)
 
 
-def _layer(original: nn.Module, parts: list[Part], config: S2FTConfig) -> S2Layer:
+def _layer(original: nn.Module, parts: list[Part], record: Attachment) -> S2Layer:
     """Make the layer of one module: on a slice if the parts fill one, else on an index. Sets the positions in s2."""
     dim = parts[0].projection.dim
     places = torch.cat([part.positions for part in parts])
@@ -173,8 +213,22 @@ def _layer(original: nn.Module, parts: list[Part], config: S2FTConfig) -> S2Laye
     else:
         where = {"index": places}
         _number_positions(parts)
-    layer = kind_of(original).layers[dim]
-    return layer.from_module(original, **where, delta_dtype=config.delta_dtype_for(original.weight.dtype))
+    kind, current = kind_of(original), _current_index(parts, record)
+    if kind is SPLIT_LINEAR or not (found is None or torch.equal(current, torch.arange(*found))):
+        where = {"index": current}  # tensor parallelism: units are elsewhere, and s2 has the same order
+    delta_dtype = record.config.delta_dtype_for(original.weight.dtype)
+    layer = kind.layers[dim].from_module(original, **where, delta_dtype=delta_dtype)
+    install_style(original, layer)
+    return layer
+
+
+def _current_index(parts: list[Part], record: Attachment) -> Tensor:
+    """Where the units of s2 are in the weight once the moves are done, in the order of s2, shape [n], int64."""
+    index = torch.empty(sum(part.elements.numel() for part in parts), dtype=torch.int64)
+    for part in parts:
+        move = next((move for move in record.moves if part.projection in move.coupling.projections), None)
+        index[part.positions] = part.elements if move is None else move.places(part.projection)[part.elements]
+    return index
 
 
 def _stack(original: nn.Parameter, parts: list[Part], config: S2FTConfig) -> S2Layer:
@@ -201,10 +255,18 @@ def _number_positions(parts: list[Part]) -> None:
 
 
 def _order(coupling: Coupling, selection: Selection) -> Tensor:
-    """Return the order of the units that moves the selected ones together, shape [units], int64."""
+    """Return the order of the units that moves the selected ones together, shape [units], int64.
+
+    The order of s2 follows from it, also where tensor parallelism needs another order of the weights. So s2 and its
+    optimizer's state have the same order on any number of ranks.
+    """
+    return coupling_order(coupling.count, *_selected(coupling, selection))
+
+
+def _selected(coupling: Coupling, selection: Selection) -> tuple[list[Tensor], Tensor | None]:
+    """The selected units of the producers and of the consumer."""
     producers = [selection[p.name] for p in coupling.producers if p.name in selection]
-    consumer = selection[coupling.consumer.name] if coupling.consumer.name in selection else None
-    return coupling_order(coupling.count, producers, consumer)
+    return producers, selection[coupling.consumer.name] if coupling.consumer.name in selection else None
 
 
 # ---- unmounting ----------------------------------------------------------------------------------------
@@ -221,6 +283,8 @@ def unmount(model: nn.Module, record: Attachment) -> None:
         record.host_hooks.remove(model, record)
     restore_forwards(model, record)
     close_blocks(model)
+    reshard_all(model)
+    release_slices(model, [mounted.layer for mounted in record.mounts.values()])
     for path, mounted in reversed(record.mounts.items()):
         if mounted.original is None:
             put(model, path, mounted.layer.weight, mounted.position)
@@ -228,6 +292,7 @@ def unmount(model: nn.Module, record: Attachment) -> None:
             mounted.layer.give_back(mounted.original)
             mounted.original.train(mounted.layer.training)
             put(model, path, mounted.original)
+    follow(model, _places_of_originals(model, record))
     for move in reversed(record.moves):
         move.undo(model)
     allow_packing(model, record.packing_stopped)
@@ -237,13 +302,15 @@ def unmount(model: nn.Module, record: Attachment) -> None:
 def remount(model: nn.Module, record: Attachment) -> None:
     """Undo an interrupted :func:`unmount`: the trainable layers are mounted again, and switched off."""
     for move in record.moves:
-        move.do(model)
+        move.do(model, later=record.awaits_weights)
     model.requires_grad_(False)
     for path, mounted in record.mounts.items():
         put(model, path, mounted.layer)
         if mounted.original is not None:
             mounted.layer.take_over(mounted.original)
         mounted.layer.s2.requires_grad_(True)
+    follow(model, _places_of_layers(model, record))
+    shard_slices(model, [mounted.layer for mounted in record.mounts.values()])
     put_forwards_back(model, record)
     stop_packing(model, record.packing_stopped)
     allow_training(model)
@@ -261,6 +328,7 @@ def release(model: nn.Module, record: Attachment) -> nn.Module:
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(record.required_grad.get(key, parameter.requires_grad))
     remove_state_hooks(model)
+    remove_arrival_hooks(model)
     model.__dict__.pop("_apply", None)
     clear_attachment(model)
     return model

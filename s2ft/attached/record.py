@@ -3,18 +3,20 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from s2ft.config import S2FTConfig
+from s2ft.distributed import Decision, decide, reshard_all
 from s2ft.layers import S2Layer
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.delta import Delta
 from s2ft.model.fingerprint import fingerprint
 from s2ft.model.permutation import Move
 from s2ft.model.registry import find_couplings
+from s2ft.model.weights import have_numbers
 from s2ft.selection import Selection
 
 _ATTRIBUTE = "_s2ft"  # the attribute of a model that holds its Attachment; no other file knows it
@@ -93,18 +95,27 @@ class ExtraWeights:
         base: Values before the trainable adapter's training.
         trained: Trained values while the parameters hold the base; None while the parameters hold the trained values.
         overwritten: Base values of the parameters that active loaded adapters have overwritten.
+        arriving: Trained values that are written when the weights of the model have arrived.
     """
 
     base: dict[str, Tensor] = field(default_factory=dict)
     trained: dict[str, Tensor] | None = None
     overwritten: dict[str, Tensor] = field(default_factory=dict)
+    arriving: dict[str, Tensor] = field(default_factory=dict)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Cast or move the kept values, as the model's parameters are cast or moved."""
+        """Cast or move the kept values as the model's parameters are; they never go to the meta device."""
+        function = partial(applied, function)
         self.base = {name: function(value) for name, value in self.base.items()}
         self.overwritten = {name: function(value) for name, value in self.overwritten.items()}
         if self.trained is not None:
             self.trained = {name: function(value) for name, value in self.trained.items()}
+
+
+def applied(function: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
+    """Cast or move a value that a record keeps. The meta device would lose it, so it stays where it is then."""
+    moved = function(value)
+    return value if moved.is_meta else moved
 
 
 class LoadedAdapter(Protocol):
@@ -139,8 +150,9 @@ class Attachment:
 
     Attributes:
         couplings: Couplings of the model.
-        fingerprint: Hashes of the base's coupled weights, by layer.
+        fingerprint: Hashes of the base's coupled weights, by layer; None while no rank has the weights.
         required_grad: requires_grad of every parameter before s2ft changed the model, by name.
+        base: How the ranks have found the fingerprint.
         is_custom: Whether adapters store the couplings, because no family of s2ft has them.
         weights: What discovery says of every weight of the blocks; empty for all other couplings.
         host_hooks: Functions that run when layers are mounted and unmounted.
@@ -158,12 +170,15 @@ class Attachment:
             everything is written, so it never names an adapter that the model does not compute with.
         written: Slices of weights that active adapters have overwritten.
         replaced_attributes: Attributes of the model that host hooks have replaced; None if they have not run.
+        awaits_weights: Whether weights that this rank does not have, or that will be loaded again, have yet to arrive.
+        has_taken_up: Whether the weights have arrived on all ranks.
         change_unfinished: Whether a change of the active adapters is under way or was interrupted.
     """
 
     couplings: list[Coupling]
-    fingerprint: dict[str, Any]
+    fingerprint: dict[str, Any] | None
     required_grad: dict[str, bool]
+    base: Decision = Decision(None, "")
     is_custom: bool = False
     weights: tuple[Any, ...] = ()
     host_hooks: HostHooks | None = None
@@ -180,6 +195,8 @@ class Attachment:
     active: dict[str, float] = field(default_factory=dict)
     written: list[Written] = field(default_factory=list)
     replaced_attributes: dict[str, Any] | None = None
+    awaits_weights: bool = False
+    has_taken_up: bool = False
     change_unfinished: bool = False
 
     # ---- what is there ---------------------------------------------------------------------------
@@ -240,6 +257,11 @@ class Attachment:
 
     # ---- changes of the record alone -------------------------------------------------------------
 
+    def expect_base(self, fingerprint: dict[str, Any]) -> None:
+        """Expect weights of this fingerprint to arrive, if no rank has weights yet."""
+        if self.fingerprint is None:
+            self.fingerprint = fingerprint
+
     def load(self, adapter: LoadedAdapter) -> None:
         """Add a loaded adapter, which is not active."""
         self.loaded[adapter.name] = adapter
@@ -268,7 +290,7 @@ class Attachment:
     def forget_mounts(self) -> None:
         """Reset the fields of the trainable adapter. Call it after :func:`s2ft.attached.mounting.unmount`."""
         self.name = self.config = self.selection = self.replaced_attributes = None
-        self.extra, self.info = ExtraWeights(), {}
+        self.extra, self.info, self.awaits_weights = ExtraWeights(), {}, False
         for collection in (self.moves, self.mounts, self.forwards, self.packing_stopped):
             collection.clear()
 
@@ -341,11 +363,14 @@ def new_attachment(
     """
     check_unattached(model)
     found = find_couplings(model, couplings, example, config)
+    reshard_all(model)
+    base = decide("the base", have_numbers(model, found.couplings), lambda: fingerprint(model, found.couplings))
     return Attachment(
         found.couplings,
-        fingerprint(model, found.couplings),
+        base.value,
         {key: parameter.requires_grad for key, parameter in model.named_parameters()},
         is_custom=found.is_custom,
         weights=found.weights,
         host_hooks=host_hooks,
+        base=base,
     )

@@ -11,8 +11,9 @@ from torch import nn
 from s2ft.attached.extra_weights import names_of_modules, trained_parameters
 from s2ft.attached.fresh_heads import fresh_heads
 from s2ft.attached.hosts.compiled import of_compiled
-from s2ft.attached.record import attachment_of
+from s2ft.attached.record import Mount, attachment_of
 from s2ft.config import TOWERS, S2FTConfig
+from s2ft.distributed import full_shape
 from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
 from s2ft.model.towers import tower_of
 from s2ft.model.weights import count_parameters, weight_at
@@ -99,13 +100,15 @@ class Report:
             Trained(
                 part.projection,
                 part.elements.numel() // part.projection.unit,
-                mount.layer.s2.numel() // mount.layer.s2.shape[mount.layer.dim] * part.elements.numel(),
+                _row_size(mount) * part.elements.numel(),
                 mount.layer.s2.dtype,
             )
             for mount, part in record.parts.values()
         ]
         total = count_parameters(model) - sum(part.parameters for part in parts)
-        extra_weights = {name: parameter.numel() for name, parameter in trained_parameters(model, record).items()}
+        extra_weights = {
+            name: full_shape(parameter).numel() for name, parameter in trained_parameters(model, record).items()
+        }
         return cls(
             name=record.name,
             layout=record.config.layout,
@@ -153,7 +156,8 @@ class Report:
                 )
         parameters = dict(model.named_parameters())
         extra_weights = {
-            name: parameters[name].numel() for name in names_of_modules(model, couplings, config.modules_to_save)
+            name: full_shape(parameters[name]).numel()
+            for name in names_of_modules(model, couplings, config.modules_to_save)
         }
         return cls(
             name="planned",
@@ -206,6 +210,12 @@ class Report:
         counts = [f"{count} {status}" for status, count in (self.weights or self.couplings).items()]
         if counts:
             yield f"{what}: {', '.join(counts)}"
+
+
+def _row_size(mount: Mount) -> int:
+    """The number of parameters that a layer trains for each trained row or column of its weight."""
+    shape = full_shape(mount.layer.s2)
+    return shape.numel() // shape[mount.layer.dim]
 
 
 def _rows(parts: list[Trained]) -> list[Row]:

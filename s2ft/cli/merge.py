@@ -15,6 +15,9 @@ class MergeArguments:
     adapter: str = option(text=ADAPTER, metavar="DIR")
     output: str = option(text="folder for the checkpoint; it must not exist", metavar="DIR")
     dtype: str = option("auto", "dtype of the merged weights; auto: the dtype of the training", choices=DTYPES)
+    max_shard_size: str | None = option(
+        None, "the largest file of weights, for example 2GB; default: that of transformers", metavar="SIZE"
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -23,7 +26,8 @@ class MergeArguments:
 def run(arguments: list[str]) -> None:
     (job,) = parse(
         "merge",
-        "Write base model and adapter as one checkpoint, which transformers loads without s2ft.",
+        "Write base model and adapter as one checkpoint, which transformers loads without s2ft. Weights are read and "
+        "written one at a time: a model of any size needs the memory of a few of its tensors.",
         [MergeArguments],
         arguments,
         EXAMPLE,
@@ -31,4 +35,5 @@ def run(arguments: list[str]) -> None:
     quiet_transformers()
     from s2ft.export import EXPORTS
 
-    print(EXPORTS["merged"].run(job.model, job.adapter, job.output, job.dtype))
+    size = job.max_shard_size
+    print(EXPORTS["merged"].run(job.model, job.adapter, job.output, job.dtype, max_shard_size=size))

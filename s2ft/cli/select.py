@@ -1,5 +1,6 @@
 """s2ft select: choose units and save them, without training."""
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from s2ft.text.data.options import DATA, ReadingOptions
 from s2ft.text.models import DTYPES
 from s2ft.train.options import CALIBRATION, DEFAULT_D_RATIO, check_fields, option
 
+logger = logging.getLogger(__name__)
 EXAMPLE = """  s2ft select --model meta-llama/Llama-3.2-1B --d-ratio 0.03 --selection weight --output units.json
   s2ft sft --model meta-llama/Llama-3.2-1B --data my-data.jsonl --units units.json --output my-run"""
 
@@ -81,13 +83,32 @@ def choose(job: SelectArguments, config, reading: ReadingOptions):
     calibrated = needs_calibration(config)
     if bool(job.data) != calibrated:
         raise ValueError(f"selection={config.selection!r} " + ("needs data" if calibrated else "takes no data"))
-    model, tokenizer = load_model(job.model, job.dtype)
     if not calibrated:
-        return s2ft.select(model, config)
+        return _choose_from_disk(job, config)
+    model, tokenizer = load_model(job.model, job.dtype)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = accelerator or torch.device("cpu")
     say_device(device)
     return s2ft.select(model.to(device), config, _calibration(job, config, reading, model, tokenizer))
+
+
+def _choose_from_disk(job: SelectArguments, config):
+    """Return a selection that needs no data. Weights are read one at a time where that is possible."""
+    import s2ft
+    from s2ft.model.checkpoint import read_from
+    from s2ft.model.conversion import CannotStream
+    from s2ft.selection import reads_weights
+    from s2ft.text.models import load_model, model_on_disk, model_without_values
+
+    try:
+        if not reads_weights(config):
+            return s2ft.select(model_without_values(job.model, job.dtype), config)
+        model, weights = model_on_disk(job.model, job.dtype)
+    except CannotStream as reason:
+        logger.info("loading the whole model to select from, because %s", reason)
+        return s2ft.select(load_model(job.model, job.dtype)[0], config)
+    with read_from(model, weights):
+        return s2ft.select(model, config)
 
 
 def _calibration(job: SelectArguments, config, reading: ReadingOptions, model, tokenizer):

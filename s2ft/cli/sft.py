@@ -119,10 +119,12 @@ def begin(command, parsed, arguments, model, prompt, rows, folder, ranks, resume
     from s2ft.config import S2FTConfig
     from s2ft.train.kernels import apply_kernels
     from s2ft.train.options import RunOptions
+    from s2ft.train.parallel import has_weights, is_spread
     from s2ft.train.preparation import run_options
     from s2ft.train.sft import check_ranks_agree
 
-    if calibration is not None and getattr(model, "hf_quantizer", None) is None:
+    placed = getattr(model, "hf_quantizer", None) is not None or is_spread(model) or not has_weights(model)
+    if calibration is not None and not placed:
         model.to(ranks.device)
     report = s2ft.attach(model, parsed[S2FTConfig], parsed[RunOptions].name, calibration)
     apply_kernels(model, parsed[RunOptions].kernels)
@@ -196,6 +198,7 @@ def _training(command, parsed, arguments, rows) -> dict:
     from pathlib import Path
 
     from s2ft.text.data import DataOptions
+    from s2ft.train.parallel import rows_of_update
 
     data = parsed[DataOptions]
     names = [*data.data, *filter(None, [data.dataset_name]), *(entry["path"] for entry in data.datasets)]
@@ -205,7 +208,7 @@ def _training(command, parsed, arguments, rows) -> dict:
         "data": [name for name in names if "/" in name and not Path(name).expanduser().exists()],
         "epochs": arguments.num_train_epochs,
         "max_steps": arguments.max_steps if arguments.max_steps > 0 else None,
-        "batch_size": arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
+        "batch_size": rows_of_update(arguments),
         "learning_rate": arguments.learning_rate,
         "seed": arguments.seed,
     }

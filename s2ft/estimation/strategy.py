@@ -6,7 +6,6 @@ from typing import Any
 
 from s2ft.estimation.result import Estimate
 
-
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "tp", "tp+fsdp2")
 OFFLOADS = {"fsdp2": ("all",), "tp+fsdp2": ("all",), "zero1": ("optimizer",), "zero2": ("optimizer",)}
 OFFLOADS["zero3"] = ("optimizer", "all")

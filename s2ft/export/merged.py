@@ -1,19 +1,29 @@
 """A checkpoint of transformers with an adapter merged into the base."""
 
+import logging
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 import s2ft
+from s2ft.adapter.adapter import check_fits
+from s2ft.attached.checks import check_can_write
+from s2ft.attached.record import new_attachment
+from s2ft.export.streamed import Changes, DiskSource, give_generation_config, write_config, write_weights
+from s2ft.model.checkpoint import StoredWeights, read_from
+from s2ft.model.conversion import CannotStream
 from s2ft.text.adapter_prompts import give_prompt
-from s2ft.text.models import dtype_of_base, load_model
+from s2ft.text.models import dtype_of_base, load_model, load_tokenizer, locate, model_on_disk
+
+logger = logging.getLogger(__name__)
 
 
 def export(
@@ -21,8 +31,10 @@ def export(
 ) -> str:
     """Merge an adapter and save the checkpoint with tokenizer and generation settings.
 
-    The checkpoint is written to a temporary folder and loaded by plain transformers. The folder is renamed to `output`
-    if every weight is equal bit for bit.
+    The weights are read, changed and written one at a time, so that memory stays below a few times the largest of
+    them. A base whose weights can't be read so (a GGUF file, a pickle, conversions that transformers can't invert) is
+    merged in memory, and a line of the log says why. The checkpoint is written to a temporary folder, read again and
+    compared. The folder is renamed to `output` if every weight is equal bit for bit.
 
     Args:
         model_name: The adapter's base: a checkpoint folder, a name on the hub, or a .gguf file.
@@ -41,16 +53,40 @@ def export(
         RuntimeError: The saved checkpoint is not the merged model. Nothing is left in any of these cases.
     """
     if max_shard_size is not None:
-        _check_size(max_shard_size)
+        check_size(max_shard_size)
+    saved = s2ft.read_adapter(adapter)  # first, so that a damaged adapter is found at once
     with temporary_folder(output) as folder:
-        model, tokenizer = merged_model(model_name, adapter, dtype)
-        model.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
+        try:
+            model, weights = model_on_disk(model_name, dtype_of_base(saved, dtype))
+            tokenizer = give_prompt(load_tokenizer(model_name), saved.info, f"adapter {saved.name!r}")
+            compare = write_merged(folder, model, weights, saved, max_shard_size)
+            give_generation_config(model, locate(model_name)[0])
+            write_config(folder, model)
+        except CannotStream as reason:
+            logger.info("merging in memory, which has to hold the whole model: %s", reason)
+            model, tokenizer = merged_model(model_name, adapter, dtype)
+            model.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
+            compare = partial(_compare, model, folder)
         tokenizer.save_pretrained(folder)
-        _compare(model, tokenizer, folder)
+        compare()
+        _compare_rest(tokenizer, folder)
     return f"merged checkpoint, loaded again and compared: {output}"
 
 
-def _check_size(size: str) -> None:
+def write_merged(
+    folder: Path, model, weights: StoredWeights, adapter: s2ft.Adapter, max_shard_size: str | None
+) -> Callable[[], None]:
+    """Write the merged weights one at a time, see :func:`s2ft.export.streamed.write_weights`."""
+    with read_from(model, weights):
+        record = new_attachment(model, adapter.couplings)
+        check_fits(adapter, model, record)
+    check_can_write(model, record, adapter.deltas)
+    passes = {name: [[(delta, 1.0)]] for name, delta in adapter.deltas.items()}
+    changes = Changes(record.projections, passes, adapter.extra_weights)
+    return write_weights(folder, model, DiskSource(weights), changes, max_shard_size)
+
+
+def check_size(size: str) -> None:
     """Raise ValueError unless the text is a size above 0, such as 2GB."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?[KMGT]B", size.strip(), re.IGNORECASE)
     if not found or float(found[1]) == 0:
@@ -92,7 +128,7 @@ def temporary_folder(output: str | Path) -> Iterator[Path]:
         raise
 
 
-def _compare(model, tokenizer, folder: Path) -> None:
+def _compare(model, folder: Path) -> None:
     saved, merged = type(model).from_pretrained(folder, dtype="auto").state_dict(), model.state_dict()
     different = sorted(saved.keys() ^ merged.keys()) or sorted(
         key
@@ -101,6 +137,10 @@ def _compare(model, tokenizer, folder: Path) -> None:
     )
     if different:
         raise RuntimeError(f"the saved checkpoint is not the merged model: {', '.join(different[:5])} differ")
+
+
+def _compare_rest(tokenizer, folder: Path) -> None:
+    AutoConfig.from_pretrained(folder)  # an error says what is wrong
     if AutoTokenizer.from_pretrained(folder).chat_template != tokenizer.chat_template:
         raise RuntimeError("the saved checkpoint has another chat template than the merged model")
 

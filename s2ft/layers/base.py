@@ -8,10 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from s2ft.distributed import own_shard, write_full_values
 from s2ft.layers.kind import Kind
 from s2ft.ops import effective_units
 from s2ft.ops._lock import LOCK, finish_interrupted
 from s2ft.ops._memory import check_private
+
+UNITS = ("index", "first")  # buffers that say which units are selected
 
 
 class S2Layer(nn.Module):
@@ -37,6 +40,8 @@ class S2Layer(nn.Module):
     _looked_at = 0  # address of the weight that check_private has checked
     _fused_version = -1  # version of s2 that the weight holds
     is_tied = False  # whether other modules hold the same weight
+    awaits_order = False  # whether the units of the weight must be reordered before this layer may run
+    _first_values: Tensor | None = None  # of an s2 that is on the meta device, in full; None: zeros
 
     @classmethod
     def from_module(
@@ -106,7 +111,7 @@ class S2Layer(nn.Module):
     @property
     def shape(self) -> torch.Size:
         """The shape of :attr:`matrix`."""
-        return self.matrix.shape
+        return self.kind.shape(self)
 
     def _set_units(self, start, end, index, delta_dtype) -> None:
         """Set `start`, `end`, `index` and `s2`."""
@@ -131,11 +136,20 @@ class S2Layer(nn.Module):
                 raise ValueError(f"index must be within {side}, got {int(index.min())} to {int(index.max())}")
             if index.unique().numel() != length:
                 raise ValueError("index must have each unit once, got a unit twice")
-            index = index.to(self.weight.device)
+            index = beside(index, self.weight)
         self.start, self.end = start, end
         self.register_buffer("index", index)
         shape[self.dim] = length
-        self.s2 = nn.Parameter(torch.zeros(shape, device=self.weight.device, dtype=delta_dtype or self.weight.dtype))
+        self._make_s2(shape, delta_dtype or self.weight.dtype)
+
+    def _make_s2(self, shape: list[int], dtype: torch.dtype) -> None:
+        """Make an s2 of zeros, and what else the layer trains with.
+
+        If the weight is on the meta device, s2 is on the CPU: accelerate tells the parameters of an optimizer apart by
+        their address, and those on the meta device have none.
+        """
+        device = "cpu" if self.weight.is_meta else self.weight.device
+        self.s2 = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
         self._made = self.s2.dtype
         self.register_buffer("base", None)
         self.enabled = True
@@ -150,8 +164,13 @@ class S2Layer(nn.Module):
         return self.s2
 
     def _check_weight(self) -> None:
-        """Raise RuntimeError if the weight was unfrozen, ValueError if it is in shared memory now."""
+        """Raise RuntimeError if the weight is unfrozen or not in order, ValueError if it is in shared memory now."""
         weight = self.weight
+        if self.awaits_order and not weight.is_meta:
+            raise RuntimeError(
+                "the weights were loaded after attach, and their units are not in the order of this layer yet: call "
+                "the model that has the adapter, or load its weights by load_state_dict, which puts them in order"
+            )
         if weight.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 "weight must be frozen, and it requires a gradient: this layer trains s2 only. To train more of the "
@@ -191,7 +210,7 @@ class S2Layer(nn.Module):
                 # moment. Until the version below is set, the next forward writes base + s2 again.
                 self._fused_version = -1
                 self.base = self._units().clone()
-            self._write_units(effective_units(self.base, self.s2.detach()))
+            self._write_units(self._effective(self.base))
             self._fused_version = self.s2._version
 
     def unfuse(self) -> None:
@@ -226,6 +245,9 @@ class S2Layer(nn.Module):
             return matrix.narrow(self.dim, self.start, self.end - self.start)
         return matrix.index_select(self.dim, self.index)
 
+    def _effective(self, base: Tensor) -> Tensor:
+        return effective_units(base, self.s2.detach())
+
     def _write_units(self, values: Tensor) -> None:
         self.write_units_of(self.weight, values)
 
@@ -241,6 +263,50 @@ class S2Layer(nn.Module):
             matrix.narrow(self.dim, self.start, self.end - self.start).copy_(values)
         else:
             matrix.transpose(0, self.dim)[self.index] = values.transpose(0, self.dim)
+
+    # ---- the meta device -------------------------------------------------------------------------
+
+    def _apply(self, fn, recurse=True):
+        """Move or cast the layer. The units are kept on the way over the meta device, and so is s2 until it is sharded.
+
+        While the weight is on the meta device, fn may be that of to_empty, which would leave no values in s2.
+        """
+        units = {name: buffer for name in UNITS if (buffer := self._buffers.get(name)) is not None}
+        weight_was_here, before = not self.weight.is_meta, own_shard(self.s2)
+        super()._apply(fn, recurse)
+        for name, numbers in units.items():
+            if self._buffers[name] is not numbers:
+                self._buffers[name] = beside(numbers, self._buffers[name])
+        if not self.s2.is_meta and before.tensor.is_meta:
+            self.start_s2()
+        elif not self.s2.is_meta and not weight_was_here:
+            own_shard(self.s2).tensor.copy_(before.tensor)
+        elif self.s2.is_meta and not before.tensor.is_meta:
+            self._first_values = before.tensor if before.is_full else None
+        return self
+
+    def leave_units_out_of_states(self) -> None:
+        """Leave the selected units out of state dicts: what shards and broadcasts a state expects parameters only."""
+        if self.index is not None:
+            self._non_persistent_buffers_set.add("index")
+
+    def drop_data(self) -> None:
+        """Send s2 and the selected units to the meta device too, for a model that never gets any data."""
+        self.s2 = nn.Parameter(self.s2.to("meta"))
+        for name in UNITS:
+            if self._buffers.get(name) is not None:
+                self._buffers[name] = self._buffers[name].to("meta")
+
+    def start_s2(self) -> None:
+        """Give s2, which was on the meta device, the values that training starts from."""
+        if self._first_values is None:
+            own_shard(self.s2).tensor.zero_()
+        else:
+            write_full_values(self.s2, self._first_values.to(self.s2.dtype))
+
+    def forget_first_values(self) -> None:
+        """Free what was kept for an s2 on the meta device."""
+        self._first_values = None
 
     # ---- copies and states -----------------------------------------------------------------------
     # They are taken while no other thread has base + s2 in the weight, see stable_weights.
@@ -267,6 +333,7 @@ class S2Layer(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
         """Load a state. Its entry `base` tells whether the layer was fused, and the layer then is too."""
+        self._check_same_units(state_dict, prefix)
         with torch.no_grad():
             if state_dict.get(prefix + "weight") is self.weight:
                 pass  # the hook of an attached model found that it equals the weight
@@ -282,10 +349,26 @@ class S2Layer(nn.Module):
         else:
             self._fused_version = self.s2._version
 
+    def _check_same_units(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Take the selected units out of a state to load if this layer's states don't have them.
+
+        Raises:
+            ValueError: They are other units.
+        """
+        if "index" in self._non_persistent_buffers_set:
+            found = state_dict.pop(prefix + "index", None)
+            if found is not None and not torch.equal(found.to(self.index), self.index):
+                raise ValueError(f"{prefix}index: the state is of other units than those that this layer trains")
+
     def _selected(self) -> str:
         """The selected units and the state, for extra_repr."""
         units = f"start={self.start}, end={self.end}" if self.index is None else f"units={self.index.numel()}"
         return units + (", fused" if self.fused else "") + ("" if self.enabled else ", off")
+
+
+def beside(index: Tensor, weight: Tensor) -> Tensor:
+    """Move the numbers of units to the device of a weight. On the meta device they would be lost, so they stay."""
+    return index if weight.is_meta else index.to(weight.device)
 
 
 def check_private_once(layer: nn.Module, weight: Tensor) -> None:

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2ft.distributed import Shard
-from s2ft.layers.base import S2Layer
+from s2ft.distributed import Shard, full_shape
+from s2ft.layers.base import S2Layer, beside
 from s2ft.layers.kind import Kind
 from s2ft.ops import act_mul, grouped_linear
 from s2ft.ops._grouped import grouped_mm
@@ -48,18 +48,17 @@ class S2Experts(S2Layer):
         """
         super().__init__()
         self.weight, self.bias, self.transposed = weight.requires_grad_(False), None, transposed
-        shape = list(self.stack.shape[1:])
-        self.counts = [index[e].numel() if e in index else 0 for e in range(weight.shape[0])]
+        experts, *shape = full_shape(weight)
+        if transposed:
+            shape = shape[::-1]
+        self.counts = [index[e].numel() if e in index else 0 for e in range(experts)]
         first = [torch.full_like(index[e], e * shape[self.dim]) for e in sorted(index)]
         joined = torch.cat([index[e] for e in sorted(index)])
-        self.register_buffer("index", joined.to(weight.device))
+        self.register_buffer("index", beside(joined, weight))
         # What the op adds to the number of a unit, because it counts through all experts.
-        self.register_buffer("first", torch.cat(first).to(weight.device), persistent=False)
+        self.register_buffer("first", beside(torch.cat(first), weight), persistent=False)
         shape[self.dim] = joined.numel()
-        self.s2 = nn.Parameter(torch.zeros(shape, device=weight.device, dtype=delta_dtype or weight.dtype))
-        self._made = self.s2.dtype
-        self.register_buffer("base", None)
-        self.enabled = True
+        self._make_s2(shape, delta_dtype or weight.dtype)
 
     @property
     def kind(self) -> Kind:
@@ -110,7 +109,7 @@ class S2Experts(S2Layer):
         experts[places] = values.transpose(0, self.dim)
 
     def extra_repr(self) -> str:
-        return f"experts={len(self.counts)}, weight={tuple(self.weight.shape[1:])}, {self._selected()}"
+        return f"experts={len(self.counts)}, weight={tuple(full_shape(self.weight)[1:])}, {self._selected()}"
 
 
 class S2ColumnExperts(S2Experts):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from s2ft.distributed import full_shape
 from s2ft.model.coupling import Coupling, Projection, Vector
 from s2ft.ops.act_mul import ACTIVATIONS
 
@@ -113,8 +114,8 @@ def experts(model: nn.Module, layer: int, path: str) -> list[Coupling]:
         layer,
         **{first.removesuffix("_proj"): f"{path}.{first}"},
         down=f"{path}.down_proj",
-        channels=block.down_proj.shape[1 if transposed else 2],
-        experts=block.down_proj.shape[0],
+        channels=full_shape(block.down_proj)[1 if transposed else 2],
+        experts=full_shape(block.down_proj)[0],
         transposed=transposed,
         interleaved=not getattr(block, "is_concatenated", True),
         bias=f"{path}.{first}_bias" if getattr(block, "has_bias", False) else None,
@@ -172,7 +173,8 @@ def moving_with_heads(model: nn.Module, block: str, heads: int, head_dim: int) -
     attention, found = model.get_submodule(block), {}
     for name in ("q_norm", "k_norm"):
         weight = getattr(getattr(attention, name, None), "weight", None)
-        if weight is not None and weight.dim() == 1 and weight.shape[0] not in (head_dim, attention.head_dim):
+        shape = () if weight is None else full_shape(weight)
+        if len(shape) == 1 and shape[0] not in (head_dim, attention.head_dim):
             found[f"{block}.{name}.weight"] = attention.head_dim
     for name in ("sinks", "gate_bias"):
         if getattr(attention, name, None) is not None:

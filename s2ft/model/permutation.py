@@ -1,14 +1,22 @@
 """The order that makes selected units contiguous, and how it is applied to weights and biases."""
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from s2ft.distributed import (
+    full_copy,
+    gathered_parameter,
+    is_dtensor,
+    is_partitioned,
+    own_shard,
+    stays_in_blocks,
+    write_full_values,
+)
 from s2ft.model.coupling import Coupling, Projection
-from s2ft.model.weights import find, weight_at
+from s2ft.model.weights import find, tensors_of, weight_at
 from s2ft.ops import permute_
 from s2ft.ops._lock import LOCK
 
@@ -40,6 +48,37 @@ def coupling_order(count: int, producers: Sequence[Tensor], consumer: Tensor | N
     chosen = (consumed | (depth > 0)).nonzero().squeeze(1)
     chosen = chosen[rank[chosen].argsort(stable=True)]
     return place_first(count, chosen)
+
+
+def order_in_blocks(blocks: Tensor, producers: Sequence[Tensor], consumer: Tensor | None) -> Tensor:
+    """Find an order in which no unit leaves its block, and each block has the order of :func:`coupling_order`.
+
+    Tensor parallelism gives each rank a block of the units. So every rank reorders its own part of the weights, and its
+    selected units are contiguous there.
+
+    Args:
+        blocks: The block of each unit of the coupling, [count] int64.
+        producers: Selected units [n] of every producer that has any.
+        consumer: Selected units [n] of the consumer, or None.
+
+    Returns:
+        The order [count] int64; position i gets unit order[i].
+    """
+    order = torch.arange(blocks.numel())
+    for block in blocks.unique():
+        units = (blocks == block).nonzero().squeeze(1)
+        inside, *others = [_numbers_in(units, blocks.numel(), chosen) for chosen in (consumer, *producers)]
+        order[units] = units[coupling_order(units.numel(), others, inside)]
+    return order
+
+
+def _numbers_in(units: Tensor, count: int, chosen: Tensor | None) -> Tensor | None:
+    """The chosen units of a block, as positions in the block's units."""
+    if chosen is None:
+        return None
+    is_chosen = torch.zeros(count, dtype=torch.bool)
+    is_chosen[chosen] = True
+    return is_chosen[units].nonzero().squeeze(1)
 
 
 def place_first(count: int, chosen: Tensor) -> Tensor:
@@ -86,15 +125,37 @@ class MovingTensor(NamedTuple):
 
     Attributes:
         tensor: The parameter or buffer as it is stored.
-        view: Function that views a tensor of that shape so that it can be reordered along `dim`.
-        elements: Order of the view's elements along `dim`, int64; position i gets element elements[i].
+        elements: Order of the elements along `dim` of its view, int64; position i gets element elements[i].
         dim: Dimension of the view.
+        stored_dim: Dimension of the stored tensor that `dim` is.
+        expert: Number of the expert whose part of the tensor is viewed; None: all of the tensor is viewed.
+        view_of: Function of a tensor of the stored shape and the number of an expert, which returns the view.
     """
 
     tensor: Tensor
-    view: Callable[[Tensor], Tensor]
     elements: Tensor
     dim: int
+    stored_dim: int
+    expert: int | None
+    view_of: Callable[[Tensor, int | None], Tensor]
+
+    def view(self, tensor: Tensor, first_expert: int = 0) -> Tensor:
+        """View a tensor so that it can be reordered along `dim`.
+
+        Args:
+            tensor: Tensor of the stored shape, or the part of it that has the experts from `first_expert` on.
+            first_expert: Number of the first expert in the tensor.
+        """
+        return self.view_of(tensor, None if self.expert is None else self.expert - first_expert)
+
+    def changing(self) -> Tensor:
+        """The positions that get another element, [n] int64."""
+        return (self.elements != torch.arange(self.elements.numel())).nonzero().squeeze(1)
+
+    def permute(self, tensor: Tensor) -> None:
+        """Reorder a tensor of the stored shape, in place."""
+        view = self.view(tensor.detach())
+        permute_(view, self.elements.to(view.device), self.dim)
 
 
 def moving_tensors(model: nn.Module, coupling: Coupling, order: Tensor) -> Iterator[MovingTensor]:
@@ -111,25 +172,20 @@ def moving_tensors(model: nn.Module, coupling: Coupling, order: Tensor) -> Itera
     for projections in by_weight.values():
         first, elements = projections[0], element_order(projections, order)
         handle = weight_at(model, first)
-        yield MovingTensor(handle.tensor, handle.view, elements, first.dim)
+        stored = 1 - first.dim if handle.kind.transposed else first.dim
+        stored += first.expert is not None
+        yield MovingTensor(handle.tensor, elements, first.dim, stored, first.expert, handle.kind.view)
         if first.dim == 0 and handle.bias is not None:
-            yield MovingTensor(handle.bias, _unchanged, elements, 0)
+            yield MovingTensor(handle.bias, elements, 0, 0, None, lambda bias, _: bias)
     for vector in coupling.vectors:
         moved = Projection("u", vector.path, order.numel(), vector.unit, 0, start=vector.start, size=vector.size)
-        view = _as_rows if vector.expert is None else partial(_rows_of, vector.expert)
-        yield MovingTensor(find(model, vector.path), view, element_order([moved], order), 0)
+        elements, stored = element_order([moved], order), int(vector.expert is not None)
+        yield MovingTensor(find(model, vector.path), elements, 0, stored, vector.expert, _as_rows)
 
 
-def _unchanged(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _as_rows(tensor: Tensor) -> Tensor:
-    return tensor.view(tensor.shape[0], -1)
-
-
-def _rows_of(expert: int, tensor: Tensor) -> Tensor:
-    return _as_rows(tensor[expert])
+def _as_rows(tensor: Tensor, expert: int | None) -> Tensor:
+    rows = tensor if expert is None else tensor[expert]
+    return rows.view(rows.shape[0], -1)
 
 
 class Move:
@@ -137,6 +193,10 @@ class Move:
 
     Before anything is written, the present values of the units that change place are kept. So :meth:`recover` can
     revert a change that was interrupted between two tensors, any number of times.
+
+    Weights may be spread over ranks: every one of these ranks then makes the same change at the same time, and each
+    writes its own shard. Weights may be on the meta device: the change is then pending, until :meth:`finish` is called
+    with the weights in the base's order.
     """
 
     def __init__(self, coupling: Coupling, order: Tensor) -> None:
@@ -147,6 +207,7 @@ class Move:
             order: Order of its units [count] int64; position i gets unit order[i].
         """
         self.coupling, self.order = coupling, order
+        self.is_pending = False
         self._places: dict[str, Tensor] = {}
         # Whether the units are in the new order, and, during a change, the values that they had before it. Both are in
         # one tuple, so that they are assigned in one step.
@@ -163,13 +224,46 @@ class Move:
             self._places[projection.name] = inverse(element_order([projection], self.order))
         return self._places[projection.name]
 
-    def do(self, model: nn.Module) -> None:
-        """Put the units in the new order, unless they are in it."""
+    def do(self, model: nn.Module, later: bool = False) -> None:
+        """Put the units in the new order, unless they are in it.
+
+        Args:
+            model: The model.
+            later: Whether to leave it pending although the weights are here. Weights on the meta device always do.
+        """
+        if not self.is_done and (later or self._is_without_numbers(model)):
+            self.is_pending = True
+            return
         self._change(model, True)
+        self.is_pending = False
 
     def undo(self, model: nn.Module) -> None:
         """Put the units back in the original order, unless they are in it."""
+        self.is_pending = False
         self._change(model, False)
+
+    def finish(self, model: nn.Module) -> None:
+        """Make a pending change, if the weights are here."""
+        if self.is_pending:
+            self.do(model)
+
+    def postpone(self, model: nn.Module) -> None:
+        """Put the units back in the original order, to be reordered later."""
+        self._change(model, False)
+        self.is_pending = True
+
+    def forget(self, model: nn.Module) -> None:
+        """Make a change pending again, if the reordered weights have gone to the meta device."""
+        if self._is_without_numbers(model):
+            self.start_again()
+
+    def start_again(self) -> None:
+        """Make a change pending again, because the weights have been loaded in the base's order, or will be."""
+        if self.is_done:
+            self._state, self.is_pending = (False, None), True
+
+    def _is_without_numbers(self, model: nn.Module) -> bool:
+        return any(tensor.is_meta for tensor in tensors_of(model, self.coupling))
 
     def recover(self, model: nn.Module) -> None:
         """Revert an interrupted change."""
@@ -177,10 +271,8 @@ class Move:
         if kept is None:
             return
         for moving, values in zip(self._moving(model, not is_done), kept):
-            units = _changing(moving)
             with LOCK:
-                target = moving.view(moving.tensor.detach()).transpose(0, moving.dim)
-                target[units.to(target.device)] = values.to(target).transpose(0, moving.dim)
+                _put_back(moving, values)
         self._state = (is_done, None)
 
     def _change(self, model: nn.Module, done: bool) -> None:
@@ -190,18 +282,65 @@ class Move:
         kept = []
         for moving in self._moving(model, done):
             with LOCK:
-                view = moving.view(moving.tensor.detach())
-                kept.append(view.index_select(moving.dim, _changing(moving).to(view.device)))
+                kept.append(_keep(moving))
         self._state = (not done, kept)
         for moving in self._moving(model, done):
-            view = moving.view(moving.tensor.detach())
-            permute_(view, moving.elements.to(view.device), moving.dim)
+            _permute(moving)
         self._state = (done, None)
 
     def _moving(self, model: nn.Module, done: bool) -> Iterator[MovingTensor]:
         return moving_tensors(model, self.coupling, self.order if done else inverse(self.order))
 
 
-def _changing(moving: MovingTensor) -> Tensor:
-    """The positions that get another element."""
-    return (moving.elements != torch.arange(moving.elements.numel())).nonzero().squeeze(1)
+# ---- one tensor, whole or spread over ranks ------------------------------------------------------------
+
+
+def _keep(moving: MovingTensor) -> Tensor:
+    """Copy the values of a tensor on this rank that a change will overwrite."""
+    tensor = moving.tensor.detach()
+    if is_dtensor(tensor):
+        return tensor.to_local().clone()
+    if is_partitioned(moving.tensor):
+        return moving.tensor.ds_tensor.detach().clone()
+    view = moving.view(tensor)
+    return view.index_select(moving.dim, moving.changing().to(view.device))
+
+
+def _put_back(moving: MovingTensor, values: Tensor) -> None:
+    """Write what :func:`_keep` returned. No other rank takes part."""
+    tensor = moving.tensor.detach()
+    if is_dtensor(tensor):
+        tensor.to_local().copy_(values)
+    elif is_partitioned(moving.tensor):
+        moving.tensor.ds_tensor.detach().copy_(values)
+    else:
+        target = moving.view(tensor).transpose(0, moving.dim)
+        target[moving.changing().to(target.device)] = values.to(target).transpose(0, moving.dim)
+
+
+def _permute(moving: MovingTensor) -> None:
+    """Reorder a tensor. If it is spread over ranks, every one of them calls this and writes its own shard."""
+    tensor = moving.tensor
+    if is_partitioned(tensor):
+        with gathered_parameter(tensor):
+            moving.permute(tensor)
+    elif not is_dtensor(tensor):
+        moving.permute(tensor)
+    elif stays_in_blocks(tensor, moving.stored_dim, moving.elements):
+        _permute_shard(moving)
+    else:
+        full = full_copy(tensor)
+        moving.permute(full)
+        write_full_values(tensor, full)
+
+
+def _permute_shard(moving: MovingTensor) -> None:
+    """Reorder this rank's shard of a tensor by itself."""
+    shard = own_shard(moving.tensor)
+    first = 0 if moving.expert is None else shard.start[0]
+    is_here = moving.expert is None or first <= moving.expert < first + shard.tensor.shape[0]
+    if not is_here or not shard.tensor.numel():
+        return
+    start, view = shard.start[moving.stored_dim], moving.view(shard.tensor, first)
+    elements = moving.elements[start : start + view.shape[moving.dim]] - start
+    permute_(view, elements.to(view.device), moving.dim)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from s2ft.config import S2FTConfig
+from s2ft.distributed import full_shape
 from s2ft.layers import KINDS, OTHER, S2Layer, kind_of
 from s2ft.model.coupling import Coupling, Projection, Vector
 from s2ft.model.custom import checked_couplings
@@ -202,7 +203,7 @@ def _check_projection(model: nn.Module, projection: Projection) -> None:
         raise ValueError(f"{type(model).__name__} has no module {projection.path}") from None
     if projection.expert is None:
         check_module(found, projection.path)
-    elif not isinstance(found, nn.Parameter) or found.dim() != 3 or projection.expert >= found.shape[0]:
+    elif not _is_stack(found, projection.expert):
         sides = "inputs, outputs" if projection.transposed else "outputs, inputs"
         raise ValueError(
             f"{projection.path} must be a parameter [experts, {sides}] with more than {projection.expert} experts"
@@ -217,6 +218,11 @@ def _check_projection(model: nn.Module, projection: Projection) -> None:
             f"{projection.path}: expected a weight with {projection.extent}{parts} in dim "
             f"{projection.dim}, got shape {shape}"
         )
+
+
+def _is_stack(found: Any, expert: int) -> bool:
+    """Whether this is a parameter [experts, …, …] with an expert of this number."""
+    return isinstance(found, nn.Parameter) and len(shape := full_shape(found)) == 3 and expert < shape[0]
 
 
 def check_module(found: Any, path: str) -> None:
@@ -241,9 +247,10 @@ def _check_vector(model: nn.Module, vector: Vector, counts: set[int]) -> None:
     dim, sizes = int(vector.expert is not None), {count * vector.unit for count in counts}
     if vector.size is not None:
         sizes = {vector.size} if vector.start + min(sizes) <= vector.size else set()
-    if parameter.dim() <= dim or parameter.shape[dim] not in sizes or vector.expert and vector.expert >= len(parameter):
+    shape = full_shape(parameter)
+    if len(shape) <= dim or shape[dim] not in sizes or vector.expert and vector.expert >= shape[0]:
         of = "" if vector.size is None else f" from {vector.start} to {vector.size}"
         raise ValueError(
             f"{vector.path}: expected {' or '.join(map(str, sorted(counts)))} units of {vector.unit}{of} "
-            f"in dim {dim}, got shape {tuple(parameter.shape)}"
+            f"in dim {dim}, got shape {tuple(shape)}"
         )

@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s2ft.distributed import reshard_all
 from s2ft.model.coupling import Coupling
 from s2ft.model.discovery.examples import example_of, run_example
+from s2ft.model.gathering import gathered_forwards
 from s2ft.model.modes import evaluation_mode
 from s2ft.model.outputs import tensors_in
 from s2ft.model.permutation import Move
@@ -145,11 +147,17 @@ class Trial:
         packing = layers_that_pack(self.model)
         try:
             stop_packing(self.model, packing)
-            with torch.no_grad(), evaluation_mode(self.model), torch.random.fork_rng(cuda):
+            with (
+                torch.no_grad(),
+                evaluation_mode(self.model),
+                torch.random.fork_rng(cuda),
+                gathered_forwards(self.model),
+            ):
                 torch.manual_seed(0)
                 output = run_example(self.model, self.example)
         finally:
             allow_packing(self.model, packing)
+            reshard_all(self.model)  # so that units move on the shards, not on gathered weights
             for handle in handles:
                 handle.remove()
         return {**found, "": [tensor.double() for tensor in tensors_in(output)]}

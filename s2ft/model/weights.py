@@ -4,15 +4,25 @@ Code that reads or writes a weight finds it once, by :func:`weight_at`, and uses
 contains how its weight is stored, see :class:`s2ft.layers.Kind`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from s2ft.distributed import Shard, gathered_parameter, is_dtensor, is_partitioned, own_shard
+from s2ft.distributed import (
+    Shard,
+    full_shape,
+    full_values,
+    gathered_parameter,
+    has_numbers,
+    is_dtensor,
+    is_partitioned,
+    own_shard,
+)
 from s2ft.layers import EXPERTS, LINEAR, OTHER, TRANSPOSED_EXPERTS, Kind, kind_of
+from s2ft.layers.split import Split
 from s2ft.model.coupling import Coupling, Projection
 
 
@@ -89,6 +99,25 @@ class WeightHandle:
         """View a tensor of the stored weight's shape, for instance its gradient, as :attr:`matrix` views the weight."""
         return self.kind.view(tensor, self.expert)
 
+    @property
+    def split(self) -> Split | None:
+        """How tensor parallelism has split the weight; None if it has not."""
+        return self.kind.split(self.holder)
+
+    def full(self) -> AbstractContextManager[Tensor]:
+        """Open the complete weight for reading: as it is stored, with all experts, or dequantized.
+
+        :meth:`view` of it is the matrix of this projection. A weight that is whole here is not copied. One that is
+        spread over ranks is gathered, and every one of these ranks must call this. One on the meta device is read from
+        its file, if it has one (`_s2ft_values`).
+
+        Raises:
+            ValueError: The weight is on the meta device, and there is no file to read it from.
+        """
+        if self.read_only:
+            return nullcontext(self.matrix)
+        return full_values(self.tensor)
+
     def shard(self) -> AbstractContextManager[Shard]:
         """Open the part of :attr:`matrix` that this rank can write, in the weight's own memory.
 
@@ -123,6 +152,12 @@ def weight_at(model: nn.Module, projection: Projection) -> WeightHandle:
     return WeightHandle(projection.path, found, LINEAR if kind is OTHER else kind, projection.expert)
 
 
+def split_of_units(model: nn.Module, projection: Projection) -> Split | None:
+    """How tensor parallelism has split the units of a projection; None if each of its ranks has all of them."""
+    split = weight_at(model, projection).split
+    return split if split is not None and split.dim == projection.dim else None
+
+
 def tensors_of(model: nn.Module, coupling: Coupling) -> list[Tensor]:
     """The weights, biases and vectors that a new order of the coupling's units reorders."""
     tensors = [find(model, vector.path) for vector in coupling.vectors]
@@ -133,10 +168,15 @@ def tensors_of(model: nn.Module, coupling: Coupling) -> list[Tensor]:
     return tensors
 
 
+def have_numbers(model: nn.Module, couplings: Iterable[Coupling]) -> bool:
+    """Whether the values of all weights, biases and vectors of these couplings can be read on this rank."""
+    return all(has_numbers(tensor) for coupling in couplings for tensor in tensors_of(model, coupling))
+
+
 def count_parameters(model: nn.Module) -> int:
     """Count a model's parameters; a packed weight counts as the parameters that it stands for."""
     packed = {id(m.weight): count for m in model.modules() if (count := kind_of(m).parameters(m)) is not None}
-    return sum(packed.get(id(parameter), parameter.numel()) for parameter in model.parameters())
+    return sum(packed.get(id(parameter), full_shape(parameter).numel()) for parameter in model.parameters())
 
 
 def layers_that_pack(model: nn.Module) -> list[str]:

@@ -5,13 +5,16 @@ is one file allocation_<name>.py, which defines ``allocate``, and one row of ALL
 """
 
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from s2ft import config as options
 from s2ft.config import S2FTConfig
+from s2ft.distributed import decide, is_distributed
 from s2ft.model.coupling import Coupling
+from s2ft.model.weights import have_numbers
 from s2ft.selection.batches import Calibration
 from s2ft.selection.budget import requested_layers, requested_projections, units_per_projection
 from s2ft.selection.metric import Allocation, Metric, Request, shared_by_producers
@@ -42,7 +45,8 @@ def select(
         calibration: Batches of data, see :class:`Calibration`. Required by metrics that use data, and by no others.
 
     Returns:
-        The selected units, in the base model's order.
+        The selected units, in the base model's order. On a rank whose model is on the meta device they are those of a
+        rank that has the weights.
 
     Raises:
         ValueError: Nothing is requested; a ratio or budget gives no unit; a projection, layer or unit in the config
@@ -53,6 +57,41 @@ def select(
             raise ValueError("the config's units are given, so there is nothing to calibrate: leave out calibration")
         return named_units(couplings, config.units)
     metric = METRICS[config.selection]
+    if reads_weights(config) and model is not None:  # only some ranks may have them
+        return _select_where_weights_are(couplings, config, model, calibration, metric)
+    return _select(couplings, config, model, calibration, metric)
+
+
+def reads_weights(config: S2FTConfig) -> bool:
+    """Whether a selection depends on the values of the weights."""
+    return config.units is None and METRICS[config.selection].ordered
+
+
+def _select_where_weights_are(
+    couplings: list[Coupling], config: S2FTConfig, model: nn.Module, calibration: Any, metric: Metric
+) -> Selection:
+    """Select on the ranks that have the weights. Ranks whose model is on the meta device get the result."""
+    if metric.calibrated:
+        is_able = not any(parameter.is_meta for parameter in model.parameters())
+    else:
+        is_able = have_numbers(model, couplings)
+    units = decide(
+        f"selection={config.selection!r}",
+        is_able,
+        lambda: {k: v.tolist() for k, v in _select(couplings, config, model, calibration, metric).units.items()},
+    ).value
+    if units is None:
+        raise ValueError(
+            f"selection={config.selection!r} reads the weights, and they are on the meta device"
+            f"{' on every rank' if is_distributed() else ''}: load them first, on one rank at least, or use "
+            "selection='random' or units of a file"
+        )
+    return Selection({path: torch.tensor(numbers, dtype=torch.int64) for path, numbers in units.items()})
+
+
+def _select(
+    couplings: list[Coupling], config: S2FTConfig, model: nn.Module | None, calibration: Any, metric: Metric
+) -> Selection:
     _check_calibration(config, metric, calibration)
     allowed = allowed_units(couplings, requested_projections(couplings, config), config.exclude)
     free = {path: int(units.sum()) for path, units in allowed.items()}

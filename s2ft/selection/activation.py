@@ -7,9 +7,12 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
+from s2ft.distributed import is_dtensor
 from s2ft.layers import ObservedExperts, forward_of, kind_of
 from s2ft.model.coupling import Projection
-from s2ft.model.weights import find, parameter_position, put
+from s2ft.model.gathering import gathered_forwards
+from s2ft.model.weights import find, parameter_position, put, split_of_units
+from s2ft.ranks.fsdp import following
 from s2ft.selection.batches import positions_of
 from s2ft.selection.metric import Metric, Request, Units, squares_by_unit
 from s2ft.selection.running import in_evaluation_mode, run_forward, temporary_hooks
@@ -25,7 +28,13 @@ def activation_scores(request: Request) -> Units:
     reduced to a sum of squares when it is computed.
     """
     sums = _Sums(request)
-    with in_evaluation_mode(request.model), _experts_observed(request), temporary_hooks() as hooks, torch.no_grad():
+    with (
+        in_evaluation_mode(request.model),
+        _experts_observed(request),
+        gathered_forwards(request.model),
+        temporary_hooks() as hooks,
+        torch.no_grad(),
+    ):
         for path, projections in _by_path(request).items():
             hooks += sums.watch(path, projections)
         for batch in request.calibration.batches(request.model):
@@ -66,8 +75,9 @@ class _Sums:
 
     def _positions(self, projections: list[Projection], x: Tensor) -> Tensor:
         """Return x without padding: [..., features] → [positions, features]."""
-        name = projections[0].name
-        return self.request.calibration.without_padding(x.detach(), name, self.positions[name])
+        name, x = projections[0].name, x.detach()
+        x = x.to_local() if is_dtensor(x) else x  # as torch's parallelize_module gives it to a layer
+        return self.request.calibration.without_padding(x, name, self.positions[name])
 
     def _count(self, projections: list[Projection], x: Tensor) -> None:
         count = len(self._positions(projections, x))
@@ -93,7 +103,7 @@ class _Sums:
             self._add_squares(projection, values)
 
     def _add_squares(self, projection: Projection, x: Tensor) -> None:
-        squares = squares_by_unit(x, 1, projection)
+        squares = squares_by_unit(x, 1, projection, split_of_units(self.request.model, projection))
         before = self.sums.get(projection.name)
         self.sums[projection.name] = squares if before is None else before + squares
 
@@ -110,7 +120,11 @@ class _Sums:
                 problem = "ran" if count is None else "has more than padding for"
                 raise ValueError(f"selection={self.request.config.selection!r}: no calibration batch {problem} {name}")
             zeros = torch.zeros(projection.count, dtype=torch.float64)  # of an expert that received no token
-            scores[name] = (self.sums.get(name, zeros) / count).sqrt().cpu()
+            total = self.sums.get(name, zeros)
+            split = split_of_units(self.request.model, projection)
+            if split is not None:  # each rank has the sums of its own units
+                total = split.sum(total)
+            scores[name] = (total / count).sqrt().cpu()
         return scores
 
 
@@ -132,7 +146,10 @@ def _experts_observed(request: Request) -> Iterator[None]:
         for path, projection in stacks.items():
             parameter, place = find(request.model, path), parameter_position(request.model, path)
             stack.callback(put, request.model, path, parameter, place)  # before put, because an interrupt may follow
-            put(request.model, path, ObservedExperts(parameter, projection.transposed))
+            observed, owner = ObservedExperts(parameter, projection.transposed), path.rpartition(".")
+            put(request.model, path, observed)
+            there, here = (observed, "weight"), (find(request.model, owner[0]), owner[2])
+            stack.enter_context(following(request.model, here, there))
         for path in dict.fromkeys(path.rpartition(".")[0] for path in stacks):
             owner = find(request.model, path)
             before = owner.__dict__.get("forward")

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from s2ft.distributed import full_values
 from s2ft.model.coupling import Projection
+from s2ft.model.gathering import gathered_forwards
 from s2ft.model.weights import weight_at
 from s2ft.selection.metric import Metric, Request, Units, squares_by_unit
 from s2ft.selection.running import in_evaluation_mode, keep_checkpointing, loss_of, single_sequences, temporary_hooks
@@ -16,15 +18,21 @@ def gradient_scores(request: Request) -> Units:
     Sequences (images, recordings) are processed one by one, so that the score does not depend on their batches. Squared
     norms are summed, because a sum of gradients would need a second copy of the weights. Only one weight gradient
     exists at a time: it is reduced and deleted as soon as the backward has computed it. A model that checkpoints its
-    blocks also does so here.
+    blocks also does so here. If the model is sharded, every rank runs it on the same sequences, and each gradient of a
+    weight is gathered.
     """
     sums: dict[str, Tensor] = {}
     count = 0
-    with in_evaluation_mode(request.model), temporary_hooks() as hooks, torch.enable_grad():
+    with (
+        in_evaluation_mode(request.model),
+        gathered_forwards(request.model) as gathered,
+        temporary_hooks() as hooks,
+        torch.enable_grad(),
+    ):
         request.model.requires_grad_(False)
         for weight, projections in _weights(request):
-            weight.requires_grad_(True)
-            hooks.append(weight.register_post_accumulate_grad_hook(_collect(request.model, projections, sums)))
+            leaf = gathered.leaf(weight).requires_grad_(True)
+            hooks.append(leaf.register_post_accumulate_grad_hook(_collect(request.model, projections, sums)))
         hooks += keep_checkpointing(request.model)
         for batch in request.calibration.batches(request.model):
             for sequence in single_sequences(request.model, batch):
@@ -54,9 +62,10 @@ def _collect(model: nn.Module, projections: list[Projection], sums: dict[str, Te
     """Return a hook that adds a weight's squared gradient norms to `sums` and deletes the gradient."""
 
     def hook(weight: nn.Parameter) -> None:
-        for projection in projections:
-            squares = squares_by_unit(weight_at(model, projection).view(weight.grad), projection.dim, projection)
-            sums[projection.name] = sums[projection.name] + squares if projection.name in sums else squares
+        with full_values(weight.grad) as gradient:
+            for projection in projections:
+                squares = squares_by_unit(weight_at(model, projection).view(gradient), projection.dim, projection)
+                sums[projection.name] = sums[projection.name] + squares if projection.name in sums else squares
         weight.grad = None
 
     return hook

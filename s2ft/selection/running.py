@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from s2ft.distributed import reshard_all
 from s2ft.model.modes import evaluation_mode
 from s2ft.selection.batches import IGNORED, Batch, has_decoder_inputs, is_causal_lm, is_encoder_decoder
 
@@ -16,9 +17,10 @@ from s2ft.selection.batches import IGNORED, Batch, has_decoder_inputs, is_causal
 def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put the model into evaluation mode and take its gradients away for the time of the context.
 
-    Afterwards the mode of every module, and requires_grad and the gradient of every parameter, are restored, also after
-    an error.
+    A model of FSDP2 has its shards before and afterwards. Afterwards the mode of every module, and requires_grad and
+    the gradient of every parameter, are restored, also after an error.
     """
+    reshard_all(model)
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:
         for parameter, _, _ in parameters:
@@ -26,6 +28,7 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
         with evaluation_mode(model):
             yield
     finally:
+        reshard_all(model)
         for parameter, required, gradient in parameters:
             parameter.grad = None
             parameter.requires_grad_(required)

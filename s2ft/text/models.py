@@ -3,9 +3,13 @@
 A model with towers for images or sound is loaded whole.
 """
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from s2ft.model.checkpoint import StoredWeights, open_checkpoint
+from s2ft.model.conversion import CannotStream
 from s2ft.packages import check_packages
 
 AUTO = (
@@ -107,6 +111,8 @@ def hollow_model(name: str):
     import torch
     import transformers
 
+    from s2ft.distributed import without_zero_init
+
     source, options = locate(name)
     _check_hub(name, source, None)
     config = _from_pretrained(transformers.AutoConfig, "a config", name, source, options)
@@ -116,8 +122,96 @@ def hollow_model(name: str):
     model_class = next((found for found in (*named, *known) if isinstance(found, type)), None)
     if model_class is None:
         raise ValueError(f"transformers has no model for {name} (model type {config.model_type!r})")
-    with torch.device("meta"):
+    with torch.device("meta"), without_zero_init():
         return model_class._from_config(config)
+
+
+def model_without_values(name: str, dtype: str = "auto", dtype_of_files: Callable[[], Any] | None = None):
+    """Build the model that :func:`load_model` would load, on the meta device. Its files of weights are not needed.
+
+    Args:
+        name: A local folder with config.json, or a name on the hub.
+        dtype: Dtype of the weights, as for :func:`load_model`.
+        dtype_of_files: Returns the torch.dtype of weights whose config has none; default: torch.float32.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        CannotStream: The weights are not stored as they are: a GGUF file, or a quantized checkpoint.
+        FileNotFoundError: The path does not exist.
+        ValueError: The dtype is unknown, or the model can't be built.
+
+    Example:
+        >>> _ = model.save_pretrained("tiny")
+        >>> hollow = s2ft.text.models.model_without_values("tiny", "bfloat16")
+        >>> hollow.device.type, hollow.dtype
+        ('meta', torch.bfloat16)
+    """
+    import torch
+    import transformers
+
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    source, options = locate(name)
+    if options:
+        raise CannotStream(f"{name} is a GGUF file, which has to be unpacked")
+    _check_hub(name, source, None)
+    options = _remote(None, False)
+    config = _from_pretrained(transformers.AutoConfig, MODEL, name, source, options)
+    if getattr(config, "quantization_config", None) is not None:
+        raise CannotStream(f"the weights of {name} are quantized")
+    if dtype != "auto":
+        wanted = getattr(torch, dtype)
+    else:
+        wanted = config.dtype or (torch.float32 if dtype_of_files is None else dtype_of_files())
+    with torch.device("meta"):
+        model = _auto_class(name, source, options, False).from_config(config, dtype=wanted)
+    keep_in_float32(model)
+    return model.eval()
+
+
+def model_on_disk(name: str, dtype: str = "auto"):
+    """Build the model that :func:`load_model` would load, on the meta device, and find its weights in the checkpoint.
+
+    Args:
+        name: A local folder with config.json and safetensors files, or a name on the hub.
+        dtype: Dtype of the weights, as for :func:`load_model`.
+
+    Returns:
+        The model, and its weights as a :class:`s2ft.model.checkpoint.StoredWeights`.
+
+    Raises:
+        CannotStream: The weights can't be read one at a time, as those of a GGUF file and quantized ones. The message
+            says why.
+        FileNotFoundError: The path does not exist.
+        ValueError: The dtype is unknown, the model can't be built, or its checkpoint is damaged.
+
+    Example:
+        >>> _ = model.save_pretrained("tiny")
+        >>> hollow, weights = s2ft.text.models.model_on_disk("tiny", "bfloat16")
+        >>> hollow.device.type, weights.read("model.norm.weight").dtype
+        ('meta', torch.bfloat16)
+    """
+    source = locate(name)[0]
+    model = model_without_values(name, dtype, lambda: open_checkpoint(source).dtype)
+    return model, StoredWeights(model, open_checkpoint(source))
+
+
+def keep_in_float32(model) -> None:
+    """Cast the weights of a model on the meta device that transformers loads in float32 only."""
+    import torch
+
+    patterns = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(model.dtype)]
+    for name, parameter in model.named_parameters():
+        if any(re.search(pattern, name) for pattern in patterns):
+            parameter.data = parameter.data.to(torch.float32)
+
+
+def load_tokenizer(name: str):
+    """Load the tokenizer that :func:`load_model` would load. Raises ValueError if there is none."""
+    source, options = locate(name)
+    return _tokenizer(name, source, {**options, **_remote(None, False)})
 
 
 def dtype_of_base(adapter, dtype: str = "auto") -> str:

@@ -75,6 +75,11 @@ def newest_valid(folder: Path) -> Path | None:
     return None
 
 
+def ranks_of(checkpoint: Path) -> int:
+    """Return the number of ranks that wrote a checkpoint, by their random states; 0 if it has none."""
+    return len([*checkpoint.glob("rng_state.pth"), *checkpoint.glob("rng_state_*.pth")])
+
+
 def move_into_place(checkpoint: Path, folder: Path, keep: int, best: Path | None = None) -> None:
     """Seal a new checkpoint, move it from its temporary folder to `folder`, and delete the oldest checkpoints there.
 

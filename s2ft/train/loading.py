@@ -10,6 +10,7 @@ from s2ft.config import S2FTConfig
 from s2ft.packages import check_packages
 from s2ft.text.models import DTYPES, load_model
 from s2ft.train.options import ModelOptions
+from s2ft.train.parallel import loading_config
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ def load_base(options: ModelOptions, arguments: Any):
     dtype = _name(more.pop("dtype", more.pop("torch_dtype", options.dtype)))
     quantization = more.pop("quantization_config", None) or quantization_config(options, dtype)
     more.setdefault("attn_implementation", options.attn_implementation)
+    more.setdefault("distributed_config", loading_config(arguments))
     if quantization is not None and not arguments.use_cpu:
         more.setdefault("device_map", {"": arguments.device})
     model, tokenizer = load_model(

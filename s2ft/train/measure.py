@@ -9,6 +9,7 @@ from torch import nn
 
 import s2ft
 from s2ft.config import S2FTConfig
+from s2ft.distributed import without_zero_init
 from s2ft.train.ratio_table import as_random
 from s2ft.train.remedies import loss_in_chunks
 
@@ -37,7 +38,7 @@ def seconds_of_step(
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = next(model.parameters()).dtype
-    with torch.device(place):
+    with torch.device(place), without_zero_init():
         real = type(model)._from_config(model.config, dtype=dtype)
     if gradient_checkpointing:
         real.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -16,6 +16,10 @@ from s2ft.train.lock import LOCK, only_run_in
 
 logger = logging.getLogger(__name__)
 LOG, PLOT, REPORT = "log.jsonl", "loss.png", "report.json"
+# Options in run.json: how many groups of devices train on different rows, and how many rows an update has. In another
+# number of groups the same rows are divided in another way.
+GROUPS, ROWS = "groups_of_devices", "training.batch_size"
+DIVISION = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
 
 
 class RunFolder:
@@ -123,7 +127,7 @@ class RunFolder:
         """
         if resume:
             earlier = self.options()
-            different = [key for key in {**earlier, **options} if earlier.get(key) != options.get(key)]
+            different = _differences(earlier, options)
             if different:
                 raise ValueError(
                     f"the run in {self.path} was started with other options: "
@@ -138,6 +142,15 @@ class RunFolder:
         write_json(self.run, options)
         if config is not None:
             replace_file(self.config, config.encode())
+
+
+def _differences(earlier: dict, options: dict) -> list[str]:
+    """The names of the options that change the result and are not those of the earlier run."""
+    if GROUPS not in earlier:  # an older s2ft did not write it
+        free = {GROUPS, ROWS}
+    else:
+        free = {GROUPS, *DIVISION} if earlier[GROUPS] != options.get(GROUPS) else set()
+    return [key for key in {**earlier, **options} if key not in free and earlier.get(key) != options.get(key)]
 
 
 def log_failure(what: str, error: Exception) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from s2ft.train.options import DEFAULT_BATCH, ModelOptions, RunOptions, divide_batch
-from s2ft.train.output import RunFolder
+from s2ft.train.output import GROUPS, ROWS, RunFolder
+from s2ft.train.parallel import devices_of, rows_of_update
 
 logger = logging.getLogger(__name__)
 MICRO, PASSES = "per_device_train_batch_size", "gradient_accumulation_steps"
@@ -35,7 +36,8 @@ def set_batches(arguments: Any, options: RunOptions, given: dict[str, Any]) -> s
     Raises:
         ValueError: The rows can't be divided, or the three options contradict each other.
     """
-    devices, total = arguments.world_size, options.batch_size
+    shared, total = devices_of(arguments), options.batch_size
+    devices = shared.groups
     micro = arguments.per_device_train_batch_size if MICRO in given else None
     passes = arguments.gradient_accumulation_steps if PASSES in given else None
     if total is None and micro is None and passes is None:
@@ -43,7 +45,7 @@ def set_batches(arguments: Any, options: RunOptions, given: dict[str, Any]) -> s
     if total is not None:
         if micro and passes and micro * passes * devices != total:
             raise ValueError(
-                f"batch_size {total} contradicts {MICRO} {micro} × {PASSES} {passes} × {_devices(devices)} = "
+                f"batch_size {total} contradicts {MICRO} {micro} × {PASSES} {passes} × {shared} = "
                 f"{micro * passes * devices} rows: leave one of them out"
             )
         if passes:
@@ -54,12 +56,8 @@ def set_batches(arguments: Any, options: RunOptions, given: dict[str, Any]) -> s
     micro, passes = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
     return (
         f"{micro * passes * devices} rows an update: {micro} rows × {passes} forward pass{'es' * (passes != 1)} × "
-        f"{_devices(devices)}"
+        f"{shared}"
     )
-
-
-def _devices(count: int) -> str:
-    return f"{count} device{'s' * (count != 1)}"
 
 
 def check_upload(arguments: Any) -> None:
@@ -126,6 +124,7 @@ def run_options(command: str, objects: dict[type, Any], given: dict[str, Any]) -
             changed = [name for name in defaults if given.get(name, defaults[name]) != defaults[name]]
             found.update({f"training.{name}": _plain(given[name]) for name in changed})
             found.update({f"training.{name}": getattr(value, name) for name in (MICRO, PASSES, "seed", "data_seed")})
+            found.update({ROWS: rows_of_update(value), GROUPS: devices_of(value).groups})
         else:
             names = [one.name for one in fields(kind) if _belongs(one.name, False) and one.name != "batch_size"]
             found.update({name: _plain(getattr(value, name)) for name in names})

@@ -18,6 +18,7 @@ from torch import nn
 import s2ft
 from s2ft.attached.hosts.compiled import unwrapped
 from s2ft.attached.record import find_attachment
+from s2ft.distributed import without_zero_init
 from s2ft.estimation.memory import free_memory, resident
 from s2ft.estimation.result import size
 from s2ft.model.coupling import Coupling
@@ -221,6 +222,15 @@ def _attached(model: nn.Module) -> tuple[s2ft.S2FTConfig | None, list[Coupling] 
     return (None, None) if record is None else (record.config, record.custom_couplings)
 
 
+def plain_copy(model: nn.Module) -> nn.Module:
+    """Return a plain model of the same config and dtype on the meta device.
+
+    Args:
+        model: A model of transformers, attached or not. Its weights may be spread over devices.
+    """
+    return _hollow(model)[0].to(model.dtype)
+
+
 def _hollow(model: nn.Module) -> tuple[nn.Module, str | None]:
     """A plain model of the same config without data, and how the given one is quantized."""
     config = copy.deepcopy(model.config)
@@ -230,7 +240,7 @@ def _hollow(model: nn.Module) -> tuple[nn.Module, str | None]:
         bits = "4bit"
     elif getattr(quantized, "load_in_8bit", False):
         bits = "8bit"
-    with plain_kernels(), torch.device("meta"):
+    with plain_kernels(), torch.device("meta"), without_zero_init():
         return type(model)._from_config(config), bits
 
 

@@ -11,6 +11,7 @@ from trl.trainer.utils import RepeatSampler
 
 import s2ft
 from s2ft.text.prompts import encode_prompt, end_ids
+from s2ft.train.parallel import devices_of, loading_config
 from s2ft.train.reference import Reference
 from s2ft.train.run_trainer import Changed, RunTrainer
 
@@ -162,15 +163,19 @@ def fused(model):
 
 
 def refuse_sharding(arguments, command: str) -> None:
-    """Raise ValueError if FSDP or DeepSpeed would shard the model."""
+    """Raise ValueError if FSDP, DeepSpeed or tensor parallelism would shard the model, or devices would share rows."""
     sharded = [name for name in ("fsdp", "deepspeed") if getattr(arguments, name, None)]
     state = arguments.distributed_state
     kind = str(getattr(getattr(state, "distributed_type", None), "value", "")).lower()
-    if sharded or any(name in kind for name in ("fsdp", "deepspeed")):
+    if any(name in kind for name in ("fsdp", "deepspeed")):
+        sharded.append(kind)
+    if (devices := devices_of(arguments)).together > 1 or loading_config(arguments):
+        sharded.append(str(devices))
+    if sharded:
         raise ValueError(
-            f"{command} does not shard the model ({sharded[0] if sharded else kind}): its reference is the same model "
-            "without the adapter, which was tried on one device and on several with a whole model each; start it "
-            "without FSDP and DeepSpeed"
+            f"{command} does not shard the model ({sharded[0]}): its reference is the same model without the adapter, "
+            "which was tried on one device and on several with a whole model each; start it without FSDP, DeepSpeed, "
+            "and tensor and context parallelism"
         )
 
 

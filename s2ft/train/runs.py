@@ -9,10 +9,12 @@ from accelerate.utils import gather_object
 from transformers import Trainer
 from trl import SFTTrainer
 
+from s2ft.distributed import ranks_sharing
 from s2ft.text.encoding import IGNORED
 from s2ft.text.evaluation import evaluate
 from s2ft.train.batching import BY_LENGTH, Batching, LengthSampler, row_lengths
 from s2ft.train.held_out import HeldOut
+from s2ft.train.parallel import Devices, devices_of, rows_of_update
 from s2ft.train.run_trainer import Changed, RunMethods
 from s2ft.train.trainer import AdapterCheckpoints
 
@@ -46,8 +48,10 @@ class TokenRowTrainer(RunMethods, SFTTrainer):
         callbacks: Any = None,
     ) -> None:
         self._batching, self._held_out, self._text_tokenizer = batching, held_out, tokenizer
+        self._devices = devices_of(arguments)
+        check_divided_loss(arguments, self._devices)
         self._sampler: LengthSampler | None = None
-        self._evaluated = torch.zeros(2)  # sum of the loss, number of labels
+        self._evaluates, self._evaluated = False, torch.zeros(2)  # sum of the loss, number of labels
         self._changed = Changed(model)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`(label_smoothing_factor|use_liger_kernel)", FutureWarning)
@@ -67,9 +71,6 @@ class TokenRowTrainer(RunMethods, SFTTrainer):
             self.aux_loss_enabled = False
         self.processing_class = None  # the Trainer would write the tokenizer's special tokens into the model's config
         self.label_smoother = None  # the loss has it
-        parallelism = self.accelerator.parallelism_config
-        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
-            raise ValueError("context and sequence parallelism divide rows among devices, which s2ft sft can't do yet")
 
     def restore_model(self) -> None:
         """Give the model its own forward and config back, which TRL has changed for its loss."""
@@ -80,10 +81,9 @@ class TokenRowTrainer(RunMethods, SFTTrainer):
     def _get_train_sampler(self, train_dataset=None):
         if not self._batching.by_length:
             return super()._get_train_sampler(train_dataset)
-        args = self.args
-        update = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         lengths = row_lengths(self.train_dataset if train_dataset is None else train_dataset)
-        self._sampler = LengthSampler(lengths, update, args.seed if args.data_seed is None else args.data_seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._sampler = LengthSampler(lengths, rows_of_update(self.args), seed)
         return self._sampler
 
     def _run_epoch(self, *args, epoch: int, **options):
@@ -91,13 +91,24 @@ class TokenRowTrainer(RunMethods, SFTTrainer):
             self._sampler.set_epoch(epoch)
         return super()._run_epoch(*args, epoch=epoch, **options)
 
+    def training_step(self, model, inputs, *args, **options):
+        """Train on a batch. Its tokens are counted before, because a row that is divided is cut in place."""
+        self._tokens = self._tokens_of(inputs)
+        return super().training_step(model, inputs, *args, **options)
+
+    def _tokens_of(self, inputs) -> torch.Tensor:
+        if self.args.include_num_input_tokens_seen == "all":
+            return torch.tensor(inputs["input_ids"].numel(), device=self.args.device)
+        if "attention_mask" in inputs and not self._devices.splits_rows:
+            return inputs["attention_mask"].sum()
+        positions = inputs["position_ids"]  # padding is all position 0, and a row of one token has no label
+        return (positions > 0).sum() + (positions == 1).sum()
+
     def _track_num_input_tokens(self, inputs) -> None:
-        """Count tokens without padding. Packed batches have no attention mask; their padding is all position 0."""
-        if self.args.include_num_input_tokens_seen == "no" or "attention_mask" in inputs:
-            return super()._track_num_input_tokens(inputs)
-        positions = inputs["position_ids"]
-        tokens = (positions > 0).sum() + (positions == 1).sum()  # a row of one token has no label and does not count
-        self.state.num_input_tokens_seen += int(self.accelerator.gather(tokens).sum())
+        """Add up tokens without padding, once for all devices that train on the same rows."""
+        if self.args.include_num_input_tokens_seen != "no":
+            tokens = int(self.accelerator.gather(self._tokens.to(self.args.device)).sum())
+            self.state.num_input_tokens_seen += tokens // self._devices.together
 
     # ---- loss --------------------------------------------------------------------------------------------
 
@@ -109,18 +120,33 @@ class TokenRowTrainer(RunMethods, SFTTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Compute the loss of a batch, and add it up over all labels."""
-        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         shifted = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"][..., 1:]
-        count = (shifted != IGNORED).sum().to(loss.device)
-        self._evaluated = self._evaluated.to(loss.device) + torch.stack([loss.float() * count, count.float()])
+        count = (shifted != IGNORED).sum().to(self.args.device)
+        if self._devices.splits_rows:  # by transformers, since TRL would compute whole rows on every device
+            loss, logits, labels = Trainer.prediction_step(self, model, inputs, prediction_loss_only, ignore_keys)
+            scale = self._devices.count if self.args.average_tokens_across_devices else 1
+            total, count = loss.float() / scale, count / self._devices.together
+        else:
+            loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            total = loss.float() * count
+        self._evaluated = self._evaluated.to(loss.device) + torch.stack([total, count.float()])
         return loss, logits, labels
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """Count the labels by which a loss is divided. An evaluation adds up losses and divides them at the end."""
+        return (
+            torch.ones((), device=device) if self._evaluates else super()._get_num_items_in_batch(batch_samples, device)
+        )
 
     # ---- evaluation --------------------------------------------------------------------------------------
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **options):
         """Compute the loss, as the mean over all labels, and, with a task, the accuracy."""
-        self._evaluated = torch.zeros(2)
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
+        self._evaluated, self._evaluates = torch.zeros(2), True
+        try:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
+        finally:
+            self._evaluates = False
         total, count = self.accelerator.reduce(self._evaluated.to(self.args.device), "sum").tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = total / max(count, 1)
         if self._held_out is not None and self._held_out.task is not None:
@@ -128,8 +154,9 @@ class TokenRowTrainer(RunMethods, SFTTrainer):
         return output
 
     def _accuracy(self) -> float:
-        data = self._held_out
-        examples = data.examples[self.args.process_index :: self.args.world_size]
+        data, examples = self._held_out, self._held_out.examples
+        if ranks_sharing(self.model.parameters()) is None:  # else all devices compute each token together
+            examples = examples[self.args.process_index :: self.args.world_size]
         counts = [(0, 0)]
         if examples:
             model = self.accelerator.unwrap_model(self.model)
@@ -146,6 +173,13 @@ class SFTRunTrainer(AdapterCheckpoints, TokenRowTrainer):
 def needs_trl_loss(arguments) -> bool:
     """Return whether the arguments ask for a loss that only TRL has, which computes logits for every position."""
     return arguments.loss_type == "dft" or bool(arguments.router_aux_loss_coef)
+
+
+def check_divided_loss(arguments, devices: Devices) -> None:
+    """Raise ValueError if rows are divided among devices, and the loss is one of TRL's, which needs whole rows."""
+    if devices.splits_rows and needs_trl_loss(arguments):
+        name = "loss_type 'dft'" if arguments.loss_type == "dft" else "router_aux_loss_coef"
+        raise ValueError(f"{name} needs whole rows, and each row is divided among devices ({devices}): leave it out")
 
 
 def _for_trl(arguments, batching: Batching):

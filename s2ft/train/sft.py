@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import s2ft
 from s2ft.adapter.saving import gather_trained
 from s2ft.attached.record import attachment_of
-from s2ft.distributed import check_all_ranks_agree
+from s2ft.distributed import all_ranks, check_all_ranks_agree, run_on_ranks
 from s2ft.packages import check_packages
 from s2ft.text.output_head import contiguous_head
 from s2ft.text.prompts import pad_id
@@ -23,6 +24,7 @@ from s2ft.train.held_out import HeldOut
 from s2ft.train.loss import chunked_loss, smoothed_loss, why_not_chunked
 from s2ft.train.options import RunOptions
 from s2ft.train.output import RunFolder, log_failure, read_log, write_json
+from s2ft.train.parallel import devices_of, is_spread, rows_of_update, run_where_weights_are
 from s2ft.train.remedies import Step, explain_out_of_memory, step_of
 
 logger = logging.getLogger(__name__)
@@ -241,8 +243,8 @@ def _was_stopped(trainer) -> bool:
 
 def _save(model, folder: RunFolder, trainer) -> None:
     trained = gather_trained(model)  # on each rank, since a sharded adapter is spread over all of them
-    if trainer.is_world_process_zero():
-        s2ft.save_adapter(model, folder.adapter, state=trained)
+    save = partial(s2ft.save_adapter, model, folder.adapter, state=trained)
+    run_on_ranks("saving the adapter of the run", all_ranks(), trainer.is_world_process_zero(), save)
 
 
 def _is_evaluated(trainer, folder: RunFolder) -> bool:
@@ -285,7 +287,7 @@ def trainer_for(
 
     options = options or RunOptions()
     check_run(model, train, arguments)
-    batching = choose_batching(model, pad_id(tokenizer), train, arguments, needs_trl_loss(arguments))
+    batching = choose_batching(model, pad_id(tokenizer), train, arguments, needs_trl_loss(arguments), _try_packing)
     rows = batching.prepare(train, arguments)
     callbacks = callbacks_of(arguments, folder, options)
     trainer = SFTRunTrainer(
@@ -295,6 +297,12 @@ def trainer_for(
         logger.info(batching.line(_count(train), _count(rows)))
         log_length(trainer.args, _count(rows))
     return trainer
+
+
+def _try_packing(model, *arguments) -> str:
+    from s2ft.train.batching import why_not_packed
+
+    return run_where_weights_are("the trial of packing", model, lambda: why_not_packed(model, *arguments))
 
 
 def callbacks_of(arguments, folder: RunFolder, options: RunOptions) -> list[Any]:
@@ -367,8 +375,8 @@ def loss_for(model, arguments, options: RunOptions, batch: dict) -> Iterator[Non
         batch = {
             key: value.to(model.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()
         }
-        reason = "the model is compiled as a whole" if arguments.torch_compile else why_not_chunked(model, batch)
-        if reason:
+        reason = _why_not_chunked(model, arguments, batch)
+        if reason and arguments.process_index == 0:
             logger.info("the loss keeps the logits: %s", reason)
     smoothing = arguments.label_smoothing_factor
     if not reason:
@@ -377,6 +385,15 @@ def loss_for(model, arguments, options: RunOptions, batch: dict) -> Iterator[Non
         loss = smoothed_loss(model, smoothing) if smoothing else contextlib.nullcontext()
     with loss:
         yield
+
+
+def _why_not_chunked(model, arguments, batch: dict) -> str:
+    """Return why the chunked loss can't be used, the same on all devices, or an empty string."""
+    if arguments.torch_compile:
+        return "the model is compiled as a whole"
+    if is_spread(model):
+        return "the weights are spread over the devices"
+    return run_where_weights_are("the trial of the loss", model, lambda: why_not_chunked(model, batch))
 
 
 def _step(arguments, train, options: RunOptions) -> Step:
@@ -484,7 +501,7 @@ def updates(arguments, rows: int | None) -> int:
     """Return the number of updates of a run on so many rows or packs."""
     if arguments.max_steps > 0 or rows is None:
         return arguments.max_steps
-    batches = math.ceil(rows / (arguments.train_batch_size * arguments.world_size))
+    batches = math.ceil(rows / (arguments.train_batch_size * devices_of(arguments).groups))
     each = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
     return math.ceil(each * arguments.num_train_epochs)
 
@@ -502,7 +519,7 @@ def log_length(arguments, rows: int | None) -> None:
             steps,
         )
     if arguments.max_steps <= 0 and steps < FEW_STEPS:
-        batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        batch = rows_of_update(arguments)
         logger.warning(
             "warning: %d %s at batch size %d and %g epochs are %d update%s, which may be too few to learn "
             "anything: lower --batch-size, or raise --epochs",

@@ -5,7 +5,9 @@ The Trainers of transformers and TRL can save and resume attached models, see s2
 checked before a run resumes from it, and a damaged checkpoint is skipped in favour of the newest valid one.
 """
 
+import logging
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,8 @@ from s2ft.packages import check_packages
 check_packages("s2ft.train.trainer")  # Python's own error would not name the package to install
 
 import torch
-from accelerate.utils import save_fsdp_optimizer
-from transformers import Trainer
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers import Trainer, set_seed
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from s2ft.adapter import restore_adapter
@@ -25,7 +26,15 @@ from s2ft.adapter.saving import gather_trained
 from s2ft.attached.hosts.compiled import unwrapped
 from s2ft.attached.hosts.sentence_transformers import check_rest_frozen
 from s2ft.attached.record import attachment_of
-from s2ft.train.checkpoints import UNFINISHED, damage, move_into_place, newest_valid
+from s2ft.distributed import all_ranks, run_on_ranks, wait_for_ranks
+from s2ft.train import optimizer_state, zero_state
+from s2ft.train.checkpoints import UNFINISHED, damage, move_into_place, newest_valid, ranks_of
+
+logger = logging.getLogger(__name__)
+OTHER_RANKS = (
+    "%s was written by %d ranks and is continued on %d: the updates are the same within rounding if batch size times "
+    "accumulation times ranks is; random numbers, such as those of dropout, are new ones"
+)
 
 
 class AdapterCheckpoints:
@@ -109,15 +118,13 @@ class AdapterCheckpoints:
             self._temporary = None
         written = folder / UNFINISHED / f"checkpoint-{self.state.global_step}"
         self._rename_best(written, folder)
-        self.accelerator.wait_for_everyone()  # until each rank has written its random state
-        if self.args.should_save:
-            move_into_place(
-                written,
-                folder,
-                self.args.save_total_limit or 0,
-                Path(self.state.best_model_checkpoint) if self.state.best_model_checkpoint else None,
-            )
-        self.accelerator.wait_for_everyone()
+        ranks = all_ranks()
+        if ranks is not None:
+            wait_for_ranks("writing a checkpoint", ranks)  # until each rank has written its random state
+        best = self.state.best_model_checkpoint
+        keep, best = self.args.save_total_limit or 0, Path(best) if best else None
+        move = partial(move_into_place, written, folder, keep, best)
+        run_on_ranks("moving a checkpoint into place", ranks, self.args.should_save, move)
 
     def _rename_best(self, written: Path, folder: Path) -> None:
         """If this checkpoint is the best so far, replace the temporary folder's name in the Trainer's state."""
@@ -129,6 +136,57 @@ class AdapterCheckpoints:
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Load the adapter with the checks of s2ft.load_adapter, including that of the base model."""
         restore_adapter(self.accelerator.unwrap_model(self.model if model is None else model), resume_from_checkpoint)
+
+    # ---- the same files for any number of ranks -----------------------------------------------------------
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        """Save the schedule and the complete state of the optimizer, which any number of ranks can load."""
+        engine = self.model_wrapped if self.is_deepspeed_enabled else None
+        if engine is None:
+            state = optimizer_state.gather_state(self.optimizer, self.model)
+        elif self._replaces_checkpoints_of(engine):
+            state = zero_state.gather_zero_state(engine)
+        else:
+            state = None
+            engine.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        if self.args.should_save:
+            if state is not None:
+                torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        state = _saved_state(checkpoint)
+        if state is None:  # of a plain Trainer, or of an older s2ft
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        if self.is_deepspeed_enabled:
+            order = zero_state.load_zero_state(self.model_wrapped, state)
+        else:
+            order = optimizer_state.load_state(self.optimizer, self.model, state)
+        schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+        optimizer_state.load_schedule(self.lr_scheduler, schedule, order)
+
+    def _replaces_checkpoints_of(self, engine) -> bool:
+        """Whether the optimizer of a DeepSpeed engine is saved without DeepSpeed's own checkpoint."""
+        return hasattr(Trainer, "_prepare_for_training") and zero_state.is_zero(engine)
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        """Prepare as the Trainer does, but let no DeepSpeed look for its own checkpoint where there is none."""
+        own = self.is_deepspeed_enabled and resume_from_checkpoint and _saved_state(resume_from_checkpoint) is not None
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None if own else resume_from_checkpoint)
+        if own:
+            self._load_from_checkpoint(resume_from_checkpoint)  # again, into the exact copies of the optimizer
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
+    def _load_rng_state(self, checkpoint):
+        """Load this rank's random states. A checkpoint of another number of ranks has none for this one."""
+        if checkpoint is None or ranks_of(Path(checkpoint)) in (0, self.args.world_size):
+            super()._load_rng_state(checkpoint)
+            return
+        if self.args.should_log:
+            logger.warning(OTHER_RANKS, checkpoint, ranks_of(Path(checkpoint)), self.args.world_size)
+        set_seed(self.args.seed + self.state.global_step * self.args.world_size + self.args.process_index)
 
     # ---- FSDP2 and DeepSpeed: here Trainer would also gather and write the base ---------------------------
 
@@ -149,24 +207,20 @@ class AdapterCheckpoints:
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def _save_optimizer_and_scheduler(self, output_dir):
-        if not self._sharded:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        if self.is_deepspeed_enabled:
-            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-        else:
-            save_fsdp_optimizer(
-                self.accelerator.state.fsdp_plugin, self.accelerator, self.optimizer, self.model, output_dir
-            )
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-
     def _load_best_model(self):
         if self._sharded:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
+
+
+def _saved_state(checkpoint) -> dict[str, Any] | None:
+    """Read the state of the optimizer in a checkpoint; None if s2ft did not write it, or an older one did."""
+    file = Path(checkpoint or "") / OPTIMIZER_NAME
+    if not checkpoint or not file.is_file():
+        return None
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    return state if optimizer_state.NAMES in state else None
 
 
 def _ignore_missing_base(model, incompatible) -> None:

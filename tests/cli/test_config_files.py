@@ -1,6 +1,8 @@
 """Options of the training commands: TRL's names, short names, config files, and errors that name the nearest one."""
 
 import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -197,15 +199,26 @@ def test_a_config_holds_lists_dictionaries_switches_and_the_environment(tmp_path
     assert os.environ["S2FT_OF_A_CONFIG"] == "1"
 
 
-def test_the_environment_is_set_before_other_libraries_are_imported(tmp_path):
-    import subprocess
-    import sys
+STOP_AT_IMPORT = """
+import os, sys
+from s2ft.cli.main import main
 
-    (tmp_path / "run.yaml").write_text("env: {HF_HUB_OFFLINE: 1}\nmodel: m\n")
-    code = "from s2ft.cli.main import main; main(['sft', '--config', 'run.yaml'])\n"
-    code += "import huggingface_hub.constants as hub; print(hub.HF_HUB_OFFLINE)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert "missing: --data, --output" in done.stderr and done.stdout.strip() == "True"
+class Stop:
+    def find_spec(self, name, path, target=None):
+        if name in ("torch", "transformers", "huggingface_hub"):
+            print(name, os.environ.get("HF_HUB_OFFLINE"), flush=True)
+            os._exit(3)
+
+sys.meta_path.insert(0, Stop())
+main(["sft", "--config", "run.yaml"])
+"""
+
+
+def test_the_environment_is_set_before_other_libraries_are_imported(tmp_path):
+    """They read it when they are imported. The process ends at the first such import."""
+    (tmp_path / "run.yaml").write_text("env: {HF_HUB_OFFLINE: 'of the file'}\nmodel: m\n")
+    done = subprocess.run([sys.executable, "-c", STOP_AT_IMPORT], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 3 and done.stdout.split(maxsplit=1)[1] == "of the file\n", done.stderr
 
 
 def test_the_written_config_gives_the_same_options_and_no_secret(tmp_path):

@@ -6,23 +6,41 @@ import random
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from train.tiny import save_tiny, sums, write_jsonl
 
+from s2ft.cli.main import main
 from s2ft.train.checkpoints import checkpoints, newest_valid
 from s2ft.train.output import read_log
 
-STEPS, SAVE = 120, 3
+STEPS, SAVE = 60, 3
+TESTS = Path(__file__).parents[1]
+# Run a command with the kernels of the tests. A thread kills the process as soon as the log contains a step: at any
+# moment between two steps, since it does not wait for the others. Another process might look too late.
+KILLED = """
+import os, signal, sys, threading
+from pathlib import Path
+from support.rounding import set_up_kernels
+from s2ft.cli.main import main
+from s2ft.train.output import read_log
+
+def kill(log, step):
+    while all(line["step"] < step for line in read_log(log)):
+        threading.Event().wait(0.002)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+set_up_kernels()
+threading.Thread(target=kill, args=(Path(sys.argv[1]), int(sys.argv[2])), daemon=True).start()
+sys.exit(main(sys.argv[3:]))
+"""
 
 
 def command(work, output, *more):
     return [
-        sys.executable,
-        "-m",
-        "s2ft.cli",
         "sft",
         "--model",
         str(work / "model"),
@@ -57,45 +75,36 @@ def work(tmp_path_factory):
     work = tmp_path_factory.mktemp("work")
     save_tiny(work / "model", attention_dropout=0.1)
     write_jsonl(work / "data.jsonl", sums(30))
-    whole = start(work, work / "whole")
-    _, errors = whole.communicate()
-    assert whole.returncode == 0, errors
+    assert main(command(work, work / "whole")) == 0
     return work
 
 
-def start(work, output, *more):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # the rounding of sums depends on the number of threads
-    return subprocess.Popen(
-        command(work, output, *more), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+def kill_at(step, work, output, *more):
+    """Run in another process until the log contains `step`. Returns the last step in the log."""
+    log = output / "log.jsonl"
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, str(log), str(step), *command(work, output, *more)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-
-
-def kill_at(process, output, step):
-    """Send SIGKILL as soon as the log contains `step`. Returns the last step in the log."""
-    while max((line[0] for line in logged(output)), default=0) < step:
-        try:
-            process.wait(timeout=0.01)
-        except subprocess.TimeoutExpired:
-            continue
-        raise AssertionError(f"the run ended before it was killed: {process.stderr.read()}")
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    assert process.returncode == -signal.SIGKILL, process.stderr
     return logged(output)[-1][0]
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
-def test_a_run_that_was_killed_and_resumed_equals_an_uninterrupted_one(work, tmp_path, kills):
+def test_a_run_that_was_killed_and_resumed_equals_an_uninterrupted_one(work, tmp_path, kills, caplog):
     output, moments = tmp_path / "out", random.Random(kills)
     done = 0
     for number in range(kills):
-        process = start(work, output, *(["--resume"] if number else []))
-        done = kill_at(process, output, min(STEPS - 2, done + moments.randint(1, STEPS // kills - 1)))
+        step = min(STEPS - 2, done + moments.randint(1, STEPS // kills - 1))
+        done = kill_at(step, work, output, *(["--resume"] if number else []))
         found = newest_valid(output)  # the last checkpoint before the last logged step exists
         assert (done - 1) // SAVE * SAVE <= (int(found.name.rpartition("-")[2]) if found else 0)
-    last = start(work, output, "--resume")
-    _, errors = last.communicate()
-    assert last.returncode == 0, errors
-    assert f"resuming from {found.name}" in errors if found else "resuming from the start" in errors
+    caplog.set_level("INFO")
+    assert main(command(work, output, "--resume")) == 0
+    assert f"resuming from {found.name if found else 'the start'}" in caplog.text
     assert logged(output) == logged(work / "whole")
     ours, whole = (load_file(folder / "adapter/s2ft_adapter.safetensors") for folder in (output, work / "whole"))
     assert ours.keys() == whole.keys() and all(torch.equal(ours[key], whole[key]) for key in whole)

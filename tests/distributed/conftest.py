@@ -8,3 +8,11 @@ def ranks():
     made = Ranks()
     yield made
     made.close()
+
+
+@pytest.fixture(scope="session")
+def four_ranks():
+    """Four processes, for slow tests. The first call starts them."""
+    made = Ranks(4)
+    yield made
+    made.close()

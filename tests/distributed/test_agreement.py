@@ -106,7 +106,7 @@ def save_on_first_alone(rank, directory):
 
 def test_saving_a_sharded_model_on_a_single_rank_writes_nothing_and_names_the_cause(ranks, tmp_path):
     message = ranks(save_on_first_alone, tmp_path)[0]
-    assert "waited 0.5 s for rank 1: every rank must call this, not one alone" in message
+    assert "waited for rank 1: it did not call this within 0.5 s: every rank must call this, not one alone" in message
     assert not (tmp_path / "alone").exists()
     model = attached("llama")
     train(model, steps=1)

@@ -1,5 +1,6 @@
 """Runs the commands of a bash block."""
 
+import io
 import os
 import shlex
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 from sybil import Example
 
@@ -49,11 +51,23 @@ class Shell:
 
             status = main(shlex.split(line, comments=True)[1:])
             assert status == 0, f"{line}: exit status {status}"
+        elif " | s2ft " in line:
+            before, _, after = line.partition(" | s2ft ")
+            with mock.patch("sys.stdin", io.StringIO(self.bash(before))):
+                self.run(f"s2ft {after}")
         else:
-            done = subprocess.run(["bash", "-euo", "pipefail", "-c", line], env=self.environment(), text=True,
-                                  capture_output=True)  # fmt: skip
-            print(done.stdout)
-            assert done.returncode == 0, f"{line}: exit status {done.returncode}\n{done.stdout}{done.stderr}"
+            print(self.bash(line))
+
+    def bash(self, line: str) -> str:
+        """Run a command in a process of its own. Returns what it prints.
+
+        Raises:
+            AssertionError: The exit status of the command is not 0.
+        """
+        done = subprocess.run(["bash", "-euo", "pipefail", "-c", line], env=self.environment(), text=True,
+                              capture_output=True)  # fmt: skip
+        assert done.returncode == 0, f"{line}: exit status {done.returncode}\n{done.stdout}{done.stderr}"
+        return done.stdout
 
     def start(self, line: str) -> None:
         """Run a server in the background and wait until its port is open.

@@ -7,6 +7,7 @@ The expected scores come from all activations, stored, and from one backward for
 import pytest
 import torch
 from support.models import model_of
+from support.pairs import in_turn
 from test_metrics import assert_untouched, norms, state
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -213,8 +214,7 @@ def test_activation_scores_equal_those_of_stored_activations(name):
 WITH_LABELS = [name for name, (case, batches) in CASES.items() if all("labels" in batch for batch in batches)]
 
 
-@pytest.mark.parametrize("checkpointing", (False, True))
-@pytest.mark.parametrize("name", WITH_LABELS)
+@pytest.mark.parametrize("name, checkpointing", in_turn(WITH_LABELS, (False, True)))
 def test_gradient_scores_equal_those_of_one_sequence_at_a_time(name, checkpointing):
     case, batches = CASES[name]
     model = model_of(case)
@@ -262,8 +262,9 @@ def test_padding_of_an_encoder_decoder_does_not_count():
         longer[name] = longer[name].clone()
         longer[name][longer[mask].bool()] = batch[name][batch[mask].bool()]
     for metric in CALIBRATED:
+        expected = scores_of(model, metric, [batch])
         for path, values in scores_of(model, metric, [longer]).items():
-            torch.testing.assert_close(values, scores_of(model, metric, [batch])[path], rtol=1e-3, atol=1e-7)
+            torch.testing.assert_close(values, expected[path], rtol=1e-3, atol=1e-7)
 
 
 def test_a_sequence_without_a_label_is_left_out():

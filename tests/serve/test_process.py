@@ -7,11 +7,12 @@ import threading
 
 import httpx
 import pytest
-from serve.fleet import save_adapters
+from serve.fleet import eventually, running, running_server, save_adapters
 from serve.process import served
-from train.tiny import save_tiny
+from train.tiny import save_tiny, tiny_model
 
 from s2ft.cli.main import main
+from s2ft.serve.options import Limits
 
 LONG = dict(max_position_embeddings=1 << 16, tie_word_embeddings=False, eos_token_id=None)
 
@@ -62,23 +63,20 @@ def test_running_requests_finish_after_a_signal(model, adapters, number):
     assert not [line for line in server.lines if "Traceback" in line]
 
 
-def test_a_request_longer_than_the_grace_period_gets_an_error(model, adapters):
-    with served("--model", model, "--adapters", adapters, "--grace", "0") as server:
-        stream = Stream(server.url, 60000)
-        server.signal()
+def test_a_request_longer_than_the_grace_period_gets_an_error(adapters):
+    with running_server(adapters, tiny_model(**LONG), grace=0.0) as (url, server, _):
+        stream = Stream(url, 60000)
+        server.handle_exit(signal.SIGTERM, None)
         assert stream.ended()["error"]["code"] == "shutting_down"
-        assert server.exit_code() == 0
 
 
-def test_a_request_out_of_time_is_504(model, adapters):
-    with served("--model", model, "--adapters", adapters, "--timeout", "0.5") as server:
+def test_a_request_out_of_time_is_504(adapters):
+    with running(adapters, tiny_model(**LONG), limits=Limits(timeout=0.2)) as (url, service):
         body = dict(model="a0", prompt="a", max_tokens=60000, temperature=0)
-        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+        answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
         assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
-        assert Stream(server.url, 60000).ended()["error"]["code"] == "timeout"
-        server.wait_until_idle()
-        server.signal()
-        assert server.exit_code() == 0
+        assert Stream(url, 60000).ended()["error"]["code"] == "timeout"
+        eventually(lambda: not any(httpx.get(f"{url}/health").json()[key] for key in ("running", "waiting")))
 
 
 def test_an_address_in_use_is_an_error(model, caplog, monkeypatch):

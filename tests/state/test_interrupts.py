@@ -50,7 +50,7 @@ def test_after_each_of_many_sigints_detach_gives_the_base(kernels, layout):
 
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_after_an_exception_at_any_moment_the_model_agrees_with_status(kernels):
-    run(kernels, "sweep", "--stride", 700)
+    run(kernels, "sweep", "--stride", 2000)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from state.models import LAYOUTS, fill_slices, make_adapter, ratios, tiny_model,
 from state.plain import different_weights, effective_weights, same_bits, weights_of
 from state.threads import finishes, in_child, repeating
 
-READS = 40
+READS = 20
 WIDE = dict(hidden_size=128, intermediate_size=512)
 REFUSED = (ValueError, RuntimeError)
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning", "ignore:.*not writable.*:UserWarning")

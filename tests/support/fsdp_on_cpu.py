@@ -1,14 +1,16 @@
-"""Makes accelerate use FSDP on CPUs, so that the tests can run it without a GPU.
+"""Makes accelerate share a model on CPUs, so that the tests can run it without a GPU.
 
-accelerate uses FSDP on accelerators only. If FSDP is requested on CPUs, it uses DDP instead, without a message. After
-:func:`allow` it uses FSDP on CPUs too. A launcher can run this file as a script: it calls :func:`allow` and then the
-command line of s2ft.
+accelerate uses FSDP, tensor and context parallelism on accelerators only. If FSDP is requested on CPUs, it uses DDP
+instead, without a message. After :func:`allow` it uses them on CPUs too. A launcher can run this file as a script: it
+calls :func:`allow` and then the command line of s2ft.
 """
 
 import sys
+from pathlib import Path
 
 
 def allow() -> None:
+    from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
 
@@ -25,10 +27,25 @@ def allow() -> None:
                 plugin.set_mixed_precision(self._mixed_precision)
 
     AcceleratorState.__init__ = init
+    several = Accelerator.multi_device.fget
+
+    def multi_device(self):
+        shared = self.parallelism_config is not None and self.parallelism_config.tp_enabled
+        return several(self) or (shared and self.distributed_type == DistributedType.MULTI_CPU)
+
+    Accelerator.multi_device = property(multi_device)
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from support.context_on_cpu import allow as allow_context
+
     allow()
+    allow_context()
+    from accelerate.state import AcceleratorState
+
     from s2ft.cli.main import main
 
-    sys.exit(main())
+    status = main()
+    print("ran as", AcceleratorState._shared_state["distributed_type"].name, flush=True)
+    sys.exit(status)

@@ -1,4 +1,4 @@
-"""A part of all combinations of three parameters. Every pair of values of two parameters is in at least one of them."""
+"""A part of all combinations of parameters runs by default, so that every value is in at least one of them."""
 
 from collections.abc import Iterable
 
@@ -25,3 +25,13 @@ def pairs_mostly_slow(cases: Iterable, first: Iterable, second: Iterable) -> lis
     rows = pairs(cases, first, second)
     chosen = {i * len(first) + (i // len(second)) % len(first) for i in range(len(cases))}
     return [row if number in chosen else pytest.param(*row, marks=pytest.mark.slow) for number, row in enumerate(rows)]
+
+
+def in_turn(cases: Iterable, values: Iterable) -> list:
+    """Return all pairs of a case and a value. By default each case runs with one value, in turn; the others are slow."""
+    values = list(values)
+    return [
+        (case, value) if position == number % len(values) else pytest.param(case, value, marks=pytest.mark.slow)
+        for number, case in enumerate(cases)
+        for position, value in enumerate(values)
+    ]

@@ -1,12 +1,15 @@
-"""Two processes of one gloo group on this machine, which run functions for the tests."""
+"""Processes of one gloo group on this machine, which run functions for the tests."""
 
 import os
 import socket
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing.connection import wait
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
@@ -14,24 +17,49 @@ from support.rounding import set_up_kernels
 
 RANKS = 2
 LIMIT = 120  # seconds for one function
+PRELOADED = ["torch", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama", "transformers.trainer"]
+
+
+@dataclass
+class Outcome:
+    """What became of a function on one rank.
+
+    Attributes:
+        result: What it returned.
+        error: The traceback of its exception, or an empty string.
+        died: Whether the process has ended.
+    """
+
+    result: Any = None
+    error: str = ""
+    died: bool = False
 
 
 class Ranks:
-    """``ranks(function, *args)`` runs ``function(rank, *args)`` on both ranks and returns their results in order.
+    """``ranks(function, *args)`` runs ``function(rank, *args)`` on all ranks and returns their results in order.
 
     Functions and arguments are pickled, so a function must be defined in a module. If it raises, the call fails with
     its traceback. The first call starts the processes. After a failure the next call starts new ones.
+
+    Args:
+        count: Number of ranks.
+        agent: Whether this process has the ranks' store, as the agent of torchrun does. Otherwise rank 0 has it.
     """
 
-    def __init__(self) -> None:
-        self.pipes, self.processes = [], []
+    def __init__(self, count: int = RANKS, agent: bool = False) -> None:
+        self.count, self.agent, self.pipes, self.processes = count, agent, [], []
 
     def start(self) -> None:
-        context, port = mp.get_context("spawn"), free_port()
-        for rank in range(RANKS):
+        context, port = mp.get_context("forkserver"), free_port()
+        context.set_forkserver_preload(PRELOADED)  # imported once, not by each process
+        if self.agent:
+            self.store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+        for rank in range(self.count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, port, theirs), daemon=True)
+            arguments = (rank, self.count, port, self.agent, theirs)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
+            theirs.close()  # so that the end of the process is the end of the pipe
             self.pipes.append(ours)
             self.processes.append(process)
 
@@ -42,28 +70,38 @@ class Ranks:
         self.pipes, self.processes = [], []
 
     def __call__(self, function: Callable, *args: Any) -> list[Any]:
+        outcomes = self.outcomes(function, *args)
+        failed = [
+            f"rank {rank}:\n{outcome.error or 'died'}"
+            for rank, outcome in enumerate(outcomes)
+            if outcome.error or outcome.died
+        ]
+        if failed:
+            raise AssertionError("\n".join(failed))
+        return [outcome.result for outcome in outcomes]
+
+    def outcomes(self, function: Callable, *args: Any) -> list[Outcome]:
+        """Run a function on all ranks, some of which may raise or die.
+
+        Raises:
+            AssertionError: A rank did neither return, raise nor die within LIMIT seconds.
+        """
         if not self.processes:
             self.start()
         for pipe in self.pipes:
             pipe.send((function, args))
-        answers = []
-        for rank, pipe in enumerate(self.pipes):
-            answers.append(self._answer(rank, pipe, answers))
-        failed = [f"rank {rank}:\n{error}" for rank, (error, _) in enumerate(answers) if error]
-        if failed:
+        outcomes: list[Outcome | None] = [None] * self.count
+        while None in outcomes:
+            waiting = {pipe: rank for rank, pipe in enumerate(self.pipes) if outcomes[rank] is None}
+            ready = wait(waiting, LIMIT)
+            if not ready:
+                self.close()
+                raise AssertionError(f"ranks {list(waiting.values())} did not answer; the others: {outcomes}")
+            for pipe in ready:
+                outcomes[waiting[pipe]] = _received(pipe)
+        if any(outcome.error or outcome.died for outcome in outcomes):
             self.close()  # the ranks may be at different places now
-            raise AssertionError("\n".join(failed))
-        return [result for _, result in answers]
-
-    def _answer(self, rank: int, pipe, before: list):
-        try:
-            if pipe.poll(LIMIT):
-                return pipe.recv()
-            error = "did not answer"
-        except EOFError:
-            error = "died"
-        self.close()
-        raise AssertionError(f"rank {rank} {error}; before it: {[error for error, _ in before]}")
+        return outcomes
 
 
 def free_port() -> int:
@@ -72,21 +110,31 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def _serve(rank: int, port: int, pipe) -> None:
+def _received(pipe) -> Outcome:
+    try:
+        return pipe.recv()
+    except (EOFError, ConnectionResetError):
+        return Outcome(died=True)
+
+
+def _serve(rank: int, count: int, port: int, agent: bool, pipe) -> None:
     set_up_kernels()  # the same as in the process that compares the results
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(RANKS),
-        LOCAL_WORLD_SIZE=str(RANKS),
+        WORLD_SIZE=str(count),
+        LOCAL_WORLD_SIZE=str(count),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         ACCELERATE_USE_CPU="true",
+        OMP_NUM_THREADS="1",
+        TORCHELASTIC_USE_AGENT_STORE=str(agent),
     )
     dist.init_process_group("gloo", timeout=timedelta(seconds=LIMIT))
     while True:
         function, args = pipe.recv()
         try:
-            pipe.send(("", function(rank, *args)))
+            torch.manual_seed(0)  # as before each test
+            pipe.send(Outcome(function(rank, *args)))
         except BaseException:
-            pipe.send((traceback.format_exc(), None))
+            pipe.send(Outcome(error=traceback.format_exc()))

@@ -1,5 +1,7 @@
 """The output folder: a run neither loses nor mixes in files of another run."""
 
+from contextlib import nullcontext
+
 import pytest
 
 from s2ft.train.output import RunFolder, read_log
@@ -61,6 +63,45 @@ def test_a_resumed_run_must_have_the_options_of_the_run(tmp_path):
     ):
         with pytest.raises(ValueError, match=said):
             folder.begin(options, resume=True)
+
+
+def division(devices, micro, passes):
+    return {
+        "groups_of_devices": devices,
+        "training.batch_size": devices * micro * passes,
+        "training.per_device_train_batch_size": micro,
+        "training.gradient_accumulation_steps": passes,
+    }
+
+
+@pytest.mark.parametrize(
+    "now, said",
+    [
+        (division(4, 2, 1), ""),
+        (division(2, 2, 2), ""),
+        (division(1, 8, 1), ""),
+        (division(2, 2, 1), "training.batch_size was 8, is 4"),
+        (division(4, 1, 2), "per_device_train_batch_size was 2, is 1"),  # the same devices: the sums need not differ
+    ],
+)
+def test_a_run_goes_on_with_the_same_rows_on_another_number_of_devices(tmp_path, now, said):
+    folder = RunFolder(tmp_path)
+    folder.begin(division(4, 2, 1))
+    with pytest.raises(ValueError, match=said) if said else nullcontext():
+        folder.begin(now, resume=True)
+
+
+def test_a_run_of_an_older_s2ft_goes_on_with_the_same_division(tmp_path):
+    old = {
+        name: value
+        for name, value in division(4, 2, 1).items()
+        if name not in ("groups_of_devices", "training.batch_size")
+    }
+    folder = RunFolder(tmp_path)
+    folder.begin(old)
+    folder.begin(division(4, 2, 1), resume=True)
+    with pytest.raises(ValueError, match="gradient_accumulation_steps was 1, is 2"):
+        folder.begin(division(2, 2, 2), resume=True)
 
 
 def test_a_truncated_log_is_read_up_to_the_last_full_line(tmp_path):

@@ -22,7 +22,7 @@ from s2ft.layers import kind_of
 from s2ft.layers.base import at_rest
 from s2ft.model.permutation import MovingTensor, inverse, moving_tensors
 from s2ft.model.weights import tensors_of, weight_at
-from s2ft.ops import permute_, swap_
+from s2ft.ops import swap_
 
 
 def add_state_hooks(model: nn.Module) -> None:
@@ -69,8 +69,7 @@ class _BaseOrder:
         if layer is not None and layer.fused:
             layer.write_units_of(copy, layer.base)
         for moving in self.moves.get(id(tensor), ()):
-            view = moving.view(copy)
-            permute_(view, moving.elements.to(view.device), moving.dim)
+            moving.permute(copy)
         for entry in reversed(self.record.written) if without_written else ():
             handle = weight_at(self.model, entry.projection)
             if not entry.is_local and handle.tensor is tensor:
@@ -91,6 +90,8 @@ def _put_in_order(model: nn.Module, state: dict[str, Any], prefix: str, metadata
     record = find_attachment(model)
     if record is None or not (record.moves or record.mounts):
         return
+    if record.awaits_weights:
+        return  # no unit has moved and no trainable layer runs
     order, copies = _BaseOrder(model, record), {}
     for key, tensor in _tensors(model, prefix):
         found = state.get(key)
@@ -112,8 +113,8 @@ def _check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any
         ValueError: They are not. Nothing has changed.
     """
     record = find_attachment(model)
-    if record is None:
-        return
+    if record is None or record.awaits_weights:
+        return  # weights that arrive are checked when they are complete, see s2ft.attached.arrival
     order, frozen, same = _BaseOrder(model, record), _coupled(model, record), {}
     for key, tensor in _tensors(model, prefix):
         found = state.get(key)

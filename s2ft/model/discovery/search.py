@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s2ft.distributed import full_shape
 from s2ft.model.discovery.attention import attention_blocks
 from s2ft.model.discovery.examples import example_of, runnable_example
 from s2ft.model.discovery.ffn import ffn_blocks
@@ -57,7 +58,7 @@ def _key(model: nn.Module) -> tuple | None:
     if not hasattr(config, "to_json_string"):
         return None
     modules = tuple((path, type(module)) for path, module in model.named_modules())
-    sizes = tuple((path, tuple(parameter.shape)) for path, parameter in model.named_parameters())
+    sizes = tuple((path, tuple(full_shape(parameter))) for path, parameter in model.named_parameters())
     return modules, sizes, config.to_json_string()
 
 
@@ -113,7 +114,7 @@ def trial_of(model: nn.Module, example: Any = None) -> Trial:
             "(a tensor, a tuple of arguments or a dict of them), so that s2ft finds the couplings by trials; or "
             "describe them in couplings=[s2ft.Coupling.ffn(...), ...]"
         )
-    size = sum(parameter.numel() for parameter in model.parameters())
+    size = sum(full_shape(parameter).numel() for parameter in model.parameters())
     if example is not None and (own or size <= COPIED_WITH_EXAMPLE):
         return _trial_on(model, example)
     tried: list[str] = []

@@ -5,6 +5,7 @@ from itertools import product
 
 from torch import Tensor, nn
 
+from s2ft.distributed import full_shape
 from s2ft.layers import forward_of
 from s2ft.model.coupling import Coupling
 from s2ft.model.discovery.proposal import Block, Proposal
@@ -32,7 +33,7 @@ def _stack(module: nn.Module, name: str) -> Tensor | None:
     owner, _, name = name.rpartition(".")
     owner = module if not owner else getattr(module, owner, None)
     found = getattr(owner, name, None)
-    return found if isinstance(found, nn.Parameter) and found.dim() == 3 else None
+    return found if isinstance(found, nn.Parameter) and len(full_shape(found)) == 3 else None
 
 
 def _runs(module: nn.Module, up: str) -> bool:
@@ -48,9 +49,10 @@ def _proposals(structure: Structure, path: str, up: str, down: str, first: Tenso
     """The layouts that the shapes allow, with and without the bias of the first weight."""
     module, number = structure.modules[path], structure.layer_number(path)
     bias = f"{path}.{up}_bias" if isinstance(getattr(module, f"{up}_bias", None), Tensor) else None
+    one, two = full_shape(first), full_shape(last)
     for transposed, moving in product((False, True), dict.fromkeys((None, bias))):
-        outputs, inputs = (first.shape[2], last.shape[1]) if transposed else (first.shape[1], last.shape[2])
-        more = {"down": f"{path}.{down}", "channels": inputs, "experts": len(first), "transposed": transposed}
+        outputs, inputs = (one[2], two[1]) if transposed else (one[1], two[2])
+        more = {"down": f"{path}.{down}", "channels": inputs, "experts": one[0], "transposed": transposed}
         words = f"{'inputs × outputs' if transposed else 'outputs × inputs'}{', moving the bias' if moving else ''}"
         if outputs == inputs:
             couplings = Coupling.experts(number, up=f"{path}.{up}", bias=moving, **more)
@@ -67,5 +69,7 @@ def stacked_weights(structure: Structure) -> Iterator[str]:
         for name, parameter in module.named_parameters(recurse=False):
             if f"{path}.{name}" in structure.shared:
                 continue
-            if parameter.dim() == 3 and ("expert" in f"{path}.{name}".lower() or "Expert" in type(module).__name__):
+            if len(full_shape(parameter)) == 3 and (
+                "expert" in f"{path}.{name}".lower() or "Expert" in type(module).__name__
+            ):
                 yield f"{path}.{name}"

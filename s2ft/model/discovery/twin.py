@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from s2ft.distributed import full_shape, full_tensors, is_partitioned, without_zero_init
 from s2ft.model.discovery.tiny_config import DEPTH, Level, config_for, tiny_config
 
 MOST = 60_000_000  # parameters of a twin: 0.5 GB
@@ -50,7 +51,7 @@ def twin_of(model: nn.Module) -> nn.Module:
 
 def twins_of(model: nn.Module, tried: list[str]) -> Iterator[nn.Module]:
     """Iterate over twins of a model, the smallest first, and append to `tried` why others can't be built."""
-    size = sum(parameter.numel() for parameter in model.parameters())
+    size = sum(full_shape(parameter).numel() for parameter in model.parameters())
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     if size <= COPIED_AT_ONCE and not on_meta and not _is_quantized(model):
         yield copied(model)
@@ -116,9 +117,10 @@ def tiny_model(model_class: type, config: Any, dtype: torch.dtype = torch.float3
 
 
 def _from_config(model_class: type, config: Any, dtype: torch.dtype) -> nn.Module:
-    if hasattr(model_class, "_from_config"):
-        return model_class._from_config(config, dtype=dtype)
-    return model_class(config)
+    with without_zero_init():
+        if hasattr(model_class, "_from_config"):
+            return model_class._from_config(config, dtype=dtype)
+        return model_class(config)
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -130,8 +132,14 @@ def copied(model: nn.Module) -> nn.Module:
                 if tensor.is_floating_point():
                     tensor.detach().zero_()
         else:
-            twin = copy.deepcopy(model).to("cpu")
+            twin = copy.deepcopy(model, _gathered_copies(model)).to("cpu")
     return _prepared(twin, torch.float64)
+
+
+def _gathered_copies(model: nn.Module) -> dict[int, nn.Parameter]:
+    """Full copies of the parameters that ZeRO-3 has partitioned, by their ids, as the memo of a deep copy."""
+    partitioned = {str(id(one)): one for one in model.parameters() if is_partitioned(one)}
+    return {int(key): nn.Parameter(value) for key, value in full_tensors(partitioned).items()}
 
 
 def _prepared(model: nn.Module, dtype: torch.dtype) -> nn.Module:

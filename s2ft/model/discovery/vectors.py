@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from itertools import chain, combinations
 
+from s2ft.distributed import full_shape
 from s2ft.model.coupling import Coupling, Vector
 from s2ft.model.discovery.structure import Structure, is_inside, parent_of
 
@@ -38,14 +39,15 @@ def _candidates(structure: Structure, roots: tuple[str, ...], coupling: Coupling
     seen = set()
     for root in dict.fromkeys(roots):
         for path, tensor in _tensors(structure, root):
-            if path in seen or parent_of(path) in structure.layers or tensor.dim() == 0:
+            shape = full_shape(tensor)
+            if path in seen or parent_of(path) in structure.layers or not shape:
                 continue
             seen.add(path)
             sides = (keys, q) if OF_KEYS.search(path) else (q, keys)
-            found = (side for side in sides if tensor.shape[0] in (side.count, side.count * side.unit))
+            found = (side for side in sides if shape[0] in (side.count, side.count * side.unit))
             side = next(found, None)
             if side is not None and side.count > 1:
-                yield Vector(path, tensor.shape[0] // side.count)
+                yield Vector(path, shape[0] // side.count)
 
 
 def _tensors(structure: Structure, root: str) -> Iterator[tuple]:

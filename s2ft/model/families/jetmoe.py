@@ -7,6 +7,7 @@ have the weights of all experts.
 
 from torch import nn
 
+from s2ft.distributed import full_shape
 from s2ft.model.builders import layers_of
 from s2ft.model.coupling import Coupling, Projection
 
@@ -16,7 +17,7 @@ MODEL_TYPES = ("jetmoe",)
 def couplings(model: nn.Module) -> list[Coupling]:
     found = []
     for i, (path, layer) in enumerate(layers_of(model, "layers")):
-        count, _, channels = layer.mlp.output_linear.weight.shape
+        count, _, channels = full_shape(layer.mlp.output_linear.weight)
         sides = {"gate_up": f"{path}.mlp.input_linear.weight", "down": f"{path}.mlp.output_linear.weight"}
         found += Coupling.experts(i, **sides, channels=channels, experts=count)
         found += _attention(model.config, i, f"{path}.self_attention")

@@ -1,18 +1,12 @@
 """Two gloo ranks under DDP and FSDP2 train the same slices as one process."""
 
-import socket
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
-from support.rounding import set_up_kernels
+from support.ranks import RANKS
 from torch import nn
 
 from s2ft import S2ColumnLinear, S2RowLinear
-
-RANKS = 2
 
 
 class Block(nn.Module):
@@ -57,21 +51,12 @@ def wrapped(kind):
     return model
 
 
-def run_rank(rank, kind, port, results):
-    set_up_kernels()  # as in the process that gives the expected numbers
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
+def train_on_rank(rank, kind):
     rows = 4 // RANKS
-    slices = train(wrapped(kind), slice(rank * rows, (rank + 1) * rows))
-    if rank == 0:
-        torch.save(slices, results)
-    dist.destroy_process_group()
+    return train(wrapped(kind), slice(rank * rows, (rank + 1) * rows))
 
 
-@pytest.mark.parametrize("kind", ("fsdp2", pytest.param("ddp", marks=pytest.mark.slow)))
-def test_two_ranks_train_what_one_trains(kind, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(run_rank, args=(kind, port, tmp_path / "slices"), nprocs=RANKS)
-    for ours, alone in zip(torch.load(tmp_path / "slices"), train(network(), slice(None))):
+@pytest.mark.parametrize("kind", ("fsdp2", "ddp"))
+def test_two_ranks_train_what_one_trains(ranks, kind):
+    for ours, alone in zip(ranks(train_on_rank, kind)[0], train(network(), slice(None)), strict=True):
         torch.testing.assert_close(ours, alone, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,293 @@
+"""Write the merged checkpoint of an attached model, whole or spread over ranks. The model does not change."""
+
+import logging
+import os
+from collections.abc import Callable
+from copy import deepcopy
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from s2ft.attached import extra_weights
+from s2ft.attached.active import mounted_deltas
+from s2ft.attached.checks import check_can_merge
+from s2ft.attached.hosts.compiled import of_compiled
+from s2ft.attached.record import Attachment, State, attachment_of
+from s2ft.distributed import (
+    all_ranks,
+    decide,
+    full_values,
+    is_dtensor,
+    is_partitioned,
+    own_shard,
+    reshard_all,
+    run_on_first_rank,
+    run_on_ranks,
+)
+from s2ft.export.merged import check_size, temporary_folder
+from s2ft.export.streamed import Changes, DiskSource, Source, Sum, saved_names, write_config, write_weights
+from s2ft.files.streaming import StoredTensor
+from s2ft.model.checkpoint import StoredWeights, open_checkpoint, read_from
+from s2ft.model.conversion import Group, is_of_transformers, saving_groups
+from s2ft.model.fingerprint import difference, fingerprint
+from s2ft.model.permutation import inverse, moving_tensors
+
+logger = logging.getLogger(__name__)
+
+
+@of_compiled
+def save_merged(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    *,
+    base: str | os.PathLike | None = None,
+    max_shard_size: int | str | None = None,
+) -> None:
+    """Write the active adapters and their base as a plain checkpoint of transformers. The model does not change.
+
+    The checkpoint equals that of ``s2ft.merge(model).save_pretrained(directory)``, bit for bit, and no process has the
+    whole model in its memory: weights are read from the base's checkpoint, changed and written one at a time. If there
+    is no such checkpoint, they are gathered from the ranks one at a time.
+
+    It works on models that FSDP2, ZeRO-3 or tensor parallelism has spread over ranks. Under torch.distributed every
+    rank must call this. The first rank writes, and the others return when the files are complete. The tokenizer is not
+    written: save it to the same folder afterwards.
+
+    Args:
+        model: Model of transformers with an active adapter.
+        directory: Folder to write. It must not exist.
+        base: The checkpoint that the base was loaded from: a folder, or a name on the hub. Weights outside the
+            couplings are taken from it. Default: the one that the model's config names, if it is there and its weights
+            are those of the model.
+        max_shard_size: The largest file of weights, for example "2GB". Default: that of transformers.
+
+    Raises:
+        FileExistsError: The folder exists.
+        ValueError: No adapter is active, the model is quantized or not one of transformers, or `base` has other
+            weights.
+        RuntimeError: Another rank failed or did not take part, or the files are not what was meant. Nothing is left.
+
+    Example:
+        >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+        >>> s2ft.save_merged(model, "merged")
+        >>> type(model).from_pretrained("merged").num_parameters()
+        82624
+    """
+    record = attachment_of(model)
+    _check(model, record, max_shard_size)
+    reshard_all(model)
+    plain, ranks, changes = _plain(model), all_ranks(), _changes(model, record)
+    is_first = ranks is None or dist.get_rank() == ranks[0]
+    found: list[StoredWeights] = []
+    obstacle = decide("the base to merge into", is_first, lambda: _find_base(base, model, record, plain, found)).value
+
+    def write(source: Source, changes: Changes) -> None:
+        with temporary_folder(directory) as folder:
+            compare = write_weights(folder, plain, source, changes, max_shard_size)
+            write_config(folder, plain)
+            compare()
+
+    if not obstacle:
+        run_on_first_rank("saving a merged checkpoint", ranks, lambda: write(DiskSource(found[0]), changes))
+        return
+    if is_first:
+        logger.info("the base is gathered from the model to merge into it, because %s", obstacle)
+    left = _left(record, changes)
+    _write_gathered(_ModelSource(model, record, plain), ranks, is_first, lambda source: write(source, left))
+
+
+def _check(model: nn.Module, record: Attachment, max_shard_size: int | str | None) -> None:
+    """Raise ValueError if the adapters can't be merged."""
+    if not is_of_transformers(model):
+        raise ValueError(
+            f"save_merged writes checkpoints of transformers, and {type(model).__name__} is no model of it: call "
+            "s2ft.merge, and save the state_dict"
+        )
+    if not record.active:
+        raise ValueError("no adapter is active, so there is nothing to merge: call s2ft.set_adapter first")
+    if record.name in record.active:
+        check_can_merge(record)
+    if isinstance(max_shard_size, str):
+        check_size(max_shard_size)
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """A model of the same class and dtypes without adapters, on the meta device."""
+    own = next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))  # FSDP2 derives a class
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(model.dtype)
+        with torch.device("meta"):
+            plain = own(deepcopy(model.config))
+    finally:
+        torch.set_default_dtype(before)
+    tensors = _tensors(model)
+    for name, parameter in plain.named_parameters():
+        parameter.data = parameter.data.to(_find(tensors, name).dtype)
+    if model.can_generate():
+        plain.generation_config = deepcopy(model.generation_config)
+    return plain.eval()
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers of an attached model by name, each with all of its names."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def _find(tensors: dict[str, Tensor], name: str) -> Tensor:
+    """The tensor that has this name in the plain model."""
+    layer, _, last = name.rpartition(".")
+    names = (name, f"{name}.weight", f"{layer}.linear.{last}")  # a replaced parameter, and a layer inside a layer
+    return next(tensors[one] for one in names if one in tensors)
+
+
+def _changes(model: nn.Module, record: Attachment) -> Changes:
+    """What the active adapters change in the base. Every rank of a sharded model must call this."""
+    deltas = {name: record.loaded[name].deltas for name in record.active if name != record.name}
+    extra = {k: v for name in deltas for k, v in record.loaded[name].extra_weights.items()}
+    if record.name in record.active:
+        deltas[record.name] = mounted_deltas(record)
+        extra.update(extra_weights.trained_values(model, record))
+    passes: dict[str, list[Sum]] = {}
+    written = {name: weight for name, weight in record.active.items() if not (name == record.name and record.trains)}
+    for path in dict.fromkeys(path for name in written for path in deltas[name]):
+        passes[path] = [[(deltas[name][path], weight) for name, weight in written.items() if path in deltas[name]]]
+    if record.trains:  # merging writes it on top of what is written, as the forward adds it
+        for path, delta in deltas[record.name].items():
+            passes.setdefault(path, []).append([(delta, 1.0)])
+    return Changes(record.projections, passes, extra)
+
+
+# ---- the base on a disk --------------------------------------------------------------------------------
+
+
+def _find_base(
+    base: str | os.PathLike | None, model: nn.Module, record: Attachment, plain: nn.Module, found: list[StoredWeights]
+) -> str:
+    """Open the base's checkpoint and check that it is that of the model.
+
+    Args:
+        base: The checkpoint that the user gave, if any.
+        model: The attached model.
+        record: Its record.
+        plain: The plain model on the meta device.
+        found: A list that gets the checkpoint's weights.
+
+    Returns:
+        Why there is no such checkpoint; empty if there is one.
+
+    Raises:
+        ValueError: The checkpoint that the user gave is of another base.
+    """
+    source = getattr(model.config, "_name_or_path", "") if base is None else base
+    try:
+        if not source:
+            return "its config does not say where it was loaded from"
+        weights = StoredWeights(plain, open_checkpoint(source))
+        DiskSource(weights)  # raises for tied weights that differ
+        with read_from(plain, weights):
+            other = difference(record.fingerprint, fingerprint(plain, record.couplings))
+        other = other or _difference_outside(model, record, weights)
+        if other:
+            raise ValueError(f"{source} has other weights than the base of this model: {other}")
+    except (OSError, ValueError) as error:  # no such files, others than the base's, or none that can be streamed
+        if base is not None:
+            raise
+        return str(error)
+    found.append(weights)
+    return ""
+
+
+def _difference_outside(model: nn.Module, record: Attachment, weights: StoredWeights) -> str:
+    """Compare what this rank has of the weights outside the couplings. Returns the difference in words."""
+    changed = {*extra_weights.coupled_names(record.couplings), *record.extra.base, *record.extra.overwritten}
+    for name, tensor in model.named_parameters():
+        if name in changed or tensor.is_meta or name not in weights:
+            continue
+        stored = weights.read(name)
+        if is_partitioned(tensor):
+            part = tensor.ds_tensor.detach().flatten()
+            first = part.numel() * dist.get_rank(tensor.ds_process_group)
+            stored = stored.flatten()[first : first + part.numel()]
+            part = part[: stored.numel()]
+        elif is_dtensor(tensor):
+            shard = own_shard(tensor)
+            part = shard.tensor
+            for dim, start in enumerate(shard.start):
+                stored = stored.narrow(dim, start, part.shape[dim])
+        else:
+            part = tensor.detach()
+        if not torch.equal(part.cpu(), stored):
+            return f"{name} differs"
+    return ""
+
+
+# ---- the base in the model -----------------------------------------------------------------------------
+
+
+def _left(record: Attachment, changes: Changes) -> Changes:
+    """The changes that are not in the weights of the model yet: those of the trainable adapter, unless it is fused."""
+    if record.state is not State.TRAINING:
+        return Changes(record.projections, {})
+    trained = [part.projection.name for mount in record.mounts.values() for part in mount.parts]
+    return Changes(record.projections, {name: changes.passes[name][-1:] for name in trained})
+
+
+class _ModelSource:
+    """The weights of a base in an attached model, see :class:`s2ft.export.streamed.Source`.
+
+    A weight that is spread over ranks is gathered when it is read. So every rank reads all weights in the same order:
+    the first one reads them as it writes, the others by :meth:`read_rest`.
+    """
+
+    def __init__(self, model: nn.Module, record: Attachment, plain: nn.Module) -> None:
+        self.transforms = getattr(model, "_weight_conversions", None)
+        self._tensors = _tensors(model)
+        groups = saving_groups(plain, self.transforms, saved_names(plain))
+        self._rest = [name for group in groups for name, _ in group.sources]
+        self._moves = {}
+        for move in (move for move in record.moves if move.is_done):
+            for moving in moving_tensors(model, move.coupling, inverse(move.order)):
+                self._moves.setdefault(id(moving.tensor), []).append(moving)
+
+    def __contains__(self, name: str) -> bool:
+        return True
+
+    def values(self, names: list[str]) -> dict[str, Tensor]:
+        return {name: self._read(name) for name in names}
+
+    def _read(self, name: str) -> Tensor:
+        assert name == self._rest.pop(0), "weights must be read in one order on all ranks"
+        tensor = _find(self._tensors, name)
+        with full_values(tensor) as full:
+            values = full.to("cpu", copy=True)
+        for moving in self._moves.get(id(tensor), ()):
+            moving.permute(values)
+        return values
+
+    def read_rest(self) -> None:
+        """Take part in gathering all weights that this rank has not read yet."""
+        for name in list(self._rest):
+            self._read(name)
+
+    def copies(self, group: Group) -> None:
+        return None
+
+    def others(self) -> dict[str, StoredTensor]:
+        return {}
+
+
+def _write_gathered(
+    source: _ModelSource, ranks: list[int] | None, is_first: bool, write: Callable[[Source], None]
+) -> None:
+    """Write on the first rank what all ranks gather. If it fails, it takes part in the rest before it says so."""
+
+    def act() -> None:
+        try:
+            if is_first:
+                write(source)
+        finally:
+            source.read_rest()
+
+    run_on_ranks("saving a merged checkpoint", ranks, True, act)

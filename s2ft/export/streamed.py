@@ -1,0 +1,288 @@
+"""Write the checkpoint of a merged model one weight at a time. No process ever has the whole model in its memory.
+
+The weights are read from the base's checkpoint, or gathered from the ranks of a model. The changed rows and columns
+are added by the op that merges in memory, so the result is the same bit for bit. Tensors that do not change are copied
+in pieces. A plain model on the meta device says which weights there are and how transformers stores them.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from s2ft.files.streaming import StoredTensor, checksum, lay_out
+from s2ft.model.checkpoint import INDEX, StoredWeights, open_checkpoint, tied_names
+from s2ft.model.conversion import CannotStream, Group, saving_groups
+from s2ft.model.coupling import Projection
+from s2ft.model.delta import Delta
+from s2ft.model.weights import WeightHandle, weight_at
+from s2ft.ops import scatter_add_
+
+Sum = list[tuple[Delta, float]]  # deltas of one projection with their weights: they are added in one pass
+
+
+@dataclass
+class Changes:
+    """What merging changes in a base.
+
+    Attributes:
+        projections: The projections that change, by name.
+        passes: Sums of deltas, by projection. They are added to the weight one after the other.
+        extra: New values of weights outside the couplings, by name.
+    """
+
+    projections: dict[str, Projection]
+    passes: dict[str, list[Sum]]
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    """Where the weights of the base are.
+
+    Attributes:
+        transforms: Transforms of transformers that were used to load the base; None if there was no checkpoint.
+    """
+
+    transforms: list | None
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def values(self, names: list[str]) -> dict[str, Tensor]:
+        """Read weights by name, each into memory of its own."""
+
+    def copies(self, group: Group) -> dict[str, StoredTensor] | None:
+        """The tensors in files that hold what a group makes, if it only copies; else None."""
+
+    def others(self) -> dict[str, StoredTensor]:
+        """Tensors of the base's files that belong to no weight of the model. The new checkpoint has them too."""
+
+
+class DiskSource:
+    """The weights of a base in its checkpoint, see :class:`Source`."""
+
+    def __init__(self, weights: StoredWeights) -> None:
+        """Use these weights.
+
+        Raises:
+            CannotStream: Two weights are one in the model and have different values in the checkpoint.
+        """
+        self.weights, self.transforms = weights, weights.transforms
+        for names in tied_names(weights.model):
+            stored = [self._plain(name) for name in names if name in weights and weights.name(name) == name]
+            if len(stored) > 1 and (None in stored or len({(one.dtype, one.checksum()) for one in stored}) > 1):
+                raise CannotStream(f"{' and '.join(names)} are one weight by its config and differ in the checkpoint")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.weights
+
+    def _plain(self, name: str) -> StoredTensor | None:
+        """The tensor that holds a weight as it is; None if the weight is converted."""
+        group = self.weights.group(name)
+        return None if group.transform else self.weights.checkpoint.tensors[group.sources[0][0]]
+
+    def values(self, names: list[str]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name in names:
+            if name not in found:  # a group may make several of them
+                made = self.weights.read_group(self.weights.group(name))
+                found.update({one: made[self.weights.name(one)] for one in names if self.weights.name(one) in made})
+        return found
+
+    def copies(self, group: Group) -> dict[str, StoredTensor] | None:
+        names = [name for name, _ in group.sources]
+        if group.transform is None:
+            stored = self._plain(names[0])
+            return None if stored is None else {group.name: stored}
+        files = self.weights.checkpoint.tensors
+        parts = {part for name in names for part, _ in self.weights.group(name).sources}
+        same = parts == group.made.keys() and all(files[name].shape == group.made[name].shape for name in parts)
+        return {name: files[name] for name in parts} if same else None
+
+    def others(self) -> dict[str, StoredTensor]:
+        return {name: self.weights.checkpoint.tensors[name] for name in self.weights.unused}
+
+
+class MergedWeights:
+    """The weights of a base with changes, which are made when a weight is read."""
+
+    def __init__(self, model: nn.Module, source: Source, changes: Changes) -> None:
+        """Find the weights that change.
+
+        Args:
+            model: The plain model on the meta device.
+            source: Its weights.
+            changes: The changes.
+        """
+        self.source = source
+        self.state = model.state_dict(keep_vars=True)
+        self._deltas: dict[int, list[tuple[WeightHandle, int, list[Sum]]]] = {}
+        for name, passes in changes.passes.items():
+            handle = weight_at(model, changes.projections[name])
+            change = handle, changes.projections[name].dim, passes
+            self._deltas.setdefault(id(handle.tensor), []).append(change)
+        self._extra = {id(self.state[name]): value for name, value in changes.extra.items()}
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the base has this weight, or a change replaces it."""
+        return name in self.source or id(self.state[name]) in self._extra
+
+    def changes(self, name: str) -> bool:
+        """Whether a weight changes."""
+        return id(self.state[name]) in self._deltas or id(self.state[name]) in self._extra
+
+    def read(self, names: list[str]) -> dict[str, Tensor]:
+        """The changed weights by name, in memory of their own."""
+        found = self.source.values([name for name in names if id(self.state[name]) not in self._extra])
+        for name, values in found.items():
+            for handle, dim, passes in self._deltas.get(id(self.state[name]), ()):
+                found[name] = values = values.contiguous()
+                for deltas in passes:
+                    index, added = ([getattr(delta, part) for delta, _ in deltas] for part in ("index", "values"))
+                    scatter_add_(handle.view(values), index, added, dim, [weight for _, weight in deltas])
+        for name in names:
+            if name not in found:
+                found[name] = self._extra[id(self.state[name])].to(self.state[name].dtype)
+        return found
+
+
+def saved_names(model: nn.Module) -> list[str]:
+    """The names of the weights that `save_pretrained` of transformers writes: a tied weight has one of its names."""
+    state = model.state_dict()
+    for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
+        state.pop(name, None)
+    if not hasattr(model, "config"):
+        return list(state)
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    return list(remove_tied_weights_from_state_dict(state, model))
+
+
+def write_weights(
+    folder: Path, model: nn.Module, source: Source, changes: Changes, max_shard_size: int | str | None = None
+) -> Callable[[], None]:
+    """Write the files of a merged model's weights.
+
+    Args:
+        folder: An empty folder.
+        model: The plain model on the meta device, with the dtypes to write.
+        source: The base's weights.
+        changes: What merging changes.
+        max_shard_size: Size of a file, for example "2GB". Default: that of transformers.
+
+    Returns:
+        A function that reads the files again and compares every tensor. It raises RuntimeError if one differs.
+
+    Raises:
+        CannotStream: transformers can't convert these weights one at a time. Nothing is written.
+    """
+    merged, names = MergedWeights(model, source, changes), saved_names(model)
+    lost = next((name for name in names if name not in merged), None)
+    if lost is not None:
+        raise CannotStream(f"{lost} is not in the base's checkpoint")
+    groups = saving_groups(model, source.transforms, names)
+    made = {name: tensor for group in groups for name, tensor in group.made.items()}
+    others = {name: stored for name, stored in source.others().items() if name not in made}
+    made.update({name: stored.empty() for name, stored in others.items()})
+    places = _lay_out_all(folder, model, made, max_shard_size)
+    written: dict[str, int] = {name: places[name].write_pieces(stored.pieces()) for name, stored in others.items()}
+    converted: dict[str, int] = {}
+    for group in groups:
+        names = [name for name, _ in group.sources]
+        copies = None if any(merged.changes(name) for name in names) else source.copies(group)
+        if copies is not None:
+            written.update({name: places[name].write_pieces(stored.pieces()) for name, stored in copies.items()})
+            continue
+        values = merged.read(names)
+        if group.transform is not None:
+            converted.update({name: checksum(value) for name, value in values.items()})
+        for name, value in group.convert(model, values.pop).items():
+            written[name] = places[name].write(value)
+    return lambda: _compare(folder, model, groups, written, converted)
+
+
+def _lay_out_all(
+    folder: Path, model: nn.Module, made: dict[str, Tensor], max_shard_size: int | str | None
+) -> dict[str, StoredTensor]:
+    """Create the files of a checkpoint and, if there are several, their index. Returns the place of each tensor."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    # a piece of a larger tensor would count with all of it
+    fresh = {name: torch.empty(one.shape, dtype=one.dtype, device="meta") for name, one in made.items()}
+    size = default_shard_size() if max_shard_size is None else max_shard_size
+    split = split_torch_state_dict_into_shards(fresh, max_shard_size=size)
+    places: dict[str, StoredTensor] = {}
+    for file, names in split.filename_to_tensors.items():
+        places.update(lay_out(folder / file, {name: fresh[name] for name in names}))
+    if split.is_sharded:
+        count = sum(parameter.numel() for parameter in model.parameters())
+        index = {"metadata": {"total_parameters": count, **split.metadata}, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return places
+
+
+def default_shard_size() -> int | str:
+    """The size of a file with which transformers saves a model."""
+    import inspect
+
+    from transformers import PreTrainedModel
+
+    return inspect.signature(PreTrainedModel.save_pretrained).parameters["max_shard_size"].default
+
+
+def _compare(
+    folder: Path, model: nn.Module, groups: list[Group], written: dict[str, int], converted: dict[str, int]
+) -> None:
+    """Read a checkpoint and compare it with what was meant.
+
+    Args:
+        folder: Folder of the checkpoint.
+        model: The plain model on the meta device.
+        groups: How its tensors were made.
+        written: Sums of the tensors that were written, by name.
+        converted: Sums of the weights that were converted before, by name.
+
+    Raises:
+        RuntimeError: A tensor differs, or transformers would load it as another weight.
+    """
+    found = open_checkpoint(folder)
+    weights = StoredWeights(model, found)
+    different = sorted(found.tensors.keys() ^ written.keys()) or [
+        name for name, total in written.items() if found.tensors[name].checksum() != total
+    ]
+    different += [name for name in model.state_dict() if name not in weights]
+    for group in groups:
+        if group.transform is None:
+            name = group.sources[0][0]
+            different += [] if [part for part, _ in weights.group(name).sources] == [group.name] else [name]
+    different += [name for name, total in converted.items() if checksum(weights.read(name)) != total]
+    if different:
+        raise RuntimeError(f"the saved checkpoint is not the merged model: {', '.join(different[:5])} differ")
+
+
+def give_generation_config(model: nn.Module, source: str) -> None:
+    """Give a model on the meta device the generation settings that its base has, as `from_pretrained` does.
+
+    Args:
+        model: The model.
+        source: Folder or name of the base.
+    """
+    from transformers import GenerationConfig
+
+    if model.can_generate():
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(source)
+        except OSError:  # it has none: those of the model's config hold
+            pass
+
+
+def write_config(folder: Path, model: nn.Module) -> None:
+    """Write the config and the generation settings of a model, as `save_pretrained` writes them."""
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)

@@ -1,0 +1,1 @@
+"""What ranks need to know of each other."""

@@ -1,0 +1,202 @@
+"""How the devices of a run share its work: different rows, parts of the weights, or parts of each row.
+
+The sizes are those of accelerate's ParallelismConfig, from the trainer's arguments or from `accelerate launch`, and
+those of transformers' DistributedConfig in `model_init_kwargs`.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from s2ft.distributed import decide, has_numbers, is_sharded
+from s2ft.model.gathering import gathered_forwards
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The devices of a run.
+
+    Attributes:
+        count: Number of devices.
+        tensor: Devices that share each weight matrix and train on the same rows (tensor parallelism).
+        context: Devices that share each row (context parallelism).
+        sequence: Devices that share each row by DeepSpeed's sequence parallelism.
+    """
+
+    count: int
+    tensor: int = 1
+    context: int = 1
+    sequence: int = 1
+
+    @property
+    def together(self) -> int:
+        """Number of devices that train on the same rows."""
+        return self.tensor * self.context * self.sequence
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of devices that train on different rows."""
+        return self.count // self.together
+
+    @property
+    def splits_rows(self) -> bool:
+        """Whether several devices share each row."""
+        return self.context * self.sequence > 1
+
+    def __str__(self) -> str:
+        if self.together == 1:
+            return f"{self.count} device{'s' * (self.count != 1)}"
+        kinds = ("tensor", "context", "sequence")
+        how = " × ".join(f"{getattr(self, kind)} {kind} parallel" for kind in kinds if getattr(self, kind) > 1)
+        return f"{self.groups} group{'s' * (self.groups != 1)} of {self.together} devices ({how})"
+
+
+def devices_of(arguments: Any) -> Devices:
+    """Return how the devices of a run share its work.
+
+    Args:
+        arguments: Arguments of one of TRL's trainers.
+
+    Raises:
+        ValueError: The number of devices can't be divided so, or the kinds of parallelism can't be combined.
+
+    Example:
+        >>> from s2ft.train.arguments import SFTArguments
+        >>> from s2ft.train.parallel import devices_of
+        >>> str(devices_of(SFTArguments(output_dir="my-run")))
+        '1 device'
+    """
+    config, loading = _parallelism(arguments), loading_config(arguments)
+    tensor = _tensor_size(loading, arguments.world_size) if loading else 1
+    context, sequence = (config.cp_size, config.sp_size) if config is not None else (1, 1)
+    found = Devices(arguments.world_size, tensor, context, sequence)
+    if tensor > 1 and found.splits_rows:
+        raise ValueError(
+            "tensor parallelism can't be combined with context or sequence parallelism: transformers splits the "
+            "weights when it loads them, and accelerate splits rows only of models that it shards itself; choose one"
+        )
+    if found.count % found.together:
+        raise ValueError(
+            f"{found.count} devices can't be divided into groups of {found.together}: start a multiple of "
+            f"{found.together} processes"
+        )
+    return found
+
+
+def rows_of_update(arguments: Any) -> int:
+    """Return the number of rows of one update, over all devices.
+
+    Args:
+        arguments: Arguments of one of TRL's trainers.
+    """
+    return arguments.train_batch_size * arguments.gradient_accumulation_steps * devices_of(arguments).groups
+
+
+def loading_config(arguments: Any) -> dict[str, Any] | None:
+    """Return how `from_pretrained` splits the weights while it loads them (transformers' DistributedConfig), or None.
+
+    It is the `distributed_config` in `model_init_kwargs`. Without one, tensor parallelism that `accelerate launch` or
+    the trainer's `parallelism_config` ask for is made one, because accelerate leaves it to the loading of the model.
+
+    Args:
+        arguments: Arguments of one of TRL's trainers.
+
+    Raises:
+        ValueError: accelerate would shard the model again.
+    """
+    given = (getattr(arguments, "model_init_kwargs", None) or {}).get("distributed_config")
+    config = _parallelism(arguments)
+    if given is None and config is not None and config.tp_enabled:
+        given = {"tp_size": config.tp_size, "fsdp_size": config.dp_shard_size}
+        if config.dp_replicate_enabled:
+            given["dp_replicate_size"] = config.dp_replicate_size
+    if given is None:
+        return None
+    sharding = _uses_fsdp(arguments)
+    if sharding or getattr(arguments, "deepspeed", None) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        name = "FSDP" if sharding else "DeepSpeed"
+        raise ValueError(
+            f"transformers splits the weights while it loads them ({given}), and {name} would split them again: use "
+            "examples/accelerate/tensor.yaml, whose dp_shard_size shards over the other devices"
+        )
+    return dict(given)
+
+
+def run_where_weights_are(what: str, model: nn.Module, run: Callable[[], Any]) -> Any:
+    """Run a model before the training on the devices that have its weights, and give the result to the others.
+
+    Args:
+        what: Name of the result, for messages.
+        model: The model. It may be on the meta device, or spread over the devices.
+        run: Runs the model and returns a value that JSON has.
+
+    Returns:
+        The value.
+    """
+
+    def gathered() -> Any:
+        with gathered_forwards(model):
+            return run()
+
+    return decide(what, has_weights(model), gathered).value
+
+
+def has_weights(model: nn.Module) -> bool:
+    """Return whether this device can run the model: its weights are here, or spread over the devices."""
+    return all(has_numbers(parameter) for parameter in model.parameters())
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Return whether the weights are spread over the devices already, before a Trainer prepares the model."""
+    return any(is_sharded(parameter) for parameter in model.parameters())
+
+
+def strategy_of_run(arguments: Any):
+    """Return how the devices of a run share weights and states, for :func:`s2ft.estimate`; None for one device.
+
+    Args:
+        arguments: Arguments of one of TRL's trainers.
+    """
+    from s2ft.estimation.strategy import Strategy
+
+    devices, deepspeed = devices_of(arguments), getattr(arguments, "deepspeed_plugin", None)
+    if devices.count == 1:
+        return None
+    if deepspeed is not None and deepspeed.zero_stage:
+        return Strategy(f"zero{deepspeed.zero_stage}", offload=_offload(deepspeed))
+    if loading_config(arguments):
+        if devices.tensor == 1:
+            return Strategy("fsdp2", wrap="blocks")
+        return Strategy("tp") if devices.groups == 1 else Strategy("tp+fsdp2", tp_size=devices.tensor)
+    return Strategy("fsdp2" if _uses_fsdp(arguments) else "ddp")
+
+
+def _offload(deepspeed: Any) -> str | None:
+    """Return what DeepSpeed keeps in the memory of the host, as a Strategy names it."""
+    names = {"all": "offload_param", "optimizer": "offload_optimizer"}
+    places = {name: deepspeed.hf_ds_config.get_value(f"zero_optimization.{key}.device") for name, key in names.items()}
+    return next((name for name, place in places.items() if place not in (None, "none")), None)
+
+
+def _uses_fsdp(arguments: Any) -> bool:
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return launched or bool(getattr(arguments, "fsdp", None))
+
+
+def _tensor_size(loading: dict[str, Any], count: int) -> int:
+    """Return the number of devices that share a weight. With a plan and no size, transformers takes all devices."""
+    others = (loading.get("fsdp_size") or 1) * (loading.get("dp_replicate_size") or 1)
+    return loading.get("tp_size") or (count // others if loading.get("tp_plan") is not None else 1)
+
+
+def _parallelism(arguments: Any):
+    """Return accelerate's ParallelismConfig of the arguments or of `accelerate launch`, or None."""
+    given = getattr(arguments, "parallelism_config", None)
+    if given is None and os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true":
+        from accelerate import ParallelismConfig
+
+        given = ParallelismConfig()
+    return given

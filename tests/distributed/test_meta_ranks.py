@@ -1,0 +1,296 @@
+"""Ranks that attach without weights (the meta device), and get them when the model has been sharded."""
+
+import os
+from contextlib import contextmanager
+
+import pytest
+import torch
+from runs import batches, blocks_of, check_same_files, logits, rows_of, sharded, train
+from support.fsdp_on_cpu import allow
+from support.models import ALL_RATIOS, model_of, ratios_for
+
+import s2ft
+from s2ft.attached.record import attachment_of
+
+CASES = ("llama-grouped", "gpt2", "mixtral")
+SELECTIONS = ("random", "weight", "activation", "gradient")
+
+
+def config_for(case, layout, **changes):
+    return s2ft.S2FTConfig(**{**ratios_for(case, ALL_RATIOS), "layout": layout, **changes})
+
+
+def attach_to(model, config):
+    calibrated = config.selection in ("activation", "product", "gradient")
+    s2ft.attach(model, config, calibration=batches(model, 2) if calibrated else None)
+    return model
+
+
+def meta_of(model):
+    """The model without its numbers, as from_pretrained makes it on ranks that do not read."""
+    buffers = dict(model.named_buffers())
+    model.to("meta")
+    for name, buffer in buffers.items():
+        owner, _, last = name.rpartition(".")
+        model.get_submodule(owner)._buffers[last] = buffer
+    model.tie_weights()
+    return model
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Adapters that one process trained, by case, layout and changes of the config."""
+    made = {}
+
+    def get(case, layout, **changes):
+        key = repr((case, layout, changes))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("alone")
+            model = attach_to(model_of(case), config_for(case, layout, **changes))
+            train(model)
+            s2ft.save_adapter(model, made[key])
+        return made[key]
+
+    return get
+
+
+@contextmanager
+def efficient_accelerator(model):
+    """An Accelerator for FSDP2 with cpu_ram_efficient_loading. What it sets in the process is reset before and after."""
+    allow()
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    def reset():
+        AcceleratorState._reset_state(True)
+        PartialState._reset_state()
+        for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_"))]:
+            del os.environ[name]
+
+    reset()
+    os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_CPU_RAM_EFFICIENT_LOADING="true")
+    try:
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=[type(blocks_of(model)[0]).__name__],
+            cpu_ram_efficient_loading=True,
+        )
+        yield Accelerator(cpu=True, fsdp_plugin=plugin)
+    finally:
+        reset()
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+
+
+def base_is(model, case):
+    expected = dict(model_of(case).named_parameters())
+    return all(torch.equal(p.full_tensor(), expected[name]) for name, p in model.named_parameters())
+
+
+def with_accelerate(rank, case, layout, directory, changes):
+    """Rank 1 has no weights. Returns whether the base is unchanged after training and detach."""
+    model = model_of(case) if rank == 0 else meta_of(model_of(case))
+    with efficient_accelerator(model) as accelerator:
+        attach_to(model, config_for(case, layout, **changes))
+        assert all(mount.layer.weight.is_meta == (rank == 1) for mount in attachment_of(model).mounts.values())
+        trained = [p for p in model.parameters() if p.requires_grad]
+        model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1))
+        model.train()
+        for batch in batches(model):
+            half = batch[rows_of(rank)]
+            accelerator.backward(model(input_ids=half, labels=half).loss)
+            accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+        s2ft.save_adapter(model, directory)
+        s2ft.set_adapter(model, None)
+        s2ft.detach(model)
+        return base_is(model, case)
+
+
+@pytest.mark.parametrize(
+    "case, layout, selection",
+    [
+        ("llama-grouped", "permuted", "random"),
+        ("llama-grouped", "indexed", "weight"),
+        ("gpt2", "permuted", "activation"),
+        ("mixtral", "permuted", "gradient"),
+        ("mixtral", "indexed", "random"),
+    ],
+)
+def test_accelerate_broadcasts_the_weights_of_the_first_rank(ranks, alone, case, layout, selection, tmp_path):
+    assert ranks(with_accelerate, case, layout, tmp_path, dict(selection=selection)) == [True, True]
+    check_same_files(tmp_path, alone(case, layout, selection=selection))
+
+
+# ---- without accelerate ----------------------------------------------------------------------------------
+
+
+def shard_and_load(model, rank, state):
+    """Shard the model and broadcast the state of the first rank, as PyTorch documents it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    buffers = dict(model.named_buffers())
+    sharded(model.to("meta"))
+    model.to_empty(device="cpu")
+    for name, buffer in model.named_buffers():
+        if "inv_freq" in name:
+            buffer.copy_(buffers[name])
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    set_model_state_dict(model, state if rank == 0 else {}, options=options)
+    return model
+
+
+def with_torch(rank, case, layout, directory, selection, real):
+    """The ranks in `real` have weights when they attach. Returns whether the base is unchanged after detach."""
+    model = model_of(case) if rank in real else meta_of(model_of(case))
+    state = model_of(case).state_dict()
+    attach_to(model, config_for(case, layout, selection=selection))
+    if real:
+        state = model.state_dict()
+    shard_and_load(model, rank, state)
+    train(model, rank)
+    s2ft.save_adapter(model, directory)
+    s2ft.detach(model)
+    return base_is(model, case)
+
+
+@pytest.mark.parametrize(
+    "layout, selection, real",
+    [
+        ("permuted", "weight", (0,)),
+        ("indexed", "random", (0,)),
+        ("permuted", "random", ()),
+        ("permuted", "random", (0, 1)),
+    ],
+)
+def test_torch_broadcasts_the_weights_of_the_first_rank(ranks, alone, layout, selection, real, tmp_path):
+    """Also if no rank has weights when it attaches, and if all have and the state is loaded in the base's order."""
+    assert ranks(with_torch, "llama-grouped", layout, tmp_path, selection, real) == [True, True]
+    check_same_files(tmp_path, alone("llama-grouped", layout, selection=selection))
+
+
+def first_rank_stays(rank, directory):
+    """The first rank shards the weights that it has moved; the second one has none. All get the first one's state."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    model = model_of("llama-grouped") if rank == 0 else meta_of(model_of("llama-grouped"))
+    attach_to(model, config_for("llama-grouped", "permuted"))
+    state = model.state_dict() if rank == 0 else {}
+    sharded(model)
+    if rank:
+        buffers = dict(model.named_buffers())
+        model.to_empty(device="cpu")
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name]) if "inv_freq" in name else None
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    set_model_state_dict(model, state, options=options)
+    train(model, rank)
+    s2ft.save_adapter(model, directory)
+    s2ft.detach(model)
+    return base_is(model, "llama-grouped")
+
+
+def test_the_first_rank_has_sharded_the_weights_that_it_had(ranks, alone, tmp_path):
+    assert ranks(first_rank_stays, tmp_path) == [True, True]
+    check_same_files(tmp_path, alone("llama-grouped", "permuted"))
+
+
+# ---- adapters --------------------------------------------------------------------------------------------
+
+EXTRA = dict(modules_to_save=["model.norm", "lm_head"])
+
+
+def go_on(rank, saved, directory):
+    """Load a trained adapter with extra weights on ranks of which one has weights. Returns what must be equal."""
+    model = model_of("llama-grouped") if rank == 0 else meta_of(model_of("llama-grouped"))
+    with efficient_accelerator(model) as accelerator:
+        s2ft.load_adapter(model, saved, trainable=True)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        s2ft.save_adapter(model, directory / "same")
+        ours = {id(p) for p in model.parameters() if p.requires_grad}
+        complete = {id(p) for group in optimizer.param_groups for p in group["params"]} == ours
+        train(model, rank)
+        s2ft.save_adapter(model, directory / "trained")
+        s2ft.set_adapter(model, None)
+        off = base_is_beneath(model, "llama-grouped")
+        s2ft.set_adapter(model, "default")
+        s2ft.save_adapter(model, directory / "again")
+        s2ft.load_adapter(model, saved, "other")
+        s2ft.detach(model)
+        return complete, off, base_is(model, "llama-grouped")
+
+
+def base_is_beneath(model, case):
+    """Whether the extra weights of a model with no active adapter are the base's."""
+    expected = model_of(case)
+    return all(
+        torch.equal(model.get_parameter(name).full_tensor(), expected.get_parameter(name))
+        for name in ("lm_head.weight", "model.norm.weight")
+    )
+
+
+def test_a_trained_adapter_goes_on(ranks, tmp_path):
+    model = attach_to(model_of("llama-grouped"), config_for("llama-grouped", "permuted", **EXTRA))
+    train(model)
+    s2ft.save_adapter(model, tmp_path / "start")
+    assert ranks(go_on, tmp_path / "start", tmp_path) == [(True, True, True)] * 2
+    check_same_files(tmp_path / "same", tmp_path / "start", exactly=True)
+    train(model)
+    s2ft.save_adapter(model, tmp_path / "alone")
+    check_same_files(tmp_path / "trained", tmp_path / "alone")
+    check_same_files(tmp_path / "again", tmp_path / "trained", exactly=True)
+
+
+# ---- calls that are refused ------------------------------------------------------------------------------
+
+
+def refusals(rank, saved):
+    tries = {}
+    meta = meta_of(model_of("llama-grouped"))
+    no_weights = s2ft.S2FTConfig(d_ratio=0.1, selection="weight")
+    tries["weight"] = lambda: s2ft.attach(meta, no_weights)
+    tries["active"] = lambda: s2ft.load_adapter(meta, saved)
+    waiting = attach_to(meta_of(model_of("llama-grouped")), config_for("llama-grouped", "permuted"))
+    tries["save"] = lambda: s2ft.save_adapter(waiting, saved.parent / "nothing")
+    broken = attach_to(model_of("llama-grouped") if rank == 0 else meta_of(model_of("llama-grouped")), no_weights)
+    other = model_of("llama-grouped").state_dict()
+    other["model.layers.1.mlp.down_proj.weight"] *= 2
+    tries["another base"] = lambda: shard_and_load(broken, rank, other)
+    messages = {}
+    for name, act in tries.items():
+        with pytest.raises((ValueError, RuntimeError)) as error:
+            act()
+        messages[name] = str(error.value)
+    return messages, s2ft.list_adapters(meta), (saved.parent / "nothing").exists()
+
+
+def test_what_needs_weights_that_are_not_there_is_refused(ranks, tmp_path):
+    s2ft.save_adapter(attach_to(model_of("llama-grouped"), config_for("llama-grouped", "permuted")), tmp_path / "saved")
+    for messages, names, exists in ranks(refusals, tmp_path / "saved"):
+        assert "they are on the meta device on every rank: load them first" in messages["weight"]
+        assert "the weights have not arrived on every rank" in messages["active"]
+        assert "the weights of this model have not arrived on this rank" in messages["save"]
+        assert "not those of the base" in messages["another base"] and "layer 1" in messages["another base"]
+        assert names == [] and not exists
+
+
+def run_before_order(rank):
+    """Load weights around load_state_dict, and run a part of the model, whose hooks see nothing of it."""
+    model = attach_to(meta_of(model_of("llama-grouped")), config_for("llama-grouped", "permuted"))
+    inner = model.model
+    base = model_of("llama-grouped")
+    for name, parameter in base.named_parameters():
+        owner, _, last = name.rpartition(".")
+        model.get_submodule(owner)._parameters[last] = torch.nn.Parameter(parameter.detach(), requires_grad=False)
+    with pytest.raises(RuntimeError) as error:
+        inner(batches(model, 1)[0])
+    expected = logits(attach_to(model_of("llama-grouped"), config_for("llama-grouped", "permuted")))
+    return str(error.value), torch.equal(logits(model), expected)
+
+
+def test_layers_refuse_to_run_before_their_units_are_in_order(ranks):
+    for message, same in ranks(run_before_order):
+        assert "their units are not in the order of this layer yet" in message and same
