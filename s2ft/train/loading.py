@@ -58,19 +58,18 @@ def load_base(options: ModelOptions, arguments: Any):
 def quantization_config(options: ModelOptions, dtype: str = "auto"):
     """Return the quantization config of transformers for the options, or None.
 
-        Args:
-            options: How the model is loaded.
-            dtype: Dtype in which a 4-bit layer multiplies; "auto": bfloat16.
+    Args:
+        options: How the model is loaded.
+        dtype: Dtype in which a 4-bit layer multiplies; "auto": bfloat16.
 
-        Raises:
-            MissingPackages: bitsandbytes is not installed.
+    Raises:
+        MissingPackages: bitsandbytes is not installed.
 
-        Example:
-            >>> from s2ft.train.loading import quantization_config
-            >>> from s2ft.train.options import ModelOptions
-    from s2ft.train.parallel import loading_config
-            >>> print(quantization_config(ModelOptions("my-model")))
-            None
+    Example:
+        >>> from s2ft.train.loading import quantization_config
+        >>> from s2ft.train.options import ModelOptions
+        >>> print(quantization_config(ModelOptions("my-model")))
+        None
     """
     if not options.quantized:
         return None

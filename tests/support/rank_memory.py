@@ -6,7 +6,6 @@ reducer, storages that are resized. It shares no code with the estimate.
 
 import os
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
