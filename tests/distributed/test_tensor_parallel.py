@@ -243,3 +243,130 @@ def test_four_ranks_equal_one_process(four_ranks, tmp_path, case, layout, tp, si
         torch.testing.assert_close(a, after, rtol=1e-4, atol=1e-4)
         assert torch.equal(r, b)
     check_same_files(tmp_path / "split", tmp_path / "adapter", atol=1e-4)
+
+
+# ---- other ways to split, and what is refused ----------------------------------------------------------
+
+PACKED = {"model.layers.*.mlp.gate_up_proj": "packed_colwise", "model.layers.*.mlp.down_proj": "rowwise"}
+
+
+def load_packed(folder):
+    from transformers.distributed import DistributedConfig
+
+    config = DistributedConfig(tp_size=2, tp_plan=PACKED)
+    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
+
+
+def load_parallelized(folder):
+    """torch's own parallelize_module: it registers hooks."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    model = load(folder, 1)
+    outputs = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+    plan = {name: ColwiseParallel() for name in outputs}
+    plan |= {name: RowwiseParallel() for name in ("self_attn.o_proj", "mlp.down_proj")}
+    for layer in model.model.layers:
+        parallelize_module(layer, init_device_mesh("cpu", (2,)), plan)
+    return model
+
+
+def train_loaded(rank, folder, case, loader):
+    model = loader(folder)
+    before = logits(model)
+    s2ft.attach(model, config_of(case))
+    unchanged, losses = logits(model), train(model)
+    s2ft.save_adapter(model, folder / "split")
+    s2ft.set_adapter(model, None)
+    s2ft.load_adapter(model, folder / "split", name="again")
+    again = logits(model)
+    s2ft.detach(model)
+    return before, unchanged, losses, again, logits(model)
+
+
+@pytest.mark.parametrize(
+    "case, loader",
+    [("phi3-grouped", load_packed), pytest.param("llama-biased", load_parallelized, marks=pytest.mark.slow)],
+)
+def test_other_ways_to_split(ranks, tmp_path, case, loader):
+    model_of(case).save_pretrained(tmp_path)
+    model = load(tmp_path, 1)
+    s2ft.attach(model, config_of(case))
+    losses = train(model)
+    s2ft.save_adapter(model, tmp_path / "adapter")
+    after = logits(model)
+    for b, u, found, a, r in ranks(train_loaded, tmp_path, case, loader):
+        torch.testing.assert_close(u, b)
+        torch.testing.assert_close(found, losses)
+        torch.testing.assert_close(a, after, rtol=1e-4, atol=1e-4)
+        assert torch.equal(r, b)
+    check_same_files(tmp_path / "split", tmp_path / "adapter", atol=1e-4)
+
+
+def refused(rank, folder, way):
+    """The message, and whether the model is as it was."""
+    from transformers.distributed import DistributedConfig
+
+    options = DistributedConfig(pp_size=2) if way == "pipeline" else DistributedConfig(tp_size=2)
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=options)
+    if way == "plain shards":  # as older releases of transformers split
+        for module in model.modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None and type(parameter.data).__name__ == "DTensor":
+                    module._parameters[name] = nn.Parameter(parameter.to_local())
+    if way == "another forward":
+        layer = model.model.layers[1].mlp.down_proj
+        layer.forward = lambda x, forward=layer.forward: forward(x)
+    before = {key: (id(p), p.requires_grad) for key, p in model.named_parameters()}
+    with pytest.raises(ValueError) as error:
+        s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2))
+    same = before == {key: (id(p), p.requires_grad) for key, p in model.named_parameters()}
+    return str(error.value), same
+
+
+@pytest.mark.parametrize(
+    "case, way, words",
+    [
+        ("llama", "pipeline", "pipeline stages"),
+        ("llama", "plain shards", "update transformers"),
+        ("llama", "another forward", "has replaced its forward"),
+        ("mixtral", "experts", "experts that are split by tensor parallelism"),
+    ],
+)
+def test_refused_before_anything_changes(ranks, tmp_path, case, way, words):
+    model_of(case).save_pretrained(tmp_path)
+    for message, is_same in ranks(refused, tmp_path, way):
+        assert words in message and is_same, message
+
+
+def train_attention(rank, folder, tp=2):
+    model = load(folder, tp)
+    s2ft.attach(model, s2ft.S2FTConfig(v_ratio=0.5, o_ratio=0.5))
+    losses = train(model)
+    s2ft.save_adapter(model, folder / f"adapter-{tp}")
+    return losses
+
+
+def test_attention_beside_split_experts_is_trained(ranks, tmp_path):
+    model_of("mixtral").save_pretrained(tmp_path)
+    losses = train_attention(0, tmp_path, tp=1)
+    for found in ranks(train_attention, tmp_path):
+        torch.testing.assert_close(found, losses)
+    check_same_files(tmp_path / "adapter-2", tmp_path / "adapter-1", atol=1e-4)
+
+
+def parallelize(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    model = model_of("llama")
+    s2ft.attach(model, s2ft.S2FTConfig(u_ratio=0.1, d_ratio=0.1))
+    plan = {"model.layers.0.mlp.up_proj": ColwiseParallel(), "model.layers.0.mlp.down_proj": RowwiseParallel()}
+    with pytest.raises(NotImplementedError) as error:
+        parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+    return str(error.value)
+
+
+def test_torch_refuses_to_split_trainable_layers(ranks):
+    for message in ranks(parallelize):
+        assert "only support nn.Linear" in message
