@@ -48,6 +48,7 @@ STRATEGIES = {
     "fsdp2": s2ft.Strategy("fsdp2"),
     "fsdp2-kept": s2ft.Strategy("fsdp2", reshard_after_forward=False),
     "fsdp2-blocks": s2ft.Strategy("fsdp2", wrap="blocks"),
+    "tp": s2ft.Strategy("tp"),
     "zero1": s2ft.Strategy("zero1", reduce_bucket_size=10_000_000),
     "zero2": s2ft.Strategy("zero2"),
     "zero3": s2ft.Strategy("zero3"),
