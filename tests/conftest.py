@@ -6,6 +6,7 @@ product round differently by the layout of its operands and by this number (supp
 
 import gc
 import os
+from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -32,3 +33,16 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def empty_plots():
+    """Runs draw an empty loss.png, because a picture takes as long as a tiny run. train/test_plot.py draws real ones."""
+
+    def empty(lines, title=""):
+        from matplotlib.figure import Figure
+
+        return Figure(figsize=(1, 1))
+
+    with mock.patch("s2ft.train.plot.loss_figure", empty):
+        yield

@@ -213,9 +213,7 @@ def _difference_outside(model: nn.Module, record: Attachment, weights: StoredWei
             part = part[: stored.numel()]
         elif is_dtensor(tensor):
             shard = own_shard(tensor)
-            part = shard.tensor
-            for dim, start in enumerate(shard.start):
-                stored = stored.narrow(dim, start, part.shape[dim])
+            part, stored = shard.tensor, shard.cut(stored)
         else:
             part = tensor.detach()
         if not torch.equal(part.cpu(), stored):

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from support.models import ALL_RATIOS, inputs_of, loss_of, model_of, ratios_for, token_batch
+from support.pairs import pairs_mostly_slow
 from support.tolerances import LOGITS, relative_difference
 
 import s2ft
@@ -103,12 +104,15 @@ OPTIMIZERS = {
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-1, weight_decay=0.5),
     "muon": lambda p: torch.optim.Muon(p, lr=1e-2, weight_decay=0.5),
 }
+MORE_NAMES = ("paged_adamw_8bit", "adamw_torch_fused")
 optimizers = pytest.mark.parametrize("which", OPTIMIZERS)
 
 
-@optimizers
-@layouts
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize(
+    "which, layout, dtype",
+    pairs_mostly_slow(OPTIMIZERS, ("permuted", "indexed"), (torch.float32, torch.bfloat16)),
+    ids=str,
+)
 def test_only_slices_move(which, layout, dtype):
     """The optimizer has all parameters, also frozen ones, and weight decay. The loss falls, the optimizer's state is no
     larger than the slices, and frozen weights stay the same, bit for bit, before and after detach."""
@@ -261,7 +265,9 @@ def test_eight_bit_adamw_is_close_to_adamw():
     assert fall > 0.01 and abs(found[1][-1] - found[0][-1]) <= 0.1 * fall
 
 
-@pytest.mark.parametrize("which", ("adamw_bnb_8bit", "paged_adamw_8bit", "adamw_torch_fused", "adafactor"))
+@pytest.mark.parametrize(
+    "which", ("adamw_bnb_8bit", "adafactor", *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_NAMES))
+)
 def test_transformers_names_of_optimizers(which, tmp_path):
     """Optimizers that the optim argument of Trainer names."""
     pytest.importorskip("bitsandbytes")
