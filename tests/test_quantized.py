@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from support.models import model_of, output_of, token_batch, train
 from support.pairs import in_turn, pairs_mostly_slow
+from support.slices import random_slices
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, TorchAoConfig, TrainerCallback
@@ -199,9 +200,7 @@ def test_attach_train_detach(kind, dtype):
 
 def gradients(model, training=True):
     s2ft.attach(model, INDEXED)
-    generator = torch.Generator().manual_seed(3)
-    for mount in attachment_of(model).mounts.values():
-        mount.layer.s2.data.normal_(std=0.02, generator=generator)
+    random_slices(model)
     model.train(training)
     batch = token_batch(model)
     embedded = model.get_input_embeddings()(batch).detach().requires_grad_(True)
