@@ -99,9 +99,7 @@ class Step:
             self.memory.phase = "optimizer"
             self._guarded(partial(self.rank.update, make))
 
-    def _forward_and_backward(
-        self, count: bool, last: bool, phases: tuple[str, str] = ("forward", "backward")
-    ) -> None:
+    def _forward_and_backward(self, count: bool, last: bool, phases: tuple[str, str] = ("forward", "backward")) -> None:
         self.memory.phase = phases[0]
         self.rank.before_forward(last)
         with self.rank.context():

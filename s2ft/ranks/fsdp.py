@@ -61,9 +61,17 @@ def check_can_follow(model: nn.Module) -> None:
         ) from error
 
 
-def managed_by_fsdp(model: nn.Module) -> set[int]:
-    """The ids of the sharded parameters that FSDP2 manages."""
-    return {id(parameter.sharded_param) for group in _groups(model) for parameter in group.fsdp_params}
+def managed_by_fsdp(model: nn.Module) -> set[tuple[int, str]]:
+    """The parameters that FSDP2 manages, by the id of the module that has one and its name there.
+
+    They are not told by their own ids: a parameter that was loaded is new to FSDP2 until the next forward.
+    """
+    places = set()
+    for group in _groups(model):
+        for info in (parameter._module_info for parameter in group.fsdp_params):
+            places.add((id(info.module), info.param_name))
+            places.update((id(module), name) for module, name in zip(info.shared_modules, info.shared_param_names))
+    return places
 
 
 def follow(model: nn.Module, moved: dict[tuple[int, str], Place]) -> None:

@@ -222,6 +222,15 @@ def _attached(model: nn.Module) -> tuple[s2ft.S2FTConfig | None, list[Coupling] 
     return (None, None) if record is None else (record.config, record.custom_couplings)
 
 
+def plain_copy(model: nn.Module) -> nn.Module:
+    """Return a plain model of the same config and dtype on the meta device.
+
+    Args:
+        model: A model of transformers, attached or not. Its weights may be spread over devices.
+    """
+    return _hollow(model)[0].to(model.dtype)
+
+
 def _hollow(model: nn.Module) -> tuple[nn.Module, str | None]:
     """A plain model of the same config without data, and how the given one is quantized."""
     config = copy.deepcopy(model.config)

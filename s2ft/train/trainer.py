@@ -27,7 +27,7 @@ from s2ft.attached.hosts.compiled import unwrapped
 from s2ft.attached.hosts.sentence_transformers import check_rest_frozen
 from s2ft.attached.record import attachment_of
 from s2ft.distributed import all_ranks, run_on_ranks, wait_for_ranks
-from s2ft.train import optimizer_state
+from s2ft.train import optimizer_state, zero_state
 from s2ft.train.checkpoints import UNFINISHED, damage, move_into_place, newest_valid, ranks_of
 
 logger = logging.getLogger(__name__)
@@ -141,23 +141,43 @@ class AdapterCheckpoints:
 
     def _save_optimizer_and_scheduler(self, output_dir):
         """Save the schedule and the complete state of the optimizer, which any number of ranks can load."""
-        if self.is_deepspeed_enabled:
-            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-        else:
+        engine = self.model_wrapped if self.is_deepspeed_enabled else None
+        if engine is None:
             state = optimizer_state.gather_state(self.optimizer, self.model)
-            if self.args.should_save:
-                torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+        elif self._replaces_checkpoints_of(engine):
+            state = zero_state.gather_zero_state(engine)
+        else:
+            state = None
+            engine.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         if self.args.should_save:
+            if state is not None:
+                torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        file = Path(checkpoint or "") / OPTIMIZER_NAME
-        state = torch.load(file, map_location="cpu", weights_only=True) if checkpoint and file.is_file() else {}
-        if optimizer_state.NAMES not in state or self.is_deepspeed_enabled:  # of a plain Trainer, or of an older s2ft
+        state = _saved_state(checkpoint)
+        if state is None:  # of a plain Trainer, or of an older s2ft
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        optimizer_state.load_state(self.optimizer, self.model, state)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        if self.is_deepspeed_enabled:
+            order = zero_state.load_zero_state(self.model_wrapped, state)
+        else:
+            order = optimizer_state.load_state(self.optimizer, self.model, state)
+        schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+        optimizer_state.load_schedule(self.lr_scheduler, schedule, order)
+
+    def _replaces_checkpoints_of(self, engine) -> bool:
+        """Whether the optimizer of a DeepSpeed engine is saved without DeepSpeed's own checkpoint."""
+        return hasattr(Trainer, "_prepare_for_training") and zero_state.is_zero(engine)
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        """Prepare as the Trainer does, but let no DeepSpeed look for its own checkpoint where there is none."""
+        own = self.is_deepspeed_enabled and resume_from_checkpoint and _saved_state(resume_from_checkpoint) is not None
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None if own else resume_from_checkpoint)
+        if own:
+            self._load_from_checkpoint(resume_from_checkpoint)  # again, into the exact copies of the optimizer
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
 
     def _load_rng_state(self, checkpoint):
         """Load this rank's random states. A checkpoint of another number of ranks has none for this one."""
@@ -192,6 +212,15 @@ class AdapterCheckpoints:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
+
+
+def _saved_state(checkpoint) -> dict[str, Any] | None:
+    """Read the state of the optimizer in a checkpoint; None if s2ft did not write it, or an older one did."""
+    file = Path(checkpoint or "") / OPTIMIZER_NAME
+    if not checkpoint or not file.is_file():
+        return None
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    return state if optimizer_state.NAMES in state else None
 
 
 def _ignore_missing_base(model, incompatible) -> None:

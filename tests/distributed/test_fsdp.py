@@ -185,61 +185,47 @@ def test_loading_into_a_sharded_model(ranks, alone, tmp_path):
         assert torch.equal(base, logits(attached("llama-grouped")))
 
 
-# ---- calls that are refused ----------------------------------------------------------------------------------------
+# ---- back to the base, and merging ---------------------------------------------------------------------------------
 
 
-def refused_calls(rank, saved):
-    """Make calls that must fail, then train. Returns the messages, and whether the loaded adapter is unchanged."""
-    model = sharded(attached("llama"))
+def undo(rank, saved, way):
+    """Load, then detach, merge or delete. Returns the full weights and the adapters that are left."""
+    model = sharded(attached("llama-grouped"))
+    s2ft.adapter.restore_adapter(model, saved)
     s2ft.load_adapter(model, saved, "other", active=False)
-    tries = {
-        "detach": lambda: s2ft.detach(model),
-        "merge": lambda: s2ft.merge(model),
-        "fuse": lambda: s2ft.fuse(model),
-        "delete": lambda: s2ft.delete_adapter(model, "default"),
-    }
-    messages = {}
-    for name, act in tries.items():
-        with pytest.raises(ValueError) as error:
-            act()
-        messages[name] = str(error.value)
-    plain = sharded(model_of("llama"))
-    for name, act in {
-        "attach": lambda: s2ft.attach(plain, s2ft.S2FTConfig(d_ratio=0.1)),
-        "load": lambda: s2ft.load_adapter(plain, saved),
-    }.items():
-        with pytest.raises(ValueError) as error:
-            act()
-        messages[name] = str(error.value)
-    again = model_of("llama")
-    s2ft.load_adapter(again, saved, "other")
-    sharded(again)
-    with pytest.raises(ValueError) as error:
-        s2ft.attach(again, s2ft.S2FTConfig(d_ratio=0.1))
-    messages["attach beside"] = str(error.value)
-    with pytest.raises(ValueError) as error:
-        s2ft.delete_adapter(again, "other")
-    messages["delete the last"] = str(error.value)
-    expected = model_of("llama")
-    s2ft.load_adapter(expected, saved, "other")
-    train(model, rank)
-    s2ft.save_adapter(model, saved.parent / "after")
-    return messages, torch.equal(logits(again), logits(expected))
+    if way == "merge loaded":
+        s2ft.set_adapter(model, {"other": 0.5})
+    act = {"detach": s2ft.detach, "merge": s2ft.merge, "merge loaded": s2ft.merge}
+    act.get(way, lambda model: s2ft.delete_adapter(model, "default"))(model)
+    weights = {key: value.full_tensor().detach() for key, value in model.named_parameters()}
+    return weights, s2ft.list_adapters(model)
 
 
-def test_calls_that_would_replace_layers_are_refused_and_change_nothing(ranks, alone, tmp_path):
-    saved = tmp_path / "saved"
-    other = attached("llama", seed=9)
-    train(other, steps=1)
-    s2ft.save_adapter(other, saved)
-    for messages, same in ranks(refused_calls, saved):
-        assert same
-        for name in ("detach", "merge", "fuse", "delete", "attach beside", "delete the last"):
-            assert "a model that is sharded" in messages[name], name
-        assert messages["merge"].startswith("merge") and messages["detach"].startswith("detach")
-        for name in ("attach", "load"):
-            assert "attach or load the adapter first, then shard" in messages[name]
-    check_same_files(tmp_path / "after", alone("llama", "permuted"))
+@pytest.mark.parametrize("way", ("detach", "merge", "merge loaded", "delete"))
+def test_adapters_are_taken_off_or_merged_into_the_shards(ranks, alone, way):
+    saved = alone("llama-grouped", "permuted")
+    expected = model_of("llama-grouped")
+    if way.startswith("merge"):
+        s2ft.load_adapter(expected, saved, "other")
+        s2ft.set_adapter(expected, {"other": 0.5 if way == "merge loaded" else 1.0})
+        s2ft.merge(expected)
+    expected = dict(expected.named_parameters())
+    for weights, names in ranks(undo, saved, way):
+        assert weights.keys() == expected.keys() and names == (["other"] if way == "delete" else [])
+        assert all(torch.equal(weights[key], value) for key, value in expected.items())
+
+
+def refuse_to_fuse(rank):
+    model = sharded(attached("llama"))
+    before = logits(model)
+    with pytest.raises(ValueError) as error:
+        s2ft.fuse(model)
+    return str(error.value), torch.equal(logits(model), before)
+
+
+def test_a_sharded_model_is_not_fused(ranks):
+    for message, same in ranks(refuse_to_fuse):
+        assert "s2ft.merge writes it into the shards for good" in message and same
 
 
 # ---- memory and precision ---------------------------------------------------------------------------------

@@ -146,4 +146,3 @@ class ZeroDevice(FlatOptimizer):
         for parameter in self.trained.values():
             parameter.grad = None
         return gradient
-
