@@ -1,15 +1,17 @@
 """Measures the memory of one rank that trains a real model, to compare it with an estimate.
 
-All bytes come from PyTorch's profiler, which reports each allocation of the CPU's allocator: tensors, buffers of a
-reducer, storages that are resized. It shares no code with the estimate.
+It shares no code with the estimate.
 """
 
 import os
+import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import s2ft
 
@@ -40,39 +42,94 @@ def measure(
         "weights": parameters and buffers that this rank holds between steps. "states": gradients and optimizer states.
         "kept": bytes that autograd saves in a forward. "peak": the largest sum of everything during the second step.
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    kind = RUNS[strategy.name if strategy else None]
+    with kind.meter() as meter:
         model = make()
         s2ft.attach(model, config)
         model.train()
         if checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         batch = inputs(model)
-        run = RUNS[strategy.name if strategy else None](model, strategy, accumulation)
+        run = kind(model, strategy, accumulation)
         run.step(batch, accumulation, loss)
         states = run.states()
         run.forget()
-        with record_function(BEGIN):
-            pass
+        meter.begin()
         run.step(batch, accumulation, loss)
-        with record_function(END):
-            pass
-    result = {"weights": run.weights(), "states": states, "peak": _peak(profiler)}
+        meter.end()
+    result = {"weights": run.weights(), "states": states, "peak": meter.peak()}
     run.forget()
     return {**result, "kept": _kept(run, batch, loss)}
 
 
-def _peak(profiler: profile) -> int:
-    """Return the largest number of bytes that were allocated at one time between the two marks."""
-    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    total, most, inside = 0, 0, False
-    for event in events:
-        if event.name() in (BEGIN, END):
-            inside = event.name() == BEGIN
-            most = max(most, total)
-        elif event.name() == "[memory]":
-            total += event.nbytes()
-            most = max(most, total) if inside else most
-    return most
+class Allocations:
+    """The largest number of bytes that were allocated at one time, from PyTorch's profiler.
+
+    The profiler reports each allocation of the CPU's allocator in this thread: tensors, buffers of a reducer, storages
+    that are resized.
+    """
+
+    def __init__(self) -> None:
+        self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+
+    def __enter__(self) -> "Allocations":
+        self.profiler.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.profiler.__exit__(*error)
+
+    def begin(self) -> None:
+        with record_function(BEGIN):
+            pass
+
+    def end(self) -> None:
+        with record_function(END):
+            pass
+
+    def peak(self) -> int:
+        events = sorted(self.profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+        total, most, inside = 0, 0, False
+        for event in events:
+            if event.name() in (BEGIN, END):
+                inside = event.name() == BEGIN
+                most = max(most, total)
+            elif event.name() == "[memory]":
+                total += event.nbytes()
+                most = max(most, total) if inside else most
+        return most
+
+
+class Storages(TorchDispatchMode):
+    """The largest number of bytes of storages that were alive at one time.
+
+    DeepSpeed gathers in the background, and another thread may free a buffer, which the profiler does not see.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.device.type == "cpu":
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self.alive:
+                    self.alive[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.alive.pop, storage._cdata, None)
+        self.most = max(self.most, sum(self.alive.values()))
+        return output
+
+    def begin(self) -> None:
+        self.most = 0
+
+    def end(self) -> None:
+        self.found = self.most
+
+    def peak(self) -> int:
+        return self.found
 
 
 def _kept(run: "Run", batch: dict[str, Tensor], loss: Callable | None) -> int:
@@ -107,6 +164,8 @@ def _bytes(tensors) -> int:
 
 class Run:
     """Training on one device, in a plain loop."""
+
+    meter: type = Allocations
 
     def __init__(self, model: nn.Module, strategy: s2ft.Strategy | None, accumulation: int) -> None:
         self.module, self.strategy = model, strategy
@@ -200,6 +259,8 @@ class FsdpRun(Run):
 
 class ZeroRun(Run):
     """DeepSpeed's engine. Its optimizer updates a flat partition, and it has the gradients until the step."""
+
+    meter = Storages
 
     def __init__(self, model: nn.Module, strategy: s2ft.Strategy, accumulation: int) -> None:
         import deepspeed
