@@ -166,6 +166,12 @@ def _bytes(tensors) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}.values())
 
 
+def _own_bytes(model: nn.Module) -> int:
+    """Return the bytes of this rank's parts. Parts that are read from a file are views of the whole file."""
+    parts = [_local(tensor.detach()) for tensor in [*model.parameters(), *model.buffers()]]
+    return sum({part.data_ptr(): part.nbytes for part in parts}.values())
+
+
 class Run:
     """Training on one device, in a plain loop."""
 
@@ -284,7 +290,10 @@ class TensorParallelRun(Run):
         dist.barrier()
         if dist.get_rank() == 0:
             shutil.rmtree(folder[0])
-        return model, _bytes([*model.parameters(), *model.buffers()])
+        return model, _own_bytes(model)
+
+    def weights(self) -> int:
+        return _own_bytes(self.module)
 
 
 class ZeroRun(Run):
