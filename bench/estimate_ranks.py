@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the measurement 
 
 import torch
 from harness import save
-from support.rank_memory import RUNS, measure
+from support.rank_memory import measure
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
