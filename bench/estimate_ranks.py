@@ -48,6 +48,12 @@ STRATEGIES = {
     "fsdp2": s2ft.Strategy("fsdp2"),
     "fsdp2-kept": s2ft.Strategy("fsdp2", reshard_after_forward=False),
     "fsdp2-blocks": s2ft.Strategy("fsdp2", wrap="blocks"),
+    "zero1": s2ft.Strategy("zero1", reduce_bucket_size=10_000_000),
+    "zero2": s2ft.Strategy("zero2"),
+    "zero3": s2ft.Strategy("zero3"),
+    "zero3-small": s2ft.Strategy(
+        "zero3", reduce_bucket_size=150_000, prefetch_bucket_size=500_000, max_reuse_distance=0, persistence_threshold=0
+    ),
 }
 CONFIG = s2ft.S2FTConfig(d_ratio=0.03, o_ratio=0.1)
 SHOWN = {"weights": "weights", "states": "gradients, states", "kept": "kept for backward", "peak": "peak of a step"}

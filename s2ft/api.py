@@ -11,6 +11,7 @@ from s2ft.attached.checks import check_can_fuse, check_can_merge, check_new_name
 from s2ft.attached.extra_weights import names_of_modules
 from s2ft.attached.hosts.compiled import of_compiled
 from s2ft.attached.hosts.sentence_transformers import with_rest_frozen
+from s2ft.attached.hosts.tensor_parallel import check_parallelism
 from s2ft.attached.mounting import mount
 from s2ft.attached.record import Attachment, attachment_of, check_unattached, find_attachment, new_attachment
 from s2ft.attached.report import Report
@@ -220,6 +221,7 @@ def _chosen(
     if not isinstance(config, S2FTConfig):
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
     check_unattached(model)
+    check_parallelism(model)
     found = find_couplings(model, couplings, example, config)
     names_of_modules(model, found.couplings, config.modules_to_save)  # raises for unknown modules
     trained = couplings_in_towers(model, found.couplings, config)

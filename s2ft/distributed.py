@@ -519,11 +519,12 @@ class Shard:
 
     Attributes:
         tensor: The shard, in its own memory.
-        start: Index in the full tensor at which the shard begins, by dimension; None if this is the full tensor.
+        start: Index in the full tensor at which the shard begins, by dimension; None if this is the full tensor. Where
+            the shard is no single range (packed weights under tensor parallelism): all its indices, [n] int64.
     """
 
     tensor: Tensor
-    start: list[int] | None = None
+    start: list[int | Tensor] | None = None
 
     @property
     def is_full(self) -> bool:
@@ -543,37 +544,52 @@ class Shard:
         """
         if self.is_full:
             return index, values
-        local = index - self.start[dim]
-        inside = ((local >= 0) & (local < self.tensor.shape[dim])).nonzero().squeeze(1)
+        start = self.start[dim]
+        if isinstance(start, Tensor):
+            found = index[:, None] == start
+            inside, local = found.nonzero().unbind(1)
+        else:
+            local = index - start
+            inside = ((local >= 0) & (local < self.tensor.shape[dim])).nonzero().squeeze(1)
+            local = local[inside]
         values = values.index_select(dim, inside.to(values.device))
         for other in (other for other in range(len(self.start)) if other != dim):
-            values = values.narrow(other, self.start[other], self.tensor.shape[other])
-        return local[inside], values
+            values = self._cut_along(values, other)
+        return local, values
+
+    def cut(self, full: Tensor) -> Tensor:
+        """The part of a tensor of the full shape that this shard has."""
+        for dim in range(full.dim()) if not self.is_full else ():
+            full = self._cut_along(full, dim)
+        return full
+
+    def _cut_along(self, full: Tensor, dim: int) -> Tensor:
+        start = self.start[dim]
+        if isinstance(start, Tensor):
+            return full.index_select(dim, start.to(full.device))
+        return full.narrow(dim, start, self.tensor.shape[dim])
 
 
 def own_shard(tensor: Tensor) -> Shard:
-    """Return this rank's shard of a DTensor, of any mesh and placements, or all of another tensor.
-
-    Raises:
-        ValueError: The shard is not one range along each dimension.
-    """
+    """Return this rank's shard of a DTensor, of any mesh and placements, or all of another tensor."""
     if not is_dtensor(tensor):
         return Shard(tensor.detach())
     shard = tensor.detach().to_local()
     return Shard(shard, [_own_start(tensor, dim, shard.shape[dim]) for dim in range(tensor.dim())])
 
 
-def _own_start(tensor: Tensor, dim: int, length: int) -> int:
-    """Where this rank's shard of a DTensor begins along a dimension."""
+def _own_start(tensor: Tensor, dim: int, length: int) -> int | Tensor:
+    """Where this rank's shard of a DTensor begins along a dimension; all its indices if it is no single range."""
     mesh, size = tensor.device_mesh, tensor.shape[dim]
     cutting = [axis for axis, placement in enumerate(tensor.placements) if is_cut(placement, dim)]
     if not cutting:
         return 0
-    if len(cutting) == 1:  # equal shares, rounded up; the last ranks have the rest
+    is_strided = any(hasattr(tensor.placements[axis], "split_factor") for axis in cutting)
+    if len(cutting) == 1 and not is_strided:  # equal shares, rounded up; the last ranks have the rest
         return min(size, mesh.get_local_rank(cutting[0]) * -(-size // mesh.size(cutting[0])))
     own = _own_part(torch.arange(size), tensor, dim)
     if own.numel() and not torch.equal(own, torch.arange(int(own[0]), int(own[0]) + length)):
-        raise ValueError(f"a weight is spread over ranks as {tensor.placements}, which gives a rank no single range")
+        return own
     return int(own[0]) if own.numel() else size
 
 
@@ -592,6 +608,8 @@ def stays_in_blocks(tensor: Tensor, dim: int, order: Tensor) -> bool:
         order: The order, [tensor.shape[dim]] int64.
     """
     axes = [axis for axis, placement in enumerate(tensor.placements) if is_cut(placement, dim)]
+    if axes and hasattr(tensor.placements[axes[-1]], "split_factor"):
+        return False  # a packed weight: a rank has no single block
     blocks = math.prod(tensor.device_mesh.size(axis) for axis in axes)
     if blocks > 1 and order.numel() % blocks:
         return False

@@ -6,6 +6,7 @@ product round differently by the layout of its operands and by this number (supp
 
 import gc
 import os
+from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -18,6 +19,10 @@ set_up_kernels()
 
 
 def pytest_collection_finish():
+    freeze()
+
+
+def freeze():
     """Exclude present objects from garbage collection, because trainers and torch.compile collect often."""
     gc.collect()
     gc.freeze()
@@ -29,6 +34,26 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="no GPU"))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def modules_that_a_test_imported():
+    """A test of many model types imports so much that each collection would take longer than a step of training."""
+    yield
+    freeze()
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def empty_plots():
+    """Runs draw an empty loss.png, because a picture takes as long as a tiny run. train/test_plot.py draws real ones."""
+
+    def empty(lines, title=""):
+        from matplotlib.figure import Figure
+
+        return Figure(figsize=(1, 1))
+
+    with mock.patch("s2ft.train.plot.loss_figure", empty):
+        yield

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.inductor import skip_where_wrong
+from support.pairs import in_turn
 from support.tolerances import GEMM
 from torch import nn
 
@@ -214,10 +215,17 @@ def test_float32_s2_on_a_bfloat16_base_keeps_small_updates(kind, units):
     assert layer(torch.randn(2, 11, dtype=torch.bfloat16)).dtype is torch.bfloat16
 
 
-@pytest.mark.parametrize("backend", ("aot_eager", "inductor"))
-def test_compiled_training_equals_eager(kind, units, backend):
-    if backend == "inductor":
-        skip_where_wrong()
+def test_compiled_training_equals_eager(kind, units):
+    check_compiled(kind, units, "aot_eager")
+
+
+@pytest.mark.parametrize("kind, units", in_turn(KINDS, UNITS), indirect=True)
+def test_training_compiled_by_inductor_equals_eager(kind, units):
+    skip_where_wrong()
+    check_compiled(kind, units, "inductor")
+
+
+def check_compiled(kind, units, backend):
     losses = []
     for compiled in (False, True):
         torch.manual_seed(0)

@@ -4,6 +4,7 @@ The Trainers of transformers and TRL can resume from these checkpoints without c
 """
 
 import json
+import logging
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -21,15 +22,21 @@ from s2ft.attached.hosts.attributes import keep_attributes, restore_attributes
 from s2ft.attached.hosts.checkpointing import remove_hooks
 from s2ft.attached.record import Attachment, HostHooks, attachment_of
 from s2ft.attached.report import print_trainable_parameters
-from s2ft.distributed import reshard_all
+from s2ft.distributed import is_partitioned, reshard_all
 from s2ft.files.reading import read_json
 from s2ft.files.writing import replace_file
 from s2ft.model.delta import Delta
 
+logger = logging.getLogger(__name__)
 # Trainer resumes from this file, or from one with all weights: it passes the tensors of the files that it names to
 # load_state_dict.
 INDEX = "model.safetensors.index.json"
 ATTRIBUTES = ("save_pretrained", "print_trainable_parameters", "_keys_to_ignore_on_save")
+NOT_GATHERED = (
+    "%s gets no adapter: ZeRO-3 has spread it over the ranks, and this rank saves alone. DeepSpeed's own checkpoint "
+    "there has it, with the base. Use S2FTTrainer, call s2ft.save_adapter(model, folder) on every rank after the "
+    "training, or set stage3_gather_16bit_weights_on_model_save, which gathers the base too"
+)
 WHOLE_MODELS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -66,11 +73,13 @@ def save_pretrained(
         raise ValueError("push_to_hub must be False while an adapter is trained: use s2ft.push_to_hub(model, repo_id)")
     if not is_main_process:
         return
-    directory = Path(save_directory)
+    directory, record = Path(save_directory), attachment_of(self)
+    if state_dict == {} and any(map(is_partitioned, record.slices.values())):  # the plain Trainer, which did not gather
+        logger.warning(NOT_GATHERED, directory)
+        return
     _check_no_model(directory)
-    save_adapter(self, directory, attachment_of(self).name, state=state_dict)
+    save_adapter(self, directory, record.name, state=state_dict)
     write_card(native.read(directory), directory)
-    record = attachment_of(self)
     layers = dict.fromkeys([*record.slices, *extra_weights.trained_parameters(self, record)], native.TENSORS)
     replace_file(
         directory / INDEX, json.dumps({"metadata": {"format": "s2ft"}, "weight_map": layers}, indent=1).encode()

@@ -51,7 +51,7 @@ def save_adapter(
     name = record.default_name if name is None else name
     adapter = get_adapter(model, name, state)
     adapter.info = {**model_info(model), **adapter.info, **(info or {})}
-    ranks = ranks_sharing(_trained(model, record).values()) if name == record.name and state is None else None
+    ranks = _ranks_to_wait_for(model, record) if name == record.name and state is None else None
     run_on_first_rank("saving an adapter", ranks, lambda: native.write(adapter, directory))
 
 
@@ -94,6 +94,15 @@ def gather_trained(model: nn.Module) -> dict[str, Tensor]:
     """
     reshard_all(model)
     return full_tensors(_trained(model, attachment_of(model)))
+
+
+def _ranks_to_wait_for(model: nn.Module, record: Attachment) -> list[int] | None:
+    """The ranks that must save together, so that one of them writes; None if this one can save by itself."""
+    ranks = ranks_sharing(_trained(model, record).values())
+    if ranks is None:
+        return None
+    meshes = ranks_sharing(mount.layer.weight for mount in record.mounts.values())  # those of tensor parallelism too
+    return sorted({*ranks, *(meshes or ())})
 
 
 def _trained(model: nn.Module, record: Attachment) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from s2ft.attached.record import Attachment
-from s2ft.distributed import is_dtensor, is_in_engine, is_sharded, will_be_loaded_again
+from s2ft.distributed import is_dtensor, is_in_engine, is_partitioned, is_sharded, will_be_loaded_again
 from s2ft.files.reading import check_adapter_name
 from s2ft.layers import kind_of
 from s2ft.model.coupling import Coupling, Projection, projections_of
@@ -61,7 +61,7 @@ def check_not_in_engine(model: nn.Module, what: str) -> None:
 
 
 def check_shards(model: nn.Module, couplings: list[Coupling]) -> None:
-    """Raise ValueError for a weight that is spread over ranks by something else than FSDP2.
+    """Raise ValueError for a weight that is spread over ranks by something else than FSDP2 and tensor parallelism.
 
     Raises:
         RuntimeError: This version of PyTorch does not have what a model of FSDP2 needs.
@@ -74,16 +74,19 @@ def check_shards(model: nn.Module, couplings: list[Coupling]) -> None:
             weight, (owner, _, name) = handle.tensor, projection.path.rpartition(".")
             is_module = isinstance(handle.holder, nn.Module)
             place = (id(handle.holder), "weight") if is_module else (id(model.get_submodule(owner)), name)
-            if is_dtensor(weight) and place not in managed:
+            if is_dtensor(weight) and handle.split is None and place not in managed:
                 raise ValueError(
-                    f"{projection.path} is spread over ranks ({weight.placements}), and not by FSDP2: load the model "
-                    "without tensor parallelism (tp_plan), attach, and shard it by FSDP2 or ZeRO"
+                    f"{projection.path} is spread over ranks ({weight.placements}), and neither FSDP2 nor a style of "
+                    "tensor parallelism that s2ft knows has done it: load the model without it, attach, and shard it "
+                    "by FSDP2 or ZeRO"
                 )
 
 
 def check_can_fuse(model: nn.Module) -> None:
-    """Raise ValueError if weights are spread over ranks."""
-    path = next((path for path, parameter in model.named_parameters() if is_sharded(parameter)), None)
+    """Raise ValueError if FSDP2 or ZeRO-3 has spread weights over ranks. Tensor parallelism is no obstacle."""
+    path = next((path for path, parameter in model.named_parameters() if is_partitioned(parameter)), None)
+    if path is None and managed_by_fsdp(model):
+        path = next(path for path, parameter in model.named_parameters() if is_dtensor(parameter))
     if path is not None:
         raise ValueError(
             f"fuse writes the adapter into whole weights, and this model is sharded ({path}): s2ft.merge writes it "

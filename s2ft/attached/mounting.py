@@ -20,13 +20,14 @@ from s2ft.attached.forwards import experts_modules, put_forwards_back, replace_f
 from s2ft.attached.hosts.checkpointing import close_blocks, open_blocks
 from s2ft.attached.hosts.quantizers import allow_training, restore_quantizer
 from s2ft.attached.hosts.state_dicts import add_state_hooks, remove_state_hooks
+from s2ft.attached.hosts.tensor_parallel import check_split_layers, install_style, unit_blocks
 from s2ft.attached.record import Attachment, Mount, Part, applied, attachment_of, clear_attachment, set_attachment
 from s2ft.config import S2FTConfig
 from s2ft.distributed import check_same_as_first_rank, reshard_all
-from s2ft.layers import EXPERTS, S2Layer, forward_of, kind_of
+from s2ft.layers import EXPERTS, SPLIT_LINEAR, S2Layer, forward_of, kind_of
 from s2ft.model.coupling import Coupling, Projection
 from s2ft.model.fingerprint import digest
-from s2ft.model.permutation import Move, contiguous_range, coupling_order, inverse
+from s2ft.model.permutation import Move, contiguous_range, coupling_order, inverse, order_in_blocks
 from s2ft.model.weights import allow_packing, find, layers_that_pack, parameter_position, put, stop_packing
 from s2ft.ranks.fsdp import Place, follow, release_slices, shard_slices
 from s2ft.selection import Selection
@@ -74,11 +75,15 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
         for coupling in record.couplings
         if any(projection.name in selection for projection in coupling.projections)
     ]
-    orders = {}
+    check_split_layers(model, touched)
+    moves = {}
     if config.layout == "permuted":
         movable = [coupling for coupling in touched if coupling.movable]
         check_can_move(model, movable)
-        orders = {coupling: _order(coupling, selection) for coupling in movable}
+        for coupling in movable:
+            blocks = unit_blocks(model, coupling)
+            if blocks is not None:  # else the units are trained in place
+                moves[coupling] = Move(coupling, order_in_blocks(blocks, *_selected(coupling, selection)))
     check_gradients_pass(model)
     check_shards(model, touched)
     check_memory(model, [projection for coupling in touched for projection in coupling.projections])
@@ -91,7 +96,7 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
     )
     try:
         record.name, record.config, record.selection = name, config, selection
-        _mount_all(model, record, touched, orders)
+        _mount_all(model, record, touched, moves)
         extra_weights.start(model, record, extra_names, before_forward, before_load)
         record.active = {name: 1.0}
     except BaseException:  # out of memory, an interrupt: leave no half-converted model
@@ -114,7 +119,7 @@ def before_load(model: nn.Module, *_: Any) -> None:
     extra_weights.keep_unfrozen(model, attachment_of(model))
 
 
-def _mount_all(model: nn.Module, record: Attachment, touched: list[Coupling], orders: dict[Coupling, Tensor]) -> None:
+def _mount_all(model: nn.Module, record: Attachment, touched: list[Coupling], moves: dict[Coupling, Move]) -> None:
     model.requires_grad_(False)
     expect_weights(model, record)
     record.packing_stopped = layers_that_pack(model)
@@ -122,10 +127,10 @@ def _mount_all(model: nn.Module, record: Attachment, touched: list[Coupling], or
     allow_training(model)
     parts: dict[str, list[Part]] = {}
     for coupling in touched:
-        order = orders.get(coupling)
-        if order is not None:
-            record.moves.append(Move(coupling, order))
+        if coupling in moves:
+            record.moves.append(moves[coupling])
             record.moves[-1].do(model, later=record.awaits_weights)
+        order = _order(coupling, record.selection) if coupling.movable and record.config.layout == "permuted" else None
         for projection in coupling.projections:
             if projection.name in record.selection:
                 part = _part(projection, record.selection[projection.name], order)
@@ -178,7 +183,7 @@ def _tied_weights(model: nn.Module) -> Iterator[Tensor]:
 
 
 def _part(projection: Projection, units: Tensor, order: Tensor | None) -> Part:
-    """Make the part of a projection's units. Its positions are those in the whole weight as it is now."""
+    """Make the part of a projection's units. Its positions are those in the whole weight, if its units have `order`."""
     places = units if order is None else inverse(order)[units]
     return Part(projection, projection.elements(places), projection.elements(units))
 
@@ -188,7 +193,7 @@ def _mount(model: nn.Module, path: str, parts: list[Part], record: Attachment, t
     if isinstance(original, nn.Parameter):
         made = Mount(None, _stack(original, parts, record.config), parts, parameter_position(model, path))
     else:
-        made = Mount(original, _layer(original, parts, record.config), parts)
+        made = Mount(original, _layer(original, parts, record), parts)
     made.layer.is_tied = id(made.layer.weight) in tied
     record.mounts[path] = made
     put(model, path, made.layer)
@@ -196,7 +201,7 @@ def _mount(model: nn.Module, path: str, parts: list[Part], record: Attachment, t
         made.layer.take_over(made.original)
 
 
-def _layer(original: nn.Module, parts: list[Part], config: S2FTConfig) -> S2Layer:
+def _layer(original: nn.Module, parts: list[Part], record: Attachment) -> S2Layer:
     """Make the layer of one module: on a slice if the parts fill one, else on an index. Sets the positions in s2."""
     dim = parts[0].projection.dim
     places = torch.cat([part.positions for part in parts])
@@ -208,8 +213,22 @@ def _layer(original: nn.Module, parts: list[Part], config: S2FTConfig) -> S2Laye
     else:
         where = {"index": places}
         _number_positions(parts)
-    layer = kind_of(original).layers[dim]
-    return layer.from_module(original, **where, delta_dtype=config.delta_dtype_for(original.weight.dtype))
+    kind, current = kind_of(original), _current_index(parts, record)
+    if kind is SPLIT_LINEAR or not (found is None or torch.equal(current, torch.arange(*found))):
+        where = {"index": current}  # tensor parallelism: units are elsewhere, and s2 has the same order
+    delta_dtype = record.config.delta_dtype_for(original.weight.dtype)
+    layer = kind.layers[dim].from_module(original, **where, delta_dtype=delta_dtype)
+    install_style(original, layer)
+    return layer
+
+
+def _current_index(parts: list[Part], record: Attachment) -> Tensor:
+    """Where the units of s2 are in the weight once the moves are done, in the order of s2, shape [n], int64."""
+    index = torch.empty(sum(part.elements.numel() for part in parts), dtype=torch.int64)
+    for part in parts:
+        move = next((move for move in record.moves if part.projection in move.coupling.projections), None)
+        index[part.positions] = part.elements if move is None else move.places(part.projection)[part.elements]
+    return index
 
 
 def _stack(original: nn.Parameter, parts: list[Part], config: S2FTConfig) -> S2Layer:
@@ -236,10 +255,18 @@ def _number_positions(parts: list[Part]) -> None:
 
 
 def _order(coupling: Coupling, selection: Selection) -> Tensor:
-    """Return the order of the units that moves the selected ones together, shape [units], int64."""
+    """Return the order of the units that moves the selected ones together, shape [units], int64.
+
+    The order of s2 follows from it, also where tensor parallelism needs another order of the weights. So s2 and its
+    optimizer's state have the same order on any number of ranks.
+    """
+    return coupling_order(coupling.count, *_selected(coupling, selection))
+
+
+def _selected(coupling: Coupling, selection: Selection) -> tuple[list[Tensor], Tensor | None]:
+    """The selected units of the producers and of the consumer."""
     producers = [selection[p.name] for p in coupling.producers if p.name in selection]
-    consumer = selection[coupling.consumer.name] if coupling.consumer.name in selection else None
-    return coupling_order(coupling.count, producers, consumer)
+    return producers, selection[coupling.consumer.name] if coupling.consumer.name in selection else None
 
 
 # ---- unmounting ----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from s2ft.attached.hosts.tensor_parallel import check_parallelism
 from s2ft.config import S2FTConfig
 from s2ft.distributed import Decision, decide, reshard_all
 from s2ft.layers import S2Layer
@@ -359,9 +360,11 @@ def new_attachment(
         config: What will be trained, see :func:`find_couplings`.
 
     Raises:
-        ValueError: The model has adapters, or no couplings were given and none can be found.
+        ValueError: The model has adapters, or is cut into pipeline stages, or no couplings were given and none can be
+            found.
     """
     check_unattached(model)
+    check_parallelism(model)
     found = find_couplings(model, couplings, example, config)
     reshard_all(model)
     base = decide("the base", have_numbers(model, found.couplings), lambda: fingerprint(model, found.couplings))

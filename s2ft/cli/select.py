@@ -97,12 +97,15 @@ def _choose_from_disk(job: SelectArguments, config):
     import s2ft
     from s2ft.model.checkpoint import read_from
     from s2ft.model.conversion import CannotStream
-    from s2ft.text.models import load_model, model_on_disk
+    from s2ft.selection import reads_weights
+    from s2ft.text.models import load_model, model_on_disk, model_without_values
 
     try:
+        if not reads_weights(config):
+            return s2ft.select(model_without_values(job.model, job.dtype), config)
         model, weights = model_on_disk(job.model, job.dtype)
     except CannotStream as reason:
-        logger.info("loading the whole model to select from: %s", reason)
+        logger.info("loading the whole model to select from, because %s", reason)
         return s2ft.select(load_model(job.model, job.dtype)[0], config)
     with read_from(model, weights):
         return s2ft.select(model, config)

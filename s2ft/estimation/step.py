@@ -91,19 +91,23 @@ class Step:
         """Run forward, backward and the optimizer's step. With accumulation, forward and backward run twice."""
         forwards = min(accumulation, 2)
         with self.memory:
-            self.memory.phase = "forward"
             self.rank.start()
+            if self.rank.rehearses:
+                self._forward_and_backward(count=False, last=True, phases=("", ""))
             for number in range(forwards):
-                self.memory.phase = "forward"
-                self.rank.before_forward(last=number == forwards - 1)
-                outputs = self._guarded(partial(self._forward, count=number == 0))
-                self.memory.phase = "backward"
-                self.rank.before_backward()
-                self._guarded(partial(_backward, outputs))
-                del outputs
-                self.rank.after_backward()
+                self._forward_and_backward(count=number == 0, last=number == forwards - 1)
             self.memory.phase = "optimizer"
             self._guarded(partial(self.rank.update, make))
+
+    def _forward_and_backward(self, count: bool, last: bool, phases: tuple[str, str] = ("forward", "backward")) -> None:
+        self.memory.phase = phases[0]
+        self.rank.before_forward(last)
+        with self.rank.context():
+            outputs = self._guarded(partial(self._forward, count=count))
+            self.memory.phase = phases[1]
+            self._guarded(partial(_backward, outputs))
+        del outputs
+        self.rank.after_backward()
 
     def _dry_run(self) -> Any:
         """Return the model's output without gradients."""

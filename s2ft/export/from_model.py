@@ -29,7 +29,7 @@ from s2ft.export.merged import check_size, temporary_folder
 from s2ft.export.streamed import Changes, DiskSource, Source, Sum, saved_names, write_config, write_weights
 from s2ft.files.streaming import StoredTensor
 from s2ft.model.checkpoint import StoredWeights, open_checkpoint, read_from
-from s2ft.model.conversion import CannotStream, Group, is_of_transformers, saving_groups
+from s2ft.model.conversion import Group, is_of_transformers, saving_groups
 from s2ft.model.fingerprint import difference, fingerprint
 from s2ft.model.permutation import inverse, moving_tensors
 
@@ -191,9 +191,7 @@ def _find_base(
         other = other or _difference_outside(model, record, weights)
         if other:
             raise ValueError(f"{source} has other weights than the base of this model: {other}")
-    except CannotStream as error:
-        return str(error)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # no such files, others than the base's, or none that can be streamed
         if base is not None:
             raise
         return str(error)
@@ -215,9 +213,7 @@ def _difference_outside(model: nn.Module, record: Attachment, weights: StoredWei
             part = part[: stored.numel()]
         elif is_dtensor(tensor):
             shard = own_shard(tensor)
-            part = shard.tensor
-            for dim, start in enumerate(shard.start):
-                stored = stored.narrow(dim, start, part.shape[dim])
+            part, stored = shard.tensor, shard.cut(stored)
         else:
             part = tensor.detach()
         if not torch.equal(part.cpu(), stored):

@@ -59,7 +59,7 @@ def export(
         try:
             model, weights = model_on_disk(model_name, dtype_of_base(saved, dtype))
             tokenizer = give_prompt(load_tokenizer(model_name), saved.info, f"adapter {saved.name!r}")
-            compare = _write_streamed(folder, model, weights, saved, max_shard_size)
+            compare = write_merged(folder, model, weights, saved, max_shard_size)
             give_generation_config(model, locate(model_name)[0])
             write_config(folder, model)
         except CannotStream as reason:
@@ -73,7 +73,7 @@ def export(
     return f"merged checkpoint, loaded again and compared: {output}"
 
 
-def _write_streamed(
+def write_merged(
     folder: Path, model, weights: StoredWeights, adapter: s2ft.Adapter, max_shard_size: str | None
 ) -> Callable[[], None]:
     """Write the merged weights one at a time, see :func:`s2ft.export.streamed.write_weights`."""

@@ -169,7 +169,7 @@ def _stored(name: str, entry: Any, path: Path, start: int, size: int) -> StoredT
         if known is None:
             raise ValueError(f"{path}: {shortened(name)} has dtype {shortened(dtype)}, which s2ft does not read")
         stored = StoredTensor(path, start + first, known, shape)
-        if first < 0 or last - first != stored.bytes or start + last > size:
+        if first < 0 or last - first != stored.bytes or start + last > size or any(n < 0 for n in shape):
             raise ValueError(f"{path} is truncated or damaged: {shortened(name)} lies outside the file")
     except (TypeError, KeyError) as error:
         raise ValueError(f"{path} is truncated or damaged: {shortened(name)} has no valid entry") from error

@@ -20,6 +20,8 @@ from s2ft.layers.experts import (
 from s2ft.layers.kind import OTHER, Kind
 from s2ft.layers.linear import CONV1D, LINEAR, S2ColumnLinear, S2RowLinear
 from s2ft.layers.quantized import NO_FUSE, QUANTIZED
+from s2ft.layers.split import Split, split_of
+from s2ft.layers.split_linear import SPLIT_LINEAR, S2SplitLinear
 
 __all__ = [
     "EXPERTS",
@@ -38,15 +40,19 @@ __all__ = [
     "S2RowExperts",
     "S2RowLinear",
     "S2RowOwnForward",
+    "S2SplitLinear",
+    "SPLIT_LINEAR",
+    "Split",
     "TRANSPOSED_EXPERTS",
     "act_mul_of",
     "forward_of",
     "kind_of",
+    "split_of",
 ]
 
 # The first kind that matches is used: a layer that torchao has quantized is an nn.Linear too, and layers of derived
 # classes are of the last kinds.
-KINDS: tuple[Kind, ...] = (*QUANTIZED, LINEAR, CONV1D, CONVOLUTION, EXPERTS, *DERIVED)
+KINDS: tuple[Kind, ...] = (*QUANTIZED, SPLIT_LINEAR, LINEAR, CONV1D, CONVOLUTION, EXPERTS, *DERIVED)
 
 
 def kind_of(found: Any) -> Kind:

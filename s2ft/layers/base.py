@@ -210,7 +210,7 @@ class S2Layer(nn.Module):
                 # moment. Until the version below is set, the next forward writes base + s2 again.
                 self._fused_version = -1
                 self.base = self._units().clone()
-            self._write_units(effective_units(self.base, self.s2.detach()))
+            self._write_units(self._effective(self.base))
             self._fused_version = self.s2._version
 
     def unfuse(self) -> None:
@@ -244,6 +244,9 @@ class S2Layer(nn.Module):
         if self.index is None:
             return matrix.narrow(self.dim, self.start, self.end - self.start)
         return matrix.index_select(self.dim, self.index)
+
+    def _effective(self, base: Tensor) -> Tensor:
+        return effective_units(base, self.s2.detach())
 
     def _write_units(self, values: Tensor) -> None:
         self.write_units_of(self.weight, values)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.distributed import Shard
+from s2ft.layers.split import Split
 
 
 def as_matrix(weight: Tensor, transposed: bool = False) -> Tensor:
@@ -91,6 +92,10 @@ class Kind:
         elif self.transposed:
             matrix = matrix.t()
         return Shard(matrix, start[1::-1] if self.transposed else start[:2])
+
+    def split(self, holder: nn.Module | Tensor) -> Split | None:
+        """How tensor parallelism has split the weight over ranks; None if it has not."""
+        return None
 
     def parameters(self, module: nn.Module) -> int | None:
         """The number of parameters that a packed weight stands for; None for a weight that is not packed."""

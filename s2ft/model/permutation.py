@@ -50,6 +50,37 @@ def coupling_order(count: int, producers: Sequence[Tensor], consumer: Tensor | N
     return place_first(count, chosen)
 
 
+def order_in_blocks(blocks: Tensor, producers: Sequence[Tensor], consumer: Tensor | None) -> Tensor:
+    """Find an order in which no unit leaves its block, and each block has the order of :func:`coupling_order`.
+
+    Tensor parallelism gives each rank a block of the units. So every rank reorders its own part of the weights, and its
+    selected units are contiguous there.
+
+    Args:
+        blocks: The block of each unit of the coupling, [count] int64.
+        producers: Selected units [n] of every producer that has any.
+        consumer: Selected units [n] of the consumer, or None.
+
+    Returns:
+        The order [count] int64; position i gets unit order[i].
+    """
+    order = torch.arange(blocks.numel())
+    for block in blocks.unique():
+        units = (blocks == block).nonzero().squeeze(1)
+        inside, *others = [_numbers_in(units, blocks.numel(), chosen) for chosen in (consumer, *producers)]
+        order[units] = units[coupling_order(units.numel(), others, inside)]
+    return order
+
+
+def _numbers_in(units: Tensor, count: int, chosen: Tensor | None) -> Tensor | None:
+    """The chosen units of a block, as positions in the block's units."""
+    if chosen is None:
+        return None
+    is_chosen = torch.zeros(count, dtype=torch.bool)
+    is_chosen[chosen] = True
+    return is_chosen[units].nonzero().squeeze(1)
+
+
 def place_first(count: int, chosen: Tensor) -> Tensor:
     """Find an order [count] that starts with `chosen`. A unit that makes room goes to a place that became free."""
     order = torch.arange(count)

@@ -24,6 +24,7 @@ from s2ft.distributed import (
     reads_weights,
 )
 from s2ft.layers import EXPERTS, LINEAR, OTHER, TRANSPOSED_EXPERTS, Kind, kind_of
+from s2ft.layers.split import Split
 from s2ft.model.coupling import Coupling, Projection
 
 
@@ -100,6 +101,11 @@ class WeightHandle:
         """View a tensor of the stored weight's shape, for instance its gradient, as :attr:`matrix` views the weight."""
         return self.kind.view(tensor, self.expert)
 
+    @property
+    def split(self) -> Split | None:
+        """How tensor parallelism has split the weight; None if it has not."""
+        return self.kind.split(self.holder)
+
     def full(self) -> AbstractContextManager[Tensor]:
         """Open the complete weight for reading: as it is stored, with all experts, or dequantized.
 
@@ -146,6 +152,12 @@ def weight_at(model: nn.Module, projection: Projection) -> WeightHandle:
     if kind is EXPERTS and projection.transposed:  # nothing but the projection says it
         kind = TRANSPOSED_EXPERTS
     return WeightHandle(projection.path, found, LINEAR if kind is OTHER else kind, projection.expert)
+
+
+def split_of_units(model: nn.Module, projection: Projection) -> Split | None:
+    """How tensor parallelism has split the units of a projection; None if each of its ranks has all of them."""
+    split = weight_at(model, projection).split
+    return split if split is not None and split.dim == projection.dim else None
 
 
 def tensors_of(model: nn.Module, coupling: Coupling) -> list[Tensor]:

@@ -57,9 +57,14 @@ def select(
             raise ValueError("the config's units are given, so there is nothing to calibrate: leave out calibration")
         return named_units(couplings, config.units)
     metric = METRICS[config.selection]
-    if metric.ordered and model is not None:  # it reads the weights, which only some ranks may have
+    if reads_weights(config) and model is not None:  # only some ranks may have them
         return _select_where_weights_are(couplings, config, model, calibration, metric)
     return _select(couplings, config, model, calibration, metric)
+
+
+def reads_weights(config: S2FTConfig) -> bool:
+    """Whether a selection depends on the values of the weights."""
+    return config.units is None and METRICS[config.selection].ordered
 
 
 def _select_where_weights_are(

@@ -7,10 +7,11 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
+from s2ft.distributed import is_dtensor
 from s2ft.layers import ObservedExperts, forward_of, kind_of
 from s2ft.model.coupling import Projection
 from s2ft.model.gathering import gathered_forwards
-from s2ft.model.weights import find, parameter_position, put
+from s2ft.model.weights import find, parameter_position, put, split_of_units
 from s2ft.ranks.fsdp import following
 from s2ft.selection.batches import positions_of
 from s2ft.selection.metric import Metric, Request, Units, squares_by_unit
@@ -74,8 +75,9 @@ class _Sums:
 
     def _positions(self, projections: list[Projection], x: Tensor) -> Tensor:
         """Return x without padding: [..., features] → [positions, features]."""
-        name = projections[0].name
-        return self.request.calibration.without_padding(x.detach(), name, self.positions[name])
+        name, x = projections[0].name, x.detach()
+        x = x.to_local() if is_dtensor(x) else x  # as torch's parallelize_module gives it to a layer
+        return self.request.calibration.without_padding(x, name, self.positions[name])
 
     def _count(self, projections: list[Projection], x: Tensor) -> None:
         count = len(self._positions(projections, x))
@@ -101,7 +103,7 @@ class _Sums:
             self._add_squares(projection, values)
 
     def _add_squares(self, projection: Projection, x: Tensor) -> None:
-        squares = squares_by_unit(x, 1, projection)
+        squares = squares_by_unit(x, 1, projection, split_of_units(self.request.model, projection))
         before = self.sums.get(projection.name)
         self.sums[projection.name] = squares if before is None else before + squares
 
@@ -118,7 +120,11 @@ class _Sums:
                 problem = "ran" if count is None else "has more than padding for"
                 raise ValueError(f"selection={self.request.config.selection!r}: no calibration batch {problem} {name}")
             zeros = torch.zeros(projection.count, dtype=torch.float64)  # of an expert that received no token
-            scores[name] = (self.sums.get(name, zeros) / count).sqrt().cpu()
+            total = self.sums.get(name, zeros)
+            split = split_of_units(self.request.model, projection)
+            if split is not None:  # each rank has the sums of its own units
+                total = split.sum(total)
+            scores[name] = (total / count).sqrt().cpu()
         return scores
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.config import S2FTConfig
+from s2ft.layers.split import Split
 from s2ft.model.coupling import Coupling, Projection
 from s2ft.selection.batches import Calibration
 
@@ -51,7 +52,7 @@ Allocation = Callable[[Request, Units, dict[str, int], Units, bool], Units]
 
 
 @torch.no_grad()
-def squares_by_unit(matrix: Tensor, dim: int, projection: Projection) -> Tensor:
+def squares_by_unit(matrix: Tensor, dim: int, projection: Projection, split: Split | None = None) -> Tensor:
     """Return the sum of squares of every unit of a projection.
 
     The sums are formed in float32 within a piece of the matrix, and in float64 over the pieces.
@@ -60,9 +61,10 @@ def squares_by_unit(matrix: Tensor, dim: int, projection: Projection) -> Tensor:
         matrix: Tensor of shape [O, I] or [O, I, taps].
         dim: Dimension of the units in `matrix`.
         projection: The projection.
+        split: How tensor parallelism has split the units; None if it has not. The matrix may then be this rank's part.
 
     Returns:
-        The sums, shape [count], float64, on the matrix's device.
+        The sums, shape [count], float64, on the matrix's device. With a split, those of other ranks' units are zero.
     """
     rows = max(1, PIECE // max(1, matrix[:1].numel()))
     total = torch.zeros(matrix.shape[dim], dtype=torch.float64, device=matrix.device)
@@ -72,6 +74,10 @@ def squares_by_unit(matrix: Tensor, dim: int, projection: Projection) -> Tensor:
             total[start : start + rows] = squares.flatten(1).sum(1)
         else:
             total += squares.transpose(0, 1).flatten(1).sum(1) if matrix.dim() > 2 else squares.sum(0)
+    if split is not None:
+        own, part = split.own_elements.to(total.device), total
+        total = total.new_zeros(projection.extent)
+        total[own] = part if part.numel() == own.numel() else part[own]
     elements = projection.elements(torch.arange(projection.count)).to(total.device)
     return total[elements].view(projection.count, projection.unit).sum(1)
 

@@ -4,6 +4,7 @@ A model with towers for images or sound is loaded whole.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,51 @@ def hollow_model(name: str):
         return model_class._from_config(config)
 
 
+def model_without_values(name: str, dtype: str = "auto", dtype_of_files: Callable[[], Any] | None = None):
+    """Build the model that :func:`load_model` would load, on the meta device. Its files of weights are not needed.
+
+    Args:
+        name: A local folder with config.json, or a name on the hub.
+        dtype: Dtype of the weights, as for :func:`load_model`.
+        dtype_of_files: Returns the torch.dtype of weights whose config has none; default: torch.float32.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        CannotStream: The weights are not stored as they are: a GGUF file, or a quantized checkpoint.
+        FileNotFoundError: The path does not exist.
+        ValueError: The dtype is unknown, or the model can't be built.
+
+    Example:
+        >>> _ = model.save_pretrained("tiny")
+        >>> hollow = s2ft.text.models.model_without_values("tiny", "bfloat16")
+        >>> hollow.device.type, hollow.dtype
+        ('meta', torch.bfloat16)
+    """
+    import torch
+    import transformers
+
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    source, options = locate(name)
+    if options:
+        raise CannotStream(f"{name} is a GGUF file, which has to be unpacked")
+    _check_hub(name, source, None)
+    options = _remote(None, False)
+    config = _from_pretrained(transformers.AutoConfig, MODEL, name, source, options)
+    if getattr(config, "quantization_config", None) is not None:
+        raise CannotStream(f"the weights of {name} are quantized")
+    if dtype != "auto":
+        wanted = getattr(torch, dtype)
+    else:
+        wanted = config.dtype or (torch.float32 if dtype_of_files is None else dtype_of_files())
+    with torch.device("meta"):
+        model = _auto_class(name, source, options, False).from_config(config, dtype=wanted)
+    keep_in_float32(model)
+    return model.eval()
+
+
 def model_on_disk(name: str, dtype: str = "auto"):
     """Build the model that :func:`load_model` would load, on the meta device, and find its weights in the checkpoint.
 
@@ -147,25 +193,9 @@ def model_on_disk(name: str, dtype: str = "auto"):
         >>> hollow.device.type, weights.read("model.norm.weight").dtype
         ('meta', torch.bfloat16)
     """
-    import torch
-
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    source, options = locate(name)
-    if options:
-        raise CannotStream("a GGUF file has to be unpacked")
-    _check_hub(name, source, None)
-    import transformers
-
-    config = _from_pretrained(transformers.AutoConfig, MODEL, name, source, _remote(None, False))
-    if getattr(config, "quantization_config", None) is not None:
-        raise CannotStream("its weights are quantized")
-    checkpoint = open_checkpoint(source)
-    wanted = (config.dtype or checkpoint.dtype) if dtype == "auto" else getattr(torch, dtype)
-    with torch.device("meta"):
-        model = _auto_class(name, source, _remote(None, False), False).from_config(config, dtype=wanted)
-    keep_in_float32(model)
-    return model.eval(), StoredWeights(model, checkpoint)
+    source = locate(name)[0]
+    model = model_without_values(name, dtype, lambda: open_checkpoint(source).dtype)
+    return model, StoredWeights(model, open_checkpoint(source))
 
 
 def keep_in_float32(model) -> None:

@@ -8,9 +8,9 @@ import torch
 
 from s2ft.config import S2FTConfig
 from s2ft.packages import check_packages
-from s2ft.text.models import DTYPES, load_model
+from s2ft.text.models import DTYPES, load_model, locate
 from s2ft.train.options import ModelOptions
-from s2ft.train.parallel import loading_config
+from s2ft.train.parallel import gets_weights_later, loading_config
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,8 @@ def load_base(options: ModelOptions, arguments: Any):
     more.setdefault("distributed_config", loading_config(arguments))
     if quantization is not None and not arguments.use_cpu:
         more.setdefault("device_map", {"": arguments.device})
+    elif gets_weights_later() and not locate(options.model_name_or_path)[1]:  # a GGUF file is unpacked by every rank
+        more.setdefault("device_map", "meta")
     model, tokenizer = load_model(
         options.model_name_or_path,
         dtype,
@@ -58,19 +60,18 @@ def load_base(options: ModelOptions, arguments: Any):
 def quantization_config(options: ModelOptions, dtype: str = "auto"):
     """Return the quantization config of transformers for the options, or None.
 
-        Args:
-            options: How the model is loaded.
-            dtype: Dtype in which a 4-bit layer multiplies; "auto": bfloat16.
+    Args:
+        options: How the model is loaded.
+        dtype: Dtype in which a 4-bit layer multiplies; "auto": bfloat16.
 
-        Raises:
-            MissingPackages: bitsandbytes is not installed.
+    Raises:
+        MissingPackages: bitsandbytes is not installed.
 
-        Example:
-            >>> from s2ft.train.loading import quantization_config
-            >>> from s2ft.train.options import ModelOptions
-    from s2ft.train.parallel import loading_config
-            >>> print(quantization_config(ModelOptions("my-model")))
-            None
+    Example:
+        >>> from s2ft.train.loading import quantization_config
+        >>> from s2ft.train.options import ModelOptions
+        >>> print(quantization_config(ModelOptions("my-model")))
+        None
     """
     if not options.quantized:
         return None

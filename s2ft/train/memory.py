@@ -10,8 +10,8 @@ from s2ft.text.prompts import pad_id
 from s2ft.train.batching import Batching, choose_batching, row_lengths, short_row
 from s2ft.train.loss import why_not_chunked
 from s2ft.train.options import RunOptions
-from s2ft.train.parallel import is_spread
-from s2ft.train.remedies import loss_in_chunks
+from s2ft.train.parallel import devices_of, is_spread, strategy_of_run
+from s2ft.train.remedies import loss_in_chunks, plain_copy
 from s2ft.train.runs import needs_trl_loss
 from s2ft.train.sft import is_checkpointed
 
@@ -32,11 +32,13 @@ def log_memory(model, config, train, arguments, options: RunOptions, tokenizer) 
     if not hasattr(train, "__len__"):
         logger.info("memory was not estimated: the longest row of streamed data is not known")
         return
-    if is_spread(model):
-        logger.info("memory was not estimated: the weights are spread over the devices; see s2ft estimate")
+    if devices_of(arguments).splits_rows:
+        logger.info("memory was not estimated: each row is divided among devices")
         return
-    trl_loss = needs_trl_loss(arguments)
-    batching = choose_batching(model, pad_id(tokenizer), train, arguments, trl_loss)
+    trl_loss, trial = needs_trl_loss(arguments), None
+    if is_spread(model):  # the other devices do not call this, so the model is neither run nor read
+        model, trial = plain_copy(model), lambda *arguments: ""
+    batching = choose_batching(model, pad_id(tokenizer), train, arguments, trl_loss, trial)
     chunked = options.chunked_loss and not arguments.torch_compile and not trl_loss
     longest, short = longest_batch(train, arguments, batching), batching.collator([short_row(train)])
     log_memory_of_batch(model, config, longest, arguments, chunked, short)
@@ -54,6 +56,9 @@ def log_memory_of_batch(model, config, batch: dict, arguments, chunked: bool, sh
         short: A batch on which the model is run to find out whether it allows it. None is `batch`.
     """
     try:
+        strategy = strategy_of_run(arguments)
+        if strategy is not None and strategy.shards_weights:
+            chunked = False
         chunked = chunked and not why_not_chunked(model, batch if short is None else short)
         found = s2ft.estimate(
             model,
@@ -64,6 +69,8 @@ def log_memory_of_batch(model, config, batch: dict, arguments, chunked: bool, sh
             gradient_checkpointing=is_checkpointed(arguments),
             accumulation=arguments.gradient_accumulation_steps,
             autocast=torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None,
+            strategy=strategy,
+            devices=None if strategy is None else devices_of(arguments).count,
         )
     except Exception as error:  # a model may fail on tensors without data, and the run does not need the estimate
         logger.info("memory was not estimated: %s", str(error).split("\n")[0] or type(error).__name__)

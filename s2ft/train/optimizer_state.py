@@ -4,7 +4,8 @@ The tensors are complete, and each parameter has its name in the model. Otherwis
 optimizers, so an optimizer of whole parameters loads it as it is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import count, islice
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from s2ft.distributed import full_tensors, is_dtensor, reshard_all
 
 NAMES = "parameter_names"  # for each group, the names of its parameters
-INSIDE_NAMES = ("_checkpoint_wrapped_module.", "_orig_mod.", "_fsdp_wrapped_module.")  # what wrappers add to names
+OF_GROUPS = ("base_lrs", "_last_lr", "lr_lambdas")  # of the state of a schedule: lists with an entry for each group
+INSIDE_NAMES = ("_checkpoint_wrapped_module.", "_orig_mod.")  # what wrappers add to names
 
 
 def gather_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
@@ -30,23 +32,24 @@ def gather_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str
     """
     reshard_all(model)
     state = optimizer.state_dict()
-    spread = {
-        f"{number} {key}": value
-        for number, values in state["state"].items()
-        for key, value in values.items()
-        if isinstance(value, Tensor)
-    }
-    full = full_tensors(spread)
+    full = full_tensors(
+        {
+            f"{number} {key}": value
+            for number, values in state["state"].items()
+            for key, value in values.items()
+            if isinstance(value, Tensor)
+        }
+    )
     complete = {
         number: {
             key: full[f"{number} {key}"].cpu() if isinstance(value, Tensor) else value for key, value in values.items()
         }
         for number, values in state["state"].items()
     }
-    return {**state, "state": complete, NAMES: _names(optimizer, model)}
+    return {**state, "state": complete, NAMES: names_of(_groups(optimizer), model)}
 
 
-def load_state(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Mapping[str, Any]) -> None:
+def load_state(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Mapping[str, Any]) -> list[int | None]:
     """Load what :func:`gather_state` returned, on any number of ranks. Each rank takes its shards.
 
     Args:
@@ -54,47 +57,104 @@ def load_state(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Mappin
         model: The model that has its parameters.
         saved: The state.
 
+    Returns:
+        The number of the saved group for each group of the optimizer, for :func:`load_schedule`.
+
     Raises:
         ValueError: The state is of an optimizer with other parameters. Nothing has changed.
     """
     reshard_all(model)
-    names = _names(optimizer, model)
-    if [sorted(group) for group in names] != [sorted(group) for group in saved[NAMES]]:
+    groups = _groups(optimizer)
+    places = places_of(saved, names_of(groups, model))
+    placed = [pair for group, of_group in zip(groups, places) for pair in zip(group, of_group)]
+    state = {
+        number: {key: _spread(value, parameter) for key, value in saved["state"][place].items()}
+        for number, (parameter, place) in enumerate(placed)
+        if place in saved["state"]
+    }
+    order = order_of(saved, places)
+    options = in_order(saved["param_groups"], order, optimizer.param_groups)
+    optimizer.load_state_dict({**saved, "state": state, "param_groups": numbered(options, groups)})
+    return order
+
+
+def names_of(groups: Iterable[Iterable[nn.Parameter]], model: nn.Module) -> list[list[str]]:
+    """Return the names of the parameters of each group, without what wrappers add to names."""
+    names = {}
+    for name, parameter in model.named_parameters():
+        for part in INSIDE_NAMES:
+            name = name.replace(part, "")
+        names[id(parameter)] = name
+    return [[names[id(parameter)] for parameter in group] for group in groups]
+
+
+def places_of(saved: Mapping[str, Any], names: Sequence[Sequence[str]]) -> list[list[int]]:
+    """Return the numbers that parameters have in a saved state, for each group.
+
+    Args:
+        saved: The saved state.
+        names: The names of the parameters of each group.
+
+    Raises:
+        ValueError: The state is of an optimizer with other parameters.
+    """
+    if sorted(sorted(group) for group in names if group) != sorted(sorted(group) for group in saved[NAMES] if group):
         mine, theirs = ({name for group in groups for name in group} for groups in (names, saved[NAMES]))
         different = ", ".join(sorted(mine ^ theirs)[:3]) or "the same ones in other groups"
         raise ValueError(f"the optimizer's state is of other parameters than this run trains: {different}")
-    numbers = {
-        name: number
+    places = {
+        name: place
         for group, of_group in zip(saved["param_groups"], saved[NAMES])
-        for name, number in zip(of_group, group["params"])
+        for name, place in zip(of_group, group["params"])
     }
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    ordered = [numbers[name] for group in names for name in group]
-    state = {
-        place: {key: _like(value, parameter) for key, value in saved["state"][number].items()}
-        for place, (number, parameter) in enumerate(zip(ordered, parameters))
-        if number in saved["state"]
-    }
-    places = iter(range(len(parameters)))
-    groups = [
-        {**group, "params": [next(places) for _ in of_group]} for group, of_group in zip(saved["param_groups"], names)
-    ]
-    rest = {key: value for key, value in saved.items() if key not in (NAMES, "state", "param_groups")}
-    optimizer.load_state_dict({**rest, "state": state, "param_groups": groups})
+    return [[places[name] for name in of_group] for of_group in names]
 
 
-def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
-    names = {id(parameter): _plain(name) for name, parameter in model.named_parameters()}
-    return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+def order_of(saved: Mapping[str, Any], places: Sequence[Sequence[int]]) -> list[int | None]:
+    """Return the number of the saved group for each group; None for one without parameters, which DeepSpeed removes.
+
+    Args:
+        saved: The saved state.
+        places: What :func:`places_of` returned.
+    """
+    by_place = {place: number for number, group in enumerate(saved["param_groups"]) for place in group["params"]}
+    return [by_place[place[0]] if place else None for place in places]
 
 
-def _plain(name: str) -> str:
-    for part in INSIDE_NAMES:
-        name = name.replace(part, "")
-    return name
+def in_order(saved: Sequence[Any], order: Sequence[int | None], present: Sequence[Any]) -> list[Any]:
+    """Return an entry for each group: the saved one, or the present one for a group that has none."""
+    return [now if number is None else saved[number] for number, now in zip(order, present)]
 
 
-def _like(value: Any, parameter: Tensor) -> Any:
+def load_schedule(schedule: Any, saved: Mapping[str, Any], order: Sequence[int | None]) -> None:
+    """Load the state of a schedule, which has an entry for each group of its optimizer.
+
+    Args:
+        schedule: The schedule.
+        saved: Its state.
+        order: What :func:`order_of` returned.
+    """
+    present = schedule.state_dict()
+    changed = {name: in_order(saved[name], order, present[name]) for name in OF_GROUPS if name in saved}
+    schedule.load_state_dict({**saved, **changed})
+
+
+def numbered(options: Iterable[Mapping[str, Any]], groups: Iterable[Sequence[Any]]) -> list[dict[str, Any]]:
+    """Return the options of groups as a state_dict has them, with a number for each parameter."""
+    numbers = count()
+    return [{**options_of(one), "params": [*islice(numbers, len(group))]} for one, group in zip(options, groups)]
+
+
+def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a group, such as the learning rate, without its parameters."""
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _groups(optimizer: torch.optim.Optimizer) -> list[list[nn.Parameter]]:
+    return [group["params"] for group in optimizer.param_groups]
+
+
+def _spread(value: Any, parameter: Tensor) -> Any:
     """Return a value of the state, divided over the ranks as its parameter is."""
     if not isinstance(value, Tensor) or not is_dtensor(parameter) or value.dim() == 0:
         return value

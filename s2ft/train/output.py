@@ -16,9 +16,9 @@ from s2ft.train.lock import LOCK, only_run_in
 
 logger = logging.getLogger(__name__)
 LOG, PLOT, REPORT = "log.jsonl", "loss.png", "report.json"
-# Options in run.json: on how many devices the run was started, and how many rows an update has. On another number of
-# devices the same rows are divided in another way.
-DEVICES, ROWS = "devices", "training.batch_size"
+# Options in run.json: how many groups of devices train on different rows, and how many rows an update has. In another
+# number of groups the same rows are divided in another way.
+GROUPS, ROWS = "groups_of_devices", "training.batch_size"
 DIVISION = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps")
 
 
@@ -146,10 +146,10 @@ class RunFolder:
 
 def _differences(earlier: dict, options: dict) -> list[str]:
     """The names of the options that change the result and are not those of the earlier run."""
-    if DEVICES not in earlier:  # an older s2ft did not write it
-        free = {DEVICES, ROWS}
+    if GROUPS not in earlier:  # an older s2ft did not write it
+        free = {GROUPS, ROWS}
     else:
-        free = {DEVICES, *DIVISION} if earlier[DEVICES] != options.get(DEVICES) else set()
+        free = {GROUPS, *DIVISION} if earlier[GROUPS] != options.get(GROUPS) else set()
     return [key for key in {**earlier, **options} if key not in free and earlier.get(key) != options.get(key)]
 
 

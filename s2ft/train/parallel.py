@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from s2ft.distributed import decide, has_numbers, is_sharded
+from s2ft.distributed import decide, has_numbers, is_sharded, will_be_loaded_again
 from s2ft.model.gathering import gathered_forwards
 
 
@@ -115,7 +115,7 @@ def loading_config(arguments: Any) -> dict[str, Any] | None:
             given["dp_replicate_size"] = config.dp_replicate_size
     if given is None:
         return None
-    sharding = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" or getattr(arguments, "fsdp", None)
+    sharding = _uses_fsdp(arguments)
     if sharding or getattr(arguments, "deepspeed", None) or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
         name = "FSDP" if sharding else "DeepSpeed"
         raise ValueError(
@@ -123,6 +123,15 @@ def loading_config(arguments: Any) -> dict[str, Any] | None:
             "examples/accelerate/tensor.yaml, whose dp_shard_size shards over the other devices"
         )
     return dict(given)
+
+
+def gets_weights_later() -> bool:
+    """Whether this process reads no weights, because accelerate sends them from the first rank when it shards the model.
+
+    That is FSDP2 with fsdp_cpu_ram_efficient_loading. The first process of each machine reads, and transformers 5.24
+    would let every process read: it skips no weights by itself, measured.
+    """
+    return will_be_loaded_again() and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def run_where_weights_are(what: str, model: nn.Module, run: Callable[[], Any]) -> Any:
@@ -152,6 +161,38 @@ def has_weights(model: nn.Module) -> bool:
 def is_spread(model: nn.Module) -> bool:
     """Return whether the weights are spread over the devices already, before a Trainer prepares the model."""
     return any(is_sharded(parameter) for parameter in model.parameters())
+
+
+def strategy_of_run(arguments: Any):
+    """Return how the devices of a run share weights and states, for :func:`s2ft.estimate`; None for one device.
+
+    Args:
+        arguments: Arguments of one of TRL's trainers.
+    """
+    from s2ft.estimation.strategy import Strategy
+
+    devices, deepspeed = devices_of(arguments), getattr(arguments, "deepspeed_plugin", None)
+    if devices.count == 1:
+        return None
+    if deepspeed is not None and deepspeed.zero_stage:
+        return Strategy(f"zero{deepspeed.zero_stage}", offload=_offload(deepspeed))
+    if loading_config(arguments):
+        if devices.tensor == 1:
+            return Strategy("fsdp2", wrap="blocks")
+        return Strategy("tp") if devices.groups == 1 else Strategy("tp+fsdp2", tp_size=devices.tensor)
+    return Strategy("fsdp2" if _uses_fsdp(arguments) else "ddp")
+
+
+def _offload(deepspeed: Any) -> str | None:
+    """Return what DeepSpeed keeps in the memory of the host, as a Strategy names it."""
+    names = {"all": "offload_param", "optimizer": "offload_optimizer"}
+    places = {name: deepspeed.hf_ds_config.get_value(f"zero_optimization.{key}.device") for name, key in names.items()}
+    return next((name for name, place in places.items() if place not in (None, "none")), None)
+
+
+def _uses_fsdp(arguments: Any) -> bool:
+    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return launched or bool(getattr(arguments, "fsdp", None))
 
 
 def _tensor_size(loading: dict[str, Any], count: int) -> int:

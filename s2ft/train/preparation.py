@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from s2ft.train.options import DEFAULT_BATCH, ModelOptions, RunOptions, divide_batch
-from s2ft.train.output import DEVICES, ROWS, RunFolder
-from s2ft.train.parallel import devices_of
+from s2ft.train.output import GROUPS, ROWS, RunFolder
+from s2ft.train.parallel import devices_of, rows_of_update
 
 logger = logging.getLogger(__name__)
 MICRO, PASSES = "per_device_train_batch_size", "gradient_accumulation_steps"
@@ -124,8 +124,7 @@ def run_options(command: str, objects: dict[type, Any], given: dict[str, Any]) -
             changed = [name for name in defaults if given.get(name, defaults[name]) != defaults[name]]
             found.update({f"training.{name}": _plain(given[name]) for name in changed})
             found.update({f"training.{name}": getattr(value, name) for name in (MICRO, PASSES, "seed", "data_seed")})
-            rows = value.per_device_train_batch_size * value.gradient_accumulation_steps * value.world_size
-            found.update({ROWS: rows, DEVICES: value.world_size})
+            found.update({ROWS: rows_of_update(value), GROUPS: devices_of(value).groups})
         else:
             names = [one.name for one in fields(kind) if _belongs(one.name, False) and one.name != "batch_size"]
             found.update({name: _plain(getattr(value, name)) for name in names})

@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-from functools import partial
 from typing import Any
 
 import torch
@@ -92,19 +91,24 @@ class TokenRowTrainer(RunMethods, SFTTrainer):
             self._sampler.set_epoch(epoch)
         return super()._run_epoch(*args, epoch=epoch, **options)
 
-    def _track_num_input_tokens(self, inputs) -> None:
-        """Count tokens without padding, once for all devices that train on the same row."""
-        if self.args.include_num_input_tokens_seen == "no":
-            return
+    def training_step(self, model, inputs, *args, **options):
+        """Train on a batch. Its tokens are counted before, because a row that is divided is cut in place."""
+        self._tokens = self._tokens_of(inputs)
+        return super().training_step(model, inputs, *args, **options)
+
+    def _tokens_of(self, inputs) -> torch.Tensor:
         if self.args.include_num_input_tokens_seen == "all":
-            tokens = torch.tensor(inputs["input_ids"].numel(), device=self.args.device)
-        elif "attention_mask" in inputs and not self._devices.splits_rows:
-            tokens = inputs["attention_mask"].sum()
-        else:  # padding is all position 0
-            positions = inputs["position_ids"]
-            tokens = (positions > 0).sum() + (positions == 1).sum()  # a row of one token has no label, not counted
-        counted = int(self.accelerator.gather(tokens).sum())
-        self.state.num_input_tokens_seen += counted // self._devices.tensor  # these devices have the same tokens
+            return torch.tensor(inputs["input_ids"].numel(), device=self.args.device)
+        if "attention_mask" in inputs and not self._devices.splits_rows:
+            return inputs["attention_mask"].sum()
+        positions = inputs["position_ids"]  # padding is all position 0, and a row of one token has no label
+        return (positions > 0).sum() + (positions == 1).sum()
+
+    def _track_num_input_tokens(self, inputs) -> None:
+        """Add up tokens without padding, once for all devices that train on the same rows."""
+        if self.args.include_num_input_tokens_seen != "no":
+            tokens = int(self.accelerator.gather(self._tokens.to(self.args.device)).sum())
+            self.state.num_input_tokens_seen += tokens // self._devices.together
 
     # ---- loss --------------------------------------------------------------------------------------------
 
@@ -116,20 +120,23 @@ class TokenRowTrainer(RunMethods, SFTTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Compute the loss of a batch, and add it up over all labels."""
-        inputs = self._prepare_inputs(inputs)
-        step = super().prediction_step
-        if self._devices.splits_rows:  # TRL would compute each row whole on every device
-            step = partial(Trainer.prediction_step, self)
-        loss, logits, labels = step(model, inputs, prediction_loss_only, ignore_keys)
         shifted = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"][..., 1:]
-        count = (shifted != IGNORED).sum().to(loss.device)
-        total = (loss.float() * count).where(count > 0, 0.0)  # the mean over no label is not a number
+        count = (shifted != IGNORED).sum().to(self.args.device)
+        if self._devices.splits_rows:  # by transformers, since TRL would compute whole rows on every device
+            loss, logits, labels = Trainer.prediction_step(self, model, inputs, prediction_loss_only, ignore_keys)
+            scale = self._devices.count if self.args.average_tokens_across_devices else 1
+            total, count = loss.float() / scale, count / self._devices.together
+        else:
+            loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            total = loss.float() * count
         self._evaluated = self._evaluated.to(loss.device) + torch.stack([total, count.float()])
         return loss, logits, labels
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        """Count the labels of an update over all devices. In an evaluation, each batch has the mean over its own."""
-        return None if self._evaluates else super()._get_num_items_in_batch(batch_samples, device)
+        """Count the labels by which a loss is divided. An evaluation adds up losses and divides them at the end."""
+        return (
+            torch.ones((), device=device) if self._evaluates else super()._get_num_items_in_batch(batch_samples, device)
+        )
 
     # ---- evaluation --------------------------------------------------------------------------------------
 

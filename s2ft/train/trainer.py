@@ -7,6 +7,8 @@ checked before a run resumes from it, and a damaged checkpoint is skipped in fav
 
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from s2ft.attached.hosts.compiled import unwrapped
 from s2ft.attached.hosts.sentence_transformers import check_rest_frozen
 from s2ft.attached.record import attachment_of
 from s2ft.distributed import all_ranks, run_on_ranks, wait_for_ranks
-from s2ft.train import optimizer_state
+from s2ft.train import optimizer_state, zero_state
 from s2ft.train.checkpoints import UNFINISHED, damage, move_into_place, newest_valid, ranks_of
 
 logger = logging.getLogger(__name__)
@@ -67,7 +69,8 @@ class AdapterCheckpoints:
     _temporary: Path | None = None  # the folder in which a checkpoint is being written
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+        with _optimizer_of_split_model(*args, **options):
+            super().__init__(*args, **options)
         model = self.accelerator.unwrap_model(self.model)
         if attachment_of(unwrapped(model)).name is None:
             raise ValueError(
@@ -141,23 +144,43 @@ class AdapterCheckpoints:
 
     def _save_optimizer_and_scheduler(self, output_dir):
         """Save the schedule and the complete state of the optimizer, which any number of ranks can load."""
-        if self.is_deepspeed_enabled:
-            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-        else:
+        engine = self.model_wrapped if self.is_deepspeed_enabled else None
+        if engine is None:
             state = optimizer_state.gather_state(self.optimizer, self.model)
-            if self.args.should_save:
-                torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+        elif self._replaces_checkpoints_of(engine):
+            state = zero_state.gather_zero_state(engine)
+        else:
+            state = None
+            engine.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         if self.args.should_save:
+            if state is not None:
+                torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        file = Path(checkpoint or "") / OPTIMIZER_NAME
-        state = torch.load(file, map_location="cpu", weights_only=True) if checkpoint and file.is_file() else {}
-        if optimizer_state.NAMES not in state or self.is_deepspeed_enabled:  # of a plain Trainer, or of an older s2ft
+        state = _saved_state(checkpoint)
+        if state is None:  # of a plain Trainer, or of an older s2ft
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        optimizer_state.load_state(self.optimizer, self.model, state)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+        if self.is_deepspeed_enabled:
+            order = zero_state.load_zero_state(self.model_wrapped, state)
+        else:
+            order = optimizer_state.load_state(self.optimizer, self.model, state)
+        schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+        optimizer_state.load_schedule(self.lr_scheduler, schedule, order)
+
+    def _replaces_checkpoints_of(self, engine) -> bool:
+        """Whether the optimizer of a DeepSpeed engine is saved without DeepSpeed's own checkpoint."""
+        return hasattr(Trainer, "_prepare_for_training") and zero_state.is_zero(engine)
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        """Prepare as the Trainer does, but let no DeepSpeed look for its own checkpoint where there is none."""
+        own = self.is_deepspeed_enabled and resume_from_checkpoint and _saved_state(resume_from_checkpoint) is not None
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None if own else resume_from_checkpoint)
+        if own:
+            self._load_from_checkpoint(resume_from_checkpoint)  # again, into the exact copies of the optimizer
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
 
     def _load_rng_state(self, checkpoint):
         """Load this rank's random states. A checkpoint of another number of ranks has none for this one."""
@@ -172,7 +195,7 @@ class AdapterCheckpoints:
 
     @property
     def _sharded(self) -> bool:
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled or _is_split(self.model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter. Each rank must call this method.
@@ -192,6 +215,36 @@ class AdapterCheckpoints:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
+
+
+def _is_split(model: Any) -> bool:
+    """Whether transformers has split the weights over ranks while it loaded them (DistributedConfig)."""
+    return getattr(model, "is_distributed_loading_by_transformers", False)
+
+
+@contextmanager
+def _optimizer_of_split_model(model: Any = None, args: Any = None, *_: Any, **options: Any) -> Iterator[None]:
+    """Inside, a Trainer of a split model can be made although its checkpoints shall contain the optimizer.
+
+    transformers refuses this because its own checkpoints can't contain it. Those of this file can.
+    """
+    if args is None or args.save_only_model or not _is_split(model):
+        yield
+        return
+    args.save_only_model = True
+    try:
+        yield
+    finally:
+        args.save_only_model = False
+
+
+def _saved_state(checkpoint) -> dict[str, Any] | None:
+    """Read the state of the optimizer in a checkpoint; None if s2ft did not write it, or an older one did."""
+    file = Path(checkpoint or "") / OPTIMIZER_NAME
+    if not checkpoint or not file.is_file():
+        return None
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    return state if optimizer_state.NAMES in state else None
 
 
 def _ignore_missing_base(model, incompatible) -> None:

@@ -13,11 +13,16 @@ from support.ranks import RANKS, free_port
 from train.tiny import save_tiny, sums, write_jsonl
 
 from s2ft.cli.main import main
+from s2ft.train.output import read_log
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples" / "accelerate").glob("*.yaml"))
 ON_CPU = str(ROOT / "tests" / "support" / "fsdp_on_cpu.py")  # on CPUs, accelerate would use DDP instead
-LEAVES = {"ddp": "optimizer.pt", "fsdp2": "optimizer.bin", "zero2": "zero_to_fp32.py", "zero3": "zero_to_fp32.py"}
+KIND = {name: "DEEPSPEED" for name in ("zero1", "zero2", "zero3")}
+KIND |= {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "context": "FSDP", "tensor": "MULTI_CPU"}
+SIZES = {"context": "--parallelism_config_cp_size", "tensor": "--parallelism_config_tp_size"}
+# torchrun binds a free port itself. One that a test chose could be taken by another process before it is used.
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS))
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +57,13 @@ def job(tmp_path_factory):
 
 def launch(*command):
     done = run(*command)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr  # all of it: the report of torchrun comes after the error of a rank
     return done.stdout
 
 
-def run(*command):
+def environment_of_processes():
     inherited = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))}
-    environment = {
+    return {
         **inherited,
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
@@ -66,16 +71,17 @@ def run(*command):
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
     }
+
+
+def run(*command):
     return subprocess.run(
-        [sys.executable, "-m", *command], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-m", *command], env=environment_of_processes(), capture_output=True, text=True, timeout=300
     )
 
 
 def torchrun(output, *arguments):
     """Run the command on two ranks. Returns what it prints."""
-    port = str(free_port())
-    run_of = ("torch.distributed.run", "--nproc-per-node", str(RANKS), "--master-port", port, "-m", "s2ft.cli")
-    return launch(*run_of, *arguments, "--output", str(output))
+    return launch(*TORCHRUN, "-m", "s2ft.cli", *arguments, "--output", str(output))
 
 
 @pytest.mark.slow
@@ -97,45 +103,126 @@ def test_two_ranks_resume_exactly_in_a_later_epoch(job, tmp_path, more):
     check_same_files(tmp_path / "halves" / "adapter", tmp_path / "whole" / "adapter", exactly=True)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] + [pytest.mark.deepspeed] * name.startswith("zero"))
-        for name in EXAMPLES
-    ],
-)
-def test_example_saves_the_adapter_of_one_process(job, name, tmp_path):
+def options_for(name, processes):
+    """The options of accelerate for an example. Of four devices, each two share a row or a weight."""
+    options = ["--config_file", str(ROOT / "examples" / "accelerate" / f"{name}.yaml")]
+    options += ["--num_processes", str(processes)]
+    if name in SIZES and processes > 1:
+        options += [SIZES[name], "2", "--parallelism_config_dp_shard_size", str(processes // 2)]
+    return options
+
+
+def run_example(name, processes, *arguments):
+    port = ["--main_process_port", str(free_port())]
+    printed = launch("accelerate.commands.launch", *options_for(name, processes), *port, ON_CPU, *arguments)
+    kind = "NO" if processes == 1 and KIND[name] != "DEEPSPEED" else KIND[name]
+    assert printed.count(f"ran as {kind}") == processes, printed
+
+
+EACH_EXAMPLE = [
+    pytest.param(name, marks=[pytest.mark.slow] + [pytest.mark.deepspeed] * name.startswith("zero"))
+    for name in EXAMPLES
+]
+
+
+def skip_without_deepspeed(name):
     if name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("DeepSpeed is not installed")
+
+
+@pytest.mark.parametrize("name", EACH_EXAMPLE)
+@pytest.mark.parametrize("processes", (1, RANKS, 4))
+def test_example_saves_the_adapter_of_one_process(job, name, processes, tmp_path):
+    skip_without_deepspeed(name)
     arguments, alone = job
-    launch(
-        "accelerate.commands.launch",
-        "--config_file",
-        str(ROOT / "examples" / "accelerate" / f"{name}.yaml"),
-        "--num_processes",
-        str(RANKS),
-        "--main_process_port",
-        str(free_port()),
-        *([ON_CPU] if name == "fsdp2" else ["-m", "s2ft"]),
-        *arguments,
-        "--output",
-        str(tmp_path),
-    )
+    run_example(name, processes, *arguments, *["--micro-batch-size", "1"] * (processes == 4), "--output", str(tmp_path))
     check_same_files(tmp_path / "adapter", alone, rtol=1e-4, atol=1e-4)
-    assert LEAVES[name] in {
-        path.name for path in (tmp_path / "checkpoint-4").iterdir()
-    }  # this file is written by this way only
+
+
+@pytest.mark.parametrize("name", EACH_EXAMPLE)
+def test_example_selects_by_data_evaluates_stops_and_resumes(job, name, tmp_path):
+    """What only some devices can compute, since only they have the weights, reaches all of them."""
+    skip_without_deepspeed(name)
+    arguments = [
+        *job[0],
+        "--selection",
+        "activation",
+        "--seed",
+        "3",
+        "--test-split-size",
+        "4",
+        "--eval-strategy",
+        "steps",
+    ]
+    arguments += ["--eval-steps", "2", "--early-stopping-patience", "9", "--load-best-model-at-end"]
+    assert main([*arguments, "--output", str(tmp_path / "alone")]) == 0
+    run_example(name, RANKS, *arguments, "--output", str(tmp_path / "out"), "--stop-after", "2")
+    run_example(name, RANKS, *arguments, "--output", str(tmp_path / "out"), "--resume")
+    check_same_files(tmp_path / "out" / "adapter", tmp_path / "alone" / "adapter", rtol=1e-4, atol=1e-4)
+    expected, found = (read_log(tmp_path / name / "log.jsonl") for name in ("alone", "out"))
+    assert [line.keys() for line in found] == [line.keys() for line in expected]
+    for ours, theirs in zip(found, expected):
+        for key in ours.keys() & {"loss", "eval_loss", "grad_norm"}:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3), (key, ours, theirs)
 
 
 def test_every_example_is_tested():
-    assert EXAMPLES == sorted(LEAVES)
+    assert EXAMPLES == sorted(KIND)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_examples_name_the_option_for_the_number_of_devices_and_do_not_set_it(name):
+def test_examples_name_the_options_for_the_number_of_devices_and_do_not_set_them(name):
     text = (ROOT / "examples" / "accelerate" / f"{name}.yaml").read_text()
-    assert f"accelerate launch --config_file examples/accelerate/{name}.yaml --num_processes N -m s2ft sft" in text
-    assert not re.search("^num_processes", text, re.MULTILINE)
+    assert f"accelerate launch --config_file examples/accelerate/{name}.yaml --num_processes N" in text
+    assert name not in SIZES or SIZES[name] in text
+    assert not re.search("^[^#]*(num_processes|_(tp|cp|dp_shard)_size)", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("processes", (1, 2, 8))
+def test_accelerate_takes_each_example_for_any_number_of_devices(name, processes, monkeypatch, caplog):
+    """accelerate reads the file, warns of nothing and would start the processes: nothing is started here."""
+    from accelerate.commands import launch as command
+
+    started = []
+    for way in ("deepspeed_launcher", "multi_gpu_launcher", "simple_launcher"):
+        monkeypatch.setattr(command, way, lambda arguments, way=way: started.append((way, arguments)))
+    options = [*options_for(name, processes), "-m", "s2ft"]
+    command.launch_command(command.launch_command_parser().parse_args(options))
+    (way, arguments), *others = started
+    assert way == ("deepspeed_launcher" if name.startswith("zero") else "multi_gpu_launcher")
+    assert not others and not caplog.records
+    shared = 2 if processes > 1 else 1
+    assert (
+        vars(arguments).items()
+        >= {
+            "num_processes": processes,
+            "use_fsdp": KIND[name] == "FSDP",
+            **({"zero_stage": int(name[-1])} if name.startswith("zero") else {}),
+            "parallelism_config_tp_size": shared if name == "tensor" else 1,
+            "parallelism_config_cp_size": shared if name == "context" else 1,
+        }.items()
+    )
+
+
+@pytest.mark.slow
+def test_the_slurm_script_trains_on_two_machines_and_resumes_when_it_is_started_again(job, tmp_path):
+    """Tasks of a stand-in for srun are processes of this machine."""
+    tools = ROOT / "tests" / "support" / "slurm"
+    script = [str(ROOT / "examples" / "slurm" / "sft.sbatch"), str(ROOT / "examples" / "accelerate" / "ddp.yaml")]
+    variables = {"SLURM_NNODES": "2", "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "first,second"}
+    folders = [str(tools), str(Path(sys.executable).parent), os.environ["PATH"]]
+    environment = {**environment_of_processes(), **variables, "PATH": os.pathsep.join(folders)}
+    for more in (["--stop-after", "2"], []):
+        command = ["bash", *script, *job[0][1:], "--output", str(tmp_path / "out"), *more]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    check_same_files(tmp_path / "out" / "adapter", job[1])
+    assert [line["step"] for line in read_log(tmp_path / "out" / "log.jsonl")] == [1, 2, 3, 4]
+
+
+def test_the_slurm_script_is_valid():
+    subprocess.run(["bash", "-n", str(ROOT / "examples" / "slurm" / "sft.sbatch")], check=True)
 
 
 @pytest.mark.slow
@@ -144,25 +231,13 @@ def test_examples_name_the_option_for_the_number_of_devices_and_do_not_set_it(na
     [
         (
             ["--batch-size", "3", "--micro-batch-size", "2"],
-            "batch_size 3 can't be divided into 2 rows a forward pass on 2 devices",
+            "batch_size 3 must be a multiple of 4 (per_device_train_batch_size 2 × 2 devices): the nearest size is 4",
         ),
         (["--data", "nowhere.jsonl"], "data file nowhere.jsonl doesn't exist"),
     ],
 )
 def test_a_mistake_is_reported_by_one_rank(job, tmp_path, arguments, message):
-    done = run(
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(RANKS),
-        "--master-port",
-        str(free_port()),
-        "-m",
-        "s2ft",
-        *job[0],
-        *arguments,
-        "--output",
-        str(tmp_path / "out"),
-    )
+    done = run(*TORCHRUN, "-m", "s2ft", *job[0], *arguments, "--output", str(tmp_path / "out"))
     printed = [line for line in done.stderr.splitlines() if "s2ft sft: error:" in line]
     assert done.returncode != 0 and len(printed) == 1 and message in printed[0], done.stderr[-3000:]
     assert not (tmp_path / "out").exists()

@@ -1,38 +1,361 @@
-"""Weights that tensor parallelism or FSDP2 split before attach are refused, and the message names a way out."""
+"""Models that tensor parallelism has split before attach: the same units, the same training, the same adapter."""
+
+import contextlib
+import copy
+import os
+from unittest import mock
 
 import pytest
-from support.models import model_of
+import torch
+from distributed.runs import STEPS, batches, check_same_files, train as train_halves
+from support.models import ALL_RATIOS, model_of, ratios_for
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 import s2ft
+from s2ft.model.fingerprint import fingerprint
+from s2ft.model.registry import couplings_of
+
+# "llama" moves heads and channels, "llama-grouped" has heads that can't move and "phi3" weights whose units are on
+# different ranks; "llama-biased" has biases on both sides, "qwen3" norms of heads that transformers runs by a style
+CASES = [
+    ("llama", "permuted"),
+    ("llama-biased", "indexed"),
+    ("qwen2-grouped-tied", "permuted"),
+    ("phi3-grouped", "permuted"),
+]
+MORE_CASES = [("llama", "indexed"), ("llama-biased", "permuted"), ("qwen3", "permuted"), ("olmo2-grouped", "permuted")]
 
 
-def load_split(rank, folder, way):
+def load(folder, tp=2, **sizes):
+    """The model in `folder`, split over this process's ranks; tp of 1 and no sizes: whole."""
     from transformers.distributed import DistributedConfig
 
-    config = DistributedConfig(fsdp_size=2) if way == "fsdp" else DistributedConfig(tp_size=2)
-    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
-    kinds = {type(parameter.data).__name__ for parameter in model.parameters()}
-    before = {key: parameter.requires_grad for key, parameter in model.named_parameters()}
-    messages = []
-    for act in (
-        lambda: s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1)),
-        lambda: s2ft.load_adapter(model, folder / "adapter"),
-    ):
-        with pytest.raises(ValueError) as error:
-            act()
-        messages.append(str(error.value))
-    return messages, "DTensor" in kinds, before == {key: p.requires_grad for key, p in model.named_parameters()}
+    config = {"distributed_config": DistributedConfig(tp_size=tp, **sizes)} if tp > 1 or sizes else {}
+    return AutoModelForCausalLM.from_pretrained(folder, **config)
 
 
-@pytest.mark.parametrize("way, words", [("tp", "tensor parallelism")])
-def test_weights_that_are_split_are_refused(ranks, way, words, tmp_path):
-    model = model_of("llama")
+def config_of(case, layout="permuted", **changes):
+    return s2ft.S2FTConfig(**ratios_for(case, ALL_RATIOS), layout=layout, **changes)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=batches(model, 1)[0]).logits.clone()
+
+
+def train(model):
+    """AdamW steps. Returns the losses and the norms of the gradients."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, found = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1), []
+    model.train()
+    for batch in batches(model, STEPS):
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        found += [loss.item(), float(torch.nn.utils.clip_grad_norm_(trained, 0.5))]
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    return found
+
+
+def train_and_save(rank, folder, case, layout, tp=2, sizes=()):
+    model = load(folder, tp, **dict(sizes))
+    before = logits(model)
+    s2ft.attach(model, config_of(case, layout))
+    unchanged = logits(model)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    losses = train(model)
+    s2ft.save_adapter(model, folder / f"adapter-{tp}-{rank}")
+    after = logits(model)
+    slices = {name: p.detach().clone() for name, p in trained.items()}
+    s2ft.detach(model)
+    return before, unchanged, losses, after, slices, logits(model)
+
+
+@pytest.mark.parametrize(
+    "case, layout", [*CASES, *(pytest.param(*more, marks=pytest.mark.slow) for more in MORE_CASES)]
+)
+def test_training_equals_one_process(ranks, tmp_path, case, layout):
+    model_of(case).save_pretrained(tmp_path)
+    before, unchanged, losses, after, slices, restored = train_and_save(0, tmp_path, case, layout, tp=1)
+    found = ranks(train_and_save, tmp_path, case, layout)
+    for rank, (b, u, found_losses, a, s, r) in enumerate(found):
+        torch.testing.assert_close(b, before)
+        torch.testing.assert_close(u, b)
+        torch.testing.assert_close(found_losses, losses)
+        torch.testing.assert_close(a, after, rtol=1e-4, atol=1e-4)
+        assert torch.equal(r, b)  # detach gives the base and its forwards back
+        check_same_files(tmp_path / f"adapter-2-{rank}", tmp_path / "adapter-1-0", atol=1e-4)
+        assert s.keys() == slices.keys()
+        for name in s:  # s2 has the same order, so that an optimizer's state fits any number of ranks
+            torch.testing.assert_close(s[name], slices[name], rtol=1e-4, atol=1e-4)
+            assert torch.equal(s[name], found[0][4][name])  # the ranks have the same, bit for bit
+
+
+# ---- selection and the base ----------------------------------------------------------------------------
+
+
+def select_all(rank, folder, case, tp=2):
+    model = load(folder, tp)
+    found = {}
+    for selection in ("weight", "activation", "product", "gradient"):
+        data = None if selection == "weight" else batches(model, 2)
+        chosen = s2ft.select(model, config_of(case, selection=selection), data)
+        found[selection] = {name: units.tolist() for name, units in chosen.units.items()}
+    required = {name: p.requires_grad for name, p in model.named_parameters()}
+    return found, fingerprint(model, couplings_of(model)), required, [p.grad is None for p in model.parameters()]
+
+
+@pytest.mark.parametrize("case", ["llama-biased", pytest.param("phi3-grouped", marks=pytest.mark.slow)])
+def test_selection_and_fingerprint_equal_one_process(ranks, tmp_path, case):
+    model_of(case).save_pretrained(tmp_path)
+    expected = select_all(0, tmp_path, case, tp=1)
+    for found in ranks(select_all, tmp_path, case):
+        assert found == expected
+
+
+# ---- adapters ------------------------------------------------------------------------------------------
+
+
+def use_adapter(rank, folder, tp=2):
+    """What the model computes with an adapter that is on, off, trainable, fused and merged; and the base afterwards."""
+    model = load(folder, tp)
+    found = {"base": logits(model)}
+    s2ft.load_adapter(model, folder / "adapter", name="a")
+    found["written"] = logits(model)
+    s2ft.set_adapter(model, {"a": 0.5})
+    found["half"] = logits(model)
+    s2ft.set_adapter(model, None)
+    found["off"] = logits(model)
+    s2ft.delete_adapter(model, "a")
+    s2ft.load_adapter(model, folder / "adapter", name="b", trainable=True)
+    found["trainable"] = logits(model)
+    s2ft.fuse(model)
+    found["fused"] = logits(model)
+    s2ft.unfuse(model)
+    found["unfused"] = logits(model)
+    s2ft.merge(model)
+    found["merged"] = logits(model)
+    return found
+
+
+def test_adapters_switch_fuse_and_merge(ranks, tmp_path):
+    model = model_of("llama-biased")
     model.save_pretrained(tmp_path)
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+    s2ft.attach(model, config_of("llama-biased"))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
     s2ft.save_adapter(model, tmp_path / "adapter")
-    for messages, split, same in ranks(load_split, tmp_path, way):
-        assert split and same and all(words in message for message in messages), messages
+    expected = use_adapter(0, tmp_path, tp=1)
+    for found in ranks(use_adapter, tmp_path):
+        assert torch.equal(found["off"], found["base"])
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name], msg=name)
+
+
+# ---- training as people do it --------------------------------------------------------------------------
+
+
+def checkpointed(rank, folder, way):
+    model = load(folder)
+    s2ft.attach(model, config_of("llama"))
+    if way is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": way == "reentrant"})
+    model.train()
+    batch = batches(model, 1)[0]
+    model(input_ids=batch, labels=batch).loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_checkpointed_blocks_give_the_same_gradients(ranks, tmp_path):
+    model_of("llama").save_pretrained(tmp_path)
+    expected = ranks(checkpointed, tmp_path, None)[0]
+    for way in ("reentrant", "not reentrant"):
+        for found in ranks(checkpointed, tmp_path, way):
+            for name, gradient in found.items():
+                torch.testing.assert_close(gradient, expected[name], msg=name)
+
+
+def one_unit(rank, folder):
+    """Train one unit, which only one rank has, in bfloat16 autocast; generate; and what a copy of the layer computes."""
+    model = load(folder)
+    layer = "model.layers.1.mlp.down_proj"
+    s2ft.attach(model, s2ft.S2FTConfig(units={layer: [3], "model.layers.0.mlp.up_proj": [51]}))
+    model.train()
+    batch = batches(model, 1)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=batch, labels=batch).loss.backward()
+    grads = [p.grad.clone() for p in model.parameters() if p.requires_grad]
+    tokens = model.eval().generate(batch[:1], max_new_tokens=3, do_sample=False)
+    found = model.get_submodule(layer)
+    copied = copy.deepcopy(found)
+    with torch.no_grad():
+        found.s2.fill_(9.0)
+        x = torch.ones(1, 26)
+        return grads, tokens, copied(x), found(x)
+
+
+def test_a_rank_without_units_takes_part(ranks, tmp_path):
+    model_of("llama").save_pretrained(tmp_path)
+    first, second = ranks(one_unit, tmp_path)
+    for a, b in zip(first[0], second[0]):
+        assert torch.equal(a, b) and bool(a.any())
+    assert torch.equal(first[1], second[1])
+    assert not torch.equal(first[3], first[2])  # a copy has an s2 and a forward of its own
+
+
+# ---- tensor parallelism and other strategies -----------------------------------------------------------
+
+TWO_DIMENSIONS = {"fsdp_size": 2}
+
+
+def train_in_groups(rank, folder, case, layout, tp, sizes):
+    """As train_and_save, with each data-parallel rank on its half of every batch."""
+    model = load(folder, tp, **sizes)
+    before = logits(model)
+    s2ft.attach(model, config_of(case, layout))
+    unchanged = logits(model)
+    train_halves(model, rank // tp if sizes else None)
+    s2ft.save_adapter(model, folder / "split")
+    after = logits(model)
+    s2ft.detach(model)
+    return before, unchanged, after, logits(model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case, layout, tp, sizes",
+    [
+        ("llama", "permuted", 4, {}),
+        ("llama", "permuted", 2, TWO_DIMENSIONS),
+        ("llama-biased", "indexed", 2, TWO_DIMENSIONS),
+        ("qwen2-grouped-tied", "permuted", 2, {"dp_replicate_size": 2}),
+    ],
+)
+def test_four_ranks_equal_one_process(four_ranks, tmp_path, case, layout, tp, sizes):
+    model_of(case).save_pretrained(tmp_path)
+    model = load(tmp_path, 1)
+    s2ft.attach(model, config_of(case, layout))
+    train_halves(model)
+    s2ft.save_adapter(model, tmp_path / "adapter")
+    after = logits(model)
+    for b, u, a, r in four_ranks(train_in_groups, tmp_path, case, layout, tp, sizes):
+        torch.testing.assert_close(u, b)
+        torch.testing.assert_close(a, after, rtol=1e-4, atol=1e-4)
+        assert torch.equal(r, b)
+    check_same_files(tmp_path / "split", tmp_path / "adapter", atol=1e-4)
+
+
+# ---- other ways to split, and what is refused ----------------------------------------------------------
+
+PACKED = {"model.layers.*.mlp.gate_up_proj": "packed_colwise", "model.layers.*.mlp.down_proj": "rowwise"}
+
+
+def load_packed(folder):
+    from transformers.distributed import DistributedConfig
+
+    config = DistributedConfig(tp_size=2, tp_plan=PACKED)
+    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
+
+
+def load_parallelized(folder):
+    """torch's own parallelize_module: it registers hooks."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    model = load(folder, 1)
+    outputs = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+    plan = {name: ColwiseParallel() for name in outputs}
+    plan |= {name: RowwiseParallel() for name in ("self_attn.o_proj", "mlp.down_proj")}
+    for layer in model.model.layers:
+        parallelize_module(layer, init_device_mesh("cpu", (2,)), plan)
+    return model
+
+
+def train_loaded(rank, folder, case, loader):
+    model = loader(folder)
+    before = logits(model)
+    s2ft.attach(model, config_of(case))
+    unchanged, losses = logits(model), train(model)
+    s2ft.save_adapter(model, folder / "split")
+    s2ft.set_adapter(model, None)
+    s2ft.load_adapter(model, folder / "split", name="again")
+    again = logits(model)
+    s2ft.detach(model)
+    return before, unchanged, losses, again, logits(model)
+
+
+@pytest.mark.parametrize(
+    "case, loader",
+    [("phi3-grouped", load_packed), pytest.param("llama-biased", load_parallelized, marks=pytest.mark.slow)],
+)
+def test_other_ways_to_split(ranks, tmp_path, case, loader):
+    model_of(case).save_pretrained(tmp_path)
+    model = load(tmp_path, 1)
+    s2ft.attach(model, config_of(case))
+    losses = train(model)
+    s2ft.save_adapter(model, tmp_path / "adapter")
+    after = logits(model)
+    for b, u, found, a, r in ranks(train_loaded, tmp_path, case, loader):
+        torch.testing.assert_close(u, b)
+        torch.testing.assert_close(found, losses)
+        torch.testing.assert_close(a, after, rtol=1e-4, atol=1e-4)
+        assert torch.equal(r, b)
+    check_same_files(tmp_path / "split", tmp_path / "adapter", atol=1e-4)
+
+
+def refused(rank, folder, way):
+    """The message, and whether the model is as it was."""
+    from transformers.distributed import DistributedConfig
+
+    options = DistributedConfig(pp_size=2) if way == "pipeline" else DistributedConfig(tp_size=2)
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=options)
+    if way == "plain shards":  # as older releases of transformers split
+        for module in model.modules():
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None and type(parameter.data).__name__ == "DTensor":
+                    module._parameters[name] = nn.Parameter(parameter.to_local())
+    if way == "another forward":
+        layer = model.model.layers[1].mlp.down_proj
+        layer.forward = lambda x, forward=layer.forward: forward(x)
+    before = {key: (id(p), p.requires_grad) for key, p in model.named_parameters()}
+    with pytest.raises(ValueError) as error:
+        s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2))
+    same = before == {key: (id(p), p.requires_grad) for key, p in model.named_parameters()}
+    return str(error.value), same
+
+
+@pytest.mark.parametrize(
+    "case, way, words",
+    [
+        ("llama", "pipeline", "pipeline stages"),
+        ("llama", "plain shards", "update transformers"),
+        ("llama", "another forward", "has replaced its forward"),
+        ("mixtral", "experts", "experts that are split by tensor parallelism"),
+    ],
+)
+def test_refused_before_anything_changes(ranks, tmp_path, case, way, words):
+    model_of(case).save_pretrained(tmp_path)
+    for message, is_same in ranks(refused, tmp_path, way):
+        assert words in message and is_same, message
+
+
+def train_attention(rank, folder, tp=2):
+    model = load(folder, tp)
+    s2ft.attach(model, s2ft.S2FTConfig(v_ratio=0.5, o_ratio=0.5))
+    losses = train(model)
+    s2ft.save_adapter(model, folder / f"adapter-{tp}")
+    return losses
+
+
+def test_attention_beside_split_experts_is_trained(ranks, tmp_path):
+    model_of("mixtral").save_pretrained(tmp_path)
+    losses = train_attention(0, tmp_path, tp=1)
+    for found in ranks(train_attention, tmp_path):
+        torch.testing.assert_close(found, losses)
+    check_same_files(tmp_path / "adapter-2", tmp_path / "adapter-1", atol=1e-4)
 
 
 def parallelize(rank):
@@ -50,3 +373,58 @@ def parallelize(rank):
 def test_torch_refuses_to_split_trainable_layers(ranks):
     for message in ranks(parallelize):
         assert "only support nn.Linear" in message
+
+
+# ---- Trainers ------------------------------------------------------------------------------------------
+
+
+def train_with_trainer(rank, folder, output, tp=2, sizes=(), resume=None, accumulation=1):
+    from test_trainer import trainer
+
+    model = load(folder, tp, **dict(sizes))
+    s2ft.attach(model, config_of("llama"))
+    made = trainer("ddp", model, output, gradient_accumulation_steps=accumulation)
+    made.train(resume_from_checkpoint=resume)
+    made.save_model(str(output / "final"))
+    return [(line.get("loss"), line.get("grad_norm")) for line in made.state.log_history if "loss" in line]
+
+
+@contextlib.contextmanager
+def unchanged_environment():
+    with mock.patch.dict(os.environ):
+        yield
+
+
+@pytest.mark.slow
+def test_trainer_saves_what_any_number_of_ranks_resumes(ranks, tmp_path):
+    model_of("llama-grouped").save_pretrained(tmp_path)
+    with unchanged_environment():
+        expected = train_with_trainer(0, tmp_path, tmp_path / "one", tp=1)
+    for found in ranks(train_with_trainer, tmp_path, tmp_path / "two"):
+        assert found == [pytest.approx(line, rel=1e-4) for line in expected]
+    check_same_files(tmp_path / "two" / "final", tmp_path / "one" / "final", atol=1e-4)
+    for source in ("one", "two"):
+        half = str(tmp_path / source / "checkpoint-2")
+        with unchanged_environment():
+            train_with_trainer(0, tmp_path, tmp_path / f"{source}-on-one", 1, (), half)
+        ranks(train_with_trainer, tmp_path, tmp_path / f"{source}-on-two", 2, (), half)
+        for count in ("one", "two"):
+            check_same_files(
+                tmp_path / f"{source}-on-{count}" / "final",
+                tmp_path / "one" / "final",
+                atol=1e-4,
+                exactly=source == count == "one",
+            )
+
+
+@pytest.mark.slow
+def test_trainer_on_groups_of_ranks(four_ranks, tmp_path):
+    model_of("llama").save_pretrained(tmp_path)
+    with unchanged_environment():
+        expected = train_with_trainer(0, tmp_path, tmp_path / "one", 1, accumulation=2)
+    output, sizes = tmp_path / "four", tuple(TWO_DIMENSIONS.items())
+    for found in four_ranks(train_with_trainer, tmp_path, output, 2, sizes):
+        assert found == [pytest.approx(line, rel=1e-4) for line in expected]
+    check_same_files(output / "final", tmp_path / "one" / "final", atol=1e-4)
+    four_ranks(train_with_trainer, tmp_path, tmp_path / "again", 4, (), str(output / "checkpoint-2"), 2)
+    check_same_files(tmp_path / "again" / "final", tmp_path / "one" / "final", atol=1e-4)

@@ -254,3 +254,99 @@ def attach_loaded(rank, folder, unknown):
 def test_a_model_that_from_pretrained_has_partitioned(ranks, unknown, tmp_path):
     model_of("llama-grouped").save_pretrained(tmp_path)
     ranks(attach_loaded, tmp_path, unknown)
+
+
+# ---- Trainer ---------------------------------------------------------------------------------------------------------
+
+TRAINER = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+}
+
+
+def arguments_for(folder, **changes):
+    from transformers import TrainingArguments
+
+    options = dict(
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=3,
+        save_steps=2,
+        learning_rate=1e-2,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        max_grad_norm=0.5,
+        logging_steps=1,
+        dataloader_pin_memory=False,
+        gradient_checkpointing=True,
+    )
+    return TrainingArguments(**{**options, **changes})
+
+
+def train_loaded(rank, base, folder, kind, zero):
+    """The model is loaded when the arguments exist: ZeRO-3 partitions it at once. Returns the losses."""
+    from test_trainer import ROWS, reset
+    from transformers import AutoModelForCausalLM, Trainer
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    from s2ft.train.trainer import S2FTTrainer
+
+    losses = []
+    for name, checkpoint in (("whole", None), ("again", folder / "whole" / "checkpoint-2")):
+        reset("deepspeed")
+        config = {**TRAINER, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, **zero}}
+        arguments = arguments_for(folder / name, deepspeed=config)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        assert all(parameter.numel() == 0 for parameter in model.parameters())
+        s2ft.attach(model, config_of("llama-grouped", selection="weight"))
+        made = (S2FTTrainer if kind == "s2ft" else Trainer)(model=model, args=arguments, train_dataset=ROWS)
+        made.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        s2ft.save_adapter(made.accelerator.unwrap_model(made.model), folder / f"{name} adapter")
+        losses.append([line["loss"] for line in made.state.log_history if "loss" in line])
+        unset_hf_deepspeed_config()
+    return losses
+
+
+def train_alone(base, folder):
+    from unittest import mock
+
+    from test_trainer import ROWS, reset
+    from transformers import AutoModelForCausalLM
+
+    from s2ft.train.trainer import S2FTTrainer
+
+    with mock.patch.dict(os.environ):
+        reset("ddp")
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        s2ft.attach(model, config_of("llama-grouped", selection="weight"))
+        arguments = arguments_for(folder, gradient_accumulation_steps=4)
+        made = S2FTTrainer(model=model, args=arguments, train_dataset=ROWS)
+        made.train()
+    s2ft.save_adapter(model, folder / "adapter")
+    return [line["loss"] for line in made.state.log_history if "loss" in line]
+
+
+GATHERED = {"stage3_gather_16bit_weights_on_model_save": True}
+OFFLOADED = {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
+
+
+@pytest.mark.parametrize(
+    "kind, zero",
+    [("s2ft", {}), ("plain", {}), ("plain", GATHERED), ("s2ft", OFFLOADED)],
+    ids=("s2ft", "plain", "plain gathered", "s2ft offloaded"),
+)
+def test_trainer_trains_and_resumes_a_partitioned_model(ranks, kind, zero, tmp_path):
+    """The plain Trainer saves the adapter only if DeepSpeed is told to gather; DeepSpeed's own files resume it."""
+    model_of("llama-grouped").save_pretrained(tmp_path / "base")
+    losses, again = ranks(train_loaded, tmp_path / "base", tmp_path, kind, zero)[0]
+    assert losses == pytest.approx(train_alone(tmp_path / "base", tmp_path / "alone"), rel=1e-4)
+    assert again[-1] == losses[-1]
+    check_same_files(tmp_path / "whole adapter", tmp_path / "alone" / "adapter", rtol=1e-4, atol=1e-4)
+    check_same_files(tmp_path / "again adapter", tmp_path / "whole adapter", exactly=True)
+    saved = (tmp_path / "whole" / "checkpoint-3" / "s2ft_adapter.safetensors").exists()
+    assert saved == (kind == "s2ft" or zero == GATHERED)

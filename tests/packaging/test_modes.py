@@ -11,6 +11,17 @@ def build(run, source, check=True, **variables):
     return run(["setup.py", "-q", "build", "--build-lib", "built"], cwd=source, check=check, **variables)
 
 
+def build_in_fork(run_script, source, check=True, **variables):
+    """The same where nothing is compiled: PyTorch is imported already."""
+    script = "import runpy, sys; sys.argv = ['setup.py', '-q', 'build', '--build-lib', 'built']\n"
+    return run_script(script + "runpy.run_path('setup.py', run_name='__main__')", source, check, **variables)
+
+
+def show_in_fork(run_script, source):
+    result = run_script(f"import sys; sys.path.insert(0, 'built'); {SHOW}", source)
+    return json.loads(result.stdout.splitlines()[-1]), result.stderr
+
+
 def show(run, source):
     """build_info() of the built package, and what its import wrote to stderr."""
     result = run(["-c", SHOW], PYTHONPATH=source / "built")
@@ -22,38 +33,38 @@ def broken_compiler(source):
     (source / "csrc" / "cpu" / "broken.cpp").write_text("this is no C++\n")
 
 
-def test_an_unknown_value_is_an_error_that_lists_the_known(run, source):
-    result = build(run, source, check=False, S2FT_BUILD="yes")
+def test_an_unknown_value_is_an_error_that_lists_the_known(run_script, source):
+    result = build_in_fork(run_script, source, check=False, S2FT_BUILD="yes")
     assert result.returncode != 0
     assert "S2FT_BUILD must be one of auto, cuda, cpu, none; got 'yes'" in result.stderr
 
 
-def test_none_builds_no_module_and_does_not_warn(run, source):
-    build(run, source, S2FT_BUILD="none")
+def test_none_builds_no_module_and_does_not_warn(run_script, source):
+    build_in_fork(run_script, source, S2FT_BUILD="none")
     assert not list((source / "built" / "s2ft").glob("_C.*"))
-    info, stderr = show(run, source)
+    info, stderr = show_in_fork(run_script, source)
     assert info["compiled"] is False and "S2FT_BUILD=none" in info["reason"]
     assert "RuntimeWarning" not in stderr
 
 
-def test_none_removes_the_module_of_an_earlier_build(run, source):
+def test_none_removes_the_module_of_an_earlier_build(run_script, source):
     stale = source / "built" / "s2ft" / "_C.cpython-311-x86_64-linux-gnu.so"
     stale.parent.mkdir(parents=True)
     stale.write_text("")
-    build(run, source, S2FT_BUILD="none")
+    build_in_fork(run_script, source, S2FT_BUILD="none")
     assert not stale.exists()
 
 
-def test_cuda_without_nvcc_is_an_error(run, source, tmp_path):
-    result = build(run, source, check=False, S2FT_BUILD="cuda", CUDA_HOME=tmp_path)
+def test_cuda_without_nvcc_is_an_error(run_script, source, tmp_path):
+    result = build_in_fork(run_script, source, check=False, S2FT_BUILD="cuda", CUDA_HOME=tmp_path)
     assert result.returncode != 0
     assert "S2FT_BUILD=cuda: CUDA kernels need nvcc to be built" in result.stderr
 
 
-def test_auto_falls_back_with_a_warning_when_the_compiler_is_missing(run, source):
-    result = build(run, source, CXX="/nowhere/c++", CC="/nowhere/cc")
+def test_auto_falls_back_with_a_warning_when_the_compiler_is_missing(run_script, source):
+    result = build_in_fork(run_script, source, CXX="/nowhere/c++", CC="/nowhere/cc")
     assert "WARNING: s2ft is installed without compiled kernels" in result.stderr
-    info, stderr = show(run, source)
+    info, stderr = show_in_fork(run_script, source)
     assert info["compiled"] is False and info["cuda"] is False and info["reason"]
     assert stderr.count("RuntimeWarning: s2ft:") == 1
     assert all(devices == [] for devices in info["ops"].values())

@@ -42,6 +42,10 @@ if __name__ == "__main__":
 
     allow()
     allow_context()
+    from accelerate.state import AcceleratorState
+
     from s2ft.cli.main import main
 
-    sys.exit(main())
+    status = main()
+    print("ran as", AcceleratorState._shared_state["distributed_type"].name, flush=True)
+    sys.exit(status)

@@ -1,16 +1,18 @@
 """Measures the memory of one rank that trains a real model, to compare it with an estimate.
 
-All bytes come from PyTorch's profiler, which reports each allocation of the CPU's allocator: tensors, buffers of a
-reducer, storages that are resized. It shares no code with the estimate.
+It shares no code with the estimate.
 """
 
 import os
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import s2ft
 
@@ -41,39 +43,94 @@ def measure(
         "weights": parameters and buffers that this rank holds between steps. "states": gradients and optimizer states.
         "kept": bytes that autograd saves in a forward. "peak": the largest sum of everything during the second step.
     """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    kind = RUNS[strategy.name if strategy else None]
+    with kind.meter() as meter:
         model = make()
         s2ft.attach(model, config)
         model.train()
         if checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         batch = inputs(model)
-        run = RUNS[strategy.name if strategy else None](model, strategy)
+        run = kind(model, strategy, accumulation)
         run.step(batch, accumulation, loss)
         states = run.states()
         run.forget()
-        with record_function(BEGIN):
-            pass
+        meter.begin()
         run.step(batch, accumulation, loss)
-        with record_function(END):
-            pass
-    result = {"weights": run.weights(), "states": states, "peak": _peak(profiler) - run.padding}
+        meter.end()
+    result = {"weights": run.weights(), "states": states, "peak": meter.peak()}
     run.forget()
     return {**result, "kept": _kept(run, batch, loss)}
 
 
-def _peak(profiler: profile) -> int:
-    """Return the largest number of bytes that were allocated at one time between the two marks."""
-    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    total, most, inside = 0, 0, False
-    for event in events:
-        if event.name() in (BEGIN, END):
-            inside = event.name() == BEGIN
-            most = max(most, total)
-        elif event.name() == "[memory]":
-            total += event.nbytes()
-            most = max(most, total) if inside else most
-    return most
+class Allocations:
+    """The largest number of bytes that were allocated at one time, from PyTorch's profiler.
+
+    The profiler reports each allocation of the CPU's allocator in this thread: tensors, buffers of a reducer, storages
+    that are resized.
+    """
+
+    def __init__(self) -> None:
+        self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+
+    def __enter__(self) -> "Allocations":
+        self.profiler.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.profiler.__exit__(*error)
+
+    def begin(self) -> None:
+        with record_function(BEGIN):
+            pass
+
+    def end(self) -> None:
+        with record_function(END):
+            pass
+
+    def peak(self) -> int:
+        events = sorted(self.profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+        total, most, inside = 0, 0, False
+        for event in events:
+            if event.name() in (BEGIN, END):
+                inside = event.name() == BEGIN
+                most = max(most, total)
+            elif event.name() == "[memory]":
+                total += event.nbytes()
+                most = max(most, total) if inside else most
+        return most
+
+
+class Storages(TorchDispatchMode):
+    """The largest number of bytes of storages that were alive at one time.
+
+    DeepSpeed gathers in the background, and another thread may free a buffer, which the profiler does not see.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.device.type == "cpu":
+                storage = leaf.untyped_storage()
+                if storage._cdata not in self.alive:
+                    self.alive[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.alive.pop, storage._cdata, None)
+        self.most = max(self.most, sum(self.alive.values()))
+        return output
+
+    def begin(self) -> None:
+        self.most = 0
+
+    def end(self) -> None:
+        self.found = self.most
+
+    def peak(self) -> int:
+        return self.found
 
 
 def _kept(run: "Run", batch: dict[str, Tensor], loss: Callable | None) -> int:
@@ -92,7 +149,7 @@ def _kept(run: "Run", batch: dict[str, Tensor], loss: Callable | None) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = run.loss(batch, loss)  # stays alive while bytes are counted
     total = sum(kept.values())
-    output.backward()
+    run.backward(output)
     return total
 
 
@@ -109,9 +166,9 @@ def _bytes(tensors) -> int:
 class Run:
     """Training on one device, in a plain loop."""
 
-    padding = 0  # bytes that no strategy needs
+    meter: type = Allocations
 
-    def __init__(self, model: nn.Module, strategy: s2ft.Strategy | None) -> None:
+    def __init__(self, model: nn.Module, strategy: s2ft.Strategy | None, accumulation: int) -> None:
         self.module, self.strategy = model, strategy
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.model = self.wrapped(model)
@@ -128,16 +185,13 @@ class Run:
         for number in range(accumulation):
             self.synchronize(number == accumulation - 1)
             self.backward(self.loss(batch, loss))
-        self.update()
+        self.optimizer.step()
 
     def synchronize(self, last: bool) -> None:
         """Exchange gradients in the next backward, or not."""
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
-
-    def update(self) -> None:
-        self.optimizer.step()
 
     def forget(self) -> None:
         self.optimizer.zero_grad()
@@ -204,4 +258,71 @@ class FsdpRun(Run):
         return super().weights()
 
 
-RUNS: dict[str | None, type[Run]] = {None: Run, "ddp": DdpRun, "fsdp2": FsdpRun}
+class ZeroRun(Run):
+    """DeepSpeed's engine. Its optimizer updates a flat partition, and it has the gradients until the step."""
+
+    meter = Storages
+
+    def __init__(self, model: nn.Module, strategy: s2ft.Strategy, accumulation: int) -> None:
+        import deepspeed
+
+        deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+        zero = {
+            "stage": int(strategy.name[-1]),
+            "reduce_bucket_size": strategy.reduce_bucket_size,
+            "overlap_comm": strategy.overlap_comm,
+            "stage3_prefetch_bucket_size": strategy.prefetch_bucket_size,
+            "stage3_max_live_parameters": strategy.max_live_parameters,
+            "stage3_max_reuse_distance": strategy.max_reuse_distance,
+            "stage3_param_persistence_threshold": strategy.persistence_threshold,
+        }
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": accumulation,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": zero,
+        }
+        self.module = model
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        self.engine = self.model = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+        self.optimizer, self.gradients = self.engine.optimizer, 0
+        if not self.engine.optimizer.__class__.__name__.endswith("Stage3"):
+            step = self.optimizer.step
+            self.optimizer.step = lambda *args, **named: (self._note_gradients(), step(*args, **named))[1]
+
+    def _note_gradients(self) -> None:
+        self.gradients = _bytes(g for group in self.optimizer.averaged_gradients.values() for g in group)
+
+    def step(self, batch: dict[str, Tensor], accumulation: int, loss: Callable | None) -> None:
+        for _ in range(accumulation):
+            self.engine.backward(self.loss(batch, loss))
+            self.engine.step()
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+        self.engine.step()
+
+    def forget(self) -> None:
+        """The engine has forgotten its gradients."""
+
+    def weights(self) -> int:
+        parts = [p.ds_tensor for p in self.module.parameters() if hasattr(p, "ds_tensor")]
+        return _bytes([*(parts or self.module.parameters()), *self.module.buffers()])
+
+    def states(self) -> int:
+        of_zero = self.optimizer
+        inner = [value for state in of_zero.optimizer.state.values() for value in state.values()]
+        if hasattr(of_zero, "grad_partitions_flat_buffer"):
+            masters = [p for p in of_zero.fp32_partitioned_groups_flat if p.dtype != of_zero.lp_param_buffer.dtype]
+            return _bytes([*inner, *masters, of_zero.grad_partitions_flat_buffer])
+        return _bytes([*inner, *of_zero.single_partition_of_fp32_groups]) + self.gradients
+
+
+RUNS: dict[str | None, type[Run]] = {
+    None: Run,
+    "ddp": DdpRun,
+    "fsdp2": FsdpRun,
+    "zero1": ZeroRun,
+    "zero2": ZeroRun,
+    "zero3": ZeroRun,
+}

@@ -6,11 +6,12 @@ import warnings
 import pytest
 import torch
 from support.models import ALL_RATIOS, inputs_of, loss_of, model_of, ratios_for, token_batch
+from support.pairs import pairs_mostly_slow
+from support.slices import random_slices
 from support.tolerances import LOGITS, relative_difference
 
 import s2ft
 from s2ft import S2FTConfig
-from s2ft.attached.record import attachment_of
 
 layouts = pytest.mark.parametrize("layout", ("permuted", "indexed"))
 
@@ -18,10 +19,7 @@ layouts = pytest.mark.parametrize("layout", ("permuted", "indexed"))
 def attached(case="llama-grouped", dtype=torch.float32, **more):
     model = model_of(case, dtype)
     s2ft.attach(model, S2FTConfig(**ratios_for(case, ALL_RATIOS), **more))
-    generator = torch.Generator().manual_seed(3)
-    for mount in attachment_of(model).mounts.values():
-        mount.layer.s2.data.normal_(std=0.02, generator=generator)
-    return model.train()
+    return random_slices(model).train()
 
 
 def slices(model):
@@ -103,12 +101,15 @@ OPTIMIZERS = {
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-1, weight_decay=0.5),
     "muon": lambda p: torch.optim.Muon(p, lr=1e-2, weight_decay=0.5),
 }
+MORE_NAMES = ("paged_adamw_8bit", "adamw_torch_fused")
 optimizers = pytest.mark.parametrize("which", OPTIMIZERS)
 
 
-@optimizers
-@layouts
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize(
+    "which, layout, dtype",
+    pairs_mostly_slow(OPTIMIZERS, ("permuted", "indexed"), (torch.float32, torch.bfloat16)),
+    ids=str,
+)
 def test_only_slices_move(which, layout, dtype):
     """The optimizer has all parameters, also frozen ones, and weight decay. The loss falls, the optimizer's state is no
     larger than the slices, and frozen weights stay the same, bit for bit, before and after detach."""
@@ -261,7 +262,9 @@ def test_eight_bit_adamw_is_close_to_adamw():
     assert fall > 0.01 and abs(found[1][-1] - found[0][-1]) <= 0.1 * fall
 
 
-@pytest.mark.parametrize("which", ("adamw_bnb_8bit", "paged_adamw_8bit", "adamw_torch_fused", "adafactor"))
+@pytest.mark.parametrize(
+    "which", ("adamw_bnb_8bit", "adafactor", *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_NAMES))
+)
 def test_transformers_names_of_optimizers(which, tmp_path):
     """Optimizers that the optim argument of Trainer names."""
     pytest.importorskip("bitsandbytes")

@@ -55,7 +55,9 @@ def logged(folder):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"beta": 0.1, "num_iterations": 2}], ids=["plain", "reference and two updates"]
+    "changes",
+    [pytest.param({}, marks=pytest.mark.slow), {"beta": 0.1, "num_iterations": 2}],
+    ids=["plain", "reference and two updates"],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(changes, tmp_path):
     """That includes the generated answers, and the order of the rows in a later epoch."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.models import CASES, inputs_of, model_of
+from support.pairs import in_turn
 from support.tolerances import GEMM
 from train.test_sft import losses, run
 from train.tiny import tiny_model
@@ -43,8 +44,7 @@ def gradients(model, batch, **options):
     return loss.detach(), found
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("case", CAUSAL)
+@pytest.mark.parametrize("case, dtype", in_turn(CAUSAL, (torch.float32, torch.bfloat16)), ids=str)
 def test_loss_and_gradients_equal_the_models_own_or_it_is_refused(case, dtype):
     model = model_of(case, dtype)
     batch = batch_of(model)

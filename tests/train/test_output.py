@@ -67,7 +67,7 @@ def test_a_resumed_run_must_have_the_options_of_the_run(tmp_path):
 
 def division(devices, micro, passes):
     return {
-        "devices": devices,
+        "groups_of_devices": devices,
         "training.batch_size": devices * micro * passes,
         "training.per_device_train_batch_size": micro,
         "training.gradient_accumulation_steps": passes,
@@ -92,7 +92,11 @@ def test_a_run_goes_on_with_the_same_rows_on_another_number_of_devices(tmp_path,
 
 
 def test_a_run_of_an_older_s2ft_goes_on_with_the_same_division(tmp_path):
-    old = {name: value for name, value in division(4, 2, 1).items() if name not in ("devices", "training.batch_size")}
+    old = {
+        name: value
+        for name, value in division(4, 2, 1).items()
+        if name not in ("groups_of_devices", "training.batch_size")
+    }
     folder = RunFolder(tmp_path)
     folder.begin(old)
     folder.begin(division(4, 2, 1), resume=True)

@@ -10,6 +10,11 @@ from s2ft.train.output import RunFolder
 from s2ft.train.plot import centred_mean, loss_figure, plot_loss
 
 
+@pytest.fixture(autouse=True)
+def real_plots(monkeypatch):
+    monkeypatch.setattr("s2ft.train.plot.loss_figure", loss_figure)
+
+
 def log(steps, evaluated=(), accuracy=False):
     lines = [{"step": step, "loss": 3 - step / steps, "learning_rate": 1e-4 * step} for step in range(1, steps + 1)]
     for step in evaluated:

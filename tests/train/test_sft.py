@@ -19,7 +19,8 @@ from s2ft.train.arguments import SFTArguments
 from s2ft.train.held_out import HeldOut
 from s2ft.train.options import SCHEDULES, RunOptions
 from s2ft.train.output import RunFolder, read_log
-from s2ft.train.sft import check_packages_of_run, log_length, sft
+from s2ft.train.plot import loss_figure
+from s2ft.train.sft import check_packages_of_run, log_length, sft, trainer_for
 
 CONFIG = s2ft.S2FTConfig(d_ratio=0.1, v_ratio=0.5)
 ARGUMENTS = dict(
@@ -124,6 +125,7 @@ def test_every_file_is_written_and_the_adapter_loads(whole):
         "checkpoint-8",
     }
     assert folder.plot.read_bytes().startswith(b"\x89PNG")
+    assert loss_figure(read_log(folder.log)).axes[0].get_ylabel() == "loss"  # that of the run is empty, see conftest.py
     assert json.loads(folder.report.read_text())["steps"] == 8
     s2ft.load_adapter(tiny_model(), folder.adapter)
 
@@ -352,12 +354,34 @@ def rates(path, schedule, steps, **changes):
     return [line["learning_rate"] for line in read_log(folder.log)]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_every_update_has_a_positive_learning_rate(tmp_path, schedule):
+def check_rates(found, steps, schedule):
+    assert len(found) == steps and all(0 < rate <= ARGUMENTS["learning_rate"] for rate in found)
+    assert max(found) == ARGUMENTS["learning_rate"] or schedule == "inverse_sqrt"
+
+
+@pytest.mark.parametrize(
+    "schedule", [name if name == "linear" else pytest.param(name, marks=pytest.mark.slow) for name in SCHEDULES]
+)
+def test_every_update_of_a_run_has_a_positive_learning_rate(tmp_path, schedule):
     for steps in (1, 11):  # without and with warm-up
-        found = rates(tmp_path / str(steps), schedule, steps)
-        assert len(found) == steps and all(0 < rate <= ARGUMENTS["learning_rate"] for rate in found)
-        assert max(found) == ARGUMENTS["learning_rate"] or schedule == "inverse_sqrt"
+        check_rates(rates(tmp_path / str(steps), schedule, steps), steps, schedule)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_learning_rate_of_a_schedule_is_positive(tmp_path, schedule):
+    """The schedules of the trainer of a run, without the training."""
+    model = tiny_model()
+    s2ft.attach(model, CONFIG)
+    for steps in (1, 11):
+        arguments = arguments_for(tmp_path, lr_scheduler_type=schedule, max_steps=steps)
+        trainer = trainer_for(model, tiny_tokenizer(), token_rows(), arguments, RunFolder(tmp_path))
+        trainer.create_optimizer_and_scheduler(steps)
+        found = []
+        for _ in range(steps):
+            found.append(trainer.optimizer.param_groups[0]["lr"])
+            trainer.optimizer.step()
+            trainer.lr_scheduler.step()
+        check_rates(found, steps, schedule)
 
 
 def test_warm_up_rises_in_equal_parts_to_the_learning_rate(tmp_path):
@@ -369,9 +393,9 @@ def test_warm_up_rises_in_equal_parts_to_the_learning_rate(tmp_path):
     )  # a given warm-up is not shortened
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["linear", pytest.param("cosine", marks=pytest.mark.slow)])
 def test_resuming_in_the_warm_up_equals_the_whole_run_exactly(tmp_path, schedule):
-    changes = dict(lr_scheduler_type=schedule, max_steps=20, save_steps=1, gradient_accumulation_steps=1)
+    changes = dict(lr_scheduler_type=schedule, max_steps=20, save_steps=100, gradient_accumulation_steps=1)
     _, folder, _ = run(tmp_path / "whole", **changes)
     run(tmp_path / "again", options={"stop_after": 1}, **changes)
     _, again, _ = run(tmp_path / "again", resume=True, **changes)
@@ -449,6 +473,9 @@ def test_an_error_in_the_middle_is_raised(tmp_path, monkeypatch):
     assert not (tmp_path / "out/adapter").exists()
 
 
+LAST = [(2, [2, 4, 6, 8]), (20, [8])]
+
+
 def test_a_run_that_ended_before_its_adapter_was_saved_is_resumed(whole, tmp_path):
     shutil.copytree(whole[1].path, tmp_path / "again")
     shutil.rmtree(tmp_path / "again/adapter"), (tmp_path / "again/report.json").unlink()
@@ -457,7 +484,9 @@ def test_a_run_that_ended_before_its_adapter_was_saved_is_resumed(whole, tmp_pat
     check_same(folder, whole[1])
 
 
-@pytest.mark.parametrize("eval_steps, steps", [(0, [8]), (2, [2, 4, 6, 8]), (3, [3, 6, 8]), (20, [8])])
+@pytest.mark.parametrize(
+    "eval_steps, steps", [(0, [8]), (3, [3, 6, 8]), *(pytest.param(*row, marks=pytest.mark.slow) for row in LAST)]
+)
 def test_the_last_step_is_evaluated_once(tmp_path, eval_steps, steps):
     changes = {"eval_strategy": "steps", "eval_steps": eval_steps} if eval_steps else {}
     _, folder, _ = run(tmp_path / "out", evaluated=3, **changes)

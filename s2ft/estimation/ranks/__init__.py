@@ -6,9 +6,11 @@ from s2ft.estimation.memory import Memory
 from s2ft.estimation.ranks.ddp import DdpDevice
 from s2ft.estimation.ranks.fsdp import FsdpDevice
 from s2ft.estimation.ranks.one import OneDevice
+from s2ft.estimation.ranks.zero import ZeroDevice
+from s2ft.estimation.ranks.zero3 import Zero3Device
 from s2ft.estimation.strategy import Strategy
 
-KINDS = {"ddp": DdpDevice, "fsdp2": FsdpDevice}
+KINDS = {"ddp": DdpDevice, "fsdp2": FsdpDevice, "zero1": ZeroDevice, "zero2": ZeroDevice, "zero3": Zero3Device}
 
 
 def rank_of(shadow: nn.Module, memory: Memory, strategy: Strategy | None, devices: int) -> OneDevice:

@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from s2ft.estimation.memory import Memory, bytes_of
+from s2ft.estimation.ranks.hooks import after_backward_of, before_backward_of, is_in_backward
 from s2ft.estimation.ranks.one import OneDevice
 from s2ft.estimation.strategy import Strategy
 
@@ -40,11 +39,15 @@ class FsdpDevice(OneDevice):
         whole = bytes_of([parameter], seen)
         if not whole or id(parameter) not in self.of_parameter:
             return whole
-        return padded_numel(parameter, self.devices) // self.devices * parameter.itemsize
+        return 0 if self.offload else padded_numel(parameter, self.devices) // self.devices * parameter.itemsize
 
     def gradient(self, name: str) -> int:
         gradient = self.shards[name].grad
         return 0 if gradient is None else gradient.nbytes
+
+    def on_host(self) -> int:
+        shards = sum(group.bytes // self.devices for group in self.groups) if self.offload else 0
+        return super().on_host() + shards
 
     def optimized(self) -> dict[str, Tensor]:
         return self.shards
@@ -138,7 +141,7 @@ class Group:
         self.state = self.training = FORWARD
         self._gather()
         self._copy_out()
-        return _watch_inputs(self, inputs, named) if first else (inputs, named)
+        return after_backward_of((inputs, named), self.after_backward) if first else (inputs, named)
 
     def _after_module(self, module: nn.Module, inputs: tuple, output: Any) -> Any:
         self.left.discard(module)
@@ -148,21 +151,18 @@ class Group:
         """Free the gathered weights, and watch for the backward of the output."""
         if self.state == PRE_BACKWARD:
             return output
-        if torch._C._current_graph_task_id() == -1:  # not in a backward
+        if not is_in_backward():
             if self.reshard:
                 self.whole = None
             self.positions.append(len(self.device.forward_order))
             self.device.forward_order.append(self)
         self.training = self.state = IDLE
-        if torch.is_grad_enabled():
-            for tensor in tree_leaves(output if not hasattr(output, "to_tuple") else output.to_tuple()):
-                if isinstance(tensor, Tensor) and tensor.requires_grad:
-                    tensor.register_hook(self._before_backward)
+        before_backward_of(output, self._before_backward)
         return output
 
     # ---- backward --------------------------------------------------------------------------------
 
-    def _before_backward(self, gradient: Tensor) -> None:
+    def _before_backward(self) -> None:
         self.state = PRE_BACKWARD
         if self.training == PRE_BACKWARD:
             return
@@ -204,31 +204,6 @@ class Group:
         if self.training == FORWARD:
             self.device.before = self.gathered
         self.gathered = None
-
-
-class _AfterBackward(torch.autograd.Function):
-    """Passes tensors on, and calls `Group.after_backward` when the gradients of all of them are known."""
-
-    @staticmethod
-    def forward(ctx, group: Group, *tensors: Tensor):
-        ctx.group = group
-        return tensors
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        ctx.group.after_backward()
-        return None, *gradients
-
-
-def _watch_inputs(group: Group, inputs: tuple, named: dict) -> tuple[tuple, dict]:
-    if not torch.is_grad_enabled():
-        return inputs, named
-    leaves, tree = tree_flatten((inputs, named))
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    if places:
-        for i, tensor in zip(places, _AfterBackward.apply(group, *(leaves[i] for i in places))):
-            leaves[i] = tensor
-    return tree_unflatten(leaves, tree)
 
 
 # ---- shards ------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ class OneDevice:
         self.states: Counter = Counter()  # bytes that optimizer.step() allocates, by name
         self.masters: Counter = Counter()  # bytes of copies of trained weights for the optimizer, by name
         self.mode, self.device = _mode_of(shadow), memory.device
+
+    rehearses = False  # whether the strategy behaves otherwise in the first step than in the others
 
     # ---- what the device holds between steps -----------------------------------------------------
 
@@ -68,8 +71,9 @@ class OneDevice:
     def before_forward(self, last: bool) -> None:
         """Note the start of a forward. `last`: its backward is followed by the optimizer's step."""
 
-    def before_backward(self) -> None:
-        """Note the start of a backward."""
+    def context(self) -> AbstractContextManager:
+        """Return a context for each forward and backward."""
+        return nullcontext()
 
     def after_backward(self) -> None:
         """Finish what autograd's hooks have left."""
@@ -88,7 +92,8 @@ class OneDevice:
         optimizer = make(list(updated.values()))
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must make a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        with self.memory.scalars_are(1.0):  # a step may read a norm, and its memory does not depend on the value
+        on_host = self.memory.paused() if self.offload else nullcontext()
+        with on_host, self.memory.scalars_are(1.0):  # a step may read a norm; its memory does not depend on the value
             optimizer.step()
         seen: set[int] = set()
         for name, parameter in updated.items():

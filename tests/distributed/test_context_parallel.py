@@ -1,0 +1,103 @@
+"""Devices that share each row (context parallelism) train the adapter of one process: s2ft sft, and plain Trainers."""
+
+import contextlib
+from dataclasses import replace
+
+import pytest
+import torch
+from runs import check_same_files
+from support.context_on_cpu import allow as allow_context
+from support.fsdp_on_cpu import allow
+from test_trainer import reset
+from train.test_sft import CONFIG, deltas, token_rows
+from train.tiny import tiny_model, tiny_tokenizer
+
+pytest.importorskip("trl")
+
+import s2ft
+from s2ft.train.arguments import SFTArguments
+from s2ft.train.held_out import HeldOut
+from s2ft.train.options import RunOptions
+from s2ft.train.output import RunFolder, read_log
+from s2ft.train.sft import sft
+
+FSDP = {
+    "version": 2,
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+}
+
+
+def arguments_for(folder, context=1, data=1, **changes):
+    """Updates of four rows."""
+    from accelerate import ParallelismConfig
+
+    options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=4, save_steps=2)
+    if context > 1:
+        reset("fsdp")
+        allow()
+        allow_context()
+        parallelism = ParallelismConfig(cp_size=context, dp_shard_size=data)
+        options.update(fsdp=True, fsdp_config=FSDP, parallelism_config=parallelism)
+    options["gradient_accumulation_steps"] = 2 // data
+    options.update(learning_rate=1e-2, max_grad_norm=0.3, eval_strategy="steps", eval_steps=2, **changes)
+    return SFTArguments(output_dir=str(folder), **options)
+
+
+def train(rank, folder, context=1, data=1, layout="permuted", resume=False, chunked=True, **changes):
+    """Train the tiny model. Returns the log's losses."""
+    model, rows = tiny_model(), token_rows(16)
+    s2ft.attach(model, replace(CONFIG, layout=layout))
+    arguments, place = arguments_for(folder, context, data, **changes), RunFolder(folder)
+    if rank == 0:
+        place.begin({}, resume)
+    held_out = HeldOut(rows)
+    options = RunOptions(chunked_loss=chunked)
+    sft(model, tiny_tokenizer(), rows, arguments, place, options=options, resume=resume, held_out=held_out)
+    return [
+        (line["step"], line.get("loss"), line.get("grad_norm"), line.get("eval_loss")) for line in read_log(place.log)
+    ]
+
+
+def check_log(ours, theirs):
+    assert [line[0] for line in ours] == [line[0] for line in theirs] and len(ours) == 6
+    for line, expected in zip(ours, theirs):
+        assert [value for value in line if value is not None] == pytest.approx(
+            [value for value in expected if value is not None], rel=1e-4
+        )
+
+
+@contextlib.contextmanager
+def unchanged_environment():
+    """TrainingArguments set variables, which must not reach the other tests of this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        yield
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The log and the adapter of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    with unchanged_environment():
+        return train(0, folder), folder / "adapter"
+
+
+@pytest.mark.parametrize("layout, chunked", [("permuted", True), ("indexed", False)])
+def test_two_devices_share_each_row(ranks, alone, tmp_path, layout, chunked):
+    logs = ranks(train, tmp_path, 2, 1, layout, False, chunked)
+    check_log(logs[0], alone[0])
+    compare = check_same_files if layout == "permuted" else check_same_deltas
+    compare(tmp_path / "adapter", alone[1])
+
+
+def check_same_deltas(ours, theirs):
+    for key, value in deltas(RunFolder(ours.parent)).items():
+        torch.testing.assert_close(value, deltas(RunFolder(theirs.parent))[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_four_devices_in_two_groups(four_ranks, alone, tmp_path):
+    logs = four_ranks(train, tmp_path, 2, 2)
+    check_log(logs[0], alone[0])
+    check_same_files(tmp_path / "adapter", alone[1])

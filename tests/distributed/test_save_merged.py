@@ -1,0 +1,139 @@
+"""save_merged on ranks writes the checkpoint that one process writes by merge and save_pretrained, bit for bit."""
+
+import pytest
+import torch.distributed as dist
+from export.test_streamed import check_equal, randomize
+from runs import sharded
+from support.models import ALL_RATIOS, model_of, ratios_for
+from transformers import AutoModelForCausalLM
+
+import s2ft
+
+CASES = [  # case, layout, how it is spread, whether the base is on a disk
+    ("llama-grouped", "permuted", "fsdp", True),
+    ("llama-grouped", "permuted", "fsdp", False),
+    ("mixtral", "indexed", "fsdp first", False),
+    ("qwen2-grouped-tied", "permuted", "fsdp first", True),
+    ("llama-biased", "permuted", "tp", False),
+    ("phi3-grouped", "indexed", "tp", True),
+]
+SLOW = [
+    ("gpt2", "permuted", "fsdp", False),
+    ("gpt2", "permuted", "fsdp first", True),
+    ("mixtral", "permuted", "fsdp", True),
+    ("llama-grouped", "permuted", "ddp", True),
+    ("llama-grouped", "indexed", "ddp", False),
+    ("phi3", "permuted", "fsdp first", False),
+    ("qwen2-grouped-tied", "indexed", "tp", False),
+    ("phi3-grouped", "permuted", "tp", False),
+]
+WEIGHTS = {"a": 0.5, "b": 1.0}
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """Save the base of a case, two adapters for it, and the checkpoint that one process merges."""
+
+    def make(case, layout):
+        model_of(case).save_pretrained(tmp_path / "base")
+        model = type(model_of(case)).from_pretrained(tmp_path / "base")
+        for name, seed in (("a", 1), ("b", 2)):
+            s2ft.attach(model, s2ft.S2FTConfig(**ratios_for(case, ALL_RATIOS), layout=layout, seed=seed), name)
+            randomize(model)
+            s2ft.save_adapter(model, tmp_path / name)
+            s2ft.detach(model)
+        with_adapters(model, tmp_path)
+        s2ft.merge(model).save_pretrained(tmp_path / "expected")
+        return tmp_path
+
+    return make
+
+
+def with_adapters(model, folder):
+    """Load adapter a, and b to go on training it; both are active."""
+    s2ft.load_adapter(model, folder / "a", "a")
+    s2ft.load_adapter(model, folder / "b", "b", trainable=True)
+    s2ft.set_adapter(model, WEIGHTS)
+    return model
+
+
+def load(folder, how):
+    if how != "tp":
+        return AutoModelForCausalLM.from_pretrained(folder / "base")
+    from transformers.distributed import DistributedConfig
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder / "base", distributed_config=DistributedConfig(tp_size=dist.get_world_size())
+    )
+
+
+def spread(folder, how):
+    model = load(folder, how)
+    if how == "fsdp first":
+        return with_adapters(sharded(model), folder)
+    return sharded(with_adapters(model, folder)) if how == "fsdp" else with_adapters(model, folder)
+
+
+def save(rank, folder, how, is_on_disk):
+    model = spread(folder, how)
+    if not is_on_disk:
+        model.config._name_or_path = ""
+    s2ft.save_merged(model, folder / "saved")
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    "case, layout, how, is_on_disk", [*CASES, *(pytest.param(*more, marks=pytest.mark.slow) for more in SLOW)]
+)
+def test_two_ranks_save_what_one_process_merges(ranks, prepared, case, layout, how, is_on_disk):
+    folder = prepared(case, layout)
+    assert ranks(save, folder, how, is_on_disk) == [["a", "b", "base", "expected", "saved"]] * 2
+    check_equal(folder / "saved", folder / "expected")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how, is_on_disk", [("fsdp", False), ("fsdp first", True), ("tp", False)])
+def test_four_ranks_save_what_one_process_merges(four_ranks, prepared, how, is_on_disk):
+    folder = prepared("llama", "permuted")
+    four_ranks(save, folder, how, is_on_disk)
+    check_equal(folder / "saved", folder / "expected")
+
+
+# ---- failures --------------------------------------------------------------------------------------------
+
+
+def save_where_writing_fails(rank, folder, is_on_disk):
+    """Fail on the first rank after it has written some tensors. Every rank must end with an error, and can go on."""
+    from s2ft.files.streaming import StoredTensor
+
+    model, write, count = spread(folder, "fsdp"), StoredTensor.write, [5]
+    if not is_on_disk:
+        model.config._name_or_path = ""
+
+    def fail(self, values):
+        count[0] -= 1
+        if not count[0]:
+            raise OSError("no space left on device")
+        return write(self, values)
+
+    StoredTensor.write = fail
+    try:
+        s2ft.save_merged(model, folder / "saved")
+        return "no error"
+    except (OSError, RuntimeError) as error:
+        message = f"{type(error).__name__}: {error}"
+    finally:
+        StoredTensor.write = write
+    left = sorted(path.name for path in folder.iterdir())
+    s2ft.save_merged(model, folder / "saved")
+    return message, left
+
+
+@pytest.mark.parametrize("is_on_disk", (True, False))
+def test_a_failure_of_the_first_rank_ends_all_and_leaves_nothing(ranks, prepared, is_on_disk):
+    folder = prepared("llama-grouped", "permuted")
+    first, second = ranks(save_where_writing_fails, folder, is_on_disk)
+    left = ["a", "b", "base", "expected"]
+    assert first == ("OSError: no space left on device", left)
+    assert second == ("RuntimeError: rank 0 failed: OSError: no space left on device", left)
+    check_equal(folder / "saved", folder / "expected")

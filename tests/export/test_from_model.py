@@ -1,0 +1,164 @@
+"""save_merged on one process writes the checkpoint of merge and save_pretrained, and leaves the model as it is."""
+
+import pytest
+import torch
+from export.test_streamed import SHARDS, check_equal, randomize, tensors_in
+from support.models import ALL_RATIOS, model_of, ratios_for
+from torch import nn
+
+import s2ft
+from s2ft.export import from_model
+from s2ft.model.coupling import Coupling
+
+CASES = ("llama-grouped", "gpt2", "mixtral", "phi3", "qwen2-grouped-tied")
+
+
+def loaded(case, folder, dtype=torch.bfloat16):
+    model = model_of(case, dtype)
+    model.save_pretrained(folder / "base")
+    return type(model).from_pretrained(folder / "base")
+
+
+def config_of(case, layout="permuted", **changes):
+    return s2ft.S2FTConfig(**{**ratios_for(case, ALL_RATIOS), "layout": layout, **changes})
+
+
+def trained(case, folder, layout="permuted", **changes):
+    """A base with a trainable adapter, as after training."""
+    model = loaded(case, folder)
+    s2ft.attach(model, config_of(case, layout, **changes))
+    randomize(model)
+    return model
+
+
+def with_another(case, folder, layout, weights):
+    """A base with a loaded adapter "a" and a trainable one "b", both active with these weights."""
+    model = trained(case, folder, layout, seed=3)
+    s2ft.save_adapter(model, folder / "a")
+    s2ft.load_adapter(s2ft.detach(model), folder / "a", "a")
+    s2ft.attach(model, config_of(case, layout), "b")
+    randomize(model)
+    s2ft.set_adapter(model, weights)
+    return model
+
+
+def check_saved(model, folder, caplog, gathered=False, **options):
+    """Save and compare with merging in memory. Check that the model does not change, and where the base was."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    status = str(s2ft.status(model))
+    caplog.set_level("INFO")
+    s2ft.save_merged(model, folder / "saved", **options)
+    assert ("gathered from the model" in caplog.text) == gathered
+    after = model.state_dict()
+    assert str(s2ft.status(model)) == status and after.keys() == before.keys()
+    assert [name for name in after if not torch.equal(after[name], before[name])] == []
+    sizes = {key: value for key, value in options.items() if key == "max_shard_size"}
+    s2ft.merge(model).save_pretrained(folder / "expected", **sizes)
+    check_equal(folder / "saved", folder / "expected")
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("layout, gathered", [("permuted", True), ("indexed", False)])
+def test_the_trained_model_is_saved_as_merging_saves_it(case, layout, gathered, tmp_path, caplog):
+    model = trained(case, tmp_path, layout)
+    if gathered:
+        model.config._name_or_path = ""
+    check_saved(model, tmp_path, caplog, gathered)
+
+
+@pytest.mark.parametrize("gathered", (True, False))
+@pytest.mark.parametrize(
+    "weights", ({"a": 1.0, "b": 1.0}, {"a": 0.5, "b": 0.25}, {"a": -2.0}), ids=("sum", "scaled", "loaded")
+)
+def test_active_adapters_and_their_weights_are_saved(weights, gathered, tmp_path, caplog):
+    model = with_another("llama-grouped", tmp_path, "permuted", weights)
+    if gathered:
+        model.config._name_or_path = ""
+    check_saved(model, tmp_path, caplog, gathered)
+
+
+@pytest.mark.parametrize("gathered", (True, False))
+def test_fused_layers_extra_weights_and_small_files(gathered, tmp_path, caplog):
+    model = trained("qwen2-grouped-tied", tmp_path, modules_to_save=["norm", "lm_head"])
+    s2ft.fuse(model)
+    if gathered:
+        model.config._name_or_path = ""
+    check_saved(model, tmp_path, caplog, gathered, max_shard_size=SHARDS)
+
+
+def test_a_base_that_is_given_is_used(tmp_path, caplog):
+    model = trained("llama", tmp_path)
+    model.config._name_or_path = "nowhere/at-all"
+    check_saved(model, tmp_path, caplog, base=tmp_path / "base")
+
+
+# ---- the checkpoint is not the base ----------------------------------------------------------------------
+
+
+def another_weight(folder):
+    model = model_of("llama", torch.bfloat16)
+    model.model.layers[1].mlp.up_proj.weight.data.add_(1)
+    model.save_pretrained(folder)
+
+
+def another_head(folder):
+    model = model_of("llama", torch.bfloat16)
+    model.lm_head.weight.data.mul_(2)
+    model.save_pretrained(folder)
+
+
+def no_files(folder):
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (another_weight, "has other weights than the base of this model: 1 of 3 layers differ"),
+        (another_head, "has other weights than the base of this model: lm_head.weight differs"),
+        (no_files, "has no model.safetensors"),
+    ],
+)
+def test_a_checkpoint_with_other_weights_is_not_used_and_refused_if_it_was_given(change, message, tmp_path, caplog):
+    model = trained("llama", tmp_path)
+    change(tmp_path / "base")
+    with pytest.raises(ValueError, match=message):
+        s2ft.save_merged(model, tmp_path / "saved", base=tmp_path / "base")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+    check_saved(model, tmp_path, caplog, gathered=True)
+    assert message in caplog.text
+
+
+# ---- what is refused -------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_saved_is_refused(tmp_path):
+    model = trained("llama", tmp_path)
+    with pytest.raises(ValueError, match="max_shard_size must be a size above 0, such as 2GB, got '0GB'"):
+        s2ft.save_merged(model, tmp_path / "saved", max_shard_size="0GB")
+    with pytest.raises(FileExistsError, match="base exists"):
+        s2ft.save_merged(model, tmp_path / "base")
+    s2ft.set_adapter(model, None)
+    with pytest.raises(ValueError, match="no adapter is active"):
+        s2ft.save_merged(model, tmp_path / "saved")
+    net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+    couplings = [Coupling.ffn(0, up="0", down="2", channels=32)]
+    s2ft.attach(net, s2ft.S2FTConfig(d_ratio=0.25), couplings=couplings, verify=False)
+    with pytest.raises(ValueError, match="writes checkpoints of transformers, and Sequential is no model of it"):
+        s2ft.save_merged(net, tmp_path / "saved")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+
+
+def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
+    model = trained("llama", tmp_path)
+
+    def fail(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(from_model, "write_config", fail)
+    for name in ("", str(tmp_path / "base")):
+        model.config._name_or_path = name
+        with pytest.raises(OSError, match="no space"):
+            s2ft.save_merged(model, tmp_path / "saved")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
+    assert tensors_in(tmp_path / "base")

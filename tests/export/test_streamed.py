@@ -1,0 +1,303 @@
+"""Merging from a checkpoint, one weight at a time, gives the files of merging in memory, bit for bit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.composites import composite_of
+from support.models import ALL_RATIOS, CASES, model_of, ratios_for
+from train.tiny import save_tiny, tiny_tokenizer
+
+import s2ft
+from s2ft.export import merged, streamed
+from s2ft.export.merged import export, write_merged
+from s2ft.files.streaming import stored_tensors
+from s2ft.model import conversion
+from s2ft.model.checkpoint import StoredWeights, open_checkpoint
+from s2ft.model.conversion import CannotStream
+from s2ft.text.models import keep_in_float32, load_model
+
+WEIGHTS = "model.safetensors"
+# dense, biases, tied, Conv1D, fused experts and weights, transposed experts, an encoder and a decoder
+FAST = ("llama-biased", "qwen2-grouped-tied", "gpt2", "mixtral", "phi3", "deepseek-v3", "t5-gated", "whisper")
+ALL = [pytest.param(case, marks=() if case in FAST else pytest.mark.slow) for case in CASES]
+SHARDS = "20KB"
+
+
+def randomize(model):
+    """Give the trained weights of an attached model random values."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def tensors_in(folder):
+    found = {}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        found.update(load_file(file))
+    return found
+
+
+def check_equal(folder, expected):
+    """Check that two folders have the same tensors and settings."""
+    ours, theirs = tensors_in(folder), tensors_in(expected)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if ours[name].dtype != theirs[name].dtype] == []
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    for file in Path(expected).glob("*config.json"):
+        assert json.loads((Path(folder) / file.name).read_text()) == json.loads(file.read_text())
+
+
+def without_values(model, dtype):
+    """The same model on the meta device."""
+    with torch.device("meta"):
+        hollow = type(model)._from_config(type(model.config)(**model.config.to_dict()), dtype=dtype)
+    keep_in_float32(hollow)
+    return hollow.eval()
+
+
+def both_ways(model, folder, dtype=torch.float32, max_shard_size=None, **config):
+    """Merge an adapter of a model in memory and from the disk, into folder/memory and folder/disk."""
+    model.save_pretrained(folder / "base", max_shard_size=max_shard_size or "50GB")
+    base = type(model).from_pretrained(folder / "base", dtype=dtype)
+    s2ft.attach(base, s2ft.S2FTConfig(**config))
+    randomize(base)
+    s2ft.save_adapter(base, folder / "adapter")
+    s2ft.merge(base).save_pretrained(folder / "memory", max_shard_size=max_shard_size or "50GB")
+    hollow = without_values(model, dtype)
+    weights = StoredWeights(hollow, open_checkpoint(folder / "base"))
+    (folder / "disk").mkdir()
+    compare = write_merged(folder / "disk", hollow, weights, s2ft.read_adapter(folder / "adapter"), max_shard_size)
+    streamed.give_generation_config(hollow, folder / "base")
+    streamed.write_config(folder / "disk", hollow)
+    compare()
+    return folder / "disk", folder / "memory"
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_every_family_is_merged_as_in_memory(case, tmp_path):
+    ratios = ratios_for(case, ALL_RATIOS)
+    disk, memory = both_ways(model_of(case), tmp_path, torch.bfloat16, **ratios, layout="indexed")
+    check_equal(disk, memory)
+    assert (disk / WEIGHTS).read_bytes() == (memory / WEIGHTS).read_bytes()
+    base, written = tensors_in(tmp_path / "base"), tensors_in(disk)
+    changed = [name for name in base if not torch.equal(base[name].to(written[name].dtype), written[name])]
+    assert 0 < len(changed) < len(base)  # else the test would compare bases
+
+
+@pytest.mark.parametrize("model_type", ("llava_next", pytest.param("gemma3", marks=pytest.mark.slow)))
+def test_models_whose_files_have_other_names_are_merged(model_type, tmp_path):
+    disk, memory = both_ways(composite_of(model_type), tmp_path, d_ratio=0.2, o_ratio=0.5)
+    check_equal(disk, memory)
+
+
+@pytest.mark.parametrize("case", ("llama", "mixtral"))
+def test_files_have_at_most_the_size_that_is_asked_for(case, tmp_path):
+    disk, memory = both_ways(model_of(case), tmp_path, max_shard_size=SHARDS, d_ratio=0.2)
+    check_equal(disk, memory)
+    sizes = [sum(one.bytes for one in stored_tensors(file).values()) for file in disk.glob("*.safetensors")]
+    assert len(sizes) > 3 and max(sizes) <= 20_000
+    ours, theirs = (json.loads((folder / f"{WEIGHTS}.index.json").read_text()) for folder in (disk, memory))
+    assert ours["metadata"] == theirs["metadata"] and ours["weight_map"].keys() == theirs["weight_map"].keys()
+
+
+@pytest.mark.parametrize("tied", (True, False))
+def test_weights_trained_in_full_are_written(tied, tmp_path):
+    model = model_of("qwen2-grouped-tied" if tied else "llama")
+    disk, memory = both_ways(model, tmp_path, d_ratio=0.2, modules_to_save=["lm_head", "norm"])
+    check_equal(disk, memory)
+    assert not torch.equal(tensors_in(disk)["model.norm.weight"], tensors_in(tmp_path / "base")["model.norm.weight"])
+
+
+# ---- bases that transformers did not write -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A base with a tokenizer and an adapter for it."""
+    work = tmp_path_factory.mktemp("work")
+    save_tiny(work / "model")
+    model, _ = load_model(str(work / "model"))
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2, o_ratio=0.25))
+    randomize(model)
+    s2ft.save_adapter(model, work / "adapter")
+    s2ft.merge(model).save_pretrained(work / "expected")
+    return work
+
+
+def changed_base(work, folder, change):
+    """Copy the base, with tensors that `change` changes in place."""
+    shutil.copytree(work / "model", folder)
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    return folder
+
+
+def add_tied_head(tensors):
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+
+def test_a_tied_weight_that_the_base_has_twice_is_written_once(work, tmp_path):
+    base = changed_base(work, tmp_path / "base", add_tied_head)
+    export(str(base), work / "adapter", tmp_path / "out")
+    check_equal(tmp_path / "out", work / "expected")
+
+
+def test_tensors_that_the_model_does_not_use_are_kept(work, tmp_path):
+    extra = torch.arange(10).to(torch.float8_e4m3fn)
+    base = changed_base(work, tmp_path / "base", lambda tensors: tensors.update({"mtp.layers.0.scale": extra}))
+    export(str(base), work / "adapter", tmp_path / "out")
+    found = stored_tensors(tmp_path / "out" / WEIGHTS)["mtp.layers.0.scale"].read()
+    assert found.dtype == extra.dtype and torch.equal(found.view(torch.uint8), extra.view(torch.uint8))
+    assert type(load_model(str(work / "model"))[0]).from_pretrained(tmp_path / "out").num_parameters()
+
+
+def as_pickle(work, folder):
+    shutil.copytree(work / "model", folder)
+    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+
+
+def with_another_head(work, folder):
+    changed_base(work, folder, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(259, 32)}))
+
+
+@pytest.mark.parametrize(
+    "make, reason", [(as_pickle, f"has no {WEIGHTS}"), (with_another_head, "are one weight by its config and differ")]
+)
+def test_what_cannot_be_streamed_is_merged_in_memory_and_the_log_says_why(make, reason, work, tmp_path, caplog):
+    make(work, tmp_path / "base")
+    caplog.set_level("INFO")
+    export(str(tmp_path / "base"), work / "adapter", tmp_path / "out")
+    assert "merging in memory, which has to hold the whole model: " in caplog.text and reason in caplog.text
+    found, expected = tensors_in(tmp_path / "out"), tensors_in(work / "expected")
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
+
+
+def test_an_ordinary_base_is_not_loaded(work, tmp_path, monkeypatch):
+    monkeypatch.delattr(merged, "load_model")
+    export(str(work / "model"), work / "adapter", tmp_path / "out", max_shard_size=SHARDS)
+    check_equal(tmp_path / "out", work / "expected")
+    assert tiny_tokenizer()("12+3=").input_ids == load_model(str(tmp_path / "out"))[1]("12+3=").input_ids
+
+
+def test_a_base_in_a_hub_cache_is_read_there(work, tmp_path, monkeypatch):
+    cache = tmp_path / "hub" / "models--org--name"
+    shutil.copytree(work / "model", cache / "blobs")
+    (cache / "refs").mkdir(), (cache / "snapshots" / "0123").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("0123")
+    for file in (cache / "blobs").iterdir():
+        (cache / "snapshots" / "0123" / file.name).symlink_to(f"../../blobs/{file.name}")
+    import huggingface_hub.constants
+    import transformers.utils.hub
+
+    for module, name in ((huggingface_hub.constants, "HF_HUB_CACHE"), (transformers.utils.hub, "HF_HUB_CACHE")):
+        monkeypatch.setattr(module, name, str(tmp_path / "hub"), raising=False)
+    monkeypatch.delattr(merged, "load_model")
+    export("org/name", work / "adapter", tmp_path / "out")
+    check_equal(tmp_path / "out", work / "expected")
+
+
+# ---- what goes wrong leaves nothing ------------------------------------------------------------------------
+
+
+def test_an_adapter_of_another_base_is_refused_before_anything_is_written(work, tmp_path, monkeypatch):
+    base = changed_base(work, tmp_path / "base", lambda t: t["model.layers.1.mlp.down_proj.weight"].add_(1))
+    monkeypatch.delattr(merged, "write_weights")
+    with pytest.raises(ValueError, match="was trained on another base: 1 of 2 layers differ, the first is layer 1"):
+        export(str(base), work / "adapter", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def cut(file):
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+
+
+def test_a_truncated_base_is_refused(work, tmp_path):
+    base = changed_base(work, tmp_path / "base", lambda tensors: None)
+    cut(base / WEIGHTS)
+    with pytest.raises(ValueError, match="truncated or damaged: '.*' lies outside the file"):
+        export(str(base), work / "adapter", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def damage_one(folder):
+    """Change one bit of the last tensor's bytes."""
+    with open(folder / WEIGHTS, "r+b") as file:
+        file.seek(-1, 2)
+        last = file.read(1)
+        file.seek(-1, 2)
+        file.write(bytes([last[0] ^ 1]))
+
+
+@pytest.mark.parametrize("case", ("llama", "mixtral"))
+def test_files_that_are_not_what_was_meant_are_an_error(case, tmp_path, monkeypatch):
+    write = streamed.write_weights
+
+    def write_badly(folder, *args):
+        compare = write(folder, *args)
+        damage_one(folder)
+        return compare
+
+    monkeypatch.setattr(merged, "write_weights", write_badly)
+    with pytest.raises(RuntimeError, match="the saved checkpoint is not the merged model: .* differ"):
+        both_ways(model_of(case), tmp_path, d_ratio=0.2)
+
+
+def test_a_conversion_that_its_inverse_does_not_undo_is_an_error(tmp_path, monkeypatch):
+    """The weights are read again as transformers would load them, and compared with those that were converted."""
+    from transformers.core_model_loading import Chunk
+
+    convert = Chunk.convert
+
+    def swapped(self, *args, **options):
+        made = convert(self, *args, **options)
+        return dict(zip(made, reversed(made.values())))
+
+    model = model_of("mixtral")
+    model.save_pretrained(tmp_path / "base")
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2, u_ratio=0.2))
+    randomize(model)
+    s2ft.save_adapter(model, tmp_path / "adapter")
+    hollow = without_values(model_of("mixtral"), torch.float32)
+    weights, adapter = (
+        StoredWeights(hollow, open_checkpoint(tmp_path / "base")),
+        s2ft.read_adapter(tmp_path / "adapter"),
+    )
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Chunk, "convert", swapped)
+    with pytest.raises(RuntimeError, match="the saved checkpoint is not the merged model: .*gate_up_proj"):
+        write_merged(tmp_path / "out", hollow, weights, adapter, None)()
+
+
+@pytest.mark.parametrize("after", (1, 7))
+def test_an_interrupt_leaves_nothing(after, work, tmp_path, monkeypatch):
+    count = [after]
+
+    def stop(*_):
+        count[0] -= 1
+        if not count[0]:
+            raise KeyboardInterrupt
+        return 0
+
+    monkeypatch.setattr("s2ft.files.streaming.zlib.crc32", stop)
+    with pytest.raises(KeyboardInterrupt):
+        export(str(work / "model"), work / "adapter", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_release_of_transformers_without_its_conversions_is_named(work, monkeypatch):
+    import transformers.core_model_loading as loading
+
+    hollow = without_values(load_model(str(work / "model"))[0], torch.float32)
+    monkeypatch.delattr(loading, "rename_source_key")
+    conversion._loading.cache_clear()
+    with pytest.raises(CannotStream, match="does not say how it converts weights .*rename_source_key"):
+        StoredWeights(hollow, open_checkpoint(work / "model"))
+    conversion._loading.cache_clear()
