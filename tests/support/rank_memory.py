@@ -6,6 +6,7 @@ It shares no code with the estimate.
 import os
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
