@@ -74,8 +74,8 @@ def check_divided_rows(model: nn.Module, arguments) -> None:
     devices = devices_of(arguments)
     if devices.sequence > 1:
         raise ValueError(
-            "DeepSpeed's sequence parallelism (sp_size) has its own loss, which s2ft sft does not use: take context "
-            "parallelism (examples/accelerate/context.yaml), or S2FTTrainer"
+            "DeepSpeed's sequence parallelism (sp_size) shifts the labels itself, which s2ft sft has done already: take "
+            "context parallelism (examples/accelerate/context.yaml), or S2FTTrainer"
         )
     if not devices.splits_rows:
         return
