@@ -371,13 +371,23 @@ def has_master_copy(tensor: Tensor) -> bool:
 
 
 def will_be_loaded_again() -> bool:
-    """Whether accelerate will send the model of every rank to the meta device, shard it, and broadcast the weights.
+    """Whether accelerate will send the model of every rank to the meta device, shard it, and load it from the first rank.
 
-    The units need not move before that: the first rank would need copies of the weights in the base's order.
+    That is FSDP2 with cpu_ram_efficient_loading. The units of weights need not move before it: the first rank would need
+    copies of the weights in the base's order.
     """
     names = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
     wanted = all(os.environ.get(name, "").lower() in ("1", "true", "yes") for name in names)
     return wanted and os.environ.get("FSDP_VERSION", "1") == "2" and is_distributed()
+
+
+def reads_weights() -> bool:
+    """Whether this rank may read the values of weights that are not spread over ranks.
+
+    If they will be loaded again from the first rank, only the first rank of each machine reads them: on the others they
+    may be any values, and reading a file that is mapped into memory would take the memory that is to be saved.
+    """
+    return not will_be_loaded_again() or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def reshard_all(model: nn.Module) -> None:

@@ -132,7 +132,10 @@ def _serve(rank: int, count: int, port: int, agent: bool, pipe) -> None:
     )
     dist.init_process_group("gloo", timeout=timedelta(seconds=LIMIT))
     while True:
-        function, args = pipe.recv()
+        try:
+            function, args = pipe.recv()
+        except EOFError:  # the process that started this one has ended
+            return
         try:
             torch.manual_seed(0)  # as before each test
             pipe.send(Outcome(function(rank, *args)))
