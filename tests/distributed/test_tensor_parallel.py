@@ -442,7 +442,8 @@ def sft_losses(rank, folder, output, tp=2, sizes=()):
     model = load(folder, tp, **dict(sizes))
     s2ft.attach(model, CONFIG)
     place, groups = RunFolder(output), 2 if sizes else 1
-    arguments = arguments_for(output, data=groups)
+    split = {"model_init_kwargs": {"distributed_config": {"tp_size": tp, **dict(sizes)}}} if tp > 1 else {}
+    arguments = arguments_for(output, data=groups, **split)
     if rank == 0:
         place.begin({}, False)
     rows = token_rows(16)
