@@ -13,7 +13,7 @@ from datetime import timedelta
 import pytest
 from runs import attached, check_same_files, sharded, train
 from support.models import model_of
-from support.ranks import LIMIT, Ranks
+from support.ranks import Ranks
 from test_meta_ranks import meta_of
 from test_trainer import trainer
 
@@ -65,13 +65,11 @@ def run_and_kill(rank, victim, point, number, act, args):
 
 
 def errors_of_survivors(ranks, victim, point, number, act, *args):
-    """Kill one rank. Returns what the others raised, after checking that they did so, and soon."""
-    start = time.monotonic()
+    """Kill one rank. Returns what the others raised, after checking that they did so before the limit of a call."""
     outcomes = ranks.outcomes(run_and_kill, victim, point, number, act, args)
     assert outcomes[victim].died and not any(one.died for one in outcomes if one is not outcomes[victim]), outcomes
     survivors = [outcome for rank, outcome in enumerate(outcomes) if rank != victim]
     assert all(outcome.error for outcome in survivors), f"{point} was not reached, or a rank went on alone"
-    assert time.monotonic() - start < LIMIT / 2
     return [outcome.error for outcome in survivors]
 
 
@@ -97,7 +95,7 @@ def save_once(directory):
 WRITING = "s2ft.adapter.formats.native:replace_file"  # two calls each time: the config, then the tensors
 
 
-@pytest.mark.parametrize("number", [3, 4])
+@pytest.mark.parametrize("number", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_the_first_rank_dies_while_it_writes_an_adapter(mortals, number, tmp_path):
     (error,) = errors_of_survivors(mortals, 0, WRITING, number, save_twice, tmp_path)
     assert "saving an adapter: rank 1 waited for rank 0: it has given no sign of life for 1.5 s" in error or (
