@@ -21,6 +21,7 @@ from s2ft.model.coupling import Coupling
 from s2ft.model.registry import Found, find_couplings
 from s2ft.model.towers import couplings_in_towers
 from s2ft.model.verify import Trial
+from s2ft.model.weights import can_run
 from s2ft.ops._build import warn_without_cuda_kernels
 from s2ft.selection import Selection, select as select_units
 
@@ -118,8 +119,9 @@ def _try_out(model: nn.Module, couplings: list[Coupling], record: Attachment, ex
     Ranks whose model is on the meta device wait for those that can run it.
     """
     tried: list[Trial] = []
-    is_able = not any(parameter.is_meta for parameter in model.parameters())
-    decide("the trial of the couplings", is_able, lambda: tried.append(_trial(model, couplings, record, example)))
+    decide(
+        "the trial of the couplings", can_run(model), lambda: tried.append(_trial(model, couplings, record, example))
+    )
     return tried[0] if tried else None
 
 

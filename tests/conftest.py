@@ -19,6 +19,10 @@ set_up_kernels()
 
 
 def pytest_collection_finish():
+    freeze()
+
+
+def freeze():
     """Exclude present objects from garbage collection, because trainers and torch.compile collect often."""
     gc.collect()
     gc.freeze()
@@ -28,6 +32,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def modules_that_a_test_imported():
+    """A test of many model types imports so much that each collection would take longer than a step of training."""
+    yield
+    freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -445,6 +445,15 @@ def test_a_model_on_the_meta_device_is_counted_alike(case, dtype):
     assert all(p.is_meta for p in meta.parameters())
 
 
+@pytest.mark.parametrize("device", ("cpu", "meta"))
+def test_a_model_that_accelerate_will_load_again_is_counted_alike(device, monkeypatch):
+    model, config = model_of("llama").to(device), config_for("llama")
+    expected = s2ft.estimate(model, config, 2, 9)
+    monkeypatch.setattr("s2ft.attached.arrival.will_be_loaded_again", lambda: True)
+    found = s2ft.estimate(model, config, 2, 9)
+    assert found.parts == expected.parts and found.peak == expected.peak
+
+
 @pytest.mark.parametrize("case", rarely(("llama-grouped", "t5"), "gpt2"))
 def test_weights_in_another_dtype(case):
     """from_pretrained does this: T5 keeps some weights in float32 when it is loaded in float16."""

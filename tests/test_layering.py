@@ -1,9 +1,11 @@
 """The order of the rooms: a module imports only modules of lower rank."""
 
 import ast
+import functools
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1] / "s2ft"
+parse = functools.cache(ast.parse)  # most tests read all files
 
 # The lowest rank is first. A line lists modules and folders of one rank, which do not import each other. A folder
 # whose modules have several ranks is listed by module. A module has the rank of the longest name that matches it.
@@ -75,7 +77,7 @@ def imported(tree):
 
 def violations(path, text):
     mine, my_line = rank_of(module_of(path))
-    for other in dict.fromkeys(imported(ast.parse(text))):
+    for other in dict.fromkeys(imported(parse(text))):
         rank, line = rank_of(other)
         if rank is None or (line != my_line and rank >= mine):
             yield f"{path.relative_to(ROOT)} imports {other}"
@@ -87,7 +89,7 @@ def test_imports_go_down_the_ranks():
 
 
 def test_every_module_has_a_rank_and_every_rank_a_module():
-    modules = {module_of(path) for path in ROOT.rglob("*.py") if list(imported(ast.parse(path.read_text())))}
+    modules = {module_of(path) for path in ROOT.rglob("*.py") if list(imported(parse(path.read_text())))}
     modules |= {module_of(path) for path in ROOT.rglob("*.py") if path.name != "__init__.py"}
     modules -= {"__init__"}
     assert [module for module in modules if rank_of(module)[0] is None] == []
@@ -99,7 +101,7 @@ def test_no_import_cycles_inside_a_room():
     graph = {}
     for path in ROOT.rglob("*.py"):
         me = module_of(path)
-        graph[me] = {other for other in imported(ast.parse(path.read_text())) if rank_of(other) == rank_of(me)} - {me}
+        graph[me] = {other for other in imported(parse(path.read_text())) if rank_of(other) == rank_of(me)} - {me}
     done, under_way = set(), []
 
     def visit(module):
@@ -120,7 +122,7 @@ def test_the_check_of_imports_can_fail():
         "from s2ft.adapter import saving\nimport s2ft.train.trainer\n"
         "from s2ft import layers\nfrom s2ft.ops import act_mul"
     )
-    assert list(imported(ast.parse(text))) == ["adapter.saving", "train.trainer", "layers", "ops.act_mul"]
+    assert list(imported(parse(text))) == ["adapter.saving", "train.trainer", "layers", "ops.act_mul"]
     assert len(list(violations(ROOT / "ops" / "swap_.py", text))) == 3
 
 
@@ -176,7 +178,7 @@ def changes_of_records(text):
     It follows a record through the names of one function: from an annotation or a function that returns a record,
     through attributes, items, loops and `or`. Other modules call methods of the record to change it.
     """
-    tree = ast.parse(text)
+    tree = parse(text)
     for function in ast.walk(tree):
         if not isinstance(function, (ast.FunctionDef, ast.Lambda)):
             continue
@@ -232,14 +234,14 @@ def names_the_attribute(text, name):
     """Whether a module reads or writes the attribute `name`, or contains it as a string."""
     return any(
         getattr(node, "attr", None) == name or (isinstance(node, ast.Constant) and node.value == name)
-        for node in ast.walk(ast.parse(text))
+        for node in ast.walk(parse(text))
     )
 
 
 def test_only_the_record_knows_the_name_of_its_attribute():
     (name,) = (
         node.value.value
-        for node in ast.parse(RECORD_FILE.read_text()).body
+        for node in parse(RECORD_FILE.read_text()).body
         if isinstance(node, ast.Assign) and node.targets[0].id == "_ATTRIBUTE"
     )
     knowing = [path for path in ROOT.rglob("*.py") if names_the_attribute(path.read_text(), name)]
@@ -263,7 +265,7 @@ def body_lines(function):
 
 def too_long(text):
     functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-    return [n.name for n in ast.walk(ast.parse(text)) if isinstance(n, functions) and body_lines(n) > LONGEST]
+    return [n.name for n in ast.walk(parse(text)) if isinstance(n, functions) and body_lines(n) > LONGEST]
 
 
 def test_functions_fit_on_a_screen():

@@ -29,6 +29,14 @@ def expect_weights(model: nn.Module, record: Attachment) -> None:
     record.awaits_weights = _any_on_meta(model, record) or will_be_loaded_again()
 
 
+def expect_none(model: nn.Module, record: Attachment) -> None:
+    """Make the model run as it is: it is a copy without numbers, for which no weights will arrive."""
+    remove_arrival_hooks(model)
+    record.awaits_weights = False
+    for mount in record.mounts.values():
+        mount.layer.awaits_order = False
+
+
 def after_apply(model: nn.Module, record: Attachment) -> None:
     """Make the record wait for the weights if the model has been moved to the meta device."""
     if record.mounts and _any_on_meta(model, record):

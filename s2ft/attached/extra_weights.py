@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.attached.record import Attachment
-from s2ft.distributed import full_tensors, has_master_copy, is_partitioned, is_sharded, write_units
+from s2ft.distributed import full_tensors, has_master_copy, is_partitioned, is_sharded, reads_weights, write_units
 from s2ft.model.coupling import Coupling, projections_of
 
 UNFROZEN = (
@@ -176,7 +176,9 @@ def keep_unfrozen(model: nn.Module, record: Attachment) -> None:
 def _keep(record: Attachment, parameters: Mapping[str, Tensor]) -> None:
     new = {name: parameter for name, parameter in parameters.items() if name not in record.extra.base}
     if new:
-        record.extra.base = {**record.extra.base, **copies(new)}
+        arrive = record.awaits_weights and not reads_weights()  # the values here are not the base's
+        kept = {name: value.detach().to("meta") for name, value in new.items()} if arrive else copies(new)
+        record.extra.base = {**record.extra.base, **kept}
 
 
 def copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """s2ft estimate: the memory of training a model, and on request the time of a step."""
 
 import json
-import re
 from dataclasses import dataclass, replace
 
 from s2ft.cli.parse import MODEL, parse, quiet_transformers
@@ -10,9 +9,11 @@ from s2ft.text.models import DTYPES
 from s2ft.train.options import check_fields, option
 
 EXAMPLE = """  s2ft estimate meta-llama/Llama-3.1-8B --batch-size 4 --max-length 2048 --device-memory 24GB
+  s2ft estimate meta-llama/Llama-3.1-70B --strategy fsdp2 --device-memory 80GB --gradient-checkpointing
   s2ft estimate meta-llama/Llama-3.2-1B --dtype bfloat16 --measure"""
 SHARED = {"group": "model and data"}
-POWERS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+SEVERAL = {"group": "several devices"}
+STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "tp", "tp+fsdp2")  # those of s2ft.Strategy, without torch
 
 
 @dataclass
@@ -43,26 +44,50 @@ class EstimateArguments:
         False, "also run some steps with random weights on this machine, and print their time", **SHARED
     )
     json: bool = option(False, "print JSON", **SHARED)
+    strategy: str | None = option(
+        None,
+        "how training is spread over devices; the numbers are then those of one device",
+        choices=STRATEGIES,
+        shown="one device",
+        **SEVERAL,
+    )
+    devices: int | None = option(
+        None, "number of devices", least=1, shown="the smallest on which the largest row fits", **SEVERAL
+    )
+    tp_size: int | None = option(
+        None, "devices over which each weight is split, for tp+fsdp2", least=2, shown="none", **SEVERAL
+    )
+    offload: str | None = option(
+        None, "what is kept in the memory of the host", choices=("optimizer", "all"), shown="nothing", **SEVERAL
+    )
+    reshard_after_forward: bool = option(
+        True, "FSDP2: free the gathered weights of a block after its forward pass",
+        off="keep them until the backward pass", **SEVERAL,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_fields(self)
         check_ratios(self.ratios)
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit exclude each other")
-        if self.device_memory is not None:
-            bytes_of(self.device_memory)
+        if self.strategy is None:
+            given = [name for name in ("devices", "tp_size", "offload") if getattr(self, name) is not None]
+            if given:
+                raise ValueError(f"{given[0]} needs strategy: one of {', '.join(STRATEGIES)}")
+        elif self.measure:
+            raise ValueError("measure runs on one device: leave out strategy")
+        elif self.load_in_4bit or self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit are counted for one device: leave out strategy")
 
+    def spread(self):
+        """Return how training is spread over devices, an s2ft.Strategy, or None for one device."""
+        from s2ft.estimation.strategy import Strategy, check_devices
 
-def bytes_of(text: str) -> int:
-    """Return the bytes of a size such as 24GB or 80 GiB. Both are powers of 1,024, as makers of GPUs use GB.
-
-    Raises:
-        ValueError: The text is no size above 0.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
-    if not found or float(found[1]) == 0:
-        raise ValueError(f"device_memory must be a size above 0, such as 24GB, got {text!r}")
-    return int(float(found[1]) * 1024 ** POWERS[found[2].upper()])
+        if self.strategy is None:
+            return None
+        made = Strategy(self.strategy, self.offload, self.tp_size, reshard_after_forward=self.reshard_after_forward)
+        check_devices(made, self.devices)
+        return made
 
 
 def run(arguments: list[str]) -> None:
@@ -86,16 +111,26 @@ def run(arguments: list[str]) -> None:
     seconds = _measured(job, config, model) if job.measure else None
     if job.json:
         shown = {"model": job.model, "device": found.device, "batch": found.batch, "length": found.length}
+        shown |= {"strategy": found.strategy, "devices": found.devices, "host": found.host}
         print(
             json.dumps({**shown, "room": room, "seconds": seconds, "rows": [row.to_dict() for row in rows]}, indent=2)
         )
         return
     print(
         f"{size(found.parameters + found.buffers)} of weights{_bits(job)}; a step of {job.batch_size} × "
-        f"{job.max_length:,} tokens on {found.device}, {job.optimizer}"
+        f"{job.max_length:,} tokens on {_where(found)}, {job.optimizer}"
     )
     print(table(rows, room))
     print("\n".join(_remarks(job, rows, found, seconds)))
+
+
+def _where(found) -> str:
+    from s2ft.estimation.result import size
+
+    if found.strategy is None:
+        return found.device
+    host = "" if not found.host else f" and at least {size(found.host)} of the host's memory each"
+    return f"each of {found.devices} {found.device} device{'s' * (found.devices > 1)} with {found.strategy}{host}"
 
 
 def _rows(job: EstimateArguments, config, model):
@@ -103,13 +138,22 @@ def _rows(job: EstimateArguments, config, model):
     import torch
 
     from s2ft.estimation.memory import free_memory
+    from s2ft.estimation.result import size_of
     from s2ft.train.ratio_table import rows_of, with_memory
     from s2ft.train.remedies import Step
 
     device = torch.device(job.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    room = bytes_of(job.device_memory) if job.device_memory else free_memory(device)
+    room = size_of(job.device_memory, "device_memory") or free_memory(device)
     step = Step(
-        job.batch_size, job.max_length, job.accumulation, job.gradient_checkpointing, job.chunked_loss, job.optimizer
+        job.batch_size,
+        job.max_length,
+        job.accumulation,
+        job.gradient_checkpointing,
+        job.chunked_loss,
+        job.optimizer,
+        strategy=job.spread(),
+        devices=job.devices,
+        memory=room,
     )
     rows = rows_of(model, config, **({"ratios": job.ratios} if job.ratios else {}))
     bits = "4bit" if job.load_in_4bit else "8bit" if job.load_in_8bit else None

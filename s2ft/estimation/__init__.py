@@ -19,6 +19,7 @@ from s2ft.config import S2FTConfig
 from s2ft.estimation.inputs import made_inputs, shape_of, with_cache
 from s2ft.estimation.memory import free_memory, resident
 from s2ft.estimation.optimizers import OPTIMIZERS, Optimizer, maker
+from s2ft.estimation.ranks.tensor_parallel import split
 from s2ft.estimation.result import Estimate, MemoryPart, size_of
 from s2ft.estimation.shadow import checkpoint, forget_data, make_shadow
 from s2ft.estimation.step import Step
@@ -122,6 +123,8 @@ def estimate(
     def count(number: int) -> Estimate:
         with torch.random.fork_rng([kernels] if kernels.type == "cuda" else []), _not_on_meta():
             shadow, record = make_shadow(model, config, dtype, couplings, example)
+            if strategy is not None and strategy.is_tensor_parallel:
+                split(shadow, record, strategy.tp_size or number)
             if gradient_checkpointing:
                 checkpoint(shadow, gradient_checkpointing)
             forget_data(shadow, kernels)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from s2ft.attached.arrival import expect_none
 from s2ft.attached.mounting import claim, mount
 from s2ft.attached.record import Attachment, check_unattached
 from s2ft.config import S2FTConfig
@@ -61,6 +62,7 @@ def make_shadow(
     selection = select(couplings_in_towers(shadow, found.couplings, config), plain, shadow)
     claim(shadow, record)
     mount(shadow, record, config, selection, "estimate")
+    expect_none(shadow, record)
     for mounted in record.mounts.values():
         mounted.layer.drop_data()
     return shadow, record

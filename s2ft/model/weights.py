@@ -19,7 +19,9 @@ from s2ft.distributed import (
     has_numbers,
     is_dtensor,
     is_partitioned,
+    is_sharded,
     own_shard,
+    reads_weights,
 )
 from s2ft.layers import EXPERTS, LINEAR, OTHER, TRANSPOSED_EXPERTS, Kind, kind_of
 from s2ft.layers.split import Split
@@ -169,8 +171,15 @@ def tensors_of(model: nn.Module, coupling: Coupling) -> list[Tensor]:
 
 
 def have_numbers(model: nn.Module, couplings: Iterable[Coupling]) -> bool:
-    """Whether the values of all weights, biases and vectors of these couplings can be read on this rank."""
-    return all(has_numbers(tensor) for coupling in couplings for tensor in tensors_of(model, coupling))
+    """Whether this rank can read all weights, biases and vectors of these couplings."""
+    tensors = [tensor for coupling in couplings for tensor in tensors_of(model, coupling)]
+    return all(map(has_numbers, tensors)) and (reads_weights() or any(map(is_sharded, tensors)))
+
+
+def can_run(model: nn.Module) -> bool:
+    """Whether this rank can run a model on data before it is trained."""
+    parameters = list(model.parameters())
+    return not any(p.is_meta for p in parameters) and (reads_weights() or any(map(is_sharded, parameters)))
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -14,7 +14,7 @@ from s2ft import config as options
 from s2ft.config import S2FTConfig
 from s2ft.distributed import decide, is_distributed
 from s2ft.model.coupling import Coupling
-from s2ft.model.weights import have_numbers
+from s2ft.model.weights import can_run, have_numbers
 from s2ft.selection.batches import Calibration
 from s2ft.selection.budget import requested_layers, requested_projections, units_per_projection
 from s2ft.selection.metric import Allocation, Metric, Request, shared_by_producers
@@ -71,10 +71,7 @@ def _select_where_weights_are(
     couplings: list[Coupling], config: S2FTConfig, model: nn.Module, calibration: Any, metric: Metric
 ) -> Selection:
     """Select on the ranks that have the weights. Ranks whose model is on the meta device get the result."""
-    if metric.calibrated:
-        is_able = not any(parameter.is_meta for parameter in model.parameters())
-    else:
-        is_able = have_numbers(model, couplings)
+    is_able = can_run(model) if metric.calibrated else have_numbers(model, couplings)
     units = decide(
         f"selection={config.selection!r}",
         is_able,

@@ -155,13 +155,12 @@ def with_memory(
     config = as_random(config)
     usable = sorted((row for row in rows if not row.refused), key=lambda row: row.trained)
     ends: dict[int, tuple[int, int]] = {}
-    first: Estimate | None = None
-    for row in {usable[0].trained: usable[0], usable[-1].trained: usable[-1]}.values():
+    for row in {usable[-1].trained: usable[-1], usable[0].trained: usable[0]}.values():
         count = Count(model, device, config if row.ratio is None else with_ratio(config, row.ratio))
         found = count.estimate(step)
-        first = first or found
+        step = replace(step, devices=found.devices)  # the number of devices for the largest row is that of all
         ends[row.trained] = (found.kept, found.peak - count.saved(bits))
-    return [row if row.refused else _on_line(row, ends, room) for row in rows], first
+    return [row if row.refused else _on_line(row, ends, room) for row in rows], found
 
 
 def _on_line(row: Planned, ends: dict[int, tuple[int, int]], room: int | None) -> Planned:

@@ -46,6 +46,9 @@ class Step:
         sequences: Sequences of one row: 2 for pairs of a chosen and a rejected answer.
         prompt: Tokens of the longest row that no option shortens.
         shortens: The option that shortens the rest.
+        strategy: As for :func:`s2ft.estimate`.
+        devices: As for :func:`s2ft.estimate`.
+        memory: As for :func:`s2ft.estimate`.
     """
 
     batch: int
@@ -58,6 +61,9 @@ class Step:
     sequences: int = 1
     prompt: int = 0
     shortens: str = "--max-length"
+    strategy: Any = None
+    devices: int | None = None
+    memory: int | None = None
 
 
 @dataclass(frozen=True)
@@ -177,6 +183,7 @@ class Count:
 
     def estimate(self, step: Step) -> s2ft.Estimate:
         """Return the estimate of a step on weights that are not quantized."""
+        whole_logits = step.strategy is not None and step.strategy.shards_weights  # of a head that is gathered
         with plain_kernels():
             return s2ft.estimate(
                 self.hollow,
@@ -190,8 +197,11 @@ class Count:
                 device=self.device.type,
                 accumulation=step.accumulation,
                 use_cache=False,
-                loss=loss_in_chunks if step.chunked_loss else None,
+                loss=loss_in_chunks if step.chunked_loss and not whole_logits else None,
                 couplings=self.couplings,
+                strategy=step.strategy,
+                devices=step.devices,
+                memory=step.memory,
             )
 
     def saved(self, bits: str | None) -> int:

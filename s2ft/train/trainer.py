@@ -7,6 +7,8 @@ checked before a run resumes from it, and a damaged checkpoint is skipped in fav
 
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,7 +69,8 @@ class AdapterCheckpoints:
     _temporary: Path | None = None  # the folder in which a checkpoint is being written
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+        with _optimizer_of_split_model(*args, **options):
+            super().__init__(*args, **options)
         model = self.accelerator.unwrap_model(self.model)
         if attachment_of(unwrapped(model)).name is None:
             raise ValueError(
@@ -192,7 +195,7 @@ class AdapterCheckpoints:
 
     @property
     def _sharded(self) -> bool:
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled or _is_split(self.model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter. Each rank must call this method.
@@ -212,6 +215,27 @@ class AdapterCheckpoints:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
+
+
+def _is_split(model: Any) -> bool:
+    """Whether transformers has split the weights over ranks while it loaded them (DistributedConfig)."""
+    return getattr(model, "is_distributed_loading_by_transformers", False)
+
+
+@contextmanager
+def _optimizer_of_split_model(model: Any = None, args: Any = None, *_: Any, **options: Any) -> Iterator[None]:
+    """Inside, a Trainer of a split model can be made although its checkpoints shall contain the optimizer.
+
+    transformers refuses this because its own checkpoints can't contain it. Those of this file can.
+    """
+    if args is None or args.save_only_model or not _is_split(model):
+        yield
+        return
+    args.save_only_model = True
+    try:
+        yield
+    finally:
+        args.save_only_model = False
 
 
 def _saved_state(checkpoint) -> dict[str, Any] | None:

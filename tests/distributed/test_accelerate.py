@@ -6,6 +6,7 @@ import pytest
 import torch
 from runs import attached, batches, blocks_of, check_same_files, rows_of
 from support.fsdp_on_cpu import allow
+from support.pairs import in_turn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
@@ -79,8 +80,7 @@ def run_at_once_and_resumed(rank, way, layout, directory):
     s2ft.save_adapter(again.plain, directory / "again")
 
 
-@pytest.mark.parametrize("layout", ("permuted", "indexed"))
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way, layout", in_turn(WAYS, ("permuted", "indexed")))
 def test_trains_and_resumes_exactly(ranks, way, layout, tmp_path):
     ranks(run_at_once_and_resumed, way, layout, tmp_path)
     check_same_files(tmp_path / "again", tmp_path / "whole", exactly=True)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from runs import attached, check_same_files, train
+from support.pairs import in_turn
 from torch.nn.parallel import DistributedDataParallel
 
 import s2ft
@@ -22,17 +23,17 @@ def train_and_save(rank, case, layout, way, directory, checkpointing):
     return all(torch.equal(value, base[key]) for key, value in model.named_parameters() if key in base)
 
 
-@pytest.mark.parametrize("layout", ("permuted", "indexed"))
-@pytest.mark.parametrize(
-    "case, way, checkpointing",
-    [
-        *((case, "plain", None) for case in ("llama-grouped", "qwen2-grouped-tied", "gpt2", "mixtral", "phi3")),
-        ("llama", "plain", False),
-        ("llama", "static", True),
-        ("llama", "views", None),
-    ],
+RUNS = (
+    *((case, "plain", None) for case in ("llama-grouped", "qwen2-grouped-tied", "gpt2", "mixtral", "phi3")),
+    ("llama", "plain", False),
+    ("llama", "static", True),
+    ("llama", "views", None),
 )
-def test_two_ranks_train_and_save_the_adapter_of_one_process(ranks, case, way, checkpointing, layout, tmp_path):
+
+
+@pytest.mark.parametrize("run, layout", in_turn(RUNS, ("permuted", "indexed")), ids=str)
+def test_two_ranks_train_and_save_the_adapter_of_one_process(ranks, run, layout, tmp_path):
+    case, way, checkpointing = run
     assert all(ranks(train_and_save, case, layout, way, tmp_path / "two", checkpointing))
     model = attached(case, layout)
     train(model)

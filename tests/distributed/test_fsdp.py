@@ -8,6 +8,7 @@ import pytest
 import torch
 from runs import attached, check_same_files, files, logits, sharded, train
 from support.models import model_of
+from support.pairs import in_turn
 
 import s2ft
 from s2ft.attached.record import attachment_of
@@ -51,11 +52,16 @@ def train_and_save(rank, case, layout, way, directory, checkpointing=None, chang
     return all(torch.equal(now[key].full_tensor(), value) for key, value in base.items())
 
 
-@pytest.mark.parametrize("layout", ("permuted", "indexed"))
 @pytest.mark.parametrize(
-    "case, way", [(case, "blocks") for case in CASES] + [("llama-grouped", way) for way in WAYS if way != "blocks"]
+    "case_and_way, layout",
+    in_turn(
+        [(case, "blocks") for case in CASES] + [("llama-grouped", way) for way in WAYS if way != "blocks"],
+        ("permuted", "indexed"),
+    ),
+    ids=str,
 )
-def test_two_ranks_train_and_save_the_adapter_of_one_process(ranks, alone, case, way, layout, tmp_path):
+def test_two_ranks_train_and_save_the_adapter_of_one_process(ranks, alone, case_and_way, layout, tmp_path):
+    case, way = case_and_way
     assert all(ranks(train_and_save, case, layout, way, tmp_path))
     check_same_files(tmp_path, alone(case, layout))
 

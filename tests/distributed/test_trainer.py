@@ -8,6 +8,7 @@ import pytest
 import torch
 from runs import attached, check_same_files, files
 from support.fsdp_on_cpu import allow
+from support.pairs import in_turn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
@@ -87,8 +88,7 @@ def alone(layout, folder, case="llama-grouped"):
     return [line["loss"] for line in made.state.log_history if "loss" in line]
 
 
-@pytest.mark.parametrize("layout", ("permuted", "indexed"))
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way, layout", in_turn(WAYS, ("permuted", "indexed")))
 def test_trains_checkpoints_and_resumes(ranks, way, layout, tmp_path):
     losses = ranks(train_at_once_and_resumed, way, layout, tmp_path)[0]
     check_same_files(tmp_path / "resumed", tmp_path / "final", exactly=True)
@@ -120,7 +120,7 @@ def best(rank, way, folder):
     return os.path.basename(made.state.best_model_checkpoint)
 
 
-@pytest.mark.parametrize("way", ("ddp", "fsdp"))
+@pytest.mark.parametrize("way", (pytest.param("ddp", marks=pytest.mark.slow), "fsdp"))
 def test_the_best_checkpoint_is_loaded_at_the_end(ranks, way, tmp_path):
     name = ranks(best, way, tmp_path)[0]
     check_same_files(tmp_path / "final", tmp_path / name, exactly=True)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from support.models import ALL_RATIOS, loss_of, model_of, ratios_for
+from support.slices import random_slices, without_caches
 from support.tolerances import GEMM, relative_difference
 
 import s2ft
@@ -22,14 +23,9 @@ CASES = ("llama-grouped", "phi3", "gpt2", "bert", "t5-gated", "qwen3-moe")
 
 def attached(case, dtype=torch.float32, **more):
     model = model_of(case, dtype)
-    for module in model.modules():
-        if hasattr(getattr(module, "config", None), "use_cache"):
-            module.config.use_cache = False
+    without_caches(model)
     s2ft.attach(model, S2FTConfig(**ratios_for(case, ALL_RATIOS), **more))
-    generator = torch.Generator().manual_seed(3)
-    for mount in attachment_of(model).mounts.values():
-        mount.layer.s2.data.normal_(std=0.02, generator=generator)
-    return model.train()
+    return random_slices(model).train()
 
 
 def slices(model):

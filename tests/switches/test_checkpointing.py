@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.models import ALL_RATIOS, inputs_of, loss_of, model_of, ratios_for, token_batch
 from support.pairs import pairs_mostly_slow
+from support.slices import random_slices, without_caches
 from support.tolerances import relative_difference
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -34,18 +35,13 @@ layouts = pytest.mark.parametrize("layout", ("permuted", "indexed"))
 def plain(case):
     """A model in training mode without caches, because checkpointing turns them off."""
     model = model_of(case)
-    for module in model.modules():
-        if hasattr(getattr(module, "config", None), "use_cache"):
-            module.config.use_cache = False
+    without_caches(model)
     return model.train()
 
 
 def attach(model, config):
     s2ft.attach(model, config)
-    generator = torch.Generator().manual_seed(3)
-    for mount in attachment_of(model).mounts.values():
-        mount.layer.s2.data.normal_(std=0.02, generator=generator)
-    return model
+    return random_slices(model)
 
 
 def enable(model, reentrant, **more):

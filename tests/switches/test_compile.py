@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.inductor import skip_where_wrong
 from support.models import ALL_RATIOS, inputs_of, loss_of, model_of, output_of, ratios_for, token_batch
+from support.slices import random_slices
 from support.tolerances import GEMM, LOGITS, relative_difference
 from torch import nn
 from torch._dynamo.utils import counters
@@ -70,10 +71,7 @@ def everything(case, **more):
 
 def attach(model, config):
     s2ft.attach(model, config)
-    generator = torch.Generator().manual_seed(3)
-    for mount in attachment_of(model).mounts.values():
-        mount.layer.s2.data.normal_(std=0.02, generator=generator)
-    return model
+    return random_slices(model)
 
 
 def compiled(model, backend=BACKEND, **options):

@@ -7,11 +7,11 @@ import pytest
 import torch
 from support.models import ALL_RATIOS, inputs_of, loss_of, model_of, ratios_for, token_batch
 from support.pairs import pairs_mostly_slow
+from support.slices import random_slices
 from support.tolerances import LOGITS, relative_difference
 
 import s2ft
 from s2ft import S2FTConfig
-from s2ft.attached.record import attachment_of
 
 layouts = pytest.mark.parametrize("layout", ("permuted", "indexed"))
 
@@ -19,10 +19,7 @@ layouts = pytest.mark.parametrize("layout", ("permuted", "indexed"))
 def attached(case="llama-grouped", dtype=torch.float32, **more):
     model = model_of(case, dtype)
     s2ft.attach(model, S2FTConfig(**ratios_for(case, ALL_RATIOS), **more))
-    generator = torch.Generator().manual_seed(3)
-    for mount in attachment_of(model).mounts.values():
-        mount.layer.s2.data.normal_(std=0.02, generator=generator)
-    return model.train()
+    return random_slices(model).train()
 
 
 def slices(model):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from support.tolerances import LOGITS, relative_difference
+from support.tolerances import GEMM, LOGITS, relative_difference
 from train.tiny import tiny_model, tiny_tokenizer
 from trl.trainer import dpo_trainer
 
@@ -143,9 +143,19 @@ def test_no_second_model_is_loaded_and_the_model_is_restored(tmp_path, monkeypat
     assert vars(model.config) == config and "forward" not in vars(model) and tokenizer.pad_token is None
 
 
+def check_close(ours, theirs):
+    """TRL computes log probabilities before the training in other batches, so their products may round differently."""
+    torch.testing.assert_close(
+        torch.tensor(ours, dtype=torch.float64),
+        torch.tensor(theirs, dtype=torch.float64),
+        rtol=GEMM[torch.float32][0],
+        atol=GEMM[torch.float32][1],
+    )
+
+
 def test_log_probabilities_computed_before_the_training_are_the_same(tmp_path, whole):
     _, folder = run(tmp_path / "before", save_steps=0, precompute_ref_log_probs=True)
-    assert losses(folder) == losses(whole[1])
+    check_close(losses(folder), losses(whole[1]))
 
 
 def test_a_trained_adapter_goes_on_from_its_base(tmp_path):
@@ -161,7 +171,8 @@ def test_a_trained_adapter_goes_on_from_its_base(tmp_path):
         folder.begin({})
         dpo(changed, tokenizer, pairs(tokenizer).dataset, options, folder)
         found.append(losses(folder))
-    assert found[0] == found[1] and found[0][0][2] != 0
+    check_close(*found)
+    assert found[0][0][2] != 0
 
 
 # ---- runs ----------------------------------------------------------------------------------------------

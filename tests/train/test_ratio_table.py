@@ -8,7 +8,7 @@ import torch
 from train.tiny import save_tiny, tiny_model
 
 import s2ft
-from s2ft.cli.estimate import bytes_of
+from s2ft.estimation.result import size_of
 from s2ft.cli.main import main
 from s2ft.train.ratio_table import planned, rows_of
 from s2ft.train.remedies import loss_in_chunks
@@ -84,7 +84,7 @@ def test_estimate_measures_on_request(folder, capsys):
 
 @pytest.mark.parametrize("text,expected", (("24GB", 24 << 30), ("80 GiB", 80 << 30), ("1.5g", 3 << 29), ("7", 7)))
 def test_sizes_of_a_device(text, expected):
-    assert bytes_of(text) == expected
+    assert size_of(text, "memory") == expected
 
 
 @pytest.mark.parametrize(
