@@ -163,8 +163,8 @@ STATE = "s2ft.train.optimizer_state:load_state"
 @pytest.mark.parametrize(
     "way, victim, point",
     [
-        ("fsdp", 0, STATE),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("ddp", 1, LOADING), ("fsdp", 1, LOADING))),
+        ("fsdp", 1, LOADING),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("ddp", 1, LOADING), ("fsdp", 0, STATE))),
     ],
 )
 def test_a_rank_dies_while_a_checkpoint_is_loaded(of_agent, way, victim, point, tmp_path):
@@ -189,14 +189,13 @@ def without_weights(rank, saved):
 
 
 FINGERPRINT, SELECTION = "s2ft.attached.record:fingerprint", "s2ft.selection:_select"
+WAITS = [(FINGERPRINT, True, "rank 0 has the store"), (FINGERPRINT, False, "an agent"), (SELECTION, False, "an agent")]
 
 
 @pytest.mark.parametrize(
-    "point, loads",
-    [
-        (FINGERPRINT, True),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((FINGERPRINT, False), (SELECTION, False))),
-    ],
+    "point, loads, mortals",
+    [(FINGERPRINT, True, "an agent"), *(pytest.param(*case, marks=pytest.mark.slow) for case in WAITS)],
+    indirect=["mortals"],
 )
 def test_the_first_rank_dies_while_others_wait_for_what_it_computes(mortals, point, loads, tmp_path):
     if loads:
@@ -219,6 +218,7 @@ def save_merged(rank, base, directory):
     s2ft.save_merged(sharded(model), directory, base=base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("point", ["s2ft.export.from_model:write_config", "os:rename"])
 def test_the_first_rank_dies_while_it_writes_a_merged_checkpoint(of_agent, point, tmp_path):
     model_of("llama").save_pretrained(tmp_path / "base")
