@@ -371,10 +371,10 @@ def has_master_copy(tensor: Tensor) -> bool:
 
 
 def will_be_loaded_again() -> bool:
-    """Whether accelerate will send the model of every rank to the meta device, shard it, and load it from the first rank.
+    """Whether accelerate will send the model of each rank to the meta device, shard it, and load it from the first one.
 
-    That is FSDP2 with cpu_ram_efficient_loading. The units of weights need not move before it: the first rank would need
-    copies of the weights in the base's order.
+    That is FSDP2 with cpu_ram_efficient_loading. The units of weights need not move before it: the first rank would
+    need copies of the weights in the base's order.
     """
     names = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
     wanted = all(os.environ.get(name, "").lower() in ("1", "true", "yes") for name in names)
@@ -424,12 +424,6 @@ def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if ranks is not None:
         wait_for_ranks("gathering what is trained", ranks)
     return {name: _full_tensor(tensor) for name, tensor in tensors.items()}
-
-
-def full_copy(tensor: Tensor) -> Tensor:
-    """Gather a DTensor into a new tensor. Every rank that has a shard must call this."""
-    full = _full_tensor(tensor)
-    return full.clone() if full.data_ptr() == tensor.detach().to_local().data_ptr() else full
 
 
 def _full_tensor(tensor: Tensor) -> Tensor:
@@ -638,6 +632,46 @@ def _own_part(full: Tensor, like: Tensor, dim: int | None = None) -> Tensor:
             else:
                 placements[axis] = Cut(0)
     return distribute_tensor(full, like.device_mesh, placements, src_data_rank=None).to_local()
+
+
+def sum_over_shards(values: Tensor, like: Tensor, dim: int | None = None) -> Tensor:
+    """Sum values over the ranks that have other shards of a DTensor. Every one of them must call this.
+
+    Args:
+        values: Any values of this rank, contiguous. Each element that is not of integers may be other than zero on one
+            rank only: their bytes are summed, so that the sum is exact.
+        like: The DTensor.
+        dim: Sum over the ranks with other parts along this dimension; None: along any.
+
+    Returns:
+        The sums, the same on each of these ranks.
+    """
+    axes = [axis for axis, placement in enumerate(like.placements) if is_cut(placement, dim)]
+    found = values.to(like.device_mesh.device_type)
+    for axis in axes:
+        summed = found if found.dtype == torch.int64 else found.view(-1).view(torch.uint8)
+        dist.all_reduce(summed, group=like.device_mesh.get_group(axis))
+    return found.to(values.device)
+
+
+def elements_of(tensor: Tensor, positions: Tensor) -> Tensor:
+    """Read elements of a DTensor. Every rank that has a shard must call this.
+
+    Args:
+        tensor: The DTensor.
+        positions: Numbers of the elements, counted as in the flattened full tensor, [n] int64.
+
+    Returns:
+        The elements [n], on the device of the shard.
+    """
+    shard = own_shard(tensor)
+    inside, local = torch.ones_like(positions, dtype=torch.bool), []
+    for dim, place in enumerate(torch.unravel_index(positions, tuple(tensor.shape))):
+        local.append(place - shard.start[dim])
+        inside &= (local[-1] >= 0) & (local[-1] < shard.tensor.shape[dim])
+    values, inside = shard.tensor.new_zeros(positions.numel()), inside.to(shard.tensor.device)
+    values[inside] = shard.tensor[tuple(place.to(shard.tensor.device)[inside] for place in local)]
+    return sum_over_shards(values, tensor)
 
 
 def write_full_values(tensor: Tensor, full: Tensor) -> None:

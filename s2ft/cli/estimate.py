@@ -45,8 +45,11 @@ class EstimateArguments:
     )
     json: bool = option(False, "print JSON", **SHARED)
     strategy: str | None = option(
-        None, "how training is spread over devices; the numbers are then those of one device", choices=STRATEGIES,
-        shown="one device", **SEVERAL,
+        None,
+        "how training is spread over devices; the numbers are then those of one device",
+        choices=STRATEGIES,
+        shown="one device",
+        **SEVERAL,
     )
     devices: int | None = option(
         None, "number of devices", least=1, shown="the smallest on which the largest row fits", **SEVERAL

@@ -1,13 +1,14 @@
 """The fingerprint of a base model: it tells whether an adapter belongs to the model."""
 
 import hashlib
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from s2ft.distributed import full_values
+from s2ft.distributed import elements_of, full_values, is_dtensor, own_shard, sum_over_shards
 from s2ft.model.coupling import Coupling, projections_of
 from s2ft.model.weights import weight_at
 
@@ -20,9 +21,8 @@ QUANTIZATION = 0.5  # mean error / mean value of samples; four bits give about 0
 def fingerprint(model: nn.Module, couplings: list[Coupling]) -> dict[str, Any]:
     """Compute the fingerprint of a model's coupled weights and biases, whose units are in the base's order.
 
-    It reads each weight once; of weights that are spread over ranks it gathers one at a time, and every one of these
-    ranks must call this. A digest depends on every element of a layer: on their sum as integers, and on 64
-    elements by position.
+    It reads each weight once. Weights that are spread over ranks are not gathered, and every one of these ranks must
+    call this. A digest depends on every element of a layer: on their sum as integers, and on 64 elements by position.
 
     Args:
         model: The model.
@@ -46,7 +46,7 @@ def fingerprint(model: nn.Module, couplings: list[Coupling]) -> dict[str, Any]:
                 continue
             seen.add(projection.path)
             handle = weight_at(model, projection)
-            with handle.full() as weight, nullcontext() if handle.bias is None else full_values(handle.bias) as bias:
+            with _readable(handle.tensor, handle.full) as weight, _readable(handle.bias) as bias:
                 for name, tensor in (("weight", weight), ("bias", bias)):
                     if tensor is not None:
                         digest.update(f"{projection.key}.{name}{tuple(tensor.shape)}".encode())
@@ -66,16 +66,29 @@ def _dtype(model: nn.Module, couplings: list[Coupling]) -> str:
     return next(quantized, weight_at(model, couplings[0].main).dtype_name)
 
 
+def _readable(
+    tensor: Tensor | None, full: Callable[[], AbstractContextManager[Tensor]] | None = None
+) -> AbstractContextManager[Tensor | None]:
+    """Open a weight or bias in full, but for a DTensor, whose shards are read on each rank."""
+    if tensor is None or is_dtensor(tensor) and not tensor.is_meta:
+        return nullcontext(tensor)
+    return full_values(tensor) if full is None else full()
+
+
 def _every(tensor: Tensor, samples: int) -> Tensor:
-    flat = tensor.reshape(-1)
-    return flat[:: max(1, flat.numel() // samples)][:samples]
+    positions = torch.arange(tensor.numel())[:: max(1, tensor.numel() // samples)][:samples]
+    if is_dtensor(tensor):
+        return elements_of(tensor, positions)
+    return tensor.detach().reshape(-1)[positions.to(tensor.device)]
 
 
 def _content(tensor: Tensor) -> bytes:
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    flat = tensor.contiguous().view(-1).view(integers)
+    flat = (own_shard(tensor).tensor if is_dtensor(tensor) else tensor.detach()).contiguous().view(-1).view(integers)
     # PyTorch would make a copy in int64 before it sums; NumPy needs none, and an eighth of the time.
     total = int(flat.numpy().sum(dtype="int64") if flat.device.type == "cpu" else flat.sum(dtype=torch.int64))
+    if is_dtensor(tensor):
+        total = int(sum_over_shards(torch.tensor(total), tensor))
     some = _every(tensor, 64).contiguous().view(integers)
     return total.to_bytes(8, "little", signed=True) + some.cpu().numpy().tobytes()
 

@@ -6,15 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from s2ft.distributed import (
-    full_copy,
-    gathered_parameter,
-    is_dtensor,
-    is_partitioned,
-    own_shard,
-    stays_in_blocks,
-    write_full_values,
-)
+from s2ft.distributed import gathered_parameter, is_dtensor, is_partitioned, own_shard, stays_in_blocks, sum_over_shards
 from s2ft.model.coupling import Coupling, Projection
 from s2ft.model.weights import find, tensors_of, weight_at
 from s2ft.ops import permute_
@@ -139,14 +131,9 @@ class MovingTensor(NamedTuple):
     expert: int | None
     view_of: Callable[[Tensor, int | None], Tensor]
 
-    def view(self, tensor: Tensor, first_expert: int = 0) -> Tensor:
-        """View a tensor so that it can be reordered along `dim`.
-
-        Args:
-            tensor: Tensor of the stored shape, or the part of it that has the experts from `first_expert` on.
-            first_expert: Number of the first expert in the tensor.
-        """
-        return self.view_of(tensor, None if self.expert is None else self.expert - first_expert)
+    def view(self, tensor: Tensor) -> Tensor:
+        """View a tensor of the stored shape so that it can be reordered along `dim`."""
+        return self.view_of(tensor, self.expert)
 
     def changing(self) -> Tensor:
         """The positions that get another element, [n] int64."""
@@ -297,24 +284,27 @@ class Move:
 
 def _keep(moving: MovingTensor) -> Tensor:
     """Copy the values of a tensor on this rank that a change will overwrite."""
-    tensor = moving.tensor.detach()
+    tensor = moving.tensor
+    if is_partitioned(tensor):
+        return tensor.ds_tensor.detach().clone()
     if is_dtensor(tensor):
-        return tensor.to_local().clone()
-    if is_partitioned(moving.tensor):
-        return moving.tensor.ds_tensor.detach().clone()
-    view = moving.view(tensor)
+        part = _OwnPart.of(moving)
+        return torch.empty(0) if part is None else part.read(part.own(moving.changing()))
+    view = moving.view(tensor.detach())
     return view.index_select(moving.dim, moving.changing().to(view.device))
 
 
 def _put_back(moving: MovingTensor, values: Tensor) -> None:
     """Write what :func:`_keep` returned. No other rank takes part."""
-    tensor = moving.tensor.detach()
-    if is_dtensor(tensor):
-        tensor.to_local().copy_(values)
-    elif is_partitioned(moving.tensor):
-        moving.tensor.ds_tensor.detach().copy_(values)
+    tensor = moving.tensor
+    if is_partitioned(tensor):
+        tensor.ds_tensor.detach().copy_(values)
+    elif is_dtensor(tensor):
+        part = _OwnPart.of(moving)
+        if part is not None:
+            part.write(part.own(moving.changing()), values)
     else:
-        target = moving.view(tensor).transpose(0, moving.dim)
+        target = moving.view(tensor.detach()).transpose(0, moving.dim)
         target[moving.changing().to(target.device)] = values.to(target).transpose(0, moving.dim)
 
 
@@ -324,23 +314,70 @@ def _permute(moving: MovingTensor) -> None:
     if is_partitioned(tensor):
         with gathered_parameter(tensor):
             moving.permute(tensor)
-    elif not is_dtensor(tensor):
-        moving.permute(tensor)
-    elif stays_in_blocks(tensor, moving.stored_dim, moving.elements):
+    elif is_dtensor(tensor):
         _permute_shard(moving)
     else:
-        full = full_copy(tensor)
-        moving.permute(full)
-        write_full_values(tensor, full)
+        moving.permute(tensor)
 
 
 def _permute_shard(moving: MovingTensor) -> None:
-    """Reorder this rank's shard of a tensor by itself."""
-    shard = own_shard(moving.tensor)
-    first = 0 if moving.expert is None else shard.start[0]
-    is_here = moving.expert is None or first <= moving.expert < first + shard.tensor.shape[0]
-    if not is_here or not shard.tensor.numel():
+    """Reorder this rank's shard of a DTensor. Only elements that go from one rank to another are sent."""
+    part, changing = _OwnPart.of(moving), moving.changing()
+    if part is None or not changing.numel():
         return
-    start, view = shard.start[moving.stored_dim], moving.view(shard.tensor, first)
-    elements = moving.elements[start : start + view.shape[moving.dim]] - start
-    permute_(view, elements.to(view.device), moving.dim)
+    sources = moving.elements[changing]
+    values = part.empty(changing.numel())
+    values.index_copy_(part.dim, part.places(sources).to(values.device), part.read(part.own(sources)))
+    if not stays_in_blocks(moving.tensor, moving.stored_dim, moving.elements):
+        values = sum_over_shards(values, moving.tensor, moving.stored_dim)
+    values = values.index_select(part.dim, part.places(changing).to(values.device))
+    part.write(part.own(changing), values)
+
+
+class _OwnPart(NamedTuple):
+    """This rank's shard of a DTensor that is reordered, or of the expert in it.
+
+    Attributes:
+        tensor: The shard, in its own memory.
+        dim: Its dimension that is reordered.
+        start: Number of its first element along `dim`.
+    """
+
+    tensor: Tensor
+    dim: int
+    start: int
+
+    @classmethod
+    def of(cls, moving: MovingTensor) -> "_OwnPart | None":
+        """Return this rank's part; None if the expert is on other ranks."""
+        shard = own_shard(moving.tensor)
+        dim, start = moving.stored_dim, shard.start[moving.stored_dim]
+        if moving.expert is None:
+            return cls(shard.tensor, dim, start)
+        number = moving.expert - shard.start[0]
+        return cls(shard.tensor[number], dim - 1, start) if 0 <= number < shard.tensor.shape[0] else None
+
+    def places(self, elements: Tensor) -> Tensor:
+        """Where in `elements` [n] are those of this part, [m] int64."""
+        local = elements - self.start
+        return ((local >= 0) & (local < self.tensor.shape[self.dim])).nonzero().squeeze(1)
+
+    def own(self, elements: Tensor) -> Tensor:
+        """Those of `elements` [n] that are in this part, [m] int64."""
+        return elements[self.places(elements)]
+
+    def read(self, elements: Tensor) -> Tensor:
+        """Copy elements of this part: m along `dim`."""
+        return self.tensor.index_select(self.dim, (elements - self.start).to(self.tensor.device))
+
+    def write(self, elements: Tensor, values: Tensor) -> None:
+        """Write values to elements of this part."""
+        index = (elements - self.start).to(self.tensor.device)
+        with LOCK:
+            self.tensor.index_copy_(self.dim, index, values.to(self.tensor))
+
+    def empty(self, count: int) -> Tensor:
+        """Zeros of the shape of `count` elements."""
+        shape = list(self.tensor.shape)
+        shape[self.dim] = count
+        return self.tensor.new_zeros(shape)

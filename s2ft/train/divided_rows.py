@@ -72,6 +72,11 @@ def check_divided_rows(model: nn.Module, arguments) -> None:
         ValueError: An option or the model needs whole rows.
     """
     devices = devices_of(arguments)
+    if devices.sequence > 1:
+        raise ValueError(
+            "DeepSpeed's sequence parallelism (sp_size) shifts the labels itself, which s2ft sft has done already: take "
+            "context parallelism (examples/accelerate/context.yaml), or S2FTTrainer"
+        )
     if not devices.splits_rows:
         return
     for name in ("packing", "padding_free", "router_aux_loss_coef"):

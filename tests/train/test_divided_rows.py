@@ -96,3 +96,9 @@ def test_other_models_are_taken_and_whole_rows_are_not_checked(tmp_path, monkeyp
     check_divided_rows(tiny_model(), arguments_for(tmp_path))
     monkeypatch.setattr(divided_rows, "devices_of", lambda arguments: replace(Devices(2), tensor=2))
     check_divided_rows(with_state(), arguments_for(tmp_path, packing=True))
+
+
+def test_sequence_parallelism_of_deepspeed_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(divided_rows, "devices_of", lambda arguments: Devices(2, sequence=2))
+    with pytest.raises(ValueError, match="sp_size.*context.yaml"):
+        check_divided_rows(tiny_model(), arguments_for(tmp_path))
