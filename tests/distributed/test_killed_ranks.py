@@ -11,6 +11,7 @@ from datetime import timedelta
 
 import pytest
 from runs import attached, check_same_files, sharded, train
+from support.pairs import in_turn
 from support.ranks import LIMIT, Ranks
 from test_trainer import trainer
 
@@ -21,7 +22,7 @@ from s2ft.ranks import heartbeat
 SILENCE = 1.5  # seconds, instead of a minute
 
 
-@pytest.fixture(params=["rank 0 has the store", "an agent has the store"])
+@pytest.fixture
 def mortals(request):
     made = Ranks(agent="agent" in request.param)
     yield made
@@ -94,7 +95,9 @@ def save_once(directory):
 WRITING = "s2ft.adapter.formats.native:replace_file"  # two calls each time: the config, then the tensors
 
 
-@pytest.mark.parametrize("number", [3, 4])
+@pytest.mark.parametrize(
+    "number, mortals", in_turn([3, 4], ["rank 0 has the store", "an agent has the store"]), indirect=["mortals"]
+)
 def test_the_first_rank_dies_while_it_writes_an_adapter(mortals, number, tmp_path):
     (error,) = errors_of_survivors(mortals, 0, WRITING, number, save_twice, tmp_path)
     assert "saving an adapter: rank 1 waited for rank 0: it has given no sign of life for 1.5 s" in error or (
@@ -118,7 +121,7 @@ RENAMING = "s2ft.train.checkpoints:os.rename"
 RANDOM = "transformers:Trainer._save_rng_state"
 OPTIMIZER = "s2ft.train.optimizer_state:gather_state"
 KILLS = [
-    ("ddp", 0, RENAMING),
+    pytest.param("ddp", 0, RENAMING, marks=pytest.mark.slow),
     ("fsdp", 1, RANDOM),
     *(
         pytest.param(way, victim, point, marks=pytest.mark.slow)
