@@ -8,12 +8,14 @@ gradients and states after a step, and the largest sum during the second step. Z
 """
 
 import argparse
+import gc
 import json
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ STRATEGIES = {
     "fsdp2": s2ft.Strategy("fsdp2"),
     "fsdp2-kept": s2ft.Strategy("fsdp2", reshard_after_forward=False),
     "fsdp2-blocks": s2ft.Strategy("fsdp2", wrap="blocks"),
+    "tp": s2ft.Strategy("tp"),
     "zero1": s2ft.Strategy("zero1", reduce_bucket_size=10_000_000),
     "zero2": s2ft.Strategy("zero2"),
     "zero3": s2ft.Strategy("zero3"),
@@ -57,6 +60,8 @@ STRATEGIES = {
 }
 CONFIG = s2ft.S2FTConfig(d_ratio=0.03, o_ratio=0.1)
 SHOWN = {"weights": "weights", "states": "gradients, states", "kept": "kept for backward", "peak": "peak of a step"}
+ANSWER = "measured: "
+IMPOSSIBLE = {("gpt2", "tp"), ("mixtral", "tp")}  # transformers has no plan, or one that also splits experts
 RESULTS = Path(__file__).parent / "results" / "estimate_ranks.json"
 
 
@@ -81,27 +86,33 @@ def estimated(name: str, strategy: s2ft.Strategy, ranks: int, args: argparse.Nam
 # ---- measuring, in processes of their own ----------------------------------------------------------------
 
 
-def measured(name: str, strategy: str, ranks: int, args: argparse.Namespace) -> list[dict[str, int]]:
-    """Return the bytes of each rank."""
+def measured(ranks: int, jobs: list[tuple[str, str]], args: argparse.Namespace) -> Iterator[list[dict[str, int]]]:
+    """Yield the bytes of each rank for each model and strategy. One set of processes measures all of them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, __file__, "--measure", name, "--strategies", strategy]
+    command = [sys.executable, __file__, "--measure", json.dumps(jobs)]
     command += ["--batch", str(args.batch), "--length", str(args.length)]
     started = []
     for rank in range(ranks):
         own = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks)
         own |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS=1, DS_ACCELERATOR="cpu")
         environment = {**os.environ, **{key: str(value) for key, value in own.items()}}
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment))
-    outputs = [process.communicate() for process in started]
-    for process, (_, errors) in zip(started, outputs):
-        if process.returncode:
-            raise RuntimeError(f"measuring {name} with {strategy} failed:\n{errors.decode()[-3000:]}")
-    return [json.loads(output.decode().splitlines()[-1]) for output, _ in outputs]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True))
+    for _ in jobs:
+        yield [_answer(process) for process in started]
+    for process in started:
+        process.wait()
 
 
-def measure_here(name: str, strategy: s2ft.Strategy, batch: int, length: int) -> dict[str, int]:
+def _answer(process: subprocess.Popen) -> dict[str, int]:
+    for line in process.stdout:
+        if line.startswith(ANSWER):
+            return json.loads(line.removeprefix(ANSWER))
+    raise RuntimeError("a rank has ended with an error")
+
+
+def measure_here(jobs: list[tuple[str, str]], batch: int, length: int) -> None:
     torch.distributed.init_process_group("gloo")
 
     def inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -109,15 +120,17 @@ def measure_here(name: str, strategy: s2ft.Strategy, batch: int, length: int) ->
         tokens = torch.randint(model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
         return {"input_ids": tokens, "labels": tokens}
 
-    return measure(lambda: build(name), CONFIG, strategy, inputs)
+    for name, strategy in jobs:
+        found = measure(partial(build, name), CONFIG, STRATEGIES[strategy], inputs)
+        print(f"{ANSWER}{json.dumps(found)}", flush=True)
+        gc.collect()
 
 
 # ---- all together ----------------------------------------------------------------------------------------
 
 
-def row(name: str, strategy: str, ranks: int, args: argparse.Namespace) -> dict[str, Any]:
+def row(name: str, strategy: str, ranks: int, each: list[dict[str, int]], args: argparse.Namespace) -> dict[str, Any]:
     predicted = estimated(name, STRATEGIES[strategy], ranks, args)
-    each = measured(name, strategy, ranks, args)
     found = {what: max(rank[what] for rank in each) for what in SHOWN}
     ratios = {what: predicted[what] / found[what] for what in SHOWN}
     cells = (f"{predicted[what] / 2**20:>9.2f}{found[what] / 2**20:>9.2f}{ratios[what]:>8.4f}" for what in SHOWN)
@@ -133,19 +146,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--measure", choices=CONFIGS, help=argparse.SUPPRESS)  # set in the measuring processes
+    parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)  # set in the measuring processes
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(measure_here(args.measure, STRATEGIES[args.strategies[0]], args.batch, args.length)))
+        measure_here(args.measure, args.batch, args.length)
         return
+    # DeepSpeed changes functions of PyTorch under ZeRO-3, so that it comes last
+    strategies = [name for name in STRATEGIES if name in args.strategies]
+    jobs = [(name, strategy) for strategy in strategies for name in args.models if (name, strategy) not in IMPOSSIBLE]
     print(f"MiB estimated, measured (the rank with most), and their ratio; {args.batch} × {args.length} tokens a rank")
     print(f"{'model':<10}{'strategy':<14}{'ranks':>5}" + "".join(f"{title:>26}" for title in SHOWN.values()))
-    results = {
-        f"{name}, {strategy}, {ranks} ranks": row(name, strategy, ranks, args)
-        for strategy in args.strategies
-        for ranks in args.ranks
-        for name in args.models
-    }
+    results = {}
+    for ranks in args.ranks:
+        for (name, strategy), each in zip(jobs, measured(ranks, jobs, args)):
+            results[f"{name}, {strategy}, {ranks} ranks"] = row(name, strategy, ranks, each, args)
     save(args.output, {"batch": args.batch, "length": args.length, "results": results})
 
 

@@ -82,7 +82,8 @@ def stored_bytes(file: Path) -> list[int]:
 def make(folder: Path, args: argparse.Namespace) -> None:
     """Write a random model, its tokenizer and a random adapter."""
     import torch
-    from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
     import s2ft
 
@@ -100,7 +101,8 @@ def make(folder: Path, args: argparse.Namespace) -> None:
     else:
         model = LlamaForCausalLM._from_config(LlamaConfig(**shape))
     model.save_pretrained(folder / "base")
-    ByT5Tokenizer().save_pretrained(folder / "base")
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder / "base")
     s2ft.attach(model, s2ft.S2FTConfig(o_ratio=0.03, d_ratio=0.03))
     for parameter in model.parameters():
         if parameter.requires_grad:

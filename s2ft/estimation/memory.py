@@ -121,8 +121,10 @@ def _product(a: Tensor, b: Tensor, offs: Tensor | None = None, *rest: Any) -> Te
 def storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
     """Yield the storage of a tensor, or the storages of the tensors in a wrapper."""
     if is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from storages(getattr(tensor, name))
+        parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        for part in parts:
+            if isinstance(part, Tensor):  # a DTensor also has its mesh
+                yield from storages(part)
     else:
         yield tensor.untyped_storage()
 

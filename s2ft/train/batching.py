@@ -20,7 +20,8 @@ from torch.utils.data import Sampler
 from s2ft.model.modes import evaluation_mode
 from s2ft.text.collator import TokenCollator
 from s2ft.text.encoding import IGNORED
-from s2ft.train.parallel import Devices, devices_of
+from s2ft.train.divided_rows import SplitCollator
+from s2ft.train.parallel import devices_of
 
 logger = logging.getLogger(__name__)
 BY_LENGTH = "group_by_length"  # a value of transformers' train_sampling_strategy
@@ -86,50 +87,6 @@ class PackedCollator:
         labels = torch.tensor(row["labels"], dtype=torch.int64)
         labels[positions == 0] = IGNORED
         return torch.tensor(row["input_ids"], dtype=torch.int64), labels, positions
-
-
-@dataclass(frozen=True)
-class SplitCollator:
-    """Make batches whose rows are divided among devices (context parallelism).
-
-    Rows are padded on the right: the attention of such a batch has no mask but the causal one, under which no token
-    sees the padding after it. Each position has its label beside it, because the next token may be on another device.
-    The mask has no padding either, so that models make no mask of all pairs of positions, which would not be used.
-
-    Attributes:
-        pad: The token id to pad with.
-        multiple: The length of a batch is a multiple of this number, so that each device gets the same share.
-
-    Example:
-        >>> from s2ft.train.batching import SplitCollator
-        >>> batch = SplitCollator(pad=0, multiple=4)([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}])
-        >>> batch["input_ids"].tolist(), batch["shift_labels"].tolist(), batch["position_ids"].tolist()
-        ([[5, 6, 7, 0]], [[6, 7, -100, -100]], [[0, 1, 2, 0]])
-    """
-
-    pad: int
-    multiple: int
-
-    def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict:
-        longest = -(-max(len(row["input_ids"]) for row in rows) // self.multiple) * self.multiple
-        shape = (len(rows), longest)
-        input_ids, labels = torch.full(shape, self.pad), torch.full(shape, IGNORED)
-        position_ids = torch.zeros(shape, dtype=torch.int64)
-        for number, row in enumerate(rows):
-            length = len(row["input_ids"])
-            input_ids[number, :length] = torch.tensor(row["input_ids"])
-            labels[number, :length] = torch.tensor(row["labels"])
-            position_ids[number, :length] = torch.arange(length)
-        labels[:, 0] = IGNORED
-        targets = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:].contiguous()
-        return {
-            "input_ids": input_ids,
-            "attention_mask": torch.ones_like(input_ids),
-            "position_ids": position_ids,
-            "labels": targets,
-            "shift_labels": targets.clone(),  # the devices' shares are cut from each tensor in place
-            "use_cache": False,
-        }
 
 
 def _boundaries(positions: Tensor) -> dict[str, Tensor | int]:
@@ -241,15 +198,17 @@ def choose_batching(
         trial: Runs :func:`why_not_packed`, with the same arguments. The default runs it on this device.
 
     Raises:
-        ValueError: `packing` or `padding_free` is set, and the model mixes up packed rows, or rows are divided among
-            devices.
+        ValueError: `packing` or `padding_free` is set, and the model mixes up packed rows.
     """
     multiple = arguments.pad_to_multiple_of if isinstance(arguments.pad_to_multiple_of, int) else 1
-    devices = devices_of(arguments)
-    if devices.splits_rows:
-        return _split_batching(pad, rows, arguments, math.lcm(multiple, 2 * devices.context), devices)
     by_length, varlen = arguments.train_sampling_strategy == BY_LENGTH, has_varlen_attention(model)
     sized, keep = hasattr(rows, "__len__"), takes(model, "logits_to_keep") and not all_logits
+    devices = devices_of(arguments)
+    if devices.splits_rows:
+        collator = SplitCollator(pad, math.lcm(multiple, 2 * devices.context))
+        return Batching(
+            collator, False, sized and by_length, f"padded, each row divided among {devices.context} devices"
+        )
     asked = "packing" if arguments.packing else "padding_free" if arguments.padding_free else ""
     packed = PackedCollator(pad, arguments.padding_free or varlen, keep, multiple)
     reason, because = None, ""  # not tried
@@ -268,20 +227,6 @@ def choose_batching(
         return Batching(padded, False, True, f"padded, rows of similar length{because}")
     order = f"{arguments.train_sampling_strategy} order" if sized else "the order of the stream"
     return Batching(padded, False, False, f"padded, rows in {order}{because}")
-
-
-def _split_batching(pad: int, rows, arguments, multiple: int, devices: Devices) -> Batching:
-    """Batches whose rows are divided among devices, with as many tokens for each."""
-    for name in ("packing", "padding_free"):
-        if getattr(arguments, name):
-            raise ValueError(
-                f"{name} needs an attention mask that keeps rows apart, which a row that is divided among devices "
-                f"({devices}) can't have: leave {name} out"
-            )
-    by_length = arguments.train_sampling_strategy == BY_LENGTH and hasattr(rows, "__len__")
-    return Batching(
-        SplitCollator(pad, multiple), False, by_length, f"padded, each row divided among {devices.context} devices"
-    )
 
 
 def takes(model: nn.Module, name: str) -> bool:

@@ -14,7 +14,7 @@ from s2ft.text.encoding import IGNORED
 from s2ft.text.evaluation import evaluate
 from s2ft.train.batching import BY_LENGTH, Batching, LengthSampler, row_lengths
 from s2ft.train.held_out import HeldOut
-from s2ft.train.parallel import Devices, devices_of, rows_of_update
+from s2ft.train.parallel import devices_of, rows_of_update
 from s2ft.train.run_trainer import Changed, RunMethods
 from s2ft.train.trainer import AdapterCheckpoints
 
@@ -49,7 +49,6 @@ class TokenRowTrainer(RunMethods, SFTTrainer):
     ) -> None:
         self._batching, self._held_out, self._text_tokenizer = batching, held_out, tokenizer
         self._devices = devices_of(arguments)
-        check_divided_loss(arguments, self._devices)
         self._sampler: LengthSampler | None = None
         self._evaluates, self._evaluated = False, torch.zeros(2)  # sum of the loss, number of labels
         self._changed = Changed(model)
@@ -173,13 +172,6 @@ class SFTRunTrainer(AdapterCheckpoints, TokenRowTrainer):
 def needs_trl_loss(arguments) -> bool:
     """Return whether the arguments ask for a loss that only TRL has, which computes logits for every position."""
     return arguments.loss_type == "dft" or bool(arguments.router_aux_loss_coef)
-
-
-def check_divided_loss(arguments, devices: Devices) -> None:
-    """Raise ValueError if rows are divided among devices, and the loss is one of TRL's, which needs whole rows."""
-    if devices.splits_rows and needs_trl_loss(arguments):
-        name = "loss_type 'dft'" if arguments.loss_type == "dft" else "router_aux_loss_coef"
-        raise ValueError(f"{name} needs whole rows, and each row is divided among devices ({devices}): leave it out")
 
 
 def _for_trl(arguments, batching: Batching):

@@ -20,6 +20,7 @@ from s2ft.packages import check_packages
 from s2ft.text.output_head import contiguous_head
 from s2ft.text.prompts import pad_id
 from s2ft.train.checkpoints import newest_valid
+from s2ft.train.divided_rows import check_divided_rows
 from s2ft.train.held_out import HeldOut
 from s2ft.train.loss import chunked_loss, smoothed_loss, why_not_chunked
 from s2ft.train.options import RunOptions
@@ -335,7 +336,8 @@ def check_run(model, train, arguments) -> None:
         arguments: The SFTArguments.
 
     Raises:
-        ValueError: The rows have images, a stream has no number of steps, or the dtype does not work here.
+        ValueError: The rows have images, a stream has no number of steps, the dtype does not work here, or devices are
+            to divide rows that can't be divided.
         MissingPackages: See :func:`check_packages_of_run`.
     """
     check_packages_of_run(arguments)
@@ -349,6 +351,7 @@ def check_run(model, train, arguments) -> None:
     if _count(train) is None and arguments.max_steps <= 0:
         raise ValueError("max_steps must be positive for streamed data, whose number of rows is not known")
     check_dtype(model, arguments)
+    check_divided_rows(model, arguments)
 
 
 def check_dtype(model, arguments) -> None:

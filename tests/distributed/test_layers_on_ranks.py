@@ -36,7 +36,7 @@ def train(model, part):
         (model(x) - target).pow(2).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return [p.full_tensor() if isinstance(p, DTensor) else p.detach() for p in trained]
+    return [(p.full_tensor() if isinstance(p, DTensor) else p).detach() for p in trained]
 
 
 def wrapped(kind):

@@ -428,3 +428,37 @@ def test_trainer_on_groups_of_ranks(four_ranks, tmp_path):
     check_same_files(output / "final", tmp_path / "one" / "final", atol=1e-4)
     four_ranks(train_with_trainer, tmp_path, tmp_path / "again", 4, (), str(output / "checkpoint-2"), 2)
     check_same_files(tmp_path / "again" / "final", tmp_path / "one" / "final", atol=1e-4)
+
+
+def sft_losses(rank, folder, output, tp=2, sizes=()):
+    """s2ft sft's training, with its loss in chunks, an evaluation and checkpoints."""
+    from test_context_parallel import CONFIG, HeldOut, RunFolder, arguments_for, read_log, sft, token_rows
+    from support.fsdp_on_cpu import allow
+    from test_trainer import reset
+    from train.tiny import tiny_tokenizer
+
+    reset("ddp")
+    allow()
+    model = load(folder, tp, **dict(sizes))
+    s2ft.attach(model, CONFIG)
+    place, groups = RunFolder(output), 2 if sizes else 1
+    split = {"model_init_kwargs": {"distributed_config": {"tp_size": tp, **dict(sizes)}}} if tp > 1 else {}
+    arguments = arguments_for(output, data=groups, **split)
+    if rank == 0:
+        place.begin({}, False)
+    rows = token_rows(16)
+    sft(model, tiny_tokenizer(), rows, arguments, place, held_out=HeldOut(rows))
+    lines = [(line.get("loss"), line.get("grad_norm"), line.get("eval_loss")) for line in read_log(place.log)]
+    return [[value for value in line if value is not None] for line in lines]
+
+
+@pytest.mark.slow
+def test_sft_command(ranks, tmp_path):
+    from train.tiny import save_tiny
+
+    folder = save_tiny(tmp_path / "model")
+    with unchanged_environment():
+        expected = sft_losses(0, folder, tmp_path / "one", tp=1)
+    found = ranks(sft_losses, folder, tmp_path / "two")[0]
+    assert found == [pytest.approx(line, rel=1e-4) for line in expected]
+    check_same_files(tmp_path / "two" / "adapter", tmp_path / "one" / "adapter", atol=1e-4)

@@ -4,6 +4,8 @@ It shares no code with the estimate.
 """
 
 import os
+import shutil
+import tempfile
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -44,8 +46,9 @@ def measure(
         "kept": bytes that autograd saves in a forward. "peak": the largest sum of everything during the second step.
     """
     kind = RUNS[strategy.name if strategy else None]
+    model, before = kind.loaded(make, strategy)
     with kind.meter() as meter:
-        model = make()
+        model = model or make()
         s2ft.attach(model, config)
         model.train()
         if checkpointing:
@@ -58,7 +61,7 @@ def measure(
         meter.begin()
         run.step(batch, accumulation, loss)
         meter.end()
-    result = {"weights": run.weights(), "states": states, "peak": meter.peak()}
+    result = {"weights": run.weights(), "states": states, "peak": before + meter.peak()}
     run.forget()
     return {**result, "kept": _kept(run, batch, loss)}
 
@@ -163,10 +166,21 @@ def _bytes(tensors) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}.values())
 
 
+def _own_bytes(model: nn.Module) -> int:
+    """Return the bytes of this rank's parts. Parts that are read from a file are views of the whole file."""
+    parts = [_local(tensor.detach()) for tensor in [*model.parameters(), *model.buffers()]]
+    return sum({part.data_ptr(): part.nbytes for part in parts}.values())
+
+
 class Run:
     """Training on one device, in a plain loop."""
 
     meter: type = Allocations
+
+    @staticmethod
+    def loaded(make: Callable[[], nn.Module], strategy: s2ft.Strategy | None) -> tuple[nn.Module | None, int]:
+        """Return a model that must be loaded from files, which the meter does not see, and its bytes."""
+        return None, 0
 
     def __init__(self, model: nn.Module, strategy: s2ft.Strategy | None, accumulation: int) -> None:
         self.module, self.strategy = model, strategy
@@ -258,6 +272,30 @@ class FsdpRun(Run):
         return super().weights()
 
 
+class TensorParallelRun(Run):
+    @staticmethod
+    def loaded(make: Callable[[], nn.Module], strategy: s2ft.Strategy | None) -> tuple[nn.Module | None, int]:
+        import torch.distributed as dist
+        from transformers.distributed import DistributedConfig
+
+        size = strategy.tp_size or dist.get_world_size()
+        sizes = dict(fsdp_size=dist.get_world_size() // size) if strategy.tp_size else {}
+        folder = [tempfile.mkdtemp()]
+        dist.broadcast_object_list(folder)
+        if dist.get_rank() == 0:
+            make().save_pretrained(folder[0])
+        dist.barrier()
+        kind = type(make())
+        model = kind.from_pretrained(folder[0], distributed_config=DistributedConfig(tp_size=size, **sizes))
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder[0])
+        return model, _own_bytes(model)
+
+    def weights(self) -> int:
+        return _own_bytes(self.module)
+
+
 class ZeroRun(Run):
     """DeepSpeed's engine. Its optimizer updates a flat partition, and it has the gradients until the step."""
 
@@ -322,6 +360,7 @@ RUNS: dict[str | None, type[Run]] = {
     None: Run,
     "ddp": DdpRun,
     "fsdp2": FsdpRun,
+    "tp": TensorParallelRun,
     "zero1": ZeroRun,
     "zero2": ZeroRun,
     "zero3": ZeroRun,

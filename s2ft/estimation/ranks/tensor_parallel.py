@@ -21,6 +21,8 @@ from s2ft.ops import indexed_linear, sliced_linear
 
 BY_OUTPUTS = ("colwise", "colwise_rep", "colwise_gather_output", "packed_colwise")
 BY_INPUTS = ("rowwise", "rowwise_rep", "rowwise_split_input", "packed_rowwise")
+BY_TOKENS = ("embedding_rowwise", "embedding_colwise")
+GATHERS = ("colwise_gather_output", "colwise_rep", "embedding_colwise")
 WHOLE = ("replicated_with_grad_allreduce", "replicate", None)
 
 
@@ -42,15 +44,26 @@ def split(shadow: nn.Module, record: Attachment, size: int) -> None:
         raise ValueError(f"{type(shadow).__name__} has no plan for tensor parallelism in transformers")
     if "lm_head" in plan and shadow.get_output_embeddings().weight is shadow.get_input_embeddings().weight:
         plan = {name: style for name, style in plan.items() if name != "lm_head"}
+    _check_heads(shadow, size)
     own = _own_units(shadow, record, size)
     for name, module in list(shadow.named_modules()):
         style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
-        if style in BY_OUTPUTS or style in BY_INPUTS:
+        if style in BY_TOKENS and type(module) is nn.Embedding:
+            _split_embedding(module, style, size)
+        elif style in BY_OUTPUTS or style in BY_INPUTS:
             _split_layer(name, module, style, size, own.get(name, 0))
         elif style not in WHOLE:
             raise ValueError(f"{name} is split by {style!r} in transformers' plan, which s2ft can't count")
         elif isinstance(module, S2Linear) and style is None:
             raise ValueError(f"{name} is not split by transformers' plan: s2ft can't count its training")
+
+
+def _check_heads(shadow: nn.Module, size: int) -> None:
+    config = shadow.config.get_text_config()
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(config, name, None)
+        if isinstance(heads, int) and heads % size:
+            raise ValueError(f"{type(shadow).__name__} has {name}={heads}, which {size} devices can't share")
 
 
 def _own_units(shadow: nn.Module, record: Attachment, size: int) -> dict[str, int]:
@@ -73,25 +86,34 @@ def _split_layer(name: str, module: nn.Module, style: str, size: int, own: int) 
     if not isinstance(module, nn.Linear) and not isinstance(module, S2Linear):
         raise ValueError(f"{name} ({type(module).__name__}) is split by tensor parallelism, which s2ft can't count")
     dim = 0 if style in BY_OUTPUTS else 1
-    if module.weight.shape[dim] % size:
+    width = module.weight.shape[0]
+    if module.weight.shape[dim] % size and style not in GATHERS:
         raise ValueError(f"{name} has {module.weight.shape[dim]} rows or columns, which {size} devices can't share")
-    shape = list(module.weight.shape)
-    shape[dim] //= size
-    made = torch.empty(shape, dtype=module.weight.dtype, device=module.weight.device)
-    module.weight = nn.Parameter(made, requires_grad=False)
+    _cut(module, "weight", dim, size)
     if module.bias is not None and dim == 0:
-        made = torch.empty(shape[:1], dtype=module.bias.dtype, device=module.bias.device)
-        module.bias = nn.Parameter(made, requires_grad=False)
-    gathers = size if style in ("colwise_gather_output", "colwise_rep") else 1
-    module.forward = partial(_forward, module, dim, size, own, gathers)
+        _cut(module, "bias", dim, size)
+    module.forward = partial(_forward, module, dim, size, own, width if style in GATHERS else 0)
 
 
-def _forward(layer: nn.Module, dim: int, size: int, own: int, gathers: int, x: Tensor) -> Tensor:
+def _split_embedding(module: nn.Embedding, style: str, size: int) -> None:
+    width = module.weight.shape[1]
+    _cut(module, "weight", BY_TOKENS.index(style), size)
+    module.forward = lambda ids: _Copied.apply(F.embedding(ids, module.weight), width)
+
+
+def _cut(module: nn.Module, name: str, dim: int, size: int) -> None:
+    """Replace a weight by the largest part of it, rounded up."""
+    weight = getattr(module, name)
+    shape = list(weight.shape)
+    shape[dim] = -(-shape[dim] // size)
+    made = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+    setattr(module, name, nn.Parameter(made, requires_grad=False))
+
+
+def _forward(layer: nn.Module, dim: int, size: int, own: int, gathered: int, x: Tensor) -> Tensor:
     x = _SummedBackward.apply(x) if dim == 0 else x
     y = _part(layer, dim, size, own, x)
-    if dim == 1:
-        return _Copied.apply(y, 1)
-    return y if gathers == 1 else _Copied.apply(y, gathers)
+    return _Copied.apply(y, gathered or y.shape[-1]) if dim == 1 or gathered else y
 
 
 def _part(layer: nn.Module, dim: int, size: int, own: int, x: Tensor) -> Tensor:
@@ -99,9 +121,9 @@ def _part(layer: nn.Module, dim: int, size: int, own: int, x: Tensor) -> Tensor:
         return F.linear(x, layer.weight, layer.bias)
     whole = layer.delta.shape[dim]
     mine = min(own, whole) if dim == layer.dim else whole // size
-    if mine == 0:
-        return F.linear(x, layer.weight, layer.bias)
     s2 = _OwnPart.apply(layer.delta, dim, mine)
+    if mine == 0:  # the device sums the gradients of the others
+        return _WithGradientOf.apply(F.linear(x, layer.weight, layer.bias), s2)
     if layer.index is None:
         return sliced_linear(x, layer.weight, s2, 0, layer.dim, layer.bias)
     index = layer.index[:mine] if dim == layer.dim else layer.index
@@ -123,6 +145,19 @@ class _OwnPart(torch.autograd.Function):
         return whole, None, None
 
 
+class _WithGradientOf(torch.autograd.Function):
+    """Makes an output depend on a part of s2 that has no units."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, empty: Tensor) -> Tensor:
+        ctx.save_for_backward(empty)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient, torch.zeros_like(ctx.saved_tensors[0])
+
+
 class _SummedBackward(torch.autograd.Function):
     """Passes an input on. Its gradient is summed into a new tensor."""
 
@@ -139,9 +174,9 @@ class _Copied(torch.autograd.Function):
     """Sums outputs of the devices into a new tensor, or gathers them along the last dimension."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, times: int) -> Tensor:
+    def forward(ctx, y: Tensor, width: int) -> Tensor:
         ctx.width = y.shape[-1]
-        return y.new_empty((*y.shape[:-1], y.shape[-1] * times))
+        return y.new_empty((*y.shape[:-1], width))
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
