@@ -277,7 +277,8 @@ def _decided(what: str, key: str) -> Any:
 
 
 def _heartbeat() -> Heartbeat:
-    return heartbeat(dist.distributed_c10d._get_default_store(), dist.get_rank())
+    with _explain_lost_store("the first sign of life"):
+        return heartbeat(dist.distributed_c10d._get_default_store(), dist.get_rank())
 
 
 def _store() -> dist.Store:
