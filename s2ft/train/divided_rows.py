@@ -9,7 +9,7 @@ from torch import nn
 from s2ft.model.modes import evaluation_mode
 from s2ft.text.encoding import IGNORED
 from s2ft.train.loss import has_standard_loss, loss_of_logits
-from s2ft.train.parallel import Devices, devices_of, run_where_weights_are
+from s2ft.train.parallel import devices_of, run_where_weights_are
 
 TRIAL = 16  # tokens of the row in the trial of a model
 
