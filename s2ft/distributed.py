@@ -277,7 +277,8 @@ def _decided(what: str, key: str) -> Any:
 
 
 def _heartbeat() -> Heartbeat:
-    return heartbeat(dist.distributed_c10d._get_default_store(), dist.get_rank())
+    with _explain_lost_store("the first sign of life"):
+        return heartbeat(dist.distributed_c10d._get_default_store(), dist.get_rank())
 
 
 def _store() -> dist.Store:
@@ -367,7 +368,8 @@ def is_in_engine(model: nn.Module) -> bool:
 
 def has_master_copy(tensor: Tensor) -> bool:
     """Whether ZeRO's optimizer has the exact values of this parameter, and would overwrite the parameter with them."""
-    return hasattr(tensor, "_hp_mapping") or hasattr(tensor, "_z3_optimizer")
+    # ZeRO-3 marks frozen parameters too, and has no copy of them.
+    return hasattr(tensor, "_hp_mapping") or (hasattr(tensor, "_z3_optimizer") and tensor.requires_grad)
 
 
 def will_be_loaded_again() -> bool:

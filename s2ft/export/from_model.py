@@ -72,7 +72,7 @@ def save_merged(
         >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
         >>> s2ft.save_merged(model, "merged")
         >>> type(model).from_pretrained("merged").num_parameters()
-        82624
+        86336
     """
     record = attachment_of(model)
     _check(model, record, max_shard_size)

@@ -141,11 +141,11 @@ class MergedWeights:
             for handle, dim, passes in self._deltas.get(id(self.state[name]), ()):
                 found[name] = values = values.contiguous()
                 for deltas in passes:
-                    index, added = ([getattr(delta, part) for delta, _ in deltas] for part in ("index", "values"))
+                    index, added = ([getattr(delta, part).cpu() for delta, _ in deltas] for part in ("index", "values"))
                     scatter_add_(handle.view(values), index, added, dim, [weight for _, weight in deltas])
         for name in names:
             if name not in found:
-                found[name] = self._extra[id(self.state[name])].to(self.state[name].dtype)
+                found[name] = self._extra[id(self.state[name])].to("cpu", self.state[name].dtype)
         return found
 
 

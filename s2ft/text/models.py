@@ -202,7 +202,8 @@ def keep_in_float32(model) -> None:
     """Cast the weights of a model on the meta device that transformers loads in float32 only."""
     import torch
 
-    patterns = [pattern.replace("*", ".*") for pattern in model._get_dtype_plan(model.dtype)]
+    plan = getattr(model, "_get_dtype_plan", lambda _: {})  # releases without it can not be streamed anyway
+    patterns = [pattern.replace("*", ".*") for pattern in plan(model.dtype)]
     for name, parameter in model.named_parameters():
         if any(re.search(pattern, name) for pattern in patterns):
             parameter.data = parameter.data.to(torch.float32)

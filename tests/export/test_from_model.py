@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from export.test_streamed import SHARDS, check_equal, randomize, tensors_in
+from export.test_streamed import SHARDS, check_equal, randomize, tensors_in, without_values
 from support.models import ALL_RATIOS, model_of, ratios_for
 from torch import nn
 
@@ -90,6 +90,17 @@ def test_a_base_that_is_given_is_used(tmp_path, caplog):
     model = trained("llama", tmp_path)
     model.config._name_or_path = "nowhere/at-all"
     check_saved(model, tmp_path, caplog, base=tmp_path / "base")
+
+
+def test_a_model_without_values_is_saved_from_its_checkpoint(tmp_path, caplog):
+    model = trained("llama-grouped", tmp_path)
+    s2ft.save_adapter(model, tmp_path / "adapter")
+    s2ft.merge(model).save_pretrained(tmp_path / "expected")
+    hollow = without_values(model, torch.bfloat16)
+    with s2ft.weights_on_disk(hollow, tmp_path / "base"):
+        s2ft.load_adapter(hollow, tmp_path / "adapter", trainable=True)
+    s2ft.save_merged(hollow, tmp_path / "saved", base=tmp_path / "base")
+    check_equal(tmp_path / "saved", tmp_path / "expected")
 
 
 # ---- the checkpoint is not the base ----------------------------------------------------------------------

@@ -9,16 +9,15 @@ class DdpDevice(OneDevice):
     """A device under DDP. Its buckets hold the gradients of all trained parameters, from the start."""
 
     def start(self) -> None:
-        self._buckets = self.hold(self.buffers())
+        self._buckets = self.hold(sum(parameter.nbytes for parameter in self.trained.values()))
         if self.strategy.gradient_as_bucket_view:
             for parameter in self.trained.values():
                 parameter.register_post_accumulate_grad_hook(self._into_bucket)
 
     def buffers(self) -> int:
+        if self.strategy.gradient_as_bucket_view:  # the buckets are the gradients
+            return 0
         return sum(parameter.nbytes for parameter in self.trained.values())
-
-    def gradient(self, name: str) -> int:
-        return 0 if self.strategy.gradient_as_bucket_view else super().gradient(name)
 
     def _into_bucket(self, parameter: Tensor) -> None:
         """Replace a gradient by one that does not count, which stands for a view of a bucket."""
