@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 
-.PHONY: demo test test-all test-processors test-peft test-integrations test-transformers types lint bench docs clean
+.PHONY: demo test test-all test-processors test-peft test-integrations test-transformers test-deepspeed types lint bench docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/s2ft demo
@@ -45,6 +45,11 @@ RELEASES ?= 5.0.0 5.6.0 5.12.0
 
 test-transformers: $(VENV)/.installed
 	$(foreach release,$(RELEASES),$(BIN)/python tests/support/releases.py $(release) &&) true
+
+# Run the tests that need DeepSpeed, in an environment that has it and takes all other packages from $(VENV). With
+# ARGUMENTS="tests/distributed/test_zero_init.py -x" pytest runs these. It takes about 15 minutes.
+test-deepspeed: $(VENV)/.installed
+	$(BIN)/python tests/support/with_deepspeed.py $(ARGUMENTS)
 
 # Check the types of the public API as a strictly typed program uses it.
 types: $(VENV)/.installed

@@ -31,8 +31,14 @@ def one_adapter(model: nn.Module, input_ids: Tensor, folder: Path) -> nn.Module:
     s2ft.rename_adapter(model, "again", "math")
     print(s2ft.status(model), share, trained, adapter)
     s2ft.delete_adapter(model, "math")
+    s2ft.save_merged(model, folder / "merged", base="org/base", max_shard_size="2GB")
     merged: nn.Module = s2ft.merge(model)
     return merged
+
+
+def on_the_meta_device(model: nn.Module, folder: Path) -> s2ft.Selection:
+    with s2ft.weights_on_disk(model, folder) as same:
+        return s2ft.select(same, s2ft.S2FTConfig(d_ratio=0.03, selection="weight"))
 
 
 @s2ft.register_architecture("my_model")

@@ -5,6 +5,7 @@ are added by the op that merges in memory, so the result is the same bit for bit
 in pieces. A plain model on the meta device says which weights there are and how transformers stores them.
 """
 
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -141,11 +142,11 @@ class MergedWeights:
             for handle, dim, passes in self._deltas.get(id(self.state[name]), ()):
                 found[name] = values = values.contiguous()
                 for deltas in passes:
-                    index, added = ([getattr(delta, part) for delta, _ in deltas] for part in ("index", "values"))
+                    index, added = ([getattr(delta, part).cpu() for delta, _ in deltas] for part in ("index", "values"))
                     scatter_add_(handle.view(values), index, added, dim, [weight for _, weight in deltas])
         for name in names:
             if name not in found:
-                found[name] = self._extra[id(self.state[name])].to(self.state[name].dtype)
+                found[name] = self._extra[id(self.state[name])].to("cpu", self.state[name].dtype)
         return found
 
 
@@ -226,8 +227,6 @@ def _lay_out_all(
 
 def default_shard_size() -> int | str:
     """The size of a file with which transformers saves a model."""
-    import inspect
-
     from transformers import PreTrainedModel
 
     return inspect.signature(PreTrainedModel.save_pretrained).parameters["max_shard_size"].default

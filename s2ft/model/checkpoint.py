@@ -48,7 +48,7 @@ def open_checkpoint(source: str | os.PathLike) -> Checkpoint:
 
     Raises:
         CannotStream: The checkpoint has no safetensors files.
-        FileNotFoundError: A file that the index names does not exist.
+        FileNotFoundError: The folder, or a file that the index names, does not exist.
         ValueError: A file is damaged.
     """
     index = _find(source, INDEX)
@@ -78,6 +78,8 @@ def _find(source: str | os.PathLike, name: str) -> Path | None:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder / name if (folder / name).is_file() else None
+    if folder.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1:
+        raise FileNotFoundError(f"there is no checkpoint {source}")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -155,10 +157,10 @@ def tied_names(model: nn.Module) -> list[list[str]]:
 def weights_on_disk(model: nn.Module, checkpoint: str | os.PathLike) -> Iterator[nn.Module]:
     """Let s2ft read the weights of a model on the meta device from a checkpoint. The model does not change.
 
-    Inside this context :func:`attach`, :func:`select`, :func:`plan` and :func:`load_adapter` work on a model that has
-    no values yet: they read one weight at a time, where they need its values (the fingerprint of the base, the
-    selection by weight), and forget it. Memory stays below the size of a few weights. Weights that have values already
-    are used as they are, so every rank of a distributed program can do the same.
+    Inside this context :func:`attach`, :func:`select`, :func:`plan` and ``load_adapter(..., trainable=True)`` work on a
+    model that has no values yet: they read one weight at a time, where they need its values (the fingerprint of the
+    base, the selection by weight), and forget it. Memory stays below the size of a few weights. Weights that have
+    values already are used as they are, so every rank of a distributed program can do the same.
 
     Args:
         model: A model of transformers, or any model whose checkpoint has the names of its weights. The dtypes of its

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from itertools import count
 
 import torch.distributed as dist
@@ -31,7 +32,7 @@ class Heartbeat:
 
     def __init__(self, store: dist.Store, rank: int, interval: float) -> None:
         self.of, self.interval = store, interval
-        self._store = store.clone()  # the store serves one call at a time, and a call may wait
+        self._store = _clone(store)  # the store serves one call at a time, and a call may wait
         self._key, self._count, self._working = _key(rank), count(1), 0
         self._end = threading.Event()
         self.beat()
@@ -149,6 +150,16 @@ def wait_until(store: dist.Store, is_done: Callable[[], bool], rank: Callable[[]
             return why
         time.sleep(min(LONGEST_PAUSE, 0.001 + (time.monotonic() - start) / 10))
     return ""
+
+
+def _clone(store: dist.Store) -> dist.Store:
+    """A second connection to a store. If the process that has it has ended, this fails soon."""
+    patience = store.timeout
+    store.set_timeout(timedelta(seconds=SILENCE))
+    try:
+        return store.clone()
+    finally:
+        store.set_timeout(patience)
 
 
 def _sign(store: dist.Store, rank: int | None) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from s2ft.distributed import check_all_ranks_agree, is_sharded
 from s2ft.model.coupling import Coupling, Projection
 from s2ft.model.towers import has_one_tower, tower_of
 
@@ -76,8 +77,10 @@ class Calibration:
         Raises:
             ValueError: A batch does not fit the model, or there is no batch.
         """
-        empty = True
-        for number, batch in enumerate(tqdm(self.data, desc="calibration", unit="batch", disable=None)):
+        empty, data = True, tqdm(self.data, desc="calibration", unit="batch", disable=None)
+        if any(map(is_sharded, model.parameters())):
+            data = _same_on_all_ranks(data)
+        for number, batch in enumerate(data):
             batch = _checked(batch, f"calibration batch {number}", model).map(lambda value: value.to(self.device))
             self._masks = _masks(batch, is_encoder_decoder(model))
             mask = batch.named.get("attention_mask")
@@ -116,6 +119,18 @@ class Calibration:
                     f"{tuple(mask.shape)} does not fit: pass calibration batches without padding"
                 )
         return x.reshape(-1, x.shape[-1])
+
+
+def _same_on_all_ranks(data: Iterable) -> Iterator:
+    """Yield batches of which every rank has the same number. Ranks that share weights would wait for each other else.
+
+    Raises:
+        RuntimeError: A rank has more batches. It is raised on every rank.
+    """
+    for number, batch in enumerate(data):
+        check_all_ranks_agree("calibration", f"a batch {number}")
+        yield batch
+    check_all_ranks_agree("calibration", "the end")
 
 
 # ---- which positions are padding -----------------------------------------------------------------------

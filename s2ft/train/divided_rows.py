@@ -1,4 +1,4 @@
-"""Rows that are divided among devices (context parallelism): their batches, and the models and options that allow it."""
+"""Rows that are divided among devices (context parallelism): batches, and the models and options that allow it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import nn
 from s2ft.model.modes import evaluation_mode
 from s2ft.text.encoding import IGNORED
 from s2ft.train.loss import has_standard_loss, loss_of_logits
-from s2ft.train.parallel import Devices, devices_of, run_where_weights_are
+from s2ft.train.parallel import devices_of, run_where_weights_are
 
 TRIAL = 16  # tokens of the row in the trial of a model
 
@@ -74,8 +74,8 @@ def check_divided_rows(model: nn.Module, arguments) -> None:
     devices = devices_of(arguments)
     if devices.sequence > 1:
         raise ValueError(
-            "DeepSpeed's sequence parallelism (sp_size) shifts the labels itself, which s2ft sft has done already: take "
-            "context parallelism (examples/accelerate/context.yaml), or S2FTTrainer"
+            "DeepSpeed's sequence parallelism (sp_size) shifts the labels itself, which s2ft sft has done already: "
+            "take context parallelism (examples/accelerate/context.yaml), or S2FTTrainer"
         )
     if not devices.splits_rows:
         return
@@ -89,8 +89,8 @@ def check_divided_rows(model: nn.Module, arguments) -> None:
     reason = _why_not_divided(model)
     if reason:
         raise ValueError(
-            f"the rows of this model can't be divided among devices ({devices}): {reason}. Tensor parallelism and FSDP2 "
-            "leave rows whole"
+            f"the rows of this model can't be divided among devices ({devices}): {reason}. Tensor parallelism and "
+            "FSDP2 leave rows whole"
         )
 
 

@@ -126,7 +126,7 @@ def loading_config(arguments: Any) -> dict[str, Any] | None:
 
 
 def gets_weights_later() -> bool:
-    """Whether this process reads no weights, because accelerate sends them from the first rank when it shards the model.
+    """Return whether this process reads no weights: accelerate sends them from the first rank when it shards the model.
 
     That is FSDP2 with fsdp_cpu_ram_efficient_loading. The first process of each machine reads, and transformers 5.24
     would let every process read: it skips no weights by itself, measured.

@@ -15,7 +15,7 @@ NOT_OF_A_RUN = ("hub_", "logging_", "log_", "eval_", "save_", "trackio_", "datal
 NOT_IN_RUN = ("output_dir", "push_to_hub", "report_to", "run_name", "project", "disable_tqdm", "resume_from_checkpoint",
               "overwrite", "stop_after", "max_new_tokens", "per_device_eval_batch_size", "debug", "local_rank",
               "batch_eval_metrics", "do_train", "do_eval", "do_predict", "deepspeed", "fsdp",
-              "fsdp_config")  # fmt: skip
+              "fsdp_config", "parallelism_config")  # fmt: skip
 EVALUATION = ("eval_strategy", "eval_steps")  # part of a run whose best checkpoint is kept
 
 
@@ -122,7 +122,9 @@ def run_options(command: str, objects: dict[type, Any], given: dict[str, Any]) -
             best = value.load_best_model_at_end
             defaults = {one.name: one.default for one in fields(kind) if one.init and _belongs(one.name, best)}
             changed = [name for name in defaults if given.get(name, defaults[name]) != defaults[name]]
-            found.update({f"training.{name}": _plain(given[name]) for name in changed})
+            values = {name: _plain(given[name]) for name in changed}
+            values.get("model_init_kwargs", {}).pop("distributed_config", None)  # other devices can go on with the run
+            found.update({f"training.{name}": entry for name, entry in values.items() if entry != {}})
             found.update({f"training.{name}": getattr(value, name) for name in (MICRO, PASSES, "seed", "data_seed")})
             found.update({ROWS: rows_of_update(value), GROUPS: devices_of(value).groups})
         else:

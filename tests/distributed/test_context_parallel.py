@@ -44,16 +44,16 @@ def arguments_for(folder, context=1, data=1, **changes):
     return SFTArguments(output_dir=str(folder), **options)
 
 
-def train(rank, folder, context=1, data=1, layout="permuted", resume=False, chunked=True, **changes):
+def train(rank, folder, context=1, data=1, layout="permuted", chunked=True, changes=None):
     """Train the tiny model. Returns the log's losses."""
     model, rows = tiny_model(), token_rows(16)
     s2ft.attach(model, replace(CONFIG, layout=layout))
-    arguments, place = arguments_for(folder, context, data, **changes), RunFolder(folder)
+    arguments, place = arguments_for(folder, context, data, **(changes or {})), RunFolder(folder)
     if rank == 0:
-        place.begin({}, resume)
+        place.begin({})
     held_out = HeldOut(rows)
     options = RunOptions(chunked_loss=chunked)
-    sft(model, tiny_tokenizer(), rows, arguments, place, options=options, resume=resume, held_out=held_out)
+    sft(model, tiny_tokenizer(), rows, arguments, place, options=options, held_out=held_out)
     return [
         (line["step"], line.get("loss"), line.get("grad_norm"), line.get("eval_loss")) for line in read_log(place.log)
     ]
@@ -83,9 +83,11 @@ def alone(tmp_path_factory):
         return train(0, folder), folder / "adapter"
 
 
-@pytest.mark.parametrize("layout, chunked", [("permuted", True), ("indexed", False)])
-def test_two_devices_share_each_row(ranks, alone, tmp_path, layout, chunked):
-    logs = ranks(train, tmp_path, 2, 1, layout, False, chunked)
+@pytest.mark.parametrize(
+    "layout, chunked, changes", [("permuted", True, {}), ("indexed", False, {"gradient_checkpointing": True})]
+)
+def test_two_devices_share_each_row(ranks, alone, tmp_path, layout, chunked, changes):
+    logs = ranks(train, tmp_path, 2, 1, layout, chunked, changes)
     check_log(logs[0], alone[0])
     compare = check_same_files if layout == "permuted" else check_same_deltas
     compare(tmp_path / "adapter", alone[1])

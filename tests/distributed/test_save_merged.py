@@ -10,14 +10,14 @@ from transformers import AutoModelForCausalLM
 import s2ft
 
 CASES = [  # case, layout, how it is spread, whether the base is on a disk
-    ("llama-grouped", "permuted", "fsdp", True),
     ("llama-grouped", "permuted", "fsdp", False),
     ("mixtral", "indexed", "fsdp first", False),
     ("qwen2-grouped-tied", "permuted", "fsdp first", True),
     ("llama-biased", "permuted", "tp", False),
-    ("phi3-grouped", "indexed", "tp", True),
 ]
 SLOW = [
+    ("llama-grouped", "permuted", "fsdp", True),
+    ("phi3-grouped", "indexed", "tp", True),
     ("gpt2", "permuted", "fsdp", False),
     ("gpt2", "permuted", "fsdp first", True),
     ("mixtral", "permuted", "fsdp", True),
@@ -129,7 +129,7 @@ def save_where_writing_fails(rank, folder, is_on_disk):
     return message, left
 
 
-@pytest.mark.parametrize("is_on_disk", (True, False))
+@pytest.mark.parametrize("is_on_disk", (pytest.param(True, marks=pytest.mark.slow), False))
 def test_a_failure_of_the_first_rank_ends_all_and_leaves_nothing(ranks, prepared, is_on_disk):
     folder = prepared("llama-grouped", "permuted")
     first, second = ranks(save_where_writing_fails, folder, is_on_disk)

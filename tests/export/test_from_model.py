@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from export.test_streamed import SHARDS, check_equal, randomize, tensors_in
+from export.test_streamed import SHARDS, check_equal, randomize, tensors_in, without_values
 from support.models import ALL_RATIOS, model_of, ratios_for
 from torch import nn
 
@@ -92,6 +92,17 @@ def test_a_base_that_is_given_is_used(tmp_path, caplog):
     check_saved(model, tmp_path, caplog, base=tmp_path / "base")
 
 
+def test_a_model_without_values_is_saved_from_its_checkpoint(tmp_path, caplog):
+    model = trained("llama-grouped", tmp_path)
+    s2ft.save_adapter(model, tmp_path / "adapter")
+    s2ft.merge(model).save_pretrained(tmp_path / "expected")
+    hollow = without_values(model, torch.bfloat16)
+    with s2ft.weights_on_disk(hollow, tmp_path / "base"):
+        s2ft.load_adapter(hollow, tmp_path / "adapter", trainable=True)
+    s2ft.save_merged(hollow, tmp_path / "saved", base=tmp_path / "base")
+    check_equal(tmp_path / "saved", tmp_path / "expected")
+
+
 # ---- the checkpoint is not the base ----------------------------------------------------------------------
 
 
@@ -138,6 +149,8 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
         s2ft.save_merged(model, tmp_path / "saved", max_shard_size="0GB")
     with pytest.raises(FileExistsError, match="base exists"):
         s2ft.save_merged(model, tmp_path / "base")
+    with pytest.raises(FileNotFoundError, match="is in a folder that doesn't exist"):
+        s2ft.save_merged(model, tmp_path / "nowhere" / "saved")
     s2ft.set_adapter(model, None)
     with pytest.raises(ValueError, match="no adapter is active"):
         s2ft.save_merged(model, tmp_path / "saved")

@@ -9,20 +9,28 @@ ROOT = Path(__file__).parents[2]
 TESTS = ("tests/test_model_types.py", "tests/test_attach.py", "tests/test_families.py")
 
 
-def environment(release: str) -> Path:
-    """Make an environment with this release, which takes all other packages from this one. Returns its Python."""
-    folder = Path(sys.prefix) / "releases" / release
+def environment(name: str, *install: str) -> Path:
+    """Make an environment beside this one, which takes all other packages from this one.
+
+    Args:
+        name: Name of its folder.
+        install: Arguments of `pip install`: the packages that it has itself.
+
+    Returns:
+        Its Python.
+    """
+    folder = Path(sys.prefix) / "releases" / name
     python = folder / "bin" / "python"
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     where = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
     packages = Path(subprocess.run(where, check=True, capture_output=True, text=True).stdout.strip())
     (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")  # after those of the environment
-    subprocess.run([python, "-m", "pip", "install", "--quiet", f"transformers=={release}"], check=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *install], check=True)
     return python
 
 
 def main(release: str) -> int:
-    python = environment(release)
+    python = environment(release, f"transformers=={release}")
     return subprocess.run([python, "-m", "pytest", "-n", "auto", "-m", "not slow", *TESTS], cwd=ROOT).returncode
 
 
