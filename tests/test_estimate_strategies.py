@@ -14,7 +14,7 @@ from s2ft.cli.main import main
 from s2ft.estimation import strategy as strategies
 
 CONFIG = S2FTConfig(d_ratio=0.25, o_ratio=0.25)
-SHAPE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, vocab_size=256)
+SHAPE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, vocab_size=256)
 
 
 def hollow(**changes):
@@ -72,10 +72,12 @@ def test_weights_that_stay_gathered_take_more():
     freed, kept = estimate("fsdp2", 4), estimate(Strategy("fsdp2", reshard_after_forward=False), 4)
     block = 3 * 64 * 128 * 4 + 4 * 64 * 64 * 4
     assert freed.kept == kept.kept and freed.parts == kept.parts
-    assert kept.peak - freed.peak > 2 * block  # of four
+    assert kept.peak - freed.peak > block  # of three
 
 
-@pytest.mark.parametrize("name, offload", (("fsdp2", "all"), ("zero2", "optimizer"), ("zero3", "all")))
+@pytest.mark.parametrize(
+    "name, offload", (("fsdp2", "all"), ("zero2", "optimizer"), pytest.param("zero3", "all", marks=pytest.mark.slow))
+)
 def test_what_is_offloaded_is_on_the_host(name, offload):
     size = dict(reduce_bucket_size=1000)
     here, away = (estimate(Strategy(name, offload=where, **size), 2) for where in (None, offload))
@@ -104,7 +106,13 @@ def test_tensor_parallelism_with_shards():
 
 
 @pytest.mark.parametrize(
-    "strategy, few", (("fsdp2", 3), ("tp", 2), (Strategy("tp+fsdp2", tp_size=2), 4)), ids=("fsdp2", "tp", "tp+fsdp2")
+    "strategy, few",
+    (
+        ("fsdp2", 3),
+        pytest.param("tp", 2, marks=pytest.mark.slow),
+        pytest.param(Strategy("tp+fsdp2", tp_size=2), 4, marks=pytest.mark.slow),
+    ),
+    ids=("fsdp2", "tp", "tp+fsdp2"),
 )
 def test_the_smallest_number_of_devices_fits_and_one_fewer_does_not(strategy, few):
     room = estimate(strategy, few).peak
@@ -114,7 +122,7 @@ def test_the_smallest_number_of_devices_fits_and_one_fewer_does_not(strategy, fe
     assert estimate(strategy, few - unit, memory=room).fits is False
 
 
-@pytest.mark.parametrize("strategy", ("ddp", "fsdp2", "tp"))
+@pytest.mark.parametrize("strategy", ("ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp2", "tp"))))
 def test_a_memory_that_is_too_small_for_any_number(strategy):
     found = estimate(strategy, None, memory="100KB")
     assert found.fits is False
