@@ -98,6 +98,9 @@ def _split_layer(name: str, module: nn.Module, style: str, size: int, own: int) 
     if module.bias is not None and dim == 0:
         _cut(module, "bias", dim, size)
     module.forward = partial(_forward, module, dim, size, own, width if style in GATHERS else 0)
+    if isinstance(module, S2Linear):  # a device knows which units of s2 are its own, and where they are in its part
+        for buffer in ("own",) if module.index is None else ("own", "places"):
+            module.register_buffer(buffer, torch.empty(own, dtype=torch.int64, device="meta"), persistent=False)
 
 
 def _split_embedding(module: nn.Embedding, style: str, size: int) -> None:
