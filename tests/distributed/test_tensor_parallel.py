@@ -432,8 +432,8 @@ def test_trainer_on_groups_of_ranks(four_ranks, tmp_path):
 
 def sft_losses(rank, folder, output, tp=2, sizes=()):
     """s2ft sft's training, with its loss in chunks, an evaluation and checkpoints."""
-    from test_context_parallel import CONFIG, HeldOut, RunFolder, arguments_for, read_log, sft, token_rows
     from support.fsdp_on_cpu import allow
+    from test_context_parallel import CONFIG, HeldOut, RunFolder, arguments_for, read_log, sft, token_rows
     from test_trainer import reset
     from train.tiny import tiny_tokenizer
 
