@@ -355,15 +355,13 @@ def without_zero_init() -> Iterator[None]:
         transformers.set_hf_deepspeed_config(config)
 
 
-def is_in_engine(model: nn.Module) -> bool:
-    """Whether DeepSpeed's engine holds a model: it runs every module by hooks of ZeRO-3, or trains its parameters.
+def is_run_by_engine(model: nn.Module) -> bool:
+    """Whether DeepSpeed's engine of ZeRO-3 runs the modules of a model, by hooks that gather their weights.
 
     A model that deepspeed.zero.Init has partitioned is in no engine until deepspeed.initialize.
     """
-    # The engine of ZeRO-3 gives every module a dict of parameters of its own class.
-    if any(type(module._parameters).__name__ == "ZeROOrderedDict" for module in model.modules()):
-        return True
-    return any(map(has_master_copy, model.parameters()))
+    # The engine gives every module a dict of parameters of its own class.
+    return any(type(module._parameters).__name__ == "ZeROOrderedDict" for module in model.modules())
 
 
 def has_master_copy(tensor: Tensor) -> bool:
@@ -540,18 +538,28 @@ class Shard:
         """
         if self.is_full:
             return index, values
-        start = self.start[dim]
-        if isinstance(start, Tensor):
-            found = index[:, None] == start
-            inside, local = found.nonzero().unbind(1)
-        else:
-            local = index - start
-            inside = ((local >= 0) & (local < self.tensor.shape[dim])).nonzero().squeeze(1)
-            local = local[inside]
+        local, is_inside = self.find(index, dim)
+        inside = is_inside.nonzero().squeeze(1)
         values = values.index_select(dim, inside.to(values.device))
         for other in (other for other in range(len(self.start)) if other != dim):
             values = self._cut_along(values, other)
-        return local, values
+        return local[inside], values
+
+    def find(self, index: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        """Find rows or columns of the full tensor in this shard, which is not the full tensor.
+
+        Args:
+            index: Rows or columns of the full tensor, shape [n], int64.
+            dim: Dimension of the index.
+
+        Returns:
+            The index within the shard, [n] int64, and which of its entries are in the shard, [n] bool.
+        """
+        start, size = self.start[dim], self.tensor.shape[dim]
+        if not isinstance(start, Tensor):
+            return index - start, (index >= start) & (index < start + size)
+        local = torch.searchsorted(start, index.contiguous()).clamp(max=max(0, size - 1))
+        return local, start[local] == index if size else torch.zeros_like(index, dtype=torch.bool)
 
     def cut(self, full: Tensor) -> Tensor:
         """The part of a tensor of the full shape that this shard has."""
@@ -669,8 +677,9 @@ def elements_of(tensor: Tensor, positions: Tensor) -> Tensor:
     shard = own_shard(tensor)
     inside, local = torch.ones_like(positions, dtype=torch.bool), []
     for dim, place in enumerate(torch.unravel_index(positions, tuple(tensor.shape))):
-        local.append(place - shard.start[dim])
-        inside &= (local[-1] >= 0) & (local[-1] < shard.tensor.shape[dim])
+        found, is_inside = shard.find(place, dim)
+        local.append(found)
+        inside &= is_inside
     values, inside = shard.tensor.new_zeros(positions.numel()), inside.to(shard.tensor.device)
     values[inside] = shard.tensor[tuple(place.to(shard.tensor.device)[inside] for place in local)]
     return sum_over_shards(values, tensor)

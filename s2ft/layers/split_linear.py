@@ -60,8 +60,9 @@ class S2SplitLinear(S2Linear):
         self.style = style
         style.install_forward(self, self.split.mesh)
 
+    @torch.compiler.disable  # graphs of two ranks would sum gradients in different orders, as their units differ
     def forward(self, input: Tensor) -> Tensor:
-        """Run this rank's block.
+        """Run this rank's block. A compiled model runs it uncompiled.
 
         Args:
             input: [..., inputs] as a DTensor, replicated for split outputs and split for split inputs. For split

@@ -1,6 +1,7 @@
 """The order that makes selected units contiguous, and how it is applied to weights and biases."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -138,6 +139,10 @@ class MovingTensor(NamedTuple):
     def changing(self) -> Tensor:
         """The positions that get another element, [n] int64."""
         return (self.elements != torch.arange(self.elements.numel())).nonzero().squeeze(1)
+
+    def permute_shard(self, tensor: Tensor) -> None:
+        """Reorder a DTensor of the stored shape in place. Every rank that has a shard must call this."""
+        _permute(self._replace(tensor=tensor))
 
     def permute(self, tensor: Tensor) -> None:
         """Reorder a tensor of the stored shape, in place."""
@@ -340,27 +345,27 @@ class _OwnPart(NamedTuple):
     Attributes:
         tensor: The shard, in its own memory.
         dim: Its dimension that is reordered.
-        start: Number of its first element along `dim`.
+        find: Function of elements [n], which returns their places in the part and which of them are in it, see
+            :meth:`s2ft.distributed.Shard.find`.
     """
 
     tensor: Tensor
     dim: int
-    start: int
+    find: Callable[[Tensor], tuple[Tensor, Tensor]]
 
     @classmethod
     def of(cls, moving: MovingTensor) -> "_OwnPart | None":
         """Return this rank's part; None if the expert is on other ranks."""
         shard = own_shard(moving.tensor)
-        dim, start = moving.stored_dim, shard.start[moving.stored_dim]
+        dim, find = moving.stored_dim, partial(shard.find, dim=moving.stored_dim)
         if moving.expert is None:
-            return cls(shard.tensor, dim, start)
+            return cls(shard.tensor, dim, find)
         number = moving.expert - shard.start[0]
-        return cls(shard.tensor[number], dim - 1, start) if 0 <= number < shard.tensor.shape[0] else None
+        return cls(shard.tensor[number], dim - 1, find) if 0 <= number < shard.tensor.shape[0] else None
 
     def places(self, elements: Tensor) -> Tensor:
         """Where in `elements` [n] are those of this part, [m] int64."""
-        local = elements - self.start
-        return ((local >= 0) & (local < self.tensor.shape[self.dim])).nonzero().squeeze(1)
+        return self.find(elements)[1].nonzero().squeeze(1)
 
     def own(self, elements: Tensor) -> Tensor:
         """Those of `elements` [n] that are in this part, [m] int64."""
@@ -368,11 +373,11 @@ class _OwnPart(NamedTuple):
 
     def read(self, elements: Tensor) -> Tensor:
         """Copy elements of this part: m along `dim`."""
-        return self.tensor.index_select(self.dim, (elements - self.start).to(self.tensor.device))
+        return self.tensor.index_select(self.dim, self.find(elements)[0].to(self.tensor.device))
 
     def write(self, elements: Tensor, values: Tensor) -> None:
         """Write values to elements of this part."""
-        index = (elements - self.start).to(self.tensor.device)
+        index = self.find(elements)[0].to(self.tensor.device)
         with LOCK:
             self.tensor.index_copy_(self.dim, index, values.to(self.tensor))
 

@@ -59,6 +59,10 @@ def train(model):
     return found
 
 
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+
+
 def train_and_save(rank, folder, case, layout, tp=2, sizes=()):
     model = load(folder, tp, **dict(sizes))
     before = logits(model)
@@ -69,8 +73,9 @@ def train_and_save(rank, folder, case, layout, tp=2, sizes=()):
     s2ft.save_adapter(model, folder / f"adapter-{tp}-{rank}")
     after = logits(model)
     slices = {name: p.detach().clone() for name, p in trained.items()}
+    state = {key: whole(value) for key, value in model.state_dict().items()}
     s2ft.detach(model)
-    return before, unchanged, losses, after, slices, logits(model)
+    return before, unchanged, losses, after, slices, logits(model), state
 
 
 @pytest.mark.parametrize(
@@ -78,9 +83,11 @@ def train_and_save(rank, folder, case, layout, tp=2, sizes=()):
 )
 def test_training_equals_one_process(ranks, tmp_path, case, layout):
     model_of(case).save_pretrained(tmp_path)
-    before, unchanged, losses, after, slices, restored = train_and_save(0, tmp_path, case, layout, tp=1)
+    before, unchanged, losses, after, slices, *_ = train_and_save(0, tmp_path, case, layout, tp=1)
     found = ranks(train_and_save, tmp_path, case, layout)
-    for rank, (b, u, found_losses, a, s, r) in enumerate(found):
+    base = load(tmp_path, 1).state_dict()
+    for rank, (b, u, found_losses, a, s, r, state) in enumerate(found):
+        assert all(torch.equal(state[key], value) for key, value in base.items())  # the base, in its own order
         torch.testing.assert_close(b, before)
         torch.testing.assert_close(u, b)
         torch.testing.assert_close(found_losses, losses)
@@ -432,8 +439,8 @@ def test_trainer_on_groups_of_ranks(four_ranks, tmp_path):
 
 def sft_losses(rank, folder, output, tp=2, sizes=()):
     """s2ft sft's training, with its loss in chunks, an evaluation and checkpoints."""
-    from test_context_parallel import CONFIG, HeldOut, RunFolder, arguments_for, read_log, sft, token_rows
     from support.fsdp_on_cpu import allow
+    from test_context_parallel import CONFIG, HeldOut, RunFolder, arguments_for, read_log, sft, token_rows
     from test_trainer import reset
     from train.tiny import tiny_tokenizer
 

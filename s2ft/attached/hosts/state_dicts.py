@@ -6,7 +6,9 @@ operation has base + delta in them. The copies load into a plain model of the ba
 selected. ``load_state_dict`` accepts only the base, in either order: the weights are frozen, so loading it changes
 nothing, and anything else is an error.
 
-Sharded weights stay in their order, because no rank has all the units that would move.
+Weights that FSDP2 or ZeRO-3 has sharded stay in their order, because no rank has all the units that would move. Under
+tensor parallelism each rank puts its own units in order. Packed weights are gathered for that, so every rank must call
+``state_dict()`` if there are any.
 """
 
 from collections.abc import Iterator
@@ -17,12 +19,13 @@ from torch import Tensor, nn
 
 from s2ft.attached.hosts.checkpointing import remove_hooks
 from s2ft.attached.record import Attachment, find_attachment
-from s2ft.distributed import is_sharded
+from s2ft.distributed import is_dtensor, is_sharded
 from s2ft.layers import kind_of
 from s2ft.layers.base import at_rest
 from s2ft.model.permutation import MovingTensor, inverse, moving_tensors
 from s2ft.model.weights import tensors_of, weight_at
 from s2ft.ops import swap_
+from s2ft.ranks.fsdp import managed_by_fsdp
 
 
 def add_state_hooks(model: nn.Module) -> None:
@@ -69,7 +72,7 @@ class _BaseOrder:
         if layer is not None and layer.fused:
             layer.write_units_of(copy, layer.base)
         for moving in self.moves.get(id(tensor), ()):
-            moving.permute(copy)
+            (moving.permute_shard if is_dtensor(copy) else moving.permute)(copy)
         for entry in reversed(self.record.written) if without_written else ():
             handle = weight_at(self.model, entry.projection)
             if not entry.is_local and handle.tensor is tensor:
@@ -92,11 +95,13 @@ def _put_in_order(model: nn.Module, state: dict[str, Any], prefix: str, metadata
         return
     if record.awaits_weights:
         return  # no unit has moved and no trainable layer runs
-    order, copies = _BaseOrder(model, record), {}
+    order, copies, is_fsdp = _BaseOrder(model, record), {}, bool(managed_by_fsdp(model))
     for key, tensor in _tensors(model, prefix):
         found = state.get(key)
         # keep_vars=True returns the parameters themselves
-        if not isinstance(found, Tensor) or found is tensor or is_sharded(tensor) or not order.changed(tensor):
+        if not isinstance(found, Tensor) or found is tensor or not order.changed(tensor):
+            continue
+        if is_sharded(tensor) and (not is_dtensor(tensor) or is_fsdp):
             continue
         if id(tensor) not in copies:
             copies[id(tensor)] = order.copy_of(tensor)
