@@ -79,8 +79,12 @@ def test_estimate_of_a_rank_of_four(four_ranks, strategy):
 
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("accumulation", (1, 2))
-@pytest.mark.parametrize("strategy", (Strategy("zero1", **SMALL), Strategy("zero2", **SMALL), Strategy("zero3", **SMALL)))
+@pytest.mark.parametrize(
+    "strategy", (Strategy("zero1", **SMALL), Strategy("zero2", **SMALL), Strategy("zero3", **SMALL))
+)
 def test_estimate_of_a_rank_of_deepspeed(ranks, strategy, accumulation):
     pytest.importorskip("deepspeed")
     options = {"accumulation": accumulation}
-    check_against(ranks(run, "llama-grouped", "permuted", strategy, options), "llama-grouped", "permuted", strategy, **options)
+    check_against(
+        ranks(run, "llama-grouped", "permuted", strategy, options), "llama-grouped", "permuted", strategy, **options
+    )
