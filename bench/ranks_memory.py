@@ -1,13 +1,13 @@
 """Host memory of each rank that attaches to a model which only the first rank reads, and trains it with FSDP2.
 
-    python bench/ranks_memory.py [--ranks 2 4] [--layers 18] [--layout permuted indexed] [--steps 2]
+    python bench/ranks_memory.py [--ranks 2 4] [--layers 19] [--layout permuted indexed] [--steps 2]
 
 accelerate shards a model of about 1 GB (float32) with cpu_ram_efficient_loading. Each rank is a process of a gloo group
 on this machine. It first does everything with a tiny model, so that all is imported and connected. Then it loads,
 attaches, prepares and trains the model. Memory is the peak of the process's resident memory beyond what it had before
 the model: "prepared" until the model is sharded, "trained" during the updates. "plain" is the same without s2ft, with
-every parameter frozen but one. A rank that is not the first should need its shard and at most 15 % more until the
-model is sharded.
+every parameter frozen but one. A rank that is not the first needs its shard, the slices in full, and one complete
+parameter: accelerate broadcasts one after the other and keeps the last one until all are loaded.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,13 @@ WAYS = ("permuted", "indexed", "plain")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--layers", type=int, default=18)
+    parser.add_argument("--layers", type=int, default=19)
     parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--vocabulary", type=int, default=16384)
+    parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--layout", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--selection", default="random")
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--folder", type=Path, help="where the models are written, and kept; default: a temporary one")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -46,9 +48,10 @@ def main() -> None:
         print(json.dumps(measure(args.measure, args)))
         return
     results = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name, layers in (("tiny", 1), ("model", args.layers)):
-            make(Path(folder, name), layers, args.width if name == "model" else 64, args.vocabulary)
+    with tempfile.TemporaryDirectory() if args.folder is None else nullcontext(args.folder) as folder:
+        for name, layers, width in (("tiny", 1, 64), ("model", args.layers, args.width)):
+            if not Path(folder, name).exists():
+                make(Path(folder, name), layers, width, args.vocabulary)
         for ranks in args.ranks:
             for layout in args.layout:
                 found = run(Path(folder), ranks, layout, args)

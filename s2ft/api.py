@@ -253,7 +253,7 @@ def detach(model: nn.Module) -> nn.Module:
         True
     """
     record = attachment_of(model)
-    check_not_in_engine(model, "detach")
+    check_not_in_engine(model, "detach", removes=True)
     remove_all(model, record)
     return model
 
@@ -281,7 +281,7 @@ def merge(model: nn.Module) -> nn.Module:
         []
     """
     record = attachment_of(model)
-    check_not_in_engine(model, "merge")
+    check_not_in_engine(model, "merge", removes=True)
     if not record.active:
         raise ValueError("no adapter is active, so there is nothing to merge: set_adapter first, or detach")
     if record.trains:

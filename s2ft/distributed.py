@@ -355,15 +355,13 @@ def without_zero_init() -> Iterator[None]:
         transformers.set_hf_deepspeed_config(config)
 
 
-def is_in_engine(model: nn.Module) -> bool:
-    """Whether DeepSpeed's engine holds a model: it runs every module by hooks of ZeRO-3, or trains its parameters.
+def is_run_by_engine(model: nn.Module) -> bool:
+    """Whether DeepSpeed's engine of ZeRO-3 runs the modules of a model, by hooks that gather their weights.
 
     A model that deepspeed.zero.Init has partitioned is in no engine until deepspeed.initialize.
     """
-    # The engine of ZeRO-3 gives every module a dict of parameters of its own class.
-    if any(type(module._parameters).__name__ == "ZeROOrderedDict" for module in model.modules()):
-        return True
-    return any(map(has_master_copy, model.parameters()))
+    # The engine gives every module a dict of parameters of its own class.
+    return any(type(module._parameters).__name__ == "ZeROOrderedDict" for module in model.modules())
 
 
 def has_master_copy(tensor: Tensor) -> bool:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.pairs import pairs
+from support.pairs import in_turn, pairs
 
 
 def test_pairs_contain_any_two_values():
@@ -20,6 +20,13 @@ def test_pairs_contain_any_two_values():
 def test_a_long_third_parameter_is_refused():
     with pytest.raises(ValueError, match="must be the shortest, got 3, 2, 5"):
         pairs(*map(range, (3, 2, 5)))
+
+
+def test_one_value_of_each_case_runs_by_default_and_every_value_runs():
+    rows = in_turn("abcd", (1, 2, 3))
+    slow = [row.values for row in rows if getattr(row, "marks", ())]
+    assert [tuple(row) for row in rows if not getattr(row, "marks", ())] == [("a", 1), ("b", 2), ("c", 3), ("d", 1)]
+    assert len(rows) == 12 and len(set(slow)) == 8
 
 
 # This runs in a separate process, because products stay divided.

@@ -208,7 +208,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     record = attachment_of(model)
     check_known(record, name)
     if name == record.name or len(record.names) == 1:
-        check_not_in_engine(model, "deleting the trainable or the last adapter")
+        check_not_in_engine(model, "deleting the trainable or the last adapter", removes=True)
     remove(model, record, name)
 
 

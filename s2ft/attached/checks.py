@@ -5,7 +5,14 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from s2ft.attached.record import Attachment
-from s2ft.distributed import is_dtensor, is_in_engine, is_partitioned, is_sharded, will_be_loaded_again
+from s2ft.distributed import (
+    has_master_copy,
+    is_dtensor,
+    is_partitioned,
+    is_run_by_engine,
+    is_sharded,
+    will_be_loaded_again,
+)
 from s2ft.files.reading import check_adapter_name
 from s2ft.layers import kind_of
 from s2ft.model.coupling import Coupling, Projection, projections_of
@@ -50,9 +57,16 @@ def check_has_arrived(record: Attachment) -> None:
 # ---- layers and weights --------------------------------------------------------------------------------
 
 
-def check_not_in_engine(model: nn.Module, what: str) -> None:
-    """Raise ValueError if DeepSpeed's engine holds the model. what: the change, for the message."""
-    if is_in_engine(model):
+def check_not_in_engine(model: nn.Module, what: str, removes: bool = False) -> None:
+    """Raise ValueError if DeepSpeed's engine holds the model.
+
+    Args:
+        model: The model.
+        what: The change, for the message.
+        removes: Whether the change only takes layers away. ZeRO-1 and ZeRO-2 leave the weights whole, so that a model can
+            be taken out of their engines.
+    """
+    if is_run_by_engine(model) or (not removes and any(map(has_master_copy, model.parameters()))):
         raise ValueError(
             f"{what} would change the layers of a model that DeepSpeed's engine holds, and its hooks and its optimizer "
             "know only what was there when deepspeed.initialize made them: do this before deepspeed.initialize (before "

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,7 @@ from s2ft.distributed import (
     run_on_first_rank,
     run_on_ranks,
 )
-from s2ft.export.merged import check_size, temporary_folder
+from s2ft.export.merged import check_output, check_size, temporary_folder
 from s2ft.export.streamed import Changes, DiskSource, Source, Sum, saved_names, write_config, write_weights
 from s2ft.files.streaming import StoredTensor
 from s2ft.model.checkpoint import StoredWeights, open_checkpoint, read_from
@@ -64,6 +65,7 @@ def save_merged(
 
     Raises:
         FileExistsError: The folder exists.
+        FileNotFoundError: The folder that will hold it does not exist.
         ValueError: No adapter is active, the model is quantized or not one of transformers, or `base` has other
             weights.
         RuntimeError: Another rank failed or did not take part, or the files are not what was meant. Nothing is left.
@@ -80,7 +82,12 @@ def save_merged(
     plain, ranks, changes = _plain(model), all_ranks(), _changes(model, record)
     is_first = ranks is None or dist.get_rank() == ranks[0]
     found: list[StoredWeights] = []
-    obstacle = decide("the base to merge into", is_first, lambda: _find_base(base, model, record, plain, found)).value
+
+    def choose() -> str:
+        check_output(Path(directory))  # before the base is read, which takes time
+        return _find_base(base, model, record, plain, found)
+
+    obstacle = decide("the base to merge into", is_first, choose).value
 
     def write(source: Source, changes: Changes) -> None:
         with temporary_folder(directory) as folder:

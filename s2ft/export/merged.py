@@ -105,6 +105,14 @@ def merged_model(model_name: str, adapter: str | Path, dtype: str = "auto"):
     return s2ft.merge(model), give_prompt(tokenizer, saved.info, f"adapter {saved.name!r}")
 
 
+def check_output(output: Path) -> None:
+    """Check that a folder can be made, see :func:`temporary_folder`."""
+    if output.exists():
+        raise FileExistsError(f"output {output} exists")
+    if not output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"output {output} is in a folder that doesn't exist")
+
+
 @contextmanager
 def temporary_folder(output: str | Path) -> Iterator[Path]:
     """Yield an empty folder that is renamed to `output` at the end, or removed if an exception is raised.
@@ -114,10 +122,7 @@ def temporary_folder(output: str | Path) -> Iterator[Path]:
         FileNotFoundError: The folder that will hold the output does not exist.
     """
     output = Path(output)
-    if output.exists():
-        raise FileExistsError(f"output {output} exists")
-    if not output.absolute().parent.is_dir():
-        raise FileNotFoundError(f"output {output} is in a folder that doesn't exist")
+    check_output(output)
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.absolute().parent))
     try:
         yield folder

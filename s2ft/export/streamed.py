@@ -5,6 +5,7 @@ are added by the op that merges in memory, so the result is the same bit for bit
 in pieces. A plain model on the meta device says which weights there are and how transformers stores them.
 """
 
+import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -226,8 +227,6 @@ def _lay_out_all(
 
 def default_shard_size() -> int | str:
     """The size of a file with which transformers saves a model."""
-    import inspect
-
     from transformers import PreTrainedModel
 
     return inspect.signature(PreTrainedModel.save_pretrained).parameters["max_shard_size"].default

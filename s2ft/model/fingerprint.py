@@ -76,7 +76,7 @@ def _readable(
 
 
 def _every(tensor: Tensor, samples: int) -> Tensor:
-    positions = torch.arange(tensor.numel())[:: max(1, tensor.numel() // samples)][:samples]
+    positions = torch.arange(0, tensor.numel(), max(1, tensor.numel() // samples))[:samples]
     if is_dtensor(tensor):
         return elements_of(tensor, positions)
     return tensor.detach().reshape(-1)[positions.to(tensor.device)]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 import s2ft
+from s2ft.distributed import ranks_sharing
 from s2ft.model.modes import evaluation_mode
 from s2ft.text.encoding import left_pad
 from s2ft.text.output_head import contiguous_head
@@ -64,12 +65,12 @@ def generate(
 
 @contextlib.contextmanager
 def generation_mode(model) -> Iterator[None]:
-    """Evaluation mode without gradients, and with the trainable adapter fused.
+    """Evaluation mode without gradients, and with the trainable adapter fused unless the weights are spread over ranks.
 
     Afterwards the modes of all modules are restored, and the weights are restored bit for bit.
     """
     state = s2ft.status(model)
-    fuse = state.active and not any(row.fused for row in state.rows)
+    fuse = state.active and not any(row.fused for row in state.rows) and ranks_sharing(model.parameters()) is None
     with evaluation_mode(model):
         if fuse:
             s2ft.fuse(model)

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from s2ft.model.checkpoint import StoredWeights, open_checkpoint
-from s2ft.model.conversion import CannotStream
 from s2ft.packages import check_packages
 
 AUTO = (
@@ -151,6 +149,8 @@ def model_without_values(name: str, dtype: str = "auto", dtype_of_files: Callabl
     import torch
     import transformers
 
+    from s2ft.model.conversion import CannotStream
+
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     source, options = locate(name)
@@ -193,6 +193,8 @@ def model_on_disk(name: str, dtype: str = "auto"):
         >>> hollow.device.type, weights.read("model.norm.weight").dtype
         ('meta', torch.bfloat16)
     """
+    from s2ft.model.checkpoint import StoredWeights, open_checkpoint
+
     source = locate(name)[0]
     model = model_without_values(name, dtype, lambda: open_checkpoint(source).dtype)
     return model, StoredWeights(model, open_checkpoint(source))

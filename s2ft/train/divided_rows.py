@@ -1,4 +1,4 @@
-"""Rows that are divided among devices (context parallelism): their batches, and what allows it in models and options."""
+"""Rows that are divided among devices (context parallelism): batches, and the models and options that allow it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -69,8 +69,9 @@ class AdapterCheckpoints:
     _temporary: Path | None = None  # the folder in which a checkpoint is being written
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        with _optimizer_of_split_model(*args, **options):
+        with _optimizer_of_split_model(*args, **options) as only_model:
             super().__init__(*args, **options)
+        self.args.save_only_model = only_model  # a trainer may have made a copy of the arguments
         model = self.accelerator.unwrap_model(self.model)
         if attachment_of(unwrapped(model)).name is None:
             raise ValueError(
@@ -223,17 +224,21 @@ def _is_split(model: Any) -> bool:
 
 
 @contextmanager
-def _optimizer_of_split_model(model: Any = None, args: Any = None, *_: Any, **options: Any) -> Iterator[None]:
+def _optimizer_of_split_model(model: Any = None, args: Any = None, *_: Any, **options: Any) -> Iterator[bool]:
     """Inside, a Trainer of a split model can be made although its checkpoints shall contain the optimizer.
 
     transformers refuses this because its own checkpoints can't contain it. Those of this file can.
+
+    Returns:
+        A context manager that yields whether checkpoints shall contain the model alone.
     """
-    if args is None or args.save_only_model or not _is_split(model):
-        yield
+    only_model = args is not None and args.save_only_model
+    if args is None or only_model or not _is_split(model):
+        yield only_model
         return
     args.save_only_model = True
     try:
-        yield
+        yield only_model
     finally:
         args.save_only_model = False
 

@@ -198,7 +198,7 @@ def switch_sharded(rank, case, stage, saved):
     refused = []
     for name, act in (("detach", s2ft.detach), ("merge", s2ft.merge), ("fuse", s2ft.fuse)):
         if stage == 3:
-            with pytest.raises(ValueError, match="a model that is sharded"):
+            with pytest.raises(ValueError, match="DeepSpeed's engine holds|this model is sharded"):
                 act(model)
         refused.append(name)
     return switch(model, saved[1], engine)
@@ -220,26 +220,6 @@ def test_switching_adapters(ranks, case, stage, tmp_path):
         for one, other in zip(seen, expected):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     assert not torch.equal(expected[0], expected[1])
-
-
-def attach_partitioned(rank):
-    import deepspeed
-    from support.models import CASES
-    from transformers import AutoModelForCausalLM
-
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
-    with deepspeed.zero.Init(
-        config_dict_or_path={"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
-    ):
-        model = AutoModelForCausalLM.from_config(CASES["llama"]())
-    with pytest.raises(ValueError) as error:
-        s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2))
-    return str(error.value)
-
-
-def test_attaching_to_a_partitioned_model_is_refused(ranks):
-    for message in ranks(attach_partitioned):
-        assert "partitioned by ZeRO-3 already: load the model outside deepspeed.zero.Init" in message
 
 
 # ---- Trainer ---------------------------------------------------------------------------------------------------

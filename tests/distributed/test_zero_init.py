@@ -271,32 +271,42 @@ def test_a_trained_adapter_is_merged_into_partitioned_weights(ranks, tmp_path):
     ranks(merge_trainable, tmp_path)
 
 
-def refused_after_the_engine(rank, stage):
-    """Before anything changes, with the way out."""
+def attach_in_an_engine(rank, stage):
     model = partitioned("llama") if stage == 3 else model_of("llama")
     engine = engine_for(model, stage)
-    messages = []
     with pytest.raises(ValueError) as error:
         s2ft.attach(engine.module, s2ft.S2FTConfig(d_ratio=0.2))
-    messages.append(str(error.value))
     assert s2ft.list_adapters(engine.module) == []
-    model = partitioned("llama") if stage == 3 else model_of("llama")
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2))
-    engine_for(model, stage)
-    for act in (s2ft.detach, s2ft.merge):
-        with pytest.raises(ValueError) as error:
-            act(model)
-        messages.append(str(error.value))
-    return messages
+    return str(error.value)
 
 
 @pytest.mark.parametrize("stage", (1, 3))
-def test_changes_of_a_model_in_an_engine_are_refused(ranks, stage):
-    for messages in ranks(refused_after_the_engine, stage):
-        assert len(messages) == 3
-        assert all(
-            "DeepSpeed's engine holds" in message and "before deepspeed.initialize" in message for message in messages
-        )
+def test_attaching_to_a_model_in_an_engine_is_refused(ranks, stage):
+    for message in ranks(attach_in_an_engine, stage):
+        assert "DeepSpeed's engine holds" in message and "before deepspeed.initialize" in message
+
+
+def take_out_of_an_engine(rank, stage, directory):
+    """ZeRO-1 leaves the weights whole, and the trained adapter is merged there. ZeRO-3 would gather layers of before."""
+    model = partitioned("llama") if stage == 3 else model_of("llama")
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2))
+    run(engine_for(model, stage), rank)
+    s2ft.save_adapter(model, directory)
+    if stage == 1:
+        return s2ft.merge(model).state_dict()
+    for act in (s2ft.detach, s2ft.merge):
+        with pytest.raises(ValueError, match="DeepSpeed's engine holds"):
+            act(model)
+
+
+@pytest.mark.parametrize("stage", (1, 3))
+def test_a_model_is_taken_out_of_an_engine_whose_weights_are_whole(ranks, stage, tmp_path):
+    states = ranks(take_out_of_an_engine, stage, tmp_path)
+    model = model_of("llama")
+    s2ft.load_adapter(model, tmp_path)
+    expected = s2ft.merge(model).state_dict()
+    for state in states if stage == 1 else ():
+        check_same_values(state, expected)
 
 
 def switch_weights_trained_in_full(rank, folder):

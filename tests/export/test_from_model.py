@@ -149,6 +149,8 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
         s2ft.save_merged(model, tmp_path / "saved", max_shard_size="0GB")
     with pytest.raises(FileExistsError, match="base exists"):
         s2ft.save_merged(model, tmp_path / "base")
+    with pytest.raises(FileNotFoundError, match="is in a folder that doesn't exist"):
+        s2ft.save_merged(model, tmp_path / "nowhere" / "saved")
     s2ft.set_adapter(model, None)
     with pytest.raises(ValueError, match="no adapter is active"):
         s2ft.save_merged(model, tmp_path / "saved")

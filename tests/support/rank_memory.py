@@ -46,7 +46,7 @@ def measure(
         "kept": bytes that autograd saves in a forward. "peak": the largest sum of everything during the second step.
     """
     kind = RUNS[strategy.name if strategy else None]
-    model, before = kind.loaded(make, strategy)
+    model = kind.loaded(make, strategy)
     with kind.meter() as meter:
         model = model or make()
         s2ft.attach(model, config)
@@ -58,10 +58,11 @@ def measure(
         run.step(batch, accumulation, loss)
         states = run.states()
         run.forget()
+        between = run.weights() + run.states() if meter.counts_growth else 0
         meter.begin()
         run.step(batch, accumulation, loss)
         meter.end()
-    result = {"weights": run.weights(), "states": states, "peak": before + meter.peak()}
+    result = {"weights": run.weights(), "states": states, "peak": between + meter.peak()}
     run.forget()
     return {**result, "kept": _kept(run, batch, loss)}
 
@@ -72,6 +73,8 @@ class Allocations:
     The profiler reports each allocation of the CPU's allocator in this thread: tensors, buffers of a reducer, storages
     that are resized.
     """
+
+    counts_growth = False
 
     def __init__(self) -> None:
         self.profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
@@ -107,12 +110,14 @@ class Allocations:
 class Storages(TorchDispatchMode):
     """The largest number of bytes of storages that were alive at one time.
 
-    DeepSpeed gathers in the background, and another thread may free a buffer, which the profiler does not see.
+    Ranks that gather communicate in other threads, which may free a buffer. The profiler does not see that.
     """
+
+    counts_growth = False
 
     def __init__(self) -> None:
         super().__init__()
-        self.alive: dict[int, int] = {}
+        self.alive: dict[int, Any] = {}
         self.most = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -121,10 +126,15 @@ class Storages(TorchDispatchMode):
             if isinstance(leaf, Tensor) and leaf.device.type == "cpu":
                 storage = leaf.untyped_storage()
                 if storage._cdata not in self.alive:
-                    self.alive[storage._cdata] = storage.nbytes()
+                    self.alive[storage._cdata] = weakref.ref(storage)
                     weakref.finalize(storage, self.alive.pop, storage._cdata, None)
-        self.most = max(self.most, sum(self.alive.values()))
+        self.most = max(self.most, self.total())
         return output
+
+    def total(self) -> int:
+        """Return the bytes that are alive. FSDP frees a storage by resizing it, so that sizes are read each time."""
+        storages = [reference() for reference in list(self.alive.values())]
+        return sum(storage.nbytes() for storage in storages if storage is not None)
 
     def begin(self) -> None:
         self.most = 0
@@ -134,6 +144,19 @@ class Storages(TorchDispatchMode):
 
     def peak(self) -> int:
         return self.found
+
+
+class Growth(Storages):
+    """By how much the storages that are alive grow in a step at most. Weights that were read from a file are views."""
+
+    counts_growth = True
+
+    def begin(self) -> None:
+        self.before = self.total()
+        super().begin()
+
+    def peak(self) -> int:
+        return self.found - self.before
 
 
 def _kept(run: "Run", batch: dict[str, Tensor], loss: Callable | None) -> int:
@@ -178,9 +201,9 @@ class Run:
     meter: type = Allocations
 
     @staticmethod
-    def loaded(make: Callable[[], nn.Module], strategy: s2ft.Strategy | None) -> tuple[nn.Module | None, int]:
-        """Return a model that must be loaded from files, which the meter does not see, and its bytes."""
-        return None, 0
+    def loaded(make: Callable[[], nn.Module], strategy: s2ft.Strategy | None) -> nn.Module | None:
+        """Return a model that must be loaded from files."""
+        return None
 
     def __init__(self, model: nn.Module, strategy: s2ft.Strategy | None, accumulation: int) -> None:
         self.module, self.strategy = model, strategy
@@ -228,6 +251,8 @@ class DdpRun(Run):
 
 
 class FsdpRun(Run):
+    meter = Growth
+
     def wrapped(self, model: nn.Module) -> nn.Module:
         return (self._by_accelerate if self.strategy.wrap == "accelerate" else self._by_hand)(model)
 
@@ -273,8 +298,10 @@ class FsdpRun(Run):
 
 
 class TensorParallelRun(Run):
+    meter = Growth
+
     @staticmethod
-    def loaded(make: Callable[[], nn.Module], strategy: s2ft.Strategy | None) -> tuple[nn.Module | None, int]:
+    def loaded(make: Callable[[], nn.Module], strategy: s2ft.Strategy | None) -> nn.Module:
         import torch.distributed as dist
         from transformers.distributed import DistributedConfig
 
@@ -290,7 +317,7 @@ class TensorParallelRun(Run):
         dist.barrier()
         if dist.get_rank() == 0:
             shutil.rmtree(folder[0])
-        return model, _own_bytes(model)
+        return model
 
     def weights(self) -> int:
         return _own_bytes(self.module)

@@ -48,7 +48,7 @@ def split(shadow: nn.Module, record: Attachment, size: int) -> None:
     own = _own_units(shadow, record, size)
     for name, module in list(shadow.named_modules()):
         style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
-        if style in BY_TOKENS and type(module) is nn.Embedding:
+        if style in BY_TOKENS and isinstance(module, nn.Embedding):
             _split_embedding(module, style, size)
         elif style in BY_OUTPUTS or style in BY_INPUTS:
             _split_layer(name, module, style, size, own.get(name, 0))
@@ -98,7 +98,8 @@ def _split_layer(name: str, module: nn.Module, style: str, size: int, own: int) 
 def _split_embedding(module: nn.Embedding, style: str, size: int) -> None:
     width = module.weight.shape[1]
     _cut(module, "weight", BY_TOKENS.index(style), size)
-    module.forward = lambda ids: _Copied.apply(F.embedding(ids, module.weight), width)
+    forward = module.forward  # tensors without data have no bounds, so that any token will do
+    module.forward = lambda ids: _Copied.apply(forward(ids), width)
 
 
 def _cut(module: nn.Module, name: str, dim: int, size: int) -> None:
