@@ -247,7 +247,7 @@ def train_on_four(rank, case, layout, mesh, directory):
     """Two ranks for each half of a batch, on one mesh of four or on two copies of two shards."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    model = sharded(model_of(case), mesh=init_device_mesh("cpu", mesh))
+    model = sharded(model_of(case), mesh=init_device_mesh("cpu", mesh, mesh_dim_names=("copy", "shard")[-len(mesh) :]))
     base = base_of(model)
     attach_to(model, case, layout, selection="weight")
     train(model, rank // 2)
