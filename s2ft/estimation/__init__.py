@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.attached.hosts.compiled import of_compiled
+from s2ft.attached.record import Attachment
 from s2ft.config import S2FTConfig
 from s2ft.estimation.inputs import made_inputs, shape_of, with_cache
 from s2ft.estimation.memory import free_memory, resident
@@ -117,36 +118,40 @@ def estimate(
     place, kernels, notes = _place(model, device)
     if config.units is None and (config.selection, config.allocation) != ("random", "uniform"):
         notes += (f"selection={config.selection!r}, allocation={config.allocation!r} is counted as random and uniform",)
-    loaded = resident(model, place) if dtype is None and memory is None else 0
-    room = free_memory(place) if memory is None else memory
 
     def count(number: int) -> Estimate:
         with torch.random.fork_rng([kernels] if kernels.type == "cuda" else []), _not_on_meta():
-            shadow, record = make_shadow(model, config, dtype, couplings, example)
-            if strategy is not None and strategy.is_tensor_parallel:
-                split(shadow, record, strategy.tp_size or number)
+            shadow, record = _shadow(model, config, dtype, couplings, example, strategy, number)
             if gradient_checkpointing:
                 checkpoint(shadow, gradient_checkpointing)
             forget_data(shadow, kernels)
             inputs = made_inputs(shadow, batch, length, logits, kernels) if example is None else example
-            step = Step(
-                shadow.train(),
-                record,
-                with_cache(shadow, inputs, use_cache),
-                loss,
-                kernels,
-                autocast,
-                complete=example is not None or loss is not None,
-                strategy=strategy,
-                devices=number,
-            )
+            cached, complete = with_cache(shadow, inputs, use_cache), example is not None or loss is not None
+            step = Step(shadow.train(), record, cached, loss, kernels, autocast, complete, strategy, number)
             step.run(make, accumulation)
-        shape, name = shape_of(inputs), strategy and strategy.name
-        rank = step.rank
-        found = Estimate(step.parts(), *shape, str(place), *step.peak(), loaded, room, notes)
+        loaded = resident(model, place) if dtype is None and memory is None else 0
+        room = free_memory(place) if memory is None else memory
+        found = Estimate(step.parts(), *shape_of(inputs), str(place), *step.peak(), loaded, room, notes)
+        name, rank = None if strategy is None else strategy.name, step.rank
         return replace(found, strategy=name, devices=number, host=rank.on_host(), communication=rank.buffers())
 
     return count(devices or 1) if strategy is None or devices is not None else smallest(count, strategy)
+
+
+def _shadow(
+    model: nn.Module,
+    config: S2FTConfig,
+    dtype: torch.dtype | None,
+    couplings: Sequence[Coupling] | None,
+    example: Any,
+    strategy: Strategy | None,
+    devices: int,
+) -> tuple[nn.Module, Attachment]:
+    """Return the shadow model of one device, and its attachment."""
+    shadow, record = make_shadow(model, config, dtype, couplings, example)
+    if strategy is not None and strategy.is_tensor_parallel:
+        split(shadow, record, strategy.tp_size or devices)
+    return shadow, record
 
 
 def _not_on_meta() -> AbstractContextManager:
