@@ -2,9 +2,9 @@
 
     python bench/estimate_ranks.py [--ranks 2 4] [--strategies ddp fsdp2 ...] [--models llama ...]
 
-Each rank is a process of a gloo group on this machine. The kept bytes are those that autograd saves in a forward. All
-other bytes are read from PyTorch's profiler, which reports each allocation of a process: weights on this rank,
-gradients and states after a step, and the largest sum during the second step. ZeRO needs DeepSpeed.
+Each rank is a process of a gloo group on this machine. It measures its weights, its gradients and states after a step,
+the bytes that autograd saves in a forward, and the largest sum of everything during the second step: by PyTorch's
+profiler under DDP, and by the storages that are alive under the other strategies. ZeRO needs DeepSpeed.
 """
 
 import argparse

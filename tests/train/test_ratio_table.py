@@ -8,8 +8,8 @@ import torch
 from train.tiny import save_tiny, tiny_model
 
 import s2ft
-from s2ft.estimation.result import size_of
 from s2ft.cli.main import main
+from s2ft.estimation.result import size_of
 from s2ft.train.ratio_table import planned, rows_of
 from s2ft.train.remedies import loss_in_chunks
 

@@ -1,7 +1,8 @@
 """Tensor parallelism: the shadow model becomes that of one device, whose layers have a part of their outputs or inputs.
 
 The parts are those of the model's plan in transformers. A device has its own heads and channels, so that the model's
-own forward runs on the parts. Outputs that the devices sum or gather are new tensors, as are summed gradients of inputs.
+own forward runs on the parts. Outputs that the devices sum or gather are new tensors, as are summed gradients of
+inputs.
 Every device has the whole of `s2` and uses the units of its own part.
 """
 
@@ -42,8 +43,8 @@ def split(shadow: nn.Module, record: Attachment, size: int) -> None:
     plan = getattr(shadow, "tp_plan", None)
     if not plan:
         raise ValueError(f"{type(shadow).__name__} has no plan for tensor parallelism in transformers")
-    if "lm_head" in plan and shadow.get_output_embeddings().weight is shadow.get_input_embeddings().weight:
-        plan = {name: style for name, style in plan.items() if name != "lm_head"}
+    embedding, head = shadow.get_input_embeddings(), shadow.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
     _check_heads(shadow, size)
     own = _own_units(shadow, record, size)
     for name, module in list(shadow.named_modules()):
@@ -56,6 +57,10 @@ def split(shadow: nn.Module, record: Attachment, size: int) -> None:
             raise ValueError(f"{name} is split by {style!r} in transformers' plan, which s2ft can't count")
         elif isinstance(module, S2Linear) and style is None:
             raise ValueError(f"{name} is not split by transformers' plan: s2ft can't count its training")
+    if tied and head.weight.shape != embedding.weight.shape:
+        raise ValueError("the tied embedding and output layer are split differently, which s2ft can't count")
+    if tied:
+        head.weight = embedding.weight
 
 
 def _check_heads(shadow: nn.Module, size: int) -> None:
