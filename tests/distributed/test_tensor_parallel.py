@@ -18,14 +18,15 @@ from s2ft.model.registry import couplings_of
 
 # "llama" moves heads and channels, "llama-grouped" has heads that can't move and "phi3" weights whose units are on
 # different ranks; "llama-biased" has biases on both sides, "qwen3" norms of heads that transformers runs by a style
-CASES = [
-    ("llama", "permuted"),
-    ("llama-biased", "indexed"),
-    ("qwen2-grouped-tied", "permuted"),
-    ("phi3-grouped", "permuted"),
-]
+CASES = [("llama", "permuted"), ("llama-biased", "indexed"), ("qwen2-grouped-tied", "permuted")]
 TWO_DIMENSIONS = {"fsdp_size": 2}
-MORE_CASES = [("llama", "indexed"), ("llama-biased", "permuted"), ("qwen3", "permuted"), ("olmo2-grouped", "permuted")]
+MORE_CASES = [
+    ("phi3-grouped", "permuted"),
+    ("llama", "indexed"),
+    ("llama-biased", "permuted"),
+    ("qwen3", "permuted"),
+    ("olmo2-grouped", "permuted"),
+]
 
 
 def load(folder, tp=2, **sizes):
