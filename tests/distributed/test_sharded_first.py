@@ -247,7 +247,10 @@ def train_on_four(rank, case, layout, mesh, directory):
     """Two ranks for each half of a batch, on one mesh of four or on two copies of two shards."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    model = sharded(model_of(case), mesh=init_device_mesh("cpu", mesh, mesh_dim_names=("copy", "shard")[-len(mesh) :]))
+    model = sharded(
+        model_of(case, torch.float64),
+        mesh=init_device_mesh("cpu", mesh, mesh_dim_names=("copy", "shard")[-len(mesh) :]),
+    )
     base = base_of(model)
     attach_to(model, case, layout, selection="weight")
     train(model, rank // 2)
@@ -261,6 +264,10 @@ def train_on_four(rank, case, layout, mesh, directory):
     "case, layout, mesh",
     [("llama-grouped", "permuted", (4,)), ("mixtral", "permuted", (2, 2)), ("gpt2", "indexed", (4,))],
 )
-def test_four_ranks(four_ranks, alone, case, layout, mesh, tmp_path):
-    assert four_ranks(train_on_four, case, layout, mesh, tmp_path) == [True] * 4
-    check_same_files(tmp_path, alone(case, layout, selection="weight"))
+def test_four_ranks(four_ranks, case, layout, mesh, tmp_path):
+    """In float64, because AdamW enlarges the rounding of a sum over four ranks where a gradient is nearly zero."""
+    assert four_ranks(train_on_four, case, layout, mesh, tmp_path / "four") == [True] * 4
+    model = attach_to(model_of(case, torch.float64), case, layout, selection="weight")
+    train(model)
+    s2ft.save_adapter(model, tmp_path / "alone")
+    check_same_files(tmp_path / "four", tmp_path / "alone", rtol=1e-9, atol=1e-9)
