@@ -76,6 +76,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench/selection.py
 	$(BIN)/python bench/bank.py
 	$(BIN)/python bench/discovery.py
+	$(BIN)/python bench/strategies.py
 	$(BIN)/python bench/ops/run.py
 
 # Build the documentation in site/. A broken link, a missing page or a public name without a full docstring is an

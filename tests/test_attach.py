@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from support.models import ALL_RATIOS, CASES, block_weights, model_of, output_of, ratios_for, token_batch, train
-from support.pairs import pairs_mostly_slow
+from support.models import ALL_RATIOS, CASES, FIRST, block_weights, model_of, output_of, ratios_for, token_batch, train
+from support.pairs import pairs_mostly_slow, rest_slow
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
 from transformers import (
@@ -36,8 +36,6 @@ from s2ft.model.weights import weight_at
 from s2ft.ops.act_mul import ACTIVATIONS
 
 LAYOUTS = ("permuted", "indexed")
-# the first case of each kind of config; the others differ in numbers of heads, activations and biases
-FIRST = {type(CASES[case]()): case for case in reversed(CASES)}.values()
 # each projection alone, all projections, and the asymmetric pairs of the paper
 REQUESTS = {
     **{key: {key: 0.5} for key in ("q_ratio", "k_ratio", "v_ratio", "o_ratio", "u_ratio", "g_ratio", "d_ratio")},
@@ -86,7 +84,7 @@ def test_every_layer_is_reported_and_trained(case):
     assert len({(row.projection, row.units) for row in report.rows}) == len(report.rows)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", rest_slow(CASES, FIRST))
 def test_plan_equals_the_report_of_attach(case):
     """plan reads no weight: it gives the same selection on the meta device."""
     model, config = model_of(case), config_for(case, "all")
@@ -141,9 +139,7 @@ def test_train_detach_merge(case, layout, dtype, tmp_path):
     assert not any(change.any() for change in moved.values())
 
 
-@pytest.mark.parametrize(
-    "case", [case if case in FIRST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
-)
+@pytest.mark.parametrize("case", rest_slow(CASES, FIRST))
 def test_layouts_train_alike_and_like_masked_full_training(case):
     """Four steps: both layouts have the same losses as a full model whose gradient is masked."""
     losses = {}

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.models import ALL_RATIOS, CASES, inputs_of, model_of, ratios_for
+from support.models import ALL_RATIOS, CASES, FIRST, inputs_of, model_of, ratios_for
+from support.pairs import rest_slow
 from support.tolerances import relative_difference
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -549,7 +550,7 @@ def test_selecting_by_couplings_does_not_change_the_model():
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)), ids=str)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", rest_slow(CASES, FIRST))
 def test_verification_accepts_every_family(case, dtype):
     """The units of every coupling are permuted at random, on an input made from the config."""
     model = model_of(case, dtype)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.models import ALL_RATIOS, AUTO, CASES, inputs_of, model_of, ratios_for, token_batch
-from support.pairs import in_turn, pairs_mostly_slow
+from support.pairs import in_turn, pairs_mostly_slow, rest_slow
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -106,9 +106,7 @@ KINDS_OF_BLOCKS = ("llama-grouped", "gemma2", "cohere", "phi3", "gpt2", "gpt-neo
 
 
 @pytest.mark.parametrize("layout,dtype", PRODUCT)
-@pytest.mark.parametrize(
-    "case", [case if case in KINDS_OF_BLOCKS else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
-)
+@pytest.mark.parametrize("case", rest_slow(CASES, KINDS_OF_BLOCKS))
 def test_kept_bytes_equal_the_measured_ones(case, layout, dtype):
     model, config = model_of(case, dtype), config_for(case, layout=layout)
     inputs = training_inputs(model)

@@ -63,8 +63,8 @@ def check_not_in_engine(model: nn.Module, what: str, removes: bool = False) -> N
     Args:
         model: The model.
         what: The change, for the message.
-        removes: Whether the change only takes layers away. ZeRO-1 and ZeRO-2 leave the weights whole, so that a model can
-            be taken out of their engines.
+        removes: Whether the change only takes layers away. ZeRO-1 and ZeRO-2 leave the weights whole, so that a model
+            can be taken out of their engines.
     """
     if is_run_by_engine(model) or (not removes and any(map(has_master_copy, model.parameters()))):
         raise ValueError(

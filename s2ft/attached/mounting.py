@@ -76,14 +76,7 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
         if any(projection.name in selection for projection in coupling.projections)
     ]
     check_split_layers(model, touched)
-    moves = {}
-    if config.layout == "permuted":
-        movable = [coupling for coupling in touched if coupling.movable]
-        check_can_move(model, movable)
-        for coupling in movable:
-            blocks = unit_blocks(model, coupling)
-            if blocks is not None:  # else the units are trained in place
-                moves[coupling] = Move(coupling, order_in_blocks(blocks, *_selected(coupling, selection)))
+    moves = _moves(model, touched, selection) if config.layout == "permuted" else {}
     check_gradients_pass(model)
     check_shards(model, touched)
     check_memory(model, [projection for coupling in touched for projection in coupling.projections])
@@ -261,6 +254,21 @@ def _order(coupling: Coupling, selection: Selection) -> Tensor:
     optimizer's state have the same order on any number of ranks.
     """
     return coupling_order(coupling.count, *_selected(coupling, selection))
+
+
+def _moves(model: nn.Module, touched: list[Coupling], selection: Selection) -> dict[Coupling, Move]:
+    """Make the moves that bring selected units together, after checks. With tensor parallelism no unit changes ranks.
+
+    A coupling without a move is trained in place: its units can't move, or no rank has them whole.
+    """
+    movable = [coupling for coupling in touched if coupling.movable]
+    check_can_move(model, movable)
+    blocks = {coupling: unit_blocks(model, coupling) for coupling in movable}
+    return {
+        coupling: Move(coupling, order_in_blocks(found, *_selected(coupling, selection)))
+        for coupling, found in blocks.items()
+        if found is not None
+    }
 
 
 def _selected(coupling: Coupling, selection: Selection) -> tuple[list[Tensor], Tensor | None]:

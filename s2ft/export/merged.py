@@ -54,8 +54,8 @@ def export(
     """
     if max_shard_size is not None:
         check_size(max_shard_size)
-    saved = s2ft.read_adapter(adapter)  # first, so that a damaged adapter is found at once
     with temporary_folder(output) as folder:
+        saved = s2ft.read_adapter(adapter)  # before the base is opened, so that a damaged adapter is found at once
         try:
             model, weights = model_on_disk(model_name, dtype_of_base(saved, dtype))
             tokenizer = give_prompt(load_tokenizer(model_name), saved.info, f"adapter {saved.name!r}")

@@ -5,10 +5,11 @@ import warnings
 from functools import cache
 from typing import Any, ClassVar
 
+import numpy
 import torch
 from torch import Tensor, nn
 
-from s2ft.distributed import own_shard, write_full_values
+from s2ft.distributed import own_shard, reads_weights, write_full_values
 from s2ft.layers.kind import Kind
 from s2ft.ops import effective_units
 from s2ft.ops._lock import LOCK, finish_interrupted
@@ -148,8 +149,9 @@ class S2Layer(nn.Module):
         If the weight is on the meta device, s2 is on the CPU: accelerate tells the parameters of an optimizer apart by
         their address, and those on the meta device have none.
         """
-        device = "cpu" if self.weight.is_meta else self.weight.device
-        self.s2 = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype))
+        arrives = self.weight.is_meta or not reads_weights() and self.weight.device.type == "cpu"
+        zeros = untouched_zeros(shape, dtype) if arrives else torch.zeros(shape, device=self.weight.device, dtype=dtype)
+        self.s2 = nn.Parameter(zeros)
         self._made = self.s2.dtype
         self.register_buffer("base", None)
         self.enabled = True
@@ -369,6 +371,12 @@ class S2Layer(nn.Module):
 def beside(index: Tensor, weight: Tensor) -> Tensor:
     """Move the numbers of units to the device of a weight. On the meta device they would be lost, so they stay."""
     return index if weight.is_meta else index.to(weight.device)
+
+
+def untouched_zeros(shape: list[int], dtype: torch.dtype) -> Tensor:
+    """Make zeros on the CPU that take no memory until they are written."""
+    count = torch.Size(shape).numel() * dtype.itemsize
+    return torch.from_numpy(numpy.zeros(count, dtype=numpy.uint8)).view(dtype).view(shape)
 
 
 def check_private_once(layer: nn.Module, weight: Tensor) -> None:

@@ -58,6 +58,8 @@ class S2Linear(S2Layer):
         )
         self._add_bias(bias)
         self._set_units(start, end, index, delta_dtype)
+        if self.weight.is_meta:  # only an attached layer needs s2 elsewhere
+            self.s2 = nn.Parameter(self.s2.to("meta"))
         self.reset_parameters()
         if isinstance(bias, Tensor):
             with torch.no_grad():

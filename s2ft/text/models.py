@@ -10,6 +10,8 @@ from typing import Any
 
 from s2ft.packages import check_packages
 
+# Modules that import torch are imported in functions: the options of the command line need this module.
+
 AUTO = (
     "AutoModelForImageTextToText",
     "AutoModelForCausalLM",

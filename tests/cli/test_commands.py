@@ -201,17 +201,44 @@ def test_the_merged_folder_is_complete_and_no_other_file_is_left(work, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
+def spoiled_file(folder):
+    """Change the last byte of the written weights, as a failing disk would."""
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
 def test_a_merge_that_fails_its_check_leaves_nothing(work, tmp_path, monkeypatch):
     from s2ft.export import merged as merging
 
-    def spoiled(model, tokenizer, folder):
-        with torch.no_grad():
-            model.lm_head.weight[0, 0] += 1
-        return compare(model, tokenizer, folder)
+    def spoiled(folder, *arguments):
+        compare = write(folder, *arguments)
+        spoiled_file(folder)
+        return compare
+
+    write = merging.write_merged
+    monkeypatch.setattr(merging, "write_merged", spoiled)
+    with pytest.raises(RuntimeError, match="is not the merged model: "):
+        merging.export(str(work / "model"), work / "out/adapter", tmp_path / "merged")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_merge_in_memory_that_fails_its_check_leaves_nothing(work, tmp_path, monkeypatch):
+    from s2ft.export import merged as merging
+    from s2ft.model.conversion import CannotStream
+
+    def refuse(*arguments):
+        raise CannotStream("its weights are a pickle")
+
+    def spoiled(model, folder):
+        spoiled_file(folder)
+        return compare(model, folder)
 
     compare = merging._compare
+    monkeypatch.setattr(merging, "model_on_disk", refuse)
     monkeypatch.setattr(merging, "_compare", spoiled)
-    with pytest.raises(RuntimeError, match="is not the merged model: lm_head.weight"):
+    with pytest.raises(RuntimeError, match="is not the merged model: "):
         merging.export(str(work / "model"), work / "out/adapter", tmp_path / "merged")
     assert not any(tmp_path.iterdir())
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from runs import attached, check_same_files, files, logits, sharded, train
 from support.models import model_of
-from support.pairs import in_turn
+from support.pairs import in_turn, rest_slow
 
 import s2ft
 from s2ft.attached.record import attachment_of
@@ -154,7 +154,7 @@ def switch_sharded(rank, case, saved):
     return seen, weights
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", rest_slow(CASES, ("llama-grouped", "mixtral", "phi3")))
 def test_switching_adapters_on_a_sharded_model(ranks, case, tmp_path):
     saved = {}
     for name, seed in (("a", 1), ("b", 2)):

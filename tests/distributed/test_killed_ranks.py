@@ -3,17 +3,14 @@
 A rank kills itself with SIGKILL when it is about to call a chosen function. The processes of a test are its own.
 """
 
-import importlib
-import os
 import shutil
-import signal
 import time
 from datetime import timedelta
 
 import pytest
 from runs import attached, check_same_files, sharded, train
+from support.killed import kill_at
 from support.models import model_of
-from support.pairs import in_turn
 from support.ranks import Ranks
 from test_meta_ranks import meta_of
 from test_trainer import trainer
@@ -37,24 +34,6 @@ def of_agent():
     made = Ranks(agent=True)
     yield made
     made.close()
-
-
-def kill_at(point, number=1):
-    """Kill this process when it calls a function for the nth time. The point is "module:name"."""
-    module, _, names = point.partition(":")
-    *classes, name = names.split(".")
-    owner = importlib.import_module(module)
-    for one in classes:
-        owner = getattr(owner, one)
-    function, calls = getattr(owner, name), []
-
-    def kill(*args, **options):
-        calls.append(1)
-        if len(calls) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **options)
-
-    setattr(owner, name, kill)
 
 
 def run_and_kill(rank, victim, point, number, act, args):
@@ -97,7 +76,9 @@ WRITING = "s2ft.adapter.formats.native:replace_file"  # two calls each time: the
 
 
 @pytest.mark.parametrize(
-    "number, mortals", in_turn([3, 4], ["rank 0 has the store", "an agent has the store"]), indirect=["mortals"]
+    "number, mortals",
+    [(4, "an agent"), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((3, "an agent"), (4, "rank 0")))],
+    indirect=["mortals"],
 )
 def test_the_first_rank_dies_while_it_writes_an_adapter(mortals, number, tmp_path):
     (error,) = errors_of_survivors(mortals, 0, WRITING, number, save_twice, tmp_path)
@@ -108,6 +89,7 @@ def test_the_first_rank_dies_while_it_writes_an_adapter(mortals, number, tmp_pat
     check_same_files(tmp_path / "first", tmp_path / "expected")  # the earlier one, whole
 
 
+@pytest.mark.slow
 def test_another_rank_dies_before_the_slices_are_gathered(of_agent, tmp_path):
     (error,) = errors_of_survivors(of_agent, 1, "s2ft.attached.active:full_tensors", 2, save_twice, tmp_path)
     assert "gathering what is trained: rank 0 waited for rank 1: it has given no sign of life for 1.5 s" in error
@@ -123,7 +105,6 @@ RANDOM = "transformers:Trainer._save_rng_state"
 OPTIMIZER = "s2ft.train.optimizer_state:gather_state"
 KILLS = [
     pytest.param("ddp", 0, RENAMING, marks=pytest.mark.slow),
-    ("fsdp", 1, RANDOM),
     *(
         pytest.param(way, victim, point, marks=pytest.mark.slow)
         for way in ("ddp", "fsdp", "fsdp sharded")
@@ -160,13 +141,8 @@ LOADING = "s2ft.adapter.loading:set_mounted_deltas"
 STATE = "s2ft.train.optimizer_state:load_state"
 
 
-@pytest.mark.parametrize(
-    "way, victim, point",
-    [
-        ("fsdp", 1, LOADING),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("ddp", 1, LOADING), ("fsdp", 0, STATE))),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("way, victim, point", [("fsdp", 1, LOADING), ("ddp", 1, LOADING), ("fsdp", 0, STATE)])
 def test_a_rank_dies_while_a_checkpoint_is_loaded(of_agent, way, victim, point, tmp_path):
     of_agent(train_to_the_end, way, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "killed" / "checkpoint-2")
@@ -189,7 +165,7 @@ def without_weights(rank, saved):
 
 
 FINGERPRINT, SELECTION = "s2ft.attached.record:fingerprint", "s2ft.selection:_select"
-WAITS = [(FINGERPRINT, True, "rank 0 has the store"), (FINGERPRINT, False, "an agent"), (SELECTION, False, "an agent")]
+WAITS = [(FINGERPRINT, True, "rank 0"), (FINGERPRINT, False, "an agent"), (SELECTION, False, "an agent")]
 
 
 @pytest.mark.parametrize(
@@ -232,26 +208,34 @@ def test_the_first_rank_dies_while_it_writes_a_merged_checkpoint(of_agent, point
 # ---- waiting ---------------------------------------------------------------------------------------------------
 
 
-def work_for_long(rank, shared):
+def work_for_long(rank, folder):
     """The first rank works for longer than others wait for a rank that does nothing."""
     heartbeat.INTERVAL, heartbeat.SILENCE = 0.01, 60
     distributed.RANK_TIMEOUT = timedelta(seconds=0.01)
+    started, waited = folder / "started", folder / "waited"
 
-    def until_the_other_has_waited():
-        while not shared.exists():
-            time.sleep(0.01)
+    def work():
+        started.touch()
+        wait_for(waited)
 
-    why_end = heartbeat.Vigil.why_end
+    if rank == 1:
+        wait_for(started)
+    why_end, begin = heartbeat.Vigil.why_end, time.monotonic()
 
     def looked(vigil, sign):
         """Let the first rank end after this one has been patient for ten times as long as it is with others."""
-        if vigil.clock() - created > 0.1 and sign.endswith(heartbeat.WORKING):
-            shared.touch()
+        if vigil.clock() - begin > 0.1:
+            waited.touch()
         return why_end(vigil, sign)
 
-    heartbeat.Vigil.why_end, created = looked, time.monotonic()
-    distributed.run_on_first_rank("long work", [0, 1], until_the_other_has_waited)
+    heartbeat.Vigil.why_end = looked
+    distributed.run_on_first_rank("long work", [0, 1], work)
+
+
+def wait_for(file):
+    while not file.exists():
+        time.sleep(0.01)
 
 
 def test_a_rank_that_works_for_long_is_waited_for(of_agent, tmp_path):
-    of_agent(work_for_long, tmp_path / "done")
+    of_agent(work_for_long, tmp_path)

@@ -103,6 +103,34 @@ def test_two_ranks_resume_exactly_in_a_later_epoch(job, tmp_path, more):
     check_same_files(tmp_path / "halves" / "adapter", tmp_path / "whole" / "adapter", exactly=True)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_processes(job, tmp_path, before, after):
+    arguments, alone = job
+    for processes, more in ((before, ["--stop-after", "2"]), (after, ["--resume"])):
+        if processes == 1:
+            assert main([*arguments, "--output", str(tmp_path), *more]) == 0
+        else:
+            torchrun(tmp_path, *arguments, *more)
+    check_same_files(tmp_path / "adapter", alone)
+    assert [line["step"] for line in read_log(tmp_path / "log.jsonl") if "loss" in line] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchrun_ends_the_run_of_a_killed_rank_and_the_next_one_goes_on(job, tmp_path, rank):
+    """The rank kills itself while the second checkpoint is written."""
+    arguments, alone = job
+    point = "s2ft.train.checkpoints:seal" if rank == 0 else "transformers:Trainer._save_rng_state"
+    killed = [str(ROOT / "tests" / "support" / "killed.py"), str(rank), point, "2"]
+    done = run(*TORCHRUN, *killed, *arguments, "--output", str(tmp_path))
+    assert done.returncode != 0 and "Signal 9" in done.stderr, done.stderr[-3000:]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not (tmp_path / "adapter").exists()
+    torchrun(tmp_path, *arguments, "--resume")
+    check_same_files(tmp_path / "adapter", alone)
+
+
 def options_for(name, processes):
     """The options of accelerate for an example. Of four devices, each two share a row or a weight."""
     options = ["--config_file", str(ROOT / "examples" / "accelerate" / f"{name}.yaml")]

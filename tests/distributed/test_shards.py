@@ -146,6 +146,15 @@ def test_the_own_shard_of_two_ranks(ranks, shape, mesh, placements):
     assert ranks(own_shards, shape, mesh, list(placements)) == [True, True]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "shape, placements", [((8, 4), ["s0", "0"]), ((8, 4), ["0", "1"]), ((7, 3), ["0", "0"]), ((8, 3), ["r", "0"])]
+)
+def test_the_own_shard_of_four_ranks(four_ranks, shape, placements):
+    """Also where FSDP2 shards what tensor parallelism has cut along the same dimension."""
+    assert four_ranks(own_shards, shape, (2, 2), placements) == [True] * 4
+
+
 # ---- deciding --------------------------------------------------------------------------------------------
 
 

@@ -18,13 +18,15 @@ from s2ft.model.registry import couplings_of
 
 # "llama" moves heads and channels, "llama-grouped" has heads that can't move and "phi3" weights whose units are on
 # different ranks; "llama-biased" has biases on both sides, "qwen3" norms of heads that transformers runs by a style
-CASES = [
-    ("llama", "permuted"),
-    ("llama-biased", "indexed"),
-    ("qwen2-grouped-tied", "permuted"),
+CASES = [("llama", "permuted"), ("llama-biased", "indexed"), ("qwen2-grouped-tied", "permuted")]
+TWO_DIMENSIONS = {"fsdp_size": 2}
+MORE_CASES = [
     ("phi3-grouped", "permuted"),
+    ("llama", "indexed"),
+    ("llama-biased", "permuted"),
+    ("qwen3", "permuted"),
+    ("olmo2-grouped", "permuted"),
 ]
-MORE_CASES = [("llama", "indexed"), ("llama-biased", "permuted"), ("qwen3", "permuted"), ("olmo2-grouped", "permuted")]
 
 
 def load(folder, tp=2, **sizes):
@@ -103,8 +105,8 @@ def test_training_equals_one_process(ranks, tmp_path, case, layout):
 # ---- selection and the base ----------------------------------------------------------------------------
 
 
-def select_all(rank, folder, case, tp=2):
-    model = load(folder, tp)
+def select_all(rank, folder, case, tp=2, sizes=()):
+    model = load(folder, tp, **dict(sizes))
     found = {}
     for selection in ("weight", "activation", "product", "gradient"):
         data = None if selection == "weight" else batches(model, 2)
@@ -120,6 +122,46 @@ def test_selection_and_fingerprint_equal_one_process(ranks, tmp_path, case):
     expected = select_all(0, tmp_path, case, tp=1)
     for found in ranks(select_all, tmp_path, case):
         assert found == expected
+
+
+@pytest.mark.slow
+def test_selection_on_groups_of_ranks(four_ranks, tmp_path):
+    model_of("llama-biased").save_pretrained(tmp_path)
+    expected = select_all(0, tmp_path, "llama-biased", tp=1)
+    for found in four_ranks(select_all, tmp_path, "llama-biased", 2, tuple(TWO_DIMENSIONS.items())):
+        assert found == expected
+
+
+def train_and_shard(rank, folder):
+    """parallelize_module on one dimension of a mesh, attach, then fully_shard on the other one."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = load_parallelized(folder, mesh["tp"])
+    before = logits(model)
+    s2ft.attach(model, config_of("llama"))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh["dp"])
+    fully_shard(model, mesh=mesh["dp"])
+    unchanged = logits(model)
+    train_halves(model, rank // 2)
+    s2ft.save_adapter(model, folder / "split")
+    return before, unchanged, logits(model)
+
+
+@pytest.mark.slow
+def test_sharded_after_attach(four_ranks, tmp_path):
+    model_of("llama").save_pretrained(tmp_path)
+    model = load(tmp_path, 1)
+    s2ft.attach(model, config_of("llama"))
+    train_halves(model)
+    s2ft.save_adapter(model, tmp_path / "adapter")
+    after = logits(model)
+    for b, u, a in four_ranks(train_and_shard, tmp_path):
+        torch.testing.assert_close(u, b)
+        torch.testing.assert_close(a, after, rtol=1e-4, atol=1e-4)
+    check_same_files(tmp_path / "split", tmp_path / "adapter", atol=1e-4)
 
 
 # ---- adapters ------------------------------------------------------------------------------------------
@@ -215,8 +257,6 @@ def test_a_rank_without_units_takes_part(ranks, tmp_path):
 
 # ---- tensor parallelism and other strategies -----------------------------------------------------------
 
-TWO_DIMENSIONS = {"fsdp_size": 2}
-
 
 def train_in_groups(rank, folder, case, layout, tp, sizes):
     """As train_and_save, with each data-parallel rank on its half of every batch."""
@@ -267,7 +307,7 @@ def load_packed(folder):
     return AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
 
 
-def load_parallelized(folder):
+def load_parallelized(folder, mesh=None):
     """torch's own parallelize_module: it registers hooks."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -277,7 +317,7 @@ def load_parallelized(folder):
     plan = {name: ColwiseParallel() for name in outputs}
     plan |= {name: RowwiseParallel() for name in ("self_attn.o_proj", "mlp.down_proj")}
     for layer in model.model.layers:
-        parallelize_module(layer, init_device_mesh("cpu", (2,)), plan)
+        parallelize_module(layer, mesh or init_device_mesh("cpu", (2,)), plan)
     return model
 
 
@@ -340,7 +380,7 @@ def refused(rank, folder, way):
         ("llama", "pipeline", "pipeline stages"),
         ("llama", "plain shards", "update transformers"),
         ("llama", "another forward", "has replaced its forward"),
-        ("mixtral", "experts", "experts that are split by tensor parallelism"),
+        ("mixtral", "experts", "experts that are split by tensor or expert parallelism"),
     ],
 )
 def test_refused_before_anything_changes(ranks, tmp_path, case, way, words):

@@ -157,7 +157,7 @@ def train_plain(rank, way, folder):
         s2ft.save_adapter(made.accelerator.unwrap_model(made.model), folder / f"{name} adapter")
 
 
-@pytest.mark.parametrize("way", ("ddp", "fsdp"))
+@pytest.mark.parametrize("way", (pytest.param("ddp", marks=pytest.mark.slow), "fsdp"))
 def test_plain_trainer_resumes_exactly(ranks, way, tmp_path):
     """Under FSDP2 its checkpoints contain the base too, which s2ft can't change."""
     ranks(train_plain, way, tmp_path)

@@ -237,6 +237,8 @@ CASES: dict[str, Callable[[], PretrainedConfig]] = {
 }
 # Older releases of transformers lack the modules of some cases.
 CASES = {case: make for case, make in CASES.items() if not is_too_old(transformers.__version__, make().model_type)}
+# the first case of each kind of config; the others differ in numbers of heads, activations and biases
+FIRST = tuple({type(CASES[case]()): case for case in reversed(CASES)}.values())
 AUTO = {
     BertConfig: AutoModelForMaskedLM,
     RobertaConfig: AutoModelForMaskedLM,

@@ -27,6 +27,12 @@ def pairs_mostly_slow(cases: Iterable, first: Iterable, second: Iterable) -> lis
     return [row if number in chosen else pytest.param(*row, marks=pytest.mark.slow) for number, row in enumerate(rows)]
 
 
+def rest_slow(cases: Iterable, some: Iterable) -> list:
+    """Return all cases. Those that are not in `some` are slow."""
+    some = set(some)
+    return [case if case in some else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
 def in_turn(cases: Iterable, values: Iterable) -> list:
     """Return all pairs of a case and a value. By default each case runs with one value, in turn; the others are slow."""
     values = list(values)

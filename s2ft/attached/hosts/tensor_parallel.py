@@ -53,9 +53,12 @@ def check_split_layers(model: nn.Module, couplings: list[Coupling]) -> None:
 
 def _obstacle(found: nn.Module | Tensor, weight: Tensor, is_quantized: bool) -> str:
     """The reason why a layer can't be trained under tensor parallelism, in words; an empty string if it can."""
-    is_split = is_dtensor(weight) and "tp" in (weight.device_mesh.mesh_dim_names or ())
+    names = weight.device_mesh.mesh_dim_names if is_dtensor(weight) else None
+    is_split = bool({"tp", "ep"} & set(names or ()))  # as transformers and accelerate name them
     if isinstance(found, Tensor):
-        return "holds experts that are split by tensor parallelism, which s2ft can't train" if is_split else ""
+        return (
+            "holds experts that are split by tensor or expert parallelism, which s2ft can't train" if is_split else ""
+        )
     style = _style_of(found)
     if kind_of(found) is SPLIT_LINEAR:
         if split_of(weight) is None:
