@@ -77,6 +77,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench/bank.py
 	$(BIN)/python bench/discovery.py
 	$(BIN)/python bench/strategies.py
+	$(BIN)/python bench/ranks_memory.py
+	$(BIN)/python bench/estimate_ranks.py
 	$(BIN)/python bench/ops/run.py
 
 # Build the documentation in site/. A broken link, a missing page or a public name without a full docstring is an

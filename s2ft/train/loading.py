@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from s2ft.config import S2FTConfig
+from s2ft.distributed import reads_weights
 from s2ft.packages import check_packages
 from s2ft.text.models import DTYPES, load_model, locate
 from s2ft.train.options import ModelOptions
-from s2ft.train.parallel import gets_weights_later, loading_config
+from s2ft.train.parallel import loading_config
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,8 @@ def load_base(options: ModelOptions, arguments: Any):
     more.setdefault("distributed_config", loading_config(arguments))
     if quantization is not None and not arguments.use_cpu:
         more.setdefault("device_map", {"": arguments.device})
-    elif gets_weights_later() and not locate(options.model_name_or_path)[1]:  # a GGUF file is unpacked by every rank
-        more.setdefault("device_map", "meta")
+    elif not reads_weights() and not locate(options.model_name_or_path)[1]:  # a GGUF file is unpacked by every rank
+        more.setdefault("device_map", "meta")  # transformers 5.24 would read on every rank
     model, tokenizer = load_model(
         options.model_name_or_path,
         dtype,

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from s2ft.distributed import decide, has_numbers, is_sharded, will_be_loaded_again
+from s2ft.distributed import decide, has_numbers, is_sharded
 from s2ft.model.gathering import gathered_forwards
 
 
@@ -123,15 +123,6 @@ def loading_config(arguments: Any) -> dict[str, Any] | None:
             "examples/accelerate/tensor.yaml, whose dp_shard_size shards over the other devices"
         )
     return dict(given)
-
-
-def gets_weights_later() -> bool:
-    """Return whether this process reads no weights: accelerate sends them from the first rank when it shards the model.
-
-    That is FSDP2 with fsdp_cpu_ram_efficient_loading. The first process of each machine reads, and transformers 5.24
-    would let every process read: it skips no weights by itself, measured.
-    """
-    return will_be_loaded_again() and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def run_where_weights_are(what: str, model: nn.Module, run: Callable[[], Any]) -> Any:
