@@ -68,7 +68,9 @@ def layers_and_ops() -> Tensor:
 
 
 def memory(model: nn.Module) -> int:
-    found: s2ft.Estimate = s2ft.estimate(model, s2ft.S2FTConfig(d_ratio=0.1), batch_size=1, length=128)
     spread: s2ft.Strategy = s2ft.Strategy("fsdp2", offload="all")
+    found: s2ft.Estimate = s2ft.estimate(
+        model, s2ft.S2FTConfig(d_ratio=0.1), batch=1, length=128, strategy=spread, devices=2
+    )
     info: dict[str, object] = s2ft.build_info()
     return found.parameters + len(info)

@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 from functools import wraps
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
 from s2ft.attached.hosts.sentence_transformers import is_sentence_model, transformer_in
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -25,7 +28,7 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return model
 
 
-def of_compiled(function: Callable) -> Callable:
+def of_compiled(function: Function) -> Function:
     """Decorator: pass the model inside a wrapper of torch.compile or sentence-transformers to the function.
 
     The compiled model notices replaced layers and is compiled again at its next call.
@@ -35,4 +38,4 @@ def of_compiled(function: Callable) -> Callable:
     def call(model: nn.Module, *args, **options):
         return function(unwrapped(model), *args, **options)
 
-    return call
+    return cast(Function, call)

@@ -5,10 +5,12 @@ So an adapter has the paths of that model, and a plain transformers model can lo
 
 from collections.abc import Callable, Iterator
 from functools import wraps
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
 PACKAGE = "sentence_transformers"
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def is_sentence_model(model: nn.Module) -> bool:
@@ -70,7 +72,7 @@ def check_rest_frozen(model: nn.Module) -> None:
         )
 
 
-def with_rest_frozen(function: Callable) -> Callable:
+def with_rest_frozen(function: Function) -> Function:
     """Decorator: call :func:`check_rest_frozen` with the model before the function."""
 
     @wraps(function)
@@ -78,4 +80,4 @@ def with_rest_frozen(function: Callable) -> Callable:
         check_rest_frozen(model)
         return function(model, *args, **options)
 
-    return call
+    return cast(Function, call)
