@@ -96,6 +96,17 @@ def check_shards(model: nn.Module, couplings: list[Coupling]) -> None:
                 )
 
 
+def check_is_quantized(model: nn.Module, couplings: list[Coupling]) -> None:
+    """Raise ValueError for a layer of a quantizer that has no quantized values yet."""
+    for projection in projections_of(couplings):
+        handle = weight_at(model, projection)
+        if handle.read_only and handle.tensor.is_meta:
+            raise ValueError(
+                f"{projection.path} is on the meta device ({type(handle.holder).__name__}), and its quantization is "
+                "known only when it is loaded: load the quantized weights, on every rank"
+            )
+
+
 def check_can_fuse(model: nn.Module) -> None:
     """Raise ValueError if FSDP2 or ZeRO-3 has spread weights over ranks. Tensor parallelism is no obstacle."""
     path = next((path for path, parameter in model.named_parameters() if is_partitioned(parameter)), None)

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from s2ft.attached import extra_weights
 from s2ft.attached.arrival import add_arrival_hooks, after_apply, expect_weights, mark_layers, remove_arrival_hooks
-from s2ft.attached.checks import check_can_move, check_gradients_pass, check_memory, check_not_in_engine, check_shards
+from s2ft.attached.checks import (
+    check_can_move,
+    check_gradients_pass,
+    check_is_quantized,
+    check_memory,
+    check_not_in_engine,
+    check_shards,
+)
 from s2ft.attached.forwards import experts_modules, put_forwards_back, replace_forward, restore_forwards
 from s2ft.attached.hosts.checkpointing import close_blocks, open_blocks
 from s2ft.attached.hosts.quantizers import allow_training, restore_quantizer
@@ -79,6 +86,7 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
     moves = _moves(model, touched, selection) if config.layout == "permuted" else {}
     check_gradients_pass(model)
     check_shards(model, touched)
+    check_is_quantized(model, touched)
     check_memory(model, [projection for coupling in touched for projection in coupling.projections])
     for coupling in touched:
         for module in experts_modules(coupling):
