@@ -80,7 +80,30 @@ def remove_arrival_hooks(model: nn.Module) -> None:
 
 
 def _after_load(model: nn.Module, *_: Any) -> None:
-    take_up(model)
+    if not take_up(model):
+        _reorder_if_base_was_loaded(model)
+
+
+def _reorder_if_base_was_loaded(model: nn.Module) -> None:
+    """Reorder the shards of FSDP2 again if a state has brought them in the base's order.
+
+    The state of a sharded model has the model's own order, and a checkpoint of the base has the base's. Nothing but the
+    fingerprint tells one from the other. Every rank loads a state of a sharded model, so every rank calls this.
+    """
+    record = find_attachment(model)
+    if record is None or record.awaits_weights or record.written or not any(move.is_done for move in record.moves):
+        return
+    if not any(isinstance(module, fsdp_modules()) for module in model.modules()):
+        return
+    reshard_all(model)
+    if difference(fingerprint(model, record.couplings), record.fingerprint):
+        return
+    for move in record.moves:
+        move.start_again()
+    mark_layers(record)
+    for move in record.moves:
+        move.finish(model)
+    mark_layers(record)
 
 
 def _before_forward(model: nn.Module, *_: Any) -> None:

@@ -234,6 +234,30 @@ def test_a_sharded_model_is_not_fused(ranks):
         assert "s2ft.merge writes it into the shards for good" in message and same
 
 
+# ---- states ------------------------------------------------------------------------------------------------
+
+
+def load_states(rank):
+    """Load the base's state and the model's own into a sharded model. Returns whether the outputs stay the same."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    model = sharded(with_deltas())
+    before = logits(model)
+    base = model_of("llama", torch.bfloat16).state_dict()
+    model.reshard()  # FSDP2 keeps the root's weights gathered after a forward
+    set_model_state_dict(model, base, options=StateDictOptions(full_state_dict=True, strict=False))
+    same = [torch.equal(logits(model), before)]
+    model.reshard()
+    model.load_state_dict(model.state_dict())
+    same.append(torch.equal(logits(model), before))
+    s2ft.set_adapter(model, None)
+    return *same, torch.equal(logits(model), logits(sharded(model_of("llama", torch.bfloat16))))
+
+
+def test_a_state_in_the_bases_order_is_loaded_into_a_sharded_model(ranks):
+    assert ranks(load_states) == [(True, True, True)] * 2
+
+
 # ---- memory and precision ---------------------------------------------------------------------------------
 
 
