@@ -68,6 +68,14 @@ def test_zero_divides_states_and_keeps_weights(alone, name):
     assert found.optimizer == pytest.approx((alone.optimizer + 4 * alone.trained) / 4, rel=0.01)  # and a master copy
 
 
+@pytest.mark.parametrize("name", ("fsdp2", "zero3", "tp"))
+def test_gradient_checkpointing_keeps_less(name):
+    """The block that runs again saves what its first run saved, or torch raises: ZeRO-3 replaces a function for both."""
+    plain, *checkpointed = (estimate(name, 2, gradient_checkpointing=kind) for kind in (False, True, "reentrant"))
+    assert all(found.kept < plain.kept / 2 and found.peak < plain.peak for found in checkpointed)
+    assert abs(checkpointed[0].peak - checkpointed[1].peak) < 0.1 * plain.peak
+
+
 def test_weights_that_stay_gathered_take_more():
     freed, kept = estimate("fsdp2", 4), estimate(Strategy("fsdp2", reshard_after_forward=False), 4)
     block = 3 * 64 * 128 * 4 + 4 * 64 * 64 * 4

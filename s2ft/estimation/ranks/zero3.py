@@ -7,13 +7,13 @@ gathered. DeepSpeed replaces F.linear by a function that also saves the inputs o
 
 import math
 from collections import defaultdict, deque
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from s2ft.estimation.memory import Memory, bytes_of
 from s2ft.estimation.ranks.hooks import after_backward_of, before_backward_of, is_in_backward
@@ -106,7 +106,7 @@ class Zero3Device(FlatOptimizer):
         )
 
     def context(self) -> AbstractContextManager:
-        return _SavesInputs()
+        return _saving_inputs()
 
     def after_backward(self) -> None:
         self._reduce()
@@ -265,13 +265,19 @@ class Zero3Device(FlatOptimizer):
         return gradient
 
 
-class _SavesInputs(TorchFunctionMode):
-    """Replaces F.linear as DeepSpeed does under ZeRO-3."""
+@contextmanager
+def _saving_inputs() -> Iterator[None]:
+    """Inside, F.linear is replaced as DeepSpeed replaces it under ZeRO-3.
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.nn.functional.linear:
-            return _linear(*args, **(kwargs or {}))
-        return function(*args, **(kwargs or {}))
+    A TorchFunctionMode would not reach the blocks that gradient checkpointing runs again: it is off while
+    torch.autograd.backward runs.
+    """
+    functional, before = torch.nn.functional, torch.nn.functional.linear
+    functional.linear = _linear
+    try:
+        yield
+    finally:
+        functional.linear = before
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
