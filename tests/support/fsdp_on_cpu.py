@@ -47,5 +47,7 @@ if __name__ == "__main__":
     from s2ft.cli.main import main
 
     status = main()
-    print("ran as", AcceleratorState._shared_state["distributed_type"].name, flush=True)
+    kind = AcceleratorState._shared_state["distributed_type"].name
+    sys.stdout.write(f"ran as {kind}\n")  # in one piece, because several ranks write
+    sys.stdout.flush()
     sys.exit(status)
