@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -117,6 +118,13 @@ def _received(pipe) -> Outcome:
         return Outcome(died=True)
 
 
+def forget_deepspeed() -> None:
+    """Forget the DeepSpeed config of an earlier call, which transformers would use for new models while it lives."""
+    module = sys.modules.get("transformers.integrations.deepspeed")
+    if module is not None:
+        module.unset_hf_deepspeed_config()
+
+
 def _serve(rank: int, count: int, port: int, agent: bool, pipe) -> None:
     set_up_kernels()  # the same as in the process that compares the results
     os.environ.update(
@@ -138,6 +146,7 @@ def _serve(rank: int, count: int, port: int, agent: bool, pipe) -> None:
             return
         try:
             torch.manual_seed(0)  # as before each test
+            forget_deepspeed()
             pipe.send(Outcome(function(rank, *args)))
         except BaseException:
             pipe.send(Outcome(error=traceback.format_exc()))
