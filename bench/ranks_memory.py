@@ -57,7 +57,7 @@ def main() -> None:
                 found = run(Path(folder), ranks, layout, args)
                 results.append({"ranks": ranks, "layout": layout, "by rank": found})
                 show(ranks, layout, found)
-    save(args.output, {"arguments": {k: str(v) for k, v in vars(args).items()}, "results": results})
+    save(args.output, {"arguments": {k: str(v) for k, v in vars(args).items() if k != "output"}, "results": results})
 
 
 def show(ranks: int, layout: str, found: list[dict[str, float]]) -> None:

@@ -17,17 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2ft.files.reading import open_regular, parse_json, shortened
+from s2ft.files.reading import TYPES, open_regular, parse_json, shortened
 
 PIECE = 8 * 2**20  # bytes that are copied at a time
 MAX_HEADER = 512 * 2**20  # bytes; a file with a million tensors needs about 150 MiB
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
+    **TYPES,
     "I16": torch.int16,
     "I8": torch.int8,
     "U64": torch.uint64,

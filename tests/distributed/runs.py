@@ -84,3 +84,22 @@ def check_same_files(ours, theirs, rtol=GEMM[torch.float32][0], atol=GEMM[torch.
 def logits(model, forward=None):
     with torch.no_grad():
         return (forward or model)(input_ids=batches(model, 1)[0]).logits.clone()
+
+
+def adapters_of_one_process(tmp_path_factory, attached_model):
+    """Return a function that trains an adapter in this process, once for each set of its arguments, and gives its folder.
+
+    attached_model: Function (case, layout, **changes of the config) that returns the attached model.
+    """
+    made = {}
+
+    def get(case, layout, **changes):
+        key = repr((case, layout, changes))
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("alone")
+            model = attached_model(case, layout, **changes)
+            train(model)
+            s2ft.save_adapter(model, made[key])
+        return made[key]
+
+    return get

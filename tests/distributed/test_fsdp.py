@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from runs import attached, check_same_files, files, logits, sharded, train
+from runs import adapters_of_one_process, attached, check_same_files, files, logits, sharded, train
 from support.models import model_of
 from support.pairs import in_turn, rest_slow
 
@@ -25,18 +25,7 @@ CASES = ("llama-grouped", "qwen2-grouped-tied", "gpt2", "mixtral", "phi3")
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """Adapters that one process trained with twice the accumulation, by case and layout."""
-    made = {}
-
-    def get(case, layout, **changes):
-        key = repr((case, layout, changes))
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("alone")
-            model = attached(case, layout, **changes)
-            train(model)
-            s2ft.save_adapter(model, made[key])
-        return made[key]
-
-    return get
+    return adapters_of_one_process(tmp_path_factory, attached)
 
 
 def train_and_save(rank, case, layout, way, directory, checkpointing=None, changes={}):

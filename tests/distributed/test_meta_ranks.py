@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from runs import batches, blocks_of, check_same_files, logits, rows_of, sharded, train
+from runs import adapters_of_one_process, batches, blocks_of, check_same_files, logits, rows_of, sharded, train
 from support.fsdp_on_cpu import allow
 from support.models import ALL_RATIOS, model_of, ratios_for
 
@@ -39,18 +39,9 @@ def meta_of(model):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """Adapters that one process trained, by case, layout and changes of the config."""
-    made = {}
-
-    def get(case, layout, **changes):
-        key = repr((case, layout, changes))
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("alone")
-            model = attach_to(model_of(case), config_for(case, layout, **changes))
-            train(model)
-            s2ft.save_adapter(model, made[key])
-        return made[key]
-
-    return get
+    return adapters_of_one_process(
+        tmp_path_factory, lambda case, layout, **changes: attach_to(model_of(case), config_for(case, layout, **changes))
+    )
 
 
 @contextmanager

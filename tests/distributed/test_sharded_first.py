@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from runs import batches, check_same_files, logits, sharded, train
+from runs import adapters_of_one_process, batches, check_same_files, logits, sharded, train
 from support.models import ALL_RATIOS, model_of, ratios_for
 
 import s2ft
@@ -33,18 +33,9 @@ def attach_to(model, case, layout, **changes):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """Adapters that one process trained, by case, layout and changes of the config."""
-    made = {}
-
-    def get(case, layout, **changes):
-        key = repr((case, layout, changes))
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("alone")
-            model = attach_to(model_of(case), case, layout, **changes)
-            train(model)
-            s2ft.save_adapter(model, made[key])
-        return made[key]
-
-    return get
+    return adapters_of_one_process(
+        tmp_path_factory, lambda case, layout, **changes: attach_to(model_of(case), case, layout, **changes)
+    )
 
 
 def base_of(model):
