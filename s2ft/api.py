@@ -126,7 +126,7 @@ def _try_out(model: nn.Module, couplings: list[Coupling], record: Attachment, ex
 
 
 def _trial(model: nn.Module, couplings: list[Coupling], record: Attachment, example: Any) -> Trial:
-    trial = Trial(model, couplings, record.moves, example, reach_all=not record.weights)
+    trial = Trial(model, couplings, record.moves, example)
     groups: dict[tuple, list[Coupling]] = {}  # the experts of a layer are tried out together
     for coupling in movable_couplings(model, couplings):
         one = coupling.main.name if coupling.expert is None else coupling.main.path

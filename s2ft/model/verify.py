@@ -29,14 +29,7 @@ class Trial:
     the consumers, and of one-sided layers, are compared too, because there an error is largest.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        couplings: list[Coupling],
-        under_way: list[Move],
-        example: Any = None,
-        reach_all: bool = True,
-    ) -> None:
+    def __init__(self, model: nn.Module, couplings: list[Coupling], under_way: list[Move], example: Any = None) -> None:
         """Run the model before the change.
 
         Args:
@@ -44,7 +37,6 @@ class Trial:
             couplings: The couplings whose consumers are compared.
             under_way: A list that contains the moves of a check while it runs, so that the caller can revert them.
             example: Tensor, tuple of arguments or dict of them; default: made from the model's config.
-            reach_all: Whether the example must reach every coupling.
 
         Raises:
             ValueError: There is no example, the model can't run on it, or it does not reach every coupling.

@@ -11,6 +11,14 @@ def ranks():
 
 
 @pytest.fixture(scope="session")
+def one_rank():
+    """A process that is the only rank of its group, for what needs a group."""
+    made = Ranks(1)
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
 def four_ranks():
     """Four processes, for slow tests. The first call starts them."""
     made = Ranks(4)

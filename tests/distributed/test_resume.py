@@ -23,7 +23,10 @@ ZERO = [
     ("ddp", 1, "zero 1", 2),
     ("fsdp", 2, "zero 3", 2),
 ]
-SLOW_ZERO = [*((f"zero {stage}", 4, f"zero {stage}", 2) for stage in (1, 2, 3)), ("zero 3", 2, "zero 3", 4)]
+SLOW_ZERO = [
+    *((f"zero {stage}", 4, f"zero {stage}", count) for stage in (1, 2, 3) for count in (2, 1)),
+    ("zero 3", 2, "zero 3", 4),
+]
 SLOW = [
     *((way, 4, way, 2) for way in ("ddp", "fsdp", "fsdp sharded")),
     *((way, 4, "ddp", 1) for way in ("ddp", "fsdp", "fsdp sharded")),
@@ -57,14 +60,17 @@ def zero_config(stage):
 
 @pytest.fixture
 def run(request):
-    """``run(count, way, ...)`` runs :func:`train` on so many ranks. One rank is a process without a group."""
+    """``run(count, way, ...)`` runs :func:`train` on so many ranks.
 
-    def run_on(count, *args, **options):
-        if count == 1:
+    One rank is this process, without a group. DeepSpeed needs a group, and a process of its own for it.
+    """
+
+    def run_on(count, way, *args, **options):
+        if count == 1 and not way.startswith("zero"):
             with mock.patch.dict(os.environ):
-                return train(0, 1, *args, **options)
-        ranks = request.getfixturevalue({2: "ranks", 4: "four_ranks"}[count])
-        return ranks(train_with, count, args, options)[0]
+                return train(0, 1, way, *args, **options)
+        ranks = request.getfixturevalue({1: "one_rank", 2: "ranks", 4: "four_ranks"}[count])
+        return ranks(train_with, count, (way, *args), options)[0]
 
     return run_on
 
