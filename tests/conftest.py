@@ -6,6 +6,7 @@ product round differently by the layout of its operands and by this number (supp
 
 import gc
 import os
+from importlib.util import find_spec
 from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -32,6 +33,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "cuda" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no GPU"))
+        if "vllm" in item.keywords and find_spec("vllm") is None:
+            item.add_marker(pytest.mark.skip(reason="no vLLM: make test-vllm"))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,0 +1,31 @@
+"""s2ft inside vLLM: S²FT adapters served by name, and slices of a training run written into the engine's weights.
+
+vLLM calls :func:`register` in every process that it starts, because the package declares it as a plugin (entry point
+group ``vllm.general_plugins``). Nothing else is needed: ``pip install s2ft`` beside vLLM is enough.
+"""
+
+import logging
+from importlib import import_module
+
+logger = logging.getLogger(__name__)
+
+# Each module has `install()`, which adds one feature to vLLM. A feature that this vLLM can't have is left out alone.
+FEATURES = {
+    "S²FT adapters": "s2ft.vllm.loading",
+    "adapters by the name in a request": "s2ft.vllm.resolver",
+    "layers that hold slices": "s2ft.vllm.layers",
+    "weights that slices can be written into": "s2ft.vllm.unpacked",
+    "slices of a training run": "s2ft.vllm.transfer",
+}
+
+
+def register() -> None:
+    """Add what s2ft brings to vLLM. vLLM calls this in every process; it never raises, and a second call does nothing.
+
+    A feature that cannot be added to this release of vLLM is named in the log with the reason.
+    """
+    for feature, module in FEATURES.items():
+        try:
+            import_module(module).install()
+        except Exception as error:  # an exception here would stop every vLLM on this machine
+            logger.warning("s2ft: %s are not available in this vLLM: %s: %s", feature, type(error).__name__, error)
