@@ -26,7 +26,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from s2ft.adapter.hub import resolve
 from s2ft.files.adapter_folder import ATTEMPTS, CONFIG, TENSORS, is_folder, read_folder, stamp_of
 from s2ft.vllm.compatibility import private, when_imported
 
@@ -96,7 +95,7 @@ def with_version(path: str) -> str | None:
     """
     plain, _ = parts_of(path)
     try:
-        folder = resolve(plain)
+        folder = _folder_of(plain)
         return f"{plain}#s2ft-{_config_of(folder)[1]}" if is_folder(folder) else None
     except (OSError, ValueError):  # the workers refuse it, with the reason
         return None
@@ -106,6 +105,12 @@ def parts_of(path: str) -> tuple[str, str | None]:
     """Return a path without the digest, and the digest or None."""
     found = MARK.fullmatch(path)
     return (path, None) if found is None else (found["path"], found["version"])
+
+
+def _folder_of(path: str) -> Path:
+    from s2ft.adapter.hub import resolve  # imported here, because every process of vLLM imports this module
+
+    return resolve(path)
 
 
 def _config_of(folder: Path) -> tuple[bytes, str]:
@@ -141,7 +146,7 @@ class Contents:
         """
         content = self._kept.get(version)
         if content is None:
-            folder = resolve(path)
+            folder = _folder_of(path)
             if not is_folder(folder):
                 return load(path)  # it raises the error that belongs to this
             content = _Content(folder)
