@@ -12,11 +12,13 @@ from typing import Any
 
 from torch import Tensor
 
+from s2ft.vllm.compatibility import part_of, private, when_imported
 from s2ft.vllm.slices.layer import SliceLayer, encode, is_slices, parts_of, with_slices
 from s2ft.vllm.slices.units import OPTION, Admission, Budget, Place
 
 logger = logging.getLogger("vllm.s2ft")  # vLLM prints what loggers below its own say
 
+FEATURE = "layers that hold slices"
 SWITCH = "S2FT_VLLM_SLICES"
 LAYERS = (
     "ColumnParallelLinearWithLoRA",
@@ -55,11 +57,10 @@ def weights(path: str, index: Tensor, values: Tensor, dim: int, dtype: Any) -> A
     Returns:
         vLLM's LoRALayerWeights, for a LoRAModel.
     """
-    from vllm.lora.lora_weights import LoRALayerWeights
-
+    make = private("vllm.lora.lora_weights", "LoRALayerWeights")
     rows = values if dim == 0 else values.t()
     count = max(1, index.numel())
-    return LoRALayerWeights(path, count, count, encode(index, dim), rows.to(dtype).contiguous(), scaling=1)
+    return make(path, count, count, encode(index, dim), rows.to(dtype).contiguous(), scaling=1)
 
 
 def install() -> None:
@@ -67,40 +68,47 @@ def install() -> None:
 
     Raises:
         ValueError: An option has no valid value.
-        AttributeError: This release of vLLM lacks a name that is needed.
+        MissingInVLLM: This release of vLLM lacks a module that is needed.
     """
     if not enabled():
         return
     budget = Budget.parse(os.environ.get(OPTION, ""))
-    from vllm.config.lora import LoRAConfig
-    from vllm.lora import layers, model_manager, utils, worker_manager
-
-    if getattr(LoRAConfig, "s2ft_slices", False):
-        return
-    made = [_checked(getattr(layers, name)) for name in LAYERS]
-    before = utils._all_lora_classes
-    manager, worker = model_manager.LoRAModelManager, worker_manager.WorkerLoRAManager
-    hooks = (
-        _hash_with(LoRAConfig.compute_hash, budget),
-        _with_report(manager.__init__),
-        _with_room(manager.activate_adapter),
-        _with_check(worker._load_adapter),
-        _forgetting(worker.remove_adapter),
-    )
-    assert before, "vLLM has no LoRA layers"
-    utils._all_lora_classes = tuple(with_slices(cls, budget) for cls in made)
-    model_manager.from_layer_logits_processor = lambda layer, *args, **options: layer
-    LoRAConfig.compute_hash, manager.__init__, manager.activate_adapter = hooks[:3]
-    worker._load_adapter, worker.remove_adapter = hooks[3:]
-    LoRAConfig.s2ft_slices = True
+    when_imported("vllm.config.lora", FEATURE, lambda: _change_config(budget))
+    when_imported("vllm.lora.worker_manager", FEATURE, lambda: _change_workers(budget))
 
 
-def _checked(cls: type) -> type:
+def _change_config(budget: Budget) -> None:
+    config = private("vllm.config.lora", "LoRAConfig")
+    config.compute_hash = _hash_with(private("vllm.config.lora", "LoRAConfig.compute_hash"), budget)
+
+
+def _change_workers(budget: Budget) -> None:
+    """Change vLLM's LoRA. All names are looked up before the first change."""
+    made = tuple(with_slices(_checked(name), budget) for name in LAYERS)
+    private("vllm.lora.utils", "_all_lora_classes")
+    private("vllm.lora.model_manager", "from_layer_logits_processor")
+    private("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.update_metadata")
+    manager = private("vllm.lora.model_manager", "LoRAModelManager")
+    worker = private("vllm.lora.worker_manager", "WorkerLoRAManager")
+    hooks = {
+        (manager, "__init__"): _with_report,
+        (manager, "activate_adapter"): _with_room,
+        (worker, "_load_adapter"): _with_check,
+        (worker, "remove_adapter"): _forgetting,
+    }
+    changed = {key: make(private(key[0].__module__, f"{key[0].__name__}.{key[1]}")) for key, make in hooks.items()}
+    for (cls, name), method in changed.items():
+        setattr(cls, name, method)
+    private("vllm.lora.utils")._all_lora_classes = made
+    # lm_head stays as it is, too. Its LoRA would be computed for every token, and no adapter can have one.
+    private("vllm.lora.model_manager").from_layer_logits_processor = lambda layer, *args, **options: layer
+
+
+def _checked(name: str) -> type:
     """A LoRA layer that has all methods which are overridden."""
     for method in METHODS:
-        if not hasattr(cls, method):
-            raise AttributeError(f"{cls.__module__}.{cls.__name__} has no {method}")
-    return cls
+        private("vllm.lora.layers", f"{name}.{method}")
+    return private("vllm.lora.layers", name)
 
 
 # ---- hooks -----------------------------------------------------------------------------------------------
@@ -144,7 +152,7 @@ def _with_room(activate_adapter: Any) -> Any:
 
     @functools.wraps(activate_adapter)
     def changed(self: Any, lora_id: int) -> bool:
-        if lora_id in self._active_adapters:
+        if lora_id in part_of(self, "_active_adapters"):
             return activate_adapter(self, lora_id)
         unused = [slot for slot, number in enumerate(self.lora_index_to_id) if number is None]
         for _, layer in _slice_layers(self):
@@ -242,10 +250,9 @@ def _is_lora(name: str) -> ValueError:
 
 def _is_elsewhere(model: Any, path: str) -> bool:
     """Whether another rank of pipeline parallelism has the module."""
-    from vllm.model_executor.models.utils import PPMissingLayer
-
+    missing = private("vllm.model_executor.models.utils", "PPMissingLayer")
     for name in path.split("."):
-        if isinstance(model, PPMissingLayer):
+        if isinstance(model, missing):
             return True
         model = getattr(model, name, None)
-    return isinstance(model, PPMissingLayer)
+    return isinstance(model, missing)

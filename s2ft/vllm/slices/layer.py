@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from s2ft.vllm.compatibility import part_of
 from s2ft.vllm.slices.bank import SliceBank
 from s2ft.vllm.slices.product import Batch, add_slices_
 from s2ft.vllm.slices.spans import (
@@ -264,7 +265,7 @@ def batch_of(punica_wrapper: Any, slots: int) -> Batch:
     found = getattr(punica_wrapper, "s2ft_batch", None)
     if found is not None:
         return found
-    batch = Batch.like(punica_wrapper._token_lora_indices, slots)
+    batch = Batch.like(part_of(punica_wrapper, "_token_lora_indices"), slots)
     update = punica_wrapper.update_metadata
 
     def update_metadata(mapping: Any, lora_index_to_id: list, *args: Any, **options: Any) -> None:
