@@ -104,12 +104,13 @@ def when_imported(module: str, feature: str, change: Callable[[], None]) -> None
     if module in sys.modules:
         change()
         return
-    try:
-        found = find_spec(module)
-    except ModuleNotFoundError:  # its package
-        found = None
-    if found is None:
-        raise MissingInVLLM(module)
+    if not any(isinstance(finder, _Finder) and finder.module == module for finder in sys.meta_path):
+        try:  # not after an earlier change, whose finder is used up by a search
+            found = find_spec(module)
+        except ModuleNotFoundError:  # its package
+            found = None
+        if found is None:
+            raise MissingInVLLM(module)
     sys.meta_path.insert(0, _Finder(module, feature, change))
 
 
@@ -117,10 +118,10 @@ class _Finder(MetaPathFinder):
     """Finds one module as the other finders do, once, and lets a change follow its import."""
 
     def __init__(self, module: str, feature: str, change: Callable[[], None]) -> None:
-        self._module, self._feature, self._change = module, feature, change
+        self.module, self._feature, self._change = module, feature, change
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname != self._module or self not in sys.meta_path:
+        if fullname != self.module or self not in sys.meta_path:
             return None
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
