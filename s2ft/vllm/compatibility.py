@@ -1,7 +1,7 @@
 """Names of vLLM that are not part of its documented interface, looked up in one place.
 
-vLLM moves such names between releases. A feature whose name is missing is left out with a message that says so, and vLLM
-runs on without it.
+vLLM moves such names between releases. A feature whose name is missing is left out with a message that says so, and
+vLLM runs on without it.
 """
 
 import importlib
