@@ -19,7 +19,7 @@ def export_lora(
     directory: str | os.PathLike,
     name: str | None = None,
     rank: int | None = None,
-    rank_pattern: bool = False,
+    rank_pattern: bool | None = None,
 ) -> None:
     """Save one adapter of a model as a LoRA folder that PEFT and vLLM load.
 
@@ -30,9 +30,9 @@ def export_lora(
         model: A model with adapters.
         directory: The folder to write, which is created if it is missing.
         name: The adapter; default: the trainable one, else the active one, else the first one loaded.
-        rank: The rank of every module; zeros are appended to reach it. Default: the lowest rank that is enough and
-            that vLLM can be set to, 8 to 512.
-        rank_pattern: Give each module the rank it needs, without zeros. PEFT reads such a folder, vLLM does not.
+        rank: The rank of every module; zeros are appended to reach it. Default: each module has the rank it needs.
+        rank_pattern: Whether each module has the rank it needs, which is the default without `rank`. False gives every
+            module the rank of the widest one, for programs that read one rank only.
 
     Raises:
         ValueError: The adapter is unknown, changes experts or convolutions, has extra weights, or needs a higher rank.

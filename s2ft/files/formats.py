@@ -3,6 +3,7 @@
 The rows name their modules instead of importing them, so that the command line can list the formats without PyTorch.
 """
 
+from argparse import BooleanOptionalAction
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -54,11 +55,12 @@ ADAPTER_FORMATS = {
         {
             "rank": {
                 "type": int,
-                "help": "the rank of every module; default: the lowest rank that is enough and that vLLM can be set to",
+                "help": "the rank of every module; zeros are appended to reach it (default: the rank that each needs)",
             },
             "rank_pattern": {
-                "action": "store_true",
-                "help": "give each module the rank it needs, without zeros; PEFT reads such a folder, vLLM does not",
+                "action": BooleanOptionalAction,
+                "help": "each module has the rank it needs, which is the default; --no-rank-pattern: all have that of "
+                "the widest one, for programs that read one rank only",
             },
         },
     ),

@@ -137,7 +137,7 @@ def test_peft_computes_what_the_attached_model_does(case, pattern, tmp_path):
 @pytest.mark.parametrize("case", ("llama-grouped", "phi3", "gpt2", "gpt-neox", "bert"))
 def test_export_and_import_give_an_equal_adapter(case, layout, tmp_path):
     model = trained(case, layout)
-    for i, options in enumerate(({}, {"rank_pattern": True}, {"rank": 100})):
+    for i, options in enumerate(({}, {"rank_pattern": False}, {"rank": 100})):
         export_lora(model, tmp_path / str(i), **options)
         for base in (model_of(case), model):  # with and without adapters
             assert_equal_deltas(lora.read(tmp_path / str(i), base), get_adapter(model, "default"))
@@ -184,13 +184,24 @@ def test_a_trained_head_whose_delta_is_zero_survives_the_round_trip(tmp_path):
     assert_equal_deltas(lora.read(tmp_path, model_of("llama")), get_adapter(model, "default"))
 
 
-@pytest.mark.parametrize("ratio,rank", ((0.1, 8), (0.3, 16), (0.7, 64)))
-def test_the_rank_is_one_that_vllm_can_be_set_to(ratio, rank, tmp_path):
-    export_lora(trained("llama", steps=1, d_ratio=ratio), tmp_path)
+@pytest.mark.parametrize("options,spread", (({}, True), ({"rank_pattern": False}, False)))
+def test_the_ranks_of_modules(options, spread, tmp_path):
+    """No zeros. Releases of vLLM before 0.32 read no pattern: they need r = lora_alpha, and no higher rank than r."""
+    export_lora(trained("llama", steps=1, d_ratio=0.3, o_ratio=0.5), tmp_path, **options)
     config = json.loads((tmp_path / lora.CONFIG).read_text())
-    assert (config["r"], config["lora_alpha"], config["target_modules"]) == (rank, rank, ["down_proj"])
-    assert config["rank_pattern"] == {} and config["task_type"] == "CAUSAL_LM" and config["bias"] == "none"
-    assert all(tensor.shape["lora_B" in key] == rank for key, tensor in load_file(tmp_path / lora.TENSORS).items())
+    assert config["task_type"] == "CAUSAL_LM" and config["bias"] == "none"
+    tensors = load_file(tmp_path / lora.TENSORS)
+    ranks = {key: tensor.shape["lora_B" in key] for key, tensor in tensors.items()}
+    assert config["r"] == config["lora_alpha"] == max(ranks.values())
+    assert config["rank_pattern"] == config["alpha_pattern"] and bool(config["rank_pattern"]) == spread
+    padded = [key for key, tensor in tensors.items() if not bool(tensor.any(int("lora_A" in key)).all())]
+    assert (len(set(ranks.values())) > 1) == spread and bool(padded) != spread
+    assert lora.describe(tmp_path).startswith("LoRA of rank " + (f"{min(ranks.values())} to " if spread else ""))
+
+
+@pytest.mark.parametrize("needed,rank", ((1, 1), (2, 8), (8, 8), (9, 16), (257, 320), (512, 512), (513, None)))
+def test_the_rank_that_vllm_is_set_to(needed, rank):
+    assert lora.vllm_rank(needed) == rank
 
 
 def test_a_rank_too_large_for_vllm_is_reported(tmp_path):
@@ -256,7 +267,7 @@ def test_another_model_is_refused(tmp_path):
 
 def test_a_pattern_saves_bytes(tmp_path):
     model = trained("llama", steps=1)
-    for name, pattern in (("uniform", False), ("pattern", True)):
+    for name, pattern in (("uniform", False), ("pattern", None)):
         export_lora(model, tmp_path / name, rank_pattern=pattern)
     sizes = [(tmp_path / name / lora.TENSORS).stat().st_size for name in ("pattern", "uniform")]
     assert sizes[0] < sizes[1]

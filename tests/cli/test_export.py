@@ -71,7 +71,7 @@ def attached(work):
 def test_lora(work, tmp_path, capsys):
     s2ft_command("export", work / "adapter", "--model", work / "model", "--output", tmp_path / "lora")
     printed = capsys.readouterr().out
-    assert "LoRA of rank 16" in printed and "--max-lora-rank 16" in printed
+    assert "LoRA of rank 6 to 16 (vLLM: --enable-lora --max-lora-rank 16)" in printed
     assert {path.name for path in (tmp_path / "lora").iterdir()} == {lora.CONFIG, lora.TENSORS}
     base = AutoModelForCausalLM.from_pretrained(work / "model")
     expected = logits_of(attached(work))
@@ -88,11 +88,11 @@ def test_lora_and_back(work, tmp_path, capsys):
         work / "model",
         "--format",
         "lora",
-        "--rank-pattern",
+        "--no-rank-pattern",
         "--output",
         tmp_path / "lora",
     )
-    assert "vLLM" not in capsys.readouterr().out
+    assert "LoRA of rank 16 (vLLM" in capsys.readouterr().out
     s2ft_command(
         "export",
         "--from-lora",

@@ -4,6 +4,9 @@ A delta of columns has B = the values [O, r] and A = one-hot rows [r, I] that se
 B = one-hot columns [O, r] that select the outputs and A = the values [r, I]. lora_alpha equals r, so the scaling is 1
 and B @ A is exactly the delta. Zeros that are appended to reach a rank change nothing. A LoRA with this structure can
 be read as an adapter again.
+
+Each module has its own rank, and PEFT reads the ranks in `rank_pattern`. vLLM reads them from release 0.32 on. Earlier
+releases take the rank from the tensors' shapes and the scaling from r and lora_alpha, which is 1 for all modules here.
 """
 
 import json
@@ -44,7 +47,7 @@ TENSORS = "adapter_model.safetensors"
 KIND = "a PEFT LoRA"
 PROMPT = "prompt"  # key of an adapter's info, and of the metadata of the tensors file; PEFT and vLLM ignore it
 PREFIX = "base_model.model."  # PEFT puts it before the names of the base's modules
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM accepts for --max-lora-rank
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM accepts for --max-lora-rank
 Sides = tuple[Tensor, Tensor]  # B [O, r], A [r, I]
 
 
@@ -60,12 +63,17 @@ def matches(folder: Path) -> bool:
 def describe(folder: Path) -> str:
     """The rank in words, and the options with which vLLM loads a folder that :func:`write` wrote."""
     config = read_json(folder / CONFIG)
-    vllm = None if config["rank_pattern"] else vllm_rank(config["r"])
-    return f"LoRA of rank {config['r']}" + ("" if vllm is None else f" (vLLM: --enable-lora --max-lora-rank {vllm})")
+    ranks = sorted({config["r"], *config["rank_pattern"].values()})
+    vllm = vllm_rank(config["r"])
+    return (
+        f"LoRA of rank {ranks[0]}"
+        + (f" to {ranks[-1]}" if len(ranks) > 1 else "")
+        + ("" if vllm is None else f" (vLLM: --enable-lora --max-lora-rank {vllm})")
+    )
 
 
 def rank_of(folder: Path) -> int:
-    """The rank r of a folder that :func:`write` wrote."""
+    """The highest rank of a folder that :func:`write` wrote."""
     return read_json(Path(folder) / CONFIG)["r"]
 
 
@@ -78,7 +86,12 @@ def vllm_rank(needed: int) -> int | None:
 
 
 def write(
-    adapter: Adapter, folder, model: nn.Module | None = None, *, rank: int | None = None, rank_pattern: bool = False
+    adapter: Adapter,
+    folder,
+    model: nn.Module | None = None,
+    *,
+    rank: int | None = None,
+    rank_pattern: bool | None = None,
 ) -> None:
     """Save an adapter as a LoRA, in the dtype of its deltas. Each file is replaced in one step.
 
@@ -86,13 +99,16 @@ def write(
         adapter: The adapter.
         folder: The folder, which is created if it is missing.
         model: The adapter's base model, with or without adapters. It must be given.
-        rank: The rank of every module; zeros are appended to reach it. Default: the lowest rank that is enough and
-            that vLLM can be set to, 8 to 512. A warning is given if the adapter needs a higher rank.
-        rank_pattern: Give each module the rank it needs, without zeros. PEFT reads such a folder, vLLM does not.
+        rank: The rank of every module; zeros are appended to reach it. Default: each module has the rank it needs.
+        rank_pattern: Whether each module has the rank it needs, which is the default without `rank`. False gives every
+            module the rank of the widest one, for programs that read one rank only.
 
     Raises:
         ValueError: The adapter belongs to another model, changes experts or convolutions, has extra weights, or needs
             a higher rank. Nothing has been written.
+
+    Warns:
+        UserWarning: A module needs a higher rank than vLLM can be set to.
     """
     model = _required(model, folder)
     record = _record(model)
@@ -104,15 +120,16 @@ def write(
         )
     sides = _sides(adapter, model, record)
     ranks = {path: a.shape[0] for path, (_, a) in sides.items()}
-    uniform = _rank(max(ranks.values()), rank, rank_pattern)
+    rank_pattern = rank is None if rank_pattern is None else rank_pattern
+    highest = _rank(max(ranks.values()), rank, rank_pattern)
     tensors = {}
     for path, (b, a) in sides.items():
-        zeros = 0 if rank_pattern else uniform - ranks[path]
+        zeros = 0 if rank_pattern else highest - ranks[path]
         tensors[f"{PREFIX}{path}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, zeros)).contiguous()
         tensors[f"{PREFIX}{path}.lora_B.weight"] = nn.functional.pad(b, (0, zeros)).contiguous()
-    config = _config(model, list(sides), uniform, adapter.info.get("base_model"))
+    config = _config(model, list(sides), highest, adapter.info.get("base_model"))
     if rank_pattern:
-        pattern = {f"^{re.escape(path)}": n for path, n in ranks.items() if n != uniform}
+        pattern = {f"^{re.escape(path)}": n for path, n in ranks.items() if n != highest}
         config["rank_pattern"], config["alpha_pattern"] = pattern, dict(pattern)
     prompt = {PROMPT: json.dumps(adapter.info[PROMPT])} if PROMPT in adapter.info else {}
     blob = save(tensors, metadata={"format": "pt", **prompt})
@@ -168,21 +185,20 @@ def _factors(delta: Delta, shape: Sequence[int]) -> Sides:
 
 
 def _rank(needed: int, asked: int | None, rank_pattern: bool) -> int:
+    """The highest rank of the LoRA."""
     if asked is not None:
         if isinstance(asked, bool) or not isinstance(asked, int) or asked < needed:
             raise ValueError(f"rank must be at least {needed}, the rank of the widest slice, got {asked!r}")
         if rank_pattern:
             raise ValueError("rank and rank_pattern exclude each other: a pattern gives each module its own rank")
-        return asked
-    if rank_pattern:
-        return needed
-    if vllm_rank(needed) is None:
+    highest = needed if asked is None else asked
+    if vllm_rank(highest) is None:
         warnings.warn(
-            f"the widest slice needs rank {needed}, and vLLM's max_lora_rank is {VLLM_RANKS[-1]} at most: PEFT reads "
-            "this LoRA, vLLM does not. Export the model merged for vLLM",
+            f"the widest slice needs rank {highest}, and vLLM's max_lora_rank is {VLLM_RANKS[-1]} at most: PEFT reads "
+            "this LoRA, vLLM does not. vLLM serves the adapter itself with s2ft serve --engine vllm --slices",
             stacklevel=2,
         )
-    return vllm_rank(needed) or needed
+    return highest
 
 
 def _config(model: nn.Module, paths: list[str], rank: int, base: str | None) -> dict[str, Any]:

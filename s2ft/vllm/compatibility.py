@@ -1,0 +1,157 @@
+"""Names of vLLM that are not part of its documented interface, looked up in one place.
+
+vLLM moves such names between releases. A feature whose name is missing is left out with a message that says so, and
+vLLM runs on without it.
+"""
+
+import importlib
+import logging
+import sys
+from collections.abc import Callable
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+logger = logging.getLogger("vllm.s2ft")  # vLLM prints what loggers below its own say
+
+TESTED = ("0.32.0",)  # releases of vLLM that s2ft was tested with
+EXPORT = "`s2ft export --format lora` writes a LoRA folder that vLLM serves without s2ft"
+
+
+class MissingInVLLM(RuntimeError):
+    """This release of vLLM lacks a name that s2ft needs."""
+
+    def __init__(self, module: str, attribute: str = "") -> None:
+        """Say what is missing.
+
+        Args:
+            module: The module of vLLM, or a class of it.
+            attribute: What is missing in it; empty if the module is missing.
+        """
+        name = f"{module}.{attribute}" if attribute else module
+        super().__init__(
+            f"vLLM {version()} has no {name}, which s2ft needs. s2ft was tested with vLLM {', '.join(TESTED)}: install "
+            f"one of these releases, or use exported adapters: {EXPORT}"
+        )
+
+
+def version() -> str:
+    """Return the release of the installed vLLM; "unknown" if it does not say."""
+    return str(getattr(sys.modules.get("vllm"), "__version__", "unknown"))
+
+
+def private(module: str, attribute: str = "") -> Any:
+    """Import a module of vLLM and return something of it.
+
+    Args:
+        module: Name of the module, for example ``vllm.lora.worker_manager``.
+        attribute: Name in the module, with dots for an attribute of a class: ``WorkerLoRAManager._load_adapter``.
+            Empty for the module itself.
+
+    Returns:
+        What has this name.
+
+    Raises:
+        MissingInVLLM: This release of vLLM has no such module or attribute.
+    """
+    try:
+        found: Any = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module.startswith(error.name):
+            raise  # the module is there, and lacks a package that it imports
+        raise MissingInVLLM(module) from error
+    for name in attribute.split(".") if attribute else ():
+        if not hasattr(found, name):
+            raise MissingInVLLM(module, attribute)
+        found = getattr(found, name)
+    return found
+
+
+def part_of(thing: Any, attribute: str) -> Any:
+    """Return an attribute of an object of vLLM that exists only while it runs.
+
+    Args:
+        thing: The object.
+        attribute: Name of the attribute.
+
+    Raises:
+        MissingInVLLM: The object has no such attribute.
+    """
+    if not hasattr(thing, attribute):
+        raise MissingInVLLM(f"{type(thing).__module__}.{type(thing).__qualname__}", attribute)
+    return getattr(thing, attribute)
+
+
+# ---- changes to modules that are imported later ----------------------------------------------------------
+
+
+def when_imported(module: str, feature: str, change: Callable[[], None]) -> None:
+    """Change a module of vLLM as soon as it is imported, and at once if it is already.
+
+    A process of vLLM that does not use the module does not import it for s2ft. An error of `change` is logged, because
+    it would stop vLLM's own import.
+
+    Args:
+        module: Name of the module.
+        feature: What the change brings, for the log.
+        change: Makes the change. It is called once, after the module was imported.
+
+    Raises:
+        MissingInVLLM: There is no such module.
+    """
+    if module in sys.modules:
+        change()
+        return
+    try:
+        found = find_spec(module)
+    except ModuleNotFoundError:  # its package
+        found = None
+    if found is None:
+        raise MissingInVLLM(module)
+    sys.meta_path.insert(0, _Finder(module, feature, change))
+
+
+class _Finder(MetaPathFinder):
+    """Finds one module as the other finders do, once, and lets a change follow its import."""
+
+    def __init__(self, module: str, feature: str, change: Callable[[], None]) -> None:
+        self._module, self._feature, self._change = module, feature, change
+
+    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname != self._module or self not in sys.meta_path:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, self._feature, self._change)
+        return spec
+
+
+class _Loader(Loader):
+    """Loads a module as its own loader does, then makes the change."""
+
+    def __init__(self, loader: Loader, feature: str, change: Callable[[], None]) -> None:
+        self._loader, self._feature, self._change = loader, feature, change
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        guarded(self._feature, self._change)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+
+def guarded(feature: str, change: Callable[[], None]) -> None:
+    """Call a function that adds a feature to vLLM. An error is logged, with the feature that is missing now."""
+    try:
+        change()
+    except Exception as error:  # an exception here would stop every vLLM on this machine
+        logger.warning("s2ft: %s are not available in this vLLM: %s: %s", feature, type(error).__name__, error)
