@@ -94,8 +94,8 @@ class ServerEngine:
         backend = (config.get("weight_transfer_config") or {}).get("backend")
         if backend != "s2ft":
             raise EngineError(
-                f"{self.name} was started with weight transfer backend {backend}: install s2ft beside vLLM and start it "
-                f"with --weight-transfer-config '{BACKEND}'"
+                f"{self.name} was started with weight transfer backend {backend}: install s2ft beside vLLM and start "
+                f"it with --weight-transfer-config '{BACKEND}'"
             )
         name = str(config.get("model_config", {}).get("dtype", "")).removeprefix("torch.")
         return DTYPES.get(name)

@@ -118,8 +118,8 @@ class CheckpointNames:
         if group is None or group.transform is None:
             if expert is not None:
                 raise ValueError(
-                    f"{weight}: its checkpoint has the experts in one tensor, of which slices can't be sent: train other "
-                    "projections, or send the merged weights"
+                    f"{weight}: its checkpoint has the experts in one tensor, of which slices can't be sent: train "
+                    "other projections, or send the merged weights"
                 )
             return [Piece(weight if group is None else group.name, tuple(shape), units, index, flipped=transposed)]
         found = []
@@ -200,8 +200,8 @@ def _piece(
         expert: Number of the expert, which is the first coordinate; None for a weight without experts.
     """
     refusal = ValueError(
-        f"{name}: the checkpoint holds this weight in a form in which slices have no place: train other projections, or "
-        "send the merged weights"
+        f"{name}: the checkpoint holds this weight in a form in which slices have no place: train other projections, "
+        "or send the merged weights"
     )
     if maps[0].dtype != torch.int32 or maps[0].dim() != 2:
         raise refusal

@@ -125,8 +125,8 @@ def _parts(model: nn.Module, record: Attachment, mount: Mount) -> Iterator[Train
     handle = weight_at(model, mount.parts[0].projection)
     if handle.read_only:
         raise ValueError(
-            f"{handle.path} is quantized, and merged numbers can't be written into a quantized weight, neither here nor "
-            "in an engine: load the base in bfloat16, or serve the adapter by its name"
+            f"{handle.path} is quantized, and merged numbers can't be written into a quantized weight, neither here "
+            "nor in an engine: load the base in bfloat16, or serve the adapter by its name"
         )
     with handle.full() as stored:
         for part in mount.parts:
@@ -309,6 +309,6 @@ def _check_accounted(model: nn.Module, known: set[int]) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in known:
             raise ValueError(
-                f"{name} requires a gradient, and it is neither a slice nor a weight in full of the adapter, so that it "
-                "would not be sent: freeze it, or name its module in modules_to_save"
+                f"{name} requires a gradient, and it is neither a slice nor a weight in full of the adapter, so that "
+                "it would not be sent: freeze it, or name its module in modules_to_save"
             )

@@ -6,10 +6,10 @@ import pytest
 import torch
 from support.checkpoint_engine import CheckpointEngine, app_of, serving, tensors_of
 from support.models import ALL_RATIOS, model_of, ratios_for, train
+from sync.test_slices import randomize
 
 import s2ft
 from s2ft.sync import EngineError, SliceSender
-from sync.test_slices import randomize
 
 CASE = "llama-grouped"
 

@@ -64,8 +64,7 @@ def test_slices_of_a_peft_model_are_those_of_the_merged_checkpoint(case, tmp_pat
 
     model = model_of(case)
     model.save_pretrained(tmp_path / "base")
-    ratios = {key: ratio for key, ratio in ratios_for(case, ALL_RATIOS).items()}
-    model = get_peft_model(model, S2FTPeftConfig(**ratios), autocast_adapter_dtype=False)
+    model = get_peft_model(model, S2FTPeftConfig(**ratios_for(case, ALL_RATIOS)), autocast_adapter_dtype=False)
     slices = TrainedSlices.of(model)
     randomize(model)
     assert slices.numel == sum(p.numel() for p in model.parameters() if p.requires_grad)
