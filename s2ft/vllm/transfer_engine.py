@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 
+from s2ft.sync.group import join
 from s2ft.sync.places import NoPlace, Place
-from s2ft.sync.receiver import Receiver
+from s2ft.sync.receiver import AdapterSlices, Receiver
 from s2ft.sync.wire import SliceSpec
+from s2ft.vllm.base import Base
 from s2ft.vllm.compatibility import private
 from s2ft.vllm.unpacked import BACKEND, is_packed
 
@@ -58,6 +60,7 @@ class S2FTWeightTransferEngine(WeightTransferEngine):
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: nn.Module) -> None:
         """Make the engine; vLLM does so after it has loaded the model."""
         super().__init__(config, vllm_config, device, model)
+        self._base: Base | None = None  # made at the first adapter
         self.receiver = Receiver(
             model, self._load, _Workers(), self._check, self._join, self._adapter, self.model_config.dtype
         )
@@ -129,13 +132,19 @@ class S2FTWeightTransferEngine(WeightTransferEngine):
                 if problem:
                     raise NoPlace(f"{specs[place.slice_number].name}: {problem}")
 
-    def _join(self, transport: Mapping[str, Any]) -> "_Group":
-        return _Group(transport, self.parallel_config)
+    def _join(self, transport: Mapping[str, Any]) -> "_Trainer":
+        return _Trainer(transport, self.parallel_config, self.device)
 
-    def _adapter(self, source: str) -> Any:
-        from s2ft.vllm.adapter_slices import adapter_slices
+    def _adapter(self, source: str) -> AdapterSlices:
+        from s2ft.adapter import read_adapter
+        from s2ft.sync.adapters import adapter_slices
 
-        return adapter_slices(source, self.vllm_config, self.model)
+        adapter = read_adapter(source)
+        if self._base is None:
+            self._base = Base(self.model_config)
+        self._base.check(adapter)
+        model, _ = self._base._described(None)
+        return adapter_slices(adapter, model)
 
 
 def _packed(module: nn.Module) -> str:
@@ -169,27 +178,22 @@ class _Workers:
         return values
 
 
-class _Group:
-    """The trainer and all workers of all replicas, as vLLM's own NCCL backend forms them. The trainer is rank 0."""
+class _Trainer:
+    """The group of a trainer and all workers of all replicas."""
 
-    def __init__(self, transport: Mapping[str, Any], parallel_config: Any) -> None:
-        common = "vllm.distributed.weight_transfer.nccl_common"
+    def __init__(self, transport: Mapping[str, Any], config: Any, device: torch.device) -> None:
         missing = [name for name in ("master_address", "master_port", "world_size") if name not in transport]
         if missing:
             raise ValueError(f"transport nccl needs {', '.join(missing)}")
-        info = private(common, "NCCLWeightTransferInitInfo")(
-            master_address=transport["master_address"],
-            master_port=transport["master_port"],
-            rank_offset=transport.get("rank_offset", 1),
-            world_size=transport["world_size"],
-        )
-        self._group = private(common, "worker_init_process_group")(info, parallel_config)
+        worker = config.data_parallel_index * config.world_size + config.rank
+        self._group = join(transport, transport.get("rank_offset", 1) + worker, device)
 
     def receive(self, buffer: Tensor) -> None:
         """Fill the buffer with the trainer's numbers."""
-        self._group.broadcast(buffer, src=0, stream=torch.cuda.current_stream())
-        torch.cuda.current_stream().synchronize()
+        self._group.broadcast(buffer)
+        if buffer.is_cuda:
+            torch.cuda.current_stream(buffer.device).synchronize()
 
     def close(self) -> None:
         """Leave the group."""
-        self._group.destroy()
+        self._group.leave()
