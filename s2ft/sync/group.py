@@ -3,6 +3,7 @@
 The trainer is rank 0, the workers are the ranks after it. On GPUs the group uses NCCL, else gloo.
 """
 
+import threading
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -46,9 +47,16 @@ class Group:
 
     def leave(self) -> None:
         """End what is under way and leave the group."""
-        if hasattr(self._backend, "abort"):
-            self._backend.abort()
+        held = [self._backend, self._store]
         self._backend = self._store = None
+        # gloo waits for an unfinished broadcast when it is freed, until its timeout
+        threading.Thread(target=_free, args=(held,), daemon=True).start()
+
+
+def _free(held: list[Any]) -> None:
+    if hasattr(held[0], "abort"):
+        held[0].abort()
+    held.clear()
 
 
 def join(transport: Mapping[str, Any], rank: int, device: torch.device, timeout: float = TIMEOUT) -> Group:
