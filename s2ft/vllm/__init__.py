@@ -4,10 +4,9 @@ vLLM calls :func:`register` in every process that it starts, because the package
 group ``vllm.general_plugins``). Nothing else is needed: ``pip install s2ft`` beside vLLM is enough.
 """
 
-import logging
 from importlib import import_module
 
-logger = logging.getLogger(__name__)
+from s2ft.vllm.compatibility import guarded
 
 # Each module has `install()`, which adds one feature to vLLM. A feature that this vLLM can't have is left out alone.
 FEATURES = {
@@ -20,13 +19,17 @@ FEATURES = {
 }
 
 
+_registered = False
+
+
 def register() -> None:
     """Add what s2ft brings to vLLM. vLLM calls this in every process; it never raises, and a second call does nothing.
 
     A feature that cannot be added to this release of vLLM is named in the log with the reason.
     """
+    global _registered
+    if _registered:
+        return
+    _registered = True
     for feature, module in FEATURES.items():
-        try:
-            import_module(module).install()
-        except Exception as error:  # an exception here would stop every vLLM on this machine
-            logger.warning("s2ft: %s are not available in this vLLM: %s: %s", feature, type(error).__name__, error)
+        guarded(feature, lambda module=module: import_module(module).install())

@@ -3,3 +3,8 @@
 
 def install() -> None:
     """Nothing yet."""
+
+
+def enabled() -> bool:
+    """Whether adapters are served as slices. Not yet."""
+    return False

@@ -1,0 +1,114 @@
+"""Where the slices of an adapter lie in its model, in words that need no model to be understood."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from s2ft.layers import CONV1D, EXPERTS, TRANSPOSED_EXPERTS, kind_of
+from s2ft.model.coupling import Coupling, projections_of
+from s2ft.model.weights import weight_at
+
+LINEAR, TRANSPOSED, OF_EXPERTS, OF_EXPERTS_TRANSPOSED, OTHER = STORAGES = (
+    "linear",  # [outputs, inputs]
+    "transposed linear",  # [inputs, outputs], such as transformers' Conv1D
+    "experts",  # [experts, outputs, inputs]
+    "transposed experts",  # [experts, inputs, outputs]
+    "other",  # for instance a convolution
+)
+
+
+@dataclass(frozen=True)
+class Location:
+    """The weight of one projection.
+
+    Attributes:
+        path: Path of the layer in the model; for experts, of the parameter with the weights of all of them.
+        size: All elements of the weight along the dimension of the slices.
+        storage: How the weight is stored, one of STORAGES.
+        shared: Whether other projections lie in the same weight: queries, keys and values in one, for instance.
+        expert: Number of the expert.
+    """
+
+    path: str
+    size: int
+    storage: str = LINEAR
+    shared: bool = False
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What an adapter has to know of its model, so that it can be served without building the model.
+
+    Attributes:
+        locations: The weight of each of the adapter's projections, by the projection's name.
+        base_weights: The weights that the base's fingerprint covers, by layer: pairs of the label in the fingerprint,
+            such as "d.weight", and the parameter's name in the model, in the fingerprint's order.
+    """
+
+    locations: dict[str, Location]
+    base_weights: dict[str, list[tuple[str, str]]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to JSON values."""
+        return {
+            "locations": {
+                name: {key: value for key, value in asdict(found).items() if value is not None}
+                for name, found in sorted(self.locations.items())
+            },
+            "base_weights": {layer: [list(pair) for pair in pairs] for layer, pairs in self.base_weights.items()},
+        }
+
+
+def structure_of(model: nn.Module, couplings: list[Coupling], names: Iterable[str]) -> Structure:
+    """Describe the weights of an adapter's projections in its model.
+
+    Args:
+        model: The model, with or without adapters. It may be on the meta device.
+        couplings: Its couplings.
+        names: The adapter's projections.
+
+    Returns:
+        The description.
+
+    Raises:
+        KeyError: A name is not one of a projection of the couplings.
+    """
+    known = {projection.name: projection for projection in projections_of(couplings)}
+    locations = {}
+    for name in names:
+        projection, handle = known[name], weight_at(model, known[name])
+        locations[name] = Location(
+            projection.path, projection.extent, _storage(handle.kind), projection.size is not None, projection.expert
+        )
+    return Structure(locations, _base_weights(model, couplings))
+
+
+def _storage(kind: Any) -> str:
+    if kind is EXPERTS:
+        return OF_EXPERTS
+    if kind is TRANSPOSED_EXPERTS:
+        return OF_EXPERTS_TRANSPOSED
+    if not kind.is_linear:
+        return OTHER
+    return TRANSPOSED if kind.transposed else LINEAR
+
+
+def _base_weights(model: nn.Module, couplings: list[Coupling]) -> dict[str, list[tuple[str, str]]]:
+    """The weights and biases that :func:`s2ft.model.fingerprint.fingerprint` reads, in its order."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    seen: set[str] = set()
+    for coupling in couplings:
+        layer = found.setdefault(str(coupling.layer), [])
+        for projection in coupling.projections:
+            if projection.path in seen:
+                continue
+            seen.add(projection.path)
+            handle, path, key = weight_at(model, projection), projection.path, projection.key
+            is_parameter = projection.expert is not None and handle.kind in (EXPERTS, TRANSPOSED_EXPERTS)
+            layer.append((f"{key}.weight", path if is_parameter else f"{path}.weight"))
+            if handle.bias is not None:
+                layer.append((f"{key}.bias", f"{path}.bias"))
+    return found

@@ -1,0 +1,154 @@
+"""An adapter of S²FT as vLLM's own LoRA in memory, with all checks before anything changes.
+
+One factor of each module is the trained slice, the other selects its rows or columns. The layers of
+:mod:`s2ft.vllm.layers` take the positions and the slice instead.
+"""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from s2ft.adapter.adapter import Adapter
+from s2ft.adapter.formats import native
+from s2ft.model.delta import Delta
+from s2ft.model.location import LINEAR, TRANSPOSED, Location
+from s2ft.vllm import layers
+from s2ft.vllm.base import Base, served_base
+from s2ft.vllm.compatibility import part_of, private
+from s2ft.vllm.names import Targets, sizes
+
+logger = logging.getLogger("vllm.s2ft")  # vLLM prints what loggers below its own say
+
+MERGED = "export the model merged (s2ft export --format merged)"
+
+
+def lora_of(manager: Any, request: Any, folder: Path) -> Any:
+    """Read an adapter as a LoRA of vLLM.
+
+    Args:
+        manager: vLLM's WorkerLoRAManager.
+        request: vLLM's LoRARequest.
+        folder: The adapter's folder.
+
+    Returns:
+        A LoRAModel.
+
+    Raises:
+        ValueError: The adapter is damaged, is of another base, or can't be served by this server; the message names
+            the adapter and says why. Nothing has changed.
+    """
+    began = time.perf_counter()
+    try:
+        adapter = native.read(folder)
+        base = served_base(manager)
+        loras = _weights(adapter, manager, base)
+        base.check(adapter)
+    except (OSError, ValueError, KeyError) as error:
+        text = error.args[0] if isinstance(error, KeyError) else error
+        raise ValueError(f"S²FT adapter {request.lora_name!r} ({request.lora_path}): {text}") from error
+    rank = max(weights.rank for weights in loras.values())
+    lora = part_of(manager, "_lora_model_cls")(request.lora_int_id, rank, loras)
+    lora.is_3d_lora_weight = False
+    logger.info("s2ft: loaded adapter %s in %.3f s", request.lora_name, time.perf_counter() - began)
+    return lora
+
+
+def _weights(adapter: Adapter, manager: Any, base: Base) -> dict[str, Any]:
+    """vLLM's LoRALayerWeights of each module, by the name under which vLLM looks for them."""
+    _check_kinds(adapter)
+    config, adapter_manager = part_of(manager, "lora_config"), part_of(manager, "_adapter_manager")
+    locations, targets = base.structure(adapter).locations, Targets(adapter_manager)
+    by_path: dict[str, list[str]] = {}
+    for name in adapter.deltas:
+        _check_location(name, locations[name])
+        by_path.setdefault(locations[name].path, []).append(name)
+    found = {}
+    for path, names in by_path.items():
+        target = targets.find(path)
+        deltas = [adapter.deltas[name] for name in names]
+        whole = _sizes_of(path, deltas, locations[names[0]])
+        if target.is_here:
+            _check_sizes(path, whole, sizes(targets.layers[target.layer], target.slot))
+        rank = sum(delta.index.numel() for delta in deltas)
+        if not layers.enabled() and rank > config.max_lora_rank:
+            raise ValueError(_too_wide(path, adapter, names, rank, config.max_lora_rank))
+        make = _slices if layers.enabled() else _factors
+        a, b = make(deltas, whole, config.lora_dtype)
+        found[target.name] = private("vllm.lora.lora_weights", "LoRALayerWeights")(
+            target.name, rank, rank, a, b, scaling=1
+        )
+    return found
+
+
+# ---- checks ----------------------------------------------------------------------------------------------
+
+
+def _check_kinds(adapter: Adapter) -> None:
+    if adapter.extra_weights:
+        raise ValueError(
+            f"it has {next(iter(adapter.extra_weights))} trained in full, and vLLM's adapters have no whole weights: "
+            f"{MERGED}"
+        )
+
+
+def _check_location(name: str, location: Location) -> None:
+    if location.expert is not None or "experts" in location.storage:
+        raise ValueError(f"{name} is the weight of experts, which are not served as adapters: {MERGED}")
+    if location.storage not in (LINEAR, TRANSPOSED):
+        raise ValueError(f"{name} is no linear layer, and vLLM's adapters are of linear layers: {MERGED}")
+
+
+def _sizes_of(path: str, deltas: list[Delta], location: Location) -> tuple[int, int]:
+    """Outputs and inputs of a weight, by the adapter's file."""
+    dim, across = deltas[0].dim, {delta.values.shape[1 - delta.dim] for delta in deltas}
+    last = max(int(delta.index.max()) for delta in deltas)
+    if len(across) != 1 or any(delta.dim != dim for delta in deltas) or last >= location.size:
+        raise ValueError(f"{path}: its slices do not fit a weight of {location.size} {('outputs', 'inputs')[dim]}")
+    return (location.size, across.pop()) if dim == 0 else (across.pop(), location.size)
+
+
+def _check_sizes(path: str, ours: tuple[int, int], theirs: tuple[int | None, int | None]) -> None:
+    if any(other is not None and other != own for own, other in zip(ours, theirs)):
+        raise ValueError(
+            f"it is of another base: {path} has {ours[0]} outputs and {ours[1]} inputs there, {theirs[0]} and "
+            f"{theirs[1]} in the served model"
+        )
+
+
+def _too_wide(path: str, adapter: Adapter, names: list[str], rank: int, limit: int) -> str:
+    units = sum(adapter.selection[name].numel() for name in names)
+    ranks = private("vllm.config.lora", "MaxLoRARanks").__args__
+    enough = next((allowed for allowed in ranks if allowed >= rank), None)
+    return (
+        f"{path} trains {rank} rows or columns ({units} units), and --max-lora-rank is {limit}: "
+        + ("no rank of vLLM is enough, so s" if enough is None else f"set it to {enough} or more, or s")
+        + "tart the server with S2FT_VLLM_SLICES=1, where adapters have no rank"
+    )
+
+
+# ---- the two forms of an adapter ---------------------------------------------------------------------------
+
+
+def _factors(deltas: list[Delta], whole: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A [rank, inputs] and B [outputs, rank] with B @ A = the delta. One of them selects rows or columns."""
+    dim, index, values = _joined(deltas, dtype)
+    one_hot = torch.zeros(index.numel(), whole[dim], dtype=dtype)
+    one_hot.scatter_(1, index[:, None], 1)
+    return (values, one_hot.t().contiguous()) if dim == 0 else (one_hot, values)
+
+
+def _slices(deltas: list[Delta], whole: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The index [n] int64 and a row of values for each position of it, for layers that hold slices."""
+    dim, index, values = _joined(deltas, dtype)
+    return index, values if dim == 0 else values.t().contiguous()
+
+
+def _joined(deltas: list[Delta], dtype: torch.dtype) -> tuple[int, Tensor, Tensor]:
+    """The dim, index and values of all slices of one weight."""
+    dim = deltas[0].dim
+    values = torch.cat([delta.values.to(dtype) for delta in deltas], dim).contiguous()
+    return dim, torch.cat([delta.index for delta in deltas]), values
