@@ -150,7 +150,9 @@ def _check_engine(job: ServeArguments, words: list[str], options: list[str]) -> 
     given = {word[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for word in words if word[:2] == "--"}
     if job.engine == "vllm":
         for name in sorted(given & ONLY_BUILT_IN.keys()):
-            raise ValueError(f"--{name.replace('_', '-')} is for --engine transformers; for vLLM: {ONLY_BUILT_IN[name]}")
+            raise ValueError(
+                f"--{name.replace('_', '-')} is for --engine transformers; for vLLM: {ONLY_BUILT_IN[name]}"
+            )
         return
     for name in sorted(given & {*ONLY_VLLM}):
         raise ValueError(f"--{name.replace('_', '-')} is for --engine vllm")
