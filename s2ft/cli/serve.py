@@ -48,8 +48,8 @@ class ServeArguments:
     )
     slices: bool = option(
         False,
-        "with --engine vllm: layers hold the trained slices, not LoRA of one rank, so that adapters need less memory and "
-        "have no limit of 512 rows or columns",
+        "with --engine vllm: layers hold the trained slices, not LoRA of one rank: adapters need less memory, and have "
+        "no limit of 512 rows or columns",
     )
     slice_units: int | None = option(
         None,

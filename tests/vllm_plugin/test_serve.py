@@ -38,7 +38,7 @@ def server(served, folder, tmp_path_factory):
         "--adapters",
         *adapters,
     ]
-    options = ["--port", port, "--served-model-name", "base", "--dtype", "float32", "--slices", "--", *SMALL.split()]
+    options = ["--port", port, "--served-model-name", "base", "--dtype", "float32", "--", *SMALL.split()]
     with started([*map(str, [*command, *options])], port, tmp_path_factory.mktemp("log") / "log") as server:
         yield server
 
