@@ -139,9 +139,9 @@ def _factors(deltas: list[Delta], whole: tuple[int, int], dtype: torch.dtype) ->
 
 
 def _slices(deltas: list[Delta], whole: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The index [n] int64 and a row of values for each position of it, for layers that hold slices."""
+    """The index with its dim, and a row of values for each position of it, for layers that hold slices."""
     dim, index, values = _joined(deltas, dtype)
-    return index, values if dim == 0 else values.t().contiguous()
+    return layers.encode(index, dim), values if dim == 0 else values.t().contiguous()
 
 
 def _joined(deltas: list[Delta], dtype: torch.dtype) -> tuple[int, Tensor, Tensor]:
