@@ -1,7 +1,5 @@
 """Layers of vLLM that hold slices: `S2FT_VLLM_SLICES=1`."""
 
-import json
-
 import pytest
 from support.vllm_models import PROMPTS
 from support.vllm_offline import offline
