@@ -1,12 +1,12 @@
 """Where the slices of an adapter lie in its model, in words that need no model to be understood."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
-from s2ft.layers import CONV1D, EXPERTS, TRANSPOSED_EXPERTS, kind_of
+from s2ft.layers import EXPERTS, TRANSPOSED_EXPERTS
 from s2ft.model.coupling import Coupling, projections_of
 from s2ft.model.weights import weight_at
 
