@@ -33,6 +33,7 @@ def _without_base(shrink: Any) -> Any:
     @functools.wraps(shrink)
     def shrink_adapters(self: Any, y: Any, *args: Any, **options: Any) -> None:
         shrink(self, y, *args, **options)
-        y[self.token_lora_indices[: y.shape[0]] < 0] = 0
+        of_base = self.token_lora_indices[: y.shape[0]] < 0
+        y[: of_base.numel()][of_base] = 0
 
     return shrink_adapters
