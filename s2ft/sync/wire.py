@@ -63,11 +63,11 @@ def hashes_of(values: Tensor, dim: int, first: int = 0) -> Tensor:
     """
     bits = values.detach().contiguous().view(_INTEGERS[values.element_size()]).to(torch.int64)
     bits = bits.movedim(dim, 0).reshape(bits.shape[dim], -1)
-    return (bits * _factors(first, bits.shape[1]).to(bits.device)).sum(1)
+    return (bits * factors(first, bits.shape[1]).to(bits.device)).sum(1)
 
 
-def _factors(first: int, count: int) -> Tensor:
-    """An odd number for each position, which looks random (the finalizer of splitmix64)."""
+def factors(first: int, count: int) -> Tensor:
+    """An odd number for each position, which looks random (the finalizer of splitmix64), int64 [count]."""
     with np.errstate(over="ignore"):
         mixed = (np.arange(first, first + count, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

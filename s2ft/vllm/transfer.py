@@ -1,5 +1,120 @@
-"""To be written."""
+"""Slice sync in vLLM: the weight transfer backend ``s2ft``.
+
+``vllm serve BASE --weight-transfer-config '{"backend": "s2ft"}'`` with ``VLLM_SERVER_DEV_MODE=1``, or
+``LLM(BASE, weight_transfer_config={"backend": "s2ft"})``. vLLM's own routes and methods for weight updates then take
+the messages of :mod:`s2ft.sync`. Each worker writes the slices into its own part of the weights.
+
+The engine core knows what the workers don't: whether requests are running, and the prefix cache. So it is asked on the
+way of each message to the workers, and it forgets the cache after each change.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from s2ft.vllm.compatibility import private, when_imported
+from s2ft.vllm.unpacked import BACKEND, is_chosen
+
+logger = logging.getLogger(__name__)
+
+FEATURE = "slices of a training run"
+_FACTORY = "vllm.distributed.weight_transfer.factory"
+_CORE = "vllm.v1.engine.core"
+_DONE = "_s2ft_transfer"
+INIT, UPDATE, SHUTDOWN = "init_weight_transfer_engine", "update_weights", "shutdown_weight_transfer_engine"
+START, FINISH = "start_weight_update", "finish_weight_update"
+METHODS = (INIT, START, UPDATE, FINISH, SHUTDOWN)
 
 
 def install() -> None:
-    """Nothing yet."""
+    """Register the backend, and let the engine core guard it."""
+    when_imported(_FACTORY, FEATURE, _register)
+    when_imported(_CORE, FEATURE, _guard)
+
+
+def _register() -> None:
+    factory = private(_FACTORY, "WeightTransferEngineFactory")
+    if BACKEND not in private(_FACTORY, "WeightTransferEngineFactory._registry"):
+        factory.register_engine(BACKEND, "s2ft.vllm.transfer_engine", "S2FTWeightTransferEngine")
+
+
+# ---- in the engine core ----------------------------------------------------------------------------------
+
+
+def _guard() -> None:
+    core = private(_CORE, "EngineCore")
+    call = private(_CORE, "EngineCore.collective_rpc")
+    if getattr(call, _DONE, False):
+        return
+
+    @functools.wraps(call)
+    def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
+        if method not in METHODS or not is_chosen(self.vllm_config):
+            return call(self, method, timeout, args, kwargs)
+        return _guarded_call(self, functools.partial(call, self), method, timeout, args, dict(kwargs or {}))
+
+    setattr(collective_rpc, _DONE, True)
+    core.collective_rpc = collective_rpc
+
+
+def _guarded_call(
+    core: Any, call: Callable, method: str, timeout: Any, args: tuple, kwargs: dict[str, Any]
+) -> list[Any]:
+    idle = is_idle(core)
+    name = {INIT: "init_info", UPDATE: "update_info"}.get(method)
+    if name is not None and name not in kwargs and args:
+        kwargs[name], args = args[0], args[1:]
+    if name is not None and name in kwargs:
+        kwargs[name] = _with(kwargs[name], idle)
+    if method == START and getattr(core, _DONE, False):  # the client of an earlier update died; updates are whole
+        call(on_worker, timeout, (FINISH, (), {}))
+    answers = call(on_worker, timeout, (method, args, kwargs))
+    failed = [answer for answer in answers if answer is not None]
+    setattr(core, _DONE, (method == START or method == UPDATE) and not failed)
+    if failed:
+        raise ValueError(failed[0])
+    if method in (INIT, UPDATE, SHUTDOWN) and idle:
+        _forget_caches(core)
+    return [None for _ in answers]
+
+
+def _with(info: Any, idle: bool) -> Any:
+    if isinstance(info, Mapping):
+        return {**info, "idle": idle}
+    return [_with(one, idle) for one in info] if isinstance(info, Sequence) and not isinstance(info, str) else info
+
+
+def is_idle(core: Any) -> bool:
+    """Whether no request is in the middle of its answer: none runs, or generation is paused.
+
+    Raises:
+        RuntimeError: The weights are asleep.
+    """
+    if "weights" in getattr(core.model_executor, "sleeping_tags", ()):
+        raise RuntimeError("the engine's weights are asleep: wake the engine up first (POST /wake_up)")
+    return not core.scheduler.has_unfinished_requests() and not core.batch_queue
+
+
+def _forget_caches(core: Any) -> None:
+    """Forget keys and values of the former weights. Paused requests compute theirs again when they are resumed."""
+    if not core.reset_prefix_cache(reset_running_requests=True, reset_connector=True):
+        raise RuntimeError(
+            "the weights are changed, but the prefix cache could not be reset, so that answers may mix old and new "
+            "weights: call reset_prefix_cache"
+        )
+    core.scheduler.reset_encoder_cache()
+    core.model_executor.reset_encoder_cache()
+
+
+def on_worker(worker: Any, method: str, args: tuple, kwargs: dict[str, Any]) -> str | None:
+    """Call a method of a worker. Returns its error in words.
+
+    An exception of one worker would leave the answers of the others unread, to be taken for those of the next call.
+    """
+    try:
+        getattr(worker, method)(*args, **kwargs)
+    except Exception as error:
+        logger.debug("s2ft: %s", method, exc_info=True)
+        return str(error) if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: {error}"
+    return None

@@ -1,0 +1,252 @@
+"""The engines that a trainer sends slices to: a server of vLLM, or vLLM's LLM in this process."""
+
+import json
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import torch
+
+from s2ft.sync.wire import DTYPES
+
+BACKEND = """{"backend": "s2ft"}"""
+
+
+class EngineError(RuntimeError):
+    """An engine refused a call, failed, or did not answer. The message has the engine's own words."""
+
+
+class Engine(Protocol):
+    """What a sender asks of an engine.
+
+    Attributes:
+        name: Words for messages.
+        is_local: Whether each rank of the trainer has an engine of its own.
+    """
+
+    name: str
+    is_local: bool
+
+    def dtype(self) -> torch.dtype | None: ...
+
+    def transport(self) -> str: ...
+
+    def world_size(self) -> int: ...
+
+    def init(self, info: dict[str, Any]) -> None: ...
+
+    def start(self) -> None: ...
+
+    def update(self, info: dict[str, Any]) -> None: ...
+
+    def finish(self) -> None: ...
+
+    def reset_prefix_cache(self) -> None: ...
+
+    def pause(self) -> None: ...
+
+    def resume(self) -> None: ...
+
+
+def engine_of(engine: Any, timeout: float) -> Engine:
+    """Return the engine of an address or an LLM.
+
+    Args:
+        engine: Address of a server, or vLLM's LLM.
+        timeout: Seconds to wait for an answer of a server.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    if isinstance(engine, str):
+        return ServerEngine(engine, timeout)
+    if hasattr(engine, "init_weight_transfer_engine") and hasattr(engine, "update_weights"):
+        return LocalEngine(engine)
+    raise TypeError(f"engine must be the address of a vLLM server or vLLM's LLM, got {type(engine).__name__}")
+
+
+class ServerEngine:
+    """A server of vLLM.
+
+    Attributes:
+        url: Its address.
+        timeout: Seconds to wait for an answer.
+    """
+
+    is_local = False
+
+    def __init__(self, url: str, timeout: float) -> None:
+        if urlsplit(url).scheme not in ("http", "https"):
+            raise ValueError(f"engine must be an address such as http://localhost:8000, got {url!r}")
+        self.url, self.timeout = url.rstrip("/"), timeout
+        self.name = f"the engine at {self.url}"
+
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of its weights; None if it does not say so.
+
+        Raises:
+            EngineError: It has no routes for weights, or another weight transfer backend.
+        """
+        config = self._request("server_info?config_format=json", None).get("vllm_config", {})
+        backend = (config.get("weight_transfer_config") or {}).get("backend")
+        if backend != "s2ft":
+            raise EngineError(
+                f"{self.name} was started with weight transfer backend {backend}: install s2ft beside vLLM and start "
+                f"it with --weight-transfer-config '{BACKEND}'"
+            )
+        name = str(config.get("model_config", {}).get("dtype", "")).removeprefix("torch.")
+        return DTYPES.get(name)
+
+    def transport(self) -> str:
+        """The best transport: a file if the server is on this machine."""
+        host = urlsplit(self.url).hostname or ""
+        here = {"localhost", "::1", "0.0.0.0", socket.gethostname(), socket.getfqdn()}
+        return "file" if host in here or host.startswith("127.") else "http"
+
+    def world_size(self) -> int:
+        """The number of its workers, with those of all replicas."""
+        return int(self._request("get_world_size", None)["world_size"])
+
+    def init(self, info: dict[str, Any]) -> None:
+        """Announce slices."""
+        self._request("init_weight_transfer_engine", {"init_info": info})
+
+    def start(self) -> None:
+        """Begin an update."""
+        self._request("start_weight_update", {})
+
+    def update(self, info: dict[str, Any]) -> None:
+        """Send an update."""
+        self._request("update_weights", {"update_info": info})
+
+    def finish(self) -> None:
+        """End an update."""
+        self._request("finish_weight_update", {})
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what was computed with other weights."""
+        self._request("reset_prefix_cache", {})
+
+    def pause(self) -> None:
+        """Stop generation. Requests wait and go on afterwards."""
+        self._request("pause?mode=keep", {})
+
+    def resume(self) -> None:
+        """Let generation go on."""
+        self._request("resume", {})
+
+    def _request(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
+        """Send a POST request, or a GET request without a body. Returns the answer.
+
+        Raises:
+            EngineError: The server refused, failed, or did not answer.
+        """
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"{self.url}/{path}", data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+                return _values(answer.read())
+        except urllib.error.HTTPError as error:
+            raise EngineError(self._explained(path, error.code, error.read())) from error
+        except TimeoutError as error:
+            raise EngineError(f"{self.name} did not answer {path} within {self.timeout:g} s") from error
+        except OSError as error:
+            raise EngineError(f"{self.name} can't be reached: {getattr(error, 'reason', error)}") from error
+
+    def _explained(self, path: str, code: int, raw: bytes) -> str:
+        if code == 404:
+            return (
+                f"{self.name} has no route /{path.partition('?')[0]}: start it with VLLM_SERVER_DEV_MODE=1 and "
+                f"--weight-transfer-config '{BACKEND}'"
+            )
+        answer = _values(raw)
+        error = answer.get("error", answer)
+        text = error.get("message", error) if isinstance(error, dict) else error
+        return f"{self.name} refused {path.partition('?')[0]} (status {code}): {text or raw.decode(errors='replace')}"
+
+
+def _values(raw: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(raw) if raw else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+class LocalEngine:
+    """vLLM's LLM in this process. Each rank of the trainer has its own.
+
+    Attributes:
+        llm: The LLM.
+    """
+
+    is_local = True
+    name = "the LLM in this process"
+
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
+
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of its weights.
+
+        Raises:
+            EngineError: It has another weight transfer backend.
+        """
+        config = getattr(getattr(self.llm, "llm_engine", None), "vllm_config", None)
+        if config is None:
+            return None
+        backend = getattr(config.weight_transfer_config, "backend", None)
+        if backend != "s2ft":
+            raise EngineError(
+                f"{self.name} was made with weight transfer backend {backend}: give LLM the argument "
+                f"weight_transfer_config={BACKEND}"
+            )
+        return config.model_config.dtype
+
+    def transport(self) -> str:
+        """The best transport: directly if the weights are in this process, else a file."""
+        engine = getattr(self.llm, "llm_engine", None)
+        if engine is None:
+            return "direct"
+        executor = getattr(engine, "model_executor", None)
+        return "direct" if getattr(executor, "driver_worker", None) is not None and self.world_size() == 1 else "file"
+
+    def world_size(self) -> int:
+        """The number of workers that a call reaches: one if each rank has an LLM of its own."""
+        parallel = self.llm.llm_engine.vllm_config.parallel_config
+        return 1 if parallel.distributed_executor_backend == "external_launcher" else parallel.world_size
+
+    def init(self, info: dict[str, Any]) -> None:
+        """Announce slices."""
+        self._call("init_weight_transfer_engine", {"init_info": info})
+
+    def start(self) -> None:
+        """Begin an update."""
+        self._call("start_weight_update")
+
+    def update(self, info: dict[str, Any]) -> None:
+        """Send an update."""
+        self._call("update_weights", {"update_info": info})
+
+    def finish(self) -> None:
+        """End an update."""
+        self._call("finish_weight_update")
+
+    def reset_prefix_cache(self) -> None:
+        """Forget what was computed with other weights."""
+        self._call("reset_prefix_cache")
+
+    def pause(self) -> None:
+        """Nothing: an LLM generates nothing between two calls."""
+
+    def resume(self) -> None:
+        """Nothing."""
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        try:
+            getattr(self.llm, name)(*arguments)
+        except Exception as error:  # of the worker, of any class
+            raise EngineError(f"{self.name} refused {name}: {error}") from error

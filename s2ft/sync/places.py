@@ -1,0 +1,409 @@
+"""Where slices of a checkpoint lie in the weights of a running engine.
+
+An engine keeps its weights in its own form: queries, keys and values in one parameter, a shard on each rank, layers
+wrapped by others. Its model has one function that knows this form: the loader, which copies each tensor of a checkpoint
+to its place. Here the loader is called with tensors on the meta device, which have a shape but no numbers. Each copy
+that it asks for is noted and not done. A note says which part of the checkpoint's tensor goes into which part of which
+parameter. So no table of model families is needed, and no memory.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from s2ft.sync.wire import DTYPES, SliceSpec, factors
+
+Loader = Callable[[Iterable[tuple[str, Tensor]]], Any]
+_COPY = torch.ops.aten.copy_.default
+# Of a tensor without numbers these make nothing new: the loader may move it to a device or make it contiguous
+_SAME_NUMBERS = (torch.ops.aten.clone.default, torch.ops.aten._to_copy.default)
+_FILLS = (torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor, torch.ops.aten.zero_.default)
+
+
+class NoPlace(ValueError):
+    """A slice can't be written into this engine's weights. The message names the weight and says why."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """A block of a checkpoint's tensor, and the part of a live parameter that holds it.
+
+    Attributes:
+        view: The part of the parameter, with the dimensions of the checkpoint's tensor.
+        starts: Where the block begins in the checkpoint's tensor, by dimension.
+    """
+
+    view: Tensor
+    starts: tuple[int, ...]
+
+
+@dataclass
+class Place:
+    """The part of a slice that lies in one live parameter.
+
+    Attributes:
+        slice_number: Number of the slice in the list that it belongs to.
+        view: Part of the live parameter, with the dimensions of the checkpoint's tensor.
+        dim: Dimension of the slice's positions.
+        here: Positions in `view`, int64 [m].
+        mine: Numbers of these positions in the slice; None for all of them.
+        across: The part of each dimension of the slice's values; the whole one for `dim`.
+        original: The numbers that were there, [m] along `dim`.
+        first: The first of the positions in `view`.
+    """
+
+    slice_number: int
+    view: Tensor
+    dim: int
+    here: Tensor
+    mine: Tensor | None
+    across: tuple[slice, ...]
+    original: Tensor
+    first: int
+
+    def part_of(self, values: Tensor) -> Tensor:
+        """The part of a slice's values that lies here."""
+        part = values[self.across]
+        return part if self.mine is None else part.index_select(self.dim, self.mine)
+
+    def read(self) -> Tensor:
+        """A copy of the numbers that are here now."""
+        return self.view.index_select(self.dim, self.here)
+
+    def put(self, part: Tensor) -> None:
+        """Write numbers of this part, in the parameter's dtype."""
+        if self.dim == 0:
+            self.view.index_copy_(0, self.here, part)
+        else:  # index_copy_ visits a matrix's columns element by element; with the dimension in front it does not
+            self.view.transpose(0, self.dim).index_copy_(0, self.here, part.transpose(0, self.dim))
+
+    def write(self, values: Tensor) -> None:
+        """Write this part of a slice's values."""
+        self.put(self.part_of(values))
+
+    def restore(self) -> None:
+        """Write back the original numbers."""
+        self.put(self.original)
+
+    def one_unit(self) -> Tensor:
+        """The numbers at the first position, a view."""
+        return self.view.select(self.dim, self.first)
+
+    def key(self) -> tuple:
+        """What part of the slice this is: parts with the same key on several ranks are copies of each other."""
+        units = None if self.mine is None else (int(self.mine[0]), int(self.mine[-1]))
+        across = tuple((one.start, one.stop) for dim, one in enumerate(self.across) if dim != self.dim)
+        return units, across
+
+
+def regions(
+    load: Loader, model: nn.Module, tensors: Sequence[tuple[str, Sequence[int]]], dtype: torch.dtype
+) -> dict[str, list[Region]]:
+    """Find where tensors of a checkpoint lie in a model.
+
+    Args:
+        load: The model's loader. It takes pairs of a name and a tensor.
+        model: The model, whose parameters and buffers the loader fills.
+        tensors: Names and shapes of the tensors in the checkpoint.
+        dtype: Dtype of the tensors.
+
+    Returns:
+        The blocks that this process holds of each tensor; an empty list for a tensor that it does not hold.
+
+    Raises:
+        NoPlace: The loader does not know a name, or changes the numbers of a tensor, or arranges them in another way.
+            The model is as before.
+    """
+    carriers = {name: torch.empty(tuple(shape), dtype=dtype, device="meta") for name, shape in tensors}
+    try:
+        return _watched(load, model, carriers)
+    except Exception:
+        for name, carrier in carriers.items():  # one at a time, to name the guilty one
+            _watched_alone(load, model, name, carrier)
+        raise
+
+
+def _watched_alone(load: Loader, model: nn.Module, name: str, carrier: Tensor) -> None:
+    try:
+        _watched(load, model, {name: carrier})
+    except NoPlace:
+        raise
+    except Exception as error:
+        raise NoPlace(f"{name}: the model's loader does not take it: {type(error).__name__}: {error}") from error
+
+
+def _watched(load: Loader, model: nn.Module, carriers: dict[str, Tensor]) -> dict[str, list[Region]]:
+    watch = _Watch(model, carriers)
+    with torch.no_grad(), _parameters_kept(model, carriers), watch:
+        load(iter(carriers.items()))
+    return watch.found
+
+
+class _Watch(TorchDispatchMode):
+    """Note the copies from tensors without numbers, and let nothing write to the model."""
+
+    def __init__(self, model: nn.Module, carriers: dict[str, Tensor]) -> None:
+        super().__init__()
+        tensors = itertools.chain(model.parameters(), model.buffers())
+        self._live = {_storage(tensor) for tensor in tensors}
+        self._names = {_storage(carrier): name for name, carrier in carriers.items()}
+        self._carriers = carriers
+        self.found: dict[str, list[Region]] = {name: [] for name in carriers}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is _COPY and args[1].is_meta and not args[0].is_meta:
+            self._note(args[0], args[1])
+            return args[0]
+        if func in _SAME_NUMBERS and self._is_carrier(args[0]) and kwargs.get("dtype") in (None, args[0].dtype):
+            return args[0].detach()
+        written = self._written(func, args, kwargs)
+        if written is not None:
+            if func in _FILLS:  # padding
+                return args[0]
+            raise NoPlace(f"{self._first()}: the model's loader computes ({func}), so that a slice has no place in it")
+        return func(*args, **kwargs)
+
+    def _note(self, destination: Tensor, source: Tensor) -> None:
+        if not self._is_carrier(source):
+            raise NoPlace(
+                f"{self._first()}: the model's loader makes new tensors of it, so that a slice of it has no place"
+            )
+        name = self._names[_storage(source)]
+        if _storage(destination) not in self._live:
+            raise NoPlace(f"{name}: the model's loader copies it to a tensor that is no parameter of the model")
+        found = _region(name, destination, source, self._carriers[name])
+        if found is not None:
+            self.found[name].append(found)
+
+    def _is_carrier(self, tensor: Any) -> bool:
+        return isinstance(tensor, Tensor) and tensor.is_meta and _storage(tensor) in self._names
+
+    def _written(self, func, args, kwargs) -> Tensor | None:
+        """The tensor of the model that an operator would write to."""
+        if not func._schema.is_mutable:
+            return None
+        for number, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            value = args[number] if number < len(args) else kwargs.get(argument.name)
+            if isinstance(value, Tensor) and not value.is_meta and _storage(value) in self._live:
+                return value
+        return None
+
+    def _first(self) -> str:
+        names = list(self._carriers)
+        return names[0] if len(names) == 1 else f"one of {names[0]} … {names[-1]}"
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _region(name: str, destination: Tensor, source: Tensor, carrier: Tensor) -> Region | None:
+    """The block that a copy moves, with the checkpoint's dimensions; None if it is empty."""
+    reason = "arranges its numbers in another way, so that a slice of it has no place"
+    if destination.shape != source.shape:
+        raise NoPlace(f"{name}: the model's loader {reason}: {tuple(source.shape)} into {tuple(destination.shape)}")
+    if not source.numel():
+        return None
+    by_stride = {stride: dim for dim, (stride, size) in enumerate(zip(carrier.stride(), carrier.shape)) if size > 1}
+    dims = {}  # of the carrier, by dimension of the source
+    for number, (stride, size) in enumerate(zip(source.stride(), source.shape)):
+        if size > 1 and (stride not in by_stride or by_stride[stride] in dims.values()):
+            raise NoPlace(f"{name}: the model's loader {reason}: shape {tuple(source.shape)}, stride {source.stride()}")
+        if size > 1:
+            dims[number] = by_stride[stride]
+    starts, rest = [], source.storage_offset()
+    for stride in carrier.stride():
+        start, rest = divmod(rest, stride)
+        starts.append(start)
+    others = [number for number in range(source.dim()) if number not in dims]
+    view = destination.detach().permute(*sorted(dims, key=dims.get), *others)
+    for _ in others:  # dimensions of size 1
+        view = view.squeeze(-1)
+    for dim in range(carrier.dim()):
+        if dim not in dims.values():
+            view = view.unsqueeze(dim)
+    if any(start + size > whole for start, size, whole in zip(starts, view.shape, carrier.shape)):
+        raise NoPlace(f"{name}: the model's loader {reason}: shape {tuple(source.shape)}")
+    return Region(view, tuple(starts))
+
+
+@contextmanager
+def _parameters_kept(model: nn.Module, carriers: dict[str, Tensor]) -> Iterator[None]:
+    """Put parameters back that a loader replaces or gives other memory.
+
+    Raises:
+        NoPlace: It did so.
+    """
+    before = [
+        (module, name, parameter, parameter.data)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+    try:
+        yield
+    finally:
+        changed = ""
+        for module, name, parameter, data in before:
+            if module._parameters.get(name) is not parameter or parameter.data_ptr() != data.data_ptr():
+                changed = changed or name
+                module._parameters[name] = parameter
+                parameter.data = data
+    if changed:
+        raise NoPlace(
+            f"{next(iter(carriers))}: the model's loader replaces the parameter {changed} instead of filling it"
+        )
+
+
+def places(load: Loader, model: nn.Module, specs: Sequence[SliceSpec], dtype: torch.dtype) -> list[Place]:
+    """Find the places of slices in a model, and keep the numbers that are there.
+
+    Args:
+        load: The model's loader. It takes pairs of a name and a tensor.
+        model: The model.
+        specs: The slices.
+        dtype: Dtype of the slices' numbers, which the model's parameters must have.
+
+    Returns:
+        The places in the order of the slices. A slice of a weight that another rank holds has none here.
+
+    Raises:
+        NoPlace: See :func:`regions`; or a parameter has another dtype or no numbers.
+    """
+    if len({spec.name for spec in specs}) != len(specs):
+        raise NoPlace("a weight is named twice in the description of the slices")
+    blocks = regions(load, model, [(spec.name, spec.shape) for spec in specs], dtype)
+    found = []
+    for number, spec in enumerate(specs):
+        for region in blocks[spec.name]:
+            if region.view.dtype not in DTYPES.values():
+                raise NoPlace(
+                    f"{spec.name} is {_word(region.view.dtype)} in this engine, which is quantized or packed: "
+                    "serve the base without quantization"
+                )
+            if region.view.dtype != dtype:
+                raise NoPlace(
+                    f"{spec.name} is {_word(region.view.dtype)} in this engine, and the slices are sent as "
+                    f"{_word(dtype)}: send them in the engine's dtype"
+                )
+            place = _place(number, spec, region)
+            if place is not None:
+                found.append(place)
+    return found
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _place(number: int, spec: SliceSpec, region: Region) -> Place | None:
+    start, size = region.starts[spec.dim], region.view.shape[spec.dim]
+    mine = ((spec.index >= start) & (spec.index < start + size)).nonzero().squeeze(1)
+    if not mine.numel():
+        return None
+    device = region.view.device
+    here = (spec.index[mine] - start).to(device)
+    across = tuple(
+        slice(None) if dim == spec.dim else slice(first, first + extent)
+        for dim, (first, extent) in enumerate(zip(region.starts, region.view.shape))
+    )
+    every = mine.numel() == spec.index.numel()
+    original = region.view.index_select(spec.dim, here)
+    return Place(
+        number, region.view, spec.dim, here, None if every else mine.to(device), across, original, int(here[0])
+    )
+
+
+def part_hashes(place: Place, spec: SliceSpec) -> Tensor:
+    """Hash the original numbers of a place, so that the hashes of all parts of a unit add up to that of the unit.
+
+    Args:
+        place: The place.
+        spec: Its slice.
+
+    Returns:
+        int64 [m], on the CPU.
+    """
+    integers = {2: torch.int16, 4: torch.int32}[place.original.element_size()]
+    bits = place.original.detach().contiguous().view(integers).to(torch.int64).movedim(place.dim, 0)
+    others = [size for dim, size in enumerate(spec.shape) if dim != spec.dim]
+    weights = factors(0, int(torch.tensor(others).prod()) if others else 1).reshape(others or [1])
+    weights = weights[tuple(one for dim, one in enumerate(place.across) if dim != spec.dim)]
+    return (bits.reshape(bits.shape[0], -1) * weights.reshape(-1).to(bits.device)).sum(1).cpu()
+
+
+@dataclass
+class Part:
+    """What one rank says about one of its places, see :func:`check_base`.
+
+    Attributes:
+        slice_number: Number of the slice.
+        key: Which part it is, see :meth:`Place.key`.
+        mine: Numbers of its positions in the slice; None for all of them.
+        numbers: How many numbers it holds of each unit.
+        hashes: The hash of each of its units' parts.
+    """
+
+    slice_number: int
+    key: tuple
+    mine: Tensor | None
+    numbers: int
+    hashes: Tensor
+
+
+def parts_of(found: Iterable[Place], specs: Sequence[SliceSpec]) -> list[Part]:
+    """Describe the places of one rank, for :func:`check_base`."""
+    parts = []
+    for place in found:
+        mine = None if place.mine is None else place.mine.cpu()
+        numbers = place.original.numel() // place.here.numel()
+        hashes = part_hashes(place, specs[place.slice_number])
+        parts.append(Part(place.slice_number, place.key(), mine, numbers, hashes))
+    return parts
+
+
+def check_base(parts: Iterable[Part], specs: Sequence[SliceSpec]) -> None:
+    """Check that all ranks together hold every slice, with the numbers of the trainer's base.
+
+    Args:
+        parts: The parts of all ranks. Copies of the same part are compared with each other and counted once.
+        specs: The slices, with the hashes of the trainer's base.
+
+    Raises:
+        NoPlace: No rank holds a slice, or a part of it.
+        ValueError: The numbers are those of another base. The message names the first weight.
+    """
+    known: dict[tuple, Tensor] = {}
+    sums = [torch.zeros_like(spec.hashes) for spec in specs]
+    counts = [torch.zeros_like(spec.hashes) for spec in specs]
+    for part in parts:
+        first = known.setdefault((part.slice_number, part.key), part.hashes)
+        if first is not part.hashes:
+            if not torch.equal(first, part.hashes):
+                raise ValueError(f"{specs[part.slice_number].name}: two ranks of this engine hold different numbers")
+            continue
+        mine = slice(None) if part.mine is None else part.mine
+        sums[part.slice_number][mine] += part.hashes
+        counts[part.slice_number][mine] += part.numbers
+    for spec, count in zip(specs, counts):
+        if bool((count != spec.numel // spec.index.numel()).any()):
+            held = "no place" if not bool(count.any()) else "no place for all of it"
+            raise NoPlace(
+                f"{spec.name}: this engine has {held}. A tied weight is sent under the one name that the checkpoint "
+                "has, and all weights must be of the served model"
+            )
+    wrong = [spec.name for spec, total in zip(specs, sums) if not torch.equal(total, spec.hashes)]
+    if wrong:
+        raise ValueError(
+            f"the engine's base is not the trainer's: {len(wrong)} of {len(specs)} slices differ, the first is "
+            f"{wrong[0]}. Serve the base that is trained, in the dtype in which the slices are sent, and not quantized"
+        )

@@ -1,0 +1,537 @@
+"""The receiving side of slice sync in one process of an engine: who sends, what was there, what is written.
+
+A receiver is bound to one sender at a time, or serves one adapter, or has the base. All checks of a message are made on
+all ranks before the first number is written, and either all ranks write or none does.
+"""
+
+import base64
+import itertools
+import os
+import stat
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from s2ft.ops import effective_units
+from s2ft.sync.places import Loader, Place, check_base, parts_of, places
+from s2ft.sync.wire import DTYPES, SliceSpec, from_message
+
+RELEASE = 'release it with {"base": true, "sender": "%s"} in an update, or set take_over'
+TRANSPORTS = ("http", "file", "direct", "nccl")
+
+
+class Ranks(Protocol):
+    """The processes that hold the engine's weights together."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all ranks. Every rank must call this."""
+
+
+class OneRank:
+    """An engine with one process."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the value as a list."""
+        return [value]
+
+
+class Broadcast(Protocol):
+    """A group of the trainer and all ranks of the engine, in which the trainer is the first."""
+
+    def receive(self, buffer: Tensor) -> None:
+        """Fill the buffer with the trainer's numbers."""
+
+    def close(self) -> None:
+        """Leave the group."""
+
+
+@dataclass(frozen=True)
+class AdapterSlices:
+    """An adapter as slices of the served checkpoint.
+
+    Attributes:
+        name: Name of the adapter.
+        specs: The slices. Their hashes are not used.
+        deltas: What is added to the base, by number of the slice; or None for a weight that `wholes` has.
+        wholes: Weights that the adapter has in full, by number of the slice.
+    """
+
+    name: str
+    specs: list[SliceSpec]
+    deltas: dict[int, Tensor]
+    wholes: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class _Bound:
+    """What is written over the base, and by whom."""
+
+    sender: str | None  # None: an adapter
+    name: str
+    dtype: torch.dtype
+    specs: list[SliceSpec]
+    places: list[Place]
+    transport: Mapping[str, Any] = field(default_factory=dict)
+    group: Broadcast | None = None
+    step: int | None = None
+    expected: list[Tensor] = field(default_factory=list)  # numbers at the first position of each place
+
+    @property
+    def numel(self) -> int:
+        return sum(spec.numel for spec in self.specs)
+
+
+class Receiver:
+    """Writes slices into the weights of one process of an engine, and restores them.
+
+    Example:
+        >>> from s2ft.sync.receiver import Receiver
+        >>> from s2ft.sync.wire import SliceSpec, hashes_of, to_message
+        >>> engine = torch.nn.Linear(4, 4, bias=False)
+        >>> base = engine.weight.detach().clone()
+        >>> receiver = Receiver(engine, lambda tensors: [engine.weight.data.copy_(tensor) for _, tensor in tensors])
+        >>> index = torch.tensor([1, 3])
+        >>> spec = SliceSpec("weight", (4, 4), 1, index, hashes_of(base[:, index], 1))
+        >>> receiver.bind({"sender": "a", "dtype": "float32", "slices": to_message([spec])})
+        >>> receiver.update({"sender": "a", "step": 1, "tensor": torch.ones(8)})
+        >>> engine.weight[:, index].sum().item()
+        8.0
+        >>> receiver.update({"base": True, "sender": "a"})
+        >>> torch.equal(engine.weight, base)
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        load: Loader | None = None,
+        ranks: Ranks | None = None,
+        check: Callable[[Sequence[Place], Sequence[SliceSpec]], None] | None = None,
+        join: Callable[[Mapping[str, Any]], Broadcast] | None = None,
+        adapter: Callable[[str], AdapterSlices] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Make a receiver. Nothing is read yet.
+
+        Args:
+            model: The engine's model in this process.
+            load: Its loader, which takes pairs of a name in the checkpoint and a tensor. Default: `model.load_weights`.
+            ranks: The processes that hold the weights together. Default: this one alone.
+            check: Raises ValueError for places that the engine does not compute with, for instance because it has
+                packed the weights.
+            join: Joins the group of a trainer that broadcasts. Default: such a trainer is refused.
+            adapter: Reads an adapter by folder or name, and checks that it belongs to the served base. Default:
+                adapters are refused.
+            dtype: The dtype of the engine's weights, for adapters. Default: that of the model's first parameter.
+        """
+        self.model = model
+        self.load = model.load_weights if load is None else load
+        self.ranks = OneRank() if ranks is None else ranks
+        self.check, self.join, self.adapter = check, join, adapter
+        self.dtype = dtype
+        self._bound: _Bound | None = None
+
+    # ---- what is on --------------------------------------------------------------------------------------
+
+    @property
+    def sender(self) -> str | None:
+        """The sender that this engine is bound to, or None."""
+        return None if self._bound is None else self._bound.sender
+
+    @property
+    def serving(self) -> str:
+        """What the weights are, in words."""
+        if self._bound is None:
+            return "the base"
+        if self._bound.sender is None:
+            return f"the adapter {self._bound.name!r}"
+        step = "no step yet" if self._bound.step is None else f"step {self._bound.step}"
+        return f"slices of sender {self._bound.sender!r}, {step}"
+
+    # ---- the beginning of a run --------------------------------------------------------------------------
+
+    def bind(self, message: Mapping[str, Any]) -> None:
+        """Bind to a sender: find the places of its slices, and compare the base. All ranks must call this.
+
+        Args:
+            message: `sender`, its name; `dtype` of the numbers; `slices`, see :func:`s2ft.sync.wire.to_message`;
+                `transport`, a mapping with `kind`; `take_over`, whether another sender or an adapter is removed;
+                `idle`, False if requests are running, which matters if the weights have to be changed.
+
+        Raises:
+            ValueError: The message is not valid, the base is another one, or a slice has no place.
+            RuntimeError: The engine is bound to another sender, serves an adapter, or is not idle. In each case the
+                weights are as before, and the engine is bound as before.
+        """
+        request = self._together(lambda: self._bind_request(message))
+        with _Undo(self) as undo:
+            self._together(self._take_off)
+            bound = self._together(lambda: self._find(request))
+            parts = [part for of_rank in self.ranks.gather(parts_of(bound.places, bound.specs)) for part in of_rank]
+            self._together(lambda: check_base(parts, bound.specs))
+            if request["transport"]["kind"] == "nccl":
+                bound.group = self._together(lambda: self.join(bound.transport))
+            bound.expected = _samples(bound.places)
+            undo.forget()
+        self._bound = bound
+
+    def _bind_request(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        sender, dtype = message.get("sender"), message.get("dtype")
+        if not isinstance(sender, str) or not sender:
+            raise ValueError(f"sender must be the trainer's name, a text that is not empty, not {sender!r}")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+        transport = message.get("transport") or {"kind": "direct" if "transport" not in message else "http"}
+        if not isinstance(transport, Mapping) or transport.get("kind") not in TRANSPORTS:
+            raise ValueError(f"transport must have a kind, one of {', '.join(TRANSPORTS)}, not {transport!r}")
+        if transport["kind"] == "nccl" and self.join is None:
+            raise ValueError("this engine can't join a group of the trainer: use transport http or file")
+        take_over = message.get("take_over", False)
+        if self._bound is not None and self._bound.sender != sender and not take_over:
+            way = RELEASE % self._bound.sender if self._bound.sender else 'send {"base": true} first, or set take_over'
+            raise RuntimeError(f"this engine has {self.serving}, so sender {sender!r} is refused: {way}")
+        if self._bound is not None:
+            _check_idle(message)
+        specs = _described(message.get("slices"))
+        return {"sender": sender, "dtype": DTYPES[dtype], "specs": specs, "transport": transport}
+
+    def _find(self, request: Mapping[str, Any]) -> _Bound:
+        specs, dtype = request["specs"], request["dtype"]
+        found = places(self.load, self.model, specs, dtype)
+        if self.check is not None:
+            self.check(found, specs)
+        return _Bound(request["sender"], request["sender"], dtype, specs, found, dict(request["transport"]))
+
+    # ---- one update --------------------------------------------------------------------------------------
+
+    def update(self, message: Mapping[str, Any]) -> None:
+        """Write new numbers, an adapter, or the base. All ranks must call this.
+
+        Args:
+            message: One of `sender`, `step` and one of `values` (base64), `file` (a path), `tensor` (in this process)
+                or none of them (the trainer broadcasts); `base`, True for the base's numbers, with a `sender` that is
+                released; `adapter`, a folder or a name on the hub. `idle` is False if requests are running.
+
+        Raises:
+            ValueError: The message is not valid, or the adapter is of another base. The weights are as before.
+            RuntimeError: The engine is bound to another sender or to none, or it is not idle, or its weights were
+                changed by others. The weights are as before.
+            OSError: The file can't be read. The weights are as before.
+        """
+        kind = self._together(lambda: _kind_of(message))
+        self._together(lambda: _check_idle(message))
+        {"base": self._base, "adapter": self._put_on, "numbers": self._numbers}[kind](message)
+
+    def _numbers(self, message: Mapping[str, Any]) -> None:
+        bound = self._together(lambda: self._expected_update(message))
+        flat = self._together(lambda: self._content(bound, message))
+        if flat is None:
+            flat = torch.empty(bound.numel, dtype=bound.dtype, device=self._device(bound))
+            self._together(lambda: bound.group.receive(flat))
+            self._together(lambda: _check_numbers(bound, flat))
+        self._write(bound, lambda: _write_numbers(bound, flat))
+        bound.step = message["step"]
+
+    def _expected_update(self, message: Mapping[str, Any]) -> _Bound:
+        bound, sender, step = self._bound, message.get("sender"), message.get("step")
+        if bound is None or bound.sender is None:
+            raise RuntimeError(
+                f"an update of sender {sender!r} before init: this engine has {self.serving}. Init first"
+            )
+        if sender != bound.sender:
+            raise RuntimeError(
+                f"this engine has {self.serving}, so an update of {sender!r} is refused: {RELEASE % bound.sender}"
+            )
+        if isinstance(step, bool) or not isinstance(step, int):
+            raise ValueError(f"step must be a whole number, not {step!r}")
+        if bound.step is not None and step < bound.step:
+            raise ValueError(f"step {step} of sender {sender!r} is older than step {bound.step}, which is written")
+        _check_untouched(self.model, bound)
+        return bound
+
+    def _content(self, bound: _Bound, message: Mapping[str, Any]) -> Tensor | None:
+        """The numbers of an update, checked, on this rank's device; None if they will be broadcast."""
+        given = [name for name in ("values", "file", "tensor") if message.get(name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"an update has one of values, file and tensor, not {' and '.join(given)}")
+        if not given and bound.group is None:
+            raise ValueError("an update has one of values, file and tensor; it is broadcast for transport nccl only")
+        if not given:
+            return None
+        flat = _READERS[given[0]](bound, message[given[0]])
+        if flat.numel() != bound.numel or flat.dtype != bound.dtype:
+            raise ValueError(
+                f"{flat.numel():,} numbers of {flat.dtype} came, and the slices have {bound.numel:,} of {bound.dtype}"
+            )
+        flat = flat.detach().reshape(-1).to(self._device(bound))
+        _check_numbers(bound, flat)
+        return flat
+
+    def _device(self, bound: _Bound) -> torch.device:
+        return bound.places[0].view.device if bound.places else torch.device("cpu")
+
+    def _write(self, bound: _Bound, work: Callable[[], None]) -> None:
+        """Write on all ranks; if one of them fails, all have the base's numbers again."""
+        try:
+            self._together(work)
+        except BaseException as error:
+            for place in bound.places:
+                place.restore()
+            bound.step, bound.expected = None, _samples(bound.places)
+            raise RuntimeError(f"writing failed, and the base has been restored: {_words(error)}") from error
+        bound.expected = _samples(bound.places)
+
+    # ---- the base, and adapters --------------------------------------------------------------------------
+
+    def _base(self, message: Mapping[str, Any]) -> None:
+        def check() -> None:
+            sender = message.get("sender")
+            if (
+                sender is not None
+                and self.sender is not None
+                and sender != self.sender
+                and not message.get("take_over")
+            ):
+                raise RuntimeError(f"this engine has {self.serving}, so {sender!r} can't release it: set take_over")
+
+        self._together(check)
+        bound = self._bound
+        if bound is None:
+            return
+        for place in bound.places:
+            place.restore()
+        bound.step, bound.expected = None, _samples(bound.places)
+        if message.get("sender") is not None or bound.sender is None:
+            self._release()
+
+    def _put_on(self, message: Mapping[str, Any]) -> None:
+        slices = self._together(lambda: self._adapter_slices(message))
+        with _Undo(self) as undo:
+            self._together(self._take_off)
+            bound = self._together(lambda: self._find_adapter(slices))
+            self._add_or_restore(bound, slices)
+            bound.expected = _samples(bound.places)
+            undo.forget()
+        self._bound = bound
+
+    def _add_or_restore(self, bound: _Bound, slices: AdapterSlices) -> None:
+        try:
+            self._together(lambda: _add(bound, slices))
+        except BaseException:
+            for place in bound.places:
+                place.restore()
+            raise
+
+    def _adapter_slices(self, message: Mapping[str, Any]) -> AdapterSlices:
+        if self.adapter is None:
+            raise ValueError("this engine can't read adapters")
+        if self.sender is not None:
+            way = RELEASE % self.sender
+            raise RuntimeError(f"this engine has {self.serving}, so no adapter is put on: {way}")
+        if self._bound is not None:
+            _check_untouched(self.model, self._bound)
+        return self.adapter(message["adapter"])
+
+    def _find_adapter(self, slices: AdapterSlices) -> _Bound:
+        dtype = next(self.model.parameters()).dtype if self.dtype is None else self.dtype
+        found = places(self.load, self.model, slices.specs, dtype)
+        if self.check is not None:
+            self.check(found, slices.specs)
+        return _Bound(None, slices.name, dtype, slices.specs, found)
+
+    # ---- taking off --------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Restore the base and forget the sender, on this rank alone; for the end of the engine."""
+        if self._bound is not None:
+            for place in self._bound.places:
+                place.restore()
+            self._release()
+
+    def _take_off(self) -> None:
+        if self._bound is not None:
+            for place in self._bound.places:
+                place.restore()
+
+    def _release(self) -> None:
+        if self._bound is not None and self._bound.group is not None:
+            self._bound.group.close()
+        self._bound = None
+
+    def _together(self, work: Callable[[], Any]) -> Any:
+        """Do something on all ranks, and raise on all of them if one raises."""
+        result, problem = None, None
+        try:
+            result = work()
+        except Exception as error:
+            problem = error
+        problems = self.ranks.gather(None if problem is None else _words(problem))
+        if problem is not None:
+            raise problem
+        for rank, words in enumerate(problems):
+            if words is not None:
+                raise RuntimeError(f"rank {rank}: {words}")
+        return result
+
+
+class _Undo:
+    """If a change fails, the numbers that were there before it are written again."""
+
+    def __init__(self, receiver: Receiver) -> None:
+        self._receiver, self._bound = receiver, receiver._bound
+
+    def __enter__(self) -> "_Undo":
+        self._before = [place.read() for place in self._bound.places] if self._bound is not None else []
+        return self
+
+    def forget(self) -> None:
+        """The change has succeeded: the former sender's group is left."""
+        self._before = None
+        if self._bound is not None and self._bound.group is not None:
+            self._bound.group.close()
+
+    def __exit__(self, *error) -> None:
+        if self._before:
+            for place, numbers in zip(self._bound.places, self._before):
+                place.put(numbers)
+
+
+# ---- messages --------------------------------------------------------------------------------------------
+
+
+def _kind_of(message: Mapping[str, Any]) -> str:
+    if message.get("base") and message.get("adapter"):
+        raise ValueError("an update has base or adapter, not both")
+    if message.get("base") is not None and message["base"] is not True:
+        raise ValueError(f"base must be true, not {message['base']!r}")
+    numbers = any(message.get(name) is not None for name in ("values", "file", "tensor"))
+    if numbers and (message.get("base") or message.get("adapter")):
+        raise ValueError("an update has numbers, or base, or adapter")
+    if message.get("adapter") is not None and (not isinstance(message["adapter"], str) or not message["adapter"]):
+        raise ValueError(f"adapter must be a folder or a name on the hub, not {message['adapter']!r}")
+    return "base" if message.get("base") else "adapter" if message.get("adapter") else "numbers"
+
+
+def _described(slices: Any) -> list[SliceSpec]:
+    try:
+        specs = from_message(slices) if slices else []
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"slices is no description of slices: {type(error).__name__}: {error}") from error
+    if not specs:
+        raise ValueError("slices describes none")
+    return specs
+
+
+def _check_idle(message: Mapping[str, Any]) -> None:
+    if message.get("idle") is False:
+        raise RuntimeError(
+            "requests are running, so the weights are not changed: pause the engine first (POST /pause?mode=keep) and "
+            "resume it afterwards (POST /resume)"
+        )
+
+
+def _words(error: BaseException) -> str:
+    return str(error) if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: {error}"
+
+
+def _from_values(bound: _Bound, text: Any) -> Tensor:
+    if not isinstance(text, str):
+        raise ValueError(f"values must be a base64 text, not {type(text).__name__}")
+    try:
+        raw = bytearray(base64.b64decode(text, validate=True))  # a tensor needs memory that can be written
+    except ValueError as error:
+        raise ValueError(f"values is no base64 text: {error}") from error
+    return _numbers_in(bound, raw, "values has")
+
+
+def _from_file(bound: _Bound, path: Any) -> Tensor:
+    """Read a file. It must lie in the folder that the sender named, if it named one, and have the right size."""
+    if not isinstance(path, str):
+        raise ValueError(f"file must be a path, not {path!r}")
+    folder = bound.transport.get("folder")
+    if folder is not None and Path(path).resolve().parent != Path(folder).resolve():
+        raise ValueError(f"file {path} is not in {folder}, the folder that the sender has named")
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe must not block the engine
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"file {path} is no plain file")
+        _check_bytes(bound, status.st_size, f"{path} has")
+        raw = bytearray(status.st_size)
+        if file.readinto(raw) != status.st_size:
+            raise ValueError(f"file {path} has become shorter while it was read")
+    return _numbers_in(bound, raw, f"{path} has")
+
+
+def _from_tensor(bound: _Bound, tensor: Any) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"tensor must be a torch.Tensor in this process, not {type(tensor).__name__}")
+    return tensor
+
+
+_READERS = {"values": _from_values, "file": _from_file, "tensor": _from_tensor}
+
+
+def _numbers_in(bound: _Bound, raw: bytearray, what: str) -> Tensor:
+    _check_bytes(bound, len(raw), what)
+    return torch.from_numpy(np.frombuffer(raw, np.uint8)).view(bound.dtype)
+
+
+def _check_bytes(bound: _Bound, size: int, what: str) -> None:
+    expected = bound.numel * bound.dtype.itemsize
+    if size != expected:
+        raise ValueError(f"{what} {size:,} bytes, and the slices have {expected:,} ({bound.numel:,} of {bound.dtype})")
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------
+
+
+def _check_numbers(bound: _Bound, flat: Tensor) -> None:
+    if not bool(torch.isfinite(flat).all()):
+        for spec, values in zip(bound.specs, flat.split([spec.numel for spec in bound.specs])):
+            if not bool(torch.isfinite(values).all()):
+                raise ValueError(f"{spec.name}: the numbers are not finite, so nothing is written")
+
+
+@torch.no_grad()
+def _write_numbers(bound: _Bound, flat: Tensor) -> None:
+    values = flat.split([spec.numel for spec in bound.specs])
+    for place in bound.places:
+        place.write(values[place.slice_number].view(bound.specs[place.slice_number].values_shape))
+
+
+@torch.no_grad()
+def _add(bound: _Bound, slices: AdapterSlices) -> None:
+    """Write base + delta, summed in float32 or wider and rounded once, as merging does."""
+    for place in bound.places:
+        number, device = place.slice_number, place.view.device
+        if number in slices.wholes:
+            place.write(slices.wholes[number].to(device, bound.dtype))
+        else:
+            place.put(effective_units(place.original, place.part_of(slices.deltas[number].to(device))))
+
+
+def _samples(found: Sequence[Place]) -> list[Tensor]:
+    return [place.one_unit().clone() for place in found]
+
+
+def _check_untouched(model: nn.Module, bound: _Bound) -> None:
+    """Raise if the weights are neither what was written last nor the base, as after sleep mode dropped them."""
+    live = {tensor.untyped_storage().data_ptr() for tensor in itertools.chain(model.parameters(), model.buffers())}
+    same = [torch.ones((), dtype=torch.bool)]
+    for place, expected in zip(bound.places, bound.expected):
+        now, original = place.one_unit(), place.original.select(place.dim, 0)
+        alive = place.view.untyped_storage().data_ptr() in live
+        same.append(((now == expected).all() | (now == original).all()) & alive)
+    found = torch.stack([one.to(same[-1].device) for one in same[1:]] or same)  # one transfer from a GPU
+    if not bool(found.all()):
+        place = bound.places[int((~found).nonzero()[0])]
+        raise RuntimeError(
+            f"{bound.specs[place.slice_number].name} was changed by others since the last update. After sleep mode of "
+            "level 2, or another update of the weights, load the base again (reload_weights) and init again"
+        )

@@ -1,0 +1,314 @@
+"""What a model trains: slices of its weights, and weights in full. For attached models and for adapters of PEFT."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from s2ft.attached import extra_weights
+from s2ft.attached.active import mounted_deltas
+from s2ft.attached.hosts.compiled import unwrapped
+from s2ft.attached.record import Attachment, Mount, attachment_of, find_attachment
+from s2ft.distributed import full_shape, full_tensors, full_values, has_master_copy, is_sharded, reshard_all
+from s2ft.model.weights import weight_at
+from s2ft.ops import effective_units
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained slice of one weight of a model, or a weight that is trained in full.
+
+    Attributes:
+        weight: Name of the weight in the model without trainable layers.
+        shape: Shape of the weight as it is stored.
+        base: Its numbers before the training: outputs × inputs (× taps), or those of the whole weight.
+        dim: 0 for a slice of outputs, 1 for one of inputs; None for a weight in full.
+        index: Positions of the slice's units, ascending, int64 [n].
+        expert: Number of the expert, for a weight of several experts.
+        transposed: Whether the weight is stored with inputs before outputs.
+    """
+
+    weight: str
+    shape: torch.Size
+    base: Tensor
+    dim: int | None = None
+    index: Tensor | None = None
+    expert: int | None = None
+    transposed: bool = False
+
+
+def source_of(model: nn.Module) -> "AttachedSource | PeftSource":
+    """Find what a model trains.
+
+    Args:
+        model: An attached model, or a PeftModel with an adapter of s2ft. Wrappers of torch.compile and of DDP are
+            looked into.
+
+    Raises:
+        ValueError: It has no trainable adapter of s2ft, or trains something that can't be sent.
+    """
+    while isinstance(model, nn.parallel.DistributedDataParallel):
+        model = model.module
+    model = unwrapped(model)
+    if find_attachment(model) is None and hasattr(model, "get_base_model"):
+        return PeftSource(model)
+    return AttachedSource(model)
+
+
+class AttachedSource:
+    """The trainable adapter of an attached model.
+
+    Attributes:
+        model: The model.
+        trained: What it trains.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self._record = model, attachment_of(model)
+        self._check_active()
+        _check_accounted(model, self._known())
+        reshard_all(model)
+        extra_weights.keep_unfrozen(model, self._record)
+        self.trained: list[Trained] = []
+        for mount in self._record.mounts.values():
+            self.trained += _parts(model, self._record, mount)
+        self._extra = list(extra_weights.trained_parameters(model, self._record))
+        for name in self._extra:
+            base = self._record.extra.base[name]
+            self.trained.append(Trained(name, base.shape, base))
+
+    def values(self) -> Iterator[Tensor]:
+        """Yield the merged numbers of each entry of `trained`. Every rank of a sharded model must call this.
+
+        Raises:
+            RuntimeError: A parameter was unfrozen or frozen since.
+            ValueError: The adapter is not active.
+        """
+        self._check_active()
+        parameters = extra_weights.trained_parameters(self.model, self._record)
+        if list(parameters) != self._extra:
+            changed = min(parameters.keys() ^ set(self._extra))
+            raise RuntimeError(
+                f"{changed} was unfrozen or frozen after the slices were described: make a new SliceSender"
+            )
+        deltas = mounted_deltas(self._record)
+        slices = [part.projection.name for mount in self._record.mounts.values() for part in mount.parts]
+        for one, name in zip(self.trained, slices):
+            yield effective_units(one.base, deltas.pop(name).values.to(one.base.device))
+        yield from (full_tensors(parameters).values() if parameters else ())
+
+    def _known(self) -> set[int]:
+        slices = {id(mount.layer.s2) for mount in self._record.mounts.values()}
+        return slices | {id(one) for one in extra_weights.trained_parameters(self.model, self._record).values()}
+
+    def _check_active(self) -> None:
+        """Raise ValueError unless the model computes with the trainable adapter alone."""
+        record = self._record
+        if not record.trains:
+            raise ValueError(
+                "the trainable adapter of the model is not active, so there is nothing to send: "
+                + ("attach one" if record.name is None else f"call s2ft.set_adapter(model, {record.name!r})")
+            )
+        others = [name for name in record.active if name != record.name]
+        if others:
+            raise ValueError(
+                f"adapter {others[0]!r} is active together with the trainable one, and an engine has the base alone: "
+                "make the trainable adapter the only active one, or merge the other one and serve the merged base"
+            )
+
+
+def _parts(model: nn.Module, record: Attachment, mount: Mount) -> Iterator[Trained]:
+    """Read the base's numbers of what a trainable layer trains. A weight that is spread over ranks is gathered."""
+    layer = mount.layer
+    handle = weight_at(model, mount.parts[0].projection)
+    if handle.read_only:
+        raise ValueError(
+            f"{handle.path} is quantized, and merged numbers can't be written into a quantized weight, neither here "
+            "nor in an engine: load the base in bfloat16, or serve the adapter by its name"
+        )
+    with handle.full() as stored:
+        for part in mount.parts:
+            one = weight_at(model, part.projection)
+            if layer.fused:
+                base = layer.base.index_select(layer.dim, part.positions.to(layer.base.device))
+            else:
+                places = record.current_positions(part.projection, part.elements).to(stored.device)
+                base = one.view(stored).index_select(layer.dim, places)
+            name = one.path if one.expert is not None else f"{one.path}.weight"
+            base = base.to(layer.weight.dtype).clone()
+            shape = full_shape(handle.tensor)
+            yield Trained(name, shape, base, layer.dim, part.elements.cpu(), one.expert, one.kind.transposed)
+
+
+class PeftSource:
+    """The active adapters of a PeftModel.
+
+    Attributes:
+        model: The PeftModel.
+        trained: What it trains.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        from peft.utils.other import ModulesToSaveWrapper
+
+        from s2ft.peft import S2FTPeftConfig
+        from s2ft.peft.layer import S2FTPeftLayer
+
+        self.model, base = model, model.get_base_model()
+        self.names = list(model.active_adapters)
+        for name in self.names:
+            config = model.peft_config[name]
+            if not isinstance(config, S2FTPeftConfig):
+                raise ValueError(
+                    f"adapter {name!r} of the PeftModel is of {type(config).__name__}, and slices can be sent of "
+                    "S2FTPeftConfig only: let TRL send the merged weights"
+                )
+            if config.trainable_token_indices is not None:
+                raise ValueError(
+                    f"adapter {name!r} has trainable_token_indices, which are not sent: train the embedding in full "
+                    "(modules_to_save), or let TRL send the merged weights"
+                )
+        modules = dict(base.named_modules())
+        self._layers = {
+            path: module
+            for path, module in modules.items()
+            if isinstance(module, S2FTPeftLayer) and any(name in module.s2ft_delta for name in self.names)
+        }
+        self._saved = {
+            path: module
+            for path, module in modules.items()
+            if isinstance(module, ModulesToSaveWrapper) and set(self.names) & set(module.modules_to_save)
+        }
+        self._check_active(unmerged=True)
+        _check_accounted(model, self._known())
+        reshard_all(model)
+        self.trained = [one for path, layer in self._layers.items() for one in _parts_of_layer(path, layer, self.names)]
+        self.trained += list(self._in_full())
+        if not self.trained:
+            raise ValueError(f"the PeftModel trains nothing with its active adapters ({', '.join(self.names)})")
+
+    def values(self) -> Iterator[Tensor]:
+        """Yield the merged numbers of each entry of `trained`, see :meth:`AttachedSource.values`."""
+        self._check_active()
+        _check_accounted(self.model, self._known())
+        bases = iter(self.trained)
+        for layer in self._layers.values():
+            for values in _deltas_of(layer, self.names):
+                base = next(bases).base
+                yield effective_units(base, values.to(base.device))
+        for module, name in self._in_use():
+            parameters = dict(module.modules_to_save[name].named_parameters())
+            yield from full_tensors(parameters).values()
+
+    def _in_use(self) -> Iterator[tuple[Any, str]]:
+        for path, module in self._saved.items():
+            names = [name for name in self.names if name in module.modules_to_save]
+            if len(names) > 1:
+                raise ValueError(f"adapters {' and '.join(names)} both have {path} in full: make one of them active")
+            yield module, names[0]
+
+    def _in_full(self) -> Iterator[Trained]:
+        for (module, _), path in zip(self._in_use(), self._saved):
+            for name, base in full_tensors(dict(module.original_module.named_parameters())).items():
+                base = base.clone()
+                yield Trained(f"{path}.{name}", base.shape, base)
+
+    def _known(self) -> set[int]:
+        trained = [layer.s2ft_delta[name] for layer in self._layers.values() for name in layer.s2ft_delta]
+        trained += [module.modules_to_save for module in self._saved.values()]
+        return {id(parameter) for module in trained for parameter in module.parameters()}
+
+    def _check_active(self, unmerged: bool = False) -> None:
+        """Raise ValueError unless the model computes with the adapters that it had at the beginning."""
+        if list(self.model.active_adapters) != self.names:
+            raise ValueError(
+                f"the active adapters are {', '.join(self.model.active_adapters)}, and the slices of "
+                f"{', '.join(self.names)} were described: make a new SliceSender"
+            )
+        for path, layer in self._layers.items():
+            if layer.disable_adapters:
+                raise ValueError(f"the adapters of {path} are disabled, so there is nothing to send: enable them")
+            if unmerged and layer.merged:
+                raise ValueError("adapters of the PeftModel are merged: call unmerge_adapter first")
+
+
+def _parts_of_layer(path: str, layer: Any, names: list[str]) -> Iterator[Trained]:
+    """Read the base's numbers of what the adapters of a layer of PEFT train."""
+    if layer.kind.read_only:
+        raise ValueError(
+            f"{path} is quantized, and merged numbers can't be written into a quantized weight, neither here nor in an "
+            "engine: load the base in bfloat16, or serve the adapter by its name"
+        )
+    if not hasattr(layer, "dims"):
+        delta, weight = layer.delta_of([name for name in names if name in layer.s2ft_delta]), layer.base_layer.weight
+        with full_values(weight) as stored:
+            base = layer.kind.view(stored).index_select(layer.dim, delta.index.to(stored.device)).clone()
+        shape = full_shape(weight)
+        yield Trained(f"{path}.weight", shape, base, layer.dim, delta.index.cpu(), None, layer.kind.transposed)
+        return
+    for name, dim in layer.dims.items():  # stacked experts
+        if not layer._has(name, _of(layer, names)):
+            continue
+        weight, transposed = getattr(layer.base_layer, name), layer.transposed[name]
+        with full_values(weight) as stored:
+            for expert, units in _by_expert(layer, name, names):
+                matrix = stored[expert].t() if transposed else stored[expert]
+                base = matrix.index_select(dim, units[1].to(stored.device)).clone()
+                yield Trained(f"{path}.{name}", full_shape(weight), base, dim, units[1].cpu(), expert, transposed)
+
+
+def _deltas_of(layer: Any, names: list[str]) -> Iterator[Tensor]:
+    """The adapters' deltas of a layer of PEFT, in the order of :func:`_parts_of_layer`."""
+    names = _of(layer, names)
+    if not hasattr(layer, "dims"):
+        yield _gathered(layer, names, layer.delta_of)
+        return
+    for name, dim in layer.dims.items():
+        if layer._has(name, names):
+            values = _gathered(layer, names, lambda some, name=name: layer.sum_of(name, some))
+            for _, (places, _) in _by_expert(layer, name, names):
+                yield values.index_select(dim, places.to(values.device))
+
+
+def _gathered(layer: Any, names: list[str], delta_of: Any) -> Tensor:
+    """The sum of adapters' deltas. Those that are spread over ranks are gathered and take the place of their shards."""
+    deltas = [layer.s2ft_delta[name] for name in names]
+    parts = [part for delta in deltas for part in (delta.values() if isinstance(delta, nn.ModuleDict) else [delta])]
+    spread = [part for part in parts if is_sharded(part.values) or has_master_copy(part.values)]
+    if not spread:
+        return delta_of(names).values.detach()
+    full = full_tensors({str(number): part.values for number, part in enumerate(spread)})
+    before = [part.values for part in spread]
+    try:
+        for number, part in enumerate(spread):
+            part._parameters["values"] = nn.Parameter(full[str(number)].to(part.values.dtype), requires_grad=False)
+        return delta_of(names).values.detach()
+    finally:
+        for part, values in zip(spread, before):
+            part._parameters["values"] = values
+
+
+def _of(layer: Any, names: list[str]) -> list[str]:
+    return [name for name in names if name in layer.s2ft_delta]
+
+
+def _by_expert(layer: Any, parameter: str, names: list[str]) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
+    """The experts with trained units: the places of the units in the joint delta, and their numbers in the expert."""
+    index = layer.sum_of(parameter, _of(layer, names)).index.cpu()
+    size = full_shape(getattr(layer.base_layer, parameter))[1:]
+    size = (size[::-1] if layer.transposed[parameter] else size)[layer.dims[parameter]]
+    for expert in (index // size).unique().tolist():
+        places = (index // size == expert).nonzero().squeeze(1)
+        yield expert, (places, index[places] % size)
+
+
+def _check_accounted(model: nn.Module, known: set[int]) -> None:
+    """Raise ValueError if a parameter is trained that would not be sent."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in known:
+            raise ValueError(
+                f"{name} requires a gradient, and it is neither a slice nor a weight in full of the adapter, so that "
+                "it would not be sent: freeze it, or name its module in modules_to_save"
+            )

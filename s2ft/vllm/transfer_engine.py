@@ -1,0 +1,199 @@
+"""The weight transfer engine of one worker of vLLM. vLLM imports this module when the backend ``s2ft`` is chosen."""
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+
+from s2ft.sync.group import join
+from s2ft.sync.places import NoPlace, Place
+from s2ft.sync.receiver import AdapterSlices, Receiver
+from s2ft.sync.wire import SliceSpec
+from s2ft.vllm.base import Base
+from s2ft.vllm.compatibility import private
+from s2ft.vllm.unpacked import BACKEND, is_packed
+
+logger = logging.getLogger(__name__)
+
+_UNQUANTIZED = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod", "UnquantizedFusedMoEMethod")
+
+
+@dataclass
+class S2FTInit(WeightTransferInitInfo):
+    """What a trainer says at the start, see :meth:`s2ft.sync.receiver.Receiver.bind`."""
+
+    sender: str = ""
+    dtype: str = ""
+    slices: dict[str, Any] = field(default_factory=dict)
+    transport: dict[str, Any] = field(default_factory=lambda: {"kind": "http"})
+    take_over: bool = False
+    idle: bool | None = None
+
+
+@dataclass
+class S2FTUpdate(WeightTransferUpdateInfo):
+    """One update, see :meth:`s2ft.sync.receiver.Receiver.update`."""
+
+    sender: str | None = None
+    step: int | None = None
+    values: str | None = None
+    file: str | None = None
+    tensor: Any = None
+    base: bool | None = None
+    adapter: str | None = None
+    take_over: bool = False
+    idle: bool | None = None
+
+
+class S2FTWeightTransferEngine(WeightTransferEngine):
+    """Writes slices into the weights of one worker."""
+
+    init_info_cls = S2FTInit
+    update_info_cls = S2FTUpdate
+    supports_draft_weight_update = False
+
+    def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: nn.Module) -> None:
+        """Make the engine; vLLM does so after it has loaded the model."""
+        super().__init__(config, vllm_config, device, model)
+        self._base: Base | None = None  # made at the first adapter
+        self.receiver = Receiver(
+            model, self._load, _Workers(), self._check, self._join, self._adapter, self.model_config.dtype
+        )
+
+    def init_transfer_engine(self, init_info: S2FTInit) -> None:
+        """Bind to a trainer."""
+        began = time.perf_counter()
+        self.receiver.bind(_message(init_info))
+        logger.info("s2ft: %s, bound in %.0f ms", self.receiver.serving, 1000 * (time.perf_counter() - began))
+
+    def start_weight_update(self) -> None:
+        """Nothing: an update is one message."""
+
+    def receive_weights(self, update_info: S2FTUpdate) -> None:
+        """Write one update."""
+        began = time.perf_counter()
+        self.receiver.update(_message(update_info))
+        logger.info("s2ft: %s, written in %.1f ms", self.receiver.serving, 1000 * (time.perf_counter() - began))
+
+    def finish_weight_update(self) -> None:
+        """Nothing: an update is one message."""
+
+    def shutdown(self) -> None:
+        """Restore the base and forget the trainer."""
+        self.receiver.close()
+
+    # ---- what vLLM knows of its weights ------------------------------------------------------------------
+
+    def _load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        with private("vllm.model_executor.model_loader.mtp_validation", "disable_mtp_completeness_check")():
+            try:
+                self.model.load_weights(tensors)
+            except NoPlace:
+                raise
+            except Exception as error:
+                reason = self._why_not()
+                if reason:
+                    raise NoPlace(reason) from error
+                raise
+
+    def _why_not(self) -> str:
+        """Why no weights can be written at all, if so."""
+        if self.model_config.quantization:
+            return (
+                f"this engine's weights are quantized ({self.model_config.quantization}), and slices are written into "
+                "weights of floating-point numbers: serve the base without quantization, or use the layers that hold "
+                "slices"
+            )
+        if any(is_packed(module) and not module.weight.numel() for module in self.model.modules()):
+            return (
+                "the CPU backend of this engine has packed its weights: start it with the weight transfer backend "
+                f"{BACKEND!r}, so that s2ft leaves them unpacked"
+            )
+        return ""
+
+    def _check(self, found: Sequence[Place], specs: Sequence[SliceSpec]) -> None:
+        """Raise NoPlace for places that the model does not compute with."""
+        reason = self._why_not()
+        if reason and {place.slice_number for place in found} != set(range(len(specs))):
+            raise NoPlace(reason)
+        owners: dict[int, list[nn.Module]] = {}
+        for module in self.model.modules():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    owners.setdefault(parameter.untyped_storage().data_ptr(), []).append(module)
+        for place in found:
+            for module in owners.get(place.view.untyped_storage().data_ptr(), ()):
+                problem = _packed(module)
+                if problem:
+                    raise NoPlace(f"{specs[place.slice_number].name}: {problem}")
+
+    def _join(self, transport: Mapping[str, Any]) -> "_Trainer":
+        return _Trainer(transport, self.parallel_config, self.device)
+
+    def _adapter(self, source: str) -> AdapterSlices:
+        from s2ft.adapter import read_adapter
+        from s2ft.sync.adapters import adapter_slices
+
+        adapter = read_adapter(source)
+        if self._base is None:
+            self._base = Base(self.model_config)
+        self._base.check(adapter)
+        model, _ = self._base._described(None)
+        return adapter_slices(adapter, model)
+
+
+def _packed(module: nn.Module) -> str:
+    method = getattr(module, "quant_method", None)
+    if method is not None and type(method).__name__ not in _UNQUANTIZED:
+        return (
+            f"this layer's weight is quantized or packed ({type(method).__name__}), and slices are written into "
+            "weights of floating-point numbers: serve the base without quantization"
+        )
+    if is_packed(module):
+        return "the CPU backend computes with a packed copy of this weight"
+    if type(module).__name__ == "RoutedExperts" and next(module.parameters()).device.type == "cpu":
+        return "the CPU backend packs the weights of experts, so that nothing can be written into them"
+    return ""
+
+
+def _message(info: Any) -> dict[str, Any]:
+    return {one.name: getattr(info, one.name) for one in fields(info)}
+
+
+class _Workers:
+    """All workers of one engine."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all workers."""
+        world = private("vllm.distributed.parallel_state", "get_world_group")()
+        if world.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * world.world_size
+        torch.distributed.all_gather_object(values, value, group=world.cpu_group)
+        return values
+
+
+class _Trainer:
+    """The group of a trainer and all workers of all replicas."""
+
+    def __init__(self, transport: Mapping[str, Any], config: Any, device: torch.device) -> None:
+        missing = [name for name in ("master_address", "master_port", "world_size") if name not in transport]
+        if missing:
+            raise ValueError(f"transport nccl needs {', '.join(missing)}")
+        worker = config.data_parallel_index * config.world_size + config.rank
+        self._group = join(transport, transport.get("rank_offset", 1) + worker, device)
+
+    def receive(self, buffer: Tensor) -> None:
+        """Fill the buffer with the trainer's numbers."""
+        self._group.broadcast(buffer)
+        if buffer.is_cuda:
+            torch.cuda.current_stream(buffer.device).synchronize()
+
+    def close(self) -> None:
+        """Leave the group."""
+        self._group.leave()

@@ -1,0 +1,416 @@
+"""The receiving side of slice sync: every message that an engine takes or refuses, on one rank and on several."""
+
+import base64
+import os
+
+import pytest
+import torch
+from support.engines import Engine, Threads, checkpoint
+
+from s2ft.sync.receiver import AdapterSlices, Receiver
+from s2ft.sync.wire import SliceSpec, hashes_of, to_message
+
+NAMES = ("model.layers.0.mlp.down_proj.weight", "model.layers.0.self_attn.q_proj.weight", "model.norm.weight")
+DIMS = {NAMES[0]: 1, NAMES[1]: 0, NAMES[2]: 0}
+INDEX = {NAMES[0]: [1, 2, 13], NAMES[1]: [4, 5, 6, 7], NAMES[2]: list(range(16))}
+
+
+def specs_of(base, names=NAMES):
+    index = {name: torch.tensor(INDEX[name]) for name in names}
+    hashes = {name: hashes_of(base[name].index_select(DIMS[name], index[name]), DIMS[name]) for name in names}
+    return [SliceSpec(name, tuple(base[name].shape), DIMS[name], index[name], hashes[name]) for name in names]
+
+
+def flat(tensors, specs):
+    return torch.cat([tensors[one.name].index_select(one.dim, one.index).reshape(-1) for one in specs])
+
+
+def made(**options):
+    engine = Engine()
+    engine.load_weights(checkpoint().items())
+    return engine, Receiver(engine, **options)
+
+
+def init(sender="a", base=None, **changes):
+    specs = specs_of(checkpoint() if base is None else base)
+    return {"sender": sender, "dtype": "float32", "slices": to_message(specs), **changes}
+
+
+def update(step=1, sender="a", seed=1, **changes):
+    return {"sender": sender, "step": step, "tensor": flat(checkpoint(seed=seed), specs_of(checkpoint())), **changes}
+
+
+def expected(seed=1, size=1):
+    base, other = checkpoint(), checkpoint(seed=seed)
+    for spec in specs_of(base):
+        base[spec.name].index_copy_(spec.dim, spec.index, other[spec.name].index_select(spec.dim, spec.index))
+    made = [Engine(rank, size) for rank in range(size)]
+    for one in made:
+        one.load_weights(base.items())
+    return [one.checksums() for one in made]
+
+
+def same(engine, checksums):
+    return all(torch.equal(one, checksums[name]) for name, one in engine.checksums().items())
+
+
+@pytest.fixture
+def bound():
+    engine, receiver = made()
+    before = engine.checksums()
+    receiver.bind(init())
+    assert same(engine, before)
+    return engine, receiver, before
+
+
+def values_of(tensor):
+    return base64.b64encode(tensor.numpy().tobytes()).decode()
+
+
+@pytest.mark.parametrize("transport", ["values", "file", "tensor"])
+def test_an_update_writes_the_merged_weights_and_the_base_returns(bound, tmp_path, transport):
+    engine, receiver, before = bound
+    numbers = update()["tensor"]
+    (tmp_path / "numbers").write_bytes(numbers.numpy().tobytes())
+    content = {"values": values_of(numbers), "file": str(tmp_path / "numbers"), "tensor": numbers}[transport]
+    receiver.update({"sender": "a", "step": 0, transport: content})
+    assert same(engine, expected()[0]) and receiver.serving == "slices of sender 'a', step 0"
+    receiver.update(update(2, seed=2))
+    receiver.update(update(2, seed=2))  # again, after an answer that was lost
+    assert same(engine, expected(seed=2)[0])
+    receiver.update({"base": True, "sender": "a"})
+    assert same(engine, before) and receiver.serving == "the base"
+
+
+def test_the_base_without_a_sender_keeps_the_binding(bound):
+    engine, receiver, before = bound
+    receiver.update(update(7))
+    receiver.update({"base": True})
+    assert same(engine, before) and receiver.sender == "a"
+    receiver.update(update(1))
+    assert same(engine, expected()[0])
+
+
+BAD_UPDATES = {
+    "of another sender": (update(sender="b"), "an update of 'b' is refused: release it with .*take_over"),
+    "while requests run": (update(idle=False), "requests are running.*pause the engine first"),
+    "older": (update(step=0), "step 0 of sender 'a' is older than step 1"),
+    "without a step": (update(step=None), "step must be a whole number, not None"),
+    "with a bool as step": (update(step=True), "step must be a whole number, not True"),
+    "too short": (update(tensor=torch.zeros(3)), "3 numbers of torch.float32 came, and the slices have 128"),
+    "too long": (update(tensor=torch.zeros(129)), "129 numbers"),
+    "of another dtype": (update(tensor=torch.zeros(128, dtype=torch.bfloat16)), "numbers of torch.bfloat16 came"),
+    "no tensor": (update(tensor=[1.0]), "tensor must be a torch.Tensor in this process, not list"),
+    "no base64": (update(tensor=None, values="ä"), "values is no base64 text"),
+    "of bytes that are cut off": (update(tensor=None, values="AAAA"), "values has 3 bytes, and the slices have 512"),
+    "of two kinds": (update(values="AAAA"), "one of values, file and tensor, not values and tensor"),
+    "of no kind": (update(tensor=None), "broadcast for transport nccl only"),
+    "base and numbers": (update(base=True), "an update has numbers, or base, or adapter"),
+    "base and adapter": ({"base": True, "adapter": "x"}, "base or adapter, not both"),
+    "base that is a text": ({"base": "yes"}, "base must be true, not 'yes'"),
+    "adapter that is no text": ({"adapter": 5}, "adapter must be a folder"),
+    "adapter while a trainer is bound": ({"adapter": "x"}, "this engine can't read adapters"),
+    "release by another": ({"base": True, "sender": "b"}, "'b' can't release it: set take_over"),
+    "missing file": (update(tensor=None, file="/nowhere/file"), "No such file"),
+    "a folder as file": (update(tensor=None, file="/"), "no plain file|Is a directory"),
+    "a device as file": (update(tensor=None, file="/dev/zero"), "no plain file"),
+    "not finite": (update(tensor=torch.full((128,), float("nan"))), "down_proj.weight: the numbers are not finite"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_UPDATES)
+def test_a_bad_update_is_refused_and_nothing_is_written(bound, kind):
+    engine, receiver, before = bound
+    receiver.update(update(1))
+    message, words = BAD_UPDATES[kind]
+    with pytest.raises((ValueError, RuntimeError, OSError), match=words):
+        receiver.update(message)
+    assert same(engine, expected()[0]) and receiver.serving == "slices of sender 'a', step 1"
+    receiver.update({"base": True, "sender": "a"})
+    assert same(engine, before)
+
+
+def test_an_update_before_init():
+    engine, receiver = made()
+    with pytest.raises(RuntimeError, match="an update of sender 'a' before init: this engine has the base. Init first"):
+        receiver.update(update())
+
+
+def test_a_file_outside_of_the_folder_that_was_named(tmp_path):
+    engine, receiver = made()
+    receiver.bind(init(transport={"kind": "file", "folder": str(tmp_path / "inside")}))
+    (tmp_path / "outside").write_bytes(update()["tensor"].numpy().tobytes())
+    with pytest.raises(ValueError, match="is not in .*inside, the folder that the sender has named"):
+        receiver.update(update(tensor=None, file=str(tmp_path / "inside" / ".." / "outside")))
+
+
+def test_a_pipe_does_not_block_the_engine(bound, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="no plain file"):
+        bound[1].update(update(tensor=None, file=str(tmp_path / "pipe")))
+
+
+def other_base():
+    base = checkpoint()
+    base[NAMES[1]][5, 3] += 1
+    return base
+
+
+BAD_INITS = {
+    "another base": (init(base=other_base()), "1 of 3 slices differ, the first is model.layers.0.self_attn.q_proj"),
+    "another dtype": (init(dtype="bfloat16"), "is float32 in this engine, and the slices are sent as bfloat16"),
+    "unknown dtype": (init(dtype="int8"), "dtype must be one of float32, bfloat16, float16, not 'int8'"),
+    "no sender": (init(sender=""), "sender must be the trainer's name"),
+    "no slices": (init(slices={}), "slices describes none"),
+    "an unknown transport": (init(transport={"kind": "pigeon"}), "transport must have a kind, one of http, file"),
+    "a broadcast": (init(transport={"kind": "nccl"}), "can't join a group"),
+    "a damaged description": (init(slices={**init()["slices"], "dims": []}), "lists of lengths"),
+    "a field that lacks": (init(slices={"names": []}), "slices is no description of slices: KeyError: 'shapes'"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_INITS)
+@pytest.mark.parametrize("earlier", [False, True], ids=["unbound", "bound"])
+def test_a_bad_init_is_refused_and_the_engine_is_as_before(kind, earlier):
+    engine, receiver = made()
+    before = engine.checksums()
+    if earlier:
+        receiver.bind(init())
+        receiver.update(update(5))
+        before = engine.checksums()
+    message, words = BAD_INITS[kind]
+    with pytest.raises(ValueError, match=words):
+        receiver.bind({**message, "take_over": earlier})
+    assert same(engine, before)
+    assert receiver.serving == ("slices of sender 'a', step 5" if earlier else "the base")
+    if earlier:
+        receiver.update(update(6, seed=2))
+        assert same(engine, expected(seed=2)[0])
+
+
+def test_an_unknown_weight_is_named():
+    engine, receiver = made()
+    spec = SliceSpec("model.layers.7.mlp.down_proj.weight", (16, 24), 1, torch.tensor([1]), torch.tensor([1]))
+    with pytest.raises(ValueError, match="model.layers.7.mlp.down_proj.weight: the model's loader does not take it"):
+        receiver.bind(init(slices=to_message([*specs_of(checkpoint()), spec])))
+
+
+def test_a_second_trainer_is_refused_until_it_takes_over(bound):
+    engine, receiver, before = bound
+    receiver.update(update(5))
+    with pytest.raises(RuntimeError, match="has slices of sender 'a', step 5, so sender 'b' is refused: release"):
+        receiver.bind(init("b"))
+    assert same(engine, expected()[0])
+    with pytest.raises(RuntimeError, match="requests are running"):
+        receiver.bind(init("b", take_over=True, idle=False))
+    assert same(engine, expected()[0])
+    receiver.bind(init("b", take_over=True, idle=True))
+    assert same(engine, before) and receiver.serving == "slices of sender 'b', no step yet"
+    with pytest.raises(RuntimeError, match="an update of 'a' is refused"):
+        receiver.update(update(6))
+    receiver.update(update(1, "b"))
+    receiver.update({"base": True, "sender": "b"})
+    assert same(engine, before)
+
+
+def test_the_same_trainer_begins_again_with_other_slices(bound):
+    engine, receiver, before = bound
+    receiver.update(update(5))
+    specs = specs_of(checkpoint(), NAMES[:1])
+    receiver.bind({**init(), "slices": to_message(specs)})
+    assert same(engine, before)
+    receiver.update({"sender": "a", "step": 0, "tensor": torch.ones(48)})
+    receiver.close()
+    assert same(engine, before)
+
+
+def test_a_write_that_fails_restores_the_base(bound, monkeypatch):
+    engine, receiver, before = bound
+    receiver.update(update(1))
+    put = type(receiver._bound.places[0]).put
+    calls = []
+
+    def fails_once(self, part):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        put(self, part)
+
+    monkeypatch.setattr(type(receiver._bound.places[0]), "put", fails_once)
+    with pytest.raises(RuntimeError, match="writing failed, and the base has been restored: out of memory"):
+        receiver.update(update(2, seed=2))
+    assert same(engine, before)
+    receiver.update(update(2, seed=2))
+    assert same(engine, expected(seed=2)[0])
+
+
+# ---- weights that were changed by others -----------------------------------------------------------------
+
+
+def test_weights_that_sleep_mode_has_dropped(bound):
+    engine, receiver, before = bound
+    receiver.update(update(1))
+    for parameter in engine.parameters():
+        parameter.data.zero_()
+    with pytest.raises(RuntimeError, match="down_proj.weight was changed by others since the last update. After sleep"):
+        receiver.update(update(2, seed=2))
+    engine.load_weights(checkpoint().items())  # reload_weights
+    receiver.update(update(2, seed=2))
+    assert same(engine, expected(seed=2)[0])
+    receiver.update({"base": True, "sender": "a"})
+    assert same(engine, before)
+
+
+def test_parameters_that_were_replaced(bound):
+    engine, receiver, before = bound
+    receiver.update(update(1))
+    engine.down.data = before["down"].clone()
+    with pytest.raises(RuntimeError, match="down_proj.weight was changed by others"):
+        receiver.update(update(2))
+    receiver.bind(init())
+    receiver.update(update(3))
+    assert same(engine, expected()[0])
+
+
+# ---- several ranks ---------------------------------------------------------------------------------------
+
+
+def ranks(size, **options):
+    threads = Threads(size)
+    engines = [Engine(rank, size) for rank in range(size)]
+    for engine in engines:
+        engine.load_weights(checkpoint().items())
+    return threads, engines, [Receiver(one, ranks=threads.of(rank), **options) for rank, one in enumerate(engines)]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_write_their_parts(size):
+    threads, engines, receivers = ranks(size)
+    before = [engine.checksums() for engine in engines]
+    assert threads.run(lambda rank: receivers[rank].bind(init())) == [None] * size
+    assert threads.run(lambda rank: receivers[rank].update(update())) == [None] * size
+    assert all(same(engine, checksums) for engine, checksums in zip(engines, expected(size=size)))
+    assert threads.run(lambda rank: receivers[rank].update({"base": True, "sender": "a"})) == [None] * size
+    assert all(same(engine, checksums) for engine, checksums in zip(engines, before))
+
+
+def test_ranks_refuse_together():
+    threads, engines, receivers = ranks(2)
+    before = [engine.checksums() for engine in engines]
+    errors = threads.run(lambda rank: receivers[rank].bind(init(base=other_base())))
+    assert all("the first is model.layers.0.self_attn.q_proj.weight" in str(error) for error in errors)
+    assert threads.run(lambda rank: receivers[rank].bind(init())) == [None, None]
+    bad = [update(), update(tensor=torch.zeros(1))]
+    errors = threads.run(lambda rank: receivers[rank].update(bad[rank]))
+    assert "rank 1: 1 numbers" in str(errors[0]) and "1 numbers of" in str(errors[1])
+    assert all(same(engine, checksums) for engine, checksums in zip(engines, before))
+
+
+def test_a_write_that_fails_on_one_rank_is_undone_on_all(monkeypatch):
+    threads, engines, receivers = ranks(2)
+    before = [engine.checksums() for engine in engines]
+    threads.run(lambda rank: receivers[rank].bind(init()))
+    monkeypatch.setattr(receivers[1]._bound.places[0], "write", lambda values: 1 / 0)
+    errors = threads.run(lambda rank: receivers[rank].update(update()))
+    assert all("the base has been restored" in str(error) and "ZeroDivisionError" in str(error) for error in errors)
+    assert all(same(engine, checksums) for engine, checksums in zip(engines, before))
+
+
+class Trainer:
+    """The group of a trainer that broadcasts, in this process."""
+
+    def __init__(self, numbers):
+        self.numbers, self.left = numbers, 0
+
+    def receive(self, buffer):
+        buffer.copy_(self.numbers)
+
+    def close(self):
+        self.left += 1
+
+
+def test_a_trainer_that_broadcasts():
+    group = Trainer(update()["tensor"])
+    threads, engines, receivers = ranks(2, join=lambda transport: group)
+    threads.run(lambda rank: receivers[rank].bind(init(transport={"kind": "nccl"})))
+    assert threads.run(lambda rank: receivers[rank].update(update(tensor=None))) == [None, None]
+    assert all(same(engine, checksums) for engine, checksums in zip(engines, expected(size=2)))
+    group.numbers = torch.full((128,), float("inf"))
+    errors = threads.run(lambda rank: receivers[rank].update(update(2, tensor=None)))
+    assert all("not finite" in str(error) for error in errors)
+    assert all(same(engine, checksums) for engine, checksums in zip(engines, expected(size=2)))
+    threads.run(lambda rank: receivers[rank].update({"base": True, "sender": "a"}))
+    assert group.left == 2
+
+
+def test_places_that_the_engine_does_not_compute_with():
+    def check(places, specs):
+        raise ValueError(f"{specs[places[0].slice_number].name}: packed")
+
+    engine, receiver = made(check=check)
+    with pytest.raises(ValueError, match="down_proj.weight: packed"):
+        receiver.bind(init())
+
+
+# ---- adapters --------------------------------------------------------------------------------------------
+
+
+def adapter(name):
+    base = checkpoint()
+    if name == "bad":
+        raise ValueError("the adapter belongs to another base")
+    names = {"one": NAMES[:2], "two": NAMES[1:2], "norm": NAMES[2:]}[name]
+    specs = specs_of(base, names)
+    seed = 3 if name == "one" else 4
+    deltas = {n: checkpoint(seed=seed)[s.name].index_select(s.dim, s.index) for n, s in enumerate(specs)}
+    return AdapterSlices(name, specs, {}, deltas) if name == "norm" else AdapterSlices(name, specs, deltas)
+
+
+def with_adapter(name):
+    base, slices = checkpoint(), adapter(name)
+    for number, spec in enumerate(slices.specs):
+        now = base[spec.name].index_select(spec.dim, spec.index)
+        new = now + slices.deltas[number] if number in slices.deltas else slices.wholes[number]
+        base[spec.name].index_copy_(spec.dim, spec.index, new)
+    engine = Engine()
+    engine.load_weights(base.items())
+    return engine.checksums()
+
+
+def test_adapters_replace_each_other_exactly():
+    engine, receiver = made(adapter=adapter)
+    before = engine.checksums()
+    for name in ("one", "two", "norm", "one"):
+        receiver.update({"adapter": name})
+        assert same(engine, with_adapter(name)) and receiver.serving == f"the adapter '{name}'"
+    with pytest.raises(ValueError, match="belongs to another base"):
+        receiver.update({"adapter": "bad"})
+    with pytest.raises(RuntimeError, match="has the adapter 'one', so sender 'a' is refused: send"):
+        receiver.bind(init())
+    assert same(engine, with_adapter("one"))
+    receiver.update({"base": True})
+    assert same(engine, before) and receiver.serving == "the base"
+    receiver.bind(init())
+    with pytest.raises(RuntimeError, match="has slices of sender 'a', no step yet, so no adapter is put on: release"):
+        receiver.update({"adapter": "one"})
+    receiver.update({"base": True, "sender": "a"})
+    receiver.update({"adapter": "one"})
+    receiver.bind(init(take_over=True))
+    assert same(engine, before)
+
+
+def test_an_adapter_that_can_not_be_written_leaves_the_former_one(monkeypatch):
+    import s2ft.sync.receiver as module
+
+    engine, receiver = made(adapter=adapter)
+    receiver.update({"adapter": "one"})
+    add = module._add
+
+    def half(bound, slices):
+        add(bound, slices)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(module, "_add", half)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        receiver.update({"adapter": "norm"})
+    assert same(engine, with_adapter("one")) and receiver.serving == "the adapter 'one'"

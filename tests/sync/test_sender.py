@@ -1,0 +1,232 @@
+"""The sender against an engine without vLLM: what it sends, what it restores, and what happens after a failure."""
+
+import copy
+
+import pytest
+import torch
+from support.checkpoint_engine import CheckpointEngine, app_of, serving, tensors_of
+from support.models import ALL_RATIOS, model_of, ratios_for, train
+from sync.test_slices import randomize
+
+import s2ft
+from s2ft.sync import EngineError, SliceSender
+
+CASE = "llama-grouped"
+
+
+@pytest.fixture
+def base(tmp_path):
+    model_of(CASE).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def attached(layout="permuted", dtype=torch.float32):
+    model = model_of(CASE, dtype)
+    s2ft.attach(model, s2ft.S2FTConfig(**ratios_for(CASE, ALL_RATIOS), layout=layout))
+    return model
+
+
+def peft_form(dtype=torch.float32):
+    from peft import get_peft_model
+
+    from s2ft.peft import S2FTPeftConfig
+
+    config = S2FTPeftConfig(**ratios_for(CASE, ALL_RATIOS))
+    return get_peft_model(model_of(CASE, dtype), config, autocast_adapter_dtype=False)
+
+
+FORMS = {"permuted": attached, "indexed": lambda **o: attached("indexed", **o), "peft": peft_form}
+
+
+def merged(model, folder, dtype):
+    """The tensors of the merged checkpoint of a copy, in a dtype."""
+    made = copy.deepcopy(model)
+    made = made.merge_and_unload() if hasattr(made, "merge_and_unload") else s2ft.merge(made)
+    made.save_pretrained(folder)
+    return {name: tensor.to(dtype) for name, tensor in tensors_of(folder).items()}
+
+
+def same(engine, expected):
+    assert engine.weights.keys() == expected.keys()
+    return [name for name, tensor in expected.items() if not torch.equal(engine.weights[name], tensor)] == []
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")])
+def test_after_each_of_several_syncs_the_engine_has_the_merged_weights(form, dtypes, base, tmp_path):
+    trained, served = (getattr(torch, name) for name in dtypes)
+    model = FORMS[form](dtype=trained)
+    engine = CheckpointEngine(base, served)
+    before = copy.deepcopy(engine.weights)
+    with SliceSender(model, engine, dtype=served) as sender:
+        for step in range(3):
+            sent = sender.sync()
+            assert sent.step == step and sent.nbytes == engine.bytes[-1] == sender.slices.nbytes
+            assert same(engine, merged(model, tmp_path / f"{step}", served))
+            randomize(model, step)
+        count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        assert sent.nbytes <= 1.05 * count * served.itemsize
+    assert same(engine, before) and engine.sender is None
+
+
+@pytest.mark.parametrize("transport", ["auto", "file", "http", "nccl"])
+def test_a_server_gets_the_numbers_by_each_transport(transport, base, tmp_path):
+    model, engine = attached(), CheckpointEngine(base)
+    with serving(app_of(engine)) as url:
+        with SliceSender(model, url, transport=transport, timeout=30) as sender:
+            for step in range(2):
+                train(model, steps=1)
+                sender.sync()
+                assert same(engine, merged(model, tmp_path / f"{step}", torch.float32))
+        assert engine.transports == ["file" if transport == "auto" else transport]
+        assert engine.sender is None and not engine.paused
+    assert same(engine, tensors_of(base))
+    update = ["start", "update", "finish", "reset", "resume"]
+    assert [call for call in engine.calls if call != "restore"] == [
+        "pause keep", "init", *update, "pause keep", *update, "pause keep", *update
+    ]  # fmt: skip
+
+
+def test_the_file_is_removed_and_goes_to_the_given_folder(base, tmp_path):
+    folder = tmp_path / "numbers"
+    folder.mkdir()
+    engine, seen = CheckpointEngine(base), []
+    update = engine._update
+    engine._update = lambda info: (seen.append(info.get("file")), update(info))
+    with serving(app_of(engine)) as url, SliceSender(attached(), url, transport="file", folder=folder) as sender:
+        sender.sync()
+    assert seen[0].startswith(str(folder)) and list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("transport", ["file", "http", "nccl"])
+def test_a_refused_update_is_an_error_here_and_the_engine_has_its_base(transport, base, tmp_path):
+    model, engine = attached(), CheckpointEngine(base)
+    with serving(app_of(engine)) as url:
+        sender = SliceSender(model, url, transport=transport, timeout=30)
+        randomize(model)
+        sender.sync()
+        engine.fails = "no room for numbers"
+        with pytest.raises(EngineError, match="sync 1 failed: .*no room for numbers.*has its base again"):
+            sender.sync()
+        assert same(engine, tensors_of(base)) and not engine.paused and engine.sender is None
+        engine.fails = ""
+        assert sender.sync().step == 0
+        assert same(engine, merged(model, tmp_path / "merged", torch.float32))
+        sender.restore()
+
+
+def test_an_engine_of_another_base_is_refused_and_generates_on(base):
+    model, engine = attached(), CheckpointEngine(base)
+    engine.weights["model.layers.1.mlp.down_proj.weight"] += 1
+    before = copy.deepcopy(engine.weights)
+    with serving(app_of(engine)) as url:
+        with pytest.raises(EngineError, match="layers.1.mlp.down_proj.weight is of another base"):
+            SliceSender(model, url).sync()
+    assert same(engine, before) and not engine.paused
+
+
+def test_two_trainers_and_one_that_has_died(base, tmp_path):
+    model, engine = attached(), CheckpointEngine(base)
+    with serving(app_of(engine)) as url:
+        first = SliceSender(model, url)
+        randomize(model)
+        first.sync()
+        with pytest.raises(EngineError, match="bound to sender"):
+            SliceSender(model, url).sync()
+        assert same(engine, merged(model, tmp_path / "merged", torch.float32))
+        engine.updating = True  # the first one died in the middle of an update
+        other = FORMS["indexed"]()
+        randomize(other, 7)
+        with SliceSender(other, url, take_over=True) as second:
+            second.sync()
+            assert same(engine, merged(other, tmp_path / "other", torch.float32))
+        assert same(engine, tensors_of(base))
+
+
+def test_the_same_name_continues_after_a_restart(base):
+    engine = CheckpointEngine(base)
+    with serving(app_of(engine)) as url:
+        SliceSender(attached(), url, name="my-run").sync()
+        with SliceSender(attached(), url, name="my-run") as sender:
+            sender.sync()
+    assert engine.sender is None
+
+
+def test_a_server_without_the_routes_or_out_of_reach_says_what_to_do(base):
+    with serving(app_of(CheckpointEngine(base), has_dev_mode=False)) as url:
+        with pytest.raises(EngineError, match="VLLM_SERVER_DEV_MODE=1.*weight-transfer-config"):
+            SliceSender(attached(), url).sync()
+    with pytest.raises(EngineError, match="can't be reached"):
+        SliceSender(attached(), url).sync()
+
+
+def test_a_server_that_does_not_answer_is_given_up(base):
+    engine = CheckpointEngine(base)
+    engine.start_weight_update = lambda: __import__("time").sleep(3)
+    with serving(app_of(engine)) as url:
+        with pytest.raises(EngineError, match="did not answer start_weight_update within 0.5 s"):
+            SliceSender(attached(), url, timeout=0.5).sync()
+
+
+def test_trl_protocol(base, tmp_path):
+    """TRL's AsyncGRPOTrainer calls these methods, with an iterator that would merge and gather the whole model."""
+    model, engine = attached(), CheckpointEngine(base)
+
+    def never():
+        raise AssertionError("the whole model is read")
+        yield
+
+    with serving(app_of(engine)) as url:
+        sender = SliceSender(model, url)
+        sender.init_weight_transfer()
+        for step in range(2):
+            sender.pause()
+            assert engine.paused
+            sender.send_weights(never())
+            sender.resume()
+            assert same(engine, merged(model, tmp_path / f"{step}", torch.float32))
+            randomize(model)
+        sender.pause()
+        engine.fails = "broken"
+        with pytest.raises(EngineError, match="broken"):
+            sender.send_weights(never())
+        assert not engine.paused
+        sender.destroy()
+    assert same(engine, tensors_of(base))
+
+
+def test_a_merged_peft_model_sends_the_same_numbers(base, tmp_path):
+    """AsyncGRPOTrainer merges the adapter around send_weights."""
+    model, engine = peft_form(), CheckpointEngine(base)
+    randomize(model)
+    sender = SliceSender(model, engine)
+    sender.init_weight_transfer()
+    expected = merged(model, tmp_path / "merged", torch.float32)
+    model.merge_adapter()
+    sender.send_weights(None)
+    model.unmerge_adapter()
+    assert same(engine, expected)
+
+
+@pytest.mark.parametrize(
+    ("engine", "options", "words"),
+    [
+        ("localhost:8000", {}, "engine must be an address"),
+        ("http://localhost", {"transport": "pigeon"}, "transport must be auto or one of direct, file, http, nccl"),
+        ("http://localhost", {"transport": "direct"}, "transport direct needs an LLM in this process"),
+        ("http://localhost", {"transport": "file", "folder": "/none"}, "folder /none does not exist"),
+    ],
+)
+def test_wrong_arguments_are_refused_at_once(engine, options, words):
+    with pytest.raises(ValueError, match=words):
+        SliceSender(None, engine, **options)
+
+
+def test_an_object_that_is_no_engine_is_refused():
+    with pytest.raises(TypeError, match="engine must be the address of a vLLM server or vLLM's LLM, got int"):
+        SliceSender(None, 3)
+
+
+def test_a_sender_without_a_model_says_so(base):
+    with pytest.raises(ValueError, match="set sender.model"):
+        SliceSender(None, CheckpointEngine(base)).sync()
