@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from s2ft.vllm.compatibility import part_of, private, when_imported
+from s2ft.vllm import retired
+from s2ft.vllm.compatibility import guarded, part_of, private, when_imported
 from s2ft.vllm.slices.layer import SliceLayer, encode, is_slices, parts_of, with_slices
 from s2ft.vllm.slices.units import OPTION, Admission, Budget, Place
 
@@ -90,6 +91,7 @@ def install() -> None:
         return
     when_imported("vllm.config.lora", FEATURE, lambda: _change_config(budget))
     when_imported(WORKERS, FEATURE, lambda: _change_workers(budget))
+    guarded(retired.FEATURE, retired.install)
 
 
 def _refuse(message: str) -> None:
