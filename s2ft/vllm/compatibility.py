@@ -7,7 +7,7 @@ vLLM runs on without it.
 import importlib
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -104,6 +104,9 @@ def when_imported(module: str, feature: str, change: Callable[[], None]) -> None
     if module in sys.modules:
         change()
         return
+    for finder in sys.meta_path:
+        if isinstance(finder, _Finder) and finder.follow(module, feature, change):
+            return
     try:
         found = find_spec(module)
     except ModuleNotFoundError:  # its package
@@ -114,10 +117,16 @@ def when_imported(module: str, feature: str, change: Callable[[], None]) -> None
 
 
 class _Finder(MetaPathFinder):
-    """Finds one module as the other finders do, once, and lets a change follow its import."""
+    """Finds one module as the other finders do, once, and lets changes follow its import, in their order."""
 
     def __init__(self, module: str, feature: str, change: Callable[[], None]) -> None:
-        self._module, self._feature, self._change = module, feature, change
+        self._module, self._changes = module, [(feature, change)]
+
+    def follow(self, module: str, feature: str, change: Callable[[], None]) -> bool:
+        """Add a change, if it is of the same module. Returns whether it is."""
+        if module == self._module:
+            self._changes.append((feature, change))
+        return module == self._module
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != self._module or self not in sys.meta_path:
@@ -125,15 +134,15 @@ class _Finder(MetaPathFinder):
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self._feature, self._change)
+            spec.loader = _Loader(spec.loader, self._changes)
         return spec
 
 
 class _Loader(Loader):
-    """Loads a module as its own loader does, then makes the change."""
+    """Loads a module as its own loader does, then makes the changes."""
 
-    def __init__(self, loader: Loader, feature: str, change: Callable[[], None]) -> None:
-        self._loader, self._feature, self._change = loader, feature, change
+    def __init__(self, loader: Loader, changes: Sequence[tuple[str, Callable[[], None]]]) -> None:
+        self._loader, self._changes = loader, changes
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -143,7 +152,8 @@ class _Loader(Loader):
             module.__spec__.loader = self._loader
         module.__loader__ = self._loader
         self._loader.exec_module(module)
-        guarded(self._feature, self._change)
+        for feature, change in self._changes:
+            guarded(feature, change)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)

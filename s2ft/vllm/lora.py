@@ -19,11 +19,9 @@ from s2ft.model.location import LINEAR, TRANSPOSED, Location
 from s2ft.vllm import layers
 from s2ft.vllm.base import Base, served_base
 from s2ft.vllm.compatibility import part_of, private
-from s2ft.vllm.names import Targets, sizes
+from s2ft.vllm.names import MERGED, Targets, sizes
 
 logger = logging.getLogger("vllm.s2ft")  # vLLM prints what loggers below its own say
-
-MERGED = "export the model merged (s2ft export --format merged)"
 
 
 def lora_of(manager: Any, request: Any, folder: Path) -> Any:
@@ -47,9 +45,8 @@ def lora_of(manager: Any, request: Any, folder: Path) -> Any:
         base = served_base(manager)
         loras = _weights(adapter, manager, base)
         base.check(adapter)
-    except (OSError, ValueError, KeyError) as error:
-        text = error.args[0] if isinstance(error, KeyError) else error
-        raise ValueError(f"S²FT adapter {request.lora_name!r} ({request.lora_path}): {text}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"S²FT adapter {request.lora_name!r} ({request.lora_path}): {error}") from error
     rank = max(weights.rank for weights in loras.values())
     lora = part_of(manager, "_lora_model_cls")(request.lora_int_id, rank, loras)
     lora.is_3d_lora_weight = False
@@ -142,9 +139,9 @@ def _factors(deltas: list[Delta], whole: tuple[int, int], dtype: torch.dtype) ->
 
 
 def _slices(deltas: list[Delta], whole: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The index [n] int64 and a row of values for each position of it, for layers that hold slices."""
+    """The index with its dim, and a row of values for each position of it, for layers that hold slices."""
     dim, index, values = _joined(deltas, dtype)
-    return index, values if dim == 0 else values.t().contiguous()
+    return layers.encode(index, dim), values if dim == 0 else values.t().contiguous()
 
 
 def _joined(deltas: list[Delta], dtype: torch.dtype) -> tuple[int, Tensor, Tensor]:

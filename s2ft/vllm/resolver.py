@@ -1,5 +1,166 @@
-"""To be written."""
+"""Adapters that clients name in a request before anyone has loaded them.
+
+vLLM asks its resolvers for a model name that it does not know, if VLLM_ALLOW_RUNTIME_LORA_UPDATING is 1. This one finds
+adapters in one directory (S2FT_VLLM_ADAPTERS) and on the hub, among owners and repositories of a list (S2FT_VLLM_HUB).
+Without either variable it is not there.
+"""
+
+import asyncio
+import functools
+import logging
+import os
+import re
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from s2ft.files.reading import shortened
+from s2ft.vllm.compatibility import private, when_imported
+from s2ft.vllm.loading import folder_of
+
+logger = logging.getLogger("vllm.s2ft")
+
+FEATURE = "adapters by the name in a request"
+NAME = "S²FT"
+DIRECTORY, HUB, ALLOWED = "S2FT_VLLM_ADAPTERS", "S2FT_VLLM_HUB", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
+SERVING = "vllm.entrypoints.openai.models.serving"
+FOLDER = re.compile(r"[\w][\w.\- ]*")  # no separator and no leading dot: the name can't lead out of the directory
 
 
 def install() -> None:
-    """Nothing yet."""
+    """Register the resolver, if one of its variables is set.
+
+    Raises:
+        ValueError: S2FT_VLLM_ADAPTERS is no directory, or S2FT_VLLM_HUB has an entry that is no name on the hub.
+        MissingInVLLM: This release of vLLM has no resolvers.
+    """
+    directory, hub = os.environ.get(DIRECTORY), os.environ.get(HUB)
+    if not directory and not hub:
+        return
+    resolver = make_resolver(None if not directory else Path(directory), _entries(hub or ""))
+    private("vllm.lora.resolver", "LoRAResolverRegistry").register_resolver(NAME, resolver)
+    when_imported(SERVING, FEATURE, _say_why)
+    if not private("vllm", "envs").VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+        logger.warning("s2ft: %s is set, and vLLM asks for unknown names only with %s=1", DIRECTORY, ALLOWED)
+
+
+def _entries(text: str) -> frozenset[str]:
+    """The owners and repositories of a list with commas."""
+    entries = [entry.strip() for entry in text.split(",") if entry.strip()]
+    for entry in entries:
+        if not re.fullmatch(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?", entry):
+            raise ValueError(f"{HUB} must list owners and repositories, such as org or org/name, got {entry!r}")
+    return frozenset(entries)
+
+
+def make_resolver(directory: Path | None, hub: frozenset[str]) -> Any:
+    """Make the resolver.
+
+    Args:
+        directory: The directory whose adapters can be named; None for none.
+        hub: Owners and repositories on the hub whose adapters can be named.
+
+    Returns:
+        A LoRAResolver of vLLM.
+
+    Raises:
+        ValueError: The directory does not exist.
+    """
+    if directory is not None and not directory.is_dir():
+        raise ValueError(f"{DIRECTORY} must be a directory of adapters, and {directory} is none")
+    request = private("vllm.lora.request", "LoRARequest")
+
+    class S2FTResolver(private("vllm.lora.resolver", "LoRAResolver")):
+        """Finds S²FT adapters by name; `requests` has the request of each name that was found."""
+
+        def __init__(self) -> None:
+            self.requests: dict[str, Any] = {}
+
+        async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
+            path = await asyncio.to_thread(path_of, lora_name, directory, hub, base_model_name)
+            if path is None:
+                return None
+            self.requests[lora_name] = request(lora_name=lora_name, lora_int_id=1, lora_path=path)  # vLLM sets the id
+            return self.requests[lora_name]
+
+    return S2FTResolver()
+
+
+def path_of(name: str, directory: Path | None, hub: frozenset[str], base: str) -> str | None:
+    """Find the adapter that a client names.
+
+    Args:
+        name: The name.
+        directory: See :func:`make_resolver`.
+        hub: See :func:`make_resolver`.
+        base: The served model, as vLLM was started with it.
+
+    Returns:
+        A folder or a name on the hub, for vLLM's LoRARequest; None if there is no such adapter, or it says that it is
+        of another base.
+    """
+    path = _in_directory(name, directory) if directory is not None else None
+    if path is None and _on_list(name, hub):
+        path = name
+    folder = None if path is None else folder_of(path)
+    if folder is None or not _is_of(folder, base):
+        return None
+    return path
+
+
+def _in_directory(name: str, directory: Path) -> str | None:
+    """A folder of the directory itself. A name with a separator or a link that leads out of it finds nothing."""
+    if not FOLDER.fullmatch(name):
+        return None
+    folder = directory / name
+    inside = folder.is_dir() and folder.resolve().is_relative_to(directory.resolve())
+    return str(folder) if inside else None
+
+
+def _on_list(name: str, hub: frozenset[str]) -> bool:
+    repository = name.partition("@")[0]
+    return repository.count("/") == 1 and bool({repository, repository.partition("/")[0]} & hub)
+
+
+def _is_of(folder: Path, base: str) -> bool:
+    """Whether an adapter may be of a base: both names are on the hub and differ otherwise. The workers compare the
+    weights in any case."""
+    from s2ft.adapter.formats import native
+    from s2ft.adapter.hub import REPOSITORY
+
+    try:
+        recorded = native.read_info(folder).get("base_model")
+    except (OSError, ValueError):  # the workers say what is wrong
+        return True
+    known = all(isinstance(name, str) and REPOSITORY.fullmatch(name) for name in (recorded, base))
+    if not known or recorded == base or Path(base).exists() or Path(recorded).exists():
+        return True
+    logger.warning("s2ft: %s is an adapter of %s, and this server has %s", folder, shortened(recorded), base)
+    return False
+
+
+# ---- the answer to a client whose adapter does not load --------------------------------------------------
+
+
+def _say_why() -> None:
+    """Let the answer to a request that names an adapter of ours say why it does not load. vLLM logs it only."""
+    serving = private(SERVING, "OpenAIServingModels")
+    resolve, make_error = serving.resolve_lora, private(SERVING, "create_error_response")
+    registry = private("vllm.lora.resolver", "LoRAResolverRegistry")
+
+    @functools.wraps(resolve)
+    async def resolve_lora(self: Any, lora_name: str) -> Any:
+        answer = await resolve(self, lora_name)
+        requests = registry.get_resolver(NAME).requests
+        request = requests.pop(lora_name, None)
+        if request is None or getattr(getattr(answer, "error", None), "code", None) != HTTPStatus.BAD_REQUEST.value:
+            return answer
+        try:
+            await self.engine_client.add_lora(request)  # once more, to hear the reason
+        except Exception as error:
+            reason = f"LoRA adapter '{lora_name}' was found but could not be loaded: {error}"
+            return make_error(message=reason, err_type="BadRequestError", status_code=HTTPStatus.BAD_REQUEST)
+        self.lora_requests[lora_name] = request  # somebody has just replaced a folder that was damaged
+        return request
+
+    serving.resolve_lora = resolve_lora

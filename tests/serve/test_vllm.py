@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import sys
 
 import pytest
 from serve.fleet import save_adapters
 from train.tiny import save_tiny
 
+from s2ft.adapter.formats import lora
 from s2ft.cli.main import main
 from s2ft.serve import vllm
 from s2ft.text.prompts import PromptFormat
@@ -23,83 +25,207 @@ def work(tmp_path_factory):
     return work
 
 
-def test_the_command_line(tmp_path):
-    adapters = [vllm.Exported("a", tmp_path / "a", 8), vllm.Exported("b", tmp_path / "b", 33)]
-    assert vllm.command("m", adapters, "127.0.0.1", 8000, "base", "key") == [
-        "vllm",
-        "serve",
-        "m",
-        "--served-model-name",
-        "base",
-        "--enable-lora",
-        "--max-lora-rank",
-        "64",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        "8000",
-        "--api-key",
-        "key",
-        "--lora-modules",
-        f"a={tmp_path / 'a'}",
-        f"b={tmp_path / 'b'}",
-    ]
-    assert "--api-key" not in vllm.command("m", adapters, "127.0.0.1", 8000, "base")
+@pytest.fixture
+def launched(monkeypatch):
+    """The command line and the variables that replace this process."""
+    found = {}
+
+    def execv(program, line):
+        found.update(line=line, environment=dict(os.environ))
+
+    monkeypatch.setattr("s2ft.packages.is_installed", lambda package: True)
+    monkeypatch.setattr(vllm, "why_no_plugin", lambda: None)
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(os, "environ", {**os.environ, "S2FT_API_KEY": "key"})
+    return found
 
 
-def test_adapters_are_exported_as_lora(work, tmp_path):
-    exported = vllm.export(str(work / "model"), [str(work / "adapters")], tmp_path)
-    assert [one.name for one in exported] == ["a0", "a1"]
-    for one in exported:
-        config = json.loads((one.folder / "adapter_config.json").read_text())
-        assert config["peft_type"] == "LORA" and config["r"] == one.rank
-        assert (one.folder / "adapter_model.safetensors").is_file()
+def serve(work, *words, adapters="adapters"):
+    return main(
+        ["serve", "--model", str(work / "model"), "--adapters", str(work / adapters), "--engine", "vllm", *words]
+    )
 
 
-def test_vllm_gets_the_chat_template_that_all_adapters_were_trained_with(work, tmp_path, caplog):
+def served(name, folder="f", prompt=None, **ranks):
+    return vllm.Served(
+        name, folder, {f"model.layers.{i}.{path}": n for i, (path, n) in enumerate(ranks.items())}, prompt
+    )
+
+
+def value(line, option):
+    return line[line.index(option) + 1]
+
+
+def test_options_that_follow_from_the_adapters():
+    adapters = [served("a", o_proj=1), served("b", down_proj=33, o_proj=2), served("c", q_proj=8)]
+    assert vllm.sized(adapters, slices=False) == {
+        "--enable-lora": [],
+        "--max-loras": ["3"],
+        "--max-cpu-loras": ["6"],
+        "--max-lora-rank": ["64"],
+        "--lora-target-modules": ["down_proj", "o_proj", "q_proj"],
+    }
+    many = vllm.sized([served(f"a{i}", o_proj=1) for i in range(100)], slices=False)
+    assert (many["--max-loras"], many["--max-cpu-loras"], many["--max-lora-rank"]) == (["8"], ["72"], ["1"])
+
+
+def test_slices_need_no_rank():
+    adapters = [served("a", down_proj=1000)]
+    assert vllm.sized(adapters, slices=True)["--max-lora-rank"] == ["1"]
+    with pytest.raises(ValueError, match="'a' needs rank 1000, and vLLM's limit is 512: use --slices"):
+        vllm.sized(adapters, slices=False)
+
+
+def test_the_command_line_and_the_variables(tmp_path, monkeypatch):
+    monkeypatch.delenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", raising=False)
+    monkeypatch.setattr(vllm, "find_distribution", lambda package: "0.32.0")
+    settings = vllm.Settings("m", "base", key="key", slices=True, units=9, in_4bit=True, revision="v2")
+    launch = vllm.launch([served("a", "x", o_proj=1), served("b", "y", o_proj=2)], [tmp_path], settings, tmp_path / "t")
+    line = launch.command
+    assert line[:5] == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", "m"] and "key" not in line
+    assert line[-3:] == ["--lora-modules", "a=x", "b=y"]
+    assert value(line, "--quantization") == "bitsandbytes" and value(line, "--revision") == "v2"
+    assert value(line, "--chat-template") == str(tmp_path / "t") and "--trust-remote-code" not in line
+    assert launch.environment == {
+        "VLLM_API_KEY": "key",
+        "S2FT_VLLM_ADAPTERS": str(tmp_path),
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+        "S2FT_VLLM_SLICES": "1",
+        "S2FT_VLLM_UNITS": "9",
+    }
+
+
+def test_single_adapters_open_no_directory(monkeypatch):
+    assert vllm.launch([served("a", o_proj=1)], [], vllm.Settings("m", "base"), None).environment == {}
+    monkeypatch.setenv("VLLM_PLUGINS", "other")  # of which vLLM would load no more
+    found = vllm.launch([served("a", o_proj=1)], [], vllm.Settings("m", "base"), None).environment
+    assert found == {"VLLM_PLUGINS": "other,s2ft"}
+
+
+def test_options_of_vllm_replace_those_that_follow_from_the_adapters():
+    settings = vllm.Settings("m", "base", options=("--max_loras=2", "--tensor-parallel-size", "2"))
+    line = vllm.launch([served("a", o_proj=1)], [], settings, None).command
+    assert "--max-loras" not in line and value(line, "--tensor-parallel-size") == "2" and "--max_loras=2" in line
+
+
+def test_vllm_replaces_the_process(work, launched):
+    assert serve(work, "--port", "1234", "--dtype", "fp32", "--", "--max-model-len", "64") == 0
+    line, environment = launched["line"], launched["environment"]
+    assert line[2:4] == ["vllm.entrypoints.openai.api_server", "--model"]  # without a package vllm
+    assert line[4] == str(work / "model") and value(line, "--port") == "1234" and value(line, "--dtype") == "float32"
+    assert value(line, "--served-model-name") == "model" and value(line, "--max-model-len") == "64"
+    assert line[-2:] == [f"{name}={work / 'adapters' / name}" for name in ("a0", "a1")]
+    assert environment["VLLM_API_KEY"] == "key" and environment["S2FT_VLLM_ADAPTERS"] == str(work / "adapters")
+    assert int(value(line, "--max-lora-rank")) >= 8
+
+
+def test_a_free_port(work, launched):
+    assert serve(work, "--port", "0") == 0
+    assert 0 < int(value(launched["line"], "--port")) < 1 << 16
+
+
+@pytest.mark.parametrize(
+    "words,text",
+    (
+        (["--timeout", "5"], "--timeout is for --engine transformers; for vLLM: vLLM has no such limit"),
+        (["--max-batch-size=16"], "--max-batch-size is for --engine transformers; for vLLM: -- --max-num-seqs N"),
+        (["--load-in-8bit"], "--load-in-8bit is for --engine transformers"),
+        (["--slice-units", "3"], "give both"),
+        (["--", "--host", "h"], "--host can't be passed on to vLLM: use --host of s2ft serve"),
+        (["--", "--lora_modules", "a=b"], "use --adapters NAME=DIR"),
+    ),
+)
+def test_options_without_meaning_are_refused(work, launched, words, text, capsys):
+    assert serve(work, *words) == 2
+    assert text in capsys.readouterr().err and not launched
+
+
+@pytest.mark.parametrize(
+    "words,text", ((["--slices"], "for --engine vllm"), (["--", "--seed", "1"], "give --engine vllm"))
+)
+def test_options_of_vllm_are_refused_by_the_built_in_server(work, words, text, capsys):
+    assert main(["serve", "--model", str(work / "model"), *words]) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_adapters_that_cannot_be_served_are_left_out(work, tmp_path, caplog):
+    shutil.copytree(work / "adapters", tmp_path / "adapters")
+    (tmp_path / "adapters" / "a0" / "s2ft_adapter.safetensors").write_bytes(b"{}")
+    save_adapters(tmp_path / "others", 1, first=7, intermediate_size=80, **UNTIED)
+    shutil.move(tmp_path / "others" / "a7", tmp_path / "adapters" / "a7")
+    found = vllm.adapters_of(str(work / "model"), [str(tmp_path / "adapters")])
+    assert [one.name for one in found] == ["a1"]
+    assert "not served: a0" in caplog.text and "not served: a7" in caplog.text
+    with pytest.raises(ValueError, match="adapter 'x' can't be served"):
+        vllm.adapters_of(str(work / "model"), [f"x={tmp_path / 'adapters' / 'a0'}"])
+    shutil.rmtree(tmp_path / "adapters" / "a1")
+    with pytest.raises(ValueError, match="none of the 2 adapters found can be served"):
+        vllm.adapters_of(str(work / "model"), [str(tmp_path / "adapters")])
+
+
+def test_an_adapter_of_another_base_is_left_out(work, tmp_path):
+    save_tiny(tmp_path / "model", seed=5, **UNTIED)
+    with pytest.raises(ValueError, match="'a1' can't be served: .*another base"):
+        vllm.adapters_of(str(tmp_path / "model"), [str(work / "adapters" / "a1")])
+
+
+def test_ranks_are_those_of_the_exported_lora(work, tmp_path):
+    for one in vllm.adapters_of(str(work / "model"), [str(work / "adapters")]):
+        settings = vllm.Settings(str(work / "model"), "base")
+        launch = vllm.launch_exported([one], settings, None, tmp_path)
+        assert lora.rank_of(tmp_path / one.name) == one.rank
+        assert launch.command[-1] == f"{one.name}={tmp_path / one.name}" and launch.environment == {}
+
+
+def test_without_the_plugin_exported_adapters_are_served(work, launched, monkeypatch, caplog):
+    monkeypatch.setattr(vllm, "why_no_plugin", lambda: "vLLM 9 has no such name")
+    assert serve(work) == 0
+    folder = launched["line"][-1].partition("=")[2]
+    assert "exported as LoRA folders: vLLM 9 has no such name" in caplog.text
+    assert "S2FT_VLLM_ADAPTERS" not in launched["environment"] and "s2ft-vllm-" in folder
+
+
+def test_why_vllm_cannot_run_the_plugin(monkeypatch):
+    monkeypatch.setattr(vllm, "entry_points", lambda group: [])
+    assert "pip install it" in vllm.why_no_plugin()
+
+    class Point:
+        value = "s2ft.vllm:register"
+
+    monkeypatch.setattr(vllm, "entry_points", lambda group: [Point()])
+    monkeypatch.setattr(vllm, "_release", lambda: "0.1")
+    monkeypatch.setattr(vllm, "NEEDED", (("json", "no_such_name"),))
+    assert "has no json.no_such_name, which s2ft needs" in vllm.why_no_plugin()
+    monkeypatch.setattr(vllm, "_release", lambda: vllm.TESTED[0])
+    assert vllm.why_no_plugin() is None
+
+
+def test_a_gguf_file_is_unpacked(work, tmp_path, monkeypatch):
+    from s2ft.text.models import load_model
+
+    model = load_model(str(work / "model"))
+    monkeypatch.setattr(vllm, "load_model", lambda name, dtype: model)
+    assert vllm.unpacked("some/model.gguf", "auto", tmp_path / "base") == str(tmp_path / "base")
+    assert json.loads((tmp_path / "base" / "config.json").read_text())["model_type"] == "llama"
+    assert vllm.unpacked(str(work / "model"), "auto", tmp_path / "b") == str(work / "model")
+
+
+def test_vllm_gets_the_chat_template_that_all_adapters_were_trained_with(tmp_path, caplog):
     prompt, other = PromptFormat("chat", "{{ messages }}", "Be brief."), PromptFormat("chat", "{{ messages }}")
-    same = [vllm.Exported(name, tmp_path / name, 8, prompt) for name in "ab"]
+    same = [served(name, prompt=prompt, o_proj=1) for name in "ab"]
     file = vllm.write_template(same, tmp_path)
     assert file.read_text().endswith("{{ messages }}") and "Be brief." in file.read_text() and not caplog.text
-    assert f"--chat-template {file} --lora-modules" in " ".join(vllm.command("m", same, "h", 1, "base", None, file))
-    assert vllm.write_template([*same, vllm.Exported("c", tmp_path, 8, other)], tmp_path) is None
+    assert vllm.write_template([*same, served("c", prompt=other, o_proj=1)], tmp_path) is None
     assert "trained with different prompts" in caplog.text
-    assert vllm.write_template(vllm.export(str(work / "model"), [str(work / "adapters")], tmp_path), tmp_path) is None
+    assert vllm.write_template([served("c", o_proj=1)], tmp_path) is None
 
 
 def test_a_missing_vllm_is_named(work, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    paths = ["--model", str(work / "model"), "--adapters", str(work / "adapters")]
-    assert main(["serve", *paths, "--engine", "vllm"]) == 2
+    assert serve(work) == 2
     assert "pip install vllm, or --engine transformers" in capsys.readouterr().err
-
-
-def test_vllm_replaces_the_process(work, monkeypatch):
-    lines = []
-    monkeypatch.setattr("s2ft.packages.is_installed", lambda package: True)
-    monkeypatch.setattr(os, "execvp", lambda program, line: lines.append(line))
-    monkeypatch.setenv("S2FT_API_KEY", "key")
-    assert (
-        main(
-            [
-                "serve",
-                "--model",
-                str(work / "model"),
-                "--adapters",
-                str(work / "adapters"),
-                "--engine",
-                "vllm",
-                "--port",
-                "1234",
-            ]
-        )
-        == 0
-    )
-    (line,) = lines
-    assert line[:3] == ["vllm", "serve", str(work / "model")] and line[line.index("--port") + 1] == "1234"
-    assert line[line.index("--api-key") + 1] == "key" and line[line.index("--served-model-name") + 1] == "model"
 
 
 def test_a_folder_without_adapters(work, tmp_path):
     with pytest.raises(ValueError, match="no adapters"):
-        vllm.export(str(work / "model"), [str(tmp_path)], tmp_path / "out")
+        vllm.adapters_of(str(work / "model"), [str(tmp_path)])

@@ -89,9 +89,7 @@ def vllm_server(
     Raises:
         RuntimeError: The server ended or did not start in time. The message has the end of its log.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     tokenizer = [] if (Path(model) / "tokenizer_config.json").exists() else ["--skip-tokenizer-init"]
     fixed = {
         "--model": model,
@@ -105,11 +103,25 @@ def vllm_server(
     }
     defaults = [str(word) for pair in fixed.items() if pair[0] not in options for word in pair]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *defaults, "--enforce-eager", *tokenizer]
+    with started([*command, *options], port, log, environment) as server:
+        yield server
+
+
+def free_port() -> int:
+    """Return a port on which nothing listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextmanager
+def started(
+    command: Sequence[str], port: int, log: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[Server]:
+    """Run a command that serves on a port inside the context, see :func:`vllm_server`."""
     variables = {**os.environ, **QUIET, "PYTHONPATH": str(ROOT), **(environment or {})}
     with open(log, "w") as out:
-        process = subprocess.Popen(
-            [*command, *options], stdout=out, stderr=subprocess.STDOUT, env=variables, start_new_session=True
-        )
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=variables, start_new_session=True)
     server = Server(f"http://127.0.0.1:{port}", Path(log))
     try:
         _wait(process, server)

@@ -12,6 +12,7 @@ from serve.fleet import save_adapters
 
 from s2ft.adapter.loading import read_adapter
 from s2ft.vllm import versions
+from s2ft.vllm.compatibility import when_imported
 
 
 @dataclass
@@ -161,3 +162,14 @@ def test_a_worker_loads_the_content_that_the_path_names(folder, vllm_modules):
     request = Request(versions.with_version(str(folder)), 7)
     assert manager()._load_adapter(request) == 7 and loaded == [str(folder)]
     assert request.lora_path.startswith(f"{folder}#")
+
+
+def test_two_changes_of_one_module_follow_its_import_in_their_order(tmp_path, monkeypatch):
+    (tmp_path / "imported_later.py").write_text("names = []\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    for name in "ab":
+        when_imported("imported_later", name, lambda name=name: sys.modules["imported_later"].names.append(name))
+    import imported_later
+
+    assert imported_later.names == ["a", "b"]

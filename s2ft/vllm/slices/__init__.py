@@ -1,0 +1,1 @@
+"""Slices of several adapters in one linear layer of an inference engine. Nothing here imports vLLM."""

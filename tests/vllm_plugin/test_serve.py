@@ -1,0 +1,67 @@
+"""`s2ft serve --engine vllm`: all adapters of a folder at once, and new ones while it runs."""
+
+import shutil
+import sys
+
+import pytest
+from support.vllm_models import PROMPTS
+from support.vllm_server import free_port, started
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+SMALL = "--max-model-len 256 --max-num-seqs 16 --max-num-batched-tokens 512 --enforce-eager --skip-tokenizer-init"
+
+
+@pytest.fixture(scope="module")
+def folder(served, tmp_path_factory):
+    """A directory with two of the three adapters."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for name in ("down-o", "wide"):
+        shutil.copytree(served.adapters / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(served, folder, tmp_path_factory):
+    """The server, with the third adapter under another name."""
+    port = free_port()
+    adapters = [folder, f"third={served.adapters / 'other'}"]
+    command = [
+        sys.executable,
+        "-m",
+        "s2ft.cli",
+        "serve",
+        "--model",
+        served.base,
+        "--engine",
+        "vllm",
+        "--adapters",
+        *adapters,
+    ]
+    options = ["--port", port, "--served-model-name", "base", "--dtype", "float32", "--", *SMALL.split()]
+    with started([*map(str, [*command, *options])], port, tmp_path_factory.mktemp("log") / "log") as server:
+        yield server
+
+
+def test_three_adapters_and_the_base_share_batches(served, server):
+    found = server.answers(["base", "down-o", "wide", "third"], PROMPTS)
+    assert found == {
+        "base": served.answers["base"],
+        "down-o": served.answers["down-o"],
+        "wide": served.answers["wide"],
+        "third": served.answers["other"],
+    }
+
+
+def test_the_names_of_all_models(server):
+    assert {model["id"] for model in server.get("v1/models")["data"]} >= {"base", "down-o", "wide", "third"}
+
+
+def test_a_new_folder_is_found_while_the_server_runs(served, folder, server):
+    status, answer = server.post("v1/completions", {"model": "later", "prompt": PROMPTS[0]})
+    assert status == 404 and "later" in str(answer)
+    shutil.copytree(served.adapters / "other", folder / "later")
+    assert server.answers(["later", "base"], PROMPTS) == {
+        "later": served.answers["other"],
+        "base": served.answers["base"],
+    }
