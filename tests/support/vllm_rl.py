@@ -238,7 +238,7 @@ class Worker:
         import numpy as np
         from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 
-        for number in range(8):
+        for number in range(32):
             ids = np.random.default_rng(number).integers(3, 250, 20)
             mask = np.arange(20) >= 8
             messages = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
@@ -282,7 +282,8 @@ def async_grpo(folder, url, form="permuted"):
     args = AsyncGRPOConfig(
         output_dir=f"{folder}-async", max_steps=3, learning_rate=3e-3, report_to="none", use_cpu=True, bf16=False,
         vllm_server_base_url=url, save_strategy="no", per_device_train_batch_size=2, gradient_accumulation_steps=1,
-        weight_sync_steps=1, dtype="float32",
+        weight_sync_steps=1,
+        token_budget=64, dtype="float32",
     )  # fmt: skip
     worker = Worker(url, folder)
     peft = {"peft_config": S2FTPeftConfig(**RATIOS, task_type="CAUSAL_LM")} if form == "peft" else {}
