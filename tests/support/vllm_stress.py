@@ -79,6 +79,7 @@ class Stress:
         seen: How many answers there were, by content.
         wrong: Descriptions of wrong answers.
         changes: How many changes there were, by kind.
+        failed: Changes that the server refused, and requests that it did not answer. The first one ends the run.
     """
 
     server: Server
@@ -105,6 +106,8 @@ class Stress:
             thread.start()
         try:
             for number in range(rounds):
+                if self.failed:
+                    break
                 self._change(number, draw)
                 self._wait_for(draw.randint(2, clients))
         finally:
@@ -151,7 +154,10 @@ class Stress:
             before.end = time.monotonic()
 
     def _post(self, path: str, **body: object) -> None:
-        status, answer = self.server.post(path, body)
+        try:
+            status, answer = self.server.post(path, body)
+        except OSError as error:
+            status, answer = 0, error
         if status != 200:
             self.failed.append(f"{path} {body}: HTTP {status}: {answer}")
 
@@ -168,7 +174,11 @@ class Stress:
         while not self.done.is_set():
             name = draw.choice(("base", *STEADY, CHANGED, CHANGED, CHANGED))
             number, begin = draw.randrange(len(PROMPTS)), time.monotonic()
-            answer = self.server.complete(name, PROMPTS[number])
+            try:
+                answer = self.server.complete(name, PROMPTS[number])
+            except OSError as error:  # the server ended
+                self.failed.append(f"{name}: {type(error).__name__}: {error}")
+                return
             end = time.monotonic()
             with self.lock:
                 self._judge(name, number, answer, begin, end)
