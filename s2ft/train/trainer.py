@@ -69,6 +69,7 @@ class AdapterCheckpoints:
     _temporary: Path | None = None  # the folder in which a checkpoint is being written
 
     def __init__(self, *args: Any, **options: Any) -> None:
+        check_sends_slices(type(self), args, options)
         with _optimizer_of_split_model(*args, **options) as only_model:
             super().__init__(*args, **options)
         self.args.save_only_model = only_model  # a trainer may have made a copy of the arguments
