@@ -30,7 +30,7 @@ from harness import machine, save
 
 RESULTS = Path(__file__).parent / "results" / "grpo.json"
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SAMPLES = 8  # sampled answers to each held-out problem
+SAMPLES = 4  # sampled answers to each held-out problem
 VARIABLES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
              "VLLM_NO_USAGE_STATS": "1"}  # fmt: skip
 
@@ -74,7 +74,8 @@ def run(options: argparse.Namespace, seed: int, dtype: str) -> dict[str, Any]:
             began = time.perf_counter()
             trainer.train()
             seconds = time.perf_counter() - began
-            on_base = agreement_on_base(trainer, rollouts)
+            scored = spread(rollouts, options.scored)
+            on_base = agreement_on_base(trainer, scored)
             after = trained_scores(trainer, tokenizer, held_out, example)
         log = read_log(folder.log)
     return {
@@ -87,7 +88,8 @@ def run(options: argparse.Namespace, seed: int, dtype: str) -> dict[str, Any]:
         "reward": [line["reward"] for line in log],
         "held_out": {"before": before, "after": after},
         "steps": [{"step": one.step, **one.agreement._asdict()} for one in rollouts],
-        "training": together(rollouts, [one.engine for one in rollouts], [one.trainer for one in rollouts]),
+        "all_steps": together(rollouts, [one.engine for one in rollouts], [one.trainer for one in rollouts]),
+        "training": together(scored, [one.engine for one in scored], [one.trainer for one in scored]),
         "base": on_base,
     }
 
@@ -151,6 +153,14 @@ def agreement_on_base(trainer, rollouts) -> dict[str, Any]:
     return together(rollouts, by_engine, by_trainer)
 
 
+def spread(rollouts, count: int | None) -> list[Any]:
+    """Some rollouts, as far apart as possible, with the first and the last one; all if count is None."""
+    if count is None or count >= len(rollouts):
+        return rollouts
+    last = len(rollouts) - 1
+    return [rollouts[round(n * last / max(1, count - 1))] for n in range(count)]
+
+
 def together(rollouts, by_engine, by_trainer) -> dict[str, Any]:
     """The differences over all steps."""
     from s2ft.sync.agreement import agreement
@@ -173,7 +183,12 @@ def show(results: list[dict[str, Any]]) -> None:
             f"gain {more:+.3f} ± {error:.3f}; {one['sync_bytes'] / 1e6:.1f} MB and "
             f"{1000 * statistics.median(one['sync_seconds']):.0f} ms a sync"
         )
-        for name, title in (("training", "trained slices, as sampled"), ("base", "base, the same tokens")):
+        lines = {
+            "all_steps": "trained slices, all steps",
+            "training": "trained slices",
+            "base": "base, the same tokens",
+        }
+        for name, title in lines.items():
             apart = one[name]
             print(
                 f"    {title:28s}{apart['tokens']:>8,} tokens: mean {apart['mean']:.2e}, "
@@ -190,6 +205,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--answers", type=int, default=64)
     parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--scored", type=int, help="score the tokens of so many steps on the base too; default: all")
     parser.add_argument("--table", action="store_true", help="print the table of the results and measure nothing")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -212,7 +228,12 @@ def measure(options: argparse.Namespace) -> None:
     for seed, dtype in runs:
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
             given = ["--steps", options.steps, "--answers", options.answers, "--lr", options.lr]
-            given += ["--model", options.model] if options.model else []
+            given += [
+                word
+                for name in ("model", "scored")
+                if (value := getattr(options, name))
+                for word in (f"--{name}", value)
+            ]
             command = [sys.executable, __file__, "--child", file.name, "--seeds", seed, "--dtype", dtype, *given]
             subprocess.run([str(word) for word in command], check=True, env={**os.environ, **VARIABLES})
             results.append({**json.loads(Path(file.name).read_text()), "machine": machine()})
