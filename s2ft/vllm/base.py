@@ -46,12 +46,12 @@ def served_base(manager: Any) -> "Base":
 class Base:
     """The model that a vLLM engine was started with."""
 
-    def __init__(self, vllm_config: Any, adapter_manager: Any) -> None:
+    def __init__(self, vllm_config: Any, adapter_manager: Any = None) -> None:
         """Remember where the model is. Nothing is read.
 
         Args:
             vllm_config: vLLM's VllmConfig.
-            adapter_manager: vLLM's LoRAModelManager.
+            adapter_manager: vLLM's LoRAModelManager; None if the engine has none.
         """
         self._config, self._manager = vllm_config, adapter_manager
         self._hollow: dict[str, tuple[nn.Module, list[Coupling]]] = {}  # by custom couplings
@@ -67,14 +67,14 @@ class Base:
             ValueError: The file does not say it, and the model can't be built, or lacks a projection of the adapter.
         """
         if adapter.structure is None:
-            model, couplings = self._model_of(adapter)
+            model, couplings = self.model_of(adapter)
             try:
                 adapter.structure = structure_of(model, couplings, adapter.deltas)
             except KeyError as error:
                 raise ValueError(f"it is of another base: the served model has no projection {error.args[0]}") from None
         return adapter.structure
 
-    def _model_of(self, adapter: Adapter) -> tuple[nn.Module, list[Coupling]]:
+    def model_of(self, adapter: Adapter) -> tuple[nn.Module, list[Coupling]]:
         """The served model on the meta device, and the couplings of an adapter in it."""
         from s2ft.text.models import hollow_model  # for adapters of earlier versions alone
 
@@ -100,7 +100,9 @@ class Base:
 
         try:
             cache = self._config.load_config.download_dir
-            return Path(snapshot_download(config.model, revision=config.revision, cache_dir=cache, local_files_only=True))
+            return Path(
+                snapshot_download(config.model, revision=config.revision, cache_dir=cache, local_files_only=True)
+            )
         except (OSError, ValueError):  # not in the cache: a GGUF file, for instance
             return None
 
@@ -129,6 +131,8 @@ class Base:
             found = found if ours is None else difference(ours, theirs)
             if found == "":
                 return ""
+        if found is None and self._manager is None:
+            return "the weights of the served checkpoint can't be read from its files, so they can't be compared"
         return live_difference(self._manager, names, theirs) if found is None else found
 
     def _fingerprint(self, names: Names, dtype: str, tensors: "Tensors") -> dict[str, Any] | None:
@@ -144,7 +148,7 @@ class Base:
                 self._fingerprints[key] = None
         return self._fingerprints[key]
 
-    def _checkpoint(self) -> Checkpoint | None:
+    def checkpoint(self) -> Checkpoint | None:
         """The files with the weights; None if they are quantized or of another format."""
         config = self._config.model_config
         if getattr(config.hf_config, "quantization_config", None) is not None or self._folder() is None:
@@ -153,15 +157,15 @@ class Base:
 
     def _stored(self, dtype: torch.dtype | None) -> "Read | None":
         """Read tensors of the checkpoint, where it has the names of the parameters."""
-        checkpoint = self._checkpoint()
+        checkpoint = self.checkpoint()
         return checkpoint and (lambda name: checkpoint.tensors[name].read().to(dtype=dtype))
 
     def _converted(self, adapter: Adapter, dtype: torch.dtype | None) -> "Read | None":
         """Read parameters as transformers makes them from the checkpoint."""
-        checkpoint = self._checkpoint()
+        checkpoint = self.checkpoint()
         if checkpoint is None:
             return None
-        model, _ = self._model_of(adapter)
+        model, _ = self.model_of(adapter)
         return StoredWeights(model.to(checkpoint.dtype if dtype is None else dtype), checkpoint).read
 
 

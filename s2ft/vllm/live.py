@@ -7,10 +7,10 @@ plain, packed for a processor, or quantized.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from s2ft.model.fingerprint import QUANTIZATION, SAMPLES, TOLERANCE
-from s2ft.vllm.names import Target, Targets, sizes
+from s2ft.model.fingerprint import QUANTIZATION, SAMPLES
+from s2ft.vllm.names import Targets, sizes
 
 
 def live_difference(adapter_manager: Any, names: dict[str, list[tuple[str, str]]], theirs: dict[str, Any]) -> str:
