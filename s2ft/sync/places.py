@@ -78,10 +78,7 @@ class Place:
 
     def put(self, part: Tensor) -> None:
         """Write numbers of this part, in the parameter's dtype."""
-        if self.dim == 0:
-            self.view.index_copy_(0, self.here, part)
-        else:  # index_copy_ visits a matrix's columns element by element; with the dimension in front it does not
-            self.view.transpose(0, self.dim).index_copy_(0, self.here, part.transpose(0, self.dim))
+        self.view.index_copy_(self.dim, self.here, part)
 
     def write(self, values: Tensor) -> None:
         """Write this part of a slice's values."""
