@@ -24,7 +24,7 @@ RANKS = [
     ["layers.base"],
     ["layers"],
     ["model.weights"],
-    ["model.builders", "model.custom", "model.permutation", "model.fingerprint"],
+    ["model.builders", "model.custom", "model.permutation", "model.fingerprint", "model.location"],
     ["model.families", "model.discovery.examples", "model.discovery.twin"],
     ["model.discovery"],
     ["model.registry", "model.verify"],

@@ -14,6 +14,7 @@ from s2ft.config import S2FTConfig
 from s2ft.model.coupling import Coupling, projections_of
 from s2ft.model.delta import Delta
 from s2ft.model.fingerprint import difference
+from s2ft.model.location import Structure, union
 from s2ft.model.weights import weight_at
 from s2ft.selection import Selection
 
@@ -35,6 +36,7 @@ class Adapter:
         info: Free metadata, as JSON values.
         couplings: The couplings, if they were passed to :func:`s2ft.attach`; None for a known family.
         extra_weights: Parameters outside the couplings that are trained in full, by name.
+        structure: Where the slices lie in the model, for engines that do not build it; None if that was not recorded.
 
     Example:
         >>> report = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1), name="math")
@@ -53,6 +55,7 @@ class Adapter:
     info: dict[str, Any] = field(default_factory=dict)
     couplings: list[Coupling] | None = None
     extra_weights: dict[str, Tensor] = field(default_factory=dict)
+    structure: Structure | None = None
 
     @property
     def parameters(self) -> int:
@@ -156,7 +159,8 @@ def weighted_sum(parts: Sequence[tuple[Adapter, float]], name: str) -> Adapter:
         **(prompts[0] if prompts else {}),
         "sum_of": [[adapter.name, float(weight)] for adapter, weight in parts],
     }
-    return Adapter(name, config, selection, first.fingerprint, deltas, info, first.couplings, extra_weights)
+    structure = union([adapter.structure for adapter, _ in parts])
+    return Adapter(name, config, selection, first.fingerprint, deltas, info, first.couplings, extra_weights, structure)
 
 
 def _extra_of_sum(parts: Sequence[tuple[Adapter, float]]) -> dict[str, Tensor]:

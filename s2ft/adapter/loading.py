@@ -18,6 +18,7 @@ from s2ft.attached.mounting import mount
 from s2ft.attached.record import attachment_of, find_attachment, new_attachment
 from s2ft.distributed import reshard_all
 from s2ft.files.formats import read_adapter_folder
+from s2ft.model.location import structure_of
 
 
 def read_adapter(adapter: str | os.PathLike) -> Adapter:
@@ -92,6 +93,7 @@ def load_adapter(
         record = new_attachment(model, adapter.couplings, HOST_HOOKS)
     check_fits(adapter, model, record)
     record.expect_base(adapter.fingerprint)
+    adapter.structure = adapter.structure or structure_of(model, record.couplings, adapter.deltas)
     if not trainable:
         check_can_write(model, record, adapter.deltas)
         check_memory(model, [record.projections[path] for path in adapter.deltas])

@@ -15,6 +15,7 @@ from s2ft.attached.hosts.compiled import of_compiled
 from s2ft.attached.record import Attachment, State, attachment_of
 from s2ft.attached.status import status
 from s2ft.distributed import reshard_all
+from s2ft.model.location import structure_of
 
 Weights = str | Mapping[str, float] | None
 
@@ -120,15 +121,17 @@ def get_adapter(model: nn.Module, name: str, state: Mapping[str, Tensor] | None 
     if name != record.name:
         return record.loaded[name]
     reshard_all(model)
+    deltas = mounted_deltas(record, state)
     return Adapter(
         name,
         record.config,
         record.selection,
         record.fingerprint,
-        mounted_deltas(record, state),
+        deltas,
         dict(record.info),
         couplings=record.custom_couplings,
         extra_weights=trained_values(model, record, state),
+        structure=structure_of(model, record.couplings, deltas),
     )
 
 

@@ -130,11 +130,11 @@ def _prompts(parsed, model, tokenizer, train_rows, held_out_rows, ranks):
     rows, longest = _fitting(with_columns(train_rows, prompt), tokenizer, room, ranks, "prompts")
     held_out, other = None, 0
     if held_out_rows is not None:
-        held_out, other = _fitting(
-            with_columns(held_out_rows, prompt), tokenizer, room, ranks, "prompts to evaluate on"
-        )
-    if parsed[GRPOArguments].vllm_max_model_length is None:  # vLLM would keep room for the model's whole context
-        parsed[GRPOArguments].vllm_max_model_length = max(longest, other) + parsed[GRPOArguments].max_completion_length
+        rest = with_columns(held_out_rows, prompt)
+        held_out, other = _fitting(rest, tokenizer, room, ranks, "prompts to evaluate on")
+    arguments = parsed[GRPOArguments]
+    if arguments.vllm_max_model_length is None:  # vLLM would keep room for the model's whole context
+        arguments.vllm_max_model_length = max(longest, other) + arguments.max_completion_length
     return prompt, rows, held_out, longest
 
 

@@ -37,6 +37,13 @@ class Location:
     shared: bool = False
     expert: int | None = None
 
+    def check(self, name: str) -> None:
+        """Raise ValueError, naming the projection, for fields that can't be those of a weight."""
+        valid = isinstance(self.path, str) and type(self.size) is int and 0 < self.size < 2**31
+        valid = valid and self.storage in STORAGES and isinstance(self.shared, bool)
+        if not valid or not (self.expert is None or type(self.expert) is int and self.expert >= 0):
+            raise ValueError(f"{name} has no valid path, size, storage, shared or expert")
+
 
 @dataclass(frozen=True)
 class Structure:
@@ -60,6 +67,38 @@ class Structure:
             },
             "base_weights": {layer: [list(pair) for pair in pairs] for layer, pairs in self.base_weights.items()},
         }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Structure":
+        """Read the values of :meth:`to_dict`.
+
+        Raises:
+            TypeError: A field is foreign or missing.
+            KeyError: A part is missing.
+            ValueError: A value is not valid.
+        """
+        if values.keys() != {"locations", "base_weights"}:
+            raise ValueError(f"it must have locations and base_weights, not {', '.join(sorted(values)[:5])}")
+        locations = {name: Location(**fields) for name, fields in values["locations"].items()}
+        for name, found in locations.items():
+            found.check(name)
+        base_weights = {layer: [_pair(pair) for pair in pairs] for layer, pairs in values["base_weights"].items()}
+        return cls(locations, base_weights)
+
+
+def union(parts: Iterable[Structure | None]) -> Structure | None:
+    """Join the structures of adapters of one base; None if one of them is not known."""
+    known = list(parts)
+    if any(part is None for part in known):
+        return None
+    locations = {name: found for part in known for name, found in part.locations.items()}
+    return Structure(locations, known[0].base_weights)
+
+
+def _pair(pair: Any) -> tuple[str, str]:
+    if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+        raise ValueError("each of base_weights must be a label and a name")
+    return pair[0], pair[1]
 
 
 def structure_of(model: nn.Module, couplings: list[Coupling], names: Iterable[str]) -> Structure:

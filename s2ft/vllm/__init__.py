@@ -12,6 +12,7 @@ from s2ft.vllm.compatibility import guarded
 FEATURES = {
     "S²FT adapters": "s2ft.vllm.loading",
     "adapters that are replaced while requests run": "s2ft.vllm.versions",  # after the loading, which it calls
+    "answers of the base beside adapters on processors": "s2ft.vllm.base_rows",
     "adapters by the name in a request": "s2ft.vllm.resolver",
     "layers that hold slices": "s2ft.vllm.layers",
     "weights that slices can be written into": "s2ft.vllm.unpacked",

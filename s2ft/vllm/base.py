@@ -21,10 +21,11 @@ from s2ft.adapter.adapter import Adapter
 from s2ft.model.checkpoint import Checkpoint, StoredWeights, open_checkpoint
 from s2ft.model.coupling import Coupling
 from s2ft.model.fingerprint import QUANTIZED, LayerPrint, difference, read_print
-from s2ft.model.location import Structure, structure_of
+from s2ft.model.location import TRANSPOSED, Location, Structure, structure_of
 from s2ft.model.registry import couplings_of
 from s2ft.vllm.compatibility import part_of
-from s2ft.vllm.live import live_difference
+from s2ft.vllm.live import has_layout, live_difference
+from s2ft.vllm.names import MERGED, Targets
 
 logger = logging.getLogger("vllm.s2ft")
 
@@ -57,6 +58,7 @@ class Base:
         self._hollow: dict[str, tuple[nn.Module, list[Coupling]]] = {}  # by custom couplings
         self._fingerprints: dict[tuple, dict[str, Any]] = {}  # by dtype and names
         self._compared: list[dict[str, Any]] = []  # fingerprints of adapters of this base
+        self._known_layouts: set[tuple[str, str]] = set()  # last words of modules, with their storage
 
     # ---- structure ---------------------------------------------------------------------------------
 
@@ -112,16 +114,16 @@ class Base:
         """Compare the served base with the one that an adapter was trained on.
 
         Raises:
-            ValueError: They differ.
+            ValueError: They differ, or vLLM has put rows or columns that the adapter changes in another order.
         """
-        if adapter.fingerprint in self._compared:
-            return
         began = time.perf_counter()
-        found = self._difference(adapter)
-        if found:
-            raise ValueError(f"it was trained on another base than the served one: {found}")
-        self._compared.append(adapter.fingerprint)
-        logger.info("s2ft: compared the served base with the adapter's in %.2f s", time.perf_counter() - began)
+        if adapter.fingerprint not in self._compared:
+            found = self._difference(adapter)
+            if found:
+                raise ValueError(f"it was trained on another base than the served one: {found}")
+            self._compared.append(adapter.fingerprint)
+            logger.info("s2ft: compared the base with the adapter's in %.2f s", time.perf_counter() - began)
+        self._check_layout(adapter)
 
     def _difference(self, adapter: Adapter) -> str:
         """The difference between the served base and an adapter's, in words; empty if there is none."""
@@ -134,6 +136,32 @@ class Base:
         if found is None and self._manager is None:
             return "the weights of the served checkpoint can't be read from its files, so they can't be compared"
         return live_difference(self._manager, names, theirs) if found is None else found
+
+    def _check_layout(self, adapter: Adapter) -> None:
+        """Compare a few columns of the live layers with the files: once for each kind of module, because vLLM loads
+        the modules of one name in one way."""
+        targets, locations = Targets(self._manager), self.structure(adapter).locations
+        for location in locations.values():
+            kind = location.path.rpartition(".")[2], location.storage
+            weight = None if kind in self._known_layouts else self._weight(adapter, location)
+            if weight is not None and not has_layout(targets, location.path, weight):
+                raise ValueError(
+                    f"vLLM keeps the rows or columns of {location.path} in another order than the checkpoint, or this "
+                    "engine has changed its weights: " + MERGED
+                )
+            self._known_layouts.add(kind)
+
+    def _weight(self, adapter: Adapter, location: Location) -> Tensor | None:
+        """A weight as the files have it, [outputs, inputs]; None if they can't be read."""
+        for tensors in (self._stored, partial(self._converted, adapter)):
+            try:
+                read = tensors(None)
+                weight = None if read is None else read(f"{location.path}.weight")
+            except (KeyError, OSError, ValueError):
+                continue
+            if weight is not None:
+                return weight.t() if location.storage == TRANSPOSED else weight
+        return None
 
     def _fingerprint(self, names: Names, dtype: str, tensors: "Tensors") -> dict[str, Any] | None:
         """The fingerprint of the checkpoint in a dtype; None if its weights can't be read in this way."""

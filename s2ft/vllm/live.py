@@ -1,16 +1,78 @@
 """A few numbers of the weights that an engine computes with, however it stores them.
 
-A linear layer multiplies by its weight. So a row of zeros with one 1 gives a column of the weight, whether the weight is
-plain, packed for a processor, or quantized.
+A linear layer multiplies by its weight. So a row of zeros with one 1 gives a column of the weight, whether the weight
+is plain, packed for a processor, or quantized. vLLM's own layers say which rows and columns of an adapter a rank takes:
+where these are not the rows and columns of the weight that the rank has, an adapter would change others.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from s2ft.model.fingerprint import QUANTIZATION, SAMPLES
-from s2ft.vllm.names import Targets, sizes
+from s2ft.vllm.compatibility import part_of
+from s2ft.vllm.names import Target, Targets, sizes
+
+PROBES = 8  # columns of a weight that are compared
+
+
+@dataclass
+class Columns:
+    """Some columns of a weight as a rank has them.
+
+    Attributes:
+        rows: The rows of the whole weight that the rank has, [m] int64.
+        present: Which of the columns the rank has, [k] bool.
+        values: The numbers, float32 [m, k]; zeros in columns that another rank has.
+    """
+
+    rows: Tensor
+    present: Tensor
+    values: Tensor
+
+
+@torch.no_grad()
+def live_columns(layer: nn.Module, target: Target, columns: Tensor) -> Columns | None:
+    """Read columns of a module of the checkpoint from the layer that computes it.
+
+    Args:
+        layer: The layer, which vLLM has wrapped for LoRA.
+        target: Where the module lies in it.
+        columns: Numbers of the columns, [k] int64.
+
+    Returns:
+        The columns; None for a layer that does not say its sizes.
+    """
+    outputs, inputs = sizes(layer, target.slot)
+    if outputs is None or inputs is None:
+        return None
+    base, slot = part_of(layer, "base_layer"), target.slot
+    x = torch.zeros(columns.numel(), inputs)
+    x[torch.arange(columns.numel()), columns] = 1
+    rows, first = torch.arange(outputs)[:, None], 0
+    count = 1 if slot is None else part_of(layer, "n_slices")
+    if part_of(layer, "tp_size") > 1:  # the rows and columns that vLLM takes of an adapter here
+        x = _take(layer, "slice_lora_a", x, slot, count)
+        rows = _take(layer, "slice_lora_b", rows, slot, count)
+    if slot is not None:
+        first = sum(part_of(layer, "output_slices")[:slot])
+    device = part_of(layer, "device")
+    y = base.quant_method.apply(base, x.to(device, part_of(base, "params_dtype")), None)
+    rows = rows[:, 0]
+    return Columns(rows, x.any(1), y[:, first : first + rows.numel()].t().float().cpu())
+
+
+def _take(layer: nn.Module, name: str, values: Tensor, slot: int | None, count: int) -> Tensor:
+    """What vLLM takes of one factor of an adapter on this rank. Layers that shard LoRA take parts of its rank, too."""
+    take = next(vars(one)[name] for one in type(layer).__mro__ if name in vars(one) and "Sharded" not in one.__name__)
+    if slot is None:
+        return take(layer, values)
+    return take(layer, [values if n == slot else None for n in range(count)])[slot]
+
+
+# ---- the same base ------------------------------------------------------------------------------------
 
 
 def live_difference(adapter_manager: Any, names: dict[str, list[tuple[str, str]]], theirs: dict[str, Any]) -> str:
@@ -29,18 +91,17 @@ def live_difference(adapter_manager: Any, names: dict[str, list[tuple[str, str]]
         samples = theirs["layers"].get(layer, {}).get("samples", [])
         if len(samples) != SAMPLES * len(pairs):
             return f"layer {layer} has other weights"
-        ours, wanted = [], []
-        for place, (_, name) in enumerate(pairs):
-            found = _samples(targets, name)
-            for position, value in found.items():
-                ours.append(value)
-                wanted.append(samples[SAMPLES * place + position])
-        compared += len(ours)
-        if ours and not _close(torch.tensor(wanted), torch.tensor(ours)):
+        found = [
+            (samples[SAMPLES * place + n], value)
+            for place, (_, name) in enumerate(pairs)
+            for n, value in _samples(targets, name).items()
+        ]
+        compared += len(found)
+        if found and not _close(*torch.tensor(found).t()):
             differ.append(layer)
-    if not compared:
-        return "none of its layers is one that vLLM serves adapters on, so that the bases can't be compared"
-    return f"{len(differ)} of {len(names)} layers differ, the first is layer {differ[0]}" if differ else ""
+    if differ:
+        return f"{len(differ)} of {len(names)} layers differ, the first is layer {differ[0]}"
+    return "" if compared else "vLLM serves adapters on none of the layers whose numbers the adapter has recorded"
 
 
 def _close(wanted: Tensor, ours: Tensor) -> bool:
@@ -52,21 +113,39 @@ def _samples(targets: Targets, name: str) -> dict[int, float]:
     path, _, kind = name.rpartition(".")
     try:
         target = targets.find(path) if kind == "weight" else None
-    except ValueError:
+    except ValueError:  # no layer for adapters
         return {}
     if target is None or not target.is_here:
         return {}
     outputs, inputs = sizes(targets.layers[target.layer], target.slot)
     if outputs is None or inputs is None:
         return {}
-    step = max(1, outputs * inputs // SAMPLES)
-    positions = [(n, divmod(n * step, inputs)) for n in range(SAMPLES)]
-    columns = live_columns(targets.layers[target.layer], target, [column for _, (_, column) in positions])
-    if columns is None:
+    positions = torch.arange(SAMPLES) * max(1, outputs * inputs // SAMPLES)
+    found = live_columns(targets.layers[target.layer], target, positions % inputs)
+    if found is None:
         return {}
-    values, first, has = columns
-    return {
-        n: float(values[row - first, n])
-        for n, (row, _) in positions
-        if has[n] and first <= row < first + values.shape[0]
-    }
+    place = {int(row): n for n, row in enumerate(found.rows)}
+    rows = (positions // inputs).tolist()
+    return {n: float(found.values[place[row], n]) for n, row in enumerate(rows) if row in place and found.present[n]}
+
+
+# ---- the same layout ------------------------------------------------------------------------------------
+
+
+def has_layout(targets: Targets, path: str, weight: Tensor) -> bool:
+    """Whether a layer has the rows and columns of a checkpoint's weight where vLLM adds those of an adapter.
+
+    Args:
+        targets: The layers.
+        path: Path of the module in the model of transformers.
+        weight: The checkpoint's weight, [outputs, inputs].
+    """
+    target = targets.find(path)
+    if not target.is_here:
+        return True
+    columns = torch.linspace(0, weight.shape[1] - 1, PROBES).long()
+    found = live_columns(targets.layers[target.layer], target, columns)
+    if found is None or not bool(found.present.any()):
+        return True
+    wanted = weight[found.rows][:, columns].float()
+    return _close(wanted[:, found.present], found.values[:, found.present])

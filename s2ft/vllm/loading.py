@@ -12,7 +12,6 @@ remain for those to its next question.
 
 import functools
 import inspect
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,12 @@ WORKER, EXECUTOR, OFFLINE = "vllm.lora.worker_manager", "vllm.v1.executor.abstra
 # What is used when an adapter is loaded. A missing name is noticed at the start.
 NEEDED = (
     (WORKER, "WorkerLoRAManager._load_adapter"),
-    (WORKER, "WorkerLoRAManager.remove_adapter"),
-    (WORKER, "LRUCacheWorkerLoRAManager.add_adapter"),
     (EXECUTOR, "Executor.add_lora"),
     ("vllm.config.lora", "MaxLoRARanks"),
     ("vllm.lora.lora_weights", "LoRALayerWeights"),
     ("vllm.lora.utils", "parse_fine_tuned_lora_name"),
     ("vllm.model_executor.models.utils", "PPMissingLayer"),
 )
-
-_asked = False  # whether a rank is loading because the engine was asked to, and not because a batch needs an adapter
 
 
 def install() -> None:
@@ -83,50 +78,24 @@ def _downloaded(name: str) -> Path:
 def _change_workers() -> None:
     for module, attribute in NEEDED:
         private(module, attribute)
-    manager, cached = private(WORKER, "WorkerLoRAManager"), private(WORKER, "LRUCacheWorkerLoRAManager")
-    make, load, add, remove = manager.__init__, manager._load_adapter, cached.add_adapter, manager.remove_adapter
+    manager = private(WORKER, "WorkerLoRAManager")
+    make, load = manager.__init__, private(WORKER, "WorkerLoRAManager._load_adapter")
 
     @functools.wraps(make)
     def __init__(self: Any, vllm_config: Any, *args: Any, **options: Any) -> None:
         make(self, vllm_config, *args, **options)
         self.s2ft_vllm_config = vllm_config
-        self.s2ft_kept = {}
 
     @functools.wraps(load)
     def _load_adapter(self: Any, lora_request: Any) -> Any:
-        kept = self.s2ft_kept.get(lora_request.lora_int_id)
-        folder = kept.folder if kept is not None and not _asked else folder_of(lora_request.lora_path)
+        folder = folder_of(lora_request.lora_path)
         if folder is None:
-            self.s2ft_kept.pop(lora_request.lora_int_id, None)
             return load(self, lora_request)
         from s2ft.vllm.lora import lora_of  # the first adapter pays for these imports, not every start of vLLM
 
-        return lora_of(self, lora_request, folder, _asked)
-
-    @functools.wraps(add)
-    def add_adapter(self: Any, lora_request: Any) -> bool:
-        # A request keeps load_inplace, and vLLM would load the adapter again in every step of every answer.
-        if lora_request.load_inplace and not _asked and lora_request.lora_int_id in self.s2ft_kept:
-            lora_request = type(lora_request)(lora_request.lora_name, lora_request.lora_int_id, lora_request.lora_path)
-        return add(self, lora_request)
-
-    @functools.wraps(remove)
-    def remove_adapter(self: Any, adapter_id: int) -> bool:
-        self.s2ft_kept.pop(adapter_id, None)
-        return remove(self, adapter_id)
+        return lora_of(self, lora_request, folder)
 
     manager.__init__, manager._load_adapter = __init__, _load_adapter
-    manager.remove_adapter, cached.add_adapter = remove_adapter, add_adapter
-
-
-@contextmanager
-def _asking():
-    global _asked
-    _asked = True
-    try:
-        yield
-    finally:
-        _asked = False
 
 
 def add_on_rank(worker: Any, lora_request: Any) -> tuple[bool, str]:
@@ -140,8 +109,7 @@ def add_on_rank(worker: Any, lora_request: Any) -> tuple[bool, str]:
         What vLLM's `add_lora` returns, and why it failed, empty if it did not.
     """
     try:
-        with _asking():
-            return worker.add_lora(lora_request), ""
+        return worker.add_lora(lora_request), ""
     except Exception as error:
         return False, str(error) or type(error).__name__
 

@@ -6,7 +6,6 @@ One factor of each module is the trained slice, the other selects its rows or co
 
 import logging
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,54 +14,23 @@ from torch import Tensor
 
 from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.formats import native
-from s2ft.files.adapter_folder import stamp_of
 from s2ft.model.delta import Delta
 from s2ft.model.location import LINEAR, TRANSPOSED, Location
 from s2ft.vllm import layers
 from s2ft.vllm.base import Base, served_base
 from s2ft.vllm.compatibility import part_of, private
-from s2ft.vllm.names import Targets, sizes
+from s2ft.vllm.names import MERGED, Targets, sizes
 
 logger = logging.getLogger("vllm.s2ft")  # vLLM prints what loggers below its own say
 
-MERGED = "export the model merged (s2ft export --format merged)"
 
-
-KEPT_BYTES = 2 * 2**30  # of slices that a worker keeps
-
-
-@dataclass
-class Kept:
-    """The slices of an adapter that was loaded.
-
-    vLLM drops adapters that do not fit --max-cpu-loras, and loads them again in the middle of a step. By then the
-    folder may be damaged, which would end the engine, or hold another adapter, whose numbers would mix with those of
-    answers under way. So the slices stay in memory: a small part of what vLLM's own form takes.
-
-    Attributes:
-        folder: The adapter's folder.
-        stamp: What changes with every save to the folder.
-        adapter: The adapter.
-    """
-
-    folder: Path
-    stamp: tuple | None
-    adapter: Adapter
-
-    @property
-    def bytes(self) -> int:
-        """The size of its slices."""
-        return sum(delta.values.nbytes + delta.index.nbytes for delta in self.adapter.deltas.values())
-
-
-def lora_of(manager: Any, request: Any, folder: Path, is_asked: bool = True) -> Any:
+def lora_of(manager: Any, request: Any, folder: Path) -> Any:
     """Read an adapter as a LoRA of vLLM.
 
     Args:
         manager: vLLM's WorkerLoRAManager.
         request: vLLM's LoRARequest.
         folder: The adapter's folder.
-        is_asked: Whether somebody asked to load the adapter. If not, a step needs it again, as it was.
 
     Returns:
         A LoRAModel.
@@ -73,34 +41,17 @@ def lora_of(manager: Any, request: Any, folder: Path, is_asked: bool = True) -> 
     """
     began = time.perf_counter()
     try:
-        kept = _read(manager, request.lora_int_id, folder, is_asked)
+        adapter = native.read(folder)
         base = served_base(manager)
-        loras = _weights(kept.adapter, manager, base)
-        base.check(kept.adapter)
-    except (OSError, ValueError, KeyError) as error:
-        text = error.args[0] if isinstance(error, KeyError) else error
-        raise ValueError(f"S²FT adapter {request.lora_name!r} ({request.lora_path}): {text}") from error
-    _keep(part_of(manager, "s2ft_kept"), request.lora_int_id, kept)
+        loras = _weights(adapter, manager, base)
+        base.check(adapter)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"S²FT adapter {request.lora_name!r} ({request.lora_path}): {error}") from error
     rank = max(weights.rank for weights in loras.values())
     lora = part_of(manager, "_lora_model_cls")(request.lora_int_id, rank, loras)
     lora.is_3d_lora_weight = False
     logger.info("s2ft: loaded adapter %s in %.3f s", request.lora_name, time.perf_counter() - began)
     return lora
-
-
-def _read(manager: Any, number: int, folder: Path, is_asked: bool) -> Kept:
-    kept, stamp = part_of(manager, "s2ft_kept").get(number), stamp_of(folder)
-    if kept is not None and (not is_asked or (kept.folder, kept.stamp) == (folder, stamp)):
-        return kept
-    return Kept(folder, stamp, native.read(folder))
-
-
-def _keep(known: dict[int, Kept], number: int, kept: Kept) -> None:
-    """Keep the slices of an adapter, and forget the oldest ones above the limit."""
-    known.pop(number, None)
-    known[number] = kept
-    while len(known) > 1 and sum(one.bytes for one in known.values()) > KEPT_BYTES:
-        known.pop(next(iter(known)))
 
 
 def _weights(adapter: Adapter, manager: Any, base: Base) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from torch import nn
 
 from s2ft.vllm.compatibility import part_of, private
 
+MERGED = "export the model merged (s2ft export --format merged)"  # what always works
+
 
 @dataclass(frozen=True)
 class Target:
@@ -70,8 +72,7 @@ class Targets:
             return self._parts[name]
         if name in self._fused:
             raise ValueError(
-                f"{path} is one weight in the checkpoint, and vLLM serves adapters of its parts alone: export the "
-                "model merged (s2ft export --format merged)"
+                f"{path} is one weight in the checkpoint, and vLLM serves adapters of its parts alone: {MERGED}"
             )
         if name in self.layers:
             return Target(name, name)
@@ -104,7 +105,7 @@ class Targets:
             f"vLLM serves no adapter on {path}"
             + ("" if path == name else f" ({name} in vLLM)")
             + f": {type(self._model).__name__} has no such layer that takes LoRA (for the layers of a vision tower see "
-            "--enable-tower-connector-lora). Export the model merged (s2ft export --format merged)"
+            "--enable-tower-connector-lora): " + MERGED
         )
 
 

@@ -96,7 +96,7 @@ def test_a_run_goes_on_only_with_the_same_rewards(capsys):
         ("grpo", ["--rewards", "answer_equals"], "no built-in reward 'answer_equals'; did you mean answer_equal?"),
         ("grpo", ["--rewards", "mine.py:shrot"], "mine.py has no function 'shrot'; did you mean short?"),
         ("grpo", ["--rewards", "nosuch.py"], "file nosuch.py doesn't exist"),
-        ("grpo", ["--use-vllm", "true"], "use_vllm does not work here"),
+        ("grpo", ["--use-vllm", "true", "--vllm-enable-sleep-mode", "true"], "vllm_enable_sleep_mode does not work"),
         ("grpo", ["--reward-weights", "1", "2"], "reward_weights has 2 numbers for 1 rewards (mine.py:short)"),
         (
             "grpo",

@@ -1,7 +1,7 @@
 """Bases and adapters on the disk, with the answers that transformers gives with the merged weights, in float32."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,11 +58,11 @@ def tiny_llama(seed: int = 1, **changes) -> LlamaForCausalLM:
 
 
 @torch.no_grad()
-def answers(model: PreTrainedModel) -> list[list[int]]:
-    """The greedy answers of a model to PROMPTS."""
+def answers(model: PreTrainedModel, prompts: Sequence[Sequence[int]] = PROMPTS) -> list[list[int]]:
+    """The greedy answers of a model to prompts of token ids."""
     found = []
-    for prompt in PROMPTS:
-        ids = torch.tensor([prompt])
+    for prompt in prompts:
+        ids = torch.tensor([list(prompt)])
         options = dict(do_sample=False, max_new_tokens=TOKENS, pad_token_id=0, eos_token_id=None)
         found.append(model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist())
     return found

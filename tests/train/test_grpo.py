@@ -140,7 +140,7 @@ def test_the_columns_reach_the_rewards(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"use_vllm": True}, r"use_vllm does not work here: .*\(issue 17\)"),
+        ({"use_vllm": True, "vllm_enable_sleep_mode": True}, "vllm_enable_sleep_mode does not work with slices"),
         ({"use_transformers_continuous_batching": True}, "use_transformers_continuous_batching does not work here"),
         ({"sync_ref_model": True, "beta": 0.1}, "sync_ref_model does not work here"),
         ({"num_generations": 1}, "num_generations must be at least 2"),

@@ -39,6 +39,7 @@ from s2ft.files.writing import replace_file
 from s2ft.layers import kind_of
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.delta import Delta
+from s2ft.model.location import structure_of
 from s2ft.model.weights import find, weight_at
 from s2ft.selection import Selection
 
@@ -320,6 +321,7 @@ def read(
         deltas,
         {**{key: value for key, value in texts.items() if isinstance(value, str)}, **_prompt_of(tensors_path)},
         record.custom_couplings,
+        structure=structure_of(model, record.couplings, deltas),
     )
 
 

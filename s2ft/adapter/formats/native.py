@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import s2ft
 from s2ft.adapter.adapter import Adapter
+from s2ft.attached.record import find_attachment
 from s2ft.config import S2FTConfig
 from s2ft.files.adapter_folder import CONFIG, KIND, PENDING, TENSORS, is_folder, read_folder
 from s2ft.files.reading import (
@@ -38,13 +39,16 @@ from s2ft.files.writing import replace_file
 from s2ft.model.coupling import Coupling, projections_of
 from s2ft.model.custom import checked_couplings
 from s2ft.model.delta import Delta
+from s2ft.model.location import Structure, structure_of
+from s2ft.model.registry import couplings_of
 from s2ft.selection import Selection
 
-# The newest schema that is read. Schema 2 added custom couplings, 3 extra weights, 4 one-sided couplings and towers
-SCHEMA = 4
+# The newest schema that is read. Schema 2 added custom couplings, 3 extra weights, 4 one-sided couplings and towers, 5
+# where the slices lie in the model
+SCHEMA = 5
 EXTRA = "extra_weights/"  # prefix of the extra weights' names among the tensors
 # Fields that config_sha256 covers. The other fields have a digest of their own, or define how the file is read.
-DIGESTED = ("name", "config", "projections", "base_fingerprint", "info", "couplings", "extra_weights")
+DIGESTED = ("name", "config", "projections", "base_fingerprint", "info", "couplings", "extra_weights", "structure")
 FIELDS = {"schema", "s2ft_version", "selection_digest", "tensors_sha256", "config_sha256", *DIGESTED}
 # Fields of S2FTConfig that have an older name in adapter files
 NAMES_IN_FILES = {"ffn_kernel": "fuse_ffn"}
@@ -71,7 +75,7 @@ def write(adapter: Adapter, folder, model: nn.Module | None = None) -> None:
         adapter: The adapter.
         folder: The folder, which is created if it is missing. An adapter in it is replaced in one step, see
             :mod:`s2ft.files.adapter_folder`.
-        model: Not used; other formats need it.
+        model: Its base model. With it, or if the adapter knows where its slices lie, the file records that.
 
     Raises:
         ValueError: A tensor is empty (a shard that was not gathered) or not finite, or a name could not be read
@@ -88,7 +92,8 @@ def write(adapter: Adapter, folder, model: nn.Module | None = None) -> None:
     for name, value in adapter.extra_weights.items():
         _check_can_save(name, value)
         tensors[EXTRA + name] = value.detach().cpu().contiguous()
-    schema = _lowest_schema(adapter)
+    structure = adapter.structure or _structure_in(model, adapter)
+    schema = _lowest_schema(adapter, structure)
     blob = save(tensors, metadata={"format": "s2ft", "schema": str(schema)})
     config = {
         "schema": schema,
@@ -106,6 +111,8 @@ def write(adapter: Adapter, folder, model: nn.Module | None = None) -> None:
     }
     if adapter.couplings is not None:
         config["couplings"] = [coupling.to_dict() for coupling in adapter.couplings]
+    if structure is not None:
+        config["structure"] = structure.to_dict()
     if adapter.extra_weights:
         config["extra_weights"] = {
             name: {"dtype": DTYPES[value.dtype], "shape": list(value.shape)}
@@ -116,8 +123,18 @@ def write(adapter: Adapter, folder, model: nn.Module | None = None) -> None:
     _write_folder(Path(folder), json.dumps(config, indent=1).encode(), blob)
 
 
-def _lowest_schema(adapter: Adapter) -> int:
+def _structure_in(model: nn.Module | None, adapter: Adapter) -> Structure | None:
+    if model is None:
+        return None
+    record = find_attachment(model)
+    couplings = couplings_of(model, adapter.couplings) if record is None else record.couplings
+    return structure_of(model, couplings, adapter.deltas)
+
+
+def _lowest_schema(adapter: Adapter, structure: Structure | None) -> int:
     """The oldest schema that can hold the adapter, so that an earlier s2ft reads all that it can."""
+    if structure is not None:
+        return 5
     if adapter.config.l_ratio or adapter.config.towers or any(c.is_one_sided for c in adapter.couplings or ()):
         return 4
     return 3 if adapter.extra_weights else 2
@@ -245,6 +262,7 @@ def _read(path: Path, with_values: bool = True) -> tuple[Adapter, dict[str, byte
         _field(header, "info", dict, path),
         _couplings(header, path),
         {name: _finite(name, tensors[EXTRA + name]) for name in extra_weights},
+        _structure(header, path) if header["schema"] > 4 else None,
     )
     _check_digest(header, path)
     return adapter, {} if blob is None else {CONFIG: content, TENSORS: blob}
@@ -259,7 +277,8 @@ def _read_header(content: bytes, path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} has schema {shortened(schema)}; this version of s2ft reads schemas up to {SCHEMA}: update s2ft"
         )
-    foreign = sorted(header.keys() - (FIELDS if schema > 2 else FIELDS - {"extra_weights"}))
+    later = {name for first, name in ((3, "extra_weights"), (5, "structure")) if schema < first}
+    foreign = sorted(header.keys() - (FIELDS - later))
     if foreign:
         raise ValueError(f"{path} has foreign fields {shortened(foreign)}")
     return header
@@ -355,6 +374,24 @@ def _couplings(header: dict[str, Any], path: Path) -> list[Coupling] | None:
         return checked_couplings(couplings)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: couplings can't be read: {error}") from None
+
+
+def _structure(header: dict[str, Any], path: Path) -> Structure:
+    """Where the slices lie: an entry for each projection, with a size that holds its indices and units."""
+    try:
+        structure = Structure.from_dict(_field(header, "structure", dict, path))
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: structure can't be read: {error}") from None
+    if structure.locations.keys() != header["projections"].keys():
+        raise ValueError(f"{path}: structure must have one location for each projection")
+    if structure.base_weights.keys() != header["base_fingerprint"]["layers"].keys():
+        raise ValueError(f"{path}: structure must have the layers of base_fingerprint")
+    for location in structure.locations.values():
+        check_projection(location.path, "structure")
+    for pairs in structure.base_weights.values():
+        for _, name in pairs:
+            check_parameter(name, "structure")
+    return structure
 
 
 def _check_size(projection) -> None:

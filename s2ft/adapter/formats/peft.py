@@ -5,6 +5,7 @@ name, and only for such a folder.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from s2ft.adapter.adapter import Adapter
 from s2ft.attached.record import find_attachment
 from s2ft.files.reading import read_json
 from s2ft.model.coupling import Coupling
+from s2ft.model.location import structure_of
+from s2ft.model.registry import couplings_of
 
 CONFIG = "adapter_config.json"
 
@@ -54,7 +57,8 @@ def read(
             f"{folder} is an S²FT adapter of PEFT, which is read together with its base: "
             f"s2ft export --from-peft {folder} --model BASE --output ADAPTER makes an adapter of s2ft of it"
         )
-    return import_module("s2ft.peft.native").read_folder(folder, model, name or "default")
+    adapter = import_module("s2ft.peft.native").read_folder(folder, model, name or "default")
+    return replace(adapter, structure=structure_of(model, couplings_of(model, adapter.couplings), adapter.deltas))
 
 
 def write(adapter: Adapter, folder: Path, model: nn.Module | None = None) -> None:

@@ -1,0 +1,269 @@
+"""TRL's trainers with slices: they generate by vLLM, and after each update vLLM gets the trained slices alone.
+
+TRL merges the adapter, sends every weight of the model, and unmerges. Here the trainer sends what is trained, and the
+engine restores its base at the end. TRL decides in the middle of its constructors how vLLM is started and which client
+talks to a server. So these classes stand in their places while a trainer is made, and nothing of TRL is changed
+afterwards.
+"""
+
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache, partial
+from types import ModuleType, SimpleNamespace
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from s2ft.attached.record import find_attachment
+from s2ft.sync.sender import SliceSender
+
+Trainer = TypeVar("Trainer")
+BACKEND = {"backend": "s2ft"}
+SLEEP = (
+    "vllm_enable_sleep_mode does not work with slices: an engine that sleeps forgets its base, and the slices alone do "
+    "not bring it back: leave it False"
+)
+_NAMES = threading.Lock()  # names of TRL's modules are exchanged while a trainer is made
+
+
+def with_slices(trainer: type[Trainer], *, llm: Mapping[str, Any] | None = None, **options: Any) -> type[Trainer]:
+    """Make a class of TRL's trainer whose vLLM gets the trained slices in place of the whole model.
+
+    It takes an attached model as well as an adapter in PEFT's form (`peft_config=S2FTPeftConfig(...)`). With
+    `vllm_mode="colocate"` the engine has the model's dtype. A server is started with
+
+        VLLM_SERVER_DEV_MODE=1 vllm serve BASE --weight-transfer-config '{"backend": "s2ft"}'
+        --logprobs-mode processed_logprobs
+
+    and NCCL is not needed. At the end of `train`, also after an error, the engine has its base again.
+
+    Args:
+        trainer: GRPOTrainer, RLOOTrainer, OnlineDPOTrainer or AsyncGRPOTrainer of TRL, or a class derived from one.
+            AsyncGRPOTrainer makes the model itself: give it `peft_config`, or call s2ft.attach on its `model` before
+            `train`.
+        llm: More arguments of vLLM's LLM in colocate mode, for example ``{"dtype": "bfloat16"}``.
+        options: Arguments of :class:`SliceSender`: transport, folder, take_over, timeout, name.
+
+    Returns:
+        A class with the arguments of `trainer`. Its trainers have the attribute `slice_sender`; None without vLLM.
+
+    Raises:
+        TypeError: The class has no way to vLLM that is known here.
+
+    Example:
+        >>> from trl import GRPOTrainer
+        >>> from s2ft.sync import with_slices
+        >>> issubclass(with_slices(GRPOTrainer), GRPOTrainer)
+        True
+    """
+    for name, mixin in (("_sync_weight_merged", _Async), ("_move_model_to_vllm", _Own)):
+        if hasattr(trainer, name):
+            return _derived(trainer, mixin, llm, options)
+    if _module_with(trainer, "VLLMGeneration") is not None:
+        return _derived(trainer, _Generation, llm, options)
+    raise TypeError(f"{trainer.__name__} generates by no vLLM that s2ft knows: its class must be one of TRL's trainers")
+
+
+def _derived(trainer: type, mixin: type, llm: Mapping[str, Any] | None, options: dict[str, Any]) -> type:
+    fields = {"llm_options": dict(llm or {}), "sender_options": options, "__module__": __name__}
+    return type(f"{trainer.__name__}WithSlices", (mixin, trainer), {**fields, "__doc__": trainer.__doc__})
+
+
+class _Slices:
+    """What the classes share. `trl_modules` are the modules of TRL whose names are exchanged."""
+
+    llm_options: Mapping[str, Any] = {}
+    sender_options: Mapping[str, Any] = {}
+    slice_sender: SliceSender | None = None
+    _is_training = False
+
+    def _engine(self) -> Any:
+        """The engine of the trainer: an address or an LLM."""
+        if self.args.vllm_mode == "server":
+            return address_of(self.args)
+        return self._llm()
+
+    def _make_sender(self) -> None:
+        check_has_slices(self.model)
+        self.slice_sender = SliceSender(self.model, self._engine(), **self.sender_options)
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """Train, and restore the engine's base."""
+        self._is_training = True
+        try:
+            result = super().train(*args, **options)
+        except BaseException:
+            self._is_training = False
+            if self.slice_sender is not None:
+                self.slice_sender.destroy()  # on this rank alone: others may not have failed
+            raise
+        self._is_training = False
+        self.release_engine()
+        return result
+
+    def evaluate(self, *args: Any, **options: Any) -> Any:
+        """Evaluate. After the training, restore the engine's base again."""
+        result = super().evaluate(*args, **options)
+        if not self._is_training:
+            self.release_engine()
+        return result
+
+    def release_engine(self) -> None:
+        """Restore the engine's base. On several ranks every rank must call this. The next generation sends again."""
+        if self.slice_sender is not None:
+            self.slice_sender.restore()
+            self._last_loaded_step = -1
+
+
+class _Generation(_Slices):
+    """GRPO, RLOO and others that have a `vllm_generation`."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        with _making(self, sys.modules["trl.generation.vllm_generation"], args, options):
+            super().__init__(*args, **options)
+        if getattr(self, "use_vllm", False):
+            self._make_sender()
+            self.vllm_generation.sync_weights = self.slice_sender.sync
+
+    def _llm(self) -> Any:
+        return self.vllm_generation.llm
+
+
+class _Own(_Slices):
+    """Online DPO, which has its own way to vLLM."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        with _making(self, _module_with(type(self), "VLLMClient"), args, options):
+            super().__init__(*args, **options)
+        if getattr(self, "use_vllm", False):
+            self._make_sender()
+
+    def _llm(self) -> Any:
+        return self.llm
+
+    def _move_model_to_vllm(self) -> None:
+        self.slice_sender.sync()
+
+
+class _Async(_Slices):
+    """AsyncGRPO, which generates by a server while it trains."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        if options.get("weight_transfer") is not None:
+            raise ValueError("weight_transfer is what with_slices gives: leave it out, or use AsyncGRPOTrainer itself")
+        super().__init__(*args, **{**options, "weight_transfer": _SentByTheTrainer(self)})
+        model = self.accelerator.unwrap_model(self.model)
+        self.slice_sender = SliceSender(model, address_of(self.args), **self.sender_options)
+
+    def _sync_weight_merged(self, begin: float) -> tuple[float, float, float]:
+        """Send the slices from all ranks. Returns three times, as TRL's method does."""
+        check_has_slices(self.slice_sender.model)
+        self.slice_sender.sync()
+        if self.accelerator.is_main_process:
+            self.model_version += 1
+            if self.rollout_worker:
+                self.rollout_worker.update_model_version(self.model_version)
+        return begin, begin, begin
+
+
+class _SentByTheTrainer:
+    """TRL's WeightTransferProtocol of a trainer that sends by itself."""
+
+    def __init__(self, trainer: _Async) -> None:
+        self._trainer = trainer
+
+    def init_weight_transfer(self) -> None:
+        pass
+
+    def pause(self) -> None:
+        pass
+
+    def send_weights(self, iterator: Any) -> None:
+        raise RuntimeError("AsyncGRPOTrainer of this release of TRL sends weights in another way than 1.16")
+
+    def resume(self) -> None:
+        pass
+
+    def destroy(self) -> None:
+        if self._trainer.slice_sender is not None:
+            self._trainer.slice_sender.destroy()
+
+
+# ---- how TRL makes an engine -----------------------------------------------------------------------------
+
+
+def address_of(args: Any) -> str:
+    """The address of the server that a trainer's arguments name."""
+    return args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+
+
+def check_has_slices(model: nn.Module) -> None:
+    """Raise ValueError for a model without a trainable adapter of s2ft."""
+    if find_attachment(model) is not None:
+        return
+    config = getattr(model, "peft_config", {}).get(getattr(model, "active_adapter", None))
+    if getattr(config, "peft_type", None) != "S2FT":
+        raise ValueError(
+            f"{type(model).__name__} has no adapter of s2ft, so there are no slices to send: call s2ft.attach on the "
+            "model first, give the trainer peft_config=S2FTPeftConfig(...), or use TRL's trainer itself"
+        )
+
+
+@contextmanager
+def _making(trainer: _Slices, module: ModuleType, args: tuple, options: dict[str, Any]) -> Iterator[None]:
+    """Inside, a module of TRL makes engines that take slices, and clients that need no NCCL."""
+    config = options.get("args") or next((one for one in args if hasattr(one, "vllm_mode")), None)
+    if not getattr(config, "use_vllm", False):
+        yield
+        return
+    if getattr(config, "vllm_enable_sleep_mode", False):
+        raise ValueError(SLEEP)
+    replaced: dict[str, Any] = {"VLLMClient": _client_class(module.VLLMClient)}
+    if hasattr(module, "LLM"):  # not without vLLM, for which TRL has an error
+        replaced["LLM"] = partial(_llm, module.LLM, trainer)
+    if isinstance(trainer, _Own) and torch.accelerator.current_accelerator() is None:
+        replaced["torch"] = _OnCpu("torch")
+    with _NAMES:
+        before = {name: getattr(module, name) for name in replaced}
+        vars(module).update(replaced)
+        try:
+            yield
+        finally:
+            vars(module).update(before)
+
+
+def _llm(make: type, trainer: _Slices, *given: Any, **options: Any) -> Any:
+    """Make vLLM's LLM with TRL's options, of the model's dtype, for slices."""
+    dtype = str(next(trainer.model.parameters()).dtype).removeprefix("torch.")
+    return make(*given, **{"weight_transfer_config": BACKEND, "dtype": dtype, **options, **trainer.llm_options})
+
+
+@cache
+def _client_class(client: type) -> type:
+    """A class of TRL's client that joins no NCCL group with the server."""
+
+    class SliceClient(client):
+        def init_communicator(self, device: Any = None) -> None:
+            """Nothing: SliceSender connects at the first sync, and says so if the server takes no slices."""
+
+        def close_communicator(self) -> None:
+            """Nothing."""
+
+    return SliceClient
+
+
+class _OnCpu(ModuleType):
+    """torch for OnlineDPOTrainer on a machine without an accelerator: it asks for the current one."""
+
+    accelerator = SimpleNamespace(current_accelerator=lambda: torch.device("cpu"))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _module_with(trainer: type, name: str) -> ModuleType | None:
+    modules = (sys.modules.get(one.__module__) for one in trainer.__mro__)
+    return next((module for module in modules if hasattr(module, name)), None)

@@ -1,0 +1,193 @@
+"""Clients that ask a vLLM server for adapters and the base, while one adapter is loaded, replaced and removed.
+
+Every answer must be the whole answer of a content that the adapter had while the request ran, or status 404 if the
+adapter was away then. The prompts are longer than a block of the prefix cache, and are asked again and again.
+"""
+
+import random
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+import s2ft
+from support.vllm_models import Served, answers, randomize, tiny_llama, type_of
+from support.vllm_server import Server
+
+CHANGED = "changed"  # the adapter that is loaded, replaced and removed
+STEADY = ("steady-1", "steady-2")
+CONTENTS = ("one", "two", "three")  # that it has in turn
+RATIOS = dict(d_ratio=0.08, u_ratio=0.03, o_ratio=0.13, v_ratio=0.3)
+PROMPTS = [torch.randint(3, 512, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (40, 55, 70, 100)]
+# Fewer places in the batch and in host memory than adapters, so that adapters are read again from their folders
+SMALL = ["--max-loras", "2", "--max-cpu-loras", "2"]
+CACHE = ["--block-size", "16", "--enable-prefix-caching"]
+
+
+def save_contents(folder: Path) -> Served:
+    """Save the base, two adapters, and the contents of a third, with the answers of all to PROMPTS."""
+    model = tiny_llama(initializer_range=0.05)  # answers of many different tokens
+    model.save_pretrained(folder / "base")
+    found = {"base": answers(model, PROMPTS)}
+    for seed, name in enumerate((*STEADY, *CONTENTS)):
+        s2ft.attach(model, s2ft.S2FTConfig(**RATIOS, seed=seed), name=name)
+        randomize(model, seed)
+        s2ft.save_adapter(model, folder / "adapters" / name)
+        s2ft.fuse(model)
+        found[name] = answers(model, PROMPTS)
+        s2ft.detach(model)
+    for number in range(len(PROMPTS)):
+        assert len({tuple(of_name[number]) for of_name in found.values()}) == len(found), "two answers are equal"
+    return Served(folder / "base", folder / "adapters", found)
+
+
+def export_contents(served: Served) -> Served:
+    """Export all contents as LoRA folders, to see what vLLM does with these."""
+    model = type_of(served.base).from_pretrained(served.base, dtype=torch.float32)
+    folder = served.adapters.parent / "loras"
+    for source in served.adapters.iterdir():
+        s2ft.load_adapter(model, source, name=source.name)
+        s2ft.export_lora(model, folder / source.name, source.name)
+        s2ft.delete_adapter(model, source.name)
+    return Served(served.base, folder, served.answers)
+
+
+@dataclass
+class Spell:
+    """A time in which requests may have met a content: from before it came until after it went."""
+
+    content: str | None
+    begin: float
+    end: float = float("inf")
+
+
+@dataclass
+class Stress:
+    """A server, its clients, and the changes of one adapter.
+
+    Attributes:
+        server: The server. It serves STEADY by name.
+        served: The contents and their answers.
+        place: The folder that CHANGED is loaded from.
+        spells: The contents of CHANGED in the order of their times. None is for its absence.
+        seen: How many answers there were, by content.
+        wrong: Descriptions of wrong answers.
+        changes: How many changes there were, by kind.
+    """
+
+    server: Server
+    served: Served
+    place: Path
+    spells: list[Spell] = field(default_factory=list)
+    seen: Counter = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    changes: Counter = field(default_factory=Counter)
+    failed: list[str] = field(default_factory=list)
+
+    def run(self, rounds: int, clients: int, seed: int = 0) -> None:
+        """Make changes while clients ask.
+
+        Args:
+            rounds: Number of changes.
+            clients: Number of clients.
+            seed: Of the clients' choices.
+        """
+        self.lock, self.done, draw = threading.Lock(), threading.Event(), random.Random(seed)
+        self.spells.append(Spell(None, time.monotonic()))
+        threads = [threading.Thread(target=self._ask, args=(draw.random(),)) for _ in range(clients)]
+        for thread in threads:
+            thread.start()
+        try:
+            for number in range(rounds):
+                self._change(number, draw)
+                self._wait_for(draw.randint(2, clients))
+        finally:
+            self.done.set()
+            for thread in threads:
+                thread.join()
+
+    # ---- changes -------------------------------------------------------------------------------------
+
+    def _change(self, number: int, draw: random.Random) -> None:
+        """Load the adapter if it is away; else replace it in place, by an unload and a load, or remove it."""
+        current = self.spells[-1].content
+        content = draw.choice([name for name in CONTENTS if name != current])
+        kind = "load" if current is None else ("replace in place", "replace", "remove")[number % 3]
+        self.changes[kind] += 1
+        if kind in ("replace", "remove"):
+            with self._spell(None):
+                self._post("v1/unload_lora_adapter", lora_name=CHANGED)
+        if kind == "remove":
+            shutil.rmtree(self.place)  # requests that run keep what they began with
+        else:
+            self._put(content)
+            with self._spell(content):
+                inplace = kind == "replace in place"
+                self._post("v1/load_lora_adapter", lora_name=CHANGED, lora_path=str(self.place), load_inplace=inplace)
+
+    def _put(self, content: str) -> None:
+        """Put a content in the folder by renaming."""
+        fresh, old = self.place.with_name("fresh"), self.place.with_name("old")
+        shutil.copytree(self.served.adapters / content, fresh)
+        if self.place.exists():
+            self.place.rename(old)
+        fresh.rename(self.place)
+        shutil.rmtree(old, ignore_errors=True)
+
+    @contextmanager
+    def _spell(self, content: str | None) -> Iterator[None]:
+        """A change: requests meet the next content from its begin on, and the one before until its end."""
+        with self.lock:
+            before = self.spells[-1]
+            self.spells.append(Spell(content, time.monotonic()))
+        yield
+        with self.lock:
+            before.end = time.monotonic()
+
+    def _post(self, path: str, **body: object) -> None:
+        status, answer = self.server.post(path, body)
+        if status != 200:
+            self.failed.append(f"{path} {body}: HTTP {status}: {answer}")
+
+    def _wait_for(self, count: int) -> None:
+        """Wait for some more answers, for a minute at most."""
+        begin, before = time.monotonic(), self.seen.total() + len(self.wrong)
+        while self.seen.total() + len(self.wrong) < before + count and time.monotonic() < begin + 60:
+            time.sleep(0.01)
+
+    # ---- clients -------------------------------------------------------------------------------------
+
+    def _ask(self, seed: float) -> None:
+        draw = random.Random(seed)
+        while not self.done.is_set():
+            name = draw.choice(("base", *STEADY, CHANGED, CHANGED, CHANGED))
+            number, begin = draw.randrange(len(PROMPTS)), time.monotonic()
+            answer = self.server.complete(name, PROMPTS[number])
+            end = time.monotonic()
+            with self.lock:
+                self._judge(name, number, answer, begin, end)
+
+    def _judge(self, name: str, number: int, answer: list[int] | str, begin: float, end: float) -> None:
+        met = [s.content for s in self.spells if s.begin <= end and s.end >= begin] if name == CHANGED else [name]
+        for content in met:
+            if answer == (None if content is None else self.served.answers[content][number]):
+                self.seen[content] += 1
+                return
+            if content is None and str(answer).startswith("HTTP 404"):
+                self.seen["404"] += 1
+                return
+        everything = self.served.answers.items()
+        other = [content for content, of_name in everything if of_name[number] == answer]
+        self.wrong.append(f"{name}, prompt {number}, of {met}: {other or answer}")
+
+
+def options_of(served: Served) -> Sequence[str]:
+    """Options of the server for the steady adapters."""
+    modules = [f"{name}={served.adapters / name}" for name in STEADY]
+    return ["--enable-lora", "--max-lora-rank", "64", *SMALL, *CACHE, "--lora-modules", *modules]

@@ -1,0 +1,470 @@
+"""Banks of slices, and layers like vLLM's that hold them. Nothing here needs vLLM."""
+
+import copy
+import random
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from support.tolerances import GEMM
+from support.vllm_layers import QKV, Column, LoRALayer, Punica, Replicated, Row, lora_config
+
+from s2ft.vllm.slices.bank import BankFull, SliceBank
+from s2ft.vllm.slices.layer import encode, with_slices
+from s2ft.vllm.slices.product import Batch, add_slices_
+from s2ft.vllm.slices.units import Admission, Budget, Extent, Place, setting_for
+
+DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.cuda))
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+# ---- banks -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_slots_keep_their_units_when_others_change(seed, monkeypatch):
+    """Also when rows move within the buffers piece by piece. The buffers are never replaced."""
+    monkeypatch.setattr("s2ft.vllm.slices.bank.CHUNK", 100)
+    choose, bank = random.Random(seed), SliceBank(slots=5, capacity=60, width=3, dim=1)
+    buffers = [tensor.data_ptr() for tensor in (bank.values, bank.index, bank.offsets, bank.bounds)]
+    kept = {}
+    for _ in range(300):
+        slot, size = choose.randrange(5), choose.randrange(30)
+        if choose.random() < 0.2:
+            gone = choose.sample(range(5), 2)
+            bank.clear(gone)
+            kept = {number: units for number, units in kept.items() if number not in gone}
+        else:
+            index, values = torch.randperm(100)[:size], torch.randn(size, 3)
+            used = sum(len(units[0]) for number, units in kept.items() if number != slot)
+            if used + size > 60:
+                with pytest.raises(BankFull, match="60 are the budget"):
+                    bank.put(slot, index, values)
+            else:
+                bank.put(slot, index, values)
+                kept[slot] = index, values
+        for number in range(5):
+            index, values = kept.get(number, (torch.empty(0, dtype=torch.int64), torch.empty(0, 3)))
+            assert torch.equal(bank.units(number)[0], index) and torch.equal(bank.units(number)[1], values)
+        assert torch.equal(bank.offsets, bank.bounds)
+    assert buffers == [tensor.data_ptr() for tensor in (bank.values, bank.index, bank.offsets, bank.bounds)]
+
+
+# ---- products --------------------------------------------------------------------------------------------
+
+
+def case(dim, dtype, device, slots, inputs=37, outputs=53, sizes=(7, 0, 20, 5)):
+    """A bank, and the full delta of each slot."""
+    extent, width = ((outputs, inputs), (inputs, outputs))[dim]
+    bank, deltas = SliceBank(len(sizes), 60, width, dim, dtype, device), []
+    for slot, size in enumerate(sizes):
+        index, values = torch.randperm(extent)[:size], torch.randn(size, width, dtype=dtype)
+        bank.put(slot, index, values)
+        full = torch.zeros(outputs, inputs, dtype=torch.float64)
+        if dim == 0:
+            full[index] = values.double()
+        else:
+            full[:, index] = values.double().t()
+        deltas.append(full)
+    x, y = torch.randn(len(slots), inputs, dtype=dtype), torch.randn(len(slots), outputs, dtype=dtype)
+    rows = [y[t].double() + (deltas[slot] @ x[t].double() if slot >= 0 else 0) for t, slot in enumerate(slots)]
+    return bank, x.to(device), y.to(device), torch.stack(rows)
+
+
+BATCHES = {
+    "decode": [0, 2, -1, 3, 1, 2],
+    "one adapter": [2] * 40,
+    "the base": [-1] * 9,
+    "prompts": [0] * 20 + [-1] * 5 + [2] * 18 + [3] * 2 + [1] * 17,
+    "several prompts of one adapter": [2] * 9 + [-1] * 3 + [2] * 9 + [0] + [2] * 3,
+    "mixed": [(5 * number) % 5 - 1 if number % 3 else 2 for number in range(60)],
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("grouped", (True, False))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", (0, 1))
+@pytest.mark.parametrize("name", BATCHES)
+def test_every_token_gets_its_adapter(name, dim, dtype, grouped, device):
+    torch.manual_seed(0)
+    slots = BATCHES[name]
+    bank, x, y, expected = case(dim, dtype, device, slots)
+    batch = Batch.like(torch.full((64,), 999, device=device), 4)
+    batch.slots[: len(slots)] = torch.tensor(slots)
+    batch.update(np.array(slots), grouped or device != "cpu")
+    before = y.clone()
+    add_slices_(y, x, bank, batch)
+    rtol, atol = GEMM[dtype]
+    torch.testing.assert_close(y.double().cpu(), expected, rtol=rtol, atol=atol * max(1, expected.abs().max().item()))
+    without = torch.tensor([slot in (-1, 1) for slot in slots])  # slot 1 is empty
+    assert torch.equal(y.cpu()[without], before.cpu()[without])
+
+
+@pytest.mark.parametrize("dim", (0, 1))
+def test_a_sum_is_rounded_once(dim):
+    """y + product in float32, then bfloat16, as when the base and the delta are one matrix product."""
+    torch.manual_seed(0)
+    bank, x, y, expected = case(dim, torch.bfloat16, "cpu", [2] * 40)
+    batch = Batch.like(torch.empty(64, dtype=torch.int64), 4)
+    batch.slots[:40] = 2
+    batch.update(np.full(40, 2), grouped=True)
+    add_slices_(y, x, bank, batch)
+    step = torch.finfo(torch.bfloat16).eps * expected.abs()
+    assert ((y.double() - expected).abs() <= 0.501 * step + 1e-6).all()
+
+
+def test_padding_after_the_batch_does_not_matter():
+    """A CUDA graph has more rows than the batch; what they have is never read."""
+    bank, x, y, expected = case(1, torch.float64, "cpu", [0, 2, -1])
+    batch = Batch.like(torch.full((8,), 77), 4)
+    batch.slots[:3] = torch.tensor([0, 2, -1])
+    batch.update(np.array([0, 2, -1]))
+    x, y = torch.cat((x, x[:2])), torch.cat((y, y[:2]))
+    add_slices_(y, x, bank, batch)
+    torch.testing.assert_close(y[:3], expected)
+
+
+def test_a_layer_with_another_output_dtype():
+    bank, x, y, expected = case(0, torch.bfloat16, "cpu", [0, 2, -1])
+    batch = Batch.like(torch.empty(8, dtype=torch.int64), 4)
+    batch.slots[:3] = torch.tensor([0, 2, -1])
+    batch.update(np.array([0, 2, -1]))
+    y = y.float()
+    add_slices_(y, x, bank, batch)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-2, atol=5e-2)
+
+
+def test_torch_compile_does_not_look_into_the_op():
+    """One graph for all batches, numbers of tokens and contents of the bank."""
+    bank, _, _, _ = case(1, torch.float64, "cpu", [0])
+    batch = Batch.like(torch.empty(64, dtype=torch.int64), 4)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(backend=backend, fullgraph=True, dynamic=True)
+    def layer(x, y):
+        out = x * 2
+        add_slices_(y, out, bank, batch)
+        return y + 1
+
+    for slots in ([0, 2, -1, 1, 3], [3] * 20, [2, 2]):
+        other, x, y, expected = case(1, torch.float64, "cpu", slots)
+        for slot in range(4):
+            bank.put(slot, *other.units(slot))
+        batch.slots[: len(slots)] = torch.tensor(slots)
+        batch.update(np.array(slots), grouped=True)
+        delta = expected - y
+        got = layer(x.clone(), y.clone())
+        torch.testing.assert_close(got, y + 2 * delta + 1)
+    assert len(graphs) == 1 and "add_slices_" in graphs[0].code
+
+
+@pytest.mark.parametrize("grouped", (True, False))
+@pytest.mark.parametrize("dim", (0, 1))
+def test_the_op_keeps_its_contract(dim, grouped):
+    bank, x, y, _ = case(dim, torch.float64, "cpu", [0, 2, -1, 2] * 6)
+    batch = Batch.like(torch.empty(64, dtype=torch.int64), 4, many=4)
+    batch.slots[:24] = torch.tensor([0, 2, -1, 2] * 6)
+    batch.update(np.array([0, 2, -1, 2] * 6), grouped)
+    torch.library.opcheck(
+        torch.ops.s2ft.add_slices_,
+        (y, x, bank.values, bank.index, bank.offsets, bank.bounds, batch.slots, batch.order, batch.groups, dim),
+    )
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("tokens", (4, 40))
+@pytest.mark.parametrize("dim", (0, 1))
+def test_a_cuda_graph_serves_other_batches_and_adapters(dim, tokens):
+    bank, x, y, _ = case(dim, torch.float32, "cuda", [0] * tokens)
+    batch = Batch.like(torch.empty(64, dtype=torch.int64, device="cuda"), 4)
+    batch.update(np.full(tokens, 0))
+    out = y.clone()
+    add_slices_(out, x, bank, batch)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out.copy_(y)
+        add_slices_(out, x, bank, batch)
+    for seed in range(3):
+        slots = torch.randint(-1, 4, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+        other, new_x, new_y, expected = case(dim, torch.float32, "cuda", slots)
+        for slot in range(4):
+            bank.put(slot, *other.units(slot))
+        batch.slots[:tokens] = torch.tensor(slots, device="cuda")
+        batch.update(np.array(slots))
+        x.copy_(new_x)
+        y.copy_(new_y)
+        graph.replay()
+        torch.testing.assert_close(out.double().cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.cuda
+def test_the_host_never_waits_for_the_device():
+    slots = BATCHES["prompts"]
+    bank, x, y, _ = case(1, torch.float32, "cuda", slots)
+    batch = Batch.like(torch.empty(64, dtype=torch.int64, device="cuda"), 4)
+    batch.slots[: len(slots)] = torch.tensor(slots, device="cuda")
+    batch.update(np.array(slots))
+    add_slices_(y, x, bank, batch)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch.update(np.array(slots))
+        add_slices_(y, x, bank, batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- layers ----------------------------------------------------------------------------------------------
+
+KINDS = {
+    "row": (Row, (12, 32), [12], {}),
+    "column": (Column, (32, 12), [32], {}),
+    "gate and up": (Column, (64, 12), [32, 32], dict(sizes=[32, 32])),
+    "gate and up in one weight": (Column, (64, 12), [64], dict(sizes=[32, 32])),
+    "query, key and value": (QKV, (48, 12), [32, 8, 8], {}),
+    "query, key and value in one weight": (QKV, (48, 12), [48], {}),
+    "replicated": (Replicated, (24, 12), [24], {}),
+}
+
+
+class Model:
+    """One layer on all ranks, served as vLLM serves it: slots, a cache of adapters, and steps of mixed batches."""
+
+    def __init__(self, kind, ranks, slots=3, budget="", dtype=torch.float64):
+        layer_class, shape, self.sizes, options = KINDS[kind]
+        self.whole = torch.randn(*shape, dtype=dtype)
+        self.slot_ids, self.ranks = [None] * slots, ranks
+        self.layers, self.punicas = [], []
+        cls = with_slices(LoRALayer, Budget.parse(budget))
+        packed = [f"part{number}" for number in range(len(self.sizes))] if len(self.sizes) > 1 else []
+        for rank in range(ranks):
+            layer = layer_class(self.whole, rank, ranks, **options)
+            assert cls.can_replace_layer(layer, lora_config(sharded=True), packed)
+            wrapped = cls(layer)
+            wrapped.create_lora_weights(slots, lora_config(dtype=dtype, sharded=True))
+            self.punicas.append(Punica())
+            wrapped.set_mapping(self.punicas[-1])
+            self.layers.append(wrapped)
+
+    def adapter(self, dims, most, seed):
+        """An adapter and its full delta: of each projection units of a random number, or none."""
+        generator = torch.Generator().manual_seed(seed)
+        full, factors, begin = torch.zeros_like(self.whole), [], 0
+        for size in self.sizes:
+            dim = dims[int(torch.randint(len(dims), (), generator=generator))]
+            extent, width = ((size, self.whole.shape[1]), (self.whole.shape[1], size))[dim]
+            count = min(extent, int(torch.randint(0, most + 1, (), generator=generator)))
+            index = torch.randperm(extent, generator=generator)[:count]
+            values = torch.randn(count, width, generator=generator, dtype=self.whole.dtype)
+            if dim == 0:
+                full[begin : begin + size][index] = values
+            else:
+                full[begin : begin + size, index] = values.t()
+            factors.append((encode(index, dim), values) if count else None)
+            begin += size
+        if len(factors) == 1:
+            return (None if factors[0] is None else factors[0]), full
+        if not any(factors):
+            return None, full
+        return ([one and one[0] for one in factors], [one and one[1] for one in factors]), full
+
+    def activate(self, number, factors):
+        """vLLM's activate_adapter with the hook that empties what is unused."""
+        unused = [slot for slot, other in enumerate(self.slot_ids) if other is None]
+        slot = unused[0]
+        self.slot_ids[slot] = number
+        for layer in self.layers:
+            layer.drop(unused)
+            layer.set_lora(slot, *factors) if factors is not None else layer.reset_lora(slot)
+
+    def output(self, x, numbers):
+        parts = []
+        for layer, punica in zip(self.layers, self.punicas):
+            punica.step(numbers, self.slot_ids)
+            parts.append(layer(layer.base_layer.input_of(x)))
+        return self.layers[0].base_layer.joined(parts)
+
+    def check(self, deltas, numbers, x=None):
+        x = torch.randn(len(numbers), self.whole.shape[1], dtype=self.whole.dtype) if x is None else x
+        expected = torch.stack(
+            [(self.whole + (deltas[number] if number else 0)) @ x[t] for t, number in enumerate(numbers)]
+        )
+        torch.testing.assert_close(self.output(x, numbers), expected)
+
+
+@pytest.mark.parametrize("ranks", (1, 2, 4))
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_are_right_after_200_loads_and_evictions(kind, ranks):
+    """An adapter that is used again keeps its slot; the one that was used least gives its slot up."""
+    torch.manual_seed(0)
+    model, choose = Model(kind, ranks), random.Random(kind)
+    dims = [1] if kind == "row" else [0, 1] if kind == "replicated" else [0]
+    buffers = [[bank.values.data_ptr() for bank in layer.banks] for layer in model.layers]
+    active, known = OrderedDict(), {}
+    for load in range(200):
+        number = choose.randrange(1, 12)
+        if number not in known or choose.random() < 0.3:  # new, or of new content
+            known[number] = model.adapter(dims, choose.randrange(10), seed=1000 + load)
+            if number in active:
+                del active[number]
+                model.slot_ids[model.slot_ids.index(number)] = None
+        if number not in active:
+            if len(active) == 3:
+                gone, _ = active.popitem(last=False)
+                model.slot_ids[model.slot_ids.index(gone)] = None
+            model.activate(number, known[number][0])
+        active[number] = None
+        active.move_to_end(number)
+        batch = [choose.choice([0, *active]) for _ in range(choose.choice((1, 5, 40)))]
+        model.check({one: known[one][1] for one in active}, batch)
+    assert buffers == [[bank.values.data_ptr() for bank in layer.banks] for layer in model.layers]
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_and_outputs_of_every_layer(kind, ranks):
+    """A layer that is in no coupling may train its other side. The option names it then."""
+    model = Model(kind, ranks, budget="proj:inputs=64,proj:outputs=64,qkv_proj:inputs=64,qkv_proj:outputs=64")
+    factors, full = model.adapter([0, 1], 9, seed=3)
+    model.activate(7, factors)
+    model.check({7: full}, [7, 0, 7])
+
+
+def test_a_layer_of_the_transformers_backend():
+    """x and the output have a dimension for the batch there."""
+    model = Model("row", 1)
+    factors, full = model.adapter([1], 9, seed=3)
+    model.activate(7, factors)
+    x = torch.randn(1, 5, 32, dtype=torch.float64)
+    model.punicas[0].step([7, 7, 0, 7, 0], model.slot_ids)
+    got = model.layers[0](x)
+    chosen = torch.tensor([1, 1, 0, 1, 0.0], dtype=torch.float64)[None, :, None]
+    torch.testing.assert_close(got, x @ model.whole.t() + chosen * (x @ full.t()))
+
+
+def test_a_quantized_base():
+    """The layer adds to the output, so that it never reads the base's weight."""
+    model = Model("row", 1)
+    factors, full = model.adapter([1], 9, seed=3)
+    model.activate(7, factors)
+    base = model.layers[0].base_layer
+    scale = base.weight.abs().amax(1, keepdim=True) / 127
+    packed = (base.weight / scale).round().to(torch.int8)
+    base.weight = packed.double() * scale
+    x = torch.randn(2, 32, dtype=torch.float64)
+    got = model.output(x, [7, 0])
+    torch.testing.assert_close(got, x @ base.weight.t() + torch.stack((full @ x[0], torch.zeros(12).double())))
+
+
+def test_warm_up_fills_all_slots_and_makes_room_for_adapters():
+    """vLLM measures memory with LoRA of zeros in all slots, and does not tell the layers when they are gone."""
+    model = Model("row", 1, budget="64")
+    layer = model.layers[0]
+    assert layer.lora_a_stacked[0].shape == (3, 1, 1, 32) and layer.lora_b_stacked[0].shape == (3, 1, 12, 1)
+    assert layer.lora_a_stacked[0].is_meta
+    for slot in range(3):
+        layer.set_lora(slot, torch.zeros(8, 32), torch.zeros(12, 8))
+    assert layer.banks[0].sizes() == [21, 21, 21]
+    model.check({}, [0, 0])
+    factors, full = model.adapter([1], 30, seed=3)
+    model.activate(7, factors)
+    model.check({7: full}, [7, 0])
+
+
+def test_factors_of_a_lora_are_refused():
+    layer = Model("row", 1).layers[0]
+    with pytest.raises(ValueError, match="S²FT adapters alone"):
+        layer.set_lora(0, torch.ones(1, 32), torch.ones(12, 1))
+
+
+@pytest.mark.parametrize("ranks", (1, 2))
+def test_units_that_do_not_fit_the_layer(ranks):
+    layer = Model("query, key and value", ranks).layers[0]
+    good = encode(torch.tensor([7]), 0), torch.ones(1, 12, dtype=torch.float64)
+    with pytest.raises(ValueError, match="outputs 8 to 8, but the layer has 8"):
+        layer.needs([None, encode(torch.tensor([8]), 0), None], [None, good[1], None])
+    with pytest.raises(ValueError, match=r"values of shape \(1, 11\), expected \(1, 12\)"):
+        layer.needs([good[0], None, None], [good[1][:, :11], None, None])
+    with pytest.raises(ValueError, match="3 projections, and the adapter has 2"):
+        layer.needs([good[0], None], [good[1], None])
+    assert layer.needs([good[0], good[0], None], [good[1], good[1], None]) == {0: 2 if ranks == 1 else 1}
+
+
+def test_all_ranks_count_the_units_of_the_fullest():
+    """Otherwise one rank would refuse an adapter that the others have taken."""
+    model = Model("row", 4)
+    factors = encode(torch.tensor([0, 1, 2, 9]), 1), torch.ones(4, 12, dtype=torch.float64)
+    assert [layer.needs(*factors) for layer in model.layers] == [{1: 3}] * 4
+
+
+# ---- budgets ---------------------------------------------------------------------------------------------
+
+
+def test_the_default_budget():
+    parts = [Extent("q_proj", 4096, 2048), Extent("k_proj", 128, 64), Extent("v_proj", 128, 64)]
+    assert Budget.parse("").units("qkv_proj", parts, 0, True, slots=8, rank=16) == 8 * (256 + 64 + 64)
+    down = [Extent("down_proj", 14336, 14336)]
+    assert Budget.parse("").units("down_proj", down, 1, True, slots=2, rank=16) == 2 * 717
+    assert Budget.parse("").units("down_proj", down, 1, True, slots=2, rank=1024) == 2 * 1024
+    assert Budget.parse("").units("down_proj", down, 0, False, slots=2, rank=16) == 0
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("100", 100),
+        ("9999999", 2 * 2176),
+        ("q_proj=5, k_proj=7", 12),
+        ("qkv_proj=5,o_proj=9", 5),
+        ("o_proj=9", 0),
+        ("qkv_proj:outputs=3", 3),
+        ("qkv_proj:inputs=3", 0),
+    ],
+)
+def test_budgets(text, expected):
+    parts = [Extent("q_proj", 4096, 2048), Extent("k_proj", 128, 64), Extent("v_proj", 128, 64)]
+    assert Budget.parse(text).units("qkv_proj", parts, 0, True, slots=2, rank=16) == expected
+
+
+@pytest.mark.parametrize("text", ("many", "down_proj", "down_proj=", "=5", "down_proj=-1", "a=1,,b=2", "a:rows=1"))
+def test_a_budget_of_another_form(text):
+    with pytest.raises(ValueError, match="S2FT_VLLM_UNITS"):
+        Budget.parse(text)
+
+
+def test_an_adapter_is_accepted_if_it_fits_with_the_largest_others():
+    down, other = Place("layers.3.mlp.down_proj", "down_proj", 100), Place("layers.3.o_proj", "o_proj", 10)
+    admission = Admission(slots=2)
+    admission.add(1, "one", {down: 60})
+    admission.add(2, "two", {down: 40, other: 9})
+    admission.add(3, "three", {down: 10})  # 60 + 40 are the most of any two
+    message = (
+        "'four' does not fit: it has 41 units in layers.3.mlp.down_proj, .* is 100, .* needs 101.* S2FT_VLLM_UNITS="
+    )
+    with pytest.raises(ValueError, match=message + "down_proj=101,o_proj=9"):
+        admission.add(4, "four", {down: 41})
+    admission.add(3, "three", {down: 40})
+    admission.add(1, "one", {down: 30})  # new content of the same number
+    admission.add(4, "four", {down: 60})
+    with pytest.raises(ValueError, match="needs 101"):
+        admission.add(1, "one", {down: 41})
+    admission.forget(4)
+    admission.add(1, "one", {down: 60})
+
+
+def test_the_setting_of_a_server_whose_adapters_are_known():
+    adapters = [{"m.0.down_proj": 5, "m.1.down_proj": 9}, {"m.0.down_proj": 2, "m.0.q_proj": 1}, {"m.1.down_proj": 3}]
+    assert setting_for(adapters, 1) == "down_proj=9,q_proj=1"
+    assert setting_for(adapters, 2) == "down_proj=12,q_proj=1"
+
+
+def test_copies_of_a_config_do_not_change_it():
+    config = lora_config(sharded=True)
+    before = copy.copy(config)
+    assert with_slices(LoRALayer, Budget()).can_replace_layer(Replicated(torch.ones(4, 4)), config, [])
+    assert config == before
