@@ -123,7 +123,8 @@ class Base:
                 raise ValueError(f"it was trained on another base than the served one: {found}")
             self._compared.append(adapter.fingerprint)
             logger.info("s2ft: compared the base with the adapter's in %.2f s", time.perf_counter() - began)
-        self._check_layout(adapter)
+        if self._manager is not None:
+            self._check_layout(adapter)
 
     def _difference(self, adapter: Adapter) -> str:
         """The difference between the served base and an adapter's, in words; empty if there is none."""
