@@ -74,7 +74,11 @@ def merged_tensors(model) -> dict[str, torch.Tensor]:
         model = model.module
     made = copy.deepcopy(model)
     made = made.merge_and_unload() if hasattr(made, "merge_and_unload") else s2ft.merge(made)
-    return {name: one for name, one in made.state_dict().items() if not made.config.tie_word_embeddings or "lm_head" not in name}
+    return {
+        name: one
+        for name, one in made.state_dict().items()
+        if not made.config.tie_word_embeddings or "lm_head" not in name
+    }
 
 
 def has_merged(llm, model) -> bool:
