@@ -199,20 +199,21 @@ def prompt(tokens: int = 512, units: int = 430, inputs: int = 14336, outputs: in
     """Milliseconds to add the slices of one adapter, as large as 3 % of LLaMA-3-8B's down_proj, to all tokens."""
     bank = SliceBank(2, 2 * units, outputs, dim=1)
     bank.put(1, torch.randperm(inputs)[:units], torch.randn(units, outputs))
-    x, y, slots = torch.randn(tokens, inputs), torch.randn(tokens, outputs), np.full(tokens, 1)
-    batches = {"sorted, one product": True, "the CPU's kernel": False}
-    steps = {}
-    for name, grouped in batches.items():
-        batch = Batch.like(torch.empty(tokens, dtype=torch.int64), 2)
-        batch.slots.fill_(1)
-        batch.update(slots, grouped)
-        steps[name] = lambda batch=batch: add_slices_(y, x, bank, batch)
+    x, y = torch.randn(tokens, inputs), torch.randn(tokens, outputs)
+    batch, all_one = Batch.like(torch.empty(tokens, dtype=torch.int64), 2), torch.ones(tokens, dtype=torch.int64)
+    batch.slots.fill_(1)
+    batch.update(np.full(tokens, 1))
+    packed = (bank.values, bank.index, bank.offsets)
+    steps = {
+        "sorted, one product": lambda: add_slices_(y, x, bank, batch),
+        "multi_adapter_linear": lambda: multi_adapter_linear(x, y, *packed, all_one, 1),
+    }
     one = torch.ones(1, dtype=torch.int64)
 
     def by_token() -> None:
         for token in range(tokens):
             rows = slice(token, token + 1)
-            y[rows] = multi_adapter_linear(x[rows], y[rows], bank.values, bank.index, bank.offsets, one, 1)
+            y[rows] = multi_adapter_linear(x[rows], y[rows], *packed, one, 1)
 
     steps["token by token"] = by_token
     found = {name: 1000 * statistics.median(every) for name, every in interleaved(steps, 7).items()}
