@@ -120,11 +120,13 @@ def reference(y, x, values, index, offsets, bounds, slots, order, groups, dim):
         kernel = _kernel if x.shape[0] <= max(MANY, bounds.numel() - 1) else without_waiting
         y.copy_(kernel(x, y, values, index, offsets, mine, dim))
         return
-    few, *others = groups.tolist()
+    few = groups[0].tolist()
     if few[1]:
         _add_few(y, x, values, index, offsets, mine, order, few, dim)
+    if few[0] < 0:
+        return
     starts = bounds.tolist()
-    for slot, group in enumerate(others):
+    for slot, group in enumerate(groups[1:].tolist()):
         units = slice(starts[slot], starts[slot + 1])
         if group[1] and starts[slot] < starts[slot + 1]:
             _add_many(y, x, values[units], index[units], order, group, dim)
