@@ -20,8 +20,9 @@ RATIOS = dict(q_ratio=0.13, v_ratio=0.26, o_ratio=0.13, u_ratio=0.02, g_ratio=0.
 
 def save_base(folder, dtype="float32"):
     """Write a tiny LLaMA with a tokenizer."""
-    from support.vllm_models import tiny_llama
     from train.tiny import tiny_tokenizer
+
+    from support.vllm_models import tiny_llama
 
     model = tiny_llama(initializer_range=0.05).to(getattr(torch, dtype))
     model.save_pretrained(folder)
