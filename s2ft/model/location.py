@@ -40,7 +40,7 @@ class Location:
     def check(self, name: str) -> None:
         """Raise ValueError, naming the projection, for fields that can't be those of a weight."""
         valid = isinstance(self.path, str) and type(self.size) is int and 0 < self.size < 2**31
-        valid = valid and self.storage in STORAGES and isinstance(self.shared, bool)
+        valid = valid and isinstance(self.storage, str) and self.storage in STORAGES and isinstance(self.shared, bool)
         if not valid or not (self.expert is None or type(self.expert) is int and self.expert >= 0):
             raise ValueError(f"{name} has no valid path, size, storage, shared or expert")
 

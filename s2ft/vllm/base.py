@@ -7,10 +7,11 @@ another format), a few numbers of the live layers are compared.
 
 import logging
 import os
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +70,14 @@ class Base:
             ValueError: The file does not say it, and the model can't be built, or lacks a projection of the adapter.
         """
         if adapter.structure is None:
-            model, couplings = self.model_of(adapter)
+            model, couplings = self._model_of(adapter)
             try:
                 adapter.structure = structure_of(model, couplings, adapter.deltas)
             except KeyError as error:
                 raise ValueError(f"it is of another base: the served model has no projection {error.args[0]}") from None
         return adapter.structure
 
-    def model_of(self, adapter: Adapter) -> tuple[nn.Module, list[Coupling]]:
+    def _model_of(self, adapter: Adapter) -> tuple[nn.Module, list[Coupling]]:
         """The served model on the meta device, and the couplings of an adapter in it."""
         from s2ft.text.models import hollow_model  # for adapters of earlier versions alone
 
@@ -128,15 +129,17 @@ class Base:
 
     def _difference(self, adapter: Adapter) -> str:
         """The difference between the served base and an adapter's, in words; empty if there is none."""
-        names, theirs, found = self.structure(adapter).base_weights, adapter.fingerprint, None
-        for tensors in (self._stored, partial(self._converted, adapter)):  # the second way builds the model
-            ours = self._fingerprint(names, theirs["dtype"], tensors)
-            found = found if ours is None else difference(ours, theirs)
+        found = None
+        for way in (self._by_name, self._by_model):
+            ours = self._fingerprint(way, adapter)
+            found = found if ours is None else difference(ours, adapter.fingerprint)
             if found == "":
                 return ""
         if found is None and self._manager is None:
             return "the weights of the served checkpoint can't be read from its files, so they can't be compared"
-        return live_difference(self._manager, names, theirs) if found is None else found
+        if found is None:
+            return live_difference(self._manager, self.structure(adapter).base_weights, adapter.fingerprint)
+        return found
 
     def _check_layout(self, adapter: Adapter) -> None:
         """Compare a few columns of the live layers with the files: once for each kind of module, because vLLM loads
@@ -154,62 +157,88 @@ class Base:
 
     def _weight(self, adapter: Adapter, location: Location) -> Tensor | None:
         """A weight as the files have it, [outputs, inputs]; None if they can't be read."""
-        for tensors in (self._stored, partial(self._converted, adapter)):
+        for way in (self._by_name, self._by_model):
             try:
-                read = tensors(None)
-                weight = None if read is None else read(f"{location.path}.weight")
-            except (KeyError, OSError, ValueError):
+                files = way(adapter, None)
+                weight = None if files is None else files.read(f"{location.path}.weight")
+            except (KeyError, OSError, ValueError):  # CannotStream is a ValueError
                 continue
             if weight is not None:
                 return weight.t() if location.storage == TRANSPOSED else weight
         return None
 
-    def _fingerprint(self, names: Names, dtype: str, tensors: "Tensors") -> dict[str, Any] | None:
-        """The fingerprint of the checkpoint in a dtype; None if its weights can't be read in this way."""
-        key = dtype, str(names), tensors if tensors == self._stored else None
-        if key not in self._fingerprints:
-            wanted = None if dtype.startswith(QUANTIZED) else getattr(torch, dtype, None)
-            try:
-                read = tensors(wanted)
-                self._fingerprints[key] = None if read is None else _fingerprint(names, dtype, read)
-            except (KeyError, OSError, ValueError) as error:  # CannotStream is a ValueError
-                logger.info("s2ft: the base's files can't be compared in this way: %s", error)
-                self._fingerprints[key] = None
-        return self._fingerprints[key]
-
-    def checkpoint(self) -> Checkpoint | None:
-        """The files with the weights; None if they are quantized or of another format."""
-        config = self._config.model_config
-        if getattr(config.hf_config, "quantization_config", None) is not None or self._folder() is None:
+    def _fingerprint(self, way: "Way", adapter: Adapter) -> dict[str, Any] | None:
+        """The fingerprint of the files in the dtype of an adapter's; None if they can't be read in this way."""
+        dtype = adapter.fingerprint["dtype"]
+        try:
+            files = way(adapter, None if dtype.startswith(QUANTIZED) else getattr(torch, dtype, None))
+            if files is None:
+                return None
+            key = way.__name__, dtype, str(files.names)
+            if key not in self._fingerprints:
+                self._fingerprints[key] = _fingerprint(files, dtype)
+            return self._fingerprints[key]
+        except (KeyError, OSError, ValueError) as error:
+            logger.info("s2ft: the base's files are not compared in this way: %s", error)
             return None
-        return open_checkpoint(self._folder())
 
-    def _stored(self, dtype: torch.dtype | None) -> "Read | None":
-        """Read tensors of the checkpoint, where it has the names of the parameters."""
-        checkpoint = self.checkpoint()
-        return checkpoint and (lambda name: checkpoint.tensors[name].read().to(dtype=dtype))
+    # ---- files -------------------------------------------------------------------------------------
 
-    def _converted(self, adapter: Adapter, dtype: torch.dtype | None) -> "Read | None":
-        """Read parameters as transformers makes them from the checkpoint."""
-        checkpoint = self.checkpoint()
+    def _checkpoint(self) -> Checkpoint | None:
+        """The files with the weights; None if they are quantized or of another format."""
+        config, folder = self._config.model_config, self._folder()
+        if getattr(config.hf_config, "quantization_config", None) is not None or folder is None:
+            return None
+        return open_checkpoint(folder)
+
+    def _by_name(self, adapter: Adapter, dtype: torch.dtype | None) -> "Files | None":
+        """The tensors of the files as they are, where they have the names that the adapter has recorded."""
+        checkpoint, names = self._checkpoint(), self.structure(adapter).base_weights
         if checkpoint is None:
             return None
-        model, _ = self.model_of(adapter)
-        return StoredWeights(model.to(checkpoint.dtype if dtype is None else dtype), checkpoint).read
+        listed = {name for pairs in names.values() for _, name in pairs}
+        patterns = {_without_numbers(name) for name in listed} if adapter.couplings is None else set()
+        if any(_without_numbers(name) in patterns and name not in listed for name in checkpoint.tensors):
+            return None  # there are more layers: the adapter's base may be a part of this one
+        return Files(names, lambda name: checkpoint.tensors[name].read().to(dtype=dtype))
+
+    def _by_model(self, adapter: Adapter, dtype: torch.dtype | None) -> "Files | None":
+        """The weights that transformers makes from the files. This builds the structure of the model."""
+        checkpoint = self._checkpoint()
+        if checkpoint is None:
+            return None
+        model, couplings = self._model_of(adapter)
+        weights = StoredWeights(model.to(checkpoint.dtype if dtype is None else dtype), checkpoint)
+        return Files(structure_of(model, couplings, ()).base_weights, weights.read)
 
 
-Read = Callable[[str], Tensor]
-Tensors = Callable[[torch.dtype | None], Read | None]
+@dataclass(frozen=True)
+class Files:
+    """The weights of a base on the disk.
+
+    Attributes:
+        names: The weights that its fingerprint covers.
+        read: Reads a weight by its name in the model.
+    """
+
+    names: Names
+    read: Callable[[str], Tensor]
 
 
-def _fingerprint(names: Names, dtype: str, read: Read) -> dict[str, Any]:
-    """Compute a fingerprint from parameters by name."""
-    labels = [pair for pairs in names.values() for pair in pairs]
+Way = Callable[[Adapter, torch.dtype | None], Files | None]
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
+
+
+def _fingerprint(files: Files, dtype: str) -> dict[str, Any]:
+    """Compute a fingerprint, with several weights at a time."""
+    weights = [pair for pairs in files.names.values() for pair in pairs]
     with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-        prints = pool.map(lambda pair: read_print(pair[0], read(pair[1])), labels)
-        layers = {}
-        for layer, pairs in names.items():
-            layers[layer] = LayerPrint()
+        prints = pool.map(lambda pair: read_print(pair[0], files.read(pair[1])), weights)
+        layers = {layer: LayerPrint() for layer in files.names}
+        for layer, pairs in files.names.items():
             for _ in pairs:
                 layers[layer].add(next(prints))
     return {"dtype": dtype, "layers": {name: layer.to_dict() for name, layer in layers.items()}}

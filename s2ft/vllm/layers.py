@@ -12,13 +12,15 @@ from typing import Any
 
 from torch import Tensor
 
-from s2ft.vllm.compatibility import part_of, private, when_imported
+from s2ft.vllm import retired
+from s2ft.vllm.compatibility import guarded, part_of, private, when_imported
 from s2ft.vllm.slices.layer import SliceLayer, encode, is_slices, parts_of, with_slices
 from s2ft.vllm.slices.units import OPTION, Admission, Budget, Place
 
 logger = logging.getLogger("vllm.s2ft")  # vLLM prints what loggers below its own say
 
 FEATURE = "layers that hold slices"
+WORKERS = "vllm.lora.worker_manager"
 SWITCH = "S2FT_VLLM_SLICES"
 LAYERS = (
     "ColumnParallelLinearWithLoRA",
@@ -32,16 +34,24 @@ LAYERS = (
 METHODS = ("can_replace_layer", "create_lora_weights", "reset_lora", "set_lora", "set_mapping", "_apply_lora_to_output")
 
 
-def enabled() -> bool:
-    """Whether adapters are served as slices in this process and its workers.
+_installed = False
+
+
+def wanted() -> bool:
+    """Whether the option asks for layers that hold slices.
 
     Raises:
         ValueError: ``S2FT_VLLM_SLICES`` is neither 0 nor 1.
     """
-    value = os.environ.get(SWITCH, "0")
+    value = os.environ.get(SWITCH, "")
     if value not in ("", "0", "1"):
         raise ValueError(f"{SWITCH} is {value!r}: expected 1 to serve adapters as slices, or 0")
     return value == "1"
+
+
+def enabled() -> bool:
+    """Whether the layers of this process hold slices. False too if this release of vLLM can't have them."""
+    return _installed
 
 
 def weights(path: str, index: Tensor, values: Tensor, dim: int, dtype: Any) -> Any:
@@ -66,15 +76,29 @@ def weights(path: str, index: Tensor, values: Tensor, dim: int, dtype: Any) -> A
 def install() -> None:
     """Put layers with slices in the place of vLLM's LoRA layers, if the option is set.
 
+    An option without a valid value stops an engine that serves adapters, and no other one.
+
     Raises:
-        ValueError: An option has no valid value.
         MissingInVLLM: This release of vLLM lacks a module that is needed.
     """
-    if not enabled():
+    try:
+        if not wanted():
+            return
+        budget = Budget.parse(os.environ.get(OPTION, ""))
+    except ValueError as error:
+        message = str(error)
+        when_imported(WORKERS, FEATURE, lambda: _refuse(message))
         return
-    budget = Budget.parse(os.environ.get(OPTION, ""))
     when_imported("vllm.config.lora", FEATURE, lambda: _change_config(budget))
-    when_imported("vllm.lora.worker_manager", FEATURE, lambda: _change_workers(budget))
+    when_imported(WORKERS, FEATURE, lambda: _change_workers(budget))
+    guarded(retired.FEATURE, retired.install)
+
+
+def _refuse(message: str) -> None:
+    def __init__(self: Any, *args: Any, **options: Any) -> None:
+        raise ValueError(message)
+
+    private("vllm.lora.model_manager", "LoRAModelManager").__init__ = __init__
 
 
 def _change_config(budget: Budget) -> None:
@@ -84,12 +108,13 @@ def _change_config(budget: Budget) -> None:
 
 def _change_workers(budget: Budget) -> None:
     """Change vLLM's LoRA. All names are looked up before the first change."""
+    global _installed
     made = tuple(with_slices(_checked(name), budget) for name in LAYERS)
     private("vllm.lora.utils", "_all_lora_classes")
     private("vllm.lora.model_manager", "from_layer_logits_processor")
     private("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.update_metadata")
     manager = private("vllm.lora.model_manager", "LoRAModelManager")
-    worker = private("vllm.lora.worker_manager", "WorkerLoRAManager")
+    worker = private(WORKERS, "WorkerLoRAManager")
     hooks = {
         (manager, "__init__"): _with_report,
         (manager, "activate_adapter"): _with_room,
@@ -102,6 +127,7 @@ def _change_workers(budget: Budget) -> None:
     private("vllm.lora.utils")._all_lora_classes = made
     # lm_head stays as it is, too. Its LoRA would be computed for every token, and no adapter can have one.
     private("vllm.lora.model_manager").from_layer_logits_processor = lambda layer, *args, **options: layer
+    _installed = True
 
 
 def _checked(name: str) -> type:

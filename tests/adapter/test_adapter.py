@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from s2ft.adapter import add_info, read_adapter, restore_adapter
 from s2ft.adapter.formats import native
 from s2ft.adapter.formats.native import CONFIG, TENSORS
 from s2ft.attached.record import attachment_of
+from s2ft.model.location import Location
 
 LAYOUTS = ("permuted", "indexed")
 RATIOS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}
@@ -48,6 +50,7 @@ def test_an_adapter_of_schema_1_loads(saved, tmp_path):
     shutil.copytree(saved, folder)
     config = json.loads((folder / CONFIG).read_text())
     config["schema"] = 1
+    del config["structure"]
     for option in ("budget", "match_lora_rank", "exclude", "units"):
         del config["config"][option]
     (folder / CONFIG).write_text(json.dumps(config))
@@ -55,6 +58,22 @@ def test_an_adapter_of_schema_1_loads(saved, tmp_path):
     s2ft.load_adapter(old, folder)
     s2ft.load_adapter(new, saved)
     assert equal(old, new) and not equal(old, model_of("llama"))
+
+
+def test_a_file_says_where_the_slices_lie_if_the_adapter_knows_its_model(saved, tmp_path):
+    adapter, model = s2ft.read_adapter(saved), model_of("llama")
+    found = adapter.structure.locations["model.layers.1.mlp.down_proj"]
+    assert found == Location("model.layers.1.mlp.down_proj", 52)
+    names = [name for pairs in adapter.structure.base_weights.values() for _, name in pairs]
+    assert set(names) <= {name for name, _ in model.named_parameters()} and len(names) == 21
+    native.write(replace(adapter, structure=None), tmp_path / "old")
+    assert json.loads((tmp_path / "old" / CONFIG).read_text())["schema"] == 2
+    old = s2ft.read_adapter(tmp_path / "old")
+    native.write(old, tmp_path / "new", model)
+    s2ft.load_adapter(model, old, "loaded")
+    assert old.structure is None and s2ft.get_adapter(model, "loaded").structure == adapter.structure
+    assert s2ft.read_adapter(tmp_path / "new").structure == adapter.structure
+    assert (adapter + adapter).structure == adapter.structure and (adapter + old).structure is None
 
 
 @pytest.mark.parametrize(

@@ -62,13 +62,18 @@ def renamed(new):
     """Rename DOWN in both files."""
 
     def config(content):
-        content["projections"][new] = content["projections"].pop(DOWN)
+        for part in (content["projections"], content["structure"]["locations"]):
+            part[new] = part.pop(DOWN)
 
     def tensors(found):
         for part in ("delta", "index"):
             found[f"{new}.{part}"] = found.pop(f"{DOWN}.{part}")
 
     return rewrite(config, tensors)
+
+
+def located(**changes):
+    return rewrite(lambda config: config["structure"]["locations"][DOWN].update(changes))
 
 
 def entry(**changes):
@@ -197,18 +202,18 @@ HOSTILE = {
     "adapter's name long": (rewrite(lambda c: c.update(name="a" * 10**6)), "word without slashes"),
     "adapter's name a list": (rewrite(lambda c: c.update(name=["a"])), "name is missing or not a str"),
     # the config as JSON
-    "not UTF-8": (raw(b'{"schema": 2, "name": "\xff"}'), "is not UTF-8"),
+    "not UTF-8": (raw(b'{"schema": 5, "name": "\xff"}'), "is not UTF-8"),
     "UTF-16": (lambda f: (f / CONFIG).write_text((f / CONFIG).read_text(), "utf-16"), "is not UTF-8"),
     "key twice": (text(lambda t: t.replace('"schema"', '"name": "other", "schema"')), "the key 'name' twice"),
     "projection twice": (text(lambda t: t.replace(f'"{QUERY}"', f'"{DOWN}"')), f"the key '{DOWN}' twice"),
-    "deep": (raw(b'{"schema": 2, "info": ' + b"[" * 10**5 + b"]" * 10**5 + b"}"), "is nested too deeply|recursion"),
+    "deep": (raw(b'{"schema": 5, "info": ' + b"[" * 10**5 + b"]" * 10**5 + b"}"), "is nested too deeply|recursion"),
     "deep objects": (raw(b'{"a":' * 10**5 + b"1" + b"}" * 10**5), "is nested too deeply|recursion"),
-    "NaN": (text(lambda t: t.replace('"schema": 2', '"schema": NaN')), "NaN is not a number in JSON"),
+    "NaN": (text(lambda t: t.replace('"schema": 5', '"schema": NaN')), "NaN is not a number in JSON"),
     "infinity": (text(lambda t: t.replace('"info": {', '"info": {"x": -Infinity,')), "-Infinity is not a number"),
-    "long number": (text(lambda t: t.replace('"schema": 2', f'"schema": {"9" * 10**5}')), "is not JSON: Exceeds"),
-    "huge schema": (text(lambda t: t.replace('"schema": 2', f'"schema": {"9" * 4000}')), "has schema 999"),
-    "schema true": (text(lambda t: t.replace('"schema": 2', '"schema": true')), "no schema number"),
-    "schema negative": (text(lambda t: t.replace('"schema": 2', '"schema": -1')), "no schema number"),
+    "long number": (text(lambda t: t.replace('"schema": 5', f'"schema": {"9" * 10**5}')), "is not JSON: Exceeds"),
+    "huge schema": (text(lambda t: t.replace('"schema": 5', f'"schema": {"9" * 4000}')), "has schema 999"),
+    "schema true": (text(lambda t: t.replace('"schema": 5', '"schema": true')), "no schema number"),
+    "schema negative": (text(lambda t: t.replace('"schema": 5', '"schema": -1')), "no schema number"),
     "huge config": (grown(CONFIG, reading.MAX_CONFIG + 1), "such a file has at most"),
     "foreign field": (rewrite(lambda c: c.update(code="import os")), r"foreign fields \['code'\]"),
     "no projections": (rewrite(lambda c: c.update(projections={})), "projections is empty"),
@@ -223,6 +228,38 @@ HOSTILE = {
         "every layer of base",
     ),
     "another digest": (text(lambda t: t.replace('"victim"', '"friend"')), "config_sha256 differs"),
+    # where the slices lie
+    "structure a list": (rewrite(lambda c: c.update(structure=[1])), "structure is missing or not a dict"),
+    "no structure": (rewrite(lambda c: c.pop("structure")), "structure is missing"),
+    "structure of an older schema": (rewrite(lambda c: c.update(schema=4)), r"foreign fields \['structure'\]"),
+    "structure with code": (
+        rewrite(lambda c: c["structure"].update(code="x")),
+        "structure can't be read: it must have",
+    ),
+    "locations a list": (rewrite(lambda c: c["structure"].update(locations=[1])), "structure can't be read"),
+    "location missing": (rewrite(lambda c: c["structure"]["locations"].pop(DOWN)), "one location for each projection"),
+    "location foreign": (located(code="x"), "structure can't be read"),
+    "location up": (located(path="../../etc/passwd"), "is not the name of a projection"),
+    "location of a list": (located(path=["x"]), "has no valid path"),
+    "size of words": (located(size="52"), "has no valid path, size"),
+    "size zero": (located(size=0), "has no valid path, size"),
+    "size huge": (located(size=2**40), "has no valid path, size"),
+    "size below an index": (located(size=3), "has a unit outside the size"),
+    "storage unknown": (located(storage="pickle"), "has no valid path, size, storage"),
+    "storage a list": (located(storage=["linear"]), "has no valid path, size, storage"),
+    "expert below zero": (located(expert=-1), "has no valid path"),
+    "weights of the base up": (
+        rewrite(lambda c: c["structure"]["base_weights"].update({"0": [["u.weight", "../x"]]})),
+        "is not the name of a parameter",
+    ),
+    "weights of the base a number": (
+        rewrite(lambda c: c["structure"]["base_weights"].update({"0": [5]})),
+        "structure can't be read",
+    ),
+    "weights of the base of another layer": (
+        rewrite(lambda c: c["structure"]["base_weights"].update({"99": []})),
+        "must have the layers of base_fingerprint",
+    ),
     # units
     "units huge": (entry(units=list(range(10**6))), "units listed are not the ones that were saved"),
     "units of huge numbers": (entry(units=[2**70]), "units in s2ft_config.json must be ascending numbers"),

@@ -1,8 +1,13 @@
 """Layers of vLLM that hold slices: `S2FT_VLLM_SLICES=1`."""
 
+import json
+
 import pytest
-from support.vllm_models import PROMPTS
+import torch
+from safetensors.torch import save_file
+from support.vllm_models import PROMPTS, save_adapters, tiny_llama
 from support.vllm_offline import offline
+from support.vllm_server import vllm_server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 SLICES = {"S2FT_VLLM_SLICES": "1"}
@@ -31,3 +36,71 @@ def test_three_adapters_and_the_base_in_one_batch(served, ranks):
     (answers,), printed = offline(served.base, [asked], {"tensor_parallel_size": ranks}, variables)
     assert answers == expected
     assert "s2ft: 16 layers hold the slices of 4 adapters" in printed
+
+
+def test_adapters_come_and_go(served, tmp_path):
+    """Two slots for three adapters. What does not fit is refused with the option, and the engine answers on."""
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    (lora / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["o_proj"]})
+    )
+    name = "model.layers.0.self_attn.o_proj"
+    save_file(
+        {
+            f"base_model.model.{name}.lora_A.weight": torch.zeros(1, 256),
+            f"base_model.model.{name}.lora_B.weight": torch.zeros(256, 1),
+        },
+        lora / "adapter_model.safetensors",
+    )
+    pairs = [("down-o", "base"), ("down-o", "other"), ("base", "other"), ("down-o", "base"), ("other", "base")]
+    batches, expected = zip(*(requests(served, names) for names in pairs))
+    refused = [[(lora, PROMPTS[0])], [(served.adapters / "wide", PROMPTS[0])]]
+    units = "o_proj=64,down_proj=60,k_proj=32"  # wide has 63 units in down_proj and slices of other layers
+    answers, printed = offline(
+        served.base, [batches[0], *refused, *batches[1:]], {"max_loras": 2}, {**SLICES, "S2FT_VLLM_UNITS": units}
+    )
+    assert [answers[0], *answers[3:]] == list(expected)
+    assert "'lora' is no S²FT adapter" in answers[1] and "start it without S2FT_VLLM_SLICES" in answers[1]
+    assert (
+        "the adapter 'wide' does not fit" in answers[2] and "S2FT_VLLM_UNITS=down_proj=84,gate_up_proj=" in answers[2]
+    )
+    assert "S2FT_VLLM_UNITS=down_proj=60,o_proj=64,qkv_proj=32" in printed
+
+
+def test_more_units_than_any_rank_of_vllm(tmp_path):
+    served = save_adapters(tiny_llama(), tmp_path, {"huge": dict(d_ratio=0.9)})
+    assert units_of(served, "huge") > 512
+    asked, expected = requests(served, ("huge", "base"))
+    (answers,), _ = offline(served.base, [asked], {"max_loras": 1}, {**SLICES, "S2FT_VLLM_UNITS": "700"})
+    assert answers == expected
+
+
+@pytest.mark.parametrize("variable", ("S2FT_VLLM_SLICES", "S2FT_VLLM_UNITS"))
+def test_an_option_without_a_valid_value(served, variable):
+    """The engine does not start, and says which option it is."""
+    with pytest.raises(RuntimeError, match=f"{variable} (is|has) 'many'"):
+        offline(served.base, [], {}, {**SLICES, variable: "many"})
+
+
+def test_an_adapter_that_was_unloaded_gives_its_units_back(served, tmp_path):
+    """The budget has room for one adapter. A second one is refused as long as the first one has a name."""
+    units = ["--enable-lora", "--max-loras", "2", "--max-lora-rank", "1"]
+    variables = {**SLICES, "S2FT_VLLM_UNITS": "down_proj=40,o_proj=40", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    with vllm_server(served.base, tmp_path / "log", units, variables) as server:
+
+        def load(name):
+            return server.post(
+                "v1/load_lora_adapter", {"lora_name": name, "lora_path": str(served.adapters / "down-o")}
+            )
+
+        assert load("first")[0] == 200
+        status, answer = load("second")
+        assert status == 500 and "'second' does not fit" in str(answer) and "down_proj=42,o_proj=64" in str(answer)
+        assert server.answers(["first", "base"], PROMPTS)["first"] == served.answers["down-o"]
+        assert server.post("v1/unload_lora_adapter", {"lora_name": "first"})[0] == 200
+        assert load("second")[0] == 200
+        assert server.answers(["second", "base"], PROMPTS) == {
+            "second": served.answers["down-o"],
+            "base": served.answers["base"],
+        }

@@ -152,7 +152,7 @@ def test_torch_compile_does_not_look_into_the_op():
         add_slices_(y, out, bank, batch)
         return y + 1
 
-    for slots in ([0, 2, -1, 1, 3], [3] * 20, [2, 2]):
+    for slots in ([0, 2, -1, 1, 3, 3, 2], [3] * 20, [2, 2]):
         other, x, y, expected = case(1, torch.float64, "cpu", slots)
         for slot in range(4):
             bank.put(slot, *other.units(slot))

@@ -380,14 +380,16 @@ def _structure(header: dict[str, Any], path: Path) -> Structure:
     """Where the slices lie: an entry for each projection, with a size that holds its indices and units."""
     try:
         structure = Structure.from_dict(_field(header, "structure", dict, path))
-    except (TypeError, KeyError, ValueError) as error:
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: structure can't be read: {error}") from None
     if structure.locations.keys() != header["projections"].keys():
         raise ValueError(f"{path}: structure must have one location for each projection")
     if structure.base_weights.keys() != header["base_fingerprint"]["layers"].keys():
         raise ValueError(f"{path}: structure must have the layers of base_fingerprint")
-    for location in structure.locations.values():
+    for name, location in structure.locations.items():
         check_projection(location.path, "structure")
+        if header["projections"][name]["units"][-1] >= location.size:
+            raise ValueError(f"{path}: {name} has a unit outside the size in structure, {location.size}")
     for pairs in structure.base_weights.values():
         for _, name in pairs:
             check_parameter(name, "structure")

@@ -1,8 +1,9 @@
 """Make a golden adapter in this folder: `python make.py NAME`.
 
 Each adapter was made by the version of s2ft that wrote its schema: schema-1 before couplings could be given, schema-2
-before its config had a digest, schema-3 with a weight that is trained in full, schema-4 with one-sided couplings. The
-adapters are never made again, and every later version must load them. A new schema gets a new name and folder.
+before its config had a digest, schema-3 with a weight that is trained in full, schema-4 with one-sided couplings,
+schema-5 with several projections in one transposed weight. The adapters are never made again, and every later version
+must load them. A new schema gets a new name and folder.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import s2ft
 from s2ft import S2FTConfig
@@ -50,6 +51,10 @@ def llama() -> nn.Module:
     )
 
 
+def gpt2() -> nn.Module:
+    return fill(GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=4, n_positions=16, vocab_size=11)))
+
+
 def perceptron() -> nn.Module:
     return fill(nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 4)))
 
@@ -72,6 +77,7 @@ MODELS = {
     "schema-2-couplings": perceptron,
     "schema-3": llama,
     "schema-4": perceptron,
+    "schema-5": gpt2,
 }
 
 
@@ -106,7 +112,7 @@ def make(name: str) -> None:
         config = S2FTConfig(l_ratio=0.3, towers=["language"])
         s2ft.attach(model, config, name="golden", couplings=one_sided(), verify=False)
     else:
-        layout = {"schema-1": "permuted", "schema-2": "indexed"}[name]
+        layout = {"schema-1": "permuted"}.get(name, "indexed")
         s2ft.attach(model, S2FTConfig(**RATIOS, layout=layout), name="golden")
     save(model, name)
 

@@ -1,0 +1,65 @@
+"""Training whose answers vLLM generates with the trained weights, each in a process of its own (support/vllm_rl.py)."""
+
+import pytest
+from support.vllm_rl import run, save_base
+from support.vllm_server import vllm_server
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+OPTIONS = ["--weight-transfer-config", '{"backend": "s2ft"}', "--logprobs-mode", "processed_logprobs"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return save_base(tmp_path_factory.mktemp("rl") / "base")
+
+
+@pytest.fixture(scope="module")
+def server(base, tmp_path_factory):
+    environment = {"VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1"}
+    with vllm_server(base, tmp_path_factory.mktemp("log") / "server.log", OPTIONS, environment) as found:
+        yield found
+
+
+@pytest.mark.parametrize(
+    ("form", "dtype", "served"),
+    [("permuted", "float32", ""), ("peft", "bfloat16", ""), ("indexed", "float32", "bfloat16")],
+)
+def test_after_each_of_50_syncs_the_engine_has_the_merged_tensors(form, dtype, served, base, tmp_path):
+    folder = base if dtype == "float32" else save_base(tmp_path / "base", dtype)
+    found = run("syncs", folder, form, dtype, served, 50)
+    assert found["equal"] == (0 if served else 50) and found["bytes"] <= 1.05 * found["slices"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"), [("grpo", "permuted"), ("grpo", "peft"), ("rloo", "indexed"), ("online_dpo", "permuted")]
+)
+def test_trl_in_one_process(kind, form, base):
+    found = run("colocate", base, kind, form)
+    assert found["checked"] == 3 and found.get("logp", 0) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("kind", "form"), [("grpo", "permuted"), ("grpo", "peft"), ("rloo", "peft"), ("online_dpo", "indexed")]
+)
+def test_trl_with_a_server(kind, form, base, server):
+    before = server.checksums()
+    found = run("server", base, server.url, kind, form)
+    assert found["syncs"] == 3 and found.get("logp", 0) < 1e-4
+    assert server.checksums() == before
+
+
+@pytest.mark.parametrize("form", ["permuted", "peft"])
+def test_async_grpo(form, base, server):
+    before = server.checksums()
+    found = run("async_grpo", base, server.url, form)
+    assert found["syncs"] >= 3 and found["equal"]
+    assert server.checksums() == before
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_s2ft_grpo(mode, base, server, tmp_path):
+    before = server.checksums()
+    where = ["--vllm-mode", "server", "--vllm-server-base-url", server.url] if mode == "server" else []
+    found = run("command", base, tmp_path / "run", *where)
+    assert found["steps"] == 4 and found["logp"] < 1e-4
+    assert server.checksums() == before
