@@ -144,7 +144,7 @@ class S2FTWeightTransferEngine(WeightTransferEngine):
         adapter = read_adapter(source)
         try:
             self._base.check(adapter)
-            model, _ = self._base._model_of(adapter)
+            model, _ = self._base.model_of(adapter)
             slices = adapter_slices(adapter, model)
         except ValueError as error:
             raise ValueError(f"adapter {source}: {error}") from error
@@ -155,7 +155,7 @@ class S2FTWeightTransferEngine(WeightTransferEngine):
 
         The engine may have stored a weight in another order. So a weight is compared when it is first written to.
         """
-        stored, specs, compared = self._base._checkpoint().tensors, [], set()
+        stored, specs, compared = self._base.checkpoint().tensors, [], set()
         for number, spec in enumerate(slices.specs):
             name = _stored_name(spec, stored)
             hashes = spec.hashes

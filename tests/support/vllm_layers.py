@@ -1,171 +1,159 @@
-"""Stand-ins of vLLM's LoRA layers and managers, for tests without vLLM: fused modules, and shards of tensor parallelism.
+"""Stand-ins for vLLM's linear layers and LoRA layers, with the attributes that slices need, for tests without vLLM."""
 
-They slice an adapter as vLLM's layers do, and multiply by weights that nobody can read directly.
-"""
-
-import sys
-from dataclasses import dataclass, field
-from types import ModuleType, SimpleNamespace
-from typing import Any, Literal
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
-FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
+class Linear(nn.Module):
+    """A rank's part of a linear layer.
 
-@dataclass
-class LoRALayerWeights:
-    """vLLM's class of this name."""
-
-    module_name: str
-    rank: int
-    lora_alpha: int
-    lora_a: Tensor
-    lora_b: Tensor
-    scaling: float = 1
-
-
-@dataclass
-class LoRAModel:
-    """vLLM's class of this name."""
-
-    id: int
-    rank: int
-    loras: dict[str, LoRALayerWeights]
-    is_3d_lora_weight: bool = True
-
-
-@dataclass
-class Request:
-    """vLLM's LoRARequest."""
-
-    lora_name: str
-    lora_int_id: int
-    lora_path: str
-    load_inplace: bool = False
-
-
-class PPMissingLayer(nn.Identity):
-    """vLLM's class of this name: a layer that another rank of pipeline parallelism has."""
-
-
-def parse_name(name: str, mapper: Any = None) -> tuple[str, bool]:
-    """vLLM's parse_fine_tuned_lora_name."""
-    name = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-    return (name if mapper is None else mapper(name)), True
-
-
-def fake_modules(monkeypatch) -> None:
-    """Put modules of vLLM into sys.modules that have what the loading needs."""
-    found = {
-        "vllm.lora.utils": {"parse_fine_tuned_lora_name": parse_name},
-        "vllm.lora.lora_weights": {"LoRALayerWeights": LoRALayerWeights},
-        "vllm.model_executor.models.utils": {"PPMissingLayer": PPMissingLayer},
-        "vllm.config.lora": {"MaxLoRARanks": Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]},
-    }
-    for name, content in found.items():
-        module = ModuleType(name)
-        vars(module).update(content)
-        monkeypatch.setitem(sys.modules, name, module)
-
-
-class Layer(nn.Module):
-    """A wrapped layer of vLLM: one module of the checkpoint, or several that are fused along the outputs.
-
-    Rows are in another order than in the checkpoint if `order` is given.
+    Attributes:
+        whole: The weight on all ranks, shape [outputs, inputs].
     """
 
-    def __init__(self, weights: list[Tensor], is_row: bool, size: int, rank: int, order: Tensor | None = None) -> None:
+    def __init__(self, whole: Tensor, rank: int = 0, ranks: int = 1, prefix: str = "layers.0.proj"):
         super().__init__()
-        self.tp_size, self.tp_rank, self.n_slices, self.device = size, rank, len(weights), torch.device("cpu")
-        self.is_row, self.is_fused = is_row, len(weights) > 1
-        weights = weights if order is None else [weight[order] for weight in weights]
-        if is_row:
-            shards = [weight.chunk(size, 1)[rank] for weight in weights]
-        else:
-            shards = [weight.chunk(size, 0)[rank] for weight in weights]
-        self.output_slices = tuple(shard.shape[0] for shard in shards)
-        self.shard = torch.cat(shards)
-        self.base_layer = SimpleNamespace(
-            input_size=weights[0].shape[1],
-            output_size=sum(weight.shape[0] for weight in weights),
-            output_sizes=[weight.shape[0] for weight in weights],
-            params_dtype=self.shard.dtype,
-            quant_method=SimpleNamespace(apply=lambda layer, x, bias: x @ self.shard.t()),
-        )
+        self.whole, self.tp_rank, self.tp_size, self.prefix = whole, rank, ranks, prefix
+        self.output_size, self.input_size = whole.shape
+        self.weight = self.part()
 
-    def slice_lora_a(self, a: Any) -> Any:
-        """What the rank takes of A."""
-        return a.chunk(self.tp_size, 1)[self.tp_rank] if self.is_row else a
+    def part(self) -> Tensor:
+        return self.whole
 
-    def slice_lora_b(self, b: Any) -> Any:
-        """What the rank takes of B."""
-        if self.is_row:
-            return b
-        if not self.is_fused:
-            return b.chunk(self.tp_size, 0)[self.tp_rank]
-        return [None if one is None else one.chunk(self.tp_size, 0)[self.tp_rank] for one in b]
+    def rows(self, sizes, shards) -> Tensor:
+        """This rank's part of weights that lie one after the other: local sizes, and number of the part."""
+        found, begin = [], 0
+        for (size, local), shard in zip(sizes, shards):
+            found.append(self.whole[begin + local * shard : begin + local * (shard + 1)])
+            begin += size
+        return torch.cat(found)
 
-    def delta(self, parts: list[LoRALayerWeights | None]) -> Tensor:
-        """What an adapter adds to the shard."""
-        a, b = [part and part.lora_a for part in parts], [part and part.lora_b for part in parts]
-        if not self.is_fused:
-            a, b = a[0], b[0]
-        if self.tp_size > 1:
-            a, b = self.slice_lora_a(a), self.slice_lora_b(b)
-        if not self.is_fused:
-            return b @ a
-        widths = (self.output_slices, a, b)
-        return torch.cat([torch.zeros(n, self.shard.shape[1]) if y is None else y @ x for n, x, y in zip(*widths)])
+    def input_of(self, x: Tensor) -> Tensor:
+        return x
+
+    def joined(self, parts: list[Tensor]) -> Tensor:
+        """The layer's output from those of all ranks, in the order of the whole weight."""
+        return parts[0]
 
 
-@dataclass
-class Engine:
-    """A stand-in of vLLM's WorkerLoRAManager, and of what it holds."""
-
-    s2ft_vllm_config: Any
-    _adapter_manager: Any
-    lora_config: Any
-    _lora_model_cls: type = field(default=LoRAModel)
-
-    def added(self, lora: LoRAModel, layer: str) -> Tensor:
-        """What a loaded adapter adds to the shard of a layer."""
-        manager = self._adapter_manager
-        names = manager.packed_modules.get(layer, [layer])
-        return manager.modules[layer].delta([lora.loras.get(name) for name in names])
+class Replicated(Linear):
+    pass
 
 
-def engine_of(
-    model: nn.Module, folder: Any, size: int = 1, rank: int = 0, order: Tensor | None = None, **changes: Any
-) -> Engine:
-    """Make a stand-in that serves a model of transformers.
+class Row(Linear):
+    input_is_parallel = True
 
-    Args:
-        model: The model. Its projections of one block that FUSED lists become one layer.
-        folder: The folder of its checkpoint.
-        size: Ranks of tensor parallelism.
-        rank: The number of this one.
-        order: The order of rows in which the engine keeps o_proj.
-        changes: Fields of vLLM's LoRAConfig, and `quantization_config` of the model's config.
-    """
-    found, packed = {}, {}
-    for name, module in model.named_modules():
-        parent, _, last = name.rpartition(".")
-        whole = next((whole for whole, parts in FUSED.items() if last in parts), None)
-        if not isinstance(module, nn.Linear) or last == "lm_head":
-            continue
-        if whole is None:
-            is_row = last in ("o_proj", "down_proj")
-            found[name] = Layer([module.weight.data], is_row, size, rank, order if last == "o_proj" else None)
-        elif f"{parent}.{whole}" not in found:
-            parts = [f"{parent}.{part}" for part in FUSED[whole]]
-            weights = [model.get_submodule(part).weight.data for part in parts]
-            found[f"{parent}.{whole}"], packed[f"{parent}.{whole}"] = Layer(weights, False, size, rank), parts
-    options = {"max_lora_rank": 512, "lora_dtype": torch.float32, "target_modules": None, **changes}
-    config = SimpleNamespace(quantization_config=options.pop("quantization_config", None))
-    model_config = SimpleNamespace(model=str(folder), revision=None, hf_config=config)
-    lora_config = SimpleNamespace(**options)
-    manager = SimpleNamespace(model=nn.Module(), modules=found, packed_modules=packed, lora_config=lora_config)
-    whole_config = SimpleNamespace(model_config=model_config, load_config=SimpleNamespace(download_dir=None))
-    return Engine(whole_config, manager, lora_config)
+    def part(self) -> Tensor:
+        self.input_size_per_partition = self.input_size // self.tp_size
+        return self.whole[:, self.mine()]
+
+    def mine(self) -> slice:
+        return slice(self.tp_rank * self.input_size_per_partition, (self.tp_rank + 1) * self.input_size_per_partition)
+
+    def input_of(self, x: Tensor) -> Tensor:
+        return x[..., self.mine()]
+
+    def joined(self, parts):
+        return torch.stack(parts).sum(0)
+
+
+class Column(Linear):
+    gather_output = False
+
+    def __init__(self, whole, rank=0, ranks=1, prefix="layers.0.proj", sizes=None):
+        self.sizes = sizes
+        super().__init__(whole, rank, ranks, prefix)
+
+    def part(self) -> Tensor:
+        if self.sizes is not None:
+            self.output_sizes = self.sizes
+        self.local = [(size, size // self.tp_size) for size in self.sizes or [self.output_size]]
+        return self.rows(self.local, [self.tp_rank] * len(self.local))
+
+    def joined(self, parts):
+        pieces = [part.split([local for _, local in self.local], -1) for part in parts]
+        return torch.cat([torch.cat(of_all, -1) for of_all in zip(*pieces)], -1)
+
+
+class QKV(Linear):
+    """Query, key and value of grouped heads. With more ranks than key heads, several ranks have the same."""
+
+    gather_output = False
+
+    def __init__(self, whole, rank=0, ranks=1, prefix="layers.0.qkv_proj", heads=(8, 2), head_size=4):
+        self.total_num_heads, self.total_num_kv_heads = heads
+        self.head_size = head_size
+        self.num_heads = heads[0] // ranks
+        self.num_kv_heads = max(1, heads[1] // ranks)
+        self.num_kv_head_replicas = max(1, ranks // heads[1])
+        self.output_sizes = [self.num_heads * head_size * ranks] + [self.num_kv_heads * head_size * ranks] * 2
+        super().__init__(whole, rank, ranks, prefix)
+
+    def part(self) -> Tensor:
+        keys = (self.total_num_kv_heads * self.head_size, self.num_kv_heads * self.head_size)
+        self.local = [(self.total_num_heads * self.head_size, self.num_heads * self.head_size), keys, keys]
+        shard = self.tp_rank // self.num_kv_head_replicas
+        return self.rows(self.local, [self.tp_rank, shard, shard])
+
+    def joined(self, parts):
+        pieces = [part.split([local for _, local in self.local], -1) for part in parts]
+        queries, keys, values = zip(*pieces)
+        first = slice(None, None, self.num_kv_head_replicas)
+        return torch.cat([*queries, *keys[first], *values[first]], -1)
+
+
+class LoRALayer(nn.Module):
+    """What vLLM's LoRA layers have in common."""
+
+    def __init__(self, base_layer: Linear):
+        super().__init__()
+        self.base_layer, self.device = base_layer, torch.device("cpu")
+        self.tp_size, self.tp_rank = base_layer.tp_size, base_layer.tp_rank
+        self.n_slices = len(getattr(base_layer, "output_sizes", [0]))
+
+    @classmethod
+    def can_replace_layer(cls, source_layer, lora_config, packed_modules_list, model_config=None):
+        return not lora_config.fully_sharded_loras
+
+    def create_lora_weights(self, max_loras, lora_config, model_config=None):
+        outputs, inputs = self.base_layer.weight.shape
+        rank, options = lora_config.max_lora_rank, {"device": self.device, "dtype": lora_config.lora_dtype}
+        self.lora_a_stacked = tuple(torch.zeros(max_loras, 1, rank, inputs, **options) for _ in range(self.n_slices))
+        self.lora_b_stacked = tuple(torch.zeros(max_loras, 1, outputs, rank, **options) for _ in range(self.n_slices))
+
+    def set_mapping(self, punica_wrapper):
+        self.punica_wrapper = punica_wrapper
+
+    def reset_lora(self, index):
+        raise AssertionError
+
+    def set_lora(self, index, lora_a, lora_b):
+        raise AssertionError
+
+    def _apply_lora_to_output(self, x, output):
+        raise AssertionError
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._apply_lora_to_output(x, x @ self.base_layer.weight.t().to(x.dtype))
+
+
+class Punica:
+    """The object that knows the slot of each token."""
+
+    def __init__(self, most: int = 512):
+        self._token_lora_indices = torch.full((most,), 12345)  # vLLM does not write it at the start
+
+    def update_metadata(self, mapping, lora_index_to_id, max_loras, vocab_size):
+        slots = [lora_index_to_id.index(number) if number > 0 else -1 for number in mapping.index_mapping]
+        self._token_lora_indices[: len(slots)] = torch.tensor(slots, dtype=torch.int64)
+
+    def step(self, numbers, lora_index_to_id):
+        """A new batch: the number of each token's adapter, 0 for none."""
+        mapping = SimpleNamespace(index_mapping=tuple(numbers))
+        self.update_metadata(mapping, lora_index_to_id, len(lora_index_to_id), 10)
+
+
+def lora_config(rank: int = 1, dtype: torch.dtype = torch.float64, sharded: bool = False) -> SimpleNamespace:
+    return SimpleNamespace(max_lora_rank=rank, lora_dtype=dtype, fully_sharded_loras=sharded)

@@ -1,45 +1,105 @@
-"""A program that serves a base offline and answers what a test asks: python vllm_offline.py QUESTIONS ANSWERS
-
-QUESTIONS is a JSON file: the base's folder, options of LLM, and steps. A step is an adapter's name and folder, several
-of these in one batch, or None for the base. The answer to a step is the token ids of each prompt, or the error's text.
-With `missing`, a name of vLLM that s2ft needs is taken for missing.
-"""
+"""Answers of an engine in a process of its own: `python vllm_offline.py JOB.json`, see :func:`offline`."""
 
 import json
 import os
+import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-os.environ.update({"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"})
-FIXED = dict(dtype="float32", max_model_len=256, enforce_eager=True, max_num_seqs=16, max_num_batched_tokens=256)
+ROOT = Path(__file__).parents[2]
+TOKENS = 24
+OPTIONS = {
+    "dtype": "float32",
+    "max_model_len": 256,
+    "enforce_eager": True,
+    "max_num_seqs": 16,
+    "max_num_batched_tokens": 256,
+    "skip_tokenizer_init": True,
+    "enable_lora": True,
+    "max_loras": 4,
+    "max_cpu_loras": 8,
+    "max_lora_rank": 1,
+}
+VARIABLES = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+}
+MARK = "ANSWERS "
+
+Request = tuple[str | None, Sequence[int]]  # the adapter's folder, None for the base, and a prompt
 
 
-def main(questions: Path, answers: Path) -> None:
-    asked = json.loads(questions.read_text())
-    if asked.get("missing"):
-        from s2ft.vllm import loading
+def offline(
+    model: Path,
+    batches: Sequence[Sequence[Request]],
+    options: Mapping[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> tuple[list[list[list[int]] | str], str]:
+    """Answer batches greedily with `vllm.LLM`.
 
-        loading.NEEDED += (tuple(asked["missing"]),)
+    Args:
+        model: The base's folder.
+        batches: The requests of each batch. All of a batch are answered at once.
+        options: Options of LLM that differ from OPTIONS.
+        environment: More variables.
+
+    Returns:
+        The token ids of each batch, or the error as a text, and all that the engine printed.
+    """
+    job = {
+        "model": str(model),
+        "options": {**OPTIONS, **(options or {})},
+        "batches": [[(folder and str(folder), list(prompt)) for folder, prompt in batch] for batch in batches],
+    }
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(job, file)
+        file.flush()
+        variables = {**os.environ, **VARIABLES, **(environment or {})}
+        done = subprocess.run(
+            [sys.executable, __file__, file.name], env=variables, capture_output=True, text=True, timeout=600
+        )
+    printed = done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if done.returncode or not lines:
+        raise RuntimeError(f"the engine ended with {done.returncode}:\n{printed[-8000:]}")
+    return json.loads(lines[-1].removeprefix(MARK)), printed
+
+
+def main() -> None:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    llm = LLM(asked["base"], **{**FIXED, "skip_tokenizer_init": True, "enable_lora": True, **asked["options"]})
-    params = SamplingParams(temperature=0, max_tokens=asked["tokens"], ignore_eos=True, detokenize=False)
-    numbers, found = {}, []
-    for step in asked["steps"]:
-        adapters = step if step and isinstance(step[0], list) else [step]
-        prompts, requests = [], []
-        for one in adapters:
-            prompts += [{"prompt_token_ids": prompt} for prompt in asked["prompts"]]
-            number = one and numbers.setdefault(tuple(one), len(numbers) + 1)
-            requests += [one and LoRARequest(one[0], number, one[1])] * len(asked["prompts"])
+    job = json.loads(Path(sys.argv[1]).read_text())
+    engine = LLM(job["model"], **job["options"])
+    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
+    known: dict[str, LoRARequest] = {}
+    answers: list[Any] = []
+    for batch in job["batches"]:
         try:
-            done = llm.generate(prompts, params, lora_request=requests, use_tqdm=False)
-            found.append([list(one.outputs[0].token_ids) for one in done])
+            for folder in (folder for folder, _ in batch if folder):
+                if folder not in known:
+                    request = LoRARequest(Path(folder).name, len(known) + 1, folder)
+                    engine.llm_engine.add_lora(request)
+                    known[folder] = request
+            found = engine.generate(
+                [{"prompt_token_ids": prompt} for _, prompt in batch],
+                sampling,
+                lora_request=[folder and known[folder] for folder, _ in batch],
+                use_tqdm=False,
+            )
+            answers.append([list(one.outputs[0].token_ids) for one in found])
         except Exception as error:
-            found.append(f"{type(error).__name__}: {error}")
-        answers.write_text(json.dumps(found))
+            answers.append(f"{type(error).__name__}: {error}")
+    print(f"\n{MARK}{json.dumps(answers)}", flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main()

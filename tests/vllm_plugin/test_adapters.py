@@ -99,10 +99,10 @@ def test_names_in_requests_loading_by_hand_and_refusals(served, refused, tmp_pat
 
 
 def offline(base, tmp_path, steps, in_process=True, missing=None, prompts=PROMPTS, **options):
-    """Answers of `LLM(...)` in a process of its own, see support/vllm_offline.py. Returns them and what it printed."""
+    """Answers of `LLM(...)` in a process of its own, see support/vllm_steps.py. Returns them and what it printed."""
     asked = dict(base=str(base), options=options, steps=steps, prompts=prompts, tokens=TOKENS, missing=missing)
     (tmp_path / "asked").write_text(json.dumps(asked, default=str))
-    program = Path(ROOT) / "tests" / "support" / "vllm_offline.py"
+    program = Path(ROOT) / "tests" / "support" / "vllm_steps.py"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(not in_process))}
     done = subprocess.run(
         [sys.executable, program, tmp_path / "asked", tmp_path / "answers"],

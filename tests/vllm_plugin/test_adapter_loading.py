@@ -8,7 +8,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from support.vllm_layers import Layer, PPMissingLayer, Request, engine_of, fake_modules
+from support.vllm_modules import Layer, PPMissingLayer, Request, engine_of, fake_modules
 from support.vllm_models import randomize, tiny_llama
 from transformers import GPT2Config, GPT2LMHeadModel, Phi3Config, Phi3ForCausalLM
 
