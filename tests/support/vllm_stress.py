@@ -105,10 +105,10 @@ class Stress:
         for thread in threads:
             thread.start()
         try:
-            for number in range(rounds):
+            for _ in range(rounds):
                 if self.failed:
                     break
-                self._change(number, draw)
+                self._change(draw)
                 self._wait_for(draw.randint(2, clients))
         finally:
             self.done.set()
@@ -117,11 +117,12 @@ class Stress:
 
     # ---- changes -------------------------------------------------------------------------------------
 
-    def _change(self, number: int, draw: random.Random) -> None:
+    def _change(self, draw: random.Random) -> None:
         """Load the adapter if it is away; else replace it in place, by an unload and a load, or remove it."""
         current = self.spells[-1].content
         content = draw.choice([name for name in CONTENTS if name != current])
-        kind = "load" if current is None else ("replace in place", "replace", "remove")[number % 3]
+        others = self.changes.total() - self.changes["load"]
+        kind = "load" if current is None else ("replace in place", "replace", "remove")[others % 3]
         self.changes[kind] += 1
         if kind in ("replace", "remove"):
             with self._spell(None):
