@@ -142,7 +142,7 @@ def reward(completions, **_):
     return [float(len(set(completion))) for completion in completions]
 
 
-def trainer_of(kind: str, form: str, folder: str, dtype: str, output: str, server: str = ""):
+def trainer_of(kind: str, form: str, folder: str, dtype: str, output: str, server: str = "", transport: str = "auto"):
     """A trainer of TRL on the tiny model, with slices."""
     from importlib import import_module
 
@@ -163,7 +163,7 @@ def trainer_of(kind: str, form: str, folder: str, dtype: str, output: str, serve
     args = getattr(module, f"{name}Config")(**common)
     model = model_in(form, folder, getattr(torch, dtype))
     rows = Dataset.from_list([{"prompt": f"say {letter}"} for letter in "abcdefgh"])
-    made = with_slices(getattr(module, f"{name}Trainer"), llm=LLM)
+    made = with_slices(getattr(module, f"{name}Trainer"), llm=LLM, transport=transport)
     return made(
         model=model,
         args=args,
@@ -191,9 +191,9 @@ def colocate(folder, kind="grpo", form="permuted", dtype="float32"):
     print(json.dumps({"checked": len(checked), **differences(trainer)}))
 
 
-def server(folder, url, kind="grpo", form="permuted", dtype="float32"):
+def server(folder, url, kind="grpo", form="permuted", dtype="float32", transport="auto"):
     """Train by TRL with a vLLM server. Its log-probabilities of the answers are the trainer's."""
-    trainer = trainer_of(kind, form, folder, dtype, f"{folder}-out", url)
+    trainer = trainer_of(kind, form, folder, dtype, f"{folder}-out", url, transport)
     sizes, sync = [], trainer.slice_sender.sync
     if kind == "online_dpo":
         trainer.slice_sender.sync = lambda: sizes.append(sync().nbytes)
