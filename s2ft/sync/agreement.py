@@ -4,6 +4,7 @@ Both compute with the same weights, by other kernels and in other batches. So th
 base. A larger difference says that the engine samples from other weights than those that are trained.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -142,6 +143,25 @@ def _rollout(step: int, output: dict[str, Any]) -> Rollout:
     numbers = ("old_per_token_logps", "sampling_per_token_logps")
     # a copy, because TRL shuffles the rows afterwards and frees what it does not need
     return Rollout(step, *(output[name].detach().cpu().clone() for name in names + numbers))
+
+
+def joint_agreement(
+    rollouts: Sequence[Rollout], trainer: Sequence[Tensor] | None = None, engine: Sequence[Tensor] | None = None
+) -> Agreement:
+    """Compare the log-probabilities of all tokens of several rollouts.
+
+    Args:
+        rollouts: The rollouts.
+        trainer: Other log-probabilities of each rollout by the trainer. Default: those of the rollouts.
+        engine: The same by the engine.
+
+    Raises:
+        ValueError: There is no token to compare.
+    """
+    trainer = [one.trainer for one in rollouts] if trainer is None else trainer
+    engine = [one.engine for one in rollouts] if engine is None else engine
+    flat = (torch.cat([one.double().flatten() for one in each]) for each in (trainer, engine))
+    return agreement(*flat, torch.cat([one.answer_mask.flatten() for one in rollouts]))
 
 
 @torch.no_grad()

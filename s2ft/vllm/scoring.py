@@ -1,7 +1,11 @@
-"""Log-probabilities of given tokens by vLLM's LLM."""
+"""Log-probabilities of given tokens by vLLM's LLM, and how well trainer and engine agree on the base."""
 
 from collections.abc import Sequence
 from typing import Any
+
+from s2ft.attached.reference import without_trainable
+from s2ft.model.modes import evaluation_mode
+from s2ft.sync.agreement import Agreement, Rollout, joint_agreement, trainer_logprobs
 
 
 def engine_logprobs(llm: Any, sequences: Sequence[tuple[list[int], list[int]]]) -> list[list[float]]:
@@ -23,3 +27,23 @@ def engine_logprobs(llm: Any, sequences: Sequence[tuple[list[int], list[int]]]) 
         [place[token].logprob for place, token in zip(output.prompt_logprobs[len(prompt) :], answer)]
         for output, (prompt, answer) in zip(outputs, sequences)
     ]
+
+
+def agreement_on_base(trainer: Any, rollouts: Sequence[Rollout]) -> Agreement:
+    """Compare trainer and engine under the base, on the tokens of rollouts.
+
+    No slices take part. So this is how far the two programs are apart, and trained weights may be no further apart.
+
+    Args:
+        trainer: The trainer after its training, with an attached model and vLLM in the same process. Its engine has
+            the base again then.
+        rollouts: Rollouts of :func:`s2ft.sync.agreement.keep_rollouts`.
+
+    Returns:
+        The differences over all tokens.
+    """
+    llm = trainer.vllm_generation.llm
+    by_engine = [one.padded(engine_logprobs(llm, one.sequences())) for one in rollouts]
+    with evaluation_mode(trainer.model), without_trainable(trainer.model):
+        by_trainer = [trainer_logprobs(trainer, one) for one in rollouts]
+    return joint_agreement(rollouts, by_trainer, by_engine)
