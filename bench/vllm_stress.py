@@ -1,6 +1,6 @@
 """A vLLM server under an adapter that is loaded, replaced and removed, with clients that ask all the time.
 
-    make test-vllm ARGUMENTS=tests/vllm_plugin/test_stress.py    # makes the environment
+    make test-vllm ARGUMENTS=tests/vllm_plugin/test_replaced.py    # makes the environment
     .venv/releases/vllm/bin/python bench/vllm_stress.py
 
 Each answer is compared with transformers' answer of every content that the adapter had while the request ran. --stock
@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=20)
     parser.add_argument("--slices", action="store_true", help="layers that hold slices, in place of LoRA")
     parser.add_argument("--stock", action="store_true", help="exported LoRA folders, without s2ft in the server")
+    parser.add_argument("--log", type=Path, help="where the server's log is kept")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     variables = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
@@ -39,7 +40,7 @@ def main() -> None:
         root = Path(folder)
         served = save_contents(root)
         served = export_contents(served) if args.stock else served
-        with vllm_server(served.base, root / "log", options_of(served), variables) as server:
+        with vllm_server(served.base, args.log or root / "log", options_of(served), variables) as server:
             stress = Stress(server, served, root / "changed")
             began = time.perf_counter()
             stress.run(args.rounds, args.clients)
@@ -50,7 +51,7 @@ def report(args: argparse.Namespace, stress: Stress, seconds: float) -> None:
     print(
         f"{args.rounds} changes {dict(stress.changes)}, {args.clients} clients, {seconds:.0f} s: "
         f"{stress.seen.total()} right answers {dict(stress.seen)}, {len(stress.wrong)} wrong, "
-        f"{len(stress.failed)} changes refused"
+        f"{len(stress.failed)} failed"
     )
     for text in [*stress.wrong, *stress.failed][:20]:
         print(" ", text[:300])

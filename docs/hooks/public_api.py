@@ -74,6 +74,9 @@ GROUPS = (
           + _of("s2ft.train.options", "ModelOptions RunOptions")),
     Group("serving", "Serving", "Serve a base model and its adapters over HTTP.",
           _of("s2ft.serve.server", "serve build_app") + _of("s2ft.serve.options", "ServerOptions Limits")),
+    Group("sync", "Slice sync", "Send the trained slices to the engine that generates answers during training.",
+          _of("s2ft.sync", "SliceSender with_slices")
+          + _of("s2ft.sync.agreement", "agreement")),
 )  # fmt: skip
 
 

@@ -51,12 +51,12 @@ class ServeArguments:
         "with --engine vllm: layers hold the trained slices, not LoRA of one rank: adapters need less memory, and have "
         "no limit of 512 rows or columns",
     )
-    slice_units: int | None = option(
+    slice_units: str | None = option(
         None,
-        "with --slices: rows or columns of all adapters that a layer can hold",
-        shown="what the adapters need",
-        metavar="N",
-        least=1,
+        "with --slices: rows or columns of all adapters of a batch that a layer can hold, one number or by projection, "
+        "such as down_proj=512,o_proj=128",
+        shown="what the adapters need, and one more adapter",
+        metavar="UNITS",
     )
     host: str = option("127.0.0.1", "address to listen on; the default is reached from this machine only")
     port: int = option(8000, "port to listen on; 0 takes a free one")
@@ -238,11 +238,13 @@ def serve_by_vllm(job: ServeArguments, options: list[str]) -> None:
     from pathlib import Path
 
     from s2ft.serve import vllm
+    from s2ft.vllm.slices.units import Budget
 
     if not job.adapters:
         raise ValueError("--engine vllm serves adapters: give --adapters")
     if job.slice_units is not None and not job.slices:
         raise ValueError("--slice-units is the budget of --slices: give both")
+    Budget.parse(job.slice_units or "")
     vllm.check_options(options)
     # vLLM replaces this process and reads the folder, which is therefore not removed. It is, if something fails here.
     with tempfile.TemporaryDirectory(prefix="s2ft-vllm-") as target:

@@ -26,7 +26,9 @@ from s2ft.text.adapter_prompts import recorded_format, standalone_template
 from s2ft.text.models import hollow_model, load_model
 from s2ft.text.prompts import PromptFormat
 from s2ft.vllm.compatibility import TESTED, MissingInVLLM, private
+from s2ft.vllm.layers import SWITCH
 from s2ft.vllm.loading import NEEDED
+from s2ft.vllm.slices.units import KINDS, OPTION
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +58,14 @@ class Served:
         name: Name of the adapter.
         folder: Its folder.
         ranks: How many rows or columns of each module it trains.
+        dims: 0 for a module of which rows are trained, 1 for columns.
         prompt: The format of prompts that it was trained with, or None for an adapter that records none.
     """
 
     name: str
     folder: Path
     ranks: Mapping[str, int]
+    dims: Mapping[str, int]
     prompt: PromptFormat | None = None
 
     @property
@@ -85,7 +89,8 @@ class Settings:
         trust_remote_code: Whether code that the model brings along is run.
         in_4bit: Whether bitsandbytes quantizes the weights.
         slices: Whether layers hold slices in place of padded LoRA.
-        units: Budget of units of each layer with `slices`; None for the plugin's default.
+        units: Budget of units of the layers with `slices`, see :mod:`s2ft.vllm.slices.units`; None for what the
+            adapters need.
         options: Further options of vLLM. They replace those that follow from the adapters.
     """
 
@@ -99,7 +104,7 @@ class Settings:
     trust_remote_code: bool = False
     in_4bit: bool = False
     slices: bool = False
-    units: int | None = None
+    units: str | None = None
     options: tuple[str, ...] = ()
 
 
@@ -163,25 +168,24 @@ def _served(name: str, folder: Path, model: nn.Module, model_name: str) -> Serve
             f"it has {next(iter(adapter.extra_weights))} trained in full, and vLLM's adapters have no whole weights: "
             "serve the merged model"
         )
-    ranks = _compared(adapter, model, model_name)
-    return Served(name, folder, ranks, recorded_format(adapter.info, f"adapter {name!r}"))
+    paths = _compared(adapter, model, model_name)
+    ranks: dict[str, int] = {}
+    for projection, delta in adapter.deltas.items():
+        ranks[paths[projection]] = ranks.get(paths[projection], 0) + delta.index.numel()
+    dims = {paths[projection]: delta.dim for projection, delta in adapter.deltas.items()}
+    return Served(name, folder, ranks, dims, recorded_format(adapter.info, f"adapter {name!r}"))
 
 
-def _compared(adapter: Adapter, model: nn.Module, model_name: str) -> dict[str, int]:
-    """Compare an adapter with the base's files. Returns how many rows or columns of each module it trains."""
+def _compared(adapter: Adapter, model: nn.Module, model_name: str) -> dict[str, str]:
+    """Compare an adapter with the base's files. Returns the module of each projection of the base."""
     try:
         with weights_on_disk(model, model_name):
             record = new_attachment(model, adapter.couplings)
     except (OSError, ValueError) as error:  # a checkpoint of pickles, for instance: the plugin compares, too
         logger.info("adapters are compared with the base when vLLM loads them: %s", error)
-        record = new_attachment(model, adapter.couplings)
-        record.fingerprint = None
+        record = new_attachment(model, adapter.couplings)  # it has no fingerprint of a model without weights
     check_fits(adapter, model, record)
-    paths = {projection.name: projection.path for projection in projections_of(record.couplings)}
-    ranks: dict[str, int] = {}
-    for name, delta in adapter.deltas.items():
-        ranks[paths[name]] = ranks.get(paths[name], 0) + delta.index.numel()
-    return ranks
+    return {projection.name: projection.path for projection in projections_of(record.couplings)}
 
 
 def write_template(adapters: Sequence[Served], folder: Path) -> Path | None:
@@ -256,8 +260,8 @@ def launch(adapters: Sequence[Served], directories: Sequence[str], settings: Set
     if "s2ft" not in (names := os.environ.get("VLLM_PLUGINS", "s2ft").split(",")):
         environment["VLLM_PLUGINS"] = ",".join([*filter(None, names), "s2ft"])
     if settings.slices:
-        environment["S2FT_VLLM_SLICES"] = "1"
-        environment |= {} if settings.units is None else {"S2FT_VLLM_UNITS": str(settings.units)}
+        environment[SWITCH] = "1"
+        environment[OPTION] = units_for(adapters) if settings.units is None else settings.units
     return _launch(adapters, settings, template, environment)
 
 
@@ -327,6 +331,27 @@ def sized(adapters: Sequence[Served], slices: bool) -> dict[str, list[str]]:
         "--max-lora-rank": [str(rank)],
         "--lora-target-modules": sorted({path.rpartition(".")[2] for one in adapters for path in one.ranks}),
     }
+
+
+def units_for(adapters: Sequence[Served]) -> str:
+    """Return the budget of units with which every batch of adapters has room, and one more adapter of the largest size.
+
+    Args:
+        adapters: The adapters.
+
+    Returns:
+        The units by projection, for :meth:`s2ft.vllm.slices.units.Budget.parse`.
+    """
+    by_kind: dict[str, dict[str, list[int]]] = {}
+    for one in adapters:
+        for path, rank in one.ranks.items():
+            kind = f"{path.rpartition('.')[2]}:{KINDS[one.dims[path]]}"
+            by_kind.setdefault(kind, {}).setdefault(path, []).append(rank)
+    found = {}
+    for kind, by_path in sorted(by_kind.items()):
+        ranks = [sorted(ranks, reverse=True)[:MOST_IN_BATCH] for ranks in by_path.values()]
+        found[kind] = max(sum(largest) + largest[0] for largest in ranks)
+    return ",".join(f"{kind}={units}" for kind, units in found.items())
 
 
 def check_options(options: Sequence[str]) -> None:

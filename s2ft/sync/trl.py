@@ -212,11 +212,29 @@ def check_has_slices(model: nn.Module) -> None:
         )
 
 
+def uses_vllm(args: tuple, options: Mapping[str, Any]) -> Any:
+    """Return the config among the arguments of a trainer, if it asks for vLLM; else None."""
+    config = options.get("args") or next((one for one in args if hasattr(one, "use_vllm")), None)
+    return config if getattr(config, "use_vllm", False) else None
+
+
+def check_sends_slices(trainer: type, args: tuple, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for a trainer of an attached model that would send all parameters to vLLM.
+
+    In layout `permuted` the base's units are in another order, and vLLM knows no parameter of a slice.
+    """
+    if uses_vllm(args, options) is not None and not hasattr(trainer, "slice_sender"):
+        raise ValueError(
+            "use_vllm: TRL would send the parameters of the attached model, whose names and order vLLM does not know: "
+            f"use s2ft.sync.with_slices({trainer.__name__}), which sends the trained slices"
+        )
+
+
 @contextmanager
 def _making(trainer: _Slices, module: ModuleType, args: tuple, options: dict[str, Any]) -> Iterator[None]:
     """Inside, a module of TRL makes engines that take slices, and clients that need no NCCL."""
-    config = options.get("args") or next((one for one in args if hasattr(one, "vllm_mode")), None)
-    if not getattr(config, "use_vllm", False):
+    config = uses_vllm(args, options)
+    if config is None:
         yield
         return
     if getattr(config, "vllm_enable_sleep_mode", False):

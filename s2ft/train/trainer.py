@@ -29,6 +29,7 @@ from s2ft.attached.hosts.compiled import unwrapped
 from s2ft.attached.hosts.sentence_transformers import check_rest_frozen
 from s2ft.attached.record import attachment_of
 from s2ft.distributed import all_ranks, run_on_ranks, wait_for_ranks
+from s2ft.sync.trl import check_sends_slices
 from s2ft.train import optimizer_state, zero_state
 from s2ft.train.checkpoints import UNFINISHED, damage, move_into_place, newest_valid, ranks_of
 
@@ -69,6 +70,7 @@ class AdapterCheckpoints:
     _temporary: Path | None = None  # the folder in which a checkpoint is being written
 
     def __init__(self, *args: Any, **options: Any) -> None:
+        check_sends_slices(type(self), args, options)
         with _optimizer_of_split_model(*args, **options) as only_model:
             super().__init__(*args, **options)
         self.args.save_only_model = only_model  # a trainer may have made a copy of the arguments

@@ -1,7 +1,7 @@
 """Adapters that clients name in a request before anyone has loaded them.
 
 vLLM asks its resolvers for a model name that it does not know, if VLLM_ALLOW_RUNTIME_LORA_UPDATING is 1. This one finds
-adapters in one directory (S2FT_VLLM_ADAPTERS) and on the hub, among owners and repositories of a list (S2FT_VLLM_HUB).
+adapters in directories (S2FT_VLLM_ADAPTERS) and on the hub, among owners and repositories of a list (S2FT_VLLM_HUB).
 Without either variable it is not there.
 """
 
@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 import re
+from collections.abc import Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ FEATURE = "adapters by the name in a request"
 NAME = "S²FT"
 DIRECTORY, HUB, ALLOWED = "S2FT_VLLM_ADAPTERS", "S2FT_VLLM_HUB", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 SERVING = "vllm.entrypoints.openai.models.serving"
-FOLDER = re.compile(r"[\w][\w.\- ]*")  # no separator and no leading dot: the name can't lead out of the directory
+# No separator and no leading dot: the name can't lead out of the directory. Longer ones no file system has.
+FOLDER = re.compile(r"\w[\w.\- ]{0,199}")
 
 
 def install() -> None:
@@ -34,10 +36,10 @@ def install() -> None:
         ValueError: S2FT_VLLM_ADAPTERS is no directory, or S2FT_VLLM_HUB has an entry that is no name on the hub.
         MissingInVLLM: This release of vLLM has no resolvers.
     """
-    directory, hub = os.environ.get(DIRECTORY), os.environ.get(HUB)
-    if not directory and not hub:
+    directories, hub = os.environ.get(DIRECTORY), os.environ.get(HUB)
+    if not directories and not hub:
         return
-    resolver = make_resolver(None if not directory else Path(directory), _entries(hub or ""))
+    resolver = make_resolver([Path(one) for one in (directories or "").split(os.pathsep) if one], _entries(hub or ""))
     private("vllm.lora.resolver", "LoRAResolverRegistry").register_resolver(NAME, resolver)
     when_imported(SERVING, FEATURE, _say_why)
     if not private("vllm", "envs").VLLM_ALLOW_RUNTIME_LORA_UPDATING:
@@ -53,21 +55,22 @@ def _entries(text: str) -> frozenset[str]:
     return frozenset(entries)
 
 
-def make_resolver(directory: Path | None, hub: frozenset[str]) -> Any:
+def make_resolver(directories: Sequence[Path], hub: frozenset[str]) -> Any:
     """Make the resolver.
 
     Args:
-        directory: The directory whose adapters can be named; None for none.
+        directories: The directories whose adapters can be named. The first one that has a name gives the adapter.
         hub: Owners and repositories on the hub whose adapters can be named.
 
     Returns:
         A LoRAResolver of vLLM.
 
     Raises:
-        ValueError: The directory does not exist.
+        ValueError: A directory does not exist.
     """
-    if directory is not None and not directory.is_dir():
-        raise ValueError(f"{DIRECTORY} must be a directory of adapters, and {directory} is none")
+    for directory in directories:
+        if not directory.is_dir():
+            raise ValueError(f"{DIRECTORY} must name directories of adapters, and {directory} is none")
     request = private("vllm.lora.request", "LoRARequest")
 
     class S2FTResolver(private("vllm.lora.resolver", "LoRAResolver")):
@@ -77,7 +80,7 @@ def make_resolver(directory: Path | None, hub: frozenset[str]) -> Any:
             self.requests: dict[str, Any] = {}
 
         async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
-            path = await asyncio.to_thread(path_of, lora_name, directory, hub, base_model_name)
+            path = await asyncio.to_thread(path_of, lora_name, directories, hub, base_model_name)
             if path is None:
                 return None
             self.requests[lora_name] = request(lora_name=lora_name, lora_int_id=1, lora_path=path)  # vLLM sets the id
@@ -86,12 +89,12 @@ def make_resolver(directory: Path | None, hub: frozenset[str]) -> Any:
     return S2FTResolver()
 
 
-def path_of(name: str, directory: Path | None, hub: frozenset[str], base: str) -> str | None:
+def path_of(name: str, directories: Sequence[Path], hub: frozenset[str], base: str) -> str | None:
     """Find the adapter that a client names.
 
     Args:
         name: The name.
-        directory: See :func:`make_resolver`.
+        directories: See :func:`make_resolver`.
         hub: See :func:`make_resolver`.
         base: The served model, as vLLM was started with it.
 
@@ -99,7 +102,7 @@ def path_of(name: str, directory: Path | None, hub: frozenset[str], base: str) -
         A folder or a name on the hub, for vLLM's LoRARequest; None if there is no such adapter, or it says that it is
         of another base.
     """
-    path = _in_directory(name, directory) if directory is not None else None
+    path = next(filter(None, (_in_directory(name, directory) for directory in directories)), None)
     if path is None and _on_list(name, hub):
         path = name
     folder = None if path is None else folder_of(path)
@@ -113,7 +116,10 @@ def _in_directory(name: str, directory: Path) -> str | None:
     if not FOLDER.fullmatch(name):
         return None
     folder = directory / name
-    inside = folder.is_dir() and folder.resolve().is_relative_to(directory.resolve())
+    try:
+        inside = folder.is_dir() and folder.resolve().is_relative_to(directory.resolve())
+    except OSError:  # a name that is too long in its bytes
+        return None
     return str(folder) if inside else None
 
 

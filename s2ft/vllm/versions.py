@@ -10,6 +10,10 @@ Here the path names the content too: `FOLDER#s2ft-` and a digest of the adapter'
 tensors. The prefix cache therefore distinguishes contents. An adapter that is loaded in place has a new number, and
 running requests keep the old one. Workers keep the file of an adapter open, so that they can read the old content
 again after the folder was replaced or deleted.
+
+Two numbers of one name can then share a batch, as they can in vLLM after an unload and a load. vLLM takes two requests
+for the same adapter if the names are equal, puts one of them alone into the batch, and ends with a KeyError at the
+tokens of the other. Here the number counts, too.
 """
 
 import asyncio
@@ -41,8 +45,19 @@ def install() -> None:
     Raises:
         MissingInVLLM: This release of vLLM has no such modules.
     """
+    when_imported("vllm.lora.request", FEATURE, _compare_numbers)
     when_imported("vllm.v1.engine.async_llm", FEATURE, _name_contents)
     when_imported("vllm.lora.worker_manager", FEATURE, _read_contents)
+
+
+def _compare_numbers() -> None:
+    request = private("vllm.lora.request", "LoRARequest")
+
+    def key(one: Any) -> tuple[str, int]:
+        return one.lora_name, one.lora_int_id
+
+    request.__eq__ = lambda self, other: isinstance(other, request) and key(self) == key(other)
+    request.__hash__ = lambda self: hash(key(self))
 
 
 def _name_contents() -> None:

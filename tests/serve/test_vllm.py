@@ -13,6 +13,7 @@ from s2ft.adapter.formats import lora
 from s2ft.cli.main import main
 from s2ft.serve import vllm
 from s2ft.text.prompts import PromptFormat
+from s2ft.vllm.slices.units import Budget, Extent
 
 UNTIED = dict(tie_word_embeddings=False)
 
@@ -47,9 +48,10 @@ def serve(work, *words, adapters="adapters"):
 
 
 def served(name, folder="f", prompt=None, **ranks):
-    return vllm.Served(
-        name, folder, {f"model.layers.{i}.{path}": n for i, (path, n) in enumerate(ranks.items())}, prompt
-    )
+    """An adapter that trains so many rows or columns of modules of layer 0."""
+    found = {f"model.layers.0.{path}": n for path, n in ranks.items()}
+    dims = {path: int(path.endswith(("o_proj", "down_proj"))) for path in found}
+    return vllm.Served(name, folder, found, dims, prompt)
 
 
 def value(line, option):
@@ -76,10 +78,19 @@ def test_slices_need_no_rank():
         vllm.sized(adapters, slices=False)
 
 
+def test_units_of_slices_hold_every_batch_and_one_more_adapter():
+    adapters = [served("a", down_proj=10, q_proj=4), served("b", down_proj=30), served("c", o_proj=2)]
+    text = vllm.units_for(adapters)
+    assert text == "down_proj:inputs=70,o_proj:inputs=4,q_proj:outputs=8"
+    budget = Budget.parse(text)
+    assert budget.units("down_proj", [Extent("down_proj", 100, 100)], 1, True, 3, 1) == 70
+    assert budget.units("qkv_proj", [Extent(name, 64, 64) for name in ("q_proj", "k_proj")], 0, True, 3, 1) == 8
+
+
 def test_the_command_line_and_the_variables(tmp_path, monkeypatch):
     monkeypatch.delenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", raising=False)
     monkeypatch.setattr(vllm, "find_distribution", lambda package: "0.32.0")
-    settings = vllm.Settings("m", "base", key="key", slices=True, units=9, in_4bit=True, revision="v2")
+    settings = vllm.Settings("m", "base", key="key", slices=True, units="9", in_4bit=True, revision="v2")
     launch = vllm.launch([served("a", "x", o_proj=1), served("b", "y", o_proj=2)], [tmp_path], settings, tmp_path / "t")
     line = launch.command
     assert line[:5] == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", "m"] and "key" not in line
@@ -131,6 +142,7 @@ def test_a_free_port(work, launched):
         (["--max-batch-size=16"], "--max-batch-size is for --engine transformers; for vLLM: -- --max-num-seqs N"),
         (["--load-in-8bit"], "--load-in-8bit is for --engine transformers"),
         (["--slice-units", "3"], "give both"),
+        (["--slices", "--slice-units", "x"], "S2FT_VLLM_UNITS has 'x': give a number of units for every layer"),
         (["--", "--host", "h"], "--host can't be passed on to vLLM: use --host of s2ft serve"),
         (["--", "--lora_modules", "a=b"], "use --adapters NAME=DIR"),
     ),

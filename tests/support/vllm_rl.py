@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -20,8 +21,9 @@ RATIOS = dict(q_ratio=0.13, v_ratio=0.26, o_ratio=0.13, u_ratio=0.02, g_ratio=0.
 
 def save_base(folder, dtype="float32"):
     """Write a tiny LLaMA with a tokenizer."""
-    from support.vllm_models import tiny_llama
     from train.tiny import tiny_tokenizer
+
+    from support.vllm_models import tiny_llama
 
     model = tiny_llama(initializer_range=0.05).to(getattr(torch, dtype))
     model.save_pretrained(folder)
@@ -225,13 +227,13 @@ def agreement(folder, dtype="float32"):
 class Worker:
     """Gives AsyncGRPOTrainer made-up answers, and compares the server's greedy answers with the trainer's."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, folder: str) -> None:
         import queue
 
         from support.vllm_server import Server
 
         self.rollout_buffer, self.metrics_queue = queue.Queue(), queue.Queue()
-        self.server, self.trainer, self.equal = Server(url, Path()), None, []
+        self.server, self.trainer, self.folder, self.equal = Server(url, Path()), None, folder, []
 
     def start(self) -> None:
         self.fill(1)
@@ -243,9 +245,13 @@ class Worker:
         pass
 
     def update_model_version(self, version: int) -> None:
+        from transformers import AutoModelForCausalLM
+
         from support.vllm_models import PROMPTS, answers
 
-        model = merged_model(self.trainer.model)
+        merged = merged_model(self.trainer.model).state_dict()
+        model = AutoModelForCausalLM.from_pretrained(self.folder)  # the trainer's attention is for packed rows
+        model.load_state_dict(merged)
         self.equal.append([self.server.complete("base", prompt) for prompt in PROMPTS] == answers(model))
         self.fill(version)
 
@@ -253,7 +259,7 @@ class Worker:
         import numpy as np
         from trl.experimental.async_grpo.async_rollout_worker import RolloutSample
 
-        for number in range(8):
+        for number in range(32):
             ids = np.random.default_rng(number).integers(3, 250, 20)
             mask = np.arange(20) >= 8
             messages = [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "b"}]
@@ -266,21 +272,41 @@ class Worker:
             )
 
 
+def attention(q, k, v, starts_q, starts_k, *_, softmax_scale=None, **__):
+    """Causal attention of packed rows on the CPU, in place of flash attention: q, k and v are [tokens, heads, size]."""
+    found = []
+    for row in range(len(starts_q) - 1):
+        rows = [one[a:b].transpose(0, 1) for one, (a, b) in zip((q, k, v), _spans(starts_q, starts_k, row))]
+        length, width = rows[0].shape[1], rows[1].shape[1]
+        mask = torch.ones(length, width, dtype=torch.bool).tril(width - length)
+        options = dict(attn_mask=mask, scale=softmax_scale, enable_gqa=True)
+        found.append(torch.nn.functional.scaled_dot_product_attention(*rows, **options).transpose(0, 1))
+    return torch.cat(found)
+
+
+def _spans(starts_q, starts_k, row):
+    of_q, of_k = ((int(starts[row]), int(starts[row + 1])) for starts in (starts_q, starts_k))
+    return of_q, of_k, of_k
+
+
 def async_grpo(folder, url, form="permuted"):
     """Train by TRL's AsyncGRPOTrainer, which makes the model itself. The server answers as the merged model does."""
     from datasets import Dataset
-    from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
+    from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer, async_grpo_trainer, packing
 
     import s2ft
     from s2ft.peft import S2FTPeftConfig
     from s2ft.sync import with_slices
 
+    packing._flash_attn = lambda: SimpleNamespace(flash_attn_varlen_func=attention)
+    async_grpo_trainer.get_peak_flops_per_device = lambda *_: None  # TRL asks for the name of a GPU
     args = AsyncGRPOConfig(
         output_dir=f"{folder}-async", max_steps=3, learning_rate=3e-3, report_to="none", use_cpu=True, bf16=False,
         vllm_server_base_url=url, save_strategy="no", per_device_train_batch_size=2, gradient_accumulation_steps=1,
-        weight_sync_steps=1, dtype="float32",
+        weight_sync_steps=1,
+        token_budget=64, dtype="float32",
     )  # fmt: skip
-    worker = Worker(url)
+    worker = Worker(url, folder)
     peft = {"peft_config": S2FTPeftConfig(**RATIOS, task_type="CAUSAL_LM")} if form == "peft" else {}
     trainer = with_slices(AsyncGRPOTrainer)(
         model=folder,
@@ -299,9 +325,10 @@ def async_grpo(folder, url, form="permuted"):
 
 def command(folder, output, *options):
     """Run `s2ft grpo --use-vllm true` for four updates, two of them after a resume."""
+    from train.tiny import write_jsonl
+
     from s2ft.cli.main import main
     from s2ft.train.rl_trainers import GRPORunTrainer
-    from train.tiny import write_jsonl
 
     found, log = [], GRPORunTrainer.log
 
@@ -312,12 +339,15 @@ def command(folder, output, *options):
     GRPORunTrainer.log = watched
     rows = [{"question": f"{a}+1=", "answer": str(a + 1)} for a in range(8)]
     data = write_jsonl(Path(f"{output}.jsonl"), rows)
-    words = ["grpo", "--model", folder, "--data", str(data), "--rewards", "answer_equal", "--output", output]
+    mine = Path(f"{output}.py")
+    mine.write_text("def longer(completions, **_):\n    return [len(set(c[0]['content'])) / 8 for c in completions]\n")
+    words = ["grpo", "--model", folder, "--data", str(data), "--rewards", f"{mine}:longer", "--output", output]
     words += ["--d-ratio", "0.1", "--v-ratio", "0.3", "--batch-size", "8", "--num-generations", "4", "--max-steps", "4"]
-    words += ["--max-completion-length", "8", "--use-vllm", "true", "--save-steps", "2", "--eval-steps", "2"]
-    words += ["--learning-rate", "1e-2", *options]
-    main([*words, "--stop-after", "2"])
-    main([*words, "--resume"])
+    words += ["--max-completion-length", "8", "--use-vllm", "true", "--save-steps", "2"]
+    words += ["--eval-data", str(data), "--eval-strategy", "steps", "--eval-steps", "2", "--learning-rate", "1e-2"]
+    words += options
+    assert main([*words, "--stop-after", "2"]) == 0
+    assert main([*words, "--resume"]) == 0
     steps = max(json.loads(line)["step"] for line in (Path(output) / "log.jsonl").read_text().splitlines())
     print(json.dumps({"steps": steps, "logp": max(one for one in found if one is not None)}))
 

@@ -56,13 +56,15 @@ class Server:
         status, answer = self.post("v1/completions", {"model": model, "prompt": list(prompt), **fields})
         return answer["choices"][0]["token_ids"] if status == 200 else f"HTTP {status}: {answer}"
 
-    def answers(self, models: Iterable[str], prompts: Sequence[Sequence[int]]) -> dict[str, list[list[int] | str]]:
+    def answers(
+        self, models: Iterable[str], prompts: Sequence[Sequence[int]], tokens: int = TOKENS
+    ) -> dict[str, list[list[int] | str]]:
         """Send all prompts to all models at once, so that they share batches. Returns the answers of each model."""
         with ThreadPoolExecutor(32) as pool:
             jobs = {name: [] for name in models}
             for prompt in prompts:
                 for name in jobs:
-                    jobs[name].append(pool.submit(self.complete, name, prompt))
+                    jobs[name].append(pool.submit(self.complete, name, prompt, tokens))
             return {name: [job.result() for job in of_name] for name, of_name in jobs.items()}
 
     def checksums(self) -> dict[str, str]:

@@ -27,7 +27,7 @@ RATIOS = dict(d_ratio=0.08, u_ratio=0.03, o_ratio=0.13, v_ratio=0.3)
 PROMPTS = [torch.randint(3, 512, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (40, 55, 70, 100)]
 # Fewer places in the batch and in host memory than adapters, so that adapters are read again from their folders
 SMALL = ["--max-loras", "2", "--max-cpu-loras", "2"]
-CACHE = ["--block-size", "16", "--enable-prefix-caching"]
+CACHE = ["--block-size", "32", "--enable-prefix-caching"]
 
 
 def save_contents(folder: Path) -> Served:
@@ -79,6 +79,7 @@ class Stress:
         seen: How many answers there were, by content.
         wrong: Descriptions of wrong answers.
         changes: How many changes there were, by kind.
+        failed: Changes that the server refused, and requests that it did not answer. The first one ends the run.
     """
 
     server: Server
@@ -104,8 +105,10 @@ class Stress:
         for thread in threads:
             thread.start()
         try:
-            for number in range(rounds):
-                self._change(number, draw)
+            for _ in range(rounds):
+                if self.failed:
+                    break
+                self._change(draw)
                 self._wait_for(draw.randint(2, clients))
         finally:
             self.done.set()
@@ -114,11 +117,12 @@ class Stress:
 
     # ---- changes -------------------------------------------------------------------------------------
 
-    def _change(self, number: int, draw: random.Random) -> None:
+    def _change(self, draw: random.Random) -> None:
         """Load the adapter if it is away; else replace it in place, by an unload and a load, or remove it."""
         current = self.spells[-1].content
         content = draw.choice([name for name in CONTENTS if name != current])
-        kind = "load" if current is None else ("replace in place", "replace", "remove")[number % 3]
+        others = self.changes.total() - self.changes["load"]
+        kind = "load" if current is None else ("replace in place", "replace", "remove")[others % 3]
         self.changes[kind] += 1
         if kind in ("replace", "remove"):
             with self._spell(None):
@@ -151,7 +155,10 @@ class Stress:
             before.end = time.monotonic()
 
     def _post(self, path: str, **body: object) -> None:
-        status, answer = self.server.post(path, body)
+        try:
+            status, answer = self.server.post(path, body)
+        except OSError as error:
+            status, answer = 0, error
         if status != 200:
             self.failed.append(f"{path} {body}: HTTP {status}: {answer}")
 
@@ -168,7 +175,11 @@ class Stress:
         while not self.done.is_set():
             name = draw.choice(("base", *STEADY, CHANGED, CHANGED, CHANGED))
             number, begin = draw.randrange(len(PROMPTS)), time.monotonic()
-            answer = self.server.complete(name, PROMPTS[number])
+            try:
+                answer = self.server.complete(name, PROMPTS[number])
+            except OSError as error:  # the server ended
+                self.failed.append(f"{name}: {type(error).__name__}: {error}")
+                return
             end = time.monotonic()
             with self.lock:
                 self._judge(name, number, answer, begin, end)

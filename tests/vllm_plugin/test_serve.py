@@ -12,35 +12,28 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 SMALL = "--max-model-len 256 --max-num-seqs 16 --max-num-batched-tokens 512 --enforce-eager --skip-tokenizer-init"
 
 
-@pytest.fixture(scope="module")
-def folder(served, tmp_path_factory):
-    """A directory with two of the three adapters."""
-    folder = tmp_path_factory.mktemp("adapters")
+@pytest.fixture(scope="module", params=["LoRA", "slices"])
+def serving(served, tmp_path_factory, request):
+    """A directory with two of the three adapters, and the server, which has the third under another name."""
+    work, port = tmp_path_factory.mktemp("serving"), free_port()
     for name in ("down-o", "wide"):
-        shutil.copytree(served.adapters / name, folder / name)
-    return folder
+        shutil.copytree(served.adapters / name, work / "adapters" / name)
+    adapters = [work / "adapters", f"third={served.adapters / 'other'}"]
+    command = [sys.executable, "-m", "s2ft.cli", "serve", "--engine", "vllm", "--model", served.base]
+    options = ["--adapters", *adapters, "--port", port, "--served-model-name", "base", "--dtype", "float32"]
+    slices = ["--slices"] if request.param == "slices" else []
+    with started([*map(str, [*command, *options, *slices, "--", *SMALL.split()])], port, work / "log") as server:
+        yield work / "adapters", server
 
 
-@pytest.fixture(scope="module")
-def server(served, folder, tmp_path_factory):
-    """The server, with the third adapter under another name."""
-    port = free_port()
-    adapters = [folder, f"third={served.adapters / 'other'}"]
-    command = [
-        sys.executable,
-        "-m",
-        "s2ft.cli",
-        "serve",
-        "--model",
-        served.base,
-        "--engine",
-        "vllm",
-        "--adapters",
-        *adapters,
-    ]
-    options = ["--port", port, "--served-model-name", "base", "--dtype", "float32", "--", *SMALL.split()]
-    with started([*map(str, [*command, *options])], port, tmp_path_factory.mktemp("log") / "log") as server:
-        yield server
+@pytest.fixture
+def server(serving):
+    return serving[1]
+
+
+@pytest.fixture
+def folder(serving):
+    return serving[0]
 
 
 def test_three_adapters_and_the_base_share_batches(served, server):

@@ -22,6 +22,7 @@ class Request:
     lora_path: str
     lora_int_id: int = 1
     load_inplace: bool = False
+    lora_name: str = "a"
 
 
 @pytest.fixture
@@ -132,7 +133,20 @@ def vllm_modules(monkeypatch):
             loaded.append(lora_request.lora_path)
             return lora_request.lora_int_id
 
-    for name, kind in (("vllm.v1.engine.async_llm", AsyncLLM), ("vllm.lora.worker_manager", WorkerLoRAManager)):
+    class LoRARequest(Request):
+        """Equal to another one of its name, as in vLLM."""
+
+        def __eq__(self, other):
+            return self.lora_name == other.lora_name
+
+        def __hash__(self):
+            return hash(self.lora_name)
+
+    for name, kind in (
+        ("vllm.v1.engine.async_llm", AsyncLLM),
+        ("vllm.lora.worker_manager", WorkerLoRAManager),
+        ("vllm.lora.request", LoRARequest),
+    ):
         module = ModuleType(name)
         setattr(module, kind.__name__, kind)
         monkeypatch.setitem(sys.modules, name, module)
@@ -147,6 +161,11 @@ def test_an_adapter_that_is_loaded_in_place_gets_a_number_of_its_own(folder, vll
         asyncio.run(engine().add_lora(request))
     assert added == requests and {request.lora_path for request in added} == {versions.with_version(str(folder))}
     assert len({request.lora_int_id for request in added}) == 3 and not any(one.load_inplace for one in added)
+
+
+def test_two_numbers_of_one_name_are_two_adapters_of_a_batch(vllm_modules):
+    request = sys.modules["vllm.lora.request"].LoRARequest
+    assert len({request("x"), request("y"), request("x", 2), request("x", 2, lora_name="b")}) == 3
 
 
 def test_a_lora_is_left_alone(tmp_path, vllm_modules):

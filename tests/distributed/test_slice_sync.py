@@ -1,0 +1,115 @@
+"""A sharded model sends the slices that one process sends: every rank takes part, and the first one sends."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from export.test_streamed import randomize
+from runs import sharded
+from support.checkpoint_engine import CheckpointEngine, app_of, serving, tensors_of
+from support.models import ALL_RATIOS, model_of, ratios_for
+from transformers import AutoModelForCausalLM
+
+import s2ft
+from s2ft.sync import EngineError, SliceSender
+
+CASES = [
+    ("llama-grouped", "permuted", "fsdp"),
+    ("mixtral", "indexed", "fsdp first"),
+    ("gpt2", "permuted", "ddp"),
+    ("llama-biased", "permuted", "tp"),
+]
+SLOW = [
+    ("mixtral", "permuted", "fsdp"),
+    ("qwen2-grouped-tied", "indexed", "fsdp"),
+    ("llama-grouped", "indexed", "tp"),
+    ("phi3", "permuted", "fsdp first"),
+]
+
+
+def spread(folder, how):
+    options = {}
+    if how == "tp":
+        from transformers.distributed import DistributedConfig
+
+        options = {"distributed_config": DistributedConfig(tp_size=dist.get_world_size())}
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", **options)
+    if how == "fsdp first":
+        model = sharded(model)
+    s2ft.load_adapter(model, folder / "adapter", trainable=True)
+    if how == "fsdp":
+        return sharded(model)
+    return torch.nn.parallel.DistributedDataParallel(model) if how == "ddp" else model
+
+
+def send(rank, folder, how, url):
+    model = spread(folder, how)
+    with SliceSender(model, url, timeout=60) as sender:
+        sent = sender.sync()
+        again = sender.sync()
+        same = torch.equal(sender.slices.buffer(), torch.load(folder / "expected.pt"))
+    return same and sent.nbytes == again.nbytes
+
+
+def prepare(case, layout, folder):
+    """Save the base, an adapter for it, and the numbers that one process sends."""
+    from s2ft.sync import TrainedSlices
+
+    model = model_of(case)
+    model.save_pretrained(folder / "base")
+    s2ft.attach(model, s2ft.S2FTConfig(**ratios_for(case, ALL_RATIOS), layout=layout))
+    randomize(model)
+    s2ft.save_adapter(model, folder / "adapter")
+    slices = TrainedSlices.of(model)
+    torch.save(slices.buffer(), folder / "expected.pt")
+    s2ft.merge(model).save_pretrained(folder / "merged")
+
+
+@pytest.mark.parametrize("case, layout, how", [*CASES, *(pytest.param(*one, marks=pytest.mark.slow) for one in SLOW)])
+def test_ranks_send_what_one_process_sends(ranks, case, layout, how, tmp_path):
+    prepare(case, layout, tmp_path)
+    engine = CheckpointEngine(tmp_path / "base")
+    written = []
+    update = engine._update
+
+    def watched(info):
+        update(info)
+        written.append({name: tensor.clone() for name, tensor in engine.weights.items()})
+
+    engine._update = watched
+    with serving(app_of(engine)) as url:
+        assert ranks(send, tmp_path, how, url) == [True, True]
+    merged, base = tensors_of(tmp_path / "merged"), tensors_of(tmp_path / "base")
+    assert len(written) == 3 and engine.calls.count("init") == 1
+    for tensors, expected in zip(written, (merged, merged, base)):
+        assert [name for name in expected if not torch.equal(tensors[name], expected[name])] == []
+
+
+def refused(rank, folder, url):
+    model = spread(folder, "ddp")
+    try:
+        SliceSender(model, url, timeout=60).sync()
+    except (EngineError, RuntimeError) as error:
+        return str(error)
+
+
+def test_the_refusal_of_the_engine_is_an_error_on_every_rank(ranks, tmp_path):
+    prepare("llama-grouped", "permuted", tmp_path)
+    engine = CheckpointEngine(tmp_path / "base")
+    engine.weights["model.layers.0.mlp.down_proj.weight"] += 1
+    with serving(app_of(engine)) as url:
+        first, second = ranks(refused, tmp_path, url)
+    assert "is of another base" in first and "rank 0 failed" in second and "is of another base" in second
+
+
+def protocol(rank, folder, url):
+    model = spread(folder, "fsdp")
+    if rank == 0:
+        with pytest.raises(RuntimeError, match="spread over ranks.*with_slices"):
+            SliceSender(model, url).init_weight_transfer()
+    dist.barrier()
+    return True
+
+
+def test_trl_calls_the_first_rank_alone_which_can_not_gather(ranks, tmp_path):
+    prepare("llama-grouped", "permuted", tmp_path)
+    assert ranks(protocol, tmp_path, "http://localhost:1") == [True, True]
