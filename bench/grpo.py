@@ -49,7 +49,7 @@ def run(options: argparse.Namespace, seed: int, dtype: str) -> dict[str, Any]:
     from s2ft.train.output import RunFolder, read_log
     from s2ft.train.rewards import checked
     from s2ft.train.rl_trainers import GRPORunTrainer
-    from s2ft.vllm.scoring import agreement_on_base
+    from s2ft.vllm.scoring import scored_on_base
 
     model, tokenizer = load_model(options.model or default_model(), dtype)
     held_out = example.problems(held_out=True)
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace, seed: int, dtype: str) -> dict[str, Any]:
             trainer.train()
             seconds = time.perf_counter() - began
             scored = spread(rollouts, options.scored)
-            on_base = agreement_on_base(trainer, scored)
+            on_base = scored_on_base(trainer, scored)
             after = trained_scores(trainer, tokenizer, held_out, example)
         log = read_log(folder.log)
     return {
@@ -90,7 +90,8 @@ def run(options: argparse.Namespace, seed: int, dtype: str) -> dict[str, Any]:
         "steps": [{"step": one.step, **one.agreement._asdict()} for one in rollouts],
         "all_steps": joint_agreement(rollouts)._asdict(),
         "training": joint_agreement(scored)._asdict(),
-        "base": on_base._asdict(),
+        "base": joint_agreement(on_base)._asdict(),
+        "base_steps": [{"step": one.step, **one.agreement._asdict()} for one in on_base],
     }
 
 
@@ -171,6 +172,9 @@ def show(results: list[dict[str, Any]]) -> None:
                 f"    {title:28s}{apart['tokens']:>8,} tokens: mean {apart['mean']:.2e}, "
                 f"99.9 % {apart['quantile']:.2e}, max {apart['max']:.2e}"
             )
+        on_base = {step["step"]: step["mean"] for step in one["base_steps"]}
+        ratios = [step["mean"] / on_base[step["step"]] for step in one["steps"] if step["step"] in on_base]
+        print(f"    mean of a step, trained to base: {min(ratios):.2f} to {max(ratios):.2f} times")
 
 
 def main() -> None:

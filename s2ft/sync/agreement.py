@@ -145,23 +145,20 @@ def _rollout(step: int, output: dict[str, Any]) -> Rollout:
     return Rollout(step, *(output[name].detach().cpu().clone() for name in names + numbers))
 
 
-def joint_agreement(
-    rollouts: Sequence[Rollout], trainer: Sequence[Tensor] | None = None, engine: Sequence[Tensor] | None = None
-) -> Agreement:
+def joint_agreement(rollouts: Sequence[Rollout]) -> Agreement:
     """Compare the log-probabilities of all tokens of several rollouts.
 
     Args:
         rollouts: The rollouts.
-        trainer: Other log-probabilities of each rollout by the trainer. Default: those of the rollouts.
-        engine: The same by the engine.
+
+    Returns:
+        The differences over all tokens.
 
     Raises:
         ValueError: There is no token to compare.
     """
-    trainer = [one.trainer for one in rollouts] if trainer is None else trainer
-    engine = [one.engine for one in rollouts] if engine is None else engine
-    flat = (torch.cat([one.double().flatten() for one in each]) for each in (trainer, engine))
-    return agreement(*flat, torch.cat([one.answer_mask.flatten() for one in rollouts]))
+    names = ("trainer", "engine", "answer_mask")
+    return agreement(*(torch.cat([getattr(one, name).double().flatten() for one in rollouts]) for name in names))
 
 
 @torch.no_grad()

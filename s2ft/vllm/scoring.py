@@ -1,11 +1,12 @@
 """Log-probabilities of given tokens by vLLM's LLM, and how well trainer and engine agree on the base."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from s2ft.attached.reference import without_trainable
 from s2ft.model.modes import evaluation_mode
-from s2ft.sync.agreement import Agreement, Rollout, joint_agreement, trainer_logprobs
+from s2ft.sync.agreement import Rollout, trainer_logprobs
 
 
 def engine_logprobs(llm: Any, sequences: Sequence[tuple[list[int], list[int]]]) -> list[list[float]]:
@@ -29,10 +30,11 @@ def engine_logprobs(llm: Any, sequences: Sequence[tuple[list[int], list[int]]]) 
     ]
 
 
-def agreement_on_base(trainer: Any, rollouts: Sequence[Rollout]) -> Agreement:
-    """Compare trainer and engine under the base, on the tokens of rollouts.
+def scored_on_base(trainer: Any, rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """Score the tokens of rollouts with the base, by trainer and engine.
 
-    No slices take part. So this is how far the two programs are apart, and trained weights may be no further apart.
+    No slices take part. So these log-probabilities differ as the two programs do, and those of trained weights should
+    differ no more.
 
     Args:
         trainer: The trainer after its training, with an attached model and vLLM in the same process. Its engine has
@@ -40,10 +42,10 @@ def agreement_on_base(trainer: Any, rollouts: Sequence[Rollout]) -> Agreement:
         rollouts: Rollouts of :func:`s2ft.sync.agreement.keep_rollouts`.
 
     Returns:
-        The differences over all tokens.
+        The rollouts with the log-probabilities of the base.
     """
     llm = trainer.vllm_generation.llm
     by_engine = [one.padded(engine_logprobs(llm, one.sequences())) for one in rollouts]
     with evaluation_mode(trainer.model), without_trainable(trainer.model):
         by_trainer = [trainer_logprobs(trainer, one) for one in rollouts]
-    return joint_agreement(rollouts, by_trainer, by_engine)
+    return [replace(one, trainer=ours, engine=its) for one, ours, its in zip(rollouts, by_trainer, by_engine)]

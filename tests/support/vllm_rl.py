@@ -206,8 +206,10 @@ def server(folder, url, kind="grpo", form="permuted", dtype="float32"):
 
 def agreement(folder, dtype="float32"):
     """Train, and compare log-probabilities: with the slices, under the base, and with an engine that got no slices."""
+    from dataclasses import replace
+
     from s2ft.sync.agreement import joint_agreement, keep_rollouts
-    from s2ft.vllm.scoring import agreement_on_base, engine_logprobs
+    from s2ft.vllm.scoring import engine_logprobs, scored_on_base
 
     trainer = trainer_of("grpo", "permuted", folder, dtype, f"{folder}-out")
     kept = keep_rollouts(trainer)
@@ -216,9 +218,9 @@ def agreement(folder, dtype="float32"):
     stale = last.padded(engine_logprobs(trainer.vllm_generation.llm, last.sequences()))
     found = {
         "trained": joint_agreement(kept),
-        "base": agreement_on_base(trainer, kept),
+        "base": joint_agreement(scored_on_base(trainer, kept)),
         "last": last.agreement,
-        "stale": joint_agreement([last], engine=[stale]),
+        "stale": replace(last, engine=stale).agreement,
     }
     steps = [one.step for one in kept]
     print(json.dumps({"steps": steps, **{name: one._asdict() for name, one in found.items()}}))

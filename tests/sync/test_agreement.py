@@ -8,7 +8,7 @@ from datasets import Dataset
 from train.tiny import tiny_model, tiny_tokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-from s2ft.sync.agreement import Rollout, agreement, keep_rollouts, trainer_logprobs
+from s2ft.sync.agreement import Rollout, agreement, joint_agreement, keep_rollouts, trainer_logprobs
 
 NAN = float("nan")
 
@@ -64,6 +64,12 @@ def test_sequences_have_no_padding_and_numbers_get_it_back():
     padded = one.padded([[-1.0, -2.0], [-3.0]])
     assert padded[0].tolist() == [-1.0, -2.0] and padded[1, 0] == -3.0 and padded[1, 1].isnan()
     assert agreement(one.trainer, padded, one.answer_mask).max == 0
+
+
+def test_the_tokens_of_several_rollouts_are_compared_together():
+    one, other = rollout(), rollout(engine=torch.tensor([[-1.0, -2.0], [-3.0, 0.0]]), prompts=torch.zeros(2, 1))
+    found = joint_agreement([one, other])
+    assert (found.tokens, found.max) == (6, 0.5) and found.mean == pytest.approx(0.5 / 6)
 
 
 class Trainer:
