@@ -181,6 +181,22 @@ def test_an_adapter_of_another_base_is_left_out(work, tmp_path):
         vllm.adapters_of(str(tmp_path / "model"), [str(work / "adapters" / "a1")])
 
 
+def test_the_base_is_read_once(work, monkeypatch):
+    calls, read = [], vllm.weights_on_disk
+    monkeypatch.setattr(vllm, "weights_on_disk", lambda *where: calls.append(where) or read(*where))
+    assert len(vllm.adapters_of(str(work / "model"), [str(work / "adapters")])) == 2 and len(calls) == 1
+
+
+def test_a_base_of_pickles_is_compared_by_the_plugin(work, monkeypatch, caplog):
+    def refuse(model, name):
+        raise ValueError("no safetensors files")
+
+    monkeypatch.setattr(vllm, "weights_on_disk", refuse)
+    with caplog.at_level("INFO"):
+        assert len(vllm.adapters_of(str(work / "model"), [str(work / "adapters")])) == 2
+    assert "compared with the base when vLLM loads them: no safetensors files" in caplog.text
+
+
 def test_ranks_are_those_of_the_exported_lora(work, tmp_path):
     for one in vllm.adapters_of(str(work / "model"), [str(work / "adapters")]):
         settings = vllm.Settings(str(work / "model"), "base")
