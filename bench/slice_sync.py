@@ -1,4 +1,4 @@
-"""Slices of a training run sent to vLLM after each update: are its tensors the trainer's merged ones, and what it costs.
+"""Slices of a training run sent to vLLM after each update: are its tensors the merged ones, and what it costs.
 
     python bench/slice_sync.py [--steps 50] [--dtype float32] [--form permuted] [--tiny] [--model FOLDER_OR_GGUF]
 

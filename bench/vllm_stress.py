@@ -1,6 +1,6 @@
 """A vLLM server under an adapter that is loaded, replaced and removed, with clients that ask all the time.
 
-    make test-vllm ARGUMENTS=tests/vllm_plugin/test_stress.py    # makes the environment
+    make test-vllm ARGUMENTS=tests/vllm_plugin/test_replaced.py    # makes the environment
     .venv/releases/vllm/bin/python bench/vllm_stress.py
 
 Each answer is compared with transformers' answer of every content that the adapter had while the request ran. --stock

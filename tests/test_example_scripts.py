@@ -16,6 +16,7 @@ PRINTED = {
     "serve_and_query.py": ["models: base, polite", "base: ", "polite: "],
     "dpo_with_trl.py": ["loss: 0.693 before", "pairs in which the chosen answer gains: "],
     "grpo_reasoning_gym.py": ["mlp.down_proj", "reward of each update: ", "score of other problems: "],
+    "grpo_with_trl.py": ["mlp.down_proj", "reward of each update: ", "adapter: grpo-adapter"],
     "images_with_trl.py": ["mlp.down_proj", "loss: ", "the same after reloading: True"],
     "embeddings.py": [
         "attention.output.dense",

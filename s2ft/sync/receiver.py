@@ -56,15 +56,18 @@ class AdapterSlices:
 
     Attributes:
         name: Name of the adapter.
-        specs: The slices. Their hashes are not used.
+        specs: The slices.
         deltas: What is added to the base, by number of the slice; or None for a weight that `wholes` has.
         wholes: Weights that the adapter has in full, by number of the slice.
+        compared: Numbers of the slices whose hashes are those of the base, so that they can be compared with the
+            engine's.
     """
 
     name: str
     specs: list[SliceSpec]
     deltas: dict[int, Tensor]
     wholes: dict[int, Tensor] = field(default_factory=dict)
+    compared: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -153,6 +156,11 @@ class Receiver:
         step = "no step yet" if self._bound.step is None else f"step {self._bound.step}"
         return f"slices of sender {self._bound.sender!r}, {step}"
 
+    @property
+    def names(self) -> set[str]:
+        """Names of the weights that are written to."""
+        return set() if self._bound is None else {spec.name for spec in self._bound.specs}
+
     # ---- the beginning of a run --------------------------------------------------------------------------
 
     def bind(self, message: Mapping[str, Any]) -> None:
@@ -172,8 +180,7 @@ class Receiver:
         with _Undo(self) as undo:
             self._together(self._take_off)
             bound = self._together(lambda: self._find(request))
-            parts = [part for of_rank in self.ranks.gather(parts_of(bound.places, bound.specs)) for part in of_rank]
-            self._together(lambda: check_base(parts, bound.specs))
+            self._compare(bound)
             if request["transport"]["kind"] == "nccl":
                 bound.group = self._together(lambda: self.join(bound.transport))
             bound.expected = _samples(bound.places)
@@ -206,6 +213,11 @@ class Receiver:
         if self.check is not None:
             self.check(found, specs)
         return _Bound(request["sender"], request["sender"], dtype, specs, found, dict(request["transport"]))
+
+    def _compare(self, bound: _Bound, compared: frozenset[int] | None = None) -> None:
+        mine = parts_of(bound.places, bound.specs, compared)
+        parts = [part for of_rank in self.ranks.gather(mine) for part in of_rank]
+        self._together(lambda: check_base(parts, bound.specs, compared))
 
     # ---- one update --------------------------------------------------------------------------------------
 
@@ -314,6 +326,7 @@ class Receiver:
         with _Undo(self) as undo:
             self._together(self._take_off)
             bound = self._together(lambda: self._find_adapter(slices))
+            self._compare(bound, slices.compared)
             self._add_or_restore(bound, slices)
             bound.expected = _samples(bound.places)
             undo.forget()

@@ -17,7 +17,8 @@ logger = logging.getLogger(__name__)
 
 
 # Values of DPO and GRPO that log.jsonl gets too, by the beginning of their names, and those of the progress.
-LOGGED = ("reward", "kl", "entropy", "logps/", "completions/mean_length", "completions/clipped_ratio", "frac_reward")
+LOGGED = ("reward", "kl", "entropy", "logps/", "completions/mean_length", "completions/clipped_ratio", "frac_reward",
+          "sampling/sampling_logp_difference/")  # fmt: skip
 SHOWN = {"reward": "reward {:.3f}", "rewards/accuracies": "chosen above rejected {:.0%}"}
 
 

@@ -48,12 +48,12 @@ def served_base(manager: Any) -> "Base":
 class Base:
     """The model that a vLLM engine was started with."""
 
-    def __init__(self, vllm_config: Any, adapter_manager: Any) -> None:
+    def __init__(self, vllm_config: Any, adapter_manager: Any = None) -> None:
         """Remember where the model is. Nothing is read.
 
         Args:
             vllm_config: vLLM's VllmConfig.
-            adapter_manager: vLLM's LoRAModelManager.
+            adapter_manager: vLLM's LoRAModelManager; None if the engine has none.
         """
         self._config, self._manager = vllm_config, adapter_manager
         self._hollow: dict[str, tuple[nn.Module, list[Coupling]]] = {}  # by custom couplings
@@ -70,14 +70,14 @@ class Base:
             ValueError: The file does not say it, and the model can't be built, or lacks a projection of the adapter.
         """
         if adapter.structure is None:
-            model, couplings = self._model_of(adapter)
+            model, couplings = self.model_of(adapter)
             try:
                 adapter.structure = structure_of(model, couplings, adapter.deltas)
             except KeyError as error:
                 raise ValueError(f"it is of another base: the served model has no projection {error.args[0]}") from None
         return adapter.structure
 
-    def _model_of(self, adapter: Adapter) -> tuple[nn.Module, list[Coupling]]:
+    def model_of(self, adapter: Adapter) -> tuple[nn.Module, list[Coupling]]:
         """The served model on the meta device, and the couplings of an adapter in it."""
         from s2ft.text.models import hollow_model  # for adapters of earlier versions alone
 
@@ -124,7 +124,8 @@ class Base:
                 raise ValueError(f"it was trained on another base than the served one: {found}")
             self._compared.append(adapter.fingerprint)
             logger.info("s2ft: compared the base with the adapter's in %.2f s", time.perf_counter() - began)
-        self._check_layout(adapter)
+        if self._manager is not None:
+            self._check_layout(adapter)
 
     def _difference(self, adapter: Adapter) -> str:
         """The difference between the served base and an adapter's, in words; empty if there is none."""
@@ -134,6 +135,8 @@ class Base:
             found = found if ours is None else difference(ours, adapter.fingerprint)
             if found == "":
                 return ""
+        if found is None and self._manager is None:
+            return "the weights of the served checkpoint can't be read from its files, so they can't be compared"
         if found is None:
             return live_difference(self._manager, self.structure(adapter).base_weights, adapter.fingerprint)
         return found
@@ -181,7 +184,7 @@ class Base:
 
     # ---- files -------------------------------------------------------------------------------------
 
-    def _checkpoint(self) -> Checkpoint | None:
+    def checkpoint(self) -> Checkpoint | None:
         """The files with the weights; None if they are quantized or of another format."""
         config, folder = self._config.model_config, self._folder()
         if getattr(config.hf_config, "quantization_config", None) is not None or folder is None:
@@ -190,7 +193,7 @@ class Base:
 
     def _by_name(self, adapter: Adapter, dtype: torch.dtype | None) -> "Files | None":
         """The tensors of the files as they are, where they have the names that the adapter has recorded."""
-        checkpoint, names = self._checkpoint(), self.structure(adapter).base_weights
+        checkpoint, names = self.checkpoint(), self.structure(adapter).base_weights
         if checkpoint is None:
             return None
         listed = {name for pairs in names.values() for _, name in pairs}
@@ -201,10 +204,10 @@ class Base:
 
     def _by_model(self, adapter: Adapter, dtype: torch.dtype | None) -> "Files | None":
         """The weights that transformers makes from the files. This builds the structure of the model."""
-        checkpoint = self._checkpoint()
+        checkpoint = self.checkpoint()
         if checkpoint is None:
             return None
-        model, couplings = self._model_of(adapter)
+        model, couplings = self.model_of(adapter)
         weights = StoredWeights(model.to(checkpoint.dtype if dtype is None else dtype), checkpoint)
         return Files(structure_of(model, couplings, ()).base_weights, weights.read)
 

@@ -113,6 +113,9 @@ def when_imported(module: str, feature: str, change: Callable[[], None]) -> None
         found = None
     if found is None:
         raise MissingInVLLM(module)
+    if module in sys.modules:  # its package has imported it
+        change()
+        return
     sys.meta_path.insert(0, _Finder(module, feature, change))
 
 

@@ -25,7 +25,8 @@ FEATURE = "adapters by the name in a request"
 NAME = "S²FT"
 DIRECTORY, HUB, ALLOWED = "S2FT_VLLM_ADAPTERS", "S2FT_VLLM_HUB", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 SERVING = "vllm.entrypoints.openai.models.serving"
-FOLDER = re.compile(r"[\w][\w.\- ]*")  # no separator and no leading dot: the name can't lead out of the directory
+# No separator and no leading dot: the name can't lead out of the directory. Longer ones no file system has.
+FOLDER = re.compile(r"\w[\w.\- ]{0,199}")
 
 
 def install() -> None:
@@ -115,7 +116,10 @@ def _in_directory(name: str, directory: Path) -> str | None:
     if not FOLDER.fullmatch(name):
         return None
     folder = directory / name
-    inside = folder.is_dir() and folder.resolve().is_relative_to(directory.resolve())
+    try:
+        inside = folder.is_dir() and folder.resolve().is_relative_to(directory.resolve())
+    except OSError:  # a name that is too long in its bytes
+        return None
     return str(folder) if inside else None
 
 

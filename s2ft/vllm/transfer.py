@@ -21,7 +21,8 @@ logger = logging.getLogger(__name__)
 FEATURE = "slices of a training run"
 _FACTORY = "vllm.distributed.weight_transfer.factory"
 _CORE = "vllm.v1.engine.core"
-_DONE = "_s2ft_transfer"
+_DONE = "_s2ft_transfer"  # the mark of a function that this module has replaced
+_OPEN = "_s2ft_update_is_open"  # of an engine core: an update was started and not finished
 INIT, UPDATE, SHUTDOWN = "init_weight_transfer_engine", "update_weights", "shutdown_weight_transfer_engine"
 START, FINISH = "start_weight_update", "finish_weight_update"
 METHODS = (INIT, START, UPDATE, FINISH, SHUTDOWN)
@@ -67,11 +68,12 @@ def _guarded_call(
         kwargs[name], args = args[0], args[1:]
     if name is not None and name in kwargs:
         kwargs[name] = _with(kwargs[name], idle)
-    if method == START and getattr(core, _DONE, False):  # the client of an earlier update died; updates are whole
+    if method in (START, SHUTDOWN) and getattr(core, _OPEN, False):  # an earlier client has died between two calls
         call(on_worker, timeout, (FINISH, (), {}))
     answers = call(on_worker, timeout, (method, args, kwargs))
     failed = [answer for answer in answers if answer is not None]
-    setattr(core, _DONE, (method == START or method == UPDATE) and not failed)
+    if method in (START, UPDATE, FINISH):
+        setattr(core, _OPEN, method != FINISH and not failed)
     if failed:
         raise ValueError(failed[0])
     if method in (INIT, UPDATE, SHUTDOWN) and idle:

@@ -21,8 +21,9 @@ RATIOS = dict(q_ratio=0.13, v_ratio=0.26, o_ratio=0.13, u_ratio=0.02, g_ratio=0.
 
 def save_base(folder, dtype="float32"):
     """Write a tiny LLaMA with a tokenizer."""
-    from support.vllm_models import tiny_llama
     from train.tiny import tiny_tokenizer
+
+    from support.vllm_models import tiny_llama
 
     model = tiny_llama(initializer_range=0.05).to(getattr(torch, dtype))
     model.save_pretrained(folder)
@@ -224,9 +225,9 @@ class Worker:
         pass
 
     def update_model_version(self, version: int) -> None:
-        from support.vllm_models import PROMPTS, answers
-
         from transformers import AutoModelForCausalLM
+
+        from support.vllm_models import PROMPTS, answers
 
         merged = merged_model(self.trainer.model).state_dict()
         model = AutoModelForCausalLM.from_pretrained(self.folder)  # the trainer's attention is for packed rows
@@ -304,9 +305,10 @@ def async_grpo(folder, url, form="permuted"):
 
 def command(folder, output, *options):
     """Run `s2ft grpo --use-vllm true` for four updates, two of them after a resume."""
+    from train.tiny import write_jsonl
+
     from s2ft.cli.main import main
     from s2ft.train.rl_trainers import GRPORunTrainer
-    from train.tiny import write_jsonl
 
     found, log = [], GRPORunTrainer.log
 

@@ -1,0 +1,399 @@
+"""Adapters become LoRAs of vLLM, without vLLM: stand-ins of its layers, and what is refused before anything changes."""
+
+import json
+import logging
+import sys
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from support.vllm_modules import Layer, PPMissingLayer, Request, engine_of, fake_modules
+from support.vllm_models import randomize, tiny_llama
+from transformers import GPT2Config, GPT2LMHeadModel, Phi3Config, Phi3ForCausalLM
+
+import s2ft
+from s2ft.adapter.formats import native
+from s2ft.model.location import Location
+from s2ft.vllm import base as base_module, compatibility, loading
+from s2ft.vllm.compatibility import MissingInVLLM, private, when_imported
+from s2ft.vllm.lora import lora_of
+from s2ft.vllm.names import Targets
+
+SHAPE = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+RATIOS = dict(d_ratio=0.1, u_ratio=0.05, g_ratio=0.05, q_ratio=0.25, k_ratio=0.5, v_ratio=0.5, o_ratio=0.25)
+
+
+def small_llama(seed=1, **changes):
+    return tiny_llama(seed, **{**SHAPE, "head_dim": 16, **changes})
+
+
+def saved_adapter(model, folder, **ratios):
+    """Attach, fill and save an adapter of a model, which is detached again."""
+    s2ft.attach(model, s2ft.S2FTConfig(**(ratios or RATIOS)), name="a")
+    randomize(model, 3)
+    s2ft.save_adapter(model, folder)
+    s2ft.detach(model)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base and an adapter of it."""
+    found = tmp_path_factory.mktemp("loading")
+    model = small_llama()
+    model.save_pretrained(found / "base")
+    saved_adapter(model, found / "adapter")
+    return found
+
+
+@pytest.fixture(autouse=True)
+def modules(monkeypatch):
+    fake_modules(monkeypatch)
+
+
+def load(engine, folder, name="a"):
+    return lora_of(engine, Request(name, 1, str(folder)), folder)
+
+
+def merged(model, folder):
+    s2ft.load_adapter(model, folder)
+    return s2ft.merge(model)
+
+
+# ---- the right numbers in the right places -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("size", "rank"), [(1, 0), (2, 0), (2, 1)])
+@pytest.mark.parametrize("schema", [5, 2])
+def test_an_adapter_adds_what_merging_adds(folder, tmp_path, size, rank, schema):
+    adapter = s2ft.read_adapter(folder / "adapter")
+    if schema == 2:
+        adapter = replace(adapter, structure=None)
+    native.write(adapter, tmp_path)
+    before, after = small_llama(), merged(small_llama(), folder / "adapter")
+    engine = engine_of(before, folder / "base", size, rank)
+    lora = load(engine, tmp_path)
+    trained = engine_of(after, folder / "base", size, rank)._adapter_manager.modules
+    for name, layer in engine._adapter_manager.modules.items():
+        torch.testing.assert_close(engine.added(lora, name), trained[name].shard - layer.shard, atol=1e-6, rtol=0)
+    assert all(engine.added(lora, name).any() for name in trained if "down" in name or "gate_up" in name)
+
+
+def test_each_module_has_the_rank_that_it_needs(folder):
+    lora = load(engine_of(small_llama(), folder / "base"), folder / "adapter")
+    deltas = s2ft.read_adapter(folder / "adapter").deltas
+    assert {name: one.rank for name, one in lora.loras.items()} == {
+        name: delta.index.numel() for name, delta in deltas.items()
+    }
+    assert all(one.lora_a.shape[0] == one.lora_b.shape[1] == one.rank for one in lora.loras.values())
+    assert lora.rank == max(one.rank for one in lora.loras.values()) and not lora.is_3d_lora_weight
+
+
+def test_projections_of_one_weight_are_joined(tmp_path):
+    torch.manual_seed(0)
+    config = Phi3Config(**SHAPE, vocab_size=99, pad_token_id=0)
+    model = Phi3ForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    saved_adapter(model, tmp_path / "adapter")
+    engine = engine_of(model, tmp_path / "base")
+    lora = load(engine, tmp_path / "adapter")
+    after = merged(Phi3ForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    name = "model.layers.1.self_attn.qkv_proj"
+    change = after.get_submodule(name).weight - model.get_submodule(name).weight
+    torch.testing.assert_close(engine.added(lora, name), change.detach(), atol=1e-6, rtol=0)
+
+
+# ---- names ---------------------------------------------------------------------------------------------------
+
+
+def test_names_are_renamed_as_vllm_renames_them(folder):
+    engine = engine_of(small_llama(), folder / "base")
+    manager = engine._adapter_manager
+    manager.modules = {f"language_model.{name}": layer for name, layer in manager.modules.items()}
+    manager.packed_modules = {
+        f"language_model.{name}": [f"language_model.{part}" for part in parts]
+        for name, parts in manager.packed_modules.items()
+    }
+    rename = SimpleNamespace(get_rename_mapper=lambda: lambda name: f"language_model.{name}")
+    manager.model.hf_to_vllm_mapper = rename
+    lora = load(engine, folder / "adapter")
+    assert "language_model.model.layers.0.self_attn.q_proj" in lora.loras
+    assert engine.added(lora, "language_model.model.layers.0.self_attn.qkv_proj").abs().max() > 0
+
+
+def test_a_module_that_vllm_has_not_wrapped_is_an_error(folder):
+    engine = engine_of(small_llama(), folder / "base", target_modules=["qkv_proj", "gate_up_proj", "o_proj"])
+    for name in [name for name in engine._adapter_manager.modules if name.endswith("down_proj")]:
+        del engine._adapter_manager.modules[name]
+    with pytest.raises(ValueError, match="down_proj: --lora-target-modules is gate_up_proj o_proj qkv_proj. Add down_"):
+        load(engine, folder / "adapter")
+    engine.lora_config.target_modules = None
+    with pytest.raises(ValueError, match="vLLM serves no adapter on model.layers.0.mlp.down_proj: .* merged"):
+        load(engine, folder / "adapter")
+
+
+def test_a_layer_of_another_pipeline_rank_is_none_of_this_ones_business(folder):
+    engine = engine_of(small_llama(), folder / "base")
+    for name in [name for name in engine._adapter_manager.modules if ".1." in name]:
+        engine._adapter_manager.modules.pop(name), engine._adapter_manager.packed_modules.pop(name, None)
+    layers = torch.nn.ModuleList([torch.nn.Identity(), PPMissingLayer()])
+    engine._adapter_manager.model.model = torch.nn.Module()
+    engine._adapter_manager.model.model.layers = layers
+    assert engine.added(load(engine, folder / "adapter"), "model.layers.0.self_attn.o_proj").abs().max() > 0
+
+
+def test_one_weight_in_the_checkpoint_that_vllm_serves_in_parts(folder):
+    engine = engine_of(small_llama(), folder / "base")
+    with pytest.raises(ValueError, match="qkv_proj is one weight in the checkpoint"):
+        Targets(engine._adapter_manager).find("model.layers.0.self_attn.qkv_proj")
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------
+
+
+def test_a_rank_above_the_limit_names_the_module_its_units_and_the_option(folder):
+    engine = engine_of(small_llama(), folder / "base", max_lora_rank=8)
+    text = r"'math' .*mlp.down_proj trains 10 rows or columns \(10 units\), and --max-lora-rank is 8: set it to 16 or"
+    with pytest.raises(ValueError, match=text + " more, or start .* S2FT_VLLM_SLICES=1"):
+        load(engine, folder / "adapter", "math")
+
+
+@pytest.mark.parametrize("schema", [5, 2])
+def test_another_base_is_refused(folder, tmp_path, schema):
+    """One number of one weight that the adapter does not even change makes another base."""
+    other = small_llama()
+    with torch.no_grad():
+        other.model.layers[1].mlp.gate_proj.weight[3, 5] += 1e-3
+    saved_adapter(other, tmp_path, o_ratio=0.25)
+    if schema == 2:
+        native.write(replace(s2ft.read_adapter(tmp_path), structure=None), tmp_path)
+    with pytest.raises(
+        ValueError, match="another base than the served one: 1 of 2 layers differ, the first is layer 1"
+    ):
+        load(engine_of(small_llama(), folder / "base"), tmp_path)
+
+
+@pytest.mark.parametrize("schema", [5, 2])
+def test_a_base_of_which_the_adapters_is_a_part_is_refused(folder, tmp_path, schema):
+    part = small_llama()
+    part.model.layers = part.model.layers[:1]
+    part.config.num_hidden_layers = 1
+    saved_adapter(part, tmp_path, o_ratio=0.25)
+    if schema == 2:
+        native.write(replace(s2ft.read_adapter(tmp_path), structure=None), tmp_path)
+    with pytest.raises(ValueError, match="another base than the served one: 1 layers against this model's 2"):
+        load(engine_of(small_llama(), folder / "base"), tmp_path)
+
+
+def test_another_dtype_of_the_same_base_is_the_same_base(folder, tmp_path):
+    saved_adapter(small_llama().bfloat16(), tmp_path, o_ratio=0.25)
+    assert s2ft.read_adapter(tmp_path).fingerprint["dtype"] == "bfloat16"
+    load(engine_of(small_llama(), folder / "base"), tmp_path)
+
+
+def test_other_sizes_are_another_base(folder, tmp_path):
+    saved_adapter(small_llama(intermediate_size=112), tmp_path, o_ratio=0.25, d_ratio=0.1)
+    with pytest.raises(ValueError, match="another base: model.layers.0.mlp.down_proj has 64 outputs and 112 inputs"):
+        load(engine_of(small_llama(), folder / "base"), tmp_path)
+
+
+def test_the_second_adapter_is_not_compared_again(folder, monkeypatch):
+    engine = engine_of(small_llama(), folder / "base")
+    load(engine, folder / "adapter")
+    monkeypatch.setattr(base_module, "open_checkpoint", None)
+    load(engine, folder / "adapter", "b")
+
+
+def test_a_damaged_folder_names_the_adapter_and_the_fault(folder, tmp_path):
+    native.write(s2ft.read_adapter(folder / "adapter"), tmp_path)
+    config = json.loads((tmp_path / native.CONFIG).read_text())
+    config["projections"]["model.layers.0.mlp.down_proj"]["units"][0] += 1
+    (tmp_path / native.CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"S²FT adapter 'math' \(.*\): .*units listed are not the ones"):
+        load(engine_of(small_llama(), folder / "base"), tmp_path, "math")
+
+
+def test_what_vllms_adapters_cannot_hold_is_refused(folder, tmp_path):
+    adapter = s2ft.read_adapter(folder / "adapter")
+    native.write(replace(adapter, extra_weights={"model.norm.weight": torch.ones(64)}), tmp_path / "extra")
+    engine = engine_of(small_llama(), folder / "base")
+    with pytest.raises(ValueError, match="model.norm.weight trained in full.* export the model merged"):
+        load(engine, tmp_path / "extra")
+    name, structure = "model.layers.0.mlp.down_proj", adapter.structure
+    for location, words in (
+        (Location(name, 96, "experts", expert=3), "weight of experts"),
+        (Location(name, 96, "other"), "is no linear layer"),
+    ):
+        changed = replace(structure, locations={**structure.locations, name: location})
+        native.write(replace(adapter, structure=changed), tmp_path / "other")
+        with pytest.raises(ValueError, match=words):
+            load(engine, tmp_path / "other")
+
+
+def test_an_old_adapter_of_a_model_that_cannot_be_built_says_the_way_out(folder, tmp_path):
+    native.write(replace(s2ft.read_adapter(folder / "adapter"), structure=None), tmp_path / "old")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text('{"model_type": "unheard-of"}')
+    with pytest.raises(ValueError, match="from an earlier s2ft.*load it into its model and save it with this version"):
+        load(engine_of(small_llama(), tmp_path / "base"), tmp_path / "old")
+
+
+# ---- the live layers -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rows_in_another_order_are_noticed(folder, rank):
+    """An engine that keeps the heads in another order would add an adapter to the wrong ones."""
+    order = torch.arange(64).view(4, 16).t().reshape(-1)
+    engine = engine_of(small_llama(), folder / "base", 2, rank, order)
+    with pytest.raises(ValueError, match="keeps the rows or columns of model.layers.0.self_attn.o_proj in another"):
+        load(engine, folder / "adapter")
+
+
+@pytest.mark.parametrize(("size", "rank"), [(1, 0), (2, 1)])
+def test_a_quantized_base_is_compared_by_its_live_layers(folder, tmp_path, size, rank):
+    rounded = small_llama()
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            step = parameter.abs().max() / 7  # four bits
+            parameter.copy_((parameter / step).round() * step)
+    options = dict(size=size, rank=rank, quantization_config={"quant_method": "other"})
+    load(engine_of(rounded, folder / "base", **options), folder / "adapter")
+    with pytest.raises(ValueError, match="another base than the served one: 2 of 2 layers differ"):
+        load(engine_of(small_llama(seed=2), folder / "base", **options), folder / "adapter")
+
+
+# ---- files that are not read by name ---------------------------------------------------------------------------
+
+
+def test_a_checkpoint_with_other_names_is_read_as_transformers_reads_it(tmp_path):
+    """The checkpoint of GPT-2 has no prefix, and its weights are stored as [inputs, outputs]."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=32, vocab_size=99)).eval()
+    model.transformer.save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "architectures": ["GPT2LMHeadModel"]}))
+    saved_adapter(model, tmp_path / "adapter", q_ratio=0.25, o_ratio=0.25, d_ratio=0.1)
+    engine = engine_of(model, tmp_path / "base")
+    manager = engine._adapter_manager
+    for name, module in model.named_modules():
+        if type(module).__name__ == "Conv1D":
+            manager.modules[name] = Layer([module.weight.data.t()], name.endswith("c_proj"), 1, 0)
+    lora = load(engine, tmp_path / "adapter")
+    after = merged(GPT2LMHeadModel.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    for name in ("transformer.h.1.attn.c_attn", "transformer.h.0.mlp.c_proj"):
+        change = (after.get_submodule(name).weight - model.get_submodule(name).weight).detach().t()
+        torch.testing.assert_close(engine.added(lora, name), change, atol=1e-6, rtol=0)
+
+
+# ---- folders, and names of vLLM --------------------------------------------------------------------------------
+
+
+def test_folders_of_adapters(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(envs=SimpleNamespace(VLLM_USE_MODELSCOPE=False)))
+    assert loading.folder_of(str(folder / "adapter")) == folder / "adapter"
+    native.write(s2ft.read_adapter(folder / "adapter"), tmp_path / "run" / "adapter")
+    assert loading.folder_of(str(tmp_path / "run")) == tmp_path / "run" / "adapter"
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / native.CONFIG).write_text("{}")
+    assert loading.folder_of(str(tmp_path / "half")) == tmp_path / "half", "the reader says what is missing"
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    for other in ("lora", "nowhere", "run/none"):
+        assert loading.folder_of(str(tmp_path / other)) is None
+    assert loading.folder_of("no-such-org/no-such-adapter") is None
+
+
+def test_missing_names_say_the_release_the_tested_ones_and_the_way_out(monkeypatch):
+    module = ModuleType("vllm.some")
+    module.Known = type("Known", (), {"method": 1})
+    monkeypatch.setitem(sys.modules, "vllm.some", module)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="9.9"))
+    assert private("vllm.some") is module and private("vllm.some", "Known.method") == 1
+    text = "vLLM 9.9 has no vllm.some.Known.gone, .* tested with vLLM 0.32.0.*s2ft export --format lora"
+    with pytest.raises(MissingInVLLM, match=text):
+        private("vllm.some", "Known.gone")
+    with pytest.raises(MissingInVLLM, match=r"has no .*Known\.gone"):
+        compatibility.part_of(module.Known(), "gone")
+    monkeypatch.setattr(compatibility, "find_spec", lambda name: None)
+    with pytest.raises(MissingInVLLM, match="has no vllm.gone,"):
+        when_imported("vllm.gone", "feature", print)
+
+
+def test_an_error_of_a_change_does_not_stop_the_import(tmp_path, monkeypatch, caplog):
+    (tmp_path / "changed_later.py").write_text("value = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    when_imported("changed_later", "some feature", lambda: private("changed_later", "gone"))
+    assert "changed_later" not in sys.modules
+    with caplog.at_level(logging.WARNING):
+        import changed_later
+    assert changed_later.value == 1 and "some feature are not available in this vLLM" in caplog.text
+
+
+def test_registering_never_raises_and_happens_once(monkeypatch, caplog):
+    import s2ft.vllm
+
+    calls = []
+    good = ModuleType("s2ft_test_good")
+    good.install = lambda: calls.append(1)
+    monkeypatch.setitem(sys.modules, "s2ft_test_good", good)
+    monkeypatch.setattr(
+        s2ft.vllm, "FEATURES", {"what is gone": "s2ft_no_such_module", "what is there": "s2ft_test_good"}
+    )
+    monkeypatch.setattr(s2ft.vllm, "_registered", False)
+    with caplog.at_level(logging.WARNING):
+        s2ft.vllm.register()
+        s2ft.vllm.register()
+    assert calls == [1] and caplog.text.count("what is gone are not available") == 1
+
+
+# ---- one answer of all ranks -----------------------------------------------------------------------------------
+
+
+class Executor:
+    """Two ranks whose workers answer as the test says."""
+
+    def __init__(self, *workers):
+        self.workers, self.calls = workers, []
+
+    def add_lora(self, lora_request):
+        raise NotImplementedError
+
+    def collective_rpc(self, method, args):
+        self.calls.append(method if isinstance(method, str) else method.__name__)
+        return [method(worker, *args) for worker in self.workers] if callable(method) else None
+
+
+def worker(error=None):
+    def add_lora(request):
+        if error is not None:
+            raise error
+        return True
+
+    return SimpleNamespace(add_lora=add_lora)
+
+
+@pytest.fixture
+def executors(monkeypatch):
+    module = ModuleType(loading.EXECUTOR)
+    module.Executor = type("Executor", (Executor,), {"add_lora": Executor.add_lora})
+    monkeypatch.setitem(sys.modules, loading.EXECUTOR, module)
+    loading._change_executors()
+    return module.Executor
+
+
+def test_the_engine_hears_all_ranks_before_it_says_why(executors):
+    request = Request("a", 7, "folder")
+    assert executors(worker(), worker()).add_lora(request) is True
+    engine = executors(worker(ValueError("damaged")), worker(ValueError("damaged")))
+    with pytest.raises(ValueError, match="^damaged$"):
+        engine.add_lora(request)
+    assert engine.calls == ["add_on_rank"]
+
+
+def test_ranks_that_disagree_leave_none_with_the_adapter(executors):
+    engine = executors(worker(), worker(OSError("no such disk")))
+    with pytest.raises(ValueError, match="no such disk"):
+        engine.add_lora(Request("a", 7, "folder"))
+    assert engine.calls == ["add_on_rank", "remove_lora"]

@@ -1,0 +1,193 @@
+"""S²FT adapters in vLLM: the tokens of transformers with merged weights, however an adapter is named, and refusals."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.vllm_models import ADAPTERS, PROMPTS, TOKENS, save_adapters, tiny_llama
+from support.vllm_server import ROOT, vllm_server
+from transformers import MixtralConfig, MixtralForCausalLM, Phi3Config, Phi3ForCausalLM
+
+import s2ft
+from s2ft.adapter.formats import native
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+LORA = ["--enable-lora", "--max-loras", "4", "--max-cpu-loras", "4", "--max-lora-rank", "256"]
+SHAPE = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+RUNTIME = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+
+
+def damaged(folder, to):
+    """Copy an adapter and change one number of it."""
+    shutil.copytree(folder, to)
+    content = bytearray((to / native.TENSORS).read_bytes())
+    content[-5] ^= 1
+    (to / native.TENSORS).write_bytes(content)
+    return to
+
+
+@pytest.fixture(scope="session")
+def refused(served, tmp_path_factory):
+    """Folders that must be refused, with a part of the reason."""
+    made = tmp_path_factory.mktemp("refused")
+    other = tiny_llama()
+    with torch.no_grad():
+        other.model.layers[2].mlp.up_proj.weight[5, 5] += 1e-3
+    save_adapters(other, made / "other", {"another": dict(d_ratio=0.03)})
+    adapter = s2ft.read_adapter(served.adapters / "wide")
+    native.write(replace(adapter, extra_weights={"model.norm.weight": torch.ones(256)}), made / "extra")
+    (made / "foreign").mkdir()
+    (made / "foreign" / "adapter_config.json").write_text("{}")
+    return {
+        "damaged": (damaged(served.adapters / "wide", made / "damaged"), "must be ascending|is damaged|sha256 differs"),
+        "another": (made / "other" / "adapters" / "another", "another base than the served one: 1 of 4 layers differ"),
+        "extra": (made / "extra", "model.norm.weight trained in full.*export the model merged"),
+        "foreign": (made / "foreign", ""),
+    }
+
+
+# ---- a server ----------------------------------------------------------------------------------------------
+
+
+def test_adapters_on_the_command_line_need_no_variable(served, tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("VLLM", "S2FT"))]:
+        monkeypatch.delenv(name)
+    modules = [f"{name}={served.adapters / name}" for name in ADAPTERS]
+    with vllm_server(served.base, tmp_path / "log", [*LORA, "--lora-modules", *modules]) as server:
+        answers = server.answers(ADAPTERS, PROMPTS)
+        for name in ADAPTERS:
+            assert answers[name] == served.answers[name], name
+        assert server.answers(["base"], PROMPTS)["base"] == served.answers["base"]
+        assert {model["id"] for model in server.get("v1/models")["data"]} == {"base", *ADAPTERS}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_names_in_requests_loading_by_hand_and_refusals(served, refused, tmp_path, size):
+    """Refusals come first: the adapters after them must load, on every rank."""
+    (tmp_path / "adapters").mkdir()
+    for name in ADAPTERS:
+        shutil.copytree(served.adapters / name, tmp_path / "adapters" / name)
+    shutil.copytree(refused["damaged"][0], tmp_path / "adapters" / "damaged")
+    environment = {**RUNTIME, "S2FT_VLLM_ADAPTERS": str(tmp_path / "adapters")}
+    environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(rank) for rank in range(size))
+    options = [*LORA, "--tensor-parallel-size", str(size)]
+    with vllm_server(served.base, tmp_path / "log", options, environment) as server:
+        for name, (folder, reason) in refused.items():
+            status, answer = server.post("v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+            assert status in (404, 500) and re.search(reason, answer["error"]["message"]), answer
+        said = server.complete("damaged", PROMPTS[0])
+        assert "HTTP 400" in said and "S²FT adapter 'damaged'" in said
+        for unknown in ("unknown", "../adapters/wide", "no-such-org/adapter"):
+            assert "HTTP 404" in server.complete(unknown, PROMPTS[0])
+        assert server.answers(ADAPTERS, PROMPTS) == {name: served.answers[name] for name in ADAPTERS}
+        assert server.post("v1/unload_lora_adapter", {"lora_name": "wide"})[0] == 200
+        body = {"lora_name": "again", "lora_path": str(tmp_path / "adapters" / "wide")}
+        assert server.post("v1/load_lora_adapter", body)[0] == 200
+        assert server.answers(["again"], PROMPTS)["again"] == served.answers["wide"]
+        assert server.answers(["base"], PROMPTS)["base"] == served.answers["base"]
+
+
+# ---- offline -------------------------------------------------------------------------------------------------
+
+
+def offline(base, tmp_path, steps, in_process=True, missing=None, prompts=PROMPTS, **options):
+    """Answers of `LLM(...)` in a process of its own, see support/vllm_steps.py. Returns them and what it printed."""
+    asked = dict(base=str(base), options=options, steps=steps, prompts=prompts, tokens=TOKENS, missing=missing)
+    (tmp_path / "asked").write_text(json.dumps(asked, default=str))
+    program = Path(ROOT) / "tests" / "support" / "vllm_steps.py"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(not in_process))}
+    done = subprocess.run(
+        [sys.executable, program, tmp_path / "asked", tmp_path / "answers"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    return json.loads((tmp_path / "answers").read_text()), done.stdout
+
+
+def step(served, *names):
+    return [[name, str(served.adapters / name)] for name in names]
+
+
+@pytest.mark.parametrize("in_process", [True, False])
+def test_offline_three_adapters_in_one_batch_and_refusals_that_the_engine_survives(
+    served, refused, tmp_path, in_process
+):
+    bad = [[name, str(refused[name][0])] for name in ("damaged", "another")]
+    steps = [bad[0], bad[1], step(served, *ADAPTERS), None]
+    answers, _ = offline(served.base, tmp_path, steps, in_process, max_loras=3, max_lora_rank=256)
+    assert "damaged" in answers[0] and "another base than the served one" in answers[1]
+    assert answers[2] == [row for name in ADAPTERS for row in served.answers[name]]
+    assert answers[3] == served.answers["base"]
+
+
+def test_offline_limits_name_the_option(served, tmp_path):
+    answers, _ = offline(served.base, tmp_path, [*step(served, "wide", "down-o")], max_lora_rank=32)
+    assert "--max-lora-rank is 32: set it to 64 or more" in answers[0]
+    assert answers[1] == served.answers["down-o"]
+    targets = ["o_proj"]
+    answers, _ = offline(
+        served.base, tmp_path, [*step(served, "down-o")], max_lora_rank=256, lora_target_modules=targets
+    )
+    assert "--lora-target-modules is o_proj. Add down_proj" in answers[0]
+
+
+def test_a_release_without_a_name_says_so_and_serves_exported_adapters(served, tmp_path):
+    model = tiny_llama()
+    s2ft.load_adapter(model, served.adapters / "wide")
+    s2ft.export_lora(model, tmp_path / "exported")
+    steps = [["exported", str(tmp_path / "exported")], None]
+    missing = ["vllm.lora.utils", "a_name_of_another_release"]
+    answers, printed = offline(served.base, tmp_path, steps, missing=missing, max_lora_rank=256)
+    assert answers == [served.answers["wide"], served.answers["base"]]
+    assert "S²FT adapters are not available in this vLLM" in printed
+    assert "has no vllm.lora.utils.a_name_of_another_release" in printed and "s2ft export --format lora" in printed
+
+
+# ---- other models --------------------------------------------------------------------------------------------
+
+
+def saved(model, tmp_path, **ratios):
+    return save_adapters(model.float().eval(), tmp_path, {"a": ratios}, scale=0.05)
+
+
+@pytest.mark.parametrize("schema", [5, 2])
+def test_several_projections_in_one_weight(tmp_path, schema):
+    torch.manual_seed(0)
+    model = Phi3ForCausalLM(Phi3Config(**SHAPE, vocab_size=512, max_position_embeddings=1024, pad_token_id=0))
+    ratios = dict(d_ratio=0.05, u_ratio=0.03, g_ratio=0.03, q_ratio=0.25, v_ratio=0.5, o_ratio=0.25)
+    phi = saved(model, tmp_path, **ratios)
+    if schema == 2:
+        native.write(replace(s2ft.read_adapter(phi.adapters / "a"), structure=None), phi.adapters / "a")
+    answers, _ = offline(phi.base, tmp_path, [*step(phi, "a"), None], max_lora_rank=256)
+    assert answers == [phi.answers["a"], phi.answers["base"]]
+
+
+def test_a_model_that_vllm_takes_from_transformers(served, tmp_path):
+    answers, _ = offline(served.base, tmp_path, [*step(served, "wide")], max_lora_rank=256, model_impl="transformers")
+    assert answers == [served.answers["wide"]]
+
+
+def test_the_attention_of_a_mixture_is_served_and_its_experts_are_refused(tmp_path):
+    """vLLM's LoRA layers of experts need a GPU, so that only attention is wrapped here."""
+    torch.manual_seed(0)
+    config = MixtralConfig(**SHAPE, vocab_size=512, max_position_embeddings=1024, num_local_experts=4)
+    model = MixtralForCausalLM(config).float().eval()
+    ratios = {"a": dict(o_ratio=0.25, q_ratio=0.25, v_ratio=0.5), "experts": dict(o_ratio=0.25, d_ratio=0.1)}
+    mixture = save_adapters(model, tmp_path, ratios, scale=0.05)
+    targets = ["o_proj", "qkv_proj"]
+    steps = step(mixture, "experts", "a")
+    answers, _ = offline(mixture.base, tmp_path, steps, max_lora_rank=256, lora_target_modules=targets)
+    assert "is the weight of experts, which are not served as adapters: export the model merged" in answers[0]
+    assert answers[1] == mixture.answers["a"]

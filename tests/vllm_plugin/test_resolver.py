@@ -1,0 +1,187 @@
+"""Names that clients say: which folders and repositories they find, and which they never find. Without vLLM."""
+
+import asyncio
+import logging
+import sys
+from dataclasses import replace
+from http import HTTPStatus
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from support.models import model_of, train
+
+import s2ft
+from s2ft.adapter.formats import native
+from s2ft.vllm import resolver
+from s2ft.vllm.resolver import path_of
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """A directory with an adapter, a folder of another format, and an adapter beside the directory."""
+    folder = tmp_path_factory.mktemp("adapters")
+    model = model_of("llama")
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1), name="a")
+    train(model, 1)
+    s2ft.save_adapter(model, folder / "inside" / "math")
+    native.write(s2ft.read_adapter(folder / "inside" / "math"), folder / "secret")
+    native.write(s2ft.read_adapter(folder / "inside" / "math"), folder / "inside" / "run" / "adapter")
+    (folder / "inside" / "lora").mkdir()
+    (folder / "inside" / "lora" / "adapter_config.json").write_text("{}")
+    (folder / "inside" / "link").symlink_to(folder / "secret")
+    return folder / "inside"
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(envs=SimpleNamespace(VLLM_USE_MODELSCOPE=False)))
+
+
+def found(name, adapters, hub=(), base="/models/base"):
+    return path_of(name, [] if adapters is None else [adapters], frozenset(hub), base)
+
+
+def test_folders_of_the_directory_are_found_by_their_names(adapters):
+    assert found("math", adapters) == str(adapters / "math")
+    assert found("run", adapters) == str(adapters / "run"), "the output folder of a run"
+    assert found("lora", adapters) is None and found("unknown", adapters) is None, "other resolvers are asked"
+
+
+ESCAPES = ("../secret", "..", ".", "", "math/../../secret", "/etc", "..\\secret", "link", "math\0", "./math", "~",
+           "math/", "a" * 5000)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_no_name_leads_out_of_the_directory(adapters, name):
+    assert found(name, adapters) is None
+    assert found(str(adapters.parent / "secret"), adapters) is None
+
+
+def test_the_hub_is_asked_for_names_on_the_list_only(adapters, monkeypatch):
+    asked = []
+
+    def resolve(name):
+        asked.append(name)
+        return adapters / "math"
+
+    monkeypatch.setattr("s2ft.adapter.hub.resolve", resolve)
+    for name in ("org/math", "org/math@v2", "other/one"):
+        assert found(name, None, ("org", "other/one")) == name
+    for name in ("other/two", "evil/org", "org", "org/a/b", "../org/x", "other/one/../two"):
+        assert found(name, None, ("org", "other/one")) is None
+    assert asked == ["org/math", "org/math@v2", "other/one"]
+
+
+def test_an_adapter_that_names_another_base_of_the_hub_is_not_found(adapters, tmp_path, caplog):
+    adapter = s2ft.read_adapter(adapters / "math")
+    native.write(replace(adapter, info={"base_model": "org/base"}), tmp_path / "of-org")
+    with caplog.at_level(logging.WARNING):
+        assert found("of-org", tmp_path, base="org/other") is None
+    assert "is an adapter of 'org/base', and this server has org/other" in caplog.text
+    for base in ("org/base", "/models/base"):  # a folder may hold any base: the weights are compared
+        assert found("of-org", tmp_path, base=base) == str(tmp_path / "of-org")
+
+
+def test_a_damaged_adapter_is_found_so_that_loading_says_why(adapters, tmp_path):
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / native.CONFIG).write_text("{")
+    assert found("half", tmp_path) == str(tmp_path / "half")
+
+
+# ---- in vLLM -------------------------------------------------------------------------------------------------
+
+
+class Registry:
+    """vLLM's LoRAResolverRegistry."""
+
+    def __init__(self):
+        self.known = {}
+
+    def register_resolver(self, name, found):
+        self.known[name] = found
+
+    def get_resolver(self, name):
+        return self.known[name]
+
+
+@pytest.fixture
+def vllm_modules(monkeypatch):
+    """Stand-ins of vLLM's registry and of the class that answers requests."""
+    registry = Registry()
+
+    class OpenAIServingModels:
+        def __init__(self, reason):
+            self.engine_client, self.lora_requests, self.reason = self, {}, reason
+
+        async def add_lora(self, request):
+            if self.reason:
+                raise RuntimeError(self.reason)
+
+        async def resolve_lora(self, name):
+            request = await registry.get_resolver(resolver.NAME).resolve_lora("/models/base", name)
+            if request is None:
+                return SimpleNamespace(error=SimpleNamespace(code=404))
+            try:
+                await self.add_lora(request)
+                return request
+            except RuntimeError:
+                return SimpleNamespace(error=SimpleNamespace(code=400))
+
+    def create_error_response(message, err_type, status_code):
+        assert isinstance(status_code, HTTPStatus)  # vLLM needs its `value`
+        return message
+
+    modules = {
+        "vllm.lora.resolver": dict(LoRAResolverRegistry=registry, LoRAResolver=object),
+        "vllm.lora.request": dict(LoRARequest=SimpleNamespace),
+        resolver.SERVING: dict(OpenAIServingModels=OpenAIServingModels, create_error_response=create_error_response),
+    }
+    for name, content in modules.items():
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    envs = SimpleNamespace(VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, VLLM_USE_MODELSCOPE=False)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(envs=envs))
+    return registry, OpenAIServingModels, envs
+
+
+def test_without_its_variables_there_is_no_resolver(vllm_modules, monkeypatch):
+    monkeypatch.delenv(resolver.DIRECTORY, raising=False)
+    monkeypatch.delenv(resolver.HUB, raising=False)
+    resolver.install()
+    assert vllm_modules[0].known == {}
+
+
+def test_the_answer_to_a_client_says_why_an_adapter_does_not_load(vllm_modules, adapters, monkeypatch):
+    monkeypatch.setenv(resolver.DIRECTORY, str(adapters))
+    resolver.install()
+    _, serving, _ = vllm_modules
+    answer = asyncio.run(serving("it is damaged").resolve_lora("math"))
+    assert answer == "LoRA adapter 'math' was found but could not be loaded: it is damaged"
+    assert asyncio.run(serving("").resolve_lora("math")).lora_path == str(adapters / "math")
+    assert asyncio.run(serving("").resolve_lora("unknown")).error.code == 404
+    assert vllm_modules[0].get_resolver(resolver.NAME).requests == {}, "nothing piles up"
+
+
+def test_a_missing_switch_of_vllm_is_named(vllm_modules, adapters, monkeypatch, caplog):
+    monkeypatch.setenv(resolver.DIRECTORY, str(adapters))
+    vllm_modules[2].VLLM_ALLOW_RUNTIME_LORA_UPDATING = False
+    with caplog.at_level(logging.WARNING):
+        resolver.install()
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        (resolver.DIRECTORY, "/no/such/directory", "S2FT_VLLM_ADAPTERS must name directories"),
+        (resolver.HUB, "org/../x", "S2FT_VLLM_HUB must list owners and repositories"),
+        (resolver.HUB, "*", "S2FT_VLLM_HUB must list owners and repositories"),
+    ],
+)
+def test_variables_that_are_not_valid(vllm_modules, monkeypatch, variable, value, message):
+    for name in (resolver.DIRECTORY, resolver.HUB):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=message):
+        resolver.install()

@@ -1,0 +1,116 @@
+"""The engine core's part of slice sync, with a stand-in for vLLM's core: idle engines, errors, caches, dead clients."""
+
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from s2ft.vllm import transfer, unpacked
+
+
+class Worker:
+    """A worker that notes its calls."""
+
+    def __init__(self):
+        self.calls, self.fails = [], {}
+
+    def __getattr__(self, name):
+        def call(*args, **kwargs):
+            self.calls.append((name, *args, kwargs))
+            if name in self.fails:
+                raise self.fails[name]
+
+        return call
+
+
+class Core:
+    """An engine core with two workers."""
+
+    def __init__(self, running=0, asleep=()):
+        self.workers, self.batch_queue, self.resets = [Worker(), Worker()], None, []
+        self.scheduler = SimpleNamespace(has_unfinished_requests=lambda: running, reset_encoder_cache=lambda: None)
+        self.model_executor = SimpleNamespace(sleeping_tags=set(asleep), reset_encoder_cache=lambda: None)
+        self.can_reset = True
+
+    def reset_prefix_cache(self, **options):
+        self.resets.append(options)
+        return self.can_reset
+
+    def call(self, method, timeout=None, args=(), kwargs=None):
+        return [method(worker, *args, **(kwargs or {})) for worker in self.workers]
+
+    def rpc(self, method, **kwargs):
+        return transfer._guarded_call(self, self.call, method, None, (), kwargs)
+
+    def methods(self):
+        return [name for name, *_ in self.workers[1].calls]
+
+
+def test_an_update_tells_the_workers_whether_requests_run_and_forgets_the_cache():
+    core = Core()
+    core.rpc("update_weights", update_info={"step": 1})
+    assert core.workers[0].calls == [("update_weights", {"update_info": {"step": 1, "idle": True}})]
+    assert core.resets == [{"reset_running_requests": True, "reset_connector": True}]
+    busy = Core(running=1)
+    busy.rpc("update_weights", update_info=[{"step": 1}, {"step": 1}])
+    assert busy.workers[0].calls[0][1]["update_info"] == [{"step": 1, "idle": False}] * 2 and not busy.resets
+
+
+def test_an_error_of_one_worker_is_raised_after_all_have_answered():
+    core = Core()
+    core.workers[0].fails["update_weights"] = KeyError("x")
+    with pytest.raises(ValueError, match="KeyError: 'x'"):
+        core.rpc("update_weights", update_info={})
+    assert core.methods() == ["update_weights"] and not core.resets
+
+
+def test_the_update_of_a_client_that_died_is_finished():
+    core = Core()
+    core.rpc("start_weight_update")
+    core.rpc("init_weight_transfer_engine", init_info={})
+    core.rpc("start_weight_update")
+    core.rpc("update_weights", update_info={})
+    core.rpc("finish_weight_update")
+    core.rpc("start_weight_update")
+    core.rpc("shutdown_weight_transfer_engine")
+    names = [name.split("_")[0] for name in core.methods()]
+    assert names == ["start", "init", "finish", "start", "update", "finish", "start", "finish", "shutdown"]
+
+
+def test_weights_that_are_asleep():
+    with pytest.raises(RuntimeError, match="asleep: wake the engine up first"):
+        Core(asleep={"weights"}).rpc("update_weights", update_info={})
+    Core(asleep={"kv_cache"}).rpc("update_weights", update_info={})
+
+
+def test_a_cache_that_can_not_be_reset():
+    core = Core()
+    core.can_reset = False
+    with pytest.raises(RuntimeError, match="answers may mix old and new weights: call reset_prefix_cache"):
+        core.rpc("update_weights", update_info={})
+
+
+def test_only_engines_with_the_backend_are_changed(monkeypatch):
+    chosen = SimpleNamespace(weight_transfer_config=SimpleNamespace(backend="s2ft"))
+    other = SimpleNamespace(weight_transfer_config=SimpleNamespace(backend="nccl"))
+    assert unpacked.is_chosen(chosen) and not unpacked.is_chosen(other)
+    assert not unpacked.is_chosen(None) and not unpacked.is_chosen(SimpleNamespace(weight_transfer_config=None))
+    packed, config = [], [chosen]
+
+    def pack(layer, remove_weight):
+        packed.append(layer)
+
+    utils = SimpleNamespace(dispatch_cpu_unquantized_gemm=pack)
+    found = {"": utils, "dispatch_cpu_unquantized_gemm": pack, "get_current_vllm_config_or_none": lambda: config[0]}
+    monkeypatch.setattr(unpacked, "private", lambda module, name="": found[name])
+    unpacked._change()
+    linear, conv = torch.nn.Linear(2, 2), torch.nn.Conv1d(2, 2, 4)
+    utils.dispatch_cpu_unquantized_gemm(linear, remove_weight=True)
+    assert not packed and linear.cpu_linear is torch.nn.functional.linear and not unpacked.is_packed(linear)
+    utils.dispatch_cpu_unquantized_gemm(conv, remove_weight=True)
+    config[0] = other
+    utils.dispatch_cpu_unquantized_gemm(linear, remove_weight=True)
+    assert packed == [conv, linear]
+    linear.cpu_linear = functools.partial(torch.nn.functional.linear)
+    assert unpacked.is_packed(linear)

@@ -1,0 +1,127 @@
+"""Slice sync over HTTP: errors reach the client with their reasons, the server lives on, the weights are as before."""
+
+import base64
+import threading
+
+import pytest
+import torch
+from support.vllm_models import PROMPTS
+from support.vllm_server import vllm_server
+from support.vllm_transfer import slices_of
+
+from s2ft.sync.wire import to_message
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def server(served, tmp_path_factory):
+    options = ["--weight-transfer-config", '{"backend": "s2ft"}']
+    log = tmp_path_factory.mktemp("server") / "log"
+    with vllm_server(served.base, log, options, {"VLLM_SERVER_DEV_MODE": "1"}) as server:
+        server.first = server.checksums()
+        yield server
+
+
+def init(server, specs, sender="a", **more):
+    info = {"sender": sender, "dtype": "float32", "slices": to_message(specs), "transport": {"kind": "http"}, **more}
+    return server.post("init_weight_transfer_engine", {"init_info": info})
+
+
+def update(server, **info):
+    """Send one update. Returns the status and the answer of the call that failed, or of the last one."""
+    for path, body in (("start_weight_update", {}), ("update_weights", {"update_info": info})):
+        status, answer = server.post(path, body)
+        if status != 200:
+            return status, answer
+    return server.post("finish_weight_update", {})
+
+
+def ok(answer):
+    assert answer[0] == 200, answer
+    return True
+
+
+def refused(answer, words):
+    assert answer[0] != 200 and words in str(answer[1]), answer
+    return True
+
+
+def values(numbers):
+    return base64.b64encode(numbers.numpy().tobytes()).decode()
+
+
+def answers(server):
+    return server.answers(["base"], PROMPTS)["base"]
+
+
+def test_updates_and_refusals(server, served, tmp_path):
+    specs, numbers = slices_of(served, "down-o")
+    good = dict(sender="a", step=1, values=values(numbers))
+    assert refused(update(server, **good), "an update of sender 'a' before init")
+    wrong = [
+        *specs[:2],
+        type(specs[2])(*[getattr(specs[2], n) for n in ("name", "shape", "dim", "index")], -1 * specs[2].hashes),
+    ]
+    assert refused(init(server, wrong), f"1 of 3 slices differ, the first is {specs[2].name}")
+    assert ok(init(server, specs)) and server.checksums() == server.first
+    assert ok(update(server, **good)) and answers(server) == served.answers["down-o"]
+    written = server.checksums()
+    assert refused(update(server, **{**good, "values": "AAAA"}), "values has 3 bytes")
+    assert refused(update(server, **{**good, "sender": "b"}), "an update of 'b' is refused")
+    assert refused(init(server, specs, "b"), "so sender 'b' is refused: release it")
+    assert refused(update(server, adapter=str(served.adapters / "wide")), "so no adapter is put on")
+    assert refused(update(server, nonsense=1), "unexpected keyword argument")
+    assert server.checksums() == written and answers(server) == served.answers["down-o"]
+    (tmp_path / "numbers").write_bytes(torch.zeros_like(numbers).numpy().tobytes())
+    assert ok(update(server, sender="a", step=2, file=str(tmp_path / "numbers"))) and server.checksums() != written
+    assert ok(init(server, specs, "b", take_over=True)) and server.checksums() == server.first
+    assert ok(update(server, base=True, sender="b")) and answers(server) == served.answers["base"]
+
+
+def test_while_requests_run(server, served):
+    specs, numbers = slices_of(served, "down-o")
+    good = dict(sender="a", step=1, values=values(numbers))
+    assert ok(init(server, specs))
+    found = []
+    request = threading.Thread(target=lambda: found.append(server.complete("base", PROMPTS[0], 240)))
+    request.start()
+    while "vllm:num_requests_running{" not in server.get("metrics") or not _running(server):
+        pass
+    assert refused(update(server, **good), "requests are running, so the weights are not changed: pause the engine")
+    assert refused(init(server, specs, "b", take_over=True), "requests are running")
+    assert ok(server.post("pause", mode="keep"))
+    assert server.checksums() == server.first
+    assert ok(update(server, **good))
+    assert ok(server.post("resume"))
+    request.join()
+    assert len(found[0]) == 240
+    assert answers(server) == served.answers["down-o"], "keys and values of the former weights were used"
+    assert ok(update(server, base=True, sender="a"))
+    assert answers(server) == served.answers["base"] and server.checksums() == server.first
+
+
+def _running(server) -> bool:
+    lines = server.get("metrics").splitlines()
+    return any(line.startswith("vllm:num_requests_running{") and float(line.split()[-1]) > 0 for line in lines)
+
+
+def test_adapters_are_put_on(server, served, tmp_path):
+    for name in ("down-o", "wide", "other"):
+        assert ok(update(server, adapter=str(served.adapters / name)))
+        assert answers(server) == served.answers[name]
+    specs, _ = slices_of(served, "down-o")
+    assert refused(init(server, specs), "has the adapter 'other', so sender 'a' is refused")
+    (tmp_path / "damaged").mkdir()
+    assert refused(update(server, adapter=str(tmp_path / "damaged")), "damaged")
+    assert refused(update(server, adapter=str(tmp_path / "missing")), "missing doesn't exist")
+    assert answers(server) == served.answers["other"]
+    assert ok(update(server, base=True)) and server.checksums() == server.first
+
+
+def test_an_adapter_of_another_base_is_refused(server, served, tmp_path):
+    from support.vllm_models import save_adapters, tiny_llama
+
+    other = save_adapters(tiny_llama(seed=5), tmp_path, {"foreign": dict(d_ratio=0.03)})
+    assert refused(update(server, adapter=str(other.adapters / "foreign")), "another base")
+    assert server.checksums() == server.first and answers(server) == served.answers["base"]
