@@ -123,12 +123,13 @@ class Launch:
 # ---- the adapters ----------------------------------------------------------------------------------------
 
 
-def adapters_of(model_name: str, sources: Sequence[str]) -> list[Served]:
+def adapters_of(model_name: str, sources: Sequence[str], revision: str = "main") -> list[Served]:
     """Read what vLLM must know of the adapters, and compare them with the base. No weights are loaded.
 
     Args:
         model_name: The adapters' base: a checkpoint folder or a name on the hub.
         sources: Directories of adapters or of runs, or single ones, see :func:`s2ft.serve.sources.source_of`.
+        revision: Branch, tag or commit of the base on the hub.
 
     Returns:
         The adapters that can be served, sorted by name. The log has the others with the reasons.
@@ -145,7 +146,7 @@ def adapters_of(model_name: str, sources: Sequence[str]) -> list[Served]:
         named |= source.folders() if source.name is not None else {}
     if not found:
         raise ValueError(f"{', '.join(sources)}: there are no adapters")
-    base, served, refused = _Base(model_name), [], {}
+    base, served, refused = _Base(_at_revision(model_name, revision)), [], {}
     for name, folder in sorted(found.items()):
         try:
             served.append(_served(name, folder, base))
@@ -158,6 +159,15 @@ def adapters_of(model_name: str, sources: Sequence[str]) -> list[Served]:
     if not served:
         raise ValueError(f"none of the {len(found)} adapters found can be served; the log has the reasons")
     return served
+
+
+def _at_revision(model_name: str, revision: str) -> str:
+    """The folder of another revision than the main one, which vLLM would download, too."""
+    if revision == "main" or Path(model_name).expanduser().exists():
+        return model_name
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(model_name, revision=revision)
 
 
 def _served(name: str, folder: Path, base: "_Base") -> Served:
@@ -179,15 +189,24 @@ class _Base:
     """The base without its weights. Those that adapters change are read from its files, once."""
 
     def __init__(self, model_name: str) -> None:
-        self._name, self._model = model_name, hollow_model(model_name)
-        self._records: dict[str, Attachment] = {}
+        self._name, self._records = model_name, {}
+        try:
+            self._model, self._error = hollow_model(model_name), None
+        except ValueError as error:  # a model with code of its own, for instance
+            self._model, self._error = None, error
 
     def compare(self, adapter: Adapter) -> dict[str, str]:
         """Compare an adapter with the base. Returns the module of each projection of the base.
 
+        A base that can't be built here is compared by the plugin. The modules are then those that the adapter records.
+
         Raises:
-            ValueError: The adapter is of another base.
+            ValueError: The adapter is of another base, or the base can't be built and the adapter records no modules.
         """
+        if self._error is not None:
+            if adapter.structure is None:
+                raise self._error
+            return {name: location.path for name, location in adapter.structure.locations.items()}
         record = self._record(adapter.couplings)
         check_fits(adapter, self._model, record)
         return {projection.name: projection.path for projection in projections_of(record.couplings)}
