@@ -142,7 +142,7 @@ def reward(completions, **_):
     return [float(len(set(completion))) for completion in completions]
 
 
-def trainer_of(kind: str, form: str, folder: str, dtype: str, output: str, server: str = ""):
+def trainer_of(kind: str, form: str, folder: str, dtype: str, output: str, server: str = "", transport: str = "auto"):
     """A trainer of TRL on the tiny model, with slices."""
     from importlib import import_module
 
@@ -163,7 +163,7 @@ def trainer_of(kind: str, form: str, folder: str, dtype: str, output: str, serve
     args = getattr(module, f"{name}Config")(**common)
     model = model_in(form, folder, getattr(torch, dtype))
     rows = Dataset.from_list([{"prompt": f"say {letter}"} for letter in "abcdefgh"])
-    made = with_slices(getattr(module, f"{name}Trainer"), llm=LLM)
+    made = with_slices(getattr(module, f"{name}Trainer"), llm=LLM, transport=transport)
     return made(
         model=model,
         args=args,
@@ -191,9 +191,9 @@ def colocate(folder, kind="grpo", form="permuted", dtype="float32"):
     print(json.dumps({"checked": len(checked), **differences(trainer)}))
 
 
-def server(folder, url, kind="grpo", form="permuted", dtype="float32"):
+def server(folder, url, kind="grpo", form="permuted", dtype="float32", transport="auto"):
     """Train by TRL with a vLLM server. Its log-probabilities of the answers are the trainer's."""
-    trainer = trainer_of(kind, form, folder, dtype, f"{folder}-out", url)
+    trainer = trainer_of(kind, form, folder, dtype, f"{folder}-out", url, transport)
     sizes, sync = [], trainer.slice_sender.sync
     if kind == "online_dpo":
         trainer.slice_sender.sync = lambda: sizes.append(sync().nbytes)
@@ -202,6 +202,28 @@ def server(folder, url, kind="grpo", form="permuted", dtype="float32"):
     trainer.train()
     assert len(sizes) == 3
     print(json.dumps({"syncs": len(sizes), "bytes": sizes[0], **differences(trainer)}))
+
+
+def agreement(folder, dtype="float32"):
+    """Train, and compare log-probabilities: with the slices, under the base, and with an engine that got no slices."""
+    from dataclasses import replace
+
+    from s2ft.sync.agreement import joint_agreement, keep_rollouts
+    from s2ft.vllm.scoring import engine_logprobs, scored_on_base
+
+    trainer = trainer_of("grpo", "permuted", folder, dtype, f"{folder}-out")
+    kept = keep_rollouts(trainer)
+    trainer.train()
+    last = kept[-1]
+    stale = last.padded(engine_logprobs(trainer.vllm_generation.llm, last.sequences()))
+    found = {
+        "trained": joint_agreement(kept),
+        "base": joint_agreement(scored_on_base(trainer, kept)),
+        "last": last.agreement,
+        "stale": replace(last, engine=stale).agreement,
+    }
+    steps = [one.step for one in kept]
+    print(json.dumps({"steps": steps, **{name: one._asdict() for name, one in found.items()}}))
 
 
 class Worker:

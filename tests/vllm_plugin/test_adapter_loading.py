@@ -121,6 +121,17 @@ def test_names_are_renamed_as_vllm_renames_them(folder):
     assert engine.added(lora, "language_model.model.layers.0.self_attn.qkv_proj").abs().max() > 0
 
 
+def test_the_prefix_that_vllm_gives_to_models_of_embeddings(tmp_path):
+    base = small_llama().model
+    base.save_pretrained(tmp_path / "base")
+    saved_adapter(base, tmp_path / "adapter", d_ratio=0.1, q_ratio=0.25)
+    engine = engine_of(small_llama(), tmp_path / "base")
+    with pytest.raises(ValueError, match="serves no adapter on layers.0.mlp.down_proj"):
+        load(engine, tmp_path / "adapter")
+    engine._adapter_manager.is_pooling_model = True
+    assert engine.added(load(engine, tmp_path / "adapter"), "model.layers.1.mlp.down_proj").abs().max() > 0
+
+
 def test_a_module_that_vllm_has_not_wrapped_is_an_error(folder):
     engine = engine_of(small_llama(), folder / "base", target_modules=["qkv_proj", "gate_up_proj", "o_proj"])
     for name in [name for name in engine._adapter_manager.modules if name.endswith("down_proj")]:
