@@ -3,13 +3,17 @@
 import copy
 import random
 from collections import OrderedDict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from support.tolerances import GEMM
 from support.vllm_layers import QKV, Column, LoRALayer, Punica, Replicated, Row, lora_config
+from torch import nn
 
+from s2ft.vllm import layers
+from s2ft.vllm.compatibility import MissingInVLLM
 from s2ft.vllm.slices.bank import BankFull, SliceBank
 from s2ft.vllm.slices.layer import encode, with_slices
 from s2ft.vllm.slices.product import Batch, add_slices_
@@ -468,3 +472,95 @@ def test_copies_of_a_config_do_not_change_it():
     before = copy.copy(config)
     assert with_slices(LoRALayer, Budget()).can_replace_layer(Replicated(torch.ones(4, 4)), config, [])
     assert config == before
+
+
+# ---- the option ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def changes(monkeypatch):
+    """What `install` would change in a vLLM that lacks every name."""
+    found = []
+
+    def private(module, attribute=""):
+        raise MissingInVLLM(module, attribute)
+
+    monkeypatch.setattr(layers, "when_imported", lambda module, feature, change: found.append((module, change)))
+    monkeypatch.setattr(layers.retired, "when_imported", lambda module, feature, change: found.append((module, change)))
+    monkeypatch.setattr(layers, "private", private)
+    monkeypatch.setattr(layers.retired, "private", private)
+    return found
+
+
+def test_nothing_changes_without_the_option(changes, monkeypatch):
+    for value in ("", "0"):
+        monkeypatch.setenv(layers.SWITCH, value)
+        layers.install()
+    assert not changes and not layers.enabled()
+
+
+def test_a_release_of_vllm_that_lacks_a_name(changes, monkeypatch):
+    """Adapters are served as LoRA then: the layers say that they hold no slices."""
+    monkeypatch.setenv(layers.SWITCH, "1")
+    layers.install()
+    assert {module for module, _ in changes} >= {"vllm.config.lora", "vllm.lora.worker_manager"}
+    for _, change in changes:
+        with pytest.raises(MissingInVLLM, match="s2ft export"):
+            change()
+    assert not layers.enabled()
+
+
+def test_compiled_models_are_kept_apart():
+    """vLLM finds compiled models on the disk by this hash."""
+    assert len({layers._hash_with(lambda _: "same", Budget.parse(text))(None) for text in ("", "5", "a=5")}) == 3
+
+
+# ---- adapters as vLLM has them -----------------------------------------------------------------------------
+
+
+class Missing(nn.Module):
+    """A module that another rank of pipeline parallelism has."""
+
+
+@pytest.fixture
+def manager(monkeypatch):
+    """vLLM's manager of a model with two layers on this rank, and one on another."""
+    monkeypatch.setattr(layers, "private", lambda module, attribute: Missing)
+    wrapped = {
+        "layers.0.qkv_proj": Model("query, key and value", 1).layers[0],
+        "layers.0.proj": Model("row", 1).layers[0],
+    }
+    model = nn.Module()
+    model.layers = nn.ModuleDict({"0": nn.Module(), "1": Missing()})
+    packed = {"layers.0.qkv_proj": [f"layers.0.{name}_proj" for name in "qkv"]}
+    return SimpleNamespace(modules=wrapped, packed_modules=packed, model=model, s2ft_admission=Admission(3))
+
+
+def loras(number=1, **parts):
+    """vLLM's LoRAModel, not yet packed."""
+    made = {f"layers.0.{name}" if "." not in name else name: pair for name, pair in parts.items()}
+    return SimpleNamespace(
+        id=number, loras={name: SimpleNamespace(lora_a=a, lora_b=b) for name, (a, b) in made.items()}
+    )
+
+
+def test_an_adapter_of_fused_and_other_layers(manager):
+    q = encode(torch.arange(5), 0), torch.ones(5, 12)
+    o = encode(torch.arange(3), 1), torch.ones(3, 12)
+    other_rank = {"layers.1.proj": o}
+    layers.admit(manager, loras(q_proj=q, proj=o, **other_rank), "a")
+    needs = manager.s2ft_admission._known[1]
+    assert {place.path: units for place, units in needs.items()} == {"layers.0.qkv_proj": 5, "layers.0.proj": 3}
+
+
+def test_adapters_that_are_refused(manager):
+    q = encode(torch.arange(5), 0), torch.ones(5, 12)
+    with pytest.raises(ValueError, match="'a' is no S²FT adapter, .* start it without S2FT_VLLM_SLICES"):
+        layers.admit(manager, loras(q_proj=(torch.ones(1, 12), torch.ones(32, 1))), "a")
+    with pytest.raises(ValueError, match="'a' is no S²FT adapter"):
+        layers.admit(manager, loras(q_proj=q, **{"layers.9.proj": (torch.ones(1, 12), torch.ones(32, 1))}), "a")
+    with pytest.raises(ValueError, match="'a' has slices of layers.9.proj, which is no linear layer"):
+        layers.admit(manager, loras(q_proj=q, **{"layers.9.proj": q}), "a")
+    with pytest.raises(ValueError, match="'a' does not fit layers.0.qkv_proj: values of shape"):
+        layers.admit(manager, loras(q_proj=(q[0], q[1][:, :3])), "a")
+    assert not manager.s2ft_admission._known
