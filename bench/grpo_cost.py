@@ -11,7 +11,8 @@ its own. The processes take turns step by step, so that they meet the same machi
     full             every parameter is trained and sent, as TRL does it
 
 On a CPU engines leave their weights unpacked, because nothing can be written into packed ones; the one of lora-adapter,
-into which nothing is written, packs them. All answers have the same number of tokens. "Changed" is the share of the trainer's frozen weights whose bits are not those of the base after the run.
+into which nothing is written, packs them. All answers have the same number of tokens. "Changed" is the share of the
+trainer's frozen weights whose bits are not those of the base after the run.
 """
 
 import argparse
