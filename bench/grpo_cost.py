@@ -69,6 +69,8 @@ class Way:
         from datasets import Dataset
         from trl import GRPOConfig, GRPOTrainer
 
+        from s2ft.sync.trl import choose_port
+
         options = self.options
         rows = min(16, options.answers)
         arguments = GRPOConfig(
@@ -98,6 +100,7 @@ class Way:
             llm |= {"weight_transfer_config": {"backend": "s2ft"}}  # leaves weights unpacked
         llm |= {"dtype": options.dtype}
         generation.LLM = partial(generation.LLM, **llm)
+        choose_port()  # TRL would give processes that start together the same port
         return GRPOTrainer(self.model, short, **given)
 
     # ---- what is measured ----------------------------------------------------------------------------
