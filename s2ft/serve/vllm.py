@@ -189,7 +189,7 @@ class _Base:
     """The base without its weights. Those that adapters change are read from its files, once."""
 
     def __init__(self, model_name: str) -> None:
-        self._name, self._records = model_name, {}
+        self._name, self._by_couplings = model_name, {}
         try:
             self._model, self._error = hollow_model(model_name), None
         except ValueError as error:  # a model with code of its own, for instance
@@ -213,14 +213,14 @@ class _Base:
 
     def _record(self, couplings: Sequence[Coupling] | None) -> Attachment:
         key = json.dumps([coupling.to_dict() for coupling in couplings or ()])
-        if key not in self._records:
+        if key not in self._by_couplings:
             try:
                 with weights_on_disk(self._model, self._name):
-                    self._records[key] = new_attachment(self._model, couplings)
+                    self._by_couplings[key] = new_attachment(self._model, couplings)
             except (OSError, ValueError) as error:  # a checkpoint of pickles, for instance: the plugin compares, too
                 logger.info("adapters are compared with the base when vLLM loads them: %s", error)
-                self._records[key] = new_attachment(self._model, couplings)  # without a fingerprint
-        return self._records[key]
+                self._by_couplings[key] = new_attachment(self._model, couplings)  # without a fingerprint
+        return self._by_couplings[key]
 
 
 def write_template(adapters: Sequence[Served], folder: Path) -> Path | None:
