@@ -4,7 +4,7 @@ The plugin (:mod:`s2ft.vllm`) loads the adapters' own folders. Where the install
 every adapter is exported as a LoRA folder.
 """
 
-import json
+import functools
 import logging
 import os
 import socket
@@ -189,7 +189,7 @@ class _Base:
     """The base without its weights. Those that adapters change are read from its files, once."""
 
     def __init__(self, model_name: str) -> None:
-        self._name, self._records = model_name, {}
+        self._name, self._record = model_name, functools.cache(self._read)
         try:
             self._model, self._error = hollow_model(model_name), None
         except ValueError as error:  # a model with code of its own, for instance
@@ -207,20 +207,17 @@ class _Base:
             if adapter.structure is None:
                 raise self._error
             return {name: location.path for name, location in adapter.structure.locations.items()}
-        record = self._record(adapter.couplings)
+        record = self._record(adapter.couplings and tuple(adapter.couplings))
         check_fits(adapter, self._model, record)
         return {projection.name: projection.path for projection in projections_of(record.couplings)}
 
-    def _record(self, couplings: Sequence[Coupling] | None) -> Attachment:
-        key = json.dumps([coupling.to_dict() for coupling in couplings or ()])
-        if key not in self._records:
-            try:
-                with weights_on_disk(self._model, self._name):
-                    self._records[key] = new_attachment(self._model, couplings)
-            except (OSError, ValueError) as error:  # a checkpoint of pickles, for instance: the plugin compares, too
-                logger.info("adapters are compared with the base when vLLM loads them: %s", error)
-                self._records[key] = new_attachment(self._model, couplings)  # without a fingerprint
-        return self._records[key]
+    def _read(self, couplings: tuple[Coupling, ...] | None) -> Attachment:
+        try:
+            with weights_on_disk(self._model, self._name):
+                return new_attachment(self._model, couplings)
+        except (OSError, ValueError) as error:  # a checkpoint of pickles, for instance: the plugin compares, too
+            logger.info("adapters are compared with the base when vLLM loads them: %s", error)
+            return new_attachment(self._model, couplings)  # without a fingerprint
 
 
 def write_template(adapters: Sequence[Served], folder: Path) -> Path | None:

@@ -1,5 +1,6 @@
 """Log-probabilities of trainer and engine are compared token by token, and a difference is never hidden."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from train.tiny import tiny_model, tiny_tokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 from s2ft.sync.agreement import Rollout, agreement, joint_agreement, keep_rollouts, trainer_logprobs
+from s2ft.sync.trl import choose_port
 
 NAN = float("nan")
 
@@ -127,3 +129,19 @@ def test_the_trainer_scores_given_tokens(tmp_path):
             logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
         expected = logits.log_softmax(1)[torch.arange(len(answer)), answer]
         torch.testing.assert_close(row[mask.bool()], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("environment", "chosen"),
+    [({}, True), ({"MASTER_PORT": "0"}, True), ({"MASTER_PORT": "4321"}, False), ({"WORLD_SIZE": "2"}, False)],
+)
+def test_runs_that_start_together_have_ports_of_their_own(environment, chosen, monkeypatch):
+    for name in ("MASTER_PORT", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", environment.get("MASTER_PORT", ""))  # and restored afterwards
+    choose_port()
+    port = os.environ["MASTER_PORT"]
+    assert (port != environment.get("MASTER_PORT", "")) == chosen
+    assert not chosen or int(port) > 1024

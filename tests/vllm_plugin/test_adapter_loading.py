@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import sys
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
@@ -272,6 +273,18 @@ def test_a_quantized_base_is_compared_by_its_live_layers(folder, tmp_path, size,
     load(engine_of(rounded, folder / "base", **options), folder / "adapter")
     with pytest.raises(ValueError, match="another base than the served one: 2 of 2 layers differ"):
         load(engine_of(small_llama(seed=2), folder / "base", **options), folder / "adapter")
+
+
+def test_a_base_without_readable_files_is_compared_by_its_live_layers(folder, tmp_path):
+    """A relative of the base, such as the same model after more training, is another base."""
+    shutil.copy(folder / "base" / "config.json", tmp_path)
+    load(engine_of(small_llama(), tmp_path), folder / "adapter")
+    relative = small_llama()
+    with torch.no_grad():
+        for parameter in relative.parameters():
+            parameter.mul_(1.05)
+    with pytest.raises(ValueError, match="another base than the served one: 2 of 2 layers differ"):
+        load(engine_of(relative, tmp_path), folder / "adapter")
 
 
 # ---- files that are not read by name ---------------------------------------------------------------------------

@@ -27,7 +27,17 @@ def server(base, tmp_path_factory):
 def test_after_each_of_50_syncs_the_engine_has_the_merged_tensors(form, dtype, served, base, tmp_path):
     folder = base if dtype == "float32" else save_base(tmp_path / "base", dtype)
     found = run("syncs", folder, form, dtype, served, 50)
+    assert found["transport"] == "direct"
     assert found["equal"] == (0 if served else 50) and found["bytes"] <= 1.05 * found["slices"]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_weights_in_other_processes_get_a_file(workers, base):
+    """vLLM's LLM with its engine in a process of its own, and with two workers."""
+    more = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+    more |= {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if workers == 2 else {}
+    found = run("syncs", base, "permuted", "float32", "", 4, workers, **more)
+    assert found["equal"] == 4 and found["transport"] == "file"
 
 
 @pytest.mark.parametrize(
