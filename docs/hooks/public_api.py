@@ -72,11 +72,12 @@ GROUPS = (
     Group("training", "Training", "Train with transformers and TRL.",
           _of("s2ft.train.trainer", "S2FTTrainer AdapterCheckpoints") + _of("s2ft.train.arguments", "SFTArguments")
           + _of("s2ft.train.options", "ModelOptions RunOptions")),
+    Group("sync", "Slice sync", "Send what is trained to vLLM, which generates the answers of reinforcement learning.",
+          _of("s2ft.sync.trl", "with_slices") + _of("s2ft.sync.sender", "SliceSender Sent")
+          + _of("s2ft.sync.slices", "TrainedSlices") + _of("s2ft.sync.engines", "EngineError")
+          + _of("s2ft.sync.agreement", "agreement")),
     Group("serving", "Serving", "Serve a base model and its adapters over HTTP.",
           _of("s2ft.serve.server", "serve build_app") + _of("s2ft.serve.options", "ServerOptions Limits")),
-    Group("sync", "Slice sync", "Send the trained slices to the engine that generates answers during training.",
-          _of("s2ft.sync", "SliceSender with_slices")
-          + _of("s2ft.sync.agreement", "agreement")),
 )  # fmt: skip
 
 

@@ -16,7 +16,17 @@ BACKEND = """{"backend": "s2ft"}"""
 
 
 class EngineError(RuntimeError):
-    """An engine refused a call, failed, or did not answer. The message has the engine's own words."""
+    """An engine refused a call, failed, or did not answer. The message has the engine's own words.
+
+    Example:
+        >>> from s2ft.sync import EngineError, SliceSender
+        >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+        >>> try:
+        ...     SliceSender(model, "http://127.0.0.1:9").sync()
+        ... except EngineError as error:
+        ...     print(str(error)[:47])
+        the engine at http://127.0.0.1:9 can't be reach
+    """
 
 
 class Engine(Protocol):

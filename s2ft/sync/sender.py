@@ -20,6 +20,7 @@ from s2ft.sync.wire import DTYPES, to_message
 
 logger = logging.getLogger(__name__)
 TIMEOUT = 600.0
+UNSEEN = " (the engine does not see the files of this machine: use transport='http', or a folder that both can read)"
 
 
 class Sent(NamedTuple):
@@ -29,6 +30,12 @@ class Sent(NamedTuple):
         step: Number of the sync.
         nbytes: Size of the numbers.
         seconds: Time from the pause to the end, with the making of the numbers.
+
+    Example:
+        >>> from s2ft.sync import Sent
+        >>> sent = Sent(step=3, nbytes=7_603_200, seconds=0.05)
+        >>> f"{sent.nbytes / 1e6:.1f} MB"
+        '7.6 MB'
     """
 
     step: int
@@ -234,7 +241,8 @@ class SliceSender:
             with self._update():
                 self._transport.send(flat, {"sender": self.name, "step": step}, self._engine.update)
         except Exception as error:
-            raise EngineError(f"sync {step} failed: {error}; {self._recovered()}") from error
+            hint = UNSEEN if self._transport.kind == "file" and "No such file" in str(error) else ""
+            raise EngineError(f"sync {step} failed: {error}{hint}; {self._recovered()}") from error
         self.step = step
 
     @contextmanager

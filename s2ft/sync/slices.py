@@ -26,11 +26,23 @@ class _Entry:
 
 
 class TrainedSlices:
-    """What a model trains, as slices of the tensors of its checkpoint.
+    """What a model trains, as slices of the tensors of its checkpoint. :meth:`of` makes it.
+
+    Args:
+        source: What the model trains.
+        names: The tensors of its checkpoint.
+        dtype: The dtype in which numbers are sent.
 
     Attributes:
         specs: The slices, in the order in which their numbers are sent.
         dtype: The dtype in which they are sent.
+
+    Example:
+        >>> from s2ft.sync import TrainedSlices
+        >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+        >>> slices = TrainedSlices.of(model)
+        >>> slices.buffer().shape, slices.numel
+        (torch.Size([1664]), 1664)
     """
 
     def __init__(self, source: AttachedSource | PeftSource, names: CheckpointNames, dtype: torch.dtype) -> None:

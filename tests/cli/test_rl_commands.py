@@ -1,6 +1,7 @@
 """s2ft dpo and s2ft grpo from the command line: their folders, their config files, and what they refuse."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import yaml
@@ -113,6 +114,14 @@ def test_mistakes_are_explained_and_nothing_is_written(command, more, words, wor
     assert run(command, "refused", *with_file) == 2
     _, _, error = capsys.readouterr().err.partition(f"s2ft {command}: error: ")
     assert words in error
+    assert not (work / "refused").exists()
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_without_vllm_the_package_is_named(work, capsys):
+    assert run("grpo", "refused", "--use-vllm", "true") == 2
+    error = capsys.readouterr().err
+    assert "use_vllm needs the package vllm, which is not installed: pip install vllm, or leave --use-vllm out" in error
     assert not (work / "refused").exists()
 
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import torch
 
-from support.vllm_transfer import OFFLINE, parameters, same
+from support.vllm_transfer import OFFLINE, load, parameters, same
 
 ROOT = Path(__file__).parents[2]
 RATIOS = dict(q_ratio=0.13, v_ratio=0.26, o_ratio=0.13, u_ratio=0.02, g_ratio=0.01, d_ratio=0.03)
@@ -87,9 +87,8 @@ def merged_tensors(model) -> dict[str, torch.Tensor]:
 
 def has_merged(llm, model) -> bool:
     """Whether the engine's parameters are those that its own loader makes of the merged checkpoint."""
-    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     before = parameters(llm)
-    runner.get_model().load_weights(iter(merged_tensors(model).items()))
+    load(llm, {name: one.contiguous() for name, one in merged_tensors(model).items()})
     return same(before, parameters(llm))
 
 
@@ -101,7 +100,7 @@ def engine(folder, dtype="float32", **options):
     return LLM(folder, dtype=dtype, weight_transfer_config={"backend": "s2ft"}, **{**fixed, **options})
 
 
-def syncs(folder, form="permuted", dtype="float32", served="", steps="50"):
+def syncs(folder, form="permuted", dtype="float32", served="", steps="50", workers="1"):
     """Train, and compare all tensors of the engine after each sync. At the end they are those at the start."""
     from s2ft.sync import SliceSender
 
@@ -109,11 +108,12 @@ def syncs(folder, form="permuted", dtype="float32", served="", steps="50"):
     model = model_in(form, folder, getattr(torch, dtype))
     trained = [one for one in model.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=3e-3)
-    llm = engine(folder, served or dtype)
+    llm = engine(folder, served or dtype, tensor_parallel_size=int(workers))
     first = parameters(llm)
     data = torch.randint(3, model.config.vocab_size, (2, 16))
     equal = 0
     with SliceSender(model, llm) as sender:
+        kind = sender._engine.transport()
         for _ in range(int(steps)):
             sent = sender.sync()
             if (served or dtype) == dtype:
@@ -124,7 +124,7 @@ def syncs(folder, form="permuted", dtype="float32", served="", steps="50"):
     size = sum(one.numel() * getattr(torch, served or dtype).itemsize for one in trained)
     assert sent.nbytes <= 1.05 * size
     assert same(first, parameters(llm)), "the base is not restored"
-    print(json.dumps({"equal": equal, "steps": int(steps), "bytes": sent.nbytes, "slices": size}))
+    print(json.dumps({"equal": equal, "transport": kind, "bytes": sent.nbytes, "slices": size}))
 
 
 # ---- TRL -------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def reward(completions, **_):
     return [float(len(set(completion))) for completion in completions]
 
 
-def trainer_of(kind: str, form: str, folder: str, dtype: str, output: str, server: str = ""):
+def trainer_of(kind: str, form: str, folder: str, dtype: str, output: str, server: str = "", transport: str = "auto"):
     """A trainer of TRL on the tiny model, with slices."""
     from importlib import import_module
 
@@ -163,7 +163,7 @@ def trainer_of(kind: str, form: str, folder: str, dtype: str, output: str, serve
     args = getattr(module, f"{name}Config")(**common)
     model = model_in(form, folder, getattr(torch, dtype))
     rows = Dataset.from_list([{"prompt": f"say {letter}"} for letter in "abcdefgh"])
-    made = with_slices(getattr(module, f"{name}Trainer"), llm=LLM)
+    made = with_slices(getattr(module, f"{name}Trainer"), llm=LLM, transport=transport)
     return made(
         model=model,
         args=args,
@@ -191,9 +191,9 @@ def colocate(folder, kind="grpo", form="permuted", dtype="float32"):
     print(json.dumps({"checked": len(checked), **differences(trainer)}))
 
 
-def server(folder, url, kind="grpo", form="permuted", dtype="float32"):
+def server(folder, url, kind="grpo", form="permuted", dtype="float32", transport="auto"):
     """Train by TRL with a vLLM server. Its log-probabilities of the answers are the trainer's."""
-    trainer = trainer_of(kind, form, folder, dtype, f"{folder}-out", url)
+    trainer = trainer_of(kind, form, folder, dtype, f"{folder}-out", url, transport)
     sizes, sync = [], trainer.slice_sender.sync
     if kind == "online_dpo":
         trainer.slice_sender.sync = lambda: sizes.append(sync().nbytes)
@@ -202,6 +202,28 @@ def server(folder, url, kind="grpo", form="permuted", dtype="float32"):
     trainer.train()
     assert len(sizes) == 3
     print(json.dumps({"syncs": len(sizes), "bytes": sizes[0], **differences(trainer)}))
+
+
+def agreement(folder, dtype="float32"):
+    """Train, and compare log-probabilities: with the slices, under the base, and with an engine that got no slices."""
+    from dataclasses import replace
+
+    from s2ft.sync.agreement import joint_agreement, keep_rollouts
+    from s2ft.vllm.scoring import engine_logprobs, scored_on_base
+
+    trainer = trainer_of("grpo", "permuted", folder, dtype, f"{folder}-out")
+    kept = keep_rollouts(trainer)
+    trainer.train()
+    last = kept[-1]
+    stale = last.padded(engine_logprobs(trainer.vllm_generation.llm, last.sequences()))
+    found = {
+        "trained": joint_agreement(kept),
+        "base": joint_agreement(scored_on_base(trainer, kept)),
+        "last": last.agreement,
+        "stale": replace(last, engine=stale).agreement,
+    }
+    steps = [one.step for one in kept]
+    print(json.dumps({"steps": steps, **{name: one._asdict() for name, one in found.items()}}))
 
 
 class Worker:

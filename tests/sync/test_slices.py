@@ -3,11 +3,12 @@
 import pytest
 import torch
 from support.checkpoint_engine import CheckpointEngine, tensors_of
+from support.composites import composite_of, missing
 from support.models import ALL_RATIOS, CASES, model_of, ratios_for
 
 import s2ft
 from s2ft.sync.slices import TrainedSlices
-from s2ft.sync.wire import to_message
+from s2ft.sync.wire import hashes_of, to_message
 
 FAST = ("llama-grouped", "gpt2", "mixtral", "qwen2-grouped-tied")
 ALL = [pytest.param(case, marks=() if case in FAST else pytest.mark.slow) for case in CASES]
@@ -284,3 +285,56 @@ def test_the_memory_of_a_sync_is_that_of_the_slices():
         slices.buffer()
     weight = model.model.layers[0].mlp.down_proj.weight.numel()
     assert 0 < largest.made == slices.numel < weight
+
+
+# ---- models with several parts -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["llava", "qwen2_5_vl", "gemma3"])
+def test_models_of_images_and_text_have_the_names_of_their_files(model_type, tmp_path):
+    if missing(model_type):
+        pytest.skip("not in this release of transformers")
+    model = composite_of(model_type)
+    model.save_pretrained(tmp_path / "base")
+    model = type(model).from_pretrained(tmp_path / "base")
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2, u_ratio=0.1, o_ratio=0.5))
+    slices = TrainedSlices.of(model)
+    randomize(model)
+    check(slices, tmp_path, lambda: s2ft.merge(model))
+
+
+def test_a_peft_delta_in_float32_on_a_bfloat16_base(tmp_path):
+    """PEFT makes adapters of half-precision bases in float32."""
+    from peft import get_peft_model
+
+    from s2ft.peft import S2FTPeftConfig
+
+    model = model_of("llama-grouped", torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    model = get_peft_model(model, S2FTPeftConfig(d_ratio=0.2, o_ratio=0.5))
+    assert {one.dtype for one in model.parameters() if one.requires_grad} == {torch.float32}
+    slices = TrainedSlices.of(model)
+    randomize(model)
+    assert slices.dtype == torch.bfloat16
+    check(slices, tmp_path, model.merge_and_unload)
+
+
+def test_a_model_that_is_not_of_transformers_has_the_names_of_its_weights():
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = torch.nn.Linear(6, 20), torch.nn.Linear(20, 6)
+
+        def forward(self, x):
+            return self.down(self.up(x).relu())
+
+    model = Net()
+    base = {name: one.clone() for name, one in model.state_dict().items()}
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.25, layout="indexed"), example=torch.randn(2, 6))
+    slices = TrainedSlices.of(model)
+    randomize(model)
+    (spec,) = slices.specs
+    values = slices.buffer().view(spec.values_shape)
+    merged = s2ft.merge(model).state_dict()
+    assert spec.name == "down.weight" and torch.equal(merged[spec.name].index_select(1, spec.index), values)
+    assert torch.equal(hashes_of(base[spec.name].index_select(1, spec.index), 1), spec.hashes)

@@ -196,3 +196,18 @@ def test_the_reward_rises(tmp_path):
     first, *_ = read_log(folder.log)
     print(f"reward: {first['reward']:.3f} at first, {result.reward:.3f} at last")
     assert first["reward"] < 0.2 and result.reward > first["reward"] + 0.3
+
+
+def test_an_attached_model_that_would_be_sent_whole_is_refused_before_vllm_starts(tmp_path):
+    from trl import GRPOConfig, GRPOTrainer
+
+    from s2ft.train.trainer import AdapterCheckpoints
+
+    class Mine(AdapterCheckpoints, GRPOTrainer):
+        pass
+
+    model = tiny_model()
+    s2ft.attach(model, CONFIG)
+    options = GRPOConfig(str(tmp_path), use_vllm=True, use_cpu=True, bf16=False)
+    with pytest.raises(ValueError, match=r"use s2ft.sync.with_slices\(Mine\), which sends the trained slices"):
+        Mine(model, short, args=options, train_dataset=prompts(tiny_tokenizer()))
