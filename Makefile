@@ -68,7 +68,7 @@ lint: $(VENV)/.torch
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-# All benchmarks except bench/against.py, which needs a second checkout, and bench/vllm_export.py, which needs vLLM
+# All benchmarks except bench/against.py, which needs a second checkout, and bench/vllm_*.py and bench/grpo*.py, which need vLLM
 bench: $(VENV)/.installed
 	$(BIN)/python bench/train_step.py
 	$(BIN)/python bench/experts.py

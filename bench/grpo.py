@@ -25,7 +25,6 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import torch
 from harness import machine, save
 
 RESULTS = Path(__file__).parent / "results" / "grpo.json"
@@ -42,7 +41,7 @@ def run(options: argparse.Namespace, seed: int, dtype: str) -> dict[str, Any]:
     from datasets import Dataset
 
     import s2ft
-    from s2ft.sync.agreement import keep_rollouts
+    from s2ft.sync.agreement import joint_agreement, keep_rollouts
     from s2ft.text.models import load_model
     from s2ft.train.callbacks import JsonlLog, LossBar
     from s2ft.train.demo import default_model
@@ -50,6 +49,7 @@ def run(options: argparse.Namespace, seed: int, dtype: str) -> dict[str, Any]:
     from s2ft.train.output import RunFolder, read_log
     from s2ft.train.rewards import checked
     from s2ft.train.rl_trainers import GRPORunTrainer
+    from s2ft.vllm.scoring import scored_on_base
 
     model, tokenizer = load_model(options.model or default_model(), dtype)
     held_out = example.problems(held_out=True)
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace, seed: int, dtype: str) -> dict[str, Any]:
             trainer.train()
             seconds = time.perf_counter() - began
             scored = spread(rollouts, options.scored)
-            on_base = agreement_on_base(trainer, scored)
+            on_base = scored_on_base(trainer, scored)
             after = trained_scores(trainer, tokenizer, held_out, example)
         log = read_log(folder.log)
     return {
@@ -88,9 +88,10 @@ def run(options: argparse.Namespace, seed: int, dtype: str) -> dict[str, Any]:
         "reward": [line["reward"] for line in log],
         "held_out": {"before": before, "after": after},
         "steps": [{"step": one.step, **one.agreement._asdict()} for one in rollouts],
-        "all_steps": together(rollouts, [one.engine for one in rollouts], [one.trainer for one in rollouts]),
-        "training": together(scored, [one.engine for one in scored], [one.trainer for one in scored]),
-        "base": on_base,
+        "all_steps": joint_agreement(rollouts)._asdict(),
+        "training": joint_agreement(scored)._asdict(),
+        "base": joint_agreement(on_base)._asdict(),
+        "base_steps": [{"step": one.step, **one.agreement._asdict()} for one in on_base],
     }
 
 
@@ -139,35 +140,12 @@ def gain(result: dict[str, Any]) -> tuple[float, float, float, float]:
 # ---- log-probabilities -----------------------------------------------------------------------------------
 
 
-def agreement_on_base(trainer, rollouts) -> dict[str, Any]:
-    """Compare both on the base, on the tokens of the training."""
-    from s2ft.attached.reference import without_trainable
-    from s2ft.model.modes import evaluation_mode
-    from s2ft.sync.agreement import trainer_logprobs
-    from s2ft.vllm.scoring import engine_logprobs
-
-    engine = trainer.vllm_generation.llm
-    by_engine = [one.padded(engine_logprobs(engine, one.sequences())) for one in rollouts]
-    with evaluation_mode(trainer.model), without_trainable(trainer.model):
-        by_trainer = [trainer_logprobs(trainer, one) for one in rollouts]
-    return together(rollouts, by_engine, by_trainer)
-
-
 def spread(rollouts, count: int | None) -> list[Any]:
     """Some rollouts, as far apart as possible, with the first and the last one; all if count is None."""
     if count is None or count >= len(rollouts):
         return rollouts
     last = len(rollouts) - 1
     return [rollouts[round(n * last / max(1, count - 1))] for n in range(count)]
-
-
-def together(rollouts, by_engine, by_trainer) -> dict[str, Any]:
-    """The differences over all steps."""
-    from s2ft.sync.agreement import agreement
-
-    masks = torch.cat([one.answer_mask.flatten() for one in rollouts])
-    flat = (torch.cat([one.double().flatten() for one in each]) for each in (by_trainer, by_engine))
-    return agreement(*flat, masks)._asdict()
 
 
 # ---- the table -------------------------------------------------------------------------------------------
@@ -194,6 +172,9 @@ def show(results: list[dict[str, Any]]) -> None:
                 f"    {title:28s}{apart['tokens']:>8,} tokens: mean {apart['mean']:.2e}, "
                 f"99.9 % {apart['quantile']:.2e}, max {apart['max']:.2e}"
             )
+        on_base = {step["step"]: step["mean"] for step in one["base_steps"]}
+        ratios = [step["mean"] / on_base[step["step"]] for step in one["steps"] if step["step"] in on_base]
+        print(f"    mean of a step, trained to base: {min(ratios):.2f} to {max(ratios):.2f} times")
 
 
 def main() -> None:

@@ -10,8 +10,9 @@ its own. The processes take turns step by step, so that they meet the same machi
     lora-adapter     LoRA: the adapter is saved, and the engine loads it under a new name at each step
     full             every parameter is trained and sent, as TRL does it
 
-All engines leave their weights unpacked: nothing could be written into them otherwise. All answers have the same number
-of tokens. "Changed" is the share of the trainer's frozen weights whose bits are not those of the base after the run.
+On a CPU engines leave their weights unpacked, because nothing can be written into packed ones; the one of lora-adapter,
+into which nothing is written, packs them. All answers have the same number of tokens. "Changed" is the share of the
+trainer's frozen weights whose bits are not those of the base after the run.
 """
 
 import argparse
@@ -68,6 +69,8 @@ class Way:
         from datasets import Dataset
         from trl import GRPOConfig, GRPOTrainer
 
+        from s2ft.sync.trl import choose_port
+
         options = self.options
         rows = min(16, options.answers)
         arguments = GRPOConfig(
@@ -93,8 +96,11 @@ class Way:
             given["peft_config"] = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=TARGETS, lora_dropout=0.0)
         if self.name == "lora-adapter":
             llm |= {"enable_lora": True, "max_lora_rank": RANK}
-        llm |= {"dtype": options.dtype, "weight_transfer_config": {"backend": "s2ft"}}  # leaves weights unpacked
+        else:
+            llm |= {"weight_transfer_config": {"backend": "s2ft"}}  # leaves weights unpacked
+        llm |= {"dtype": options.dtype}
         generation.LLM = partial(generation.LLM, **llm)
+        choose_port()  # TRL would give processes that start together the same port
         return GRPOTrainer(self.model, short, **given)
 
     # ---- what is measured ----------------------------------------------------------------------------

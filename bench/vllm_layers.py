@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=48, help="of each answer; each round has four at once")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--servers", nargs="+", default=["no adapters", "LoRA", "slices"], help="of the speed")
     parser.add_argument("--parts", nargs="+", default=["speed", "memory", "prompt"])
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # in a process of its own
@@ -160,21 +162,17 @@ def speed(root: Path, rank: int, units: str, prompts: list, args: argparse.Names
     modules = [f"{name}={root / name}" for name in CONFIGS]
     common = ["--dtype", args.dtype, "--enable-lora", "--max-loras", str(len(CONFIGS)), "--lora-modules", *modules]
     slices = {"S2FT_VLLM_SLICES": "1", "S2FT_VLLM_UNITS": units}
-    threads = {"VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "auto")}
-    with (
-        vllm_server(root / "base", root / "plain.log", ["--dtype", args.dtype], threads) as plain,
-        vllm_server(root / "base", root / "lora.log", [*common, "--max-lora-rank", str(rank)], threads) as lora,
-        vllm_server(root / "base", root / "slices.log", [*common, "--max-lora-rank", "1"], threads | slices) as sliced,
-    ):
-        steps = {
-            f"{server_name}: {name}": (server, name)
-            for server_name, server, names in (
-                ("no adapters", plain, ["base"]),
-                ("LoRA", lora, ["base", "one"]),
-                ("slices", sliced, ["base", "one"]),
-            )
-            for name in names
-        }
+    kinds = {
+        "no adapters": (["--dtype", args.dtype], {}, ["base"]),
+        "LoRA": ([*common, "--max-lora-rank", str(rank)], {}, ["base", "one"]),
+        "slices": ([*common, "--max-lora-rank", "1"], slices, ["base", "one"]),
+    }
+    with ExitStack() as stack:
+        steps = {}
+        for kind in args.servers:
+            options, variables, names = kinds[kind]
+            server = stack.enter_context(vllm_server(root / "base", root / f"{kind}.log", options, variables))
+            steps |= {f"{kind}: {name}": (server, name) for name in names}
         rates: dict[str, list[float]] = {step: [] for step in steps}
         for number in range(args.rounds + 1):
             for step, (server, name) in steps.items():
@@ -199,20 +197,21 @@ def prompt(tokens: int = 512, units: int = 430, inputs: int = 14336, outputs: in
     """Milliseconds to add the slices of one adapter, as large as 3 % of LLaMA-3-8B's down_proj, to all tokens."""
     bank = SliceBank(2, 2 * units, outputs, dim=1)
     bank.put(1, torch.randperm(inputs)[:units], torch.randn(units, outputs))
-    x, y, slots = torch.randn(tokens, inputs), torch.randn(tokens, outputs), np.full(tokens, 1)
-    batches = {"sorted, one product": True, "the CPU's kernel": False}
-    steps = {}
-    for name, grouped in batches.items():
-        batch = Batch.like(torch.empty(tokens, dtype=torch.int64), 2)
-        batch.slots.fill_(1)
-        batch.update(slots, grouped)
-        steps[name] = lambda batch=batch: add_slices_(y, x, bank, batch)
+    x, y = torch.randn(tokens, inputs), torch.randn(tokens, outputs)
+    batch, all_one = Batch.like(torch.empty(tokens, dtype=torch.int64), 2), torch.ones(tokens, dtype=torch.int64)
+    batch.slots.fill_(1)
+    batch.update(np.full(tokens, 1))
+    packed = (bank.values, bank.index, bank.offsets)
+    steps = {
+        "sorted, one product": lambda: add_slices_(y, x, bank, batch),
+        "multi_adapter_linear": lambda: multi_adapter_linear(x, y, *packed, all_one, 1),
+    }
     one = torch.ones(1, dtype=torch.int64)
 
     def by_token() -> None:
         for token in range(tokens):
             rows = slice(token, token + 1)
-            y[rows] = multi_adapter_linear(x[rows], y[rows], bank.values, bank.index, bank.offsets, one, 1)
+            y[rows] = multi_adapter_linear(x[rows], y[rows], *packed, one, 1)
 
     steps["token by token"] = by_token
     found = {name: 1000 * statistics.median(every) for name, every in interleaved(steps, 7).items()}

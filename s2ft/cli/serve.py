@@ -262,7 +262,7 @@ def _launch(job: ServeArguments, options: list[str], target):
     key = key_of(job.api_key)
     warn_if_open(job.host, key)
     model = vllm.unpacked(job.model, job.dtype, target / "base")
-    adapters = vllm.adapters_of(model, job.adapters)
+    adapters = vllm.adapters_of(model, job.adapters, job.revision)
     template = vllm.write_template(adapters, target)
     settings = vllm.Settings(
         model,

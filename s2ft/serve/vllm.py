@@ -4,6 +4,7 @@ The plugin (:mod:`s2ft.vllm`) loads the adapters' own folders. Where the install
 every adapter is exported as a LoRA folder.
 """
 
+import functools
 import logging
 import os
 import socket
@@ -14,13 +15,11 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
-from torch import nn
-
 from s2ft.adapter.adapter import Adapter, check_fits
 from s2ft.adapter.formats import lora, native
-from s2ft.attached.record import new_attachment
+from s2ft.attached.record import Attachment, new_attachment
 from s2ft.model.checkpoint import weights_on_disk
-from s2ft.model.coupling import projections_of
+from s2ft.model.coupling import Coupling, projections_of
 from s2ft.serve.sources import grouped, source_of
 from s2ft.text.adapter_prompts import recorded_format, standalone_template
 from s2ft.text.models import hollow_model, load_model
@@ -124,12 +123,13 @@ class Launch:
 # ---- the adapters ----------------------------------------------------------------------------------------
 
 
-def adapters_of(model_name: str, sources: Sequence[str]) -> list[Served]:
+def adapters_of(model_name: str, sources: Sequence[str], revision: str = "main") -> list[Served]:
     """Read what vLLM must know of the adapters, and compare them with the base. No weights are loaded.
 
     Args:
         model_name: The adapters' base: a checkpoint folder or a name on the hub.
         sources: Directories of adapters or of runs, or single ones, see :func:`s2ft.serve.sources.source_of`.
+        revision: Branch, tag or commit of the base on the hub.
 
     Returns:
         The adapters that can be served, sorted by name. The log has the others with the reasons.
@@ -146,10 +146,10 @@ def adapters_of(model_name: str, sources: Sequence[str]) -> list[Served]:
         named |= source.folders() if source.name is not None else {}
     if not found:
         raise ValueError(f"{', '.join(sources)}: there are no adapters")
-    model, served, refused = hollow_model(model_name), [], {}
+    base, served, refused = _Base(_at_revision(model_name, revision)), [], {}
     for name, folder in sorted(found.items()):
         try:
-            served.append(_served(name, folder, model, model_name))
+            served.append(_served(name, folder, base))
         except (OSError, ValueError) as error:
             if name in named:
                 raise ValueError(f"adapter {name!r} can't be served: {error}") from error
@@ -161,14 +161,23 @@ def adapters_of(model_name: str, sources: Sequence[str]) -> list[Served]:
     return served
 
 
-def _served(name: str, folder: Path, model: nn.Module, model_name: str) -> Served:
+def _at_revision(model_name: str, revision: str) -> str:
+    """The folder of another revision than the main one, which vLLM would download, too."""
+    if revision == "main" or Path(model_name).expanduser().exists():
+        return model_name
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(model_name, revision=revision)
+
+
+def _served(name: str, folder: Path, base: "_Base") -> Served:
     adapter = native.read_without_values(folder)
     if adapter.extra_weights:
         raise ValueError(
             f"it has {next(iter(adapter.extra_weights))} trained in full, and vLLM's adapters have no whole weights: "
             "serve the merged model"
         )
-    paths = _compared(adapter, model, model_name)
+    paths = base.compare(adapter)
     ranks: dict[str, int] = {}
     for projection, delta in adapter.deltas.items():
         ranks[paths[projection]] = ranks.get(paths[projection], 0) + delta.index.numel()
@@ -176,16 +185,39 @@ def _served(name: str, folder: Path, model: nn.Module, model_name: str) -> Serve
     return Served(name, folder, ranks, dims, recorded_format(adapter.info, f"adapter {name!r}"))
 
 
-def _compared(adapter: Adapter, model: nn.Module, model_name: str) -> dict[str, str]:
-    """Compare an adapter with the base's files. Returns the module of each projection of the base."""
-    try:
-        with weights_on_disk(model, model_name):
-            record = new_attachment(model, adapter.couplings)
-    except (OSError, ValueError) as error:  # a checkpoint of pickles, for instance: the plugin compares, too
-        logger.info("adapters are compared with the base when vLLM loads them: %s", error)
-        record = new_attachment(model, adapter.couplings)  # it has no fingerprint of a model without weights
-    check_fits(adapter, model, record)
-    return {projection.name: projection.path for projection in projections_of(record.couplings)}
+class _Base:
+    """The base without its weights. Those that adapters change are read from its files, once."""
+
+    def __init__(self, model_name: str) -> None:
+        self._name, self._record = model_name, functools.cache(self._read)
+        try:
+            self._model, self._error = hollow_model(model_name), None
+        except ValueError as error:  # a model with code of its own, for instance
+            self._model, self._error = None, error
+
+    def compare(self, adapter: Adapter) -> dict[str, str]:
+        """Compare an adapter with the base. Returns the module of each projection of the base.
+
+        A base that can't be built here is compared by the plugin. The modules are then those that the adapter records.
+
+        Raises:
+            ValueError: The adapter is of another base, or the base can't be built and the adapter records no modules.
+        """
+        if self._error is not None:
+            if adapter.structure is None:
+                raise self._error
+            return {name: location.path for name, location in adapter.structure.locations.items()}
+        record = self._record(adapter.couplings and tuple(adapter.couplings))
+        check_fits(adapter, self._model, record)
+        return {projection.name: projection.path for projection in projections_of(record.couplings)}
+
+    def _read(self, couplings: tuple[Coupling, ...] | None) -> Attachment:
+        try:
+            with weights_on_disk(self._model, self._name):
+                return new_attachment(self._model, couplings)
+        except (OSError, ValueError) as error:  # a checkpoint of pickles, for instance: the plugin compares, too
+            logger.info("adapters are compared with the base when vLLM loads them: %s", error)
+            return new_attachment(self._model, couplings)  # without a fingerprint
 
 
 def write_template(adapters: Sequence[Served], folder: Path) -> Path | None:

@@ -4,6 +4,7 @@ Both compute with the same weights, by other kernels and in other batches. So th
 base. A larger difference says that the engine samples from other weights than those that are trained.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -142,6 +143,22 @@ def _rollout(step: int, output: dict[str, Any]) -> Rollout:
     numbers = ("old_per_token_logps", "sampling_per_token_logps")
     # a copy, because TRL shuffles the rows afterwards and frees what it does not need
     return Rollout(step, *(output[name].detach().cpu().clone() for name in names + numbers))
+
+
+def joint_agreement(rollouts: Sequence[Rollout]) -> Agreement:
+    """Compare the log-probabilities of all tokens of several rollouts.
+
+    Args:
+        rollouts: The rollouts.
+
+    Returns:
+        The differences over all tokens.
+
+    Raises:
+        ValueError: There is no token to compare.
+    """
+    names = ("trainer", "engine", "answer_mask")
+    return agreement(*(torch.cat([getattr(one, name).double().flatten() for one in rollouts]) for name in names))
 
 
 @torch.no_grad()

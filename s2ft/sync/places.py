@@ -55,7 +55,7 @@ class Place:
         mine: Numbers of these positions in the slice; None for all of them.
         across: The part of each dimension of the slice's values; the whole one for `dim`.
         original: The numbers that were there, [m] along `dim`.
-        first: The first of the positions in `view`.
+        line: Some of the numbers at the first position, a view of the live parameter, [k].
     """
 
     slice_number: int
@@ -65,7 +65,7 @@ class Place:
     mine: Tensor | None
     across: tuple[slice, ...]
     original: Tensor
-    first: int
+    line: Tensor
 
     def part_of(self, values: Tensor) -> Tensor:
         """The part of a slice's values that lies here."""
@@ -88,9 +88,10 @@ class Place:
         """Write back the original numbers."""
         self.put(self.original)
 
-    def one_unit(self) -> Tensor:
-        """The numbers at the first position, a view."""
-        return self.view.select(self.dim, self.first)
+    @property
+    def original_line(self) -> Tensor:
+        """The numbers that were at :attr:`line`."""
+        return _line(self.original, self.dim, 0)
 
     def key(self) -> tuple:
         """What part of the slice this is: parts with the same key on several ranks are copies of each other."""
@@ -313,11 +314,18 @@ def _place(number: int, spec: SliceSpec, region: Region) -> Place | None:
         slice(None) if dim == spec.dim else slice(first, first + extent)
         for dim, (first, extent) in enumerate(zip(region.starts, region.view.shape))
     )
-    every = mine.numel() == spec.index.numel()
     original = region.view.index_select(spec.dim, here)
-    return Place(
-        number, region.view, spec.dim, here, None if every else mine.to(device), across, original, int(here[0])
-    )
+    chosen = None if mine.numel() == spec.index.numel() else mine.to(device)
+    line = _line(region.view, spec.dim, int(here[0]))
+    return Place(number, region.view, spec.dim, here, chosen, across, original, line)
+
+
+def _line(tensor: Tensor, dim: int, position: int) -> Tensor:
+    """Some of the numbers at a position, as a view [k]."""
+    line = tensor.select(dim, position)
+    while line.dim() > 1:
+        line = line[0]
+    return line if line.dim() else line.unsqueeze(0)
 
 
 def part_hashes(place: Place, spec: SliceSpec) -> Tensor:

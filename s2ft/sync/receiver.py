@@ -8,7 +8,7 @@ import base64
 import itertools
 import os
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -82,7 +82,10 @@ class _Bound:
     transport: Mapping[str, Any] = field(default_factory=dict)
     group: Broadcast | None = None
     step: int | None = None
-    expected: list[Tensor] = field(default_factory=list)  # numbers at the first position of each place
+    expected: Tensor | None = None  # the lines of all places after the last write
+
+    def __post_init__(self) -> None:
+        self.originals = _joined(place.original_line for place in self.places)
 
     @property
     def numel(self) -> int:
@@ -183,7 +186,7 @@ class Receiver:
             self._compare(bound)
             if request["transport"]["kind"] == "nccl":
                 bound.group = self._together(lambda: self.join(bound.transport))
-            bound.expected = _samples(bound.places)
+            bound.expected = _lines(bound)
             undo.forget()
         self._bound = bound
 
@@ -294,9 +297,9 @@ class Receiver:
         except BaseException as error:
             for place in bound.places:
                 place.restore()
-            bound.step, bound.expected = None, _samples(bound.places)
+            bound.step, bound.expected = None, _lines(bound)
             raise RuntimeError(f"writing failed, and the base has been restored: {_words(error)}") from error
-        bound.expected = _samples(bound.places)
+        bound.expected = _lines(bound)
 
     # ---- the base, and adapters --------------------------------------------------------------------------
 
@@ -317,7 +320,7 @@ class Receiver:
             return
         for place in bound.places:
             place.restore()
-        bound.step, bound.expected = None, _samples(bound.places)
+        bound.step, bound.expected = None, _lines(bound)
         if message.get("sender") is not None or bound.sender is None:
             self._release()
 
@@ -328,7 +331,7 @@ class Receiver:
             bound = self._together(lambda: self._find_adapter(slices))
             self._compare(bound, slices.compared)
             self._add_or_restore(bound, slices)
-            bound.expected = _samples(bound.places)
+            bound.expected = _lines(bound)
             undo.forget()
         self._bound = bound
 
@@ -529,22 +532,27 @@ def _add(bound: _Bound, slices: AdapterSlices) -> None:
             place.put(effective_units(place.original, place.part_of(slices.deltas[number].to(device))))
 
 
-def _samples(found: Sequence[Place]) -> list[Tensor]:
-    return [place.one_unit().clone() for place in found]
+def _joined(lines: Iterable[Tensor]) -> Tensor:
+    found = list(lines)
+    return torch.cat(found) if found else torch.empty(0)
+
+
+def _lines(bound: _Bound) -> Tensor:
+    return _joined(place.line for place in bound.places)
 
 
 def _check_untouched(model: nn.Module, bound: _Bound) -> None:
     """Raise if the weights are neither what was written last nor the base, as after sleep mode dropped them."""
     live = {tensor.untyped_storage().data_ptr() for tensor in itertools.chain(model.parameters(), model.buffers())}
-    same = [torch.ones((), dtype=torch.bool)]
-    for place, expected in zip(bound.places, bound.expected):
-        now, original = place.one_unit(), place.original.select(place.dim, 0)
-        alive = place.view.untyped_storage().data_ptr() in live
-        same.append(((now == expected).all() | (now == original).all()) & alive)
-    found = torch.stack([one.to(same[-1].device) for one in same[1:]] or same)  # one transfer from a GPU
-    if not bool(found.all()):
-        place = bound.places[int((~found).nonzero()[0])]
-        raise RuntimeError(
-            f"{bound.specs[place.slice_number].name} was changed by others since the last update. After sleep mode of "
-            "level 2, or another update of the weights, load the base again (reload_weights) and init again"
-        )
+    lost = [place for place in bound.places if place.line.untyped_storage().data_ptr() not in live]
+    now = _lines(bound)
+    if not lost and (torch.equal(now, bound.expected) or torch.equal(now, bound.originals)):
+        return
+    sizes = [place.line.numel() for place in bound.places]
+    for place, one, expected in zip(bound.places, now.split(sizes), bound.expected.split(sizes)):
+        if not torch.equal(one, expected):
+            lost.append(place)
+    raise RuntimeError(
+        f"{bound.specs[lost[0].slice_number].name} was changed by others since the last update. After sleep mode of "
+        "level 2, or another update of the weights, load the base again (reload_weights) and init again"
+    )

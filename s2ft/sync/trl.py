@@ -6,6 +6,8 @@ talks to a server. So these classes stand in their places while a trainer is mad
 afterwards.
 """
 
+import os
+import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -230,6 +232,18 @@ def check_sends_slices(trainer: type, args: tuple, options: Mapping[str, Any]) -
         )
 
 
+def choose_port() -> None:
+    """Choose a port for vLLM's process group in a process that trains alone, unless one is given.
+
+    TRL takes the first free one of four, and vLLM listens to it much later. Two runs that start together would take the
+    same.
+    """
+    if os.environ.get("MASTER_PORT", "0") in ("", "0", "auto") and os.environ.get("WORLD_SIZE", "1") == "1":
+        with socket.socket() as free:
+            free.bind(("", 0))
+            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+
+
 @contextmanager
 def _making(trainer: _Slices, module: ModuleType, args: tuple, options: dict[str, Any]) -> Iterator[None]:
     """Inside, a module of TRL makes engines that take slices, and clients that need no NCCL."""
@@ -239,6 +253,8 @@ def _making(trainer: _Slices, module: ModuleType, args: tuple, options: dict[str
         return
     if getattr(config, "vllm_enable_sleep_mode", False):
         raise ValueError(SLEEP)
+    if config.vllm_mode == "colocate":
+        choose_port()
     replaced: dict[str, Any] = {"VLLMClient": _client_class(module.VLLMClient)}
     if hasattr(module, "LLM"):  # not without vLLM, for which TRL has an error
         replaced["LLM"] = partial(_llm, module.LLM, trainer)

@@ -137,9 +137,18 @@ class Base:
                 return ""
         if found is None and self._manager is None:
             return "the weights of the served checkpoint can't be read from its files, so they can't be compared"
-        if found is None:
-            return live_difference(self._manager, self.structure(adapter).base_weights, adapter.fingerprint)
-        return found
+        if found is not None:
+            return found
+        names, theirs = self.structure(adapter).base_weights, adapter.fingerprint
+        return live_difference(
+            self._manager, names, theirs, self._is_quantized or theirs["dtype"].startswith(QUANTIZED)
+        )
+
+    @property
+    def _is_quantized(self) -> bool:
+        config = self._config.model_config
+        files = getattr(config.hf_config, "quantization_config", None)
+        return files is not None or getattr(config, "quantization", None) is not None
 
     def _check_layout(self, adapter: Adapter) -> None:
         """Compare a few columns of the live layers with the files: once for each kind of module, because vLLM loads

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2ft.model.fingerprint import QUANTIZATION, SAMPLES
+from s2ft.model.fingerprint import QUANTIZATION, SAMPLES, TOLERANCE
 from s2ft.vllm.compatibility import part_of
 from s2ft.vllm.names import Target, Targets, sizes
 
@@ -75,18 +75,23 @@ def _take(layer: nn.Module, name: str, values: Tensor, slot: int | None, count: 
 # ---- the same base ------------------------------------------------------------------------------------
 
 
-def live_difference(adapter_manager: Any, names: dict[str, list[tuple[str, str]]], theirs: dict[str, Any]) -> str:
-    """Compare the live layers with the samples of an adapter's fingerprint, with the tolerance of quantization.
+def live_difference(
+    adapter_manager: Any, names: dict[str, list[tuple[str, str]]], theirs: dict[str, Any], is_quantized: bool
+) -> str:
+    """Compare the live layers with the samples of an adapter's fingerprint.
 
     Args:
         adapter_manager: vLLM's LoRAModelManager.
         names: The weights of the fingerprint by layer: labels and names of parameters.
         theirs: The adapter's fingerprint.
+        is_quantized: Whether one of both bases is quantized. The tolerance is that of quantization then, else that of
+            rounding.
 
     Returns:
         The difference in words; empty if there is none.
     """
     targets, differ, compared = Targets(adapter_manager), [], 0
+    same = _close if is_quantized else _same
     for layer, pairs in names.items():
         samples = theirs["layers"].get(layer, {}).get("samples", [])
         if len(samples) != SAMPLES * len(pairs):
@@ -97,7 +102,7 @@ def live_difference(adapter_manager: Any, names: dict[str, list[tuple[str, str]]
             for n, value in _samples(targets, name).items()
         ]
         compared += len(found)
-        if found and not _close(*torch.tensor(found).t()):
+        if found and not same(*torch.tensor(found).t()):
             differ.append(layer)
     if differ:
         return f"{len(differ)} of {len(names)} layers differ, the first is layer {differ[0]}"
@@ -106,6 +111,10 @@ def live_difference(adapter_manager: Any, names: dict[str, list[tuple[str, str]]
 
 def _close(wanted: Tensor, ours: Tensor) -> bool:
     return float((wanted - ours).abs().mean()) <= QUANTIZATION * float(wanted.abs().mean())
+
+
+def _same(wanted: Tensor, ours: Tensor) -> bool:
+    return torch.allclose(wanted, ours, rtol=TOLERANCE, atol=TOLERANCE * float(wanted.abs().mean()))
 
 
 def _samples(targets: Targets, name: str) -> dict[int, float]:

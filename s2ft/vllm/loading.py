@@ -12,11 +12,14 @@ remain for those to its next question.
 
 import functools
 import inspect
+import logging
 from pathlib import Path
 from typing import Any
 
 from s2ft.files.adapter_folder import CONFIG, TENSORS, own_folder
 from s2ft.vllm.compatibility import private, when_imported
+
+logger = logging.getLogger("vllm.s2ft")
 
 FEATURE = "S²FT adapters"
 WORKER, EXECUTOR, OFFLINE = "vllm.lora.worker_manager", "vllm.v1.executor.abstract", "vllm.v1.engine.llm_engine"
@@ -111,6 +114,8 @@ def add_on_rank(worker: Any, lora_request: Any) -> tuple[bool, str]:
     try:
         return worker.add_lora(lora_request), ""
     except Exception as error:
+        is_ours = isinstance(error, ValueError) and "S²FT" in str(error)
+        logger.warning("s2ft: adapter %s is refused: %s", lora_request.lora_name, error, exc_info=not is_ours)
         return False, str(error) or type(error).__name__
 
 

@@ -54,6 +54,7 @@ class Targets:
             for slot, name in enumerate(names)
             if layer in self.layers
         }
+        self._is_pooling = getattr(adapter_manager, "is_pooling_model", False)
         mapper = getattr(self._model, "hf_to_vllm_mapper", None)
         # Renames alone: the mapper's other entries are about weights that it stacks or leaves out.
         self._mapper = mapper.get_rename_mapper() if hasattr(mapper, "get_rename_mapper") else mapper
@@ -68,6 +69,8 @@ class Targets:
             ValueError: vLLM serves no adapter on this module. The message says what to do.
         """
         name = self._renamed(path)
+        if self._is_pooling and f"model.{name}" in {*self.layers, *self._parts}:
+            name = f"model.{name}"  # of embeddings: the model without a head was trained, and vLLM gave it a prefix
         if name in self._parts:
             return self._parts[name]
         if name in self._fused:

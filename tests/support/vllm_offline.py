@@ -42,7 +42,9 @@ def offline(
     batches: Sequence[Sequence[Request]],
     options: Mapping[str, Any] | None = None,
     environment: Mapping[str, str] | None = None,
-) -> tuple[list[list[list[int]] | str], str]:
+    scores: bool = False,
+    compiled: bool = False,
+) -> tuple[list[list[list] | str], str]:
     """Answer batches greedily with `vllm.LLM`.
 
     Args:
@@ -50,6 +52,8 @@ def offline(
         batches: The requests of each batch. All of a batch are answered at once.
         options: Options of LLM that differ from OPTIONS.
         environment: More variables.
+        scores: Return the log-probabilities of each prompt's tokens from the second on, in place of answers.
+        compiled: Trace the model with torch.compile, which vLLM's CPU backend switches off for LoRA.
 
     Returns:
         The token ids of each batch, or the error as a text, and all that the engine printed.
@@ -57,6 +61,8 @@ def offline(
     job = {
         "model": str(model),
         "options": {**OPTIONS, **(options or {})},
+        "scores": scores,
+        "compiled": compiled,
         "batches": [[(folder and str(folder), list(prompt)) for folder, prompt in batch] for batch in batches],
     }
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
@@ -73,13 +79,34 @@ def offline(
     return json.loads(lines[-1].removeprefix(MARK)), printed
 
 
+def scores_of(answer: Any) -> list[float]:
+    """The log-probability of each token of a prompt but the first."""
+    return [entries[token].logprob for token, entries in zip(answer.prompt_token_ids[1:], answer.prompt_logprobs[1:])]
+
+
+def compile_with_lora() -> None:
+    from vllm.config import CompilationMode
+    from vllm.platforms.cpu import CpuPlatform
+
+    original = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_update_config(cls, config: Any) -> None:
+        original(cls, config)
+        config.compilation_config.mode = CompilationMode.DYNAMO_TRACE_ONCE
+
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
+
+
 def main() -> None:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
     job = json.loads(Path(sys.argv[1]).read_text())
+    if job["compiled"]:
+        compile_with_lora()
     engine = LLM(job["model"], **job["options"])
-    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
+    scores = {"prompt_logprobs": 0} if job["scores"] else {}
+    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False, **scores)
     known: dict[str, LoRARequest] = {}
     answers: list[Any] = []
     for batch in job["batches"]:
@@ -95,9 +122,13 @@ def main() -> None:
                 lora_request=[folder and known[folder] for folder, _ in batch],
                 use_tqdm=False,
             )
-            answers.append([list(one.outputs[0].token_ids) for one in found])
+            answers.append([scores_of(one) if scores else list(one.outputs[0].token_ids) for one in found])
         except Exception as error:
             answers.append(f"{type(error).__name__}: {error}")
+    if job["compiled"]:
+        from torch._dynamo.utils import counters
+
+        print(f"\ngraphs: {counters['stats']['unique_graphs']}, breaks: {len(counters['graph_break'])}")
     print(f"\n{MARK}{json.dumps(answers)}", flush=True)
 
 

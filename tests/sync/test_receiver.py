@@ -2,11 +2,13 @@
 
 import base64
 import os
+import socket
 
 import pytest
 import torch
 from support.engines import Engine, Threads, checkpoint
 
+from s2ft.sync.group import join
 from s2ft.sync.receiver import AdapterSlices, Receiver
 from s2ft.sync.wire import SliceSpec, hashes_of, to_message
 
@@ -341,6 +343,43 @@ def test_a_trainer_that_broadcasts():
     assert all(same(engine, checksums) for engine, checksums in zip(engines, expected(size=2)))
     threads.run(lambda rank: receivers[rank].update({"base": True, "sender": "a"}))
     assert group.left == 2
+
+
+class Joined:
+    """The group of a trainer in which this rank is a worker."""
+
+    def __init__(self, transport, rank):
+        self.group = join(transport, 1 + rank, torch.device("cpu"), timeout=30)
+
+    def receive(self, buffer):
+        self.group.broadcast(buffer)
+
+    def close(self):
+        self.group.leave()
+
+
+def test_a_broadcast_reaches_all_ranks():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    transport = {"kind": "nccl", "master_address": "127.0.0.1", "master_port": port, "world_size": 3}
+    workers, everyone = Threads(2), Threads(3)
+    engines = [Engine(rank, 2) for rank in range(2)]
+    for engine in engines:
+        engine.load_weights(checkpoint().items())
+    options = [{"ranks": workers.of(rank), "join": lambda t, rank=rank: Joined(t, rank)} for rank in range(2)]
+    receivers = [Receiver(engine, **more) for engine, more in zip(engines, options)]
+
+    def part(rank):
+        if rank == 2:
+            group = join(transport, 0, torch.device("cpu"), timeout=30)
+            group.broadcast(update()["tensor"])
+            return
+        receivers[rank].bind(init(transport=transport))
+        receivers[rank].update(update(tensor=None))
+
+    assert everyone.run(part) == [None] * 3
+    assert all(same(engine, checksums) for engine, checksums in zip(engines, expected(size=2)))
 
 
 def test_places_that_the_engine_does_not_compute_with():

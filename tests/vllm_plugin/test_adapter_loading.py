@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import sys
 from dataclasses import replace
 from types import ModuleType, SimpleNamespace
@@ -119,6 +120,17 @@ def test_names_are_renamed_as_vllm_renames_them(folder):
     lora = load(engine, folder / "adapter")
     assert "language_model.model.layers.0.self_attn.q_proj" in lora.loras
     assert engine.added(lora, "language_model.model.layers.0.self_attn.qkv_proj").abs().max() > 0
+
+
+def test_the_prefix_that_vllm_gives_to_models_of_embeddings(tmp_path):
+    base = small_llama().model
+    base.save_pretrained(tmp_path / "base")
+    saved_adapter(base, tmp_path / "adapter", d_ratio=0.1, q_ratio=0.25)
+    engine = engine_of(small_llama(), tmp_path / "base")
+    with pytest.raises(ValueError, match="serves no adapter on layers.0.mlp.down_proj"):
+        load(engine, tmp_path / "adapter")
+    engine._adapter_manager.is_pooling_model = True
+    assert engine.added(load(engine, tmp_path / "adapter"), "model.layers.1.mlp.down_proj").abs().max() > 0
 
 
 def test_a_module_that_vllm_has_not_wrapped_is_an_error(folder):
@@ -261,6 +273,18 @@ def test_a_quantized_base_is_compared_by_its_live_layers(folder, tmp_path, size,
     load(engine_of(rounded, folder / "base", **options), folder / "adapter")
     with pytest.raises(ValueError, match="another base than the served one: 2 of 2 layers differ"):
         load(engine_of(small_llama(seed=2), folder / "base", **options), folder / "adapter")
+
+
+def test_a_base_without_readable_files_is_compared_by_its_live_layers(folder, tmp_path):
+    """A relative of the base, such as the same model after more training, is another base."""
+    shutil.copy(folder / "base" / "config.json", tmp_path)
+    load(engine_of(small_llama(), tmp_path), folder / "adapter")
+    relative = small_llama()
+    with torch.no_grad():
+        for parameter in relative.parameters():
+            parameter.mul_(1.05)
+    with pytest.raises(ValueError, match="another base than the served one: 2 of 2 layers differ"):
+        load(engine_of(relative, tmp_path), folder / "adapter")
 
 
 # ---- files that are not read by name ---------------------------------------------------------------------------

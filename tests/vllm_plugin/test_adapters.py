@@ -13,7 +13,14 @@ import pytest
 import torch
 from support.vllm_models import ADAPTERS, PROMPTS, TOKENS, save_adapters, tiny_llama
 from support.vllm_server import ROOT, vllm_server
-from transformers import MixtralConfig, MixtralForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import (
+    MixtralConfig,
+    MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
 
 import s2ft
 from s2ft.adapter.formats import native
@@ -179,15 +186,26 @@ def test_a_model_that_vllm_takes_from_transformers(served, tmp_path):
     assert answers == [served.answers["wide"]]
 
 
-def test_the_attention_of_a_mixture_is_served_and_its_experts_are_refused(tmp_path):
-    """vLLM's LoRA layers of experts need a GPU, so that only attention is wrapped here."""
+def test_the_language_model_of_a_vision_model(tmp_path):
+    """Its names differ three times: in transformers, in the checkpoint, and in vLLM."""
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    text = dict(SHAPE, vocab_size=512, max_position_embeddings=1024, rope_parameters=rope)
+    vision = dict(depth=2, embed_dim=64, hidden_size=128, num_heads=2, mlp_ratio=2)
+    tokens = dict(vision_start_token_id=501, vision_end_token_id=502, vision_token_id=503, image_token_id=504)
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, video_token_id=505, **tokens)
+    ratios = dict(d_ratio=0.05, u_ratio=0.03, g_ratio=0.03, q_ratio=0.25, v_ratio=0.5, o_ratio=0.25)
+    vlm = saved(Qwen2VLForConditionalGeneration(config), tmp_path, **ratios)
+    assert all("language_model" in name for name in s2ft.read_adapter(vlm.adapters / "a").deltas)
+    answers, _ = offline(vlm.base, tmp_path, [*step(vlm, "a"), None], max_lora_rank=256, language_model_only=True)
+    assert answers == [vlm.answers["a"], vlm.answers["base"]]
+
+
+def test_experts_are_refused(tmp_path):
+    """vLLM's experts beside LoRA need a GPU: nothing of a mixture is run here."""
     torch.manual_seed(0)
     config = MixtralConfig(**SHAPE, vocab_size=512, max_position_embeddings=1024, num_local_experts=4)
-    model = MixtralForCausalLM(config).float().eval()
-    ratios = {"a": dict(o_ratio=0.25, q_ratio=0.25, v_ratio=0.5), "experts": dict(o_ratio=0.25, d_ratio=0.1)}
-    mixture = save_adapters(model, tmp_path, ratios, scale=0.05)
+    mixture = saved(MixtralForCausalLM(config), tmp_path, o_ratio=0.25, d_ratio=0.1)
     targets = ["o_proj", "qkv_proj"]
-    steps = step(mixture, "experts", "a")
-    answers, _ = offline(mixture.base, tmp_path, steps, max_lora_rank=256, lora_target_modules=targets)
+    answers, _ = offline(mixture.base, tmp_path, step(mixture, "a"), max_lora_rank=256, lora_target_modules=targets)
     assert "is the weight of experts, which are not served as adapters: export the model merged" in answers[0]
-    assert answers[1] == mixture.answers["a"]

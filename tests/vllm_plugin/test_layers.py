@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.vllm_models import PROMPTS, save_adapters, tiny_llama
+from support.vllm_models import ADAPTERS, PROMPTS, save_adapters, tiny_llama
 from support.vllm_offline import offline
+from support.vllm_quantized import quantize
 from support.vllm_server import vllm_server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -104,3 +105,47 @@ def test_an_adapter_that_was_unloaded_gives_its_units_back(served, tmp_path):
             "second": served.answers["down-o"],
             "base": served.answers["base"],
         }
+
+
+def test_a_model_that_vllm_compiles(served):
+    """One graph without breaks: torch.compile does not look into the op."""
+    asked, expected = requests(served)
+    (answers,), printed = offline(served.base, [asked], {"enforce_eager": False}, SLICES, compiled=True)
+    assert answers == expected
+    assert "graphs: 1, breaks: 0" in printed
+
+
+def test_a_base_in_4_bits(tmp_path):
+    """Slices are added to the output of a layer whose weight is stored in 4 bits."""
+    model = tiny_llama().bfloat16()
+    quantize(model, tmp_path / "quantized")
+    served = save_adapters(model, tmp_path, {"wide": ADAPTERS["wide"]}, scale=0.05)
+    asked = [(folder, prompt) for prompt in PROMPTS for folder in (served.adapters / "wide", None)]
+    (found,), printed = offline(tmp_path / "quantized", [asked], {"dtype": "bfloat16"}, SLICES, scores=True)
+    assert "CPUWNA16LinearKernel" in printed
+    base = type(model).from_pretrained(served.base, dtype=torch.float32)
+    expected = [scores_by(one, prompt) for prompt in PROMPTS for one in (served.merged("wide"), base)]
+    assert max(apart(*pair) for pair in zip(found, expected)) < 0.1
+    assert min(apart(*pair) for pair in zip(found[::2], found[1::2])) > 0.3
+
+
+@torch.no_grad()
+def scores_by(model, prompt):
+    """The log-probability of each token of a prompt but the first, by transformers."""
+    scores = model(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
+    return scores.gather(1, torch.tensor(prompt)[1:, None])[:, 0].tolist()
+
+
+def apart(first, second):
+    """The largest difference."""
+    return max(abs(one - other) for one, other in zip(first, second, strict=True))
+
+
+def test_ranks_that_share_a_key_head(tmp_path):
+    """One key head for two ranks: both have it, and both add its slices."""
+    model = tiny_llama(num_key_value_heads=1, num_hidden_layers=2)
+    served = save_adapters(model, tmp_path, {"keys": dict(k_ratio=1.0, v_ratio=1.0, q_ratio=0.13, d_ratio=0.05)})
+    asked, expected = requests(served, ("keys", "base"))
+    variables = {**SLICES, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    (answers,), _ = offline(served.base, [asked], {"tensor_parallel_size": 2}, variables)
+    assert answers == expected

@@ -3,13 +3,17 @@
 import copy
 import random
 from collections import OrderedDict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from support.tolerances import GEMM
 from support.vllm_layers import QKV, Column, LoRALayer, Punica, Replicated, Row, lora_config
+from torch import nn
 
+from s2ft.vllm import layers
+from s2ft.vllm.compatibility import MissingInVLLM
 from s2ft.vllm.slices.bank import BankFull, SliceBank
 from s2ft.vllm.slices.layer import encode, with_slices
 from s2ft.vllm.slices.product import Batch, add_slices_
@@ -83,17 +87,17 @@ BATCHES = {
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("grouped", (True, False))
+@pytest.mark.parametrize("many", (3, 1000))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", (0, 1))
 @pytest.mark.parametrize("name", BATCHES)
-def test_every_token_gets_its_adapter(name, dim, dtype, grouped, device):
+def test_every_token_gets_its_adapter(name, dim, dtype, many, device):
     torch.manual_seed(0)
     slots = BATCHES[name]
     bank, x, y, expected = case(dim, dtype, device, slots)
-    batch = Batch.like(torch.full((64,), 999, device=device), 4)
+    batch = Batch.like(torch.full((64,), 999, device=device), 4, many)
     batch.slots[: len(slots)] = torch.tensor(slots)
-    batch.update(np.array(slots), grouped or device != "cpu")
+    batch.update(np.array(slots))
     before = y.clone()
     add_slices_(y, x, bank, batch)
     rtol, atol = GEMM[dtype]
@@ -107,9 +111,9 @@ def test_a_sum_is_rounded_once(dim):
     """y + product in float32, then bfloat16, as when the base and the delta are one matrix product."""
     torch.manual_seed(0)
     bank, x, y, expected = case(dim, torch.bfloat16, "cpu", [2] * 40)
-    batch = Batch.like(torch.empty(64, dtype=torch.int64), 4)
+    batch = Batch.like(torch.empty(64, dtype=torch.int64), 4, many=16)
     batch.slots[:40] = 2
-    batch.update(np.full(40, 2), grouped=True)
+    batch.update(np.full(40, 2))
     add_slices_(y, x, bank, batch)
     step = torch.finfo(torch.bfloat16).eps * expected.abs()
     assert ((y.double() - expected).abs() <= 0.501 * step + 1e-6).all()
@@ -157,20 +161,20 @@ def test_torch_compile_does_not_look_into_the_op():
         for slot in range(4):
             bank.put(slot, *other.units(slot))
         batch.slots[: len(slots)] = torch.tensor(slots)
-        batch.update(np.array(slots), grouped=True)
+        batch.update(np.array(slots))
         delta = expected - y
         got = layer(x.clone(), y.clone())
         torch.testing.assert_close(got, y + 2 * delta + 1)
     assert len(graphs) == 1 and "add_slices_" in graphs[0].code
 
 
-@pytest.mark.parametrize("grouped", (True, False))
+@pytest.mark.parametrize("many", (4, 100))
 @pytest.mark.parametrize("dim", (0, 1))
-def test_the_op_keeps_its_contract(dim, grouped):
+def test_the_op_keeps_its_contract(dim, many):
     bank, x, y, _ = case(dim, torch.float64, "cpu", [0, 2, -1, 2] * 6)
-    batch = Batch.like(torch.empty(64, dtype=torch.int64), 4, many=4)
+    batch = Batch.like(torch.empty(64, dtype=torch.int64), 4, many)
     batch.slots[:24] = torch.tensor([0, 2, -1, 2] * 6)
-    batch.update(np.array([0, 2, -1, 2] * 6), grouped)
+    batch.update(np.array([0, 2, -1, 2] * 6))
     torch.library.opcheck(
         torch.ops.s2ft.add_slices_,
         (y, x, bank.values, bank.index, bank.offsets, bank.bounds, batch.slots, batch.order, batch.groups, dim),
@@ -320,7 +324,7 @@ def test_outputs_are_right_after_200_loads_and_evictions(kind, ranks):
             model.activate(number, known[number][0])
         active[number] = None
         active.move_to_end(number)
-        batch = [choose.choice([0, *active]) for _ in range(choose.choice((1, 5, 40)))]
+        batch = [choose.choice([0, *active]) for _ in range(choose.choice((1, 5, 90)))]
         model.check({one: known[one][1] for one in active}, batch)
     assert buffers == [[bank.values.data_ptr() for bank in layer.banks] for layer in model.layers]
 
@@ -468,3 +472,95 @@ def test_copies_of_a_config_do_not_change_it():
     before = copy.copy(config)
     assert with_slices(LoRALayer, Budget()).can_replace_layer(Replicated(torch.ones(4, 4)), config, [])
     assert config == before
+
+
+# ---- the option ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def changes(monkeypatch):
+    """What `install` would change in a vLLM that lacks every name."""
+    found = []
+
+    def private(module, attribute=""):
+        raise MissingInVLLM(module, attribute)
+
+    monkeypatch.setattr(layers, "when_imported", lambda module, feature, change: found.append((module, change)))
+    monkeypatch.setattr(layers.retired, "when_imported", lambda module, feature, change: found.append((module, change)))
+    monkeypatch.setattr(layers, "private", private)
+    monkeypatch.setattr(layers.retired, "private", private)
+    return found
+
+
+def test_nothing_changes_without_the_option(changes, monkeypatch):
+    for value in ("", "0"):
+        monkeypatch.setenv(layers.SWITCH, value)
+        layers.install()
+    assert not changes and not layers.enabled()
+
+
+def test_a_release_of_vllm_that_lacks_a_name(changes, monkeypatch):
+    """Adapters are served as LoRA then: the layers say that they hold no slices."""
+    monkeypatch.setenv(layers.SWITCH, "1")
+    layers.install()
+    assert {module for module, _ in changes} >= {"vllm.config.lora", "vllm.lora.worker_manager"}
+    for _, change in changes:
+        with pytest.raises(MissingInVLLM, match="s2ft export"):
+            change()
+    assert not layers.enabled()
+
+
+def test_compiled_models_are_kept_apart():
+    """vLLM finds compiled models on the disk by this hash."""
+    assert len({layers._hash_with(lambda _: "same", Budget.parse(text))(None) for text in ("", "5", "a=5")}) == 3
+
+
+# ---- adapters as vLLM has them -----------------------------------------------------------------------------
+
+
+class Missing(nn.Module):
+    """A module that another rank of pipeline parallelism has."""
+
+
+@pytest.fixture
+def manager(monkeypatch):
+    """vLLM's manager of a model with two layers on this rank, and one on another."""
+    monkeypatch.setattr(layers, "private", lambda module, attribute: Missing)
+    wrapped = {
+        "layers.0.qkv_proj": Model("query, key and value", 1).layers[0],
+        "layers.0.proj": Model("row", 1).layers[0],
+    }
+    model = nn.Module()
+    model.layers = nn.ModuleDict({"0": nn.Module(), "1": Missing()})
+    packed = {"layers.0.qkv_proj": [f"layers.0.{name}_proj" for name in "qkv"]}
+    return SimpleNamespace(modules=wrapped, packed_modules=packed, model=model, s2ft_admission=Admission(3))
+
+
+def loras(number=1, **parts):
+    """vLLM's LoRAModel, not yet packed."""
+    made = {f"layers.0.{name}" if "." not in name else name: pair for name, pair in parts.items()}
+    return SimpleNamespace(
+        id=number, loras={name: SimpleNamespace(lora_a=a, lora_b=b) for name, (a, b) in made.items()}
+    )
+
+
+def test_an_adapter_of_fused_and_other_layers(manager):
+    q = encode(torch.arange(5), 0), torch.ones(5, 12)
+    o = encode(torch.arange(3), 1), torch.ones(3, 12)
+    other_rank = {"layers.1.proj": o}
+    layers.admit(manager, loras(q_proj=q, proj=o, **other_rank), "a")
+    needs = manager.s2ft_admission._known[1]
+    assert {place.path: units for place, units in needs.items()} == {"layers.0.qkv_proj": 5, "layers.0.proj": 3}
+
+
+def test_adapters_that_are_refused(manager):
+    q = encode(torch.arange(5), 0), torch.ones(5, 12)
+    with pytest.raises(ValueError, match="'a' is no S²FT adapter, .* start it without S2FT_VLLM_SLICES"):
+        layers.admit(manager, loras(q_proj=(torch.ones(1, 12), torch.ones(32, 1))), "a")
+    with pytest.raises(ValueError, match="'a' is no S²FT adapter"):
+        layers.admit(manager, loras(q_proj=q, **{"layers.9.proj": (torch.ones(1, 12), torch.ones(32, 1))}), "a")
+    with pytest.raises(ValueError, match="'a' has slices of layers.9.proj, which is no linear layer"):
+        layers.admit(manager, loras(q_proj=q, **{"layers.9.proj": q}), "a")
+    with pytest.raises(ValueError, match="'a' does not fit layers.0.qkv_proj: values of shape"):
+        layers.admit(manager, loras(q_proj=(q[0], q[1][:, :3])), "a")
+    assert not manager.s2ft_admission._known

@@ -27,7 +27,9 @@ class Worker:
 class Core:
     """An engine core with two workers."""
 
-    def __init__(self, running=0, asleep=()):
+    def __init__(self, running=0, asleep=(), replicas=1, paused=False):
+        self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=replicas))
+        self.is_scheduler_paused = lambda: paused
         self.workers, self.batch_queue, self.resets = [Worker(), Worker()], None, []
         self.scheduler = SimpleNamespace(has_unfinished_requests=lambda: running, reset_encoder_cache=lambda: None)
         self.model_executor = SimpleNamespace(sleeping_tags=set(asleep), reset_encoder_cache=lambda: None)
@@ -82,6 +84,14 @@ def test_weights_that_are_asleep():
     with pytest.raises(RuntimeError, match="asleep: wake the engine up first"):
         Core(asleep={"weights"}).rpc("update_weights", update_info={})
     Core(asleep={"kv_cache"}).rpc("update_weights", update_info={})
+
+
+def test_replicas_must_be_paused():
+    with pytest.raises(RuntimeError, match="data parallel replicas takes slices while it is paused: pause it first"):
+        Core(replicas=2).rpc("init_weight_transfer_engine", init_info={})
+    core = Core(replicas=2, paused=True)
+    core.rpc("update_weights", update_info={})
+    assert core.methods() == ["update_weights"]
 
 
 def test_a_cache_that_can_not_be_reset():

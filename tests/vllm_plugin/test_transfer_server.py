@@ -23,6 +23,12 @@ def server(served, tmp_path_factory):
         yield server
 
 
+@pytest.fixture(autouse=True)
+def released(server):
+    yield
+    update(server, base=True, sender="a", take_over=True)
+
+
 def init(server, specs, sender="a", **more):
     info = {"sender": sender, "dtype": "float32", "slices": to_message(specs), "transport": {"kind": "http"}, **more}
     return server.post("init_weight_transfer_engine", {"init_info": info})
@@ -43,7 +49,7 @@ def ok(answer):
 
 
 def refused(answer, words):
-    assert answer[0] != 200 and words in str(answer[1]), answer
+    assert answer[0] != 200 and words in answer[1]["error"]["message"], answer
     return True
 
 

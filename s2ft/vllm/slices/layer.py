@@ -229,7 +229,8 @@ class SliceLayer:
             raise ValueError("this vLLM serves S²FT adapters alone, because S2FT_VLLM_SLICES is set")
         for bank in self.banks:
             units = bank.capacity // bank.slots
-            bank.put(index, torch.arange(units), torch.zeros(units, bank.values.shape[1]))
+            zeros = bank.values.new_zeros(1, 1).expand(units, bank.values.shape[1])
+            bank.put(index, torch.arange(units, device=zeros.device), zeros)
 
     def set_mapping(self, punica_wrapper: Any) -> None:
         """Take the object that knows the slot of each token."""

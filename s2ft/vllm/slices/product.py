@@ -14,7 +14,8 @@ from s2ft.ops._library import define
 from s2ft.ops.multi_adapter_linear import without_waiting
 from s2ft.vllm.slices.bank import SliceBank
 
-MANY = 16  # tokens of one adapter from which on a matrix product is used on a GPU
+# Tokens of one adapter from which on a matrix product is used. The kernel of the CPU reads an adapter once for four.
+MANY = {"cpu": 48, "other": 16}
 
 
 @dataclass
@@ -24,41 +25,38 @@ class Batch:
     Attributes:
         slots: The slot of each token, -1 for none, shape [most tokens], int64, on the device.
         order: Tokens in the order of their groups, shape [most tokens], int64, on the device.
-        groups: First entry of `order` or -1 if tokens are not sorted, number of tokens, and first token or -1 if they
-            are no neighbours. Row 0 is for all tokens of slots that have few, and row s + 1 for slot s if it has many.
-            Shape [slots + 1, 3], int64, in host memory.
+        groups: First entry of `order`, number of tokens, and first token or -1 if they are no neighbours. Row 0 is for
+            all tokens of slots that have few, and row s + 1 for slot s if it has many. Shape [slots + 1, 3], int64, in
+            host memory.
         many: Number of tokens from which on a slot has a group of its own.
     """
 
     slots: Tensor
     order: Tensor
     groups: Tensor
-    many: int = MANY
+    many: int
 
     @classmethod
-    def like(cls, slots: Tensor, count: int, many: int = MANY) -> "Batch":
+    def like(cls, slots: Tensor, count: int, many: int | None = None) -> "Batch":
         """Make the buffers.
 
         Args:
             slots: The engine's tensor with the slot of each token, shape [most tokens], int64. It is filled with -1.
             count: Number of slots.
-            many: Number of tokens from which on a slot has a group of its own.
+            many: Number of tokens from which on a slot has a group of its own. Default: by the device.
         """
         slots.fill_(-1)
+        many = MANY.get(slots.device.type, MANY["other"]) if many is None else many
         return cls(slots, torch.zeros_like(slots), torch.zeros(count + 1, 3, dtype=torch.int64), many)
 
-    def update(self, token_slots: np.ndarray, grouped: bool | None = None) -> None:
+    def update(self, token_slots: np.ndarray) -> None:
         """Describe the next batch. `slots` is written by the engine.
 
         Args:
             token_slots: The slot of each token, -1 for none, shape [tokens], in host memory.
-            grouped: Whether tokens are sorted by slot. Default: on GPUs. The kernel of the CPU sorts by itself.
         """
         self.groups.zero_()
         counts = np.bincount(token_slots + 1, minlength=len(self.groups))[1:]
-        if not (self.order.device.type != "cpu" if grouped is None else grouped):
-            self.groups[0] = torch.tensor((-1, int(counts.sum()), -1))
-            return
         large = counts >= self.many
         kind = np.where(token_slots < 0, len(counts) + 1, np.where(large[token_slots], token_slots + 1, 0))
         order = np.argsort(kind.astype(np.int16), kind="stable")
@@ -117,12 +115,14 @@ def reference(y, x, values, index, offsets, bounds, slots, order, groups, dim):
         return
     mine = slots[: x.shape[0]]
     if _is_capturing(x):
-        kernel = _kernel if x.shape[0] <= max(MANY, bounds.numel() - 1) else without_waiting
+        kernel = _kernel if x.shape[0] <= max(MANY["other"], bounds.numel() - 1) else without_waiting
         y.copy_(kernel(x, y, values, index, offsets, mine, dim))
         return
     few, *others = groups.tolist()
     if few[1]:
         _add_few(y, x, values, index, offsets, mine, order, few, dim)
+    if not any(group[1] for group in others):
+        return
     starts = bounds.tolist()
     for slot, group in enumerate(others):
         units = slice(starts[slot], starts[slot + 1])
@@ -141,7 +141,7 @@ def _is_capturing(x: Tensor) -> bool:
 def _add_few(y, x, values, index, offsets, slots, order, group, dim) -> None:
     """The tokens of slots that have few: a kernel that reads the slices for each token."""
     begin, count, _ = group
-    if begin < 0 or count == x.shape[0]:
+    if count == x.shape[0]:
         y.copy_(_kernel(x, y, values, index, offsets, slots, dim))
         return
     rows = order[begin : begin + count]
