@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -107,16 +107,23 @@ def when_imported(module: str, feature: str, change: Callable[[], None]) -> None
     for finder in sys.meta_path:
         if isinstance(finder, _Finder) and finder.follow(module, feature, change):
             return
-    try:
-        found = find_spec(module)
-    except ModuleNotFoundError:  # its package
-        found = None
-    if found is None:
+    if not _exists(module):
         raise MissingInVLLM(module)
-    if module in sys.modules:  # its package has imported it
-        change()
-        return
     sys.meta_path.insert(0, _Finder(module, feature, change))
+
+
+def _exists(module: str) -> bool:
+    """Whether there is a module. Its packages are not imported, because that takes seconds for some of vLLM's."""
+    top, *rest = module.split(".")
+    found = sys.modules.get(top) or find_spec(top)
+    path = getattr(found, "__path__", None) or getattr(found, "submodule_search_locations", None)
+    for part in rest:
+        top = f"{top}.{part}"
+        spec = None if path is None else PathFinder.find_spec(top, path)
+        if spec is None:
+            return False
+        path = spec.submodule_search_locations
+    return found is not None
 
 
 class _Finder(MetaPathFinder):

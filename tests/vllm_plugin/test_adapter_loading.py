@@ -9,8 +9,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from support.vllm_modules import Layer, PPMissingLayer, Request, engine_of, fake_modules
 from support.vllm_models import randomize, tiny_llama
+from support.vllm_modules import Layer, PPMissingLayer, Request, engine_of, fake_modules
 from transformers import GPT2Config, GPT2LMHeadModel, Phi3Config, Phi3ForCausalLM
 
 import s2ft
@@ -353,6 +353,23 @@ def test_an_error_of_a_change_does_not_stop_the_import(tmp_path, monkeypatch, ca
     with caplog.at_level(logging.WARNING):
         import changed_later
     assert changed_later.value == 1 and "some feature are not available in this vLLM" in caplog.text
+
+
+def test_waiting_for_a_module_does_not_import_its_packages(tmp_path, monkeypatch):
+    (tmp_path / "waited" / "inner").mkdir(parents=True)
+    (tmp_path / "waited" / "__init__.py").write_text("")
+    (tmp_path / "waited" / "inner" / "__init__.py").write_text("from waited.inner import last")
+    (tmp_path / "waited" / "inner" / "last.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    changed = []
+    when_imported("waited.inner.last", "feature", lambda: changed.append(1))
+    assert not [name for name in sys.modules if name.startswith("waited")]
+    with pytest.raises(MissingInVLLM, match="has no waited.inner.gone"):
+        when_imported("waited.inner.gone", "feature", print)
+    import waited.inner
+
+    assert changed == [1] and waited.inner.last
 
 
 def test_registering_never_raises_and_happens_once(monkeypatch, caplog):
