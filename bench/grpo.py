@@ -172,9 +172,10 @@ def show(results: list[dict[str, Any]]) -> None:
                 f"    {title:28s}{apart['tokens']:>8,} tokens: mean {apart['mean']:.2e}, "
                 f"99.9 % {apart['quantile']:.2e}, max {apart['max']:.2e}"
             )
-        on_base = {step["step"]: step["mean"] for step in one["base_steps"]}
+        on_base = {step["step"]: step["mean"] for step in one.get("base_steps", ())}
         ratios = [step["mean"] / on_base[step["step"]] for step in one["steps"] if step["step"] in on_base]
-        print(f"    mean of a step, trained to base: {min(ratios):.2f} to {max(ratios):.2f} times")
+        if ratios:
+            print(f"    mean of a step, trained to base: {min(ratios):.2f} to {max(ratios):.2f} times")
 
 
 def main() -> None:

@@ -6,9 +6,12 @@ engine removes the adapter when the next one is loaded and no request needs it a
 """
 
 import functools
+import logging
 from typing import Any
 
 from s2ft.vllm.compatibility import private, when_imported
+
+logger = logging.getLogger("vllm.s2ft")
 
 FEATURE = "units of adapters that were unloaded"
 SERVER, ENGINE = "vllm.entrypoints.openai.models.serving", "vllm.v1.engine.core"
@@ -45,7 +48,10 @@ def _telling(original: Any) -> Any:
         answer = await original(self, request, *args, **options)
         now = self.lora_requests.get(request.lora_name)
         if before is not None and (now is None or now.lora_int_id != before.lora_int_id):
-            await self.engine_client.engine_core.call_utility_async("s2ft_retire", before.lora_int_id)
+            try:
+                await self.engine_client.engine_core.call_utility_async("s2ft_retire", before.lora_int_id)
+            except Exception as error:  # the adapter is unloaded; its units are taken until the engine ends
+                logger.warning("s2ft: %s are not free: %s", FEATURE, error)
         return answer
 
     return changed

@@ -8,12 +8,13 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-from support.vllm_transfer import OFFLINE, load, parameters, same
+from support.vllm_transfer import OFFLINE, parameters, same
 
 ROOT = Path(__file__).parents[2]
 RATIOS = dict(q_ratio=0.13, v_ratio=0.26, o_ratio=0.13, u_ratio=0.02, g_ratio=0.01, d_ratio=0.03)
@@ -88,8 +89,14 @@ def merged_tensors(model) -> dict[str, torch.Tensor]:
 def has_merged(llm, model) -> bool:
     """Whether the engine's parameters are those that its own loader makes of the merged checkpoint."""
     before = parameters(llm)
-    load(llm, {name: one.contiguous() for name, one in merged_tensors(model).items()})
+    with tempfile.NamedTemporaryFile(suffix=".pt") as file:  # vLLM passes no tensors to other processes
+        torch.save(merged_tensors(model), file.name)
+        llm.collective_rpc(_load_file, args=(file.name,))
     return same(before, parameters(llm))
+
+
+def _load_file(worker, path):
+    worker.model_runner.get_model().load_weights(iter(torch.load(path).items()))
 
 
 def engine(folder, dtype="float32", **options):

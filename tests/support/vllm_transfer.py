@@ -236,6 +236,19 @@ def packed(served) -> None:
     assert tokens(llm) == served.answers["base"]
 
 
+def experts(served) -> None:
+    """The CPU backend packs experts: slices of theirs are refused by name, those of attention are written."""
+    llm = engine(served)
+    before = parameters(llm)
+    with refused("packs the weights of experts, so that nothing can be written into them"):
+        update(llm, adapter=str(served.adapters / "experts"))
+    assert same(parameters(llm), before) and tokens(llm) == served.answers["base"]
+    update(llm, adapter=str(served.adapters / "attention"))
+    assert tokens(llm) == served.answers["attention"]
+    update(llm, base=True)
+    assert same(parameters(llm), before)
+
+
 def not_chosen(served) -> None:
     """An engine without the backend packs its weights as ever."""
     from s2ft.vllm.unpacked import is_packed

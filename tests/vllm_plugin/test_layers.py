@@ -9,6 +9,15 @@ from support.vllm_models import ADAPTERS, PROMPTS, save_adapters, tiny_llama
 from support.vllm_offline import offline
 from support.vllm_quantized import quantize
 from support.vllm_server import vllm_server
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 SLICES = {"S2FT_VLLM_SLICES": "1"}
@@ -148,4 +157,52 @@ def test_ranks_that_share_a_key_head(tmp_path):
     asked, expected = requests(served, ("keys", "base"))
     variables = {**SLICES, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     (answers,), _ = offline(served.base, [asked], {"tensor_parallel_size": 2}, variables)
+    assert answers == expected
+
+
+SHAPE = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
+ALL = dict(d_ratio=0.05, u_ratio=0.03, g_ratio=0.03, q_ratio=0.25, v_ratio=0.5, o_ratio=0.25)
+
+
+def phi3():
+    """Query, key and value in one weight of the checkpoint, and gate and up in another."""
+    config = Phi3Config(**SHAPE, num_key_value_heads=2, vocab_size=512, max_position_embeddings=1024, pad_token_id=0)
+    return Phi3ForCausalLM(config), ALL
+
+
+def qwen2():
+    """Biases, and sizes that no power of two divides."""
+    shape = dict(hidden_size=84, intermediate_size=165, num_hidden_layers=3, num_attention_heads=3, head_dim=28)
+    config = Qwen2Config(
+        **shape, num_key_value_heads=1, vocab_size=512, max_position_embeddings=1024, tie_word_embeddings=True
+    )
+    return Qwen2ForCausalLM(config), {**ALL, "q_ratio": 0.34, "o_ratio": 0.34, "v_ratio": 1.0, "k_ratio": 1.0}
+
+
+def gpt2():
+    """Weights that are stored transposed."""
+    config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=512, n_positions=256, bos_token_id=1, eos_token_id=2)
+    return GPT2LMHeadModel(config), dict(d_ratio=0.1, u_ratio=0.05, o_ratio=0.25)
+
+
+@pytest.mark.parametrize("make", (phi3, qwen2, gpt2))
+def test_other_families(make, tmp_path):
+    torch.manual_seed(0)
+    model, ratios = make()
+    model.generation_config = GenerationConfig()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    served = save_adapters(model.float().eval(), tmp_path, {"a": ratios}, scale=0.1)
+    assert served.answers["a"] != served.answers["base"]
+    asked, expected = requests(served, ("a", "base"))
+    (answers,), _ = offline(served.base, [asked], {}, SLICES)
+    assert answers == expected
+
+
+def test_a_model_that_vllm_takes_from_transformers(served):
+    """Inputs have a dimension for the batch there."""
+    asked, expected = requests(served, ("wide", "base"))
+    (answers,), _ = offline(served.base, [asked], {"model_impl": "transformers"}, SLICES)
     assert answers == expected

@@ -119,8 +119,10 @@ def test_adapters_are_put_on(server, served, tmp_path):
     specs, _ = slices_of(served, "down-o")
     assert refused(init(server, specs), "has the adapter 'other', so sender 'a' is refused")
     (tmp_path / "damaged").mkdir()
-    assert refused(update(server, adapter=str(tmp_path / "damaged")), "damaged")
-    assert refused(update(server, adapter=str(tmp_path / "missing")), "missing doesn't exist")
+    assert refused(
+        update(server, adapter=str(tmp_path / "damaged")), "is not an S²FT adapter: it has no s2ft_config.json"
+    )
+    assert refused(update(server, adapter=str(tmp_path / "missing")), "doesn't exist")
     assert answers(server) == served.answers["other"]
     assert ok(update(server, base=True)) and server.checksums() == server.first
 
