@@ -24,7 +24,8 @@ def environment(name: str, *install: str) -> Path:
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     where = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
     packages = Path(subprocess.run(where, check=True, capture_output=True, text=True).stdout.strip())
-    (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")  # after those of the environment
+    # after those of the environment; s2ft itself too, because an editable install is not seen through such a file
+    (packages / "others.pth").write_text(f"{sysconfig.get_path('purelib')}\n{ROOT}\n")
     subprocess.run([python, "-m", "pip", "install", "--quiet", *install], check=True)
     return python
 
