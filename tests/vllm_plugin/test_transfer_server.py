@@ -89,19 +89,29 @@ def test_while_requests_run(server, served):
     specs, numbers = slices_of(served, "down-o")
     good = dict(sender="a", step=1, values=values(numbers))
     assert ok(init(server, specs))
-    found = []
-    request = threading.Thread(target=lambda: found.append(server.complete("base", PROMPTS[0], 240)))
-    request.start()
-    while "vllm:num_requests_running{" not in server.get("metrics") or not _running(server):
-        pass
-    assert refused(update(server, **good), "requests are running, so the weights are not changed: pause the engine")
-    assert refused(init(server, specs, "b", take_over=True), "requests are running")
-    assert ok(server.post("pause", mode="keep"))
-    assert server.checksums() == server.first
-    assert ok(update(server, **good))
-    assert ok(server.post("resume"))
-    request.join()
-    assert len(found[0]) == 240
+    found, stop = [], threading.Event()
+
+    def ask():
+        while not stop.is_set():
+            found.append(server.complete("base", PROMPTS[0], 240))
+
+    clients = [threading.Thread(target=ask, daemon=True) for _ in range(4)]  # so that a request is running at any time
+    for client in clients:
+        client.start()
+    try:
+        while not _running(server):
+            pass
+        assert refused(update(server, **good), "requests are running, so the weights are not changed: pause the engine")
+        assert refused(init(server, specs, "b", take_over=True), "requests are running")
+        assert ok(server.post("pause", mode="keep"))
+        assert server.checksums() == server.first
+        assert ok(update(server, **good))
+        assert ok(server.post("resume"))
+    finally:
+        stop.set()
+    for client in clients:
+        client.join()
+    assert {len(one) for one in found} == {240}
     assert answers(server) == served.answers["down-o"], "keys and values of the former weights were used"
     assert ok(update(server, base=True, sender="a"))
     assert answers(server) == served.answers["base"] and server.checksums() == server.first
