@@ -43,7 +43,8 @@ def run(scenario: str, folder: Path, *words, **environment: str) -> dict:
     command = [sys.executable, __file__, scenario, str(folder), *map(str, words)]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    # vLLM may print lines of its own when its processes end
+    return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
 
 
 # ---- in the process --------------------------------------------------------------------------------------
