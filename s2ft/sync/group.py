@@ -26,6 +26,7 @@ class Group:
     def __init__(self, backend: Any, store: dist.Store, rank: int, world_size: int) -> None:
         self._backend, self._store = backend, store  # the store lives as long as the group
         self.rank, self.world_size = rank, world_size
+        self._last: Any = None  # the broadcast that was begun last
 
     def broadcast(self, tensor: Tensor, timeout: float = TIMEOUT) -> None:
         """Send the trainer's numbers to all workers. Every member must call this with a tensor of one size and dtype.
@@ -43,14 +44,17 @@ class Group:
         """Start :meth:`broadcast`. Returns what the caller waits for (`wait`, `is_completed`)."""
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        return self._backend.broadcast([tensor], options)
+        self._last = self._backend.broadcast([tensor], options)
+        return self._last
 
     def leave(self) -> None:
         """End what is under way and leave the group."""
-        held = [self._backend, self._store]
-        self._backend = self._store = None
-        # gloo waits for an unfinished broadcast when it is freed, until its timeout
-        threading.Thread(target=_free, args=(held,), daemon=True).start()
+        held, last = [self._backend, self._store], self._last
+        self._backend = self._store = self._last = None
+        if last is None or last.is_completed():  # a thread would be cut off where the process ends now
+            _free(held)
+        else:  # gloo waits for an unfinished broadcast when it is freed, until its timeout
+            threading.Thread(target=_free, args=(held,), daemon=True).start()
 
 
 def _free(held: list[Any]) -> None:
