@@ -180,7 +180,7 @@ class Receiver:
                 weights are as before, and the engine is bound as before.
         """
         request = self._together(lambda: self._bind_request(message))
-        with _Undo(self) as undo:
+        with _Undo(self._bound) as undo:
             self._together(self._take_off)
             bound = self._together(lambda: self._find(request))
             self._compare(bound)
@@ -326,7 +326,7 @@ class Receiver:
 
     def _put_on(self, message: Mapping[str, Any]) -> None:
         slices = self._together(lambda: self._adapter_slices(message))
-        with _Undo(self) as undo:
+        with _Undo(self._bound) as undo:
             self._together(self._take_off)
             bound = self._together(lambda: self._find_adapter(slices))
             self._compare(bound, slices.compared)
@@ -398,8 +398,8 @@ class Receiver:
 class _Undo:
     """If a change fails, the numbers that were there before it are written again."""
 
-    def __init__(self, receiver: Receiver) -> None:
-        self._receiver, self._bound = receiver, receiver._bound
+    def __init__(self, bound: _Bound | None) -> None:
+        self._bound = bound
 
     def __enter__(self) -> "_Undo":
         self._before = [place.read() for place in self._bound.places] if self._bound is not None else []

@@ -90,7 +90,7 @@ def _read_contents() -> None:
             plain.lora_path = path
             return original(self, plain)
 
-        path, version = parts_of(lora_request.lora_path)
+        path, version = split_version(lora_request.lora_path)
         return load(path) if version is None else kept.load(path, version, load)
 
     manager._load_adapter = _load_adapter
@@ -108,7 +108,7 @@ def with_version(path: str) -> str | None:
     Returns:
         The path with the digest of what is there now; None if there is no S²FT adapter.
     """
-    plain, _ = parts_of(path)
+    plain, _ = split_version(path)
     try:
         folder = _folder_of(plain)
         return f"{plain}#s2ft-{_config_of(folder)[1]}" if is_folder(folder) else None
@@ -116,7 +116,7 @@ def with_version(path: str) -> str | None:
         return None
 
 
-def parts_of(path: str) -> tuple[str, str | None]:
+def split_version(path: str) -> tuple[str, str | None]:
     """Return a path without the digest, and the digest or None."""
     found = MARK.fullmatch(path)
     return (path, None) if found is None else (found["path"], found["version"])

@@ -35,12 +35,14 @@ class CheckpointEngine:
         weights: The tensors by name.
         calls: Names of all calls, in order.
         bytes: Size of the numbers of each update.
+        written: Copies of all tensors after each update.
         paused: Whether generation is paused.
         fails: A text with which the next update fails.
     """
 
     def __init__(self, folder, dtype=torch.float32) -> None:
         self.weights = {name: tensor.to(dtype) for name, tensor in tensors_of(folder).items()}
+        self.written: list[dict[str, torch.Tensor]] = []
         self.dtype, self.specs, self.sender, self.step = dtype, [], None, 0
         self.originals, self.calls, self.bytes, self.paused, self.fails = {}, [], [], False, ""
         self.updating, self.group, self.transports = False, None, []
@@ -84,6 +86,7 @@ class CheckpointEngine:
         self.calls.append("update")
         try:
             self._update(request["update_info"])
+            self.written.append({name: tensor.clone() for name, tensor in self.weights.items()})
         except BaseException:
             self.updating = False  # as vLLM's worker does
             raise

@@ -50,9 +50,9 @@ def values(adapter):
 
 def test_the_name_of_a_content_follows_the_content(folder, tmp_path):
     first = versions.with_version(str(folder))
-    assert versions.parts_of(first)[0] == str(folder) and versions.with_version(first) == first
+    assert versions.split_version(first)[0] == str(folder) and versions.with_version(first) == first
     shutil.copytree(folder, tmp_path / "copy")
-    assert versions.parts_of(versions.with_version(str(tmp_path / "copy")))[1] == versions.parts_of(first)[1]
+    assert versions.split_version(versions.with_version(str(tmp_path / "copy")))[1] == versions.split_version(first)[1]
     replace(folder)
     assert versions.with_version(str(folder)) != first
 
@@ -61,12 +61,12 @@ def test_what_is_no_adapter_has_no_version(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     for path in (tmp_path, tmp_path / "missing", "no-such-org/no-such-adapter", "base#1"):
         assert versions.with_version(str(path)) is None
-    assert versions.parts_of("folder#s2ft-1") == ("folder#s2ft-1", None)
+    assert versions.split_version("folder#s2ft-1") == ("folder#s2ft-1", None)
 
 
 @pytest.mark.parametrize("change", (replace, shutil.rmtree))
 def test_a_content_is_read_again_after_its_folder_was_replaced_or_deleted(folder, change):
-    path, version = versions.parts_of(versions.with_version(str(folder)))
+    path, version = versions.split_version(versions.with_version(str(folder)))
     expected, contents = values(read_adapter(folder)), versions.Contents()
     loaded = []
     assert torch.equal(values(contents.load(path, version, read_adapter)), expected)
@@ -76,7 +76,7 @@ def test_a_content_is_read_again_after_its_folder_was_replaced_or_deleted(folder
 
 
 def test_a_folder_that_is_replaced_during_the_read_gives_the_content_that_was_named(folder):
-    path, version = versions.parts_of(versions.with_version(str(folder)))
+    path, version = versions.split_version(versions.with_version(str(folder)))
     expected, reads = values(read_adapter(folder)), []
 
     def load(place):
@@ -90,14 +90,14 @@ def test_a_folder_that_is_replaced_during_the_read_gives_the_content_that_was_na
 
 
 def test_another_content_than_the_named_one_is_refused(folder):
-    path, version = versions.parts_of(versions.with_version(str(folder)))
+    path, version = versions.split_version(versions.with_version(str(folder)))
     replace(folder)
     with pytest.raises(ValueError, match="was replaced while it was loaded"):
         versions.Contents().load(path, version, read_adapter)
 
 
 def test_errors_of_the_loader_are_its_own(folder):
-    path, version = versions.parts_of(versions.with_version(str(folder)))
+    path, version = versions.split_version(versions.with_version(str(folder)))
 
     def fail(place):
         raise KeyError(place)
@@ -112,7 +112,7 @@ def test_errors_of_the_loader_are_its_own(folder):
 def test_the_number_of_open_files_is_limited(folder):
     contents, names = versions.Contents(limit=1), []
     for place in (folder, other(folder)):
-        names.append(versions.parts_of(versions.with_version(str(place))))
+        names.append(versions.split_version(versions.with_version(str(place))))
         contents.load(*names[-1], read_adapter)
     assert list(contents._kept) == [names[1][1]]
     contents.load(*names[0], read_adapter)  # it is opened again while the folder has it
