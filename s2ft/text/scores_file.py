@@ -64,7 +64,9 @@ class ScoresFile:
         different = [key for key in self.options if key in earlier and earlier[key] != self.options[key]]
         different += [key for key in self.options if key not in earlier and key != WEIGHTS]
         if different:
-            shown = "; ".join(f"{key} was {_short(earlier.get(key))}, is {_short(self.options[key])}" for key in different)
+            shown = "; ".join(
+                f"{key} was {_short(earlier.get(key))}, is {_short(self.options[key])}" for key in different
+            )
             raise ValueError(f"the scores in {self.path} were made with other options: {shown}")
 
     def check_weights(self, model: nn.Module) -> None:
