@@ -315,6 +315,8 @@ def suite_table(results: "Sequence[TaskResult]", title: str, missing: Sequence[s
         Column("seconds", form=".0f"),
     ]
     rows = [[one.name, 100 * one.accuracy, one.right, one.of, one.left_out, one.seconds] for one in results]
-    sums = [sum(values) for values in list(zip(*rows))[2:]]
-    notes = [f"not in the average, because there are no rows of them: {', '.join(missing)}"] if missing else []
-    return Table("suite", title, columns, [*rows, ["average", 100 * average(results), *sums]], notes)
+    notes = [f"{sum(one.of for one in results)} rows in {sum(one.seconds for one in results):.0f} s"]
+    if missing:
+        notes.append(f"not in the average, because there are no rows of them: {', '.join(missing)}")
+    mean = ["average", 100 * average(results), None, None, None, None]
+    return Table("suite", title, columns, [*rows, mean], notes)
