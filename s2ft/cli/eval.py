@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from s2ft.cli.parse import ADAPTER, DTYPE, MODEL, parse, quiet_transformers
+from s2ft.cli.parse import ADAPTER, DTYPE, MODEL, UsageError, parse, quiet_transformers
 from s2ft.text.data.options import DATA, ReadingOptions
 from s2ft.text.models import DTYPES
 from s2ft.text.scoring import KINDS
@@ -100,7 +100,10 @@ class EvalArguments:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.lm_eval is not None:
-            self._refuse("lm_eval", ("data", "task", "suite", "resume", "scoring"))
+            ours = ("data", "task", "suite", "skip_missing", "resume", "scoring", "length_normalized", "answer_form")
+            self._refuse("lm_eval", ours)
+            if self.num_beams > 1:
+                raise ValueError("num_beams has no meaning with lm_eval: its tasks say how they generate")
             return
         self._refuse("data or suite", ("lm_eval_path", "num_fewshot", "apply_chat_template"))
         if self.suite:
@@ -128,6 +131,8 @@ class EvalArguments:
 def run(arguments: list[str]) -> None:
     description = "Generate an answer to each row and score it, or score the likeliest of the answers that it allows."
     job, reading = parse("eval", description, [EvalArguments, ReadingOptions], arguments, EXAMPLE)
+    if job.lm_eval is not None and reading != ReadingOptions():
+        raise UsageError("split, field and skip_bad_rows have no meaning with lm_eval (see s2ft eval --help)")
     quiet_transformers()
     if job.lm_eval is not None:
         score_by_lm_eval(job)

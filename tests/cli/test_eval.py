@@ -147,6 +147,8 @@ def test_likelihood_of_a_suite_and_of_a_file(work, tmp_path, capsys):
         (["--suite", "boolq", "--answer-form", "so"], "answer_form must have {} once"),
         (["--suite", "boolq", "--num-beams", "0"], "num_beams must be at least 1"),
         (["--lm-eval", "arc_easy", "--data", "x"], "data has no meaning with lm_eval"),
+        (["--lm-eval", "arc_easy", "--num-beams", "2"], "num_beams has no meaning with lm_eval"),
+        (["--lm-eval", "arc_easy", "--split", "test"], "split, field and skip_bad_rows have no meaning with lm_eval"),
     ],
 )
 def test_options_that_contradict_each_other(words, message, capsys):
