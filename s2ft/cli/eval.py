@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from s2ft.cli.parse import ADAPTER, DTYPE, MODEL, UsageError, parse, quiet_transformers
 from s2ft.text.data.options import DATA, ReadingOptions
 from s2ft.text.models import DTYPES
-from s2ft.text.scoring import KINDS
+from s2ft.text.scoring import CHOICES, KINDS
 from s2ft.text.suites import PAPER, SCORINGS
 from s2ft.train.options import check_fields, option
 
@@ -116,7 +116,7 @@ class EvalArguments:
             self._refuse("data without suite", ("resume", "skip_missing"))
         if self.scoring == "generation":
             self._refuse("scoring generation", ("length_normalized", "answer_form"))
-        elif self.scoring == "likelihood" and self.num_beams > 1:
+        elif self.num_beams > 1 and (self.scoring == "likelihood" or (self.task == CHOICES and not self.suite)):
             raise ValueError("scoring likelihood generates nothing, so it takes no num_beams")
         if self.answer_form is not None and self.answer_form.count("{}") != 1:
             raise ValueError(f"answer_form must have {{}} once, where the answer stands, got {self.answer_form!r}")

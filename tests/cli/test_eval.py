@@ -143,6 +143,7 @@ def test_likelihood_of_a_suite_and_of_a_file(work, tmp_path, capsys):
         ),
         (["--suite", "boolq", "--resume"], "resume needs output"),
         (["--suite", "boolq", "--scoring", "likelihood", "--num-beams", "2"], "so it takes no num_beams"),
+        (["--data", "x", "--task", "choices", "--num-beams", "2"], "so it takes no num_beams"),
         (["--suite", "boolq", "--scoring", "generation", "--length-normalized"], "length_normalized has no meaning"),
         (["--suite", "boolq", "--answer-form", "so"], "answer_form must have {} once"),
         (["--suite", "boolq", "--num-beams", "0"], "num_beams must be at least 1"),
