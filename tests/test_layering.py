@@ -37,6 +37,7 @@ RANKS = [
     ["sync"],
     ["train", "vllm"],
     ["serve", "integrations"],
+    ["reproduce"],
     ["cli"],
     ["__main__"],
 ]
