@@ -10,7 +10,7 @@ from s2ft.adapter.overlap import Overlap, overlap
 from s2ft.attached.active import mounted_deltas, switch
 from s2ft.attached.changes import freeze, fuse_mounted, remove
 from s2ft.attached.checks import check_can_write, check_known, check_new_name, check_not_in_engine
-from s2ft.attached.extra_weights import trained_values
+from s2ft.attached.extra_weights import check_can_put_on, trained_values
 from s2ft.attached.hosts.compiled import of_compiled
 from s2ft.attached.record import Attachment, State, attachment_of
 from s2ft.attached.status import status
@@ -74,7 +74,8 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         A context manager.
 
     Raises:
-        ValueError: The model has no adapters.
+        ValueError: The model has no adapters, or a weight that was unfrozen by hand belongs to an adapter whose weight
+            is not 1. Nothing has changed.
 
     Example:
         >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
@@ -83,6 +84,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     """
     record = attachment_of(model)
     active, fused = dict(record.active), record.state is State.FUSED
+    check_can_put_on(model, record, active)  # else the end of the context could not make them active again
     set_adapter(model, None)
     try:
         yield
