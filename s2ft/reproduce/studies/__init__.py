@@ -1,1 +1,1 @@
-"""Studies that measure other things than the accuracy of one training run: time and memory, serving, and fusion."""
+"""Kinds of experiments. Each file defines one as KIND; a recipe names the file."""
