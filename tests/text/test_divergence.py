@@ -1,0 +1,232 @@
+"""Loss and divergence equal a direct computation, for every kind of model, and leave no trace in the model."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from support.models import CASES, model_of
+from train.tiny import tiny_model
+
+import s2ft
+from s2ft.text import divergence
+from s2ft.text.divergence import BaseDistributions, base_switch, divergences, mean_loss
+
+CAUSAL = [c for c in CASES if not c.startswith(("vit", "clip", "t5", "whisper", "bert", "roberta"))]
+CONFIG = s2ft.S2FTConfig(d_ratio=0.2)
+
+
+def rows_of(model, lengths=(9, 5, 7), first=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = model.config.get_text_config().vocab_size
+    rows = [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+    return [{"input_ids": ids, "labels": [-100] * first + ids[first:]} for ids in rows]
+
+
+@torch.no_grad()
+def direct(model, rows):
+    """Log-probabilities in float64 at the labelled positions, row by row without padding, and the labels."""
+    found, labels = [], []
+    for row in rows:
+        logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1].double()
+        targets = torch.tensor(row["labels"][1:])
+        found.append(logits[targets != -100].log_softmax(-1))
+        labels.append(targets[targets != -100])
+    return torch.cat(found), torch.cat(labels)
+
+
+def direct_loss(model, rows):
+    return float(F.nll_loss(*direct(model, rows)))
+
+
+def direct_kl(base, tuned):
+    return float((base.exp() * (base - tuned)).sum(-1).mean())
+
+
+def moved(model, scale=0.3):
+    """Move what an attached or a plain model trains."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(scale * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize("case", CAUSAL)
+def test_loss_and_divergence_of_every_family_equal_a_direct_computation(case):
+    model = model_of(case)
+    rows = rows_of(model)
+    base, _ = direct(model, rows)
+    s2ft.attach(model, CONFIG)
+    distributions = BaseDistributions.of(model, rows, 2)
+    assert distributions.kl(model) == pytest.approx(0, abs=1e-6)
+    moved(model)
+    tuned, _ = direct(model, rows)
+    assert mean_loss(model, rows, 2) == pytest.approx(direct_loss(model, rows), rel=1e-5)
+    assert distributions.kl(model) == pytest.approx(direct_kl(base, tuned), rel=1e-3, abs=2e-6)
+
+
+@pytest.mark.parametrize("batch_size", (1, 2, 8))
+def test_neither_the_batches_nor_the_chunks_change_the_numbers(batch_size, monkeypatch):
+    model, calls = tiny_model().requires_grad_(False), []
+    rows = rows_of(model, (40, 3, 17, 25, 9), first=1)
+    monkeypatch.setitem(divergence.LOGITS, "cpu", 7 * model.config.vocab_size)
+    base, _ = direct(model, rows)
+    s2ft.attach(model, CONFIG)
+    distributions = BaseDistributions.of(model, rows, batch_size)
+    assert distributions.base_loss == pytest.approx(mean_loss(model, rows), rel=1e-6)
+    moved(model)
+    model.lm_head.register_forward_hook(lambda module, inputs, output: calls.append(inputs[0].shape[1]))
+    assert distributions.kl(model) == pytest.approx(direct_kl(base, direct(model, rows)[0]), rel=1e-4)
+    assert mean_loss(model, rows, batch_size) == pytest.approx(direct_loss(model, rows), rel=1e-6)
+    assert max(call for call in calls if call != 1) <= 40 and sum(call <= 7 for call in calls) > 10
+
+
+def test_the_layers_below_the_head_run_once_for_each_batch(monkeypatch):
+    model, runs = tiny_model(), []
+    monkeypatch.setitem(divergence.LOGITS, "cpu", model.config.vocab_size)  # one position at a time
+    model.model.layers[0].register_forward_hook(lambda *_: runs.append(1))
+    mean_loss(model, rows_of(model, (9, 9, 9, 9)), 2)
+    assert len(runs) == 2
+
+
+def test_a_model_with_a_bfloat16_head_is_summed_in_float32():
+    model = tiny_model(dtype=torch.bfloat16)
+    rows = rows_of(model, (64,) * 16, first=1)
+    base, _ = direct(model, rows)
+    s2ft.attach(model, CONFIG)
+    distributions = BaseDistributions.of(model, rows, 16)
+    assert distributions.base_loss == pytest.approx(direct_loss(model, rows), rel=2e-4)
+    moved(model)
+    assert mean_loss(model, rows, 16) == pytest.approx(direct_loss(model, rows), rel=2e-4)
+    assert distributions.kl(model) == pytest.approx(direct_kl(base, direct(model, rows)[0]), rel=2e-2)
+
+
+def test_full_fine_tuning_keeps_a_copy_of_the_trained_head():
+    """The head is tied to the embeddings here, so that training changes it."""
+    model = tiny_model()
+    rows = rows_of(model, (20, 30))
+    base, _ = direct(model, rows)
+    distributions = BaseDistributions.of(model, rows)
+    assert not distributions.switched_off
+    assert distributions.nbytes == distributions.positions * 32 * 4 + 259 * 32 * 4
+    moved(model, 0.05)
+    assert distributions.kl(model) == pytest.approx(direct_kl(base, direct(model, rows)[0]), rel=1e-4)
+
+
+def lora(model, **options):
+    return get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    (
+        {"target_modules": ["q_proj", "down_proj"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ),
+    ids=("body", "head", "saved head"),
+)
+def test_adapters_of_peft_are_switched_off_for_the_base(options):
+    model = tiny_model(tie_word_embeddings=False)
+    rows = rows_of(model, (20, 30))
+    base, _ = direct(model, rows)
+    model = moved(lora(model, **options).eval(), 0.1)
+    tuned, _ = direct(model, rows)
+    distributions = BaseDistributions.of(model, rows)
+    assert distributions.switched_off
+    assert distributions.kl(model) == pytest.approx(direct_kl(base, tuned), rel=1e-4)
+    assert mean_loss(model, rows) == pytest.approx(direct_loss(model, rows), rel=1e-6)
+    assert torch.equal(direct(model, rows)[0], tuned)
+
+
+def test_transformers_own_adapters_are_switched_off_too(monkeypatch):
+    monkeypatch.setattr(
+        "transformers.integrations.peft.MIN_PEFT_VERSION", "0", raising=False
+    )  # newer than is installed
+    model = tiny_model()
+    rows = rows_of(model)
+    base, _ = direct(model, rows)
+    model.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]))
+    tuned, _ = direct(moved(model).eval(), rows)
+    assert BaseDistributions.of(model, rows).kl(model) == pytest.approx(direct_kl(base, tuned), rel=1e-3)
+    assert torch.equal(direct(model, rows)[0], tuned)
+
+
+def test_the_base_of_an_adapter_with_a_saved_head_and_of_a_loaded_adapter(tmp_path):
+    model = tiny_model(tie_word_embeddings=False)
+    rows = rows_of(model, (20, 30))
+    base, _ = direct(model, rows)
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2, modules_to_save=["lm_head"]))
+    distributions = BaseDistributions.of(model, rows)
+    moved(model, 0.1)
+    expected = direct_kl(base, direct(model, rows)[0])
+    assert distributions.kl(model) == pytest.approx(expected, rel=1e-4)
+    s2ft.save_adapter(model, tmp_path / "adapter")
+    s2ft.detach(model)
+    s2ft.load_adapter(model, tmp_path / "adapter")
+    assert BaseDistributions.of(model, rows).kl(model) == pytest.approx(expected, rel=1e-4)
+    with base_switch(model)():
+        assert torch.equal(direct(model, rows)[0], base)
+
+
+def test_the_base_is_measured_in_the_middle_of_a_training():
+    """Nothing is written: a graph from before can still be used, and modes and hooks are what they were."""
+    model = tiny_model()
+    rows = rows_of(model)
+    s2ft.attach(model, CONFIG)
+    before = copy.deepcopy(model.state_dict())
+    moved(model).train()
+    loss = model(torch.tensor([rows[0]["input_ids"]]), labels=torch.tensor([rows[0]["input_ids"]])).loss
+    BaseDistributions.of(model, rows).kl(model)
+    mean_loss(model, rows)
+    assert model.training and model.model.layers[0].training
+    assert not model.lm_head._forward_pre_hooks and "forward" not in model.model.__dict__
+    loss.backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items() if name not in trained)
+
+
+def test_measuring_draws_no_random_number():
+    model = tiny_model(attention_dropout=0.5).train()
+    state = torch.get_rng_state()
+    BaseDistributions.of(model, rows_of(model)).kl(model)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_compiled_model_is_measured_without_compiling():
+    model = tiny_model()
+    compiled = torch.compile(model, backend=lambda *_: pytest.fail("compiled"))
+    assert mean_loss(compiled, rows_of(model)) == mean_loss(model, rows_of(model))
+
+
+def test_a_token_that_the_base_never_writes_adds_nothing():
+    base = torch.tensor([[0.0, float("-inf")]])
+    assert divergences(base, torch.tensor([[0.5, 0.5]]).log()).item() == pytest.approx(0.6931, abs=1e-4)
+    assert divergences(base, base).item() == 0
+    assert divergences(torch.tensor([[0.5, 0.5]]).log(), base).item() == float("inf")
+    assert divergences(torch.tensor([[float("nan"), 0.0]]), base).isnan().all()
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    (
+        ([], "none of the 0 rows"),
+        ([{"input_ids": [5, 6], "labels": [5, -100]}], "none of the 1 rows has a token with a label after its first"),
+        ([{"input_ids": [5, 6]}], r"row 0 must be a token row with input_ids and labels, got \['input_ids'\]"),
+        ([[5, 6]], "row 0 must be a token row with input_ids and labels, got list"),
+        ([{"input_ids": [5, 6], "labels": [5]}], r"as many labels as input_ids.*\(2,\) and \(1,\)"),
+        ([{"input_ids": [5] * 300, "labels": [5] * 300}], "row 0 has 300 tokens, but the model's context has 256"),
+    ),
+)
+def test_rows_that_cant_be_measured_are_named(rows, message):
+    with pytest.raises(ValueError, match=message):
+        mean_loss(tiny_model(), rows)
+
+
+def test_other_models_and_batch_sizes_are_refused():
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        mean_loss(tiny_model(), [], 0)
+    with pytest.raises(ValueError, match="causal language models of transformers, and T5"):
+        mean_loss(model_of("t5"), [])
