@@ -13,11 +13,11 @@ pytest.importorskip("peft")
 FOLDER = Path(__file__).parents[2] / "examples" / "peft_method_comparison"
 sys.path.insert(0, str(FOLDER))
 
-import run as command  # noqa: E402
-from comparison import answers, data, report, results, running, settings, suite, training  # noqa: E402
-from comparison.clock import Clock, OutOfTime  # noqa: E402
-from comparison.evaluation import accuracy_of_numbers, generation_config  # noqa: E402
-from comparison.memory import Memory  # noqa: E402
+import run as command
+from comparison import answers, data, report, results, running, settings, suite, training
+from comparison.clock import Clock, OutOfTime
+from comparison.evaluation import accuracy_of_numbers, generation_config
+from comparison.memory import Memory
 
 STEPS = 4
 SMALL = {"max_steps": STEPS, "eval_steps": 2, "batch_size": 2, "batch_size_eval": 4, "dtype": "float32"}
