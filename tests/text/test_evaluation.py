@@ -93,5 +93,5 @@ def test_row_that_can_not_be_scored_is_an_error_before_generation():
 
 
 def test_sizes_are_checked():
-    with pytest.raises(ValueError, match="batch_size and max_new_tokens"):
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
         evaluate(tiny_model(), tiny_tokenizer(), examples(), "arithmetic", batch_size=0)
