@@ -24,6 +24,7 @@ from s2ft.model.verify import Trial
 from s2ft.model.weights import can_run
 from s2ft.ops._build import warn_without_cuda_kernels
 from s2ft.selection import Selection, select as select_units
+from s2ft.selection.protection import with_protect_ratio
 
 # ---- attach ----------------------------------------------------------------------------------------
 
@@ -39,6 +40,7 @@ def attach(
     couplings: Sequence[Coupling] | None = None,
     verify: bool | None = None,
     example: Any = None,
+    protect: Iterable[Any] | None = None,
 ) -> Report:
     """Make the selected units the only trainable weights of a model, in place.
 
@@ -61,6 +63,7 @@ def attach(
             evaluation mode, and run it attached. Default: True if `couplings` or `example` are given.
         example: Input for `verify`, and for the search for couplings: a tensor, a tuple of arguments, or a dict of
             them. Default: made from the config of a transformers model.
+        protect: Batches of data, as for `calibration`, whose text the base must not forget, see :func:`select`.
 
     Returns:
         A report of what is trained. It prints as a table.
@@ -83,6 +86,7 @@ def attach(
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
     if verify not in (None, True, False):
         raise TypeError(f"verify must be True, False or None, got {verify!r}")
+    config = with_protect_ratio(config, protect is not None)  # so that the adapter's file has the share
     record = _record_for(model, config, couplings, name, example)
     if any(parameter.is_cuda for parameter in model.parameters()):
         warn_without_cuda_kernels()
@@ -90,7 +94,7 @@ def attach(
     verify = couplings is not None or example is not None if verify is None else verify
     with adapters_off(model, record):
         couplings = couplings_in_towers(model, record.couplings, config)
-        selection = select_units(couplings, config, model, calibration)
+        selection = select_units(couplings, config, model, calibration, protect)
         trial = _try_out(model, couplings, record, example) if verify else None
         mount(model, record, config, selection, name)
         if trial is not None:
@@ -144,6 +148,7 @@ def select(
     *,
     couplings: Sequence[Coupling] | None = None,
     example: Any = None,
+    protect: Iterable[Any] | None = None,
 ) -> Selection:
     """Return the units that :func:`attach` would train. The model does not change.
 
@@ -158,6 +163,8 @@ def select(
             other models need them.
         couplings: As for :func:`attach`.
         example: As for :func:`attach`. Nothing but the search for couplings uses it.
+        protect: Batches of data, as for `calibration`, whose text the base must not forget. The share `protect_ratio`
+            of each projection's units that the base needs most there is never chosen.
 
     Returns:
         The selection. It prints as a table, and has `save` and `load`.
@@ -171,8 +178,11 @@ def select(
         >>> selection = s2ft.select(model, config, [input_ids])
         >>> selection["model.layers.0.mlp.down_proj"].shape
         torch.Size([13])
+        >>> protected = s2ft.select(model, config, [input_ids], protect=[input_ids.flip(1)])
+        >>> protected == selection
+        False
     """
-    return _chosen(model, config, calibration, couplings, example)[1]
+    return _chosen(model, config, calibration, couplings, example, protect)[1]
 
 
 @of_compiled
@@ -183,6 +193,7 @@ def plan(
     *,
     couplings: Sequence[Coupling] | None = None,
     example: Any = None,
+    protect: Iterable[Any] | None = None,
 ) -> Report:
     """Return the report that :func:`attach` would return. The model does not change.
 
@@ -194,6 +205,7 @@ def plan(
         calibration: As for :func:`select`.
         couplings: As for :func:`attach`.
         example: As for :func:`attach`. Nothing but the search for couplings uses it.
+        protect: As for :func:`select`.
 
     Returns:
         The report. It prints as a table.
@@ -206,7 +218,8 @@ def plan(
         >>> s2ft.plan(model, s2ft.S2FTConfig(d_ratio=0.1)).trainable
         1664
     """
-    found, selection = _chosen(model, config, calibration, couplings, example)
+    found, selection = _chosen(model, config, calibration, couplings, example, protect)
+    config = with_protect_ratio(config, protect is not None)
     return Report.planned(model, found.couplings, config, selection, found.is_custom, found.weights)
 
 
@@ -216,6 +229,7 @@ def _chosen(
     calibration: Iterable[Any] | None,
     couplings: Sequence[Coupling] | None,
     example: Any,
+    protect: Iterable[Any] | None,
 ) -> tuple[Found, Selection]:
     """Return the couplings of a model without adapters, and the units that the config selects."""
     if not isinstance(config, S2FTConfig):
@@ -225,7 +239,7 @@ def _chosen(
     found = find_couplings(model, couplings, example, config)
     names_of_modules(model, found.couplings, config.modules_to_save)  # raises for unknown modules
     trained = couplings_in_towers(model, found.couplings, config)
-    return found, select_units(trained, config, model, calibration)
+    return found, select_units(trained, config, model, calibration, protect)
 
 
 # ---- detach, merge, fuse ---------------------------------------------------------------------------
