@@ -45,6 +45,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--in-process", action="store_true", help="run in this process: for debugging")
     made.add_argument("--estimate", action="store_true", help="print the expected memory and time, and run nothing")
     made.add_argument("--table", action="store_true", help="print the tables of what has a result, and run nothing")
+    made.add_argument(
+        "--units", type=json.loads, metavar="JSON", help="choose an experiment's units by these fields of S2FTConfig"
+    )
     made.add_argument("--save-data", type=Path, metavar="DIR", help="save the data for a machine without a network")
     made.add_argument("--run", type=Path, help=argparse.SUPPRESS)  # one run of a suite, in a process of its own
     for option, (name, kind) in CHANGES.items():
@@ -76,6 +79,8 @@ def _check(made: argparse.ArgumentParser, options: argparse.Namespace) -> None:
         made.error("give either experiments' folders, or --models, or --save-data")
     if options.data is not None and not options.data.is_dir():
         made.error(f"--data must be a folder, got {options.data}")
+    if options.units is not None and not (options.experiments and isinstance(options.units, dict)):
+        made.error('--units goes with an experiment\'s folder, and is JSON such as {"d_ratio": 0.013}')
     for name in ("time_limit", "test_rows", "parameters"):
         value = getattr(options, name)
         if value is not None and value <= 0:
@@ -85,7 +90,7 @@ def _check(made: argparse.ArgumentParser, options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace, changes: dict[str, Any]) -> int:
-    from comparison import data, running, suite
+    from comparison import data, running, suite, units
     from comparison.settings import Run, read_experiment, training_params
 
     if options.save_data is not None:
@@ -98,6 +103,10 @@ def _run(options: argparse.Namespace, changes: dict[str, Any]) -> int:
         run = Run.from_dict(json.loads(options.run.read_text(encoding="utf-8")))
         content = running.execute(run, options.output, options.data, seconds, options.test_rows)
         return 3 if content is None else 0
+    if options.units is not None:
+        for folder in options.experiments:
+            print(units.write(folder, options.units, changes, options.data))
+        return 0
     runs = [read_experiment(folder, changes) for folder in options.experiments] or _suite(options, changes)
     if options.estimate:
         from comparison.estimates import table

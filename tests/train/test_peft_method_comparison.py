@@ -45,7 +45,7 @@ def files(tmp_path_factory):
         ],
         "gsm8k-train": [{"question": q, "answer": f"It makes {n}.\n#### {n}"} for q, n in sums],
         "gsm8k-test": [{"question": q, "answer": f"It makes {n}.\n#### {n}"} for q, n in sums[:6]],
-        "encyclopedia": [{"text": f"The sea number {n} is deep."} for n in range(5)],
+        "encyclopedia": [{"text": f"The sea number {n} is deep."} for n in range(104)],
     }
     for name, lines in rows.items():
         (folder / "data" / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -294,7 +294,9 @@ def test_what_a_run_measures_is_right(files, finished):
 
     info = finished[0]["train_info"]
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    texts = [json.loads(line)["text"] for line in (files / "data" / "encyclopedia.jsonl").read_text().splitlines()]
+    texts = [json.loads(line)["text"] for line in (files / "data" / "encyclopedia.jsonl").read_text().splitlines()][
+        :100
+    ]
 
     def loss():
         total, tokens = 0.0, 0
@@ -438,7 +440,7 @@ def short_answers(tmp_path, monkeypatch):
 def options(files, output, *more):
     return ["--models", str(files / "tiny"), "--data", str(files / "data"), "--output", str(output), "--steps", "2",
             "--eval-steps", "1", "--batch-size", "2", "--eval-batch-size", "50", "--dtype", "float32",
-            "--parameters", "3000", "--test-rows", "2", *more]  # fmt: skip
+            "--parameters", "2000", "--test-rows", "2", *more]  # fmt: skip
 
 
 def test_every_method_of_the_suite_runs_and_is_in_the_table(files, short_answers, tmp_path, monkeypatch, capsys):
@@ -494,6 +496,30 @@ def test_wrong_options_are_refused(arguments, message, capsys):
 def test_an_unknown_method_is_named(capsys):
     assert command.main(["--models", "m", "--methods", "lore"]) == 2
     assert "methods must be of s2ft" in capsys.readouterr().err
+
+
+def test_units_chosen_with_data_are_written_into_an_experiment(files, short_answers, tmp_path, capsys):
+    import s2ft
+
+    folder = tmp_path / "experiments" / "s2ft" / "chosen"
+    chosen = {"d_ratio": 0.1, "selection": "activation", "order": "smallest", "protect_ratio": 0.5}
+    line = [str(folder), "--model", str(files / "tiny"), "--dtype", "float32", "--data", str(files / "data"),
+            "--steps", "10", "--eval-steps", "10"]  # fmt: skip
+    assert command.main([*line, "--units", json.dumps(chosen)]) == 0
+    written = json.loads((folder / "adapter_config.json").read_text())
+    assert written["info"] == {"chosen_by": chosen} and written["selection"] == "random" and written["d_ratio"] == 0
+    read, tokenizer = data.read(files / "data", 40), tiny_tokenizer()
+    rows = training.encoded(tokenizer, read.training, params(files, max_steps=10, batch_size=4))
+    with_data = s2ft.select(
+        tiny_model(),
+        s2ft.S2FTConfig(**chosen),
+        [training.tensors(rows, 2, torch.device("cpu"))],
+        protect=[training.tensors([tokenizer.encode(text) for text in read.protected], 2, torch.device("cpu"))],
+    )
+    from s2ft.peft import S2FTPeftConfig
+
+    assert S2FTPeftConfig.from_pretrained(folder).units == with_data.to_dict()
+    assert settings.read_experiment(folder, {}).name == "s2ft/chosen"
 
 
 @pytest.mark.slow

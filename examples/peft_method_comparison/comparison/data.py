@@ -11,6 +11,7 @@ import numpy as np
 
 LONGEST = 1300  # characters of question, space and answer; of MetaMathQA's rows 94 % are as short as this
 VALIDATION, TEXTS = 50, 100
+PROTECTED = 128  # further texts, which selections may protect; forgetting is not measured on them
 # set: (its fields, its name on the hub, its config there)
 SETS = {
     "metamathqa": (("query", "response"), "meta-math/MetaMathQA", None),
@@ -36,6 +37,7 @@ class Data:
         validation: Questions and worked answers of GSM8K's training set.
         test: Questions and worked answers of GSM8K's test set.
         texts: Texts on which forgetting is measured.
+        protected: Further texts of the encyclopedia, for selections with `protect_ratio`; empty if there are no more.
         source: Where each set was read from.
     """
 
@@ -43,6 +45,7 @@ class Data:
     validation: list[tuple[str, str]]
     test: list[tuple[str, str]]
     texts: list[str]
+    protected: list[str]
     source: dict[str, str]
 
 
@@ -75,11 +78,12 @@ def read(folder: Path | None, rows: int, test_rows: int | None = None) -> Data:
     order = np.random.RandomState(0).permutation(len(candidates))
     validation = [candidates[number] for number in order[:VALIDATION]]
     test = list(islice(_pairs(folder, "gsm8k-test"), test_rows))
-    texts = [row["text"] for row in islice(_rows(folder, "encyclopedia"), TEXTS)]
+    found_texts = [row["text"] for row in islice(_rows(folder, "encyclopedia"), TEXTS + PROTECTED)]
+    texts, protected = found_texts[:TEXTS], found_texts[TEXTS:]
     for name, found in (("gsm8k-train", validation), ("gsm8k-test", test), ("encyclopedia", texts)):
         if not found:
             raise ValueError(f"{name} has no rows")
-    return Data(training, validation, test, texts, {name: _source(folder, name) for name in SETS})
+    return Data(training, validation, test, texts, protected, {name: _source(folder, name) for name in SETS})
 
 
 def save(folder: Path, rows: int) -> list[Path]:
@@ -99,7 +103,7 @@ def save(folder: Path, rows: int) -> list[Path]:
         "metamathqa": [dict(zip(SETS["metamathqa"][0], pair)) for pair in data.training],
         "gsm8k-train": [{question: one, answer: two} for one, two in _pairs(None, "gsm8k-train")],
         "gsm8k-test": [{question: one, answer: two} for one, two in data.test],
-        "encyclopedia": [{"text": text} for text in data.texts],
+        "encyclopedia": [{"text": text} for text in (*data.texts, *data.protected)],
     }
     for name, written in sets.items():
         files.append(folder / f"{name}.jsonl")

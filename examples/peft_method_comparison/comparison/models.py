@@ -13,6 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 import s2ft
 import s2ft.peft  # registers the method S2FT in PEFT
+from comparison.data import TEXTS
 from comparison.settings import PEFT_CONFIG, Run, TrainingParams
 from s2ft.reproduce.methods import Prepared, prepare
 from s2ft.text.calibration import needs_calibration
@@ -51,24 +52,44 @@ def load(params: TrainingParams) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def calibration(tokenizer, rows: list[list[int]], batch_size: int) -> Iterator[dict[str, Any]]:
-    """Batches of the first training rows, for selections that need data.
+def batches_for(
+    config: s2ft.S2FTConfig, tokenizer, rows: list[list[int]], protected: list[list[int]], batch_size: int
+) -> dict[str, Any]:
+    """Return the data that a selection of units needs, as arguments of :func:`s2ft.select`.
 
     Args:
+        config: What is selected.
         tokenizer: The model's tokenizer.
-        rows: Token ids of the training rows.
+        rows: Token ids of the training rows; the first 128 are used.
+        protected: Token ids of texts for `protect_ratio`.
         batch_size: Rows of a batch.
 
-    Yields:
-        The batches.
+    Returns:
+        `calibration` and `protect`, if they are needed.
+
+    Raises:
+        ValueError: `protect_ratio` is set, and there are no such texts.
     """
+    needed: dict[str, Any] = {}
+    if needs_calibration(config):
+        needed["calibration"] = _batches(tokenizer, rows[:CALIBRATION], batch_size)
+    if config.protect_ratio is not None:
+        if not protected:
+            raise ValueError(
+                f"protect_ratio needs more than {TEXTS} texts of the encyclopedia: on the first {TEXTS} forgetting is "
+                "measured"
+            )
+        needed["protect"] = _batches(tokenizer, protected, batch_size)
+    return needed
+
+
+def _batches(tokenizer, rows: list[list[int]], batch_size: int) -> Iterator[dict[str, Any]]:
     collate = TokenCollator(tokenizer.pad_token_id)
-    for first in range(0, min(len(rows), CALIBRATION), batch_size):
-        some = rows[first : min(first + batch_size, CALIBRATION)]
-        yield collate([{"input_ids": row, "labels": row} for row in some])
+    for first in range(0, len(rows), batch_size):
+        yield collate([{"input_ids": row, "labels": row} for row in rows[first : first + batch_size]])
 
 
-def with_method(model, tokenizer, run: Run, rows: list[list[int]]) -> Prepared:
+def with_method(model, tokenizer, run: Run, rows: list[list[int]], protected: list[list[int]]) -> Prepared:
     """Give a model the trained parameters of a run.
 
     Args:
@@ -76,6 +97,7 @@ def with_method(model, tokenizer, run: Run, rows: list[list[int]]) -> Prepared:
         tokenizer: Its tokenizer.
         run: The run.
         rows: Token ids of the training rows, for selections that need data.
+        protected: Token ids of texts that a selection may protect.
 
     Returns:
         The model, ready to train.
@@ -84,9 +106,11 @@ def with_method(model, tokenizer, run: Run, rows: list[list[int]]) -> Prepared:
         ValueError: The method, an option or the content of `adapter_config.json` is not allowed.
     """
     if run.adapter is None:
-        needed = run.method == "s2ft" and needs_calibration(s2ft.S2FTConfig(**run.options))
-        batches = calibration(tokenizer, rows, run.params.batch_size) if needed else None
-        return prepare(model, run.method, run.options, seed=run.params.seed, calibration=batches)
+        more = {}
+        if run.method == "s2ft":
+            config = s2ft.S2FTConfig(**run.options)
+            more = batches_for(config, tokenizer, rows, protected, run.params.batch_size)
+        return prepare(model, run.method, run.options, seed=run.params.seed, **more)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / PEFT_CONFIG).write_text(json.dumps(run.adapter), encoding="utf-8")
         config = peft.PeftConfig.from_pretrained(folder)

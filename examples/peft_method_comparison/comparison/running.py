@@ -91,7 +91,7 @@ class _Stages:
             memory = Memory(models.device())
             base, self.tokenizer = models.load(params)
             rows = encoded(self.tokenizer, self.texts.training, params)
-            prepared = models.with_method(base, self.tokenizer, self.run, rows)
+            prepared = models.with_method(base, self.tokenizer, self.run, rows, self._encoded(self.texts.protected))
         logger.info("%s", prepared.report)
         self.model = prepared.model
         trainer = Trainer(self.model, rows, self.tokenizer.eos_token_id, params, memory)
@@ -153,9 +153,11 @@ class _Stages:
 
     def _loss(self) -> float:
         """Mean loss on the encyclopedia, in nats a token."""
-        texts = self.tokenizer(self.texts.texts, truncation=True, max_length=self.params.max_seq_length)
-        rows = [{"input_ids": ids, "labels": ids} for ids in texts["input_ids"]]
+        rows = [{"input_ids": ids, "labels": ids} for ids in self._encoded(self.texts.texts)]
         return mean_loss(self.model, rows, self.params.batch_size)
+
+    def _encoded(self, texts: list[str]) -> list[list[int]]:
+        return [ids[: self.params.max_seq_length] for ids in self.tokenizer(texts)["input_ids"]] if texts else []
 
     def _train_info(
         self, trainer: Trainer, memory: Memory, generated: list[str], before: float, after: float
