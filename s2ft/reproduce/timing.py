@@ -30,7 +30,7 @@ def interleaved(
         ValueError: There is nothing to measure.
 
     Example:
-        >>> from s2ft.reproduce.studies.timing import interleaved
+        >>> from s2ft.reproduce.timing import interleaved
         >>> times = interleaved({"sum": lambda: sum(range(10))}, rounds=3)
         >>> len(times["sum"])
         3
@@ -54,17 +54,16 @@ def seconds_of(step: Callable[[], Any], device: str = "cpu") -> float:
         step: Function without arguments.
         device: "cpu", or "cuda" to wait for the GPU before and after the call.
     """
-    wait(device)
-    start = time.perf_counter()
+    start = now(device)
     step()
-    wait(device)
-    return time.perf_counter() - start
+    return now(device) - start
 
 
-def wait(device: str) -> None:
-    """Wait until a GPU has done what it was given. On the CPU nothing happens."""
+def now(device: str = "cpu") -> float:
+    """Return the time in seconds of a clock for differences. A GPU has then done what it was given."""
     if device == "cuda":
         torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def milliseconds(seconds: list[float]) -> float:

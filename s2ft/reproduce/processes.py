@@ -4,7 +4,7 @@ import multiprocessing
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,21 @@ import torch
 
 from s2ft.train.out_of_memory import OutOfMemory, first_line, is_out_of_memory
 
-PRELOADED = ("s2ft.reproduce.methods", "peft", "transformers.models.llama.modeling_llama")
 
-
-def in_own_process(function: Callable[..., Any], *arguments: Any, limit_bytes: int | None = None) -> Any:
+def in_own_process(
+    function: Callable[..., Any], *arguments: Any, limit_bytes: int | None = None, imports: Sequence[str] = ()
+) -> Any:
     """Call a function in a new process and return what it returns.
 
-    The processes are forked from one that has imported the packages and nothing else, so each starts in milliseconds.
+    The processes are forked from one that has imported the function's module and nothing else, so that each starts in
+    milliseconds. It is started by the first call.
 
     Args:
         function: A function of a module, which the new process can import.
         *arguments: Its arguments, which can be pickled.
         limit_bytes: Memory that the function may take. An allocation above it fails in the new process; without a limit
             the system may end other programs too. Only Linux has such a limit.
+        imports: More modules that the common process imports, if it is started by this call.
 
     Returns:
         The result, which can be pickled.
@@ -35,13 +37,13 @@ def in_own_process(function: Callable[..., Any], *arguments: Any, limit_bytes: i
 
     Example:
         >>> import math
-        >>> from s2ft.reproduce.studies.processes import in_own_process
+        >>> from s2ft.reproduce.processes import in_own_process
         >>> in_own_process(math.sqrt, 4.0)
         2.0
     """
     context = multiprocessing.get_context("forkserver" if hasattr(signal, "SIGKILL") else "spawn")
     if context.get_start_method() == "forkserver":
-        context.set_forkserver_preload([*PRELOADED, function.__module__])
+        context.set_forkserver_preload([function.__module__, *imports])
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(
         target=_run, args=(theirs, torch.get_num_threads(), limit_bytes, function, arguments), daemon=True

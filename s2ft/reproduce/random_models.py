@@ -30,7 +30,7 @@ def config_of(model: Model) -> Any:
         ValueError: The config can't be read, or no causal language model has it.
 
     Example:
-        >>> from s2ft.reproduce.studies.random_models import config_of
+        >>> from s2ft.reproduce.random_models import config_of
         >>> config_of({"model_type": "llama", "hidden_size": 64}).hidden_size
         64
     """
@@ -67,7 +67,7 @@ def random_model(config: Any, dtype: str = "float32", device: str = "cpu") -> nn
         The model in evaluation mode.
 
     Example:
-        >>> from s2ft.reproduce.studies.random_models import random_model
+        >>> from s2ft.reproduce.random_models import random_model
         >>> random_model(model.config, "bfloat16", "meta").dtype
         torch.bfloat16
     """
@@ -94,7 +94,7 @@ def at_least_one_unit(hollow: nn.Module, options: Mapping[str, Any]) -> dict[str
         ValueError: :func:`s2ft.plan` refuses the options for another reason.
 
     Example:
-        >>> from s2ft.reproduce.studies.random_models import at_least_one_unit
+        >>> from s2ft.reproduce.random_models import at_least_one_unit
         >>> at_least_one_unit(model, {"o_ratio": 0.026, "d_ratio": 0.01})
         {'o_ratio': 0.25, 'd_ratio': 0.01}
     """
