@@ -143,9 +143,7 @@ def prepare(
     return Prepared(wrapped, model, method, options, trainable, report)
 
 
-def matched(
-    model: nn.Module, method: str, parameters: int, options: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def matched(model: nn.Module, method: str, parameters: int, options: dict[str, Any] | None = None) -> dict[str, Any]:
     """Return the options with which a method trains as many parameters as possible, but at most so many.
 
     Args:
@@ -170,7 +168,9 @@ def matched(
     entry = METHODS[method]
     options = {**entry.defaults, **(options or {})}
     if entry.size is None:
-        raise ValueError(f"{entry.title} has no option for the number of trained parameters: leave it out, got {method!r}")
+        raise ValueError(
+            f"{entry.title} has no option for the number of trained parameters: leave it out, got {method!r}"
+        )
     if method == "s2ft":
         return {**options, "budget": parameters}
     each = _parameters_of(model, method, {**options, "r": 2}) - _parameters_of(model, method, {**options, "r": 1})

@@ -213,6 +213,19 @@ def test_metrics_of_s2ft_are_chosen_by_name(name):
     )
 
 
+@pytest.mark.parametrize("name", ("random", "gradient", *CANDIDATES))
+def test_protected_units_are_never_chosen(name):
+    model = model_of("llama")
+    needed = need_of(model)
+    data = rows_of(model, 1), iter(rows_of(model, 2))
+    config = s2ft.S2FTConfig(d_ratio=0.25, o_ratio=0.5, protect_ratio=0.5)
+    for path, units in choose(model, name, config, *data).units.items():
+        most = needed[path].argsort(descending=True)[: needed[path].numel() // 2]
+        assert units.numel() and not set(units.tolist()) & set(most.tolist())
+    with pytest.raises(ValueError, match="protect"):
+        choose(model, name, config, rows_of(model, 1))
+
+
 def test_errors_name_what_is_missing():
     model = model_of("llama")
     config = s2ft.S2FTConfig(**FFN)
