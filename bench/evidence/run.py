@@ -6,7 +6,8 @@ Each run is one JSON file in OUTPUT/runs. A run whose file exists with the same 
 can be interrupted and started again. A run that fails has a file with its error, and is run again.
 
 Stages: (1) every row on the first task with each learning rate and the first seed; (2) its best learning rate, by the
-accuracy on validation questions, with the other seeds; (3) the same rate on the other tasks with all seeds.
+accuracy on validation questions, with the other seeds; (3) the same rate on the other tasks with all seeds. Rows that
+are marked `screened` stop after (1).
 """
 
 import argparse
@@ -46,8 +47,20 @@ class Run:
 def settings_of(run: Run, config: dict[str, Any]) -> dict[str, Any]:
     """Return everything that a run's numbers depend on."""
     shared = {key: value for key, value in config.items() if key not in ("rows", "tasks", "seeds", "sweep", "steps")}
-    row = {key: value for key, value in config["rows"][run.row].items() if key not in ("rates", "title")}
-    return {**shared, **row, "steps": config["steps"][run.task], "row": run.row, "task": run.task, "rate": run.rate, "seed": run.seed}
+    row = {
+        key: value
+        for key, value in config["rows"][run.row].items()
+        if key not in ("rates", "rate_of", "title", "screened")
+    }
+    return {
+        **shared,
+        **row,
+        "steps": config["steps"][run.task],
+        "row": run.row,
+        "task": run.task,
+        "rate": run.rate,
+        "seed": run.seed,
+    }
 
 
 def digest(settings: dict[str, Any]) -> str:
@@ -65,12 +78,12 @@ def read_result(folder: Path, run: Run, config: dict[str, Any]) -> dict[str, Any
 
 def sweep_runs(config: dict[str, Any], rows: list[str]) -> list[Run]:
     """Return the runs of the first stage, one rate of each row after the other."""
-    most = max(len(config["rows"][row]["rates"]) for row in rows)
+    rates = {row: config["rows"][row].get("rates", []) for row in rows}
     return [
-        Run(row, config["sweep"], config["rows"][row]["rates"][number], config["seeds"][0])
-        for number in range(most)
+        Run(row, config["sweep"], rates[row][number], config["seeds"][0])
+        for number in range(max(map(len, rates.values())))
         for row in rows
-        if number < len(config["rows"][row]["rates"])
+        if number < len(rates[row])
     ]
 
 
@@ -80,7 +93,10 @@ def best_rate(row: str, config: dict[str, Any], folder: Path) -> float | None:
     None if a run of the row is missing.
     """
     found = []
-    for rate in config["rows"][row]["rates"]:
+    entry = config["rows"][row]
+    if "rate_of" in entry:  # the same computation in another dtype
+        return best_rate(entry["rate_of"], config, folder)
+    for rate in entry["rates"]:
         result = read_result(folder, Run(row, config["sweep"], rate, config["seeds"][0]), config)
         if result is None:
             return None
@@ -90,12 +106,15 @@ def best_rate(row: str, config: dict[str, Any], folder: Path) -> float | None:
 
 def later_runs(config: dict[str, Any], rows: list[str], folder: Path) -> list[Run]:
     """Return the runs of the second and third stage of all rows whose first stage is complete."""
-    rates = {row: rate for row in rows if (rate := best_rate(row, config, folder)) is not None}
+    kept = [row for row in rows if not config["rows"][row].get("screened")]
+    rates = {row: rate for row in kept if (rate := best_rate(row, config, folder)) is not None}
     tasks = [config["sweep"], *(task for task in config["tasks"] if task != config["sweep"])]
     return [Run(row, task, rate, seed) for task in tasks for seed in config["seeds"] for row, rate in rates.items()]
 
 
-def run_all(config: dict[str, Any], rows: list[str], folder: Path, near: str | None, workers: int, limit: float) -> bool:
+def run_all(
+    config: dict[str, Any], rows: list[str], folder: Path, near: str | None, workers: int, limit: float
+) -> bool:
     """Run what is missing. Returns whether everything is there; not so if the time limit or a failure leaves runs out."""
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     end, failed, complete = time.monotonic() + limit, [], True

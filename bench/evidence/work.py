@@ -14,10 +14,12 @@ import torch
 import transformers
 
 import s2ft
+from bench.evidence.adaptive import train_adaptively
 from bench.evidence.selections import CANDIDATES, choose
 from bench.evidence.tasks import TASKS, Question, near_transfer, probes
-from s2ft.reproduce.methods import matched, prepare
+from s2ft.reproduce.methods import Prepared, matched, prepare
 from s2ft.reproduce.training import train
+from s2ft.selection import METRICS
 from s2ft.text.divergence import BaseDistributions, mean_loss
 from s2ft.text.encoding import encode_prompts, tokenize_rows
 from s2ft.text.generation import generate
@@ -29,8 +31,8 @@ from s2ft.train.output import RunFolder
 
 # ChatML without the system prompt that the model's own template adds. All methods and the base get the same prompts.
 TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] }}"
+    "{{ '<|im_end|>' + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 BATCH = 64  # answers that are generated at once
 ROOM = 1024  # longest prompt in tokens
@@ -96,9 +98,12 @@ def run(task_name: str, settings: dict[str, Any]) -> dict[str, Any]:
     gc.collect()
     memory = PeakMemory()
     model = copy.deepcopy(SHARED["model"])
-    prepared = _prepare(model, settings, rows)
     with tempfile.TemporaryDirectory() as path:
-        trained = train(prepared, tokenizer, rows, _arguments(path, settings), RunFolder(path))
+        if "phases" in settings:
+            prepared, trained = _train_in_phases(model, rows, settings, path)
+        else:
+            prepared = _prepare(model, settings, rows)
+            trained = train(prepared, tokenizer, rows, _arguments(path, settings), RunFolder(path))
     peak = memory.peak()
     if settings["method"] == "full":
         model.to(getattr(torch, settings["dtype"]))
@@ -136,16 +141,26 @@ def _prepare(model, settings: dict[str, Any], rows):
         return prepare(model, method, options, seed=seed)
     name = options.pop("selection", "random")
     calibration = _batches([rows[number] for number in range(settings["calibration"])])
-    protect = _batches(SHARED["probes"]["protected"])
+    protect = _batches(SHARED["probes"]["protected"]) if settings.get("protect") or name in CANDIDATES else None
     if name in CANDIDATES:
-        units = choose(model, name, s2ft.S2FTConfig(**options, seed=seed), calibration, protect)
-        prepared = prepare(model, method, {"d_ratio": 0.0, "units": units.to_dict()}, seed=seed)
-    else:
-        needs = s2ft.selection.METRICS[name].calibrated
-        prepared = prepare(
-            model, method, {"d_ratio": 0.0, **options, "selection": name}, seed=seed, calibration=calibration if needs else None
-        )
-    return prepared
+        config = s2ft.S2FTConfig(**{"d_ratio": 0.0, **options}, seed=seed)
+        units = choose(model, name, config, calibration, protect)
+        return prepare(model, method, {"d_ratio": 0.0, "units": units.to_dict()}, seed=seed)
+    needed = calibration if METRICS[name].calibrated else None
+    chosen = {"d_ratio": 0.0, **options, "selection": name}
+    return prepare(model, method, chosen, seed=seed, calibration=needed, protect=protect)
+
+
+def _train_in_phases(model, rows, settings: dict[str, Any], path: str):
+    """Train a row that chooses its units anew in each phase. The slices of all phases have `parameters` together."""
+    phases, options = settings["phases"], dict(settings["options"])
+    budget = settings["parameters"] // phases
+    config = s2ft.S2FTConfig(**{"d_ratio": 0.0, **options}, budget=budget, seed=settings["seed"])
+    found = train_adaptively(
+        model, SHARED["tokenizer"], rows, _arguments(path, settings), config, RunFolder(path),
+        phases=phases, selection="gradient", recent=settings["calibration"],
+    )  # fmt: skip
+    return Prepared(model, model, "s2ft", options, found.union_parameters, ""), found.trained
 
 
 def _batches(rows: list[dict]) -> list[dict]:
@@ -176,7 +191,9 @@ def _measure(prepared, task, divergence: BaseDistributions) -> dict[str, Any]:
             "validation": accuracy(model, task, task.validation),
             "test": accuracy(model, task, task.test),
             "near": {
-                name: accuracy(model, task, ones) for name, ones in SHARED["near"].items() if task is task_of("arithmetic")
+                name: accuracy(model, task, ones)
+                for name, ones in SHARED["near"].items()
+                if task is task_of("arithmetic")
             },
             "forgetting": {
                 name: mean_loss(model, SHARED["probes"][name]) - before for name, before in SHARED["base_loss"].items()
