@@ -128,7 +128,7 @@ class Table:
         return "\n".join([self.title, *lines, *self.notes])
 
     def csv(self) -> str:
-        """Return the table as CSV. A column with spreads becomes three: the mean, the standard deviation, the number."""
+        """Return the table as CSV. A column with spreads becomes three: mean, standard deviation, number."""
         spread = [any(isinstance(row[place], Spread) for row in self.rows) for place in range(len(self.columns))]
         output = io.StringIO()
         writer = csv.writer(output, lineterminator="\n")
@@ -221,7 +221,7 @@ def summary(
     values: Sequence[Column],
     notes: Sequence[str] = (),
 ) -> Table:
-    """Make a table of runs: a row for each combination of labels, in which other labels, such as the seed, are averaged.
+    """Make a table of runs: a row for each combination of labels. Over other labels, such as the seed, it averages.
 
     Failed runs and runs that are not there stay visible: a row without any result says so in its first cell of values,
     and a note names every run that is missing from a mean.
@@ -241,7 +241,7 @@ def summary(
     Example:
         >>> from s2ft.reproduce.results import Run
         >>> from s2ft.reproduce.tables import Column, summary
-        >>> runs = [Run("mine", {"method": "lora", "seed": seed}, {}, "done", [{"loss": 1.0 + seed}]) for seed in (0, 1)]
+        >>> runs = [Run("mine", {"method": "lora", "seed": n}, {}, "done", [{"loss": 1.0 + n}]) for n in (0, 1)]
         >>> runs.append(Run("mine", {"method": "full", "seed": 0}, {}, "failed", error="out of memory"))
         >>> print(summary("t", "Loss", runs, [Column("method")], [Column("loss", form=".2f")]).text())
         Loss
