@@ -32,6 +32,7 @@ NEEDS = {
     "s2ft serve": ("fastapi", "uvicorn", "prometheus-client"),
     "s2ft serve --engine vllm": ("vllm",),
     "use_vllm": ("vllm",),
+    "s2ft eval --lm-eval": ("lm-eval",),
     "s2ft export --format gguf": ("gguf",),
     "s2ft export --format ollama": ("gguf",),
     "a model in a .gguf file": ("gguf",),

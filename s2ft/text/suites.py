@@ -5,13 +5,15 @@ files such as ``NAME.test.jsonl``, ``NAME/test.json`` and ``NAME.json``.
 """
 
 import re
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from s2ft.text.scoring import KINDS
+from s2ft.text.scoring import CHOICES, KINDS
+
+if TYPE_CHECKING:  # it imports PyTorch, and the commands need only the names for their help
+    from s2ft.text.evaluation import Evaluation
 
 # The tasks of the paper in the order of its tables, and the names of their folders and files beside these names.
 PAPER = {
@@ -312,7 +314,7 @@ def read_suite_file(path: str | Path) -> list[SuiteTask]:
 def load_suite(
     tasks: Sequence[SuiteTask],
     limit: int | None = None,
-    scoring: str = "generation",
+    scoring: str | None = None,
     reading: Callable[[list[str], str, int | None], Any] | None = None,
 ) -> list[LoadedTask]:
     """Read the rows of all tasks and check that each can be scored. No model is needed yet.
@@ -320,7 +322,7 @@ def load_suite(
     Args:
         tasks: The tasks.
         limit: Read the first rows of each task only.
-        scoring: "generation" or "likelihood".
+        scoring: As in :func:`scoring_of`.
         reading: :meth:`s2ft.text.data.options.ReadingOptions.of`, or None to read the rows as they are.
 
     Returns:
@@ -332,25 +334,96 @@ def load_suite(
     """
     from s2ft.text.data.options import ReadingOptions
     from s2ft.text.examples import read_examples
-    from s2ft.text.scoring import CHOICES, allowed_answers, right_answer
 
-    if scoring not in SCORINGS:
-        raise ValueError(f"scoring must be one of {', '.join(SCORINGS)}, got {scoring!r}")
     for task in tasks:
-        if task.kind == CHOICES and scoring == "generation":
-            raise ValueError(f"task {task.name} is of the kind choices, which needs scoring='likelihood'")
-    check = allowed_answers if scoring == "likelihood" else right_answer
+        scoring_of(task, scoring)
     loaded = []
     for task in tasks:
         options = (reading or ReadingOptions().of)([task.data], "test", limit)
-        examples = tuple(read_examples(options))
-        for number, example in enumerate(examples, 1):
-            try:
-                check(example, task.kind)
-            except ValueError as error:
-                raise ValueError(f"task {task.name}, row {number}: {error}") from None
-        loaded.append(LoadedTask(task, examples))
+        loaded.append(LoadedTask(task, tuple(read_examples(options))))
+        check_rows(loaded[-1], scoring)
     return loaded
+
+
+def scoring_of(task: SuiteTask, scoring: str | None) -> str:
+    """Return how a task is scored.
+
+    Args:
+        task: The task.
+        scoring: "generation" or "likelihood". None is generation, and likelihood for tasks of the kind choices.
+
+    Raises:
+        ValueError: The scoring is unknown, or the task can't be scored so.
+    """
+    if scoring is None:
+        return "likelihood" if task.kind == CHOICES else "generation"
+    if scoring not in SCORINGS:
+        raise ValueError(f"scoring must be one of {', '.join(SCORINGS)}, got {scoring!r}")
+    if task.kind == CHOICES and scoring == "generation":
+        raise ValueError(f"task {task.name} has the kind choices, which needs scoring likelihood")
+    return scoring
+
+
+def check_rows(loaded: LoadedTask, scoring: str | None = None) -> None:
+    """Check that every row of a task can be scored.
+
+    Args:
+        loaded: The task.
+        scoring: As in :func:`scoring_of`.
+
+    Raises:
+        ValueError: A row can't be scored. The message has its number.
+    """
+    from s2ft.text.scoring import allowed_answers, right_answer
+
+    check = allowed_answers if scoring_of(loaded.task, scoring) == "likelihood" else right_answer
+    for number, example in enumerate(loaded.examples, 1):
+        try:
+            check(example, loaded.task.kind)
+        except ValueError as error:
+            raise ValueError(f"{loaded.task.data or 'the data'}, example {number}: {error}") from None
+
+
+def evaluate_task(
+    model,
+    prompter,
+    loaded: LoadedTask,
+    *,
+    num_beams: int = 1,
+    batch_size: int = 32,
+    max_new_tokens: int = 256,
+    scoring: str | None = None,
+    length_normalized: bool = False,
+    answer_form: str | None = None,
+) -> "Evaluation":
+    """Score a model on one task.
+
+    Args:
+        model: A causal language model, with or without an adapter.
+        prompter: The :class:`s2ft.text.adapter_prompts.Prompter` that makes the prompts, or any object with its
+            `tokenizer` and `format`.
+        loaded: The task.
+        num_beams: Number of beams of generated answers. The paper uses 4. 1 is greedy.
+        batch_size: Prompts that are answered at once, or sequences in a forward pass.
+        max_new_tokens: Longest generated answer in tokens.
+        scoring: As in :func:`scoring_of`.
+        length_normalized: As in :func:`s2ft.text.likelihood.evaluate_likelihood`.
+        answer_form: As in :func:`s2ft.text.likelihood.evaluate_likelihood`.
+
+    Returns:
+        The accuracy, and a record for each row.
+
+    Raises:
+        ValueError: The task can't be scored so, or no row fits into the model's context.
+    """
+    from s2ft.text.evaluation import evaluate
+    from s2ft.text.likelihood import evaluate_likelihood
+
+    kind, name = loaded.task.kind, loaded.task.name
+    common = (model, prompter.tokenizer, loaded.examples, kind, batch_size)
+    if scoring_of(loaded.task, scoring) == "generation":
+        return evaluate(*common, max_new_tokens, name, prompter.format, num_beams)
+    return evaluate_likelihood(*common, length_normalized, answer_form, prompter.format, name)
 
 
 def score_suite(
@@ -358,30 +431,20 @@ def score_suite(
     prompter,
     suite: Sequence[LoadedTask],
     *,
-    num_beams: int = 1,
-    batch_size: int = 32,
-    max_new_tokens: int = 256,
-    scoring: str = "generation",
-    length_normalized: bool = False,
-    answer_form: str | None = None,
     done: Mapping[str, TaskResult] | None = None,
     on_result: Callable[[TaskResult], None] | None = None,
+    **settings: Any,
 ) -> list[TaskResult]:
     """Score a model on all tasks of a suite.
 
     Args:
         model: A causal language model, with or without an adapter.
-        prompter: The :class:`s2ft.text.adapter_prompts.Prompter` that makes the prompts, or any object with its
-            `tokenizer` and `format`.
+        prompter: As in :func:`evaluate_task`.
         suite: What :func:`load_suite` returned.
-        num_beams: Number of beams of generated answers. The paper uses 4. 1 is greedy.
-        batch_size: Prompts that are answered at once, or sequences in a forward pass.
-        max_new_tokens: Longest generated answer in tokens.
-        scoring: "generation", or "likelihood" of the allowed answers.
-        length_normalized: As in :func:`s2ft.text.likelihood.evaluate_likelihood`.
-        answer_form: As in :func:`s2ft.text.likelihood.evaluate_likelihood`.
         done: Results of an earlier call by name. Their tasks are not scored again.
         on_result: Called with each new result as soon as it is there.
+        settings: `num_beams`, `batch_size`, `max_new_tokens`, `scoring`, `length_normalized` and `answer_form` of
+            :func:`evaluate_task`.
 
     Returns:
         One result for each task, in the order of the suite.
@@ -401,28 +464,15 @@ def score_suite(
         >>> result.name, result.of
         ('sums', 1)
     """
-    from s2ft.text.evaluation import evaluate
-    from s2ft.text.likelihood import evaluate_likelihood
-
-    if scoring not in SCORINGS:
-        raise ValueError(f"scoring must be one of {', '.join(SCORINGS)}, got {scoring!r}")
     results = []
-    for one in suite:
-        task = one.task
-        if done and task.name in done:
-            results.append(done[task.name])
+    for loaded in suite:
+        name = loaded.task.name
+        if done and name in done:
+            results.append(done[name])
             continue
-        start = time.perf_counter()
-        common = (model, prompter.tokenizer, one.examples, task.kind, batch_size)
-        if scoring == "likelihood":
-            settings = {"length_normalized": length_normalized, "answer_form": answer_form}
-            found = evaluate_likelihood(*common, **settings, prompt=prompter.format, title=task.name)
-        else:
-            found = evaluate(*common, max_new_tokens, task.name, prompter.format, num_beams)
-        seconds = round(time.perf_counter() - start, 2)
-        records = tuple(asdict(record) for record in found.records)
-        result = TaskResult(task.name, found.accuracy, found.right, len(records), found.left_out, seconds, records)
-        results.append(result)
+        found = evaluate_task(model, prompter, loaded, **settings)
+        counts = (found.accuracy, found.right, len(found.records), found.left_out, round(found.seconds, 2))
+        results.append(TaskResult(name, *counts, tuple(asdict(record) for record in found.records)))
         if on_result:
-            on_result(result)
+            on_result(results[-1])
     return results
