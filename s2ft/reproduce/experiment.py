@@ -90,8 +90,9 @@ def run_recipe(
     planned = _planned(recipe, kind, options)
     results.folder.mkdir(parents=True, exist_ok=True)
     write_json(results.folder / RECORD, {"recipe": recipe.name, "options": asdict(options), "command": command})
-    for number, (plan, run) in enumerate(planned, 1):
-        _make(kind, options, plan, replace(run, command=command), results, f"{number} of {len(planned)}")
+    with _quick_collection():
+        for number, (plan, run) in enumerate(planned, 1):
+            _make(kind, options, plan, replace(run, command=command), results, f"{number} of {len(planned)}")
     return report(recipe, kind, options, [run for _, run in planned], results)
 
 
@@ -181,6 +182,20 @@ def _reserved(folder: Path) -> Iterator[bool]:
         except FileExistsError:
             free = False
         yield free
+
+
+@contextlib.contextmanager
+def _quick_collection() -> Iterator[None]:
+    """Let garbage collections look only at objects that are made inside the context.
+
+    Trainers collect garbage several times a run, and the modules of the libraries alone have a million objects.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _free_memory() -> None:
