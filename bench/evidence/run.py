@@ -2,12 +2,13 @@
 
     python -m bench.evidence.run [--output DIR] [--near DIR] [--workers 2] [--config FILE] [--only ROW ...] [--limit N]
 
-Each run is one JSON file in OUTPUT/runs. A run whose file exists with the same settings is not run again, so the command
-can be interrupted and started again. A run that fails has a file with its error, and is run again.
+Each run is one JSON file in OUTPUT/runs. A run whose file exists with the same settings is not run again, so that the
+command can be interrupted and started again. A run that fails has a file with its error, and is run again.
 
 Stages: (1) every row on the first task with each learning rate and the first seed; (2) its best learning rate, by the
 accuracy on validation questions, with the other seeds; (3) the same rate on the other tasks with all seeds. Rows that
-are marked `screened` stop after (1).
+are marked `screened` stop after (1). The base is scored without training. At the end bench/evidence/report.py writes
+tables and figures.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from bench.evidence.families import check_frozen
 
 HERE = Path(__file__).parent
 CONFIG = HERE / "evidence.yaml"
+BASE = "base"  # the row of the model without training
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,9 @@ def sweep_runs(config: dict[str, Any], rows: list[str]) -> list[Run]:
 
 
 def best_rate(row: str, config: dict[str, Any], folder: Path) -> float | None:
-    """Return the rate with the best accuracy on the validation questions; of equal ones, the one with the least forgetting.
+    """Return the rate with the best accuracy on the validation questions, or None if a run of the row is missing.
 
-    None if a run of the row is missing.
+    Of equal ones it is the one with the least forgetting.
     """
     found = []
     entry = config["rows"][row]
@@ -104,18 +106,24 @@ def best_rate(row: str, config: dict[str, Any], folder: Path) -> float | None:
     return min(found)[2]
 
 
+def base_runs(config: dict[str, Any]) -> list[Run]:
+    """Return the runs that score the base."""
+    return [Run(BASE, task, 0.0, config["seeds"][0]) for task in config["tasks"]]
+
+
 def later_runs(config: dict[str, Any], rows: list[str], folder: Path) -> list[Run]:
     """Return the runs of the second and third stage of all rows whose first stage is complete."""
     kept = [row for row in rows if not config["rows"][row].get("screened")]
     rates = {row: rate for row in kept if (rate := best_rate(row, config, folder)) is not None}
     tasks = [config["sweep"], *(task for task in config["tasks"] if task != config["sweep"])]
-    return [Run(row, task, rate, seed) for task in tasks for seed in config["seeds"] for row, rate in rates.items()]
+    trained = [Run(row, task, rate, seed) for task in tasks for seed in config["seeds"] for row, rate in rates.items()]
+    return [*trained, *base_runs(config)]
 
 
 def run_all(
     config: dict[str, Any], rows: list[str], folder: Path, near: str | None, workers: int, limit: float
 ) -> bool:
-    """Run what is missing. Returns whether everything is there; not so if the time limit or a failure leaves runs out."""
+    """Run what is missing. Returns False if the time limit or a failure leaves a run out."""
     (folder / "runs").mkdir(parents=True, exist_ok=True)
     end, failed, complete = time.monotonic() + limit, [], True
     context = get_context("spawn")
@@ -186,7 +194,11 @@ def main() -> None:
     if unknown:
         parser.error(f"--only {' '.join(unknown)}: {arguments.config} has the rows {', '.join(config['rows'])}")
     folder = Path(arguments.output)
-    if not run_all(config, rows, folder, arguments.near, arguments.workers, arguments.limit):
+    complete = run_all(config, rows, folder, arguments.near, arguments.workers, arguments.limit)
+    from bench.evidence.report import write_report
+
+    print(f"report: {write_report(config, folder)}")
+    if not complete:
         raise SystemExit("not all runs are done: start the command again")
 
 
