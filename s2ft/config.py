@@ -20,7 +20,8 @@ METRICS = {  # a metric is a row here and a file s2ft/selection/<name>.py
 }
 ALLOCATIONS = {  # an allocation is a row here and a file s2ft/selection/allocation_<name>.py
     "uniform": "the same number of units in each layer",
-    "global": "the units with the best scores over all layers, so a layer may get none",
+    "global": "the units with the best scores over all layers, or drawn from all layers together, so a layer may get "
+    "none",
 }
 CHOICES = {
     "selection": tuple(METRICS),
@@ -116,7 +117,8 @@ class S2FTConfig:
             `gradient` (S²FT paper, section 3.1). The last three need calibration data.
         order: Which end of the ranking is chosen: `largest` or `smallest`.
         allocation: `uniform` chooses the same number in every layer; `global` chooses the best of each projection over
-            all layers by their scores, so a layer may get none.
+            all layers by their scores, so a layer may get none. With `random` it draws from the units of all layers
+            together, as the paper's code does; a ratio is then a share of all of them, rounded down.
         budget: Number of trained parameters, such as 9200000 or "9.2M". The ratios are scaled to as many units as fit.
         match_lora_rank: Use as budget the number of parameters that LoRA of this rank trains on the same projections.
         exclude: Units that are never chosen: a selection, lists by projection, or the path of a selection file or an
@@ -274,11 +276,6 @@ class S2FTConfig:
     def _check_together(self) -> None:
         if self.budget is not None and self.match_lora_rank is not None:
             raise ValueError("budget and match_lora_rank exclude each other: both set how much is trained")
-        if self.allocation == "global" and self.selection == "random":
-            raise ValueError(
-                "allocation='global' compares scores, and random selection has none: choose another "
-                "selection, or allocation='uniform'"
-            )
         if self.units is not None:
             defaults = {f.name: f.default for f in fields(self)}
             needless = [name for name in CHOOSING if getattr(self, name) != defaults[name]]

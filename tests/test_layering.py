@@ -11,7 +11,16 @@ parse = functools.cache(ast.parse)  # most tests read all files
 # whose modules have several ranks is listed by module. A module has the rank of the longest name that matches it.
 RANKS = [
     ["ranks"],
-    ["packages", "distributed", "files.writing", "files.reading", "model.coupling", "model.delta", "ops._cuda"],
+    [
+        "packages",
+        "distributed",
+        "files.writing",
+        "files.reading",
+        "files.yaml_reading",
+        "model.coupling",
+        "model.delta",
+        "ops._cuda",
+    ],
     ["model.discovery.tiny_config", "attached.hosts.sentence_transformers"],
     ["files.adapter_folder", "ops._build", "config", "attached.hosts.compiled", "attached.hosts.checkpointing"],
     ["files.streaming", "model.conversion", "model.gathering", "model.modes", "model.outputs", "model.towers"],
@@ -37,6 +46,7 @@ RANKS = [
     ["sync"],
     ["train", "vllm"],
     ["serve", "integrations"],
+    ["reproduce"],
     ["cli"],
     ["__main__"],
 ]

@@ -1,12 +1,12 @@
 """The YAML files that --config names. This module imports no PyTorch."""
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from s2ft.cli.parse import UsageError
+from s2ft.files.yaml_reading import parse_yaml
 
 
 def set_environment(arguments: Sequence[str]) -> None:
@@ -34,7 +34,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     import yaml
 
     try:
-        found = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), _loader())
+        found = parse_yaml(Path(path).expanduser().read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"config {path} doesn't exist") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -46,20 +46,3 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not isinstance(found.get("env") or {}, dict):
         raise UsageError(f"config {path}: env must hold lines such as 'NAME: value', got {found['env']!r}")
     return found
-
-
-def _loader() -> type:
-    """PyYAML's safe loader, which also reads 1e-6 as a number, and refuses a key that stands twice."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node, deep=False):
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            twice = [key for place, key in enumerate(keys) if key in keys[:place]]
-            if twice:
-                raise yaml.YAMLError(f"{twice[0]} stands twice, on line {node.start_mark.line + 1} or below")
-            return super().construct_mapping(node, deep)
-
-    number = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, [*"-+0123456789"])
-    return Loader

@@ -16,7 +16,7 @@ COMMANDS = {
     "dpo": "train an adapter on pairs of a better and a worse answer",
     "grpo": "train an adapter by the rewards of its own answers",
     "select": "choose units and save them, without training",
-    "eval": "score generated answers of a model, with or without an adapter",
+    "eval": "score a model, with or without an adapter, on files, suites of tasks, or tasks of lm-eval",
     "generate": "write one answer to a prompt",
     "chat": "talk to a model in several turns, and switch adapters meanwhile",
     "serve": "answer over HTTP with many adapters of one base model",
@@ -28,6 +28,7 @@ COMMANDS = {
     "estimate": "print the memory that training a model takes",
     "couplings": "print which layers of a model share units, and how each weight is trained",
     "demo": "fine-tune a small model from start to finish, without any arguments",
+    "reproduce": "repeat an experiment of the S²FT paper, or one of your own",
 }
 SAME = {"finetune": "sft"}  # other names of commands
 # Commands by the names that other programs give them.
@@ -69,6 +70,7 @@ CHATTY = (
     "fsspec",
     "httpx",
     "huggingface_hub",
+    "lm_eval",
     "torch.utils._pytree",
     "torchao",
     "transformers",

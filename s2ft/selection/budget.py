@@ -14,9 +14,10 @@ def units_per_projection(
 ) -> dict[str, int]:
     """Return the number of units to train, by projection name (S²FT paper, section 3.2).
 
-    A ratio is the share of a projection's units, the same in every layer. With a budget of parameters, all ratios are
-    scaled to the largest whole numbers of units that fit. Layers then differ by one unit if the budget is not a
-    multiple. With allocation "global", only the sum over the layers of a projection counts.
+    A ratio is the share of a projection's units, the same in every layer. If units are drawn from all layers together,
+    it is the share of the units of all layers, rounded down, as in the paper's code. With a budget of parameters, all
+    ratios are scaled to the largest whole numbers of units that fit. Layers then differ by one unit if the budget is
+    not a multiple. With allocation "global", only the sum over the layers of a projection counts.
 
     Args:
         couplings: Couplings of the model.
@@ -30,6 +31,8 @@ def units_per_projection(
     """
     requested = requested_projections(couplings, config)
     if config.budget is None and config.match_lora_rank is None:
+        if config.selection == "random" and config.allocation == "global":
+            return _units_over_layers(requested, config.ratios)
         return {p.name: _units(p, config.ratios[p.key]) for p in requested}
     free = {p.name: p.count if free is None else free.get(p.name, p.count) for p in requested}
     costs = {p.name: unit_parameters(model, p) for p in requested}
@@ -105,6 +108,29 @@ def _units(projection: Projection, ratio: float) -> int:
             f"{unit_name(projection)} of {projection.name}; the smallest ratio that selects one is "
             f"{math.ceil(5000 / projection.count) / 10000:g}"
         )
+    return units
+
+
+def _units_over_layers(requested: list[Projection], ratios: dict[str, float]) -> dict[str, int]:
+    """Distribute the share of all units of each kind of projection over the layers.
+
+    Only the sum counts where a unit has as many parameters in every layer.
+    """
+    units = {}
+    for key, ratio in ratios.items():
+        alike = [p for p in requested if p.key == key]
+        count = sum(p.count for p in alike)
+        total = math.floor(round(ratio * count, 9))  # a product such as 0.07 * 100 is 7.000000000000001
+        if total == 0:
+            raise ValueError(
+                f"{key}_ratio={ratio} selects none of the {count} {unit_name(alike[0])} of all layers; the smallest "
+                f"ratio that selects one is {math.ceil(1e6 / count) / 1e6:g}"
+            )
+        before = 0
+        for p in alike:  # the sums up to each layer are rounded, so that they end at the total
+            after = before + p.count
+            units[p.name] = total * after // count - total * before // count
+            before = after
     return units
 
 

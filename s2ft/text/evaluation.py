@@ -1,6 +1,7 @@
 """Score a model on examples.
 
-The accuracy is that of greedily generated answers. Teacher forcing would overstate it.
+The accuracy is that of generated answers. Teacher forcing would overstate it. `s2ft.text.likelihood` scores the
+likeliest of the allowed answers instead.
 """
 
 import time
@@ -11,7 +12,7 @@ from s2ft.text.encoding import context_length, encode_prompts
 from s2ft.text.examples import Example
 from s2ft.text.generation import generate
 from s2ft.text.prompts import PromptFormat
-from s2ft.text.scoring import is_right, right_answer
+from s2ft.text.scoring import CHOICES, is_right, right_answer
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,10 @@ class Evaluation:
     """The result of :func:`evaluate`.
 
     Attributes:
-        task: "arithmetic" or "commonsense".
+        task: "arithmetic", "commonsense" or "choices".
         records: One record for each answered example.
         left_out: Number of examples whose prompt did not fit into the context.
-        seconds: Time of the generation.
+        seconds: Time of the scoring.
     """
 
     task: str
@@ -83,8 +84,9 @@ def evaluate(
     max_new_tokens: int = 256,
     title: str = "evaluating",
     prompt: PromptFormat | None = None,
+    num_beams: int = 1,
 ) -> Evaluation:
-    """Answer examples greedily and score the answers.
+    """Answer examples and score the answers.
 
     Args:
         model: A causal language model, with or without an attached adapter.
@@ -95,6 +97,7 @@ def evaluate(
         max_new_tokens: Longest answer in tokens. A longer one is cut and scored.
         title: The label of the progress bar, which is shown only in a terminal.
         prompt: The format of prompts. The tokenizer must have its template. None uses the tokenizer's chat template.
+        num_beams: Number of beams. 1 answers greedily.
 
     Returns:
         The accuracy and a record for each example. Examples whose prompt is too long are counted in `left_out`.
@@ -111,14 +114,17 @@ def evaluate(
         >>> print(evaluate(model, tokenizer, examples, "arithmetic", max_new_tokens=4))
         0.0% right (0 of 1, 0 s)
     """
-    if batch_size < 1 or max_new_tokens < 1:
-        raise ValueError(f"batch_size and max_new_tokens must be at least 1, got {batch_size} and {max_new_tokens}")
+    for name, value in {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "num_beams": num_beams}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if task == CHOICES:
+        raise ValueError("task choices compares the likelihood of answers: s2ft.text.likelihood.evaluate_likelihood")
     answers = [right_answer(example, task) for example in examples]
     room = (context_length(model) or 1 << 30) - max_new_tokens
     prompts = encode_prompts(tokenizer, examples, room, prompt)
     kept = [(number, prompt) for number, prompt in enumerate(prompts) if prompt is not None]
     start = time.perf_counter()
-    texts = generate(model, tokenizer, [prompt for _, prompt in kept], batch_size, max_new_tokens, title)
+    texts = generate(model, tokenizer, [prompt for _, prompt in kept], batch_size, max_new_tokens, title, num_beams)
     records = [
         Record(examples[number].question, text, answers[number], is_right(text, answers[number], task))
         for (number, _), text in zip(kept, texts)

@@ -1,4 +1,4 @@
-"""Greedy generation in batches, with the trainable adapter fused into the weights for speed."""
+"""Greedy generation and beam search in batches, with the trainable adapter fused into the weights for speed."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -14,9 +14,15 @@ from s2ft.text.prompts import end_ids, pad_id
 
 
 def generate(
-    model, tokenizer, prompts: Sequence[Sequence[int]], batch_size: int, max_new_tokens: int, title: str = "generating"
+    model,
+    tokenizer,
+    prompts: Sequence[Sequence[int]],
+    batch_size: int,
+    max_new_tokens: int,
+    title: str = "generating",
+    num_beams: int = 1,
 ) -> list[str]:
-    """Answer prompts greedily.
+    """Answer prompts greedily or by beam search. Nothing is drawn, so that a call can be repeated.
 
     The longest prompts are answered first. The prompts of a batch then have similar lengths, and a batch that does
     not fit into memory fails at the start.
@@ -28,6 +34,8 @@ def generate(
         batch_size: Number of prompts that are generated at once.
         max_new_tokens: Longest answer in tokens. A longer one is cut.
         title: The label of the progress bar, which is shown only in a terminal.
+        num_beams: Number of beams. 1 is greedy. More beams keep so many beginnings of each answer, and the answer
+            with the highest mean log-probability of a token is returned, as in transformers' beam search.
 
     Returns:
         The answers in the order of the prompts, without special tokens and outer white space.
@@ -44,6 +52,7 @@ def generate(
 
     config = GenerationConfig(
         do_sample=False,
+        num_beams=num_beams,
         max_new_tokens=max_new_tokens,
         pad_token_id=pad_id(tokenizer),
         eos_token_id=end_ids(tokenizer, model.generation_config),

@@ -13,13 +13,14 @@ from s2ft.train.out_of_memory import OutOfMemory, first_line, is_out_of_memory
 
 
 @contextmanager
-def explain_generation(model: nn.Module, batch: int, tokens: int) -> Iterator[None]:
+def explain_generation(model: nn.Module, batch: int, tokens: int, beams: int = 1) -> Iterator[None]:
     """Turn an out-of-memory error inside the context into one that says which switch helps.
 
     Args:
         model: The model. It may be moved to a device in the context.
         batch: Answers that are generated at once.
-        tokens: Tokens of the longest answer.
+        tokens: Tokens of the longest answer. 0 if nothing is generated.
+        beams: Beams of an answer.
 
     Raises:
         OutOfMemory: Memory was too small.
@@ -29,19 +30,24 @@ def explain_generation(model: nn.Module, batch: int, tokens: int) -> Iterator[No
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(f"out of memory: {first_line(error)}", _advice(unwrapped(model), batch, tokens)) from error
+        raise OutOfMemory(
+            f"out of memory: {first_line(error)}", _advice(unwrapped(model), batch, tokens, beams)
+        ) from error
 
 
-def _advice(model: nn.Module, batch: int, tokens: int) -> list[str]:
+def _advice(model: nn.Module, batch: int, tokens: int, beams: int) -> list[str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    cache = cache_bytes(model, tokens)
+    one = cache_bytes(model, tokens) if tokens else None
+    cache = None if one is None else one * beams
     free = free_memory(device)
     there = "" if free is None else f"; {size(free + resident(model, device))} are there for both"
     lines = [f"the weights take {size(weights)}{_of_answers(cache, batch, tokens)}{there}"]
     if batch > 1:
         fewer = max(1, batch // 4)
         lines.append(f"  --batch-size {fewer}{_keeps(cache, fewer)}")
+    if beams > 1:
+        lines.append(f"  --num-beams 1{_keeps(one, batch)}; the answers are then greedy")
     if next(model.parameters()).dtype == torch.float32:
         lines.append(f"  --dtype bfloat16: {size(weights // 2)} of weights, and answers may differ by rounding")
     if tokens > 1:

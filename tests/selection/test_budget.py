@@ -158,7 +158,6 @@ def test_equal_scores_are_selected_in_order_of_layers():
         (dict(match_lora_rank=0), "match_lora_rank must be a whole number of at least 1"),
         (dict(match_lora_rank="8"), "match_lora_rank must be a whole number"),
         (dict(budget=9, match_lora_rank=1), "budget and match_lora_rank exclude each other"),
-        (dict(allocation="global"), "random selection has none"),
         (dict(allocation="layered"), "allocation must be one of uniform, global"),
     ],
 )

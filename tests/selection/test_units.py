@@ -18,8 +18,6 @@ DOWN, UP, GATE = (f"model.layers.1.mlp.{name}_proj" for name in ("down", "up", "
 @pytest.mark.parametrize("allocation", ("uniform", "global"))
 @pytest.mark.parametrize("metric", METRICS)
 def test_a_second_selection_excludes_the_first(metric, allocation):
-    if metric == "random" and allocation == "global":
-        return
     model = model_of("llama")
     data = [torch.arange(16).view(2, 8)] if METRICS[metric].calibrated else None
     options = dict(**ALL_RATIOS, selection=metric, allocation=allocation)

@@ -110,7 +110,7 @@ FORMS = {  # the first form whose fields a row has
     "question and answer": Form(("question", "answer"), _question("question", "answer")),
     "text": Form(("text",), _text),
 }
-OPTIONAL = ("input", "system", "answer", "tools", "chosen", "rejected")
+OPTIONAL = ("input", "system", "answer", "choices", "tools", "chosen", "rejected")
 FIELDS = tuple(dict.fromkeys([*(name for form in FORMS.values() for name in form.needs), *OPTIONAL]))
 KNOWN = "messages, conversations, prompt and completion, instruction and output, question and answer, or text"
 
@@ -124,7 +124,8 @@ def normalised(row: object, renamed: Mapping[str, str], scored: bool = False) ->
         scored: Whether the row is for evaluation. The output may then be empty if the row has a field `answer`.
 
     Returns:
-        The contents described at the top of this module, and `answer` and `tools` if the row has them.
+        The contents described at the top of this module, and `answer` and `tools` if the row has them; `choices` too
+        if the row is for evaluation.
 
     Raises:
         BadRow: The row cannot be used.
@@ -152,6 +153,8 @@ def normalised(row: object, renamed: Mapping[str, str], scored: bool = False) ->
     answer = None if form.needs == ("question", "answer") else _short_answer(found)
     if answer is not None:
         result["answer"] = answer
+    if scored and found.get("choices"):
+        result["choices"] = _choices(found["choices"])
     if found.get("tools"):
         result["tools"] = _tools(found["tools"])
     return result
@@ -212,6 +215,25 @@ def _short_answer(row: Row) -> str | None:
     if not isinstance(value, (str, bool, int, float)):
         raise BadRow(f"field 'answer' must be text or a number, got {type(value).__name__}")
     return text({"answer": value}, "answer", may_be_empty=True)
+
+
+def _choices(value: object) -> list[str] | dict[str, list[str]]:
+    """Return the allowed answers: a list of texts, or with their labels an object with the lists `text` and `label`."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise BadRow("field 'choices' is text but not JSON") from None
+    if isinstance(value, Mapping):
+        found = {
+            name: [text({"choices": one}, "choices") for one in value.get(name) or ()] for name in ("text", "label")
+        }
+        if not found["text"] or len(found["text"]) != len(found["label"]):
+            raise BadRow("field 'choices' must have as many 'label' as 'text'")
+        return found
+    if not isinstance(value, list):
+        raise BadRow(f"field 'choices' must be a list of texts, got {type(value).__name__}")
+    return [text({"choices": choice}, "choices") for choice in value]
 
 
 def _tools(value: object) -> list:

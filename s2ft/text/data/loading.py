@@ -38,8 +38,8 @@ class Shape:
 
 
 EXAMPLES = Shape(
-    ("messages", "prompt", "completion", "text", "answer", "tools", "place"),
-    ("messages", "prompt", "completion", "tools"),
+    ("messages", "prompt", "completion", "text", "answer", "choices", "tools", "place"),
+    ("messages", "prompt", "completion", "choices", "tools"),
     normalised,
 )
 

@@ -1,0 +1,1 @@
+"""Kinds of experiments. Each file defines one as KIND; a recipe names the file."""
