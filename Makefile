@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 
-.PHONY: demo test test-all test-processors test-peft test-integrations test-transformers test-deepspeed test-vllm types lint bench docs clean
+.PHONY: demo test test-all test-processors test-peft test-integrations test-transformers test-deepspeed test-vllm test-lm-eval types lint bench docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/s2ft demo
@@ -55,6 +55,10 @@ test-deepspeed: $(VENV)/.installed
 # $(VENV). With ARGUMENTS="tests/vllm_plugin/test_slice_serving.py -x" pytest runs these.
 test-vllm: $(VENV)/.installed
 	$(BIN)/python tests/support/with_vllm.py $(ARGUMENTS)
+
+# Run the tests that need lm-eval, in an environment that has it and takes all other packages from $(VENV).
+test-lm-eval: $(VENV)/.installed
+	$(BIN)/python tests/support/with_lm_eval.py $(ARGUMENTS)
 
 # Check the types of the public API as a strictly typed program uses it.
 types: $(VENV)/.installed
