@@ -184,6 +184,75 @@ class RunOptions:
         return divide_batch(self.batch_size or DEFAULT_BATCH, devices)
 
 
+@dataclass
+class ForgettingOptions:
+    """What a run must not forget: what is measured while it trains, when it stops, and which units are never trained.
+
+    Raises:
+        ValueError: A value is not allowed, or a limit or number has nothing to limit. The message names the field.
+
+    Example:
+        >>> from s2ft.train.options import ForgettingOptions
+        >>> ForgettingOptions(stop_at_kl=0.1).measures
+        True
+    """
+
+    forgetting_data: list[str] = option(
+        [],
+        "measure the rise of the loss on this text while training: files, folders, or names of data sets on the hub",
+        metavar="FILE_OR_NAME",
+    )
+    measure_kl: bool = option(
+        False, "measure KL(base||model) on prompts of the held-out rows, or else of the training rows"
+    )
+    kl_on: str = option(
+        "prompts",
+        "positions of the divergence: those of the prompts, or those of the base's own greedy answers",
+        choices=("prompts", "answers"),
+    )
+    meter_steps: int | None = option(
+        None, "updates between two measurements", unit="updates", shown="a twentieth of the run", least=1
+    )
+    meter_rows: int = option(64, "rows of a measurement, drawn with the selection's seed", unit="rows", least=1)
+    stop_at_forgetting: float | None = option(
+        None, "stop when the loss on --forgetting-data has risen by more than this", unit="nats", shown="no limit"
+    )
+    stop_at_kl: float | None = option(None, "stop when KL(base||model) is above this", unit="nats", shown="no limit")
+    protect: list[str] = option(
+        [],
+        "never train the units that the base needs most on this text: files, folders, or names of data sets on the hub",
+        metavar="FILE_OR_NAME",
+    )
+    protect_rows: int = option(
+        128, "rows of --protect that are run, drawn with the selection's seed", unit="rows", least=1
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("forgetting_data", "protect"):
+            value = getattr(self, name)
+            setattr(self, name, [value] if isinstance(value, str) else list(value or ()))
+        for name in ("stop_at_forgetting", "stop_at_kl"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name):g}")
+        if self.stop_at_forgetting is not None and not self.forgetting_data:
+            raise ValueError("stop_at_forgetting needs forgetting_data, the text on which the loss must not rise")
+        if self.kl_on != "prompts" and not self.measures_kl:
+            raise ValueError(f"kl_on={self.kl_on} has no effect without measure_kl or stop_at_kl")
+        if self.meter_steps is not None and not self.measures:
+            raise ValueError("meter_steps has no effect without forgetting_data, measure_kl or stop_at_kl")
+
+    @property
+    def measures_kl(self) -> bool:
+        """Whether the divergence is measured."""
+        return self.measure_kl or self.stop_at_kl is not None
+
+    @property
+    def measures(self) -> bool:
+        """Whether anything is measured."""
+        return bool(self.forgetting_data) or self.measures_kl
+
+
 def divide_batch(rows: int, devices: int, micro: int | None = None) -> tuple[int, int]:
     """Divide the rows of one update among devices and forward passes.
 
