@@ -2,7 +2,7 @@
 
     python -m bench.evidence.report [--output DIR] [--config FILE]
 
-Nothing is left out: every run that evidence.yaml asks for has its place in a table, and a missing or failed one says so.
+Every run that evidence.yaml asks for has its place in a table, and a missing or failed one says so.
 """
 
 import argparse
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from s2ft.reproduce.tables import Column, Spread, Table
 
 from bench.evidence.run import CONFIG, HERE, Run, base_runs, best_rate, read_result
 from s2ft.reproduce.figures import Figure, Series, save_figures
+from s2ft.reproduce.tables import Column, Spread, Table
 
 PERCENT, NATS = ".1f", ".3f"
 MEASURES = (
