@@ -23,10 +23,6 @@ from s2ft.text.output_head import contiguous_head
 from s2ft.text.prompts import encode_prompt, end_ids, pad_id, prompt_for_rows
 
 ROWS = 64  # rows of a measurement, if the user names no number
-POSITIONS = {
-    "prompts": "each position of a prompt, with the one that predicts the first token of the answer",
-    "answers": "each position of the base's own greedy answer",
-}
 
 
 @dataclass(frozen=True)
