@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from s2ft.adapter.pretrained import HOST_HOOKS
+from s2ft.attached.active import switch
 from s2ft.attached.changes import adapters_off, fuse_mounted, merge_active, remove_all, unfuse_mounted
 from s2ft.attached.checks import check_can_fuse, check_can_merge, check_new_name, check_not_in_engine, movable_couplings
 from s2ft.attached.extra_weights import names_of_modules
@@ -13,6 +14,7 @@ from s2ft.attached.hosts.compiled import of_compiled
 from s2ft.attached.hosts.sentence_transformers import with_rest_frozen
 from s2ft.attached.hosts.tensor_parallel import check_parallelism
 from s2ft.attached.mounting import mount
+from s2ft.attached.on_top import ON_TOP_OF, apart_from_active
 from s2ft.attached.record import Attachment, attachment_of, check_unattached, find_attachment, new_attachment
 from s2ft.attached.report import Report
 from s2ft.config import S2FTConfig
@@ -24,6 +26,7 @@ from s2ft.model.verify import Trial
 from s2ft.model.weights import can_run
 from s2ft.ops._build import warn_without_cuda_kernels
 from s2ft.selection import Selection, select as select_units
+from s2ft.selection.protection import with_protect_ratio
 
 # ---- attach ----------------------------------------------------------------------------------------
 
@@ -39,13 +42,19 @@ def attach(
     couplings: Sequence[Coupling] | None = None,
     verify: bool | None = None,
     example: Any = None,
+    protect: Iterable[Any] | None = None,
+    on_top: bool = False,
 ) -> Report:
     """Make the selected units the only trainable weights of a model, in place.
 
-    The model computes what it computed before: the slices start at zero. All other parameters are frozen. In layout
+    The slices start at zero, so the model computes what the base computes. All other parameters are frozen. In layout
     `permuted` the units of each coupling are put in a common new order, which needs no permutation at run time (S²FT
     paper, section 3.2); in layout `indexed` nothing moves. Loaded adapters are switched off and stay loaded. A model
     can have one trainable adapter.
+
+    With ``on_top=True`` the active adapters stay active, and the new one is trained on top of them, on units that none
+    of them trains. Their values in the weights stay as they are, so every earlier state can be restored bit for bit by
+    :func:`s2ft.set_adapter`. :func:`s2ft.freeze_adapter` makes a trained adapter one of them.
 
     Args:
         model: Any model of transformers, or any model with `couplings` or an `example`, without a trainable adapter.
@@ -61,12 +70,15 @@ def attach(
             evaluation mode, and run it attached. Default: True if `couplings` or `example` are given.
         example: Input for `verify`, and for the search for couplings: a tensor, a tuple of arguments, or a dict of
             them. Default: made from the config of a transformers model.
+        protect: Batches of data, as for `calibration`, whose text the base must not forget, see :func:`select`.
+        on_top: Whether the active adapters stay active. A selection that reads weights or data then reads the model
+            with them, and their units are added to the config's `exclude`. Nothing changes if none is active.
 
     Returns:
         A report of what is trained. It prints as a table.
 
     Raises:
-        TypeError: `config` is not an S2FTConfig, or `verify` is not True, False or None.
+        TypeError: `config` is not an S2FTConfig, or `verify` is not True, False or None, or `on_top` is not a bool.
         ValueError: Something can't be trained as asked, the name is taken, or `verify` found an output that moves by
             more than rounding. The model is unchanged.
         RuntimeError: Ranks of torch.distributed disagree on the selection or on the base model.
@@ -83,18 +95,29 @@ def attach(
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
     if verify not in (None, True, False):
         raise TypeError(f"verify must be True, False or None, got {verify!r}")
+    if not isinstance(on_top, bool):
+        raise TypeError(f"on_top must be True or False, got {on_top!r}")
+    config = with_protect_ratio(config, protect is not None)  # so that the adapter's file has the share
     record = _record_for(model, config, couplings, name, example)
     if any(parameter.is_cuda for parameter in model.parameters()):
         warn_without_cuda_kernels()
     names_of_modules(model, record.couplings, config.modules_to_save)  # checked before calibration, which takes time
     verify = couplings is not None or example is not None if verify is None else verify
+    couplings = couplings_in_towers(model, record.couplings, config)
+    active, selection = {}, None
+    if on_top and record.active:
+        active, config = dict(record.active), apart_from_active(record, config)
+        selection = select_units(couplings, config, model, calibration, protect)
     with adapters_off(model, record):
-        couplings = couplings_in_towers(model, record.couplings, config)
-        selection = select_units(couplings, config, model, calibration)
+        if selection is None:
+            selection = select_units(couplings, config, model, calibration, protect)
         trial = _try_out(model, couplings, record, example) if verify else None
         mount(model, record, config, selection, name)
         if trial is not None:
             trial.check_unchanged()
+        if active:
+            switch(model, record, {**active, name: 1.0})
+            record.add_info({ON_TOP_OF: active})
     return Report.of(model)
 
 
@@ -144,6 +167,7 @@ def select(
     *,
     couplings: Sequence[Coupling] | None = None,
     example: Any = None,
+    protect: Iterable[Any] | None = None,
 ) -> Selection:
     """Return the units that :func:`attach` would train. The model does not change.
 
@@ -158,6 +182,8 @@ def select(
             other models need them.
         couplings: As for :func:`attach`.
         example: As for :func:`attach`. Nothing but the search for couplings uses it.
+        protect: Batches of data, as for `calibration`, whose text the base must not forget. The share `protect_ratio`
+            of each projection's units that the base needs most there is never chosen.
 
     Returns:
         The selection. It prints as a table, and has `save` and `load`.
@@ -171,8 +197,11 @@ def select(
         >>> selection = s2ft.select(model, config, [input_ids])
         >>> selection["model.layers.0.mlp.down_proj"].shape
         torch.Size([13])
+        >>> protected = s2ft.select(model, config, [input_ids], protect=[input_ids.flip(1)])
+        >>> protected == selection
+        False
     """
-    return _chosen(model, config, calibration, couplings, example)[1]
+    return _chosen(model, config, calibration, couplings, example, protect)[1]
 
 
 @of_compiled
@@ -183,6 +212,7 @@ def plan(
     *,
     couplings: Sequence[Coupling] | None = None,
     example: Any = None,
+    protect: Iterable[Any] | None = None,
 ) -> Report:
     """Return the report that :func:`attach` would return. The model does not change.
 
@@ -194,6 +224,7 @@ def plan(
         calibration: As for :func:`select`.
         couplings: As for :func:`attach`.
         example: As for :func:`attach`. Nothing but the search for couplings uses it.
+        protect: As for :func:`select`.
 
     Returns:
         The report. It prints as a table.
@@ -206,7 +237,8 @@ def plan(
         >>> s2ft.plan(model, s2ft.S2FTConfig(d_ratio=0.1)).trainable
         1664
     """
-    found, selection = _chosen(model, config, calibration, couplings, example)
+    found, selection = _chosen(model, config, calibration, couplings, example, protect)
+    config = with_protect_ratio(config, protect is not None)
     return Report.planned(model, found.couplings, config, selection, found.is_custom, found.weights)
 
 
@@ -216,6 +248,7 @@ def _chosen(
     calibration: Iterable[Any] | None,
     couplings: Sequence[Coupling] | None,
     example: Any,
+    protect: Iterable[Any] | None,
 ) -> tuple[Found, Selection]:
     """Return the couplings of a model without adapters, and the units that the config selects."""
     if not isinstance(config, S2FTConfig):
@@ -225,7 +258,7 @@ def _chosen(
     found = find_couplings(model, couplings, example, config)
     names_of_modules(model, found.couplings, config.modules_to_save)  # raises for unknown modules
     trained = couplings_in_towers(model, found.couplings, config)
-    return found, select_units(trained, config, model, calibration)
+    return found, select_units(trained, config, model, calibration, protect)
 
 
 # ---- detach, merge, fuse ---------------------------------------------------------------------------

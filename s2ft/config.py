@@ -40,8 +40,10 @@ CHOOSING = (
     "budget",
     "match_lora_rank",
     "exclude",
+    "protect_ratio",
 )  # options that choose units, which have no use if the units are given
-LATER = ("l_ratio", "towers", "modules_to_save")  # fields that adapter files have only if they are set
+LATER = ("l_ratio", "towers", "modules_to_save", "protect_ratio")  # fields that adapter files have only if they are set
+PROTECTED = 0.5  # share of the units that protect data protect, as in SSU (arXiv 2512.04844)
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
@@ -121,6 +123,8 @@ class S2FTConfig:
         match_lora_rank: Use as budget the number of parameters that LoRA of this rank trains on the same projections.
         exclude: Units that are never chosen: a selection, lists by projection, or the path of a selection file or an
             adapter folder.
+        protect_ratio: Share of each projection's units that are never chosen, above 0 and below 1: those that the base
+            needs most on the protect data, by the scores of `product`. Default: 0.5 with protect data, else none.
         units: Units to train, in the same forms. It replaces the ratios and the options that choose units.
         layout: `permuted` moves the selected units together into one dense slice (S²FT paper, section 3.2); `indexed`
             leaves them in place.
@@ -182,6 +186,14 @@ class S2FTConfig:
     exclude: dict[str, list[int]] | str | None = field(
         default=None,
         metadata={"help": "never choose the units of this selection file or adapter folder", "metavar": "PATH"},
+    )
+    protect_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "share of each projection's units that are never chosen because the base needs them most on the "
+            "protect data",
+            "shown": f"{PROTECTED} with protect data, else none",
+        },
     )
     units: dict[str, list[int]] | str | None = field(
         default=None,
@@ -256,6 +268,8 @@ class S2FTConfig:
             self.budget = _parameters(self.budget)
         if self.match_lora_rank is not None:
             _check_positive("match_lora_rank", self.match_lora_rank)
+        if self.protect_ratio is not None:
+            self._check_protect_ratio()
         self.exclude, self.units = _units("exclude", self.exclude), _units("units", self.units)
         self._check_together()
 
@@ -275,6 +289,11 @@ class S2FTConfig:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}")
         setattr(self, name, float(value))
+
+    def _check_protect_ratio(self) -> None:
+        self._check_ratio("protect_ratio")
+        if not 0 < self.protect_ratio < 1:
+            raise ValueError(f"protect_ratio must be above 0 and below 1, got {self.protect_ratio:g}")
 
     def _check_layers(self) -> None:
         if isinstance(self.layers, (str, bytes)):
@@ -316,7 +335,7 @@ class S2FTConfig:
         """Return the configuration for JSON.
 
         Returns:
-            The fields as JSON values. `l_ratio`, `towers` and `modules_to_save` are left out if they have no effect, as
-            in older files.
+            The fields as JSON values. `l_ratio`, `towers`, `modules_to_save` and `protect_ratio` are left out if they
+            have no effect, as in older files.
         """
         return {name: value for name, value in asdict(self).items() if name not in LATER or value}

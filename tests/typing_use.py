@@ -30,6 +30,7 @@ def one_adapter(model: nn.Module, input_ids: Tensor, folder: Path) -> nn.Module:
     adapter: s2ft.Adapter = s2ft.get_adapter(model, names[0])
     s2ft.rename_adapter(model, "again", "math")
     print(s2ft.status(model), share, trained, adapter)
+    s2ft.freeze_adapter(model)
     s2ft.delete_adapter(model, "math")
     s2ft.save_merged(model, folder / "merged", base="org/base", max_shard_size="2GB")
     merged: nn.Module = s2ft.merge(model)

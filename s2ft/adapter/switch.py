@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from s2ft.adapter.adapter import Adapter, check_weight, weighted_sum
 from s2ft.adapter.overlap import Overlap, overlap
 from s2ft.attached.active import mounted_deltas, switch
-from s2ft.attached.changes import fuse_mounted, remove
-from s2ft.attached.checks import check_known, check_new_name, check_not_in_engine
-from s2ft.attached.extra_weights import trained_values
+from s2ft.attached.changes import freeze, fuse_mounted, remove
+from s2ft.attached.checks import check_can_write, check_known, check_new_name, check_not_in_engine
+from s2ft.attached.extra_weights import check_can_put_on, trained_values
 from s2ft.attached.hosts.compiled import of_compiled
 from s2ft.attached.record import Attachment, State, attachment_of
 from s2ft.attached.status import status
@@ -74,7 +74,8 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         A context manager.
 
     Raises:
-        ValueError: The model has no adapters.
+        ValueError: The model has no adapters, or a weight that was unfrozen by hand belongs to an adapter whose weight
+            is not 1. Nothing has changed.
 
     Example:
         >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
@@ -83,6 +84,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     """
     record = attachment_of(model)
     active, fused = dict(record.active), record.state is State.FUSED
+    check_can_put_on(model, record, active)  # else the end of the context could not make them active again
     set_adapter(model, None)
     try:
         yield
@@ -213,6 +215,35 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     if name == record.name or len(record.names) == 1:
         check_not_in_engine(model, "deleting the trainable or the last adapter", removes=True)
     remove(model, record, name)
+
+
+@of_compiled
+def freeze_adapter(model: nn.Module) -> None:
+    """End the training of the trainable adapter: it becomes a loaded one, and the model can train another.
+
+    The model computes what it computed before, with the same bits: an adapter that was active is active again, with its
+    weight. Its slice is written into the weights, where training added it in the forward. All parameters are frozen.
+    :func:`s2ft.attach` with ``on_top=True`` then trains the next adapter on top of it.
+
+    Args:
+        model: Model with a trainable adapter.
+
+    Raises:
+        ValueError: The model trains no adapter, its base is quantized, or DeepSpeed's engine holds it.
+
+    Example:
+        >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1), name="math")
+        >>> s2ft.freeze_adapter(model)
+        >>> s2ft.status(model).trainable, s2ft.status(model).active
+        (None, {'math': 1.0})
+    """
+    record = attachment_of(model)
+    if record.name is None:
+        raise ValueError(f"the model trains no adapter; it has {', '.join(record.names)}: there is nothing to freeze")
+    check_not_in_engine(model, "freezing the trainable adapter", removes=True)
+    adapter = get_adapter(model, record.name)
+    check_can_write(model, record, adapter.deltas)
+    freeze(model, record, adapter)
 
 
 @of_compiled

@@ -114,6 +114,29 @@ def _unmount_for_good(model: nn.Module, record: Attachment) -> None:
     model.requires_grad_(False)
 
 
+def freeze(model: nn.Module, record: Attachment, adapter: LoadedAdapter) -> None:
+    """Make the trainable adapter a loaded one. What was active is active again, with the same bits in the weights.
+
+    Args:
+        model: Model of the record.
+        record: Record with a trainable adapter.
+        adapter: A copy of the trainable adapter, which can be written into the weights.
+    """
+    active = dict(record.active)
+    with LOCK:
+        try:
+            _replace_trainable(model, record, adapter)
+            activate(model, record, active, {name: record.loaded[name].deltas for name in active})
+        except BaseException:  # an interrupt: the adapter is loaded, and none is active
+            _replace_trainable(model, record, adapter)
+            raise
+
+
+def _replace_trainable(model: nn.Module, record: Attachment, adapter: LoadedAdapter) -> None:
+    _unmount_for_good(model, record)
+    record.load(adapter)
+
+
 def merge_active(model: nn.Module, record: Attachment) -> nn.Module:
     """Write the active adapters into the weights and return the plain model. A failure leaves the adapter, inactive."""
     with LOCK:

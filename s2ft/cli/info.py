@@ -131,4 +131,6 @@ def choice(config) -> str:
     if config.allocation != "uniform":
         words.append(f"allocation {config.allocation}")
     words += [f"{name} {getattr(config, name):,}" for name in ("budget", "match_lora_rank") if getattr(config, name)]
-    return ", ".join(words + (["some units excluded"] if config.exclude else []))
+    words += ["some units excluded"] if config.exclude else []
+    words += [] if config.protect_ratio is None else [f"{config.protect_ratio:.0%} of the units protected"]
+    return ", ".join(words)

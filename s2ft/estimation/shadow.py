@@ -57,7 +57,7 @@ def make_shadow(
     plain = (
         config
         if config.units is not None
-        else replace(config, selection="random", order="largest", allocation="uniform")
+        else replace(config, selection="random", order="largest", allocation="uniform", protect_ratio=None)
     )
     selection = select(couplings_in_towers(shadow, found.couplings, config), plain, shadow)
     claim(shadow, record)

@@ -191,6 +191,11 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
                 "nothing is selected: set one of q_ratio, k_ratio, v_ratio, o_ratio, u_ratio, g_ratio, "
                 "d_ratio above 0, or give target_modules and ratio, or units"
             )
+        if self.protect_ratio is not None:
+            raise ValueError(
+                "protect_ratio needs protect data, for which PEFT has no argument: give "
+                "units=s2ft.select(model, s2ft.S2FTConfig(...), protect=batches)"
+            )
         if METRICS[self.selection].calibrated:
             raise ValueError(
                 f"selection={self.selection!r} needs calibration data, for which PEFT has no argument: give "

@@ -118,7 +118,9 @@ class _Sums:
             name, count = projection.name, self.counts.get(projection.name)
             if not count:
                 problem = "ran" if count is None else "has more than padding for"
-                raise ValueError(f"selection={self.request.config.selection!r}: no calibration batch {problem} {name}")
+                data = self.request.calibration.name
+                user = "" if data == "protect" else f"selection={self.request.config.selection!r}: "
+                raise ValueError(f"{user}no {data} batch {problem} {name}")
             zeros = torch.zeros(projection.count, dtype=torch.float64)  # of an expert that received no token
             total = self.sums.get(name, zeros)
             split = split_of_units(self.request.model, projection)

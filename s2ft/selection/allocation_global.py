@@ -21,7 +21,10 @@ def allocate(request: Request, scores: Units, budget: dict[str, int], allowed: U
         groups.setdefault(projection.key, []).append(projection)
     for projections in groups.values():
         check_enough(
-            projections, sum(budget[p.name] for p in projections), sum(int(allowed[p.name].sum()) for p in projections)
+            projections,
+            sum(budget[p.name] for p in projections),
+            sum(int(allowed[p.name].sum()) for p in projections),
+            request.config,
         )
         taken = _best_over(request, projections, scores, budget, allowed, smallest)
         sizes = [p.count for p in projections]

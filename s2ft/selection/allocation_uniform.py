@@ -12,6 +12,6 @@ def allocate(request: Request, scores: Units, budget: dict[str, int], allowed: U
         if units:
             ranking = best_first(scores[path], smallest)
             ranking = ranking[allowed[path][ranking]]
-            check_enough([projection], units, ranking.numel())
+            check_enough([projection], units, ranking.numel(), request.config)
             chosen[path] = ranking[:units].sort().values
     return chosen

@@ -60,15 +60,16 @@ class Calibration:
             collator returns, or the tensor of its main input. For any other module, a batch is a tensor or a tuple,
             passed by position, or a dict, passed by name.
         device: Device of the model.
+        name: Name of the argument that has the data, for messages.
 
     Raises:
         TypeError: `data` is not an iterable of batches.
     """
 
-    def __init__(self, data: Iterable, device: torch.device) -> None:
+    def __init__(self, data: Iterable, device: torch.device, name: str = "calibration") -> None:
         if isinstance(data, (Mapping, Tensor, str, bytes)) or not isinstance(data, Iterable):
-            raise TypeError(f"calibration must be a DataLoader or an iterable of batches, got {type(data).__name__}")
-        self.data, self.device = data, device
+            raise TypeError(f"{name} must be a DataLoader or an iterable of batches, got {type(data).__name__}")
+        self.data, self.device, self.name = data, device, name
         self._masks: dict[str, Tensor] = {}  # of the current batch
 
     def batches(self, model: nn.Module) -> Iterator[Batch]:
@@ -77,17 +78,17 @@ class Calibration:
         Raises:
             ValueError: A batch does not fit the model, or there is no batch.
         """
-        empty, data = True, tqdm(self.data, desc="calibration", unit="batch", disable=None)
+        empty, data = True, tqdm(self.data, desc=self.name, unit="batch", disable=None)
         if any(map(is_sharded, model.parameters())):
-            data = _same_on_all_ranks(data)
+            data = _same_on_all_ranks(data, self.name)
         for number, batch in enumerate(data):
-            batch = _checked(batch, f"calibration batch {number}", model).map(lambda value: value.to(self.device))
+            batch = _checked(batch, f"{self.name} batch {number}", model).map(lambda value: value.to(self.device))
             self._masks = _masks(batch, is_encoder_decoder(model))
             mask = batch.named.get("attention_mask")
             empty = empty and isinstance(mask, Tensor) and not bool((mask != 0).any())
             yield batch
         if empty:
-            raise ValueError("calibration is empty: it has no tokens")
+            raise ValueError(f"{self.name} is empty: it has no tokens")
 
     def without_padding(self, x: Tensor, path: str, positions: str, rows: Tensor | None = None) -> Tensor:
         """Remove the padded positions from the activations of a module.
@@ -116,21 +117,21 @@ class Calibration:
             elif len(x) != len(mask):
                 raise ValueError(
                     f"{path} has activations of shape {tuple(x.shape)}, which the mask of shape "
-                    f"{tuple(mask.shape)} does not fit: pass calibration batches without padding"
+                    f"{tuple(mask.shape)} does not fit: pass {self.name} batches without padding"
                 )
         return x.reshape(-1, x.shape[-1])
 
 
-def _same_on_all_ranks(data: Iterable) -> Iterator:
+def _same_on_all_ranks(data: Iterable, name: str) -> Iterator:
     """Yield batches of which every rank has the same number. Ranks that share weights would wait for each other else.
 
     Raises:
         RuntimeError: A rank has more batches. It is raised on every rank.
     """
     for number, batch in enumerate(data):
-        check_all_ranks_agree("calibration", f"a batch {number}")
+        check_all_ranks_agree(name, f"a batch {number}")
         yield batch
-    check_all_ranks_agree("calibration", "the end")
+    check_all_ranks_agree(name, "the end")
 
 
 # ---- which positions are padding -----------------------------------------------------------------------

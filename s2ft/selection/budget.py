@@ -42,11 +42,16 @@ def units_per_projection(
     if total > most:
         raise ValueError(
             f"{what} is more than the {most:,} parameters that the requested projections have to choose "
-            "from: lower it, or request more projections"
+            f"from{_taken(config)}: lower it, or request more projections"
         )
     units = share_out(total, shares, free, costs)
     _check_none_is_empty(config, requested, units, costs, what)
     return units
+
+
+def _taken(config: S2FTConfig) -> str:
+    """Return what takes units away, for a message."""
+    return "" if config.protect_ratio is None else f" with protect_ratio={config.protect_ratio:g}"
 
 
 def requested_projections(couplings: list[Coupling], config: S2FTConfig) -> list[Projection]:

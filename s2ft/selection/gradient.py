@@ -1,5 +1,7 @@
 """Selection by gradient norm (S²FT-G in the paper)."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +23,25 @@ def gradient_scores(request: Request) -> Units:
     blocks also does so here. If the model is sharded, every rank runs it on the same sequences, and each gradient of a
     weight is gathered.
     """
+    return root_mean_squares(
+        request, lambda gradient, projection: squares_by_unit(gradient, projection.dim, projection)
+    )
+
+
+def root_mean_squares(request: Request, squares: Callable[[Tensor, Projection], Tensor]) -> Units:
+    """Return a root mean square over the calibration sequences, for every unit.
+
+    Args:
+        request: What is scored, with calibration data.
+        squares: (gradient of one sequence's loss with respect to a weight as outputs × inputs, projection) → the square
+            of each unit's statistic, shape [count], float64.
+
+    Returns:
+        The scores by projection, shape [count], float64.
+
+    Raises:
+        ValueError: The model has no loss, no sequence has a label, or a projection gets no gradient.
+    """
     sums: dict[str, Tensor] = {}
     count = 0
     with (
@@ -32,7 +53,7 @@ def gradient_scores(request: Request) -> Units:
         request.model.requires_grad_(False)
         for weight, projections in _weights(request):
             leaf = gathered.leaf(weight).requires_grad_(True)
-            hooks.append(leaf.register_post_accumulate_grad_hook(_collect(request.model, projections, sums)))
+            hooks.append(leaf.register_post_accumulate_grad_hook(_collect(request.model, projections, squares, sums)))
         hooks += keep_checkpointing(request.model)
         for batch in request.calibration.batches(request.model):
             for sequence in single_sequences(request.model, batch):
@@ -58,14 +79,19 @@ def _weights(request: Request) -> list[tuple]:
     return list(found.values())
 
 
-def _collect(model: nn.Module, projections: list[Projection], sums: dict[str, Tensor]):
-    """Return a hook that adds a weight's squared gradient norms to `sums` and deletes the gradient."""
+def _collect(
+    model: nn.Module,
+    projections: list[Projection],
+    squares: Callable[[Tensor, Projection], Tensor],
+    sums: dict[str, Tensor],
+):
+    """Return a hook that adds the squares of a weight's units to `sums` and deletes the gradient."""
 
     def hook(weight: nn.Parameter) -> None:
         with full_values(weight.grad) as gradient:
             for projection in projections:
-                squares = squares_by_unit(weight_at(model, projection).view(gradient), projection.dim, projection)
-                sums[projection.name] = sums[projection.name] + squares if projection.name in sums else squares
+                found = squares(weight_at(model, projection).view(gradient), projection)
+                sums[projection.name] = sums[projection.name] + found if projection.name in sums else found
         weight.grad = None
 
     return hook

@@ -102,3 +102,10 @@ def shared_by_producers(request: Request, scores: Units) -> Units:
             together = torch.stack([scores[path] for path in paths]).square().sum(0).sqrt()
             shared.update((path, together) for path in paths)
     return shared
+
+
+def check_finite(user: str, scores: Units) -> None:
+    """Raise ValueError for scores that are NaN or infinite. `user` is what needs them, for the message."""
+    for path, values in scores.items():
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(f"{user}: the statistics of {path} are NaN or infinite")

@@ -146,6 +146,22 @@ def attach(state: State) -> None:
     fill(state)
 
 
+def attach_on_top(state: State) -> None:
+    try:
+        s2ft.attach(state.model, state.config(), name=state.new_name(), on_top=True)
+    except ValueError as error:
+        if "exclude leaves" not in str(error):
+            raise
+    else:
+        fill(state)
+
+
+def freeze(state: State) -> None:
+    name = state.trainable
+    s2ft.freeze_adapter(state.model)
+    state.kept[name] = copy.deepcopy(s2ft.get_adapter(state.model, name))
+
+
 def fill(state: State) -> None:
     generator = torch.Generator().manual_seed(state.rng.randrange(1000))
     with torch.no_grad():
@@ -215,7 +231,7 @@ def activate_sum(state: State) -> None:
 
 def disable(state: State) -> None:
     before = state.status.active
-    with s2ft.disable_adapters(state.model):
+    with ignore_extra_weights_error(), s2ft.disable_adapters(state.model):
         check_output(state, {})
     require(state.status.active == before, f"disable_adapters: {before} became {state.status.active}")
 
@@ -423,6 +439,8 @@ def attached(state: State) -> bool:
 
 OPERATIONS = (
     Operation(attach, lambda state: state.trainable is None),
+    Operation(attach_on_top, lambda state: state.trainable is None),
+    Operation(freeze, lambda state: state.trainable is not None, same_output=True),
     Operation(detach, attached),
     Operation(detach_and_attach, attached),
     Operation(detach_and_load, attached),
@@ -464,6 +482,11 @@ OPERATIONS = (
 def cut_attach(state: State) -> Callable[[], object]:
     config, name = state.config(), state.new_name()
     return lambda: s2ft.attach(state.model, config, name=name)
+
+
+def cut_freeze(state: State) -> Callable[[], object]:
+    state.kept[state.trainable] = s2ft.get_adapter(state.model, state.trainable)  # removed later if it still trains
+    return lambda: s2ft.freeze_adapter(state.model)
 
 
 def cut_load(state: State) -> Callable[[], object]:
@@ -522,6 +545,7 @@ def cut_unfuse(state: State) -> Callable[[], object]:
 # Operations to interrupt: a function that prepares the call, and a function that checks whether it is possible.
 CUTS = {
     "attach": (cut_attach, lambda state: state.trainable is None),
+    "freeze_adapter": (cut_freeze, lambda state: state.trainable is not None),
     "load_adapter": (cut_load, lambda state: len(state.status.adapters) < 4),
     "load_adapter, trainable": (cut_load_trainable, lambda state: state.trainable is None),
     "set_adapter": (cut_activate, attached),
@@ -556,7 +580,7 @@ def interrupted(state: State) -> None:
     if tracing.raised_again:  # then only detach must work
         detach_if_attached(state.model)
     left = state.status.adapters
-    state.kept = {other: adapter for other, adapter in state.kept.items() if other in left}
+    state.kept = {other: adapter for other, adapter in state.kept.items() if other in left and other != state.trainable}
     # an interrupted detach may have unfrozen weights that the next detach unfreezes
     state.unfrozen = state.attached and (
         state.unfrozen or name in ("detach", "delete_adapter") or any(adapter.extra_weights for adapter in state.pool)

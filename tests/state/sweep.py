@@ -56,6 +56,8 @@ class Sweep:
         s2ft.fuse(self.fused)
         self.both = copy.deepcopy(self.trainable)  # a is loaded and active, t is trainable and inactive
         s2ft.load_adapter(self.both, self.a)
+        self.both_active = copy.deepcopy(self.both)
+        s2ft.set_adapter(self.both_active, {"a": 1.0, "t": 1.0})
         self.adapters = {"a": self.a, "b": self.b, "t": s2ft.get_adapter(self.trainable, "t")}
 
     def cases(self) -> list[Case]:
@@ -63,6 +65,9 @@ class Sweep:
         return [
             Case("attach", self.plain, lambda m: s2ft.attach(m, self.config, name="t")),
             Case("attach beside a loaded one", self.loaded, lambda m: s2ft.attach(m, self.config, name="t")),
+            Case("attach on top", self.loaded, lambda m: s2ft.attach(m, self.config, name="t", on_top=True)),
+            Case("freeze_adapter", self.both_active, s2ft.freeze_adapter),
+            Case("freeze_adapter, fused", self.fused, s2ft.freeze_adapter),
             Case("load_adapter", self.plain, lambda m: s2ft.load_adapter(m, self.a)),
             Case("load_adapter, trainable", self.plain, lambda m: s2ft.load_adapter(m, self.a, trainable=True)),
             Case("load_adapter beside a trainable one", self.trainable, lambda m: s2ft.load_adapter(m, self.a)),

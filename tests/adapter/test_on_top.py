@@ -1,0 +1,209 @@
+"""Adapters trained on top of each other, on disjoint units: every earlier state is restored bit for bit."""
+
+import copy
+
+import pytest
+import torch
+from support.models import model_of, token_batch, train
+
+import s2ft
+from s2ft import S2FTConfig
+from s2ft.adapter import overlap
+from s2ft.attached.record import attachment_of
+
+TASKS = ("one", "two", "three", "four", "five")
+RATIOS = dict(d_ratio=0.15, u_ratio=0.1, g_ratio=0.1)
+CASE = "llama-grouped"
+
+
+def config_of(task, layout="permuted", **changes):
+    return S2FTConfig(**{**RATIOS, "layout": layout, "seed": TASKS.index(task), **changes})
+
+
+def weights(model):
+    """The plain weights that the model computes with, of a merged copy."""
+    return s2ft.merge(copy.deepcopy(model)).state_dict()
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key
+
+
+def sequence(model, layout="permuted", tasks=TASKS):
+    """Train five tasks in a row. Returns the weights after each."""
+    after = []
+    for task in tasks:
+        s2ft.attach(model, config_of(task, layout), name=task, on_top=True)
+        train(model)
+        trained = weights(model)
+        s2ft.freeze_adapter(model)
+        assert_same(weights(model), trained)
+        after.append(trained)
+    return after
+
+
+@pytest.mark.parametrize("layout", ["permuted", "indexed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_state_of_five_tasks_in_a_row_is_restored_bit_for_bit(dtype, layout):
+    model = model_of(CASE, dtype)
+    base = copy.deepcopy(model)
+    after = sequence(model, layout)
+    for count in (3, 1, 5, 2, 4, 0):
+        s2ft.set_adapter(model, dict.fromkeys(TASKS[:count], 1.0) or None)
+        if count:
+            assert_same(weights(model), after[count - 1])
+    assert_same({key: value.clone() for key, value in s2ft.detach(model).state_dict().items()}, base.state_dict())
+    for one, other in zip(after, after[1:]):
+        assert any(not torch.equal(one[key], other[key]) for key in one)
+
+
+def test_no_unit_is_trained_by_two_tasks_and_each_adapter_names_those_below_it():
+    model = model_of(CASE)
+    sequence(model)
+    adapters = [s2ft.get_adapter(model, task) for task in TASKS]
+    assert overlap(adapters).units == 0
+    assert [adapter.info.get("on_top_of") for adapter in adapters] == [
+        None if number == 0 else dict.fromkeys(TASKS[:number], 1.0) for number in range(5)
+    ]
+
+
+def test_saved_adapters_and_their_sum_give_every_state(tmp_path):
+    model = model_of(CASE, torch.bfloat16)
+    after = sequence(model)
+    for task in TASKS:
+        s2ft.save_adapter(model, tmp_path / task, task)
+    fresh = model_of(CASE, torch.bfloat16)
+    for count, task in enumerate(TASKS, 1):
+        s2ft.load_adapter(fresh, tmp_path / task, active=False)
+        below = dict.fromkeys(TASKS[:count], 1.0)
+        assert s2ft.combine_adapters(fresh, below, f"sum {count}").units == 0
+        for state in (below, f"sum {count}"):
+            s2ft.set_adapter(fresh, state)
+            assert_same(weights(fresh), after[count - 1])
+
+
+def test_the_gradient_is_that_of_the_model_with_the_earlier_adapters():
+    model = model_of(CASE)
+    sequence(model, tasks=TASKS[:2])
+    reference = s2ft.merge(copy.deepcopy(model)).requires_grad_(True)
+    s2ft.attach(model, config_of("three", "indexed"), name="three", on_top=True)
+    ids = token_batch(model)
+    for each in (model, reference):
+        each(input_ids=ids, labels=ids).loss.backward()
+    for name, (mount, part) in attachment_of(model).parts.items():
+        whole = reference.get_submodule(part.projection.path).weight.grad
+        expected = whole.index_select(mount.layer.dim, part.elements)
+        found = mount.layer.s2.grad.index_select(mount.layer.dim, part.positions)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_scores_are_those_of_the_model_with_the_earlier_adapters():
+    model = model_of(CASE)
+    sequence(model, tasks=TASKS[:2])
+    merged = s2ft.merge(copy.deepcopy(model))
+    config = config_of("three", selection="gradient")
+    calibration = [{"input_ids": token_batch(model)}]
+    taken = (s2ft.get_adapter(model, "one") + s2ft.get_adapter(model, "two")).selection
+    expected = s2ft.select(merged, config_of("three", selection="gradient", exclude=taken), calibration)
+    s2ft.attach(model, config, name="three", calibration=calibration, on_top=True)
+    assert attachment_of(model).selection == expected
+
+
+def test_units_excluded_by_hand_stay_excluded():
+    model = model_of(CASE)
+    path = "model.layers.0.mlp.down_proj"
+    sequence(model, tasks=TASKS[:1])
+    free = sorted(
+        set(range(model.config.intermediate_size)) - set(s2ft.get_adapter(model, "one").selection[path].tolist())
+    )
+    s2ft.attach(model, S2FTConfig(d_ratio=0.1, layers=[0], exclude={path: free[:-8]}), name="two", on_top=True)
+    assert set(attachment_of(model).selection[path].tolist()) <= set(free[-8:])
+
+
+def test_units_by_hand_that_an_active_adapter_trains_are_an_error_and_nothing_changes():
+    model = model_of(CASE)
+    sequence(model, tasks=TASKS[:2])
+    before = weights(model)
+    path = "model.layers.1.mlp.down_proj"
+    taken = int(s2ft.get_adapter(model, "two").selection[path][0])
+    with pytest.raises(
+        ValueError, match=f"units names 1 of {path} that the active adapter 'two' trains, such as {taken}"
+    ):
+        s2ft.attach(model, S2FTConfig(units={path: [taken]}), name="three", on_top=True)
+    assert s2ft.status(model).active == {"one": 1.0, "two": 1.0}
+    assert_same(weights(model), before)
+
+
+def test_too_few_units_are_an_error_and_the_active_adapters_stay():
+    model = model_of(CASE)
+    sequence(model, tasks=TASKS[:2])
+    before = weights(model)
+    with pytest.raises(ValueError, match="exclude leaves"):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.9), name="three", on_top=True)
+    assert s2ft.status(model).active == {"one": 1.0, "two": 1.0}
+    assert_same(weights(model), before)
+
+
+def test_weights_of_the_active_adapters_are_kept():
+    model = model_of(CASE)
+    sequence(model, tasks=TASKS[:2])
+    s2ft.set_adapter(model, {"two": 0.5})
+    s2ft.attach(model, config_of("three"), name="three", on_top=True)
+    assert s2ft.status(model).active == {"two": 0.5, "three": 1.0}
+    assert s2ft.status(model).state.value == "training"
+
+
+def test_on_top_of_nothing_is_a_plain_attach():
+    model = model_of(CASE)
+    other = copy.deepcopy(model)
+    s2ft.attach(model, config_of("one"), name="one", on_top=True)
+    s2ft.attach(other, config_of("one"), name="one")
+    assert attachment_of(model).selection == attachment_of(other).selection
+    assert attachment_of(model).config == attachment_of(other).config and not attachment_of(model).info
+
+
+def test_freeze_keeps_a_weight_and_an_inactive_adapter_stays_inactive():
+    model = model_of(CASE)
+    s2ft.attach(model, config_of("one"), name="one")
+    train(model)
+    s2ft.set_adapter(model, {"one": 0.5})
+    before = weights(model)
+    s2ft.freeze_adapter(model)
+    assert s2ft.status(model).active == {"one": 0.5} and not any(p.requires_grad for p in model.parameters())
+    assert_same(weights(model), before)
+    s2ft.set_adapter(model, None)
+    s2ft.attach(model, config_of("two"), name="two")
+    s2ft.set_adapter(model, None)
+    s2ft.freeze_adapter(model)
+    assert s2ft.list_adapters(model) == ["one", "two"] and not s2ft.status(model).active
+
+
+def test_freeze_keeps_modules_that_are_trained_in_full():
+    model = model_of(CASE)
+    s2ft.attach(model, config_of("one", modules_to_save=["lm_head"]), name="one")
+    train(model)
+    before = weights(model)
+    s2ft.freeze_adapter(model)
+    assert_same(weights(model), before)
+    s2ft.attach(model, config_of("two"), name="two", on_top=True)
+    assert_same(weights(model), before)
+    s2ft.delete_adapter(model, "two")
+    s2ft.set_adapter(model, "one")
+    with pytest.raises(ValueError, match="both have lm_head.weight trained in full"):
+        s2ft.attach(model, config_of("two", modules_to_save=["lm_head"]), name="two", on_top=True)
+    assert s2ft.status(model).active == {"one": 1.0}
+    assert_same(weights(model), before)
+
+
+def test_freeze_without_a_trainable_adapter_is_an_error():
+    model = model_of(CASE)
+    sequence(model, tasks=TASKS[:1])
+    with pytest.raises(ValueError, match="trains no adapter"):
+        s2ft.freeze_adapter(model)
+
+
+def test_on_top_must_be_a_bool():
+    with pytest.raises(TypeError, match="on_top must be True or False, got 'one'"):
+        s2ft.attach(model_of(CASE), config_of("one"), on_top="one")

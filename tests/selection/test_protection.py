@@ -1,0 +1,184 @@
+"""`protect`: units that the base needs on other data are never chosen, and what is left decides as before."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from selection.test_metrics import batch_of
+from support.models import ALL_RATIOS, model_of
+from support.pairs import in_turn
+
+import s2ft
+from s2ft import S2FTConfig
+from s2ft.attached.record import attachment_of
+from s2ft.model.coupling import projections_of
+from s2ft.model.registry import couplings_of
+from s2ft.selection import METRICS, shared_by_producers
+from s2ft.selection.batches import Calibration
+from s2ft.selection.metric import Request
+
+DOWN = "model.layers.1.mlp.down_proj"
+RATIOS = {**ALL_RATIOS, "q_ratio": 0.25, "k_ratio": 0.25, "v_ratio": 0.25, "o_ratio": 0.25}
+CASES = ("llama", "llama-grouped", "phi3-grouped", "gpt2", "mixtral", "deepseek-v3")
+
+
+def data_of(model, seed=5):
+    ids = torch.randint(3, model.config.vocab_size, (3, 8), generator=torch.Generator().manual_seed(seed))
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+
+
+def needed(model, ratio, ratios):
+    """The protected units of each projection, by the scores of the metric and a sort of lists."""
+    calibration = Calibration(data_of(model), torch.device("cpu"))
+    request = Request(couplings_of(model), S2FTConfig(**ratios), model, calibration)
+    found = {}
+    for name, values in shared_by_producers(request, METRICS["product"].score(request)).items():
+        order = sorted(range(len(values)), key=lambda unit, values=values: -float(values[unit]))
+        found[name] = set(order[: int(ratio * len(values))])
+    return found
+
+
+def ratios_of(model):
+    keys = {projection.key for projection in projections_of(couplings_of(model))}
+    return {name: value for name, value in RATIOS.items() if name[0] in keys}
+
+
+CHOICES = tuple(itertools.product(METRICS, ("uniform", "global"), ("smallest", "largest")))
+
+
+@pytest.mark.parametrize("case, choice", in_turn(CASES, CHOICES), ids=str)
+def test_protected_units_are_never_chosen(case, choice):
+    metric, allocation, order = choice
+    if metric == "random":
+        allocation, order = "uniform", "largest"
+    model = model_of(case)
+    ratios = {**ratios_of(model), "k_ratio": 0.0} if "k_ratio" in ratios_of(model) else ratios_of(model)
+    config = S2FTConfig(**ratios, selection=metric, allocation=allocation, order=order)
+    calibration = [batch_of(model)] if METRICS[metric].calibrated else None
+    try:
+        free = s2ft.select(model, config, calibration)
+        chosen = s2ft.select(model, config, calibration, protect=data_of(model))
+    except ValueError as error:  # a projection with two heads or fewer has no half to give
+        assert "leave" in str(error) or "selects none" in str(error)
+        config = S2FTConfig(d_ratio=0.1, selection=metric, allocation=allocation, order=order)
+        free = s2ft.select(model, config, calibration)
+        chosen = s2ft.select(model, config, calibration, protect=data_of(model))
+    protected = needed(model, 0.5, {f"{key}_ratio": value for key, value in config.ratios.items()})
+    for name, units in chosen.units.items():
+        assert not protected[name] & set(units.tolist()), name
+    assert sum(map(len, chosen.units.values())) == sum(map(len, free.units.values()))
+
+
+@settings(deadline=None, max_examples=20)
+@given(ratio=st.floats(0.01, 0.85), excluded=st.sets(st.integers(0, 51), max_size=8))
+def test_any_share_with_excluded_units(ratio, excluded):
+    model = model_of("llama")
+    exclude = {DOWN: sorted(excluded)} if excluded else None
+    config = S2FTConfig(d_ratio=0.04, protect_ratio=ratio, exclude=exclude)
+    protected = needed(model, ratio + 1e-10, {"d_ratio": 0.04})
+    try:
+        units = set(s2ft.select(model, config, protect=data_of(model))[DOWN].tolist())
+    except ValueError:
+        assert 52 - len(protected[DOWN] | excluded) < 2
+        return
+    assert not units & (protected[DOWN] | excluded) and len(units) == 2
+
+
+def test_producers_with_the_same_units_protect_the_same_ones():
+    model = model_of("llama")
+    config = S2FTConfig(u_ratio=0.2, g_ratio=0.1, v_ratio=0.5, selection="weight")
+    selection = s2ft.select(model, config, protect=data_of(model))
+    for layer in range(3):
+        up, gate = (set(selection[f"model.layers.{layer}.mlp.{name}_proj"].tolist()) for name in ("up", "gate"))
+        assert up >= gate and len(up) == 10 and len(gate) == 5
+
+
+def test_a_random_selection_draws_the_best_of_its_ranking_that_are_left():
+    model = model_of("llama")
+    ranking = METRICS["random"].score(Request(couplings_of(model), S2FTConfig(d_ratio=0.1)))[DOWN]
+    protected = needed(model, 0.5, {"d_ratio": 0.1})[DOWN]
+    left = [unit for unit in ranking.argsort(descending=True).tolist() if unit not in protected]
+    chosen = s2ft.select(model, S2FTConfig(d_ratio=0.1), protect=data_of(model))[DOWN]
+    assert chosen.tolist() == sorted(left[:5])
+
+
+def test_a_budget_counts_what_is_left():
+    model = model_of("llama")
+    free = 26 * 3 * 24  # half of the channels of three layers, 24 parameters each
+    selection = s2ft.select(model, S2FTConfig(d_ratio=0.1, budget=free), protect=data_of(model))
+    assert sum(map(len, selection.units.values())) == 26 * 3
+    message = f"more than the {free:,} parameters .* to choose from with protect_ratio=0.5"
+    with pytest.raises(ValueError, match=message):
+        s2ft.select(model, S2FTConfig(d_ratio=0.1, budget=free + 24), protect=data_of(model))
+
+
+def test_attach_writes_the_share_into_the_adapter_and_nothing_without_protect(tmp_path):
+    model = model_of("llama")
+    s2ft.attach(model, S2FTConfig(d_ratio=0.1), protect=data_of(model))
+    assert attachment_of(model).config.protect_ratio == 0.5
+    expected = attachment_of(model).selection
+    s2ft.save_adapter(model, tmp_path / "adapter")
+    s2ft.detach(model)
+    assert s2ft.read_adapter(tmp_path / "adapter").config.protect_ratio == 0.5
+    s2ft.load_adapter(model, tmp_path / "adapter", trainable=True)
+    assert attachment_of(model).selection == expected
+    assert "protect_ratio" not in S2FTConfig(d_ratio=0.1).to_dict()
+
+
+def test_plan_reports_and_changes_nothing():
+    model = model_of("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = s2ft.plan(model, S2FTConfig(d_ratio=0.1), protect=data_of(model))
+    assert report.trainable == 3 * 5 * 24
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("ratio", (0, 1, -0.1, 1.5, "half", True))
+def test_a_share_outside_its_bounds_is_refused(ratio):
+    with pytest.raises(ValueError, match="protect_ratio must be"):
+        S2FTConfig(d_ratio=0.1, protect_ratio=ratio)
+
+
+def never_run():
+    pytest.fail("the data were read")
+    yield
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    (
+        (
+            dict(d_ratio=0.6),
+            r"protect_ratio=0.5 leaves 26 channels of model.layers.0.mlp.down_proj to choose from; 31 are requested",
+        ),
+        (
+            dict(d_ratio=0.3, exclude={DOWN: list(range(40))}),
+            f"exclude and protect_ratio=0.5 leave 12 channels of {DOWN} to choose from; 16 are requested",
+        ),
+        (
+            dict(d_ratio=0.6, selection="weight", allocation="global"),
+            "protect_ratio=0.5 leaves 78 channels of the layers' d projections to choose from; 93 are requested",
+        ),
+        (dict(units={DOWN: [1]}), "units are given, so there is nothing to protect them from"),
+    ),
+)
+def test_too_few_units_are_found_before_the_data_are_run(config, message):
+    with pytest.raises(ValueError, match=message):
+        s2ft.attach(model_of("llama"), S2FTConfig(**config), protect=never_run())
+
+
+def test_mistakes_are_named():
+    model = model_of("llama")
+    with pytest.raises(ValueError, match="protect_ratio=0.3 needs protect data"):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.1, protect_ratio=0.3))
+    with pytest.raises(TypeError, match="protect must be a DataLoader or an iterable of batches, got str"):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.1), protect="file.jsonl")
+    with pytest.raises(ValueError, match="protect batch 0 needs input_ids"):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.1), protect=[{"text": "a"}])
+    with pytest.raises(ValueError, match="protect is empty"):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.1), protect=[])
+    with pytest.raises(ValueError, match="units lists the units.*protect_ratio"):
+        S2FTConfig(units={DOWN: [1]}, protect_ratio=0.3)
+    with pytest.raises(ValueError, match="with protect data reads the weights, and they are on the meta device"):
+        s2ft.attach(model.to("meta"), S2FTConfig(d_ratio=0.1), protect=data_of(model))
