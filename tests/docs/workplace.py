@@ -19,7 +19,7 @@ def fill(folder: Path) -> Path:
     - path/to/model: a LLaMA with a tokenizer and a chat template
     - path/to/encoder: a BERT with a tokenizer
     - path/to/vision-model: a Qwen2.5-VL with a processor, where torchvision is installed
-    - data.jsonl: 16 rows of instruction, output and answer; held-out.jsonl: 4 of them
+    - data.jsonl: 16 rows of instruction, output and answer; held-out.jsonl: 4 of them; other.jsonl: 2 texts
     - chats.jsonl: 8 conversations
     - preferences.jsonl, problems.jsonl: 8 pairs of answers, and 8 questions with answers; trl-preferences.jsonl: texts
     """
@@ -31,6 +31,7 @@ def fill(folder: Path) -> Path:
             part.save_pretrained(folder / "path/to/vision-model")
     write_jsonl(folder / "data.jsonl", sums(16))
     write_jsonl(folder / "held-out.jsonl", sums(4))
+    write_jsonl(folder / "other.jsonl", [{"text": "A heron stands in the water."}, {"text": "Iron rusts in the rain."}])
     pairs = [{"question": row["instruction"], "chosen": row["answer"], "rejected": "no idea"} for row in sums(8)]
     write_jsonl(folder / "preferences.jsonl", pairs)
     texts = [{"prompt": row["question"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in pairs]

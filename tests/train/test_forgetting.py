@@ -26,9 +26,9 @@ from s2ft.train.trainer import S2FTTrainer
 
 
 def other_rows(count=4):
-    """Random text, on which the loss rises when the model learns sums."""
+    """Random tokens that are in no sum, so that their loss rises."""
     generator = torch.Generator().manual_seed(3)
-    rows = [torch.randint(3, 200, (12 + number,), generator=generator).tolist() for number in range(count)]
+    rows = [torch.randint(150, 250, (12 + number,), generator=generator).tolist() for number in range(count)]
     return [{"input_ids": ids, "labels": ids} for ids in rows]
 
 
