@@ -26,10 +26,13 @@ from s2ft.train.trainer import S2FTTrainer
 
 
 def other_rows(count=4):
-    """Random tokens that are in no sum, so that their loss rises."""
-    generator = torch.Generator().manual_seed(3)
-    rows = [torch.randint(150, 250, (12 + number,), generator=generator).tolist() for number in range(count)]
-    return [{"input_ids": ids, "labels": ids} for ids in rows]
+    """The questions with answers of other tokens, so that their loss rises when the model learns the right answers."""
+    rows = []
+    for row in token_rows(count):
+        asked = row["labels"].count(-100)
+        answer = [token + 100 for token in row["labels"][asked:-1]]
+        rows.append({"input_ids": row["input_ids"][:asked] + answer, "labels": [-100] * asked + answer})
+    return rows
 
 
 PROMPTS = prompt_rows(token_rows(), 5)
@@ -209,8 +212,8 @@ def trained_by(kind, path):
 
 @pytest.mark.parametrize("kind", ("s2ft", "trl", "peft", "full"))
 def test_every_trainer_has_the_values_and_stops(kind, tmp_path):
-    model, trainer = trained_by(kind, tmp_path / "first")
     base = direct(tiny_model(), PROMPTS)[0]
+    model, trainer = trained_by(kind, tmp_path / "first")
     meter = ForgettingMeter(other=other_rows(), prompts=PROMPTS, every=1)
     meter.add_to(trainer)
     trainer.train()
