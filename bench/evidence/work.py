@@ -6,6 +6,7 @@ import platform
 import tempfile
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import transformers
 
 import s2ft
 from bench.evidence.adaptive import train_adaptively
+from bench.evidence.run import BASE
 from bench.evidence.selections import CANDIDATES, choose
 from bench.evidence.tasks import TASKS, Question, near_transfer, probes
 from s2ft.reproduce.methods import Prepared, matched, prepare
@@ -36,6 +38,7 @@ TEMPLATE = (
 )
 BATCH = 64  # answers that are generated at once
 ROOM = 1024  # longest prompt in tokens
+BASE_TOKENS = 160  # longest answer of the base
 SHARED: dict[str, Any] = {}  # what a worker loads once
 
 
@@ -94,6 +97,10 @@ def run(task_name: str, settings: dict[str, Any]) -> dict[str, Any]:
     """
     began, tokenizer, task = time.perf_counter(), SHARED["tokenizer"], task_of(task_name)
     divergence = divergence_of(task_name)
+    if settings["method"] == BASE:  # it writes long answers before it comes to the number
+        untrained = Prepared(SHARED["model"], SHARED["model"], BASE, {}, 0, "")
+        measured = _measure(untrained, replace(task, max_new_tokens=BASE_TOKENS), divergence)
+        return {**measured, "seconds": time.perf_counter() - began, "machine": machine()}
     rows = _token_rows(task.train)
     gc.collect()
     memory = PeakMemory()
@@ -193,7 +200,7 @@ def _measure(prepared, task, divergence: BaseDistributions) -> dict[str, Any]:
             "near": {
                 name: accuracy(model, task, ones)
                 for name, ones in SHARED["near"].items()
-                if task is task_of("arithmetic")
+                if task.train == task_of("arithmetic").train
             },
             "forgetting": {
                 name: mean_loss(model, SHARED["probes"][name]) - before for name, before in SHARED["base_loss"].items()
