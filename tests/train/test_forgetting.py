@@ -10,13 +10,14 @@ from train.tiny import tiny_model, tiny_tokenizer
 
 pytest.importorskip("trl")
 
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import s2ft
 from s2ft.text.divergence import mean_loss
-from s2ft.text.drift import Drift, answer_rows, prompt_rows, prompts_of, row_of_prompt
+from s2ft.text.drift import Drift, answer_rows, prompt_rows, prompts_of, row_of_prompt, text_rows
 from s2ft.train.arguments import SFTArguments
 from s2ft.train.forgetting import ForgettingMeter
 from s2ft.train.options import ForgettingOptions, RunOptions
@@ -323,3 +324,11 @@ def test_mistakes_of_a_meter_are_named(options, message):
 def test_mistakes_of_the_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         ForgettingOptions(**options)
+
+
+def test_a_long_text_is_cut_into_rows_of_which_some_are_drawn():
+    texts = Dataset.from_list([{"text": "A heron waits in the water. " * 20}, {"text": "Iron rusts."}])
+    rows = text_rows(texts, tiny_tokenizer(), longest=16, most=5, seed=1)
+    assert len(rows) == 5 and all(len(row["input_ids"]) <= 16 for row in rows)
+    assert rows == text_rows(texts, tiny_tokenizer(), longest=16, most=5, seed=1)
+    assert len(text_rows(texts, tiny_tokenizer(), longest=16, most=500)) == 37
