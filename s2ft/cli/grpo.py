@@ -42,22 +42,24 @@ def run(arguments: list[str]) -> None:
     from s2ft.cli.training import parse_training
     from s2ft.config import S2FTConfig
     from s2ft.text.data import DataOptions
-    from s2ft.train.options import ModelOptions, RunOptions
+    from s2ft.train.options import ForgettingOptions, ModelOptions, RunOptions
     from s2ft.train.rl_arguments import GRPOArguments
 
     quiet_transformers()
-    kinds = [ModelOptions, DataOptions, RewardOptions, S2FTConfig, GRPOArguments, RunOptions]
+    kinds = [ModelOptions, DataOptions, RewardOptions, S2FTConfig, GRPOArguments, RunOptions, ForgettingOptions]
     parsed = parse_training("grpo", kinds, arguments, DESCRIPTION, EXAMPLE)
     train(parsed, GRPOArguments, _train)
 
 
 def _train(parsed, folder, ranks, resume):
+    from s2ft.cli.forgetting import meter_for, protect_batches, read_other
     from s2ft.cli.rl import read_rows
     from s2ft.cli.sft import begin, naming_what_is_kept
     from s2ft.config import S2FTConfig
     from s2ft.packages import check_packages
     from s2ft.text.calibration import needs_calibration
     from s2ft.text.data.preferences import PROMPTS
+    from s2ft.text.drift import PromptRows
     from s2ft.train.device import say_device
     from s2ft.train.grpo import base_for_vllm, check_count, grpo, largest_batch
     from s2ft.train.loading import fit_layout, load_base
@@ -77,6 +79,7 @@ def _train(parsed, folder, ranks, resume):
     rewards = load_rewards(parsed[RewardOptions].rewards)
     _check_weights(arguments, rewards)
     train_rows, held_out_rows = read_rows(parsed, arguments, PROMPTS)
+    other = read_other(parsed)
     if ranks.is_main_process:
         say_device(ranks.device)
     model, tokenizer = load_base(parsed[ModelOptions], arguments)
@@ -99,8 +102,12 @@ def _train(parsed, folder, ranks, resume):
         return step_of(arguments, longest + answer, True, prompt=longest, shortens="--max-completion-length")
 
     with base_for_vllm(model, tokenizer, arguments) as base:
-        begin("grpo", parsed, arguments, model, prompt, rows, folder, ranks, resume)
-        settings = dict(options=options, resume=resume, held_out=held_out, base=base)
+        meter = meter_for(
+            parsed, other, model, tokenizer, PromptRows(rows if held_out is None else held_out, tokenizer)
+        )
+        protect = protect_batches(other, model, tokenizer, arguments)
+        begin("grpo", parsed, arguments, model, prompt, rows, folder, ranks, resume, protect=protect)
+        settings = dict(options=options, resume=resume, held_out=held_out, base=base, meter=meter)
         with naming_what_is_kept(folder), explain_out_of_memory(model, step, folder.kept):
             return grpo(model, tokenizer, rows, rewards, arguments, folder, **settings)
 

@@ -93,6 +93,17 @@ OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "early_stopping_patience": ("", ""),
         "early_stopping_threshold": ("", ""),
     },
+    "forgetting": {
+        "forgetting_data": ("", ""),
+        "measure_kl": ("", ""),
+        "kl_on": ("", ""),
+        "meter_steps": ("", ""),
+        "meter_rows": ("", ""),
+        "stop_at_forgetting": ("", ""),
+        "stop_at_kl": ("", ""),
+        "protect": ("", ""),
+        "protect_rows": ("", ""),
+    },
     "output": {
         "output_dir": ("output out", "folder for the adapter, log.jsonl, loss.png, config.yaml and checkpoints"),
         "name": ("", ""),
@@ -131,7 +142,8 @@ OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 GROUP_OF = {name: group for group, options in OPTIONS.items() for name in options}
-KIND_GROUPS = {"ModelOptions": "model", "DataOptions": "data", "S2FTConfig": "selection", "RunOptions": "output"}
+KIND_GROUPS = {"ModelOptions": "model", "DataOptions": "data", "S2FTConfig": "selection", "RunOptions": "output",
+               "ForgettingOptions": "forgetting"}  # fmt: skip
 SHORT_NAMES = {
     name: tuple(short.replace("-", "_") for short in names.split())
     for options in OPTIONS.values()

@@ -32,10 +32,10 @@ def run(arguments: list[str]) -> None:
     from s2ft.config import S2FTConfig
     from s2ft.text.data import DataOptions
     from s2ft.train.arguments import SFTArguments
-    from s2ft.train.options import ModelOptions, RunOptions
+    from s2ft.train.options import ForgettingOptions, ModelOptions, RunOptions
 
     quiet_transformers()
-    kinds = [ModelOptions, DataOptions, S2FTConfig, SFTArguments, RunOptions]
+    kinds = [ModelOptions, DataOptions, S2FTConfig, SFTArguments, RunOptions, ForgettingOptions]
     parsed = parse_training("sft", kinds, arguments, DESCRIPTION, EXAMPLE)
     train(parsed, SFTArguments, _train)
 
@@ -57,14 +57,17 @@ def train(parsed, kind: type, body: Callable) -> None:
     from s2ft.config import S2FTConfig
     from s2ft.files.reading import check_adapter_name
     from s2ft.packages import check_packages
+    from s2ft.selection.protection import with_protect_ratio
     from s2ft.train.kernels import check_kernels
-    from s2ft.train.options import ModelOptions, RunOptions
+    from s2ft.train.options import ForgettingOptions, ModelOptions, RunOptions
     from s2ft.train.output import RunFolder
     from s2ft.train.preparation import check_upload, checkpoint_to_resume, set_batches
     from s2ft.train.sft import check_packages_of_run, this_rank
 
     if not parsed[S2FTConfig].ratios and parsed[S2FTConfig].units is None:
         parsed.objects[S2FTConfig] = replace(parsed[S2FTConfig], d_ratio=DEFAULT_D_RATIO)
+    protects = bool(parsed[ForgettingOptions].protect)
+    parsed.objects[S2FTConfig] = with_protect_ratio(parsed[S2FTConfig], protects)
     arguments, options = parsed[kind], parsed[RunOptions]
     check_packages_of_run(arguments)
     check_packages("a model in 4 or 8 bit" if parsed[ModelOptions].quantized else "")
@@ -85,6 +88,7 @@ def train(parsed, kind: type, body: Callable) -> None:
 
 
 def _train(parsed, folder, ranks, resume):
+    from s2ft.cli.forgetting import meter_for, protect_batches, read_other
     from s2ft.config import S2FTConfig
     from s2ft.text.calibration import calibration_for
     from s2ft.train.arguments import SFTArguments
@@ -96,6 +100,7 @@ def _train(parsed, folder, ranks, resume):
 
     arguments, options = parsed[SFTArguments], parsed[RunOptions]
     train_rows, held_out_rows = _read(parsed)
+    other = read_other(parsed)
     if ranks.is_main_process:
         say_device(ranks.device)
     model, tokenizer = load_base(parsed[ModelOptions], arguments)
@@ -107,12 +112,17 @@ def _train(parsed, folder, ranks, resume):
     )
     if ranks.is_main_process and not resume:
         log_memory(model, config, rows, arguments, options, tokenizer)
-    begin("sft", parsed, arguments, model, prompt, rows, folder, ranks, resume, calibration)
+    meter = meter_for(parsed, other, model, tokenizer, rows if held_out is None else held_out.rows)
+    protect = protect_batches(other, model, tokenizer, arguments)
+    begin("sft", parsed, arguments, model, prompt, rows, folder, ranks, resume, calibration, protect)
+    settings = {"options": options, "resume": resume, "held_out": held_out, "meter": meter}
     with naming_what_is_kept(folder):
-        return sft(model, tokenizer, rows, arguments, folder, options=options, resume=resume, held_out=held_out)
+        return sft(model, tokenizer, rows, arguments, folder, **settings)
 
 
-def begin(command, parsed, arguments, model, prompt, rows, folder, ranks, resume, calibration=None) -> None:
+def begin(
+    command, parsed, arguments, model, prompt, rows, folder, ranks, resume, calibration=None, protect=None
+) -> None:
     """Attach the adapter to the model, record its prompt and training, and write the options into the output folder."""
     import s2ft
     from s2ft.adapter import add_info
@@ -124,9 +134,9 @@ def begin(command, parsed, arguments, model, prompt, rows, folder, ranks, resume
     from s2ft.train.sft import check_ranks_agree
 
     placed = getattr(model, "hf_quantizer", None) is not None or is_spread(model) or not has_weights(model)
-    if calibration is not None and not placed:
+    if (calibration is not None or protect is not None) and not placed:
         model.to(ranks.device)
-    report = s2ft.attach(model, parsed[S2FTConfig], parsed[RunOptions].name, calibration)
+    report = s2ft.attach(model, parsed[S2FTConfig], parsed[RunOptions].name, calibration, protect=protect)
     apply_kernels(model, parsed[RunOptions].kernels)
     add_info(model, {"prompt": prompt.to_dict(), "training": _training(command, parsed, arguments, rows)})
     check_ranks_agree(model)
@@ -241,6 +251,9 @@ def _finish(result, folder, arguments, uploads: bool) -> None:
         f"{steps}, {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s, {quality} "
         "(mean of the last tenth of the logged steps)"
     )
+    if result.drift is not None:
+        where = "" if result.kept_step is None else f", step {result.kept_step} of the {result.stopped_at} trained"
+        print(f"{result.drift}{where}")
     if not result.finished:
         print(f"stopped before the end: go on with --resume in {folder.path}")
         return

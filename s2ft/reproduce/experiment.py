@@ -90,8 +90,9 @@ def run_recipe(
     planned = _planned(recipe, kind, options)
     results.folder.mkdir(parents=True, exist_ok=True)
     write_json(results.folder / RECORD, {"recipe": recipe.name, "options": asdict(options), "command": command})
-    for number, (plan, run) in enumerate(planned, 1):
-        _make(kind, options, plan, replace(run, command=command), results, f"{number} of {len(planned)}")
+    with _quick_collection():
+        for number, (plan, run) in enumerate(planned, 1):
+            _make(kind, options, plan, replace(run, command=command), results, f"{number} of {len(planned)}")
     return report(recipe, kind, options, [run for _, run in planned], results)
 
 
@@ -183,6 +184,20 @@ def _reserved(folder: Path) -> Iterator[bool]:
         yield free
 
 
+@contextlib.contextmanager
+def _quick_collection() -> Iterator[None]:
+    """Let garbage collections look only at objects that are made inside the context.
+
+    Trainers collect garbage several times a run, and the modules of the libraries alone have a million objects.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
@@ -205,7 +220,9 @@ def report(recipe: Recipe, kind: Kind, options: Any, runs: Sequence[Run], result
     Returns:
         The runs with their results, the tables and the files.
     """
-    made = [results.find(run.configuration) or run for run in runs]
+    found = [results.find(run.configuration) for run in runs]
+    # A run that was made under another name has the name that it has now.
+    made = [run if result is None else replace(result, labels=run.labels) for run, result in zip(runs, found)]
     known = {run.id for run in made}
     others = [run for run in results.all() if run.id not in known]
     if others:

@@ -1,7 +1,7 @@
 """Draw calibration data for a selection from the training data."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from s2ft.selection import METRICS
 from s2ft.text.collator import TokenCollator
@@ -44,8 +44,16 @@ def calibration_for(config, tokenizer, rows, examples: int | None, batch_size: i
     if not 1 <= examples <= len(rows):
         raise ValueError(f"calibration_examples must be from 1 to the {len(rows)} rows there are, got {examples}")
     drawn = random.Random(config.seed).sample(range(len(rows)), examples)
+    return batches_of([rows[number] for number in drawn], tokenizer, batch_size)
+
+
+def batches_of(rows: Sequence, tokenizer, batch_size: int) -> Iterator[dict]:
+    """Collate token rows as for training, a batch at a time.
+
+    Args:
+        rows: Token rows.
+        tokenizer: The model's tokenizer.
+        batch_size: Rows in a batch.
+    """
     collate = TokenCollator(pad_id(tokenizer))
-    return (
-        collate([rows[number] for number in drawn[start : start + batch_size]])
-        for start in range(0, examples, batch_size)
-    )
+    return (collate(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size))

@@ -211,13 +211,25 @@ def base_switch(model) -> Callable[[], AbstractContextManager] | None:
     """
     model = unwrapped(model)
     if hasattr(model, "peft_config") and hasattr(model, "disable_adapter"):  # a PeftModel
-        return model.disable_adapter
+        return lambda: _trained_as_before(model, model.disable_adapter())
     if getattr(model, "_hf_peft_config_loaded", False):  # transformers' own use of PEFT
-        return lambda: _transformers_adapters_off(model)
+        return lambda: _trained_as_before(model, _transformers_adapters_off(model))
     record = find_attachment(model)
     if record is None:
         return None
     return lambda: without_trainable(model) if record.trains else disable_adapters(model)
+
+
+@contextlib.contextmanager
+def _trained_as_before(model, adapters_off: AbstractContextManager) -> Iterator[None]:
+    """Train the same parameters afterwards. PEFT trains all parameters of an adapter that it switches on again."""
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with adapters_off:
+            yield
+    finally:
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
 
 
 @contextlib.contextmanager

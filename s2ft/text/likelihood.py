@@ -25,6 +25,7 @@ from s2ft.text.tokens import encode_rendered
 
 # The text of an answer. Data of LLM-Adapters has its answers in these sentences.
 ANSWER_FORMS = {"arithmetic": "The answer is {}", "commonsense": "the correct answer is {}", CHOICES: "{}"}
+PART = 64  # positions whose logits are converted to float32 at once
 
 
 @dataclass(frozen=True)
@@ -239,10 +240,16 @@ def _run(model, pairs, batch: Sequence[_Sequence], padding: int) -> Iterator[tup
     with _output_at(model, rows, positions) as ran:
         output = model(input_ids=input_ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
     logits = output.logits[0] if ran else output.logits[rows, positions]
-    values = iter(logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0].tolist())
+    parts = zip(logits.split(PART), tokens.split(PART))
+    values = (value for part, chosen in parts for value in _logprobs(part, chosen))
     for one in batch:
         for pair in one.pairs:
             yield pair, [next(values) for _ in pairs[pair][1]]
+
+
+def _logprobs(logits: Tensor, tokens: Tensor) -> list[float]:
+    logits = logits.float()
+    return (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(1)).tolist()
 
 
 @contextlib.contextmanager

@@ -16,10 +16,12 @@ from s2ft.train.output import read_log
 logger = logging.getLogger(__name__)
 
 
-# Values of DPO and GRPO that log.jsonl gets too, by the beginning of their names, and those of the progress.
+# Values of DPO, GRPO and the meter that log.jsonl gets too, by the beginning of their names, and those of the progress.
 LOGGED = ("reward", "kl", "entropy", "logps/", "completions/mean_length", "completions/clipped_ratio", "frac_reward",
-          "sampling/sampling_logp_difference/")  # fmt: skip
-SHOWN = {"reward": "reward {:.3f}", "rewards/accuracies": "chosen above rejected {:.0%}"}
+          "sampling/sampling_logp_difference/", "forgetting", "other_loss", "base_kl",
+          "meter_seconds")  # fmt: skip
+SHOWN = {"reward": "reward {:.3f}", "rewards/accuracies": "chosen above rejected {:.0%}",
+         "forgetting": "forgetting {:+.4f}", "base_kl": "KL from the base {:.4f}"}  # fmt: skip
 
 
 class Speed:
@@ -34,6 +36,10 @@ class Speed:
         speed = (seen - self.seen) / (now - self.clock)
         self.seen, self.clock = seen, now
         return speed
+
+    def leave_out(self, seconds: float) -> None:
+        """Do not count a time since the last lap, which a measurement took."""
+        self.clock += seconds
 
     def leave_out_evaluation(self) -> None:
         """Do not count the time since the last lap, which an evaluation took."""
@@ -82,6 +88,7 @@ class LossBar(ProgressCallback):
 
     def _line(self, state, logs: dict) -> str:
         """Return the line of a logged step."""
+        self.speed.leave_out(logs.get("meter_seconds", 0.0))
         done = state.global_step - self.first_step
         left = (time.perf_counter() - self.begin) / max(1, done) * (state.max_steps - state.global_step)
         return (
@@ -110,8 +117,9 @@ class JsonlLog(TrainerCallback):
     """Writes log.jsonl on the first rank.
 
     The line of a logged step has step, epoch, loss, learning_rate, grad_norm and tokens_per_second. The line of an
-    evaluation has step, epoch, eval_loss and, if answers are scored, eval_accuracy. Both have the
-    rewards of DPO and GRPO. A resumed run keeps the lines up to its checkpoint, because it writes the later ones again.
+    evaluation has step, epoch, eval_loss and, if answers are scored, eval_accuracy. Both have the rewards of DPO and
+    GRPO, and a step at which a meter has measured has its values. A resumed run keeps the lines up to its checkpoint,
+    because it writes the later ones again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -128,6 +136,7 @@ class JsonlLog(TrainerCallback):
         if not logs or not state.is_world_process_zero:
             return
         if "loss" in logs:
+            self.speed.leave_out(logs.get("meter_seconds", 0.0))
             self._write(
                 state,
                 {
@@ -170,7 +179,7 @@ class StopAfter(TrainerCallback):
 
 
 def shown(logs: dict, prefix: str = "") -> str:
-    """Return the values of DPO and GRPO for a line of progress."""
+    """Return the values of DPO, GRPO and the meter for a line of progress."""
     return "".join(
         f", {text.format(logs[prefix + key])}" for key, text in SHOWN.items() if logs.get(prefix + key) is not None
     )

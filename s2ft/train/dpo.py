@@ -28,6 +28,7 @@ def dpo(
     options: RunOptions | None = None,
     resume: bool | Path = False,
     held_out=None,
+    meter=None,
 ) -> Finetuned:
     """Train the attached adapter of a model by TRL's DPOTrainer, and save it.
 
@@ -42,6 +43,7 @@ def dpo(
         options: Options that TRL's arguments do not have.
         resume: Continue from the newest valid checkpoint, or from the start if there is none. A path names another
             checkpoint of the run.
+        meter: A :class:`~s2ft.train.forgetting.ForgettingMeter`, or None.
         held_out: Pairs to evaluate on, or None.
 
     Returns:
@@ -67,4 +69,4 @@ def dpo(
     )
     if trainer.is_world_process_zero():
         log_length(trainer.args, len(train))
-    return run_trainer(trainer, model, arguments, folder, checkpoint)
+    return run_trainer(trainer, model, arguments, folder, checkpoint, meter)

@@ -31,6 +31,7 @@ def grpo(
     options: RunOptions | None = None,
     resume: bool | Path = False,
     held_out=None,
+    meter=None,
     base: str | None = None,
 ) -> Finetuned:
     """Train the attached adapter of a model by TRL's GRPOTrainer, and save it.
@@ -49,6 +50,7 @@ def grpo(
         options: Options that TRL's arguments do not have.
         resume: Continue from the newest valid checkpoint, or from the start if there is none. A path names another
             checkpoint of the run.
+        meter: A :class:`~s2ft.train.forgetting.ForgettingMeter`, or None.
         held_out: Rows to evaluate on, or None.
         base: Folder of the base for vLLM in this process. Default: where the model was loaded from.
 
@@ -80,7 +82,7 @@ def grpo(
         base=base,
         name=name_of_run(folder.path),
     )
-    return run_trainer(trainer, model, arguments, folder, checkpoint)
+    return run_trainer(trainer, model, arguments, folder, checkpoint, meter)
 
 
 def check_vllm(arguments, base) -> None:

@@ -24,7 +24,18 @@ CALIBRATION = {
     "text": "rows of the data for the selections activation, product and gradient",
     "shown": "1 % of the rows, at least 16",
 }
+PROTECT = {
+    "text": "never train the units that the base needs most on this text: files, folders, or names of data sets on the "
+    "hub",
+    "metavar": "FILE_OR_NAME",
+}
+PROTECT_ROWS = {"text": "rows of --protect that are run, drawn with the selection's seed", "unit": "rows", "least": 1}
 KERNELS = ("s2ft", "liger")
+POSITIONS = {  # where the divergence of a model from its base is measured
+    "prompts": "each position of a prompt, up to the one that predicts the first token of the answer",
+    "answers": "each position of the base's own greedy answer",
+}
+POSITIONS_TEXT = "; ".join(f"{name}: {text}" for name, text in POSITIONS.items())
 LARGEST = 2**32 - 1  # the largest whole number of an option: NumPy's generator takes no larger seed
 
 
@@ -182,6 +193,65 @@ class RunOptions:
             ValueError: `batch_size` cannot be divided. The message names the nearest sizes that can.
         """
         return divide_batch(self.batch_size or DEFAULT_BATCH, devices)
+
+
+@dataclass
+class ForgettingOptions:
+    """What a run must not forget: what is measured while it trains, when it stops, and which units are never trained.
+
+    Raises:
+        ValueError: A value is not allowed, or a limit or number has nothing to limit. The message names the field.
+
+    Example:
+        >>> from s2ft.train.options import ForgettingOptions
+        >>> ForgettingOptions(stop_at_kl=0.1).measures
+        True
+    """
+
+    forgetting_data: list[str] = option(
+        [],
+        "measure the rise of the loss on this text while training: files, folders, or names of data sets on the hub",
+        metavar="FILE_OR_NAME",
+    )
+    measure_kl: bool = option(
+        False, "measure KL(base||model) on prompts of the held-out rows, or else of the training rows"
+    )
+    kl_on: str = option("prompts", f"positions of the divergence. {POSITIONS_TEXT}", choices=tuple(POSITIONS))
+    meter_steps: int | None = option(
+        None, "updates between two measurements", unit="updates", shown="a twentieth of the run", least=1
+    )
+    meter_rows: int = option(64, "rows of a measurement, drawn with the selection's seed", unit="rows", least=1)
+    stop_at_forgetting: float | None = option(
+        None, "stop when the loss on --forgetting-data has risen by more than this", unit="nats", shown="no limit"
+    )
+    stop_at_kl: float | None = option(None, "stop when KL(base||model) is above this", unit="nats", shown="no limit")
+    protect: list[str] = option([], **PROTECT)
+    protect_rows: int = option(128, **PROTECT_ROWS)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("forgetting_data", "protect"):
+            value = getattr(self, name)
+            setattr(self, name, [value] if isinstance(value, str) else list(value or ()))
+        for name in ("stop_at_forgetting", "stop_at_kl"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name):g}")
+        if self.stop_at_forgetting is not None and not self.forgetting_data:
+            raise ValueError("stop_at_forgetting needs forgetting_data, the text on which the loss must not rise")
+        if self.kl_on != "prompts" and not self.measures_kl:
+            raise ValueError(f"kl_on={self.kl_on} has no effect without measure_kl or stop_at_kl")
+        if self.meter_steps is not None and not self.measures:
+            raise ValueError("meter_steps has no effect without forgetting_data, measure_kl or stop_at_kl")
+
+    @property
+    def measures_kl(self) -> bool:
+        """Whether the divergence is measured."""
+        return self.measure_kl or self.stop_at_kl is not None
+
+    @property
+    def measures(self) -> bool:
+        """Whether anything is measured."""
+        return bool(self.forgetting_data) or self.measures_kl
 
 
 def divide_batch(rows: int, devices: int, micro: int | None = None) -> tuple[int, int]:

@@ -30,24 +30,21 @@ def loss_figure(lines: list[dict], title: str = ""):
         title: Text above the picture.
 
     Returns:
-        A matplotlib Figure: the loss with the learning rate behind it, and below it the accuracy, if there is any.
+        A matplotlib Figure: the loss with the learning rate behind it, and below it the accuracy and the distance from
+        the base, if they were measured.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    accuracies = _series(lines, "eval_accuracy")
-    figure = Figure(figsize=(8, 6 if accuracies[0] else 4.5), layout="constrained")
+    more = [draw for key, draw in BELOW.items() if any(name in line for line in lines for name in key)]
+    figure = Figure(figsize=(8, 4.5 + 1.5 * len(more)), layout="constrained")
     figure.suptitle(title, fontsize="medium")
-    rows = [3, 1] if accuracies[0] else [1]
+    rows = [3, *(1 for _ in more)]
     charts = figure.subplots(len(rows), 1, sharex=True, squeeze=False, height_ratios=rows)[:, 0]
     handles = _draw_loss(charts[0], lines) + _draw_learning_rate(charts[0], lines)
-    if accuracies[0]:
-        handles += charts[1].plot(
-            *accuracies, color="tab:green", marker="s", clip_on=False, label=f"accuracy (last {accuracies[1][-1]:.1%})"
-        )
-        charts[1].set(ylabel="accuracy", ylim=(0, 1))
-        charts[1].yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        charts[1].grid(alpha=0.3)
+    for chart, draw in zip(charts[1:], more):
+        handles += draw(chart, lines)
+        chart.grid(alpha=0.3)
     charts[-1].set_xlabel("step")
     charts[-1].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
@@ -85,6 +82,31 @@ def _draw_learning_rate(chart, lines: list[dict]) -> list:
     chart.set_zorder(rate.get_zorder() + 1)
     chart.patch.set_visible(False)  # The chart in front would hide the area.
     return [area]
+
+
+def _draw_accuracy(chart, lines: list[dict]) -> list:
+    """Draw the accuracies of the evaluations."""
+    steps, values = _series(lines, "eval_accuracy")
+    label = f"accuracy (last {values[-1]:.1%})"
+    chart.set(ylabel="accuracy", ylim=(0, 1))
+    chart.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    return chart.plot(steps, values, color="tab:green", marker="s", clip_on=False, label=label)
+
+
+def _draw_drift(chart, lines: list[dict]) -> list:
+    """Draw how far the model has moved from its base."""
+    drawn = []
+    for key, name, color in (("forgetting", "forgetting", "tab:red"), ("base_kl", "KL from the base", "tab:purple")):
+        steps, values = _series(lines, key)
+        if steps:
+            label = f"{name} (last {values[-1]:.3f})"
+            drawn += chart.plot(steps, values, color=color, marker=".", clip_on=False, label=label)
+    chart.set_ylabel("nats")
+    return drawn
+
+
+# Charts below that of the loss, by the values that they draw.
+BELOW = {("eval_accuracy",): _draw_accuracy, ("forgetting", "base_kl"): _draw_drift}
 
 
 def centred_mean(values: list[float], window: int) -> list[float]:

@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from s2ft.adapter.saving import gather_trained
 from s2ft.attached.record import attachment_of
 from s2ft.distributed import all_ranks, check_all_ranks_agree, run_on_ranks
 from s2ft.packages import check_packages
+from s2ft.text.drift import Drift
 from s2ft.text.output_head import contiguous_head
 from s2ft.text.prompts import pad_id
 from s2ft.train.checkpoints import newest_valid
@@ -30,6 +31,7 @@ from s2ft.train.remedies import Step, explain_out_of_memory, step_of
 
 logger = logging.getLogger(__name__)
 FEW_STEPS = 10  # a warning is logged for a run with fewer updates
+MEASURED = tuple(one.name for one in fields(Drift))
 OF_IMAGES = ("image", "images", "pixel_values")
 
 
@@ -46,6 +48,9 @@ class Finetuned:
         finished: False if `stop_after` ended the run.
         best_step: The step whose adapter was saved, if that is the one with the best evaluation, else None.
         reward: Mean reward of the last tenth of the logged steps, or None if nothing was rewarded.
+        drift: Forgetting and divergence of the adapter, as far as a meter measured them.
+        stopped_at: The step at which a limit of the meter ended the run, or None.
+        kept_step: The step whose adapter was saved then, or None.
     """
 
     steps: int
@@ -56,6 +61,9 @@ class Finetuned:
     finished: bool
     best_step: int | None = None
     reward: float | None = None
+    drift: Drift | None = None
+    stopped_at: int | None = None
+    kept_step: int | None = None
 
     def to_dict(self) -> dict:
         """The result as values that JSON can hold."""
@@ -65,7 +73,8 @@ class Finetuned:
             "seconds": round(self.seconds, 2),
             "tokens_per_second": round(self.tokens_per_second, 1),
         }
-        more = {"best_step": self.best_step, "reward": self.reward}
+        more = {"best_step": self.best_step, "reward": self.reward, **(self.drift.to_dict() if self.drift else {})}
+        more |= {"stopped_at": self.stopped_at, "kept_step": self.kept_step}
         return {**found, **{name: value for name, value in more.items() if value is not None}}
 
 
@@ -79,6 +88,7 @@ def sft(
     options: RunOptions | None = None,
     resume: bool | Path = False,
     held_out: HeldOut | None = None,
+    meter: Any = None,
 ) -> Finetuned:
     """Train the attached adapter of a model by TRL's SFTTrainer, and save it.
 
@@ -96,6 +106,7 @@ def sft(
         resume: Continue from the newest valid checkpoint, or from the start if there is none. A path names another
             checkpoint of the run.
         held_out: Data to evaluate on, or None.
+        meter: A :class:`~s2ft.train.forgetting.ForgettingMeter`, or None.
 
     Returns:
         The loss, the time and the folder of the adapter.
@@ -115,7 +126,7 @@ def sft(
         contiguous_head(model),
         loss_for(model, arguments, options, example),
     ):
-        return run_trainer(trainer, model, arguments, folder, checkpoint)
+        return run_trainer(trainer, model, arguments, folder, checkpoint, meter)
 
 
 def checkpoint_of(folder: RunFolder, resume: bool | Path) -> Path | None:
@@ -127,7 +138,7 @@ def checkpoint_of(folder: RunFolder, resume: bool | Path) -> Path | None:
     return checkpoint
 
 
-def run_trainer(trainer, model, arguments, folder: RunFolder, checkpoint: Path | None) -> Finetuned:
+def run_trainer(trainer, model, arguments, folder: RunFolder, checkpoint: Path | None, meter: Any = None) -> Finetuned:
     """Train, save the adapter, write the report, evaluate, and draw the plot.
 
     Args:
@@ -136,19 +147,22 @@ def run_trainer(trainer, model, arguments, folder: RunFolder, checkpoint: Path |
         arguments: The arguments of the run.
         folder: The output folder.
         checkpoint: The checkpoint to begin from, or None.
+        meter: A :class:`~s2ft.train.forgetting.ForgettingMeter` that is not among the callbacks yet, or None.
     """
     from transformers.trainer_callback import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)  # LossBar shows the same values
+    if meter is not None:
+        meter.add_to(trainer)
     with checkpointing(model, arguments), restored(model, trainer):
-        result = _train_and_save(trainer, model, folder, checkpoint)
+        result = _train_and_save(trainer, model, folder, checkpoint, meter)
     if trainer.is_world_process_zero():
         _plot(folder)
     trainer.accelerator.wait_for_everyone()
     return result
 
 
-def _train_and_save(trainer, model, folder: RunFolder, checkpoint: Path | None) -> Finetuned:
+def _train_and_save(trainer, model, folder: RunFolder, checkpoint: Path | None, meter: Any) -> Finetuned:
     """Train, save the adapter, write the report, and evaluate unless the log has an evaluation of the last step."""
     seen = 0 if checkpoint is None else _state_of(checkpoint).num_input_tokens_seen
     start = time.perf_counter()
@@ -157,7 +171,7 @@ def _train_and_save(trainer, model, folder: RunFolder, checkpoint: Path | None) 
     finished = not _was_stopped(trainer)
     if finished:
         _save(model, folder, trainer)
-    result = _result(trainer, folder, seconds, seen, finished)
+    result = _result(trainer, folder, seconds, seen, finished, meter)
     if finished and trainer.is_world_process_zero():
         with log_errors(f"{folder.report} was not written"):
             write_json(folder.report, result.to_dict())
@@ -167,8 +181,10 @@ def _train_and_save(trainer, model, folder: RunFolder, checkpoint: Path | None) 
     return result
 
 
-def _result(trainer, folder: RunFolder, seconds: float, seen: int, finished: bool) -> Finetuned:
+def _result(trainer, folder: RunFolder, seconds: float, seen: int, finished: bool, meter: Any) -> Finetuned:
     lines = read_log(folder.log)
+    best = _best_step(trainer)
+    stopped, kept = (None, None) if meter is None else (meter.stopped_at, best or meter.kept_step)
     return Finetuned(
         trainer.state.global_step,
         _last_mean(lines, "loss") or 0.0,
@@ -176,9 +192,22 @@ def _result(trainer, folder: RunFolder, seconds: float, seen: int, finished: boo
         folder.adapter,
         (trainer.state.num_input_tokens_seen - seen) / seconds,
         finished,
-        _best_step(trainer),
+        best,
         _last_mean(lines, "reward"),
+        _drift(meter, lines, best or kept),
+        stopped,
+        None if stopped is None else kept,
     )
+
+
+def _drift(meter: Any, lines: list[dict], step: int | None) -> Drift | None:
+    """Return the measurement of a step, or else the last one. An earlier process may have logged it."""
+    if meter is None:
+        return None
+    logged = {line["step"]: line for line in lines if "forgetting" in line or "base_kl" in line}
+    measured = {number: Drift(**{name: line.get(name) for name in MEASURED}) for number, line in logged.items()}
+    measured |= meter.measured
+    return measured.get(step, measured[max(measured)] if measured and step is None else None)
 
 
 def _last_mean(lines: list[dict], name: str) -> float | None:

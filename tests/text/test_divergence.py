@@ -141,6 +141,16 @@ def test_adapters_of_peft_are_switched_off_for_the_base(options):
     assert torch.equal(direct(model, rows)[0], tuned)
 
 
+def test_what_peft_trains_is_the_same_afterwards():
+    model = lora(tiny_model(), target_modules=["q_proj"])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_B" in name)
+    BaseDistributions.of(model, rows_of(model))
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == {
+        name for name, _ in model.named_parameters() if "lora_B" not in name
+    }
+
+
 def test_transformers_own_adapters_are_switched_off_too(monkeypatch):
     monkeypatch.setattr(
         "transformers.integrations.peft.MIN_PEFT_VERSION", "0", raising=False

@@ -312,9 +312,9 @@ def test_what_a_run_measures_is_right(files, finished):
     s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
     trained = [each for each in model.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.1)
-    rows = training.encoded(tokenizer, data.read(files / "data", 8).training, params(files))
+    rows = training.encoded(tokenizer, data.read(files / "data", 40).training, params(files))
     losses = []
-    for step, batch in enumerate(training.batches(rows, 2)):
+    for step, batch in enumerate(list(training.batches(rows, 2))[:STEPS]):
         optimizer.param_groups[0]["lr"] = 1e-4 * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / STEPS)).item())
         tensors = training.tensors(batch, tokenizer.eos_token_id, torch.device("cpu"))
         labels, mask = tensors["labels"], tensors["attention_mask"]

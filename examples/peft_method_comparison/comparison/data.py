@@ -49,7 +49,7 @@ class Data:
     source: dict[str, str]
 
 
-def read(folder: Path | None, rows: int, test_rows: int | None = None) -> Data:
+def read(folder: Path | None, rows: int, test_rows: int | None = None, least: int = 1) -> Data:
     """Read the sets as PEFT's comparison does.
 
     MetaMathQA's rows keep their order, without those of more than 1,300 characters. The validation set is 50 random
@@ -57,8 +57,9 @@ def read(folder: Path | None, rows: int, test_rows: int | None = None) -> Data:
 
     Args:
         folder: Folder with the files; None reads from the hub.
-        rows: Number of training rows that are needed.
+        rows: Number of training rows to read, if there are so many.
         test_rows: Number of test problems, the first ones; None takes all.
+        least: Number of training rows that are needed.
 
     Returns:
         The data.
@@ -69,9 +70,9 @@ def read(folder: Path | None, rows: int, test_rows: int | None = None) -> Data:
     """
     short = (pair for pair in _pairs(folder, "metamathqa") if len(" ".join(pair)) <= LONGEST)
     training = list(islice(short, rows))
-    if len(training) < rows:
+    if len(training) < least:
         raise ValueError(
-            f"training takes {rows:,} rows (max_steps × batch_size), and metamathqa has {len(training):,} of at most "
+            f"training takes {least:,} rows (max_steps × batch_size), and metamathqa has {len(training):,} of at most "
             f"{LONGEST:,} characters: lower max_steps"
         )
     candidates = list(_pairs(folder, "gsm8k-train"))

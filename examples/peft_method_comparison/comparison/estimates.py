@@ -3,6 +3,7 @@
 import json
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,8 @@ def _counted(run: Run, model) -> tuple[int, int | None]:
     config = _s2ft_config(run)
     if config is None:
         return prepare(model, run.method, run.options, seed=0).trainable, None
+    if not run.params.autocast_adapter_dtype:
+        config = replace(config, delta_dtype=run.params.dtype)
     estimate = s2ft.estimate(model, config, run.params.batch_size, run.params.max_seq_length, device="cuda")
     return estimate.trained, estimate.peak
 

@@ -13,7 +13,7 @@ from comparison.clock import Clock, OutOfTime
 from comparison.evaluation import accuracy, accuracy_of_numbers, answers
 from comparison.memory import Memory
 from comparison.settings import Run
-from comparison.training import Trainer, encoded
+from comparison.training import BUCKET, Trainer, encoded
 from s2ft.text.divergence import mean_loss
 from s2ft.train.out_of_memory import first_line, is_out_of_memory
 
@@ -41,8 +41,9 @@ def execute(
     """
     path, clock, created = output / run.file_name, Clock(seconds), results.now()
     needed = run.params.max_steps * run.params.batch_size
+    bucket = run.params.batch_size * BUCKET  # a whole bucket is read, because its longest rows come first
     try:
-        texts = data.read(data_folder, needed, test_rows)
+        texts = data.read(data_folder, -(-needed // bucket) * bucket, test_rows, least=needed)
         measured = _Stages(run, texts, clock, output / "work" / path.stem).measured()
         content = results.result(run, created, results.SUCCESS, measured)
     except OutOfTime:

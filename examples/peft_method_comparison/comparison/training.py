@@ -93,7 +93,7 @@ class Trainer:
 
     Args:
         model: The model. The parameters that require gradients are trained.
-        rows: Token ids of `max_steps` × `batch_size` rows.
+        rows: Token ids of at least `max_steps` × `batch_size` rows.
         end: Id of the end token.
         params: How to train.
         memory: Reads the memory after each step.

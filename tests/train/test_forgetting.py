@@ -1,0 +1,322 @@
+"""The meter of a run: its values equal a direct computation, it changes nothing, and a limit ends the run where it says."""
+
+import logging
+
+import pytest
+import torch
+from text.test_divergence import direct, direct_kl, direct_loss
+from train.test_sft import ARGUMENTS, CONFIG, check_same, deltas, token_rows
+from train.tiny import tiny_model, tiny_tokenizer
+
+pytest.importorskip("trl")
+
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+import s2ft
+from s2ft.text.divergence import mean_loss
+from s2ft.text.drift import Drift, answer_rows, prompt_rows, prompts_of, row_of_prompt
+from s2ft.train.arguments import SFTArguments
+from s2ft.train.forgetting import ForgettingMeter
+from s2ft.train.options import ForgettingOptions, RunOptions
+from s2ft.train.output import RunFolder, read_log
+from s2ft.train.sft import sft
+from s2ft.train.trainer import S2FTTrainer
+
+
+def other_rows(count=4):
+    """Random text, on which the loss rises when the model learns sums."""
+    generator = torch.Generator().manual_seed(3)
+    rows = [torch.randint(3, 200, (12 + number,), generator=generator).tolist() for number in range(count)]
+    return [{"input_ids": ids, "labels": ids} for ids in rows]
+
+
+PROMPTS = prompt_rows(token_rows(), 5)
+
+
+def run(path, resume=False, options=None, meter=None, **changes):
+    """Train as in test_sft, with a meter or with the arguments of one."""
+    model = tiny_model()
+    s2ft.attach(model, CONFIG)
+    folder = RunFolder(path)
+    folder.begin({}, resume)
+    if isinstance(meter, dict):
+        meter = ForgettingMeter(**{"other": other_rows(), "prompts": PROMPTS, "every": 1, **meter})
+    arguments = SFTArguments(output_dir=str(path), **{**ARGUMENTS, "save_steps": 1, **changes})
+    result = sft(
+        model,
+        tiny_tokenizer(),
+        token_rows(),
+        arguments,
+        folder,
+        options=RunOptions(**(options or {})),
+        resume=resume,
+        meter=meter,
+    )
+    return model, folder, result, meter
+
+
+def measured(folder):
+    lines = [line for line in read_log(folder.log) if "forgetting" in line]
+    return {line["step"]: Drift(line["forgetting"], line["other_loss"], line["base_kl"]) for line in lines}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("runs") / "whole", meter={})
+
+
+def adapter_of(folder, step):
+    model = tiny_model()
+    s2ft.load_adapter(model, folder.path / f"checkpoint-{step}")
+    return model
+
+
+def limit_behind(values, step):
+    """A limit that the values of the steps up to this one are within, and the next one is not."""
+    before, after = max(values[number] for number in range(1, step + 1)), values[step + 1]
+    assert after > before, "the run does not forget steadily: choose another step"
+    return (before + after) / 2
+
+
+def test_each_measurement_equals_a_direct_computation(whole):
+    _, folder, result, meter = whole
+    base = tiny_model()
+    base_loss, base_distributions = direct_loss(base, other_rows()), direct(base, PROMPTS)[0]
+    assert sorted(measured(folder)) == sorted(meter.measured) == list(range(1, 9))
+    for step, drift in measured(folder).items():
+        model = adapter_of(folder, step)
+        assert drift.forgetting == pytest.approx(direct_loss(model, other_rows()) - base_loss, abs=2e-5)
+        assert drift.other_loss == pytest.approx(direct_loss(model, other_rows()), rel=1e-5)
+        kl = direct_kl(base_distributions, direct(model, PROMPTS)[0])
+        assert drift.base_kl == pytest.approx(kl, rel=1e-3, abs=2e-6)
+    assert result.drift == meter.measured[8] and result.stopped_at is None and result.kept_step is None
+    assert result.to_dict()["base_kl"] == result.drift.base_kl > 0
+
+
+def test_the_trainer_logs_the_values_of_the_step(whole):
+    lines = [line for line in read_log(whole[1].log) if "loss" in line]
+    assert all(line.keys() >= {"forgetting", "base_kl", "other_loss", "meter_seconds"} for line in lines)
+
+
+def test_measuring_changes_nothing_in_the_training(whole, tmp_path):
+    check_same(run(tmp_path)[1], whole[1])
+
+
+@pytest.mark.parametrize("name, value", (("stop_at_forgetting", "forgetting"), ("stop_at_kl", "base_kl")))
+def test_a_limit_ends_the_run_where_it_says(whole, tmp_path, caplog, name, value):
+    caplog.set_level(logging.WARNING)
+    values = {step: getattr(drift, value) for step, drift in whole[3].measured.items()}
+    limit = limit_behind(values, 4)
+    model, folder, result, meter = run(tmp_path, meter={name: limit})
+    assert (result.steps, result.stopped_at, result.kept_step, result.finished) == (5, 5, 4, True)
+    assert f"step 5: {value} {values[5]:.4f} is above {name} {limit:g}, so the training stops" in caplog.text
+    assert "the values of step 4 are kept" in caplog.text
+    assert sorted(measured(folder)) == [1, 2, 3, 4, 5] and not (folder.path / "checkpoint-5").exists()
+    kept = s2ft.get_adapter(adapter_of(whole[1], 4), "default").deltas
+    saved = s2ft.read_adapter(folder.adapter).deltas
+    assert all(torch.equal(delta.values, kept[name].values) for name, delta in saved.items())
+    assert result.drift == meter.measured[4] and getattr(result.drift, value) <= limit
+    assert mean_loss(model, other_rows()) == pytest.approx(result.drift.other_loss, rel=1e-6)
+
+
+def test_a_run_with_a_limit_is_resumed_exactly(whole, tmp_path):
+    """Checkpoints are written at every third step, and the meter measures at every second one."""
+    values = {step: drift.forgetting for step, drift in whole[3].measured.items()}
+    limit = limit_behind(values, 5)
+    meter = {"every": 2, "stop_at_forgetting": limit}
+    expected = run(tmp_path / "whole", meter=meter, save_steps=3)
+    assert (expected[2].stopped_at, expected[2].kept_step) == (6, 4)
+    for step in (1, 3, 5):
+        path = tmp_path / str(step)
+        assert not run(path, meter=meter, save_steps=3, options={"stop_after": step})[2].finished
+        resumed = run(path, meter=meter, save_steps=3, resume=True)
+        assert resumed[2].stopped_at == 6 and resumed[2].kept_step == max(4, step)
+        if step < 5:
+            check_same(resumed[1], expected[1])
+
+
+def test_a_run_that_is_beyond_its_limit_at_once_keeps_its_values_and_says_so(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    model, folder, result, _ = run(tmp_path, meter={"stop_at_kl": 1e-9})
+    assert (result.steps, result.kept_step) == (1, 1)
+    assert "no measurement was within the limits before, so the values of this step are kept" in caplog.text
+    assert any(value.abs().max() > 0 for value in deltas(folder).values())
+
+
+def test_values_that_are_no_numbers_are_beyond_every_limit(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("s2ft.text.drift.DriftMeter.measure", lambda *_: Drift(float("nan"), 1.0, 0.0))
+    assert run(tmp_path, meter={"stop_at_forgetting": 5})[2].steps == 1
+    assert "forgetting nan is above stop_at_forgetting 5" in caplog.text
+
+
+def test_the_last_step_is_measured_and_without_a_limit_nothing_is_copied(tmp_path):
+    _, folder, _, meter = run(tmp_path, meter={"every": 3})
+    assert sorted(measured(folder)) == [3, 6, 8] and meter._within is None
+
+
+def test_without_a_number_of_steps_there_are_about_twenty_measurements(tmp_path):
+    assert sorted(run(tmp_path, meter={"every": None}, max_steps=4)[3].measured) == [1, 2, 3, 4]
+
+
+def test_the_best_checkpoint_is_kept_if_the_run_asks_for_it(whole, tmp_path):
+    from s2ft.train.held_out import HeldOut
+
+    values = {step: drift.forgetting for step, drift in whole[3].measured.items()}
+    model = tiny_model()
+    s2ft.attach(model, CONFIG)
+    folder = RunFolder(tmp_path)
+    folder.begin({})
+    changes = dict(eval_strategy="steps", eval_steps=2, save_steps=2, load_best_model_at_end=True)
+    arguments = SFTArguments(output_dir=str(tmp_path), **{**ARGUMENTS, **changes})
+    meter = ForgettingMeter(other=other_rows(), every=1, stop_at_forgetting=limit_behind(values, 4))
+    held_out = HeldOut(token_rows().select(range(3)))
+    result = sft(model, tiny_tokenizer(), token_rows(), arguments, folder, held_out=held_out, meter=meter)
+    assert result.stopped_at == 5 and result.best_step == result.kept_step == 4
+    check = s2ft.read_adapter(folder.path / "checkpoint-4").deltas
+    assert all(
+        torch.equal(delta.values, check[name].values)
+        for name, delta in s2ft.read_adapter(folder.adapter).deltas.items()
+    )
+
+
+# ---- other trainers ------------------------------------------------------------------------------------
+
+PLAIN = dict(max_steps=4, use_cpu=True, report_to="none", disable_tqdm=True, learning_rate=1e-2, logging_steps=2)
+
+
+def rows_for_trainer():
+    return [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 200, (8, 10)).tolist()]
+
+
+def trained_by(kind, path):
+    """A model, and a Trainer that trains it."""
+    if kind == "trl":
+        model = tiny_model()
+        s2ft.attach(model, CONFIG)
+        arguments = SFTConfig(str(path), max_length=64, **PLAIN)
+        return model, SFTTrainer(model, arguments, train_dataset=token_rows(), processing_class=tiny_tokenizer())
+    model = tiny_model()
+    if kind == "s2ft":
+        s2ft.attach(model, CONFIG)
+    if kind == "peft":
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    arguments = TrainingArguments(str(path), **PLAIN)
+    trainer = (S2FTTrainer if kind == "s2ft" else Trainer)(model, arguments, train_dataset=rows_for_trainer())
+    return model, trainer
+
+
+@pytest.mark.parametrize("kind", ("s2ft", "trl", "peft", "full"))
+def test_every_trainer_has_the_values_and_stops(kind, tmp_path):
+    model, trainer = trained_by(kind, tmp_path / "first")
+    base = direct(tiny_model(), PROMPTS)[0]
+    meter = ForgettingMeter(other=other_rows(), prompts=PROMPTS, every=1)
+    meter.add_to(trainer)
+    trainer.train()
+    assert sorted(meter.measured) == [1, 2, 3, 4]
+    assert meter.measured[4].base_kl == pytest.approx(direct_kl(base, direct(model, PROMPTS)[0]), rel=1e-3, abs=2e-6)
+    logged = [line for line in trainer.state.log_history if "base_kl" in line]
+    assert [line["step"] for line in logged] == [1, 2, 3, 4]
+    limit = limit_behind({step: drift.base_kl for step, drift in meter.measured.items()}, 2)
+    model, trainer = trained_by(kind, tmp_path / "second")
+    stopping = ForgettingMeter(prompts=PROMPTS, every=1, stop_at_kl=limit)
+    trainer.add_callback(stopping)  # the simple way
+    assert trainer.train().global_step == 3 == stopping.stopped_at and stopping.kept_step == 2
+    kl = direct_kl(base, direct(model, PROMPTS)[0])
+    assert kl == pytest.approx(meter.measured[2].base_kl, rel=1e-3, abs=2e-6) and kl < limit
+
+
+def test_full_fine_tuning_is_resumed_with_the_base_of_its_beginning(tmp_path):
+    rows = rows_for_trainer()
+
+    def train(resume=None, add=True, **changes):
+        model = tiny_model()
+        arguments = TrainingArguments(str(tmp_path), **{**PLAIN, "save_steps": 2, **changes})
+        meter = ForgettingMeter(other=other_rows(), prompts=PROMPTS, every=1)
+        trainer = Trainer(model, arguments, train_dataset=rows)
+        (meter.add_to if add else lambda trainer: trainer.add_callback(meter))(trainer)
+        trainer.train(resume)
+        return meter.measured
+
+    first = train()
+    again = train(str(tmp_path / "checkpoint-2"))
+    assert again == {step: first[step] for step in (3, 4)}
+    with pytest.raises(ValueError, match="call meter.add_to"):
+        train(str(tmp_path / "checkpoint-2"), add=False)
+
+
+def test_a_constructor_takes_the_callback_too(tmp_path):
+    model, meter = tiny_model(), ForgettingMeter(other=other_rows(), every=2)
+    arguments = TrainingArguments(str(tmp_path), **PLAIN)
+    Trainer(model, arguments, train_dataset=rows_for_trainer(), callbacks=[meter]).train()
+    assert sorted(meter.measured) == [2, 4]
+
+
+# ---- rows ----------------------------------------------------------------------------------------------
+
+
+def test_rows_of_prompts_end_with_the_first_token_of_the_answer():
+    row = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, -100, 8, 9]}
+    assert prompt_rows([row]) == [{"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]}]
+    assert prompts_of([row]) == [[5, 6, 7]]
+    text = {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}
+    assert prompt_rows([text]) == [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}]
+    assert prompt_rows([row_of_prompt([5, 6])]) == [{"input_ids": [5, 6, 6], "labels": [-100, 6, 6]}]
+    with pytest.raises(ValueError, match="no row has a prompt"):
+        prompts_of([text])
+    many = [{"input_ids": [n, n], "labels": [n, n]} for n in range(50)]
+    assert prompt_rows(many, 7, seed=1) == prompt_rows(many, 7, seed=1) != prompt_rows(many, 7, seed=2)
+    assert len(prompt_rows(iter(many), 7)) == 7
+
+
+def test_answers_are_those_of_the_base_one_by_one():
+    model, tokenizer = tiny_model(seed=4), tiny_tokenizer()
+    prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        for _ in range(6):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+            if ids[0, -1] == tokenizer.eos_token_id:
+                break
+        expected.append(ids[0].tolist())
+    s2ft.attach(model, CONFIG)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    rows = answer_rows(model, tokenizer, prompts, 6, 2)
+    assert [row["input_ids"] for row in rows] == expected
+    assert rows[1]["labels"] == [-100, -100, *expected[1][2:]]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    (
+        (dict(), "nothing is measured"),
+        (dict(other=[], every=0), "every must be at least 1 step, got 0"),
+        (dict(other=[], stop_at_kl=0.1), "stop_at_kl=0.1 needs prompts"),
+        (dict(prompts=[], stop_at_forgetting=0.1), "stop_at_forgetting=0.1 needs other"),
+        (dict(other=[], stop_at_forgetting=0), "stop_at_forgetting must be above 0, got 0"),
+    ),
+)
+def test_mistakes_of_a_meter_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        ForgettingMeter(**options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    (
+        (dict(stop_at_forgetting=0.1), "stop_at_forgetting needs forgetting_data"),
+        (dict(stop_at_kl=-1), "stop_at_kl must be above 0, got -1"),
+        (dict(kl_on="answers"), "kl_on=answers has no effect"),
+        (dict(kl_on="tokens", measure_kl=True), "kl_on must be one of prompts, answers"),
+        (dict(meter_steps=5), "meter_steps has no effect"),
+        (dict(meter_rows=0, measure_kl=True), "meter_rows must be at least 1"),
+    ),
+)
+def test_mistakes_of_the_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        ForgettingOptions(**options)
