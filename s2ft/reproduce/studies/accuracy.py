@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 BASE = "base"  # the method of the run that scores the model without training
 CHOOSING = ("seeds", "methods", "variants", "score_base", "equal_to", "save_adapters")  # they choose runs
 FILES = ("data", "train", "tests", "skip_missing", "other_text", "questions")  # recorded by their content
-OF_TRAINING = ("full_in_float32", "schedule", "warmup_steps", "epochs", "max_steps", "batch_size", "micro_batch_size", "weight_decay",
-               "betas", "max_grad_norm", "gradient_checkpointing", "order", "eval_steps", "eval_from",
+OF_TRAINING = ("full_in_float32", "schedule", "warmup_steps", "epochs", "max_steps", "batch_size", "micro_batch_size",
+               "weight_decay", "betas", "max_grad_norm", "gradient_checkpointing", "order", "eval_steps", "eval_from",
                "best")  # fmt: skip # options without effect on the base
 LOSSES = (
     Column("held_out_loss", "held-out loss", ".4f"),
