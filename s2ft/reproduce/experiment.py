@@ -80,7 +80,6 @@ def run_recipe(
         >>> from s2ft.reproduce.experiment import run_recipe
         >>> from s2ft.reproduce.recipe import read_recipe
         >>> found = run_recipe(read_recipe("arithmetic"), "smoke", {"methods": ["s2ft"], "seeds": [0]}, smoke=True)
-        s2ft ...
         >>> [run.status for run in found.runs]
         ['done']
     """
