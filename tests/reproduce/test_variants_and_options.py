@@ -234,3 +234,17 @@ def test_questions_of_the_tests_in_the_training_data_are_counted(tmp_path, caplo
     assert found.runs[0].rows[0]["trained_on_tests"] == known
     assert f"questions of the tests are in the training data: {known} of AddSub" in caplog.text
     assert f"the questions of {known} rows of the tests are in the training data" in found.tables[0].notes
+
+
+def test_the_plan_is_printed_and_nothing_is_written(tmp_path, capsys, monkeypatch, tiny):
+    monkeypatch.chdir(tmp_path)
+    smoke_data(tmp_path / "data")
+    arguments = ["reproduce", "arithmetic", "--model", tiny, "--data", "data", "--method", "lora", "full", "--dry-run"]
+    assert main([*arguments, "--seeds", "7", "--set", "variants.lora.options.r=4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "lora rate 0.0002 seed 7: 2,816 parameters, to be made",
+        "full rate 1e-05 seed 7: 26,912 parameters, to be made",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert main([*arguments, "--smoke"]) == 2 and "dry_run and smoke exclude" in capsys.readouterr().err
