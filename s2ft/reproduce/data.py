@@ -100,7 +100,8 @@ def trial_data(
     length = min(max_length, context_length(model) or max_length)
     rows = tokenize_rows(train.shuffle(seed=seed), tokenizer, prompt, max_length=length)
     tokens = None if other is None else tokenize_rows(other, tokenizer, prompt, max_length=length).dataset
-    questions = frozenset(example.question.strip() for example in examples_of(train) if example.question)
+    asked = examples_of(row for row in train if row.get("text") is None)
+    questions = frozenset(example.question.strip() for example in asked)
     return TrialData(rows.dataset, tokens, str(rows), questions)
 
 

@@ -59,6 +59,7 @@ COSTS = (
     Column("scoring_seconds", "scoring s", ".0f"),
     Column("gpu_bytes", "GPU memory (bytes)", ",.0f"),
 )
+PERCENT = "right answers (%)"
 NO_SCORES = ("trained", "other_loss", "trained_on_tests")  # further keys of a row
 
 
@@ -287,25 +288,26 @@ def _scores(runs: Sequence[Run]) -> list[str]:
 
 
 def figures(recipe: Recipe, options: AccuracyOptions, runs: Sequence[Run]) -> list[Figure]:
-    """Return bars of the accuracies, and the average accuracy against forgetting if both were measured."""
-    done = [run for run in runs if run.status == DONE]
+    """Return bars of the accuracies, and what was learned against what was lost, as far as both were measured."""
     groups: dict[str, list[dict]] = {}
-    for run in done:
-        rate = run.labels.get("rate")
-        groups.setdefault(run.labels["method"] + (f", {rate:g}" if rate else ""), []).extend(run.rows)
+    for run in runs:
+        if run.status == DONE:
+            rate = run.labels.get("rate")
+            groups.setdefault(run.labels["method"] + (f", {rate:g}" if rate else ""), []).extend(run.rows)
     names = _scores(runs)
     bars = [Series(label, names, *_spread(rows, names)) for label, rows in groups.items()] if names else []
-    found = [Figure("accuracy", recipe.title, "", "right answers (%)", bars, "bars")]
-    for name, title in (
+    found = [Figure("accuracy", recipe.title, "", PERCENT, bars, "bars")]
+    learned, label = ("average", PERCENT) if names else ("held_out_loss", "loss on held-out rows (nats a token)")
+    for lost, text in (
         ("forgetting", "rise of the loss on other text (nats a token)"),
         ("kl", "KL(base‖tuned) (nats)"),
     ):
         points = []
-        for label, rows in groups.items():
-            if any(name in row for row in rows) and any("average" in row for row in rows):
-                (x, x_error), (y, y_error) = _spread(rows, [name]), _spread(rows, ["average"])
-                points.append(Series(label, x, y, y_error, x_error))
-        found.append(Figure(f"accuracy_and_{name}", recipe.title, title, "right answers (%)", points, "points"))
+        for name, rows in groups.items():
+            if all(any(key in row for row in rows) for key in (lost, learned)):
+                (x, x_error), (y, y_error) = _spread(rows, [lost]), _spread(rows, [learned])
+                points.append(Series(name, x, y, y_error, x_error))
+        found.append(Figure(f"learned_and_{lost}", recipe.title, text, label, points, "points"))
     return found
 
 
