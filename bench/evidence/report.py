@@ -1,6 +1,8 @@
-"""Tables and figures of the evidence, from the runs in a folder. `make evidence` runs it at the end.
+"""Tables and figures of the evidence. `make evidence` runs it at the end.
 
-    python -m bench.evidence.report [--output DIR] [--config FILE]
+    python -m bench.evidence.report [--runs DIR_OR_FILE] [--results DIR] [--figures DIR] [--config FILE]
+
+Without --runs it reads the committed results (results/runs.jsonl), from which anybody can make the tables again.
 
 Every run that evidence.yaml asks for has its place in a table, and a missing or failed one says so.
 """
@@ -13,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from bench.evidence.run import CONFIG, HERE, Run, base_runs, best_rate, read_result
+from bench.evidence.run import CONFIG, HERE, Results, Run, base_runs, best_rate
 from s2ft.reproduce.figures import Figure, Series, save_figures
 from s2ft.reproduce.tables import Column, Spread, Table
 
@@ -38,18 +40,18 @@ class Report:
 
     Args:
         config: The content of evidence.yaml.
-        folder: The folder of the runs.
+        results: The results of the runs.
     """
 
-    def __init__(self, config: dict[str, Any], folder: Path) -> None:
-        self.config, self.folder = config, folder
+    def __init__(self, config: dict[str, Any], results: Results) -> None:
+        self.config, self.results = config, results
         self.rows = {name: row["title"] for name, row in config["rows"].items()}
         self.full = [name for name, row in config["rows"].items() if not row.get("screened")]
-        self.rates = {name: best_rate(name, config, folder) for name in self.full}
+        self.rates = {name: best_rate(name, config, results) for name in self.full}
 
     def values(self, run: Run) -> dict[str, float] | None:
         """Return the numbers of a run as the tables show them, or None if it is not there."""
-        result = read_result(self.folder, run, self.config)
+        result = self.results.get(run, self.config)
         if result is None:
             return None
         near = list(result["near"].values())
@@ -73,13 +75,8 @@ class Report:
         return [run for run in runs if run is not None]
 
     def notes(self) -> list[str]:
-        machines = sorted({json.dumps(one["machine"], sort_keys=True) for one in self.results()})
+        machines = sorted({json.dumps(one["machine"], sort_keys=True) for one in self.results.all()})
         return [f"Machine: {', '.join(f'{k} {v}' for k, v in json.loads(one).items())}." for one in machines]
-
-    def results(self) -> list[dict[str, Any]]:
-        """Return all finished runs."""
-        found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((self.folder / "runs").glob("*.json"))]
-        return [one for one in found if "error" not in one]
 
     # ---- tables ------------------------------------------------------------------------------------------
 
@@ -214,39 +211,41 @@ class Report:
         ]  # fmt: skip
 
 
-def write_report(config: dict[str, Any], folder: Path) -> Path:
-    """Write tables, figures and one page with all tables.
+def write_report(config: dict[str, Any], results: Results, folder: Path, figures: Path) -> Path:
+    """Write tables, figures, all results in one file, and one page with all tables.
 
     Args:
         config: The content of evidence.yaml.
-        folder: The folder of the runs.
+        results: The results of the runs.
+        folder: The folder of tables and results.
+        figures: The folder of the figures.
 
     Returns:
         The page, a Markdown file.
     """
-    report = Report(config, folder)
+    report, runs = Report(config, results), results.all()
     tables = report.tables()
     for table in tables:
         table.save(folder)
-    save_figures(report.figures(), folder)
-    seconds = sum(one["seconds"] for one in report.results())
-    lines = [
-        f"{len(report.results())} runs, {seconds / 3600:.2f} hours of one core.", *report.notes(), "",
-        *(table.markdown() for table in tables),
-    ]  # fmt: skip
+    save_figures(report.figures(), figures)
+    hours = sum(one["seconds"] for one in runs) / 3600
+    head = [f"{len(runs)} runs, {hours:.2f} hours of one core.", *report.notes(), ""]
     page = folder / "evidence.md"
-    page.write_text("\n".join(lines), encoding="utf-8")
+    page.write_text("\n".join([*head, *(table.markdown() for table in tables)]), encoding="utf-8")
+    (folder / "runs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in runs), encoding="utf-8")
     return page
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default=str(HERE / "results"))
+    parser.add_argument("--runs", default=str(HERE / "results" / "runs.jsonl"))
+    parser.add_argument("--results", default=str(HERE / "results"))
+    parser.add_argument("--figures", default=str(HERE.parents[1] / "docs" / "assets"))
     parser.add_argument("--config", default=str(CONFIG))
     arguments = parser.parse_args()
     config = yaml.safe_load(Path(arguments.config).read_text(encoding="utf-8"))
-    page = write_report(config, Path(arguments.output))
-    print(page.read_text(encoding="utf-8"))
+    results = Results(Path(arguments.runs))
+    print(write_report(config, results, Path(arguments.results), Path(arguments.figures)).read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

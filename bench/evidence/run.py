@@ -1,14 +1,13 @@
-"""Train all rows of evidence.yaml, score them, and write the report. `make evidence` runs it.
+"""Train all rows of evidence.yaml and score them. `make evidence` runs it, and then bench/evidence/report.py.
 
-    python -m bench.evidence.run [--output DIR] [--near DIR] [--workers 2] [--config FILE] [--only ROW ...] [--limit N]
+    python -m bench.evidence.run [--runs DIR] [--near DIR] [--workers 2] [--config FILE] [--only ROW ...] [--limit N]
 
-Each run is one JSON file in OUTPUT/runs. A run whose file exists with the same settings is not run again, so that the
+Each run is one JSON file in the folder. A run whose file exists with the same settings is not run again, so that the
 command can be interrupted and started again. A run that fails has a file with its error, and is run again.
 
 Stages: (1) every row on the first task with each learning rate and the first seed; (2) its best learning rate, by the
 accuracy on validation questions, with the other seeds; (3) the same rate on the other tasks with all seeds. Rows that
-are marked `screened` stop after (1). The base is scored without training. At the end bench/evidence/report.py writes
-tables and figures.
+are marked `screened` stop after (1). The base is scored without training.
 """
 
 import argparse
@@ -26,6 +25,7 @@ from typing import Any
 import yaml
 
 from bench.evidence.families import check_frozen
+from s2ft.files.writing import replace_file
 
 HERE = Path(__file__).parent
 CONFIG = HERE / "evidence.yaml"
@@ -49,11 +49,8 @@ class Run:
 def settings_of(run: Run, config: dict[str, Any]) -> dict[str, Any]:
     """Return everything that a run's numbers depend on."""
     shared = {key: value for key, value in config.items() if key not in ("rows", "tasks", "seeds", "sweep", "steps")}
-    row = {
-        key: value
-        for key, value in config["rows"][run.row].items()
-        if key not in ("rates", "rate_of", "title", "screened")
-    }
+    entry = {"method": BASE} if run.row == BASE else config["rows"][run.row]
+    row = {key: value for key, value in entry.items() if key not in ("rates", "rate_of", "title", "screened")}
     return {
         **shared,
         **row,
@@ -69,13 +66,39 @@ def digest(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def read_result(folder: Path, run: Run, config: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the result of a finished run with these settings, or None."""
-    path = folder / "runs" / f"{run.name}.json"
-    if not path.is_file():
-        return None
-    result = json.loads(path.read_text(encoding="utf-8"))
-    return result if result["digest"] == digest(settings_of(run, config)) and "error" not in result else None
+class Results:
+    """The results of finished runs, by name.
+
+    Args:
+        path: A folder with one JSON file for each run, or a file with one line for each run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def all(self) -> list[dict[str, Any]]:
+        """Return the results of all runs that are there and did not fail, in the order of their names."""
+        if self.path.is_dir():
+            texts = [file.read_text(encoding="utf-8") for file in self.path.glob("*.json")]
+        else:
+            texts = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        found = [json.loads(text) for text in texts]
+        return sorted((one for one in found if "error" not in one), key=lambda one: one["name"])
+
+    def get(self, run: Run, config: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the result of a run with these settings, or None."""
+        if self.path.is_dir():
+            file = self.path / f"{run.name}.json"
+            found = [json.loads(file.read_text(encoding="utf-8"))] if file.is_file() else []
+        else:
+            found = [one for one in self.all() if one["name"] == run.name]
+        wanted = digest(settings_of(run, config))
+        return next((one for one in found if one["digest"] == wanted and "error" not in one), None)
+
+    def write(self, result: dict[str, Any]) -> None:
+        """Write the result of a run into the folder."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        replace_file(self.path / f"{result['name']}.json", (json.dumps(result, indent=1) + "\n").encode())
 
 
 def sweep_runs(config: dict[str, Any], rows: list[str]) -> list[Run]:
@@ -89,7 +112,7 @@ def sweep_runs(config: dict[str, Any], rows: list[str]) -> list[Run]:
     ]
 
 
-def best_rate(row: str, config: dict[str, Any], folder: Path) -> float | None:
+def best_rate(row: str, config: dict[str, Any], results: Results) -> float | None:
     """Return the rate with the best accuracy on the validation questions, or None if a run of the row is missing.
 
     Of equal ones it is the one with the least forgetting.
@@ -97,9 +120,9 @@ def best_rate(row: str, config: dict[str, Any], folder: Path) -> float | None:
     found = []
     entry = config["rows"][row]
     if "rate_of" in entry:  # the same computation in another dtype
-        return best_rate(entry["rate_of"], config, folder)
+        return best_rate(entry["rate_of"], config, results)
     for rate in entry["rates"]:
-        result = read_result(folder, Run(row, config["sweep"], rate, config["seeds"][0]), config)
+        result = results.get(Run(row, config["sweep"], rate, config["seeds"][0]), config)
         if result is None:
             return None
         found.append((-result["validation"], result["forgetting"]["encyclopedia"], rate))
@@ -111,25 +134,24 @@ def base_runs(config: dict[str, Any]) -> list[Run]:
     return [Run(BASE, task, 0.0, config["seeds"][0]) for task in config["tasks"]]
 
 
-def later_runs(config: dict[str, Any], rows: list[str], folder: Path) -> list[Run]:
+def later_runs(config: dict[str, Any], rows: list[str], results: Results) -> list[Run]:
     """Return the runs of the second and third stage of all rows whose first stage is complete."""
     kept = [row for row in rows if not config["rows"][row].get("screened")]
-    rates = {row: rate for row in kept if (rate := best_rate(row, config, folder)) is not None}
+    rates = {row: rate for row in kept if (rate := best_rate(row, config, results)) is not None}
     tasks = [config["sweep"], *(task for task in config["tasks"] if task != config["sweep"])]
     trained = [Run(row, task, rate, seed) for task in tasks for seed in config["seeds"] for row, rate in rates.items()]
     return [*trained, *base_runs(config)]
 
 
 def run_all(
-    config: dict[str, Any], rows: list[str], folder: Path, near: str | None, workers: int, limit: float
+    config: dict[str, Any], rows: list[str], results: Results, near: str | None, workers: int, limit: float
 ) -> bool:
     """Run what is missing. Returns False if the time limit or a failure leaves a run out."""
-    (folder / "runs").mkdir(parents=True, exist_ok=True)
     end, failed, complete = time.monotonic() + limit, [], True
     context = get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(config, near)) as pool:
-        for stage in (lambda: sweep_runs(config, rows), lambda: later_runs(config, rows, folder)):
-            todo = [run for run in dict.fromkeys(stage()) if read_result(folder, run, config) is None]
+        for stage in (lambda: sweep_runs(config, rows), lambda: later_runs(config, rows, results)):
+            todo = [run for run in dict.fromkeys(stage()) if results.get(run, config) is None]
             print(f"{len(todo)} runs to do", flush=True)
             waiting: dict[Any, Run] = {}
             while (todo or waiting) and (waiting or time.monotonic() < end):
@@ -137,7 +159,7 @@ def run_all(
                     run = todo.pop(0)
                     waiting[pool.submit(_run, run, settings_of(run, config))] = run
                 for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    result = _write(folder, waiting.pop(future), future, config)
+                    result = _write(results, waiting.pop(future), future, config)
                     failed += [result["name"]] if "error" in result else []
             complete = complete and not todo
     if failed:
@@ -145,7 +167,7 @@ def run_all(
     return complete and not failed
 
 
-def _write(folder: Path, run: Run, future: Any, config: dict[str, Any]) -> dict[str, Any]:
+def _write(results: Results, run: Run, future: Any, config: dict[str, Any]) -> dict[str, Any]:
     settings = settings_of(run, config)
     head = {"name": run.name, "digest": digest(settings), "settings": settings}
     try:
@@ -157,7 +179,7 @@ def _write(folder: Path, run: Run, future: Any, config: dict[str, Any]) -> dict[
     except Exception as error:
         result = {**head, "error": f"{type(error).__name__}: {error}"}
         line = result["error"]
-    (folder / "runs" / f"{run.name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    results.write(result)
     print(f"{time.strftime('%H:%M:%S')} {run.name}: {line}", flush=True)
     return result
 
@@ -180,10 +202,10 @@ def _run(run: Run, settings: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", default=str(HERE / "results"))
+    parser.add_argument("--runs", default=".evidence", help="folder of the runs (default: %(default)s)")
     parser.add_argument("--near", help="folder with MultiArith.test.jsonl, AddSub.test.jsonl and SingleEq.test.jsonl")
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
-    parser.add_argument("--config", default=str(CONFIG))
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes of one thread (default: cores)")
+    parser.add_argument("--config", default=str(CONFIG), help="what is compared (default: evidence.yaml)")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="run only these rows")
     parser.add_argument("--limit", type=float, default=float("inf"), help="start no run after so many seconds")
     arguments = parser.parse_args()
@@ -193,12 +215,8 @@ def main() -> None:
     unknown = sorted(set(rows) - set(config["rows"]))
     if unknown:
         parser.error(f"--only {' '.join(unknown)}: {arguments.config} has the rows {', '.join(config['rows'])}")
-    folder = Path(arguments.output)
-    complete = run_all(config, rows, folder, arguments.near, arguments.workers, arguments.limit)
-    from bench.evidence.report import write_report
-
-    print(f"report: {write_report(config, folder)}")
-    if not complete:
+    results = Results(Path(arguments.runs))
+    if not run_all(config, rows, results, arguments.near, arguments.workers, arguments.limit):
         raise SystemExit("not all runs are done: start the command again")
 
 

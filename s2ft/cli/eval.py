@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2ft.cli.forgetting import measure_drift, read_other_text
-from s2ft.cli.parse import ADAPTER, DTYPE, MODEL, parse, quiet_transformers
+from s2ft.cli.parse import ADAPTER, DTYPE, MODEL, UsageError, parse, quiet_transformers
 from s2ft.text.data.options import DATA, ReadingOptions
 from s2ft.text.models import DTYPES
-from s2ft.text.scoring import KINDS
+from s2ft.text.scoring import CHOICES, KINDS
 from s2ft.text.suites import PAPER, SCORINGS
 from s2ft.train.options import POSITIONS, POSITIONS_TEXT, check_fields, option
 
@@ -112,7 +112,10 @@ class EvalArguments:
         check_fields(self)
         self._check_drift()
         if self.lm_eval is not None:
-            self._refuse("lm_eval", ("data", "task", "suite", "resume", "scoring", "kl", "forgetting"))
+            ours = ("data", "task", "suite", "skip_missing", "resume", "scoring", "length_normalized", "answer_form")
+            self._refuse("lm_eval", (*ours, "kl", "forgetting"))
+            if self.num_beams > 1:
+                raise ValueError("num_beams has no meaning with lm_eval: its tasks say how they generate")
             return
         self._refuse("data or suite", ("lm_eval_path", "num_fewshot", "apply_chat_template"))
         if self.suite:
@@ -127,7 +130,7 @@ class EvalArguments:
             self._refuse("data without suite", ("resume", "skip_missing"))
         if self.scoring == "generation":
             self._refuse("scoring generation", ("length_normalized", "answer_form"))
-        elif self.scoring == "likelihood" and self.num_beams > 1:
+        elif self.num_beams > 1 and (self.scoring == "likelihood" or (self.task == CHOICES and not self.suite)):
             raise ValueError("scoring likelihood generates nothing, so it takes no num_beams")
         if self.answer_form is not None and self.answer_form.count("{}") != 1:
             raise ValueError(f"answer_form must have {{}} once, where the answer stands, got {self.answer_form!r}")
@@ -157,6 +160,8 @@ class EvalArguments:
 def run(arguments: list[str]) -> None:
     description = "Generate an answer to each row and score it, or score the likeliest of the answers that it allows."
     job, reading = parse("eval", description, [EvalArguments, ReadingOptions], arguments, EXAMPLE)
+    if job.lm_eval is not None and reading != ReadingOptions():
+        raise UsageError("split, field and skip_bad_rows have no meaning with lm_eval (see s2ft eval --help)")
     quiet_transformers()
     if job.lm_eval is not None:
         score_by_lm_eval(job)

@@ -113,7 +113,7 @@ def _train(parsed, folder, ranks, resume):
     if ranks.is_main_process and not resume:
         log_memory(model, config, rows, arguments, options, tokenizer)
     meter = meter_for(parsed, other, model, tokenizer, rows if held_out is None else held_out.rows)
-    protect = protect_batches(other, model, tokenizer, arguments)
+    protect = protect_batches(parsed, other, model, tokenizer, arguments)
     begin("sft", parsed, arguments, model, prompt, rows, folder, ranks, resume, calibration, protect)
     settings = {"options": options, "resume": resume, "held_out": held_out, "meter": meter}
     with naming_what_is_kept(folder):

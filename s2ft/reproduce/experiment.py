@@ -220,7 +220,9 @@ def report(recipe: Recipe, kind: Kind, options: Any, runs: Sequence[Run], result
     Returns:
         The runs with their results, the tables and the files.
     """
-    made = [results.find(run.configuration) or run for run in runs]
+    found = [results.find(run.configuration) for run in runs]
+    # A run that was made under another name has the name that it has now.
+    made = [run if result is None else replace(result, labels=run.labels) for run, result in zip(runs, found)]
     known = {run.id for run in made}
     others = [run for run in results.all() if run.id not in known]
     if others:

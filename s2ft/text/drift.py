@@ -132,15 +132,18 @@ def read_texts(options: DataOptions, most: int = ROWS, seed: int = 0) -> Any:
     return rows.select(drawn(len(rows), most, seed)) if len(rows) > most else rows
 
 
-def text_rows(rows: Any, tokenizer, longest: int) -> list[dict[str, Any]]:
+def text_rows(rows: Any, tokenizer, longest: int, most: int = ROWS, seed: int = 0) -> list[dict[str, Any]]:
     """Make token rows whose labels are all of their tokens.
 
-    Plain texts are taken as they are, and chats and answers in the tokenizer's chat template. A longer text is cut.
+    Plain texts are taken as they are, and chats and answers in the tokenizer's chat template. A longer plain text is
+    cut into several rows, another one at its end.
 
     Args:
         rows: The rows, as :func:`read_texts` returns them.
         tokenizer: The model's tokenizer.
         longest: Longest token row.
+        most: Number of token rows to draw.
+        seed: Seed of the draw.
 
     Returns:
         Token rows.
@@ -157,7 +160,8 @@ def text_rows(rows: Any, tokenizer, longest: int) -> list[dict[str, Any]]:
     """
     prompt = prompt_for_rows(tokenizer, rows, DataOptions())
     how = {"max_length": longest, "too_long": "cut", "loss_on": "all", "completion_only": False}
-    return list(tokenize_rows(rows, tokenizer, prompt, **how).dataset)
+    tokens = tokenize_rows(rows, tokenizer, prompt, **how).dataset
+    return [tokens[number] for number in drawn(len(tokens), most, seed)]
 
 
 def prompt_rows(rows, most: int = ROWS, seed: int = 0) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
 """The comparison of methods: frozen families, the plan of its runs, one run on a tiny model, and its report."""
 
-import json
 import re
 
 import pytest
@@ -12,6 +11,11 @@ from s2ft.reproduce.smoke import smoke_model
 from s2ft.text.models import load_model
 from s2ft.text.prompts import PromptFormat
 from s2ft.train.problems import TRAIN_TEMPLATES, make_problems
+
+
+@pytest.fixture
+def results(tmp_path):
+    return run.Results(tmp_path / "runs")
 
 
 @pytest.fixture
@@ -53,7 +57,7 @@ def test_answers_of_held_out_problems_are_right():
 # ---- the plan ------------------------------------------------------------------------------------------
 
 
-def write(folder, config, one, validation, forgetting=0.1, **more):
+def write(results, config, one, validation, forgetting=0.1, **more):
     settings = run.settings_of(one, config)
     result = {
         "name": one.name, "digest": run.digest(settings), "settings": settings, "validation": validation,
@@ -61,8 +65,7 @@ def write(folder, config, one, validation, forgetting=0.1, **more):
         "forgetting": {"encyclopedia": forgetting, "documentation": 0.2}, "seconds": 10.0, "seconds_per_step": 1.0,
         "peak_bytes": 2**30, "trainable": 10**6, "machine": {"processor": "test"}, **more,
     }  # fmt: skip
-    (folder / "runs").mkdir(exist_ok=True)
-    (folder / "runs" / f"{one.name}.json").write_text(json.dumps(result))
+    results.write(result)
 
 
 def test_the_sweep_has_every_rate_of_every_row_once(config):
@@ -72,50 +75,52 @@ def test_the_sweep_has_every_rate_of_every_row_once(config):
         assert row.get("screened") or row.get("rate_of") or len(row["rates"]) == 4, name
 
 
-def test_validation_accuracy_chooses_the_rate_and_forgetting_breaks_ties(config, tmp_path):
+def test_validation_accuracy_chooses_the_rate_and_forgetting_breaks_ties(config, results):
     rates = config["rows"]["lora"]["rates"]
     for rate, validation, forgetting in zip(rates, (0.5, 0.7, 0.7, 0.6), (0.0, 0.3, 0.2, 0.0)):
-        assert run.best_rate("lora", config, tmp_path) is None  # a rate is missing
-        write(tmp_path, config, run.Run("lora", config["sweep"], rate, 0), validation, forgetting)
-    assert run.best_rate("lora", config, tmp_path) == rates[2]
-    assert run.best_rate("lora-bf16", config, tmp_path) == rates[2]
+        assert run.best_rate("lora", config, results) is None  # a rate is missing
+        write(results, config, run.Run("lora", config["sweep"], rate, 0), validation, forgetting)
+    assert run.best_rate("lora", config, results) == rates[2]
+    assert run.best_rate("lora-bf16", config, results) == rates[2]
 
 
-def test_later_runs_are_of_complete_rows_and_all_seeds_and_tasks(config, tmp_path):
+def test_later_runs_are_of_complete_rows_and_all_seeds_and_tasks(config, results):
     for rate in config["rows"]["dora"]["rates"]:
-        write(tmp_path, config, run.Run("dora", config["sweep"], rate, 0), 0.5, rate)
+        write(results, config, run.Run("dora", config["sweep"], rate, 0), 0.5, rate)
     for row in ("s2ft-weight", "lora"):  # one is screened only, the other is not complete
-        write(tmp_path, config, run.Run(row, config["sweep"], config["rows"][row]["rates"][0], 0), 0.5)
-    runs = [one for one in run.later_runs(config, list(config["rows"]), tmp_path) if one.row != run.BASE]
+        write(results, config, run.Run(row, config["sweep"], config["rows"][row]["rates"][0], 0), 0.5)
+    runs = [one for one in run.later_runs(config, list(config["rows"]), results) if one.row != run.BASE]
     best = config["rows"]["dora"]["rates"][0]
     assert set(runs) == {run.Run("dora", task, best, seed) for task in config["tasks"] for seed in config["seeds"]}
 
 
-def test_a_run_with_other_settings_or_an_error_is_run_again(config, tmp_path):
+def test_a_run_with_other_settings_or_an_error_is_run_again(config, results):
     one = run.Run("lora", config["sweep"], config["rows"]["lora"]["rates"][0], 0)
-    assert run.read_result(tmp_path, one, config) is None
-    write(tmp_path, config, one, 0.5)
-    assert run.read_result(tmp_path, one, config)["validation"] == 0.5
-    assert run.read_result(tmp_path, one, {**config, "batch_size": 4}) is None
-    write(tmp_path, config, one, 0.5, error="MemoryError")
-    assert run.read_result(tmp_path, one, config) is None
+    assert results.get(one, config) is None
+    write(results, config, one, 0.5)
+    assert results.get(one, config)["validation"] == 0.5
+    assert results.get(one, {**config, "batch_size": 4}) is None
+    write(results, config, one, 0.5, error="MemoryError")
+    assert results.get(one, config) is None
 
 
 # ---- the report ----------------------------------------------------------------------------------------
 
 
-def test_the_report_compares_the_best_rows_and_shows_what_is_missing(config, tmp_path):
+def test_the_report_compares_the_best_rows_and_shows_what_is_missing(config, results, tmp_path):
     for row, accuracy in (("s2ft-d", 0.4), ("lora", 0.6)):
         for rate in config["rows"][row]["rates"]:
-            write(tmp_path, config, run.Run(row, config["sweep"], rate, 0), accuracy, rate)
+            write(results, config, run.Run(row, config["sweep"], rate, 0), accuracy, rate)
         for seed in config["seeds"][1:]:
-            best = run.best_rate(row, config, tmp_path)
-            write(tmp_path, config, run.Run(row, config["sweep"], best, seed), accuracy + seed / 100)
-    page = report.write_report(config, tmp_path).read_text()
+            best = run.best_rate(row, config, results)
+            write(results, config, run.Run(row, config["sweep"], best, seed), accuracy + seed / 100)
+    page = report.write_report(config, results, tmp_path, tmp_path).read_text()
     assert "| S²FT, d | 20.5 ± 0.5 |" in page and "| -10.0 | below |" in page
     assert "not run" in page and "Fewer seeds are there of" in page
     assert {path.name for path in tmp_path.glob("*.png")} == {"evidence-forgetting.png", "evidence-memory.png"}
-    found = report.Report(config, tmp_path)
+    committed = run.Results(tmp_path / "runs.jsonl")  # the tables can be made again from one file
+    assert report.write_report(config, committed, tmp_path / "again", tmp_path).read_text() == page
+    found = report.Report(config, results)
     assert found.best_of("s2ft", config["sweep"]) == "s2ft-d" and found.best_of("s2ft", "subjects") is None
 
 

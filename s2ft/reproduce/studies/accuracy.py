@@ -22,6 +22,7 @@ from s2ft.reproduce.trial import (
     Meter,
     gpu_peak,
     load,
+    needs_autocast,
     prepare_trial,
     reset_gpu_peak,
     save_trial,
@@ -40,8 +41,8 @@ logger = logging.getLogger(__name__)
 BASE = "base"  # the method of the run that scores the model without training
 CHOOSING = ("seeds", "methods", "variants", "score_base", "equal_to", "save_adapters")  # they choose runs
 FILES = ("data", "train", "tests", "skip_missing", "other_text", "questions")  # recorded by their content
-OF_TRAINING = ("schedule", "warmup_steps", "epochs", "max_steps", "batch_size", "micro_batch_size", "weight_decay",
-               "betas", "max_grad_norm", "gradient_checkpointing", "order", "eval_steps", "eval_from",
+OF_TRAINING = ("full_in_float32", "schedule", "warmup_steps", "epochs", "max_steps", "batch_size", "micro_batch_size",
+               "weight_decay", "betas", "max_grad_norm", "gradient_checkpointing", "order", "eval_steps", "eval_from",
                "best")  # fmt: skip # options without effect on the base
 LOSSES = (
     Column("held_out_loss", "held-out loss", ".4f"),
@@ -82,12 +83,15 @@ class AccuracyOptions:
     prompt: str | None = option(None, "chat template: a file, or alpaca; null is the tokenizer's own")
     max_length: int = option(2048, "longest row in tokens; longer rows are left out", least=2)
     dtype: str = option("auto", "dtype of the weights", choices=DTYPES)
+    full_in_float32: bool = option(
+        True, "full fine-tuning of a bfloat16 model keeps float32 weights and computes in bfloat16; false does not"
+    )
     epochs: float = option(3.0, "passes over the training rows")
     max_steps: int | None = option(None, "end after so many updates; then epochs has no effect", least=1)
     batch_size: int = option(64, "rows of an update", least=1)
     micro_batch_size: int | None = option(None, "rows of a forward pass; null takes a divisor up to 8", least=1)
     schedule: str = option("linear", "schedule of the learning rate", choices=tuple(SCHEDULES))
-    warmup_steps: int = option(100, "updates of the warm-up; at most a tenth of the run", least=0)
+    warmup_steps: int = option(100, "updates of the warm-up, fewer than the run has", least=0)
     weight_decay: float = option(0.0, "weight decay", least=0)
     betas: list[float] = option([0.9, 0.999], "betas of AdamW")
     max_grad_norm: float = option(1.0, "longest gradient; a longer one is shortened", least=0)
@@ -206,7 +210,9 @@ def measure(options: AccuracyOptions, run: Planned, folder: Path) -> list[dict[s
     meter = Meter(data.held_out, _other_rows(options, loaded), options.kl)
     model = loaded.model
     if trains:
-        arguments = trial_arguments(options, len(data.train), configuration["learning_rate"], seed, folder)
+        autocast = needs_autocast(configuration["method"], loaded.model, options)
+        rate = configuration["learning_rate"]
+        arguments = trial_arguments(options, len(data.train), rate, seed, folder, autocast)
         prepared = prepare_trial(loaded, configuration, data, arguments.per_device_train_batch_size)
         model, row["trained"] = prepared.model, prepared.trainable
         logger.info("%s", prepared.report)
