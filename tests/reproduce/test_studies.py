@@ -161,6 +161,7 @@ def test_methods_take_turns_and_wrong_options_are_found_before_a_run():
     for change, message in (
         ({"variants.s2ft.options": {"d_ratioo": 1}}, "variant s2ft: .*d_ratioo"),
         ({"variants.lora.options": {"rank": 8}}, "variant lora: .*rank"),
+        ({"lengths": [4096]}, "lengths must be at most 2048, the context"),
         ({"batches": []}, "batches must be one or more numbers"),
         ({"memory": "much"}, "memory must be a size"),
         ({"device": "tpu"}, "device must be one of cpu, cuda"),
