@@ -42,7 +42,7 @@ class TaskOptions:
     batch_size: int = option(64, "rows of an update", least=1)
     micro_batch_size: int | None = option(None, "rows of a forward pass; null takes a divisor up to 8", least=1)
     schedule: str = option("linear", "schedule of the learning rate of each task", choices=tuple(SCHEDULES))
-    warmup_steps: int = option(100, "updates of the warm-up of each task; at most a tenth of them", least=0)
+    warmup_steps: int = option(100, "updates of the warm-up of each task, fewer than it has", least=0)
     weight_decay: float = option(0.0, "weight decay", least=0)
     betas: list[float] = option([0.9, 0.999], "betas of AdamW")
     max_grad_norm: float = option(1.0, "longest gradient; a longer one is shortened", least=0)

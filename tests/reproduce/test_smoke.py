@@ -11,7 +11,7 @@ from s2ft.cli.main import main
 from s2ft.reproduce import experiment
 from s2ft.reproduce.data import text_rows
 from s2ft.reproduce.experiment import run_recipe
-from s2ft.reproduce.recipe import read_recipe, recipe_names
+from s2ft.reproduce.recipe import read_recipe
 from s2ft.text.divergence import mean_loss
 from s2ft.text.models import load_model
 from s2ft.text.prompts import prompt_format
@@ -38,7 +38,7 @@ def smoke(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", TRAINING)  # test_studies.py runs the others
 def test_every_recipe_runs(smoke, name):
     found, folder = smoke(name)
     assert found.runs and [run.error for run in found.failed] == []
