@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from s2ft.cli.parse import ADAPTER, DTYPE, MODEL, parse, quiet_transformers
+from s2ft.cli.forgetting import measure_drift, read_other_text
+from s2ft.cli.parse import ADAPTER, DTYPE, MODEL, UsageError, parse, quiet_transformers
 from s2ft.text.data.options import DATA, ReadingOptions
 from s2ft.text.models import DTYPES
-from s2ft.text.scoring import KINDS
+from s2ft.text.scoring import CHOICES, KINDS
 from s2ft.text.suites import PAPER, SCORINGS
-from s2ft.train.options import check_fields, option
+from s2ft.train.options import POSITIONS, POSITIONS_TEXT, check_fields, option
 
 if TYPE_CHECKING:
     from s2ft.reproduce.tables import Table
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 EXAMPLE = """\
   s2ft eval --model meta-llama/Llama-3.2-1B --adapter my-run --data test.jsonl --task arithmetic
   s2ft eval --model meta-llama/Llama-3.2-1B --adapter my-run --suite arithmetic --data LLM-Adapters --num-beams 4
+  s2ft eval --model meta-llama/Llama-3.2-1B --adapter my-run --forgetting other-text.jsonl
   s2ft eval --model meta-llama/Llama-3.2-1B --adapter my-run --lm-eval hellaswag,arc_easy"""
 # What determines the scores of a suite. The batch size changes only rounding, so that a smaller one can go on.
 SCORED_BY = (
@@ -80,6 +82,15 @@ class EvalArguments:
     max_new_tokens: int = option(256, "longest answer", unit="tokens", least=1)
     limit: int | None = option(None, "use the first N rows only, of each task", shown="all rows", least=1)
     skip_missing: bool = option(False, "leave out tasks of a suite that have no file in --data; they are named")
+    forgetting: list[str] = option(
+        [],
+        "also measure by how much the adapter raises the loss on this text, in nats a token: files, folders, or names "
+        "of data sets on the hub",
+        metavar="FILE_OR_NAME",
+    )
+    kl: bool = option(False, "also measure KL(base||adapter) on the prompts of the scored rows, in nats a position")
+    kl_on: str = option("prompts", f"positions of --kl. {POSITIONS_TEXT}", choices=tuple(POSITIONS))
+    meter_rows: int = option(64, "rows that --forgetting and --kl draw, each", unit="rows", least=1)
     dtype: str = option("auto", DTYPE, choices=DTYPES)
     output: str | None = option(
         None,
@@ -99,13 +110,19 @@ class EvalArguments:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        self._check_drift()
         if self.lm_eval is not None:
-            self._refuse("lm_eval", ("data", "task", "suite", "resume", "scoring"))
+            ours = ("data", "task", "suite", "skip_missing", "resume", "scoring", "length_normalized", "answer_form")
+            self._refuse("lm_eval", (*ours, "kl", "forgetting"))
+            if self.num_beams > 1:
+                raise ValueError("num_beams has no meaning with lm_eval: its tasks say how they generate")
             return
         self._refuse("data or suite", ("lm_eval_path", "num_fewshot", "apply_chat_template"))
         if self.suite:
             if self.resume and self.output is None:
                 raise ValueError("resume needs output, the file with the results so far")
+        elif self.measures_only:
+            self._refuse("measuring without a task", ("resume", "skip_missing", "scoring"))
         elif not self.data or self.task is None:
             missing = [name for name, value in (("--data FILE_OR_NAME", self.data), ("--task", self.task)) if not value]
             raise ValueError(f"missing: {', '.join(missing)}, or --suite, or --lm-eval")
@@ -113,10 +130,25 @@ class EvalArguments:
             self._refuse("data without suite", ("resume", "skip_missing"))
         if self.scoring == "generation":
             self._refuse("scoring generation", ("length_normalized", "answer_form"))
-        elif self.scoring == "likelihood" and self.num_beams > 1:
+        elif self.num_beams > 1 and (self.scoring == "likelihood" or (self.task == CHOICES and not self.suite)):
             raise ValueError("scoring likelihood generates nothing, so it takes no num_beams")
         if self.answer_form is not None and self.answer_form.count("{}") != 1:
             raise ValueError(f"answer_form must have {{}} once, where the answer stands, got {self.answer_form!r}")
+
+    @property
+    def measures_only(self) -> bool:
+        """Whether the distance from the base is measured, and nothing is scored."""
+        return bool(self.forgetting or self.kl) and self.task is None and not self.suite
+
+    def _check_drift(self) -> None:
+        if not self.forgetting and not self.kl:
+            return
+        if self.adapter is None:
+            raise ValueError("forgetting and kl compare an adapter with its base: give --adapter")
+        if self.kl and not self.data and not self.suite:
+            raise ValueError("kl needs rows with prompts: give --data or --suite")
+        if self.data and not self.kl and self.measures_only:
+            raise ValueError("data has no use here: give --task to score it, or --kl to measure on its prompts")
 
     def _refuse(self, way: str, names: tuple[str, ...]) -> None:
         """Refuse options that would be ignored."""
@@ -128,9 +160,13 @@ class EvalArguments:
 def run(arguments: list[str]) -> None:
     description = "Generate an answer to each row and score it, or score the likeliest of the answers that it allows."
     job, reading = parse("eval", description, [EvalArguments, ReadingOptions], arguments, EXAMPLE)
+    if job.lm_eval is not None and reading != ReadingOptions():
+        raise UsageError("split, field and skip_bad_rows have no meaning with lm_eval (see s2ft eval --help)")
     quiet_transformers()
     if job.lm_eval is not None:
         score_by_lm_eval(job)
+    elif job.measures_only:
+        measure(job, reading)
     elif job.suite:
         score_suite_of(job, reading)
     else:
@@ -157,11 +193,38 @@ def score(job: EvalArguments, reading: ReadingOptions) -> None:
     examples = tuple(read_examples(reading.of(job.data, "test", job.limit)))
     task = LoadedTask(SuiteTask("evaluating", job.task, ""), examples)
     check_rows(task, job.scoring)  # A row that can't be scored is reported before the model is loaded.
+    other = read_other_text(job, reading)
     with _loaded(job) as (model, prompter):
         result = evaluate_task(model, prompter, task, **_settings(job))
+        drift = measure_drift(job, model, prompter, other, examples)
     print(result)
     if output:
-        write_json(output, {"model": job.model, "adapter": job.adapter, "data": job.data, **result.to_dict()})
+        names = {"model": job.model, "adapter": job.adapter, "data": job.data}
+        write_json(output, {**names, **drift, **result.to_dict()})
+
+
+def measure(job: EvalArguments, reading: ReadingOptions) -> None:
+    """Measure how far the adapter has moved the model from its base, and print it.
+
+    Args:
+        job: The options of the command.
+        reading: How the data is read.
+
+    Raises:
+        FileExistsError: The output file exists.
+        FileNotFoundError: The folder of the output file does not exist.
+        ValueError: A row can't be measured, or the model or the adapter can't be loaded.
+    """
+    from s2ft.text.examples import read_examples
+    from s2ft.train.output import write_json
+
+    output = _check_output(job.output)
+    examples = tuple(read_examples(reading.of(job.data, "test", job.limit))) if job.data else ()
+    other = read_other_text(job, reading)
+    with _loaded(job) as (model, prompter):
+        drift = measure_drift(job, model, prompter, other, examples)
+    if output:
+        write_json(output, {"model": job.model, "adapter": job.adapter, "data": job.data, **drift})
 
 
 def score_suite_of(job: EvalArguments, reading: ReadingOptions) -> None:
@@ -200,13 +263,15 @@ def score_suite_of(job: EvalArguments, reading: ReadingOptions) -> None:
         if kept:
             scores.add(result)
 
+    other = read_other_text(job, reading)
     with _loaded(job) as (model, prompter):
         scores.check_weights(model)
         results = score_suite(model, prompter, suite, **_settings(job), done=scores.results, on_result=add)
+        drift = measure_drift(job, model, prompter, other, [one for loaded in suite for one in loaded.examples])
     table = suite_table(results, _title(job), missing)
     print(table.text())
     if kept:
-        scores.write(missing=missing)
+        scores.write(missing=missing, **drift)
     if form:
         replace_file(output, (getattr(table, form)().rstrip("\n") + "\n").encode())
 
@@ -258,7 +323,7 @@ def _loaded(job: EvalArguments) -> Iterator[tuple[Any, Any]]:
     from s2ft.train.generation_memory import explain_generation
 
     model, prompter = load_with_adapter(job.model, job.adapter, job.dtype)
-    generates = job.lm_eval is None and job.scoring != "likelihood"
+    generates = job.lm_eval is None and job.scoring != "likelihood" and not job.measures_only
     with explain_generation(model, job.batch_size, job.max_new_tokens if generates else 0, job.num_beams):
         model.to(gpu_or_cpu())
         yield model, prompter

@@ -8,7 +8,7 @@ from s2ft.cli.parse import MODEL, parse, quiet_transformers
 from s2ft.config import S2FTConfig
 from s2ft.text.data.options import DATA, ReadingOptions
 from s2ft.text.models import DTYPES
-from s2ft.train.options import CALIBRATION, DEFAULT_D_RATIO, check_fields, option
+from s2ft.train.options import CALIBRATION, DEFAULT_D_RATIO, PROTECT, PROTECT_ROWS, check_fields, option
 
 logger = logging.getLogger(__name__)
 EXAMPLE = """  s2ft select --model meta-llama/Llama-3.2-1B --d-ratio 0.03 --selection weight --output units.json
@@ -26,6 +26,8 @@ class SelectArguments:
         metavar="FILE_OR_NAME",
     )
     calibration_examples: int | None = option(None, group="model and data", **CALIBRATION)
+    protect: list[str] = option([], group="model and data", **PROTECT)
+    protect_rows: int = option(128, group="model and data", **PROTECT_ROWS)
     batch_size: int = option(8, "rows of one forward pass", group="model and data", unit="rows", least=1)
     max_length: int = option(
         1024, "longest row; a longer row is left out", group="model and data", unit="tokens", least=1
@@ -51,8 +53,11 @@ def run(arguments: list[str]) -> None:
         {S2FTConfig: "selection", ReadingOptions: "model and data"},
     )
     quiet_transformers()
+    from s2ft.selection.protection import with_protect_ratio
+
     if not config.ratios and config.units is None:
         config = replace(config, d_ratio=DEFAULT_D_RATIO)
+    config = with_protect_ratio(config, bool(job.protect))
     if Path(job.output).exists():
         raise FileExistsError(f"output {job.output} exists: choose another")
     if not Path(job.output).absolute().parent.is_dir():
@@ -83,13 +88,16 @@ def choose(job: SelectArguments, config, reading: ReadingOptions):
     calibrated = needs_calibration(config)
     if bool(job.data) != calibrated:
         raise ValueError(f"selection={config.selection!r} " + ("needs data" if calibrated else "takes no data"))
-    if not calibrated:
+    if not calibrated and not job.protect:
         return _choose_from_disk(job, config)
+    protected = _read_protected(job, config, reading)
     model, tokenizer = load_model(job.model, job.dtype)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = accelerator or torch.device("cpu")
     say_device(device)
-    return s2ft.select(model.to(device), config, _calibration(job, config, reading, model, tokenizer))
+    calibration = _calibration(job, config, reading, model, tokenizer) if calibrated else None
+    protect = _protect_batches(job, config, protected, model, tokenizer)
+    return s2ft.select(model.to(device), config, calibration, protect=protect)
 
 
 def _choose_from_disk(job: SelectArguments, config):
@@ -123,3 +131,24 @@ def _calibration(job: SelectArguments, config, reading: ReadingOptions, model, t
     room = min(job.max_length, context_length(model) or job.max_length)
     tokenized = tokenize_rows(rows, tokenizer, prompt, max_length=room, skip_bad_rows=options.skip_bad_rows)
     return calibration_for(config, tokenizer, tokenized.dataset, job.calibration_examples, job.batch_size)
+
+
+def _read_protected(job: SelectArguments, config, reading: ReadingOptions):
+    """Read the text of --protect. Returns None without any."""
+    from s2ft.text.drift import read_texts
+
+    return read_texts(reading.of(job.protect, "train"), job.protect_rows, config.seed) if job.protect else None
+
+
+def _protect_batches(job: SelectArguments, config, protected, model, tokenizer):
+    """Return batches of the text to protect, or None without any."""
+    from s2ft.text.calibration import batches_of
+    from s2ft.text.drift import text_rows
+    from s2ft.text.encoding import context_length
+
+    if protected is None:
+        return None
+    longest = min(job.max_length, context_length(model) or job.max_length)
+    return batches_of(
+        text_rows(protected, tokenizer, longest, job.protect_rows, config.seed), tokenizer, job.batch_size
+    )

@@ -173,8 +173,8 @@ def matched(model: nn.Module, method: str, parameters: int, options: dict[str, A
         )
     if method == "s2ft":
         return {**options, "budget": parameters}
-    each = _parameters_of(model, method, {**options, "r": 2}) - _parameters_of(model, method, {**options, "r": 1})
-    fixed = _parameters_of(model, method, {**options, "r": 1}) - each
+    each = parameters_of(model, method, {**options, "r": 2}) - parameters_of(model, method, {**options, "r": 1})
+    fixed = parameters_of(model, method, {**options, "r": 1}) - each
     rank = (parameters - fixed) // each
     if rank < 1:
         raise ValueError(f"{entry.title} trains at least {fixed + each:,} parameters of this model, got {parameters:,}")
@@ -184,7 +184,7 @@ def matched(model: nn.Module, method: str, parameters: int, options: dict[str, A
     return found
 
 
-def _parameters_of(model: nn.Module, method: str, options: dict[str, Any]) -> int:
+def parameters_of(model: nn.Module, method: str, options: dict[str, Any]) -> int:
     """Count what a method of PEFT trains, on a copy of the model on the meta device."""
     if method == "shira":  # it can't be made on the meta device, and trains as many weights as LoRA of its rank
         method, options = "lora", {"r": options["r"], "target_modules": options["target_modules"]}

@@ -1,12 +1,11 @@
 """Variants: what a run trains, resolved to a method and its options before anything is trained."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from s2ft.config import S2FTConfig
 from s2ft.packages import check_packages
-from s2ft.reproduce.methods import METHODS, _parameters_of, matched
+from s2ft.reproduce.methods import METHODS, matched, parameters_of
 from s2ft.reproduce.recipe import check_keys, closest
 from s2ft.text.models import hollow_model
 from s2ft.train.ratio_table import as_random
@@ -118,7 +117,7 @@ def trained_parameters(model, method: str, options: Mapping[str, Any]) -> int:
     Example:
         >>> from s2ft.reproduce.variants import trained_parameters
         >>> trained_parameters(model, "s2ft", {"d_ratio": 0.1}), trained_parameters(model, "lora", {"r": 8})
-        (1664, 20480)
+        (1664, 11264)
     """
     import s2ft
 
@@ -128,11 +127,9 @@ def trained_parameters(model, method: str, options: Mapping[str, Any]) -> int:
             raise ValueError(f"full fine-tuning takes no options, got {', '.join(options)}")
         return sum(parameter.numel() for parameter in model.parameters())
     if method != "s2ft":
-        return _parameters_of(model, method, dict(options))
+        return parameters_of(model, method, dict(options))
     try:
         config = S2FTConfig(**options)
     except TypeError as error:
         raise ValueError(f"an option is no field of S2FTConfig: {error}") from None
-    if config.allocation == "global" and config.selection == "random":
-        return s2ft.plan(model, config).trainable
-    return s2ft.plan(model, config if config.units is not None else as_random(replace(config, exclude=None))).trainable
+    return s2ft.plan(model, as_random(config)).trainable

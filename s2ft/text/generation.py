@@ -12,6 +12,16 @@ from s2ft.text.encoding import left_pad
 from s2ft.text.output_head import contiguous_head
 from s2ft.text.prompts import end_ids, pad_id
 
+# The generation_config of some checkpoints has other values for chats. They would hold for every value left open here.
+PLAIN = {
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "length_penalty": 1.0,
+    "early_stopping": False,
+    "min_length": 0,
+    "num_return_sequences": 1,
+}
+
 
 def generate(
     model,
@@ -23,6 +33,8 @@ def generate(
     num_beams: int = 1,
 ) -> list[str]:
     """Answer prompts greedily or by beam search. Nothing is drawn, so that a call can be repeated.
+
+    Penalties in the checkpoint's generation_config are not applied; its end tokens are.
 
     The longest prompts are answered first. The prompts of a batch then have similar lengths, and a batch that does
     not fit into memory fails at the start.
@@ -53,6 +65,7 @@ def generate(
     config = GenerationConfig(
         do_sample=False,
         num_beams=num_beams,
+        **PLAIN,
         max_new_tokens=max_new_tokens,
         pad_token_id=pad_id(tokenizer),
         eos_token_id=end_ids(tokenizer, model.generation_config),

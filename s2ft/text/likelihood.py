@@ -186,7 +186,7 @@ def continuation_logprobs(
     """
     from tqdm.auto import tqdm
 
-    same_length = rows_interact(model.config)  # the length of a batch changes what its rows compute
+    same_length = rows_interact(model.config.get_text_config())  # the length of a batch changes what its rows compute
     sequences = _sequences(pairs, share=not same_length)
     found: list[list[float]] = [[] for _ in pairs]
     with generation_mode(model), tqdm(total=len(sequences), desc=title, dynamic_ncols=True, disable=None) as bar:

@@ -114,7 +114,7 @@ def allowed_answers(example: "Example", task: str) -> tuple[str, ...]:
 
     Example:
         >>> from s2ft.text.examples import Example
-        >>> question = "Which is a colour?\n\nAnswer1: red Answer2: salt\n\nAnswer format: answer1/answer2"
+        >>> question = "Which is a colour? Answer1: red Answer2: salt"
         >>> s2ft.text.scoring.allowed_answers(Example(question, "", answer="answer1"), "commonsense")
         ('answer1', 'answer2')
     """

@@ -196,8 +196,8 @@ def _plain(name: str) -> str:
 
 def _of_paper(word: str) -> list[tuple[str, str]]:
     """The tasks of the paper that a word names, each with its suite."""
-    if Path(word).suffix in SUFFIXES:
-        return []
+    if Path(word).suffix in SUFFIXES or Path(word).name != word:
+        return []  # the name of a file
     every = [(name, suite) for suite, names in PAPER.items() for name in names]
     return [(name, suite) for name, suite in every if _plain(word) in (_plain(suite), *_names(name, suite))]
 
@@ -240,8 +240,8 @@ def _task_of(file: Path, place: Path, split: str) -> str:
     stem = file.name
     for suffix in sorted(SUFFIXES, key=len, reverse=True):
         stem = stem.removesuffix(suffix)
-    head, _, last = re.sub(r"[-_.](?=[^-_.]*$)", "\0", stem).partition("\0")
-    return _plain(head) if last == split else _plain(stem)
+    found = re.fullmatch(r"(.+)[-_.]([^-_.]+)", stem)
+    return _plain(found[1] if found and found[2] == split else stem)
 
 
 def _file_task(word: str, kind: str | None) -> SuiteTask:

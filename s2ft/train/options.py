@@ -24,7 +24,18 @@ CALIBRATION = {
     "text": "rows of the data for the selections activation, product and gradient",
     "shown": "1 % of the rows, at least 16",
 }
+PROTECT = {
+    "text": "never train the units that the base needs most on this text: files, folders, or names of data sets on the "
+    "hub",
+    "metavar": "FILE_OR_NAME",
+}
+PROTECT_ROWS = {"text": "rows of --protect that are run, drawn with the selection's seed", "unit": "rows", "least": 1}
 KERNELS = ("s2ft", "liger")
+POSITIONS = {  # where the divergence of a model from its base is measured
+    "prompts": "each position of a prompt, up to the one that predicts the first token of the answer",
+    "answers": "each position of the base's own greedy answer",
+}
+POSITIONS_TEXT = "; ".join(f"{name}: {text}" for name, text in POSITIONS.items())
 LARGEST = 2**32 - 1  # the largest whole number of an option: NumPy's generator takes no larger seed
 
 
@@ -128,6 +139,12 @@ class RunOptions:
     """
 
     name: str = option("default", "name of the adapter")
+    on_top: list[str] = option(
+        [],
+        "train on top of these adapters, which stay as they are, on units that none of them trains: adapter folders or "
+        "outputs of runs",
+        metavar="ADAPTER",
+    )
     batch_size: int | None = option(
         None,
         "rows of one update, over all devices; replaces --per-device-train-batch-size and "
@@ -205,11 +222,7 @@ class ForgettingOptions:
     measure_kl: bool = option(
         False, "measure KL(base||model) on prompts of the held-out rows, or else of the training rows"
     )
-    kl_on: str = option(
-        "prompts",
-        "positions of the divergence: those of the prompts, or those of the base's own greedy answers",
-        choices=("prompts", "answers"),
-    )
+    kl_on: str = option("prompts", f"positions of the divergence. {POSITIONS_TEXT}", choices=tuple(POSITIONS))
     meter_steps: int | None = option(
         None, "updates between two measurements", unit="updates", shown="a twentieth of the run", least=1
     )
@@ -218,14 +231,8 @@ class ForgettingOptions:
         None, "stop when the loss on --forgetting-data has risen by more than this", unit="nats", shown="no limit"
     )
     stop_at_kl: float | None = option(None, "stop when KL(base||model) is above this", unit="nats", shown="no limit")
-    protect: list[str] = option(
-        [],
-        "never train the units that the base needs most on this text: files, folders, or names of data sets on the hub",
-        metavar="FILE_OR_NAME",
-    )
-    protect_rows: int = option(
-        128, "rows of --protect that are run, drawn with the selection's seed", unit="rows", least=1
-    )
+    protect: list[str] = option([], **PROTECT)
+    protect_rows: int = option(128, **PROTECT_ROWS)
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -143,10 +143,13 @@ def test_likelihood_of_a_suite_and_of_a_file(work, tmp_path, capsys):
         ),
         (["--suite", "boolq", "--resume"], "resume needs output"),
         (["--suite", "boolq", "--scoring", "likelihood", "--num-beams", "2"], "so it takes no num_beams"),
+        (["--data", "x", "--task", "choices", "--num-beams", "2"], "so it takes no num_beams"),
         (["--suite", "boolq", "--scoring", "generation", "--length-normalized"], "length_normalized has no meaning"),
         (["--suite", "boolq", "--answer-form", "so"], "answer_form must have {} once"),
         (["--suite", "boolq", "--num-beams", "0"], "num_beams must be at least 1"),
         (["--lm-eval", "arc_easy", "--data", "x"], "data has no meaning with lm_eval"),
+        (["--lm-eval", "arc_easy", "--num-beams", "2"], "num_beams has no meaning with lm_eval"),
+        (["--lm-eval", "arc_easy", "--split", "test"], "split, field and skip_bad_rows have no meaning with lm_eval"),
     ],
 )
 def test_options_that_contradict_each_other(words, message, capsys):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from support.models import CASES, model_of
 from train.tiny import tiny_model
 
@@ -139,6 +139,19 @@ def test_adapters_of_peft_are_switched_off_for_the_base(options):
     assert distributions.kl(model) == pytest.approx(direct_kl(base, tuned), rel=1e-4)
     assert mean_loss(model, rows) == pytest.approx(direct_loss(model, rows), rel=1e-6)
     assert torch.equal(direct(model, rows)[0], tuned)
+
+
+def test_virtual_tokens_of_a_learned_prompt_are_no_positions():
+    model = tiny_model()
+    rows = rows_of(model, (20, 30))
+    base, labels = direct(model, rows)
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = moved(get_peft_model(model, config).eval(), 0.5)
+    with torch.no_grad():
+        logits = [model(torch.tensor([row["input_ids"]])).logits[0, 3:-1] for row in rows]
+    tuned = torch.cat([one[2:] for one in logits]).double().log_softmax(-1)  # the first label is that of token 3
+    assert mean_loss(model, rows) == pytest.approx(float(F.nll_loss(tuned, labels)), rel=1e-5)
+    assert BaseDistributions.of(model, rows).kl(model) == pytest.approx(direct_kl(base, tuned), rel=1e-3)
 
 
 def test_what_peft_trains_is_the_same_afterwards():

@@ -74,6 +74,16 @@ def test_beams_equal_a_plain_beam_search_on_the_trained_model(model):
     assert [generate(model, tokenizer, [prompt], 1, 6, num_beams=4)[0] for prompt in prompts] == expected
 
 
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_penalties_of_the_checkpoint_are_not_applied(model, num_beams):
+    tokenizer = tiny_tokenizer()
+    prompts = [encode_prompt(tokenizer, [{"role": "user", "content": "a" * n}]) for n in (3, 7)]
+    expected = generate(model, tokenizer, prompts, 2, 12, num_beams=num_beams)
+    other = {"repetition_penalty": 8.0, "no_repeat_ngram_size": 1, "length_penalty": -9.0, "early_stopping": True}
+    model.generation_config.update(**other, min_length=300, num_beams=2, num_return_sequences=2, do_sample=True)
+    assert generate(model, tokenizer, prompts, 2, 12, num_beams=num_beams) == expected
+
+
 def test_beams_with_an_adapter_equal_those_of_the_merged_model(model):
     tokenizer, rows = tiny_tokenizer(), examples()
     before = {key: value.clone() for key, value in model.state_dict().items()}

@@ -5,6 +5,7 @@ peak memory, and the times of some steps after others that warm up. The methods 
 memory is a result, "OOM".
 """
 
+import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -97,8 +98,11 @@ def plan(options: EfficiencyOptions) -> list[Planned]:
 
 def _resolved(options: EfficiencyOptions) -> dict[str, dict[str, Any]]:
     """The variants, each with all options of its method and the number of parameters that it trains."""
-    hollow = random_model(config_of(options.model), options.dtype, "meta")
-    resolved = {}
+    config = config_of(options.model)
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and max(options.lengths) > longest:
+        raise ValueError(f"lengths must be at most {longest}, the context of the model, got {max(options.lengths)}")
+    hollow, resolved = random_model(config, options.dtype, "meta"), {}
     for name, variant in check_variants(options.variants, options.methods).items():
         method, chosen = variant["method"], {**METHODS[variant["method"]].defaults, **variant["options"]}
         try:
@@ -260,7 +264,8 @@ class PeakMemory:
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         elif Path("/proc/self/clear_refs").exists():
-            Path("/proc/self/clear_refs").write_text("5")
+            with contextlib.suppress(PermissionError):  # then the peak has what making the model took
+                Path("/proc/self/clear_refs").write_text("5")
 
     def peak(self) -> int:
         """Return the peak in bytes since :meth:`forget_peak`."""

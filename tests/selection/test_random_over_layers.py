@@ -1,0 +1,100 @@
+"""Random selection over all layers together, as in the paper's code, and the draws of each layer alone."""
+
+import hashlib
+
+import pytest
+import torch
+from support.models import ALL_RATIOS, model_of
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import s2ft
+from s2ft import S2FTConfig
+from s2ft.attached.record import attachment_of
+from s2ft.model.registry import couplings_of
+from s2ft.selection import select
+
+MODEL = model_of("llama")
+COUPLINGS = couplings_of(MODEL)
+DOWN = [f"model.layers.{layer}.mlp.down_proj" for layer in range(3)]  # 52 channels each
+
+
+def units(seed, ratio=0.1, **options):
+    found = select(COUPLINGS, S2FTConfig(d_ratio=ratio, seed=seed, allocation="global", **options), MODEL).units
+    return [(layer, unit) for layer, path in enumerate(DOWN) for unit in found.get(path, torch.tensor([])).tolist()]
+
+
+def test_the_number_is_a_share_of_all_units_rounded_down():
+    assert len(units(0, 0.1)) == 15 and len(units(0, 0.02)) == 3 and len(units(0, 1.0)) == 156
+    assert len(units(0, 0.0129)) == 2  # 2.01 of 156, less than one in each layer
+    with pytest.raises(ValueError, match="d_ratio=0.006 selects none of the 156 channels of all layers; the smallest"):
+        units(0, 0.006)
+    smallest = 1 / 156
+    assert len(units(0, float(f"{smallest + 1e-6:.6f}"))) == 1
+
+
+def test_the_number_of_parameters_is_that_of_the_reference_code():
+    """LLaMA-2-7B with the ratios of the paper's measurements: int(32 * 32 * 0.026) heads and int(32 * 11008 * 0.01)
+    channels, of v, o and of up, down. The reference counts 56,115,200."""
+    config = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    ratios = S2FTConfig(v_ratio=0.026, o_ratio=0.026, u_ratio=0.01, d_ratio=0.01, allocation="global")
+    heads, channels = int(32 * 32 * 0.026), int(32 * 11008 * 0.01)
+    assert s2ft.plan(model, ratios).trainable == 2 * 4096 * (128 * heads + channels) == 56_115_200
+
+
+def test_every_unit_of_every_layer_is_as_likely():
+    """Over many seeds each of the 156 units is drawn as often as binomial counts allow, and layers get unequal shares."""
+    draws, ratio = 400, 0.1
+    counts, shares = torch.zeros(3, 52), set()
+    for seed in range(draws):
+        found = units(seed, ratio)
+        assert len(set(found)) == 15
+        shares.add(tuple(sum(layer == one for layer, _ in found) for one in range(3)))
+        for layer, unit in found:
+            counts[layer, unit] += 1
+    expected, deviation = draws * 15 / 156, (draws * 15 / 156 * 141 / 156) ** 0.5
+    assert float((counts - expected).abs().max()) < 4.5 * deviation
+    assert float((counts.sum(1) - draws * 5).abs().max()) < 4.5 * (draws * 15 * 2 / 9) ** 0.5
+    assert len(shares) > 20
+
+
+def test_a_larger_share_contains_a_smaller_one_and_seeds_differ():
+    assert set(units(0, 0.05)) < set(units(0, 0.1)) < set(units(0, 0.5))
+    assert units(0) == units(0) != units(1)
+
+
+def test_excluded_units_and_a_budget():
+    first = s2ft.select(model_of("llama"), S2FTConfig(d_ratio=0.3, allocation="global"))
+    second = s2ft.select(model_of("llama"), S2FTConfig(d_ratio=0.3, allocation="global", exclude=first))
+    assert not any(set(first.units[path].tolist()) & set(second.units[path].tolist()) for path in second.units)
+    assert len(units(0, 0.5, budget=24 * 7)) == 7
+
+
+def test_producers_stay_nested_and_the_model_trains():
+    model = model_of("llama")
+    report = s2ft.attach(model, S2FTConfig(**ALL_RATIOS, allocation="global"))
+    found = attachment_of(model).selection.units
+    for layer in range(3):
+        up, gate = (set(found.get(f"model.layers.{layer}.mlp.{name}_proj", torch.tensor([])).tolist())
+                    for name in ("up", "gate"))  # fmt: skip
+        assert up >= gate or gate >= up
+    assert report.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad) > 0
+
+
+def test_the_draws_of_single_layers_are_those_of_earlier_versions():
+    """Written out: the seed is a hash of the purpose, and the first units of a permutation are chosen."""
+    found = s2ft.select(model_of("llama"), S2FTConfig(d_ratio=0.1, seed=3)).units
+    for layer, path in enumerate(DOWN):
+        purpose = f"3/ffn/{layer}/consumer/52"
+        seed = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little") >> 1
+        drawn = torch.randperm(52, generator=torch.Generator().manual_seed(seed))
+        assert found[path].tolist() == sorted(drawn[:5].tolist())
+
+
+def test_the_estimate_counts_them_as_they_are():
+    """A share below one head of each layer is none of a layer, but some of all layers."""
+    config = S2FTConfig(o_ratio=0.1, d_ratio=0.1, allocation="global")
+    estimated, report = s2ft.estimate(model_of("llama"), config, 2, 9), s2ft.plan(model_of("llama"), config)
+    assert estimated.trained == report.trainable == 6 * 24 + 15 * 24  # 1 of 12 heads of 6 elements, 15 of 156 channels
+    assert "counted as random" not in str(estimated)
