@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from support.process_functions import allocate, end, fail, peak_of
 from train.tiny import tiny_model
 
 pytest.importorskip("trl")
@@ -42,25 +43,6 @@ def options(name, folder, **settings):
 
 
 # ---- processes of their own ----------------------------------------------------------------------------
-
-
-def allocate(size):
-    return len(torch.ones(size, dtype=torch.uint8))
-
-
-def peak_of(size):
-    memory = efficiency.PeakMemory("cpu")
-    memory.forget_peak()
-    torch.ones(size, dtype=torch.uint8)
-    return memory.peak()
-
-
-def end(number):
-    os.kill(os.getpid(), number)
-
-
-def fail():
-    raise KeyError("no such thing")
 
 
 def test_a_process_of_its_own_returns_raises_and_says_why_it_ended():
