@@ -1,6 +1,6 @@
 """Budgets by projection: which share of the trained parameters q, k, v, o, up, gate and down should get.
 
-    python bench/evidence/budgets.py [--budget 3.3M] [--steps 20] [--runs 16] [--output budgets.json]
+    python bench/evidence/budgets.py [--budget 3.3M] [--steps 16] [--runs 12] [--output budgets.json]
 
 Source: the study of the projections in the S²FT paper (arXiv 2412.06289), which compares them one at a time; AdaLoRA
 (Zhang et al., ICLR 2023, arXiv 2303.10512) shares a budget out by importance. Here the loss on held-out rows of
@@ -94,7 +94,7 @@ class Search:
         return statistics.mean(falls), statistics.stdev(falls) if len(falls) > 1 else float("nan")
 
 
-def search(model: nn.Module, run: Run, budget: int, *, runs: int = 16, checks: int = 2, seed: int = 0) -> Search:
+def search(model: nn.Module, run: Run, budget: int, *, runs: int = 12, checks: int = 1, seed: int = 0) -> Search:
     """Search for the division of a budget with the lowest loss, by coordinates.
 
     Args:
@@ -267,7 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=8, help="rows of an update")
     parser.add_argument("--held-out", type=int, default=32, help="rows of the validation split")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--runs", type=int, default=14, help="largest number of runs of the search")
+    parser.add_argument("--runs", type=int, default=12, help="largest number of runs of the search")
     parser.add_argument("--checks", type=int, default=1, help="other seeds for the first and the best division")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON file for the results")

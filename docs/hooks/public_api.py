@@ -71,7 +71,11 @@ GROUPS = (
           + _of("s2ft.text.encoding", "tokenize_rows Tokenized")),
     Group("training", "Training", "Train with transformers and TRL.",
           _of("s2ft.train.trainer", "S2FTTrainer AdapterCheckpoints") + _of("s2ft.train.arguments", "SFTArguments")
-          + _of("s2ft.train.options", "ModelOptions RunOptions")),
+          + _of("s2ft.train.options", "ModelOptions RunOptions ForgettingOptions")),
+    Group("forgetting", "Forgetting", "Measure how far a model has moved from its base, and stop in time.",
+          _of("s2ft.train.forgetting", "ForgettingMeter")
+          + _of("s2ft.text.divergence", "mean_loss BaseDistributions base_switch")
+          + _of("s2ft.text.drift", "DriftMeter Drift prompt_rows answer_rows")),
     Group("sync", "Slice sync", "Send what is trained to vLLM, which generates the answers of reinforcement learning.",
           _of("s2ft.sync.trl", "with_slices") + _of("s2ft.sync.sender", "SliceSender Sent")
           + _of("s2ft.sync.slices", "TrainedSlices") + _of("s2ft.sync.engines", "EngineError")

@@ -64,7 +64,7 @@ def _train(parsed, folder, ranks, resume):
     if ranks.is_main_process and not resume:
         log_memory_of_batch(model, config, longest_batch(rows, tokenizer, micro), arguments, chunked=True)
     meter = meter_for(parsed, other, model, tokenizer, ChosenRows(rows if held_out is None else held_out))
-    protect = protect_batches(other, model, tokenizer, arguments)
+    protect = protect_batches(parsed, other, model, tokenizer, arguments)
     begin("dpo", parsed, arguments, model, prompt, rows, folder, ranks, resume, calibration, protect)
 
     def step():

@@ -60,7 +60,11 @@ def meter_for(parsed: Any, other: OtherText, model, tokenizer, rows):
     options, seed = parsed[ForgettingOptions], parsed[S2FTConfig].seed
     if not options.measures:
         return None
-    texts = None if other.measured is None else text_rows(other.measured, tokenizer, _longest(model))
+    texts = (
+        None
+        if other.measured is None
+        else text_rows(other.measured, tokenizer, _longest(model), options.meter_rows, seed)
+    )
     prompts: Any = prompt_rows(rows, options.meter_rows, seed) if options.measures_kl else None
     if options.measures_kl and options.kl_on == "answers":
         questions, length = prompts_of(rows, options.meter_rows, seed), parsed[RunOptions].max_new_tokens
@@ -77,21 +81,25 @@ def meter_for(parsed: Any, other: OtherText, model, tokenizer, rows):
     )
 
 
-def protect_batches(other: OtherText, model, tokenizer, arguments):
+def protect_batches(parsed: Any, other: OtherText, model, tokenizer, arguments):
     """Return batches of the text to protect, or None without any.
 
     Args:
+        parsed: The options of a training command.
         other: The other text.
         model: The model.
         tokenizer: Its tokenizer.
         arguments: The trainer's arguments, with the rows of a forward pass.
     """
+    from s2ft.config import S2FTConfig
     from s2ft.text.calibration import batches_of
     from s2ft.text.drift import text_rows
+    from s2ft.train.options import ForgettingOptions
 
     if other.protected is None:
         return None
-    rows = text_rows(other.protected, tokenizer, _longest(model))
+    options, seed = parsed[ForgettingOptions], parsed[S2FTConfig].seed
+    rows = text_rows(other.protected, tokenizer, _longest(model), options.protect_rows, seed)
     return batches_of(rows, tokenizer, arguments.per_device_train_batch_size)
 
 
@@ -134,7 +142,7 @@ def measure_drift(job: Any, model, prompter, other: Any, examples: Sequence) -> 
         return {}
     from s2ft.text.drift import DriftMeter, text_rows
 
-    texts = None if other is None else text_rows(other, prompter.tokenizer, _longest(model))
+    texts = None if other is None else text_rows(other, prompter.tokenizer, _longest(model), job.meter_rows)
     prompts = _prompt_rows(job, model, prompter, examples) if job.kl else None
     meter = DriftMeter(model, other=texts, prompts=prompts, batch_size=min(8, job.batch_size))
     drift = meter.measure(model)

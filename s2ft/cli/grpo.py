@@ -105,7 +105,7 @@ def _train(parsed, folder, ranks, resume):
         meter = meter_for(
             parsed, other, model, tokenizer, PromptRows(rows if held_out is None else held_out, tokenizer)
         )
-        protect = protect_batches(other, model, tokenizer, arguments)
+        protect = protect_batches(parsed, other, model, tokenizer, arguments)
         begin("grpo", parsed, arguments, model, prompt, rows, folder, ranks, resume, protect=protect)
         settings = dict(options=options, resume=resume, held_out=held_out, base=base, meter=meter)
         with naming_what_is_kept(folder), explain_out_of_memory(model, step, folder.kept):

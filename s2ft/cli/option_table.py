@@ -33,7 +33,7 @@ OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "too_long": ("", ""),
         "skip_bad_rows": ("", ""),
     },
-    "selection": {},
+    "selection": {"on_top": ("", "")},
     "training": {
         "num_train_epochs": ("epochs num-epochs", "passes over the data"),
         "max_steps": ("", "number of updates; a positive number replaces --epochs"),

@@ -96,7 +96,7 @@ def choose(job: SelectArguments, config, reading: ReadingOptions):
     device = accelerator or torch.device("cpu")
     say_device(device)
     calibration = _calibration(job, config, reading, model, tokenizer) if calibrated else None
-    protect = _protect_batches(job, protected, model, tokenizer)
+    protect = _protect_batches(job, config, protected, model, tokenizer)
     return s2ft.select(model.to(device), config, calibration, protect=protect)
 
 
@@ -140,7 +140,7 @@ def _read_protected(job: SelectArguments, config, reading: ReadingOptions):
     return read_texts(reading.of(job.protect, "train"), job.protect_rows, config.seed) if job.protect else None
 
 
-def _protect_batches(job: SelectArguments, protected, model, tokenizer):
+def _protect_batches(job: SelectArguments, config, protected, model, tokenizer):
     """Return batches of the text to protect, or None without any."""
     from s2ft.text.calibration import batches_of
     from s2ft.text.drift import text_rows
@@ -149,4 +149,6 @@ def _protect_batches(job: SelectArguments, protected, model, tokenizer):
     if protected is None:
         return None
     longest = min(job.max_length, context_length(model) or job.max_length)
-    return batches_of(text_rows(protected, tokenizer, longest), tokenizer, job.batch_size)
+    return batches_of(
+        text_rows(protected, tokenizer, longest, job.protect_rows, config.seed), tokenizer, job.batch_size
+    )

@@ -113,7 +113,7 @@ def _train(parsed, folder, ranks, resume):
     if ranks.is_main_process and not resume:
         log_memory(model, config, rows, arguments, options, tokenizer)
     meter = meter_for(parsed, other, model, tokenizer, rows if held_out is None else held_out.rows)
-    protect = protect_batches(other, model, tokenizer, arguments)
+    protect = protect_batches(parsed, other, model, tokenizer, arguments)
     begin("sft", parsed, arguments, model, prompt, rows, folder, ranks, resume, calibration, protect)
     settings = {"options": options, "resume": resume, "held_out": held_out, "meter": meter}
     with naming_what_is_kept(folder):
@@ -136,14 +136,47 @@ def begin(
     placed = getattr(model, "hf_quantizer", None) is not None or is_spread(model) or not has_weights(model)
     if (calibration is not None or protect is not None) and not placed:
         model.to(ranks.device)
-    report = s2ft.attach(model, parsed[S2FTConfig], parsed[RunOptions].name, calibration, protect=protect)
-    apply_kernels(model, parsed[RunOptions].kernels)
+    options = parsed[RunOptions]
+    load_below(model, options.on_top, options.name)
+    how = {"protect": protect, "on_top": bool(options.on_top)}
+    report = s2ft.attach(model, parsed[S2FTConfig], options.name, calibration, **how)
+    apply_kernels(model, options.kernels)
     add_info(model, {"prompt": prompt.to_dict(), "training": _training(command, parsed, arguments, rows)})
     check_ranks_agree(model)
     if ranks.is_main_process:
         folder.begin(run_options(command, parsed.objects, parsed.given), bool(resume), parsed.config_text())
         print(report, flush=True)
     ranks.wait_for_everyone()  # The other ranks must not read the folder before it is ready.
+
+
+def load_below(model, folders: list[str], name: str) -> None:
+    """Load the adapters that a run trains on top of, and make all of them active.
+
+    Args:
+        model: The base.
+        folders: Adapter folders, or outputs of runs.
+        name: Name of the adapter that will be trained. An adapter with this name, or with that of an earlier folder,
+            gets the name of its folder.
+
+    Raises:
+        FileNotFoundError: A folder does not exist.
+        ValueError: A folder has no adapter of this base, or names clash. The message names the folder.
+    """
+    from pathlib import Path
+
+    import s2ft
+
+    names: list[str] = []
+    for folder in folders:
+        adapter = s2ft.read_adapter(folder)
+        chosen = adapter.name if adapter.name not in (name, *names) else Path(folder).name
+        try:
+            s2ft.load_adapter(model, adapter, chosen, active=False)
+        except ValueError as error:
+            raise ValueError(f"on_top {folder}: {error}") from error
+        names.append(chosen)
+    if names:
+        s2ft.set_adapter(model, dict.fromkeys(names, 1.0))
 
 
 def _read(parsed):

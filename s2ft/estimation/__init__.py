@@ -116,7 +116,7 @@ def estimate(
     memory = size_of(memory, "memory")
     make = maker(optimizer)
     place, kernels, notes = _place(model, device)
-    if config.units is None and (config.selection, config.allocation) != ("random", "uniform"):
+    if config.units is None and config.selection != "random":
         notes += (f"selection={config.selection!r}, allocation={config.allocation!r} is counted as random and uniform",)
 
     def count(number: int) -> Estimate:

@@ -54,10 +54,11 @@ def make_shadow(
     shadow = copy.deepcopy(model, memo)
     nothing = {"layers": {}}  # the fingerprint of no base: nothing is compared
     record = Attachment(found.couplings, nothing, {}, is_custom=found.is_custom)
+    allocation = config.allocation if config.selection == "random" else "uniform"
     plain = (
         config
         if config.units is not None
-        else replace(config, selection="random", order="largest", allocation="uniform", protect_ratio=None)
+        else replace(config, selection="random", order="largest", allocation=allocation, protect_ratio=None)
     )
     selection = select(couplings_in_towers(shadow, found.couplings, config), plain, shadow)
     claim(shadow, record)

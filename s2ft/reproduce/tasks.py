@@ -15,7 +15,7 @@ from s2ft.text.data import DataOptions, load_rows
 from s2ft.text.models import DTYPES
 from s2ft.text.scoring import KINDS
 from s2ft.text.suites import LoadedTask, SuiteTask, find_suite, load_suite
-from s2ft.train.options import SCHEDULES, check_fields, option
+from s2ft.train.options import SCHEDULES, check_fields, divide_batch, option
 
 KEYS = ("train", "where", "tests", "task")
 KEPT = ("messages", "prompt", "completion", "text")  # fields of a row that training uses
@@ -42,7 +42,7 @@ class TaskOptions:
     batch_size: int = option(64, "rows of an update", least=1)
     micro_batch_size: int | None = option(None, "rows of a forward pass; null takes a divisor up to 8", least=1)
     schedule: str = option("linear", "schedule of the learning rate of each task", choices=tuple(SCHEDULES))
-    warmup_steps: int = option(100, "updates of the warm-up of each task; at most a tenth of them", least=0)
+    warmup_steps: int = option(100, "updates of the warm-up of each task, fewer than it has", least=0)
     weight_decay: float = option(0.0, "weight decay", least=0)
     betas: list[float] = option([0.9, 0.999], "betas of AdamW")
     max_grad_norm: float = option(1.0, "longest gradient; a longer one is shortened", least=0)
@@ -70,6 +70,11 @@ class TaskOptions:
                 raise ValueError(f"task {name} lacks {' and '.join(missing)}")
             if task.get("task") not in (None, *KINDS):
                 raise ValueError(f"task {name}: task must be one of {', '.join(KINDS)}, got {task['task']!r}")
+
+    @property
+    def micro(self) -> int:
+        """Rows of a forward pass, also of a calibration."""
+        return divide_batch(self.batch_size, 1, self.micro_batch_size)[0]
 
     @property
     def shared(self) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from s2ft.text.divergence import BaseDistributions, mean_loss
 from s2ft.text.models import load_model
 from s2ft.text.prompts import PromptFormat, prompt_format
 from s2ft.text.suites import LoadedTask, TaskResult, average, score_suite
-from s2ft.train.arguments import DEFAULT_WARMUP, SFTArguments
+from s2ft.train.arguments import SFTArguments
 from s2ft.train.device import gpu_or_cpu
 from s2ft.train.held_out import HeldOut
 from s2ft.train.options import divide_batch
@@ -56,8 +56,13 @@ def load(name: str, dtype: str, chat_template: str | None) -> Loaded:
         name: A folder, a name on the hub, or a .gguf file.
         dtype: Dtype of the weights.
         chat_template: A file with a template, its text, or "alpaca". None is the tokenizer's own.
+
+    Raises:
+        ValueError: The weights are float16, whose gradients need a loss scaler.
     """
     model, tokenizer = load_model(name, dtype)
+    if model.dtype == torch.float16:
+        raise ValueError("trials train in bfloat16 or float32, and the weights are float16: set dtype to one of them")
     prompt = prompt_format(tokenizer, chat_template=chat_template)
     prompt.apply_to(tokenizer)
     return Loaded(model.to(gpu_or_cpu()), tokenizer, prompt)
@@ -73,7 +78,36 @@ class _Prompter(Prompter):
 # ---- training ------------------------------------------------------------------------------------------
 
 
-def trial_arguments(options: Any, rows: int, learning_rate: float, seed: int, folder: Path) -> SFTArguments:
+def needs_autocast(method: str, model: Any, options: Any) -> bool:
+    """Return whether a method keeps float32 weights and computes in the model's dtype.
+
+    Full fine-tuning of bfloat16 weights would round most of its updates away. Adapters are float32 in any case.
+
+    Args:
+        method: Name of the method.
+        model: The model in its dtype.
+        options: Has `full_in_float32`.
+    """
+    return method == "full" and options.full_in_float32 and model.dtype == torch.bfloat16
+
+
+@contextmanager
+def float32_weights(model: Any) -> Iterator[None]:
+    """Make the parameters float32 inside the context, and round them to their dtypes afterwards. Buffers stay."""
+    dtypes = [(parameter, parameter.dtype) for parameter in model.parameters()]
+    for parameter, _ in dtypes:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in dtypes:
+            parameter.grad = None
+            parameter.data = parameter.data.to(dtype)
+
+
+def trial_arguments(
+    options: Any, rows: int, learning_rate: float, seed: int, folder: Path, autocast: bool = False
+) -> SFTArguments:
     """Return the arguments of the trainer.
 
     Args:
@@ -82,13 +116,17 @@ def trial_arguments(options: Any, rows: int, learning_rate: float, seed: int, fo
         learning_rate: Peak learning rate.
         seed: Seed of the order of the rows and of dropout.
         folder: The folder of the run.
+        autocast: Whether float32 weights are computed with in bfloat16.
+
+    Raises:
+        ValueError: The warm-up is not shorter than the run, or the rows of an update can't be divided.
     """
     micro, passes = divide_batch(options.batch_size, 1, options.micro_batch_size)
     arguments = SFTArguments(
         output_dir=str(folder),
         learning_rate=learning_rate,
         lr_scheduler_type=options.schedule,
-        warmup_steps=None if options.warmup_steps == DEFAULT_WARMUP else options.warmup_steps,
+        warmup_steps=options.warmup_steps,  # exactly so many, unlike the default of s2ft sft
         num_train_epochs=options.epochs,
         max_steps=options.max_steps or -1,
         per_device_train_batch_size=micro,
@@ -105,8 +143,15 @@ def trial_arguments(options: Any, rows: int, learning_rate: float, seed: int, fo
         eval_steps=options.eval_steps,
         save_steps=0,
         seed=seed,
+        bf16=autocast,
     )
-    arguments.eval_delay = int(options.eval_from * updates(arguments, rows))
+    steps = updates(arguments, rows)
+    if options.warmup_steps >= steps:
+        raise ValueError(
+            f"warmup_steps {options.warmup_steps} must be below the number of updates, and {rows} rows are {steps}: "
+            "set warmup_steps to a smaller number"
+        )
+    arguments.eval_delay = int(options.eval_from * steps)
     return arguments
 
 
@@ -142,17 +187,18 @@ def train_trial(
     """
     keeper = KeepBest(prepared.model)
     held_out = HeldOut(data.held_out) if data.held_out is not None and arguments.eval_strategy != "no" else None
-    trained = train(
-        prepared,
-        loaded.tokenizer,
-        data.train,
-        arguments,
-        RunFolder(folder),
-        held_out=held_out,
-        callbacks=[keeper] if best else [],
-    )
-    if best:
-        keeper.restore()
+    with float32_weights(prepared.model) if arguments.bf16 else nullcontext():
+        trained = train(
+            prepared,
+            loaded.tokenizer,
+            data.train,
+            arguments,
+            RunFolder(folder),
+            held_out=held_out,
+            callbacks=[keeper] if best else [],
+        )
+        if best:
+            keeper.restore()
     return trained, keeper
 
 

@@ -1,7 +1,6 @@
 """Variants: what a run trains, resolved to a method and its options before anything is trained."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from s2ft.config import S2FTConfig
@@ -118,7 +117,7 @@ def trained_parameters(model, method: str, options: Mapping[str, Any]) -> int:
     Example:
         >>> from s2ft.reproduce.variants import trained_parameters
         >>> trained_parameters(model, "s2ft", {"d_ratio": 0.1}), trained_parameters(model, "lora", {"r": 8})
-        (1664, 20480)
+        (1664, 11264)
     """
     import s2ft
 
@@ -133,6 +132,4 @@ def trained_parameters(model, method: str, options: Mapping[str, Any]) -> int:
         config = S2FTConfig(**options)
     except TypeError as error:
         raise ValueError(f"an option is no field of S2FTConfig: {error}") from None
-    if config.allocation == "global" and config.selection == "random":
-        return s2ft.plan(model, config).trainable
-    return s2ft.plan(model, config if config.units is not None else as_random(replace(config, exclude=None))).trainable
+    return s2ft.plan(model, as_random(config)).trainable

@@ -27,8 +27,8 @@ def with_protect_ratio(config: S2FTConfig, has_data: bool) -> S2FTConfig:
     if not has_data:
         if config.protect_ratio is not None:
             raise ValueError(
-                f"protect_ratio={config.protect_ratio:g} needs protect data: pass protect, an iterable of batches of "
-                "what the base must not forget"
+                f"protect_ratio={config.protect_ratio:g} needs protect data: give protect, the text that the "
+                "base must not forget"
             )
         return config
     if config.units is not None:

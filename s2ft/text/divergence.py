@@ -154,7 +154,7 @@ class BaseDistributions:
                 reader.start(batch)
                 for part in reader.parts(len(hidden)):
                     tuned = reader.logits(batch.index[part]).log_softmax(-1)
-                    base = reader.logits_of(hidden[part], self._head).log_softmax(-1)
+                    base = reader.logits_of(hidden[part], self._head).log_softmax(-1).to(tuned.device)
                     total += float(divergences(base, tuned).double().sum())
         return total / self.positions
 
@@ -360,8 +360,8 @@ class _Reader:
         """Return the sum of the cross entropy over the labels of the batch."""
         total = 0.0
         for part in self.parts(len(batch.labels)):
-            labels = batch.labels[part].to(self.device)
-            losses = F.cross_entropy(self.logits(batch.index[part]), labels, reduction="none")
+            logits = self.logits(batch.index[part])
+            losses = F.cross_entropy(logits, batch.labels[part].to(logits.device), reduction="none")
             total += float(losses.double().sum())
         return total
 

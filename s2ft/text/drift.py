@@ -132,15 +132,18 @@ def read_texts(options: DataOptions, most: int = ROWS, seed: int = 0) -> Any:
     return rows.select(drawn(len(rows), most, seed)) if len(rows) > most else rows
 
 
-def text_rows(rows: Any, tokenizer, longest: int) -> list[dict[str, Any]]:
+def text_rows(rows: Any, tokenizer, longest: int, most: int = ROWS, seed: int = 0) -> list[dict[str, Any]]:
     """Make token rows whose labels are all of their tokens.
 
-    Plain texts are taken as they are, and chats and answers in the tokenizer's chat template. A longer text is cut.
+    Plain texts are taken as they are, and chats and answers in the tokenizer's chat template. A longer plain text is
+    cut into several rows, another one at its end.
 
     Args:
         rows: The rows, as :func:`read_texts` returns them.
         tokenizer: The model's tokenizer.
         longest: Longest token row.
+        most: Number of token rows to draw.
+        seed: Seed of the draw.
 
     Returns:
         Token rows.
@@ -149,15 +152,18 @@ def text_rows(rows: Any, tokenizer, longest: int) -> list[dict[str, Any]]:
         ValueError: No row has text.
 
     Example:
-        >>> from datasets import Dataset
+        >>> from pathlib import Path
         >>> from transformers import ByT5Tokenizer
-        >>> from s2ft.text.drift import text_rows
-        >>> text_rows(Dataset.from_list([{"text": "ab"}]), ByT5Tokenizer(), longest=100)
+        >>> from s2ft.text.data import DataOptions
+        >>> from s2ft.text.drift import read_texts, text_rows
+        >>> _ = Path("texts.jsonl").write_text('{"text": "ab"}')
+        >>> text_rows(read_texts(DataOptions(data=["texts.jsonl"])), ByT5Tokenizer(), longest=100)
         [{'input_ids': [100, 101, 1], 'labels': [100, 101, 1]}]
     """
     prompt = prompt_for_rows(tokenizer, rows, DataOptions())
     how = {"max_length": longest, "too_long": "cut", "loss_on": "all", "completion_only": False}
-    return list(tokenize_rows(rows, tokenizer, prompt, **how).dataset)
+    tokens = tokenize_rows(rows, tokenizer, prompt, **how).dataset
+    return [tokens[number] for number in drawn(len(tokens), most, seed)]
 
 
 def prompt_rows(rows, most: int = ROWS, seed: int = 0) -> list[dict[str, Any]]:

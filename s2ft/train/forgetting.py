@@ -1,7 +1,9 @@
 """A callback that measures forgetting and divergence while a model is trained, and can end the training."""
 
+import contextlib
 import logging
 import time
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -123,7 +125,8 @@ class ForgettingMeter(TrainerCallback):
     def on_init_end(self, args, state, control, model=None, **kwargs):
         """Measure the base of a model without adapters, which a resumed run changes before the training begins."""
         if base_switch(_inner(model)) is None:
-            self._meter = self._of_base(model)
+            with _autocast(args):  # the Trainer has not prepared the model yet
+                self._meter = self._of_base(model)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Measure the base by switching the adapters off, and where a resumed run begins."""
@@ -233,6 +236,13 @@ class _Logging(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         self._meter.write_into(logs, state)
+
+
+def _autocast(args: Any) -> AbstractContextManager:
+    """Return the context in which a Trainer with these arguments runs its model."""
+    if not args.bf16 and not args.fp16:
+        return contextlib.nullcontext()
+    return torch.autocast(args.device.type, torch.bfloat16 if args.bf16 else torch.float16)
 
 
 def _inner(model: Any) -> Any:

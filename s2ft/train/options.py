@@ -139,6 +139,12 @@ class RunOptions:
     """
 
     name: str = option("default", "name of the adapter")
+    on_top: list[str] = option(
+        [],
+        "train on top of these adapters, which stay as they are, on units that none of them trains: adapter folders or "
+        "outputs of runs",
+        metavar="ADAPTER",
+    )
     batch_size: int | None = option(
         None,
         "rows of one update, over all devices; replaces --per-device-train-batch-size and "

@@ -134,6 +134,8 @@ def run_options(command: str, objects: dict[type, Any], given: dict[str, Any]) -
             found.update({ROWS: rows_of_update(value), GROUPS: devices_of(value).groups})
         else:
             names = [one.name for one in fields(kind) if _belongs(one.name, False) and one.name != "batch_size"]
+            if not getattr(value, "on_top", True):  # only if set, so that a run of an older s2ft can be resumed
+                names.remove("on_top")
             found.update({name: _plain(getattr(value, name)) for name in names})
     return found
 

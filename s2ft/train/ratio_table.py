@@ -79,7 +79,8 @@ def as_random(config: S2FTConfig) -> S2FTConfig:
     """Return a configuration that trains as many units and chooses them without data."""
     if config.units is not None:
         return config
-    return replace(config, selection="random", allocation="uniform", order="largest", protect_ratio=None)
+    allocation = config.allocation if config.selection == "random" else "uniform"
+    return replace(config, selection="random", allocation=allocation, order="largest", protect_ratio=None)
 
 
 def _is_fixed(config: S2FTConfig) -> bool:

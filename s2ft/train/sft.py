@@ -168,7 +168,7 @@ def _train_and_save(trainer, model, folder: RunFolder, checkpoint: Path | None, 
     start = time.perf_counter()
     _train(trainer, checkpoint)
     seconds = time.perf_counter() - start
-    finished = not _was_stopped(trainer)
+    finished = not _was_stopped(trainer) or (meter is not None and meter.stopped_at is not None)
     if finished:
         _save(model, folder, trainer)
     result = _result(trainer, folder, seconds, seen, finished, meter)

@@ -20,7 +20,7 @@ def fill(folder: Path) -> Path:
     - path/to/model: a LLaMA with a tokenizer and a chat template
     - path/to/encoder: a BERT with a tokenizer
     - path/to/vision-model: a Qwen2.5-VL with a processor, where torchvision is installed
-    - data.jsonl: 16 rows of instruction, output and answer; held-out.jsonl: 4 of them
+    - data.jsonl: 16 rows of instruction, output and answer; held-out.jsonl: 4 of them; other.jsonl: 2 texts
     - colours.jsonl: 2 questions that list their answers
     - LLM-Adapters: 2 rows of each arithmetic task of the paper, as in the project's checkout
     - chats.jsonl: 8 conversations
@@ -34,6 +34,7 @@ def fill(folder: Path) -> Path:
             part.save_pretrained(folder / "path/to/vision-model")
     write_jsonl(folder / "data.jsonl", sums(16))
     write_jsonl(folder / "held-out.jsonl", sums(4))
+    write_jsonl(folder / "other.jsonl", [{"text": "A heron stands in the water."}, {"text": "Iron rusts in the rain."}])
     colours = [{"question": "Which?", "choices": ["red", "blue"], "answer": number} for number in (0, 1)]
     write_jsonl(folder / "colours.jsonl", colours)
     for name in ("MultiArith", "gsm8k", "AddSub", "AQuA", "SingleEq", "SVAMP", "mawps"):

@@ -11,7 +11,7 @@ from s2ft.cli.main import main
 from s2ft.reproduce import experiment
 from s2ft.reproduce.data import text_rows
 from s2ft.reproduce.experiment import run_recipe
-from s2ft.reproduce.recipe import read_recipe, recipe_names
+from s2ft.reproduce.recipe import read_recipe
 from s2ft.text.divergence import mean_loss
 from s2ft.text.models import load_model
 from s2ft.text.prompts import prompt_format
@@ -38,7 +38,7 @@ def smoke(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", TRAINING)  # test_studies.py runs the others
 def test_every_recipe_runs(smoke, name):
     found, folder = smoke(name)
     assert found.runs and [run.error for run in found.failed] == []
@@ -123,8 +123,9 @@ def test_answers_for_a_judge(smoke):
 
 def test_figures_of_a_recipe(smoke):
     pytest.importorskip("matplotlib")
-    found, folder = smoke("instruction")
-    assert all((folder / "tables" / f"{name}.md").is_file() for name in ("results", "training"))
+    _, folder = smoke("instruction")
+    drawn = {file.name for file in (folder / "figures").iterdir()}
+    assert drawn == {f"learned_and_{name}.{form}" for name in ("forgetting", "kl") for form in ("png", "svg")}
 
 
 def test_projections_train_the_same_number_of_parameters(smoke):

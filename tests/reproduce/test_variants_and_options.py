@@ -13,7 +13,8 @@ from s2ft.reproduce.experiment import run_recipe
 from s2ft.reproduce.judge import read_questions
 from s2ft.reproduce.methods import prepare
 from s2ft.reproduce.recipe import read_recipe
-from s2ft.reproduce.smoke import smoke_model
+from s2ft.reproduce.smoke import smoke_data, smoke_model
+from s2ft.reproduce.trial import float32_weights, load
 from s2ft.reproduce.variants import check_variants, resolve, trained_parameters
 
 
@@ -182,3 +183,68 @@ def test_the_model_of_smoke_runs_is_always_the_same(tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     assert json.loads((tmp_path / "a" / "config.json").read_text())["model_type"] == "llama" and first != second
     assert s2ft.text.models.load_model(first)[0].num_parameters() < 50_000
+
+
+def test_full_fine_tuning_of_bfloat16_weights_keeps_float32_ones(tmp_path):
+    """Small updates are not lost, and the scored weights are the float32 ones, rounded once."""
+    settings = {"methods": ["full"], "seeds": [0], "dtype": "bfloat16", "learning_rate": 1e-5, "tests": []}
+    settings |= {"score_base": False, "questions": None, "kl": False, "other_text": None, "eval_steps": None}
+    recipe, losses = read_recipe("instruction"), {}
+    for name, more in (("float32", {}), ("bfloat16", {"full_in_float32": False})):
+        found = run_recipe(recipe, tmp_path / name, {**settings, **more, "max_steps": 12, "epochs": 1}, smoke=True)
+        assert found.failed == []
+        losses[name] = found.runs[0].rows[0]
+        assert len(list((tmp_path / name).glob("runs/*/log.jsonl"))) == 1
+    assert losses["float32"]["held_out_loss"] != losses["bfloat16"]["held_out_loss"]
+
+
+def test_float32_weights_are_rounded_back_and_buffers_stay():
+    model = model_of("llama").to(torch.bfloat16)
+    model.register_buffer("frequencies", torch.rand(3))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with float32_weights(model):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        with torch.no_grad():
+            model.lm_head.weight.add_(1e-6)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], before[name]) and after[name].dtype == before[name].dtype for name in before)
+
+
+def test_float16_is_refused(tmp_path, tiny):
+    with pytest.raises(ValueError, match="train in bfloat16 or float32, and the weights are float16"):
+        load(tiny, "float16", "alpaca")
+
+
+def test_a_warm_up_that_is_longer_than_the_run_is_an_error(tmp_path):
+    settings = {"methods": ["s2ft"], "seeds": [0], "warmup_steps": 100}
+    found = run_recipe(read_recipe("arithmetic"), tmp_path / "out", settings, smoke=True)
+    assert "warmup_steps 100 must be below the number of updates, and 32 rows are 4" in found.failed[0].error
+
+
+def test_questions_of_the_tests_in_the_training_data_are_counted(tmp_path, caplog):
+    smoke_data(tmp_path / "data")
+    rows = json.loads((tmp_path / "data" / "dataset" / "AddSub" / "test.json").read_text())
+    train = json.loads((tmp_path / "data" / "ft-training_set" / "math_10k.json").read_text())
+    leaked = [rows[0], {**rows[1], "instruction": rows[1]["instruction"] + " "}]
+    (tmp_path / "train.json").write_text(json.dumps([*train, *leaked]))
+    settings = {"methods": ["s2ft"], "seeds": [0], "train": [str(tmp_path / "train.json")], "tests": ["AddSub", "AQuA"]}
+    found = run_recipe(read_recipe("arithmetic"), tmp_path / "out", settings, smoke=True)
+    questions = {row["instruction"] for row in train}
+    known = 2 + sum(row["instruction"] in questions for row in rows[2:])
+    assert found.runs[0].rows[0]["trained_on_tests"] == known
+    assert f"questions of the tests are in the training data: {known} of AddSub" in caplog.text
+    assert f"the questions of {known} rows of the tests are in the training data" in found.tables[0].notes
+
+
+def test_the_plan_is_printed_and_nothing_is_written(tmp_path, capsys, monkeypatch, tiny):
+    monkeypatch.chdir(tmp_path)
+    smoke_data(tmp_path / "data")
+    arguments = ["reproduce", "arithmetic", "--model", tiny, "--data", "data", "--method", "lora", "full", "--dry-run"]
+    assert main([*arguments, "--seeds", "7", "--set", "variants.lora.options.r=4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "lora rate 0.0002 seed 7: 2,816 parameters, to be made",
+        "full rate 1e-05 seed 7: 26,912 parameters, to be made",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert main([*arguments, "--smoke"]) == 2 and "dry_run and smoke exclude" in capsys.readouterr().err

@@ -90,3 +90,11 @@ def test_the_draws_of_single_layers_are_those_of_earlier_versions():
         seed = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little") >> 1
         drawn = torch.randperm(52, generator=torch.Generator().manual_seed(seed))
         assert found[path].tolist() == sorted(drawn[:5].tolist())
+
+
+def test_the_estimate_counts_them_as_they_are():
+    """A share below one head of each layer is none of a layer, but some of all layers."""
+    config = S2FTConfig(o_ratio=0.1, d_ratio=0.1, allocation="global")
+    estimated, report = s2ft.estimate(model_of("llama"), config, 2, 9), s2ft.plan(model_of("llama"), config)
+    assert estimated.trained == report.trainable == 6 * 24 + 15 * 24  # 1 of 12 heads of 6 elements, 15 of 156 channels
+    assert "counted as random" not in str(estimated)

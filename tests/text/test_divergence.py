@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from support.models import CASES, model_of
 from train.tiny import tiny_model
 
@@ -141,6 +141,19 @@ def test_adapters_of_peft_are_switched_off_for_the_base(options):
     assert torch.equal(direct(model, rows)[0], tuned)
 
 
+def test_virtual_tokens_of_a_learned_prompt_are_no_positions():
+    model = tiny_model()
+    rows = rows_of(model, (20, 30))
+    base, labels = direct(model, rows)
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = moved(get_peft_model(model, config).eval(), 0.5)
+    with torch.no_grad():
+        logits = [model(torch.tensor([row["input_ids"]])).logits[0, 3:-1] for row in rows]
+    tuned = torch.cat([one[2:] for one in logits]).double().log_softmax(-1)  # the first label is that of token 3
+    assert mean_loss(model, rows) == pytest.approx(float(F.nll_loss(tuned, labels)), rel=1e-5)
+    assert BaseDistributions.of(model, rows).kl(model) == pytest.approx(direct_kl(base, tuned), rel=1e-3)
+
+
 def test_what_peft_trains_is_the_same_afterwards():
     model = lora(tiny_model(), target_modules=["q_proj"])
     for name, parameter in model.named_parameters():
@@ -196,6 +209,16 @@ def test_the_base_is_measured_in_the_middle_of_a_training():
     loss.backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items() if name not in trained)
+
+
+def test_half_of_a_small_update_has_a_quarter_of_the_divergence():
+    model = tiny_model()
+    rows = rows_of(model, (40, 50))
+    s2ft.attach(model, CONFIG, name="small")
+    base = BaseDistributions.of(model, rows)
+    whole = base.kl(moved(model, 0.05))
+    s2ft.set_adapter(model, {"small": 0.5})
+    assert base.kl(model) == pytest.approx(whole / 4, rel=0.1)
 
 
 def test_measuring_draws_no_random_number():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from text.test_divergence import direct, direct_kl, direct_loss
 from train.test_sft import ARGUMENTS, CONFIG, check_same, deltas, token_rows
-from train.tiny import tiny_model, tiny_tokenizer
+from train.tiny import tiny_model, tiny_tokenizer, write_jsonl
 
 pytest.importorskip("trl")
 
@@ -15,8 +15,9 @@ from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import s2ft
+from s2ft.text.data import DataOptions
 from s2ft.text.divergence import mean_loss
-from s2ft.text.drift import Drift, answer_rows, prompt_rows, prompts_of, row_of_prompt
+from s2ft.text.drift import Drift, answer_rows, prompt_rows, prompts_of, read_texts, row_of_prompt, text_rows
 from s2ft.train.arguments import SFTArguments
 from s2ft.train.forgetting import ForgettingMeter
 from s2ft.train.options import ForgettingOptions, RunOptions
@@ -26,10 +27,13 @@ from s2ft.train.trainer import S2FTTrainer
 
 
 def other_rows(count=4):
-    """Random text, on which the loss rises when the model learns sums."""
-    generator = torch.Generator().manual_seed(3)
-    rows = [torch.randint(3, 200, (12 + number,), generator=generator).tolist() for number in range(count)]
-    return [{"input_ids": ids, "labels": ids} for ids in rows]
+    """The questions with answers of other tokens, so that their loss rises when the model learns the right answers."""
+    rows = []
+    for row in token_rows(count):
+        asked = row["labels"].count(-100)
+        answer = [261 - token for token in row["labels"][asked:-1]]
+        rows.append({"input_ids": row["input_ids"][:asked] + answer, "labels": [-100] * asked + answer})
+    return rows
 
 
 PROMPTS = prompt_rows(token_rows(), 5)
@@ -209,8 +213,8 @@ def trained_by(kind, path):
 
 @pytest.mark.parametrize("kind", ("s2ft", "trl", "peft", "full"))
 def test_every_trainer_has_the_values_and_stops(kind, tmp_path):
-    model, trainer = trained_by(kind, tmp_path / "first")
     base = direct(tiny_model(), PROMPTS)[0]
+    model, trainer = trained_by(kind, tmp_path / "first")
     meter = ForgettingMeter(other=other_rows(), prompts=PROMPTS, every=1)
     meter.add_to(trainer)
     trainer.train()
@@ -320,3 +324,12 @@ def test_mistakes_of_a_meter_are_named(options, message):
 def test_mistakes_of_the_options_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         ForgettingOptions(**options)
+
+
+def test_a_long_text_is_cut_into_rows_of_which_some_are_drawn(tmp_path):
+    lines = [{"text": "A heron waits in the water. " * 20}, {"text": "Iron rusts."}]
+    texts = read_texts(DataOptions(data=[str(write_jsonl(tmp_path / "texts.jsonl", lines))]))
+    rows = text_rows(texts, tiny_tokenizer(), longest=16, most=5, seed=1)
+    assert len(rows) == 5 and all(len(row["input_ids"]) <= 16 for row in rows)
+    assert rows == text_rows(texts, tiny_tokenizer(), longest=16, most=5, seed=1)
+    assert len(text_rows(texts, tiny_tokenizer(), longest=16, most=500)) == 37

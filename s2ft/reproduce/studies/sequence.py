@@ -24,7 +24,7 @@ from s2ft.reproduce.smoke import smoke_data, smoke_model
 from s2ft.reproduce.states import differing, save_state
 from s2ft.reproduce.tables import Column, Spread, Table, summary
 from s2ft.reproduce.tasks import TaskOptions, load_tests, score, task_data
-from s2ft.reproduce.trial import Loaded, load, prepare_trial, train_trial, trial_arguments
+from s2ft.reproduce.trial import Loaded, load, needs_autocast, prepare_trial, train_trial, trial_arguments
 from s2ft.reproduce.variants import check_variants, resolve
 from s2ft.text.calibration import calibration_for
 from s2ft.text.divergence import BaseDistributions, mean_loss
@@ -53,6 +53,9 @@ class SequenceOptions(TaskOptions):
     methods: list[str] | None = option(None, "run only these variants, by their names or methods")
     learning_rate: float = option(1e-3, "peak learning rate of variants that have none")
     equal_to: str | None = option(None, "name of the variant that sets how many parameters the others may train")
+    full_in_float32: bool = option(
+        True, "full fine-tuning of a bfloat16 model keeps float32 weights and computes in bfloat16; false does not"
+    )
     other_text: str | None = option(None, "file of other text, on which forgetting and KL are measured")
     other_rows: int = option(256, "rows of the other text that are used", least=1)
 
@@ -93,6 +96,7 @@ def plan(options: SequenceOptions) -> list[Planned]:
         check_keys("equal_to", [options.equal_to], every)
     load_tests(options)
     shared = {**options.shared, "other_rows": options.other_rows, "other_text": None}
+    shared["full_in_float32"] = options.full_in_float32
     if options.other_text:
         shared["other_text"] = file_digest(find_file(options.other_text, options.data, "other_text"))
     equal_to = every[options.equal_to] if options.equal_to else None
@@ -215,7 +219,9 @@ class _Learner:
     def train(self, name: str, data: TrialData) -> None:
         """Train what is prepared."""
         folder, known = self.folder / "training" / name, self.known
-        arguments = trial_arguments(self.options, len(data.train), known["learning_rate"], known["seed"], folder)
+        autocast = needs_autocast(known["method"], self.loaded.model, self.options)
+        rows, rate = len(data.train), known["learning_rate"]
+        arguments = trial_arguments(self.options, rows, rate, known["seed"], folder, autocast)
         train_trial(self.loaded, self.prepared, data, arguments, folder, best=False)
         self.prepared.model.eval()
 
@@ -225,7 +231,7 @@ class _Continued(_Learner):
 
     def learn(self, name: str, data: TrialData) -> Any:
         if self.prepared is None:
-            self.prepared = prepare_trial(self.loaded, self.known, data, 1)
+            self.prepared = prepare_trial(self.loaded, self.known, data, self.options.micro)
         self.train(name, data)
         return self.prepared.model
 
@@ -234,7 +240,7 @@ class _Merged(_Learner):
     """A new adapter for each task, merged into the weights after it."""
 
     def learn(self, name: str, data: TrialData) -> Any:
-        self.prepared = prepare_trial(self.loaded, self.known, data, 1)
+        self.prepared = prepare_trial(self.loaded, self.known, data, self.options.micro)
         self.train(name, data)
         model = self.prepared.model
         self.loaded.model = s2ft.merge(model) if self.known["method"] == "s2ft" else model.merge_and_unload()
@@ -249,7 +255,9 @@ class _OnTop(_Learner):
         if self.prepared is None:
             save_state(model, states / "base.safetensors")
         options = {"seed": self.known["seed"], **self.known["options"]}
-        calibration = calibration_for(S2FTConfig(**options), self.loaded.tokenizer, data.train, None, 1)
+        calibration = calibration_for(
+            S2FTConfig(**options), self.loaded.tokenizer, data.train, None, self.options.micro
+        )
         how = {"seed": self.known["seed"], "calibration": calibration, "name": name, "on_top": True}
         self.prepared = prepare(model, "s2ft", options, **how)
         self.train(name, data)

@@ -1,0 +1,87 @@
+"""The meter on two ranks: the values of one process, one decision, and the kept values; protected units on shards."""
+
+import pytest
+import torch
+from runs import attached, sharded
+from support.models import model_of
+from test_trainer import trainer
+
+import s2ft
+from s2ft.adapter.saving import gather_trained
+from s2ft.text.drift import DriftMeter
+from s2ft.train.forgetting import ForgettingMeter
+
+
+def rows_of_meter():
+    generator = torch.Generator().manual_seed(8)
+    return [{"input_ids": ids, "labels": ids} for ids in torch.randint(67, (3, 9), generator=generator).tolist()]
+
+
+def measured_and_stopped(rank, way, folder):
+    """Train to the end, and again with a limit between the second and the third step.
+
+    Returns the values by step, the steps of the stop, and whether the values of the second step are kept.
+    """
+    meter = ForgettingMeter(other=rows_of_meter(), prompts=rows_of_meter(), every=1)
+    model = attached("llama-grouped")
+    run = trainer(way, model, f"{folder}/whole", save_strategy="no")
+    meter.add_to(run)
+    run.train()
+    second, third = (meter.measured[step].base_kl for step in (2, 3))
+    limited = ForgettingMeter(prompts=rows_of_meter(), every=1, stop_at_kl=(second + third) / 2)
+    model = attached("llama-grouped")
+    run = trainer(way, model, f"{folder}/limited", save_strategy="no")
+    limited.add_to(run)
+    run.train()
+    kept = gather_trained(run.accelerator.unwrap_model(run.model))
+    short = attached("llama-grouped")
+    run = trainer(way, short, f"{folder}/short", save_strategy="no")
+
+    def stop(args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 2
+
+    run.callback_handler.callbacks[0].on_step_end = stop
+    run.train()
+    expected = gather_trained(run.accelerator.unwrap_model(run.model))
+    same = kept.keys() == expected.keys() and all(torch.equal(kept[name], expected[name]) for name in kept)
+    drifts = {step: drift.to_dict() for step, drift in meter.measured.items()}
+    return drifts, (limited.stopped_at, limited.kept_step), same
+
+
+@pytest.mark.parametrize("way", ("ddp", pytest.param("fsdp", marks=pytest.mark.slow)))
+def test_ranks_measure_the_same_and_stop_together(ranks, way, tmp_path):
+    first, second = ranks(measured_and_stopped, way, str(tmp_path))
+    assert first == second
+    drifts, steps, same = first
+    assert sorted(drifts) == [1, 2, 3, 4] and steps == (3, 2) and same
+    model = attached("llama-grouped")
+    meter = DriftMeter(model, other=rows_of_meter(), prompts=rows_of_meter())
+    assert meter.measure(model).to_dict().keys() == drifts[1].keys()
+    assert 0 < drifts[1]["base_kl"] < drifts[4]["base_kl"]
+
+
+def protected_on_shards(rank):
+    config = s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25, selection="weight")
+    data = [torch.arange(16).view(2, 8)]
+    expected = s2ft.select(model_of("llama-grouped"), config, protect=data)
+    return s2ft.select(sharded(model_of("llama-grouped")), config, protect=data) == expected
+
+
+def test_a_sharded_model_protects_the_same_units(ranks):
+    assert ranks(protected_on_shards) == [True, True]
+
+
+def measured_on_shards(rank):
+    model = attached("llama-grouped")
+    with torch.no_grad():
+        for index, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+            parameter.fill_(0.01 * (index + 1))
+    expected = DriftMeter(model, other=rows_of_meter(), prompts=rows_of_meter()).measure(model)
+    model = sharded(model)
+    return expected, DriftMeter(model, other=rows_of_meter(), prompts=rows_of_meter()).measure(model)
+
+
+def test_a_sharded_model_is_measured_as_a_whole_one(ranks):
+    for expected, found in ranks(measured_on_shards):
+        assert found.forgetting == pytest.approx(expected.forgetting, rel=1e-4, abs=1e-6)
+        assert found.base_kl == pytest.approx(expected.base_kl, rel=1e-3, abs=1e-6) and found.base_kl > 1e-5
