@@ -10,6 +10,7 @@ from torch import nn
 import s2ft
 from s2ft.config import S2FTConfig
 from s2ft.distributed import without_zero_init
+from s2ft.files.reading import read_json
 from s2ft.text.models import hollow_model
 
 Model = str | Mapping[str, Any]
@@ -43,11 +44,10 @@ def config_of(model: Model) -> Any:
     if isinstance(model, str):
         if not Path(model).is_file():
             raise FileNotFoundError(f"config {model} doesn't exist")
-        config = transformers.AutoConfig.from_pretrained(model)
-    else:
-        if "model_type" not in model:
-            raise ValueError(f"the fields of a config must have model_type, such as 'llama', got {', '.join(model)}")
-        config = transformers.AutoConfig.for_model(**model)
+        model = read_json(model)
+    if not isinstance(model, Mapping) or "model_type" not in model:
+        raise ValueError(f"the fields of a config must have model_type, such as 'llama', got {model!r}")
+    config = transformers.AutoConfig.for_model(**model)
     known = transformers.AutoModelForCausalLM._model_mapping
     if type(config) not in known:
         raise ValueError(f"transformers has no causal language model of type {config.model_type!r}")
