@@ -7,7 +7,8 @@ command can be interrupted and started again. A run that fails has a file with i
 
 Stages: (1) every row on the first task with each learning rate and the first seed; (2) its best learning rate, by the
 accuracy on validation questions, with the other seeds; (3) the same rate on the other tasks with all seeds. Rows that
-are marked `screened` stop after (1). The base is scored without training.
+are marked `screened` stop after (1), and `tasks` of a row names its tasks of stage (3). The base is scored without
+training.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from s2ft.files.writing import replace_file
 HERE = Path(__file__).parent
 CONFIG = HERE / "evidence.yaml"
 BASE = "base"  # the row of the model without training
+NOT_SETTINGS = ("rates", "rate_of", "tasks", "title", "screened")  # of a row: what no run's numbers depend on
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def settings_of(run: Run, config: dict[str, Any]) -> dict[str, Any]:
     """Return everything that a run's numbers depend on."""
     shared = {key: value for key, value in config.items() if key not in ("rows", "tasks", "seeds", "sweep", "steps")}
     entry = {"method": BASE} if run.row == BASE else config["rows"][run.row]
-    row = {key: value for key, value in entry.items() if key not in ("rates", "rate_of", "title", "screened")}
+    row = {key: value for key, value in entry.items() if key not in NOT_SETTINGS}
     return {
         **shared,
         **row,
@@ -138,9 +140,11 @@ def later_runs(config: dict[str, Any], rows: list[str], results: Results) -> lis
     """Return the runs of the second and third stage of all rows whose first stage is complete."""
     kept = [row for row in rows if not config["rows"][row].get("screened")]
     rates = {row: rate for row in kept if (rate := best_rate(row, config, results)) is not None}
-    tasks = [config["sweep"], *(task for task in config["tasks"] if task != config["sweep"])]
-    trained = [Run(row, task, rate, seed) for task in tasks for seed in config["seeds"] for row, rate in rates.items()]
-    return [*trained, *base_runs(config)]
+    sweep, others = config["sweep"], [task for task in config["tasks"] if task != config["sweep"]]
+    seeds = [Run(row, sweep, rate, seed) for seed in config["seeds"] for row, rate in rates.items()]
+    wanted = {row: config["rows"][row].get("tasks", others) for row in rates}
+    tasks = [Run(row, task, rates[row], seed) for row in rates for task in wanted[row] for seed in config["seeds"]]
+    return [*seeds, *base_runs(config), *tasks]
 
 
 def run_all(

@@ -26,12 +26,15 @@ class ReproduceArguments:
         None, "values of the recipe's options; VALUE is YAML; --options prints them", metavar="NAME=VALUE"
     )
     options: bool = option(False, "print the recipe's options with their values and meanings, and run nothing")
+    dry_run: bool = option(False, "check options, data and methods, print the runs, and run nothing")
     smoke: bool = option(False, "show in seconds that the recipe works, on a tiny random model and made-up data")
     resume: bool = option(False, "go on in --output, and make the runs that have no result or failed")
     list: bool = option(False, "print the recipes, what they repeat and what they need")  # last: it hides the type
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.dry_run and self.smoke:
+            raise ValueError("dry_run and smoke exclude each other: a smoke run takes seconds")
 
 
 def run(arguments: list[str]) -> None:
@@ -65,12 +68,15 @@ def make(job: ReproduceArguments, recipe, command: str) -> None:
         SystemExit: A run failed. All others were made.
     """
     from s2ft.packages import check_packages
-    from s2ft.reproduce.experiment import run_recipe
+    from s2ft.reproduce.experiment import planned_runs, run_recipe
 
     settings = settings_of(job, recipe)
     check_packages("s2ft reproduce")
     quiet_transformers()
     output = job.output or f"reproduce-{recipe.name}{'-smoke' * job.smoke}"
+    if job.dry_run:
+        print("\n".join(map(line_of, planned_runs(recipe, output, settings))))
+        return
     found = run_recipe(recipe, output, settings, smoke=job.smoke, resume=job.resume, command=command)
     for table in found.tables:
         print(f"\n{table.text()}")
@@ -79,6 +85,13 @@ def make(job: ReproduceArguments, recipe, command: str) -> None:
         print("a smoke run shows that the recipe works; its numbers mean nothing")
     if found.failed:
         raise SystemExit(1)
+
+
+def line_of(run) -> str:
+    """Return a run of the plan as a line: its name, the parameters that it trains if they are known, its status."""
+    parameters = run.configuration.get("parameters")
+    status = {"missing": "to be made", "done": "has a result", "failed": "failed, to be made again"}[run.status]
+    return f"{run.name}: {f'{parameters:,} parameters, ' if parameters else ''}{status}"
 
 
 def settings_of(job: ReproduceArguments, recipe) -> dict:

@@ -1,12 +1,13 @@
 """The data of a trial: files in the public folders, and rows as tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from s2ft.text.data import DataOptions, load_rows, load_split
 from s2ft.text.encoding import context_length, tokenize_rows
+from s2ft.text.examples import Example, examples_of
 from s2ft.text.prompts import PromptFormat
 
 
@@ -48,11 +49,21 @@ class TrialData:
         train: The training rows, a Dataset with the columns input_ids and labels, in the order of the seed.
         held_out: The held-out rows, or None.
         summary: What is in the training rows, as text.
+        questions: The questions of the training rows, without outer white space.
     """
 
     train: Any
     held_out: Any
     summary: str
+    questions: frozenset[str] = frozenset()
+
+    def known(self, examples: Iterable[Example]) -> int:
+        """Return how many examples have a question that is also trained on.
+
+        Args:
+            examples: Examples that are scored.
+        """
+        return sum(example.question.strip() in self.questions for example in examples)
 
 
 def trial_data(
@@ -89,7 +100,9 @@ def trial_data(
     length = min(max_length, context_length(model) or max_length)
     rows = tokenize_rows(train.shuffle(seed=seed), tokenizer, prompt, max_length=length)
     tokens = None if other is None else tokenize_rows(other, tokenizer, prompt, max_length=length).dataset
-    return TrialData(rows.dataset, tokens, str(rows))
+    asked = examples_of(row for row in train if row.get("text") is None)
+    questions = frozenset(example.question.strip() for example in asked)
+    return TrialData(rows.dataset, tokens, str(rows), questions)
 
 
 def text_rows(file: str, model: Any, tokenizer: Any, prompt: PromptFormat, max_length: int, limit: int) -> Any:

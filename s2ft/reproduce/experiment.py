@@ -80,7 +80,6 @@ def run_recipe(
         >>> from s2ft.reproduce.experiment import run_recipe
         >>> from s2ft.reproduce.recipe import read_recipe
         >>> found = run_recipe(read_recipe("arithmetic"), "smoke", {"methods": ["s2ft"], "seeds": [0]}, smoke=True)
-        s2ft ...
         >>> [run.status for run in found.runs]
         ['done']
     """
@@ -94,6 +93,26 @@ def run_recipe(
         for number, (plan, run) in enumerate(planned, 1):
             _make(kind, options, plan, replace(run, command=command), results, f"{number} of {len(planned)}")
     return report(recipe, kind, options, [run for _, run in planned], results)
+
+
+def planned_runs(recipe: Recipe, output: str | Path, settings: Mapping[str, Any] | None = None) -> list[Run]:
+    """Check everything that :func:`run_recipe` checks before its first run, and return the runs. Nothing is written.
+
+    Args:
+        recipe: The recipe.
+        output: The folder of the results, which may have some.
+        settings: Values for options of the recipe, by name.
+
+    Returns:
+        The runs in their order: those with a result in the folder have it, the others are "missing".
+
+    Raises:
+        ValueError: As for :func:`run_recipe`.
+    """
+    kind, results = kind_of(recipe.kind), Results(output)
+    _check_folder(results.folder, recipe, resume=True)
+    runs = [run for _, run in _planned(recipe, kind, make_options(recipe, kind, settings or {}))]
+    return [results.find(run.configuration) or run for run in runs]
 
 
 def make_options(recipe: Recipe, kind: Kind, settings: Mapping[str, Any], smoke: Path | None = None) -> Any:

@@ -117,7 +117,7 @@ def trained_parameters(model, method: str, options: Mapping[str, Any]) -> int:
     Example:
         >>> from s2ft.reproduce.variants import trained_parameters
         >>> trained_parameters(model, "s2ft", {"d_ratio": 0.1}), trained_parameters(model, "lora", {"r": 8})
-        (1664, 20480)
+        (1664, 11264)
     """
     import s2ft
 

@@ -152,10 +152,12 @@ def text_rows(rows: Any, tokenizer, longest: int, most: int = ROWS, seed: int = 
         ValueError: No row has text.
 
     Example:
-        >>> from datasets import Dataset
+        >>> from pathlib import Path
         >>> from transformers import ByT5Tokenizer
-        >>> from s2ft.text.drift import text_rows
-        >>> text_rows(Dataset.from_list([{"text": "ab"}]), ByT5Tokenizer(), longest=100)
+        >>> from s2ft.text.data import DataOptions
+        >>> from s2ft.text.drift import read_texts, text_rows
+        >>> _ = Path("texts.jsonl").write_text('{"text": "ab"}')
+        >>> text_rows(read_texts(DataOptions(data=["texts.jsonl"])), ByT5Tokenizer(), longest=100)
         [{'input_ids': [100, 101, 1], 'labels': [100, 101, 1]}]
     """
     prompt = prompt_for_rows(tokenizer, rows, DataOptions())

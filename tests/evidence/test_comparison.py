@@ -92,6 +92,9 @@ def test_later_runs_are_of_complete_rows_and_all_seeds_and_tasks(config, results
     runs = [one for one in run.later_runs(config, list(config["rows"]), results) if one.row != run.BASE]
     best = config["rows"]["dora"]["rates"][0]
     assert set(runs) == {run.Run("dora", task, best, seed) for task in config["tasks"] for seed in config["seeds"]}
+    config["rows"]["dora"]["tasks"] = ["subjects"]
+    runs = run.later_runs(config, ["dora"], results)
+    assert {one.task for one in runs if one.row == "dora"} == {config["sweep"], "subjects"}
 
 
 def test_a_run_with_other_settings_or_an_error_is_run_again(config, results):

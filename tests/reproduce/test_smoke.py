@@ -123,8 +123,9 @@ def test_answers_for_a_judge(smoke):
 
 def test_figures_of_a_recipe(smoke):
     pytest.importorskip("matplotlib")
-    found, folder = smoke("instruction")
-    assert all((folder / "tables" / f"{name}.md").is_file() for name in ("results", "training"))
+    _, folder = smoke("instruction")
+    drawn = {file.name for file in (folder / "figures").iterdir()}
+    assert drawn == {f"learned_and_{name}.{form}" for name in ("forgetting", "kl") for form in ("png", "svg")}
 
 
 def test_projections_train_the_same_number_of_parameters(smoke):

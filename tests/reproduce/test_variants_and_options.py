@@ -13,7 +13,7 @@ from s2ft.reproduce.experiment import run_recipe
 from s2ft.reproduce.judge import read_questions
 from s2ft.reproduce.methods import prepare
 from s2ft.reproduce.recipe import read_recipe
-from s2ft.reproduce.smoke import smoke_model
+from s2ft.reproduce.smoke import smoke_data, smoke_model
 from s2ft.reproduce.trial import float32_weights, load
 from s2ft.reproduce.variants import check_variants, resolve, trained_parameters
 
@@ -219,3 +219,32 @@ def test_a_warm_up_that_is_longer_than_the_run_is_an_error(tmp_path):
     settings = {"methods": ["s2ft"], "seeds": [0], "warmup_steps": 100}
     found = run_recipe(read_recipe("arithmetic"), tmp_path / "out", settings, smoke=True)
     assert "warmup_steps 100 must be below the number of updates, and 32 rows are 4" in found.failed[0].error
+
+
+def test_questions_of_the_tests_in_the_training_data_are_counted(tmp_path, caplog):
+    smoke_data(tmp_path / "data")
+    rows = json.loads((tmp_path / "data" / "dataset" / "AddSub" / "test.json").read_text())
+    train = json.loads((tmp_path / "data" / "ft-training_set" / "math_10k.json").read_text())
+    leaked = [rows[0], {**rows[1], "instruction": rows[1]["instruction"] + " "}]
+    (tmp_path / "train.json").write_text(json.dumps([*train, *leaked]))
+    settings = {"methods": ["s2ft"], "seeds": [0], "train": [str(tmp_path / "train.json")], "tests": ["AddSub", "AQuA"]}
+    found = run_recipe(read_recipe("arithmetic"), tmp_path / "out", settings, smoke=True)
+    questions = {row["instruction"] for row in train}
+    known = 2 + sum(row["instruction"] in questions for row in rows[2:])
+    assert found.runs[0].rows[0]["trained_on_tests"] == known
+    assert f"questions of the tests are in the training data: {known} of AddSub" in caplog.text
+    assert f"the questions of {known} rows of the tests are in the training data" in found.tables[0].notes
+
+
+def test_the_plan_is_printed_and_nothing_is_written(tmp_path, capsys, monkeypatch, tiny):
+    monkeypatch.chdir(tmp_path)
+    smoke_data(tmp_path / "data")
+    arguments = ["reproduce", "arithmetic", "--model", tiny, "--data", "data", "--method", "lora", "full", "--dry-run"]
+    assert main([*arguments, "--seeds", "7", "--set", "variants.lora.options.r=4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "lora rate 0.0002 seed 7: 2,816 parameters, to be made",
+        "full rate 1e-05 seed 7: 26,912 parameters, to be made",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert main([*arguments, "--smoke"]) == 2 and "dry_run and smoke exclude" in capsys.readouterr().err

@@ -6,18 +6,18 @@ import pytest
 import torch
 from text.test_divergence import direct, direct_kl, direct_loss
 from train.test_sft import ARGUMENTS, CONFIG, check_same, deltas, token_rows
-from train.tiny import tiny_model, tiny_tokenizer
+from train.tiny import tiny_model, tiny_tokenizer, write_jsonl
 
 pytest.importorskip("trl")
 
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import s2ft
+from s2ft.text.data import DataOptions
 from s2ft.text.divergence import mean_loss
-from s2ft.text.drift import Drift, answer_rows, prompt_rows, prompts_of, row_of_prompt, text_rows
+from s2ft.text.drift import Drift, answer_rows, prompt_rows, prompts_of, read_texts, row_of_prompt, text_rows
 from s2ft.train.arguments import SFTArguments
 from s2ft.train.forgetting import ForgettingMeter
 from s2ft.train.options import ForgettingOptions, RunOptions
@@ -31,7 +31,7 @@ def other_rows(count=4):
     rows = []
     for row in token_rows(count):
         asked = row["labels"].count(-100)
-        answer = [token + 100 for token in row["labels"][asked:-1]]
+        answer = [261 - token for token in row["labels"][asked:-1]]
         rows.append({"input_ids": row["input_ids"][:asked] + answer, "labels": [-100] * asked + answer})
     return rows
 
@@ -326,8 +326,9 @@ def test_mistakes_of_the_options_are_named(options, message):
         ForgettingOptions(**options)
 
 
-def test_a_long_text_is_cut_into_rows_of_which_some_are_drawn():
-    texts = Dataset.from_list([{"text": "A heron waits in the water. " * 20}, {"text": "Iron rusts."}])
+def test_a_long_text_is_cut_into_rows_of_which_some_are_drawn(tmp_path):
+    lines = [{"text": "A heron waits in the water. " * 20}, {"text": "Iron rusts."}]
+    texts = read_texts(DataOptions(data=[str(write_jsonl(tmp_path / "texts.jsonl", lines))]))
     rows = text_rows(texts, tiny_tokenizer(), longest=16, most=5, seed=1)
     assert len(rows) == 5 and all(len(row["input_ids"]) <= 16 for row in rows)
     assert rows == text_rows(texts, tiny_tokenizer(), longest=16, most=5, seed=1)

@@ -34,7 +34,7 @@ from s2ft.reproduce.trial import (
 from s2ft.reproduce.variants import check_variants, resolve
 from s2ft.text.models import DTYPES
 from s2ft.text.scoring import TASKS
-from s2ft.text.suites import SuiteTask, find_suite, load_suite
+from s2ft.text.suites import LoadedTask, SuiteTask, find_suite, load_suite
 from s2ft.train.options import SCHEDULES, check_fields, option
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,8 @@ COSTS = (
     Column("scoring_seconds", "scoring s", ".0f"),
     Column("gpu_bytes", "GPU memory (bytes)", ",.0f"),
 )
-NO_SCORES = ("trained", "other_loss")  # further keys of a row
+PERCENT = "right answers (%)"
+NO_SCORES = ("trained", "other_loss", "trained_on_tests")  # further keys of a row
 
 
 @dataclass
@@ -222,11 +223,22 @@ def measure(options: AccuracyOptions, run: Planned, folder: Path) -> list[dict[s
     with timed(row, "scoring_seconds"):
         row |= meter.after(model)
         if options.tests:
-            row |= score_tasks(loaded, model, load_suite(_tasks(options), options.test_limit), options, folder)
+            suite = load_suite(_tasks(options), options.test_limit)
+            row |= score_tasks(loaded, model, suite, options, folder)
+            row["trained_on_tests"] = _trained_on_tests(data, suite) if trains else None
         if options.questions:
             questions = read_questions(find_file(options.questions, options.data, "questions"))
             write_answers(loaded, model, questions, name_of(run.labels), options, folder / "answers")
     return [row]
+
+
+def _trained_on_tests(data: TrialData, suite: Sequence[LoadedTask]) -> int:
+    """Count the rows of the tests whose questions are in the training data, and log them."""
+    counts = {one.task.name: data.known(one.examples) for one in suite}
+    if any(counts.values()):
+        listed = ", ".join(f"{count} of {name}" for name, count in counts.items() if count)
+        logger.warning("questions of the tests are in the training data: %s", listed)
+    return sum(counts.values())
 
 
 def _train(loaded: Loaded, prepared, data: TrialData, arguments, folder: Path, options) -> dict[str, Any]:
@@ -262,6 +274,8 @@ def tables(recipe: Recipe, options: AccuracyOptions, runs: Sequence[Run]) -> lis
     measured = [Column("trained", "parameters", ",d")]
     lost = [column for column in LOSSES if any(column.name in row for run in runs for row in run.rows)]
     notes = [f"percent right of generated answers, {options.num_beams} beam{'s' * (options.num_beams > 1)}"]
+    leaked = max((row.get("trained_on_tests") or 0 for run in runs for row in run.rows), default=0)
+    notes += [f"the questions of {leaked} rows of the tests are in the training data"] if leaked else []
     found = [summary("results", recipe.title, runs, by, [*measured, *scored, *lost], notes if scored else [])]
     found.append(summary("training", f"{recipe.title}: training", runs, by, [*measured, *COSTS], []))
     return found
@@ -274,25 +288,26 @@ def _scores(runs: Sequence[Run]) -> list[str]:
 
 
 def figures(recipe: Recipe, options: AccuracyOptions, runs: Sequence[Run]) -> list[Figure]:
-    """Return bars of the accuracies, and the average accuracy against forgetting if both were measured."""
-    done = [run for run in runs if run.status == DONE]
+    """Return bars of the accuracies, and what was learned against what was lost, as far as both were measured."""
     groups: dict[str, list[dict]] = {}
-    for run in done:
-        rate = run.labels.get("rate")
-        groups.setdefault(run.labels["method"] + (f", {rate:g}" if rate else ""), []).extend(run.rows)
+    for run in runs:
+        if run.status == DONE:
+            rate = run.labels.get("rate")
+            groups.setdefault(run.labels["method"] + (f", {rate:g}" if rate else ""), []).extend(run.rows)
     names = _scores(runs)
     bars = [Series(label, names, *_spread(rows, names)) for label, rows in groups.items()] if names else []
-    found = [Figure("accuracy", recipe.title, "", "right answers (%)", bars, "bars")]
-    for name, title in (
+    found = [Figure("accuracy", recipe.title, "", PERCENT, bars, "bars")]
+    learned, label = ("average", PERCENT) if names else ("held_out_loss", "loss on held-out rows (nats a token)")
+    for lost, text in (
         ("forgetting", "rise of the loss on other text (nats a token)"),
         ("kl", "KL(base‖tuned) (nats)"),
     ):
         points = []
-        for label, rows in groups.items():
-            if any(name in row for row in rows) and any("average" in row for row in rows):
-                (x, x_error), (y, y_error) = _spread(rows, [name]), _spread(rows, ["average"])
-                points.append(Series(label, x, y, y_error, x_error))
-        found.append(Figure(f"accuracy_and_{name}", recipe.title, title, "right answers (%)", points, "points"))
+        for name, rows in groups.items():
+            if all(any(key in row for row in rows) for key in (lost, learned)):
+                (x, x_error), (y, y_error) = _spread(rows, [lost]), _spread(rows, [learned])
+                points.append(Series(name, x, y, y_error, x_error))
+        found.append(Figure(f"learned_and_{lost}", recipe.title, text, label, points, "points"))
     return found
 
 
