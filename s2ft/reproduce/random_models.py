@@ -44,7 +44,7 @@ def config_of(model: Model) -> Any:
     if isinstance(model, str):
         if not Path(model).is_file():
             raise FileNotFoundError(f"config {model} doesn't exist")
-        model = read_json(model)
+        model = read_json(Path(model))
     if not isinstance(model, Mapping) or "model_type" not in model:
         raise ValueError(f"the fields of a config must have model_type, such as 'llama', got {model!r}")
     config = transformers.AutoConfig.for_model(**model)
