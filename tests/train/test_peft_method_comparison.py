@@ -364,7 +364,10 @@ class Limited(Clock):
             raise OutOfTime
 
 
-@pytest.mark.parametrize("checks", [1, 3, 16, 30, 31])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("checks", [pytest.param(1, marks=SLOW), 3, 16, pytest.param(30, marks=SLOW), 31])
 def test_a_run_that_its_limit_stopped_goes_on_to_the_same_result(files, finished, tmp_path, monkeypatch, checks):
     """In training, before a validation, in one, after training, in the test."""
     monkeypatch.setattr(running, "Clock", lambda until: Limited(checks))
