@@ -10,9 +10,11 @@ import argparse
 import json
 import logging
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+STARTED = time.time()
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
@@ -50,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--save-data", type=Path, metavar="DIR", help="save the data for a machine without a network")
     made.add_argument("--run", type=Path, help=argparse.SUPPRESS)  # one run of a suite, in a process of its own
+    made.add_argument("--until", type=float, help=argparse.SUPPRESS)  # its time limit, as time.time()
     for option, (name, kind) in CHANGES.items():
         made.add_argument(f"--{option}", dest=name, type=kind, help=f"{name} of the training parameters")
     return made
@@ -65,6 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = made.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     _check(made, options)
+    if options.time_limit is not None:
+        options.until = STARTED + 60 * options.time_limit
     changes = {name: value for name, _ in CHANGES.values() if (value := getattr(options, name)) is not None}
     try:
         return _run(options, changes)
@@ -99,10 +104,9 @@ def _run(options: argparse.Namespace, changes: dict[str, Any]) -> int:
         for file in data.save(options.save_data, (defaults.max_steps + BUCKET) * defaults.batch_size):
             print(file)
         return 0
-    seconds = None if options.time_limit is None else 60 * options.time_limit
     if options.run is not None:
         run = Run.from_dict(json.loads(options.run.read_text(encoding="utf-8")))
-        content = running.execute(run, options.output, options.data, seconds, options.test_rows)
+        content = running.execute(run, options.output, options.data, options.until, options.test_rows)
         return 3 if content is None else 0
     if options.units is not None:
         for folder in options.experiments:
@@ -114,7 +118,7 @@ def _run(options: argparse.Namespace, changes: dict[str, Any]) -> int:
 
         print(table(runs).markdown())
         return 0
-    limits = suite.Limits(options.output, options.data, options.test_rows, seconds, not options.in_process)
+    limits = suite.Limits(options.output, options.data, options.test_rows, options.until, not options.in_process)
     complete = options.table or suite.execute_all(runs, limits)
     _show(runs, options.output)
     failed = any(suite.has_failed(run, options.output) for run in runs)

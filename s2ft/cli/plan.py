@@ -1,7 +1,7 @@
 """s2ft plan: what ratios train of a model, without reading its weights."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from s2ft.cli.parse import MODEL, parse, quiet_transformers
 from s2ft.text.models import DTYPES
@@ -47,15 +47,21 @@ def run(arguments: list[str]) -> None:
     )
     quiet_transformers()
     import s2ft
+    from s2ft.train.rates import suggested_rate, width_of
     from s2ft.train.ratio_table import as_random, rows_of, table
 
     model, config = hollow(job.model, job.dtype), with_default(config)
     report = s2ft.plan(model, as_random(config))
     rows = rows_of(model, config, **({"ratios": job.ratios} if job.ratios else {}))
+    width = width_of(model)
+    rate = suggested_rate(width) if width else None
     if job.json:
-        print(json.dumps({"model": job.model, "rows": [row.to_dict() for row in rows]}, indent=2))
-    else:
-        print(f"{report}\n\n{table(rows)}\nLoRA rank: of a LoRA on the same weights with as many parameters")
+        found = {"learning_rate": rate and asdict(rate), "rows": [row.to_dict() for row in rows]}
+        print(json.dumps({"model": job.model, **found}, indent=2))
+        return
+    print(f"{report}\n\n{table(rows)}\nLoRA rank: of a LoRA on the same weights with as many parameters")
+    if rate:
+        print(f"learning rate: no rule is known for all tasks; start with {rate}")
 
 
 def hollow(name: str, dtype: str):

@@ -1,5 +1,6 @@
 """Run a measurement in a process of its own, so that its memory is its own and a lack of memory ends nothing else."""
 
+import contextlib
 import multiprocessing
 import signal
 import sys
@@ -43,7 +44,7 @@ def in_own_process(
     """
     context = multiprocessing.get_context("forkserver" if hasattr(signal, "SIGKILL") else "spawn")
     if context.get_start_method() == "forkserver":
-        context.set_forkserver_preload([function.__module__, *imports])
+        context.set_forkserver_preload([__name__, function.__module__, *imports])
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(
         target=_run, args=(theirs, torch.get_num_threads(), limit_bytes, function, arguments), daemon=True
@@ -117,3 +118,33 @@ def free_bytes() -> int | None:
 def _kibibytes(path: Path, key: str) -> int:
     line = next(line for line in path.read_text().splitlines() if line.startswith(f"{key}:"))
     return 1024 * int(line.split()[1])
+
+
+class PeakMemory:
+    """The peak memory of this process, or of a GPU, above what it was when the object was made.
+
+    Args:
+        device: "cpu" or "cuda".
+        limit_bytes: Memory of the GPU that this process may take; an allocation above it fails.
+    """
+
+    def __init__(self, device: str, limit_bytes: int | None = None) -> None:
+        self.device = device
+        if device == "cuda":
+            torch.cuda.init()
+            if limit_bytes is not None:
+                total = torch.cuda.get_device_properties(0).total_memory
+                torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total))
+        self.before = torch.cuda.memory_allocated() if device == "cuda" else size_of_process("VmRSS")
+
+    def forget_peak(self) -> None:
+        """Begin to watch for a peak now. Only Linux can forget the peak of a process."""
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        elif Path("/proc/self/clear_refs").exists():
+            with contextlib.suppress(PermissionError):  # then the peak has what making the model took
+                Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> int:
+        """Return the peak in bytes since :meth:`forget_peak`."""
+        return (torch.cuda.max_memory_allocated() if self.device == "cuda" else size_of_process("VmHWM")) - self.before

@@ -10,6 +10,7 @@ from torch import nn
 import s2ft
 from s2ft.config import S2FTConfig
 from s2ft.distributed import without_zero_init
+from s2ft.files.reading import read_json
 from s2ft.text.models import hollow_model
 
 Model = str | Mapping[str, Any]
@@ -23,7 +24,7 @@ def config_of(model: Model) -> Any:
             config, of which `model_type` is one.
 
     Returns:
-        The config, with the class of the model as its only architecture.
+        The config. Its only architecture is the class of the model.
 
     Raises:
         FileNotFoundError: The path does not exist.
@@ -43,23 +44,29 @@ def config_of(model: Model) -> Any:
     if isinstance(model, str):
         if not Path(model).is_file():
             raise FileNotFoundError(f"config {model} doesn't exist")
-        config = transformers.AutoConfig.from_pretrained(model)
-    else:
-        if "model_type" not in model:
-            raise ValueError(f"the fields of a config must have model_type, such as 'llama', got {', '.join(model)}")
-        config = transformers.AutoConfig.for_model(**model)
+        model = read_json(Path(model))
+    if not isinstance(model, Mapping) or "model_type" not in model:
+        raise ValueError(f"the fields of a config must have model_type, such as 'llama', got {model!r}")
+    config = transformers.AutoConfig.for_model(**model)
+    config.architectures = [_causal_class(config).__name__]
+    return config
+
+
+def _causal_class(config: Any) -> type:
+    """Return the causal language model of a config. Raises ValueError if transformers has none."""
+    import transformers
+
     known = transformers.AutoModelForCausalLM._model_mapping
     if type(config) not in known:
         raise ValueError(f"transformers has no causal language model of type {config.model_type!r}")
-    config.architectures = [known[type(config)].__name__]
-    return config
+    return known[type(config)]
 
 
 def random_model(config: Any, dtype: str = "float32", device: str = "cpu") -> nn.Module:
     """Build a model of a config with random weights, in place on its device.
 
     Args:
-        config: A config, as :func:`config_of` returns it.
+        config: A config. One without architectures is that of a causal language model.
         dtype: Dtype of the weights: "float32", "bfloat16" or "float16".
         device: "cpu", "cuda" or "meta".
 
@@ -73,7 +80,7 @@ def random_model(config: Any, dtype: str = "float32", device: str = "cpu") -> nn
     """
     import transformers
 
-    kind = getattr(transformers, config.architectures[0])
+    kind = getattr(transformers, config.architectures[0]) if config.architectures else _causal_class(config)
     with torch.device(device), without_zero_init():
         return kind._from_config(config, dtype=getattr(torch, dtype)).eval()
 

@@ -15,7 +15,7 @@ from s2ft.text.data import DataOptions, load_rows
 from s2ft.text.models import DTYPES
 from s2ft.text.scoring import KINDS
 from s2ft.text.suites import LoadedTask, SuiteTask, find_suite, load_suite
-from s2ft.train.options import SCHEDULES, check_fields, option
+from s2ft.train.options import SCHEDULES, check_fields, divide_batch, option
 
 KEYS = ("train", "where", "tests", "task")
 KEPT = ("messages", "prompt", "completion", "text")  # fields of a row that training uses
@@ -70,6 +70,11 @@ class TaskOptions:
                 raise ValueError(f"task {name} lacks {' and '.join(missing)}")
             if task.get("task") not in (None, *KINDS):
                 raise ValueError(f"task {name}: task must be one of {', '.join(KINDS)}, got {task['task']!r}")
+
+    @property
+    def micro(self) -> int:
+        """Rows of a forward pass, also of a calibration."""
+        return divide_batch(self.batch_size, 1, self.micro_batch_size)[0]
 
     @property
     def shared(self) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def evaluate(
         >>> tokenizer = ByT5Tokenizer(chat_template="{{ messages[0]['content'] }}")
         >>> examples = [Example(({"role": "user", "content": "2+3="},), output="5")]
         >>> print(evaluate(model, tokenizer, examples, "arithmetic", max_new_tokens=4))
-        0.0% right (0 of 1, 0 s)
+        0.0% right (0 of 1, ... s)
     """
     for name, value in {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "num_beams": num_beams}.items():
         if value < 1:

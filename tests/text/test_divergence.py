@@ -211,6 +211,16 @@ def test_the_base_is_measured_in_the_middle_of_a_training():
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items() if name not in trained)
 
 
+def test_half_of_a_small_update_has_a_quarter_of_the_divergence():
+    model = tiny_model()
+    rows = rows_of(model, (40, 50))
+    s2ft.attach(model, CONFIG, name="small")
+    base = BaseDistributions.of(model, rows)
+    whole = base.kl(moved(model, 0.05))
+    s2ft.set_adapter(model, {"small": 0.5})
+    assert base.kl(model) == pytest.approx(whole / 4, rel=0.1)
+
+
 def test_measuring_draws_no_random_number():
     model = tiny_model(attention_dropout=0.5).train()
     state = torch.get_rng_state()

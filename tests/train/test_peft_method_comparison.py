@@ -364,10 +364,13 @@ class Limited(Clock):
             raise OutOfTime
 
 
-@pytest.mark.parametrize("checks", [1, 3, 16, 30, 31])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("checks", [pytest.param(1, marks=SLOW), 3, 16, pytest.param(30, marks=SLOW), 31])
 def test_a_run_that_its_limit_stopped_goes_on_to_the_same_result(files, finished, tmp_path, monkeypatch, checks):
     """In training, before a validation, in one, after training, in the test."""
-    monkeypatch.setattr(running, "Clock", lambda seconds: Limited(checks))
+    monkeypatch.setattr(running, "Clock", lambda until: Limited(checks))
     assert running.execute(s2ft_run(files), tmp_path, files / "data") is None
     assert not (tmp_path / "s2ft--tiny.json").exists()
     monkeypatch.setattr(running, "Clock", Clock)
@@ -381,7 +384,7 @@ def test_a_run_that_its_limit_stopped_goes_on_to_the_same_result(files, finished
 
 
 def test_a_checkpoint_of_other_settings_is_refused(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "Clock", lambda seconds: Limited(1))
+    monkeypatch.setattr(running, "Clock", lambda until: Limited(1))
     running.execute(s2ft_run(files), tmp_path, files / "data")
     monkeypatch.setattr(running, "Clock", Clock)
     with pytest.raises(ValueError, match="is of a run with other settings"):
@@ -401,7 +404,8 @@ def test_too_little_memory_is_a_result(files, tmp_path, monkeypatch):
 
 def test_a_loss_that_is_no_number_ends_the_run(files, tmp_path):
     content = running.execute(s2ft_run(files, optimizer_kwargs={"lr": 1e30}), tmp_path, files / "data")
-    assert "lower the learning rate" in content["run_info"]["error_msg"] and not results.is_done(content)
+    assert "lower the learning rate" in content["run_info"]["error_msg"] and results.is_done(content)
+    assert list((tmp_path / "work").iterdir()) == []
 
 
 # ---- the suite ---------------------------------------------------------------------------------------
@@ -456,7 +460,7 @@ def test_every_method_of_the_suite_runs_and_is_in_the_table(files, short_answers
 def test_a_failed_run_is_a_row_and_the_others_go_on(files, tmp_path, monkeypatch, capsys):
     seen = []
 
-    def process(run, limits, left):
+    def process(run, limits):
         seen.append(run.name)
         content = results.result(
             run, results.now(), results.FAILED, {"metrics": []}, "the process was ended by signal 9: x"
@@ -473,7 +477,7 @@ def test_a_failed_run_is_a_row_and_the_others_go_on(files, tmp_path, monkeypatch
 
 def test_no_run_is_started_when_the_time_is_over(files, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(suite, "_in_process", lambda *_: pytest.fail("a run was started"))
-    more = ["--methods", "lora", "--time-limit", "0.5"]
+    more = ["--methods", "lora", "--time-limit", "0.001"]
     assert command.main(options(files, tmp_path, *more)) == 3
     assert "not run" in capsys.readouterr().out
 

@@ -13,15 +13,15 @@ class Clock:
     """Measures the parts of a run and stops it before its limit.
 
     Args:
-        seconds: Time until the limit; None for no limit.
+        until: The limit, as `time.time()`; None for no limit.
 
     Attributes:
         parts: Seconds by part.
     """
 
-    def __init__(self, seconds: float | None = None) -> None:
+    def __init__(self, until: float | None = None) -> None:
         self.parts: dict[str, float] = {}
-        self._end = None if seconds is None else time.perf_counter() + seconds
+        self._until = until
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -41,5 +41,5 @@ class Clock:
         Raises:
             OutOfTime: It may take longer than what is left.
         """
-        if self._end is not None and time.perf_counter() + needed > self._end:
+        if self._until is not None and time.time() + needed > self._until:
             raise OutOfTime

@@ -78,10 +78,8 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def is_done(content: dict[str, Any] | None) -> bool:
-    """Whether a run needs no repetition: it succeeded, or it does not fit into memory."""
-    if content is None:
-        return False
-    return content["train_info"]["status"] == SUCCESS or content["run_info"]["error_msg"].startswith(OUT_OF_MEMORY)
+    """Whether a run needs no repetition: it succeeded, does not fit into memory, or its loss is no number."""
+    return content is not None and content["train_info"]["status"] in (SUCCESS, CANCELED)
 
 
 def _version(package: str) -> str | None:

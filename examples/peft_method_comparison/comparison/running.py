@@ -1,6 +1,7 @@
 """One run from the base to its result. It can be interrupted at any time, and goes on from its folder."""
 
 import logging
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def execute(
-    run: Run, output: Path, data_folder: Path | None = None, seconds: float | None = None, test_rows: int | None = None
+    run: Run, output: Path, data_folder: Path | None = None, until: float | None = None, test_rows: int | None = None
 ) -> dict[str, Any] | None:
     """Run an experiment, and write its result.
 
@@ -29,17 +30,18 @@ def execute(
         run: The run.
         output: Folder of results. The run's checkpoint and answers lie in work/, until its result is written.
         data_folder: Folder with the data; None reads from the hub.
-        seconds: Time limit.
+        until: When the run must end, as `time.time()`; None for no limit.
         test_rows: Number of test problems; None takes all.
 
     Returns:
-        The content of the result, or None if the time limit came first. The next call goes on from there.
+        The content of the result, or None if the time limit came first. The next call goes on from there. A run that
+        does not fit into memory, or whose loss is no number, has a result that says so.
 
     Raises:
         FileNotFoundError: The data or the model does not exist.
         ValueError: A setting is not allowed.
     """
-    path, clock, created = output / run.file_name, Clock(seconds), results.now()
+    path, clock, created = output / run.file_name, Clock(until), results.now()
     needed = run.params.max_steps * run.params.batch_size
     bucket = run.params.batch_size * BUCKET  # a whole bucket is read, because its longest rows come first
     try:
@@ -56,6 +58,7 @@ def execute(
         reason = f"{results.OUT_OF_MEMORY}: {first_line(error)}" if is_out_of_memory(error) else str(error)
         logger.error("%s: %s", run.name, reason)
         content = results.result(run, created, results.CANCELED, _empty(), reason)
+        shutil.rmtree(output / "work" / path.stem, ignore_errors=True)
     results.write(path, content)
     return content
 
@@ -101,6 +104,8 @@ class _Stages:
             with clock.part("forgetting"), models.base_values(prepared):
                 before = self._loss()
         save = partial(self._save, trainer, before)
+        if trainer.is_small:
+            save()
         trainer.run(clock, self._validate, save)
         generated = self._test(trainer, save)
         with clock.part("forgetting"):
@@ -111,7 +116,7 @@ class _Stages:
             "num_trainable_params": prepared.trainable,
             "num_total_params": models.total_parameters(prepared),
         }
-        self._clean()
+        shutil.rmtree(self.folder)
         return found
 
     def _restored(self, trainer: Trainer) -> float | None:
@@ -185,8 +190,3 @@ class _Stages:
             "dataset_info": {name: {"sha": None, "source": where} for name, where in self.texts.source.items()},
             "metrics": [*progress.metrics, last],
         }
-
-    def _clean(self) -> None:
-        for file in (self.checkpoint, self.answers):
-            file.unlink(missing_ok=True)
-        self.folder.rmdir()

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 VARIANTS = Path(__file__).parents[1] / "suite.json"
 RANK = 32  # the size of all methods is that of LoRA of this rank on q_proj and v_proj, as PEFT's comparison has it
 LEAST = 60.0  # seconds; with less time no run is started
+ENDING = 5.0  # seconds between the end that a run is told and that at which its process is ended
 
 
 @dataclass(frozen=True)
@@ -31,14 +32,14 @@ class Limits:
         output: Folder of the results.
         data: Folder with the data; None reads from the hub.
         test_rows: Number of test problems; None takes all.
-        seconds: Time limit of the suite; None for no limit.
+        until: When the suite must end, as `time.time()`; None for no limit.
         isolated: Whether each run has a process of its own.
     """
 
     output: Path
     data: Path | None = None
     test_rows: int | None = None
-    seconds: float | None = None
+    until: float | None = None
     isolated: bool = True
 
 
@@ -122,8 +123,8 @@ def _default_size(model_id: str) -> int:
 def execute_all(runs: Sequence[Run], limits: Limits, show: Callable[[], None] = lambda: None) -> bool:
     """Run what has no result yet, until the time limit.
 
-    A run that does not fit into memory gets a result that says so. A run that fails otherwise gets one too, and is
-    repeated by the next call. The other runs go on.
+    A run that does not fit into memory, or whose loss is no number, has a result that says so. A run that fails
+    otherwise has one too, and is repeated by the next call. The other runs go on.
 
     Args:
         runs: The runs.
@@ -133,29 +134,27 @@ def execute_all(runs: Sequence[Run], limits: Limits, show: Callable[[], None] = 
     Returns:
         Whether all runs are done.
     """
-    end = None if limits.seconds is None else time.monotonic() + limits.seconds
     complete = True
     for run in runs:
         if results.is_done(results.read(limits.output / run.file_name)):
             continue
-        left = None if end is None else end - time.monotonic()
-        if left is not None and left < LEAST:
+        if limits.until is not None and limits.until - time.time() < LEAST:
             logger.info("time limit: %s and what follows is left for the next call", run.name)
             return False
         logger.info("running %s", run.name)
-        content = (_in_process if limits.isolated else _here)(run, limits, left)
+        content = (_in_process if limits.isolated else _here)(run, limits)
         complete &= results.is_done(content)
         show()
     return complete
 
 
-def _here(run: Run, limits: Limits, left: float | None) -> dict[str, Any] | None:
+def _here(run: Run, limits: Limits) -> dict[str, Any] | None:
     from comparison.running import execute
 
-    return execute(run, limits.output, limits.data, left, limits.test_rows)
+    return execute(run, limits.output, limits.data, limits.until, limits.test_rows)
 
 
-def _in_process(run: Run, limits: Limits, left: float | None) -> dict[str, Any] | None:
+def _in_process(run: Run, limits: Limits) -> dict[str, Any] | None:
     """Run in a process of its own, so that its memory is measured alone, and is free afterwards."""
     work = limits.output / "work"
     work.mkdir(parents=True, exist_ok=True)
@@ -164,7 +163,8 @@ def _in_process(run: Run, limits: Limits, left: float | None) -> dict[str, Any] 
     command = [sys.executable, str(Path(__file__).parents[1] / "run.py"), "--run", str(spec)]
     command += ["--output", str(limits.output), *(["--data", str(limits.data)] if limits.data else [])]
     command += ["--test-rows", str(limits.test_rows)] if limits.test_rows else []
-    command += ["--time-limit", f"{left / 60 - 0.2:.3f}"] if left is not None else []
+    left = None if limits.until is None else limits.until - time.time()
+    command += ["--until", str(limits.until - ENDING)] if left is not None else []
     created = results.now()
     path.unlink(missing_ok=True)
     with log.open("w", encoding="utf-8") as output:
@@ -186,6 +186,6 @@ def _in_process(run: Run, limits: Limits, left: float | None) -> dict[str, Any] 
 
 
 def has_failed(run: Run, output: Path) -> bool:
-    """Whether the last attempt of a run failed, for another reason than memory."""
+    """Whether the last attempt of a run failed."""
     content = results.read(output / run.file_name)
     return content is not None and not results.is_done(content)

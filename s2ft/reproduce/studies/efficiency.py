@@ -5,7 +5,6 @@ peak memory, and the times of some steps after others that warm up. The methods 
 memory is a result, "OOM".
 """
 
-import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from s2ft.estimation.result import size_of
 from s2ft.reproduce.figures import Figure, Series
 from s2ft.reproduce.kind import Kind, Planned
 from s2ft.reproduce.methods import METHODS, prepare
-from s2ft.reproduce.processes import free_bytes, in_own_process, size_of_process
+from s2ft.reproduce.processes import PeakMemory, free_bytes, in_own_process
 from s2ft.reproduce.random_models import at_least_one_unit, config_of, random_model
 from s2ft.reproduce.recipe import Recipe
 from s2ft.reproduce.results import DONE, Run
@@ -212,7 +211,7 @@ def _load_code(cell: Cell) -> None:
     _train(replace(cell, config=config_of(SMALL), options=options, batch=1, length=8, steps=1, warmup=0))
 
 
-def _train(cell: Cell, memory: "PeakMemory | None" = None) -> tuple[list[tuple[float, ...]], int]:
+def _train(cell: Cell, memory: PeakMemory | None = None) -> tuple[list[tuple[float, ...]], int]:
     """Train the steps of a cell. Returns the seconds of the measured ones and the number of trained parameters."""
     model = random_model(cell.config, cell.dtype, cell.device)
     if cell.checkpointing:
@@ -240,36 +239,6 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor,
     optimizer.zero_grad(set_to_none=True)
     moments.append(now(device))
     return tuple(after - before for before, after in zip(moments, moments[1:]))
-
-
-class PeakMemory:
-    """The peak memory of this process, or of a GPU, above what it was when the object was made.
-
-    Args:
-        device: "cpu" or "cuda".
-        limit_bytes: Memory of the GPU that this process may take; an allocation above it fails.
-    """
-
-    def __init__(self, device: str, limit_bytes: int | None = None) -> None:
-        self.device = device
-        if device == "cuda":
-            torch.cuda.init()
-            if limit_bytes is not None:
-                total = torch.cuda.get_device_properties(0).total_memory
-                torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total))
-        self.before = torch.cuda.memory_allocated() if device == "cuda" else size_of_process("VmRSS")
-
-    def forget_peak(self) -> None:
-        """Begin to watch for a peak now. Only Linux can forget the peak of a process."""
-        if self.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        elif Path("/proc/self/clear_refs").exists():
-            with contextlib.suppress(PermissionError):  # then the peak has what making the model took
-                Path("/proc/self/clear_refs").write_text("5")
-
-    def peak(self) -> int:
-        """Return the peak in bytes since :meth:`forget_peak`."""
-        return (torch.cuda.max_memory_allocated() if self.device == "cuda" else size_of_process("VmHWM")) - self.before
 
 
 # ---- tables and figures --------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def _s2ft_pair(
     for name in options.tasks:
         data = task_data(options, name, loaded, known["seed"], folder / "rows")
         config = _config(known, adapters[0] if adapters else None)
-        calibration = calibration_for(config, loaded.tokenizer, data.train, None, 1) if config.units is None else None
+        calibration = calibration_for(config, loaded.tokenizer, data.train, None, options.micro)
         report = s2ft.attach(loaded.model, config, name, calibration)
         prepared = Prepared(loaded.model, loaded.model, "s2ft", dict(known["options"]), report.trainable, str(report))
         _train(prepared, loaded, data, options, known, name, folder)

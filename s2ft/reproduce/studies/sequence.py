@@ -231,7 +231,7 @@ class _Continued(_Learner):
 
     def learn(self, name: str, data: TrialData) -> Any:
         if self.prepared is None:
-            self.prepared = prepare_trial(self.loaded, self.known, data, 1)
+            self.prepared = prepare_trial(self.loaded, self.known, data, self.options.micro)
         self.train(name, data)
         return self.prepared.model
 
@@ -240,7 +240,7 @@ class _Merged(_Learner):
     """A new adapter for each task, merged into the weights after it."""
 
     def learn(self, name: str, data: TrialData) -> Any:
-        self.prepared = prepare_trial(self.loaded, self.known, data, 1)
+        self.prepared = prepare_trial(self.loaded, self.known, data, self.options.micro)
         self.train(name, data)
         model = self.prepared.model
         self.loaded.model = s2ft.merge(model) if self.known["method"] == "s2ft" else model.merge_and_unload()
@@ -255,7 +255,9 @@ class _OnTop(_Learner):
         if self.prepared is None:
             save_state(model, states / "base.safetensors")
         options = {"seed": self.known["seed"], **self.known["options"]}
-        calibration = calibration_for(S2FTConfig(**options), self.loaded.tokenizer, data.train, None, 1)
+        calibration = calibration_for(
+            S2FTConfig(**options), self.loaded.tokenizer, data.train, None, self.options.micro
+        )
         how = {"seed": self.known["seed"], "calibration": calibration, "name": name, "on_top": True}
         self.prepared = prepare(model, "s2ft", options, **how)
         self.train(name, data)
