@@ -457,6 +457,15 @@ def test_every_method_of_the_suite_runs_and_is_in_the_table(files, short_answers
     assert command.main(options(files, tmp_path, "--rates", "1e-3", "--in-process")) == 0
 
 
+def test_what_a_suite_needs_is_estimated_without_a_run(files, tmp_path, capsys):
+    assert command.main(options(files, tmp_path, "--rates", "1e-3", "--estimate")) == 0
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
+    trained = {line[0].removeprefix("| ").split("/")[0]: int(line[2].replace(",", "")) for line in lines}
+    assert trained.pop("full") == sum(each.numel() for each in tiny_model().parameters())
+    assert set(trained) == set(suite.read_variants(suite.VARIANTS)) - {"full"}
+    assert all(1000 < number <= 2000 for number in trained.values())
+
+
 def test_a_failed_run_is_a_row_and_the_others_go_on(files, tmp_path, monkeypatch, capsys):
     seen = []
 

@@ -125,7 +125,7 @@ class _Stages:
         if not self.checkpoint.is_file():
             self.answers.unlink(missing_ok=True)
             return None
-        state = torch.load(self.checkpoint, map_location=models.device(), weights_only=True)
+        state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
         if state["run"] != self.run.to_dict():
             raise ValueError(f"{self.checkpoint} is of a run with other settings: delete it to start again")
         trainer.restore(state["trainer"])

@@ -230,7 +230,7 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint.
+        """Go on from a checkpoint, whose tensors are on the CPU. AdamW keeps its number of steps there.
 
         Raises:
             ValueError: The checkpoint trains other parameters.
@@ -243,8 +243,8 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.schedule is not None:
             self.schedule.load_state_dict(state["schedule"])
-        torch.set_rng_state(state["random"][0].cpu())
+        torch.set_rng_state(state["random"][0])
         if self.memory.is_cuda:
-            torch.cuda.set_rng_state_all([each.cpu() for each in state["random"][1]])
+            torch.cuda.set_rng_state_all(state["random"][1])
         self.progress = Progress(**state["progress"])
         self.memory.restore(state["memory"])
