@@ -104,6 +104,7 @@ def _train(parsed, folder, ranks, resume):
     if ranks.is_main_process:
         say_device(ranks.device)
     model, tokenizer = load_base(parsed[ModelOptions], arguments)
+    _choose_rate(parsed, model, ranks)
     prompt, rows, held_out = _tokenize(parsed, model, tokenizer, train_rows, held_out_rows, ranks)
     config = parsed.objects[S2FTConfig] = fit_layout(parsed[S2FTConfig], model, "layout" in parsed.given)
     check_run(model, rows, arguments)
@@ -118,6 +119,20 @@ def _train(parsed, folder, ranks, resume):
     settings = {"options": options, "resume": resume, "held_out": held_out, "meter": meter}
     with naming_what_is_kept(folder):
         return sft(model, tokenizer, rows, arguments, folder, **settings)
+
+
+def _choose_rate(parsed, model, ranks) -> None:
+    """Set the learning rate by the width of the model, unless the user has set one. The run's config.yaml has it."""
+    from s2ft.train.arguments import SFTArguments
+    from s2ft.train.rates import suggested_rate, width_of
+
+    width = width_of(model)
+    if "learning_rate" in parsed.given or width is None:
+        return
+    rate = suggested_rate(width).rate
+    parsed[SFTArguments].learning_rate = parsed.given["learning_rate"] = rate
+    if ranks.is_main_process:
+        logger.info(f"learning rate {rate:g}, by the model's width of {width}; --learning-rate sets another one")
 
 
 def begin(

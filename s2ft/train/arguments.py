@@ -129,6 +129,13 @@ class SFTArguments(RunArguments, SFTConfig):
         (0.0002, True, 20)
     """
 
+    learning_rate: float = field(
+        default=2e-4,
+        metadata={
+            "help": "peak learning rate",
+            "shown": "0.8 divided by the model's width, but at most 1e-3; s2ft plan prints it",
+        },
+    )
     assistant_only_loss: bool = field(
         default=True, metadata={"help": "compute the loss on the assistant's turns of a chat only"}
     )
