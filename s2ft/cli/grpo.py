@@ -97,8 +97,7 @@ def _train(parsed, folder, ranks, resume):
         return step_of(arguments, longest + answer, True, prompt=longest, shortens="--max-completion-length")
 
     with base_for_vllm(model, tokenizer, arguments) as base:
-        prompts = PromptRows(rows if held_out is None else held_out, tokenizer)
-        meter = meter_for(parsed, other, model, tokenizer, prompts)
+        meter = meter_for(parsed, other, model, tokenizer, PromptRows(held_out or rows, tokenizer))
         protect = protect_batches(parsed, other, model, tokenizer, arguments)
         begin("grpo", parsed, arguments, model, prompt, rows, folder, ranks, resume, protect=protect)
         settings = dict(options=options, resume=resume, held_out=held_out, base=base, meter=meter)
