@@ -57,7 +57,6 @@ def _train(parsed, folder, ranks, resume):
     from s2ft.cli.sft import begin, naming_what_is_kept
     from s2ft.config import S2FTConfig
     from s2ft.packages import check_packages
-    from s2ft.text.calibration import needs_calibration
     from s2ft.text.data.preferences import PROMPTS
     from s2ft.text.drift import PromptRows
     from s2ft.train.device import say_device
@@ -88,11 +87,7 @@ def _train(parsed, folder, ranks, resume):
     check_columns(rewards, rows.column_names)
     check_count(arguments, rows)
     config = parsed.objects[S2FTConfig] = fit_layout(parsed[S2FTConfig], model, "layout" in parsed.given)
-    if needs_calibration(config):
-        raise ValueError(
-            f"selection {config.selection} needs answers to calibrate on, and s2ft grpo has none: choose units with "
-            "s2ft select, and give the file with units"
-        )
+    _refuse_calibration(config)
     if ranks.is_main_process and not resume:
         batch = largest_batch(arguments, longest)
         log_memory_of_batch(model, config, batch, arguments, chunked=True)
@@ -102,14 +97,22 @@ def _train(parsed, folder, ranks, resume):
         return step_of(arguments, longest + answer, True, prompt=longest, shortens="--max-completion-length")
 
     with base_for_vllm(model, tokenizer, arguments) as base:
-        meter = meter_for(
-            parsed, other, model, tokenizer, PromptRows(rows if held_out is None else held_out, tokenizer)
-        )
+        meter = meter_for(parsed, other, model, tokenizer, PromptRows(held_out or rows, tokenizer))
         protect = protect_batches(parsed, other, model, tokenizer, arguments)
         begin("grpo", parsed, arguments, model, prompt, rows, folder, ranks, resume, protect=protect)
         settings = dict(options=options, resume=resume, held_out=held_out, base=base, meter=meter)
         with naming_what_is_kept(folder), explain_out_of_memory(model, step, folder.kept):
             return grpo(model, tokenizer, rows, rewards, arguments, folder, **settings)
+
+
+def _refuse_calibration(config) -> None:
+    from s2ft.text.calibration import needs_calibration
+
+    if needs_calibration(config):
+        raise ValueError(
+            f"selection {config.selection} needs answers to calibrate on, and s2ft grpo has none: choose units with "
+            "s2ft select, and give the file with units"
+        )
 
 
 def _check_weights(arguments, rewards) -> None:

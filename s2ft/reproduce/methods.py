@@ -162,7 +162,7 @@ def matched(model: nn.Module, method: str, parameters: int, options: dict[str, A
     Example:
         >>> from s2ft.reproduce.methods import matched
         >>> matched(model, "lora", 20_000)["r"]
-        4
+        14
     """
     _check_method(method)
     entry = METHODS[method]

@@ -29,7 +29,7 @@ LOGITS = {"cpu": 2**23, "cuda": 2**26}  # number of logits that exist at once: 3
 Row = Mapping[str, Sequence[int]]  # a token row, with input_ids and labels
 
 
-def mean_loss(model, rows: Iterable[Row], batch_size: int = 8) -> float:
+def mean_loss(model: Any, rows: Iterable[Row], batch_size: int = 8) -> float:
     """Return the mean cross entropy over the labelled tokens of token rows.
 
     Rows are padded on the right, so that padding changes nothing in any causal model. The result does not depend on
@@ -102,7 +102,7 @@ class BaseDistributions:
         self.switched_off, self.base_loss = switched_off, base_loss
 
     @classmethod
-    def of(cls, model, rows: Iterable[Row], batch_size: int = 8) -> "BaseDistributions":
+    def of(cls, model: Any, rows: Iterable[Row], batch_size: int = 8) -> "BaseDistributions":
         """Measure the base of a model.
 
         Adapters of s2ft and of PEFT are switched off for this and switched on again: a trainable adapter of s2ft alone,
@@ -133,7 +133,7 @@ class BaseDistributions:
         copied = self._head.parameters() if self._head is not None else ()
         return sum(tensor.nbytes for tensor in (*self._hidden, *copied))
 
-    def kl(self, model) -> float:
+    def kl(self, model: Any) -> float:
         """Return the mean of KL(base‖model) over the positions.
 
         The logits have the model's dtype. Each divergence is computed in float32, and their sum in float64. The
@@ -191,7 +191,7 @@ def divergences(base: Tensor, tuned: Tensor) -> Tensor:
     return (probabilities * difference).sum(-1).clamp(min=0)
 
 
-def base_switch(model) -> Callable[[], AbstractContextManager] | None:
+def base_switch(model: Any) -> Callable[[], AbstractContextManager] | None:
     """Return a function whose context makes a model its base.
 
     Args:

@@ -80,7 +80,7 @@ class DriftMeter:
         Drift(forgetting=0.0, other_loss=4..., base_kl=0.0)
     """
 
-    def __init__(self, model, *, other=None, prompts=None, batch_size: int = 8) -> None:
+    def __init__(self, model: Any, *, other: Any = None, prompts: Any = None, batch_size: int = 8) -> None:
         if other is None and prompts is None:
             raise ValueError("nothing is measured: give other, prompts, or both")
         self._other, self._batch_size = other, batch_size
@@ -93,8 +93,15 @@ class DriftMeter:
         if prompts is not None:
             self.distributions = BaseDistributions.of(model, prompts, batch_size)
 
-    def measure(self, model) -> Drift:
-        """Measure the model as it is now, with its active adapters."""
+    def measure(self, model: Any) -> Drift:
+        """Measure the model as it is now, with its active adapters.
+
+        Args:
+            model: The model.
+
+        Returns:
+            What was measured.
+        """
         loss = None if self._other is None else mean_loss(model, self._other, self._batch_size)
         rise = None if loss is None else loss - self.base_loss
         return Drift(rise, loss, None if self.distributions is None else self.distributions.kl(model))
@@ -166,7 +173,7 @@ def text_rows(rows: Any, tokenizer, longest: int, most: int = ROWS, seed: int = 
     return [tokens[number] for number in drawn(len(tokens), most, seed)]
 
 
-def prompt_rows(rows, most: int = ROWS, seed: int = 0) -> list[dict[str, Any]]:
+def prompt_rows(rows: Any, most: int = ROWS, seed: int = 0) -> list[dict[str, Any]]:
     """Make rows that measure the divergence on the prompts of token rows.
 
     Args:

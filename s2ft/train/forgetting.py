@@ -163,9 +163,9 @@ class ForgettingMeter(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Add the values to the Trainer's log of this step."""
-        self.write_into(logs, state)
+        self._write_into(logs, state)
 
-    def write_into(self, logs: dict[str, float] | None, state: Any) -> None:
+    def _write_into(self, logs: dict[str, float] | None, state: Any) -> None:
         """Add the values to the log of a training step, once measured at this step."""
         drift = self.measured.get(state.global_step)
         if not logs or "loss" not in logs or drift is None:
@@ -235,7 +235,7 @@ class _Logging(TrainerCallback):
         self._meter = meter
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        self._meter.write_into(logs, state)
+        self._meter._write_into(logs, state)
 
 
 def _autocast(args: Any) -> AbstractContextManager:
