@@ -45,6 +45,8 @@ def test_a_script_runs(script, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.setattr(sys, "argv", [script])
+    monkeypatch.setitem(sys.modules, "tiny", None)  # tests/train has a module of this name; it is put back at the end
+    del sys.modules["tiny"]
     runpy.run_path(str(EXAMPLES / script), run_name="__main__")
     printed = capsys.readouterr().out
     print(printed)

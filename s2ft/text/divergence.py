@@ -20,7 +20,7 @@ from s2ft.adapter.switch import disable_adapters
 from s2ft.attached.hosts.compiled import unwrapped
 from s2ft.attached.record import find_attachment
 from s2ft.attached.reference import without_trainable
-from s2ft.distributed import is_sharded
+from s2ft.distributed import is_sharded, reshard_all
 from s2ft.model.modes import evaluation_mode
 from s2ft.selection.batches import IGNORED, is_encoder_decoder
 
@@ -75,6 +75,13 @@ class BaseDistributions:
 
     Make it by :meth:`of`.
 
+    Args:
+        batches: The rows, collated.
+        hidden: Input of the output layer at the labelled positions of each batch, shape [positions, width].
+        head: A copy of the output layer, or None if the model's own stays as it is.
+        switched_off: Whether adapters were switched off to measure the base.
+        base_loss: Mean cross entropy of the base over the same positions, in nats.
+
     Attributes:
         positions: Number of positions.
         switched_off: Whether adapters were switched off to measure the base. If not, the model as it was is the base.
@@ -122,6 +129,7 @@ class BaseDistributions:
         batches = _batches(rows, batch_size, _context_length(model))
         switch = base_switch(model)
         with switch() if switch else contextlib.nullcontext():
+            reshard_all(model)  # FSDP leaves the weights of the outermost module whole after a forward pass
             head = _copy_of_head(_causal_model(model).get_output_embeddings())
             hidden, total = _base_pass(model, batches)
         head = None if head is not None and _is_unchanged(head, model) else head

@@ -81,7 +81,7 @@ def width_of(model: Any) -> int | None:
     Example:
         >>> from s2ft.train.rates import width_of
         >>> width_of(model)
-        48
+        64
     """
     config = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):

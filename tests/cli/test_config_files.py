@@ -10,7 +10,7 @@ import yaml
 
 from s2ft.config import S2FTConfig
 from s2ft.text.data import DataOptions
-from s2ft.train.options import ModelOptions, RunOptions
+from s2ft.train.options import ForgettingOptions, ModelOptions, RunOptions
 from s2ft.train.preparation import run_options, set_batches
 
 pytest.importorskip("trl")
@@ -18,7 +18,7 @@ from s2ft.cli.parse import UsageError
 from s2ft.cli.training import TrainingParser, parse_training
 from s2ft.train.arguments import SFTArguments
 
-KINDS = [ModelOptions, DataOptions, S2FTConfig, SFTArguments, RunOptions]
+KINDS = [ModelOptions, DataOptions, S2FTConfig, SFTArguments, RunOptions, ForgettingOptions]
 NEEDED = ["--model", "m", "--data", "d", "--output", "o"]
 
 

@@ -271,7 +271,7 @@ def test_ms_swift_finds_the_package_trl_after_it_has_loaded_the_plugin_by_its_pa
 
 
 def test_the_path_of_an_unknown_module_is_refused():
-    with pytest.raises(SystemExit, match=r"\{axolotl,llamafactory,ms_swift,trl\}"):
+    with pytest.raises(SystemExit, match=r"\{axolotl,llamafactory,lm_eval,ms_swift,trl\}"):
         print_path(["swift"])
 
 

@@ -13,7 +13,7 @@ import torch
 import s2ft
 import s2ft.peft  # registers the method S2FT in PEFT
 from comparison.settings import PEFT_CONFIG, Run
-from s2ft.reproduce.methods import _parameters_of
+from s2ft.reproduce.methods import parameters_of
 from s2ft.reproduce.tables import Column, Table
 from s2ft.text.models import hollow_model
 
@@ -73,7 +73,7 @@ def _counted(run: Run, model) -> tuple[int, int | None]:
     if config is None:
         if run.method == "full":
             return sum(each.numel() for each in model.parameters()), None
-        return _parameters_of(model, run.method, run.options), None
+        return parameters_of(model, run.method, run.options), None
     if not run.params.autocast_adapter_dtype:
         config = replace(config, delta_dtype=run.params.dtype)
     estimate = s2ft.estimate(model, config, run.params.batch_size, run.params.max_seq_length, device="cuda")
