@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from bench.evidence.run import CONFIG, HERE, Results, Run, base_runs, best_rate
+from bench.evidence.run import CONFIG, HERE, ROUNDS, Results, Run, base_runs, best_rate, cost_runs
 from s2ft.reproduce.figures import Figure, Series, save_figures
 from s2ft.reproduce.tables import Column, Spread, Table
 
@@ -61,9 +61,18 @@ class Report:
             **({"near": 100 * statistics.fmean(near)} if near else {}),
             **result["forgetting"],
             "kl": result["kl"],
-            "seconds_per_step": result.get("seconds_per_step"),
-            "memory": result["peak_bytes"] / 2**20 if "peak_bytes" in result else None,
-            "trainable": result["trainable"] / 1e6 if "trainable" in result else None,
+        }
+
+    def costs(self, row: str) -> dict[str, float]:
+        """Return the time of an update in seconds, the peak memory in MiB and the trained parameters in millions."""
+        runs = [self.results.get(run, self.config) for run in cost_runs(self.config, [row])]
+        runs = [run for run in runs if run is not None]
+        if not runs:
+            return {}
+        return {
+            "seconds_per_step": min(run["seconds_per_step"] for run in runs),
+            "memory": min(run["peak_bytes"] for run in runs) / 2**20,
+            "trainable": runs[0]["trainable"] / 1e6,
         }
 
     def over_seeds(self, row: str, task: str) -> list[dict[str, float]]:
@@ -82,15 +91,16 @@ class Report:
 
     def task_table(self, task: str) -> Table:
         """Make the table of a task: every row at its best rate, over the seeds, and the base."""
-        columns = [Column("row", "method"), Column("rate", "rate"), *MEASURES, *COSTS]
+        columns = [Column("row", "method"), Column("rate", "rate"), *MEASURES]
         base = next((self.values(run) for run in base_runs(self.config) if run.task == task), None)
-        cells = [["the base", None, *((base or {}).get(column.name) for column in (*MEASURES, *COSTS))]]
-        for row in self.full:
+        cells = [["the base", None, *((base or {}).get(column.name) for column in MEASURES)]]
+        rows = [row for row in self.full if task == self.config["sweep"] or self.trains_on(row, task)]
+        for row in rows:
             cells.append([self.rows[row], self.rates[row], *self._spreads(self.over_seeds(row, task))])
         present = [
             place for place in range(len(columns)) if place < 2 or any(one[place] not in (None, "") for one in cells)
         ]
-        counts = {row: len(self.over_seeds(row, task)) for row in self.full}
+        counts = {row: len(self.over_seeds(row, task)) for row in rows}
         missing = [f"{self.rows[row]}: {n}" for row, n in counts.items() if n < len(self.config["seeds"])]
         notes = [f"Mean ± standard deviation over {len(self.config['seeds'])} seeds."]
         notes += [f"Fewer seeds are there of {', '.join(missing)}."] if missing else []
@@ -102,12 +112,27 @@ class Report:
             notes,
         )
 
+    def trains_on(self, row: str, task: str) -> bool:
+        """Whether evidence.yaml wants a row on a task."""
+        return task in self.config["rows"][row].get("tasks", self.config["tasks"])
+
+    def cost_table(self) -> Table:
+        """Make the table of time and memory."""
+        cells = []
+        for row in self.full:
+            found = self.costs(row)
+            cells.append([self.rows[row], *(found.get(column.name, "not run") for column in COSTS)])
+        notes = [
+            f"Each row ran alone on all cores. The better of {ROUNDS} runs; the time is the median of its updates."
+        ]
+        return Table("evidence-costs", "Time and memory of training", [Column("row", "method"), *COSTS], cells, notes)
+
     def _spreads(self, runs: list[dict[str, float]]) -> list[Any]:
         if not runs:
-            return ["not run", *[None] * (len(MEASURES) + len(COSTS) - 1)]
+            return ["not run", *[None] * (len(MEASURES) - 1)]
         return [
             Spread.of([run[column.name] for run in runs]) if runs[0].get(column.name) is not None else None
-            for column in (*MEASURES, *COSTS)
+            for column in MEASURES
         ]
 
     def sweep_table(self) -> Table:
@@ -187,12 +212,10 @@ class Report:
                 curves.append(
                     Series(self.rows[row], [run["encyclopedia"] for run in found], [run["test"] for run in found])
                 )
-            runs = self.over_seeds(row, task)
-            if runs:
-                tests, memory = Spread.of([run["test"] for run in runs]), Spread.of([run["memory"] for run in runs])
-                points.append(
-                    Series(self.rows[row], [memory.mean], [tests.mean], [tests.sd or 0.0], [memory.sd or 0.0])
-                )
+            runs, costs = self.over_seeds(row, task), self.costs(row)
+            if runs and costs:
+                tests = Spread.of([run["test"] for run in runs])
+                points.append(Series(self.rows[row], [costs["memory"]], [tests.mean], [tests.sd or 0.0]))
         return [
             Figure(
                 "evidence-forgetting", f"Task {task}: accuracy against forgetting, one point a learning rate, one seed",
@@ -207,7 +230,7 @@ class Report:
     def tables(self) -> list[Table]:
         return [
             self.verdict_table(), *map(self.task_table, self.config["tasks"]), self.sweep_table(),
-            self.candidates_table(),
+            self.candidates_table(), self.cost_table(),
         ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ command can be interrupted and started again. A run that fails has a file with i
 Stages: (1) every row on the first task with each learning rate and the first seed; (2) its best learning rate, by the
 accuracy on validation questions, with the other seeds; (3) the same rate on the other tasks with all seeds. Rows that
 are marked `screened` stop after (1), and `tasks` of a row names its tasks of stage (3). The base is scored without
-training.
+training. (4) Time and memory of a few updates, one run at a time on all cores, the rows in turn.
 """
 
 import argparse
@@ -31,6 +31,8 @@ from s2ft.files.writing import replace_file
 HERE = Path(__file__).parent
 CONFIG = HERE / "evidence.yaml"
 BASE = "base"  # the row of the model without training
+COSTS = "costs"  # the task of runs that measure time and memory, which run alone
+ROUNDS = 2  # of each row
 NOT_SETTINGS = ("rates", "rate_of", "tasks", "title", "screened")  # of a row: what no run's numbers depend on
 
 
@@ -147,25 +149,39 @@ def later_runs(config: dict[str, Any], rows: list[str], results: Results) -> lis
     return [*seeds, *base_runs(config), *tasks]
 
 
+def cost_runs(config: dict[str, Any], rows: list[str]) -> list[Run]:
+    """Return the runs that measure time and memory."""
+    kept = [row for row in rows if not config["rows"][row].get("screened")]
+    return [Run(row, COSTS, 1e-4, number) for number in range(ROUNDS) for row in kept]
+
+
 def run_all(
     config: dict[str, Any], rows: list[str], results: Results, near: str | None, workers: int, limit: float
 ) -> bool:
     """Run what is missing. Returns False if the time limit or a failure leaves a run out."""
     end, failed, complete = time.monotonic() + limit, [], True
-    context = get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(config, near)) as pool:
-        for stage in (lambda: sweep_runs(config, rows), lambda: later_runs(config, rows, results)):
-            todo = [run for run in dict.fromkeys(stage()) if results.get(run, config) is None]
-            print(f"{len(todo)} runs to do", flush=True)
+    stages = [
+        (workers, 1, lambda: sweep_runs(config, rows)),
+        (workers, 1, lambda: later_runs(config, rows, results)),
+        (1, os.cpu_count(), lambda: cost_runs(config, rows)),
+    ]
+    for processes, threads, stage in stages:
+        todo = [run for run in dict.fromkeys(stage()) if results.get(run, config) is None]
+        print(f"{len(todo)} runs to do", flush=True)
+        if not todo or time.monotonic() > end:
+            complete = complete and not todo
+            continue
+        start, with_config = get_context("spawn"), (config, near, threads)
+        with ProcessPoolExecutor(processes, mp_context=start, initializer=_start_worker, initargs=with_config) as pool:
             waiting: dict[Any, Run] = {}
-            while (todo or waiting) and (waiting or time.monotonic() < end):
-                while todo and len(waiting) < workers and time.monotonic() < end:
+            while waiting or (todo and time.monotonic() < end):
+                while todo and len(waiting) < processes and time.monotonic() < end:
                     run = todo.pop(0)
                     waiting[pool.submit(_run, run, settings_of(run, config))] = run
                 for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                     result = _write(results, waiting.pop(future), future, config)
                     failed += [result["name"]] if "error" in result else []
-            complete = complete and not todo
+        complete = complete and not todo
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return complete and not failed
@@ -177,8 +193,12 @@ def _write(results: Results, run: Run, future: Any, config: dict[str, Any]) -> d
     try:
         result = {**head, **future.result()}
         line = (
-            f"validation {result['validation']:.1%}, test {result['test']:.1%}, forgetting "
-            f"{result['forgetting']['encyclopedia']:.3f}, KL {result['kl']:.3f}, {result['seconds']:.0f} s"
+            f"{result['seconds_per_step']:.2f} s a step"
+            if run.task == COSTS
+            else (
+                f"validation {result['validation']:.1%}, test {result['test']:.1%}, forgetting "
+                f"{result['forgetting']['encyclopedia']:.3f}, KL {result['kl']:.3f}, {result['seconds']:.0f} s"
+            )
         )
     except Exception as error:
         result = {**head, "error": f"{type(error).__name__}: {error}"}
@@ -188,11 +208,11 @@ def _write(results: Results, run: Run, future: Any, config: dict[str, Any]) -> d
     return result
 
 
-def _start_worker(config: dict[str, Any], near: str | None) -> None:
-    """Give a worker one thread, so that runs side by side do not disturb each other, and load the model once."""
+def _start_worker(config: dict[str, Any], near: str | None, threads: int) -> None:
+    """Load the model once in a worker. Side by side, workers have one thread each, so as not to disturb each other."""
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     from bench.evidence import work
 
     work.start(config, near)

@@ -16,7 +16,7 @@ import transformers
 
 import s2ft
 from bench.evidence.adaptive import train_adaptively
-from bench.evidence.run import BASE
+from bench.evidence.run import BASE, COSTS
 from bench.evidence.selections import CANDIDATES, choose
 from bench.evidence.tasks import TASKS, Question, near_transfer, probes
 from s2ft.reproduce.methods import Prepared, matched, prepare
@@ -95,8 +95,9 @@ def run(task_name: str, settings: dict[str, Any]) -> dict[str, Any]:
     Returns:
         The measurements, JSON values.
     """
-    began, tokenizer, task = time.perf_counter(), SHARED["tokenizer"], task_of(task_name)
-    divergence = divergence_of(task_name)
+    began, tokenizer = time.perf_counter(), SHARED["tokenizer"]
+    task = task_of(SHARED["config"]["sweep"] if task_name == COSTS else task_name)
+    divergence = None if task_name == COSTS else divergence_of(task_name)
     if settings["method"] == BASE:  # it writes long answers before it comes to the number
         untrained = Prepared(SHARED["model"], SHARED["model"], BASE, {}, 0, "")
         measured = _measure(untrained, replace(task, max_new_tokens=BASE_TOKENS), divergence)
@@ -114,7 +115,7 @@ def run(task_name: str, settings: dict[str, Any]) -> dict[str, Any]:
     peak = memory.peak()
     if settings["method"] == "full":
         model.to(getattr(torch, settings["dtype"]))
-    measured = _measure(prepared, task, divergence)
+    measured = {} if divergence is None else _measure(prepared, task, divergence)
     return {
         **measured,
         "trainable": prepared.trainable,

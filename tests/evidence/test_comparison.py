@@ -85,16 +85,16 @@ def test_validation_accuracy_chooses_the_rate_and_forgetting_breaks_ties(config,
 
 
 def test_later_runs_are_of_complete_rows_and_all_seeds_and_tasks(config, results):
-    for rate in config["rows"]["dora"]["rates"]:
-        write(results, config, run.Run("dora", config["sweep"], rate, 0), 0.5, rate)
+    for rate in config["rows"]["rslora"]["rates"]:
+        write(results, config, run.Run("rslora", config["sweep"], rate, 0), 0.5, rate)
     for row in ("s2ft-weight", "lora"):  # one is screened only, the other is not complete
         write(results, config, run.Run(row, config["sweep"], config["rows"][row]["rates"][0], 0), 0.5)
     runs = [one for one in run.later_runs(config, list(config["rows"]), results) if one.row != run.BASE]
-    best = config["rows"]["dora"]["rates"][0]
-    assert set(runs) == {run.Run("dora", task, best, seed) for task in config["tasks"] for seed in config["seeds"]}
-    config["rows"]["dora"]["tasks"] = ["subjects"]
-    runs = run.later_runs(config, ["dora"], results)
-    assert {one.task for one in runs if one.row == "dora"} == {config["sweep"], "subjects"}
+    best = config["rows"]["rslora"]["rates"][0]
+    assert set(runs) == {run.Run("rslora", task, best, seed) for task in config["tasks"] for seed in config["seeds"]}
+    config["rows"]["rslora"]["tasks"] = ["subjects"]
+    runs = run.later_runs(config, ["rslora"], results)
+    assert {one.task for one in runs if one.row == "rslora"} == {config["sweep"], "subjects"}
 
 
 def test_a_run_with_other_settings_or_an_error_is_run_again(config, results):
@@ -117,6 +117,8 @@ def test_the_report_compares_the_best_rows_and_shows_what_is_missing(config, res
         for seed in config["seeds"][1:]:
             best = run.best_rate(row, config, results)
             write(results, config, run.Run(row, config["sweep"], best, seed), accuracy + seed / 100)
+    for one in run.cost_runs(config, ["s2ft-d", "lora"]):
+        write(results, config, one, 0.0)
     page = report.write_report(config, results, tmp_path, tmp_path).read_text()
     assert "| S²FT, d | 20.5 ± 0.5 |" in page and "| -10.0 | below |" in page
     assert "not run" in page and "Fewer seeds are there of" in page
@@ -135,7 +137,7 @@ def shared(tmp_path_factory):
     """A worker whose model and texts are tiny."""
     config = {
         "model": "tiny", "dtype": "float32", "parameters": 2000, "batch_size": 4, "warmup": 1, "calibration": 4,
-        "questions": {"train": 8, "validation": 2, "test": 2, "near": 0}, "kl_prompts": 2,
+        "sweep": "arithmetic", "questions": {"train": 8, "validation": 2, "test": 2, "near": 0}, "kl_prompts": 2,
     }  # fmt: skip
     model, tokenizer = load_model(smoke_model(tmp_path_factory.mktemp("tiny")))
     prompt = PromptFormat(template=work.TEMPLATE)
@@ -171,6 +173,11 @@ def test_a_run_measures_a_trained_model_and_leaves_the_base(row, shared):
     assert found["seconds"] > 0 and found["machine"]["torch"] == torch.__version__
     after = work.SHARED["model"].state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_costs_are_measured_without_scores(shared):
+    found = work.run(run.COSTS, {**shared, **ROWS["s2ft"], "steps": 2, "rate": 1e-4, "seed": 0})
+    assert found["seconds_per_step"] > 0 and found["peak_bytes"] >= 0 and "test" not in found
 
 
 def test_the_base_has_no_forgetting(shared):
