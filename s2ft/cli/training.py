@@ -37,6 +37,7 @@ MORE = "more options of transformers and TRL"
 REQUIRED = (("model_name_or_path",), ("data", "dataset_name", "datasets"), ("output_dir",))  # one of each
 TAKEN = {short for names in SHORT_NAMES.values() for short in names}
 # Secrets, and what concerns one call only.
+WRITTEN = ("learning_rate",)  # always, since without it the rate follows from the model
 NOT_WRITTEN = ("hub_token", "resume_from_checkpoint", "overwrite", "stop_after")
 LATEST = "latest"  # --resume without a checkpoint
 LORA = [one.name for one in fields(ModelConfig) if one.name.startswith("lora_") or one.name.startswith("use_")]
@@ -68,7 +69,10 @@ class Parsed:
         return self.objects[kind]
 
     def config(self) -> dict[str, Any]:
-        """The given options that differ from their defaults, without secrets and what concerns one call only."""
+        """The learning rate, and the given options that differ from their defaults.
+
+        Secrets and what concerns one call only are left out.
+        """
         defaults = {
             RENAMED.get((kind.__name__, one.name), one.name): _default(one)
             for kind in self.objects
@@ -77,7 +81,7 @@ class Parsed:
         return {
             key: value
             for key, value in self.given.items()
-            if key not in NOT_WRITTEN and (key not in defaults or value != defaults[key])
+            if key not in NOT_WRITTEN and (key not in defaults or value != defaults[key] or key in WRITTEN)
         }
 
     def config_text(self) -> str:

@@ -59,7 +59,7 @@ def test_the_adapter_is_uploaded_with_its_card(words, tmp_path, capsys, monkeypa
     front = yaml.safe_load(card.split("---")[1])
     assert front == {"library_name": "s2ft", "tags": ["s2ft"]}  # no path of this machine
     assert str(tmp_path) not in card and "secret" not in (tmp_path / "my-run/config.yaml").read_text()
-    for text in ("supervised fine-tuning: d_ratio 0.03", "| 8 rows |", "1 steps, 4 rows an update, learning rate 0.0002",
+    for text in ("supervised fine-tuning: d_ratio 0.03", "| 8 rows |", "1 steps, 4 rows an update, learning rate 0.001",
                  "the system prompt “Add \\| up.”"):  # fmt: skip
         assert text in card
     hub.files["README.md"] = b"by hand"
