@@ -152,9 +152,12 @@ class Report:
         tried = {rate for row in self.config["rows"].values() if row.get("screened") for rate in row["rates"]}
         for row, entry in self.config["rows"].items():
             for rate in sorted(tried & set(entry.get("rates", []))) if entry["method"] == "s2ft" else ():
-                cells.append([self.rows[row], rate, *self._one(self.values(Run(row, task, rate, seed)))])
-        columns = [Column("row", "selection"), Column("rate", "rate"), *MEASURES]
-        return Table("evidence-selections", f"Task {task}: selections at one learning rate, one seed", columns, cells)
+                run = Run(row, task, rate, seed)
+                trained = (self.results.get(run, self.config) or {}).get("trainable")
+                cells.append([self.rows[row], trained and trained / 1e6, *self._one(self.values(run))])
+        columns = [Column("row", "selection"), Column("trained", "trained M", ".2f"), *MEASURES]
+        title = f"Task {task}: selections at the learning rate {' and '.join(map(str, sorted(tried)))}, one seed"
+        return Table("evidence-selections", title, columns, cells)
 
     def _one(self, found: dict[str, float] | None) -> list[Any]:
         return [(found or {}).get(column.name) for column in MEASURES] if found else ["not run", *[None] * 5]
