@@ -19,6 +19,7 @@ from bench.evidence.run import CONFIG, HERE, ROUNDS, Results, Run, base_runs, be
 from s2ft.reproduce.figures import Figure, Series, save_figures
 from s2ft.reproduce.tables import Column, Spread, Table
 
+LIMITS = (0.05, 0.1, 0.2)  # of forgetting, in nats a token
 PERCENT, NATS = ".1f", ".3f"
 MEASURES = (
     Column("test", "test %", PERCENT),
@@ -146,6 +147,23 @@ class Report:
         columns = [Column("row", "method"), Column("rate", "rate"), Column("chosen", ""), *MEASURES]
         return Table("evidence-rates", f"Task {task}: all learning rates, one seed", columns, cells)
 
+    def limits_table(self) -> Table:
+        """Make the table of what each method learns if it may forget only so much.
+
+        Of the learning rates whose forgetting is within a limit, the one with the best validation accuracy counts.
+        """
+        task, seed, cells = self.config["sweep"], self.config["seeds"][0], []
+        for row in self.full:
+            rates = self.config["rows"][row].get("rates", [])
+            found = [run for rate in rates if (run := self.values(Run(row, task, rate, seed))) is not None]
+            within = [[run for run in found if run["encyclopedia"] <= limit] for limit in LIMITS]
+            best = [max(runs, key=lambda run: run["validation"]) if runs else None for runs in within]
+            if found:
+                cells.append([self.rows[row], *(run and run["test"] for run in best)])
+        columns = [Column(f"limit_{limit}", f"test %, forgetting ≤ {limit}", PERCENT) for limit in LIMITS]
+        title = f"Task {task}: accuracy within a limit of forgetting on the encyclopedia, one seed"
+        return Table("evidence-limits", title, [Column("row", "method"), *columns], cells)
+
     def candidates_table(self) -> Table:
         """Make the table of the selections that were tried, beside the random selection at the same rate."""
         task, seed, cells = self.config["sweep"], self.config["seeds"][0], []
@@ -233,7 +251,7 @@ class Report:
     def tables(self) -> list[Table]:
         return [
             self.verdict_table(), *map(self.task_table, self.config["tasks"]), self.sweep_table(),
-            self.candidates_table(), self.cost_table(),
+            self.limits_table(), self.candidates_table(), self.cost_table(),
         ]  # fmt: skip
 
 

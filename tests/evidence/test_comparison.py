@@ -121,6 +121,7 @@ def test_the_report_compares_the_best_rows_and_shows_what_is_missing(config, res
         write(results, config, one, 0.0)
     page = report.write_report(config, results, tmp_path, tmp_path).read_text()
     assert "| S²FT, d | 20.5 ± 0.5 |" in page and "| -10.0 | below |" in page
+    assert "accuracy within a limit of forgetting" in page and "| LoRA, float32 adapters | 30.0 | 30.0 | 30.0 |" in page
     assert "not run" in page and "Fewer seeds are there of" in page
     assert {path.name for path in tmp_path.glob("*.png")} == {"evidence-forgetting.png", "evidence-memory.png"}
     committed = run.Results(tmp_path / "runs.jsonl")  # the tables can be made again from one file
