@@ -198,7 +198,7 @@ class ForgettingMeter(TrainerCallback):
         """Return which limits a measurement goes beyond. NaN is beyond each."""
         values = drift.to_dict()
         return [
-            f"{name} {values[name]:.4f} is above {LIMITS[name]} {limit:g}"
+            f"{name} {values[name]:.4g} is above {LIMITS[name]} {limit:g}"
             for name, limit in self._limits.items()
             if not values[name] <= limit
         ]

@@ -72,6 +72,20 @@ def test_grpo_writes_a_run_with_its_prompt(work, capsys):
     assert adapter("grpo") == adapter("grpo-again")
 
 
+@pytest.mark.parametrize("command", ["dpo", "grpo"])
+def test_the_meter_measures_and_stops_and_units_are_protected(command, work, capsys):
+    write_jsonl(work / "other.jsonl", [{"text": f"Lamp {number} stands near the river."} for number in range(6)])
+    meter = ["--forgetting-data", "other.jsonl", "--measure-kl", "--meter-steps", 1, "--protect", "other.jsonl"]
+    assert run(command, f"{command}-meter", *meter, "--stop-at-kl", 1e-12) == 0
+    log = read_log(work / f"{command}-meter" / "log.jsonl")
+    assert [line["step"] for line in log if "base_kl" in line] == [1]  # the first measurement is above the limit
+    assert {"forgetting", "other_loss", "base_kl"} <= log[0].keys()
+    assert "1 step, " in capsys.readouterr().out
+    protected = s2ft.Selection.load(f"{command}-meter")
+    assert run(command, f"{command}-plain") == 0
+    assert protected != s2ft.Selection.load(f"{command}-plain")
+
+
 def adapter(run):
     found = load_file(f"{run}/adapter/s2ft_adapter.safetensors")
     return {name: tensor.tolist() for name, tensor in found.items()}

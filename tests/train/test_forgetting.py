@@ -116,7 +116,7 @@ def test_a_limit_ends_the_run_where_it_says(whole, tmp_path, caplog, name, value
     model, folder, result, meter = run(tmp_path, meter={name: limit})
     assert (result.steps, result.stopped_at, result.kept_step, result.finished) == (step + 1, step + 1, step, True)
     assert (
-        f"step {step + 1}: {value} {values[step + 1]:.4f} is above {name} {limit:g}, so the training stops"
+        f"step {step + 1}: {value} {values[step + 1]:.4g} is above {name} {limit:g}, so the training stops"
         in caplog.text
     )
     assert f"the values of step {step} are kept" in caplog.text
