@@ -10,6 +10,7 @@ from s2ft.packages import MissingPackages, check_packages
 logger = logging.getLogger(__name__)
 KINDS = ("lines", "points", "bars")
 FORMS = ("png", "svg")
+WIDTH = 7.0  # of a figure, in inches
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def draw(figure: Figure):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
-    canvas = Canvas(figsize=(7, 4.5), layout="constrained")
+    canvas = Canvas(figsize=(WIDTH, 4.5), layout="constrained")
     FigureCanvasAgg(canvas)
     axes = canvas.subplots()
     if figure.kind == "bars":
@@ -122,8 +123,14 @@ def draw(figure: Figure):
     axes.grid(alpha=0.3, axis="y" if figure.kind == "bars" else "both")
     axes.set_axisbelow(True)
     if len(figure.series) > 1 or figure.series[0].label:
-        canvas.legend(loc="outside lower center", ncols=min(4, len(figure.series)), frameon=False)
+        canvas.legend(loc="outside lower center", ncols=_legend_columns(figure.series), frameon=False)
     return canvas
+
+
+def _legend_columns(several: Sequence[Series]) -> int:
+    """Return how many columns of the legend fit into the width of the figure."""
+    longest = max(len(series.label) for series in several)
+    return max(1, min(4, len(several), int(WIDTH / (0.6 + 0.08 * longest))))  # inches of a marker and of a letter
 
 
 def _points(axes, series: Series, line: str, number: int) -> None:
