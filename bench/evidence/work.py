@@ -2,17 +2,13 @@
 
 import copy
 import gc
-import platform
 import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
 
 import s2ft
 from bench.evidence.adaptive import train_adaptively
@@ -20,6 +16,8 @@ from bench.evidence.run import BASE, COSTS
 from bench.evidence.selections import CANDIDATES, choose
 from bench.evidence.tasks import TASKS, Question, near_transfer, probes
 from s2ft.reproduce.methods import Prepared, matched, prepare
+from s2ft.reproduce.processes import PeakMemory
+from s2ft.reproduce.results import machine, now, versions
 from s2ft.reproduce.training import train
 from s2ft.selection import METRICS
 from s2ft.text.divergence import BaseDistributions, mean_loss
@@ -101,10 +99,12 @@ def run(task_name: str, settings: dict[str, Any]) -> dict[str, Any]:
     if settings["method"] == BASE:  # it writes long answers before it comes to the number
         untrained = Prepared(SHARED["model"], SHARED["model"], BASE, {}, 0, "")
         measured = _measure(untrained, replace(task, max_new_tokens=BASE_TOKENS), divergence)
-        return {**measured, "seconds": time.perf_counter() - began, "machine": machine()}
+        return {**measured, "seconds": time.perf_counter() - began, "machine": where()}
     rows = _token_rows(task.train)
     gc.collect()
-    memory = PeakMemory()
+    _return_freed_memory()
+    memory = PeakMemory("cpu")
+    memory.forget_peak()
     model = copy.deepcopy(SHARED["model"])
     with tempfile.TemporaryDirectory() as path:
         if "phases" in settings:
@@ -125,7 +125,7 @@ def run(task_name: str, settings: dict[str, Any]) -> dict[str, Any]:
         "tokens_per_second": trained.tokens_per_second,
         "peak_bytes": peak,
         "seconds": time.perf_counter() - began,
-        "machine": machine(),
+        "machine": where(),
     }
 
 
@@ -227,23 +227,6 @@ def accuracy(model, task, questions: list[Question]) -> float:
     return sum(task.right(one, text) for one, text in zip(questions, texts)) / len(questions)
 
 
-class PeakMemory:
-    """The rise of this process's peak memory in bytes since the object was made."""
-
-    def __init__(self) -> None:
-        _return_freed_memory()
-        self.before = self._status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-
-    def peak(self) -> int:
-        return self._status("VmHWM") - self.before
-
-    @staticmethod
-    def _status(key: str) -> int:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-        return int(line.split()[1]) * 1024
-
-
 def _return_freed_memory() -> None:
     """Give memory that earlier runs have freed back to the system, so that it does not hide what this run needs."""
     import ctypes
@@ -253,15 +236,6 @@ def _return_freed_memory() -> None:
         with_trim.malloc_trim(0)
 
 
-def machine() -> dict[str, str]:
-    """Return what a number depends on besides the code."""
-    name = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                 if line.startswith("model name")), platform.machine())  # fmt: skip
-    return {
-        "processor": name,
-        "date": time.strftime("%Y-%m-%d"),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "s2ft": s2ft.__version__,
-    }
+def where() -> dict[str, str]:
+    """Return what a number depends on besides the code: the processor, the day and the versions."""
+    return {"processor": machine()["processor"], "date": now()[:10], **versions()}
