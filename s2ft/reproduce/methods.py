@@ -1,7 +1,6 @@
 """Fine-tuning methods under one name each: S²FT by s2ft, the others as PEFT makes them, and full fine-tuning."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,26 +66,6 @@ class Prepared:
     options: dict[str, Any]
     trainable: int
     report: str
-
-    @contextmanager
-    def base_values(self) -> Iterator[nn.Module]:
-        """Make the model compute what the base computes, inside the context. Full fine-tuning can't.
-
-        Raises:
-            ValueError: The method has no adapter that could be switched off.
-        """
-        if self.method == "full":
-            raise ValueError("full fine-tuning has no adapter to switch off: compute the base's values before training")
-        if self.method == "s2ft":
-            name = s2ft.status(self.base).trainable
-            s2ft.set_adapter(self.base, None)
-            try:
-                yield self.model
-            finally:
-                s2ft.set_adapter(self.base, name)
-        else:
-            with self.model.disable_adapter():
-                yield self.model
 
 
 def prepare(

@@ -129,7 +129,9 @@ def base_values(prepared: Prepared):
     """A context in which the model computes what its base does. Before a full fine-tuning that is the model itself."""
     if prepared.method == "full":
         return nullcontext(prepared.model)
-    return prepared.model.disable_adapter() if hasattr(prepared.model, "peft_config") else prepared.base_values()
+    if hasattr(prepared.model, "peft_config"):
+        return prepared.model.disable_adapter()
+    return s2ft.disable_adapters(prepared.model)
 
 
 def size_of_adapter(prepared: Prepared) -> int:
