@@ -11,6 +11,7 @@ import argparse
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def main() -> None:
     found = run_recipe(read_recipe("sequence"), args.output, options, resume=args.resume)
     for table in found.tables:
         print(f"\n{table.text()}")
-        table.save(RESULTS)
+        replace(table, name=f"sequence-{table.name}").save(RESULTS)
     if found.failed:
         raise SystemExit("a run failed, see the tables")
 
