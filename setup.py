@@ -12,8 +12,8 @@ Without CUDA_HOME, nvcc is taken from PATH, from this Python's packages (nvidia-
 default the architectures are those among 7.5;8.0;9.0;10.0;12.0 that nvcc knows, those of this machine's GPUs, and PTX
 of the highest one.
 
-The module uses Python's limited API, so that one build serves every Python from 3.10 on: a wheel has the tag cp310-abi3.
-Free-threaded Python has no limited API, and gets a build for its own version.
+The module uses Python's limited API, so that one build serves every Python from 3.10 on: a wheel has the tag
+cp310-abi3. Free-threaded Python has no limited API, and gets a build for its own version.
 """
 
 import copy
@@ -84,7 +84,7 @@ def cuda_home():
 
 
 def packaged_toolkits():
-    """Toolkits among the packages of this Python, the newest first. nvidia-cuda-nvcc is in site-packages/nvidia/cu13."""
+    """Toolkits among the packages of this Python, the newest first. The package nvidia-cuda-nvcc is in nvidia/cu13."""
     found = importlib.util.find_spec("nvidia")  # a namespace package: it has a folder in each place with a part of it
     folders = [Path(folder) for folder in (found and found.submodule_search_locations) or []]
     homes = [home for folder in folders for home in folder.glob("cu[0-9]*") if home.name[2:].isdigit()]
