@@ -60,6 +60,8 @@ def test_every_16_bit_gate(kernels, activation, dtype):
     """Infinity is left out, because PyTorch's gelu has two different results for it."""
     gate = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     gate = gate[~gate.isinf() & ~(gate.abs() > 1e19)]
+    if triton_device.INTERPRETED:  # it reads a subnormal bfloat16 that is a power of two as zero
+        gate = gate[(gate == 0) | gate.isnan() | (gate.abs() >= torch.finfo(dtype).tiny)]
     half = torch.full_like(gate, 0.5)
     tensors = [t.to(triton_device.DEVICE) for t in (half, gate, half)]
     ours = (kernels["act_mul"](*tensors[1:], activation), *kernels["act_mul_backward"](*tensors, activation))

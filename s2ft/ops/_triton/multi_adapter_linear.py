@@ -12,6 +12,7 @@ from torch import Tensor
 
 UNITS = 16  # units of a step, one token
 COLUMNS = 128  # inputs or outputs of a step, one token
+ROWS = (16, 64)  # tokens of a tile, for few and for many tokens
 TILE_UNITS = 32
 TILE_COLUMNS = 64
 FEW = 4  # Fewer tokens than this are computed one by one: a tile has at least 16 rows.
@@ -164,7 +165,7 @@ def multi_adapter_linear(
     out = torch.empty_like(y) if dim == 1 else y.clone()
     tokens = x[..., 0].numel() // sequences
     in_tiles = tokens >= FEW and x.dtype is not torch.float64  # tiles are sums in float32
-    rows = 1 if not in_tiles else 16 if tokens <= 16 else 64
+    rows = 1 if not in_tiles else ROWS[tokens > ROWS[0]]
     unit_step, column_step = (TILE_UNITS, TILE_COLUMNS) if in_tiles else (UNITS, COLUMNS)
     programs = sequences * triton.cdiv(tokens, rows)
     if dim == 0:
