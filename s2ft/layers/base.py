@@ -46,6 +46,7 @@ class S2Layer(nn.Module):
     effective = "call"
     _looked_at = 0  # address of the weight whose memory has been checked
     _written: tuple | None = None  # stamp of the s2 that the weight of a fused layer holds; None: not known
+    _base_of = 0  # id of the weight that `base` belongs to
     is_tied = False  # whether other modules hold the same weight
     awaits_order = False  # whether the units of the weight must be reordered before this layer may run
     _first_values: Tensor | None = None  # of an s2 that is on the meta device, in full; None: zeros
@@ -233,10 +234,11 @@ class S2Layer(nn.Module):
         check_private_once(self, self.weight, self._check_memory)
         with LOCK, torch.inference_mode(False):  # tensors that are made in inference mode can't be changed later
             finish_interrupted()
+            self._forget_base_of_another_weight()
             if self.base is None:
                 # The base is kept before anything is written, so that unfuse restores it after an interrupt at any
                 # moment. Until the stamp below is set, the next forward writes base + s2 again.
-                self._written = None
+                self._written, self._base_of = None, id(self.weight)
                 self.base = self._units().clone()
             now = stamp(self.s2)  # before the values are read: if another thread changes them, they are written again
             self._write_units(self._effective(self.base))
@@ -252,6 +254,7 @@ class S2Layer(nn.Module):
             >>> layer.fused
             False
         """
+        self._forget_base_of_another_weight()
         if self.base is not None:
             with LOCK:
                 self._written = None  # an interrupt below leaves a fused layer that writes base + s2 again
@@ -272,7 +275,16 @@ class S2Layer(nn.Module):
     @property
     def is_held(self) -> bool:
         """Whether `weight` holds base + s2 with the present values of `s2`."""
+        self._forget_base_of_another_weight()
         return self.base is not None and self._written == stamp(self.s2)
+
+    def _forget_base_of_another_weight(self) -> None:
+        """Notice that another parameter has taken the place of the weight, with a base of its own.
+
+        Only layers that fuse themselves do this: whoever calls fuse knows that the weight is not the base.
+        """
+        if self.effective == "step" and self.base is not None and self._base_of != id(self.weight):
+            self.base = None
 
     def hold(self) -> None:
         """Write base + s2 into `weight` if it does not hold it, for a layer with `effective` "step".
@@ -297,6 +309,7 @@ class S2Layer(nn.Module):
 
     def base_weight(self) -> Tensor:
         """The weight with the base's values, as it is stored: a copy if the layer is fused, else the weight itself."""
+        self._forget_base_of_another_weight()
         if self.base is None:
             return self.weight
         copy = at_rest(self.weight)
@@ -396,6 +409,7 @@ class S2Layer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._written = None  # the versions of the copy start again
+        self._base_of = id(self._parameters.get("weight"))
         weight = self._parameters.get("weight")
         if weight is not None and weight.device.type == "cpu" and weight.is_shared():
             weight.data = weight.data.clone()  # torch.multiprocessing sends tensors in shared memory
@@ -413,6 +427,7 @@ class S2Layer(nn.Module):
             elif prefix + "weight" in state_dict:
                 self.base = None  # the weight in the state is a base
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self._base_of = id(self.weight)
         if state_dict.get(prefix + "weight") is self.weight:
             self._written = None  # s2 may have changed: the next forward writes it
         else:

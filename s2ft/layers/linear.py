@@ -143,7 +143,8 @@ class LinearFormulas(Formulas):
         return grad.reshape(-1, grad.shape[-1]).sum(0)
 
     def call_gradient_of_x(self, grad: Tensor, base: Tensor, s2: Tensor) -> Tensor:
-        op = torch.ops.s2ft.sliced_linear_grad_x if isinstance(self.units, int) else torch.ops.s2ft.indexed_linear_grad_x
+        ops = torch.ops.s2ft
+        op = ops.sliced_linear_grad_x if isinstance(self.units, int) else ops.indexed_linear_grad_x
         return op(grad, base.t() if self.transposed else base, s2, self.units, self.dim)
 
 
