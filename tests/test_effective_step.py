@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 import s2ft
 from s2ft.layers import EXPERTS, kind_of
 from s2ft.layers.base import S2Layer
+from s2ft.model.coupling import Coupling, Projection
 
 CALL, STEP = "call", "step"
 OFFSETS = torch.tensor([3, 3, 7], dtype=torch.int32)
@@ -397,7 +398,9 @@ def test_training_a_model_gives_the_same_bits(case, layout, dtype, checkpoint):
         other.name = "other"
         s2ft.load_adapter(model, other, active=False)
         if CHECKPOINTS[checkpoint] is not None:
-            model.gradient_checkpointing_enable({"use_reentrant": CHECKPOINTS[checkpoint]})
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": CHECKPOINTS[checkpoint]}
+            )
         seen = trained_model(model, other)
         state = model.state_dict()
         assert all(same_bits(value, state[name]) for name, value in base.items())  # the base is in every state
@@ -560,7 +563,7 @@ class Tied(nn.Module):
 def test_a_tied_weight_is_refused_and_the_model_unchanged():
     model = Tied()
     before = copy.deepcopy(model.state_dict())
-    couplings = [s2ft.Coupling.ffn("0", "first", "second", 8)]
+    couplings = [Coupling("ffn", 0, (Projection("u", "first", 8, 1, 0),), Projection("d", "second", 8, 1, 1))]
     options = dict(d_ratio=0.5, layout="indexed")
     with pytest.raises(ValueError, match="second.weight and third.weight are one tied weight.*effective='call'"):
         s2ft.attach(model, s2ft.S2FTConfig(**options, effective=STEP), couplings=couplings, verify=False)

@@ -428,10 +428,7 @@ class S2Layer(nn.Module):
                 self.base = None  # the weight in the state is a base
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self._base_of = id(self.weight)
-        if state_dict.get(prefix + "weight") is self.weight:
-            self._written = None  # s2 may have changed: the next forward writes it
-        else:
-            self._written = stamp(self.s2)
+        self._written = None  # s2 may have changed: the next forward writes it
 
     def _check_same_units(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Take the selected units out of a state to load if this layer's states don't have them.
