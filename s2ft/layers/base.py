@@ -185,11 +185,12 @@ class S2Layer(nn.Module):
     @property
     def delta(self) -> Tensor:
         """The slice that the forward adds to the weight, after checks."""
+        s2 = self.s2  # a look-up of nn.Module, 0.5 µs
         if not torch.compiler.is_compiling():
             self._check_weight()
-            if self.s2.dtype.itemsize < self._made.itemsize:
-                _warn_about_cast(self._made, self.s2.dtype)
-        return self.s2
+            if s2.dtype is not self._made and s2.dtype.itemsize < self._made.itemsize:
+                _warn_about_cast(self._made, s2.dtype)
+        return s2
 
     def _check_weight(self) -> None:
         """Raise RuntimeError if the weight is unfrozen or not in order, ValueError if its memory is unsuitable now."""

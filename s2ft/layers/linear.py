@@ -100,14 +100,14 @@ class S2Linear(S2Layer):
             x = autocast_input("effective='step'", input, self.weight)
             return held_product(self, x, LinearFormulas(self))
         weight = self.weight.t() if self.transposed else self.weight
-        if self.fused:
+        if self.base is not None:
             self._check_fused()
+        if self.base is not None or not self.enabled:
             return F.linear(input, weight, self.bias)
-        if not self.enabled:
-            return F.linear(input, weight, self.bias)
-        if self.index is None:
+        index = self.index
+        if index is None:
             return sliced_linear(input, weight, self.delta, self.start, self.dim, self.bias)
-        return indexed_linear(input, weight, self.delta, self.index, self.dim, self.bias)
+        return indexed_linear(input, weight, self.delta, index, self.dim, self.bias)
 
     def extra_repr(self) -> str:
         return (
