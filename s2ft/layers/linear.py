@@ -131,7 +131,7 @@ class LinearFormulas(Formulas):
         return own_output(F.linear(x.contiguous(), self._matrix(weight, x.dtype), bias))
 
     def keep(self, x: Tensor, s2: Tensor) -> Tensor:
-        return x if self.dim == 0 else _linear._columns_to_keep(x, s2, self.units, self.dim)
+        return x if self.dim == 0 else _linear._columns_to_keep(x, self.units, s2.shape[1])
 
     def gradient_of_x(self, grad: Tensor, weight: Tensor) -> Tensor:
         return grad.contiguous() @ self._matrix(weight, grad.dtype)
