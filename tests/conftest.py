@@ -37,6 +37,8 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="no vLLM: make test-vllm"))
         if "lm_eval" in item.keywords and find_spec("lm_eval") is None:
             item.add_marker(pytest.mark.skip(reason="no lm-eval: make test-lm-eval"))
+        if "triton" in item.keywords and find_spec("triton") is None:
+            item.add_marker(pytest.mark.skip(reason="no Triton: make test-triton"))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from s2ft.ops._effective import with_effective_weight
 from s2ft.ops._grouped import ALIGNMENT, grouped_outer, product
-from s2ft.ops._library import autocast_input, check_index, define
+from s2ft.ops._library import autocast_input, check_index, define, is_being_captured
 from s2ft.ops._linear import below_autograd
 
 OP = "grouped_linear"
@@ -199,7 +199,10 @@ def grouped_linear(
     :func:`s2ft.ops.sliced_linear`: the weight holds base + delta during the call and has its old bits afterwards, and
     gradients of any order flow to x and delta, never to weight (S²FT paper, section 3.3).
 
-    In float64, or if O or I elements are no multiple of 16 bytes, a loop over the groups replaces the one product.
+    PyTorch's product of all groups takes float32, bfloat16 and float16 and rows of whole 16 bytes. A loop over the
+    groups does the rest on a CPU, and products of blocks of rows do it on a GPU. There, PyTorch's product waits for
+    the device unless it computes bfloat16 on compute capability 9 or 10. Blocks replace it in a CUDA graph, and where
+    there are at most as many rows as groups.
 
     Args:
         x: Input, shape [T, I]. The rows of group 0 come first. Under autocast it is cast to autocast's dtype.
@@ -218,7 +221,7 @@ def grouped_linear(
         The output, shape [T, O], in the dtype of x, or in autocast's dtype.
 
     Raises:
-        ValueError: A shape, `dim`, `offsets` or `index` is wrong.
+        ValueError: A shape, `dim`, `offsets` or `index` is wrong, or `most` is missing in a CUDA graph.
         TypeError: x and weight differ in dtype outside autocast.
 
     Example:
@@ -231,6 +234,8 @@ def grouped_linear(
     x = autocast_input(OP, x, weight)
     if most is None:
         check(x, weight, delta, index, offsets, dim)
+        if is_being_captured(index):
+            raise ValueError(f"{OP}: counting most waits for the GPU, which a CUDA graph can't: give most")
         counts = torch.bincount(index // weight.shape[1 + dim], minlength=1)
         most = int(counts.max())
     return _call(x, weight, delta, index, most, offsets, dim)
