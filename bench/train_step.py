@@ -3,7 +3,8 @@
     python bench/train_step.py [--dtype float32|bfloat16|both] [--rounds 12]
         [--model FOLDER_OR_GGUF | --shape llama-3.2-1b]
 
-"frozen" is the floor: it runs the forward and the gradients down to the inputs, and trains nothing.
+"frozen" is the floor: it runs the forward and the gradients down to the inputs, and trains nothing. LoRA is measured
+with adapters in the base's dtype, and as PEFT makes it: with float32 adapters, on a bfloat16 base too.
 Bytes kept for backward: every storage that autograd saves during a forward, counted once, without parameters.
 """
 

@@ -37,7 +37,7 @@ from typing import Any
 
 import torch
 from kernel_driver import SCHEDULES, TOOLS, Run, build_for_cpu, build_for_gpu, find_tool, runs_on_cpu, runs_on_gpu
-from process import LEAST, Done, run_limited
+from limited import LEAST, Done, run_limited
 from report import FAILED, NOT_RUN, PASSED, Report, Stage, about_machine
 
 HERE = Path(__file__).resolve().parent
@@ -154,7 +154,7 @@ def sanitizers(work: Work) -> Stage:
         runs.append(one)
         if work.left(60) < LEAST:
             break
-    return sanitizer_stage(runs, len(SCHEDULES) if work.cpu else 1 + len(TOOLS))
+    return sanitizer_stage(runs, 1 + len(SCHEDULES) if work.cpu else 2 + len(TOOLS))
 
 
 def sanitizer_stage(runs: list[Run], wanted: int) -> Stage:
