@@ -56,7 +56,7 @@ def check_can_hold(model: nn.Module, projections: list[Projection]) -> None:
 def start_holding(model: nn.Module, record: Attachment) -> None:
     """Register the hook that writes changed slices before the model runs, if the trainable adapter asks for it."""
     stop_holding(model)
-    if record.config.effective == "step":
+    if record.config is not None and record.config.effective == "step":
         model.register_forward_pre_hook(write_changed_slices)
 
 

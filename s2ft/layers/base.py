@@ -14,6 +14,7 @@ from s2ft.distributed import has_master_copy, is_sharded, own_shard, reads_weigh
 from s2ft.layers.held import stamp
 from s2ft.layers.kind import Kind
 from s2ft.ops import effective_units
+from s2ft.ops._library import is_being_captured
 from s2ft.ops._lock import LOCK, finish_interrupted
 from s2ft.ops._memory import check_private, check_writable
 
@@ -295,7 +296,7 @@ class S2Layer(nn.Module):
                 the capture of a CUDA graph.
         """
         self._check_weight()
-        is_captured = self.weight.is_cuda and torch.cuda.is_current_stream_capturing()
+        is_captured = is_being_captured(self.weight)
         if is_captured and self.base is None:
             raise RuntimeError(
                 "effective='step' keeps a copy of the base before it writes base + s2, and a CUDA graph would copy it "
