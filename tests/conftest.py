@@ -30,7 +30,7 @@ def freeze():
 
 
 def pytest_collection_modifyitems(items):
-    for item in items:
+    for item in items:  # by marker: the names of folders are keywords too, also of one around the checkout
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no GPU"))
         if item.get_closest_marker("vllm") and find_spec("vllm") is None:

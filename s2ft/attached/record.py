@@ -31,6 +31,7 @@ class State(Enum):
         WRITTEN: The active adapters are written into the weights. None of them gets gradients.
         TRAINING: The forward adds the trainable adapter, which gets gradients. Other active adapters are written.
         FUSED: The same sum as TRAINING, but the trainable adapter is written into the weights until it is unfused.
+            With effective="step" it gets gradients, and a forward fuses it.
     """
 
     BASE = "base"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 LIBRARY = torch.library.Library("s2ft", "DEF")
+PLAIN = (Tensor, torch.nn.Parameter, type(None))  # classes of arguments whose operations nothing intercepts
 
 
 # The reference of each op by name, so that tests can run it in place of a compiled kernel.
@@ -67,6 +68,26 @@ def define(
     if backward is not None:
         torch.library.register_autograd(f"s2ft::{name}", backward, setup_context=setup_context, lib=LIBRARY)
     return getattr(torch.ops.s2ft, name).default
+
+
+def runs_directly(*tensors: Tensor | None) -> bool:
+    """Whether nothing sees the call of an op besides the dispatcher and autograd.
+
+    False while a compiler or tracer records it, under functorch's transforms, inside a mode, and for subclasses of
+    Tensor such as DTensor and fake tensors. They know the registered op, so it must be called.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+    ):
+        return False
+    for tensor in tensors:  # all() would take 1 µs
+        if type(tensor) not in PLAIN:
+            return False
+    return True
 
 
 def autocast_input(op: str, x: Tensor, weight: Tensor) -> Tensor:

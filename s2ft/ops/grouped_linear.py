@@ -98,7 +98,12 @@ def _columns(x: Tensor, table: _Table, offsets: Tensor) -> Tensor:
     return x.gather(1, table.units[group])
 
 
-def _delta_gradient(grad: Tensor, kept: Tensor, delta: Tensor, index, most, offsets, dim, groups, size) -> Tensor:
+def columns_to_keep(x: Tensor, weight: Tensor, index: Tensor, most: int, offsets: Tensor) -> Tensor:
+    """Copy the selected columns of x, which is all that the gradient of a delta of dim 1 needs of x."""
+    return _columns(x, _table(index, most, weight.shape[0], weight.shape[2], x.dtype), offsets)
+
+
+def delta_gradient(grad: Tensor, kept: Tensor, delta: Tensor, index, most, offsets, dim, groups, size) -> Tensor:
     """The gradient of delta. `kept` is all of x for dim 0, and its selected columns for dim 1."""
     table = _table(index, most, groups, size, grad.dtype)
     if dim == 0:
@@ -131,7 +136,7 @@ def _backward(ctx, grad):
         grad_x = below_autograd(_grad_x, grad, weight, delta, index, ctx.most, offsets, ctx.dim)
     if ctx.needs_input_grad[2]:
         sizes = weight.shape[0], weight.shape[1 + ctx.dim]
-        grad_delta = _delta_gradient(grad, kept, delta, index, ctx.most, offsets, ctx.dim, *sizes)
+        grad_delta = delta_gradient(grad, kept, delta, index, ctx.most, offsets, ctx.dim, *sizes)
     return grad_x, None, grad_delta, None, None, None, None, None
 
 
@@ -148,7 +153,7 @@ def _second_backward(ctx, second):  # [T, I], the gradient with respect to grad_
     if ctx.needs_input_grad[2]:
         sizes = weight.shape[0], weight.shape[1 + ctx.dim]
         kept = second if ctx.dim == 0 else _columns(second, _table(index, ctx.most, *sizes, second.dtype), offsets)
-        grad_delta = _delta_gradient(grad, kept, delta, index, ctx.most, offsets, ctx.dim, *sizes)
+        grad_delta = delta_gradient(grad, kept, delta, index, ctx.most, offsets, ctx.dim, *sizes)
     return grad_grad, None, grad_delta, None, None, None, None
 
 
@@ -174,7 +179,7 @@ def _call(x: Tensor, weight: Tensor, delta: Tensor, index: Tensor, most: int, of
     kept = None
     if dim == 1 and delta.requires_grad and torch.is_grad_enabled():
         check(x, weight, delta, index, offsets, dim)
-        kept = _columns(x, _table(index, most, weight.shape[0], weight.shape[2], x.dtype), offsets)
+        kept = columns_to_keep(x, weight, index, most, offsets)
     return _op(x, weight, delta, index, most, offsets, dim, kept)
 
 

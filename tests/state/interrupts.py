@@ -30,8 +30,8 @@ Loop = Callable[[nn.Module], None]
 class Scene:
     """A plain model, two adapters of it, and the three models that the loops start from."""
 
-    def __init__(self, layout: str) -> None:
-        self.config = s2ft.S2FTConfig(**ratios("llama"), layout=layout)
+    def __init__(self, layout: str, effective: str = "call") -> None:
+        self.config = s2ft.S2FTConfig(**ratios("llama"), layout=layout, effective=effective)
         self.plain = tiny_model("llama", layers=2, **WIDE)
         other = s2ft.S2FTConfig(**ratios("llama"), layout=layout, seed=1)
         self.adapters = [
