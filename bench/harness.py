@@ -42,7 +42,11 @@ def _processor() -> str:
 
 
 def interleaved(
-    steps: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2, flush: bool = False
+    steps: dict[str, Callable[[], Any]],
+    rounds: int,
+    warmup: int = 2,
+    flush: bool = False,
+    timed: Callable[[Callable[[], Any]], float] | None = None,
 ) -> dict[str, list[float]]:
     """Measure the seconds of every step.
 
@@ -55,11 +59,12 @@ def interleaved(
         rounds: Number of measured rounds.
         warmup: Number of rounds before them that are not measured.
         flush: True empties the GPU's second-level cache before each step.
+        timed: Function that runs a step and returns its seconds. Default: by device events on a GPU, else by the clock.
 
     Returns:
         The seconds of each round, by name of the step.
     """
-    timed = _device_seconds if torch.cuda.is_available() else _host_seconds
+    timed = timed or (_device_seconds if torch.cuda.is_available() else _host_seconds)
     times: dict[str, list[float]] = {name: [] for name in steps}
     order = random.Random(0)
     for i in range(warmup + rounds):
@@ -76,6 +81,13 @@ def _host_seconds(step: Callable[[], Any]) -> float:
     begin = time.perf_counter()
     step()
     return time.perf_counter() - begin
+
+
+def processor_seconds(step: Callable[[], Any]) -> float:
+    """The seconds that this thread computes during a step. Other programs on the machine hardly change them."""
+    begin = time.thread_time()
+    step()
+    return time.thread_time() - begin
 
 
 def _device_seconds(step: Callable[[], Any]) -> float:

@@ -28,6 +28,7 @@ import importlib.metadata
 import json
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -78,8 +79,9 @@ class Work:
         return "cpu" if self.cpu else "cuda"
 
     def left(self, most: float) -> float:
-        """Seconds that a process may take: at most `most`, and not what later stages need."""
-        return min(most, self.end - time.monotonic() - SPARE - self.reserved)
+        """Seconds that a process may take: at most `most` on a GPU, and not what later stages need."""
+        left = self.end - time.monotonic() - SPARE - self.reserved
+        return left if self.cpu else min(most, left)
 
     def environment(self) -> dict[str, str]:
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
@@ -141,7 +143,7 @@ def sanitizers(work: Work) -> Stage:
     folder, jobs = work.folder / "driver", max(1, int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
     try:
         if work.cpu:
-            found = runs_on_cpu(build_for_cpu(folder, jobs, work.left(240)), work.left(60))
+            found = runs_on_cpu(build_for_cpu(folder, jobs, work.left(240)), work.left(60) / 2)
         else:
             capability = "{}.{}".format(*torch.cuda.get_device_capability())
             found = runs_on_gpu(
@@ -373,6 +375,7 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     begin = time.monotonic()
     args = parsed()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the processes of the stage too
     out = args.out.resolve()
     title = "s2ft without a GPU: the CPU form of make gpu" if args.cpu else f"s2ft on {torch.cuda.get_device_name(0)}"
     report = Report(out, title, not args.cpu)

@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2ft.layers.base import S2Layer
+from s2ft.layers.held import Formulas, held_product
 from s2ft.layers.kind import Kind
-from s2ft.ops import indexed_linear, sliced_linear
+from s2ft.ops import _linear, indexed_linear, sliced_linear
+from s2ft.ops._library import autocast_input, own_output
 
 
 class S2Linear(S2Layer):
@@ -94,21 +96,56 @@ class S2Linear(S2Layer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Run the layer: input [..., in_features] → output [..., out_features]."""
+        if self.effective == "step" and self.enabled:
+            x = autocast_input("effective='step'", input, self.weight)
+            return held_product(self, x, LinearFormulas(self))
         weight = self.weight.t() if self.transposed else self.weight
-        if self.fused:
+        if self.base is not None:
             self._check_fused()
+        if self.base is not None or not self.enabled:
             return F.linear(input, weight, self.bias)
-        if not self.enabled:
-            return F.linear(input, weight, self.bias)
-        if self.index is None:
+        index = self.index
+        if index is None:
             return sliced_linear(input, weight, self.delta, self.start, self.dim, self.bias)
-        return indexed_linear(input, weight, self.delta, self.index, self.dim, self.bias)
+        return indexed_linear(input, weight, self.delta, index, self.dim, self.bias)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {self._selected()}"
         )
+
+
+class LinearFormulas(Formulas):
+    """Formulas of a linear layer: those of :mod:`s2ft.ops._linear`."""
+
+    def __init__(self, layer: S2Linear) -> None:
+        self.transposed, self.dim = layer.transposed, layer.dim
+        self.units = layer.start if layer.index is None else layer.index
+
+    def _matrix(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        return (weight.t() if self.transposed else weight).to(dtype)
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        bias = None if bias is None else bias.to(x.dtype)
+        return own_output(F.linear(x.contiguous(), self._matrix(weight, x.dtype), bias))
+
+    def keep(self, x: Tensor, s2: Tensor) -> Tensor:
+        return x if self.dim == 0 else _linear._columns_to_keep(x, self.units, s2.shape[1])
+
+    def gradient_of_x(self, grad: Tensor, weight: Tensor) -> Tensor:
+        return grad.contiguous() @ self._matrix(weight, grad.dtype)
+
+    def gradient_of_s2(self, grad: Tensor, kept: Tensor, s2: Tensor) -> Tensor:
+        return _linear._delta_gradient(grad, kept, s2, self.units, self.dim)
+
+    def gradient_of_bias(self, grad: Tensor) -> Tensor:
+        return grad.reshape(-1, grad.shape[-1]).sum(0)
+
+    def call_gradient_of_x(self, grad: Tensor, base: Tensor, s2: Tensor) -> Tensor:
+        ops = torch.ops.s2ft
+        op = ops.sliced_linear_grad_x if isinstance(self.units, int) else ops.indexed_linear_grad_x
+        return op(grad, base.t() if self.transposed else base, s2, self.units, self.dim)
 
 
 class S2ColumnLinear(S2Linear):
