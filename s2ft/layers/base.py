@@ -159,16 +159,17 @@ class S2Layer(nn.Module):
     @property
     def delta(self) -> Tensor:
         """The slice that the forward adds to the weight, after checks."""
-        s2 = self.s2  # a look-up of nn.Module, 0.5 µs
-        if not torch.compiler.is_compiling():
-            self._check_weight()
-            if s2.dtype is not self._made and s2.dtype.itemsize < self._made.itemsize:
-                _warn_about_cast(self._made, s2.dtype)
-        return s2
+        return self.checked(self.s2, self.weight)
 
-    def _check_weight(self) -> None:
-        """Raise RuntimeError if the weight is unfrozen or not in order, ValueError if it is in shared memory now."""
-        weight = self.weight
+    def checked(self, s2: Tensor, weight: Tensor) -> Tensor:
+        """Check the layer's slice and weight before a forward, and return the slice.
+
+        Raises:
+            RuntimeError: The weight is unfrozen or not in order.
+            ValueError: The weight is in shared memory now.
+        """
+        if torch.compiler.is_compiling():
+            return s2
         if self.awaits_order and not weight.is_meta:
             raise RuntimeError(
                 "the weights were loaded after attach, and their units are not in the order of this layer yet: call "
@@ -180,6 +181,9 @@ class S2Layer(nn.Module):
                 "weight, select more units; to train all of it, detach first"
             )
         check_private_once(self, weight)
+        if s2.dtype is not self._made and s2.dtype.itemsize < self._made.itemsize:
+            _warn_about_cast(self._made, s2.dtype)
+        return s2
 
     # ---- fuse and unfuse -------------------------------------------------------------------------
 
@@ -387,8 +391,8 @@ def check_private_once(layer: nn.Module, weight: Tensor) -> None:
         layer: Keeps the address in `_looked_at`.
         weight: The layer's weight. Only plain parameters on the CPU are checked.
     """
-    if weight.device.type == "cpu" and type(weight) is nn.Parameter and weight.data_ptr() != layer._looked_at:
-        check_private("weight", weight)
+    if type(weight) is nn.Parameter and weight.data_ptr() != layer._looked_at:
+        check_private("weight", weight)  # which looks at memory of the CPU only
         layer._looked_at = weight.data_ptr()
 
 
