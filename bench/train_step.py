@@ -66,9 +66,9 @@ class Method:
         return sum(p.numel() for p in self.trained)
 
 
-def s2ft_model(base: nn.Module, d_ratio: float) -> nn.Module:
+def s2ft_model(base: nn.Module, d_ratio: float, effective: str = "call") -> nn.Module:
     model = copy.deepcopy(base)
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=d_ratio))
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=d_ratio, effective=effective))
     return model
 
 
@@ -94,6 +94,7 @@ def methods(base: nn.Module, batch: torch.Tensor, d_ratio: float) -> dict[str, M
         "LoRA r=16": Method(lora_model(base, 16, LORA_TARGETS), batch),
         "LoRA r=16, base's dtype": Method(lora_model(base, 16, LORA_TARGETS, float32=False), batch),
         "S²FT": tuned,
+        "S²FT, effective=step": Method(s2ft_model(base, d_ratio, "step"), batch),
         "LoRA, as many parameters": Method(lora_of_equal_size(base, tuned.parameters), batch),
         "full": Method(copy.deepcopy(base).requires_grad_(True), batch),
         "frozen": Method(copy.deepcopy(base).requires_grad_(False), batch, inputs_need_grad=True),

@@ -186,16 +186,17 @@ class S2Layer(nn.Module):
     @property
     def delta(self) -> Tensor:
         """The slice that the forward adds to the weight, after checks."""
-        s2 = self.s2  # a look-up of nn.Module, 0.5 µs
-        if not torch.compiler.is_compiling():
-            self._check_weight()
-            if s2.dtype is not self._made and s2.dtype.itemsize < self._made.itemsize:
-                _warn_about_cast(self._made, s2.dtype)
-        return s2
+        return self.checked(self.s2, self.weight)
 
-    def _check_weight(self) -> None:
-        """Raise RuntimeError if the weight is unfrozen or not in order, ValueError if its memory is unsuitable now."""
-        weight = self.weight
+    def checked(self, s2: Tensor, weight: Tensor) -> Tensor:
+        """Check the layer's slice and weight before a forward, and return the slice.
+
+        Raises:
+            RuntimeError: The weight is unfrozen or not in order.
+            ValueError: The weight is in unsuitable memory now.
+        """
+        if torch.compiler.is_compiling():
+            return s2
         if self.awaits_order and not weight.is_meta:
             raise RuntimeError(
                 "the weights were loaded after attach, and their units are not in the order of this layer yet: call "
@@ -207,6 +208,9 @@ class S2Layer(nn.Module):
                 "weight, select more units; to train all of it, detach first"
             )
         check_private_once(self, weight, self._check_memory)
+        if s2.dtype is not self._made and s2.dtype.itemsize < self._made.itemsize:
+            _warn_about_cast(self._made, s2.dtype)
+        return s2
 
     # ---- fuse and unfuse -------------------------------------------------------------------------
 
@@ -295,7 +299,7 @@ class S2Layer(nn.Module):
             RuntimeError: The weight is unfrozen or not in order, or is spread over ranks, or the first call is part of
                 the capture of a CUDA graph.
         """
-        self._check_weight()
+        self.checked(self.s2, self.weight)
         is_captured = is_being_captured(self.weight)
         if is_captured and self.base is None:
             raise RuntimeError(
@@ -470,8 +474,8 @@ def check_private_once(
         weight: The layer's weight. Only plain parameters on the CPU are checked.
         check: Function that raises ValueError for unsuitable memory.
     """
-    if weight.device.type == "cpu" and type(weight) is nn.Parameter and weight.data_ptr() != layer._looked_at:
-        check(weight)
+    if type(weight) is nn.Parameter and weight.data_ptr() != layer._looked_at:
+        check(weight)  # which looks at memory of the CPU only
         layer._looked_at = weight.data_ptr()
 
 

@@ -96,18 +96,27 @@ class S2Linear(S2Layer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Run the layer: input [..., in_features] → output [..., out_features]."""
+        weight, bias, s2, index, base = self._tensors()
         if self.effective == "step" and self.enabled:
-            x = autocast_input("effective='step'", input, self.weight)
+            x = autocast_input("effective='step'", input, weight)
             return held_product(self, x, LinearFormulas(self))
-        weight = self.weight.t() if self.transposed else self.weight
-        if self.base is not None:
+        matrix = weight.t() if self.transposed else weight
+        if base is not None:
             self._check_fused()
-        if self.base is not None or not self.enabled:
-            return F.linear(input, weight, self.bias)
-        index = self.index
+        if base is not None or not self.enabled:
+            return F.linear(input, matrix, bias)
+        s2 = self.checked(s2, weight)
         if index is None:
-            return sliced_linear(input, weight, self.delta, self.start, self.dim, self.bias)
-        return indexed_linear(input, weight, self.delta, index, self.dim, self.bias)
+            return sliced_linear(input, matrix, s2, self.start, self.dim, bias)
+        return indexed_linear(input, matrix, s2, index, self.dim, bias)
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        """The weight, bias, s2, index and base. As attributes, each takes an exception inside nn.Module, 0.6 µs."""
+        parameters, buffers = self._parameters, self._buffers
+        try:
+            return parameters["weight"], parameters["bias"], parameters["s2"], buffers["index"], buffers["base"]
+        except KeyError:  # something else holds them, such as a parametrization
+            return self.weight, self.bias, self.s2, self.index, self.base
 
     def extra_repr(self) -> str:
         return (
